@@ -1,0 +1,68 @@
+"""What a pass is: something with a name and options that changes a model, or says why it did not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import onnx_ir as ir
+
+from kvsurgeon.anatomy import Decoder, find_decoder
+
+
+@dataclass(kw_only=True)
+class Subject:
+    """The model that a pass works on, and what is known of it."""
+
+    model: ir.Model
+    folder: Path | None = None  # where the model, its weights and its side files lie
+    config: dict[str, Any] | None = None  # parsed config.json, where there is one; never needed
+    _decoder: Decoder | None = field(default=None, repr=False)
+
+    def decoder(self) -> Decoder:
+        """Return the anatomy of the model as it is now; analysed once, and again after `changed()`.
+
+        Raises:
+            Refused: The model is not a causal decoder that can be handled soundly.
+        """
+        if self._decoder is None:
+            self._decoder = find_decoder(self.model)
+        return self._decoder
+
+    def changed(self) -> None:
+        """Forget the anatomy: the graph is no longer the one it was found in."""
+        self._decoder = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changed:
+    """The model was changed."""
+
+    edits: int  # nodes added, removed or altered
+    notes: tuple[str, ...] = ()  # what a reader should know: what was assumed, what could not be proved
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unchanged:
+    """The model was left exactly as it was."""
+
+    reason: str
+
+
+Outcome = Changed | Unchanged
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A pass: a frozen dataclass whose fields are its options, in Python and as `name{option=value}`.
+
+    The model is valid before and must be valid after. A pass that cannot do its work soundly raises `Refused`
+    before its first edit.
+    """
+
+    name: ClassVar[str]  # as in `kvsurgeon run -p NAME`, in kebab-case
+
+    def apply(self, subject: Subject) -> Outcome:
+        """Change `subject.model` in place, or say why not."""
+        ...
