@@ -1,0 +1,148 @@
+"""Reads folders of models with stored reference logits: `<group>/<name>/model.onnx, meta.json, io.npz`."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+EXPORTERS = (  # first word of `exporter` or `toolchain` that is found names the exporter
+    ("negative-files", "damaged file"),
+    ("hf_onnx", "dynamo"),
+    ("dynamo=True", "dynamo"),
+    ("(dynamo", "dynamo"),
+    ("dynamo=False", "TorchScript"),
+    ("(ts", "TorchScript"),
+    ("dynamo", "dynamo"),
+    ("torchscript", "TorchScript"),
+    ("optimum", "optimum"),
+    ("quant", "quantised"),
+    ("onnxsim", "optimised"),
+    ("onnxslim", "optimised"),
+    ("onnxruntime", "optimised"),
+    ("jax", "JAX"),
+    ("tf2onnx", "TensorFlow"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One stored call of the original: what went in, and the logits that its source framework gave."""
+
+    index: int
+    inputs: dict[str, np.ndarray]  # by input name, each for all tokens
+    reference: np.ndarray  # [batch, total, ...]
+    real: np.ndarray  # [batch, total], False at padding
+
+    @property
+    def batch(self) -> int:
+        return int(self.reference.shape[0])
+
+    @property
+    def total(self) -> int:
+        return int(self.reference.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One model of the corpus."""
+
+    folder: Path
+    meta: dict[str, Any] = field(repr=False)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "model.onnx"
+
+    @property
+    def group(self) -> str:
+        return self.folder.parent.name
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def label(self) -> str:
+        return f"{self.group}/{self.name}"
+
+    @property
+    def expected(self) -> str:
+        return str(self.meta.get("expected", "inject"))
+
+    @property
+    def family(self) -> str:
+        return str(self.meta.get("family") or self.meta.get("model_type") or self.name)
+
+    @property
+    def damaged(self) -> bool:
+        return self.meta.get("kind") == "bad_file"
+
+    @property
+    def exporter(self) -> str:
+        made_by = " ".join(str(self.meta.get(key, "")) for key in ("group", "exporter", "toolchain"))
+        return next((label for word, label in EXPORTERS if word in made_by), "other")
+
+    def cases(self, original: onnx.ModelProto) -> list[Case]:
+        """Return the stored calls, in order; none where there is no `io.npz`."""
+        if not (self.folder / "io.npz").exists():
+            return []
+        stored: dict[str, dict[str, np.ndarray]] = {}
+        with np.load(self.folder / "io.npz") as arrays:
+            for key in arrays.files:
+                name, _, index = key.rpartition("_")
+                stored.setdefault(index, {})[name] = arrays[key]
+        outputs = [output.name for output in original.graph.output]
+        cases = [_case(int(index), arrays, outputs) for index, arrays in sorted(stored.items())]
+        return [case for case in cases if case is not None]
+
+
+def find_entries(folders: Sequence[Path], *, groups: Sequence[str], names: Sequence[str]) -> list[Entry]:
+    """Return the models below `folders`, sorted, whose group and name match one of the wildcards given."""
+    return [entry for folder in folders for entry in _below(folder) if _wanted(entry, groups, names)]
+
+
+def spread_sample(entries: list[Entry], size: int | None) -> list[Entry]:
+    """Return `size` of the entries, evenly spaced, the same ones each time."""
+    if not size or size >= len(entries):
+        return entries
+    return [entries[index * len(entries) // size] for index in range(size)]
+
+
+def _below(folder: Path) -> Iterator[Entry]:
+    for meta in sorted(folder.rglob("meta.json")):
+        yield Entry(folder=meta.parent.resolve(), meta=json.loads(meta.read_text(encoding="utf-8")))
+
+
+def _wanted(entry: Entry, groups: Sequence[str], names: Sequence[str]) -> bool:
+    in_group = not groups or any(fnmatch.fnmatch(entry.group, group) for group in groups)
+    named = not names or any(fnmatch.fnmatch(text, name) for name in names for text in (entry.name, entry.label))
+    return in_group and named
+
+
+def _case(index: int, arrays: dict[str, np.ndarray], outputs: list[str]) -> Case | None:
+    answer = next((name for name in (*outputs, "logits") if name in arrays), None)
+    if answer is None or arrays[answer].ndim < 2:
+        return None
+    inputs = {name: array for name, array in arrays.items() if name != answer}
+    reference = arrays[answer].astype(np.float32)
+    real = np.ones(reference.shape[:2], dtype=bool)
+    for array in inputs.values():
+        if array.shape == real.shape and set(np.unique(array)) <= {0, 1}:
+            real = array.astype(bool)
+    if "attention_mask" in inputs:
+        inputs.setdefault("attention_mask_4d", _additive_mask(inputs["attention_mask"].astype(bool)))
+    return Case(index=index, inputs=inputs, reference=reference, real=real)
+
+
+def _additive_mask(real: np.ndarray) -> np.ndarray:
+    """Return the mask `[batch, 1, total, total]` that a caller of a model with such an input makes."""
+    length = real.shape[1]
+    visible = np.tril(np.ones((length, length), dtype=bool)) & real[:, None, None, :]
+    return np.where(visible, 0.0, np.finfo(np.float32).min).astype(np.float32)

@@ -1,0 +1,219 @@
+"""Runs an injected model in onnxruntime against stored logits.
+
+A second judge: it shares no line with `kvsurgeon.parity`, and knows the injected model only by its contract of inputs
+and outputs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+from corpus import Case
+
+BATCH, NEW, TOTAL, PAST = "batch_size", "sequence_length", "total_sequence_length", "past_sequence_length"
+# optimum, whose own exports are judged to judge the judge, spells the total out
+TOTALS = frozenset({TOTAL, "past_sequence_length + sequence_length"})
+NUMPY_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(double)": np.float64,
+    "tensor(float16)": np.float16,
+    "tensor(bfloat16)": ml_dtypes.bfloat16,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bound:
+    """How far an injected model may be from the stored logits."""
+
+    name: str
+    error: float  # largest difference, over the spread of the reference
+    agreement: float  # least share of positions with the same argmax
+    reason: str
+
+
+EXACT = Bound(name="float32", error=1e-3, agreement=0.0, reason="summation order only; float64 and int4 weights too")
+HALF = Bound(name="float16", error=0.05, agreement=0.0, reason="11 bits, and products in another order")
+BRAIN = Bound(name="bfloat16", error=0.1, agreement=0.0, reason="8 bits")
+DYNAMIC = Bound(name="dynamic", error=0.35, agreement=0.9, reason="ranges depend on the tokens that share a call")
+
+DYNAMIC_OPERATORS = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"})
+
+
+class ContractError(Exception):
+    """The injected model's inputs and outputs are not those that were promised."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How one way of feeding one case came out."""
+
+    case: int
+    way: str
+    error: float
+    agreement: float
+    position: int  # where the largest difference is
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contract:
+    """The inputs and outputs of an injected model, sorted by what they carry."""
+
+    given: dict[str, list[str | int]]  # inputs of the original, with their dims
+    pasts: dict[str, tuple[list[str | int], np.dtype]]
+    presents: list[str]  # paired with the pasts, in order
+    answer: str
+
+
+def bound_of(model: onnx.ModelProto) -> Bound:
+    """Return the bound for the arithmetic that most of a model's weights are in."""
+    operators = {node.op_type for node in model.graph.node}
+    operators.update(node.op_type for function in model.functions for node in function.node)
+    if operators & DYNAMIC_OPERATORS:
+        return DYNAMIC
+    elements: Counter[int] = Counter()
+    for tensor in model.graph.initializer:
+        elements[tensor.data_type] += int(np.prod(tensor.dims)) if len(tensor.dims) else 1
+    kinds = {onnx.TensorProto.FLOAT: EXACT, onnx.TensorProto.FLOAT16: HALF, onnx.TensorProto.BFLOAT16: BRAIN}
+    floats = {kind: elements[kind] for kind in kinds}
+    return kinds[max(floats, key=lambda kind: floats[kind])]
+
+
+def open_session(model: onnx.ModelProto, folder: Path) -> ort.InferenceSession:
+    """Return a session on one thread; external weights are looked for in `folder`."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def read_contract(session: ort.InferenceSession, original: onnx.ModelProto) -> Contract:
+    """Return what the injected model takes and gives.
+
+    Raises:
+        ContractError: It has no past, or a past without a present, or an answer under another name.
+    """
+    weights = {tensor.name for tensor in original.graph.initializer}
+    known = {value.name for value in original.graph.input} - weights
+    answers = [value.name for value in original.graph.output]
+    inputs, outputs = session.get_inputs(), [output.name for output in session.get_outputs()]
+    pasts = {i.name: (i.shape, np.dtype(NUMPY_TYPES[i.type])) for i in inputs if i.name.startswith("past_key_values.")}
+    new = {name: past for name, past in pasts.items() if name not in known}
+    if not new:
+        raise ContractError("unchanged: no `past_key_values` input was added")
+    if lost := [name for name in answers if name not in outputs]:
+        raise ContractError(f"output `{lost[0]}` of the original is gone")
+    presents = [name for name in outputs if name not in answers]
+    if [name.removeprefix("past_key_values.") for name in new] != [p.removeprefix("present.") for p in presents]:
+        raise ContractError(f"pasts {list(new)[:3]}... are not paired in order with presents {presents[:3]}...")
+    given = {i.name: list(i.shape) for i in inputs if i.name not in new}
+    return Contract(given=given, pasts=new, presents=presents, answer=answers[0])
+
+
+def judge(session: ort.InferenceSession, contract: Contract, case: Case) -> list[Score]:
+    """Return a score for each way of feeding one case."""
+    scores = []
+    for way, chunks in WAYS.items():
+        result = _decode(session, contract, case, chunks(case.total))
+        scores.append(_compare(result, case, way))
+    return scores
+
+
+def passes(score: Score, bound: Bound) -> bool:
+    """Tell whether a score is within its bound; NaN is not."""
+    return score.error <= bound.error and score.agreement >= bound.agreement
+
+
+def _at_once(total: int) -> list[int]:
+    return [total]
+
+
+def _token_by_token(total: int) -> list[int]:
+    first = min(4, total)
+    return [first] + [1] * (total - first)
+
+
+def _ragged(total: int) -> list[int]:
+    chunks: list[int] = []
+    for size in cycle((1, 5, 2, 7, 3)):
+        if total <= 0:
+            break
+        chunks.append(min(size, total))
+        total -= size
+    return chunks
+
+
+WAYS: dict[str, Callable[[int], list[int]]] = {
+    "prefill": _at_once,
+    "token by token": _token_by_token,
+    "ragged chunks": _ragged,
+}
+
+
+def _decode(session: ort.InferenceSession, contract: Contract, case: Case, chunks: Sequence[int]) -> np.ndarray:
+    """Return the logits `[batch, total, ...]` of a case given in chunks, each with the past of those before."""
+    cache = {name: np.zeros(_empty(name, dims, case.batch), dtype) for name, (dims, dtype) in contract.pasts.items()}
+    answers, start = [], 0
+    for size in chunks:
+        feeds = {name: _slice(name, dims, case, start, start + size) for name, dims in contract.given.items()}
+        answer, *presents = session.run([contract.answer, *contract.presents], {**feeds, **cache})
+        if answer.shape[:2] != (case.batch, size):
+            raise ContractError(f"`{contract.answer}` has shape {answer.shape} for a call with {size} new tokens")
+        answers.append(answer.astype(np.float32))
+        cache = dict(zip(contract.pasts, presents, strict=True))
+        start += size
+    return np.concatenate(answers, axis=1)
+
+
+def _empty(name: str, dims: Sequence[str | int], batch: int) -> list[int]:
+    sizes = {BATCH: batch, PAST: 0}
+    if PAST not in dims:
+        raise ContractError(f"`{name}` has dims {list(dims)}, none of them `{PAST}`")
+    if strangers := [dim for dim in dims if isinstance(dim, str) and dim not in sizes]:
+        raise ContractError(f"`{name}` has dims {list(dims)}; `{strangers[0]}` is not of the contract")
+    return [sizes[dim] if isinstance(dim, str) else dim for dim in dims]
+
+
+def _slice(name: str, dims: Sequence[str | int], case: Case, start: int, end: int) -> np.ndarray:
+    """Return what a call over tokens `start` to `end` is given of an input: new ones, or all so far."""
+    if name not in case.inputs:
+        raise ContractError(f"nothing is stored for input `{name}` with dims {list(dims)}")
+    picks = []
+    for dim in dims:
+        if dim == NEW:
+            picks.append(slice(start, end))
+        elif dim in TOTALS:
+            picks.append(slice(0, end))
+        elif isinstance(dim, int) or dim == BATCH:
+            picks.append(slice(None))
+        else:
+            raise ContractError(f"input `{name}` has dims {list(dims)}; `{dim}` is not of the contract")
+    return np.ascontiguousarray(case.inputs[name][tuple(picks)])
+
+
+def _compare(result: np.ndarray, case: Case, way: str) -> Score:
+    found, reference = result[case.real], case.reference[case.real]
+    spread = float(reference.max() - reference.min()) or 1.0
+    difference = np.abs(found - reference).reshape(len(found), -1).max(axis=1)
+    difference = np.where(np.isfinite(difference), difference, np.inf)
+    worst = int(difference.argmax())
+    return Score(
+        case=case.index,
+        way=way,
+        error=float(difference[worst]) / spread,
+        agreement=float((found.argmax(-1) == reference.argmax(-1)).mean()),
+        position=int(np.argwhere(case.real)[worst][1]),
+    )
