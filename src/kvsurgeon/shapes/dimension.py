@@ -1,0 +1,145 @@
+"""Symbolic dimensions: whole numbers, or sympy expressions in a few symbols, with remembered arithmetic.
+
+A decoder writes the same few expressions thousands of times over, so every operation is remembered: after the first layer
+the arithmetic of a layer is a dictionary look-up.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import TypeAlias
+
+import sympy
+
+Dimension: TypeAlias = int | sympy.Expr
+
+BATCH = sympy.Symbol("batch", integer=True, positive=True)
+LENGTH = sympy.Symbol("length", integer=True, positive=True)  # the one length that an export without a cache knows
+
+_numbers = itertools.count()
+
+
+def symbol(name: str) -> sympy.Symbol:
+    """Return the positive whole number called `name`; the same name is the same number."""
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+def unknown(why: str) -> sympy.Symbol:
+    """Return a number that nothing is known about, and that says in its name where knowledge ended."""
+    return sympy.Dummy(f"?{next(_numbers)}: {why}", integer=True, nonnegative=True)
+
+
+def is_known(dimension: Dimension) -> bool:
+    """Whether the dimension is built from the graph's own symbols only."""
+    return isinstance(dimension, int) or not dimension.atoms(sympy.Dummy)
+
+
+def plain(expression: sympy.Expr) -> Dimension:
+    """Return a whole number as an `int`, anything else as it is."""
+    return int(expression) if expression.is_Integer else expression
+
+
+@lru_cache(maxsize=None)
+def add(left: Dimension, right: Dimension) -> Dimension:
+    """left + right."""
+    return left + right if isinstance(left, int) and isinstance(right, int) else plain(sympy.expand(left + right))
+
+
+@lru_cache(maxsize=None)
+def multiply(left: Dimension, right: Dimension) -> Dimension:
+    """left * right."""
+    return left * right if isinstance(left, int) and isinstance(right, int) else plain(sympy.expand(left * right))
+
+
+def subtract(left: Dimension, right: Dimension) -> Dimension:
+    """left - right."""
+    return add(left, multiply(-1, right))
+
+
+@lru_cache(maxsize=None)
+def exact_quotient(numerator: Dimension, denominator: Dimension) -> Dimension | None:
+    """numerator / denominator where that is a whole number whatever the symbols are, else None."""
+    if denominator == 0:
+        return None
+    if isinstance(numerator, int) and isinstance(denominator, int):
+        return numerator // denominator if numerator % denominator == 0 else None
+    quotient = sympy.cancel(sympy.sympify(numerator) / denominator)
+    polynomial, divisor = sympy.fraction(sympy.together(quotient))
+    return plain(sympy.expand(polynomial)) if divisor == 1 else None
+
+
+@lru_cache(maxsize=None)
+def floor_quotient(numerator: Dimension, denominator: Dimension) -> Dimension:
+    """numerator // denominator, rounded down."""
+    if isinstance(numerator, int) and isinstance(denominator, int):
+        return numerator // denominator
+    exact = exact_quotient(numerator, denominator)
+    return exact if exact is not None else plain(sympy.floor(sympy.sympify(numerator) / denominator))
+
+
+@lru_cache(maxsize=None)
+def minimum(left: Dimension, right: Dimension) -> Dimension:
+    """The smaller of two."""
+    return plain(sympy.Min(left, right))
+
+
+@lru_cache(maxsize=None)
+def maximum(left: Dimension, right: Dimension) -> Dimension:
+    """The larger of two."""
+    return plain(sympy.Max(left, right))
+
+
+@lru_cache(maxsize=None)
+def is_equal(left: Dimension, right: Dimension) -> bool | None:
+    """Whether two numbers are equal whatever the symbols are; None where it depends."""
+    if left is right:
+        return True
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    answer: bool | None = sympy.expand(left - right).is_zero
+    return answer
+
+
+@lru_cache(maxsize=None)
+def is_less(left: Dimension, right: Dimension) -> bool | None:
+    """Whether left < right whatever the symbols are; None where it depends."""
+    if isinstance(left, int) and isinstance(right, int):
+        return left < right
+    answer: bool | None = sympy.expand(right - left).is_positive
+    if answer is None and sympy.expand(right - left).is_nonpositive:
+        return False
+    return answer
+
+
+def product(dimensions: Iterable[Dimension]) -> Dimension:
+    """The product of all; 1 of none."""
+    result: Dimension = 1
+    for dimension in dimensions:
+        result = multiply(result, dimension)
+    return result
+
+
+@lru_cache(maxsize=None)
+def substitute(dimension: Dimension, replacements: tuple[tuple[sympy.Symbol, Dimension], ...]) -> Dimension:
+    """The dimension with symbols replaced by numbers or other expressions, all at once."""
+    if isinstance(dimension, int):
+        return dimension
+    return plain(sympy.expand(dimension.subs(dict(replacements), simultaneous=True)))
+
+
+@lru_cache(maxsize=None)
+def broadcast(left: Dimension, right: Dimension) -> Dimension:
+    """The dimension of an axis on which two tensors are broadcast against each other.
+
+    Source: ONNX, Multidirectional Broadcasting. Where neither is 1 they must be equal at run time, so the plainer one is
+    taken: a whole number before an expression, a known one before an unknown one.
+    """
+    if left == 1 or left is right:
+        return right
+    if right == 1 or isinstance(left, int):
+        return left
+    if isinstance(right, int):
+        return right
+    return left if is_known(left) or not is_known(right) else right

@@ -1,0 +1,61 @@
+"""Operators that hold a whole attention: `Attention`, `MultiHeadAttention`, `GroupQueryAttention`."""
+
+from __future__ import annotations
+
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.dimension import Dimension
+from kvsurgeon.shapes.fact import Call, Fact
+
+
+def attention(call: Call) -> list[Fact]:
+    """`Attention` of opset 23 and later; of com.microsoft where the domain says so."""
+    if call.node.domain == "com.microsoft":
+        return _packed_attention(call)
+    query, key, value = (call.fact(index) for index in range(3))
+    outputs = [Fact(None, query.dtype)] * len(call.node.outputs)
+    if query.shape is None or key.shape is None or value.shape is None:
+        return outputs
+    if len(query.shape) == 4:
+        outputs[0] = Fact((*query.shape[:3], value.shape[3]), query.dtype)
+    else:
+        width = dim.exact_quotient(value.shape[2], call.integer("kv_num_heads", 1))
+        heads = call.integer("q_num_heads", 1)
+        outputs[0] = Fact((*query.shape[:2], call.lost() if width is None else dim.multiply(heads, width)), query.dtype)
+    return outputs
+
+
+def _packed_attention(call: Call) -> list[Fact]:
+    hidden, weights = call.fact(0), call.fact(1)
+    outputs = [Fact(None, hidden.dtype)] * len(call.node.outputs)
+    if hidden.shape is None or weights.shape is None:
+        return outputs
+    sizes = call.attribute("qkv_hidden_sizes")
+    width: Dimension | None = sizes[2] if sizes else dim.exact_quotient(weights.shape[1], 3)
+    outputs[0] = Fact((*hidden.shape[:2], call.lost() if width is None else width), hidden.dtype)
+    return outputs
+
+
+def multi_head_attention(call: Call) -> list[Fact]:
+    """`MultiHeadAttention` of com.microsoft: [batch, sequence, hidden]."""
+    query, value = call.fact(0), call.given(2) or call.fact(0)
+    outputs = [Fact(None, query.dtype)] * len(call.node.outputs)
+    if query.shape is not None and value.shape is not None and len(query.shape) == 3:
+        heads = call.integer("num_heads", 1)
+        width = dim.multiply(value.shape[1], value.shape[3]) if len(value.shape) == 4 else value.shape[2]
+        outputs[0] = Fact((*query.shape[:2], width if heads else call.lost()), query.dtype)
+    return outputs
+
+
+def group_query_attention(call: Call) -> list[Fact]:
+    """`GroupQueryAttention` of com.microsoft: the query's shape, or the query's part of a packed one."""
+    query = call.fact(0)
+    outputs = [Fact(None, query.dtype)] * len(call.node.outputs)
+    if query.shape is None or len(query.shape) != 3:
+        return outputs
+    width: Dimension = query.shape[2]
+    if call.given(1) is None:
+        heads, kv_heads = call.integer("num_heads", 1), call.integer("kv_num_heads", 1)
+        head_dim = dim.exact_quotient(width, heads + 2 * kv_heads)
+        width = call.lost() if head_dim is None else dim.multiply(heads, head_dim)
+    outputs[0] = Fact((*query.shape[:2], width), query.dtype)
+    return outputs

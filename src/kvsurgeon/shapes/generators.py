@@ -1,0 +1,96 @@
+"""Operators that make tensors out of shapes and lengths."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.dimension import Dimension
+from kvsurgeon.shapes.fact import WIDEST_VALUE, Call, Fact, axis_of, known
+
+INT64 = ir.DataType.INT64
+
+
+def shape(call: Call) -> Fact:
+    """`Shape`: the dimensions as numbers, from `start` to `end`."""
+    sizes = call.fact(0).shape
+    if sizes is None:
+        return Fact((call.lost("rank"),), INT64)
+    end = call.attribute("end")
+    return known(np.array(sizes, dtype=object)[call.integer("start", 0) : end], INT64)
+
+
+def size(call: Call) -> Fact:
+    """`Size`: the number of elements."""
+    sizes = call.fact(0).shape
+    return Fact((), INT64) if sizes is None else known(np.array(dim.product(sizes), dtype=object), INT64)
+
+
+def constant_of_shape(call: Call) -> Fact:
+    """`ConstantOfShape`: one number everywhere."""
+    target = call.numbers(0)
+    filler = call.attribute("value")
+    dtype = ir.DataType.FLOAT if filler is None else filler.dtype
+    number = 0.0 if filler is None else filler.numpy().reshape(-1)[0].item()
+    if target is None:
+        length = call.fact(0).shape
+        rank = length[0] if length and isinstance(length[0], int) else None
+        return Fact(None if rank is None else tuple(call.lost() for _ in range(rank)), dtype)
+    value = None
+    if all(isinstance(extent, int) for extent in target):
+        extents = [int(extent) for extent in target]
+        if np.prod(extents, dtype=int) <= WIDEST_VALUE:
+            value = np.full(extents, number, dtype=object)
+    return Fact(tuple(target), dtype, value)
+
+
+def range_(call: Call) -> Fact:
+    """`Range`: as many numbers as fit between start and limit."""
+    dtype = call.fact(0).dtype
+    ends = [call.numbers(index) for index in range(3)]
+    if any(end is None for end in ends):
+        return Fact((call.lost(),), dtype)
+    start, limit, delta = (end[0] for end in ends if end is not None)
+    if all(isinstance(number, (int, float)) for number in (start, limit, delta)):
+        count = int(np.ceil((limit - start) / delta)) if delta else 0
+        if count <= WIDEST_VALUE:
+            return known(np.array([start + delta * i for i in range(max(count, 0))], dtype=object), dtype)
+        return Fact((count,), dtype)
+    extent = dim.subtract(limit, start)
+    if delta == -1:
+        extent = dim.multiply(-1, extent)
+    elif delta != 1:
+        extent = dim.floor_quotient(dim.add(extent, dim.subtract(delta, 1)), delta)
+    return Fact((extent,), dtype)
+
+
+def one_hot(call: Call) -> Fact:
+    """`OneHot`: a new axis as deep as `depth`."""
+    indices, depth = call.fact(0), call.numbers(1)
+    if indices.shape is None:
+        return Fact(None, call.fact(2).dtype)
+    axis = axis_of(call.integer("axis", -1), len(indices.shape) + 1)
+    extent: Dimension = call.lost() if depth is None else _whole(depth[0])
+    return Fact((*indices.shape[:axis], extent, *indices.shape[axis:]), call.fact(2).dtype)
+
+
+def _whole(number: Dimension | float) -> Dimension:
+    return int(number) if isinstance(number, float) else number
+
+
+def eye_like(call: Call) -> Fact:
+    """`EyeLike`: a matrix of the input's shape."""
+    declared = call.attribute("dtype")
+    return Fact(call.fact(0).shape, call.fact(0).dtype if declared is None else ir.DataType(declared))
+
+
+def non_zero(call: Call) -> Fact:
+    """`NonZero`: a column for each place that is not zero, as many as the data says."""
+    rank = call.fact(0).rank
+    return Fact((call.lost("rank") if rank is None else rank, call.lost("count")), INT64)
+
+
+def random_like(call: Call) -> Fact:
+    """`RandomNormalLike` and its kin: the input's shape."""
+    return Fact(call.fact(0).shape, call.fact(0).dtype)

@@ -1,0 +1,333 @@
+"""Operators that move elements without computing: reshaping, picking, joining."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.dimension import Dimension
+from kvsurgeon.shapes.fact import NOTHING, WIDEST_VALUE, Call, Fact, axis_of
+
+FAR = 2**31 - 1  # exporters write "to the end" as a bound of at least this
+
+
+def _concrete(numbers: Sequence[Dimension] | None) -> list[int] | None:
+    if numbers is None or not all(isinstance(number, (int, np.integer)) for number in numbers):
+        return None
+    return [int(number) for number in numbers]
+
+
+def reshape(call: Call) -> Fact:
+    """`Reshape`: 0 keeps the input's dimension, -1 takes what is left over."""
+    operand, target = call.fact(0), call.numbers(1)
+    if target is None and call.integers("shape") is not None:  # opset 1
+        target = call.integers("shape")
+    if target is None:
+        length = call.fact(1).shape
+        rank = length[0] if length and isinstance(length[0], int) else None
+        shape = None if rank is None else tuple(call.lost() for _ in range(rank))
+        return Fact(shape, operand.dtype)
+    sizes = list(target)
+    if not call.integer("allowzero", 0):
+        for axis, size in enumerate(sizes):
+            if size == 0:
+                sizes[axis] = operand.shape[axis] if operand.shape is not None else call.lost()
+    if any(size == -1 for size in sizes):
+        _infer_rest(call, operand, sizes)
+    shape = tuple(sizes)
+    value = None
+    if operand.value is not None and (concrete := _concrete(shape)) is not None:
+        value = operand.value.reshape(concrete)
+    return Fact(shape, operand.dtype, value)
+
+
+def _infer_rest(call: Call, operand: Fact, sizes: list[Dimension]) -> None:
+    place = next(axis for axis, size in enumerate(sizes) if size == -1)
+    others = dim.product(size for axis, size in enumerate(sizes) if axis != place)
+    rest = None if operand.shape is None else dim.exact_quotient(dim.product(operand.shape), others)
+    sizes[place] = call.lost() if rest is None else rest
+
+
+def flatten(call: Call) -> Fact:
+    """`Flatten`: two axes, cut at `axis`."""
+    operand = call.fact(0)
+    if operand.shape is None:
+        return Fact((call.lost(), call.lost()), operand.dtype)
+    axis = call.integer("axis", 1)
+    axis = axis_of(axis, len(operand.shape))
+    return Fact((dim.product(operand.shape[:axis]), dim.product(operand.shape[axis:])), operand.dtype)
+
+
+def transpose(call: Call) -> Fact:
+    """`Transpose`: axes in the order of `perm`, reversed without one."""
+    operand = call.fact(0)
+    if operand.shape is None:
+        return Fact(None, operand.dtype)
+    order = call.attribute("perm") or tuple(reversed(range(len(operand.shape))))
+    value = None if operand.value is None else operand.value.transpose(order)
+    return Fact(tuple(operand.shape[axis] for axis in order), operand.dtype, value)
+
+
+def unsqueeze(call: Call) -> Fact:
+    """`Unsqueeze`: axes of size 1 where `axes` says, counted in the result."""
+    operand, axes = call.fact(0), _concrete(call.integers("axes", 1))
+    if operand.shape is None or axes is None:
+        return Fact(None, operand.dtype)
+    rank = len(operand.shape) + len(axes)
+    new = {axis_of(axis, rank) for axis in axes}
+    old = iter(operand.shape)
+    shape = tuple(1 if axis in new else next(old) for axis in range(rank))
+    value = None if operand.value is None else np.expand_dims(operand.value, tuple(sorted(new)))
+    return Fact(shape, operand.dtype, value)
+
+
+def squeeze(call: Call) -> Fact:
+    """`Squeeze`: axes of size 1 are gone."""
+    operand, axes = call.fact(0), _concrete(call.integers("axes", 1))
+    if operand.shape is None or (axes is None and call.given(1) is not None):
+        return Fact(None, operand.dtype)
+    rank = len(operand.shape)
+    if axes is None:
+        gone = {axis for axis, size in enumerate(operand.shape) if size == 1}
+    else:
+        gone = {axis_of(axis, rank) for axis in axes}
+    shape = tuple(size for axis, size in enumerate(operand.shape) if axis not in gone)
+    value = None
+    if operand.value is not None:
+        value = operand.value.reshape([size for axis, size in enumerate(operand.value.shape) if axis not in gone])
+    return Fact(shape, operand.dtype, value)
+
+
+def expand(call: Call) -> Fact:
+    """`Expand`: broadcast against a shape."""
+    operand, target = call.fact(0), call.numbers(1)
+    if operand.shape is None:
+        return Fact(None, operand.dtype)
+    if target is None:
+        length = call.fact(1).shape
+        if not length or not isinstance(length[0], int):
+            return Fact(None, operand.dtype)
+        target = tuple(call.lost() for _ in range(length[0]))
+    rank = max(len(target), len(operand.shape))
+    left = (1,) * (rank - len(operand.shape)) + operand.shape
+    right = (1,) * (rank - len(target)) + tuple(target)
+    shape = tuple(dim.broadcast(a, b) for a, b in zip(left, right, strict=True))
+    value = None
+    concrete = _concrete(shape)
+    if operand.value is not None and concrete is not None and np.prod(concrete, dtype=int) <= WIDEST_VALUE:
+        value = np.broadcast_to(operand.value, concrete)
+    return Fact(shape, operand.dtype, value)
+
+
+def tile(call: Call) -> Fact:
+    """`Tile`: each axis so many times over."""
+    operand, repeats = call.fact(0), call.numbers(1)
+    if operand.shape is None or repeats is None:
+        return Fact(None if operand.shape is None else tuple(call.lost() for _ in operand.shape), operand.dtype)
+    shape = tuple(dim.multiply(size, times) for size, times in zip(operand.shape, repeats, strict=True))
+    concrete = _concrete(repeats)
+    value = np.tile(operand.value, concrete) if operand.value is not None and concrete is not None else None
+    return Fact(shape, operand.dtype, value)
+
+
+def concat(call: Call) -> Fact:
+    """`Concat`: joined along one axis."""
+    operands = [operand for operand in call.inputs if operand is not None]
+    shapes = [operand.shape for operand in operands]
+    dtype = operands[0].dtype
+    ranked = next((shape for shape in shapes if shape is not None), None)
+    if ranked is None:
+        return Fact(None, dtype)
+    axis = axis_of(call.integer("axis", 0), len(ranked))
+    sizes = list(ranked)
+    for place in range(len(sizes)):
+        known = [shape[place] for shape in shapes if shape is not None]
+        sizes[place] = next((size for size in known if isinstance(size, int)), known[0])
+    total: Dimension = 0
+    for shape in shapes:
+        total = dim.add(total, shape[axis] if shape is not None else call.lost())
+    sizes[axis] = total
+    value = None
+    if all(operand.value is not None for operand in operands):
+        value = np.concatenate([operand.value for operand in operands if operand.value is not None], axis=axis)
+    return Fact(tuple(sizes), dtype, value)
+
+
+def split(call: Call) -> list[Fact]:
+    """`Split`: parts along one axis, equal ones where no sizes are given."""
+    operand, count = call.fact(0), len(call.node.outputs)
+    if operand.shape is None:
+        return [Fact(None, operand.dtype)] * count
+    axis = axis_of(call.integer("axis", 0), len(operand.shape))
+    sizes = call.integers("split", 1)
+    if sizes is None:
+        sizes = _equal_parts(call, operand.shape[axis], count)
+    bounds = [0]
+    for size in sizes:
+        bounds.append(bounds[-1] + size if isinstance(size, int) else bounds[-1])
+    parts = []
+    for index, size in enumerate(sizes):
+        shape = (*operand.shape[:axis], size, *operand.shape[axis + 1 :])
+        value = None
+        if operand.value is not None and isinstance(size, int):
+            value = np.take(operand.value, range(bounds[index], bounds[index + 1]), axis=axis)
+        parts.append(Fact(shape, operand.dtype, value))
+    return parts
+
+
+def _equal_parts(call: Call, size: Dimension, count: int) -> tuple[Dimension, ...]:
+    if call.given(1) is not None:
+        return tuple(call.lost() for _ in range(count))
+    if isinstance(size, int):
+        part = -(-size // count)
+        return (*(part for _ in range(count - 1)), size - part * (count - 1))
+    part = dim.exact_quotient(size, count)
+    return tuple(call.lost() if part is None else part for _ in range(count))
+
+
+def slice_bounds(call: Call) -> tuple[list[int], list[Dimension], list[Dimension], list[int]] | None:
+    """Return axes, starts, ends and steps of a `Slice`; None where one is not known. Also for opset 1 to 9."""
+    starts, ends = call.integers("starts", 1), call.integers("ends", 2)
+    if starts is None or ends is None or call.fact(0).shape is None:
+        return None
+    rank = len(call.fact(0).shape or ())
+    axes = _concrete(call.integers("axes", 3)) if call.given(3) or call.attribute("axes") else list(range(len(starts)))
+    steps = _concrete(call.numbers(4)) if call.given(4) else [1] * len(starts)
+    if axes is None or steps is None:
+        return None
+    return [axis_of(axis, rank) for axis in axes], list(starts), list(ends), steps
+
+
+def _clamped(call: Call, bound: Dimension, size: Dimension) -> Dimension:
+    """A start or an end of a `Slice`, counted from the front and kept inside the axis."""
+    if isinstance(bound, int):
+        if bound >= FAR:
+            return size
+        if isinstance(size, int):
+            return max(0, min(bound + size if bound < 0 else bound, size))
+        if bound <= -FAR:
+            return 0
+        if bound < 0:
+            return dim.maximum(dim.add(size, bound), 0)
+        return dim.minimum(bound, size) if bound else 0
+    if dim.is_less(bound, 0):
+        bound = dim.add(size, bound)
+        if isinstance(bound, int):
+            return max(0, bound)
+    if dim.is_less(bound, size) or dim.is_equal(bound, size):
+        return bound
+    if dim.is_less(size, bound):
+        return size
+    if isinstance(size, int) and dim.is_known(bound):
+        call.bound(size)  # a table cut by length: it cannot serve more than it holds
+        return bound
+    return dim.minimum(bound, size)
+
+
+def slice_(call: Call) -> Fact:
+    """`Slice`: a range of each named axis."""
+    operand, bounds = call.fact(0), slice_bounds(call)
+    if operand.shape is None:
+        return Fact(None, operand.dtype)
+    sizes = list(operand.shape)
+    if bounds is None:
+        axes = _concrete(call.integers("axes", 3))
+        for axis in axes if axes is not None else range(len(sizes)):
+            sizes[axis] = call.lost()
+        return Fact(tuple(sizes), operand.dtype)
+    picks: list[slice] = [slice(None)] * len(sizes)
+    concrete = True
+    for axis, start, end, step in zip(*bounds, strict=True):
+        if step < 0:
+            sizes[axis] = sizes[axis] if step == -1 and _is_whole_reversal(start, end) else call.lost()
+            picks[axis] = slice(None, None, step)
+            concrete = concrete and step == -1
+            continue
+        first, last = _clamped(call, start, sizes[axis]), _clamped(call, end, sizes[axis])
+        extent = dim.subtract(last, first)
+        if step > 1:
+            extent = dim.floor_quotient(dim.add(extent, step - 1), step)
+        sizes[axis] = max(extent, 0) if isinstance(extent, int) else extent
+        if isinstance(first, int) and isinstance(last, int):
+            picks[axis] = slice(first, last, step)
+        else:
+            concrete = False
+    value = operand.value[tuple(picks)] if operand.value is not None and concrete else None
+    return Fact(tuple(sizes), operand.dtype, value)
+
+
+def _is_whole_reversal(start: Dimension, end: Dimension) -> bool:
+    return start == -1 and isinstance(end, int) and end <= -FAR
+
+
+def gather(call: Call) -> Fact:
+    """`Gather`: the indices' shape in place of one axis."""
+    table, indices = call.fact(0), call.fact(1)
+    if table.shape is None or indices.shape is None:
+        return Fact(None, table.dtype)
+    axis = axis_of(call.integer("axis", 0), len(table.shape))
+    shape = table.shape[:axis] + indices.shape + table.shape[axis + 1 :]
+    value = None
+    if table.value is not None and indices.value is not None and _concrete(indices.value.reshape(-1)) is not None:
+        index = indices.value.astype(np.int64)
+        value = np.asarray(np.take(table.value, index, axis=axis), dtype=object)
+    return Fact(shape, table.dtype, value)
+
+
+def gather_elements(call: Call) -> Fact:
+    """`GatherElements`: one element for each index."""
+    return Fact(call.fact(1).shape, call.fact(0).dtype)
+
+
+def gather_nd(call: Call) -> Fact:
+    """`GatherND`: the last axis of the indices addresses the data."""
+    data, indices = call.fact(0), call.fact(1)
+    if data.shape is None or indices.shape is None or not isinstance(indices.shape[-1], int):
+        return Fact(None, data.dtype)
+    batch_axes = call.integer("batch_dims", 0)
+    return Fact(indices.shape[:-1] + data.shape[batch_axes + indices.shape[-1] :], data.dtype)
+
+
+def pad(call: Call) -> Fact:
+    """`Pad`: each axis longer by what stands before and behind it."""
+    operand, pads = call.fact(0), call.integers("pads", 1)
+    if operand.shape is None:
+        return Fact(None, operand.dtype)
+    axes = _concrete(call.numbers(3)) if call.given(3) else list(range(len(operand.shape)))
+    if pads is None or axes is None:
+        return Fact(tuple(call.lost() for _ in operand.shape), operand.dtype)
+    sizes = list(operand.shape)
+    for place, axis in enumerate(axes):
+        sizes[axis] = dim.add(sizes[axis], dim.add(pads[place], pads[place + len(axes)]))
+    value = None
+    if operand.value is not None and operand.value.ndim == 1 and (ends := _concrete(pads)) is not None:
+        fill = call.fact(2).value
+        constant = 0 if fill is None else fill.reshape(-1)[0]
+        if min(ends) >= 0:
+            value = np.concatenate([np.full(ends[0], constant, object), operand.value, np.full(ends[1], constant, object)])
+    return Fact(tuple(sizes), operand.dtype, value)
+
+
+def scatter(call: Call) -> Fact:
+    """`ScatterND`, `ScatterElements`: the data with places overwritten."""
+    data, indices, updates = call.fact(0), call.fact(1), call.fact(2)
+    value = None
+    if (
+        call.node.op_type == "ScatterND"
+        and data.value is not None
+        and updates.value is not None
+        and indices.value is not None
+        and _concrete(indices.value.reshape(-1)) is not None
+    ):
+        value = data.value.copy()
+        for place in np.ndindex(indices.value.shape[:-1]):
+            value[tuple(int(index) for index in indices.value[place])] = updates.value[place]
+    return Fact(data.shape, data.dtype, value)
+
+
+def first_like(call: Call) -> Fact:
+    """The first input as it is."""
+    return call.given(0) or NOTHING
