@@ -1,0 +1,187 @@
+"""Operators along named axes of token data: allowed where the axis holds no tokens, or holds the keys of a query."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
+from kvsurgeon.sequence.elementwise import align, broadcast
+from kvsurgeon.sequence.flow import Step
+from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.dimension import Dimension
+from kvsurgeon.shapes.fact import axis_of
+from kvsurgeon.shapes.reduction import reduced_axes
+
+
+def forbid(step: Step, axes: Axes, along: Iterable[int]) -> None:
+    """Refuse an operator that works along an axis of the stream; along an open one it says that these are the keys."""
+    worked = set(along)
+    for axis in axes:
+        if axis.axis in worked and (axis.role.resolved() is Length.NEW or not axis.is_plain):
+            raise step.mixing(axis)
+
+
+def softmax(step: Step) -> list[Axes]:
+    """`Softmax` and its kin: along one axis, before opset 13 along all behind it."""
+    rank = len(step.shape(0))
+    old = step.call.opset < 13 and step.node.domain in ("", "ai.onnx")
+    axis = axis_of(step.call.integer("axis", 1 if old else -1), rank)
+    forbid(step, step.axes(0), range(axis, rank) if old else (axis,))
+    return [step.axes(0)] * len(step.node.outputs)
+
+
+def normalization(step: Step) -> list[Axes]:
+    """`LayerNormalization` and its kin: along all axes from `axis` on; further inputs are broadcast or added."""
+    rank = len(step.shape(0))
+    axis = axis_of(step.call.integer("axis", -1), rank)
+    forbid(step, step.axes(0), range(axis, rank))
+    axes = broadcast(step)[0]
+    return [axes] * len(step.node.outputs)
+
+
+def lp_normalization(step: Step) -> list[Axes]:
+    """`LpNormalization`: along one axis."""
+    axis = axis_of(step.call.integer("axis", -1), len(step.shape(0)))
+    forbid(step, step.axes(0), (axis,))
+    return [step.axes(0)]
+
+
+def reduce(step: Step) -> list[Axes]:
+    """`Reduce...`: along named axes."""
+    axes = reduced_axes(step.call)
+    if axes is None:
+        raise step.refusal("the axes that it reduces are unknown")
+    forbid(step, step.axes(0), axes)
+    return [_without(step.axes(0), axes, bool(step.call.integer("keepdims", 1)))]
+
+
+def arg_extreme(step: Step) -> list[Axes]:
+    """`ArgMax`, `ArgMin`: along one axis."""
+    axis = axis_of(step.call.integer("axis", 0), len(step.shape(0)))
+    forbid(step, step.axes(0), (axis,))
+    return [_without(step.axes(0), (axis,), bool(step.call.integer("keepdims", 1)))]
+
+
+def _without(axes: Axes, gone: tuple[int, ...], keep: bool) -> Axes:
+    left = [axis for axis in axes if axis.axis not in gone]
+    if keep:
+        return tuple(left)
+    return tuple(axis.at(axis.axis - sum(place < axis.axis for place in gone)) for axis in left)
+
+
+def top_k(step: Step) -> list[Axes]:
+    """`TopK`: along one axis."""
+    axis = axis_of(step.call.integer("axis", -1), len(step.shape(0)))
+    forbid(step, step.axes(0), (axis,))
+    return [step.axes(0)] * 2
+
+
+def cumulative_sum(step: Step) -> list[Axes]:
+    """`CumSum`: along one axis."""
+    axis = step.call.numbers(1)
+    if axis is None or not isinstance(axis[0], int):
+        raise step.refusal("the axis that it sums along is unknown")
+    forbid(step, step.axes(0), (axis_of(axis[0], len(step.shape(0))),))
+    return [step.axes(0)]
+
+
+def concat(step: Step) -> list[Axes]:
+    """`Concat`: along an axis without tokens, or of extra columns to the keys of a query (attention sinks)."""
+    rank = len(step.result_shape())
+    joined = axis_of(step.call.integer("axis", 0), rank)
+    found: dict[int, SequenceAxis] = {}
+    for index in step.tokens():
+        for axis in step.axes(index):
+            if axis.axis == joined:
+                if axis.role.resolved() is Length.NEW or not axis.is_plain:
+                    raise step.mixing(axis)
+                found.setdefault(joined, axis)
+            elif axis.axis in found:
+                step.meet(found[axis.axis], axis, index)
+            else:
+                found[axis.axis] = axis
+    for index in range(len(step.node.inputs)):
+        others = {axis: at for axis, at in found.items() if axis != joined}
+        if step.kind(index) is Kind.TOKEN:
+            _must_have(step, index, others)
+        else:
+            _demand_unsqueezed(step, index, others)
+    return [tuple(found[axis] for axis in sorted(found))]
+
+
+def _must_have(step: Step, index: int, found: dict[int, SequenceAxis]) -> None:
+    have = {axis.axis for axis in step.axes(index)}
+    for axis in found:
+        if axis not in have:
+            raise step.refusal("a tensor's tokens were lost sight of", at=step.node.inputs[index])
+
+
+def _demand_unsqueezed(step: Step, index: int, found: dict[int, SequenceAxis]) -> None:
+    """Context joined to tokens has the same axes, none of them broadcast."""
+    step.demand(index, tuple(found.values()))
+
+
+def pad(step: Step) -> list[Axes]:
+    """`Pad`: along axes without tokens."""
+    pads = step.call.integers("pads", 1)
+    rank = len(step.shape(0))
+    if pads is None:
+        raise step.refusal("what it pads by is unknown")
+    places = step.call.numbers(3) if step.call.given(3) else tuple(range(rank))
+    if places is None:
+        raise step.refusal("the axes that it pads are unknown")
+    padded = [axis_of(int(axis), rank) for place, axis in enumerate(places)
+              if pads[place] != 0 or pads[place + len(places)] != 0]  # fmt: skip
+    forbid(step, step.axes(0), padded)
+    return [step.axes(0)]
+
+
+def convolution(step: Step) -> list[Axes]:
+    """`Conv` on [batch, channels, positions...]: position by position where the kernel is one wide."""
+    weights = step.shape(1)
+    axes = step.axes(0)
+    moved = [axis for axis in range(2, len(step.shape(0))) if weights[axis] != 1]
+    strides, pads = step.call.attribute("strides") or (), step.call.attribute("pads") or ()
+    plain = all(stride == 1 for stride in strides) and not any(pads) and not moved
+    for axis in axes:
+        if axis.axis == 1 or (axis.axis >= 2 and not (plain or weights[axis.axis] == 1 and plain)):
+            raise step.mixing(axis)
+    if step.kind(1) is not Kind.CONSTANT:
+        raise step.refusal("its kernel is no constant")
+    return [axes]
+
+
+def rotary(step: Step) -> list[Axes]:
+    """`RotaryEmbedding`: tokens stay; the tables are aligned with the sequence axis of the input."""
+    axes = step.axes(0)
+    rank = len(step.shape(0))
+    microsoft = step.node.domain == "com.microsoft"
+    positions, tables = (1, (2, 3)) if microsoft else (3, (1, 2))
+    sequence = next((axis for axis in axes if axis.axis == (2 if rank == 4 else 1)), None)
+    if sequence is None or not sequence.is_plain or len(axes) > 1:
+        raise step.refusal("its input does not hold the tokens where the operator expects them")
+    for index in (positions, *tables):
+        if index >= len(step.node.inputs) or step.node.inputs[index] is None or step.kind(index) is Kind.TOKEN:
+            continue
+        shape = step.shape(index)
+        if index == positions and len(shape) < 2:
+            raise step.refusal(
+                "its positions are one number for the whole call",
+                hint="export with positions for each token",
+            )
+        if index == positions or len(shape) == 3:
+            align(step, index, {1: sequence.at(1)}, len(shape))
+    return [axes]
+
+
+def dynamic_quantize(step: Step) -> list[Axes]:
+    """`DynamicQuantizeLinear`: its range is that of all tokens in a call, so parity holds up to rounding only."""
+    step.assume("dynamic quantisation: ranges are taken over the tokens of one call")
+    step.flow.per_call.update(step.node.outputs)
+    return [step.axes(0), (), ()]
+
+
+def sizes_equal(left: Dimension, right: Dimension) -> bool:
+    """Whether two dimensions are surely equal."""
+    return dim.is_equal(left, right) is True

@@ -1,0 +1,118 @@
+"""Sequence axes: where in a tensor the tokens lie, and which of the two lengths an axis will have.
+
+An axis may hold more than the tokens: [batch * length, hidden] has `outer = batch`, [batch, length * heads, head_dim] has
+`inner = heads`. Row-major order makes that enough to follow tokens through any reshape: what lies to the left and to the
+right of them stays the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.dimension import Dimension
+
+
+class Length(Enum):
+    """The two lengths of a cached decoder."""
+
+    NEW = "sequence_length"  # S: the tokens given now
+    TOTAL = "total_sequence_length"  # T = P + S: all tokens so far
+
+
+@dataclass(eq=False, slots=True)
+class Role:
+    """Which length a set of axes has; axes that must agree share a role (union-find).
+
+    The stream of tokens has the new length. Where two sequence axes meet in one tensor each of them gets an open role,
+    and the product that sums one of them away tells which is the keys'.
+    """
+
+    length: Length | None = None
+    at: str = ""  # the value at which the role arose
+    bias: bool = False  # arose where context brought an axis of its own
+    parent: Role | None = None
+    only_if_new: list[str] = field(default_factory=list)  # values that are right only if the role becomes NEW
+
+    def root(self) -> Role:
+        """The role that stands for all that agree with this one."""
+        role = self
+        while role.parent is not None:
+            role = role.parent
+        return role
+
+    def resolved(self) -> Length | None:
+        """The length, where it is decided."""
+        return self.root().length
+
+    def agree(self, other: Role) -> bool:
+        """Make two roles one; False where they are decided and differ."""
+        mine, theirs = self.root(), other.root()
+        if mine is theirs:
+            return True
+        if mine.length is not None and theirs.length is not None:
+            return mine.length is theirs.length
+        if mine.length is None and (theirs.length is not None or mine.bias):
+            mine, theirs = theirs, mine
+        theirs.parent = mine
+        mine.only_if_new += theirs.only_if_new
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceAxis:
+    """One axis that holds tokens: its size is outer * length * inner."""
+
+    axis: int
+    role: Role
+    outer: Dimension = 1
+    inner: Dimension = 1
+
+    def at(self, axis: int) -> SequenceAxis:
+        """The same tokens on another axis."""
+        return self if axis == self.axis else replace(self, axis=axis)
+
+    def with_role(self, role: Role) -> SequenceAxis:
+        """The same axis in another role."""
+        return replace(self, role=role)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the axis holds the tokens and nothing else."""
+        return self.outer == 1 and self.inner == 1
+
+
+Axes = tuple[SequenceAxis, ...]
+
+
+def follow_reshape(
+    axes: Axes, before: tuple[Dimension, ...], after: tuple[Dimension, ...], length: Dimension
+) -> Axes | None:
+    """Return where the tokens lie after a row-major reshape; None where an axis would be cut in two."""
+    result = []
+    for axis in axes:
+        left = dim.multiply(dim.product(before[: axis.axis]), axis.outer)
+        right = dim.multiply(axis.inner, dim.product(before[axis.axis + 1 :]))
+        found = _place(axis, left, right, after, length)
+        if found is None:
+            return None
+        result.append(found)
+    if len({axis.axis for axis in result}) < len(result):
+        return None
+    return tuple(result)
+
+
+def _place(
+    axis: SequenceAxis, left: Dimension, right: Dimension, after: tuple[Dimension, ...], length: Dimension
+) -> SequenceAxis | None:
+    before_place: Dimension = 1
+    for place, size in enumerate(after):
+        after_place = dim.product(after[place + 1 :])
+        outer, inner = dim.exact_quotient(left, before_place), dim.exact_quotient(right, after_place)
+        if outer is not None and inner is not None and size != 1:
+            whole = dim.multiply(dim.multiply(outer, inner), length)
+            if dim.is_equal(whole, size):
+                return SequenceAxis(place, axis.role, outer, inner)
+        before_place = dim.multiply(before_place, size)
+    return None

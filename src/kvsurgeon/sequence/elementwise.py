@@ -1,0 +1,87 @@
+"""Broadcasting operators on token data: tokens meet tokens of the same place, context is aligned with them."""
+
+from __future__ import annotations
+
+from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
+from kvsurgeon.sequence.flow import ScoreProduct, Step
+from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.shapes.dimension import Dimension
+
+
+def keep(step: Step) -> list[Axes]:
+    """One tensor, element by element: the tokens stay where they are."""
+    axes = step.axes(0)
+    if step.kind(0) is not Kind.TOKEN:
+        return broadcast(step)
+    return [axes] * len(step.node.outputs)
+
+
+def broadcast(step: Step) -> list[Axes]:
+    """Several tensors, broadcast against each other."""
+    rank = len(step.result_shape())
+    found: dict[int, SequenceAxis] = {}
+    owner: dict[int, int] = {}
+    for index in step.tokens():
+        shift = rank - len(step.shape(index))
+        for axis in step.axes(index):
+            here = axis.at(axis.axis + shift)
+            if here.axis in found:
+                step.meet(found[here.axis], here, index)
+                if found[here.axis].role.resolved() is Length.NEW and here.role.resolved() is None:
+                    found[here.axis] = here
+            else:
+                found[here.axis], owner[here.axis] = here, index
+    _cross(step, found, owner)
+    for index in range(len(step.node.inputs)):
+        if step.node.inputs[index] is not None:
+            align(step, index, found, rank)
+    return [tuple(found[axis] for axis in sorted(found))] * len(step.node.outputs)
+
+
+def _cross(step: Step, found: dict[int, SequenceAxis], owner: dict[int, int]) -> None:
+    """Two axes of the stream side by side: queries and keys meet, element by element."""
+    stream = [axis for axis, at in found.items() if at.role.resolved() is Length.NEW]
+    if len(stream) < 2:
+        return
+    first, second, *more = sorted(stream)
+    if more or owner[first] == owner[second] or len(step.tokens()) != 2:
+        raise step.mixing()
+    name = step.node.outputs[0].name or ""
+    left, right = Role(at=name), Role(at=name)
+    step.flow.scores.append(
+        ScoreProduct(node=step.node, left=owner[first], right=owner[second], left_role=left, right_role=right)
+    )
+    step.flow.operands[step.node, owner[first]] = left
+    step.flow.operands[step.node, owner[second]] = right
+    found[first], found[second] = found[first].with_role(left), found[second].with_role(right)
+
+
+def align(step: Step, index: int, found: dict[int, SequenceAxis], rank: int) -> None:
+    """Demand of an input what the result's sequence axes ask of it; it may bring an axis of its own."""
+    shape = step.shape(index)
+    shift = rank - len(shape)
+    token = step.kind(index) is Kind.TOKEN
+    own = {axis.axis + shift for axis in step.axes(index)} if token else set()
+    wanted: list[SequenceAxis] = []
+    for place, size in enumerate(shape):
+        axis = place + shift
+        if size == 1 or axis in own:
+            continue
+        if axis in found:
+            if token:
+                raise step.refusal("a tensor's tokens were lost sight of", at=step.node.inputs[index])
+            wanted.append(found[axis].at(place))
+        elif step.holds_length(size):
+            if token:
+                raise step.refusal("a tensor's tokens were lost sight of", at=step.node.inputs[index])
+            found[axis] = brought(step, axis, size)
+            wanted.append(found[axis].at(place))
+    if not token:
+        step.demand(index, tuple(wanted))
+
+
+def brought(step: Step, axis: int, size: Dimension) -> SequenceAxis:
+    """An axis of length that context brings to token data: relative positions, for one."""
+    if size is not step.flow.length:
+        raise step.refusal("context brings an axis of another length", found=str(size))
+    return SequenceAxis(axis, Role(at=step.node.outputs[0].name or "", bias=True))

@@ -1,0 +1,175 @@
+"""What is learnt while tokens are followed through a graph, and how one node is looked at while that happens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+import sympy
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
+from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.dimension import LENGTH, Dimension
+from kvsurgeon.shapes.fact import Call, Fact
+from kvsurgeon.shapes.inference import Shapes
+
+Place = tuple[ir.Node, int]  # a node and the index of one of its inputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreProduct:
+    """Where two sequence axes meet: queries and keys, which is which being told by the context product."""
+
+    node: ir.Node
+    left: int  # indices of the node's inputs
+    right: int
+    left_role: Role
+    right_role: Role
+
+    def key_index(self) -> int:
+        """Index of the input that holds the keys."""
+        return self.left if self.left_role.resolved() is Length.TOTAL else self.right
+
+    def query_index(self) -> int:
+        """Index of the input that holds the queries."""
+        return self.right if self.left_role.resolved() is Length.TOTAL else self.left
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextProduct:
+    """Where the keys' axis of the weights is summed against the values."""
+
+    node: ir.Node
+    weights: int
+    value: int
+    role: Role  # of the keys' axis
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedAttention:
+    """One operator that holds a whole attention, with the indices of its inputs."""
+
+    node: ir.Node
+    query: int
+    key: int
+    value: int
+    mask: int | None
+    causal: bool
+    layout: tuple[str, ...]  # of key and value
+
+
+@dataclass(kw_only=True)
+class Flow:
+    """What was learnt about token data."""
+
+    shapes: Shapes
+    kinds: dict[ir.Value, Kind]
+    length: Dimension
+    stream: Role = field(default_factory=lambda: Role(Length.NEW, "the tokens"))
+    axes: dict[ir.Value, Axes] = field(default_factory=dict)
+    demands: dict[Place, Axes] = field(default_factory=dict)  # where context meets tokens: its axes, in their roles
+    operands: dict[Place, Role] = field(default_factory=dict)  # token inputs whose tokens stand in another role
+    targets: dict[ir.Node, int] = field(default_factory=dict)  # nodes whose result's shape is given by that input
+    parameters: dict[Place, Role] = field(default_factory=dict)  # bounds in which the length counts in this role
+    scores: list[ScoreProduct] = field(default_factory=list)
+    products: list[ContextProduct] = field(default_factory=list)
+    fused: list[FusedAttention] = field(default_factory=list)
+    assumed: dict[str, str] = field(default_factory=dict)  # what could not be proved, and where first
+    per_call: set[ir.Value] = field(default_factory=set)  # made with ranges over all tokens of a call
+
+
+@dataclass(slots=True)
+class Step:
+    """One node on the tokens' way."""
+
+    flow: Flow
+    call: Call
+    results: tuple[Fact, ...]
+
+    @property
+    def node(self) -> ir.Node:
+        """The node itself."""
+        return self.call.node
+
+    def kind(self, index: int) -> Kind:
+        """The kind of an input; a missing one is constant."""
+        value = self.node.inputs[index] if index < len(self.node.inputs) else None
+        return Kind.CONSTANT if value is None else self.flow.kinds.get(value, Kind.CONSTANT)
+
+    def axes(self, index: int) -> Axes:
+        """The sequence axes of an input."""
+        value = self.node.inputs[index] if index < len(self.node.inputs) else None
+        return () if value is None else self.flow.axes.get(value, ())
+
+    def shape(self, index: int) -> tuple[Dimension, ...]:
+        """The shape of an input."""
+        shape = self.call.fact(index).shape
+        if shape is None:
+            raise self.refusal("a tensor's rank is unknown", at=self.node.inputs[index])
+        return shape
+
+    def result_shape(self, index: int = 0) -> tuple[Dimension, ...]:
+        """The shape of an output."""
+        shape = self.results[index].shape
+        if shape is None:
+            raise self.refusal("a tensor's rank is unknown")
+        return shape
+
+    def tokens(self) -> list[int]:
+        """Indices of the inputs that are token data."""
+        return [index for index in range(len(self.node.inputs)) if self.kind(index) is Kind.TOKEN]
+
+    def demand(self, index: int, axes: Axes) -> None:
+        """Note that an input which is not token data has these axes in these roles."""
+        if axes:
+            self.flow.demands[self.node, index] = tuple(sorted(axes, key=lambda axis: axis.axis))
+
+    def parameter(self, indices: tuple[int, ...], role: Role) -> None:
+        """Note that a length in these inputs is that of a role."""
+        for index in indices:
+            numbers = self.call.numbers(index)
+            if numbers is not None and any(self.holds_length(number) for number in numbers):
+                self.flow.parameters[self.node, index] = role
+
+    def holds_length(self, size: Dimension) -> bool:
+        """Whether a dimension varies with the number of tokens."""
+        return isinstance(size, sympy.Expr) and LENGTH in size.free_symbols
+
+    def assume(self, what: str) -> None:
+        """Note something that could not be proved."""
+        self.flow.assumed.setdefault(what, self.node.outputs[0].name or "")
+
+    def refusal(self, reason: str, *, at: ir.Value | None = None, **details: str) -> Refused:
+        """An error about this node."""
+        name = (at or self.node.outputs[0]).name
+        return Refused(f"{self.node.op_type}: {reason}", at=name, **details)
+
+    def mixing(self, axis: SequenceAxis | None = None) -> Refused:
+        """An error: this node lets a token see others."""
+        del axis
+        return Refused(
+            f"{self.node.op_type} mixes tokens along the sequence outside attention, so a KV cache alone cannot carry it",
+            at=self.node.outputs[0].name,
+            hint="the state of this operator would have to be remembered too",
+        )
+
+    def meet(self, mine: SequenceAxis, theirs: SequenceAxis, index: int) -> None:
+        """Align two sequence axes of token data; `index` is the input that `theirs` belongs to."""
+        same = dim.is_equal(mine.outer, theirs.outer) and dim.is_equal(mine.inner, theirs.inner)
+        if not same:
+            raise self.refusal("two tensors hold the tokens in different places", at=self.node.inputs[index])
+        open_role, stream = mine.role.root(), theirs.role.root()
+        if open_role.length is Length.NEW and stream.length is None:
+            open_role, stream = stream, open_role
+        if open_role.length is None and stream.length is Length.NEW and not open_role.bias:
+            open_role.only_if_new.append(self.node.inputs[index].name or "" if self.node.inputs[index] else "")
+            return
+        if not open_role.agree(stream):
+            raise self.refusal("queries and keys are added to each other", at=self.node.inputs[index])
+
+
+def plain_product(sizes: tuple[Dimension, ...], without: frozenset[int]) -> Dimension:
+    """The product of all dimensions but some."""
+    return dim.product(size for axis, size in enumerate(sizes) if axis not in without)

@@ -1,0 +1,134 @@
+"""Follow the tokens through a graph: every operator on token data must keep them apart, except attention.
+
+This is the proof that every other operator is position-wise: it is made of axes and shapes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import onnx_ir as ir
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.sequence import along, elementwise, moving, products
+from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
+from kvsurgeon.sequence.flow import Flow, Step
+from kvsurgeon.sequence.kinds import GivenInput, Kind
+from kvsurgeon.shapes import elementwise as elementwise_shapes
+from kvsurgeon.shapes.dimension import Dimension
+from kvsurgeon.shapes.fact import NOTHING
+from kvsurgeon.shapes.inference import STANDARD_DOMAINS, Shapes
+
+Rule = Callable[[Step], list[Axes]]
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(elementwise_shapes.BINARY, elementwise.broadcast),
+    **dict.fromkeys(elementwise_shapes.UNARY - {"Trilu"}, elementwise.keep),
+    **dict.fromkeys(("BiasGelu", "FastGelu"), elementwise.broadcast),
+    "CastLike": elementwise.keep,
+    "BatchNormalization": elementwise.keep,
+    **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), along.softmax),
+    **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization",
+                     "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), along.normalization),
+    "LpNormalization": along.lp_normalization,
+    **{f"Reduce{kind}": along.reduce for kind in
+       ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")},
+    "ArgMax": along.arg_extreme,
+    "ArgMin": along.arg_extreme,
+    "TopK": along.top_k,
+    "CumSum": along.cumulative_sum,
+    "Concat": along.concat,
+    "Pad": along.pad,
+    "Conv": along.convolution,
+    "RotaryEmbedding": along.rotary,
+    "DynamicQuantizeLinear": along.dynamic_quantize,
+    "Reshape": moving.reshape,
+    "Flatten": moving.flatten,
+    "Unsqueeze": moving.unsqueeze,
+    "Squeeze": moving.unsqueeze,
+    "Transpose": moving.transpose,
+    "Expand": moving.expand,
+    "Tile": moving.tile,
+    "Split": moving.split,
+    "Slice": moving.slice_,
+    "Gather": moving.gather,
+    "GatherElements": moving.gather_elements,
+    "ScatterElements": moving.gather_elements,
+    "OneHot": moving.where_is,
+    **dict.fromkeys(("MatMul", "Gemm", "Einsum", "MatMulInteger", "QLinearMatMul", "QGemm", "FusedMatMul",
+                     "MatMulNBits"), products.product),
+    "Attention": products.attention,
+}  # fmt: skip
+
+KNOWN_DOMAINS = (*STANDARD_DOMAINS, "com.microsoft")
+
+
+def follow_tokens(
+    nodes: Iterable[ir.Node], inputs: list[GivenInput], shapes: Shapes, kinds: dict[ir.Value, Kind], length: Dimension
+) -> Flow:
+    """Return where the tokens lie in every tensor that holds them, and what context meets them.
+
+    Raises:
+        Refused: An operator mixes tokens, has no rule, or loses sight of them.
+    """
+    flow = Flow(shapes=shapes, kinds=kinds, length=length)
+    for given in inputs:
+        if given.is_token:
+            flow.axes[given.value] = tuple(SequenceAxis(axis, flow.stream) for axis in given.lengths)
+    for node in nodes:
+        if any(kinds.get(value) is Kind.TOKEN for value in node.outputs):
+            _take(flow, node)
+    _check_roles(flow)
+    return flow
+
+
+def _take(flow: Flow, node: ir.Node) -> None:
+    results = tuple(flow.shapes.facts.get(value, NOTHING) for value in node.outputs)
+    step = Step(flow, flow.shapes.call(node), results)
+    rule = RULES.get(node.op_type) if node.domain in KNOWN_DOMAINS else None
+    if rule is None:
+        raise _no_rule(step)
+    found = rule(step)
+    for value, fact, axes in zip(node.outputs, results, found, strict=False):
+        if fact.shape is not None:
+            _check_lengths(step, fact.shape, axes)
+        flow.axes[value] = axes
+
+
+def _no_rule(step: Step) -> Refused:
+    node = step.node
+    if any(attribute.type is ir.AttributeType.GRAPH for attribute in node.attributes.values()):
+        return step.refusal("token data goes through control flow, where its tokens cannot be followed")
+    if node.domain not in KNOWN_DOMAINS:
+        return Refused(
+            f"custom operator {node.domain}::{node.op_type} works on token data, and nothing is known about it",
+            at=node.outputs[0].name, expected="standard operators", found=node.domain,
+        )  # fmt: skip
+    if node.op_type in ("LSTM", "GRU", "RNN", "Scan"):
+        return step.mixing()
+    return step.refusal("there is no rule that says whether it keeps tokens apart")
+
+
+def _check_lengths(step: Step, shape: tuple[Dimension, ...], axes: Axes) -> None:
+    held = {axis.axis for axis in axes}
+    for place, size in enumerate(shape):
+        if place not in held and step.holds_length(size):
+            raise step.refusal("a tensor's tokens were lost sight of", found=f"axis {place} of size {size}")
+
+
+def _check_roles(flow: Flow) -> None:
+    for score in flow.scores:
+        for role in (score.left_role.root(), score.right_role.root()):
+            if role.length is None:
+                raise Refused(
+                    "two sequence axes meet, but neither is summed against values",
+                    at=score.node.outputs[0].name, expected="weights @ values, as in attention",
+                )  # fmt: skip
+        if score.left_role.resolved() is score.right_role.resolved():
+            raise Refused("queries and keys cannot be told apart", at=score.node.outputs[0].name)
+        for role in (score.left_role.root(), score.right_role.root()):
+            if role.length is Length.TOTAL and role.only_if_new:
+                raise Refused(
+                    "token data of all tokens so far is needed beside keys and values, and would be state of its own",
+                    at=role.only_if_new[0],
+                )  # fmt: skip

@@ -1,0 +1,206 @@
+"""Three kinds of tensor: constants, context, and token data.
+
+Context depends on the inputs only through shapes and through what is given for all tokens so far, such as a padding mask:
+it can be computed anew at any length. Token data depends on what is given for the new tokens alone, and must be remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import onnx_ir as ir
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.graph.constants import constant_tensor
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension
+from kvsurgeon.shapes.inference import Shapes
+from kvsurgeon.sequence.axes import Length
+
+
+class Kind(IntEnum):
+    """In rising order: a node's result is of the highest kind among its inputs."""
+
+    CONSTANT = 0
+    CONTEXT = 1
+    TOKEN = 2
+
+
+# A tensor whose numbers these read tells nothing but its shape.
+SHAPE_ONLY = frozenset({"Shape", "Size", "ConstantOfShape", "EyeLike"})
+
+# Operators through which an input is still itself, position by position.
+_VIEWS = frozenset(
+    "Cast CastLike Identity Unsqueeze Squeeze Reshape Flatten Expand Transpose Clip Add Sub Mul Div Max Min Abs".split()
+)
+_LOOKUPS = frozenset({"Gather", "GatherElements", "GatherND"})
+_WAVES = frozenset({"Sin", "Cos", "MatMul", "Gemm", "Einsum", "RotaryEmbedding", "OneHot", "FusedMatMul"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GivenInput:
+    """One graph input: its dimensions with the one length in them, and which length each sequence axis is given at."""
+
+    value: ir.Value
+    dimensions: tuple[Dimension, ...]
+    lengths: dict[int, Length] = field(hash=False)
+
+    @property
+    def is_token(self) -> bool:
+        """Whether the input is given for the new tokens only."""
+        return bool(self.lengths) and set(self.lengths.values()) == {Length.NEW}
+
+
+def real_inputs(graph: ir.Graph) -> list[ir.Value]:
+    """The inputs that a caller must feed: those that are not initializers as well."""
+    return [value for value in graph.inputs if not value.is_initializer()]
+
+
+def read_inputs(graph: ir.Graph) -> tuple[dict[ir.Value, tuple[Dimension, ...]], Dimension]:
+    """Name the dimensions of the graph's inputs: batch, length, and whatever else they are.
+
+    The length is the second axis of the first input of rank two or three (the first of rank one), and every axis that the
+    exporter called the same; inputs of the same rank agree axis by axis.
+
+    Returns:
+        The dimensions of each input, and the length: a symbol, or a number where the export fixed it.
+
+    Raises:
+        Refused: An input has no shape, or none has a sequence axis.
+    """
+    names: dict[str, Dimension] = {}
+    length: Dimension | None = None
+    shaped = []
+    for value in real_inputs(graph):
+        if value.shape is None:
+            raise Refused(
+                "an input has no shape", at=value.name, expected="a shape with a batch and a sequence axis",
+                hint="give the input a shape, symbolic or not",
+            )  # fmt: skip
+        shaped.append(value)
+        if length is None and 1 <= len(value.shape) <= 3:
+            axis = 1 if len(value.shape) > 1 else 0
+            length = value.shape[axis] if isinstance(value.shape[axis], int) else LENGTH
+            _remember(names, value.shape[axis], length)
+            if axis == 1:
+                _remember(names, value.shape[0], BATCH)
+    if length is None:
+        raise Refused("no input has a sequence axis", expected="an input such as input_ids [batch, sequence]")
+    return {value: _dimensions(value, names, length) for value in shaped}, length
+
+
+def _remember(names: dict[str, Dimension], size: int | ir.SymbolicDim, dimension: Dimension) -> None:
+    if not isinstance(size, int) and size.value is not None:
+        names.setdefault(str(size.value), dimension)
+
+
+def _dimensions(value: ir.Value, names: dict[str, Dimension], length: Dimension) -> tuple[Dimension, ...]:
+    shape = value.shape or ()
+    rank = len(shape)
+    usual = {1: {0: length}, 2: {0: BATCH, 1: length}, 3: {0: BATCH, 1: length}, 4: {0: BATCH, 2: length, 3: length}}
+    result: list[Dimension] = []
+    for axis, size in enumerate(shape):
+        if isinstance(size, int):
+            result.append(size)
+            continue
+        named = names.get(str(size.value)) if size.value is not None else None
+        expected = usual.get(rank, {}).get(axis)
+        if named is None:
+            named = expected if expected is not None else dim.symbol(f"{value.name}.{axis}")
+            _remember(names, size, named)
+        result.append(named)
+    return tuple(result)
+
+
+def classify_inputs(
+    graph: ir.Graph, dimensions: dict[ir.Value, tuple[Dimension, ...]], length: Dimension
+) -> list[GivenInput]:
+    """Tell which inputs are given for the new tokens and which for all tokens so far, by what they are used for.
+
+    What indexes a table, becomes an angle or enters a product with weights position by position is given for the new tokens
+    (`input_ids`, `inputs_embeds`, `position_ids`, `token_type_ids`); the rest are masks.
+    """
+    found = []
+    for value, sizes in dimensions.items():
+        axes = [axis for axis, size in enumerate(sizes) if size is length or (isinstance(length, int) and size == length)]
+        if len(axes) > 1 and len(sizes) == 2 and isinstance(length, int):
+            axes = axes[-1:]
+        if len(sizes) == 3 and len(axes) == 2 and isinstance(length, int) and sizes[2] == length:
+            axes = axes[:1]  # [batch, length, hidden] with hidden == length
+        if len(axes) >= 2:  # a mask of queries against keys
+            lengths = {axes[-2]: Length.NEW, axes[-1]: Length.TOTAL}
+        elif not axes:
+            lengths = {}
+        else:
+            lengths = {axes[0]: Length.NEW if _is_given_for_new_tokens(value, sizes) else Length.TOTAL}
+        found.append(GivenInput(value=value, dimensions=sizes, lengths=lengths))
+    if not any(given.is_token for given in found):
+        alone = [given for given in found if len(given.lengths) == 1]
+        if len(alone) != 1:
+            raise Refused(
+                "no input is given for the new tokens only",
+                expected="an input that indexes an embedding table, or embeddings [batch, sequence, hidden]",
+                found=", ".join(str(given.value.name) for given in found) or "no inputs",
+            )
+        found[found.index(alone[0])] = GivenInput(
+            value=alone[0].value, dimensions=alone[0].dimensions, lengths=dict.fromkeys(alone[0].lengths, Length.NEW)
+        )
+    return found
+
+
+def _is_given_for_new_tokens(value: ir.Value, sizes: tuple[Dimension, ...]) -> bool:
+    if len(sizes) == 3:
+        return value.dtype is not None and value.dtype.is_floating_point()
+    seen, pending = {value}, [value]
+    while pending:
+        current = pending.pop()
+        for node, index in current.uses():
+            if node.op_type in _WAVES or (node.op_type in _LOOKUPS and index == 1 and _is_table(node.inputs[0])):
+                return True
+            others = [other for other in node.inputs if other is not None and other not in seen]
+            if node.op_type not in _VIEWS or (index > 0 and node.op_type in ("Reshape", "Expand")):
+                continue
+            if node.op_type in ("Reshape", "Expand", "Unsqueeze", "Squeeze") or all(
+                constant_tensor(other) is not None for other in others
+            ):
+                result = node.outputs[0]
+                if result not in seen:
+                    seen.add(result)
+                    pending.append(result)
+    return False
+
+
+def _is_table(value: ir.Value | None) -> bool:
+    """Whether a value is a table of floating-point rows, possibly behind a cast or a dequantisation."""
+    for _ in range(4):
+        tensor = constant_tensor(value)
+        if tensor is not None:
+            return len(tensor.shape) >= 2
+        node = None if value is None else value.producer()
+        if node is None or node.op_type not in ("Cast", "DequantizeLinear", "Identity", "Transpose"):
+            return False
+        value = node.inputs[0]
+    return False
+
+
+def find_kinds(nodes: Iterable[ir.Node], inputs: list[GivenInput], shapes: Shapes) -> dict[ir.Value, Kind]:
+    """Return the kind of every value that a node makes or a graph input holds; what is missing is constant."""
+    kinds: dict[ir.Value, Kind] = {
+        given.value: Kind.TOKEN if given.is_token else Kind.CONTEXT for given in inputs
+    }
+    for node in nodes:
+        kind = Kind.CONSTANT
+        if node.op_type in SHAPE_ONLY:
+            kind = max((min(kinds.get(value, Kind.CONSTANT), Kind.CONTEXT) for value in node.inputs if value), default=kind)
+        else:
+            for value in node.inputs:
+                if value is not None:
+                    kind = max(kind, kinds.get(value, Kind.CONSTANT))
+        if kind is Kind.TOKEN and (fact := shapes.facts.get(node.outputs[0])) is not None and fact.value is not None:
+            kind = Kind.CONTEXT  # its numbers are known whatever the tokens are
+        if kind is not Kind.CONSTANT:
+            for value in node.outputs:
+                kinds[value] = kind
+    return kinds

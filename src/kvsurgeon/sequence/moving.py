@@ -1,0 +1,190 @@
+"""Operators that move token data without computing: the tokens are followed to their new place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis, follow_reshape
+from kvsurgeon.sequence.elementwise import broadcast
+from kvsurgeon.sequence.flow import Step
+from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.fact import axis_of
+from kvsurgeon.shapes.layout import FAR, slice_bounds
+
+
+def _followed(step: Step) -> Axes:
+    after = step.result_shape()
+    axes = follow_reshape(step.axes(0), step.shape(0), after, step.flow.length)
+    if axes is None:
+        raise step.refusal(
+            "the tokens' axis is cut in two, or cannot be found again",
+            expected="an axis of size batch * length * heads or the like",
+            found=f"{_spelled(step.shape(0))} -> {_spelled(after)}",
+        )
+    return axes
+
+
+def _spelled(shape: tuple[dim.Dimension, ...]) -> str:
+    return "[" + ", ".join(str(size) for size in shape) + "]"
+
+
+def reshape(step: Step) -> list[Axes]:
+    """`Reshape`: row-major order tells where the tokens are afterwards."""
+    if step.kind(0) is not Kind.TOKEN:
+        raise Refused("Reshape: its target depends on the tokens", at=step.node.outputs[0].name)
+    step.flow.targets[step.node] = 1
+    return [_followed(step)]
+
+
+def flatten(step: Step) -> list[Axes]:
+    """`Flatten`, `Squeeze`, `Unsqueeze`: reshapes without a target of their own."""
+    return [_followed(step)]
+
+
+def unsqueeze(step: Step) -> list[Axes]:
+    """`Unsqueeze`, `Squeeze`: axes of size 1 come and go."""
+    kept = [place for place, size in enumerate(step.shape(0)) if size != 1]
+    then = [place for place, size in enumerate(step.result_shape()) if size != 1]
+    if len(kept) != len(then):
+        return [_followed(step)]
+    moves = dict(zip(kept, then, strict=True))
+    return [tuple(axis.at(moves[axis.axis]) for axis in step.axes(0))]
+
+
+def transpose(step: Step) -> list[Axes]:
+    """`Transpose`: axes in another order."""
+    order = step.call.attribute("perm") or tuple(reversed(range(len(step.shape(0)))))
+    moved = [axis.at(list(order).index(axis.axis)) for axis in step.axes(0)]
+    return [tuple(sorted(moved, key=lambda axis: axis.axis))]
+
+
+def expand(step: Step) -> list[Axes]:
+    """`Expand`: along axes that hold no tokens."""
+    if step.kind(0) is not Kind.TOKEN:
+        raise Refused("Expand: its target depends on the tokens", at=step.node.outputs[0].name)
+    after = step.result_shape()
+    shift = len(after) - len(step.shape(0))
+    axes = tuple(axis.at(axis.axis + shift) for axis in step.axes(0))
+    held = {axis.axis for axis in axes}
+    for place, size in enumerate(after):
+        if place not in held and step.holds_length(size):
+            raise step.refusal("it spreads token data along an axis of length", found=_spelled(after))
+    step.flow.targets[step.node] = 1
+    return [axes]
+
+
+def tile(step: Step) -> list[Axes]:
+    """`Tile`: the whole axis so many times over, so that the copies are counted outside the tokens."""
+    repeats = step.call.numbers(1)
+    if repeats is None:
+        raise step.refusal("how often it repeats is unknown")
+    if any(step.holds_length(times) for times in repeats):
+        raise step.refusal("it repeats token data as often as there are tokens")
+    axes = step.axes(0)
+    return [tuple(replace(axis, outer=dim.multiply(repeats[axis.axis], axis.outer)) for axis in axes)]
+
+
+def split(step: Step) -> list[Axes]:
+    """`Split`: along an axis that holds no tokens."""
+    axis = axis_of(step.call.integer("axis", 0), len(step.shape(0)))
+    for held in step.axes(0):
+        if held.axis == axis and len(step.node.outputs) > 1:
+            raise step.mixing(held)
+    return [step.axes(0)] * len(step.node.outputs)
+
+
+def slice_(step: Step) -> list[Axes]:
+    """`Slice`: along axes without tokens; of the keys of a query; or of the last token."""
+    axes, bounds = step.axes(0), slice_bounds(step.call)
+    if bounds is None:
+        named = step.call.integers("axes", 3)
+        for axis in axes:
+            if named is None or axis.axis in {axis_of(int(place), len(step.shape(0))) for place in named}:
+                raise step.refusal("its bounds along the sequence are unknown")
+        return [axes]
+    result = []
+    for axis in axes:
+        cut = next((cut for cut in zip(*bounds, strict=True) if cut[0] == axis.axis), None)
+        kept = axis if cut is None else _cut(step, axis, *cut[1:])
+        if kept is not None:
+            result.append(kept)
+            if cut is not None:
+                step.parameter((1, 2), kept.role)
+    return [tuple(result)]
+
+
+def _cut(step: Step, axis: SequenceAxis, start: dim.Dimension, end: dim.Dimension, jump: int) -> SequenceAxis | None:
+    """What a `Slice` along a sequence axis leaves of it; None where that is no sequence any more."""
+    before, after = step.shape(0)[axis.axis], step.result_shape()[axis.axis]
+    to_end = _is_end(end, before)
+    if jump == 1 and start == 0 and to_end:
+        return axis
+    if jump == 1 and axis.is_plain and axis.role.resolved() is None and start == 0:
+        return _without_sinks(step, axis, end)
+    if jump == 1 and axis.is_plain and to_end and start == -1 and after == 1:
+        return None  # the last of the new tokens is the last of all
+    raise Refused(
+        "Slice picks some of the tokens by their place in the sequence",
+        at=step.node.outputs[0].name,
+        found=f"[{start}:{end}:{jump}] along the sequence",
+    )
+
+
+def _without_sinks(step: Step, axis: SequenceAxis, end: dim.Dimension) -> SequenceAxis:
+    """Columns that were joined behind the keys (attention sinks) are cut off again."""
+    if (isinstance(end, int) and end < 0) or dim.is_equal(end, step.flow.length):
+        return axis
+    raise step.refusal("it cuts the keys at a fixed place", found=f"[0:{end}]")
+
+
+def _is_end(end: dim.Dimension, size: dim.Dimension) -> bool:
+    return (isinstance(end, int) and end >= FAR) or dim.is_equal(end, size) is True
+
+
+def gather(step: Step) -> list[Axes]:
+    """`Gather`: rows of a table for each token, or one place of an axis without tokens."""
+    axis = axis_of(step.call.integer("axis", 0), len(step.shape(0)))
+    picked = len(step.shape(1))
+    result: list[SequenceAxis] = []
+    for held in step.axes(0):
+        if held.axis == axis:
+            if _picks_last(step, held):
+                continue
+            raise Refused(
+                "Gather picks tokens by their place in the sequence",
+                at=step.node.outputs[0].name,
+                found=f"indices `{step.node.inputs[1].name if step.node.inputs[1] else ''}`",
+            )
+        result.append(held if held.axis < axis else held.at(held.axis + picked - 1))
+    if step.kind(1) is Kind.TOKEN:
+        if step.kind(0) is Kind.TOKEN and step.axes(0):
+            raise step.refusal("tokens index a table that other tokens made")
+        result += [held.at(held.axis + axis) for held in step.axes(1)]
+    return [tuple(sorted(result, key=lambda held: held.axis))]
+
+
+def _picks_last(step: Step, held: SequenceAxis) -> bool:
+    """Whether the indices name the last token, which is the same in both lengths."""
+    indices = step.call.numbers(1)
+    if indices is None or len(indices) != 1 or not held.is_plain or held.role.resolved() is not Length.NEW:
+        return False
+    return indices[0] == -1
+
+
+def gather_elements(step: Step) -> list[Axes]:
+    """`GatherElements`, `ScatterElements`: along an axis without tokens, the others aligned."""
+    axis = axis_of(step.call.integer("axis", 0), len(step.shape(0)))
+    for index in step.tokens():
+        for held in step.axes(index):
+            if held.axis == axis:
+                raise step.mixing(held)
+    return broadcast(step)
+
+
+def where_is(step: Step) -> list[Axes]:
+    """`OneHot`: a new axis beside the tokens'."""
+    rank = len(step.shape(0)) + 1
+    axis = axis_of(step.call.integer("axis", -1), rank)
+    return [tuple(held if held.axis < axis else held.at(held.axis + 1) for held in step.axes(0))]

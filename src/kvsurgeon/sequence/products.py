@@ -1,0 +1,180 @@
+"""Products on token data: projections, scores, and the sum over keys, decided by which labels hold tokens."""
+
+from __future__ import annotations
+
+from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
+from kvsurgeon.sequence.elementwise import brought
+from kvsurgeon.sequence.flow import ContextProduct, FusedAttention, ScoreProduct, Step
+from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.shapes.contraction import Contraction, Labels, contraction_of
+
+Held = dict[str, SequenceAxis]  # label -> the sequence axis that it names
+
+
+def product(step: Step) -> list[Axes]:
+    """`MatMul`, `Gemm`, `Einsum` and their kin."""
+    found = contraction_of(step.call)
+    if found is None:
+        raise step.refusal("a product of more than two tensors, or of tensors of unknown rank")
+    if step.node.op_type == "MatMulNBits":
+        return [_projected(step)]
+    left, right = _held(step, found.left, found.left_labels), _held(step, found.right, found.right_labels)
+    _bring(step, found, left, right)
+    for label in found.summed:
+        _sum_away(step, found, label, left.get(label), right.get(label))
+    kept = _kept(step, found, left, right)
+    for index, labels in ((found.left, found.left_labels), (found.right, found.right_labels)):
+        if step.kind(index) is not Kind.TOKEN:
+            _align(step, index, labels, kept)
+    _align_further(step, found, kept)
+    return [tuple(kept[label].at(axis) for axis, label in enumerate(found.result_labels) if label in kept)]
+
+
+def _projected(step: Step) -> Axes:
+    """A product with packed weights sums the last axis of its first input."""
+    for axis in step.axes(0):
+        if axis.axis == len(step.shape(0)) - 1:
+            raise step.mixing(axis)
+    return step.axes(0)
+
+
+def _held(step: Step, index: int, labels: Labels) -> Held:
+    return {labels[axis.axis]: axis for axis in step.axes(index)} if step.kind(index) is Kind.TOKEN else {}
+
+
+def _bring(step: Step, found: Contraction, left: Held, right: Held) -> None:
+    """Context may bring an axis of length that token data does not have: relative positions."""
+    for index, labels in ((found.left, found.left_labels), (found.right, found.right_labels)):
+        if step.kind(index) is Kind.TOKEN:
+            continue
+        for axis, (label, size) in enumerate(zip(labels, step.shape(index), strict=True)):
+            if step.holds_length(size) and label not in left and label not in right:
+                if label in found.summed:
+                    raise step.mixing()
+                (left if index == found.left else right)[label] = brought(step, axis, size)
+
+
+def _sum_away(
+    step: Step, found: Contraction, label: str, left: SequenceAxis | None, right: SequenceAxis | None
+) -> None:
+    if left is None and right is None:
+        return
+    if left is None or right is None or not left.is_plain or not right.is_plain:
+        raise step.mixing(left or right)
+    keys, stream = (left, right) if left.role.resolved() is None else (right, left)
+    if keys.role.resolved() is not None or stream.role.resolved() is not Length.NEW:
+        raise step.mixing(keys)  # a state summed over tokens, as linear attention has
+    weights, value = (found.left, found.right) if keys is left else (found.right, found.left)
+    if keys.role.root().bias or not _sees_keys(step, keys.role):
+        raise step.mixing(keys)
+    keys.role.root().length = Length.TOTAL
+    for score in step.flow.scores:
+        _settle(score)
+    step.flow.operands[step.node, value] = keys.role
+    step.flow.products.append(ContextProduct(node=step.node, weights=weights, value=value, role=keys.role))
+
+
+def _sees_keys(step: Step, role: Role) -> bool:
+    roots = {id(side.root()) for score in step.flow.scores for side in (score.left_role, score.right_role)}
+    return id(role.root()) in roots
+
+
+def _settle(score: ScoreProduct) -> None:
+    """Once one side of the scores is the keys', the other is the queries'."""
+    left, right = score.left_role.root(), score.right_role.root()
+    if left.length is Length.TOTAL and right.length is None:
+        right.length = Length.NEW
+    elif right.length is Length.TOTAL and left.length is None:
+        left.length = Length.NEW
+
+
+def _kept(step: Step, found: Contraction, left: Held, right: Held) -> Held:
+    """The labels of the result that hold tokens; two of the stream side by side are scores."""
+    kept: Held = {}
+    for label in found.result_labels:
+        mine, theirs = left.get(label), right.get(label)
+        if mine is not None and theirs is not None:
+            step.meet(mine, theirs, found.right)
+            kept[label] = theirs if mine.role.resolved() is Length.NEW and theirs.role.resolved() is None else mine
+        elif (held := mine or theirs) is not None:
+            kept[label] = held
+    return _met(step, found, left, right, kept)
+
+
+def _met(step: Step, found: Contraction, left: Held, right: Held, kept: Held) -> Held:
+    stream = [label for label, axis in kept.items() if axis.role.resolved() is Length.NEW]
+    if len(stream) < 2:
+        return kept
+    first, second, *more = stream
+    if first in right:
+        first, second = second, first
+    if more or first in right or second in left or first not in left or second not in right:
+        raise step.mixing()
+    name = step.node.outputs[0].name or ""
+    left_role, right_role = Role(at=name), Role(at=name)
+    step.flow.scores.append(
+        ScoreProduct(
+            node=step.node, left=found.left, right=found.right, left_role=left_role, right_role=right_role
+        )
+    )
+    step.flow.operands[step.node, found.left] = left_role
+    step.flow.operands[step.node, found.right] = right_role
+    return {**kept, first: kept[first].with_role(left_role), second: kept[second].with_role(right_role)}
+
+
+def _align(step: Step, index: int, labels: Labels, kept: Held) -> None:
+    """Demand of context what the tokens it is multiplied with ask of it."""
+    wanted = []
+    for axis, (label, size) in enumerate(zip(labels, step.shape(index), strict=True)):
+        if label in kept and size != 1:
+            wanted.append(kept[label].at(axis))
+    step.demand(index, tuple(wanted))
+
+
+def _align_further(step: Step, found: Contraction, kept: Held) -> None:
+    """The bias of a `Gemm` is added to its result."""
+    if step.node.op_type != "Gemm" or len(step.node.inputs) < 3 or step.node.inputs[2] is None:
+        return
+    if step.kind(2) is Kind.TOKEN:
+        raise step.refusal("its third input is token data")
+    shape = step.shape(2)
+    labels = found.result_labels[len(found.result_labels) - len(shape) :]
+    _align(step, 2, labels, kept)
+
+
+def attention(step: Step) -> list[Axes]:
+    """`Attention` of opset 23, [batch, heads, sequence, head_dim] or [batch, sequence, hidden], with no past."""
+    if step.node.domain == "com.microsoft":
+        raise step.refusal("a fused attention that also projects is not supported yet")
+    four = len(step.shape(0)) == 4
+    if any(value is not None for value in step.node.inputs[4:6]):
+        raise step.refusal("the model already has a cache", hint="inject a model exported without one")
+    if len([value for value in step.node.outputs if value.name and value.uses()]) > 1:
+        raise step.refusal("its further outputs are used")
+    layout = ("batch", "kv_heads", "sequence", "head_dim") if four else ("batch", "sequence", "hidden")
+    mask = 3 if len(step.node.inputs) > 3 and step.node.inputs[3] is not None else None
+    keys = _fused(step, FusedAttention(
+        node=step.node, query=0, key=1, value=2, mask=mask, causal=bool(step.call.integer("is_causal", 0)), layout=layout
+    ))  # fmt: skip
+    if mask is not None:
+        shape = step.shape(mask)
+        rank = len(shape)
+        query = step.axes(0)[0]
+        wanted = {rank - 2: query, rank - 1: SequenceAxis(0, keys)}
+        step.demand(mask, tuple(wanted[axis].at(axis) for axis in sorted(wanted) if axis >= 0 and shape[axis] != 1))
+    return [step.axes(0)] * len(step.node.outputs)
+
+
+def _fused(step: Step, fused: FusedAttention) -> Role:
+    """Note a fused attention, and return the role of its keys."""
+    place = fused.layout.index("sequence")
+    for index in (fused.query, fused.key, fused.value):
+        axes = step.axes(index)
+        if len(axes) != 1 or axes[0].axis != place or not axes[0].is_plain or axes[0].role.resolved() is not Length.NEW:
+            raise step.refusal("its input does not hold the tokens where the operator expects them",
+                               at=step.node.inputs[index])  # fmt: skip
+    keys = Role(Length.TOTAL, at=step.node.outputs[0].name or "")
+    step.flow.operands[step.node, fused.key] = keys
+    step.flow.operands[step.node, fused.value] = keys
+    step.flow.fused.append(fused)
+    return keys
