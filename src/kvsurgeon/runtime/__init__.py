@@ -1,0 +1,50 @@
+"""Models that run: sessions, what they are given, decoding with and without a cache, and text.
+
+Of a model nothing is used but its file and what it declares: names, types and dims of inputs and outputs.
+"""
+
+from kvsurgeon.runtime.axes import Axis, CacheEntry, axes_of, cache_entries, cache_mismatch, find_cache, is_past
+from kvsurgeon.runtime.decoder import BrokenCacheError, CachedDecoder, UncachedDecoder, logits_name
+from kvsurgeon.runtime.feeds import Given, Inputs, Tokens, fixed_size, inputs_of
+from kvsurgeon.runtime.session import (
+    MissingKernelError,
+    Optimisation,
+    RunError,
+    Session,
+    Source,
+    model_file,
+    open_session,
+    useful_line,
+)
+from kvsurgeon.runtime.tensor import Array, Tensor, from_runtime, to_runtime
+
+__all__ = [
+    "Array",
+    "Axis",
+    "BrokenCacheError",
+    "CacheEntry",
+    "CachedDecoder",
+    "Given",
+    "Inputs",
+    "MissingKernelError",
+    "Optimisation",
+    "RunError",
+    "Session",
+    "Source",
+    "Tensor",
+    "Tokens",
+    "UncachedDecoder",
+    "axes_of",
+    "cache_entries",
+    "cache_mismatch",
+    "find_cache",
+    "fixed_size",
+    "from_runtime",
+    "inputs_of",
+    "is_past",
+    "logits_name",
+    "model_file",
+    "open_session",
+    "to_runtime",
+    "useful_line",
+]

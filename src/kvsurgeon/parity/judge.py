@@ -1,0 +1,156 @@
+"""Whether a model with a cache computes what the original computes.
+
+The judge does not know the defendant: it looks at two files and at what onnxruntime makes of them. What the axes of
+inputs stand for it reads from the dims that the model with a cache declares.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from kvsurgeon.errors import KvsurgeonError, UsageError
+from kvsurgeon.parity.original import Original, examine
+from kvsurgeon.parity.report import Report, Trial
+from kvsurgeon.parity.scenario import Lengths, Scenario, plan
+from kvsurgeon.parity.tolerance import TOLERANCES, arithmetic_of, load_graph
+from kvsurgeon.parity.trace import first_difference
+from kvsurgeon.parity.trial import judge
+from kvsurgeon.runtime import (
+    CachedDecoder,
+    Inputs,
+    MissingKernelError,
+    Optimisation,
+    RunError,
+    Session,
+    Source,
+    UncachedDecoder,
+    cache_entries,
+    cache_mismatch,
+    fixed_size,
+    inputs_of,
+    is_past,
+    open_session,
+)
+
+Progress = Callable[[int, int, str], None]  # trials done, trials in all, name of the next
+
+
+def verify(
+    original: Source,
+    injected: Source,
+    *,
+    seed: int = 0,
+    lengths: Lengths | None = None,
+    folder: str | Path | None = None,
+    threads: int | None = None,
+    optimisation: Optimisation = "all",
+    explain: bool = True,
+    progress: Progress | None = None,
+) -> Report:
+    """Run both models on the same random texts, whole and in chunks, and report whether they agree.
+
+    Args:
+        original: The model without a cache.
+        injected: The same model with one.
+        seed: Where the texts come from.
+        lengths: How long they are; a static or bounded original may make them shorter.
+        folder: Where the external data of models in memory lies.
+        threads: Threads that onnxruntime may use for one operator.
+        optimisation: How far onnxruntime may rewrite both graphs.
+        explain: Whether to look for the first value that differs where they do not agree.
+        progress: Told before each trial.
+
+    Returns:
+        What was tried and found. A mismatch is reported, never raised.
+
+    Raises:
+        InputError: The original cannot be read.
+    """
+    start = time.perf_counter()
+    graphs = load_graph(original), load_graph(injected)
+    arithmetic = arithmetic_of(graphs[0])
+    report = Report(arithmetic=arithmetic, tolerance=TOLERANCES[arithmetic])
+    open_model = {"folder": folder, "threads": threads, "optimisation": optimisation}
+    try:
+        witness = open_session(original, name="the original", **open_model)  # type: ignore[arg-type]
+    except MissingKernelError as error:
+        return replace(report, unknown=str(error))
+    try:
+        defendant = open_session(injected, name="the model with a cache", **open_model)  # type: ignore[arg-type]
+        cached = _cached(defendant, witness)
+    except KvsurgeonError as error:
+        return replace(report, faults=(str(error),))
+    report = replace(report, faults=_faults(cached, witness))
+    try:
+        decoder = UncachedDecoder(witness, _inputs(witness, cached))
+        known = examine(decoder, lengths or Lengths(), report.tolerance.error, seed)
+    except RunError as error:
+        return replace(report, unknown=str(error))
+    scenarios = _plan(known, cached, seed)
+    trials = _try(scenarios, known, cached, report, progress)
+    report = replace(report, trials=trials, notes=known.notes)
+    if explain and report.verdict == "different":
+        folders = tuple(_folder(source, folder) for source in (original, injected))
+        name = first_difference(graphs, folders, scenarios, trials, known, cached, report.tolerance.error)
+        report = replace(report, first_difference=name)
+    return replace(report, seconds=time.perf_counter() - start)
+
+
+def _cached(defendant: Session, witness: Session) -> CachedDecoder:
+    """Return the model with a cache: its pasts and presents are what the original lacks.
+
+    Raises:
+        UsageError: It has no cache, or pasts and presents do not pair.
+    """
+    inputs = {tensor.name for tensor in witness.inputs}
+    outputs = {tensor.name for tensor in witness.outputs}
+    pasts = [tensor for tensor in defendant.inputs if tensor.name not in inputs and is_past(tensor)]
+    presents = [tensor for tensor in defendant.outputs if tensor.name not in outputs]
+    if not pasts:
+        raise UsageError("expected past inputs that the original lacks, found none: the model has no cache")
+    return CachedDecoder(defendant, cache_entries(pasts, presents))
+
+
+def _faults(cached: CachedDecoder, witness: Session) -> tuple[str, ...]:
+    faults = [cache_mismatch(cached.cache)]
+    have = {tensor.name: tensor for tensor in cached.outputs}
+    for tensor in witness.outputs:
+        if tensor.name not in have:
+            faults.append(f"the original's output `{tensor.name}` is missing")
+        elif tensor.dtype != have[tensor.name].dtype:
+            faults.append(f"the output `{tensor.name}` is {have[tensor.name].dtype}, in the original {tensor.dtype}")
+    return tuple(fault for fault in faults if fault is not None)
+
+
+def _inputs(witness: Session, cached: CachedDecoder) -> Inputs:
+    """Return what the original is given: its own inputs, with the meaning that the other model's dims tell."""
+    known = {given.name: given for given in cached.inputs.given}
+    own = {given.name: given for given in inputs_of(witness.inputs).given}
+    return Inputs(given=tuple(known.get(tensor.name, own[tensor.name]) for tensor in witness.inputs))
+
+
+def _plan(known: Original, cached: CachedDecoder, seed: int) -> tuple[Scenario, ...]:
+    batch = 1 if known.by_rows else fixed_size(cached.inputs, cached.session.inputs, "batch")
+    masked = cached.inputs.masked and known.inputs.masked
+    return plan(lengths=known.lengths, batch=batch, masked=masked, vocabulary=known.vocabulary, seed=seed)
+
+
+def _try(
+    scenarios: tuple[Scenario, ...], known: Original, cached: CachedDecoder, report: Report, progress: Progress | None
+) -> tuple[Trial, ...]:
+    trials = []
+    for number, scenario in enumerate(scenarios):
+        if progress is not None:
+            progress(number, len(scenarios), scenario.name)
+        trials.append(judge(scenario, known, cached, report.tolerance))
+    return tuple(trials)
+
+
+def _folder(source: Source, folder: str | Path | None) -> Path | None:
+    if isinstance(source, str | Path):
+        path = Path(source)
+        return path if path.is_dir() else path.parent
+    return None if folder is None else Path(folder)

@@ -1,0 +1,138 @@
+"""What the axes of a model's inputs stand for, and which of its inputs and outputs are the cache.
+
+Nothing but declared names, types and dims is looked at: the words are those of `docs/glossary.md`, and
+`past_sequence_length + sequence_length` is another spelling of `total_sequence_length`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from kvsurgeon.errors import UsageError
+from kvsurgeon.runtime.tensor import Dim, Tensor
+
+Axis = Literal["batch", "new", "past", "total", "fixed"]
+
+_NAMED: dict[str, Axis] = {
+    "batch_size": "batch",
+    "sequence_length": "new",
+    "past_sequence_length": "past",
+    "total_sequence_length": "total",
+    "past_sequence_length+sequence_length": "total",
+    "sequence_length+past_sequence_length": "total",
+}
+_INDEX = re.compile(r"(?<!\d)(\d+)(?!\d)")
+_BATCHED = re.compile(r"(?:(\d+)\*)?batch_size(?:\*(\d+))?")  # a batch that heads were merged into
+
+
+def axis_of(dim: Dim) -> Axis:
+    """Return what a dim stands for by its name.
+
+    >>> axis_of("past_sequence_length + 1"), axis_of("sequence_length"), axis_of(8)
+    ('fixed', 'new', 'fixed')
+    """
+    return _NAMED.get(dim.replace(" ", ""), "fixed") if isinstance(dim, str) else "fixed"
+
+
+def axes_of(tensor: Tensor) -> tuple[Axis, ...]:
+    """Return what each axis of a tensor stands for by its name."""
+    return tuple(axis_of(dim) for dim in tensor.dims)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheEntry:
+    """A past input, the present output that feeds it at the next step, and the layer they belong to."""
+
+    past: Tensor
+    present: str
+    layer: int
+    part: str  # "key" or "value", where the name or the order says so
+    axis: int  # of the sequence, in past and present alike
+
+
+def cache_entries(pasts: Sequence[Tensor], presents: Sequence[Tensor]) -> tuple[CacheEntry, ...]:
+    """Pair pasts and presents in order, and give each pair its layer and part.
+
+    Raises:
+        UsageError: They cannot be paired, or a past has no axis called `past_sequence_length`.
+    """
+    if len(pasts) != len(presents):
+        raise UsageError(f"expected as many present outputs as past inputs, found {len(presents)} and {len(pasts)}")
+    return tuple(
+        _entry(place, past, present) for place, (past, present) in enumerate(zip(pasts, presents, strict=True))
+    )
+
+
+def find_cache(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[CacheEntry, ...]:
+    """Return the cache of a model by its names: empty for a model without one.
+
+    Raises:
+        UsageError: There are past inputs without their present outputs.
+    """
+    pasts = [tensor for tensor in inputs if is_past(tensor)]
+    presents = [tensor for tensor in outputs if "present" in tensor.name]
+    if not pasts:
+        return ()
+    return cache_entries(pasts, presents)
+
+
+def is_past(tensor: Tensor) -> bool:
+    """Whether an input is a past: by its name, or because one of its axes is the past length."""
+    return tensor.name.startswith("past_key_values.") or "past" in axes_of(tensor)
+
+
+def empty_shape(tensor: Tensor, batch: int) -> tuple[int, ...]:
+    """Return the shape of a past before the first token.
+
+    Raises:
+        UsageError: A dim is neither a number nor one of the known names.
+    """
+    sequence = past_axis(tensor)
+    return tuple(0 if place == sequence else _size(tensor, dim, batch) for place, dim in enumerate(tensor.dims))
+
+
+def past_axis(tensor: Tensor) -> int:
+    """Return the sequence axis of a past: the one called so, else the only symbol beyond the first axis.
+
+    Raises:
+        UsageError: There is no such axis, or there are several.
+    """
+    named = [place for place, axis in enumerate(axes_of(tensor)) if axis == "past"]
+    symbols = [place for place, dim in enumerate(tensor.dims) if place and isinstance(dim, str)]
+    found = named or symbols
+    if len(found) != 1:
+        raise UsageError(
+            f"expected one dim called past_sequence_length, found {list(tensor.dims)} - at `{tensor.name}`"
+        )
+    return found[0]
+
+
+def cache_mismatch(entries: Collection[CacheEntry]) -> str | None:
+    """Return what is wrong where pasts and presents pair differently by order and by name, else None."""
+    presents = {entry.present for entry in entries}
+    for entry in entries:
+        by_name = re.sub(r"^past(?:_key_values)?", "present", entry.past.name)
+        if by_name in presents and by_name != entry.present:
+            return f"`{entry.past.name}` and `{entry.present}` stand at the same place but differ in name"
+    return None
+
+
+def _entry(place: int, past: Tensor, present: Tensor) -> CacheEntry:
+    number = _INDEX.search(past.name)
+    part = next((word for word in ("key", "value") if past.name.endswith(word)), ("key", "value")[place % 2])
+    layer = int(number.group(1)) if number else place // 2
+    return CacheEntry(past=past, present=present.name, layer=layer, part=part, axis=past_axis(past))
+
+
+def _size(tensor: Tensor, dim: Dim, batch: int) -> int:
+    if isinstance(dim, int):
+        return dim
+    merged = _BATCHED.fullmatch(str(dim).replace(" ", ""))
+    if merged is not None:
+        return batch * int(merged.group(1) or 1) * int(merged.group(2) or 1)
+    if dim == tensor.dims[0] and tensor.name.startswith("past_key_values."):
+        return batch
+    raise UsageError(f"expected a number, batch_size or past_sequence_length, found dim `{dim}` - at `{tensor.name}`")

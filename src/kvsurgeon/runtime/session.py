@@ -1,0 +1,149 @@
+"""A model opened in onnxruntime: quiet, with errors of one line, by path or from memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import onnx
+import onnxruntime as ort
+
+from kvsurgeon.errors import InputError, KvsurgeonError, MalformedModel, UsageError, WeightsError
+from kvsurgeon.runtime.tensor import declared
+
+Optimisation = Literal["off", "basic", "all"]
+Source = str | Path | onnx.ModelProto
+
+_LEVELS = {
+    "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+_FATAL_ONLY = 4
+_LARGEST_MESSAGE = 2**31 - 1  # bytes that protobuf can hold in one message
+
+
+class RunError(KvsurgeonError):
+    """A readable model cannot be run: an operator fails on what it is given."""
+
+
+class MissingKernelError(RunError):
+    """A valid model cannot be run here: onnxruntime has no kernel for one of its operators."""
+
+    exit_code: ClassVar[int] = 3
+
+
+class Session:
+    """A model that can be run.
+
+    Attributes:
+        name: What to call the model in a message.
+        inputs: What it must be given.
+        outputs: What it returns.
+    """
+
+    def __init__(self, session: ort.InferenceSession, name: str) -> None:
+        self._session = session
+        self.name = name
+        self.inputs = tuple(declared(info) for info in session.get_inputs())
+        self.outputs = tuple(declared(info) for info in session.get_outputs())
+
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Run once on values of onnxruntime (see `tensor.to_runtime`), and return all outputs as such.
+
+        Raises:
+            RunError: An operator fails, or a value does not fit its input.
+        """
+        names = [output.name for output in self.outputs]
+        try:
+            values = self._session.run_with_ort_values(names, dict(feeds))
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise RunError(f"{self.name} cannot be run: {useful_line(error)}") from error
+        return dict(zip(names, values, strict=True))
+
+
+def open_session(
+    source: Source,
+    *,
+    folder: str | Path | None = None,
+    threads: int | None = None,
+    optimisation: Optimisation = "all",
+    name: str | None = None,
+) -> Session:
+    """Open a model in onnxruntime.
+
+    Args:
+        source: A file, a folder that holds `model.onnx`, or a model in memory.
+        folder: Where the external data of a model in memory lies.
+        threads: Threads that one operator may use; None leaves it to onnxruntime.
+        optimisation: How far onnxruntime may rewrite the graph before it runs it.
+        name: What to call the model in a message.
+
+    Raises:
+        InputError: There is no such file.
+        MalformedModel: It is not ONNX, or its graph is not valid.
+        WeightsError: Its external data cannot be read.
+        MissingKernelError: It is valid, and onnxruntime cannot run it.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY
+    options.graph_optimization_level = _LEVELS[optimisation]
+    if threads is not None:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+    name = name or (f"`{source}`" if isinstance(source, str | Path) else "the model")
+    readable = _readable(source, folder, options)
+    try:
+        session = ort.InferenceSession(readable, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        raise _explained(error, name) from error
+    return Session(session, name)
+
+
+def model_file(path: str | Path) -> Path:
+    """Return the file meant by a path: itself, or the `.onnx` file of a folder.
+
+    Raises:
+        InputError: There is none.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise InputError(f"expected an .onnx file or a folder that holds one, found nothing at `{path}`")
+    found = [path / "model.onnx"] if (path / "model.onnx").is_file() else sorted(path.glob("*.onnx"))
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "none"
+        raise InputError(f"expected model.onnx or one .onnx file, found {names} - in `{path}` (name the file)")
+    return found[0]
+
+
+def useful_line(error: Exception) -> str:
+    """Return the part of onnxruntime's message that says what is wrong, without its codes and source lines."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"^Load model from .*? failed: ?", "", text)
+    text = re.sub(r"/\S+\.(?:cc|h):\d+ (?:[\w:<>&*,\s]+\([^()]*\)(?: const)? )?", "", text)
+    text = re.sub(r"^Non-zero status code returned while running (\w+) node\. Name:'([^']*)' ", r"\1 `\2`: ", text)
+    return text.replace("Status Message: ", "")
+
+
+def _readable(source: Source, folder: str | Path | None, options: ort.SessionOptions) -> str | bytes:
+    if not isinstance(source, onnx.ModelProto):
+        return str(model_file(source))
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if source.ByteSize() > _LARGEST_MESSAGE:
+        raise UsageError("expected a model below 2 GB in memory, found a larger one (save it, and give its path)")
+    return bytes(source.SerializeToString())
+
+
+def _explained(error: Exception, name: str) -> KvsurgeonError:
+    line = useful_line(error)
+    if "NOT_IMPLEMENTED" in str(error) or "is not a registered function/op" in line:
+        return MissingKernelError(f"onnxruntime cannot run {name}: {line}")
+    if "xternal data" in line or "external_data" in line:
+        return WeightsError(f"the weights of {name} cannot be read: {line}")
+    return MalformedModel(f"onnxruntime does not accept {name}: {line}")
