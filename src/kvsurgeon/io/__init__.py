@@ -1,0 +1,9 @@
+"""Load the graph of a model without its weights; save it, and say where its weights go."""
+
+from kvsurgeon.io.fidelity import to_proto
+from kvsurgeon.io.loading import load, loaded_from
+from kvsurgeon.io.locate import find_model
+from kvsurgeon.io.saving import save
+from kvsurgeon.io.weights import WeightFile, check_weights, weight_files
+
+__all__ = ["WeightFile", "check_weights", "find_model", "load", "loaded_from", "save", "to_proto", "weight_files"]

@@ -1,0 +1,97 @@
+"""Find the model that a person means by a path, and parse its file."""
+
+from __future__ import annotations
+
+import mmap
+import stat
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from kvsurgeon.errors import InputError, MalformedModel
+
+PROTOBUF_LIMIT = 2**31 - 1  # bytes; sizes within a protobuf message are signed 32-bit
+_LFS_POINTER = b"version https://git-lfs"
+_PREFERRED = ("model.onnx", "onnx/model.onnx")
+_LISTED = 8  # candidates named in a message
+
+
+def find_model(path: str | Path) -> Path:
+    """Return the `.onnx` file that `path` names: itself, or the one in that folder.
+
+    Raises:
+        InputError: There is no such file, or a folder holds none or several that might be meant.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise InputError(f"expected an .onnx file or a folder holding one, found nothing at `{path}`; check the path")
+    for name in _PREFERRED:
+        if (path / name).is_file():
+            return path / name
+    return _only_model(path)
+
+
+def _only_model(folder: Path) -> Path:
+    candidates = sorted(file for file in folder.glob("*.onnx") if file.is_file())
+    if len(candidates) == 1:
+        return candidates[0]
+    if not candidates:
+        raise InputError(f"expected an .onnx file in `{folder}`, found none; name the file itself")
+    named = ", ".join(file.name for file in candidates[:_LISTED])
+    more = f" and {len(candidates) - _LISTED} more" if len(candidates) > _LISTED else ""
+    raise InputError(
+        f"expected `model.onnx` or a single .onnx file in `{folder}`, found {len(candidates)}: {named}{more}; "
+        "name the one that is meant"
+    )
+
+
+def read_proto(path: Path) -> onnx.ModelProto:
+    """Return what the file says, without its external data.
+
+    Raises:
+        InputError: The file cannot be opened.
+        MalformedModel: The file is not an ONNX protobuf, or not a whole one.
+    """
+    try:
+        with path.open("rb") as file:
+            status = path.stat()
+            _check_file(path, status.st_mode, status.st_size)
+            # Mapped, so that embedded weights exist once (in the proto) and not twice while parsing.
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+                return _parse(view, path)
+    except OSError as error:
+        raise InputError(f"cannot read `{path}`: {error.strerror or error}") from error
+
+
+def _check_file(path: Path, mode: int, size: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise InputError(f"expected a regular file, found something else at `{path}`")
+    if size == 0:
+        raise MalformedModel(f"expected an ONNX model, found an empty file at `{path}`; fetch or export it again")
+    if size > PROTOBUF_LIMIT:
+        raise MalformedModel(
+            f"`{path}` has {size:,} bytes, and a protobuf file ends at 2 GiB; "
+            "save the model with its weights as external data"
+        )
+
+
+def _parse(view: memoryview, path: Path) -> onnx.ModelProto:
+    head = bytes(view[:256])
+    if head.startswith(_LFS_POINTER):
+        raise MalformedModel(f"`{path}` is a git-lfs pointer and not the model; run `git lfs pull` where it came from")
+    try:
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(view)
+    except DecodeError as error:
+        raise MalformedModel(f"`{path}` {_likely_damage(head)}") from error
+    return proto
+
+
+def _likely_damage(head: bytes) -> str:
+    if head.startswith(b"\x08"):  # field 1, `ir_version`, which writers put first
+        return "begins like an ONNX model and is cut short or damaged; fetch or export it again"
+    if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head):
+        return "is a text file and not an ONNX model"
+    return "is not an ONNX model"

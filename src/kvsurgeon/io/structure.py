@@ -1,0 +1,138 @@
+"""Is a proto a graph? Every name is defined once, every name that is read is defined, and no value needs itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
+
+import onnx
+
+from kvsurgeon.errors import MalformedModel
+from kvsurgeon.io.tensors import check_tensor
+
+_OWN_DOMAINS = frozenset({"", "ai.onnx"})
+_Attribute = onnx.AttributeProto
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """What a walk through the nodes of a graph found."""
+
+    free: dict[str, str]  # names that must come from an enclosing graph, and who reads them
+    ordered: bool  # every value is made before it is read, here and in the graphs inside
+
+
+def check_model(proto: onnx.ModelProto) -> bool:
+    """Leave quietly if the proto holds a graph, and say whether its nodes stand in an order of execution.
+
+    Raises:
+        MalformedModel: It does not; the message names the value at which it fails.
+        WeightsError: A reference to external data is no reference.
+    """
+    if not proto.HasField("graph"):
+        raise MalformedModel("expected a model with a graph, found none; the file is damaged or is no model")
+    _check_versions(proto)
+    scopes = [_check_graph(proto.graph), *map(_check_function, proto.functions)]
+    for scope in scopes:
+        for name, reader in scope.free.items():
+            raise MalformedModel(
+                f"expected an input, an initializer or a node's output named `{name}`, found none, "
+                f"and {reader} reads it; export the model again"
+            )
+    if not proto.graph.output:
+        raise MalformedModel("expected a graph with outputs, found none; the file is cut short, export it again")
+    return all(scope.ordered for scope in scopes)
+
+
+def _check_versions(proto: onnx.ModelProto) -> None:
+    if not 0 < proto.ir_version <= onnx.IR_VERSION:
+        raise MalformedModel(
+            f"expected an ir_version from 1 to {onnx.IR_VERSION}, found {proto.ir_version}; "
+            f"a newer `onnx` than {onnx.__version__} may read it"
+        )
+    newest = onnx.defs.onnx_opset_version()
+    if not proto.opset_import:
+        raise MalformedModel("expected a model that says which operator sets it uses, found no opset_import")
+    for opset in proto.opset_import:
+        if opset.domain in _OWN_DOMAINS and not 0 < opset.version <= newest:
+            raise MalformedModel(
+                f"expected an opset from 1 to {newest}, found {opset.version}; "
+                f"a newer `onnx` than {onnx.__version__} may read it"
+            )
+
+
+def _check_graph(graph: onnx.GraphProto) -> Scope:
+    for tensor in graph.initializer:
+        check_tensor(tensor, f"`{tensor.name}`")
+    for sparse in graph.sparse_initializer:
+        check_tensor(sparse.values, f"`{sparse.values.name}`")
+        check_tensor(sparse.indices, f"the indices of `{sparse.values.name}`")
+    inputs = [value.name for value in graph.input]
+    constants = [tensor.name for tensor in graph.initializer] + [s.values.name for s in graph.sparse_initializer]
+    return _check_nodes(graph.node, inputs, constants, [value.name for value in graph.output])
+
+
+def _check_function(function: onnx.FunctionProto) -> Scope:
+    return _check_nodes(function.node, function.input, (), function.output)
+
+
+def _check_nodes(
+    nodes: Sequence[onnx.NodeProto], inputs: Sequence[str], constants: Iterable[str], outputs: Iterable[str]
+) -> Scope:
+    if len(set(inputs)) < len(inputs):
+        raise MalformedModel(f"expected inputs of different names, found {', '.join(inputs)}")
+    known = {*inputs, *constants}  # an initializer may bear the name of an input: it is its default
+    awaited: dict[str, str] = {}
+    ordered = True
+    for node in nodes:
+        for inner in _inner_scopes(node):
+            ordered &= inner.ordered
+            awaited.update({name: reader for name, reader in inner.free.items() if name not in known})
+        for name in node.input:
+            if name and name not in known and name not in awaited:
+                awaited[name] = _spoken(node)
+        for name in node.output:
+            if name in known:
+                raise MalformedModel(f"{_spoken(node)} makes `{name}`, expected a new name, found one that is taken")
+            if name:
+                known.add(name)
+    if not known.isdisjoint(awaited):
+        _check_acyclic(nodes)
+        ordered = False
+    awaited.update({name: "the list of graph outputs" for name in outputs if name not in known})
+    return Scope(free={name: reader for name, reader in awaited.items() if name not in known}, ordered=ordered)
+
+
+def _inner_scopes(node: onnx.NodeProto) -> Iterator[Scope]:
+    """Check the tensors and the graphs that a node carries, and yield what the graphs found."""
+    for attribute in node.attribute:
+        kind = attribute.type
+        if kind == _Attribute.TENSOR:
+            check_tensor(attribute.t, _spoken(node))
+        elif kind == _Attribute.GRAPH:
+            yield _check_graph(attribute.g)
+        elif kind == _Attribute.TENSORS:
+            for tensor in attribute.tensors:
+                check_tensor(tensor, _spoken(node))
+        elif kind == _Attribute.GRAPHS:
+            yield from map(_check_graph, attribute.graphs)
+
+
+def _check_acyclic(nodes: Sequence[onnx.NodeProto]) -> None:
+    sorter: TopologicalSorter[str] = TopologicalSorter()
+    for node in nodes:
+        needs = {name for inner in _inner_scopes(node) for name in inner.free}.union(node.input)
+        for name in node.output:
+            sorter.add(name, *needs)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        around = " -> ".join(f"`{name}`" for name in error.args[1][:6])
+        raise MalformedModel(f"expected a graph without cycles, found a value that needs itself: {around}") from None
+
+
+def _spoken(node: onnx.NodeProto) -> str:
+    """Return how a message names a node: by its output, as ONNX node names may be empty."""
+    output = next((name for name in node.output if name), None)
+    return f"{node.op_type} `{output}`" if output else f"{node.op_type} without an output"

@@ -1,0 +1,91 @@
+"""Does a tensor hold what its dims and its type say? Decided without interpreting a single element."""
+
+from __future__ import annotations
+
+import math
+
+import onnx
+import onnx_ir as ir
+
+from kvsurgeon.errors import MalformedModel, WeightsError
+
+_LARGEST = 2**63 - 1  # bytes; what an ONNX dim, an int64, can count
+_COMPLEX = frozenset({ir.DataType.COMPLEX64, ir.DataType.COMPLEX128})
+_FIELDS = {
+    ir.DataType.FLOAT: "float_data",
+    ir.DataType.COMPLEX64: "float_data",
+    ir.DataType.DOUBLE: "double_data",
+    ir.DataType.COMPLEX128: "double_data",
+    ir.DataType.INT64: "int64_data",
+    ir.DataType.UINT64: "uint64_data",
+    ir.DataType.UINT32: "uint64_data",
+    ir.DataType.STRING: "string_data",
+}  # every other type is kept in int32_data
+
+
+def size_in_bytes(elements: int, dtype: ir.DataType) -> int:
+    """Return the bytes of so many elements, types of fewer than 8 bits being packed."""
+    return (elements * int(dtype.bitwidth) + 7) // 8
+
+
+def check_tensor(tensor: onnx.TensorProto, where: str) -> None:
+    """Leave quietly if the tensor's data has the size that its dims and type ask for.
+
+    Of external data only the reference is looked at; `check_weights` looks at the file.
+
+    Raises:
+        MalformedModel: Dims, type or data are not those of a tensor.
+        WeightsError: The reference to external data is no reference.
+    """
+    dtype = _element_type(tensor, where)
+    elements = _element_count(tensor, where)
+    if tensor.data_location == onnx.TensorProto.EXTERNAL:
+        _check_reference(tensor, dtype, where)
+        return
+    if dtype != ir.DataType.STRING and tensor.HasField("raw_data"):
+        expected, found, unit = size_in_bytes(elements, dtype), len(tensor.raw_data), "bytes"
+    else:
+        field = _FIELDS.get(dtype, "int32_data")
+        expected, found, unit = _entries(elements, dtype), len(getattr(tensor, field)), f"entries in {field}"
+    if expected != found:
+        raise MalformedModel(
+            f"expected {expected} {unit} for {dtype.name}{list(tensor.dims)}, found {found} - at {where}; "
+            "the file is damaged, export it again"
+        )
+
+
+def _element_type(tensor: onnx.TensorProto, where: str) -> ir.DataType:
+    try:
+        dtype = ir.DataType(tensor.data_type)
+    except ValueError:
+        dtype = ir.DataType.UNDEFINED
+    if dtype == ir.DataType.UNDEFINED:
+        raise MalformedModel(f"expected an element type of ONNX, found number {tensor.data_type} - at {where}")
+    return dtype
+
+
+def _element_count(tensor: onnx.TensorProto, where: str) -> int:
+    elements: int = math.prod(tensor.dims)
+    if elements < 0 or elements > _LARGEST or any(dim < 0 for dim in tensor.dims):
+        raise MalformedModel(f"expected dims of a tensor, found {list(tensor.dims)} - at {where}")
+    return elements
+
+
+def _entries(elements: int, dtype: ir.DataType) -> int:
+    """Return how many entries the typed field of a tensor holds; 2- and 4-bit types share one."""
+    if dtype == ir.DataType.STRING:
+        return elements
+    if dtype in _COMPLEX:
+        return 2 * elements
+    return size_in_bytes(elements, dtype) if int(dtype.bitwidth) in (2, 4) else elements
+
+
+def _check_reference(tensor: onnx.TensorProto, dtype: ir.DataType, where: str) -> None:
+    if dtype == ir.DataType.STRING:
+        raise MalformedModel(f"strings cannot be external data - at {where}")
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if not entries.get("location"):
+        raise WeightsError(f"external data does not say in which file it lies - at {where}")
+    for key in ("offset", "length"):
+        if key in entries and not (entries[key].isascii() and entries[key].isdigit()):
+            raise WeightsError(f"expected bytes as {key} of external data, found {entries[key]!r} - at {where}")
