@@ -178,9 +178,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16"])
     parser.add_argument("--repeat", type=int, default=5, help="processes per model; the median counts")
     parser.add_argument("--through", default="command", choices=["command", "python"])
-    parser.add_argument(
-        "--work", type=Path, help="folder on a file system that has sparse files"
-    )
+    parser.add_argument("--work", type=Path, help="folder on a file system that has sparse files")
     parser.add_argument("--json", type=Path, metavar="OUT")
     return parser.parse_args()
 
