@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import onnx
 import onnx_ir as ir
 
+from kvsurgeon import io
 from kvsurgeon.anatomy import Decoder, find_decoder
+
+Source = str | Path | onnx.ModelProto | ir.Model
 
 
 @dataclass(kw_only=True)
@@ -19,6 +24,24 @@ class Subject:
     folder: Path | None = None  # where the model, its weights and its side files lie
     config: dict[str, Any] | None = None  # parsed config.json, where there is one; never needed
     _decoder: Decoder | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, source: Source, folder: str | Path | None = None) -> Subject:
+        """Return a subject for a file, a folder that holds one, a proto or a model in memory.
+
+        Args:
+            source: Where the model is. A proto stays as it is; an `ir.Model` is the one that is worked on.
+            folder: Where the external data and the config of a model in memory lie.
+
+        Raises:
+            InputError: The model cannot be read.
+        """
+        model = source if isinstance(source, ir.Model) else io.load(source, folder=folder)
+        path = io.loaded_from(model)
+        if folder is None and path is not None:
+            folder = path.parent
+        here = None if folder is None else Path(folder)
+        return cls(model=model, folder=here, config=None if here is None else _config(here))
 
     def decoder(self) -> Decoder:
         """Return the anatomy of the model as it is now; analysed once, and again after `changed()`.
@@ -51,6 +74,15 @@ class Unchanged:
 
 
 Outcome = Changed | Unchanged
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    """Return the folder's config.json if there is one that can be read: no pass may depend on it."""
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 @runtime_checkable
