@@ -28,8 +28,9 @@ from types import FrameType
 import onnx
 import onnxruntime as ort
 from corpus import Entry, find_entries, spread_sample
-from second_judge import ContractError, bound_of, judge, open_session, passes, read_contract
+from second_judge import BRAIN, ContractError, bound_of, failures, judge, open_session, read_contract
 from verdicts import BAD, Result, as_json, as_markdown, print_groups, print_reasons, print_totals
+from widening import widened
 
 import kvsurgeon
 import kvsurgeon.io
@@ -83,7 +84,7 @@ def take_instead(entry: Entry, *, file: str) -> tuple[onnx.ModelProto, onnx.Mode
 def _judged(result: Result, entry: Entry, original: onnx.ModelProto, injected: onnx.ModelProto) -> Result:
     bound = bound_of(original)
     try:
-        session = open_session(injected, entry.folder)
+        session = open_session(widened(injected, entry.folder) if bound is BRAIN else injected, entry.folder)
         contract = read_contract(session, original)
         cases = entry.cases(original)
         if not cases:
@@ -98,7 +99,7 @@ def _judged(result: Result, entry: Entry, original: onnx.ModelProto, injected: o
         reason = f"onnxruntime: {_one_line(error)}"
         return replace(result, verdict=verdict, reason=reason, gist=_gist(reason), bound=bound.name)
     result = replace(result, bound=bound.name, scores=scores)
-    failed = [score for score in scores if not passes(score, bound)]
+    failed = failures(scores, bound)
     if not failed:
         return result
     worst = max(failed, key=lambda score: score.error)
@@ -122,14 +123,14 @@ def _exit_code(error: Exception) -> int:
     """Return the exit code of a deliberate error; -1 for one that nobody meant to raise."""
     if not isinstance(error, KvsurgeonError):
         return -1
-    if isinstance(error, PassError) and not isinstance(error.__cause__, KvsurgeonError | None):
-        return -1  # a pass of our own stumbled
+    if isinstance(error, PassError) and not isinstance(error.__cause__, KvsurgeonError):
+        return -1  # a pass of kvsurgeon's own stumbled, or left a graph that is not valid
     return error.exit_code
 
 
 def _where(error: BaseException) -> str:
     """Return where an exception came from: the last frame, and the last one of kvsurgeon."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name != "ring"]
     own = [frame for frame in frames if "kvsurgeon" in Path(frame.filename).parts]
     places = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in [*own[-1:], *frames[-1:]]]
     return "in " + " > ".join(dict.fromkeys(places))

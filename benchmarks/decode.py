@@ -27,6 +27,7 @@ TYPES = {
     "tensor(float16)": np.float16,
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
 }
 SHORT, LONG = 257, 514  # contexts between which a linear output doubles and a quadratic one quadruples
 QUADRATIC = 3.0  # growth between the two from which an output counts as quadratic
@@ -78,17 +79,16 @@ def _value(declared: ort.NodeArg, new: int, context: int) -> ort.OrtValue:
     elif "mask" in declared.name:
         array = np.ones(shape)
     elif "position" in declared.name:
-        array = np.broadcast_to(np.arange(context - new, context), shape)
+        array = np.broadcast_to(np.arange(context - new, context, dtype=np.float64), shape)
     else:
-        array = generator.integers(5, 1000, shape)
+        array = generator.integers(5, 1000, shape).astype(np.float64)
     return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array, TYPES[declared.type]))
 
 
 def open_runner(name: str, model: Path, threads: int) -> Runner:
     """Return a runner on a model file, or on `model.onnx` of a folder."""
-    return Runner(
-        name=name, session=ort.InferenceSession(str(_file(model)), _options(threads), ["CPUExecutionProvider"])
-    )
+    session = ort.InferenceSession(str(_file(model)), _options(threads), ["CPUExecutionProvider"])
+    return Runner(name=name, session=session)
 
 
 def _file(model: Path) -> Path:
@@ -190,7 +190,7 @@ def main() -> int:
     growth = growth_of(medians)
     print(f"from {min(medians)} to {max(medians)}: " + ", ".join(f"{n} x {ratio:.2f}" for n, ratio in growth.items()))
     if "exporter" in growth:
-        print(f"injected grows {growth['injected'] / growth['exporter'] - 1:+.1%} more than the exporter's")
+        print(f"growth of injected over the exporter's: {growth['injected'] / growth['exporter']:.3f}")
     del runners
     quadratic = quadratic_outputs(options.injected)
     print(f"nodes of injected whose output grows with the square of the context: {len(quadratic)}")

@@ -63,7 +63,8 @@ class Score:
     case: int
     way: str
     error: float
-    agreement: float
+    agreement: float  # share of positions with the same argmax
+    positions: int  # compared: all that are not padding
     position: int  # where the largest difference is
 
 
@@ -132,9 +133,15 @@ def judge(session: ort.InferenceSession, contract: Contract, case: Case) -> list
     return scores
 
 
-def passes(score: Score, bound: Bound) -> bool:
-    """Tell whether a score is within its bound; NaN is not."""
-    return score.error <= bound.error and score.agreement >= bound.agreement
+def failures(scores: Sequence[Score], bound: Bound) -> list[Score]:
+    """Return the scores out of bounds; agreement is taken over all cases, as one flip weighs much in a short one."""
+    failed = [score for score in scores if not score.error <= bound.error]
+    for way in WAYS:
+        same = [score for score in scores if score.way == way]
+        agreed = sum(score.agreement * score.positions for score in same)
+        if agreed < bound.agreement * sum(score.positions for score in same):
+            failed.append(min(same, key=lambda score: score.agreement))
+    return failed
 
 
 def _at_once(total: int) -> list[int]:
@@ -215,5 +222,6 @@ def _compare(result: np.ndarray, case: Case, way: str) -> Score:
         way=way,
         error=float(difference[worst]) / spread,
         agreement=float((found.argmax(-1) == reference.argmax(-1)).mean()),
+        positions=len(found),
         position=int(np.argwhere(case.real)[worst][1]),
     )
