@@ -67,6 +67,8 @@ class Flow:
     shapes: Shapes
     kinds: dict[ir.Value, Kind]
     length: Dimension
+    batch: Dimension  # of the token inputs; 1 where they have no batch axis
+    order: dict[ir.Node, int]  # place of each node in the graph
     stream: Role = field(default_factory=lambda: Role(Length.NEW, "the tokens"))
     axes: dict[ir.Value, Axes] = field(default_factory=dict)
     demands: dict[Place, Axes] = field(default_factory=dict)  # where context meets tokens: its axes, in their roles

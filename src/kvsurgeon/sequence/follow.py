@@ -5,7 +5,7 @@ This is the proof that every other operator is position-wise: it is made of axes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
@@ -64,14 +64,15 @@ KNOWN_DOMAINS = (*STANDARD_DOMAINS, "com.microsoft")
 
 
 def follow_tokens(
-    nodes: Iterable[ir.Node], inputs: list[GivenInput], shapes: Shapes, kinds: dict[ir.Value, Kind], length: Dimension
+    nodes: Sequence[ir.Node], inputs: list[GivenInput], shapes: Shapes, kinds: dict[ir.Value, Kind], length: Dimension
 ) -> Flow:
     """Return where the tokens lie in every tensor that holds them, and what context meets them.
 
     Raises:
         Refused: An operator mixes tokens, has no rule, or loses sight of them.
     """
-    flow = Flow(shapes=shapes, kinds=kinds, length=length)
+    order = {node: place for place, node in enumerate(nodes)}
+    flow = Flow(shapes=shapes, kinds=kinds, length=length, batch=_batch(inputs), order=order)
     for given in inputs:
         if given.is_token:
             flow.axes[given.value] = tuple(SequenceAxis(axis, flow.stream) for axis in given.lengths)
@@ -80,6 +81,13 @@ def follow_tokens(
             _take(flow, node)
     _check_roles(flow)
     return flow
+
+
+def _batch(inputs: list[GivenInput]) -> Dimension:
+    """The batch of the token inputs: the axis before the tokens' one."""
+    first = next(given for given in inputs if given.is_token)
+    axis = next(iter(first.lengths))
+    return first.dimensions[axis - 1] if axis else 1
 
 
 def _take(flow: Flow, node: ir.Node) -> None:

@@ -1,0 +1,167 @@
+"""The one pair of hands: every change to a graph goes through here, named, counted and kept in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+
+class Editor:
+    """Add and rewire nodes of a graph; `finish` drops what nobody reads any more and restores the order."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.graph = model.graph
+        self.opset = model.graph.opset_imports.get("", 1)
+        self.edits = 0
+        self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
+        self._taken = {value.name for value in self._values()} | {node.name for node in self.graph}
+        self._alive = _alive(self.graph)
+        self._twins: dict[ir.Node, ir.Node] = {}
+
+    def _values(self) -> Iterable[ir.Value]:
+        yield from self.graph.inputs
+        yield from self.graph.initializers.values()
+        for node in self.graph:
+            yield from node.outputs
+
+    def name(self, wish: str) -> str:
+        """Return a name that nothing in the graph has, as close to the wish as can be."""
+        name, number = wish, 1
+        while name in self._taken:
+            name, number = f"{wish}_{number}", number + 1
+        self._taken.add(name)
+        return name
+
+    def free(self, name: str) -> None:
+        """Make a name available: whatever inside the graph has it is called otherwise from now on."""
+        if name not in self._taken:
+            return
+        for value in list(self._values()):
+            if value.name == name and not value.is_graph_input() and not value.is_graph_output():
+                initializer = value.is_initializer()
+                if initializer:
+                    self.graph.initializers.pop(name)
+                value.name = self.name(f"{name}_inner")
+                if initializer:
+                    self.graph.register_initializer(value)
+                self.edits += 1
+        for node in self.graph:
+            if node.name == name:
+                node.name = self.name(f"{name}_node")
+        self._taken.discard(name)
+
+    def constant(self, numbers: Any, dtype: Any = np.int64, wish: str = "constant") -> ir.Value:
+        """Return an initializer that holds these numbers; the same numbers are kept once."""
+        array = np.array(numbers, dtype=dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            tensor = ir.Tensor(array, name=self.name(wish))
+            value = ir.Value(
+                name=tensor.name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+            self.graph.register_initializer(value)
+            self._constants[key] = value
+            self.edits += 1
+        return self._constants[key]
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        wish: str,
+        dtype: ir.DataType | None = None,
+        shape: Sequence[int | str | None] | None = None,
+    ) -> ir.Value:
+        """Add a node and return its output, called as close to `wish` as can be."""
+        name = self.name(wish)
+        value = ir.Value(
+            name=name,
+            type=None if dtype is None else ir.TensorType(dtype),
+            shape=None if shape is None else ir.Shape(shape),
+        )
+        built = ir.convenience.convert_attributes(attributes or {})
+        self.graph.append(ir.Node("", operator, inputs, built, outputs=[value], name=self.name(f"{name}/{operator}")))
+        self.edits += 1
+        return value
+
+    def twin(
+        self, node: ir.Node, inputs: Sequence[ir.Value | None], suffix: str, without: frozenset[str] = frozenset()
+    ) -> ir.Node:
+        """Add a node like another one with other inputs, and some attributes left out."""
+        outputs = []
+        for value in node.outputs:
+            name = self.name(f"{value.name}.{suffix}") if value.name else ""
+            outputs.append(ir.Value(name=name, type=value.type))
+        kept = [attribute for name, attribute in node.attributes.items() if name not in without]
+        twin = ir.Node(
+            node.domain, node.op_type, inputs, kept, overload=node.overload, outputs=outputs,
+            name=self.name(f"{node.name or node.outputs[0].name}.{suffix}"), doc_string=node.doc_string,
+            metadata_props=dict(node.metadata_props),
+        )  # fmt: skip
+        self.graph.append(twin)
+        self._twins[twin] = node
+        self.edits += 1
+        return twin
+
+    def rewire(self, node: ir.Node, index: int, value: ir.Value | None) -> None:
+        """Let an input of a node read another value."""
+        if node.inputs[index] is not value:
+            node.replace_input_with(index, value)
+            self.edits += 1
+
+    def drop_attribute(self, node: ir.Node, name: str) -> None:
+        """Leave an attribute to its default."""
+        if node.attributes.pop(name, None) is not None:
+            self.edits += 1
+
+    def finish(self) -> None:
+        """Drop what was read before and is not read any more, give names back, and restore the order."""
+        alive = _alive(self.graph)
+        for node in reversed(list(self.graph)):
+            if node not in alive and (node in self._alive or node in self._twins):
+                self.graph.remove(node, safe=False)
+                self.edits += 1
+        self._give_names_back(alive)
+        for value in list(self.graph.initializers.values()):
+            used = value.uses() or value.is_graph_output() or value.is_graph_input()
+            if not used and (value in self._alive or value in self._constants.values()):
+                self.graph.initializers.pop(value.name)
+        self.graph.sort()
+
+    def _give_names_back(self, alive: set[ir.Node | ir.Value]) -> None:
+        """A twin that outlives its original takes over its names."""
+        seen: set[ir.Node] = set()
+        for twin, original in self._twins.items():
+            if twin not in alive or original in alive or original in seen:
+                continue
+            seen.add(original)
+            twin.name = original.name
+            for mine, theirs in zip(twin.outputs, original.outputs, strict=True):
+                mine.name, theirs.name = theirs.name, mine.name
+
+
+def _alive(graph: ir.Graph) -> set[ir.Node | ir.Value]:
+    """Nodes and initializers that the graph's outputs depend on, subgraphs included."""
+    alive: set[ir.Node | ir.Value] = set()
+    pending: list[ir.Value] = [value for value in graph.outputs if value is not None]
+    while pending:
+        value = pending.pop()
+        node = value.producer()
+        if node is None:
+            alive.add(value)
+            continue
+        if node in alive:
+            continue
+        alive.add(node)
+        pending += [value for value in node.inputs if value is not None]
+        for attribute in node.attributes.values():
+            if attribute.type is ir.AttributeType.GRAPH:
+                for inner in attribute.as_graph().all_nodes():
+                    alive.add(inner)
+                    pending += [value for value in inner.inputs if value is not None]
+    return alive

@@ -1,0 +1,119 @@
+"""The whole analysis of a decoder: what is given, what is followed, what must be remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.sequence.axes import Role
+from kvsurgeon.sequence.cuts import Memory, choose
+from kvsurgeon.sequence.flow import ContextProduct, Flow, FusedAttention, Place, ScoreProduct
+from kvsurgeon.sequence.follow import follow_tokens
+from kvsurgeon.sequence.kinds import GivenInput, classify_inputs, find_kinds, read_inputs
+from kvsurgeon.sequence.sharing import find_same
+from kvsurgeon.shapes.dimension import Dimension
+from kvsurgeon.shapes.inference import Shapes, infer_shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operand:
+    """An input of a product that is needed for all tokens so far, and the tensor that is remembered for it."""
+
+    place: Place
+    memory: Memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """One attention as the graph writes it: products that share the axis of their keys."""
+
+    scores: tuple[ScoreProduct, ...]
+    products: tuple[ContextProduct, ...]
+    fused: FusedAttention | None
+    keys: tuple[Operand, ...]
+    values: tuple[Operand, ...]
+
+    @property
+    def at(self) -> ir.Value:
+        """Where the attention ends: the output of its context product."""
+        node = self.fused.node if self.fused is not None else self.products[0].node
+        return node.outputs[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """What is known of a decoder, with references into its graph."""
+
+    model: ir.Model
+    inputs: list[GivenInput]
+    length: Dimension
+    shapes: Shapes
+    flow: Flow
+    same: dict[ir.Value, ir.Value]
+    heads: tuple[Head, ...]  # in execution order
+
+
+def analyse(model: ir.Model) -> Analysis:
+    """Return the anatomy of a decoder without a cache.
+
+    Raises:
+        Refused: It is not a causal decoder that can be handled soundly; nothing was changed.
+    """
+    graph = model.graph
+    nodes: Sequence[ir.Node] = list(graph)
+    dimensions, length = read_inputs(graph)
+    inputs = classify_inputs(graph, dimensions, length)
+    shapes = infer_shapes(nodes, dimensions, graph.opset_imports.get("", 1))
+    kinds = find_kinds(nodes, inputs, shapes)
+    flow = follow_tokens(nodes, inputs, shapes, kinds, length)
+    return Analysis(
+        model=model, inputs=inputs, length=length, shapes=shapes, flow=flow,
+        same=find_same(nodes, kinds, shapes), heads=_heads(flow),
+    )  # fmt: skip
+
+
+def _heads(flow: Flow) -> tuple[Head, ...]:
+    heads = []
+    for role in _key_roles(flow):
+        scores = tuple(score for score in flow.scores if role in (score.left_role.root(), score.right_role.root()))
+        products = tuple(product for product in flow.products if product.role.root() is role)
+        fused = next((fused for fused in flow.fused if flow.operands[fused.node, fused.key].root() is role), None)
+        keys = [(score.node, score.key_index()) for score in scores]
+        values = [(product.node, product.value) for product in products]
+        if fused is not None:
+            keys, values = [(fused.node, fused.key)], [(fused.node, fused.value)]
+        heads.append(
+            Head(
+                scores=scores, products=products, fused=fused,
+                keys=_operands(flow, keys, len(heads)), values=_operands(flow, values, len(heads)),
+            )
+        )  # fmt: skip
+    if not heads:
+        raise Refused(
+            "no attention was found: nowhere do two sequence axes meet and get summed again",
+            expected="weights = softmax(query @ key^T), weights @ value",
+            hint="is this a decoder-only language model?",
+        )
+    return tuple(heads)
+
+
+def _key_roles(flow: Flow) -> list[Role]:
+    """The roles of keys' axes, in execution order."""
+    found: dict[Role, int] = {}
+    for node, role in [
+        *((product.node, product.role.root()) for product in flow.products),
+        *((fused.node, flow.operands[fused.node, fused.key].root()) for fused in flow.fused),
+    ]:
+        found[role] = min(found.get(role, flow.order[node]), flow.order[node])
+    return sorted(found, key=lambda role: found[role])
+
+
+def _operands(flow: Flow, places: list[Place], layer: int) -> tuple[Operand, ...]:
+    try:
+        return tuple(Operand(place=place, memory=choose(flow, place)) for place in places)
+    except Refused as refusal:
+        refusal.layer = layer
+        raise

@@ -1,0 +1,185 @@
+"""Where to cut: which tensor between a projection and a product is remembered for the past.
+
+Upstream of a cut tensors have the new length, downstream the total one. Any tensor of the chain would do, so the choice is a
+matter of bytes: the smallest; among equals one that already lies as [batch, kv_heads, sequence, head_dim], then the one
+closest to the product, so that least is computed again at each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.graph.constants import constant_tensor
+from kvsurgeon.sequence.axes import Length, SequenceAxis
+from kvsurgeon.sequence.flow import Flow, Place
+from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.dimension import BATCH, Dimension
+
+# Products with weights: what lies upstream of them would have to be computed again for every token at every step.
+_PROJECTIONS = frozenset({"MatMul", "Gemm", "Einsum", "MatMulInteger", "QLinearMatMul", "QGemm", "FusedMatMul",
+                          "MatMulNBits", "Conv"})  # fmt: skip
+_LOOKUPS = frozenset({"Gather", "GatherND", "GatherElements"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """A tensor that is remembered, and how its axes make up [batch, heads, sequence, head_dim].
+
+    The tensor's axes, cut up where they hold several things, are `parts`; `order` brings them into
+    [batch..., heads..., sequence, head_dim].
+    """
+
+    value: ir.Value
+    dtype: ir.DataType
+    parts: tuple[Dimension | None, ...]  # sizes in the tensor's own order; None is the sequence
+    order: tuple[int, ...]
+    batch: Dimension
+    heads: int
+    head_dim: int
+    elements: int  # of one token of one sequence
+    rank: int
+
+    @property
+    def bits_per_token(self) -> int:
+        """Bits that one token of one sequence takes."""
+        return self.elements * self.dtype.bitwidth
+
+    @property
+    def is_canonical(self) -> bool:
+        """Whether the tensor itself is [batch, heads, sequence, head_dim]."""
+        return self.order == (0, 1, 2, 3) and len(self.parts) == self.rank == 4
+
+    @property
+    def effort(self) -> int:
+        """0 where the tensor lies right, 1 where a reshape is enough, 2 where it must be transposed."""
+        if self.is_canonical:
+            return 0
+        moved = [place for place in self.order if self.parts[place] != 1]
+        return 1 if moved == sorted(moved) else 2
+
+
+def choose(flow: Flow, place: Place) -> Memory:
+    """Return the tensor to remember for an operand that is needed for all tokens so far.
+
+    Raises:
+        Refused: No tensor of the chain can be remembered.
+    """
+    node, index = place
+    operand = node.inputs[index]
+    assert operand is not None
+    best: tuple[tuple[int, int, int], Memory] | None = None
+    for distance, value in enumerate(_bottlenecks(flow, operand)):
+        memory = describe(flow, value)
+        if memory is None:
+            continue
+        rank = (memory.bits_per_token, memory.effort, distance)
+        if best is None or rank < best[0]:
+            best = (rank, memory)
+    if best is None:
+        raise Refused(
+            "no tensor between projection and product can be remembered",
+            at=operand.name, expected="a tensor with one sequence axis and a fixed number of features",
+        )  # fmt: skip
+    return best[1]
+
+
+def _bottlenecks(flow: Flow, operand: ir.Value) -> Iterator[ir.Value]:
+    """Tensors through which all token data of an operand passes, from the product upwards to the projection."""
+    order = {operand: 0}
+    frontier = [operand]
+    while len(order) < 400:
+        if len(frontier) == 1 and frontier[0] not in flow.per_call:
+            yield frontier[0]
+        value = max(frontier, key=lambda value: flow.order.get(value.producer(), -1))
+        node = value.producer()
+        if node is None or not _may_repeat(flow, node):
+            return
+        frontier.remove(value)
+        for source in node.inputs:
+            if source is not None and flow.kinds.get(source) is Kind.TOKEN and source not in frontier:
+                frontier.append(source)
+        order[value] = len(order)
+        frontier = [source for source in frontier if source not in node.outputs]
+
+
+def _may_repeat(flow: Flow, node: ir.Node) -> bool:
+    """Whether a node may be computed again for all tokens so far: it is cheap, and sees its tokens one by one."""
+    if node.op_type in _PROJECTIONS:
+        return False
+    if node.op_type in _LOOKUPS and any(
+        flow.kinds.get(value) is not Kind.TOKEN and constant_tensor(value) is not None and index == 0
+        for index, value in enumerate(node.inputs)
+    ):
+        return False
+    for index, value in enumerate(node.inputs):
+        if value is None or flow.kinds.get(value) is not Kind.TOKEN:
+            continue
+        if (node, index) in flow.operands:
+            return False
+        axes = flow.axes.get(value, ())
+        if len(axes) != 1 or axes[0].role.resolved() is not Length.NEW:
+            return False
+    return True
+
+
+def describe(flow: Flow, value: ir.Value) -> Memory | None:
+    """Return how a tensor can be remembered; None where it has no fixed number of features for each token."""
+    fact, axes = flow.shapes[value], flow.axes.get(value, ())
+    if fact.shape is None or fact.dtype is None or len(axes) != 1 or axes[0].role.resolved() is not Length.NEW:
+        return None
+    found = _parts(fact.shape, axes[0], flow.batch)
+    if found is None:
+        return None
+    parts, sequence, batch = found
+    features = [place for place in range(len(parts)) if place not in (*batch, sequence)]
+    sizes = [parts[place] for place in features]
+    if not features or not all(isinstance(size, int) for size in sizes):
+        return None
+    whole = [int(size) for size in sizes if isinstance(size, int)]
+    heads = 1
+    for size in whole[:-1]:
+        heads *= size
+    return Memory(
+        value=value,
+        dtype=fact.dtype,
+        parts=tuple(parts),
+        order=(*batch, *features[:-1], sequence, features[-1]),
+        batch=dim.product(size for place in batch if (size := parts[place]) is not None),
+        heads=heads,
+        head_dim=whole[-1],
+        elements=heads * whole[-1],
+        rank=len(fact.shape),
+    )
+
+
+def _parts(
+    shape: tuple[Dimension, ...], axis: SequenceAxis, fixed: Dimension
+) -> tuple[list[Dimension | None], int, list[int]] | None:
+    """Cut the axes up: batch, sequence, and features, each in a place of its own."""
+    parts: list[Dimension | None] = []
+    batch: list[int] = []
+    sequence = -1
+    for place, size in enumerate(shape):
+        pieces: list[Dimension | None] = [size]
+        if place == axis.axis:
+            pieces = [*([axis.outer] if axis.outer != 1 else []), None, *([axis.inner] if axis.inner != 1 else [])]
+        for piece in pieces:
+            if piece is None:
+                sequence = len(parts)
+                parts.append(None)
+            elif not isinstance(piece, int) and piece.has(BATCH):
+                rest = dim.exact_quotient(piece, BATCH)
+                if rest is None or not isinstance(rest, int):
+                    return None
+                batch.append(len(parts))
+                parts += [BATCH, rest] if rest != 1 else [BATCH]
+            else:
+                parts.append(piece)
+    if not batch and isinstance(fixed, int) and parts[0] == fixed and len(parts) > 2:
+        batch = [0]
+    return (parts, sequence, batch) if len(batch) <= 1 else None
