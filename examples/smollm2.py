@@ -51,7 +51,7 @@ class Export:
 
     @property
     def opset(self) -> int:
-        """The newest opset that the exporter writes without converting."""
+        """18 is what the dynamo exporter itself writes; 17 is what most TorchScript exports were made with."""
         return 18 if self.exporter == "dynamo" else 17
 
 
