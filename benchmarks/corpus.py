@@ -78,7 +78,7 @@ class Entry:
 
     @property
     def family(self) -> str:
-        return str(self.meta.get("family") or self.meta.get("model_type") or self.name)
+        return str(self.meta.get("model_type") or self.meta.get("family") or self.name)
 
     @property
     def damaged(self) -> bool:

@@ -137,7 +137,8 @@ def _where(error: BaseException) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : |/onnxruntime_src/\S+ ", "", str(error))
+    return " ".join(text.split())[:400]
 
 
 def _gist(message: str) -> str:

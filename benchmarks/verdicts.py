@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -77,9 +78,14 @@ def _print_grouped(title: str, results: Sequence[Result]) -> None:
     for result in results:
         grouped[result.gist or result.reason].append(result)
     for members in sorted(grouped.values(), key=len, reverse=True):
-        labels = [f"{result.group}/{result.name}" for result in members]
-        more = f" and {len(labels) - 6} more" if len(labels) > 6 else ""
-        print(f"  {len(members):3} x {members[0].reason}\n        {', '.join(labels[:6])}{more}")
+        labels = ", ".join(_label(result) for result in members)
+        print(f"  {len(members):3} x {members[0].reason}")
+        print(textwrap.fill(labels, 118, initial_indent=" " * 8, subsequent_indent=" " * 8, break_on_hyphens=False))
+
+
+def _label(result: Result) -> str:
+    worst = result.worst
+    return f"{result.group}/{result.name}" + (f" ({worst.error:.2g})" if worst else "")
 
 
 def print_totals(results: Sequence[Result], seconds: float) -> None:
