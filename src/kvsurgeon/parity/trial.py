@@ -182,9 +182,7 @@ def _sentence(
         return replace(facts, verdict="same")
     said = _wrong(found, tolerance) or wrong_at_once or "the outputs agree, but the cache does not"
     if wrong_at_once and not faults:
-        return replace(
-            facts, reason=f"{said}; so it is when the whole text is given in one call: the cache is not to blame"
-        )
+        return replace(facts, reason=f"{said}; already when the whole text is given in one call")
     layer, culprit = blame(faults, cached.cache)
     return replace(facts, layer=layer, reason=f"{said}; {culprit}")
 
@@ -223,5 +221,6 @@ def blame(faults: Sequence[CacheFault], cache: Sequence[CacheEntry]) -> tuple[in
         return layer, f"the {parts.pop()} of layer {layer} is {since}, and only it: what makes it is at fault"
     if layer == layers[0]:
         return layer, f"key and value of the first layer, {layer}, are {since}: what enters it is at fault"
-    before = layers[layers.index(layer) - 1]
-    return before, f"key and value of layer {layer} are {since}: the attention of layer {before} is at fault"
+    before = layer - 1
+    which = f"layer {before}" if before in layers else f"layer {before}, which has no cache of its own,"
+    return before, f"key and value of layer {layer} are {since}: the attention of {which} is at fault"

@@ -6,6 +6,8 @@ Of a model nothing is used but its file and what it declares: names, types and d
 from kvsurgeon.runtime.axes import Axis, CacheEntry, axes_of, cache_entries, cache_mismatch, find_cache, is_past
 from kvsurgeon.runtime.decoder import BrokenCacheError, CachedDecoder, UncachedDecoder, logits_name
 from kvsurgeon.runtime.feeds import Given, Inputs, Tokens, fixed_size, inputs_of
+from kvsurgeon.runtime.generate import Generation, Token, Writer, generate
+from kvsurgeon.runtime.sampling import Sampling
 from kvsurgeon.runtime.session import (
     MissingKernelError,
     Optimisation,
@@ -24,22 +26,27 @@ __all__ = [
     "BrokenCacheError",
     "CacheEntry",
     "CachedDecoder",
+    "Generation",
     "Given",
     "Inputs",
     "MissingKernelError",
     "Optimisation",
     "RunError",
+    "Sampling",
     "Session",
     "Source",
     "Tensor",
+    "Token",
     "Tokens",
     "UncachedDecoder",
+    "Writer",
     "axes_of",
     "cache_entries",
     "cache_mismatch",
     "find_cache",
     "fixed_size",
     "from_runtime",
+    "generate",
     "inputs_of",
     "is_past",
     "logits_name",

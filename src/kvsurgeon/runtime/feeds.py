@@ -21,6 +21,7 @@ from kvsurgeon.runtime.tensor import Array, Tensor
 Kind = Literal["tokens", "embeddings", "mask", "visibility", "positions", "types", "other"]
 Tokens = npt.NDArray[np.int64]  # [batch, sequence]
 
+_FIXED: Axis = "fixed"
 _EMBEDDINGS = 251  # rows of the table that stands in for a model's own embeddings
 
 
@@ -117,7 +118,7 @@ def _axes(tensor: Tensor, *, cached: bool) -> tuple[Axis, ...]:
             3: ("batch", "new", "fixed" if tensor.floating else "total"),
             4: ("batch", "fixed", "new", "total"),
         }
-        return places[rank] if rank in places else ("fixed",) * rank
+        return places[rank] if rank in places else tuple(_FIXED for _ in axes)
     if "batch" not in axes and rank > 1 and axes[0] == "fixed":
         axes[0] = "batch"
     return tuple(axes)

@@ -1,0 +1,64 @@
+"""How the next token is chosen from logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvsurgeon.errors import UsageError
+from kvsurgeon.runtime.tensor import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen: the likeliest one, unless a temperature is given.
+
+    Attributes:
+        temperature: What logits are divided by; 0 chooses the likeliest token.
+        top_k: Choose among so many of the likeliest tokens.
+        top_p: Choose among the likeliest tokens that together have this probability.
+        seed: Where chance comes from; None differs from run to run.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise UsageError(f"expected a temperature of 0 or more, found {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise UsageError(f"expected top_k of 1 or more, found {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"expected top_p above 0 and at most 1, found {self.top_p}")
+
+    def choose(self, logits: Array, random: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Return one token for each row of `[batch, vocabulary]`.
+
+        >>> Sampling().choose(np.array([[0.1, 0.7, 0.2]]), np.random.default_rng(0))
+        array([1])
+        """
+        logits = logits.astype(np.float64)
+        if self.temperature == 0:
+            return np.asarray(logits.argmax(axis=-1), np.int64)
+        weights = self._weights(logits / self.temperature)
+        return np.array([random.choice(len(row), p=row) for row in weights], np.int64)
+
+    def _weights(self, logits: Array) -> Array:
+        """Return the probability of each token, 0 for those that are out."""
+        order = np.argsort(-logits, axis=-1, kind="stable")
+        ranked = np.take_along_axis(logits, order, axis=-1)
+        weights = np.exp(ranked - ranked[:, :1])
+        weights /= weights.sum(axis=-1, keepdims=True)
+        if self.top_k is not None:
+            weights[:, self.top_k :] = 0
+        if self.top_p is not None:
+            before = np.cumsum(weights, axis=-1) - weights
+            weights[before >= self.top_p * weights.sum(axis=-1, keepdims=True)] = 0
+        weights /= weights.sum(axis=-1, keepdims=True)
+        unranked: Array = np.empty_like(weights)
+        np.put_along_axis(unranked, order, weights, axis=-1)
+        return unranked

@@ -1,0 +1,288 @@
+"""The judge is judged: right injections are accepted, wrong ones rejected at the right place."""
+
+import json
+from functools import cache
+
+import broken_decoders as shelf
+import numpy as np
+import onnx
+import pytest
+from decoders import CachedDecoder, Config, Decoder
+
+from kvsurgeon.errors import InputError
+from kvsurgeon.parity import Lengths, verify
+
+CHUNKED = {"token by token", "prefill and steps", "ragged chunks", "batch", "left padding", "long past"}
+EVERY = {"whole prefill", *CHUNKED}
+SEVERAL_AT_ONCE = {"ragged chunks", "batch", "left padding", "long past"}  # calls of several tokens with a past
+
+
+@cache
+def original(config: Config | None = None) -> onnx.ModelProto:
+    return Decoder(config).model()
+
+
+def judged(injected: onnx.ModelProto, **options):
+    return verify(original(), injected, threads=1, **options)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        Config(dtype="float16"),
+        Config(position_ids=True),
+        Config(attention_mask=False),
+        Config(layers=1, windowed=(0,)),
+        Config(kv_heads=4),
+    ],
+    ids=["float32", "float16", "position_ids", "without a mask", "one layer", "no groups"],
+)
+def test_a_right_injection_is_accepted(config):
+    report = verify(original(config), CachedDecoder(config).model(), threads=1)
+
+    assert report.problems == ()
+    assert report.verdict == "same"
+    assert report.error < 1e-4
+    assert {trial.scenario for trial in report.trials} == (EVERY if config.attention_mask else EVERY - {"left padding"})
+
+
+# broken step, scenarios that must fail, layer at fault, words that must be said
+WRONG = [
+    (shelf.WrongAxis, EVERY, None, "layers.1."),
+    (shelf.NewFirst, CHUNKED, 1, "`present.1.key` does not begin with the past of layer 1"),
+    (shelf.ForgottenOffset, CHUNKED, 0, "the key of layer 0 is wrong from token 1 on, and only it"),
+    (shelf.ForgottenOffsetInOneLayer, CHUNKED, 1, "the key of layer 1 is wrong from token 1 on, and only it"),
+    (shelf.StaleRotary, CHUNKED, 0, "the key of layer 0 is wrong from token 1 on, and only it"),
+    (shelf.SwappedKeyValue, CHUNKED, 1, "but with `past_key_values.1.value`"),
+    (shelf.SwappedLayers, CHUNKED, 1, "but with `past_key_values.2.key`"),
+    (shelf.WrongCorner, CHUNKED, 1, "the attention of layer 1 is at fault"),
+    (shelf.MaskDropped, SEVERAL_AT_ONCE, 1, "the attention of layer 1 is at fault"),
+    (shelf.LayerWithoutCache, CHUNKED, 1, "the attention of layer 1, which has no cache of its own, is at fault"),
+    (shelf.WindowOffByOne, EVERY, None, "`layers.1.context`"),
+    (shelf.PaddingIgnored, {"left padding"}, None, "`layers.0.context`"),
+    (shelf.PaddingForgotten, {"left padding"}, 0, "the attention of layer 0 is at fault"),
+    (shelf.PastTiled, CHUNKED, 1, "the attention of layer 1 is at fault"),
+    (shelf.WithoutNewest, EVERY, 1, "at `present.1.key`"),
+    (shelf.ScaleForgotten, CHUNKED, 1, "the attention of layer 1 is at fault"),
+    (shelf.RotatedTwice, CHUNKED, 1, "`present.1.key` does not begin with the past of layer 1"),
+    (shelf.RowsMixed, {"batch", "left padding"}, 1, "`present.1.key` does not begin with the past of layer 1"),
+    (shelf.ForgetsFarPast, {"long past"}, None, "`layers.2.context`"),
+    (shelf.WrongAtOnce, EVERY, None, "already when the whole text is given in one call"),
+    (shelf.LastLayerUncausal, SEVERAL_AT_ONCE, 2, "the attention of the last layer, 2, is at fault"),
+    (shelf.NotANumber, CHUNKED, 1, "`logits` differs by inf"),
+    (shelf.OrderOfOutputs, CHUNKED, 1, "`past_key_values.1.key` and `present.1.value` stand at the same place"),
+]
+
+
+@pytest.mark.parametrize(("broken", "scenarios", "layer", "words"), WRONG, ids=[row[0].__name__ for row in WRONG])
+def test_a_wrong_injection_is_rejected_at_the_right_place(broken, scenarios, layer, words):
+    report = judged(broken().model())
+
+    assert not report.ok
+    assert {trial.scenario for trial in report.trials if trial.verdict == "different"} == scenarios
+    assert report.layer == layer
+    assert words in "\n".join(report.problems)
+
+
+def test_every_mistake_on_the_shelf_is_tried():
+    mistakes = {
+        value for value in vars(shelf).values() if isinstance(value, type) and value.__module__ == shelf.__name__
+    }
+
+    assert mistakes == {row[0] for row in WRONG}
+
+
+def test_a_mistake_is_seen_in_float16_too():
+    config = Config(dtype="float16")
+    report = verify(original(config), shelf.WrongCorner(config).model(), threads=1)
+
+    assert report.arithmetic == "float16"
+    assert (report.verdict, report.layer) == ("different", 1)
+
+
+@pytest.mark.parametrize("static", [(1, 24), (2, 24)], ids=["batch 1", "batch 2"])
+def test_a_static_original_is_asked_at_its_only_length(static):
+    config = Config(static=static)
+    report = verify(original(config), CachedDecoder(config).model(), threads=1)
+
+    assert report.verdict == "same"
+    assert max(trial.length for trial in report.trials) == 24
+    assert {trial.scenario for trial in report.trials} == EVERY - {"long past"}
+    assert not verify(original(config), shelf.PaddingForgotten(config).model(), threads=1).ok
+
+
+def test_a_bounded_original_is_asked_no_further_than_it_reaches():
+    config = Config(max_length=40)
+    report = verify(original(config), CachedDecoder(config).model(), threads=1)
+
+    assert report.verdict == "same"
+    assert max(trial.length for trial in report.trials) == 40
+    assert report.notes == ("the longest text has 40 tokens: the original takes no more",)
+
+
+def test_a_cached_model_with_a_fixed_batch_is_judged_at_that_batch():
+    class BatchOfOne(CachedDecoder):
+        def model(self):
+            model = super().model()
+            for value in [*model.graph.input, *model.graph.output]:
+                value.type.tensor_type.shape.dim[0].dim_value = 1
+            return model
+
+    report = judged(BatchOfOne().model())
+
+    assert report.verdict == "same"
+    assert {trial.batch for trial in report.trials} == {1}
+    assert "left padding" in {trial.scenario for trial in report.trials}
+
+
+def test_an_original_that_is_right_at_batch_1_only_is_not_asked_for_more():
+    class ScaleFollowsBatch(Decoder):
+        def scale(self, layer):
+            many = self.graph.op("Greater", self.size("input_ids", 0), self.graph.constant(1))
+            return self.graph.op("Where", many, self.number(1.0), super().scale(layer))
+
+    report = verify(ScaleFollowsBatch().model(), CachedDecoder().model(), threads=1)
+
+    assert report.verdict == "same"
+    assert {trial.batch for trial in report.trials} == {1}
+    assert report.notes == ("the original is right at batch 1 only: batches were not tried",)
+
+
+def test_the_same_model_twice_has_no_cache():
+    report = judged(original())
+
+    assert report.verdict == "different"
+    assert report.problems == ("expected past inputs that the original lacks, found none: the model has no cache",)
+
+
+def test_a_missing_present_is_a_fault_and_not_a_crash():
+    model = CachedDecoder().model()
+    model.graph.output.pop()
+
+    assert judged(model).problems == ("expected as many present outputs as past inputs, found 5 and 6",)
+
+
+def test_a_missing_output_is_a_fault():
+    class Two(Decoder):
+        def model(self):
+            model = super().model()
+            model.graph.output.append(onnx.helper.make_tensor_value_info("layers.0.output", 1, ["b", "s", 32]))
+            return model
+
+    report = verify(Two().model(), CachedDecoder().model(), threads=1)
+
+    assert report.problems == ("the original's output `layers.0.output` is missing",)
+
+
+def test_a_model_that_cannot_be_opened_is_a_fault():
+    model = CachedDecoder().model()
+    model.graph.node[0].input[0] = "nowhere"
+    report = judged(model)
+
+    assert report.verdict == "different"
+    assert "onnxruntime does not accept the model with a cache" in report.problems[0]
+
+
+def test_an_original_that_cannot_be_run_is_no_success():
+    unknown = Decoder().model()
+    unknown.graph.node[-1].op_type = "OfNoRuntime"
+    unknown.graph.node[-1].domain = "nobody"
+    unknown.opset_import.append(onnx.helper.make_opsetid("nobody", 1))
+    report = verify(unknown, CachedDecoder().model(), threads=1)
+
+    assert (report.verdict, report.ok) == ("unknown", False)
+    assert "OfNoRuntime" in report.problems[0]
+
+
+def test_an_original_that_fails_on_any_text_is_no_success():
+    class Failing(Decoder):
+        def key_index(self):
+            return self.range(0, self.graph.constant(7))  # fits no mask but that of 7 tokens
+
+    report = verify(Failing().model(), CachedDecoder().model(), threads=1)
+
+    assert (report.verdict, report.ok, report.trials) == ("unknown", False, ())
+
+
+def test_an_original_that_changes_with_the_length_is_named():
+    class SwitchesItsScale(Decoder):
+        def scale(self, layer):
+            long = self.graph.op("Greater", self.new_length(), self.graph.constant(60))
+            return self.graph.op("Where", long, self.number(1.0), super().scale(layer))
+
+    report = verify(SwitchesItsScale().model(), CachedDecoder().model(), threads=1)
+
+    assert {trial.scenario for trial in report.trials if trial.verdict == "different"} == {"long past"}
+    assert "no cache can equal it" in report.notes[0]
+
+
+def test_an_original_blind_to_the_past_is_named():
+    class SeesOnlyItself(Decoder):
+        def causal(self, layer):
+            return self.graph.op("Equal", self.row(self.key_index()), self.column(self.query_index()))
+
+    class CachedSeesOnlyItself(SeesOnlyItself, CachedDecoder):
+        pass
+
+    report = verify(SeesOnlyItself().model(), CachedSeesOnlyItself().model(), threads=1)
+
+    assert report.verdict == "same"
+    assert "a wrong cache might not be seen" in report.notes[0]
+
+
+def test_an_unreadable_original_is_the_callers_error(tmp_path):
+    with pytest.raises(InputError, match="found nothing at"):
+        verify(tmp_path / "missing.onnx", CachedDecoder().model())
+
+
+def test_models_are_judged_from_files_with_weights_beside_them(tmp_path):
+    for name, model in [("original", Decoder().model()), ("broken", shelf.WrongCorner().model())]:
+        (tmp_path / name).mkdir()
+        onnx.save(model, tmp_path / name / "model.onnx", save_as_external_data=True, size_threshold=1024, location="w")
+    report = verify(tmp_path / "original", tmp_path / "broken" / "model.onnx", threads=1)
+
+    assert report.layer == 1
+    assert report.first_difference == "layers.1.context"
+
+
+def test_a_report_can_be_written_as_json():
+    facts = json.loads(json.dumps(judged(shelf.NotANumber().model()).as_dict()))
+
+    assert facts["ok"] is False
+    assert facts["error"] == "inf"
+    assert facts["trials"][1]["caches"][0]["layer"] == 2
+    assert facts["tolerance"]["error"] == 3e-4
+
+
+def test_the_same_seed_gives_the_same_report():
+    first, second = (judged(shelf.ScaleForgotten().model(), seed=7, explain=False) for _ in range(2))
+
+    assert first.trials == second.trials
+    assert first.trials != judged(shelf.ScaleForgotten().model(), seed=8, explain=False).trials
+
+
+def test_progress_is_told_before_each_trial():
+    said = []
+    judged(CachedDecoder().model(), progress=lambda *told: said.append(told), lengths=Lengths(short=6, long=6, batch=1))
+
+    assert [name for _, _, name in said] == [
+        "whole prefill",
+        "token by token",
+        "prefill and steps",
+        "ragged chunks",
+        "left padding",
+    ]
+    assert [(done, of) for done, of, _ in said] == [(number, 5) for number in range(5)]
+
+
+def test_ids_that_the_embeddings_do_not_hold_are_not_drawn():
+    def with_few_embeddings(model):
+        embeddings = next(tensor for tensor in model.graph.initializer if tensor.name == "model.embeddings")
+        few = np.array(onnx.numpy_helper.to_array(embeddings)[:20])
+        embeddings.CopyFrom(onnx.numpy_helper.from_array(few, embeddings.name))
+        return model
+
+    report = verify(with_few_embeddings(Decoder().model()), with_few_embeddings(CachedDecoder().model()), threads=1)
+
+    assert report.verdict == "same"

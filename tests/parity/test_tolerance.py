@@ -1,0 +1,80 @@
+"""The tolerance follows from what a model computes in."""
+
+import numpy as np
+import onnx
+import pytest
+
+from kvsurgeon.errors import MalformedModel, UsageError
+from kvsurgeon.parity import TOLERANCES, Lengths, arithmetic_of
+from kvsurgeon.parity.difference import amplitude, error_map, expected_part, spread
+from kvsurgeon.parity.tolerance import load_graph
+
+ARITHMETIC = {
+    "float32": "g (float[N] x) => (float[N] y) { y = Neg(x) }",
+    "float64": "g (double[N] x) => (double[N] y) { y = Neg(x) }",
+    "float16": "g (float[N] x) => (float[N] y) { a = Cast<to=10>(x) y = Cast<to=1>(a) }",
+    "bfloat16": "g (float16[N] x) => (bfloat16[N] y) { y = Cast<to=16>(x) }",
+    "quantised": "g (float[N] x, float s, uint8 z) => (uint8[N] y) { y = QuantizeLinear(x, s, z) }",
+    "dynamic": """g (float[N] x, bool c) => (uint8[N] y) {
+        y = If(c) <then_branch = a () => (uint8[N] p) { p, s, z = DynamicQuantizeLinear(x) },
+                   else_branch = b () => (uint8[N] q) { q, t, u = DynamicQuantizeLinear(x) }>
+    }""",
+}
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETIC)
+def test_arithmetic_is_the_coarsest_that_occurs(arithmetic):
+    header = '<ir_version: 10, opset_import: ["" : 21]>'
+    assert arithmetic_of(onnx.parser.parse_model(header + ARITHMETIC[arithmetic])) == arithmetic
+
+
+@pytest.mark.parametrize(("level", "arithmetic"), [(0, "float32"), (4, "quantised")])
+def test_block_quantised_weights_count_only_where_activations_are_rounded_too(level, arithmetic):
+    graph = f"g (float[N,32] x) => (float[N,8] y) {{ y = com.microsoft.MatMulNBits<accuracy_level={level}>(x, x, x) }}"
+    model = onnx.parser.parse_model('<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>' + graph)
+
+    assert arithmetic_of(model) == arithmetic
+
+
+def test_every_tolerance_has_a_reason_and_a_wrong_cache_exceeds_it():
+    assert set(TOLERANCES) == set(ARITHMETIC)
+    for tolerance in TOLERANCES.values():
+        assert tolerance.reason
+        assert 0 < tolerance.error < 0.5
+        assert 0.5 < tolerance.agreement <= 1
+
+
+def test_a_file_that_is_not_onnx_is_named(tmp_path):
+    (tmp_path / "model.onnx").write_text("not a model")
+    with pytest.raises(MalformedModel, match=r"model\.onnx"):
+        load_graph(tmp_path)
+
+
+def test_lengths_begin_at_one():
+    with pytest.raises(UsageError, match="at least 1"):
+        Lengths(short=0)
+
+
+def test_the_spread_of_nothing_and_of_a_constant_is_one():
+    assert spread(np.array([np.nan, np.inf])) == 1.0
+    assert spread(np.full(5, 3.0)) == 1.0
+
+
+def test_the_amplitude_follows_a_few_large_values():
+    assert amplitude(np.append(np.random.default_rng(0).standard_normal(999), 300.0)) == 30.0
+
+
+def test_a_chunk_is_found_in_the_whole_by_its_sizes():
+    whole = np.arange(2 * 7 * 7).reshape(2, 7, 7)
+
+    assert np.array_equal(expected_part(whole, (2, 2, 5), 3, 5), whole[:, 3:5, :5])
+    assert np.array_equal(expected_part(whole, (2, 7, 7), 0, 7), whole)
+    assert expected_part(whole, (2, 3, 5), 3, 5) is None
+    assert expected_part(whole, (2, 2), 3, 5) is None
+
+
+def test_what_is_not_a_number_is_infinitely_wrong_and_equal_infinities_are_right():
+    expected = np.array([[[1.0, -np.inf]], [[1.0, 2.0]]])
+    found = np.array([[[1.0, -np.inf]], [[np.nan, 2.0]]])
+
+    assert error_map(expected, found, batch=0, sequence=1, scale=1.0).tolist() == [[0.0], [np.inf]]
