@@ -1,1 +1,36 @@
-"""Put a KV cache into an exported ONNX language model, and prove that it still computes the same."""
+"""Put a KV cache into an exported ONNX language model, and prove that it still computes the same.
+
+Names are imported when they are first used: `import kvsurgeon` alone takes no time.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvsurgeon.api import Pipeline, find_attention, generate, inject, inspect, load, save, verify
+    from kvsurgeon.injector import KeyValueCacheInjector
+
+__all__ = [
+    "KeyValueCacheInjector",
+    "Pipeline",
+    "find_attention",
+    "generate",
+    "inject",
+    "inspect",
+    "load",
+    "save",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'kvsurgeon' has no attribute {name!r}")
+    module = "kvsurgeon.injector" if name == "KeyValueCacheInjector" else "kvsurgeon.api"
+    return getattr(import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

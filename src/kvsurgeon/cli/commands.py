@@ -1,0 +1,122 @@
+"""Every command, in the order in which `--help` lists them. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Optional, cast
+
+import typer
+
+from kvsurgeon import registry
+from kvsurgeon.cli import operations
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a folder that holds one.")]
+Json = Annotated[bool, typer.Option("--json", help="Answer for a program.")]
+
+
+def add_commands(app: typer.Typer, arguments: Sequence[str]) -> None:
+    """Add all commands to `app`; of the passes only the one that `arguments` call is imported."""
+    called = next((argument for argument in arguments if not argument.startswith("-")), None)
+    app.command()(inspect)
+    for entry in registry.entries():
+        if entry.name == called:
+            app.command(entry.name)(operations.command_of(entry))
+        else:
+            app.command(entry.name, help=entry.summary())(operations.stub)
+    for clash in registry.clashes():
+        if clash.name == called and clash.name not in registry.COMMANDS:
+            app.command(clash.name)(operations.refuse(clash))
+    for command in (run, passes, verify, generate, demo):
+        app.command()(cast(Callable[..., None], command))
+
+
+def inspect(model: Model, json: Json = False) -> None:
+    """Show the attention layers, and what was proved of the model and what is assumed."""
+    from kvsurgeon.api import inspect as inspect_model
+    from kvsurgeon.report import answer, table
+
+    decoder = inspect_model(model)
+    if json:
+        answer.show(answer.anatomy(decoder))
+    else:
+        table.console().print(table.anatomy(decoder))
+
+
+def run(
+    model: Model,
+    pipeline: Annotated[str, typer.Option("--pipeline", "-p", help="Passes: a,b{option=value,list=1,2}.")],
+    output: operations.Output,
+    verify: operations.Verify = True,
+    verify_each: Annotated[bool, typer.Option("--verify-each", help="Run the judge after every pass.")] = False,
+    trace: Annotated[
+        Optional[Path],  # noqa: UP045  # typer reads it on Python 3.10
+        typer.Option("--trace", metavar="DIR", help="Write the graph as text before and after each pass."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Run several passes, one after the other."""
+    from kvsurgeon.pipeline import Pipeline
+
+    parsed = Pipeline.parse(pipeline)
+    operations.operate(model, parsed, output, verify=verify, verify_each=verify_each, trace=trace, json=json)
+
+
+def passes(json: Json = False) -> None:
+    """List the passes that there are, those of installed packages included."""
+    from kvsurgeon.report import answer, table
+
+    found = answer.passes()
+    if json:
+        answer.show(found)
+    else:
+        table.console().print(table.passes(found))
+
+
+def verify(
+    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The model without a cache.")],
+    injected: Annotated[Path, typer.Argument(metavar="INJECTED", help="The model with one.")],
+    seed: Annotated[int, typer.Option(help="Where the texts come from that both are given.")] = 0,
+    json: Json = False,
+) -> None:
+    """Run both models on the same texts, whole and in chunks, and say whether they agree."""
+    from kvsurgeon.parity import verify as run_judge
+    from kvsurgeon.report import answer, progress, table
+
+    with progress.judging() as told:
+        report = run_judge(original, injected, seed=seed, progress=told)
+    if json:
+        answer.show(report.as_dict())
+    else:
+        table.console().print(table.verification(report))
+    raise typer.Exit({"same": 0, "different": 1, "unknown": 3}[report.verdict])
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 64,
+    cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Use the model's cache, if it has one.")] = True,
+    temperature: Annotated[float, typer.Option(help="0 chooses the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Choose among so many of the likeliest; 0: among all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest that together have this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Where chance comes from.")] = 0,
+) -> None:
+    """Continue a text, showing it as it is made, and say how fast that was."""
+    from kvsurgeon.report import stream
+    from kvsurgeon.runtime import Sampling, Writer
+
+    sampling = Sampling(temperature=temperature, top_k=top_k or None, top_p=None if top_p == 1 else top_p, seed=seed)
+    writer = Writer(model, cached=None if cache else False)
+    stream.show(writer, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to put what it makes.")] = Path(
+        "kvsurgeon-demo"
+    ),
+) -> None:
+    """Inspect, inject, verify and generate on a small model that comes along, and plot the time per token."""
+    from kvsurgeon.cli.demo import show_demo
+
+    show_demo(output)

@@ -1,0 +1,129 @@
+"""Commands that change a model: one for each pass, made from its fields and its docstring, and `run`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+
+import typer
+
+from kvsurgeon.errors import PluginError
+from kvsurgeon.registry import Clash, Entry
+
+if TYPE_CHECKING:
+    from kvsurgeon.passes.options import Option
+    from kvsurgeon.pipeline import Pipeline
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a folder that holds one.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write: an .onnx file or a folder.")
+]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Let the judge decide before anything is written.")]
+Json = Annotated[bool, typer.Option("--json", help="Answer for a program.")]
+
+
+def stub() -> None:
+    """Stand for a pass in a list of commands: it is not imported."""
+
+
+def refuse(clash: Clash) -> Callable[[], NoReturn]:
+    """Return a command that says that its name is taken twice."""
+
+    def command() -> NoReturn:
+        raise PluginError(str(clash))
+
+    return command
+
+
+def command_of(entry: Entry) -> Callable[..., None]:
+    """Return the command of a pass: its fields are the options, its docstring the help.
+
+    Raises:
+        PluginError: The pass cannot be imported, or an option of it has a name that all commands use.
+    """
+    from kvsurgeon.passes.options import build, options_of
+    from kvsurgeon.pipeline import Pipeline
+
+    pass_class = entry.load()
+    options = options_of(pass_class)
+
+    def command(model: Path, output: Path, verify: bool, json: bool, **given: Any) -> None:
+        texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in given.items()}
+        wanted = build(pass_class, entry.name, {name: text for name, text in texts.items() if text is not None})
+        operate(model, Pipeline((wanted,)), output, verify=verify, json=json)
+
+    fixed = (_parameter("model", Model), _parameter("output", Output))
+    switches = (_parameter("verify", Verify, True), _parameter("json", Json, False))
+    taken = {one.name for one in (*fixed, *switches)} & {option.field for option in options}
+    if taken:
+        raise PluginError(
+            f"pass {entry.name} of {entry.package}: its option {min(taken)} is one that every command has"
+        )
+    parameters = [*fixed, *map(_option, options), *switches]
+    command.__doc__ = _help(pass_class)
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    return command
+
+
+def operate(
+    model: Path,
+    pipeline: Pipeline,
+    output: Path,
+    *,
+    verify: bool,
+    verify_each: bool = False,
+    trace: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Run `pipeline` on a file, write what it makes, and say what was done."""
+    from kvsurgeon.report import answer, progress, table
+    from kvsurgeon.report.trace import tracing
+    from kvsurgeon.surgery import operate as operate_on
+
+    with redirect_stdout(sys.stderr), progress.judging() as told:  # what a pass prints is no part of the answer
+        surgery = operate_on(
+            model,
+            pipeline,
+            output,
+            verify=verify,
+            verify_each=verify_each,
+            watch=None if trace is None else tracing(trace),
+            progress=told,
+        )
+    if json:
+        answer.show(answer.surgery(surgery))
+    else:
+        table.console().print(table.surgery(surgery))
+
+
+def _option(option: Option) -> inspect.Parameter:
+    """Return an option of a command that holds the text of an option of a pass."""
+    help_text = option.help if option.required or option.is_flag else f"{option.help} [default: {_default(option)}]"
+    if option.is_flag:
+        declared = typer.Option(f"--{option.spelled}/--no-{option.spelled}", help=help_text)
+        return _parameter(option.field, Annotated[bool, declared], *([] if option.required else [option.default]))
+    declared = typer.Option(f"--{option.spelled}", metavar=option.kind.upper(), help=help_text.strip())
+    if option.required:
+        return _parameter(option.field, Annotated[str, declared])
+    return _parameter(option.field, Annotated[Optional[str], declared], None)  # noqa: UP045
+
+
+def _default(option: Option) -> str:
+    value = option.default
+    return (
+        ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if value is None else str(value)
+    )
+
+
+def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def _help(pass_class: type) -> str:
+    """Return the docstring up to its sections: the options are listed by themselves."""
+    return (inspect.getdoc(pass_class) or "").partition("\nAttributes:")[0].partition("\nArgs:")[0].strip()

@@ -1,0 +1,174 @@
+"""Facts as tables for a terminal, readable in a pipe too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from kvsurgeon.anatomy import Attention, Cut, Decoder, Mask, Rotary
+from kvsurgeon.parity import Report
+from kvsurgeon.passes.contract import Unchanged
+from kvsurgeon.pipeline import Step
+from kvsurgeon.surgery import Surgery
+
+_NUMBERS = ("layer", "query heads", "kv heads", "head dim", "scale", "rotary", "B/token", "batch", "tokens", "error")
+PIPE_WIDTH = 200  # columns where no terminal says how many there are: nothing is cut off
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a console that wraps for a terminal and leaves lines whole in a pipe."""
+    found = Console(stderr=stderr, highlight=False)
+    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=PIPE_WIDTH)
+
+
+def anatomy(decoder: Decoder) -> RenderableType:
+    """Return a decoder as a table by layers, with totals, and what was proved and assumed of it."""
+    table = _table("layer", "query heads", "kv heads", "head dim", "scale", "mask", "rotary", "cached key", "B/token")
+    for attention in decoder.attentions:
+        table.add_row(*_layer(attention))
+    return Group(table, Text(_totals(decoder)), *_statements("proved", decoder.proved, "✓"), *_assumed(decoder))
+
+
+def verification(report: Report) -> RenderableType:
+    """Return what the judge tried, a row for each scenario, and what it says."""
+    table = _table("scenario", "batch", "tokens", "chunks", "error", "same token", "verdict")
+    for trial in report.trials:
+        table.add_row(
+            trial.scenario,
+            str(trial.batch),
+            str(trial.length),
+            _chunks(trial.chunks),
+            "-" if trial.error is None else f"{trial.error:.1e}",
+            "-" if trial.agreement is None else f"{trial.agreement:.1%}",
+            trial.verdict,
+        )
+    lines = [Text(f"{report.verdict}: {_said(report)}")]
+    lines += [Text(f"  ✗ {problem}") for problem in report.problems]
+    lines += [Text(f"  note: {note}") for note in report.notes]
+    return Group(*([table] if report.trials else []), *lines)
+
+
+def surgery(done: Surgery) -> RenderableType:
+    """Return in a few lines what was done to a model, what the judge said, and where the model is."""
+    lines = [Text(_step_words(step)) for step in done.steps]
+    lines += [Text(f"  note: {note}") for note in done.notes]
+    if done.sameness is not None:
+        lines.append(Text("verified: " + ("all outputs as before" if done.report is None else _said(done.report))))
+    else:
+        lines.append(Text("not verified"))
+    if done.path is not None:
+        lines.append(Text(f"written to {done.path}"))
+    return Group(*lines)
+
+
+def passes(found: Iterable[Mapping[str, Any]]) -> RenderableType:
+    """Return the passes as a table; see `kvsurgeon.report.answer.passes`."""
+    table = _table("pass", "what is true afterwards", "options", "from")
+    for one in found:
+        options = ", ".join(f"{option['name']}={option['type']}" for option in one.get("options", ()))
+        said = f"✗ {one['error']}" if "error" in one else one["summary"]
+        table.add_row(*(Text(cell) for cell in (one["name"], said, options or "-", one["package"])))
+    return table
+
+
+def mask_words(mask: Mask) -> str:
+    """Return a mask in a few words: `window 4096 + padding`.
+
+    >>> mask_words(Mask(kind="causal", padding=True, bias=True))
+    'causal + bias + padding'
+    """
+    kind = {"window": f"window {mask.window}", "chunk": f"chunk {mask.chunk}"}.get(mask.kind, mask.kind)
+    return " + ".join([kind, *(["bias"] if mask.bias else []), *(["padding"] if mask.padding else [])])
+
+
+def size_words(count: int) -> str:
+    """Return bytes as people read them.
+
+    >>> size_words(640), size_words(23_040)
+    ('640 B', '22.5 KiB')
+    """
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
+    return table
+
+
+def _step_words(step: Step) -> str:
+    if isinstance(step.outcome, Unchanged):
+        return f"{step.name}: unchanged, {step.outcome.reason}"
+    return f"{step.name}: {step.outcome.edits} edits in {step.seconds:.2f} s"
+
+
+def _layer(attention: Attention) -> Iterable[str]:
+    own = attention.shares_cache_with is None
+    cut = attention.key_cut
+    return (
+        str(attention.layer),
+        str(attention.query_heads),
+        str(attention.kv_heads),
+        _dims(attention),
+        "-" if attention.scale is None else f"{attention.scale:.4g}",
+        mask_words(attention.mask) + ("" if attention.softcap is None else f" + softcap {attention.softcap:g}"),
+        _rotary_words(attention.rotary),
+        _cut_words(cut) if own else f"as layer {attention.shares_cache_with}",
+        str(cut.bytes_per_token + attention.value_cut.bytes_per_token) if own else "0",
+    )
+
+
+def _dims(attention: Attention) -> str:
+    key, value = attention.head_dim, attention.value_head_dim
+    return str(key) if key == value else f"{key}/{value}"
+
+
+def _rotary_words(rotary: Rotary | None) -> str:
+    if rotary is None:
+        return "-"
+    return str(rotary.width) if rotary.width == rotary.head_dim else f"{rotary.width} of {rotary.head_dim}"
+
+
+def _cut_words(cut: Cut) -> str:
+    return f"{cut.value} {cut.dtype}"
+
+
+def _totals(decoder: Decoder) -> str:
+    count, shared = len(decoder.attentions), len(decoder.attentions) - decoder.cache_entries
+    sharing = f" ({shared} of them share another's)" if shared else ""
+    longest = "" if decoder.max_length is None else f", at most {decoder.max_length} tokens"
+    size = size_words(decoder.cache_bytes_per_token)
+    return f"{count} layers{sharing}, opset {decoder.opset}{longest}; the cache grows by {size} per token"
+
+
+def _statements(title: str, statements: Iterable[str], sign: str) -> list[Text]:
+    lines = [Text(f"  {sign} {statement}") for statement in statements]
+    return [Text(title), *lines] if lines else []
+
+
+def _assumed(decoder: Decoder) -> list[Text]:
+    return _statements("assumed (the judge decides)", decoder.assumed, "?")
+
+
+def _chunks(chunks: tuple[int, ...]) -> str:
+    if len(chunks) > 4:
+        return f"{chunks[0]}, {chunks[1]}, ... {chunks[-1]} ({len(chunks)})"
+    return ", ".join(map(str, chunks))
+
+
+def _said(report: Report) -> str:
+    if report.error is None:
+        return "nothing was compared"
+    allowed = f"{report.tolerance.error:.0e} for {report.arithmetic}"
+    return f"largest error {report.error:.1e} of the spread of the logits (allowed {allowed}), {report.seconds:.1f} s"

@@ -1,0 +1,115 @@
+"""Whether a model after surgery computes what it computed before, whichever way it is to be asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from kvsurgeon.errors import KvsurgeonError
+from kvsurgeon.parity import TOLERANCES, Progress, Report, Verdict, arithmetic_of, verify
+from kvsurgeon.parity.difference import spread
+from kvsurgeon.runtime import (
+    Array,
+    CachedDecoder,
+    MissingKernelError,
+    RunError,
+    Session,
+    UncachedDecoder,
+    find_cache,
+    fixed_size,
+    inputs_of,
+    open_session,
+)
+
+LENGTHS = (7, 13)  # tokens of the texts that both models are given; a static model is given its own length
+VOCABULARY = 64  # ids that any model knows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sameness:
+    """What the judge says of a model after surgery.
+
+    Attributes:
+        verdict: "unknown" where the original cannot be run here.
+        problems: What stands against it, a sentence each.
+        report: All that was tried, where a cache came in.
+    """
+
+    verdict: Verdict
+    problems: tuple[str, ...] = ()
+    report: Report | None = None
+
+
+def judge(
+    original: onnx.ModelProto,
+    result: onnx.ModelProto,
+    *,
+    folder: Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Sameness:
+    """Run both models and say whether they agree.
+
+    A cache that came in is put to the full trial of `kvsurgeon.parity`. Otherwise both are asked alike: the same
+    texts, all outputs compared.
+    """
+    gained = {value.name for value in result.graph.input} - {value.name for value in original.graph.input}
+    if gained:
+        report = verify(original, result, folder=folder, seed=seed, progress=progress)
+        return Sameness(verdict=report.verdict, problems=report.problems, report=report)
+    try:
+        before = open_session(original, folder=folder, name="the original")
+    except MissingKernelError as error:
+        return Sameness(verdict="unknown", problems=(str(error),))
+    try:
+        after = open_session(result, folder=folder, name="the result")
+        problems = tuple(_differences(before, after, TOLERANCES[arithmetic_of(original)].error, seed))
+    except _OriginalError as error:
+        return Sameness(verdict="unknown", problems=(str(error),))
+    except KvsurgeonError as error:
+        return Sameness(verdict="different", problems=(str(error),))
+    return Sameness(verdict="different" if problems else "same", problems=problems)
+
+
+class _OriginalError(RunError):
+    """The original itself cannot be run on what it is given."""
+
+
+def _differences(before: Session, after: Session, allowed: float, seed: int) -> Iterator[str]:
+    inputs = inputs_of(before.inputs)
+    static = fixed_size(inputs, before.inputs, "new")
+    batch = fixed_size(inputs, before.inputs, "batch") or 2
+    random = np.random.default_rng(seed)
+    for length in LENGTHS if static is None else (static,):
+        tokens = random.integers(0, VOCABULARY, (batch, length))
+        feeds = inputs.whole(tokens, np.ones_like(tokens))
+        try:
+            expected = _decoder(before)(feeds)
+        except RunError as error:
+            raise _OriginalError(str(error)) from error
+        found = _decoder(after)(feeds)
+        for name, values in expected.items():
+            distance = _distance(values, found.get(name))
+            if distance is None or not distance <= allowed:
+                what = "missing or of another shape" if distance is None else f"off by {distance:.1e} of its spread"
+                yield f"expected output `{name}` as before, found it {what} (allowed {allowed:.0e})"
+
+
+def _decoder(session: Session) -> Any:
+    if find_cache(session.inputs, session.outputs):
+        return CachedDecoder(session).advance
+    return UncachedDecoder(session).run
+
+
+def _distance(expected: Array, found: Array | None) -> float | None:
+    if found is None or found.shape != expected.shape:
+        return None
+    if not expected.size:
+        return 0.0
+    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+    return float(difference.max() / spread(expected))

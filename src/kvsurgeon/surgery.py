@@ -1,0 +1,100 @@
+"""A pipeline on a file: what it makes is judged before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from kvsurgeon import io
+from kvsurgeon.errors import ParityError, Refused
+from kvsurgeon.parity import Progress, Report
+from kvsurgeon.passes.contract import Source, Subject, Unchanged
+from kvsurgeon.pipeline import Pipeline, Step, Watch
+from kvsurgeon.sameness import Sameness, judge
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surgery:
+    """What was done to a model.
+
+    Attributes:
+        model: The model as it is now.
+        steps: What each pass did.
+        sameness: What the judge said; None where it was not asked.
+        path: Where the model was written to; None where it was not.
+    """
+
+    model: ir.Model
+    steps: tuple[Step, ...]
+    sameness: Sameness | None = None
+    path: Path | None = None
+
+    @property
+    def report(self) -> Report | None:
+        """All that the judge tried, where a cache came in."""
+        return None if self.sameness is None else self.sameness.report
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the passes want a reader to know."""
+        return tuple(note for step in self.steps for note in getattr(step.outcome, "notes", ()))
+
+
+def operate(
+    source: Source,
+    pipeline: Pipeline,
+    destination: str | Path | None = None,
+    *,
+    folder: str | Path | None = None,
+    verify: bool = True,
+    verify_each: bool = False,
+    watch: Watch | None = None,
+    progress: Progress | None = None,
+) -> Surgery:
+    """Run `pipeline` on a model and write what it makes, if the judge agrees; else nothing is written.
+
+    Args:
+        source: A file, a folder that holds one, or a model in memory.
+        pipeline: What to do.
+        destination: An .onnx file or a folder, which may be the source itself; None to write nothing.
+        folder: Where the external data of a model in memory lies.
+        verify: Whether to run the judge on the result.
+        verify_each: Whether to run it after every pass.
+        watch: See `Pipeline.run`.
+        progress: Told by the judge before each trial.
+
+    Raises:
+        Refused: The model cannot be handled soundly, nothing was to be done, or the judge cannot run the original.
+        ParityError: The judge finds that the result does not compute what the original computes.
+    """
+    subject = Subject.of(source, folder)
+    original = io.to_proto(subject.model) if verify else None
+    result = pipeline.run(subject.model, folder=subject.folder, verify_each=verify_each, watch=watch)
+    if not result.changed:
+        raise Refused(_nothing_done(result.steps), hint="nothing was written")
+    sameness = None if original is None else _judged(original, result.model, subject.folder, progress)
+    path = None
+    if destination is not None:
+        path = io.save(result.model, destination, source=source if isinstance(source, str | Path) else None)
+    return Surgery(model=result.model, steps=result.steps, sameness=sameness, path=path)
+
+
+def _judged(original: onnx.ModelProto, model: ir.Model, folder: Path | None, progress: Progress | None) -> Sameness:
+    sameness = judge(original, io.to_proto(model), folder=folder, progress=progress)
+    if sameness.verdict == "different":
+        more = f" (and {len(sameness.problems) - 1} more)" if len(sameness.problems) > 1 else ""
+        raise ParityError(f"the result does not compute what the original computes: {sameness.problems[0]}{more}")
+    if sameness.verdict == "unknown":
+        raise Refused(
+            f"the result cannot be verified here: {'; '.join(sameness.problems)}",
+            hint="--no-verify, or verify=False, writes it unjudged",
+        )
+    return sameness
+
+
+def _nothing_done(steps: tuple[Step, ...]) -> str:
+    reasons = (f"{one.name}: {one.outcome.reason}" for one in steps if isinstance(one.outcome, Unchanged))
+    return f"the model is unchanged: {'; '.join(reasons) or 'the pipeline is empty'}"
