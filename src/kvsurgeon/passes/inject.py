@@ -17,6 +17,7 @@ from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
 from kvsurgeon.sequence.cuts import Memory
 from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.lengths import NEW, PAST, Lengths
+from kvsurgeon.sequence.proof import prove
 from kvsurgeon.sequence.views import Views
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension
@@ -48,6 +49,7 @@ class Inject:
             Refused: The model cannot be given a cache soundly; it is left as it was.
         """
         analysis = analyse(subject.model)
+        prove(analysis)
         surgery = _Surgery(analysis, self)
         surgery.operate()
         subject.changed()

@@ -1,0 +1,227 @@
+"""Run a piece of a graph without its weights: what context computes can be looked at, not only reasoned about.
+
+Numbers that follow from shapes are fed, weights are replaced by noise of their shape, and token data by noise too.
+bfloat16 is run as float32, because runtimes lack kernels for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.graph.constants import constant_tensor, is_weight
+from kvsurgeon.sequence.axes import Axes
+from kvsurgeon.sequence.flow import Flow
+from kvsurgeon.sequence.kinds import GivenInput, Kind
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension
+
+LARGEST_NOISE = 1 << 24  # elements of a weight that is replaced by noise
+
+Feed = Callable[[int], np.ndarray]  # of the length
+
+
+@dataclass(kw_only=True)
+class Experiment:
+    """A piece of a graph that ends in some values, and everything it must be fed.
+
+    Attributes:
+        outputs: The values to look at.
+        stand_ins: Token values that are fed with noise, each with its axes, instead of being computed.
+    """
+
+    flow: Flow
+    inputs: Sequence[GivenInput]
+    opsets: dict[str, int]
+    outputs: Sequence[ir.Value]
+    stand_ins: frozenset[ir.Value] = frozenset()
+    nodes: list[ir.Node] = field(default_factory=list, init=False)
+    feeds: dict[str, Feed] = field(default_factory=dict, init=False)
+    masks: list[GivenInput] = field(default_factory=list, init=False)
+    _types: dict[str, tuple[int, int]] = field(default_factory=dict, init=False)
+    _initializers: list[onnx.TensorProto] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self._given = {given.value: given for given in self.inputs}
+        self._collect()
+        self._session = self._open()
+
+    def _collect(self) -> None:
+        seen: set[ir.Value | ir.Node] = set()
+        pending = list(self.outputs)
+        while pending:
+            value = pending.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            if self._is_leaf(value):
+                continue
+            node = value.producer()
+            if node is None:
+                raise Refused("a value is made outside the graph", at=value.name)
+            if node not in seen:
+                seen.add(node)
+                self.nodes.append(node)
+                pending += [source for source in node.inputs if source is not None]
+        self.nodes.sort(key=lambda node: self.flow.order[node])
+
+    def _is_leaf(self, value: ir.Value) -> bool:
+        fact = self.flow.shapes[value]
+        if value in self.stand_ins:
+            self._feed(value, fact.dtype, fact.shape, self._noise(value, fact.shape, fact.dtype))
+        elif constant_tensor(value) is not None:
+            self._constant(value)
+        elif value in self._given:
+            self.masks.append(self._given[value])
+            self._types[value.name or ""] = (int(value.dtype or 1), len(self._given[value].dimensions))
+        elif fact.value is not None and fact.dtype is not None and _is_decided(fact.value):
+            numbers, dtype = fact.value, fact.dtype
+            self._feed(value, dtype, numbers.shape, lambda length: _evaluated(numbers, length).astype(_runs_as(dtype)))
+        elif self.flow.kinds.get(value) is Kind.TOKEN and value not in self._between:
+            self._feed(value, fact.dtype, fact.shape, self._noise(value, fact.shape, fact.dtype))
+        else:
+            return False
+        return True
+
+    @property
+    def _between(self) -> frozenset[ir.Value]:
+        """Token values that are computed here: those downstream of a stand-in."""
+        if not hasattr(self, "_downstream"):
+            self._downstream = _downstream(self.stand_ins)
+        return self._downstream
+
+    def _constant(self, value: ir.Value) -> None:
+        tensor = constant_tensor(value)
+        assert tensor is not None
+        name = value.name or ""
+        if not is_weight(tensor) or (tensor.size <= LARGEST_NOISE and not isinstance(tensor, ir.ExternalTensor)):
+            array = tensor.numpy()
+            if tensor.dtype is ir.DataType.BFLOAT16:
+                array = array.astype(np.float32)
+            proto = ir.to_proto(ir.Tensor(array, name=name)) if tensor.dtype is not ir.DataType.STRING else None
+            if proto is not None:
+                self._initializers.append(proto)
+            return
+        if tensor.size > LARGEST_NOISE:
+            raise Refused("context reads a table too large to be tried with noise", at=name)
+        shape = tuple(int(size) for size in tensor.shape)
+        self._feed(value, tensor.dtype, shape, self._noise(value, shape, tensor.dtype))
+
+    def _feed(
+        self, value: ir.Value, dtype: ir.DataType | None, shape: Sequence[Any] | None, feed: Feed
+    ) -> None:
+        if dtype is None or shape is None:
+            raise Refused("the type of a value is unknown", at=value.name)
+        self.feeds[value.name or ""] = feed
+        self._types[value.name or ""] = (_type_run_as(dtype), len(shape))
+
+    def _noise(self, value: ir.Value, shape: Sequence[Dimension] | None, dtype: ir.DataType | None) -> Feed:
+        """Noise that is the same for the same tokens, whatever the length."""
+        axes = self.flow.axes.get(value, ())
+
+        def feed(length: int) -> np.ndarray:
+            sizes = [int(_at(size, length)) for size in shape or ()]
+            return _noise(sizes, axes, length, dtype)
+
+        return feed
+
+    def _open(self) -> onnxruntime.InferenceSession:
+        graph = onnx.GraphProto(name="experiment")
+        for node in self.nodes:
+            proto = ir.to_proto(node)
+            for attribute in proto.attribute:
+                if attribute.name in ("to", "dtype") and attribute.i == onnx.TensorProto.BFLOAT16:
+                    attribute.i = onnx.TensorProto.FLOAT
+                if attribute.HasField("t") and attribute.t.data_type == onnx.TensorProto.BFLOAT16:
+                    array = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
+                    attribute.t.CopyFrom(onnx.numpy_helper.from_array(array))
+            graph.node.append(proto)
+        graph.initializer.extend(self._initializers)
+        for name, (dtype, rank) in self._types.items():
+            graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, [None] * rank))
+        for value in self.outputs:
+            graph.output.append(onnx.ValueInfoProto(name=value.name))
+        opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
+        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def run(self, length: int, mask: Callable[[GivenInput, int], np.ndarray]) -> list[np.ndarray]:
+        """Return the outputs for one sequence of that length.
+
+        Args:
+            length: Number of tokens.
+            mask: What to feed for an input that is given for all tokens so far.
+        """
+        feeds = {name: feed(length) for name, feed in self.feeds.items()}
+        for given in self.masks:
+            feeds[given.value.name or ""] = mask(given, length)
+        return [np.asarray(array) for array in self._session.run(None, feeds)]
+
+
+def _downstream(stand_ins: Iterable[ir.Value]) -> frozenset[ir.Value]:
+    found: set[ir.Value] = set()
+    pending = list(stand_ins)
+    while pending:
+        for node, _ in pending.pop().uses():
+            for value in node.outputs:
+                if value not in found:
+                    found.add(value)
+                    pending.append(value)
+    return frozenset(found)
+
+
+def _at(number: Any, length: int) -> Any:
+    if isinstance(number, (int, float, bool)):
+        return number
+    return dim.substitute(number, ((LENGTH, length), (BATCH, 1)))
+
+
+def _is_decided(numbers: np.ndarray) -> bool:
+    """Whether the numbers depend on batch and length only."""
+    symbols = {symbol for number in numbers.reshape(-1) for symbol in getattr(number, "free_symbols", ())}
+    return symbols <= {BATCH, LENGTH}
+
+
+def _evaluated(numbers: np.ndarray, length: int) -> np.ndarray:
+    flat = [float(_at(number, length)) for number in numbers.reshape(-1)]
+    return np.array(flat).reshape(numbers.shape)
+
+
+def _type_run_as(dtype: ir.DataType) -> int:
+    return int(ir.DataType.FLOAT) if dtype is ir.DataType.BFLOAT16 else int(dtype)
+
+
+def _runs_as(dtype: ir.DataType) -> Any:
+    return np.float32 if dtype is ir.DataType.BFLOAT16 else dtype.numpy()
+
+
+def _noise(sizes: Sequence[int], axes: Axes, length: int, dtype: ir.DataType | None) -> np.ndarray:
+    """Noise in [-3, 3], drawn so that an element depends on its place and on no dimension's size along the tokens."""
+    grid = np.zeros(sizes, dtype=np.float64)
+    for place, size in enumerate(sizes):
+        index = np.arange(size)
+        held = next((axis for axis in axes if axis.axis == place), None)
+        if held is not None:
+            inner = int(_at(held.inner, length))
+            block = length * inner
+            index = (index // block) * 7919 + (index % block // inner) * 104729 + index % inner
+        shape = [1] * len(sizes)
+        shape[place] = size
+        grid = grid + ((index + 1) * (12.9898 + 78.233 * place)).reshape(shape)
+    noise = 3.0 * np.sin(grid * 43.758)
+    if dtype is None or dtype.is_floating_point():
+        return noise.astype(_runs_as(dtype or ir.DataType.FLOAT))
+    if dtype is ir.DataType.BOOL:
+        return noise > 0
+    return np.round(noise * 20 + (64 if dtype.numpy().kind == "u" else 0)).astype(dtype.numpy())
