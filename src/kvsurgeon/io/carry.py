@@ -21,9 +21,8 @@ Sharing = Literal["link", "copy"]
 SIDE_FILES = (
     "*config.json",  # config, generation_config, tokenizer_config, preprocessor_config, processor_config, ...
     "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.txt",
+    "*vocab*",
+    "*merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
     "chat_template*",

@@ -31,7 +31,9 @@ def load(source: str | Path | onnx.ModelProto, *, folder: str | Path | None = No
         WeightsError: External data is missing, too short or outside the model's folder.
     """
     if isinstance(source, onnx.ModelProto):
-        return _build(source, None if folder is None else Path(folder), None)
+        proto = onnx.ModelProto()
+        proto.CopyFrom(source)  # onnx-ir writes the new name of a renamed initializer into the proto that it came from
+        return _build(proto, None if folder is None else Path(folder), None)
     path = find_model(source).absolute()
     proto = read_proto(path)
     try:

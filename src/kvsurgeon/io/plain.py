@@ -8,6 +8,7 @@ import onnx
 from google.protobuf.message import Message  # type: ignore[import-untyped]
 
 _SCALAR = (bool, int, float, str, bytes)
+_PAIRS = frozenset({"metadata_props", "quant_parameter_tensor_names"})
 _EXTERNAL_KEYS = frozenset({"location", "offset", "length"})  # what onnx-ir keeps of a reference
 
 
@@ -45,7 +46,7 @@ def _plain(message: Any) -> dict[str, Any]:
     said: dict[str, Any] = {}
     for field, value in message.ListFields():
         name = field.name
-        if name == "metadata_props":
+        if name in _PAIRS:
             said[name] = _pairs(value)
         elif name == "external_data":
             said[name] = {key: text for key, text in _pairs(value).items() if key in _EXTERNAL_KEYS}

@@ -1,0 +1,140 @@
+"""Whoever looks sees the old file or the new one, whatever happens to the writer."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from kvsurgeon.errors import UsageError
+from kvsurgeon.io import atomic, load, save
+from kvsurgeon.io.atomic import remove_stale, replacing
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks and signals of POSIX")
+
+SAVE_FOR_EVER = """
+import sys
+from pathlib import Path
+from kvsurgeon.io import atomic, load, save
+path = Path(sys.argv[1])
+model = load(path)
+number = 0
+while True:
+    number += 1
+    model.doc_string = str(number)
+    save(model, path)
+    print(number, flush=True)
+"""
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if ".kvsurgeon-" in file.name]
+
+
+def test_a_killed_process_leaves_a_whole_model(proto: onnx.ModelProto, tmp_path: Path) -> None:
+    model = load(proto)
+    large = ir.tensor(np.ones(2_000_000, np.float32), name="large")  # 8 MB: a save takes long enough to be hit
+    model.graph.register_initializer(ir.Value(name="large", const_value=large))
+    path = save(model, tmp_path / "model.onnx")
+    chance = random.Random(0)
+    seen = {model.doc_string}
+    broken_off = 0
+    for _ in range(10):
+        writer = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, str(path)], stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        with writer.stdout:
+            writer.stdout.readline()
+            time.sleep(chance.uniform(0, 0.1))
+            writer.send_signal(signal.SIGKILL)
+            writer.wait()
+        seen.add(load(path).doc_string)
+        broken_off += len(leftovers(tmp_path))
+        remove_stale(tmp_path)
+        assert not leftovers(tmp_path)
+    assert len(seen) > 1, "no save was ever completed: the kills come too early"
+    assert broken_off > 0, "no save was ever broken off: the kills prove nothing"
+
+
+def test_the_next_save_removes_what_a_dead_process_left(proto: onnx.ModelProto, tmp_path: Path) -> None:
+    (tmp_path / ".model.onnx.kvsurgeon-0123abcd").write_bytes(b"half")
+    save(load(proto), tmp_path / "model.onnx")
+    assert not leftovers(tmp_path)
+
+
+def test_the_file_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:
+    with replacing(tmp_path / "model.onnx") as file:
+        file.write(b"half")
+        cleaner = f"from pathlib import Path; from kvsurgeon.io.atomic import *; remove_stale(Path({str(tmp_path)!r}))"
+        subprocess.run([sys.executable, "-c", cleaner], check=True)
+        assert len(leftovers(tmp_path)) == 1
+    assert (tmp_path / "model.onnx").read_bytes() == b"half"
+
+
+def test_a_writer_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path):
+        raise KeyboardInterrupt
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("model.onnx", "old")]
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UsageError, match=r"cannot write .*model\.onnx`: No space left"),
+        replacing(tmp_path / "model.onnx"),
+    ):
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot write"), replacing(tmp_path / "absent" / "model.onnx"):
+        pass
+
+
+def test_permissions_stay_those_of_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_text("old")
+    path.chmod(0o640)
+    with replacing(path) as file:
+        file.write(b"new")
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_a_file_that_a_cleaner_took_before_it_was_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = atomic.fcntl.flock
+    taken: list[Path] = []
+
+    def late(*arguments: int) -> None:
+        if not taken:
+            taken.extend(leftovers(tmp_path))
+            taken[0].unlink()
+        lock(*arguments)
+
+    monkeypatch.setattr(atomic.fcntl, "flock", late)
+    with replacing(tmp_path / "model.onnx") as file:
+        file.write(b"new")
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_where_nothing_can_be_locked_files_are_written_and_leftovers_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic, "fcntl", None)
+    leftover = tmp_path / ".model.onnx.kvsurgeon-0123abcd"
+    leftover.touch()
+    remove_stale(tmp_path)
+    with replacing(tmp_path / "model.onnx") as file:
+        file.write(b"new")
+    assert (tmp_path / "model.onnx").read_bytes() == b"new"
+    assert leftover.exists()
