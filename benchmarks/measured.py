@@ -14,7 +14,7 @@ import time
 
 
 def main(command: list[str]) -> dict[str, object]:
-    """Return wall seconds, peak bytes, bytes asked for and read from disk, exit code, and the last words."""
+    """Return seconds by the clock and of the processor, bytes at the peak, read and from disk, and how it ended."""
     with tempfile.TemporaryFile() as said:
         start = time.perf_counter()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
@@ -27,6 +27,7 @@ def main(command: list[str]) -> dict[str, object]:
         words = said.read().decode(errors="replace").strip()
     return {
         "seconds": seconds,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_bytes": usage.ru_maxrss * 1024,
         "asked_bytes": counters["rchar"],
         "disk_bytes": counters["read_bytes"],
