@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
@@ -15,6 +16,7 @@ from kvsurgeon.passes.contract import Changed, Outcome, Subject
 from kvsurgeon.sequence.analysis import Analysis, Head, analyse
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
 from kvsurgeon.sequence.cuts import Memory
+from kvsurgeon.sequence.flow import FusedAttention
 from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.lengths import NEW, PAST, Lengths
 from kvsurgeon.sequence.proof import prove
@@ -67,10 +69,12 @@ class _Surgery:
         self.editor = Editor(analysis.model)
         self.totals: dict[ir.Value, ir.Value] = {}  # token data at the total length
         self.entries = _entries(analysis.heads)
+        self._causal: ir.Value | None = None
 
     def operate(self) -> None:
         """Do everything, in the order in which it must be done."""
         nodes = list(self.graph)
+        self.before = {node: tuple(node.inputs) for node in nodes}
         pasts = self._add_pasts()
         self.lengths = Lengths(self.editor, self._sources(pasts))
         self.views = Views(self.flow, self.editor, self.lengths, self.analysis.inputs, self.analysis.same)
@@ -78,6 +82,9 @@ class _Surgery:
         for node in nodes:
             if any(self.flow.kinds.get(value) is Kind.TOKEN for value in node.outputs):
                 self._rewire(node)
+        for fused in self.flow.fused:
+            if fused.causal:
+                self._spell_mask(fused)
         for place, value in enumerate(self.graph.outputs):
             if self.flow.kinds.get(value) is Kind.CONTEXT:
                 raise Refused("a graph output is context", at=value.name)
@@ -185,6 +192,40 @@ class _Surgery:
         if self._clears_allowzero(node):
             self.editor.drop_attribute(node, "allowzero")
 
+    def _spell_mask(self, fused: FusedAttention) -> None:
+        """Say as a mask what `is_causal` says: runtimes differ on where it puts the corner of a rectangle.
+
+        Source: ONNX `Attention`, whose alignment was corrected in place after opset 24 had been released.
+        """
+        node, dtype = fused.node, fused.node.inputs[0].dtype if fused.node.inputs[0] else None
+        causal = self._causal_mask()
+        given = node.inputs[fused.mask] if fused.mask is not None else None
+        if given is None:
+            mask = causal
+        elif self.flow.shapes[self.before[node][3]].dtype is ir.DataType.BOOL:
+            mask = self.editor.node("And", [given, causal], wish=f"{given.name}.causal", dtype=ir.DataType.BOOL)
+        else:
+            lowest = self.editor.constant(float("-inf"), _numpy_type(self.flow.shapes[self.before[node][3]].dtype))
+            mask = self.editor.node("Where", [causal, given, lowest], wish=f"{given.name}.causal", dtype=dtype)
+        if len(node.inputs) < 4:
+            node.resize_inputs(4)
+        self.editor.rewire(node, 3, mask)
+        self.editor.drop_attribute(node, "is_causal")
+
+    def _causal_mask(self) -> ir.Value:
+        """[sequence, total_sequence]: whether the key is not after the query."""
+        if self._causal is None:
+            total, one = dim.add(PAST, NEW), self.editor.constant(1, wish="one")
+            zero = self.editor.constant(0, wish="zero")
+            int64 = ir.DataType.INT64
+            keys = self.editor.node("Range", [zero, self.lengths.scalar(total), one], wish="keys", dtype=int64)
+            ends = [self.lengths.scalar(PAST), self.lengths.scalar(total), one]
+            queries = self.editor.node("Range", ends, wish="queries", dtype=int64)
+            column = self.editor.constant([-1, 1], wish="shape")
+            queries = self.editor.node("Reshape", [queries, column], wish="queries.column", dtype=int64)
+            self._causal = self.editor.node("LessOrEqual", [keys, queries], wish="causal", dtype=ir.DataType.BOOL)
+        return self._causal
+
     def _total(self, value: ir.Value) -> ir.Value:
         """Token data at the total length: what was remembered, or what is computed from it."""
         if value not in self.totals:
@@ -200,7 +241,7 @@ class _Surgery:
     def _inputs(self, node: ir.Node, length: Length) -> list[ir.Value | None]:
         return [
             None if value is None else self._input(node, index, value, length)
-            for index, value in enumerate(node.inputs)
+            for index, value in enumerate(self.before[node])
         ]
 
     def _input(self, node: ir.Node, index: int, value: ir.Value, length: Length) -> ir.Value:
@@ -232,7 +273,7 @@ class _Surgery:
     def _retarget(self, node: ir.Node, target: ir.Value, length: Length) -> ir.Value:
         """The target of a `Reshape` or `Expand`, derived anew from the dimensions of its result."""
         result = self.flow.shapes[node.outputs[0]].shape
-        source = node.inputs[0]
+        source = self.before[node][0]
         assert result is not None
         assert source is not None
         axes = self._at(node.outputs[0], length)
@@ -265,8 +306,7 @@ class _Surgery:
         """Whether 0 in the new target must mean "as before"."""
         if node.op_type != "Reshape" or "allowzero" not in node.attributes:
             return False
-        target = node.inputs[1] if len(node.inputs) > 1 else None
-        return target is not None and (constant_tensor(target) is None or target in self.graph.initializers.values())
+        return constant_tensor(self.before[node][1]) is None or isinstance(self.analysis.length, int)
 
     # Shapes in words
 
@@ -303,6 +343,10 @@ class _Surgery:
         for axis in axes:
             words[axis.axis] = (axis.role.resolved() or Length.TOTAL).value if axis.is_plain else None
         return words
+
+
+def _numpy_type(dtype: ir.DataType | None) -> Any:
+    return np.float32 if dtype is None else dtype.numpy()
 
 
 def _is_batch(size: Dimension) -> bool:

@@ -85,10 +85,11 @@ def _heads(flow: Flow) -> tuple[Head, ...]:
         values = [(product.node, product.value) for product in products]
         if fused is not None:
             keys, values = [(fused.node, fused.key)], [(fused.node, fused.value)]
+        beside = 1 if fused is None else fused.heads_beside
         heads.append(
             Head(
                 scores=scores, products=products, fused=fused,
-                keys=_operands(flow, keys, len(heads)), values=_operands(flow, values, len(heads)),
+                keys=_operands(flow, keys, len(heads), beside), values=_operands(flow, values, len(heads), beside),
             )
         )  # fmt: skip
     if not heads:
@@ -111,9 +112,9 @@ def _key_roles(flow: Flow) -> list[Role]:
     return sorted(found, key=lambda role: found[role])
 
 
-def _operands(flow: Flow, places: list[Place], layer: int) -> tuple[Operand, ...]:
+def _operands(flow: Flow, places: list[Place], layer: int, beside: int) -> tuple[Operand, ...]:
     try:
-        return tuple(Operand(place=place, memory=choose(flow, place)) for place in places)
+        return tuple(Operand(place=place, memory=choose(flow, place, beside)) for place in places)
     except Refused as refusal:
         refusal.layer = layer
         raise

@@ -63,8 +63,13 @@ class Memory:
         return 1 if moved == sorted(moved) else 2
 
 
-def choose(flow: Flow, place: Place) -> Memory:
+def choose(flow: Flow, place: Place, heads: int = 1) -> Memory:
     """Return the tensor to remember for an operand that is needed for all tokens so far.
+
+    Args:
+        flow: What was learnt about token data.
+        place: The operand.
+        heads: How many heads a fused operator finds side by side on the features' axis.
 
     Raises:
         Refused: No tensor of the chain can be remembered.
@@ -74,7 +79,7 @@ def choose(flow: Flow, place: Place) -> Memory:
     assert operand is not None
     best: tuple[tuple[int, int, int], Memory] | None = None
     for distance, value in enumerate(_bottlenecks(flow, operand)):
-        memory = describe(flow, value)
+        memory = describe(flow, value, heads)
         if memory is None:
             continue
         rank = (memory.bits_per_token, memory.effort, distance)
@@ -127,7 +132,7 @@ def _may_repeat(flow: Flow, node: ir.Node) -> bool:
     return True
 
 
-def describe(flow: Flow, value: ir.Value) -> Memory | None:
+def describe(flow: Flow, value: ir.Value, heads: int = 1) -> Memory | None:
     """Return how a tensor can be remembered; None where it has no fixed number of features for each token."""
     fact, axes = flow.shapes[value], flow.axes.get(value, ())
     if fact.shape is None or fact.dtype is None or len(axes) != 1 or axes[0].role.resolved() is not Length.NEW:
@@ -136,23 +141,26 @@ def describe(flow: Flow, value: ir.Value) -> Memory | None:
     if found is None:
         return None
     parts, sequence, batch = found
+    last = parts[-1]
+    if heads > 1 and len(parts) == 3 and isinstance(last, int) and sequence != 2 and last % heads == 0:
+        parts = [*parts[:-1], heads, last // heads]
     features = [place for place in range(len(parts)) if place not in (*batch, sequence)]
     sizes = [parts[place] for place in features]
     if not features or not all(isinstance(size, int) for size in sizes):
         return None
     whole = [int(size) for size in sizes if isinstance(size, int)]
-    heads = 1
+    count = 1
     for size in whole[:-1]:
-        heads *= size
+        count *= size
     return Memory(
         value=value,
         dtype=fact.dtype,
         parts=tuple(parts),
         order=(*batch, *features[:-1], sequence, features[-1]),
         batch=dim.product(size for place in batch if (size := parts[place]) is not None),
-        heads=heads,
+        heads=count,
         head_dim=whole[-1],
-        elements=heads * whole[-1],
+        elements=count * whole[-1],
         rank=len(fact.shape),
     )
 

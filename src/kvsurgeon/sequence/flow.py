@@ -58,6 +58,7 @@ class FusedAttention:
     mask: int | None
     causal: bool
     layout: tuple[str, ...]  # of key and value
+    heads_beside: int = 1  # key heads that lie side by side on the last axis of key and value
 
 
 @dataclass(kw_only=True)

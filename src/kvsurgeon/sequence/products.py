@@ -154,7 +154,8 @@ def attention(step: Step) -> list[Axes]:
     layout = ("batch", "kv_heads", "sequence", "head_dim") if four else ("batch", "sequence", "hidden")
     mask = 3 if len(step.node.inputs) > 3 and step.node.inputs[3] is not None else None
     keys = _fused(step, FusedAttention(
-        node=step.node, query=0, key=1, value=2, mask=mask, causal=bool(step.call.integer("is_causal", 0)), layout=layout
+        node=step.node, query=0, key=1, value=2, mask=mask, causal=bool(step.call.integer("is_causal", 0)), layout=layout,
+        heads_beside=1 if four else step.call.integer("kv_num_heads", 1),
     ))  # fmt: skip
     if mask is not None:
         shape = step.shape(mask)
