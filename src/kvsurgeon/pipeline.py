@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -123,7 +124,7 @@ class Pipeline:
 def _as_pass(one: Pass | Callable[..., Any]) -> Pass:
     if isinstance(one, Pass) and not isinstance(one, type):
         return one
-    if isinstance(one, type) or not callable(one):
+    if not inspect.isfunction(one):
         raise UsageError(f"expected a pass or a function, found {one!r}; a pass class has to be called: Inject()")
     made = as_pass_class(one)
     return build(made, made.name, {})  # type: ignore[no-any-return]

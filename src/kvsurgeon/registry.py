@@ -47,7 +47,7 @@ class Entry:
             raise PluginError(f"{self._spoken}: cannot be imported: {_one_line(error)}") from error
         if inspect.isclass(found):
             return self._checked(found)
-        if callable(found):
+        if inspect.isfunction(found):
             from kvsurgeon.interop.functions import as_pass_class
 
             return as_pass_class(found, self.name)

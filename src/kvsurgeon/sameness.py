@@ -27,7 +27,7 @@ from kvsurgeon.runtime import (
 )
 
 LENGTHS = (7, 13)  # tokens of the texts that both models are given; a static model is given its own length
-VOCABULARY = 64  # ids that any model knows
+VOCABULARY = 16  # ids that any model knows
 
 
 @dataclass(frozen=True, kw_only=True)

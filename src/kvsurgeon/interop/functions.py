@@ -25,12 +25,15 @@ def as_pass_class(edit: Edit, name: str | None = None) -> type[Pass]:
     (likewise), or `Subject` (an `Outcome`, or None if it changed something). Its further parameters become fields.
 
     Raises:
-        PluginError: It takes none of the three.
+        PluginError: It takes none of the three, or a parameter has a name that every pass uses.
     """
     name = name or getattr(edit, "__name__", "edit").replace("_", "-")
     first, *others = inspect.signature(edit).parameters.values()
     annotations = _annotations(edit)
     apply = _kind(name, annotations.get(first.name))
+    taken = {"name", "apply"} & {one.name for one in others}
+    if taken:
+        raise PluginError(f"pass {name}: a parameter may not be called {min(taken)}; give it another name")
 
     def apply_edit(self: Any, subject: Subject) -> Outcome:
         return apply(edit, subject, {one.name: getattr(self, one.name) for one in fields(self)})

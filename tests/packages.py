@@ -1,0 +1,28 @@
+"""Install the little packages of `tests/plugin` without a network: their modules, and what a wheel says of them."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PACKAGES = Path(__file__).parent / "plugin"
+
+
+def install(name: str, site: Path) -> Path:
+    """Return `site`, in which `tests/plugin/NAME` now is as pip would put it there."""
+    folder = PACKAGES / name
+    project = tomllib.loads((folder / "pyproject.toml").read_text("utf-8"))["project"]
+    for module in folder.glob("*_passes"):
+        shutil.copytree(module, site / module.name, ignore=shutil.ignore_patterns("__pycache__"))
+    info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    lines = [f"{key} = {value}" for key, value in project["entry-points"]["kvsurgeon.passes"].items()]
+    (info / "entry_points.txt").write_text("\n".join(["[kvsurgeon.passes]", *lines, ""]))
+    return site
