@@ -84,8 +84,9 @@ def bound_of(model: onnx.ModelProto) -> Bound:
     operators.update(node.op_type for function in model.functions for node in function.node)
     if operators & DYNAMIC_OPERATORS:
         return DYNAMIC
+    constants = [a.t for node in model.graph.node if node.op_type == "Constant" for a in node.attribute]
     elements: Counter[int] = Counter()
-    for tensor in model.graph.initializer:
+    for tensor in (*model.graph.initializer, *constants):
         elements[tensor.data_type] += int(np.prod(tensor.dims)) if len(tensor.dims) else 1
     kinds = {onnx.TensorProto.FLOAT: EXACT, onnx.TensorProto.FLOAT16: HALF, onnx.TensorProto.BFLOAT16: BRAIN}
     floats = {kind: elements[kind] for kind in kinds}

@@ -217,7 +217,7 @@ def main() -> int:
     print_growth(measurements)
     if options.json:
         facts = [{**asdict(m), "ratio": m.ratio, "over": exceeded(m)} for m in measurements]
-        options.json.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        options.json.write_text(json.dumps(facts, indent=1).replace("NaN", "null"), encoding="utf-8")
     return 1 if any(m.failure for m in measurements) else 0
 
 

@@ -130,4 +130,5 @@ def _cell(results: Sequence[Result]) -> str:
 def as_json(results: Sequence[Result], seconds: float) -> str:
     """Return everything that is known, for a program."""
     counts = Counter(result.verdict for result in results)
-    return json.dumps({"seconds": seconds, "counts": counts, "models": [asdict(r) for r in results]}, indent=1)
+    text = json.dumps({"seconds": seconds, "counts": counts, "models": [asdict(r) for r in results]}, indent=1)
+    return text.replace("Infinity", "1e999")  # which is JSON, and reads as infinity
