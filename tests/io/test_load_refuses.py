@@ -10,7 +10,7 @@ import onnx.parser
 import pytest
 
 from kvsurgeon.errors import InputError, MalformedModel
-from kvsurgeon.io import load, locate
+from kvsurgeon.io import load, locate, to_proto
 
 
 def refused(source: Path | onnx.ModelProto, match: str) -> None:
@@ -168,6 +168,10 @@ def short_constant(model: onnx.ModelProto) -> None:
     model.graph.node[-1].attribute[0].t.raw_data = bytes(7)
 
 
+def attribute_without_type(model: onnx.ModelProto) -> None:
+    model.graph.node[0].attribute.add(name="axis", i=1)
+
+
 def sparse_constant(model: onnx.ModelProto) -> None:
     values = onnx.helper.make_tensor("v", onnx.TensorProto.FLOAT, [1], [1.0])
     indices = onnx.helper.make_tensor("i", onnx.TensorProto.INT64, [1], [0])
@@ -201,6 +205,7 @@ def sparse_constant(model: onnx.ModelProto) -> None:
         (unknown_type, "expected an element type of ONNX, found number 99 - at `w`"),
         (undefined_type, "expected an element type of ONNX, found number 0 - at `w`"),
         (short_constant, "expected 8 bytes .* found 7 - at Constant `c`"),
+        (attribute_without_type, "expected an attribute with a type, found `axis` - at MatMul `h`"),
         (sparse_constant, "cannot represent this model: Sparse tensors are not supported"),
     ],
 )
@@ -210,3 +215,26 @@ def test_graphs_that_are_no_graphs(
     load(proto)  # whole, it loads
     damage(proto)
     refused(proto, match)
+
+
+def test_a_message_is_one_line_whatever_the_names_are(tmp_path: Path, proto: onnx.ModelProto) -> None:
+    proto.graph.node[0].input[0] = "ab\n\x1b[31mé"
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    refused(path, r"named `ab\\n\\x1b\[31mé`")
+
+
+@pytest.mark.parametrize("field", ["name", "op_type", "output"])
+def test_names_that_are_not_utf_8(proto: onnx.ModelProto, field: str) -> None:
+    node = onnx.helper.make_node("Neg" if field != "op_type" else "mark", ["x"], ["mark"], name="mark")
+    proto.graph.node.append(node)
+    damaged = proto.SerializeToString().replace(b"mark", b"\xff\xfe\xfd\xfc")
+    refused(onnx.ModelProto.FromString(damaged), "expected names in UTF-8, found b'")
+
+
+def test_other_texts_that_are_not_utf_8_are_told_when_they_are_written(proto: onnx.ModelProto) -> None:
+    proto.graph.node[0].metadata_props.add(key="mark", value="mark")
+    damaged = proto.SerializeToString().replace(b"mark", b"\xff\xfe\xfd\xfc")
+    model = load(onnx.ModelProto.FromString(damaged))
+    with pytest.raises(MalformedModel, match=r"cannot write this model: .*utf-8"):
+        to_proto(model)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import onnx
 import onnx_ir as ir
 
+from kvsurgeon.errors import MalformedModel
 from kvsurgeon.io.collector import collector_resting
 from kvsurgeon.io.plain import metadata_once, says_the_same, words_as_they_came
 
@@ -27,14 +28,29 @@ def remember(model: ir.Model, proto: onnx.ModelProto) -> None:
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
-    """Return the model as a proto; what was not changed since `load` is as it came, external references included."""
+    """Return the model as a proto; what was not changed since `load` is as it came, external references included.
+
+    Raises:
+        MalformedModel: The model holds something that cannot be written, such as a text that is not UTF-8.
+    """
     with collector_resting():
-        proto = ir.to_proto(model)
+        proto = _serialized(model)
         for tensor in proto.graph.initializer:
             metadata_once(tensor)
         original = model.meta.get(_ORIGINAL)
         if isinstance(original, onnx.ModelProto):
             _restore_model(proto, original)
+    return proto
+
+
+def _serialized(model: ir.Model) -> onnx.ModelProto:
+    try:
+        proto: onnx.ModelProto = ir.to_proto(model)
+    except ir.serde.SerdeError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise MalformedModel(f"onnx-ir {ir.__version__} cannot write this model: {cause}") from error
     return proto
 
 

@@ -39,7 +39,7 @@ def load(source: str | Path | onnx.ModelProto, *, folder: str | Path | None = No
     try:
         model = _build(proto, path.parent, path)
     except InputError as error:
-        raise type(error)(f"`{path}`: {error}") from error
+        raise type(error)(_on_one_line(f"`{path}`: {error}")) from error
     model.meta[_PATH] = path
     return model
 
@@ -75,6 +75,11 @@ def _convert(proto: onnx.ModelProto) -> ir.Model:
             imports.setdefault("", imports["ai.onnx"])
             del imports["ai.onnx"]
     return model
+
+
+def _on_one_line(text: str) -> str:
+    """Return the text with what a file may have put into a name, line ends and control codes, spelled out."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _innermost(error: BaseException) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from itertools import chain
 
 import onnx
 
 from kvsurgeon.errors import MalformedModel
-from kvsurgeon.io.tensors import check_tensor
+from kvsurgeon.io.tensors import Where, check_tensor
 
 _OWN_DOMAINS = frozenset({"", "ai.onnx"})
 _Attribute = onnx.AttributeProto
@@ -64,10 +65,10 @@ def _check_versions(proto: onnx.ModelProto) -> None:
 
 def _check_graph(graph: onnx.GraphProto) -> Scope:
     for tensor in graph.initializer:
-        check_tensor(tensor, f"`{tensor.name}`")
+        check_tensor(tensor, _by_name(tensor))
     for sparse in graph.sparse_initializer:
-        check_tensor(sparse.values, f"`{sparse.values.name}`")
-        check_tensor(sparse.indices, f"the indices of `{sparse.values.name}`")
+        check_tensor(sparse.values, _by_name(sparse.values))
+        check_tensor(sparse.indices, _by_name(sparse.values))
     inputs = [value.name for value in graph.input]
     constants = [tensor.name for tensor in graph.initializer] + [s.values.name for s in graph.sparse_initializer]
     return _check_nodes(graph.node, inputs, constants, [value.name for value in graph.output])
@@ -97,6 +98,7 @@ def _check_nodes(
                 raise MalformedModel(f"{_spoken(node)} makes `{name}`, expected a new name, found one that is taken")
             if name:
                 known.add(name)
+    _check_spelling(known, nodes)
     if not known.isdisjoint(awaited):
         _check_acyclic(nodes)
         ordered = False
@@ -109,12 +111,14 @@ def _inner_scopes(node: onnx.NodeProto) -> Iterator[Scope]:
     for attribute in node.attribute:
         kind = attribute.type
         if kind == _Attribute.TENSOR:
-            check_tensor(attribute.t, _spoken(node))
+            check_tensor(attribute.t, lambda: _spoken(node))
         elif kind == _Attribute.GRAPH:
             yield _check_graph(attribute.g)
+        elif kind == _Attribute.UNDEFINED and not attribute.ref_attr_name:
+            raise MalformedModel(f"expected an attribute with a type, found `{attribute.name}` - at {_spoken(node)}")
         elif kind == _Attribute.TENSORS:
             for tensor in attribute.tensors:
-                check_tensor(tensor, _spoken(node))
+                check_tensor(tensor, lambda: _spoken(node))
         elif kind == _Attribute.GRAPHS:
             yield from map(_check_graph, attribute.graphs)
 
@@ -130,6 +134,17 @@ def _check_acyclic(nodes: Sequence[onnx.NodeProto]) -> None:
     except CycleError as error:
         around = " -> ".join(f"`{name}`" for name in error.args[1][:6])
         raise MalformedModel(f"expected a graph without cycles, found a value that needs itself: {around}") from None
+
+
+def _check_spelling(names: Iterable[object], nodes: Iterable[onnx.NodeProto]) -> None:
+    """Leave quietly if all names are text: protobuf hands out as bytes what is not UTF-8."""
+    for name in chain(names, chain.from_iterable((node.name, node.op_type, node.domain) for node in nodes)):
+        if isinstance(name, bytes):
+            raise MalformedModel(f"expected names in UTF-8, found {name!r}; the file is damaged, export it again")
+
+
+def _by_name(tensor: onnx.TensorProto) -> Where:
+    return lambda: f"`{tensor.name}`"
 
 
 def _spoken(node: onnx.NodeProto) -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import onnx
 import onnx_ir as ir
 
 from kvsurgeon.errors import MalformedModel, WeightsError
 
+Where = Callable[[], str]  # how a message names the tensor: asked only when there is a message
 _LARGEST = 2**63 - 1  # bytes; what an ONNX dim, an int64, can count
+_TYPES = {int(dtype): dtype for dtype in ir.DataType if dtype != ir.DataType.UNDEFINED}
 _COMPLEX = frozenset({ir.DataType.COMPLEX64, ir.DataType.COMPLEX128})
 _FIELDS = {
     ir.DataType.FLOAT: "float_data",
@@ -28,7 +31,7 @@ def size_in_bytes(elements: int, dtype: ir.DataType) -> int:
     return (elements * int(dtype.bitwidth) + 7) // 8
 
 
-def check_tensor(tensor: onnx.TensorProto, where: str) -> None:
+def check_tensor(tensor: onnx.TensorProto, where: Where) -> None:
     """Leave quietly if the tensor's data has the size that its dims and type ask for.
 
     Of external data only the reference is looked at; `check_weights` looks at the file.
@@ -49,25 +52,22 @@ def check_tensor(tensor: onnx.TensorProto, where: str) -> None:
         expected, found, unit = _entries(elements, dtype), len(getattr(tensor, field)), f"entries in {field}"
     if expected != found:
         raise MalformedModel(
-            f"expected {expected} {unit} for {dtype.name}{list(tensor.dims)}, found {found} - at {where}; "
+            f"expected {expected} {unit} for {dtype.name}{list(tensor.dims)}, found {found} - at {where()}; "
             "the file is damaged, export it again"
         )
 
 
-def _element_type(tensor: onnx.TensorProto, where: str) -> ir.DataType:
-    try:
-        dtype = ir.DataType(tensor.data_type)
-    except ValueError:
-        dtype = ir.DataType.UNDEFINED
-    if dtype == ir.DataType.UNDEFINED:
-        raise MalformedModel(f"expected an element type of ONNX, found number {tensor.data_type} - at {where}")
+def _element_type(tensor: onnx.TensorProto, where: Where) -> ir.DataType:
+    dtype = _TYPES.get(tensor.data_type)
+    if dtype is None:
+        raise MalformedModel(f"expected an element type of ONNX, found number {tensor.data_type} - at {where()}")
     return dtype
 
 
-def _element_count(tensor: onnx.TensorProto, where: str) -> int:
+def _element_count(tensor: onnx.TensorProto, where: Where) -> int:
     elements: int = math.prod(tensor.dims)
-    if elements < 0 or elements > _LARGEST or any(dim < 0 for dim in tensor.dims):
-        raise MalformedModel(f"expected dims of a tensor, found {list(tensor.dims)} - at {where}")
+    if tensor.dims and (min(tensor.dims) < 0 or elements > _LARGEST):
+        raise MalformedModel(f"expected dims of a tensor, found {list(tensor.dims)} - at {where()}")
     return elements
 
 
@@ -80,12 +80,12 @@ def _entries(elements: int, dtype: ir.DataType) -> int:
     return size_in_bytes(elements, dtype) if int(dtype.bitwidth) in (2, 4) else elements
 
 
-def _check_reference(tensor: onnx.TensorProto, dtype: ir.DataType, where: str) -> None:
+def _check_reference(tensor: onnx.TensorProto, dtype: ir.DataType, where: Where) -> None:
     if dtype == ir.DataType.STRING:
-        raise MalformedModel(f"strings cannot be external data - at {where}")
+        raise MalformedModel(f"strings cannot be external data - at {where()}")
     entries = {entry.key: entry.value for entry in tensor.external_data}
     if not entries.get("location"):
-        raise WeightsError(f"external data does not say in which file it lies - at {where}")
+        raise WeightsError(f"external data does not say in which file it lies - at {where()}")
     for key in ("offset", "length"):
         if key in entries and not (entries[key].isascii() and entries[key].isdigit()):
-            raise WeightsError(f"expected bytes as {key} of external data, found {entries[key]!r} - at {where}")
+            raise WeightsError(f"expected bytes as {key} of external data, found {entries[key]!r} - at {where()}")
