@@ -286,3 +286,185 @@ def test_ids_that_the_embeddings_do_not_hold_are_not_drawn():
     report = verify(with_few_embeddings(Decoder().model()), with_few_embeddings(CachedDecoder().model()), threads=1)
 
     assert report.verdict == "same"
+
+
+# Outputs of other kinds
+
+
+def more_outputs(model, **outputs):
+    """Give a model further outputs: values by name, with the rank that each has."""
+    for name, rank in outputs.items():
+        dims = [None] * rank
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name.replace("__", "."), 1, dims))
+    return model
+
+
+def test_every_output_that_both_have_is_compared():
+    pair = [
+        more_outputs(form.model(), layers__1__output=3, layers__0__scores=4) for form in (Decoder(), CachedDecoder())
+    ]
+    # the cached one lists them behind its presents; they pair by name
+    report = verify(*pair, threads=1)
+
+    assert report.problems == ()
+    wrong = verify(
+        pair[0], more_outputs(shelf.WrongCorner().model(), layers__1__output=3, layers__0__scores=4), threads=1
+    )
+    assert wrong.layer == 1
+
+
+def test_an_output_that_is_worse_than_the_logits_is_the_one_named():
+    class WrongScores(CachedDecoder):
+        def model(self):
+            model = super().model()
+            wrong = next(node for node in model.graph.node if node.output[0] == "layers.2.scores")
+            model.graph.node.append(onnx.helper.make_node("Neg", [wrong.output[0]], ["shown"]))
+            return more_outputs(model, shown=4)
+
+    class Scores(Decoder):
+        def model(self):
+            model = super().model()
+            model.graph.node.append(onnx.helper.make_node("Identity", ["layers.2.scores"], ["shown"]))
+            return more_outputs(model, shown=4)
+
+    report = verify(Scores().model(), WrongScores().model(), threads=1)
+
+    assert report.verdict == "different"
+    assert {trial.output for trial in report.trials} == {"shown"}
+
+
+def last_only(form):
+    """The model, with logits of the last token alone: `[batch, 1, vocabulary]`."""
+
+    class LastOnly(form):
+        def model(self):
+            model = super().model()
+            head = next(node for node in model.graph.node if node.output[0] == "logits")
+            head.output[0] = "all_logits"
+            bounds = {"first": [-1], "end": [2**31], "axis": [1]}
+            for name, value in bounds.items():
+                model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(value), name))
+            model.graph.node.append(onnx.helper.make_node("Slice", ["all_logits", *bounds], ["logits"]))
+            model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 1
+            return model
+
+    return LastOnly().model()
+
+
+def test_logits_of_the_last_token_alone_are_compared_there():
+    report = verify(last_only(Decoder), last_only(CachedDecoder), threads=1)
+    wrong = verify(last_only(Decoder), last_only(shelf.WrongCorner), threads=1)
+
+    assert report.problems == ()
+    assert {trial.scenario for trial in wrong.trials if trial.verdict == "different"} == CHUNKED
+    assert wrong.layer == 1
+
+
+def test_logits_of_another_shape_are_named():
+    report = verify(original(), last_only(CachedDecoder), threads=1)
+
+    assert not report.ok
+    assert (
+        "the output `logits` has [1, 1, 61], where the original's for the whole text is [1, 14, 61]"
+        in report.problems[0]
+    )
+
+
+def test_another_type_of_logits_is_a_fault():
+    class InDouble(CachedDecoder):
+        def model(self):
+            model = super().model()
+            head = next(node for node in model.graph.node if node.output[0] == "logits")
+            head.output[0] = "single"
+            model.graph.node.append(onnx.helper.make_node("Cast", ["single"], ["logits"], to=onnx.TensorProto.DOUBLE))
+            model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
+            return model
+
+    assert judged(InDouble().model()).problems == ("the output `logits` is float64, in the original float32",)
+
+
+def test_a_text_on_which_the_original_gives_no_numbers_is_told_and_not_judged():
+    class NothingForPadding(Decoder):
+        def scale(self, layer):
+            most = self.graph.op("ReduceMin", "attention_mask", keepdims=0)
+            padded = self.graph.op("Equal", most, self.graph.constant(0))
+            return self.graph.op("Where", padded, self.number(float("nan")), super().scale(layer))
+
+    report = verify(NothingForPadding().model(), CachedDecoder().model(), threads=1)
+
+    assert report.verdict == "same"
+    assert report.notes == ("left padding was not judged: the original's logits are not numbers",)
+
+
+def test_an_original_that_fails_at_padding_is_told_and_not_judged():
+    class FailsAtPadding(Decoder):
+        def scale(self, layer):
+            most = self.graph.op("ReduceMin", "attention_mask", keepdims=0)
+            numbers = self.graph.constant([0.0, self.config.head_dim**-0.5], "float32")
+            padded = self.graph.op("Equal", most, self.graph.constant(0))
+            place = self.graph.op("Where", padded, self.graph.constant(5), self.graph.constant(1))
+            return self.graph.op("Gather", numbers, place)
+
+    report = verify(FailsAtPadding().model(), CachedDecoder().model(), threads=1)
+
+    assert report.verdict == "same"
+    assert "left padding was not judged: the original cannot be run on it: " in report.notes[0]
+
+
+def test_an_original_that_fails_at_a_batch_is_judged_row_by_row():
+    class OneRow(Decoder):
+        def heads(self, hidden, name, count, gain=1.0):
+            one = self.graph.constant([1, -1, self.config.hidden])
+            return super().heads(self.graph.op("Reshape", hidden, one), name, count, gain)
+
+    report = verify(OneRow().model(), CachedDecoder().model(), threads=1)
+
+    assert report.verdict == "same"
+    assert {trial.batch for trial in report.trials} == {1}
+
+
+@pytest.mark.parametrize(("rows", "types"), [(2, 2), (1, 1)])
+def test_token_types_are_drawn_where_the_model_has_several(rows, types):
+    class Typed:
+        def declare(self):
+            super().declare()
+            self.graph.input("token_type_ids", onnx.TensorProto.INT64, self.token_dims())
+
+        def norm(self, hidden):
+            if hidden != "layers.0.after_attention":
+                return super().norm(hidden)
+            table = self.graph.constant(np.linspace(0, 3, rows * 32).reshape(rows, 32), "float32")
+            return super().norm(self.graph.op("Add", hidden, self.graph.op("Gather", table, "token_type_ids")))
+
+    plain, cached = (type("TypedDecoder", (Typed, form), {})().model() for form in (Decoder, CachedDecoder))
+
+    assert verify(plain, cached, threads=1).verdict == "same"
+
+
+def test_a_likeliest_token_that_differs_too_often_is_a_problem_of_its_own():
+    """Every token has a twin that is a little less likely; in the wrong model a little more."""
+
+    def with_twins(form, favour):
+        class Twins(form):
+            def weight(self, name, rows, columns, gain=1.0):
+                value = super().weight(name, rows, columns, gain)
+                if name != "head":
+                    return value
+                pairs = self.graph.constant(np.arange(columns) // 2)
+                return self.graph.op("Gather", value, pairs, axis=1)
+
+        model = Twins(Config(vocabulary=60)).model()
+        head = next(node for node in model.graph.node if node.output[0] == "logits")
+        head.output[0] = "fair"
+        bias = np.tile(np.array([favour, -favour], np.float32), 30)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(bias, "bias"))
+        model.graph.node.append(onnx.helper.make_node("Add", ["fair", "bias"], ["logits"]))
+        model.graph.node.append(onnx.helper.make_node("DynamicQuantizeLinear", ["logits"], ["q", "s", "z"]))
+        return model
+
+    right = verify(with_twins(Decoder, 0.2), with_twins(CachedDecoder, 0.2), threads=1)
+    wrong = verify(with_twins(Decoder, 0.2), with_twins(CachedDecoder, -0.2), threads=1)
+
+    assert (right.arithmetic, right.problems) == ("dynamic", ())
+    assert wrong.error < wrong.tolerance.error
+    assert "the likeliest token is the same at 0% (80% needed)" in wrong.problems[0]

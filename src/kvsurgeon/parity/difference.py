@@ -69,6 +69,11 @@ def expected_part(whole: Array, found: tuple[int, ...], past: int, total: int) -
     return whole[tuple(part)]
 
 
+def distance(expected: Array, found: Array, scale: float) -> float:
+    """Return the largest difference of two arrays over a scale; infinite where one is not a number."""
+    return float(error_map(expected.reshape(1, 1, -1), found.reshape(1, 1, -1), batch=0, sequence=1, scale=scale).max())
+
+
 def error_map(expected: Array, found: Array, *, batch: int, sequence: int, scale: float) -> Map:
     """Return the largest error of each token, over a scale.
 
@@ -81,11 +86,11 @@ def error_map(expected: Array, found: Array, *, batch: int, sequence: int, scale
     """
     want, have = expected.astype(np.float64), found.astype(np.float64)
     with np.errstate(invalid="ignore"):
-        distance = np.where(want == have, 0.0, np.abs(want - have))  # equal infinities do not differ
-    distance = np.where(np.isnan(distance), np.inf, distance) / scale
-    distance = np.moveaxis(distance, (batch, sequence), (0, 1))
-    worst_of_each: Map = distance.reshape(*distance.shape[:2], -1).max(axis=2, initial=0.0)
-    return worst_of_each
+        apart = np.where(want == have, 0.0, np.abs(want - have))  # equal infinities do not differ
+    apart = np.where(np.isnan(apart), np.inf, apart) / scale
+    apart = np.moveaxis(apart, (batch, sequence), (0, 1))
+    errors: Map = apart.reshape(*apart.shape[:2], -1).max(axis=2, initial=0.0)
+    return errors
 
 
 def worst(errors: Map, counted: npt.NDArray[np.bool_], start: int = 0) -> Difference:

@@ -16,7 +16,7 @@ from kvsurgeon.parity.original import Original, examine
 from kvsurgeon.parity.report import Report, Trial
 from kvsurgeon.parity.scenario import Lengths, Scenario, plan
 from kvsurgeon.parity.tolerance import TOLERANCES, arithmetic_of, load_graph
-from kvsurgeon.parity.trace import first_difference
+from kvsurgeon.parity.trace import Graph, first_difference, telling
 from kvsurgeon.parity.trial import judge
 from kvsurgeon.runtime import (
     CachedDecoder,
@@ -32,6 +32,7 @@ from kvsurgeon.runtime import (
     fixed_size,
     inputs_of,
     is_past,
+    model_file,
     open_session,
 )
 
@@ -91,10 +92,22 @@ def verify(
         return replace(report, unknown=str(error))
     scenarios = _plan(known, cached, seed)
     trials = _try(scenarios, known, cached, report, progress)
-    report = replace(report, trials=trials, notes=known.notes)
-    if explain and report.verdict == "different":
-        folders = tuple(_folder(source, folder) for source in (original, injected))
-        name = first_difference(graphs, folders, scenarios, trials, known, cached, report.tolerance.error)
+    report = replace(report, trials=trials, notes=known.notes + _unjudged(trials))
+    scenario = telling(scenarios, trials)
+    if explain and scenario is not None:
+        before, after = (
+            Graph(model=graph, folder=_folder(source, folder))
+            for graph, source in zip(graphs, (original, injected), strict=True)
+        )
+        name = first_difference(
+            before,
+            after,
+            scenario,
+            original=known,
+            cache=cached.cache,
+            allowed=report.tolerance.error,
+            threads=threads,
+        )
         report = replace(report, first_difference=name)
     return replace(report, seconds=time.perf_counter() - start)
 
@@ -149,8 +162,11 @@ def _try(
     return tuple(trials)
 
 
+def _unjudged(trials: tuple[Trial, ...]) -> tuple[str, ...]:
+    return tuple(f"{trial.scenario} was not judged: {trial.reason}" for trial in trials if trial.verdict == "unknown")
+
+
 def _folder(source: Source, folder: str | Path | None) -> Path | None:
     if isinstance(source, str | Path):
-        path = Path(source)
-        return path if path.is_dir() else path.parent
+        return model_file(source).parent
     return None if folder is None else Path(folder)

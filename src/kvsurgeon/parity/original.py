@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kvsurgeon.parity.difference import error_map, spread
+from kvsurgeon.parity.difference import distance, spread
 from kvsurgeon.parity.scenario import Lengths, Scenario
 from kvsurgeon.runtime import Array, Inputs, RunError, Tokens, UncachedDecoder
 
@@ -130,9 +130,7 @@ def _batches(original: Original, allowed: float, random: np.random.Generator) ->
     except RunError:
         return False
     rows = np.concatenate([original.logits(tokens[row : row + 1]) for row in range(len(tokens))])
-    if rows.shape != together.shape:
-        return False
-    return bool(error_map(rows, together, batch=0, sequence=1, scale=spread(rows)).max() <= allowed)
+    return rows.shape == together.shape and distance(rows, together, spread(rows)) <= allowed
 
 
 def _notes(original: Original, wanted: Lengths, allowed: float, random: np.random.Generator) -> list[str]:
@@ -142,18 +140,18 @@ def _notes(original: Original, wanted: Lengths, allowed: float, random: np.rando
         notes.append(f"the longest text has {long} tokens: the original takes no more")
     tokens = random.integers(0, original.vocabulary, (1, long))
     whole = original.logits(tokens)
-    if whole.ndim < 3 or short < 2:
+    if short < 2 or whole.shape[1:2] != (long,):  # logits of the last token alone
         return notes
     scale = spread(whole)
     half = long // 2
     part = _prefix(original, tokens, half)
-    if error_map(whole[:, :half], part, batch=0, sequence=1, scale=scale).max() > allowed:
+    if distance(whole[:, :half], part, scale) > allowed:
         notes.append(
             "the original gives other logits for the same tokens when others follow: it is not causal, or it changes "
             "with the length, and no cache can equal it"
         )
     tokens[0, 0] = (tokens[0, 0] + 1) % original.vocabulary
-    if error_map(whole[:, 1:], original.logits(tokens)[:, 1:], batch=0, sequence=1, scale=scale).max() <= allowed:
+    if distance(whole[:, 1:], original.logits(tokens)[:, 1:], scale) <= allowed:
         notes.append("the original's logits hardly depend on earlier tokens: a wrong cache might not be seen")
     return notes
 

@@ -44,7 +44,7 @@ def judge(scenario: Scenario, original: Original, cached: CachedDecoder, toleran
     except RunError as error:
         return replace(facts, reason=f"the original cannot be run on it: {error}")
     counted = scenario.mask.astype(bool)
-    if not np.isfinite(expected[original.decoder.logits][counted].astype(np.float64)).any():
+    if _not_numbers(expected[original.decoder.logits], counted):
         return replace(facts, reason="the original's logits are not numbers")
     feeds = cached.inputs.whole(scenario.tokens, scenario.mask, types=original.types)
     whole = perform(cached, feeds, [(0, facts.length)])
@@ -56,6 +56,11 @@ def judge(scenario: Scenario, original: Original, cached: CachedDecoder, toleran
     found = _outputs(chunked.calls, expected, cached, counted, tolerance)
     faults = cache_faults(cached.cache, whole, chunked, counted, tolerance.error)
     return _sentence(facts, first, found, faults, cached, tolerance)
+
+
+def _not_numbers(logits: Array, counted: Counted) -> bool:
+    matters = logits[counted] if logits.shape[:2] == counted.shape else logits
+    return bool(np.isnan(matters.astype(np.float64)).any())
 
 
 def cache_faults(
@@ -127,7 +132,8 @@ def _output(
     logits = name == cached.logits and whole.ndim == 3 and whole.shape[:2] == counted.shape
     scale = spread(whole[counted]) if logits else amplitude(whole)
     largest, same, of = Difference(error=0.0, row=0, position=0), 0, 0
-    for call in calls:
+    last_only = counted.shape[1] not in whole.shape  # then the original tells of the whole text alone
+    for call in calls[-1:] if last_only else calls:
         found = call.outputs[name]
         part = expected_part(whole, found.shape, call.past, call.total)
         if part is None:
@@ -135,8 +141,8 @@ def _output(
             return _Outputs(error=np.inf, output=name, at=_at(largest), agreement=0.0, misfit=f"`{name}` has {size}")
         matters = counted[:, call.past : call.total]
         axes = _token_axes(name, found.shape, cached, matters.shape)
-        if axes is None:
-            continue
+        if axes is None:  # tokens cannot be told apart: compare all of it
+            part, found, axes, matters = part.reshape(1, 1, -1), found.reshape(1, 1, -1), (0, 1), np.ones((1, 1), bool)
         errors = error_map(part, found, batch=axes[0], sequence=axes[1], scale=scale)
         largest = max(largest, worst(errors, matters, call.past), key=lambda difference: difference.error)
         if logits:
