@@ -3,7 +3,9 @@
     python benchmarks/decode.py INJECTED [--without MODEL] [--exporter MODEL] [--json OUT]
 
 A step is `run_with_ort_values` on values made beforehand, one new token at batch 1, the same for all. The models take
-turns, one step each, and whose turn is first goes round. Without a cache, the step is a call on the whole context.
+turns, one step each, and whose turn is first goes round. All is done twice, the sessions opened in one order and then in
+the other: where a session's memory lies moves its times by some percent. Without a cache, the step is a call on the
+whole context.
 Also lists nodes of INJECTED whose output grows with the square of the context; there should be none.
 """
 
@@ -106,7 +108,7 @@ def time_steps(runners: Sequence[Runner], context: int, steps: int, slow_steps: 
     """Return each model's seconds per step at a context; those without a cache take part in fewer rounds."""
     feeds = {runner.name: runner.feeds(context) for runner in runners}
     taken: dict[str, list[float]] = {runner.name: [] for runner in runners}
-    slow_rounds = {STEPS_BEFORE + round(index * steps / slow_steps) for index in range(slow_steps)}
+    slow_rounds = {STEPS_BEFORE + index * steps // slow_steps for index in range(slow_steps)}
     for round_ in range(STEPS_BEFORE + steps):
         first = round_ % len(runners)
         for runner in [*runners[first:], *runners[:first]]:
@@ -116,6 +118,18 @@ def time_steps(runners: Sequence[Runner], context: int, steps: int, slow_steps: 
             if round_ >= STEPS_BEFORE:
                 taken[runner.name].append(seconds)
     return taken
+
+
+def measure(models: dict[str, Path], options: argparse.Namespace) -> dict[int, dict[str, float]]:
+    """Return the median seconds per step, by context and model."""
+    taken: dict[int, dict[str, list[float]]] = {context: {name: [] for name in models} for context in options.contexts}
+    for names in (list(models), list(reversed(models))):
+        runners = [open_runner(name, models[name], options.threads) for name in names]
+        for context in options.contexts:
+            for name, seconds in time_steps(runners, context, options.steps, options.slow_steps).items():
+                taken[context][name].extend(seconds)
+        del runners
+    return {context: {name: statistics.median(row[name]) for name in models} for context, row in taken.items()}
 
 
 def quadratic_outputs(model: Path) -> list[Growth]:
@@ -170,8 +184,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--without", type=Path, metavar="MODEL", help="the original, without a cache")
     parser.add_argument("--exporter", type=Path, metavar="MODEL", help="the same model, exported with its past")
     parser.add_argument("--contexts", nargs="+", type=int, default=[64, 128, 256, 512, 1024])
-    parser.add_argument("--steps", type=int, default=20, help="per context and model; the median counts")
-    parser.add_argument("--slow-steps", type=int, default=5, help="of these, how many without a cache")
+    parser.add_argument("--steps", type=int, default=20, help="per context, model and order")
+    parser.add_argument("--slow-steps", type=int, default=3, help="of these, how many without a cache")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, metavar="OUT")
     return parser.parse_args()
@@ -181,17 +195,13 @@ def main() -> int:
     """Measure, print and write."""
     options = parse()
     models = {"injected": options.injected, "without": options.without, "exporter": options.exporter}
-    runners = [open_runner(name, model, options.threads) for name, model in models.items() if model]
-    medians: dict[int, dict[str, float]] = {}
-    for context in options.contexts:
-        taken = time_steps(runners, context, options.steps, min(options.slow_steps, options.steps))
-        medians[context] = {name: statistics.median(seconds) for name, seconds in taken.items()}
+    named = {name: model for name, model in models.items() if model}
+    medians = measure(named, options)
     print_steps(medians)
     growth = growth_of(medians)
     print(f"from {min(medians)} to {max(medians)}: " + ", ".join(f"{n} x {ratio:.2f}" for n, ratio in growth.items()))
     if "exporter" in growth:
         print(f"growth of injected over the exporter's: {growth['injected'] / growth['exporter']:.3f}")
-    del runners
     quadratic = quadratic_outputs(options.injected)
     print(f"nodes of injected whose output grows with the square of the context: {len(quadratic)}")
     for found in quadratic[:20]:
