@@ -23,6 +23,7 @@ from kvsurgeon.sequence.proof import prove
 from kvsurgeon.sequence.views import Views
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension
+from kvsurgeon.shapes.fact import Fact
 
 BATCH_NAME = "batch_size"
 PAST_NAME = "past_sequence_length"
@@ -51,17 +52,21 @@ class Inject:
             Refused: The model cannot be given a cache soundly; it is left as it was.
         """
         analysis = analyse(subject.model)
-        prove(analysis)
-        surgery = _Surgery(analysis, self)
+        proof = prove(analysis)
+        surgery = _Surgery(analysis, self, proof.limit)
         surgery.operate()
         subject.changed()
-        return Changed(edits=surgery.editor.edits, notes=tuple(analysis.flow.assumed))
+        notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()]
+        if proof.limit is not None:
+            notes.append(f"context changes beyond {proof.limit} tokens, so the model stops with an error there")
+        return Changed(edits=surgery.editor.edits, notes=tuple(notes))
 
 
 class _Surgery:
     """One injection, from the first new input to the last dropped node."""
 
-    def __init__(self, analysis: Analysis, options: Inject) -> None:
+    def __init__(self, analysis: Analysis, options: Inject, limit: int | None) -> None:
+        self.limit = limit
         self.analysis = analysis
         self.flow = analysis.flow
         self.options = options
@@ -76,7 +81,7 @@ class _Surgery:
         nodes = list(self.graph)
         self.before = {node: tuple(node.inputs) for node in nodes}
         pasts = self._add_pasts()
-        self.lengths = Lengths(self.editor, self._sources(pasts))
+        self.lengths = Lengths(self.editor, self._sources(pasts), self.limit)
         self.views = Views(self.flow, self.editor, self.lengths, self.analysis.inputs, self.analysis.same)
         presents = [self._remember(memory, past) for (memory, _, _), past in zip(self.entries, pasts, strict=True)]
         for node in nodes:
@@ -170,10 +175,13 @@ class _Surgery:
 
     def _reshaped(self, value: ir.Value, sizes: Sequence[Dimension], wish: str) -> ir.Value:
         target = self._target(sizes)
-        return self.editor.node("Reshape", [value, target], wish=wish, dtype=value.dtype)
+        return self.editor.node("Reshape", [value, target], wish=wish, dtype=value.dtype, shape=_in_words(sizes))
 
     def _transposed(self, value: ir.Value, order: Sequence[int], wish: str) -> ir.Value:
-        return self.editor.node("Transpose", [value], {"perm": list(order)}, wish=wish, dtype=value.dtype)
+        shape = None if value.shape is None else [value.shape[place] for place in order]
+        return self.editor.node(
+            "Transpose", [value], {"perm": list(order)}, wish=wish, dtype=value.dtype, shape=shape
+        )
 
     def _target(self, sizes: Sequence[Dimension]) -> ir.Value:
         """A reshape's target in as few numbers as possible: at most one -1, constants where all else is fixed."""
@@ -236,6 +244,10 @@ class _Surgery:
             twin = self.editor.twin(node, self._inputs(node, Length.TOTAL), "total", without)
             for mine, theirs in zip(node.outputs, twin.outputs, strict=True):
                 self.totals[mine] = theirs
+                fact = self.flow.shapes.facts.get(mine)
+                if fact is not None and fact.shape is not None and fact.dtype is not None:
+                    sizes = self.views.sizes(fact.shape, self._at(mine, Length.TOTAL))
+                    theirs.shape, theirs.type = ir.Shape(_in_words(sizes)), _type(fact)
         return self.totals[value]
 
     def _inputs(self, node: ir.Node, length: Length) -> list[ir.Value | None]:
@@ -257,7 +269,7 @@ class _Surgery:
             numbers = flow.shapes[value].value
             assert numbers is not None
             sizes = [Lengths.at(number, length if meant is Length.NEW else meant) for number in numbers.reshape(-1)]
-            return self.lengths.vector(sizes)
+            return self.lengths.typed(self.lengths.vector(sizes), flow.shapes[value].dtype)
         axes = tuple(self._lengthened(axis, length) for axis in flow.demands.get((node, index), ()))
         return self.views.view(value, axes)
 
@@ -341,8 +353,19 @@ class _Surgery:
             else:
                 words.append(None)
         for axis in axes:
-            words[axis.axis] = (axis.role.resolved() or Length.TOTAL).value if axis.is_plain else None
+            whole = axis.is_plain and shape[axis.axis] == self.analysis.length
+            words[axis.axis] = (axis.role.resolved() or Length.TOTAL).value if whole else None
         return words
+
+
+def _in_words(sizes: Sequence[Dimension]) -> list[int | str | None]:
+    """Dimensions as the model's reader knows them; None where they have no name of their own."""
+    names = {BATCH: BATCH_NAME, NEW: Length.NEW.value, dim.add(PAST, NEW): Length.TOTAL.value}
+    return [size if isinstance(size, int) else names.get(size) for size in sizes]
+
+
+def _type(fact: Fact) -> ir.TensorType | None:
+    return None if fact.dtype is None else ir.TensorType(fact.dtype)
 
 
 def _numpy_type(dtype: ir.DataType | None) -> Any:

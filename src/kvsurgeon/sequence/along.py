@@ -56,6 +56,12 @@ def reduce(step: Step) -> list[Axes]:
     return [_without(step.axes(0), axes, bool(step.call.integer("keepdims", 1)))]
 
 
+def global_pool(step: Step) -> list[Axes]:
+    """`GlobalAveragePool` and its kin: along all axes behind the channels."""
+    forbid(step, step.axes(0), range(2, len(step.shape(0))))
+    return [tuple(axis for axis in step.axes(0) if axis.axis < 2)]
+
+
 def arg_extreme(step: Step) -> list[Axes]:
     """`ArgMax`, `ArgMin`: along one axis."""
     axis = axis_of(step.call.integer("axis", 0), len(step.shape(0)))

@@ -102,7 +102,7 @@ class Experiment:
         assert tensor is not None
         name = value.name or ""
         if not is_weight(tensor) or (tensor.size <= LARGEST_NOISE and not isinstance(tensor, ir.ExternalTensor)):
-            array = tensor.numpy()
+            array = np.asarray(tensor.numpy())
             if tensor.dtype is ir.DataType.BFLOAT16:
                 array = array.astype(np.float32)
             proto = ir.to_proto(ir.Tensor(array, name=name)) if tensor.dtype is not ir.DataType.STRING else None

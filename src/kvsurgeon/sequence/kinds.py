@@ -195,7 +195,7 @@ def find_kinds(nodes: Iterable[ir.Node], inputs: list[GivenInput], shapes: Shape
         if node.op_type in SHAPE_ONLY:
             kind = max((min(kinds.get(value, Kind.CONSTANT), Kind.CONTEXT) for value in node.inputs if value), default=kind)
         else:
-            for value in node.inputs:
+            for value in node.inputs[:1] if node.op_type == "CastLike" else node.inputs:  # its second gives a type only
                 if value is not None:
                     kind = max(kind, kinds.get(value, Kind.CONSTANT))
         if kind is Kind.TOKEN and (fact := shapes.facts.get(node.outputs[0])) is not None and fact.value is not None:

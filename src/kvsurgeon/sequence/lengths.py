@@ -26,12 +26,16 @@ INT64 = ir.DataType.INT64
 class Lengths:
     """Turns symbolic numbers into values of the graph, each made once."""
 
-    def __init__(self, editor: Editor, sources: dict[sympy.Symbol, tuple[ir.Value, int]]) -> None:
-        """Take where each symbol can be read: a value and the axis of it."""
+    def __init__(
+        self, editor: Editor, sources: dict[sympy.Symbol, tuple[ir.Value, int]], limit: int | None = None
+    ) -> None:
+        """Take where each symbol can be read: a value and the axis of it; and the largest total length allowed."""
         self.editor = editor
+        self.limit = limit
         self.sources = sources
         self._made: dict[tuple[Dimension, bool], ir.Value] = {}
         self._shapes: dict[ir.Value, ir.Value] = {}
+        self._typed: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     @staticmethod
     def at(number: Dimension, length: Length) -> Dimension:
@@ -78,6 +82,16 @@ class Lengths:
         target = self.editor.constant(list(numbers.shape), wish="shape")
         return self.editor.node("Reshape", [flat, target], wish="numbers", dtype=INT64, shape=numbers.shape)
 
+    def typed(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
+        """The int64 value as another type."""
+        if dtype is None or dtype is INT64:
+            return value
+        key = (value, dtype)
+        if key not in self._typed:
+            wish = f"{value.name}.{dtype.name.lower()}"
+            self._typed[key] = self.editor.node("Cast", [value], {"to": int(dtype)}, wish=wish, dtype=dtype)
+        return self._typed[key]
+
     def _value(self, number: Dimension, *, flat: bool) -> ir.Value:
         key = (number, flat)
         if key not in self._made:
@@ -89,6 +103,8 @@ class Lengths:
             return self.editor.constant([number] if flat else number, wish="number")
         if number.is_Symbol:
             return self._read(number, flat)
+        if number == dim.add(PAST, NEW) and self.limit is not None:
+            return self._guarded(self._fold("Add", [PAST, NEW], flat), flat)
         if number.is_Add:
             return self._fold("Add", [dim.plain(term) for term in number.as_ordered_terms()], flat)
         if number.is_Mul:
@@ -108,6 +124,15 @@ class Lengths:
             other = self._value(term, flat=flat)
             result = self.editor.node(operator, [result, other], wish=wish, dtype=INT64, shape=[1] if flat else [])
         return result
+
+    def _guarded(self, total: ir.Value, flat: bool) -> ir.Value:
+        """The total length, which ends the run with an error where it is beyond the limit: a table has no such row."""
+        assert self.limit is not None
+        table = self.editor.constant(np.zeros(self.limit + 1), wish=f"no_more_than_{self.limit}_tokens")
+        nothing = self.editor.node("Gather", [table, total], {"axis": 0}, wish="within_limit", dtype=INT64)
+        return self.editor.node(
+            "Add", [total, nothing], wish="total_length_within_limit", dtype=INT64, shape=[1] if flat else []
+        )
 
     def _read(self, symbol: sympy.Symbol, flat: bool) -> ir.Value:
         if symbol not in self.sources:

@@ -152,11 +152,7 @@ def gather(step: Step) -> list[Axes]:
         if held.axis == axis:
             if _picks_last(step, held):
                 continue
-            raise Refused(
-                "Gather picks tokens by their place in the sequence",
-                at=step.node.outputs[0].name,
-                found=f"indices `{step.node.inputs[1].name if step.node.inputs[1] else ''}`",
-            )
+            raise _by_place(step)
         result.append(held if held.axis < axis else held.at(held.axis + picked - 1))
     if step.kind(1) is Kind.TOKEN:
         if step.kind(0) is Kind.TOKEN and step.axes(0):
@@ -181,6 +177,63 @@ def gather_elements(step: Step) -> list[Axes]:
             if held.axis == axis:
                 raise step.mixing(held)
     return broadcast(step)
+
+
+def gather_nd(step: Step) -> list[Axes]:
+    """`GatherND`: rows of a table for each token, or places of axes without tokens."""
+    batch_axes, indices = step.call.integer("batch_dims", 0), step.shape(1)
+    addressed = indices[-1]
+    if not isinstance(addressed, int):
+        raise step.refusal("how many axes it addresses is unknown")
+    shift = len(indices) - 1 - batch_axes - addressed
+    result: dict[int, SequenceAxis] = {}
+    for held in step.axes(0):
+        if batch_axes <= held.axis < batch_axes + addressed:
+            raise _by_place(step)
+        place = held.axis if held.axis < batch_axes else held.axis + shift
+        result[place] = held.at(place)
+    for held in step.axes(1):
+        if held.axis == len(indices) - 1:
+            raise _by_place(step)
+        if held.axis in result:
+            step.meet(result[held.axis], held, 1)
+        elif step.axes(0):
+            raise step.refusal("tokens index a table that other tokens made")
+        result[held.axis] = held
+    return [tuple(result[place] for place in sorted(result))]
+
+
+def _by_place(step: Step) -> Refused:
+    return Refused(
+        f"{step.node.op_type} picks tokens by their place in the sequence",
+        at=step.node.outputs[0].name,
+        found=f"indices `{step.node.inputs[1].name if step.node.inputs[1] else ''}`",
+    )
+
+
+def scatter_nd(step: Step) -> list[Axes]:
+    """`ScatterND`: places of axes without tokens are overwritten; the updates' last axes are the data's."""
+    indices = step.shape(1)
+    addressed = indices[-1]
+    if not isinstance(addressed, int) or step.kind(1) is Kind.TOKEN:
+        raise step.refusal("where it writes depends on the tokens, or is unknown")
+    shift = addressed - (len(indices) - 1)
+    found: dict[int, SequenceAxis] = {}
+    for index, offset in ((0, 0), (2, shift)):
+        for held in step.axes(index):
+            place = held.axis + offset
+            if place < addressed or (index == 2 and held.axis < len(indices) - 1):
+                raise _by_place(step)
+            if place in found:
+                step.meet(found[place], held, index)
+            found[place] = held.at(place)
+    for index, offset in ((0, 0), (2, shift)):
+        axes = tuple(held.at(place - offset) for place, held in sorted(found.items()))
+        if step.kind(index) is not Kind.TOKEN:
+            step.demand(index, axes)
+        elif len(step.axes(index)) != len(axes):
+            raise step.refusal("a tensor's tokens were lost sight of", at=step.node.inputs[index])
+    return [tuple(found[place] for place in sorted(found))]
 
 
 def where_is(step: Step) -> list[Axes]:

@@ -22,6 +22,7 @@ from kvsurgeon.sequence.kinds import GivenInput, Kind
 SHORT, LONG = 7, 40  # tokens
 FAR = 1 << 16  # numbers above are no lengths
 DENSE = 640  # the longest at which whole matrices of weights are looked at
+USEFUL = 64  # tokens: a cache that is right for fewer is not worth having
 SEEN = 1e-6  # a weight above this is one that counts
 
 _SWITCHES = frozenset(
@@ -47,6 +48,7 @@ class Proof:
 
     seen: dict[int, Seen] = field(default_factory=dict)  # by attention
     lengths: tuple[int, ...] = ()
+    limit: int | None = None  # the longest total length up to which context is stable, where there is one
 
 
 def prove(analysis: Analysis) -> Proof:
@@ -59,7 +61,7 @@ def prove(analysis: Analysis) -> Proof:
     proof = Proof(lengths=trial.lengths)
     for layer, head in _each_once(analysis):
         proof.seen[layer] = trial.attention(layer, head)
-    trial.context()
+    proof.limit = trial.context()
     return proof
 
 
@@ -84,8 +86,8 @@ class _Trial:
                     continue
                 size = abs(float(number.reshape(-1)[0]))
                 if 2 <= size < FAR and size == int(size):
-                    found.add(int(size) + 3)
-        return tuple(sorted(length for length in found if length <= self.limit))
+                    found |= {int(size) + beside for beside in (-1, 0, 1, 3)}
+        return tuple(sorted(length for length in found if 2 <= length <= self.limit))
 
     def experiment(self, outputs: Sequence[ir.Value], stand_ins: frozenset[ir.Value] = frozenset()) -> Experiment:
         try:
@@ -172,16 +174,20 @@ class _Trial:
             found=_difference(longer, shorter), hint="frequencies or scales that depend on the total length",
         )  # fmt: skip
 
-    def context(self) -> None:
-        """Compare every context value that meets tokens at several lengths."""
+    def context(self) -> int | None:
+        """Compare every context value that meets tokens at several lengths.
+
+        Returns:
+            The longest total length up to which all are stable; None where none changes at any length.
+        """
         meetings = self._meetings()
         if not meetings:
-            return
+            return None
         values = list(meetings)
         experiment = self.experiment(values)
         reference: list[np.ndarray] = []
         shortest = min(self.lengths)
-        for length in self.lengths:
+        for previous, length in zip((shortest, *self.lengths), self.lengths, strict=False):
             arrays = [
                 _unfolded(array, meetings[value], length)
                 for value, array in zip(values, self.run(experiment, length, _all_seen), strict=True)
@@ -191,13 +197,19 @@ class _Trial:
                 continue
             for value, array, short in zip(values, arrays, reference, strict=True):
                 count = len(meetings[value])
-                self._check_prefix(None, value, array[(..., *[slice(shortest)] * count)], short)
+                try:
+                    self._check_prefix(None, value, array[(..., *[slice(shortest)] * count)], short)
+                except Refused:
+                    if previous < USEFUL:
+                        raise
+                    return previous
         if self.fixed is not None and experiment.masks:
             half = self.fixed // 2
             cut = self.run(experiment, self.fixed, _cut_short)
             for value, whole, array in zip(values, reference, cut, strict=True):
                 places = (..., *[slice(half)] * len(meetings[value]))
                 self._check_prefix(None, value, whole[places], _unfolded(array, meetings[value], self.fixed)[places])
+        return None
 
     def _meetings(self) -> dict[ir.Value, Axes]:
         """Context that meets tokens outside the scores, with the axes that hold tokens; tables are looked up by name."""

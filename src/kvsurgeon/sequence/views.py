@@ -29,6 +29,7 @@ from kvsurgeon.shapes.reduction import reduced_axes
 
 Key = tuple[tuple[int, Dimension, Dimension, Length], ...]  # axis, outer, inner, length
 _TOTAL = Role(Length.TOTAL)
+_WHOLE = (ir.DataType.INT64, ir.DataType.INT32)
 
 Rule = Callable[["Views", ir.Node, Call, Axes], "ir.Value | None"]
 
@@ -61,7 +62,7 @@ class Views:
         if value in self.given:
             return self._of_input(value, axes)
         fact = self.flow.shapes[value]
-        if fact.value is not None and fact.dtype in (ir.DataType.INT64, ir.DataType.INT32) and not axes:
+        if fact.value is not None and fact.dtype in _WHOLE and not axes:
             return self._of_numbers(value, fact.value, fact.dtype)
         node = value.producer()
         if node is None:
@@ -84,10 +85,7 @@ class Views:
 
     def _of_numbers(self, value: ir.Value, numbers: np.ndarray, dtype: ir.DataType) -> ir.Value:
         at = np.frompyfunc(lambda number: Lengths.at(number, Length.TOTAL), 1, 1)
-        made = self.lengths.array(np.asarray(at(numbers), dtype=object))
-        if dtype is ir.DataType.INT64:
-            return made
-        return self.editor.node("Cast", [made], {"to": int(dtype)}, wish=f"{made.name}.int32", dtype=dtype)
+        return self.lengths.typed(self.lengths.array(np.asarray(at(numbers), dtype=object)), dtype)
 
     def _sliced(self, value: ir.Value, axes: Axes) -> ir.Value:
         """Slice the last S of T along every axis that is to have the new length."""
@@ -95,10 +93,10 @@ class Views:
         cut = [axis for axis in axes if axis.role.resolved() is Length.NEW or (fixed and value not in self.given)]
         if not cut:
             return value
-        if not all(axis.is_plain for axis in cut):
+        if not all(axis.outer == 1 for axis in cut):
             raise Refused("context holds the tokens together with something else on one axis", at=value.name)
-        starts = [PAST if axis.role.resolved() is Length.NEW else 0 for axis in cut]
-        ends = [dim.add(PAST, NEW)] * len(cut)
+        starts = [dim.multiply(PAST, axis.inner) if axis.role.resolved() is Length.NEW else 0 for axis in cut]
+        ends = [dim.multiply(dim.add(PAST, NEW), axis.inner) for axis in cut]
         inputs = [value, self.lengths.vector(starts), self.lengths.vector(ends)]
         inputs.append(self.editor.constant([axis.axis for axis in cut], wish="axes"))
         return self.editor.node("Slice", inputs, wish=f"{value.name}.new", dtype=value.dtype)
@@ -170,6 +168,8 @@ def _first_only(views: Views, node: ir.Node, call: Call, axes: Axes) -> ir.Value
     if source is None or call.fact(0).rank != views.flow.shapes[node.outputs[0]].rank:
         return None
     rest = [None if value is None else views.view(value) for value in node.inputs[1:]]
+    if node.op_type == "CastLike":
+        rest = list(node.inputs[1:])  # of which only the type is read
     return views.rebuilt(node, [views.view(source, axes), *rest])
 
 
@@ -293,14 +293,16 @@ def _slice(views: Views, node: ir.Node, call: Call, axes: Axes) -> ir.Value | No
         if axis.axis in starts:
             place = bounds[0].index(axis.axis)
             at_total[place], at_end[place] = 0, 2**63 - 1
-    made = [views.view(source, tuple(wanted)), views.lengths.vector(at_total), views.lengths.vector(at_end)]
+    made = [views.view(source, tuple(wanted))]
+    for numbers, index in ((at_total, 1), (at_end, 2)):
+        made.append(views.lengths.typed(views.lengths.vector(numbers), call.fact(index).dtype))
     return views.rebuilt(node, [*made, *node.inputs[3:]])
 
 
 def _range(views: Views, node: ir.Node, call: Call, axes: Axes) -> ir.Value | None:
     start, delta = call.numbers(0), call.numbers(2)
     fact = views.flow.shapes[node.outputs[0]]
-    if start is None or delta != (1,) or fact.shape is None or fact.dtype is not ir.DataType.INT64:
+    if start is None or delta != (1,) or fact.shape is None or fact.dtype not in _WHOLE:
         return None
     first, extent = Lengths.at(start[0], Length.TOTAL), Lengths.at(fact.shape[0], Length.TOTAL)
     if not dim.is_known(extent) or not dim.is_known(first):
@@ -310,7 +312,7 @@ def _range(views: Views, node: ir.Node, call: Call, axes: Axes) -> ir.Value | No
             return None
         first, extent = dim.add(first, PAST), NEW
     limit = dim.add(first, extent)
-    inputs = [views.lengths.scalar(first), views.lengths.scalar(limit), node.inputs[2]]
+    inputs = [views.lengths.typed(views.lengths.scalar(end), fact.dtype) for end in (first, limit)] + [node.inputs[2]]
     return views.rebuilt(node, inputs)
 
 
@@ -385,6 +387,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(BINARY, _elementwise),
     **dict.fromkeys(UNARY - {"Trilu", "BiasGelu", "FastGelu"}, _first_only),
     "Cast": _first_only,
+    "CastLike": _first_only,
     "Unsqueeze": _unsqueeze,
     "Squeeze": _unsqueeze,
     "Transpose": _transpose,

@@ -107,10 +107,10 @@ def is_less(left: Dimension, right: Dimension) -> bool | None:
     """Whether left < right whatever the symbols are; None where it depends."""
     if isinstance(left, int) and isinstance(right, int):
         return left < right
-    answer: bool | None = sympy.expand(right - left).is_positive
-    if answer is None and sympy.expand(right - left).is_nonpositive:
-        return False
-    return answer
+    gap = sympy.expand(right - left)
+    if gap.is_positive:
+        return True
+    return False if gap.is_nonpositive else None
 
 
 def product(dimensions: Iterable[Dimension]) -> Dimension:

@@ -72,7 +72,21 @@ def one_hot(call: Call) -> Fact:
         return Fact(None, call.fact(2).dtype)
     axis = axis_of(call.integer("axis", -1), len(indices.shape) + 1)
     extent: Dimension = call.lost() if depth is None else _whole(depth[0])
-    return Fact((*indices.shape[:axis], extent, *indices.shape[axis:]), call.fact(2).dtype)
+    shape = (*indices.shape[:axis], extent, *indices.shape[axis:])
+    return Fact(shape, call.fact(2).dtype, _one_hot_numbers(call, axis, extent))
+
+
+def _one_hot_numbers(call: Call, axis: int, extent: Dimension) -> np.ndarray | None:
+    """The numbers themselves: exporters spell `repeat_interleave` of a shape this way."""
+    hot, off_on = call.fact(0).value, call.fact(2).value
+    if hot is None or off_on is None or not isinstance(extent, int) or hot.size * extent > WIDEST_VALUE:
+        return None
+    if not all(isinstance(index, int) for index in hot.reshape(-1)):
+        return None
+    chosen = np.expand_dims(hot.astype(np.int64) % extent, axis)
+    places = np.arange(extent).reshape([-1 if place == axis else 1 for place in range(hot.ndim + 1)])
+    off, on = off_on.reshape(-1)
+    return np.where(chosen == places, on, off)
 
 
 def _whole(number: Dimension | float) -> Dimension:

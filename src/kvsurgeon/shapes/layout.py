@@ -219,7 +219,7 @@ def _clamped(call: Call, bound: Dimension, size: Dimension) -> Dimension:
             return max(0, bound)
     if dim.is_less(bound, size) or dim.is_equal(bound, size):
         return bound
-    if dim.is_less(size, bound):
+    if dim.is_less(bound, size) is False:
         return size
     if isinstance(size, int) and dim.is_known(bound):
         call.bound(size)  # a table cut by length: it cannot serve more than it holds
