@@ -168,7 +168,7 @@ def test_what_is_no_pass_is_refused(wrong):
 def test_a_function_of_something_else_is_refused():
     def edit(graph: onnx.GraphProto) -> None: ...
 
-    with pytest.raises(PluginError, match="pass edit: .*found GraphProto"):
+    with pytest.raises(PluginError, match=r"pass edit: .*found GraphProto"):
         Pipeline((edit,))
 
 
@@ -226,7 +226,7 @@ def names_twice(model: ir.Model) -> None:
 
 
 def invents_an_operator(model: ir.Model) -> None:
-    list(model.graph)[0].op_type = "Nonsense"
+    next(iter(model.graph)).op_type = "Nonsense"
 
 
 def drops_an_output(model: ir.Model) -> None:
@@ -298,7 +298,9 @@ def test_every_pass_is_judged_when_that_is_wanted(decoder):
     seen = []
     Pipeline((renames, gives_a_cache)).run(decoder, verify_each=True, watch=lambda *args: seen.append(args[:2]))
     assert seen == [(0, "original"), (1, "renames"), (2, "gives-a-cache")]
-    with pytest.raises(ParityError, match=r"after pass halves-the-logits \(ran: renames, halves-the-logits\): expected"):
+    with pytest.raises(
+        ParityError, match=r"after pass halves-the-logits \(ran: renames, halves-the-logits\): expected"
+    ):
         Pipeline((renames, halves_the_logits, gives_a_cache)).run(decoder, verify_each=True)
 
 

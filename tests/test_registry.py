@@ -55,7 +55,9 @@ def test_an_unknown_name_lists_the_known(site):
 def test_a_clash_names_both_sides_and_leaves_the_others_alone(site):
     install("clashing", site)
     install("sample", site)
-    with pytest.raises(PluginError, match=r"kvsurgeon \(kvsurgeon.passes.inject:Inject\) and clashing-passes 3 \(clash"):
+    with pytest.raises(
+        PluginError, match=r"kvsurgeon \(kvsurgeon.passes.inject:Inject\) and clashing-passes 3 \(clash"
+    ):
         registry.find("inject")
     assert [entry.name for entry in registry.entries()] == ["annotate", "swap-addends"]
 

@@ -10,13 +10,18 @@ import typer
 
 from kvsurgeon import registry
 from kvsurgeon.cli import operations
+from kvsurgeon.errors import PluginError
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a folder that holds one.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer for a program.")]
 
 
 def add_commands(app: typer.Typer, arguments: Sequence[str]) -> None:
-    """Add all commands to `app`; of the passes only the one that `arguments` call is imported."""
+    """Add all commands to `app`; of the passes only the one that `arguments` call is imported.
+
+    Raises:
+        PluginError: That pass cannot be had.
+    """
     called = next((argument for argument in arguments if not argument.startswith("-")), None)
     app.command()(inspect)
     for entry in registry.entries():
@@ -26,7 +31,7 @@ def add_commands(app: typer.Typer, arguments: Sequence[str]) -> None:
             app.command(entry.name, help=entry.summary())(operations.stub)
     for clash in registry.clashes():
         if clash.name == called and clash.name not in registry.COMMANDS:
-            app.command(clash.name)(operations.refuse(clash))
+            raise PluginError(str(clash))
     for command in (run, passes, verify, generate, demo):
         app.command()(cast(Callable[..., None], command))
 

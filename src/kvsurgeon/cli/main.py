@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from kvsurgeon.cli.commands import add_commands
 from kvsurgeon.errors import KvsurgeonError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-CLOSED_PIPE = 141  # 128 + SIGPIPE
+CLOSED_PIPE = 1  # as typer has it
 UNSAID = 2  # no command was given: help is shown, and nothing is done
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from. May stand anywhere.")]
@@ -46,6 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run one command and return its exit code; unless `--debug` is given, nothing is raised."""
     debug = "--debug" in arguments
     given = [argument for argument in arguments if argument != "--debug"]
+    logging.disable(logging.NOTSET if debug else logging.WARNING)  # what libraries log is for those who look for it
     try:
         return _answer(given) if given else _answer(["--help"]) or UNSAID
     except (KeyboardInterrupt, typer.Abort):

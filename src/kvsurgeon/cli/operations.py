@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from kvsurgeon.errors import PluginError
-from kvsurgeon.registry import Clash, Entry
+from kvsurgeon.registry import Entry
 
 if TYPE_CHECKING:
     from kvsurgeon.passes.options import Option
@@ -28,15 +28,6 @@ Json = Annotated[bool, typer.Option("--json", help="Answer for a program.")]
 
 def stub() -> None:
     """Stand for a pass in a list of commands: it is not imported."""
-
-
-def refuse(clash: Clash) -> Callable[[], NoReturn]:
-    """Return a command that says that its name is taken twice."""
-
-    def command() -> NoReturn:
-        raise PluginError(str(clash))
-
-    return command
 
 
 def command_of(entry: Entry) -> Callable[..., None]:

@@ -55,6 +55,7 @@ class Loan:
         self._nodes: dict[int, Lent] = {}
         self._nodes_by_output: dict[tuple[str, ...], Lent] = {}
         self._graphs: dict[int, LentGraph] = {}
+        self._bodies: dict[tuple[str, ...], LentGraph] = {}
         copy = onnx.ModelProto()  # onnx-graphsurgeon writes into what it imports
         copy.CopyFrom(self._original)
         with G_LOGGER.suppress():
@@ -100,9 +101,10 @@ class Loan:
         bodies = {attribute.name: attribute.g for attribute in original.attribute if attribute.HasField("g")}
         for name, body in _bodies(node):
             self._lend_graph(body, bodies[name])
+            self._bodies[(name, *_signature(node))] = self._graphs[id(body)]
         lent = Lent(node, self._as_written(node), original, place)
         self._nodes[id(node)] = lent
-        self._nodes_by_output[_signature(original)] = lent
+        self._nodes_by_output[_signature(node)] = lent
 
     # Taking back: what is written as it was then is replaced by what it really is.
 
@@ -141,8 +143,8 @@ class Loan:
         ]
         return self._graph(graph, lent, [tensor for _, tensor in sorted(stand_ins, key=lambda pair: pair[0])])
 
-    def _body(self, graph: gs.Graph) -> onnx.GraphProto:
-        lent = self._graphs.get(id(graph))
+    def _body(self, graph: gs.Graph, place: tuple[str, ...]) -> onnx.GraphProto:
+        lent = self._graphs.get(id(graph)) or self._bodies.get(place)
         if lent is None:
             return self._graph(graph, LentGraph(graph, onnx.GraphProto()), [])
         own = {tensor.name for tensor in lent.original.initializer}
@@ -159,7 +161,7 @@ class Loan:
         proto.input.extend(overridable)
         proto.output.extend(_restored(tensor, lent) for tensor in graph.outputs)
         given = {info.name for info in (*proto.input, *proto.output)}
-        proto.value_info.extend(i for i in lent.original.value_info if i.name in names and i.name not in given)
+        proto.value_info.extend(info for info in lent.original.value_info if info.name in names)
         made = [tensor for node in graph.nodes for tensor in node.outputs if tensor.name and tensor.name not in given]
         infos = (_restored(tensor, lent) for tensor in made)
         proto.value_info.extend(info for info in infos if info.HasField("type") or info.metadata_props)
@@ -173,7 +175,7 @@ class Loan:
         protos, origins = [], []
         for node in graph.nodes:
             now = self._as_written(node)
-            lent = self._nodes.get(id(node)) or self._nodes_by_output.get(_signature(now))
+            lent = self._nodes.get(id(node)) or self._nodes_by_output.get(_signature(node))
             protos.append(now if lent is None else _merged_node(now, lent))
             origins.append(None if lent is None else lent.place)
         return in_original_order(protos, origins)
@@ -186,7 +188,9 @@ class Loan:
         proto.output.extend(tensor.name for tensor in node.outputs)
         for name, value in node.attrs.items():
             if name in bodies:
-                proto.attribute.add(name=name, type=onnx.AttributeProto.GRAPH).g.CopyFrom(self._body(value))
+                proto.attribute.add(name=name, type=onnx.AttributeProto.GRAPH).g.CopyFrom(
+                    self._body(value, (name, *_signature(node)))
+                )
             else:
                 proto.attribute.extend(OnnxExporter.export_attributes({name: value}))
         return proto
@@ -246,8 +250,9 @@ def _same(one: Any, other: Any) -> bool:
     return bool(one.SerializeToString(deterministic=True) == other.SerializeToString(deterministic=True))
 
 
-def _signature(node: onnx.NodeProto) -> tuple[str, ...]:
-    return (node.domain, node.op_type, *node.output)
+def _signature(node: gs.Node) -> tuple[str, ...]:
+    """Return what tells a node of a copied graph from the others."""
+    return (node.domain or "", node.op, *(tensor.name for tensor in node.outputs))
 
 
 def _bodies(node: gs.Node) -> Iterator[tuple[str, gs.Graph]]:

@@ -30,7 +30,7 @@ def anatomy(decoder: Decoder) -> RenderableType:
     """Return a decoder as a table by layers, with totals, and what was proved and assumed of it."""
     table = _table("layer", "query heads", "kv heads", "head dim", "scale", "mask", "rotary", "cached key", "B/token")
     for attention in decoder.attentions:
-        table.add_row(*_layer(attention))
+        _add(table, *_layer(attention))
     return Group(table, Text(_totals(decoder)), *_statements("proved", decoder.proved, "✓"), *_assumed(decoder))
 
 
@@ -38,7 +38,8 @@ def verification(report: Report) -> RenderableType:
     """Return what the judge tried, a row for each scenario, and what it says."""
     table = _table("scenario", "batch", "tokens", "chunks", "error", "same token", "verdict")
     for trial in report.trials:
-        table.add_row(
+        _add(
+            table,
             trial.scenario,
             str(trial.batch),
             str(trial.length),
@@ -72,7 +73,7 @@ def passes(found: Iterable[Mapping[str, Any]]) -> RenderableType:
     for one in found:
         options = ", ".join(f"{option['name']}={option['type']}" for option in one.get("options", ()))
         said = f"✗ {one['error']}" if "error" in one else one["summary"]
-        table.add_row(*(Text(cell) for cell in (one["name"], said, options or "-", one["package"])))
+        _add(table, one["name"], said, options or "-", one["package"])
     return table
 
 
@@ -105,6 +106,10 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
     return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    table.add_row(*map(Text, cells))  # as text: a name may look like markup
 
 
 def _step_words(step: Step) -> str:

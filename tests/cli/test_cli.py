@@ -1,0 +1,311 @@
+"""What a shell sees: output, exit codes, one line on the error output, and files only where all is well."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+
+import onnx
+import pytest
+from decoders import CachedDecoder, Config, Decoder
+from packages import install
+
+from kvsurgeon import registry
+from kvsurgeon.cli.main import run
+
+MAIN = "from kvsurgeon.cli.main import main; main()"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with a decoder without a cache, its weights in a file, and one with a cache."""
+    folder = tmp_path_factory.mktemp("models")
+    outside = {"save_as_external_data": True, "location": "model.data", "size_threshold": 1024}
+    for name, model in {"given": Decoder(Config()).model(), "cached": CachedDecoder(Config()).model()}.items():
+        (folder / name).mkdir()
+        onnx.save(model, folder / name / "model.onnx", **outside)
+    (folder / "given" / "config.json").write_text('{"model_type": "tiny"}')
+    return folder
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    yield folder
+    for name in [name for name in sys.modules if name.partition(".")[0].endswith("_passes")]:
+        del sys.modules[name]
+    importlib.invalidate_caches()
+
+
+@pytest.fixture
+def shell(capsys):
+    """Run a command, and return its exit code, its output and its error output."""
+
+    def call(*arguments):
+        code = run([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def subprocess_of(*arguments, **options):
+    command = [sys.executable, "-c", MAIN, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+# Help
+
+
+def test_help_lists_commands_and_passes_alike(shell, site):
+    install("sample", site)
+    code, out, err = shell("--help")
+    commands = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines() if line[2:3].strip()]
+    assert (code, err) == (0, "")
+    assert set(commands) >= {"inspect", "inject", "annotate", "swap-addends", "run", "passes", "verify", "demo"}
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from kvsurgeon.cli.main import run; run(['--help']); print(sorted(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    loaded = shown.splitlines()[-1]
+    heavy = ("onnx", "onnx_ir", "numpy", "sympy", "onnxruntime")
+    assert [name for name in heavy if f"'{name}'" in loaded] == []
+
+
+def test_no_command_shows_help_and_is_wrong_usage(shell):
+    code, out, _ = shell()
+    assert (code, "Usage: kvsurgeon" in out) == (2, True)
+
+
+def test_the_version(shell):
+    assert shell("--version") == (0, "kvsurgeon 0.1.0\n", "")
+
+
+def test_a_pass_has_its_docstring_and_its_fields_as_help(shell, site):
+    install("sample", site)
+    code, out, _ = shell("annotate", "--help")
+    words = " ".join(out.split())
+    assert code == 0
+    assert "Give nodes of some operators a note in their metadata." in words
+    assert "--note TEXT What it says. [required]" in words
+    assert "--operators TEXT,... Which operators get it. [default: MatMul]" in words
+    assert "Attributes" not in words
+
+
+# Wrong usage and unreadable models
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nothing"], 2, "No such command"),
+        (["inject", "{given}"], 2, "--output"),
+        (["inject"], 2, "MODEL"),
+        (["inject", "{given}", "-o", "{out}", "--colour", "x"], 2, "--colour"),
+        (["run", "{given}", "-p", "inject{{colour=red}}", "-o", "{out}"], 2, "no option colour"),
+        (["run", "{given}", "-p", "nothing", "-o", "{out}"], 2, "no pass called nothing"),
+        (["inject", "{given}/missing", "-o", "{out}"], 4, "missing"),
+        (["inspect", "{given}/config.json"], 4, "config.json"),
+        (["verify", "{given}", "{given}/missing"], 4, "missing"),
+        (["generate", "{given}", "--prompt", "x"], 2, "tokenizer"),
+        (["generate", "{given}", "--prompt", "x", "--temperature", "-1"], 2, "temperature"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(shell, models, tmp_path, arguments, code, words):
+    names = {"given": models / "given", "out": tmp_path / "out"}
+    found, out, err = shell(*(argument.format(**names) for argument in arguments))
+    assert found == code
+    assert (out, err.count("\n"), err.startswith("kvsurgeon: "), words in err) == ("", 1, True, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bug_is_one_line_and_debug_shows_it(shell, models, monkeypatch):
+    def fail(*args, **kwargs):
+        raise IndexError("list index\nout of range")
+
+    monkeypatch.setattr("kvsurgeon.api.inspect", fail)
+    code, _, err = shell("inspect", models / "given")
+    said = "kvsurgeon: IndexError: list index out of range (a bug of kvsurgeon's; --debug shows where)\n"
+    assert (code, err) == (1, said)
+    with pytest.raises(IndexError):
+        shell("inspect", models / "given", "--debug")
+
+
+def test_an_interrupt_is_quiet(shell, models, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvsurgeon.api.inspect", stop)
+    assert shell("inspect", models / "given") == (130, "", "")
+
+
+def test_an_interrupted_process_ends_quietly():
+    hangs = "lambda path: os.kill(os.getpid(), signal.SIGINT) or time.sleep(9)"
+    code = f"import os, signal, time; from kvsurgeon import api; api.inspect = {hangs}; {MAIN}"
+    done = subprocess.run([sys.executable, "-c", code, "inspect", "x"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+def test_a_closed_pipe_is_quiet():
+    with subprocess_of("--help") as process:
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (1, "")
+
+
+# Surgery
+
+
+def test_inject_verifies_and_writes_all_that_belongs_to_the_model(shell, models, tmp_path):
+    code, out, err = shell("inject", models / "given", "-o", tmp_path / "out")
+    assert (code, err) == (0, "")
+    assert "verified: largest error" in out
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"model.onnx", "model.data", "config.json"}
+    assert shell("verify", models / "given", tmp_path / "out")[0] == 0
+
+
+def test_inject_answers_a_program(shell, models, tmp_path):
+    code, out, _ = shell("inject", models / "given", "-o", tmp_path / "out" / "cached.onnx", "--json")
+    facts = json.loads(out)
+    assert (code, facts["output"]) == (0, str(tmp_path / "out" / "cached.onnx"))
+    assert facts["verification"]["ok"] is True
+    assert facts["steps"][0]["pass"] == "inject"
+
+
+def test_without_verification_that_is_said(shell, models, tmp_path):
+    code, out, _ = shell("inject", models / "given", "-o", tmp_path / "out", "--no-verify")
+    assert (code, "not verified" in out) == (0, True)
+
+
+def test_the_output_may_be_the_input(shell, tmp_path):
+    onnx.save(Decoder(Config()).model(), tmp_path / "model.onnx")
+    assert shell("inject", tmp_path, "-o", tmp_path)[0] == 0
+    assert "past_key_values.0.key" in [value.name for value in onnx.load(tmp_path / "model.onnx").graph.input]
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_the_names_of_the_cache_may_be_chosen(shell, models, tmp_path):
+    options = ("-p", "inject{past=cache.{layer}.{kind}}", "-o", tmp_path / "out")
+    assert shell("run", models / "given", *options)[0] == 0
+    names = [value.name for value in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.input]
+    assert "cache.2.value" in names
+
+
+def test_inspect_shows_the_layers(shell, models):
+    code, out, _ = shell("inspect", models / "given")
+    assert (code, "3 layers" in out) == (0, True)
+    facts = json.loads(shell("inspect", models / "given", "--json")[1])
+    heads = {(one["query_heads"], one["kv_heads"], one["head_dim"]) for one in facts["attentions"]}
+    assert heads == {(4, 2, 8)}
+
+
+# Passes of installed packages
+
+
+def test_passes_lists_all_of_them_and_what_is_wrong_with_some(shell, site):
+    for package in ("sample", "troubled"):
+        install(package, site)
+    code, out, _ = shell("passes")
+    assert (code, "ModuleNotFoundError" in out, "sample-passes 1.2" in out) == (0, True, True)
+    facts = {one["name"]: one for one in json.loads(shell("passes", "--json")[1])}
+    assert set(facts) >= {*registry.BUILT_IN, "annotate", "swap-addends", "missing", "raises"}
+    assert facts["swap-addends"]["options"] == [
+        {"name": "limit", "type": "int", "required": False, "default": 1000, "help": ""}
+    ]
+    assert "troubled-passes 0.1" in facts["missing"]["error"]
+
+
+def test_a_plug_in_is_a_command(shell, site, models, tmp_path):
+    install("sample", site)
+    options = ("--note", "seen", "--operators", "Add,Mul", "-o", tmp_path / "out")
+    code, out, err = shell("annotate", models / "given", *options)
+    assert (code, err) == (0, "")
+    assert "verified: all outputs as before" in out
+    model = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    noted = {node.op_type for node in model.graph.node if [one.value for one in node.metadata_props] == ["seen"]}
+    assert noted == {"Add", "Mul"}
+
+
+def test_plug_ins_of_both_kinds_run_in_a_pipeline_with_inject(shell, site, models, tmp_path):
+    install("sample", site)
+    pipeline = "annotate{note=before, operators=MatMul,Add},inject,swap-addends{limit=2}"
+    trace = tmp_path / "trace"
+    options = ("-p", pipeline, "-o", tmp_path / "out", "--verify-each", "--trace", trace)
+    code, _, err = shell("run", models / "given", *options)
+    assert (code, err) == (0, "")
+    assert shell("verify", models / "given", tmp_path / "out")[0] == 0
+    before = onnx.load(models / "given" / "model.onnx", load_external_data=False)
+    after = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
+    products = [node for node in after.graph.node if node.op_type == "MatMul"]
+    assert len(products) == sum(node.op_type == "MatMul" for node in before.graph.node)
+    assert {one.value for node in products for one in node.metadata_props} == {"before"}
+    texts = {file.name: file.read_text("utf-8") for file in trace.iterdir()}
+    assert {name: "past_key_values" in text for name, text in texts.items()} == {
+        "00-original.txt": False,
+        "01-annotate.txt": False,
+        "02-inject.txt": True,
+        "03-swap-addends.txt": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("raises", 3, "pass raises raised ZeroDivisionError: no"),
+        ("breaks", 3, "pass breaks left a graph that is not valid: graph output `logits`"),
+        ("says-nothing", 3, "pass says-nothing: expected Changed or Unchanged"),
+        ("differs", 1, "does not compute what the original computes"),
+        ("idle", 3, "the model is unchanged: idle: the function left the graph as it was"),
+        ("missing", 2, "pass missing of troubled-passes 0.1"),
+        ("unannotated", 2, "pass unannotated"),
+    ],
+)
+@pytest.mark.parametrize("way", ["alone", "in a pipeline"])
+def test_a_troubled_plug_in_is_named_and_leaves_no_output(shell, site, models, tmp_path, name, code, words, way):
+    install("troubled", site)
+    command = [name] if way == "alone" else ["run", "-p", name]
+    found, out, err = shell(*command, models / "given", "-o", tmp_path / "out")
+    assert (found, out) == (code, "")
+    assert words in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_clash_is_named_and_the_other_commands_work(shell, site, models, tmp_path):
+    install("clashing", site)
+    for command in (["inject"], ["run", "-p", "inject"]):
+        code, _, err = shell(*command, models / "given", "-o", tmp_path / "out")
+        assert (code, "clashing-passes 3" in err, "kvsurgeon.passes.inject:Inject" in err) == (2, True, True)
+    assert shell("verify", models / "given", models / "cached")[0] == 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_pass_prints_is_no_part_of_the_answer(shell, site, models, tmp_path):
+    install("sample", site)
+    (site / "sample_passes" / "swap.py").write_text(
+        "import onnx_ir as ir\n"
+        "def swap_addends(model: ir.Model) -> None:\n"
+        "    print('hello')\n"
+        "    model.graph.name = 'x'\n"
+    )
+    code, out, err = shell("swap-addends", models / "given", "-o", tmp_path / "out", "--json")
+    assert (code, err) == (0, "hello\n")
+    assert json.loads(out)["verified"] is True
+
+
+# Verification
+
+
+def test_verify_tells_by_its_exit_code(shell, models, tmp_path):
+    assert shell("verify", models / "given", models / "cached")[0] == 0
+    other = CachedDecoder(Config(seed=1)).model()
+    onnx.save(other, tmp_path / "other.onnx")
+    code, out, err = shell("verify", models / "given", tmp_path / "other.onnx")
+    assert (code, err, "different: largest error" in out) == (1, "", True)
+    code, out, _ = shell("verify", models / "given", tmp_path / "other.onnx", "--json")
+    assert (code, json.loads(out)["ok"]) == (1, False)
