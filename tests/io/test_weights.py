@@ -159,15 +159,20 @@ def test_a_key_that_onnx_does_not_know_is_no_cause_for_a_warning(external: Path)
     load(external)
 
 
-def test_external_constants_are_checked_too(external: Path) -> None:
+@pytest.mark.parametrize("several", [False, True])
+def test_tensors_that_a_node_carries_are_checked_too(external: Path, several: bool) -> None:
     proto = onnx.load(external, load_external_data=False)
-    node = onnx.helper.make_node("Constant", [], ["c"], value=proto.graph.initializer[0])
-    proto.graph.node.append(node)
+    tensor = onnx.TensorProto.FromString(proto.graph.initializer[0].SerializeToString())
+    del proto.graph.initializer[0]
+    proto.graph.node[0].input[1] = "c"
+    value = [tensor] if several else tensor
+    proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["c"], value=value))
     external.write_bytes(proto.SerializeToString())
     assert len(weight_files(load(external))) == 1
-    proto.graph.node[-1].attribute[0].t.external_data[0].value = "absent.data"
+    attribute = proto.graph.node[0].attribute[0]
+    (attribute.tensors[0] if several else attribute.t).external_data[0].value = "../absent.data"
     external.write_bytes(proto.SerializeToString())
-    refused(external, "found no such file")
+    refused(external, "inside the model's folder")
 
 
 def test_a_proto_brings_its_weights_only_with_a_folder(external: Path) -> None:

@@ -52,11 +52,11 @@ def loaded_from(model: ir.Model) -> Path | None:
 
 def _build(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -> ir.Model:
     with collector_resting():
-        in_order = check_model(proto)
+        found = check_model(proto)
         model = _convert(proto)
-        if not in_order:
+        if not found.ordered:
             _sort(model)
-        if folder is not None and any(True for _ in external_tensors(model)):
+        if folder is not None and found.external:
             _settle_weights(model, folder)
             check_weights(model, model_file=path)
     remember(model, proto)

@@ -17,7 +17,7 @@ from kvsurgeon.io.fidelity import to_proto
 from kvsurgeon.io.loading import loaded_from
 from kvsurgeon.io.locate import find_model
 from kvsurgeon.io.progress import Report, reporting
-from kvsurgeon.io.weights import WeightFile, external_tensors, is_relative_location, weight_files
+from kvsurgeon.io.weights import WeightFile, external_tensors, files_of, is_relative_location
 
 
 def save(
@@ -83,7 +83,8 @@ def _holds(folder: Path, origin: Path) -> bool:
 
 def _resolved_weights(model: ir.Model, folder: Path) -> tuple[WeightFile, ...]:
     """Return the data files of the model; those of a proto loaded without its folder must be at the destination."""
-    for tensor in external_tensors(model):
+    tensors = list(external_tensors(model))
+    for tensor in tensors:
         if not is_relative_location(str(tensor.location)):
             raise WeightsError(
                 f"expected a location inside the model's folder, found `{tensor.location}` - at `{tensor.name}`"
@@ -93,8 +94,7 @@ def _resolved_weights(model: ir.Model, folder: Path) -> tuple[WeightFile, ...]:
                 f"expected external data in `{folder / tensor.location}`, found no such file - at `{tensor.name}`; "
                 "load the model with the folder of its data"
             )
-    settled = (tensor for tensor in external_tensors(model) if tensor.base_dir)
-    return weight_files(model) if any(True for _ in settled) else ()
+    return files_of(tensor for tensor in tensors if tensor.base_dir)
 
 
 def _side_folders(origin: Path | None, source: str | Path | None, folder: Path) -> Iterator[Path]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from graphlib import CycleError, TopologicalSorter
-from itertools import chain
 
 import onnx
 
@@ -22,10 +21,14 @@ class Scope:
 
     free: dict[str, str]  # names that must come from an enclosing graph, and who reads them
     ordered: bool  # every value is made before it is read, here and in the graphs inside
+    external: bool = False  # a tensor, here or inside, has its data in another file
 
 
-def check_model(proto: onnx.ModelProto) -> bool:
-    """Leave quietly if the proto holds a graph, and say whether its nodes stand in an order of execution.
+_OUTSIDE = Scope(free={}, ordered=True, external=True)
+
+
+def check_model(proto: onnx.ModelProto) -> Scope:
+    """Return what was found in all graphs and functions, if the proto holds a graph; no name is free.
 
     Raises:
         MalformedModel: It does not; the message names the value at which it fails.
@@ -43,7 +46,8 @@ def check_model(proto: onnx.ModelProto) -> bool:
             )
     if not proto.graph.output:
         raise MalformedModel("expected a graph with outputs, found none; the file is cut short, export it again")
-    return all(scope.ordered for scope in scopes)
+    ordered, external = all(scope.ordered for scope in scopes), any(scope.external for scope in scopes)
+    return Scope(free={}, ordered=ordered, external=external)
 
 
 def _check_versions(proto: onnx.ModelProto) -> None:
@@ -64,14 +68,14 @@ def _check_versions(proto: onnx.ModelProto) -> None:
 
 
 def _check_graph(graph: onnx.GraphProto) -> Scope:
-    for tensor in graph.initializer:
-        check_tensor(tensor, _by_name(tensor))
+    external = sum(check_tensor(tensor, _by_name(tensor)) for tensor in graph.initializer) > 0
     for sparse in graph.sparse_initializer:
         check_tensor(sparse.values, _by_name(sparse.values))
         check_tensor(sparse.indices, _by_name(sparse.values))
     inputs = [value.name for value in graph.input]
     constants = [tensor.name for tensor in graph.initializer] + [s.values.name for s in graph.sparse_initializer]
-    return _check_nodes(graph.node, inputs, constants, [value.name for value in graph.output])
+    scope = _check_nodes(graph.node, inputs, constants, [value.name for value in graph.output])
+    return replace(scope, external=external or scope.external)
 
 
 def _check_function(function: onnx.FunctionProto) -> Scope:
@@ -85,10 +89,10 @@ def _check_nodes(
         raise MalformedModel(f"expected inputs of different names, found {', '.join(inputs)}")
     known = {*inputs, *constants}  # an initializer may bear the name of an input: it is its default
     awaited: dict[str, str] = {}
-    ordered = True
+    ordered, external = True, False
     for node in nodes:
         for inner in _inner_scopes(node):
-            ordered &= inner.ordered
+            ordered, external = ordered and inner.ordered, external or inner.external
             awaited.update({name: reader for name, reader in inner.free.items() if name not in known})
         for name in node.input:
             if name and name not in known and name not in awaited:
@@ -98,12 +102,13 @@ def _check_nodes(
                 raise MalformedModel(f"{_spoken(node)} makes `{name}`, expected a new name, found one that is taken")
             if name:
                 known.add(name)
-    _check_spelling(known, nodes)
+    _check_spelling(known)
     if not known.isdisjoint(awaited):
         _check_acyclic(nodes)
         ordered = False
     awaited.update({name: "the list of graph outputs" for name in outputs if name not in known})
-    return Scope(free={name: reader for name, reader in awaited.items() if name not in known}, ordered=ordered)
+    free = {name: reader for name, reader in awaited.items() if name not in known}
+    return Scope(free=free, ordered=ordered, external=external)
 
 
 def _inner_scopes(node: onnx.NodeProto) -> Iterator[Scope]:
@@ -111,14 +116,16 @@ def _inner_scopes(node: onnx.NodeProto) -> Iterator[Scope]:
     for attribute in node.attribute:
         kind = attribute.type
         if kind == _Attribute.TENSOR:
-            check_tensor(attribute.t, lambda: _spoken(node))
+            if check_tensor(attribute.t, lambda: _spoken(node)):
+                yield _OUTSIDE
         elif kind == _Attribute.GRAPH:
             yield _check_graph(attribute.g)
         elif kind == _Attribute.UNDEFINED and not attribute.ref_attr_name:
             raise MalformedModel(f"expected an attribute with a type, found `{attribute.name}` - at {_spoken(node)}")
         elif kind == _Attribute.TENSORS:
             for tensor in attribute.tensors:
-                check_tensor(tensor, lambda: _spoken(node))
+                if check_tensor(tensor, lambda: _spoken(node)):
+                    yield _OUTSIDE
         elif kind == _Attribute.GRAPHS:
             yield from map(_check_graph, attribute.graphs)
 
@@ -136,9 +143,9 @@ def _check_acyclic(nodes: Sequence[onnx.NodeProto]) -> None:
         raise MalformedModel(f"expected a graph without cycles, found a value that needs itself: {around}") from None
 
 
-def _check_spelling(names: Iterable[object], nodes: Iterable[onnx.NodeProto]) -> None:
+def _check_spelling(names: Iterable[object]) -> None:
     """Leave quietly if all names are text: protobuf hands out as bytes what is not UTF-8."""
-    for name in chain(names, chain.from_iterable((node.name, node.op_type, node.domain) for node in nodes)):
+    for name in names:
         if isinstance(name, bytes):
             raise MalformedModel(f"expected names in UTF-8, found {name!r}; the file is damaged, export it again")
 

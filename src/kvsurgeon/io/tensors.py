@@ -31,8 +31,8 @@ def size_in_bytes(elements: int, dtype: ir.DataType) -> int:
     return (elements * int(dtype.bitwidth) + 7) // 8
 
 
-def check_tensor(tensor: onnx.TensorProto, where: Where) -> None:
-    """Leave quietly if the tensor's data has the size that its dims and type ask for.
+def check_tensor(tensor: onnx.TensorProto, where: Where) -> bool:
+    """Return whether the tensor's data lies in another file, if it has the size that its dims and type ask for.
 
     Of external data only the reference is looked at; `check_weights` looks at the file.
 
@@ -44,7 +44,7 @@ def check_tensor(tensor: onnx.TensorProto, where: Where) -> None:
     elements = _element_count(tensor, where)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         _check_reference(tensor, dtype, where)
-        return
+        return True
     if dtype != ir.DataType.STRING and tensor.HasField("raw_data"):
         expected, found, unit = size_in_bytes(elements, dtype), len(tensor.raw_data), "bytes"
     else:
@@ -55,6 +55,7 @@ def check_tensor(tensor: onnx.TensorProto, where: Where) -> None:
             f"expected {expected} {unit} for {dtype.name}{list(tensor.dims)}, found {found} - at {where()}; "
             "the file is damaged, export it again"
         )
+    return False
 
 
 def _element_type(tensor: onnx.TensorProto, where: Where) -> ir.DataType:

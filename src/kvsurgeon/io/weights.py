@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TypeGuard
 
 import onnx_ir as ir
 
@@ -42,8 +43,17 @@ def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
                 yield value.const_value
         for node in graph:
             for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                    yield attribute.value
+                yield from filter(_is_external, _carried(attribute))
+
+
+def _carried(attribute: ir.Attr) -> Sequence[object]:
+    if attribute.type == ir.AttributeType.TENSOR:
+        return (attribute.value,)  # `as_tensor` checks a protocol each time, which takes longer than loading
+    return attribute.value or () if attribute.type == ir.AttributeType.TENSORS else ()
+
+
+def _is_external(tensor: object) -> TypeGuard[ir.ExternalTensor]:
+    return isinstance(tensor, ir.ExternalTensor)
 
 
 def weight_files(model: ir.Model) -> tuple[WeightFile, ...]:
@@ -52,7 +62,16 @@ def weight_files(model: ir.Model) -> tuple[WeightFile, ...]:
     Raises:
         WeightsError: A file is missing.
     """
-    first = {str(tensor.location): tensor for tensor in external_tensors(model)}
+    return files_of(external_tensors(model))
+
+
+def files_of(tensors: Iterable[ir.ExternalTensor]) -> tuple[WeightFile, ...]:
+    """Return the files that these tensors lie in, each once.
+
+    Raises:
+        WeightsError: A file is missing.
+    """
+    first = {str(tensor.location): tensor for tensor in tensors}
     return tuple(
         WeightFile(path=Path(tensor.path), location=location, bytes=_size(Path(tensor.path), tensor))
         for location, tensor in first.items()
