@@ -21,7 +21,7 @@ from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import BATCH, Dimension
 
 # Products with weights: what lies upstream of them would have to be computed again for every token at every step.
-_PROJECTIONS = frozenset({"MatMul", "Gemm", "Einsum", "MatMulInteger", "QLinearMatMul", "QGemm", "FusedMatMul",
+PROJECTIONS = frozenset({"MatMul", "Gemm", "Einsum", "MatMulInteger", "QLinearMatMul", "QGemm", "FusedMatMul",
                           "MatMulNBits", "Conv"})  # fmt: skip
 _LOOKUPS = frozenset({"Gather", "GatherND", "GatherElements"})
 
@@ -114,7 +114,7 @@ def _bottlenecks(flow: Flow, operand: ir.Value) -> Iterator[ir.Value]:
 
 def _may_repeat(flow: Flow, node: ir.Node) -> bool:
     """Whether a node may be computed again for all tokens so far: it is cheap, and sees its tokens one by one."""
-    if node.op_type in _PROJECTIONS:
+    if node.op_type in PROJECTIONS:
         return False
     if node.op_type in _LOOKUPS and any(
         flow.kinds.get(value) is not Kind.TOKEN and constant_tensor(value) is not None and index == 0

@@ -156,14 +156,19 @@ class Experiment:
         options.log_severity_level = 4
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def run(self, length: int, mask: Callable[[GivenInput, int], np.ndarray]) -> list[np.ndarray]:
+    def run(
+        self, length: int, mask: Callable[[GivenInput, int], np.ndarray], *, flat: bool = False
+    ) -> list[np.ndarray]:
         """Return the outputs for one sequence of that length.
 
         Args:
             length: Number of tokens.
             mask: What to feed for an input that is given for all tokens so far.
+            flat: Whether the stand-ins are fed with zeros in place of noise.
         """
         feeds = {name: feed(length) for name, feed in self.feeds.items()}
+        if flat:
+            feeds |= {value.name or "": np.zeros_like(feeds[value.name or ""]) for value in self.stand_ins}
         for given in self.masks:
             feeds[given.value.name or ""] = mask(given, length)
         return [np.asarray(array) for array in self._session.run(None, feeds)]

@@ -38,8 +38,8 @@ class Seen:
     """Which keys the queries of one attention were seen to give weight to."""
 
     weights: np.ndarray  # [..., query, key] at the longest length that was tried
-    padded: np.ndarray | None  # the same with the first keys masked by an input
-    biased: bool
+    padded: np.ndarray | None = None  # the same with the first keys masked by an input
+    flat: np.ndarray | None = None  # the same where all scores are equal
 
 
 @dataclass(kw_only=True)
@@ -59,8 +59,12 @@ def prove(analysis: Analysis) -> Proof:
     """
     trial = _Trial(analysis)
     proof = Proof(lengths=trial.lengths)
-    for layer, head in _each_once(analysis):
-        proof.seen[layer] = trial.attention(layer, head)
+    looked_at: dict[object, Seen] = {}
+    for layer, head in enumerate(analysis.heads):
+        how = _signature(analysis, head)
+        if how not in looked_at:
+            looked_at[how] = trial.attention(layer, head)
+        proof.seen[layer] = looked_at[how]
     proof.limit = trial.context()
     return proof
 
@@ -136,7 +140,10 @@ class _Trial:
         if experiment.masks and self.fixed is not None:
             cut, half = read(self.run(experiment, longest, _cut_short)[0], longest), longest // 2
             self._check_prefix(layer, head.at, found[longest][..., :half, :half], cut[..., :half, :half])
-        return Seen(weights=found[longest], padded=padded, biased=False)
+        flat = None
+        if experiment.stand_ins:
+            flat = read(experiment.run(longest, _all_seen, flat=True)[0], longest)
+        return Seen(weights=found[longest], padded=padded, flat=flat)
 
     def _fused(self, layer: int, head: Head) -> Seen:
         """A fused operator states its mask outright."""
@@ -147,7 +154,7 @@ class _Trial:
             if not head.fused.causal:
                 raise _sees_future(layer, head, "no mask")
             length = max(length for length in self.lengths if length <= DENSE)
-            return Seen(weights=np.tril(np.ones((length, length))), padded=None, biased=False)
+            return Seen(weights=np.tril(np.ones((length, length))))
         axes = self.flow.demands.get((node, head.fused.mask or 0), ())
         experiment = self.experiment([mask])
         return self._look(layer, head, experiment, lambda array, length: _allowed(array, axes, length, head))
@@ -266,14 +273,6 @@ class _Trial:
                     inside.add(node)
                     pending += node.outputs
         return inside
-
-
-def _each_once(analysis: Analysis) -> list[tuple[int, Head]]:
-    """One attention for each way in which scores become weights."""
-    found: dict[object, tuple[int, Head]] = {}
-    for layer, head in enumerate(analysis.heads):
-        found.setdefault(_signature(analysis, head), (layer, head))
-    return list(found.values())
 
 
 def _signature(analysis: Analysis, head: Head) -> object:

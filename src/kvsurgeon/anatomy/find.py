@@ -1,0 +1,241 @@
+"""Turn what was followed and proved into facts that anybody can read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from kvsurgeon.anatomy.facts import Attention, Cut, Decoder, Input, Projection, Rotary
+from kvsurgeon.anatomy.masks import read_mask
+from kvsurgeon.anatomy.scales import read_scale
+from kvsurgeon.graph.constants import constant_tensor
+from kvsurgeon.sequence.analysis import Analysis, Head, analyse
+from kvsurgeon.sequence.axes import Length
+from kvsurgeon.sequence.cuts import PROJECTIONS, Memory
+from kvsurgeon.sequence.flow import Flow, Place
+from kvsurgeon.sequence.kinds import GivenInput, Kind
+from kvsurgeon.sequence.proof import Proof, prove
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.contraction import contraction_of
+from kvsurgeon.shapes.dimension import BATCH, LENGTH
+
+LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
+
+
+def find_decoder(model: ir.Model) -> Decoder:
+    """Return the anatomy of a causal decoder without a cache.
+
+    Raises:
+        Refused: It is none, or cannot be handled soundly.
+    """
+    analysis = analyse(model)
+    return describe(analysis, prove(analysis))
+
+
+def find_attention(model: ir.Model) -> tuple[Attention, ...]:
+    """Return the attention layers of a causal decoder in execution order; see `find_decoder`."""
+    return find_decoder(model).attentions
+
+
+def describe(analysis: Analysis, proof: Proof) -> Decoder:
+    """Return the facts of an analysis that was proved."""
+    bounds = [*analysis.flow.shapes.bounds, *([proof.limit] if proof.limit is not None else [])]
+    if isinstance(analysis.length, int):
+        bounds.append(analysis.length)
+    tried = ", ".join(str(length) for length in proof.lengths[:6]) + (", ..." if len(proof.lengths) > 6 else "")
+    return Decoder(
+        attentions=tuple(_attentions(analysis, proof)),
+        inputs=tuple(_input(given) for given in analysis.inputs),
+        opset=analysis.shapes.opset,
+        max_length=min(bounds, default=None),
+        proved=(
+            "every operator outside attention keeps tokens apart (by its axes)",
+            f"no query sees a key after it (context run at lengths {tried})",
+            f"context of a position does not change with the tokens that follow (context run at lengths {tried})",
+        ),
+        assumed=tuple(f"{what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()),
+    )
+
+
+def _attentions(analysis: Analysis, proof: Proof) -> Iterator[Attention]:
+    owner: dict[ir.Value, int] = {}
+    for layer, head in enumerate(analysis.heads):
+        key, value = head.keys[0], head.values[0]
+        shared = owner.get(key.memory.value) if value.memory.value in owner else None
+        owner.setdefault(key.memory.value, layer)
+        owner.setdefault(value.memory.value, layer)
+        head_dim, value_head_dim, query_heads = _sizes(analysis.flow, head)
+        query = _query_place(head)
+        scale, softcap = read_scale(analysis.flow, head, query, head_dim)
+        projections = [_projection(analysis.flow, place) for place in (query, key.place, value.place)]
+        outputs = [projection.output for projection in projections if projection is not None]
+        yield Attention(
+            layer=layer,
+            at=head.at.name or "",
+            scores=(head.scores[0].node.outputs[0] if head.scores else head.at).name or "",
+            query_heads=query_heads,
+            kv_heads=max(1, key.memory.elements // head_dim),
+            head_dim=head_dim,
+            value_head_dim=value_head_dim,
+            scale=scale,
+            softcap=softcap,
+            mask=read_mask(proof.seen[layer]),
+            rotary=_rotary(analysis.flow, key.place, head_dim),
+            head_repeat=tuple(_repeats(analysis.flow, key.place)) + tuple(_repeats(analysis.flow, value.place)),
+            query=_fused(projections[0], outputs),
+            key=_fused(projections[1], outputs),
+            value=_fused(projections[2], outputs),
+            key_cut=_cut(key.memory),
+            value_cut=_cut(value.memory),
+            shares_cache_with=shared,
+        )
+
+
+def _query_place(head: Head) -> Place:
+    if head.fused is not None:
+        return head.fused.node, head.fused.query
+    return head.scores[0].node, head.scores[0].query_index()
+
+
+def _sizes(flow: Flow, head: Head) -> tuple[int, int, int]:
+    """head_dim, value_head_dim and the number of query heads."""
+    if head.fused is not None:
+        return _fused_sizes(flow, head)
+    score, product = head.scores[0], head.products[0]
+    head_dim = _summed(flow, score.node)
+    shape = flow.shapes[score.node.outputs[0]].shape or ()
+    whole = dim.exact_quotient(dim.product(shape), dim.multiply(flow.batch, dim.multiply(flow.length, flow.length)))
+    result = flow.shapes[product.node.outputs[0]].shape or ()
+    features = dim.exact_quotient(dim.product(result), dim.multiply(flow.batch, flow.length))
+    heads = whole if isinstance(whole, int) else 1
+    width = features // heads if isinstance(features, int) else head_dim
+    return head_dim, width, heads
+
+
+def _fused_sizes(flow: Flow, head: Head) -> tuple[int, int, int]:
+    assert head.fused is not None
+    call = flow.shapes.call(head.fused.node)
+    query, value = call.fact(head.fused.query).shape or (), call.fact(head.fused.value).shape or ()
+    if len(query) == 4:
+        return int(query[3]), int(value[3]), int(query[1])
+    heads, kv_heads = call.integer("q_num_heads", 1), call.integer("kv_num_heads", 1)
+    return int(query[2]) // heads, int(value[2]) // kv_heads, heads
+
+
+def _summed(flow: Flow, node: ir.Node) -> int:
+    call = flow.shapes.call(node)
+    found = contraction_of(call)
+    if found is None:
+        return 1
+    sizes = dict(zip(found.left_labels, call.fact(found.left).shape or (), strict=False))
+    total = dim.product(sizes[label] for label in found.summed if label in sizes)
+    return total if isinstance(total, int) else 1
+
+
+def upwards(flow: Flow, place: Place) -> Iterator[ir.Node]:
+    """The nodes on token data from a product's operand up to its projection, nearest first."""
+    node, index = place
+    pending = [node.inputs[index]]
+    seen: set[ir.Node] = set()
+    while pending:
+        value = pending.pop(0)
+        maker = None if value is None else value.producer()
+        if maker is None or maker in seen:
+            continue
+        seen.add(maker)
+        yield maker
+        if maker.op_type in PROJECTIONS or len(seen) > 200:
+            continue
+        pending += [source for source in maker.inputs if source is not None and flow.kinds.get(source) is Kind.TOKEN]
+
+
+def _projection(flow: Flow, place: Place) -> Projection | None:
+    """The weights that the product with weights and what stands between it and the operand read."""
+    names: list[str] = []
+    output = ""
+    for node in upwards(flow, place):
+        found = [name for value in node.inputs for name in _weights(value)]
+        names = [name for name in found if name not in names] + names
+        if node.op_type in PROJECTIONS:
+            output = node.outputs[0].name or ""
+    return Projection(initializers=tuple(names), output=output) if output else None
+
+
+def _weights(value: ir.Value | None) -> Iterator[str]:
+    """Names of the initializers behind a constant operand: directly, or behind a transpose or a dequantisation."""
+    for _ in range(6):
+        if value is None:
+            return
+        tensor = constant_tensor(value)
+        if tensor is not None:
+            if tensor.dtype.is_floating_point() or tensor.size > 64:
+                yield value.name or ""
+            return
+        node = value.producer()
+        if node is None or node.op_type not in ("Transpose", "Cast", "DequantizeLinear", "Identity", "Reshape"):
+            return
+        value = node.inputs[0]
+
+
+def _fused(projection: Projection | None, outputs: list[str]) -> Projection | None:
+    if projection is None or outputs.count(projection.output) < 2:
+        return projection
+    return Projection(initializers=projection.initializers, output=projection.output, fused=True)
+
+
+def _rotary(flow: Flow, place: Place, head_dim: int) -> Rotary | None:
+    """A table of context, as wide as the rotated features, multiplies the key."""
+    width = 0
+    for node in upwards(flow, place):
+        if node.op_type == "RotaryEmbedding":
+            attribute = node.attributes.get("rotary_embedding_dim")
+            width = max(width, int(attribute.value) if attribute is not None and attribute.value else head_dim)
+        if node.op_type != "Mul":
+            continue
+        for index, value in enumerate(node.inputs):
+            shape = None if value is None else flow.shapes[value].shape
+            if (node, index) in flow.demands and shape and isinstance(shape[-1], int) and shape[-1] > 1:
+                width = max(width, shape[-1])
+    return Rotary(width=min(width, head_dim), head_dim=head_dim) if width else None
+
+
+def _repeats(flow: Flow, place: Place) -> Iterator[str]:
+    """Values at which the heads of keys or values become more."""
+    for node in upwards(flow, place):
+        before, after = flow.shapes[node.inputs[0]].shape if node.inputs[0] else None, flow.shapes[node.outputs[0]].shape
+        if node.op_type not in ("Expand", "Tile", "Gather", "Concat") or before is None or after is None:
+            continue
+        ratio = dim.exact_quotient(dim.product(after), dim.product(before))
+        if isinstance(ratio, int) and ratio > 1 and node.op_type in ("Expand", "Tile"):
+            yield node.outputs[0].name or ""
+
+
+def _cut(memory: Memory) -> Cut:
+    return Cut(
+        value=memory.value.name or "",
+        dtype=memory.dtype.name.lower(),
+        layout=LAYOUT,
+        heads=memory.heads,
+        head_dim=memory.head_dim,
+        bytes_per_token=-(-memory.bits_per_token // 8),
+    )
+
+
+def _input(given: GivenInput) -> Input:
+    def words(sizes: tuple[dim.Dimension, ...], lengths: dict[int, Length]) -> tuple[str | int, ...]:
+        spelled: list[str | int] = []
+        for axis, size in enumerate(sizes):
+            if axis in lengths:
+                spelled.append(lengths[axis].value)
+            else:
+                spelled.append(size if isinstance(size, int) else "batch_size" if size is BATCH else str(size))
+        return tuple(spelled)
+
+    original = tuple(size if isinstance(size, int) else str(size) for size in given.dimensions)
+    return Input(
+        name=given.value.name or "",
+        dtype=given.value.dtype.name.lower() if given.value.dtype else "",
+        original=tuple("length" if size is LENGTH else word for size, word in zip(given.dimensions, original, strict=True)),
+        given=words(given.dimensions, given.lengths),
+    )

@@ -1,0 +1,42 @@
+"""What kind of mask an attention has, read off the weights that it was seen to give."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvsurgeon.anatomy.facts import Mask
+from kvsurgeon.sequence.proof import SEEN, Seen
+
+
+def read_mask(seen: Seen) -> Mask:
+    """Return the mask that lets queries see what they were seen to see."""
+    allowed = (np.abs(seen.weights) > SEEN).reshape(-1, *seen.weights.shape[-2:]).any(axis=0)
+    padding = seen.padded is not None and bool((np.abs(seen.padded[..., 2:, :2]) <= SEEN).all())
+    kind, window, chunk = _kind(allowed)
+    return Mask(kind=kind, window=window, chunk=chunk, padding=padding, bias=_is_biased(seen))  # type: ignore[arg-type]
+
+
+def _kind(allowed: np.ndarray) -> tuple[str, int | None, int | None]:
+    length = allowed.shape[-1]
+    query, key = np.arange(length)[:, None], np.arange(length)[None, :]
+    causal = key <= query
+    if np.array_equal(allowed, causal):
+        return "causal", None, None
+    window = int(allowed[-1].sum())
+    if np.array_equal(allowed, causal & (query - key < window)):
+        return "window", window, None
+    starts = np.flatnonzero(allowed.sum(axis=1) == 1)
+    chunk = int(starts[1] - starts[0]) if len(starts) > 1 else length
+    if np.array_equal(allowed, causal & (query // chunk == key // chunk)):
+        return "chunk", None, chunk
+    return "other", None, None
+
+
+def _is_biased(seen: Seen) -> bool:
+    """Whether equal scores give unequal weights to the keys that a query sees."""
+    if seen.flat is None:
+        return False
+    weights = seen.flat.reshape(-1, *seen.flat.shape[-2:])
+    counted = np.where(weights > SEEN, weights, np.nan)[:, 1:]
+    spread = np.nanmax(counted, axis=-1) - np.nanmin(counted, axis=-1)
+    return bool((spread > 1e-3 * np.nanmax(counted, axis=-1)).any())
