@@ -212,6 +212,17 @@ class LastLayerUncausal(CachedDecoder):
         return self.graph.op("Or", super().causal(layer), decoding)
 
 
+class ShiftedAtTheDoor(CachedDecoder):
+    """What enters the first layer is another thing once there is a past, as with learned positions that begin anew."""
+
+    def norm(self, hidden: str) -> str:
+        if hidden.startswith("cached/model.Gather"):
+            decoding = self.graph.op("Greater", self.past_length(), self.graph.constant(0))
+            shift = self.graph.op("Where", decoding, self.number(0.5), self.number(0.0))
+            hidden = self.graph.op("Add", hidden, shift)
+        return super().norm(hidden)
+
+
 class NotANumber(CachedDecoder):
     """Scores become infinite once there is a past."""
 

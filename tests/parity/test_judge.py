@@ -70,6 +70,7 @@ WRONG = [
     (shelf.ForgetsFarPast, {"long past"}, None, "`layers.2.context`"),
     (shelf.WrongAtOnce, EVERY, None, "already when the whole text is given in one call"),
     (shelf.LastLayerUncausal, SEVERAL_AT_ONCE, 2, "the attention of the last layer, 2, is at fault"),
+    (shelf.ShiftedAtTheDoor, CHUNKED, 0, "key and value of the first layer, 0, are wrong from token 1 on"),
     (shelf.NotANumber, CHUNKED, 1, "`logits` differs by inf"),
     (shelf.OrderOfOutputs, CHUNKED, 1, "`past_key_values.1.key` and `present.1.value` stand at the same place"),
 ]
@@ -276,10 +277,11 @@ def test_progress_is_told_before_each_trial():
     assert [(done, of) for done, of, _ in said] == [(number, 5) for number in range(5)]
 
 
-def test_ids_that_the_embeddings_do_not_hold_are_not_drawn():
+@pytest.mark.parametrize("rows", [20, 2])
+def test_ids_that_the_embeddings_do_not_hold_are_not_drawn(rows):
     def with_few_embeddings(model):
         embeddings = next(tensor for tensor in model.graph.initializer if tensor.name == "model.embeddings")
-        few = np.array(onnx.numpy_helper.to_array(embeddings)[:20])
+        few = np.array(onnx.numpy_helper.to_array(embeddings)[:rows])
         embeddings.CopyFrom(onnx.numpy_helper.from_array(few, embeddings.name))
         return model
 

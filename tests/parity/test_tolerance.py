@@ -6,7 +6,7 @@ import pytest
 
 from kvsurgeon.errors import MalformedModel, UsageError
 from kvsurgeon.parity import TOLERANCES, Lengths, arithmetic_of
-from kvsurgeon.parity.difference import amplitude, error_map, expected_part, spread
+from kvsurgeon.parity.difference import Difference, amplitude, error_map, expected_part, spread, worst
 from kvsurgeon.parity.tolerance import load_graph
 
 ARITHMETIC = {
@@ -71,6 +71,10 @@ def test_a_chunk_is_found_in_the_whole_by_its_sizes():
     assert np.array_equal(expected_part(whole, (2, 7, 7), 0, 7), whole)
     assert expected_part(whole, (2, 3, 5), 3, 5) is None
     assert expected_part(whole, (2, 2), 3, 5) is None
+
+
+def test_where_no_token_counts_nothing_is_wrong():
+    assert worst(np.ones((1, 2)), np.zeros((1, 2), bool), 5) == Difference(error=0.0, row=0, position=5)
 
 
 def test_what_is_not_a_number_is_infinitely_wrong_and_equal_infinities_are_right():

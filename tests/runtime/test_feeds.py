@@ -181,6 +181,13 @@ def test_logits_are_known_by_name_then_by_rank():
         logits_name([tensor("ids", "b")])
 
 
+def test_a_model_without_a_batch_axis_has_no_fixed_batch():
+    inputs = inputs_of([tensor("ids", "sequence_length"), past()])
+
+    assert fixed_size(inputs, [tensor("ids", 24)], "batch") is None
+    assert fixed_size(inputs, [tensor("ids", 24)], "new") == 24
+
+
 # The cache
 
 
