@@ -20,7 +20,7 @@ TOKENS = 600  # long enough to see time without a cache grow, short enough for a
 SAMPLING = Sampling(temperature=0.7, top_k=40, seed=7)
 
 
-def show_demo(output: Path, *, tokens: int = TOKENS) -> None:
+def show_demo(output: Path, *, tokens: int | None = None) -> None:
     """Inspect, inject, verify and generate, saying what is done; the model and the plot are then in `output`.
 
     Raises:
@@ -37,7 +37,7 @@ def show_demo(output: Path, *, tokens: int = TOKENS) -> None:
     if surgery.report is not None:
         console.print(table.verification(surgery.report))
     console.print(table.surgery(surgery))
-    _compare(output, tokens, console)
+    _compare(output, tokens or TOKENS, console)
 
 
 def _compare(output: Path, tokens: int, console: Console) -> None:

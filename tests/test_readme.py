@@ -1,0 +1,77 @@
+"""What the README says to type works as written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import onnx
+import pytest
+from decoders import Config, Decoder
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from kvsurgeon.cli.main import run
+from kvsurgeon.pipeline import Pipeline
+
+README = Path(__file__).parents[1] / "README.md"
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
+
+
+@pytest.fixture(autouse=True)
+def model(tmp_path, monkeypatch):
+    """A folder `model` in the working directory, as the README has it."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    onnx.save(Decoder(Config()).model(), folder / "model.onnx")
+    words = {word: number for number, word in enumerate(["?", "Once", "upon", "a", "time"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def snippet(word):
+    (found,) = [text for text in SNIPPETS if word in text]
+    return found
+
+
+def test_a_proto_goes_in_and_a_proto_comes_out(model, capsys):
+    exec(snippet("KeyValueCacheInjector"), {})
+    assert "past_key_values.2.value" in [value.name for value in onnx.load(model / "model.onnx").graph.input]
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_path_goes_in_and_a_path_comes_out(model):
+    names = {}
+    exec(snippet("kvsurgeon.inject("), names)
+    assert names["surgery"].path == model.parent / "model-with-cache" / "model.onnx"
+    assert [attention.query_heads for attention in names["decoder"].attentions] == [4, 4, 4]
+
+
+def test_a_pass_of_ones_own_runs(model):
+    names = {"__name__": __name__}  # a dataclass looks up the module that it is in
+    exec(snippet("class RenameLogits"), names)
+    result = Pipeline((names["RenameLogits"](to="y"),)).run(model)
+    assert result.model.graph.outputs[0].name == "y"
+    again = Pipeline((names["RenameLogits"](to="y"),)).run(result.model)
+    assert not again.changed
+
+
+def test_a_function_of_onnx_graphsurgeon_runs(model):
+    names = {}
+    exec(snippet("import onnx_graphsurgeon"), names)
+    assert [step.name for step in names["result"].steps] == ["drop-casts-to-the-same-type"]
+
+
+def test_the_commands_in_the_table_are_those_that_there_are(capsys):
+    run(["--help"])
+    listed = capsys.readouterr().out.partition("Commands:\n")[2]
+    commands = {line.split()[0] for line in listed.splitlines() if line.startswith("  ") and line[2] != " "}
+    assert set(re.findall(r"^\| `kvsurgeon (\w+)", README.read_text("utf-8"), re.MULTILINE)) == commands
+
+
+def test_the_test_command_is_the_one_that_ci_runs():
+    script = (README.parent / ".ci" / "run").read_text("utf-8")
+    assert "'pip install \".[test]\" && pytest'" in script
+    assert 'pip install ".[test]" && pytest\n' in README.read_text("utf-8")
