@@ -136,9 +136,31 @@ def test_a_present_that_lacks_a_token_is_caught_at_once():
     decoder = CachedDecoder(open_session(Lacking().model(), threads=1))
     feeds = decoder.inputs.whole(np.array([[1, 2, 3]]), np.ones((1, 3), np.int64))
     decoder.prefill(decoder.inputs.part(feeds, 0, 2))
-    with pytest.raises(BrokenCacheError, match=r"expected 2 \+ 1 = 3 tokens along axis 2.*present\.2\.key") as error:
+    with pytest.raises(
+        BrokenCacheError,
+        match=r"\[batch_size, 2, 3 tokens, 8\] after 1 more, found \[1, 2, 1, 8\] - at `present\.2\.key`",
+    ) as error:
         decoder.step(decoder.inputs.part(feeds, 2, 3))
     assert error.value.entry.layer == 2
+
+
+def test_a_present_that_cannot_be_the_next_past_is_caught_at_once():
+    class Swapped(CachedModel):
+        """Keys have one head of 16 features in the cache, and come out as two of 8."""
+
+        def declare(self):
+            super().declare()
+            merged = self.graph.inputs[-2].type.tensor_type.shape.dim
+            merged[1].dim_value, merged[3].dim_value = 1, 16
+
+        def append(self, layer, past, new):
+            shape = self.graph.constant([0, 2, -1, 8])
+            return super().append(layer, self.graph.op("Reshape", past, shape, allowzero=0), new)
+
+    decoder = CachedDecoder(open_session(Swapped(Config(layers=1)).model(), threads=1))
+    feeds = decoder.inputs.whole(np.array([[1]]), np.array([[1]]))
+    with pytest.raises(BrokenCacheError, match=r"\[batch_size, 1, 1 tokens, 16\].*found \[1, 2, 1, 8\] - at `present"):
+        decoder.prefill(feeds)
 
 
 def test_prefill_forgets_what_was_before():

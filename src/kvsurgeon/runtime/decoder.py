@@ -104,11 +104,11 @@ class CachedDecoder:
         total = self.past_length + new
         for entry in self.cache:
             shape = results[entry.present].shape()
-            if len(shape) <= entry.axis or shape[entry.axis] != total:
+            if not _fits(shape, entry, total):
+                dims = [f"{total} tokens" if axis == entry.axis else dim for axis, dim in enumerate(entry.past.dims)]
+                expected = "[" + ", ".join(str(dim) for dim in dims) + "]"
                 raise BrokenCacheError(
-                    f"expected {self.past_length} + {new} = {total} tokens along axis {entry.axis}, "
-                    f"found shape {list(shape)} - at `{entry.present}`",
-                    entry,
+                    f"expected {expected} after {new} more, found {list(shape)} - at `{entry.present}`", entry
                 )
         self.past_length = total
         self._pasts = {entry.past.name: results[entry.present] for entry in self.cache}
@@ -154,6 +154,14 @@ class UncachedDecoder:
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         results = self.session.run({name: to_runtime(array) for name, array in feeds.items()})
         return {t.name: from_runtime(results[t.name]) for t in self.session.outputs if t.dtype is not None}
+
+
+def _fits(shape: Sequence[int], entry: CacheEntry, total: int) -> bool:
+    """Whether a present can be the next call's past: the tokens so far, and every size that the past declares."""
+    wanted = [total if axis == entry.axis else dim for axis, dim in enumerate(entry.past.dims)]
+    if len(wanted) != len(shape):
+        return False
+    return all(want == have for want, have in zip(wanted, shape, strict=True) if isinstance(want, int))
 
 
 def _empty(past: Tensor, batch: int) -> Any:
