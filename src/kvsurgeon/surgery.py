@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 import onnx_ir as ir
 
 from kvsurgeon import io
 from kvsurgeon.errors import ParityError, Refused
-from kvsurgeon.parity import Progress, Report
 from kvsurgeon.passes.contract import Source, Subject, Unchanged
 from kvsurgeon.pipeline import Pipeline, Step, Watch
-from kvsurgeon.sameness import Sameness, judge
+
+if TYPE_CHECKING:
+    from kvsurgeon.parity import Progress, Report
+    from kvsurgeon.sameness import Sameness
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,8 @@ def operate(
 
 
 def _judged(original: onnx.ModelProto, model: ir.Model, folder: Path | None, progress: Progress | None) -> Sameness:
+    from kvsurgeon.sameness import judge  # onnxruntime is slow to import, and not needed where nothing is judged
+
     sameness = judge(original, io.to_proto(model), folder=folder, progress=progress)
     if sameness.verdict == "different":
         more = f" (and {len(sameness.problems) - 1} more)" if len(sameness.problems) > 1 else ""

@@ -14,6 +14,7 @@ from packages import install
 
 from kvsurgeon import registry
 from kvsurgeon.cli.main import run
+from kvsurgeon.passes.contract import Subject
 
 MAIN = "from kvsurgeon.cli.main import main; main()"
 
@@ -128,7 +129,7 @@ def test_a_bug_is_one_line_and_debug_shows_it(shell, models, monkeypatch):
     def fail(*args, **kwargs):
         raise IndexError("list index\nout of range")
 
-    monkeypatch.setattr("kvsurgeon.api.inspect", fail)
+    monkeypatch.setattr(Subject, "of", fail)
     code, _, err = shell("inspect", models / "given")
     said = "kvsurgeon: IndexError: list index out of range (a bug of kvsurgeon's; --debug shows where)\n"
     assert (code, err) == (1, said)
@@ -140,13 +141,13 @@ def test_an_interrupt_is_quiet(shell, models, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvsurgeon.api.inspect", stop)
+    monkeypatch.setattr(Subject, "of", stop)
     assert shell("inspect", models / "given") == (130, "", "")
 
 
 def test_an_interrupted_process_ends_quietly():
     hangs = "lambda path: os.kill(os.getpid(), signal.SIGINT) or time.sleep(9)"
-    code = f"import os, signal, time; from kvsurgeon import api; api.inspect = {hangs}; {MAIN}"
+    code = f"import os, signal, time; from kvsurgeon.passes.contract import Subject; Subject.of = {hangs}; {MAIN}"
     done = subprocess.run([sys.executable, "-c", code, "inspect", "x"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 

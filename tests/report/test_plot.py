@@ -9,7 +9,7 @@ def test_what_grows_rises_and_what_does_not_stays():
     text = plot.in_terminal({"grows": [n / 1000 for n in range(1, 41)], "stays": [0.001] * 40}, width=20, height=8)
     lines = text.splitlines()
     assert lines[0].split() == ["40.0", "ms", "┤", "●●"]
-    assert lines[7].startswith(" 0.0 ms ┤")
+    assert lines[7].startswith("  0.0 ms ┤")
     assert lines[7].count("○") == 20
     assert lines[-1] == " ● grows   ○ stays"
     assert lines[-2].endswith("token 1 to 40")

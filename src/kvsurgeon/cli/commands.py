@@ -38,10 +38,10 @@ def add_commands(app: typer.Typer, arguments: Sequence[str]) -> None:
 
 def inspect(model: Model, json: Json = False) -> None:
     """Show the attention layers, and what was proved of the model and what is assumed."""
-    from kvsurgeon.api import inspect as inspect_model
+    from kvsurgeon.passes.contract import Subject
     from kvsurgeon.report import answer, table
 
-    decoder = inspect_model(model)
+    decoder = Subject.of(model).decoder()
     if json:
         answer.show(answer.anatomy(decoder))
     else:

@@ -14,24 +14,25 @@ def in_terminal(series: Series, *, width: int = 64, height: int = 14) -> str:
     """Return a plot of milliseconds per token in `height` lines; a sign for each series.
 
     >>> print(in_terminal({"a": [0.0005, 0.0015, 0.003]}, width=3, height=3))
-     3.0 ms ┤  ●
-            │ ●
-     0.0 ms ┤●
-            └───
-             token 1 to 3
+      3.0 ms ┤  ●
+             │ ●
+      0.0 ms ┤●
+             └───
+              token 1 to 3
      ● a
     """
-    top = max(max(seconds) for seconds in series.values()) * 1000
     tokens = max(len(seconds) for seconds in series.values())
+    columns = [_sampled(seconds, width, tokens) for seconds in series.values()]
+    top = max(max(values) for values in columns) * 1000
     grid = [[" "] * width for _ in range(height)]
-    for sign, seconds in zip(SIGNS, series.values(), strict=False):
-        for column, value in enumerate(_sampled(seconds, width, tokens)):
+    for sign, values in zip(SIGNS, columns, strict=False):
+        for column, value in enumerate(values):
             row = round(value * 1000 / top * (height - 1)) if top else 0
             if value:
                 grid[height - 1 - max(row, 0)][column] = sign
     lines = [f"{_label(row, height, top)}{''.join(cells).rstrip()}" for row, cells in enumerate(grid)]
     legend = "   ".join(f"{sign} {name}" for sign, name in zip(SIGNS, series, strict=False))
-    return "\n".join([*lines, f"{'':8}└{'─' * width}", f"{'':9}token 1 to {tokens}", f" {legend}"])
+    return "\n".join([*lines, f"{'':9}└{'─' * width}", f"{'':10}token 1 to {tokens}", f" {legend}"])
 
 
 def as_png(series: Series, path: Path, *, title: str) -> Path:
@@ -60,5 +61,5 @@ def _sampled(seconds: Sequence[float], width: int, tokens: int) -> list[float]:
 
 def _label(row: int, height: int, top: float) -> str:
     if row in (0, height - 1):
-        return f"{(top if row == 0 else 0.0):4.1f} ms ┤"
-    return f"{'':8}│"
+        return f"{(top if row == 0 else 0.0):5.1f} ms ┤"
+    return f"{'':9}│"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kvsurgeon.anatomy import Attention, Cut, Decoder, Mask, Rotary
-from kvsurgeon.parity import Report
 from kvsurgeon.passes.contract import Unchanged
-from kvsurgeon.pipeline import Step
-from kvsurgeon.surgery import Surgery
+
+if TYPE_CHECKING:
+    from kvsurgeon.anatomy import Attention, Cut, Decoder, Mask, Rotary
+    from kvsurgeon.parity import Report
+    from kvsurgeon.pipeline import Step
+    from kvsurgeon.surgery import Surgery
 
 _NUMBERS = ("layer", "query heads", "kv heads", "head dim", "scale", "rotary", "B/token", "batch", "tokens", "error")
 PIPE_WIDTH = 200  # columns where no terminal says how many there are: nothing is cut off
@@ -80,6 +82,7 @@ def passes(found: Iterable[Mapping[str, Any]]) -> RenderableType:
 def mask_words(mask: Mask) -> str:
     """Return a mask in a few words: `window 4096 + padding`.
 
+    >>> from kvsurgeon.anatomy import Mask
     >>> mask_words(Mask(kind="causal", padding=True, bias=True))
     'causal + bias + padding'
     """
