@@ -149,12 +149,13 @@ class _Surgery:
         value, name = memory.value, memory.value.name or "rows"
         sizes = [NEW if size is None else size for size in memory.parts]
         if memory.effort == 2 and len(memory.parts) != memory.rank:
-            value = self._reshaped(value, sizes, f"{name}.parts")
+            value = self._reshaped(value, sizes, f"{name}.parts", memory.dtype)
         if memory.effort == 2:
-            value = self._transposed(value, memory.order, f"{name}.heads_first")
+            value = self._transposed(value, memory.order, f"{name}.heads_first", memory.dtype)
         if memory.is_canonical or (memory.effort == 2 and len(memory.parts) == 4):
             return value
-        return self._reshaped(value, [memory.batch, memory.heads, NEW, memory.head_dim], f"{name}.rows")
+        sizes = [memory.batch, memory.heads, NEW, memory.head_dim]
+        return self._reshaped(value, sizes, f"{name}.rows", memory.dtype)
 
     def _from_cache(self, memory: Memory, present: ir.Value) -> ir.Value:
         """The whole cache in the tensor's own layout."""
@@ -165,23 +166,23 @@ class _Surgery:
         sizes = [total if size is None else size for size in memory.parts]
         if memory.effort == 2:
             if len(memory.parts) != 4:
-                value = self._reshaped(value, [sizes[place] for place in memory.order], f"{name}.parts_total")
+                ordered = [sizes[place] for place in memory.order]
+                value = self._reshaped(value, ordered, f"{name}.parts_total", memory.dtype)
             back = [list(memory.order).index(place) for place in range(len(memory.order))]
-            value = self._transposed(value, back, f"{name}.order_total")
+            value = self._transposed(value, back, f"{name}.order_total", memory.dtype)
         shape = self.flow.shapes[memory.value].shape or ()
         if memory.effort == 1 or len(memory.parts) != memory.rank:
-            value = self._reshaped(value, self.views.sizes(shape, self._at(memory.value, Length.TOTAL)), f"{name}.total")
+            sizes = self.views.sizes(shape, self._at(memory.value, Length.TOTAL))
+            value = self._reshaped(value, sizes, f"{name}.total", memory.dtype)
         return value
 
-    def _reshaped(self, value: ir.Value, sizes: Sequence[Dimension], wish: str) -> ir.Value:
+    def _reshaped(self, value: ir.Value, sizes: Sequence[Dimension], wish: str, dtype: ir.DataType) -> ir.Value:
         target = self._target(sizes)
-        return self.editor.node("Reshape", [value, target], wish=wish, dtype=value.dtype, shape=_in_words(sizes))
+        return self.editor.node("Reshape", [value, target], wish=wish, dtype=dtype, shape=_in_words(sizes))
 
-    def _transposed(self, value: ir.Value, order: Sequence[int], wish: str) -> ir.Value:
+    def _transposed(self, value: ir.Value, order: Sequence[int], wish: str, dtype: ir.DataType) -> ir.Value:
         shape = None if value.shape is None else [value.shape[place] for place in order]
-        return self.editor.node(
-            "Transpose", [value], {"perm": list(order)}, wish=wish, dtype=value.dtype, shape=shape
-        )
+        return self.editor.node("Transpose", [value], {"perm": list(order)}, wish=wish, dtype=dtype, shape=shape)
 
     def _target(self, sizes: Sequence[Dimension]) -> ir.Value:
         """A reshape's target in as few numbers as possible: at most one -1, constants where all else is fixed."""

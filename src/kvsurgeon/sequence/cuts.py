@@ -18,6 +18,7 @@ from kvsurgeon.sequence.axes import Length, SequenceAxis
 from kvsurgeon.sequence.flow import Flow, Place
 from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.contraction import contraction_of
 from kvsurgeon.shapes.dimension import BATCH, Dimension
 
 # Products with weights: what lies upstream of them would have to be computed again for every token at every step.
@@ -77,12 +78,13 @@ def choose(flow: Flow, place: Place, heads: int = 1) -> Memory:
     node, index = place
     operand = node.inputs[index]
     assert operand is not None
-    best: tuple[tuple[int, int, int], Memory] | None = None
+    width = features_of(flow, place)
+    best: tuple[tuple[int, bool, int, int], Memory] | None = None
     for distance, value in enumerate(_bottlenecks(flow, operand)):
         memory = describe(flow, value, heads)
         if memory is None:
             continue
-        rank = (memory.bits_per_token, memory.effort, distance)
+        rank = (memory.bits_per_token, memory.head_dim != width, memory.effort, distance)
         if best is None or rank < best[0]:
             best = (rank, memory)
     if best is None:
@@ -91,6 +93,26 @@ def choose(flow: Flow, place: Place, heads: int = 1) -> Memory:
             at=operand.name, expected="a tensor with one sequence axis and a fixed number of features",
         )  # fmt: skip
     return best[1]
+
+
+def features_of(flow: Flow, place: Place) -> int | None:
+    """How many features of one head and one token an operand of a product holds: head_dim."""
+    node, index = place
+    call = flow.shapes.call(node)
+    found = contraction_of(call) if node.op_type in PROJECTIONS else None
+    if found is None or index not in (found.left, found.right):
+        return None
+    mine, other = found.left_labels, found.right_labels
+    if index == found.right:
+        mine, other = other, mine
+    held = {axis.axis for axis in flow.axes.get(node.inputs[index], ())}  # type: ignore[arg-type]
+    sizes = [
+        size
+        for axis, (label, size) in enumerate(zip(mine, call.fact(index).shape or (), strict=True))
+        if axis not in held and not (label in other and label in found.result_labels)
+    ]
+    width = dim.product(sizes)
+    return width if isinstance(width, int) else None
 
 
 def _bottlenecks(flow: Flow, operand: ir.Value) -> Iterator[ir.Value]:
