@@ -11,7 +11,7 @@ import pytest
 from decoders import CachedDecoder, Config, Decoder
 
 from kvsurgeon import registry
-from kvsurgeon.errors import ParityError, PassError, PluginError, Refused, UsageError
+from kvsurgeon.errors import ParityError, PassError, PluginError, Refused, UsageError, WeightsError
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.options import options_of
 from kvsurgeon.pipeline import Pipeline
@@ -157,6 +157,29 @@ def test_functions_are_passes(decoder):
     assert result.changed
     assert result.notes == ("counted",)
     assert decoder.graph.name != "renamed"
+
+
+def test_a_function_may_return_another_model(decoder):
+    def replace(model: ir.Model) -> ir.Model:
+        found = ir.from_proto(ir.to_proto(model))
+        found.graph.name = "another"
+        return found
+
+    def mistake(model: ir.Model) -> ir.Model:
+        return 3
+
+    assert Pipeline((replace,)).run(decoder).model.graph.name == "another"
+    with pytest.raises(
+        PassError, match=r"pass mistake raised TypeError: expected an ir.Model or None from it, found int"
+    ):
+        Pipeline((mistake,)).run(decoder)
+
+
+def test_a_function_may_leave_its_annotation_to_the_type_checker(decoder):
+    def edit(graph): ...
+
+    edit.__annotations__ = {"graph": "gs.Graph", "times": "Unknown"}
+    assert not Pipeline((edit,)).run(decoder).changed
 
 
 @pytest.mark.parametrize("wrong", [Sample, 3, "sample"])
@@ -321,3 +344,24 @@ def test_an_unchanged_model_is_not_presented_as_changed(decoder, tmp_path):
     with pytest.raises(Refused, match="the model is unchanged: sample: it is a sample"):
         operate(decoder, Pipeline((Sample(),)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_run_is_not_called_verified(decoder, tmp_path):
+    odd = onnx.ModelProto()
+    odd.CopyFrom(decoder)
+    table = next(node for node in odd.graph.node if node.op_type == "Gather")
+    odd.graph.node.insert(0, onnx.helper.make_node("Nowhere", ["input_ids"], ["odd_ids"], domain="nobody"))
+    odd.opset_import.append(onnx.helper.make_opsetid("nobody", 1))
+    table.input[1] = "odd_ids"
+    with pytest.raises(Refused, match=r"cannot be verified here: .*--no-verify, or verify=False, writes it unjudged"):
+        operate(odd, Pipeline((renames,)), tmp_path / "out")
+    assert operate(odd, Pipeline((renames,)), tmp_path / "out", verify=False).path == tmp_path / "out" / "model.onnx"
+
+
+def test_the_judge_asks_where_the_weights_of_a_model_in_memory_are(decoder, tmp_path):
+    onnx.save(decoder, tmp_path / "model.onnx", save_as_external_data=True, location="w.data", size_threshold=1024)
+    proto = onnx.load(tmp_path / "model.onnx", load_external_data=False)
+    with pytest.raises(WeightsError, match=r"\(`w.data`\), found none; give folder=..., or verify=False"):
+        operate(proto, Pipeline((renames,)))
+    assert operate(proto, Pipeline((renames,)), verify=False).sameness is None
+    assert operate(proto, Pipeline((renames,)), folder=tmp_path).sameness.verdict == "same"

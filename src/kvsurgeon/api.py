@@ -54,7 +54,7 @@ def inject(
         **options: The fields of `kvsurgeon.passes.inject.Inject`.
 
     Raises:
-        InputError: The model cannot be read.
+        InputError: The model cannot be read, or its weights are not where the judge can find them.
         Refused: It cannot be handled soundly.
         ParityError: The result does not compute what the original computes; nothing was written.
     """

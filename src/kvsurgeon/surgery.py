@@ -10,7 +10,9 @@ import onnx
 import onnx_ir as ir
 
 from kvsurgeon import io
-from kvsurgeon.errors import ParityError, Refused
+from kvsurgeon.errors import ParityError, Refused, WeightsError
+from kvsurgeon.io.carry import Sharing
+from kvsurgeon.io.weights import external_tensors
 from kvsurgeon.passes.contract import Source, Subject, Unchanged
 from kvsurgeon.pipeline import Pipeline, Step, Watch
 
@@ -54,6 +56,7 @@ def operate(
     folder: str | Path | None = None,
     verify: bool = True,
     verify_each: bool = False,
+    sharing: Sharing = "link",
     watch: Watch | None = None,
     progress: Progress | None = None,
 ) -> Surgery:
@@ -66,14 +69,18 @@ def operate(
         folder: Where the external data of a model in memory lies.
         verify: Whether to run the judge on the result.
         verify_each: Whether to run it after every pass.
+        sharing: How external data gets into another folder; see `kvsurgeon.save`.
         watch: See `Pipeline.run`.
         progress: Told by the judge before each trial.
 
     Raises:
+        WeightsError: The judge needs weights, and nobody knows where they are.
         Refused: The model cannot be handled soundly, nothing was to be done, or the judge cannot run the original.
         ParityError: The judge finds that the result does not compute what the original computes.
     """
     subject = Subject.of(source, folder)
+    if verify or verify_each:
+        _require_weights(subject)
     original = io.to_proto(subject.model) if verify else None
     result = pipeline.run(subject.model, folder=subject.folder, verify_each=verify_each, watch=watch)
     if not result.changed:
@@ -81,8 +88,18 @@ def operate(
     sameness = None if original is None else _judged(original, result.model, subject.folder, progress)
     path = None
     if destination is not None:
-        path = io.save(result.model, destination, source=source if isinstance(source, str | Path) else None)
+        origin = source if isinstance(source, str | Path) else None
+        path = io.save(result.model, destination, source=origin, sharing=sharing)
     return Surgery(model=result.model, steps=result.steps, sameness=sameness, path=path)
+
+
+def _require_weights(subject: Subject) -> None:
+    outside = next(external_tensors(subject.model), None)
+    if subject.folder is None and outside is not None:
+        raise WeightsError(
+            f"expected a folder for the external data of a model in memory (`{outside.location}`), found none; "
+            "give folder=..., or verify=False"
+        )
 
 
 def _judged(original: onnx.ModelProto, model: ir.Model, folder: Path | None, progress: Progress | None) -> Sameness:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +13,9 @@ import onnx
 import pytest
 from decoders import CachedDecoder, Config, Decoder
 from packages import install
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 
 from kvsurgeon import registry
 from kvsurgeon.cli.main import run
@@ -170,6 +175,12 @@ def test_inject_verifies_and_writes_all_that_belongs_to_the_model(shell, models,
     assert shell("verify", models / "given", tmp_path / "out")[0] == 0
 
 
+def test_weights_are_linked_unless_a_copy_is_wanted(shell, models, tmp_path):
+    for name, options, linked in (("linked", (), True), ("copied", ("--copy-weights",), False)):
+        assert shell("inject", models / "given", "-o", tmp_path / name, "--no-verify", *options)[0] == 0
+        assert (tmp_path / name / "model.data").samefile(models / "given" / "model.data") == linked
+
+
 def test_inject_answers_a_program(shell, models, tmp_path):
     code, out, _ = shell("inject", models / "given", "-o", tmp_path / "out" / "cached.onnx", "--json")
     facts = json.loads(out)
@@ -297,6 +308,41 @@ def test_what_a_pass_prints_is_no_part_of_the_answer(shell, site, models, tmp_pa
     code, out, err = shell("swap-addends", models / "given", "-o", tmp_path / "out", "--json")
     assert (code, err) == (0, "hello\n")
     assert json.loads(out)["verified"] is True
+
+
+def test_an_option_may_not_hide_one_of_the_command(shell, site, models, tmp_path):
+    install("sample", site)
+    (site / "sample_passes" / "swap.py").write_text(
+        "import onnx_ir as ir\ndef swap_addends(model: ir.Model, output: int = 1) -> None: ..."
+    )
+    code, _, err = shell("swap-addends", models / "given", "-o", tmp_path / "out")
+    assert (code, "its option output is one that every command has" in err) == (2, True)
+
+
+def test_a_trace_that_cannot_be_written_is_wrong_usage(shell, models, tmp_path):
+    (tmp_path / "file").touch()
+    options = ("-p", "inject", "-o", tmp_path / "out", "--trace", tmp_path / "file" / "trace")
+    code, _, err = shell("run", models / "given", *options)
+    assert (code, "cannot write to" in err, (tmp_path / "out").exists()) == (2, True, False)
+
+
+# Generation
+
+
+def test_generate_shows_the_text_and_its_speed(shell, models, tmp_path):
+    tokenizer = Tokenizer(WordLevel({f"w{number}": number for number in range(61)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    said = {}
+    for name in ("given", "cached"):
+        shutil.copytree(models / name, tmp_path / name)
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+        code, out, err = shell("generate", tmp_path / name, "--prompt", "w1 w2", "--max-new-tokens", 8)
+        assert code == 0
+        said[name] = out.split(), re.sub(r"[\d.]+ tokens/s", "N tokens/s", err)
+    assert said["given"] == (said["cached"][0], "8 tokens without a cache, N tokens/s\n")
+    assert said["cached"][1] == "8 tokens with a cache, N tokens/s\n"
+    _, out, err = shell("generate", tmp_path / "cached", "--prompt", "w1 w2", "--max-new-tokens", 8, "--no-cache")
+    assert (out.split(), "without a cache" in err) == (said["given"][0], True)
 
 
 # Verification

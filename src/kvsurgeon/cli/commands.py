@@ -58,13 +58,23 @@ def run(
         Optional[Path],  # noqa: UP045  # typer reads it on Python 3.10
         typer.Option("--trace", metavar="DIR", help="Write the graph as text before and after each pass."),
     ] = None,
+    copy_weights: operations.Copy = False,
     json: Json = False,
 ) -> None:
     """Run several passes, one after the other."""
     from kvsurgeon.pipeline import Pipeline
 
     parsed = Pipeline.parse(pipeline)
-    operations.operate(model, parsed, output, verify=verify, verify_each=verify_each, trace=trace, json=json)
+    operations.operate(
+        model,
+        parsed,
+        output,
+        verify=verify,
+        verify_each=verify_each,
+        copy_weights=copy_weights,
+        trace=trace,
+        json=json,
+    )
 
 
 def passes(json: Json = False) -> None:

@@ -23,6 +23,9 @@ Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="OUT", help="Where to write: an .onnx file or a folder.")
 ]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Let the judge decide before anything is written.")]
+Copy = Annotated[
+    bool, typer.Option("--copy-weights", help="Copy external data into another folder instead of linking it.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Answer for a program.")]
 
 
@@ -42,13 +45,20 @@ def command_of(entry: Entry) -> Callable[..., None]:
     pass_class = entry.load()
     options = options_of(pass_class)
 
-    def command(model: Path, output: Path, verify: bool, json: bool, **given: Any) -> None:
+    def command(model: Path, output: Path, verify: bool, copy_weights: bool, json: bool, **given: Any) -> None:
         texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in given.items()}
         wanted = build(pass_class, entry.name, {name: text for name, text in texts.items() if text is not None})
-        operate(model, Pipeline((wanted,)), output, verify=verify, json=json)
+        operate(model, Pipeline((wanted,)), output, verify=verify, copy_weights=copy_weights, json=json)
 
     fixed = (_parameter("model", Model), _parameter("output", Output))
-    switches = (_parameter("verify", Verify, True), _parameter("json", Json, False))
+    switches = tuple(
+        _parameter(name, annotation, default)
+        for name, annotation, default in (
+            ("verify", Verify, True),
+            ("copy_weights", Copy, False),
+            ("json", Json, False),
+        )
+    )
     taken = {one.name for one in (*fixed, *switches)} & {option.field for option in options}
     if taken:
         raise PluginError(
@@ -68,6 +78,7 @@ def operate(
     *,
     verify: bool,
     verify_each: bool = False,
+    copy_weights: bool = False,
     trace: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -83,6 +94,7 @@ def operate(
             output,
             verify=verify,
             verify_each=verify_each,
+            sharing="copy" if copy_weights else "link",
             watch=None if trace is None else tracing(trace),
             progress=told,
         )
