@@ -3,14 +3,17 @@
 ::
 
     KvsurgeonError
-    ├── UsageError            2  an option, a name or a value that cannot be used
-    │   └── PluginError       2  a pass of somebody's own that cannot be loaded, or clashes in name
-    ├── InputError            4  the model cannot be read
-    │   ├── MalformedModel    4  not ONNX, truncated, or not a valid graph
-    │   └── WeightsError      4  external data missing, too short, or outside the model's folder
-    ├── Refused               3  the graph cannot be handled soundly
-    ├── PassError             3  a pass raised, or left a graph that is not valid
-    └── ParityError           1  the result does not compute what the original computes
+    ├── UsageError              2  an option, a name or a value that cannot be used
+    │   └── PluginError         2  a pass of somebody's own that cannot be loaded, or clashes in name
+    ├── InputError              4  the model cannot be read
+    │   ├── MalformedModel      4  not ONNX, truncated, or not a valid graph
+    │   └── WeightsError        4  external data missing, too short, or outside the model's folder
+    ├── Refused                 3  the graph cannot be handled soundly
+    ├── PassError               3  a pass raised, or left a graph that is not valid
+    ├── ParityError             1  the result does not compute what the original computes
+    └── RunError                1  a model that can be read cannot be run on what it is given
+        ├── MissingKernelError  3  onnxruntime has no kernel for one of its operators
+        └── BrokenCacheError    1  a present cannot be the past of the next call
 
 A message says what was expected, what was found, where, and what to do now, in one line.
 Each class has a paragraph in ``docs/errors.md``.
@@ -43,7 +46,7 @@ class InputError(KvsurgeonError):
     exit_code = 4
 
 
-class MalformedModel(InputError):
+class MalformedModel(InputError):  # noqa: N818  # says what the file is
     """The file is not ONNX, is cut short, or its graph is not valid ONNX."""
 
 
@@ -63,7 +66,29 @@ class ParityError(KvsurgeonError):
     exit_code = 1
 
 
-class Refused(KvsurgeonError):
+class RunError(KvsurgeonError):
+    """A model that can be read cannot be run: an operator fails on what it is given."""
+
+
+class MissingKernelError(RunError):
+    """A valid model cannot be run here: onnxruntime has no kernel for one of its operators."""
+
+    exit_code = 3
+
+
+class BrokenCacheError(RunError):
+    """A present does not hold the past and the new tokens, so it cannot be the past of the next call.
+
+    Attributes:
+        layer: The layer whose cache it belongs to.
+    """
+
+    def __init__(self, message: str, *, layer: int) -> None:
+        self.layer = layer
+        super().__init__(message)
+
+
+class Refused(KvsurgeonError):  # noqa: N818  # says what was done
     """The graph cannot be handled soundly, and nothing was changed.
 
     Attributes:

@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import onnx
 
-from kvsurgeon.errors import KvsurgeonError
+from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError
 from kvsurgeon.parity import TOLERANCES, Progress, Report, Verdict, arithmetic_of, verify
 from kvsurgeon.parity.difference import spread
 from kvsurgeon.runtime import (
     Array,
     CachedDecoder,
-    MissingKernelError,
-    RunError,
     Session,
     UncachedDecoder,
     find_cache,

@@ -7,16 +7,16 @@ import pytest
 from decoders import CachedDecoder as CachedModel
 from decoders import Config, Decoder
 
-from kvsurgeon.errors import InputError, MalformedModel, UsageError, WeightsError
-from kvsurgeon.runtime import (
+from kvsurgeon.errors import (
     BrokenCacheError,
-    CachedDecoder,
+    InputError,
+    MalformedModel,
     MissingKernelError,
     RunError,
-    from_runtime,
-    open_session,
-    to_runtime,
+    UsageError,
+    WeightsError,
 )
+from kvsurgeon.runtime import CachedDecoder, from_runtime, open_session, to_runtime
 
 
 def one_line(error):
@@ -141,7 +141,7 @@ def test_a_present_that_lacks_a_token_is_caught_at_once():
         match=r"\[batch_size, 2, 3 tokens, 8\] after 1 more, found \[1, 2, 1, 8\] - at `present\.2\.key`",
     ) as error:
         decoder.step(decoder.inputs.part(feeds, 2, 3))
-    assert error.value.entry.layer == 2
+    assert error.value.layer == 2
 
 
 def test_a_present_that_cannot_be_the_next_past_is_caught_at_once():

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from kvsurgeon.errors import KvsurgeonError, UsageError
+from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError, UsageError
 from kvsurgeon.parity.original import Original, examine
 from kvsurgeon.parity.report import Report, Trial
 from kvsurgeon.parity.scenario import Lengths, Scenario, plan
@@ -21,9 +21,7 @@ from kvsurgeon.parity.trial import judge
 from kvsurgeon.runtime import (
     CachedDecoder,
     Inputs,
-    MissingKernelError,
     Optimisation,
-    RunError,
     Session,
     Source,
     UncachedDecoder,

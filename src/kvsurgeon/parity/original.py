@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from kvsurgeon.errors import RunError
 from kvsurgeon.parity.difference import distance, spread
 from kvsurgeon.parity.scenario import Lengths, Scenario
-from kvsurgeon.runtime import Array, Inputs, RunError, Tokens, UncachedDecoder
+from kvsurgeon.runtime import Array, Inputs, Tokens, UncachedDecoder
 
 _SMALLEST_VOCABULARY = 2
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvsurgeon.runtime import Array, BrokenCacheError, CachedDecoder, CacheEntry, RunError
+from kvsurgeon.errors import BrokenCacheError, RunError
+from kvsurgeon.runtime import Array, CachedDecoder, CacheEntry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ def perform(decoder: CachedDecoder, feeds: Mapping[str, Array], spans: Iterable[
         try:
             outputs = decoder.advance(decoder.inputs.part(feeds, past, total))
         except RunError as error:
-            layer = error.entry.layer if isinstance(error, BrokenCacheError) else None
+            layer = error.layer if isinstance(error, BrokenCacheError) else None
             failure = f"the call for the tokens {past} to {total - 1} failed: {error}"
             return Performance(calls=tuple(calls), forgot=forgot, failure=failure, layer=layer)
         calls.append(Call(past=past, total=total, outputs=outputs))

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from kvsurgeon.errors import RunError
 from kvsurgeon.parity.difference import Difference, agreement, amplitude, error_map, expected_part, spread, worst
 from kvsurgeon.parity.original import Original
 from kvsurgeon.parity.performance import Call, Performance, perform
 from kvsurgeon.parity.report import CacheFault, Position, Trial
 from kvsurgeon.parity.scenario import Scenario
 from kvsurgeon.parity.tolerance import Tolerance
-from kvsurgeon.runtime import Array, CachedDecoder, CacheEntry, RunError, axes_of
+from kvsurgeon.runtime import Array, CachedDecoder, CacheEntry, axes_of
 
 Counted = npt.NDArray[np.bool_]  # [batch, sequence]
 

@@ -4,34 +4,22 @@ Of a model nothing is used but its file and what it declares: names, types and d
 """
 
 from kvsurgeon.runtime.axes import Axis, CacheEntry, axes_of, cache_entries, cache_mismatch, find_cache, is_past
-from kvsurgeon.runtime.decoder import BrokenCacheError, CachedDecoder, UncachedDecoder, logits_name
+from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder, logits_name
 from kvsurgeon.runtime.feeds import Given, Inputs, Tokens, fixed_size, inputs_of
 from kvsurgeon.runtime.generate import Generation, Token, Writer, generate
 from kvsurgeon.runtime.sampling import Sampling
-from kvsurgeon.runtime.session import (
-    MissingKernelError,
-    Optimisation,
-    RunError,
-    Session,
-    Source,
-    model_file,
-    open_session,
-    useful_line,
-)
+from kvsurgeon.runtime.session import Optimisation, Session, Source, model_file, open_session, useful_line
 from kvsurgeon.runtime.tensor import Array, Tensor, from_runtime, to_runtime
 
 __all__ = [
     "Array",
     "Axis",
-    "BrokenCacheError",
     "CacheEntry",
     "CachedDecoder",
     "Generation",
     "Given",
     "Inputs",
-    "MissingKernelError",
     "Optimisation",
-    "RunError",
     "Sampling",
     "Session",
     "Source",

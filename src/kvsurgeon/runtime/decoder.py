@@ -7,23 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from kvsurgeon.errors import UsageError
+from kvsurgeon.errors import BrokenCacheError, UsageError
 from kvsurgeon.runtime.axes import CacheEntry, empty_shape, find_cache
 from kvsurgeon.runtime.feeds import Inputs, fixed_size, inputs_of
-from kvsurgeon.runtime.session import RunError, Session
+from kvsurgeon.runtime.session import Session
 from kvsurgeon.runtime.tensor import Array, Tensor, from_runtime, to_runtime
-
-
-class BrokenCacheError(RunError):
-    """A present does not hold the past and the new tokens.
-
-    Attributes:
-        entry: The entry of the cache that it belongs to.
-    """
-
-    def __init__(self, message: str, entry: CacheEntry) -> None:
-        super().__init__(message)
-        self.entry = entry
 
 
 def logits_name(outputs: Sequence[Tensor]) -> str:
@@ -108,7 +96,8 @@ class CachedDecoder:
                 dims = [f"{total} tokens" if axis == entry.axis else dim for axis, dim in enumerate(entry.past.dims)]
                 expected = "[" + ", ".join(str(dim) for dim in dims) + "]"
                 raise BrokenCacheError(
-                    f"expected {expected} after {new} more, found {list(shape)} - at `{entry.present}`", entry
+                    f"expected {expected} after {new} more, found {list(shape)} - at `{entry.present}`",
+                    layer=entry.layer,
                 )
         self.past_length = total
         self._pasts = {entry.past.name: results[entry.present] for entry in self.cache}

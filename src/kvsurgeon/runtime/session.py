@@ -5,12 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import onnx
 import onnxruntime as ort
 
-from kvsurgeon.errors import InputError, KvsurgeonError, MalformedModel, UsageError, WeightsError
+from kvsurgeon.errors import (
+    InputError,
+    KvsurgeonError,
+    MalformedModel,
+    MissingKernelError,
+    RunError,
+    UsageError,
+    WeightsError,
+)
 from kvsurgeon.runtime.tensor import declared
 
 Optimisation = Literal["off", "basic", "all"]
@@ -23,16 +31,6 @@ _LEVELS = {
 }
 _FATAL_ONLY = 4
 _LARGEST_MESSAGE = 2**31 - 1  # bytes that protobuf can hold in one message
-
-
-class RunError(KvsurgeonError):
-    """A readable model cannot be run: an operator fails on what it is given."""
-
-
-class MissingKernelError(RunError):
-    """A valid model cannot be run here: onnxruntime has no kernel for one of its operators."""
-
-    exit_code: ClassVar[int] = 3
 
 
 class Session:
