@@ -37,6 +37,6 @@ def _is_biased(seen: Seen) -> bool:
     if seen.flat is None:
         return False
     weights = seen.flat.reshape(-1, *seen.flat.shape[-2:])
-    counted = np.where(weights > SEEN, weights, np.nan)[:, 1:]
-    spread = np.nanmax(counted, axis=-1) - np.nanmin(counted, axis=-1)
-    return bool((spread > 1e-3 * np.nanmax(counted, axis=-1)).any())
+    largest = weights.max(axis=-1)
+    smallest = np.where(weights > SEEN, weights, np.inf).min(axis=-1)
+    return bool((smallest < (1 - 1e-3) * largest).any())

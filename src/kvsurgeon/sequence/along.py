@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
 from kvsurgeon.sequence.elementwise import align, broadcast
 from kvsurgeon.sequence.flow import Step
@@ -101,7 +102,7 @@ def concat(step: Step) -> list[Axes]:
         for axis in step.axes(index):
             if axis.axis == joined:
                 if axis.role.resolved() is Length.NEW or not axis.is_plain:
-                    raise step.mixing(axis)
+                    raise _joined(step, index)
                 found.setdefault(joined, axis)
             elif axis.axis in found:
                 step.meet(found[axis.axis], axis, index)
@@ -114,6 +115,22 @@ def concat(step: Step) -> list[Axes]:
         else:
             _demand_unsqueezed(step, index, others)
     return [tuple(found[axis] for axis in sorted(found))]
+
+
+def _joined(step: Step, index: int) -> Refused:
+    """Why tokens cannot be joined to something: a past, or tokens of the model's own."""
+    for other, value in enumerate(step.node.inputs):
+        for _ in range(8):
+            node = None if value is None else value.producer()
+            if node is None:
+                break
+            value = node.inputs[0] if node.inputs else None
+        if other != index and value is not None and value.is_graph_input() and not value.is_initializer():
+            return Refused(
+                "the model already has a cache", at=value.name, expected="a model exported without one",
+                found="a graph input that is joined to the tokens",
+            )  # fmt: skip
+    return step.mixing()
 
 
 def _must_have(step: Step, index: int, found: dict[int, SequenceAxis]) -> None:

@@ -166,7 +166,7 @@ class Experiment:
             mask: What to feed for an input that is given for all tokens so far.
             flat: Whether the stand-ins are fed with zeros in place of noise.
         """
-        feeds = {name: feed(length) for name, feed in self.feeds.items()}
+        feeds = {name: np.asarray(feed(length)) for name, feed in self.feeds.items()}
         if flat:
             feeds |= {value.name or "": np.zeros_like(feeds[value.name or ""]) for value in self.stand_ins}
         for given in self.masks:

@@ -1,0 +1,65 @@
+"""Between a tensor's own layout and that of the cache, [batch, heads, sequence, head_dim]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from kvsurgeon.graph.editor import Editor
+from kvsurgeon.sequence.cuts import Memory
+from kvsurgeon.sequence.lengths import NEW, PAST, Lengths
+from kvsurgeon.sequence.targets import reshape_target
+from kvsurgeon.sequence.words import spelled
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.dimension import Dimension
+
+
+class Layouts:
+    """Brings new rows into the cache's layout, and the whole cache back into the tensor's own."""
+
+    def __init__(self, editor: Editor, lengths: Lengths) -> None:
+        self.editor = editor
+        self.lengths = lengths
+
+    def as_cache(self, memory: Memory) -> ir.Value:
+        """The tensor's new rows, as [batch, heads, sequence, head_dim]."""
+        if memory.is_canonical:
+            return memory.value
+        value, name = memory.value, memory.value.name or "rows"
+        if memory.effort == 2:
+            if len(memory.parts) != memory.rank:
+                value = self._reshaped(memory, value, _sizes(memory.parts, NEW), f"{name}.parts")
+            value = self._transposed(memory, value, memory.order, f"{name}.heads_first")
+            if len(memory.parts) == 4:
+                return value
+        return self._reshaped(memory, value, [memory.batch, memory.heads, NEW, memory.head_dim], f"{name}.rows")
+
+    def from_cache(self, memory: Memory, present: ir.Value, own: Sequence[Dimension]) -> ir.Value:
+        """The whole cache in the tensor's own layout, whose dimensions at the total length are `own`."""
+        if memory.is_canonical:
+            return present
+        value, name = present, memory.value.name or "rows"
+        if memory.effort == 2:
+            sizes = _sizes(memory.parts, dim.add(PAST, NEW))
+            if len(memory.parts) != 4:
+                value = self._reshaped(memory, value, [sizes[place] for place in memory.order], f"{name}.all_parts")
+            back = [memory.order.index(place) for place in range(len(memory.order))]
+            value = self._transposed(memory, value, back, f"{name}.all_in_order")
+            if len(memory.parts) == memory.rank:
+                return value
+        return self._reshaped(memory, value, own, f"{name}.all")
+
+    def _reshaped(self, memory: Memory, value: ir.Value, sizes: Sequence[Dimension], wish: str) -> ir.Value:
+        target = reshape_target(self.lengths, sizes)
+        return self.editor.node("Reshape", [value, target], wish=wish, dtype=memory.dtype, shape=spelled(sizes))
+
+    def _transposed(self, memory: Memory, value: ir.Value, order: Sequence[int], wish: str) -> ir.Value:
+        shape = None if value.shape is None else [value.shape[place] for place in order]
+        return self.editor.node(
+            "Transpose", [value], {"perm": list(order)}, wish=wish, dtype=memory.dtype, shape=shape
+        )
+
+
+def _sizes(parts: Sequence[Dimension | None], length: Dimension) -> list[Dimension]:
+    return [length if size is None else size for size in parts]
