@@ -43,6 +43,17 @@ class Head:
         return node.outputs[0]
 
 
+    @property
+    def score_values(self) -> frozenset[ir.Value]:
+        """The outputs of the score products."""
+        return frozenset(score.node.outputs[0] for score in self.scores)
+
+    @property
+    def ends(self) -> frozenset[ir.Node]:
+        """The context products, at which the attention ends."""
+        return frozenset(product.node for product in self.products)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
     """What is known of a decoder, with references into its graph."""
@@ -92,6 +103,9 @@ def _heads(flow: Flow) -> tuple[Head, ...]:
                 keys=_operands(flow, keys, len(heads), beside), values=_operands(flow, values, len(heads), beside),
             )
         )  # fmt: skip
+    for head in heads:
+        for operand in (*head.keys, *head.values):
+            _carry_ranges(flow, operand)
     if not heads:
         raise Refused(
             "no attention was found: nowhere do two sequence axes meet and get summed again",
@@ -99,6 +113,22 @@ def _heads(flow: Flow) -> tuple[Head, ...]:
             hint="is this a decoder-only language model?",
         )
     return tuple(heads)
+
+
+def _carry_ranges(flow: Flow, operand: Operand) -> None:
+    """Ranges taken over the tokens of a call belong to the tensor that they were taken of, at its length."""
+    role = flow.operands[operand.place]
+    node, index = operand.place
+    pending = [node.inputs[index]]
+    while pending:
+        value = pending.pop()
+        maker = None if value is None or value is operand.memory.value else value.producer()
+        if maker is None:
+            continue
+        for output in maker.outputs:
+            if output in flow.per_call and output is not value:
+                flow.operands |= {(user, place): role for user, place in output.uses()}
+        pending += [source for source in maker.inputs if source is not None and flow.axes.get(source)]
 
 
 def _key_roles(flow: Flow) -> list[Role]:

@@ -6,7 +6,7 @@ bfloat16 is run as float32, because runtimes lack kernels for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ class Experiment:
     Attributes:
         outputs: The values to look at.
         stand_ins: Token values that are fed with noise, each with its axes, instead of being computed.
+        stops: Nodes beyond which nothing is computed from stand-ins.
     """
 
     flow: Flow
@@ -42,6 +43,7 @@ class Experiment:
     opsets: dict[str, int]
     outputs: Sequence[ir.Value]
     stand_ins: frozenset[ir.Value] = frozenset()
+    stops: frozenset[ir.Node] = frozenset()
     nodes: list[ir.Node] = field(default_factory=list, init=False)
     feeds: dict[str, Feed] = field(default_factory=dict, init=False)
     masks: list[GivenInput] = field(default_factory=list, init=False)
@@ -50,6 +52,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self._given = {given.value: given for given in self.inputs}
+        self._computed = downstream(self.stand_ins, self.stops)
         self._collect()
         self._session = self._open()
 
@@ -84,18 +87,11 @@ class Experiment:
         elif fact.value is not None and fact.dtype is not None and _is_decided(fact.value):
             numbers, dtype = fact.value, fact.dtype
             self._feed(value, dtype, numbers.shape, lambda length: _evaluated(numbers, length).astype(_runs_as(dtype)))
-        elif self.flow.kinds.get(value) is Kind.TOKEN and value not in self._between:
+        elif self.flow.kinds.get(value) is Kind.TOKEN and value not in self._computed:
             self._feed(value, fact.dtype, fact.shape, self._noise(value, fact.shape, fact.dtype))
         else:
             return False
         return True
-
-    @property
-    def _between(self) -> frozenset[ir.Value]:
-        """Token values that are computed here: those downstream of a stand-in."""
-        if not hasattr(self, "_downstream"):
-            self._downstream = _downstream(self.stand_ins)
-        return self._downstream
 
     def _constant(self, value: ir.Value) -> None:
         tensor = constant_tensor(value)
@@ -127,7 +123,7 @@ class Experiment:
         axes = self.flow.axes.get(value, ())
 
         def feed(length: int) -> np.ndarray:
-            sizes = [int(_at(size, length)) for size in shape or ()]
+            sizes = [int(at_length(size, length)) for size in shape or ()]
             return _noise(sizes, axes, length, dtype)
 
         return feed
@@ -174,19 +170,20 @@ class Experiment:
         return [np.asarray(array) for array in self._session.run(None, feeds)]
 
 
-def _downstream(stand_ins: Iterable[ir.Value]) -> frozenset[ir.Value]:
+def downstream(values: Iterable[ir.Value], stops: Collection[ir.Node] = ()) -> frozenset[ir.Value]:
+    """Return every value that depends on one of these, up to the nodes at which to stop."""
     found: set[ir.Value] = set()
-    pending = list(stand_ins)
+    pending = list(values)
     while pending:
         for node, _ in pending.pop().uses():
-            for value in node.outputs:
-                if value not in found:
-                    found.add(value)
-                    pending.append(value)
+            fresh = [] if node in stops else [value for value in node.outputs if value not in found]
+            found.update(fresh)
+            pending += fresh
     return frozenset(found)
 
 
-def _at(number: Any, length: int) -> Any:
+def at_length(number: Any, length: int) -> Any:
+    """The number for one sequence of that length."""
     if isinstance(number, (int, float, bool)):
         return number
     return dim.substitute(number, ((LENGTH, length), (BATCH, 1)))
@@ -199,7 +196,7 @@ def _is_decided(numbers: np.ndarray) -> bool:
 
 
 def _evaluated(numbers: np.ndarray, length: int) -> np.ndarray:
-    flat = [float(_at(number, length)) for number in numbers.reshape(-1)]
+    flat = [float(at_length(number, length)) for number in numbers.reshape(-1)]
     return np.array(flat).reshape(numbers.shape)
 
 
@@ -218,7 +215,7 @@ def _noise(sizes: Sequence[int], axes: Axes, length: int, dtype: ir.DataType | N
         index = np.arange(size)
         held = next((axis for axis in axes if axis.axis == place), None)
         if held is not None:
-            inner = int(_at(held.inner, length))
+            inner = int(at_length(held.inner, length))
             block = length * inner
             index = (index // block) * 7919 + (index % block // inner) * 104729 + index % inner
         shape = [1] * len(sizes)

@@ -16,7 +16,7 @@ from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor, small_constant
 from kvsurgeon.sequence.analysis import Analysis, Head
 from kvsurgeon.sequence.axes import Axes, Length
-from kvsurgeon.sequence.experiment import Experiment, _at
+from kvsurgeon.sequence.experiment import Experiment, at_length, downstream
 from kvsurgeon.sequence.kinds import GivenInput, Kind
 
 SHORT, LONG = 7, 40  # tokens
@@ -60,8 +60,9 @@ def prove(analysis: Analysis) -> Proof:
     trial = _Trial(analysis)
     proof = Proof(lengths=trial.lengths)
     looked_at: dict[object, Seen] = {}
+    numbers: dict[object, int] = {}
     for layer, head in enumerate(analysis.heads):
-        how = _signature(analysis, head)
+        how = _signature(analysis, head, numbers)
         if how not in looked_at:
             looked_at[how] = trial.attention(layer, head)
         proof.seen[layer] = looked_at[how]
@@ -93,11 +94,13 @@ class _Trial:
                     found |= {int(size) + beside for beside in (-1, 0, 1, 3)}
         return tuple(sorted(length for length in found if 2 <= length <= self.limit))
 
-    def experiment(self, outputs: Sequence[ir.Value], stand_ins: frozenset[ir.Value] = frozenset()) -> Experiment:
+    def experiment(self, outputs: Sequence[ir.Value], head: Head | None = None) -> Experiment:
         try:
             return Experiment(
-                flow=self.flow, inputs=self.analysis.inputs, opsets=self.opsets, outputs=outputs, stand_ins=stand_ins
-            )
+                flow=self.flow, inputs=self.analysis.inputs, opsets=self.opsets, outputs=outputs,
+                stand_ins=frozenset() if head is None else head.score_values,
+                stops=frozenset() if head is None else head.ends,
+            )  # fmt: skip
         except Refused:
             raise
         except Exception as error:
@@ -119,7 +122,7 @@ class _Trial:
         weights = product.node.inputs[product.weights]
         assert weights is not None
         axes = self.flow.axes[weights]
-        experiment = self.experiment([weights], frozenset(score.node.outputs[0] for score in head.scores))
+        experiment = self.experiment([weights], head)
         return self._look(layer, head, experiment, lambda array, length: _unfolded(array, axes, length))
 
     def _look(self, layer: int, head: Head, experiment: Experiment, read: Read) -> Seen:
@@ -264,43 +267,44 @@ class _Trial:
         """Nodes between scores and weights, which are looked at as a whole."""
         inside: set[ir.Node] = set()
         for head in self.analysis.heads:
-            ends = {product.node for product in head.products}
-            pending = [score.node.outputs[0] for score in head.scores]
-            while pending:
-                for node, _ in pending.pop().uses():
-                    if node in inside or node in ends:
-                        continue
-                    inside.add(node)
-                    pending += node.outputs
+            inside.update(node for value in downstream(head.score_values, head.ends) if (node := value.producer()))
         return inside
 
 
-def _signature(analysis: Analysis, head: Head) -> object:
-    """How scores become weights: the operators on the way, and the context they read."""
+def _signature(analysis: Analysis, head: Head, numbers: dict[object, int]) -> object:
+    """How scores become weights: the operators on the way, and the context they read.
+
+    What is equal gets the same number, so that a signature stays small however often a value is used.
+    """
     flow, same = analysis.flow, analysis.same
     if head.fused is not None:
         mask = head.fused.node.inputs[head.fused.mask] if head.fused.mask is not None else None
         return ("fused", head.fused.causal, None if mask is None else same.get(mask, mask))
-    names: dict[ir.Value, object] = {
-        score.node.outputs[0]: ("scores", index, flow.shapes[score.node.outputs[0]].shape)
-        for index, score in enumerate(head.scores)
-    }
+    between = downstream(head.score_values, head.ends)
+    names: dict[ir.Value, int] = {}
+    for index, score in enumerate(head.scores):
+        value = score.node.outputs[0]
+        names[value] = numbers.setdefault(("scores", index, flow.shapes[value].shape), len(numbers))
 
-    def name(value: ir.Value | None) -> object:
-        if value is None or value in names:
-            return None if value is None else names[value]
-        node = value.producer()
+    def name(value: ir.Value | None) -> int:
+        if value is None:
+            return -1
+        if value not in names:
+            names[value] = numbers.setdefault(made(value), len(numbers))
+        return names[value]
+
+    def made(value: ir.Value) -> object:
         if flow.kinds.get(value) is Kind.CONTEXT:
             return same.get(value, value)
-        constant = small_constant(value)
+        constant, node = small_constant(value), value.producer()
         if constant is not None:
-            names[value] = (str(constant.dtype), constant.shape, constant.tobytes())
-        elif node is None or flow.kinds.get(value) is not Kind.TOKEN:
-            names[value] = value
-        else:
-            attributes = tuple((key, repr(attribute.value)) for key, attribute in node.attributes.items())
-            names[value] = (node.op_type, attributes, tuple(name(source) for source in node.inputs))
-        return names[value]
+            return str(constant.dtype), constant.shape, constant.tobytes()
+        if node is None or flow.kinds.get(value) is not Kind.TOKEN:
+            return value
+        if value not in between:
+            return "other token data", flow.shapes[value].shape
+        attributes = tuple((key, repr(attribute.value)) for key, attribute in node.attributes.items())
+        return node.op_type, value.index(), attributes, tuple(name(source) for source in node.inputs)
 
     product = head.products[0]
     return name(product.node.inputs[product.weights])
@@ -320,7 +324,7 @@ def _cut_short(given: GivenInput, length: int) -> np.ndarray:
 
 def _mask(given: GivenInput, length: int, row: np.ndarray) -> np.ndarray:
     """What an input given for all tokens so far is fed: 1 where a token is seen; a matrix of it where it has two axes."""
-    sizes = [int(_at(size, length)) for size in given.dimensions]
+    sizes = [int(at_length(size, length)) for size in given.dimensions]
     dtype = given.value.dtype or ir.DataType.INT64
     array = np.asarray(row, dtype=np.float64)
     if len(given.lengths) == 2:
@@ -345,7 +349,7 @@ def _unfolded(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
         if held is None:
             sizes.append(size)
             continue
-        sizes += [int(_at(held.outer, length)), length, int(_at(held.inner, length))]
+        sizes += [int(at_length(held.outer, length)), length, int(at_length(held.inner, length))]
         places[axis] = len(sizes) - 2
     ordered = sorted(axes, key=lambda held: held.role.resolved() is not Length.NEW)
     last = [places[held.axis] for held in ordered]
