@@ -1,0 +1,200 @@
+"""What the texts say holds: their snippets run, their links lead somewhere, and every error has its paragraph."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import pytest
+from decoders import Config, Decoder
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+import kvsurgeon
+from kvsurgeon import errors
+from kvsurgeon.errors import Refused
+from kvsurgeon.passes.contract import Changed, Subject, Unchanged
+from kvsurgeon.passes.inject import Inject
+from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.surgery import operate
+
+ROOT = Path(__file__).parents[1]
+TEXTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("examples/*.md")]
+)
+FENCED = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
+RUNS, COMPILES = "python", "python compile"  # how a snippet is marked
+
+
+def relative(path):
+    return str(path.relative_to(ROOT))
+
+
+def snippets(path):
+    return [(mark, code) for mark, code in FENCED.findall(path.read_text("utf-8")) if mark in (RUNS, COMPILES)]
+
+
+def write_model(folder):
+    """A folder with a small decoder and a tokenizer, as the texts call it `model`."""
+    folder.mkdir(parents=True)
+    onnx.save(Decoder(Config()).model(), folder / "model.onnx")
+    words = {word: number for number, word in enumerate(["?", "Once", "upon", "a", "time"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+# Snippets
+
+
+@pytest.mark.parametrize("path", [path for path in TEXTS if snippets(path)], ids=relative)
+def test_snippets_run_or_compile_as_they_are_marked(path, tmp_path, monkeypatch):
+    names = {"__name__": __name__}  # a dataclass looks up the module that it is in
+    for number, (mark, code) in enumerate(snippets(path)):
+        compiled = compile(code, f"{relative(path)}, snippet {number}", "exec")
+        if mark == RUNS:
+            write_model(tmp_path / str(number) / "model")
+            monkeypatch.chdir(tmp_path / str(number))
+            exec(compiled, names)
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=relative)
+def test_no_snippet_is_marked_in_a_way_that_nobody_reads(path):
+    text = path.read_text("utf-8")
+    assert text.count("\n```") == 2 * len(FENCED.findall(text))
+    assert {mark for mark, _ in FENCED.findall(text) if mark.lower().startswith("py")} <= {RUNS, COMPILES}
+
+
+@pytest.fixture(scope="module")
+def passes(tmp_path_factory):
+    """The passes that docs/writing-a-pass.md writes."""
+    names = {"__name__": __name__}
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("passes")
+        write_model(folder / "model")
+        patch.chdir(folder)
+        for _, code in snippets(ROOT / "docs" / "writing-a-pass.md")[:2]:
+            exec(code, names)
+    return names
+
+
+def test_the_pass_that_edits_does_it_once_and_the_judge_agrees(passes, tmp_path):
+    original = Decoder(Config(dtype="float16")).model()
+    onnx.save(original, tmp_path / "model.onnx")
+    edit = passes["FloatLogits"](output=original.graph.output[0].name)
+    surgery = operate(tmp_path / "model.onnx", Pipeline((edit,)), tmp_path / "wide.onnx")
+    assert surgery.sameness.verdict == "same"
+    (logits,) = [v for v in onnx.load(tmp_path / "wide.onnx").graph.output if v.name == edit.output]
+    assert logits.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    assert isinstance(edit.apply(Subject(model=surgery.model)), Unchanged)
+
+
+def test_the_pass_that_edits_refuses_before_it_edits(passes):
+    subject = Subject.of(Decoder(Config()).model())
+    before = ir.to_proto(subject.model).SerializeToString(deterministic=True)
+    with pytest.raises(Refused, match=r"no such output, found .* - at `elsewhere`"):
+        passes["FloatLogits"](output="elsewhere").apply(subject)
+    assert ir.to_proto(subject.model).SerializeToString(deterministic=True) == before
+
+
+def test_the_pass_that_asks_labels_each_layer_once(passes):
+    subject, label = Subject.of(Decoder(Config(layers=3)).model()), passes["LabelLayers"](key="layer")
+    assert label.apply(subject) == Changed(edits=6)
+    labels = [node.metadata_props["layer"] for node in subject.model.graph if "layer" in node.metadata_props]
+    assert labels == ["0", "0", "1", "1", "2", "2"]
+    assert isinstance(label.apply(subject), Unchanged)
+
+
+# Links
+
+
+def targets(path):
+    prose = FENCED.sub("", path.read_text("utf-8"))
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", prose) if not link.startswith(("http:", "https:"))]
+
+
+def anchors(path):
+    headings = re.findall(r"^#+ (.*)$", FENCED.sub("", path.read_text("utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=relative)
+def test_every_link_leads_to_a_file_and_a_heading_of_it(path):
+    for link in targets(path):
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    seen, pending = set(), [ROOT / "README.md"]
+    while pending:
+        path = pending.pop().resolve()
+        if path in seen:
+            continue
+        seen.add(path)
+        if path.is_dir():
+            pending += path.glob("*.md")
+        elif path.suffix == ".md":
+            pending += [path.parent / link.partition("#")[0] for link in targets(path) if not link.startswith("#")]
+    assert {path for path in TEXTS if path.is_relative_to(ROOT / "docs")} <= seen
+
+
+# Errors
+
+
+def classes():
+    found = [errors.KvsurgeonError]
+    for one in found:
+        found += [sub for sub in one.__subclasses__() if not sub.__name__.startswith("_")]
+    return set(found)
+
+
+def test_everything_raised_on_purpose_stands_in_one_file():
+    for module in pkgutil.walk_packages(kvsurgeon.__path__, "kvsurgeon."):
+        importlib.import_module(module.name)
+    assert {one.__module__ for one in classes() if one.__module__.startswith("kvsurgeon.")} == {"kvsurgeon.errors"}
+
+
+def drawn(text):
+    """Names and exit codes below the root, as a tree in a text shows them."""
+    tree = text[text.index("KvsurgeonError\n") :].partition("\n\n")[0].partition("```")[0]
+    return dict(re.findall(r"(\w+) +(\d)(?: |$)", tree, re.MULTILINE))
+
+
+def test_every_error_has_its_paragraph_in_the_order_of_the_tree():
+    headings = re.findall(r"^## (\w+)$", (ROOT / "docs" / "errors.md").read_text("utf-8"), re.MULTILINE)
+    assert headings == ["KvsurgeonError", *drawn(errors.__doc__)]
+
+
+@pytest.mark.parametrize(
+    "text", [errors.__doc__, (ROOT / "docs" / "errors.md").read_text("utf-8")], ids=["code", "docs"]
+)
+def test_the_tree_that_is_drawn_is_the_tree_that_there_is(text):
+    there = {one.__name__: str(one.exit_code) for one in classes() if one.__module__ == "kvsurgeon.errors"}
+    assert there.pop("KvsurgeonError") == "1"
+    assert drawn(text) == there
+
+
+# Words
+
+
+def test_the_glossary_has_every_dim_and_name_of_a_model_with_a_cache():
+    model = Pipeline((Inject(),)).run(Decoder(Config(position_ids=True)).model()).model
+    text = (ROOT / "docs" / "glossary.md").read_text("utf-8")
+    told = set(re.findall(r"`([\w.{}]+)`", text))
+    values = [*model.graph.inputs, *model.graph.outputs]
+    for value in values:
+        assert re.sub(r"\.\d+\.(key|value)", ".{i}.key", value.name) in told, value.name
+        assert {str(dim) for dim in value.shape if not isinstance(dim, int)} <= told, value.name
+
+
+def test_the_glossary_is_sorted():
+    text = (ROOT / "docs" / "glossary.md").read_text("utf-8").partition("## Words")[2]
+    words = re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE)[2:]
+    assert len(words) > 20
+    assert words == sorted(words)
