@@ -33,8 +33,8 @@ class KeyValueCacheInjector:
     """
 
     supported_models: ClassVar[str] = (
-        "Any causal decoder from any exporter: attention is found by what the graph computes, never by a model's type or "
-        "by names. What cannot be handled soundly is refused, with the layer and the reason."
+        "Any causal decoder from any exporter: attention is found by what the graph computes, never by a model's type "
+        "or by names. What cannot be handled soundly is refused, with the layer and the reason."
     )
 
     def __init__(
@@ -91,8 +91,8 @@ class KeyValueCacheInjector:
             heads = (attention.query_heads, attention.kv_heads)
             if self.num_attention_heads not in (None, *heads):
                 raise UsageError(
-                    f"layer {attention.layer}: expected {self.num_attention_heads} heads as num_attention_heads says, found "
-                    f"{heads[0]} query and {heads[1]} kv heads in the graph; leave num_attention_heads out"
+                    f"layer {attention.layer}: expected {self.num_attention_heads} heads as num_attention_heads says, "
+                    f"found {heads[0]} query and {heads[1]} kv heads in the graph; leave num_attention_heads out"
                 )
             if self.hidden_size_kv_cache not in (None, attention.key_cut.head_dim):
                 raise UsageError(

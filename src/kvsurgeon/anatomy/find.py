@@ -18,7 +18,7 @@ from kvsurgeon.sequence.kinds import GivenInput, Kind
 from kvsurgeon.sequence.proof import Proof, prove
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.contraction import contraction_of
-from kvsurgeon.shapes.dimension import BATCH, LENGTH
+from kvsurgeon.shapes.dimension import BATCH
 
 LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
 
@@ -203,7 +203,10 @@ def _rotary(flow: Flow, place: Place, head_dim: int) -> Rotary | None:
 def _repeats(flow: Flow, place: Place) -> Iterator[str]:
     """Values at which the heads of keys or values become more."""
     for node in upwards(flow, place):
-        before, after = flow.shapes[node.inputs[0]].shape if node.inputs[0] else None, flow.shapes[node.outputs[0]].shape
+        before, after = (
+            flow.shapes[node.inputs[0]].shape if node.inputs[0] else None,
+            flow.shapes[node.outputs[0]].shape,
+        )
         if node.op_type not in ("Expand", "Tile", "Gather", "Concat") or before is None or after is None:
             continue
         ratio = dim.exact_quotient(dim.product(after), dim.product(before))
@@ -232,10 +235,9 @@ def _input(given: GivenInput) -> Input:
                 spelled.append(size if isinstance(size, int) else "batch_size" if size is BATCH else str(size))
         return tuple(spelled)
 
-    original = tuple(size if isinstance(size, int) else str(size) for size in given.dimensions)
     return Input(
         name=given.value.name or "",
         dtype=given.value.dtype.name.lower() if given.value.dtype else "",
-        original=tuple("length" if size is LENGTH else word for size, word in zip(given.dimensions, original, strict=True)),
+        original=tuple(size if isinstance(size, int) else str(size) for size in given.dimensions),
         given=words(given.dimensions, given.lengths),
     )

@@ -19,19 +19,18 @@ def read_scale(flow: Flow, head: Head, query: Place, head_dim: int) -> tuple[flo
     """Return scale and softcap; the scale is None where it is not made of constants."""
     if head.fused is not None:
         attributes = head.fused.node.attributes
-        scale = float(attributes["scale"].value) if "scale" in attributes else 1 / math.sqrt(head_dim)
-        softcap = float(attributes["softcap"].value) if "softcap" in attributes else 0.0
-        return scale, softcap or None
+        stated = float(attributes["scale"].value) if "scale" in attributes else 1 / math.sqrt(head_dim)
+        cap = float(attributes["softcap"].value) if "softcap" in attributes else 0.0
+        return stated, cap or None
     above = [_above(flow, place) for place in (query, head.keys[0].place)]
     below, softcap = _below(flow, head.scores[0].node)
     factors = [*above, below]
     alpha = head.scores[0].node.attributes.get("alpha")
-    product = float(alpha.value) if alpha is not None and head.scores[0].node.op_type == "FusedMatMul" else 1.0
-    for factor in factors:
-        if factor is None:
-            return None, softcap
-        product *= factor
-    return product, softcap
+    known = [factor for factor in factors if factor is not None]
+    if len(known) < len(factors):
+        return None, softcap
+    fused = alpha is not None and head.scores[0].node.op_type == "FusedMatMul"
+    return math.prod(known) * (float(alpha.value) if fused and alpha is not None else 1.0), softcap
 
 
 def _factor(flow: Flow, node: ir.Node) -> float | None:
@@ -71,7 +70,9 @@ def _above(flow: Flow, place: Place) -> float | None:
         if factor is None:
             return None
         product *= factor
-        value = next((source for source in maker.inputs if source is not None and flow.kinds.get(source) is Kind.TOKEN), None)
+        value = next(
+            (source for source in maker.inputs if source is not None and flow.kinds.get(source) is Kind.TOKEN), None
+        )
     return product
 
 

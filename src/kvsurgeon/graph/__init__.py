@@ -1,0 +1,1 @@
+"""Words for looking at and changing any ONNX graph."""

@@ -130,7 +130,7 @@ class Editor:
         for value in list(self.graph.initializers.values()):
             used = value.uses() or value.is_graph_output() or value.is_graph_input()
             if not used and (value in self._alive or value in self._constants.values()):
-                self.graph.initializers.pop(value.name)
+                self.graph.initializers.pop(value.name or "")
         self.graph.sort()
 
     def _give_names_back(self, alive: set[ir.Node | ir.Value]) -> None:

@@ -1,0 +1,1 @@
+"""Two lengths: where the tokens are, what must be remembered, and what can be computed anew."""

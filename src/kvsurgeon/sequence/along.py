@@ -20,7 +20,7 @@ def forbid(step: Step, axes: Axes, along: Iterable[int]) -> None:
     worked = set(along)
     for axis in axes:
         if axis.axis in worked and (axis.role.resolved() is Length.NEW or not axis.is_plain):
-            raise step.mixing(axis)
+            raise step.mixing()
 
 
 def softmax(step: Step) -> list[Axes]:
@@ -168,8 +168,8 @@ def convolution(step: Step) -> list[Axes]:
     strides, pads = step.call.attribute("strides") or (), step.call.attribute("pads") or ()
     plain = all(stride == 1 for stride in strides) and not any(pads) and not moved
     for axis in axes:
-        if axis.axis == 1 or (axis.axis >= 2 and not (plain or weights[axis.axis] == 1 and plain)):
-            raise step.mixing(axis)
+        if axis.axis == 1 or (axis.axis >= 2 and not (plain or (weights[axis.axis] == 1 and plain))):
+            raise step.mixing()
     if step.kind(1) is not Kind.CONSTANT:
         raise step.refusal("its kernel is no constant")
     return [axes]

@@ -42,7 +42,6 @@ class Head:
         node = self.fused.node if self.fused is not None else self.products[0].node
         return node.outputs[0]
 
-
     @property
     def score_values(self) -> frozenset[ir.Value]:
         """The outputs of the score products."""
@@ -87,7 +86,7 @@ def analyse(model: ir.Model) -> Analysis:
 
 
 def _heads(flow: Flow) -> tuple[Head, ...]:
-    heads = []
+    heads: list[Head] = []
     for role in _key_roles(flow):
         scores = tuple(score for score in flow.scores if role in (score.left_role.root(), score.right_role.root()))
         products = tuple(product for product in flow.products if product.role.root() is role)

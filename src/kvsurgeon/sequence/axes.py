@@ -1,8 +1,8 @@
 """Sequence axes: where in a tensor the tokens lie, and which of the two lengths an axis will have.
 
-An axis may hold more than the tokens: [batch * length, hidden] has `outer = batch`, [batch, length * heads, head_dim] has
-`inner = heads`. Row-major order makes that enough to follow tokens through any reshape: what lies to the left and to the
-right of them stays the same.
+An axis may hold more than the tokens: [batch * length, hidden] has `outer = batch`, [batch, length * heads, head_dim]
+has `inner = heads`. Row-major order makes that enough to follow tokens through any reshape: what lies to the left and
+to the right of them stays the same.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Where to cut: which tensor between a projection and a product is remembered for the past.
 
-Upstream of a cut tensors have the new length, downstream the total one. Any tensor of the chain would do, so the choice is a
-matter of bytes: the smallest; among equals one that already lies as [batch, kv_heads, sequence, head_dim], then the one
-closest to the product, so that least is computed again at each step.
+Upstream of a cut tensors have the new length, downstream the total one. Any tensor of the chain would do, so the choice
+is a matter of bytes: the smallest; among equals one with the heads that the product sees, then one that already lies as
+[batch, kv_heads, sequence, head_dim], then the one closest to the product, so that least is computed again at a step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -122,7 +123,7 @@ def _bottlenecks(flow: Flow, operand: ir.Value) -> Iterator[ir.Value]:
     while len(order) < 400:
         if len(frontier) == 1 and frontier[0] not in flow.per_call:
             yield frontier[0]
-        value = max(frontier, key=lambda value: flow.order.get(value.producer(), -1))
+        value = max(frontier, key=lambda value: _place(flow, value))
         node = value.producer()
         if node is None or not _may_repeat(flow, node):
             return
@@ -134,12 +135,18 @@ def _bottlenecks(flow: Flow, operand: ir.Value) -> Iterator[ir.Value]:
         frontier = [source for source in frontier if source not in node.outputs]
 
 
+def _place(flow: Flow, value: ir.Value) -> int:
+    """Where in the graph a value is made; graph inputs before all else."""
+    node = value.producer()
+    return -1 if node is None else flow.order.get(node, -1)
+
+
 def _may_repeat(flow: Flow, node: ir.Node) -> bool:
     """Whether a node may be computed again for all tokens so far: it is cheap, and sees its tokens one by one."""
     if node.op_type in PROJECTIONS:
         return False
     if node.op_type in _LOOKUPS and any(
-        flow.kinds.get(value) is not Kind.TOKEN and constant_tensor(value) is not None and index == 0
+        value is not None and index == 0 and constant_tensor(value) is not None
         for index, value in enumerate(node.inputs)
     ):
         return False
@@ -171,9 +178,7 @@ def describe(flow: Flow, value: ir.Value, heads: int = 1) -> Memory | None:
     if not features or not all(isinstance(size, int) for size in sizes):
         return None
     whole = [int(size) for size in sizes if isinstance(size, int)]
-    count = 1
-    for size in whole[:-1]:
-        count *= size
+    count = math.prod(whole[:-1])
     return Memory(
         value=value,
         dtype=fact.dtype,

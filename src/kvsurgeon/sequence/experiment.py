@@ -107,12 +107,10 @@ class Experiment:
             return
         if tensor.size > LARGEST_NOISE:
             raise Refused("context reads a table too large to be tried with noise", at=name)
-        shape = tuple(int(size) for size in tensor.shape)
+        shape = tuple(tensor.shape.numpy())
         self._feed(value, tensor.dtype, shape, self._noise(value, shape, tensor.dtype))
 
-    def _feed(
-        self, value: ir.Value, dtype: ir.DataType | None, shape: Sequence[Any] | None, feed: Feed
-    ) -> None:
+    def _feed(self, value: ir.Value, dtype: ir.DataType | None, shape: Sequence[Any] | None, feed: Feed) -> None:
         if dtype is None or shape is None:
             raise Refused("the type of a value is unknown", at=value.name)
         self.feeds[value.name or ""] = feed

@@ -144,16 +144,18 @@ class Step:
         """Note something that could not be proved."""
         self.flow.assumed.setdefault(what, self.node.outputs[0].name or "")
 
-    def refusal(self, reason: str, *, at: ir.Value | None = None, **details: str) -> Refused:
+    def refusal(
+        self, reason: str, *, at: ir.Value | None = None, expected: str | None = None, found: str | None = None,
+        hint: str | None = None,
+    ) -> Refused:  # fmt: skip
         """An error about this node."""
         name = (at or self.node.outputs[0]).name
-        return Refused(f"{self.node.op_type}: {reason}", at=name, **details)
+        return Refused(f"{self.node.op_type}: {reason}", at=name, expected=expected, found=found, hint=hint)
 
-    def mixing(self, axis: SequenceAxis | None = None) -> Refused:
+    def mixing(self) -> Refused:
         """An error: this node lets a token see others."""
-        del axis
         return Refused(
-            f"{self.node.op_type} mixes tokens along the sequence outside attention, so a KV cache alone cannot carry it",
+            f"{self.node.op_type} mixes tokens along the sequence outside attention, which no KV cache can carry",
             at=self.node.outputs[0].name,
             hint="the state of this operator would have to be remembered too",
         )
@@ -167,7 +169,8 @@ class Step:
         if open_role.length is Length.NEW and stream.length is None:
             open_role, stream = stream, open_role
         if open_role.length is None and stream.length is Length.NEW and not open_role.bias:
-            open_role.only_if_new.append(self.node.inputs[index].name or "" if self.node.inputs[index] else "")
+            value = self.node.inputs[index]
+            open_role.only_if_new.append((value.name if value is not None else "") or "")
             return
         if not open_role.agree(stream):
             raise self.refusal("queries and keys are added to each other", at=self.node.inputs[index])

@@ -1,7 +1,8 @@
 """Three kinds of tensor: constants, context, and token data.
 
-Context depends on the inputs only through shapes and through what is given for all tokens so far, such as a padding mask:
-it can be computed anew at any length. Token data depends on what is given for the new tokens alone, and must be remembered.
+Context depends on the inputs only through shapes and through what is given for all tokens so far, such as a padding
+mask: it can be computed anew at any length. Token data depends on what is given for the new tokens alone, and must be
+remembered.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor
+from kvsurgeon.sequence.axes import Length
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension
 from kvsurgeon.shapes.inference import Shapes
-from kvsurgeon.sequence.axes import Length
 
 
 class Kind(IntEnum):
@@ -32,9 +33,12 @@ class Kind(IntEnum):
 SHAPE_ONLY = frozenset({"Shape", "Size", "ConstantOfShape", "EyeLike"})
 
 # Operators through which an input is still itself, position by position.
-_VIEWS = frozenset(
-    "Cast CastLike Identity Unsqueeze Squeeze Reshape Flatten Expand Transpose Clip Add Sub Mul Div Max Min Abs".split()
-)
+# fmt: off
+_VIEWS = frozenset({
+    "Cast", "CastLike", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Expand", "Transpose", "Clip", "Add",
+    "Sub", "Mul", "Div", "Max", "Min", "Abs",
+})
+# fmt: on
 _LOOKUPS = frozenset({"Gather", "GatherElements", "GatherND"})
 _WAVES = frozenset({"Sin", "Cos", "MatMul", "Gemm", "Einsum", "RotaryEmbedding", "OneHot", "FusedMatMul"})
 
@@ -61,8 +65,8 @@ def real_inputs(graph: ir.Graph) -> list[ir.Value]:
 def read_inputs(graph: ir.Graph) -> tuple[dict[ir.Value, tuple[Dimension, ...]], Dimension]:
     """Name the dimensions of the graph's inputs: batch, length, and whatever else they are.
 
-    The length is the second axis of the first input of rank two or three (the first of rank one), and every axis that the
-    exporter called the same; inputs of the same rank agree axis by axis.
+    The length is the second axis of the first input of rank two or three (the first of rank one), and every axis that
+    the exporter called the same; inputs of the same rank agree axis by axis.
 
     Returns:
         The dimensions of each input, and the length: a symbol, or a number where the export fixed it.
@@ -119,12 +123,14 @@ def classify_inputs(
 ) -> list[GivenInput]:
     """Tell which inputs are given for the new tokens and which for all tokens so far, by what they are used for.
 
-    What indexes a table, becomes an angle or enters a product with weights position by position is given for the new tokens
-    (`input_ids`, `inputs_embeds`, `position_ids`, `token_type_ids`); the rest are masks.
+    What indexes a table, becomes an angle or enters a product with weights position by position is given for the new
+    tokens (`input_ids`, `inputs_embeds`, `position_ids`, `token_type_ids`); the rest are masks.
     """
     found = []
     for value, sizes in dimensions.items():
-        axes = [axis for axis, size in enumerate(sizes) if size is length or (isinstance(length, int) and size == length)]
+        axes = [
+            axis for axis, size in enumerate(sizes) if size is length or (isinstance(length, int) and size == length)
+        ]
         if len(axes) > 1 and len(sizes) == 2 and isinstance(length, int):
             axes = axes[-1:]
         if len(sizes) == 3 and len(axes) == 2 and isinstance(length, int) and sizes[2] == length:
@@ -187,13 +193,13 @@ def _is_table(value: ir.Value | None) -> bool:
 
 def find_kinds(nodes: Iterable[ir.Node], inputs: list[GivenInput], shapes: Shapes) -> dict[ir.Value, Kind]:
     """Return the kind of every value that a node makes or a graph input holds; what is missing is constant."""
-    kinds: dict[ir.Value, Kind] = {
-        given.value: Kind.TOKEN if given.is_token else Kind.CONTEXT for given in inputs
-    }
+    kinds: dict[ir.Value, Kind] = {given.value: Kind.TOKEN if given.is_token else Kind.CONTEXT for given in inputs}
     for node in nodes:
         kind = Kind.CONSTANT
         if node.op_type in SHAPE_ONLY:
-            kind = max((min(kinds.get(value, Kind.CONSTANT), Kind.CONTEXT) for value in node.inputs if value), default=kind)
+            kind = max(
+                (min(kinds.get(value, Kind.CONSTANT), Kind.CONTEXT) for value in node.inputs if value), default=kind
+            )
         else:
             for value in node.inputs[:1] if node.op_type == "CastLike" else node.inputs:  # its second gives a type only
                 if value is not None:

@@ -11,7 +11,7 @@ from kvsurgeon.sequence.flow import Step
 from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.fact import axis_of
-from kvsurgeon.shapes.layout import FAR, slice_bounds
+from kvsurgeon.shapes.slicing import FAR, slice_bounds
 
 
 def _followed(step: Step) -> Axes:
@@ -91,7 +91,7 @@ def split(step: Step) -> list[Axes]:
     axis = axis_of(step.call.integer("axis", 0), len(step.shape(0)))
     for held in step.axes(0):
         if held.axis == axis and len(step.node.outputs) > 1:
-            raise step.mixing(held)
+            raise step.mixing()
     return [step.axes(0)] * len(step.node.outputs)
 
 
@@ -175,7 +175,7 @@ def gather_elements(step: Step) -> list[Axes]:
     for index in step.tokens():
         for held in step.axes(index):
             if held.axis == axis:
-                raise step.mixing(held)
+                raise step.mixing()
     return broadcast(step)
 
 

@@ -34,7 +34,7 @@ def _projected(step: Step) -> Axes:
     """A product with packed weights sums the last axis of its first input."""
     for axis in step.axes(0):
         if axis.axis == len(step.shape(0)) - 1:
-            raise step.mixing(axis)
+            raise step.mixing()
     return step.axes(0)
 
 
@@ -60,13 +60,13 @@ def _sum_away(
     if left is None and right is None:
         return
     if left is None or right is None or not left.is_plain or not right.is_plain:
-        raise step.mixing(left or right)
+        raise step.mixing()
     keys, stream = (left, right) if left.role.resolved() is None else (right, left)
     if keys.role.resolved() is not None or stream.role.resolved() is not Length.NEW:
-        raise step.mixing(keys)  # a state summed over tokens, as linear attention has
+        raise step.mixing()  # a state summed over tokens, as linear attention has
     weights, value = (found.left, found.right) if keys is left else (found.right, found.left)
     if keys.role.root().bias or not _sees_keys(step, keys.role):
-        raise step.mixing(keys)
+        raise step.mixing()
     keys.role.root().length = Length.TOTAL
     for score in step.flow.scores:
         _settle(score)
@@ -113,9 +113,7 @@ def _met(step: Step, found: Contraction, left: Held, right: Held, kept: Held) ->
     name = step.node.outputs[0].name or ""
     left_role, right_role = Role(at=name), Role(at=name)
     step.flow.scores.append(
-        ScoreProduct(
-            node=step.node, left=found.left, right=found.right, left_role=left_role, right_role=right_role
-        )
+        ScoreProduct(node=step.node, left=found.left, right=found.right, left_role=left_role, right_role=right_role)
     )
     step.flow.operands[step.node, found.left] = left_role
     step.flow.operands[step.node, found.right] = right_role
@@ -154,7 +152,8 @@ def attention(step: Step) -> list[Axes]:
     layout = ("batch", "kv_heads", "sequence", "head_dim") if four else ("batch", "sequence", "hidden")
     mask = 3 if len(step.node.inputs) > 3 and step.node.inputs[3] is not None else None
     keys = _fused(step, FusedAttention(
-        node=step.node, query=0, key=1, value=2, mask=mask, causal=bool(step.call.integer("is_causal", 0)), layout=layout,
+        node=step.node, query=0, key=1, value=2, mask=mask, layout=layout,
+        causal=bool(step.call.integer("is_causal", 0)),
         heads_beside=1 if four else step.call.integer("kv_num_heads", 1),
     ))  # fmt: skip
     if mask is not None:

@@ -1,7 +1,7 @@
 """The two obligations that axes alone do not prove, decided by running context without weights.
 
-Causal: no query gives weight to a key after it. Prefix-stable: what context says of a position does not depend on how many
-tokens follow. Both are tried at lengths on either side of every number that the context compares lengths with.
+Causal: no query gives weight to a key after it. Prefix-stable: what context says of a position does not depend on how
+many tokens follow. Both are tried at lengths on either side of every number that the context compares lengths with.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import onnx_ir as ir
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor, small_constant
 from kvsurgeon.sequence.analysis import Analysis, Head
-from kvsurgeon.sequence.axes import Axes, Length
-from kvsurgeon.sequence.experiment import Experiment, at_length, downstream
+from kvsurgeon.sequence.axes import Axes
+from kvsurgeon.sequence.experiment import Experiment, downstream
 from kvsurgeon.sequence.kinds import GivenInput, Kind
+from kvsurgeon.sequence.looking import all_seen, close, cut_short, difference, left_padded, unfolded
+from kvsurgeon.sequence.signature import Signatures
 
 SHORT, LONG = 7, 40  # tokens
 FAR = 1 << 16  # numbers above are no lengths
@@ -25,9 +27,11 @@ DENSE = 640  # the longest at which whole matrices of weights are looked at
 USEFUL = 64  # tokens: a cache that is right for fewer is not worth having
 SEEN = 1e-6  # a weight above this is one that counts
 
-_SWITCHES = frozenset(
-    """Less Greater LessOrEqual GreaterOrEqual Equal Min Max Clip Div Mod Sub""".split()
-)
+# fmt: off
+_SWITCHES = frozenset({
+    "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "Equal", "Min", "Max", "Clip", "Div", "Mod", "Sub",
+})
+# fmt: on
 
 Read = Callable[[np.ndarray, int], np.ndarray]  # an output and the length -> weights [..., query, key]
 MaskFeed = Callable[[GivenInput, int], np.ndarray]
@@ -59,10 +63,10 @@ def prove(analysis: Analysis) -> Proof:
     """
     trial = _Trial(analysis)
     proof = Proof(lengths=trial.lengths)
-    looked_at: dict[object, Seen] = {}
-    numbers: dict[object, int] = {}
+    signatures = Signatures(analysis)
+    looked_at: dict[int, Seen] = {}
     for layer, head in enumerate(analysis.heads):
-        how = _signature(analysis, head, numbers)
+        how = signatures.of(head)
         if how not in looked_at:
             looked_at[how] = trial.attention(layer, head)
         proof.seen[layer] = looked_at[how]
@@ -123,13 +127,13 @@ class _Trial:
         assert weights is not None
         axes = self.flow.axes[weights]
         experiment = self.experiment([weights], head)
-        return self._look(layer, head, experiment, lambda array, length: _unfolded(array, axes, length))
+        return self._look(layer, head, experiment, lambda array, length: unfolded(array, axes, length))
 
     def _look(self, layer: int, head: Head, experiment: Experiment, read: Read) -> Seen:
         """Run scores into weights at several lengths and with several masks."""
         found: dict[int, np.ndarray] = {}
         for length in [length for length in self.lengths if length <= DENSE] or [min(self.lengths)]:
-            found[length] = read(self.run(experiment, length, _all_seen)[0], length)
+            found[length] = read(self.run(experiment, length, all_seen)[0], length)
             self._check_causal(layer, head, found[length])
             if found[length].size > 1 << 24:
                 break
@@ -138,14 +142,14 @@ class _Trial:
             self._check_prefix(layer, head.at, found[longest][..., :length, :length], weights)
         padded = None
         if experiment.masks:
-            padded = read(self.run(experiment, longest, _left_padded)[0], longest)
+            padded = read(self.run(experiment, longest, left_padded)[0], longest)
             self._check_causal(layer, head, padded, first=2)
         if experiment.masks and self.fixed is not None:
-            cut, half = read(self.run(experiment, longest, _cut_short)[0], longest), longest // 2
+            cut, half = read(self.run(experiment, longest, cut_short)[0], longest), longest // 2
             self._check_prefix(layer, head.at, found[longest][..., :half, :half], cut[..., :half, :half])
         flat = None
         if experiment.stand_ins:
-            flat = read(experiment.run(longest, _all_seen, flat=True)[0], longest)
+            flat = read(experiment.run(longest, all_seen, flat=True)[0], longest)
         return Seen(weights=found[longest], padded=padded, flat=flat)
 
     def _fused(self, layer: int, head: Head) -> Seen:
@@ -176,12 +180,12 @@ class _Trial:
     # (iii) prefix-stable
 
     def _check_prefix(self, layer: int | None, at: ir.Value, longer: np.ndarray, shorter: np.ndarray) -> None:
-        if longer.shape == shorter.shape and _close(longer, shorter):
+        if longer.shape == shorter.shape and close(longer, shorter):
             return
         raise Refused(
             "context changes with the number of tokens that follow, so what is remembered would grow stale",
             layer=layer, at=at.name, expected="the same value for a position at every total length",
-            found=_difference(longer, shorter), hint="frequencies or scales that depend on the total length",
+            found=difference(longer, shorter), hint="frequencies or scales that depend on the total length",
         )  # fmt: skip
 
     def context(self) -> int | None:
@@ -195,34 +199,33 @@ class _Trial:
             return None
         values = list(meetings)
         experiment = self.experiment(values)
-        reference: list[np.ndarray] = []
-        shortest = min(self.lengths)
-        for previous, length in zip((shortest, *self.lengths), self.lengths, strict=False):
-            arrays = [
-                _unfolded(array, meetings[value], length)
-                for value, array in zip(values, self.run(experiment, length, _all_seen), strict=True)
-            ]
-            if not reference:
-                reference = arrays
-                continue
-            for value, array, short in zip(values, arrays, reference, strict=True):
-                count = len(meetings[value])
-                try:
-                    self._check_prefix(None, value, array[(..., *[slice(shortest)] * count)], short)
-                except Refused:
-                    if previous < USEFUL:
-                        raise
-                    return previous
+        shorter: list[np.ndarray] = []
+        previous = 0
+        for length in self.lengths:
+            arrays = self._arrays(experiment, meetings, length, all_seen)
+            try:
+                for value, array, short in zip(values, arrays, shorter, strict=bool(shorter)):
+                    self._check_prefix(None, value, _first(array, meetings[value], previous), short)
+            except Refused:
+                if previous < USEFUL:
+                    raise
+                return previous
+            shorter, previous = arrays, length
         if self.fixed is not None and experiment.masks:
-            half = self.fixed // 2
-            cut = self.run(experiment, self.fixed, _cut_short)
-            for value, whole, array in zip(values, reference, cut, strict=True):
-                places = (..., *[slice(half)] * len(meetings[value]))
-                self._check_prefix(None, value, whole[places], _unfolded(array, meetings[value], self.fixed)[places])
+            half, cut = self.fixed // 2, self._arrays(experiment, meetings, self.fixed, cut_short)
+            for value, whole, array in zip(values, shorter, cut, strict=True):
+                axes = meetings[value]
+                self._check_prefix(None, value, _first(whole, axes, half), _first(array, axes, half))
         return None
 
+    def _arrays(
+        self, experiment: Experiment, meetings: dict[ir.Value, Axes], length: int, mask: MaskFeed
+    ) -> list[np.ndarray]:
+        arrays = self.run(experiment, length, mask)
+        return [unfolded(array, axes, length) for axes, array in zip(meetings.values(), arrays, strict=True)]
+
     def _meetings(self) -> dict[ir.Value, Axes]:
-        """Context that meets tokens outside the scores, with the axes that hold tokens; tables are looked up by name."""
+        """Context that meets tokens outside the scores, with the axes that hold tokens."""
         inside = self._inside()
         found: dict[ir.Value, Axes] = {}
         for node in self.flow.order:
@@ -271,107 +274,16 @@ class _Trial:
         return inside
 
 
-def _signature(analysis: Analysis, head: Head, numbers: dict[object, int]) -> object:
-    """How scores become weights: the operators on the way, and the context they read.
-
-    What is equal gets the same number, so that a signature stays small however often a value is used.
-    """
-    flow, same = analysis.flow, analysis.same
-    if head.fused is not None:
-        mask = head.fused.node.inputs[head.fused.mask] if head.fused.mask is not None else None
-        return ("fused", head.fused.causal, None if mask is None else same.get(mask, mask))
-    between = downstream(head.score_values, head.ends)
-    names: dict[ir.Value, int] = {}
-    for index, score in enumerate(head.scores):
-        value = score.node.outputs[0]
-        names[value] = numbers.setdefault(("scores", index, flow.shapes[value].shape), len(numbers))
-
-    def name(value: ir.Value | None) -> int:
-        if value is None:
-            return -1
-        if value not in names:
-            names[value] = numbers.setdefault(made(value), len(numbers))
-        return names[value]
-
-    def made(value: ir.Value) -> object:
-        if flow.kinds.get(value) is Kind.CONTEXT:
-            return same.get(value, value)
-        constant, node = small_constant(value), value.producer()
-        if constant is not None:
-            return str(constant.dtype), constant.shape, constant.tobytes()
-        if node is None or flow.kinds.get(value) is not Kind.TOKEN:
-            return value
-        if value not in between:
-            return "other token data", flow.shapes[value].shape
-        attributes = tuple((key, repr(attribute.value)) for key, attribute in node.attributes.items())
-        return node.op_type, value.index(), attributes, tuple(name(source) for source in node.inputs)
-
-    product = head.products[0]
-    return name(product.node.inputs[product.weights])
-
-
-def _all_seen(given: GivenInput, length: int) -> np.ndarray:
-    return _mask(given, length, np.ones(length))
-
-
-def _left_padded(given: GivenInput, length: int) -> np.ndarray:
-    return _mask(given, length, np.arange(length) >= 2)
-
-
-def _cut_short(given: GivenInput, length: int) -> np.ndarray:
-    return _mask(given, length, np.arange(length) < length // 2)
-
-
-def _mask(given: GivenInput, length: int, row: np.ndarray) -> np.ndarray:
-    """What an input given for all tokens so far is fed: 1 where a token is seen; a matrix of it where it has two axes."""
-    sizes = [int(at_length(size, length)) for size in given.dimensions]
-    dtype = given.value.dtype or ir.DataType.INT64
-    array = np.asarray(row, dtype=np.float64)
-    if len(given.lengths) == 2:
-        allowed = np.tril(np.ones((length, length))) * array
-        array = np.where(allowed > 0, 0.0, -1e9) if dtype.is_floating_point() else allowed
-    place = max(given.lengths, default=0)
-    shape = [1] * len(sizes)
-    for axis in given.lengths:
-        shape[axis] = sizes[axis]
-    if not given.lengths:
-        return np.ones(sizes, dtype=dtype.numpy())
-    del place
-    return np.broadcast_to(array.reshape(shape), sizes).astype(dtype.numpy())
-
-
-def _unfolded(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
-    """The array with what holds tokens last, queries before keys, and everything else before them."""
-    sizes: list[int] = []
-    places: dict[int, int] = {}
-    for axis, size in enumerate(array.shape):
-        held = next((held for held in axes if held.axis == axis), None)
-        if held is None:
-            sizes.append(size)
-            continue
-        sizes += [int(at_length(held.outer, length)), length, int(at_length(held.inner, length))]
-        places[axis] = len(sizes) - 2
-    ordered = sorted(axes, key=lambda held: held.role.resolved() is not Length.NEW)
-    last = [places[held.axis] for held in ordered]
-    return np.moveaxis(array.reshape(sizes), last, range(-len(last), 0)) if last else array.reshape(sizes)
-
-
-def _close(left: np.ndarray, right: np.ndarray) -> bool:
-    if left.dtype.kind not in "fc":
-        return bool(np.array_equal(left, right))
-    return bool(np.allclose(left, right, rtol=1e-4, atol=1e-5, equal_nan=True))
-
-
-def _difference(left: np.ndarray, right: np.ndarray) -> str:
-    if left.shape != right.shape:
-        return f"shapes {list(left.shape)} and {list(right.shape)}"
-    gap = np.abs(left.astype(np.float64) - right.astype(np.float64))
-    return f"a difference of {np.nanmax(gap):.2g}"
+def _first(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
+    """What an unfolded array says of the first tokens."""
+    for place in range(1, len(axes) + 1):
+        array = array.take(range(length), axis=-place)
+    return array
 
 
 def _allowed(mask: np.ndarray, axes: Axes, length: int, head: Head) -> np.ndarray:
     """The weights that a fused operator's mask allows."""
-    array = np.broadcast_to(mask, (*mask.shape[:-2], length, length)) if len(axes) < 2 else _unfolded(mask, axes, length)
+    array = np.broadcast_to(mask, (*mask.shape[:-2], length, length)) if len(axes) < 2 else unfolded(mask, axes, length)
     weights = array.astype(np.float64) if array.dtype == bool else np.exp(np.minimum(array.astype(np.float64), 0.0))
     causal = head.fused is not None and head.fused.causal
     return np.tril(weights) if causal else weights

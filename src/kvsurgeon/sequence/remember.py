@@ -55,10 +55,10 @@ class Layouts:
         return self.editor.node("Reshape", [value, target], wish=wish, dtype=memory.dtype, shape=spelled(sizes))
 
     def _transposed(self, memory: Memory, value: ir.Value, order: Sequence[int], wish: str) -> ir.Value:
-        shape = None if value.shape is None else [value.shape[place] for place in order]
-        return self.editor.node(
-            "Transpose", [value], {"perm": list(order)}, wish=wish, dtype=memory.dtype, shape=shape
-        )
+        transposed = self.editor.node("Transpose", [value], {"perm": list(order)}, wish=wish, dtype=memory.dtype)
+        if value.shape is not None:
+            transposed.shape = ir.Shape([value.shape[place] for place in order])
+        return transposed
 
 
 def _sizes(parts: Sequence[Dimension | None], length: Dimension) -> list[Dimension]:

@@ -19,7 +19,7 @@ def find_same(nodes: Sequence[ir.Node], kinds: dict[ir.Value, Kind], shapes: Sha
     for node in nodes:
         if kinds.get(node.outputs[0]) is not Kind.CONTEXT or node.op_type.startswith("Random"):
             continue
-        inputs = []
+        inputs: list[Hashable] = []
         for value in node.inputs:
             if value is None or value in kinds:
                 inputs.append(None if value is None else same.get(value, value))

@@ -1,4 +1,4 @@
-"""Token data at the two lengths: nodes read what has the right length, and what the cache makes whole is computed again."""
+"""Token data at the two lengths: nodes read what has the right one; what the cache makes whole is computed again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,14 @@ _TOTAL = Role(Length.TOTAL)
 class Tokens:
     """Rewires the nodes on token data."""
 
-    def __init__(self, flow: Flow, editor: Editor, lengths: Lengths, views: Views, before: Mapping[ir.Node, tuple[ir.Value | None, ...]]) -> None:
+    def __init__(
+        self,
+        flow: Flow,
+        editor: Editor,
+        lengths: Lengths,
+        views: Views,
+        before: Mapping[ir.Node, tuple[ir.Value | None, ...]],
+    ) -> None:
         """Take what was learnt, and each node's inputs as they were before surgery."""
         self.flow = flow
         self.editor = editor

@@ -23,8 +23,10 @@ def spelled(sizes: Sequence[Dimension]) -> Words:
 
 
 def spelled_from_export(shape: Sequence[Dimension], axes: Axes, length: Dimension) -> Words:
-    """Dimensions of the export, each sequence axis at the length of its role and every other length at the total one."""
-    words: Words = [Length.TOTAL.value if size is LENGTH else word for size, word in zip(shape, spelled(shape), strict=True)]
+    """Dimensions of the export: each sequence axis at the length of its role, every other length at the total one."""
+    words: Words = [
+        Length.TOTAL.value if size is LENGTH else word for size, word in zip(shape, spelled(shape), strict=True)
+    ]
     for axis in axes:
         whole = axis.is_plain and shape[axis.axis] == length
         words[axis.axis] = (axis.role.resolved() or Length.TOTAL).value if whole else None

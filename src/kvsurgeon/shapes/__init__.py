@@ -1,0 +1,1 @@
+"""Dimensions and lengths, followed through a graph symbolically."""

@@ -96,9 +96,7 @@ def contraction_of(call: Call) -> Contraction | None:
         labels_right = _swapped(labels_right, call.integer("transB", 0))
         if call.integer("transBatchA", 0) or call.integer("transBatchB", 0):
             return None
-    return Contraction(
-        left=0, right=right, left_labels=labels_left, right_labels=labels_right, result_labels=result
-    )
+    return Contraction(left=0, right=right, left_labels=labels_left, right_labels=labels_right, result_labels=result)
 
 
 def contraction(call: Call) -> Fact:

@@ -1,14 +1,14 @@
 """Symbolic dimensions: whole numbers, or sympy expressions in a few symbols, with remembered arithmetic.
 
-A decoder writes the same few expressions thousands of times over, so every operation is remembered: after the first layer
-the arithmetic of a layer is a dictionary look-up.
+A decoder writes the same few expressions thousands of times over, so every operation is remembered: after the first
+layer the arithmetic of a layer is a dictionary look-up.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cache
 from typing import TypeAlias
 
 import sympy
@@ -41,26 +41,26 @@ def plain(expression: sympy.Expr) -> Dimension:
     return int(expression) if expression.is_Integer else expression
 
 
-@lru_cache(maxsize=None)
+@cache
 def add(left: Dimension, right: Dimension) -> Dimension:
-    """left + right."""
+    """Left + right."""
     return left + right if isinstance(left, int) and isinstance(right, int) else plain(sympy.expand(left + right))
 
 
-@lru_cache(maxsize=None)
+@cache
 def multiply(left: Dimension, right: Dimension) -> Dimension:
-    """left * right."""
+    """Left * right."""
     return left * right if isinstance(left, int) and isinstance(right, int) else plain(sympy.expand(left * right))
 
 
 def subtract(left: Dimension, right: Dimension) -> Dimension:
-    """left - right."""
+    """Left - right."""
     return add(left, multiply(-1, right))
 
 
-@lru_cache(maxsize=None)
+@cache
 def exact_quotient(numerator: Dimension, denominator: Dimension) -> Dimension | None:
-    """numerator / denominator where that is a whole number whatever the symbols are, else None."""
+    """Numerator / denominator where that is a whole number whatever the symbols are, else None."""
     if denominator == 0:
         return None
     if isinstance(numerator, int) and isinstance(denominator, int):
@@ -70,28 +70,28 @@ def exact_quotient(numerator: Dimension, denominator: Dimension) -> Dimension | 
     return plain(sympy.expand(polynomial)) if divisor == 1 else None
 
 
-@lru_cache(maxsize=None)
+@cache
 def floor_quotient(numerator: Dimension, denominator: Dimension) -> Dimension:
-    """numerator // denominator, rounded down."""
+    """Numerator // denominator, rounded down."""
     if isinstance(numerator, int) and isinstance(denominator, int):
         return numerator // denominator
     exact = exact_quotient(numerator, denominator)
     return exact if exact is not None else plain(sympy.floor(sympy.sympify(numerator) / denominator))
 
 
-@lru_cache(maxsize=None)
+@cache
 def minimum(left: Dimension, right: Dimension) -> Dimension:
     """The smaller of two."""
     return plain(sympy.Min(left, right))
 
 
-@lru_cache(maxsize=None)
+@cache
 def maximum(left: Dimension, right: Dimension) -> Dimension:
     """The larger of two."""
     return plain(sympy.Max(left, right))
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_equal(left: Dimension, right: Dimension) -> bool | None:
     """Whether two numbers are equal whatever the symbols are; None where it depends."""
     if left is right:
@@ -102,7 +102,7 @@ def is_equal(left: Dimension, right: Dimension) -> bool | None:
     return answer
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_less(left: Dimension, right: Dimension) -> bool | None:
     """Whether left < right whatever the symbols are; None where it depends."""
     if isinstance(left, int) and isinstance(right, int):
@@ -121,7 +121,7 @@ def product(dimensions: Iterable[Dimension]) -> Dimension:
     return result
 
 
-@lru_cache(maxsize=None)
+@cache
 def substitute(dimension: Dimension, replacements: tuple[tuple[sympy.Symbol, Dimension], ...]) -> Dimension:
     """The dimension with symbols replaced by numbers or other expressions, all at once."""
     if isinstance(dimension, int):
@@ -129,12 +129,12 @@ def substitute(dimension: Dimension, replacements: tuple[tuple[sympy.Symbol, Dim
     return plain(sympy.expand(dimension.subs(dict(replacements), simultaneous=True)))
 
 
-@lru_cache(maxsize=None)
+@cache
 def broadcast(left: Dimension, right: Dimension) -> Dimension:
     """The dimension of an axis on which two tensors are broadcast against each other.
 
-    Source: ONNX, Multidirectional Broadcasting. Where neither is 1 they must be equal at run time, so the plainer one is
-    taken: a whole number before an expression, a known one before an unknown one.
+    Source: ONNX, Multidirectional Broadcasting. Where neither is 1 they must be equal at run time, so the plainer one
+    is taken: a whole number before an expression, a known one before an unknown one.
     """
     if left == 1 or left is right:
         return right

@@ -122,21 +122,22 @@ ARITHMETIC: dict[str, Arithmetic] = {
     "Where": lambda condition, left, right: left if condition else right,
 }
 
-COMPARISONS = frozenset(
-    {"And", "Or", "Xor", "Not", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "IsNaN", "IsInf"}
-)
-
-UNARY = frozenset(
-    """Abs Acos Acosh Asin Asinh Atan Atanh BitwiseNot Cast Ceil Celu Clip Cos Cosh DequantizeLinear Dropout Elu Erf Exp
-    Floor Gelu HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not QuantizeLinear Reciprocal Relu Round
-    Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Trilu
-    FastGelu QuickGelu BiasGelu""".split()
-)  # one tensor decides the shape; further inputs are parameters
-
-BINARY = frozenset(
-    """Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod
-    Mul Or PRelu Pow Sub Sum Where Xor""".split()
-)  # two tensors or more, broadcast against each other
+# fmt: off
+COMPARISONS = frozenset({
+    "And", "Or", "Xor", "Not", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "IsNaN", "IsInf",
+})
+UNARY = frozenset({  # one tensor decides the shape; further inputs are parameters
+    "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BiasGelu", "BitwiseNot", "Cast", "Ceil", "Celu", "Clip",
+    "Cos", "Cosh", "DequantizeLinear", "Dropout", "Elu", "Erf", "Exp", "FastGelu", "Floor", "Gelu", "HardSigmoid",
+    "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "QuantizeLinear", "QuickGelu",
+    "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt",
+    "Swish", "Tan", "Tanh", "ThresholdedRelu", "Trilu",
+})
+BINARY = frozenset({  # two tensors or more, broadcast against each other
+    "Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual",
+    "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor",
+})
+# fmt: on
 
 
 def _typed(number: Scalar, dtype: ir.DataType | None) -> Scalar:
@@ -151,8 +152,9 @@ def _typed(number: Scalar, dtype: ir.DataType | None) -> Scalar:
 
 
 def _numbers(call: Call, arithmetic: Arithmetic, operands: tuple[Fact | None, ...]) -> np.ndarray | None:
-    arrays = [operand.value for operand in operands if operand is not None]
-    if not arrays or any(array is None for array in arrays):
+    given = [operand for operand in operands if operand is not None]
+    arrays = [operand.value for operand in given if operand.value is not None]
+    if not arrays or len(arrays) < len(given):
         return None
     function = np.frompyfunc(arithmetic, len(arrays), 1)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +54,7 @@ class Call:
     inputs: tuple[Fact | None, ...]
     opset: int
     bound: Callable[[int], None]  # notes that the length is assumed to be at most so much
-    _attributes: ir.Attributes = field(init=False)
+    _attributes: Mapping[str, ir.Attr] = field(init=False)
 
     def __post_init__(self) -> None:
         self._attributes = self.node.attributes

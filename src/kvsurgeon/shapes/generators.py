@@ -86,7 +86,8 @@ def _one_hot_numbers(call: Call, axis: int, extent: Dimension) -> np.ndarray | N
     chosen = np.expand_dims(hot.astype(np.int64) % extent, axis)
     places = np.arange(extent).reshape([-1 if place == axis else 1 for place in range(hot.ndim + 1)])
     off, on = off_on.reshape(-1)
-    return np.where(chosen == places, on, off)
+    numbers: np.ndarray = np.where(chosen == places, on, off)
+    return numbers
 
 
 def _whole(number: Dimension | float) -> Dimension:

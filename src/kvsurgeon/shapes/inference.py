@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from kvsurgeon.graph.constants import constant_tensor, is_weight
-from kvsurgeon.shapes import contraction, elementwise, fused, generators, layout, reduction
+from kvsurgeon.shapes import contraction, elementwise, fused, generators, layout, reduction, slicing
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import Dimension
 from kvsurgeon.shapes.fact import NOTHING, Call, Fact, known
@@ -38,7 +38,7 @@ RULES: dict[str, Rule] = {
     "Tile": layout.tile,
     "Concat": layout.concat,
     "Split": layout.split,
-    "Slice": layout.slice_,
+    "Slice": slicing.slice_,
     "Gather": layout.gather,
     "GatherElements": layout.gather_elements,
     "GatherND": layout.gather_nd,
@@ -100,13 +100,11 @@ def _fact_of_constant(value: ir.Value) -> Fact:
     if tensor is None:
         return NOTHING
     if is_weight(tensor) or tensor.size > 512 or tensor.dtype is ir.DataType.STRING:
-        return Fact(tuple(int(size) for size in tensor.shape), tensor.dtype)
+        return Fact(tuple(tensor.shape.numpy()), tensor.dtype)
     return known(tensor.numpy(), tensor.dtype)
 
 
-def infer_shapes(
-    nodes: Iterable[ir.Node], inputs: Mapping[ir.Value, tuple[Dimension, ...]], opset: int
-) -> Shapes:
+def infer_shapes(nodes: Iterable[ir.Node], inputs: Mapping[ir.Value, tuple[Dimension, ...]], opset: int) -> Shapes:
     """Return what is known of every value, given the dimensions of the graph's inputs.
 
     Args:
@@ -149,16 +147,18 @@ def _by_schema(call: Call) -> list[Fact]:
         schema = onnx.defs.get_schema(node.op_type, call.opset, "")
         proto = ir.to_proto(node)
         types = {
-            value.name: onnx.helper.make_tensor_type_proto(int(fact.dtype or 1), [_spelled(s, names) for s in fact.shape or ()])
+            value.name or "": onnx.helper.make_tensor_type_proto(
+                int(fact.dtype or 1), [_spelled(s, names) for s in fact.shape or ()]
+            )
             for value, fact in zip(node.inputs, call.inputs, strict=True)
             if value is not None and fact is not None
         }
         inferred = onnx.shape_inference.infer_node_outputs(
             schema, proto, types, opset_imports=[onnx.helper.make_opsetid("", call.opset)]
         )
-    except Exception:  # noqa: BLE001 - whatever the schema trips over, the shape stays unknown
+    except Exception:
         return blank
-    return [_read_type(inferred.get(value.name), names, call) for value in node.outputs]
+    return [_read_type(inferred.get(value.name or ""), names, call) for value in node.outputs]
 
 
 def _spelled(size: Dimension, names: dict[str, Dimension]) -> int | str:

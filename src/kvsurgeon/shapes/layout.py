@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
-import onnx_ir as ir
 
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import Dimension
 from kvsurgeon.shapes.fact import NOTHING, WIDEST_VALUE, Call, Fact, axis_of
 
-FAR = 2**31 - 1  # exporters write "to the end" as a bound of at least this
 
-
-def _concrete(numbers: Sequence[Dimension] | None) -> list[int] | None:
-    if numbers is None or not all(isinstance(number, (int, np.integer)) for number in numbers):
+def whole_numbers(numbers: Iterable[Dimension] | None) -> list[int] | None:
+    """Return the numbers as integers; None where one of them depends on a length, or none is known."""
+    listed = None if numbers is None else list(numbers)
+    if listed is None or not all(isinstance(number, (int, np.integer)) for number in listed):
         return None
-    return [int(number) for number in numbers]
+    return [int(number) for number in listed]
 
 
 def reshape(call: Call) -> Fact:
@@ -39,7 +38,7 @@ def reshape(call: Call) -> Fact:
         _infer_rest(call, operand, sizes)
     shape = tuple(sizes)
     value = None
-    if operand.value is not None and (concrete := _concrete(shape)) is not None:
+    if operand.value is not None and (concrete := whole_numbers(shape)) is not None:
         value = operand.value.reshape(concrete)
     return Fact(shape, operand.dtype, value)
 
@@ -73,7 +72,7 @@ def transpose(call: Call) -> Fact:
 
 def unsqueeze(call: Call) -> Fact:
     """`Unsqueeze`: axes of size 1 where `axes` says, counted in the result."""
-    operand, axes = call.fact(0), _concrete(call.integers("axes", 1))
+    operand, axes = call.fact(0), whole_numbers(call.integers("axes", 1))
     if operand.shape is None or axes is None:
         return Fact(None, operand.dtype)
     rank = len(operand.shape) + len(axes)
@@ -86,7 +85,7 @@ def unsqueeze(call: Call) -> Fact:
 
 def squeeze(call: Call) -> Fact:
     """`Squeeze`: axes of size 1 are gone."""
-    operand, axes = call.fact(0), _concrete(call.integers("axes", 1))
+    operand, axes = call.fact(0), whole_numbers(call.integers("axes", 1))
     if operand.shape is None or (axes is None and call.given(1) is not None):
         return Fact(None, operand.dtype)
     rank = len(operand.shape)
@@ -116,7 +115,7 @@ def expand(call: Call) -> Fact:
     right = (1,) * (rank - len(target)) + tuple(target)
     shape = tuple(dim.broadcast(a, b) for a, b in zip(left, right, strict=True))
     value = None
-    concrete = _concrete(shape)
+    concrete = whole_numbers(shape)
     if operand.value is not None and concrete is not None and np.prod(concrete, dtype=int) <= WIDEST_VALUE:
         value = np.broadcast_to(operand.value, concrete)
     return Fact(shape, operand.dtype, value)
@@ -128,7 +127,7 @@ def tile(call: Call) -> Fact:
     if operand.shape is None or repeats is None:
         return Fact(None if operand.shape is None else tuple(call.lost() for _ in operand.shape), operand.dtype)
     shape = tuple(dim.multiply(size, times) for size, times in zip(operand.shape, repeats, strict=True))
-    concrete = _concrete(repeats)
+    concrete = whole_numbers(repeats)
     value = np.tile(operand.value, concrete) if operand.value is not None and concrete is not None else None
     return Fact(shape, operand.dtype, value)
 
@@ -167,7 +166,7 @@ def split(call: Call) -> list[Fact]:
         sizes = _equal_parts(call, operand.shape[axis], count)
     bounds = [0]
     for size in sizes:
-        bounds.append(bounds[-1] + size if isinstance(size, int) else bounds[-1])
+        bounds.append(bounds[-1] + (int(size) if isinstance(size, int) else 0))
     parts = []
     for index, size in enumerate(sizes):
         shape = (*operand.shape[:axis], size, *operand.shape[axis + 1 :])
@@ -188,81 +187,6 @@ def _equal_parts(call: Call, size: Dimension, count: int) -> tuple[Dimension, ..
     return tuple(call.lost() if part is None else part for _ in range(count))
 
 
-def slice_bounds(call: Call) -> tuple[list[int], list[Dimension], list[Dimension], list[int]] | None:
-    """Return axes, starts, ends and steps of a `Slice`; None where one is not known. Also for opset 1 to 9."""
-    starts, ends = call.integers("starts", 1), call.integers("ends", 2)
-    if starts is None or ends is None or call.fact(0).shape is None:
-        return None
-    rank = len(call.fact(0).shape or ())
-    axes = _concrete(call.integers("axes", 3)) if call.given(3) or call.attribute("axes") else list(range(len(starts)))
-    steps = _concrete(call.numbers(4)) if call.given(4) else [1] * len(starts)
-    if axes is None or steps is None:
-        return None
-    return [axis_of(axis, rank) for axis in axes], list(starts), list(ends), steps
-
-
-def _clamped(call: Call, bound: Dimension, size: Dimension) -> Dimension:
-    """A start or an end of a `Slice`, counted from the front and kept inside the axis."""
-    if isinstance(bound, int):
-        if bound >= FAR:
-            return size
-        if isinstance(size, int):
-            return max(0, min(bound + size if bound < 0 else bound, size))
-        if bound <= -FAR:
-            return 0
-        if bound < 0:
-            return dim.maximum(dim.add(size, bound), 0)
-        return dim.minimum(bound, size) if bound else 0
-    if dim.is_less(bound, 0):
-        bound = dim.add(size, bound)
-        if isinstance(bound, int):
-            return max(0, bound)
-    if dim.is_less(bound, size) or dim.is_equal(bound, size):
-        return bound
-    if dim.is_less(bound, size) is False:
-        return size
-    if isinstance(size, int) and dim.is_known(bound):
-        call.bound(size)  # a table cut by length: it cannot serve more than it holds
-        return bound
-    return dim.minimum(bound, size)
-
-
-def slice_(call: Call) -> Fact:
-    """`Slice`: a range of each named axis."""
-    operand, bounds = call.fact(0), slice_bounds(call)
-    if operand.shape is None:
-        return Fact(None, operand.dtype)
-    sizes = list(operand.shape)
-    if bounds is None:
-        axes = _concrete(call.integers("axes", 3))
-        for axis in axes if axes is not None else range(len(sizes)):
-            sizes[axis] = call.lost()
-        return Fact(tuple(sizes), operand.dtype)
-    picks: list[slice] = [slice(None)] * len(sizes)
-    concrete = True
-    for axis, start, end, step in zip(*bounds, strict=True):
-        if step < 0:
-            sizes[axis] = sizes[axis] if step == -1 and _is_whole_reversal(start, end) else call.lost()
-            picks[axis] = slice(None, None, step)
-            concrete = concrete and step == -1
-            continue
-        first, last = _clamped(call, start, sizes[axis]), _clamped(call, end, sizes[axis])
-        extent = dim.subtract(last, first)
-        if step > 1:
-            extent = dim.floor_quotient(dim.add(extent, step - 1), step)
-        sizes[axis] = max(extent, 0) if isinstance(extent, int) else extent
-        if isinstance(first, int) and isinstance(last, int):
-            picks[axis] = slice(first, last, step)
-        else:
-            concrete = False
-    value = operand.value[tuple(picks)] if operand.value is not None and concrete else None
-    return Fact(tuple(sizes), operand.dtype, value)
-
-
-def _is_whole_reversal(start: Dimension, end: Dimension) -> bool:
-    return start == -1 and isinstance(end, int) and end <= -FAR
-
-
 def gather(call: Call) -> Fact:
     """`Gather`: the indices' shape in place of one axis."""
     table, indices = call.fact(0), call.fact(1)
@@ -271,7 +195,7 @@ def gather(call: Call) -> Fact:
     axis = axis_of(call.integer("axis", 0), len(table.shape))
     shape = table.shape[:axis] + indices.shape + table.shape[axis + 1 :]
     value = None
-    if table.value is not None and indices.value is not None and _concrete(indices.value.reshape(-1)) is not None:
+    if table.value is not None and indices.value is not None and whole_numbers(indices.value.reshape(-1)) is not None:
         index = indices.value.astype(np.int64)
         value = np.asarray(np.take(table.value, index, axis=axis), dtype=object)
     return Fact(shape, table.dtype, value)
@@ -296,18 +220,20 @@ def pad(call: Call) -> Fact:
     operand, pads = call.fact(0), call.integers("pads", 1)
     if operand.shape is None:
         return Fact(None, operand.dtype)
-    axes = _concrete(call.numbers(3)) if call.given(3) else list(range(len(operand.shape)))
+    axes = whole_numbers(call.numbers(3)) if call.given(3) else list(range(len(operand.shape)))
     if pads is None or axes is None:
         return Fact(tuple(call.lost() for _ in operand.shape), operand.dtype)
     sizes = list(operand.shape)
     for place, axis in enumerate(axes):
         sizes[axis] = dim.add(sizes[axis], dim.add(pads[place], pads[place + len(axes)]))
     value = None
-    if operand.value is not None and operand.value.ndim == 1 and (ends := _concrete(pads)) is not None:
+    if operand.value is not None and operand.value.ndim == 1 and (ends := whole_numbers(pads)) is not None:
         fill = call.fact(2).value
         constant = 0 if fill is None else fill.reshape(-1)[0]
         if min(ends) >= 0:
-            value = np.concatenate([np.full(ends[0], constant, object), operand.value, np.full(ends[1], constant, object)])
+            value = np.concatenate(
+                [np.full(ends[0], constant, object), operand.value, np.full(ends[1], constant, object)]
+            )
     return Fact(tuple(sizes), operand.dtype, value)
 
 
@@ -320,7 +246,7 @@ def scatter(call: Call) -> Fact:
         and data.value is not None
         and updates.value is not None
         and indices.value is not None
-        and _concrete(indices.value.reshape(-1)) is not None
+        and whole_numbers(indices.value.reshape(-1)) is not None
     ):
         value = data.value.copy()
         for place in np.ndindex(indices.value.shape[:-1]):
