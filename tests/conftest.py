@@ -1,6 +1,12 @@
-"""Let every test import `decoders` and `broken_decoders`, whatever folder it is in."""
+"""Let every test import `decoders`, `written` and their like, whatever folder it is in; take `--update-goldens`."""
 
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-goldens", action="store_true", help="write what stands behind `--- after`")

@@ -1,0 +1,88 @@
+"""What is claimed of a tensor is what it turns out to be: every intermediate is looked at, at two batches and lengths."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from decoders import Config, Decoder
+from laws import dims_of, in_chunks, in_onnxruntime, texts
+from onnx import helper
+
+from kvsurgeon import io
+from kvsurgeon.passes.contract import Subject
+from kvsurgeon.passes.inject import Inject
+from kvsurgeon.sequence.kinds import read_inputs
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.dimension import BATCH, LENGTH
+from kvsurgeon.shapes.inference import infer_shapes
+
+CORPUS = Path(__file__).parents[1] / "corpus"
+MODELS = {
+    "decoder": lambda: Decoder(Config(position_ids=True)).model(),
+    **{path.stem: lambda path=path: onnx.load(path) for path in sorted(CORPUS.glob("*.onnx"))},
+}
+SIZES = [(1, 5), (3, 8)]
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param]()
+
+
+def with_all_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with every value that a node makes as an output, behind its own."""
+    wide = onnx.ModelProto()
+    wide.CopyFrom(model)
+    shown = {value.name for value in wide.graph.output}
+    for node in wide.graph.node:
+        wide.graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output if name and name not in shown)
+    return wide
+
+
+def test_claims_are_what_onnxruntime_finds(model):
+    graph = ir.from_proto(model).graph
+    dimensions, _ = read_inputs(graph)
+    shapes = infer_shapes(list(graph), dimensions, graph.opset_imports[""])
+    values = {value.name: value for node in graph for value in node.outputs}
+    run = in_onnxruntime(with_all_outputs(model))
+    for batch, length in SIZES:
+        for name, found in run(texts(model, batch, length)).items():
+            fact = shapes[values[name]]
+            assert fact.shape is not None, name
+            at = ((BATCH, batch), (LENGTH, length))
+            assert tuple(dim.substitute(size, at) for size in fact.shape) == found.shape, name
+            assert fact.dtype is None or fact.dtype.numpy() == found.dtype, name
+            if fact.value is not None:
+                claimed = [float(dim.substitute(number, at)) if hasattr(number, "subs") else number
+                           for number in fact.value.reshape(-1)]  # fmt: skip
+                np.testing.assert_allclose(found.reshape(-1), claimed, err_msg=name)
+
+
+def test_after_injection_what_is_declared_is_what_onnxruntime_finds(model):
+    subject = Subject.of(model)
+    Inject().apply(subject)
+    injected = io.to_proto(subject.model)
+    declared = {value.name: value for value in (*injected.graph.value_info, *injected.graph.output)}
+    assert declared
+
+    wide = with_all_outputs(injected)
+    run, cuts = in_onnxruntime(wide), (3, 4)
+    for batch, length in SIZES:
+        steps = in_chunks(wide, run, texts(model, batch, length), cuts)
+        for past, stop, found in zip((0, *cuts), (*cuts, length), steps, strict=True):
+            sizes = {"batch_size": batch, "past_sequence_length": past, "sequence_length": stop - past,
+                     "total_sequence_length": stop}  # fmt: skip
+            for name in found.keys() & declared.keys():
+                tensor = declared[name].type.tensor_type
+                assert helper.np_dtype_to_tensor_dtype(found[name].dtype) == tensor.elem_type, name
+                if tensor.HasField("shape"):
+                    assert_declared(name, dims_of(declared[name]), found[name].shape, sizes)
+
+
+def assert_declared(name, dims, shape, sizes):
+    assert len(dims) == len(shape), name
+    for size, real in zip(dims, shape, strict=True):
+        claimed = sizes.get(size, size)
+        assert claimed == real or not isinstance(claimed, int), (name, dims, shape, sizes)
