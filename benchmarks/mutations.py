@@ -1,0 +1,171 @@
+"""Mutates decoders, and asks of each mutant: is it refused, or injected and the same with a cache as without?
+
+    python benchmarks/mutations.py FOLDER... [--mutants N] [--seed S] [--models GLOB] [--only NUMBER] [--json OUT]
+
+Everything is drawn from the seed: mutant NUMBER of a seed is the same one whatever else is made. Mutants are made and
+judged in a process of their own, so that one which hangs or dies is a verdict. Ends with 1 if a mutant was injected
+wrongly, ended in a traceback, hung or died.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
+from io import StringIO
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import attention_grafts
+import grafts
+import mutants
+import onnx
+import onnxruntime as ort
+from corpus import Entry, find_entries
+from mutable_graph import Graph
+from mutant_trial import BAD, CATEGORIES, Outcome, seeded, try_mutant
+
+SECONDS_ALLOWED = 60
+TRIES = 20  # mutations drawn until one finds a place
+
+MUTATIONS = [*mutants.every(), *grafts.every(), *attention_grafts.every()]
+
+
+def make(entries: Sequence[Entry], seed: int, number: int) -> tuple[Entry, Outcome, onnx.ModelProto | None]:
+    """Return one mutant, its model and what was done to it."""
+    random = seeded(seed, number)
+    entry = random.choice(entries)
+    original = onnx.load(entry.path, load_external_data=False)
+    outcome = Outcome(number=number, model=entry.label, mutation="none", reason="no mutation has a place in it")
+    for _ in range(TRIES):
+        name, mutation, _ = random.choices(MUTATIONS, [weight for *_, weight in MUTATIONS])[0]
+        mutant = onnx.ModelProto.FromString(original.SerializeToString())
+        recipe = mutation(Graph(model=mutant, random=random))
+        if recipe is not None and mutant != original:
+            return entry, replace(outcome, mutation=name, recipe=recipe, reason=""), mutant
+    return entry, outcome, None
+
+
+def examine(entries: Sequence[Entry], seed: int, number: int, connection: Connection) -> Outcome:
+    """Make and judge one mutant; say first which it is, for whoever waits."""
+    entry, outcome, mutant = make(entries, seed, number)
+    connection.send(replace(outcome, category="hang"))
+    return outcome if mutant is None else try_mutant(outcome, entry, mutant)
+
+
+def work(entries: Sequence[Entry], seed: int, numbers: Sequence[int], connection: Connection) -> None:
+    """Judge mutants and send what became of each: first a promise, then the outcome."""
+    warnings.simplefilter("ignore")
+    ort.set_default_logger_severity(4)
+    for number in numbers:
+        with redirect_stdout(StringIO()):  # onnxruntime's Python prints where a session cannot be made
+            outcome = examine(entries, seed, number, connection)
+        connection.send(outcome)
+    connection.send(None)
+
+
+def campaign(entries: Sequence[Entry], seed: int, numbers: Sequence[int]) -> Iterator[Outcome]:
+    """Yield what became of each mutant; a worker that hangs or dies is ended and replaced."""
+    context = multiprocessing.get_context("spawn")
+    left = list(numbers)
+    while left:
+        mine, theirs = context.Pipe(duplex=False)
+        worker = context.Process(target=work, args=(entries, seed, left, theirs), daemon=True)
+        worker.start()
+        theirs.close()
+        for outcome in _until_stuck(mine):
+            left.remove(outcome.number)
+            yield outcome
+        worker.kill()
+        worker.join()
+
+
+def _until_stuck(connection: Connection) -> Iterator[Outcome]:
+    promised: Outcome | None = None
+    while True:
+        try:
+            if not connection.poll(SECONDS_ALLOWED):
+                break
+            outcome: Outcome | None = connection.recv()
+        except EOFError:
+            if promised is None:
+                raise SystemExit("a mutation itself failed, see above") from None
+            yield replace(promised, category="died", reason="its process ended")
+            return
+        if outcome is None:
+            return
+        promised = outcome if outcome.category == "hang" else None
+        if promised is None:
+            yield outcome
+    if promised is not None:
+        yield replace(promised, reason=f"not done after {SECONDS_ALLOWED} s")
+
+
+def report(outcomes: Sequence[Outcome], seconds: float) -> None:
+    """Print what was bad, each with how to see it again, and counts by mutation."""
+    for outcome in outcomes:
+        if outcome.category in BAD:
+            mutant = f"mutant {outcome.number} of {outcome.model}"
+            print(f"\n{outcome.category}: {mutant}, {outcome.mutation}: {outcome.recipe}")
+            print(f"    {outcome.reason}")
+    print(f"\n{'':24}", *(f"{category:>13}" for category in CATEGORIES))
+    for name in [*sorted({outcome.mutation for outcome in outcomes}), "all"]:
+        counts = Counter(outcome.category for outcome in outcomes if name in ("all", outcome.mutation))
+        print(f"{name:24}", *(f"{counts[category] or '.':>13}" for category in CATEGORIES))
+    print(f"{len(outcomes)} mutants in {seconds:.0f} s")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--mutants", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--models", action="append", default=[], metavar="GLOB", help="only group/name like this")
+    parser.add_argument("--only", type=int, action="append", help="only the mutant of this number; repeatable")
+    parser.add_argument("--first", type=int, default=0, help="number of the first mutant")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write the mutants of --only there")
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the campaign, print, and return the exit code."""
+    options = parse()
+    entries = [
+        entry
+        for entry in find_entries(options.folders, groups=[], names=options.models)
+        if entry.expected == "inject" and not entry.damaged
+    ]
+    if not entries:
+        print("no model found: expected FOLDER/<group>/<name>/meta.json", file=sys.stderr)
+        return 2
+    numbers = options.only or range(options.first, options.first + options.mutants)
+    if options.keep:
+        for number in numbers:
+            _keep(options.keep, *make(entries, options.seed, number))
+    start = time.perf_counter()
+    outcomes = []
+    for outcome in campaign(entries, options.seed, list(numbers)):
+        outcomes.append(outcome)
+        if options.json:
+            lines = json.dumps([asdict(one) for one in outcomes], indent=1)
+            options.json.write_text(lines, encoding="utf-8")
+    report(outcomes, time.perf_counter() - start)
+    return 1 if any(outcome.category in BAD for outcome in outcomes) else 0
+
+
+def _keep(folder: Path, entry: Entry, outcome: Outcome, mutant: onnx.ModelProto | None) -> None:
+    if mutant is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        onnx.save(mutant, folder / f"{outcome.number}-{entry.name}.onnx")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
