@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvsurgeon.anatomy.facts import Mask
-from kvsurgeon.sequence.proof import SEEN, Seen
+from kvsurgeon.sequence.causal import SEEN, Seen
 
 
 def read_mask(seen: Seen) -> Mask:

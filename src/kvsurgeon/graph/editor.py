@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.graph.liveness import find_alive
+
 
 class Editor:
     """Add and rewire nodes of a graph; `finish` drops what nobody reads any more and restores the order."""
@@ -18,7 +20,7 @@ class Editor:
         self.edits = 0
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._taken = {value.name for value in self._values()} | {node.name for node in self.graph}
-        self._alive = _alive(self.graph)
+        self._alive = find_alive(self.graph)
         self._twins: dict[ir.Node, ir.Node] = {}
 
     def _values(self) -> Iterable[ir.Value]:
@@ -121,7 +123,7 @@ class Editor:
 
     def finish(self) -> None:
         """Drop what was read before and is not read any more, give names back, and restore the order."""
-        alive = _alive(self.graph)
+        alive = find_alive(self.graph)
         for node in reversed(list(self.graph)):
             if node not in alive and (node in self._alive or node in self._twins):
                 self.graph.remove(node, safe=False)
@@ -143,25 +145,3 @@ class Editor:
             twin.name = original.name
             for mine, theirs in zip(twin.outputs, original.outputs, strict=True):
                 mine.name, theirs.name = theirs.name, mine.name
-
-
-def _alive(graph: ir.Graph) -> set[ir.Node | ir.Value]:
-    """Nodes and initializers that the graph's outputs depend on, subgraphs included."""
-    alive: set[ir.Node | ir.Value] = set()
-    pending: list[ir.Value] = [value for value in graph.outputs if value is not None]
-    while pending:
-        value = pending.pop()
-        node = value.producer()
-        if node is None:
-            alive.add(value)
-            continue
-        if node in alive:
-            continue
-        alive.add(node)
-        pending += [value for value in node.inputs if value is not None]
-        for attribute in node.attributes.values():
-            if attribute.type is ir.AttributeType.GRAPH:
-                for inner in attribute.as_graph().all_nodes():
-                    alive.add(inner)
-                    pending += [value for value in inner.inputs if value is not None]
-    return alive

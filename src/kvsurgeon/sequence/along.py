@@ -19,8 +19,8 @@ def forbid(step: Step, axes: Axes, along: Iterable[int]) -> None:
     """Refuse an operator that works along an axis of the stream; along an open one it says that these are the keys."""
     worked = set(along)
     for axis in axes:
-        if axis.axis in worked and (axis.role.resolved() is Length.NEW or not axis.is_plain):
-            raise step.mixing()
+        if axis.axis in worked:
+            step.works_along(axis)
 
 
 def softmax(step: Step) -> list[Axes]:
@@ -101,8 +101,9 @@ def concat(step: Step) -> list[Axes]:
     for index in step.tokens():
         for axis in step.axes(index):
             if axis.axis == joined:
-                if axis.role.resolved() is Length.NEW or not axis.is_plain:
+                if axis.role.resolved() is Length.NEW:
                     raise _joined(step, index)
+                step.works_along(axis)
                 found.setdefault(joined, axis)
             elif axis.axis in found:
                 step.meet(found[axis.axis], axis, index)

@@ -47,6 +47,18 @@ class Head:
         """The outputs of the score products."""
         return frozenset(score.node.outputs[0] for score in self.scores)
 
+    def upstream_of_weights(self) -> frozenset[ir.Node]:
+        """The nodes between the scores and the weights that the values are multiplied with."""
+        found: set[ir.Node] = set()
+        pending = [product.node.inputs[product.weights] for product in self.products]
+        while pending:
+            value = pending.pop()
+            node = None if value is None or value in self.score_values else value.producer()
+            if node is not None and node not in found:
+                found.add(node)
+                pending += node.inputs
+        return frozenset(found)
+
     @property
     def ends(self) -> frozenset[ir.Node]:
         """The context products, at which the attention ends."""

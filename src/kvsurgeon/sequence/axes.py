@@ -34,6 +34,7 @@ class Role:
     bias: bool = False  # arose where context brought an axis of its own
     parent: Role | None = None
     only_if_new: list[str] = field(default_factory=list)  # values that are right only if the role becomes NEW
+    only_if_total: list[str] = field(default_factory=list)  # values that are right only if it becomes TOTAL
 
     def root(self) -> Role:
         """The role that stands for all that agree with this one."""
@@ -57,6 +58,7 @@ class Role:
             mine, theirs = theirs, mine
         theirs.parent = mine
         mine.only_if_new += theirs.only_if_new
+        mine.only_if_total += theirs.only_if_total
         return True
 
 

@@ -181,10 +181,10 @@ def downstream(values: Iterable[ir.Value], stops: Collection[ir.Node] = ()) -> f
 
 
 def at_length(number: Any, length: int) -> Any:
-    """The number for one sequence of that length."""
+    """The number for two sequences of that length: two, so that what differs between them shows."""
     if isinstance(number, (int, float, bool)):
         return number
-    return dim.substitute(number, ((LENGTH, length), (BATCH, 1)))
+    return dim.substitute(number, ((LENGTH, length), (BATCH, 2)))
 
 
 def _is_decided(numbers: np.ndarray) -> bool:

@@ -80,6 +80,8 @@ class Flow:
     products: list[ContextProduct] = field(default_factory=list)
     fused: list[FusedAttention] = field(default_factory=list)
     assumed: dict[str, str] = field(default_factory=dict)  # what could not be proved, and where first
+    along_keys: dict[ir.Node, Role] = field(default_factory=dict)  # operators along an open axis: keys, or nothing
+    last: set[ir.Value] = field(default_factory=set)  # made of the last token alone
     per_call: set[ir.Value] = field(default_factory=set)  # made with ranges over all tokens of a call
 
 
@@ -159,6 +161,17 @@ class Step:
             at=self.node.outputs[0].name,
             hint="the state of this operator would have to be remembered too",
         )
+
+    def works_along(self, axis: SequenceAxis) -> None:
+        """Note that the node works along a sequence axis: right only where that is the axis of the keys.
+
+        Raises:
+            Refused: It is the stream's.
+        """
+        if axis.role.resolved() is Length.NEW or not axis.is_plain:
+            raise self.mixing()
+        axis.role.root().only_if_total.append(self.node.outputs[0].name or "")
+        self.flow.along_keys[self.node] = axis.role
 
     def meet(self, mine: SequenceAxis, theirs: SequenceAxis, index: int) -> None:
         """Align two sequence axes of token data; `index` is the input that `theirs` belongs to."""

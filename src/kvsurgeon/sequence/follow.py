@@ -14,10 +14,11 @@ from kvsurgeon.sequence import along, elementwise, moving, products
 from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
 from kvsurgeon.sequence.flow import Flow, Step
 from kvsurgeon.sequence.kinds import GivenInput, Kind
+from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes import elementwise as elementwise_shapes
 from kvsurgeon.shapes.dimension import Dimension
 from kvsurgeon.shapes.fact import NOTHING
-from kvsurgeon.shapes.inference import STANDARD_DOMAINS, Shapes
+from kvsurgeon.shapes.inference import STANDARD_DOMAINS, Shapes, in_one_line
 
 Rule = Callable[[Step], list[Axes]]
 
@@ -99,11 +100,14 @@ def _take(flow: Flow, node: ir.Node) -> None:
     rule = RULES.get(node.op_type) if node.domain in KNOWN_DOMAINS else None
     if rule is None:
         raise _no_rule(step)
-    found = rule(step)
+    with in_one_line(node):
+        found = rule(step)
     for value, fact, axes in zip(node.outputs, results, found, strict=False):
         if fact.shape is not None:
             _check_lengths(step, fact.shape, axes)
         flow.axes[value] = axes
+    if any(value in flow.last for value in node.inputs if value is not None):
+        _check_last(step, found)
 
 
 def _no_rule(step: Step) -> Refused:
@@ -125,6 +129,20 @@ def _check_lengths(step: Step, shape: tuple[Dimension, ...], axes: Axes) -> None
     for place, size in enumerate(shape):
         if place not in held and step.holds_length(size):
             raise step.refusal("a tensor's tokens were lost sight of", found=f"axis {place} of size {size}")
+    for axis in axes:
+        whole = dim.multiply(dim.multiply(axis.outer, axis.inner), step.flow.length)
+        if axis.role.resolved() is Length.NEW and not dim.is_equal(whole, shape[axis.axis]):
+            raise step.refusal(
+                "it keeps some of the tokens only", expected=f"axis {axis.axis} of size {whole}",
+                found=str(shape[axis.axis]),
+            )  # fmt: skip
+
+
+def _check_last(step: Step, found: list[Axes]) -> None:
+    """What is made of the last token alone must not reach the others."""
+    if any(found):
+        raise step.refusal("what is made of the last token is given to all of them")
+    step.flow.last.update(step.node.outputs)
 
 
 def _check_roles(flow: Flow) -> None:
@@ -138,6 +156,11 @@ def _check_roles(flow: Flow) -> None:
         if score.left_role.resolved() is score.right_role.resolved():
             raise Refused("queries and keys cannot be told apart", at=score.node.outputs[0].name)
         for role in (score.left_role.root(), score.right_role.root()):
+            if role.length is Length.NEW and role.only_if_total:
+                raise Refused(
+                    "an operator mixes tokens along the axis of the queries, which no KV cache can carry",
+                    at=role.only_if_total[0],
+                )
             if role.length is Length.TOTAL and role.only_if_new:
                 raise Refused(
                     "token data of all tokens so far is needed beside keys and values, and would be state of its own",

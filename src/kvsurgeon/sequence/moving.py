@@ -124,6 +124,7 @@ def _cut(step: Step, axis: SequenceAxis, start: dim.Dimension, end: dim.Dimensio
     if jump == 1 and axis.is_plain and axis.role.resolved() is None and start == 0:
         return _without_sinks(step, axis, end)
     if jump == 1 and axis.is_plain and to_end and start == -1 and after == 1:
+        step.flow.last.update(step.node.outputs)
         return None  # the last of the new tokens is the last of all
     raise Refused(
         "Slice picks some of the tokens by their place in the sequence",
@@ -135,6 +136,7 @@ def _cut(step: Step, axis: SequenceAxis, start: dim.Dimension, end: dim.Dimensio
 def _without_sinks(step: Step, axis: SequenceAxis, end: dim.Dimension) -> SequenceAxis:
     """Columns that were joined behind the keys (attention sinks) are cut off again."""
     if (isinstance(end, int) and end < 0) or dim.is_equal(end, step.flow.length):
+        step.works_along(axis)
         return axis
     raise step.refusal("it cuts the keys at a fixed place", found=f"[0:{end}]")
 
@@ -151,6 +153,7 @@ def gather(step: Step) -> list[Axes]:
     for held in step.axes(0):
         if held.axis == axis:
             if _picks_last(step, held):
+                step.flow.last.update(step.node.outputs)
                 continue
             raise _by_place(step)
         result.append(held if held.axis < axis else held.at(held.axis + picked - 1))

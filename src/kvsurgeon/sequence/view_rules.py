@@ -212,6 +212,8 @@ def _range(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value | No
     if start is None or delta != (1,) or fact.shape is None or fact.dtype not in WHOLE_NUMBERS:
         return None
     first, extent = Lengths.at(start[0], Length.TOTAL), Lengths.at(fact.shape[0], Length.TOTAL)
+    if axes and isinstance(views.flow.length, int):
+        extent = dim.add(PAST, NEW)
     if not dim.is_known(extent) or not dim.is_known(first):
         return None
     if axes and axes[0].role.resolved() is Length.NEW:

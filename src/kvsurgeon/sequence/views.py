@@ -23,6 +23,7 @@ from kvsurgeon.sequence.lengths import NEW, PAST, Lengths
 from kvsurgeon.sequence.view_rules import RULES, WHOLE_NUMBERS
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import Dimension
+from kvsurgeon.shapes.inference import in_one_line
 
 Key = tuple[tuple[int, Dimension, Dimension, Length], ...]  # axis, outer, inner, length
 
@@ -63,7 +64,10 @@ class Views:
         if self.flow.kinds.get(value, Kind.CONSTANT) is Kind.CONSTANT:
             return self.sliced(value, axes)
         rule = RULES.get(node.op_type)
-        made = rule(self, node, self.flow.shapes.call(node), axes) if rule is not None else None
+        made = None
+        if rule is not None:
+            with in_one_line(node):
+                made = rule(self, node, self.flow.shapes.call(node), axes)
         return made if made is not None else self.sliced(self._whole(node, value), axes)
 
     def _of_constant(self, value: ir.Value, axes: Axes) -> ir.Value:

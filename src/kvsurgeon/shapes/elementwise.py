@@ -47,16 +47,23 @@ def _times(left: Scalar, right: Scalar) -> Scalar:
 def _divided(left: Scalar, right: Scalar) -> Scalar:
     whole = not isinstance(left, float) and not isinstance(right, float)
     if _is_symbolic(left, right):
-        return dim.floor_quotient(left, right) if whole else sympy.sympify(left) / right
+        return dim.floor_quotient(_not_negative(left), right) if whole else sympy.sympify(left) / right
     if right == 0:
         raise Undecided
     return int(left / right) if whole and left * right < 0 else left // right if whole else left / right
 
 
+def _not_negative(operand: Scalar) -> Scalar:
+    """The operand, where rounding towards zero is rounding down."""
+    if dim.is_less(operand, 0) is not False:
+        raise Undecided
+    return operand
+
+
 def _modulo(left: Scalar, right: Scalar) -> Scalar:
     if not _is_symbolic(left, right):
         return left % right
-    return dim.subtract(left, dim.multiply(dim.floor_quotient(left, right), right))
+    return dim.subtract(left, dim.multiply(dim.floor_quotient(_not_negative(left), right), right))
 
 
 def _power(left: Scalar, right: Scalar) -> Scalar:
@@ -147,7 +154,8 @@ def _typed(number: Scalar, dtype: ir.DataType | None) -> Scalar:
     if dtype is ir.DataType.BOOL:
         return _decided(not dim.is_equal(number, 0)) if _is_symbolic(number) else bool(number)
     if _is_symbolic(number):
-        return number if dtype.is_floating_point() or number.is_integer else dim.plain(sympy.floor(number))
+        whole = dtype.is_floating_point() or number.is_integer
+        return number if whole else dim.plain(sympy.floor(_not_negative(number)))
     return float(number) if dtype.is_floating_point() else int(number)
 
 

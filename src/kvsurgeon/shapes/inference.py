@@ -5,12 +5,14 @@ Stored shapes are not believed, except their rank where no rule reaches: exporte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import onnx
 import onnx_ir as ir
 
+from kvsurgeon.errors import KvsurgeonError, Refused
 from kvsurgeon.graph.constants import constant_tensor, is_weight
 from kvsurgeon.shapes import contraction, elementwise, fused, generators, layout, reduction, slicing
 from kvsurgeon.shapes import dimension as dim
@@ -74,6 +76,25 @@ RULES: dict[str, Rule] = {
 }  # fmt: skip
 
 
+@contextmanager
+def in_one_line(node: ir.Node) -> Iterator[None]:
+    """Let what a rule stumbles over say at which node its inputs do not fit together.
+
+    Raises:
+        Refused: In place of whatever else was raised.
+    """
+    try:
+        yield
+    except KvsurgeonError:
+        raise
+    except Exception as error:
+        raise Refused(
+            f"{node.op_type}: its inputs do not fit together",
+            at=node.outputs[0].name, found=" ".join(str(error).split()) or type(error).__name__,
+            hint="does onnxruntime run this model?",
+        ) from error  # fmt: skip
+
+
 @dataclass(slots=True)
 class Shapes:
     """What is known of every value of a graph."""
@@ -119,8 +140,9 @@ def infer_shapes(nodes: Iterable[ir.Node], inputs: Mapping[ir.Value, tuple[Dimen
         if node.op_type == "Constant":
             continue  # looked up when asked for
         call = shapes.call(node)
-        rule = RULES.get(node.op_type)
-        found = rule(call) if rule is not None else _by_schema(call)
+        rule = RULES.get(node.op_type, _by_schema)
+        with in_one_line(node):
+            found = rule(call)
         outputs = found if isinstance(found, list) else [found]
         for index, value in enumerate(node.outputs):
             fact = outputs[index] if index < len(outputs) else outputs[0]

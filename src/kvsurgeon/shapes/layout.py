@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -164,9 +165,7 @@ def split(call: Call) -> list[Fact]:
     sizes = call.integers("split", 1)
     if sizes is None:
         sizes = _equal_parts(call, operand.shape[axis], count)
-    bounds = [0]
-    for size in sizes:
-        bounds.append(bounds[-1] + (int(size) if isinstance(size, int) else 0))
+    bounds = [0, *itertools.accumulate(size if isinstance(size, int) else 0 for size in sizes)]
     parts = []
     for index, size in enumerate(sizes):
         shape = (*operand.shape[:axis], size, *operand.shape[axis + 1 :])

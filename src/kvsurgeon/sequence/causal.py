@@ -1,0 +1,126 @@
+"""Obligation (ii): no query gives weight to a key after it, however scores are made into weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.sequence.analysis import Head
+from kvsurgeon.sequence.axes import Axes
+from kvsurgeon.sequence.experiment import Experiment
+from kvsurgeon.sequence.looking import all_seen, cut_short, left_padded, unfolded
+from kvsurgeon.sequence.trial import MaskFeed, Trial, check_same, first
+
+SEEN = 1e-6  # a weight above this is one that counts
+
+Read = Callable[[np.ndarray, int], np.ndarray]  # an output and the length -> weights [..., query, key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """Which keys the queries of one attention were seen to give weight to."""
+
+    weights: np.ndarray  # [..., query, key] at the longest length that was tried
+    padded: np.ndarray | None = None  # the same with the first keys masked by an input
+    flat: np.ndarray | None = None  # the same where all scores are equal
+
+
+def look_at(trial: Trial, layer: int, head: Head) -> Seen:
+    """Return the weights that an attention was seen to give to keys.
+
+    Raises:
+        Refused: It sees the future, or changes with the number of tokens that follow.
+    """
+    if head.fused is not None:
+        return _fused(trial, layer, head)
+    product = head.products[0]
+    weights = product.node.inputs[product.weights]
+    assert weights is not None
+    axes, beside = trial.flow.axes[weights], _beside(trial, head)
+    experiment = trial.experiment([weights, *beside], head)
+    return _look(trial, layer, head, experiment, lambda array, length: unfolded(array, axes, length), beside)
+
+
+def _look(
+    trial: Trial, layer: int, head: Head, experiment: Experiment, read: Read, beside: Sequence[ir.Value] = ()
+) -> Seen:
+    """Run scores into weights, and into what else is made of them, at several lengths and with several masks."""
+    axes = [trial.flow.axes[value] for value in beside]
+
+    def look(length: int, mask: MaskFeed, *, flat: bool = False) -> list[np.ndarray]:
+        weights, *others = trial.run(experiment, length, mask, flat=flat)
+        return [read(weights, length), *(unfolded(other, at, length) for at, other in zip(axes, others, strict=True))]
+
+    found = trial.as_far_as_it_runs(trial.dense(head), lambda length: look(length, all_seen))
+    longest = max(found)
+    for length, (weights, *others) in found.items():
+        _check_causal(layer, head, weights)
+        check_same(layer, head.at, found[longest][0][..., :length, :length], weights)
+        for value, at, short, whole in zip(beside, axes, others, found[longest][1:], strict=True):
+            check_same(layer, value, first(whole, at, length), short)
+    padded = flat = None
+    if experiment.masks:
+        padded = look(longest, left_padded)[0]
+        _check_causal(layer, head, padded, from_query=2)
+    if experiment.masks and trial.fixed is not None:
+        half, cut = longest // 2, look(longest, cut_short)[0]
+        check_same(layer, head.at, found[longest][0][..., :half, :half], cut[..., :half, :half])
+    if experiment.stand_ins:
+        flat = look(longest, all_seen, flat=True)[0]
+    return Seen(weights=found[longest][0], padded=padded, flat=flat)
+
+
+def _beside(trial: Trial, head: Head) -> list[ir.Value]:
+    """Sums and extrema over keys that do not become weights: they must be masked as the weights are."""
+    role, used = head.products[0].role.root(), head.upstream_of_weights()
+    nodes = [node for node, along in trial.flow.along_keys.items() if along.root() is role and node not in used]
+    return [node.outputs[0] for node in nodes if node in trial.alive]
+
+
+def _fused(trial: Trial, layer: int, head: Head) -> Seen:
+    """A fused operator states its mask outright."""
+    assert head.fused is not None
+    node, causal = head.fused.node, head.fused.causal
+    mask = node.inputs[head.fused.mask] if head.fused.mask is not None else None
+    if mask is None:
+        if not causal:
+            raise _sees_future(layer, head, "no mask")
+        length = max(trial.dense(head))
+        return Seen(weights=np.tril(np.ones((length, length))))
+    axes = trial.flow.demands.get((node, head.fused.mask or 0), ())
+    experiment = trial.experiment([mask])
+    return _look(trial, layer, head, experiment, lambda array, length: _allowed(array, axes, length, causal=causal))
+
+
+def _allowed(mask: np.ndarray, axes: Axes, length: int, *, causal: bool) -> np.ndarray:
+    """The weights that a fused operator's mask allows."""
+    whole = len(axes) == 2
+    array = unfolded(mask, axes, length) if whole else np.broadcast_to(mask, (*mask.shape[:-2], length, length))
+    weights = array.astype(np.float64)
+    if array.dtype != bool:
+        weights = np.exp(np.minimum(weights, 0.0))
+    return np.tril(weights) if causal else weights
+
+
+def _check_causal(layer: int, head: Head, weights: np.ndarray, from_query: int = 0) -> None:
+    queries, keys = weights.shape[-2:]
+    future = np.triu(np.ones((queries, keys), dtype=bool), 1)
+    future[:from_query] = False
+    if np.isnan(weights[..., from_query:, :]).any():
+        raise Refused("attention weights are not numbers", layer=layer, at=head.at.name)
+    seen = np.abs(np.where(future, weights, 0.0))
+    if seen.max(initial=0.0) > SEEN:
+        query, key = np.unravel_index(int(seen.argmax()), seen.shape)[-2:]
+        raise _sees_future(layer, head, f"query {query} gives {seen.max():.2g} to key {key}")
+
+
+def _sees_future(layer: int, head: Head, found: str) -> Refused:
+    return Refused(
+        "attention sees the future, so what is remembered of a token would depend on tokens after it",
+        layer=layer, at=head.at.name, expected="no weight on keys after the query", found=found,
+        hint="bidirectional and prefix models cannot have a cache",
+    )  # fmt: skip

@@ -1,0 +1,107 @@
+"""Obligation (iii): what context says of a position does not depend on how many tokens follow."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import onnx_ir as ir
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.graph.constants import constant_tensor
+from kvsurgeon.sequence.axes import Axes
+from kvsurgeon.sequence.experiment import downstream
+from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.sequence.looking import all_seen, cut_short, left_padded, unfolded
+from kvsurgeon.sequence.trial import MaskFeed, Trial, check_same, first
+
+USEFUL = 64  # tokens: a cache that is right for fewer is not worth having
+
+
+def find_limit(trial: Trial) -> int | None:
+    """Compare every context value that meets tokens outside the scores at several lengths.
+
+    Returns:
+        The longest total length up to which all are stable; None where none changes at any length.
+
+    Raises:
+        Refused: One changes at lengths that matter.
+    """
+    meetings = _meetings(trial)
+    if not meetings:
+        return None
+    experiment = trial.experiment(list(meetings))
+
+    def look(length: int, mask: MaskFeed) -> list[np.ndarray]:
+        arrays = trial.run(experiment, length, mask)
+        return [unfolded(array, axes, length) for axes, array in zip(meetings.values(), arrays, strict=True)]
+
+    def compare(longer: list[np.ndarray], shorter: list[np.ndarray], length: int) -> None:
+        for (value, axes), long, short in zip(meetings.items(), longer, shorter, strict=True):
+            check_same(None, value, first(long, axes, length), first(short, axes, length))
+
+    for mask in (all_seen, left_padded) if experiment.masks else (all_seen,):
+        found = trial.as_far_as_it_runs(trial.further(), lambda length, mask=mask: look(length, mask))  # type: ignore[misc]
+        for previous, length in pairwise(found):
+            try:
+                compare(found[length], found[previous], previous)
+            except Refused:
+                if previous < USEFUL:
+                    raise
+                return previous
+    if trial.fixed is not None and experiment.masks:
+        compare(look(trial.fixed, all_seen), look(trial.fixed, cut_short), trial.fixed // 2)
+    return None
+
+
+def _meetings(trial: Trial) -> dict[ir.Value, Axes]:
+    """Context that meets tokens outside the scores, with the axes that hold tokens."""
+    inside = _inside(trial)
+    found: dict[ir.Value, Axes] = {}
+    for node in trial.flow.order:
+        if node in inside or not any(trial.flow.kinds.get(value) is Kind.TOKEN for value in node.outputs):
+            continue
+        for index, value in enumerate(node.inputs):
+            if value is None or trial.flow.kinds.get(value) is not Kind.CONTEXT:
+                continue
+            if trial.flow.targets.get(node) == index or (node, index) in trial.flow.parameters:
+                continue
+            axes = trial.flow.demands.get((node, index), ())
+            value, axes = _positions(trial, trial.analysis.same.get(value, value), axes)
+            if axes or not _is_fixed(trial, value):
+                found.setdefault(value, axes)
+    return found
+
+
+def _is_fixed(trial: Trial, value: ir.Value) -> bool:
+    numbers = trial.flow.shapes[value].value
+    return numbers is not None and not any(getattr(number, "free_symbols", ()) for number in numbers.reshape(-1))
+
+
+def _positions(trial: Trial, value: ir.Value, axes: Axes) -> tuple[ir.Value, Axes]:
+    """Rows of a table of weights are as stable as the positions that pick them."""
+    node = value.producer()
+    while node is not None and node.op_type in ("Gather", "Cast", "Identity"):
+        source = node.inputs[0]
+        if node.op_type != "Gather":
+            if source is None or trial.flow.kinds.get(source) is not Kind.CONTEXT:
+                break
+            value, node = source, source.producer()
+            continue
+        tensor, picked = constant_tensor(source), node.inputs[1]
+        axis = next(iter(node.attributes.values())).value if node.attributes else 0
+        if tensor is None or picked is None or axis != 0 or trial.flow.kinds.get(picked) is not Kind.CONTEXT:
+            break
+        rank = trial.flow.shapes[picked].rank or 0
+        if any(held.axis >= rank for held in axes):
+            break
+        return trial.analysis.same.get(picked, picked), axes
+    return value, axes
+
+
+def _inside(trial: Trial) -> set[ir.Node]:
+    """Nodes between scores and weights, which are looked at as a whole."""
+    inside: set[ir.Node] = set()
+    for head in trial.analysis.heads:
+        inside.update(node for value in downstream(head.score_values, head.ends) if (node := value.producer()))
+    return inside

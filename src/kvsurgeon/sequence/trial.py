@@ -1,0 +1,146 @@
+"""Lengths to try, and context run at them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.graph.constants import small_constant
+from kvsurgeon.graph.liveness import find_alive
+from kvsurgeon.sequence.analysis import Analysis, Head
+from kvsurgeon.sequence.axes import Axes
+from kvsurgeon.sequence.experiment import Experiment, at_length
+from kvsurgeon.sequence.kinds import GivenInput, Kind
+from kvsurgeon.sequence.looking import close, difference
+
+LADDER = (1, 2, 7, 8, 40, 65, 129)  # tokens
+FURTHER = (513, 1025)  # tokens at which whole matrices of weights would take long
+FAR = 1 << 16  # numbers above are no lengths
+LONGEST = 640  # tokens at which whole matrices of weights are looked at
+DENSE = 1 << 22  # elements of such a matrix, all heads together
+
+# fmt: off
+_SWITCHES = frozenset({
+    "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "Equal", "Min", "Max", "Clip", "Div", "Mod", "Sub", "Mul",
+})
+# fmt: on
+
+MaskFeed = Callable[[GivenInput, int], np.ndarray]
+
+
+class Trial:
+    """Runs pieces of one decoder's context at the lengths that may make a difference."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.analysis = analysis
+        self.flow = analysis.flow
+        self.fixed = analysis.length if isinstance(analysis.length, int) else None
+        self.alive = find_alive(analysis.model.graph)
+        self.limit = min(self.flow.shapes.bounds, default=FAR)
+        self.lengths = (self.fixed,) if self.fixed is not None else self._lengths()
+
+    def _lengths(self) -> tuple[int, ...]:
+        """Lengths on either side of every number that context may compare lengths with, and some others."""
+        found = {min(length, self.limit) for length in LADDER}
+        for node in self.flow.order:
+            if node.op_type in _SWITCHES and self.flow.kinds.get(node.outputs[0]) is Kind.CONTEXT:
+                for value in node.inputs:
+                    found |= _near(small_constant(value))
+        return tuple(sorted(length for length in found if 1 <= length <= self.limit))
+
+    def dense(self, head: Head) -> list[int]:
+        """The lengths at which all weights of an attention can be looked at."""
+        shapes = [self.flow.shapes[value].shape or () for value in head.score_values]
+
+        def fits(length: int) -> bool:
+            sizes = [math.prod(int(at_length(size, length)) for size in shape) for shape in shapes]
+            return length <= LONGEST and all(size <= DENSE for size in sizes)
+
+        return [length for length in self.lengths if fits(length)] or [min(self.lengths)]
+
+    def further(self) -> list[int]:
+        """The lengths at which context along one axis is looked at."""
+        beyond = () if self.fixed is not None else (length for length in FURTHER if length <= self.limit)
+        return sorted({*self.lengths, *beyond})
+
+    def experiment(self, outputs: Sequence[ir.Value], head: Head | None = None) -> Experiment:
+        """Cut out what makes the outputs, from the scores of an attention on where one is given."""
+        try:
+            return Experiment(
+                flow=self.flow, inputs=self.analysis.inputs, opsets=dict(self.analysis.model.graph.opset_imports),
+                outputs=outputs,
+                stand_ins=frozenset() if head is None else head.score_values,
+                stops=frozenset() if head is None else head.ends,
+            )  # fmt: skip
+        except Refused:
+            raise
+        except Exception as error:
+            raise _untried(outputs[0], error) from error
+
+    def run(self, experiment: Experiment, length: int, mask: MaskFeed, *, flat: bool = False) -> list[np.ndarray]:
+        """Run an experiment.
+
+        Raises:
+            Refused: It does not run.
+        """
+        try:
+            return experiment.run(length, mask, flat=flat)
+        except Exception as error:
+            raise _untried(experiment.outputs[0], error) from error
+
+    def as_far_as_it_runs(
+        self, lengths: Iterable[int], look: Callable[[int], list[np.ndarray]]
+    ) -> dict[int, list[np.ndarray]]:
+        """What is seen at each length; a length at which a table ends is where the export itself ends."""
+        found: dict[int, list[np.ndarray]] = {}
+        for length in lengths:
+            try:
+                found[length] = look(length)
+            except Refused:
+                if not found:
+                    raise
+                self.flow.shapes.bounds.add(max(found))
+                break
+        return found
+
+
+def first(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
+    """What an unfolded array says of the first tokens."""
+    for place in range(1, len(axes) + 1):
+        array = array.take(range(length), axis=-place)
+    return array
+
+
+def check_same(layer: int | None, at: ir.Value, longer: np.ndarray, shorter: np.ndarray) -> None:
+    """Compare what two lengths say of the same positions.
+
+    Raises:
+        Refused: They differ.
+    """
+    if longer.shape == shorter.shape and close(longer, shorter):
+        return
+    raise Refused(
+        "context changes with the number of tokens that follow, so what is remembered would grow stale",
+        layer=layer, at=at.name, expected="the same value for a position at every total length",
+        found=difference(longer, shorter), hint="frequencies or scales that depend on the total length",
+    )  # fmt: skip
+
+
+def _near(constant: np.ndarray | None) -> set[int]:
+    """Lengths on either side of a number and of its reciprocal."""
+    if constant is None or constant.size != 1 or constant.dtype.kind not in "iuf":
+        return set()
+    number = abs(float(constant.reshape(-1)[0]))
+    sizes = [number, 1 / number] if number else []
+    return {round(size) + beside for size in sizes if 1 <= size < FAR for beside in (-1, 0, 1, 3)}
+
+
+def _untried(value: ir.Value, error: Exception) -> Refused:
+    return Refused(
+        "context could not be run, so it cannot be shown to be causal and stable", at=value.name,
+        found=" ".join(str(error).split())[:200],
+    )  # fmt: skip
