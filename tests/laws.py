@@ -74,11 +74,12 @@ def in_chunks(model: onnx.ModelProto, run: Run, whole: Arrays, cuts: Sequence[in
     inputs = {value.name: dims_of(value) for value in model.graph.input}
     batch = next(iter(whole.values())).shape[0]
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    sizes = {"batch_size": batch, "past_sequence_length": 0}
     pasts = {
-        name: np.zeros([batch if size == "batch_size" else 0 if size == "past_sequence_length" else size for size in dims],
-                       dtype=onnx.helper.tensor_dtype_to_np_dtype(types[name]))
-        for name, dims in inputs.items() if name not in whole
-    }  # fmt: skip
+        name: np.zeros([sizes.get(size, size) for size in dims], onnx.helper.tensor_dtype_to_np_dtype(types[name]))
+        for name, dims in inputs.items()
+        if name not in whole
+    }
     presents = [value.name for value in model.graph.output if value.name.startswith("present")]
     length = max(array.shape[1] for array in whole.values())
     steps = []

@@ -28,7 +28,8 @@ ROPE = {**PLAIN, "intermediate_size": 24, "max_position_embeddings": 64}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {**ROPE, "num_key_value_heads": 2, "head_dim": 8}),
-    "gpt2": ("GPT2Config", {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4, "n_positions": 64}),
+    "gpt2": ("GPT2Config", {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4,
+                            "n_positions": 64}),
     "gemma2": ("Gemma2Config", {**ROPE, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4,
                                 "query_pre_attn_scalar": 16, "attn_logit_softcapping": 5.0,
                                 "final_logit_softcapping": 9.0}),

@@ -1,47 +1,23 @@
-"""What is claimed of a tensor is what it turns out to be: every intermediate is looked at, at two batches and lengths."""
-
-from pathlib import Path
+"""What is claimed of a tensor is what it turns out to be: every intermediate is looked at, at two lengths."""
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
-from decoders import Config, Decoder
+from exports import NAMES, export, injected_export, with_all_outputs
 from laws import dims_of, in_chunks, in_onnxruntime, texts
 from onnx import helper
 
-from kvsurgeon import io
-from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.inject import Inject
 from kvsurgeon.sequence.kinds import read_inputs
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import BATCH, LENGTH
 from kvsurgeon.shapes.inference import infer_shapes
 
-CORPUS = Path(__file__).parents[1] / "corpus"
-MODELS = {
-    "decoder": lambda: Decoder(Config(position_ids=True)).model(),
-    **{path.stem: lambda path=path: onnx.load(path) for path in sorted(CORPUS.glob("*.onnx"))},
-}
 SIZES = [(1, 5), (3, 8)]
 
 
-@pytest.fixture(params=MODELS)
-def model(request):
-    return MODELS[request.param]()
-
-
-def with_all_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with every value that a node makes as an output, behind its own."""
-    wide = onnx.ModelProto()
-    wide.CopyFrom(model)
-    shown = {value.name for value in wide.graph.output}
-    for node in wide.graph.node:
-        wide.graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output if name and name not in shown)
-    return wide
-
-
-def test_claims_are_what_onnxruntime_finds(model):
+@pytest.mark.parametrize("name", NAMES)
+def test_claims_are_what_onnxruntime_finds(name):
+    model = export(name)
     graph = ir.from_proto(model).graph
     dimensions, _ = read_inputs(graph)
     shapes = infer_shapes(list(graph), dimensions, graph.opset_imports[""])
@@ -60,10 +36,9 @@ def test_claims_are_what_onnxruntime_finds(model):
                 np.testing.assert_allclose(found.reshape(-1), claimed, err_msg=name)
 
 
-def test_after_injection_what_is_declared_is_what_onnxruntime_finds(model):
-    subject = Subject.of(model)
-    Inject().apply(subject)
-    injected = io.to_proto(subject.model)
+@pytest.mark.parametrize("name", NAMES)
+def test_after_injection_what_is_declared_is_what_onnxruntime_finds(name):
+    model, injected = export(name), injected_export(name)
     declared = {value.name: value for value in (*injected.graph.value_info, *injected.graph.output)}
     assert declared
 

@@ -1,0 +1,172 @@
+"""What is read off an attention: heads, scale, softcap, mask, positions, weights."""
+
+# ruff: noqa: E501  # a case is read best on one line
+
+import math
+
+import pytest
+from attentions import attention
+from decoders import Config, Decoder
+from exports import FILES, export
+from written import read
+
+from kvsurgeon.anatomy.facts import Attention
+from kvsurgeon.passes.contract import Subject
+
+
+def only(text: str, opset: int = 18) -> Attention:
+    (found,) = Subject.of(read(text, opset)).decoder().attentions
+    return found
+
+
+SCALES = [
+    ("none", {}, 1.0),
+    ("on the scores", {"scores": "s = Mul(s0, half)"}, 0.5),
+    ("on the scores, divided", {"scores": "s = Div(s0, half)"}, 2.0),
+    ("on the query", {"query": "q = Mul(half, q0)"}, 0.5),
+    ("on the key", {"key": "k = Div(k0, half)"}, 2.0),
+    ("a root in both", {"query": "q = Mul(q0, half)", "key": "k = Mul(k0, half)"}, 0.25),
+    ("computed from the head's size", {"scores": "f = Cast<to = 1>(w8)\n w8 = Gather(sizes, two)\n"
+     "two = Constant<value_int = 2>()\n r = Sqrt(f)\n s = Div(s0, r)"}, 1 / math.sqrt(8)),
+    ("a number for each feature is no scale", {"query": "q = Mul(q0, eight)", "constants": "float[8] eight"}, 1.0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("parts", "expected"), [pytest.param(*case[1:], id=case[0]) for case in SCALES])
+def test_scale(parts, expected):
+    subject = Subject.of(read(attention(**parts)))
+    subject.model.graph.sort()
+    (found,) = subject.decoder().attentions
+    assert found.scale == pytest.approx(expected)
+    assert found.softcap is None
+
+
+def test_softcap():
+    found = only(
+        attention(
+            constants="float cap = {20.0}", scores="z = Mul(s0, half)\n d = Div(z, cap)\n t = Tanh(d)\n s = Mul(t, cap)"
+        )
+    )
+    assert found.softcap == pytest.approx(20.0)
+    assert found.scale == pytest.approx(0.5)
+
+
+MASKS = [
+    ("causal", {}, {"kind": "causal"}),
+    ("a window of three", {"allowed": "d = Sub(column, row)\n near = Less(d, three)\n past = GreaterOrEqual(d, nought)\n"
+                           "allowed = And(near, past)", "constants": "int64 three = {3}"}, {"kind": "window", "window": 3}),
+    ("chunks of four", {"allowed": "a = Div(column, four)\n b = Div(row, four)\n same = Equal(a, b)\n"
+                        "past = LessOrEqual(row, column)\n allowed = And(same, past)", "constants": "int64 four = {4}"},
+     {"kind": "chunk", "chunk": 4}),
+    ("every second key", {"allowed": "d = Sub(column, row)\n m = Mod(d, two)\n even = Equal(m, nought)\n"
+                          "past = LessOrEqual(row, column)\n allowed = And(even, past)", "constants": "int64 two = {2}"},
+     {"kind": "other"}),
+    ("a slope", {"scores": "p = Cast<to = 1>(row)\n z = Mul(p, slope)\n s = Add(s0, z)", "constants": "float slope = {0.01}"}, {"kind": "causal", "bias": True}),
+    ("padding", {"inputs": "int64[b, n] mask", "allowed": "kept = Greater(mask, nought)\n keys = Unsqueeze(kept, second)\n"
+                 "past = LessOrEqual(row, column)\n allowed = And(keys, past)"}, {"kind": "causal", "padding": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("parts", "expected"), [pytest.param(*case[1:], id=case[0]) for case in MASKS])
+def test_mask(parts, expected):
+    found = only(attention(**parts)).mask
+    blank = {"window": None, "chunk": None, "padding": False, "bias": False}
+    assert {name: getattr(found, name) for name in (*blank, "kind")} == blank | expected
+
+
+def test_projections_are_the_weights_behind_each_operand():
+    found = only(attention(constants="float[8] bias", query="q = Add(q0, bias)"))
+    assert found.query.initializers == ("wq", "bias")
+    assert found.key.initializers == ("wk",)
+    assert (found.query.output, found.value.output) == ("q0", "v0")
+    assert not found.query.fused
+
+
+def test_a_fused_projection_is_told():
+    text = attention(constants="float[8, 24] wqkv", hidden="h = Identity(x)\n all = MatMul(x, wqkv)\n"
+                     "qa, ka, va = Split<axis = -1, num_outputs = 3>(all)",
+                     query="q = Identity(qa)", key="k = Identity(ka)", value="v = Identity(va)")  # fmt: skip
+    found = only(text)
+    assert found.query.fused
+    assert found.key.fused
+    assert found.query.output == found.value.output == "all"
+    assert found.query.initializers == ("wqkv",)
+
+
+def test_no_projection_where_the_hidden_state_itself_is_the_value():
+    assert only(attention(value="v = Identity(x)")).value is None
+
+
+def test_a_fused_operator_states_its_facts():
+    text = """case (float[b, n, 8] x) => (float[b, n, 8] logits)
+    <float[8, 8] wq, float[8, 4] wk, float[8, 4] wv>
+    {
+      q = MatMul(x, wq)
+      k = MatMul(x, wk)
+      v = MatMul(x, wv)
+      logits = Attention<q_num_heads = 4, kv_num_heads = 2, is_causal = 1, scale = 0.25, softcap = 9.0>(q, k, v)
+    }"""
+    found = only(text, 23)
+    assert (found.query_heads, found.kv_heads, found.head_dim, found.value_head_dim) == (4, 2, 2, 2)
+    assert (found.scale, found.softcap, found.mask.kind) == (0.25, 9.0, "causal")
+    assert found.at == found.scores == "logits"
+
+
+@pytest.mark.parametrize("positions", [False, True])
+def test_a_whole_decoder(positions):
+    decoder = Subject.of(Decoder(Config(position_ids=positions)).model()).decoder()
+    assert [a.layer for a in decoder.attentions] == [0, 1, 2]
+    for attention_ in decoder.attentions:
+        assert (attention_.query_heads, attention_.kv_heads, attention_.head_dim) == (4, 2, 8)
+        assert attention_.scale == pytest.approx(8**-0.5)
+        assert attention_.mask.padding
+        assert (attention_.rotary.width, attention_.rotary.head_dim) == (8, 8)
+        assert len(attention_.head_repeat) == 2
+        assert attention_.key_cut.bytes_per_token == 2 * 8 * 4
+    assert [a.mask.kind for a in decoder.attentions] == ["causal", "window", "causal"]
+    assert decoder.attentions[1].mask.window == 4
+    assert decoder.cache_entries == 3
+    assert decoder.cache_bytes_per_token == 3 * 2 * 2 * 8 * 4
+    given = {one.name: one.given for one in decoder.inputs}
+    assert given["input_ids"] == ("batch_size", "sequence_length")
+    assert given["attention_mask"] == ("batch_size", "total_sequence_length")
+    assert given.get("position_ids", given["input_ids"]) == given["input_ids"]
+
+
+def test_types_are_spelled_as_numpy_spells_them():
+    assert only(attention()).key_cut.dtype == "float32"
+    assert Subject.of(Decoder(Config(dtype="float16")).model()).decoder().attentions[0].key_cut.dtype == "float16"
+
+
+def test_layers_that_share_are_told():
+    text = attention(after="q2 = MatMul(c, wq)\n s2 = MatMul(q2, kt)\n m2 = Where(allowed, s2, low)\n"
+                     "w2 = Softmax<axis = -1>(m2)\n logits = MatMul(w2, v)")  # fmt: skip
+    decoder = Subject.of(read(text)).decoder()
+    assert [a.shares_cache_with for a in decoder.attentions] == [None, 0]
+    assert decoder.cache_entries == 1
+
+
+FAMILIES = {
+    # query heads, kv heads, head_dim, scale, softcap, masks, rotary width, biased
+    "llama": (4, 2, 8, 8**-0.5, None, ["causal", "causal"], 8, False),
+    "gpt2": (4, 4, 4, 0.5, None, ["causal", "causal"], None, False),
+    "gemma2": (4, 2, 8, 0.25, 5.0, ["window", "causal"], 8, False),
+    "neox": (4, 4, 4, 0.5, None, ["causal", "causal"], 2, False),
+    "bloom": (4, 4, 4, 0.5, None, ["causal", "causal"], None, True),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_exports_of_one_family_say_the_same(name):
+    heads, kv_heads, head_dim, scale, softcap, masks, rotary, biased = FAMILIES[name.split("_")[0]]
+    decoder = Subject.of(export(name)).decoder()
+    assert [a.mask.kind for a in decoder.attentions] == masks
+    for found in decoder.attentions:
+        assert (found.query_heads, found.kv_heads, found.head_dim) == (heads, kv_heads, head_dim)
+        assert found.scale == pytest.approx(scale)
+        assert (found.softcap or 0) == pytest.approx(softcap or 0)
+        assert (found.rotary and found.rotary.width) == rotary
+        assert found.mask.bias == biased
+        assert found.mask.padding
+        assert found.query.fused == (name.split("_")[0] in ("gpt2", "neox", "bloom"))
+    assert [a.mask.window for a in decoder.attentions] == [4 if kind == "window" else None for kind in masks]

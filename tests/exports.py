@@ -1,0 +1,55 @@
+"""Real exports, small enough to lie in `corpus/`, and a decoder written by hand: each injected once for all tests."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import onnx
+from decoders import Config, Decoder
+
+from kvsurgeon import io
+from kvsurgeon.passes.contract import Changed, Subject
+from kvsurgeon.passes.inject import Inject
+
+CORPUS = Path(__file__).parent / "corpus"
+FILES = sorted(path.stem for path in CORPUS.glob("*.onnx"))
+NAMES = [*FILES, "decoder"]
+ONE_OF_EACH = [
+    "bloom_torchscript_eager",
+    "gemma2_dynamo_eager",
+    "gpt2_torchscript_sdpa",
+    "llama_dynamo_sdpa",
+    "neox_torchscript_eager",
+]
+
+
+@functools.cache
+def export(name: str) -> onnx.ModelProto:
+    """Return a model without a cache; nobody may change it."""
+    return Decoder(Config(layers=2)).model() if name == "decoder" else onnx.load(CORPUS / f"{name}.onnx")
+
+
+def injected(model: onnx.ModelProto, **options: str) -> onnx.ModelProto:
+    """Return the model with a cache, which the checker has seen."""
+    subject = Subject.of(model)
+    assert isinstance(Inject(**options).apply(subject), Changed)
+    result = io.to_proto(subject.model)
+    onnx.checker.check_model(result)
+    return result
+
+
+@functools.cache
+def injected_export(name: str) -> onnx.ModelProto:
+    """Return one of the exports with a cache; nobody may change it."""
+    return injected(export(name))
+
+
+def with_all_outputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with every value that a node makes as an output, behind its own."""
+    wide = onnx.ModelProto()
+    wide.CopyFrom(model)
+    shown = {value.name for value in wide.graph.output}
+    for node in wide.graph.node:
+        wide.graph.output.extend(onnx.ValueInfoProto(name=name) for name in node.output if name and name not in shown)
+    return wide

@@ -1,0 +1,59 @@
+"""Models that are right up to a length: they serve it, and end with an error beyond, never with a wrong answer."""
+
+import numpy as np
+import onnx
+import pytest
+from attentions import attention
+from laws import assert_law, in_chunks, in_onnxruntime, texts
+from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
+from written import read
+
+from kvsurgeon import io
+from kvsurgeon.passes.contract import Changed, Subject
+from kvsurgeon.passes.inject import Inject
+
+SWITCH = 100
+SWITCHED = attention(
+    constants=f"float[8] near, float[8] far, int64 switch = {{{SWITCH}}}",
+    key="place = Cast<to = 1>(column)\n beyond = Greater(length, switch)\n f = Where(beyond, far, near)\n"
+    "angle = Mul(place, f)\n wave = Cos(angle)\n k = Mul(k0, wave)",
+)
+TABLE = attention(constants="float[100, 8] table", hidden="p = Slice(table, first, n1, first)\n h = Add(x, p)").replace(
+    "length = Gather(sizes, one)", "length = Gather(sizes, one)\n n1 = Unsqueeze(length, first)"
+)
+LOOKED_UP = attention(constants="float[100, 8] table", hidden="p = Gather(table, at)\n h = Add(x, p)")
+
+
+def injected(original: onnx.ModelProto) -> tuple[onnx.ModelProto, Changed]:
+    subject = Subject.of(original)
+    outcome = Inject().apply(subject)
+    return io.to_proto(subject.model), outcome
+
+
+@pytest.mark.parametrize("text", [SWITCHED, TABLE, LOOKED_UP], ids=["a switch", "a table cut", "a table looked up"])
+def test_right_up_to_the_limit_and_an_error_beyond(text):
+    original = read(text)
+    result, _ = injected(original)
+    assert_law(original, result, texts(original, 1, SWITCH), (90, 98, 99))
+
+    run = in_onnxruntime(result)
+    with pytest.raises((InvalidArgument, Fail)):
+        in_chunks(result, run, texts(original, 1, SWITCH + 1), (90, 98, 99, 100))
+    with pytest.raises((InvalidArgument, Fail)):
+        in_chunks(result, run, texts(original, 1, SWITCH + 1), ())
+
+
+def test_the_limit_is_told():
+    original = read(SWITCHED)
+    _, outcome = injected(original)
+    (note,) = outcome.notes
+    assert f"beyond {SWITCH} tokens" in note
+    assert Subject.of(original).decoder().max_length == SWITCH
+
+
+def test_without_a_limit_nothing_is_guarded():
+    original = read(attention())
+    result, outcome = injected(original)
+    assert outcome.notes == ()
+    assert Subject.of(original).decoder().max_length is None
+    assert np.all([node.op_type != "Gather" or "limit" not in node.output[0] for node in result.graph.node])

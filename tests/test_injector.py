@@ -1,0 +1,182 @@
+"""The face that users of SparseML know, used as the README uses it."""
+
+import onnx
+import onnx_graphsurgeon as gs
+import onnxruntime
+import pytest
+from decoders import CachedDecoder, Config, Decoder
+from laws import assert_law, in_chunks, in_onnxruntime, texts
+
+from kvsurgeon import KeyValueCacheInjector
+from kvsurgeon.errors import InputError, KvsurgeonError, Refused, UsageError
+from kvsurgeon.passes.contract import Subject, Unchanged
+
+
+@pytest.fixture(scope="module")
+def original():
+    return Decoder(Config(layers=2)).model()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder as exporters leave it: the graph, its weights beside it, a config."""
+    target = tmp_path / "model"
+    target.mkdir()
+    save(target, size_threshold=1024)
+    (target / "config.json").write_text('{"model_type": "anything"}')
+    return target
+
+
+def save(folder, size_threshold):
+    model = Decoder(Config(layers=2)).model()
+    data = {"save_as_external_data": True, "location": "model.onnx.data", "size_threshold": size_threshold}
+    onnx.save(model, folder / "model.onnx", **data)
+
+
+def test_usage_to_the_letter(folder, original, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    weights = (folder / "model.onnx.data").read_bytes()
+
+    model = onnx.load("model/model.onnx", load_external_data=False)
+    model = KeyValueCacheInjector("model").apply(model)
+    onnx.save(model, "model/model.onnx")
+
+    assert (folder / "model.onnx.data").read_bytes() == weights
+    assert len(list(folder.iterdir())) == 3
+    assert_law(original, onnx.load("model/model.onnx"))
+    assert "Any causal decoder" in KeyValueCacheInjector.supported_models
+
+
+@pytest.mark.xfail(reason="small floats in the data file are taken for weights", raises=Refused)
+def test_small_constants_may_lie_in_the_data_file(folder, original):
+    save(folder, size_threshold=0)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    KeyValueCacheInjector(folder).apply(model)
+    onnx.save(model, folder / "model.onnx")
+    assert_law(original, onnx.load(folder / "model.onnx"))
+
+
+@pytest.mark.parametrize("where", ["folder", "file", "text"])
+def test_the_model_path_may_be_a_folder_or_a_file(folder, where):
+    path = {"folder": folder, "file": folder / "model.onnx", "text": str(folder)}[where]
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    assert len(KeyValueCacheInjector(path).apply(model).graph.input) == 2 + 4
+
+
+def test_no_path_is_needed_where_nothing_is_read(original):
+    model = KeyValueCacheInjector().apply(Decoder(Config(layers=2)).model())
+    assert_law(original, model)
+
+
+def test_in_place_is_the_default_and_can_be_declined(original):
+    model = Decoder(Config(layers=2)).model()
+    before = model.SerializeToString()
+
+    copy = KeyValueCacheInjector(inplace=False).apply(model)
+    assert model.SerializeToString() == before
+    assert copy is not model
+
+    assert KeyValueCacheInjector().apply(model) is model
+    assert [value.name for value in model.graph.input] == [value.name for value in copy.graph.input]
+
+
+def test_a_refused_model_is_as_it_was():
+    model = CachedDecoder(Config(layers=2)).model()
+    before = model.SerializeToString()
+    with pytest.raises(Refused, match="already has a cache"):
+        KeyValueCacheInjector().apply(model)
+    assert model.SerializeToString() == before
+
+
+def test_export_takes_everything_along(folder, tmp_path):
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    target = tmp_path / "out" / "model.onnx"
+    target.parent.mkdir()
+
+    written = KeyValueCacheInjector(folder).export(model, target)
+
+    assert written == target
+    assert (target.parent / "config.json").exists()
+    assert (target.parent / "model.onnx.data").exists()
+    assert len(onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"]).get_inputs()) == 2 + 4
+
+
+@pytest.mark.xfail(reason="onnx takes a linked data file for an attack", raises=onnx.checker.ValidationError)
+def test_what_is_exported_can_be_loaded_by_onnx(folder, original, tmp_path):
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    (tmp_path / "out").mkdir()
+    assert_law(original, onnx.load(KeyValueCacheInjector(folder).export(model, tmp_path / "out" / "model.onnx")))
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, {"num_attention_heads": 4}, {"num_attention_heads": 2}, {"hidden_size_kv_cache": 8},
+                  {"num_attention_heads": 4, "hidden_size_kv_cache": 8}],
+)  # fmt: skip
+def test_overrides_that_agree_with_the_graph(overrides, original):
+    model = KeyValueCacheInjector(inplace=False, **overrides).apply(original)
+    assert len(model.graph.input) == 2 + 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [({"num_attention_heads": 3}, "layer 0: expected 3 heads .* found 4 query and 2 kv heads"),
+     ({"hidden_size_kv_cache": 16}, "layer 0: expected 16 features of a head .* found 8")],
+)  # fmt: skip
+def test_overrides_that_do_not_agree(overrides, message):
+    model = Decoder(Config(layers=2)).model()
+    before = model.SerializeToString()
+    with pytest.raises(UsageError, match=message):
+        KeyValueCacheInjector(**overrides).apply(model)
+    assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize("name", ["transpose_value_input", "transpose_key_input", "multiply_batch_by_num_att_heads"])
+def test_overrides_that_the_graph_decides(name):
+    with pytest.raises(UsageError, match=f"`{name}` is decided by the graph"):
+        KeyValueCacheInjector(**{name: True})
+
+
+def test_an_override_that_nobody_knows():
+    with pytest.raises(UsageError, match="unknown override `heads`"):
+        KeyValueCacheInjector(heads=3)
+
+
+def test_transforms_of_ones_own_run_afterwards(original):
+    seen = []
+
+    def look(graph: gs.Graph) -> None:
+        seen.append({value.name for value in graph.inputs})
+
+    class Rename:
+        name = "rename"
+
+        def apply(self, subject: Subject) -> Unchanged:
+            seen.append(subject.model.graph.inputs[-1].name)
+            return Unchanged(reason="it only looks")
+
+    KeyValueCacheInjector(inplace=False, additional_transforms=look).apply(original)
+    KeyValueCacheInjector(inplace=False, additional_transforms=[Rename()]).apply(original)
+    assert "past_key_values.0.key" in seen[0]
+    assert seen[1] == "past_key_values.1.value"
+
+
+def test_weights_that_are_missing_are_told(folder):
+    (folder / "model.onnx.data").unlink()
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    with pytest.raises(InputError):
+        KeyValueCacheInjector(folder).apply(model)
+
+
+def test_whatever_is_not_a_model_is_told():
+    with pytest.raises(KvsurgeonError):
+        KeyValueCacheInjector().apply(onnx.ModelProto())
+
+
+def test_the_cache_holds_what_a_hand_made_one_holds(original):
+    by_hand = CachedDecoder(Config(layers=2)).model()
+    model = KeyValueCacheInjector(inplace=False).apply(original)
+    feeds = texts(original, batch=2, length=6)
+    for name in ("logits",):
+        found, expected = (in_chunks(one, in_onnxruntime(one), feeds, (4,))[-1][name] for one in (model, by_hand))
+        assert abs(found - expected).max() < 1e-4
+    assert {value.name for value in model.graph.input} == {value.name for value in by_hand.graph.input}
