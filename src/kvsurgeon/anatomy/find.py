@@ -10,6 +10,7 @@ from kvsurgeon.anatomy.facts import Attention, Cut, Decoder, Input, Projection, 
 from kvsurgeon.anatomy.masks import read_mask
 from kvsurgeon.anatomy.scales import read_scale
 from kvsurgeon.graph.constants import constant_tensor
+from kvsurgeon.graph.plain import in_plain_words
 from kvsurgeon.sequence.analysis import Analysis, Head, analyse
 from kvsurgeon.sequence.axes import Length
 from kvsurgeon.sequence.cuts import PROJECTIONS, Memory
@@ -29,7 +30,7 @@ def find_decoder(model: ir.Model) -> Decoder:
     Raises:
         Refused: It is none, or cannot be handled soundly.
     """
-    analysis = analyse(model)
+    analysis = analyse(in_plain_words(model))
     return describe(analysis, prove(analysis))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.graph.liveness import find_alive
+from kvsurgeon.graph.liveness import find_alive, read_by
 
 
 class Editor:
@@ -124,8 +124,13 @@ class Editor:
     def finish(self) -> None:
         """Drop what was read before and is not read any more, give names back, and restore the order."""
         alive = find_alive(self.graph)
+        dropped: set[ir.Node] = set()
+        for node in self.graph:
+            ours = node in self._alive or node in self._twins
+            if node not in alive and (ours or any(value.producer() in dropped for value in read_by(node))):
+                dropped.add(node)
         for node in reversed(list(self.graph)):
-            if node not in alive and (node in self._alive or node in self._twins):
+            if node in dropped:
                 self.graph.remove(node, safe=False)
                 self.edits += 1
         self._give_names_back(alive)

@@ -5,6 +5,18 @@ from __future__ import annotations
 import onnx_ir as ir
 
 
+def read_by(node: ir.Node) -> list[ir.Value]:
+    """Return the values that a node reads, those that its subgraphs capture included."""
+    values = [value for value in node.inputs if value is not None]
+    for attribute in node.attributes.values():
+        if attribute.type is ir.AttributeType.GRAPH:
+            inner = attribute.as_graph()
+            made = {value for inside in inner.all_nodes() for value in inside.outputs} | set(inner.inputs)
+            reads = [value for inside in inner.all_nodes() for value in inside.inputs if value is not None]
+            values += [value for value in (*reads, *inner.outputs) if value not in made]
+    return values
+
+
 def find_alive(graph: ir.Graph) -> set[ir.Node | ir.Value]:
     """Nodes and initializers that the graph's outputs depend on, subgraphs included."""
     alive: set[ir.Node | ir.Value] = set()
@@ -18,10 +30,5 @@ def find_alive(graph: ir.Graph) -> set[ir.Node | ir.Value]:
         if node in alive:
             continue
         alive.add(node)
-        pending += [value for value in node.inputs if value is not None]
-        for attribute in node.attributes.values():
-            if attribute.type is ir.AttributeType.GRAPH:
-                for inner in attribute.as_graph().all_nodes():
-                    alive.add(inner)
-                    pending += [value for value in inner.inputs if value is not None]
+        pending += read_by(node)
     return alive

@@ -12,6 +12,7 @@ import sympy
 
 from kvsurgeon.errors import Refused, UsageError
 from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.plain import in_plain_words
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
 from kvsurgeon.sequence.analysis import Analysis, Head, analyse
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
@@ -50,11 +51,13 @@ class Inject:
             Refused: The model cannot be given a cache soundly; it is left as it was.
             UsageError: A template does not give each tensor a name of its own.
         """
-        analysis = analyse(subject.model)
+        model = in_plain_words(subject.model)
+        analysis = analyse(model)
         proof = prove(analysis)
         entries = _entries(analysis.heads, self)
-        editor = Editor(subject.model)
+        editor = Editor(model)
         _Injection(analysis, editor, entries, proof.limit).operate()
+        subject.model = model
         notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()]
         if proof.limit is not None:
             notes.append(f"context changes beyond {proof.limit} tokens, so the model stops with an error there")
@@ -104,7 +107,7 @@ class _Injection:
         self.analysis = analysis
         self.flow = analysis.flow
         self.graph = analysis.model.graph
-        self.nodes = list(self.graph)
+        self.nodes = list(analysis.flow.order)
         self.editor = editor
         self.entries = entries
         self.limit = limit

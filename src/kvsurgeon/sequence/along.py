@@ -41,6 +41,13 @@ def normalization(step: Step) -> list[Axes]:
     return [axes] * len(step.node.outputs)
 
 
+def by_channel(step: Step) -> list[Axes]:
+    """`InstanceNormalization`, `GroupNormalization`: along all axes behind the batch, channels grouped or not."""
+    grouped = step.node.op_type == "GroupNormalization"
+    forbid(step, step.axes(0), range(1 if grouped else 2, len(step.shape(0))))
+    return [step.axes(0)]
+
+
 def lp_normalization(step: Step) -> list[Axes]:
     """`LpNormalization`: along one axis."""
     axis = axis_of(step.call.integer("axis", -1), len(step.shape(0)))

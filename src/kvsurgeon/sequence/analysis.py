@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
+from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.sequence.axes import Role
 from kvsurgeon.sequence.cuts import Memory, choose
 from kvsurgeon.sequence.flow import ContextProduct, Flow, FusedAttention, Place, ScoreProduct
@@ -85,7 +86,8 @@ def analyse(model: ir.Model) -> Analysis:
         Refused: It is not a causal decoder that can be handled soundly; nothing was changed.
     """
     graph = model.graph
-    nodes: Sequence[ir.Node] = list(graph)
+    alive = find_alive(graph)
+    nodes: Sequence[ir.Node] = [node for node in graph if node in alive]
     dimensions, length = read_inputs(graph)
     inputs = classify_inputs(graph, dimensions, length)
     shapes = infer_shapes(nodes, dimensions, graph.opset_imports.get("", 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -12,8 +13,8 @@ from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.analysis import Head
 from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.experiment import Experiment
-from kvsurgeon.sequence.looking import all_seen, cut_short, left_padded, unfolded
-from kvsurgeon.sequence.trial import MaskFeed, Trial, check_same, first
+from kvsurgeon.sequence.looking import all_seen, cut_short, left_padded, unfolded, with_holes
+from kvsurgeon.sequence.trial import Pattern, Trial, check_same, first
 
 SEEN = 1e-6  # a weight above this is one that counts
 
@@ -29,20 +30,35 @@ class Seen:
     flat: np.ndarray | None = None  # the same where all scores are equal
 
 
-def look_at(trial: Trial, layer: int, head: Head) -> Seen:
+def look_at(trial: Trial, layer: int, head: Head, beside: Sequence[ir.Value]) -> Seen:
     """Return the weights that an attention was seen to give to keys.
+
+    Args:
+        trial: The decoder.
+        layer: Number of the attention, for messages.
+        head: The attention.
+        beside: What else is made of its scores; see `beside_weights`.
 
     Raises:
         Refused: It sees the future, or changes with the number of tokens that follow.
     """
     if head.fused is not None:
         return _fused(trial, layer, head)
-    product = head.products[0]
-    weights = product.node.inputs[product.weights]
-    assert weights is not None
-    axes, beside = trial.flow.axes[weights], _beside(trial, head)
-    experiment = trial.experiment([weights, *beside], head)
-    return _look(trial, layer, head, experiment, lambda array, length: unfolded(array, axes, length), beside)
+    seen = None
+    for product in head.products:
+        weights = product.node.inputs[product.weights]
+        assert weights is not None
+        axes = trial.flow.axes[weights]
+        experiment = trial.experiment([weights, *beside], head)
+        read = partial(_read_weights, axes=axes)
+        looked = _look(trial, layer, head, experiment, read, beside)
+        seen = seen or looked
+    assert seen is not None
+    return seen
+
+
+def _read_weights(array: np.ndarray, length: int, axes: Axes) -> np.ndarray:
+    return unfolded(array, axes, length)
 
 
 def _look(
@@ -51,8 +67,8 @@ def _look(
     """Run scores into weights, and into what else is made of them, at several lengths and with several masks."""
     axes = [trial.flow.axes[value] for value in beside]
 
-    def look(length: int, mask: MaskFeed, *, flat: bool = False) -> list[np.ndarray]:
-        weights, *others = trial.run(experiment, length, mask, flat=flat)
+    def look(length: int, seen: Pattern, *, flat: bool = False) -> list[np.ndarray]:
+        weights, *others = trial.run(experiment, length, seen, flat=flat)
         return [read(weights, length), *(unfolded(other, at, length) for at, other in zip(axes, others, strict=True))]
 
     found = trial.as_far_as_it_runs(trial.dense(head), lambda length: look(length, all_seen))
@@ -63,9 +79,12 @@ def _look(
         for value, at, short, whole in zip(beside, axes, others, found[longest][1:], strict=True):
             check_same(layer, value, first(whole, at, length), short)
     padded = flat = None
-    if experiment.masks:
-        padded = look(longest, left_padded)[0]
-        _check_causal(layer, head, padded, from_query=2)
+    for seen in (left_padded, with_holes) if experiment.masks else ():
+        masked = {length: _masked(look(length, seen)[0], whole[0], seen(length)) for length, whole in found.items()}
+        for length, weights in masked.items():
+            _check_causal(layer, head, weights)
+            check_same(layer, head.at, masked[longest][..., :length, :length], weights)
+        padded = padded if padded is not None else masked[longest]
     if experiment.masks and trial.fixed is not None:
         half, cut = longest // 2, look(longest, cut_short)[0]
         check_same(layer, head.at, found[longest][0][..., :half, :half], cut[..., :half, :half])
@@ -74,11 +93,13 @@ def _look(
     return Seen(weights=found[longest][0], padded=padded, flat=flat)
 
 
-def _beside(trial: Trial, head: Head) -> list[ir.Value]:
+def beside_weights(trial: Trial, head: Head) -> list[ir.Value]:
     """Sums and extrema over keys that do not become weights: they must be masked as the weights are."""
+    if head.fused is not None:
+        return []
     role, used = head.products[0].role.root(), head.upstream_of_weights()
     nodes = [node for node, along in trial.flow.along_keys.items() if along.root() is role and node not in used]
-    return [node.outputs[0] for node in nodes if node in trial.alive]
+    return [node.outputs[0] for node in nodes]
 
 
 def _fused(trial: Trial, layer: int, head: Head) -> Seen:
@@ -106,11 +127,21 @@ def _allowed(mask: np.ndarray, axes: Axes, length: int, *, causal: bool) -> np.n
     return np.tril(weights) if causal else weights
 
 
-def _check_causal(layer: int, head: Head, weights: np.ndarray, from_query: int = 0) -> None:
-    queries, keys = weights.shape[-2:]
-    future = np.triu(np.ones((queries, keys), dtype=bool), 1)
-    future[:from_query] = False
-    if np.isnan(weights[..., from_query:, :]).any():
+def _masked(weights: np.ndarray, whole: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """The weights without those of queries that see no key at all: a softmax of nothing gives weight to everything.
+
+    Args:
+        weights: [..., query, key] where some keys are masked by an input.
+        whole: The same where none is.
+        seen: [key] of bool: which are not masked.
+    """
+    empty = ~((np.abs(whole) > SEEN) & seen).any(axis=-1, keepdims=True)
+    return np.where(empty, 0.0, weights)
+
+
+def _check_causal(layer: int, head: Head, weights: np.ndarray) -> None:
+    future = np.triu(np.ones(weights.shape[-2:], dtype=bool), 1)
+    if np.isnan(weights).any():
         raise Refused("attention weights are not numbers", layer=layer, at=head.at.name)
     seen = np.abs(np.where(future, weights, 0.0))
     if seen.max(initial=0.0) > SEEN:

@@ -150,22 +150,54 @@ class Experiment:
         options.log_severity_level = 4
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def run(
-        self, length: int, mask: Callable[[GivenInput, int], np.ndarray], *, flat: bool = False
-    ) -> list[np.ndarray]:
-        """Return the outputs for one sequence of that length.
+    def run(self, length: int, seen: Callable[[int], np.ndarray], *, flat: bool = False) -> list[np.ndarray]:
+        """Return the outputs for two sequences of that length.
 
         Args:
             length: Number of tokens.
-            mask: What to feed for an input that is given for all tokens so far.
+            seen: Which tokens are seen, for inputs that are given for all tokens so far: [length] of bool.
             flat: Whether the stand-ins are fed with zeros in place of noise.
         """
         feeds = {name: np.asarray(feed(length)) for name, feed in self.feeds.items()}
         if flat:
             feeds |= {value.name or "": np.zeros_like(feeds[value.name or ""]) for value in self.stand_ins}
         for given in self.masks:
-            feeds[given.value.name or ""] = mask(given, length)
-        return [np.asarray(array) for array in self._session.run(None, feeds)]
+            feeds[given.value.name or ""] = _mask(given, seen(length))
+        arrays = [np.asarray(array) for array in self._session.run(None, feeds)]
+        for value, array in zip(self.outputs, arrays, strict=True):
+            self._check_shape(value, array, length)
+        return arrays
+
+    def _check_shape(self, value: ir.Value, array: np.ndarray, length: int) -> None:
+        """Hold what was inferred against what ran.
+
+        Raises:
+            Refused: They differ, so nothing that rests on it can be trusted.
+        """
+        sizes = [at_length(size, length) for size in self.flow.shapes[value].shape or ()]
+        known = [isinstance(size, int) for size in sizes]
+        if len(sizes) != array.ndim or any(
+            k and size != real for k, size, real in zip(known, sizes, array.shape, strict=True)
+        ):
+            raise Refused(
+                "what was inferred of a shape is not what runs", at=value.name,
+                expected=str(sizes), found=str(list(array.shape)),
+            )  # fmt: skip
+
+
+def _mask(given: GivenInput, seen: np.ndarray) -> np.ndarray:
+    """What an input given for all tokens so far is fed: 1 where a token is seen; a matrix where it has two axes."""
+    length = len(seen)
+    sizes = [int(at_length(size, length)) for size in given.dimensions]
+    dtype = given.value.dtype or ir.DataType.INT64
+    if not given.lengths:
+        return np.ones(sizes, dtype=dtype.numpy())
+    array = seen.astype(np.float64)
+    if len(given.lengths) == 2:
+        allowed = np.tril(np.ones((length, length))) * array
+        array = np.where(allowed > 0, 0.0, -1e9) if dtype.is_floating_point() else allowed
+    shape = [size if axis in given.lengths else 1 for axis, size in enumerate(sizes)]
+    return np.broadcast_to(array.reshape(shape), sizes).astype(dtype.numpy())
 
 
 def downstream(values: Iterable[ir.Value], stops: Collection[ir.Node] = ()) -> frozenset[ir.Value]:

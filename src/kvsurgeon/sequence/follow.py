@@ -32,6 +32,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization",
                      "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), along.normalization),
     "LpNormalization": along.lp_normalization,
+    **dict.fromkeys(("InstanceNormalization", "GroupNormalization"), along.by_channel),
     **{f"Reduce{kind}": along.reduce for kind in
        ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")},
     "ArgMax": along.arg_extreme,
@@ -102,10 +103,10 @@ def _take(flow: Flow, node: ir.Node) -> None:
         raise _no_rule(step)
     with in_one_line(node):
         found = rule(step)
-    for value, fact, axes in zip(node.outputs, results, found, strict=False):
-        if fact.shape is not None:
-            _check_lengths(step, fact.shape, axes)
-        flow.axes[value] = axes
+        for value, fact, axes in zip(node.outputs, results, found, strict=False):
+            if fact.shape is not None:
+                _check_lengths(step, fact.shape, axes)
+            flow.axes[value] = axes
     if any(value in flow.last for value in node.inputs if value is not None):
         _check_last(step, found)
 

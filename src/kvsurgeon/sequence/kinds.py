@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor
+from kvsurgeon.graph.liveness import read_by
 from kvsurgeon.sequence.axes import Length
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension
@@ -36,7 +37,7 @@ SHAPE_ONLY = frozenset({"Shape", "Size", "ConstantOfShape", "EyeLike"})
 # fmt: off
 _VIEWS = frozenset({
     "Cast", "CastLike", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Expand", "Transpose", "Clip", "Add",
-    "Sub", "Mul", "Div", "Max", "Min", "Abs",
+    "Sub", "Mul", "Div", "Max", "Min", "Abs", "Slice",
 })
 # fmt: on
 _LOOKUPS = frozenset({"Gather", "GatherElements", "GatherND"})
@@ -166,9 +167,9 @@ def _is_given_for_new_tokens(value: ir.Value, sizes: tuple[Dimension, ...]) -> b
             if node.op_type in _WAVES or (node.op_type in _LOOKUPS and index == 1 and _is_table(node.inputs[0])):
                 return True
             others = [other for other in node.inputs if other is not None and other not in seen]
-            if node.op_type not in _VIEWS or (index > 0 and node.op_type in ("Reshape", "Expand")):
+            if node.op_type not in _VIEWS or (index > 0 and node.op_type in ("Reshape", "Expand", "Slice")):
                 continue
-            if node.op_type in ("Reshape", "Expand", "Unsqueeze", "Squeeze") or all(
+            if node.op_type in ("Reshape", "Expand", "Unsqueeze", "Squeeze", "Slice") or all(
                 constant_tensor(other) is not None for other in others
             ):
                 result = node.outputs[0]
@@ -201,9 +202,8 @@ def find_kinds(nodes: Iterable[ir.Node], inputs: list[GivenInput], shapes: Shape
                 (min(kinds.get(value, Kind.CONSTANT), Kind.CONTEXT) for value in node.inputs if value), default=kind
             )
         else:
-            for value in node.inputs[:1] if node.op_type == "CastLike" else node.inputs:  # its second gives a type only
-                if value is not None:
-                    kind = max(kind, kinds.get(value, Kind.CONSTANT))
+            for value in node.inputs[:1] if node.op_type == "CastLike" else read_by(node):  # its second gives a type
+                kind = max(kind, Kind.CONSTANT if value is None else kinds.get(value, Kind.CONSTANT))
         if kind is Kind.TOKEN and (fact := shapes.facts.get(node.outputs[0])) is not None and fact.value is not None:
             kind = Kind.CONTEXT  # its numbers are known whatever the tokens are
         if kind is not Kind.CONSTANT:

@@ -1,44 +1,31 @@
-"""What context is fed when it is tried, and how its results are laid out to be looked at."""
+"""Which tokens are seen when context is tried, and how its results are laid out to be looked at."""
 
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 
 from kvsurgeon.sequence.axes import Axes, Length
 from kvsurgeon.sequence.experiment import at_length
-from kvsurgeon.sequence.kinds import GivenInput
 
 
-def all_seen(given: GivenInput, length: int) -> np.ndarray:
+def all_seen(length: int) -> np.ndarray:
     """Every token is seen."""
-    return _mask(given, length, np.ones(length))
+    return np.ones(length, dtype=bool)
 
 
-def left_padded(given: GivenInput, length: int) -> np.ndarray:
+def left_padded(length: int) -> np.ndarray:
     """The first two tokens are padding."""
-    return _mask(given, length, np.arange(length) >= 2)
+    return np.arange(length) >= 2
 
 
-def cut_short(given: GivenInput, length: int) -> np.ndarray:
+def with_holes(length: int) -> np.ndarray:
+    """Some tokens in the middle are not seen; the first always is."""
+    return np.arange(length) % 7 < 5
+
+
+def cut_short(length: int) -> np.ndarray:
     """The second half is not there yet."""
-    return _mask(given, length, np.arange(length) < length // 2)
-
-
-def _mask(given: GivenInput, length: int, row: np.ndarray) -> np.ndarray:
-    """What an input given for all tokens so far is fed: 1 where a token is seen; a matrix where it has two axes."""
-    sizes = [int(at_length(size, length)) for size in given.dimensions]
-    dtype = given.value.dtype or ir.DataType.INT64
-    array = np.asarray(row, dtype=np.float64)
-    if len(given.lengths) == 2:
-        allowed = np.tril(np.ones((length, length))) * array
-        array = np.where(allowed > 0, 0.0, -1e9) if dtype.is_floating_point() else allowed
-    shape = [1] * len(sizes)
-    for axis in given.lengths:
-        shape[axis] = sizes[axis]
-    if not given.lengths:
-        return np.ones(sizes, dtype=dtype.numpy())
-    return np.broadcast_to(array.reshape(shape), sizes).astype(dtype.numpy())
+    return np.arange(length) < length // 2
 
 
 def unfolded(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
@@ -58,10 +45,11 @@ def unfolded(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
 
 
 def close(left: np.ndarray, right: np.ndarray) -> bool:
-    """Whether two arrays are the same up to rounding."""
-    if left.dtype.kind not in "fc":
+    """Whether two arrays are the same up to the rounding of their type."""
+    if left.dtype.kind != "f":
         return bool(np.array_equal(left, right))
-    return bool(np.allclose(left, right, rtol=1e-4, atol=1e-5, equal_nan=True))
+    step = float(np.finfo(left.dtype).eps)  # 1e-7 in float32, 1e-3 in float16
+    return bool(np.allclose(left, right, rtol=max(1e-4, 8 * step), atol=max(1e-5, step), equal_nan=True))
 
 
 def difference(left: np.ndarray, right: np.ndarray) -> str:

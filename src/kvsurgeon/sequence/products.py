@@ -61,8 +61,8 @@ def _sum_away(
         return
     if left is None or right is None or not left.is_plain or not right.is_plain:
         raise step.mixing()
-    keys, stream = (left, right) if left.role.resolved() is None else (right, left)
-    if keys.role.resolved() is not None or stream.role.resolved() is not Length.NEW:
+    keys, stream = (left, right) if left.role.resolved() is not Length.NEW else (right, left)
+    if keys.role.resolved() is Length.NEW or stream.role.resolved() is not Length.NEW:
         raise step.mixing()  # a state summed over tokens, as linear attention has
     weights, value = (found.left, found.right) if keys is left else (found.right, found.left)
     if keys.role.root().bias or not _sees_keys(step, keys.role):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvsurgeon.sequence.analysis import Analysis
-from kvsurgeon.sequence.causal import Seen, look_at
+from kvsurgeon.sequence.causal import Seen, beside_weights, look_at
 from kvsurgeon.sequence.signature import Signatures
 from kvsurgeon.sequence.stable import find_limit
 from kvsurgeon.sequence.trial import Trial
@@ -34,8 +34,9 @@ def prove(analysis: Analysis) -> Proof:
     looked_at: dict[int, Seen] = {}
     seen = []
     for layer, head in enumerate(analysis.heads):
-        how = signatures.of(head)
+        beside = beside_weights(trial, head)
+        how = signatures.of(head, beside)
         if how not in looked_at:
-            looked_at[how] = look_at(trial, layer, head)
+            looked_at[how] = look_at(trial, layer, head, beside)
         seen.append(looked_at[how])
     return Proof(seen=tuple(seen), lengths=trial.lengths, limit=find_limit(trial))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
@@ -19,9 +19,9 @@ class Signatures:
         self.analysis = analysis
         self._numbers: dict[object, int] = {}
 
-    def of(self, head: Head) -> int:
-        """Return the number of an attention's way."""
-        return self._number(self._fused(head) if head.fused is not None else self._written_out(head))
+    def of(self, head: Head, beside: Sequence[ir.Value]) -> int:
+        """Return the number of an attention's way, and of what else is made of its scores."""
+        return self._number(self._fused(head) if head.fused is not None else self._written_out(head, beside))
 
     def _number(self, what: object) -> int:
         return self._numbers.setdefault(what, len(self._numbers))
@@ -31,15 +31,15 @@ class Signatures:
         mask = head.fused.node.inputs[head.fused.mask] if head.fused.mask is not None else None
         return "fused", head.fused.causal, None if mask is None else self.analysis.same.get(mask, mask)
 
-    def _written_out(self, head: Head) -> object:
+    def _written_out(self, head: Head, beside: Sequence[ir.Value]) -> object:
         shapes = self.analysis.flow.shapes
         names: dict[ir.Value, int] = {}
         for index, score in enumerate(head.scores):
             value = score.node.outputs[0]
             names[value] = self._number(("scores", index, shapes[value].shape))
-        product = head.products[0]
-        weights = product.node.inputs[product.weights]
-        return "written out", self._name(weights, names, downstream(head.score_values, head.ends))
+        between = downstream(head.score_values, head.ends)
+        weights = [product.node.inputs[product.weights] for product in head.products]
+        return "written out", tuple(self._name(value, names, between) for value in (*weights, *beside))
 
     def _name(self, value: ir.Value | None, names: dict[ir.Value, int], between: Collection[ir.Value]) -> int:
         if value is None:

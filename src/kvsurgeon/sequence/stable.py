@@ -12,8 +12,8 @@ from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.experiment import downstream
 from kvsurgeon.sequence.kinds import Kind
-from kvsurgeon.sequence.looking import all_seen, cut_short, left_padded, unfolded
-from kvsurgeon.sequence.trial import MaskFeed, Trial, check_same, first
+from kvsurgeon.sequence.looking import all_seen, cut_short, left_padded, unfolded, with_holes
+from kvsurgeon.sequence.trial import Pattern, Trial, check_same, first
 
 USEFUL = 64  # tokens: a cache that is right for fewer is not worth having
 
@@ -32,16 +32,16 @@ def find_limit(trial: Trial) -> int | None:
         return None
     experiment = trial.experiment(list(meetings))
 
-    def look(length: int, mask: MaskFeed) -> list[np.ndarray]:
-        arrays = trial.run(experiment, length, mask)
+    def look(length: int, seen: Pattern) -> list[np.ndarray]:
+        arrays = trial.run(experiment, length, seen)
         return [unfolded(array, axes, length) for axes, array in zip(meetings.values(), arrays, strict=True)]
 
     def compare(longer: list[np.ndarray], shorter: list[np.ndarray], length: int) -> None:
         for (value, axes), long, short in zip(meetings.items(), longer, shorter, strict=True):
             check_same(None, value, first(long, axes, length), first(short, axes, length))
 
-    for mask in (all_seen, left_padded) if experiment.masks else (all_seen,):
-        found = trial.as_far_as_it_runs(trial.further(), lambda length, mask=mask: look(length, mask))  # type: ignore[misc]
+    for seen in (all_seen, left_padded, with_holes) if experiment.masks else (all_seen,):
+        found = trial.as_far_as_it_runs(trial.further(), lambda length, seen=seen: look(length, seen))  # type: ignore[misc]
         for previous, length in pairwise(found):
             try:
                 compare(found[length], found[previous], previous)

@@ -10,11 +10,10 @@ import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import small_constant
-from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.sequence.analysis import Analysis, Head
 from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.experiment import Experiment, at_length
-from kvsurgeon.sequence.kinds import GivenInput, Kind
+from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.looking import close, difference
 
 LADDER = (1, 2, 7, 8, 40, 65, 129)  # tokens
@@ -29,7 +28,7 @@ _SWITCHES = frozenset({
 })
 # fmt: on
 
-MaskFeed = Callable[[GivenInput, int], np.ndarray]
+Pattern = Callable[[int], np.ndarray]  # of the length: which tokens are seen
 
 
 class Trial:
@@ -39,7 +38,6 @@ class Trial:
         self.analysis = analysis
         self.flow = analysis.flow
         self.fixed = analysis.length if isinstance(analysis.length, int) else None
-        self.alive = find_alive(analysis.model.graph)
         self.limit = min(self.flow.shapes.bounds, default=FAR)
         self.lengths = (self.fixed,) if self.fixed is not None else self._lengths()
 
@@ -81,14 +79,14 @@ class Trial:
         except Exception as error:
             raise _untried(outputs[0], error) from error
 
-    def run(self, experiment: Experiment, length: int, mask: MaskFeed, *, flat: bool = False) -> list[np.ndarray]:
+    def run(self, experiment: Experiment, length: int, seen: Pattern, *, flat: bool = False) -> list[np.ndarray]:
         """Run an experiment.
 
         Raises:
             Refused: It does not run.
         """
         try:
-            return experiment.run(length, mask, flat=flat)
+            return experiment.run(length, seen, flat=flat)
         except Exception as error:
             raise _untried(experiment.outputs[0], error) from error
 

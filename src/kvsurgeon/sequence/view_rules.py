@@ -283,6 +283,11 @@ def _contraction(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Valu
             if label in labels and shape[labels.index(label)] != 1:
                 wanted.append(axis.at(labels.index(label)))
         inputs[index] = views.view(source, _sorted(tuple(wanted)))
+    for index, source in enumerate(inputs):
+        if index not in (found.left, found.right) and source is not None:
+            shape = call.fact(index).shape
+            shift = len(found.result_labels) - len(shape or ())
+            inputs[index] = views.view(source, _narrow(shape, axes, shift))
     return views.rebuilt(node, inputs)
 
 

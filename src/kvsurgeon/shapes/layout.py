@@ -182,8 +182,8 @@ def _equal_parts(call: Call, size: Dimension, count: int) -> tuple[Dimension, ..
     if isinstance(size, int):
         part = -(-size // count)
         return (*(part for _ in range(count - 1)), size - part * (count - 1))
-    part = dim.exact_quotient(size, count)
-    return tuple(call.lost() if part is None else part for _ in range(count))
+    equal = dim.exact_quotient(size, count)
+    return tuple(call.lost() if equal is None else equal for _ in range(count))
 
 
 def gather(call: Call) -> Fact:
