@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from corpus import Case, Entry
-from second_judge import ContractError, Score, bound_of, failures, judge, open_session, read_contract
+from second_judge import DYNAMIC, ContractError, Score, bound_of, failures, judge, open_session, read_contract
 
 import kvsurgeon
 from kvsurgeon.errors import KvsurgeonError, PassError
@@ -148,6 +148,8 @@ def _judged(
     noise = _noise(entry, mutant, cases)
     if worst.error <= 30 * noise:
         return replace(outcome, category="not runnable", reason=f"its own rounding is {noise:.2g}; {reason}")
+    if bound is DYNAMIC and _changes(entry, mutant, cases, worst) > 0.05:
+        return replace(outcome, category="not runnable", reason=f"its ranges are those of a call; {reason}")
     return replace(outcome, category="wrong", reason=f"{reason}; {_consistency(entry, mutant, cases, worst)}")
 
 
@@ -164,15 +166,22 @@ def _noise(entry: Entry, mutant: onnx.ModelProto, cases: list[Case]) -> float:
 
 def _consistency(entry: Entry, mutant: onnx.ModelProto, cases: list[Case], worst: Score) -> str:
     """Whether the mutant itself says the same of a token whatever follows: no cache can help where it does not."""
+    change = _changes(entry, mutant, cases, worst)
+    if np.isnan(change):
+        return "not run at other lengths"
+    if change > 1e-3:
+        return f"the mutant itself changes by {change:.2g} with what follows"
+    return "the mutant itself is prefix-consistent"
+
+
+def _changes(entry: Entry, mutant: onnx.ModelProto, cases: list[Case], worst: Score) -> float:
+    """How much what the mutant says of a token changes with the tokens that follow; nan where its length is fixed."""
     case = next(case for case in cases if case.index == worst.case)
     session = open_session(mutant, entry.folder)
     try:
-        gaps = [_distance(_run(session, cut := _cut(case, total)), cut) for total in (1, 5, 11)]
+        return max(_distance(_run(session, cut := _cut(case, total)), cut) for total in (1, 5, 11, 16))
     except Exception:
-        return "not run at other lengths"
-    if max(gaps) > 1e-3:
-        return f"the mutant itself changes by {max(gaps):.2g} with what follows"
-    return "the mutant itself is prefix-consistent"
+        return float("nan")
 
 
 def _distance(answer: np.ndarray, case: Case) -> float:
