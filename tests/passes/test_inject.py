@@ -226,6 +226,30 @@ def test_an_optimiser_in_between_does_not_matter(name, tmp_path):
     assert_law(export(name), injected(optimised(export(name), tmp_path)))
 
 
+def fixed(model: onnx.ModelProto, batch: int, length: int) -> onnx.ModelProto:
+    """Every shape is a number, as in a static export; stored shapes are dropped, as they name lengths."""
+    result = without_shapes(model)
+    for value in (*result.graph.input, *result.graph.output):
+        for size, number in zip(value.type.tensor_type.shape.dim, (batch, length), strict=False):
+            size.dim_value = number
+    return result
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["as it is", "folded"])
+@pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if name != "gpt2_torchscript_sdpa"])
+def test_a_length_that_the_export_fixed(name, folded, tmp_path):
+    original = fixed(export(name), 1, 9)
+    result = injected(optimised(original, tmp_path) if folded else original)
+    assert_law(original, result, texts(original, batch=1, length=9))
+
+
+@pytest.mark.xfail(reason="it is injected, and the result cannot be run")
+@pytest.mark.parametrize(("name", "batch"), [("gpt2_torchscript_sdpa", 1), ("bloom_torchscript_eager", 2)])
+def test_a_mask_that_is_flattened_at_a_fixed_length_is_refused(name, batch):
+    with pytest.raises(Refused):
+        injected(fixed(export(name), batch, 9))
+
+
 # What it leaves alone
 
 
