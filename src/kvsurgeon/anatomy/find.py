@@ -11,6 +11,7 @@ from kvsurgeon.anatomy.masks import read_mask
 from kvsurgeon.anatomy.scales import read_scale
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.plain import in_plain_words
+from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.sequence.analysis import Analysis, Head, analyse
 from kvsurgeon.sequence.axes import Length
 from kvsurgeon.sequence.cuts import PROJECTIONS, Memory
@@ -21,6 +22,8 @@ from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.contraction import contraction_of
 from kvsurgeon.shapes.dimension import BATCH
 
+_MOVES = frozenset({"Unsqueeze", "Squeeze", "Cast", "Reshape", "Transpose", "Mul", "Slice", "Concat", "Split"})
+
 LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
 
 
@@ -30,8 +33,9 @@ def find_decoder(model: ir.Model) -> Decoder:
     Raises:
         Refused: It is none, or cannot be handled soundly.
     """
-    analysis = analyse(in_plain_words(model))
-    return describe(analysis, prove(analysis))
+    with room_for_deep_graphs():
+        analysis = analyse(in_plain_words(model))
+        return describe(analysis, prove(analysis))
 
 
 def find_attention(model: ir.Model) -> tuple[Attention, ...]:
@@ -196,9 +200,34 @@ def _rotary(flow: Flow, place: Place, head_dim: int) -> Rotary | None:
             continue
         for index, value in enumerate(node.inputs):
             shape = None if value is None else flow.shapes[value].shape
-            if (node, index) in flow.demands and shape and isinstance(shape[-1], int) and shape[-1] > 1:
+            table = (node, index) in flow.demands or _is_wave(value)
+            if table and shape and isinstance(shape[-1], int) and shape[-1] > 1:
                 width = max(width, shape[-1])
     return Rotary(width=min(width, head_dim), head_dim=head_dim) if width else None
+
+
+def _is_wave(value: ir.Value | None) -> bool:
+    """Whether a value is a cosine or a sine, cast, reshaped or picked from."""
+    for _ in range(8):
+        node = None if value is None else value.producer()
+        if node is None:
+            return False
+        if node.op_type in ("Cos", "Sin"):
+            return True
+        if node.op_type not in (
+            "Unsqueeze",
+            "Squeeze",
+            "Cast",
+            "Reshape",
+            "Transpose",
+            "Mul",
+            "Slice",
+            "Concat",
+            "Split",
+        ):
+            return False
+        value = node.inputs[0]
+    return False
 
 
 def _repeats(flow: Flow, place: Place) -> Iterator[str]:
@@ -218,7 +247,7 @@ def _repeats(flow: Flow, place: Place) -> Iterator[str]:
 def _cut(memory: Memory) -> Cut:
     return Cut(
         value=memory.value.name or "",
-        dtype=memory.dtype.name.lower(),
+        dtype=str(memory.dtype.numpy()),
         layout=LAYOUT,
         heads=memory.heads,
         head_dim=memory.head_dim,
@@ -238,7 +267,7 @@ def _input(given: GivenInput) -> Input:
 
     return Input(
         name=given.value.name or "",
-        dtype=given.value.dtype.name.lower() if given.value.dtype else "",
+        dtype=str(given.value.dtype.numpy()) if given.value.dtype else "",
         original=tuple(size if isinstance(size, int) else str(size) for size in given.dimensions),
         given=words(given.dimensions, given.lengths),
     )

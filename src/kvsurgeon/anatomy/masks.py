@@ -10,7 +10,8 @@ from kvsurgeon.sequence.causal import SEEN, Seen
 
 def read_mask(seen: Seen) -> Mask:
     """Return the mask that lets queries see what they were seen to see."""
-    allowed = (np.abs(seen.weights) > SEEN).reshape(-1, *seen.weights.shape[-2:]).any(axis=0)
+    weights = seen.weights if seen.flat is None else seen.flat
+    allowed = (weights != 0).reshape(-1, *weights.shape[-2:]).any(axis=0)  # a steep bias may leave next to nothing
     padding = seen.padded is not None and bool((np.abs(seen.padded[..., 2:, :2]) <= SEEN).all())
     kind, window, chunk = _kind(allowed)
     return Mask(kind=kind, window=window, chunk=chunk, padding=padding, bias=_is_biased(seen))  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+TINY = 64  # elements; an epsilon, a mask's number: no weight wherever it is kept
 SMALL = 4096  # elements; a shape, an axis list, a table of frequencies, never a weight matrix
 
 
@@ -31,10 +32,15 @@ def is_weight(tensor: ir.TensorProtocol) -> bool:
     """Whether a tensor is one that must stay unread: large, or floating-point in a file of its own."""
     if tensor.size > SMALL:
         return True
-    return isinstance(tensor, ir.ExternalTensor) and tensor.dtype.is_floating_point()
+    return isinstance(tensor, ir.ExternalTensor) and tensor.dtype.is_floating_point() and tensor.size > TINY
 
 
 def small_constant(value: ir.Value | None) -> np.ndarray | None:
     """Return the numbers of a small constant; None for weights and for what is not constant."""
     tensor = constant_tensor(value)
-    return None if tensor is None or is_weight(tensor) else tensor.numpy()
+    if tensor is None or is_weight(tensor):
+        return None
+    try:
+        return tensor.numpy()
+    except (OSError, ValueError):  # kept in a file that is not here
+        return None

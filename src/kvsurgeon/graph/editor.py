@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.graph.liveness import find_alive, read_by
+from kvsurgeon.graph.liveness import find_alive
 
 
 class Editor:
-    """Add and rewire nodes of a graph; `finish` drops what nobody reads any more and restores the order."""
+    """Add and rewire nodes of a graph; `finish` drops what nobody can see and restores the order."""
 
     def __init__(self, model: ir.Model) -> None:
         self.graph = model.graph
@@ -122,15 +122,10 @@ class Editor:
             self.edits += 1
 
     def finish(self) -> None:
-        """Drop what was read before and is not read any more, give names back, and restore the order."""
+        """Drop what nobody can see or reads any more, give names back, and restore the order."""
         alive = find_alive(self.graph)
-        dropped: set[ir.Node] = set()
-        for node in self.graph:
-            ours = node in self._alive or node in self._twins
-            if node not in alive and (ours or any(value.producer() in dropped for value in read_by(node))):
-                dropped.add(node)
         for node in reversed(list(self.graph)):
-            if node in dropped:
+            if node not in alive:
                 self.graph.remove(node, safe=False)
                 self.edits += 1
         self._give_names_back(alive)

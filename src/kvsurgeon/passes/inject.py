@@ -13,6 +13,7 @@ import sympy
 from kvsurgeon.errors import Refused, UsageError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.plain import in_plain_words
+from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
 from kvsurgeon.sequence.analysis import Analysis, Head, analyse
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
@@ -52,11 +53,12 @@ class Inject:
             UsageError: A template does not give each tensor a name of its own.
         """
         model = in_plain_words(subject.model)
-        analysis = analyse(model)
-        proof = prove(analysis)
-        entries = _entries(analysis.heads, self)
-        editor = Editor(model)
-        _Injection(analysis, editor, entries, proof.limit).operate()
+        with room_for_deep_graphs():
+            analysis = analyse(model)
+            proof = prove(analysis)
+            entries = _entries(analysis.heads, self)
+            editor = Editor(model)
+            _Injection(analysis, editor, entries, proof.limit).operate()
         subject.model = model
         notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()]
         if proof.limit is not None:
@@ -91,13 +93,20 @@ def _entries(heads: Sequence[Head], options: Inject) -> list[_Entry]:
         if len({kind for kind, _ in fresh}) < len(fresh):
             raise Refused("one attention reads several tensors of keys, or of values", layer=number, at=head.at.name)
         for kind, memory in fresh:
-            past, present = (text.format(layer=layer, kind=kind) for text in (options.past, options.present))
+            past, present = (_filled(text, layer, kind) for text in (options.past, options.present))
             entries.append(_Entry(memory=memory, past=past, present=present))
         layer += bool(fresh)
     names = [name for entry in entries for name in (entry.past, entry.present)]
     if len(set(names)) < len(names):
         raise UsageError("expected names with {layer} and {kind} in them, so that each tensor has its own")
     return entries
+
+
+def _filled(text: str, layer: int, kind: str) -> str:
+    try:
+        return text.format(layer=layer, kind=kind)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UsageError(f"expected a name such as past.{{layer}}.{{kind}}, found {text!r}") from error
 
 
 class _Injection:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import onnx
 import onnx_ir as ir
 
+from kvsurgeon.errors import MalformedModel
+
 StandIn = Callable[[ir.Value], ir.TensorProtocol]
 
 
@@ -38,7 +40,10 @@ def weightless(model: ir.Model, stand_in: StandIn) -> onnx.ModelProto:
         metadata_props=model.metadata_props,
         device_configurations=model.device_configurations,
     )
-    return ir.to_proto(lightened)
+    try:
+        return ir.to_proto(lightened)
+    except Exception as error:  # names and notes that are no text
+        raise MalformedModel(f"the model cannot be written: {' '.join(str(error).split())}") from error
 
 
 def empty(value: ir.Value) -> ir.TensorProtocol:

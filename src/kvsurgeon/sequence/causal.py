@@ -17,6 +17,7 @@ from kvsurgeon.sequence.looking import all_seen, cut_short, left_padded, unfolde
 from kvsurgeon.sequence.trial import Pattern, Trial, check_same, first
 
 SEEN = 1e-6  # a weight above this is one that counts
+LOUD = 30.0  # times the usual noise: a mask must hold against large scores too
 
 Read = Callable[[np.ndarray, int], np.ndarray]  # an output and the length -> weights [..., query, key]
 
@@ -28,6 +29,8 @@ class Seen:
     weights: np.ndarray  # [..., query, key] at the longest length that was tried
     padded: np.ndarray | None = None  # the same with the first keys masked by an input
     flat: np.ndarray | None = None  # the same where all scores are equal
+    blind_see_ahead: bool = False  # queries that an input leaves no key give weight to keys after them
+    masked_are_seen: bool = False  # other queries give weight to keys that an input masks
 
 
 def look_at(trial: Trial, layer: int, head: Head, beside: Sequence[ir.Value]) -> Seen:
@@ -65,32 +68,49 @@ def _look(
     trial: Trial, layer: int, head: Head, experiment: Experiment, read: Read, beside: Sequence[ir.Value] = ()
 ) -> Seen:
     """Run scores into weights, and into what else is made of them, at several lengths and with several masks."""
+    if beside and trial.fixed is not None:
+        raise Refused(
+            "scores are summed up beside the attention weights, masked or not: the export fixed the length, so it cannot "
+            "be seen",
+            layer=layer,
+            at=beside[0].name,
+        )
     axes = [trial.flow.axes[value] for value in beside]
 
-    def look(length: int, seen: Pattern, *, flat: bool = False) -> list[np.ndarray]:
-        weights, *others = trial.run(experiment, length, seen, flat=flat)
+    def look(length: int, seen: Pattern, *, loudness: float = 1.0) -> list[np.ndarray]:
+        weights, *others = trial.run(experiment, length, seen, loudness=loudness)
         return [read(weights, length), *(unfolded(other, at, length) for at, other in zip(axes, others, strict=True))]
 
     found = trial.as_far_as_it_runs(trial.dense(head), lambda length: look(length, all_seen))
     longest = max(found)
-    for length, (weights, *others) in found.items():
+    for weights, *_ in found.values():
         _check_causal(layer, head, weights)
+    for length, (weights, *others) in found.items():
         check_same(layer, head.at, found[longest][0][..., :length, :length], weights)
         for value, at, short, whole in zip(beside, axes, others, found[longest][1:], strict=True):
             check_same(layer, value, first(whole, at, length), short)
     padded = flat = None
+    blind_see_ahead = masked_are_seen = False
     for seen in (left_padded, with_holes) if experiment.masks else ():
-        masked = {length: _masked(look(length, seen)[0], whole[0], seen(length)) for length, whole in found.items()}
+        looked = {length: look(length, seen)[0] for length in found}
+        blind = {length: _blind(found[length][0], seen(length)) for length in found}
+        masked = {length: np.where(blind[length], 0.0, weights) for length, weights in looked.items()}
         for length, weights in masked.items():
             _check_causal(layer, head, weights)
             check_same(layer, head.at, masked[longest][..., :length, :length], weights)
+        blind_see_ahead |= _ahead(np.where(blind[longest], looked[longest], 0.0)) > SEEN
+        masked_are_seen |= float(np.abs(masked[longest][..., ~seen(longest)]).max(initial=0.0)) > SEEN
         padded = padded if padded is not None else masked[longest]
     if experiment.masks and trial.fixed is not None:
         half, cut = longest // 2, look(longest, cut_short)[0]
         check_same(layer, head.at, found[longest][0][..., :half, :half], cut[..., :half, :half])
     if experiment.stand_ins:
-        flat = look(longest, all_seen, flat=True)[0]
-    return Seen(weights=found[longest][0], padded=padded, flat=flat)
+        _check_causal(layer, head, look(longest, all_seen, loudness=LOUD)[0])
+        flat = look(longest, all_seen, loudness=0.0)[0]
+    return Seen(
+        weights=found[longest][0], padded=padded, flat=flat,
+        blind_see_ahead=blind_see_ahead, masked_are_seen=masked_are_seen,
+    )  # fmt: skip
 
 
 def beside_weights(trial: Trial, head: Head) -> list[ir.Value]:
@@ -127,26 +147,30 @@ def _allowed(mask: np.ndarray, axes: Axes, length: int, *, causal: bool) -> np.n
     return np.tril(weights) if causal else weights
 
 
-def _masked(weights: np.ndarray, whole: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """The weights without those of queries that see no key at all: a softmax of nothing gives weight to everything.
+def _blind(whole: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """[..., query, 1]: queries that are left no key, so that a softmax of nothing gives weight to everything.
 
     Args:
-        weights: [..., query, key] where some keys are masked by an input.
-        whole: The same where none is.
+        whole: [..., query, key], the weights where no key is masked by an input.
         seen: [key] of bool: which are not masked.
     """
-    empty = ~((np.abs(whole) > SEEN) & seen).any(axis=-1, keepdims=True)
-    return np.where(empty, 0.0, weights)
+    blind: np.ndarray = ~((np.abs(whole) > SEEN) & seen).any(axis=-1, keepdims=True)
+    return blind
+
+
+def _ahead(weights: np.ndarray) -> float:
+    """The largest weight on a key after the query."""
+    future = np.triu(np.ones(weights.shape[-2:], dtype=bool), 1)
+    return float(np.abs(np.where(future, np.nan_to_num(weights), 0.0)).max(initial=0.0))
 
 
 def _check_causal(layer: int, head: Head, weights: np.ndarray) -> None:
-    future = np.triu(np.ones(weights.shape[-2:], dtype=bool), 1)
     if np.isnan(weights).any():
         raise Refused("attention weights are not numbers", layer=layer, at=head.at.name)
-    seen = np.abs(np.where(future, weights, 0.0))
-    if seen.max(initial=0.0) > SEEN:
-        query, key = np.unravel_index(int(seen.argmax()), seen.shape)[-2:]
-        raise _sees_future(layer, head, f"query {query} gives {seen.max():.2g} to key {key}")
+    if (ahead := _ahead(weights)) > SEEN:
+        future = np.abs(weights) * np.triu(np.ones(weights.shape[-2:]), 1)
+        query, key = np.unravel_index(int(future.argmax()), future.shape)[-2:]
+        raise _sees_future(layer, head, f"query {query} gives {ahead:.2g} to key {key}")
 
 
 def _sees_future(layer: int, head: Head, found: str) -> Refused:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
 from kvsurgeon.sequence.flow import ScoreProduct, Step
 from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import Dimension
 
 
@@ -70,6 +71,7 @@ def align(step: Step, index: int, found: dict[int, SequenceAxis], rank: int) -> 
         if axis in found:
             if token:
                 raise step.refusal("a tensor's tokens were lost sight of", at=step.node.inputs[index])
+            _check_size(step, index, found[axis], size)
             wanted.append(found[axis].at(place))
         elif step.holds_length(size):
             if token:
@@ -78,6 +80,16 @@ def align(step: Step, index: int, found: dict[int, SequenceAxis], rank: int) -> 
             wanted.append(found[axis].at(place))
     if not token:
         step.demand(index, tuple(wanted))
+
+
+def _check_size(step: Step, index: int, axis: SequenceAxis, size: Dimension) -> None:
+    """Context is cut to the tokens' length only where it surely has it."""
+    whole = dim.multiply(dim.multiply(axis.outer, axis.inner), step.flow.length)
+    if axis.role.resolved() is Length.NEW and not dim.is_equal(size, whole):
+        raise step.refusal(
+            "context that meets the tokens does not surely have their length", at=step.node.inputs[index],
+            expected=str(whole), found=str(size),
+        )  # fmt: skip
 
 
 def brought(step: Step, axis: int, size: Dimension) -> SequenceAxis:

@@ -150,17 +150,19 @@ class Experiment:
         options.log_severity_level = 4
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def run(self, length: int, seen: Callable[[int], np.ndarray], *, flat: bool = False) -> list[np.ndarray]:
+    def run(self, length: int, seen: Callable[[int], np.ndarray], *, loudness: float = 1.0) -> list[np.ndarray]:
         """Return the outputs for two sequences of that length.
 
         Args:
             length: Number of tokens.
             seen: Which tokens are seen, for inputs that are given for all tokens so far: [length] of bool.
-            flat: Whether the stand-ins are fed with zeros in place of noise.
+            loudness: What the noise in place of stand-ins is multiplied with.
         """
         feeds = {name: np.asarray(feed(length)) for name, feed in self.feeds.items()}
-        if flat:
-            feeds |= {value.name or "": np.zeros_like(feeds[value.name or ""]) for value in self.stand_ins}
+        if loudness != 1.0:
+            for value in self.stand_ins:
+                array = feeds[value.name or ""]
+                feeds[value.name or ""] = (array * loudness).astype(array.dtype)
         for given in self.masks:
             feeds[given.value.name or ""] = _mask(given, seen(length))
         arrays = [np.asarray(array) for array in self._session.run(None, feeds)]

@@ -35,6 +35,7 @@ class Lengths:
         self.sources = sources
         self._made: dict[tuple[Dimension, bool], ir.Value] = {}
         self._shapes: dict[ir.Value, ir.Value] = {}
+        self._vectors: dict[tuple[Dimension, ...], ir.Value] = {}
         self._typed: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     @staticmethod
@@ -57,6 +58,11 @@ class Lengths:
             return self.editor.constant(list(numbers), wish="shape")
         if len(numbers) == 1:
             return self.flat(numbers[0])
+        if (key := tuple(numbers)) not in self._vectors:
+            self._vectors[key] = self._joined(numbers)
+        return self._vectors[key]
+
+    def _joined(self, numbers: Sequence[Dimension]) -> ir.Value:
         pieces: list[ir.Value] = []
         run: list[int] = []
         for number in [*numbers, None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.analysis import Analysis
 from kvsurgeon.sequence.causal import Seen, beside_weights, look_at
 from kvsurgeon.sequence.signature import Signatures
@@ -22,6 +23,16 @@ class Proof:
     seen: tuple[Seen, ...]  # for each attention
     lengths: tuple[int, ...]  # that were tried
     limit: int | None  # the longest total length up to which context is stable, where there is one
+
+
+def _check_padding(analysis: Analysis, seen: list[Seen]) -> None:
+    """What a padded token sees of those after it must not reach the others through its keys and values."""
+    peeking = [layer for layer, one in enumerate(seen) if one.masked_are_seen]
+    if peeking and any(one.blind_see_ahead for one in seen):
+        raise Refused(
+            "tokens that an input masks see those after them, and are seen by tokens that it does not mask",
+            layer=peeking[0], at=analysis.heads[peeking[0]].at.name,
+        )  # fmt: skip
 
 
 def prove(analysis: Analysis) -> Proof:
@@ -39,4 +50,5 @@ def prove(analysis: Analysis) -> Proof:
         if how not in looked_at:
             looked_at[how] = look_at(trial, layer, head, beside)
         seen.append(looked_at[how])
+    _check_padding(analysis, seen)
     return Proof(seen=tuple(seen), lengths=trial.lengths, limit=find_limit(trial))

@@ -79,14 +79,14 @@ class Trial:
         except Exception as error:
             raise _untried(outputs[0], error) from error
 
-    def run(self, experiment: Experiment, length: int, seen: Pattern, *, flat: bool = False) -> list[np.ndarray]:
+    def run(self, experiment: Experiment, length: int, seen: Pattern, *, loudness: float = 1.0) -> list[np.ndarray]:
         """Run an experiment.
 
         Raises:
             Refused: It does not run.
         """
         try:
-            return experiment.run(length, seen, flat=flat)
+            return experiment.run(length, seen, loudness=loudness)
         except Exception as error:
             raise _untried(experiment.outputs[0], error) from error
 

@@ -119,7 +119,10 @@ class Views:
             return value
         key = (node, tuple(inputs))
         if key not in self._rebuilt:
-            self._rebuilt[key] = self.editor.twin(node, inputs, "view")
+            self._rebuilt[key] = twin = self.editor.twin(node, inputs, "view")
+            for mine, original in zip(twin.outputs, node.outputs, strict=True):
+                dtype = self.flow.shapes[original].dtype
+                mine.type = mine.type if dtype is None else ir.TensorType(dtype)
         return self._rebuilt[key].outputs[value.index() or 0]
 
     def sizes(self, shape: Sequence[Dimension], axes: Axes) -> list[Dimension]:

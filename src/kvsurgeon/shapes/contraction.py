@@ -117,6 +117,26 @@ def contraction(call: Call) -> Fact:
     return Fact(tuple(sizes[label] for label in found.result_labels), dtype)
 
 
+def convolution(call: Call) -> Fact:
+    """The shape of a `Conv` over [batch, channels, positions...]. Source: ONNX, `Conv`."""
+    operand, weights = call.fact(0).shape, call.fact(1).shape
+    dtype = _result_type(call)
+    if operand is None or weights is None:
+        return Fact(None, dtype)
+    count = len(operand) - 2
+    strides, dilations = call.attribute("strides") or [1] * count, call.attribute("dilations") or [1] * count
+    pads, padding = call.attribute("pads") or [0] * 2 * count, call.text("auto_pad", "NOTSET")
+    sizes: list[Dimension] = [operand[0], weights[0]]
+    for place in range(count):
+        if padding not in ("NOTSET", "VALID"):
+            sizes.append(call.lost())
+            continue
+        kernel = dim.add(dim.multiply(dilations[place], dim.subtract(weights[place + 2], 1)), 1)
+        room = dim.subtract(dim.add(operand[place + 2], pads[place] + pads[place + count]), kernel)
+        sizes.append(dim.add(dim.floor_quotient(room, strides[place]), 1))
+    return Fact(tuple(sizes), dtype)
+
+
 def _result_type(call: Call) -> ir.DataType | None:
     name = call.node.op_type
     if name in ("MatMulInteger", "ConvInteger"):

@@ -18,6 +18,8 @@ Dimension: TypeAlias = int | sympy.Expr
 BATCH = sympy.Symbol("batch", integer=True, positive=True)
 LENGTH = sympy.Symbol("length", integer=True, positive=True)  # the one length that an export without a cache knows
 
+LONGEST = 40  # operations in an expression
+
 _numbers = itertools.count()
 
 
@@ -37,8 +39,10 @@ def is_known(dimension: Dimension) -> bool:
 
 
 def plain(expression: sympy.Expr) -> Dimension:
-    """Return a whole number as an `int`, anything else as it is."""
-    return int(expression) if expression.is_Integer else expression
+    """Return a whole number as an `int`, anything else as it is; unknown where it has grown too long to work with."""
+    if expression.is_Integer:
+        return int(expression)
+    return expression if expression.count_ops() <= LONGEST else unknown("too long an expression")
 
 
 @cache

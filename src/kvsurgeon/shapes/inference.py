@@ -70,6 +70,7 @@ RULES: dict[str, Rule] = {
                      "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), reduction.normalized),
     **dict.fromkeys(("MatMul", "Gemm", "Einsum", "MatMulInteger", "QLinearMatMul", "QGemm", "FusedMatMul",
                      "MatMulNBits"), contraction.contraction),
+    **dict.fromkeys(("Conv", "ConvInteger"), contraction.convolution),
     "Attention": fused.attention,
     "MultiHeadAttention": fused.multi_head_attention,
     "GroupQueryAttention": fused.group_query_attention,

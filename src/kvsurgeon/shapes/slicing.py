@@ -7,7 +7,7 @@ from kvsurgeon.shapes.dimension import Dimension
 from kvsurgeon.shapes.fact import Call, Fact, axis_of
 from kvsurgeon.shapes.layout import whole_numbers
 
-FAR = 2**31 - 1  # exporters write "to the end" as a bound of at least this
+FAR = 2**24  # no text is as long: a bound of at least this means "to the end"
 
 
 def slice_bounds(call: Call) -> tuple[list[int], list[Dimension], list[Dimension], list[int]] | None:
@@ -44,10 +44,10 @@ def _clamped(call: Call, bound: Dimension, size: Dimension) -> Dimension:
 
 
 def _clamped_number(bound: int, size: Dimension) -> Dimension:
-    if bound >= FAR:
-        return size
     if isinstance(size, int):
         return max(0, min(bound + size if bound < 0 else bound, size))
+    if bound >= FAR:
+        return size
     if bound <= -FAR or bound == 0:
         return 0
     return dim.minimum(bound, size) if bound > 0 else dim.maximum(dim.add(size, bound), 0)
