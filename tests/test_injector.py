@@ -47,7 +47,6 @@ def test_usage_to_the_letter(folder, original, monkeypatch):
     assert "Any causal decoder" in KeyValueCacheInjector.supported_models
 
 
-@pytest.mark.xfail(reason="small floats in the data file are taken for weights", raises=Refused)
 def test_small_constants_may_lie_in_the_data_file(folder, original):
     save(folder, size_threshold=0)
     model = onnx.load(folder / "model.onnx", load_external_data=False)

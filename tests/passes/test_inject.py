@@ -382,7 +382,6 @@ def test_templates_that_name_two_tensors_alike_are_refused(past):
         Inject(past=past).apply(subject)
 
 
-@pytest.mark.xfail(reason="str.format's own errors come through", raises=(KeyError, ValueError))
 @pytest.mark.parametrize("past", ["past.{number}.{kind}", "past.{layer", "past.{layer!x}.{kind}"])
 def test_templates_that_cannot_be_read_are_refused(past):
     with pytest.raises(UsageError):

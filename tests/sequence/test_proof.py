@@ -29,7 +29,7 @@ REFUSED = [
     ("a bias too small to hide", attention(constants="float little = {2.0}",
      masked="hidden = Sub(s, little)\n masked_scores = Where(allowed, s, hidden)"), "sees the future", "c"),
     ("keys counted from the end", attention(allowed="end = Sub(length, one)\n back = Sub(end, row)\n"
-     "causal = LessOrEqual(row, column)\n odd = Less(back, three)\n allowed = And(causal, odd)",
+     "causal = LessOrEqual(row, column)\n late = Less(back, three)\n own = Equal(row, column)\n near = Or(late, own)\n allowed = And(causal, near)",
      constants="int64 three = {3}"), "context changes", "c"),
     ("frequencies by length (dynamic NTK)", attention(constants=WEIGHTS, key=TURNED.format(
         frequencies=f"{LENGTH_AS_FLOAT}\n f = Div(base, long)")), "context changes", "wave"),
