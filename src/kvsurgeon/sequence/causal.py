@@ -13,6 +13,7 @@ from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.analysis import Head
 from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.experiment import Experiment
+from kvsurgeon.sequence.kinds import GivenInput
 from kvsurgeon.sequence.looking import all_seen, cut_short, left_padded, unfolded, with_holes
 from kvsurgeon.sequence.trial import Pattern, Trial, check_same, first
 
@@ -70,15 +71,16 @@ def _look(
     """Run scores into weights, and into what else is made of them, at several lengths and with several masks."""
     if beside and trial.fixed is not None:
         raise Refused(
-            "scores are summed up beside the attention weights, masked or not: the export fixed the length, so it cannot "
-            "be seen",
+            "scores are summed up beside the attention weights, and at a fixed length it cannot be seen whether masked",
             layer=layer,
             at=beside[0].name,
         )
     axes = [trial.flow.axes[value] for value in beside]
 
-    def look(length: int, seen: Pattern, *, loudness: float = 1.0) -> list[np.ndarray]:
-        weights, *others = trial.run(experiment, length, seen, loudness=loudness)
+    def look(
+        length: int, seen: Pattern, *, through: GivenInput | None = None, loudness: float = 1.0
+    ) -> list[np.ndarray]:
+        weights, *others = trial.run(experiment, length, seen, through=through, loudness=loudness)
         return [read(weights, length), *(unfolded(other, at, length) for at, other in zip(axes, others, strict=True))]
 
     found = trial.as_far_as_it_runs(trial.dense(head), lambda length: look(length, all_seen))
@@ -91,8 +93,8 @@ def _look(
             check_same(layer, value, first(whole, at, length), short)
     padded = flat = None
     blind_see_ahead = masked_are_seen = False
-    for seen in (left_padded, with_holes) if experiment.masks else ():
-        looked = {length: look(length, seen)[0] for length in found}
+    for seen, through in _maskings(experiment):
+        looked = {length: look(length, seen, through=through)[0] for length in found}
         blind = {length: _blind(found[length][0], seen(length)) for length in found}
         masked = {length: np.where(blind[length], 0.0, weights) for length, weights in looked.items()}
         for length, weights in masked.items():
@@ -145,6 +147,14 @@ def _allowed(mask: np.ndarray, axes: Axes, length: int, *, causal: bool) -> np.n
     if array.dtype != bool:
         weights = np.exp(np.minimum(weights, 0.0))
     return np.tril(weights) if causal else weights
+
+
+def _maskings(experiment: Experiment) -> list[tuple[Pattern, GivenInput | None]]:
+    """Ways to mask tokens: through all inputs that can, and through each of them alone."""
+    if not experiment.masks:
+        return []
+    alone = experiment.masks if len(experiment.masks) > 1 else []
+    return [(left_padded, None), (with_holes, None), *((with_holes, given) for given in alone)]
 
 
 def _blind(whole: np.ndarray, seen: np.ndarray) -> np.ndarray:

@@ -150,12 +150,20 @@ class Experiment:
         options.log_severity_level = 4
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def run(self, length: int, seen: Callable[[int], np.ndarray], *, loudness: float = 1.0) -> list[np.ndarray]:
+    def run(
+        self,
+        length: int,
+        seen: Callable[[int], np.ndarray],
+        *,
+        through: GivenInput | None = None,
+        loudness: float = 1.0,
+    ) -> list[np.ndarray]:
         """Return the outputs for two sequences of that length.
 
         Args:
             length: Number of tokens.
             seen: Which tokens are seen, for inputs that are given for all tokens so far: [length] of bool.
+            through: The one input that says so; all of them where none is named.
             loudness: What the noise in place of stand-ins is multiplied with.
         """
         feeds = {name: np.asarray(feed(length)) for name, feed in self.feeds.items()}
@@ -164,7 +172,8 @@ class Experiment:
                 array = feeds[value.name or ""]
                 feeds[value.name or ""] = (array * loudness).astype(array.dtype)
         for given in self.masks:
-            feeds[given.value.name or ""] = _mask(given, seen(length))
+            here = seen(length) if through in (None, given) else np.ones(length, dtype=bool)
+            feeds[given.value.name or ""] = _mask(given, here)
         arrays = [np.asarray(array) for array in self._session.run(None, feeds)]
         for value, array in zip(self.outputs, arrays, strict=True):
             self._check_shape(value, array, length)

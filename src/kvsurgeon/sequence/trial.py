@@ -13,7 +13,7 @@ from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.sequence.analysis import Analysis, Head
 from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.experiment import Experiment, at_length
-from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.sequence.kinds import GivenInput, Kind
 from kvsurgeon.sequence.looking import close, difference
 
 LADDER = (1, 2, 7, 8, 40, 65, 129)  # tokens
@@ -79,14 +79,22 @@ class Trial:
         except Exception as error:
             raise _untried(outputs[0], error) from error
 
-    def run(self, experiment: Experiment, length: int, seen: Pattern, *, loudness: float = 1.0) -> list[np.ndarray]:
-        """Run an experiment.
+    def run(
+        self,
+        experiment: Experiment,
+        length: int,
+        seen: Pattern,
+        *,
+        through: GivenInput | None = None,
+        loudness: float = 1.0,
+    ) -> list[np.ndarray]:
+        """Run an experiment; see there.
 
         Raises:
             Refused: It does not run.
         """
         try:
-            return experiment.run(length, seen, loudness=loudness)
+            return experiment.run(length, seen, through=through, loudness=loudness)
         except Exception as error:
             raise _untried(experiment.outputs[0], error) from error
 
