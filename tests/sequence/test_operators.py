@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501  # a case is read best on one line
 
+import numpy as np
 import pytest
 from attentions import attention
 from exports import injected
@@ -41,6 +42,15 @@ ON_TOKENS = [
      "float[8] gain, float[8] shift, float[8] mean, float[8] var = {1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0}"),
     ("Gemm with a bias", "f = Flatten<axis = 2>(x)\n g = Gemm(f, wq, bias)\n h = Reshape(g, sizes)", "float[8] bias"),
     ("Einsum with weights", 'h = Einsum<equation = "bnd,de->bne">(x, wq)', ""),
+    ("ScatterND into features", "t = Transpose<perm = [2, 0, 1]>(x)\n z = Gather<axis = 0>(t, first)\n y = Neg(z)\n s1 = ScatterND(t, place, y)\n h = Transpose<perm = [1, 2, 0]>(s1)",
+     "int64[1, 1] place = {3}"),
+    ("GatherND of features", "t = Transpose<perm = [2, 0, 1]>(x)\n g = GatherND(t, places)\n h = Transpose<perm = [1, 2, 0]>(g)",
+     "int64[8, 1] places = {1, 0, 3, 2, 5, 4, 7, 6}"),
+    ("GroupNormalization is one of tokens where they are the batch", "f = Flatten<axis = 2>(x)\n g = InstanceNormalization(u, gain, shift)\n u = Unsqueeze(f, second)\n q5 = Squeeze(g, second)\n h = Reshape(q5, sizes)",
+     "float[1] gain, float[1] shift"),
+    ("two tensors of tokens in an Einstein sum", 'y = MatMul(x, wq)\n h = Einsum<equation = "bnd,bnd->bnd">(x, y)', ""),
+    ("MatMulInteger", "u, s1, z1 = DynamicQuantizeLinear(nil8)\n nil8 = Identity(w8f)\n i = Cast<to = 3>(xr)\n xr = Round(x)\n m = MatMulInteger(i, w8)\n h = Cast<to = 1>(m)",
+     "int8[8, 8] w8, float[8, 8] w8f"),
     ("Where by a token's sign", "p = Greater(x, nil)\n y = Neg(x)\n h = Where(p, x, y)", "float nil = {0.0}"),
     ("FusedMatMul", "h = com.microsoft.FusedMatMul<alpha = 0.5, transB = 1>(x, wq)", ""),
     ("QuantizeLinear and QLinearMatMul", "u = QuantizeLinear(x, s1, z1)\n i = QLinearMatMul(u, s1, z1, w8, s1, z1, s2, z1)\n h = DequantizeLinear(i, s2, z1)",
@@ -89,6 +99,9 @@ CONTEXT = [
     ("an Einstein sum of places", 'r = Cast<to = 1>(at)\n o = ConstantOfShape<value = float[1] {1.0}>(n1)\n n1 = Unsqueeze(length, first)\n cc = Einsum<equation = "i,j->ij">(r, o)\n kk = Cast<to = 1>(row)\n allowed = LessOrEqual(kk, cc)', ""),
     ("Squeeze", "a = LessOrEqual(row, column)\n u = Unsqueeze(a, first)\n allowed = Squeeze(u, first)", ""),
     ("Slice of a longer range", "m = Add(length, one)\n r = Range(nought, m, one)\n n1 = Unsqueeze(m, first)\n s2 = Slice(r, second, n1, first)\n kk = Sub(s2, one)\n u = Unsqueeze(kk, first)\n allowed = LessOrEqual(u, column)", ""),
+    ("places of 32 bits", "i = Cast<to = 6>(length)\n z = Cast<to = 6>(nought)\n o = Cast<to = 6>(one)\n r = Range(z, i, o)\n u = Unsqueeze(r, first)\n w3 = Unsqueeze(r, second)\n allowed = LessOrEqual(u, w3)", ""),
+    ("the smaller of length and a bound", "m = Min(length, many)\n r = Range(nought, m, one)\n u = Unsqueeze(r, first)\n d = LessOrEqual(u, column)\n allowed = And(d, d)", "int64 many = {1048576}"),
+    ("a size as a product of the shape", "p = ReduceProd<keepdims = 0>(n2)\n n2 = Slice(sizes, second, third)\n r = Range(nought, p, one)\n u = Unsqueeze(r, first)\n allowed = LessOrEqual(u, column)", ""),
     ("Identity and Cast", "i = Identity(row)\n f = Cast<to = 1>(i)\n cc = CastLike(column, f)\n allowed = LessOrEqual(f, cc)", ""),
 ]  # fmt: skip
 
@@ -126,6 +139,51 @@ ROTARY = """case (float[b, n, 8] x) => (float[b, n, 8] logits)
 
 def test_rotary_embedding_of_opset_23():
     assert_law_of(ROTARY, 23)
+
+
+FUSED = """case (float[b, n, 8] x, int64[b, n] attention_mask) => (float[b, n, 8] logits)
+<float[8, 8] wk, int64 nought = {0}, int64[2] keys = {1, 2}, float zero = {0.0}, float low = {-10000.0}>
+{
+  k = MatMul(x, wk)
+  kept = Greater(attention_mask, nought)
+  wide = Unsqueeze(kept, keys)
+  MASK
+  logits = Attention<q_num_heads = 2, kv_num_heads = 2, is_causal = 1>(x, k, k, mask)
+}"""
+
+
+@pytest.mark.parametrize("mask", ["mask = Identity(wide)", "mask = Where(wide, zero, low)"], ids=["bool", "float"])
+def test_a_fused_attention_that_is_causal_and_has_a_mask(mask):
+    assert_law_of(FUSED.replace("MASK", "sizes = Shape(x)\n b_n = Slice(sizes, nil1, two1)\n nil1 = Constant<value_ints = [0]>()\n"
+                                "two1 = Constant<value_ints = [2]>()\n" + mask.replace("wide", "spread") +
+                                "\n n1 = Slice(sizes, one1, two1)\n one1 = Constant<value_ints = [1]>()\n"
+                                "target = Concat<axis = 0>(one1, one1, n1, one1)\n spread = Expand(wide, target)"), 23)  # fmt: skip
+
+
+@pytest.mark.parametrize("last", ["g = Gather<axis = 1>(c, minus)\n logits = Unsqueeze(g, second)",
+                                  "logits = Slice(c, minus1, end, second)"], ids=["Gather", "Slice"])  # fmt: skip
+def test_the_last_token_is_the_last_of_all(last):
+    constants = "int64 minus = {-1}, int64[1] minus1 = {-1}, int64[1] end = {9223372036854775807}"
+    text = attention(after=last, constants=constants).replace("(float[b, n, 8] logits)", "(float[b, 1, 8] logits)")
+    assert_law_of(text)
+
+
+def test_sequences_are_taken_apart():
+    assert_law_of(attention(
+        hidden="parts = SplitToSequence<axis = 2>(x, four)\n a = SequenceAt(parts, nought)\n z = SequenceAt(parts, one)\n"
+        "h = Concat<axis = 2>(z, a)", constants="int64[2] four = {4, 4}"))  # fmt: skip
+
+
+def test_a_mask_of_queries_against_keys_that_the_caller_makes():
+    text = attention(
+        inputs="float[b, n, n] bias", masked="masked_scores = Add(s, bias)", allowed="allowed = Identity(one)"
+    )
+    original = read(text)
+    whole = {
+        "x": np.random.default_rng(0).standard_normal((2, 9, 8)).astype(np.float32),
+        "bias": np.repeat(np.triu(np.full((1, 9, 9), -1e4, np.float32), 1), 2, axis=0),
+    }
+    assert_law(original, injected(original), whole)
 
 
 @pytest.mark.parametrize(
