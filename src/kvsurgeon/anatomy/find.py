@@ -22,8 +22,6 @@ from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.contraction import contraction_of
 from kvsurgeon.shapes.dimension import BATCH
 
-_MOVES = frozenset({"Unsqueeze", "Squeeze", "Cast", "Reshape", "Transpose", "Mul", "Slice", "Concat", "Split"})
-
 LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
 
 
@@ -200,34 +198,24 @@ def _rotary(flow: Flow, place: Place, head_dim: int) -> Rotary | None:
             continue
         for index, value in enumerate(node.inputs):
             shape = None if value is None else flow.shapes[value].shape
-            table = (node, index) in flow.demands or _is_wave(value)
+            table = (node, index) in flow.demands or _is_made_of_positions(flow, value)
             if table and shape and isinstance(shape[-1], int) and shape[-1] > 1:
                 width = max(width, shape[-1])
     return Rotary(width=min(width, head_dim), head_dim=head_dim) if width else None
 
 
-def _is_wave(value: ir.Value | None) -> bool:
-    """Whether a value is a cosine or a sine, cast, reshaped or picked from."""
-    for _ in range(8):
-        node = None if value is None else value.producer()
-        if node is None:
+def _is_made_of_positions(flow: Flow, value: ir.Value | None) -> bool:
+    """Whether token data comes from positions alone: from an input, through no product with weights and no norm."""
+    pending, seen = [value], set[ir.Node]()
+    while pending:
+        node = None if (value := pending.pop()) is None else value.producer()
+        if node is None or node in seen:
+            continue
+        if node.op_type in PROJECTIONS or "Normalization" in node.op_type or node.op_type == "Pow" or len(seen) > 60:
             return False
-        if node.op_type in ("Cos", "Sin"):
-            return True
-        if node.op_type not in (
-            "Unsqueeze",
-            "Squeeze",
-            "Cast",
-            "Reshape",
-            "Transpose",
-            "Mul",
-            "Slice",
-            "Concat",
-            "Split",
-        ):
-            return False
-        value = node.inputs[0]
-    return False
+        seen.add(node)
+        pending += [source for source in node.inputs if source is not None and flow.kinds.get(source) is Kind.TOKEN]
+    return bool(seen)
 
 
 def _repeats(flow: Flow, place: Place) -> Iterator[str]:

@@ -9,8 +9,6 @@ from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
 from kvsurgeon.sequence.elementwise import align, broadcast
 from kvsurgeon.sequence.flow import Step
 from kvsurgeon.sequence.kinds import Kind
-from kvsurgeon.shapes import dimension as dim
-from kvsurgeon.shapes.dimension import Dimension
 from kvsurgeon.shapes.fact import axis_of
 from kvsurgeon.shapes.reduction import reduced_axes
 
@@ -211,8 +209,3 @@ def dynamic_quantize(step: Step) -> list[Axes]:
     step.assume("dynamic quantisation: ranges are taken over the tokens of one call")
     step.flow.per_call.update(step.node.outputs)
     return [step.axes(0), (), ()]
-
-
-def sizes_equal(left: Dimension, right: Dimension) -> bool:
-    """Whether two dimensions are surely equal."""
-    return dim.is_equal(left, right) is True

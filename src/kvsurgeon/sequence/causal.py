@@ -94,8 +94,12 @@ def _look(
     padded = flat = None
     blind_see_ahead = masked_are_seen = False
     for seen, through in _maskings(experiment):
-        looked = {length: look(length, seen, through=through)[0] for length in found}
-        blind = {length: _blind(found[length][0], seen(length)) for length in found}
+        looked = {
+            length: look(length, seen, through=through)[0]
+            for length in found
+            if seen(length).sum() > 1 or length == longest
+        }
+        blind = {length: _blind(found[length][0], seen(length)) for length in looked}
         masked = {length: np.where(blind[length], 0.0, weights) for length, weights in looked.items()}
         for length, weights in masked.items():
             _check_causal(layer, head, weights)

@@ -187,8 +187,3 @@ class Step:
             return
         if not open_role.agree(stream):
             raise self.refusal("queries and keys are added to each other", at=self.node.inputs[index])
-
-
-def plain_product(sizes: tuple[Dimension, ...], without: frozenset[int]) -> Dimension:
-    """The product of all dimensions but some."""
-    return dim.product(size for axis, size in enumerate(sizes) if axis not in without)

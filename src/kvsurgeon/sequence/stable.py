@@ -41,7 +41,8 @@ def find_limit(trial: Trial) -> int | None:
             check_same(None, value, first(long, axes, length), first(short, axes, length))
 
     for seen in (all_seen, left_padded, with_holes) if experiment.masks else (all_seen,):
-        found = trial.as_far_as_it_runs(trial.further(), lambda length, seen=seen: look(length, seen))  # type: ignore[misc]
+        lengths = [length for length in trial.further([*meetings]) if seen(length).sum() > 1 or length == 1]
+        found = trial.as_far_as_it_runs(lengths, lambda length, seen=seen: look(length, seen))  # type: ignore[misc]
         for previous, length in pairwise(found):
             try:
                 compare(found[length], found[previous], previous)

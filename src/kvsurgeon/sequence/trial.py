@@ -15,6 +15,7 @@ from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.experiment import Experiment, at_length
 from kvsurgeon.sequence.kinds import GivenInput, Kind
 from kvsurgeon.sequence.looking import close, difference
+from kvsurgeon.shapes.dimension import Dimension
 
 LADDER = (1, 2, 7, 8, 40, 65, 129)  # tokens
 FURTHER = (513, 1025)  # tokens at which whole matrices of weights would take long
@@ -55,15 +56,20 @@ class Trial:
         shapes = [self.flow.shapes[value].shape or () for value in head.score_values]
 
         def fits(length: int) -> bool:
-            sizes = [math.prod(int(at_length(size, length)) for size in shape) for shape in shapes]
-            return length <= LONGEST and all(size <= DENSE for size in sizes)
+            return length <= LONGEST and all(_elements(shape, length) <= DENSE for shape in shapes)
 
         return [length for length in self.lengths if fits(length)] or [min(self.lengths)]
 
-    def further(self) -> list[int]:
-        """The lengths at which context along one axis is looked at."""
+    def further(self, values: Sequence[ir.Value]) -> list[int]:
+        """The lengths at which these values of context can be looked at, all of them at once."""
+        shapes = [self.flow.shapes[value].shape or () for value in values]
+
+        def fits(length: int) -> bool:
+            return sum(_elements(shape, length) for shape in shapes) <= DENSE
+
         beyond = () if self.fixed is not None else (length for length in FURTHER if length <= self.limit)
-        return sorted({*self.lengths, *beyond})
+        lengths = sorted({*self.lengths, *beyond})
+        return [length for length in lengths if fits(length)] or lengths[:1]
 
     def experiment(self, outputs: Sequence[ir.Value], head: Head | None = None) -> Experiment:
         """Cut out what makes the outputs, from the scores of an attention on where one is given."""
@@ -134,6 +140,12 @@ def check_same(layer: int | None, at: ir.Value, longer: np.ndarray, shorter: np.
         layer=layer, at=at.name, expected="the same value for a position at every total length",
         found=difference(longer, shorter), hint="frequencies or scales that depend on the total length",
     )  # fmt: skip
+
+
+def _elements(shape: Sequence[Dimension], length: int) -> int:
+    """How large a tensor is at a length, as far as its dimensions are known."""
+    sizes = [at_length(size, length) for size in shape]
+    return math.prod(size for size in sizes if isinstance(size, int))
 
 
 def _near(constant: np.ndarray | None) -> set[int]:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import onnx_ir as ir
 
+from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis, follow_reshape
 from kvsurgeon.sequence.flow import Flow
 from kvsurgeon.sequence.lengths import NEW, PAST, Lengths
@@ -37,6 +38,9 @@ class Maker(Protocol):
     def rebuilt(self, node: ir.Node, inputs: Sequence[ir.Value | None]) -> ir.Value:
         """Return the output of a node like this one with other inputs."""
 
+    def given_axes(self, value: ir.Value) -> Axes:
+        """Return where the tokens of an input lie in what is only it in another form, at a fixed length."""
+
     def sizes(self, shape: Sequence[Dimension], axes: Axes) -> list[Dimension]:
         """Return dimensions at the lengths that the axes ask for."""
 
@@ -44,6 +48,7 @@ class Maker(Protocol):
 Rule = Callable[[Maker, ir.Node, Call, Axes], "ir.Value | None"]
 
 _TOTAL = Role(Length.TOTAL)
+TO_THE_END = 2**31 - 1  # the largest end that an int32 holds as well
 WHOLE_NUMBERS = (ir.DataType.INT64, ir.DataType.INT32)
 
 
@@ -150,11 +155,21 @@ def _concat(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value | N
     return views.rebuilt(node, [None if source is None else views.view(source, axes) for source in node.inputs])
 
 
+def _check_address(views: Maker, value: ir.Value) -> None:
+    """Numbers that pick from a mask flattened with its batch hold for the exported length only."""
+    if isinstance(views.flow.length, int) and any(axis.outer != 1 for axis in views.given_axes(value)):
+        raise Refused(
+            "a mask is read by numbers that hold for the exported length only", at=value.name,
+            expected="its sequence axis kept apart", hint="export with dynamic axes",
+        )  # fmt: skip
+
+
 def _gather(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value | None:
     table, indices = node.inputs[0], node.inputs[1]
     rank, picked = call.fact(0).rank, call.fact(1).rank
     if table is None or indices is None or rank is None or picked is None:
         return None
+    _check_address(views, table)
     at = axis_of(call.integer("axis", 0), rank)
     for_indices = tuple(axis.at(axis.axis - at) for axis in axes if at <= axis.axis < at + picked)
     for_table = tuple(
@@ -171,6 +186,7 @@ def _gather_nd(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value 
         return None
     if any(axis.axis >= rank - 1 for axis in axes):
         return None
+    _check_address(views, data)
     return views.rebuilt(node, [views.view(data), views.view(indices, axes)])
 
 
@@ -199,7 +215,7 @@ def _slice(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value | No
     for axis in wanted:
         if axis.axis in starts:
             place = bounds[0].index(axis.axis)
-            at_total[place], at_end[place] = 0, 2**63 - 1
+            at_total[place], at_end[place] = 0, TO_THE_END
     made = [views.view(source, tuple(wanted))]
     for numbers, index in ((at_total, 1), (at_end, 2)):
         made.append(views.lengths.typed(views.lengths.vector(numbers), call.fact(index).dtype))

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.sequence.axes import Axes, Length
+from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis, follow_reshape
 from kvsurgeon.sequence.flow import Flow
 from kvsurgeon.sequence.kinds import SHAPE_ONLY, GivenInput, Kind
 from kvsurgeon.sequence.lengths import NEW, PAST, Lengths
@@ -26,6 +26,9 @@ from kvsurgeon.shapes.dimension import Dimension
 from kvsurgeon.shapes.inference import in_one_line
 
 Key = tuple[tuple[int, Dimension, Dimension, Length], ...]  # axis, outer, inner, length
+
+
+_FORMS = frozenset({"Cast", "Identity", "Not", "Reshape", "Flatten", "Unsqueeze", "Squeeze"})
 
 
 class Views:
@@ -45,6 +48,8 @@ class Views:
     def view(self, value: ir.Value, axes: Axes = ()) -> ir.Value:
         """Return the value with each of these axes at the length of its role; what is not named is whole."""
         value = self.same.get(value, value)
+        if not axes and isinstance(self.flow.length, int):
+            axes = self.given_axes(value)
         key = tuple((axis.axis, axis.outer, axis.inner, axis.role.resolved() or Length.TOTAL) for axis in axes)
         if (value, key) not in self._made:
             self._made[value, key] = self._make(value, axes)
@@ -69,6 +74,21 @@ class Views:
             with in_one_line(node):
                 made = rule(self, node, self.flow.shapes.call(node), axes)
         return made if made is not None else self.sliced(self._whole(node, value), axes)
+
+    def given_axes(self, value: ir.Value) -> Axes:
+        """Where the tokens of an input lie in what is only it in another form; asked at a length that is fixed."""
+        if value in self.given:
+            lengths = self.given[value].lengths
+            return tuple(SequenceAxis(axis, Role(length)) for axis, length in lengths.items())
+        node = value.producer()
+        if node is None or node.op_type not in _FORMS or self.flow.kinds.get(value) is not Kind.CONTEXT:
+            return ()
+        source = node.inputs[0]
+        before = None if source is None else self.flow.shapes[source].shape
+        after = self.flow.shapes[value].shape
+        if source is None or before is None or after is None:
+            return ()
+        return follow_reshape(self.given_axes(source), before, after, self.flow.length) or ()
 
     def _of_constant(self, value: ir.Value, axes: Axes) -> ir.Value:
         return self.sliced(value, axes) if axes else value

@@ -45,11 +45,11 @@ def _times(left: Scalar, right: Scalar) -> Scalar:
 
 
 def _divided(left: Scalar, right: Scalar) -> Scalar:
+    if right == 0:
+        raise Undecided
     whole = not isinstance(left, float) and not isinstance(right, float)
     if _is_symbolic(left, right):
         return dim.floor_quotient(_not_negative(left), right) if whole else sympy.sympify(left) / right
-    if right == 0:
-        raise Undecided
     return int(left / right) if whole and left * right < 0 else left // right if whole else left / right
 
 

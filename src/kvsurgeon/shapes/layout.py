@@ -9,7 +9,7 @@ import numpy as np
 
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import Dimension
-from kvsurgeon.shapes.fact import NOTHING, WIDEST_VALUE, Call, Fact, axis_of
+from kvsurgeon.shapes.fact import WIDEST_VALUE, Call, Fact, axis_of
 
 
 def whole_numbers(numbers: Iterable[Dimension] | None) -> list[int] | None:
@@ -251,8 +251,3 @@ def scatter(call: Call) -> Fact:
         for place in np.ndindex(indices.value.shape[:-1]):
             value[tuple(int(index) for index in indices.value[place])] = updates.value[place]
     return Fact(data.shape, data.dtype, value)
-
-
-def first_like(call: Call) -> Fact:
-    """The first input as it is."""
-    return call.given(0) or NOTHING
