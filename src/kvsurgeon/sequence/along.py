@@ -86,7 +86,7 @@ def top_k(step: Step) -> list[Axes]:
     """`TopK`: along one axis."""
     axis = axis_of(step.call.integer("axis", -1), len(step.shape(0)))
     forbid(step, step.axes(0), (axis,))
-    return [step.axes(0)] * 2
+    return [tuple(held for held in step.axes(0) if held.axis != axis)] * 2
 
 
 def cumulative_sum(step: Step) -> list[Axes]:

@@ -21,7 +21,7 @@ LADDER = (1, 2, 7, 8, 40, 65, 129)  # tokens
 FURTHER = (513, 1025)  # tokens at which whole matrices of weights would take long
 FAR = 1 << 16  # numbers above are no lengths
 LONGEST = 640  # tokens at which whole matrices of weights are looked at
-DENSE = 1 << 22  # elements of such a matrix, all heads together
+DENSE = 1 << 21  # elements of such a matrix, all heads together
 
 # fmt: off
 _SWITCHES = frozenset({
@@ -152,7 +152,10 @@ def _near(constant: np.ndarray | None) -> set[int]:
     """Lengths on either side of a number and of its reciprocal."""
     if constant is None or constant.size != 1 or constant.dtype.kind not in "iuf":
         return set()
-    number = abs(float(constant.reshape(-1)[0]))
+    number = float(constant.reshape(-1)[0])
+    if number < 0 and constant.dtype.kind == "f":
+        return set()  # what masks scores, not what lengths are compared with
+    number = abs(number)
     sizes = [number, 1 / number] if number else []
     return {round(size) + beside for size in sizes if 1 <= size < FAR for beside in (-1, 0, 1, 3)}
 
