@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import onnx
 import pytest
@@ -263,6 +264,24 @@ def test_plug_ins_of_both_kinds_run_in_a_pipeline_with_inject(shell, site, model
         "02-inject.txt": True,
         "03-swap-addends.txt": True,
     }
+
+
+@pytest.mark.parametrize("name", ["llama_dynamo_sdpa", "gpt2_torchscript_sdpa"])
+def test_plug_ins_of_both_kinds_run_with_inject_on_a_real_export(shell, site, tmp_path, name):
+    install("sample", site)
+    source = Path(__file__).parents[1] / "corpus" / f"{name}.onnx"
+    pipeline = "annotate{note=before, operators=MatMul},inject,swap-addends{limit=2}"
+    code, _, err = shell("run", source, "-p", pipeline, "-o", tmp_path / "out.onnx", "--verify-each")
+    assert (code, err) == (0, "")
+    before, after = onnx.load(source), onnx.load(tmp_path / "out.onnx")
+    noted = {one.value for node in after.graph.node if node.op_type == "MatMul" for one in node.metadata_props}
+    assert "before" in noted
+    weights = {tensor.name: tensor.SerializeToString() for tensor in after.graph.initializer}
+    large = [tensor for tensor in before.graph.initializer if len(tensor.raw_data) > 600]
+    assert large
+    assert all(weights[tensor.name] == tensor.SerializeToString() for tensor in large)
+    untouched = {node.SerializeToString() for node in after.graph.node}
+    assert sum(node.SerializeToString() in untouched for node in before.graph.node) > 0.3 * len(untouched)
 
 
 @pytest.mark.parametrize(
