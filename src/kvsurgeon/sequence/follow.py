@@ -58,7 +58,7 @@ RULES: dict[str, Rule] = {
     "ScatterElements": moving.gather_elements,
     "GatherND": moving.gather_nd,
     "ScatterND": moving.scatter_nd,
-    "OneHot": moving.where_is,
+    "OneHot": moving.one_hot,
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), along.global_pool),
     **dict.fromkeys(("MatMul", "Gemm", "Einsum", "MatMulInteger", "QLinearMatMul", "QGemm", "FusedMatMul",
                      "MatMulNBits"), products.product),

@@ -239,7 +239,7 @@ def scatter_nd(step: Step) -> list[Axes]:
     return [tuple(found[place] for place in sorted(found))]
 
 
-def where_is(step: Step) -> list[Axes]:
+def one_hot(step: Step) -> list[Axes]:
     """`OneHot`: a new axis beside the tokens'."""
     rank = len(step.shape(0)) + 1
     axis = axis_of(step.call.integer("axis", -1), rank)

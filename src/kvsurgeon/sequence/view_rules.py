@@ -106,8 +106,8 @@ def _transpose(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value 
     if source is None or rank is None:
         return None
     order = call.attribute("perm") or tuple(reversed(range(rank)))
-    wanted = sorted((axis.at(order[axis.axis]) for axis in axes), key=lambda axis: axis.axis)
-    return views.rebuilt(node, [views.view(source, tuple(wanted))])
+    wanted = _sorted(tuple(axis.at(order[axis.axis]) for axis in axes))
+    return views.rebuilt(node, [views.view(source, wanted)])
 
 
 def _reshape(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value | None:
@@ -118,7 +118,7 @@ def _reshape(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value | 
     wanted = follow_reshape(axes, after, before, views.flow.length)
     if wanted is None or not _known(after):
         return None
-    made = views.view(source, tuple(sorted(wanted, key=lambda axis: axis.axis)))
+    made = views.view(source, _sorted(wanted))
     if node.op_type == "Flatten":
         return views.rebuilt(node, [made])
     target = views.lengths.vector(views.sizes(after, axes))

@@ -159,7 +159,7 @@ def _typed(number: Scalar, dtype: ir.DataType | None) -> Scalar:
     return float(number) if dtype.is_floating_point() else int(number)
 
 
-def _numbers(call: Call, arithmetic: Arithmetic, operands: tuple[Fact | None, ...]) -> np.ndarray | None:
+def _numbers(arithmetic: Arithmetic, operands: tuple[Fact | None, ...]) -> np.ndarray | None:
     given = [operand for operand in operands if operand is not None]
     arrays = [operand.value for operand in given if operand.value is not None]
     if not arrays or len(arrays) < len(given):
@@ -209,7 +209,7 @@ def binary(call: Call) -> Fact:
     arithmetic = ARITHMETIC.get(name)
     value = None
     if arithmetic is not None:
-        value = _numbers(call, _variadic(arithmetic, call.inputs, name), call.inputs)
+        value = _numbers(_variadic(arithmetic, call.inputs, name), call.inputs)
     return Fact(shape, dtype, value)
 
 
@@ -219,7 +219,7 @@ def unary(call: Call) -> Fact:
     name = call.node.op_type
     dtype = ir.DataType.BOOL if name in COMPARISONS else operand.dtype
     arithmetic = ARITHMETIC.get(name)
-    value = None if arithmetic is None else _numbers(call, arithmetic, call.inputs[:1])
+    value = None if arithmetic is None else _numbers(arithmetic, call.inputs[:1])
     return Fact(operand.shape, dtype, value)
 
 
@@ -227,7 +227,7 @@ def cast(call: Call) -> Fact:
     """`Cast`, `CastLike`: the numbers as the new type holds them."""
     operand = call.fact(0)
     to = call.fact(1).dtype if call.node.op_type == "CastLike" else ir.DataType(call.integer("to", 1))
-    return Fact(operand.shape, to, _numbers(call, lambda number: _typed(number, to), call.inputs[:1]))
+    return Fact(operand.shape, to, _numbers(lambda number: _typed(number, to), call.inputs[:1]))
 
 
 def quantize(call: Call) -> Fact:
