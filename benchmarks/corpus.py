@@ -37,16 +37,18 @@ class Case:
 
     index: int
     inputs: dict[str, np.ndarray]  # by input name, each for all tokens
-    reference: np.ndarray  # [batch, total, ...]
-    real: np.ndarray  # [batch, total], False at padding
+    reference: np.ndarray  # [batch, total, ...], or [batch, 1, ...] of the last token alone
+    real: np.ndarray  # as the reference's first two axes, False at padding
+    total: int  # tokens, padding included
 
     @property
     def batch(self) -> int:
         return int(self.reference.shape[0])
 
     @property
-    def total(self) -> int:
-        return int(self.reference.shape[1])
+    def last_only(self) -> bool:
+        """Whether the model answers for the last token alone."""
+        return self.reference.shape[1] < self.total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +134,34 @@ def _case(index: int, arrays: dict[str, np.ndarray], outputs: list[str]) -> Case
         return None
     inputs = {name: array for name, array in arrays.items() if name != answer}
     reference = arrays[answer].astype(np.float32)
-    real = np.ones(reference.shape[:2], dtype=bool)
-    for array in inputs.values():
-        if array.shape == real.shape and set(np.unique(array)) <= {0, 1}:
-            real = array.astype(bool)
-    if "attention_mask" in inputs:
-        inputs.setdefault("attention_mask_4d", _additive_mask(inputs["attention_mask"].astype(bool)))
-    return Case(index=index, inputs=inputs, reference=reference, real=real)
+    batch, rows = reference.shape[:2]
+    total = _tokens(inputs) if rows == 1 else rows
+    mask = _padding_mask(inputs, (batch, total))
+    real = np.ones((batch, total), dtype=bool) if mask is None else mask.astype(bool)
+    if mask is not None:
+        inputs.setdefault("attention_mask_4d", _additive_mask(real))
+    return Case(index=index, inputs=inputs, reference=reference, real=real[:, -rows:], total=total)
+
+
+def _tokens(inputs: dict[str, np.ndarray]) -> int:
+    """Return how many tokens a call is given: the length of its ids, or of their embeddings."""
+    return max((array.shape[1] for array in inputs.values() if array.ndim in (2, 3)), default=1)
+
+
+def _padding_mask(inputs: dict[str, np.ndarray], shape: tuple[int, int]) -> np.ndarray | None:
+    """Return the input that says which tokens count: the one called a mask, else one that is 0s and then 1s.
+
+    Types of tokens are 0 and 1 too.
+    """
+    able = {name: array for name, array in inputs.items() if array.shape == shape and set(np.unique(array)) <= {0, 1}}
+    named = [array for name, array in able.items() if "mask" in name]
+    unnamed = [array for name, array in able.items() if "type" not in name and _is_left_padded(array)]
+    return next(iter(named + unnamed), None)
+
+
+def _is_left_padded(array: np.ndarray) -> bool:
+    numbers = array.astype(np.int64)
+    return bool((np.diff(numbers, axis=1) >= 0).all() and (numbers[:, -1] == 1).all())
 
 
 def _additive_mask(real: np.ndarray) -> np.ndarray:

@@ -88,7 +88,7 @@ def answered(entry: Entry, mutant: onnx.ModelProto, *, quick: bool = False) -> l
             answer = _run(session, case)
         except Exception as error:
             raise NotRunnableError(_one_line(error)) from error
-        if answer.ndim < 2 or answer.shape[:2] != (case.batch, case.total):
+        if answer.ndim < 2 or answer.shape[:2] != case.reference.shape[:2]:
             raise NotRunnableError(f"its answer has shape {list(answer.shape)}")
         if not np.isfinite(answer[case.real]).all():
             raise NotRunnableError("its answer is not finite")
@@ -120,7 +120,9 @@ def _cut(case: Case, total: int) -> Case:
         return array[tuple(picks)]
 
     inputs = {name: first(array) for name, array in case.inputs.items()}
-    return replace(case, inputs=inputs, reference=case.reference[:, :total], real=case.real[:, :total])
+    return replace(
+        case, inputs=inputs, reference=case.reference[:, :total], real=case.real[:, :total], total=total
+    )  # fmt: skip
 
 
 def _run(session: ort.InferenceSession, case: Case) -> np.ndarray:
@@ -175,8 +177,10 @@ def _consistency(entry: Entry, mutant: onnx.ModelProto, cases: list[Case], worst
 
 
 def _changes(entry: Entry, mutant: onnx.ModelProto, cases: list[Case], worst: Score) -> float:
-    """How much what the mutant says of a token changes with the tokens that follow; nan where its length is fixed."""
+    """How much what the mutant says of a token changes with the tokens that follow; nan where that cannot be seen."""
     case = next(case for case in cases if case.index == worst.case)
+    if case.last_only:
+        return float("nan")
     session = open_session(mutant, entry.folder)
     try:
         return max(_distance(_run(session, cut := _cut(case, total)), cut) for total in (1, 5, 11, 16))

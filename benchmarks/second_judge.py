@@ -172,18 +172,21 @@ WAYS: dict[str, Callable[[int], list[int]]] = {
 
 
 def _decode(session: ort.InferenceSession, contract: Contract, case: Case, chunks: Sequence[int]) -> np.ndarray:
-    """Return the logits `[batch, total, ...]` of a case given in chunks, each with the past of those before."""
+    """Return the logits `[batch, total, ...]` of a case given in chunks, each with the past of those before.
+
+    Of a model that answers for the last token alone only the last call's answer, `[batch, 1, ...]`, is kept.
+    """
     cache = {name: np.zeros(_empty(name, dims, case.batch), dtype) for name, (dims, dtype) in contract.pasts.items()}
     answers, start = [], 0
     for size in chunks:
         feeds = {name: _slice(name, dims, case, start, start + size) for name, dims in contract.given.items()}
         answer, *presents = session.run([contract.answer, *contract.presents], {**feeds, **cache})
-        if answer.shape[:2] != (case.batch, size):
+        if answer.shape[:2] != (case.batch, 1 if case.last_only else size):
             raise ContractError(f"`{contract.answer}` has shape {answer.shape} for a call with {size} new tokens")
         answers.append(answer.astype(np.float32))
         cache = dict(zip(contract.pasts, presents, strict=True))
         start += size
-    return np.concatenate(answers, axis=1)
+    return answers[-1] if case.last_only else np.concatenate(answers, axis=1)
 
 
 def _empty(name: str, dims: Sequence[str | int], batch: int) -> list[int]:

@@ -10,7 +10,8 @@ import pytest
 from decoders import CachedDecoder, Config, Decoder
 
 from kvsurgeon.errors import InputError
-from kvsurgeon.parity import Lengths, verify
+from kvsurgeon.parity import Lengths, judge, verify
+from kvsurgeon.runtime import open_session
 
 CHUNKED = {"token by token", "prefill and steps", "ragged chunks", "batch", "left padding", "long past"}
 EVERY = {"whole prefill", *CHUNKED}
@@ -216,6 +217,47 @@ def test_an_original_that_changes_with_the_length_is_named():
 
     assert {trial.scenario for trial in report.trials if trial.verdict == "different"} == {"long past"}
     assert "no cache can equal it" in report.notes[0]
+
+
+class LouderAlone(Decoder):
+    """What its layers add is twice as much in a call of one token."""
+
+    def feed_forward(self, hidden):
+        alone = self.graph.op("Less", self.new_length(), self.graph.constant(2))
+        factor = self.graph.op("Where", alone, self.number(2.0), self.number(1.0))
+        return self.graph.op("Mul", super().feed_forward(hidden), factor)
+
+
+def bent_by(levels, monkeypatch):
+    """onnxruntime makes something else of the original where it may rewrite it so far."""
+
+    def open_bent(source, *, optimisation, name, **options):
+        bent = optimisation in levels and name == "the original"
+        source = LouderAlone().model() if bent else source
+        return open_session(source, optimisation=optimisation, name=name, **options)
+
+    monkeypatch.setattr(judge, "open_session", open_bent)
+
+
+@pytest.mark.parametrize(("levels", "level"), [({"all"}, "basic"), ({"all", "basic"}, "off")])
+def test_where_optimisation_bends_the_original_both_are_judged_at_a_lower_one(levels, level, monkeypatch):
+    bent_by(levels, monkeypatch)
+    right, wrong = judged(CachedDecoder().model()), judged(shelf.WrongCorner().model())
+
+    assert right.verdict == "same"
+    assert wrong.layer == 1
+    for report in (right, wrong):
+        (note,) = report.notes
+        assert "graph optimisation `all` makes the original give other logits" in note
+        assert f"judged at `{level}`" in note
+
+
+def test_an_original_that_is_bent_at_every_level_is_judged_as_asked(monkeypatch):
+    bent_by({"all", "basic", "off"}, monkeypatch)
+    everywhere, off = judged(CachedDecoder().model()), judged(CachedDecoder().model(), optimisation="off")
+
+    assert "no cache can equal it" in everywhere.notes[0]
+    assert everywhere.notes == off.notes
 
 
 def test_an_original_blind_to_the_past_is_named():

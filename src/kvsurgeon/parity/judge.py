@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError, UsageError
@@ -35,6 +36,7 @@ from kvsurgeon.runtime import (
 )
 
 Progress = Callable[[int, int, str], None]  # trials done, trials in all, name of the next
+_LEVELS: tuple[Optimisation, ...] = ("all", "basic", "off")  # each rewrites less than the one before
 
 
 def verify(
@@ -58,7 +60,8 @@ def verify(
         lengths: How long they are; a static or bounded original may make them shorter.
         folder: Where the external data of models in memory lies.
         threads: Threads that onnxruntime may use for one operator.
-        optimisation: How far onnxruntime may rewrite both graphs.
+        optimisation: How far onnxruntime may rewrite both graphs; less, with a note, where that makes the original
+            disagree with itself.
         explain: Whether to look for the first value that differs where they do not agree.
         progress: Told before each trial.
 
@@ -71,26 +74,22 @@ def verify(
     start = time.perf_counter()
     graphs = load_graph(original), load_graph(injected)
     arithmetic = arithmetic_of(graphs[0])
-    report = Report(arithmetic=arithmetic, tolerance=TOLERANCES[arithmetic])
-    open_model = {"folder": folder, "threads": threads, "optimisation": optimisation}
-    try:
-        witness = open_session(original, name="the original", **open_model)  # type: ignore[arg-type]
-    except MissingKernelError as error:
-        return replace(report, unknown=str(error))
-    try:
-        defendant = open_session(injected, name="the model with a cache", **open_model)  # type: ignore[arg-type]
-        cached = _cached(defendant, witness)
-    except KvsurgeonError as error:
-        return replace(report, faults=(str(error),))
-    report = replace(report, faults=_faults(cached, witness))
-    try:
-        decoder = UncachedDecoder(witness, _inputs(witness, cached))
-        known = examine(decoder, lengths or Lengths(), report.tolerance.error, seed)
-    except RunError as error:
-        return replace(report, unknown=str(error))
+    blank = Report(arithmetic=arithmetic, tolerance=TOLERANCES[arithmetic])
+
+    def hear(level: Optimisation) -> _Hearing:
+        models = [
+            partial(open_session, source, folder=folder, threads=threads, optimisation=level, name=name)
+            for source, name in ((original, "the original"), (injected, "the model with a cache"))
+        ]
+        return _hear(blank, *models, lengths=lengths or Lengths(), seed=seed)
+
+    hearing = _steady(hear, optimisation)
+    known, cached, report = hearing.original, hearing.cached, hearing.report
+    if known is None or cached is None:
+        return report
     scenarios = _plan(known, cached, seed)
     trials = _try(scenarios, known, cached, report, progress)
-    report = replace(report, trials=trials, notes=known.notes + _unjudged(trials))
+    report = replace(report, trials=trials, notes=report.notes + known.notes + _unjudged(trials))
     scenario = telling(scenarios, trials)
     if explain and scenario is not None:
         before, after = (
@@ -108,6 +107,60 @@ def verify(
         )
         report = replace(report, first_difference=name)
     return replace(report, seconds=time.perf_counter() - start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Hearing:
+    """Both models opened, and the original asked on its own; no original where nothing can be judged."""
+
+    report: Report
+    original: Original | None = None
+    cached: CachedDecoder | None = None
+
+
+def _hear(
+    report: Report,
+    open_original: Callable[[], Session],
+    open_injected: Callable[[], Session],
+    *,
+    lengths: Lengths,
+    seed: int,
+) -> _Hearing:
+    try:
+        witness = open_original()
+    except MissingKernelError as error:
+        return _Hearing(report=replace(report, unknown=str(error)))
+    try:
+        cached = _cached(open_injected(), witness)
+    except KvsurgeonError as error:
+        return _Hearing(report=replace(report, faults=(str(error),)))
+    report = replace(report, faults=_faults(cached, witness))
+    try:
+        decoder = UncachedDecoder(witness, _inputs(witness, cached))
+        known = examine(decoder, lengths, report.tolerance.error, seed)
+    except RunError as error:
+        return _Hearing(report=replace(report, unknown=str(error)))
+    return _Hearing(report=report, original=known, cached=cached)
+
+
+def _steady(hear: Callable[[Optimisation], _Hearing], optimisation: Optimisation) -> _Hearing:
+    """Return a hearing at the highest level of optimisation at which the original agrees with itself.
+
+    onnxruntime may rewrite a graph so that what it says of a token depends on those that follow. Where the original
+    does not agree with itself at any level it is the original's own doing, and heard as was asked for.
+    """
+    first = hear(optimisation)
+    if first.original is None or first.original.steady:
+        return first
+    for level in _LEVELS[_LEVELS.index(optimisation) + 1 :]:
+        hearing = hear(level)
+        if hearing.original is not None and hearing.original.steady:
+            note = (
+                f"onnxruntime's graph optimisation `{optimisation}` makes the original give other logits for the same "
+                f"tokens when others follow: both models were judged at `{level}`, and should be run so"
+            )
+            return replace(hearing, report=replace(hearing.report, notes=(note,)))
+    return first
 
 
 def _cached(defendant: Session, witness: Session) -> CachedDecoder:

@@ -25,6 +25,7 @@ class Original:
         types: Token types that it takes.
         lengths: How long texts may be.
         by_rows: It is right at batch 1 only.
+        steady: It gives a token the same logits whatever follows.
         notes: What a reader should know of it.
     """
 
@@ -33,6 +34,7 @@ class Original:
     types: int = 1
     lengths: Lengths
     by_rows: bool = False
+    steady: bool = True
     notes: tuple[str, ...] = ()
 
     @property
@@ -78,10 +80,10 @@ def examine(decoder: UncachedDecoder, lengths: Lengths, allowed: float, seed: in
     long = decoder.length or _longest(decoder, max(lengths.long, short), known=short)
     original = replace(original, lengths=replace(original.lengths, long=long))
     by_rows = not decoder.batch and lengths.batch > 1 and not _batches(original, allowed, random)
-    notes = list(_notes(original, lengths, allowed, random))
+    steady, notes = _notes(original, lengths, allowed, random)
     if by_rows:
         notes.append("the original is right at batch 1 only: batches were not tried")
-    return replace(original, by_rows=by_rows, notes=tuple(notes))
+    return replace(original, by_rows=by_rows, steady=steady, notes=tuple(notes))
 
 
 def _longest(decoder: UncachedDecoder, wanted: int, known: int = 0) -> int:
@@ -134,7 +136,8 @@ def _batches(original: Original, allowed: float, random: np.random.Generator) ->
     return rows.shape == together.shape and distance(rows, together, spread(rows)) <= allowed
 
 
-def _notes(original: Original, wanted: Lengths, allowed: float, random: np.random.Generator) -> list[str]:
+def _notes(original: Original, wanted: Lengths, allowed: float, random: np.random.Generator) -> tuple[bool, list[str]]:
+    """Return whether the original is steady, and what a reader should know."""
     notes = []
     short, long = original.lengths.short, original.lengths.long
     if long < wanted.long:
@@ -142,11 +145,11 @@ def _notes(original: Original, wanted: Lengths, allowed: float, random: np.rando
     tokens = random.integers(0, original.vocabulary, (1, long))
     whole = original.logits(tokens)
     if short < 2 or whole.shape[1:2] != (long,):  # logits of the last token alone
-        return notes
+        return True, notes
     scale = spread(whole)
-    half = long // 2
-    part = _prefix(original, tokens, half)
-    if distance(whole[:, :half], part, scale) > allowed:
+    prefixes = {1, long // 2}  # a single token is given to other kernels than several are
+    steady = all(distance(whole[:, :part], _prefix(original, tokens, part), scale) <= allowed for part in prefixes)
+    if not steady:
         notes.append(
             "the original gives other logits for the same tokens when others follow: it is not causal, or it changes "
             "with the length, and no cache can equal it"
@@ -154,7 +157,7 @@ def _notes(original: Original, wanted: Lengths, allowed: float, random: np.rando
     tokens[0, 0] = (tokens[0, 0] + 1) % original.vocabulary
     if distance(whole[:, 1:], original.logits(tokens)[:, 1:], scale) <= allowed:
         notes.append("the original's logits hardly depend on earlier tokens: a wrong cache might not be seen")
-    return notes
+    return steady, notes
 
 
 def _prefix(original: Original, tokens: Tokens, length: int) -> Array:
