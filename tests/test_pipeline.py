@@ -64,9 +64,9 @@ class Needs:
 def known(monkeypatch):
     here = {"sample": "test_pipeline:Sample", "needs": "test_pipeline:Needs"}
     monkeypatch.setattr(registry, "BUILT_IN", registry.BUILT_IN | here)
-    named = registry._named
+    named = registry.named
     found = {"test_pipeline:Sample": Sample, "test_pipeline:Needs": Needs}
-    monkeypatch.setattr(registry, "_named", lambda target: found.get(target) or named(target))
+    monkeypatch.setattr(registry, "named", lambda target: found.get(target) or named(target))
 
 
 @pytest.fixture(scope="module")

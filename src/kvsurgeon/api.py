@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsurgeon.anatomy import Attention, Decoder
+from kvsurgeon.delivery import deliver
 from kvsurgeon.io import load, save
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.contract import Source, Subject
@@ -13,6 +14,7 @@ from kvsurgeon.passes.inject import Inject
 from kvsurgeon.pipeline import Pipeline
 from kvsurgeon.runtime import generate
 from kvsurgeon.surgery import Surgery, operate
+from kvsurgeon.targets import Target
 
 __all__ = ["Pipeline", "find_attention", "generate", "inject", "inspect", "load", "save", "verify"]
 
@@ -42,6 +44,7 @@ def inject(
     *,
     folder: str | Path | None = None,
     verify: bool = True,
+    target: Target | str | None = None,
     **options: Any,
 ) -> Surgery:
     """Give the model a KV cache, judge it, and write it to `destination` if one is given.
@@ -51,6 +54,8 @@ def inject(
         destination: An .onnx file or a folder, which may be the source itself.
         folder: Where the external data of a model in memory lies.
         verify: Whether the judge runs the result against the original; it needs the weights.
+        target: The runtime or compiler that is to take the result, or its name: `destination` is then the folder that
+            it takes as it is, side files included.
         **options: The fields of `kvsurgeon.passes.inject.Inject`.
 
     Raises:
@@ -58,4 +63,6 @@ def inject(
         Refused: It cannot be handled soundly.
         ParityError: The result does not compute what the original computes; nothing was written.
     """
+    if target is not None:
+        return deliver(source, target, destination, folder=folder, verify=verify, options=options)
     return operate(source, Pipeline((Inject(**options),)), destination, folder=folder, verify=verify)

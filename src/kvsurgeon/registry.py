@@ -19,7 +19,7 @@ BUILT_IN = {
     "inject": "kvsurgeon.passes.inject:Inject",
 }
 
-COMMANDS = ("inspect", "run", "passes", "verify", "generate", "demo")  # names that a pass may not take
+COMMANDS = ("inspect", "run", "passes", "targets", "verify", "generate", "demo")  # names that a pass may not take
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class Entry:
             PluginError: It cannot be imported, or is no pass; the message names the pass and its package.
         """
         try:
-            found = _named(self.target)
+            found = named(self.target)
         except Exception as error:
             raise PluginError(f"{self._spoken}: cannot be imported: {_one_line(error)}") from error
         if inspect.isclass(found):
@@ -126,16 +126,21 @@ def find(name: str) -> Entry:
 def _all_entries() -> Iterator[Entry]:
     for name, target in BUILT_IN.items():
         yield Entry(name=name, target=target, package="kvsurgeon")
-    unique = {(point.name, point.value, _package(point)): point for point in entry_points(group=GROUP)}
-    for name, target, package in sorted(unique):
+    for name, target, package in installed(GROUP):
         yield Entry(name=name, target=target, package=package)
+
+
+def installed(group: str) -> list[tuple[str, str, str]]:
+    """Return name, place and package of what installed packages bring under an entry point, each once, in order."""
+    return sorted({(point.name, point.value, _package(point)) for point in entry_points(group=group)})
 
 
 def _package(point: EntryPoint) -> str:
     return "an unknown package" if point.dist is None else f"{point.dist.name} {point.dist.version}"
 
 
-def _named(target: str) -> Any:
+def named(target: str) -> Any:
+    """Return what `package.module:NAME` names; whatever its import raises is passed on."""
     module, _, attributes = target.partition(":")
     found: Any = import_module(module)
     for attribute in attributes.split("."):

@@ -10,7 +10,7 @@ import typer
 
 from kvsurgeon import registry
 from kvsurgeon.cli import operations
-from kvsurgeon.errors import PluginError
+from kvsurgeon.errors import PluginError, Refused
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a folder that holds one.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer for a program.")]
@@ -32,20 +32,43 @@ def add_commands(app: typer.Typer, arguments: Sequence[str]) -> None:
     for clash in registry.clashes():
         if clash.name == called and clash.name not in registry.COMMANDS:
             raise PluginError(str(clash))
-    for command in (run, passes, verify, generate, demo):
+    for command in (run, passes, targets, verify, generate, demo):
         app.command()(cast(Callable[..., None], command))
 
 
-def inspect(model: Model, json: Json = False) -> None:
+def inspect(
+    model: Model,
+    target: Annotated[
+        Optional[str],  # noqa: UP045  # typer reads it on Python 3.10
+        typer.Option("--target", metavar="NAME", help="Say instead what stands between the model and a target."),
+    ] = None,
+    json: Json = False,
+) -> None:
     """Show the attention layers, and what was proved of the model and what is assumed."""
     from kvsurgeon.passes.contract import Subject
     from kvsurgeon.report import answer, table
 
+    if target is not None:
+        _inspect_for(model, target, json=json)
+        return
     decoder = Subject.of(model).decoder()
     if json:
         answer.show(answer.anatomy(decoder))
     else:
         table.console().print(table.anatomy(decoder))
+
+
+def _inspect_for(model: Path, target: str, *, json: bool) -> None:
+    from kvsurgeon.delivery import stands_between
+    from kvsurgeon.report import answer, table
+
+    found = stands_between(model, target)
+    if json:
+        answer.show(answer.obstacles(target, found))
+    else:
+        table.console().print(table.obstacles(target, found))
+    if any(obstacle.stops for obstacle in found):
+        raise typer.Exit(Refused.exit_code)
 
 
 def run(
@@ -86,6 +109,22 @@ def passes(json: Json = False) -> None:
         answer.show(found)
     else:
         table.console().print(table.passes(found))
+
+
+def targets(
+    name: Annotated[Optional[str], typer.Argument(metavar="[NAME]", help="The one to describe.")] = None,  # noqa: UP045
+    json: Json = False,
+) -> None:
+    """List the runtimes and compilers that a model can be brought to, or describe one."""
+    from kvsurgeon.report import answer, table
+    from kvsurgeon.targets import find
+
+    listed = answer.targets() if name is None else []
+    described = {} if name is None else answer.target(find(name))
+    if json:
+        answer.show(described or listed)
+    else:
+        table.console().print(table.target(described) if described else table.targets(listed))
 
 
 def verify(

@@ -15,8 +15,10 @@ from kvsurgeon.errors import PluginError
 from kvsurgeon.registry import Entry
 
 if TYPE_CHECKING:
+    from kvsurgeon.io.carry import Sharing
     from kvsurgeon.passes.options import Option
     from kvsurgeon.pipeline import Pipeline
+    from kvsurgeon.surgery import Surgery
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a folder that holds one.")]
 Output = Annotated[
@@ -27,6 +29,11 @@ Copy = Annotated[
     bool, typer.Option("--copy-weights", help="Copy external data into another folder instead of linking it.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Answer for a program.")]
+ForTarget = Annotated[
+    Optional[str],  # noqa: UP045  # typer reads it on Python 3.10
+    typer.Option("--target", metavar="NAME", help="Write the folder that this runtime or compiler takes as it is."),
+]
+BRINGS_TO_TARGET = "inject"  # the pass that a target has its own options for
 
 
 def stub() -> None:
@@ -44,10 +51,18 @@ def command_of(entry: Entry) -> Callable[..., None]:
 
     pass_class = entry.load()
     options = options_of(pass_class)
+    defaults = {option.field: option.default for option in options}
 
-    def command(model: Path, output: Path, verify: bool, copy_weights: bool, json: bool, **given: Any) -> None:
+    def command(
+        model: Path, output: Path, verify: bool, copy_weights: bool, json: bool, target: str | None = None, **given: Any
+    ) -> None:
         texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in given.items()}
-        wanted = build(pass_class, entry.name, {name: text for name, text in texts.items() if text is not None})
+        texts = {name: text for name, text in texts.items() if text is not None}
+        wanted = build(pass_class, entry.name, texts)
+        if target is not None:
+            changed = {name: getattr(wanted, name) for name in texts if getattr(wanted, name) != defaults.get(name)}
+            deliver(model, target, output, options=changed, verify=verify, copy_weights=copy_weights, json=json)
+            return
         operate(model, Pipeline((wanted,)), output, verify=verify, copy_weights=copy_weights, json=json)
 
     fixed = (_parameter("model", Model), _parameter("output", Output))
@@ -57,6 +72,7 @@ def command_of(entry: Entry) -> Callable[..., None]:
             ("verify", Verify, True),
             ("copy_weights", Copy, False),
             ("json", Json, False),
+            *([("target", ForTarget, None)] if entry.built_in and entry.name == BRINGS_TO_TARGET else ()),
         )
     )
     taken = {one.name for one in (*fixed, *switches)} & {option.field for option in options}
@@ -83,7 +99,7 @@ def operate(
     json: bool = False,
 ) -> None:
     """Run `pipeline` on a file, write what it makes, and say what was done."""
-    from kvsurgeon.report import answer, progress, table
+    from kvsurgeon.report import progress
     from kvsurgeon.report.trace import tracing
     from kvsurgeon.surgery import operate as operate_on
 
@@ -98,6 +114,32 @@ def operate(
             watch=None if trace is None else tracing(trace),
             progress=told,
         )
+    _tell(surgery, json=json)
+
+
+def deliver(
+    model: Path,
+    target: str,
+    output: Path,
+    *,
+    options: dict[str, Any],
+    verify: bool,
+    copy_weights: bool,
+    json: bool,
+) -> None:
+    """Write the folder that a target takes, and say what was done."""
+    from kvsurgeon.delivery import deliver as deliver_to
+    from kvsurgeon.report import progress
+
+    sharing: Sharing = "copy" if copy_weights else "link"
+    with redirect_stdout(sys.stderr), progress.judging() as told:
+        delivery = deliver_to(model, target, output, options=options, verify=verify, sharing=sharing, progress=told)
+    _tell(delivery, json=json)
+
+
+def _tell(surgery: Surgery, *, json: bool) -> None:
+    from kvsurgeon.report import answer, table
+
     if json:
         answer.show(answer.surgery(surgery))
     else:

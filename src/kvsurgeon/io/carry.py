@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -49,9 +49,9 @@ def carry_weights(files: Iterable[WeightFile], folder: Path, sharing: Sharing, r
             _copy(file, target, report)
 
 
-def carry_side_files(sources: Iterable[Path], folder: Path) -> None:
+def carry_side_files(sources: Iterable[Path], folder: Path, *, without: frozenset[str] = frozenset()) -> None:
     """Copy config, tokenizer and the like into the folder, files of earlier sources before those of later ones."""
-    taken: set[str] = set()
+    taken = set(without)
     for source in sources:
         for pattern in SIDE_FILES:
             for file in sorted(source.glob(pattern)):
@@ -59,6 +59,13 @@ def carry_side_files(sources: Iterable[Path], folder: Path) -> None:
                     taken.add(file.name)
                     with replacing(folder / file.name) as copy, file.open("rb") as original:
                         shutil.copyfileobj(original, copy)
+
+
+def write_side_files(texts: Mapping[str, str], folder: Path) -> None:
+    """Write each text into the folder under its name."""
+    for name, text in texts.items():
+        with replacing(folder / name) as file:
+            file.write(text.encode("utf-8"))
 
 
 def _is_side_file(file: Path) -> bool:

@@ -24,15 +24,15 @@ def must_unload(model: ir.Model) -> bool:
 
 
 @contextmanager
-def unloaded(model: ir.Model, target: Path, report: Report) -> Iterator[None]:
+def unloaded(model: ir.Model, target: Path, report: Report, name: str | None = None) -> Iterator[None]:
     """Let the model refer to a data file beside `target` within the block; afterwards it is as it was.
 
-    The file is written tensor by tensor, lazy ones being evaluated one at a time, and has a name that was free: what
-    an older model file refers to is not touched.
+    The file is written tensor by tensor, lazy ones being evaluated one at a time. It has the name that is asked for, or
+    one that was free: what an older model file refers to is not touched.
     """
     values = [value for value in _in_memory(model) if value.const_value and value.const_value.nbytes >= _SMALLEST]
     tensors = [value.const_value for value in values if value.const_value is not None]
-    data = _free_name(target)
+    data = _free_name(target) if name is None else target.with_name(name)
     references = _write(tensors, data, report)
     try:
         for value, reference in zip(values, references, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -11,12 +11,13 @@ from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from kvsurgeon.errors import InputError, UsageError, WeightsError
 from kvsurgeon.io.atomic import remove_stale, replacing
-from kvsurgeon.io.carry import Sharing, carry_side_files, carry_weights
+from kvsurgeon.io.carry import Sharing, carry_side_files, carry_weights, write_side_files
 from kvsurgeon.io.embedding import must_unload, unloaded
 from kvsurgeon.io.fidelity import to_proto
 from kvsurgeon.io.loading import loaded_from
 from kvsurgeon.io.locate import find_model
 from kvsurgeon.io.progress import Report, reporting
+from kvsurgeon.io.renaming import numbered, rename_locations, renamed
 from kvsurgeon.io.weights import WeightFile, external_tensors, files_of, is_relative_location
 
 
@@ -27,6 +28,9 @@ def save(
     source: str | Path | None = None,
     sharing: Sharing = "link",
     progress: Report | None = None,
+    home: str | Path | None = None,
+    beside: Mapping[str, str] | None = None,
+    data: str | None = None,
 ) -> Path:
     """Return the path at which the model now stands, complete, its weights and side files beside it.
 
@@ -42,6 +46,10 @@ def save(
             system holds both; yet `onnx.load` and `onnx.checker` (1.21 or later) refuse data files with several
             links, those of the source included, while onnxruntime reads them. "copy" costs what it says.
         progress: Called with what is written, bytes done and bytes in all; by default a bar on a terminal.
+        home: The folder that side files go to, if it is not the model's own.
+        beside: Texts of further side files by their names in that folder; they take the place of those that travel.
+        data: Name of the first file of external data; further ones are called `data_1`, `data_2`, ... None to leave
+            their names as they are.
 
     Raises:
         UsageError: The destination cannot be written to, or holds other data under the name of this model's.
@@ -50,14 +58,19 @@ def save(
     origin = find_model(source).absolute() if source is not None else loaded_from(model)
     target = _target(Path(destination).absolute(), origin)
     files = _resolved_weights(model, target.parent)
+    fresh = None if data is None else numbered(data)
+    names = {} if fresh is None else dict(zip((file.location for file in files), fresh, strict=False))
+    folder = target.parent if home is None else Path(home).absolute()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(target.parent)
         with reporting(progress) as report:
-            carry_weights(files, target.parent, sharing, report)
-            carry_side_files(_side_folders(origin, source, target.parent), target.parent)
-            with unloaded(model, target, report) if must_unload(model) else nullcontext():
-                _write(model, target)
+            carry_weights(renamed(files, names), target.parent, sharing, report)
+            carry_side_files(_side_folders(origin, source, folder), folder, without=frozenset(beside or ()))
+            write_side_files(beside or {}, folder)
+            own = None if fresh is None else next(fresh)
+            with unloaded(model, target, report, own) if must_unload(model) else nullcontext():
+                _write(model, target, names)
     except OSError as error:
         raise UsageError(f"cannot write to `{target.parent}`: {error.strerror or error}") from error
     return target
@@ -108,9 +121,12 @@ def _side_folders(origin: Path | None, source: str | Path | None, folder: Path) 
         yield from homes
 
 
-def _write(model: ir.Model, target: Path) -> None:
+def _write(model: ir.Model, target: Path, names: Mapping[str, str]) -> None:
     try:
-        serialized = to_proto(model).SerializeToString()
+        proto = to_proto(model)
+        if names:
+            rename_locations(proto, names)
+        serialized = proto.SerializeToString()
     except (EncodeError, ValueError) as error:
         raise UsageError(
             f"expected a graph of at most 2 GiB at `{target}`, found more: constants inside its nodes are too large"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from kvsurgeon import registry
@@ -12,6 +13,7 @@ from kvsurgeon.errors import PluginError
 if TYPE_CHECKING:
     from kvsurgeon.anatomy import Decoder
     from kvsurgeon.surgery import Surgery
+    from kvsurgeon.targets import Obstacle, Target
 
 
 def show(facts: Any) -> None:
@@ -51,6 +53,54 @@ def passes() -> list[dict[str, Any]]:
     return found + [
         {"name": clash.name, "package": clash.second.package, "error": str(clash)} for clash in registry.clashes()
     ]
+
+
+def targets() -> list[dict[str, Any]]:
+    """Return every target with what it says of itself; one that cannot be had says why in `error`."""
+    from kvsurgeon.targets import entries
+
+    found = []
+    for entry in entries():
+        facts = {"name": entry.name, "package": entry.package}
+        try:
+            loaded = entry.load()
+        except PluginError as error:
+            found.append({**facts, "error": str(error)})
+        else:
+            found.append({**facts, "summary": loaded.summary, "tried": loaded.tried})
+    return found
+
+
+def target(described: Target) -> dict[str, Any]:
+    """Return all that a target says, its passes with their options, by what a reader would call it."""
+    return {
+        "name": described.name,
+        "summary": described.summary,
+        "tried": described.tried,
+        "passes": [_options(one) for one in described.passes],
+        "file": described.file,
+        "data": described.data,
+        "needs": list(described.needs),
+        "feeds": None if described.feeds is None else sorted(described.feeds),
+        "dtypes": {name: sorted(dtypes) for name, dtypes in (described.dtypes or {}).items()},
+        "cache_dtypes": sorted(described.cache_dtypes),
+        "uniform": described.uniform,
+        "opset": described.opset,
+        "operators": None if described.operators is None else sorted(map(".".join, described.operators)),
+        "banned": sorted(map(".".join, described.banned)),
+        "beside": list(described.beside),
+        "side_files": [side_file.name for side_file in described.side_files],
+    }
+
+
+def obstacles(name: str, found: Iterable[Obstacle]) -> dict[str, Any]:
+    """Return what stands between a model and the target of that name."""
+    listed = [asdict(obstacle) for obstacle in found]
+    return {"target": name, "stops": any(one["stops"] for one in listed), "obstacles": listed}
+
+
+def _options(one: Any) -> dict[str, Any]:
+    return {"pass": one.name, **{field.name: getattr(one, field.name) for field in fields(one)}}
 
 
 def _described(entry: registry.Entry) -> dict[str, Any]:

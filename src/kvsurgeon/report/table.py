@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvsurgeon.parity import Report
     from kvsurgeon.pipeline import Step
     from kvsurgeon.surgery import Surgery
+    from kvsurgeon.targets import Obstacle
 
 _NUMBERS = ("layer", "query heads", "kv heads", "head dim", "scale", "rotary", "B/token", "batch", "tokens", "error")
 PIPE_WIDTH = 200  # columns where no terminal says how many there are: nothing is cut off
@@ -79,6 +80,36 @@ def passes(found: Iterable[Mapping[str, Any]]) -> RenderableType:
     return table
 
 
+def targets(found: Iterable[Mapping[str, Any]]) -> RenderableType:
+    """Return the targets as a table; see `kvsurgeon.report.answer.targets`."""
+    table = _table("target", "who takes the folder", "tried with", "from")
+    for one in found:
+        said = f"✗ {one['error']}" if "error" in one else one["summary"]
+        _add(table, one["name"], said, one.get("tried", "-"), one["package"])
+    return table
+
+
+def target(described: Mapping[str, Any]) -> RenderableType:
+    """Return one target as a table, a row for each thing that it says; see `kvsurgeon.report.answer.target`."""
+    table = _table(described["name"], described["summary"])
+    for name, said in described.items():
+        if name not in ("name", "summary", "passes") and said not in (None, [], {}, False):
+            _add(table, name.replace("_", " "), _said_words(said))
+    for one in described["passes"]:
+        options = (f"{name}={value}" for name, value in one.items() if name != "pass")
+        _add(table, f"pass {one['pass']}", " ".join(options) or "-")
+    return table
+
+
+def obstacles(name: str, found: Iterable[Obstacle]) -> RenderableType:
+    """Return what stands between a model and the target of that name, a line each."""
+    listed = tuple(found)
+    stopping = sum(obstacle.stops for obstacle in listed)
+    said = "nothing stands in the way" if not stopping else f"{stopping} in the way"
+    lines = [Text(f"target {name}: {said}")]
+    return Group(*lines, *(Text(f"  {'✗' if one.stops else 'note:'} {one}") for one in listed))
+
+
 def mask_words(mask: Mask) -> str:
     """Return a mask in a few words: `window 4096 + padding`.
 
@@ -102,6 +133,12 @@ def size_words(count: int) -> str:
             break
         size /= 1024
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _said_words(said: Any) -> str:
+    if isinstance(said, Mapping):
+        return "; ".join(f"{name}: {_said_words(one)}" for name, one in said.items())
+    return ", ".join(map(str, said)) if isinstance(said, list) else "yes" if said is True else str(said)
 
 
 def _table(*columns: str) -> Table:

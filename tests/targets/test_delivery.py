@@ -1,0 +1,154 @@
+"""A target's folder holds the model and all that its client reads, or nothing is written and it is said why."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from decoders import Config, Decoder
+
+import kvsurgeon
+from kvsurgeon import registry, targets
+from kvsurgeon.cli.main import run
+from kvsurgeon.delivery import deliver, stands_between
+from kvsurgeon.errors import PluginError, Refused, UsageError
+from kvsurgeon.targets import SideFile, Target
+
+PLAIN = Target(name="plain", summary="whoever takes it", tried="nothing")
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A folder with a decoder without a cache, its weights in two files, and a config."""
+    folder = tmp_path_factory.mktemp("given")
+    model = Decoder(Config()).model()
+    outside = {"save_as_external_data": True, "all_tensors_to_one_file": False, "size_threshold": 8000}
+    onnx.save(model, folder / "model.onnx", **outside)
+    (folder / "config.json").write_text(json.dumps({"model_type": "tiny", "num_attention_heads": 4, "hidden_size": 32}))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_model_data_and_side_files_lie_where_the_target_says(given, tmp_path):
+    target = replace(PLAIN, file="onnx/model.onnx", data="model.onnx_data", side_files=(
+        SideFile(name="about.json", write=lambda facts: {"layers": facts.layers, "heads": facts.kv_heads}),
+        SideFile(name="config.json", write=lambda facts: {**facts.config, "heads": facts.query_heads}),
+        SideFile(name="none.json", write=lambda _: None),
+    ))  # fmt: skip
+    done = deliver(given, target, tmp_path / "out", verify=False)
+    assert done.path == tmp_path / "out" / "onnx" / "model.onnx"
+    expected = ["about.json", "config.json", "onnx/model.onnx", "onnx/model.onnx_data", "tokenizer.json"]
+    assert [name for name in files(tmp_path / "out") if not name.startswith("onnx/model.onnx_data_")] == expected
+    assert "onnx/model.onnx_data_1" in files(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "about.json").read_text()) == {"layers": 3, "heads": [2]}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["heads"] == 4
+    assert kvsurgeon.verify(given, done.path).verdict == "same"
+
+
+def test_weights_under_other_names_are_the_same_weights(given, tmp_path):
+    done = deliver(given, replace(PLAIN, data="weights"), tmp_path, verify=False)
+    original = {value.name: value.const_value.numpy() for value in kvsurgeon.load(given).graph.initializers.values()}
+    for value in kvsurgeon.load(done.path).graph.initializers.values():
+        if value.name in original:
+            np.testing.assert_array_equal(value.const_value.numpy(), original[value.name])
+
+
+@pytest.mark.parametrize(
+    ("wants", "said"),
+    [
+        ({"needs": ("input_ids", "position_ids")}, "expected an input or output `position_ids`"),
+        ({"feeds": frozenset(("input_ids",))}, "expected no inputs but `input_ids` and the cache, found another"),
+        ({"dtypes": {"input_ids": frozenset(("int32",))}}, "expected int32, found int64 - at `input_ids`"),
+        ({"cache_dtypes": frozenset(("float16",))}, "expected a cache of float16, found float32"),
+        ({"fixed_axes": (0,)}, "expected a number for batch, found batch_size"),
+        ({"opset": 17}, "expected operators of opset 17 or older, found opset 18"),
+        ({"banned": frozenset((("", "Softmax"),))}, "the operator Softmax is none that plain has"),
+        ({"operators": frozenset((("", "MatMul"),))}, "the operator"),
+    ],
+)
+def test_what_stands_in_the_way_is_said_beforehand_and_nothing_is_written(given, tmp_path, wants, said):
+    target = replace(PLAIN, **wants)
+    assert said in str([str(one) for one in stands_between(given, target) if one.stops])
+    with pytest.raises(Refused, match="target plain: "):
+        deliver(given, target, tmp_path / "out", verify=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_stands_in_the_way_of_a_target_that_wants_nothing(given):
+    assert stands_between(given, PLAIN) == ()
+
+
+def test_a_file_that_the_client_will_miss_is_a_remark(given, tmp_path):
+    done = deliver(given, replace(PLAIN, beside=("merges.txt",)), tmp_path, verify=False)
+    assert [remark.at for remark in done.remarks] == ["merges.txt"]
+    assert any("merges.txt" in note for note in done.notes)
+
+
+def test_options_that_are_given_take_the_place_of_the_targets(given, tmp_path):
+    done = kvsurgeon.inject(given, tmp_path, target=PLAIN, verify=False, past="memory.{layer}.{kind}")
+    assert "memory.0.key" in {value.name for value in done.model.graph.inputs}
+
+
+def test_a_target_takes_a_folder(given, tmp_path):
+    with pytest.raises(UsageError, match="expected a folder"):
+        deliver(given, PLAIN, tmp_path / "model.onnx")
+
+
+def test_an_unknown_target_is_named_with_those_that_there_are(given):
+    with pytest.raises(UsageError, match=r"no target called nothing; there are: optimum"):
+        stands_between(given, "nothing")
+
+
+@pytest.mark.parametrize("entry", targets.entries(), ids=lambda entry: entry.name)
+def test_every_target_can_be_had_and_describes_itself(entry, capsys):
+    target = entry.load()
+    assert target.name == entry.name
+    assert target.summary
+    assert target.tried
+    assert run(["targets", entry.name, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["file"] == target.file
+    assert run(["targets", entry.name]) == 0
+    assert target.summary in capsys.readouterr().out
+
+
+def test_the_list_of_targets_names_them_all(capsys):
+    assert run(["targets"]) == 0
+    shown = capsys.readouterr().out
+    assert all(entry.name in shown for entry in targets.entries())
+    assert run(["targets", "--json"]) == 0
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == [one.name for one in targets.entries()]
+
+
+def test_a_target_of_ones_own_comes_by_an_entry_point(monkeypatch, given, capsys):
+    own = [("own", "tests_of_targets:OWN", "somebody 1.0"), ("bad", "tests_of_targets:BAD", "somebody 1.0")]
+    monkeypatch.setattr(targets.catalogue, "installed", lambda group: own if group == "kvsurgeon.targets" else [])
+    found = {"tests_of_targets:OWN": replace(PLAIN, name="own"), "tests_of_targets:BAD": "no target"}
+    monkeypatch.setattr(targets.catalogue, "named", lambda place: found.get(place) or registry.named(place))
+    assert stands_between(given, "own") == ()
+    with pytest.raises(PluginError, match=r"expected a kvsurgeon\.targets\.Target, found str"):
+        targets.find("bad")
+    assert run(["targets"]) == 0
+    assert "expected a kvsurgeon.targets.Target" in capsys.readouterr().out
+
+
+def test_the_command_writes_the_folder_and_says_so(given, tmp_path, capsys):
+    assert run(["inject", str(given), "-o", str(tmp_path), "--target", "optimum", "--no-verify", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["output"] == str(tmp_path / "model.onnx")
+    assert any("model_type gemma" in note for note in answer["notes"])
+    assert files(tmp_path)[0] == "config.json"
+
+
+def test_inspect_says_what_stands_in_the_way(given, tmp_path, capsys):
+    assert run(["inspect", str(given), "--target", "optimum"]) == 0
+    assert "nothing stands in the way" in capsys.readouterr().out
+    onnx.save(Decoder(Config(dtype="float64")).model(), tmp_path / "model.onnx")
+    assert run(["inspect", str(tmp_path), "--target", "optimum", "--json"]) == 3
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["stops"]
+    assert "found float64" in answer["obstacles"][0]["what"]
