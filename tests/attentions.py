@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from exports import injected
+from laws import assert_law
+from written import read
+
 CAUSAL = "allowed = LessOrEqual(row, column)"
 MASKED = "masked_scores = Where(allowed, s, low)"
 
@@ -50,3 +54,17 @@ def attention(
   c = MatMul(w, v)
   {after}
 }}"""
+
+
+def assert_law_of(text: str, opset: int = 18) -> None:
+    """The model that a text describes can be given a cache; the text may name a value before the line that makes it."""
+    original = read(text, opset)
+    nodes, made = list(original.graph.node), set()
+    produced = {name for node in nodes for name in node.output}
+    del original.graph.node[:]
+    while nodes:
+        ready = next(node for node in nodes if all(name in made or name not in produced for name in node.input))
+        nodes.remove(ready)
+        made.update(ready.output)
+        original.graph.node.append(ready)
+    assert_law(original, injected(original))

@@ -4,7 +4,7 @@
 
 import numpy as np
 import pytest
-from attentions import attention
+from attentions import assert_law_of, attention
 from exports import injected
 from laws import assert_law
 from written import read
@@ -65,20 +65,6 @@ ON_TOKENS = [
 @pytest.mark.parametrize(("hidden", "constants"), [pytest.param(*case[1:], id=case[0]) for case in ON_TOKENS])
 def test_tokens_stay_apart(hidden, constants):
     assert_law_of(attention(hidden=hidden, constants=constants))
-
-
-def assert_law_of(text: str, opset: int = 18) -> None:
-    """The text may name a value before the line that makes it."""
-    original = read(text, opset)
-    nodes, made = list(original.graph.node), set()
-    produced = {name for node in nodes for name in node.output}
-    del original.graph.node[:]
-    while nodes:
-        ready = next(node for node in nodes if all(name in made or name not in produced for name in node.input))
-        nodes.remove(ready)
-        made.update(ready.output)
-        original.graph.node.append(ready)
-    assert_law(original, injected(original))
 
 
 # From row [1, n] and column [n, 1] to allowed [n, n].

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
 from kvsurgeon.sequence.elementwise import align, broadcast
-from kvsurgeon.sequence.flow import Step
+from kvsurgeon.sequence.flow import PER_CALL, Step
 from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.shapes.dimension import Dimension
 from kvsurgeon.shapes.fact import axis_of
+from kvsurgeon.shapes.layout import joined_inputs
 from kvsurgeon.shapes.reduction import reduced_axes
 
 
@@ -24,7 +26,7 @@ def forbid(step: Step, axes: Axes, along: Iterable[int]) -> None:
 def softmax(step: Step) -> list[Axes]:
     """`Softmax` and its kin: along one axis, before opset 13 along all behind it."""
     rank = len(step.shape(0))
-    old = step.call.opset < 13 and step.node.domain in ("", "ai.onnx")
+    old = step.call.integer("opset", step.call.opset) < 13  # which a quantised one states
     axis = axis_of(step.call.integer("axis", 1 if old else -1), rank)
     forbid(step, step.axes(0), range(axis, rank) if old else (axis,))
     return [step.axes(0)] * len(step.node.outputs)
@@ -103,7 +105,8 @@ def concat(step: Step) -> list[Axes]:
     rank = len(step.result_shape())
     joined = axis_of(step.call.integer("axis", 0), rank)
     found: dict[int, SequenceAxis] = {}
-    for index in step.tokens():
+    indices = joined_inputs(step.call)
+    for index in set(step.tokens()) & set(indices):
         for axis in step.axes(index):
             if axis.axis == joined:
                 if axis.role.resolved() is Length.NEW:
@@ -114,7 +117,7 @@ def concat(step: Step) -> list[Axes]:
                 step.meet(found[axis.axis], axis, index)
             else:
                 found[axis.axis] = axis
-    for index in range(len(step.node.inputs)):
+    for index in indices:
         others = {axis: at for axis, at in found.items() if axis != joined}
         if step.kind(index) is Kind.TOKEN:
             _must_have(step, index, others)
@@ -167,18 +170,36 @@ def pad(step: Step) -> list[Axes]:
 
 
 def convolution(step: Step) -> list[Axes]:
-    """`Conv` on [batch, channels, positions...]: position by position where the kernel is one wide."""
-    weights = step.shape(1)
-    axes = step.axes(0)
-    moved = [axis for axis in range(2, len(step.shape(0))) if weights[axis] != 1]
-    strides, pads = step.call.attribute("strides") or (), step.call.attribute("pads") or ()
-    plain = all(stride == 1 for stride in strides) and not any(pads) and not moved
-    for axis in axes:
-        if axis.axis == 1 or (axis.axis >= 2 and not (plain or (weights[axis.axis] == 1 and plain))):
+    """`Conv` on [batch, channels, positions...]: position by position along axes on which the kernel is one wide."""
+    kernel = 3 if step.node.op_type == "QLinearConv" else 1
+    for axis in step.axes(0):
+        if axis.axis == 1 or (axis.axis >= 2 and not _one_by_one(step, axis.axis - 2, step.shape(kernel)[axis.axis])):
             raise step.mixing()
-    if step.kind(1) is not Kind.CONSTANT:
+    if any(step.kind(index) is not Kind.CONSTANT for index in range(1, len(step.node.inputs))):
         raise step.refusal("its kernel is no constant")
-    return [axes]
+    return [step.axes(0)]
+
+
+def pool(step: Step) -> list[Axes]:
+    """`AveragePool`, `MaxPool` on [batch, channels, positions...]: as a convolution, each channel by itself."""
+    if step.call.integer("channels_last", 0):
+        raise step.refusal("its channels lie last, for which there is no rule")
+    if len(step.node.outputs) > 1 and step.node.outputs[1].uses():
+        raise step.refusal("where its windows' maxima lie depends on the number of tokens")
+    sizes = step.call.attribute("kernel_shape")
+    for axis in step.axes(0):
+        if axis.axis >= 2 and not _one_by_one(step, axis.axis - 2, sizes[axis.axis - 2]):
+            raise step.mixing()
+    return [step.axes(0)] * len(step.node.outputs)
+
+
+def _one_by_one(step: Step, place: int, kernel: Dimension) -> bool:
+    """Whether a window that moves along a place of its own sees one element at a time, and each."""
+    strides, pads = step.call.attribute("strides"), step.call.attribute("pads") or ()
+    count = len(pads) // 2
+    padded = any(pads[end] for end in (place, place + count)) if pads else False
+    automatic = step.call.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+    return kernel == 1 and (not strides or strides[place] == 1) and not padded and not automatic
 
 
 def rotary(step: Step) -> list[Axes]:
@@ -206,6 +227,6 @@ def rotary(step: Step) -> list[Axes]:
 
 def dynamic_quantize(step: Step) -> list[Axes]:
     """`DynamicQuantizeLinear`: its range is that of all tokens in a call, so parity holds up to rounding only."""
-    step.assume("dynamic quantisation: ranges are taken over the tokens of one call")
+    step.assume(PER_CALL)
     step.flow.per_call.update(step.node.outputs)
     return [step.axes(0), (), ()]

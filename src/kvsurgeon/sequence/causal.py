@@ -20,7 +20,7 @@ from kvsurgeon.sequence.trial import Pattern, Trial, check_same, first
 SEEN = 1e-6  # a weight above this is one that counts
 LOUD = 30.0  # times the usual noise: a mask must hold against large scores too
 
-Read = Callable[[np.ndarray, int], np.ndarray]  # an output and the length -> weights [..., query, key]
+Read = Callable[[Sequence[np.ndarray], int], np.ndarray]  # outputs and the length -> weights [..., query, key]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,19 +50,23 @@ def look_at(trial: Trial, layer: int, head: Head, beside: Sequence[ir.Value]) ->
         return _fused(trial, layer, head)
     seen = None
     for product in head.products:
-        weights = product.node.inputs[product.weights]
-        assert weights is not None
-        axes = trial.flow.axes[weights]
-        experiment = trial.experiment([weights, *beside], head)
-        read = partial(_read_weights, axes=axes)
+        weights = product.weights_read
+        experiment = trial.experiment([*weights, *beside], head)
+        read = partial(_read_weights, axes=trial.flow.axes[weights[0]])
         looked = _look(trial, layer, head, experiment, read, beside)
         seen = seen or looked
     assert seen is not None
     return seen
 
 
-def _read_weights(array: np.ndarray, length: int, axes: Axes) -> np.ndarray:
-    return unfolded(array, axes, length)
+def _read_weights(arrays: Sequence[np.ndarray], length: int, axes: Axes) -> np.ndarray:
+    """The weights, counted from their zero point where they are quantised."""
+    weights, *zero_point = arrays
+    if zero_point:
+        if zero_point[0].size != 1:
+            raise Refused("attention weights are quantised row by row, so it cannot be seen which of them are 0")
+        weights = weights.astype(np.int64) - zero_point[0].astype(np.int64)
+    return unfolded(weights, axes, length)
 
 
 def _look(
@@ -80,8 +84,10 @@ def _look(
     def look(
         length: int, seen: Pattern, *, through: GivenInput | None = None, loudness: float = 1.0
     ) -> list[np.ndarray]:
-        weights, *others = trial.run(experiment, length, seen, through=through, loudness=loudness)
-        return [read(weights, length), *(unfolded(other, at, length) for at, other in zip(axes, others, strict=True))]
+        arrays = trial.run(experiment, length, seen, through=through, loudness=loudness)
+        others = arrays[len(arrays) - len(axes) :]
+        weights = read(arrays[: len(arrays) - len(axes)], length)
+        return [weights, *(unfolded(other, at, length) for at, other in zip(axes, others, strict=True))]
 
     found = trial.as_far_as_it_runs(trial.dense(head), lambda length: look(length, all_seen))
     longest = max(found)
@@ -140,7 +146,9 @@ def _fused(trial: Trial, layer: int, head: Head) -> Seen:
         return Seen(weights=np.tril(np.ones((length, length))))
     axes = trial.flow.demands.get((node, head.fused.mask or 0), ())
     experiment = trial.experiment([mask])
-    return _look(trial, layer, head, experiment, lambda array, length: _allowed(array, axes, length, causal=causal))
+    return _look(
+        trial, layer, head, experiment, lambda arrays, length: _allowed(arrays[0], axes, length, causal=causal)
+    )
 
 
 def _allowed(mask: np.ndarray, axes: Axes, length: int, *, causal: bool) -> np.ndarray:

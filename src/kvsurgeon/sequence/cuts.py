@@ -17,15 +17,13 @@ from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.sequence.axes import Length, SequenceAxis
 from kvsurgeon.sequence.flow import Flow, Place
-from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.sequence.kinds import LOOKUPS, Kind
 from kvsurgeon.shapes import dimension as dim
-from kvsurgeon.shapes.contraction import contraction_of
+from kvsurgeon.shapes.contraction import PRODUCTS, contraction_of
 from kvsurgeon.shapes.dimension import BATCH, Dimension
 
 # Products with weights: what lies upstream of them would have to be computed again for every token at every step.
-PROJECTIONS = frozenset({"MatMul", "Gemm", "Einsum", "MatMulInteger", "QLinearMatMul", "QGemm", "FusedMatMul",
-                          "MatMulNBits", "Conv"})  # fmt: skip
-_LOOKUPS = frozenset({"Gather", "GatherND", "GatherElements"})
+PROJECTIONS = PRODUCTS | {"Conv", "FusedConv", "QLinearConv"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +143,7 @@ def _may_repeat(flow: Flow, node: ir.Node) -> bool:
     """Whether a node may be computed again for all tokens so far: it is cheap, and sees its tokens one by one."""
     if node.op_type in PROJECTIONS:
         return False
-    if node.op_type in _LOOKUPS and any(
+    if node.op_type in LOOKUPS and any(
         value is not None and index == 0 and constant_tensor(value) is not None
         for index, value in enumerate(node.inputs)
     ):

@@ -11,11 +11,14 @@ from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
 from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.contraction import zero_points_of
 from kvsurgeon.shapes.dimension import LENGTH, Dimension
 from kvsurgeon.shapes.fact import Call, Fact
 from kvsurgeon.shapes.inference import Shapes
 
 Place = tuple[ir.Node, int]  # a node and the index of one of its inputs
+
+PER_CALL = "dynamic quantisation: ranges are taken over the tokens of one call"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,19 @@ class ContextProduct:
     weights: int
     value: int
     role: Role  # of the keys' axis
+
+    @property
+    def zero_point(self) -> ir.Value | None:
+        """Which number of quantised weights means 0, where that is said."""
+        places = zero_points_of(self.node)
+        index = None if places is None else places[self.weights > self.value]
+        return self.node.inputs[index] if index is not None and index < len(self.node.inputs) else None
+
+    @property
+    def weights_read(self) -> tuple[ir.Value, ...]:
+        """The weights, and their zero point where there is one."""
+        found = (self.node.inputs[self.weights], self.zero_point)
+        return tuple(value for value in found if value is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from kvsurgeon.sequence.flow import Flow, Step
 from kvsurgeon.sequence.kinds import GivenInput, Kind
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes import elementwise as elementwise_shapes
+from kvsurgeon.shapes.contraction import PRODUCTS
 from kvsurgeon.shapes.dimension import Dimension
 from kvsurgeon.shapes.fact import NOTHING
 from kvsurgeon.shapes.inference import STANDARD_DOMAINS, Shapes, in_one_line
@@ -28,7 +29,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("BiasGelu", "FastGelu"), elementwise.broadcast),
     "CastLike": elementwise.keep,
     "BatchNormalization": elementwise.keep,
-    **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax"), along.softmax),
+    **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax", "QLinearSoftmax"), along.softmax),
     **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization",
                      "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), along.normalization),
     "LpNormalization": along.lp_normalization,
@@ -40,8 +41,10 @@ RULES: dict[str, Rule] = {
     "TopK": along.top_k,
     "CumSum": along.cumulative_sum,
     "Concat": along.concat,
+    "QLinearConcat": along.concat,
     "Pad": along.pad,
-    "Conv": along.convolution,
+    **dict.fromkeys(("Conv", "FusedConv", "QLinearConv"), along.convolution),
+    **dict.fromkeys(("AveragePool", "MaxPool", "LpPool", "QLinearAveragePool"), along.pool),
     "RotaryEmbedding": along.rotary,
     "DynamicQuantizeLinear": along.dynamic_quantize,
     "Reshape": moving.reshape,
@@ -54,14 +57,14 @@ RULES: dict[str, Rule] = {
     "Split": moving.split,
     "Slice": moving.slice_,
     "Gather": moving.gather,
+    "GatherBlockQuantized": moving.gather,
     "GatherElements": moving.gather_elements,
     "ScatterElements": moving.gather_elements,
     "GatherND": moving.gather_nd,
     "ScatterND": moving.scatter_nd,
     "OneHot": moving.one_hot,
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), along.global_pool),
-    **dict.fromkeys(("MatMul", "Gemm", "Einsum", "MatMulInteger", "QLinearMatMul", "QGemm", "FusedMatMul",
-                     "MatMulNBits"), products.product),
+    **dict.fromkeys(PRODUCTS, products.product),
     "Attention": products.attention,
 }  # fmt: skip
 

@@ -40,7 +40,7 @@ _VIEWS = frozenset({
     "Sub", "Mul", "Div", "Max", "Min", "Abs", "Slice",
 })
 # fmt: on
-_LOOKUPS = frozenset({"Gather", "GatherElements", "GatherND"})
+LOOKUPS = frozenset({"Gather", "GatherBlockQuantized", "GatherElements", "GatherND"})
 _WAVES = frozenset({"Sin", "Cos", "MatMul", "Gemm", "Einsum", "RotaryEmbedding", "OneHot", "FusedMatMul"})
 
 
@@ -164,7 +164,7 @@ def _is_given_for_new_tokens(value: ir.Value, sizes: tuple[Dimension, ...]) -> b
     while pending:
         current = pending.pop()
         for node, index in current.uses():
-            if node.op_type in _WAVES or (node.op_type in _LOOKUPS and index == 1 and _is_table(node.inputs[0])):
+            if node.op_type in _WAVES or (node.op_type in LOOKUPS and index == 1 and _is_table(node.inputs[0])):
                 return True
             others = [other for other in node.inputs if other is not None and other not in seen]
             if node.op_type not in _VIEWS or (index > 0 and node.op_type in ("Reshape", "Expand", "Slice")):

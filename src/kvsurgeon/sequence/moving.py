@@ -147,7 +147,7 @@ def _is_end(end: dim.Dimension, size: dim.Dimension) -> bool:
 
 def gather(step: Step) -> list[Axes]:
     """`Gather`: rows of a table for each token, or one place of an axis without tokens."""
-    axis = axis_of(step.call.integer("axis", 0), len(step.shape(0)))
+    axis = axis_of(step.call.integer("gather_axis", step.call.integer("axis", 0)), len(step.shape(0)))
     picked = len(step.shape(1))
     result: list[SequenceAxis] = []
     for held in step.axes(0):

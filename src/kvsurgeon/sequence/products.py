@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
 from kvsurgeon.sequence.elementwise import brought
-from kvsurgeon.sequence.flow import ContextProduct, FusedAttention, ScoreProduct, Step
+from kvsurgeon.sequence.flow import PER_CALL, ContextProduct, FusedAttention, ScoreProduct, Step
 from kvsurgeon.sequence.kinds import Kind
-from kvsurgeon.shapes.contraction import Contraction, Labels, contraction_of
+from kvsurgeon.shapes.contraction import PACKED, Contraction, Labels, contraction_of
 
 Held = dict[str, SequenceAxis]  # label -> the sequence axis that it names
 
@@ -16,7 +18,9 @@ def product(step: Step) -> list[Axes]:
     found = contraction_of(step.call)
     if found is None:
         raise step.refusal("a product of more than two tensors, or of tensors of unknown rank")
-    if step.node.op_type == "MatMulNBits":
+    if step.node.op_type == "DynamicQuantizeMatMul":
+        step.assume(PER_CALL)
+    if step.node.op_type in PACKED:
         return [_projected(step)]
     left, right = _held(step, found.left, found.left_labels), _held(step, found.right, found.right_labels)
     _bring(step, found, left, right)
@@ -32,6 +36,7 @@ def product(step: Step) -> list[Axes]:
 
 def _projected(step: Step) -> Axes:
     """A product with packed weights sums the last axis of its first input."""
+    _check_parameters(step, range(1, len(step.node.inputs)))
     for axis in step.axes(0):
         if axis.axis == len(step.shape(0)) - 1:
             raise step.mixing()
@@ -130,14 +135,20 @@ def _align(step: Step, index: int, labels: Labels, kept: Held) -> None:
 
 
 def _align_further(step: Step, found: Contraction, kept: Held) -> None:
-    """The bias of a `Gemm` is added to its result."""
-    if step.node.op_type != "Gemm" or len(step.node.inputs) < 3 or step.node.inputs[2] is None:
+    """The bias of a `Gemm` is added to its result; what else a product reads are scales and zero points."""
+    further = [index for index in range(len(step.node.inputs)) if index not in (found.left, found.right)]
+    _check_parameters(step, further)
+    if step.node.op_type not in ("Gemm", "FusedGemm") or not step.call.given(2):
         return
-    if step.kind(2) is Kind.TOKEN:
-        raise step.refusal("its third input is token data")
     shape = step.shape(2)
     labels = found.result_labels[len(found.result_labels) - len(shape) :]
     _align(step, 2, labels, kept)
+
+
+def _check_parameters(step: Step, indices: Iterable[int]) -> None:
+    for index in indices:
+        if step.kind(index) is Kind.TOKEN and step.axes(index):
+            raise step.refusal(f"its input {index} is token data", at=step.node.inputs[index])
 
 
 def attention(step: Step) -> list[Axes]:

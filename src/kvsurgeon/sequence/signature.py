@@ -38,7 +38,7 @@ class Signatures:
             value = score.node.outputs[0]
             names[value] = self._number(("scores", index, shapes[value].shape))
         between = downstream(head.score_values, head.ends)
-        weights = [product.node.inputs[product.weights] for product in head.products]
+        weights = [value for product in head.products for value in product.weights_read]
         return "written out", tuple(self._name(value, names, between) for value in (*weights, *beside))
 
     def _name(self, value: ir.Value | None, names: dict[ir.Value, int], between: Collection[ir.Value]) -> int:

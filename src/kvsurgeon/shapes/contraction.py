@@ -47,6 +47,11 @@ def _swapped(labels: Labels, swap: int) -> Labels:
     return (*labels[:-2], labels[-1], labels[-2]) if swap and len(labels) > 1 else labels
 
 
+def _rotated(labels: Labels, rotate: int) -> Labels:
+    """The rows before the batch, as `transBatchA` and `transBatchB` ask. Source: onnxruntime, `FusedMatMul`."""
+    return (labels[-2], *labels[:-2], labels[-1]) if rotate and len(labels) > 2 else labels
+
+
 def _einsum(call: Call) -> Contraction | None:
     equation = call.text("equation").replace(" ", "")
     if len(call.inputs) != 2 or "->" not in equation:
@@ -76,7 +81,21 @@ def _einsum(call: Call) -> Contraction | None:
     )
 
 
+# fmt: off
+PACKED = frozenset({"MatMulNBits", "MatMulBnb4"})  # products with weights in a form of their own, N columns wide
+PRODUCTS = PACKED | {
+    "MatMul", "Gemm", "Einsum", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul",
+    "QGemm", "FusedMatMul", "TransposeMatMul", "FusedGemm",
+}
+# fmt: on
 RIGHT_OPERAND = {"QLinearMatMul": 3, "QGemm": 3}  # elsewhere the second input
+_TRANSPOSING = frozenset({"Gemm", "QGemm", "FusedGemm", "FusedMatMul", "TransposeMatMul"})
+_ZERO_POINTS = {"MatMulInteger": (2, 3), "QLinearMatMul": (2, 5), "QGemm": (2, 5), "MatMulIntegerToFloat": (4, 5)}
+
+
+def zero_points_of(node: ir.Node) -> tuple[int, int] | None:
+    """Return the inputs that say which numbers mean 0 in a product's left and right operand; None of a float one."""
+    return _ZERO_POINTS.get(node.op_type)
 
 
 def contraction_of(call: Call) -> Contraction | None:
@@ -86,16 +105,14 @@ def contraction_of(call: Call) -> Contraction | None:
         return _einsum(call)
     right = RIGHT_OPERAND.get(name, 1)
     rank_left, rank_right = call.fact(0).rank, call.fact(right).rank
-    if name == "MatMulNBits":
+    if name in PACKED:
         rank_right = 2
     if not rank_left or not rank_right:
         return None
     labels_left, labels_right, result = _matrix_labels(rank_left, rank_right)
-    if name in ("Gemm", "QGemm", "FusedMatMul"):
-        labels_left = _swapped(labels_left, call.integer("transA", 0))
-        labels_right = _swapped(labels_right, call.integer("transB", 0))
-        if call.integer("transBatchA", 0) or call.integer("transBatchB", 0):
-            return None
+    if name in _TRANSPOSING:
+        labels_left = _rotated(_swapped(labels_left, call.integer("transA", 0)), call.integer("transBatchA", 0))
+        labels_right = _rotated(_swapped(labels_right, call.integer("transB", 0)), call.integer("transBatchB", 0))
     return Contraction(left=0, right=right, left_labels=labels_left, right_labels=labels_right, result_labels=result)
 
 
@@ -107,7 +124,7 @@ def contraction(call: Call) -> Fact:
         return Fact(None, dtype)
     sizes: dict[str, Dimension] = {}
     operands = [(found.left_labels, call.fact(found.left).shape)]
-    if call.node.op_type == "MatMulNBits":
+    if call.node.op_type in PACKED:
         sizes["n"] = call.integer("N", 0)
     else:
         operands.append((found.right_labels, call.fact(found.right).shape))
@@ -119,29 +136,48 @@ def contraction(call: Call) -> Fact:
 
 def convolution(call: Call) -> Fact:
     """The shape of a `Conv` over [batch, channels, positions...]. Source: ONNX, `Conv`."""
-    operand, weights = call.fact(0).shape, call.fact(1).shape
-    dtype = _result_type(call)
+    weights = call.fact(3 if call.node.op_type == "QLinearConv" else 1).shape
+    operand, dtype = call.fact(0).shape, _result_type(call)
     if operand is None or weights is None:
         return Fact(None, dtype)
-    count = len(operand) - 2
+    return Fact((operand[0], weights[0], *_windows(call, operand[2:], weights[2:])), dtype)
+
+
+def pool(call: Call) -> list[Fact]:
+    """The shape of an `AveragePool`, a `MaxPool` over [batch, channels, positions...]. Source: ONNX, `AveragePool`."""
+    operand, sizes = call.fact(0).shape, call.attribute("kernel_shape")
+    if operand is None or sizes is None:
+        return [Fact(None, call.fact(0).dtype)] * len(call.node.outputs)
+    places = _windows(call, operand[2:], tuple(sizes))
+    if call.integer("ceil_mode", 0) or call.integer("channels_last", 0):
+        places = tuple(call.lost() for _ in places)
+    return [Fact((*operand[:2], *places), call.fact(0).dtype), Fact((*operand[:2], *places), ir.DataType.INT64)]
+
+
+def _windows(call: Call, sizes: tuple[Dimension, ...], kernel: tuple[Dimension, ...]) -> tuple[Dimension, ...]:
+    """How often a window fits along each of several axes."""
+    count = len(sizes)
     strides, dilations = call.attribute("strides") or [1] * count, call.attribute("dilations") or [1] * count
-    pads, padding = call.attribute("pads") or [0] * 2 * count, call.text("auto_pad", "NOTSET")
-    sizes: list[Dimension] = [operand[0], weights[0]]
-    for place in range(count):
-        if padding not in ("NOTSET", "VALID"):
-            sizes.append(call.lost())
-            continue
-        kernel = dim.add(dim.multiply(dilations[place], dim.subtract(weights[place + 2], 1)), 1)
-        room = dim.subtract(dim.add(operand[place + 2], pads[place] + pads[place + count]), kernel)
-        sizes.append(dim.add(dim.floor_quotient(room, strides[place]), 1))
-    return Fact(tuple(sizes), dtype)
+    pads = call.attribute("pads") or [0] * 2 * count
+    if call.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return tuple(call.lost() for _ in sizes)
+    found: list[Dimension] = []
+    for place, size in enumerate(sizes):
+        width = dim.add(dim.multiply(dilations[place], dim.subtract(kernel[place], 1)), 1)
+        room = dim.subtract(dim.add(size, pads[place] + pads[place + count]), width)
+        found.append(dim.add(dim.floor_quotient(room, strides[place]), 1))
+    return tuple(found)
 
 
 def _result_type(call: Call) -> ir.DataType | None:
     name = call.node.op_type
     if name in ("MatMulInteger", "ConvInteger"):
         return ir.DataType.INT32
+    if name == "MatMulIntegerToFloat":
+        return call.fact(2).dtype
     if name in ("QLinearMatMul", "QGemm"):
         zero_point = call.given(7 if name == "QLinearMatMul" else 8)
+        if name == "QGemm" and zero_point is None:
+            return ir.DataType.FLOAT
         return zero_point.dtype if zero_point is not None else call.fact(0).dtype
     return call.fact(0).dtype

@@ -136,13 +136,15 @@ COMPARISONS = frozenset({
 UNARY = frozenset({  # one tensor decides the shape; further inputs are parameters
     "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BiasGelu", "BitwiseNot", "Cast", "Ceil", "Celu", "Clip",
     "Cos", "Cosh", "DequantizeLinear", "Dropout", "Elu", "Erf", "Exp", "FastGelu", "Floor", "Gelu", "HardSigmoid",
-    "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "QuantizeLinear", "QuickGelu",
-    "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt",
-    "Swish", "Tan", "Tanh", "ThresholdedRelu", "Trilu",
+    "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "QLinearLeakyRelu",
+    "QLinearSigmoid", "QuantizeLinear", "QuickGelu", "Reciprocal", "Relu", "Round", "ScaledSiLU", "Selu", "Shrink",
+    "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu",
+    "Trilu",
 })
-BINARY = frozenset({  # two tensors or more, broadcast against each other
+BINARY = frozenset({  # two tensors or more, broadcast against each other; scales and zero points among them are scalars
     "Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual",
-    "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "Sub", "Sum", "Where", "Xor",
+    "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "QLinearAdd", "QLinearMul",
+    "QLinearWhere", "Sub", "Sum", "Where", "Xor",
 })
 # fmt: on
 
@@ -204,7 +206,7 @@ def binary(call: Call) -> Fact:
     """Two tensors or more, broadcast."""
     name = call.node.op_type
     shape = shape_of_broadcast(call.inputs)
-    operand = call.fact(1) if name == "Where" else call.fact(0)
+    operand = call.fact(1) if name in ("Where", "QLinearWhere") else call.fact(0)
     dtype = ir.DataType.BOOL if name in COMPARISONS else operand.dtype
     arithmetic = ARITHMETIC.get(name)
     value = None

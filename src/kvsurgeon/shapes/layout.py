@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable
 
 import numpy as np
+import onnx_ir as ir
 
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import Dimension
@@ -133,9 +134,14 @@ def tile(call: Call) -> Fact:
     return Fact(shape, operand.dtype, value)
 
 
+def joined_inputs(call: Call) -> range:
+    """Indices of the tensors that a `Concat` joins; a quantised one has each with its scale and zero point."""
+    return range(2, len(call.inputs), 3) if call.node.op_type == "QLinearConcat" else range(len(call.inputs))
+
+
 def concat(call: Call) -> Fact:
     """`Concat`: joined along one axis."""
-    operands = [operand for operand in call.inputs if operand is not None]
+    operands = [operand for index in joined_inputs(call) if (operand := call.given(index)) is not None]
     shapes = [operand.shape for operand in operands]
     dtype = operands[0].dtype
     ranked = next((shape for shape in shapes if shape is not None), None)
@@ -198,6 +204,22 @@ def gather(call: Call) -> Fact:
         index = indices.value.astype(np.int64)
         value = np.asarray(np.take(table.value, index, axis=axis), dtype=object)
     return Fact(shape, table.dtype, value)
+
+
+def gather_block_quantized(call: Call) -> Fact:
+    """`GatherBlockQuantized` of com.microsoft: a `Gather`, dequantised, of numbers packed along one axis."""
+    table, indices = call.fact(0), call.fact(1)
+    if table.shape is None or indices.shape is None:
+        return Fact(None, call.fact(2).dtype)
+    rank = len(table.shape)
+    axis, packed = (axis_of(call.integer(name, default), rank) for name, default in _PACKED_AXES)
+    sizes = list(table.shape)
+    if table.dtype is ir.DataType.UINT8:
+        sizes[packed] = dim.multiply(sizes[packed], 8 // call.integer("bits", 4))
+    return Fact((*sizes[:axis], *indices.shape, *sizes[axis + 1 :]), call.fact(2).dtype)
+
+
+_PACKED_AXES = (("gather_axis", 0), ("quantize_axis", 1))
 
 
 def gather_elements(call: Call) -> Fact:
