@@ -4,29 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
-import sympy
 
-from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.plain import in_plain_words
 from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
-from kvsurgeon.sequence.analysis import Analysis, Head, analyse
+from kvsurgeon.passes.idioms.entries import USUAL, Layout
+from kvsurgeon.passes.idioms.plan import Plan, find_sources, plan_cache
+from kvsurgeon.sequence.analysis import Analysis, analyse
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
-from kvsurgeon.sequence.cuts import Memory
 from kvsurgeon.sequence.flow import FusedAttention
 from kvsurgeon.sequence.kinds import Kind
-from kvsurgeon.sequence.lengths import NEW, PAST, Lengths
+from kvsurgeon.sequence.lengths import PAST, SO_FAR, Lengths
 from kvsurgeon.sequence.proof import prove
 from kvsurgeon.sequence.remember import Layouts
 from kvsurgeon.sequence.tokens import Tokens, causal_mask
 from kvsurgeon.sequence.views import Views
-from kvsurgeon.sequence.words import BATCH_NAME, PAST_NAME, spelled_from_export
-from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.sequence.words import spelled_from_export
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +37,29 @@ class Inject:
     head_dim]` give `logits` and `present.{i}.key|value [..., total_sequence_length, head_dim]`.
 
     Not handled: layers that see the future, state outside attention, context that changes with the total length.
+
+    Attributes:
+        past: Name of an input; kind is "key" or "value".
+        present: Name of an output.
+        idiom: Whether the cache grows from call to call, is a buffer written in place, or gives out new rows only.
+        past_length: Where the number of past tokens is read: the shape of the past, an input of its own, the first of
+            position_ids, or the attention mask's length. By default the shape, and in place an input.
+        max_length: Rows of a buffer that is written in place; read from it at run time where it is not given.
+        key_layout: Order of the axes of a key in the cache.
+        value_layout: Order of the axes of a value in the cache.
+        cache_dtype: Type that the cache is kept in, where it is not the one that the model computes in.
     """
 
     name: ClassVar[str] = "inject"
 
-    past: str = "past_key_values.{layer}.{kind}"  # name of an input; kind is "key" or "value"
-    present: str = "present.{layer}.{kind}"  # name of an output
+    past: str = "past_key_values.{layer}.{kind}"
+    present: str = "present.{layer}.{kind}"
+    idiom: Literal["grow", "in-place", "new-only"] = "grow"
+    past_length: Literal["shape", "input", "positions", "mask"] | None = None
+    max_length: int | None = None
+    key_layout: Layout = USUAL
+    value_layout: Layout = USUAL
+    cache_dtype: Literal["float16"] | None = None
 
     def apply(self, subject: Subject) -> Outcome:
         """Inject the cache into `subject.model`.
@@ -56,9 +72,9 @@ class Inject:
         with room_for_deep_graphs():
             analysis = analyse(model)
             proof = prove(analysis)
-            entries = _entries(analysis.heads, self)
+            plan = plan_cache(self, analysis, proof)
             editor = Editor(model)
-            _Injection(analysis, editor, entries, proof.limit).operate()
+            _Injection(analysis, editor, plan, proof.limit).operate()
         subject.model = model
         notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()]
         if proof.limit is not None:
@@ -66,69 +82,29 @@ class Inject:
         return Changed(edits=editor.edits, notes=tuple(notes))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """One tensor of the cache."""
-
-    memory: Memory
-    past: str  # name of the input
-    present: str  # name of the output
-
-    def shape(self, length: str) -> list[int | str]:
-        batch = self.memory.batch if isinstance(self.memory.batch, int) else BATCH_NAME
-        return [batch, self.memory.heads, length, self.memory.head_dim]
-
-
-def _entries(heads: Sequence[Head], options: Inject) -> list[_Entry]:
-    """The tensors to remember, each once: key 0, value 0, key 1, ..."""
-    entries: list[_Entry] = []
-    seen: set[ir.Value] = set()
-    layer = 0
-    for number, head in enumerate(heads):
-        fresh = []
-        for kind, operands in (("key", head.keys), ("value", head.values)):
-            memories = {operand.memory.value: operand.memory for operand in operands}
-            fresh += [(kind, memory) for value, memory in memories.items() if value not in seen]
-            seen |= set(memories)
-        if len({kind for kind, _ in fresh}) < len(fresh):
-            raise Refused("one attention reads several tensors of keys, or of values", layer=number, at=head.at.name)
-        for kind, memory in fresh:
-            past, present = (_filled(text, layer, kind) for text in (options.past, options.present))
-            entries.append(_Entry(memory=memory, past=past, present=present))
-        layer += bool(fresh)
-    names = [name for entry in entries for name in (entry.past, entry.present)]
-    if len(set(names)) < len(names):
-        raise UsageError("expected names with {layer} and {kind} in them, so that each tensor has its own")
-    return entries
-
-
-def _filled(text: str, layer: int, kind: str) -> str:
-    try:
-        return text.format(layer=layer, kind=kind)
-    except (KeyError, ValueError, IndexError) as error:
-        raise UsageError(f"expected a name such as past.{{layer}}.{{kind}}, found {text!r}") from error
-
-
 class _Injection:
     """One injection, from the first new input to the last dropped node."""
 
-    def __init__(self, analysis: Analysis, editor: Editor, entries: Sequence[_Entry], limit: int | None) -> None:
+    def __init__(self, analysis: Analysis, editor: Editor, plan: Plan, limit: int | None) -> None:
         self.analysis = analysis
         self.flow = analysis.flow
         self.graph = analysis.model.graph
         self.nodes = list(analysis.flow.order)
         self.editor = editor
-        self.entries = entries
+        self.entries = plan.entries
+        self.idiom = plan.idiom
+        self.plan = plan
         self.limit = limit
 
     def operate(self) -> None:
         """Do everything, in the order in which it must be done."""
         before = {node: tuple(node.inputs) for node in self.nodes}
         pasts = self._add_pasts()
-        lengths = Lengths(self.editor, self._sources(pasts[0]), self.limit)
+        sources = find_sources(self.plan, self.analysis, self.editor, pasts[0])
+        lengths = Lengths(self.editor, sources, total=self.idiom.total, limit=self.limit)
         views = Views(self.flow, self.editor, lengths, self.analysis.inputs, self.analysis.same)
         tokens = Tokens(self.flow, self.editor, lengths, views, before)
-        presents = self._join(pasts, Layouts(self.editor, lengths), views, tokens)
+        presents = self._join(pasts, lengths, views, tokens)
         for node in self.nodes:
             if any(self.flow.kinds.get(value) is Kind.TOKEN for value in node.outputs):
                 tokens.rewire(node)
@@ -145,36 +121,33 @@ class _Injection:
                 if name in interface:
                     raise Refused("the model already has an input or output of that name", at=name)
                 self.editor.free(name)
-            shape = ir.Shape(entry.shape(PAST_NAME))
-            pasts.append(ir.Value(name=entry.past, type=ir.TensorType(entry.memory.dtype), shape=shape))
+            shape = ir.Shape(entry.shape(self.idiom.past))
+            pasts.append(ir.Value(name=entry.past, type=ir.TensorType(entry.dtype), shape=shape))
         self.graph.inputs.extend(pasts)
         return pasts
 
-    def _sources(self, past: ir.Value) -> dict[sympy.Symbol, tuple[ir.Value, int]]:
-        """Where each length can be read at run time."""
-        sources: dict[sympy.Symbol, tuple[ir.Value, int]] = {PAST: (past, 2)}
-        for given in sorted(self.analysis.inputs, key=lambda given: not given.is_token):
-            for axis, size in enumerate(given.dimensions):
-                if axis not in given.lengths and not isinstance(size, int):
-                    sources.setdefault(size, (given.value, axis))
-                elif axis in given.lengths and given.is_token:
-                    sources.setdefault(NEW, (given.value, axis))
-        return sources
-
-    def _join(self, pasts: Sequence[ir.Value], layouts: Layouts, views: Views, tokens: Tokens) -> list[ir.Value]:
+    def _join(self, pasts: Sequence[ir.Value], lengths: Lengths, views: Views, tokens: Tokens) -> list[ir.Value]:
         """Join past and new rows; what is downstream of the cut reads the whole."""
         presents = []
+        layouts = Layouts(self.editor, lengths)
         for entry, past in zip(self.entries, pasts, strict=True):
             memory = entry.memory
-            present = self.editor.node(
-                "Concat", [past, layouts.as_cache(memory)], {"axis": 2},
-                wish=entry.present, dtype=memory.dtype, shape=entry.shape(Length.TOTAL.value),
-            )  # fmt: skip
+            kept, own_type = entry.dtype, memory.dtype
+            rows = self._cast(layouts.as_cache(memory, entry.order), own_type, kept, f"{entry.present}.rows")
+            joined = self.idiom.join(self.editor, lengths, entry, past, rows)
             shape = self.flow.shapes[memory.value].shape or ()
             own = views.sizes(shape, tokens.axes_at(memory.value, Length.TOTAL))
-            tokens.remember(memory.value, layouts.from_cache(memory, present, own))
-            presents.append(present)
+            whole = self._cast(joined.whole, kept, own_type, f"{entry.present}.wide")
+            tokens.remember(memory.value, layouts.from_cache(memory, whole, own, entry.order))
+            presents.append(joined.present)
         return presents
+
+    def _cast(self, value: ir.Value, has: ir.DataType, dtype: ir.DataType, wish: str) -> ir.Value:
+        if has is dtype:
+            return value
+        cast = self.editor.node("Cast", [value], {"to": int(dtype)}, wish=wish, dtype=dtype)
+        cast.shape = value.shape
+        return cast
 
     def _spell_masks(self, lengths: Lengths, before: dict[ir.Node, tuple[ir.Value | None, ...]]) -> None:
         """Say as a mask what `is_causal` says: runtimes differ on where it puts the corner of a rectangle.
@@ -184,8 +157,9 @@ class _Injection:
         causal = [fused for fused in self.flow.fused if fused.causal]
         if not causal:
             return
-        zero, one, total = lengths.scalar(0), lengths.scalar(1), lengths.scalar(dim.add(PAST, NEW))
-        mask = causal_mask(self.editor, lengths, [zero, total, one], [lengths.scalar(PAST), total, one])
+        zero, one, total = lengths.scalar(0), lengths.scalar(1), lengths.scalar(self.idiom.total)
+        so_far = lengths.scalar(SO_FAR)
+        mask = causal_mask(self.editor, lengths, [zero, total, one], [lengths.scalar(PAST), so_far, one])
         for fused in causal:
             self._spell_mask(fused, mask, before[fused.node])
 
@@ -209,7 +183,9 @@ class _Injection:
         """Let declared shapes say which length they have."""
         for given in self.analysis.inputs:
             axes = tuple(SequenceAxis(axis, Role(length)) for axis, length in given.lengths.items())
-            given.value.shape = ir.Shape(spelled_from_export(given.dimensions, axes, self.analysis.length))
+            given.value.shape = ir.Shape(
+                spelled_from_export(given.dimensions, axes, self.analysis.length, self.idiom.total)
+            )
         for node in self.nodes:
             for value in node.outputs:
                 if value.shape is not None:
@@ -221,7 +197,8 @@ class _Injection:
         if fact is None or fact.shape is None or declared is None or len(fact.shape) != len(declared):
             return
         if axes or any(not isinstance(size, int) for size in declared):
-            value.shape = ir.Shape(spelled_from_export(fact.shape, _decided(axes), self.analysis.length))
+            words = spelled_from_export(fact.shape, _decided(axes), self.analysis.length, self.idiom.total)
+            value.shape = ir.Shape(words)
 
 
 def _decided(axes: Axes) -> Axes:

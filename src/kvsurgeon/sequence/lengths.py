@@ -1,11 +1,13 @@
 """Lengths in the graph itself: the numbers that a decoder with a cache computes with.
 
-The new length S is read from the token input, the past length P from the cache, and T = P + S.
+The new length S is read from the token input. The past length P is the size of the past's sequence axis, or a number
+that is given. Context is computed for the total length: T = P + S, or more where the cache has room for more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -19,30 +21,58 @@ from kvsurgeon.shapes.dimension import LENGTH, Dimension
 
 PAST = dim.symbol("past_sequence_length")
 NEW = dim.symbol("sequence_length")
+SO_FAR = dim.add(PAST, NEW)  # T: all tokens so far
+ROOM = dim.symbol("max_length")  # rows of a cache that is written in place
+HELD = dim.symbol("cache_length")  # rows of a past that need not all be filled
 
 INT64 = ir.DataType.INT64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a length can be read at run time: the size of an axis, or the value itself where no axis is named."""
+
+    value: ir.Value
+    axis: int | None = None
 
 
 class Lengths:
     """Turns symbolic numbers into values of the graph, each made once."""
 
     def __init__(
-        self, editor: Editor, sources: dict[sympy.Symbol, tuple[ir.Value, int]], limit: int | None = None
+        self,
+        editor: Editor,
+        sources: Mapping[sympy.Symbol, Source],
+        *,
+        total: Dimension = SO_FAR,
+        limit: int | None = None,
     ) -> None:
-        """Take where each symbol can be read: a value and the axis of it; and the largest total length allowed."""
+        """Take what numbers are made of.
+
+        Args:
+            editor: The one pair of hands.
+            sources: Where each symbol can be read.
+            total: The length that context is computed for: all tokens so far, or as many as the cache has room for.
+            limit: The largest such length that is allowed.
+        """
         self.editor = editor
+        self.total = total
         self.limit = limit
         self.sources = sources
         self._made: dict[tuple[Dimension, bool], ir.Value] = {}
         self._shapes: dict[ir.Value, ir.Value] = {}
         self._vectors: dict[tuple[Dimension, ...], ir.Value] = {}
+        self._grids: dict[tuple[Hashable, ...], ir.Value] = {}
         self._typed: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
-    @staticmethod
-    def at(number: Dimension, length: Length) -> Dimension:
+    def at(self, number: Dimension, length: Length) -> Dimension:
         """The number with the one length of the export read as one of the two."""
-        meant = NEW if length is Length.NEW else dim.add(PAST, NEW)
+        meant = NEW if length is Length.NEW else self.total
         return dim.substitute(number, ((LENGTH, meant),))
+
+    def span(self, length: Length) -> tuple[Dimension, Dimension]:
+        """Where tokens of a length begin and end among all that context is computed for."""
+        return (PAST, SO_FAR) if length is Length.NEW else (0, self.total)
 
     def scalar(self, number: Dimension) -> ir.Value:
         """The number as an int64 scalar."""
@@ -88,6 +118,28 @@ class Lengths:
         target = self.editor.constant(list(numbers.shape), wish="shape")
         return self.editor.node("Reshape", [flat, target], wish="numbers", dtype=INT64, shape=numbers.shape)
 
+    def repeated(self, number: Dimension, times: Dimension) -> ir.Value:
+        """The number so many times, as an int64 vector."""
+        if times == 1:
+            return self.flat(number)
+        key = ("repeated", number, times)
+        if key not in self._grids:
+            inputs = [self.flat(number), self.flat(times)]
+            self._grids[key] = self.editor.node("Expand", inputs, wish="rows", dtype=INT64)
+        return self._grids[key]
+
+    def places(self, start: Dimension, sizes: Sequence[Dimension], axis: int) -> ir.Value:
+        """Indices of these sizes that count up from a start along an axis."""
+        key = ("places", start, tuple(sizes), axis)
+        if key not in self._grids:
+            ends = [self.scalar(start), self.scalar(dim.add(start, sizes[axis])), self.scalar(1)]
+            row = self.editor.node("Range", ends, wish="rows", dtype=INT64)
+            column = self.vector([-1 if place == axis else 1 for place in range(len(sizes))])
+            row = self.editor.node("Reshape", [row, column], wish="rows.column", dtype=INT64)
+            target = self.vector([1 if place == axis else size for place, size in enumerate(sizes)])
+            self._grids[key] = self.editor.node("Expand", [row, target], wish="rows.places", dtype=INT64)
+        return self._grids[key]
+
     def typed(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
         """The int64 value as another type."""
         if dtype is None or dtype is INT64:
@@ -107,10 +159,13 @@ class Lengths:
     def _make(self, number: Dimension, flat: bool) -> ir.Value:
         if isinstance(number, int):
             return self.editor.constant([number] if flat else number, wish="number")
+        if number == self.total and self.limit is not None:
+            return self._guarded(self._unguarded(number, flat), flat)
+        return self._unguarded(number, flat)
+
+    def _unguarded(self, number: sympy.Expr, flat: bool) -> ir.Value:
         if number.is_Symbol:
             return self._read(number, flat)
-        if number == dim.add(PAST, NEW) and self.limit is not None:
-            return self._guarded(self._fold("Add", [PAST, NEW], flat), flat)
         if number.is_Add:
             return self._fold("Add", [dim.plain(term) for term in number.as_ordered_terms()], flat)
         if number.is_Mul:
@@ -143,7 +198,9 @@ class Lengths:
     def _read(self, symbol: sympy.Symbol, flat: bool) -> ir.Value:
         if symbol not in self.sources:
             raise Refused("a length cannot be read from any input", found=str(symbol))
-        value, axis = self.sources[symbol]
+        value, axis = self.sources[symbol].value, self.sources[symbol].axis
+        if axis is None:
+            return self._given(value, flat)
         if value not in self._shapes:
             rank = len(value.shape) if value.shape is not None else None
             self._shapes[value] = self.editor.node(
@@ -154,3 +211,14 @@ class Lengths:
         return self.editor.node(
             "Gather", [self._shapes[value], index], {"axis": 0}, wish=wish, dtype=INT64, shape=[1] if flat else []
         )
+
+    def _given(self, value: ir.Value, flat: bool) -> ir.Value:
+        """A number that is given, whatever its type and rank."""
+        wide = value
+        if value.dtype is not INT64:
+            wide = self.editor.node("Cast", [value], {"to": int(INT64)}, wish=f"{value.name}.int64", dtype=INT64)
+        shape = [1] if flat else []
+        if value.shape is not None and list(value.shape) == shape:
+            return wide
+        target = self.editor.constant(shape, wish="shape")
+        return self.editor.node("Reshape", [wide, target], wish="past_length", dtype=INT64, shape=shape)

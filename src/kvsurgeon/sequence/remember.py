@@ -1,4 +1,4 @@
-"""Between a tensor's own layout and that of the cache, [batch, heads, sequence, head_dim]."""
+"""Between a tensor's own layout and that of the cache, [batch, kv_heads, sequence, head_dim] in any order."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import onnx_ir as ir
 
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.sequence.cuts import Memory
-from kvsurgeon.sequence.lengths import NEW, PAST, Lengths
+from kvsurgeon.sequence.lengths import NEW, Lengths
 from kvsurgeon.sequence.targets import reshape_target
 from kvsurgeon.sequence.words import spelled
-from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import Dimension
+
+Order = tuple[int, int, int, int]  # of the cache's axes: places in [batch, kv_heads, sequence, head_dim]
+
+USUAL: Order = (0, 1, 2, 3)
 
 
 class Layouts:
@@ -22,7 +25,16 @@ class Layouts:
         self.editor = editor
         self.lengths = lengths
 
-    def as_cache(self, memory: Memory) -> ir.Value:
+    def as_cache(self, memory: Memory, order: Order = USUAL) -> ir.Value:
+        """The tensor's new rows, as [batch, heads, sequence, head_dim] in that order."""
+        return self._transposed(memory, self._rows(memory), order, f"{memory.value.name}.as_cache")
+
+    def from_cache(self, memory: Memory, present: ir.Value, own: Sequence[Dimension], order: Order = USUAL) -> ir.Value:
+        """The whole cache in the tensor's own layout, whose dimensions at the total length are `own`."""
+        back = [order.index(place) for place in range(4)]
+        return self._own(memory, self._transposed(memory, present, back, f"{memory.value.name}.all_rows"), own)
+
+    def _rows(self, memory: Memory) -> ir.Value:
         """The tensor's new rows, as [batch, heads, sequence, head_dim]."""
         if memory.is_canonical:
             return memory.value
@@ -35,13 +47,12 @@ class Layouts:
                 return value
         return self._reshaped(memory, value, [memory.batch, memory.heads, NEW, memory.head_dim], f"{name}.rows")
 
-    def from_cache(self, memory: Memory, present: ir.Value, own: Sequence[Dimension]) -> ir.Value:
-        """The whole cache in the tensor's own layout, whose dimensions at the total length are `own`."""
+    def _own(self, memory: Memory, present: ir.Value, own: Sequence[Dimension]) -> ir.Value:
         if memory.is_canonical:
             return present
         value, name = present, memory.value.name or "rows"
         if memory.effort == 2:
-            sizes = _sizes(memory.parts, dim.add(PAST, NEW))
+            sizes = _sizes(memory.parts, self.lengths.total)
             if len(memory.parts) != 4:
                 value = self._reshaped(memory, value, [sizes[place] for place in memory.order], f"{name}.all_parts")
             back = [memory.order.index(place) for place in range(len(memory.order))]
@@ -55,6 +66,8 @@ class Layouts:
         return self.editor.node("Reshape", [value, target], wish=wish, dtype=memory.dtype, shape=spelled(sizes))
 
     def _transposed(self, memory: Memory, value: ir.Value, order: Sequence[int], wish: str) -> ir.Value:
+        if list(order) == list(range(len(order))):
+            return value
         transposed = self.editor.node("Transpose", [value], {"perm": list(order)}, wish=wish, dtype=memory.dtype)
         if value.shape is not None:
             transposed.shape = ir.Shape([value.shape[place] for place in order])

@@ -110,7 +110,7 @@ class Tokens:
         role, fact = self.flow.parameters[node, index].resolved() or Length.TOTAL, self.flow.shapes[value]
         assert fact.value is not None
         meant = length if role is Length.NEW else role
-        numbers = [Lengths.at(number, meant) for number in fact.value.reshape(-1)]
+        numbers = [self.lengths.at(number, meant) for number in fact.value.reshape(-1)]
         return self.lengths.typed(self.lengths.vector(numbers), fact.dtype)
 
     def _drops_allowzero(self, node: ir.Node) -> bool:

@@ -205,13 +205,12 @@ def _slice(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value | No
         start = starts[axis.axis]
         if steps[axis.axis] != 1 or not axis.is_plain or dim.is_less(start, 0) or not dim.is_known(start):
             return None
-        start = Lengths.at(start, Length.TOTAL)
-        first = PAST if axis.role.resolved() is Length.NEW else 0
-        starts[axis.axis] = dim.add(start, first)
-        ends[axis.axis] = dim.add(start, dim.add(PAST, NEW))
-    others = {axis.axis for axis in axes}
-    at_total = [starts[place] if place in others else Lengths.at(starts[place], Length.TOTAL) for place in bounds[0]]
-    at_end = [ends[place] if place in others else Lengths.at(ends[place], Length.TOTAL) for place in bounds[0]]
+        start = views.lengths.at(start, Length.TOTAL)
+        first, last = views.lengths.span(axis.role.resolved() or Length.TOTAL)
+        starts[axis.axis], ends[axis.axis] = dim.add(start, first), dim.add(start, last)
+    others, whole = {axis.axis for axis in axes}, Length.TOTAL
+    at_total = [starts[place] if place in others else views.lengths.at(starts[place], whole) for place in bounds[0]]
+    at_end = [ends[place] if place in others else views.lengths.at(ends[place], whole) for place in bounds[0]]
     for axis in wanted:
         if axis.axis in starts:
             place = bounds[0].index(axis.axis)
@@ -227,9 +226,9 @@ def _range(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value | No
     fact = views.flow.shapes[node.outputs[0]]
     if start is None or delta != (1,) or fact.shape is None or fact.dtype not in WHOLE_NUMBERS:
         return None
-    first, extent = Lengths.at(start[0], Length.TOTAL), Lengths.at(fact.shape[0], Length.TOTAL)
+    first, extent = views.lengths.at(start[0], Length.TOTAL), views.lengths.at(fact.shape[0], Length.TOTAL)
     if axes and isinstance(views.flow.length, int):
-        extent = dim.add(PAST, NEW)
+        extent = views.lengths.total
     if not dim.is_known(extent) or not dim.is_known(first):
         return None
     if axes and axes[0].role.resolved() is Length.NEW:
@@ -246,7 +245,7 @@ def _trilu(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value | No
     offset = call.numbers(1) if len(node.inputs) > 1 and node.inputs[1] is not None else (0,)
     if source is None or rank is None or offset is None:
         return None
-    diagonal = Lengths.at(offset[0], Length.TOTAL)
+    diagonal = views.lengths.at(offset[0], Length.TOTAL)
     for axis in axes:
         if axis.role.resolved() is Length.NEW and axis.axis >= rank - 2:
             if not axis.is_plain:
@@ -311,7 +310,7 @@ def _tile(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value | Non
     repeats, source = call.numbers(1), node.inputs[0]
     if repeats is None or source is None or any(repeats[axis.axis] != 1 for axis in axes):
         return None
-    numbers = [Lengths.at(times, Length.TOTAL) for times in repeats]
+    numbers = [views.lengths.at(times, Length.TOTAL) for times in repeats]
     return views.rebuilt(node, [views.view(source, axes), views.lengths.vector(numbers)])
 
 

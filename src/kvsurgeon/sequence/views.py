@@ -19,7 +19,7 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis, follow_reshape
 from kvsurgeon.sequence.flow import Flow
 from kvsurgeon.sequence.kinds import SHAPE_ONLY, GivenInput, Kind
-from kvsurgeon.sequence.lengths import NEW, PAST, Lengths
+from kvsurgeon.sequence.lengths import NEW, Lengths
 from kvsurgeon.sequence.view_rules import RULES, WHOLE_NUMBERS
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import Dimension
@@ -101,7 +101,7 @@ class Views:
         return self.sliced(value, tuple(axis for axis in axes if lengths.get(axis.axis) is not Length.NEW))
 
     def _of_numbers(self, value: ir.Value, numbers: np.ndarray, dtype: ir.DataType) -> ir.Value:
-        at = np.frompyfunc(lambda number: Lengths.at(number, Length.TOTAL), 1, 1)
+        at = np.frompyfunc(lambda number: self.lengths.at(number, Length.TOTAL), 1, 1)
         return self.lengths.typed(self.lengths.array(np.asarray(at(numbers), dtype=object)), dtype)
 
     def sliced(self, value: ir.Value, axes: Axes) -> ir.Value:
@@ -112,8 +112,9 @@ class Views:
             return value
         if not all(axis.outer == 1 for axis in cut):
             raise Refused("context holds the tokens together with something else on one axis", at=value.name)
-        starts = [dim.multiply(PAST, axis.inner) if axis.role.resolved() is Length.NEW else 0 for axis in cut]
-        ends = [dim.multiply(dim.add(PAST, NEW), axis.inner) for axis in cut]
+        spans = [(axis.inner, *self.lengths.span(axis.role.resolved() or Length.TOTAL)) for axis in cut]
+        starts = [dim.multiply(start, inner) for inner, start, _ in spans]
+        ends = [dim.multiply(end, inner) for inner, _, end in spans]
         inputs = [value, self.lengths.vector(starts), self.lengths.vector(ends)]
         inputs.append(self.editor.constant([axis.axis for axis in cut], wish="axes"))
         return self.editor.node("Slice", inputs, wish=f"{value.name}.new", dtype=value.dtype)
@@ -147,9 +148,9 @@ class Views:
 
     def sizes(self, shape: Sequence[Dimension], axes: Axes) -> list[Dimension]:
         """Dimensions at the lengths that the axes ask for, the total one where they do not say."""
-        result = [Lengths.at(size, Length.TOTAL) for size in shape]
+        result = [self.lengths.at(size, Length.TOTAL) for size in shape]
         for axis in axes:
-            length = NEW if axis.role.resolved() is Length.NEW else dim.add(PAST, NEW)
+            length = NEW if axis.role.resolved() is Length.NEW else self.lengths.total
             parts = dim.multiply(dim.multiply(axis.outer, axis.inner), length)
             result[axis.axis] = parts
         return result

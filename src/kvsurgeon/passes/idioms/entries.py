@@ -1,0 +1,113 @@
+"""The tensors of a cache: what each holds, what its input and output are called, and how it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+
+from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.sequence.analysis import Head
+from kvsurgeon.sequence.cuts import Memory
+from kvsurgeon.sequence.remember import Order
+from kvsurgeon.sequence.words import spelled
+from kvsurgeon.shapes.dimension import BATCH, Dimension
+
+Axis = Literal["batch", "kv_heads", "sequence", "head_dim"]
+Layout = tuple[Axis, Axis, Axis, Axis]
+
+USUAL: Layout = ("batch", "kv_heads", "sequence", "head_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One tensor of the cache."""
+
+    memory: Memory
+    past: str  # name of the input
+    present: str  # name of the output
+    layout: Layout
+    dtype: ir.DataType  # that the cache is kept in; the graph computes in the memory's own
+
+    @property
+    def axis(self) -> int:
+        """The axis of the tokens."""
+        return self.layout.index("sequence")
+
+    @property
+    def order(self) -> Order:
+        """The layout as places in the usual one."""
+        first, second, third, fourth = (USUAL.index(axis) for axis in self.layout)
+        return first, second, third, fourth
+
+    def sizes(self, rows: Dimension) -> list[Dimension]:
+        """Dimensions of a tensor of this entry with so many rows."""
+        batch = self.memory.batch if isinstance(self.memory.batch, int) else BATCH
+        usual: list[Dimension] = [batch, self.memory.heads, rows, self.memory.head_dim]
+        return [usual[place] for place in self.order]
+
+    def shape(self, rows: Dimension) -> list[int | str | None]:
+        """The same, spelled."""
+        return spelled(self.sizes(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Naming:
+    """Templates of names, layouts and the type of a cache."""
+
+    past: str
+    present: str
+    key_layout: Layout
+    value_layout: Layout
+    dtype: ir.DataType | None = None
+
+    def __post_init__(self) -> None:
+        for layout in (self.key_layout, self.value_layout):
+            if sorted(layout) != sorted(USUAL):
+                raise UsageError(f"expected a layout of {', '.join(USUAL)} in any order, found {', '.join(layout)}")
+
+    def entry(self, memory: Memory, layer: int, kind: str) -> Entry:
+        """Return the tensor of a layer."""
+        narrow = self.dtype is not None and memory.dtype.is_floating_point()
+        return Entry(
+            memory=memory,
+            past=_filled(self.past, layer, kind),
+            present=_filled(self.present, layer, kind),
+            layout=self.key_layout if kind == "key" else self.value_layout,
+            dtype=self.dtype if narrow and self.dtype is not None else memory.dtype,
+        )
+
+
+def find_entries(heads: Sequence[Head], naming: Naming) -> list[Entry]:
+    """Return the tensors to remember, each once: key 0, value 0, key 1, ...
+
+    Raises:
+        Refused: An attention reads several tensors of keys, or of values.
+        UsageError: A template does not give each tensor a name of its own.
+    """
+    entries: list[Entry] = []
+    seen: set[ir.Value] = set()
+    layer = 0
+    for number, head in enumerate(heads):
+        fresh = []
+        for kind, operands in (("key", head.keys), ("value", head.values)):
+            memories = {operand.memory.value: operand.memory for operand in operands}
+            fresh += [(kind, memory) for value, memory in memories.items() if value not in seen]
+            seen |= set(memories)
+        if len({kind for kind, _ in fresh}) < len(fresh):
+            raise Refused("one attention reads several tensors of keys, or of values", layer=number, at=head.at.name)
+        entries += [naming.entry(memory, layer, kind) for kind, memory in fresh]
+        layer += bool(fresh)
+    names = [name for entry in entries for name in (entry.past, entry.present)]
+    if len(set(names)) < len(names):
+        raise UsageError("expected names with {layer} and {kind} in them, so that each tensor has its own")
+    return entries
+
+
+def _filled(text: str, layer: int, kind: str) -> str:
+    try:
+        return text.format(layer=layer, kind=kind)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UsageError(f"expected a name such as past.{{layer}}.{{kind}}, found {text!r}") from error

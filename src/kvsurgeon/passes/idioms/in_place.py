@@ -1,0 +1,74 @@
+"""In place: the whole buffer in and out, with the new rows written at their places, so that both can be one memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from kvsurgeon.graph.editor import Editor
+from kvsurgeon.passes.idioms.entries import Entry
+from kvsurgeon.passes.idioms.idiom import Joined
+from kvsurgeon.sequence.lengths import NEW, PAST, ROOM, SO_FAR, Lengths
+from kvsurgeon.shapes.dimension import Dimension
+
+TENSOR_SCATTER = 24  # opset that brought it
+
+
+@dataclass(frozen=True, kw_only=True)
+class InPlace:
+    """`present = past`, with the rows `[P, P + S)` written.
+
+    Context is computed for every row that the buffer has, as if tokens lay in all of them: rows that nothing was
+    written to yet are then tokens of the future, which no query sees. That is what was proved of the model, so nothing
+    has to be masked for it.
+
+    Attributes:
+        room: Rows of the buffer: a number, or a length that is read from it.
+        cut_short: Whether attention reads the rows of the tokens so far only, which are copied for it.
+    """
+
+    room: Dimension = ROOM
+    cut_short: bool = False
+
+    @property
+    def past(self) -> Dimension:
+        """The whole buffer."""
+        return self.room
+
+    @property
+    def present(self) -> Dimension:
+        """The whole buffer."""
+        return self.room
+
+    @property
+    def total(self) -> Dimension:
+        """All rows of the buffer, or those of the tokens so far."""
+        return SO_FAR if self.cut_short else self.room
+
+    def join(self, editor: Editor, lengths: Lengths, entry: Entry, past: ir.Value, rows: ir.Value) -> Joined:
+        """Write the new rows into the buffer."""
+        write = _scatter_tensor if editor.opset >= TENSOR_SCATTER else _scatter_elements
+        present = write(editor, lengths, entry, past, rows)
+        present.shape = ir.Shape(entry.shape(self.room))
+        if not self.cut_short:
+            return Joined(present=present, whole=present)
+        bounds = [lengths.vector([0]), lengths.vector([SO_FAR]), editor.constant([entry.axis], wish="axes")]
+        whole = editor.node(
+            "Slice", [present, *bounds], wish=f"{entry.present}.so_far", dtype=entry.dtype, shape=entry.shape(SO_FAR)
+        )
+        return Joined(present=present, whole=whole)
+
+
+def _scatter_tensor(editor: Editor, lengths: Lengths, entry: Entry, past: ir.Value, rows: ir.Value) -> ir.Value:
+    batch = entry.sizes(NEW)[entry.layout.index("batch")]
+    start = lengths.repeated(PAST, batch)
+    inputs = [past, rows, start]
+    return editor.node("TensorScatter", inputs, {"axis": entry.axis - 4}, wish=entry.present, dtype=entry.dtype)
+
+
+def _scatter_elements(editor: Editor, lengths: Lengths, entry: Entry, past: ir.Value, rows: ir.Value) -> ir.Value:
+    places = lengths.places(PAST, entry.sizes(NEW), entry.axis)
+    return editor.node(
+        "ScatterElements", [past, places, rows], {"axis": entry.axis}, wish=entry.present, dtype=entry.dtype
+    )

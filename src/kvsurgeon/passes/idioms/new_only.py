@@ -1,0 +1,45 @@
+"""New only: the past in, the new rows out; the host puts them behind its past, or shifts it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from kvsurgeon.graph.editor import Editor
+from kvsurgeon.passes.idioms.entries import Entry
+from kvsurgeon.passes.idioms.idiom import Joined
+from kvsurgeon.sequence.lengths import NEW, PAST, Lengths
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.dimension import Dimension
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewOnly:
+    """`present = new rows`; attention reads `Concat(past, new rows)`.
+
+    Attributes:
+        past: Rows of the past: as many as there are past tokens, or as many as the host has room for.
+    """
+
+    past: Dimension = PAST
+
+    @property
+    def present(self) -> Dimension:
+        """Only what is new."""
+        return NEW
+
+    @property
+    def total(self) -> Dimension:
+        """The past, and the new rows behind it."""
+        return dim.add(self.past, NEW)
+
+    def join(self, editor: Editor, lengths: Lengths, entry: Entry, past: ir.Value, rows: ir.Value) -> Joined:
+        """Let attention read both; give out the new rows."""
+        whole = editor.node(
+            "Concat", [past, rows], {"axis": entry.axis},
+            wish=f"{entry.present}.all", dtype=entry.dtype, shape=entry.shape(self.total),
+        )  # fmt: skip
+        shape = entry.shape(NEW)
+        present = editor.node("Identity", [rows], wish=entry.present, dtype=entry.dtype, shape=shape)
+        return Joined(present=present, whole=whole)

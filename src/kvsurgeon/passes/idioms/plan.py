@@ -1,0 +1,173 @@
+"""From options to a plan: which idiom, which tensors, and where each length is read at run time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import onnx_ir as ir
+import sympy
+
+from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.graph.editor import Editor
+from kvsurgeon.passes.idioms.entries import Entry, Layout, Naming, find_entries
+from kvsurgeon.passes.idioms.grow import Grow
+from kvsurgeon.passes.idioms.idiom import Idiom
+from kvsurgeon.passes.idioms.in_place import InPlace
+from kvsurgeon.passes.idioms.new_only import NewOnly
+from kvsurgeon.sequence.analysis import Analysis
+from kvsurgeon.sequence.axes import Length
+from kvsurgeon.sequence.kinds import GivenInput
+from kvsurgeon.sequence.lengths import HELD, NEW, PAST, ROOM, Source
+from kvsurgeon.sequence.proof import Proof
+
+Count = Literal["shape", "input", "positions", "mask"]  # where the number of past tokens is read
+
+PAST_LENGTH = "past_sequence_length"  # name of the input that gives it
+
+_COUNTS: dict[str, tuple[Count, ...]] = {  # the default first
+    "grow": ("shape",),
+    "in-place": ("input", "positions", "mask"),
+    "new-only": ("shape",),
+}
+
+
+class Options(Protocol):
+    """What a plan is made from; see `kvsurgeon.passes.inject.Inject`."""
+
+    @property
+    def past(self) -> str: ...  # noqa: D102
+    @property
+    def present(self) -> str: ...  # noqa: D102
+    @property
+    def idiom(self) -> str: ...  # noqa: D102
+    @property
+    def past_length(self) -> Count | None: ...  # noqa: D102
+    @property
+    def max_length(self) -> int | None: ...  # noqa: D102
+    @property
+    def key_layout(self) -> Layout: ...  # noqa: D102
+    @property
+    def value_layout(self) -> Layout: ...  # noqa: D102
+    @property
+    def cache_dtype(self) -> str | None: ...  # noqa: D102
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an injection is to make."""
+
+    idiom: Idiom
+    count: Count
+    entries: Sequence[Entry]
+
+
+def plan_cache(options: Options, analysis: Analysis, proof: Proof) -> Plan:
+    """Return what the options ask for, if it can be had of this model.
+
+    Raises:
+        UsageError: Two options do not go together.
+        Refused: The model lacks what they need.
+    """
+    counts = _COUNTS[options.idiom]
+    count = options.past_length or counts[0]
+    if count not in counts:
+        raise UsageError(f"{options.idiom}: expected past-length {' or '.join(counts)}, found {count}")
+    if options.max_length is not None and options.idiom != "in-place":
+        raise UsageError(f"{options.idiom}: expected no max-length, found {options.max_length}; fix-shapes gives one")
+    _check_room(options.max_length, analysis, proof)
+    dtype = None if options.cache_dtype is None else ir.DataType[options.cache_dtype.upper()]
+    naming = Naming(
+        past=options.past, present=options.present, dtype=dtype,
+        key_layout=options.key_layout, value_layout=options.value_layout,
+    )  # fmt: skip
+    return Plan(idiom=_idiom(options, count), count=count, entries=find_entries(analysis.heads, naming))
+
+
+def _idiom(options: Options, count: Count) -> Idiom:
+    if options.idiom == "in-place":
+        return InPlace(room=options.max_length or ROOM, cut_short=count == "mask")
+    if options.idiom == "new-only":
+        return NewOnly(past=PAST if count == "shape" else HELD)
+    return Grow()
+
+
+def _check_room(room: int | None, analysis: Analysis, proof: Proof) -> None:
+    """A buffer is no longer than context can be computed for."""
+    bounds = [*analysis.flow.shapes.bounds, *([proof.limit] if proof.limit is not None else [])]
+    bounds += [analysis.length] if isinstance(analysis.length, int) else []
+    if room is not None and room > min(bounds, default=room):
+        raise Refused(
+            "the model cannot be run on as many tokens as the cache is to hold", at=analysis.inputs[0].value.name,
+            expected=f"max-length of at most {min(bounds)}", found=str(room),
+        )  # fmt: skip
+
+
+def find_sources(plan: Plan, analysis: Analysis, editor: Editor, past: ir.Value) -> dict[sympy.Symbol, Source]:
+    """Return where each length can be read at run time, having added the input that gives one."""
+    held = Source(value=past, axis=plan.entries[0].axis)
+    sources: dict[sympy.Symbol, Source] = {}
+    if isinstance(plan.idiom.past, sympy.Symbol):
+        sources[plan.idiom.past] = held
+    for given in sorted(analysis.inputs, key=lambda given: not given.is_token):
+        for axis, size in enumerate(given.dimensions):
+            if axis not in given.lengths and not isinstance(size, int):
+                sources.setdefault(size, Source(value=given.value, axis=axis))
+            elif axis in given.lengths and given.is_token:
+                sources.setdefault(NEW, Source(value=given.value, axis=axis))
+    if plan.count != "shape":
+        sources[PAST] = Source(value=_COUNTERS[plan.count](analysis, editor, sources[NEW]))
+    return sources
+
+
+def _by_input(analysis: Analysis, editor: Editor, new: Source) -> ir.Value:
+    """An input of its own, int64 [1]: what every model can have, and what no mask or position can be taken for."""
+    graph = analysis.model.graph
+    if any(value.name == PAST_LENGTH for value in (*graph.inputs, *graph.outputs)):
+        raise Refused("the model already has an input or output of that name", at=PAST_LENGTH)
+    editor.free(PAST_LENGTH)
+    given = ir.Value(name=PAST_LENGTH, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
+    graph.inputs.append(given)
+    return given
+
+
+def _by_positions(analysis: Analysis, editor: Editor, new: Source) -> ir.Value:
+    """The position of the first new token of the first row: right where no row is padded on the left."""
+    given = _only(
+        [given for given in analysis.inputs if given.is_token and _holds_positions(given)], "an input of positions"
+    )
+    flat = editor.node("Reshape", [given.value, editor.constant([-1])], wish="positions.flat", dtype=given.value.dtype)
+    return editor.node(
+        "Gather", [flat, editor.constant([0])], wish="position.first", dtype=given.value.dtype, shape=[1]
+    )
+
+
+def _holds_positions(given: GivenInput) -> bool:
+    integer = given.value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
+    return integer and "pos" in (given.value.name or "")
+
+
+def _by_mask(analysis: Analysis, editor: Editor, new: Source) -> ir.Value:
+    """The length of the mask, which is given for all tokens so far, less the new ones."""
+    masks = [given for given in analysis.inputs if set(given.lengths.values()) == {Length.TOTAL}]
+    given = _only(masks, "an attention mask given for all tokens so far")
+    axis = next(iter(given.lengths))
+    sizes = []
+    for value, place in ((given.value, axis), (new.value, new.axis)):
+        shape = editor.node("Shape", [value], wish=f"{value.name}_shape", dtype=ir.DataType.INT64)
+        index = editor.constant([place])
+        sizes.append(editor.node("Gather", [shape, index], wish="length", dtype=ir.DataType.INT64, shape=[1]))
+    return editor.node("Sub", sizes, wish="past_length", dtype=ir.DataType.INT64, shape=[1])
+
+
+def _only(found: Sequence[GivenInput], expected: str) -> GivenInput:
+    if len(found) != 1:
+        names = ", ".join(given.value.name or "" for given in found) or "none"
+        raise Refused(
+            "the number of past tokens cannot be read", expected=expected, found=names, hint="past-length=input"
+        )
+    return found[0]
+
+
+_COUNTERS = {"input": _by_input, "positions": _by_positions, "mask": _by_mask}

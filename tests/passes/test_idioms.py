@@ -1,0 +1,113 @@
+"""Three idioms of a cache give what the model without one gives, whatever lies in rows that no token was written to."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+import pytest
+from decoders import Config, Decoder
+from exports import NAMES, ONE_OF_EACH, export, injected
+from laws import ALLOWED, Arrays, difference, dims_of, in_onnxruntime, texts
+
+from kvsurgeon.errors import Refused, UsageError
+
+ROOM = 32  # rows of a buffer
+STALE = 7.0  # what lies in rows that no token was written to
+
+TRANSPOSED = ("kv_heads", "batch", "head_dim", "sequence")
+IDIOMS = {
+    "in place": {"idiom": "in-place"},
+    "in place, fixed": {"idiom": "in-place", "max_length": ROOM},
+    "in place, cut short": {"idiom": "in-place", "past_length": "mask"},
+    "new only": {"idiom": "new-only"},
+    "grow, transposed": {"key_layout": TRANSPOSED},
+    "in place, transposed": {"idiom": "in-place", "key_layout": TRANSPOSED, "value_layout": TRANSPOSED},
+}
+
+
+def in_calls(model: onnx.ModelProto, whole: Arrays, cuts: Sequence[int]) -> np.ndarray:
+    """Be the host: keep the cache as the model's dims say, and return the logits of all calls."""
+    run, inputs = in_onnxruntime(model), {value.name: value for value in model.graph.input}
+    outputs = {value.name: dims_of(value) for value in model.graph.output}
+    batch = next(iter(whole.values())).shape[0]
+    sizes = {"batch_size": batch, "max_length": ROOM, "past_sequence_length": 0}
+    pasts = {
+        name: np.full([sizes.get(size, size) for size in dims_of(value)], STALE, dtype_of(value))
+        for name, value in inputs.items()
+        if name.startswith("past_key_values")
+    }
+    found = []
+    for start, stop in itertools.pairwise((0, *cuts, max(array.shape[1] for array in whole.values()))):
+        feeds = {name: piece(array, dims_of(inputs[name]), start, stop) for name, array in whole.items()}
+        if "past_sequence_length" in inputs:
+            feeds["past_sequence_length"] = np.array([start])
+        given = run({**feeds, **pasts})
+        for name in pasts:
+            present = name.replace("past_key_values", "present")
+            rows = given[present]
+            if "sequence_length" in outputs[present]:
+                rows = np.concatenate([pasts[name], rows], outputs[present].index("sequence_length"))
+            pasts[name] = rows
+        found.append(given["logits"])
+    return np.concatenate(found, axis=1)
+
+
+def dtype_of(value: onnx.ValueInfoProto) -> np.dtype:
+    return onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+
+
+def piece(array: np.ndarray, dims: Sequence[int | str], start: int, stop: int) -> np.ndarray:
+    if dims[1] in ("max_length", ROOM):
+        return np.pad(array[:, :stop], ((0, 0), (0, ROOM - stop)))
+    return array[:, :stop] if dims[1] == "total_sequence_length" else array[:, start:stop]
+
+
+def assert_same(name: str, allowed: float = ALLOWED["float32"], **options: object) -> None:
+    whole = texts(export(name), batch=3, length=11)
+    expected = in_onnxruntime(export(name))(whole)["logits"]
+    found = in_calls(injected(export(name), **options), whole, (4, 5, 6))
+    assert difference(found, expected, whole["attention_mask"]) <= allowed
+
+
+@pytest.mark.parametrize("options", IDIOMS.values(), ids=IDIOMS)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_chunks_of_a_padded_batch(name, options):
+    assert_same(name, **options)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(ONE_OF_EACH)))
+def test_in_place_on_every_export(name):
+    assert_same(name, idiom="in-place", max_length=ROOM)
+
+
+def test_a_cache_of_half_the_bytes():
+    assert_same("llama_dynamo_sdpa", 2e-3, idiom="in-place", cache_dtype="float16")
+    model = injected(export("llama_dynamo_sdpa"), cache_dtype="float16")
+    kept = {dtype_of(value) for value in model.graph.input if value.name.startswith("past")}
+    assert kept == {np.dtype(np.float16)}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"idiom": "grow", "past_length": "input"}, "expected past-length shape, found input"),
+        ({"idiom": "new-only", "max_length": 64}, "expected no max-length"),
+        ({"key_layout": ("batch", "batch", "sequence", "head_dim")}, "expected a layout of batch, kv_heads"),
+    ],
+)
+def test_options_that_do_not_go_together(options, said):
+    with pytest.raises(UsageError, match=said):
+        injected(export("decoder"), **options)
+
+
+def test_positions_must_be_given_to_be_read():
+    with pytest.raises(Refused, match="the number of past tokens cannot be read"):
+        injected(export("decoder"), idiom="in-place", past_length="positions")
+
+
+def test_a_buffer_longer_than_the_model():
+    with pytest.raises(Refused, match="expected max-length of at most 9, found 32"):
+        injected(Decoder(Config(layers=1, static=(2, 9))).model(), idiom="in-place", max_length=ROOM)
