@@ -16,7 +16,7 @@ import pytest
 
 from kvsurgeon.errors import UsageError
 from kvsurgeon.io import atomic, load, save
-from kvsurgeon.io.atomic import remove_stale, replacing
+from kvsurgeon.io.atomic import drafting, remove_stale, replacing
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks and signals of POSIX")
 
@@ -25,6 +25,8 @@ import sys
 from pathlib import Path
 from kvsurgeon.io import atomic, load, save
 path = Path(sys.argv[1])
+if sys.argv[2] == "hidden":
+    atomic._UNNAMED = 0
 model = load(path)
 number = 0
 while True:
@@ -39,7 +41,16 @@ def leftovers(folder: Path) -> list[Path]:
     return [file for file in folder.iterdir() if ".kvsurgeon-" in file.name]
 
 
-def test_a_killed_process_leaves_a_whole_model(proto: onnx.ModelProto, tmp_path: Path) -> None:
+@pytest.fixture
+def hidden_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on file systems that know no files without a name."""
+    monkeypatch.setattr(atomic, "_UNNAMED", 0)
+
+
+@pytest.mark.parametrize("kind", ["unnamed", "hidden"])
+def test_a_killed_process_leaves_a_whole_model(proto: onnx.ModelProto, tmp_path: Path, kind: str) -> None:
+    if kind == "unnamed" and not atomic._UNNAMED:
+        pytest.skip("no files without a name here")
     model = load(proto)
     large = ir.tensor(np.ones(2_000_000, np.float32), name="large")  # 8 MB: a save takes long enough to be hit
     model.graph.register_initializer(ir.Value(name="large", const_value=large))
@@ -47,8 +58,8 @@ def test_a_killed_process_leaves_a_whole_model(proto: onnx.ModelProto, tmp_path:
     chance = random.Random(0)
     seen = {model.doc_string}
     broken_off = 0
-    for _ in range(10):
-        writer = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, str(path)], stdout=subprocess.PIPE)
+    for _ in range(6):
+        writer = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, str(path), kind], stdout=subprocess.PIPE)
         assert writer.stdout is not None
         with writer.stdout:
             writer.stdout.readline()
@@ -60,7 +71,10 @@ def test_a_killed_process_leaves_a_whole_model(proto: onnx.ModelProto, tmp_path:
         remove_stale(tmp_path)
         assert not leftovers(tmp_path)
     assert len(seen) > 1, "no save was ever completed: the kills come too early"
-    assert broken_off > 0, "no save was ever broken off: the kills prove nothing"
+    if kind == "hidden":
+        assert broken_off > 0, "no save was ever broken off: the kills prove nothing"
+    else:
+        assert broken_off == 0, "a file without a name outlived its writer"
 
 
 def test_the_next_save_removes_what_a_dead_process_left(proto: onnx.ModelProto, tmp_path: Path) -> None:
@@ -69,6 +83,7 @@ def test_the_next_save_removes_what_a_dead_process_left(proto: onnx.ModelProto, 
     assert not leftovers(tmp_path)
 
 
+@pytest.mark.usefixtures("hidden_names")
 def test_the_file_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:
     with replacing(tmp_path / "model.onnx") as file:
         file.write(b"half")
@@ -109,6 +124,7 @@ def test_permissions_stay_those_of_the_old_file(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o640
 
 
+@pytest.mark.usefixtures("hidden_names")
 def test_a_file_that_a_cleaner_took_before_it_was_locked_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,3 +154,49 @@ def test_where_nothing_can_be_locked_files_are_written_and_leftovers_stay(
         file.write(b"new")
     assert (tmp_path / "model.onnx").read_bytes() == b"new"
     assert leftover.exists()
+
+
+@pytest.mark.parametrize("unnamed", [atomic._UNNAMED, 0])
+def test_files_of_a_draft_take_their_names_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed: int
+) -> None:
+    monkeypatch.setattr(atomic, "_UNNAMED", unnamed)
+    (tmp_path / "source").write_text("linked")
+    with drafting() as draft:
+        draft.make_folder(tmp_path / "a" / "b")
+        assert draft.link(tmp_path / "source", tmp_path / "a" / "link")
+        for name in ("first", "second"):
+            with draft.new(tmp_path / "a" / "b" / name) as file:
+                file.write(name.encode())
+        assert not [file for file in tmp_path.rglob("*") if file.name in ("first", "second", "link")]
+    assert {file.name: file.read_text() for file in tmp_path.rglob("*") if file.is_file()} == {
+        "source": "linked",
+        "link": "linked",
+        "first": "first",
+        "second": "second",
+    }
+
+
+def test_a_draft_that_fails_leaves_no_folder(tmp_path: Path) -> None:
+    def fail() -> None:
+        with drafting() as draft:
+            draft.make_folder(tmp_path / "a" / "b")
+            with draft.new(tmp_path / "a" / "b" / "file"):
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_named_takes_back_what_was(tmp_path: Path) -> None:
+    def fail() -> None:
+        with drafting() as draft:
+            for name in ("first", "second"):
+                with draft.new(tmp_path / name) as file:
+                    file.write(b"x")
+            (tmp_path / "second").mkdir()
+
+    with pytest.raises(UsageError, match=r"cannot write .*second"):
+        fail()
+    assert [file.name for file in tmp_path.iterdir()] == ["second"]

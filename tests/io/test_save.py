@@ -57,7 +57,7 @@ def test_copied_weights_can_be_read_by_everybody(external: Path, tmp_path: Path)
 def test_weights_are_copied_where_they_cannot_be_linked(
     external: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_link(*_: object) -> None:
+    def no_link(*_: object, **__: object) -> None:
         raise OSError("another file system")
 
     monkeypatch.setattr(os, "link", no_link)
@@ -218,7 +218,7 @@ def test_a_destination_that_is_no_place_for_a_model(external: Path, tmp_path: Pa
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UsageError, match="found the file"):
         save(load(external), tmp_path / "file")
-    with pytest.raises(UsageError, match="cannot write to"):
+    with pytest.raises(UsageError, match=r"cannot write .*: Not a directory"):
         save(load(external), tmp_path / "file" / "model.onnx")
 
 

@@ -1,4 +1,4 @@
-"""Write a file so that whoever looks sees the old one or the new one, whole, even if the writer is killed."""
+"""Write files so that whoever looks sees the old ones or the new ones, whole, even if the writer is killed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +18,117 @@ except ImportError:  # Windows: stale files stay, for want of a sound way to kno
     fcntl = None  # type: ignore[assignment]
 
 _MARK = ".kvsurgeon-"
+_DESCRIPTORS = "/proc/self/fd"  # where Linux shows a process its open files
+_UNNAMED = getattr(os, "O_TMPFILE", 0) if os.path.isdir(_DESCRIPTORS) else 0
+
+
+@dataclass(kw_only=True)
+class _Pending:
+    """A file that has not taken its name yet."""
+
+    path: Path
+    file: BinaryIO
+    temporary: Path | None  # None: it has no name at all, and vanishes with its writer
+
+
+class Draft:
+    """Files that take their names together, in the order in which they were opened; or vanish together.
+
+    Where the file system allows it, files have no name until then, so that a killed writer leaves nothing. Elsewhere
+    they have hidden names, which `remove_stale` finds.
+    """
+
+    def __init__(self) -> None:
+        self._pending: list[_Pending] = []
+        self._links: list[tuple[Path, Path]] = []
+        self._made: list[Path] = []
+
+    def make_folder(self, folder: Path) -> None:
+        """Make a folder, and those above it.
+
+        Raises:
+            UsageError: It cannot be made.
+        """
+        with _telling(folder):
+            missing = [one for one in (folder, *folder.parents) if not one.exists()]
+            for one in reversed(missing):
+                one.mkdir(exist_ok=True)
+                self._made.append(one)
+
+    @contextmanager
+    def new(self, path: Path) -> Iterator[BinaryIO]:
+        """Give a file to write to; when the block ends its bytes are on the disk, and `publish` names it `path`.
+
+        Raises:
+            UsageError: The file cannot be written there.
+        """
+        with _telling(path):
+            pending = _opened(path)
+            self._pending.append(pending)
+            yield pending.file
+            pending.file.flush()
+            os.fsync(pending.file.fileno())
+
+    def link(self, source: Path, path: Path) -> bool:
+        """Return whether `source` can have the further name `path`, which `publish` then gives to it."""
+        trial = _hidden(path)
+        with suppress(OSError):  # another file system, or one without links
+            os.link(source, trial)
+            trial.unlink()
+            self._links.append((source, path))
+            return True
+        return False
+
+    def publish(self) -> None:
+        """Give all files their names: nothing but renaming, so that there is hardly a moment between first and last.
+
+        Raises:
+            UsageError: A file cannot take its name; then none has taken one that was free before.
+        """
+        fresh: list[Path] = []
+        try:
+            for source, path in self._links:
+                with _telling(path):
+                    os.link(source, path)
+                fresh.append(path)
+            for pending in self._pending:
+                is_fresh = not os.path.lexists(pending.path)
+                with _telling(pending.path):
+                    _name(pending)
+                fresh += [pending.path] if is_fresh else []
+        except BaseException:
+            for path in fresh:
+                path.unlink(missing_ok=True)
+            raise
+        for folder in {path.parent for path in (*fresh, *(pending.path for pending in self._pending))}:
+            _sync_folder(folder)
+        self._made.clear()
+
+    def close(self) -> None:
+        """Let go of all that was not published, and of the locks on what was."""
+        for pending in self._pending:
+            with suppress(OSError):  # what is buffered goes nowhere
+                pending.file.close()
+            if pending.temporary is not None:
+                pending.temporary.unlink(missing_ok=True)
+        for folder in reversed(self._made):
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
+def drafting() -> Iterator[Draft]:
+    """Give a draft, which is published when the block ends well and vanishes when it does not.
+
+    Raises:
+        UsageError: A file cannot be written.
+    """
+    draft = Draft()
+    try:
+        yield draft
+        draft.publish()
+    finally:
+        draft.close()
 
 
 @contextmanager
@@ -26,24 +138,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         UsageError: The file cannot be written there.
     """
-    try:
-        temporary, file = _open_locked(path)
-    except OSError as error:
-        raise UsageError(f"cannot write `{path}`: {error.strerror or error}") from error
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            _keep_mode(temporary, path)
-            if fcntl is None:
-                file.close()  # Windows renames closed files only; elsewhere the lock is held until the end
-            os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise UsageError(f"cannot write `{path}`: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with drafting() as draft, draft.new(path) as file:
+        yield file
 
 
 def remove_stale(folder: Path) -> None:
@@ -60,10 +156,45 @@ def remove_stale(folder: Path) -> None:
             leftover.unlink()
 
 
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Say of a file that cannot be written which one it is."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write `{path}`: {error.strerror or error}") from error
+
+
+def _hidden(path: Path) -> Path:
+    return path.parent / f".{path.name}{_MARK}{secrets.token_hex(4)}"
+
+
+def _opened(path: Path) -> _Pending:
+    """Create a file without a name in the folder of `path`; where that cannot be, a locked one of a hidden name."""
+    with suppress(OSError):
+        if _UNNAMED and _can_be_named_later(path):
+            return _Pending(path=path, file=_open_unnamed(path.parent), temporary=None)
+    temporary, file = _open_locked(path)
+    return _Pending(path=path, file=file, temporary=temporary)
+
+
+def _open_unnamed(folder: Path) -> BinaryIO:
+    return os.fdopen(os.open(folder, _UNNAMED | os.O_WRONLY, 0o666), "wb")
+
+
+def _can_be_named_later(path: Path) -> bool:
+    """Try it with an empty file: gigabytes would be lost if it turned out only at the end that names are not given."""
+    trial = _hidden(path)
+    with _open_unnamed(path.parent) as file:
+        _name_open_file(file, trial)
+        trial.unlink()
+    return True
+
+
 def _open_locked(path: Path) -> tuple[Path, BinaryIO]:
     """Create a file of a new name beside `path`, locked for as long as it is open."""
     while True:
-        temporary = path.parent / f".{path.name}{_MARK}{secrets.token_hex(4)}"
+        temporary = _hidden(path)
         file = temporary.open("xb")
         if fcntl is None:
             return temporary, file
@@ -75,13 +206,34 @@ def _open_locked(path: Path) -> tuple[Path, BinaryIO]:
         file.close()
 
 
+def _name(pending: _Pending) -> None:
+    """Let the file be what its path names, in one step for whoever looks."""
+    if pending.temporary is None:
+        pending.temporary = _hidden(pending.path)
+        if fcntl is not None:
+            fcntl.flock(pending.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _name_open_file(pending.file, pending.temporary)
+    _keep_mode(pending.temporary, pending.path)
+    if fcntl is None:
+        pending.file.close()  # Windows renames closed files only; elsewhere the lock is held until the end
+    os.replace(pending.temporary, pending.path)
+
+
+def _name_open_file(file: BinaryIO, path: Path) -> None:
+    descriptors = os.open(_DESCRIPTORS, os.O_RDONLY)
+    try:  # only with a folder to start from does Python ask the system to follow the link to the open file
+        os.link(str(file.fileno()), path, src_dir_fd=descriptors)
+    finally:
+        os.close(descriptors)
+
+
 def _keep_mode(temporary: Path, path: Path) -> None:
     with suppress(OSError):
         temporary.chmod(path.stat().st_mode & 0o777)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the new name last through a crash of the system, where folders can be synced."""
+    """Make the new names last through a crash of the system, where folders can be synced."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO, Literal
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.io.atomic import replacing
+from kvsurgeon.io.atomic import Draft
+from kvsurgeon.io.config import Change, followed
 from kvsurgeon.io.progress import Report
 from kvsurgeon.io.weights import WeightFile
 
@@ -32,9 +33,10 @@ SIDE_FILES = (
 )
 _LARGEST_SIDE_FILE = 256 * 2**20  # bytes; no tokenizer is larger, and weights under such a name stay behind
 _CHUNK = 64 * 2**20
+CONFIG = "config.json"
 
 
-def carry_weights(files: Iterable[WeightFile], folder: Path, sharing: Sharing, report: Report) -> None:
+def carry_weights(files: Iterable[WeightFile], folder: Path, sharing: Sharing, draft: Draft, report: Report) -> None:
     """Have each data file in the folder too, under its location: the same file if it can be linked, else a copy.
 
     Raises:
@@ -44,28 +46,47 @@ def carry_weights(files: Iterable[WeightFile], folder: Path, sharing: Sharing, r
         target = folder / file.location
         if _is_there(file, target):
             continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if sharing == "copy" or not _linked(file.path, target):
-            _copy(file, target, report)
+        draft.make_folder(target.parent)
+        if sharing == "copy" or not draft.link(file.path.resolve(), target):
+            _copy(file, target, draft, report)
 
 
-def carry_side_files(sources: Iterable[Path], folder: Path, *, without: frozenset[str] = frozenset()) -> None:
+def carry_side_files(sources: Iterable[Path], folder: Path, draft: Draft, without: Collection[str] = ()) -> None:
     """Copy config, tokenizer and the like into the folder, files of earlier sources before those of later ones."""
-    taken = set(without)
+    for name, file in _side_files(sources).items():
+        if name not in without:
+            with draft.new(folder / name) as copy, file.open("rb") as original:
+                shutil.copyfileobj(original, copy)
+
+
+def write_side_files(texts: Mapping[str, str], folder: Path, draft: Draft) -> None:
+    """Write each text into the folder under its name."""
+    for name, text in texts.items():
+        with draft.new(folder / name) as file:
+            file.write(text.encode("utf-8"))
+
+
+def carry_config(sources: Iterable[Path], folder: Path, changes: Sequence[Change], draft: Draft) -> None:
+    """Write `config.json` as it describes the model after these changes, where there is one that can be read."""
+    here = next((source / CONFIG for source in sources if (source / CONFIG).is_file()), None)
+    if here is None:
+        return
+    try:
+        config = json.loads(here.read_text("utf-8"))
+    except ValueError:
+        return  # a file of that name that is no config
+    if isinstance(config, dict) and (now := followed(config, changes)) != config:
+        write_side_files({CONFIG: json.dumps(now, indent=2, ensure_ascii=False) + "\n"}, folder, draft)
+
+
+def _side_files(sources: Iterable[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
     for source in sources:
         for pattern in SIDE_FILES:
             for file in sorted(source.glob(pattern)):
-                if file.name not in taken and _is_side_file(file):
-                    taken.add(file.name)
-                    with replacing(folder / file.name) as copy, file.open("rb") as original:
-                        shutil.copyfileobj(original, copy)
-
-
-def write_side_files(texts: Mapping[str, str], folder: Path) -> None:
-    """Write each text into the folder under its name."""
-    for name, text in texts.items():
-        with replacing(folder / name) as file:
-            file.write(text.encode("utf-8"))
+                if _is_side_file(file):
+                    found.setdefault(file.name, file)
+    return found
 
 
 def _is_side_file(file: Path) -> bool:
@@ -92,18 +113,11 @@ def _is_there(file: WeightFile, target: Path) -> bool:
     )
 
 
-def _linked(source: Path, target: Path) -> bool:
-    with suppress(OSError):  # another file system, or one without links
-        os.link(source.resolve(), target)
-        return True
-    return False
-
-
-def _copy(file: WeightFile, target: Path, report: Report) -> None:
+def _copy(file: WeightFile, target: Path, draft: Draft, report: Report) -> None:
     free = shutil.disk_usage(target.parent).free
     if free < _occupied(file.path):
         raise UsageError(f"expected room for {file.bytes:,} bytes at `{target}`, found {free:,}; choose another folder")
-    with replacing(target) as copy, file.path.open("rb", buffering=0) as original:
+    with draft.new(target) as copy, file.path.open("rb", buffering=0) as original:
         _copy_extents(original, copy, file, report)
         status = os.fstat(original.fileno())
         copy.flush()

@@ -1,16 +1,20 @@
-"""Weights that live in memory: they stay in the model file while it stays a legal protobuf, else they get their own."""
+"""Which weights leave the model file for a data file of their own, and how that is written: one tensor at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import onnx_ir as ir
 
-from kvsurgeon.io.atomic import replacing
+from kvsurgeon.errors import UsageError
+from kvsurgeon.io.atomic import Draft
 from kvsurgeon.io.locate import PROTOBUF_LIMIT
 from kvsurgeon.io.progress import Report
+from kvsurgeon.io.weights import external_tensors
 
 _ROOM = 64 * 2**20  # bytes left for the graph itself
 EMBED_LIMIT = PROTOBUF_LIMIT - _ROOM
@@ -18,22 +22,32 @@ _SMALLEST = 1024  # bytes; what is smaller stays in the graph, where shape infer
 _ALIGNMENT = 64  # bytes; so that a mapped tensor can be used in place
 
 
-def must_unload(model: ir.Model) -> bool:
-    """Return whether the weights in memory would not fit into one protobuf file."""
-    return sum(tensor.nbytes for value in _in_memory(model) if (tensor := value.const_value) is not None) > EMBED_LIMIT
+def leaving(model: ir.Model, *, pack: bool) -> tuple[ir.Value, ...]:
+    """Return the initializers whose data goes into a new file.
+
+    Packed, these are all of some size. Otherwise what is not computed yet goes beside data that lies outside already,
+    and what is in memory stays in the model file while that is a legal protobuf.
+    """
+    if pack:
+        return tuple(_initializers(model, lambda tensor: True))
+    if _bytes_in_memory(model) > EMBED_LIMIT:
+        return tuple(_initializers(model, lambda tensor: not isinstance(tensor, ir.ExternalTensor)))
+    if next(external_tensors(model), None) is not None:
+        return tuple(_initializers(model, lambda tensor: isinstance(tensor, ir.LazyTensor)))
+    return ()
 
 
 @contextmanager
-def unloaded(model: ir.Model, target: Path, report: Report, name: str | None = None) -> Iterator[None]:
-    """Let the model refer to a data file beside `target` within the block; afterwards it is as it was.
+def unloaded(values: Sequence[ir.Value], data: Path, draft: Draft, report: Report) -> Iterator[None]:
+    """Let these initializers refer to the new data file `data` within the block; afterwards they are as they were.
 
-    The file is written tensor by tensor, lazy ones being evaluated one at a time. It has the name that is asked for, or
-    one that was free: what an older model file refers to is not touched.
+    The file is written tensor by tensor, computed ones chunk by chunk; what two initializers share is written once.
+
+    Raises:
+        UsageError: There is no room for it, or it cannot be written.
     """
-    values = [value for value in _in_memory(model) if value.const_value and value.const_value.nbytes >= _SMALLEST]
     tensors = [value.const_value for value in values if value.const_value is not None]
-    data = _free_name(target) if name is None else target.with_name(name)
-    references = _write(tensors, data, report)
+    references = _write(tensors, data, draft, report)
     try:
         for value, reference in zip(values, references, strict=True):
             value.const_value = reference
@@ -43,32 +57,75 @@ def unloaded(model: ir.Model, target: Path, report: Report, name: str | None = N
             value.const_value = tensor
 
 
-def _in_memory(model: ir.Model) -> Iterable[ir.Value]:
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None and not isinstance(tensor, ir.ExternalTensor) and tensor.dtype != ir.DataType.STRING:
-            yield value
-
-
-def _free_name(target: Path) -> Path:
+def free_name(target: Path, taken: Collection[str]) -> Path:
+    """Return a data file for the model `target` that is not there, and bears none of the names that are taken."""
     name = target.with_name(f"{target.name}.data")
     number = 1
-    while name.exists():
+    while name.exists() or name.name in taken:
         number += 1
         name = target.with_name(f"{target.name}-{number}.data")
     return name
 
 
-def _write(tensors: list[ir.TensorProtocol], data: Path, report: Report) -> list[ir.ExternalTensor]:
-    total = sum(tensor.nbytes for tensor in tensors)
-    references = []
-    with replacing(data) as file:
-        for tensor in tensors:
+def _initializers(model: ir.Model, chosen: Callable[[ir.TensorProtocol], bool]) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if tensor is None or tensor.dtype == ir.DataType.STRING or tensor.nbytes < _SMALLEST:
+                continue
+            in_main_graph = graph is model.graph or isinstance(tensor, ir.ExternalTensor)
+            if in_main_graph and chosen(tensor):
+                yield value
+
+
+def _bytes_in_memory(model: ir.Model) -> int:
+    tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    inside = (tensor for tensor in tensors if tensor is not None and not isinstance(tensor, ir.ExternalTensor))
+    return sum(tensor.nbytes for tensor in inside if tensor.dtype != ir.DataType.STRING)
+
+
+def _write(tensors: Sequence[ir.TensorProtocol], data: Path, draft: Draft, report: Report) -> list[ir.ExternalTensor]:
+    distinct = {_identity(tensor): tensor for tensor in tensors}
+    total = sum(tensor.nbytes for tensor in distinct.values())
+    free = shutil.disk_usage(data.parent).free
+    if free < total:
+        raise UsageError(f"expected room for {total:,} bytes at `{data}`, found {free:,}; choose another folder")
+    offsets: dict[object, int] = {}
+    with draft.new(data) as file:
+        told = _Told(file, lambda done: report(data.name, done, total))
+        for identity, tensor in distinct.items():
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
-            references.append(_reference(tensor, data, file.tell()))
-            file.write(tensor.tobytes())
-            report(data.name, file.tell(), total)
-    return references
+            offsets[identity] = file.tell()
+            _put(tensor, told)
+    return [_reference(tensor, data, offsets[_identity(tensor)]) for tensor in tensors]
+
+
+def _identity(tensor: ir.TensorProtocol) -> object:
+    """Return what is the same for tensors that have the same bytes: weights that are tied."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return str(tensor.path), tensor.offset or 0, tensor.nbytes
+    return id(tensor)
+
+
+def _put(tensor: ir.TensorProtocol, file: _Told) -> None:
+    if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor):
+        tensor.tofile(file)  # in chunks
+    else:
+        file.write(tensor.tobytes())
+
+
+class _Told:
+    """A file to which chunks are written, and somebody who is told of each."""
+
+    def __init__(self, file: BinaryIO, tell: Callable[[int], Any]) -> None:
+        self._file = file
+        self._tell = tell
+
+    def write(self, chunk: bytes) -> int:
+        """Write a chunk, and tell how many bytes the file has now."""
+        written = self._file.write(chunk)
+        self._tell(self._file.tell())
+        return written
 
 
 def _reference(tensor: ir.TensorProtocol, data: Path, offset: int) -> ir.ExternalTensor:

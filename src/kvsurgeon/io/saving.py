@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -10,9 +10,10 @@ import onnx_ir as ir
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from kvsurgeon.errors import InputError, UsageError, WeightsError
-from kvsurgeon.io.atomic import remove_stale, replacing
-from kvsurgeon.io.carry import Sharing, carry_side_files, carry_weights, write_side_files
-from kvsurgeon.io.embedding import must_unload, unloaded
+from kvsurgeon.io.atomic import Draft, drafting, remove_stale
+from kvsurgeon.io.carry import CONFIG, Sharing, carry_config, carry_side_files, carry_weights, write_side_files
+from kvsurgeon.io.config import changes_of
+from kvsurgeon.io.embedding import free_name, leaving, unloaded
 from kvsurgeon.io.fidelity import to_proto
 from kvsurgeon.io.loading import loaded_from
 from kvsurgeon.io.locate import find_model
@@ -27,6 +28,7 @@ def save(
     *,
     source: str | Path | None = None,
     sharing: Sharing = "link",
+    pack: bool = False,
     progress: Report | None = None,
     home: str | Path | None = None,
     beside: Mapping[str, str] | None = None,
@@ -34,17 +36,20 @@ def save(
 ) -> Path:
     """Return the path at which the model now stands, complete, its weights and side files beside it.
 
-    Data files are written first and the model last, to a temporary file that then takes its name: a killed process
-    leaves the old model or the new one. The model itself is not changed.
+    Weights that are to be computed are, one at a time and chunk by chunk, into a new data file beside those that are
+    as they were. All files are written first and named last, the model after what it refers to: a killed process
+    leaves the old model or the new one, whole, and nothing else. The model itself is not changed.
 
     Args:
         model: The model; its external data stays in the files where it is.
         destination: An .onnx file, or a folder, in which the model then bears the name of its source.
         source: The file or folder that the model came from, if `load` did not read it from there; config, tokenizer
-            and other side files travel along from it.
+            and other side files travel along from it, and the config follows what passes made of the heads.
         sharing: How external data gets into another folder. "link" takes no room and no time, where one file
             system holds both; yet `onnx.load` and `onnx.checker` (1.21 or later) refuse data files with several
             links, those of the source included, while onnxruntime reads them. "copy" costs what it says.
+        pack: Whether all weights go into one new data file, which then holds nothing else: data that the model reads
+            no more stays behind.
         progress: Called with what is written, bytes done and bytes in all; by default a bar on a terminal.
         home: The folder that side files go to, if it is not the model's own.
         beside: Texts of further side files by their names in that folder; they take the place of those that travel.
@@ -57,20 +62,18 @@ def save(
     """
     origin = find_model(source).absolute() if source is not None else loaded_from(model)
     target = _target(Path(destination).absolute(), origin)
-    files = _resolved_weights(model, target.parent)
-    fresh = None if data is None else numbered(data)
-    names = {} if fresh is None else dict(zip((file.location for file in files), fresh, strict=False))
+    moved = leaving(model, pack=pack)
+    files = _resolved_weights(_staying(model, moved), target.parent)
+    names, own = _data_names(target, files, data)
     folder = target.parent if home is None else Path(home).absolute()
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(target.parent)
-        with reporting(progress) as report:
-            carry_weights(renamed(files, names), target.parent, sharing, report)
-            carry_side_files(_side_folders(origin, source, folder), folder, without=frozenset(beside or ()))
-            write_side_files(beside or {}, folder)
-            own = None if fresh is None else next(fresh)
-            with unloaded(model, target, report, own) if must_unload(model) else nullcontext():
-                _write(model, target, names)
+        with drafting() as draft, reporting(progress) as report:
+            draft.make_folder(target.parent)
+            remove_stale(target.parent)
+            carry_weights(renamed(files, names), target.parent, sharing, draft, report)
+            _carry_side_files(model, folder, _homes(origin), beside or {}, draft)
+            with unloaded(moved, own, draft, report) if moved else nullcontext():
+                _write(model, target, names, draft)
     except OSError as error:
         raise UsageError(f"cannot write to `{target.parent}`: {error.strerror or error}") from error
     return target
@@ -94,34 +97,61 @@ def _holds(folder: Path, origin: Path) -> bool:
         return False
 
 
-def _resolved_weights(model: ir.Model, folder: Path) -> tuple[WeightFile, ...]:
-    """Return the data files of the model; those of a proto loaded without its folder must be at the destination."""
-    tensors = list(external_tensors(model))
+def _staying(model: ir.Model, moved: Collection[ir.Value]) -> list[ir.ExternalTensor]:
+    """Return the external tensors that stay in the files where they are."""
+    gone = {id(value.const_value) for value in moved}
+    return [tensor for tensor in external_tensors(model) if id(tensor) not in gone]
+
+
+def _resolved_weights(tensors: Iterable[ir.ExternalTensor], folder: Path) -> tuple[WeightFile, ...]:
+    """Return the data files of these tensors; those of a proto loaded without its folder must be at the destination."""
+    settled = []
     for tensor in tensors:
         if not is_relative_location(str(tensor.location)):
             raise WeightsError(
                 f"expected a location inside the model's folder, found `{tensor.location}` - at `{tensor.name}`"
             )
-        if not tensor.base_dir and not (folder / tensor.location).is_file():
+        if tensor.base_dir:
+            settled.append(tensor)
+        elif not (folder / tensor.location).is_file():
             raise WeightsError(
                 f"expected external data in `{folder / tensor.location}`, found no such file - at `{tensor.name}`; "
                 "load the model with the folder of its data"
             )
-    return files_of(tensor for tensor in tensors if tensor.base_dir)
+    return files_of(settled)
 
 
-def _side_folders(origin: Path | None, source: str | Path | None, folder: Path) -> Iterator[Path]:
-    """Yield the folders whose side files travel along: that of the model and, for `onnx/model.onnx`, the one above."""
+def _homes(origin: Path | None) -> tuple[Path, ...]:
+    """Return where side files lie: in the folder of the model and, for `onnx/model.onnx`, in the one above."""
     if origin is None:
-        return
-    homes = [origin.parent]
-    if origin.parent.name == "onnx":
-        homes.append(origin.parent.parent)
-    if not any(home.resolve() == folder.resolve() for home in homes):
-        yield from homes
+        return ()
+    return (origin.parent, *([origin.parent.parent] if origin.parent.name == "onnx" else []))
 
 
-def _write(model: ir.Model, target: Path, names: Mapping[str, str]) -> None:
+def _data_names(target: Path, files: Iterable[WeightFile], data: str | None) -> tuple[dict[str, str], Path]:
+    """Return the names that files of external data get instead of their own, and a data file for what is new."""
+    if data is None:
+        return {}, free_name(target, {file.location for file in files})
+    fresh = numbered(data)
+    names = dict(zip((file.location for file in files), fresh, strict=False))
+    return names, target.with_name(next(fresh))
+
+
+def _carry_side_files(
+    model: ir.Model, folder: Path, homes: tuple[Path, ...], beside: Mapping[str, str], draft: Draft
+) -> None:
+    """Take side files along into another folder, the config as the model is now; where they lie, only the config."""
+    described = folder
+    if any(home.resolve() == folder.resolve() for home in homes):
+        described = next((home for home in homes if (home / CONFIG).is_file()), folder)
+    else:
+        carry_side_files(homes, folder, draft, without=beside)
+    if CONFIG not in beside:
+        carry_config(homes, described, changes_of(model), draft)
+    write_side_files(beside, folder, draft)
+
+
+def _write(model: ir.Model, target: Path, names: Mapping[str, str], draft: Draft) -> None:
     try:
         proto = to_proto(model)
         if names:
@@ -131,5 +161,5 @@ def _write(model: ir.Model, target: Path, names: Mapping[str, str]) -> None:
         raise UsageError(
             f"expected a graph of at most 2 GiB at `{target}`, found more: constants inside its nodes are too large"
         ) from error
-    with replacing(target) as file:
+    with draft.new(target) as file:
         file.write(serialized)
