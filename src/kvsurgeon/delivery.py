@@ -47,6 +47,7 @@ def deliver(
     folder: str | Path | None = None,
     verify: bool = True,
     sharing: Sharing = "link",
+    pack: bool = False,
     options: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
     progress: Progress | None = None,
@@ -60,6 +61,7 @@ def deliver(
         folder: Where the external data of a model in memory lies.
         verify: Whether the judge runs the result against the original.
         sharing: How external data gets into another folder; see `kvsurgeon.save`.
+        pack: Whether all weights go into one new data file; see `kvsurgeon.save`.
         options: Fields of the pass that puts the cache in, where they are to be others than the target's.
         watch: See `Pipeline.run`.
         progress: Told by the judge before each trial.
@@ -89,6 +91,7 @@ def deliver(
             Path(destination) / target.file,
             source=origin,
             sharing=sharing,
+            pack=pack,
             home=destination,
             beside=_side_files(target, facts),
             data=target.data,

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from kvsurgeon import io, registry
 from kvsurgeon.errors import KvsurgeonError, ParityError, PassError, UsageError
 from kvsurgeon.interop.functions import as_pass_class
+from kvsurgeon.io.config import remember_change
 from kvsurgeon.passes.contract import Changed, Outcome, Pass, Source, Subject, Unchanged
 from kvsurgeon.passes.options import build
 from kvsurgeon.passes.validity import problems
@@ -150,6 +151,8 @@ def _step(one: Pass, subject: Subject, before: Sequence[Step], sound: bool) -> S
         raise PassError(f"pass {one.name}: expected Changed or Unchanged from it, found {outcome!r}{ran}")
     if isinstance(outcome, Changed):
         subject.changed()
+        if outcome.heads is not None:
+            remember_change(subject.model, outcome.heads)
         found = problems(subject.model, by_checker=sound)
         if found:
             raise PassError(f"pass {one.name} left a graph that is not valid: {_listed(found)}{ran}")

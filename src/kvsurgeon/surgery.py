@@ -57,6 +57,7 @@ def operate(
     verify: bool = True,
     verify_each: bool = False,
     sharing: Sharing = "link",
+    pack: bool = False,
     watch: Watch | None = None,
     progress: Progress | None = None,
 ) -> Surgery:
@@ -70,6 +71,7 @@ def operate(
         verify: Whether to run the judge on the result.
         verify_each: Whether to run it after every pass.
         sharing: How external data gets into another folder; see `kvsurgeon.save`.
+        pack: Whether all weights go into one new data file; see `kvsurgeon.save`.
         watch: See `Pipeline.run`.
         progress: Told by the judge before each trial.
 
@@ -89,7 +91,7 @@ def operate(
     path = None
     if destination is not None:
         origin = source if isinstance(source, str | Path) else None
-        path = io.save(result.model, destination, source=origin, sharing=sharing)
+        path = io.save(result.model, destination, source=origin, sharing=sharing, pack=pack)
     return Surgery(model=result.model, steps=result.steps, sameness=sameness, path=path)
 
 

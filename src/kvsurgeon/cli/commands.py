@@ -82,6 +82,7 @@ def run(
         typer.Option("--trace", metavar="DIR", help="Write the graph as text before and after each pass."),
     ] = None,
     copy_weights: operations.Copy = False,
+    pack: operations.Pack = False,
     json: Json = False,
 ) -> None:
     """Run several passes, one after the other."""
@@ -95,6 +96,7 @@ def run(
         verify=verify,
         verify_each=verify_each,
         copy_weights=copy_weights,
+        pack=pack,
         trace=trace,
         json=json,
     )

@@ -28,6 +28,9 @@ Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Let the judg
 Copy = Annotated[
     bool, typer.Option("--copy-weights", help="Copy external data into another folder instead of linking it.")
 ]
+Pack = Annotated[
+    bool, typer.Option("--pack", help="Write all weights into one new data file, without those that are read no more.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Answer for a program.")]
 ForTarget = Annotated[
     Optional[str],  # noqa: UP045  # typer reads it on Python 3.10
@@ -54,16 +57,24 @@ def command_of(entry: Entry) -> Callable[..., None]:
     defaults = {option.field: option.default for option in options}
 
     def command(
-        model: Path, output: Path, verify: bool, copy_weights: bool, json: bool, target: str | None = None, **given: Any
+        model: Path,
+        output: Path,
+        verify: bool,
+        copy_weights: bool,
+        pack: bool,
+        json: bool,
+        target: str | None = None,
+        **given: Any,
     ) -> None:
         texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in given.items()}
         texts = {name: text for name, text in texts.items() if text is not None}
         wanted = build(pass_class, entry.name, texts)
+        writing = {"verify": verify, "copy_weights": copy_weights, "pack": pack, "json": json}
         if target is not None:
             changed = {name: getattr(wanted, name) for name in texts if getattr(wanted, name) != defaults.get(name)}
-            deliver(model, target, output, options=changed, verify=verify, copy_weights=copy_weights, json=json)
+            deliver(model, target, output, options=changed, **writing)
             return
-        operate(model, Pipeline((wanted,)), output, verify=verify, copy_weights=copy_weights, json=json)
+        operate(model, Pipeline((wanted,)), output, **writing)
 
     fixed = (_parameter("model", Model), _parameter("output", Output))
     switches = tuple(
@@ -71,6 +82,7 @@ def command_of(entry: Entry) -> Callable[..., None]:
         for name, annotation, default in (
             ("verify", Verify, True),
             ("copy_weights", Copy, False),
+            ("pack", Pack, False),
             ("json", Json, False),
             *([("target", ForTarget, None)] if entry.built_in and entry.name == BRINGS_TO_TARGET else ()),
         )
@@ -95,6 +107,7 @@ def operate(
     verify: bool,
     verify_each: bool = False,
     copy_weights: bool = False,
+    pack: bool = False,
     trace: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -111,6 +124,7 @@ def operate(
             verify=verify,
             verify_each=verify_each,
             sharing="copy" if copy_weights else "link",
+            pack=pack,
             watch=None if trace is None else tracing(trace),
             progress=told,
         )
@@ -124,8 +138,9 @@ def deliver(
     *,
     options: dict[str, Any],
     verify: bool,
-    copy_weights: bool,
-    json: bool,
+    copy_weights: bool = False,
+    pack: bool = False,
+    json: bool = False,
 ) -> None:
     """Write the folder that a target takes, and say what was done."""
     from kvsurgeon.delivery import deliver as deliver_to
@@ -133,7 +148,9 @@ def deliver(
 
     sharing: Sharing = "copy" if copy_weights else "link"
     with redirect_stdout(sys.stderr), progress.judging() as told:
-        delivery = deliver_to(model, target, output, options=options, verify=verify, sharing=sharing, progress=told)
+        delivery = deliver_to(
+            model, target, output, options=options, verify=verify, sharing=sharing, pack=pack, progress=told
+        )
     _tell(delivery, json=json)
 
 

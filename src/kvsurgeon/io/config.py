@@ -69,16 +69,16 @@ def followed(config: Config, changes: Sequence[Change]) -> Config:
 def _follow_heads(config: Config, change: Change) -> None:
     """Write the new number wherever the old one stands; where it stands nowhere, wherever one of the kind stands."""
     before, after = change.before, change.after
-    keys = list(_found(config, _counts_kv_heads))
+    home = _home(config, before)
+    keys = list(_found(home, before, _counts_kv_heads))
     telling = [(part, key) for part, key in keys if part[key] in (_spoken(before.kv), list(before.kv))]
-    near = [(part, key) for part, key in telling if _describes(part, before)]
-    for part, key in near or telling or keys:
+    for part, key in telling or keys:
         part[key] = list(after.kv) if isinstance(part[key], list) else _spoken(after.kv)
-    flags = list(_found(config, _is_multi_query_flag))
+    flags = list(_found(home, before, _is_multi_query_flag))
     for part, key in flags:
         part[key] = set(after.kv) == {1}
     if not keys and not (flags and set(after.kv) <= {1, after.query}):
-        _home(config, before)[_NEW_KEY] = _spoken(after.kv)
+        home[_NEW_KEY] = _spoken(after.kv)
 
 
 def _spoken(counts: Sequence[int]) -> int | list[int]:
@@ -86,12 +86,14 @@ def _spoken(counts: Sequence[int]) -> int | list[int]:
     return counts[0] if len(set(counts)) == 1 else list(counts)
 
 
-def _found(config: Config, wanted: Callable[[frozenset[str], Any], bool]) -> Iterator[tuple[Config, str]]:
-    for key, value in list(config.items()):
+def _found(part: Config, heads: Heads, wanted: Callable[[frozenset[str], Any], bool]) -> Iterator[tuple[Config, str]]:
+    """Yield the keys that are wanted, here and in parts inside that do not describe another model."""
+    for key, value in list(part.items()):
         if isinstance(value, dict):
-            yield from _found(value, wanted)
+            if heads.query in (numbers := _query_heads(value)) or not numbers:
+                yield from _found(value, heads, wanted)
         elif wanted(_words(key), value):
-            yield config, key
+            yield part, key
 
 
 def _words(key: str) -> frozenset[str]:
@@ -119,13 +121,14 @@ def _is_multi_query_flag(words: frozenset[str], value: Any) -> bool:
 def _home(config: Config, heads: Heads) -> Config:
     """Return the part of the config that describes the decoder: itself, or one such as `text_config`."""
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
-    return next((part for part in parts if _describes(part, heads)), config)
+    return next((part for part in parts if heads.query in _query_heads(part)), config)
 
 
-def _describes(part: Config, heads: Heads) -> bool:
-    """Whether this part says how many query heads the decoder has."""
-    return any(
-        value == heads.query and words & {"head", "heads"} and not words & {"kv", "key", "dim", "size"}
+def _query_heads(part: Config) -> set[int]:
+    """Return what this part says of the number of query heads: nothing, or one number, or several that may mean it."""
+    return {
+        value
         for words, value in ((_words(key), value) for key, value in part.items())
         if isinstance(value, int) and not isinstance(value, bool)
-    )
+        if words & {"head", "heads"} and not words & {"kv", "key", "dim", "size"}
+    }

@@ -134,7 +134,7 @@ def _data_names(target: Path, files: Iterable[WeightFile], data: str | None) -> 
         return {}, free_name(target, {file.location for file in files})
     fresh = numbered(data)
     names = dict(zip((file.location for file in files), fresh, strict=False))
-    return names, target.with_name(next(fresh))
+    return names, target.with_name(next(name for name in fresh if name not in names))
 
 
 def _carry_side_files(

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from kvsurgeon import io
 from kvsurgeon.anatomy import Decoder, find_decoder
+from kvsurgeon.io.config import Change
 
 Source = str | Path | onnx.ModelProto | ir.Model
 
@@ -64,6 +65,8 @@ class Changed:
 
     edits: int  # nodes added, removed or altered
     notes: tuple[str, ...] = ()  # what a reader should know: what was assumed, what could not be proved
+    exact: bool = True  # whether the model computes what it did: else the judge says how much was lost
+    heads: Change | None = None  # what became of the attention heads, for `config.json` to follow
 
 
 @dataclass(frozen=True, kw_only=True)
