@@ -69,7 +69,7 @@ def command_of(entry: Entry) -> Callable[..., None]:
         texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in given.items()}
         texts = {name: text for name, text in texts.items() if text is not None}
         wanted = build(pass_class, entry.name, texts)
-        writing = {"verify": verify, "copy_weights": copy_weights, "pack": pack, "json": json}
+        writing: dict[str, Any] = {"verify": verify, "copy_weights": copy_weights, "pack": pack, "json": json}
         if target is not None:
             changed = {name: getattr(wanted, name) for name in texts if getattr(wanted, name) != defaults.get(name)}
             deliver(model, target, output, options=changed, **writing)
