@@ -209,6 +209,9 @@ def _open_locked(path: Path) -> tuple[Path, BinaryIO]:
 def _name(pending: _Pending) -> None:
     """Let the file be what its path names, in one step for whoever looks."""
     if pending.temporary is None:
+        with suppress(FileExistsError):
+            _name_open_file(pending.file, pending.path)
+            return
         pending.temporary = _hidden(pending.path)
         if fcntl is not None:
             fcntl.flock(pending.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
