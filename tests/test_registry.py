@@ -48,7 +48,7 @@ def test_a_function_of_a_package_becomes_a_pass_with_its_parameters_as_options(s
 
 def test_an_unknown_name_lists_the_known(site):
     install("sample", site)
-    with pytest.raises(UsageError, match=r"no pass called injct; there are: inject, annotate, swap-addends"):
+    with pytest.raises(UsageError, match=r"no pass called injct; there are: inject, .*annotate, swap-addends"):
         registry.find("injct")
 
 

@@ -17,6 +17,8 @@ GROUP = "kvsurgeon.passes"
 
 BUILT_IN = {
     "inject": "kvsurgeon.passes.inject:Inject",
+    "eject": "kvsurgeon.passes.eject:Eject",
+    "retarget": "kvsurgeon.passes.retarget:Retarget",
 }
 
 COMMANDS = ("inspect", "run", "passes", "targets", "verify", "generate", "demo")  # names that a pass may not take

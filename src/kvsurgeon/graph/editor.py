@@ -130,7 +130,7 @@ class Editor:
                 self.edits += 1
         self._give_names_back(alive)
         for value in list(self.graph.initializers.values()):
-            used = value.uses() or value.is_graph_output() or value.is_graph_input()
+            used = value in alive or value.is_graph_output() or value.is_graph_input()
             if not used and (value in self._alive or value in self._constants.values()):
                 self.graph.initializers.pop(value.name or "")
         self.graph.sort()

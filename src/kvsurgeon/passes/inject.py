@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.cache.joins import find_joins
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.plain import in_plain_words
@@ -70,7 +71,7 @@ class Inject:
         """
         model = in_plain_words(subject.model)
         with room_for_deep_graphs():
-            analysis = analyse(model)
+            analysis = _analysed(model)
             proof = prove(analysis)
             plan = plan_cache(self, analysis, proof)
             editor = Editor(model)
@@ -80,6 +81,20 @@ class Inject:
         if proof.limit is not None:
             notes.append(f"context changes beyond {proof.limit} tokens, so the model stops with an error there")
         return Changed(edits=editor.edits, notes=tuple(notes))
+
+
+def _analysed(model: ir.Model) -> Analysis:
+    """The analysis of a decoder, or why there is none; a cache that is there already is the likeliest reason."""
+    try:
+        return analyse(model)
+    except Refused as refusal:
+        joins = find_joins(model.graph)
+        if not joins:
+            raise
+        raise Refused(
+            "the model already has a cache", at=joins[0].past.name, found=f"its present `{joins[0].present.name}`",
+            hint="eject takes it out, retarget gives it another form",
+        ) from refusal  # fmt: skip
 
 
 class _Injection:

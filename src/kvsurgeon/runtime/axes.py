@@ -133,6 +133,6 @@ def _size(tensor: Tensor, dim: Dim, batch: int) -> int:
     merged = _BATCHED.fullmatch(str(dim).replace(" ", ""))
     if merged is not None:
         return batch * int(merged.group(1) or 1) * int(merged.group(2) or 1)
-    if dim == tensor.dims[0] and tensor.name.startswith("past_key_values."):
+    if dim == tensor.dims[0] and str(dim).isidentifier():
         return batch
     raise UsageError(f"expected a number, batch_size or past_sequence_length, found dim `{dim}` - at `{tensor.name}`")

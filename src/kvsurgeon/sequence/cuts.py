@@ -79,7 +79,7 @@ def choose(flow: Flow, place: Place, heads: int = 1) -> Memory:
     assert operand is not None
     width = features_of(flow, place)
     best: tuple[tuple[int, bool, int, int], Memory] | None = None
-    for distance, value in enumerate(_bottlenecks(flow, operand)):
+    for distance, value in enumerate(bottlenecks(flow, operand)):
         memory = describe(flow, value, heads)
         if memory is None:
             continue
@@ -114,7 +114,7 @@ def features_of(flow: Flow, place: Place) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def _bottlenecks(flow: Flow, operand: ir.Value) -> Iterator[ir.Value]:
+def bottlenecks(flow: Flow, operand: ir.Value) -> Iterator[ir.Value]:
     """Tensors through which all token data of an operand passes, from the product upwards to the projection."""
     order = {operand: 0}
     frontier = [operand]

@@ -1,0 +1,150 @@
+"""Which inputs are a past, and which outputs their presents: decided by what the graph computes, never by names.
+
+A present is an input with new rows joined behind it along one axis. The graph writes that as a `Concat`, or leaves it
+to an operator that declares a past and a present of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.sequence.kinds import real_inputs
+from kvsurgeon.shapes.fact import axis_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """Where an operator declares a past and its present, and where it is given the new rows."""
+
+    past: int  # index of the input
+    present: int  # index of the output
+    rows: int  # index of the input
+    axis: int  # of the sequence, in past and present
+
+
+# Sources: the schemas of ONNX `Attention` (opset 23) and of onnxruntime's contrib operators.
+SLOTS: dict[tuple[str, str], tuple[Slot, ...]] = {
+    ("", "Attention"): (Slot(past=4, present=1, rows=1, axis=2), Slot(past=5, present=2, rows=2, axis=2)),
+    ("com.microsoft", "GroupQueryAttention"): (
+        Slot(past=3, present=1, rows=1, axis=2),
+        Slot(past=4, present=2, rows=2, axis=2),
+    ),
+    ("com.microsoft", "MultiHeadAttention"): (
+        Slot(past=6, present=1, rows=1, axis=2),
+        Slot(past=7, present=2, rows=2, axis=2),
+    ),
+    ("com.microsoft", "Attention"): (Slot(past=4, present=1, rows=0, axis=3),),
+}
+
+_RESHAPED = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})  # the same elements in the same order
+
+
+@dataclass(frozen=True, kw_only=True)
+class Join:
+    """An input that new rows are joined to, and the output that returns both."""
+
+    past: ir.Value
+    present: ir.Value
+    node: ir.Node  # the `Concat`, or the operator that has a past of its own
+    slot: Slot | None  # where the operator declares it; None for a `Concat`
+    axis: int  # of the sequence in the past
+
+
+def find_joins(graph: ir.Graph) -> tuple[Join, ...]:
+    """Return every past with its present, in the order of the graph's inputs.
+
+    Raises:
+        Refused: An input is returned twice, or its sequence axis cannot be told.
+    """
+    order = {value: place for place, value in enumerate(real_inputs(graph))}
+    found: dict[ir.Value, Join] = {}
+    for present in graph.outputs:
+        join = _join(present, order)
+        if join is None:
+            continue
+        if join.past in found:
+            raise Refused(
+                "one past is returned by two outputs", at=join.past.name,
+                found=f"`{found[join.past].present.name}` and `{present.name}`",
+            )  # fmt: skip
+        found[join.past] = join
+    return tuple(sorted(found.values(), key=lambda join: order[join.past]))
+
+
+def slots_of(node: ir.Node) -> tuple[Slot, ...]:
+    """Return where an operator declares pasts of its own."""
+    return SLOTS.get((node.domain.replace("ai.onnx", ""), node.op_type), ())
+
+
+def _join(present: ir.Value, inputs: dict[ir.Value, int]) -> Join | None:
+    joined, _ = _behind_views(present)
+    node = joined.producer()
+    if node is None:
+        return None
+    for slot in slots_of(node):
+        value = node.inputs[slot.past] if slot.past < len(node.inputs) else None
+        if joined is node.outputs[min(slot.present, len(node.outputs) - 1)] and value is not None:
+            past, views = _behind_views(value)
+            if past in inputs:
+                axis = _axis_before(views, slot.axis, past)
+                return Join(past=past, present=present, node=node, slot=slot, axis=axis)
+    if node.op_type != "Concat" or len(node.inputs) < 2 or node.inputs[0] is None:
+        return None
+    past, views = _behind_views(node.inputs[0])
+    if past not in inputs or past.shape is None or not len(past.shape):
+        return None
+    axis = _axis_before(views, node.attributes["axis"].as_int(), past)
+    return Join(past=past, present=present, node=node, slot=None, axis=axis)
+
+
+def _behind_views(value: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
+    """The value whose elements these are, rearranged or not, and the nodes that rearranged them, last one first."""
+    views: list[ir.Node] = []
+    while (node := value.producer()) is not None and _is_view(node):
+        views.append(node)
+        source = node.inputs[0]
+        assert source is not None
+        value = source
+    return value, views
+
+
+def _is_view(node: ir.Node) -> bool:
+    if node.domain not in ("", "ai.onnx") or not node.inputs or node.inputs[0] is None:
+        return False
+    alone = node.op_type == "Concat" and len(node.inputs) == 1
+    return alone or node.op_type in ("Identity", "Transpose") or node.op_type in _RESHAPED
+
+
+def _axis_before(views: list[ir.Node], axis: int, past: ir.Value) -> int:
+    """Which axis of the past became this one."""
+    if past.shape is None:
+        raise Refused("an input has no shape", at=past.name, expected="the shape of a past")
+    if any(view.op_type in _RESHAPED for view in views):
+        return _only_open_axis(past)
+    axis = axis_of(axis, len(past.shape))
+    for view in views:
+        if view.op_type == "Transpose":
+            order = view.attributes["perm"].as_ints() if "perm" in view.attributes else None
+            axis = len(past.shape) - 1 - axis if order is None else order[axis]
+    return axis
+
+
+def _only_open_axis(past: ir.Value) -> int:
+    """The sequence axis of a past that is reshaped before it is joined: the only one that may have any size."""
+    places = list(_open_axes(past))
+    if len(places) != 1:
+        raise Refused(
+            "the past is reshaped before it is joined, and which axis is its sequence cannot be told",
+            at=past.name, expected="one axis of any size behind the batch", found=str(past.shape),
+        )  # fmt: skip
+    return places[0]
+
+
+def _open_axes(past: ir.Value) -> Iterator[int]:
+    for place, size in enumerate(past.shape or ()):
+        if place and not isinstance(size, int):
+            yield place

@@ -1,0 +1,95 @@
+"""What a cache looks like from outside: names, order, layout and type of each entry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.sequence.analysis import Analysis
+from kvsurgeon.sequence.cuts import bottlenecks
+
+CANONICAL_AXIS = 2  # of the sequence in [batch, kv_heads, sequence, head_dim]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheEntry:
+    """One past input with its present output, and the tensor of the graph that they remember.
+
+    Attributes:
+        past: Name of the input.
+        present: Name of the output.
+        dtype: Type of both.
+        shape: Dimensions of the input as the model declares them; None where one has no name.
+        axis: Place of the sequence among them.
+        rows: Name of the value that holds the rows of the new tokens, in the graph without the cache.
+        layer: Attention layer that reads it, counted in execution order among those with entries; see `located`.
+        kind: "key" or "value"; see `located`.
+    """
+
+    past: str
+    present: str
+    dtype: ir.DataType
+    shape: tuple[int | str | None, ...]
+    axis: int
+    rows: str
+    layer: int | None = None
+    kind: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSignature:
+    """A whole cache, in the order of the graph's inputs.
+
+    Attributes:
+        entries: Its pasts and presents.
+        outputs: The names of the presents in the order of the graph's outputs.
+    """
+
+    entries: tuple[CacheEntry, ...]
+    outputs: tuple[str, ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the pasts in the order of the graph's inputs."""
+        return tuple(entry.past for entry in self.entries)
+
+    def located(self, analysis: Analysis) -> CacheSignature:
+        """Return the signature with the layer and the kind of each entry, by what attention reads it.
+
+        This is also what shows that it is a cache: the rows lie between a projection and a product of attention.
+
+        Args:
+            analysis: Of the graph without the cache.
+
+        Raises:
+            Refused: No attention reads what was remembered.
+        """
+        places = _places(analysis, {entry.rows for entry in self.entries})
+        for entry in self.entries:
+            if entry.rows not in places:
+                raise Refused(
+                    "what is remembered is neither a key nor a value of any attention", at=entry.past,
+                    found=f"new rows `{entry.rows}`",
+                )  # fmt: skip
+        found = ((entry, *places[entry.rows]) for entry in self.entries)
+        return replace(self, entries=tuple(replace(entry, layer=layer, kind=kind) for entry, layer, kind in found))
+
+
+def _places(analysis: Analysis, rows: set[str]) -> dict[str, tuple[int, str]]:
+    """Layer and kind of each value that is remembered, by its name."""
+    places: dict[str, tuple[int, str]] = {}
+    layer = 0
+    for head in analysis.heads:
+        fresh = False
+        for kind, operands in (("key", head.keys), ("value", head.values)):
+            for node, index in (operand.place for operand in operands):
+                value = node.inputs[index]
+                assert value is not None
+                passed = {one.name or "" for one in bottlenecks(analysis.flow, value)} & rows
+                for name in passed - set(places):
+                    places[name] = (layer, kind)
+                    fresh = True
+        layer += fresh
+    return places

@@ -1,0 +1,114 @@
+"""Take the cache out of a model, and put one back under the names that it had."""
+
+from __future__ import annotations
+
+from collections.abc import MutableSequence, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from kvsurgeon import cache
+from kvsurgeon.cache.signature import CANONICAL_AXIS, CacheEntry, CacheSignature
+from kvsurgeon.errors import Refused
+from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.recursion import room_for_deep_graphs
+from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.passes.inject import Inject
+from kvsurgeon.sequence.analysis import analyse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eject:
+    """Take past inputs and present outputs out, so that the model computes whole texts, as before it had a cache.
+
+    Before: `input_ids`, masks for all tokens so far and pasts give `logits` and presents. After: `input_ids [batch,
+    length]` and masks of the same length give `logits`: those of a first call, in which the past is empty.
+
+    Not handled: a past of fixed length, a past that is read for more than being joined to new rows.
+    """
+
+    name: ClassVar[str] = "eject"
+
+    def apply(self, subject: Subject) -> Outcome:
+        """Take the cache out of `subject.model`.
+
+        Raises:
+            Refused: It cannot be taken out; the model is left as it was.
+        """
+        with room_for_deep_graphs():
+            ejection = cache.eject(subject.model)
+        if ejection is None:
+            return Unchanged(reason="it has no cache: no input is joined with new rows into an output")
+        subject.model = ejection.model
+        return Changed(edits=ejection.edits)
+
+
+def take_out(subject: Subject) -> CacheSignature | None:
+    """Take the cache out of `subject.model` and return what it looked like; None where it has none.
+
+    Raises:
+        Refused: It cannot be taken out, or what is remembered is no attention's; the model is left as it was.
+    """
+    with room_for_deep_graphs():
+        ejection = cache.eject(subject.model)
+        if ejection is None:
+            return None
+        signature = ejection.signature.located(analyse(ejection.model))
+    for entry in signature.entries:
+        if len(entry.shape) != 4 or entry.axis != CANONICAL_AXIS:
+            raise Refused(
+                "the cache lies in a way of its own, and could not be put back so", at=entry.past,
+                expected="[batch, kv_heads, sequence, head_dim]", found=str(list(entry.shape)),
+                hint="retarget gives it the usual layout",
+            )  # fmt: skip
+    subject.model = ejection.model
+    subject.changed()
+    return signature
+
+
+def put_back(subject: Subject, signature: CacheSignature) -> Outcome:
+    """Inject a cache whose entries have the names and the order that `signature` says.
+
+    What was taken out need not be what comes back: between the two the heads may have changed. Keys have the names
+    that keys had and values those of values, layer by layer.
+
+    Raises:
+        Refused: The model cannot be given a cache soundly, or needs entries that have no name.
+    """
+    outcome = _UNNAMED.apply(subject)
+    graph = subject.model.graph
+    editor = Editor(subject.model)
+    for kind in ("key", "value"):
+        named = [entry for entry in sorted(signature.entries, key=_layer) if entry.kind == kind]
+        pasts, presents = (_of_kind(values, kind) for values in (graph.inputs, graph.outputs))
+        if len(pasts) > len(named):
+            raise Refused(f"the cache needs {len(pasts)} {kind} entries, and there are names for {len(named)}")
+        for entry, past, present in zip(named, pasts, presents, strict=False):
+            for value, name in ((past, entry.past), (present, entry.present)):
+                editor.free(name)
+                value.name = name
+    _in_order(graph.inputs, signature.inputs)
+    _in_order(graph.outputs, signature.outputs)
+    return outcome
+
+
+_UNNAMED = Inject(past="kvsurgeon.past.{layer}.{kind}", present="kvsurgeon.present.{layer}.{kind}")
+
+
+def _layer(entry: CacheEntry) -> int:
+    assert entry.layer is not None, "the signature is not located"
+    return entry.layer
+
+
+def _of_kind(values: Sequence[ir.Value], kind: str) -> list[ir.Value]:
+    """The new entries of a kind, in the order of their layers."""
+    return [v for v in values if (v.name or "").startswith("kvsurgeon.") and (v.name or "").endswith(kind)]
+
+
+def _in_order(values: MutableSequence[ir.Value], names: Sequence[str]) -> None:
+    """Put the values of these names behind all others, in the order of the names."""
+    places = {name: place for place, name in enumerate(names)}
+    ordered = sorted(values, key=lambda value: places.get(value.name or "", -1))
+    values.clear()
+    values.extend(ordered)

@@ -1,0 +1,235 @@
+"""A cache comes out as it went in: what remains is the first call, and what is put back is the cache there was."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from decoders import CachedDecoder, Config
+from exports import NAMES, ONE_OF_EACH, export, injected_export
+from laws import ALLOWED, assert_law, difference, dims_of, in_onnxruntime, texts
+from written import read
+
+from kvsurgeon import io
+from kvsurgeon.errors import Refused
+from kvsurgeon.passes.contract import Changed, Subject, Unchanged
+from kvsurgeon.passes.eject import Eject, put_back, take_out
+from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.retarget import Retarget
+from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.surgery import operate
+
+JOINED = """case (float[b, n, 8] x, float[b, p, 8] keys, float[b, p, 8] values)
+=> (float[b, n, 8] logits, float[b, t, 8] all_keys, float[b, t, 8] all_values)
+<float[8, 8] wq, float[8, 8] wk, float[8, 8] wv, int64 nought = {0}, int64 one = {1}, int64[1] first = {0},
+ int64[1] second = {1}, float low = {-10000.0}>
+{
+  q = MatMul(x, wq)
+  k = MatMul(x, wk)
+  v = MatMul(x, wv)
+  all_keys = Concat<axis = 1>(keys, k)
+  all_values = Concat<axis = 1>(values, v)
+  before = Shape(keys)
+  past = Gather(before, one)
+  sizes = Shape(x)
+  new = Gather(sizes, one)
+  total = Add(past, new)
+  columns = Range(nought, total, one)
+  rows = Range(past, total, one)
+  column = Unsqueeze(columns, first)
+  row = Unsqueeze(rows, second)
+  allowed = LessOrEqual(column, row)
+  kt = Transpose<perm = [0, 2, 1]>(all_keys)
+  s = MatMul(q, kt)
+  masked = Where(allowed, s, low)
+  w = Softmax<axis = -1>(masked)
+  logits = MatMul(w, all_values)
+}"""
+
+FUSED = """case (float[b, n, 8] x, float[b, 2, p, 4] a, float[b, 2, p, 4] b)
+=> (float[b, n, 8] logits, float[b, 2, t, 4] c, float[b, 2, t, 4] d)
+<float[8, 8] wk, float[8, 8] wv>
+{
+  k = MatMul(x, wk)
+  v = MatMul(x, wv)
+  logits, c, d = Attention<q_num_heads = 2, kv_num_heads = 2, is_causal = 1>(x, k, v, "", a, b)
+}"""
+
+
+def ejected(model: onnx.ModelProto) -> onnx.ModelProto:
+    subject = Subject.of(model)
+    assert isinstance(Eject().apply(subject), Changed)
+    result = io.to_proto(subject.model)
+    onnx.checker.check_model(result)
+    return result
+
+
+def injected(model: onnx.ModelProto) -> onnx.ModelProto:
+    subject = Subject.of(model)
+    Inject().apply(subject)
+    return io.to_proto(subject.model)
+
+
+def assert_same(one: onnx.ModelProto, other: onnx.ModelProto) -> None:
+    """Whole texts, the second padded on the left, give the same logits."""
+    feeds = texts(one)
+    expected, found = (in_onnxruntime(model)(feeds)["logits"] for model in (one, other))
+    assert difference(found, expected, feeds.get("attention_mask")) <= ALLOWED[str(expected.dtype)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_injected_comes_out_again(name):
+    result = ejected(injected_export(name))
+    assert [value.name for value in result.graph.input] == [value.name for value in export(name).graph.input]
+    assert [value.name for value in result.graph.output] == [value.name for value in export(name).graph.output]
+    assert_same(export(name), result)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_what_came_out_goes_in_again(name):
+    assert_law(export(name), injected(ejected(injected_export(name))))
+
+
+@pytest.mark.parametrize("config", [Config(), Config(attention_mask=False), Config(position_ids=True)])
+def test_a_cache_of_another_hand_comes_out(config):
+    cached = CachedDecoder(config).model()
+    result = ejected(cached)
+    assert not any("past" in dim for value in result.graph.input for dim in map(str, dims_of(value)))
+    assert_law(result, cached)
+    assert_law(result, injected(result))
+
+
+def test_names_say_nothing():
+    result = ejected(read(JOINED))
+    assert [value.name for value in result.graph.input] == ["x"]
+    assert [value.name for value in result.graph.output] == ["logits"]
+    x = texts(result)["x"]
+    empty = np.zeros((2, 0, 8), np.float32)
+    expected = in_onnxruntime(read(JOINED))({"x": x, "keys": empty, "values": empty})["logits"]
+    assert difference(in_onnxruntime(result)({"x": x})["logits"], expected) == 0
+    assert_law(result, injected(result))
+
+
+def test_lengths_made_of_the_past_are_written_anew():
+    result = ejected(read(JOINED))
+    kinds = [node.op_type for node in result.graph.node]
+    assert "Concat" not in kinds
+    assert "Add" not in kinds  # past + new is new
+    assert kinds.count("Shape") == 1
+
+
+def test_an_operator_loses_the_past_that_it_declares():
+    result = ejected(read(FUSED, opset=23))
+    (node,) = (node for node in result.graph.node if node.op_type == "Attention")
+    assert list(node.output) == ["logits"]
+    assert len(node.input) == 3
+    assert_law(result, injected(result))
+
+
+def test_a_past_that_lies_otherwise_comes_out():
+    text = JOINED.replace("float[b, p, 8] keys", "float[b, 8, p] keys").replace("t, 8] all_keys", "8, t] all_keys")
+    text = text.replace("Concat<axis = 1>(keys, k)", "Concat<axis = 2>(keys, kr)").replace(
+        "k = MatMul(x, wk)", "k = MatMul(x, wk)\n  kr = Transpose<perm = [0, 2, 1]>(k)"
+    )
+    text = text.replace("kt = Transpose<perm = [0, 2, 1]>(all_keys)", "kt = Identity(all_keys)")
+    text = text.replace("past = Gather(before, one)", "last = Add(one, one)\n  past = Gather(before, last)")
+    result = ejected(read(text))
+    assert_same(ejected(read(JOINED)), result)
+
+
+@pytest.mark.parametrize("opset", [18])
+def test_a_mask_as_long_as_the_past_goes_too(opset):
+    text = JOINED.replace("float[b, p, 8] values)", "float[b, p, 8] values, float[b, p] bias)").replace(
+        "s = MatMul(q, kt)",
+        "s0 = MatMul(q, kt)\n  own = ReduceSum<keepdims = 0>(x, two)\n  none = Mul(own, zero)\n"
+        "  bias_all = Concat<axis = 1>(bias, none)\n  bias_row = Unsqueeze(bias_all, second)\n"
+        "  s = Add(s0, bias_row)",
+    )
+    text = text.replace("int64 nought", "int64[1] two = {2}, float zero = {0.0}, int64 nought")
+    assert_same(ejected(read(JOINED)), ejected(read(text, opset)))
+
+
+AGAIN = "all_values = Concat<axis = 1>(values, v)"
+REFUSED = {
+    "fixed length": JOINED.replace("b, p, 8", "b, 4, 8"),
+    "more than joining": JOINED.replace(
+        "s = MatMul(q, kt)", "s0 = MatMul(q, kt)\n  m = ReduceSum<keepdims = 0>(keys)\n  s = Add(s0, m)"
+    ),
+    "two outputs": JOINED.replace("all_values)\n<", "all_values, float[b, t, 8] again)\n<").replace(
+        AGAIN, f"{AGAIN}\n  {AGAIN.replace('all_values', 'again')}"
+    ),
+}
+
+
+@pytest.mark.parametrize(("reason", "text"), REFUSED.items())
+def test_what_cannot_come_out_stays_as_it_is(reason, text):
+    subject = Subject.of(read(text))
+    before = io.to_proto(subject.model).SerializeToString(deterministic=True)
+    with pytest.raises(Refused, match=reason):
+        Eject().apply(subject)
+    assert io.to_proto(subject.model).SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("one", [Eject(), Retarget()])
+def test_without_a_cache_nothing_is_done(one):
+    outcome = one.apply(Subject.of(export("decoder")))
+    assert isinstance(outcome, Unchanged)
+    assert "has no cache" in outcome.reason
+
+
+def test_names_and_order_come_back():
+    model = CachedDecoder(Config(layers=2)).model()
+    rename(model, {"past_key_values.0.key": "k", "past_key_values.1.key": "present.0.key", "present.0.key": "kk"})
+    model.graph.input.insert(0, model.graph.input.pop())
+    order = [value.name for value in model.graph.input], [value.name for value in model.graph.output]
+    subject = Subject.of(model)
+    signature = take_out(subject)
+    assert [(entry.layer, entry.kind) for entry in signature.entries] == [
+        (1, "value"), (0, "key"), (0, "value"), (1, "key")
+    ]  # fmt: skip
+    whole = io.to_proto(subject.model)
+    put_back(subject, signature)
+    result = io.to_proto(subject.model)
+    assert [value.name for value in result.graph.input][-4:] == [name for name in order[0] if name in signature.inputs]
+    assert [value.name for value in result.graph.output] == order[1]
+    assert {dims_of(value)[1] for value in result.graph.input[-4:]} == {2}
+    assert whole.graph.output[0].name == "logits"
+
+
+def rename(model: onnx.ModelProto, names: dict[str, str]) -> None:
+    for value in (*model.graph.input, *model.graph.output):
+        value.name = names.get(value.name, value.name)
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+
+
+def test_a_cache_in_a_layout_of_its_own_is_not_put_back():
+    with pytest.raises(Refused, match="in a way of its own"):
+        take_out(Subject.of(read(JOINED)))
+
+
+def test_what_no_attention_reads_is_no_cache():
+    text = JOINED.replace("all_keys = Concat<axis = 1>(keys, k)", "all_keys = Concat<axis = 1>(keys, q)")
+    text = text.replace("Transpose<perm = [0, 2, 1]>(all_keys)", "Transpose<perm = [0, 2, 1]>(k)")
+    with pytest.raises(Refused, match="neither a key nor a value"):
+        Retarget().apply(Subject.of(read(text)))
+
+
+@pytest.mark.parametrize("model", [read(JOINED), read(FUSED, opset=23), CachedDecoder(Config(layers=2)).model()])
+def test_another_cache_is_judged_call_by_call(model):
+    surgery = operate(model, Pipeline((Retarget(past="k.{layer}.{kind}", present="p.{layer}.{kind}"),)))
+    assert surgery.sameness.verdict == "same"
+    names = [value.name for value in surgery.model.graph.inputs]
+    assert "k.0.key" in names
+    assert not any("past" in name for name in names)
+
+
+@pytest.mark.parametrize("model", [read(JOINED), CachedDecoder(Config(layers=2)).model()])
+def test_the_judge_runs_what_remains(model):
+    assert operate(model, Pipeline((Eject(),))).sameness.verdict == "same"
+
+
+def test_inject_says_what_to_do_with_a_cache():
+    with pytest.raises(Refused, match=r"already has a cache.* - at `keys` \(eject takes it out, retarget"):
+        Inject().apply(Subject.of(read(JOINED)))
