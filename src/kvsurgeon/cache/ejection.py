@@ -21,7 +21,7 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.liveness import read_by
 from kvsurgeon.graph.plain import in_plain_words
 from kvsurgeon.sequence.kinds import read_inputs, real_inputs
-from kvsurgeon.sequence.lengths import Lengths
+from kvsurgeon.sequence.lengths import Lengths, Source
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import BATCH, Dimension
 from kvsurgeon.shapes.fact import Fact, Numbers, axis_of, known
@@ -231,13 +231,13 @@ def _emptied(empty: Sequence[ir.Value], joins: Sequence[Join], given: Dimensions
     return found
 
 
-def _sources(given: Dimensions) -> dict[sympy.Symbol, tuple[ir.Value, int]]:
+def _sources(given: Dimensions) -> dict[sympy.Symbol, Source]:
     """Where each length can be read at run time."""
-    sources: dict[sympy.Symbol, tuple[ir.Value, int]] = {}
+    sources: dict[sympy.Symbol, Source] = {}
     for value, sizes in given.items():
         for axis, size in enumerate(sizes):
             if not isinstance(size, int):
-                sources.setdefault(size, (value, axis))
+                sources.setdefault(size, Source(value=value, axis=axis))
     return sources
 
 
