@@ -10,6 +10,8 @@ import onnx_ir as ir
 
 from kvsurgeon.graph.liveness import find_alive
 
+Words = Sequence[int | str | None]
+
 
 class Editor:
     """Add and rewire nodes of a graph; `finish` drops what nobody can see and restores the order."""
@@ -77,7 +79,7 @@ class Editor:
         *,
         wish: str,
         dtype: ir.DataType | None = None,
-        shape: Sequence[int | str | None] | None = None,
+        shape: Words | None = None,
     ) -> ir.Value:
         """Add a node and return its output, called as close to `wish` as can be."""
         name = self.name(wish)
@@ -115,6 +117,29 @@ class Editor:
         if node.inputs[index] is not value:
             node.replace_input_with(index, value)
             self.edits += 1
+
+    def continue_with(
+        self, value: ir.Value, operator: str, more: Sequence[ir.Value], dtype: ir.DataType, shapes: tuple[Words, Words]
+    ) -> ir.Value:
+        """Add a node that reads `value`; whoever read the value reads the result, which takes over name and metadata.
+
+        Args:
+            value: The value.
+            operator: The node's operator.
+            more: The node's other inputs.
+            dtype: The type of both.
+            shapes: What is true of the value from now on, and of the result.
+        """
+        users, name = list(value.uses()), value.name or ""
+        result = self.node(operator, [value, *more], wish=name, dtype=dtype, shape=shapes[1])
+        value.type, value.shape = ir.TensorType(dtype), ir.Shape(shapes[0])
+        for user, index in users:
+            self.rewire(user, index, result)
+        value.name, result.name = result.name, name
+        maker, node = value.producer(), result.producer()
+        if maker is not None and node is not None:
+            node.metadata_props.update(maker.metadata_props)
+        return result
 
     def drop_attribute(self, node: ir.Node, name: str) -> None:
         """Leave an attribute to its default."""

@@ -18,8 +18,9 @@ from kvsurgeon.passes.contract import Changed, Outcome, Subject
 from kvsurgeon.passes.idioms.entries import USUAL, Layout
 from kvsurgeon.passes.idioms.plan import Plan, find_sources, plan_cache
 from kvsurgeon.sequence.analysis import Analysis, analyse
-from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
+from kvsurgeon.sequence.axes import Axes, Role, SequenceAxis
 from kvsurgeon.sequence.flow import FusedAttention
+from kvsurgeon.sequence.grouping import Grouping
 from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.lengths import PAST, SO_FAR, Lengths
 from kvsurgeon.sequence.proof import prove
@@ -119,12 +120,15 @@ class _Injection:
         lengths = Lengths(self.editor, sources, total=self.idiom.total, limit=self.limit)
         views = Views(self.flow, self.editor, lengths, self.analysis.inputs, self.analysis.same)
         tokens = Tokens(self.flow, self.editor, lengths, views, before)
-        presents = self._join(pasts, lengths, views, tokens)
+        grouping = Grouping(flow=self.flow, tokens=tokens, layouts=Layouts(self.editor, lengths))
+        presents = self._join(pasts, grouping)
         for node in self.nodes:
             if any(self.flow.kinds.get(value) is Kind.TOKEN for value in node.outputs):
                 tokens.rewire(node)
         self._spell_masks(lengths, before)
         self._write_shapes()
+        for head in self.analysis.heads:
+            grouping.regroup(head)
         self.graph.outputs.extend(presents)
         self.editor.finish()
 
@@ -141,19 +145,18 @@ class _Injection:
         self.graph.inputs.extend(pasts)
         return pasts
 
-    def _join(self, pasts: Sequence[ir.Value], lengths: Lengths, views: Views, tokens: Tokens) -> list[ir.Value]:
+    def _join(self, pasts: Sequence[ir.Value], grouping: Grouping) -> list[ir.Value]:
         """Join past and new rows; what is downstream of the cut reads the whole."""
         presents = []
-        layouts = Layouts(self.editor, lengths)
         for entry, past in zip(self.entries, pasts, strict=True):
-            memory = entry.memory
-            kept, own_type = entry.dtype, memory.dtype
-            rows = self._cast(layouts.as_cache(memory, entry.order), own_type, kept, f"{entry.present}.rows")
-            joined = self.idiom.join(self.editor, lengths, entry, past, rows)
-            shape = self.flow.shapes[memory.value].shape or ()
-            own = views.sizes(shape, tokens.axes_at(memory.value, Length.TOTAL))
-            whole = self._cast(joined.whole, kept, own_type, f"{entry.present}.wide")
-            tokens.remember(memory.value, layouts.from_cache(memory, whole, own, entry.order))
+            kept, own_type = entry.dtype, entry.memory.dtype
+            rows = self._cast(
+                grouping.layouts.as_cache(entry.memory, entry.order), own_type, kept, f"{entry.present}.rows"
+            )
+            joined = self.idiom.join(self.editor, grouping.layouts.lengths, entry, past, rows)
+            grouping.remember(
+                entry.memory, self._cast(joined.whole, kept, own_type, f"{entry.present}.wide"), entry.order
+            )
             presents.append(joined.present)
         return presents
 

@@ -31,8 +31,12 @@ class Layouts:
 
     def from_cache(self, memory: Memory, present: ir.Value, own: Sequence[Dimension], order: Order = USUAL) -> ir.Value:
         """The whole cache in the tensor's own layout, whose dimensions at the total length are `own`."""
-        back = [order.index(place) for place in range(4)]
-        return self._own(memory, self._transposed(memory, present, back, f"{memory.value.name}.all_rows"), own)
+        return self._own(memory, self.all_rows(memory, present, order), own)
+
+    def all_rows(self, memory: Memory, present: ir.Value, order: Order = USUAL, wanted: Order = USUAL) -> ir.Value:
+        """The whole cache, which has its axes in one order, in another."""
+        places = [order.index(place) for place in wanted]
+        return self._transposed(memory, present, places, f"{memory.value.name}.all_rows")
 
     def _rows(self, memory: Memory) -> ir.Value:
         """The tensor's new rows, as [batch, heads, sequence, head_dim]."""

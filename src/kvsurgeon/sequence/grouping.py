@@ -1,0 +1,126 @@
+"""Keys and values are multiplied where they lie in the cache.
+
+An export repeats the heads of keys and values for the queries that share them, scales them and lays them out anew: at
+every step, for all tokens so far. The queries that share a head are as well rows of one product with it, and there is
+one row for a new token only: [batch, heads * repeats, rows, head_dim] is [batch, heads, repeats * rows, head_dim]
+without a number being moved.
+Source of the grouping: Ainslie et al., "GQA", 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from kvsurgeon.sequence.analysis import Head, Operand
+from kvsurgeon.sequence.axes import Length
+from kvsurgeon.sequence.cuts import Memory
+from kvsurgeon.sequence.flow import Flow
+from kvsurgeon.sequence.reading import FEATURES, TOKENS, Reading, read
+from kvsurgeon.sequence.remember import USUAL, Layouts, Order
+from kvsurgeon.sequence.targets import reshape_target
+from kvsurgeon.sequence.tokens import Tokens
+from kvsurgeon.sequence.words import spelled
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.dimension import Dimension
+
+_PRODUCTS = frozenset({"MatMul", "FusedMatMul"})
+_MOVES_QUERIES = ("transA", "transBatchA", "transBatchB")  # attributes of FusedMatMul
+_AS_COLUMNS: Order = (0, 1, 3, 2)
+
+
+class Grouping:
+    """Gives products what is remembered, and lets them read the cache as it is where that saves work."""
+
+    def __init__(self, flow: Flow, tokens: Tokens, layouts: Layouts) -> None:
+        self.flow = flow
+        self.tokens = tokens
+        self.layouts = layouts
+        self.editor = tokens.editor
+        self._caches: dict[ir.Value, tuple[ir.Value, Order]] = {}
+
+    def remember(self, memory: Memory, whole: ir.Value, order: Order) -> None:
+        """Let what is downstream of the cut read `whole`: all tokens so far, with the axes in that order."""
+        shape = self.flow.shapes[memory.value].shape or ()
+        own = self.tokens.views.sizes(shape, self.tokens.axes_at(memory.value, Length.TOTAL))
+        self.tokens.remember(memory.value, self.layouts.from_cache(memory, whole, own, order))
+        self._caches[memory.value] = whole, order
+
+    def regroup(self, head: Head) -> None:
+        """Regroup the products of one attention, where it saves work for every token so far."""
+        for operand in head.keys:
+            self._regroup(operand, may_scale=True)
+        for operand in head.values:
+            self._regroup(operand, may_scale=False)
+
+    def _regroup(self, operand: Operand, *, may_scale: bool) -> None:
+        node, index = operand.place
+        value, partner = self.tokens.before[node][index], self.tokens.before[node][1 - index] if index == 1 else None
+        if not _is_plain(node) or value is None or partner is None:
+            return
+        reading = read(self.flow, self.tokens.before, value, operand.memory)
+        if reading is None or (reading.scales and not may_scale) or self._is_free(reading, operand.memory):
+            return
+        leading = [self.flow.shapes[one].shape for one in (partner, value)]
+        if leading[0] is None or leading[1] is None or not _same(leading[0][:-2], leading[1][:-2]):
+            return
+        last = reading.axes[-2:]
+        if set(last) == {(TOKENS,), (FEATURES,)} and reading.stacks_heads(last):
+            self._rewire(operand, reading, partner)
+
+    def _is_free(self, reading: Reading, memory: Memory) -> bool:
+        """Whether nothing is computed or copied: runtimes make a last swap of two axes part of the product."""
+        if reading.repeats > 1 or reading.scales or memory.effort == 2:
+            return False
+        return not any(_copies(step, is_last=step is reading.steps[-1]) for step in reading.steps)
+
+    def _rewire(self, operand: Operand, reading: Reading, partner: ir.Value) -> None:
+        (node, index), memory = operand.place, operand.memory
+        cache, order = self._caches[memory.value]
+        cache = self.layouts.all_rows(memory, cache, order, _AS_COLUMNS if reading.axes[-1] == (TOKENS,) else USUAL)
+        given = node.inputs[1 - index]
+        assert given is not None
+        for operator, scale in reading.scales:
+            inputs = [given, self.tokens.views.view(scale, ())]
+            given = self.editor.node(operator, inputs, wish=f"{partner.name}.scaled", dtype=memory.dtype)
+        apart, result = self._sizes(partner), self._sizes(node.outputs[0])
+        rows = dim.multiply(reading.repeats, apart[-2])
+        grouped = [memory.batch, memory.heads, rows, apart[-1]]
+        self.editor.rewire(node, 1 - index, self._reshaped(given, apart, grouped, memory.dtype))
+        self.editor.rewire(node, index, cache)
+        grouped = [memory.batch, memory.heads, rows, result[-1]]
+        if not _same(grouped, result):
+            target = reshape_target(self.tokens.lengths, result, grouped)
+            shapes = spelled(grouped), spelled(result)
+            self.editor.continue_with(node.outputs[0], "Reshape", [target], memory.dtype, shapes)
+
+    def _sizes(self, value: ir.Value) -> list[Dimension]:
+        return self.tokens.views.sizes(self.flow.shapes[value].shape or (), self.tokens.axes_at(value, Length.NEW))
+
+    def _reshaped(
+        self, value: ir.Value, before: Sequence[Dimension], after: Sequence[Dimension], dtype: ir.DataType
+    ) -> ir.Value:
+        if _same(before, after):
+            return value
+        target, wish = reshape_target(self.tokens.lengths, after, before), f"{value.name}.grouped"
+        return self.editor.node("Reshape", [value, target], wish=wish, dtype=dtype, shape=spelled(after))
+
+
+def _is_plain(product: ir.Node) -> bool:
+    """Whether the rows of the first operand are the rows of a result that nobody outside the graph reads."""
+    moved = any(product.attributes.get_int(name, 0) for name in _MOVES_QUERIES)
+    return product.op_type in _PRODUCTS and not moved and not product.outputs[0].is_graph_output()
+
+
+def _copies(step: ir.Node, *, is_last: bool) -> bool:
+    """Whether an operator that moves numbers is more than the swap of rows and columns before a product."""
+    if step.op_type != "Transpose":
+        return False
+    order = list(step.attributes.get_ints("perm") or ())
+    swap = [*range(len(order) - 2), len(order) - 1, len(order) - 2]
+    return not is_last or order != swap
+
+
+def _same(mine: Sequence[Dimension], theirs: Sequence[Dimension]) -> bool:
+    return len(mine) == len(theirs) and all(dim.is_equal(one, other) for one, other in zip(mine, theirs, strict=True))

@@ -1,0 +1,145 @@
+"""Products with keys and values read the cache as it is, however an export repeats, scales and lays them out."""
+
+import onnx
+import pytest
+
+import kvsurgeon
+from tests.laws import assert_law
+from tests.written import read
+
+TEXT = """
+grouped (float[batch, length, 8] x) => (float[batch, length, 8] logits)
+<float[8, 8] wq, float[8, 4] wk, float[8, 4] wv, int64 nought = {0}, int64 one = {1}, int64[1] first = {0},
+ int64[1] second = {1}, int64[4] split = {0, 0, 4, 2}, int64[4] split_kv = {0, 0, 2, 2}, int64[3] merge = {0, 0, 8},
+ int64[1] two = {2}, int64[1] heads = {4}, int64[5] copies = {1, 1, 2, 1, 1}, int64[4] in_turn = {1, 2, 1, 1},
+ int64[4] four = {0, 4, -1, 2}, int64[3] three = {-1, 0, 2}, int64[1] head_dim = {2}, float half = {0.5},
+ float double = {2.0}, int64[1] rest = {-1}, float masked = {-10000.0}>
+{
+  q = MatMul(x, wq)
+  q4 = Reshape(q, split)
+  qh = Transpose<perm = [0, 2, 1, 3]>(q4)
+  k = MatMul(x, wk)
+  k4 = Reshape(k, split_kv)
+  kh = Transpose<perm = [0, 2, 1, 3]>(k4)
+  v = MatMul(x, wv)
+  v4 = Reshape(v, split_kv)
+  vh = Transpose<perm = [0, 2, 1, 3]>(v4)
+  k5 = Unsqueeze(kh, two)
+  v5 = Unsqueeze(vh, two)
+  sizes = Shape(x)
+  n1 = Slice(sizes, second, two)
+  n = Squeeze(n1)
+  at = Range(nought, n, one)
+  row = Unsqueeze(at, first)
+  column = Unsqueeze(at, second)
+  seen = LessOrEqual(row, column)
+  KEYS
+  SCORES
+  masked_scores = Where(seen, s, masked)
+  w = Softmax<axis = -1>(masked_scores)
+  VALUES
+  ct = Transpose<perm = [0, 2, 1, 3]>(c)
+  logits = Reshape(ct, merge)
+}
+"""
+SCORES = "s = MatMul(qh, kt)"
+EXPANDED = """
+  k_all = Expand(k5, copies)
+  k_heads = Reshape(k_all, four)
+"""
+VALUES = """
+  v_all = Expand(v5, copies)
+  v_heads = Reshape(v_all, four)
+  c = MatMul(w, v_heads)
+"""
+SPELLINGS = {
+    "Expand": (EXPANDED + "kt = Transpose<perm = [0, 1, 3, 2]>(k_heads)", SCORES, VALUES),
+    "Tile": (
+        "k_all = Tile(k5, copies) k_heads = Reshape(k_all, four) kt = Transpose<perm = [0, 1, 3, 2]>(k_heads)",
+        SCORES,
+        "v_all = Tile(v5, copies) v_heads = Reshape(v_all, four) c = MatMul(w, v_heads)",
+    ),
+    "scaled": (
+        EXPANDED + "kt1 = Transpose<perm = [0, 1, 3, 2]>(k_heads) kt2 = Mul(kt1, half) kt = Div(kt2, double)",
+        SCORES,
+        VALUES,
+    ),
+    "scaled by what comes first": (
+        EXPANDED + "kt1 = Transpose<perm = [0, 1, 3, 2]>(k_heads) kt = Mul(half, kt1)",
+        SCORES,
+        VALUES,
+    ),
+    "heads beside the batch": (
+        EXPANDED
+        + """
+  k3_shape = Concat<axis = 0>(rest, n1, head_dim)
+  k3 = Reshape(k_heads, k3_shape)
+  kt = Transpose<perm = [0, 2, 1]>(k3)
+  q3 = Reshape(qh, k3_shape)
+""",
+        """
+  s3 = MatMul(q3, kt)
+  s_shape = Concat<axis = 0>(rest, heads, n1, n1)
+  s = Reshape(s3, s_shape)
+""",
+        """
+  v_all = Expand(v5, copies)
+  v3 = Reshape(v_all, k3_shape)
+  w_shape = Concat<axis = 0>(rest, n1, n1)
+  w3 = Reshape(w, w_shape)
+  c3 = MatMul(w3, v3)
+  c_shape = Concat<axis = 0>(rest, heads, n1, head_dim)
+  c = Reshape(c3, c_shape)
+""",
+    ),
+}
+
+
+def written(keys: str, scores: str, values: str) -> onnx.ModelProto:
+    text = TEXT.replace("KEYS", keys).replace("SCORES", scores).replace("VALUES", values)
+    return read("\n".join(text.replace(") ", ")\n").splitlines()))
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_nothing_is_copied_for_tokens_so_far(name):
+    original = written(*SPELLINGS[name])
+    injected = kvsurgeon.inject(original, verify=False).model
+    proto = kvsurgeon.io.to_proto(injected)
+    assert_law(original, proto)
+    assert not {"Expand", "Tile"} & {node.op_type for node in proto.graph.node}
+
+
+LEFT_ALONE = {
+    "heads in turn": (
+        """
+  k_heads = Tile(kh, in_turn)
+  kt = Transpose<perm = [0, 1, 3, 2]>(k_heads)
+""",
+        SCORES,
+        VALUES,
+    ),
+    "values that are scaled": (
+        SPELLINGS["Expand"][0],
+        SCORES,
+        "v_all = Expand(v5, copies) v1 = Reshape(v_all, four) v_heads = Mul(v1, half) c = MatMul(w, v_heads)",
+    ),
+    "one times another": (
+        EXPANDED + "k_two = Add(k_heads, half) kt = Transpose<perm = [0, 1, 3, 2]>(k_two)",
+        SCORES,
+        VALUES,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_what_cannot_be_grouped_is_right_all_the_same(name):
+    original = written(*LEFT_ALONE[name])
+    assert_law(original, kvsurgeon.io.to_proto(kvsurgeon.inject(original, verify=False).model))
+
+
+def test_names_stay_with_what_they_named():
+    original = written(*SPELLINGS["scaled"])
+    injected = kvsurgeon.io.to_proto(kvsurgeon.inject(original, verify=False).model)
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in injected.graph.value_info}
+    assert [dim.dim_value or dim.dim_param for dim in shapes["s"]][1] == 4
+    assert "Reshape" in [node.op_type for node in injected.graph.node if node.output[0] == "s"]
