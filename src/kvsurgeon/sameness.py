@@ -24,6 +24,7 @@ from kvsurgeon.runtime import (
     fixed_size,
     is_past,
     open_session,
+    read_note,
 )
 
 LENGTHS = (7, 13)  # tokens of the texts that both models are given; a static model is given its own length
@@ -56,8 +57,8 @@ def judge(
     """Run both models and say whether they agree.
 
     A cache that came in is put to the full trial of `kvsurgeon.parity`. Otherwise both are asked alike: the same
-    texts, all outputs but the
-    cache compared; in several calls where both have a cache.
+    texts, all outputs but
+    the cache compared; in several calls where both have a cache.
     """
     gained = {value.name for value in result.graph.input} - {value.name for value in original.graph.input}
     lost = {value.name for value in original.graph.output} - {value.name for value in result.graph.output}
@@ -122,7 +123,9 @@ def _decoder(session: Session, other: Session) -> CachedDecoder | UncachedDecode
     theirs = {tensor.name for tensor in (*other.inputs, *other.outputs)}
     pasts = [one for one in session.inputs if is_past(one) or _is_own(one, theirs)]
     presents = [one for one in session.outputs if "present" in one.name or _is_own(one, theirs)]
-    return CachedDecoder(session, cache_entries(pasts, presents)) if pasts else UncachedDecoder(session)
+    if not pasts:
+        return UncachedDecoder(session)
+    return CachedDecoder(session, cache_entries(pasts, presents, read_note(session.metadata).axes))
 
 
 def _is_own(tensor: Tensor, theirs: Collection[str]) -> bool:

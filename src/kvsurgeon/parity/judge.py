@@ -16,7 +16,7 @@ from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError, Usage
 from kvsurgeon.parity.original import Original, examine
 from kvsurgeon.parity.report import Report, Trial
 from kvsurgeon.parity.scenario import Lengths, Scenario, plan
-from kvsurgeon.parity.tolerance import TOLERANCES, arithmetic_of, load_graph
+from kvsurgeon.parity.tolerance import TOLERANCES, Arithmetic, arithmetic_of, load_graph
 from kvsurgeon.parity.trace import Graph, first_difference, telling
 from kvsurgeon.parity.trial import judge
 from kvsurgeon.runtime import (
@@ -33,6 +33,7 @@ from kvsurgeon.runtime import (
     is_past,
     model_file,
     open_session,
+    read_note,
 )
 
 Progress = Callable[[int, int, str], None]  # trials done, trials in all, name of the next
@@ -134,10 +135,10 @@ def _hear(
         cached = _cached(open_injected(), witness)
     except KvsurgeonError as error:
         return _Hearing(report=replace(report, faults=(str(error),)))
-    report = replace(report, faults=_faults(cached, witness))
+    report = replace(_measured(report, cached), faults=_faults(cached, witness))
     try:
         decoder = UncachedDecoder(witness, _inputs(witness, cached))
-        known = examine(decoder, lengths, report.tolerance.error, seed)
+        known = examine(decoder, _within(lengths, cached.room), report.tolerance.error, seed)
     except RunError as error:
         return _Hearing(report=replace(report, unknown=str(error)))
     return _Hearing(report=report, original=known, cached=cached)
@@ -175,7 +176,24 @@ def _cached(defendant: Session, witness: Session) -> CachedDecoder:
     presents = [tensor for tensor in defendant.outputs if tensor.name not in outputs]
     if not pasts:
         raise UsageError("expected past inputs that the original lacks, found none: the model has no cache")
-    return CachedDecoder(defendant, cache_entries(pasts, presents))
+    return CachedDecoder(defendant, cache_entries(pasts, presents, read_note(defendant.metadata).axes))
+
+
+def _within(lengths: Lengths, room: int | None) -> Lengths:
+    """Return lengths that the cache has room for."""
+    if room is None:
+        return lengths
+    return replace(lengths, short=max(1, min(lengths.short, room)), long=max(1, min(lengths.long, room)))
+
+
+def _measured(report: Report, cached: CachedDecoder) -> Report:
+    """Return the report with the tolerance of a cache that is kept in fewer bits than the model computes in."""
+    kept = {str(entry.past.dtype) for entry in cached.cache}
+    coarse: tuple[Arithmetic, ...] = ("bfloat16", "float16")
+    found = next((arithmetic for arithmetic in coarse if arithmetic in kept), None)
+    if found is None or report.arithmetic not in ("float64", "float32"):
+        return report
+    return replace(report, arithmetic=found, tolerance=TOLERANCES[found])
 
 
 def _faults(cached: CachedDecoder, witness: Session) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from kvsurgeon.graph.plain import in_plain_words
 from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
 from kvsurgeon.passes.idioms.entries import USUAL, Layout
+from kvsurgeon.passes.idioms.note import note_of, write_note
 from kvsurgeon.passes.idioms.plan import Plan, find_sources, plan_cache
 from kvsurgeon.sequence.analysis import Analysis, analyse
 from kvsurgeon.sequence.axes import Axes, Role, SequenceAxis
@@ -77,6 +78,7 @@ class Inject:
             plan = plan_cache(self, analysis, proof)
             editor = Editor(model)
             _Injection(analysis, editor, plan, proof.limit).operate()
+        write_note(model, note_of(self.idiom, plan.entries))
         subject.model = model
         notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()]
         if proof.limit is not None:

@@ -4,9 +4,10 @@ Of a model nothing is used but its file and what it declares: names, types and d
 """
 
 from kvsurgeon.runtime.axes import Axis, CacheEntry, axes_of, cache_entries, cache_mismatch, find_cache, is_past
-from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder, logits_name
+from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder, has_cache, logits_name
 from kvsurgeon.runtime.feeds import Given, Inputs, Tokens, fixed_size, inputs_of
 from kvsurgeon.runtime.generate import Generation, Token, Writer, generate
+from kvsurgeon.runtime.hosts import Host, Note, read_note
 from kvsurgeon.runtime.sampling import Sampling
 from kvsurgeon.runtime.session import Optimisation, Session, Source, model_file, open_session, useful_line
 from kvsurgeon.runtime.tensor import Array, Tensor, from_runtime, to_runtime
@@ -18,7 +19,9 @@ __all__ = [
     "CachedDecoder",
     "Generation",
     "Given",
+    "Host",
     "Inputs",
+    "Note",
     "Optimisation",
     "Sampling",
     "Session",
@@ -35,11 +38,13 @@ __all__ = [
     "fixed_size",
     "from_runtime",
     "generate",
+    "has_cache",
     "inputs_of",
     "is_past",
     "logits_name",
     "model_file",
     "open_session",
+    "read_note",
     "to_runtime",
     "useful_line",
 ]

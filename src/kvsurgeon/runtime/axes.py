@@ -7,14 +7,14 @@ Nothing but declared names, types and dims is looked at: the words are those of 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from kvsurgeon.errors import UsageError
 from kvsurgeon.runtime.tensor import Dim, Tensor
 
-Axis = Literal["batch", "new", "past", "total", "fixed"]
+Axis = Literal["batch", "new", "past", "total", "held", "room", "fixed"]
 
 _NAMED: dict[str, Axis] = {
     "batch_size": "batch",
@@ -23,6 +23,8 @@ _NAMED: dict[str, Axis] = {
     "total_sequence_length": "total",
     "past_sequence_length+sequence_length": "total",
     "sequence_length+past_sequence_length": "total",
+    "cache_length": "held",
+    "max_length": "room",
 }
 _INDEX = re.compile(r"(?<!\d)(\d+)(?!\d)")
 _BATCHED = re.compile(r"(?:(\d+)\*)?batch_size(?:\*(\d+))?")  # a batch that heads were merged into
@@ -51,10 +53,18 @@ class CacheEntry:
     layer: int
     part: str  # "key" or "value", where the name or the order says so
     axis: int  # of the sequence, in past and present alike
+    returned: Dim = None  # rows of the present, as it declares them
 
 
-def cache_entries(pasts: Sequence[Tensor], presents: Sequence[Tensor]) -> tuple[CacheEntry, ...]:
+def cache_entries(
+    pasts: Sequence[Tensor], presents: Sequence[Tensor], axes: Mapping[str, int] | None = None
+) -> tuple[CacheEntry, ...]:
     """Pair pasts and presents in order, and give each pair its layer and part.
+
+    Args:
+        pasts: Inputs.
+        presents: Outputs.
+        axes: Sequence axis of keys and of values, by part, where the model notes them; else dims tell.
 
     Raises:
         UsageError: They cannot be paired, or a past has no axis called `past_sequence_length`.
@@ -62,11 +72,14 @@ def cache_entries(pasts: Sequence[Tensor], presents: Sequence[Tensor]) -> tuple[
     if len(pasts) != len(presents):
         raise UsageError(f"expected as many present outputs as past inputs, found {len(presents)} and {len(pasts)}")
     return tuple(
-        _entry(place, past, present) for place, (past, present) in enumerate(zip(pasts, presents, strict=True))
+        _entry(place, past, present, axes or {})
+        for place, (past, present) in enumerate(zip(pasts, presents, strict=True))
     )
 
 
-def find_cache(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[CacheEntry, ...]:
+def find_cache(
+    inputs: Sequence[Tensor], outputs: Sequence[Tensor], axes: Mapping[str, int] | None = None
+) -> tuple[CacheEntry, ...]:
     """Return the cache of a model by its names: empty for a model without one.
 
     Raises:
@@ -76,12 +89,14 @@ def find_cache(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> tuple[Cac
     presents = [tensor for tensor in outputs if "present" in tensor.name]
     if not pasts:
         return ()
-    return cache_entries(pasts, presents)
+    return cache_entries(pasts, presents or [tensor for tensor in outputs if tensor.name.startswith("past")], axes)
 
 
 def is_past(tensor: Tensor) -> bool:
     """Whether an input is a past: by its name, or because one of its axes is the past length."""
-    return tensor.name.startswith("past_key_values.") or "past" in axes_of(tensor)
+    if tensor.name.startswith("past_key_values.") or {"past", "held"} & set(axes_of(tensor)):
+        return True
+    return tensor.name.startswith("past") and len(tensor.dims) > 2
 
 
 def empty_shape(tensor: Tensor, batch: int) -> tuple[int, ...]:
@@ -90,8 +105,16 @@ def empty_shape(tensor: Tensor, batch: int) -> tuple[int, ...]:
     Raises:
         UsageError: A dim is neither a number nor one of the known names.
     """
-    sequence = past_axis(tensor)
-    return tuple(0 if place == sequence else _size(tensor, dim, batch) for place, dim in enumerate(tensor.dims))
+    return shape_with_rows(tensor, past_axis(tensor), batch, 0)
+
+
+def shape_with_rows(tensor: Tensor, axis: int, batch: int, rows: int) -> tuple[int, ...]:
+    """Return the shape of a past that has so many rows along its sequence axis.
+
+    Raises:
+        UsageError: Another dim is neither a number nor one of the known names.
+    """
+    return tuple(rows if place == axis else _size(tensor, dim, batch) for place, dim in enumerate(tensor.dims))
 
 
 def past_axis(tensor: Tensor) -> int:
@@ -100,7 +123,7 @@ def past_axis(tensor: Tensor) -> int:
     Raises:
         UsageError: There is no such axis, or there are several.
     """
-    named = [place for place, axis in enumerate(axes_of(tensor)) if axis == "past"]
+    named = [place for place, axis in enumerate(axes_of(tensor)) if axis in ("past", "held", "room")]
     symbols = [place for place, dim in enumerate(tensor.dims) if place and isinstance(dim, str)]
     found = named or symbols
     if len(found) != 1:
@@ -120,11 +143,13 @@ def cache_mismatch(entries: Collection[CacheEntry]) -> str | None:
     return None
 
 
-def _entry(place: int, past: Tensor, present: Tensor) -> CacheEntry:
+def _entry(place: int, past: Tensor, present: Tensor, axes: Mapping[str, int]) -> CacheEntry:
     number = _INDEX.search(past.name)
     part = next((word for word in ("key", "value") if past.name.endswith(word)), ("key", "value")[place % 2])
     layer = int(number.group(1)) if number else place // 2
-    return CacheEntry(past=past, present=present.name, layer=layer, part=part, axis=past_axis(past))
+    axis = axes[part] if part in axes else past_axis(past)
+    returned = present.dims[axis] if axis < len(present.dims) else None
+    return CacheEntry(past=past, present=present.name, layer=layer, part=part, axis=axis, returned=returned)
 
 
 def _size(tensor: Tensor, dim: Dim, batch: int) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from kvsurgeon.errors import BrokenCacheError, UsageError
-from kvsurgeon.runtime.axes import CacheEntry, empty_shape, find_cache
-from kvsurgeon.runtime.feeds import Inputs, fixed_size, inputs_of
+from kvsurgeon.errors import UsageError
+from kvsurgeon.runtime.axes import CacheEntry, axes_of, axis_of, find_cache, is_past
+from kvsurgeon.runtime.feeds import Given, Inputs, fixed_size, inputs_of, padded
+from kvsurgeon.runtime.hosts import find_counter, open_host, read_note
 from kvsurgeon.runtime.session import Session
 from kvsurgeon.runtime.tensor import Array, Tensor, from_runtime, to_runtime
 
@@ -28,6 +28,11 @@ def logits_name(outputs: Sequence[Tensor]) -> str:
     raise UsageError(f"expected an output of logits, found {', '.join(t.name for t in outputs) or 'none'}")
 
 
+def has_cache(session: Session) -> bool:
+    """Whether a model remembers anything between calls."""
+    return any(is_past(tensor) for tensor in session.inputs)
+
+
 class CachedDecoder:
     """A decoder with a cache, and what it remembers between calls.
 
@@ -36,27 +41,38 @@ class CachedDecoder:
         cache: Its past inputs and present outputs, in order.
         inputs: What else it is given.
         logits: Name of the output that holds the logits.
+        host: Keeps the cache as the model's idiom wants it kept.
+        step_length: The only number of tokens that a call takes; None where it takes any.
         past_length: Tokens remembered.
     """
 
     def __init__(self, session: Session, cache: Sequence[CacheEntry] | None = None) -> None:
         self.session = session
-        self.cache = tuple(find_cache(session.inputs, session.outputs) if cache is None else cache)
+        note = read_note(session.metadata)
+        self.cache = tuple(find_cache(session.inputs, session.outputs, note.axes) if cache is None else cache)
         if not self.cache:
             raise UsageError(f"expected inputs named past_key_values.*, found none in {session.name}")
+        self.host = open_host(self.cache, note)
         pasts = {entry.past.name for entry in self.cache}
         presents = {entry.present for entry in self.cache}
-        self.inputs: Inputs = inputs_of(session.inputs)
-        self.inputs = Inputs(given=tuple(given for given in self.inputs.given if given.name not in pasts))
+        self._counter = find_counter(session.inputs)
+        given = [one for one in inputs_of(session.inputs).given if one.name not in pasts and one.name != self._counter]
+        self.inputs = Inputs(given=tuple(given))
         self.outputs = tuple(tensor for tensor in session.outputs if tensor.name not in presents)
         self.logits = logits_name(self.outputs)
+        self.step_length = fixed_size(self.inputs, session.inputs, "new")
         self.past_length = 0
-        self._pasts: dict[str, Any] = {}
+
+    @property
+    def room(self) -> int | None:
+        """The most tokens that a text may have; None where there is no such bound."""
+        room = self.host.room
+        return room if room is None or self.step_length is None else room - self.step_length + 1
 
     def reset(self) -> None:
         """Forget all tokens."""
         self.past_length = 0
-        self._pasts = {}
+        self.host.reset()
 
     def prefill(self, feeds: Mapping[str, Array]) -> Array:
         """Forget all tokens, take the first ones, and return their logits."""
@@ -70,37 +86,66 @@ class CachedDecoder:
     def advance(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Take further tokens, and return all outputs but the cache.
 
+        A model that takes a fixed number of tokens is called as often as that needs. What a call is given in excess
+        are tokens of the future to it, and forgotten.
+
         Raises:
             RunError: The model cannot be run on them.
-            BrokenCacheError: It ran, and a present does not hold the past and the new tokens.
+            BrokenCacheError: It ran, and a present does not hold what it must.
         """
         tokens = self.inputs.tokens
-        shape = feeds[tokens.name].shape
-        new = shape[tokens.axes.index("new")]
-        batch = shape[tokens.axes.index("batch")] if "batch" in tokens.axes else 1
-        pasts = self._pasts or {entry.past.name: _empty(entry.past, batch) for entry in self.cache}
-        given = {name: to_runtime(array) for name, array in feeds.items()}
-        results = self.session.run({**given, **pasts})
-        self._remember(results, new)
-        return {t.name: from_runtime(results[t.name]) for t in self.outputs if t.dtype is not None}
+        new = feeds[tokens.name].shape[tokens.axes.index("new")]
+        size, start = self.step_length or new, self.past_length
+        calls = []
+        for first in range(0, new, size):
+            stop = min(first + size, new)
+            piece = {given.name: _piece(given, feeds[given.name], start, first, stop) for given in self.inputs.given}
+            calls.append(self._call(piece, stop - first, size))
+        return {name: self._joined(name, [call[name] for call in calls], new) for name in calls[0]}
 
     def remembered(self, entry: CacheEntry) -> Array:
-        """Return one entry of the cache as it is now."""
-        return from_runtime(self._pasts[entry.past.name])
+        """Return one entry of the cache as it is now: a row for each token so far."""
+        return self.host.rows(entry, self.past_length)
 
-    def _remember(self, results: Mapping[str, Any], new: int) -> None:
-        total = self.past_length + new
-        for entry in self.cache:
-            shape = results[entry.present].shape()
-            if not _fits(shape, entry, total):
-                dims = [f"{total} tokens" if axis == entry.axis else dim for axis, dim in enumerate(entry.past.dims)]
-                expected = "[" + ", ".join(str(dim) for dim in dims) + "]"
-                raise BrokenCacheError(
-                    f"expected {expected} after {new} more, found {list(shape)} - at `{entry.present}`",
-                    layer=entry.layer,
-                )
-        self.past_length = total
-        self._pasts = {entry.past.name: results[entry.present] for entry in self.cache}
+    def _call(self, feeds: Mapping[str, Array], new: int, size: int) -> dict[str, Array]:
+        """Take up to `size` tokens in one call of that many."""
+        tokens, past = self.inputs.tokens, self.past_length
+        batch = feeds[tokens.name].shape[tokens.axes.index("batch")] if "batch" in tokens.axes else 1
+        pasts = self.host.given(batch, past, size)
+        given = {one.name: self._fitted(one, feeds[one.name], size) for one in self.inputs.given}
+        if self._counter is not None:
+            given[self._counter] = self._count(past)
+        results = self.session.run({name: to_runtime(array) for name, array in given.items()} | pasts, self.host.into)
+        self.host.keep(results, past, new, size)
+        self.past_length = past + new
+        return {t.name: from_runtime(results[t.name]) for t in self.outputs if t.dtype is not None}
+
+    def _count(self, past: int) -> Array:
+        tensor = next(tensor for tensor in self.session.inputs if tensor.name == self._counter)
+        return np.full([1] * len(tensor.dims), past, tensor.dtype)
+
+    def _fitted(self, given: Given, array: Array, size: int) -> Array:
+        """What an input is given, at the sizes that the model and its cache have room for."""
+        for axis, follows in enumerate(given.axes):
+            if follows == "new":
+                array = padded(array, axis, 0, size - array.shape[axis], None)
+            elif follows == "total" and axis_of(given.tensor.dims[axis]) != "total":
+                before, after = self.host.margins(self.past_length, array.shape[axis], size)
+                array = padded(array, axis, before, after, given.unseen)
+        return array
+
+    def _joined(self, name: str, parts: Sequence[Array], new: int) -> Array:
+        """One output of several calls, without what belongs to tokens in excess."""
+        size = self.step_length
+        if size is None:
+            return parts[0]
+        axes = axes_of(next(tensor for tensor in self.outputs if tensor.name == name))
+        places = [place for place, length in enumerate(parts[0].shape) if length == size and axes[place] != "batch"]
+        place = axes.index("new") if "new" in axes else next((one for one in places if one or len(places) == 1), None)
+        if place is None:
+            return parts[-1]
+        whole = np.concatenate(parts, axis=place)
+        return whole[(slice(None),) * place + (slice(0, new),)]
 
 
 class UncachedDecoder:
@@ -145,13 +190,7 @@ class UncachedDecoder:
         return {t.name: from_runtime(results[t.name]) for t in self.session.outputs if t.dtype is not None}
 
 
-def _fits(shape: Sequence[int], entry: CacheEntry, total: int) -> bool:
-    """Whether a present can be the next call's past: the tokens so far, and every size that the past declares."""
-    wanted = [total if axis == entry.axis else dim for axis, dim in enumerate(entry.past.dims)]
-    if len(wanted) != len(shape):
-        return False
-    return all(want == have for want, have in zip(wanted, shape, strict=True) if isinstance(want, int))
-
-
-def _empty(past: Tensor, batch: int) -> Any:
-    return to_runtime(np.zeros(empty_shape(past, batch), past.dtype))
+def _piece(given: Given, array: Array, past: int, first: int, stop: int) -> Array:
+    """What a call is given that takes the tokens `first:stop` of those that were given after `past`."""
+    spans = {"new": slice(first, stop), "total": slice(0, past + stop)}
+    return array[tuple(spans.get(axis, slice(None)) for axis in given.axes)]

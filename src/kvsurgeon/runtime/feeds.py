@@ -38,6 +38,12 @@ class Given:
         """Name of the input."""
         return self.tensor.name
 
+    @property
+    def unseen(self) -> float:
+        """What says of a token that it is not seen, where the input is a mask; 0 elsewhere."""
+        additive = self.tensor.floating and (self.kind == "visibility" or (self.kind == "mask" and len(self.axes) > 2))
+        return _lowest(self.tensor) if additive else 0.0
+
     def part(self, whole: Array, past: int, total: int) -> Array:
         """Return what a call is given that adds the tokens `past:total`."""
         spans: dict[Axis, slice] = {"new": slice(past, total), "total": slice(0, total)}
@@ -108,7 +114,7 @@ def positions_of(mask: Tokens) -> Tokens:
 
 
 def _axes(tensor: Tensor, *, cached: bool) -> tuple[Axis, ...]:
-    axes = list(axes_of(tensor))
+    axes: list[Axis] = ["total" if axis == "room" else axis for axis in axes_of(tensor)]
     rank = len(axes)
     if not {"new", "total"} & set(axes):  # dims without a telling name: the usual places
         follows: Axis = "total" if cached and "mask" in tensor.name else "new"
@@ -176,8 +182,12 @@ def _visibility(mask: Tokens) -> npt.NDArray[np.bool_]:
 def _strength(tensor: Tensor, visible: npt.NDArray[np.bool_], *, additive: bool) -> Array:
     if not (tensor.floating and additive):
         return visible.astype(tensor.dtype)
-    lowest = -1e4 if tensor.dtype == np.float16 else -1e9  # far below any score, and finite after addition
-    return np.where(visible, 0.0, lowest).astype(tensor.dtype)
+    return np.where(visible, 0.0, _lowest(tensor)).astype(tensor.dtype)
+
+
+def _lowest(tensor: Tensor) -> float:
+    """A number far below any score, and finite after addition."""
+    return -1e4 if tensor.dtype == np.float16 else -1e9
 
 
 def _embeddings(given: Given, tokens: Tokens) -> Array:
@@ -217,3 +227,13 @@ def fixed_size(inputs: Inputs, tensors: Sequence[Tensor], axis: Literal["batch",
         return None
     dim: Any = dims[tokens.axes.index(axis)]
     return dim if isinstance(dim, int) else None
+
+
+def padded(array: Array, axis: int, before: int, after: int, value: float | None) -> Array:
+    """Return the array with more places along an axis, which hold the value; None repeats the last one."""
+    if not before and not after:
+        return array
+    widths = [(before, after) if place == axis else (0, 0) for place in range(array.ndim)]
+    if value is None:
+        return np.pad(array, widths, mode="edge")
+    return np.pad(array, widths, constant_values=array.dtype.type(value))

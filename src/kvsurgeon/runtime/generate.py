@@ -12,8 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.runtime.axes import find_cache
-from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder
+from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder, has_cache
 from kvsurgeon.runtime.feeds import Tokens
 from kvsurgeon.runtime.sampling import Sampling
 from kvsurgeon.runtime.session import Optimisation, Session, Source, open_session
@@ -108,11 +107,11 @@ class Writer:
         if not isinstance(model, Session):
             folders = side_folders(model, folder)
             model = open_session(model, folder=folder, threads=threads, optimisation=optimisation)
-        has_cache = bool(find_cache(model.inputs, model.outputs))
+        remembers = has_cache(model)
         self.tokenizer = tokenizer or load_tokenizer(folders)
         self.stop = stop_tokens(folders) if stop is None else frozenset(stop)
-        self.cached = has_cache if cached is None else cached
-        self._decoder = CachedDecoder(model) if has_cache or self.cached else UncachedDecoder(model)
+        self.cached = remembers if cached is None else cached
+        self._decoder = CachedDecoder(model) if remembers or self.cached else UncachedDecoder(model)
         if self._decoder.inputs.tokens.kind != "tokens":
             raise UsageError(f"expected an input of token ids, found `{self._decoder.inputs.tokens.name}` only")
 

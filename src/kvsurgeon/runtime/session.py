@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ class Session:
         name: What to call the model in a message.
         inputs: What it must be given.
         outputs: What it returns.
+        metadata: What is noted in the file beside the graph.
     """
 
     def __init__(self, session: ort.InferenceSession, name: str) -> None:
@@ -47,19 +48,39 @@ class Session:
         self.name = name
         self.inputs = tuple(declared(info) for info in session.get_inputs())
         self.outputs = tuple(declared(info) for info in session.get_outputs())
+        self.metadata: Mapping[str, str] = dict(session.get_modelmeta().custom_metadata_map)
 
-    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+    def run(self, feeds: Mapping[str, Any], into: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Run once on values of onnxruntime (see `tensor.to_runtime`), and return all outputs as such.
+
+        Args:
+            feeds: What each input is given.
+            into: Values that outputs are written to, which may be those that inputs are given.
 
         Raises:
             RunError: An operator fails, or a value does not fit its input.
         """
         names = [output.name for output in self.outputs]
         try:
-            values = self._session.run_with_ort_values(names, dict(feeds))
+            if into:
+                values = self._run_into(names, feeds, into)
+            else:
+                values = self._session.run_with_ort_values(names, dict(feeds))
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise RunError(f"{self.name} cannot be run: {useful_line(error)}") from error
         return dict(zip(names, values, strict=True))
+
+    def _run_into(self, names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any]) -> list[Any]:
+        binding = self._session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in names:
+            if name in into:
+                binding.bind_ortvalue_output(name, into[name])
+            else:
+                binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        return list(binding.get_outputs())
 
 
 def open_session(

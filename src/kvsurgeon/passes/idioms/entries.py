@@ -28,6 +28,7 @@ class Entry:
     memory: Memory
     past: str  # name of the input
     present: str  # name of the output
+    is_key: bool
     layout: Layout
     dtype: ir.DataType  # that the cache is kept in; the graph computes in the memory's own
 
@@ -75,6 +76,7 @@ class Naming:
             memory=memory,
             past=_filled(self.past, layer, kind),
             present=_filled(self.present, layer, kind),
+            is_key=kind == "key",
             layout=self.key_layout if kind == "key" else self.value_layout,
             dtype=self.dtype if narrow and self.dtype is not None else memory.dtype,
         )

@@ -1,0 +1,260 @@
+"""Hosts: what keeps a cache between calls, one for each idiom in which a model may want it kept.
+
+Which one a model needs is read from the dims of its pasts and presents: `past_sequence_length` rows in and all out
+grow; a buffer of `max_length` rows in and out is written in place; where only the rows of the new tokens come out, the
+host puts them behind its past. Where dims are numbers, a note in the file's metadata tells.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, cast
+
+import numpy as np
+
+from kvsurgeon.errors import BrokenCacheError, RunError
+from kvsurgeon.runtime.axes import CacheEntry, axis_of, shape_with_rows
+from kvsurgeon.runtime.tensor import Array, Tensor, from_runtime, to_runtime
+
+Idiom = Literal["grow", "in-place", "new-only"]
+
+NOTE = "kvsurgeon.cache"  # key of the note in a file's metadata
+STALE = 7  # lies in rows that no token was written to: whoever reads them gives wrong numbers
+SMALLEST = 64  # rows of a buffer whose length the model leaves open
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """What a model's file notes of its cache."""
+
+    idiom: Idiom | None = None
+    axes: Mapping[str, int] = field(default_factory=dict)  # sequence axis of keys and of values
+
+
+class Host(Protocol):
+    """Keeps a cache between calls."""
+
+    @property
+    def room(self) -> int | None:
+        """The most rows that there is room for; None where there is no such bound."""
+
+    @property
+    def into(self) -> Mapping[str, Any]:
+        """Values that presents are written to; the others are made by the call."""
+
+    def reset(self) -> None:
+        """Forget all rows."""
+
+    def given(self, batch: int, past: int, new: int) -> dict[str, Any]:
+        """Return what each past is given in a call on `new` tokens."""
+
+    def margins(self, past: int, total: int, new: int) -> tuple[int, int]:
+        """Return how much longer, before and after, a mask is than the tokens so far."""
+
+    def keep(self, results: Mapping[str, Any], past: int, new: int, size: int) -> None:
+        """Keep the first `new` of the `size` rows that a call gave."""
+
+    def rows(self, entry: CacheEntry, total: int) -> Array:
+        """Return a row for each token so far."""
+
+
+def read_note(metadata: Mapping[str, str]) -> Note:
+    """Return what a file notes of its cache; nothing where it notes nothing that can be read."""
+    try:
+        told = json.loads(metadata.get(NOTE, "{}"))
+        axes = {part: int(told[f"{part}_axis"]) for part in ("key", "value") if f"{part}_axis" in told}
+        return Note(idiom=cast("Idiom | None", told.get("idiom")), axes=axes)
+    except (ValueError, TypeError, AttributeError):
+        return Note()
+
+
+def find_counter(inputs: Sequence[Tensor]) -> str | None:
+    """Return the input that is given the number of past tokens, if there is one."""
+    able = [t.name for t in inputs if t.integer and all(dim == 1 for dim in t.dims) and t.name.startswith("past")]
+    return able[0] if able else None
+
+
+def open_host(cache: Sequence[CacheEntry], note: Note) -> Host:
+    """Return the host that a model needs."""
+    idiom = note.idiom or _told_by_dims(cache[0])
+    rows = cache[0].past.dims[cache[0].axis]
+    fixed = rows if isinstance(rows, int) else None
+    if idiom == "in-place":
+        return InPlace(cache, fixed)
+    return NewOnly(cache, fixed) if idiom == "new-only" else Grow(cache)
+
+
+def _told_by_dims(entry: CacheEntry) -> Idiom:
+    given, returned = entry.past.dims[entry.axis], entry.returned
+    if given == returned and (isinstance(given, int) or axis_of(given) == "room"):
+        return "in-place"
+    return "new-only" if axis_of(returned) == "new" else "grow"
+
+
+class Grow:
+    """Each present is the next call's past."""
+
+    room = None
+    into: Mapping[str, Any] = {}
+
+    def __init__(self, cache: Sequence[CacheEntry]) -> None:
+        self.cache = cache
+        self._pasts: dict[str, Any] = {}
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self._pasts = {}
+
+    def given(self, batch: int, past: int, new: int) -> dict[str, Any]:
+        """Return the presents of the call before, or pasts without rows."""
+        return self._pasts or {entry.past.name: to_runtime(_filled(entry, batch, 0)) for entry in self.cache}
+
+    def margins(self, past: int, total: int, new: int) -> tuple[int, int]:
+        """A mask is as long as the tokens so far."""
+        return 0, 0
+
+    def keep(self, results: Mapping[str, Any], past: int, new: int, size: int) -> None:
+        """Keep the presents."""
+        for entry in self.cache:
+            _check(entry, results[entry.present].shape(), past + new, new)
+        self._pasts = {entry.past.name: results[entry.present] for entry in self.cache}
+
+    def rows(self, entry: CacheEntry, total: int) -> Array:
+        """Return a row for each token so far."""
+        return from_runtime(self._pasts[entry.past.name])
+
+
+class InPlace:
+    """One buffer for past and present of an entry, with room for more tokens than there are."""
+
+    def __init__(self, cache: Sequence[CacheEntry], room: int | None) -> None:
+        self.cache = cache
+        self.room = room
+        self._buffers: dict[str, Any] = {}
+        self._rows = 0
+
+    @property
+    def into(self) -> Mapping[str, Any]:
+        """Each present is written to the buffer that its past is read from."""
+        return {entry.present: self._buffers[entry.past.name] for entry in self.cache}
+
+    def reset(self) -> None:
+        """Let all rows be stale."""
+        self._buffers = {}
+
+    def given(self, batch: int, past: int, new: int) -> dict[str, Any]:
+        """Return the buffers, made longer where there is no room for the new rows.
+
+        Raises:
+            RunError: They cannot be made longer.
+        """
+        needed = past + new
+        if self.room is not None and needed > self.room:
+            raise RunError(f"expected at most {self.room} tokens, as many as the cache has rows for, found {needed}")
+        if not self._buffers or needed > self._rows:
+            self._rows = self.room or max(SMALLEST, 2 * needed)
+            self._buffers = {entry.past.name: to_runtime(self._longer(entry, batch, past)) for entry in self.cache}
+        return dict(self._buffers)
+
+    def _longer(self, entry: CacheEntry, batch: int, past: int) -> Array:
+        buffer = _filled(entry, batch, self._rows)
+        if self._buffers:
+            buffer[_span(entry, 0, past)] = self.rows(entry, past)
+        return buffer
+
+    def margins(self, past: int, total: int, new: int) -> tuple[int, int]:
+        """A mask has a place for each row of the buffer."""
+        return 0, self._rows - total
+
+    def keep(self, results: Mapping[str, Any], past: int, new: int, size: int) -> None:
+        """Keep nothing: the rows were written where they belong."""
+
+    def rows(self, entry: CacheEntry, total: int) -> Array:
+        """Return a row for each token so far."""
+        return from_runtime(self._buffers[entry.past.name])[_span(entry, 0, total)]
+
+
+class NewOnly:
+    """A past of rows that the host puts together: as many as there are, or a fixed number, the unfilled ones first."""
+
+    into: Mapping[str, Any] = {}
+
+    def __init__(self, cache: Sequence[CacheEntry], held: int | None) -> None:
+        self.cache = cache
+        self.held = held
+        self._rows: dict[str, Array] = {}
+
+    @property
+    def room(self) -> int | None:
+        """The rows of the past, and at least one new token."""
+        return None if self.held is None else self.held + 1
+
+    def reset(self) -> None:
+        """Forget all rows."""
+        self._rows = {}
+
+    def given(self, batch: int, past: int, new: int) -> dict[str, Any]:
+        """Return the rows so far, behind unfilled ones where a past has a fixed length.
+
+        Raises:
+            RunError: There are more rows than it has room for.
+        """
+        if not self._rows:
+            self._rows = {entry.past.name: _filled(entry, batch, 0) for entry in self.cache}
+        if self.held is None:
+            return {name: to_runtime(array) for name, array in self._rows.items()}
+        if past > self.held:
+            raise RunError(f"expected at most {self.held} past tokens, as many as the cache has rows for, found {past}")
+        unfilled = {entry.past.name: _filled(entry, batch, self.held - past) for entry in self.cache}
+        return {
+            entry.past.name: to_runtime(
+                np.concatenate([unfilled[entry.past.name], self._rows[entry.past.name]], axis=entry.axis)
+            )
+            for entry in self.cache
+        }
+
+    def margins(self, past: int, total: int, new: int) -> tuple[int, int]:
+        """A mask has a place for each row of the past and each new token."""
+        unfilled = 0 if self.held is None else self.held - past
+        return unfilled, past + new - total
+
+    def keep(self, results: Mapping[str, Any], past: int, new: int, size: int) -> None:
+        """Put the new rows behind the others."""
+        for entry in self.cache:
+            _check(entry, results[entry.present].shape(), size, new)
+        for entry in self.cache:
+            fresh = from_runtime(results[entry.present])[_span(entry, 0, new)]
+            self._rows[entry.past.name] = np.concatenate([self._rows[entry.past.name], fresh], axis=entry.axis)
+
+    def rows(self, entry: CacheEntry, total: int) -> Array:
+        """Return a row for each token so far."""
+        return self._rows[entry.past.name]
+
+
+def _filled(entry: CacheEntry, batch: int, rows: int) -> Array:
+    return np.full(shape_with_rows(entry.past, entry.axis, batch, rows), STALE, entry.past.dtype)
+
+
+def _span(entry: CacheEntry, start: int, stop: int) -> tuple[slice, ...]:
+    return (slice(None),) * entry.axis + (slice(start, stop),)
+
+
+def _check(entry: CacheEntry, shape: Sequence[int], rows: int, new: int) -> None:
+    """Hold a present against what it must hold.
+
+    Raises:
+        BrokenCacheError: It has another number of rows, or sizes that its past does not have.
+    """
+    wanted = [rows if axis == entry.axis else dim for axis, dim in enumerate(entry.past.dims)]
+    fits = len(wanted) == len(shape) and all(
+        want == have for want, have in zip(wanted, shape, strict=True) if isinstance(want, int)
+    )
+    if fits:
+        return
+    dims = [f"{rows} tokens" if axis == entry.axis else dim for axis, dim in enumerate(entry.past.dims)]
+    expected = "[" + ", ".join(str(dim) for dim in dims) + "]"
+    raise BrokenCacheError(
+        f"expected {expected} after {new} more, found {list(shape)} - at `{entry.present}`", layer=entry.layer
+    )

@@ -1,0 +1,114 @@
+"""Hosts keep a cache as its idiom wants it kept, so that the judge and `generate` can run any of them."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import onnx
+import pytest
+from exports import export, injected
+
+from kvsurgeon.errors import RunError
+from kvsurgeon.parity import Lengths, verify
+from kvsurgeon.runtime import CachedDecoder, Writer, open_session, read_note
+from kvsurgeon.runtime.hosts import Grow, InPlace, NewOnly
+
+ROOM = 32
+IDIOMS = {
+    "grow": {},
+    "in-place": {"idiom": "in-place"},
+    "room": {"idiom": "in-place", "max_length": ROOM},
+    "cut short": {"idiom": "in-place", "past_length": "mask"},
+    "transposed": {"idiom": "in-place", "key_layout": ("kv_heads", "batch", "head_dim", "sequence")},
+    "new-only": {"idiom": "new-only"},
+}
+HOSTS = {**dict.fromkeys(IDIOMS, InPlace), "grow": Grow, "new-only": NewOnly}
+SHORT = Lengths(short=9, long=20, batch=2)
+
+
+@functools.cache
+def model(idiom: str, name: str = "llama_dynamo_sdpa") -> onnx.ModelProto:
+    return injected(export(name), **IDIOMS[idiom])
+
+
+def decoder(idiom: str) -> CachedDecoder:
+    return CachedDecoder(open_session(model(idiom), threads=1))
+
+
+@pytest.mark.parametrize(("idiom", "host"), HOSTS.items())
+def test_the_host_is_told_by_dims_and_notes(idiom, host):
+    assert type(decoder(idiom).host) is host
+
+
+@pytest.mark.parametrize("idiom", IDIOMS)
+@pytest.mark.parametrize("name", ["llama_dynamo_sdpa", "decoder"])
+def test_the_judge_finds_every_idiom_the_same(idiom, name):
+    report = verify(export(name), model(idiom, name), lengths=SHORT, threads=1)
+    assert (report.verdict, report.problems) == ("same", ())
+    assert "left padding" in {trial.scenario for trial in report.trials}
+
+
+@pytest.mark.parametrize("idiom", IDIOMS)
+def test_the_same_tokens_are_generated(idiom):
+    expected = Writer(export("llama_dynamo_sdpa"), threads=1).generate([[3, 1, 4], [1, 5]], max_new_tokens=6)
+    found = Writer(model(idiom), threads=1).generate([[3, 1, 4], [1, 5]], max_new_tokens=6)
+    assert (found.cached, found.tokens) == (True, expected.tokens)
+
+
+def wrong(idiom: str, operator: str) -> onnx.ModelProto:
+    """Writes its rows one place too early."""
+    broken = onnx.ModelProto()
+    broken.CopyFrom(model(idiom))
+    node = next(node for node in broken.graph.node if node.op_type == operator)
+    early = onnx.helper.make_node("Sub", [node.input[1], "one"], ["early"])
+    broken.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(1, np.int64), "one"))
+    for other in broken.graph.node:
+        if other.op_type == operator:
+            other.input[1] = "early"
+    nodes = list(broken.graph.node)
+    place = nodes.index(node)
+    del broken.graph.node[:]
+    broken.graph.node.extend([*nodes[:place], early, *nodes[place:]])
+    return broken
+
+
+def test_rows_written_elsewhere_are_found_out():
+    report = verify(export("llama_dynamo_sdpa"), wrong("in-place", "ScatterElements"), lengths=SHORT, threads=1)
+    assert report.verdict == "different"
+
+
+def test_past_and_present_are_one_memory():
+    one = decoder("in-place")
+    feeds = one.inputs.whole(np.array([[1, 2, 3]]), np.ones((1, 3), np.int64))
+    one.prefill(feeds)
+    before = one.host.given(1, 3, 1)
+    assert {name: value.data_ptr() for name, value in before.items()} == {
+        entry.past.name: one.host.into[entry.present].data_ptr() for entry in one.cache
+    }
+
+
+def test_a_buffer_grows_and_keeps_its_rows():
+    one = decoder("in-place")
+    tokens = np.arange(150)[None] % 7
+    feeds = one.inputs.whole(tokens, np.ones_like(tokens))
+    one.prefill(one.inputs.part(feeds, 0, 60))
+    kept = [one.remembered(entry) for entry in one.cache]
+    one.step(one.inputs.part(feeds, 60, 150))
+    assert all(np.array_equal(rows, one.remembered(e)[:, :, :60]) for rows, e in zip(kept, one.cache, strict=True))
+    assert one.remembered(one.cache[0]).shape[2] == one.past_length == 150
+
+
+def test_a_full_buffer_takes_no_more():
+    one = decoder("room")
+    tokens = np.arange(ROOM + 1)[None] % 7
+    feeds = one.inputs.whole(tokens, np.ones_like(tokens))
+    one.prefill(one.inputs.part(feeds, 0, ROOM))
+    with pytest.raises(RunError, match="expected at most 32 tokens, as many as the cache has rows for, found 33"):
+        one.step(one.inputs.part(feeds, ROOM, ROOM + 1))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', '{"key_axis": "third"}', "null"])
+def test_a_note_that_cannot_be_read_notes_nothing(text):
+    note = read_note({"kvsurgeon.cache": text})
+    assert (note.idiom, dict(note.axes)) == (None, {})
