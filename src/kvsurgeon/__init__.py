@@ -9,7 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvsurgeon.api import Pipeline, find_attention, generate, inject, inspect, load, save, verify
+    from kvsurgeon.api import (
+        Pipeline,
+        find_attention,
+        generate,
+        inject,
+        inspect,
+        load,
+        measure_loss,
+        save,
+        verify,
+    )
     from kvsurgeon.injector import KeyValueCacheInjector
 
 __all__ = [
@@ -20,6 +30,7 @@ __all__ = [
     "inject",
     "inspect",
     "load",
+    "measure_loss",
     "save",
     "verify",
 ]

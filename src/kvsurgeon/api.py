@@ -8,6 +8,7 @@ from typing import Any
 from kvsurgeon.anatomy import Attention, Decoder
 from kvsurgeon.delivery import deliver
 from kvsurgeon.io import load, save
+from kvsurgeon.loss import measure as measure_loss
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.contract import Source, Subject
 from kvsurgeon.passes.inject import Inject
@@ -16,7 +17,7 @@ from kvsurgeon.runtime import generate
 from kvsurgeon.surgery import Surgery, operate
 from kvsurgeon.targets import Target
 
-__all__ = ["Pipeline", "find_attention", "generate", "inject", "inspect", "load", "save", "verify"]
+__all__ = ["Pipeline", "find_attention", "generate", "inject", "inspect", "load", "measure_loss", "save", "verify"]
 
 
 def inspect(source: Source, *, folder: str | Path | None = None) -> Decoder:

@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError
 from kvsurgeon.parity import TOLERANCES, Progress, Report, Verdict, arithmetic_of, verify
 from kvsurgeon.parity.difference import spread
+from kvsurgeon.parity.tolerance import load_graph
 from kvsurgeon.runtime import (
     Array,
     CachedDecoder,
     Session,
+    Source,
     Tensor,
     Tokens,
     UncachedDecoder,
@@ -47,8 +48,8 @@ class Sameness:
 
 
 def judge(
-    original: onnx.ModelProto,
-    result: onnx.ModelProto,
+    original: Source,
+    result: Source,
     *,
     folder: Path | None = None,
     seed: int = 0,
@@ -57,11 +58,11 @@ def judge(
     """Run both models and say whether they agree.
 
     A cache that came in is put to the full trial of `kvsurgeon.parity`. Otherwise both are asked alike: the same
-    texts, all outputs but
-    the cache compared; in several calls where both have a cache.
+    texts, all outputs but the cache compared; in several calls where both have a cache.
     """
-    gained = {value.name for value in result.graph.input} - {value.name for value in original.graph.input}
-    lost = {value.name for value in original.graph.output} - {value.name for value in result.graph.output}
+    graphs = load_graph(original).graph, load_graph(result).graph
+    gained = {value.name for value in graphs[1].input} - {value.name for value in graphs[0].input}
+    lost = {value.name for value in graphs[0].output} - {value.name for value in graphs[1].output}
     if gained and not lost:
         report = verify(original, result, folder=folder, seed=seed, progress=progress)
         return Sameness(verdict=report.verdict, problems=report.problems, report=report)
@@ -71,7 +72,7 @@ def judge(
         return Sameness(verdict="unknown", problems=(str(error),))
     try:
         after = open_session(result, folder=folder, name="the result")
-        problems = tuple(_differences(before, after, TOLERANCES[arithmetic_of(original)].error, seed))
+        problems = tuple(_differences(before, after, TOLERANCES[arithmetic_of(load_graph(original))].error, seed))
     except _OriginalError as error:
         return Sameness(verdict="unknown", problems=(str(error),))
     except KvsurgeonError as error:

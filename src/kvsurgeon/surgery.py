@@ -17,7 +17,7 @@ from kvsurgeon.passes.contract import Source, Subject, Unchanged
 from kvsurgeon.pipeline import Pipeline, Step, Watch
 
 if TYPE_CHECKING:
-    from kvsurgeon.parity import Progress, Report
+    from kvsurgeon.parity import Loss, Progress, Report
     from kvsurgeon.sameness import Sameness
 
 
@@ -28,13 +28,15 @@ class Surgery:
     Attributes:
         model: The model as it is now.
         steps: What each pass did.
-        sameness: What the judge said; None where it was not asked.
+        sameness: What the judge said; None where it was not asked, or where something was lost on purpose.
+        loss: How much was lost, where a pass is not exact and the judge was asked.
         path: Where the model was written to; None where it was not.
     """
 
     model: ir.Model
     steps: tuple[Step, ...]
     sameness: Sameness | None = None
+    loss: Loss | None = None
     path: Path | None = None
 
     @property
@@ -58,6 +60,8 @@ def operate(
     verify_each: bool = False,
     sharing: Sharing = "link",
     pack: bool = False,
+    text: str | Path | None = None,
+    per_layer: bool = False,
     watch: Watch | None = None,
     progress: Progress | None = None,
 ) -> Surgery:
@@ -72,6 +76,8 @@ def operate(
         verify_each: Whether to run it after every pass.
         sharing: How external data gets into another folder; see `kvsurgeon.save`.
         pack: Whether all weights go into one new data file; see `kvsurgeon.save`.
+        text: A file of text on which to measure what passes that are not exact lose; None takes one that ships.
+        per_layer: Whether to measure that for each attention layer too.
         watch: See `Pipeline.run`.
         progress: Told by the judge before each trial.
 
@@ -87,12 +93,18 @@ def operate(
     result = pipeline.run(subject.model, folder=subject.folder, verify_each=verify_each, watch=watch)
     if not result.changed:
         raise Refused(_nothing_done(result.steps), hint="nothing was written")
-    sameness = None if original is None else _judged(original, result.model, subject.folder, progress)
-    path = None
+    sameness = loss = path = None
+    if original is not None and result.exact:
+        sameness = _judged(original, result.model, subject.folder, progress)
+    elif original is not None:
+        from kvsurgeon.loss import measure  # onnxruntime is slow to import
+
+        now = io.to_proto(result.model)
+        loss = measure(original, now, text=text, per_layer=per_layer, folder=subject.folder, progress=progress)
     if destination is not None:
         origin = source if isinstance(source, str | Path) else None
         path = io.save(result.model, destination, source=origin, sharing=sharing, pack=pack)
-    return Surgery(model=result.model, steps=result.steps, sameness=sameness, path=path)
+    return Surgery(model=result.model, steps=result.steps, sameness=sameness, loss=loss, path=path)
 
 
 def _require_weights(subject: Subject) -> None:

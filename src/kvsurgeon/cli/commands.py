@@ -83,6 +83,8 @@ def run(
     ] = None,
     copy_weights: operations.Copy = False,
     pack: operations.Pack = False,
+    text: operations.Text = None,
+    per_layer: operations.PerLayer = False,
     json: Json = False,
 ) -> None:
     """Run several passes, one after the other."""
@@ -97,6 +99,8 @@ def run(
         verify_each=verify_each,
         copy_weights=copy_weights,
         pack=pack,
+        text=text,
+        per_layer=per_layer,
         trace=trace,
         json=json,
     )
@@ -130,22 +134,19 @@ def targets(
 
 
 def verify(
-    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The model without a cache.")],
-    injected: Annotated[Path, typer.Argument(metavar="INJECTED", help="The model with one.")],
+    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The model as it was.")],
+    result: Annotated[Path, typer.Argument(metavar="RESULT", help="The model as it is now, with a cache or without.")],
     seed: Annotated[int, typer.Option(help="Where the texts come from that both are given.")] = 0,
+    loss: Annotated[bool, typer.Option("--loss", help="Say how much is lost, not whether anything is.")] = False,
+    text: operations.Text = None,
+    per_layer: operations.PerLayer = False,
     json: Json = False,
 ) -> None:
-    """Run both models on the same texts, whole and in chunks, and say whether they agree."""
-    from kvsurgeon.parity import verify as run_judge
-    from kvsurgeon.report import answer, progress, table
-
-    with progress.judging() as told:
-        report = run_judge(original, injected, seed=seed, progress=told)
-    if json:
-        answer.show(report.as_dict())
+    """Run both models on the same texts, whole and in chunks, and say whether they agree, or by how much not."""
+    if loss or text is not None or per_layer:
+        operations.lost(original, result, text=text, per_layer=per_layer, json=json)
     else:
-        table.console().print(table.verification(report))
-    raise typer.Exit({"same": 0, "different": 1, "unknown": 3}[report.verdict])
+        raise typer.Exit(operations.judged(original, result, seed=seed, json=json))
 
 
 def generate(

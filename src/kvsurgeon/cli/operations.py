@@ -31,6 +31,11 @@ Copy = Annotated[
 Pack = Annotated[
     bool, typer.Option("--pack", help="Write all weights into one new data file, without those that are read no more.")
 ]
+Text = Annotated[
+    Optional[Path],  # noqa: UP045  # typer reads it on Python 3.10
+    typer.Option("--text", metavar="FILE", help="Text on which to measure what is lost; one ships."),
+]
+PerLayer = Annotated[bool, typer.Option("--per-layer", help="Measure what is lost of each attention layer too.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer for a program.")]
 ForTarget = Annotated[
     Optional[str],  # noqa: UP045  # typer reads it on Python 3.10
@@ -64,6 +69,8 @@ def command_of(entry: Entry) -> Callable[..., None]:
         pack: bool,
         json: bool,
         target: str | None = None,
+        text: Path | None = None,
+        per_layer: bool = False,
         **given: Any,
     ) -> None:
         texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in given.items()}
@@ -74,7 +81,7 @@ def command_of(entry: Entry) -> Callable[..., None]:
             changed = {name: getattr(wanted, name) for name in texts if getattr(wanted, name) != defaults.get(name)}
             deliver(model, target, output, options=changed, **writing)
             return
-        operate(model, Pipeline((wanted,)), output, **writing)
+        operate(model, Pipeline((wanted,)), output, text=text, per_layer=per_layer, **writing)
 
     fixed = (_parameter("model", Model), _parameter("output", Output))
     switches = tuple(
@@ -84,6 +91,7 @@ def command_of(entry: Entry) -> Callable[..., None]:
             ("copy_weights", Copy, False),
             ("pack", Pack, False),
             ("json", Json, False),
+            *(() if getattr(pass_class, "exact", True) else (("text", Text, None), ("per_layer", PerLayer, False))),
             *([("target", ForTarget, None)] if entry.built_in and entry.name == BRINGS_TO_TARGET else ()),
         )
     )
@@ -108,6 +116,8 @@ def operate(
     verify_each: bool = False,
     copy_weights: bool = False,
     pack: bool = False,
+    text: Path | None = None,
+    per_layer: bool = False,
     trace: Path | None = None,
     json: bool = False,
 ) -> None:
@@ -125,6 +135,8 @@ def operate(
             verify_each=verify_each,
             sharing="copy" if copy_weights else "link",
             pack=pack,
+            text=text,
+            per_layer=per_layer,
             watch=None if trace is None else tracing(trace),
             progress=told,
         )
@@ -152,6 +164,33 @@ def deliver(
             model, target, output, options=options, verify=verify, sharing=sharing, pack=pack, progress=told
         )
     _tell(delivery, json=json)
+
+
+def judged(original: Path, result: Path, *, seed: int, json: bool) -> int:
+    """Let the judge compare two models, say what it found, and return the exit code."""
+    from kvsurgeon.report import answer, progress, table
+    from kvsurgeon.sameness import judge
+
+    with progress.judging() as told:
+        sameness = judge(original, result, seed=seed, progress=told)
+    if json:
+        answer.show(answer.sameness(sameness))
+    else:
+        table.console().print(table.sameness(sameness))
+    return {"same": 0, "different": 1, "unknown": 3}[sameness.verdict]
+
+
+def lost(original: Path, result: Path, *, text: Path | None, per_layer: bool, json: bool) -> None:
+    """Measure what one model lost of another, and say it."""
+    from kvsurgeon.loss import measure
+    from kvsurgeon.report import answer, progress, table
+
+    with progress.judging() as told:
+        loss = measure(original, result, text=text, per_layer=per_layer, progress=told)
+    if json:
+        answer.show(loss.as_dict())
+    else:
+        table.console().print(table.loss(loss))
 
 
 def _tell(surgery: Surgery, *, json: bool) -> None:

@@ -12,6 +12,7 @@ from kvsurgeon.errors import PluginError
 
 if TYPE_CHECKING:
     from kvsurgeon.anatomy import Decoder
+    from kvsurgeon.sameness import Sameness
     from kvsurgeon.surgery import Surgery
     from kvsurgeon.targets import Obstacle, Target
 
@@ -44,7 +45,15 @@ def surgery(done: Surgery) -> dict[str, Any]:
         "notes": list(done.notes),
         "verified": judged is not None,
         "verification": None if done.report is None else done.report.as_dict(),
+        "loss": None if done.loss is None else done.loss.as_dict(),
     }
+
+
+def sameness(judged: Sameness) -> dict[str, Any]:
+    """Return what the judge said: all that it tried, where a cache came in."""
+    if judged.report is not None:
+        return judged.report.as_dict()
+    return {"ok": judged.verdict == "same", "verdict": judged.verdict, "problems": list(judged.problems)}
 
 
 def passes() -> list[dict[str, Any]]:

@@ -14,8 +14,9 @@ from kvsurgeon.passes.contract import Unchanged
 
 if TYPE_CHECKING:
     from kvsurgeon.anatomy import Attention, Cut, Decoder, Mask, Rotary
-    from kvsurgeon.parity import Report
+    from kvsurgeon.parity import Loss, Report
     from kvsurgeon.pipeline import Step
+    from kvsurgeon.sameness import Sameness
     from kvsurgeon.surgery import Surgery
     from kvsurgeon.targets import Obstacle
 
@@ -57,17 +58,42 @@ def verification(report: Report) -> RenderableType:
     return Group(*([table] if report.trials else []), *lines)
 
 
+def sameness(judged: Sameness) -> RenderableType:
+    """Return what the judge said of two models: all that it tried, where a cache came in."""
+    if judged.report is not None:
+        return verification(judged.report)
+    said = {"same": "all outputs are the same", "different": "outputs differ", "unknown": "nothing could be compared"}
+    lines = [Text(f"{judged.verdict}: {said[judged.verdict]}")]
+    return Group(*lines, *(Text(f"  ✗ {problem}") for problem in judged.problems))
+
+
+def loss(lost: Loss) -> RenderableType:
+    """Return how much was lost, in a few lines, and as a table by layers where these were looked at."""
+    lines = [
+        Text(f"lost on {lost.text}, {lost.tokens} tokens:"),
+        Text(f"  KL divergence  {lost.divergence:.4g} nats per token"),
+        Text(f"  same token     {lost.agreement:.1%}"),
+        Text(f"  perplexity     {lost.perplexity_before:.5g} before, {lost.perplexity_after:.5g} after"),
+    ]
+    if not lost.layers:
+        return Group(*lines)
+    table = _table("layer", "error")
+    for layer in lost.layers:
+        _add(table, str(layer.layer), f"{layer.error:.1%}")
+    return Group(*lines, Text("output of each attention, what earlier layers lost included:"), table)
+
+
 def surgery(done: Surgery) -> RenderableType:
     """Return in a few lines what was done to a model, what the judge said, and where the model is."""
     lines = [Text(_step_words(step)) for step in done.steps]
     lines += [Text(f"  note: {note}") for note in done.notes]
     if done.sameness is not None:
         lines.append(Text("verified: " + ("all outputs as before" if done.report is None else _said(done.report))))
-    else:
+    elif done.loss is None:
         lines.append(Text("not verified"))
-    if done.path is not None:
-        lines.append(Text(f"written to {done.path}"))
-    return Group(*lines)
+    lost = () if done.loss is None else (loss(done.loss),)
+    written = () if done.path is None else (Text(f"written to {done.path}"),)
+    return Group(*lines, *lost, *written)
 
 
 def passes(found: Iterable[Mapping[str, Any]]) -> RenderableType:

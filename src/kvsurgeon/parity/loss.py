@@ -1,0 +1,317 @@
+"""How much of what a model computed is lost in one that was changed on purpose: measured on a text, in onnxruntime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from kvsurgeon.errors import InputError, ParityError, RunError, UsageError
+from kvsurgeon.parity.difference import distance, spread
+from kvsurgeon.parity.tolerance import TOLERANCES, arithmetic_of, load_graph
+from kvsurgeon.runtime import (
+    Array,
+    CachedDecoder,
+    Source,
+    Tokens,
+    UncachedDecoder,
+    find_cache,
+    open_session,
+)
+from kvsurgeon.runtime.text import load_tokenizer, side_folders
+
+Progress = Callable[[int, int, str], None]  # texts done, texts in all, name of the next
+
+SHIPPED = Path(__file__).parents[1] / "demo" / "model" / "sample.txt"  # a chapter's opening, in the public domain
+WINDOW = 128  # tokens that are predicted in one call
+WINDOWS = 4
+_SEEDED = "seeded token ids"
+_ROWS = 16  # positions whose probabilities are computed at a time: a vocabulary may have 256,000 entries
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLoss:
+    """How far the output of one attention layer is from what it was.
+
+    Attributes:
+        layer: Its index.
+        error: Length of the difference over the length of what was expected, over all tokens; what earlier layers lost
+            is in it.
+    """
+
+    layer: int
+    error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """How much was lost.
+
+    Attributes:
+        text: Where the tokens come from.
+        tokens: How many were predicted.
+        divergence: Mean Kullback-Leibler divergence of the new prediction from the old, in nats for each token.
+        agreement: Part of the tokens at which the likeliest next one is the same.
+        perplexity_before: Of the original, on the text.
+        perplexity_after: Of the result.
+        layers: Of each attention layer, where asked for.
+    """
+
+    text: str
+    tokens: int
+    divergence: float
+    agreement: float
+    perplexity_before: float
+    perplexity_after: float
+    layers: tuple[LayerLoss, ...] = field(default=())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it in types that JSON knows."""
+        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers]}
+
+
+def measure_loss(
+    original: Source,
+    result: Source,
+    *,
+    text: str | Path | None = None,
+    layers: Sequence[tuple[str, str]] = (),
+    folder: str | Path | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Loss:
+    """Give both models the same text, and say how far the second's predictions are from the first's.
+
+    A result with a cache is given the first stretch once more, in two calls, and must say the same.
+
+    Args:
+        original: The model as it was.
+        result: The model as it is now.
+        text: A file of text. None takes the one that ships. Without a tokenizer beside the original, neither is used,
+            but random token ids.
+        layers: Names of the values in which both hold the output of each attention layer, to be compared too.
+        folder: Where weights and side files of models in memory lie.
+        threads: Threads that onnxruntime may use for one operator.
+        seed: Where random token ids come from.
+        progress: Told before each stretch of text.
+
+    Raises:
+        InputError: A model or the text cannot be read.
+        RunError: A model cannot be run.
+        ParityError: The result gives something else when its cache is used, or no numbers.
+    """
+    before = _Predictor(original, "the original", [name for name, _ in layers], folder, threads)
+    after = _Predictor(result, "the result", [name for _, name in layers], folder, threads)
+    name, tokens = _tokens(original, folder, text, before, seed)
+    allowed = TOLERANCES[arithmetic_of(load_graph(result))].error
+    sums = _Sums(len(layers))
+    for number, window in enumerate(tokens):
+        if progress is not None:
+            progress(number, len(tokens), f"what was lost on {name}")
+        expected, found = before.predict(window[:, :-1]), after.predict(window[:, :-1])
+        if number == 0:
+            after.check_cache(window[:, :-1], found, allowed)
+        sums.add(window, expected, found, layers)
+    return sums.loss(name)
+
+
+class _Predictor:
+    """A model that is given stretches of text."""
+
+    def __init__(
+        self, source: Source, name: str, exposed: Sequence[str], folder: str | Path | None, threads: int | None
+    ) -> None:
+        session = open_session(_exposing(source, exposed), folder=_folder(source, folder), threads=threads, name=name)
+        cache = find_cache(session.inputs, session.outputs)
+        self.decoder = CachedDecoder(session, cache) if cache else UncachedDecoder(session)
+        self.name = name
+
+    @property
+    def length(self) -> int | None:
+        """The only length that it takes; None where it takes any."""
+        return self.decoder.length if isinstance(self.decoder, UncachedDecoder) else None
+
+    def predict(self, tokens: Tokens) -> Mapping[str, Array]:
+        """Return all its outputs for a text, `logits` among them under that name.
+
+        Raises:
+            RunError: It cannot be run on it.
+        """
+        feeds = self.decoder.inputs.whole(tokens, np.ones_like(tokens))
+        if isinstance(self.decoder, CachedDecoder):
+            self.decoder.reset()
+            outputs = self.decoder.advance(feeds)
+        else:
+            outputs = self.decoder.run(feeds)
+        return {**outputs, "logits": outputs[self.decoder.logits]}
+
+    def check_cache(self, tokens: Tokens, whole: Mapping[str, Array], allowed: float) -> None:
+        """Leave quietly if the model predicts the same when the text is given in two calls.
+
+        Raises:
+            ParityError: It does not.
+        """
+        logits = whole["logits"]
+        if not np.isfinite(logits.astype(np.float32)).any():
+            raise ParityError(f"expected numbers from {self.name}, found none among its logits")
+        if not isinstance(self.decoder, CachedDecoder) or logits.shape[1:2] != tokens.shape[1:]:
+            return
+        feeds, length = self.decoder.inputs.whole(tokens, np.ones_like(tokens)), tokens.shape[1]
+        self.decoder.reset()
+        spans = ((0, length // 2), (length // 2, length))
+        parts = [self.decoder.step(self.decoder.inputs.part(feeds, past, total)) for past, total in spans]
+        error = distance(logits, np.concatenate(parts, axis=1), spread(logits))
+        if not error <= allowed:
+            raise ParityError(
+                f"expected the same logits from {self.name} whether its cache is used or not, found them off by "
+                f"{error:.1e} of their spread ({allowed:.0e} allowed)"
+            )
+
+
+class _Sums:
+    """What adds up over the stretches of a text."""
+
+    def __init__(self, layers: int) -> None:
+        self._tokens = self._agreed = 0
+        self._divergence = self._before = self._after = 0.0
+        self._layers = np.zeros((layers, 2))  # squares of the difference, and of what was expected
+
+    def add(
+        self,
+        window: Tokens,
+        expected: Mapping[str, Array],
+        found: Mapping[str, Array],
+        layers: Sequence[tuple[str, str]],
+    ) -> None:
+        for old, new, target in _rows(window, expected["logits"], found["logits"]):
+            places = np.arange(len(target))
+            divergence = np.sum(np.exp(old) * (old - new), axis=-1)
+            self._divergence += float(divergence.sum())
+            self._before -= float(old[places, target].sum())
+            self._after -= float(new[places, target].sum())
+            self._agreed += int((old.argmax(axis=-1) == new.argmax(axis=-1)).sum())
+            self._tokens += len(target)
+        for place, (was, now) in enumerate(layers):
+            one, other = expected[was].astype(np.float64), found[now].astype(np.float64)
+            if one.size != other.size:
+                raise ParityError(f"expected {list(one.shape)} in `{now}` as in `{was}`, found {list(other.shape)}")
+            self._layers[place] += np.sum((one.reshape(-1) - other.reshape(-1)) ** 2), np.sum(one**2)
+
+    def loss(self, text: str) -> Loss:
+        tokens = max(self._tokens, 1)
+        return Loss(
+            text=text,
+            tokens=self._tokens,
+            divergence=max(self._divergence / tokens, 0.0),  # rounding may leave it below
+            agreement=self._agreed / tokens,
+            perplexity_before=_perplexity(self._before / tokens),
+            perplexity_after=_perplexity(self._after / tokens),
+            layers=tuple(
+                LayerLoss(layer=layer, error=math.sqrt(difference / whole) if whole else 0.0)
+                for layer, (difference, whole) in enumerate(self._layers)
+            ),
+        )
+
+
+def _rows(
+    window: Tokens, expected: Array, found: Array
+) -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], Tokens]]:
+    """Yield the log-probabilities of both models and the tokens that came, some positions at a time."""
+    if expected.shape != found.shape:
+        raise ParityError(f"expected logits {list(expected.shape)} as before, found {list(found.shape)}")
+    expected, found = (logits.reshape(-1, logits.shape[-1]) for logits in (expected, found))
+    targets = window[0, -len(expected) :]  # logits of the last token alone predict the last one alone
+    for start in range(0, len(expected), _ROWS):
+        part = slice(start, start + _ROWS)
+        yield _log_probabilities(expected[part]), _log_probabilities(found[part]), targets[part]
+
+
+def _log_probabilities(logits: Array) -> npt.NDArray[np.float64]:
+    shifted = np.clip(logits.astype(np.float64), -1e9, None)  # a padded vocabulary may end in minus infinity
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def _perplexity(nats: float) -> float:
+    return math.exp(min(nats, 700.0))
+
+
+def _tokens(
+    original: Source, folder: str | Path | None, text: str | Path | None, predictor: _Predictor, seed: int
+) -> tuple[str, list[Tokens]]:
+    """Return where the text comes from, and stretches of it, each a row with one token more than is given."""
+    if predictor.decoder.inputs.tokens.kind != "tokens":
+        raise UsageError(f"expected an input of token ids, found `{predictor.decoder.inputs.tokens.name}` only")
+    length = predictor.length or _longest(predictor)
+    tokenizer = load_tokenizer(side_folders(original, folder))
+    if tokenizer is None:
+        if text is not None:
+            raise UsageError("expected tokenizer.json beside the original to read a text with, found none")
+        return _SEEDED, [row[None] for row in _seeded(predictor, length, seed)]
+    path = SHIPPED if text is None else Path(text)
+    try:
+        ids = tokenizer.encode(path.read_text("utf-8")).ids
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the text `{path}`: {error}") from error
+    size = min(length, len(ids) - 1)
+    if size < 2 or (predictor.length and size < length):
+        raise UsageError(f"expected a text of more than {max(predictor.length or 2, 2)} tokens, found {len(ids)}")
+    starts = range(0, len(ids) - size, size)[:WINDOWS]
+    name = "the text that ships" if text is None else path.name
+    return name, [np.array([ids[start : start + size + 1]], np.int64) for start in starts]
+
+
+def _longest(predictor: _Predictor) -> int:
+    """Return how many tokens the model takes at once: a stretch, or half of it, or a quarter, ..."""
+    length = WINDOW
+    while True:
+        try:
+            predictor.predict(np.zeros((1, length), np.int64))
+        except RunError:
+            if length == 1:
+                raise
+            length //= 2
+        else:
+            return length
+
+
+def _seeded(predictor: _Predictor, length: int, seed: int) -> Tokens:
+    """Return random ids that the model knows: of all that it has logits for, or of fewer where it has fewer rows."""
+    random = np.random.default_rng(seed)
+    vocabulary = predictor.predict(np.zeros((1, length), np.int64))["logits"].shape[-1]
+    while True:
+        tokens = random.integers(0, vocabulary, (WINDOWS, length + 1))
+        try:
+            predictor.predict(np.full((1, length), vocabulary - 1, np.int64))
+        except RunError:
+            if vocabulary == 1:
+                raise
+            vocabulary //= 2
+        else:
+            return tokens
+
+
+def _exposing(source: Source, names: Sequence[str]) -> Source:
+    """Return the model with some of its values as further outputs."""
+    if not names:
+        return source
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(load_graph(source))
+    have = {output.name for output in exposed.graph.output}
+    exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names) if name not in have)
+    return exposed
+
+
+def _folder(source: Source, folder: str | Path | None) -> Path | None:
+    """Return where the weights of a model lie."""
+    if isinstance(source, str | Path):
+        return side_folders(source)[0]
+    return None if folder is None else Path(folder)

@@ -1,0 +1,144 @@
+"""What is lost is what the formulas say, of each layer from the one on that was changed, and with a cache too."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import kvsurgeon
+from kvsurgeon.cli.main import run
+from kvsurgeon.errors import InputError, ParityError, UsageError
+from kvsurgeon.parity import loss, measure_loss
+from kvsurgeon.runtime import Writer
+
+DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"
+FEW = "It was late. They left the house without a word, and nobody asked them where they went."
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "WINDOW", 16)
+    monkeypatch.setattr(loss, "WINDOWS", 2)
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """The demo's model with the value projection of its fourth layer made smaller."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(DEMO, folder)
+    proto = onnx.load(folder / "model.onnx")
+    name = kvsurgeon.inspect(DEMO).attentions[3].value.initializers[0]  # type: ignore[union-attr]
+    tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) * np.float32(0.5), name))
+    onnx.save(proto, folder / "model.onnx")
+    return folder
+
+
+@pytest.mark.usefixtures("short")
+def test_nothing_is_lost_of_the_same_model() -> None:
+    found = measure_loss(DEMO, DEMO)
+    assert (found.divergence, found.agreement, found.tokens) == (0.0, 1.0, 32)
+    assert found.perplexity_before == found.perplexity_after
+    assert 5 < found.perplexity_before < 60  # it was trained on such texts
+    assert found.text == "the text that ships"
+
+
+@pytest.mark.usefixtures("short")
+def test_the_numbers_are_those_of_the_formulas(damaged: Path, tmp_path: Path) -> None:
+    text = tmp_path / "few.txt"
+    text.write_text(FEW)
+    found = measure_loss(DEMO, damaged, text=text)
+    writer = Writer(DEMO)
+    ids = np.array(writer.encode(FEW)[0])[: found.tokens + 1]
+    old, new = (_log_softmax(folder, ids[:-1], 16) for folder in (DEMO, damaged))
+    places = np.arange(len(ids) - 1)
+    assert found.text == "few.txt"
+    assert found.divergence == pytest.approx(np.mean(np.sum(np.exp(old) * (old - new), axis=-1)), rel=1e-3)
+    assert found.perplexity_before == pytest.approx(np.exp(-old[places, ids[1:]].mean()), rel=1e-4)
+    assert found.perplexity_after == pytest.approx(np.exp(-new[places, ids[1:]].mean()), rel=1e-4)
+    assert found.agreement == np.mean(old.argmax(-1) == new.argmax(-1))
+    assert found.divergence > 1e-4
+
+
+def _log_softmax(folder: Path, ids: np.ndarray, window: int) -> np.ndarray:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    parts = []
+    for start in range(0, len(ids), window):
+        tokens = ids[None, start : start + window]
+        logits = session.run(["logits"], {"input_ids": tokens, "attention_mask": np.ones_like(tokens)})[0][0]
+        logits = logits.astype(np.float64)
+        parts.append(logits - np.log(np.exp(logits).sum(-1, keepdims=True)))
+    return np.concatenate(parts)
+
+
+@pytest.mark.usefixtures("short")
+def test_layers_differ_from_the_one_on_that_was_changed(damaged: Path) -> None:
+    found = kvsurgeon.measure_loss(DEMO, damaged, per_layer=True)
+    errors = [layer.error for layer in found.layers]
+    assert [layer.layer for layer in found.layers] == list(range(6))
+    assert errors[:3] == [0.0] * 3
+    assert errors[3] == pytest.approx(0.5, abs=1e-3)  # the values were halved
+    assert all(0 < error < 1 for error in errors[4:])
+
+
+@pytest.mark.usefixtures("short")
+def test_a_result_with_a_cache_loses_nothing_either(tmp_path: Path) -> None:
+    surgery = kvsurgeon.inject(DEMO, tmp_path / "out", verify=False)
+    found = measure_loss(DEMO, surgery.path.parent)  # type: ignore[union-attr]
+    assert found.agreement == 1.0
+    assert found.divergence < 1e-9
+
+
+@pytest.mark.usefixtures("short")
+def test_a_cache_that_is_wrong_is_no_loss_but_an_error(tmp_path: Path) -> None:
+    path = kvsurgeon.inject(DEMO, tmp_path / "out", verify=False).path
+    proto = onnx.load(path)
+    concat = next(node for node in proto.graph.node if "present.2.key" in node.output)
+    concat.input[0], concat.input[1] = concat.input[1], concat.input[0]  # new rows before the past
+    onnx.save(proto, path)
+    with pytest.raises(ParityError, match="whether its cache is used or not"):
+        measure_loss(DEMO, path)
+
+
+@pytest.mark.usefixtures("short")
+def test_without_a_tokenizer_ids_are_random(damaged: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (damaged / name).unlink()
+    found = measure_loss(damaged, damaged)
+    assert (found.text, found.tokens, found.divergence) == ("seeded token ids", 32, 0.0)
+    with pytest.raises(UsageError, match=r"expected tokenizer\.json beside the original"):
+        measure_loss(damaged, damaged, text=DEMO / "sample.txt")
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(("text", "match"), [("", "expected a text of more than 2 tokens"), (None, "cannot read")])
+def test_a_text_that_cannot_be_used(tmp_path: Path, text: str | None, match: str) -> None:
+    path = tmp_path / "text.txt"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises((UsageError, InputError), match=match):
+        measure_loss(DEMO, DEMO, text=path)
+
+
+@pytest.mark.usefixtures("short")
+def test_verify_says_how_much_is_lost(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", str(DEMO), str(damaged)]) == 1  # other logits
+    assert "off by" in capsys.readouterr().out
+    assert run(["verify", str(DEMO), str(damaged), "--loss", "--per-layer"]) == 0
+    said = capsys.readouterr().out
+    assert "KL divergence" in said
+    assert "50.0%" in said
+    assert run(["verify", str(DEMO), str(damaged), "--text", str(DEMO / "sample.txt"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["text"] == "sample.txt"
+    assert facts["perplexity_before"] < facts["perplexity_after"]
+    assert run(["verify", str(DEMO), str(DEMO), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"ok": True, "verdict": "same", "problems": []}

@@ -1,0 +1,80 @@
+"""Passes that are not exact: what they lose is measured and told, and is no fault of the passes after them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import kvsurgeon
+from kvsurgeon.errors import ParityError
+from kvsurgeon.io.config import Change, Heads
+from kvsurgeon.parity import loss
+from kvsurgeon.passes.contract import Changed, Outcome, Subject
+from kvsurgeon.passes.inject import Inject
+from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.report import answer, table
+from kvsurgeon.surgery import operate
+
+DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halve:
+    """Have the values of the first layer half as large."""
+
+    name: ClassVar[str] = "halve"
+    exact: bool = False
+
+    def apply(self, subject: Subject) -> Outcome:
+        projection = subject.decoder().attentions[0].value
+        assert projection is not None
+        value = subject.model.graph.initializers[projection.initializers[0]]
+        tensor = value.const_value
+        assert tensor is not None
+
+        def halved() -> ir.TensorProtocol:
+            return ir.Tensor(tensor.numpy() * np.float32(0.5))
+
+        value.const_value = ir.LazyTensor(halved, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()))
+        before, after = (Heads(query=8, kv=(kv,) * 6, kv_layers=6) for kv in (2, 1))
+        return Changed(edits=1, exact=self.exact, heads=Change(before=before, after=after))
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "WINDOW", 16)
+    monkeypatch.setattr(loss, "WINDOWS", 1)
+
+
+def test_what_is_lost_is_measured_told_and_written(tmp_path: Path) -> None:
+    surgery = operate(DEMO, Pipeline((Halve(),)), tmp_path, per_layer=True)
+    assert surgery.sameness is None
+    assert surgery.loss is not None
+    assert surgery.loss.divergence > 0
+    assert surgery.loss.layers[0].error == pytest.approx(0.5, abs=1e-3)
+    assert json.loads((tmp_path / "config.json").read_text())["num_key_value_heads"] == 1
+    assert answer.surgery(surgery)["loss"]["tokens"] == 16
+    console = table.console()
+    with console.capture() as said:
+        console.print(table.surgery(surgery))
+    assert "KL divergence" in said.get()
+    assert "not verified" not in said.get()
+
+
+def test_a_pass_that_says_it_is_exact_and_is_not(tmp_path: Path) -> None:
+    with pytest.raises(ParityError, match="does not compute what the original computes"):
+        operate(DEMO, Pipeline((Halve(exact=True),)), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_later_passes_are_judged_by_what_came_before_them(tmp_path: Path) -> None:
+    surgery = operate(DEMO, Pipeline((Halve(), Inject())), tmp_path, verify_each=True)
+    assert [step.name for step in surgery.steps] == ["halve", "inject"]
+    assert surgery.loss is not None
+    assert surgery.loss.divergence > 1e-3
