@@ -13,6 +13,9 @@ GROUP = "kvsurgeon.targets"
 
 BUILT_IN = {
     "optimum": "kvsurgeon.targets.optimum:OPTIMUM",
+    "genai": "kvsurgeon.targets.genai:GENAI",
+    "transformers-js": "kvsurgeon.targets.transformers_js:TRANSFORMERS_JS",
+    "openvino": "kvsurgeon.targets.openvino:OPENVINO",
 }
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import onnx_ir as ir
 
 from kvsurgeon.anatomy import Decoder
+from kvsurgeon.io.embedding import must_unload
+from kvsurgeon.io.weights import external_tensors
 from kvsurgeon.passes.inject import Inject
 
 Operator = tuple[str, str]  # domain ("" is ONNX's own) and type
@@ -46,6 +48,7 @@ class Facts:
         operators: Every operator that stands in it, functions and subgraphs included, with one output of it.
         decoder: What was found in the model before it had a cache; None where it came with one.
         config: What its config.json says; empty where it has none.
+        data_files: Files of external data that lie beside it.
     """
 
     inputs: tuple[Tensor, ...]
@@ -55,6 +58,7 @@ class Facts:
     operators: Mapping[Operator, str]
     decoder: Decoder | None
     config: Mapping[str, Any]
+    data_files: int = 0
 
     @property
     def layers(self) -> int:
@@ -121,6 +125,7 @@ def facts_of(
         operators={(node.domain, node.op_type): node.outputs[0].name or "" for node in reversed(list(_nodes(model)))},
         decoder=decoder,
         config=config or {},
+        data_files=len({str(tensor.location) for tensor in external_tensors(model)}) + must_unload(model),
     )
 
 

@@ -1,0 +1,89 @@
+"""An environment of its own for each client, made once and kept where the caller says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Client:
+    """A runtime that is run as its users run it.
+
+    Attributes:
+        target: The target whose folders it takes.
+        requirements: What pip, or npm, installs.
+        script: What runs in its environment.
+        arguments: Further arguments of the script.
+        padded: Whether it takes batches with padding on the left.
+        batch: Whether it takes batches at all.
+        chunked: Whether it takes a prompt in chunks.
+        node: Whether it runs in Node.
+    """
+
+    target: str
+    requirements: tuple[str, ...]
+    script: str
+    arguments: tuple[str, ...] = ()
+    padded: bool = True
+    batch: bool = True
+    chunked: bool = False
+    node: bool = False
+
+    def command(self, environments: Path, python: str) -> tuple[list[str], Path]:
+        """Return how to call the client, and where; its environment is made if it is not there."""
+        home = environments / self.target
+        ready = home / "ready"
+        if not ready.is_file() or ready.read_text() != repr(self.requirements):
+            home.mkdir(parents=True, exist_ok=True)
+            for step in self._steps(home, python):
+                subprocess.run(step, check=True, cwd=home, stdout=subprocess.DEVNULL)
+            ready.write_text(repr(self.requirements))
+        program = "node" if self.node else str(home / "bin" / "python")
+        return [program, str(HERE / self.script)], home
+
+    def _steps(self, home: Path, python: str) -> list[list[str]]:
+        if self.node:
+            return [["npm", "init", "-y"], ["npm", "install", "--ignore-scripts", "--silent", *self.requirements]]
+        pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", *self.requirements]
+        return [[python, "-m", "venv", str(home)], pip]
+
+
+CLIENTS = {
+    "optimum": Client(
+        target="optimum",
+        requirements=("optimum-onnx[onnxruntime]==0.1.0",),
+        script="optimum_client.py",
+    ),
+    "genai": Client(
+        target="genai",
+        requirements=("onnxruntime-genai==0.18.0", "numpy"),
+        script="genai_client.py",
+        padded=False,
+        chunked=True,
+    ),
+    "transformers-js": Client(
+        target="transformers-js",
+        requirements=("@huggingface/transformers@4.3.1",),
+        script="transformers_js_client.mjs",
+        node=True,
+    ),
+    "openvino": Client(
+        target="openvino",
+        requirements=("openvino==2026.4.1",),
+        script="openvino_client.py",
+        chunked=True,
+    ),
+    "openvino-stateful": Client(
+        target="openvino",
+        requirements=("openvino==2026.4.1",),
+        script="openvino_client.py",
+        arguments=("stateful",),
+        chunked=True,
+    ),
+}
+DEFAULT_PYTHON = sys.executable

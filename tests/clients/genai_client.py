@@ -1,0 +1,35 @@
+"""Answer cases with onnxruntime-genai. Runs in its own environment: python genai_client.py FOLDER."""
+
+import json
+import sys
+from importlib.metadata import version
+
+import numpy as np
+import onnxruntime_genai as og
+
+
+def answers(folder, cases, unused):
+    """Yield the new tokens of each case, greedy; a prompt may be given in chunks.
+
+    A text goes on to its full length: what ends it is a token that does not come.
+    """
+    config = og.Config(folder)
+    config.overlay(json.dumps({"model": {"eos_token_id": unused}}))
+    model = og.Model(config)
+    for case in cases:
+        ids = np.array(case["ids"], np.int32)
+        params = og.GeneratorParams(model)
+        length = ids.shape[1] + case["new"]
+        params.set_search_options(batch_size=len(ids), max_length=length, do_sample=False)
+        generator = og.Generator(model, params)
+        for start in range(0, ids.shape[1], case["chunk"] or ids.shape[1]):
+            generator.append_tokens(ids[:, start : start + (case["chunk"] or ids.shape[1])])
+        while not generator.is_done():
+            generator.generate_next_token()
+        yield [generator.get_sequence(row)[ids.shape[1] :].tolist() for row in range(len(ids))]
+
+
+if __name__ == "__main__":
+    request = json.load(sys.stdin)
+    found = list(answers(sys.argv[1], request["cases"], request["unused"]))
+    print(json.dumps({"versions": {"onnxruntime-genai": version("onnxruntime-genai")}, "answers": found}))

@@ -1,0 +1,27 @@
+"""Answer cases with optimum's `ORTModelForCausalLM`. Runs in its own environment: python optimum_client.py FOLDER."""
+
+import json
+import sys
+from importlib.metadata import version
+
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM
+
+
+def answers(folder, cases):
+    """Yield the new tokens of each case, greedy; prompts of a batch are padded on the left."""
+    model = ORTModelForCausalLM.from_pretrained(folder)
+    for case in cases:
+        given = {"input_ids": torch.tensor(case["ids"]), "attention_mask": torch.tensor(case["mask"])}
+        made = model.generate(
+            **given, max_new_tokens=case["new"], do_sample=False, num_beams=1,
+            eos_token_id=None, pad_token_id=0, repetition_penalty=1.0,
+        )  # fmt: skip
+        yield made[:, given["input_ids"].shape[1] :].tolist()
+
+
+if __name__ == "__main__":
+    request = json.load(sys.stdin)
+    found = list(answers(sys.argv[1], request["cases"]))
+    said = {name: version(name) for name in ("optimum-onnx", "transformers", "onnxruntime")}
+    print(json.dumps({"versions": said, "answers": found}))

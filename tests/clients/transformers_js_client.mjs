@@ -1,0 +1,23 @@
+// Answer cases with transformers.js in Node: node transformers_js_client.mjs FOLDER, where its package is installed.
+import path from "node:path";
+import { createRequire } from "node:module";
+import { pathToFileURL } from "node:url";
+import { text } from "node:stream/consumers";
+
+const require = createRequire(path.join(process.cwd(), "package.json"));
+const { AutoModelForCausalLM, Tensor, env } = await import(pathToFileURL(require.resolve("@huggingface/transformers")));
+env.allowRemoteModels = false;
+env.localModelPath = "";
+
+const { cases } = JSON.parse(await text(process.stdin));
+const model = await AutoModelForCausalLM.from_pretrained(process.argv[2], { local_files_only: true });
+const tensor = (rows) => new Tensor("int64", BigInt64Array.from(rows.flat().map(BigInt)), [rows.length, rows[0].length]);
+
+const answers = [];
+for (const { ids, mask, new: count } of cases) {
+  const given = { inputs: tensor(ids), attention_mask: tensor(mask) };
+  const options = { max_new_tokens: count, do_sample: false, eos_token_id: -1, pad_token_id: 0, repetition_penalty: 1 };
+  const made = await model.generate({ ...given, ...options });
+  answers.push(made.tolist().map((row) => row.slice(ids[0].length).map(Number)));
+}
+console.log(JSON.stringify({ versions: { "@huggingface/transformers": env.version }, answers }));
