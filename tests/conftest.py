@@ -7,7 +7,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-collect_ignore = ["corpus"]  # its script needs PyTorch, and doctests would import it
+collect_ignore = [
+    "clients",  # scripts, each of which installs a client: see its README
+    "corpus",  # its script needs PyTorch, and doctests would import it
+]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx_ir as ir
+
 from kvsurgeon import io
 from kvsurgeon.anatomy import Decoder
 from kvsurgeon.errors import Refused, UsageError
 from kvsurgeon.io.carry import Sharing
+from kvsurgeon.io.config import changes_of, followed
 from kvsurgeon.passes.contract import Source, Subject
 from kvsurgeon.pipeline import Pipeline, Watch
 from kvsurgeon.surgery import Surgery, operate
@@ -80,7 +83,7 @@ def deliver(
     surgery = operate(
         subject.model, Pipeline(target.passes), folder=subject.folder, verify=verify, watch=watch, progress=progress
     )
-    facts = facts_of(surgery.model, target.cache, decoder=decoder, config=subject.config)
+    facts = _facts(surgery.model, target, decoder, subject)
     found = obstacles(target, facts)
     _stop_at(found, target)
     path = None
@@ -120,7 +123,7 @@ def stands_between(source: Source, target: Target | str, *, folder: str | Path |
         result = Pipeline(target.passes).run(subject.model, folder=subject.folder)
     except Refused as error:
         return (Obstacle(what=str(error)),)
-    facts = facts_of(result.model, target.cache, decoder=decoder, config=subject.config)
+    facts = _facts(result.model, target, decoder, subject)
     return obstacles(target, facts) + tuple(_missing(target, subject.folder))
 
 
@@ -131,6 +134,11 @@ def _resolved(target: Target | str, options: Mapping[str, Any] | None) -> Target
 
 def _decoder(subject: Subject) -> Decoder | None:
     return subject.decoder()
+
+
+def _facts(model: ir.Model, target: Target, decoder: Decoder | None, subject: Subject) -> Facts:
+    config = followed(subject.config or {}, changes_of(model))
+    return facts_of(model, target.cache, decoder=decoder, config=config)
 
 
 def _stop_at(found: tuple[Obstacle, ...], target: Target) -> None:

@@ -11,7 +11,7 @@ from kvsurgeon.sequence.axes import Length
 from kvsurgeon.sequence.kinds import classify_inputs, read_inputs
 from kvsurgeon.shapes.dimension import BATCH, LENGTH
 
-FRAME = "case ({inputs}) => (float[] y) <float[9, 4] table, int64[1] last = {{2}}, float half = {{0.5}}> {{ {body} }}"
+FRAME = "case ({inputs}) => (float[] y) <float[9, 4] table, int64[1] last = {{2}}, int64[1] zero = {{0}}, int64[1] two = {{2}}, int64[3] thrice = {{1, 1, 1}}, float half = {{0.5}}> {{ {body} }}"
 
 
 def kinds(inputs: str, body: str) -> dict[str, dict[int, Length]]:
@@ -35,6 +35,9 @@ CASES = [
      f"{TOKENS} f = Cast<to=1>(q7) g = Mul(f, half) y = Cos(g)", {"p9": {1: NEW}, "q7": {1: NEW}}),
     ("a mask of queries against keys", "int64[b, n] p9, float[b, 1, n, n] q7", f"{TOKENS} y = Add(q7, half)",
      {"p9": {1: NEW}, "q7": {2: NEW, 3: TOTAL}}),
+    ("positions that index a table repeated for the batch", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} r = Unsqueeze(table, zero) t = Tile(r, thrice) u = Unsqueeze(q7, two) v = Tile(u, thrice) "
+     "y = GatherElements<axis=1>(t, v)", {"p9": {1: NEW}, "q7": {1: NEW}}),
     ("no batch axis", "int64[n] p9", TOKENS, {"p9": {0: NEW}}),
     ("a flag without tokens", "int64[b, n] p9, float[1] q7", f"{TOKENS} y = Mul(e, q7)", {"p9": {1: NEW}, "q7": {}}),
     ("fixed sizes", "int64[1, 6] p9, int64[1, 6] q7", f"{TOKENS} m = Cast<to=1>(q7) y = Mul(m, half)",

@@ -36,10 +36,12 @@ SHAPE_ONLY = frozenset({"Shape", "Size", "ConstantOfShape", "EyeLike"})
 # Operators through which an input is still itself, position by position.
 # fmt: off
 _VIEWS = frozenset({
-    "Cast", "CastLike", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Expand", "Transpose", "Clip", "Add",
-    "Sub", "Mul", "Div", "Max", "Min", "Abs", "Slice",
+    "Cast", "CastLike", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Expand", "Tile", "Transpose", "Clip",
+    "Add", "Sub", "Mul", "Div", "Max", "Min", "Abs", "Slice",
 })
 # fmt: on
+_FORMED = frozenset({"Reshape", "Expand", "Tile", "Slice"})  # by a shape, which is their second input
+_FORMS = _FORMED | {"Unsqueeze", "Squeeze"}
 LOOKUPS = frozenset({"Gather", "GatherBlockQuantized", "GatherElements", "GatherND"})
 _WAVES = frozenset({"Sin", "Cos", "MatMul", "Gemm", "Einsum", "RotaryEmbedding", "OneHot", "FusedMatMul"})
 
@@ -167,11 +169,9 @@ def _is_given_for_new_tokens(value: ir.Value, sizes: tuple[Dimension, ...]) -> b
             if node.op_type in _WAVES or (node.op_type in LOOKUPS and index == 1 and _is_table(node.inputs[0])):
                 return True
             others = [other for other in node.inputs if other is not None and other not in seen]
-            if node.op_type not in _VIEWS or (index > 0 and node.op_type in ("Reshape", "Expand", "Slice")):
+            if node.op_type not in _VIEWS or (index > 0 and node.op_type in _FORMED):
                 continue
-            if node.op_type in ("Reshape", "Expand", "Unsqueeze", "Squeeze", "Slice") or all(
-                constant_tensor(other) is not None for other in others
-            ):
+            if node.op_type in _FORMS or all(constant_tensor(other) is not None for other in others):
                 result = node.outputs[0]
                 if result not in seen:
                     seen.add(result)
@@ -180,13 +180,13 @@ def _is_given_for_new_tokens(value: ir.Value, sizes: tuple[Dimension, ...]) -> b
 
 
 def _is_table(value: ir.Value | None) -> bool:
-    """Whether a value is a table of floating-point rows, possibly behind a cast or a dequantisation."""
-    for _ in range(4):
+    """Whether a value is a table of floating-point rows, possibly cast, dequantised or repeated for the batch."""
+    for _ in range(6):
         tensor = constant_tensor(value)
         if tensor is not None:
             return len(tensor.shape) >= 2
         node = None if value is None else value.producer()
-        if node is None or node.op_type not in ("Cast", "DequantizeLinear", "Identity", "Transpose"):
+        if node is None or node.op_type not in {"Cast", "DequantizeLinear", "Identity", "Transpose", *_FORMS}:
             return False
         value = node.inputs[0]
     return False

@@ -173,7 +173,10 @@ def _picks_last(step: Step, held: SequenceAxis) -> bool:
 
 
 def gather_elements(step: Step) -> list[Axes]:
-    """`GatherElements`, `ScatterElements`: along an axis without tokens, the others aligned."""
+    """`GatherElements`, `ScatterElements`: along an axis without tokens, the others aligned; or a table's elements."""
+    looked_up = step.node.op_type == "GatherElements" and step.kind(0) is not Kind.TOKEN
+    if looked_up and step.flow.length not in step.shape(0):
+        return [step.axes(1)]
     axis = axis_of(step.call.integer("axis", 0), len(step.shape(0)))
     for index in step.tokens():
         for held in step.axes(index):

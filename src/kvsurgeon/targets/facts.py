@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from kvsurgeon.anatomy import Decoder
-from kvsurgeon.io.embedding import must_unload
+from kvsurgeon.io.embedding import leaving
 from kvsurgeon.io.weights import external_tensors
 from kvsurgeon.passes.inject import Inject
 
@@ -125,7 +125,7 @@ def facts_of(
         operators={(node.domain, node.op_type): node.outputs[0].name or "" for node in reversed(list(_nodes(model)))},
         decoder=decoder,
         config=config or {},
-        data_files=len({str(tensor.location) for tensor in external_tensors(model)}) + must_unload(model),
+        data_files=_data_files(model),
     )
 
 
@@ -137,6 +137,14 @@ def _entries(model: ir.Model, cache: Inject) -> Iterator[CacheEntry]:
             past, present = (text.format(layer=layer, kind=kind) for text in (cache.past, cache.present))
             if past in inputs and present in outputs:
                 yield CacheEntry(layer=layer, kind=kind, past=_tensor(inputs[past]), present=_tensor(outputs[present]))
+
+
+def _data_files(model: ir.Model) -> int:
+    """Return how many files of external data `save` will make: those that stay, and one for what leaves."""
+    moved = leaving(model, pack=False)
+    gone = {id(value.const_value) for value in moved}
+    staying = {str(tensor.location) for tensor in external_tensors(model) if id(tensor) not in gone}
+    return len(staying) + bool(moved)
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
