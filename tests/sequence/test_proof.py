@@ -57,6 +57,17 @@ REFUSED = [
      "queries and keys cannot be told apart", None),
     ("tokens tell where to look", attention(hidden="m = ReduceMax<keepdims = 0>(x, third)\n i = Cast<to = 7>(m)\n"
      "h = Gather(x, i)"), None, None),
+    ("tokens that an input masks not, and which see masked ones only", attention(inputs="int64[b, n] m", allowed=
+     "real = Cast<to = 9>(m)\n keys = Unsqueeze(real, second)\n own = LessOrEqual(row, nought)\n allowed = And(own, keys)"),
+     "sees the future", "c"),
+    ("a batch masked by its first sequence", attention(inputs="int64[b, n] m", allowed="real = Cast<to = 9>(m)\n"
+     "every = Unsqueeze(real, second)\n keys = Slice(every, first, second, first)\n causal = LessOrEqual(row, column)\n"
+     "allowed = And(causal, keys)"), "masked by what masks another", "c"),
+    ("a length behind scores that are summed up after their product", attention(constants="float tenth = {0.1}").replace(
+     "w = Softmax<axis = -1>(masked_scores)\n  c = MatMul(w, v)\n  logits = Identity(c)",
+     "w = Exp(masked_scores)\n total = ReduceSum(w, third)\n sum = MatMul(w, v)\n c = Div(sum, total)\n"
+     "long = Cast<to = 1>(length)\n share = Mul(long, tenth)\n late = Less(nought, column)\n"
+     "factor = Where(late, share, half)\n logits = Mul(c, factor)"), "context changes", "factor"),
     ("half the tokens", attention(after="logits = Slice(c, first, third, second)"), "by their place in the sequence",
      "logits"),
 ]  # fmt: skip

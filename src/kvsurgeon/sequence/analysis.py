@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -50,8 +50,12 @@ class Head:
 
     def upstream_of_weights(self) -> frozenset[ir.Node]:
         """The nodes between the scores and the weights that the values are multiplied with."""
+        return self.upstream_of(product.node.inputs[product.weights] for product in self.products)
+
+    def upstream_of(self, values: Iterable[ir.Value | None]) -> frozenset[ir.Node]:
+        """The nodes between the scores and some values."""
         found: set[ir.Node] = set()
-        pending = [product.node.inputs[product.weights] for product in self.products]
+        pending = list(values)
         while pending:
             value = pending.pop()
             node = None if value is None or value in self.score_values else value.producer()

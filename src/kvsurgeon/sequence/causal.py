@@ -82,9 +82,9 @@ def _look(
     axes = [trial.flow.axes[value] for value in beside]
 
     def look(
-        length: int, seen: Pattern, *, through: GivenInput | None = None, loudness: float = 1.0
+        length: int, seen: Pattern, *, through: GivenInput | None = None, row: int | None = None, loudness: float = 1.0
     ) -> list[np.ndarray]:
-        arrays = trial.run(experiment, length, seen, through=through, loudness=loudness)
+        arrays = trial.run(experiment, length, seen, through=through, row=row, loudness=loudness)
         others = arrays[len(arrays) - len(axes) :]
         weights = read(arrays[: len(arrays) - len(axes)], length)
         return [weights, *(unfolded(other, at, length) for at, other in zip(axes, others, strict=True))]
@@ -113,6 +113,8 @@ def _look(
         blind_see_ahead |= _ahead(np.where(blind[longest], looked[longest], 0.0)) > SEEN
         masked_are_seen |= float(np.abs(masked[longest][..., ~seen(longest)]).max(initial=0.0)) > SEEN
         padded = padded if padded is not None else masked[longest]
+    changed = [look(longest, with_holes, row=row)[0] != found[longest][0] for row in experiment.maskable_rows]
+    _check_rows(layer, head, changed)
     if experiment.masks and trial.fixed is not None:
         half, cut = longest // 2, look(longest, cut_short)[0]
         check_same(layer, head.at, found[longest][0][..., :half, :half], cut[..., :half, :half])
@@ -170,13 +172,16 @@ def _maskings(experiment: Experiment) -> list[tuple[Pattern, GivenInput | None]]
 
 
 def _blind(whole: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """[..., query, 1]: queries that are left no key, so that a softmax of nothing gives weight to everything.
+    """[..., query, 1]: masked queries that are left no key, so that a softmax of nothing gives weight to everything.
+
+    A query that is not masked has an answer that is read, and no such excuse.
 
     Args:
         whole: [..., query, key], the weights where no key is masked by an input.
         seen: [key] of bool: which are not masked.
     """
-    blind: np.ndarray = ~((np.abs(whole) > SEEN) & seen).any(axis=-1, keepdims=True)
+    left_no_key = ~((np.abs(whole) > SEEN) & seen).any(axis=-1, keepdims=True)
+    blind: np.ndarray = left_no_key & ~seen[:, None]
     return blind
 
 
@@ -193,6 +198,21 @@ def _check_causal(layer: int, head: Head, weights: np.ndarray) -> None:
         future = np.abs(weights) * np.triu(np.ones(weights.shape[-2:]), 1)
         query, key = np.unravel_index(int(future.argmax()), future.shape)[-2:]
         raise _sees_future(layer, head, f"query {query} gives {ahead:.2g} to key {key}")
+
+
+def _check_rows(layer: int, head: Head, changed: Sequence[np.ndarray]) -> None:
+    """What masks one sequence of a batch must not mask another.
+
+    Args:
+        layer: Number of the attention.
+        head: The attention.
+        changed: For each sequence which weights are others where it alone is masked: none of them the same.
+    """
+    if changed and (np.logical_and.reduce(changed).any() or len({one.any() for one in changed}) > 1):
+        raise Refused(
+            "a sequence of a batch is masked by what masks another", layer=layer, at=head.at.name,
+            expected="weights of a sequence that depend on its own mask", hint="export it with a batch of 1",
+        )  # fmt: skip
 
 
 def _sees_future(layer: int, head: Head, found: str) -> Refused:

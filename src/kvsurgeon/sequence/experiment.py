@@ -56,6 +56,11 @@ class Experiment:
         self._collect()
         self._session = self._open()
 
+    @property
+    def maskable_rows(self) -> tuple[int, ...]:
+        """The sequences of the batch that an input can mask while the other is not."""
+        return (0, 1) if any(BATCH in given.dimensions and given.lengths for given in self.masks) else ()
+
     def _collect(self) -> None:
         seen: set[ir.Value | ir.Node] = set()
         pending = list(self.outputs)
@@ -156,6 +161,7 @@ class Experiment:
         seen: Callable[[int], np.ndarray],
         *,
         through: GivenInput | None = None,
+        row: int | None = None,
         loudness: float = 1.0,
     ) -> list[np.ndarray]:
         """Return the outputs for two sequences of that length.
@@ -164,6 +170,7 @@ class Experiment:
             length: Number of tokens.
             seen: Which tokens are seen, for inputs that are given for all tokens so far: [length] of bool.
             through: The one input that says so; all of them where none is named.
+            row: The one sequence of which it says so; both where none is given.
             loudness: What the noise in place of stand-ins is multiplied with.
         """
         feeds = {name: np.asarray(feed(length)) for name, feed in self.feeds.items()}
@@ -173,7 +180,7 @@ class Experiment:
                 feeds[value.name or ""] = (array * loudness).astype(array.dtype)
         for given in self.masks:
             here = seen(length) if through in (None, given) else np.ones(length, dtype=bool)
-            feeds[given.value.name or ""] = _mask(given, here)
+            feeds[given.value.name or ""] = _mask(given, here, row)
         arrays = [np.asarray(array) for array in self._session.run(None, feeds)]
         for value, array in zip(self.outputs, arrays, strict=True):
             self._check_shape(value, array, length)
@@ -196,8 +203,12 @@ class Experiment:
             )  # fmt: skip
 
 
-def _mask(given: GivenInput, seen: np.ndarray) -> np.ndarray:
+def _mask(given: GivenInput, seen: np.ndarray, row: int | None = None) -> np.ndarray:
     """What an input given for all tokens so far is fed: 1 where a token is seen; a matrix where it has two axes."""
+    if row is not None and BATCH in given.dimensions:
+        axis = given.dimensions.index(BATCH)
+        rows = [_mask(given, seen if number == row else np.ones_like(seen)).take([number], axis) for number in (0, 1)]
+        return np.concatenate(rows, axis)
     length = len(seen)
     sizes = [int(at_length(size, length)) for size in given.dimensions]
     dtype = given.value.dtype or ir.DataType.INT64

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
+from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.axes import Axes, Length
 from kvsurgeon.sequence.experiment import at_length
 
@@ -29,7 +32,11 @@ def cut_short(length: int) -> np.ndarray:
 
 
 def unfolded(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
-    """The array with what holds tokens last, queries before keys, and everything else before them."""
+    """The array with what holds tokens last, queries before keys, and everything else before them.
+
+    Raises:
+        Refused: It has no such axes.
+    """
     sizes: list[int] = []
     places: dict[int, int] = {}
     for axis, size in enumerate(array.shape):
@@ -39,6 +46,10 @@ def unfolded(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
             continue
         sizes += [int(at_length(held.outer, length)), length, int(at_length(held.inner, length))]
         places[axis] = len(sizes) - 2
+    if math.prod(sizes) != array.size:
+        raise Refused(
+            "tokens do not lie where they were followed to", expected=f"axes {sizes}", found=str(list(array.shape))
+        )
     ordered = sorted(axes, key=lambda held: held.role.resolved() is not Length.NEW)
     last = [places[held.axis] for held in ordered]
     return np.moveaxis(array.reshape(sizes), last, range(-len(last), 0)) if last else array.reshape(sizes)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.sequence.axes import Axes
+from kvsurgeon.sequence.causal import beside_weights
 from kvsurgeon.sequence.experiment import downstream
 from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.looking import all_seen, cut_short, left_padded, unfolded, with_holes
@@ -101,8 +102,9 @@ def _positions(trial: Trial, value: ir.Value, axes: Axes) -> tuple[ir.Value, Axe
 
 
 def _inside(trial: Trial) -> set[ir.Node]:
-    """Nodes between scores and weights, which are looked at as a whole."""
+    """Nodes between scores and weights, or what else is made of scores over keys, which are looked at as a whole."""
     inside: set[ir.Node] = set()
     for head in trial.analysis.heads:
-        inside.update(node for value in downstream(head.score_values, head.ends) if (node := value.producer()))
+        behind = {node for value in downstream(head.score_values, head.ends) if (node := value.producer())}
+        inside |= behind & (head.upstream_of_weights() | head.upstream_of(beside_weights(trial, head)))
     return inside

@@ -92,6 +92,7 @@ class Trial:
         seen: Pattern,
         *,
         through: GivenInput | None = None,
+        row: int | None = None,
         loudness: float = 1.0,
     ) -> list[np.ndarray]:
         """Run an experiment; see there.
@@ -100,7 +101,7 @@ class Trial:
             Refused: It does not run.
         """
         try:
-            return experiment.run(length, seen, through=through, loudness=loudness)
+            return experiment.run(length, seen, through=through, row=row, loudness=loudness)
         except Exception as error:
             raise _untried(experiment.outputs[0], error) from error
 
