@@ -28,7 +28,8 @@ from types import FrameType
 import onnx
 import onnxruntime as ort
 from corpus import Entry, find_entries, spread_sample
-from second_judge import BRAIN, ContractError, bound_of, failures, judge, open_session, read_contract
+from second_judge import BRAIN, ContractError, bound_of, failures, is_rounded, judge, open_session, read_contract
+from uncached import steady
 from verdicts import BAD, Result, as_json, as_markdown, print_groups, print_reasons, print_totals
 from widening import widened
 
@@ -84,9 +85,11 @@ def take_instead(entry: Entry, *, file: str) -> tuple[onnx.ModelProto, onnx.Mode
 def _judged(result: Result, entry: Entry, original: onnx.ModelProto, injected: onnx.ModelProto) -> Result:
     bound = bound_of(original)
     try:
-        session = open_session(widened(injected, entry.folder) if bound is BRAIN else injected, entry.folder)
+        cases, level = entry.cases(original), ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        if is_rounded(original):
+            level, cases = steady(original, entry.folder, cases, bound)
+        session = open_session(widened(injected, entry.folder) if bound is BRAIN else injected, entry.folder, level)
         contract = read_contract(session, original)
-        cases = entry.cases(original)
         if not cases:
             verdict = "wrong" if entry.expected == "refuse" else "not judged"
             return replace(result, verdict=verdict, reason="injected, and no logits are stored to judge it by")

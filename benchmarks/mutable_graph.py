@@ -37,6 +37,7 @@ class Graph:
 
     model: onnx.ModelProto
     random: Random
+    damaged: bytes | None = None  # the file, where it is no longer what the model says
     _types: dict[str, tuple[int, int | None]] = field(default_factory=dict, init=False)
     _count: int = field(default=0, init=False)
 

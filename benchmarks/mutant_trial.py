@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+import shutil
 import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from corpus import Case, Entry
-from second_judge import DYNAMIC, ContractError, Score, bound_of, failures, judge, open_session, read_contract
+from second_judge import DYNAMIC, ContractError, bound_of, failures, is_rounded, judge, open_session, read_contract
+from uncached import LEVELS, Level, answer, change, distance, first_tokens, steady
 
 import kvsurgeon
+import kvsurgeon.io
 from kvsurgeon.errors import KvsurgeonError, PassError
 
 CATEGORIES = ("right", "wrong", "refused", "not runnable", "traceback", "hang", "died")
@@ -41,18 +45,49 @@ def try_mutant(outcome: Outcome, entry: Entry, mutant: onnx.ModelProto) -> Outco
     """Return what became of a mutant of a model."""
     try:
         injected: onnx.ModelProto | None = _injected(mutant, entry.folder)
-    except KvsurgeonError as error:
-        if isinstance(error, PassError) and not isinstance(error.__cause__, KvsurgeonError):
-            return replace(outcome, category="traceback", reason=_where(error.__cause__ or error))
-        return _refused(outcome, entry, mutant, error)
     except Exception as error:
-        return replace(outcome, category="traceback", reason=_where(error))
+        unmeant = _unmeant(error)
+        return (
+            replace(outcome, category="traceback", reason=unmeant)
+            if unmeant
+            else _refused(outcome, entry, mutant, error)
+        )
     try:
-        cases = answered(entry, mutant)
+        level, cases = answered(entry, mutant)
     except NotRunnableError as error:
         return replace(outcome, category="not runnable", reason=str(error))
     assert injected is not None
-    return _judged(outcome, entry, mutant, injected, cases)
+    return _judged(outcome, entry, mutant, injected, level, cases)
+
+
+def try_file(outcome: Outcome, entry: Entry, data: bytes) -> Outcome:
+    """Return what became of a damaged file: what cannot be read is refused, what can is a mutant like others."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(data)
+        for beside in entry.folder.iterdir():
+            if beside.name != path.name and beside.is_file():
+                shutil.copy(beside, folder)
+        try:
+            kvsurgeon.io.load(path)
+        except Exception as error:
+            unmeant = _unmeant(error)
+            category, reason = ("traceback", unmeant) if unmeant else ("refused", f"{type(error).__name__}: {error}")
+            return replace(outcome, category=category, reason=reason)
+    try:
+        mutant = onnx.load_model_from_string(data)
+    except Exception as error:
+        return replace(outcome, category="not runnable", reason=_one_line(error))
+    return try_mutant(outcome, entry, mutant)
+
+
+def _unmeant(error: Exception) -> str:
+    """Return where an exception was raised that nobody meant to; empty for an error of one line."""
+    if not isinstance(error, KvsurgeonError):
+        return _where(error)
+    if isinstance(error, PassError) and not isinstance(error.__cause__, KvsurgeonError):
+        return _where(error.__cause__ or error)
+    return f"a message of several lines: {error}" if "\n" in str(error) else ""
 
 
 def _injected(mutant: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
@@ -60,10 +95,8 @@ def _injected(mutant: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
     return kvsurgeon.KeyValueCacheInjector(folder).apply(copy)
 
 
-def _refused(outcome: Outcome, entry: Entry, mutant: onnx.ModelProto, error: KvsurgeonError) -> Outcome:
-    """A refusal counts where the mutant runs; it is one line long."""
-    if "\n" in str(error):
-        return replace(outcome, category="traceback", reason=f"a message of several lines: {error}")
+def _refused(outcome: Outcome, entry: Entry, mutant: onnx.ModelProto, error: Exception) -> Outcome:
+    """A refusal counts where the mutant runs."""
     try:
         answered(entry, mutant, quick=True)
     except NotRunnableError as why:
@@ -71,71 +104,66 @@ def _refused(outcome: Outcome, entry: Entry, mutant: onnx.ModelProto, error: Kvs
     return replace(outcome, category="refused", reason=f"{type(error).__name__}: {error}")
 
 
-def answered(entry: Entry, mutant: onnx.ModelProto, *, quick: bool = False) -> list[Case]:
-    """Return the stored calls with what the mutant itself answers, whole and without a cache.
+def answered(entry: Entry, mutant: onnx.ModelProto, *, quick: bool = False) -> tuple[Level, list[Case]]:
+    """Return the stored calls with what the mutant itself answers, and how far onnxruntime may rewrite it for that.
 
     Raises:
-        NotRunnableError: It does not run, not twice alike, not at another length, or gives numbers that are none.
+        NotRunnableError: It does not run as it is written, not twice alike, not at another length, or gives numbers
+            that are none.
     """
     try:
         session = open_session(mutant, entry.folder)
         stored = entry.cases(mutant)
     except Exception as error:
         raise NotRunnableError(_one_line(error)) from error
-    cases = []
-    for case in stored[: 1 if quick else None]:
-        try:
-            answer = _run(session, case)
-        except Exception as error:
-            raise NotRunnableError(_one_line(error)) from error
-        if answer.ndim < 2 or answer.shape[:2] != case.reference.shape[:2]:
-            raise NotRunnableError(f"its answer has shape {list(answer.shape)}")
-        if not np.isfinite(answer[case.real]).all():
-            raise NotRunnableError("its answer is not finite")
-        cases.append(replace(case, reference=answer))
+    cases = [_answered(session, case) for case in stored[: 1 if quick else None]]
     if not cases:
         raise NotRunnableError("nothing is stored to run it with")
-    if not quick:
-        _check_again(session, cases[0])
-    return cases
+    if quick:
+        return LEVELS[0], cases
+    _check_again(session, cases[0])
+    _check_as_written(entry, mutant, cases[0])
+    return steady(mutant, entry.folder, cases, bound_of(mutant)) if is_rounded(mutant) else (LEVELS[0], cases)
+
+
+def _answered(session: ort.InferenceSession, case: Case) -> Case:
+    try:
+        found = answer(session, case)
+    except Exception as error:
+        raise NotRunnableError(_one_line(error)) from error
+    if found.ndim < 2 or found.shape[:2] != case.reference.shape[:2]:
+        raise NotRunnableError(f"its answer has shape {list(found.shape)}")
+    if not np.isfinite(found[case.real]).all():
+        raise NotRunnableError("its answer is not finite")
+    return replace(case, reference=found)
 
 
 def _check_again(session: ort.InferenceSession, case: Case) -> None:
     """A mutant that is drawn anew at each call, or fits one length only, says nothing about a cache."""
-    if not np.array_equal(_run(session, case)[case.real], case.reference[case.real]):
+    if not np.array_equal(answer(session, case)[case.real], case.reference[case.real]):
         raise NotRunnableError("its answer differs from call to call")
     fixed = all(isinstance(size, int) for value in session.get_inputs() for size in value.shape)
     for total in () if fixed else (1, 2, 11, case.total - 1):
         try:
-            _run(session, _cut(case, total))
+            answer(session, first_tokens(case, total))
         except Exception as error:
             raise NotRunnableError(f"at length {total}: {_one_line(error)}") from error
 
 
-def _cut(case: Case, total: int) -> Case:
-    """Return the first tokens of a case."""
-
-    def first(array: np.ndarray) -> np.ndarray:
-        picks = [slice(total if axis and size == case.total else None) for axis, size in enumerate(array.shape)]
-        return array[tuple(picks)]
-
-    inputs = {name: first(array) for name, array in case.inputs.items()}
-    return replace(
-        case, inputs=inputs, reference=case.reference[:, :total], real=case.real[:, :total], total=total
-    )  # fmt: skip
-
-
-def _run(session: ort.InferenceSession, case: Case) -> np.ndarray:
-    feeds = {given.name: case.inputs[given.name] for given in session.get_inputs()}
-    return np.asarray(session.run([session.get_outputs()[0].name], feeds)[0]).astype(np.float32)
+def _check_as_written(entry: Entry, mutant: onnx.ModelProto, case: Case) -> None:
+    """onnxruntime rewrites some graphs that break the rules of ONNX into others that do not."""
+    try:
+        answer(open_session(mutant, entry.folder, LEVELS[-1]), case)
+    except Exception as error:
+        raise NotRunnableError(f"as it is written, without optimisation: {_one_line(error)}") from error
 
 
 def _judged(
-    outcome: Outcome, entry: Entry, mutant: onnx.ModelProto, injected: onnx.ModelProto, cases: list[Case]
+    outcome: Outcome, entry: Entry, mutant: onnx.ModelProto, injected: onnx.ModelProto, level: Level, cases: list[Case]
 ) -> Outcome:
     bound = bound_of(mutant)
     try:
-        session = open_session(injected, entry.folder)
+        session = open_session(injected, entry.folder, level)
         contract = read_contract(session, mutant)
         scores = [score for case in cases for score in judge(session, contract, case)]
     except ContractError as error:
@@ -150,49 +178,33 @@ def _judged(
     noise = _noise(entry, mutant, cases)
     if worst.error <= 30 * noise:
         return replace(outcome, category="not runnable", reason=f"its own rounding is {noise:.2g}; {reason}")
-    if bound is DYNAMIC and _changes(entry, mutant, cases, worst) > 0.05:
+    changed = change(open_session(mutant, entry.folder, level), next(c for c in cases if c.index == worst.case))
+    if bound is DYNAMIC and changed > 0.05:
         return replace(outcome, category="not runnable", reason=f"its ranges are those of a call; {reason}")
-    return replace(outcome, category="wrong", reason=f"{reason}; {_consistency(entry, mutant, cases, worst)}")
+    said = f"the mutant itself changes by {changed:.2g} with what follows" if changed > 1e-3 else "the mutant is steady"
+    return replace(outcome, category="wrong", reason=f"{reason}; {'not run shorter' if np.isnan(changed) else said}")
 
 
 def _noise(entry: Entry, mutant: onnx.ModelProto, cases: list[Case]) -> float:
-    """How far two ways of computing the mutant are apart: with and without onnxruntime's optimisations."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(entry.folder))
-    session = ort.InferenceSession(mutant.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return max(_distance(_run(session, case), case) for case in cases)
+    """How far ways of computing a mutant are apart that should not be.
+
+    Without onnxruntime's optimisations; and with weights that differ by a rounding error, as sums in another order do.
+    """
+    sessions = [open_session(mutant, entry.folder, LEVELS[-1])]
+    sessions += [open_session(_jittered(mutant, seed), entry.folder) for seed in range(2)]
+    return max(distance(answer(session, case), case) for session in sessions for case in cases)
 
 
-def _consistency(entry: Entry, mutant: onnx.ModelProto, cases: list[Case], worst: Score) -> str:
-    """Whether the mutant itself says the same of a token whatever follows: no cache can help where it does not."""
-    change = _changes(entry, mutant, cases, worst)
-    if np.isnan(change):
-        return "not run at other lengths"
-    if change > 1e-3:
-        return f"the mutant itself changes by {change:.2g} with what follows"
-    return "the mutant itself is prefix-consistent"
-
-
-def _changes(entry: Entry, mutant: onnx.ModelProto, cases: list[Case], worst: Score) -> float:
-    """How much what the mutant says of a token changes with the tokens that follow; nan where that cannot be seen."""
-    case = next(case for case in cases if case.index == worst.case)
-    if case.last_only:
-        return float("nan")
-    session = open_session(mutant, entry.folder)
-    try:
-        return max(_distance(_run(session, cut := _cut(case, total)), cut) for total in (1, 5, 11, 16))
-    except Exception:
-        return float("nan")
-
-
-def _distance(answer: np.ndarray, case: Case) -> float:
-    found, reference = answer[case.real], case.reference[case.real]
-    if not found.size:
-        return 0.0
-    return float(np.abs(found - reference).max() / (float(np.ptp(reference)) or 1.0))
+def _jittered(model: onnx.ModelProto, seed: int) -> onnx.ModelProto:
+    """Return a model whose weights are off by a rounding error of float32."""
+    random = np.random.default_rng(seed)
+    copy = onnx.ModelProto.FromString(model.SerializeToString())
+    for tensor in copy.graph.initializer:
+        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.data_location != onnx.TensorProto.EXTERNAL:
+            array = onnx.numpy_helper.to_array(tensor)
+            error = random.uniform(-1, 1, array.shape) * np.finfo(np.float32).eps
+            tensor.CopyFrom(onnx.numpy_helper.from_array((array * (1 + error)).astype(np.float32), tensor.name))
+    return copy
 
 
 def seeded(seed: int, number: int) -> Random:

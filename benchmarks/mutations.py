@@ -1,6 +1,7 @@
 """Mutates decoders, and asks of each mutant: is it refused, or injected and the same with a cache as without?
 
-    python benchmarks/mutations.py FOLDER... [--mutants N] [--seed S] [--models GLOB] [--only NUMBER] [--json OUT]
+    python benchmarks/mutations.py FOLDER... [--mutants N] [--seed S] [--models GLOB] [--only NUMBER]
+                                             [--json OUT] [--resume]
 
 Everything is drawn from the seed: mutant NUMBER of a seed is the same one whatever else is made. Mutants are made and
 judged in a process of their own, so that one which hangs or dies is a verdict. Ends with 1 if a mutant was injected
@@ -30,15 +31,19 @@ import onnx
 import onnxruntime as ort
 from corpus import Entry, find_entries
 from mutable_graph import Graph
-from mutant_trial import BAD, CATEGORIES, Outcome, seeded, try_mutant
+from mutant_trial import BAD, CATEGORIES, Outcome, seeded, try_file, try_mutant
 
 SECONDS_ALLOWED = 60
+SAVED_EVERY = 25  # mutants
 TRIES = 20  # mutations drawn until one finds a place
 
 MUTATIONS = [*mutants.every(), *grafts.every(), *attention_grafts.every()]
 
 
-def make(entries: Sequence[Entry], seed: int, number: int) -> tuple[Entry, Outcome, onnx.ModelProto | None]:
+Mutant = onnx.ModelProto | bytes  # a model, or a file that may not be one
+
+
+def make(entries: Sequence[Entry], seed: int, number: int) -> tuple[Entry, Outcome, Mutant | None]:
     """Return one mutant, its model and what was done to it."""
     random = seeded(seed, number)
     entry = random.choice(entries)
@@ -46,10 +51,10 @@ def make(entries: Sequence[Entry], seed: int, number: int) -> tuple[Entry, Outco
     outcome = Outcome(number=number, model=entry.label, mutation="none", reason="no mutation has a place in it")
     for _ in range(TRIES):
         name, mutation, _ = random.choices(MUTATIONS, [weight for *_, weight in MUTATIONS])[0]
-        mutant = onnx.ModelProto.FromString(original.SerializeToString())
-        recipe = mutation(Graph(model=mutant, random=random))
-        if recipe is not None and mutant != original:
-            return entry, replace(outcome, mutation=name, recipe=recipe, reason=""), mutant
+        graph = Graph(model=onnx.ModelProto.FromString(original.SerializeToString()), random=random)
+        recipe = mutation(graph)
+        if recipe is not None and (graph.damaged is not None or graph.model != original):
+            return entry, replace(outcome, mutation=name, recipe=recipe, reason=""), graph.damaged or graph.model
     return entry, outcome, None
 
 
@@ -57,7 +62,12 @@ def examine(entries: Sequence[Entry], seed: int, number: int, connection: Connec
     """Make and judge one mutant; say first which it is, for whoever waits."""
     entry, outcome, mutant = make(entries, seed, number)
     connection.send(replace(outcome, category="hang"))
-    return outcome if mutant is None else try_mutant(outcome, entry, mutant)
+    return outcome if mutant is None else judge(outcome, entry, mutant)
+
+
+def judge(outcome: Outcome, entry: Entry, mutant: Mutant) -> Outcome:
+    """Return what became of a mutant."""
+    return (try_file if isinstance(mutant, bytes) else try_mutant)(outcome, entry, mutant)  # type: ignore[arg-type]
 
 
 def work(entries: Sequence[Entry], seed: int, numbers: Sequence[int], connection: Connection) -> None:
@@ -132,6 +142,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, help="number of the first mutant")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write the mutants of --only there")
     parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--resume", action="store_true", help="keep what is in OUT, and do the rest")
     return parser.parse_args()
 
 
@@ -151,20 +162,39 @@ def main() -> int:
         for number in numbers:
             _keep(options.keep, *make(entries, options.seed, number))
     start = time.perf_counter()
-    outcomes = []
-    for outcome in campaign(entries, options.seed, list(numbers)):
+    outcomes = _done(options) if options.resume else []
+    known = {outcome.number for outcome in outcomes}
+    for outcome in campaign(entries, options.seed, [number for number in numbers if number not in known]):
         outcomes.append(outcome)
-        if options.json:
-            lines = json.dumps([asdict(one) for one in outcomes], indent=1)
-            options.json.write_text(lines, encoding="utf-8")
+        if options.json and len(outcomes) % SAVED_EVERY == 0:
+            _save(options, outcomes)
+    if options.json:
+        _save(options, outcomes)
     report(outcomes, time.perf_counter() - start)
     return 1 if any(outcome.category in BAD for outcome in outcomes) else 0
 
 
-def _keep(folder: Path, entry: Entry, outcome: Outcome, mutant: onnx.ModelProto | None) -> None:
+def _save(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
+    counts = Counter(outcome.category for outcome in outcomes)
+    text = json.dumps({"seed": options.seed, "counts": counts, "outcomes": [asdict(one) for one in outcomes]}, indent=1)
+    options.json.write_text(text, encoding="utf-8")
+
+
+def _done(options: argparse.Namespace) -> list[Outcome]:
+    """Return what an earlier run of the same seed has left."""
+    if not (options.json and options.json.exists()):
+        return []
+    left = json.loads(options.json.read_text(encoding="utf-8"))
+    if left["seed"] != options.seed:
+        raise SystemExit(f"{options.json} is of seed {left['seed']}, not {options.seed}")
+    return [Outcome(**one) for one in left["outcomes"]]
+
+
+def _keep(folder: Path, entry: Entry, outcome: Outcome, mutant: Mutant | None) -> None:
     if mutant is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        onnx.save(mutant, folder / f"{outcome.number}-{entry.name}.onnx")
+        data = mutant if isinstance(mutant, bytes) else mutant.SerializeToString()
+        (folder / f"{outcome.number}-{entry.name}.onnx").write_bytes(data)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ HALF = Bound(name="float16", error=0.05, agreement=0.0, reason="11 bits, and pro
 BRAIN = Bound(name="bfloat16", error=0.1, agreement=0.0, reason="8 bits")
 DYNAMIC = Bound(name="dynamic", error=0.35, agreement=0.9, reason="ranges depend on the tokens that share a call")
 
+STATIC_OPERATORS = frozenset({"QuantizeLinear", "QLinearMatMul", "QGemm"})
 DYNAMIC_OPERATORS = frozenset({"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"})
 
 
@@ -78,11 +79,19 @@ class Contract:
     answer: str
 
 
+def is_rounded(model: onnx.ModelProto) -> bool:
+    """Whether activations are rounded to ranges that are fixed beforehand."""
+    return bool(_operators(model) & STATIC_OPERATORS)
+
+
+def _operators(model: onnx.ModelProto) -> set[str]:
+    operators = {node.op_type for node in model.graph.node}
+    return operators | {node.op_type for function in model.functions for node in function.node}
+
+
 def bound_of(model: onnx.ModelProto) -> Bound:
     """Return the bound for the arithmetic that most of a model's weights are in."""
-    operators = {node.op_type for node in model.graph.node}
-    operators.update(node.op_type for function in model.functions for node in function.node)
-    if operators & DYNAMIC_OPERATORS:
+    if _operators(model) & DYNAMIC_OPERATORS:
         return DYNAMIC
     constants = [a.t for node in model.graph.node if node.op_type == "Constant" for a in node.attribute]
     elements: Counter[int] = Counter()
@@ -93,9 +102,14 @@ def bound_of(model: onnx.ModelProto) -> Bound:
     return kinds[max(floats, key=lambda kind: floats[kind])]
 
 
-def open_session(model: onnx.ModelProto, folder: Path) -> ort.InferenceSession:
+def open_session(
+    model: onnx.ModelProto,
+    folder: Path,
+    level: ort.GraphOptimizationLevel = ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+) -> ort.InferenceSession:
     """Return a session on one thread; external weights are looked for in `folder`."""
     options = ort.SessionOptions()
+    options.graph_optimization_level = level
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
