@@ -169,7 +169,7 @@ def sweep(entries: Sequence[Entry], inject: Inject, *, jobs: int) -> list[Result
     one = partial(examine, inject=inject)
     if jobs == 1:
         return list(_counted(map(one, entries), len(entries)))
-    with multiprocessing.get_context("spawn").Pool(jobs, initializer=_quiet) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, initializer=quiet) as pool:
         return list(_counted(pool.imap(one, entries), len(entries)))
 
 
@@ -182,7 +182,8 @@ def _counted(results: Iterator[Result], total: int) -> Iterator[Result]:
         print("\r" + " " * 79 + "\r", end="", file=sys.stderr)
 
 
-def _quiet() -> None:
+def quiet() -> None:
+    """Let nothing but what is found be printed."""
     faulthandler.enable()
     warnings.simplefilter("ignore")
     ort.set_default_logger_severity(4)
@@ -205,7 +206,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Sweep, print, and return the exit code."""
     options = parse()
-    _quiet()
+    quiet()
     entries = find_entries(options.folders, groups=options.group, names=options.only)
     if options.instead:
         entries = [entry for entry in entries if (entry.folder / options.instead).exists()]

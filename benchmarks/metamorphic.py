@@ -1,0 +1,139 @@
+"""Writes models down differently, and asks whether the surgeon makes the same of them.
+
+    python benchmarks/metamorphic.py FOLDER... [--sample 48] [--disguise NAME] [--seed S] [--json OUT]
+
+Each model is injected as it is and in every disguise (see disguises.py). The same means: refused in both, or as many
+past inputs, and right by the stored logits, in one call, token by token and in ragged chunks, left-padded batches
+included. Disguises by tools that are not installed are left out. Ends with 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import onnx
+from corpus import Entry, find_entries, spread_sample
+from coverage import examine, quiet
+from disguises import BY_TOOLS, WRITTEN, Disguise, everything, plain, simplified, slimmed, with_interface_of
+from mutant_trial import seeded
+
+import kvsurgeon
+
+TOOLS = {slimmed: "onnxslim", simplified: "onnxsim"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What became of a model in a disguise."""
+
+    model: str
+    disguise: str
+    verdict: str  # as in coverage.py, or "no such disguise" where the model cannot be written so
+    pasts: int = 0
+    reason: str = ""
+
+
+def ask(entry: Entry, disguise: Disguise, seed: int) -> Answer:
+    """Return what becomes of a model in a disguise."""
+    blank = Answer(model=entry.label, disguise=disguise.__name__, verdict="no such disguise")
+    try:
+        disguised = disguise(onnx.load(entry.path), seeded(seed, 0))
+    except Exception as error:
+        return replace(blank, reason=f"{type(error).__name__}: {error}"[:200])
+    pasts = 0
+
+    def inject(_entry: Entry) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+        nonlocal pasts
+        original = onnx.load(entry.path, load_external_data=False)
+        copy = onnx.ModelProto.FromString(disguised.SerializeToString())
+        injected = kvsurgeon.KeyValueCacheInjector(entry.folder).apply(copy)
+        pasts = len(injected.graph.input) - len(disguised.graph.input)
+        return with_interface_of(_plain(disguised), original), with_interface_of(injected, original)
+
+    result = examine(entry, inject)
+    return replace(blank, verdict=result.verdict, pasts=pasts, reason=result.reason)
+
+
+def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
+    return onnx.ModelProto.FromString(model.SerializeToString())
+
+
+def compare(entries: Sequence[Entry], disguises: Sequence[Disguise], seed: int) -> Iterator[tuple[Answer, Answer]]:
+    """Yield for each model and disguise what became of it without and with it."""
+    for entry in entries:
+        usual = ask(entry, plain, seed)
+        for disguise in disguises:
+            yield usual, ask(entry, disguise, seed)
+
+
+def differs(usual: Answer, other: Answer) -> bool:
+    """Whether a disguise made a difference."""
+    return other.verdict != "no such disguise" and (other.verdict, other.pasts) != (usual.verdict, usual.pasts)
+
+
+def report(pairs: Sequence[tuple[Answer, Answer]], seconds: float) -> None:
+    """Print what differs, and counts by disguise."""
+    for usual, other in pairs:
+        if differs(usual, other):
+            print(
+                f"\n{other.model}, {other.disguise}: {usual.verdict}, {usual.pasts} pasts; then {other.verdict}", end=""
+            )
+            print(f", {other.pasts} pasts\n    {other.reason}")
+    print(f"\n{'':28}{'same':>8}{'right':>8}{'refused':>8}{'differs':>8}{'no such':>8}")
+    for name in dict.fromkeys(other.disguise for _, other in pairs):
+        counts: Counter[str] = Counter()
+        for usual, other in pairs:
+            if other.disguise == name:
+                counts[other.verdict] += 1
+                counts["differs" if differs(usual, other) else "same"] += other.verdict != "no such disguise"
+        columns = ("same", "right", "refused", "differs", "no such disguise")
+        print(f"{name:28}" + "".join(f"{counts[column] or '.':>8}" for column in columns))
+    models = len({usual.model for usual, _ in pairs})
+    print(
+        f"{models} models, {len(pairs)} disguised, {sum(differs(*pair) for pair in pairs)} differ, in {seconds:.0f} s"
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--group", action="append", default=[], help="only this group; wildcards, repeatable")
+    parser.add_argument("--only", action="append", default=[], help="only this name, or group/name; wildcards")
+    parser.add_argument("--sample", type=int, default=48, help="only so many models, evenly spaced; 0: all")
+    parser.add_argument("--disguise", action="append", default=[], metavar="NAME", help="only this one; repeatable")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Disguise, inject, compare, and return the exit code."""
+    options = parse()
+    quiet()
+    entries = [
+        entry
+        for entry in find_entries(options.folders, groups=options.group, names=options.only)
+        if entry.expected == "inject"
+    ]
+    known = [
+        one for one in (*WRITTEN, everything, *BY_TOOLS) if one not in TOOLS or importlib.util.find_spec(TOOLS[one])
+    ]
+    disguises = [one for one in known if not options.disguise or one.__name__ in options.disguise]
+    start = time.perf_counter()
+    pairs = list(compare(spread_sample(entries, options.sample), disguises, options.seed))
+    report(pairs, time.perf_counter() - start)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(other) for _, other in pairs], indent=1), encoding="utf-8")
+    return 1 if any(differs(*pair) for pair in pairs) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
