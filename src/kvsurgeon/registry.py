@@ -19,6 +19,10 @@ BUILT_IN = {
     "inject": "kvsurgeon.passes.inject:Inject",
     "eject": "kvsurgeon.passes.eject:Eject",
     "retarget": "kvsurgeon.passes.retarget:Retarget",
+    "without-mask": "kvsurgeon.passes.without_mask:WithoutMask",
+    "count-positions": "kvsurgeon.passes.count_positions:CountPositions",
+    "last-logits": "kvsurgeon.passes.last_logits:LastLogits",
+    "name-dims": "kvsurgeon.passes.name_dims:NameDims",
 }
 
 COMMANDS = ("inspect", "run", "passes", "targets", "verify", "generate", "demo")  # names that a pass may not take

@@ -1,0 +1,162 @@
+"""Takes caches out and puts them back: does each model still compute what it did?
+
+    python benchmarks/eject.py FOLDER... [--file MODEL]... [--group G] [--only NAME] [--sample N] [--json OUT]
+
+Two ways round. *Inject, eject, inject*: every model of a folder that can be injected; without the cache it is held
+against the original, with it against the stored logits. *Eject, inject*: every file called `*with_past*.onnx`, and each
+FILE, whose cache is put back under its own names; held against the file itself, call by call, and against the stored
+logits. Ends with 1 if anything differs or crashes, or a cache that was put in cannot be taken out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from corpus import Case, Entry, find_entries, spread_sample
+from second_judge import BRAIN, bound_of, failures, judge, open_session, read_contract
+from widening import widened
+
+from kvsurgeon import io
+from kvsurgeon.errors import KvsurgeonError, ParityError, Refused
+from kvsurgeon.passes.contract import Changed, Outcome, Subject
+from kvsurgeon.passes.eject import Eject, put_back, take_out
+from kvsurgeon.passes.inject import Inject
+from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.surgery import operate
+
+FINE = frozenset({"equal", "not injected", "not runnable"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What became of one model."""
+
+    name: str
+    verdict: str
+    reason: str = ""
+
+
+def main() -> int:
+    arguments = _arguments()
+    found = find_entries(arguments.folders, groups=arguments.group or (), names=arguments.only or ())
+    entries = [one for one in spread_sample(found, arguments.sample) if one.expected != "refuse" and not one.damaged]
+    ways = {
+        "inject, eject, inject": [_named(entry.label, lambda entry=entry: _there_and_back(entry)) for entry in entries],
+        "eject, inject": [
+            _named(f"{entry.label}/{file.name}", lambda entry=entry, file=file: _replaced(file, entry))
+            for entry in found
+            for file in sorted(entry.folder.glob("*with_past*.onnx"))
+        ]
+        + [_named(str(file), lambda file=file: _replaced(file, None)) for file in arguments.file],
+    }
+    for way, results in ways.items():
+        counts = Counter(result.verdict for result in results)
+        print(f"{way}: {len(results)} models, " + ", ".join(f"{count} {what}" for what, count in counts.most_common()))
+        for result in results:
+            if result.verdict not in FINE:
+                print(f"  {result.verdict}  {result.name}  {result.reason}")
+    if arguments.json:
+        told = {way: [asdict(result) for result in results] for way, results in ways.items()}
+        arguments.json.write_text(json.dumps(told, indent=1), "utf-8")
+    return 0 if all(result.verdict in FINE for results in ways.values() for result in results) else 1
+
+
+def _named(name: str, attempt: Callable[[], tuple[str, str]]) -> Result:
+    try:
+        verdict, reason = attempt()
+    except Exception as error:
+        kind = {Refused: "refused", ParityError: "different"}.get(type(error), "crashed")
+        verdict, reason = kind, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    print(f"{verdict:>14}  {name}", file=sys.stderr)
+    return Result(name=name, verdict=verdict, reason=reason)
+
+
+def _there_and_back(entry: Entry) -> tuple[str, str]:
+    original = onnx.load(entry.path, load_external_data=False)
+    subject = Subject.of(onnx.load(entry.path, load_external_data=False), entry.folder)
+    try:
+        Inject().apply(subject)
+    except KvsurgeonError as error:
+        return "not injected", str(error)
+    if not isinstance(Eject().apply(subject), Changed):
+        return "different", "the cache that was put in is not seen"
+    ejected = io.to_proto(subject.model)
+    for mine, theirs in ((ejected.graph.input, original.graph.input), (ejected.graph.output, original.graph.output)):
+        if [value.name for value in mine] != [value.name for value in theirs]:
+            return "different", f"it is left with {[value.name for value in mine]}"
+    cases = entry.cases(original)
+    try:
+        expected = list(_whole(original, entry, cases))
+    except Exception as error:
+        return "not runnable", str(error)
+    for one, other in zip(expected, _whole(ejected, entry, cases), strict=True):
+        error = float(np.abs(one - other).max() / max(np.ptp(one), 1e-30))
+        if not error <= bound_of(original).error:
+            return "different", f"off by {error:.1e} of the spread without the cache"
+    Inject().apply(subject)
+    return _judged(original, io.to_proto(subject.model), entry, cases)
+
+
+def _whole(model: onnx.ModelProto, entry: Entry, cases: list[Case]) -> Iterator[np.ndarray]:
+    """Logits of each case, given whole to a model without a cache."""
+    session = open_session(widened(model, entry.folder) if bound_of(model) is BRAIN else model, entry.folder)
+    for case in cases:
+        names = [value.name for value in session.get_inputs()]
+        (logits,) = session.run([session.get_outputs()[0].name], {name: case.inputs[name] for name in names})
+        yield np.where(case.real.reshape(*case.real.shape, *[1] * (logits.ndim - 2)), logits, 0).astype(np.float64)
+
+
+def _judged(original: onnx.ModelProto, result: onnx.ModelProto, entry: Entry, cases: list[Case]) -> tuple[str, str]:
+    bound = bound_of(original)
+    session = open_session(widened(result, entry.folder) if bound is BRAIN else result, entry.folder)
+    contract = read_contract(session, original)
+    failed = failures([score for case in cases for score in judge(session, contract, case)], bound)
+    return ("different", f"{failed[0].way}: error {failed[0].error:.1e}") if failed else ("equal", "")
+
+
+@dataclass(frozen=True)
+class OutAndIn:
+    """Take the cache out and put it back under the names that it had."""
+
+    name = "out-and-in"
+
+    def apply(self, subject: Subject) -> Outcome:
+        signature = take_out(subject)
+        assert signature is not None
+        return put_back(subject, signature)
+
+
+def _replaced(file: Path, entry: Entry | None) -> tuple[str, str]:
+    before = onnx.load(file, load_external_data=False)
+    surgery = operate(file, Pipeline((OutAndIn(),)))
+    result = io.to_proto(surgery.model)
+    for mine, theirs in ((result.graph.input, before.graph.input), (result.graph.output, before.graph.output)):
+        if {value.name for value in mine} != {value.name for value in theirs}:
+            return "different", f"it is left with {[value.name for value in mine]}"
+    if entry is None:
+        return "equal", ""
+    original = onnx.load(entry.path, load_external_data=False)
+    return _judged(original, result, entry, entry.cases(original))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--file", action="append", type=Path, default=[])
+    parser.add_argument("--group", action="append")
+    parser.add_argument("--only", action="append")
+    parser.add_argument("--sample", type=int)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,99 @@
+"""Answer for the last real token alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.graph.constants import constant_tensor
+from kvsurgeon.graph.editor import Editor
+from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.passes.count_positions import POSITIONS
+
+# What comes behind the last layer, token by token: the head, its bias, a scale, a softcap.
+_TOKENWISE = frozenset({"MatMul", "Add", "Mul", "Div", "Tanh", "Cast", "MatMulNBits", "Identity"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastLogits:
+    """Give the logits of one token only, the one with the highest of `position_ids`.
+
+    Before: `logits [batch_size, sequence_length, vocabulary]`. After: `[batch_size, 1, vocabulary]`, and the head is
+    multiplied with one token's features.
+
+    Not handled: batches above one; a model without `position_ids`.
+    """
+
+    name: ClassVar[str] = "last-logits"
+
+    def apply(self, subject: Subject) -> Outcome:
+        """Cut the logits of `subject.model` down.
+
+        Raises:
+            Refused: It has no position_ids or no logits, or takes several texts at once.
+        """
+        graph = subject.model.graph
+        positions = next((value for value in graph.inputs if value.name == POSITIONS), None)
+        logits = next((value for value in graph.outputs if value.name == "logits"), None)
+        if positions is None or logits is None:
+            raise Refused(f"the last token cannot be told without {POSITIONS} and logits", hint="count-positions first")
+        if logits.shape is None or len(logits.shape) != 3:
+            raise Refused("the logits do not lie as expected", at="logits", expected="[batch, sequence, vocabulary]")
+        if logits.shape[1] == 1:
+            return Unchanged(reason="it answers for one token already")
+        if positions.shape is None or positions.shape[0] != 1:
+            raise Refused(
+                "several texts have their last tokens in several places", at=POSITIONS, expected="a batch of 1"
+            )
+        editor = Editor(subject.model)
+        place = editor.node(
+            "ArgMax", [positions], {"axis": 1, "keepdims": 0}, wish="last_place", dtype=ir.DataType.INT64, shape=[1]
+        )
+        self._pick(editor, logits, place)
+        editor.finish()
+        return Changed(edits=editor.edits)
+
+    def _pick(self, editor: Editor, logits: ir.Value, place: ir.Value) -> None:
+        hidden, behind = _before_the_head(logits)
+        users = tuple(hidden.uses())
+        last = editor.node("Gather", [hidden, place], {"axis": 1}, wish=f"{hidden.name}.last", dtype=hidden.dtype)
+        for user, index in users:
+            editor.rewire(user, index, last)
+        if hidden is logits:
+            editor.graph.outputs[list(editor.graph.outputs).index(logits)] = last
+            logits.name, last.name = editor.name("logits.all"), "logits"
+            behind = [last]
+        elif hidden.shape is not None:
+            last.shape = _one_token(hidden.shape)
+        assert logits.shape is not None
+        for value in behind:
+            value.shape = _one_token(value.shape or logits.shape)
+
+
+def _before_the_head(logits: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
+    """The last value of rank 3 from which the logits are computed token by token, and the values behind it."""
+    value, behind = logits, []
+    while (node := value.producer()) is not None and node.op_type in _TOKENWISE:
+        source = node.inputs[0]
+        others = [other for other in node.inputs[1:] if other is not None]
+        small = all((tensor := constant_tensor(other)) is not None and _fits(node, tensor) for other in others)
+        if source is None or not small or source.is_graph_output() or len(source.shape or ()) != 3:
+            break
+        if len(list(source.uses())) != 1:
+            break
+        behind.append(value)
+        value = source
+    return value, behind
+
+
+def _fits(node: ir.Node, tensor: ir.TensorProtocol) -> bool:
+    """Whether a constant is the same for all tokens."""
+    rank = len(tensor.shape)
+    return rank <= 1 or (node.op_type in ("MatMul", "MatMulNBits") and rank <= 3)
+
+
+def _one_token(shape: ir.Shape) -> ir.Shape:
+    return ir.Shape([shape[0], 1, *shape[2:]])
