@@ -83,14 +83,15 @@ def deliver(
     surgery = operate(
         subject.model, Pipeline(target.passes), folder=subject.folder, verify=verify, watch=watch, progress=progress
     )
-    facts = _facts(surgery.model, target, decoder, subject)
+    finished = Pipeline(target.finish).run(surgery.model, folder=subject.folder, watch=watch)
+    facts = _facts(finished.model, target, decoder, subject)
     found = obstacles(target, facts)
     _stop_at(found, target)
     path = None
     if destination is not None:
         origin = source if isinstance(source, str | Path) else None
         path = io.save(
-            surgery.model,
+            finished.model,
             Path(destination) / target.file,
             source=origin,
             sharing=sharing,
@@ -100,8 +101,8 @@ def deliver(
             data=target.data,
         )
     return Delivery(
-        model=surgery.model,
-        steps=surgery.steps,
+        model=finished.model,
+        steps=(*surgery.steps, *finished.steps),
         sameness=surgery.sameness,
         path=path,
         target=target,
@@ -120,7 +121,7 @@ def stands_between(source: Source, target: Target | str, *, folder: str | Path |
     subject = Subject.of(source, folder)
     try:
         decoder = _decoder(subject)
-        result = Pipeline(target.passes).run(subject.model, folder=subject.folder)
+        result = Pipeline((*target.passes, *target.finish)).run(subject.model, folder=subject.folder)
     except Refused as error:
         return (Obstacle(what=str(error)),)
     facts = _facts(result.model, target, decoder, subject)

@@ -85,5 +85,13 @@ CLIENTS = {
         arguments=("stateful",),
         chunked=True,
     ),
+    "qaic": Client(
+        target="qaic",
+        requirements=("onnxruntime==1.31.1",),
+        script="qaic_client.py",
+        padded=False,
+        batch=False,
+        chunked=True,
+    ),
 }
 DEFAULT_PYTHON = sys.executable

@@ -14,6 +14,7 @@ from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.passes.idioms.note import write_note
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.sequence.analysis import analyse
 
@@ -41,6 +42,7 @@ class Eject:
         if ejection is None:
             return Unchanged(reason="it has no cache: no input is joined with new rows into an output")
         subject.model = ejection.model
+        write_note(subject.model, None)
         return Changed(edits=ejection.edits)
 
 
@@ -63,6 +65,7 @@ def take_out(subject: Subject) -> CacheSignature | None:
                 hint="retarget gives it the usual layout",
             )  # fmt: skip
     subject.model = ejection.model
+    write_note(subject.model, None)
     subject.changed()
     return signature
 

@@ -58,42 +58,39 @@ class LastLogits:
 
     def _pick(self, editor: Editor, logits: ir.Value, place: ir.Value) -> None:
         hidden, behind = _before_the_head(logits)
-        users = tuple(hidden.uses())
+        users = () if hidden is logits else tuple(hidden.uses())
         last = editor.node("Gather", [hidden, place], {"axis": 1}, wish=f"{hidden.name}.last", dtype=hidden.dtype)
         for user, index in users:
             editor.rewire(user, index, last)
+        last.shape = hidden.shape
         if hidden is logits:
             editor.graph.outputs[list(editor.graph.outputs).index(logits)] = last
             logits.name, last.name = editor.name("logits.all"), "logits"
-            behind = [last]
-        elif hidden.shape is not None:
-            last.shape = _one_token(hidden.shape)
-        assert logits.shape is not None
-        for value in behind:
-            value.shape = _one_token(value.shape or logits.shape)
+        for value in (last, *behind):
+            if value.shape is not None:
+                value.shape = ir.Shape([value.shape[0], 1, *value.shape[2:]])
 
 
 def _before_the_head(logits: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
-    """The last value of rank 3 from which the logits are computed token by token, and the values behind it."""
+    """The first value from which the logits are computed token by token, and the values behind it."""
     value, behind = logits, []
-    while (node := value.producer()) is not None and node.op_type in _TOKENWISE:
-        source = node.inputs[0]
-        others = [other for other in node.inputs[1:] if other is not None]
-        small = all((tensor := constant_tensor(other)) is not None and _fits(node, tensor) for other in others)
-        if source is None or not small or source.is_graph_output() or len(source.shape or ()) != 3:
-            break
-        if len(list(source.uses())) != 1:
+    if logits.uses():
+        return logits, []
+    while (node := value.producer()) is not None and (source := _tokens_of(node)) is not None:
+        if source.is_graph_output() or len(list(source.uses())) != 1:
             break
         behind.append(value)
         value = source
     return value, behind
 
 
-def _fits(node: ir.Node, tensor: ir.TensorProtocol) -> bool:
-    """Whether a constant is the same for all tokens."""
-    rank = len(tensor.shape)
-    return rank <= 1 or (node.op_type in ("MatMul", "MatMulNBits") and rank <= 3)
-
-
-def _one_token(shape: ir.Shape) -> ir.Shape:
-    return ir.Shape([shape[0], 1, *shape[2:]])
+def _tokens_of(node: ir.Node) -> ir.Value | None:
+    """The input whose tokens a node computes one by one, with constants that are the same for all of them."""
+    if node.op_type not in _TOKENWISE:
+        return None
+    tokens = [value for value in node.inputs if value is not None and constant_tensor(value) is None]
+    ranks = [len(tensor.shape) for value in node.inputs if (tensor := constant_tensor(value)) is not None]
+    widest = 3 if node.op_type == "MatMulNBits" else 2 if node.op_type == "MatMul" else 1
+    if len(tokens) != 1 or max(ranks, default=0) > widest:
+        return None
+    return tokens[0] if node.inputs[0] is tokens[0] or widest == 1 else None

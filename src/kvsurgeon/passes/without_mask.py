@@ -49,9 +49,8 @@ class WithoutMask:
         places = editor.constant([0, axis], wish="places")
         target = editor.node("Gather", [sizes, places], wish=f"{mask.name}_shape", dtype=ir.DataType.INT64, shape=[2])
         one = editor.constant([[1]], mask.dtype.numpy(), wish="counts")
-        ones = editor.node(
-            "Expand", [one, target], wish=f"{mask.name}.all", dtype=mask.dtype, shape=list(mask.shape or ())
-        )
+        ones = editor.node("Expand", [one, target], wish=f"{mask.name}.all", dtype=mask.dtype)
+        ones.shape = mask.shape
         mask.replace_all_uses_with(ones)
         editor.graph.inputs.remove(mask)
 

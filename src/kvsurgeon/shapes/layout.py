@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -192,6 +193,12 @@ def _equal_parts(call: Call, size: Dimension, count: int) -> tuple[Dimension, ..
     return tuple(call.lost() if equal is None else equal for _ in range(count))
 
 
+def _everywhere(table: Fact) -> Any:
+    """The number that stands in every place of a table: whatever is picked, it is this; None where there is none."""
+    numbers = [] if table.value is None else list(table.value.reshape(-1))
+    return numbers[0] if len(numbers) > 1 and all(number == numbers[0] for number in numbers) else None
+
+
 def gather(call: Call) -> Fact:
     """`Gather`: the indices' shape in place of one axis."""
     table, indices = call.fact(0), call.fact(1)
@@ -203,6 +210,8 @@ def gather(call: Call) -> Fact:
     if table.value is not None and indices.value is not None and whole_numbers(indices.value.reshape(-1)) is not None:
         index = indices.value.astype(np.int64)
         value = np.asarray(np.take(table.value, index, axis=axis), dtype=object)
+    elif (everywhere := _everywhere(table)) is not None and (sizes := whole_numbers(shape)) is not None:
+        value = np.full(sizes, everywhere, dtype=object)
     return Fact(shape, table.dtype, value)
 
 

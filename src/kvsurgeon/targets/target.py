@@ -57,6 +57,7 @@ class Target:
         cache: Idiom, names, layouts and type of the cache: the pass that puts it in.
         before: Passes that run before the cache comes in.
         after: Passes that run after it.
+        finish: Passes that run last and are not judged, as no host but the client's own can feed what they make.
         file: The model's place in the target's folder.
         data: Name of the first file of external data, beside the model; further ones get `_1`, `_2`, ... behind it.
             None to leave names as they are.
@@ -80,6 +81,7 @@ class Target:
     cache: Inject = field(default_factory=Inject)
     before: tuple[Pass, ...] = ()
     after: tuple[Pass, ...] = ()
+    finish: tuple[Pass, ...] = ()
     file: str = "model.onnx"
     data: str | None = None
     needs: tuple[str, ...] = ("input_ids", "logits")

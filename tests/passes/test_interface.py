@@ -1,0 +1,117 @@
+"""Passes that make a model's interface the client's own: what they leave computes what it did, asked another way."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from decoders import Config, Decoder
+from exports import ONE_OF_EACH, export
+from laws import ALLOWED, difference, dims_of, in_onnxruntime, texts
+
+from kvsurgeon import io
+from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.passes.contract import Changed, Subject, Unchanged
+from kvsurgeon.passes.count_positions import CountPositions
+from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.last_logits import LastLogits
+from kvsurgeon.passes.name_dims import NameDims
+from kvsurgeon.passes.without_mask import WithoutMask
+from kvsurgeon.pipeline import Pipeline
+
+ROOM = 16
+ALONE = NameDims(dims=("batch_size=1",))
+MODELS = {name: export(name) for name in ONE_OF_EACH} | {
+    "own": Decoder(Config(layers=2)).model(),
+    "own, positions given": Decoder(Config(layers=2, position_ids=True)).model(),
+    "own, no mask": Decoder(Config(layers=2, attention_mask=False)).model(),
+}
+
+
+def made(model: onnx.ModelProto, *passes) -> onnx.ModelProto:
+    result = io.to_proto(Pipeline(passes).run(model).model)
+    onnx.checker.check_model(result)
+    return result
+
+
+def stepwise(model: onnx.ModelProto, ids: np.ndarray, sizes: tuple[int, ...], pads: int) -> list[np.ndarray]:
+    """Give a model with buffers a text in chunks, each followed by padding with position -1."""
+    run = in_onnxruntime(model)
+    kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    shapes = {value.name: [ROOM if d == "max_length" else d for d in dims_of(value)] for value in model.graph.input}
+    types = {name: onnx.helper.tensor_dtype_to_np_dtype(kind) for name, kind in kinds.items()}
+    past = {name: np.full(shape, 7, types[name]) for name, shape in shapes.items() if len(shape) == 4}
+    answers, start = [], 0
+    for size in sizes:
+        end = start + size
+        feeds = {
+            "input_ids": np.array([[*ids[start:end], *[0] * pads]]),
+            "position_ids": np.array([[*range(start, end), *[-1] * pads]]),
+        }
+        found = run({**feeds, **past})
+        answers.append(found["logits"][0])
+        past = {name: found[name.replace("past_key_values", "present")] for name in past}
+        start = end
+    return answers
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_positions_stand_for_a_mask_and_a_count(name):
+    model = MODELS[name]
+    result = made(model, Inject(idiom="in-place"), WithoutMask(), ALONE, CountPositions(), LastLogits())
+    assert [value.name for value in result.graph.input][:2] == ["input_ids", "position_ids"]
+    assert all(len(dims_of(value)) == 4 for value in result.graph.input[2:])
+    feeds = texts(model, batch=1)
+    expected = in_onnxruntime(model)(feeds)["logits"][0]
+    for answer, last in zip(stepwise(result, feeds["input_ids"][0], (4, 1, 3, 1), 2), (3, 4, 7, 8), strict=True):
+        assert answer.shape[0] == 1
+        assert difference(answer[0], expected[last]) <= ALLOWED[str(expected.dtype)]
+
+
+def test_the_head_is_multiplied_with_one_token():
+    result = made(MODELS["own"], Inject(idiom="in-place"), WithoutMask(), ALONE, CountPositions(), LastLogits())
+    logits = next(value for value in result.graph.output if value.name == "logits")
+    assert dims_of(logits) == [1, 1, 61]
+    makers = {name: node for node in result.graph.node for name in node.output}
+    head = makers[makers["logits"].input[0]]
+    assert (makers["logits"].op_type, head.op_type, makers[head.input[0]].op_type) == ("Identity", "MatMul", "Gather")
+
+
+def test_logits_that_something_else_reads_are_picked_themselves():
+    model = onnx.ModelProto.FromString(MODELS["own"].SerializeToString())
+    model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["chances"], axis=-1))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("chances", 1, ["batch_size", "sequence_length", 61]))
+    result = made(model, Inject(idiom="in-place"), ALONE, CountPositions(), LastLogits())
+    (picked,) = (node for node in result.graph.node if "logits" in node.output)
+    assert picked.op_type == "Gather"
+
+
+def test_one_token_of_several_texts_is_refused():
+    with pytest.raises(Refused, match="several texts"):
+        made(MODELS["own"], Inject(idiom="in-place"), CountPositions(), LastLogits())
+
+
+def test_a_mask_that_grows_is_refused():
+    subject = Subject.of(MODELS["own"])
+    Inject().apply(subject)
+    with pytest.raises(Refused, match="no cache is as long as the mask"):
+        WithoutMask().apply(subject)
+
+
+@pytest.mark.parametrize("one", [WithoutMask(), CountPositions(), NameDims(dims=("nowhere=1",))])
+def test_where_there_is_nothing_to_do_nothing_is_done(one):
+    assert isinstance(one.apply(Subject.of(MODELS["own, no mask"])), Unchanged)
+
+
+def test_dims_are_called_otherwise():
+    subject = Subject.of(MODELS["own"])
+    before = dims_of(MODELS["own"].graph.input[0])
+    renamed = NameDims(dims=(f"{before[1]}=seq_len", f"{before[0]}=1")).apply(subject)
+    assert isinstance(renamed, Changed)
+    assert dims_of(io.to_proto(subject.model).graph.input[0]) == [1, "seq_len"]
+
+
+@pytest.mark.parametrize("text", ["sequence_length", "=4", "x="])
+def test_dims_without_a_new_name_are_refused(text):
+    with pytest.raises(UsageError, match="sequence_length=seq_len"):
+        NameDims(dims=(text,)).apply(Subject.of(MODELS["own"]))
