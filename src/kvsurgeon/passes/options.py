@@ -123,6 +123,8 @@ def describe(wanted: Any) -> str:
     if origin is Literal:
         return "|".join(str(choice) for choice in inner)
     if origin is tuple:
+        if len(inner) > 1 and len(set(inner)) == 1:
+            return f"{len(inner)} of {describe(inner[0])}"
         return ",".join("..." if one is Ellipsis else describe(one) for one in inner)
     return {bool: "true|false", str: "text", Path: "path"}.get(wanted, getattr(wanted, "__name__", str(wanted)))
 
