@@ -208,17 +208,21 @@ def _option(option: Option) -> inspect.Parameter:
     if option.is_flag:
         declared = typer.Option(f"--{option.spelled}/--no-{option.spelled}", help=help_text)
         return _parameter(option.field, Annotated[bool, declared], *([] if option.required else [option.default]))
-    declared = typer.Option(f"--{option.spelled}", metavar=option.kind.upper(), help=help_text.strip())
+    declared = typer.Option(f"--{option.spelled}", metavar=_placeholder(option.kind), help=help_text.strip())
     if option.required:
         return _parameter(option.field, Annotated[str, declared])
     return _parameter(option.field, Annotated[Optional[str], declared], None)  # noqa: UP045
 
 
+def _placeholder(kind: str) -> str:
+    """Return what a help page says in place of a value: a word such as TEXT, or the choices as they are written."""
+    return kind.upper() if kind.isalpha() else kind
+
+
 def _default(option: Option) -> str:
-    value = option.default
-    return (
-        ",".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if value is None else str(value)
-    )
+    if isinstance(option.default, tuple):
+        return ",".join(map(str, option.default))
+    return "none" if option.default is None else str(option.default)
 
 
 def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
