@@ -216,7 +216,7 @@ def _option(option: Option) -> inspect.Parameter:
 
 def _placeholder(kind: str) -> str:
     """Return what a help page says in place of a value: a word such as TEXT, or the choices as they are written."""
-    return kind.upper() if kind.isalpha() else kind
+    return kind if "|" in kind else kind.upper()
 
 
 def _default(option: Option) -> str:
