@@ -87,7 +87,7 @@ def _places(analysis: Analysis, rows: set[str]) -> dict[str, tuple[int, str]]:
             for node, index in (operand.place for operand in operands):
                 value = node.inputs[index]
                 assert value is not None
-                passed = {one.name or "" for one in bottlenecks(analysis.flow, value)} & rows
+                passed = {one.name or "" for one in bottlenecks(analysis.flow, [value])} & rows
                 for name in passed - set(places):
                     places[name] = (layer, kind)
                     fresh = True

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
-from kvsurgeon.sequence.elementwise import align, broadcast
+from kvsurgeon.sequence.elementwise import align, broadcast, is_of_stream
 from kvsurgeon.sequence.flow import PER_CALL, Step
 from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.shapes.dimension import Dimension
@@ -105,8 +105,9 @@ def concat(step: Step) -> list[Axes]:
     rank = len(step.result_shape())
     joined = axis_of(step.call.integer("axis", 0), rank)
     found: dict[int, SequenceAxis] = {}
+    owner: dict[int, int] = {}
     indices = joined_inputs(step.call)
-    for index in set(step.tokens()) & set(indices):
+    for index in sorted(set(step.tokens()) & set(indices), key=lambda index: is_of_stream(step.axes(index))):
         for axis in step.axes(index):
             if axis.axis == joined:
                 if axis.role.resolved() is Length.NEW:
@@ -114,9 +115,9 @@ def concat(step: Step) -> list[Axes]:
                 step.works_along(axis)
                 found.setdefault(joined, axis)
             elif axis.axis in found:
-                step.meet(found[axis.axis], axis, index)
+                found[axis.axis] = step.meet((owner[axis.axis], found[axis.axis]), (index, axis))
             else:
-                found[axis.axis] = axis
+                found[axis.axis], owner[axis.axis] = axis, index
     for index in indices:
         others = {axis: at for axis, at in found.items() if axis != joined}
         if step.kind(index) is Kind.TOKEN:

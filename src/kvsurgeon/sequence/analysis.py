@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.sequence.axes import Role
-from kvsurgeon.sequence.cuts import Memory, choose
+from kvsurgeon.sequence.cuts import Memory, choose, choose_for_all
 from kvsurgeon.sequence.flow import ContextProduct, Flow, FusedAttention, Place, ScoreProduct
 from kvsurgeon.sequence.follow import follow_tokens
 from kvsurgeon.sequence.kinds import GivenInput, classify_inputs, find_kinds, read_inputs
@@ -34,6 +34,7 @@ class Head:
     scores: tuple[ScoreProduct, ...]
     products: tuple[ContextProduct, ...]
     fused: FusedAttention | None
+    beside: tuple[Place, ...]  # what meets the scores along their keys without being multiplied with queries
     keys: tuple[Operand, ...]
     values: tuple[Operand, ...]
 
@@ -48,6 +49,27 @@ class Head:
         """The outputs of the score products."""
         return frozenset(score.node.outputs[0] for score in self.scores)
 
+    @property
+    def stand_ins(self) -> frozenset[ir.Value]:
+        """What weights are made of: scores, and what meets them along the keys."""
+        met = {value for node, index in self.beside if (value := node.inputs[index]) is not None}
+        return self.score_values | met
+
+    @property
+    def memories(self) -> tuple[tuple[str, Memory], ...]:
+        """What is remembered, each tensor once, as "key" or as "value".
+
+        A tensor that is read as both is the key, or where there is another key the value.
+        """
+        keys = {operand.memory.value: operand.memory for operand in self.keys}
+        values = {operand.memory.value: operand.memory for operand in self.values}
+        if len(keys) > 1 and len(values) == 1:
+            keys = {value: memory for value, memory in keys.items() if value not in values}
+        return (
+            *(("key", memory) for memory in keys.values()),
+            *(("value", memory) for value, memory in values.items() if value not in keys),
+        )
+
     def upstream_of_weights(self) -> frozenset[ir.Node]:
         """The nodes between the scores and the weights that the values are multiplied with."""
         return self.upstream_of(product.node.inputs[product.weights] for product in self.products)
@@ -58,7 +80,7 @@ class Head:
         pending = list(values)
         while pending:
             value = pending.pop()
-            node = None if value is None or value in self.score_values else value.producer()
+            node = None if value is None or value in self.stand_ins else value.producer()
             if node is not None and node not in found:
                 found.add(node)
                 pending += node.inputs
@@ -109,17 +131,17 @@ def _heads(flow: Flow) -> tuple[Head, ...]:
         scores = tuple(score for score in flow.scores if role in (score.left_role.root(), score.right_role.root()))
         products = tuple(product for product in flow.products if product.role.root() is role)
         fused = next((fused for fused in flow.fused if flow.operands[fused.node, fused.key].root() is role), None)
-        keys = [(score.node, score.key_index()) for score in scores]
+        met = tuple(place for place in flow.beside if flow.operands[place].root() is role)
+        keys = [*((score.node, score.key_index()) for score in scores), *met]
         values = [(product.node, product.value) for product in products]
         if fused is not None:
             keys, values = [(fused.node, fused.key)], [(fused.node, fused.value)]
         beside = 1 if fused is None else fused.heads_beside
-        heads.append(
-            Head(
-                scores=scores, products=products, fused=fused,
-                keys=_operands(flow, keys, len(heads), beside), values=_operands(flow, values, len(heads), beside),
-            )
+        head = Head(
+            scores=scores, products=products, fused=fused, beside=met,
+            keys=_operands(flow, keys, len(heads), beside), values=_operands(flow, values, len(heads), beside),
         )  # fmt: skip
+        heads.append(_with_fewer_memories(flow, head, beside))
     for head in heads:
         for operand in (*head.keys, *head.values):
             _carry_ranges(flow, operand)
@@ -157,6 +179,23 @@ def _key_roles(flow: Flow) -> list[Role]:
     ]:
         found[role] = min(found.get(role, flow.order[node]), flow.order[node])
     return sorted(found, key=lambda role: found[role])
+
+
+def _with_fewer_memories(flow: Flow, head: Head, beside: int) -> Head:
+    """The head with one tensor of keys and one of values, where those it reads are made of one."""
+    if [kind for kind, _ in head.memories].count("key") > 1:
+        head = replace(head, keys=_together(flow, head.keys, beside))
+    if [kind for kind, _ in head.memories].count("value") > 1:
+        head = replace(head, values=_together(flow, head.values, beside))
+    return head
+
+
+def _together(flow: Flow, operands: tuple[Operand, ...], beside: int) -> tuple[Operand, ...]:
+    try:
+        memory = choose_for_all(flow, [operand.place for operand in operands], beside)
+    except Refused:
+        return operands
+    return tuple(replace(operand, memory=memory) for operand in operands)
 
 
 def _operands(flow: Flow, places: list[Place], layer: int, beside: int) -> tuple[Operand, ...]:

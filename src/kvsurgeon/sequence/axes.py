@@ -33,7 +33,6 @@ class Role:
     at: str = ""  # the value at which the role arose
     bias: bool = False  # arose where context brought an axis of its own
     parent: Role | None = None
-    only_if_new: list[str] = field(default_factory=list)  # values that are right only if the role becomes NEW
     only_if_total: list[str] = field(default_factory=list)  # values that are right only if it becomes TOTAL
 
     def root(self) -> Role:
@@ -57,7 +56,6 @@ class Role:
         if mine.length is None and (theirs.length is not None or mine.bias):
             mine, theirs = theirs, mine
         theirs.parent = mine
-        mine.only_if_new += theirs.only_if_new
         mine.only_if_total += theirs.only_if_total
         return True
 

@@ -8,7 +8,7 @@ is a matter of bytes: the smallest; among equals one with the heads that the pro
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -63,6 +63,25 @@ class Memory:
         return 1 if moved == sorted(moved) else 2
 
 
+def choose_for_all(flow: Flow, places: Sequence[Place], heads: int = 1) -> Memory:
+    """Return one tensor to remember, of which all of these operands are made.
+
+    Where they meet on this side of a product with weights it is chosen as for one operand; where they do not, it is
+    the nearest tensor that they have in common, and the products are done again for all tokens at every step.
+
+    Raises:
+        Refused: They have none in common that can be remembered.
+    """
+    try:
+        return _smallest(flow, places, heads)
+    except Refused:
+        near = (describe(flow, value, heads) for value in bottlenecks(flow, _operands(places), _looks_nothing_up))
+        memory = next((memory for memory in near if memory is not None), None)
+        if memory is None:
+            raise
+        return memory
+
+
 def choose(flow: Flow, place: Place, heads: int = 1) -> Memory:
     """Return the tensor to remember for an operand that is needed for all tokens so far.
 
@@ -74,12 +93,17 @@ def choose(flow: Flow, place: Place, heads: int = 1) -> Memory:
     Raises:
         Refused: No tensor of the chain can be remembered.
     """
-    node, index = place
-    operand = node.inputs[index]
-    assert operand is not None
-    width = features_of(flow, place)
+    return _smallest(flow, [place], heads)
+
+
+def _operands(places: Sequence[Place]) -> list[ir.Value]:
+    return [operand for node, index in places if (operand := node.inputs[index]) is not None]
+
+
+def _smallest(flow: Flow, places: Sequence[Place], heads: int) -> Memory:
+    operands, width = _operands(places), features_of(flow, places[0])
     best: tuple[tuple[int, bool, int, int], Memory] | None = None
-    for distance, value in enumerate(bottlenecks(flow, operand)):
+    for distance, value in enumerate(bottlenecks(flow, operands)):
         memory = describe(flow, value, heads)
         if memory is None:
             continue
@@ -89,7 +113,7 @@ def choose(flow: Flow, place: Place, heads: int = 1) -> Memory:
     if best is None:
         raise Refused(
             "no tensor between projection and product can be remembered",
-            at=operand.name, expected="a tensor with one sequence axis and a fixed number of features",
+            at=operands[0].name, expected="a tensor with one sequence axis and a fixed number of features",
         )  # fmt: skip
     return best[1]
 
@@ -114,16 +138,28 @@ def features_of(flow: Flow, place: Place) -> int | None:
     return width if isinstance(width, int) else None
 
 
-def bottlenecks(flow: Flow, operand: ir.Value) -> Iterator[ir.Value]:
-    """Tensors through which all token data of an operand passes, from the product upwards to the projection."""
-    order = {operand: 0}
-    frontier = [operand]
+def _is_cheap(node: ir.Node) -> bool:
+    """Whether a node may be computed again for all tokens so far at every step."""
+    return node.op_type not in PROJECTIONS and _looks_nothing_up(node)
+
+
+def _looks_nothing_up(node: ir.Node) -> bool:
+    """Whether a node is no table of weights read by number: upstream of one there are only numbers of tokens."""
+    return node.op_type not in LOOKUPS or constant_tensor(node.inputs[0]) is None
+
+
+def bottlenecks(
+    flow: Flow, operands: Sequence[ir.Value], may_repeat: Callable[[ir.Node], bool] = _is_cheap
+) -> Iterator[ir.Value]:
+    """Tensors through which all token data of some operands passes, from the product upwards to the projection."""
+    order = dict.fromkeys(operands, 0)
+    frontier = list(order)
     while len(order) < 400:
         if len(frontier) == 1 and frontier[0] not in flow.per_call:
             yield frontier[0]
         value = max(frontier, key=lambda value: _place(flow, value))
         node = value.producer()
-        if node is None or not _may_repeat(flow, node):
+        if node is None or not may_repeat(node) or not _sees_tokens_one_by_one(flow, node):
             return
         frontier.remove(value)
         for source in node.inputs:
@@ -139,15 +175,7 @@ def _place(flow: Flow, value: ir.Value) -> int:
     return -1 if node is None else flow.order.get(node, -1)
 
 
-def _may_repeat(flow: Flow, node: ir.Node) -> bool:
-    """Whether a node may be computed again for all tokens so far: it is cheap, and sees its tokens one by one."""
-    if node.op_type in PROJECTIONS:
-        return False
-    if node.op_type in LOOKUPS and any(
-        value is not None and index == 0 and constant_tensor(value) is not None
-        for index, value in enumerate(node.inputs)
-    ):
-        return False
+def _sees_tokens_one_by_one(flow: Flow, node: ir.Node) -> bool:
     for index, value in enumerate(node.inputs):
         if value is None or flow.kinds.get(value) is not Kind.TOKEN:
             continue

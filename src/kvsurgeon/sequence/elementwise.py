@@ -17,26 +17,50 @@ def keep(step: Step) -> list[Axes]:
     return [axes] * len(step.node.outputs)
 
 
-def broadcast(step: Step) -> list[Axes]:
-    """Several tensors, broadcast against each other."""
+def broadcast(step: Step, picked: int | None = None) -> list[Axes]:
+    """Several tensors, broadcast against each other; of the first, an axis may be one that the others pick from."""
     rank = len(step.result_shape())
     found: dict[int, SequenceAxis] = {}
     owner: dict[int, int] = {}
-    for index in step.tokens():
+    for index in sorted(step.tokens(), key=lambda index: is_of_stream(step.axes(index))):
         shift = rank - len(step.shape(index))
         for axis in step.axes(index):
             here = axis.at(axis.axis + shift)
             if here.axis in found:
-                step.meet(found[here.axis], here, index)
-                if found[here.axis].role.resolved() is Length.NEW and here.role.resolved() is None:
-                    found[here.axis] = here
+                found[here.axis] = step.meet((owner[here.axis], found[here.axis]), (index, here))
             else:
                 found[here.axis], owner[here.axis] = here, index
     _cross(step, found, owner)
+    _bring(step, found, rank)
     for index in range(len(step.node.inputs)):
         if step.node.inputs[index] is not None:
-            align(step, index, found, rank)
+            align(step, index, found, rank, picked if index == 0 else None)
     return [tuple(found[axis] for axis in sorted(found))] * len(step.node.outputs)
+
+
+def is_of_stream(axes: Axes) -> bool:
+    """Whether all of a tensor's tokens are those of the stream."""
+    return all(axis.role.resolved() is Length.NEW for axis in axes)
+
+
+def _bring(step: Step, found: dict[int, SequenceAxis], rank: int) -> None:
+    """Context may bring an axis of length of its own: tokens that it meets may then be queries, or keys."""
+    stream = [axis for axis in found.values() if axis.role.resolved() is Length.NEW]
+    before = set(found)
+    for index, value in enumerate(step.node.inputs):
+        if value is None or step.kind(index) is Kind.TOKEN:
+            continue
+        for place, size in enumerate(step.shape(index), start=rank - len(step.shape(index))):
+            if place not in found and step.holds_length(size):
+                found[place] = brought(step, place, size)
+    if before == set(found):
+        return
+    for axis in stream:
+        role = Role(at=step.node.outputs[0].name or "")
+        for index in step.tokens():
+            place = axis.axis - rank + len(step.shape(index))
+            if place in {held.axis for held in step.axes(index)}:
+                found[axis.axis] = step.opened(axis, index, role)
 
 
 def _cross(step: Step, found: dict[int, SequenceAxis], owner: dict[int, int]) -> None:
@@ -57,8 +81,8 @@ def _cross(step: Step, found: dict[int, SequenceAxis], owner: dict[int, int]) ->
     found[first], found[second] = found[first].with_role(left), found[second].with_role(right)
 
 
-def align(step: Step, index: int, found: dict[int, SequenceAxis], rank: int) -> None:
-    """Demand of an input what the result's sequence axes ask of it; it may bring an axis of its own."""
+def align(step: Step, index: int, found: dict[int, SequenceAxis], rank: int, picked: int | None = None) -> None:
+    """Demand of an input what the result's sequence axes ask of it, but for the axis that others pick from."""
     shape = step.shape(index)
     shift = rank - len(shape)
     token = step.kind(index) is Kind.TOKEN
@@ -66,7 +90,7 @@ def align(step: Step, index: int, found: dict[int, SequenceAxis], rank: int) -> 
     wanted: list[SequenceAxis] = []
     for place, size in enumerate(shape):
         axis = place + shift
-        if size == 1 or axis in own:
+        if size == 1 or axis in own or axis == picked:
             continue
         if axis in found:
             if token:
@@ -74,10 +98,7 @@ def align(step: Step, index: int, found: dict[int, SequenceAxis], rank: int) -> 
             _check_size(step, index, found[axis], size)
             wanted.append(found[axis].at(place))
         elif step.holds_length(size):
-            if token:
-                raise step.refusal("a tensor's tokens were lost sight of", at=step.node.inputs[index])
-            found[axis] = brought(step, axis, size)
-            wanted.append(found[axis].at(place))
+            raise step.refusal("a tensor's tokens were lost sight of", at=step.node.inputs[index])
     if not token:
         step.demand(index, tuple(wanted))
 

@@ -90,6 +90,7 @@ class Flow:
     axes: dict[ir.Value, Axes] = field(default_factory=dict)
     demands: dict[Place, Axes] = field(default_factory=dict)  # where context meets tokens: its axes, in their roles
     operands: dict[Place, Role] = field(default_factory=dict)  # token inputs whose tokens stand in another role
+    beside: list[Place] = field(default_factory=list)  # those of them that no product reads
     targets: dict[ir.Node, int] = field(default_factory=dict)  # nodes whose result's shape is given by that input
     parameters: dict[Place, Role] = field(default_factory=dict)  # bounds in which the length counts in this role
     scores: list[ScoreProduct] = field(default_factory=list)
@@ -189,17 +190,23 @@ class Step:
         axis.role.root().only_if_total.append(self.node.outputs[0].name or "")
         self.flow.along_keys[self.node] = axis.role
 
-    def meet(self, mine: SequenceAxis, theirs: SequenceAxis, index: int) -> None:
-        """Align two sequence axes of token data; `index` is the input that `theirs` belongs to."""
-        same = dim.is_equal(mine.outer, theirs.outer) and dim.is_equal(mine.inner, theirs.inner)
+    def opened(self, axis: SequenceAxis, index: int, role: Role | None = None) -> SequenceAxis:
+        """Let an input's tokens stand in a role that is still open: they may turn out to be the keys'."""
+        role = role or Role(at=self.node.outputs[0].name or "")
+        self.flow.operands[self.node, index] = role
+        self.flow.beside.append((self.node, index))
+        return axis.with_role(role)
+
+    def meet(self, mine: tuple[int, SequenceAxis], theirs: tuple[int, SequenceAxis]) -> SequenceAxis:
+        """Align sequence axes of two inputs, each with its index; tokens of the stream follow an open role."""
+        (_, one), (second, other) = mine, theirs
+        same = dim.is_equal(one.outer, other.outer) and dim.is_equal(one.inner, other.inner)
         if not same:
-            raise self.refusal("two tensors hold the tokens in different places", at=self.node.inputs[index])
-        open_role, stream = mine.role.root(), theirs.role.root()
-        if open_role.length is Length.NEW and stream.length is None:
-            open_role, stream = stream, open_role
-        if open_role.length is None and stream.length is Length.NEW and not open_role.bias:
-            value = self.node.inputs[index]
-            open_role.only_if_new.append((value.name if value is not None else "") or "")
-            return
-        if not open_role.agree(stream):
-            raise self.refusal("queries and keys are added to each other", at=self.node.inputs[index])
+            raise self.refusal("two tensors hold the tokens in different places", at=self.node.inputs[second])
+        if one.role.resolved() is Length.NEW and other.role.resolved() is None:
+            (_, one), (second, other) = theirs, mine
+        if one.role.resolved() is None and other.role.resolved() is Length.NEW and not one.role.root().bias:
+            return self.opened(other, second, one.role)
+        if not one.role.agree(other.role):
+            raise self.refusal("queries and keys are added to each other", at=self.node.inputs[second])
+        return one

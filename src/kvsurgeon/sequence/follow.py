@@ -150,6 +150,9 @@ def _check_last(step: Step, found: list[Axes]) -> None:
 
 
 def _check_roles(flow: Flow) -> None:
+    for place in flow.beside:
+        if flow.operands[place].resolved() is None:
+            flow.operands[place].root().length = Length.NEW  # nothing made them keys
     for score in flow.scores:
         for role in (score.left_role.root(), score.right_role.root()):
             if role.length is None:
@@ -159,14 +162,9 @@ def _check_roles(flow: Flow) -> None:
                 )  # fmt: skip
         if score.left_role.resolved() is score.right_role.resolved():
             raise Refused("queries and keys cannot be told apart", at=score.node.outputs[0].name)
-        for role in (score.left_role.root(), score.right_role.root()):
-            if role.length is Length.NEW and role.only_if_total:
-                raise Refused(
-                    "an operator mixes tokens along the axis of the queries, which no KV cache can carry",
-                    at=role.only_if_total[0],
-                )
-            if role.length is Length.TOTAL and role.only_if_new:
-                raise Refused(
-                    "token data of all tokens so far is needed beside keys and values, and would be state of its own",
-                    at=role.only_if_new[0],
-                )  # fmt: skip
+    for role in flow.operands.values():
+        if role.resolved() is Length.NEW and role.root().only_if_total:
+            raise Refused(
+                "an operator mixes tokens along the axis of the queries, which no KV cache can carry",
+                at=role.root().only_if_total[0],
+            )

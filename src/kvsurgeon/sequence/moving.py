@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis, follow_reshape
-from kvsurgeon.sequence.elementwise import broadcast
+from kvsurgeon.sequence.elementwise import broadcast, brought
 from kvsurgeon.sequence.flow import Step
 from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.shapes import dimension as dim
@@ -68,11 +68,12 @@ def expand(step: Step) -> list[Axes]:
     shift = len(after) - len(step.shape(0))
     axes = tuple(axis.at(axis.axis + shift) for axis in step.axes(0))
     held = {axis.axis for axis in axes}
-    for place, size in enumerate(after):
-        if place not in held and step.holds_length(size):
-            raise step.refusal("it spreads token data along an axis of length", found=_spelled(after))
+    new = [place for place, size in enumerate(after) if place not in held and step.holds_length(size)]
+    if new:  # queries spread along the keys, or keys along the queries
+        axes = tuple(step.opened(axis, 0) if axis.role.resolved() is Length.NEW else axis for axis in axes)
+        axes += tuple(brought(step, place, after[place]) for place in new)
     step.flow.targets[step.node] = 1
-    return [axes]
+    return [tuple(sorted(axes, key=lambda axis: axis.axis))]
 
 
 def tile(step: Step) -> list[Axes]:
@@ -182,7 +183,7 @@ def gather_elements(step: Step) -> list[Axes]:
         for held in step.axes(index):
             if held.axis == axis:
                 raise step.mixing()
-    return broadcast(step)
+    return broadcast(step, axis)
 
 
 def gather_nd(step: Step) -> list[Axes]:
@@ -202,7 +203,7 @@ def gather_nd(step: Step) -> list[Axes]:
         if held.axis == len(indices) - 1:
             raise _by_place(step)
         if held.axis in result:
-            step.meet(result[held.axis], held, 1)
+            held = step.meet((0, result[held.axis]), (1, held))
         elif step.axes(0):
             raise step.refusal("tokens index a table that other tokens made")
         result[held.axis] = held
@@ -230,9 +231,8 @@ def scatter_nd(step: Step) -> list[Axes]:
             place = held.axis + offset
             if place < addressed or (index == 2 and held.axis < len(indices) - 1):
                 raise _by_place(step)
-            if place in found:
-                step.meet(found[place], held, index)
-            found[place] = held.at(place)
+            here = held.at(place)
+            found[place] = step.meet((0, found[place]), (index, here)) if place in found else here
     for index, offset in ((0, 0), (2, shift)):
         axes = tuple(held.at(place - offset) for place, held in sorted(found.items()))
         if step.kind(index) is not Kind.TOKEN:

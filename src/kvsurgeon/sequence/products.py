@@ -48,15 +48,23 @@ def _held(step: Step, index: int, labels: Labels) -> Held:
 
 
 def _bring(step: Step, found: Contraction, left: Held, right: Held) -> None:
-    """Context may bring an axis of length that token data does not have: relative positions."""
-    for index, labels in ((found.left, found.left_labels), (found.right, found.right_labels)):
+    """Context may bring an axis of length that token data does not have: relative positions, to queries or keys."""
+    sides = ((found.left, found.left_labels, left, right), (found.right, found.right_labels, right, left))
+    for index, labels, mine, theirs in sides:
         if step.kind(index) is Kind.TOKEN:
             continue
-        for axis, (label, size) in enumerate(zip(labels, step.shape(index), strict=True)):
-            if step.holds_length(size) and label not in left and label not in right:
-                if label in found.summed:
-                    raise step.mixing()
-                (left if index == found.left else right)[label] = brought(step, axis, size)
+        new = {
+            label: brought(step, axis, size)
+            for axis, (label, size) in enumerate(zip(labels, step.shape(index), strict=True))
+            if step.holds_length(size) and label not in theirs
+        }
+        if any(label in found.summed for label in new):
+            raise step.mixing()
+        if new:
+            other = found.right if index == found.left else found.left
+            stream = [label for label, axis in theirs.items() if axis.role.resolved() is Length.NEW]
+            theirs.update({label: step.opened(theirs[label], other) for label in stream})
+        mine.update(new)
 
 
 def _sum_away(
@@ -99,8 +107,7 @@ def _kept(step: Step, found: Contraction, left: Held, right: Held) -> Held:
     for label in found.result_labels:
         mine, theirs = left.get(label), right.get(label)
         if mine is not None and theirs is not None:
-            step.meet(mine, theirs, found.right)
-            kept[label] = theirs if mine.role.resolved() is Length.NEW and theirs.role.resolved() is None else mine
+            kept[label] = step.meet((found.left, mine), (found.right, theirs))
         elif (held := mine or theirs) is not None:
             kept[label] = held
     return _met(step, found, left, right, kept)

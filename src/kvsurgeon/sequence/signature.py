@@ -37,7 +37,10 @@ class Signatures:
         for index, score in enumerate(head.scores):
             value = score.node.outputs[0]
             names[value] = self._number(("scores", index, shapes[value].shape))
-        between = downstream(head.score_values, head.ends)
+        for index, (node, place) in enumerate(head.beside):
+            if (met := node.inputs[place]) is not None:
+                names[met] = self._number(("beside", index, shapes[met].shape))
+        between = downstream(head.stand_ins, head.ends)
         weights = [value for product in head.products for value in product.weights_read]
         return "written out", tuple(self._name(value, names, between) for value in (*weights, *beside))
 

@@ -105,6 +105,6 @@ def _inside(trial: Trial) -> set[ir.Node]:
     """Nodes between scores and weights, or what else is made of scores over keys, which are looked at as a whole."""
     inside: set[ir.Node] = set()
     for head in trial.analysis.heads:
-        behind = {node for value in downstream(head.score_values, head.ends) if (node := value.producer())}
+        behind = {node for value in downstream(head.stand_ins, head.ends) if (node := value.producer())}
         inside |= behind & (head.upstream_of_weights() | head.upstream_of(beside_weights(trial, head)))
     return inside

@@ -77,7 +77,7 @@ class Trial:
             return Experiment(
                 flow=self.flow, inputs=self.analysis.inputs, opsets=dict(self.analysis.model.graph.opset_imports),
                 outputs=outputs,
-                stand_ins=frozenset() if head is None else head.score_values,
+                stand_ins=frozenset() if head is None else head.stand_ins,
                 stops=frozenset() if head is None else head.ends,
             )  # fmt: skip
         except Refused:

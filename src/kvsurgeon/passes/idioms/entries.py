@@ -93,11 +93,8 @@ def find_entries(heads: Sequence[Head], naming: Naming) -> list[Entry]:
     seen: set[ir.Value] = set()
     layer = 0
     for number, head in enumerate(heads):
-        fresh = []
-        for kind, operands in (("key", head.keys), ("value", head.values)):
-            memories = {operand.memory.value: operand.memory for operand in operands}
-            fresh += [(kind, memory) for value, memory in memories.items() if value not in seen]
-            seen |= set(memories)
+        fresh = [(kind, memory) for kind, memory in head.memories if memory.value not in seen]
+        seen |= {memory.value for _, memory in fresh}
         if len({kind for kind, _ in fresh}) < len(fresh):
             raise Refused("one attention reads several tensors of keys, or of values", layer=number, at=head.at.name)
         entries += [naming.entry(memory, layer, kind) for kind, memory in fresh]
