@@ -154,10 +154,39 @@ def test_the_last_token_is_the_last_of_all(last):
     assert_law_of(text)
 
 
-def test_sequences_are_taken_apart():
+@pytest.mark.parametrize(
+    "parts",
+    ["SplitToSequence<axis = 2>(x, sizes_of)", "SplitToSequence<axis = 2>(x, size_of)",
+     "SequenceConstruct(x9, z9)\n x9, z9 = Split<axis = 2, num_outputs = 2>(x)"],
+    ids=["of sizes", "of one size", "constructed"],
+)  # fmt: skip
+@pytest.mark.parametrize("places", [("nought", "one"), ("one", "nought")])
+def test_sequences_are_taken_apart(parts, places):
     assert_law_of(attention(
-        hidden="parts = SplitToSequence<axis = 2>(x, four)\n a = SequenceAt(parts, nought)\n z = SequenceAt(parts, one)\n"
-        "h = Concat<axis = 2>(z, a)", constants="int64[2] four = {4, 4}"))  # fmt: skip
+        hidden=f"parts = {parts}\n a = SequenceAt(parts, {places[0]})\n z = SequenceAt(parts, {places[1]})\n"
+        "h = Concat<axis = 2>(z, a)", constants="int64[2] sizes_of = {4, 4}, int64 size_of = {4}"))  # fmt: skip
+
+
+def test_sequences_are_taken_apart_at_their_end():
+    # the last part of 8 features by threes is what is left
+    text = attention(
+        hidden="parts = SplitToSequence<axis = 2>(x, three)\n a = SequenceAt(parts, two)\n z = SequenceAt(parts, nought)\n"
+        "aa = SequenceConstruct(z, x, a)\n h0 = ConcatFromSequence<axis = 2>(aa)\n h = MatMul(h0, narrow)",
+        constants="int64 three = {3}, int64 two = {2}, float[13, 8] narrow",
+    )
+    assert_law_of(text)
+
+
+@pytest.mark.parametrize(
+    ("keepdims", "joined"), [(1, "Concat<axis = 2>(z, x)"), (0, "Concat<axis = 2>(z1, x)\n z1 = Unsqueeze(z, third)")]
+)
+def test_sequences_of_single_features_are_taken_apart(keepdims, joined):
+    text = attention(
+        hidden=f"parts = SplitToSequence<axis = 2, keepdims = {keepdims}>(x)\n z = SequenceAt(parts, three)\n h0 = {joined}\n"
+        "h = MatMul(h0, narrow)",
+        constants="int64 three = {3}, float[9, 8] narrow",
+    )
+    assert_law_of(text)
 
 
 def test_a_mask_of_queries_against_keys_that_the_caller_makes():
