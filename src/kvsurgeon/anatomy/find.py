@@ -10,7 +10,6 @@ from kvsurgeon.anatomy.facts import Attention, Cut, Decoder, Input, Projection, 
 from kvsurgeon.anatomy.masks import read_mask
 from kvsurgeon.anatomy.scales import read_scale
 from kvsurgeon.graph.constants import constant_tensor
-from kvsurgeon.graph.plain import in_plain_words
 from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.sequence.analysis import Analysis, Head, analyse
 from kvsurgeon.sequence.axes import Length
@@ -18,6 +17,7 @@ from kvsurgeon.sequence.cuts import PROJECTIONS, Memory
 from kvsurgeon.sequence.flow import Flow, Place
 from kvsurgeon.sequence.kinds import GivenInput, Kind
 from kvsurgeon.sequence.proof import Proof, prove
+from kvsurgeon.sequence.written_out import in_standard_operators
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.contraction import contraction_of
 from kvsurgeon.shapes.dimension import BATCH
@@ -32,7 +32,7 @@ def find_decoder(model: ir.Model) -> Decoder:
         Refused: It is none, or cannot be handled soundly.
     """
     with room_for_deep_graphs():
-        analysis = analyse(in_plain_words(model))
+        analysis = analyse(in_standard_operators(model))
         return describe(analysis, prove(analysis))
 
 

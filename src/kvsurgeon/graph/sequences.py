@@ -115,6 +115,7 @@ def _hand_over(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
         same = ir.Node("", "Identity", [value])
         graph.insert_before(node, same)
         value = same.outputs[0]
+        value.type, value.shape = old.type, old.shape
     ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
     if value.is_graph_output():
         name, old.name = old.name, None

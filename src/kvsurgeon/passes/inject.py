@@ -12,7 +12,6 @@ import onnx_ir as ir
 from kvsurgeon.cache.joins import find_joins
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.plain import in_plain_words
 from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
 from kvsurgeon.passes.idioms.entries import USUAL, Layout
@@ -29,6 +28,7 @@ from kvsurgeon.sequence.remember import Layouts
 from kvsurgeon.sequence.tokens import Tokens, causal_mask
 from kvsurgeon.sequence.views import Views
 from kvsurgeon.sequence.words import spelled_from_export
+from kvsurgeon.sequence.written_out import in_standard_operators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Inject:
             Refused: The model cannot be given a cache soundly; it is left as it was.
             UsageError: A template does not give each tensor a name of its own.
         """
-        model = in_plain_words(subject.model)
+        model = in_standard_operators(subject.model)
         with room_for_deep_graphs():
             analysis = _analysed(model)
             proof = prove(analysis)
