@@ -141,7 +141,11 @@ def _heads(flow: Flow) -> tuple[Head, ...]:
             scores=scores, products=products, fused=fused, beside=met,
             keys=_operands(flow, keys, len(heads), beside), values=_operands(flow, values, len(heads), beside),
         )  # fmt: skip
-        heads.append(_with_fewer_memories(flow, head, beside))
+        try:
+            heads.append(_with_fewer_memories(flow, head, beside))
+        except Refused as refusal:
+            refusal.layer = len(heads)
+            raise
     for head in heads:
         for operand in (*head.keys, *head.values):
             _carry_ranges(flow, operand)
@@ -187,6 +191,12 @@ def _with_fewer_memories(flow: Flow, head: Head, beside: int) -> Head:
         head = replace(head, keys=_together(flow, head.keys, beside))
     if [kind for kind, _ in head.memories].count("value") > 1:
         head = replace(head, values=_together(flow, head.values, beside))
+    if head.beside and len(head.memories) > 2:
+        node, index = head.beside[0]
+        raise Refused(
+            "token data of all tokens so far is needed beside keys and values, and would be state of its own",
+            at=getattr(node.inputs[index], "name", None), expected="a tensor that keys or values are made of as well",
+        )  # fmt: skip
     return head
 
 
