@@ -23,6 +23,8 @@ BUILT_IN = {
     "count-positions": "kvsurgeon.passes.count_positions:CountPositions",
     "last-logits": "kvsurgeon.passes.last_logits:LastLogits",
     "name-dims": "kvsurgeon.passes.name_dims:NameDims",
+    "raise-opset": "kvsurgeon.passes.raise_opset:RaiseOpset",
+    "half-range-masks": "kvsurgeon.passes.half_range:half_range_masks",
 }
 
 COMMANDS = ("inspect", "run", "passes", "targets", "verify", "generate", "demo")  # names that a pass may not take
@@ -66,7 +68,8 @@ class Entry:
         module, _, name = self.target.partition(":")
         path = Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
         body = ast.parse(path.read_text("utf-8")).body
-        docstrings = (ast.get_docstring(node) for node in body if isinstance(node, ast.ClassDef) and node.name == name)
+        defined = (node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef))
+        docstrings = (ast.get_docstring(node) for node in defined if node.name == name)
         return (next(docstrings, None) or "").partition("\n")[0]
 
     @property

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 
@@ -23,6 +25,7 @@ class Client:
         batch: Whether it takes batches at all.
         chunked: Whether it takes a prompt in chunks.
         node: Whether it runs in Node.
+        options: Options of the cache that a small model needs.
     """
 
     target: str
@@ -33,6 +36,7 @@ class Client:
     batch: bool = True
     chunked: bool = False
     node: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def command(self, environments: Path, python: str) -> tuple[list[str], Path]:
         """Return how to call the client, and where; its environment is made if it is not there."""
@@ -84,6 +88,15 @@ CLIENTS = {
         script="openvino_client.py",
         arguments=("stateful",),
         chunked=True,
+    ),
+    "tensorrt": Client(
+        target="tensorrt",
+        requirements=("onnxruntime==1.31.1",),
+        script="tensorrt_client.py",
+        padded=False,
+        batch=False,
+        chunked=True,
+        options={"max_length": 24},
     ),
     "qaic": Client(
         target="qaic",

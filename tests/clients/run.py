@@ -16,9 +16,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cases import Case, answer, small_cases, smollm2_cases
 from environments import CLIENTS, DEFAULT_PYTHON, Client
@@ -75,22 +76,27 @@ def _options() -> argparse.Namespace:
 def _outcomes(client: Client, call: list[str], home: Path, options: argparse.Namespace) -> Iterator[Outcome]:
     cases = list(small_cases(batch=client.batch, padded=client.padded, chunked=client.chunked))
     for model in options.models:
-        yield _outcome(client, call, home, model, [(case, None) for case in cases])
+        yield _outcome(client, call, home, model, [(case, None) for case in cases], client.options)
     if options.smollm2 is not None:
         known = smollm2_cases(options.smollm2 / "expected.json", chunked=client.chunked)
         for name in EXPORTS:
             if (options.smollm2 / name).is_dir():
-                yield _outcome(client, call, home, options.smollm2 / name, known)
+                yield _outcome(client, call, home, options.smollm2 / name, known, {})
 
 
 def _outcome(
-    client: Client, call: list[str], home: Path, model: Path, cases: list[tuple[Case, list[list[int]] | None]]
+    client: Client,
+    call: list[str],
+    home: Path,
+    model: Path,
+    cases: list[tuple[Case, list[list[int]] | None]],
+    wanted: Mapping[str, Any],
 ) -> Outcome:
     name = model.stem if model.suffix else "/".join(model.parts[-2:])
     with tempfile.TemporaryDirectory(prefix="kvsurgeon-client-") as scratch:
         made, alone = Path(scratch) / "made", Path(scratch) / "alone"
         try:
-            kvsurgeon.inject(model, made, target=client.target)
+            kvsurgeon.inject(model, made, target=client.target, **wanted)
         except Refused as error:
             return Outcome(model=name, verdict="refused", details=str(error))
         except KvsurgeonError as error:

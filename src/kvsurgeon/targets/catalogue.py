@@ -16,6 +16,7 @@ BUILT_IN = {
     "genai": "kvsurgeon.targets.genai:GENAI",
     "transformers-js": "kvsurgeon.targets.transformers_js:TRANSFORMERS_JS",
     "openvino": "kvsurgeon.targets.openvino:OPENVINO",
+    "tensorrt": "kvsurgeon.targets.tensorrt:TENSORRT",
     "qaic": "kvsurgeon.targets.qaic:QAIC",
 }
 

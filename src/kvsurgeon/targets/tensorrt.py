@@ -1,0 +1,66 @@
+"""tensorrt: NVIDIA TensorRT, which writes a cache in place where a `TensorScatter` is its output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvsurgeon.interop.functions import as_pass_class
+from kvsurgeon.passes.half_range import half_range_masks
+from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.name_dims import NameDims
+from kvsurgeon.passes.raise_opset import RaiseOpset
+from kvsurgeon.targets.facts import Facts
+from kvsurgeon.targets.target import Obstacle, Target
+
+OPSET = 24  # brought TensorScatter, and is the newest that is read
+
+# Source: the support matrix of onnx-tensorrt for TensorRT 10.15, which reads opsets 9 to 24; what it lists as
+# unsupported is left out.
+OPERATORS = frozenset((
+    "Abs", "Acos", "Acosh", "Add", "And", "ArgMax", "ArgMin", "Asin", "Asinh", "Atan", "Atanh", "Attention",
+    "AveragePool", "BatchNormalization", "BlackmanWindow", "Cast", "CastLike", "Ceil", "Celu", "Clip", "Concat",
+    "Constant", "ConstantOfShape", "Conv", "ConvTranspose", "Cos", "Cosh", "CumSum", "DeformConv", "DepthToSpace",
+    "DequantizeLinear", "Div", "Dropout", "Einsum", "Elu", "Equal", "Erf", "Exp", "Expand", "EyeLike", "Flatten",
+    "Floor", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "GlobalAveragePool", "GlobalLpPool",
+    "GlobalMaxPool", "Greater", "GreaterOrEqual", "GridSample", "GroupNormalization", "GRU", "HammingWindow",
+    "HannWindow", "HardSigmoid", "HardSwish", "Hardmax", "Identity", "If", "ImageScaler", "InstanceNormalization",
+    "IsInf", "IsNaN", "LayerNormalization", "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "Loop", "LRN",
+    "LSTM", "LpNormalization", "LpPool", "MatMul", "Max", "MaxPool", "Mean", "MeanVarianceNormalization", "Min",
+    "Mish", "Mod", "Mul", "Neg", "NonMaxSuppression", "NonZero", "Not", "OneHot", "Or", "Pad", "ParametricSoftplus",
+    "Pow", "PRelu", "QuantizeLinear", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
+    "Range", "Reciprocal", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean",
+    "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "Resize", "ReverseSequence",
+    "RMSNormalization", "RNN", "RoiAlign", "RotaryEmbedding", "Round", "ScaledTanh", "Scan", "Scatter",
+    "ScatterElements", "ScatterND", "Selu", "Shape", "Shrink", "Sigmoid", "Sign", "Sin", "Sinh", "Size", "Slice",
+    "Softmax", "Softplus", "Softsign", "SpaceToDepth", "Split", "Sqrt", "Squeeze", "STFT", "Sub", "Sum", "Tan", "Tanh",
+    "TensorScatter", "ThresholdedRelu", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Upsample", "Where", "Xor",
+))  # fmt: skip
+
+
+def _buffers(facts: Facts) -> Iterator[Obstacle]:
+    """Yield what keeps TensorRT from writing in place: it does so by a `TensorScatter` alone."""
+    if ("", "TensorScatter") not in facts.operators:
+        yield Obstacle(what="expected a cache that a TensorScatter writes, found none")
+    for operator in ("Attention",):
+        if ("", operator) in facts.operators:
+            yield Obstacle(
+                what=f"{operator} is read with queries, keys and values of rank 4 alone, and without a softcap",
+                at=facts.operators["", operator],
+                stops=False,
+            )
+
+
+TENSORRT = Target(
+    name="tensorrt",
+    summary="trtexec --onnx=model.onnx, and TensorRT's parser of ONNX",
+    tried="the support matrix of TensorRT 10.15, run in onnxruntime; no device",
+    before=(RaiseOpset(opset=OPSET),),
+    cache=Inject(idiom="in-place", max_length=2048),
+    after=(as_pass_class(half_range_masks)(),),
+    finish=(NameDims(dims=("batch_size=1",)),),
+    cache_dtypes=frozenset(("float32", "float16", "bfloat16")),
+    opset=OPSET,
+    operators=frozenset(("", name) for name in OPERATORS),
+    fixed_axes=(0, 1, 2, 3),
+    rules=(_buffers,),
+)
