@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         inspect,
         load,
         measure_loss,
+        plot,
         save,
         verify,
     )
@@ -31,6 +32,7 @@ __all__ = [
     "inspect",
     "load",
     "measure_loss",
+    "plot",
     "save",
     "verify",
 ]

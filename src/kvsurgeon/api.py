@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvsurgeon.anatomy import Attention, Decoder
 from kvsurgeon.delivery import deliver
 from kvsurgeon.io import load, save
+from kvsurgeon.keys import Prompt, capture_keys
 from kvsurgeon.loss import measure as measure_loss
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.contract import Source, Subject
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.report import grid
 from kvsurgeon.runtime import generate
 from kvsurgeon.surgery import Surgery, operate
 from kvsurgeon.targets import Target
 
-__all__ = ["Pipeline", "find_attention", "generate", "inject", "inspect", "load", "measure_loss", "save", "verify"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Pipeline",
+    "find_attention",
+    "generate",
+    "inject",
+    "inspect",
+    "load",
+    "measure_loss",
+    "plot",
+    "save",
+    "verify",
+]
 
 
 def inspect(source: Source, *, folder: str | Path | None = None) -> Decoder:
@@ -67,3 +83,36 @@ def inject(
     if target is not None:
         return deliver(source, target, destination, folder=folder, verify=verify, options=options)
     return operate(source, Pipeline((Inject(**options),)), destination, folder=folder, verify=verify)
+
+
+def plot(
+    source: Source,
+    *,
+    layer: int = 0,
+    prompt: Prompt | None = None,
+    against: Source | None = None,
+    output: str | Path | None = None,
+    folder: str | Path | None = None,
+) -> Figure:
+    """Return a picture of the keys of a layer: a row for each group of query heads that share one, a column for each.
+
+    Args:
+        source: A file, a folder that holds one, or a model in memory, with a cache or without.
+        layer: Index of the attention layer, counted in execution order.
+        prompt: A text, or token ids; None takes a short text.
+        against: Another model, drawn beside it on the same scale, such as the one that a pass made of it.
+        output: Where to write the picture to; its name says the format.
+        folder: Where weights and side files of models in memory lie.
+
+    Raises:
+        UsageError: There is no such layer, the prompt cannot be read, or the picture cannot be written.
+        InputError: A model cannot be read.
+        Refused: Its attention cannot be found.
+    """
+    sides = [
+        capture_keys(one, layer=layer, prompt=prompt, folder=folder) for one in (source, against) if one is not None
+    ]
+    figure = grid.draw(sides)
+    if output is not None:
+        grid.write(figure, Path(output))
+    return figure

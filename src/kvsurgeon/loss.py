@@ -7,6 +7,7 @@ from pathlib import Path
 from kvsurgeon.errors import UsageError
 from kvsurgeon.parity import Loss, Progress, measure_loss
 from kvsurgeon.passes.contract import Subject
+from kvsurgeon.passes.eject import without_cache
 from kvsurgeon.runtime import Source
 
 
@@ -42,10 +43,7 @@ def measure(
 
 def _attention_outputs(original: Source, result: Source, folder: str | Path | None) -> tuple[list[str], list[str]]:
     before, after = (
-        [
-            attention.at
-            for attention in Subject.of(source, None if isinstance(source, str | Path) else folder).decoder().attentions
-        ]
+        [attention.at for attention in without_cache(Subject.of(source, folder)).decoder().attentions]
         for source in (original, result)
     )
     if len(before) != len(after):

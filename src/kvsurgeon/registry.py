@@ -27,7 +27,16 @@ BUILT_IN = {
     "half-range-masks": "kvsurgeon.passes.half_range:half_range_masks",
 }
 
-COMMANDS = ("inspect", "run", "passes", "targets", "verify", "generate", "demo")  # names that a pass may not take
+COMMANDS = (
+    "inspect",
+    "run",
+    "passes",
+    "targets",
+    "verify",
+    "plot",
+    "generate",
+    "demo",
+)  # names that a pass may not take
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ def add_commands(app: typer.Typer, arguments: Sequence[str]) -> None:
     for clash in registry.clashes():
         if clash.name == called and clash.name not in registry.COMMANDS:
             raise PluginError(str(clash))
-    for command in (run, passes, targets, verify, generate, demo):
+    for command in (run, passes, targets, verify, plot, generate, demo):
         app.command()(cast(Callable[..., None], command))
 
 
@@ -147,6 +147,32 @@ def verify(
         operations.lost(original, result, text=text, per_layer=per_layer, json=json)
     else:
         raise typer.Exit(operations.judged(original, result, seed=seed, json=json))
+
+
+def plot(
+    model: Model,
+    layer: Annotated[int, typer.Option(min=0, help="The attention layer, counted in execution order.")] = 0,
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045  # typer reads it on Python 3.10
+        typer.Option("--prompt", help="A text, or token ids such as 1,2,3. A short text is taken if none is given."),
+    ] = None,
+    against: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--against", metavar="OTHER", help="Another model, drawn beside it: what a pass made of it."),
+    ] = None,
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="The picture. [default: <model>_layer_<i>_gqa_keys.png, here]"
+        ),
+    ] = None,
+) -> None:
+    """Draw the keys of a layer: a row for each group of query heads that share one, a column for each of them."""
+    from kvsurgeon.keys import capture_keys
+    from kvsurgeon.report import grid
+
+    sides = [capture_keys(one, layer=layer, prompt=prompt) for one in (model, against) if one is not None]
+    print(f"written to {grid.write(grid.draw(sides), output or grid.file_name(sides[0]))}")
 
 
 def generate(

@@ -46,6 +46,16 @@ class Eject:
         return Changed(edits=ejection.edits)
 
 
+def without_cache(subject: Subject) -> Subject:
+    """Return the subject without a cache: itself where it has none; the model that it was given stays as it is.
+
+    Raises:
+        Refused: Its cache cannot be taken out.
+    """
+    taken = Subject(model=subject.model, folder=subject.folder, config=subject.config)
+    return taken if isinstance(Eject().apply(taken), Changed) else subject
+
+
 def take_out(subject: Subject) -> CacheSignature | None:
     """Take the cache out of `subject.model` and return what it looked like; None where it has none.
 
