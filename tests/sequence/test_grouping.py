@@ -4,6 +4,7 @@ import onnx
 import pytest
 
 import kvsurgeon
+import kvsurgeon.io
 from tests.laws import assert_law
 from tests.written import read
 
@@ -12,7 +13,8 @@ grouped (float[batch, length, 8] x) => (float[batch, length, 8] logits)
 <float[8, 8] wq, float[8, 4] wk, float[8, 4] wv, int64 nought = {0}, int64 one = {1}, int64[1] first = {0},
  int64[1] second = {1}, int64[4] split = {0, 0, 4, 2}, int64[4] split_kv = {0, 0, 2, 2}, int64[3] merge = {0, 0, 8},
  int64[1] two = {2}, int64[1] heads = {4}, int64[5] copies = {1, 1, 2, 1, 1}, int64[4] in_turn = {1, 2, 1, 1},
- int64[4] four = {0, 4, -1, 2}, int64[3] three = {-1, 0, 2}, int64[1] head_dim = {2}, float half = {0.5},
+ int64[4] four = {0, 4, -1, 2}, float[1, 1, 1, 1, 1] half5 = {0.5},
+ int64[3] three = {-1, 0, 2}, int64[1] head_dim = {2}, float half = {0.5},
  float double = {2.0}, int64[1] rest = {-1}, float masked = {-10000.0}>
 {
   q = MatMul(x, wq)
@@ -123,6 +125,12 @@ LEFT_ALONE = {
         SCORES,
         "v_all = Expand(v5, copies) v1 = Reshape(v_all, four) v_heads = Mul(v1, half) c = MatMul(w, v_heads)",
     ),
+    "a scale with more axes than the product": (
+        "k_all = Expand(k5, copies) k_half = Mul(k_all, half5) k_heads = Reshape(k_half, four) "
+        "kt = Transpose<perm = [0, 1, 3, 2]>(k_heads)",
+        SCORES,
+        VALUES,
+    ),
     "one times another": (
         EXPANDED + "k_two = Add(k_heads, half) kt = Transpose<perm = [0, 1, 3, 2]>(k_two)",
         SCORES,
@@ -134,6 +142,37 @@ LEFT_ALONE = {
 @pytest.mark.parametrize("name", LEFT_ALONE)
 def test_what_cannot_be_grouped_is_right_all_the_same(name):
     original = written(*LEFT_ALONE[name])
+    assert_law(original, kvsurgeon.io.to_proto(kvsurgeon.inject(original, verify=False).model))
+
+
+def test_heads_on_two_axes_that_change_places_after_they_were_repeated():
+    keys, values = (
+        """
+  A_pairs = Reshape(A, pairs)
+  A_first = Transpose<perm = [0, 2, 3, 1, 4]>(A_pairs)
+  A_open = Unsqueeze(A_first, third)
+  A_all = Expand(A_open, pair_copies)
+  A_turned = Transpose<perm = [0, 2, 1, 3, 4, 5]>(A_all)
+  A_heads = Reshape(A_turned, eight)
+""".replace("A", kept)
+        for kept in ("k", "v")
+    )
+    text = TEXT
+    for old, new in {
+        "[8, 8] wq": "[8, 16] wq",
+        "[8, 4] w": "[8, 8] w",
+        "8] logits": "16] logits",
+        "merge = {0, 0, 8}": "merge = {0, 0, 16}",
+        "split = {0, 0, 4, 2}": "split = {0, 0, 8, 2}",
+        "int64 nought": "int64[5] pairs = {0, 0, 2, 2, 2}, "
+        "int64[1] third = {3}, int64[6] pair_copies = {1, 1, 1, 2, 1, 1}, int64[4] eight = {0, 8, -1, 2}, int64 nought",
+    }.items():
+        text = text.replace(old, new)
+    unread = tuple(f"  {name} =" for name in ("k4", "kh", "k5", "v4", "vh", "v5"))
+    text = "\n".join(line for line in text.splitlines() if not line.startswith(unread))
+    keys += "  kt = Transpose<perm = [0, 1, 3, 2]>(k_heads)\n"
+    text = text.replace("KEYS", keys).replace("SCORES", SCORES).replace("VALUES", values + "  c = MatMul(w, v_heads)")
+    original = read(text)
     assert_law(original, kvsurgeon.io.to_proto(kvsurgeon.inject(original, verify=False).model))
 
 

@@ -62,12 +62,18 @@ class Grouping:
         reading = read(self.flow, self.tokens.before, value, operand.memory)
         if reading is None or (reading.scales and not may_scale) or self._is_free(reading, operand.memory):
             return
-        leading = [self.flow.shapes[one].shape for one in (partner, value)]
-        if leading[0] is None or leading[1] is None or not _same(leading[0][:-2], leading[1][:-2]):
+        if not self._stands_beside(partner, value, reading):
             return
         last = reading.axes[-2:]
         if set(last) == {(TOKENS,), (FEATURES,)} and reading.stacks_heads(last):
             self._rewire(operand, reading, partner)
+
+    def _stands_beside(self, partner: ir.Value, value: ir.Value, reading: Reading) -> bool:
+        """Whether the other operand has the same axes before its last two, and can be scaled without getting more."""
+        mine, theirs = self.flow.shapes[partner].shape, self.flow.shapes[value].shape
+        if mine is None or theirs is None or not _same(mine[:-2], theirs[:-2]):
+            return False
+        return all(len(self.flow.shapes[scale].shape or ()) <= len(mine) for _, scale in reading.scales)
 
     def _is_free(self, reading: Reading, memory: Memory) -> bool:
         """Whether nothing is computed or copied: runtimes make a last swap of two axes part of the product."""

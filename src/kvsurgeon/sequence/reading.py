@@ -43,9 +43,19 @@ class Reading:
         return whole
 
     def stacks_heads(self, last: Sequence[Labels]) -> bool:
-        """Whether it is [batch, heads, repeats, *last], whichever of the first three share an axis."""
-        kinds = [label.split(".")[0] for axis in self.axes[:-2] for label in axis]
-        return list(self.axes[-2:]) == list(last) and kinds == sorted(kinds, key=[BATCH, HEADS, REPEATS].index)
+        """Whether it is [batch, heads, repeats, *last], whichever of the first three share an axis.
+
+        Heads that the tensor holds on several axes must be in the order in which they are remembered; repeats are alike
+        in any order.
+        """
+        places = [_place(label) for axis in self.axes[:-2] for label in axis]
+        return list(self.axes[-2:]) == list(last) and places == sorted(places)
+
+
+def _place(label: str) -> tuple[int, int]:
+    """Where a label belongs in [batch, heads, repeats]."""
+    kind, _, place = label.partition(".")
+    return [BATCH, HEADS, REPEATS].index(kind), int(place) if kind == HEADS else 0
 
 
 def read(flow: Flow, before: Before, operand: ir.Value, memory: Memory) -> Reading | None:
