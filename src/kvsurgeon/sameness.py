@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError
 from kvsurgeon.parity import TOLERANCES, Progress, Report, Verdict, arithmetic_of, verify
@@ -29,7 +30,10 @@ from kvsurgeon.runtime import (
 )
 
 LENGTHS = (7, 13)  # tokens of the texts that both models are given; a static model is given its own length
+PADS = 3  # of them padding on the left, in every second row of the last text
 VOCABULARY = 16  # ids that any model knows
+
+Counted = npt.NDArray[np.bool_]  # [batch, sequence]: which tokens are no padding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,34 +93,55 @@ def _differences(before: Session, after: Session, allowed: float, seed: int) -> 
     static = fixed_size(original.inputs, before.inputs, "new")
     batch = fixed_size(original.inputs, before.inputs, "batch") or 2
     random = np.random.default_rng(seed)
-    for length in LENGTHS if static is None else (static,):
-        tokens = random.integers(0, VOCABULARY, (batch, length))
+    for tokens, mask in _texts(static, batch, original.inputs.masked, random):
+        length = tokens.shape[1]
         stepwise = static is None and isinstance(original, CachedDecoder) and isinstance(changed, CachedDecoder)
         ends = (length - 3, length - 2, length) if stepwise else (length,)
         try:
-            expected = _answers(original, tokens, ends)
+            expected = _answers(original, tokens, mask, ends)
         except RunError as error:
             raise _OriginalError(str(error)) from error
-        for one, other in zip(expected, _answers(changed, tokens, ends), strict=True):
-            yield from _compared(one, other, allowed)
+        found = _answers(changed, tokens, mask, ends)
+        for (past, total), one, other in zip(_calls(ends), expected, found, strict=True):
+            yield from _compared(one, other, mask[:, past:total].astype(bool), allowed)
 
 
-def _compared(expected: Mapping[str, Array], found: Mapping[str, Array], allowed: float) -> Iterator[str]:
+def _texts(
+    static: int | None, batch: int, masked: bool, random: np.random.Generator
+) -> Iterator[tuple[Tokens, Tokens]]:
+    """Texts and their masks, [batch, length]; the last is padded where both models can be told so."""
+    lengths = LENGTHS if static is None else (static, static)
+    for number, length in enumerate(lengths):
+        mask = np.ones((batch, length), np.int64)
+        if masked and number == len(lengths) - 1:
+            mask[(batch - 1) % 2 :: 2, : min(PADS, length - 1)] = 0
+        yield random.integers(0, VOCABULARY, (batch, length)), mask
+
+
+def _compared(
+    expected: Mapping[str, Array], found: Mapping[str, Array], counted: Counted, allowed: float
+) -> Iterator[str]:
     for name, values in expected.items():
-        distance = _distance(values, found.get(name))
+        distance = _distance(values, found.get(name), counted)
         if distance is None or not distance <= allowed:
             what = "missing or of another shape" if distance is None else f"off by {distance:.1e} of its spread"
             yield f"expected output `{name}` as before, found it {what} (allowed {allowed:.0e})"
 
 
-def _answers(decoder: CachedDecoder | UncachedDecoder, tokens: Tokens, ends: Sequence[int]) -> list[dict[str, Array]]:
+def _answers(
+    decoder: CachedDecoder | UncachedDecoder, tokens: Tokens, mask: Tokens, ends: Sequence[int]
+) -> list[dict[str, Array]]:
     """What the decoder answers to a text: whole, or in calls that end at these places where it has a cache."""
-    feeds = decoder.inputs.whole(tokens, np.ones_like(tokens))
+    feeds = decoder.inputs.whole(tokens, mask)
     if isinstance(decoder, UncachedDecoder):
         return [decoder.run(feeds)]
     decoder.reset()
-    calls = itertools.pairwise((0, *ends))
-    return [decoder.advance(decoder.inputs.part(feeds, past, total)) for past, total in calls]
+    return [decoder.advance(decoder.inputs.part(feeds, past, total)) for past, total in _calls(ends)]
+
+
+def _calls(ends: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The past and the total length of each call."""
+    return itertools.pairwise((0, *ends))
 
 
 def _decoder(session: Session, other: Session) -> CachedDecoder | UncachedDecoder:
@@ -133,10 +158,15 @@ def _is_own(tensor: Tensor, theirs: Collection[str]) -> bool:
     return tensor.name not in theirs and len(tensor.dims) > 2
 
 
-def _distance(expected: Array, found: Array | None) -> float | None:
+def _distance(expected: Array, found: Array | None, counted: Counted) -> float | None:
+    """How far the rows of tokens that count are apart; all there is, where an output is not [batch, sequence, ...]."""
     if found is None or found.shape != expected.shape:
         return None
+    if expected.shape[:2] == counted.shape:
+        expected, found = expected[counted], found[counted]
     if not expected.size:
         return 0.0
-    difference = np.abs(found.astype(np.float64) - expected.astype(np.float64))
-    return float(difference.max() / spread(expected))
+    want, have = expected.astype(np.float64), found.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        apart = np.where((want == have) | (np.isnan(want) & np.isnan(have)), 0.0, np.abs(have - want))
+    return float(apart.max() / spread(expected))

@@ -1,0 +1,51 @@
+"""The judge of passes that leave the cache as it is: what it must notice, and what it must not mind."""
+
+import numpy as np
+import pytest
+from decoders import CachedDecoder, Config, Decoder
+
+from kvsurgeon.sameness import judge
+
+SMALL = Config(layers=1, windowed=())
+STATIC = Config(layers=1, windowed=(), static=(1, 6))
+
+
+class _DeafToPadding:
+    """It takes the mask, and lets every token count."""
+
+    def padding(self) -> str:
+        return self.graph.op("Add", "attention_mask", self.graph.constant(1))
+
+
+class DeafDecoder(_DeafToPadding, Decoder):
+    pass
+
+
+class DeafCachedDecoder(_DeafToPadding, CachedDecoder):
+    pass
+
+
+class BlindDecoder(Decoder):
+    """A masked query that is left no key gives no numbers; nobody reads them."""
+
+    def number(self, value: float) -> str:
+        return super().number(-np.inf if value < -100 else value)
+
+
+@pytest.mark.parametrize("config", [SMALL, STATIC], ids=["any length", "fixed length"])
+def test_padding_that_no_longer_counts(config):
+    assert judge(Decoder(config).model(), DeafDecoder(config).model()).verdict == "different"
+
+
+def test_padding_that_no_longer_counts_beside_a_cache():
+    assert judge(CachedDecoder(SMALL).model(), DeafCachedDecoder(SMALL).model()).verdict == "different"
+
+
+@pytest.mark.parametrize("config", [SMALL, STATIC], ids=["any length", "fixed length"])
+@pytest.mark.parametrize("decoder", [Decoder, BlindDecoder])
+def test_what_is_the_same(decoder, config):
+    assert judge(decoder(config).model(), decoder(config).model()).verdict == "same"
+
+
+def test_what_is_the_same_with_a_cache():
+    assert judge(CachedDecoder(SMALL).model(), CachedDecoder(SMALL).model()).verdict == "same"
