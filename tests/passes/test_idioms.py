@@ -15,6 +15,7 @@ from laws import ALLOWED, Arrays, difference, dims_of, in_onnxruntime, texts
 from kvsurgeon.errors import Refused, UsageError
 
 ROOM = 32  # rows of a buffer
+SPARE = 5  # rows of a past that stay unfilled
 STALE = 7.0  # what lies in rows that no token was written to
 
 TRANSPOSED = ("kv_heads", "batch", "head_dim", "sequence")
@@ -23,6 +24,8 @@ IDIOMS = {
     "in place, fixed": {"idiom": "in-place", "max_length": ROOM},
     "in place, cut short": {"idiom": "in-place", "past_length": "mask"},
     "new only": {"idiom": "new-only"},
+    "new only, unfilled rows": {"idiom": "new-only", "past_length": "input"},
+    "new only, unfilled rows, transposed": {"idiom": "new-only", "past_length": "input", "key_layout": TRANSPOSED},
     "grow, transposed": {"key_layout": TRANSPOSED},
     "in place, transposed": {"idiom": "in-place", "key_layout": TRANSPOSED, "value_layout": TRANSPOSED},
 }
@@ -33,15 +36,16 @@ def in_calls(model: onnx.ModelProto, whole: Arrays, cuts: Sequence[int]) -> np.n
     run, inputs = in_onnxruntime(model), {value.name: value for value in model.graph.input}
     outputs = {value.name: dims_of(value) for value in model.graph.output}
     batch = next(iter(whole.values())).shape[0]
-    sizes = {"batch_size": batch, "max_length": ROOM, "past_sequence_length": 0}
+    sizes = {"batch_size": batch, "max_length": ROOM, "past_sequence_length": 0, "cache_length": SPARE}
     pasts = {
         name: np.full([sizes.get(size, size) for size in dims_of(value)], STALE, dtype_of(value))
         for name, value in inputs.items()
         if name.startswith("past_key_values")
     }
+    unfilled = SPARE if "cache_length" in dims_of(inputs[next(iter(pasts))]) else None
     found = []
     for start, stop in itertools.pairwise((0, *cuts, max(array.shape[1] for array in whole.values()))):
-        feeds = {name: piece(array, dims_of(inputs[name]), start, stop) for name, array in whole.items()}
+        feeds = {name: piece(array, dims_of(inputs[name]), start, stop, unfilled) for name, array in whole.items()}
         if "past_sequence_length" in inputs:
             feeds["past_sequence_length"] = np.array([start])
         given = run({**feeds, **pasts})
@@ -59,9 +63,10 @@ def dtype_of(value: onnx.ValueInfoProto) -> np.dtype:
     return onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
 
 
-def piece(array: np.ndarray, dims: Sequence[int | str], start: int, stop: int) -> np.ndarray:
+def piece(array: np.ndarray, dims: Sequence[int | str], start: int, stop: int, unfilled: int | None) -> np.ndarray:
     if dims[1] in ("max_length", ROOM):
-        return np.pad(array[:, :stop], ((0, 0), (0, ROOM - stop)))
+        room = (unfilled, 0) if unfilled is not None else (0, ROOM - stop)
+        return np.pad(array[:, :stop], ((0, 0), room))
     return array[:, :stop] if dims[1] == "total_sequence_length" else array[:, start:stop]
 
 

@@ -22,8 +22,9 @@ IDIOMS = {
     "cut short": {"idiom": "in-place", "past_length": "mask"},
     "transposed": {"idiom": "in-place", "key_layout": ("kv_heads", "batch", "head_dim", "sequence")},
     "new-only": {"idiom": "new-only"},
+    "unfilled": {"idiom": "new-only", "past_length": "input"},
 }
-HOSTS = {**dict.fromkeys(IDIOMS, InPlace), "grow": Grow, "new-only": NewOnly}
+HOSTS = {**dict.fromkeys(IDIOMS, InPlace), "grow": Grow, "new-only": NewOnly, "unfilled": NewOnly}
 SHORT = Lengths(short=9, long=20, batch=2)
 
 

@@ -18,11 +18,11 @@ from kvsurgeon.passes.idioms.entries import USUAL, Layout
 from kvsurgeon.passes.idioms.note import note_of, write_note
 from kvsurgeon.passes.idioms.plan import Plan, find_sources, plan_cache
 from kvsurgeon.sequence.analysis import Analysis, analyse
-from kvsurgeon.sequence.axes import Axes, Role, SequenceAxis
+from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
 from kvsurgeon.sequence.flow import FusedAttention
 from kvsurgeon.sequence.grouping import Grouping
 from kvsurgeon.sequence.kinds import Kind
-from kvsurgeon.sequence.lengths import PAST, SO_FAR, Lengths
+from kvsurgeon.sequence.lengths import Lengths
 from kvsurgeon.sequence.proof import prove
 from kvsurgeon.sequence.remember import Layouts
 from kvsurgeon.sequence.tokens import Tokens, causal_mask
@@ -100,6 +100,9 @@ def _analysed(model: ir.Model) -> Analysis:
         ) from refusal  # fmt: skip
 
 
+ROWS = (Length.TOTAL, Length.NEW)  # of a causal mask: keys, and queries
+
+
 class _Injection:
     """One injection, from the first new input to the last dropped node."""
 
@@ -127,7 +130,7 @@ class _Injection:
         for node in self.nodes:
             if any(self.flow.kinds.get(value) is Kind.TOKEN for value in node.outputs):
                 tokens.rewire(node)
-        self._spell_masks(lengths, before)
+        self._spell_masks(views, before)
         self._write_shapes()
         for head in self.analysis.heads:
             grouping.regroup(head)
@@ -169,7 +172,7 @@ class _Injection:
         cast.shape = value.shape
         return cast
 
-    def _spell_masks(self, lengths: Lengths, before: dict[ir.Node, tuple[ir.Value | None, ...]]) -> None:
+    def _spell_masks(self, views: Views, before: dict[ir.Node, tuple[ir.Value | None, ...]]) -> None:
         """Say as a mask what `is_causal` says: runtimes differ on where it puts the corner of a rectangle.
 
         Source: ONNX `Attention`, whose alignment was corrected in place after opset 24 had been released.
@@ -177,9 +180,9 @@ class _Injection:
         causal = [fused for fused in self.flow.fused if fused.causal]
         if not causal:
             return
-        zero, one, total = lengths.scalar(0), lengths.scalar(1), lengths.scalar(self.idiom.total)
-        so_far = lengths.scalar(SO_FAR)
-        mask = causal_mask(self.editor, lengths, [zero, total, one], [lengths.scalar(PAST), so_far, one])
+        keys, queries = ([views.lengths.scalar(end) for end in (*views.lengths.span(length), 1)] for length in ROWS)
+        mask = causal_mask(self.editor, views.lengths, keys, queries)
+        mask = views.filling.as_rows(mask, (SequenceAxis(1, Role(Length.TOTAL)),))
         for fused in causal:
             self._spell_mask(fused, mask, before[fused.node])
 

@@ -66,8 +66,7 @@ class CachedDecoder:
     @property
     def room(self) -> int | None:
         """The most tokens that a text may have; None where there is no such bound."""
-        room = self.host.room
-        return room if room is None or self.step_length is None else room - self.step_length + 1
+        return self.host.longest(self.step_length or 1)
 
     def reset(self) -> None:
         """Forget all tokens."""

@@ -22,6 +22,7 @@ Idiom = Literal["grow", "in-place", "new-only"]
 
 NOTE = "kvsurgeon.cache"  # key of the note in a file's metadata
 STALE = 7  # lies in rows that no token was written to: whoever reads them gives wrong numbers
+SPARE = 3  # unfilled rows of a past whose length the model leaves open
 SMALLEST = 64  # rows of a buffer whose length the model leaves open
 
 
@@ -36,9 +37,8 @@ class Note:
 class Host(Protocol):
     """Keeps a cache between calls."""
 
-    @property
-    def room(self) -> int | None:
-        """The most rows that there is room for; None where there is no such bound."""
+    def longest(self, step_length: int) -> int | None:
+        """Return how long a text may be that is given in calls of so many tokens; None where it may have any length."""
 
     @property
     def into(self) -> Mapping[str, Any]:
@@ -96,12 +96,15 @@ def _told_by_dims(entry: CacheEntry) -> Idiom:
 class Grow:
     """Each present is the next call's past."""
 
-    room = None
     into: Mapping[str, Any] = {}
 
     def __init__(self, cache: Sequence[CacheEntry]) -> None:
         self.cache = cache
         self._pasts: dict[str, Any] = {}
+
+    def longest(self, step_length: int) -> int | None:
+        """Any text has room."""
+        return None
 
     def reset(self) -> None:
         """Forget all rows."""
@@ -134,6 +137,10 @@ class InPlace:
         self.room = room
         self._buffers: dict[str, Any] = {}
         self._rows = 0
+
+    def longest(self, step_length: int) -> int | None:
+        """A call has room if all its tokens do, those in excess too."""
+        return None if self.room is None else self.room - step_length + 1
 
     @property
     def into(self) -> Mapping[str, Any]:
@@ -186,8 +193,7 @@ class NewOnly:
         self.held = held
         self._rows: dict[str, Array] = {}
 
-    @property
-    def room(self) -> int | None:
+    def longest(self, step_length: int) -> int | None:
         """The rows of the past, and at least one new token."""
         return None if self.held is None else self.held + 1
 
@@ -203,22 +209,23 @@ class NewOnly:
         """
         if not self._rows:
             self._rows = {entry.past.name: _filled(entry, batch, 0) for entry in self.cache}
-        if self.held is None:
-            return {name: to_runtime(array) for name, array in self._rows.items()}
-        if past > self.held:
+        unfilled = self._unfilled(past)
+        if unfilled < 0:
             raise RunError(f"expected at most {self.held} past tokens, as many as the cache has rows for, found {past}")
-        unfilled = {entry.past.name: _filled(entry, batch, self.held - past) for entry in self.cache}
-        return {
-            entry.past.name: to_runtime(
-                np.concatenate([unfilled[entry.past.name], self._rows[entry.past.name]], axis=entry.axis)
-            )
-            for entry in self.cache
-        }
+        return {entry.past.name: to_runtime(self._behind(unfilled, entry, batch)) for entry in self.cache}
+
+    def _behind(self, unfilled: int, entry: CacheEntry, batch: int) -> Array:
+        return np.concatenate([_filled(entry, batch, unfilled), self._rows[entry.past.name]], axis=entry.axis)
+
+    def _unfilled(self, past: int) -> int:
+        """How many rows come before those of the past: as many as its length asks for, some where that is open."""
+        if self.held is not None:
+            return self.held - past
+        return SPARE if axis_of(self.cache[0].past.dims[self.cache[0].axis]) == "held" else 0
 
     def margins(self, past: int, total: int, new: int) -> tuple[int, int]:
         """A mask has a place for each row of the past and each new token."""
-        unfilled = 0 if self.held is None else self.held - past
-        return unfilled, past + new - total
+        return self._unfilled(past), past + new - total
 
     def keep(self, results: Mapping[str, Any], past: int, new: int, size: int) -> None:
         """Put the new rows behind the others."""

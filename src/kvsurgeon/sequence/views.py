@@ -17,6 +17,7 @@ from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis, follow_reshape
+from kvsurgeon.sequence.filling import Filling
 from kvsurgeon.sequence.flow import Flow
 from kvsurgeon.sequence.kinds import SHAPE_ONLY, GivenInput, Kind
 from kvsurgeon.sequence.lengths import NEW, Lengths
@@ -42,6 +43,7 @@ class Views:
         self.lengths = lengths
         self.same = same  # context computed twice in the same way -> its first computation
         self.given = {given.value: given for given in inputs}
+        self.filling = Filling(editor, lengths)
         self._made: dict[tuple[ir.Value, Key], ir.Value] = {}
         self._rebuilt: dict[tuple[ir.Node, tuple[ir.Value | None, ...]], ir.Node] = {}
 
@@ -98,7 +100,9 @@ class Views:
         wrong = [axis for axis in axes if lengths.get(axis.axis) is Length.NEW and axis.role.resolved() is Length.TOTAL]
         if wrong:
             raise Refused("an input is needed for all tokens so far", at=value.name, found="given for the new ones")
-        return self.sliced(value, tuple(axis for axis in axes if lengths.get(axis.axis) is not Length.NEW))
+        in_rows = tuple(SequenceAxis(axis, Role(length)) for axis, length in lengths.items())
+        wanted = tuple(axis for axis in axes if lengths.get(axis.axis) is not Length.NEW)
+        return self.sliced(self.filling.as_tokens(value, in_rows), wanted)
 
     def _of_numbers(self, value: ir.Value, numbers: np.ndarray, dtype: ir.DataType) -> ir.Value:
         at = np.frompyfunc(lambda number: self.lengths.at(number, Length.TOTAL), 1, 1)

@@ -29,7 +29,7 @@ PAST_LENGTH = "past_sequence_length"  # name of the input that gives it
 _COUNTS: dict[str, tuple[Count, ...]] = {  # the default first
     "grow": ("shape",),
     "in-place": ("input", "positions", "mask"),
-    "new-only": ("shape",),
+    "new-only": ("shape", "input", "positions"),
 }
 
 
