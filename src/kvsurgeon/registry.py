@@ -25,6 +25,7 @@ BUILT_IN = {
     "name-dims": "kvsurgeon.passes.name_dims:NameDims",
     "raise-opset": "kvsurgeon.passes.raise_opset:RaiseOpset",
     "half-range-masks": "kvsurgeon.passes.half_range:half_range_masks",
+    "fix-shapes": "kvsurgeon.passes.fix_shapes:FixShapes",
 }
 
 COMMANDS = (

@@ -151,7 +151,7 @@ def _decoder(session: Session, other: Session) -> CachedDecoder | UncachedDecode
     presents = [one for one in session.outputs if "present" in one.name or _is_own(one, theirs)]
     if not pasts:
         return UncachedDecoder(session)
-    return CachedDecoder(session, cache_entries(pasts, presents, read_note(session.metadata).axes))
+    return CachedDecoder(session, cache_entries(pasts, presents, read_note(session.metadata).layouts))
 
 
 def _is_own(tensor: Tensor, theirs: Collection[str]) -> bool:

@@ -109,7 +109,7 @@ def test_a_full_buffer_takes_no_more():
         one.step(one.inputs.part(feeds, ROOM, ROOM + 1))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', '{"key_axis": "third"}', "null"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', '{"key_layout": 3}', "null"])
 def test_a_note_that_cannot_be_read_notes_nothing(text):
     note = read_note({"kvsurgeon.cache": text})
-    assert (note.idiom, dict(note.axes)) == (None, {})
+    assert (note.idiom, dict(note.layouts)) == (None, {})

@@ -176,7 +176,7 @@ def _cached(defendant: Session, witness: Session) -> CachedDecoder:
     presents = [tensor for tensor in defendant.outputs if tensor.name not in outputs]
     if not pasts:
         raise UsageError("expected past inputs that the original lacks, found none: the model has no cache")
-    return CachedDecoder(defendant, cache_entries(pasts, presents, read_note(defendant.metadata).axes))
+    return CachedDecoder(defendant, cache_entries(pasts, presents, read_note(defendant.metadata).layouts))
 
 
 def _within(lengths: Lengths, room: int | None) -> Lengths:

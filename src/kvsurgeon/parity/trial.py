@@ -80,8 +80,7 @@ def cache_faults(
 
 
 def _cache_errors(entry: CacheEntry, expected: Array, found: Array) -> npt.NDArray[np.float64]:
-    axes = axes_of(entry.past)
-    batch = axes.index("batch") if "batch" in axes else int(entry.axis == 0)
+    batch = entry.batch if entry.batch is not None else int(entry.axis == 0)
     if expected.shape != found.shape:  # a size of the cache other than its length depends on the call
         return np.full((1, found.shape[entry.axis]), np.inf)
     return error_map(expected, found, batch=batch, sequence=entry.axis, scale=amplitude(expected))

@@ -16,6 +16,8 @@ from kvsurgeon.runtime.tensor import Dim, Tensor
 
 Axis = Literal["batch", "new", "past", "total", "held", "room", "fixed"]
 
+Layout = tuple[str, ...]  # "batch", "kv_heads", "sequence", "head_dim" in any order
+
 _NAMED: dict[str, Axis] = {
     "batch_size": "batch",
     "sequence_length": "new",
@@ -54,17 +56,18 @@ class CacheEntry:
     part: str  # "key" or "value", where the name or the order says so
     axis: int  # of the sequence, in past and present alike
     returned: Dim = None  # rows of the present, as it declares them
+    batch: int | None = None  # axis of the batch, where a note or the dims tell
 
 
 def cache_entries(
-    pasts: Sequence[Tensor], presents: Sequence[Tensor], axes: Mapping[str, int] | None = None
+    pasts: Sequence[Tensor], presents: Sequence[Tensor], layouts: Mapping[str, Layout] | None = None
 ) -> tuple[CacheEntry, ...]:
     """Pair pasts and presents in order, and give each pair its layer and part.
 
     Args:
         pasts: Inputs.
         presents: Outputs.
-        axes: Sequence axis of keys and of values, by part, where the model notes them; else dims tell.
+        layouts: Of keys and of values, by part, where the model notes them; else dims tell.
 
     Raises:
         UsageError: They cannot be paired, or a past has no axis called `past_sequence_length`.
@@ -72,13 +75,13 @@ def cache_entries(
     if len(pasts) != len(presents):
         raise UsageError(f"expected as many present outputs as past inputs, found {len(presents)} and {len(pasts)}")
     return tuple(
-        _entry(place, past, present, axes or {})
+        _entry(place, past, present, layouts or {})
         for place, (past, present) in enumerate(zip(pasts, presents, strict=True))
     )
 
 
 def find_cache(
-    inputs: Sequence[Tensor], outputs: Sequence[Tensor], axes: Mapping[str, int] | None = None
+    inputs: Sequence[Tensor], outputs: Sequence[Tensor], layouts: Mapping[str, Layout] | None = None
 ) -> tuple[CacheEntry, ...]:
     """Return the cache of a model by its names: empty for a model without one.
 
@@ -89,7 +92,7 @@ def find_cache(
     presents = [tensor for tensor in outputs if "present" in tensor.name]
     if not pasts:
         return ()
-    return cache_entries(pasts, presents or [tensor for tensor in outputs if tensor.name.startswith("past")], axes)
+    return cache_entries(pasts, presents or [tensor for tensor in outputs if tensor.name.startswith("past")], layouts)
 
 
 def is_past(tensor: Tensor) -> bool:
@@ -143,13 +146,22 @@ def cache_mismatch(entries: Collection[CacheEntry]) -> str | None:
     return None
 
 
-def _entry(place: int, past: Tensor, present: Tensor, axes: Mapping[str, int]) -> CacheEntry:
+def _entry(place: int, past: Tensor, present: Tensor, layouts: Mapping[str, Layout]) -> CacheEntry:
     number = _INDEX.search(past.name)
     part = next((word for word in ("key", "value") if past.name.endswith(word)), ("key", "value")[place % 2])
     layer = int(number.group(1)) if number else place // 2
-    axis = axes[part] if part in axes else past_axis(past)
-    returned = present.dims[axis] if axis < len(present.dims) else None
-    return CacheEntry(past=past, present=present.name, layer=layer, part=part, axis=axis, returned=returned)
+    layout = layouts.get(part, ())
+    axis = layout.index("sequence") if layout else past_axis(past)
+    told = layout or axes_of(past)
+    return CacheEntry(
+        past=past,
+        present=present.name,
+        layer=layer,
+        part=part,
+        axis=axis,
+        returned=present.dims[axis] if axis < len(present.dims) else None,
+        batch=told.index("batch") if "batch" in told else None,
+    )
 
 
 def _size(tensor: Tensor, dim: Dim, batch: int) -> int:

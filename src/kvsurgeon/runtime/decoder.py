@@ -49,7 +49,7 @@ class CachedDecoder:
     def __init__(self, session: Session, cache: Sequence[CacheEntry] | None = None) -> None:
         self.session = session
         note = read_note(session.metadata)
-        self.cache = tuple(find_cache(session.inputs, session.outputs, note.axes) if cache is None else cache)
+        self.cache = tuple(find_cache(session.inputs, session.outputs, note.layouts) if cache is None else cache)
         if not self.cache:
             raise UsageError(f"expected inputs named past_key_values.*, found none in {session.name}")
         self.host = open_host(self.cache, note)

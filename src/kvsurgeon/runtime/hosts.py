@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 
 from kvsurgeon.errors import BrokenCacheError, RunError
-from kvsurgeon.runtime.axes import CacheEntry, axis_of, shape_with_rows
+from kvsurgeon.runtime.axes import CacheEntry, Layout, axis_of, shape_with_rows
 from kvsurgeon.runtime.tensor import Array, Tensor, from_runtime, to_runtime
 
 Idiom = Literal["grow", "in-place", "new-only"]
@@ -31,7 +31,7 @@ class Note:
     """What a model's file notes of its cache."""
 
     idiom: Idiom | None = None
-    axes: Mapping[str, int] = field(default_factory=dict)  # sequence axis of keys and of values
+    layouts: Mapping[str, Layout] = field(default_factory=dict)  # of keys and of values
 
 
 class Host(Protocol):
@@ -64,8 +64,9 @@ def read_note(metadata: Mapping[str, str]) -> Note:
     """Return what a file notes of its cache; nothing where it notes nothing that can be read."""
     try:
         told = json.loads(metadata.get(NOTE, "{}"))
-        axes = {part: int(told[f"{part}_axis"]) for part in ("key", "value") if f"{part}_axis" in told}
-        return Note(idiom=cast("Idiom | None", told.get("idiom")), axes=axes)
+        layouts = {part: tuple(told.get(f"{part}_layout", ())) for part in ("key", "value")}
+        known = {part: layout for part, layout in layouts.items() if "sequence" in layout}
+        return Note(idiom=cast("Idiom | None", told.get("idiom")), layouts=known)
     except (ValueError, TypeError, AttributeError):
         return Note()
 

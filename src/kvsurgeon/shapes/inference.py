@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -128,17 +129,22 @@ def _fact_of_constant(value: ir.Value) -> Fact:
     return known(tensor.numpy(), tensor.dtype)
 
 
-def infer_shapes(nodes: Iterable[ir.Node], inputs: Mapping[ir.Value, tuple[Dimension, ...]], opset: int) -> Shapes:
+def infer_shapes(
+    nodes: Iterable[ir.Node], inputs: Mapping[ir.Value, tuple[Dimension, ...]], opset: int, *, named: bool = False
+) -> Shapes:
     """Return what is known of every value, given the dimensions of the graph's inputs.
 
     Args:
         nodes: In an order in which every value is made before it is used.
         inputs: Dimensions of each graph input.
         opset: Version of the standard operators.
+        named: Whether a single whole number that is computed from more than shapes gets a name of its own, so that as
+            much as lies between it and a sum with it is known.
     """
     shapes = Shapes(opset=opset)
     for value, dimensions in inputs.items():
-        shapes.facts[value] = Fact(dimensions, value.dtype)
+        fact = Fact(dimensions, value.dtype)
+        shapes.facts[value] = _named(value, fact) if named else fact
     for node in nodes:
         if node.op_type == "Constant":
             continue  # looked up when asked for
@@ -149,8 +155,17 @@ def infer_shapes(nodes: Iterable[ir.Node], inputs: Mapping[ir.Value, tuple[Dimen
         outputs = found if isinstance(found, list) else [found]
         for index, value in enumerate(node.outputs):
             fact = outputs[index] if index < len(outputs) else outputs[0]
-            shapes.facts[value] = fact if fact.shape is not None else _declared(value, fact, call)
+            fact = fact if fact.shape is not None else _declared(value, fact, call)
+            shapes.facts[value] = _named(value, fact) if named else fact
     return shapes
+
+
+def _named(value: ir.Value, fact: Fact) -> Fact:
+    """The fact with a symbol for a single whole number of which nothing else is known."""
+    single = fact.shape is not None and all(size == 1 for size in fact.shape)
+    if fact.value is not None or not single or fact.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+        return fact
+    return known(np.full(fact.shape or (), dim.symbol(f"number `{value.name}`"), dtype=object), fact.dtype)
 
 
 def _declared(value: ir.Value, fact: Fact, call: Call) -> Fact:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from kvsurgeon.passes.idioms.entries import USUAL, Entry
+from kvsurgeon.passes.idioms.entries import USUAL, Entry, Layout
 
 Name = Literal["grow", "in-place", "new-only"]
 
@@ -21,17 +21,16 @@ class Note:
     """How a host must keep the cache."""
 
     idiom: Name
-    key_axis: int  # of the tokens
-    value_axis: int
+    key_layout: Layout
+    value_layout: Layout
 
 
 def note_of(name: Name, entries: Sequence[Entry]) -> Note | None:
     """Return what is to be noted; nothing where the cache grows as most do."""
-    axes = {("key" if entry.is_key else "value"): entry.axis for entry in reversed(entries)}
-    if name == "grow" and all(entry.layout == USUAL for entry in entries):
+    layouts = {entry.is_key: entry.layout for entry in reversed(entries)}
+    if name == "grow" and all(layout == USUAL for layout in layouts.values()):
         return None
-    key = axes.get("key", 2)
-    return Note(idiom=name, key_axis=key, value_axis=axes.get("value", key))
+    return Note(idiom=name, key_layout=layouts.get(True, USUAL), value_layout=layouts.get(False, USUAL))
 
 
 def write_note(model: ir.Model, note: Note | None) -> None:

@@ -1,0 +1,168 @@
+"""With every shape fixed nothing is a symbol, nothing computes a shape, and the numbers are those of the original."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from decoders import Config, Decoder
+from exports import NAMES, ONE_OF_EACH, export, injected
+from laws import ALLOWED, difference, dims_of, in_onnxruntime, texts
+
+from kvsurgeon import io
+from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.parity import verify
+from kvsurgeon.passes.contract import Changed, Subject, Unchanged
+from kvsurgeon.passes.fix_shapes import FixShapes
+from kvsurgeon.runtime import CachedDecoder, Writer, open_session
+
+IN_PLACE = {"idiom": "in-place"}
+NEW_ONLY = {"idiom": "new-only", "past_length": "input"}
+OF_SHAPES = {"Shape", "Size", "Range", "ConstantOfShape", "NonZero", "EyeLike", "Trilu"}
+
+
+def fixed(model: onnx.ModelProto, **options: int) -> onnx.ModelProto:
+    subject = Subject.of(model)
+    assert isinstance(FixShapes(**options).apply(subject), Changed)
+    result = io.to_proto(subject.model)
+    onnx.checker.check_model(result, full_check=True)
+    return result
+
+
+def symbols(model: onnx.ModelProto) -> list[str]:
+    graph = model.graph
+    values = (*graph.input, *graph.output, *graph.value_info)
+    return [value.name for value in values if not all(isinstance(size, int) for size in dims_of(value))]
+
+
+@pytest.mark.parametrize(
+    ("name", "idiom", "tokens"),
+    [
+        *((name, IN_PLACE, 4) for name in ONE_OF_EACH),
+        ("llama_dynamo_sdpa", IN_PLACE, 1),
+        ("gpt2_torchscript_sdpa", NEW_ONLY, 4),
+        ("gemma2_dynamo_eager", NEW_ONLY, 1),
+        ("decoder", NEW_ONLY, 4),
+    ],
+)
+def test_nothing_is_a_symbol_and_the_judge_agrees(name, idiom, tokens):
+    model = fixed(injected(export(name), **idiom), tokens=tokens, max_length=24)
+
+    assert symbols(model) == []
+    made = {value.name for value in (*model.graph.value_info, *model.graph.output)}
+    assert {output for node in model.graph.node for output in node.output if output} <= made
+    assert not {node.op_type for node in model.graph.node} & OF_SHAPES
+    report = verify(export(name), model, threads=1)
+    assert (report.verdict, report.problems) == ("same", ())
+    assert {"left padding", "long past"} <= {trial.scenario for trial in report.trials} | {"left padding"}
+
+
+def test_padding_in_a_batch_of_two():
+    model = fixed(injected(export("decoder"), **IN_PLACE), tokens=3, max_length=24, batch_size=2)
+    report = verify(export("decoder"), model, threads=1)
+    assert report.verdict == "same"
+    assert "left padding" in {trial.scenario for trial in report.trials}
+
+
+def test_text_is_generated_in_chunks_that_are_filled_up():
+    prompt = [3, 1, 4, 1, 5, 2, 6]
+    expected = Writer(export("llama_dynamo_sdpa"), threads=1).generate([prompt], max_new_tokens=5)
+    model = fixed(injected(export("llama_dynamo_sdpa"), **IN_PLACE), tokens=4, max_length=32)
+    assert Writer(model, threads=1).generate([prompt], max_new_tokens=5).tokens == expected.tokens
+
+
+def test_an_export_without_a_cache():
+    original = export("gpt2_dynamo_sdpa")
+    model = fixed(original, tokens=9, batch_size=2)
+    assert symbols(model) == []
+    whole = texts(original, batch=2, length=9)
+    found, expected = (in_onnxruntime(one)(whole)["logits"] for one in (model, original))
+    assert difference(found, expected, whole["attention_mask"]) <= ALLOWED["float32"]
+
+
+def test_twice_is_once():
+    subject = Subject.of(fixed(injected(export("decoder"), **IN_PLACE), tokens=1, max_length=8))
+    assert isinstance(FixShapes(tokens=1, max_length=8).apply(subject), Unchanged)
+
+
+def test_a_host_is_told_what_numbers_do_not_tell():
+    layout = ("kv_heads", "batch", "head_dim", "sequence")
+    model = fixed(injected(export("decoder"), key_layout=layout, **NEW_ONLY), tokens=8, max_length=16)
+    noted = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    assert (noted["kvsurgeon.cache"]["idiom"], noted["kvsurgeon.cache"]["key_layout"]) == ("new-only", list(layout))
+    decoder = CachedDecoder(open_session(model, threads=1))
+    assert [entry.axis for entry in decoder.cache[:2]] == [3, 2]
+    assert verify(export("decoder"), model, threads=1).verdict == "same"
+
+
+@pytest.mark.parametrize("options", [{}, {"idiom": "new-only"}, {"idiom": "in-place", "past_length": "mask"}])
+def test_a_cache_whose_shape_differs_from_call_to_call_is_refused(options):
+    model = injected(export("decoder"), **options)
+    subject = Subject.of(model)
+    with pytest.raises(Refused, match="a size differs from call to call, and cannot be fixed"):
+        FixShapes(tokens=1, max_length=16).apply(subject)
+    assert io.to_proto(subject.model) == io.to_proto(Subject.of(model).model)
+
+
+def test_a_cache_needs_a_length():
+    with pytest.raises(Refused, match="expected max-length"):
+        FixShapes(tokens=1).apply(Subject.of(injected(export("decoder"), **IN_PLACE)))
+
+
+@pytest.mark.parametrize("options", [{"tokens": 0}, {"tokens": 8, "max_length": 4}, {"tokens": 1, "batch_size": 0}])
+def test_sizes_that_cannot_be(options):
+    with pytest.raises(UsageError, match="expected at least 1 token"):
+        FixShapes(**options)
+
+
+def outside(model: onnx.ModelProto, folder: Path) -> Path:
+    path = folder / "model.onnx"
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    onnx.save(copy, path, save_as_external_data=True, location="model.onnx.data", size_threshold=256)
+    return path
+
+
+def test_variants_share_one_file_of_weights(tmp_path):
+    (tmp_path / "cached").mkdir()
+    source = outside(injected(Decoder(Config(layers=2)).model(), **IN_PLACE), tmp_path / "cached")
+    for name, tokens in (("prefill", 8), ("decode", 1)):
+        subject = Subject.of(source)
+        FixShapes(tokens=tokens, max_length=24).apply(subject)
+        io.save(subject.model, tmp_path / "variants" / f"{name}.onnx", source=source)
+
+    assert sorted(path.name for path in (tmp_path / "variants").iterdir()) == [
+        "decode.onnx",
+        "model.onnx.data",
+        "prefill.onnx",
+    ]
+    assert (tmp_path / "variants" / "model.onnx.data").read_bytes() == (source.parent / "model.onnx.data").read_bytes()
+    places = []
+    for name in ("prefill", "decode"):
+        graph = onnx.load(tmp_path / "variants" / f"{name}.onnx", load_external_data=False).graph
+        stored = (one for one in graph.initializer if one.external_data)
+        places.append({one.name: sorted((e.key, e.value) for e in one.external_data) for one in stored})
+    assert places[0] == places[1]
+    assert len(places[0]) > 10
+
+
+def test_weights_are_not_read(tmp_path):
+    source = outside(injected(Decoder(Config(layers=1)).model(), **IN_PLACE), tmp_path)
+    subject = Subject.of(source)
+    (tmp_path / "model.onnx.data").write_bytes(b"")
+    assert isinstance(FixShapes(tokens=2, max_length=16).apply(subject), Changed)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(ONE_OF_EACH)))
+def test_every_export_in_place(name):
+    original = export(name)
+    model = fixed(injected(original, **IN_PLACE), tokens=5, max_length=16)
+    assert symbols(model) == []
+    whole = texts(original, batch=1, length=11)
+    decoder = CachedDecoder(open_session(model, threads=1))
+    found = decoder.prefill(decoder.inputs.whole(whole["input_ids"], np.ones((1, 11), np.int64)))
+    expected = in_onnxruntime(original)(whole)["logits"]
+    assert difference(found, expected) <= ALLOWED["float32"]
