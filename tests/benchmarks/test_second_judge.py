@@ -1,36 +1,19 @@
 """The benchmarks' own judge: which tokens count, and what it says of models that answer for the last one alone."""
 
-import json
 from pathlib import Path
 
 import broken_decoders as shelf
 import numpy as np
 import onnx
 import pytest
-from corpus import Case, Entry, find_entries
+from corpus import Case
 from decoders import CachedDecoder, Config, Decoder
-from laws import in_onnxruntime, texts
+from laid_out import lay_out, stored
 from second_judge import ContractError, bound_of, failures, judge, open_session, read_contract
 
 MASK = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])
 TYPES = np.array([[0, 0, 1, 1], [1, 1, 0, 1]])
 IDS = np.arange(8).reshape(2, 4)
-
-
-def lay_out(folder: Path, model: onnx.ModelProto, *calls: dict[str, np.ndarray], **meta: str) -> Entry:
-    """Write a model and stored calls of it, as a corpus holds them."""
-    folder.mkdir(parents=True)
-    onnx.save(model, folder / "model.onnx")
-    (folder / "meta.json").write_text(json.dumps({"expected": "inject", **meta}), "utf-8")
-    np.savez(
-        folder / "io.npz", **{f"{name}_{k}": array for k, call in enumerate(calls) for name, array in call.items()}
-    )
-    return next(entry for entry in find_entries([folder], groups=[], names=[]))
-
-
-def stored(model: onnx.ModelProto, **options: object) -> dict[str, np.ndarray]:
-    feeds = texts(model, **options)
-    return {**feeds, "logits": in_onnxruntime(model)(feeds)["logits"]}
 
 
 def first_case(tmp_path: Path, **call: np.ndarray) -> Case:

@@ -1,0 +1,105 @@
+"""A sample of the mutation campaign; and the campaign sees what it is there to see."""
+
+from multiprocessing import Pipe
+
+import broken_decoders as shelf
+import mutant_trial
+import mutations
+import numpy as np
+import onnx
+import pytest
+from decoders import Config, Decoder
+from exports import FILES, export
+from laid_out import lay_out, stored
+from mutant_trial import BAD, Outcome, try_file, try_mutant
+
+from kvsurgeon.errors import Refused
+
+SEED, MUTANTS = 2, 40
+BLANK = Outcome(number=0, model="tiny", mutation="none")
+
+
+@pytest.fixture(scope="module")
+def entries(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exports")
+    return [
+        lay_out(folder / name, model := export(name), stored(model, batch=1, length=14), stored(model, length=12))
+        for name in FILES
+    ]
+
+
+@pytest.mark.parametrize("number", range(MUTANTS))
+def test_a_mutant_is_refused_or_right(entries, number):
+    entry, outcome, mutant = mutations.make(entries, SEED, number)
+    assert mutant is not None
+    outcome = mutations.judge(outcome, entry, mutant)
+    assert outcome.category not in BAD, outcome
+
+
+def test_a_number_of_a_seed_is_one_mutant(entries):
+    (_, first, one), (_, second, other) = (mutations.make(entries, SEED, 7) for _ in range(2))
+    assert (first, one) == (second, other)
+    assert {mutations.make(entries, SEED, number)[1].mutation for number in range(200)} > {"damage", "bypass"}
+
+
+# What is wrong is seen
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    model = Decoder(Config()).model()
+    return lay_out(tmp_path_factory.mktemp("tiny") / "model", model, stored(model, batch=1, length=14), stored(model))
+
+
+def tried(tiny, monkeypatch, inject):
+    monkeypatch.setattr(mutant_trial, "_injected", inject)
+    return try_mutant(BLANK, tiny, onnx.load(tiny.path))
+
+
+def raising(error):
+    def inject(_mutant, _folder):
+        raise error
+
+    return inject
+
+
+def test_a_right_injection_is_right(tiny):
+    assert try_mutant(BLANK, tiny, onnx.load(tiny.path)).category == "right"
+
+
+@pytest.mark.parametrize("broken", [shelf.WrongCorner, shelf.StaleRotary, shelf.PaddingForgotten, Decoder])
+def test_a_wrong_injection_is_wrong(tiny, monkeypatch, broken):
+    assert tried(tiny, monkeypatch, lambda *_: broken(Config()).model()).category == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("error", "category"),
+    [(Refused("why", at="x"), "refused"), (Refused("why\nand how"), "traceback"), (KeyError("x"), "traceback")],
+    ids=["a refusal", "a refusal of two lines", "a slip"],
+)
+def test_what_is_raised_counts_as_what_it_is(tiny, monkeypatch, error, category):
+    assert tried(tiny, monkeypatch, raising(error)).category == category
+
+
+def test_a_mutant_that_only_an_optimiser_lets_run_is_not_runnable(tiny):
+    mutant = onnx.load(tiny.path)
+    mutant.graph.node[0].op_type = "OfNobody"
+    assert try_mutant(BLANK, tiny, mutant).category == "not runnable"
+
+
+def test_a_file_that_cannot_be_read_is_refused(tiny):
+    data = tiny.path.read_bytes()
+    assert try_file(BLANK, tiny, data).category == "right"
+    assert try_file(BLANK, tiny, data[: len(data) // 2]).category == "refused"
+    assert try_file(BLANK, tiny, np.random.default_rng(0).bytes(999)).category == "refused"
+
+
+@pytest.mark.parametrize(("ended", "category"), [(False, "hang"), (True, "died")])
+def test_a_worker_that_says_nothing_more_hangs_or_has_died(monkeypatch, ended, category):
+    monkeypatch.setattr(mutations, "SECONDS_ALLOWED", 0.05)
+    mine, theirs = Pipe(duplex=False)
+    theirs.send(Outcome(number=3, model="tiny", mutation="none", category="hang"))
+    if ended:
+        theirs.close()
+    (outcome,) = mutations._until_stuck(mine)
+    assert (outcome.number, outcome.category) == (3, category)
