@@ -1,10 +1,12 @@
 """Sweeps folders of models: which are injected and right, wrong, refused, crashed?
 
-    python benchmarks/coverage.py FOLDER... [--group G] [--only NAME] [--sample N] [--json OUT] [--markdown OUT]
+    python benchmarks/coverage.py FOLDER... [--group G] [--only NAME] [--expected E] [--sample N]
+                                            [--through command] [--json OUT] [--markdown OUT]
 
 Each model is injected through the Python API in this process, then judged in onnxruntime against the logits stored
 beside it: in one call, token by token, and in ragged chunks, left-padded batches included.
-Ends with 1 if anything is wrong, crashed or hung.
+Ends with 1 if anything is wrong, crashed or hung, or refused with an exit code other than 3 and 4.
+With `--through command` the command `kvsurgeon inject` is run instead, and held to how it must end.
 """
 
 from __future__ import annotations
@@ -27,10 +29,12 @@ from types import FrameType
 
 import onnx
 import onnxruntime as ort
+from by_command import inject_by_command
 from corpus import Entry, find_entries, spread_sample
+from coverage_page import as_markdown
 from second_judge import BRAIN, ContractError, bound_of, failures, is_rounded, judge, open_session, read_contract
 from uncached import steady
-from verdicts import BAD, Result, as_json, as_markdown, print_groups, print_reasons, print_totals
+from verdicts import Result, as_json, is_bad, print_groups, print_reasons, print_totals
 from widening import widened
 
 import kvsurgeon
@@ -195,6 +199,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     parser.add_argument("--group", action="append", default=[], help="only this group; wildcards, repeatable")
     parser.add_argument("--only", action="append", default=[], help="only this name, or group/name; wildcards")
+    parser.add_argument("--expected", action="append", default=[], choices=["inject", "either", "refuse"])
+    parser.add_argument("--through", default="python", choices=["python", "command"])
     parser.add_argument("--sample", type=int, help="only so many models, evenly spaced")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--instead", metavar="FILE", help="judge this file of each folder and inject nothing")
@@ -210,11 +216,13 @@ def main() -> int:
     entries = find_entries(options.folders, groups=options.group, names=options.only)
     if options.instead:
         entries = [entry for entry in entries if (entry.folder / options.instead).exists()]
+    entries = [entry for entry in entries if not options.expected or entry.expected in options.expected]
     entries = spread_sample(entries, options.sample)
     if not entries:
         print("no model found: expected FOLDER/<group>/<name>/meta.json", file=sys.stderr)
         return 2
-    inject: Inject = partial(take_instead, file=options.instead) if options.instead else inject_with_kvsurgeon
+    inject: Inject = inject_by_command if options.through == "command" else inject_with_kvsurgeon
+    inject = partial(take_instead, file=options.instead) if options.instead else inject
     start = time.perf_counter()
     results = sweep(entries, inject, jobs=options.jobs)
     seconds = time.perf_counter() - start
@@ -225,7 +233,7 @@ def main() -> int:
         options.json.write_text(as_json(results, seconds), encoding="utf-8")
     if options.markdown:
         options.markdown.write_text(as_markdown(results), encoding="utf-8")
-    return 1 if any(result.verdict in BAD for result in results) else 0
+    return 1 if any(is_bad(result) for result in results) else 0
 
 
 if __name__ == "__main__":

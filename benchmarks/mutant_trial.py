@@ -201,7 +201,7 @@ def _jittered(model: onnx.ModelProto, seed: int) -> onnx.ModelProto:
     copy = onnx.ModelProto.FromString(model.SerializeToString())
     for tensor in copy.graph.initializer:
         if tensor.data_type == onnx.TensorProto.FLOAT and tensor.data_location != onnx.TensorProto.EXTERNAL:
-            array = onnx.numpy_helper.to_array(tensor)
+            array = onnx.numpy_helper.to_array(tensor).astype(np.float64)
             error = random.uniform(-1, 1, array.shape) * np.finfo(np.float32).eps
             tensor.CopyFrom(onnx.numpy_helper.from_array((array * (1 + error)).astype(np.float32), tensor.name))
     return copy

@@ -36,6 +36,11 @@ class Result:
         return max(self.scores, key=lambda score: score.error, default=None)
 
 
+def is_bad(result: Result) -> bool:
+    """Whether this must not happen, whatever was expected."""
+    return result.verdict in BAD or (result.verdict == "refused" and result.exit_code not in (3, 4))
+
+
 def print_groups(results: Sequence[Result]) -> None:
     """Print what became of each group: by what was expected, then by verdict."""
     columns = ["inject", "right", "refused", "either", "right", "refused", "refuse", "right", "refused"]
@@ -100,31 +105,6 @@ def print_totals(results: Sequence[Result], seconds: float) -> None:
         f"apply: {sum(times) / len(times):.3f} s per model, {sum(times):.1f} s in all, slowest "
         f"{slowest.apply_seconds:.2f} s ({slowest.group}/{slowest.name}); whole sweep {seconds:.1f} s"
     )
-
-
-def as_markdown(results: Sequence[Result]) -> str:
-    """Return a table of families by exporter: how many are injected and right, of how many."""
-    judged = [result for result in results if result.expected != "refuse"]
-    exporters = [name for name, _ in Counter(result.exporter for result in judged).most_common()]
-    cells: dict[tuple[str, str], list[Result]] = defaultdict(list)
-    for result in judged:
-        cells[result.family, result.exporter].append(result)
-    lines = ["| family | " + " | ".join(exporters) + " |", "| --- |" + " --- |" * len(exporters)]
-    for family in sorted({result.family for result in judged}):
-        row = [_cell(cells.get((family, exporter), [])) for exporter in exporters]
-        lines.append(f"| {family} | " + " | ".join(row) + " |")
-    right = sum(result.verdict == "right" for result in judged)
-    notes = "Injected and right, of how many; `r` refused, `n` injected but not runnable in onnxruntime, `!` wrong."
-    return "\n".join([f"{right} of {len(judged)} models injected and right.", notes, "", *lines, ""])
-
-
-def _cell(results: Sequence[Result]) -> str:
-    if not results:
-        return ""
-    verdicts = Counter(result.verdict for result in results)
-    marks = {"refused": "r", "not runnable": "n", "wrong": "!", "crashed": "!", "hung": "!"}
-    text = f"{verdicts['right']}/{len(results)}"
-    return " ".join([text, *(f"{verdicts[verdict]}{mark}" for verdict, mark in marks.items() if verdicts[verdict])])
 
 
 def as_json(results: Sequence[Result], seconds: float) -> str:

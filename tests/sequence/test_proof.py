@@ -68,6 +68,11 @@ REFUSED = [
      "w = Exp(masked_scores)\n total = ReduceSum(w, third)\n sum = MatMul(w, v)\n c = Div(sum, total)\n"
      "long = Cast<to = 1>(length)\n share = Mul(long, tenth)\n late = Less(nought, column)\n"
      "factor = Where(late, share, half)\n logits = Mul(c, factor)"), "context changes", "factor"),
+    ("at a fixed length, queries that later keys leave without any", attention(constants="float inf = {1.0}, float zero = {0.0}",
+     allowed="late = Greater(row, column)\n allowed = Identity(late)", masked="most = Div(inf, zero)\n"
+     "infinite = Where(allowed, most, s)\n masked_scores = Identity(infinite)").replace("[b, n, 8]", "[1, 9, 8]").replace(
+     "w = Softmax<axis = -1>(masked_scores)", "sharp = Softmax<axis = -1>(masked_scores)\n not = IsNaN(sharp)\n"
+     "none = Sub(half, half)\n w = Where(not, none, sharp)"), "no weight to any key", "c"),
     ("half the tokens", attention(after="logits = Slice(c, first, third, second)"), "by their place in the sequence",
      "logits"),
 ]  # fmt: skip

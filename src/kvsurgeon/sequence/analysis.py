@@ -121,11 +121,11 @@ def analyse(model: ir.Model) -> Analysis:
     flow = follow_tokens(nodes, inputs, shapes, kinds, length)
     return Analysis(
         model=model, inputs=inputs, length=length, shapes=shapes, flow=flow,
-        same=find_same(nodes, kinds, shapes), heads=_heads(flow),
+        same=find_same(nodes, kinds, shapes), heads=_heads(flow, at=graph.outputs[0].name if graph.outputs else None),
     )  # fmt: skip
 
 
-def _heads(flow: Flow) -> tuple[Head, ...]:
+def _heads(flow: Flow, at: str | None) -> tuple[Head, ...]:
     heads: list[Head] = []
     for role in _key_roles(flow):
         scores = tuple(score for score in flow.scores if role in (score.left_role.root(), score.right_role.root()))
@@ -152,6 +152,7 @@ def _heads(flow: Flow) -> tuple[Head, ...]:
     if not heads:
         raise Refused(
             "no attention was found: nowhere do two sequence axes meet and get summed again",
+            at=at,
             expected="weights = softmax(query @ key^T), weights @ value",
             hint="is this a decoder-only language model?",
         )

@@ -115,9 +115,8 @@ def _look(
         padded = padded if padded is not None else masked[longest]
     changed = [look(longest, with_holes, row=row)[0] != found[longest][0] for row in experiment.maskable_rows]
     _check_rows(layer, head, changed)
-    if experiment.masks and trial.fixed is not None:
-        half, cut = longest // 2, look(longest, cut_short)[0]
-        check_same(layer, head.at, found[longest][0][..., :half, :half], cut[..., :half, :half])
+    if trial.fixed is not None:
+        _check_fixed(layer, head, found[longest][0], look(longest, cut_short)[0] if experiment.masks else None)
     if experiment.stand_ins:
         _check_causal(layer, head, look(longest, all_seen, loudness=LOUD)[0])
         flat = look(longest, all_seen, loudness=0.0)[0]
@@ -198,6 +197,25 @@ def _check_causal(layer: int, head: Head, weights: np.ndarray) -> None:
         future = np.abs(weights) * np.triu(np.ones(weights.shape[-2:]), 1)
         query, key = np.unravel_index(int(future.argmax()), future.shape)[-2:]
         raise _sees_future(layer, head, f"query {query} gives {ahead:.2g} to key {key}")
+
+
+def _check_fixed(layer: int, head: Head, weights: np.ndarray, cut: np.ndarray | None) -> None:
+    """Other lengths cannot be run: no query may be without a key, and a mask that ends earlier must change nothing.
+
+    Args:
+        layer: Number of the attention.
+        head: The attention.
+        weights: [..., query, key] where every token is seen.
+        cut: The same where an input masks the second half.
+    """
+    if not (np.abs(weights) > SEEN).any(axis=-1).all():
+        raise Refused(
+            "a query gives no weight to any key, and at a fixed length it cannot be seen whether later keys are why",
+            layer=layer, at=head.at.name,
+        )  # fmt: skip
+    if cut is not None:
+        half = weights.shape[-1] // 2
+        check_same(layer, head.at, weights[..., :half, :half], cut[..., :half, :half])
 
 
 def _check_rows(layer: int, head: Head, changed: Sequence[np.ndarray]) -> None:

@@ -67,5 +67,7 @@ def difference(left: np.ndarray, right: np.ndarray) -> str:
     """How two arrays differ, in words."""
     if left.shape != right.shape:
         return f"shapes {list(left.shape)} and {list(right.shape)}"
+    if (np.isnan(left) != np.isnan(right)).any():
+        return "a number at one length, and none (NaN) at another"
     gap = np.abs(left.astype(np.float64) - right.astype(np.float64))
     return f"a difference of {np.nanmax(gap):.2g}"
