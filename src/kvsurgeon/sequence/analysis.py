@@ -118,7 +118,7 @@ def analyse(model: ir.Model) -> Analysis:
     inputs = classify_inputs(graph, dimensions, length)
     shapes = infer_shapes(nodes, dimensions, graph.opset_imports.get("", 1))
     kinds = find_kinds(nodes, inputs, shapes)
-    flow = follow_tokens(nodes, inputs, shapes, kinds, length)
+    flow = follow_tokens(nodes, inputs, shapes, kinds, length, graph.opset_imports)
     return Analysis(
         model=model, inputs=inputs, length=length, shapes=shapes, flow=flow,
         same=find_same(nodes, kinds, shapes), heads=_heads(flow, at=graph.outputs[0].name if graph.outputs else None),

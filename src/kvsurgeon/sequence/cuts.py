@@ -177,6 +177,8 @@ def _place(flow: Flow, value: ir.Value) -> int:
 
 def _sees_tokens_one_by_one(flow: Flow, node: ir.Node) -> bool:
     for index, value in enumerate(node.inputs):
+        if (node, index) in flow.addresses:
+            return False  # which are as long as the call
         if value is None or flow.kinds.get(value) is not Kind.TOKEN:
             continue
         if (node, index) in flow.operands:

@@ -6,7 +6,7 @@ bfloat16 is run as float32, because runtimes lack kernels for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,7 +40,7 @@ class Experiment:
 
     flow: Flow
     inputs: Sequence[GivenInput]
-    opsets: dict[str, int]
+    opsets: Mapping[str, int]
     outputs: Sequence[ir.Value]
     stand_ins: frozenset[ir.Value] = frozenset()
     stops: frozenset[ir.Node] = frozenset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -9,7 +10,7 @@ import sympy
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
-from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.sequence.kinds import GivenInput, Kind
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.contraction import zero_points_of
 from kvsurgeon.shapes.dimension import LENGTH, Dimension
@@ -85,6 +86,8 @@ class Flow:
     kinds: dict[ir.Value, Kind]
     length: Dimension
     batch: Dimension  # of the token inputs; 1 where they have no batch axis
+    inputs: Sequence[GivenInput]
+    opsets: Mapping[str, int]
     order: dict[ir.Node, int]  # place of each node in the graph
     stream: Role = field(default_factory=lambda: Role(Length.NEW, "the tokens"))
     axes: dict[ir.Value, Axes] = field(default_factory=dict)
@@ -92,6 +95,7 @@ class Flow:
     operands: dict[Place, Role] = field(default_factory=dict)  # token inputs whose tokens stand in another role
     beside: list[Place] = field(default_factory=list)  # those of them that no product reads
     targets: dict[ir.Node, int] = field(default_factory=dict)  # nodes whose result's shape is given by that input
+    addresses: set[Place] = field(default_factory=set)  # context that stays as long as the call
     parameters: dict[Place, Role] = field(default_factory=dict)  # bounds in which the length counts in this role
     scores: list[ScoreProduct] = field(default_factory=list)
     products: list[ContextProduct] = field(default_factory=list)

@@ -5,7 +5,7 @@ This is the proof that every other operator is position-wise: it is made of axes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -72,7 +72,12 @@ KNOWN_DOMAINS = (*STANDARD_DOMAINS, "com.microsoft")
 
 
 def follow_tokens(
-    nodes: Sequence[ir.Node], inputs: list[GivenInput], shapes: Shapes, kinds: dict[ir.Value, Kind], length: Dimension
+    nodes: Sequence[ir.Node],
+    inputs: list[GivenInput],
+    shapes: Shapes,
+    kinds: dict[ir.Value, Kind],
+    length: Dimension,
+    opsets: Mapping[str, int],
 ) -> Flow:
     """Return where the tokens lie in every tensor that holds them, and what context meets them.
 
@@ -80,7 +85,9 @@ def follow_tokens(
         Refused: An operator mixes tokens, has no rule, or loses sight of them.
     """
     order = {node: place for place, node in enumerate(nodes)}
-    flow = Flow(shapes=shapes, kinds=kinds, length=length, batch=_batch(inputs), order=order)
+    flow = Flow(
+        shapes=shapes, kinds=kinds, length=length, batch=_batch(inputs), order=order, inputs=inputs, opsets=opsets
+    )
     for given in inputs:
         if given.is_token:
             flow.axes[given.value] = tuple(SequenceAxis(axis, flow.stream) for axis in given.lengths)

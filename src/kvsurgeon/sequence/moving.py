@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvsurgeon.errors import Refused
+from kvsurgeon.sequence.addresses import is_grid, is_of_new_tokens
 from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis, follow_reshape
 from kvsurgeon.sequence.elementwise import broadcast, brought
 from kvsurgeon.sequence.flow import Step
@@ -225,11 +226,12 @@ def scatter_nd(step: Step) -> list[Axes]:
     if not isinstance(addressed, int) or step.kind(1) is Kind.TOKEN:
         raise step.refusal("where it writes depends on the tokens, or is unknown")
     shift = addressed - (len(indices) - 1)
+    block = shift == 0 and _addresses_block(step, addressed)
     found: dict[int, SequenceAxis] = {}
     for index, offset in ((0, 0), (2, shift)):
         for held in step.axes(index):
             place = held.axis + offset
-            if place < addressed or (index == 2 and held.axis < len(indices) - 1):
+            if not block and (place < addressed or (index == 2 and held.axis < len(indices) - 1)):
                 raise _by_place(step)
             here = held.at(place)
             found[place] = step.meet((0, found[place]), (index, here)) if place in found else here
@@ -240,6 +242,19 @@ def scatter_nd(step: Step) -> list[Axes]:
         elif len(step.axes(index)) != len(axes):
             raise step.refusal("a tensor's tokens were lost sight of", at=step.node.inputs[index])
     return [tuple(found[place] for place in sorted(found))]
+
+
+def _addresses_block(step: Step, addressed: int) -> bool:
+    """Whether the indices name every token in order, as where some features of all tokens are written."""
+    indices = step.node.inputs[1]
+    whole = {held.axis for index in (0, 2) for held in step.axes(index) if held.axis < addressed}
+    if indices is None or not whole or not is_of_new_tokens(step.flow, indices):
+        return False
+    batch = {place for place in range(addressed) if step.flow.batch in (step.shape(1)[place],)}
+    if not is_grid(step.flow, indices, whole | batch):
+        return False
+    step.flow.addresses.add((step.node, 1))
+    return True
 
 
 def one_hot(step: Step) -> list[Axes]:

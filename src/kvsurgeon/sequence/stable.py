@@ -68,6 +68,8 @@ def _meetings(trial: Trial) -> dict[ir.Value, Axes]:
                 continue
             if trial.flow.targets.get(node) == index or (node, index) in trial.flow.parameters:
                 continue
+            if (node, index) in trial.flow.addresses:
+                continue
             axes = trial.flow.demands.get((node, index), ())
             value, axes = _positions(trial, trial.analysis.same.get(value, value), axes)
             if axes or not _is_fixed(trial, value):

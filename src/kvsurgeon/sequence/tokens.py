@@ -86,6 +86,8 @@ class Tokens:
             return self.whole(value) if wanted is Length.TOTAL else value
         if self.flow.targets.get(node) == index:
             return self._target(node, value, length)
+        if (node, index) in self.flow.addresses:
+            return value
         if (node, index) in self.flow.parameters:
             return self._parameter(node, index, value, length)
         axes = tuple(_at(axis, length) for axis in self.flow.demands.get((node, index), ()))
