@@ -88,7 +88,11 @@ def top_k(step: Step) -> list[Axes]:
     """`TopK`: along one axis."""
     axis = axis_of(step.call.integer("axis", -1), len(step.shape(0)))
     forbid(step, step.axes(0), (axis,))
-    return [tuple(held for held in step.axes(0) if held.axis != axis)] * 2
+    sorted_whole = step.holds_length(step.result_shape()[axis])
+    for held in step.axes(0):
+        if held.axis == axis and sorted_whole:
+            step.parameter((1,), held.role)
+    return [tuple(held for held in step.axes(0) if held.axis != axis or sorted_whole)] * 2
 
 
 def cumulative_sum(step: Step) -> list[Axes]:

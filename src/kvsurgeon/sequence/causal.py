@@ -15,7 +15,7 @@ from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.experiment import Experiment
 from kvsurgeon.sequence.kinds import GivenInput
 from kvsurgeon.sequence.looking import all_seen, cut_short, left_padded, unfolded, with_holes
-from kvsurgeon.sequence.trial import Pattern, Trial, check_same, first
+from kvsurgeon.sequence.trial import USEFUL, Pattern, Trial, check_same, first
 
 SEEN = 1e-6  # a weight above this is one that counts
 LOUD = 30.0  # times the usual noise: a mask must hold against large scores too
@@ -32,6 +32,7 @@ class Seen:
     flat: np.ndarray | None = None  # the same where all scores are equal
     blind_see_ahead: bool = False  # queries that an input leaves no key give weight to keys after them
     masked_are_seen: bool = False  # other queries give weight to keys that an input masks
+    limit: int | None = None  # the longest length up to which all this holds, where there is one
 
 
 def look_at(trial: Trial, layer: int, head: Head, beside: Sequence[ir.Value]) -> Seen:
@@ -90,13 +91,8 @@ def _look(
         return [weights, *(unfolded(other, at, length) for at, other in zip(axes, others, strict=True))]
 
     found = trial.as_far_as_it_runs(trial.dense(head), lambda length: look(length, all_seen))
+    found, limit = _steady(layer, head, found, beside, axes)
     longest = max(found)
-    for weights, *_ in found.values():
-        _check_causal(layer, head, weights)
-    for length, (weights, *others) in found.items():
-        check_same(layer, head.at, found[longest][0][..., :length, :length], weights)
-        for value, at, short, whole in zip(beside, axes, others, found[longest][1:], strict=True):
-            check_same(layer, value, first(whole, at, length), short)
     padded = flat = None
     blind_see_ahead = masked_are_seen = False
     for seen, through in _maskings(experiment):
@@ -122,8 +118,42 @@ def _look(
         flat = look(longest, all_seen, loudness=0.0)[0]
     return Seen(
         weights=found[longest][0], padded=padded, flat=flat,
-        blind_see_ahead=blind_see_ahead, masked_are_seen=masked_are_seen,
+        blind_see_ahead=blind_see_ahead, masked_are_seen=masked_are_seen, limit=limit,
     )  # fmt: skip
+
+
+def _steady(
+    layer: int, head: Head, found: dict[int, list[np.ndarray]], beside: Sequence[ir.Value], axes: Sequence[Axes]
+) -> tuple[dict[int, list[np.ndarray]], int | None]:
+    """What was seen at lengths up to which every prefix is the same, and the longest of them if it is not the last.
+
+    Raises:
+        Refused: They differ, or let a query see ahead, at lengths that matter.
+    """
+    try:
+        _check_steady(layer, head, found, beside, axes)
+    except Refused as refusal:
+        kept = {length: arrays for length, arrays in found.items() if length < max(found)}
+        if max(kept, default=0) < USEFUL:
+            raise
+        try:
+            kept, limit = _steady(layer, head, kept, beside, axes)
+        except Refused:
+            raise refusal from None
+        return kept, limit or max(kept)
+    return found, None
+
+
+def _check_steady(
+    layer: int, head: Head, found: dict[int, list[np.ndarray]], beside: Sequence[ir.Value], axes: Sequence[Axes]
+) -> None:
+    longest = max(found)
+    for weights, *_ in found.values():
+        _check_causal(layer, head, weights)
+    for length, (weights, *others) in found.items():
+        check_same(layer, head.at, found[longest][0][..., :length, :length], weights)
+        for value, at, short, whole in zip(beside, axes, others, found[longest][1:], strict=True):
+            check_same(layer, value, first(whole, at, length), short)
 
 
 def beside_weights(trial: Trial, head: Head) -> list[ir.Value]:

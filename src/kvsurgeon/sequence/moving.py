@@ -183,7 +183,7 @@ def gather_elements(step: Step) -> list[Axes]:
     for index in step.tokens():
         for held in step.axes(index):
             if held.axis == axis:
-                raise step.mixing()
+                step.works_along(held)
     return broadcast(step, axis)
 
 

@@ -51,4 +51,5 @@ def prove(analysis: Analysis) -> Proof:
             looked_at[how] = look_at(trial, layer, head, beside)
         seen.append(looked_at[how])
     _check_padding(analysis, seen)
-    return Proof(seen=tuple(seen), lengths=trial.lengths, limit=find_limit(trial))
+    limits = [limit for limit in (find_limit(trial), *(one.limit for one in seen)) if limit is not None]
+    return Proof(seen=tuple(seen), lengths=trial.lengths, limit=min(limits, default=None))

@@ -14,9 +14,7 @@ from kvsurgeon.sequence.causal import beside_weights
 from kvsurgeon.sequence.experiment import downstream
 from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.looking import all_seen, cut_short, left_padded, unfolded, with_holes
-from kvsurgeon.sequence.trial import Pattern, Trial, check_same, first
-
-USEFUL = 64  # tokens: a cache that is right for fewer is not worth having
+from kvsurgeon.sequence.trial import USEFUL, Pattern, Trial, check_same, first
 
 
 def find_limit(trial: Trial) -> int | None:

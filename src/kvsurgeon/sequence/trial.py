@@ -18,6 +18,7 @@ from kvsurgeon.sequence.looking import close, difference
 from kvsurgeon.shapes.dimension import Dimension
 
 LADDER = (1, 2, 7, 8, 40, 65, 129)  # tokens
+USEFUL = 64  # tokens: a cache that is right for fewer is not worth having
 FURTHER = (513, 1025)  # tokens at which whole matrices of weights would take long
 FAR = 1 << 16  # numbers above are no lengths
 LONGEST = 640  # tokens at which whole matrices of weights are looked at
@@ -108,7 +109,11 @@ class Trial:
     def as_far_as_it_runs(
         self, lengths: Iterable[int], look: Callable[[int], list[np.ndarray]]
     ) -> dict[int, list[np.ndarray]]:
-        """What is seen at each length; a length at which a table ends is where the export itself ends."""
+        """What is seen at each length; where it does not run, the export itself does not.
+
+        Raises:
+            Refused: It does not run at the first.
+        """
         found: dict[int, list[np.ndarray]] = {}
         for length in lengths:
             try:
