@@ -21,6 +21,10 @@ SWITCHED = attention(
 TABLE = attention(constants="float[100, 8] table", hidden="p = Slice(table, first, n1, first)\n h = Add(x, p)").replace(
     "length = Gather(sizes, one)", "length = Gather(sizes, one)\n n1 = Unsqueeze(length, first)"
 )
+INSIDE = attention(
+    constants=f"int64 switch = {{{SWITCH}}}, float unit = {{1.0}}",
+    scores="beyond = Greater(length, switch)\n f = Where(beyond, half, unit)\n s = Mul(s0, f)",
+)
 LOOKED_UP = attention(constants="float[100, 8] table", hidden="p = Gather(table, at)\n h = Add(x, p)")
 
 
@@ -30,7 +34,11 @@ def injected(original: onnx.ModelProto) -> tuple[onnx.ModelProto, Changed]:
     return io.to_proto(subject.model), outcome
 
 
-@pytest.mark.parametrize("text", [SWITCHED, TABLE, LOOKED_UP], ids=["a switch", "a table cut", "a table looked up"])
+@pytest.mark.parametrize(
+    "text",
+    [SWITCHED, INSIDE, TABLE, LOOKED_UP],
+    ids=["a switch", "a switch inside attention", "a table cut", "a table looked up"],
+)
 def test_right_up_to_the_limit_and_an_error_beyond(text):
     original = read(text)
     result, _ = injected(original)

@@ -97,14 +97,57 @@ def test_context_however_it_is_spelled(allowed, constants):
     assert_law_of(attention(allowed=allowed, constants=constants))
 
 
-@pytest.mark.xfail(reason="EyeLike of a known shape is refused as one of an unknown shape", raises=Refused)
-def test_a_mask_from_eye_like():
+@pytest.mark.parametrize("along", ["one", "nought"], ids=["of keys", "of queries"])
+def test_a_mask_from_eye_like(along):
+    reverse = 1 if along == "one" else 0
     assert_law_of(
         attention(
-            allowed=f"{N1} o = ConstantOfShape(nn)\n e = EyeLike(o)\n t = CumSum<reverse = 1>(e, one)\n"
+            allowed=f"{N1} o = ConstantOfShape(nn)\n e = EyeLike(o)\n t = CumSum<reverse = {reverse}>(e, {along})\n"
             "allowed = Cast<to = 9>(t)"
         )
     )
+
+
+def test_a_mask_from_eye_like_beside_the_diagonal():
+    # key j + 1 for query j, summed along queries: all keys before the query; its own is allowed by the other
+    assert_law_of(
+        attention(
+            allowed=f"{N1} o = ConstantOfShape(nn)\n e = EyeLike<k = -1>(o)\n f = EyeLike(o)\n g = Add(e, f)\n"
+            "t = CumSum(g, nought)\n allowed = Cast<to = 9>(t)"
+        )
+    )
+
+
+def test_keys_that_are_sorted():
+    # how far a score is from the mean of all that are allowed, by sorting and by summing up
+    text = attention(
+        masked="m1 = Where(allowed, s, low)\n n1 = Unsqueeze(length, first)\n z, i = TopK<axis = -1>(m1, n1)\n"
+        "top = Slice(z, first, second, third)\n masked_scores = Sub(m1, top)"
+    )
+    with pytest.raises(Refused):
+        injected(read(text))
+    assert_law_of(text.replace("top = Slice(z, first, second, third)", "e9 = Sigmoid(z)\n c9 = CumSum(e9, two)\n top = ReduceMax(c9, third)")
+                  .replace("int64[1] first", "int64 two = {2}, int64[1] first"))  # fmt: skip
+
+
+TRIANGLES = [
+    ("lower", "t = Trilu<upper = 0>(s)"),
+    ("upper of what is turned", "d = Transpose<perm = [0, 2, 1]>(s)\n u = Trilu(d)\n t = Transpose<perm = [0, 2, 1]>(u)"),
+    ("below the diagonal and it", "a = Trilu<upper = 0>(s, minus)\n e = Sub(s, a)\n d = Trilu<upper = 0>(e)\n t = Add(a, d)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("triangle", [pytest.param(lines, id=title) for title, lines in TRIANGLES])
+def test_weights_without_softmax_are_cut_to_a_triangle(triangle):
+    text = attention(scores=f"s = Relu(s0)\n {triangle}", allowed="", masked="", constants="int64 minus = {-1}")
+    assert_law_of(text.replace("w = Softmax<axis = -1>(masked_scores)", "w = Identity(t)"))
+
+
+@pytest.mark.parametrize("triangle", ["t = Trilu<upper = 0>(s, one)", "t = Trilu(s)"], ids=["one too far", "the other"])
+def test_other_triangles_see_ahead(triangle):
+    text = attention(scores=f"s = Relu(s0)\n {triangle}", allowed="", masked="")
+    with pytest.raises(Refused, match="sees the future"):
+        injected(read(text.replace("w = Softmax<axis = -1>(masked_scores)", "w = Identity(t)")))
 
 
 ROTARY = """case (float[b, n, 8] x) => (float[b, n, 8] logits)

@@ -95,6 +95,7 @@ class Flow:
     operands: dict[Place, Role] = field(default_factory=dict)  # token inputs whose tokens stand in another role
     beside: list[Place] = field(default_factory=list)  # those of them that no product reads
     targets: dict[ir.Node, int] = field(default_factory=dict)  # nodes whose result's shape is given by that input
+    diagonals: dict[ir.Node, tuple[Role, Role]] = field(default_factory=dict)  # `Trilu` over rows and columns
     addresses: set[Place] = field(default_factory=set)  # context that stays as long as the call
     parameters: dict[Place, Role] = field(default_factory=dict)  # bounds in which the length counts in this role
     scores: list[ScoreProduct] = field(default_factory=list)

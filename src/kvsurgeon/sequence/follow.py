@@ -53,6 +53,7 @@ RULES: dict[str, Rule] = {
     "Squeeze": moving.unsqueeze,
     "Transpose": moving.transpose,
     "Expand": moving.expand,
+    "Trilu": moving.trilu,
     "Tile": moving.tile,
     "Split": moving.split,
     "Slice": moving.slice_,

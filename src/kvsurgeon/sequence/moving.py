@@ -257,6 +257,20 @@ def _addresses_block(step: Step, addressed: int) -> bool:
     return True
 
 
+def trilu(step: Step) -> list[Axes]:
+    """`Trilu`: over two axes without tokens, or over queries and keys, whose diagonal moves with the past."""
+    axes, rank = step.axes(0), len(step.shape(0))
+    sides = {held.axis: held for held in axes if held.axis >= rank - 2}
+    if not sides:
+        return [axes]
+    if len(sides) == 1 or not all(held.is_plain for held in sides.values()):
+        raise step.mixing()
+    if step.call.given(1) is not None and step.call.numbers(1) is None:
+        raise step.refusal("its diagonal is unknown")
+    step.flow.diagonals[step.node] = sides[rank - 2].role, sides[rank - 1].role
+    return [axes]
+
+
 def one_hot(step: Step) -> list[Axes]:
     """`OneHot`: a new axis beside the tokens'."""
     rank = len(step.shape(0)) + 1

@@ -12,10 +12,11 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
 from kvsurgeon.sequence.flow import Flow
 from kvsurgeon.sequence.kinds import Kind
-from kvsurgeon.sequence.lengths import Lengths
+from kvsurgeon.sequence.lengths import PAST, Lengths
 from kvsurgeon.sequence.targets import expand_target, reshape_target
 from kvsurgeon.sequence.views import Views
 from kvsurgeon.sequence.words import spelled
+from kvsurgeon.shapes import dimension as dim
 
 _TOTAL = Role(Length.TOTAL)
 
@@ -49,6 +50,21 @@ class Tokens:
             self.editor.rewire(node, index, value)
         if self._drops_allowzero(node):
             self.editor.drop_attribute(node, "allowzero")
+        if node in self.flow.diagonals:
+            self._move_diagonal(node)
+
+    def _move_diagonal(self, node: ir.Node) -> None:
+        """The first new query stands in the row that the past is long."""
+        given = self.flow.shapes.call(node).numbers(1)
+        diagonal = self.lengths.at(given[0] if given else 0, Length.TOTAL)
+        rows, columns = (role.resolved() for role in self.flow.diagonals[node])
+        if rows is Length.NEW and columns is Length.TOTAL:
+            diagonal = dim.add(diagonal, PAST)
+        elif rows is Length.TOTAL and columns is Length.NEW:
+            diagonal = dim.subtract(diagonal, PAST)
+        if len(node.inputs) < 2:
+            node.resize_inputs(2)
+        self.editor.rewire(node, 1, self.lengths.scalar(diagonal))
 
     def whole(self, value: ir.Value) -> ir.Value:
         """The value for all tokens so far: what was remembered, or what is computed from it."""

@@ -11,6 +11,7 @@ from typing import Protocol
 import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
+from kvsurgeon.graph.editor import Editor
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis, follow_reshape
 from kvsurgeon.sequence.flow import Flow
 from kvsurgeon.sequence.lengths import NEW, PAST, Lengths
@@ -27,6 +28,7 @@ class Maker(Protocol):
     """What a rule may ask for."""
 
     flow: Flow
+    editor: Editor
     lengths: Lengths
 
     def view(self, value: ir.Value, axes: Axes = ()) -> ir.Value:
@@ -254,6 +256,26 @@ def _trilu(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value | No
     return views.rebuilt(node, [views.view(source, axes), views.lengths.scalar(diagonal)])
 
 
+def _eye_like(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value | None:
+    fact = views.flow.shapes[node.outputs[0]]
+    if fact.shape is None or fact.dtype is None or not _known(fact.shape) or not all(axis.is_plain for axis in axes):
+        return None
+    starts: list[Dimension] = [call.integer("k", 0), 0]
+    for axis in axes:
+        if axis.role.resolved() is Length.NEW:
+            starts[axis.axis] = dim.add(starts[axis.axis], PAST)
+    sizes, lengths = views.sizes(fact.shape, axes), views.lengths
+    places = []
+    for start, size in zip(starts, sizes, strict=True):
+        ends = [lengths.scalar(number) for number in (start, dim.add(start, size), 1)]
+        places.append(views.editor.node("Range", ends, wish="places", dtype=ir.DataType.INT64))
+    column = views.editor.node("Reshape", [places[0], lengths.vector([-1, 1])], wish="rows", dtype=ir.DataType.INT64)
+    same = views.editor.node("Equal", [column, places[1]], wish="diagonal", dtype=ir.DataType.BOOL)
+    return views.editor.node(
+        "Cast", [same], {"to": int(fact.dtype)}, wish=f"{node.outputs[0].name}.eye", dtype=fact.dtype
+    )
+
+
 def _cumulative(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value | None:
     along, rank, source = call.numbers(1), call.fact(0).rank, node.inputs[0]
     if along is None or rank is None or source is None or not isinstance(along[0], int):
@@ -332,9 +354,10 @@ RULES: dict[str, Rule] = {
     "Slice": _slice,
     "Range": _range,
     "Trilu": _trilu,
+    "EyeLike": _eye_like,
     "CumSum": _cumulative,
     "Tile": _tile,
     **{f"Reduce{kind}": _reduce for kind in
        ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")},
-    **dict.fromkeys(("MatMul", "Gemm", "Einsum"), _contraction),
+    **dict.fromkeys(("MatMul", "Gemm", "Einsum", "FusedMatMul"), _contraction),
 }  # fmt: skip
