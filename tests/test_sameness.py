@@ -1,10 +1,16 @@
 """The judge of passes that leave the cache as it is: what it must notice, and what it must not mind."""
 
 import numpy as np
+import onnx
+import onnx.parser
+import onnx.printer
 import pytest
 from decoders import CachedDecoder, Config, Decoder
 
+from kvsurgeon.passes.retarget import Retarget
+from kvsurgeon.pipeline import Pipeline
 from kvsurgeon.sameness import judge
+from kvsurgeon.surgery import operate
 
 SMALL = Config(layers=1, windowed=())
 STATIC = Config(layers=1, windowed=(), static=(1, 6))
@@ -49,3 +55,13 @@ def test_what_is_the_same(decoder, config):
 
 def test_what_is_the_same_with_a_cache():
     assert judge(CachedDecoder(SMALL).model(), CachedDecoder(SMALL).model()).verdict == "same"
+
+
+def test_a_cache_and_a_mask_of_which_neither_names_nor_dims_tell():
+    model = CachedDecoder(SMALL).model()
+    names = {"past_key_values.0.": "memory_in_", "present.0.": "memory_out_", "_sequence_length": ""}
+    text = onnx.printer.to_text(model)
+    for old, new in names.items():
+        text = text.replace(old, new)
+    model = onnx.parser.parse_model(text)
+    assert operate(model, Pipeline((Retarget(),))).sameness.verdict == "same"

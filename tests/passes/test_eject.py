@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from attentions import attention
 from decoders import CachedDecoder, Config
-from exports import NAMES, ONE_OF_EACH, export, injected_export
+from exports import NAMES, ONE_OF_EACH, export, injected, injected_export
 from laws import ALLOWED, assert_law, difference, dims_of, in_onnxruntime, texts
 from written import read
 
@@ -62,12 +63,6 @@ def ejected(model: onnx.ModelProto) -> onnx.ModelProto:
     result = io.to_proto(subject.model)
     onnx.checker.check_model(result)
     return result
-
-
-def injected(model: onnx.ModelProto) -> onnx.ModelProto:
-    subject = Subject.of(model)
-    Inject().apply(subject)
-    return io.to_proto(subject.model)
 
 
 def assert_same(one: onnx.ModelProto, other: onnx.ModelProto) -> None:
@@ -158,6 +153,10 @@ REFUSED = {
     "two outputs": JOINED.replace("all_values)\n<", "all_values, float[b, t, 8] again)\n<").replace(
         AGAIN, f"{AGAIN}\n  {AGAIN.replace('all_values', 'again')}"
     ),
+    "no output returns these": JOINED.replace(
+        AGAIN, "half = Mul(values, low)\n  all_values = Concat<axis = 1>(half, v)"
+    ),
+    "does not grow": JOINED.replace("all_values)\n<", "v)\n<").replace("float[b, t, 8] v)", "float[b, n, 8] v)"),
 }
 
 
@@ -228,6 +227,17 @@ def test_another_cache_is_judged_call_by_call(model):
 @pytest.mark.parametrize("model", [read(JOINED), CachedDecoder(Config(layers=2)).model()])
 def test_the_judge_runs_what_remains(model):
     assert operate(model, Pipeline((Eject(),))).sameness.verdict == "same"
+
+
+@pytest.mark.parametrize("opset", [18, 24])
+@pytest.mark.parametrize("options", [{"idiom": "in-place"}, {"idiom": "new-only"}], ids=lambda one: one["idiom"])
+def test_a_cache_that_does_not_grow_is_a_cache(options, opset):
+    model = injected(read(attention(), opset), **options)
+    for one in (Eject(), Retarget()):
+        with pytest.raises(Refused, match="does not grow"):
+            one.apply(Subject.of(model))
+    with pytest.raises(Refused, match="already has a cache"):
+        Inject().apply(Subject.of(model))
 
 
 def test_inject_says_what_to_do_with_a_cache():

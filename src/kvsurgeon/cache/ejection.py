@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
-from kvsurgeon.cache.joins import Join, find_joins
+from kvsurgeon.cache.joins import Join, check_growth, find_joins, holds_features
 from kvsurgeon.cache.signature import CacheEntry, CacheSignature
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
@@ -41,8 +41,10 @@ def eject(model: ir.Model) -> Ejection | None:
     """Return the model without its cache; None where it has none. The model itself stays as it is.
 
     Raises:
-        Refused: The cache cannot be taken out: a past has a fixed length, or is used for more than being joined.
+        Refused: The cache cannot be taken out: a past has a fixed length, is used for more than being joined, or does
+            not grow from call to call.
     """
+    check_growth(model.graph)
     if not find_joins(model.graph):
         return None
     copy = in_plain_words(model)
@@ -199,10 +201,21 @@ def _entry(join: Join) -> CacheEntry:
 
 
 def _beside_the_past(graph: ir.Graph, joins: Sequence[Join]) -> list[ir.Value]:
-    """Inputs that have as many places as there are tokens in the past, such as a mask of its own: empty too."""
+    """Inputs that have as many places as there are tokens in the past, such as a mask of its own: empty too.
+
+    Raises:
+        Refused: One is a past itself, and its present is not the past with new rows behind it.
+    """
     lengths = {_spelled(join.past)[join.axis] for join in joins} - {None}
     pasts = [join.past for join in joins]
-    return [value for value in real_inputs(graph) if value not in pasts and lengths & set(_spelled(value))]
+    found = [value for value in real_inputs(graph) if value not in pasts and lengths & set(_spelled(value))]
+    for value in found:
+        if holds_features(value):
+            raise Refused(
+                "an input has a row for each token of the past, and no output returns these with new rows behind them",
+                at=value.name, hint="the cache stays where it is",
+            )  # fmt: skip
+    return found
 
 
 def _spelled(value: ir.Value) -> list[str | None]:

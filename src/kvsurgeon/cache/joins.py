@@ -40,6 +40,7 @@ SLOTS: dict[tuple[str, str], tuple[Slot, ...]] = {
     ("com.microsoft", "Attention"): (Slot(past=4, present=1, rows=0, axis=3),),
 }
 
+WRITES = frozenset({"TensorScatter", "ScatterElements", "ScatterND"})  # rows into a buffer, their first input
 _RESHAPED = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})  # the same elements in the same order
 
 
@@ -73,6 +74,50 @@ def find_joins(graph: ir.Graph) -> tuple[Join, ...]:
             )  # fmt: skip
         found[join.past] = join
     return tuple(sorted(found.values(), key=lambda join: order[join.past]))
+
+
+def find_buffers(graph: ir.Graph) -> tuple[ir.Value, ...]:
+    """Return the pasts that no present returns as they are with new rows behind them.
+
+    They are buffers that new rows are written into, and pasts of which the new rows alone are returned: the host joins
+    them. Neither is empty in a first call in the way that a past that grows is.
+    """
+    inputs = set(real_inputs(graph))
+    returned = {_behind_views(value)[0] for value in graph.outputs}
+    found: dict[ir.Value, None] = {}
+    for node in graph:
+        written = node.op_type in WRITES and node.outputs[0] in returned
+        joined = node.op_type == "Concat" and len(node.inputs) == 2 and _source(node, 1) in returned
+        past = _source(node, 0) if written or joined else None
+        if past in inputs and past is not None and holds_features(past):
+            found[past] = None
+    return tuple(found)
+
+
+def check_growth(graph: ir.Graph) -> None:
+    """Hold that no cache is kept in another way than by growing.
+
+    Raises:
+        Refused: One is.
+    """
+    buffers = find_buffers(graph)
+    if buffers:
+        raise Refused(
+            "the cache does not grow from call to call", at=buffers[0].name,
+            expected="a present that is the past with new rows behind it",
+            found="a buffer that rows are written into, or new rows alone",
+            hint="start from the model without a cache",
+        )  # fmt: skip
+
+
+def _source(node: ir.Node, index: int) -> ir.Value | None:
+    value = node.inputs[index]
+    return None if value is None else _behind_views(value)[0]
+
+
+def holds_features(value: ir.Value) -> bool:
+    """Whether an input holds several numbers for each token, as keys and values do, and masks do not."""
+    return any(isinstance(size, int) and size > 1 for size in tuple(value.shape or ())[1:])
 
 
 def slots_of(node: ir.Node) -> tuple[Slot, ...]:

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.cache.joins import find_joins
+from kvsurgeon.cache.joins import find_buffers, find_joins
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import room_for_deep_graphs
@@ -91,7 +91,9 @@ def _analysed(model: ir.Model) -> Analysis:
     try:
         return analyse(model)
     except Refused as refusal:
-        joins = find_joins(model.graph)
+        joins, buffers = find_joins(model.graph), find_buffers(model.graph)
+        if buffers:
+            raise Refused("the model already has a cache", at=buffers[0].name) from refusal
         if not joins:
             raise
         raise Refused(

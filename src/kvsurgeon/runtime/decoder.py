@@ -56,7 +56,7 @@ class CachedDecoder:
         pasts = {entry.past.name for entry in self.cache}
         presents = {entry.present for entry in self.cache}
         self._counter = find_counter(session.inputs)
-        given = [one for one in inputs_of(session.inputs).given if one.name not in pasts and one.name != self._counter]
+        given = [one for one in inputs_of(session.inputs, pasts).given if one.name != self._counter]
         self.inputs = Inputs(given=tuple(given))
         self.outputs = tuple(tensor for tensor in session.outputs if tensor.name not in presents)
         self.logits = logits_name(self.outputs)

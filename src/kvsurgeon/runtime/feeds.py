@@ -7,7 +7,7 @@ feeds of any chunk are views into the feeds of the whole.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -98,9 +98,14 @@ class Inputs:
         return {given.name: given.rows(feeds[given.name], rows) for given in self.given}
 
 
-def inputs_of(tensors: Sequence[Tensor]) -> Inputs:
-    """Return what the inputs of a model mean: by their dims, then by their names, then by their order."""
-    own = [tensor for tensor in tensors if not is_past(tensor)]
+def inputs_of(tensors: Sequence[Tensor], pasts: Collection[str] = ()) -> Inputs:
+    """Return what the inputs of a model mean: by their dims, then by their names, then by their order.
+
+    Args:
+        tensors: All inputs.
+        pasts: Names of those that are known to be its cache; others are told by name and dims.
+    """
+    own = [tensor for tensor in tensors if not is_past(tensor) and tensor.name not in pasts]
     cached = len(own) < len(tensors)
     axes = {tensor.name: _axes(tensor, cached=cached) for tensor in own}
     tokens = _token_input(own, axes)
