@@ -36,7 +36,7 @@ def test_places_of_a_stored_tensor_bit_by_bit(tmp_path, monkeypatch, dtype, axis
     array = (np.random.default_rng(1).standard_normal((3, 4, 5)) * 20).astype(dtype)
     places = np.array([2, 0, 0, 1])
 
-    tensor = ComputedTensor([Part(tensor=stored(tmp_path, array, 24), places=places)], axis=axis, name="n")
+    tensor = ComputedTensor([[Part(tensor=stored(tmp_path, array, 24), places=places)]], axis=axis, name="n")
 
     expected = np.take(array, places, axis=axis)
     assert tensor.dtype == ir.Tensor(array).dtype
@@ -48,7 +48,7 @@ def test_places_of_a_stored_tensor_bit_by_bit(tmp_path, monkeypatch, dtype, axis
 def test_packed_elements_of_four_bits(tmp_path):
     array = np.arange(-8, 7).reshape(3, 5).astype(ml_dtypes.int4)
     tensor = ComputedTensor(
-        [Part(tensor=stored(tmp_path, array, dtype=ir.DataType.INT4), places=np.array([4, 4, 1]))], axis=1, name="n"
+        [[Part(tensor=stored(tmp_path, array, dtype=ir.DataType.INT4), places=np.array([4, 4, 1]))]], axis=1, name="n"
     )
 
     assert tensor.nbytes == 5  # nine elements
@@ -59,7 +59,7 @@ def test_a_view_has_the_axis_that_the_stored_shape_lacks(tmp_path):
     flat = np.arange(12, dtype=np.uint8)
     parts = [Part(tensor=stored(tmp_path, flat), places=np.array([3, 3, 0]))]
 
-    tensor = ComputedTensor(parts, axis=0, name="n", view=(4, 3), shape=(9,))
+    tensor = ComputedTensor([parts], axis=0, name="n", view=(4, 3), shape=(9,))
 
     assert tensor.numpy().tolist() == [9, 10, 11, 9, 10, 11, 0, 1, 2]
 
@@ -75,25 +75,39 @@ def test_several_parts_are_averaged_by_their_weights(tmp_path, monkeypatch, dtyp
         Part(tensor=ir.Tensor(second), places=np.array([1, 1]), weight=3),
     ]
 
-    tensor = ComputedTensor(parts, axis=1, name="n")
+    tensor = ComputedTensor([parts], axis=1, name="n")
 
     expected = (first[:, [0, 5]].astype(np.float64) + 3 * second[:, [1, 1]].astype(np.float64)) / 4
     assert np.array_equal(tensor.numpy(), expected.astype(dtype))
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 24])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_blocks_stand_side_by_side(monkeypatch, axis, chunk):
+    monkeypatch.setattr(computed, "CHUNK", chunk)
+    array = np.random.default_rng(4).standard_normal((6, 6)).astype(np.float32)
+    kept = Part(tensor=ir.Tensor(array), places=np.arange(4))
+    merged = [Part(tensor=ir.Tensor(array), places=np.array([place])) for place in (4, 5)]
+
+    tensor = ComputedTensor([[kept], merged], axis=axis, name="n")
+
+    parts = [np.take(array, range(4), axis), np.take(array, [4, 5], axis).mean(axis, keepdims=True)]
+    assert np.array_equal(tensor.numpy(), np.concatenate(parts, axis))
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_the_mean_of_equals_is_what_they_were(dtype, count):
     array = np.random.default_rng(3).standard_normal((5, 3)).astype(dtype)
-    tensor = ComputedTensor([Part(tensor=ir.Tensor(array), places=np.arange(3))] * count, axis=1, name="n")
+    tensor = ComputedTensor([[Part(tensor=ir.Tensor(array), places=np.arange(3))] * count], axis=1, name="n")
 
     assert tensor.numpy().tobytes() == array.tobytes()
 
 
 def test_computed_tensors_can_be_parts_of_others(tmp_path):
     source = stored(tmp_path, np.arange(6, dtype=np.float32).reshape(2, 3))
-    inner = ComputedTensor([Part(tensor=source, places=np.array([2, 1]))], axis=1, name="inner")
-    outer = ComputedTensor([Part(tensor=inner, places=np.array([1, 1]))], axis=0, name="outer")
+    inner = ComputedTensor([[Part(tensor=source, places=np.array([2, 1]))]], axis=1, name="inner")
+    outer = ComputedTensor([[Part(tensor=inner, places=np.array([1, 1]))]], axis=0, name="outer")
 
     assert outer.numpy().tolist() == [[5, 4], [5, 4]]
     assert outer.sources == (source,)
@@ -102,7 +116,7 @@ def test_computed_tensors_can_be_parts_of_others(tmp_path):
 def test_nothing_is_read_to_say_what_it_is(tmp_path):
     source = ir.ExternalTensor("not there", 0, 24, ir.DataType.FLOAT, shape=ir.Shape([2, 3]), name="w", base_dir="/")
 
-    tensor = ComputedTensor([Part(tensor=source, places=np.array([0, 0]))], axis=0, name="n")
+    tensor = ComputedTensor([[Part(tensor=source, places=np.array([0, 0]))]], axis=0, name="n")
 
     assert (tensor.nbytes, tensor.size, "[2,3]" in repr(tensor)) == (24, 6, True)
     with pytest.raises(OSError, match="not there"):
@@ -111,10 +125,10 @@ def test_nothing_is_read_to_say_what_it_is(tmp_path):
 
 def test_a_shape_of_other_size_is_a_mistake():
     with pytest.raises(ValueError, match="expected a shape of 6 elements"):
-        ComputedTensor([Part(tensor=ir.Tensor(np.zeros((2, 3))), places=np.arange(2))], axis=0, name="n", shape=(5,))
+        ComputedTensor([[Part(tensor=ir.Tensor(np.zeros((2, 3))), places=np.arange(2))]], axis=0, name="n", shape=(5,))
 
 
 def test_it_is_written_into_a_proto_like_any_tensor():
-    tensor = ComputedTensor([Part(tensor=ir.Tensor(np.eye(2)), places=np.array([1]))], axis=0, name="n")
+    tensor = ComputedTensor([[Part(tensor=ir.Tensor(np.eye(2)), places=np.array([1]))]], axis=0, name="n")
 
     assert ir.from_proto(ir.to_proto(tensor)).numpy().tolist() == [[0, 1]]

@@ -11,6 +11,7 @@ from kvsurgeon.anatomy.masks import read_mask
 from kvsurgeon.anatomy.scales import read_scale
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.recursion import room_for_deep_graphs
+from kvsurgeon.heads.counts import counts_of
 from kvsurgeon.sequence.analysis import Analysis, Head, analyse
 from kvsurgeon.sequence.axes import Length
 from kvsurgeon.sequence.cuts import PROJECTIONS, Memory
@@ -19,7 +20,6 @@ from kvsurgeon.sequence.kinds import GivenInput, Kind
 from kvsurgeon.sequence.proof import Proof, prove
 from kvsurgeon.sequence.written_out import in_standard_operators
 from kvsurgeon.shapes import dimension as dim
-from kvsurgeon.shapes.contraction import contraction_of
 from kvsurgeon.shapes.dimension import BATCH
 
 LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
@@ -68,7 +68,8 @@ def _attentions(analysis: Analysis, proof: Proof) -> Iterator[Attention]:
         shared = owner.get(key.memory.value) if value.memory.value in owner else None
         owner.setdefault(key.memory.value, layer)
         owner.setdefault(value.memory.value, layer)
-        head_dim, value_head_dim, query_heads = _sizes(analysis.flow, head)
+        counts = counts_of(analysis.flow, head)
+        head_dim = counts.head_dim
         query = _query_place(head)
         scale, softcap = read_scale(analysis.flow, head, query, head_dim)
         projections = [_projection(analysis.flow, place) for place in (query, key.place, value.place)]
@@ -77,10 +78,10 @@ def _attentions(analysis: Analysis, proof: Proof) -> Iterator[Attention]:
             layer=layer,
             at=head.at.name or "",
             scores=(head.scores[0].node.outputs[0] if head.scores else head.at).name or "",
-            query_heads=query_heads,
-            kv_heads=max(1, key.memory.elements // head_dim),
+            query_heads=counts.heads,
+            kv_heads=counts.kv_heads,
             head_dim=head_dim,
-            value_head_dim=value_head_dim,
+            value_head_dim=counts.value_dim,
             scale=scale,
             softcap=softcap,
             mask=read_mask(proof.seen[layer]),
@@ -99,41 +100,6 @@ def _query_place(head: Head) -> Place:
     if head.fused is not None:
         return head.fused.node, head.fused.query
     return head.scores[0].node, head.scores[0].query_index()
-
-
-def _sizes(flow: Flow, head: Head) -> tuple[int, int, int]:
-    """head_dim, value_head_dim and the number of query heads."""
-    if head.fused is not None:
-        return _fused_sizes(flow, head)
-    score, product = head.scores[0], head.products[0]
-    head_dim = _summed(flow, score.node)
-    shape = flow.shapes[score.node.outputs[0]].shape or ()
-    whole = dim.exact_quotient(dim.product(shape), dim.multiply(flow.batch, dim.multiply(flow.length, flow.length)))
-    result = flow.shapes[product.node.outputs[0]].shape or ()
-    features = dim.exact_quotient(dim.product(result), dim.multiply(flow.batch, flow.length))
-    heads = whole if isinstance(whole, int) else 1
-    width = features // heads if isinstance(features, int) else head_dim
-    return head_dim, width, heads
-
-
-def _fused_sizes(flow: Flow, head: Head) -> tuple[int, int, int]:
-    assert head.fused is not None
-    call = flow.shapes.call(head.fused.node)
-    query, value = call.fact(head.fused.query).shape or (), call.fact(head.fused.value).shape or ()
-    if len(query) == 4:
-        return int(query[3]), int(value[3]), int(query[1])
-    heads, kv_heads = call.integer("q_num_heads", 1), call.integer("kv_num_heads", 1)
-    return int(query[2]) // heads, int(value[2]) // kv_heads, heads
-
-
-def _summed(flow: Flow, node: ir.Node) -> int:
-    call = flow.shapes.call(node)
-    found = contraction_of(call)
-    if found is None:
-        return 1
-    sizes = dict(zip(found.left_labels, call.fact(found.left).shape or (), strict=False))
-    total = dim.product(sizes[label] for label in found.summed if label in sizes)
-    return total if isinstance(total, int) else 1
 
 
 def upwards(flow: Flow, place: Place) -> Iterator[ir.Node]:

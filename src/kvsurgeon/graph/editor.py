@@ -93,6 +93,20 @@ class Editor:
         self.edits += 1
         return value
 
+    def split(self, value: ir.Value, sizes: Sequence[int], axis: int, *, wish: str) -> list[ir.Value]:
+        """Cut a value into pieces of these sizes along an axis."""
+        if len(sizes) == 1:
+            return [value]
+        pieces = [ir.Value(name=self.name(f"{wish}_{number}"), type=value.type) for number in range(len(sizes))]
+        inputs, attributes = [value], [ir.AttrInt64("axis", axis)]
+        if self.opset < 13:  # sizes have been an input since
+            attributes.append(ir.AttrInt64s("split", sizes))
+        else:
+            inputs.append(self.constant(sizes, wish="sizes"))
+        self.graph.append(ir.Node("", "Split", inputs, attributes, outputs=pieces, name=self.name(f"{wish}/Split")))
+        self.edits += 1
+        return pieces
+
     def twin(
         self, node: ir.Node, inputs: Sequence[ir.Value | None], suffix: str, without: frozenset[str] = frozenset()
     ) -> ir.Node:

@@ -1,4 +1,4 @@
-"""A tensor that is made of stored ones: taken along an axis, or averaged; chunk by chunk, only when asked for."""
+"""A tensor made of stored ones: taken along an axis, averaged, joined; chunk by chunk, and only when asked for."""
 
 from __future__ import annotations
 
@@ -13,43 +13,52 @@ import onnx_ir as ir
 
 CHUNK = 1 << 24  # bytes that are computed at a time
 
+Block = Sequence[tuple[np.ndarray, "Part"]]  # the elements of a stored tensor, and what is taken of them
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
     """Places of one stored tensor along an axis, and how much they count where several parts are averaged."""
 
     tensor: ir.TensorProtocol
-    places: np.ndarray  # [number of places in the result] of whole numbers
+    places: np.ndarray  # [places in the block] of whole numbers
     weight: int = 1
 
 
 class ComputedTensor(ir.LazyTensor):
-    """The weighted mean of places that are taken from stored tensors; of a single part, its elements bit by bit.
+    """Blocks side by side along an axis; each is the weighted mean of its parts, of a single one bit by bit.
 
     Attributes:
-        parts: Where the elements come from. Stored tensors are of one type and shape, and are read only on demand.
-        axis: The axis along which places are taken.
+        blocks: The parts of each block. Stored tensors are of one type and shape, and are read only on demand.
+        axis: The axis along which places are taken, and blocks joined.
         view: The shape in which the stored tensors have that axis, in elements of their type.
     """
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        blocks: Sequence[Sequence[Part]],
         *,
         axis: int,
         name: str,
         view: Sequence[int] | None = None,
         shape: Sequence[int] | None = None,
     ) -> None:
-        """Take the parts; `view` is the stored shape and `shape` that of the view with the new places, if not given."""
-        self.parts = tuple(parts)
+        """Take the blocks; `view` is the stored shape and `shape` that of the view with new places, if not given."""
+        self.blocks = tuple(tuple(parts) for parts in blocks)
         self.axis = axis
-        self.view = tuple(self.parts[0].tensor.shape.numpy()) if view is None else tuple(view)
-        self._taken = (*self.view[:axis], len(self.parts[0].places), *self.view[axis + 1 :])
+        first = self.blocks[0][0].tensor
+        self.view = tuple(first.shape.numpy()) if view is None else tuple(view)
+        places = sum(len(parts[0].places) for parts in self.blocks)
+        self._taken = (*self.view[:axis], places, *self.view[axis + 1 :])
         whole = ir.Shape(self._taken if shape is None else shape)
-        super().__init__(lambda: ir.Tensor(self.numpy()), self.parts[0].tensor.dtype, whole, name=name)
+        super().__init__(lambda: ir.Tensor(self.numpy()), first.dtype, whole, name=name)
         if math.prod(self._taken) != self.size:
             raise ValueError(f"expected a shape of {math.prod(self._taken)} elements, found {whole}")
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of all blocks."""
+        return tuple(part for parts in self.blocks for part in parts)
 
     @property
     def sources(self) -> tuple[ir.TensorProtocol, ...]:
@@ -86,29 +95,52 @@ class ComputedTensor(ir.LazyTensor):
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield the elements in order, in flat pieces."""
         with _opened([part.tensor for part in self.parts], self.view) as arrays:
-            rows = self._taken[0]
-            step = rows if self.dtype.bitwidth < 8 else self._rows_at_once()
-            for start in range(0, max(rows, 1), max(step, 1)):
-                yield self._rows(arrays, start, min(start + step, rows))
+            blocks, start = [], 0
+            for parts in self.blocks:
+                blocks.append(list(zip(arrays[start : start + len(parts)], parts, strict=True)))
+                start += len(parts)
+            pieces = self._pieces(blocks)
+            if self.dtype.bitwidth < 8:  # packed elements: a piece must end with a byte
+                yield np.concatenate(list(pieces))
+            else:
+                yield from pieces
+
+    def _pieces(self, blocks: Sequence[Block]) -> Iterator[np.ndarray]:
+        if self.axis != 0:
+            yield from self._by_rows(self._taken[0], blocks)
+            return
+        for block in blocks:
+            yield from self._by_rows(len(block[0][1].places), [block])
+
+    def _by_rows(self, rows: int, blocks: Sequence[Block]) -> Iterator[np.ndarray]:
+        """A few rows of the first axis at a time."""
+        step = self._rows_at_once()
+        for start in range(0, rows, max(step, 1)):
+            pieces = [self._mean(block, start, min(start + step, rows)) for block in blocks]
+            whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=self.axis)
+            yield np.ascontiguousarray(whole).reshape(-1)
 
     def _rows_at_once(self) -> int:
-        row = math.prod(self._taken[1:]) * self.dtype.itemsize * (1 if len(self.parts) == 1 else 8)
+        averaged = any(len(parts) > 1 for parts in self.blocks)
+        row = math.prod(self._taken[1:]) * (16 if averaged else self.dtype.itemsize)
         return max(1, CHUNK // max(1, int(row)))
 
-    def _rows(self, arrays: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
-        """Places [start, stop) of the first axis of the result."""
-        if len(self.parts) == 1:
-            return np.ascontiguousarray(self._taken_of(arrays[0], self.parts[0], start, stop)).reshape(-1)
-        total = np.zeros((stop - start, *self._taken[1:]), dtype=np.float64)
-        for array, part in zip(arrays, self.parts, strict=True):
-            total += part.weight * self._taken_of(array, part, start, stop).astype(np.float64)
-        total /= sum(part.weight for part in self.parts)
-        return total.astype(arrays[0].dtype).reshape(-1)
+    def _mean(self, block: Block, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of the block."""
+        first, *others = [self._rows(array, part.places, start, stop) for array, part in block]
+        if not others:
+            return first
+        total = block[0][1].weight * first.astype(np.float64)
+        for rows, (_, part) in zip(others, block[1:], strict=True):
+            total += part.weight * rows.astype(np.float64)
+        total /= sum(part.weight for _, part in block)
+        mean: np.ndarray = total.astype(first.dtype)
+        return mean
 
-    def _taken_of(self, array: np.ndarray, part: Part, start: int, stop: int) -> np.ndarray:
+    def _rows(self, array: np.ndarray, places: np.ndarray, start: int, stop: int) -> np.ndarray:
         if self.axis == 0:
-            return np.take(array, part.places[start:stop], axis=0)
-        return np.take(array[start:stop], part.places, axis=self.axis)
+            return np.take(array, places[start:stop], axis=0)
+        return np.take(array[start:stop], places, axis=self.axis)
 
     def _stored(self, piece: np.ndarray) -> bytes:
         if self.dtype.bitwidth < 8:

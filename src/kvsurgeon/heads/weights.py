@@ -1,0 +1,57 @@
+"""Products with weights: other heads in the result are other columns of what is stored, quantised or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from kvsurgeon.heads.change import Change, Made
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.contraction import contraction_of
+
+COLUMN_PARAMETERS = {"MatMulInteger": (3,), "QLinearMatMul": (4, 5), "QGemm": (4, 5, 6)}  # inputs, one for each column
+
+
+def product(change: Change) -> Made:
+    """`MatMul`, `Gemm`, `Einsum` and their kin: each operand that has the heads' label is given the new heads."""
+    found = contraction_of(change.call)
+    if found is None:
+        raise change.refusal("a product of more than two tensors, or of tensors of unknown rank")
+    if change.is_token(found.left) and change.is_token(found.right):
+        raise change.refusal("heads are made by a product of tokens with tokens")
+    label = found.result_labels[change.axis.axis]
+    inputs = change.inputs
+    for index, labels in ((found.left, found.left_labels), (found.right, found.right_labels)):
+        if label in labels and (change.shape(index)[labels.index(label)] != 1 or change.axis.size == 1):
+            inputs[index] = change.carried(index, change.axis.at(labels.index(label)))
+    if change.axis.axis == len(change.result) - 1:
+        _give_parameters(change, inputs)
+    return Made(inputs=inputs)
+
+
+def _give_parameters(change: Change, inputs: list[ir.Value | None]) -> None:
+    places = COLUMN_PARAMETERS.get(change.node.op_type, (2,) if change.node.op_type == "Gemm" else ())
+    for index in places:
+        if change.given(index) and change.shape(index) and change.shape(index)[-1] != 1:
+            inputs[index] = change.carried(index, change.axis.at(len(change.shape(index)) - 1))
+
+
+def packed_product(change: Change) -> Made:
+    """`MatMulNBits`: weights, scales and zero points lie row by row, each row a column of the result."""
+    inputs, rows = change.inputs, change.call.integer("N", 0)
+    for index in (1, 2, 3, 5):
+        if change.given(index):
+            each = dim.exact_quotient(change.shape(index)[0], rows)
+            if each is None:
+                raise change.refusal("its parameters do not lie row by row")
+            axis = replace(change.axis, axis=0, inner=dim.multiply(change.axis.inner, each))
+            inputs[index] = change.carried(index, axis)
+    return Made(inputs=inputs, attributes={"N": change.axis.sized(change.selection.size)})
+
+
+RULES: dict[str, Callable[[Change], Made | None]] = {
+    **dict.fromkeys(("MatMul", "Gemm", "Einsum", "MatMulInteger", "QLinearMatMul", "QGemm", "FusedMatMul"), product),
+    "MatMulNBits": packed_product,
+}

@@ -1,0 +1,89 @@
+"""What passes that change heads have in common: a copy is worked on, and takes the model's place in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from kvsurgeon.errors import UsageError
+from kvsurgeon.graph.plain import in_plain_words
+from kvsurgeon.graph.recursion import room_for_deep_graphs
+from kvsurgeon.heads.counts import HeadCounts
+from kvsurgeon.heads.exchange import Exchange, Exchanger
+from kvsurgeon.heads.selection import Selection
+from kvsurgeon.io.config import Change, Heads
+from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.passes.eject import put_back, take_out
+from kvsurgeon.sequence.analysis import Analysis, analyse
+
+Wanted = Callable[[int, HeadCounts], Selection | None]  # of a layer's heads; None where they stay
+Plan = Callable[[Exchanger], Sequence[Exchange | None]]
+
+
+def change_heads(subject: Subject, wanted: Wanted, *, lossy: bool) -> Outcome:
+    """Give each layer the heads that are wanted for it.
+
+    Raises:
+        UsageError: A layer cannot have so many.
+        Refused: It cannot be proved which weights make the heads of a layer.
+    """
+    made: dict[tuple[int, int], Selection] = {}  # one object for layers that want the same, as they may share heads
+
+    def plan(exchanger: Exchanger) -> list[Exchange | None]:
+        found: list[Exchange | None] = []
+        for layer, one in enumerate(exchanger.counts):
+            selection = wanted(layer, one)
+            if selection is not None:
+                selection = made.setdefault((selection.count, selection.size), selection)
+            found.append(None if selection is None else Exchange(layers=(layer,), selection=selection))
+        return found
+
+    return exchange(subject, plan, lossy=lossy)
+
+
+def exchange(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
+    """Carry out what `plan` makes of the layers; a cache that the model has is taken out for it, and put back.
+
+    Raises:
+        Refused: It cannot be proved which weights make the heads of a layer, or the cache cannot be put back.
+    """
+    work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
+    signature = take_out(work)
+    if work.model is subject.model:
+        work.model = _copied(subject.model)
+    with room_for_deep_graphs():
+        analysis = analyse(work.model)
+        exchanger = Exchanger(analysis, lossy=lossy)
+        before = _heads(analysis, [one.kv_heads for one in exchanger.counts])
+        wanted = plan(exchanger)
+        if not any(wanted):
+            return Unchanged(reason="every layer has as many key and value heads as are wanted")
+        edits = exchanger.exchange(wanted)
+    after = _heads(analysis, [one.selection.size if one else kv for one, kv in zip(wanted, before.kv, strict=True)])
+    if signature is not None:
+        put_back(work, signature)
+    subject.model = work.model
+    return Changed(edits=edits, exact=not lossy, heads=Change(before=before, after=after))
+
+
+def not_a_count(layer: int, counts: HeadCounts, wanted: int, legal: Sequence[int]) -> UsageError:
+    """An error: a layer cannot have so many heads."""
+    return UsageError(
+        f"layer {layer} has {counts.heads} query heads and {counts.kv_heads} KV heads: expected one of "
+        f"{', '.join(map(str, legal))} KV heads, found {wanted}"
+    )
+
+
+def _heads(analysis: Analysis, kv_heads: Sequence[int], kv_layers: int | None = None) -> Heads:
+    keys = {head.keys[0].memory.value for head in analysis.heads}
+    return Heads(query=0, kv=tuple(kv_heads), kv_layers=len(keys) if kv_layers is None else kv_layers)
+
+
+def _copied(model: ir.Model) -> ir.Model:
+    """The model in plain words, in any case another one."""
+    plain = in_plain_words(model)
+    if plain is model:
+        plain = model.clone()
+        plain.meta.update(model.meta)
+    return plain

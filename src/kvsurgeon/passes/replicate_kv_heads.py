@@ -1,0 +1,52 @@
+"""Let each key and value head stand several times in a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvsurgeon.errors import UsageError
+from kvsurgeon.heads.counts import HeadCounts
+from kvsurgeon.heads.selection import Selection, replicated
+from kvsurgeon.passes.contract import Outcome, Subject
+from kvsurgeon.passes.heads import change_heads, not_a_count
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplicateKvHeads:
+    """Let each key and value head stand several times in a row, so that as many devices or cores each own one.
+
+    Before: `kv_heads` heads, each read by `heads / kv_heads` query heads. After: `repeat * kv_heads` heads, made by the
+    weights, each read by fewer; the cache grows as they do. Exact: what is stored is repeated as it is stored.
+
+    Not handled: heads that cannot be followed to weights.
+    """
+
+    name: ClassVar[str] = "replicate-kv-heads"
+
+    repeat: int | None = None  # how often each head is to stand there
+    kv_heads: int | None = None  # how many heads there are to be, in place of repeat
+
+    def apply(self, subject: Subject) -> Outcome:
+        """Replicate the heads of every layer.
+
+        Raises:
+            UsageError: The count is not one that there can be; the message lists those that there are.
+            Refused: It cannot be proved which weights make the heads.
+        """
+        if (self.repeat is None) == (self.kv_heads is None):
+            raise UsageError("replicate-kv-heads: expected one of --repeat and --kv-heads")
+        return change_heads(subject, self._wanted, lossy=False)
+
+    def _wanted(self, layer: int, counts: HeadCounts) -> Selection | None:
+        wanted = self.kv_heads if self.kv_heads is not None else counts.kv_heads * (self.repeat or 0)
+        legal = legal_counts(counts)
+        if wanted not in legal:
+            raise not_a_count(layer, counts, wanted, legal)
+        times = wanted // counts.kv_heads
+        return replicated(counts.kv_heads, times) if times > 1 else None
+
+
+def legal_counts(counts: HeadCounts) -> list[int]:
+    """Counts that are a multiple of the key heads and divide the query heads."""
+    return [new for new in range(counts.kv_heads, counts.heads + 1, counts.kv_heads) if counts.heads % new == 0]
