@@ -1,21 +1,23 @@
-"""The same graph in plainer words: calls of local functions written out, sequences of tensors taken apart."""
+"""The same graph in plainer words: local functions written out, sequences taken apart, products of two at a time."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from kvsurgeon.graph.einsums import can_be_plainer, multiply_in_pairs
 from kvsurgeon.graph.sequences import MAKERS, take_sequences_apart
 
 
 def in_plain_words(model: ir.Model) -> ir.Model:
-    """Return the model without calls of local functions and without sequences, where they can be written out.
+    """Return the model without calls of local functions, sequences, and Einstein sums of more than two tensors.
 
     The model itself where there is nothing to write out; else a copy, so that the original stays as it was.
     """
     calls = any(node.op_identifier() in model.functions for node in model.graph.all_nodes())
     sequences = any(node.op_type in MAKERS for node in model.graph)
-    if not calls and not sequences:
+    sums = any(can_be_plainer(node) for node in model.graph)
+    if not calls and not sequences and not sums:
         return model
     copy = model.clone()
     copy.meta.update(model.meta)
@@ -23,6 +25,7 @@ def in_plain_words(model: ir.Model) -> ir.Model:
         _agree_on_local_domains(copy)
         InlinePass()(copy)
     take_sequences_apart(copy.graph)
+    multiply_in_pairs(copy.graph)
     return copy
 
 
