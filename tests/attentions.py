@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx
 from exports import injected
 from laws import assert_law
 from written import read
@@ -58,13 +59,19 @@ def attention(
 
 def assert_law_of(text: str, opset: int = 18) -> None:
     """The model that a text describes can be given a cache; the text may name a value before the line that makes it."""
-    original = read(text, opset)
-    nodes, made = list(original.graph.node), set()
-    produced = {name for node in nodes for name in node.output}
-    del original.graph.node[:]
-    while nodes:
-        ready = next(node for node in nodes if all(name in made or name not in produced for name in node.input))
-        nodes.remove(ready)
-        made.update(ready.output)
-        original.graph.node.append(ready)
+    original = in_order(read(text, opset))
     assert_law(original, injected(original))
+
+
+def in_order(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Put every node behind those that make what it reads."""
+    waiting = list(model.graph.node)
+    produced = {name for node in waiting for name in node.output}
+    made: set[str] = set()
+    del model.graph.node[:]
+    while waiting:
+        ready = next(node for node in waiting if all(name in made or name not in produced for name in node.input))
+        waiting.remove(ready)
+        made.update(ready.output)
+        model.graph.node.append(ready)
+    return model

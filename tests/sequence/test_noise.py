@@ -17,14 +17,14 @@ SHORT, LONG = 7, 40
 def test_a_prefix_has_the_same_noise(outer, inner):
     axes = (SequenceAxis(0, STREAM, outer, inner),)
     short, long = (
-        _noise((outer * length * inner, 4), axes, length, ir.DataType.FLOAT).reshape(outer, length, inner, 4)
+        _noise((outer * length * inner, 4), axes, np.arange(length), ir.DataType.FLOAT).reshape(outer, length, inner, 4)
         for length in (SHORT, LONG)
     )
     np.testing.assert_array_equal(long[:, :SHORT], short)
 
 
 def test_no_two_tokens_have_the_same():
-    noise = _noise((LONG, 4), (SequenceAxis(0, STREAM),), LONG, ir.DataType.FLOAT)
+    noise = _noise((LONG, 4), (SequenceAxis(0, STREAM),), np.arange(LONG), ir.DataType.FLOAT)
     assert len(np.unique(noise.round(4), axis=0)) == LONG
 
 
@@ -34,7 +34,7 @@ def test_no_two_tokens_have_the_same():
      (ir.DataType.UINT8, np.uint8), (ir.DataType.INT8, np.int8), (None, np.float32)],
 )  # fmt: skip
 def test_noise_is_of_a_type_that_runs_and_varies(dtype, kind):
-    noise = _noise((LONG,), (SequenceAxis(0, STREAM),), LONG, dtype)
+    noise = _noise((LONG,), (SequenceAxis(0, STREAM),), np.arange(LONG), dtype)
     assert noise.dtype == kind
     assert len(np.unique(noise)) > 1
     if noise.dtype.kind == "f":

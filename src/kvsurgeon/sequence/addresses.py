@@ -14,7 +14,6 @@ from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.sequence.axes import Length
 from kvsurgeon.sequence.experiment import Experiment
 from kvsurgeon.sequence.flow import Flow
-from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.looking import all_seen
 
 LENGTHS = (3, 8)  # tokens at which addresses are looked at
@@ -34,8 +33,8 @@ def is_of_new_tokens(flow: Flow, value: ir.Value) -> bool:
         seen.add(current)
         if current in given and not given[current].is_token:
             return False
-        if flow.kinds.get(current) is Kind.TOKEN:
-            if any(axis.role.resolved() is not Length.NEW for axis in flow.axes.get(current, ())):
+        if current in flow.axes:
+            if any(axis.role.resolved() is not Length.NEW for axis in flow.axes[current]):
                 return False
             continue
         node = current.producer()

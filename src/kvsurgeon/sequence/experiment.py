@@ -121,13 +121,16 @@ class Experiment:
         self.feeds[value.name or ""] = feed
         self._types[value.name or ""] = (_type_run_as(dtype), len(shape))
 
-    def _noise(self, value: ir.Value, shape: Sequence[Dimension] | None, dtype: ir.DataType | None) -> Feed:
+    def _noise(
+        self, value: ir.Value, shape: Sequence[Dimension] | None, dtype: ir.DataType | None,
+        places: np.ndarray | None = None,
+    ) -> Feed:  # fmt: skip
         """Noise that is the same for the same tokens, whatever the length."""
         axes = self.flow.axes.get(value, ())
 
         def feed(length: int) -> np.ndarray:
             sizes = [int(at_length(size, length)) for size in shape or ()]
-            return _noise(sizes, axes, length, dtype)
+            return _noise(sizes, axes, np.arange(length) if places is None else places, dtype)
 
         return feed
 
@@ -141,6 +144,9 @@ class Experiment:
                 if attribute.HasField("t") and attribute.t.data_type == onnx.TensorProto.BFLOAT16:
                     array = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
                     attribute.t.CopyFrom(onnx.numpy_helper.from_array(array))
+            proto.output[:] = [
+                f"{name}.computed" if name in self._types else name for name in proto.output
+            ]  # it is fed
             graph.node.append(proto)
         graph.initializer.extend(self._initializers)
         for name, (dtype, rank) in self._types.items():
@@ -163,6 +169,7 @@ class Experiment:
         through: GivenInput | None = None,
         row: int | None = None,
         loudness: float = 1.0,
+        places: np.ndarray | None = None,
     ) -> list[np.ndarray]:
         """Return the outputs for two sequences of that length.
 
@@ -172,8 +179,13 @@ class Experiment:
             through: The one input that says so; all of them where none is named.
             row: The one sequence of which it says so; both where none is given.
             loudness: What the noise in place of stand-ins is multiplied with.
+            places: The place that each token's noise belongs to, where it is not its own: [length].
         """
         feeds = {name: np.asarray(feed(length)) for name, feed in self.feeds.items()}
+        if places is not None:
+            for value in self.stand_ins:
+                fact = self.flow.shapes[value]
+                feeds[value.name or ""] = self._noise(value, fact.shape, fact.dtype, places)(length)
         if loudness != 1.0:
             for value in self.stand_ins:
                 array = feeds[value.name or ""]
@@ -260,16 +272,16 @@ def _runs_as(dtype: ir.DataType) -> Any:
     return np.float32 if dtype is ir.DataType.BFLOAT16 else dtype.numpy()
 
 
-def _noise(sizes: Sequence[int], axes: Axes, length: int, dtype: ir.DataType | None) -> np.ndarray:
+def _noise(sizes: Sequence[int], axes: Axes, places: np.ndarray, dtype: ir.DataType | None) -> np.ndarray:
     """Noise in [-3, 3], drawn so that an element depends on its place and on no dimension's size along the tokens."""
     grid = np.zeros(sizes, dtype=np.float64)
     for place, size in enumerate(sizes):
         index = np.arange(size)
         held = next((axis for axis in axes if axis.axis == place), None)
         if held is not None:
-            inner = int(at_length(held.inner, length))
-            block = length * inner
-            index = (index // block) * 7919 + (index % block // inner) * 104729 + index % inner
+            inner = int(at_length(held.inner, len(places)))
+            block = len(places) * inner
+            index = (index // block) * 7919 + places[index % block // inner] * 104729 + index % inner
         shape = [1] * len(sizes)
         shape[place] = size
         grid = grid + ((index + 1) * (12.9898 + 78.233 * place)).reshape(shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -96,6 +96,7 @@ class Flow:
     beside: list[Place] = field(default_factory=list)  # those of them that no product reads
     targets: dict[ir.Node, int] = field(default_factory=dict)  # nodes whose result's shape is given by that input
     diagonals: dict[ir.Node, tuple[Role, Role]] = field(default_factory=dict)  # `Trilu` over rows and columns
+    islands: dict[ir.Node, Hashable] = field(default_factory=dict)  # nodes inside, and how their island computes
     addresses: set[Place] = field(default_factory=set)  # context that stays as long as the call
     parameters: dict[Place, Role] = field(default_factory=dict)  # bounds in which the length counts in this role
     scores: list[ScoreProduct] = field(default_factory=list)

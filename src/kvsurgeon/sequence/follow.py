@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
+from kvsurgeon.graph.liveness import read_by
 from kvsurgeon.sequence import along, elementwise, moving, products
 from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
 from kvsurgeon.sequence.flow import Flow, Step
-from kvsurgeon.sequence.kinds import GivenInput, Kind
+from kvsurgeon.sequence.islands import PICKERS, Island, find_island, take_island
+from kvsurgeon.sequence.kinds import SHAPE_ONLY, GivenInput, Kind
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes import elementwise as elementwise_shapes
 from kvsurgeon.shapes.contraction import PRODUCTS
@@ -92,11 +94,40 @@ def follow_tokens(
     for given in inputs:
         if given.is_token:
             flow.axes[given.value] = tuple(SequenceAxis(axis, flow.stream) for axis in given.lengths)
+    islands: dict[ir.Node, Island] = {}
+    read = _read_for_their_numbers(nodes)
     for node in nodes:
-        if any(kinds.get(value) is Kind.TOKEN for value in node.outputs):
-            _take(flow, node)
+        if node.op_type in PICKERS and kinds.get(node.outputs[0]) is Kind.TOKEN and node not in islands:
+            found = find_island(flow, node)
+            islands.update(dict.fromkeys(found.nodes, found) if found is not None else {})
+        if node in islands:
+            if node is islands[node].nodes[-1]:
+                take_island(flow, islands[node])
+        elif any(kinds.get(value) is Kind.TOKEN for value in node.outputs):
+            try:
+                _take(flow, node)
+            except Refused:
+                if node in read or not _reads_stream(flow, node):
+                    raise
     _check_roles(flow)
     return flow
+
+
+def _read_for_their_numbers(nodes: Sequence[ir.Node]) -> set[ir.Node]:
+    """The nodes of whose results more is read than the shape."""
+    read: set[ir.Value] = {value for node in nodes for value in node.outputs if value.is_graph_output()}
+    found: set[ir.Node] = set()
+    for node in reversed(nodes):
+        if any(value in read for value in node.outputs):
+            found.add(node)
+            read.update(() if node.op_type in SHAPE_ONLY else read_by(node))
+    return found
+
+
+def _reads_stream(flow: Flow, node: ir.Node) -> bool:
+    """Whether a node reads no tensor in which queries meet keys."""
+    axes = [axis for value in node.inputs if value is not None for axis in flow.axes.get(value, ())]
+    return all(axis.role.resolved() is Length.NEW for axis in axes)
 
 
 def _batch(inputs: list[GivenInput]) -> Dimension:

@@ -121,7 +121,7 @@ def _cut(step: Step, axis: SequenceAxis, start: dim.Dimension, end: dim.Dimensio
     """What a `Slice` along a sequence axis leaves of it; None where that is no sequence any more."""
     before, after = step.shape(0)[axis.axis], step.result_shape()[axis.axis]
     to_end = _is_end(end, before)
-    if jump == 1 and start == 0 and to_end:
+    if jump == 1 and to_end and (start == 0 or dim.is_equal(dim.add(start, before), 0)):
         return axis
     if jump == 1 and axis.is_plain and axis.role.resolved() is None and start == 0:
         return _without_sinks(step, axis, end)

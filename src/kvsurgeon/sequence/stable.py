@@ -59,7 +59,11 @@ def _meetings(trial: Trial) -> dict[ir.Value, Axes]:
     inside = _inside(trial)
     found: dict[ir.Value, Axes] = {}
     for node in trial.flow.order:
-        if node in inside or not any(trial.flow.kinds.get(value) is Kind.TOKEN for value in node.outputs):
+        if (
+            node in inside
+            or node in trial.flow.islands
+            or not any(trial.flow.kinds.get(value) is Kind.TOKEN for value in node.outputs)
+        ):
             continue
         for index, value in enumerate(node.inputs):
             if value is None or trial.flow.kinds.get(value) is not Kind.CONTEXT:

@@ -45,7 +45,9 @@ class Tokens:
         self._whole[value] = whole
 
     def rewire(self, node: ir.Node) -> None:
-        """Let a node read, at the new length, what has the right one."""
+        """Let a node read, at the new length, what has the right one; inside an island everything has."""
+        if node in self.flow.islands:
+            return
         for index, value in enumerate(self._inputs(node, Length.NEW)):
             self.editor.rewire(node, index, value)
         if self._drops_allowzero(node):

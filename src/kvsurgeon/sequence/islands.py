@@ -1,0 +1,163 @@
+"""Islands: nodes that pick tokens by what is in them, work on those, and put the results back where they were taken.
+
+A mixture of experts that is exported as a loop over its experts does this. Inside, no axis holds the tokens in order,
+so they cannot be followed. But the whole, from tensors with all tokens to a tensor with all tokens, can be run: if what
+comes out for a token depends on nothing but what goes in for it, the island is position-wise. That is seen, not proved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.graph.constants import constant_tensor, small_constant
+from kvsurgeon.sequence.addresses import is_of_new_tokens
+from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
+from kvsurgeon.sequence.experiment import Experiment
+from kvsurgeon.sequence.flow import Flow
+from kvsurgeon.sequence.kinds import LOOKUPS, Kind
+from kvsurgeon.sequence.looking import all_seen, close, unfolded
+from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.contraction import PRODUCTS
+from kvsurgeon.shapes.elementwise import BINARY, UNARY
+
+PICKERS = frozenset({"NonZero"})
+SEEN = "routing that depends on the tokens: that it keeps them apart was seen by running it"
+# fmt: off
+_INSIDE = PICKERS | BINARY | UNARY | LOOKUPS | PRODUCTS | {
+    "CastLike", "Concat", "ConstantOfShape", "Expand", "Flatten", "Range", "Reshape", "ScatterElements", "ScatterND",
+    "Shape", "Size", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
+}
+# fmt: on
+_PLACES = 33  # tokens of the longest text that is run; shorter and longer ones are made of the same
+_TEXTS = (range(_PLACES)[::-1], (5, 3, 3, 20, 31, 0, 8), (4,), (9, 30), [place * 7 % _PLACES for place in range(300)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Island:
+    """Nodes in order, of which the last puts tokens back."""
+
+    nodes: tuple[ir.Node, ...]
+    axes: Axes  # of its result
+
+    @property
+    def result(self) -> ir.Value:
+        """The tensor with all tokens."""
+        return self.nodes[-1].outputs[0]
+
+
+def find_island(flow: Flow, start: ir.Node) -> Island | None:
+    """The smallest island that begins at a node which picks tokens; None where its tokens are not put back."""
+    region, made = [start], set(start.outputs)
+    for node in list(flow.order)[flow.order[start] + 1 :]:
+        if not any(value in made for value in node.inputs):
+            continue
+        region.append(node)
+        made.update(node.outputs)
+        if node.op_type not in _INSIDE or any(value.is_graph_output() for value in region[-2].outputs):
+            return None
+        axes = _tokens_in(flow, node.outputs[0])
+        inside = set(region)
+        if axes and all(user in inside for value in made - set(node.outputs) for user, _ in value.uses()):
+            return Island(nodes=tuple(region), axes=axes)
+    return None
+
+
+def _tokens_in(flow: Flow, value: ir.Value) -> Axes:
+    """Where tokens lie in a tensor of that shape: alone on an axis, or behind their batch."""
+    for place, size in enumerate(flow.shapes[value].shape or ()):
+        for outer in (1, flow.batch):
+            if not isinstance(size, int) and dim.is_equal(size, dim.multiply(outer, flow.length)):
+                return (SequenceAxis(place, flow.stream, outer),)
+    return ()
+
+
+def take_island(flow: Flow, island: Island) -> None:
+    """Note where the tokens are in an island's result.
+
+    Raises:
+        Refused: It was not seen to keep them apart.
+    """
+    read = {value for node in island.nodes for value in node.inputs if value is not None}
+    outside = read - {value for node in island.nodes for value in node.outputs}
+    context = [value for value in outside if flow.kinds.get(value) is Kind.CONTEXT]
+    tokens = [value for value in outside if flow.kinds.get(value) is Kind.TOKEN]
+    how = _signature(flow, island)
+    if how not in flow.islands.values() and not (
+        all(is_of_new_tokens(flow, value) for value in context) and _keeps_apart(flow, island, tokens)
+    ):
+        raise Refused(
+            f"{island.nodes[0].op_type}: it picks tokens by what is in them, and was not seen to keep them apart",
+            at=island.nodes[0].outputs[0].name,
+        )
+    flow.islands.update(dict.fromkeys(island.nodes, how))
+    flow.assumed.setdefault(SEEN, island.nodes[0].outputs[0].name or "")
+    flow.axes[island.result] = island.axes
+
+
+def _keeps_apart(flow: Flow, island: Island, tokens: Sequence[ir.Value]) -> bool:
+    """Whether rows of the result depend on nothing but the rows of the same tokens, in whatever text they stand."""
+    sources = _sources(flow, tokens)
+    if sources is None:
+        return False
+    try:
+        experiment = Experiment(
+            flow=flow, inputs=flow.inputs, opsets=flow.opsets, outputs=[island.result], stand_ins=frozenset(sources)
+        )
+        whole = _rows(experiment, island, range(_PLACES))
+        texts = [(text, _rows(experiment, island, text)) for text in _TEXTS]
+    except Exception:  # whatever onnxruntime says: it was not seen
+        return False
+    return bool(np.ptp(whole) > 0) and all(close(whole[..., list(text)], rows) for text, rows in texts)
+
+
+def _rows(experiment: Experiment, island: Island, places: Sequence[int]) -> np.ndarray:
+    array = experiment.run(len(places), all_seen, places=np.array(places))[0]
+    return unfolded(array, island.axes, len(places))
+
+
+def _sources(flow: Flow, tokens: Sequence[ir.Value]) -> list[ir.Value] | None:
+    """Tensors of floats from which what an island reads is made; None where there are none, or they are no stream's."""
+    found: list[ir.Value] = []
+    pending = list(tokens)
+    while pending:
+        value = pending.pop()
+        if value in found or flow.kinds.get(value) is not Kind.TOKEN:
+            continue
+        dtype, node = flow.shapes[value].dtype, value.producer()
+        if dtype is None or not dtype.is_floating_point():
+            if node is None or node in flow.islands:
+                return None
+            pending += [source for source in node.inputs if source is not None]
+            continue
+        axes = flow.axes.get(value, ())
+        if len(axes) != 1 or axes[0].role.resolved() is not Length.NEW:
+            return None
+        found.append(value)
+    return found
+
+
+def _signature(flow: Flow, island: Island) -> Hashable:
+    """The same for islands that compute the same, of other weights."""
+    numbers: dict[ir.Value, int] = {}
+    steps: list[Hashable] = []
+
+    def name(value: ir.Value | None) -> Hashable:
+        if value is None or value in numbers:
+            return numbers[value] if value is not None else None
+        constant = small_constant(value)
+        if constant is not None and constant.dtype.kind in "iub":
+            return constant.shape, constant.tobytes()
+        shape = flow.shapes[value].shape if flow.kinds.get(value) or constant_tensor(value) is not None else None
+        return flow.kinds.get(value), str(shape)
+
+    for node in island.nodes:
+        attributes = tuple(sorted((key, repr(attribute.value)) for key, attribute in node.attributes.items()))
+        steps.append((node.op_type, attributes, tuple(name(value) for value in node.inputs)))
+        for value in node.outputs:
+            numbers[value] = len(numbers)
+    return tuple(steps)

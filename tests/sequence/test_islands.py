@@ -1,0 +1,77 @@
+"""Experts that pick their tokens by what is in them: what comes out for a token must depend on that token alone."""
+
+import numpy as np
+import onnxruntime
+import pytest
+from attentions import assert_law_of, attention, in_order
+from exports import injected
+from written import read
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.passes.contract import Subject
+from kvsurgeon.passes.inject import Inject
+
+# Two experts, as `for expert in experts: out.index_add_(0, tokens, weight * expert(x[tokens]))` is exported.
+EXPERTS = """f = Reshape(x, rows)
+ score = MatMul(f, router)
+ chances = Softmax(score)
+ weight, chosen = TopK<axis = -1>(chances, one1)
+ fs = Shape(f)
+ none = ConstantOfShape<value = float[1] {0.0}>(fs)
+ FIRST
+ SECOND
+ h = Reshape(out1, sizes)"""
+EXPERT = """is_N = Equal(chosen, number_N)
+ found_N = NonZero(is_N)
+ each_N = Transpose<perm = [1, 0]>(found_N)
+ token_N, slot_N = Split<axis = 1>(each_N, ones)
+ at_N = Squeeze(token_N, second)
+ picked_N = Gather(f, at_N)
+ made_N = MatMul(picked_N, expert_N)
+ share_N = GatherND(weight, each_N)
+ wide_N = Unsqueeze(share_N, second)
+ part_N = Mul(made_N, wide_N)
+ out_N = ScatterND<reduction = "add">(before_N, token_N, part_N)"""
+CONSTANTS = """int64[2] rows = {-1, 8}, float[8, 2] router, int64[1] one1 = {1}, int64[2] ones = {1, 1},
+ float[8, 8] expert_0, float[8, 8] expert_1, int64 number_0 = {0}, int64 number_1 = {1}"""
+
+
+def text(expert: str = EXPERT) -> str:
+    first = expert.replace("_N", "_0").replace("before_0", "none")
+    second = expert.replace("_N", "_1").replace("before_1", "out_0").replace("out_1 =", "out1 =")
+    return attention(hidden=EXPERTS.replace("FIRST", first).replace("SECOND", second), constants=CONSTANTS)
+
+
+def test_experts_that_pick_their_tokens():
+    assert_law_of(text())
+
+
+def test_that_they_were_run_is_said():
+    outcome = Inject().apply(Subject.of(in_order(read(text()))))
+    assert any("routing" in note for note in outcome.notes)
+
+
+FIRST = EXPERT.replace("Gather(f, at_N)", "Gather(f, none_N)\n none_N = Sub(at_N, at_N)")
+PICKED_TOGETHER = EXPERT.replace("(picked_N, expert_N)", "(picked_N, g_N)\n g_N = MatMul(t_N, picked_N)").replace(
+    "made_N =", "t_N = Transpose<perm = [1, 0]>(picked_N)\n made_N ="
+)
+THEIR_PLACES = EXPERT.replace("Mul(made_N, wide_N)", "Add(made_N, moved_N)").replace(
+    "part_N =", "place_N = Cast<to = 1>(token_N)\n moved_N = Mul(place_N, wide_N)\n part_N ="
+)
+ONE_FURTHER_ON = EXPERT.replace("(before_N, token_N, part_N)", "(before_N, back_N, part_N)").replace(
+    "out_N =",
+    "size_N = Gather(fs, nought)\n sum_N = Add(token_N, one)\n back_N = Mod(sum_N, size_N)\n out_N =",
+)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [FIRST, PICKED_TOGETHER, THEIR_PLACES, ONE_FURTHER_ON],
+    ids=["always the first token", "a Gram matrix of the picked", "their places", "put back one further on"],
+)
+def test_experts_that_mix_tokens_are_refused(changed):
+    model = in_order(read(text(changed)))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session.run(None, {"x": np.random.default_rng(0).standard_normal((1, 5, 8)).astype(np.float32)})
+    with pytest.raises(Refused, match="keep them apart"):
+        injected(model)
