@@ -296,3 +296,10 @@ def test_a_dimension_at_numbers():
     assert isinstance(dim.product([BATCH, 2, 3]), sympy.Expr)
     assert dim.product([]) == 1
     assert isinstance(dim.multiply(2, np.int64(3)) * 1, int)
+
+
+def test_what_is_made_of_a_float_is_not_taken_for_a_whole_number():
+    length = dim.symbol("length of a test")
+    assert dim.multiply(length, 2.0) != dim.multiply(length, 2)
+    assert dim.substitute(dim.multiply(length, 2), ((length, 3),)) == 6
+    assert isinstance(dim.substitute(dim.multiply(length, 2), ((length, 3),)), int)

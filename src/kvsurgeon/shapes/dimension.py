@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from functools import cache
+from functools import lru_cache
 from typing import TypeAlias
 
 import sympy
@@ -19,6 +19,8 @@ BATCH = sympy.Symbol("batch", integer=True, positive=True)
 LENGTH = sympy.Symbol("length", integer=True, positive=True)  # the one length that an export without a cache knows
 
 LONGEST = 40  # operations in an expression
+
+remembered = lru_cache(maxsize=None, typed=True)  # 2 and 2.0 are equal, and what is made of them is not
 
 _numbers = itertools.count()
 
@@ -45,13 +47,13 @@ def plain(expression: sympy.Expr) -> Dimension:
     return expression if expression.count_ops() <= LONGEST else unknown("too long an expression")
 
 
-@cache
+@remembered
 def add(left: Dimension, right: Dimension) -> Dimension:
     """Left + right."""
     return left + right if isinstance(left, int) and isinstance(right, int) else plain(sympy.expand(left + right))
 
 
-@cache
+@remembered
 def multiply(left: Dimension, right: Dimension) -> Dimension:
     """Left * right."""
     return left * right if isinstance(left, int) and isinstance(right, int) else plain(sympy.expand(left * right))
@@ -62,7 +64,7 @@ def subtract(left: Dimension, right: Dimension) -> Dimension:
     return add(left, multiply(-1, right))
 
 
-@cache
+@remembered
 def exact_quotient(numerator: Dimension, denominator: Dimension) -> Dimension | None:
     """Numerator / denominator where that is a whole number whatever the symbols are, else None."""
     if denominator == 0:
@@ -74,7 +76,7 @@ def exact_quotient(numerator: Dimension, denominator: Dimension) -> Dimension | 
     return plain(sympy.expand(polynomial)) if divisor == 1 else None
 
 
-@cache
+@remembered
 def floor_quotient(numerator: Dimension, denominator: Dimension) -> Dimension:
     """Numerator // denominator, rounded down."""
     if isinstance(numerator, int) and isinstance(denominator, int):
@@ -83,19 +85,19 @@ def floor_quotient(numerator: Dimension, denominator: Dimension) -> Dimension:
     return exact if exact is not None else plain(sympy.floor(sympy.sympify(numerator) / denominator))
 
 
-@cache
+@remembered
 def minimum(left: Dimension, right: Dimension) -> Dimension:
     """The smaller of two."""
     return plain(sympy.Min(left, right))
 
 
-@cache
+@remembered
 def maximum(left: Dimension, right: Dimension) -> Dimension:
     """The larger of two."""
     return plain(sympy.Max(left, right))
 
 
-@cache
+@remembered
 def is_equal(left: Dimension, right: Dimension) -> bool | None:
     """Whether two numbers are equal whatever the symbols are; None where it depends."""
     if left is right:
@@ -106,7 +108,7 @@ def is_equal(left: Dimension, right: Dimension) -> bool | None:
     return answer
 
 
-@cache
+@remembered
 def is_less(left: Dimension, right: Dimension) -> bool | None:
     """Whether left < right whatever the symbols are; None where it depends."""
     if isinstance(left, int) and isinstance(right, int):
@@ -125,7 +127,7 @@ def product(dimensions: Iterable[Dimension]) -> Dimension:
     return result
 
 
-@cache
+@remembered
 def substitute(dimension: Dimension, replacements: tuple[tuple[sympy.Symbol, Dimension], ...]) -> Dimension:
     """The dimension with symbols replaced by numbers or other expressions, all at once."""
     if isinstance(dimension, int):
@@ -133,7 +135,7 @@ def substitute(dimension: Dimension, replacements: tuple[tuple[sympy.Symbol, Dim
     return plain(sympy.expand(dimension.subs(dict(replacements), simultaneous=True)))
 
 
-@cache
+@remembered
 def broadcast(left: Dimension, right: Dimension) -> Dimension:
     """The dimension of an axis on which two tensors are broadcast against each other.
 
