@@ -33,7 +33,7 @@ from by_command import inject_by_command
 from corpus import Entry, find_entries, spread_sample
 from coverage_page import as_markdown
 from second_judge import BRAIN, ContractError, bound_of, failures, is_rounded, judge, open_session, read_contract
-from uncached import steady
+from uncached import highest_level, steady
 from verdicts import Result, as_json, is_bad, print_groups, print_reasons, print_totals
 from widening import widened
 
@@ -89,7 +89,7 @@ def take_instead(entry: Entry, *, file: str) -> tuple[onnx.ModelProto, onnx.Mode
 def _judged(result: Result, entry: Entry, original: onnx.ModelProto, injected: onnx.ModelProto) -> Result:
     bound = bound_of(original)
     try:
-        cases, level = entry.cases(original), ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        cases, level = entry.cases(original), highest_level(original, entry.folder)
         if is_rounded(original):
             level, cases = steady(original, entry.folder, cases, bound)
         session = open_session(widened(injected, entry.folder) if bound is BRAIN else injected, entry.folder, level)

@@ -14,7 +14,17 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from corpus import Case, Entry
-from second_judge import DYNAMIC, ContractError, bound_of, failures, is_rounded, judge, open_session, read_contract
+from second_judge import (
+    DYNAMIC,
+    Bound,
+    ContractError,
+    bound_of,
+    failures,
+    is_rounded,
+    judge,
+    open_session,
+    read_contract,
+)
 from uncached import LEVELS, Level, answer, change, distance, first_tokens, steady
 
 import kvsurgeon
@@ -123,6 +133,7 @@ def answered(entry: Entry, mutant: onnx.ModelProto, *, quick: bool = False) -> t
         return LEVELS[0], cases
     _check_again(session, cases[0])
     _check_as_written(entry, mutant, cases[0])
+    cases = [one for case in cases for one in _apart(session, case, bound_of(mutant))]
     return steady(mutant, entry.folder, cases, bound_of(mutant)) if is_rounded(mutant) else (LEVELS[0], cases)
 
 
@@ -148,6 +159,21 @@ def _check_again(session: ort.InferenceSession, case: Case) -> None:
             answer(session, first_tokens(case, total))
         except Exception as error:
             raise NotRunnableError(f"at length {total}: {_one_line(error)}") from error
+
+
+def _apart(session: ort.InferenceSession, case: Case, bound: Bound) -> list[Case]:
+    """Return a case, or its sequences one by one where what is said of one depends on the others of its batch."""
+    rows = [
+        replace(case, inputs={name: array[row : row + 1] for name, array in case.inputs.items()},
+                reference=case.reference[row : row + 1], real=case.real[row : row + 1])
+        for row in range(case.batch)
+    ]  # fmt: skip
+    try:
+        alone = [_answered(session, row) for row in rows]
+    except NotRunnableError:  # its batch is fixed
+        return [case]
+    same = all(distance(one.reference, row) <= bound.error for one, row in zip(alone, rows, strict=True))
+    return [case] if same else alone
 
 
 def _check_as_written(entry: Entry, mutant: onnx.ModelProto, case: Case) -> None:

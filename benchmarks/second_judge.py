@@ -191,10 +191,12 @@ def _decode(session: ort.InferenceSession, contract: Contract, case: Case, chunk
 
     Of a model that answers for the last token alone only the last call's answer, `[batch, 1, ...]`, is kept.
     """
-    cache = {name: np.zeros(_empty(name, dims, case.batch), dtype) for name, (dims, dtype) in contract.pasts.items()}
+    cache = {
+        name: np.zeros(empty_sizes(name, dims, case.batch), dtype) for name, (dims, dtype) in contract.pasts.items()
+    }
     answers, start = [], 0
     for size in chunks:
-        feeds = {name: _slice(name, dims, case, start, start + size) for name, dims in contract.given.items()}
+        feeds = {name: part_of(name, dims, case, start, start + size) for name, dims in contract.given.items()}
         answer, *presents = session.run([contract.answer, *contract.presents], {**feeds, **cache})
         if answer.shape[:2] != (case.batch, 1 if case.last_only else size):
             raise ContractError(f"`{contract.answer}` has shape {answer.shape} for a call with {size} new tokens")
@@ -204,7 +206,8 @@ def _decode(session: ort.InferenceSession, contract: Contract, case: Case, chunk
     return answers[-1] if case.last_only else np.concatenate(answers, axis=1)
 
 
-def _empty(name: str, dims: Sequence[str | int], batch: int) -> list[int]:
+def empty_sizes(name: str, dims: Sequence[str | int], batch: int) -> list[int]:
+    """Return the shape of a past before the first token."""
     sizes = {BATCH: batch, PAST: 0}
     if PAST not in dims:
         raise ContractError(f"`{name}` has dims {list(dims)}, none of them `{PAST}`")
@@ -213,7 +216,7 @@ def _empty(name: str, dims: Sequence[str | int], batch: int) -> list[int]:
     return [sizes[dim] if isinstance(dim, str) else dim for dim in dims]
 
 
-def _slice(name: str, dims: Sequence[str | int], case: Case, start: int, end: int) -> np.ndarray:
+def part_of(name: str, dims: Sequence[str | int], case: Case, start: int, end: int) -> np.ndarray:
     """Return what a call over tokens `start` to `end` is given of an input: new ones, or all so far."""
     if name not in case.inputs:
         raise ContractError(f"nothing is stored for input `{name}` with dims {list(dims)}")

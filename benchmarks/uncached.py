@@ -58,6 +58,17 @@ def change(session: ort.InferenceSession, case: Case) -> float:
         return float("nan")
 
 
+def highest_level(model: onnx.ModelProto, folder: Path) -> Level:
+    """Return how far onnxruntime may rewrite a model without breaking it; as far as it likes where nothing helps."""
+    for level in LEVELS:
+        try:
+            open_session(model, folder, level)
+        except Exception:
+            continue
+        return level
+    return LEVELS[0]
+
+
 def steady(model: onnx.ModelProto, folder: Path, cases: Sequence[Case], bound: Bound) -> tuple[Level, list[Case]]:
     """Return how far onnxruntime may rewrite a model that is right to the bound, and the cases as it answers them then.
 
