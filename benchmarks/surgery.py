@@ -44,6 +44,7 @@ class Limit:
 
 
 LIMITS = {("dynamo", 126): Limit(seconds=10), ("torchscript", 126): Limit(seconds=30)}
+GROWTH_LIMIT = 1.5  # time per layer at 126 layers over that at 32
 RATIO_LIMIT = 6.0
 FEW_NODES = 2000  # below, fixed costs are most of the pass, and the ratio says little
 
@@ -186,7 +187,9 @@ def print_growth(measurements: Sequence[Measurement]) -> None:
         if small and large:
             whole = large.milliseconds_per_layer / small.milliseconds_per_layer
             alone = (large.pass_seconds / 126) / (small.pass_seconds / 32)
-            print(f"{dialect}: time per layer at 126 layers over 32: {whole:.2f} whole process, {alone:.2f} pass alone")
+            said = f"{whole:.2f} whole process, {alone:.2f} pass alone"
+            over = f" over: {GROWTH_LIMIT:g}" if max(whole, alone) > GROWTH_LIMIT else ""
+            print(f"{dialect}: time per layer at 126 layers over 32: {said}{over}")
 
 
 def parse() -> argparse.Namespace:

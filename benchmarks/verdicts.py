@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from second_judge import Score
 
 VERDICTS = ("right", "wrong", "refused", "crashed", "hung", "not runnable", "not judged")
+MEAN_LIMIT = 1.0  # seconds per model, in one process
 BAD = frozenset({"wrong", "crashed", "hung"})
 
 
@@ -104,6 +105,7 @@ def print_totals(results: Sequence[Result], seconds: float) -> None:
     print(
         f"apply: {sum(times) / len(times):.3f} s per model, {sum(times):.1f} s in all, slowest "
         f"{slowest.apply_seconds:.2f} s ({slowest.group}/{slowest.name}); whole sweep {seconds:.1f} s"
+        + (f" over: {MEAN_LIMIT:g} s per model" if sum(times) / len(times) > MEAN_LIMIT else "")
     )
 
 
