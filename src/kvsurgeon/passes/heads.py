@@ -15,7 +15,7 @@ from kvsurgeon.heads.selection import Selection
 from kvsurgeon.io.config import Change, Heads
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.eject import put_back, take_out
-from kvsurgeon.sequence.analysis import Analysis, analyse
+from kvsurgeon.sequence.analysis import analyse
 
 Wanted = Callable[[int, HeadCounts], Selection | None]  # of a layer's heads; None where they stay
 Plan = Callable[[Exchanger], Sequence[Exchange | None]]
@@ -53,14 +53,14 @@ def exchange(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
     if work.model is subject.model:
         work.model = _copied(subject.model)
     with room_for_deep_graphs():
-        analysis = analyse(work.model)
-        exchanger = Exchanger(analysis, lossy=lossy)
-        before = _heads(analysis, [one.kv_heads for one in exchanger.counts])
+        exchanger = Exchanger(analyse(work.model), lossy=lossy)
+        before = _heads(exchanger, [one.kv_heads for one in exchanger.counts], range(len(exchanger.counts)))
         wanted = plan(exchanger)
         if not any(wanted):
             return Unchanged(reason="every layer has as many key and value heads as are wanted")
         edits = exchanger.exchange(wanted)
-    after = _heads(analysis, [one.selection.size if one else kv for one, kv in zip(wanted, before.kv, strict=True)])
+    made = [one.selection.size if one else kv for one, kv in zip(wanted, before.kv, strict=True)]
+    after = _heads(exchanger, made, [one.layers[0] if one else layer for layer, one in enumerate(wanted)])
     if signature is not None:
         put_back(work, signature)
     subject.model = work.model
@@ -75,9 +75,10 @@ def not_a_count(layer: int, counts: HeadCounts, wanted: int, legal: Sequence[int
     )
 
 
-def _heads(analysis: Analysis, kv_heads: Sequence[int], kv_layers: int | None = None) -> Heads:
-    keys = {head.keys[0].memory.value for head in analysis.heads}
-    return Heads(query=0, kv=tuple(kv_heads), kv_layers=len(keys) if kv_layers is None else kv_layers)
+def _heads(exchanger: Exchanger, kv_heads: Sequence[int], owners: Sequence[int]) -> Heads:
+    """How many heads there are where each layer reads the keys of its owner."""
+    keys = {exchanger.analysis.heads[owner].keys[0].memory.value for owner in owners}
+    return Heads(query=exchanger.counts[0].heads, kv=tuple(kv_heads), kv_layers=len(keys))
 
 
 def _copied(model: ir.Model) -> ir.Model:
