@@ -98,6 +98,14 @@ CLIENTS = {
         chunked=True,
         options={"max_length": 24},
     ),
+    "qnn": Client(
+        target="qnn",
+        requirements=("onnxruntime==1.31.1",),
+        script="qnn_client.py",
+        padded=False,
+        batch=False,
+        chunked=True,
+    ),
     "qaic": Client(
         target="qaic",
         requirements=("onnxruntime==1.31.1",),

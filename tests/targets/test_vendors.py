@@ -7,8 +7,11 @@ import pytest
 from decoders import Config, Decoder
 from exports import ONE_OF_EACH, export
 
+from kvsurgeon import io
 from kvsurgeon.delivery import deliver
 from kvsurgeon.errors import Refused
+from kvsurgeon.passes.contract import Subject
+from kvsurgeon.passes.fix_shapes import FixShapes
 from kvsurgeon.targets.tensorrt import OPERATORS
 
 
@@ -21,7 +24,7 @@ def folders(tmp_path_factory):
     """A folder for each target."""
     home = tmp_path_factory.mktemp("vendors")
     model = export("llama_torchscript_sdpa")
-    for target, options in (("tensorrt", {"max_length": 24}), ("qaic", {})):
+    for target, options in (("tensorrt", {"max_length": 24}), ("qaic", {}), ("qnn", {})):
         deliver(model, target, home / target, options=options)
     return home
 
@@ -66,3 +69,29 @@ def test_qaic_is_compiled_for_prefill_and_for_a_step(folders):
     listed = (folders / "qaic" / "custom_io.yaml").read_text("utf-8").splitlines()
     assert listed[:2] == [" - IOName: past_key.0", "   Precision: float16"]
     assert sum("IOName" in line for line in listed) == 8
+
+
+def test_qnn_is_given_context_and_gives_new_rows(folders):
+    graph = onnx.load(folders / "qnn" / "model.onnx").graph
+    inputs = {value.name: dims(value) for value in graph.input}
+    assert inputs["input_ids"] == [1, "sequence_length"]
+    assert inputs["past_key_0_in"] == [2, 1, 8, "cache_length"]
+    assert inputs["past_value_0_in"] == [2, 1, "cache_length", 8]
+    assert {value.name: dims(value) for value in graph.output}["past_key_0_out"] == [2, 1, 8, "sequence_length"]
+    told = json.loads((folders / "qnn" / "context.json").read_text("utf-8"))["inputs"]
+    assert {name: how["kind"] for name, how in told.items()} == {
+        "attention_mask": "mask", "position_ids_cos": "rows", "position_ids_sin": "rows"
+    }  # fmt: skip
+    assert set(told) < set(inputs)
+
+
+@pytest.mark.parametrize("tokens", [16, 1])
+def test_qnn_is_fixed_for_prefill_and_for_a_step(folders, tokens):
+    subject = Subject.of(folders / "qnn")
+    FixShapes(tokens=tokens, max_length=64).apply(subject)
+    graph = io.to_proto(subject.model).graph
+    inputs = {value.name: dims(value) for value in graph.input}
+    assert inputs["attention_mask"] == [1, 1, tokens, 64]
+    assert inputs["past_key_0_in"] == [2, 1, 8, 64 - tokens]
+    assert {value.name: dims(value) for value in graph.output}["past_value_0_out"] == [2, 1, tokens, 8]
+    assert not {node.op_type for node in graph.node} & {"Shape", "Range", "IsNaN", "Expand", "ConstantOfShape"}

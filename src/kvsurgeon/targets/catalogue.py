@@ -18,6 +18,7 @@ BUILT_IN = {
     "openvino": "kvsurgeon.targets.openvino:OPENVINO",
     "tensorrt": "kvsurgeon.targets.tensorrt:TENSORRT",
     "qaic": "kvsurgeon.targets.qaic:QAIC",
+    "qnn": "kvsurgeon.targets.qnn:QNN",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -49,6 +49,7 @@ class Facts:
         decoder: What was found in the model before it had a cache; None where it came with one.
         config: What its config.json says; empty where it has none.
         data_files: Files of external data that lie beside it.
+        metadata: What passes noted in the file for hosts.
     """
 
     inputs: tuple[Tensor, ...]
@@ -59,6 +60,7 @@ class Facts:
     decoder: Decoder | None
     config: Mapping[str, Any]
     data_files: int = 0
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -126,6 +128,7 @@ def facts_of(
         decoder=decoder,
         config=config or {},
         data_files=_data_files(model),
+        metadata=dict(model.metadata_props),
     )
 
 

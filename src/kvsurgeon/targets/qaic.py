@@ -34,8 +34,8 @@ def custom_io(facts: Facts) -> str:
 
 QAIC = Target(
     name="qaic",
-    summary="qaic-exec -retained-state, the compiler for Qualcomm Cloud AI 100",
-    tried="the contract of QEfficient 1.20, run in onnxruntime; no device",
+    summary="qaic-exec -retained-state, for Qualcomm Cloud AI 100",
+    tried="the contract of QEfficient; in onnxruntime",
     cache=Inject(past="past_{kind}.{layer}", present="past_{kind}.{layer}_RetainedState", idiom="in-place"),
     finish=(
         WithoutMask(),

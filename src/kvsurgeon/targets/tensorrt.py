@@ -52,8 +52,8 @@ def _buffers(facts: Facts) -> Iterator[Obstacle]:
 
 TENSORRT = Target(
     name="tensorrt",
-    summary="trtexec --onnx=model.onnx, and TensorRT's parser of ONNX",
-    tried="the support matrix of TensorRT 10.15, run in onnxruntime; no device",
+    summary="trtexec --onnx=model.onnx of TensorRT",
+    tried="the operators of TensorRT 10.15; in onnxruntime",
     before=(RaiseOpset(opset=OPSET),),
     cache=Inject(idiom="in-place", max_length=2048),
     after=(as_pass_class(half_range_masks)(),),

@@ -1,0 +1,71 @@
+"""What a host is told: the numbers that it makes a call's context of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.passes.handing.measure import Array, Context
+
+HIDDEN = -10_000.0  # added to a score, it leaves no weight, in half precision too
+
+
+def halves(context: Context) -> bool:
+    """Whether the features of rows are so many numbers twice, as those of rotary tables are."""
+    if context.kind != "rows" or context.table.ndim < 2 or context.table.shape[1] % 2:
+        return False
+    first, second = np.split(context.table, 2, axis=1)
+    return bool(np.array_equal(first, second))
+
+
+def told(context: Context) -> Mapping[str, Any]:
+    """Return what the host must know of one input.
+
+    A mask has a number for each distance between a query and an earlier key, and one that hides; rows have numbers for
+    each place, columns for the place of each key.
+
+    Raises:
+        Refused: A mask depends on more than distance.
+    """
+    if context.kind == "mask":
+        return {"kind": "mask", **_by_distance(context)}
+    table = context.table
+    if halves(context):
+        table = np.split(table, 2, axis=1)[0]
+    return {"kind": context.kind, "table": _numbers(table)}
+
+
+def hides(context: Context) -> Any:
+    """Return what a mask holds where a key comes after the query."""
+    places = context.table.shape[-1]
+    future = np.triu(np.ones((places, places), dtype=bool), 1)
+    hidden = context.table[..., future]
+    return hidden.max() if hidden.dtype != bool else bool(hidden[..., 0].flat[0])
+
+
+def _by_distance(context: Context) -> dict[str, Any]:
+    table = context.table if context.table.ndim == 3 else context.table[None]
+    places = table.shape[-1]
+    hidden = hides(context)
+    seen = np.stack([table[:, distance, 0] for distance in range(places)], axis=-1)  # [heads, distance]
+    for distance in range(places):
+        diagonal = np.diagonal(table, -distance, axis1=1, axis2=2)
+        if not np.array_equal(diagonal, np.broadcast_to(diagonal[:, :1], diagonal.shape)):
+            raise Refused("a mask depends on more than the distance of query and key", at=context.value.name)
+    if seen.dtype == bool:
+        numbers = np.where(seen == hidden, HIDDEN, 0.0)
+    else:
+        numbers = np.maximum(seen.astype(np.float64), HIDDEN)
+        if not hidden <= HIDDEN:
+            raise Refused("a mask hides later keys by too small a number", at=context.value.name, found=str(hidden))
+    return {"seen": _numbers(numbers), "hidden": HIDDEN}
+
+
+def _numbers(array: Array) -> Any:
+    """The numbers as lists, or one number where they are all the same."""
+    if array.size and (array == array.flat[0]).all() and array.ndim == 2:
+        return array.flat[0].item()
+    return array.tolist()

@@ -1,0 +1,47 @@
+"""qnn: Qualcomm's neural network runtime on phones and laptops, driven by Genie."""
+
+from __future__ import annotations
+
+from kvsurgeon.passes.give_context import KEY, GiveContext
+from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.name_dims import NameDims
+from kvsurgeon.passes.nan_guards import WithoutNanGuards
+from kvsurgeon.passes.narrow_ids import NarrowIds
+from kvsurgeon.targets.facts import Facts
+from kvsurgeon.targets.target import SideFile, Target
+
+# Source: the language models of Qualcomm AI Hub. Keys lie transposed, only new rows come out, and the host makes masks
+# and rotary tables. What a phone has no operator for
+# is gone with the context that it made.
+BANNED = frozenset(("", name) for name in ("Range", "IsNaN", "Trilu", "GatherND", "NonZero", "Loop", "If", "Unique"))
+
+
+def context(facts: Facts) -> str | None:
+    """Return what the host must know to make masks and tables."""
+    told = facts.metadata.get(KEY)
+    return None if told is None else f"{told}\n"
+
+
+QNN = Target(
+    name="qnn",
+    summary="Genie, of Qualcomm AI Engine Direct",
+    tried="the contract of Qualcomm AI Hub; in onnxruntime",
+    cache=Inject(
+        past="past_{kind}_{layer}_in",
+        present="past_{kind}_{layer}_out",
+        idiom="new-only",
+        key_layout=("kv_heads", "batch", "head_dim", "sequence"),
+        value_layout=("kv_heads", "batch", "sequence", "head_dim"),
+    ),
+    finish=(
+        GiveContext(),
+        WithoutNanGuards(),
+        NameDims(dims=("batch_size=1", "past_sequence_length=cache_length", "total_sequence_length=max_length")),
+        NarrowIds(),
+    ),
+    needs=("input_ids", "attention_mask", "logits"),
+    dtypes={"input_ids": frozenset(("int32",))},
+    cache_dtypes=frozenset(("float32", "float16")),
+    banned=BANNED,
+    side_files=(SideFile(name="context.json", write=context),),
+)

@@ -1,0 +1,105 @@
+"""Answer cases as Genie does on a phone, in onnxruntime: python qnn_client.py FOLDER.
+
+Two variants of one model, for AR tokens of a prompt at a time and for one, both with a context of CL tokens. The host
+keeps the rows of the cache, the latest last, makes masks and rotary tables from context.json, fills a chunk up behind
+its last token, and takes from what comes out the rows of the real tokens.
+"""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32}
+CONTEXT = 64  # CL
+PREFILL = 16  # AR
+SEQUENCE = {"key": 3, "value": 2}  # axis of [kv_heads, 1, head_dim, rows] and [kv_heads, 1, rows, head_dim]
+
+
+class Phone:
+    """The host of a model, and the rows that it keeps."""
+
+    def __init__(self, folder):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, ["CPUExecutionProvider"])
+        self.inputs = {given.name: given for given in self.session.get_inputs()}
+        self.outputs = [output.name for output in self.session.get_outputs()]
+        self.context = json.loads((folder / "context.json").read_text("utf-8"))["inputs"]
+        self.caches = {name: "key" if "_key_" in name else "value" for name in self.inputs if name.startswith("past_")}
+
+    def start(self):
+        """Forget everything."""
+        self.past = 0
+        self.rows = {}
+        for name, kind in self.caches.items():
+            shape = list(self.inputs[name].shape)
+            shape[SEQUENCE[kind]] = 0
+            self.rows[name] = np.zeros(shape, TYPES[self.inputs[name].type])
+
+    def call(self, ids, length, context):
+        """Return the logits of the last token of a chunk, given to the variant for so many tokens."""
+        held = context - length
+        filled = np.zeros((1, length), np.int32)
+        filled[0, : len(ids)] = ids
+        feeds = {"input_ids": filled, **self.pasts(held)}
+        feeds |= {name: self.made(how, length, held) for name, how in self.context.items()}
+        typed = {name: array.astype(TYPES[self.inputs[name].type]) for name, array in feeds.items()}
+        results = dict(zip(self.outputs, self.session.run(None, typed), strict=True))
+        for name, kind in self.caches.items():
+            new = results[name.removesuffix("_in") + "_out"]
+            assert new.shape[SEQUENCE[kind]] == length
+            fresh = np.take(new, range(len(ids)), axis=SEQUENCE[kind])
+            self.rows[name] = np.concatenate([self.rows[name], fresh], axis=SEQUENCE[kind])
+        self.past += len(ids)
+        return results["logits"][0, len(ids) - 1]
+
+    def pasts(self, held):
+        """Each cache with its rows at the end; what lies before them is anything."""
+        assert self.past <= held, "the context is full"
+        pasts = {}
+        for name, kind in self.caches.items():
+            missing = list(self.rows[name].shape)
+            missing[SEQUENCE[kind]] = held - self.past
+            pasts[name] = np.concatenate([np.full(missing, 7.0), self.rows[name]], axis=SEQUENCE[kind])
+        return pasts
+
+    def made(self, how, length, held):
+        """One input of context, [1, heads, length or 1, places or features]."""
+        queries = self.past + np.arange(length)
+        keys = self.past + np.arange(-held, length)
+        table = np.array(how.get("table", how.get("seen")), dtype=np.float64)
+        if how["kind"] == "rows":
+            rows = table[np.minimum(queries, len(table) - 1)]
+            return rows.reshape(1, 1, length, -1)
+        if how["kind"] == "columns":
+            return np.atleast_2d(table)[None, :, None, np.clip(keys, 0, table.shape[-1] - 1)]
+        distance = queries[:, None] - keys[None, :]
+        numbers = table.reshape(-1, table.shape[-1] if table.ndim else 1)
+        seen = numbers[:, np.clip(distance, 0, numbers.shape[1] - 1)]
+        return np.where((distance >= 0) & (keys >= 0), seen, how["hidden"])[None]
+
+
+def answers(folder, cases):
+    """Yield the new tokens of each case, greedy: the prompt in chunks, then token by token."""
+    phone = Phone(Path(folder))
+    for case in cases:
+        (ids,) = case["ids"]
+        context = max(CONTEXT, len(ids) + case["new"] + PREFILL)
+        prefill = case["chunk"] or PREFILL
+        phone.start()
+        for start in range(0, len(ids), prefill):
+            logits = phone.call(ids[start : start + prefill], prefill, context)
+        new = [int(logits.argmax())]
+        while len(new) < case["new"]:
+            new.append(int(phone.call(new[-1:], 1, context).argmax()))
+        yield [new]
+
+
+if __name__ == "__main__":
+    request = json.load(sys.stdin)
+    found = list(answers(sys.argv[1], request["cases"]))
+    print(json.dumps({"versions": {"onnxruntime": version("onnxruntime")}, "answers": found}))

@@ -1,0 +1,158 @@
+"""What a host is told is enough to give what the graph made itself, wherever its rows lie."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from attentions import attention
+from decoders import Config, Decoder
+from exports import ONE_OF_EACH, export
+from laws import ALLOWED, difference, dims_of, in_onnxruntime, texts
+from written import read
+
+from kvsurgeon import io
+from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.passes.contract import Changed, Subject, Unchanged
+from kvsurgeon.passes.give_context import KEY, GiveContext
+from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.nan_guards import WithoutNanGuards
+from kvsurgeon.passes.narrow_ids import NarrowIds
+
+HELD = 12  # rows of a past, most of them not filled
+MODELS = {name: export(name) for name in ONE_OF_EACH} | {
+    "own": Decoder(Config(layers=2)).model(),
+    "own, positions given": Decoder(Config(layers=2, position_ids=True)).model(),
+    "own, no mask": Decoder(Config(layers=2, attention_mask=False)).model(),
+}
+
+
+def given(model: onnx.ModelProto, **options) -> onnx.ModelProto:
+    subject = Subject.of(model)
+    Inject(idiom="new-only").apply(subject)
+    assert isinstance(GiveContext(**options).apply(subject), Changed)
+    NarrowIds().apply(subject)
+    result = io.to_proto(subject.model)
+    onnx.checker.check_model(result)
+    return result
+
+
+def made(how: dict, past: int, new: int) -> np.ndarray:
+    """One input of a call whose past lies at the end of `HELD` rows."""
+    queries, keys = past + np.arange(new), past + np.arange(-HELD, new)
+    if how["kind"] == "rows":
+        return np.array(how["table"])[queries].reshape(1, 1, new, -1)
+    if how["kind"] == "columns":
+        return np.atleast_2d(how["table"])[None, :, None, np.maximum(keys, 0)]
+    distance = queries[:, None] - keys
+    seen = np.atleast_2d(how["seen"])
+    numbers = np.broadcast_to(seen, (len(seen), 99))[:, np.maximum(distance, 0)] if seen.shape[1] == 1 else None
+    numbers = seen[:, np.maximum(distance, 0)] if numbers is None else numbers
+    return np.where((distance >= 0) & (keys >= 0), numbers, how["hidden"])[None]
+
+
+def logits(model: onnx.ModelProto, ids: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
+    run = in_onnxruntime(model)
+    (told,) = (json.loads(entry.value)["inputs"] for entry in model.metadata_props if entry.key == KEY)
+    types = {v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type) for v in model.graph.input}
+    caches = {v.name: dims_of(v) for v in model.graph.input if v.name.startswith("past")}
+    held = {name: np.full([1, heads, HELD, width], 7.0) for name, (_, heads, _, width) in caches.items()}
+    answers, past = [], 0
+    for size in sizes:
+        feeds = {"input_ids": ids[None, past : past + size], **held}
+        feeds |= {name: made(how, past, size) for name, how in told.items()}
+        found = run({name: array.astype(types[name]) for name, array in feeds.items()})
+        for name in held:
+            held[name] = np.concatenate([held[name], found[name.replace("past_key_values", "present")]], axis=2)
+            held[name] = held[name][:, :, -HELD:]
+        answers.append(found["logits"][0])
+        past += size
+    return np.concatenate(answers)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_told_is_enough(name):
+    model = MODELS[name]
+    result = given(model, places=32)
+    feeds = texts(model, batch=1)
+    expected = in_onnxruntime(model)(feeds)["logits"][0]
+    found = logits(result, feeds["input_ids"][0], (4, 1, 3, 1))
+    assert difference(found, expected) <= ALLOWED[str(expected.dtype)]
+
+
+def test_masks_and_rotary_tables_lie_as_the_host_gives_them():
+    result = given(MODELS["llama_dynamo_sdpa"])
+    shapes = {value.name: dims_of(value) for value in result.graph.input if not value.name.startswith("past")}
+    assert shapes == {
+        "input_ids": ["batch_size", "sequence_length"],
+        "attention_mask": [1, 1, "sequence_length", "total_sequence_length"],
+        "position_ids_cos": [1, 1, "sequence_length", 4],
+        "position_ids_sin": [1, 1, "sequence_length", 4],
+    }
+    assert not {"Range", "Cos", "Sin", "LessOrEqual"} & {node.op_type for node in result.graph.node}
+
+
+def test_weights_that_are_numbers_are_not_guarded():
+    subject = Subject.of(export("llama_dynamo_sdpa"))
+    before = io.to_proto(subject.model)
+    assert isinstance(WithoutNanGuards().apply(subject), Changed)
+    result = io.to_proto(subject.model)
+    assert "IsNaN" in {node.op_type for node in before.graph.node}
+    assert "IsNaN" not in {node.op_type for node in result.graph.node}
+    feeds = texts(before, padded=False)
+    expected, found = (in_onnxruntime(model)(feeds)["logits"] for model in (before, result))
+    assert difference(found, expected) == 0
+
+
+def test_what_guards_no_softmax_stays():
+    model = read(attention(after="odd = IsNaN(c)\n  logits = Where(odd, low, c)"))
+    assert isinstance(WithoutNanGuards().apply(Subject.of(model)), Unchanged)
+
+
+def test_what_is_only_repeated_for_each_token_stays():
+    text = attention(constants="float[2, 1, 1] sink, int64[1] three = {3}").replace(
+        "w = Softmax<axis = -1>(masked_scores)",
+        "s4 = Unsqueeze(masked_scores, second)\n  two = Shape<start = 0, end = 2>(x)\n"
+        "  target = Concat<axis = 0>(first_of, heads, last_of, second)\n  beside = Expand(sink, target)\n"
+        "  both = Expand(s4, wide)\n  wall = Concat<axis = -1>(both, beside)\n  all = Softmax<axis = -1>(wall)\n"
+        "  kept = Slice(all, first, minus, three)\n  w = ReduceMean<keepdims = 0>(kept, second)",
+    )
+    text = text.replace(
+        "two = Shape<start = 0, end = 2>(x)",
+        "first_of = Shape<start = 0, end = 1>(x)\n  last_of = Shape<start = 1, end = 2>(x)\n"
+        "  wide = Concat<axis = 0>(second, heads, second, second)",
+    ).replace("int64 nought", "int64[1] heads = {2}, int64[1] minus = {-1}, int64 nought")
+    model = read(text)
+    result = given(model, places=32)
+    assert [value.name for value in result.graph.input if not value.name.startswith("past")] == ["x", "attention_mask"]
+
+
+def test_as_many_places_are_told_as_the_graph_has():
+    result = given(MODELS["gpt2_torchscript_sdpa"], places=4096)
+    (told,) = (json.loads(entry.value) for entry in result.metadata_props if entry.key == KEY)
+    assert 32 <= told["places"] <= 4096
+
+
+def test_a_mask_of_more_than_distance_is_refused():
+    text = attention(
+        allowed="mine = Div(column, four)\n  theirs = Div(row, four)\n  same = Equal(mine, theirs)\n"
+        "  before = LessOrEqual(row, column)\n  allowed = And(same, before)",
+        constants="int64 four = {4}",
+    )
+    subject = Subject.of(read(text))
+    Inject(idiom="new-only").apply(subject)
+    with pytest.raises(Refused, match="more than the distance"):
+        GiveContext(places=32).apply(subject)
+    assert subject.model.graph.inputs[0].name == "x"
+
+
+def test_without_a_cache_nothing_is_given():
+    with pytest.raises(Refused, match="a model with a cache"):
+        GiveContext().apply(Subject.of(MODELS["own"]))
+
+
+def test_too_few_places_are_refused():
+    with pytest.raises(UsageError, match="at least 32 places"):
+        GiveContext(places=8).apply(Subject.of(MODELS["own"]))
