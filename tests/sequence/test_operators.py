@@ -134,6 +134,18 @@ def test_keys_that_are_sorted():
                   .replace("int64[1] first", "int64 two = {2}, int64[1] first"))  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "picked",
+    ["l2 = Min(length, two)\n n1 = Unsqueeze(l2, first)\n z, i = TopK<axis = -1>(s, n1)\n top = ReduceMin(z, third)\n s2 = Sub(s, top)",
+     "n1 = Unsqueeze(length, first)\n z, i = TopK<axis = -1>(s, n1)\n s2 = ScatterElements<axis = 2>(s, i, z)"],
+    ids=["some of them", "put back in another order"],
+)  # fmt: skip
+def test_keys_that_are_picked_are_refused(picked):
+    text = attention(masked=f"{picked}\n masked_scores = Where(allowed, s2, low)", constants="int64 two = {2}")
+    with pytest.raises(Refused):
+        injected(read(text))
+
+
 TRIANGLES = [
     ("lower", "t = Trilu<upper = 0>(s)"),
     ("upper of what is turned", "d = Transpose<perm = [0, 2, 1]>(s)\n u = Trilu(d)\n t = Transpose<perm = [0, 2, 1]>(u)"),

@@ -9,6 +9,7 @@ from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
 from kvsurgeon.sequence.elementwise import align, broadcast, is_of_stream
 from kvsurgeon.sequence.flow import PER_CALL, Step
 from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import Dimension
 from kvsurgeon.shapes.fact import axis_of
 from kvsurgeon.shapes.layout import joined_inputs
@@ -88,7 +89,7 @@ def top_k(step: Step) -> list[Axes]:
     """`TopK`: along one axis."""
     axis = axis_of(step.call.integer("axis", -1), len(step.shape(0)))
     forbid(step, step.axes(0), (axis,))
-    sorted_whole = step.holds_length(step.result_shape()[axis])
+    sorted_whole = dim.is_equal(step.result_shape()[axis], step.shape(0)[axis])
     for held in step.axes(0):
         if held.axis == axis and sorted_whole:
             step.parameter((1,), held.role)

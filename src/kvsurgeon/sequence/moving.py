@@ -182,6 +182,8 @@ def gather_elements(step: Step) -> list[Axes]:
     axis = axis_of(step.call.integer("axis", 0), len(step.shape(0)))
     for index in step.tokens():
         for held in step.axes(index):
+            if held.axis == axis and step.node.op_type == "ScatterElements":
+                raise step.mixing()
             if held.axis == axis:
                 step.works_along(held)
     return broadcast(step, axis)
