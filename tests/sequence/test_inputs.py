@@ -38,6 +38,11 @@ CASES = [
     ("positions that index a table repeated for the batch", "int64[b, n] p9, int64[b, n] q7",
      f"{TOKENS} r = Unsqueeze(table, zero) t = Tile(r, thrice) u = Unsqueeze(q7, two) v = Tile(u, thrice) "
      "y = GatherElements<axis=1>(t, v)", {"p9": {1: NEW}, "q7": {1: NEW}}),
+    ("what is looked for in a vocabulary", "int64[b, n] p9, int64[b, n] q7",
+     "w = Constant<value_ints=[0, 1, 2, 3]>() u = Unsqueeze(p9, two) y = Equal(u, w) z = Cast<to=1>(q7)",
+     {"p9": {1: NEW}, "q7": {1: TOTAL}}),
+    ("what is compared with one number", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} w = Constant<value_ints=[1]>() y = Equal(q7, w)", {"p9": {1: NEW}, "q7": {1: TOTAL}}),
     ("no batch axis", "int64[n] p9", TOKENS, {"p9": {0: NEW}}),
     ("a flag without tokens", "int64[b, n] p9, float[1] q7", f"{TOKENS} y = Mul(e, q7)", {"p9": {1: NEW}, "q7": {}}),
     ("fixed sizes", "int64[1, 6] p9, int64[1, 6] q7", f"{TOKENS} m = Cast<to=1>(q7) y = Mul(m, half)",

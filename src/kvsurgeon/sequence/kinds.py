@@ -14,7 +14,7 @@ from enum import IntEnum
 import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
-from kvsurgeon.graph.constants import constant_tensor
+from kvsurgeon.graph.constants import constant_tensor, small_constant
 from kvsurgeon.graph.liveness import read_by
 from kvsurgeon.sequence.axes import Length
 from kvsurgeon.shapes import dimension as dim
@@ -168,6 +168,8 @@ def _is_given_for_new_tokens(value: ir.Value, sizes: tuple[Dimension, ...]) -> b
         for node, index in current.uses():
             if node.op_type in _WAVES or (node.op_type in LOOKUPS and index == 1 and _is_table(node.inputs[0])):
                 return True
+            if node.op_type == "Equal" and _is_vocabulary(node.inputs[1 - index]):
+                return True
             others = [other for other in node.inputs if other is not None and other not in seen]
             if node.op_type not in _VIEWS or (index > 0 and node.op_type in _FORMED):
                 continue
@@ -177,6 +179,14 @@ def _is_given_for_new_tokens(value: ir.Value, sizes: tuple[Dimension, ...]) -> b
                     seen.add(result)
                     pending.append(result)
     return False
+
+
+def _is_vocabulary(value: ir.Value | None) -> bool:
+    """Whether a value lists 0, 1, 2, ..., each of which is looked for in what is compared with it."""
+    numbers = small_constant(value)
+    if numbers is None or numbers.dtype.kind not in "iu" or numbers.size < 3:
+        return False
+    return bool((numbers.reshape(-1) == range(numbers.size)).all()) and numbers.shape[-1] == numbers.size
 
 
 def _is_table(value: ir.Value | None) -> bool:
