@@ -1,9 +1,11 @@
 """What is claimed of a tensor is what it turns out to be: every intermediate is looked at, at two lengths."""
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
-from exports import NAMES, export, injected_export, with_all_outputs
+from decoders import Config, Decoder
+from exports import NAMES, export, injected, injected_export, with_all_outputs
 from laws import dims_of, in_chunks, in_onnxruntime, texts
 from onnx import helper
 
@@ -38,13 +40,22 @@ def test_claims_are_what_onnxruntime_finds(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_after_injection_what_is_declared_is_what_onnxruntime_finds(name):
-    model, injected = export(name), injected_export(name)
+    assert_declares_what_runs(export(name), injected_export(name), SIZES)
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_mask": False}, {"position_ids": True}], ids=str)
+def test_after_injection_of_a_static_export_too(options):
+    model = onnx.shape_inference.infer_shapes(Decoder(Config(layers=2, static=(2, 9), **options)).model())
+    assert_declares_what_runs(model, injected(model), [(2, 9)])
+
+
+def assert_declares_what_runs(model, injected, pairs):
     declared = {value.name: value for value in (*injected.graph.value_info, *injected.graph.output)}
     assert declared
 
     wide = with_all_outputs(injected)
     run, cuts = in_onnxruntime(wide), (3, 4)
-    for batch, length in SIZES:
+    for batch, length in pairs:
         steps = in_chunks(wide, run, texts(model, batch, length), cuts)
         for past, stop, found in zip((0, *cuts), (*cuts, length), steps, strict=True):
             sizes = {"batch_size": batch, "past_sequence_length": past, "sequence_length": stop - past,

@@ -221,7 +221,10 @@ class _Injection:
         declared = value.shape
         if fact is None or fact.shape is None or declared is None or len(fact.shape) != len(declared):
             return
-        if axes or any(not isinstance(size, int) for size in declared):
+        fixed = isinstance(self.analysis.length, int) and self.analysis.length in declared
+        if fixed and self.flow.kinds.get(value) is Kind.CONTEXT:
+            value.shape = None  # of the length that was fixed, and of another now where it is made of an input
+        elif axes or any(not isinstance(size, int) for size in declared):
             words = spelled_from_export(fact.shape, _decided(axes), self.analysis.length, self.idiom.total)
             value.shape = ir.Shape(words)
 
