@@ -91,6 +91,22 @@ def test_one_token_of_several_texts_is_refused():
         made(MODELS["own"], Inject(idiom="in-place"), CountPositions(), LastLogits())
 
 
+@pytest.mark.parametrize("batch", ["batch_size", 3])
+def test_a_mask_has_the_batch_of_a_cache_that_lies_otherwise(batch):
+    layout = ("kv_heads", "sequence", "head_dim", "batch")
+    model, dims = MODELS["gpt2_torchscript_sdpa"], NameDims(dims=(f"batch_size={batch}",))
+    result = made(model, Inject(idiom="in-place", key_layout=layout), *([dims] if batch == 3 else []), WithoutMask())
+    feeds = texts(model, batch=3, padded=False)
+    expected = in_onnxruntime(model)(feeds)["logits"]
+    given = {}
+    for value in result.graph.input:
+        sizes = [{"max_length": ROOM, "batch_size": 3}.get(size, size) for size in dims_of(value)]
+        if len(sizes) == 4:
+            given[value.name] = np.full(sizes, 7, np.float32)
+    found = in_onnxruntime(result)({"input_ids": feeds["input_ids"], "past_sequence_length": np.array([0]), **given})
+    assert difference(found["logits"], expected) <= ALLOWED["float32"]
+
+
 def test_a_mask_that_grows_is_refused():
     subject = Subject.of(MODELS["own"])
     Inject().apply(subject)

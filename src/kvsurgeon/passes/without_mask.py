@@ -35,20 +35,21 @@ class WithoutMask:
         masks = [value for value in graph.inputs if len(value.shape or ()) == 2 and _length(value) in _TOTALS]
         if not masks:
             return Unchanged(reason="no input is given for all tokens so far")
-        sources = [_buffer(graph, mask) for mask in masks]
+        sources = [_sizes(graph, mask) for mask in masks]
         editor = Editor(subject.model)
-        for mask, (buffer, axis) in zip(masks, sources, strict=True):
-            self._fill(editor, mask, buffer, axis)
+        for mask, (buffer, axes) in zip(masks, sources, strict=True):
+            self._fill(editor, mask, buffer, axes)
         editor.finish()
         return Changed(edits=editor.edits)
 
-    def _fill(self, editor: Editor, mask: ir.Value, buffer: ir.Value, axis: int) -> None:
+    def _fill(self, editor: Editor, mask: ir.Value, buffer: ir.Value, axes: list[int]) -> None:
         assert mask.dtype is not None
-        assert mask.name is not None
+        assert mask.shape is not None
         sizes = editor.node("Shape", [buffer], wish=f"{buffer.name}_shape", dtype=ir.DataType.INT64)
-        places = editor.constant([0, axis], wish="places")
-        target = editor.node("Gather", [sizes, places], wish=f"{mask.name}_shape", dtype=ir.DataType.INT64, shape=[2])
-        one = editor.constant([[1]], mask.dtype.numpy(), wish="counts")
+        places, shape = editor.constant(axes, wish="places"), [len(axes)]
+        target = editor.node("Gather", [sizes, places], wish=f"{mask.name}_shape", dtype=ir.DataType.INT64, shape=shape)
+        rows = mask.shape[0] if isinstance(mask.shape[0], int) else 1
+        one = editor.constant([[1]] * rows, mask.dtype.numpy(), wish="counts")
         ones = editor.node("Expand", [one, target], wish=f"{mask.name}.all", dtype=mask.dtype)
         ones.shape = mask.shape
         mask.replace_all_uses_with(ones)
@@ -64,14 +65,16 @@ def _length(mask: ir.Value) -> int | str | None:
     return size if isinstance(size, int) else size.value
 
 
-def _buffer(graph: ir.Graph, mask: ir.Value) -> tuple[ir.Value, int]:
-    """An input of the cache that has the mask's length, and the axis on which it has it."""
+def _sizes(graph: ir.Graph, mask: ir.Value) -> tuple[ir.Value, list[int]]:
+    """An input of the cache, and its axes that have the sizes of the mask; a batch that is a number needs none."""
     if mask.dtype not in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL):
         raise Refused("what makes every token count is not known of this mask", at=mask.name, found=str(mask.dtype))
+    assert mask.shape is not None
+    wanted = [str(size.value) for size in mask.shape if not isinstance(size, int)]
     for value in graph.inputs:
         names = [None if isinstance(size, int) else size.value for size in value.shape or ()]
-        if len(names) == 4 and _length(mask) in names:
-            return value, names.index(str(_length(mask)))
+        if len(names) == 4 and set(wanted) <= set(names):
+            return value, [names.index(name) for name in wanted]
     raise Refused(
         "no cache is as long as the mask", at=mask.name, found=str(_length(mask)), hint="inject in place first"
     )
