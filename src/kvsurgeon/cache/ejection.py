@@ -14,16 +14,16 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
-from kvsurgeon.cache.joins import Join, check_growth, find_joins, holds_features
+from kvsurgeon.cache.joins import WRITERS, Join, check_growth, find_joins, holds_features
 from kvsurgeon.cache.signature import CacheEntry, CacheSignature
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.liveness import read_by
 from kvsurgeon.graph.plain import in_plain_words
-from kvsurgeon.sequence.kinds import read_inputs, real_inputs
+from kvsurgeon.sequence.kinds import SHAPE_ONLY, read_inputs, real_inputs
 from kvsurgeon.sequence.lengths import Lengths, Source
 from kvsurgeon.shapes import dimension as dim
-from kvsurgeon.shapes.dimension import BATCH, Dimension
+from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension
 from kvsurgeon.shapes.fact import Fact, Numbers, axis_of, known
 from kvsurgeon.shapes.inference import infer_shapes
 
@@ -65,7 +65,8 @@ class _Emptying:
         self.entries = [_entry(join) for join in self.joins]
         self.empty = [join.past for join in self.joins] + _beside_the_past(self.graph, self.joins)
         self.editor = Editor(model)
-        self.reached = _downstream(self.graph, self.empty)
+        self.counters = _counters(self.joins)
+        self.reached = _downstream(self.graph, [*self.empty, *self.counters])
         self.instead: dict[ir.Value, ir.Value] = {}
 
     def operate(self) -> CacheSignature:
@@ -75,8 +76,10 @@ class _Emptying:
         kept = [value for value in self.graph.outputs if value not in presents]
         self.graph.outputs.clear()
         self.graph.outputs.extend(kept)
-        for value in self.empty:
+        for value in (*self.empty, *self.counters):
             self.graph.inputs.remove(value)
+        for value in self.counters:
+            self._count_none(value)
         given, _ = read_inputs(self.graph)
         opset = self.graph.opset_imports.get("", 1)
         self.shapes = infer_shapes(self.graph, given | _emptied(self.empty, self.joins, given), opset)
@@ -93,6 +96,11 @@ class _Emptying:
 
     def _rows(self, join: Join) -> ir.Value:
         """The rows that were joined to a past; an operator that joins them itself loses its past here."""
+        if join.is_written:
+            rows = join.node.inputs[WRITERS[join.node.op_type][1]]
+            assert rows is not None
+            self._replace(join.node.outputs[0], rows)
+            return rows
         if join.slot is None:
             return join.node.outputs[0]
         rows = join.node.inputs[join.slot.rows] or join.node.inputs[0]  # queries, keys and values in one
@@ -101,6 +109,13 @@ class _Emptying:
         given = [place for place, value in enumerate(join.node.inputs) if value is not None]
         join.node.resize_inputs(given[-1] + 1)
         return rows
+
+    def _count_none(self, counter: ir.Value) -> None:
+        """Let the number of past tokens, where it is an input of its own, be 0."""
+        assert counter.dtype is not None
+        shape = [size if isinstance(size, int) else 1 for size in counter.shape or ()]
+        none = self.editor.constant(np.zeros(shape), counter.dtype.numpy(), wish="no_past")
+        counter.replace_all_uses_with(none)
 
     def _take(self, node: ir.Node) -> None:
         """Write down what follows for one node."""
@@ -176,6 +191,33 @@ class _Emptying:
                 _drop_present(join.node, join.slot.present)
 
 
+def _counters(joins: Sequence[Join]) -> list[ir.Value]:
+    """The inputs that say where rows are written: the number of past tokens, which is 0 in a first call.
+
+    Raises:
+        Refused: It is read from something that says more.
+    """
+    found: dict[ir.Value, None] = {}
+    pending = [join.node.inputs[WRITERS[join.node.op_type][0]] for join in joins if join.is_written]
+    seen: set[ir.Value] = set()
+    while pending:
+        value = pending.pop()
+        if value is None or value in seen:
+            continue
+        seen.add(value)
+        node = value.producer()
+        if node is not None:
+            pending += [] if node.op_type in SHAPE_ONLY else node.inputs
+        elif value.is_graph_input() and not value.is_initializer():
+            if len(value.shape or ()) > 1 or value.dtype is None or value.dtype.is_floating_point():
+                raise Refused(
+                    "where rows are written is told by an input that says more than a number", at=value.name,
+                    expected="the number of past tokens", found=str(value.shape),
+                )  # fmt: skip
+            found[value] = None
+    return list(found)
+
+
 def _downstream(graph: ir.Graph, values: Sequence[ir.Value]) -> list[ir.Node]:
     """The nodes that depend on these values or on their shapes, in order."""
     reached, nodes = set(values), []
@@ -196,8 +238,9 @@ def _entry(join: Join) -> CacheEntry:
         )  # fmt: skip
     shape = tuple(size if isinstance(size, int) else size.value for size in past.shape)
     return CacheEntry(
-        past=past.name or "", present=join.present.name or "", dtype=past.dtype, shape=shape, axis=join.axis, rows=""
-    )
+        past=past.name or "", present=join.present.name or "", dtype=past.dtype, shape=shape, axis=join.axis, rows="",
+        idiom=join.idiom,
+    )  # fmt: skip
 
 
 def _beside_the_past(graph: ir.Graph, joins: Sequence[Join]) -> list[ir.Value]:
@@ -206,7 +249,7 @@ def _beside_the_past(graph: ir.Graph, joins: Sequence[Join]) -> list[ir.Value]:
     Raises:
         Refused: One is a past itself, and its present is not the past with new rows behind it.
     """
-    lengths = {_spelled(join.past)[join.axis] for join in joins} - {None}
+    lengths = {_spelled(join.past)[join.axis] for join in joins if not join.is_written} - {None}
     pasts = [join.past for join in joins]
     found = [value for value in real_inputs(graph) if value not in pasts and lengths & set(_spelled(value))]
     for value in found:
@@ -232,14 +275,17 @@ def _emptied(empty: Sequence[ir.Value], joins: Sequence[Join], given: Dimensions
         for value, sizes in reversed(given.items())
         for name, size in zip(_spelled(value), sizes, strict=True)
     }
-    names |= {_spelled(join.past)[join.axis]: 0 for join in joins}
+    room = {join.past: LENGTH if join.is_written else 0 for join in joins}  # a buffer holds a call's rows, and no more
+    names |= {_spelled(join.past)[join.axis]: room[join.past] for join in joins}
     axes = {join.past: join.axis for join in joins}
     found: Dimensions = {}
     for value in empty:
         sizes: list[Dimension] = []
         for axis, (size, name) in enumerate(zip(value.shape or (), _spelled(value), strict=True)):
             own = BATCH if axis == 0 else dim.symbol(f"{value.name}.{axis}")
-            sizes.append(size if isinstance(size, int) else 0 if axes.get(value) == axis else names.get(name, own))
+            sizes.append(
+                size if isinstance(size, int) else room[value] if axes.get(value) == axis else names.get(name, own)
+            )
         found[value] = tuple(sizes)
     return found
 

@@ -1,19 +1,23 @@
 """Which inputs are a past, and which outputs their presents: decided by what the graph computes, never by names.
 
-A present is an input with new rows joined behind it along one axis. The graph writes that as a `Concat`, or leaves it
-to an operator that declares a past and a present of its own.
+A present is an input with new rows joined behind it along one axis, or these rows alone, or an input into which they
+were written. The graph writes that as a `Concat`, as a scatter, or leaves it to an operator that declares a past and a
+present of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.kinds import real_inputs
 from kvsurgeon.shapes.fact import axis_of
+
+Idiom = Literal["grow", "in-place", "new-only"]  # how a present is made: past and new rows, a buffer, new rows alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,10 @@ SLOTS: dict[tuple[str, str], tuple[Slot, ...]] = {
     ("com.microsoft", "Attention"): (Slot(past=4, present=1, rows=0, axis=3),),
 }
 
-WRITES = frozenset({"TensorScatter", "ScatterElements", "ScatterND"})  # rows into a buffer, their first input
+# Operators that write rows into their first input: which input says where, and which holds the rows.
+WRITERS = {"TensorScatter": (2, 1), "ScatterElements": (1, 2)}
+WRITES = frozenset({*WRITERS, "ScatterND"})
+
 _RESHAPED = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})  # the same elements in the same order
 
 
@@ -53,6 +60,12 @@ class Join:
     node: ir.Node  # the `Concat`, or the operator that has a past of its own
     slot: Slot | None  # where the operator declares it; None for a `Concat`
     axis: int  # of the sequence in the past
+    idiom: Idiom = "grow"
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the past is a buffer that the new rows are written into."""
+        return self.idiom == "in-place"
 
 
 def find_joins(graph: ir.Graph) -> tuple[Join, ...]:
@@ -63,8 +76,9 @@ def find_joins(graph: ir.Graph) -> tuple[Join, ...]:
     """
     order = {value: place for place, value in enumerate(real_inputs(graph))}
     found: dict[ir.Value, Join] = {}
+    inside = _joins_inside(graph, order)
     for present in graph.outputs:
-        join = _join(present, order)
+        join = _join(present, order) or _of_rows(present, inside)
         if join is None:
             continue
         if join.past in found:
@@ -77,12 +91,8 @@ def find_joins(graph: ir.Graph) -> tuple[Join, ...]:
 
 
 def find_buffers(graph: ir.Graph) -> tuple[ir.Value, ...]:
-    """Return the pasts that no present returns as they are with new rows behind them.
-
-    They are buffers that new rows are written into, and pasts of which the new rows alone are returned: the host joins
-    them. Neither is empty in a first call in the way that a past that grows is.
-    """
-    inputs = set(real_inputs(graph))
+    """Return the pasts whose presents are made in another way than by joining, such as by a `ScatterND`."""
+    inputs = set(real_inputs(graph)) - {join.past for join in find_joins(graph)}
     returned = {_behind_views(value)[0] for value in graph.outputs}
     found: dict[ir.Value, None] = {}
     for node in graph:
@@ -95,7 +105,7 @@ def find_buffers(graph: ir.Graph) -> tuple[ir.Value, ...]:
 
 
 def check_growth(graph: ir.Graph) -> None:
-    """Hold that no cache is kept in another way than by growing.
+    """Hold that no cache is kept in a way that is not known.
 
     Raises:
         Refused: One is.
@@ -103,10 +113,9 @@ def check_growth(graph: ir.Graph) -> None:
     buffers = find_buffers(graph)
     if buffers:
         raise Refused(
-            "the cache does not grow from call to call", at=buffers[0].name,
-            expected="a present that is the past with new rows behind it",
-            found="a buffer that rows are written into, or new rows alone",
-            hint="start from the model without a cache",
+            "how the cache is kept is not known", at=buffers[0].name,
+            expected="new rows behind the past, alone, or written by a TensorScatter or a ScatterElements",
+            found="rows that are written otherwise", hint="start from the model without a cache",
         )  # fmt: skip
 
 
@@ -137,13 +146,38 @@ def _join(present: ir.Value, inputs: dict[ir.Value, int]) -> Join | None:
             if past in inputs:
                 axis = _axis_before(views, slot.axis, past)
                 return Join(past=past, present=present, node=node, slot=slot, axis=axis)
-    if node.op_type != "Concat" or len(node.inputs) < 2 or node.inputs[0] is None:
+    joins = node.op_type in WRITERS or (node.op_type == "Concat" and len(node.inputs) > 1)
+    if not joins or node.inputs[0] is None:
         return None
     past, views = _behind_views(node.inputs[0])
     if past not in inputs or past.shape is None or not len(past.shape):
         return None
-    axis = _axis_before(views, node.attributes["axis"].as_int(), past)
-    return Join(past=past, present=present, node=node, slot=None, axis=axis)
+    said = node.attributes.get("axis")
+    axis = _axis_before(views, -2 if said is None else said.as_int(), past)
+    idiom: Idiom = "in-place" if node.op_type in WRITERS else "grow"
+    return Join(past=past, present=present, node=node, slot=None, axis=axis, idiom=idiom)
+
+
+def _joins_inside(graph: ir.Graph, inputs: dict[ir.Value, int]) -> dict[ir.Value, list[ir.Node]]:
+    """Every `Concat` of an input and something else, by what that is."""
+    found: dict[ir.Value, list[ir.Node]] = {}
+    for node in graph:
+        if node.op_type != "Concat" or len(node.inputs) != 2 or None in node.inputs:
+            continue
+        past, rows = (_behind_views(value)[0] for value in node.inputs if value is not None)
+        if past in inputs and len(past.shape or ()) > 2 and rows not in inputs:
+            found.setdefault(rows, []).append(node)
+    return found
+
+
+def _of_rows(present: ir.Value, inside: dict[ir.Value, list[ir.Node]]) -> Join | None:
+    """The join whose new rows are returned, and not the whole."""
+    nodes = inside.get(_behind_views(present)[0], [])
+    if len(nodes) != 1 or nodes[0].inputs[0] is None:
+        return None
+    past, views = _behind_views(nodes[0].inputs[0])
+    axis = _axis_before(views, nodes[0].attributes["axis"].as_int(), past)
+    return Join(past=past, present=present, node=nodes[0], slot=None, axis=axis, idiom="new-only")
 
 
 def _behind_views(value: ir.Value) -> tuple[ir.Value, list[ir.Node]]:

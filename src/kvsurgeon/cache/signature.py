@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -24,6 +25,7 @@ class CacheEntry:
         shape: Dimensions of the input as the model declares them; None where one has no name.
         axis: Place of the sequence among them.
         rows: Name of the value that holds the rows of the new tokens, in the graph without the cache.
+        idiom: Whether the output holds past and new rows, is a buffer that these were written into, or holds these.
         layer: Attention layer that reads it, counted in execution order among those with entries; see `located`.
         kind: "key" or "value"; see `located`.
     """
@@ -34,6 +36,7 @@ class CacheEntry:
     shape: tuple[int | str | None, ...]
     axis: int
     rows: str
+    idiom: Literal["grow", "in-place", "new-only"] = "grow"
     layer: int | None = None
     kind: str | None = None
 

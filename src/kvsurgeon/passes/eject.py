@@ -68,11 +68,12 @@ def take_out(subject: Subject) -> CacheSignature | None:
             return None
         signature = ejection.signature.located(analyse(ejection.model))
     for entry in signature.entries:
-        if len(entry.shape) != 4 or entry.axis != CANONICAL_AXIS:
+        if len(entry.shape) != 4 or entry.axis != CANONICAL_AXIS or entry.idiom != "grow":
             raise Refused(
-                "the cache lies in a way of its own, and could not be put back so", at=entry.past,
-                expected="[batch, kv_heads, sequence, head_dim]", found=str(list(entry.shape)),
-                hint="retarget gives it the usual layout",
+                "the cache lies or is kept in a way of its own, and could not be put back so", at=entry.past,
+                expected="[batch, kv_heads, sequence, head_dim], and growing",
+                found=f"{list(entry.shape)}, {entry.idiom}",
+                hint="retarget gives it the usual form",
             )  # fmt: skip
     subject.model = ejection.model
     write_note(subject.model, None)
