@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         load,
         measure_loss,
         plot,
+        replicate_kv_heads,
         save,
         verify,
     )
@@ -33,6 +34,7 @@ __all__ = [
     "load",
     "measure_loss",
     "plot",
+    "replicate_kv_heads",
     "save",
     "verify",
 ]

@@ -14,6 +14,7 @@ from kvsurgeon.parity import verify
 from kvsurgeon.passes.contract import Source, Subject
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.replication import replicate_kv_heads
 from kvsurgeon.report import grid
 from kvsurgeon.runtime import generate
 from kvsurgeon.surgery import Surgery, operate
@@ -31,6 +32,7 @@ __all__ = [
     "load",
     "measure_loss",
     "plot",
+    "replicate_kv_heads",
     "save",
     "verify",
 ]

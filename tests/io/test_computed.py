@@ -70,7 +70,7 @@ def doubled(path: Path) -> ir.Model:
     model = load(path)
     value = model.graph.initializers["changed"]
     assert value.const_value is not None
-    value.const_value = ComputedTensor([Part(tensor=value.const_value, places=ROWS)], axis=0, name="changed")
+    value.const_value = ComputedTensor([[Part(tensor=value.const_value, places=ROWS)]], axis=0, name="changed")
     value.shape = value.const_value.shape
     return model
 
@@ -122,7 +122,7 @@ def test_a_pass_after_a_pass_reads_what_the_first_computes(decoder: Path, tmp_pa
     model = doubled(decoder)
     value = model.graph.initializers["changed"]
     assert value.const_value is not None
-    value.const_value = ComputedTensor([Part(tensor=value.const_value, places=np.arange(5))], axis=0, name="changed")
+    value.const_value = ComputedTensor([[Part(tensor=value.const_value, places=np.arange(5))]], axis=0, name="changed")
     np.testing.assert_array_equal(read(save(model, tmp_path / "out"))["changed"], read(decoder)["changed"][ROWS][:5])
 
 
@@ -151,7 +151,7 @@ def test_weights_inside_the_model_file_stay_there(decoder: Path, tmp_path: Path)
     model = load(proto)
     value = model.graph.initializers["changed"]
     assert value.const_value is not None
-    value.const_value = ComputedTensor([Part(tensor=value.const_value, places=ROWS)], axis=0, name="changed")
+    value.const_value = ComputedTensor([[Part(tensor=value.const_value, places=ROWS)]], axis=0, name="changed")
     saved = save(model, tmp_path / "out")
     assert names(tmp_path / "out") == {"model.onnx"}
     np.testing.assert_array_equal(read(saved)["changed"], read(decoder)["changed"][ROWS])
@@ -179,7 +179,7 @@ if limit:
 model = load(source)
 value = model.graph.initializers["changed"]
 places = np.repeat(np.arange(32), 2)
-value.const_value = ComputedTensor([Part(tensor=value.const_value, places=places)], axis=0, name="changed")
+value.const_value = ComputedTensor([[Part(tensor=value.const_value, places=places)]], axis=0, name="changed")
 print("ready", flush=True)
 try:
     while True:

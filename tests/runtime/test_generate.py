@@ -1,6 +1,7 @@
 """Text comes out: greedy and by chance, one prompt and several, and it stops where it should."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -8,6 +9,7 @@ import pytest
 from decoders import CachedDecoder, Config, Decoder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import kvsurgeon
 from kvsurgeon.errors import InputError, UsageError
 from kvsurgeon.runtime import Sampling, Writer, generate
 from kvsurgeon.runtime.text import Reader
@@ -215,3 +217,14 @@ def test_a_seed_repeats_itself_and_another_does_not():
 def test_a_sampling_that_makes_no_sense_is_refused(wrong):
     with pytest.raises(UsageError, match="expected"):
         Sampling(**wrong)
+
+
+def test_logits_of_a_text_are_the_same_with_a_cache_and_without(tmp_path):
+    demo = Path(kvsurgeon.__file__).parent / "demo" / "model"
+    path = kvsurgeon.inject(demo, tmp_path / "out", verify=False).path
+    without, cached = Writer(demo), Writer(path)
+    text = without.encode("It was late, and nobody came.")[0]
+    for _ in range(2):  # nothing is remembered from one text to the next
+        expected, found = without.logits(text), cached.logits(text)
+        assert expected.shape == (1, len(text), 1024)
+        np.testing.assert_allclose(found, expected, atol=1e-3)

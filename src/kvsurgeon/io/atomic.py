@@ -56,8 +56,13 @@ class Draft:
                 self._made.append(one)
 
     @contextmanager
-    def new(self, path: Path) -> Iterator[BinaryIO]:
-        """Give a file to write to; when the block ends its bytes are on the disk, and `publish` names it `path`.
+    def new(self, path: Path, *, synced: bool = True) -> Iterator[BinaryIO]:
+        """Give a file to write to, which `publish` names `path`.
+
+        Args:
+            path: What it is called in the end.
+            synced: Whether its bytes are on the disk when the block ends. If not, they are handed to the system, as
+                `cp` does: should the machine stop in the next seconds, the file is too short, and loading says so.
 
         Raises:
             UsageError: The file cannot be written there.
@@ -67,7 +72,10 @@ class Draft:
             self._pending.append(pending)
             yield pending.file
             pending.file.flush()
-            os.fsync(pending.file.fileno())
+            if synced:
+                os.fsync(pending.file.fileno())
+            else:
+                os.close(os.dup(pending.file.fileno()))  # network file systems say only then that a write failed
 
     def link(self, source: Path, path: Path) -> bool:
         """Return whether `source` can have the further name `path`, which `publish` then gives to it."""

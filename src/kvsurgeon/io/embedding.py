@@ -91,7 +91,7 @@ def _write(tensors: Sequence[ir.TensorProtocol], data: Path, draft: Draft, repor
     if free < total:
         raise UsageError(f"expected room for {total:,} bytes at `{data}`, found {free:,}; choose another folder")
     offsets: dict[object, int] = {}
-    with draft.new(data) as file:
+    with draft.new(data, synced=False) as file:
         told = _Told(file, lambda done: report(data.name, done, total))
         for identity, tensor in distinct.items():
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))

@@ -115,7 +115,8 @@ def _limit(sides: Sequence[Keys]) -> float:
 def _panel(panel: SubFigure, keys: Keys, grid: _Grid, limit: float) -> Any:
     size = keys.query_heads // keys.kv_heads
     shared = "each query head has its own" if size == 1 else f"{size} query heads share one"
-    panel.suptitle(f"{keys.model}\n{keys.query_heads} query heads, {keys.kv_heads} KV heads: {shared}", fontsize=9)
+    counts = f"{keys.query_heads} query heads, {keys.kv_heads} KV head{'s' if keys.kv_heads > 1 else ''}"
+    panel.suptitle(f"{keys.model}\n{counts}: {shared}", fontsize=9)
     cells = panel.subplots(len(grid.rows), grid.columns, squeeze=False, sharex=True, sharey=True)
     image = None
     for row, heads in enumerate(grid.rows):

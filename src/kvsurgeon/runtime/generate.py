@@ -172,6 +172,21 @@ class Writer:
             step_seconds=tuple(calls[1:]),
         )
 
+    def logits(self, tokens: Sequence[int]) -> Array:
+        """Return the logits of every token of a text, `[1, length, vocabulary]`; of the last alone where that is all.
+
+        Raises:
+            RunError: The model cannot be run on a text of this length.
+        """
+        given = np.array([tokens], np.int64)
+        decoder, length = self._decoder, len(tokens)
+        self._forget()
+        fill = 0 if isinstance(decoder, CachedDecoder) else (decoder.length or length) - length
+        padded = np.pad(given, ((0, 0), (0, fill)), mode="edge")
+        feeds = decoder.inputs.whole(padded, np.ones_like(padded))
+        outputs = decoder.advance(feeds) if isinstance(decoder, CachedDecoder) else decoder.run(feeds)
+        return outputs[decoder.logits][:, :length]
+
     def encode(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
         """Return the tokens of one prompt or of several.
 

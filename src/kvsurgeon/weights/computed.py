@@ -90,7 +90,7 @@ class ComputedTensor(ir.LazyTensor):
     def tofile(self, file: Any) -> None:
         """Write the elements as they are stored, no more than a chunk of them in memory."""
         for piece in self.chunks():
-            file.write(self._stored(piece))
+            file.write(piece.view(np.uint8).data if self.dtype.bitwidth >= 8 else self._stored(piece))
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield the elements in order, in flat pieces."""
@@ -139,13 +139,22 @@ class ComputedTensor(ir.LazyTensor):
 
     def _rows(self, array: np.ndarray, places: np.ndarray, start: int, stop: int) -> np.ndarray:
         if self.axis == 0:
-            return np.take(array, places[start:stop], axis=0)
-        return np.take(array[start:stop], places, axis=self.axis)
+            return _taken(array, places[start:stop], 0)
+        return _taken(array[start:stop], places, self.axis)
 
     def _stored(self, piece: np.ndarray) -> bytes:
         if self.dtype.bitwidth < 8:
             return ir.Tensor(piece, dtype=self.dtype).tobytes()
         return piece.tobytes()
+
+
+def _taken(array: np.ndarray, places: np.ndarray, axis: int) -> np.ndarray:
+    """Places of an array along an axis; whole heads at a time where they stand together, which is many times faster."""
+    shape = array.shape
+    breaks = np.flatnonzero(np.diff(places) != 1) + 1
+    run = int(np.gcd.reduce([shape[axis], len(places), *breaks, *places[:1], *places[breaks]])) or 1
+    heads = array.reshape(*shape[:axis], shape[axis] // run, run, *shape[axis + 1 :])
+    return np.take(heads, places[::run] // run, axis=axis).reshape(*shape[:axis], len(places), *shape[axis + 1 :])
 
 
 @contextmanager
