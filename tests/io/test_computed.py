@@ -184,6 +184,7 @@ print("ready", flush=True)
 try:
     while True:
         save(model, out)
+        print("saved", flush=True)
         if limit or out.name == "once":
             break
 except KvsurgeonError as error:
@@ -226,7 +227,8 @@ def test_a_killed_process_leaves_the_old_model_or_the_new_one(decoder: Path, tmp
         command = [sys.executable, "-c", SAVE, str(decoder), str(out), "0"]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
             assert writer.stdout is not None
-            writer.stdout.readline()
+            for _ in range(1 + number % 2):  # "ready", and every other time a first "saved"
+                writer.stdout.readline()
             time.sleep(chance.uniform(0, 0.03))
             writer.send_signal(signal.SIGKILL)
         after = read(out / "model.onnx")["changed"]
@@ -234,4 +236,4 @@ def test_a_killed_process_leaves_the_old_model_or_the_new_one(decoder: Path, tmp
         np.testing.assert_array_equal(after, before if len(after) == 32 else before[ROWS])
         remove_stale(out)  # as the next save would: a model is replaced in two steps, between which it may end
         assert not [name for name in names(out) if name.startswith(".")]
-    assert found == {32, 64} or found == {64}, "no save was completed: the kills come too early"
+    assert 64 in found
