@@ -128,6 +128,7 @@ def _run(command: list[str]) -> dict:
 
 
 def _copy(source: Path, target: Path, synced: bool) -> float:
+    subprocess.run(["sync", str(source)], check=True)  # what is not on the disk yet cannot be forgotten
     forget(source)
     start = time.perf_counter()
     subprocess.run(["cp", str(source), str(target)], check=True)
