@@ -20,6 +20,8 @@ ON_TOKENS = [
     ("Split and Concat of features", "a, z = Split<axis = 2, num_outputs = 2>(x)\n h = Concat<axis = 2>(z, a)", ""),
     ("Concat with a constant row", "o = Expand(half, wide)\n wide = Concat<axis = 0>(bn, four)\n bn = Slice(sizes, first, third)\n"
      "p = Concat<axis = 2>(x, o)\n h = MatMul(p, w12)", "int64[1] four = {4}, float[12, 8] w12"),
+    ("Concat of one", "h = Concat<axis = 1>(x)", ""),
+    ("Concat with nothing", "bs = Slice(sizes, first, second)\n sh = Concat<axis = 0>(bs, none8)\n none = ConstantOfShape<value = float[1] {0.0}>(sh)\n h = Concat<axis = 1>(none, x)", "int64[2] none8 = {0, 8}"),
     ("Slice of features", "a = Slice(x, first, four, third)\n h = Concat<axis = 2>(a, a)", "int64[1] four = {4}"),
     ("Slice of all tokens", "h = Slice(x, first, end, second)", "int64[1] end = {9223372036854775807}"),
     ("Slice to the length itself", "n1 = Unsqueeze(length, first)\n h = Slice(x, first, n1, second)", ""),

@@ -111,7 +111,9 @@ def concat(step: Step) -> list[Axes]:
     joined = axis_of(step.call.integer("axis", 0), rank)
     found: dict[int, SequenceAxis] = {}
     owner: dict[int, int] = {}
-    indices = joined_inputs(step.call)
+    indices = [index for index in joined_inputs(step.call) if step.shape(index)[joined] != 0]
+    if len(indices) == 1 and step.kind(indices[0]) is Kind.TOKEN:
+        return [step.axes(indices[0])]  # joined to nothing
     for index in sorted(set(step.tokens()) & set(indices), key=lambda index: is_of_stream(step.axes(index))):
         for axis in step.axes(index):
             if axis.axis == joined:
