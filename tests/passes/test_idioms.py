@@ -116,3 +116,8 @@ def test_positions_must_be_given_to_be_read():
 def test_a_buffer_longer_than_the_model():
     with pytest.raises(Refused, match="expected max-length of at most 9, found 32"):
         injected(Decoder(Config(layers=1, static=(2, 9))).model(), idiom="in-place", max_length=ROOM)
+
+
+def test_an_export_of_fixed_length_has_a_buffer_of_that_length():
+    model = injected(Decoder(Config(layers=1, static=(2, 9))).model(), idiom="in-place")
+    assert dims_of(next(value for value in model.graph.input if value.name.startswith("past"))) == [2, 2, 9, 8]

@@ -21,6 +21,7 @@ from kvsurgeon.sequence.axes import Length
 from kvsurgeon.sequence.kinds import GivenInput
 from kvsurgeon.sequence.lengths import HELD, NEW, PAST, ROOM, Source
 from kvsurgeon.sequence.proof import Proof
+from kvsurgeon.shapes.dimension import Dimension
 
 Count = Literal["shape", "input", "positions", "mask"]  # where the number of past tokens is read
 
@@ -82,12 +83,15 @@ def plan_cache(options: Options, analysis: Analysis, proof: Proof) -> Plan:
         past=options.past, present=options.present, dtype=dtype,
         key_layout=options.key_layout, value_layout=options.value_layout,
     )  # fmt: skip
-    return Plan(idiom=_idiom(options, count), count=count, entries=find_entries(analysis.heads, naming))
+    return Plan(
+        idiom=_idiom(options, count, analysis.length), count=count, entries=find_entries(analysis.heads, naming)
+    )
 
 
-def _idiom(options: Options, count: Count) -> Idiom:
+def _idiom(options: Options, count: Count, length: Dimension) -> Idiom:
     if options.idiom == "in-place":
-        return InPlace(room=options.max_length or ROOM, cut_short=count == "mask")
+        longest = length if isinstance(length, int) else ROOM  # what an export of fixed length can be run on
+        return InPlace(room=options.max_length or longest, cut_short=count == "mask")
     if options.idiom == "new-only":
         return NewOnly(past=PAST if count == "shape" else HELD)
     return Grow()
