@@ -182,3 +182,40 @@ def test_names_stay_with_what_they_named():
     shapes = {value.name: value.type.tensor_type.shape.dim for value in injected.graph.value_info}
     assert [dim.dim_value or dim.dim_param for dim in shapes["s"]][1] == 4
     assert "Reshape" in [node.op_type for node in injected.graph.node if node.output[0] == "s"]
+
+
+FUSED = """
+fused (float[batch, length, 8] x) => (float[batch, length, 8] logits)
+<float[8, 8] wq, float[8, 4] wk, float[8, 4] wv, int64[4] split = {0, 0, 4, 2}, int64[4] split_kv = {0, 0, 2, 2},
+ int64[1] two = {2}, int64[5] copies = {1, 1, 2, 1, 1}, int64[4] four = {0, 4, -1, 2}, int64[3] merge = {0, 0, 8}>
+{
+  q = MatMul(x, wq)
+  q4 = Reshape(q, split)
+  qh = Transpose<perm = [0, 2, 1, 3]>(q4)
+  k = MatMul(x, wk)
+  k4 = Reshape(k, split_kv)
+  kh = Transpose<perm = [0, 2, 1, 3]>(k4)
+  v = MatMul(x, wv)
+  v4 = Reshape(v, split_kv)
+  vh = Transpose<perm = [0, 2, 1, 3]>(v4)
+  k5 = Unsqueeze(kh, two)
+  k_all = Expand(k5, copies)
+  k_heads = Reshape(k_all, four)
+  VALUES
+  c = Attention<is_causal = 1>(qh, k_heads, v_heads)
+  ct = Transpose<perm = [0, 2, 1, 3]>(c)
+  logits = Reshape(ct, merge)
+}
+"""
+EXPANDED_VALUES = "v5 = Unsqueeze(vh, two) v_all = Expand(v5, copies) v_heads = Reshape(v_all, four)"
+SCALED_VALUES = (
+    "v5 = Unsqueeze(vh, two) v_all = Expand(v5, copies) v_half = Add(v_all, v_all) v_heads = Reshape(v_half, four)"
+)
+
+
+@pytest.mark.parametrize(("values", "left"), [(EXPANDED_VALUES, 0), (SCALED_VALUES, 2)], ids=["shared", "one is not"])
+def test_a_fused_operator_shares_the_heads_by_itself(values, left):
+    original = read(FUSED.replace("VALUES", values), opset=23)
+    injected = kvsurgeon.KeyValueCacheInjector(inplace=False).apply(original)
+    assert [node.op_type for node in injected.graph.node].count("Expand") == left
+    assert_law(original, injected)

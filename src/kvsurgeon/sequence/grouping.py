@@ -16,7 +16,7 @@ import onnx_ir as ir
 from kvsurgeon.sequence.analysis import Head, Operand
 from kvsurgeon.sequence.axes import Length
 from kvsurgeon.sequence.cuts import Memory
-from kvsurgeon.sequence.flow import Flow
+from kvsurgeon.sequence.flow import Flow, FusedAttention
 from kvsurgeon.sequence.reading import FEATURES, TOKENS, Reading, read
 from kvsurgeon.sequence.remember import USUAL, Layouts, Order
 from kvsurgeon.sequence.targets import reshape_target
@@ -49,10 +49,32 @@ class Grouping:
 
     def regroup(self, head: Head) -> None:
         """Regroup the products of one attention, where it saves work for every token so far."""
+        if head.fused is not None:
+            self._share_heads(head.fused, (*head.keys, *head.values))
+            return
         for operand in head.keys:
             self._regroup(operand, may_scale=True)
         for operand in head.values:
             self._regroup(operand, may_scale=False)
+
+    def _share_heads(self, fused: FusedAttention, operands: Sequence[Operand]) -> None:
+        """Let a fused operator share the heads of keys and values among its queries by itself, if it shares both."""
+        if len(fused.layout) != 4:
+            return
+        caches = []
+        for operand in operands:
+            node, index = operand.place
+            value = self.tokens.before[node][index]
+            reading = None if value is None else read(self.flow, self.tokens.before, value, operand.memory)
+            if reading is None or reading.repeats == 1 or reading.scales:
+                return
+            if not reading.stacks_heads(((TOKENS,), (FEATURES,))) or len(reading.axes) != 4:
+                return
+            cache, order = self._caches[operand.memory.value]
+            caches.append((operand, cache, order))
+        for operand, cache, order in caches:
+            rows = self.layouts.all_rows(operand.memory, cache, order, USUAL)
+            self.editor.rewire(*operand.place, rows)
 
     def _regroup(self, operand: Operand, *, may_scale: bool) -> None:
         node, index = operand.place
