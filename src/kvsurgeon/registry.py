@@ -16,6 +16,8 @@ from kvsurgeon.errors import PluginError, UsageError
 GROUP = "kvsurgeon.passes"
 
 BUILT_IN = {
+    "position-ids": "kvsurgeon.passes.position_ids:PositionIds",
+    "rename": "kvsurgeon.passes.rename:Rename",
     "inject": "kvsurgeon.passes.inject:Inject",
     "eject": "kvsurgeon.passes.eject:Eject",
     "retarget": "kvsurgeon.passes.retarget:Retarget",

@@ -65,8 +65,10 @@ def judge(
     texts, all outputs but the cache compared; in several calls where both have a cache.
     """
     graphs = load_graph(original).graph, load_graph(result).graph
-    gained = {value.name for value in graphs[1].input} - {value.name for value in graphs[0].input}
-    lost = {value.name for value in graphs[0].output} - {value.name for value in graphs[1].output}
+    gained, lost = (
+        {value.name for value in one.output} - {value.name for value in other.output}
+        for one, other in (graphs[::-1], graphs)
+    )
     if gained and not lost:
         report = verify(original, result, folder=folder, seed=seed, progress=progress)
         return Sameness(verdict=report.verdict, problems=report.problems, report=report)

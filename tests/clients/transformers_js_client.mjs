@@ -16,7 +16,8 @@ const tensor = (rows) => new Tensor("int64", BigInt64Array.from(rows.flat().map(
 const answers = [];
 for (const { ids, mask, new: count } of cases) {
   const given = { inputs: tensor(ids), attention_mask: tensor(mask) };
-  const options = { max_new_tokens: count, do_sample: false, eos_token_id: -1, pad_token_id: 0, repetition_penalty: 1 };
+  const options = { max_new_tokens: count, do_sample: false, eos_token_id: -1, pad_token_id: 0, repetition_penalty: 1,
+    forced_eos_token_id: null };
   const made = await model.generate({ ...given, ...options });
   answers.push(made.tolist().map((row) => row.slice(ids[0].length).map(Number)));
 }

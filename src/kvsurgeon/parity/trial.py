@@ -47,7 +47,8 @@ def judge(scenario: Scenario, original: Original, cached: CachedDecoder, toleran
     counted = scenario.mask.astype(bool)
     if _not_numbers(expected[original.decoder.logits], counted):
         return replace(facts, reason="the original's logits are not numbers")
-    feeds = cached.inputs.whole(scenario.tokens, scenario.mask, types=original.types)
+    by_place = _told_only_later(original, cached)
+    feeds = cached.inputs.whole(scenario.tokens, scenario.mask, types=original.types, by_place=by_place)
     whole = perform(cached, feeds, [(0, facts.length)])
     chunked = whole if len(scenario.chunks) == 1 else perform(cached, feeds, scenario.spans)
     failed = whole if whole.failure else chunked
@@ -57,6 +58,13 @@ def judge(scenario: Scenario, original: Original, cached: CachedDecoder, toleran
     found = _outputs(chunked.calls, expected, cached, counted, tolerance)
     faults = cache_faults(cached.cache, whole, chunked, counted, tolerance.error)
     return _sentence(facts, first, found, faults, cached, tolerance)
+
+
+def _told_only_later(original: Original, cached: CachedDecoder) -> set[str]:
+    """Return the inputs of positions where the original counts them itself, padding included."""
+    if any(given.kind == "positions" for given in original.inputs.given):
+        return set()
+    return {given.name for given in cached.inputs.given if given.kind == "positions"}
 
 
 def _not_numbers(logits: Array, counted: Counted) -> bool:

@@ -79,15 +79,21 @@ class Inputs:
         """Whether padding can be told to the model."""
         return any(given.kind in ("mask", "visibility") for given in self.given)
 
-    def whole(self, tokens: Tokens, mask: Tokens, *, types: int = 1) -> dict[str, Array]:
+    def whole(
+        self, tokens: Tokens, mask: Tokens, *, types: int = 1, by_place: Collection[str] = ()
+    ) -> dict[str, Array]:
         """Return the feeds of the whole text.
 
         Args:
             tokens: Ids, `[batch, sequence]`.
             mask: 1 where a token counts, 0 at padding.
             types: How many token types to deal out where the model has such an input.
+            by_place: Inputs of positions that count padding like any token, as a model without them does.
         """
-        return {given.name: _value(given, tokens, mask, types) for given in self.given}
+        ones = np.ones_like(mask)
+        return {
+            given.name: _value(given, tokens, ones if given.name in by_place else mask, types) for given in self.given
+        }
 
     def part(self, feeds: Mapping[str, Array], past: int, total: int) -> dict[str, Array]:
         """Return the feeds of the call that adds the tokens `past:total`."""

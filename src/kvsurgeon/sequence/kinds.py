@@ -37,7 +37,7 @@ SHAPE_ONLY = frozenset({"Shape", "Size", "ConstantOfShape", "EyeLike"})
 # fmt: off
 _VIEWS = frozenset({
     "Cast", "CastLike", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Expand", "Tile", "Transpose", "Clip",
-    "Add", "Sub", "Mul", "Div", "Max", "Min", "Abs", "Slice",
+    "Add", "Sub", "Mul", "Div", "Max", "Min", "Abs", "Slice", "Concat",
 })
 # fmt: on
 _FORMED = frozenset({"Reshape", "Expand", "Tile", "Slice"})  # by a shape, which is their second input
@@ -173,7 +173,7 @@ def _is_given_for_new_tokens(value: ir.Value, sizes: tuple[Dimension, ...]) -> b
             others = [other for other in node.inputs if other is not None and other not in seen]
             if node.op_type not in _VIEWS or (index > 0 and node.op_type in _FORMED):
                 continue
-            if node.op_type in _FORMS or all(constant_tensor(other) is not None for other in others):
+            if node.op_type in _FORMS or not any(_reads_input(other) for other in others):
                 result = node.outputs[0]
                 if result not in seen:
                     seen.add(result)
@@ -187,6 +187,23 @@ def _is_vocabulary(value: ir.Value | None) -> bool:
     if numbers is None or numbers.dtype.kind not in "iu" or numbers.size < 3:
         return False
     return bool((numbers.reshape(-1) == range(numbers.size)).all()) and numbers.shape[-1] == numbers.size
+
+
+def _reads_input(value: ir.Value) -> bool:
+    """Whether what is in a value, and not only its shape, comes from an input of the graph."""
+    seen, pending = {value}, [value]
+    while pending:
+        current = pending.pop()
+        node = current.producer()
+        if node is None:
+            if current.is_graph_input() and constant_tensor(current) is None:
+                return True
+            continue
+        if node.op_type not in SHAPE_ONLY:
+            fresh = [source for source in node.inputs if source is not None and source not in seen]
+            seen.update(fresh)
+            pending += fresh
+    return False
 
 
 def _is_table(value: ir.Value | None) -> bool:

@@ -38,6 +38,8 @@ def fitted_config(facts: Facts) -> Mapping[str, Any]:
         "num_key_value_heads": facts.kv_heads[0],
         "num_attention_heads": facts.query_heads or facts.kv_heads[0],
         "head_dim": facts.head_dims[0],
+        "multi_query": False,  # which would have it look for caches that hold a key and a value in one
+        "is_encoder_decoder": False,
     }
     return {**dict.fromkeys(_TOKENS), **config}
 

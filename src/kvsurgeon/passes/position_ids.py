@@ -1,0 +1,105 @@
+"""Let a model that counts positions itself be told them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.plain import in_plain_words
+from kvsurgeon.graph.recursion import room_for_deep_graphs
+from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.sequence.analysis import Analysis, analyse
+from kvsurgeon.sequence.axes import Length
+from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.sequence.placing import Placing, at_tokens
+from kvsurgeon.sequence.proof import prove
+
+Place = tuple[ir.Node, int, int]  # a node on tokens, the input that is context, the axis of it that holds tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionIds:
+    """Let a model that counts positions itself be told them: padding on the left then shifts nothing.
+
+    Before: embeddings and rotary angles of token `i` are those of place `i`. After: they are those of
+    `position_ids[batch, i]`. Masks, and biases that depend on the distance of two tokens, stay as they are, and so do
+    positions that are counted from `attention_mask`.
+
+    Not handled: exports of a fixed length.
+
+    Attributes:
+        input: Name of the new input, int64 `[batch, length]`.
+    """
+
+    name: ClassVar[str] = "position-ids"
+
+    input: str = "position_ids"
+
+    def apply(self, subject: Subject) -> Outcome:
+        """Give `subject.model` the input.
+
+        Raises:
+            Refused: The model is no causal decoder that can be handled soundly; it is left as it was.
+        """
+        if any(value.name == self.input for value in subject.model.graph.inputs):
+            return Unchanged(reason=f"it has an input `{self.input}`")
+        model = in_plain_words(subject.model)
+        with room_for_deep_graphs():
+            analysis = analyse(model)
+            prove(analysis)
+            edits = _place(analysis, self.input)
+        if not edits:
+            return Unchanged(reason="nothing in it depends on the place of a token but masks and distances")
+        subject.model = model
+        return Changed(edits=edits)
+
+
+def _place(analysis: Analysis, name: str) -> int:
+    """Return the number of edits; none where there is nothing to be placed."""
+    if isinstance(analysis.length, int):
+        raise Refused(
+            "positions are folded into an export of fixed length", found=f"length {analysis.length}",
+            hint="export with dynamic axes",
+        )  # fmt: skip
+    editor = Editor(analysis.model)
+    tokens = next(given.value for given in analysis.inputs if given.is_token)
+    editor.free(name)
+    positions = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=_shape_of(analysis, tokens))
+    placing = Placing(analysis.flow, editor, positions)
+    places = [place for place in _places(analysis) if not placing.follows_input(place[0].inputs[place[1]])]  # type: ignore[arg-type]
+    for node, index, axis in places:
+        editor.rewire(node, index, at_tokens(placing, node, index, axis))
+    if places:
+        analysis.model.graph.inputs.append(positions)
+        editor.finish()
+    return editor.edits if places else 0
+
+
+def _shape_of(analysis: Analysis, tokens: ir.Value) -> ir.Shape:
+    """Return `[batch, length]`, as the tokens spell it."""
+    given = next(given for given in analysis.inputs if given.value is tokens)
+    (length,) = given.lengths
+    sizes = list(tokens.shape or ())
+    batch = next((size for axis, size in enumerate(sizes[:length]) if axis not in given.lengths), 1)
+    return ir.Shape([batch, sizes[length]])
+
+
+def _places(analysis: Analysis) -> list[Place]:
+    """Where context with a row for each new token meets tokens outside attention."""
+    flow = analysis.flow
+    inside = {node for head in analysis.heads for node in head.upstream_of_weights() | head.ends}
+    found = []
+    for (node, index), axes in flow.demands.items():
+        value = node.inputs[index]
+        if node in inside or value is None or flow.kinds.get(value) is not Kind.CONTEXT:
+            continue
+        if flow.targets.get(node) == index or (node, index) in flow.parameters or len(axes) != 1:
+            continue
+        (axis,) = axes
+        if axis.role.resolved() is Length.NEW and axis.is_plain:
+            found.append((node, index, axis.axis))
+    return found
