@@ -1,0 +1,109 @@
+"""A model that counts positions itself, told them: the same for the same positions, and padding shifts nothing."""
+
+import numpy as np
+import onnx
+import pytest
+from decoders import Config, Decoder
+from exports import ONE_OF_EACH, export
+
+from kvsurgeon import io
+from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.parity import verify
+from kvsurgeon.passes.contract import Changed, Subject, Unchanged
+from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.position_ids import PositionIds
+from kvsurgeon.passes.rename import Rename
+from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.runtime import UncachedDecoder, open_session
+from kvsurgeon.sameness import judge
+
+PADDING = 3
+COUNTING = [name for name in ONE_OF_EACH if not name.startswith("bloom")]  # whose biases depend on distances alone
+
+
+def told(model, **options):
+    subject = Subject.of(model)
+    assert isinstance(PositionIds(**options).apply(subject), Changed)
+    result = io.to_proto(subject.model)
+    onnx.checker.check_model(result)
+    return result
+
+
+def logits(model, ids, mask):
+    decoder = UncachedDecoder(open_session(model, threads=1))
+    return decoder.run(decoder.inputs.whole(ids, mask))[decoder.logits]
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_padding_on_the_left_shifts_nothing(name):
+    ids = np.random.default_rng(1).integers(3, 40, (2, 9))
+    expected = logits(export(name), ids, np.ones_like(ids))
+    padded = np.pad(ids, ((0, 0), (PADDING, 0)))
+    mask = np.pad(np.ones_like(ids), ((0, 0), (PADDING, 0)))
+    found = logits(told(export(name)), padded, mask)[:, PADDING:]
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.ptp(expected))
+
+
+@pytest.mark.parametrize("name", ["gpt2_torchscript_sdpa", "llama_dynamo_sdpa"])
+def test_positions_are_read_and_not_counted(name):
+    ids = np.random.default_rng(1).integers(3, 40, (2, 9))
+    decoder = UncachedDecoder(open_session(told(export(name)), threads=1))
+    feeds = decoder.inputs.whole(ids, np.ones_like(ids))
+    usual = decoder.run(feeds)[decoder.logits]
+    apart = decoder.run({**feeds, "position_ids": feeds["position_ids"] * np.array([[1], [2]])})[decoder.logits]
+    np.testing.assert_array_equal(apart[0], usual[0])
+    assert np.abs(apart[1] - usual[1]).max() > 0.01 * np.ptp(usual)
+
+
+@pytest.mark.parametrize("name", ["gpt2_torchscript_sdpa", "llama_torchscript_sdpa", "gemma2_dynamo_eager"])
+def test_a_cache_comes_in_behind_it_and_the_judge_agrees(name):
+    result = Pipeline((PositionIds(), Inject())).run(export(name))
+    positions = next(value for value in result.model.graph.inputs if value.name == "position_ids")
+    assert [dim.value for dim in positions.shape] == ["batch_size", "sequence_length"]
+    assert verify(export(name), io.to_proto(result.model)).verdict == "same"
+
+
+def test_alone_it_is_judged_too():
+    assert judge(export("llama_dynamo_sdpa"), told(export("llama_dynamo_sdpa"))).verdict == "same"
+    broken = told(export("gpt2_dynamo_sdpa"))
+    next(node for node in broken.graph.node if "position_ids" in node.input).input[0] = "input_ids"
+    assert judge(export("gpt2_dynamo_sdpa"), broken).verdict == "different"
+
+
+def test_rows_are_not_computed_for_positions_that_nobody_has():
+    """No range over the length is left for positions, and nothing is computed whole and picked from."""
+    model = told(export("llama_dynamo_sdpa"))
+    readers = {node.op_type for node in model.graph.node if "position_ids" in node.input}
+    assert readers == {"Reshape"}
+
+
+def test_twice_is_once_and_another_name_is_another_name():
+    model = told(export("gpt2_dynamo_sdpa"), input="positions")
+    assert model.graph.input[-1].name == "positions"
+    assert isinstance(PositionIds(input="positions").apply(Subject.of(model)), Unchanged)
+    assert isinstance(PositionIds().apply(Subject.of(model)), Unchanged)
+
+
+def test_what_depends_on_distances_alone_is_left_as_it_is():
+    subject = Subject.of(export("bloom_dynamo_eager"))
+    before = subject.model
+    assert "masks and distances" in PositionIds().apply(subject).reason
+    assert subject.model is before
+
+
+def test_an_export_of_fixed_length_is_refused():
+    with pytest.raises(Refused, match="fixed length, found length 16"):
+        PositionIds().apply(Subject.of(Decoder(Config(static=(1, 16))).model()))
+
+
+def test_inputs_and_outputs_are_called_otherwise():
+    subject = Subject.of(Decoder(Config(position_ids=True)).model())
+    outcome = Rename(names=("position_ids:positions", "logits:scores", "nothing:else")).apply(subject)
+    assert outcome.edits == 2
+    graph = io.to_proto(subject.model).graph
+    assert {"positions", "scores"} <= {value.name for value in (*graph.input, *graph.output)}
+    assert isinstance(Rename(names=("position_ids:positions",)).apply(subject), Unchanged)
+    with pytest.raises(Refused, match="of that name - at `scores`"):
+        Rename(names=("positions:scores",)).apply(subject)
+    with pytest.raises(UsageError, match="old:new"):
+        Rename(names=("positions",)).apply(subject)
