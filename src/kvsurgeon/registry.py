@@ -16,8 +16,6 @@ from kvsurgeon.errors import PluginError, UsageError
 GROUP = "kvsurgeon.passes"
 
 BUILT_IN = {
-    "position-ids": "kvsurgeon.passes.position_ids:PositionIds",
-    "rename": "kvsurgeon.passes.rename:Rename",
     "inject": "kvsurgeon.passes.inject:Inject",
     "eject": "kvsurgeon.passes.eject:Eject",
     "retarget": "kvsurgeon.passes.retarget:Retarget",
@@ -35,6 +33,8 @@ BUILT_IN = {
     "expand-gqa": "kvsurgeon.passes.expand_gqa:ExpandGqa",
     "merge-kv-heads": "kvsurgeon.passes.merge_kv_heads:MergeKvHeads",
     "share-kv-layers": "kvsurgeon.passes.share_kv_layers:ShareKvLayers",
+    "position-ids": "kvsurgeon.passes.position_ids:PositionIds",
+    "rename": "kvsurgeon.passes.rename:Rename",
 }
 
 COMMANDS = (
