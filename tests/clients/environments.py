@@ -57,6 +57,11 @@ class Client:
         return [[python, "-m", "venv", str(home)], pip]
 
 
+# Its own requirements are open above, and what is newer than they are no longer fits: Python 3.11 or older, and these.
+_DEEPSPARSE = (
+    "deepsparse[transformers]==1.8.0", "numpy<2", "onnx<1.17", "transformers<4.40", "pyarrow<17", "pandas<2.3",
+)  # fmt: skip
+
 CLIENTS = {
     "optimum": Client(
         target="optimum",
@@ -88,6 +93,20 @@ CLIENTS = {
         script="openvino_client.py",
         arguments=("stateful",),
         chunked=True,
+    ),
+    "deepsparse": Client(
+        target="deepsparse",
+        requirements=_DEEPSPARSE,
+        script="deepsparse_client.py",
+        arguments=("deepsparse",),
+        padded=False,
+    ),
+    "deepsparse-onnxruntime": Client(
+        target="deepsparse",
+        requirements=_DEEPSPARSE,
+        script="deepsparse_client.py",
+        arguments=("onnxruntime",),
+        padded=False,
     ),
     "tensorrt": Client(
         target="tensorrt",

@@ -66,6 +66,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--smollm2", type=Path, help="where examples/smollm2.py put its exports and expected.json")
     parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "kvsurgeon-clients")
     parser.add_argument("--python", default=DEFAULT_PYTHON, help="the Python of the client's environment")
+    parser.add_argument("--unjudged", action="store_true", help="leave all of the judging to the client")
     options = parser.parse_args()
     options.environments = options.environments.absolute()
     if not options.models and options.smollm2 is None:
@@ -75,13 +76,14 @@ def _options() -> argparse.Namespace:
 
 def _outcomes(client: Client, call: list[str], home: Path, options: argparse.Namespace) -> Iterator[Outcome]:
     cases = list(small_cases(batch=client.batch, padded=client.padded, chunked=client.chunked))
+    judged = {"verify": not options.unjudged}
     for model in options.models:
-        yield _outcome(client, call, home, model, [(case, None) for case in cases], client.options)
+        yield _outcome(client, call, home, model, [(case, None) for case in cases], {**client.options, **judged})
     if options.smollm2 is not None:
         known = smollm2_cases(options.smollm2 / "expected.json", chunked=client.chunked)
         for name in EXPORTS:
             if (options.smollm2 / name).is_dir():
-                yield _outcome(client, call, home, options.smollm2 / name, known, {})
+                yield _outcome(client, call, home, options.smollm2 / name, known, judged)
 
 
 def _outcome(

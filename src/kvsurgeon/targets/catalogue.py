@@ -15,6 +15,7 @@ BUILT_IN = {
     "optimum": "kvsurgeon.targets.optimum:OPTIMUM",
     "genai": "kvsurgeon.targets.genai:GENAI",
     "transformers-js": "kvsurgeon.targets.transformers_js:TRANSFORMERS_JS",
+    "deepsparse": "kvsurgeon.targets.deepsparse:DEEPSPARSE",
     "openvino": "kvsurgeon.targets.openvino:OPENVINO",
     "tensorrt": "kvsurgeon.targets.tensorrt:TENSORRT",
     "qaic": "kvsurgeon.targets.qaic:QAIC",

@@ -1,0 +1,51 @@
+"""DeepSparse: its text generation pipeline, which keeps caches of one length and pads them on the left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvsurgeon.passes.position_ids import PositionIds
+from kvsurgeon.passes.rename import Rename
+from kvsurgeon.targets.facts import Facts
+from kvsurgeon.targets.target import Obstacle, Target
+
+_ORDER = ("input_ids", "attention_mask", "positions")  # compute_engine_inputs takes the first two by their place
+_SHIFTED = frozenset(("causal", "window"))  # masks that are the same wherever a text begins
+
+
+def _in_the_way(facts: Facts) -> Iterator[Obstacle]:
+    names = [tensor.name for tensor in facts.inputs]
+    if names != [name for name in _ORDER if name in names]:
+        yield Obstacle(what=f"expected inputs in the order {', '.join(_ORDER)}, found {', '.join(names)}")
+    outputs = [tensor.name for tensor in facts.outputs]
+    if outputs[:1] != ["logits"] or len(outputs) > 1:
+        yield Obstacle(what=f"expected logits as the only output beside the caches, found {', '.join(outputs)}")
+    for attention in () if facts.decoder is None else facts.decoder.attentions:
+        if attention.mask.kind not in _SHIFTED:
+            yield Obstacle(
+                what=f"layer {attention.layer}: expected a mask that is the same wherever a text begins, as it begins "
+                f"behind padding, found a {attention.mask.kind} mask",
+                at=attention.at,
+            )
+            return
+    yield Obstacle(
+        what="the model has no causal_mask input: DeepSparse takes its prompt token by token",
+        stops=False,
+    )
+
+
+DEEPSPARSE = Target(
+    name="deepsparse",
+    summary="deepsparse.TextGeneration(model_path=folder), batch 1",
+    tried="deepsparse 1.8.0",
+    before=(Rename(names=("position_ids:positions",)), PositionIds(input="positions")),
+    needs=("input_ids", "attention_mask", "logits"),
+    feeds=frozenset(_ORDER),
+    dtypes={name: frozenset(("int64",)) for name in _ORDER} | {"logits": frozenset(("float32",))},
+    cache_dtypes=frozenset(("float32", "uint8")),
+    opset=19,  # the newest that onnx 1.14 knows, which it asks for
+    fixed_axes=(1, 3),
+    uniform=True,
+    beside=("config.json", "tokenizer.json", "tokenizer_config.json"),
+    rules=(_in_the_way,),
+)
