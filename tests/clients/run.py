@@ -110,7 +110,12 @@ def _outcome(
         unused = next(token for token in range(len(said_anywhere) + 1) if token not in said_anywhere)
         asked = json.dumps({"cases": [case.asked() for case, _ in cases], "unused": unused})
         ran = subprocess.run(
-            [*call, str(alone), *client.arguments], input=asked, capture_output=True, text=True, cwd=home
+            [*call, str(alone), *client.arguments],
+            input=asked,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            cwd=home,
         )
     if ran.returncode:
         return Outcome(model=name, verdict="failed", details=_last_words(ran.stderr))
