@@ -13,6 +13,7 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.heads.axis import HeadAxis
 from kvsurgeon.heads.change import Change, Made, Values
 from kvsurgeon.heads.labels import Labels
+from kvsurgeon.heads.likeness import itself
 from kvsurgeon.heads.rules import MEANS, RULES
 from kvsurgeon.heads.selection import Selection
 from kvsurgeon.sequence.analysis import Analysis
@@ -60,7 +61,7 @@ class Carrier:
         Raises:
             Refused: It cannot be proved which weights make its heads.
         """
-        values = tuple(_itself(value) for value in values)
+        values = tuple(itself(value) for value in values)
         key = (values[0], axis, selection)
         if key not in self._carried:
             self._carried[key] = self._make(values, axis, selection)
@@ -209,15 +210,6 @@ class Carrier:
         if axes is not None or node.op_type in BINARY | UNARY:
             return axis.at(axis.axis + len(after) - len(before))
         raise Refused(f"{node.op_type}: it cannot be seen whether it keeps heads apart", at=node.outputs[0].name)
-
-
-def _itself(value: ir.Value) -> ir.Value:
-    """The value that others are another name of: exporters give equal weights one."""
-    node = value.producer()
-    while node is not None and node.op_type == "Identity" and node.inputs[0] is not None:
-        value = node.inputs[0]
-        node = value.producer()
-    return value
 
 
 def _kind(node: ir.Node) -> tuple[object, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.heads.arrange import Arrange, lengths_of
@@ -15,6 +16,7 @@ from kvsurgeon.heads.carry import Carrier
 from kvsurgeon.heads.counts import counts_of
 from kvsurgeon.heads.labels import Labels
 from kvsurgeon.heads.layout import Logical, with_heads
+from kvsurgeon.heads.likeness import Likeness
 from kvsurgeon.heads.products import Regrouping
 from kvsurgeon.heads.selection import Selection
 from kvsurgeon.heads.stems import Stems
@@ -46,6 +48,7 @@ class Exchanger:
         self.carrier = Carrier(analysis, self.labels, self.editor, self.arrange.lengths, lossy=lossy)
         self.regrouping = Regrouping(self.flow, self.editor, self.arrange)
         self.counts = tuple(counts_of(self.flow, head) for head in analysis.heads)
+        self.likeness = Likeness(analysis)
         self._ways: dict[int, tuple[tuple[Way, ...], tuple[Way, ...]]] = {}
 
     def exchange(self, wanted: Sequence[Exchange | None]) -> int:
@@ -68,6 +71,22 @@ class Exchanger:
         self.editor.finish()
         self._give_names_back()
         return self.editor.edits
+
+    def check_alike(self, owner: int, reader: int) -> None:
+        """Leave quietly if two layers make keys and values in the same way, but for their weights.
+
+        Raises:
+            Refused: They do not, as where keys are turned by other positions: one cannot read those of the other.
+        """
+        for ours, theirs in zip(self._ways_of(owner), self._ways_of(reader), strict=True):
+            found = self.likeness.difference(ours[0].start, theirs[0].start)
+            if found is not None:
+                mine, other = (value.name for value in found)
+                raise Refused(
+                    f"cannot read the keys of layer {owner}: they are made in another way after the "
+                    f"projection, as where positions turn them otherwise; the ways part at `{mine}`",
+                    at=other, layer=reader, hint="let layers read those of layers of their own kind, by --map",
+                )  # fmt: skip
 
     def _ways_of(self, layer: int) -> tuple[tuple[Way, ...], tuple[Way, ...]]:
         """The ways of keys, and those of values."""

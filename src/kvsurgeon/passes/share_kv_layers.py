@@ -22,7 +22,7 @@ class ShareKvLayers:
     Before: a cache entry for each layer. After: `kv_layers` of them (multi-layer key-value heads, cross-layer
     attention). Not exact: the model has to be trained on, and the report says how far it is off.
 
-    Not handled: layers with other heads or other kinds of attention than the one whose keys they would read, means of
+    Not handled: layers with other heads than the one whose keys they would read, or other positions in them, means of
     quantised weights (`method=first` takes stored values), heads that cannot be followed to weights.
     """
 
@@ -37,7 +37,8 @@ class ShareKvLayers:
 
         Raises:
             UsageError: There cannot be so many layers with keys, or the map is none.
-            Refused: It cannot be proved which weights make the heads, or they have no mean.
+            Refused: It cannot be proved which weights make the heads, or they have no mean; or layers turn keys by
+                other positions than the one whose keys they would read.
         """
         if (self.kv_layers is None) == (not self.map):
             raise UsageError("share-kv-layers: expected one of --kv-layers and --map")
@@ -103,3 +104,5 @@ def _check_alike(exchanger: Exchanger, owner: int, group: Sequence[int]) -> None
                 f"layer {layer} cannot read the keys of layer {owner}: expected {mine.kv_heads} heads of "
                 f"{mine.head_dim}, found {theirs.kv_heads} of {theirs.head_dim}"
             )
+        if layer != owner:
+            exchanger.check_alike(owner, layer)

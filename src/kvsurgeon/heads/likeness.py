@@ -1,0 +1,114 @@
+"""Whether two values are made in the same way up to products with weights: the same steps, at the same positions.
+
+Layers that rotate keys by other bases, or not at all, cannot read each other's. Weights may differ, constants that
+say how a position is turned may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import onnx_ir as ir
+
+from kvsurgeon.graph.constants import constant_tensor
+from kvsurgeon.sequence.analysis import Analysis
+from kvsurgeon.sequence.cuts import PROJECTIONS
+from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.shapes.dimension import Dimension
+from kvsurgeon.shapes.elementwise import BINARY
+
+# Operators that read learned numbers beside token data, and their inputs that are learned: of others, all constants
+# must be the same.
+_NORMS = frozenset(
+    {"LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization", "InstanceNormalization"}
+    | {"GroupNormalization", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"}
+)
+_QUANTISATION = frozenset({"QuantizeLinear", "DequantizeLinear", "QLinearAdd", "QLinearMul", "QLinearWhere"})
+
+
+class Likeness:
+    """Compares values of one model, pair by pair."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        self.flow = analysis.flow
+        self.same = analysis.same
+        self._known: dict[tuple[ir.Value, ir.Value], tuple[ir.Value, ir.Value] | None] = {}
+
+    def difference(self, first: ir.Value, second: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+        """Return the two values at which the ways from products with weights part; None where they are alike."""
+        first, second = itself(first), itself(second)
+        key = (self.same.get(first, first), self.same.get(second, second))
+        if key not in self._known:
+            self._known[key] = None  # a graph has no circles: nothing meets this before it is replaced
+            self._known[key] = self._compare(*key)
+        return self._known[key]
+
+    def _compare(self, first: ir.Value, second: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+        if first is second or self._numbers(first) == self._numbers(second) is not None:
+            return None
+        mine, theirs = first.producer(), second.producer()
+        if mine is None or theirs is None or _steps(first) != _steps(second):
+            return first, second
+        if mine.op_type in PROJECTIONS and self._is_token(first):
+            return None
+        for index, (one, other) in enumerate(zip(mine.inputs, theirs.inputs, strict=True)):
+            if one is None or other is None:
+                if one is not other:
+                    return first, second
+            elif not (self._learned(mine, index) and self._learned(theirs, index)):
+                found = self.difference(one, other)
+                if found is not None:
+                    return found
+        return None
+
+    def _numbers(self, value: ir.Value) -> Hashable:
+        """The numbers of a value that are known before the model runs; None where they are not."""
+        tensor = constant_tensor(value)
+        if tensor is not None:
+            array = tensor.numpy()
+            return str(tensor.dtype), array.shape, array.tobytes()
+        known = self.flow.shapes.facts.get(value)
+        if known is None or known.value is None:
+            return None
+        return str(known.dtype), known.value.shape, tuple(known.value.reshape(-1))
+
+    def _is_token(self, value: ir.Value) -> bool:
+        return self.flow.kinds.get(value) is Kind.TOKEN
+
+    def _learned(self, node: ir.Node, index: int) -> bool:
+        """Whether an input is learned, as a bias or the weight of a norm is, and the same at each position."""
+        value, result = node.inputs[index], node.outputs[0]
+        if value is None or value in self.flow.kinds or not self._is_token(result):
+            return False
+        if node.op_type in _NORMS or node.op_type in _QUANTISATION:
+            return index > 0
+        shape = self.flow.shapes[value].shape
+        if shape is None or all(size == 1 for size in shape):
+            return False
+        return node.op_type in BINARY and not self._varies(shape, result)
+
+    def _varies(self, shape: Sequence[Dimension], result: ir.Value) -> bool:
+        """Whether a constant may have other numbers for other positions of the result that it goes into."""
+        axes = self.flow.axes.get(result, ())
+        if len(axes) != 1:
+            return True
+        axis = axes[0].axis - len(self.flow.shapes[result].shape or ())
+        return -axis <= len(shape) and shape[axis] != 1
+
+
+def _steps(value: ir.Value) -> Hashable:
+    """The operator that makes a value, without what it reads."""
+    node = value.producer()
+    if node is None:
+        return None
+    attributes = sorted((name, repr(attribute.value)) for name, attribute in node.attributes.items())
+    return node.domain, node.op_type, value.index(), len(node.inputs), tuple(attributes)
+
+
+def itself(value: ir.Value) -> ir.Value:
+    """The value that others are another name of: exporters give equal weights one."""
+    node = value.producer()
+    while node is not None and node.op_type == "Identity" and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value

@@ -1,0 +1,161 @@
+"""Two layers written as text: positions in which they differ, weights and batches that they share."""
+
+from __future__ import annotations
+
+import pytest
+from laws import difference, in_onnxruntime, texts
+from written import read
+
+from kvsurgeon import io
+from kvsurgeon.errors import Refused
+from kvsurgeon.heads.counts import counts_of
+from kvsurgeon.passes.contract import Subject
+from kvsurgeon.passes.expand_gqa import ExpandGqa
+from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
+from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads
+from kvsurgeon.passes.share_kv_layers import ShareKvLayers
+from kvsurgeon.sequence.analysis import analyse
+
+# Each layer has 4 query heads and 2 key heads of 3; keys are scaled by the cosine of their position.
+TEXT = """
+g (int64[{batch}, sequence_length] input_ids) => (float[{batch}, sequence_length, 9] logits)
+ <float[9, 8] table, float[8, 9] head, {weights}
+  int64[4] q_shape = {{0, 0, 4, 3}}, int64[4] k_shape = {{0, 0, 2, 3}}, int64[3] flat = {{0, 0, 12}},
+  int64[1] two = {{2}}, int64[5] times = {{1, 1, 2, 1, 1}}, int64[4] grouped = {{0, 4, -1, 3}},
+  float low = {{-10000}}, float none = {{0}}, int64 zero = {{0}}, int64 one = {{1}}, int64[2] column = {{-1, 1}},
+  int64[3] by_token = {{-1, 1, 1}}>
+{{
+  x0 = Gather(table, input_ids)
+  shape = Shape(input_ids)
+  length = Gather(shape, one)
+  row = Range(zero, length, one)
+  rows = Reshape(row, column)
+  seen = LessOrEqual(row, rows)
+  mask = Where(seen, none, low)
+  place = Cast<to = 1>(row)
+  {layers}
+  logits = MatMul(x2, head)
+}}
+"""
+WEIGHTS = "float[8, 12] qw{i}, float[8, 6] kw{i}, float[6] bias{i}, float[8, 6] vw{i}, float[12, 8] out{i}, {speed}"
+LAYER = """
+  q{i} = MatMul(x{i}, qw{i})
+  qh{i} = Reshape(q{i}, q_shape)
+  qt{i} = Transpose<perm = [0, 2, 1, 3]>(qh{i})
+  kp{i} = MatMul(x{i}, {keys})
+  kb{i} = Add(bias{i}, kp{i})
+  kh{i} = Reshape(kb{i}, k_shape)
+  {turned}
+  kt{i} = Transpose<perm = [0, 2, 1, 3]>(kc{i})
+  ku{i} = Unsqueeze(kt{i}, two)
+  ke{i} = Expand(ku{i}, times)
+  kr{i} = Reshape(ke{i}, grouped)
+  kx{i} = Transpose<perm = [0, 1, 3, 2]>(kr{i})
+  vp{i} = MatMul(x{i}, vw{i})
+  vh{i} = Reshape(vp{i}, k_shape)
+  vt{i} = Transpose<perm = [0, 2, 1, 3]>(vh{i})
+  vu{i} = Unsqueeze(vt{i}, two)
+  ve{i} = Expand(vu{i}, times)
+  vr{i} = Reshape(ve{i}, grouped)
+  s{i} = MatMul(qt{i}, kx{i})
+  sm{i} = Add(s{i}, mask)
+  w{i} = Softmax(sm{i})
+  c{i} = MatMul(w{i}, vr{i})
+  cb{i} = Transpose<perm = [0, 2, 1, 3]>(c{i})
+  cj{i} = Reshape(cb{i}, flat)
+  o{i} = MatMul(cj{i}, out{i})
+  x{next} = Add(x{i}, o{i})
+"""
+TURNED = """
+  angle{i} = Mul(place, speed{i})
+  cos{i} = Cos(angle{i})
+  cosine{i} = Reshape(cos{i}, by_token)
+  kc{i} = Mul(kh{i}, cosine{i})
+"""
+SPEED = "float speed{i} = {{{value}}},"
+UNTURNED = "kc{i} = Identity(kh{i})"
+
+
+def subject(*, second=TURNED, speed=0.25, keys="kw1", batch="batch_size"):
+    weights = WEIGHTS.format(i=0, speed=SPEED.format(i=0, value=0.25))
+    weights += WEIGHTS.format(i=1, speed=SPEED.format(i=1, value=speed))
+    layers = LAYER.format(i=0, next=1, keys="kw0", turned=TURNED.format(i=0))
+    layers += LAYER.format(i=1, next=2, keys=keys, turned=second.format(i=1))
+    return Subject.of(read(TEXT.format(batch=batch, weights=weights, layers=layers)))
+
+
+def logits(subject, *, batch=2):
+    proto = io.to_proto(subject.model)
+    return in_onnxruntime(proto)(texts(proto, batch=batch))["logits"]
+
+
+def entries(subject):
+    return len({head.keys[0].memory.value for head in analyse(subject.model).heads})
+
+
+def kv_heads(subject):
+    analysis = analyse(subject.model)
+    return [counts_of(analysis.flow, head).kv_heads for head in analysis.heads]
+
+
+@pytest.mark.parametrize("method", ["mean", "running", "first"])
+def test_layers_that_turn_keys_alike_share_them(method):
+    given = subject()
+
+    ShareKvLayers(kv_layers=1, method=method).apply(given)
+
+    assert entries(given) == 1
+
+
+@pytest.mark.parametrize("method", ["mean", "running", "first"])
+@pytest.mark.parametrize("other", [{"speed": 0.5}, {"second": UNTURNED}])
+def test_layers_that_turn_keys_otherwise_do_not_share_them(method, other):
+    given = subject(**other)
+    before = logits(given)
+
+    with pytest.raises(Refused, match="layer 1: cannot read the keys of layer 0: they are made in another way"):
+        ShareKvLayers(kv_layers=1, method=method).apply(given)
+
+    assert difference(logits(given), before) == 0
+
+
+@pytest.mark.parametrize("change", [ExpandGqa(), ReplicateKvHeads(repeat=2)])
+@pytest.mark.parametrize("keys", ["kw0", "kw1"])
+def test_weights_that_two_layers_share_are_right_in_both(change, keys):
+    given = subject(keys=keys)
+    before = logits(given)
+
+    change.apply(given)
+
+    assert kv_heads(given) == [4, 4]
+    assert difference(logits(given), before) < 1e-5
+    MergeKvHeads(kv_heads=2).apply(given)
+    assert kv_heads(given) == [2, 2]
+    assert difference(logits(given), before) < 1e-5
+
+
+def test_weights_of_one_layer_alone_are_those_of_another_still():
+    given, apart = subject(keys="kw0"), subject(keys="kw1")
+    apart.model.graph.initializers["kw1"].const_value = apart.model.graph.initializers["kw0"].const_value
+    assert difference(logits(given), logits(apart)) == 0
+
+    for one in (given, apart):
+        ShareKvLayers(kv_layers=1).apply(one)
+
+    assert difference(logits(given), logits(apart)) < 1e-6
+
+
+@pytest.mark.parametrize("change", [ExpandGqa(), ReplicateKvHeads(repeat=2)])
+def test_a_batch_that_is_fixed_stays_what_it_is(change):
+    given = subject(batch=3)
+    before = logits(given, batch=3)
+
+    change.apply(given)
+
+    assert kv_heads(given) == [4, 4]
+    assert difference(logits(given, batch=3), before) < 1e-5
+    Inject().apply(given)
+    shapes = [value.shape for value in given.model.graph.inputs if value.name.startswith("past_key_values.")]
+    assert len(shapes) == 4
+    assert {tuple(shape)[:2] for shape in shapes} == {(3, 4)}
