@@ -74,6 +74,7 @@ TURNED = """
   kc{i} = Mul(kh{i}, cosine{i})
 """
 SPEED = "float speed{i} = {{{value}}},"
+TABLE = "float[9, 1, 1] cosine{i},"  # as an export of a fixed length holds it
 UNTURNED = "kc{i} = Identity(kh{i})"
 
 
@@ -83,6 +84,16 @@ def subject(*, second=TURNED, speed=0.25, keys="kw1", batch="batch_size"):
     layers = LAYER.format(i=0, next=1, keys="kw0", turned=TURNED.format(i=0))
     layers += LAYER.format(i=1, next=2, keys=keys, turned=second.format(i=1))
     return Subject.of(read(TEXT.format(batch=batch, weights=weights, layers=layers)))
+
+
+def of_fixed_length(second):
+    weights = "".join(WEIGHTS.format(i=i, speed=TABLE.format(i=i)) for i in range(2))
+    tables = ("cosine0", second)
+    layers = "".join(
+        LAYER.format(i=i, next=i + 1, keys=f"kw{i}", turned=f"kc{i} = Mul(kh{i}, {tables[i]})") for i in range(2)
+    )
+    text = TEXT.format(batch="batch_size", weights=weights, layers=layers)
+    return Subject.of(read(text.replace("sequence_length", "9")))
 
 
 def logits(subject, *, batch=2):
@@ -118,6 +129,16 @@ def test_layers_that_turn_keys_otherwise_do_not_share_them(method, other):
         ShareKvLayers(kv_layers=1, method=method).apply(given)
 
     assert difference(logits(given), before) == 0
+
+
+def test_tables_of_an_export_of_a_fixed_length_are_told_from_weights():
+    alike, otherwise = of_fixed_length("cosine0"), of_fixed_length("cosine1")
+
+    ShareKvLayers(kv_layers=1).apply(alike)
+
+    assert entries(alike) == 1
+    with pytest.raises(Refused, match="cannot read the keys of layer 0"):
+        ShareKvLayers(kv_layers=1).apply(otherwise)
 
 
 @pytest.mark.parametrize("change", [ExpandGqa(), ReplicateKvHeads(repeat=2)])

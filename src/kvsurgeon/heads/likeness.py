@@ -65,8 +65,7 @@ class Likeness:
         """The numbers of a value that are known before the model runs; None where they are not."""
         tensor = constant_tensor(value)
         if tensor is not None:
-            array = tensor.numpy()
-            return str(tensor.dtype), array.shape, array.tobytes()
+            return _content(tensor)
         known = self.flow.shapes.facts.get(value)
         if known is None or known.value is None:
             return None
@@ -103,6 +102,15 @@ def _steps(value: ir.Value) -> Hashable:
         return None
     attributes = sorted((name, repr(attribute.value)) for name, attribute in node.attributes.items())
     return node.domain, node.op_type, value.index(), len(node.inputs), tuple(attributes)
+
+
+def _content(tensor: ir.TensorProtocol) -> Hashable:
+    """What a constant holds; None where its file is not there."""
+    try:
+        array = tensor.numpy()
+    except OSError:
+        return None
+    return str(tensor.dtype), array.shape, array.tobytes()
 
 
 def itself(value: ir.Value) -> ir.Value:
