@@ -79,6 +79,8 @@ def deliver(
     if destination is not None and Path(destination).suffix == ".onnx":
         raise UsageError(f"expected a folder, as target {target.name} takes one, found the file `{destination}`")
     subject = Subject.of(source, folder)
+    if destination is not None:
+        _check_apart(subject, Path(destination), target)
     decoder = _decoder(subject)
     surgery = operate(
         subject.model, Pipeline(target.passes), folder=subject.folder, verify=verify, watch=watch, progress=progress
@@ -126,6 +128,22 @@ def stands_between(source: Source, target: Target | str, *, folder: str | Path |
         return (Obstacle(what=str(error)),)
     facts = _facts(result.model, target, decoder, subject)
     return obstacles(target, facts) + tuple(_missing(target, subject.folder))
+
+
+def _check_apart(subject: Subject, destination: Path, target: Target) -> None:
+    """Leave quietly unless the folder would hold two models, the one that was and the one that is.
+
+    Raises:
+        UsageError: The destination holds the source under another name than the target's.
+    """
+    origin = io.loaded_from(subject.model)
+    if origin is None or origin.resolve() == (destination / target.file).resolve():
+        return
+    if origin.resolve().parent in (destination.resolve(), (destination / target.file).resolve().parent):
+        raise UsageError(
+            f"expected a folder beside the source's, as target {target.name} takes `{target.file}` and would find "
+            f"`{origin.name}` there too, found `{destination}`; write to another folder"
+        )
 
 
 def _resolved(target: Target | str, options: Mapping[str, Any] | None) -> Target:
