@@ -121,3 +121,9 @@ def test_a_buffer_longer_than_the_model():
 def test_an_export_of_fixed_length_has_a_buffer_of_that_length():
     model = injected(Decoder(Config(layers=1, static=(2, 9))).model(), idiom="in-place")
     assert dims_of(next(value for value in model.graph.input if value.name.startswith("past"))) == [2, 2, 9, 8]
+
+
+def test_an_export_of_fixed_length_has_no_context_for_unfilled_rows():
+    with pytest.raises(Refused, match="no such rows"):
+        injected(Decoder(Config(layers=1, static=(2, 9))).model(), idiom="new-only", past_length="input")
+    injected(Decoder(Config(layers=1, static=(2, 9))).model(), idiom="new-only")

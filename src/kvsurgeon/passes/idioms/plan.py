@@ -92,9 +92,14 @@ def _idiom(options: Options, count: Count, length: Dimension) -> Idiom:
     if options.idiom == "in-place":
         longest = length if isinstance(length, int) else ROOM  # what an export of fixed length can be run on
         return InPlace(room=options.max_length or longest, cut_short=count == "mask")
-    if options.idiom == "new-only":
-        return NewOnly(past=PAST if count == "shape" else HELD)
-    return Grow()
+    if options.idiom == "grow":
+        return Grow()
+    if count != "shape" and isinstance(length, int):
+        raise Refused(
+            "rows that need not be filled stand before the tokens, and context that an export fixed has no such rows",
+            expected="an export of any length", found=f"one of {length} tokens", hint="past-length=shape, or in-place",
+        )  # fmt: skip
+    return NewOnly(past=PAST if count == "shape" else HELD)
 
 
 def _check_room(room: int | None, analysis: Analysis, proof: Proof) -> None:
