@@ -154,10 +154,10 @@ def test_inspect_says_what_stands_in_the_way(given, tmp_path, capsys):
     assert "found float64" in answer["obstacles"][0]["what"]
 
 
-def test_a_folder_never_holds_two_models(given, tmp_path):
+def test_a_folder_never_holds_two_models(tmp_path):
     folder = tmp_path / "own"
     folder.mkdir()
-    onnx.save(onnx.load(given / "model.onnx"), folder / "other.onnx")
+    onnx.save(Decoder(Config()).model(), folder / "other.onnx")
     with pytest.raises(UsageError, match="write to another folder"):
         kvsurgeon.inject(folder / "other.onnx", folder, target="optimum", verify=False)
     assert [file.name for file in folder.iterdir()] == ["other.onnx"]
