@@ -48,7 +48,6 @@ class Exchanger:
         self.carrier = Carrier(analysis, self.labels, self.editor, self.arrange.lengths, lossy=lossy)
         self.regrouping = Regrouping(self.flow, self.editor, self.arrange)
         self.counts = tuple(counts_of(self.flow, head) for head in analysis.heads)
-        self.likeness = Likeness(analysis)
         self._ways: dict[int, tuple[tuple[Way, ...], tuple[Way, ...]]] = {}
 
     def exchange(self, wanted: Sequence[Exchange | None]) -> int:
@@ -79,7 +78,7 @@ class Exchanger:
             Refused: They do not, as where keys are turned by other positions: one cannot read those of the other.
         """
         for ours, theirs in zip(self._ways_of(owner), self._ways_of(reader), strict=True):
-            found = self.likeness.difference(ours[0].start, theirs[0].start)
+            found = Likeness(self.analysis, ours[0].start, theirs[0].start).difference()
             if found is not None:
                 mine, other = (value.name for value in found)
                 raise Refused(

@@ -26,16 +26,44 @@ _NORMS = frozenset(
 _QUANTISATION = frozenset({"QuantizeLinear", "DequantizeLinear", "QLinearAdd", "QLinearMul", "QLinearWhere"})
 
 
-class Likeness:
-    """Compares values of one model, pair by pair."""
+Difference = tuple[ir.Value, ir.Value]
 
-    def __init__(self, analysis: Analysis) -> None:
+
+class Likeness:
+    """Compares the ways that lead to two values."""
+
+    def __init__(self, analysis: Analysis, first: ir.Value, second: ir.Value) -> None:
         self.flow = analysis.flow
         self.same = analysis.same
-        self._known: dict[tuple[ir.Value, ir.Value], tuple[ir.Value, ir.Value] | None] = {}
+        self.ends = first, second
+        self.before = self._before(first), self._before(second)
+        self._known: dict[Difference, Difference | None] = {}
 
-    def difference(self, first: ir.Value, second: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    def difference(self) -> Difference | None:
         """Return the two values at which the ways from products with weights part; None where they are alike."""
+        return self._difference(*self.ends)
+
+    def _before(self, end: ir.Value) -> set[ir.Node]:
+        """What leads to the products with weights: a dynamic quantiser's scale is used after them as well."""
+        beyond, pending, seen = list[ir.Value](), [end], set[ir.Node]()
+        while pending:
+            node = pending.pop().producer()
+            if node is not None and node not in seen:
+                seen.add(node)
+                sources = self._token_sources(node)
+                (beyond if node.op_type in PROJECTIONS else pending).extend(sources)
+        found = set[ir.Node]()
+        while beyond:
+            node = beyond.pop().producer()
+            if node is not None and node not in found:
+                found.add(node)
+                beyond += self._token_sources(node)
+        return found
+
+    def _token_sources(self, node: ir.Node) -> list[ir.Value]:
+        return [value for value in node.inputs if value is not None and self._is_token(value)]
+
+    def _difference(self, first: ir.Value, second: ir.Value) -> Difference | None:
         first, second = itself(first), itself(second)
         key = (self.same.get(first, first), self.same.get(second, second))
         if key not in self._known:
@@ -43,23 +71,27 @@ class Likeness:
             self._known[key] = self._compare(*key)
         return self._known[key]
 
-    def _compare(self, first: ir.Value, second: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    def _compare(self, first: ir.Value, second: ir.Value) -> Difference | None:
         if first is second or self._numbers(first) == self._numbers(second) is not None:
             return None
         mine, theirs = first.producer(), second.producer()
         if mine is None or theirs is None or _steps(first) != _steps(second):
             return first, second
-        if mine.op_type in PROJECTIONS and self._is_token(first):
+        if self._is_token(first) and self._begins(mine, theirs):
             return None
         for index, (one, other) in enumerate(zip(mine.inputs, theirs.inputs, strict=True)):
             if one is None or other is None:
                 if one is not other:
                     return first, second
-            elif not (self._learned(mine, index) and self._learned(theirs, index)):
-                found = self.difference(one, other)
+            elif not (self._learned(mine, index, self.before[0]) and self._learned(theirs, index, self.before[1])):
+                found = self._difference(one, other)
                 if found is not None:
                     return found
         return None
+
+    def _begins(self, mine: ir.Node, theirs: ir.Node) -> bool:
+        """Whether two nodes are products with weights, or stand before them."""
+        return mine.op_type in PROJECTIONS or (mine in self.before[0] and theirs in self.before[1])
 
     def _numbers(self, value: ir.Value) -> Hashable:
         """The numbers of a value that are known before the model runs; None where they are not."""
@@ -74,13 +106,15 @@ class Likeness:
     def _is_token(self, value: ir.Value) -> bool:
         return self.flow.kinds.get(value) is Kind.TOKEN
 
-    def _learned(self, node: ir.Node, index: int) -> bool:
+    def _learned(self, node: ir.Node, index: int, before: set[ir.Node]) -> bool:
         """Whether an input is learned, as a bias or the weight of a norm is, and the same at each position."""
         value, result = node.inputs[index], node.outputs[0]
         if value is None or value in self.flow.kinds or not self._is_token(result):
             return False
         if node.op_type in _NORMS or node.op_type in _QUANTISATION:
             return index > 0
+        if all(source.producer() in before for source in self._token_sources(node)):
+            return True  # the scale of weights, multiplied with that of what they meet
         shape = self.flow.shapes[value].shape
         if shape is None or all(size == 1 for size in shape):
             return False
