@@ -2,11 +2,9 @@
 
 import onnx
 import pytest
-
-import kvsurgeon
-import kvsurgeon.io
-from tests.laws import assert_law
-from tests.written import read
+from exports import injected
+from laws import assert_law
+from written import read
 
 TEXT = """
 grouped (float[batch, length, 8] x) => (float[batch, length, 8] logits)
@@ -105,8 +103,7 @@ def written(keys: str, scores: str, values: str) -> onnx.ModelProto:
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_nothing_is_copied_for_tokens_so_far(name):
     original = written(*SPELLINGS[name])
-    injected = kvsurgeon.inject(original, verify=False).model
-    proto = kvsurgeon.io.to_proto(injected)
+    proto = injected(original)
     assert_law(original, proto)
     assert not {"Expand", "Tile"} & {node.op_type for node in proto.graph.node}
 
@@ -142,7 +139,7 @@ LEFT_ALONE = {
 @pytest.mark.parametrize("name", LEFT_ALONE)
 def test_what_cannot_be_grouped_is_right_all_the_same(name):
     original = written(*LEFT_ALONE[name])
-    assert_law(original, kvsurgeon.io.to_proto(kvsurgeon.inject(original, verify=False).model))
+    assert_law(original, injected(original))
 
 
 def test_heads_on_two_axes_that_change_places_after_they_were_repeated():
@@ -173,15 +170,15 @@ def test_heads_on_two_axes_that_change_places_after_they_were_repeated():
     keys += "  kt = Transpose<perm = [0, 1, 3, 2]>(k_heads)\n"
     text = text.replace("KEYS", keys).replace("SCORES", SCORES).replace("VALUES", values + "  c = MatMul(w, v_heads)")
     original = read(text)
-    assert_law(original, kvsurgeon.io.to_proto(kvsurgeon.inject(original, verify=False).model))
+    assert_law(original, injected(original))
 
 
 def test_names_stay_with_what_they_named():
     original = written(*SPELLINGS["scaled"])
-    injected = kvsurgeon.io.to_proto(kvsurgeon.inject(original, verify=False).model)
-    shapes = {value.name: value.type.tensor_type.shape.dim for value in injected.graph.value_info}
+    result = injected(original)
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in result.graph.value_info}
     assert [dim.dim_value or dim.dim_param for dim in shapes["s"]][1] == 4
-    assert "Reshape" in [node.op_type for node in injected.graph.node if node.output[0] == "s"]
+    assert "Reshape" in [node.op_type for node in result.graph.node if node.output[0] == "s"]
 
 
 FUSED = """
@@ -216,6 +213,6 @@ SCALED_VALUES = (
 @pytest.mark.parametrize(("values", "left"), [(EXPANDED_VALUES, 0), (SCALED_VALUES, 2)], ids=["shared", "one is not"])
 def test_a_fused_operator_shares_the_heads_by_itself(values, left):
     original = read(FUSED.replace("VALUES", values), opset=23)
-    injected = kvsurgeon.KeyValueCacheInjector(inplace=False).apply(original)
-    assert [node.op_type for node in injected.graph.node].count("Expand") == left
-    assert_law(original, injected)
+    result = injected(original)
+    assert [node.op_type for node in result.graph.node].count("Expand") == left
+    assert_law(original, result)

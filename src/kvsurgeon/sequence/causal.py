@@ -14,7 +14,7 @@ from kvsurgeon.sequence.analysis import Head
 from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.experiment import Experiment
 from kvsurgeon.sequence.kinds import GivenInput
-from kvsurgeon.sequence.looking import all_seen, cut_short, left_padded, unfolded, with_holes
+from kvsurgeon.sequence.looking import all_seen, close, cut_short, left_padded, unfolded, with_holes
 from kvsurgeon.sequence.trial import USEFUL, Pattern, Trial, check_same, first
 
 SEEN = 1e-6  # a weight above this is one that counts
@@ -83,9 +83,10 @@ def _look(
     axes = [trial.flow.axes[value] for value in beside]
 
     def look(
-        length: int, seen: Pattern, *, through: GivenInput | None = None, row: int | None = None, loudness: float = 1.0
-    ) -> list[np.ndarray]:
-        arrays = trial.run(experiment, length, seen, through=through, row=row, loudness=loudness)
+        length: int, seen: Pattern, *, through: GivenInput | None = None, row: int | None = None,
+        loudness: float = 1.0, places: np.ndarray | None = None,
+    ) -> list[np.ndarray]:  # fmt: skip
+        arrays = trial.run(experiment, length, seen, through=through, row=row, loudness=loudness, places=places)
         others = arrays[len(arrays) - len(axes) :]
         weights = read(arrays[: len(arrays) - len(axes)], length)
         return [weights, *(unfolded(other, at, length) for at, other in zip(axes, others, strict=True))]
@@ -108,6 +109,10 @@ def _look(
             check_same(layer, head.at, masked[longest][..., :length, :length], weights)
         blind_see_ahead |= _ahead(np.where(blind[longest], looked[longest], 0.0)) > SEEN
         masked_are_seen |= float(np.abs(masked[longest][..., ~seen(longest)]).max(initial=0.0)) > SEEN
+        if beside:
+            here = seen(longest)
+            others = (look(longest, seen, through=through, places=places)[1:] for places in (None, _replaced(here)))
+            masked_are_seen |= not _same_for(here, axes, *others)
         padded = padded if padded is not None else masked[longest]
     changed = [look(longest, with_holes, row=row)[0] != found[longest][0] for row in experiment.maskable_rows]
     _check_rows(layer, head, changed)
@@ -212,6 +217,22 @@ def _blind(whole: np.ndarray, seen: np.ndarray) -> np.ndarray:
     left_no_key = ~((np.abs(whole) > SEEN) & seen).any(axis=-1, keepdims=True)
     blind: np.ndarray = left_no_key & ~seen[:, None]
     return blind
+
+
+def _replaced(seen: np.ndarray) -> np.ndarray:
+    """[token]: places of which those of masked tokens are others than their own."""
+    places = np.arange(len(seen))
+    return np.where(seen, places, places + len(seen))
+
+
+def _same_for(seen: np.ndarray, axes: Sequence[Axes], mine: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> bool:
+    """Whether unfolded arrays say the same of the tokens that are seen."""
+    for at, one, other in zip(axes, mine, theirs, strict=True):
+        for place in range(1, len(at) + 1):
+            one, other = (array.take(np.flatnonzero(seen), axis=-place) for array in (one, other))
+        if not close(one, other):
+            return False
+    return True
 
 
 def _ahead(weights: np.ndarray) -> float:

@@ -95,6 +95,7 @@ class Trial:
         through: GivenInput | None = None,
         row: int | None = None,
         loudness: float = 1.0,
+        places: np.ndarray | None = None,
     ) -> list[np.ndarray]:
         """Run an experiment; see there.
 
@@ -102,7 +103,7 @@ class Trial:
             Refused: It does not run.
         """
         try:
-            return experiment.run(length, seen, through=through, row=row, loudness=loudness)
+            return experiment.run(length, seen, through=through, row=row, loudness=loudness, places=places)
         except Exception as error:
             raise _untried(experiment.outputs[0], error) from error
 
