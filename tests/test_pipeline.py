@@ -10,11 +10,11 @@ import onnx_ir as ir
 import pytest
 from decoders import CachedDecoder, Config, Decoder
 
-from kvsurgeon import registry
 from kvsurgeon.errors import ParityError, PassError, PluginError, Refused, UsageError, WeightsError
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.options import options_of
 from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.registry import PASSES
 from kvsurgeon.surgery import operate
 
 
@@ -62,11 +62,8 @@ class Needs:
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch):
-    here = {"sample": "test_pipeline:Sample", "needs": "test_pipeline:Needs"}
-    monkeypatch.setattr(registry, "BUILT_IN", registry.BUILT_IN | here)
-    named = registry.named
-    found = {"test_pipeline:Sample": Sample, "test_pipeline:Needs": Needs}
-    monkeypatch.setattr(registry, "named", lambda target: found.get(target) or named(target))
+    monkeypatch.setitem(PASSES.built_in, "sample", f"{__name__}:Sample")
+    monkeypatch.setitem(PASSES.built_in, "needs", f"{__name__}:Needs")
 
 
 @pytest.fixture(scope="module")

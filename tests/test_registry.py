@@ -6,9 +6,9 @@ import sys
 import pytest
 from packages import install
 
-from kvsurgeon import registry
 from kvsurgeon.errors import PluginError, UsageError
 from kvsurgeon.passes.options import summary
+from kvsurgeon.registry import BUILT_IN, PASSES
 
 
 @pytest.fixture
@@ -20,27 +20,27 @@ def site(tmp_path, monkeypatch):
     importlib.invalidate_caches()
 
 
-@pytest.mark.parametrize("name", registry.BUILT_IN)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_a_built_in_pass_is_called_as_in_the_table(name):
-    assert registry.find(name).load().name == name
+    assert PASSES.find(name).load().name == name
 
 
-@pytest.mark.parametrize("name", registry.BUILT_IN)
+@pytest.mark.parametrize("name", BUILT_IN)
 def test_the_summary_without_an_import_is_that_of_the_class(name):
-    entry = registry.find(name)
+    entry = PASSES.find(name)
     assert entry.summary() == summary(entry.load()) != ""
 
 
 def test_a_class_of_a_package_is_found(site):
     install("sample", site)
-    entry = registry.find("annotate")
+    entry = PASSES.find("annotate")
     assert (entry.package, entry.built_in) == ("sample-passes 1.2", False)
     assert entry.load()(note="hello").note == "hello"
 
 
 def test_a_function_of_a_package_becomes_a_pass_with_its_parameters_as_options(site):
     install("sample", site)
-    made = registry.find("swap-addends").load()
+    made = PASSES.find("swap-addends").load()
     assert made.name == "swap-addends"
     assert made() == made(limit=1000)
     assert summary(made) == "Let every Add read its second input first."
@@ -49,7 +49,7 @@ def test_a_function_of_a_package_becomes_a_pass_with_its_parameters_as_options(s
 def test_an_unknown_name_lists_the_known(site):
     install("sample", site)
     with pytest.raises(UsageError, match=r"no pass called injct; there are: inject, .*annotate, swap-addends"):
-        registry.find("injct")
+        PASSES.find("injct")
 
 
 def test_a_clash_names_both_sides_and_leaves_the_others_alone(site):
@@ -58,9 +58,9 @@ def test_a_clash_names_both_sides_and_leaves_the_others_alone(site):
     with pytest.raises(
         PluginError, match=r"kvsurgeon \(kvsurgeon.passes.inject:Inject\) and clashing-passes 3 \(clash"
     ):
-        registry.find("inject")
-    assert [entry.name for entry in registry.entries() if not entry.built_in] == ["annotate", "swap-addends"]
-    assert "inject" not in {entry.name for entry in registry.entries()}
+        PASSES.find("inject")
+    assert [entry.name for entry in PASSES.entries() if not entry.built_in] == ["annotate", "swap-addends"]
+    assert "inject" not in {entry.name for entry in PASSES.entries()}
 
 
 def test_a_pass_may_not_take_the_name_of_a_command(site):
@@ -68,14 +68,14 @@ def test_a_pass_may_not_take_the_name_of_a_command(site):
     points = next(site.glob("*.dist-info")) / "entry_points.txt"
     points.write_text("[kvsurgeon.passes]\nverify = clashing_passes:Inject\n")
     with pytest.raises(PluginError, match=r"two passes are called verify: of kvsurgeon \(the command\) and clashing"):
-        registry.find("verify")
+        PASSES.find("verify")
 
 
 def test_a_pass_that_cannot_be_imported_is_named_when_it_is_used(site):
     install("troubled", site)
-    assert "missing" in [entry.name for entry in registry.entries()]
+    assert "missing" in [entry.name for entry in PASSES.entries()]
     with pytest.raises(PluginError, match=r"pass missing of troubled-passes 0.1 .*ModuleNotFoundError.*nowhere"):
-        registry.find("missing").load()
+        PASSES.find("missing").load()
 
 
 @pytest.mark.parametrize(
@@ -92,10 +92,10 @@ def test_what_is_no_pass_is_named(site, line, message):
     install("clashing", site)
     (next(site.glob("*.dist-info")) / "entry_points.txt").write_text(f"[kvsurgeon.passes]\n{line}\n")
     with pytest.raises(PluginError, match=rf"pass other of clashing-passes 3 .*({message})"):
-        registry.find("other").load()
+        PASSES.find("other").load()
 
 
 def test_a_function_that_does_not_say_what_it_takes_is_refused(site):
     install("troubled", site)
     with pytest.raises(PluginError, match=r"pass unannotated: .*gs.Graph, ir.Model or Subject, found no annotation"):
-        registry.find("unannotated").load()
+        PASSES.find("unannotated").load()

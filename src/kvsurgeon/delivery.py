@@ -18,7 +18,7 @@ from kvsurgeon.io.config import changes_of, followed
 from kvsurgeon.passes.contract import Source, Subject
 from kvsurgeon.pipeline import Pipeline, Watch
 from kvsurgeon.surgery import Surgery, operate
-from kvsurgeon.targets import Facts, Obstacle, Target, facts_of, find, obstacles
+from kvsurgeon.targets import TARGETS, Facts, Obstacle, Target, facts_of, obstacles
 
 if TYPE_CHECKING:
     from kvsurgeon.parity import Progress
@@ -147,7 +147,7 @@ def _check_apart(subject: Subject, destination: Path, target: Target) -> None:
 
 
 def _resolved(target: Target | str, options: Mapping[str, Any] | None) -> Target:
-    target = find(target) if isinstance(target, str) else target
+    target = TARGETS.find(target).load() if isinstance(target, str) else target
     return replace(target, cache=replace(target.cache, **options)) if options else target
 
 

@@ -89,7 +89,7 @@ class Pipeline:
         Raises:
             UsageError: It spells none, or names a pass or an option that there is not.
         """
-        return cls(build(registry.find(name).load(), name, options) for name, options in _parsed(text))
+        return cls(build(registry.PASSES.find(name).load(), name, options) for name, options in _parsed(text))
 
     def run(
         self,

@@ -1,7 +1,9 @@
 """A target's folder holds the model and all that its client reads, or nothing is written and it is said why."""
 
 import json
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -9,11 +11,10 @@ import pytest
 from decoders import Config, Decoder
 
 import kvsurgeon
-from kvsurgeon import registry, targets
 from kvsurgeon.cli.main import run
 from kvsurgeon.delivery import deliver, stands_between
 from kvsurgeon.errors import PluginError, Refused, UsageError
-from kvsurgeon.targets import SideFile, Target
+from kvsurgeon.targets import TARGETS, SideFile, Target
 
 PLAIN = Target(name="plain", summary="whoever takes it", tried="nothing")
 
@@ -104,7 +105,7 @@ def test_an_unknown_target_is_named_with_those_that_there_are(given):
         stands_between(given, "nothing")
 
 
-@pytest.mark.parametrize("entry", targets.entries(), ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", TARGETS.entries(), ids=lambda entry: entry.name)
 def test_every_target_can_be_had_and_describes_itself(entry, capsys):
     target = entry.load()
     assert target.name == entry.name
@@ -119,19 +120,20 @@ def test_every_target_can_be_had_and_describes_itself(entry, capsys):
 def test_the_list_of_targets_names_them_all(capsys):
     assert run(["targets"]) == 0
     shown = capsys.readouterr().out
-    assert all(entry.name in shown for entry in targets.entries())
+    assert all(entry.name in shown for entry in TARGETS.entries())
     assert run(["targets", "--json"]) == 0
-    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == [one.name for one in targets.entries()]
+    assert [one["name"] for one in json.loads(capsys.readouterr().out)] == [one.name for one in TARGETS.entries()]
 
 
 def test_a_target_of_ones_own_comes_by_an_entry_point(monkeypatch, given, capsys):
-    own = [("own", "tests_of_targets:OWN", "somebody 1.0"), ("bad", "tests_of_targets:BAD", "somebody 1.0")]
-    monkeypatch.setattr(targets.catalogue, "installed", lambda group: own if group == "kvsurgeon.targets" else [])
-    found = {"tests_of_targets:OWN": replace(PLAIN, name="own"), "tests_of_targets:BAD": "no target"}
-    monkeypatch.setattr(targets.catalogue, "named", lambda place: found.get(place) or registry.named(place))
+    module = ModuleType("tests_of_targets")
+    module.OWN, module.BAD = replace(PLAIN, name="own"), "no target"
+    monkeypatch.setitem(sys.modules, "tests_of_targets", module)
+    monkeypatch.setitem(TARGETS.built_in, "own", "tests_of_targets:OWN")
+    monkeypatch.setitem(TARGETS.built_in, "bad", "tests_of_targets:BAD")
     assert stands_between(given, "own") == ()
     with pytest.raises(PluginError, match=r"expected a kvsurgeon\.targets\.Target, found str"):
-        targets.find("bad")
+        TARGETS.find("bad").load()
     assert run(["targets"]) == 0
     assert "expected a kvsurgeon.targets.Target" in capsys.readouterr().out
 

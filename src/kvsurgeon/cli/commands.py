@@ -8,9 +8,9 @@ from typing import Annotated, Optional, cast
 
 import typer
 
-from kvsurgeon import registry
 from kvsurgeon.cli import operations
 from kvsurgeon.errors import PluginError, Refused
+from kvsurgeon.registry import COMMANDS, PASSES
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a folder that holds one.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer for a program.")]
@@ -24,13 +24,13 @@ def add_commands(app: typer.Typer, arguments: Sequence[str]) -> None:
     """
     called = next((argument for argument in arguments if not argument.startswith("-")), None)
     app.command()(inspect)
-    for entry in registry.entries():
+    for entry in PASSES.entries():
         if entry.name == called:
             app.command(entry.name)(operations.command_of(entry))
         else:
             app.command(entry.name, help=entry.summary())(operations.stub)
-    for clash in registry.clashes():
-        if clash.name == called and clash.name not in registry.COMMANDS:
+    for clash in PASSES.clashes():
+        if clash.name == called and clash.name not in COMMANDS:
             raise PluginError(str(clash))
     for command in (run, passes, targets, verify, plot, generate, demo):
         app.command()(cast(Callable[..., None], command))
@@ -123,10 +123,10 @@ def targets(
 ) -> None:
     """List the runtimes and compilers that a model can be brought to, or describe one."""
     from kvsurgeon.report import answer, table
-    from kvsurgeon.targets import find
+    from kvsurgeon.targets import TARGETS
 
     listed = answer.targets() if name is None else []
-    described = {} if name is None else answer.target(find(name))
+    described = {} if name is None else answer.target(TARGETS.find(name).load())
     if json:
         answer.show(described or listed)
     else:

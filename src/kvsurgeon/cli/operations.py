@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from kvsurgeon.errors import PluginError
-from kvsurgeon.registry import Entry
+from kvsurgeon.registry import PassEntry
 
 if TYPE_CHECKING:
     from kvsurgeon.io.carry import Sharing
@@ -48,7 +48,7 @@ def stub() -> None:
     """Stand for a pass in a list of commands: it is not imported."""
 
 
-def command_of(entry: Entry) -> Callable[..., None]:
+def command_of(entry: PassEntry) -> Callable[..., None]:
     """Return the command of a pass: its fields are the options, its docstring the help.
 
     Raises:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from kvsurgeon import registry
 from kvsurgeon.errors import PluginError
+from kvsurgeon.registry import PASSES, PassEntry
 
 if TYPE_CHECKING:
     from kvsurgeon.anatomy import Decoder
@@ -58,18 +58,18 @@ def sameness(judged: Sameness) -> dict[str, Any]:
 
 def passes() -> list[dict[str, Any]]:
     """Return every pass with its options; one that cannot be had says why in `error`."""
-    found = [_described(entry) for entry in registry.entries()]
+    found = [_described(entry) for entry in PASSES.entries()]
     return found + [
-        {"name": clash.name, "package": clash.second.package, "error": str(clash)} for clash in registry.clashes()
+        {"name": clash.name, "package": clash.second.package, "error": str(clash)} for clash in PASSES.clashes()
     ]
 
 
 def targets() -> list[dict[str, Any]]:
     """Return every target with what it says of itself; one that cannot be had says why in `error`."""
-    from kvsurgeon.targets import entries
+    from kvsurgeon.targets import TARGETS
 
     found = []
-    for entry in entries():
+    for entry in TARGETS.entries():
         facts = {"name": entry.name, "package": entry.package}
         try:
             loaded = entry.load()
@@ -112,10 +112,10 @@ def _options(one: Any) -> dict[str, Any]:
     return {"pass": one.name, **{field.name: getattr(one, field.name) for field in fields(one)}}
 
 
-def _described(entry: registry.Entry) -> dict[str, Any]:
+def _described(entry: PassEntry) -> dict[str, Any]:
     from kvsurgeon.passes.options import options_of, summary
 
-    facts = {"name": entry.name, "package": entry.package, "target": entry.target}
+    facts = {"name": entry.name, "package": entry.package, "target": entry.place}
     try:
         pass_class = entry.load()
     except PluginError as error:
