@@ -68,7 +68,8 @@ def test_dims_are_named_by_their_place_and_their_spelling():
 @pytest.mark.parametrize(
     ("inputs", "reason"),
     [("float[] x", "an input has no shape"), ("float[b, c, h, w] image", "no input has a sequence axis"),
-     ("int64[b, n] q7, int64[b, n] q8", "no input is given for the new tokens only")],
+     ("int64[b, n] q7, int64[b, n] q8", "no input is given for the new tokens only"),
+     ("int64[b, n] q, int64[b, b] mask", "an input calls two axes by the name of the batch.*`mask`")],
 )  # fmt: skip
 def test_refused(inputs, reason):
     with pytest.raises(Refused, match=reason):

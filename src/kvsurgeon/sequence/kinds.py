@@ -75,7 +75,7 @@ def read_inputs(graph: ir.Graph) -> tuple[dict[ir.Value, tuple[Dimension, ...]],
         The dimensions of each input, and the length: a symbol, or a number where the export fixed it.
 
     Raises:
-        Refused: An input has no shape, or none has a sequence axis.
+        Refused: An input has no shape, has the batch twice, or none has a sequence axis.
     """
     names: dict[str, Dimension] = {}
     length: Dimension | None = None
@@ -118,6 +118,11 @@ def _dimensions(value: ir.Value, names: dict[str, Dimension], length: Dimension)
             named = expected if expected is not None else dim.symbol(f"{value.name}.{axis}")
             _remember(names, size, named)
         result.append(named)
+    if result.count(BATCH) > 1:  # a size that is not told apart would be believed wherever the graph reads it
+        raise Refused(
+            "an input calls two axes by the name of the batch", at=value.name, found=str(shape),
+            expected="another name for each size", hint="name its dimensions anew",
+        )  # fmt: skip
     return tuple(result)
 
 
