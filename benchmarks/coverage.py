@@ -29,13 +29,22 @@ from types import FrameType
 
 import onnx
 import onnxruntime as ort
-from by_command import inject_by_command
-from corpus import Entry, find_entries, spread_sample
-from coverage_page import as_markdown
-from second_judge import BRAIN, ContractError, bound_of, failures, is_rounded, judge, open_session, read_contract
-from uncached import highest_level, steady
-from verdicts import Result, as_json, is_bad, print_groups, print_reasons, print_totals
-from widening import widened
+from witness.by_command import inject_by_command
+from witness.corpus import Entry, find_entries, spread_sample
+from witness.coverage_page import as_markdown
+from witness.second_judge import (
+    BRAIN,
+    ContractError,
+    bound_of,
+    failures,
+    is_rounded,
+    judge,
+    open_session,
+    read_contract,
+)
+from witness.uncached import highest_level, steady
+from witness.verdicts import Result, as_json, is_bad, print_groups, print_reasons, print_totals
+from witness.widening import widened
 
 import kvsurgeon
 import kvsurgeon.io

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from corpus import Case, Entry, find_entries, spread_sample
-from second_judge import BRAIN, bound_of, failures, judge, open_session, read_contract
-from widening import widened
+from witness.corpus import Case, Entry, find_entries, spread_sample
+from witness.second_judge import BRAIN, bound_of, failures, judge, open_session, read_contract
+from witness.widening import widened
 
 from kvsurgeon import io
 from kvsurgeon.errors import KvsurgeonError, ParityError, Refused

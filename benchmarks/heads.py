@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from corpus import Case, Entry, find_entries
-from second_judge import bound_of, failures, judge, open_session, read_contract
+from witness.corpus import Case, Entry, find_entries
+from witness.second_judge import bound_of, failures, judge, open_session, read_contract
 
 from kvsurgeon import io
 from kvsurgeon.errors import KvsurgeonError

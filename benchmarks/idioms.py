@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from corpus import Case, Entry, find_entries, spread_sample
+from witness.corpus import Case, Entry, find_entries, spread_sample
 
 from kvsurgeon import io
 from kvsurgeon.errors import KvsurgeonError, Refused

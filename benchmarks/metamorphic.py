@@ -20,12 +20,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import onnx
-from corpus import Case, Entry, find_entries, spread_sample
 from coverage import examine, quiet
-from disguises import BY_TOOLS, WRITTEN, Disguise, everything, plain, simplified, slimmed, with_interface_of
-from mutant_trial import seeded
-from second_judge import open_session
-from uncached import answer, highest_level
+from mutating.disguises import BY_TOOLS, WRITTEN, Disguise, everything, plain, simplified, slimmed, with_interface_of
+from mutating.mutant_trial import seeded
+from witness.corpus import Case, Entry, find_entries, spread_sample
+from witness.second_judge import open_session
+from witness.uncached import answer, highest_level
 
 import kvsurgeon
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from corpus import Case
-from second_judge import EXACT, failures, judge, open_session, read_contract
+from witness.corpus import Case
+from witness.second_judge import EXACT, failures, judge, open_session, read_contract
 
 from kvsurgeon import io
 from kvsurgeon.passes.contract import Pass, Subject

@@ -24,14 +24,12 @@ from io import StringIO
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import attention_grafts
-import grafts
-import mutants
 import onnx
 import onnxruntime as ort
-from corpus import Entry, find_entries
-from mutable_graph import Graph
-from mutant_trial import BAD, CATEGORIES, Outcome, seeded, try_file, try_mutant
+from mutating import attention_grafts, grafts, mutants
+from mutating.mutable_graph import Graph
+from mutating.mutant_trial import BAD, CATEGORIES, Outcome, seeded, try_file, try_mutant
+from witness.corpus import Entry, find_entries
 
 SECONDS_ALLOWED = 60
 SAVED_EVERY = 25  # mutants

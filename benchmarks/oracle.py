@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from corpus import Case, Entry, find_entries, spread_sample
 from coverage import quiet
-from second_judge import BATCH, NEW, PAST, TOTAL, empty_sizes, open_session, part_of, read_contract
-from uncached import LEVELS, first_tokens
+from witness.corpus import Case, Entry, find_entries, spread_sample
+from witness.second_judge import BATCH, NEW, PAST, TOTAL, empty_sizes, open_session, part_of, read_contract
+from witness.uncached import LEVELS, first_tokens
 
 import kvsurgeon
 from kvsurgeon import io

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import onnx
-from page_cache import bytes_cached, check_gauge, forget
-from workloads import SHAPES, DecoderShape, Dialect, write_sparse
+from sizes.page_cache import bytes_cached, check_gauge, forget
+from sizes.workloads import SHAPES, DecoderShape, Dialect, write_sparse
 
 HERE = Path(__file__).parent
 MEGA = 1e6
@@ -102,7 +102,7 @@ def measure(path: Path, *, name: str, dialect: str, layers: int | None, options:
         weight_bytes_read=read,
         asked_bytes=max(run["asked_bytes"] for run in runs),
     )
-    alone = _run([sys.executable, str(HERE / "pass_alone.py"), str(path), "--repeat", str(options.repeat)])
+    alone = _run([sys.executable, str(HERE / "sizes" / "pass_alone.py"), str(path), "--repeat", str(options.repeat)])
     if alone["exit_code"]:
         return replace(whole, failure=f"pass alone: {alone['said'].splitlines()[-1:]}")
     inside = json.loads(alone["said"].splitlines()[-1])
@@ -118,7 +118,7 @@ def _whole_process(path: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(command: Sequence[str]) -> dict[str, Any]:
-    launcher = [sys.executable, "-I", "-S", str(HERE / "measured.py")]
+    launcher = [sys.executable, "-I", "-S", str(HERE / "sizes" / "measured.py")]
     answer = subprocess.run([*launcher, *command], capture_output=True, text=True, check=True)
     result: dict[str, Any] = json.loads(answer.stdout)
     return result

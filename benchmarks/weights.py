@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from page_cache import forget
-from workloads import SHAPES, write_sparse
+from sizes.page_cache import forget
+from sizes.workloads import SHAPES, write_sparse
 
 import kvsurgeon
 from kvsurgeon.io import load, weight_files
@@ -119,7 +119,7 @@ def measure(path: Path, pipeline: str, layers: int) -> Measurement:
 
 
 def _run(command: list[str]) -> dict:
-    launcher = [sys.executable, "-I", "-S", str(HERE / "measured.py")]
+    launcher = [sys.executable, "-I", "-S", str(HERE / "sizes" / "measured.py")]
     answer = subprocess.run([*launcher, *command], capture_output=True, text=True, check=True)
     result: dict = json.loads(answer.stdout)
     if result["exit_code"]:

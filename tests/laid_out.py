@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from corpus import Entry, find_entries
 from laws import in_onnxruntime, texts
+from witness.corpus import Entry, find_entries
 
 
 def lay_out(folder: Path, model: onnx.ModelProto, *calls: dict[str, np.ndarray], **meta: str) -> Entry:

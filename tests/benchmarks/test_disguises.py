@@ -2,12 +2,12 @@
 
 from random import Random
 
-import disguises
 import numpy as np
 import onnx
 import pytest
 from exports import FILES, ONE_OF_EACH, export, injected
 from laws import assert_law, in_onnxruntime, texts
+from mutating import disguises
 
 ALONE = [*disguises.WRITTEN, disguises.optimised_by_onnxruntime]
 

@@ -3,7 +3,6 @@
 from multiprocessing import Pipe
 
 import broken_decoders as shelf
-import mutant_trial
 import mutations
 import numpy as np
 import onnx
@@ -11,7 +10,8 @@ import pytest
 from decoders import Config, Decoder
 from exports import FILES, export
 from laid_out import lay_out, stored
-from mutant_trial import BAD, Outcome, try_file, try_mutant
+from mutating import mutant_trial
+from mutating.mutant_trial import BAD, Outcome, try_file, try_mutant
 
 from kvsurgeon.errors import Refused
 

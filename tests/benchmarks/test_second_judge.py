@@ -6,10 +6,10 @@ import broken_decoders as shelf
 import numpy as np
 import onnx
 import pytest
-from corpus import Case
 from decoders import CachedDecoder, Config, Decoder
 from laid_out import lay_out, stored
-from second_judge import ContractError, bound_of, failures, judge, open_session, read_contract
+from witness.corpus import Case
+from witness.second_judge import ContractError, bound_of, failures, judge, open_session, read_contract
 
 MASK = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])
 TYPES = np.array([[0, 0, 1, 1], [1, 1, 0, 1]])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from mutable_graph import FLOATS, Edge, Graph
 from onnx import TensorProto
+
+from mutating.mutable_graph import FLOATS, Edge, Graph
 
 Graft = Callable[[Graph, Edge, int], str]  # edge and axis -> the value to read in place of the edge's
 END = 2**62

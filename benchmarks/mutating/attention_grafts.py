@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from mutable_graph import Graph
 from onnx import NodeProto, TensorProto
+
+from mutating.mutable_graph import Graph
 
 # Attention
 

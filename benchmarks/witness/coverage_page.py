@@ -6,7 +6,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
-from verdicts import VERDICTS, Result
+from witness.verdicts import VERDICTS, Result
 
 COMMAND = "python benchmarks/coverage.py ../shared/corpus --markdown docs/coverage.md"
 MARKS = {"refused": "r", "not runnable": "n", "wrong": "!", "crashed": "!", "hung": "!"}

@@ -10,9 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import onnx
-from corpus import Entry
 
 from kvsurgeon.errors import KvsurgeonError
+from witness.corpus import Entry
 
 SECONDS = 120
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from onnx import TensorProto, helper
-from scribe import Scribe
+
+from sizes.scribe import Scribe
 
 if TYPE_CHECKING:
     from workloads import DecoderShape

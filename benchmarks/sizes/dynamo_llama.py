@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import ml_dtypes
 import numpy as np
 from onnx import TensorProto
-from scribe import NUMPY, Scribe
+
+from sizes.scribe import NUMPY, Scribe
 
 if TYPE_CHECKING:
     from workloads import DecoderShape

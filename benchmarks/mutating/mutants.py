@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from mutable_graph import Edge, Graph, attribute_of
 from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from mutating.mutable_graph import Edge, Graph, attribute_of
 
 Mutation = Callable[[Graph], "str | None"]
 

@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
-from corpus import Case
+
+from witness.corpus import Case
 
 BATCH, NEW, TOTAL, PAST = "batch_size", "sequence_length", "total_sequence_length", "past_sequence_length"
 # optimum, whose own exports are judged to judge the judge, spells the total out

@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnx
 import onnxruntime as ort
-from corpus import Case, Entry
-from second_judge import (
+from witness.corpus import Case, Entry
+from witness.second_judge import (
     DYNAMIC,
     Bound,
     ContractError,
@@ -25,7 +25,7 @@ from second_judge import (
     open_session,
     read_contract,
 )
-from uncached import LEVELS, Level, answer, change, distance, first_tokens, steady
+from witness.uncached import LEVELS, Level, answer, change, distance, first_tokens, steady
 
 import kvsurgeon
 import kvsurgeon.io

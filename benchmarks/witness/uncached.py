@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
-from corpus import Case
-from second_judge import Bound, open_session
+
+from witness.corpus import Case
+from witness.second_judge import Bound, open_session
 
 Level = ort.GraphOptimizationLevel
 LEVELS = (Level.ORT_ENABLE_ALL, Level.ORT_ENABLE_BASIC, Level.ORT_DISABLE_ALL)

@@ -13,8 +13,9 @@ from tempfile import TemporaryDirectory
 
 import onnx
 import onnxruntime as ort
-from mutable_graph import Graph
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper
+
+from mutating.mutable_graph import Graph
 
 Disguise = Callable[[onnx.ModelProto, Random], onnx.ModelProto]
 

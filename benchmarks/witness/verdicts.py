@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from second_judge import Score
+from witness.second_judge import Score
 
 VERDICTS = ("right", "wrong", "refused", "crashed", "hung", "not runnable", "not judged")
 MEAN_LIMIT = 1.0  # seconds per model, in one process

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import dynamo_llama
 import onnx
-import torchscript_llama
 from onnx import TensorProto, helper
-from scribe import Scribe, fill_with_noise, put_weights_aside
+
+from sizes import dynamo_llama, torchscript_llama
+from sizes.scribe import Scribe, fill_with_noise, put_weights_aside
 
 Dialect = Literal["dynamo", "torchscript"]
 
