@@ -75,3 +75,12 @@ def in_order(model: onnx.ModelProto) -> onnx.ModelProto:
         made.update(ready.output)
         model.graph.node.append(ready)
     return model
+
+
+def switched_beyond(length: int) -> str:
+    """Return an attention whose rotary angles are others where a text has more tokens than that."""
+    return attention(
+        constants=f"float[8] near, float[8] far, int64 switch = {{{length}}}",
+        key="place = Cast<to = 1>(column)\n beyond = Greater(length, switch)\n f = Where(beyond, far, near)\n"
+        "angle = Mul(place, f)\n wave = Cos(angle)\n k = Mul(k0, wave)",
+    )

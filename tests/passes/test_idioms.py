@@ -8,11 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 import pytest
+from attentions import switched_beyond
 from decoders import Config, Decoder
 from exports import NAMES, ONE_OF_EACH, export, injected
 from laws import ALLOWED, Arrays, difference, dims_of, in_onnxruntime, texts
+from written import read
 
 from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.parity import verify
 
 ROOM = 32  # rows of a buffer
 SPARE = 5  # rows of a past that stay unfilled
@@ -111,6 +114,34 @@ def test_options_that_do_not_go_together(options, said):
 def test_positions_must_be_given_to_be_read():
     with pytest.raises(Refused, match="the number of past tokens cannot be read"):
         injected(export("decoder"), idiom="in-place", past_length="positions")
+
+
+@pytest.mark.parametrize("called", ["position_ids", "where", "token_type_ids"])
+def test_positions_are_known_by_their_use(called):
+    original = renamed(Decoder(Config(layers=1, position_ids=True)).model(), "position_ids", called)
+    model = injected(original, idiom="in-place", past_length="positions")
+    assert [node.input[0] for node in model.graph.node if "positions.flat" in node.output[0]] == [called]
+    model = renamed(model, called, "position_ids")
+    assert verify(renamed(original, called, "position_ids"), model, threads=1).verdict == "same"
+
+
+def renamed(model: onnx.ModelProto, old: str, new: str) -> onnx.ModelProto:
+    text = onnx.ModelProto()
+    text.CopyFrom(model)
+    for value in text.graph.input:
+        value.name = new if value.name == old else value.name
+    for node in text.graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+    return text
+
+
+@pytest.mark.parametrize("name", ["in place", "new only, unfilled rows", "grow, transposed"])
+def test_the_judge_asks_for_no_more_tokens_than_the_model_takes(name):
+    original = read(switched_beyond(80))
+    report = verify(original, injected(original, **IDIOMS[name]), threads=1)
+    assert (report.verdict, report.problems) == ("same", ())
+    assert max(trial.length for trial in report.trials) > 70
+    assert any("it takes no more" in note for note in report.notes)
 
 
 def test_a_buffer_longer_than_the_model():

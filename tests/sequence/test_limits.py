@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 import pytest
-from attentions import attention
+from attentions import attention, switched_beyond
 from laws import assert_law, in_chunks, in_onnxruntime, texts
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 from written import read
@@ -13,11 +13,7 @@ from kvsurgeon.passes.contract import Changed, Subject
 from kvsurgeon.passes.inject import Inject
 
 SWITCH = 100
-SWITCHED = attention(
-    constants=f"float[8] near, float[8] far, int64 switch = {{{SWITCH}}}",
-    key="place = Cast<to = 1>(column)\n beyond = Greater(length, switch)\n f = Where(beyond, far, near)\n"
-    "angle = Mul(place, f)\n wave = Cos(angle)\n k = Mul(k0, wave)",
-)
+SWITCHED = switched_beyond(SWITCH)
 TABLE = attention(constants="float[100, 8] table", hidden="p = Slice(table, first, n1, first)\n h = Add(x, p)").replace(
     "length = Gather(sizes, one)", "length = Gather(sizes, one)\n n1 = Unsqueeze(length, first)"
 )

@@ -43,15 +43,12 @@ def find_attention(model: ir.Model) -> tuple[Attention, ...]:
 
 def describe(analysis: Analysis, proof: Proof) -> Decoder:
     """Return the facts of an analysis that was proved."""
-    bounds = [*analysis.flow.shapes.bounds, *([proof.limit] if proof.limit is not None else [])]
-    if isinstance(analysis.length, int):
-        bounds.append(analysis.length)
     tried = ", ".join(str(length) for length in proof.lengths[:6]) + (", ..." if len(proof.lengths) > 6 else "")
     return Decoder(
         attentions=tuple(_attentions(analysis, proof)),
         inputs=tuple(_input(given) for given in analysis.inputs),
         opset=analysis.shapes.opset,
-        max_length=min(bounds, default=None),
+        max_length=proof.max_length,
         proved=(
             "every operator outside attention keeps tokens apart (by its axes)",
             f"no query sees a key after it (context run at lengths {tried})",

@@ -136,6 +136,10 @@ def _hear(
     except KvsurgeonError as error:
         return _Hearing(report=replace(report, faults=(str(error),)))
     report = replace(_measured(report, cached), faults=_faults(cached, witness))
+    if cached.room is not None and cached.room < lengths.long:
+        report = replace(
+            report, notes=(*report.notes, f"texts of up to {cached.room} tokens were judged: it takes no more")
+        )
     try:
         decoder = UncachedDecoder(witness, _inputs(witness, cached))
         known = examine(decoder, _within(lengths, cached.room), report.tolerance.error, seed)
@@ -160,7 +164,7 @@ def _steady(hear: Callable[[Optimisation], _Hearing], optimisation: Optimisation
                 f"onnxruntime's graph optimisation `{optimisation}` makes the original give other logits for the same "
                 f"tokens when others follow: both models were judged at `{level}`, and should be run so"
             )
-            return replace(hearing, report=replace(hearing.report, notes=(note,)))
+            return replace(hearing, report=replace(hearing.report, notes=(note, *hearing.report.notes)))
     return first
 
 

@@ -45,8 +45,9 @@ class Inject:
         past: Name of an input; kind is "key" or "value".
         present: Name of an output.
         idiom: Whether the cache grows from call to call, is a buffer written in place, or gives out new rows only.
-        past_length: Where the number of past tokens is read: the shape of the past, an input of its own, the first of
-            position_ids, or the attention mask's length. By default the shape, and in place an input.
+        past_length: Where the number of past tokens is read: the shape of the past, an input of its own, the first
+            position given (for texts without padding on the left), or the attention mask's length. By default the
+            shape, and in place an input.
         max_length: Rows of a buffer that is written in place; read from it at run time where it is not given.
         key_layout: Order of the axes of a key in the cache.
         value_layout: Order of the axes of a value in the cache.
@@ -78,7 +79,7 @@ class Inject:
             plan = plan_cache(self, analysis, proof)
             editor = Editor(model)
             _Injection(analysis, editor, plan, proof.limit).operate()
-        write_note(model, note_of(self.idiom, plan.entries))
+        write_note(model, note_of(self.idiom, plan.entries, proof.max_length))
         subject.model = model
         notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()]
         if proof.limit is not None:

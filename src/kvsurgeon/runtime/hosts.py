@@ -8,6 +8,7 @@ host puts them behind its past. Where dims are numbers, a note in the file's met
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, cast
@@ -23,7 +24,7 @@ Idiom = Literal["grow", "in-place", "new-only"]
 NOTE = "kvsurgeon.cache"  # key of the note in a file's metadata
 STALE = 7  # lies in rows that no token was written to: whoever reads them gives wrong numbers
 SPARE = 3  # unfilled rows of a past whose length the model leaves open
-SMALLEST = 64  # rows of a buffer whose length the model leaves open
+SMALLEST = 64  # rows of a buffer whose length the model leaves open, if it can be run on so many
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Note:
 
     idiom: Idiom | None = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)  # of keys and of values
+    max_length: int | None = None  # tokens that a text may have
 
 
 class Host(Protocol):
@@ -66,7 +68,9 @@ def read_note(metadata: Mapping[str, str]) -> Note:
         told = json.loads(metadata.get(NOTE, "{}"))
         layouts = {part: tuple(told.get(f"{part}_layout", ())) for part in ("key", "value")}
         known = {part: layout for part, layout in layouts.items() if "sequence" in layout}
-        return Note(idiom=cast("Idiom | None", told.get("idiom")), layouts=known)
+        longest = told.get("max_length")
+        longest = longest if isinstance(longest, int) and longest > 0 else None
+        return Note(idiom=cast("Idiom | None", told.get("idiom")), layouts=known, max_length=longest)
     except (ValueError, TypeError, AttributeError):
         return Note()
 
@@ -83,8 +87,8 @@ def open_host(cache: Sequence[CacheEntry], note: Note) -> Host:
     rows = cache[0].past.dims[cache[0].axis]
     fixed = rows if isinstance(rows, int) else None
     if idiom == "in-place":
-        return InPlace(cache, fixed)
-    return NewOnly(cache, fixed) if idiom == "new-only" else Grow(cache)
+        return InPlace(cache, fixed, note.max_length)
+    return NewOnly(cache, fixed, note.max_length) if idiom == "new-only" else Grow(cache, note.max_length)
 
 
 def _told_by_dims(entry: CacheEntry) -> Idiom:
@@ -99,13 +103,14 @@ class Grow:
 
     into: Mapping[str, Any] = {}
 
-    def __init__(self, cache: Sequence[CacheEntry]) -> None:
+    def __init__(self, cache: Sequence[CacheEntry], most: int | None = None) -> None:
         self.cache = cache
+        self.most = most
         self._pasts: dict[str, Any] = {}
 
     def longest(self, step_length: int) -> int | None:
-        """Any text has room."""
-        return None
+        """Any text has room that the model can be run on."""
+        return self.most
 
     def reset(self) -> None:
         """Forget all rows."""
@@ -133,15 +138,17 @@ class Grow:
 class InPlace:
     """One buffer for past and present of an entry, with room for more tokens than there are."""
 
-    def __init__(self, cache: Sequence[CacheEntry], room: int | None) -> None:
+    def __init__(self, cache: Sequence[CacheEntry], room: int | None, most: int | None = None) -> None:
         self.cache = cache
         self.room = room
+        self.most = most
         self._buffers: dict[str, Any] = {}
         self._rows = 0
 
     def longest(self, step_length: int) -> int | None:
         """A call has room if all its tokens do, those in excess too."""
-        return None if self.room is None else self.room - step_length + 1
+        room = self.room or self.most
+        return None if room is None else room - step_length + 1
 
     @property
     def into(self) -> Mapping[str, Any]:
@@ -159,10 +166,11 @@ class InPlace:
             RunError: They cannot be made longer.
         """
         needed = past + new
-        if self.room is not None and needed > self.room:
-            raise RunError(f"expected at most {self.room} tokens, as many as the cache has rows for, found {needed}")
+        room = self.room or self.most
+        if room is not None and needed > room:
+            raise RunError(f"expected at most {room} tokens, as many as the cache has rows for, found {needed}")
         if not self._buffers or needed > self._rows:
-            self._rows = self.room or max(SMALLEST, 2 * needed)
+            self._rows = self.room or min(max(SMALLEST, 2 * needed), room or sys.maxsize)
             self._buffers = {entry.past.name: to_runtime(self._longer(entry, batch, past)) for entry in self.cache}
         return dict(self._buffers)
 
@@ -189,14 +197,17 @@ class NewOnly:
 
     into: Mapping[str, Any] = {}
 
-    def __init__(self, cache: Sequence[CacheEntry], held: int | None) -> None:
+    def __init__(self, cache: Sequence[CacheEntry], held: int | None, most: int | None = None) -> None:
         self.cache = cache
         self.held = held
+        self.most = most
         self._rows: dict[str, Array] = {}
 
     def longest(self, step_length: int) -> int | None:
         """The rows of the past, and at least one new token."""
-        return None if self.held is None else self.held + 1
+        if self.held is not None:
+            return self.held + 1
+        return None if self.most is None else self.most - self._unfilled(0)
 
     def reset(self) -> None:
         """Forget all rows."""

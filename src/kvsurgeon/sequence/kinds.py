@@ -7,7 +7,7 @@ remembered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -44,6 +44,8 @@ _FORMED = frozenset({"Reshape", "Expand", "Tile", "Slice"})  # by a shape, which
 _FORMS = _FORMED | {"Unsqueeze", "Squeeze"}
 LOOKUPS = frozenset({"Gather", "GatherBlockQuantized", "GatherElements", "GatherND"})
 _WAVES = frozenset({"Sin", "Cos", "MatMul", "Gemm", "Einsum", "RotaryEmbedding", "OneHot", "FusedMatMul"})
+_ANGLES = _WAVES - {"OneHot"}
+_FEWEST_PLACES = 16  # rows of a table of positions; types of tokens are fewer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,14 +169,42 @@ def classify_inputs(
 def _is_given_for_new_tokens(value: ir.Value, sizes: tuple[Dimension, ...]) -> bool:
     if len(sizes) == 3:
         return value.dtype is not None and value.dtype.is_floating_point()
+    for node, index in _readers(value):
+        if node.op_type in _WAVES or _rows_picked(node, index):
+            return True
+        if node.op_type == "Equal" and _is_vocabulary(node.inputs[1 - index]):
+            return True
+    return False
+
+
+def find_positions(inputs: Iterable[GivenInput]) -> list[GivenInput]:
+    """Return the inputs that say where each new token stands: they become angles, or pick a row for each place.
+
+    The first input of new tokens holds the text. What picks from fewer rows than a text has tokens is a type of token.
+    """
+    whole = [given for given in inputs if given.is_token and len(given.dimensions) <= 2]
+    numbers = [given for given in whole[1:] if given.value.dtype in (ir.DataType.INT64, ir.DataType.INT32)]
+    return [given for given in numbers if any(_places(*reader) for reader in _readers(given.value))]
+
+
+def _places(node: ir.Node, index: int) -> bool:
+    return node.op_type in _ANGLES or _rows_picked(node, index) >= _FEWEST_PLACES
+
+
+def _rows_picked(node: ir.Node, index: int) -> int:
+    """How many rows the table has that a node picks from by this input; 0 if it picks none."""
+    if node.op_type not in LOOKUPS or index != 1:
+        return 0
+    return _table_rows(node.inputs[0])
+
+
+def _readers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    """Yield what reads an input while it is still itself, position by position."""
     seen, pending = {value}, [value]
     while pending:
         current = pending.pop()
         for node, index in current.uses():
-            if node.op_type in _WAVES or (node.op_type in LOOKUPS and index == 1 and _is_table(node.inputs[0])):
-                return True
-            if node.op_type == "Equal" and _is_vocabulary(node.inputs[1 - index]):
-                return True
+            yield node, index
             others = [other for other in node.inputs if other is not None and other not in seen]
             if node.op_type not in _VIEWS or (index > 0 and node.op_type in _FORMED):
                 continue
@@ -183,7 +213,6 @@ def _is_given_for_new_tokens(value: ir.Value, sizes: tuple[Dimension, ...]) -> b
                 if result not in seen:
                     seen.add(result)
                     pending.append(result)
-    return False
 
 
 def _is_vocabulary(value: ir.Value | None) -> bool:
@@ -211,17 +240,18 @@ def _reads_input(value: ir.Value) -> bool:
     return False
 
 
-def _is_table(value: ir.Value | None) -> bool:
-    """Whether a value is a table of floating-point rows, possibly cast, dequantised or repeated for the batch."""
+def _table_rows(value: ir.Value | None) -> int:
+    """Rows of a table of floating-point rows, possibly cast, dequantised or repeated for the batch; 0 if it is none."""
     for _ in range(6):
         tensor = constant_tensor(value)
         if tensor is not None:
-            return len(tensor.shape) >= 2
+            sizes = [size for size in tensor.shape if isinstance(size, int)]
+            return max(sizes[:-1], default=0)
         node = None if value is None else value.producer()
         if node is None or node.op_type not in {"Cast", "DequantizeLinear", "Identity", "Transpose", *_FORMS}:
-            return False
+            return 0
         value = node.inputs[0]
-    return False
+    return 0
 
 
 def find_kinds(nodes: Iterable[ir.Node], inputs: list[GivenInput], shapes: Shapes) -> dict[ir.Value, Kind]:

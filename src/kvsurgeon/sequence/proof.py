@@ -23,6 +23,7 @@ class Proof:
     seen: tuple[Seen, ...]  # for each attention
     lengths: tuple[int, ...]  # that were tried
     limit: int | None  # the longest total length up to which context is stable, where there is one
+    max_length: int | None  # the longest that the model can be run on: so far context is stable, and tables have rows
 
 
 def _check_padding(analysis: Analysis, seen: list[Seen]) -> None:
@@ -52,4 +53,10 @@ def prove(analysis: Analysis) -> Proof:
         seen.append(looked_at[how])
     _check_padding(analysis, seen)
     limits = [limit for limit in (find_limit(trial), *(one.limit for one in seen)) if limit is not None]
-    return Proof(seen=tuple(seen), lengths=trial.lengths, limit=min(limits, default=None))
+    limit = min(limits, default=None)
+    return Proof(seen=tuple(seen), lengths=trial.lengths, limit=limit, max_length=_longest(analysis, limit))
+
+
+def _longest(analysis: Analysis, limit: int | None) -> int | None:
+    fixed = analysis.length if isinstance(analysis.length, int) else None
+    return min((bound for bound in (*analysis.flow.shapes.bounds, limit, fixed) if bound is not None), default=None)

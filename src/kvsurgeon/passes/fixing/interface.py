@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
-from kvsurgeon.passes.idioms.note import Note, read_note
+from kvsurgeon.passes.idioms.note import KEY, Note, read_note
 
 _HINT = "inject with idiom=in-place or new-only, and past-length=input or positions"
 
@@ -44,6 +44,13 @@ def read_interface(model: ir.Model, *, tokens: int, max_length: int | None, batc
     Raises:
         Refused: A symbol has no number.
     """
+    note = read_note(model)
+    longest = None if note is None else note.max_length
+    if longest is not None and max_length is not None and max_length > longest:
+        raise Refused(
+            "the model cannot be run on as many tokens", at=KEY,
+            expected=f"max-length of at most {longest}", found=str(max_length),
+        )  # fmt: skip
     numbers = {"batch_size": batch_size, "sequence_length": tokens}
     words = {str(size.value) for value in model.graph.inputs for size in value.shape or () if not isinstance(size, int)}
     cached = words & {"max_length", "cache_length", "past_sequence_length", "total_sequence_length"}
@@ -60,7 +67,7 @@ def read_interface(model: ir.Model, *, tokens: int, max_length: int | None, batc
                     "a size differs from call to call, and cannot be fixed", at=value.name,
                     found=str(size.value), hint=_HINT,
                 )  # fmt: skip
-    return Interface(model=model, numbers=numbers, note=read_note(model))
+    return Interface(model=model, numbers=numbers, note=note)
 
 
 def _numbers_of_an_export(model: ir.Model, tokens: int, batch_size: int) -> dict[str, int]:

@@ -23,14 +23,20 @@ class Note:
     idiom: Name
     key_layout: Layout
     value_layout: Layout
+    max_length: int | None = None  # tokens that context can be computed for, where not for any number
 
 
-def note_of(name: Name, entries: Sequence[Entry]) -> Note | None:
-    """Return what is to be noted; nothing where the cache grows as most do."""
+def note_of(name: Name, entries: Sequence[Entry], max_length: int | None) -> Note | None:
+    """Return what is to be noted; nothing where the cache grows as most do, to any length."""
     layouts = {entry.is_key: entry.layout for entry in reversed(entries)}
-    if name == "grow" and all(layout == USUAL for layout in layouts.values()):
+    if name == "grow" and max_length is None and all(layout == USUAL for layout in layouts.values()):
         return None
-    return Note(idiom=name, key_layout=layouts.get(True, USUAL), value_layout=layouts.get(False, USUAL))
+    return Note(
+        idiom=name,
+        key_layout=layouts.get(True, USUAL),
+        value_layout=layouts.get(False, USUAL),
+        max_length=max_length,
+    )
 
 
 def write_note(model: ir.Model, note: Note | None) -> None:

@@ -18,7 +18,7 @@ from kvsurgeon.passes.idioms.in_place import InPlace
 from kvsurgeon.passes.idioms.new_only import NewOnly
 from kvsurgeon.sequence.analysis import Analysis
 from kvsurgeon.sequence.axes import Length
-from kvsurgeon.sequence.kinds import GivenInput
+from kvsurgeon.sequence.kinds import GivenInput, find_positions
 from kvsurgeon.sequence.lengths import HELD, NEW, PAST, ROOM, Source
 from kvsurgeon.sequence.proof import Proof
 from kvsurgeon.shapes.dimension import Dimension
@@ -77,7 +77,12 @@ def plan_cache(options: Options, analysis: Analysis, proof: Proof) -> Plan:
         raise UsageError(f"{options.idiom}: expected past-length {' or '.join(counts)}, found {count}")
     if options.max_length is not None and options.idiom != "in-place":
         raise UsageError(f"{options.idiom}: expected no max-length, found {options.max_length}; fix-shapes gives one")
-    _check_room(options.max_length, analysis, proof)
+    wanted, longest = options.max_length, proof.max_length
+    if wanted is not None and longest is not None and wanted > longest:
+        raise Refused(
+            "the model cannot be run on as many tokens as the cache is to hold", at=analysis.inputs[0].value.name,
+            expected=f"max-length of at most {longest}", found=str(wanted),
+        )  # fmt: skip
     dtype = None if options.cache_dtype is None else ir.DataType[options.cache_dtype.upper()]
     naming = Naming(
         past=options.past, present=options.present, dtype=dtype,
@@ -100,17 +105,6 @@ def _idiom(options: Options, count: Count, length: Dimension) -> Idiom:
             expected="an export of any length", found=f"one of {length} tokens", hint="past-length=shape, or in-place",
         )  # fmt: skip
     return NewOnly(past=PAST if count == "shape" else HELD)
-
-
-def _check_room(room: int | None, analysis: Analysis, proof: Proof) -> None:
-    """A buffer is no longer than context can be computed for."""
-    bounds = [*analysis.flow.shapes.bounds, *([proof.limit] if proof.limit is not None else [])]
-    bounds += [analysis.length] if isinstance(analysis.length, int) else []
-    if room is not None and room > min(bounds, default=room):
-        raise Refused(
-            "the model cannot be run on as many tokens as the cache is to hold", at=analysis.inputs[0].value.name,
-            expected=f"max-length of at most {min(bounds)}", found=str(room),
-        )  # fmt: skip
 
 
 def find_sources(plan: Plan, analysis: Analysis, editor: Editor, past: ir.Value) -> dict[sympy.Symbol, Source]:
@@ -143,18 +137,11 @@ def _by_input(analysis: Analysis, editor: Editor, new: Source) -> ir.Value:
 
 def _by_positions(analysis: Analysis, editor: Editor, new: Source) -> ir.Value:
     """The position of the first new token of the first row: right where no row is padded on the left."""
-    given = _only(
-        [given for given in analysis.inputs if given.is_token and _holds_positions(given)], "an input of positions"
-    )
+    given = _only(find_positions(analysis.inputs), "an input of positions")
     flat = editor.node("Reshape", [given.value, editor.constant([-1])], wish="positions.flat", dtype=given.value.dtype)
     return editor.node(
         "Gather", [flat, editor.constant([0])], wish="position.first", dtype=given.value.dtype, shape=[1]
     )
-
-
-def _holds_positions(given: GivenInput) -> bool:
-    integer = given.value.dtype in (ir.DataType.INT64, ir.DataType.INT32)
-    return integer and "pos" in (given.value.name or "")
 
 
 def _by_mask(analysis: Analysis, editor: Editor, new: Source) -> ir.Value:
