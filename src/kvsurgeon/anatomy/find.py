@@ -32,7 +32,9 @@ def find_decoder(model: ir.Model) -> Decoder:
         Refused: It is none, or cannot be handled soundly.
     """
     with room_for_deep_graphs():
-        analysis = analyse(in_standard_operators(model))
+        written = in_standard_operators(model)
+        analysis = analyse(written.model)
+        analysis.flow.assumed.update(written.assumed)
         return describe(analysis, prove(analysis))
 
 

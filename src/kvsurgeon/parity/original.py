@@ -50,6 +50,26 @@ class Original:
         """
         return self.decoder.run(self.inputs.whole(scenario.tokens, scenario.mask, types=self.types))
 
+    def reads_padding_alike(self, scenario: Scenario, allowed: float) -> bool:
+        """Whether padding before a text means the same however many tokens follow; some models take it behind alone.
+
+        Raises:
+            RunError: It cannot be run on the scenario.
+        """
+        part = scenario.chunks[0]
+        if self.decoder.length is not None or scenario.mask.all() or part == scenario.tokens.shape[1]:
+            return True
+        whole, short = (
+            self.decoder.run(self.inputs.whole(scenario.tokens[:, :end], scenario.mask[:, :end], types=self.types))[
+                self.decoder.logits
+            ]
+            for end in (None, part)
+        )
+        counted = scenario.mask[:, :part].astype(bool)
+        if whole.shape[:2] != scenario.tokens.shape:  # logits of the last token alone
+            return True
+        return distance(whole[:, :part][counted], short[counted], spread(whole)) <= allowed
+
     def logits(self, tokens: Tokens) -> Array:
         """Return its logits for texts without padding.
 

@@ -47,6 +47,8 @@ def judge(scenario: Scenario, original: Original, cached: CachedDecoder, toleran
     counted = scenario.mask.astype(bool)
     if _not_numbers(expected[original.decoder.logits], counted):
         return replace(facts, reason="the original's logits are not numbers")
+    if original.steady and not original.reads_padding_alike(scenario, tolerance.error):
+        return replace(facts, reason="the original reads padding before a text otherwise when other tokens follow")
     by_place = _told_only_later(original, cached)
     feeds = cached.inputs.whole(scenario.tokens, scenario.mask, types=original.types, by_place=by_place)
     whole = perform(cached, feeds, [(0, facts.length)])

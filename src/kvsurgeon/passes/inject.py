@@ -72,9 +72,11 @@ class Inject:
             Refused: The model cannot be given a cache soundly; it is left as it was.
             UsageError: A template does not give each tensor a name of its own.
         """
-        model = in_standard_operators(subject.model)
+        written = in_standard_operators(subject.model)
+        model = written.model
         with room_for_deep_graphs():
             analysis = _analysed(model)
+            analysis.flow.assumed.update(written.assumed)
             proof = prove(analysis)
             plan = plan_cache(self, analysis, proof)
             editor = Editor(model)

@@ -106,7 +106,7 @@ class Analysis:
 
 
 def analyse(model: ir.Model) -> Analysis:
-    """Return the anatomy of a decoder without a cache.
+    """Return the anatomy of a decoder without a cache, in standard operators.
 
     Raises:
         Refused: It is not a causal decoder that can be handled soundly; nothing was changed.

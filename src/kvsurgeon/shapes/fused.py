@@ -10,7 +10,7 @@ from kvsurgeon.shapes.fact import Call, Fact
 def attention(call: Call) -> list[Fact]:
     """`Attention` of opset 23 and later; of com.microsoft where the domain says so."""
     if call.node.domain == "com.microsoft":
-        return _packed_attention(call)
+        return packed_attention(call)
     query, key, value = (call.fact(index) for index in range(3))
     outputs = [Fact(None, query.dtype)] * len(call.node.outputs)
     if query.shape is None or key.shape is None or value.shape is None:
@@ -24,25 +24,31 @@ def attention(call: Call) -> list[Fact]:
     return outputs
 
 
-def _packed_attention(call: Call) -> list[Fact]:
+def packed_attention(call: Call) -> list[Fact]:
+    """`Attention` and `QAttention` of com.microsoft: [batch, sequence, hidden], floats if quantised."""
     hidden, weights = call.fact(0), call.fact(1)
-    outputs = [Fact(None, hidden.dtype)] * len(call.node.outputs)
+    dtype = call.fact(3).dtype if call.node.op_type == "QAttention" else hidden.dtype
+    outputs = [Fact(None, dtype)] * len(call.node.outputs)
     if hidden.shape is None or weights.shape is None:
         return outputs
     sizes = call.attribute("qkv_hidden_sizes")
     width: Dimension | None = sizes[2] if sizes else dim.exact_quotient(weights.shape[1], 3)
-    outputs[0] = Fact((*hidden.shape[:2], call.lost() if width is None else width), hidden.dtype)
+    outputs[0] = Fact((*hidden.shape[:2], call.lost() if width is None else width), dtype)
     return outputs
 
 
 def multi_head_attention(call: Call) -> list[Fact]:
-    """`MultiHeadAttention` of com.microsoft: [batch, sequence, hidden]."""
+    """`MultiHeadAttention` of com.microsoft: [batch, sequence, hidden], whatever its inputs are packed into."""
     query, value = call.fact(0), call.given(2) or call.fact(0)
     outputs = [Fact(None, query.dtype)] * len(call.node.outputs)
-    if query.shape is not None and value.shape is not None and len(query.shape) == 3:
-        heads = call.integer("num_heads", 1)
-        width = dim.multiply(value.shape[1], value.shape[3]) if len(value.shape) == 4 else value.shape[2]
-        outputs[0] = Fact((*query.shape[:2], width if heads else call.lost()), query.dtype)
+    if query.shape is None or value.shape is None:
+        return outputs
+    width = value.shape[2]
+    if len(value.shape) == 4:  # [batch, heads, keys, head_dim]
+        width = dim.multiply(value.shape[1], value.shape[3])
+    elif len(value.shape) == 5:  # [batch, keys, heads, 2 or 3, head_dim]
+        width = dim.multiply(value.shape[2], value.shape[4])
+    outputs[0] = Fact((*query.shape[:2], width), query.dtype)
     return outputs
 
 

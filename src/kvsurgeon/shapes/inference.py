@@ -75,6 +75,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("AveragePool", "MaxPool", "LpPool", "QLinearAveragePool"), contraction.pool),
     "QLinearConcat": layout.concat,
     "Attention": fused.attention,
+    "QAttention": fused.packed_attention,
     "MultiHeadAttention": fused.multi_head_attention,
     "GroupQueryAttention": fused.group_query_attention,
 }  # fmt: skip

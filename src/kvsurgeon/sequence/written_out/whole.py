@@ -1,0 +1,70 @@
+"""A model without fused attention of com.microsoft."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from kvsurgeon.graph.liveness import find_alive
+from kvsurgeon.graph.plain import in_plain_words
+from kvsurgeon.sequence.kinds import read_inputs
+from kvsurgeon.sequence.written_out.grouped import group_query_attention
+from kvsurgeon.sequence.written_out.pen import Pen
+from kvsurgeon.sequence.written_out.projecting import attention, quantised_attention
+from kvsurgeon.sequence.written_out.several_heads import multi_head_attention
+from kvsurgeon.shapes.inference import infer_shapes
+
+RULES: dict[tuple[str, str], Callable[[Pen], None]] = {
+    ("com.microsoft", "Attention"): attention,
+    ("com.microsoft", "QAttention"): quantised_attention,
+    ("com.microsoft", "MultiHeadAttention"): multi_head_attention,
+    ("com.microsoft", "GroupQueryAttention"): group_query_attention,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenOut:
+    """A model in standard operators.
+
+    Attributes:
+        model: It; the original itself where there was nothing to write out.
+        assumed: What had to be assumed, and where first.
+    """
+
+    model: ir.Model
+    assumed: Mapping[str, str] = field(default_factory=dict)
+
+
+def in_standard_operators(model: ir.Model) -> WrittenOut:
+    """Return the model in plain words and without fused attention of com.microsoft; the original stays as it was.
+
+    Raises:
+        Refused: One has inputs or attributes that say something that is not known here, such as a past.
+    """
+    plain = in_plain_words(model)
+    if not any(_rule(node) for node in plain.graph):
+        return WrittenOut(model=plain)
+    copy = plain.clone()
+    copy.meta.update(plain.meta)
+    return WrittenOut(model=copy, assumed=_write_out(copy.graph))
+
+
+def _write_out(graph: ir.Graph) -> dict[str, str]:
+    alive = find_alive(graph)
+    dimensions, _ = read_inputs(graph)
+    shapes = infer_shapes([node for node in graph if node in alive], dimensions, graph.opset_imports.get("", 1))
+    assumed: dict[str, str] = {}
+    for node in list(graph):
+        rule = _rule(node)
+        if rule is not None and node in alive:
+            pen = Pen(graph, node, shapes)
+            rule(pen)
+            for what in sorted(pen.assumed):
+                assumed.setdefault(what, pen.name)
+    return assumed
+
+
+def _rule(node: ir.Node) -> Callable[[Pen], None] | None:
+    return RULES.get((node.domain, node.op_type))
