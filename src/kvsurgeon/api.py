@@ -39,7 +39,7 @@ __all__ = [
 
 
 def inspect(source: Source, *, folder: str | Path | None = None) -> Decoder:
-    """Return what was found in the model: its attention layers, what was proved of it and what is assumed.
+    """Return what was found in the model: its attention layers, its cache if it has one, what was proved and assumed.
 
     Args:
         source: A file, a folder that holds one, or a model in memory, which stays as it is.

@@ -7,7 +7,6 @@ from pathlib import Path
 from kvsurgeon.errors import UsageError
 from kvsurgeon.parity import Loss, Progress, measure_loss
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.eject import without_cache
 from kvsurgeon.runtime import Source
 
 
@@ -43,8 +42,7 @@ def measure(
 
 def _attention_outputs(original: Source, result: Source, folder: str | Path | None) -> tuple[list[str], list[str]]:
     before, after = (
-        [attention.at for attention in without_cache(Subject.of(source, folder)).decoder().attentions]
-        for source in (original, result)
+        [attention.at for attention in Subject.of(source, folder).decoder().attentions] for source in (original, result)
     )
     if len(before) != len(after):
         raise UsageError(f"expected as many attention layers in both models, found {len(before)} and {len(after)}")

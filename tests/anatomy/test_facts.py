@@ -7,7 +7,7 @@ import math
 import pytest
 from attentions import attention
 from decoders import Config, Decoder
-from exports import FILES, export
+from exports import FILES, export, injected
 from written import read
 
 from kvsurgeon.anatomy.facts import Attention
@@ -39,6 +39,28 @@ def test_scale(parts, expected):
     (found,) = subject.decoder().attentions
     assert found.scale == pytest.approx(expected)
     assert found.softcap is None
+
+
+@pytest.mark.parametrize(
+    ("options", "idiom", "rows"),
+    [({}, "grow", "past_sequence_length"), ({"idiom": "in-place"}, "in-place", "max_length"),
+     ({"idiom": "new-only"}, "new-only", "past_sequence_length")],
+)  # fmt: skip
+def test_a_model_with_a_cache_has_the_same_attention_and_says_what_it_remembers(options, idiom, rows):
+    text = attention()
+    before, after = Subject.of(read(text)).decoder(), Subject.of(injected(read(text), **options)).decoder()
+    assert before.cache == ()
+    assert [(one.past, one.present, one.layer, one.kind, one.idiom) for one in after.cache] == [
+        (f"past_key_values.0.{kind}", f"present.0.{kind}", 0, kind, idiom) for kind in ("key", "value")
+    ]
+    assert after.cache[0].shape == ("batch_size", after.attentions[0].kv_heads, rows, after.attentions[0].head_dim)
+    for was, now in zip(before.attentions, after.attentions, strict=True):
+        assert (was.query_heads, was.kv_heads, was.scale, was.mask) == (
+            now.query_heads,
+            now.kv_heads,
+            now.scale,
+            now.mask,
+        )
 
 
 def test_softcap():

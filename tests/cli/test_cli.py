@@ -209,6 +209,13 @@ def test_the_names_of_the_cache_may_be_chosen(shell, models, tmp_path):
     assert "cache.2.value" in names
 
 
+def test_inspect_shows_a_cache(shell, models, tmp_path):
+    assert shell("inject", models / "given", "-o", tmp_path / "cached", "--no-verify")[0] == 0
+    code, out, _ = shell("inspect", tmp_path / "cached")
+    assert code == 0
+    assert "growing: `past_key_values.0.key` comes back as `present.0.key`" in out
+
+
 def test_inspect_shows_the_layers(shell, models):
     code, out, _ = shell("inspect", models / "given")
     assert (code, "3 layers" in out) == (0, True)

@@ -87,8 +87,24 @@ class Input:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CachedTensor:
+    """One past input of a model that has a cache, and the output that returns it with new rows, or these alone."""
+
+    past: str
+    present: str
+    layer: int  # that reads it, counted in execution order among those with a cache of their own
+    kind: Literal["key", "value"]
+    dtype: str  # as numpy or ml_dtypes spells it
+    shape: tuple[str | int, ...]  # of the past, as the model declares it
+    idiom: Literal["grow", "in-place", "new-only"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """A causal decoder: its attention layers in execution order, and what was established about it."""
+    """A causal decoder: its attention layers in execution order, and what was established about it.
+
+    Of a model that has a cache it is all as if nothing were remembered, in a first call, and `cache` says what is.
+    """
 
     attentions: tuple[Attention, ...]
     inputs: tuple[Input, ...]
@@ -96,6 +112,7 @@ class Decoder:
     max_length: int | None  # the longest total length that the graph's own tables allow
     proved: tuple[str, ...]
     assumed: tuple[str, ...]
+    cache: tuple[CachedTensor, ...] = ()  # in the order of the graph's inputs; empty where there is none
 
     @property
     def cache_entries(self) -> int:

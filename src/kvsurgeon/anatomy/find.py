@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import onnx_ir as ir
 
-from kvsurgeon.anatomy.facts import Attention, Cut, Decoder, Input, Projection, Rotary
+from kvsurgeon.anatomy.facts import Attention, CachedTensor, Cut, Decoder, Input, Projection, Rotary
 from kvsurgeon.anatomy.masks import read_mask
 from kvsurgeon.anatomy.scales import read_scale
+from kvsurgeon.cache import CacheSignature, eject
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.heads.counts import counts_of
@@ -26,21 +28,20 @@ LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
 
 
 def find_decoder(model: ir.Model) -> Decoder:
-    """Return the anatomy of a causal decoder without a cache.
+    """Return the anatomy of a causal decoder, as it is in a first call where it has a cache.
 
     Raises:
-        Refused: It is none, or cannot be handled soundly.
+        Refused: It is none, cannot be handled soundly, or its cache cannot be told from the rest.
     """
     with room_for_deep_graphs():
-        written = in_standard_operators(model)
+        ejection = eject(model)
+        written = in_standard_operators(model if ejection is None else ejection.model)
         analysis = analyse(written.model)
         analysis.flow.assumed.update(written.assumed)
-        return describe(analysis, prove(analysis))
-
-
-def find_attention(model: ir.Model) -> tuple[Attention, ...]:
-    """Return the attention layers of a causal decoder in execution order; see `find_decoder`."""
-    return find_decoder(model).attentions
+        decoder = describe(analysis, prove(analysis))
+        if ejection is None:
+            return decoder
+        return replace(decoder, cache=tuple(_cached(ejection.signature.located(analysis))))
 
 
 def describe(analysis: Analysis, proof: Proof) -> Decoder:
@@ -58,6 +59,21 @@ def describe(analysis: Analysis, proof: Proof) -> Decoder:
         ),
         assumed=tuple(f"{what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()),
     )
+
+
+def _cached(signature: CacheSignature) -> Iterator[CachedTensor]:
+    for entry in signature.entries:
+        assert entry.layer is not None, "the signature is not located"
+        assert entry.kind is not None, "the signature is not located"
+        yield CachedTensor(
+            past=entry.past,
+            present=entry.present,
+            layer=entry.layer,
+            kind=entry.kind,
+            dtype=str(entry.dtype.numpy()),
+            shape=tuple("?" if size is None else size for size in entry.shape),
+            idiom=entry.idiom,
+        )
 
 
 def _attentions(analysis: Analysis, proof: Proof) -> Iterator[Attention]:

@@ -8,9 +8,10 @@ from typing import Literal
 import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
-from kvsurgeon.sequence.analysis import Analysis
+from kvsurgeon.sequence.analysis import Analysis, Operand
 from kvsurgeon.sequence.cuts import bottlenecks
 
+Part = Literal["key", "value"]
 CANONICAL_AXIS = 2  # of the sequence in [batch, kv_heads, sequence, head_dim]
 
 
@@ -38,7 +39,7 @@ class CacheEntry:
     rows: str
     idiom: Literal["grow", "in-place", "new-only"] = "grow"
     layer: int | None = None
-    kind: str | None = None
+    kind: Part | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +81,14 @@ class CacheSignature:
         return replace(self, entries=tuple(replace(entry, layer=layer, kind=kind) for entry, layer, kind in found))
 
 
-def _places(analysis: Analysis, rows: set[str]) -> dict[str, tuple[int, str]]:
+def _places(analysis: Analysis, rows: set[str]) -> dict[str, tuple[int, Part]]:
     """Layer and kind of each value that is remembered, by its name."""
-    places: dict[str, tuple[int, str]] = {}
+    places: dict[str, tuple[int, Part]] = {}
     layer = 0
     for head in analysis.heads:
         fresh = False
-        for kind, operands in (("key", head.keys), ("value", head.values)):
+        parts: tuple[tuple[Part, tuple[Operand, ...]], ...] = (("key", head.keys), ("value", head.values))
+        for kind, operands in parts:
             for node, index in (operand.place for operand in operands):
                 value = node.inputs[index]
                 assert value is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -13,7 +13,7 @@ from rich.text import Text
 from kvsurgeon.passes.contract import Unchanged
 
 if TYPE_CHECKING:
-    from kvsurgeon.anatomy import Attention, Cut, Decoder, Mask, Rotary
+    from kvsurgeon.anatomy import Attention, CachedTensor, Cut, Decoder, Mask, Rotary
     from kvsurgeon.parity import Loss, Report
     from kvsurgeon.pipeline import Step
     from kvsurgeon.sameness import Sameness
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvsurgeon.targets import Obstacle
 
 _NUMBERS = ("layer", "query heads", "kv heads", "head dim", "scale", "rotary", "B/token", "batch", "tokens", "error")
+_IDIOMS = {"grow": "growing", "in-place": "a buffer written in place", "new-only": "of which only new rows come back"}
 PIPE_WIDTH = 200  # columns where no terminal says how many there are: nothing is cut off
 
 
@@ -35,7 +36,13 @@ def anatomy(decoder: Decoder) -> RenderableType:
     table = _table("layer", "query heads", "kv heads", "head dim", "scale", "mask", "rotary", "cached key", "B/token")
     for attention in decoder.attentions:
         _add(table, *_layer(attention))
-    return Group(table, Text(_totals(decoder)), *_statements("proved", decoder.proved, "✓"), *_assumed(decoder))
+    return Group(
+        table,
+        Text(_totals(decoder)),
+        *_cache(decoder.cache),
+        *_statements("proved", decoder.proved, "✓"),
+        *_assumed(decoder),
+    )
 
 
 def verification(report: Report) -> RenderableType:
@@ -221,6 +228,18 @@ def _totals(decoder: Decoder) -> str:
     longest = "" if decoder.max_length is None else f", at most {decoder.max_length} tokens"
     size = size_words(decoder.cache_bytes_per_token)
     return f"{count} layers{sharing}, opset {decoder.opset}{longest}; the cache grows by {size} per token"
+
+
+def _cache(cache: Sequence[CachedTensor]) -> list[Text]:
+    """A line for all tensors of a cache that are alike, whatever they are called."""
+    alike: dict[str, list[CachedTensor]] = {}
+    for one in cache:
+        shape = ", ".join(map(str, one.shape))
+        alike.setdefault(f"{one.dtype} [{shape}], {_IDIOMS[one.idiom]}", []).append(one)
+    return [
+        Text(f"it has a cache: {len(ones)} of {said}: `{ones[0].past}` comes back as `{ones[0].present}`")
+        for said, ones in alike.items()
+    ]
 
 
 def _statements(title: str, statements: Iterable[str], sign: str) -> list[Text]:
