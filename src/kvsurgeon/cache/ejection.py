@@ -239,7 +239,7 @@ def _entry(join: Join) -> CacheEntry:
     shape = tuple(size if isinstance(size, int) else size.value for size in past.shape)
     return CacheEntry(
         past=past.name or "", present=join.present.name or "", dtype=past.dtype, shape=shape, axis=join.axis, rows="",
-        idiom=join.idiom,
+        declared=join.slot is not None, idiom=join.idiom,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,6 +27,7 @@ class CacheEntry:
         shape: Dimensions of the input as the model declares them; None where one has no name.
         axis: Place of the sequence among them.
         rows: Name of the value that holds the rows of the new tokens, in the graph without the cache.
+        declared: Whether an operator says itself that it is a past, so that nothing else has to show it.
         idiom: Whether the output holds past and new rows, is a buffer that these were written into, or holds these.
         layer: Attention layer that reads it, counted in execution order among those with entries; see `located`.
         kind: "key" or "value"; see `located`.
@@ -37,6 +39,7 @@ class CacheEntry:
     shape: tuple[int | str | None, ...]
     axis: int
     rows: str
+    declared: bool = False
     idiom: Literal["grow", "in-place", "new-only"] = "grow"
     layer: int | None = None
     kind: Part | None = None
@@ -70,20 +73,25 @@ class CacheSignature:
         Raises:
             Refused: No attention reads what was remembered.
         """
-        places = _places(analysis, {entry.rows for entry in self.entries})
+        places = _places(analysis, Counter(entry.rows for entry in self.entries))
+        found = []
         for entry in self.entries:
-            if entry.rows not in places:
+            if not places.get(entry.rows) and entry.declared:
+                found.append(entry)
+                continue
+            if not places.get(entry.rows):
                 raise Refused(
                     "what is remembered is neither a key nor a value of any attention", at=entry.past,
                     found=f"new rows `{entry.rows}`",
                 )  # fmt: skip
-        found = ((entry, *places[entry.rows]) for entry in self.entries)
-        return replace(self, entries=tuple(replace(entry, layer=layer, kind=kind) for entry, layer, kind in found))
+            layer, kind = places[entry.rows].pop(0)
+            found.append(replace(entry, layer=layer, kind=kind))
+        return replace(self, entries=tuple(found))
 
 
-def _places(analysis: Analysis, rows: set[str]) -> dict[str, tuple[int, Part]]:
-    """Layer and kind of each value that is remembered, by its name."""
-    places: dict[str, tuple[int, Part]] = {}
+def _places(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int, Part]]]:
+    """Layer and kind of each value that is remembered, by its name: as often as it is, keys and values in one first."""
+    places: dict[str, list[tuple[int, Part]]] = {}
     layer = 0
     for head in analysis.heads:
         fresh = False
@@ -92,9 +100,11 @@ def _places(analysis: Analysis, rows: set[str]) -> dict[str, tuple[int, Part]]:
             for node, index in (operand.place for operand in operands):
                 value = node.inputs[index]
                 assert value is not None
-                passed = {one.name or "" for one in bottlenecks(analysis.flow, [value])} & rows
-                for name in passed - set(places):
-                    places[name] = (layer, kind)
-                    fresh = True
+                passed = {one.name or "" for one in bottlenecks(analysis.flow, [value])}
+                for name in passed & set(rows):
+                    known = places.setdefault(name, [])
+                    if len(known) < rows[name] and (layer, kind) not in known:
+                        known.append((layer, kind))
+                        fresh = True
         layer += fresh
     return places

@@ -17,6 +17,7 @@ from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.idioms.note import write_note
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.sequence.analysis import analyse
+from kvsurgeon.sequence.written_out import in_standard_operators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def take_out(subject: Subject) -> CacheSignature | None:
         ejection = cache.eject(subject.model)
         if ejection is None:
             return None
-        signature = ejection.signature.located(analyse(ejection.model))
+        signature = ejection.signature.located(analyse(in_standard_operators(ejection.model).model))
     for entry in signature.entries:
         if len(entry.shape) != 4 or entry.axis != CANONICAL_AXIS or entry.idiom != "grow":
             raise Refused(

@@ -10,6 +10,7 @@ from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.passes.contract import Outcome, Subject, Unchanged
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.sequence.analysis import analyse
+from kvsurgeon.sequence.written_out import in_standard_operators
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class Retarget(Inject):
             ejection = eject(subject.model)
             if ejection is None:
                 return Unchanged(reason="it has no cache yet: inject gives it one")
-            ejection.signature.located(analyse(ejection.model))
+            ejection.signature.located(analyse(in_standard_operators(ejection.model).model))
         without = Subject(model=ejection.model, folder=subject.folder, config=subject.config)
         outcome = super().apply(without)
         subject.model = without.model

@@ -120,6 +120,15 @@ def shape_with_rows(tensor: Tensor, axis: int, batch: int, rows: int) -> tuple[i
     return tuple(rows if place == axis else _size(tensor, dim, batch) for place, dim in enumerate(tensor.dims))
 
 
+def is_known(tensor: Tensor, axis: int) -> bool:
+    """Whether the shape of a past follows from its dims, but for the rows along its sequence axis."""
+    try:
+        shape_with_rows(tensor, axis, 1, 0)
+    except UsageError:
+        return False
+    return True
+
+
 def past_axis(tensor: Tensor) -> int:
     """Return the sequence axis of a past: the one called so, else the only symbol beyond the first axis.
 
@@ -170,6 +179,7 @@ def _size(tensor: Tensor, dim: Dim, batch: int) -> int:
     merged = _BATCHED.fullmatch(str(dim).replace(" ", ""))
     if merged is not None:
         return batch * int(merged.group(1) or 1) * int(merged.group(2) or 1)
-    if dim == tensor.dims[0] and str(dim).isidentifier():
+    first = next(one for one in tensor.dims if not isinstance(one, int))
+    if dim == first and str(dim).isidentifier():
         return batch
     raise UsageError(f"expected a number, batch_size or past_sequence_length, found dim `{dim}` - at `{tensor.name}`")

@@ -12,6 +12,7 @@ from kvsurgeon.runtime.feeds import Given, Inputs, fixed_size, inputs_of, padded
 from kvsurgeon.runtime.hosts import find_counter, open_host, read_note
 from kvsurgeon.runtime.session import Session
 from kvsurgeon.runtime.tensor import Array, Tensor, from_runtime, to_runtime
+from kvsurgeon.runtime.widths import settled
 
 
 def logits_name(outputs: Sequence[Tensor]) -> str:
@@ -62,6 +63,7 @@ class CachedDecoder:
         self.logits = logits_name(self.outputs)
         self.step_length = fixed_size(self.inputs, session.inputs, "new")
         self.past_length = 0
+        self.cache = settled(self.cache, self._run_on_one_token)
 
     @property
     def room(self) -> int | None:
@@ -105,6 +107,17 @@ class CachedDecoder:
     def remembered(self, entry: CacheEntry) -> Array:
         """Return one entry of the cache as it is now: a row for each token so far."""
         return self.host.rows(entry, self.past_length)
+
+    def _run_on_one_token(self, cache: Sequence[CacheEntry]) -> None:
+        """Keep the cache in these entries, and see that the model runs.
+
+        Raises:
+            RunError: It does not.
+        """
+        self.host = open_host(cache, read_note(self.session.metadata))
+        shape = fixed_size(self.inputs, self.session.inputs, "batch") or 1, self.step_length or 1
+        self.prefill(self.inputs.whole(np.zeros(shape, np.int64), np.ones(shape, np.int64)))
+        self.reset()
 
     def _call(self, feeds: Mapping[str, Array], new: int, size: int) -> dict[str, Array]:
         """Take up to `size` tokens in one call of that many."""

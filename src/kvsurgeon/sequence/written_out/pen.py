@@ -18,13 +18,13 @@ Values = Sequence[ir.Value | None]
 class Pen:
     """What is known of one node, and words for what is written before it."""
 
-    def __init__(self, graph: ir.Graph, node: ir.Node, shapes: Shapes) -> None:
+    def __init__(self, graph: ir.Graph, node: ir.Node, shapes: Shapes, taken: set[str]) -> None:
         self.graph = graph
         self.node = node
         self.shapes = shapes
+        self.taken = taken  # names of values that there are
         self.name = node.outputs[0].name or node.op_type
         self.assumed: set[str] = set()
-        self._made = 0
 
     def given(self, index: int) -> ir.Value | None:
         """An input, None where it is left out."""
@@ -75,18 +75,26 @@ class Pen:
         plain = {key: int(value) if isinstance(value, ir.DataType) else value for key, value in attributes.items()}
         built = ir.convenience.convert_attributes(plain)
         props = dict(self.node.metadata_props)
-        node = ir.Node("", operator, inputs, built, num_outputs=outputs, metadata_props=props)
+        made = [ir.Value(name=self._called(operator)) for _ in range(outputs)]
+        node = ir.Node("", operator, inputs, built, outputs=made, name=made[0].name, metadata_props=props)
         self.graph.insert_before(self.node, node)
         return node.outputs
 
     def constant(self, array: np.ndarray) -> ir.Value:
         """Write a constant."""
-        self._made += 1
-        name = f"{self.name}.constant_{self._made}"
+        name = self._called("constant")
         tensor = ir.Tensor(array, name=name)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
+
+    def _called(self, what: str) -> str:
+        """A name that no value has."""
+        number = 0
+        while (name := f"{self.name}.{what}" + (f"_{number}" if number else "")) in self.taken:
+            number += 1
+        self.taken.add(name)
+        return name
 
     def integers(self, numbers: Sequence[int] | int) -> ir.Value:
         """Write whole numbers, or one."""

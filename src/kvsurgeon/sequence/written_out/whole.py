@@ -56,10 +56,12 @@ def _write_out(graph: ir.Graph) -> dict[str, str]:
     dimensions, _ = read_inputs(graph)
     shapes = infer_shapes([node for node in graph if node in alive], dimensions, graph.opset_imports.get("", 1))
     assumed: dict[str, str] = {}
+    taken = {value.name or "" for node in graph for value in node.outputs}
+    taken.update(graph.initializers, (value.name or "" for value in graph.inputs))
     for node in list(graph):
         rule = _rule(node)
         if rule is not None and node in alive:
-            pen = Pen(graph, node, shapes)
+            pen = Pen(graph, node, shapes, taken)
             rule(pen)
             for what in sorted(pen.assumed):
                 assumed.setdefault(what, pen.name)

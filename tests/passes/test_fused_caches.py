@@ -1,0 +1,110 @@
+"""Caches that fused operators keep: taken out and put back the model is the same, and so it is in another form."""
+
+import onnx
+import pytest
+from exports import injected
+from laws import assert_law, texts
+from written import read
+
+from kvsurgeon import io
+from kvsurgeon.errors import Refused
+from kvsurgeon.passes.contract import Changed, Subject
+from kvsurgeon.passes.eject import Eject, put_back, take_out
+from kvsurgeon.passes.retarget import Retarget
+from kvsurgeon.sameness import judge
+
+TEXT = """case (int64[b, s] x, int64[b, t] attention_mask, PASTS) => (float[b, s, 64] logits, PRESENTS)
+<float[16, 32] table, float[32, 64] wq, float[32, 32] wk, float[32, 32] wv, float[32, 128] wqkv, int64 one = {1},
+ int64[1] second = {1}, float[64, 8] cos, float[64, 8] sin, float[64, 64] wo, float[32, 192] w, float[192] bias,
+ int64[4] apart = {0, 0, -1, 16}, int64[3] flat = {0, 0, -1}>
+{
+  counted = ReduceSum<keepdims = 0>(attention_mask, second)
+  before = Sub(counted, one)
+  ends = Cast<to = 6>(before)
+  sizes = Shape(attention_mask)
+  length = Gather(sizes, one)
+  total = Cast<to = 6>(length)
+  h = Gather(table, x)
+  q = MatMul(h, wq)
+  k = MatMul(h, wk)
+  v = MatMul(h, wv)
+  qkv = MatMul(h, wqkv)
+  more = MatMul(q, wo)
+  q4 = Reshape(q, apart)
+  k4 = Reshape(k, apart)
+  v4 = Reshape(v, apart)
+  qh = Transpose<perm = [0, 2, 1, 3]>(q4)
+  kh = Transpose<perm = [0, 2, 1, 3]>(k4)
+  vh = Transpose<perm = [0, 2, 1, 3]>(v4)
+  BODY
+}"""
+GROUPED = "com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2, do_rotary = 1>"
+SEVERAL = "com.microsoft.MultiHeadAttention<num_heads = 4, unidirectional = 1>"
+STANDARD = "Attention<q_num_heads = 4, kv_num_heads = 2, is_causal = 1>"
+IN_HEADS = "c, present_k, present_v = Attention<is_causal = 1, softcap = 3.0>(qh, kh, vh, , past_k, past_v)"
+CASES = [
+    ("apart", 2, f"logits, present_k, present_v = {GROUPED}(q, k, v, past_k, past_v, ends, total, cos, sin)"),
+    ("packed", 2, f"logits, present_k, present_v = {GROUPED}(qkv, , , past_k, past_v, ends, total, cos, sin)"),
+    ("of as many heads", 4, f"logits, present_k, present_v = {SEVERAL}(q, q, more, , , , past_k, past_v)"),
+    ("with a bias", 4, f"logits, present_k, present_v = {SEVERAL}(q, q, more, bias, , , past_k, past_v)"),
+    (
+        "projecting",
+        4,
+        "logits, present = com.microsoft.Attention<num_heads = 4, unidirectional = 1>(h, w, bias, , past)",
+    ),
+    ("standard", 2, f"logits, present_k, present_v = {STANDARD}(q, k, v, , past_k, past_v)"),
+    ("standard in heads", 2, f"{IN_HEADS}\n ct = Transpose<perm = [0, 2, 1, 3]>(c)\n logits = Reshape(ct, flat)"),
+]
+WIDTHS = ["16", "width"]  # as numbers, or by a name that says nothing
+
+
+def with_cache(heads: int, body: str, width: str = "16") -> onnx.ModelProto:
+    def spelled(kind: str, length: str) -> str:
+        if "present =" in body:
+            return f"float[2, b, {heads}, {length}, {width}] {kind}"
+        return ", ".join(f"float[b, {heads}, {length}, {width}] {kind}_{part}" for part in "kv")
+
+    text = TEXT.replace("PASTS", spelled("past", "past_sequence_length")).replace("PRESENTS", spelled("present", "t"))
+    return read(text.replace("BODY", body), opset=23 if " Attention<" in body else 18)
+
+
+@pytest.fixture(params=[pytest.param(case, id=title) for title, *case in CASES])
+def case(request):
+    return request.param
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_taken_out_it_is_the_same(case, width):
+    original = with_cache(*case, width)
+    subject = Subject.of(original)
+    assert isinstance(Eject().apply(subject), Changed)
+    ejected = io.to_proto(subject.model)
+    assert [value.name for value in ejected.graph.input] == ["x", "attention_mask"]
+    assert judge(original, ejected).verdict == "same"
+    assert_law(ejected, injected(ejected), texts(ejected, padded=False))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_in_another_form_it_is_the_same(case, width):
+    original = with_cache(*case, width)
+    subject = Subject.of(original)
+    assert isinstance(Retarget().apply(subject), Changed)
+    found = io.to_proto(subject.model)
+    assert not any(node.domain for node in found.graph.node)
+    onnx.checker.check_model(found)
+    assert judge(original, found).verdict == "same"
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=title) for title, *case in CASES if title != "projecting"])
+def test_put_back_it_has_its_names(case):
+    subject = Subject.of(with_cache(*case))
+    signature = take_out(subject)
+    assert [(entry.layer, entry.kind) for entry in signature.entries] == [(0, "key"), (0, "value")]
+    put_back(subject, signature)
+    assert [value.name for value in subject.model.graph.inputs][2:] == ["past_k", "past_v"]
+    assert [value.name for value in subject.model.graph.outputs][1:] == ["present_k", "present_v"]
+
+
+def test_keys_and_values_in_one_tensor_are_not_put_back():
+    with pytest.raises(Refused, match="a way of its own"):
+        take_out(Subject.of(with_cache(*next(case for title, *case in CASES if title == "projecting"))))
