@@ -16,7 +16,7 @@ from kvsurgeon.errors import Refused, UsageError
 from kvsurgeon.io.carry import Sharing
 from kvsurgeon.io.config import changes_of, followed
 from kvsurgeon.passes.contract import Source, Subject
-from kvsurgeon.pipeline import Pipeline, Watch
+from kvsurgeon.pipeline import Pipeline, Step, Watch
 from kvsurgeon.surgery import Surgery, operate
 from kvsurgeon.targets import TARGETS, Facts, Obstacle, Target, facts_of, obstacles
 
@@ -29,11 +29,13 @@ class Delivery(Surgery):
     """What was done to a model for a target.
 
     Attributes:
-        target: What it was done for.
+        target: What it was done for, for texts of the length that came out.
+        models: Each file of the folder that holds the model, by its name; `model` is the first of them.
         remarks: What its user should know, though nothing stands in the way.
     """
 
     target: Target
+    models: Mapping[str, ir.Model]
     remarks: tuple[Obstacle, ...] = ()
 
     @property
@@ -65,7 +67,8 @@ def deliver(
         verify: Whether the judge runs the result against the original.
         sharing: How external data gets into another folder; see `kvsurgeon.save`.
         pack: Whether all weights go into one new data file; see `kvsurgeon.save`.
-        options: Fields of the pass that puts the cache in, where they are to be others than the target's.
+        options: Fields of the pass that puts the cache in, where they are to be others than the target's. `max_length`
+            is how many tokens a text may have where the target asks for such a number.
         watch: See `Pipeline.run`.
         progress: Told by the judge before each trial.
 
@@ -75,40 +78,31 @@ def deliver(
         Refused: The model cannot be handled soundly, or something stands between it and the target.
         ParityError: The result does not compute what the original computes; nothing was written.
     """
-    target = _resolved(target, options)
+    target = TARGETS.find(target).load() if isinstance(target, str) else target
     if destination is not None and Path(destination).suffix == ".onnx":
         raise UsageError(f"expected a folder, as target {target.name} takes one, found the file `{destination}`")
     subject = Subject.of(source, folder)
     if destination is not None:
         _check_apart(subject, Path(destination), target)
-    decoder = _decoder(subject)
+    decoder = subject.decoder()
+    target = _fitted(target, options or {}, decoder)
     surgery = operate(
         subject.model, Pipeline(target.passes), folder=subject.folder, verify=verify, watch=watch, progress=progress
     )
-    finished = Pipeline(target.finish).run(surgery.model, folder=subject.folder, watch=watch)
-    facts = _facts(finished.model, target, decoder, subject)
-    found = obstacles(target, facts)
-    _stop_at(found, target)
+    finished = _finished(surgery.model, target, decoder, subject, watch)
+    _stop_at(finished.found, target)
     path = None
     if destination is not None:
         origin = source if isinstance(source, str | Path) else None
-        path = io.save(
-            finished.model,
-            Path(destination) / target.file,
-            source=origin,
-            sharing=sharing,
-            pack=pack,
-            home=destination,
-            beside=_side_files(target, facts),
-            data=target.data,
-        )
+        path = _written(finished, target, Path(destination), source=origin, sharing=sharing, pack=pack)
     return Delivery(
-        model=finished.model,
+        model=next(iter(finished.models.values())),
+        models=finished.models,
         steps=(*surgery.steps, *finished.steps),
         sameness=surgery.sameness,
         path=path,
         target=target,
-        remarks=found + tuple(_missing(target, subject.folder)),
+        remarks=finished.found + tuple(_missing(target, subject.folder)),
     )
 
 
@@ -119,15 +113,16 @@ def stands_between(source: Source, target: Target | str, *, folder: str | Path |
         UsageError: There is no such target.
         InputError: The model cannot be read.
     """
-    target = _resolved(target, None)
+    target = TARGETS.find(target).load() if isinstance(target, str) else target
     subject = Subject.of(source, folder)
     try:
-        decoder = _decoder(subject)
-        result = Pipeline((*target.passes, *target.finish)).run(subject.model, folder=subject.folder)
+        decoder = subject.decoder()
+        target = _fitted(target, {}, decoder)
+        result = Pipeline(target.passes).run(subject.model, folder=subject.folder)
+        found = _finished(result.model, target, decoder, subject).found
     except Refused as error:
         return (Obstacle(what=str(error)),)
-    facts = _facts(result.model, target, decoder, subject)
-    return obstacles(target, facts) + tuple(_missing(target, subject.folder))
+    return found + tuple(_missing(target, subject.folder))
 
 
 def _check_apart(subject: Subject, destination: Path, target: Target) -> None:
@@ -137,27 +132,89 @@ def _check_apart(subject: Subject, destination: Path, target: Target) -> None:
         UsageError: The destination holds the source under another name than the target's.
     """
     origin = io.loaded_from(subject.model)
-    if origin is None or origin.resolve() == (destination / target.file).resolve():
+    places = [(destination / file).resolve() for file in target.files]
+    if origin is None or origin.resolve() in places:
         return
-    if origin.resolve().parent in (destination.resolve(), (destination / target.file).resolve().parent):
+    if origin.resolve().parent in (destination.resolve(), *(place.parent for place in places)):
         raise UsageError(
-            f"expected a folder beside the source's, as target {target.name} takes `{target.file}` and would find "
+            f"expected a folder beside the source's, as target {target.name} takes `{target.files[0]}` and would find "
             f"`{origin.name}` there too, found `{destination}`; write to another folder"
         )
 
 
-def _resolved(target: Target | str, options: Mapping[str, Any] | None) -> Target:
-    target = TARGETS.find(target).load() if isinstance(target, str) else target
-    return replace(target, cache=replace(target.cache, **options)) if options else target
+def _fitted(target: Target, options: Mapping[str, Any], decoder: Decoder) -> Target:
+    """Return the target with the caller's options, for texts as long as asked for, or as usual and as can be.
+
+    Raises:
+        Refused: The model cannot be run on texts as long as asked for.
+    """
+    fields = dict(options)
+    if target.max_length is None:
+        return replace(target, cache=replace(target.cache, **fields))
+    longest = decoder.max_length
+    wanted = fields.pop("max_length", None)
+    if wanted is not None and longest is not None and wanted > longest:
+        raise Refused(
+            f"target {target.name}: the model cannot be run on texts of so many tokens",
+            expected=f"max-length of at most {longest}", found=str(wanted),
+        )  # fmt: skip
+    usual = target.max_length if longest is None else min(target.max_length, longest)
+    return replace(target, cache=replace(target.cache, **fields)).of_length(usual if wanted is None else wanted)
 
 
-def _decoder(subject: Subject) -> Decoder | None:
-    return subject.decoder()
+@dataclass(frozen=True, kw_only=True)
+class _Finished:
+    """What a target's folder will hold."""
+
+    models: Mapping[str, ir.Model]  # by file
+    steps: tuple[Step, ...]
+    facts: Facts  # of the first
+    found: tuple[Obstacle, ...]  # about any of them
 
 
-def _facts(model: ir.Model, target: Target, decoder: Decoder | None, subject: Subject) -> Facts:
+def _finished(
+    model: ir.Model, target: Target, decoder: Decoder, subject: Subject, watch: Watch | None = None
+) -> _Finished:
+    """Run what is not judged, once for each file, and hold each against what the target wants."""
+    results = {target.file: Pipeline(target.finish).run(model, folder=subject.folder, watch=watch)}
+    steps = results[target.file].steps
+    if target.variants and target.max_length is not None:
+        whole = results[target.file].model
+        results = {
+            variant.file: Pipeline((variant.fixed(target.max_length),)).run(whole, folder=subject.folder, watch=watch)
+            for variant in target.variants
+        }
+        steps += tuple(step for result in results.values() for step in result.steps)
     config = followed(subject.config or {}, changes_of(model))
-    return facts_of(model, target.cache, decoder=decoder, config=config)
+    facts = [
+        facts_of(one.model, target.cache, decoder=decoder, config=config, room=target.max_length)
+        for one in results.values()
+    ]
+    found = dict.fromkeys(obstacle for one in facts for obstacle in obstacles(target, one))
+    return _Finished(
+        models={file: one.model for file, one in results.items()}, steps=steps, facts=facts[0], found=tuple(found)
+    )
+
+
+def _written(
+    finished: _Finished, target: Target, destination: Path, *, source: str | Path | None, sharing: Sharing, pack: bool
+) -> Path:
+    """Write the folder, and return where the model stands: its file, or the folder where it has several."""
+    beside = _side_files(target, finished.facts)
+    if target.variants:
+        return io.save_variants(
+            finished.models, destination, source=source, sharing=sharing, pack=pack, beside=beside, data=target.data
+        )
+    return io.save(
+        finished.models[target.file],
+        destination / target.file,
+        source=source,
+        sharing=sharing,
+        pack=pack,
+        home=destination,
+        beside=beside,
+        data=target.data,
+    )
 
 
 def _stop_at(found: tuple[Obstacle, ...], target: Target) -> None:

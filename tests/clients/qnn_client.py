@@ -1,8 +1,8 @@
 """Answer cases as Genie does on a phone, in onnxruntime: python qnn_client.py FOLDER.
 
-Two variants of one model, for AR tokens of a prompt at a time and for one, both with a context of CL tokens. The host
-keeps the rows of the cache, the latest last, makes masks and rotary tables from context.json, fills a chunk up behind
-its last token, and takes from what comes out the rows of the real tokens.
+Two files of one model, for AR tokens of a prompt at a time and for one, both with a context of CL tokens, as their
+inputs' sizes say. The host keeps the rows of the cache, the latest last, makes masks and rotary tables from
+context.json, fills a chunk up behind its last token, and takes from what comes out the rows of the real tokens.
 """
 
 import json
@@ -14,41 +14,58 @@ import numpy as np
 import onnxruntime
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32}
-CONTEXT = 64  # CL
-PREFILL = 16  # AR
 SEQUENCE = {"key": 3, "value": 2}  # axis of [kv_heads, 1, head_dim, rows] and [kv_heads, 1, rows, head_dim]
+
+
+class Variant:
+    """The model with every size a number."""
+
+    def __init__(self, file):
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self.session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
+        self.inputs = {given.name: given for given in self.session.get_inputs()}
+        self.outputs = [output.name for output in self.session.get_outputs()]
+        every = [*self.session.get_inputs(), *self.session.get_outputs()]
+        assert all(isinstance(size, int) for one in every for size in one.shape)
+        self.length = self.inputs["input_ids"].shape[1]
+
+    def run(self, feeds):
+        """Return what comes out by its name."""
+        typed = {name: array.astype(TYPES[self.inputs[name].type]) for name, array in feeds.items()}
+        return dict(zip(self.outputs, self.session.run(None, typed), strict=True))
 
 
 class Phone:
     """The host of a model, and the rows that it keeps."""
 
     def __init__(self, folder):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        self.session = onnxruntime.InferenceSession(folder / "model.onnx", options, ["CPUExecutionProvider"])
-        self.inputs = {given.name: given for given in self.session.get_inputs()}
-        self.outputs = [output.name for output in self.session.get_outputs()]
+        self.prefill, self.decode = Variant(folder / "prefill.onnx"), Variant(folder / "decode.onnx")
+        assert self.decode.length == 1
         self.context = json.loads((folder / "context.json").read_text("utf-8"))["inputs"]
-        self.caches = {name: "key" if "_key_" in name else "value" for name in self.inputs if name.startswith("past_")}
+        names = [name for name in self.decode.inputs if name.startswith("past_")]
+        self.caches = {name: "key" if "_key_" in name else "value" for name in names}
 
     def start(self):
         """Forget everything."""
         self.past = 0
         self.rows = {}
         for name, kind in self.caches.items():
-            shape = list(self.inputs[name].shape)
+            given = self.decode.inputs[name]
+            shape = list(given.shape)
             shape[SEQUENCE[kind]] = 0
-            self.rows[name] = np.zeros(shape, TYPES[self.inputs[name].type])
+            self.rows[name] = np.zeros(shape, TYPES[given.type])
 
-    def call(self, ids, length, context):
-        """Return the logits of the last token of a chunk, given to the variant for so many tokens."""
-        held = context - length
+    def call(self, variant, ids):
+        """Return the logits of the last token of a chunk."""
+        length = variant.length
+        some, kind = next(iter(self.caches.items()))
+        held = variant.inputs[some].shape[SEQUENCE[kind]]
         filled = np.zeros((1, length), np.int32)
         filled[0, : len(ids)] = ids
         feeds = {"input_ids": filled, **self.pasts(held)}
         feeds |= {name: self.made(how, length, held) for name, how in self.context.items()}
-        typed = {name: array.astype(TYPES[self.inputs[name].type]) for name, array in feeds.items()}
-        results = dict(zip(self.outputs, self.session.run(None, typed), strict=True))
+        results = variant.run(feeds)
         for name, kind in self.caches.items():
             new = results[name.removesuffix("_in") + "_out"]
             assert new.shape[SEQUENCE[kind]] == length
@@ -88,14 +105,13 @@ def answers(folder, cases):
     phone = Phone(Path(folder))
     for case in cases:
         (ids,) = case["ids"]
-        context = max(CONTEXT, len(ids) + case["new"] + PREFILL)
-        prefill = case["chunk"] or PREFILL
+        size = min(case["chunk"] or len(ids), phone.prefill.length)
         phone.start()
-        for start in range(0, len(ids), prefill):
-            logits = phone.call(ids[start : start + prefill], prefill, context)
+        for start in range(0, len(ids), size):
+            logits = phone.call(phone.prefill, ids[start : start + size])
         new = [int(logits.argmax())]
         while len(new) < case["new"]:
-            new.append(int(phone.call(new[-1:], 1, context).argmax()))
+            new.append(int(phone.call(phone.decode, new[-1:]).argmax()))
         yield [new]
 
 

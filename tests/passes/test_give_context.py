@@ -14,7 +14,7 @@ from laws import ALLOWED, difference, dims_of, in_onnxruntime, texts
 from written import read
 
 from kvsurgeon import io
-from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.errors import Refused
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.give_context import KEY, GiveContext
 from kvsurgeon.passes.inject import Inject
@@ -75,7 +75,7 @@ def logits(model: onnx.ModelProto, ids: np.ndarray, sizes: tuple[int, ...]) -> n
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_told_is_enough(name):
     model = MODELS[name]
-    result = given(model, places=32)
+    result = given(model, max_length=32)
     feeds = texts(model, batch=1)
     expected = in_onnxruntime(model)(feeds)["logits"][0]
     found = logits(result, feeds["input_ids"][0], (4, 1, 3, 1))
@@ -125,12 +125,12 @@ def test_what_is_only_repeated_for_each_token_stays():
         "  wide = Concat<axis = 0>(second, heads, second, second)",
     ).replace("int64 nought", "int64[1] heads = {2}, int64[1] minus = {-1}, int64 nought")
     model = read(text)
-    result = given(model, places=32)
+    result = given(model, max_length=32)
     assert [value.name for value in result.graph.input if not value.name.startswith("past")] == ["x", "attention_mask"]
 
 
 def test_as_many_places_are_told_as_the_graph_has():
-    result = given(MODELS["gpt2_torchscript_sdpa"], places=4096)
+    result = given(MODELS["gpt2_torchscript_sdpa"], max_length=4096)
     (told,) = (json.loads(entry.value) for entry in result.metadata_props if entry.key == KEY)
     assert 32 <= told["places"] <= 4096
 
@@ -144,7 +144,7 @@ def test_a_mask_of_more_than_distance_is_refused():
     subject = Subject.of(read(text))
     Inject(idiom="new-only").apply(subject)
     with pytest.raises(Refused, match="more than the distance"):
-        GiveContext(places=32).apply(subject)
+        GiveContext(max_length=32).apply(subject)
     assert subject.model.graph.inputs[0].name == "x"
 
 
@@ -153,6 +153,7 @@ def test_without_a_cache_nothing_is_given():
         GiveContext().apply(Subject.of(MODELS["own"]))
 
 
-def test_too_few_places_are_refused():
-    with pytest.raises(UsageError, match="at least 32 places"):
-        GiveContext(places=8).apply(Subject.of(MODELS["own"]))
+def test_a_short_text_needs_enough_places_for_its_context_to_be_known():
+    result = given(MODELS["own"], max_length=8)
+    (told,) = (json.loads(entry.value) for entry in result.metadata_props if entry.key == KEY)
+    assert told["places"] == 32

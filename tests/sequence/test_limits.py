@@ -55,6 +55,17 @@ def test_the_limit_is_told():
     assert Subject.of(original).decoder().max_length == SWITCH
 
 
+@pytest.mark.parametrize("text", [TABLE, LOOKED_UP], ids=["cut", "looked up"])
+def test_rows_of_a_table_are_told(text):
+    assert Subject.of(read(text)).decoder().max_length == SWITCH
+
+
+def test_rows_that_are_picked_from_another_place_on():
+    text = LOOKED_UP.replace("p = Gather(table, at)", "beside = Add(at, half2)\n p = Gather(table, beside)")
+    text = text.replace("float[100, 8] table", "float[100, 8] table, int64 half2 = {2}")
+    assert Subject.of(read(text)).decoder().max_length == SWITCH - 2
+
+
 def test_without_a_limit_nothing_is_guarded():
     original = read(attention())
     result, outcome = injected(original)

@@ -112,7 +112,7 @@ def test_every_target_can_be_had_and_describes_itself(entry, capsys):
     assert target.summary
     assert target.tried
     assert run(["targets", entry.name, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["file"] == target.file
+    assert json.loads(capsys.readouterr().out)["files"] == list(target.files)
     assert run(["targets", entry.name]) == 0
     assert target.summary in capsys.readouterr().out
 

@@ -1,8 +1,11 @@
 """What compilers of vendors are given: the interface, the operators and the side files that they ask for."""
 
 import json
+import shutil
 
+import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from decoders import Config, Decoder
 from exports import ONE_OF_EACH, export
@@ -10,8 +13,6 @@ from exports import ONE_OF_EACH, export
 from kvsurgeon import io
 from kvsurgeon.delivery import deliver
 from kvsurgeon.errors import Refused
-from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.fix_shapes import FixShapes
 from kvsurgeon.targets.tensorrt import OPERATORS
 
 
@@ -45,9 +46,20 @@ def test_tensorrt_has_every_operator_of(name):
     assert all(not remark.stops for remark in deliver(export(name), "tensorrt", options={"max_length": 24}).remarks)
 
 
-def test_tensorrt_is_told_how_much_room_there_is():
-    with pytest.raises(Refused, match=r"expected max-length of at most \d+, found 2048"):
-        deliver(Decoder(Config(layers=1)).model(), "tensorrt")
+@pytest.mark.parametrize("target", ["tensorrt", "qaic", "qnn"])
+def test_a_text_is_as_long_as_the_model_takes(target):
+    model = Decoder(Config(layers=1, windowed=(), max_length=100)).model()
+    delivery = deliver(model, target)
+    assert delivery.target.max_length == 100
+    with pytest.raises(Refused, match="expected max-length of at most 100, found 101"):
+        deliver(model, target, options={"max_length": 101})
+
+
+def test_tensorrt_has_as_many_rows_as_asked_for_or_as_there_can_be():
+    model = Decoder(Config(layers=1, windowed=(), max_length=100)).model()
+    for options, rows in (({}, 100), ({"max_length": 40}, 40)):
+        made = io.to_proto(deliver(model, "tensorrt", options=options).model)
+        assert dims(next(value for value in made.graph.input if value.name.startswith("past_key"))) == [1, 2, rows, 8]
 
 
 def test_qaic_is_given_positions_and_keeps_its_state(folders):
@@ -65,19 +77,26 @@ def test_qaic_is_given_positions_and_keeps_its_state(folders):
 def test_qaic_is_compiled_for_prefill_and_for_a_step(folders):
     sizes = json.loads((folders / "qaic" / "specializations.json").read_text("utf-8"))["specializations"]
     assert [size["seq_len"] for size in sizes] == ["32", "1"]
-    assert all(size["batch_size"] == "1" and int(size["ctx_len"]) >= 32 for size in sizes)
+    assert all(size["batch_size"] == "1" and size["ctx_len"] == "128" for size in sizes)
     listed = (folders / "qaic" / "custom_io.yaml").read_text("utf-8").splitlines()
     assert listed[:2] == [" - IOName: past_key.0", "   Precision: float16"]
     assert sum("IOName" in line for line in listed) == 8
 
 
-def test_qnn_is_given_context_and_gives_new_rows(folders):
-    graph = onnx.load(folders / "qnn" / "model.onnx").graph
+@pytest.mark.parametrize(("file", "tokens"), [("prefill.onnx", 128), ("decode.onnx", 1)])
+def test_qnn_is_given_context_and_gives_new_rows(folders, file, tokens):
+    graph = onnx.load(folders / "qnn" / file).graph
     inputs = {value.name: dims(value) for value in graph.input}
-    assert inputs["input_ids"] == [1, "sequence_length"]
-    assert inputs["past_key_0_in"] == [2, 1, 8, "cache_length"]
-    assert inputs["past_value_0_in"] == [2, 1, "cache_length", 8]
-    assert {value.name: dims(value) for value in graph.output}["past_key_0_out"] == [2, 1, 8, "sequence_length"]
+    assert inputs["input_ids"] == [1, tokens]
+    assert inputs["attention_mask"] == [1, 1, tokens, 1024]
+    assert inputs["past_key_0_in"] == [2, 1, 8, 1024 - tokens]
+    assert inputs["past_value_0_in"] == [2, 1, 1024 - tokens, 8]
+    outputs = {value.name: dims(value) for value in graph.output}
+    assert (outputs["past_key_0_out"], outputs["past_value_0_out"]) == ([2, 1, 8, tokens], [2, 1, tokens, 8])
+    assert all(
+        isinstance(size, int) for value in (*graph.input, *graph.output, *graph.value_info) for size in dims(value)
+    )
+    assert not {node.op_type for node in graph.node} & {"Shape", "Range", "IsNaN", "Expand", "ConstantOfShape"}
     told = json.loads((folders / "qnn" / "context.json").read_text("utf-8"))["inputs"]
     assert {name: how["kind"] for name, how in told.items()} == {
         "attention_mask": "mask", "position_ids_cos": "rows", "position_ids_sin": "rows"
@@ -85,13 +104,34 @@ def test_qnn_is_given_context_and_gives_new_rows(folders):
     assert set(told) < set(inputs)
 
 
-@pytest.mark.parametrize("tokens", [16, 1])
-def test_qnn_is_fixed_for_prefill_and_for_a_step(folders, tokens):
-    subject = Subject.of(folders / "qnn")
-    FixShapes(tokens=tokens, max_length=64).apply(subject)
-    graph = io.to_proto(subject.model).graph
-    inputs = {value.name: dims(value) for value in graph.input}
-    assert inputs["attention_mask"] == [1, 1, tokens, 64]
-    assert inputs["past_key_0_in"] == [2, 1, 8, 64 - tokens]
-    assert {value.name: dims(value) for value in graph.output}["past_value_0_out"] == [2, 1, tokens, 8]
-    assert not {node.op_type for node in graph.node} & {"Shape", "Range", "IsNaN", "Expand", "ConstantOfShape"}
+def weights_of(file):
+    """Where each weight of a file lies: name of its data file, offset, bytes."""
+    graph = onnx.load(file, load_external_data=False).graph
+    return {
+        one.name: tuple(sorted((entry.key, entry.value) for entry in one.external_data))
+        for one in graph.initializer
+        if one.external_data
+    }
+
+
+@pytest.mark.parametrize("outside", [True, False])
+def test_both_files_of_qnn_share_one_file_of_weights(tmp_path, outside):
+    model = Decoder(Config(layers=2)).model()
+    before = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
+    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=outside, location="data.bin", size_threshold=1024)
+    done = deliver(tmp_path, "qnn", tmp_path / "made" / "qnn", options={"max_length": 48})
+    assert done.path == tmp_path / "made" / "qnn"
+    alone = shutil.copytree(done.path, tmp_path / "alone")
+    assert sorted(path.name for path in alone.iterdir()) == [
+        "context.json",
+        "decode.onnx",
+        "prefill.onnx",
+        "weights.data",
+    ]
+    one, other = (weights_of(alone / name) for name in ("prefill.onnx", "decode.onnx"))
+    assert one == other
+    assert len(one) > 10
+    for name in ("prefill.onnx", "decode.onnx"):
+        assert onnxruntime.InferenceSession(alone / name).get_inputs()[0].shape == [1, 24 if name[0] == "p" else 1]
+        kept = {value.name: onnx.numpy_helper.to_array(value) for value in onnx.load(alone / name).graph.initializer}
+        assert all(np.array_equal(kept[weight], before[weight]) for weight in one)

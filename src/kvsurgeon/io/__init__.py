@@ -3,7 +3,17 @@
 from kvsurgeon.io.fidelity import to_proto
 from kvsurgeon.io.loading import load, loaded_from
 from kvsurgeon.io.locate import find_model
-from kvsurgeon.io.saving import save
+from kvsurgeon.io.saving import save, save_variants
 from kvsurgeon.io.weights import WeightFile, check_weights, weight_files
 
-__all__ = ["WeightFile", "check_weights", "find_model", "load", "loaded_from", "save", "to_proto", "weight_files"]
+__all__ = [
+    "WeightFile",
+    "check_weights",
+    "find_model",
+    "load",
+    "loaded_from",
+    "save",
+    "save_variants",
+    "to_proto",
+    "weight_files",
+]

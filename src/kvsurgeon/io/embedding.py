@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,10 +32,29 @@ def leaving(model: ir.Model, *, pack: bool) -> tuple[ir.Value, ...]:
     if pack:
         return tuple(_initializers(model, lambda tensor: True))
     if _bytes_in_memory(model) > EMBED_LIMIT:
-        return tuple(_initializers(model, lambda tensor: not isinstance(tensor, ir.ExternalTensor)))
+        return tuple(_initializers(model, _is_in_memory))
     if next(external_tensors(model), None) is not None:
         return tuple(_initializers(model, lambda tensor: isinstance(tensor, ir.LazyTensor)))
     return ()
+
+
+def shared_or_leaving(models: Sequence[ir.Model], *, pack: bool) -> tuple[ir.Value, ...]:
+    """Return the initializers of several models whose data goes into one new file.
+
+    These are those that leave each of them, and what more than one holds in memory.
+    """
+    held = Counter(id(value.const_value) for model in models for value in _initializers(model, _is_in_memory))
+    found = [value for model in models for value in leaving(model, pack=pack)]
+    found += [
+        value
+        for model in models
+        for value in _initializers(model, lambda tensor: _is_in_memory(tensor) and held[id(tensor)] > 1)
+    ]
+    return tuple({id(value): value for value in found}.values())
+
+
+def _is_in_memory(tensor: ir.TensorProtocol) -> bool:
+    return not isinstance(tensor, ir.ExternalTensor)
 
 
 @contextmanager

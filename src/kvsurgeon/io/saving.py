@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from kvsurgeon.errors import InputError, UsageError, WeightsError
 from kvsurgeon.io.atomic import Draft, drafting, remove_stale
 from kvsurgeon.io.carry import CONFIG, Sharing, carry_config, carry_side_files, carry_weights, write_side_files
 from kvsurgeon.io.config import changes_of
-from kvsurgeon.io.embedding import free_name, leaving, unloaded
+from kvsurgeon.io.embedding import free_name, leaving, shared_or_leaving, unloaded
 from kvsurgeon.io.fidelity import to_proto
 from kvsurgeon.io.loading import loaded_from
 from kvsurgeon.io.locate import find_model
@@ -62,21 +62,68 @@ def save(
     """
     origin = find_model(source).absolute() if source is not None else loaded_from(model)
     target = _target(Path(destination).absolute(), origin)
-    moved = leaving(model, pack=pack)
-    files = _resolved_weights(_staying(model, moved), target.parent)
-    names, own = _data_names(target, files, data)
     folder = target.parent if home is None else Path(home).absolute()
+    moved = leaving(model, pack=pack)
+    _save({target: model}, moved, origin, folder, sharing=sharing, progress=progress, beside=beside or {}, data=data)
+    return target
+
+
+def save_variants(
+    models: Mapping[str, ir.Model],
+    destination: str | Path,
+    *,
+    source: str | Path | None = None,
+    sharing: Sharing = "link",
+    pack: bool = False,
+    progress: Report | None = None,
+    beside: Mapping[str, str] | None = None,
+    data: str | None = None,
+) -> Path:
+    """Return the folder in which the models now stand under their names, with one set of data files for all of them.
+
+    They are forms of one model: what weights they hold alike lies in a data file once, those that were in memory too.
+    All else is as `save` has it.
+
+    Raises:
+        UsageError: The destination cannot be written to, or holds other data under the name of these models'.
+        WeightsError: External data is missing.
+    """
+    first = next(iter(models.values()))
+    origin = find_model(source).absolute() if source is not None else loaded_from(first)
+    folder = Path(destination).absolute()
+    placed = {folder / name: model for name, model in models.items()}
+    moved = shared_or_leaving(tuple(models.values()), pack=pack)
+    _save(placed, moved, origin, folder, sharing=sharing, progress=progress, beside=beside or {}, data=data)
+    return folder
+
+
+def _save(
+    models: Mapping[Path, ir.Model],
+    moved: Sequence[ir.Value],
+    origin: Path | None,
+    folder: Path,
+    *,
+    sharing: Sharing,
+    progress: Report | None,
+    beside: Mapping[str, str],
+    data: str | None,
+) -> None:
+    """Write models that stand in one folder, with what lies beside them."""
+    target, model = next(iter(models.items()))
+    staying = [tensor for one in models.values() for tensor in _staying(one, moved)]
+    files = _resolved_weights(staying, target.parent)
+    names, own = _data_names(target, files, data)
     try:
         with drafting() as draft, reporting(progress) as report:
             draft.make_folder(target.parent)
             remove_stale(target.parent)
             carry_weights(renamed(files, names), target.parent, sharing, draft, report)
-            _carry_side_files(model, folder, _homes(origin), beside or {}, draft)
+            _carry_side_files(model, folder, _homes(origin), beside, draft)
             with unloaded(moved, own, draft, report) if moved else nullcontext():
-                _write(model, target, names, draft)
+                for place, one in models.items():
+                    _write(one, place, names, draft)
     except OSError as error:
         raise UsageError(f"cannot write to `{target.parent}`: {error.strerror or error}") from error
-    return target
 
 
 def _target(destination: Path, origin: Path | None) -> Path:

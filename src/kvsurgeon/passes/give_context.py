@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
@@ -20,6 +20,7 @@ from kvsurgeon.passes.handing.telling import halves, hides, told
 
 KEY = "kvsurgeon.context"  # of what hosts are told, in the file's metadata
 
+USUAL = 512  # places that are measured where nobody asks for a number
 FEWEST = 32  # places at which what is measured tells one kind of context from another
 NEW, TOTAL = "sequence_length", "total_sequence_length"
 FLOAT, INT32 = ir.DataType.FLOAT, ir.DataType.INT32
@@ -32,28 +33,25 @@ class GiveContext:
     Before: a cache of which new rows come out, with an attention mask of 0 and 1, and positions that are counted or
     given. After: `attention_mask [1, 1, sequence_length, total_sequence_length]` is added to scores, and
     `position_ids_cos` and `position_ids_sin [1, 1, sequence_length, head_dim / 2]` are rotary tables. Whatever else
-    depends on places alone is given likewise. What a host must give for texts of up to `places` tokens is noted in the
-    file's metadata. Batches above one and padding on the left are gone: a host hides the rows that it has not filled.
+    depends on places alone is given likewise. What a host must give for texts of up to `max_length` tokens is noted in
+    the file's metadata. Batches above one and padding on the left are gone: a host hides rows that it has not filled.
 
     Not handled: context that depends on more than the places of queries and keys.
 
     Attributes:
-        places: Tokens that a text has at most, if the graph has rows for so many.
+        max_length: Tokens that a text has at most, if the graph has rows for so many. None asks for 512.
     """
 
     name: ClassVar[str] = "give-context"
 
-    places: int = 512
+    max_length: int | None = None
 
     def apply(self, subject: Subject) -> Outcome:
         """Replace the context of `subject.model` by inputs.
 
         Raises:
             Refused: It cannot be given; the model is left as it was.
-            UsageError: There are too few places.
         """
-        if self.places < FEWEST:
-            raise UsageError(f"expected at least {FEWEST} places, found {self.places}")
         model = subject.model.clone()
         model.meta.update(subject.model.meta)
         graph = model.graph
@@ -75,7 +73,7 @@ class GiveContext:
         Raises:
             Refused: Context cannot be run at all, or depends on more than places.
         """
-        places = self.places
+        places = max(FEWEST, USUAL if self.max_length is None else self.max_length)
         while places >= 2 * FEWEST and not laboratory.can_run((0, places)):
             places //= 2
         return places, measure(laboratory, places)

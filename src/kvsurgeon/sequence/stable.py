@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -17,8 +19,18 @@ from kvsurgeon.sequence.looking import all_seen, cut_short, left_padded, unfolde
 from kvsurgeon.sequence.trial import USEFUL, Pattern, Trial, check_same, first
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Meeting:
+    """Where context meets tokens outside the scores."""
+
+    axes: Axes  # that hold tokens
+    rows: int | None = None  # of the table of weights that the context picks from, where it is positions
+
+
 def find_limit(trial: Trial) -> int | None:
     """Compare every context value that meets tokens outside the scores at several lengths.
+
+    What is picked from tables of weights bounds the lengths that the decoder's shapes know of.
 
     Returns:
         The longest total length up to which all are stable; None where none changes at any length.
@@ -33,15 +45,16 @@ def find_limit(trial: Trial) -> int | None:
 
     def look(length: int, seen: Pattern) -> list[np.ndarray]:
         arrays = trial.run(experiment, length, seen)
-        return [unfolded(array, axes, length) for axes, array in zip(meetings.values(), arrays, strict=True)]
+        return [unfolded(array, met.axes, length) for met, array in zip(meetings.values(), arrays, strict=True)]
 
     def compare(longer: list[np.ndarray], shorter: list[np.ndarray], length: int) -> None:
-        for (value, axes), long, short in zip(meetings.items(), longer, shorter, strict=True):
-            check_same(None, value, first(long, axes, length), first(short, axes, length))
+        for (value, met), long, short in zip(meetings.items(), longer, shorter, strict=True):
+            check_same(None, value, first(long, met.axes, length), first(short, met.axes, length))
 
     for seen in (all_seen, left_padded, with_holes) if experiment.masks else (all_seen,):
         lengths = [length for length in trial.further([*meetings]) if seen(length).sum() > 1 or length == 1]
         found = trial.as_far_as_it_runs(lengths, lambda length, seen=seen: look(length, seen))  # type: ignore[misc]
+        trial.flow.shapes.bounds.update(_bounds([*meetings.values()], found))
         for previous, length in pairwise(found):
             try:
                 compare(found[length], found[previous], previous)
@@ -54,10 +67,20 @@ def find_limit(trial: Trial) -> int | None:
     return None
 
 
-def _meetings(trial: Trial) -> dict[ir.Value, Axes]:
-    """Context that meets tokens outside the scores, with the axes that hold tokens."""
+def _bounds(meetings: Sequence[_Meeting], found: Mapping[int, list[np.ndarray]]) -> Iterator[int]:
+    """Yield for how many tokens each table has rows, where positions rise by one with every token."""
+    if len(found) < 2:
+        return
+    (short, before), (long, after) = sorted(found.items())[-2:]
+    for met, fewer, more in zip(meetings, before, after, strict=True):
+        if met.rows is not None and int(more.max()) - int(fewer.max()) == long - short:
+            yield met.rows - (int(more.max()) - (long - 1))
+
+
+def _meetings(trial: Trial) -> dict[ir.Value, _Meeting]:
+    """Context that meets tokens outside the scores."""
     inside = _inside(trial)
-    found: dict[ir.Value, Axes] = {}
+    found: dict[ir.Value, _Meeting] = {}
     for node in trial.flow.order:
         if (
             node in inside
@@ -73,9 +96,11 @@ def _meetings(trial: Trial) -> dict[ir.Value, Axes]:
             if (node, index) in trial.flow.addresses:
                 continue
             axes = trial.flow.demands.get((node, index), ())
-            value, axes = _positions(trial, trial.analysis.same.get(value, value), axes)
-            if axes or not _is_fixed(trial, value):
-                found.setdefault(value, axes)
+            value, met = _positions(trial, trial.analysis.same.get(value, value), axes)
+            if met.axes or not _is_fixed(trial, value):
+                before = found.setdefault(value, met)
+                rows = [rows for rows in (before.rows, met.rows) if rows is not None]
+                found[value] = replace(before, rows=min(rows, default=None))
     return found
 
 
@@ -84,7 +109,7 @@ def _is_fixed(trial: Trial, value: ir.Value) -> bool:
     return numbers is not None and not any(getattr(number, "free_symbols", ()) for number in numbers.reshape(-1))
 
 
-def _positions(trial: Trial, value: ir.Value, axes: Axes) -> tuple[ir.Value, Axes]:
+def _positions(trial: Trial, value: ir.Value, axes: Axes) -> tuple[ir.Value, _Meeting]:
     """Rows of a table of weights are as stable as the positions that pick them."""
     node = value.producer()
     while node is not None and node.op_type in ("Gather", "Cast", "Identity"):
@@ -101,8 +126,8 @@ def _positions(trial: Trial, value: ir.Value, axes: Axes) -> tuple[ir.Value, Axe
         rank = trial.flow.shapes[picked].rank or 0
         if any(held.axis >= rank for held in axes):
             break
-        return trial.analysis.same.get(picked, picked), axes
-    return value, axes
+        return trial.analysis.same.get(picked, picked), _Meeting(axes=axes, rows=int(tensor.shape.numpy()[0]))
+    return value, _Meeting(axes=axes)
 
 
 def _inside(trial: Trial) -> set[ir.Node]:

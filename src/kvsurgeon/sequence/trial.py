@@ -122,9 +122,21 @@ class Trial:
             except Refused:
                 if not found:
                     raise
-                self.flow.shapes.bounds.add(max(found))
+                self.flow.shapes.bounds.add(_longest(look, max(found), length))
                 break
         return found
+
+
+def _longest(look: Callable[[int], object], runs: int, fails: int) -> int:
+    """The longest length between the two at which something runs."""
+    while fails - runs > 1:
+        between = (runs + fails) // 2
+        try:
+            look(between)
+            runs = between
+        except Refused:
+            fails = between
+    return runs
 
 
 def first(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:

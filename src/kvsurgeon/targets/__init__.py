@@ -3,6 +3,6 @@
 from kvsurgeon.targets.catalogue import TARGETS
 from kvsurgeon.targets.facts import Facts, facts_of
 from kvsurgeon.targets.obstacles import obstacles
-from kvsurgeon.targets.target import Obstacle, SideFile, Target
+from kvsurgeon.targets.target import Obstacle, SideFile, Target, Variant
 
-__all__ = ["TARGETS", "Facts", "Obstacle", "SideFile", "Target", "facts_of", "obstacles"]
+__all__ = ["TARGETS", "Facts", "Obstacle", "SideFile", "Target", "Variant", "facts_of", "obstacles"]

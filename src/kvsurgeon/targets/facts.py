@@ -50,6 +50,7 @@ class Facts:
         config: What its config.json says; empty where it has none.
         data_files: Files of external data that lie beside it.
         metadata: What passes noted in the file for hosts.
+        room: Tokens that a text may have at the target; None where the client asks for no such number.
     """
 
     inputs: tuple[Tensor, ...]
@@ -61,6 +62,7 @@ class Facts:
     config: Mapping[str, Any]
     data_files: int = 0
     metadata: Mapping[str, str] = field(default_factory=dict)
+    room: int | None = None
 
     @property
     def layers(self) -> int:
@@ -113,7 +115,12 @@ class Facts:
 
 
 def facts_of(
-    model: ir.Model, cache: Inject, *, decoder: Decoder | None = None, config: Mapping[str, Any] | None = None
+    model: ir.Model,
+    cache: Inject,
+    *,
+    decoder: Decoder | None = None,
+    config: Mapping[str, Any] | None = None,
+    room: int | None = None,
 ) -> Facts:
     """Return what a client sees of `model`, whose cache is named as `cache` says."""
     entries = tuple(_entries(model, cache))
@@ -129,6 +136,7 @@ def facts_of(
         config=config or {},
         data_files=_data_files(model),
         metadata=dict(model.metadata_props),
+        room=room,
     )
 
 

@@ -20,7 +20,7 @@ CONTEXT = 128
 
 def specializations(facts: Facts) -> Mapping[str, Any]:
     """Return the sizes to compile for, as numbers in quotes: prefill, and a step of one token."""
-    context = min(CONTEXT, facts.max_length or CONTEXT)
+    context = CONTEXT if facts.room is None else facts.room
     sizes = ({"batch_size": "1", "seq_len": str(new), "ctx_len": str(context)} for new in (min(PREFILL, context), 1))
     return {"specializations": list(sizes)}
 
@@ -37,6 +37,7 @@ QAIC = Target(
     summary="qaic-exec -retained-state, for Qualcomm Cloud AI 100",
     tried="the contract of QEfficient; in onnxruntime",
     cache=Inject(past="past_{kind}.{layer}", present="past_{kind}.{layer}_RetainedState", idiom="in-place"),
+    max_length=CONTEXT,
     finish=(
         WithoutMask(),
         NameDims(dims=("batch_size=1",)),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+
 from kvsurgeon.passes.give_context import KEY, GiveContext
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.passes.name_dims import NameDims
 from kvsurgeon.passes.nan_guards import WithoutNanGuards
 from kvsurgeon.passes.narrow_ids import NarrowIds
 from kvsurgeon.targets.facts import Facts
-from kvsurgeon.targets.target import SideFile, Target
+from kvsurgeon.targets.target import Obstacle, SideFile, Target, Variant
 
 # Source: the language models of Qualcomm AI Hub. Keys lie transposed, only new rows come out, and the host makes masks
 # and rotary tables. What a phone has no operator for
@@ -22,6 +25,16 @@ def context(facts: Facts) -> str | None:
     return None if told is None else f"{told}\n"
 
 
+def _told_enough(facts: Facts) -> Iterator[Obstacle]:
+    """Yield that masks and tables are told of for fewer tokens than the cache holds."""
+    places = json.loads(facts.metadata.get(KEY, "{}")).get("places")
+    if places is not None and facts.room is not None and places < facts.room:
+        yield Obstacle(
+            what=f"expected masks and tables for {facts.room} tokens, found them for {places}",
+            at="context.json", hint=f"--max-length {places}",
+        )  # fmt: skip
+
+
 QNN = Target(
     name="qnn",
     summary="Genie, of Qualcomm AI Engine Direct",
@@ -33,6 +46,9 @@ QNN = Target(
         key_layout=("kv_heads", "batch", "head_dim", "sequence"),
         value_layout=("kv_heads", "batch", "sequence", "head_dim"),
     ),
+    max_length=1024,
+    variants=(Variant(file="prefill.onnx", tokens=128), Variant(file="decode.onnx", tokens=1)),
+    data="weights.data",
     finish=(
         GiveContext(),
         WithoutNanGuards(),
@@ -43,5 +59,6 @@ QNN = Target(
     dtypes={"input_ids": frozenset(("int32",))},
     cache_dtypes=frozenset(("float32", "float16")),
     banned=BANNED,
+    rules=(_told_enough,),
     side_files=(SideFile(name="context.json", write=context),),
 )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvsurgeon.passes.contract import Pass
+from kvsurgeon.passes.fix_shapes import FixShapes
+from kvsurgeon.passes.idioms.entries import USUAL
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.targets.facts import Facts, Operator
 
@@ -47,6 +49,23 @@ class SideFile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One of several files of a folder, which share their weights: the model for so many tokens at a time.
+
+    Attributes:
+        file: Its place in the target's folder.
+        tokens: Tokens of a call; half of a text's where those are fewer.
+    """
+
+    file: str
+    tokens: int
+
+    def fixed(self, max_length: int) -> FixShapes:
+        """Return the pass that makes it, for texts of up to `max_length` tokens."""
+        return FixShapes(tokens=max(1, min(self.tokens, max_length // 2)), max_length=max_length)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """How one runtime or compiler wants a model with a cache.
 
@@ -58,7 +77,11 @@ class Target:
         before: Passes that run before the cache comes in.
         after: Passes that run after it.
         finish: Passes that run last and are not judged, as no host but the client's own can feed what they make.
+        max_length: Tokens that a text may have, where the caller asks for no other number and the model takes so many.
+            Buffers of a fixed size have as many rows, and passes that leave their `max_length` open are given it. None
+            where the client asks for no such number.
         file: The model's place in the target's folder.
+        variants: Files that stand there in its stead, in which every size is a number.
         data: Name of the first file of external data, beside the model; further ones get `_1`, `_2`, ... behind it.
             None to leave names as they are.
         needs: Inputs and outputs without which the client cannot work.
@@ -82,7 +105,9 @@ class Target:
     before: tuple[Pass, ...] = ()
     after: tuple[Pass, ...] = ()
     finish: tuple[Pass, ...] = ()
+    max_length: int | None = None
     file: str = "model.onnx"
+    variants: tuple[Variant, ...] = ()
     data: str | None = None
     needs: tuple[str, ...] = ("input_ids", "logits")
     feeds: frozenset[str] | None = None
@@ -101,3 +126,26 @@ class Target:
     def passes(self) -> tuple[Pass, ...]:
         """All passes, in order."""
         return (*self.before, self.cache, *self.after)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that holds the model."""
+        return tuple(variant.file for variant in self.variants) or (self.file,)
+
+    def of_length(self, max_length: int) -> Target:
+        """Return the target for texts of up to so many tokens."""
+        cache = replace(self.cache, max_length=max_length) if SEQUENCE in self.fixed_axes else self.cache
+        before, after, finish = (
+            tuple(_of_length(one, max_length) for one in passes) for passes in (self.before, self.after, self.finish)
+        )
+        return replace(self, max_length=max_length, cache=cache, before=before, after=after, finish=finish)
+
+
+SEQUENCE = USUAL.index("sequence")
+
+
+def _of_length(one: Pass, max_length: int) -> Pass:
+    """Return the pass with its length, where that is left open."""
+    if getattr(one, "max_length", max_length) is not None:
+        return one
+    return replace(one, max_length=max_length)  # type: ignore[type-var]  # a frozen dataclass, as its field shows
