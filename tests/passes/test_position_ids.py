@@ -34,14 +34,78 @@ def logits(model, ids, mask):
     return decoder.run(decoder.inputs.whole(ids, mask))[decoder.logits]
 
 
-@pytest.mark.parametrize("name", COUNTING)
-def test_padding_on_the_left_shifts_nothing(name):
+class CutTable(Decoder):
+    """Its table is cut to the length before rows are looked up."""
+
+    def rotary(self, layer, function):
+        return self.graph.op("Unsqueeze", self.rows(function), self.graph.constant([-3]))
+
+    def rows(self, function):
+        return self.graph.op("Gather", self.cut(function), self.rotary_index(0))
+
+    def cut(self, function):
+        width = self.config.head_dim
+        angles = np.outer(np.arange(self.config.max_length), 1.0 / np.arange(1, width + 1))
+        ends = [self.graph.constant([0]), self.row(self.new_length())]
+        return self.graph.op("Slice", self.graph.constant(function(angles), self.config.dtype), *ends)
+
+
+class CutTableByElement(CutTable):
+    """It looks up each feature by itself."""
+
+    def rows(self, function):
+        index = self.rotary_index(0)
+        index = self.graph.op("Unsqueeze", index, self.graph.constant([-1]))
+        batch = [self.size("input_ids", 0)] if self.config.position_ids else []
+        sizes = [*batch, self.new_length(), self.graph.constant(self.config.head_dim)]
+        sizes = self.graph.op("Concat", *(self.row(size) for size in sizes), axis=0)
+        table = self.cut(function)
+        if batch:
+            table = self.graph.op("Expand", self.row(table), sizes)
+        return self.graph.op("GatherElements", table, self.graph.op("Expand", index, sizes), axis=len(batch))
+
+
+class ScaledByShape(CutTable):
+    """It divides scores by a size of its values, which are made of all layers before."""
+
+    def heads(self, hidden, name, count, gain=1.0):
+        self.value = super().heads(hidden, name, count, gain)
+        return self.value
+
+    def scale(self, layer):
+        size = self.graph.op("CastLike", self.size(self.value, 3), self.number(0.0))
+        return self.graph.op("Reciprocal", self.graph.op("Sqrt", size))
+
+
+VARIANTS = [CutTable, CutTableByElement, ScaledByShape]
+
+
+def check_that_padding_shifts_nothing(original, placed):
     ids = np.random.default_rng(1).integers(3, 40, (2, 9))
-    expected = logits(export(name), ids, np.ones_like(ids))
+    expected = logits(original, ids, np.ones_like(ids))
     padded = np.pad(ids, ((0, 0), (PADDING, 0)))
     mask = np.pad(np.ones_like(ids), ((0, 0), (PADDING, 0)))
-    found = logits(told(export(name)), padded, mask)[:, PADDING:]
+    found = logits(placed, padded, mask)[:, PADDING:]
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.ptp(expected))
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_padding_on_the_left_shifts_nothing(name):
+    check_that_padding_shifts_nothing(export(name), told(export(name)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_of_a_table_that_is_cut_to_the_length_are_those_of_the_positions(variant):
+    model = variant().model()
+    check_that_padding_shifts_nothing(model, told(model))
+    result = Pipeline((PositionIds(), Inject())).run(model)
+    assert verify(model, io.to_proto(result.model)).verdict == "same"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_cache_comes_into_what_looks_given_positions_up_in_a_cut_table(variant):
+    model = variant(Config(position_ids=True)).model()
+    assert verify(model, io.to_proto(Pipeline((Inject(),)).run(model).model)).verdict == "same"
 
 
 @pytest.mark.parametrize("name", ["gpt2_torchscript_sdpa", "llama_dynamo_sdpa"])

@@ -38,6 +38,10 @@ CASES = [
     ("positions that index a table repeated for the batch", "int64[b, n] p9, int64[b, n] q7",
      f"{TOKENS} r = Unsqueeze(table, zero) t = Tile(r, thrice) u = Unsqueeze(q7, two) v = Tile(u, thrice) "
      "y = GatherElements<axis=1>(t, v)", {"p9": {1: NEW}, "q7": {1: NEW}}),
+    ("positions that index rows cut to the length", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} s = Shape<start=1>(p9) r = Slice(table, zero, s) y = Gather(r, q7)", {"p9": {1: NEW}, "q7": {1: NEW}}),
+    ("a padding mask that indexes two numbers", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} w = Constant<value_floats=[-9.0, 0.0]>() y = Gather(w, q7)", {"p9": {1: NEW}, "q7": {1: TOTAL}}),
     ("what is looked for in a vocabulary", "int64[b, n] p9, int64[b, n] q7",
      "w = Constant<value_ints=[0, 1, 2, 3]>() u = Unsqueeze(p9, two) y = Equal(u, w) z = Cast<to=1>(q7)",
      {"p9": {1: NEW}, "q7": {1: TOTAL}}),

@@ -13,7 +13,7 @@ from kvsurgeon.sequence.axes import Role
 from kvsurgeon.sequence.cuts import Memory, choose, choose_for_all
 from kvsurgeon.sequence.flow import ContextProduct, Flow, FusedAttention, Place, ScoreProduct
 from kvsurgeon.sequence.follow import follow_tokens
-from kvsurgeon.sequence.kinds import GivenInput, classify_inputs, find_kinds, read_inputs
+from kvsurgeon.sequence.kinds import SHAPE_ONLY, GivenInput, classify_inputs, find_kinds, read_inputs
 from kvsurgeon.sequence.sharing import find_same
 from kvsurgeon.shapes.dimension import Dimension
 from kvsurgeon.shapes.inference import Shapes, infer_shapes
@@ -75,7 +75,7 @@ class Head:
         return self.upstream_of(product.node.inputs[product.weights] for product in self.products)
 
     def upstream_of(self, values: Iterable[ir.Value | None]) -> frozenset[ir.Node]:
-        """The nodes between the scores and some values."""
+        """The nodes between the scores and some values; what only a shape is read of lies elsewhere."""
         found: set[ir.Node] = set()
         pending = list(values)
         while pending:
@@ -83,7 +83,7 @@ class Head:
             node = None if value is None or value in self.stand_ins else value.producer()
             if node is not None and node not in found:
                 found.add(node)
-                pending += node.inputs
+                pending += () if node.op_type in SHAPE_ONLY else node.inputs
         return frozenset(found)
 
     @property

@@ -241,7 +241,11 @@ def _reads_input(value: ir.Value) -> bool:
 
 
 def _table_rows(value: ir.Value | None) -> int:
-    """Rows of a table of floating-point rows, possibly cast, dequantised or repeated for the batch; 0 if it is none."""
+    """Rows of a floating-point table, possibly cast, dequantised or repeated for the batch; 0 if it is none.
+
+    Of what is computed of tables and lengths alone, there are as many as places.
+    """
+    made = value
     for _ in range(6):
         tensor = constant_tensor(value)
         if tensor is not None:
@@ -249,9 +253,14 @@ def _table_rows(value: ir.Value | None) -> int:
             return max(sizes[:-1], default=0)
         node = None if value is None else value.producer()
         if node is None or node.op_type not in {"Cast", "DequantizeLinear", "Identity", "Transpose", *_FORMS}:
-            return 0
+            break
         value = node.inputs[0]
-    return 0
+    return _FEWEST_PLACES if made is not None and _is_computed_rows(made) else 0
+
+
+def _is_computed_rows(value: ir.Value) -> bool:
+    rows = value.shape is None or len(value.shape) >= 2
+    return rows and value.producer() is not None and not _reads_input(value)
 
 
 def find_kinds(nodes: Iterable[ir.Node], inputs: list[GivenInput], shapes: Shapes) -> dict[ir.Value, Kind]:

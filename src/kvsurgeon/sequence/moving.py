@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.addresses import is_grid, is_of_new_tokens
-from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis, follow_reshape
+from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis, follow_reshape
 from kvsurgeon.sequence.elementwise import broadcast, brought
 from kvsurgeon.sequence.flow import Step
 from kvsurgeon.sequence.kinds import Kind
@@ -163,7 +163,14 @@ def gather(step: Step) -> list[Axes]:
         if step.kind(0) is Kind.TOKEN and step.axes(0):
             raise step.refusal("tokens index a table that other tokens made")
         result += [held.at(held.axis + axis) for held in step.axes(1)]
+        _demand_rows(step, axis)
     return [tuple(sorted(result, key=lambda held: held.axis))]
+
+
+def _demand_rows(step: Step, axis: int) -> None:
+    """Note that tokens look up rows of context that has one for each place: it must have them all."""
+    if step.kind(0) is Kind.CONTEXT and step.shape(0)[axis] == step.flow.length:
+        step.demand(0, (SequenceAxis(axis, Role(Length.TOTAL)),))
 
 
 def _picks_last(step: Step, held: SequenceAxis) -> bool:
@@ -177,9 +184,11 @@ def _picks_last(step: Step, held: SequenceAxis) -> bool:
 def gather_elements(step: Step) -> list[Axes]:
     """`GatherElements`, `ScatterElements`: along an axis without tokens, the others aligned; or a table's elements."""
     looked_up = step.node.op_type == "GatherElements" and step.kind(0) is not Kind.TOKEN
-    if looked_up and step.flow.length not in step.shape(0):
-        return [step.axes(1)]
     axis = axis_of(step.call.integer("axis", 0), len(step.shape(0)))
+    others = [size for place, size in enumerate(step.shape(0)) if place != axis]
+    if looked_up and step.flow.length not in others:
+        _demand_rows(step, axis)
+        return [step.axes(1)]
     for index in step.tokens():
         for held in step.axes(index):
             if held.axis == axis and step.node.op_type == "ScatterElements":

@@ -221,9 +221,23 @@ def _gather(placing: Placing, node: ir.Node, axis: int) -> ir.Value | None:
     table, picked = node.inputs[0], node.inputs[1]
     if table is None or picked is None or placing.flow.shapes.call(node).integer("axis", 0) != 0:
         return None
-    if not placing.varies(picked, axis) or placing.flow.kinds.get(table) is Kind.CONTEXT:
+    if not placing.varies(picked, axis):
         return None
-    return placing.again(node, [table, placing.placed(picked, axis)])
+    if placing.flow.kinds.get(table) is not Kind.CONTEXT:
+        return placing.again(node, [table, placing.placed(picked, axis)])
+    return _looked_up(placing, table, picked, axis)
+
+
+def _looked_up(placing: Placing, table: ir.Value, picked: ir.Value, axis: int) -> ir.Value | None:
+    """Rows of context that has one for each token, such as a table cut to the length: those of the places picked."""
+    rows, order = placing.shape(table), placing.shape(picked)
+    if not placing.varies(table, 0) or dim.product(order) != placing.flow.length:
+        return None
+    flat = placing.editor.constant([0, -1], wish="form")
+    made = placing.placed(picked, axis)
+    places = placing.node("Reshape", [made, flat], made.dtype)  # [batch, length]
+    looked_up = Placing(placing.flow, placing.editor, places).placed(table, 0)
+    return placing.formed(looked_up, [*order, *rows[1:]])
 
 
 def _matmul(placing: Placing, node: ir.Node, axis: int) -> ir.Value | None:
