@@ -216,6 +216,7 @@ def rotary(step: Step) -> list[Axes]:
     rank = len(step.shape(0))
     microsoft = step.node.domain == "com.microsoft"
     positions, tables = (1, (2, 3)) if microsoft else (3, (1, 2))
+    several = step.node.op_type == "MRotaryEmbedding"  # positions [3, batch, sequence]
     sequence = next((axis for axis in axes if axis.axis == (2 if rank == 4 else 1)), None)
     if sequence is None or not sequence.is_plain or len(axes) > 1:
         raise step.refusal("its input does not hold the tokens where the operator expects them")
@@ -229,7 +230,26 @@ def rotary(step: Step) -> list[Axes]:
                 hint="export with positions for each token",
             )
         if index == positions or len(shape) == 3:
-            align(step, index, {1: sequence.at(1)}, len(shape))
+            place = 2 if several and index == positions else 1
+            align(step, index, {place: sequence.at(place)}, len(shape))
+    return [axes]
+
+
+def experts(step: Step) -> list[Axes]:
+    """`MoE`, `QMoE`: each token by itself, [tokens, hidden] or [batch, sequence, hidden]; its scores [tokens, experts].
+
+    The scores may have the batch and the sequence on one axis where the tokens have them on two.
+    """
+    axes = step.axes(0)
+    for index in step.tokens():
+        held = step.axes(index)
+        tokens = dim.product([size for size in step.shape(index)[:-1]])
+        if len(held) != 1 or held[0].axis == len(step.shape(index)) - 1 or held[0].inner != 1:
+            raise step.refusal("its input does not hold a token in each row", at=step.node.inputs[index])
+        if not dim.is_equal(tokens, dim.product(step.shape(0)[:-1])) or not is_of_stream(held):
+            raise step.refusal("its input does not hold a token in each row", at=step.node.inputs[index])
+    if any(step.kind(index) is not Kind.TOKEN for index in (0, 1)):
+        raise step.refusal("which expert takes a token does not depend on it")
     return [axes]
 
 

@@ -43,7 +43,9 @@ _VIEWS = frozenset({
 _FORMED = frozenset({"Reshape", "Expand", "Tile", "Slice"})  # by a shape, which is their second input
 _FORMS = _FORMED | {"Unsqueeze", "Squeeze"}
 LOOKUPS = frozenset({"Gather", "GatherBlockQuantized", "GatherElements", "GatherND"})
-_WAVES = frozenset({"Sin", "Cos", "MatMul", "Gemm", "Einsum", "RotaryEmbedding", "OneHot", "FusedMatMul"})
+_WAVES = frozenset(
+    {"Sin", "Cos", "MatMul", "Gemm", "Einsum", "RotaryEmbedding", "MRotaryEmbedding", "OneHot", "FusedMatMul"}
+)
 _ANGLES = _WAVES - {"OneHot"}
 _FEWEST_PLACES = 16  # rows of a table of positions; types of tokens are fewer
 

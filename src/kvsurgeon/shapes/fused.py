@@ -1,6 +1,8 @@
-"""Operators that hold a whole attention: `Attention`, `MultiHeadAttention`, `GroupQueryAttention`."""
+"""Operators that hold a whole attention or a whole embedding: `Attention`, `GroupQueryAttention` and their kin."""
 
 from __future__ import annotations
+
+import onnx_ir as ir
 
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import Dimension
@@ -65,3 +67,13 @@ def group_query_attention(call: Call) -> list[Fact]:
         width = call.lost() if head_dim is None else dim.multiply(heads, head_dim)
     outputs[0] = Fact((*query.shape[:2], width), query.dtype)
     return outputs
+
+
+def embedding(call: Call) -> list[Fact]:
+    """`EmbedLayerNormalization` and its quantised twin: [batch, sequence, hidden], texts' lengths, and the sum."""
+    ids, table = call.fact(0).shape, call.fact(2).shape
+    scale = call.fact(8) if call.node.op_type == "QEmbedLayerNormalization" else call.fact(2)
+    if ids is None or table is None:
+        return [Fact(None, scale.dtype)] * len(call.node.outputs)
+    rows = Fact((*ids, table[-1]), scale.dtype)
+    return [rows, Fact(ids[:1], ir.DataType.INT32), rows]

@@ -66,7 +66,9 @@ RULES: dict[str, Rule] = {
     "TopK": reduction.top_k,
     "CumSum": reduction.cumulative_sum,
     **dict.fromkeys(("Softmax", "LogSoftmax", "QLinearSoftmax", "Hardmax", "LpNormalization", "InstanceNormalization",
-                     "GroupNormalization", "MeanVarianceNormalization", "BatchNormalization", "RotaryEmbedding"),
+                     "GroupNormalization", "MeanVarianceNormalization", "BatchNormalization", "RotaryEmbedding",
+                     "MRotaryEmbedding", "GatedRMSNorm", "BranchwiseRMSNorm", "GatedAdd", "SwiGLU", "CumProd",
+                     "MoE", "QMoE"),
                     elementwise.same_as_first),
     **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization",
                      "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), reduction.normalized),
@@ -78,6 +80,7 @@ RULES: dict[str, Rule] = {
     "QAttention": fused.packed_attention,
     "MultiHeadAttention": fused.multi_head_attention,
     "GroupQueryAttention": fused.group_query_attention,
+    **dict.fromkeys(("EmbedLayerNormalization", "QEmbedLayerNormalization"), fused.embedding),
 }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""Fused attention of com.microsoft, written out in standard operators.
+"""Fused operators of com.microsoft, written out in standard ones.
 
-These operators project, split heads, mask and multiply in one node, with a dozen inputs that change what they mean.
-Written out they are the same products as any other attention, and nothing else has to know them.
+They embed and norm, or project, split heads, turn, mask and multiply in one node, with a dozen inputs that change what
+they mean. Written out they are what any other model is made of, and nothing else has to know them.
 Source of what they compute: onnxruntime, docs/ContribOperators.md and its CPU kernels.
 """
 

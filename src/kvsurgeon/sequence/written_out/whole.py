@@ -1,4 +1,4 @@
-"""A model without fused attention of com.microsoft."""
+"""A model without operators of com.microsoft that do several things at once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import onnx_ir as ir
 from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.graph.plain import in_plain_words
 from kvsurgeon.sequence.kinds import read_inputs
+from kvsurgeon.sequence.written_out.embedding import embed_layer_normalization, quantised_embed_layer_normalization
 from kvsurgeon.sequence.written_out.grouped import group_query_attention
 from kvsurgeon.sequence.written_out.pen import Pen
 from kvsurgeon.sequence.written_out.projecting import attention, quantised_attention
@@ -21,6 +22,8 @@ RULES: dict[tuple[str, str], Callable[[Pen], None]] = {
     ("com.microsoft", "QAttention"): quantised_attention,
     ("com.microsoft", "MultiHeadAttention"): multi_head_attention,
     ("com.microsoft", "GroupQueryAttention"): group_query_attention,
+    ("com.microsoft", "EmbedLayerNormalization"): embed_layer_normalization,
+    ("com.microsoft", "QEmbedLayerNormalization"): quantised_embed_layer_normalization,
 }
 
 
@@ -38,7 +41,7 @@ class WrittenOut:
 
 
 def in_standard_operators(model: ir.Model) -> WrittenOut:
-    """Return the model in plain words and without fused attention of com.microsoft; the original stays as it was.
+    """Return the model in plain words and without such operators of com.microsoft; the original stays as it was.
 
     Raises:
         Refused: One has inputs or attributes that say something that is not known here, such as a past.

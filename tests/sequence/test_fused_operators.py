@@ -1,0 +1,70 @@
+"""Operators of com.microsoft that an optimiser leaves behind: each keeps tokens apart, and is followed."""
+
+# ruff: noqa: E501  # a case is read best on one line
+
+import pytest
+from attentions import assert_law_of, attention, in_order
+from exports import injected
+from laws import assert_law, difference, in_onnxruntime, texts
+from written import read
+
+from kvsurgeon import io
+from kvsurgeon.passes.contract import Subject
+from kvsurgeon.sequence.written_out import in_standard_operators
+
+WEIGHTS = """float[8] g, float[8] e, float[8] bias, float[8, 8] wf, float[4, 16, 8] experts, float[4, 8, 16] back,
+ float[8, 4] router, float[4, 8, 16] half_back, int64[2] rows = {-1, 4}, int64[1] last = {-1}, float[4] g4,
+ int64[2] flat = {-1, 8}, int64[3] apart = {0, -1, 8}, float[64, 8] table, float[8, 8] left"""
+AFTER = [
+    ("skip and norm", "logits = com.microsoft.SkipLayerNormalization<epsilon = 0.001>(c, x, g, e, bias)"),
+    ("skip and its sum", "n1, , , n2 = com.microsoft.SkipLayerNormalization(c, x, g, e, bias)\n logits = Add(n1, n2)"),
+    ("skip without a bias", "n1, , , n2 = com.microsoft.SkipSimplifiedLayerNormalization(c, x, g)\n logits = Add(n1, n2)"),
+    ("skip and a bias", "n1, , , n2 = com.microsoft.SkipSimplifiedLayerNormalization(c, x, g, bias)\n logits = Add(n1, n2)"),
+    ("skip of context", "line = Slice(table, first, length1, first)\n length1 = Reshape(length, second)\n deep = Unsqueeze(line, first)\n logits = com.microsoft.SkipLayerNormalization(c, deep, g, e)"),
+    ("gelus", "a = com.microsoft.BiasGelu(c, bias)\n d = com.microsoft.FastGelu(a, bias)\n q2 = com.microsoft.QuickGelu<alpha = 1.5>(d)\n logits = com.microsoft.Gelu(q2)"),
+    ("a gated norm", "logits = com.microsoft.GatedRMSNorm<epsilon = 0.001>(c, g4, x)"),
+    ("a gated sum", "gate = ReduceMean<keepdims = 1>(x, third)\n logits = com.microsoft.GatedAdd(c, x, gate)"),
+    ("norms of branches", "logits = com.microsoft.BranchwiseRMSNorm<num_branches = 2>(c, g4)"),
+    ("a product of its own", "f = com.microsoft.FusedMatMul<alpha = 0.5, transB = 1>(c, wf)\n logits = Add(f, x)"),
+    ("experts", "tokens = Reshape(c, flat)\n scores = MatMul(tokens, router)\n m = com.microsoft.MoE<k = 2, activation_type = \"silu\", normalize_routing_weights = 1>(tokens, scores, experts, , back)\n sizes2 = Shape(c)\n logits = Reshape(m, sizes2)"),
+    ("experts with a batch", "s3 = MatMul(c, router)\n scores = Reshape(s3, rows)\n logits = com.microsoft.MoE<k = 2, activation_type = \"gelu\">(c, scores, experts, , back)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("after", [pytest.param(after, id=title) for title, after in AFTER])
+def test_behind_attention(after):
+    assert_law_of(attention(after=after, constants=WEIGHTS))
+
+
+EMBEDDED = """case (int64[b, n] input_ids, int64[b, n] attention_mask) => (float[b, n, 8] logits)
+<float[16, 8] words, float[32, 8] places, float[2, 8] kinds, float[8] g, float[8] e, float[8, 24] w, float[24] bias,
+ uint8[16, 8] words8, uint8[32, 8] places8, uint8[2, 8] kinds8, uint8[8] g8, uint8[8] e8, float sc = {0.02},
+ uint8 z = {7}, float[1, 8, 8] noughts, int64[1] second = {1}>
+{
+  ids = Cast<to = 6>(input_ids)
+  mask = Cast<to = 6>(attention_mask)
+  kind = Mod(ids, two)
+  two = Cast<to = 6>(second)
+  BODY
+  a = com.microsoft.Attention<num_heads = 2, unidirectional = 1>(h, w, bias, MASK)
+  logits = Add(a, h)
+}"""
+EMBEDDINGS = [
+    ("words and places", "h, ends = com.microsoft.EmbedLayerNormalization(ids, , words, places, , g, e)", "mask"),
+    ("and kinds", "h, ends = com.microsoft.EmbedLayerNormalization<epsilon = 0.01>(ids, kind, words, places, kinds, g, e)", "mask"),
+    ("and the sum", "h0, , sum = com.microsoft.EmbedLayerNormalization(ids, kind, words, places, kinds, g, e)\n h = Add(h0, sum)", "mask"),
+    ("and their number", "h, ends = com.microsoft.EmbedLayerNormalization(ids, kind, words, places, kinds, g, e, mask)", "ends"),
+    ("at places of their own", "h, ends = com.microsoft.EmbedLayerNormalization(ids, , words, places, , g, e, , ids)", "mask"),
+    ("in 8 bits", "h, ends = com.microsoft.QEmbedLayerNormalization(ids, , words8, places8, , g8, e8, , sc, sc, , sc, sc, z, z, , z, z)", "mask"),
+    ("and kinds in 8 bits", "h, ends = com.microsoft.QEmbedLayerNormalization(ids, kind, words8, places8, kinds8, g8, e8, mask, sc, sc, sc, sc, sc, z, z, z, z, z)", "ends"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "mask"), [pytest.param(*case, id=title) for title, *case in EMBEDDINGS])
+def test_embeddings(body, mask):
+    original = in_order(read(EMBEDDED.replace("BODY", body).replace("MASK", mask)))
+    whole = texts(original, padded=mask == "mask")
+    plain = io.to_proto(in_standard_operators(Subject.of(original).model).model)
+    found, expected = (in_onnxruntime(one)(whole)["logits"] for one in (plain, original))
+    assert difference(found, expected, whole["attention_mask"]) < 1e-5
+    assert_law(original, injected(original), whole)
