@@ -53,6 +53,12 @@ def test_what_is_the_same(decoder, config):
     assert judge(decoder(config).model(), decoder(config).model()).verdict == "same"
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_what_is_the_same_at_the_only_length_that_is_left(tokens):
+    done = operate(Decoder(SMALL).model(), Pipeline.parse(f"fix-shapes{{tokens={tokens}}}"))
+    assert done.sameness.verdict == "same"
+
+
 def test_what_is_the_same_with_a_cache():
     assert judge(CachedDecoder(SMALL).model(), CachedDecoder(SMALL).model()).verdict == "same"
 

@@ -93,7 +93,11 @@ class _OriginalError(RunError):
 def _differences(before: Session, after: Session, allowed: float, seed: int) -> Iterator[str]:
     original, changed = _decoder(before, after), _decoder(after, before)
     static = fixed_size(original.inputs, before.inputs, "new")
-    batch = fixed_size(original.inputs, before.inputs, "batch") or 2
+    if static is None and isinstance(changed, UncachedDecoder):  # else a host fills up its calls
+        static = fixed_size(changed.inputs, after.inputs, "new")
+    batch = (
+        fixed_size(original.inputs, before.inputs, "batch") or fixed_size(changed.inputs, after.inputs, "batch") or 2
+    )
     random = np.random.default_rng(seed)
     judged = False
     for tokens, mask in _texts(static, batch, original.inputs.masked, random):
