@@ -46,7 +46,7 @@ RULES: dict[str, Rule] = {
     "Concat": along.concat,
     "QLinearConcat": along.concat,
     "Pad": along.pad,
-    **dict.fromkeys(("Conv", "FusedConv", "QLinearConv"), along.convolution),
+    **dict.fromkeys(("Conv", "ConvInteger", "FusedConv", "QLinearConv"), along.convolution),
     **dict.fromkeys(("AveragePool", "MaxPool", "LpPool", "QLinearAveragePool"), along.pool),
     **dict.fromkeys(("RotaryEmbedding", "MRotaryEmbedding"), along.rotary),
     **dict.fromkeys(("MoE", "QMoE"), along.experts),
@@ -73,6 +73,7 @@ RULES: dict[str, Rule] = {
     "Attention": products.attention,
 }  # fmt: skip
 
+_PLAINER = "start from the graph before an optimiser made this operator, or write it in others"
 KNOWN_DOMAINS = (*STANDARD_DOMAINS, "com.microsoft")
 
 
@@ -166,7 +167,7 @@ def _no_rule(step: Step) -> Refused:
         )  # fmt: skip
     if node.op_type in ("LSTM", "GRU", "RNN", "Scan"):
         return step.mixing()
-    return step.refusal("there is no rule that says whether it keeps tokens apart")
+    return step.refusal("there is no rule that says whether it keeps tokens apart", hint=_PLAINER)
 
 
 def _check_lengths(step: Step, shape: tuple[Dimension, ...], axes: Axes) -> None:

@@ -5,6 +5,6 @@ they mean. Written out they are what any other model is made of, and nothing els
 Source of what they compute: onnxruntime, docs/ContribOperators.md and its CPU kernels.
 """
 
-from kvsurgeon.sequence.written_out.whole import WrittenOut, in_standard_operators
+from kvsurgeon.sequence.written_out.whole import RULES, WrittenOut, in_standard_operators
 
-__all__ = ["WrittenOut", "in_standard_operators"]
+__all__ = ["RULES", "WrittenOut", "in_standard_operators"]
