@@ -1,10 +1,11 @@
 """Gives every model of a corpus every number of key and value heads that it can have, and judges the logits.
 
-    python benchmarks/heads.py CORPUS [--group G] [--name N] [--json FILE]
+    python benchmarks/heads.py CORPUS [--group G] [--name N] [--part 1/3] [--journal FILE]
 
 With fewer key heads than query heads: replicated to every legal count and expanded, before `inject` and after it, by
 the stored logits. With as many: merged to every legal count, with a cache against itself without; replicated and
-merged again, that must be the merged model.
+merged again, that must be the merged model. A journal holds a line for each attempt; models that it has are not tried
+again, so that a sweep can be cut off and gone on with, or done in parts.
 """
 
 from __future__ import annotations
@@ -126,26 +127,55 @@ def examined(entry: Entry) -> Iterator[Result]:
 
 def main() -> int:
     """Sweep; exit code 1 where something is wrong or crashed."""
+    given = _arguments()
+    results = _read(given.journal)
+    known = {result.label for result in results}
+    number, parts = (int(word) for word in given.part.split("/"))
+    entries = find_entries([given.corpus], groups=given.group, names=given.name)
+    for entry in [entry for entry in entries if entry.expected == "inject"][number - 1 :: parts]:
+        if entry.label in known:
+            continue
+        found = list(examined(entry)) or [Result(label=entry.label, pipeline="none", verdict="right")]
+        results += found
+        _write(given.journal, found)
+        for result in found:
+            if result.verdict != "right":
+                print(result.label, result.pipeline, result.verdict, result.reason[:200], flush=True)
+    print_tally(results)
+    return int(any(result.verdict in ("wrong", "crashed") for result in results))
+
+
+def print_tally(results: Sequence[Result]) -> None:
+    """Print how many attempts, and how many models with all of their counts, came out right."""
+    for kind in ("replicate-kv-heads", "expand-gqa", "merge-kv-heads"):
+        mine = [result for result in results if kind in result.pipeline]
+        verdicts = Counter(result.verdict for result in mine)
+        models = {result.label for result in mine}
+        whole = models - {result.label for result in mine if result.verdict != "right"}
+        print(f"{kind}: {len(whole)} of {len(models)} models whole; attempts: {dict(verdicts)}")
+    print("not analysed:", sum(result.pipeline == "analyse" for result in results))
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("corpus", type=Path)
     parser.add_argument("--group", action="append", default=[])
     parser.add_argument("--name", action="append", default=[])
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    results: list[Result] = []
-    for entry in find_entries([given.corpus], groups=given.group, names=given.name):
-        if entry.expected == "inject":
-            for result in examined(entry):
-                results.append(result)
-                if result.verdict != "right":
-                    print(result.label, result.pipeline, result.verdict, result.reason[:200], flush=True)
-    for kind in ("replicate-kv-heads", "expand-gqa", "merge-kv-heads"):
-        tally = Counter(result.verdict for result in results if kind in result.pipeline)
-        models = len({result.label for result in results if kind in result.pipeline})
-        print(f"{kind}: {models} models, " + ", ".join(f"{count} {verdict}" for verdict, count in tally.items()))
-    if given.json:
-        given.json.write_text(json.dumps([dataclasses.asdict(result) for result in results], indent=1))
-    return int(any(result.verdict in ("wrong", "crashed") for result in results))
+    parser.add_argument("--part", default="1/1", help="of the models, as 2/3")
+    parser.add_argument("--journal", type=Path)
+    return parser.parse_args()
+
+
+def _read(journal: Path | None) -> list[Result]:
+    if journal is None or not journal.exists():
+        return []
+    return [Result(**json.loads(line)) for line in journal.read_text(encoding="utf-8").splitlines()]
+
+
+def _write(journal: Path | None, results: Sequence[Result]) -> None:
+    if journal is not None:
+        with journal.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(dataclasses.asdict(result)) + "\n" for result in results)
 
 
 if __name__ == "__main__":

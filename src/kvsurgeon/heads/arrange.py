@@ -97,10 +97,11 @@ class Arrange:
             after: The axes of the result, which make up `wanted`.
             dtype: The type of its elements.
         """
-        place = [word for word, _ in axes].index("heads")
+        axes = tuple(axis for axis in axes if axis[0] in dict(wanted))  # or a batch of 1, which takes no place
+        words = [word for word, _ in axes]
         value = self.reshaped(value, before, _sizes(axes), dtype)
-        value, sizes = self._taken(value, _sizes(axes), place, heads, dtype)
-        order = [[word for word, _ in axes].index(word) for word, _ in wanted]
+        value, sizes = self._taken(value, _sizes(axes), words.index("heads"), heads, dtype)
+        order = [words.index(word) for word, _ in wanted if word in words]
         value = self.transposed(value, order, dtype)
         return self.reshaped(value, [sizes[place] for place in order], after, dtype)
 

@@ -47,9 +47,12 @@ class HeadAxis:
         return HeadAxis(found[0].axis, self.count, found[0].outer, found[0].inner)
 
     def _single(self, before: Sequence[Dimension], after: Sequence[Dimension]) -> HeadAxis | None:
-        """A single head can be anywhere: it is where the axis around it lies, if that stays an axis."""
+        """A single head can be anywhere: it is where the axis around it lies, if that stays an axis.
+
+        Of several axes of 1 side by side it is the last: a batch that is fixed to 1 stands before heads.
+        """
         left, right = dim.product(after[: self.axis]), dim.product(after[self.axis + 1 :])
-        for place, size in enumerate(before):
+        for place, size in reversed(list(enumerate(before))):
             around = ((size, after[self.axis]), (dim.product(before[:place]), left),
                       (dim.product(before[place + 1 :]), right))  # fmt: skip
             if all(dim.is_equal(mine, theirs) for mine, theirs in around):

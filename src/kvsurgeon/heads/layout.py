@@ -68,7 +68,9 @@ Logical = tuple[tuple[str, Dimension], ...]  # ("batch" | "sequence" | "heads" |
 
 
 def logical(layout: Layout, heads: int, at: ir.Value) -> Logical:
-    """Return the four axes that a tensor's own make up, in its order; the batch is left out where there is none.
+    """Return the four axes that a tensor's own make up, in its order; the batch is left out where it has no axis.
+
+    Where the batch is fixed to 1, a first axis of 1 is the batch's: a single head then lies around its features.
 
     Args:
         layout: Of a tensor whose features are [heads, head_dim], row by row.
@@ -78,7 +80,8 @@ def logical(layout: Layout, heads: int, at: ir.Value) -> Logical:
     Raises:
         Refused: Heads or their features lie in pieces.
     """
-    words = {layout.batch: "batch", layout.sequence: "sequence"}
+    fixed = layout.batch is None and layout.parts[0] == 1 and layout.sequence > 0
+    words = {0 if fixed else layout.batch: "batch", layout.sequence: "sequence"}
     axes: list[tuple[str, Dimension]] = []
     left = heads
     for place, size in enumerate(layout.parts):

@@ -42,6 +42,8 @@ class Regrouping:
     def wanted(self, place: Place, axes: Logical) -> Logical:
         """The order in which a product that is done anew reads keys or values."""
         sizes = dict(axes)
+        if not any(part.word == "batch" for parts in self._parts(place, self._contraction(place[0])) for part in parts):
+            sizes.pop("batch", None)  # fixed to 1, and no axis of the queries
         last = ("sequence", "head_dim") if self._sums_tokens(place) else ("head_dim", "sequence")
         return tuple((word, sizes[word]) for word in ("batch", "heads", *last) if word in sizes)
 

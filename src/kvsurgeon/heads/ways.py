@@ -143,7 +143,8 @@ class _Walk:
             seen.add(value)
             sources = [one for one in self.labels.token_sources(node) if self.labels.is_projected(one)]
             pending += sources
-            if not self.labels.moves(node) or not self._is_plain(value) or not self._is_plain(sources[0]):
+            alone = len(sources) == 1 and self.labels.moves(node)  # what joins several parts makes no head again
+            if not alone or not self._is_plain(value) or not self._is_plain(sources[0]):
                 continue
             if layout_of(self.flow, value).width > layout_of(self.flow, sources[0]).width:
                 self.between |= {node, *(user for user, _ in value.uses())}

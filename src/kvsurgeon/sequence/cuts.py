@@ -52,7 +52,7 @@ class Memory:
     @property
     def is_canonical(self) -> bool:
         """Whether the tensor itself is [batch, heads, sequence, head_dim]."""
-        return self.order == (0, 1, 2, 3) and len(self.parts) == self.rank == 4
+        return self.order == (0, 1, 2, 3) and len(self.parts) == self.rank == 4 and self.parts[0] == self.batch
 
     @property
     def effort(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
@@ -113,17 +114,18 @@ class Tokens:
 
     def _target(self, node: ir.Node, target: ir.Value, length: Length) -> ir.Value:
         """The target of a `Reshape` or `Expand`, derived anew from the dimensions of its result."""
-        if constant_tensor(target) is not None and not self._is_fixed:
-            return target
-        source = self.before[node][0]
+        source, fixed = self.before[node][0], constant_tensor(target)
         assert source is not None
         before, after = self.flow.shapes[source].shape or (), self.flow.shapes[node.outputs[0]].shape or ()
+        given = self.views.sizes(before, self.axes_at(source, length))
         sizes = self.views.sizes(after, self.axes_at(node.outputs[0], length))
+        if fixed is not None and not self._is_fixed and (node.op_type == "Expand" or _stays(fixed, given, sizes)):
+            return target
         if node.op_type == "Expand":
             shift = len(after) - len(before)
             kept = [place >= shift and before[place - shift] == size for place, size in enumerate(after)]
             return expand_target(self.lengths, sizes, kept)
-        return reshape_target(self.lengths, sizes, self.views.sizes(before, self.axes_at(source, length)))
+        return reshape_target(self.lengths, sizes, given)
 
     def _parameter(self, node: ir.Node, index: int, value: ir.Value, length: Length) -> ir.Value:
         """Bounds in which the length counts, at the length of their role."""
@@ -143,6 +145,12 @@ class Tokens:
     def _is_fixed(self) -> bool:
         """Whether the export fixed the length."""
         return isinstance(self.flow.length, int)
+
+
+def _stays(target: ir.TensorProtocol, before: Sequence[Dimension], after: Sequence[Dimension]) -> bool:
+    """Whether each 0 of a reshape's target still copies what it copied: queries and keys were equally many before."""
+    kept = np.flatnonzero(target.numpy() == 0)
+    return all(place >= len(before) or before[place] == after[place] for place in kept)
 
 
 def _at(axis: SequenceAxis, length: Length) -> SequenceAxis:
