@@ -18,15 +18,18 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from witness.corpus import Case, Entry, find_entries
-from witness.second_judge import bound_of, failures, judge, open_session, read_contract
+from witness.merged_weights import UnknownAttentionError, with_merged_weights
+from witness.second_judge import BRAIN, bound_of, failures, judge, open_session, read_contract
+from witness.widening import widened
 
 from kvsurgeon import io
 from kvsurgeon.errors import KvsurgeonError
-from kvsurgeon.graph.plain import in_plain_words
 from kvsurgeon.heads.counts import HeadCounts, counts_of
 from kvsurgeon.passes.contract import Pass, Subject
 from kvsurgeon.passes.expand_gqa import ExpandGqa
@@ -35,6 +38,11 @@ from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
 from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads, legal_counts
 from kvsurgeon.pipeline import Pipeline
 from kvsurgeon.sequence.analysis import analyse
+from kvsurgeon.sequence.written_out import in_standard_operators
+
+Method = Literal["mean", "first"]
+KINDS = ("replicate-kv-heads", "expand-gqa", "inject", "merge back", "merge-kv-heads", "as numpy")
+INTEGERS = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +51,13 @@ class Result:
 
     label: str
     pipeline: str
-    verdict: str  # right, wrong, refused, crashed
+    verdict: str  # right, wrong, refused, crashed; unknown where the reference cannot be made
     reason: str = ""
 
 
 def counts(entry: Entry) -> HeadCounts:
     """Return the heads of a model's first layer."""
-    analysis = analyse(in_plain_words(io.load(entry.path)))
+    analysis = analyse(in_standard_operators(io.load(entry.path)).model)
     return counts_of(analysis.flow, analysis.heads[0])
 
 
@@ -63,6 +71,10 @@ def grouped(entry: Entry, heads: HeadCounts) -> Iterator[tuple[str, tuple[Pass, 
     changes: list[tuple[str, Pass]] = [("expand-gqa", ExpandGqa())]
     legal = legal_counts(heads)[1:]
     changes += [(f"replicate-kv-heads {count}", ReplicateKvHeads(kv_heads=count)) for count in legal]
+    method = _method(entry)
+    for count in legal:
+        back = MergeKvHeads(kv_heads=heads.kv_heads, method=method)
+        yield f"replicate-kv-heads {count} and merge back", (ReplicateKvHeads(kv_heads=count), back, Inject())
     for name, change in changes:
         yield f"{name}, inject", (change, Inject())
         yield f"inject, {name}", (Inject(), change)
@@ -71,30 +83,54 @@ def grouped(entry: Entry, heads: HeadCounts) -> Iterator[tuple[str, tuple[Pass, 
 def judged(entry: Entry, model: onnx.ModelProto, cases: Sequence[Case] | None = None) -> str:
     """Return what is wrong with a model with a cache; nothing where it is right."""
     original = onnx.load(entry.path, load_external_data=False)
-    session = open_session(model, entry.folder)
+    session = _session(entry, model)
     contract = read_contract(session, original)
     found = entry.cases(original) if cases is None else cases
     scores = [score for case in found for score in judge(session, contract, case)]
     return "; ".join(f"{bad.way}: {bad.error:.1e}" for bad in failures(scores, bound_of(original)))
 
 
-def merged(entry: Entry, count: int) -> str:
+def merged(entry: Entry, count: int, method: Method) -> str:
     """Return what is wrong with merged heads: with a cache, and replicated and merged again."""
     original = onnx.load(entry.path, load_external_data=False)
-    alone = run(entry, MergeKvHeads(kv_heads=count))
-    cases = [dataclasses.replace(case, reference=_logits(entry, alone, case)) for case in entry.cases(original)]
-    again = run(entry, MergeKvHeads(kv_heads=count), ReplicateKvHeads(repeat=2), MergeKvHeads(kv_heads=count))
-    apart = [np.abs(_logits(entry, again, case) - case.reference).max() / np.ptp(case.reference) for case in cases]
-    if max(apart, default=0.0) > bound_of(original).error:
-        return f"replicated and merged again: {max(apart):.1e}"
-    return judged(entry, run(entry, MergeKvHeads(kv_heads=count), Inject()), cases)
+    merge = MergeKvHeads(kv_heads=count, method=method)
+    cases = _with_reference(entry, run(entry, merge), entry.cases(original))
+    again = run(entry, merge, ReplicateKvHeads(repeat=2), merge)
+    apart = _apart(entry, again, cases)
+    if apart > bound_of(original).error:
+        return f"replicated and merged again: {apart:.1e}"
+    return judged(entry, run(entry, merge, Inject()), cases)
+
+
+def as_numpy(entry: Entry, heads: int, count: int) -> str:
+    """Return what is wrong with merged heads beside weights that numpy merged."""
+    original = onnx.load(entry.path, load_external_data=False)
+    reference = with_merged_weights(original, entry.folder, heads, count)
+    apart = _apart(
+        entry, run(entry, MergeKvHeads(kv_heads=count)), _with_reference(entry, reference, entry.cases(original))
+    )
+    return f"not what numpy merges: {apart:.1e}" if apart > bound_of(original).error else ""
+
+
+def _with_reference(entry: Entry, model: onnx.ModelProto, cases: Sequence[Case]) -> list[Case]:
+    return [dataclasses.replace(case, reference=_logits(entry, model, case)) for case in cases]
+
+
+def _apart(entry: Entry, model: onnx.ModelProto, cases: Sequence[Case]) -> float:
+    """How far a model without a cache is from the references at most, over their spread."""
+    each = (np.abs(_logits(entry, model, case) - case.reference)[case.real] / np.ptp(case.reference) for case in cases)
+    return max((float(one.max()) for one in each), default=0.0)
 
 
 def _logits(entry: Entry, model: onnx.ModelProto, case: Case) -> np.ndarray:
-    session = open_session(model, entry.folder)
+    session = _session(entry, model)
     names = {one.name for one in session.get_inputs()}
     found = session.run(None, {name: array for name, array in case.inputs.items() if name in names})
     return np.asarray(found[0], dtype=np.float32)
+
+
+def _session(entry: Entry, model: onnx.ModelProto) -> ort.InferenceSession:
+    return open_session(widened(model, entry.folder) if bound_of(model) is BRAIN else model, entry.folder)
 
 
 def tried(label: str, pipeline: str, attempt: object) -> Result:
@@ -104,6 +140,8 @@ def tried(label: str, pipeline: str, attempt: object) -> Result:
         wrong = attempt()
     except KvsurgeonError as error:
         return Result(label=label, pipeline=pipeline, verdict="refused", reason=str(error))
+    except UnknownAttentionError as error:
+        return Result(label=label, pipeline=pipeline, verdict="unknown", reason=str(error))
     except Exception as error:
         return Result(label=label, pipeline=pipeline, verdict="crashed", reason=f"{type(error).__name__}: {error}")
     return Result(label=label, pipeline=pipeline, verdict="wrong" if wrong else "right", reason=wrong)
@@ -120,9 +158,18 @@ def examined(entry: Entry) -> Iterator[Result]:
         for name, passes in grouped(entry, heads):
             yield tried(entry.label, name, lambda passes=passes: judged(entry, run(entry, *passes)))
         return
-    for count in range(1, heads.kv_heads):
-        if heads.kv_heads % count == 0:
-            yield tried(entry.label, f"merge-kv-heads {count}", lambda count=count: merged(entry, count))
+    method = _method(entry)
+    for count in (count for count in range(1, heads.kv_heads) if heads.kv_heads % count == 0):
+        yield tried(entry.label, f"merge-kv-heads {count}, {method}", lambda count=count: merged(entry, count, method))
+        if method == "mean":
+            yield tried(entry.label, f"as numpy {count}", lambda count=count: as_numpy(entry, heads.kv_heads, count))
+
+
+def _method(entry: Entry) -> Method:
+    """How heads are merged: quantised weights have no mean."""
+    quantised = onnx.load(entry.path, load_external_data=False).graph.initializer
+    whole = sum(int(np.prod(one.dims)) for one in quantised if one.data_type in INTEGERS and len(one.dims) > 1)
+    return "first" if whole > 1000 else "mean"
 
 
 def main() -> int:
@@ -147,7 +194,7 @@ def main() -> int:
 
 def print_tally(results: Sequence[Result]) -> None:
     """Print how many attempts, and how many models with all of their counts, came out right."""
-    for kind in ("replicate-kv-heads", "expand-gqa", "merge-kv-heads"):
+    for kind in KINDS:
         mine = [result for result in results if kind in result.pipeline]
         verdicts = Counter(result.verdict for result in mine)
         models = {result.label for result in mine}

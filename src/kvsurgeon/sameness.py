@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -198,11 +198,20 @@ def _calls(ends: Sequence[int]) -> Iterator[tuple[int, int]]:
 def _decoder(session: Session, other: Session) -> CachedDecoder | UncachedDecoder:
     """The model to be asked. Its cache is what its names say, and what it has in and out that the other has not."""
     theirs = {tensor.name for tensor in (*other.inputs, *other.outputs)}
-    pasts = [one for one in session.inputs if is_past(one) or _is_own(one, theirs)]
+    pasts = [_sized(one, other.inputs) for one in session.inputs if is_past(one) or _is_own(one, theirs)]
     presents = [one for one in session.outputs if "present" in one.name or _is_own(one, theirs)]
     if not pasts:
         return UncachedDecoder(session)
     return CachedDecoder(session, cache_entries(pasts, presents, read_note(session.metadata).layouts))
+
+
+def _sized(past: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """The past, with the other model's words for its symbols: they may say a number, and mean the same lengths."""
+    for other in others:
+        if other.name == past.name and len(other.dims) == len(past.dims):
+            pairs = zip(past.dims, other.dims, strict=True)
+            return replace(past, dims=tuple(mine if isinstance(mine, int) else theirs for mine, theirs in pairs))
+    return past
 
 
 def _is_own(tensor: Tensor, theirs: Collection[str]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from laws import difference, in_onnxruntime, texts
+from laws import assert_law, difference, in_onnxruntime, texts
 from written import read
 
 from kvsurgeon import io
@@ -180,3 +180,27 @@ def test_a_batch_that_is_fixed_stays_what_it_is(change):
     shapes = [value.shape for value in given.model.graph.inputs if value.name.startswith("past_key_values.")]
     assert len(shapes) == 4
     assert {tuple(shape)[:2] for shape in shapes} == {(3, 4)}
+
+
+CHANGES = {
+    "expanded": ([ExpandGqa()], 4),
+    "merged": ([MergeKvHeads(kv_heads=1)], 1),
+    "merged and expanded": ([MergeKvHeads(kv_heads=1), ExpandGqa()], 4),
+    "replicated and merged": ([ReplicateKvHeads(repeat=2), MergeKvHeads(kv_heads=2)], 2),
+    "one again": ([MergeKvHeads(kv_heads=1), ReplicateKvHeads(repeat=2), MergeKvHeads(kv_heads=1)], 1),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_single_head_is_not_taken_for_a_batch_of_one(name):
+    changes, heads = CHANGES[name]
+    given, dynamic = subject(batch=1), subject()
+    for change in changes:
+        change.apply(given)
+        change.apply(dynamic)
+
+    assert kv_heads(given) == kv_heads(dynamic) == [heads, heads]
+    assert difference(logits(given, batch=1), logits(dynamic, batch=1)) < 1e-5
+    without = io.to_proto(given.model)
+    Inject().apply(given)
+    assert_law(without, io.to_proto(given.model), texts(without, batch=1))

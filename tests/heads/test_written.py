@@ -100,6 +100,12 @@ CASES = {
         VALUES,
         ", float[2, 1] scale, int64[3] six = {0, 0, 6}",
     ),
+    "rows written over others": (
+        "k0 = MatMul(x, k_weight) kk = Reshape(k0, k_shape) k1 = Transpose<perm = [3, 0, 1, 2]>(kk) kn = Neg(k1) "
+        "k2 = ScatterND(k1, numbers, kn) k3 = Transpose<perm = [1, 2, 3, 0]>(k2) k = Reshape(k3, six)",
+        VALUES,
+        ", int64[3, 1] numbers = {2, 0, 1}, int64[3] six = {0, 0, 6}",
+    ),
     "values that are the keys": (PLAIN, "v = Identity(k)", ""),
 }
 

@@ -304,3 +304,9 @@ def test_scores_met_element_by_element(axis):
         .replace("int64[1] first", "int64[1] last = {3}, int64[1] first")
     )
     assert_law_of(text if axis == 1 else text.replace("Mul(q4, k4)", "Mul(k4, q4)"))
+
+
+def test_a_target_that_copies_keys_into_the_place_of_queries():
+    scores = "s1 = Reshape(s0, apart) s2 = Mul(s1, half) s = Squeeze(s2, second)"
+
+    assert_law_of(attention(scores=scores, constants="int64[4] apart = {0, 1, 0, -1}"))

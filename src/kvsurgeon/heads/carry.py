@@ -154,13 +154,24 @@ class Carrier:
         return value
 
     def _picked(self, value: ir.Value, axis: HeadAxis, selection: Selection) -> ir.Value:
-        """Context that differs from head to head, picked at run time."""
-        if not selection.is_exact or not isinstance(axis.outer, int) or not isinstance(axis.inner, int):
-            raise Refused("what is computed for each head cannot be averaged", at=value.name)
-        index = self.editor.constant(selection.within(axis.outer, axis.inner).places, wish="heads")
-        return self.editor.node(
-            "Gather", [value, index], {"axis": axis.axis}, wish=f"{value.name}.heads", dtype=value.dtype
-        )
+        """Context that differs from head to head, picked at run time, and averaged where heads are."""
+        alone = len(selection.blocks) == 1 and all(member.source == 0 for member in selection.blocks[0])
+        if not alone or not isinstance(axis.outer, int) or not isinstance(axis.inner, int):
+            raise Refused("what is computed for each head cannot be averaged over layers", at=value.name)
+        (members,) = selection.blocks
+        wholes = [Selection(selection.count, ((member,),)).within(axis.outer, axis.inner) for member in members]
+        picked = [
+            self.editor.node(
+                "Gather", [value, self.editor.constant(whole.places, wish="heads")], {"axis": axis.axis},
+                wish=f"{value.name}.heads", dtype=value.dtype,
+            )
+            for whole in wholes
+        ]  # fmt: skip
+        if len(picked) == 1:
+            return picked[0]
+        if value.dtype is None or not value.dtype.is_floating_point():
+            raise Refused("what is computed for each head has no mean", at=value.name)
+        return self.editor.node("Mean", picked, {}, wish=f"{value.name}.mean", dtype=value.dtype)
 
     def _depends(self, value: ir.Value) -> bool:
         """Whether a value is made of values that have other heads now, with no product with weights in between."""

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kvsurgeon.sequence.analysis import Head
+from kvsurgeon.heads.labels import Labels
+from kvsurgeon.sequence.analysis import Head, Operand
+from kvsurgeon.sequence.cuts import describe
 from kvsurgeon.sequence.flow import Flow
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.contraction import contraction_of
@@ -24,10 +26,26 @@ class HeadCounts:
 
 def counts_of(flow: Flow, head: Head) -> HeadCounts:
     """Return the sizes of an attention."""
+    labels = Labels(flow)
     head_dim, value_dim, heads = _sizes(flow, head)
-    kept = (head.keys[0].memory.elements // head_dim, head.values[0].memory.elements // value_dim)
+    kept = (_made(flow, labels, head.keys[0]) // head_dim, _made(flow, labels, head.values[0]) // value_dim)
     kv_heads = max(1, min(kept))  # where heads are repeated before they are remembered, only values tell
     return HeadCounts(heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim)
+
+
+def _made(flow: Flow, labels: Labels, operand: Operand) -> int:
+    """Features of a token before they are repeated, be it before what is remembered."""
+    value, fewest = operand.memory.value, operand.memory.elements
+    while (node := value.producer()) is not None and labels.keeps_apart(node):
+        sources = labels.token_sources(node)
+        before = describe(flow, sources[0]) if len(sources) == 1 else None
+        after = describe(flow, value)
+        if before is None or after is None:
+            break
+        if labels.moves(node) and before.elements < after.elements:
+            fewest = min(fewest, before.elements)
+        value = sources[0]
+    return fewest
 
 
 def _sizes(flow: Flow, head: Head) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,6 @@ from kvsurgeon.heads.selection import Selection
 from kvsurgeon.heads.stems import Stems
 from kvsurgeon.heads.ways import Way, way_of
 from kvsurgeon.sequence.analysis import Analysis
-from kvsurgeon.sequence.cuts import PROJECTIONS
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import Dimension
 
@@ -126,7 +125,7 @@ class Exchanger:
 
     def _region(self, way: Way) -> frozenset[ir.Node]:
         """The nodes between the projections and the product."""
-        nodes = {node for one in self._above(way.last) if (node := one.producer()) is not None}
+        nodes = {node for one in self.labels.above(way.last) if (node := one.producer()) is not None}
         return frozenset({*nodes, way.operand.place[0]})
 
     def _end(self, layer: int, way: Way, selection: Selection) -> tuple[np.ndarray, Logical, list[Dimension]]:
@@ -147,7 +146,7 @@ class Exchanger:
         alive = find_alive(self.editor.graph)
         for layer, exchange in enumerate(wanted):
             ways = () if exchange is None else self._ways_of(layer)
-            for value in dict.fromkeys(one for way in (*ways[:1], *ways[1:]) for one in self._above(way[0].last)):
+            for value in dict.fromkeys(one for way in (*ways[:1], *ways[1:]) for one in self.labels.above(way[0].last)):
                 for node in {node for node, _ in value.uses() if node.op_type == "Shape" and node in alive}:
                     numbers = self.flow.shapes[node.outputs[0]].value
                     if numbers is None or not all(dim.is_known(number) for number in numbers):
@@ -161,7 +160,7 @@ class Exchanger:
         alive = find_alive(self.editor.graph)
         freed: dict[ir.Value, None] = {}
         for way in dropped:
-            for value in self._above(way.start):
+            for value in self.labels.above(way.start):
                 node = value.producer()
                 read = any(user in alive for user, _ in value.uses())
                 if node is not None and node.op_type in ("Split", "Slice", "Gather") and not read:
@@ -169,19 +168,6 @@ class Exchanger:
                     if source is not value and any(user in alive for user, _ in source.uses()):
                         freed[value] = None
         return list(freed)
-
-    def _above(self, value: ir.Value) -> Iterator[ir.Value]:
-        pending, seen = [value], set[ir.Value]()
-        while pending:
-            one = pending.pop()
-            node = one.producer()
-            if one in seen or node is None:
-                continue
-            seen.add(one)
-            yield one
-            if node.op_type in PROJECTIONS:
-                continue
-            pending += self.labels.token_sources(node)
 
     def _give_names_back(self) -> None:
         """A new initializer takes the name of the old one that nobody reads any more."""

@@ -6,7 +6,7 @@ Whichever way a layout is written, with Split, Slice, Gather or Transpose, the a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from kvsurgeon.sequence.experiment import at_length
 from kvsurgeon.sequence.flow import Flow
 from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.shapes.contraction import Contraction, contraction_of
+from kvsurgeon.shapes.elementwise import BINARY, UNARY
 from kvsurgeon.shapes.fact import axis_of
 from kvsurgeon.shapes.slicing import slice_bounds
 
@@ -47,6 +48,10 @@ class Labels:
             return node.inputs[0] in sources and self._whole_numbers(node.inputs[1]) is not None
         return len(sources) == 1 and (node.op_type != "Slice" or slice_bounds(self.flow.shapes.call(node)) is not None)
 
+    def keeps_apart(self, node: ir.Node) -> bool:
+        """Whether a node with one source of token data works element by element, or moves elements."""
+        return node.op_type in BINARY | UNARY or node.op_type == "DynamicQuantizeLinear" or self.moves(node)
+
     def source(self, value: ir.Value) -> ir.Value:
         """The value that this one is a mere rearrangement of; itself where it is computed."""
         node = value.producer()
@@ -55,8 +60,8 @@ class Labels:
         found = {self.source(one) for one in self.token_sources(node)}
         return found.pop() if len(found) == 1 else value
 
-    def is_projected(self, value: ir.Value) -> bool:
-        """Whether a value is made by a product with weights, and not of positions alone."""
+    def above(self, value: ir.Value) -> Iterator[ir.Value]:
+        """The value and the token data that it is made of, each once, up to the results of products with weights."""
         pending, seen = [value], set[ir.Value]()
         while pending:
             one = pending.pop()
@@ -64,15 +69,22 @@ class Labels:
             if one in seen or node is None:
                 continue
             seen.add(one)
-            if node.op_type in PROJECTIONS:
-                found = contraction_of(self.flow.shapes.call(node))
-                if found is None or any(self._size(node, found, label) != 1 for label in found.summed):
-                    return True
-            pending += self.token_sources(node)
-        return False
+            yield one
+            if node.op_type not in PROJECTIONS:
+                pending += self.token_sources(node)
+
+    def is_projected(self, value: ir.Value) -> bool:
+        """Whether a value is made by a product with weights, and not of positions alone."""
+        makers = (one.producer() for one in self.above(value))
+        return any(self._sums(node) for node in makers if node is not None and node.op_type in PROJECTIONS)
+
+    def _sums(self, node: ir.Node) -> bool:
+        """Whether a product sums anything; an outer product, as of positions with frequencies, does not."""
+        found = contraction_of(self.flow.shapes.call(node))
+        return found is None or any(self._size(node, found, label) != 1 for label in found.summed)
 
     def _size(self, node: ir.Node, found: Contraction, label: str) -> object:
-        """How many elements a product sums; an outer product, as of positions with frequencies, sums one."""
+        """How many elements a product sums along a label."""
         shape = self.flow.shapes[node.inputs[found.left]].shape or ()  # type: ignore[index]
         return shape[found.left_labels.index(label)] if label in found.left_labels else None
 

@@ -90,7 +90,7 @@ def transpose(change: Change) -> Made:
 
 def reshape(change: Change) -> Made | None:
     """`Reshape`: row-major order tells where the heads were; the target is derived anew."""
-    before = change.axis.before_reshape(change.shape(0), change.result)
+    before = _before_reshape(change)
     if before is None:
         return None
     after = change.scaled(change.result, change.axis)
@@ -100,8 +100,14 @@ def reshape(change: Change) -> Made | None:
 
 def squeeze(change: Change) -> Made | None:
     """`Flatten`, `Squeeze`, `Unsqueeze`: reshapes without a target of their own."""
-    before = change.axis.before_reshape(change.shape(0), change.result)
+    before = _before_reshape(change)
     return None if before is None else Made(inputs=[change.carried(0, before), *change.inputs[1:]])
+
+
+def _before_reshape(change: Change) -> HeadAxis | None:
+    found = change.axis.before_reshape(change.shape(0), change.result)
+    is_batch = found is not None and found.axis == 0 and found.size == 1 and change.is_token(0)
+    return None if is_batch else found  # a single head is not to be taken for a batch that is fixed to 1
 
 
 def expand(change: Change) -> Made:
@@ -157,6 +163,17 @@ def by_element(change: Change) -> Made | None:
     if axis_of(change.call.integer("axis", 0), len(change.result)) == change.axis.axis:
         return None
     return elementwise(change)
+
+
+def scatter_nd(change: Change) -> Made | None:
+    """`ScatterND`: rows written at places of other axes, which are the first ones."""
+    places, rank = change.shape(1), len(change.shape(0))
+    depth = places[-1]
+    if not isinstance(depth, int) or change.axis.axis < depth:
+        return None
+    behind = change.axis.axis - rank  # axes behind the places are alike in what is written and in what it goes into
+    rows = change.axis.at(len(change.shape(2)) + behind)
+    return Made(inputs=[change.carried(0, change.axis), change.inputs[1], change.carried(2, rows)])
 
 
 def concat(change: Change) -> Made | None:
@@ -234,6 +251,7 @@ RULES: dict[str, Rule] = {
     "Gather": gather,
     "GatherND": gather_nd,
     **dict.fromkeys(("GatherElements", "ScatterElements"), by_element),
+    "ScatterND": scatter_nd,
     "Concat": concat,
     "Pad": pad,
     **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization"), normalization),

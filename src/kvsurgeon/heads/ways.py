@@ -17,7 +17,6 @@ from kvsurgeon.heads.layout import Logical, head_axis, layout_of, logical
 from kvsurgeon.sequence.analysis import Head, Operand
 from kvsurgeon.sequence.cuts import PROJECTIONS, describe
 from kvsurgeon.sequence.flow import Flow
-from kvsurgeon.shapes.elementwise import BINARY, UNARY
 
 # How a product comes to more query heads than there are key heads: they were repeated before it, they are broadcast
 # by it, or the operator itself shares them.
@@ -101,6 +100,7 @@ class _Walk:
             first = last = len(widths) - 1 - widths[::-1].index(single)
             while last + 1 < len(path) and self.labels.moves(path[last + 1].producer()):
                 last += 1
+            self.between |= {node for one in path[first + 1 :] if (node := one.producer()) is not None}
             return path[first], path[last]
         return self.last, self.last
 
@@ -114,7 +114,7 @@ class _Walk:
         while True:
             node = path[0].producer()
             sources = [] if node is None else self.labels.token_sources(node)
-            if node is None or not self._keeps_apart(node) or len(sources) != 1 or not self._is_plain(sources[0]):
+            if node is None or not self.labels.keeps_apart(node) or len(sources) != 1 or not self._is_plain(sources[0]):
                 return path
             path.insert(0, sources[0])
 
@@ -124,7 +124,7 @@ class _Walk:
         while path[-1] is not self.last:
             nodes = {node for node, _ in path[-1].uses() if node in self.between}
             node = nodes.pop() if len(nodes) == 1 else None
-            if node is None or not self._keeps_apart(node) or len(self.labels.token_sources(node)) != 1:
+            if node is None or not self.labels.keeps_apart(node) or len(self.labels.token_sources(node)) != 1:
                 break
             outputs = [one for one in node.outputs if any(user in self.between for user, _ in one.uses())]
             if not outputs or not self._is_plain(outputs[0]):
@@ -159,10 +159,6 @@ class _Walk:
             found.append(node.outputs[0])
             self.between |= {user for user, _ in found[-1].uses()}
         return found
-
-    def _keeps_apart(self, node: ir.Node) -> bool:
-        """Whether a node with one source of token data works element by element, or moves elements."""
-        return node.op_type in BINARY | UNARY or node.op_type == "DynamicQuantizeLinear" or self.labels.moves(node)
 
     def _is_plain(self, value: ir.Value) -> bool:
         return describe(self.flow, value) is not None

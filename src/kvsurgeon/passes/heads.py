@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.graph.plain import in_plain_words
 from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.heads.counts import HeadCounts
 from kvsurgeon.heads.exchange import Exchange, Exchanger
@@ -16,6 +15,7 @@ from kvsurgeon.io.config import Change, Heads
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.eject import put_back, take_out
 from kvsurgeon.sequence.analysis import analyse
+from kvsurgeon.sequence.written_out import in_standard_operators
 
 Wanted = Callable[[int, HeadCounts], Selection | None]  # of a layer's heads; None where they stay
 Plan = Callable[[Exchanger], Sequence[Exchange | None]]
@@ -50,8 +50,7 @@ def exchange(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
     """
     work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
     signature = take_out(work)
-    if work.model is subject.model:
-        work.model = _copied(subject.model)
+    work.model = _copied(work.model)
     with room_for_deep_graphs():
         exchanger = Exchanger(analyse(work.model), lossy=lossy)
         before = _heads(exchanger, [one.kv_heads for one in exchanger.counts], range(len(exchanger.counts)))
@@ -82,8 +81,8 @@ def _heads(exchanger: Exchanger, kv_heads: Sequence[int], owners: Sequence[int])
 
 
 def _copied(model: ir.Model) -> ir.Model:
-    """The model in plain words, in any case another one."""
-    plain = in_plain_words(model)
+    """The model in standard operators, in any case another one."""
+    plain = in_standard_operators(model).model
     if plain is model:
         plain = model.clone()
         plain.meta.update(model.meta)

@@ -18,6 +18,7 @@ from kvsurgeon.sequence.targets import expand_target, reshape_target
 from kvsurgeon.sequence.views import Views
 from kvsurgeon.sequence.words import spelled
 from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.dimension import Dimension
 
 _TOTAL = Role(Length.TOTAL)
 
@@ -149,7 +150,7 @@ class Tokens:
 
 def _stays(target: ir.TensorProtocol, before: Sequence[Dimension], after: Sequence[Dimension]) -> bool:
     """Whether each 0 of a reshape's target still copies what it copied: queries and keys were equally many before."""
-    kept = np.flatnonzero(target.numpy() == 0)
+    kept: list[int] = np.flatnonzero(target.numpy() == 0).tolist()
     return all(place >= len(before) or before[place] == after[place] for place in kept)
 
 

@@ -1,0 +1,72 @@
+"""Heads of models in which one operator does all of attention, with a cache of its own and without."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+from written import read
+
+from kvsurgeon import io
+from kvsurgeon.passes.contract import Changed, Subject
+from kvsurgeon.passes.expand_gqa import ExpandGqa
+from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
+from kvsurgeon.sameness import judge
+
+# 4 query heads, 2 key heads of 16, which the operator turns itself
+TEXT = """
+case (float[batch_size, sequence_length, 32] x, int64[batch_size, total_sequence_length] attention_mask,
+      float[batch_size, 2, past_sequence_length, head_dim] past_key_values.0.key,
+      float[batch_size, 2, past_sequence_length, head_dim] past_key_values.0.value)
+  => (float[batch_size, sequence_length, 64] logits,
+      float[batch_size, 2, total_sequence_length, head_dim] present.0.key,
+      float[batch_size, 2, total_sequence_length, head_dim] present.0.value)
+<float[32, 64] wq, float[32, 32] wk, float[32, 32] wv, float[32, 128] wqkv, int64 one = {1}, int64[1] second = {1},
+ float[64, 8] cos, float[64, 8] sin>
+{
+  counted = ReduceSum<keepdims = 0>(attention_mask, second)
+  before = Sub(counted, one)
+  ends = Cast<to = 6>(before)
+  sizes = Shape(attention_mask)
+  length = Gather(sizes, one)
+  total = Cast<to = 6>(length)
+  MADE
+  logits, "present.0.key", "present.0.value" = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2,
+    do_rotary = 1>(GIVEN, "past_key_values.0.key", "past_key_values.0.value", ends, total, cos, sin)
+}"""
+CASES = {
+    "apart": ("q = MatMul(x, wq) k = MatMul(x, wk) v = MatMul(x, wv)", "q, k, v"),
+    "packed": ("qkv = MatMul(x, wqkv)", "qkv, , "),
+}
+
+
+def subject(name):
+    made, given = CASES[name]
+    text = TEXT.replace("MADE", made).replace("GIVEN", given)
+    return Subject.of(
+        read(text.replace('"', "").replace("past_key_values.0.", "past_").replace("present.0.", "present_"))
+    )
+
+
+def heads(model: onnx.ModelProto):
+    shapes = [[size.dim_value for size in one.type.tensor_type.shape.dim] for one in model.graph.input[2:]]
+    return [(one.name, shape[1]) for one, shape in zip(model.graph.input[2:], shapes, strict=True)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_heads_that_an_operator_shares(name):
+    given = subject(name)
+    original = io.to_proto(given.model)
+
+    outcome = ExpandGqa().apply(given)
+
+    expanded = io.to_proto(given.model)
+    assert isinstance(outcome, Changed)
+    assert outcome.exact
+    assert heads(expanded) == [("past_key", 4), ("past_value", 4)]
+    assert judge(original, expanded).verdict == "same"
+    MergeKvHeads(kv_heads=2).apply(given)
+    merged = io.to_proto(given.model)
+    assert heads(merged) == [("past_key", 2), ("past_value", 2)]
+    assert judge(original, merged).verdict == "same"
+    MergeKvHeads(kv_heads=1).apply(given)
+    assert judge(original, io.to_proto(given.model)).verdict == "different"
