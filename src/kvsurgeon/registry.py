@@ -25,6 +25,7 @@ BUILT_IN = {
     "raise-opset": "kvsurgeon.passes.raise_opset:RaiseOpset",
     "half-range-masks": "kvsurgeon.passes.half_range:half_range_masks",
     "fix-shapes": "kvsurgeon.passes.fix_shapes:FixShapes",
+    "fuse-attention": "kvsurgeon.passes.fuse_attention:FuseAttention",
     "replicate-kv-heads": "kvsurgeon.passes.replicate_kv_heads:ReplicateKvHeads",
     "expand-gqa": "kvsurgeon.passes.expand_gqa:ExpandGqa",
     "merge-kv-heads": "kvsurgeon.passes.merge_kv_heads:MergeKvHeads",

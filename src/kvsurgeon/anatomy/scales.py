@@ -37,7 +37,7 @@ def _factor(flow: Flow, node: ir.Node) -> float | None:
     """The constant that a `Mul` or `Div` multiplies token data with; 1 for anything else."""
     if node.op_type not in ("Mul", "Div") or len(node.inputs) != 2:
         return 1.0
-    constants = [_number(flow, value) for value in node.inputs]
+    constants = [number_of(flow, value) for value in node.inputs]
     if constants[1] is not None and flow.kinds.get(node.inputs[0]) is Kind.TOKEN:  # type: ignore[arg-type]
         return constants[1] if node.op_type == "Mul" else 1 / constants[1] if constants[1] else None
     if constants[0] is not None and node.op_type == "Mul":
@@ -45,7 +45,8 @@ def _factor(flow: Flow, node: ir.Node) -> float | None:
     return 1.0
 
 
-def _number(flow: Flow, value: ir.Value | None) -> float | None:
+def number_of(flow: Flow, value: ir.Value | None) -> float | None:
+    """Return the one number that a value holds at any length; None where it is another or not known."""
     if value is None:
         return None
     constant = small_constant(value)

@@ -92,11 +92,12 @@ class _Emptying:
         _declare(self.graph, given, self.shapes.facts)
         named = zip(self.entries, rows, strict=True)
         entries = tuple(replace(entry, rows=self._now(value).name or "") for entry, value in named)
-        return CacheSignature(entries=entries, outputs=returned)
+        counters = tuple(value.name or "" for value in self.counters)
+        return CacheSignature(entries=entries, outputs=returned, counters=counters)
 
     def _rows(self, join: Join) -> ir.Value:
         """The rows that were joined to a past; an operator that joins them itself loses its past here."""
-        if join.is_written:
+        if join.is_written and join.slot is None:
             rows = join.node.inputs[WRITERS[join.node.op_type][1]]
             assert rows is not None
             self._replace(join.node.outputs[0], rows)
@@ -198,7 +199,7 @@ def _counters(joins: Sequence[Join]) -> list[ir.Value]:
         Refused: It is read from something that says more.
     """
     found: dict[ir.Value, None] = {}
-    pending = [join.node.inputs[WRITERS[join.node.op_type][0]] for join in joins if join.is_written]
+    pending: list[ir.Value | None] = [value for join in joins if join.is_written for value in join.counts]
     seen: set[ir.Value] = set()
     while pending:
         value = pending.pop()

@@ -28,14 +28,15 @@ class Slot:
     present: int  # index of the output
     rows: int  # index of the input
     axis: int  # of the sequence, in past and present
+    counts: tuple[int, ...] = ()  # indices of the inputs that say how many rows there are
 
 
 # Sources: the schemas of ONNX `Attention` (opset 23) and of onnxruntime's contrib operators.
 SLOTS: dict[tuple[str, str], tuple[Slot, ...]] = {
     ("", "Attention"): (Slot(past=4, present=1, rows=1, axis=2), Slot(past=5, present=2, rows=2, axis=2)),
     ("com.microsoft", "GroupQueryAttention"): (
-        Slot(past=3, present=1, rows=1, axis=2),
-        Slot(past=4, present=2, rows=2, axis=2),
+        Slot(past=3, present=1, rows=1, axis=2, counts=(5, 6)),
+        Slot(past=4, present=2, rows=2, axis=2, counts=(5, 6)),
     ),
     ("com.microsoft", "MultiHeadAttention"): (
         Slot(past=6, present=1, rows=1, axis=2),
@@ -66,6 +67,12 @@ class Join:
     def is_written(self) -> bool:
         """Whether the past is a buffer that the new rows are written into."""
         return self.idiom == "in-place"
+
+    @property
+    def counts(self) -> tuple[ir.Value, ...]:
+        """What says where rows are written."""
+        places = (WRITERS[self.node.op_type][0],) if self.slot is None else self.slot.counts
+        return tuple(value for place in places if (value := self.node.inputs[place]) is not None)
 
 
 def find_joins(graph: ir.Graph) -> tuple[Join, ...]:
@@ -145,7 +152,9 @@ def _join(present: ir.Value, inputs: dict[ir.Value, int]) -> Join | None:
             past, views = _behind_views(value)
             if past in inputs:
                 axis = _axis_before(views, slot.axis, past)
-                return Join(past=past, present=present, node=node, slot=slot, axis=axis)
+                return Join(
+                    past=past, present=present, node=node, slot=slot, axis=axis, idiom=_kept(past, present, axis)
+                )
     joins = node.op_type in WRITERS or (node.op_type == "Concat" and len(node.inputs) > 1)
     if not joins or node.inputs[0] is None:
         return None
@@ -156,6 +165,13 @@ def _join(present: ir.Value, inputs: dict[ir.Value, int]) -> Join | None:
     axis = _axis_before(views, -2 if said is None else said.as_int(), past)
     idiom: Idiom = "in-place" if node.op_type in WRITERS else "grow"
     return Join(past=past, present=present, node=node, slot=None, axis=axis, idiom=idiom)
+
+
+def _kept(past: ir.Value, present: ir.Value, axis: int) -> Idiom:
+    """How an operator keeps its past: in place where the present is declared to be as long, whatever that is."""
+    sizes = [None if value.shape is None else value.shape[axis] for value in (past, present)]
+    named = isinstance(sizes[0], int) or getattr(sizes[0], "value", None) is not None
+    return "in-place" if named and sizes[0] == sizes[1] else "grow"
 
 
 def _joins_inside(graph: ir.Graph, inputs: dict[ir.Value, int]) -> dict[ir.Value, list[ir.Node]]:

@@ -52,10 +52,12 @@ class CacheSignature:
     Attributes:
         entries: Its pasts and presents.
         outputs: The names of the presents in the order of the graph's outputs.
+        counters: The names of the inputs that were given the number of past tokens, and nothing else.
     """
 
     entries: tuple[CacheEntry, ...]
     outputs: tuple[str, ...]
+    counters: tuple[str, ...] = ()
 
     @property
     def inputs(self) -> tuple[str, ...]:

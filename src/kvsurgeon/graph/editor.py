@@ -93,6 +93,31 @@ class Editor:
         self.edits += 1
         return value
 
+    def operator(
+        self,
+        domain: str,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any],
+        outputs: Sequence[ir.Value],
+        like: ir.Node | None = None,
+    ) -> ir.Node:
+        """Add a node of any domain that makes these values; metadata is that of the node which it is like."""
+        built = ir.convenience.convert_attributes(attributes)
+        metadata = {} if like is None else dict(like.metadata_props)
+        name = self.name(f"{outputs[0].name}/{operator}")
+        node = ir.Node(domain, operator, inputs, built, outputs=outputs, name=name, metadata_props=metadata)
+        self.graph.opset_imports.setdefault(domain, 1)
+        self.graph.append(node)
+        self.edits += 1
+        return node
+
+    def take_over(self, value: ir.Value, by: ir.Value) -> None:
+        """Let whoever reads a value read another one, which takes over its name too."""
+        value.replace_all_uses_with(by, replace_graph_outputs=True)
+        value.name, by.name = by.name, value.name
+        self.edits += 1
+
     def split(self, value: ir.Value, sizes: Sequence[int], axis: int, *, wish: str) -> list[ir.Value]:
         """Cut a value into pieces of these sizes along an axis."""
         if len(sizes) == 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Collection, MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +15,8 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.idioms.note import write_note
-from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.idioms.plan import PAST_LENGTH, Count
+from kvsurgeon.passes.inject import Choice, Inject, inject
 from kvsurgeon.sequence.analysis import analyse
 from kvsurgeon.sequence.written_out import in_standard_operators
 
@@ -57,8 +58,12 @@ def without_cache(subject: Subject) -> Subject:
     return taken if isinstance(Eject().apply(taken), Changed) else subject
 
 
-def take_out(subject: Subject) -> CacheSignature | None:
+def take_out(subject: Subject, idioms: Collection[str] = ("grow",)) -> CacheSignature | None:
     """Take the cache out of `subject.model` and return what it looked like; None where it has none.
+
+    Args:
+        subject: The model.
+        idioms: In which a cache may be kept so that it can be put back.
 
     Raises:
         Refused: It cannot be taken out, or what is remembered is no attention's; the model is left as it was.
@@ -69,10 +74,10 @@ def take_out(subject: Subject) -> CacheSignature | None:
             return None
         signature = ejection.signature.located(analyse(in_standard_operators(ejection.model).model))
     for entry in signature.entries:
-        if len(entry.shape) != 4 or entry.axis != CANONICAL_AXIS or entry.idiom != "grow":
+        if len(entry.shape) != 4 or entry.axis != CANONICAL_AXIS or entry.idiom not in idioms:
             raise Refused(
                 "the cache lies or is kept in a way of its own, and could not be put back so", at=entry.past,
-                expected="[batch, kv_heads, sequence, head_dim], and growing",
+                expected=f"[batch, kv_heads, sequence, head_dim], {' or '.join(idioms)}",
                 found=f"{list(entry.shape)}, {entry.idiom}",
                 hint="retarget gives it the usual form",
             )  # fmt: skip
@@ -82,18 +87,27 @@ def take_out(subject: Subject) -> CacheSignature | None:
     return signature
 
 
-def put_back(subject: Subject, signature: CacheSignature) -> Outcome:
-    """Inject a cache whose entries have the names and the order that `signature` says.
+def put_back(subject: Subject, signature: CacheSignature, fuse: Choice | None = None) -> Changed:
+    """Inject a cache whose entries have the names and the order that `signature` says, kept as it was kept.
 
     What was taken out need not be what comes back: between the two the heads may have changed. Keys have the names
     that keys had and values those of values, layer by layer.
 
+    Args:
+        subject: The model without the cache.
+        signature: What the cache looked like.
+        fuse: Which attentions one operator is to compute, cache included.
+
     Raises:
         Refused: The model cannot be given a cache soundly, or needs entries that have no name.
     """
-    outcome = _UNNAMED.apply(subject)
+    outcome = inject(_unnamed(signature), subject, fuse)
     graph = subject.model.graph
     editor = Editor(subject.model)
+    for name in signature.counters:
+        counter = next(value for value in graph.inputs if value.name == PAST_LENGTH)
+        editor.free(name)
+        counter.name = name
     for kind in ("key", "value"):
         named = [entry for entry in sorted(signature.entries, key=_layer) if entry.kind == kind]
         pasts, presents = (_of_kind(values, kind) for values in (graph.inputs, graph.outputs))
@@ -108,7 +122,13 @@ def put_back(subject: Subject, signature: CacheSignature) -> Outcome:
     return outcome
 
 
-_UNNAMED = Inject(past="kvsurgeon.past.{layer}.{kind}", present="kvsurgeon.present.{layer}.{kind}")
+def _unnamed(signature: CacheSignature) -> Inject:
+    """A cache kept as the signature says, whose entries have names that nobody else has."""
+    past, present = ("kvsurgeon." + which + ".{layer}.{kind}" for which in ("past", "present"))
+    if signature.entries[0].idiom == "grow":
+        return Inject(past=past, present=present)
+    count: Count = "input" if signature.counters else "mask"
+    return Inject(past=past, present=present, idiom=signature.entries[0].idiom, past_length=count)
 
 
 def _layer(entry: CacheEntry) -> int:

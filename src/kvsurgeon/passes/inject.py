@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -11,10 +11,14 @@ import onnx_ir as ir
 
 from kvsurgeon.cache.joins import find_buffers, find_joins
 from kvsurgeon.errors import Refused
+from kvsurgeon.fusion.match import Fusable
+from kvsurgeon.fusion.operators import GroupQueryAttention
+from kvsurgeon.fusion.setting import Setting
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
-from kvsurgeon.passes.idioms.entries import USUAL, Layout
+from kvsurgeon.passes.idioms.entries import USUAL, Entry, Layout
+from kvsurgeon.passes.idioms.fused import FusedCache
 from kvsurgeon.passes.idioms.note import note_of, write_note
 from kvsurgeon.passes.idioms.plan import Plan, find_sources, plan_cache
 from kvsurgeon.sequence.analysis import Analysis, analyse
@@ -22,13 +26,15 @@ from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
 from kvsurgeon.sequence.flow import FusedAttention
 from kvsurgeon.sequence.grouping import Grouping
 from kvsurgeon.sequence.kinds import Kind
-from kvsurgeon.sequence.lengths import Lengths
+from kvsurgeon.sequence.lengths import NEW, SO_FAR, Lengths
 from kvsurgeon.sequence.proof import prove
 from kvsurgeon.sequence.remember import Layouts
 from kvsurgeon.sequence.tokens import Tokens, causal_mask
 from kvsurgeon.sequence.views import Views
 from kvsurgeon.sequence.words import spelled_from_export
 from kvsurgeon.sequence.written_out import in_standard_operators
+
+Choice = Callable[[Analysis], Sequence[Fusable]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,21 +78,37 @@ class Inject:
             Refused: The model cannot be given a cache soundly; it is left as it was.
             UsageError: A template does not give each tensor a name of its own.
         """
-        written = in_standard_operators(subject.model)
-        model = written.model
-        with room_for_deep_graphs():
-            analysis = _analysed(model)
-            analysis.flow.assumed.update(written.assumed)
-            proof = prove(analysis)
-            plan = plan_cache(self, analysis, proof)
-            editor = Editor(model)
-            _Injection(analysis, editor, plan, proof.limit).operate()
-        write_note(model, note_of(self.idiom, plan.entries, proof.max_length))
-        subject.model = model
-        notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()]
-        if proof.limit is not None:
-            notes.append(f"context changes beyond {proof.limit} tokens, so the model stops with an error there")
-        return Changed(edits=editor.edits, notes=tuple(notes))
+        return inject(self, subject)
+
+
+def inject(options: Inject, subject: Subject, fuse: Choice | None = None) -> Changed:
+    """Inject a cache into `subject.model`.
+
+    Args:
+        options: Which.
+        subject: A model without a cache.
+        fuse: Which attentions one operator is to compute, cache included; none where nothing is said.
+
+    Raises:
+        Refused: The model cannot be given a cache soundly; it is left as it was.
+        UsageError: Two options do not go together.
+    """
+    written = in_standard_operators(subject.model)
+    model = written.model
+    with room_for_deep_graphs():
+        analysis = _analysed(model)
+        analysis.flow.assumed.update(written.assumed)
+        proof = prove(analysis)
+        plan = plan_cache(options, analysis, proof)
+        fusables = () if fuse is None else fuse(analysis)
+        editor = Editor(model)
+        _Injection(analysis, editor, plan, proof.limit, fusables).operate()
+    write_note(model, note_of(options.idiom, plan.entries, proof.max_length, batch_chunks=not fusables))
+    subject.model = model
+    notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()]
+    if proof.limit is not None:
+        notes.append(f"context changes beyond {proof.limit} tokens, so the model stops with an error there")
+    return Changed(edits=editor.edits, notes=tuple(notes))
 
 
 def _analysed(model: ir.Model) -> Analysis:
@@ -111,7 +133,9 @@ ROWS = (Length.TOTAL, Length.NEW)  # of a causal mask: keys, and queries
 class _Injection:
     """One injection, from the first new input to the last dropped node."""
 
-    def __init__(self, analysis: Analysis, editor: Editor, plan: Plan, limit: int | None) -> None:
+    def __init__(
+        self, analysis: Analysis, editor: Editor, plan: Plan, limit: int | None, fusables: Sequence[Fusable]
+    ) -> None:
         self.analysis = analysis
         self.flow = analysis.flow
         self.graph = analysis.model.graph
@@ -121,6 +145,7 @@ class _Injection:
         self.idiom = plan.idiom
         self.plan = plan
         self.limit = limit
+        self.fusables = fusables
 
     def operate(self) -> None:
         """Do everything, in the order in which it must be done."""
@@ -131,12 +156,17 @@ class _Injection:
         views = Views(self.flow, self.editor, lengths, self.analysis.inputs, self.analysis.same)
         tokens = Tokens(self.flow, self.editor, lengths, views, before)
         grouping = Grouping(flow=self.flow, tokens=tokens, layouts=Layouts(self.editor, lengths))
-        presents = self._join(pasts, grouping)
+        setting = Setting(
+            flow=self.flow, editor=self.editor, lengths=lengths, new=NEW, so_far=SO_FAR, before=before
+        )  # fmt: skip
+        fused = FusedCache(GroupQueryAttention(setting), self.fusables)
+        presents = self._join(pasts, grouping, fused.place(self.entries, pasts))
         for node in self.nodes:
             if any(self.flow.kinds.get(value) is Kind.TOKEN for value in node.outputs):
                 tokens.rewire(node)
         self._spell_masks(views, before)
         self._write_shapes()
+        fused.finish()
         for head in self.analysis.heads:
             grouping.regroup(head)
         self.graph.outputs.extend(presents)
@@ -155,10 +185,15 @@ class _Injection:
         self.graph.inputs.extend(pasts)
         return pasts
 
-    def _join(self, pasts: Sequence[ir.Value], grouping: Grouping) -> list[ir.Value]:
-        """Join past and new rows; what is downstream of the cut reads the whole."""
+    def _join(self, pasts: Sequence[ir.Value], grouping: Grouping, made: Mapping[Entry, ir.Value]) -> list[ir.Value]:
+        """Join past and new rows, where no operator has made a present of them; what is downstream reads the whole."""
         presents = []
         for entry, past in zip(self.entries, pasts, strict=True):
+            if entry in made:
+                whole = self.idiom.read(self.editor, grouping.layouts.lengths, entry, made[entry])
+                grouping.remember(entry.memory, whole, entry.order)
+                presents.append(made[entry])
+                continue
             kept, own_type = entry.dtype, entry.memory.dtype
             rows = self._cast(
                 grouping.layouts.as_cache(entry.memory, entry.order), own_type, kept, f"{entry.present}.rows"

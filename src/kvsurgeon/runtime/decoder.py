@@ -54,6 +54,7 @@ class CachedDecoder:
         if not self.cache:
             raise UsageError(f"expected inputs named past_key_values.*, found none in {session.name}")
         self.host = open_host(self.cache, note)
+        self._batch_chunks = note.batch_chunks
         pasts = {entry.past.name for entry in self.cache}
         presents = {entry.present for entry in self.cache}
         self._counter = find_counter(session.inputs)
@@ -87,8 +88,8 @@ class CachedDecoder:
     def advance(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Take further tokens, and return all outputs but the cache.
 
-        A model that takes a fixed number of tokens is called as often as that needs. What a call is given in excess
-        are tokens of the future to it, and forgotten.
+        A model that takes a fixed number of tokens is called as often as that needs, and so is one that takes several
+        sequences token by token. What a call is given in excess are tokens of the future to it, and forgotten.
 
         Raises:
             RunError: The model cannot be run on them.
@@ -96,13 +97,23 @@ class CachedDecoder:
         """
         tokens = self.inputs.tokens
         new = feeds[tokens.name].shape[tokens.axes.index("new")]
-        size, start = self.step_length or new, self.past_length
+        size, start = self._size_of_calls(feeds, new), self.past_length
         calls = []
         for first in range(0, new, size):
             stop = min(first + size, new)
             piece = {given.name: _piece(given, feeds[given.name], start, first, stop) for given in self.inputs.given}
             calls.append(self._call(piece, stop - first, size))
-        return {name: self._joined(name, [call[name] for call in calls], new) for name in calls[0]}
+        return {name: self._joined(name, [call[name] for call in calls], new, size) for name in calls[0]}
+
+    def _size_of_calls(self, feeds: Mapping[str, Array], new: int) -> int:
+        """How many tokens a call is given."""
+        if self.step_length is not None:
+            return self.step_length
+        return 1 if self.past_length and self._batch(feeds) > 1 and not self._batch_chunks else new
+
+    def _batch(self, feeds: Mapping[str, Array]) -> int:
+        tokens = self.inputs.tokens
+        return feeds[tokens.name].shape[tokens.axes.index("batch")] if "batch" in tokens.axes else 1
 
     def remembered(self, entry: CacheEntry) -> Array:
         """Return one entry of the cache as it is now: a row for each token so far."""
@@ -121,9 +132,8 @@ class CachedDecoder:
 
     def _call(self, feeds: Mapping[str, Array], new: int, size: int) -> dict[str, Array]:
         """Take up to `size` tokens in one call of that many."""
-        tokens, past = self.inputs.tokens, self.past_length
-        batch = feeds[tokens.name].shape[tokens.axes.index("batch")] if "batch" in tokens.axes else 1
-        pasts = self.host.given(batch, past, size)
+        past = self.past_length
+        pasts = self.host.given(self._batch(feeds), past, size)
         given = {one.name: self._fitted(one, feeds[one.name], size) for one in self.inputs.given}
         if self._counter is not None:
             given[self._counter] = self._count(past)
@@ -146,10 +156,9 @@ class CachedDecoder:
                 array = padded(array, axis, before, after, given.unseen)
         return array
 
-    def _joined(self, name: str, parts: Sequence[Array], new: int) -> Array:
-        """One output of several calls, without what belongs to tokens in excess."""
-        size = self.step_length
-        if size is None:
+    def _joined(self, name: str, parts: Sequence[Array], new: int, size: int) -> Array:
+        """One output of calls of so many tokens, without what belongs to tokens in excess."""
+        if size == new:
             return parts[0]
         axes = axes_of(next(tensor for tensor in self.outputs if tensor.name == name))
         places = [place for place, length in enumerate(parts[0].shape) if length == size and axes[place] != "batch"]

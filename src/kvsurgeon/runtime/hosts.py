@@ -34,6 +34,7 @@ class Note:
     idiom: Idiom | None = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)  # of keys and of values
     max_length: int | None = None  # tokens that a text may have
+    batch_chunks: bool = True  # whether several sequences at once take more than one token behind a past
 
 
 class Host(Protocol):
@@ -70,7 +71,10 @@ def read_note(metadata: Mapping[str, str]) -> Note:
         known = {part: layout for part, layout in layouts.items() if "sequence" in layout}
         longest = told.get("max_length")
         longest = longest if isinstance(longest, int) and longest > 0 else None
-        return Note(idiom=cast("Idiom | None", told.get("idiom")), layouts=known, max_length=longest)
+        return Note(
+            idiom=cast("Idiom | None", told.get("idiom")), layouts=known, max_length=longest,
+            batch_chunks=told.get("batch_chunks") is not False,
+        )  # fmt: skip
     except (ValueError, TypeError, AttributeError):
         return Note()
 

@@ -38,3 +38,6 @@ class Idiom(Protocol):
 
     def join(self, editor: Editor, lengths: Lengths, entry: Entry, past: ir.Value, rows: ir.Value) -> Joined:
         """Join an entry's past and the new rows, both in the entry's layout and type."""
+
+    def read(self, editor: Editor, lengths: Lengths, entry: Entry, present: ir.Value) -> ir.Value:
+        """Return the rows that attention outside an operator reads, where that operator has made the present."""

@@ -50,14 +50,17 @@ class InPlace:
         """Write the new rows into the buffer."""
         write = _scatter_tensor if editor.opset >= TENSOR_SCATTER else _scatter_elements
         present = write(editor, lengths, entry, past, rows)
+        return Joined(present=present, whole=self.read(editor, lengths, entry, present))
+
+    def read(self, editor: Editor, lengths: Lengths, entry: Entry, present: ir.Value) -> ir.Value:
+        """All rows, or a copy of those so far."""
         present.shape = ir.Shape(entry.shape(self.room))
         if not self.cut_short:
-            return Joined(present=present, whole=present)
+            return present
         bounds = [lengths.vector([0]), lengths.vector([SO_FAR]), editor.constant([entry.axis], wish="axes")]
-        whole = editor.node(
+        return editor.node(
             "Slice", [present, *bounds], wish=f"{entry.present}.so_far", dtype=entry.dtype, shape=entry.shape(SO_FAR)
         )
-        return Joined(present=present, whole=whole)
 
 
 def _scatter_tensor(editor: Editor, lengths: Lengths, entry: Entry, past: ir.Value, rows: ir.Value) -> ir.Value:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.idioms.entries import Entry
 from kvsurgeon.passes.idioms.idiom import Joined
@@ -43,3 +44,14 @@ class NewOnly:
         shape = entry.shape(NEW)
         present = editor.node("Identity", [rows], wish=entry.present, dtype=entry.dtype, shape=shape)
         return Joined(present=present, whole=whole)
+
+    def read(self, editor: Editor, lengths: Lengths, entry: Entry, present: ir.Value) -> ir.Value:
+        """Nothing: no operator gives out new rows alone.
+
+        Raises:
+            Refused: Always.
+        """
+        raise Refused(
+            "no operator that holds attention and cache gives out new rows alone", at=entry.present,
+            expected="a cache that grows or is written in place",
+        )  # fmt: skip

@@ -24,18 +24,21 @@ class Note:
     key_layout: Layout
     value_layout: Layout
     max_length: int | None = None  # tokens that context can be computed for, where not for any number
+    batch_chunks: bool = True  # whether several sequences at once take more than one token behind a past
 
 
-def note_of(name: Name, entries: Sequence[Entry], max_length: int | None) -> Note | None:
+def note_of(name: Name, entries: Sequence[Entry], max_length: int | None, *, batch_chunks: bool = True) -> Note | None:
     """Return what is to be noted; nothing where the cache grows as most do, to any length."""
     layouts = {entry.is_key: entry.layout for entry in reversed(entries)}
-    if name == "grow" and max_length is None and all(layout == USUAL for layout in layouts.values()):
+    is_usual = max_length is None and batch_chunks and all(layout == USUAL for layout in layouts.values())
+    if name == "grow" and is_usual:
         return None
     return Note(
         idiom=name,
         key_layout=layouts.get(True, USUAL),
         value_layout=layouts.get(False, USUAL),
         max_length=max_length,
+        batch_chunks=batch_chunks,
     )
 
 

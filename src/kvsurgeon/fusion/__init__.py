@@ -1,0 +1,1 @@
+"""Attention as one operator: what can be written so, what shows it, and how the operator's inputs are made."""

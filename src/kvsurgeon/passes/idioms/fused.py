@@ -1,0 +1,39 @@
+"""Entries of the cache that one operator reads and writes together with the attention that it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from kvsurgeon.fusion.match import Fusable
+from kvsurgeon.fusion.operators import Cache, Operator
+from kvsurgeon.passes.idioms.entries import Entry
+
+
+class FusedCache:
+    """Lets operators make the presents of their attentions."""
+
+    def __init__(self, operator: Operator, fusables: Sequence[Fusable]) -> None:
+        self.operator = operator
+        self.fusables = fusables
+        self._nodes: list[tuple[Fusable, ir.Node]] = []
+
+    def place(self, entries: Sequence[Entry], pasts: Sequence[ir.Value]) -> dict[Entry, ir.Value]:
+        """Add the operators, and return the presents that they make."""
+        at = {entry.memory.value: (entry, past) for entry, past in zip(entries, pasts, strict=True)}
+        made: dict[Entry, ir.Value] = {}
+        for fusable in self.fusables:
+            (key, past_key), (value, past_value) = at[fusable.key.value], at[fusable.value.value]
+            for entry in (key, value):
+                made[entry] = ir.Value(name=entry.present, type=ir.TensorType(entry.dtype))
+            cache = Cache(
+                past_key=past_key, past_value=past_value, present_key=made[key], present_value=made[value]
+            )  # fmt: skip
+            self._nodes.append((fusable, self.operator.place(fusable, cache)))
+        return made
+
+    def finish(self) -> None:
+        """Give the operators what they add to scores, once context has the lengths that it is to have."""
+        for fusable, node in self._nodes:
+            self.operator.finish(fusable, node)

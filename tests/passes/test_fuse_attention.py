@@ -1,0 +1,257 @@
+"""One operator computes each attention: what it is told comes from the graph, and what it cannot compute is refused."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import onnx
+import pytest
+from attentions import attention
+from decoders import Config, Decoder
+from exports import NAMES, export
+from laws import ALLOWED, difference, in_onnxruntime, texts
+from written import read
+
+from kvsurgeon import io
+from kvsurgeon.errors import Refused
+from kvsurgeon.parity import verify
+from kvsurgeon.passes.contract import Changed, Subject, Unchanged
+from kvsurgeon.passes.eject import Eject
+from kvsurgeon.passes.fuse_attention import FuseAttention
+from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.raise_opset import RaiseOpset
+from kvsurgeon.runtime import CachedDecoder, open_session
+from kvsurgeon.sameness import judge
+
+FUSABLE = ["decoder", *(name for name in NAMES if name.startswith(("gemma2", "llama")))]  # whose heads are 8 wide
+
+
+def after(model: onnx.ModelProto, *passes: object) -> onnx.ModelProto:
+    """Return the model after passes, each of which changes it."""
+    subject = Subject.of(model)
+    for one in passes:
+        outcome = one.apply(subject)
+        assert isinstance(outcome, Changed), outcome
+        subject.changed()
+    return io.to_proto(subject.model)
+
+
+@functools.cache
+def fused(name: str, idiom: str) -> onnx.ModelProto:
+    return after(export(name), Inject(idiom=idiom), FuseAttention())
+
+
+def operators(model: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in model.graph.node]
+
+
+def layers(name: str) -> int:
+    return sum("key" in value.name for value in fused(name, "grow").graph.output)
+
+
+# What each text becomes, and what it gives
+
+
+@pytest.mark.parametrize("idiom", ["grow", "in-place"])
+@pytest.mark.parametrize("name", FUSABLE)
+def test_every_export_computes_what_it_did(name, idiom):
+    result = fused(name, idiom)
+    found = operators(result)
+    assert found.count("GroupQueryAttention") == layers(name) > 0
+    assert not {"Softmax", "TensorScatter", "ScatterElements"} & set(found)
+    report = verify(export(name), result, threads=1)
+    assert report.verdict == "same", report
+
+
+WAYS = {
+    "scores divided": {"scores": "s = Div(s0, two)", "constants": "float two = {2.0}"},
+    "queries scaled, and scores again": {"query": "q = Mul(q0, half)", "scores": "s = Mul(half, s0)"},
+    "keys scaled": {"key": "k = Mul(k0, half)"},
+    "scores capped": {
+        "scores": "a = Div(s0, three) t = Tanh(a) b = Mul(t, three) s = Mul(b, half)",
+        "constants": "float three = {3.0}",
+    },
+    "a mask that is added": {"masked": "gone = Where(allowed, none, low) masked_scores = Add(gone, s)",
+                             "constants": "float none = {0.0}"},
+    "a mask that is subtracted": {"masked": "gone = Where(allowed, none, high) masked_scores = Sub(s, gone)",
+                                  "constants": "float none = {0.0}, float high = {30000.0}"},
+    "a mask of zeros and ones": {
+        "masked": "seen = Cast<to = 1>(allowed) kept = Mul(s, seen) hidden = Sub(seen, whole)\n"
+                  "  gone = Mul(hidden, high) masked_scores = Add(kept, gone)",
+        "constants": "float whole = {1.0}, float high = {30000.0}",
+    },
+    "a bias by distance, scaled with the scores": {
+        "scores": "far = Sub(row, column) steps = Cast<to = 1>(far) added = Add(s0, steps) s = Mul(added, half)",
+    },
+    "a window": {"allowed": "past = LessOrEqual(row, column) far = Sub(column, row) near = Less(far, three)\n"
+                            "  allowed = And(past, near)", "constants": "int64 three = {3}"},
+    "axes that are moved": {
+        "masked": "one_head = Unsqueeze(s, second) out = Where(allowed, one_head, low)\n"
+                  "  masked_scores = Squeeze(out, second)",
+    },
+    "a bias before axes are moved": {
+        "scores": "far = Sub(row, column) steps = Cast<to = 1>(far) biased = Add(s0, steps)\n"
+                  "  apart = Unsqueeze(biased, first) s = Squeeze(apart, first)",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_however_scores_are_made(way):
+    model = read(attention(**WAYS[way]), 18)
+    result = after(model, Inject(idiom="in-place"), FuseAttention())
+    assert operators(result).count("GroupQueryAttention") == 1
+    assert "Softmax" not in operators(result)
+    report = verify(model, result, threads=1)
+    assert report.verdict == "same", report
+
+
+def test_a_guard_against_what_is_not_a_number():
+    text = attention(masked="masked_scores = Where(allowed, s, low)").replace(
+        "c = MatMul(w, v)", "bad = IsNaN(w) w0 = Where(bad, none, w) c = MatMul(w0, v)"
+    )
+    model = read(text.replace("float half", "float none = {0.0}, float half"), 18)
+    assert verify(model, after(model, Inject(), FuseAttention()), threads=1).verdict == "same"
+
+
+# What is refused, and why
+
+OTHERS = {
+    "squashed": ({"scores": "s = Sigmoid(s0)"}, "changed in a way that no fused operator knows"),
+    "capped late": (
+        {"masked": "moved = Add(s, half) t = Tanh(moved) masked_scores = Where(allowed, t, low)"},
+        "capped after something",
+    ),
+    "multiplied by place": (
+        {"scores": "steps = Cast<to = 1>(row) s = Mul(s0, steps)"}, "not what the fused operator computes",
+    ),
+    "added to by tokens": (
+        {"scores": "sums = ReduceSum<keepdims = 1>(q0, third) s = Add(s0, sums)"}, "depends on the tokens",
+    ),
+    "squared": ({"scores": "s = Mul(s0, s0)"}, "one reader|not constant"),
+    "subtracted": ({"scores": "s = Sub(half, s0)"}, "subtracted from something"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_scores_are_refused(other):
+    parts, reason = OTHERS[other]
+    subject = Subject.of(read(attention(**parts), 18))
+    before = io.to_proto(subject.model).SerializeToString()
+    with pytest.raises(Refused, match=reason) as caught:
+        FuseAttention().apply(subject)
+    assert caught.value.layer == 0
+    assert io.to_proto(subject.model).SerializeToString() == before
+
+
+def test_changed_weights_are_refused():
+    text = attention().replace("c = MatMul(w, v)", "w0 = Mul(w, half) c = MatMul(w0, v)")
+    with pytest.raises(Refused, match="changed between softmax and values"):
+        FuseAttention().apply(Subject.of(read(text, 18)))
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(FUSABLE)))
+def test_heads_of_a_width_without_a_kernel_are_refused(name):
+    with pytest.raises(Refused, match="no heads of such a width; expected a multiple of 8, found 4"):
+        FuseAttention().apply(Subject.of(export(name)))
+
+
+def test_a_type_without_a_kernel_is_refused():
+    model = Decoder(Config(layers=1, dtype="float64")).model()
+    with pytest.raises(Refused, match=r"expected float or float16|not of the type"):
+        FuseAttention().apply(Subject.of(model))
+
+
+# What follows
+
+
+def test_twice_is_once():
+    for model in (fused("decoder", "in-place"), after(export("decoder"), FuseAttention())):
+        assert isinstance(FuseAttention().apply(Subject.of(model)), Unchanged)
+
+
+def test_names_and_order_of_the_cache_stay():
+    inject = Inject(past="k_{kind}_{layer}", present="new_{kind}_{layer}", idiom="in-place")
+    cached = after(export("decoder"), inject)
+    result = after(cached, FuseAttention())
+    for before, now in ((cached.graph.input, result.graph.input), (cached.graph.output, result.graph.output)):
+        assert sorted(value.name for value in before) == sorted(value.name for value in now)
+        assert [v.name for v in before if "_key_" in v.name] == [v.name for v in now if "_key_" in v.name]
+
+
+def test_the_mask_may_be_given_for_the_tokens_so_far():
+    result = after(export("decoder"), Inject(idiom="in-place", past_length="mask"), FuseAttention())
+    assert "past_sequence_length" not in {value.name for value in result.graph.input}
+    assert verify(export("decoder"), result, threads=1).verdict == "same"
+
+
+def test_rows_beyond_the_tokens_so_far_are_never_read():
+    decoder = CachedDecoder(open_session(fused("decoder", "in-place"), threads=1))
+    whole = texts(export("decoder"), batch=1, length=6)
+    expected = in_onnxruntime(export("decoder"))(whole)["logits"]
+    decoder.reset()
+    for buffer in decoder.host.given(1, 0, 6).values():
+        buffer.numpy()[:] = np.nan
+    found = decoder.step(whole)
+    assert difference(found, expected) <= ALLOWED["float32"]
+
+
+def test_what_was_fused_can_be_ejected():
+    result = after(fused("decoder", "grow"), Eject())
+    assert judge(export("decoder"), result).verdict == "same"
+
+
+# Without a cache
+
+
+@pytest.mark.parametrize("name", FUSABLE)
+def test_a_model_without_a_cache(name):
+    result = after(export(name), FuseAttention())
+    assert operators(result).count("GroupQueryAttention") == layers(name)
+    assert judge(export(name), result).verdict == "same"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_standard_attention_takes_heads_of_any_width(name):
+    result = after(export(name), RaiseOpset(opset=24), FuseAttention(operator="attention"))
+    assert "Attention" in operators(result)
+    assert "Softmax" not in operators(result)
+    assert judge(export(name), result).verdict == "same"
+
+
+def test_a_model_with_standard_attention_takes_a_cache():
+    result = after(
+        export("decoder"), RaiseOpset(opset=24), FuseAttention(operator="attention"), Inject(idiom="in-place")
+    )
+    assert verify(export("decoder"), result, threads=1).verdict == "same"
+
+
+def test_standard_attention_is_fused_further():
+    standard = after(export("decoder"), RaiseOpset(opset=24), FuseAttention(operator="attention"))
+    assert isinstance(FuseAttention(operator="attention").apply(Subject.of(standard)), Unchanged)
+    result = after(standard, Inject(idiom="in-place"), FuseAttention())
+    assert "Attention" not in operators(result)
+    assert verify(export("decoder"), result, threads=1).verdict == "same"
+
+
+def test_standard_attention_needs_its_opset():
+    with pytest.raises(Refused, match="raise-opset first"):
+        FuseAttention(operator="attention").apply(Subject.of(export("decoder")))
+
+
+def test_those_that_can_are_fused_where_that_is_asked():
+    second = """k1 = MatMul(c, wk) v1 = MatMul(c, wv) kt1 = Transpose<perm = [0, 2, 1]>(k1)
+  s1 = MatMul(c, kt1) s2 = Sigmoid(s1) s3 = Where(allowed, s2, low) w1 = Softmax<axis = -1>(s3)
+  logits = MatMul(w1, v1)"""
+    text = attention(after=second)
+    model = read(text, 18)
+    with pytest.raises(Refused, match="layer 1"):
+        FuseAttention().apply(Subject.of(model))
+    subject = Subject.of(after(model, Inject(idiom="in-place")))
+    outcome = FuseAttention(layers="possible").apply(subject)
+    assert isinstance(outcome, Changed)
+    assert [note for note in outcome.notes if note.startswith("not fused: layer 1")]
+    result = io.to_proto(subject.model)
+    assert operators(result).count("GroupQueryAttention") == operators(result).count("Softmax") == 1
+    assert verify(model, result, threads=1).verdict == "same"
