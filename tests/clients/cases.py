@@ -11,7 +11,6 @@ import numpy as np
 
 from kvsurgeon.runtime import UncachedDecoder, open_session
 
-NEW = 12  # tokens that a small model is asked for
 SMOLLM2_NEW = 32
 VOCABULARY = 40  # ids that any model knows
 
@@ -31,7 +30,7 @@ class Case:
     name: str
     ids: list[list[int]]
     mask: list[list[int]]
-    new: int = NEW
+    new: int
     chunk: int | None = None
 
     def asked(self) -> dict:
@@ -39,19 +38,19 @@ class Case:
         return asdict(self)
 
 
-def small_cases(*, batch: bool, padded: bool, chunked: bool) -> Iterator[Case]:
+def small_cases(*, batch: bool, padded: bool, chunked: bool, new: int) -> Iterator[Case]:
     """Yield what a small model is asked."""
     ids = np.random.default_rng(7).integers(3, VOCABULARY, (2, 9))
     ones = np.ones_like(ids)
-    yield Case(name="alone", ids=ids[:1].tolist(), mask=ones[:1].tolist())
+    yield Case(name="alone", ids=ids[:1].tolist(), mask=ones[:1].tolist(), new=new)
     if batch:
-        yield Case(name="batch", ids=ids.tolist(), mask=ones.tolist())
+        yield Case(name="batch", ids=ids.tolist(), mask=ones.tolist(), new=new)
     if padded:
         mask = ones.copy()
         mask[1, :4] = 0
-        yield Case(name="padded", ids=np.where(mask, ids, 0).tolist(), mask=mask.tolist())
+        yield Case(name="padded", ids=np.where(mask, ids, 0).tolist(), mask=mask.tolist(), new=new)
     if chunked:
-        yield Case(name="chunked", ids=ids[:1].tolist(), mask=ones[:1].tolist(), chunk=4)
+        yield Case(name="chunked", ids=ids[:1].tolist(), mask=ones[:1].tolist(), new=new, chunk=4)
 
 
 def smollm2_cases(expected: Path, *, chunked: bool) -> list[tuple[Case, list[list[int]]]]:

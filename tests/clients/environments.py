@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).parent
 
@@ -24,8 +22,8 @@ class Client:
         padded: Whether it takes batches with padding on the left.
         batch: Whether it takes batches at all.
         chunked: Whether it takes a prompt in chunks.
+        new: Tokens that it is asked for by a small model.
         node: Whether it runs in Node.
-        options: Options of the cache that a small model needs.
     """
 
     target: str
@@ -35,8 +33,8 @@ class Client:
     padded: bool = True
     batch: bool = True
     chunked: bool = False
+    new: int = 12
     node: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     def command(self, environments: Path, python: str) -> tuple[list[str], Path]:
         """Return how to call the client, and where; its environment is made if it is not there."""
@@ -115,7 +113,7 @@ CLIENTS = {
         padded=False,
         batch=False,
         chunked=True,
-        options={"max_length": 24},
+        new=32,
     ),
     "qnn": Client(
         target="qnn",
@@ -124,6 +122,7 @@ CLIENTS = {
         padded=False,
         batch=False,
         chunked=True,
+        new=32,
     ),
     "qaic": Client(
         target="qaic",
@@ -132,6 +131,7 @@ CLIENTS = {
         padded=False,
         batch=False,
         chunked=True,
+        new=32,
     ),
 }
 DEFAULT_PYTHON = sys.executable

@@ -75,10 +75,10 @@ def _options() -> argparse.Namespace:
 
 
 def _outcomes(client: Client, call: list[str], home: Path, options: argparse.Namespace) -> Iterator[Outcome]:
-    cases = list(small_cases(batch=client.batch, padded=client.padded, chunked=client.chunked))
+    cases = list(small_cases(batch=client.batch, padded=client.padded, chunked=client.chunked, new=client.new))
     judged = {"verify": not options.unjudged}
     for model in options.models:
-        yield _outcome(client, call, home, model, [(case, None) for case in cases], {**client.options, **judged})
+        yield _outcome(client, call, home, model, [(case, None) for case in cases], judged)
     if options.smollm2 is not None:
         known = smollm2_cases(options.smollm2 / "expected.json", chunked=client.chunked)
         for name in EXPORTS:
