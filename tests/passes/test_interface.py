@@ -55,10 +55,12 @@ def stepwise(model: onnx.ModelProto, ids: np.ndarray, sizes: tuple[int, ...], pa
     return answers
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_positions_stand_for_a_mask_and_a_count(name):
-    model = MODELS[name]
-    result = made(model, Inject(idiom="in-place"), WithoutMask(), ALONE, CountPositions(), LastLogits())
+@pytest.mark.parametrize(
+    ("name", "room"), [*((name, None) for name in MODELS), ("own", ROOM), ("bloom_torchscript_eager", ROOM)]
+)
+def test_positions_stand_for_a_mask_and_a_count(name, room):
+    model, inject = MODELS[name], Inject(idiom="in-place", max_length=room)
+    result = made(model, inject, WithoutMask(), ALONE, CountPositions(), LastLogits())
     assert [value.name for value in result.graph.input][:2] == ["input_ids", "position_ids"]
     assert all(len(dims_of(value)) == 4 for value in result.graph.input[2:])
     feeds = texts(model, batch=1)
@@ -105,6 +107,15 @@ def test_a_mask_has_the_batch_of_a_cache_that_lies_otherwise(batch):
             given[value.name] = np.full(sizes, 7, np.float32)
     found = in_onnxruntime(result)({"input_ids": feeds["input_ids"], "past_sequence_length": np.array([0]), **given})
     assert difference(found["logits"], expected) <= ALLOWED["float32"]
+
+
+def test_a_text_as_long_as_the_buffer_is_no_mask():
+    model = Decoder(Config(layers=1, static=(2, 9))).model()
+    result = made(model, Inject(idiom="in-place"), WithoutMask())
+    assert [value.name for value in result.graph.input if len(dims_of(value)) < 4] == [
+        "input_ids",
+        "past_sequence_length",
+    ]
 
 
 def test_a_mask_that_grows_is_refused():

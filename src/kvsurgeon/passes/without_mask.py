@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.sequence.kinds import is_given_for_new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,49 +35,59 @@ class WithoutMask:
             Refused: It is no mask of whole numbers or truths, or it has no length that a cache has too.
         """
         graph = subject.model.graph
-        masks = [value for value in graph.inputs if len(value.shape or ()) == 2 and _length(value) in _TOTALS]
+        inputs = [value for value in graph.inputs if not value.is_initializer()]
+        caches = [value for value in inputs if len(value.shape or ()) == 4]
+        masks = [value for value in inputs if len(value.shape or ()) == 2 and not is_given_for_new_tokens(value)]
         if not masks:
             return Unchanged(reason="no input is given for all tokens so far")
-        sources = [_sizes(graph, mask) for mask in masks]
+        sources = [_source(caches, mask) for mask in masks]
         editor = Editor(subject.model)
-        for mask, (buffer, axes) in zip(masks, sources, strict=True):
-            self._fill(editor, mask, buffer, axes)
+        for mask, cache in zip(masks, sources, strict=True):
+            ones = _ones(editor, mask, cache)
+            ones.shape = mask.shape
+            mask.replace_all_uses_with(ones)
+            graph.inputs.remove(mask)
         editor.finish()
         return Changed(edits=editor.edits)
 
-    def _fill(self, editor: Editor, mask: ir.Value, buffer: ir.Value, axes: list[int]) -> None:
-        assert mask.dtype is not None
-        assert mask.shape is not None
-        sizes = editor.node("Shape", [buffer], wish=f"{buffer.name}_shape", dtype=ir.DataType.INT64)
-        places, shape = editor.constant(axes, wish="places"), [len(axes)]
-        target = editor.node("Gather", [sizes, places], wish=f"{mask.name}_shape", dtype=ir.DataType.INT64, shape=shape)
-        rows = mask.shape[0] if isinstance(mask.shape[0], int) else 1
-        one = editor.constant([[1]] * rows, mask.dtype.numpy(), wish="counts")
-        ones = editor.node("Expand", [one, target], wish=f"{mask.name}.all", dtype=mask.dtype)
-        ones.shape = mask.shape
-        mask.replace_all_uses_with(ones)
-        editor.graph.inputs.remove(mask)
 
+def _source(caches: Sequence[ir.Value], mask: ir.Value) -> ir.Value:
+    """Return an input of the cache that has as many rows as the mask has places.
 
-_TOTALS = ("total_sequence_length", "max_length")
-
-
-def _length(mask: ir.Value) -> int | str | None:
-    assert mask.shape is not None
-    size = mask.shape[1]
-    return size if isinstance(size, int) else size.value
-
-
-def _sizes(graph: ir.Graph, mask: ir.Value) -> tuple[ir.Value, list[int]]:
-    """An input of the cache, and its axes that have the sizes of the mask; a batch that is a number needs none."""
+    Raises:
+        Refused: None has, or the mask holds no whole numbers or truths.
+    """
     if mask.dtype not in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL):
         raise Refused("what makes every token count is not known of this mask", at=mask.name, found=str(mask.dtype))
-    assert mask.shape is not None
-    wanted = [str(size.value) for size in mask.shape if not isinstance(size, int)]
-    for value in graph.inputs:
-        names = [None if isinstance(size, int) else size.value for size in value.shape or ()]
-        if len(names) == 4 and set(wanted) <= set(names):
-            return value, [names.index(name) for name in wanted]
-    raise Refused(
-        "no cache is as long as the mask", at=mask.name, found=str(_length(mask)), hint="inject in place first"
-    )
+    sizes = _sizes(mask)
+    wanted = {sizes[1], *(size for size in sizes if isinstance(size, str))}
+    found = next((cache for cache in caches if wanted <= set(_sizes(cache))), None)
+    if found is None:
+        raise Refused(
+            "no cache is as long as the mask", at=mask.name, found=str(sizes[1]), hint="inject in place first"
+        )
+    return found
+
+
+def _ones(editor: Editor, mask: ir.Value, cache: ir.Value) -> ir.Value:
+    """Ones for every place of the mask: as many as the cache has rows, where that is no number."""
+    assert mask.dtype is not None
+    sizes = _sizes(mask)
+    known = np.ones([size if isinstance(size, int) else 1 for size in sizes])
+    one = editor.constant(known, mask.dtype.numpy(), wish="counts")
+    if all(isinstance(size, int) for size in sizes):
+        return one
+    shape = editor.node("Shape", [cache], wish=f"{cache.name}_shape", dtype=ir.DataType.INT64)
+    axes = [_sizes(cache).index(size) if isinstance(size, str) else None for size in sizes]
+    parts = [
+        editor.constant([size], wish="size")
+        if axis is None
+        else editor.node("Gather", [shape, editor.constant([axis])], wish="size", dtype=ir.DataType.INT64, shape=[1])
+        for size, axis in zip(sizes, axes, strict=True)
+    ]
+    target = editor.node("Concat", parts, {"axis": 0}, wish=f"{mask.name}_shape", dtype=ir.DataType.INT64, shape=[2])
+    return editor.node("Expand", [one, target], wish=f"{mask.name}.all", dtype=mask.dtype)
+
+
+def _sizes(value: ir.Value) -> list[int | str | None]:
+    return [size if isinstance(size, int) else size.value for size in value.shape or ()]

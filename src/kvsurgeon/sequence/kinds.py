@@ -152,7 +152,7 @@ def classify_inputs(
         elif not axes:
             lengths = {}
         else:
-            lengths = {axes[0]: Length.NEW if _is_given_for_new_tokens(value, sizes) else Length.TOTAL}
+            lengths = {axes[0]: Length.NEW if is_given_for_new_tokens(value) else Length.TOTAL}
         found.append(GivenInput(value=value, dimensions=sizes, lengths=lengths))
     if not any(given.is_token for given in found):
         alone = [given for given in found if len(given.lengths) == 1]
@@ -168,8 +168,9 @@ def classify_inputs(
     return found
 
 
-def _is_given_for_new_tokens(value: ir.Value, sizes: tuple[Dimension, ...]) -> bool:
-    if len(sizes) == 3:
+def is_given_for_new_tokens(value: ir.Value) -> bool:
+    """Whether an input with one sequence axis is given for the new tokens, and not for all so far, by its use."""
+    if len(value.shape or ()) == 3:
         return value.dtype is not None and value.dtype.is_floating_point()
     for node, index in _readers(value):
         if node.op_type in _WAVES or _rows_picked(node, index):
