@@ -1,11 +1,13 @@
 """Takes caches out and puts them back: does each model still compute what it did?
 
-    python benchmarks/eject.py FOLDER... [--file MODEL]... [--group G] [--only NAME] [--sample N] [--json OUT]
+    python benchmarks/eject.py FOLDER... [--idiom NAME]... [--file MODEL]... [--group G] [--only NAME] [--sample N]
+                               [--json OUT]
 
-Two ways round. *Inject, eject, inject*: every model of a folder that can be injected; without the cache it is held
-against the original, with it against the stored logits. *Eject, inject*: every file called `*with_past*.onnx`, and each
-FILE, whose cache is put back under its own names; held against the file itself, call by call, and against the stored
-logits. Ends with 1 if anything differs or crashes, or a cache that was put in cannot be taken out.
+Two ways round. *Inject, eject, inject*: every model of a folder that can be injected, in each idiom that is named
+(by default all); without the cache it is held against the original, with a growing one against the stored logits.
+*Eject, inject*: every file called `*with_past*.onnx`, and each FILE, whose cache is put back under its own names; held
+against the file itself, call by call, and against the stored logits. What cannot be taken out is refused by name. Ends
+with 1 if anything differs or crashes, or a cache that grows was put in and cannot be taken out.
 """
 
 from __future__ import annotations
@@ -32,7 +34,13 @@ from kvsurgeon.passes.inject import Inject
 from kvsurgeon.pipeline import Pipeline
 from kvsurgeon.surgery import operate
 
-FINE = frozenset({"equal", "not injected", "not runnable"})
+FINE = frozenset({"equal", "not injected", "not runnable", "refused by name"})
+IDIOMS: dict[str, dict[str, str]] = {
+    "grow": {},
+    "in-place": {"idiom": "in-place"},
+    "new-only": {"idiom": "new-only"},
+    "unfilled": {"idiom": "new-only", "past_length": "input"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +57,11 @@ def main() -> int:
     found = find_entries(arguments.folders, groups=arguments.group or (), names=arguments.only or ())
     entries = [one for one in spread_sample(found, arguments.sample) if one.expected != "refuse" and not one.damaged]
     ways = {
-        "inject, eject, inject": [_named(entry.label, lambda entry=entry: _there_and_back(entry)) for entry in entries],
+        f"inject {idiom}, eject, inject": [
+            _named(entry.label, lambda entry=entry, idiom=idiom: _there_and_back(entry, idiom)) for entry in entries
+        ]
+        for idiom in arguments.idiom or IDIOMS
+    } | {
         "eject, inject": [
             _named(f"{entry.label}/{file.name}", lambda entry=entry, file=file: _replaced(file, entry))
             for entry in found
@@ -79,15 +91,18 @@ def _named(name: str, attempt: Callable[[], tuple[str, str]]) -> Result:
     return Result(name=name, verdict=verdict, reason=reason)
 
 
-def _there_and_back(entry: Entry) -> tuple[str, str]:
+def _there_and_back(entry: Entry, idiom: str) -> tuple[str, str]:
     original = onnx.load(entry.path, load_external_data=False)
     subject = Subject.of(onnx.load(entry.path, load_external_data=False), entry.folder)
     try:
-        Inject().apply(subject)
+        Inject(**IDIOMS[idiom]).apply(subject)
     except KvsurgeonError as error:
         return "not injected", str(error)
-    if not isinstance(Eject().apply(subject), Changed):
-        return "different", "the cache that was put in is not seen"
+    try:
+        if not isinstance(Eject().apply(subject), Changed):
+            return "different", "the cache that was put in is not seen"
+    except Refused as refusal:
+        return "refused" if idiom == "grow" else "refused by name", str(refusal)
     ejected = io.to_proto(subject.model)
     for mine, theirs in ((ejected.graph.input, original.graph.input), (ejected.graph.output, original.graph.output)):
         if [value.name for value in mine] != [value.name for value in theirs]:
@@ -150,6 +165,7 @@ def _replaced(file: Path, entry: Entry | None) -> tuple[str, str]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--idiom", action="append", choices=IDIOMS)
     parser.add_argument("--file", action="append", type=Path, default=[])
     parser.add_argument("--group", action="append")
     parser.add_argument("--only", action="append")

@@ -124,6 +124,8 @@ def _some(given: onnxruntime.NodeArg, random: np.random.Generator) -> np.ndarray
         return random.integers(3, 40, given.shape).astype(dtype)
     if given.name == "position_ids":
         return (4 + np.arange(np.prod(given.shape)).reshape(given.shape)).astype(dtype)
+    if given.name.startswith("position_ids_"):
+        return np.cos(random.normal(size=given.shape)).astype(dtype)
     if given.name.startswith("attention_mask"):
         return np.zeros(given.shape, dtype) if given.type == "tensor(float)" else np.ones(given.shape, dtype)
     return random.normal(size=given.shape).astype(dtype)

@@ -81,12 +81,15 @@ def test_what_was_injected_comes_out_again(name):
     assert_same(export(name), result)
 
 
+@pytest.mark.parametrize("past_length", ["shape", "input"])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_a_cache_of_which_new_rows_are_returned_comes_out(name):
+def test_a_cache_of_which_new_rows_are_returned_comes_out(name, past_length):
     subject = Subject.of(export(name))
-    Inject(idiom="new-only", key_layout=("kv_heads", "batch", "head_dim", "sequence")).apply(subject)
+    layout = ("kv_heads", "batch", "head_dim", "sequence")
+    Inject(idiom="new-only", key_layout=layout, past_length=past_length).apply(subject)
     result = ejected(io.to_proto(subject.model))
     assert len(result.graph.output) == len(export(name).graph.output)
+    assert [value.name for value in result.graph.input] == [value.name for value in export(name).graph.input]
     assert_same(export(name), result)
 
 
@@ -103,10 +106,11 @@ def test_a_cache_that_is_written_in_place_comes_out(name, opset):
     assert_law(export(name), injected(result))
 
 
-def test_rows_written_where_positions_say_stay():
+@pytest.mark.parametrize("idiom", ["in-place", "new-only"])
+def test_rows_that_lie_where_positions_say_stay(idiom):
     model = Decoder(Config(layers=1, position_ids=True)).model()
     subject = Subject.of(model)
-    Inject(idiom="in-place", past_length="positions").apply(subject)
+    Inject(idiom=idiom, past_length="positions").apply(subject)
     with pytest.raises(Refused, match="says more than a number"):
         Eject().apply(subject)
 

@@ -7,7 +7,7 @@ what the original computes in its first call, whatever the original is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -193,13 +193,14 @@ class _Emptying:
 
 
 def _counters(joins: Sequence[Join]) -> list[ir.Value]:
-    """The inputs that say where rows are written: the number of past tokens, which is 0 in a first call.
+    """The inputs that say how many tokens are past, which is none in a first call: where rows are written, or filled.
 
     Raises:
         Refused: It is read from something that says more.
     """
     found: dict[ir.Value, None] = {}
     pending: list[ir.Value | None] = [value for join in joins if join.is_written for value in join.counts]
+    pending += [value for join in joins if join.idiom == "new-only" for value in _told_apart(join.past)]
     seen: set[ir.Value] = set()
     while pending:
         value = pending.pop()
@@ -212,11 +213,34 @@ def _counters(joins: Sequence[Join]) -> list[ir.Value]:
         elif value.is_graph_input() and not value.is_initializer():
             if len(value.shape or ()) > 1 or value.dtype is None or value.dtype.is_floating_point():
                 raise Refused(
-                    "where rows are written is told by an input that says more than a number", at=value.name,
+                    "where rows lie is told by an input that says more than a number", at=value.name,
                     expected="the number of past tokens", found=str(value.shape),
                 )  # fmt: skip
             found[value] = None
     return list(found)
+
+
+_SUMS = frozenset({"Add", "Sub", "Mul", "Neg"})
+_ON_NUMBERS = _SUMS | {"Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity"}
+
+
+def _told_apart(past: ir.Value) -> Iterator[ir.Value | None]:
+    """Yield the numbers that are added to the length of a past or taken from it: how many of its rows are filled."""
+    asked = [node.outputs[0] for node, _ in past.uses() if node.op_type == "Shape"]
+    seen, pending = set(asked), asked
+    while pending:
+        for node, index in pending.pop().uses():
+            if node.op_type not in _ON_NUMBERS or (index and node.op_type not in _SUMS):
+                continue
+            if node.op_type in ("Add", "Sub"):
+                yield from (value for value in node.inputs if value not in seen and _is_number(value))
+            if node.outputs[0] not in seen:
+                seen.add(node.outputs[0])
+                pending.append(node.outputs[0])
+
+
+def _is_number(value: ir.Value | None) -> bool:
+    return value is not None and (value.shape is None or len(value.shape) < 2)
 
 
 def _downstream(graph: ir.Graph, values: Sequence[ir.Value]) -> list[ir.Node]:
