@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError
 from kvsurgeon.parity import TOLERANCES, Progress, Report, Verdict, arithmetic_of, verify
@@ -69,7 +70,7 @@ def judge(
         {value.name for value in one.output} - {value.name for value in other.output}
         for one, other in (graphs[::-1], graphs)
     )
-    if gained and not lost:
+    if not lost and (gained or _pasts(graphs[1]) - _pasts(graphs[0])):
         report = verify(original, result, folder=folder, seed=seed, progress=progress)
         return Sameness(verdict=report.verdict, problems=report.problems, report=report)
     try:
@@ -84,6 +85,15 @@ def judge(
     except KvsurgeonError as error:
         return Sameness(verdict="different", problems=(str(error),))
     return Sameness(verdict="different" if problems else "same", problems=problems)
+
+
+def _pasts(graph: onnx.GraphProto) -> set[str]:
+    """Inputs that are a past by their name; their presents may be outputs that the original had by that name."""
+    return {
+        value.name
+        for value in graph.input
+        if value.name.startswith("past") and len(value.type.tensor_type.shape.dim) > 2
+    }
 
 
 class _OriginalError(RunError):

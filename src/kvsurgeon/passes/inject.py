@@ -28,7 +28,7 @@ from kvsurgeon.sequence.grouping import Grouping
 from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.lengths import NEW, SO_FAR, Lengths
 from kvsurgeon.sequence.proof import prove
-from kvsurgeon.sequence.remember import Layouts
+from kvsurgeon.sequence.remember import Layouts, are_rows_of
 from kvsurgeon.sequence.tokens import Tokens, causal_mask
 from kvsurgeon.sequence.views import Views
 from kvsurgeon.sequence.words import spelled_from_export
@@ -176,6 +176,7 @@ class _Injection:
         interface = {value.name for value in (*self.graph.inputs, *self.graph.outputs)}
         pasts = []
         for entry in self.entries:
+            self._give_up_rows(entry, interface)
             for name in (entry.past, entry.present):
                 if name in interface:
                     raise Refused("the model already has an input or output of that name", at=name)
@@ -184,6 +185,13 @@ class _Injection:
             pasts.append(ir.Value(name=entry.past, type=ir.TensorType(entry.dtype), shape=shape))
         self.graph.inputs.extend(pasts)
         return pasts
+
+    def _give_up_rows(self, entry: Entry, interface: set[str | None]) -> None:
+        """An output of the present's name that gives its new rows becomes the present, which holds them too."""
+        given = next((output for output in self.graph.outputs if output.name == entry.present), None)
+        if given is not None and are_rows_of(given, entry.memory):
+            self.graph.outputs.remove(given)
+            interface.discard(entry.present)
 
     def _join(self, pasts: Sequence[ir.Value], grouping: Grouping, made: Mapping[Entry, ir.Value]) -> list[ir.Value]:
         """Join past and new rows, where no operator has made a present of them; what is downstream reads the whole."""

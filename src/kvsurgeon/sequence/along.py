@@ -18,10 +18,12 @@ from kvsurgeon.shapes.reduction import reduced_axes
 
 def forbid(step: Step, axes: Axes, along: Iterable[int]) -> None:
     """Refuse an operator that works along an axis of the stream; along an open one it says that these are the keys."""
-    worked = set(along)
+    worked, shape = set(along), step.shape(0)
     for axis in axes:
         if axis.axis in worked:
             step.works_along(axis)
+    if any(step.is_batch(shape[place]) for place in worked):
+        raise step.refusal("it mixes the sequences of a batch, and what is masked in one reaches the others")
 
 
 def softmax(step: Step) -> list[Axes]:

@@ -47,13 +47,14 @@ class Role:
         return self.root().length
 
     def agree(self, other: Role) -> bool:
-        """Make two roles one; False where they are decided and differ."""
+        """Make two open roles one, or decide an open one as the other is; False where both are decided and differ."""
         mine, theirs = self.root(), other.root()
         if mine is theirs:
             return True
-        if mine.length is not None and theirs.length is not None:
+        if mine.length is not None or theirs.length is not None:  # of another attention: each has keys of its own
+            mine.length, theirs.length = mine.length or theirs.length, theirs.length or mine.length
             return mine.length is theirs.length
-        if mine.length is None and (theirs.length is not None or mine.bias):
+        if mine.bias:
             mine, theirs = theirs, mine
         theirs.parent = mine
         mine.only_if_total += theirs.only_if_total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -20,6 +20,7 @@ from kvsurgeon.sequence.trial import USEFUL, Pattern, Trial, check_same, first
 SEEN = 1e-6  # a weight above this is one that counts
 LOUD = 30.0  # times the usual noise: a mask must hold against large scores too
 
+Tokens = dict[Pattern, np.ndarray]  # for each way to mask tokens which of them: [token] of bool
 Read = Callable[[Sequence[np.ndarray], int], np.ndarray]  # outputs and the length -> weights [..., query, key]
 
 
@@ -30,8 +31,8 @@ class Seen:
     weights: np.ndarray  # [..., query, key] at the longest length that was tried
     padded: np.ndarray | None = None  # the same with the first keys masked by an input
     flat: np.ndarray | None = None  # the same where all scores are equal
-    blind_see_ahead: bool = False  # queries that an input leaves no key give weight to keys after them
-    masked_are_seen: bool = False  # other queries give weight to keys that an input masks
+    peeking: Tokens = field(default_factory=dict)  # masked queries left no key, that give weight to keys after them
+    looked_at: Tokens = field(default_factory=dict)  # masked keys that other queries give weight to
     limit: int | None = None  # the longest length up to which all this holds, where there is one
 
 
@@ -95,24 +96,26 @@ def _look(
     found, limit = _steady(layer, head, found, beside, axes)
     longest = max(found)
     padded = flat = None
-    blind_see_ahead = masked_are_seen = False
+    peeking: Tokens = {}
+    looked_at: Tokens = {}
     for seen, through in _maskings(experiment):
         looked = {
             length: look(length, seen, through=through)[0]
             for length in found
             if seen(length).sum() > 1 or length == longest
         }
-        blind = {length: _blind(found[length][0], seen(length)) for length in looked}
+        everywhere = _gives_to_all(looked[longest])
+        blind = {length: _blind(found[length][0], everywhere[..., :length, :], seen(length)) for length in looked}
         masked = {length: np.where(blind[length], 0.0, weights) for length, weights in looked.items()}
         for length, weights in masked.items():
             _check_causal(layer, head, weights)
             check_same(layer, head.at, masked[longest][..., :length, :length], weights)
-        blind_see_ahead |= _ahead(np.where(blind[longest], looked[longest], 0.0)) > SEEN
-        masked_are_seen |= float(np.abs(masked[longest][..., ~seen(longest)]).max(initial=0.0)) > SEEN
+        here = seen(longest)
+        peeking[seen] = _peeking(looked[longest], blind[longest]) | peeking.get(seen, False)
+        looked_at[seen] = _looked_at(masked[longest]) & ~here | looked_at.get(seen, False)
         if beside:
-            here = seen(longest)
             others = (look(longest, seen, through=through, places=places)[1:] for places in (None, _replaced(here)))
-            masked_are_seen |= not _same_for(here, axes, *others)
+            looked_at[seen] |= ~here & (not _same_for(here, axes, *others))
         padded = padded if padded is not None else masked[longest]
     changed = [look(longest, with_holes, row=row)[0] != found[longest][0] for row in experiment.maskable_rows]
     _check_rows(layer, head, changed)
@@ -123,7 +126,7 @@ def _look(
         flat = look(longest, all_seen, loudness=0.0)[0]
     return Seen(
         weights=found[longest][0], padded=padded, flat=flat,
-        blind_see_ahead=blind_see_ahead, masked_are_seen=masked_are_seen, limit=limit,
+        peeking=peeking, looked_at=looked_at, limit=limit,
     )  # fmt: skip
 
 
@@ -205,18 +208,39 @@ def _maskings(experiment: Experiment) -> list[tuple[Pattern, GivenInput | None]]
     return [(left_padded, None), (with_holes, None), *((with_holes, given) for given in alone)]
 
 
-def _blind(whole: np.ndarray, seen: np.ndarray) -> np.ndarray:
+def _gives_to_all(weights: np.ndarray) -> np.ndarray:
+    """[..., query, 1]: queries that give weight to every key, those after them too."""
+    to_all: np.ndarray = (np.abs(weights) > SEEN).all(axis=-1, keepdims=True)
+    to_all[..., -1, :] = False  # which has none after it
+    return to_all
+
+
+def _blind(whole: np.ndarray, gives_to_all: np.ndarray, seen: np.ndarray) -> np.ndarray:
     """[..., query, 1]: masked queries that are left no key, so that a softmax of nothing gives weight to everything.
 
     A query that is not masked has an answer that is read, and no such excuse.
 
     Args:
         whole: [..., query, key], the weights where no key is masked by an input.
+        gives_to_all: [..., query, 1]: which give weight to every key where some are masked: they were left none.
         seen: [key] of bool: which are not masked.
     """
     left_no_key = ~((np.abs(whole) > SEEN) & seen).any(axis=-1, keepdims=True)
-    blind: np.ndarray = left_no_key & ~seen[:, None]
+    blind: np.ndarray = (left_no_key | gives_to_all) & ~seen[:, None]
     return blind
+
+
+def _peeking(weights: np.ndarray, blind: np.ndarray) -> np.ndarray:
+    """[query]: those among the blind that give weight to keys after them."""
+    ahead = np.triu(np.abs(np.nan_to_num(weights)), 1) > SEEN
+    peeking: np.ndarray = (ahead & blind).any(axis=-1).reshape(-1, weights.shape[-2]).any(axis=0)
+    return peeking
+
+
+def _looked_at(weights: np.ndarray) -> np.ndarray:
+    """[key]: those that some query gives weight to."""
+    looked_at: np.ndarray = (np.abs(weights) > SEEN).reshape(-1, weights.shape[-1]).any(axis=0)
+    return looked_at
 
 
 def _replaced(seen: np.ndarray) -> np.ndarray:

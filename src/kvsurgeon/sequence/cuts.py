@@ -2,7 +2,8 @@
 
 Upstream of a cut tensors have the new length, downstream the total one. Any tensor of the chain would do, so the choice
 is a matter of bytes: the smallest; among equals one with the heads that the product sees, then one that already lies as
-[batch, kv_heads, sequence, head_dim], then the one closest to the product, so that least is computed again at a step.
+[batch, kv_heads, sequence, head_dim], then one that the export gives out, then the one closest to the product, so that
+least is computed again at a step.
 """
 
 from __future__ import annotations
@@ -102,12 +103,13 @@ def _operands(places: Sequence[Place]) -> list[ir.Value]:
 
 def _smallest(flow: Flow, places: Sequence[Place], heads: int) -> Memory:
     operands, width = _operands(places), features_of(flow, places[0])
-    best: tuple[tuple[int, bool, int, int], Memory] | None = None
+    best: tuple[tuple[int, bool, int, bool, int], Memory] | None = None
     for distance, value in enumerate(bottlenecks(flow, operands)):
         memory = describe(flow, value, heads)
         if memory is None:
             continue
-        rank = (memory.bits_per_token, memory.head_dim != width, memory.effort, distance)
+        given_out = value.is_graph_output()
+        rank = (memory.bits_per_token, memory.head_dim != width, memory.effort, not given_out, distance)
         if best is None or rank < best[0]:
             best = (rank, memory)
     if best is None:

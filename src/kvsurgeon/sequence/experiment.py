@@ -19,11 +19,16 @@ from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor, is_weight
 from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.flow import Flow
-from kvsurgeon.sequence.kinds import GivenInput, Kind
+from kvsurgeon.sequence.kinds import LOOKUPS, GivenInput, Kind
 from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.shapes.contraction import PRODUCTS
 from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension
 
+COUNTS_UP = "positions that are given count up from token to token"
+INT64 = ir.DataType.INT64
 LARGEST_NOISE = 1 << 24  # elements of a weight that is replaced by noise
+
+_OF_WEIGHTS = PRODUCTS | LOOKUPS
 
 Feed = Callable[[int], np.ndarray]  # of the length
 
@@ -52,6 +57,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self._given = {given.value: given for given in self.inputs}
+        self.stand_ins = frozenset(value for value in self.stand_ins if not self._holds_places(value))
         self._computed = downstream(self.stand_ins, self.stops)
         self._collect()
         self._session = self._open()
@@ -86,17 +92,40 @@ class Experiment:
             self._feed(value, fact.dtype, fact.shape, self._noise(value, fact.shape, fact.dtype))
         elif constant_tensor(value) is not None:
             self._constant(value)
+        elif value in self._given and self._given[value].holds_places:
+            self._places(self._given[value])
         elif value in self._given:
             self.masks.append(self._given[value])
             self._types[value.name or ""] = (int(value.dtype or 1), len(self._given[value].dimensions))
         elif fact.value is not None and fact.dtype is not None and _is_decided(fact.value):
             numbers, dtype = fact.value, fact.dtype
             self._feed(value, dtype, numbers.shape, lambda length: _evaluated(numbers, length).astype(_runs_as(dtype)))
-        elif self.flow.kinds.get(value) is Kind.TOKEN and value not in self._computed:
+        elif self.flow.kinds.get(value) is Kind.TOKEN and value not in self._computed and not self._holds_places(value):
             self._feed(value, fact.dtype, fact.shape, self._noise(value, fact.shape, fact.dtype))
         else:
             return False
         return True
+
+    def _holds_places(self, value: ir.Value) -> bool:
+        """Whether what is said of tokens is made of nothing but the places that are given."""
+        if value in self._given:
+            return self._given[value].holds_places
+        node = value.producer()
+        if node is None or node.op_type in _OF_WEIGHTS:
+            return False
+        tokens = [source for source in node.inputs if source is not None and self.flow.kinds.get(source) is Kind.TOKEN]
+        return bool(tokens) and all(self._holds_places(source) for source in tokens)
+
+    def _places(self, given: GivenInput) -> None:
+        """Places count up from 0."""
+        self.flow.assumed.setdefault(COUNTS_UP, given.value.name or "")
+
+        def feed(length: int) -> np.ndarray:
+            sizes = [int(at_length(size, length)) for size in given.dimensions]
+            shape = [length if axis in given.lengths else 1 for axis in range(len(sizes))]
+            return np.broadcast_to(np.arange(length).reshape(shape), sizes).astype(_runs_as(given.value.dtype or INT64))
+
+        self._feed(given.value, given.value.dtype, given.dimensions, feed)
 
     def _constant(self, value: ir.Value) -> None:
         tensor = constant_tensor(value)

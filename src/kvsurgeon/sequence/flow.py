@@ -13,7 +13,7 @@ from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
 from kvsurgeon.sequence.kinds import GivenInput, Kind
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.contraction import zero_points_of
-from kvsurgeon.shapes.dimension import LENGTH, Dimension
+from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension
 from kvsurgeon.shapes.fact import Call, Fact
 from kvsurgeon.shapes.inference import Shapes
 
@@ -164,6 +164,10 @@ class Step:
     def holds_length(self, size: Dimension) -> bool:
         """Whether a dimension varies with the number of tokens."""
         return isinstance(size, sympy.Expr) and LENGTH in size.free_symbols
+
+    def is_batch(self, size: Dimension) -> bool:
+        """Whether a dimension varies with the number of sequences."""
+        return isinstance(size, sympy.Expr) and BATCH in size.free_symbols
 
     def assume(self, what: str) -> None:
         """Note something that could not be proved."""

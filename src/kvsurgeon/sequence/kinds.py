@@ -7,7 +7,7 @@ remembered.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -43,10 +43,9 @@ _VIEWS = frozenset({
 _FORMED = frozenset({"Reshape", "Expand", "Tile", "Slice"})  # by a shape, which is their second input
 _FORMS = _FORMED | {"Unsqueeze", "Squeeze"}
 LOOKUPS = frozenset({"Gather", "GatherBlockQuantized", "GatherElements", "GatherND"})
-_WAVES = frozenset(
-    {"Sin", "Cos", "MatMul", "Gemm", "Einsum", "RotaryEmbedding", "MRotaryEmbedding", "OneHot", "FusedMatMul"}
-)
-_ANGLES = _WAVES - {"OneHot"}
+_WAVES = frozenset({"Sin", "Cos", "RotaryEmbedding", "MRotaryEmbedding"})
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Einsum", "FusedMatMul"})
+_ORDERED = frozenset({"Less", "LessOrEqual", "Greater", "GreaterOrEqual"})
 _FEWEST_PLACES = 16  # rows of a table of positions; types of tokens are fewer
 
 
@@ -57,6 +56,7 @@ class GivenInput:
     value: ir.Value
     dimensions: tuple[Dimension, ...]
     lengths: dict[int, Length] = field(hash=False)
+    holds_places: bool = False  # whole numbers that are compared with the places of tokens, and so are places too
 
     @property
     def is_token(self) -> bool:
@@ -72,8 +72,9 @@ def real_inputs(graph: ir.Graph) -> list[ir.Value]:
 def read_inputs(graph: ir.Graph) -> tuple[dict[ir.Value, tuple[Dimension, ...]], Dimension]:
     """Name the dimensions of the graph's inputs: batch, length, and whatever else they are.
 
-    The length is the second axis of the first input of rank two or three (the first of rank one), and every axis that
-    the exporter called the same; inputs of the same rank agree axis by axis.
+    The length is the second axis of the first input of rank two or three (the first of rank one; the third where the
+    second is fixed and the third is not), and every axis that the exporter called the same; inputs of the same rank
+    agree axis by axis.
 
     Returns:
         The dimensions of each input, and the length: a symbol, or a number where the export fixed it.
@@ -92,14 +93,20 @@ def read_inputs(graph: ir.Graph) -> tuple[dict[ir.Value, tuple[Dimension, ...]],
             )  # fmt: skip
         shaped.append(value)
         if length is None and 1 <= len(value.shape) <= 3:
-            axis = 1 if len(value.shape) > 1 else 0
+            axis = _length_axis(value.shape)
             length = value.shape[axis] if isinstance(value.shape[axis], int) else LENGTH
             _remember(names, value.shape[axis], length)
-            if axis == 1:
+            if axis > 0:
                 _remember(names, value.shape[0], BATCH)
     if length is None:
         raise Refused("no input has a sequence axis", expected="an input such as input_ids [batch, sequence]")
     return {value: _dimensions(value, names, length) for value in shaped}, length
+
+
+def _length_axis(shape: ir.Shape) -> int:
+    """Behind the batch, where there is one; several rows of numbers for each token may stand between."""
+    stacked = len(shape) == 3 and isinstance(shape[1], int) and not isinstance(shape[2], int)
+    return 2 if stacked else min(1, len(shape) - 1)
 
 
 def _remember(names: dict[str, Dimension], size: int | ir.SymbolicDim, dimension: Dimension) -> None:
@@ -153,7 +160,8 @@ def classify_inputs(
             lengths = {}
         else:
             lengths = {axes[0]: Length.NEW if is_given_for_new_tokens(value) else Length.TOTAL}
-        found.append(GivenInput(value=value, dimensions=sizes, lengths=lengths))
+        places = len(axes) == 1 and _is_compared_with_places(value)
+        found.append(GivenInput(value=value, dimensions=sizes, lengths=lengths, holds_places=places))
     if not any(given.is_token for given in found):
         alone = [given for given in found if len(given.lengths) == 1]
         if len(alone) != 1:
@@ -170,14 +178,22 @@ def classify_inputs(
 
 def is_given_for_new_tokens(value: ir.Value) -> bool:
     """Whether an input with one sequence axis is given for the new tokens, and not for all so far, by its use."""
-    if len(value.shape or ()) == 3:
-        return value.dtype is not None and value.dtype.is_floating_point()
-    for node, index in _readers(value):
-        if node.op_type in _WAVES or _rows_picked(node, index):
-            return True
-        if node.op_type == "Equal" and _is_vocabulary(node.inputs[1 - index]):
-            return True
-    return False
+    if len(value.shape or ()) == 3 and value.dtype is not None and value.dtype.is_floating_point():
+        return True
+    return _is_compared_with_places(value) or any(_tells_tokens(node, index) for node, index in _readers(value))
+
+
+def _tells_tokens(node: ir.Node, index: int) -> bool:
+    """Whether what a node reads there indexes a table, becomes an angle, or is looked for in a vocabulary."""
+    if node.op_type == "OneHot" or _becomes_angles(node, index) or _rows_picked(node, index):
+        return True
+    return node.op_type == "Equal" and _is_vocabulary(node.inputs[1 - index])
+
+
+def _becomes_angles(node: ir.Node, index: int) -> bool:
+    """Whether what a node reads there is multiplied with frequencies; a mask may be multiplied with itself."""
+    others = [other for place, other in enumerate(node.inputs) if place != index and other is not None]
+    return node.op_type in _WAVES or (node.op_type in _PRODUCTS and not any(_reads_input(other) for other in others))
 
 
 def find_positions(inputs: Iterable[GivenInput]) -> list[GivenInput]:
@@ -187,11 +203,13 @@ def find_positions(inputs: Iterable[GivenInput]) -> list[GivenInput]:
     """
     whole = [given for given in inputs if given.is_token and len(given.dimensions) <= 2]
     numbers = [given for given in whole[1:] if given.value.dtype in (ir.DataType.INT64, ir.DataType.INT32)]
-    return [given for given in numbers if any(_places(*reader) for reader in _readers(given.value))]
+    return [
+        given for given in numbers if given.holds_places or any(_places(*reader) for reader in _readers(given.value))
+    ]
 
 
 def _places(node: ir.Node, index: int) -> bool:
-    return node.op_type in _ANGLES or _rows_picked(node, index) >= _FEWEST_PLACES
+    return _becomes_angles(node, index) or _rows_picked(node, index) >= _FEWEST_PLACES
 
 
 def _rows_picked(node: ir.Node, index: int) -> int:
@@ -201,21 +219,46 @@ def _rows_picked(node: ir.Node, index: int) -> int:
     return _table_rows(node.inputs[0])
 
 
+def _is_compared_with_places(value: ir.Value) -> bool:
+    """Whether whole numbers are held against 0, 1, 2, ..., by their order: keys no later than a query's place."""
+    if value.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+        return False
+    return any(
+        node.op_type in _ORDERED and index < 2 and _counts_up(node.inputs[1 - index]) for node, index in _readers(value)
+    )
+
+
+def _counts_up(value: ir.Value | None) -> bool:
+    """Whether a value is a range in another form."""
+    for _ in range(8):
+        node = None if value is None else value.producer()
+        if node is None or node.op_type == "Range" or node.op_type not in _VIEWS:
+            return node is not None and node.op_type == "Range"
+        value = node.inputs[0]
+    return False
+
+
 def _readers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
     """Yield what reads an input while it is still itself, position by position."""
     seen, pending = {value}, [value]
     while pending:
-        current = pending.pop()
-        for node, index in current.uses():
+        for node, index in pending.pop().uses():
             yield node, index
-            others = [other for other in node.inputs if other is not None and other not in seen]
-            if node.op_type not in _VIEWS or (index > 0 and node.op_type in _FORMED):
+            if not _keeps_itself(node, index, seen):
                 continue
-            if node.op_type in _FORMS or not any(_reads_input(other) for other in others):
-                result = node.outputs[0]
-                if result not in seen:
-                    seen.add(result)
-                    pending.append(result)
+            fresh = [result for result in node.outputs if result not in seen]
+            seen.update(fresh)
+            pending += fresh
+
+
+def _keeps_itself(node: ir.Node, index: int, seen: Collection[ir.Value]) -> bool:
+    """Whether the result of a node is what it reads there, in another form or moved by constants."""
+    if node.op_type in ("Gather", "Split"):
+        return index == 0 and all(constant_tensor(other) is not None for other in node.inputs[1:])
+    if node.op_type not in _VIEWS or (index > 0 and node.op_type in _FORMED):
+        return False
+    others = [other for other in node.inputs if other is not None and other not in seen]
+    return node.op_type in _FORMS or not any(_reads_input(other) for other in others)
 
 
 def _is_vocabulary(value: ir.Value | None) -> bool:

@@ -123,8 +123,11 @@ def _cut(step: Step, axis: SequenceAxis, start: dim.Dimension, end: dim.Dimensio
     to_end = _is_end(end, before)
     if jump == 1 and to_end and (start == 0 or dim.is_equal(dim.add(start, before), 0)):
         return axis
-    if jump == 1 and axis.is_plain and axis.role.resolved() is None and start == 0:
+    if jump == 1 and axis.is_plain and axis.role.resolved() is not Length.NEW and start == 0:
         return _without_sinks(step, axis, end)
+    if jump == start == -1 and axis.role.resolved() is not Length.NEW and dim.is_equal(before, after):
+        step.works_along(axis)  # all keys, the last one first
+        return axis
     if jump == 1 and axis.is_plain and to_end and start == -1 and after == 1:
         step.flow.last.update(step.node.outputs)
         return None  # the last of the new tokens is the last of all

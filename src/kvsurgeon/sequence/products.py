@@ -53,10 +53,11 @@ def _bring(step: Step, found: Contraction, left: Held, right: Held) -> None:
     for index, labels, mine, theirs in sides:
         if step.kind(index) is Kind.TOKEN:
             continue
+        beside = any(theirs[label].is_plain for label in labels if label in theirs and label not in found.summed)
         new = {
             label: brought(step, axis, size)
             for axis, (label, size) in enumerate(zip(labels, step.shape(index), strict=True))
-            if step.holds_length(size) and label not in theirs
+            if label not in theirs and (step.holds_length(size) or (beside and size == step.flow.length))
         }
         if any(label in found.summed for label in new):
             raise step.mixing()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.analysis import Analysis
 from kvsurgeon.sequence.causal import Seen, beside_weights, look_at
@@ -28,12 +30,23 @@ class Proof:
 
 def _check_padding(analysis: Analysis, seen: list[Seen]) -> None:
     """What a padded token sees of those after it must not reach the others through its keys and values."""
-    peeking = [layer for layer, one in enumerate(seen) if one.masked_are_seen]
-    if peeking and any(one.blind_see_ahead for one in seen):
-        raise Refused(
-            "tokens that an input masks see those after them, and are seen by tokens that it does not mask",
-            layer=peeking[0], at=analysis.heads[peeking[0]].at.name,
-        )  # fmt: skip
+    for pattern in {pattern for one in seen for pattern in one.peeking}:
+        peeking = _all_together([one.peeking[pattern] for one in seen if pattern in one.peeking])
+        for layer, one in enumerate(seen):
+            looked_at = one.looked_at.get(pattern, np.zeros(0, dtype=bool))
+            if (looked_at & peeking[: len(looked_at)]).any():
+                raise Refused(
+                    "tokens that an input masks see those after them, and are seen by tokens that it does not mask",
+                    layer=layer, at=analysis.heads[layer].at.name,
+                )  # fmt: skip
+
+
+def _all_together(tokens: list[np.ndarray]) -> np.ndarray:
+    """[token]: true where one of several, which need not be equally long, is; the longest has the say at its end."""
+    result = np.zeros(max(len(one) for one in tokens), dtype=bool)
+    for one in tokens:
+        result[: len(one)] |= one
+    return result
 
 
 def prove(analysis: Analysis) -> Proof:

@@ -80,3 +80,24 @@ class Layouts:
 
 def _sizes(parts: Sequence[Dimension | None], length: Dimension) -> list[Dimension]:
     return [length if size is None else size for size in parts]
+
+
+def are_rows_of(value: ir.Value, memory: Memory) -> bool:
+    """Whether a value is what is remembered, laid out as [batch, heads, sequence, head_dim]."""
+    if len(memory.parts) != memory.rank or memory.rank != len(memory.order):
+        return False
+    (source, order), (other, own) = _transposed_from(value), _transposed_from(memory.value)
+    if source is not other:
+        return False
+    if own is not None:
+        return order == [own[place] for place in memory.order]
+    return (order or list(range(memory.rank))) == list(memory.order)
+
+
+def _transposed_from(value: ir.Value) -> tuple[ir.Value, list[int] | None]:
+    """The tensor that a value is with its axes in another order, and that order."""
+    node = value.producer()
+    order = None if node is None or node.op_type != "Transpose" else node.attributes.get_ints("perm")
+    if node is None or order is None or node.inputs[0] is None:
+        return value, None
+    return node.inputs[0], list(order)
