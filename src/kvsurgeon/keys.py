@@ -14,11 +14,14 @@ from tokenizers import Tokenizer
 from kvsurgeon import io
 from kvsurgeon.anatomy import Attention, Decoder
 from kvsurgeon.errors import UsageError
+from kvsurgeon.heads.meeting import key_heads_read
 from kvsurgeon.passes.contract import Source, Subject
 from kvsurgeon.passes.eject import without_cache
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.runtime import CachedDecoder, open_session
 from kvsurgeon.runtime.text import load_tokenizer, side_folders
+from kvsurgeon.sequence.analysis import analyse
+from kvsurgeon.sequence.written_out import in_standard_operators
 
 Prompt = str | Sequence[int]
 PROMPT = "The quick brown fox jumps over the lazy dog."
@@ -33,16 +36,21 @@ class Keys:
     Attributes:
         model: What the model is called.
         layer: Index of the attention layer.
-        query_heads: How many query heads share the KV heads, each as many in a row.
+        reads: For each query head the KV head that it reads.
         keys: `[kv_heads, tokens, head_dim]`.
         tokens: What each token is, as text or as its id.
     """
 
     model: str
     layer: int
-    query_heads: int
+    reads: tuple[int, ...]
     keys: npt.NDArray[np.float32]
     tokens: tuple[str, ...]
+
+    @property
+    def query_heads(self) -> int:
+        """How many query heads there are."""
+        return len(self.reads)
 
     @property
     def kv_heads(self) -> int:
@@ -51,12 +59,8 @@ class Keys:
 
     def of_query_head(self, head: int) -> npt.NDArray[np.float32]:
         """Return the keys that a query head reads, `[tokens, head_dim]`."""
-        read: npt.NDArray[np.float32] = self.keys[self.kv_head(head)]
+        read: npt.NDArray[np.float32] = self.keys[self.reads[head]]
         return read
-
-    def kv_head(self, head: int) -> int:
-        """Return the KV head that a query head reads."""
-        return head * self.kv_heads // self.query_heads
 
 
 def capture_keys(
@@ -79,6 +83,7 @@ def capture_keys(
     subject = without_cache(Subject.of(source, folder))
     decoder = subject.decoder()
     attention = _attention(decoder, layer)
+    reads = key_heads_read(analyse(in_standard_operators(subject.model).model), layer)
     Inject().apply(subject)
     proto = io.to_proto(subject.model)
     tokenizer = load_tokenizer(side_folders(proto, subject.folder))
@@ -90,12 +95,14 @@ def capture_keys(
         entry for entry in cached.cache if entry.layer == _entry_of(decoder, attention) and entry.part == "key"
     )
     keys = cached.remembered(entry)[0].astype(np.float32)  # [kv_heads, tokens, head_dim]
-    if keys.ndim != 3 or attention.query_heads % len(keys):
+    if keys.ndim == 3 and len(keys) == len(reads):
+        reads = tuple(range(len(reads)))  # they are repeated before they are remembered
+    if keys.ndim != 3 or set(reads) != set(range(len(keys))):
         raise UsageError(f"layer {layer} keeps {list(keys.shape)} for a text, which are no keys of heads to be drawn")
     return Keys(
         model=_called(source),
         layer=layer,
-        query_heads=attention.query_heads,
+        reads=reads,
         keys=keys,
         tokens=tuple(_spelled(tokenizer, token) for token in tokens),
     )

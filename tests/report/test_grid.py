@@ -19,7 +19,8 @@ DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"
 def keys(query_heads: int, kv_heads: int, tokens: int = 5) -> Keys:
     values = np.random.default_rng(kv_heads).standard_normal((kv_heads, tokens, 16)).astype(np.float32)
     named = tuple(f"token {number}" for number in range(tokens))
-    return Keys(model="m", layer=2, query_heads=query_heads, keys=values, tokens=named)
+    reads = tuple(head * kv_heads // query_heads for head in range(query_heads))
+    return Keys(model="m", layer=2, reads=reads, keys=values, tokens=named)
 
 
 @pytest.mark.parametrize(("query_heads", "kv_heads", "shape"), [(9, 3, (3, 3)), (12, 1, (1, 12))])

@@ -7,7 +7,6 @@ With other key heads the groups are others; what goes in and what comes out stay
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -15,20 +14,13 @@ from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.heads.arrange import Arrange
 from kvsurgeon.heads.layout import Logical
+from kvsurgeon.heads.meeting import Part, contraction_at, parts_met
 from kvsurgeon.sequence.flow import Flow, Place
 from kvsurgeon.shapes import dimension as dim
-from kvsurgeon.shapes.contraction import Contraction, contraction_of
-from kvsurgeon.shapes.dimension import BATCH, Dimension
+from kvsurgeon.shapes.contraction import Contraction
+from kvsurgeon.shapes.dimension import Dimension
 
 _ORDER = ("batch", "shared", "own", "tokens", "width")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """A piece of an axis: heads that keys have too (shared), or queries alone (own), or something else."""
-
-    word: str  # one of _ORDER
-    size: Dimension
 
 
 class Regrouping:
@@ -42,7 +34,7 @@ class Regrouping:
     def wanted(self, place: Place, axes: Logical) -> Logical:
         """The order in which a product that is done anew reads keys or values."""
         sizes = dict(axes)
-        if not any(part.word == "batch" for parts in self._parts(place, self._contraction(place[0])) for part in parts):
+        if not any(part.word == "batch" for parts in parts_met(self.flow, place) for part in parts):
             sizes.pop("batch", None)  # fixed to 1, and no axis of the queries
         last = ("sequence", "head_dim") if self._sums_tokens(place) else ("head_dim", "sequence")
         return tuple((word, sizes[word]) for word in ("batch", "heads", *last) if word in sizes)
@@ -54,11 +46,11 @@ class Regrouping:
             Refused: The product cannot be done so.
         """
         node, index = place
-        found = self._contraction(node)
+        found = contraction_at(self.flow, node)
         other = found.left if index == found.right else found.right
         value = node.inputs[other]
         assert value is not None
-        mine = self._parts(place, found)
+        mine = parts_met(self.flow, place)
         flat = [part for parts in mine for part in parts]
         if dim.product(part.size for part in flat if part.word in ("shared", "own")) != heads:
             raise Refused("query heads cannot be told from what lies beside them", at=node.outputs[0].name)
@@ -67,56 +59,14 @@ class Regrouping:
         result = self._product(place, found, queries, keys)
         self._give_back(place, found, mine, result, kv_heads, heads)
 
-    def _contraction(self, node: ir.Node) -> Contraction:
-        found = contraction_of(self.flow.shapes.call(node))
-        if found is None:
-            raise Refused("a product of more than two tensors", at=node.outputs[0].name)
-        return found
-
     def _sums_tokens(self, place: Place) -> bool:
         """Whether the product sums tokens, as that with the values does."""
         node, index = place
-        found = self._contraction(node)
+        found = contraction_at(self.flow, node)
         labels = found.left_labels if index == found.left else found.right_labels
         value = node.inputs[index]
         assert value is not None
         return any(labels[axis.axis] in found.summed for axis in self.flow.axes.get(value, ()))
-
-    def _parts(self, place: Place, found: Contraction) -> list[list[Part]]:
-        """The axes of the operand that meets the keys, cut up."""
-        node, index = place
-        left = index == found.right
-        labels, theirs = (found.left_labels, found.right_labels) if left else (found.right_labels, found.left_labels)
-        value, keys = node.inputs[found.left if left else found.right], node.inputs[index]
-        assert value is not None
-        assert keys is not None
-        key_shape = self.flow.shapes[keys].shape or ()
-        held = {axis.axis: axis for axis in self.flow.axes.get(value, ())}
-        cut: list[list[Part]] = []
-        for axis, (label, size) in enumerate(zip(labels, self.flow.shapes[value].shape or (), strict=True)):
-            if label in found.summed:
-                cut.append([Part(word="width", size=size)])
-            elif axis in held:
-                outer, inner = (self._heads(one, "own", value) for one in (held[axis].outer, held[axis].inner))
-                cut.append([*outer, Part(word="tokens", size=self.flow.length), *inner])
-            elif self._is_fixed_batch(axis, size):
-                cut.append([Part(word="batch", size=size)])
-            else:
-                both = label in theirs and key_shape[theirs.index(label)] != 1
-                cut.append(self._heads(size, "shared" if both else "own", value))
-        return cut
-
-    def _is_fixed_batch(self, axis: int, size: Dimension) -> bool:
-        return axis == 0 and isinstance(self.flow.batch, int) and size == self.flow.batch
-
-    def _heads(self, size: Dimension, word: str, value: ir.Value) -> list[Part]:
-        """What beside tokens an axis holds: the batch, heads, both, or nothing."""
-        if isinstance(size, int):
-            return [] if size == 1 else [Part(word=word, size=size)]
-        rest = dim.exact_quotient(size, BATCH)
-        if not isinstance(rest, int):
-            raise Refused("query heads cannot be told from what lies beside them", at=value.name, found=str(size))
-        return [Part(word="batch", size=BATCH), *([] if rest == 1 else [Part(word=word, size=rest)])]
 
     def _group_sizes(self, flat: Sequence[Part], kv_heads: int, heads: int, width: Dimension) -> list[Dimension]:
         """[batch, kv_heads, group * length, width]."""

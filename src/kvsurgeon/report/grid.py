@@ -97,9 +97,9 @@ def file_name(keys: Keys) -> Path:
 def _grid(sides: Sequence[Keys]) -> _Grid:
     """Return the grid of the side with the fewest KV heads: what one side shares, the other has in one row too."""
     fewest = min(sides, key=lambda keys: keys.kv_heads)
-    heads, size = fewest.query_heads, fewest.query_heads // fewest.kv_heads
-    rows = [tuple(range(start, start + size)) for start in range(0, heads, size)]
-    if size > 1:
+    heads = fewest.query_heads
+    rows = [tuple(head for head in range(heads) if fewest.reads[head] == kv) for kv in range(fewest.kv_heads)]
+    if heads > fewest.kv_heads:
         return _Grid(rows=tuple(rows), groups=True)
     columns = min(_WIDE, int(np.ceil(np.sqrt(heads))))
     return _Grid(
@@ -137,8 +137,8 @@ def _panel(panel: SubFigure, keys: Keys, grid: _Grid, limit: float) -> Any:
 def _cell(axes: Any, keys: Keys, head: int, limit: float) -> Any:
     values = keys.of_query_head(head)  # [tokens, head_dim]
     image = axes.imshow(values, cmap=_COLOURS, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-    colour = _FRAMES[keys.kv_head(head) % len(_FRAMES)]
-    axes.set_title(f"query {head} reads KV {keys.kv_head(head)}", fontsize=6.5, pad=3, color=colour)
+    colour = _FRAMES[keys.reads[head] % len(_FRAMES)]
+    axes.set_title(f"query {head} reads KV {keys.reads[head]}", fontsize=6.5, pad=3, color=colour)
     tokens, features = values.shape
     step = -(-tokens // _LABELLED)
     axes.set_yticks(range(0, tokens, step), [_short(token) for token in keys.tokens[::step]], fontsize=5)
