@@ -127,6 +127,17 @@ def test_a_saved_model_has_the_new_config(external: Path, tmp_path: Path) -> Non
     assert json.loads(config.read_text("utf-8"))["num_key_value_heads"] == 4
 
 
+def test_the_config_of_a_runtime_follows_and_gets_no_keys_that_it_does_not_know(external: Path, tmp_path: Path) -> None:
+    decoder = {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 4}
+    path = external.with_name("genai_config.json")
+    path.write_text(json.dumps({"model": {"decoder": decoder}, "search": {"num_beams": 1}}))
+    model = load(external)
+    remember_change(model, change(2, 4, layers=(4, 2)))
+    save(model, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / path.name).read_text())
+    assert found == {"model": {"decoder": decoder | {"num_key_value_heads": 4}}, "search": {"num_beams": 1}}
+
+
 def test_the_config_above_an_onnx_folder_follows_in_place(external: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hub" / "onnx"
     folder.parent.mkdir()

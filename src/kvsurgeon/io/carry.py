@@ -34,6 +34,7 @@ SIDE_FILES = (
 _LARGEST_SIDE_FILE = 256 * 2**20  # bytes; no tokenizer is larger, and weights under such a name stay behind
 _CHUNK = 64 * 2**20
 CONFIG = "config.json"
+CONFIGS = (CONFIG, "genai_config.json")  # that say how many heads there are
 
 
 def carry_weights(files: Iterable[WeightFile], folder: Path, sharing: Sharing, draft: Draft, report: Report) -> None:
@@ -66,17 +67,19 @@ def write_side_files(texts: Mapping[str, str], folder: Path, draft: Draft) -> No
             file.write(text.encode("utf-8"))
 
 
-def carry_config(sources: Iterable[Path], folder: Path, changes: Sequence[Change], draft: Draft) -> None:
-    """Write `config.json` as it describes the model after these changes, where there is one that can be read."""
-    here = next((source / CONFIG for source in sources if (source / CONFIG).is_file()), None)
+def carry_config(
+    sources: Iterable[Path], folder: Path, changes: Sequence[Change], draft: Draft, name: str = CONFIG
+) -> None:
+    """Write the config as it describes the model after these changes, where there is one that can be read."""
+    here = next((source / name for source in sources if (source / name).is_file()), None)
     if here is None:
         return
     try:
         config = json.loads(here.read_text("utf-8"))
     except ValueError:
         return  # a file of that name that is no config
-    if isinstance(config, dict) and (now := followed(config, changes)) != config:
-        write_side_files({CONFIG: json.dumps(now, indent=2, ensure_ascii=False) + "\n"}, folder, draft)
+    if isinstance(config, dict) and (now := followed(config, changes, strict=name != CONFIG)) != config:
+        write_side_files({name: json.dumps(now, indent=2, ensure_ascii=False) + "\n"}, folder, draft)
 
 
 def _side_files(sources: Iterable[Path]) -> dict[str, Path]:

@@ -50,8 +50,13 @@ def changes_of(model: ir.Model) -> tuple[Change, ...]:
     return found
 
 
-def followed(config: Config, changes: Sequence[Change]) -> Config:
+def followed(config: Config, changes: Sequence[Change], *, strict: bool = False) -> Config:
     """Return the config as it describes the model after these changes; the one given stays as it is.
+
+    Args:
+        config: What was read from a file.
+        changes: What passes made of the heads.
+        strict: Whether its reader takes no keys that it does not know, so that none may be added.
 
     >>> before, after = (Heads(query=9, kv=(kv, kv), kv_layers=2) for kv in (3, 9))
     >>> followed({"num_attention_heads": 9, "num_key_value_heads": 3}, [Change(before=before, after=after)])
@@ -60,13 +65,15 @@ def followed(config: Config, changes: Sequence[Change]) -> Config:
     config = copy.deepcopy(config)
     for change in changes:
         if change.before.kv != change.after.kv:
-            _follow_heads(config, change)
+            _follow_heads(config, change, strict=strict)
+        if strict:
+            continue
         if change.before.kv_layers != change.after.kv_layers or _LAYERS_KEY in config:
             _home(config, change.before)[_LAYERS_KEY] = change.after.kv_layers
     return config
 
 
-def _follow_heads(config: Config, change: Change) -> None:
+def _follow_heads(config: Config, change: Change, *, strict: bool) -> None:
     """Write the new number wherever the old one stands; where it stands nowhere, wherever one of the kind stands."""
     before, after = change.before, change.after
     home = _home(config, before)
@@ -77,7 +84,7 @@ def _follow_heads(config: Config, change: Change) -> None:
     flags = list(_found(home, before, _is_multi_query_flag))
     for part, key in flags:
         part[key] = set(after.kv) == {1}
-    if not keys and not (flags and set(after.kv) <= {1, after.query}):
+    if not strict and not keys and not (flags and set(after.kv) <= {1, after.query}):
         home[_NEW_KEY] = _spoken(after.kv)
 
 

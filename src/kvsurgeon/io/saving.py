@@ -11,7 +11,7 @@ from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from kvsurgeon.errors import InputError, UsageError, WeightsError
 from kvsurgeon.io.atomic import Draft, drafting, remove_stale
-from kvsurgeon.io.carry import CONFIG, Sharing, carry_config, carry_side_files, carry_weights, write_side_files
+from kvsurgeon.io.carry import CONFIG, CONFIGS, Sharing, carry_config, carry_side_files, carry_weights, write_side_files
 from kvsurgeon.io.config import changes_of
 from kvsurgeon.io.embedding import free_name, leaving, shared_or_leaving, unloaded
 from kvsurgeon.io.fidelity import to_proto
@@ -193,8 +193,8 @@ def _carry_side_files(
         described = next((home for home in homes if (home / CONFIG).is_file()), folder)
     else:
         carry_side_files(homes, folder, draft, without=beside)
-    if CONFIG not in beside:
-        carry_config(homes, described, changes_of(model), draft)
+    for name in (name for name in CONFIGS if name not in beside):
+        carry_config(homes, described, changes_of(model), draft, name)
     write_side_files(beside, folder, draft)
 
 
