@@ -1,0 +1,225 @@
+"""Commands that change heads, where they cannot: one line, an exit code, nothing half-written, the original untouched.
+
+A disk is full, and a folder not to be written to, for real: a small file system in a namespace of mounts, and a process
+without the rights of a superuser. Where the system allows neither, these tests say that they were skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from written import read
+
+import kvsurgeon
+from kvsurgeon import io
+from kvsurgeon.cli.main import run
+
+DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"  # 8 query heads, 2 KV heads, 6 layers
+COMMANDS = {
+    "replicate-kv-heads": ["--repeat", "2"],
+    "expand-gqa": [],
+    "merge-kv-heads": ["--kv-heads", "1"],
+    "share-kv-layers": ["--kv-layers", "3"],
+}
+IMPOSSIBLE = [
+    ("replicate-kv-heads", ["--repeat", "3"], "expected one of 2, 4, 8 KV heads, found 6"),
+    ("replicate-kv-heads", ["--kv-heads", "3"], "expected one of 2, 4, 8 KV heads, found 3"),
+    ("replicate-kv-heads", ["--kv-heads", "1"], "expected one of 2, 4, 8 KV heads, found 1"),
+    ("replicate-kv-heads", ["--repeat", "0"], "expected one of 2, 4, 8 KV heads, found 0"),
+    ("merge-kv-heads", ["--kv-heads", "4"], "expected one of 1, 2 KV heads, found 4"),
+    ("merge-kv-heads", ["--kv-heads", "0"], "expected one of 1, 2 KV heads, found 0"),
+    ("share-kv-layers", ["--kv-layers", "7"], "expected 1 to 6, found 7"),
+    ("share-kv-layers", ["--kv-layers", "0"], "expected 1 to 6, found 0"),
+    ("share-kv-layers", ["--map", "0,0,1,3,3,3"], "reads itself or an earlier layer"),
+]
+UNPROVABLE = """
+g (int64[batch_size, sequence_length] input_ids) => (float[batch_size, sequence_length, 9] logits)
+ <float[9, 8] table, float[8, 12] q_weight, float[8, 6] k_weight, float[8, 6] v_weight, float[12, 9] out,
+  int64[4] q_shape = {0, 0, 4, 3}, int64[4] k_shape = {0, 0, 2, 3}, int64[3] flat = {0, 0, 12},
+  int64[1] two = {2}, int64[5] times = {1, 1, 2, 1, 1}, int64[4] grouped = {0, 4, -1, 3}, int64[1] last = {-1},
+  float low = {-10000}, float none = {0}, int64 zero = {0}, int64 one = {1}, int64[2] column = {-1, 1}>
+{
+  x = Gather(table, input_ids)
+  q = MatMul(x, q_weight)
+  q4 = Reshape(q, q_shape)
+  qt = Transpose<perm = [0, 2, 1, 3]>(q4)
+  k0 = MatMul(x, k_weight)
+  k = Softmax<axis = -1>(k0)
+  k4 = Reshape(k, k_shape)
+  kt = Transpose<perm = [0, 2, 1, 3]>(k4)
+  k5 = Unsqueeze(kt, two)
+  kr = Expand(k5, times)
+  kh = Reshape(kr, grouped)
+  kx = Transpose<perm = [0, 1, 3, 2]>(kh)
+  v = MatMul(x, v_weight)
+  v4 = Reshape(v, k_shape)
+  vt = Transpose<perm = [0, 2, 1, 3]>(v4)
+  v5 = Unsqueeze(vt, two)
+  vr = Expand(v5, times)
+  vh = Reshape(vr, grouped)
+  shape = Shape(input_ids)
+  length = Gather(shape, one)
+  row = Range(zero, length, one)
+  rows = Reshape(row, column)
+  seen = LessOrEqual(row, rows)
+  mask = Where(seen, none, low)
+  scores = MatMul(qt, kx)
+  masked = Add(scores, mask)
+  weights = Softmax(masked)
+  context = MatMul(weights, vh)
+  back = Transpose<perm = [0, 2, 1, 3]>(context)
+  joined = Reshape(back, flat)
+  logits = MatMul(joined, out)
+}
+"""
+# Runs commands, and prints of each its exit code, what it said, and what is in the folder that it wrote to.
+CHILD = """
+import contextlib, io, json, os, sys
+from kvsurgeon.cli.main import run
+folder, *commands = json.loads(sys.argv[1])
+for command in commands:
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = run(command)
+    print(json.dumps([code, said.getvalue(), sorted(os.listdir(folder))]))
+"""
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {one.name: hashlib.sha256(one.read_bytes()).hexdigest() for one in sorted(folder.iterdir())}
+
+
+def works(*command: str) -> bool:
+    return shutil.which(command[0]) is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
+SMALL_DISK = ("unshare", "--map-root-user", "--mount", "sh", "-c")
+WITHOUT_RIGHTS = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
+needs_mounts = pytest.mark.skipif(
+    not works(*SMALL_DISK, "mount -t tmpfs -o size=64k tmpfs /mnt"), reason="a small file system cannot be mounted here"
+)
+needs_rights = pytest.mark.skipif(
+    os.name != "posix" or (os.geteuid() == 0 and not works(*WITHOUT_RIGHTS, "true")),
+    reason="the superuser's rights cannot be given up here",
+)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A model whose weights lie in a file beside it."""
+    folder = tmp_path_factory.mktemp("packed") / "model"
+    io.save(io.load(DEMO), folder, source=DEMO, pack=True)
+    return folder
+
+
+@pytest.mark.parametrize(("command", "options", "said"), IMPOSSIBLE)
+def test_a_count_that_cannot_be(command, options, said, tmp_path, capsys):
+    assert run([command, str(DEMO), *options, "-o", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_way_that_mixes_heads(command, tmp_path, capsys):
+    model = tmp_path / "model.onnx"
+    model.write_bytes(read(UNPROVABLE).SerializeToString())
+    before = digest(tmp_path)
+    options = ["--kv-layers", "1"] if command == "share-kv-layers" else COMMANDS[command]
+
+    code = run([command, str(model), *options, "-o", str(tmp_path / "out")])
+
+    error = capsys.readouterr().err
+    assert code == 3
+    assert error.count("\n") == 1
+    if command != "share-kv-layers":  # there is one layer: nothing to be shared
+        assert "Softmax: it cannot be seen whether it keeps heads apart - at `k`" in error
+    assert digest(tmp_path) == before
+
+
+@needs_mounts
+def test_a_full_disk(packed, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    before = digest(packed)
+    commands = [
+        [command, str(packed), *options, "--no-verify", "-o", str(disk / "out"), *more]
+        for command, options in COMMANDS.items()
+        for more in ([], ["--pack"])
+    ]
+    given = json.dumps([str(disk), *commands])
+    script = f'mount -t tmpfs -o size=300k tmpfs "{disk}" && "$0" -c "$1" "$2"'
+
+    found = subprocess.run([*SMALL_DISK, script, sys.executable, CHILD, given], capture_output=True, text=True)
+
+    assert found.returncode == 0, found.stderr
+    answers = [json.loads(line) for line in found.stdout.splitlines()]
+    assert len(answers) == len(commands)
+    for code, said, left in answers:
+        assert code == 2
+        assert said.count("\n") == 1
+        assert "expected room for" in said or "No space left" in said
+        assert left == []
+    assert digest(packed) == before
+
+
+@needs_mounts
+@pytest.mark.parametrize("command", ["replicate-kv-heads", "expand-gqa"])
+def test_a_full_disk_on_which_the_model_itself_lies(command, packed, tmp_path):
+    """The model is to be replaced, and there is room for it alone."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = sum(one.stat().st_size for one in packed.iterdir()) // 1024 + 100
+    inside = [str(disk), [command, str(disk), *COMMANDS[command], "--no-verify", "-o", str(disk)]]
+    script = (
+        f'mount -t tmpfs -o size={size}k tmpfs "{disk}" && cp "{packed}"/* "{disk}" && "$0" -c "$1" "$2"'
+        f' && cd "{disk}" && sha256sum *'
+    )
+
+    found = subprocess.run(
+        [*SMALL_DISK, script, sys.executable, CHILD, json.dumps(inside)], capture_output=True, text=True
+    )
+
+    assert found.returncode == 0, found.stderr
+    answer, *sums = found.stdout.splitlines()
+    code, said, left = json.loads(answer)
+    assert (code, said.count("\n")) == (2, 1)
+    assert left == sorted(digest(packed))
+    assert dict(line.split()[::-1] for line in sums) == digest(packed)
+
+
+@needs_rights
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_folder_that_may_not_be_written_to(inside, packed, tmp_path):
+    """It is the result's, or the model's own."""
+    folder = tmp_path / "folder"
+    shutil.copytree(packed, folder)
+    before = digest(folder)
+    target = folder if inside else folder / "out"
+    commands = [
+        [command, str(packed if not inside else folder), *options, "--no-verify", "-o", str(target)]
+        for command, options in COMMANDS.items()
+    ]
+    folder.chmod(0o555)
+    rights = WITHOUT_RIGHTS if os.geteuid() == 0 else ()
+
+    found = subprocess.run(
+        [*rights, sys.executable, "-c", CHILD, json.dumps([str(folder), *commands])], capture_output=True, text=True
+    )
+
+    folder.chmod(0o755)
+    assert found.returncode == 0, found.stderr
+    answers = [json.loads(line) for line in found.stdout.splitlines()]
+    assert len(answers) == len(COMMANDS)
+    for code, said, left in answers:
+        assert (code, said.count("\n")) == (2, 1)
+        assert "Permission denied" in said
+        assert left == sorted(before)
+    assert digest(folder) == before
