@@ -22,6 +22,7 @@ BUILT_IN = {
     "give-context": "kvsurgeon.passes.give_context:GiveContext",
     "narrow-ids": "kvsurgeon.passes.narrow_ids:NarrowIds",
     "without-nan-guards": "kvsurgeon.passes.nan_guards:WithoutNanGuards",
+    "plain-gather": "kvsurgeon.passes.plain_gather:PlainGather",
     "raise-opset": "kvsurgeon.passes.raise_opset:RaiseOpset",
     "half-range-masks": "kvsurgeon.passes.half_range:half_range_masks",
     "fix-shapes": "kvsurgeon.passes.fix_shapes:FixShapes",

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from attentions import attention
 from decoders import Config, Decoder
@@ -17,6 +18,8 @@ from kvsurgeon import io
 from kvsurgeon.errors import Refused
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.give_context import KEY, GiveContext
+from kvsurgeon.passes.handing.measure import Context
+from kvsurgeon.passes.handing.telling import is_hiding, told
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.passes.nan_guards import WithoutNanGuards
 from kvsurgeon.passes.narrow_ids import NarrowIds
@@ -55,14 +58,14 @@ def made(how: dict, past: int, new: int) -> np.ndarray:
 
 def logits(model: onnx.ModelProto, ids: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     run = in_onnxruntime(model)
-    (told,) = (json.loads(entry.value)["inputs"] for entry in model.metadata_props if entry.key == KEY)
+    (inputs,) = (json.loads(entry.value)["inputs"] for entry in model.metadata_props if entry.key == KEY)
     types = {v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type) for v in model.graph.input}
     caches = {v.name: dims_of(v) for v in model.graph.input if v.name.startswith("past")}
     held = {name: np.full([1, heads, HELD, width], 7.0) for name, (_, heads, _, width) in caches.items()}
     answers, past = [], 0
     for size in sizes:
-        feeds = {"input_ids": ids[None, past : past + size], **held}
-        feeds |= {name: made(how, past, size) for name, how in told.items()}
+        feeds = {model.graph.input[0].name: ids[None, past : past + size], **held}
+        feeds |= {name: made(how, past, size) for name, how in inputs.items()}
         found = run({name: array.astype(types[name]) for name, array in feeds.items()})
         for name in held:
             held[name] = np.concatenate([held[name], found[name.replace("past_key_values", "present")]], axis=2)
@@ -151,6 +154,24 @@ def test_a_mask_of_more_than_distance_is_refused():
 def test_without_a_cache_nothing_is_given():
     with pytest.raises(Refused, match="a model with a cache"):
         GiveContext().apply(Subject.of(MODELS["own"]))
+
+
+def test_a_bias_by_distance_that_hides_nothing_itself():
+    text = attention(
+        scores="near = Sub(row, column)\n  far = Cast<to = 1>(near)\n  bias = Mul(far, half)\n  s = Add(s0, bias)"
+    )
+    model = read(text)
+    (inputs,) = (json.loads(e.value)["inputs"] for e in given(model, max_length=32).metadata_props if e.key == KEY)
+    assert sorted(how["hidden"] for how in inputs.values()) == [-10_000.0, 0.0]
+    random = np.random.default_rng(0).normal(size=(9, 8)).astype(np.float32)
+    expected = in_onnxruntime(model)({"x": random[None]})["logits"][0]
+    assert difference(logits(given(model), random, (4, 1, 4)), expected) < ALLOWED["float32"]
+
+
+def test_scores_of_later_keys_must_be_hidden():
+    assert not is_hiding(Context(value=ir.Value(name="v"), kind="mask", ones=(), table=np.zeros((40, 40))))
+    with pytest.raises(Refused, match="too small a number"):
+        told(Context(value=ir.Value(name="v"), kind="mask", ones=(), table=np.zeros((40, 40))), hidden_elsewhere=False)
 
 
 def test_a_short_text_needs_enough_places_for_its_context_to_be_known():

@@ -16,7 +16,7 @@ from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.handing.frontier import find_frontier, text_and_cache
 from kvsurgeon.passes.handing.measure import Context, Laboratory, measure
-from kvsurgeon.passes.handing.telling import halves, hides, told
+from kvsurgeon.passes.handing.telling import halves, hides, is_hiding, told
 
 KEY = "kvsurgeon.context"  # of what hosts are told, in the file's metadata
 
@@ -61,7 +61,7 @@ class GiveContext:
             return Unchanged(reason="nothing in it depends on masks or positions")
         places, contexts = self._measured(Laboratory(graph, frontier, text, cache))
         editor = Editor(model)
-        notes = _Giving(editor).give(contexts)
+        notes = _Giving(editor, hidden=any(is_hiding(context) for context in contexts)).give(contexts)
         self._forget(editor, text, cache)
         model.metadata_props[KEY] = json.dumps({"places": places, "inputs": notes})
         subject.model = model
@@ -101,8 +101,9 @@ _GIVEN = "kvsurgeon.given"  # marks an input for as long as the pass runs
 class _Giving:
     """Adds the inputs, and lets the graph read them."""
 
-    def __init__(self, editor: Editor) -> None:
+    def __init__(self, editor: Editor, *, hidden: bool) -> None:
         self.editor = editor
+        self.hidden = hidden  # whether a mask leaves later keys no weight
         self.count: dict[str, int] = {}
         self.made: dict[tuple[str, str, bytes], ir.Value] = {}
         self.notes: dict[str, object] = {}
@@ -121,7 +122,7 @@ class _Giving:
         heads = _heads(context)
         counts = context.kind == "rows" and context.table.ndim == 1
         name = self._name(context, counts=counts)
-        self.notes[name] = told(context)
+        self.notes[name] = told(context, hidden_elsewhere=self.hidden)
         shape: list[int | str] = [1, heads, NEW if context.kind == "mask" else 1, TOTAL]
         if context.kind == "rows":
             width = 1 if counts else context.table.shape[1] // (2 if halves(context) else 1)

@@ -10,6 +10,7 @@ from kvsurgeon.passes.inject import Inject
 from kvsurgeon.passes.name_dims import NameDims
 from kvsurgeon.passes.nan_guards import WithoutNanGuards
 from kvsurgeon.passes.narrow_ids import NarrowIds
+from kvsurgeon.passes.plain_gather import PlainGather
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.target import Obstacle, SideFile, Target, Variant
 
@@ -52,6 +53,7 @@ QNN = Target(
     finish=(
         GiveContext(),
         WithoutNanGuards(),
+        PlainGather(),
         NameDims(dims=("batch_size=1", "past_sequence_length=cache_length", "total_sequence_length=max_length")),
         NarrowIds(),
     ),

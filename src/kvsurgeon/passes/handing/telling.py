@@ -21,21 +21,26 @@ def halves(context: Context) -> bool:
     return bool(np.array_equal(first, second))
 
 
-def told(context: Context) -> Mapping[str, Any]:
+def told(context: Context, *, hidden_elsewhere: bool) -> Mapping[str, Any]:
     """Return what the host must know of one input.
 
-    A mask has a number for each distance between a query and an earlier key, and one that hides; rows have numbers for
-    each place, columns for the place of each key.
+    A mask has a number for each distance between a query and an earlier key, and one for all other keys, which hides
+    them, or may be any where another mask does; rows have numbers for each place, columns for the place of each key.
 
     Raises:
-        Refused: A mask depends on more than distance.
+        Refused: A mask depends on more than distance, or nothing hides later keys.
     """
     if context.kind == "mask":
-        return {"kind": "mask", **_by_distance(context)}
+        return {"kind": "mask", **_by_distance(context, hidden_elsewhere)}
     table = context.table
     if halves(context):
         table = np.split(table, 2, axis=1)[0]
     return {"kind": context.kind, "table": _numbers(table)}
+
+
+def is_hiding(context: Context) -> bool:
+    """Whether it is a mask that by itself leaves later keys no weight."""
+    return context.kind == "mask" and (context.table.dtype == bool or hides(context) <= HIDDEN)
 
 
 def hides(context: Context) -> Any:
@@ -46,7 +51,7 @@ def hides(context: Context) -> Any:
     return hidden.max() if hidden.dtype != bool else bool(hidden[..., 0].flat[0])
 
 
-def _by_distance(context: Context) -> dict[str, Any]:
+def _by_distance(context: Context, hidden_elsewhere: bool) -> dict[str, Any]:
     table = context.table if context.table.ndim == 3 else context.table[None]
     places = table.shape[-1]
     hidden = hides(context)
@@ -59,8 +64,10 @@ def _by_distance(context: Context) -> dict[str, Any]:
         numbers = np.where(seen == hidden, HIDDEN, 0.0)
     else:
         numbers = np.maximum(seen.astype(np.float64), HIDDEN)
-        if not hidden <= HIDDEN:
-            raise Refused("a mask hides later keys by too small a number", at=context.value.name, found=str(hidden))
+        if not is_hiding(context):
+            if not hidden_elsewhere:
+                raise Refused("a mask hides later keys by too small a number", at=context.value.name, found=str(hidden))
+            return {"seen": _numbers(numbers), "hidden": 0.0}
     return {"seen": _numbers(numbers), "hidden": HIDDEN}
 
 

@@ -1,0 +1,39 @@
+"""A row that is picked by one index is picked by a Gather."""
+
+import numpy as np
+import pytest
+from laws import in_onnxruntime
+from written import read
+
+from kvsurgeon import io
+from kvsurgeon.passes.contract import Changed, Subject, Unchanged
+from kvsurgeon.passes.plain_gather import PlainGather
+
+PICKED = """case (float[b, 4, 3] x, int64[2, 5, 1] places) => (float[2, 5, 4, 3] y)
+{
+  picked = GatherND(x, places)
+  y = Identity(picked)
+}"""
+
+
+def test_the_same_rows():
+    model = read(PICKED)
+    subject = Subject.of(model)
+    assert isinstance(PlainGather().apply(subject), Changed)
+    result = io.to_proto(subject.model)
+    assert "GatherND" not in {node.op_type for node in result.graph.node}
+    random = np.random.default_rng(0)
+    feeds = {"x": random.normal(size=(6, 4, 3)).astype(np.float32), "places": random.integers(-6, 6, (2, 5, 1))}
+    assert np.array_equal(in_onnxruntime(result)(feeds)["y"], in_onnxruntime(model)(feeds)["y"])
+    assert isinstance(PlainGather().apply(subject), Unchanged)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PICKED.replace("5, 1]", "5, 2]").replace("float[2, 5, 4, 3]", "float[2, 5, 3]"),
+        PICKED.replace("GatherND(", "GatherND<batch_dims = 1>(").replace("[b, 4", "[2, 4").replace("5, 4, 3", "5, 3"),
+    ],
+)
+def test_what_several_indices_pick_stays(text):
+    assert isinstance(PlainGather().apply(Subject.of(read(text))), Unchanged)
