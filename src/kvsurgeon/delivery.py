@@ -187,7 +187,10 @@ def _finished(
         steps += tuple(step for result in results.values() for step in result.steps)
     config = followed(subject.config or {}, changes_of(model))
     facts = [
-        facts_of(one.model, target.cache, decoder=decoder, config=config, room=target.max_length)
+        replace(
+            facts_of(one.model, target.cache, decoder=decoder, config=config, room=target.max_length),
+            beside=_beside(target, subject.folder),
+        )
         for one in results.values()
     ]
     found = dict.fromkeys(obstacle for one in facts for obstacle in obstacles(target, one))
@@ -241,11 +244,29 @@ def _side_files(target: Target, facts: Facts) -> dict[str, str]:
 
 def _missing(target: Target, folder: Path | None) -> list[Obstacle]:
     """Return which files the client will miss; they may lie in the folder above `onnx/`."""
-    homes = [] if folder is None else [folder, *([folder.parent] if folder.name == "onnx" else [])]
     return [
         Obstacle(
             what=f"expected {name} beside the source, found none: {target.name} will want it", at=name, stops=False
         )
         for name in target.beside
-        if not any((home / name).is_file() for home in homes)
+        if _file_beside(folder, name) is None
     ]
+
+
+def _file_beside(folder: Path | None, name: str) -> Path | None:
+    homes = [] if folder is None else [folder, *([folder.parent] if folder.name == "onnx" else [])]
+    return next((home / name for home in homes if (home / name).is_file()), None)
+
+
+def _beside(target: Target, folder: Path | None) -> dict[str, Mapping[str, Any]]:
+    """Return what the source has under the names of the target's side files; what is no JSON object is left out."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name in (side_file.name for side_file in target.side_files):
+        path = _file_beside(folder, name)
+        try:
+            said = None if path is None else json.loads(path.read_text("utf-8"))
+        except ValueError:
+            continue
+        if isinstance(said, dict):
+            found[name] = said
+    return found

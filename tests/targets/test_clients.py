@@ -14,6 +14,7 @@ from kvsurgeon.targets.genai import GENAI, genai_config
 from kvsurgeon.targets.obstacles import obstacles
 from kvsurgeon.targets.optimum import BY_HEAD_DIM, BY_KV_HEADS, OPTIMUM
 from kvsurgeon.targets.optimum import fitted_config as for_optimum
+from kvsurgeon.targets.tokenizers import CONFIG, TOKENIZER, class_before_5, merges_as_text
 from kvsurgeon.targets.transformers_js import TRANSFORMERS_JS
 from kvsurgeon.targets.transformers_js import fitted_config as for_transformers_js
 
@@ -124,3 +125,25 @@ def test_a_config_that_transformers_js_reads_so_is_kept():
 def test_transformers_js_takes_no_more_data_files_than_it_can_count():
     assert any("files of external data" in one for one in stopping(TRANSFORMERS_JS, facts(data_files=101)))
     assert not stopping(TRANSFORMERS_JS, facts(data_files=100))
+
+
+def beside(name, said):
+    return replace(facts(), beside={name: said})
+
+
+def test_a_tokenizer_is_called_by_the_class_name_that_it_had_before():
+    said = {"tokenizer_class": "TokenizersBackend", "eos_token": "</s>"}
+    expected = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    assert class_before_5(beside(CONFIG, said)) == expected
+    assert class_before_5(beside(CONFIG, {"tokenizer_class": "LlamaTokenizer"})) is None
+    assert class_before_5(facts()) is None
+
+
+def test_merges_are_texts_where_none_would_be_cut_at_another_place():
+    said = {"version": "1.0", "model": {"type": "BPE", "merges": [["a", "b"], ["ab", "c"]]}}
+    assert merges_as_text(beside(TOKENIZER, said))["model"] == {"type": "BPE", "merges": ["a b", "ab c"]}
+    assert merges_as_text(beside(TOKENIZER, said))["version"] == "1.0"
+    for merges in (["a b"], [["a", " b"]], []):
+        assert merges_as_text(beside(TOKENIZER, {"model": {"merges": merges}})) is None
+    assert merges_as_text(beside(TOKENIZER, {"model": None})) is None
+    assert merges_as_text(facts()) is None

@@ -1,6 +1,7 @@
 """A target's folder holds the model and all that its client reads, or nothing is written and it is said why."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from types import ModuleType
@@ -49,6 +50,19 @@ def test_model_data_and_side_files_lie_where_the_target_says(given, tmp_path):
     assert json.loads((tmp_path / "out" / "about.json").read_text()) == {"layers": 3, "heads": [2]}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["heads"] == 4
     assert kvsurgeon.verify(given, done.path).verdict == "same"
+
+
+def test_what_the_source_has_under_the_name_of_a_side_file_is_told(given, tmp_path):
+    names = ("config.json", "tokenizer.json", "none.json", "broken.json", "list.json")
+    source = shutil.copytree(given, tmp_path / "source")
+    (source / "tokenizer.json").write_text('{"words": 3}')
+    (source / "broken.json").write_text("{")
+    (source / "list.json").write_text("[]")
+    told = {}
+    side_files = tuple(SideFile(name=name, write=lambda facts: told.update(facts.beside)) for name in names)
+    deliver(source, replace(PLAIN, side_files=side_files), tmp_path / "out", verify=False)
+    assert told == {"config.json": json.loads((given / "config.json").read_text()), "tokenizer.json": {"words": 3}}
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == {"words": 3}
 
 
 def test_weights_under_other_names_are_the_same_weights(given, tmp_path):

@@ -8,6 +8,7 @@ from kvsurgeon.passes.position_ids import PositionIds
 from kvsurgeon.passes.rename import Rename
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.target import Obstacle, Target
+from kvsurgeon.targets.tokenizers import CONFIG_BEFORE_5, MERGES_AS_TEXT
 
 _ORDER = ("input_ids", "attention_mask", "positions")  # compute_engine_inputs takes the first two by their place
 _SHIFTED = frozenset(("causal", "window"))  # masks that are the same wherever a text begins
@@ -47,5 +48,6 @@ DEEPSPARSE = Target(
     fixed_axes=(1, 3),
     uniform=True,
     beside=("config.json", "tokenizer.json", "tokenizer_config.json"),
+    side_files=(CONFIG_BEFORE_5, MERGES_AS_TEXT),
     rules=(_in_the_way,),
 )

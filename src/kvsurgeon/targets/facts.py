@@ -50,6 +50,7 @@ class Facts:
         config: What its config.json says; empty where it has none.
         data_files: Files of external data that lie beside it.
         metadata: What passes noted in the file for hosts.
+        beside: What the source has under the names of the target's side files, as far as it is JSON.
         room: Tokens that a text may have at the target; None where the client asks for no such number.
     """
 
@@ -62,6 +63,7 @@ class Facts:
     config: Mapping[str, Any]
     data_files: int = 0
     metadata: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     room: int | None = None
 
     @property

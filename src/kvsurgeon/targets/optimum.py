@@ -7,6 +7,7 @@ from typing import Any
 
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.target import Obstacle, SideFile, Target
+from kvsurgeon.targets.tokenizers import CONFIG_BEFORE_5
 
 # Source: ORTModelForCausalLM.__init__ of optimum-onnx 0.1.0. It makes the empty caches of the first call out of the
 # config, by model type: these read `num_key_value_heads`, and these again `head_dim`; any other type has as many heads
@@ -105,6 +106,6 @@ OPTIMUM = Target(
     cache_dtypes=_FLOATS,
     fixed_axes=(1, 3),
     uniform=True,
-    side_files=(SideFile(name="config.json", write=fitted_config),),
+    side_files=(SideFile(name="config.json", write=fitted_config), CONFIG_BEFORE_5),
     rules=(_worth_knowing,),
 )

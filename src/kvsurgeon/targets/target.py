@@ -41,7 +41,7 @@ class SideFile:
     Attributes:
         name: Where it stands in the target's folder.
         write: Its text, or an object to be written as JSON; None where the model needs no such file. What the
-            source has under that name is in `Facts.config` if it is the config, and is replaced.
+            source has under that name is in `Facts.beside`, the config in `Facts.config`, and is replaced.
     """
 
     name: str
