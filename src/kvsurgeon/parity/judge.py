@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import onnx
+
 from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError, UsageError
 from kvsurgeon.parity.original import Original, examine
 from kvsurgeon.parity.report import Report, Trial
 from kvsurgeon.parity.scenario import Lengths, Scenario, plan
-from kvsurgeon.parity.tolerance import TOLERANCES, Arithmetic, arithmetic_of, load_graph
+from kvsurgeon.parity.tolerance import ROUNDED, TOLERANCES, Arithmetic, arithmetic_of, load_graph
 from kvsurgeon.parity.trace import Graph, first_difference, telling
 from kvsurgeon.parity.trial import judge
+from kvsurgeon.parity.unrounded import unrounded
 from kvsurgeon.runtime import (
     CachedDecoder,
     Inputs,
@@ -38,6 +41,8 @@ from kvsurgeon.runtime import (
 )
 
 Progress = Callable[[int, int, str], None]  # trials done, trials in all, name of the next
+_UNFUSED: Optimisation = "basic"  # more would round again: `MatMulNBits` of 8-bit weights rounds activations
+_ROUNDINGS = 3  # a call's own ranges, its past's, and those of the whole text
 _LEVELS: tuple[Optimisation, ...] = ("all", "basic", "off")  # each rewrites less than the one before
 
 
@@ -74,30 +79,82 @@ def verify(
         InputError: The original cannot be read.
     """
     start = time.perf_counter()
+    trial = partial(
+        _tried, seed=seed, lengths=lengths or Lengths(), threads=threads, explain=explain, progress=progress
+    )
     graphs = load_graph(original), load_graph(injected)
-    arithmetic = arithmetic_of(graphs[0])
+    sides = [_Side(source=source, graph=graph, folder=_folder(source, folder))
+             for source, graph in zip((original, injected), graphs, strict=True)]  # fmt: skip
+    report, wobble = trial(*sides, optimisation=optimisation)
+    if report.arithmetic in ROUNDED:
+        exact = [side for side in map(_Side.unrounded, sides) if side is not None]
+        if len(exact) == len(sides):
+            report = _weighed(report, wobble, trial(*exact, optimisation=_UNFUSED)[0])
+    return replace(report, seconds=time.perf_counter() - start)
+
+
+def _weighed(report: Report, wobble: float, exact: Report) -> Report:
+    """Return what is to be said of two models that round: the same apart from that, and fit to run as they are?
+
+    Args:
+        report: Of the models as they are.
+        wobble: How far the original, as it is, is from itself where other tokens follow.
+        exact: Of the models with nothing rounded.
+    """
+    if exact.verdict == "unknown" or report.verdict == "unknown":
+        return report
+    exact = replace(exact, arithmetic=report.arithmetic)
+    if exact.verdict == "different":
+        return replace(exact, notes=(*exact.notes, "judged with nothing rounded to 8 bits"))
+    failed = report.faults or any(trial.verdict == "different" and trial.error is None for trial in report.trials)
+    allowed = max(report.tolerance.error, _ROUNDINGS * wobble)
+    if failed or report.error is None or not report.error <= allowed:
+        return report
+    said = f"judged with nothing rounded to 8 bits; rounding sets logits apart by {report.error:.2g} of their spread"
+    if wobble > report.tolerance.error:
+        said += f", and the original's own by {wobble:.2g} where other tokens follow"
+    return replace(exact, notes=(*exact.notes, said))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Side:
+    """One of the two models."""
+
+    source: Source
+    graph: onnx.ModelProto  # without external weights
+    folder: Path | None  # where these lie
+
+    def unrounded(self) -> _Side | None:
+        """The model with nothing rounded to 8 bits, where that can be had."""
+        graph = unrounded(self.graph)
+        return None if graph is None else replace(self, source=graph, graph=graph)
+
+
+def _tried(
+    original: _Side, injected: _Side, *, seed: int, lengths: Lengths, threads: int | None, optimisation: Optimisation,
+    explain: bool, progress: Progress | None,
+) -> tuple[Report, float]:  # fmt: skip
+    """Return what comes of running both, and how far the original is from itself where other tokens follow."""
+    arithmetic = arithmetic_of(original.graph)
     blank = Report(arithmetic=arithmetic, tolerance=TOLERANCES[arithmetic])
 
     def hear(level: Optimisation) -> _Hearing:
         models = [
-            partial(open_session, source, folder=folder, threads=threads, optimisation=level, name=name)
-            for source, name in ((original, "the original"), (injected, "the model with a cache"))
+            partial(open_session, side.source, folder=side.folder, threads=threads, optimisation=level, name=name)
+            for side, name in ((original, "the original"), (injected, "the model with a cache"))
         ]
-        return _hear(blank, *models, lengths=lengths or Lengths(), seed=seed)
+        return _hear(blank, *models, lengths=lengths, seed=seed)
 
     hearing = _steady(hear, optimisation)
     known, cached, report = hearing.original, hearing.cached, hearing.report
     if known is None or cached is None:
-        return report
+        return report, 0.0
     scenarios = _plan(known, cached, seed)
     trials = _try(scenarios, known, cached, report, progress)
     report = replace(report, trials=trials, notes=report.notes + known.notes + _unjudged(trials))
     scenario = telling(scenarios, trials)
     if explain and scenario is not None:
-        before, after = (
-            Graph(model=graph, folder=_folder(source, folder))
-            for graph, source in zip(graphs, (original, injected), strict=True)
-        )
+        before, after = (Graph(model=side.graph, folder=side.folder) for side in (original, injected))
         name = first_difference(
             before,
             after,
@@ -108,7 +165,7 @@ def verify(
             threads=threads,
         )
         report = replace(report, first_difference=name)
-    return replace(report, seconds=time.perf_counter() - start)
+    return report, known.wobble
 
 
 @dataclass(frozen=True, kw_only=True)

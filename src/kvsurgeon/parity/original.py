@@ -26,6 +26,7 @@ class Original:
         lengths: How long texts may be.
         by_rows: It is right at batch 1 only.
         steady: It gives a token the same logits whatever follows.
+        wobble: How far its logits for a token are apart where other tokens follow, over their spread.
         notes: What a reader should know of it.
     """
 
@@ -35,6 +36,7 @@ class Original:
     lengths: Lengths
     by_rows: bool = False
     steady: bool = True
+    wobble: float = 0.0
     notes: tuple[str, ...] = ()
 
     @property
@@ -100,10 +102,10 @@ def examine(decoder: UncachedDecoder, lengths: Lengths, allowed: float, seed: in
     long = decoder.length or _longest(decoder, max(lengths.long, short), known=short)
     original = replace(original, lengths=replace(original.lengths, long=long))
     by_rows = not decoder.batch and lengths.batch > 1 and not _batches(original, allowed, random)
-    steady, notes = _notes(original, lengths, allowed, random)
+    wobble, notes = _notes(original, lengths, allowed, random)
     if by_rows:
         notes.append("the original is right at batch 1 only: batches were not tried")
-    return replace(original, by_rows=by_rows, steady=steady, notes=tuple(notes))
+    return replace(original, by_rows=by_rows, steady=wobble <= allowed, wobble=wobble, notes=tuple(notes))
 
 
 def _longest(decoder: UncachedDecoder, wanted: int, known: int = 0) -> int:
@@ -156,8 +158,8 @@ def _batches(original: Original, allowed: float, random: np.random.Generator) ->
     return rows.shape == together.shape and distance(rows, together, spread(rows)) <= allowed
 
 
-def _notes(original: Original, wanted: Lengths, allowed: float, random: np.random.Generator) -> tuple[bool, list[str]]:
-    """Return whether the original is steady, and what a reader should know."""
+def _notes(original: Original, wanted: Lengths, allowed: float, random: np.random.Generator) -> tuple[float, list[str]]:
+    """Return how far the original is from itself where other tokens follow, and what a reader should know."""
     notes = []
     short, long = original.lengths.short, original.lengths.long
     if long < wanted.long:
@@ -165,11 +167,11 @@ def _notes(original: Original, wanted: Lengths, allowed: float, random: np.rando
     tokens = random.integers(0, original.vocabulary, (1, long))
     whole = original.logits(tokens)
     if short < 2 or whole.shape[1:2] != (long,):  # logits of the last token alone
-        return True, notes
+        return 0.0, notes
     scale = spread(whole)
     prefixes = {1, long // 2}  # a single token is given to other kernels than several are
-    steady = all(distance(whole[:, :part], _prefix(original, tokens, part), scale) <= allowed for part in prefixes)
-    if not steady:
+    wobble = max(distance(whole[:, :part], _prefix(original, tokens, part), scale) for part in prefixes)
+    if not wobble <= allowed:
         notes.append(
             "the original gives other logits for the same tokens when others follow: it is not causal, or it changes "
             "with the length, and no cache can equal it"
@@ -177,7 +179,7 @@ def _notes(original: Original, wanted: Lengths, allowed: float, random: np.rando
     tokens[0, 0] = (tokens[0, 0] + 1) % original.vocabulary
     if distance(whole[:, 1:], original.logits(tokens)[:, 1:], scale) <= allowed:
         notes.append("the original's logits hardly depend on earlier tokens: a wrong cache might not be seen")
-    return steady, notes
+    return wobble, notes
 
 
 def _prefix(original: Original, tokens: Tokens, length: int) -> Array:

@@ -71,6 +71,8 @@ TOLERANCES: dict[Arithmetic, Tolerance] = {
     ),
 }
 
+ROUNDED: frozenset[Arithmetic] = frozenset(("quantised", "dynamic"))  # to 8 bits, by what shares a call
+
 _DYNAMIC = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"}
 _FLOATS: dict[int, Arithmetic] = {
     onnx.TensorProto.FLOAT16: "float16",

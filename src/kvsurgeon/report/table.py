@@ -96,6 +96,7 @@ def surgery(done: Surgery) -> RenderableType:
     lines += [Text(f"  note: {note}") for note in done.notes]
     if done.sameness is not None:
         lines.append(Text("verified: " + ("all outputs as before" if done.report is None else _said(done.report))))
+        lines += [Text(f"  note: {note}") for note in (() if done.report is None else done.report.notes)]
     elif done.loss is None:
         lines.append(Text("not verified"))
     lost = () if done.loss is None else (loss(done.loss),)
