@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx_ir as ir
+
 from kvsurgeon.errors import UsageError
 from kvsurgeon.parity import Loss, Progress, measure_loss
 from kvsurgeon.passes.contract import Subject
@@ -18,6 +20,7 @@ def measure(
     per_layer: bool = False,
     folder: str | Path | None = None,
     progress: Progress | None = None,
+    described: ir.Model | None = None,
 ) -> Loss:
     """Return how far the predictions of `result` are from those of `original`, on a text.
 
@@ -29,6 +32,7 @@ def measure(
         per_layer: Whether to say of the output of each attention layer too how far it is from what it was.
         folder: Where weights and side files of protos lie.
         progress: Told before each stretch of text.
+        described: The graph of the result, where that refers to files that only a session can read.
 
     Raises:
         InputError: A model or the text cannot be read.
@@ -36,11 +40,13 @@ def measure(
         RunError: A model cannot be run.
         ParityError: The result gives something else when its cache is used, or no numbers.
     """
-    layers = tuple(zip(*_attention_outputs(original, result, folder), strict=True)) if per_layer else ()
+    layers = tuple(zip(*_attention_outputs(original, described or result, folder), strict=True)) if per_layer else ()
     return measure_loss(original, result, text=text, layers=layers, folder=folder, progress=progress)
 
 
-def _attention_outputs(original: Source, result: Source, folder: str | Path | None) -> tuple[list[str], list[str]]:
+def _attention_outputs(
+    original: Source, result: Source | ir.Model, folder: str | Path | None
+) -> tuple[list[str], list[str]]:
     before, after = (
         [attention.at for attention in Subject.of(source, folder).decoder().attentions] for source in (original, result)
     )

@@ -78,7 +78,23 @@ def replicate_kv_heads(
     before = original.generate(prompt, max_new_tokens=max_new_tokens)
     wanted = ReplicateKvHeads(repeat=None if kv_heads is not None else repeat, kv_heads=kv_heads)
     surgery = operate(file, Pipeline((wanted,)), verify=verify)
-    result = Writer(io.to_proto(surgery.model), folder=file.parent)
+    folder = Path(output) if output is not None else file.parent.parent
+    with io.staged(surgery.model, folder) as proto:
+        after, error = _compared(file, original, before, Writer(proto, folder=file.parent), prompt, max_new_tokens)
+    counts = _counts(surgery)
+    name = f"{file.parent.name}-{max(counts[1])}kvheads"
+    path = io.save(surgery.model, folder / name, source=file, sharing=sharing, pack=pack)
+    return Replication(path=path, kv_heads=counts, before=before, after=after, error=error, surgery=surgery)
+
+
+def _compared(
+    file: Path, original: Writer, before: Generation, result: Writer, prompt: Prompt, max_new_tokens: int
+) -> tuple[Generation, float]:
+    """What the result writes, and how far its logits are from the original's.
+
+    Raises:
+        ParityError: It writes something else.
+    """
     after = result.generate(prompt, max_new_tokens=max_new_tokens)
     if after.tokens != before.tokens:
         raise ParityError(
@@ -93,11 +109,7 @@ def replicate_kv_heads(
         raise ParityError(
             f"expected logits within {allowed:.0e} of their spread, found {error:.1e}; nothing was written"
         )
-    counts = _counts(surgery)
-    folder = Path(output) if output is not None else file.parent.parent
-    name = f"{file.parent.name}-{max(counts[1])}kvheads"
-    path = io.save(surgery.model, folder / name, source=file, sharing=sharing, pack=pack)
-    return Replication(path=path, kv_heads=counts, before=before, after=after, error=error, surgery=surgery)
+    return after, error
 
 
 def _counts(surgery: Surgery) -> tuple[tuple[int, ...], tuple[int, ...]]:

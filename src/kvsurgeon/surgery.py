@@ -94,13 +94,17 @@ def operate(
     if not result.changed:
         raise Refused(_nothing_done(result.steps), hint="nothing was written")
     sameness = loss = path = None
-    if original is not None and result.exact:
-        sameness = _judged(original, result.model, subject.folder, progress)
-    elif original is not None:
-        from kvsurgeon.loss import measure  # onnxruntime is slow to import
+    if original is not None:
+        with io.staged(result.model, destination) as now:
+            if result.exact:
+                sameness = _judged(original, now, subject.folder, progress)
+            else:
+                from kvsurgeon.loss import measure  # onnxruntime is slow to import
 
-        now = io.to_proto(result.model)
-        loss = measure(original, now, text=text, per_layer=per_layer, folder=subject.folder, progress=progress)
+                loss = measure(
+                    original, now, text=text, per_layer=per_layer, folder=subject.folder, progress=progress,
+                    described=result.model,
+                )  # fmt: skip
     if destination is not None:
         origin = source if isinstance(source, str | Path) else None
         path = io.save(result.model, destination, source=origin, sharing=sharing, pack=pack)
@@ -116,10 +120,12 @@ def _require_weights(subject: Subject) -> None:
         )
 
 
-def _judged(original: onnx.ModelProto, model: ir.Model, folder: Path | None, progress: Progress | None) -> Sameness:
+def _judged(
+    original: onnx.ModelProto, now: onnx.ModelProto, folder: Path | None, progress: Progress | None
+) -> Sameness:
     from kvsurgeon.sameness import judge  # onnxruntime is slow to import, and not needed where nothing is judged
 
-    sameness = judge(original, io.to_proto(model), folder=folder, progress=progress)
+    sameness = judge(original, now, folder=folder, progress=progress)
     if sameness.verdict == "different":
         more = f" (and {len(sameness.problems) - 1} more)" if len(sameness.problems) > 1 else ""
         raise ParityError(f"the result does not compute what the original computes: {sameness.problems[0]}{more}")

@@ -4,6 +4,7 @@ from kvsurgeon.io.fidelity import to_proto
 from kvsurgeon.io.loading import load, loaded_from
 from kvsurgeon.io.locate import find_model
 from kvsurgeon.io.saving import save, save_variants
+from kvsurgeon.io.staging import staged
 from kvsurgeon.io.weights import WeightFile, check_weights, weight_files
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "loaded_from",
     "save",
     "save_variants",
+    "staged",
     "to_proto",
     "weight_files",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 
@@ -19,7 +20,7 @@ from kvsurgeon.errors import (
     UsageError,
     WeightsError,
 )
-from kvsurgeon.runtime.tensor import declared
+from kvsurgeon.runtime.tensor import declared, to_runtime
 
 Optimisation = Literal["off", "basic", "all"]
 Source = str | Path | onnx.ModelProto
@@ -30,6 +31,7 @@ _LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 _FATAL_ONLY = 4
+_OPEN_FILES = "/proc/self/fd"  # where Linux shows a process its open files
 _LARGEST_MESSAGE = 2**31 - 1  # bytes that protobuf can hold in one message
 
 
@@ -43,8 +45,10 @@ class Session:
         metadata: What is noted in the file beside the graph.
     """
 
-    def __init__(self, session: ort.InferenceSession, name: str) -> None:
+    def __init__(self, session: ort.InferenceSession, name: str, held: Sequence[Any] = ()) -> None:
+        """Take a session, and what it reads from where it lies."""
         self._session = session
+        self._held = held
         self.name = name
         self.inputs = tuple(declared(info) for info in session.get_inputs())
         self.outputs = tuple(declared(info) for info in session.get_outputs())
@@ -114,11 +118,13 @@ def open_session(
         options.inter_op_num_threads = 1
     name = name or (f"`{source}`" if isinstance(source, str | Path) else "the model")
     readable = _readable(source, folder, options)
+    held = {} if isinstance(source, str | Path) else _held(source)
+    options.add_external_initializers(list(held), list(held.values()))
     try:
         session = ort.InferenceSession(readable, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise _explained(error, name) from error
-    return Session(session, name)
+    return Session(session, name, tuple(held.values()))
 
 
 def model_file(path: str | Path) -> Path:
@@ -157,6 +163,18 @@ def _readable(source: Source, folder: str | Path | None, options: ort.SessionOpt
     if source.ByteSize() > _LARGEST_MESSAGE:
         raise UsageError("expected a model below 2 GB in memory, found a larger one (save it, and give its path)")
     return bytes(source.SerializeToString())
+
+
+def _held(model: onnx.ModelProto) -> dict[str, Any]:
+    """Weights in files that this process holds open, mapped; onnxruntime takes no other files than the model's."""
+    found: dict[str, Any] = {}
+    for tensor in model.graph.initializer:
+        where = {entry.key: entry.value for entry in tensor.external_data}
+        if where.get("location", "").startswith(f"{_OPEN_FILES}/"):
+            dtype, offset = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), int(where.get("offset", 0))
+            array = np.memmap(where["location"], dtype=dtype, mode="r", offset=offset, shape=tuple(tensor.dims))
+            found[tensor.name] = to_runtime(array)
+    return found
 
 
 def _explained(error: Exception, name: str) -> KvsurgeonError:

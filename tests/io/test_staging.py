@@ -1,0 +1,89 @@
+"""What is computed lies in a file without a name while it is judged: sessions read it, and nothing of it stays."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import kvsurgeon
+from kvsurgeon import io
+from kvsurgeon.errors import UsageError
+from kvsurgeon.io import staging
+from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
+from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads
+from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.runtime import open_session
+from kvsurgeon.runtime.tensor import from_runtime, to_runtime
+from kvsurgeon.surgery import operate
+
+DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"
+pytestmark = pytest.mark.skipif(not os.path.isdir(staging.OPEN_FILES), reason="open files have no paths here")
+
+
+@pytest.fixture(autouse=True)
+def _everything_is_large(monkeypatch):
+    monkeypatch.setattr(staging, "EMBEDDED", 0)
+    monkeypatch.setattr(staging, "_SMALLEST", 1)
+
+
+def outside(proto):
+    return [one.name for one in proto.graph.initializer if one.data_location == onnx.TensorProto.EXTERNAL]
+
+
+def logits(proto):
+    session = open_session(proto, threads=1)
+    given = np.arange(6).reshape(2, 3)
+    feeds = {one.name: to_runtime(np.ones_like(given) if "mask" in one.name else given) for one in session.inputs}
+    return from_runtime(session.run(feeds)["logits"])
+
+
+def test_sessions_read_what_is_computed(tmp_path):
+    model = Pipeline((ReplicateKvHeads(repeat=2),)).run(io.load(DEMO)).model
+    embedded = io.to_proto(model)
+
+    with io.staged(model, tmp_path / "absent" / "out") as proto:
+        assert outside(proto)
+        assert not outside(embedded)
+        assert proto.ByteSize() < embedded.ByteSize()
+        assert not list(tmp_path.iterdir())
+        np.testing.assert_array_equal(logits(proto), logits(embedded))
+
+    assert not list(tmp_path.iterdir())
+    assert io.to_proto(model) == embedded
+
+
+def test_little_is_held_in_memory(monkeypatch, tmp_path):
+    model = Pipeline((ReplicateKvHeads(repeat=2),)).run(io.load(DEMO)).model
+    monkeypatch.setattr(staging, "EMBEDDED", 1 << 30)
+
+    with io.staged(model, tmp_path) as proto:
+        assert not outside(proto)
+
+
+def test_a_judged_change_is_the_one_that_is_saved(tmp_path):
+    done = operate(DEMO, Pipeline((ReplicateKvHeads(repeat=2),)), tmp_path / "out")
+
+    assert done.sameness is not None
+    assert done.sameness.verdict == "same"
+    assert not outside(onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False))
+
+
+def test_what_is_lost_is_measured_layer_by_layer(monkeypatch):
+    merged = Pipeline((MergeKvHeads(kv_heads=1),))
+    staged = operate(DEMO, merged, per_layer=True).loss
+    monkeypatch.setattr(staging, "EMBEDDED", 1 << 30)
+
+    assert staged == operate(DEMO, merged, per_layer=True).loss
+
+
+def test_a_full_disk_is_told_in_one_line(monkeypatch):
+    def full(tensor, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(staging, "_written", full)
+    with pytest.raises(UsageError, match="cannot write what the judge is to read: No space left on device; choose"):
+        operate(DEMO, Pipeline((ReplicateKvHeads(repeat=2),)))
