@@ -95,3 +95,13 @@ def test_a_bound_that_hides_nothing_stays():
     model = read(f"case (float[b, 4] x) => (float[b, 4] y) <float low = {{{LOWEST}}}> {{ y = Clip(x, low) }}")
     outcome = Pipeline((half_range_masks,)).run(model)
     assert not outcome.changed
+
+
+def test_bfloat16_has_the_range_of_float32():
+    model = read(
+        "case (bool[b, 4] seen, bfloat16[b, 4] s, bfloat16 low) => (bfloat16[b, 4] y) { y = Where(seen, s, low) }"
+    )
+    lowest = onnx.helper.make_tensor("low", onnx.TensorProto.BFLOAT16, [], [LOWEST])
+    model.graph.initializer.append(lowest)
+    del model.graph.input[2]
+    assert not Pipeline((half_range_masks,)).run(model).changed

@@ -47,4 +47,6 @@ def _limit(tensor: Any, lowest: float) -> None:
 
 
 def _is_one_float(tensor: gs.Constant) -> bool:
-    return bool(np.prod(tensor.shape) == 1 and np.issubdtype(tensor.dtype, np.floating))
+    """Whether it is one float that numpy knows; bfloat16, which it does not, has the range of float32."""
+    known = isinstance(tensor.dtype, np.dtype | type)
+    return known and bool(np.prod(tensor.shape) == 1 and np.issubdtype(tensor.dtype, np.floating))
