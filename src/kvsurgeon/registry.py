@@ -26,6 +26,7 @@ BUILT_IN = {
     "raise-opset": "kvsurgeon.passes.raise_opset:RaiseOpset",
     "half-range-masks": "kvsurgeon.passes.half_range:half_range_masks",
     "fix-shapes": "kvsurgeon.passes.fix_shapes:FixShapes",
+    "write-divisions": "kvsurgeon.passes.write_divisions:WriteDivisions",
     "fuse-attention": "kvsurgeon.passes.fuse_attention:FuseAttention",
     "replicate-kv-heads": "kvsurgeon.passes.replicate_kv_heads:ReplicateKvHeads",
     "expand-gqa": "kvsurgeon.passes.expand_gqa:ExpandGqa",
