@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError
+from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError, UsageError
 from kvsurgeon.parity import TOLERANCES, Progress, Report, Verdict, arithmetic_of, verify
 from kvsurgeon.parity.difference import spread
 from kvsurgeon.parity.tolerance import load_graph
@@ -101,7 +101,11 @@ class _OriginalError(RunError):
 
 
 def _differences(before: Session, after: Session, allowed: float, seed: int) -> Iterator[str]:
-    original, changed = _decoder(before, after), _decoder(after, before)
+    try:
+        original = _decoder(before, after)
+    except UsageError as error:
+        raise _OriginalError(f"it is not known how to ask the original: {error}") from error
+    changed = _decoder(after, before)
     static = fixed_size(original.inputs, before.inputs, "new")
     if static is None and isinstance(changed, UncachedDecoder):  # else a host fills up its calls
         static = fixed_size(changed.inputs, after.inputs, "new")

@@ -108,3 +108,60 @@ def test_put_back_it_has_its_names(case):
 def test_keys_and_values_in_one_tensor_are_not_put_back():
     with pytest.raises(Refused, match="a way of its own"):
         take_out(Subject.of(with_cache(*next(case for title, *case in CASES if title == "projecting"))))
+
+
+BUFFERS = """case (int64[b, s] x, NUMBER past_length, float[b, 2, max_length, 16] past_k,
+ float[b, 2, max_length, 16] past_v)
+ => (float[b, s, 32] logits, float[b, 2, max_length, 16] present_k, float[b, 2, max_length, 16] present_v)
+<float[16, 32] table, float[32, 32] wq, float[32, 32] wk, float[32, 32] wv, int64[1] second = {1}, int64[1] first = {0},
+ int64[4] apart = {0, 0, -1, 16}, int64[3] flat = {0, 0, -1}>
+{
+  h = Gather(table, x)
+  sizes = Shape(x)
+  new = Gather(sizes, second)
+  texts = Gather(sizes, first)
+  q = MatMul(h, wq)
+  k = MatMul(h, wk)
+  v = MatMul(h, wv)
+  q4 = Reshape(q, apart)
+  k4 = Reshape(k, apart)
+  v4 = Reshape(v, apart)
+  qh = Transpose<perm = [0, 2, 1, 3]>(q4)
+  kh = Transpose<perm = [0, 2, 1, 3]>(k4)
+  vh = Transpose<perm = [0, 2, 1, 3]>(v4)
+  places = Expand(past_length, texts)
+  present_k = TensorScatter<axis = 2>(past_k, kh, places)
+  present_v = TensorScatter<axis = 2>(past_v, vh, places)
+  all = Add(places, new)
+  c = Attention<is_causal = 1>(qh, present_k, present_v, , , , all)
+  ct = Transpose<perm = [0, 2, 1, 3]>(c)
+  logits = Reshape(ct, flat)
+}"""
+
+
+@pytest.mark.parametrize("number", ["int64[1]", "int64[b]"])
+def test_buffers_that_count_their_rows(number):
+    original = read(BUFFERS.replace("NUMBER", number), opset=24)
+    subject = Subject.of(original)
+    assert isinstance(Eject().apply(subject), Changed)
+    ejected = io.to_proto(subject.model)
+    assert judge(original, ejected).verdict == "same"
+    assert_law(ejected, injected(ejected))
+    other = Subject.of(original)
+    Retarget().apply(other)
+    assert judge(original, io.to_proto(other.model)).verdict == "same"
+
+
+@pytest.mark.parametrize("present", ["window_length", "another_length"])
+def test_a_window_that_drops_rows_is_a_window_without_them(present):
+    body = f"logits, present_k, present_v = {GROUPED}(qkv, , , past_k, past_v, ends, total, cos, sin)"
+    kept = "local_window_size = 4, sliding_window_cache = 1>"
+    original = with_cache(2, body.replace("do_rotary = 1>", f"do_rotary = 1, {kept}"))
+    for values, name in ((original.graph.input[2:], "window_length"), (original.graph.output[1:], present)):
+        for value in values:
+            value.type.tensor_type.shape.dim[2].dim_param = name
+    subject = Subject.of(original)
+    assert isinstance(Eject().apply(subject), Changed)
+    ejected = io.to_proto(subject.model)
+    assert_law(ejected, injected(ejected), texts(ejected, padded=False))
+    assert judge(original, ejected).verdict == "unknown"  # how a host fills such a window is not told

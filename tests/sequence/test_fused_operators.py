@@ -9,6 +9,7 @@ from laws import assert_law, difference, in_onnxruntime, texts
 from written import read
 
 from kvsurgeon import io
+from kvsurgeon.errors import Refused
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.sequence.written_out import in_standard_operators
@@ -78,3 +79,62 @@ def test_embeddings(body, mask):
     found, expected = (in_onnxruntime(one)(whole)["logits"] for one in (plain, original))
     assert difference(found, expected, whole["attention_mask"]) < 1e-5
     assert_law(original, injected(original), whole)
+
+
+STANDARD = """case (float[b, n, 32] x, int64[b, n] attention_mask) => (float[b, n, 32] logits)
+<float[32, 32] wq, float[32, 32] wk, float[32, 16] wg, int64[4] apart = {0, 0, -1, 16}, int64[3] flat = {0, 0, -1},
+ int64[1] second = {1}, int64[1] first = {0}, int64 nought = {0}, int64 one = {1}, float[64, 64] table>
+{
+  sizes = Shape(x)
+  length = Gather(sizes, one)
+  new = Gather(sizes, second)
+  texts = Gather(sizes, first)
+  all = Expand(new, texts)
+  counted = ReduceSum<keepdims = 0>(attention_mask, second)
+  row = Range(nought, length, one)
+  column = Unsqueeze(row, second)
+  allowed = LessOrEqual(row, column)
+  bounds = Concat<axis = 0>(new, new)
+  bias = Slice(table, noughts, bounds)
+  noughts = Concat<axis = 0>(first, first)
+  q = MatMul(x, wq)
+  k = MatMul(x, wk)
+  g = MatMul(x, wg)
+  q4 = Reshape(q, apart)
+  k4 = Reshape(k, apart)
+  g4 = Reshape(g, apart)
+  qh = Transpose<perm = [0, 2, 1, 3]>(q4)
+  kh = Transpose<perm = [0, 2, 1, 3]>(k4)
+  gh = Transpose<perm = [0, 2, 1, 3]>(g4)
+  BODY
+}"""
+TOGETHER = "ct = Transpose<perm = [0, 2, 1, 3]>(c)\n logits = Reshape(ct, flat)"
+SAYING_MORE = [
+    ("causal", f"c = Attention<is_causal = 1>(qh, kh, kh, , , , all)\n {TOGETHER}"),
+    ("masked", f"c = Attention(qh, kh, kh, allowed, , , all)\n {TOGETHER}"),
+    ("sharing heads", f"c = Attention<is_causal = 1, scale = 0.3>(qh, gh, gh, , , , all)\n {TOGETHER}"),
+    ("biased and bent", f"c = Attention<is_causal = 1, softcap = 1.5>(qh, gh, gh, bias, , , all)\n {TOGETHER}"),
+    ("heads side by side", "logits = Attention<is_causal = 1, q_num_heads = 2, kv_num_heads = 1>(q, g, g, , , , all)"),
+    ("keys that are read", f"c0, p, = Attention<is_causal = 1>(qh, kh, kh)\n c = Add(c0, p)\n {TOGETHER}".replace("p, =", "p =")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("body", [pytest.param(body, id=title) for title, body in SAYING_MORE])
+def test_attention_that_says_more(body):
+    original = in_order(read(STANDARD.replace("BODY", body), opset=24))
+    whole = texts(original)
+    plain = io.to_proto(in_standard_operators(Subject.of(original).model).model)
+    found, expected = (in_onnxruntime(one)(whole)["logits"] for one in (plain, original))
+    assert difference(found, expected) < 1e-5
+    assert_law(original, injected(original), whole)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [(f"c = Attention<is_causal = 1>(qh, kh, kh, , , , counted)\n {TOGETHER}", "changes with the number of tokens"),
+     (f"c, , , w = Attention<is_causal = 1, qk_matmul_output_mode = 3>(qh, kh, kh)\n m = ReduceMax(w)\n c1 = Mul(c, m)\n {TOGETHER.replace('(c)', '(c1)')}", "further outputs are used")],
+    ids=["ends of texts", "weights"],
+)  # fmt: skip
+def test_attention_that_says_too_much_is_refused(body, reason):
+    with pytest.raises(Refused, match=reason):
+        injected(in_order(read(STANDARD.replace("BODY", body), opset=24)))

@@ -7,20 +7,21 @@ what the original computes in its first call, whatever the original is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 import sympy
 
+from kvsurgeon.cache.counters import count_none, find_counters, spelled
 from kvsurgeon.cache.joins import WRITERS, Join, check_growth, find_joins, holds_features
 from kvsurgeon.cache.signature import CacheEntry, CacheSignature
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.liveness import read_by
 from kvsurgeon.graph.plain import in_plain_words
-from kvsurgeon.sequence.kinds import SHAPE_ONLY, read_inputs, real_inputs
+from kvsurgeon.sequence.kinds import read_inputs, real_inputs
 from kvsurgeon.sequence.lengths import Lengths, Source
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension
@@ -65,7 +66,7 @@ class _Emptying:
         self.entries = [_entry(join) for join in self.joins]
         self.empty = [join.past for join in self.joins] + _beside_the_past(self.graph, self.joins)
         self.editor = Editor(model)
-        self.counters = _counters(self.joins)
+        self.counters = find_counters(self.joins)
         self.reached = _downstream(self.graph, [*self.empty, *self.counters])
         self.instead: dict[ir.Value, ir.Value] = {}
 
@@ -79,7 +80,7 @@ class _Emptying:
         for value in (*self.empty, *self.counters):
             self.graph.inputs.remove(value)
         for value in self.counters:
-            self._count_none(value)
+            count_none(self.graph, self.editor, value)
         given, _ = read_inputs(self.graph)
         opset = self.graph.opset_imports.get("", 1)
         self.shapes = infer_shapes(self.graph, given | _emptied(self.empty, self.joins, given), opset)
@@ -107,16 +108,11 @@ class _Emptying:
         rows = join.node.inputs[join.slot.rows] or join.node.inputs[0]  # queries, keys and values in one
         assert rows is not None
         self.editor.rewire(join.node, join.slot.past, None)
+        for way in join.slot.ways:
+            self.editor.drop_attribute(join.node, way)
         given = [place for place, value in enumerate(join.node.inputs) if value is not None]
         join.node.resize_inputs(given[-1] + 1)
         return rows
-
-    def _count_none(self, counter: ir.Value) -> None:
-        """Let the number of past tokens, where it is an input of its own, be 0."""
-        assert counter.dtype is not None
-        shape = [size if isinstance(size, int) else 1 for size in counter.shape or ()]
-        none = self.editor.constant(np.zeros(shape), counter.dtype.numpy(), wish="no_past")
-        counter.replace_all_uses_with(none)
 
     def _take(self, node: ir.Node) -> None:
         """Write down what follows for one node."""
@@ -192,57 +188,6 @@ class _Emptying:
                 _drop_present(join.node, join.slot.present)
 
 
-def _counters(joins: Sequence[Join]) -> list[ir.Value]:
-    """The inputs that say how many tokens are past, which is none in a first call: where rows are written, or filled.
-
-    Raises:
-        Refused: It is read from something that says more.
-    """
-    found: dict[ir.Value, None] = {}
-    pending: list[ir.Value | None] = [value for join in joins if join.is_written for value in join.counts]
-    pending += [value for join in joins if join.idiom == "new-only" for value in _told_apart(join.past)]
-    seen: set[ir.Value] = set()
-    while pending:
-        value = pending.pop()
-        if value is None or value in seen:
-            continue
-        seen.add(value)
-        node = value.producer()
-        if node is not None:
-            pending += [] if node.op_type in SHAPE_ONLY else node.inputs
-        elif value.is_graph_input() and not value.is_initializer():
-            if len(value.shape or ()) > 1 or value.dtype is None or value.dtype.is_floating_point():
-                raise Refused(
-                    "where rows lie is told by an input that says more than a number", at=value.name,
-                    expected="the number of past tokens", found=str(value.shape),
-                )  # fmt: skip
-            found[value] = None
-    return list(found)
-
-
-_SUMS = frozenset({"Add", "Sub", "Mul", "Neg"})
-_ON_NUMBERS = _SUMS | {"Gather", "Slice", "Squeeze", "Unsqueeze", "Reshape", "Cast", "Identity"}
-
-
-def _told_apart(past: ir.Value) -> Iterator[ir.Value | None]:
-    """Yield the numbers that are added to the length of a past or taken from it: how many of its rows are filled."""
-    asked = [node.outputs[0] for node, _ in past.uses() if node.op_type == "Shape"]
-    seen, pending = set(asked), asked
-    while pending:
-        for node, index in pending.pop().uses():
-            if node.op_type not in _ON_NUMBERS or (index and node.op_type not in _SUMS):
-                continue
-            if node.op_type in ("Add", "Sub"):
-                yield from (value for value in node.inputs if value not in seen and _is_number(value))
-            if node.outputs[0] not in seen:
-                seen.add(node.outputs[0])
-                pending.append(node.outputs[0])
-
-
-def _is_number(value: ir.Value | None) -> bool:
-    return value is not None and (value.shape is None or len(value.shape) < 2)
-
-
 def _downstream(graph: ir.Graph, values: Sequence[ir.Value]) -> list[ir.Node]:
     """The nodes that depend on these values or on their shapes, in order."""
     reached, nodes = set(values), []
@@ -274,9 +219,9 @@ def _beside_the_past(graph: ir.Graph, joins: Sequence[Join]) -> list[ir.Value]:
     Raises:
         Refused: One is a past itself, and its present is not the past with new rows behind it.
     """
-    lengths = {_spelled(join.past)[join.axis] for join in joins if not join.is_written} - {None}
+    lengths = {spelled(join.past)[join.axis] for join in joins if not join.is_written} - {None}
     pasts = [join.past for join in joins]
-    found = [value for value in real_inputs(graph) if value not in pasts and lengths & set(_spelled(value))]
+    found = [value for value in real_inputs(graph) if value not in pasts and lengths & set(spelled(value))]
     for value in found:
         if holds_features(value):
             raise Refused(
@@ -286,27 +231,21 @@ def _beside_the_past(graph: ir.Graph, joins: Sequence[Join]) -> list[ir.Value]:
     return found
 
 
-def _spelled(value: ir.Value) -> list[str | None]:
-    return [None if isinstance(size, int) else size.value for size in value.shape or ()]
-
-
 Dimensions = dict[ir.Value, tuple[Dimension, ...]]
 
 
 def _emptied(empty: Sequence[ir.Value], joins: Sequence[Join], given: Dimensions) -> Dimensions:
     """The dimensions of what is empty, with 0 where the past's length was."""
     names: dict[str | None, Dimension] = {
-        name: size
-        for value, sizes in reversed(given.items())
-        for name, size in zip(_spelled(value), sizes, strict=True)
+        name: size for value, sizes in reversed(given.items()) for name, size in zip(spelled(value), sizes, strict=True)
     }
     room = {join.past: LENGTH if join.is_written else 0 for join in joins}  # a buffer holds a call's rows, and no more
-    names |= {_spelled(join.past)[join.axis]: room[join.past] for join in joins}
+    names |= {spelled(join.past)[join.axis]: room[join.past] for join in joins}
     axes = {join.past: join.axis for join in joins}
     found: Dimensions = {}
     for value in empty:
         sizes: list[Dimension] = []
-        for axis, (size, name) in enumerate(zip(value.shape or (), _spelled(value), strict=True)):
+        for axis, (size, name) in enumerate(zip(value.shape or (), spelled(value), strict=True)):
             own = BATCH if axis == 0 else dim.symbol(f"{value.name}.{axis}")
             sizes.append(
                 size if isinstance(size, int) else room[value] if axes.get(value) == axis else names.get(name, own)
@@ -354,7 +293,7 @@ def _declare(graph: ir.Graph, given: Dimensions, facts: dict[ir.Value, Fact]) ->
     """Let declared shapes speak of the one length that there is now."""
     names: dict[Dimension, str | None] = {}
     for value, sizes in given.items():
-        for name, size in zip(_spelled(value), sizes, strict=True):
+        for name, size in zip(spelled(value), sizes, strict=True):
             if not isinstance(size, int):
                 names.setdefault(size, name)
     for value, sizes in given.items():

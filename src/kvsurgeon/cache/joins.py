@@ -29,20 +29,21 @@ class Slot:
     rows: int  # index of the input
     axis: int  # of the sequence, in past and present
     counts: tuple[int, ...] = ()  # indices of the inputs that say how many rows there are
+    ways: tuple[str, ...] = ()  # attributes that say how the past is kept, and nothing of what is computed
 
 
 # Sources: the schemas of ONNX `Attention` (opset 23) and of onnxruntime's contrib operators.
 SLOTS: dict[tuple[str, str], tuple[Slot, ...]] = {
     ("", "Attention"): (Slot(past=4, present=1, rows=1, axis=2), Slot(past=5, present=2, rows=2, axis=2)),
     ("com.microsoft", "GroupQueryAttention"): (
-        Slot(past=3, present=1, rows=1, axis=2, counts=(5, 6)),
-        Slot(past=4, present=2, rows=2, axis=2, counts=(5, 6)),
+        Slot(past=3, present=1, rows=1, axis=2, counts=(5, 6), ways=("sliding_window_cache",)),
+        Slot(past=4, present=2, rows=2, axis=2, counts=(5, 6), ways=("sliding_window_cache",)),
     ),
     ("com.microsoft", "MultiHeadAttention"): (
         Slot(past=6, present=1, rows=1, axis=2),
         Slot(past=7, present=2, rows=2, axis=2),
     ),
-    ("com.microsoft", "Attention"): (Slot(past=4, present=1, rows=0, axis=3),),
+    ("com.microsoft", "Attention"): (Slot(past=4, present=1, rows=0, axis=3, ways=("past_present_share_buffer",)),),
 }
 
 # Operators that write rows into their first input: which input says where, and which holds the rows.

@@ -133,18 +133,19 @@ class CachedDecoder:
     def _call(self, feeds: Mapping[str, Array], new: int, size: int) -> dict[str, Array]:
         """Take up to `size` tokens in one call of that many."""
         past = self.past_length
-        pasts = self.host.given(self._batch(feeds), past, size)
+        batch = self._batch(feeds)
+        pasts = self.host.given(batch, past, size)
         given = {one.name: self._fitted(one, feeds[one.name], size) for one in self.inputs.given}
         if self._counter is not None:
-            given[self._counter] = self._count(past)
+            given[self._counter] = self._count(past, batch)
         results = self.session.run({name: to_runtime(array) for name, array in given.items()} | pasts, self.host.into)
         self.host.keep(results, past, new, size)
         self.past_length = past + new
         return {t.name: from_runtime(results[t.name]) for t in self.outputs if t.dtype is not None}
 
-    def _count(self, past: int) -> Array:
+    def _count(self, past: int, batch: int) -> Array:
         tensor = next(tensor for tensor in self.session.inputs if tensor.name == self._counter)
-        return np.full([1] * len(tensor.dims), past, tensor.dtype)
+        return np.full([dim if isinstance(dim, int) else batch for dim in tensor.dims], past, tensor.dtype)
 
     def _fitted(self, given: Given, array: Array, size: int) -> Array:
         """What an input is given, at the sizes that the model and its cache have room for."""

@@ -80,9 +80,14 @@ def read_note(metadata: Mapping[str, str]) -> Note:
 
 
 def find_counter(inputs: Sequence[Tensor]) -> str | None:
-    """Return the input that is given the number of past tokens, if there is one."""
-    able = [t.name for t in inputs if t.integer and all(dim == 1 for dim in t.dims) and t.name.startswith("past")]
+    """Return the input that is given the number of past tokens, once or for each text, if there is one."""
+    able = [t.name for t in inputs if t.integer and t.name.startswith("past") and _is_a_number(t)]
     return able[0] if able else None
+
+
+def _is_a_number(tensor: Tensor) -> bool:
+    alone = all(dim == 1 for dim in tensor.dims)
+    return alone or (len(tensor.dims) == 1 and axis_of(tensor.dims[0]) not in ("new", "total"))
 
 
 def open_host(cache: Sequence[CacheEntry], note: Note) -> Host:

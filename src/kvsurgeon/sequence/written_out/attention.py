@@ -19,21 +19,19 @@ class Scoring:
         scale: What they are multiplied with.
         softcap: Bound that they are bent to; none where it is 0.
         added: What is added to them, each [.., .., sequence, keys].
-        causal: Whether keys after the query are hidden.
-        window: How many keys a query sees at most, itself included; all where it is 0.
+        seen: Whether a query sees a key, [.., .., sequence, keys]; all where it is None.
         sink: Scores that nothing is behind, [1, heads, 1, 1].
     """
 
     scale: float
     softcap: float = 0.0
     added: Sequence[ir.Value | None] = field(default_factory=tuple)
-    causal: bool = False
-    window: int = 0
+    seen: ir.Value | None = None
     sink: ir.Value | None = None
 
 
 def attended(pen: Pen, query: ir.Value, key: ir.Value, value: ir.Value, scoring: Scoring) -> ir.Value:
-    """Return what each head has seen, heads side by side.
+    """Return what each head has seen, [batch, heads, sequence, head_dim].
 
     Args:
         pen: Where it is written.
@@ -49,9 +47,16 @@ def attended(pen: Pen, query: ir.Value, key: ir.Value, value: ir.Value, scoring:
         scores = pen.node_of("Mul", [pen.node_of("Tanh", [pen.node_of("Div", [scores, bound])]), bound])
     for added in scoring.added:
         scores = scores if added is None else pen.node_of("Add", [scores, added])
-    if scoring.causal:
-        scores = pen.node_of("Where", [_seen(pen, scoring.window), scores, pen.lowest()])
-    return pen.heads_together(pen.node_of("MatMul", [_weights(pen, scores, scoring.sink), value]))
+    if scoring.seen is not None:
+        scores = pen.node_of("Where", [scoring.seen, scores, pen.lowest()])
+    return pen.node_of("MatMul", [_weights(pen, scores, scoring.sink), value])
+
+
+def repeated(pen: Pen, value: ir.Value, kv_heads: int, times: int, head_dim: int) -> ir.Value:
+    """Each head of [batch, kv_heads, sequence, head_dim] as often as queries share it."""
+    apart = pen.reshaped(value, 0, kv_heads, 1, -1, head_dim)
+    again = pen.node_of("Expand", [apart, pen.integers([1, 1, times, 1, 1])])
+    return pen.reshaped(again, 0, kv_heads * times, -1, head_dim)
 
 
 def usual_scale(pen: Pen, head_dim: int) -> float:
@@ -59,8 +64,8 @@ def usual_scale(pen: Pen, head_dim: int) -> float:
     return pen.node.attributes.get_float("scale", 0.0) or 1.0 / math.sqrt(head_dim)
 
 
-def _seen(pen: Pen, window: int) -> ir.Value:
-    """[sequence, keys]: whether the key is not after the query, and near enough."""
+def not_behind(pen: Pen, window: int = 0) -> ir.Value:
+    """Write whether a key is not after the query, [sequence, keys], and one of so many where there is a window."""
     row = pen.positions()
     column = pen.reshaped(row, -1, 1)
     seen = pen.node_of("Not", [pen.node_of("Less", [column, row])])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kvsurgeon.sequence.written_out.attention import Scoring, attended, usual_scale
+from kvsurgeon.sequence.written_out.attention import Scoring, attended, not_behind, repeated, usual_scale
 from kvsurgeon.sequence.written_out.masks import PADDED_BEHIND
 from kvsurgeon.sequence.written_out.pen import Pen
 
@@ -41,14 +41,14 @@ def group_query_attention(pen: Pen) -> None:
         turning = _turning(pen)
         query, key = (turned(pen, one, turning, head_dim) for one in (query, key))
     if heads != kv_heads:
-        key, value = (_repeated(pen, one, kv_heads, heads // kv_heads, head_dim) for one in (key, value))
+        key, value = (repeated(pen, one, kv_heads, heads // kv_heads, head_dim) for one in (key, value))
     pen.assumed.add(PADDED_BEHIND)
+    causal = attributes.get_int("causal", 1)
     scoring = Scoring(
         scale=usual_scale(pen, head_dim), softcap=attributes.get_float("softcap", 0.0), added=(pen.given(BIAS),),
-        causal=bool(attributes.get_int("causal", 1)), window=max(0, attributes.get_int("local_window_size", -1)),
-        sink=_sink(pen),
+        seen=not_behind(pen, max(0, attributes.get_int("local_window_size", -1))) if causal else None, sink=_sink(pen),
     )  # fmt: skip
-    pen.finish(attended(pen, query, key, value, scoring))
+    pen.finish(pen.heads_together(attended(pen, query, key, value, scoring)))
 
 
 def _normed(pen: Pen, value: ir.Value, place: int) -> ir.Value:
@@ -126,13 +126,6 @@ def turned(pen: Pen, value: ir.Value, by: Turning, head_dim: int) -> ir.Value:
 
 def _product(pen: Pen, one: ir.Value, other: ir.Value) -> ir.Value:
     return pen.node_of("Mul", [one, other])
-
-
-def _repeated(pen: Pen, value: ir.Value, kv_heads: int, times: int, head_dim: int) -> ir.Value:
-    """Each head of [batch, kv_heads, sequence, head_dim] as often as queries share it."""
-    apart = pen.reshaped(value, 0, kv_heads, 1, -1, head_dim)
-    again = pen.node_of("Expand", [apart, pen.integers([1, 1, times, 1, 1])])
-    return pen.reshaped(again, 0, kv_heads * times, -1, head_dim)
 
 
 def _sink(pen: Pen) -> ir.Value | None:

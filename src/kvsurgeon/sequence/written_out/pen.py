@@ -131,11 +131,13 @@ class Pen:
         """Turn [batch, heads, sequence, head_dim] into [batch, sequence, hidden]."""
         return self.reshaped(self.node_of("Transpose", [value], perm=[0, 2, 1, 3]), 0, 0, -1)
 
-    def positions(self) -> ir.Value:
-        """Write the places of all tokens, [sequence]; the first input has these on its second axis."""
-        zero, one = self.integers(0), self.integers(1)
-        length = self.node_of("Gather", [self.node_of("Shape", [self.need(0)]), one])
-        return self.node_of("Range", [zero, length, one])
+    def length(self, axis: int = 1) -> ir.Value:
+        """Write how many tokens there are; the first input has them on this axis."""
+        return self.node_of("Gather", [self.node_of("Shape", [self.need(0)]), self.integers(axis)])
+
+    def positions(self, axis: int = 1) -> ir.Value:
+        """Write the places of all tokens, [sequence]."""
+        return self.node_of("Range", [self.integers(0), self.length(axis), self.integers(1)])
 
     def finish(self, *results: ir.Value | None) -> None:
         """Let whoever read the node's outputs read these, and take the node away.

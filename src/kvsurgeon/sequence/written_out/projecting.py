@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from kvsurgeon.sequence.written_out.attention import Scoring, attended, usual_scale
+from kvsurgeon.sequence.written_out.attention import Scoring, attended, not_behind, usual_scale
 from kvsurgeon.sequence.written_out.masks import padding
 from kvsurgeon.sequence.written_out.pen import Pen
 
@@ -46,9 +46,9 @@ def _write(pen: Pen, made: ir.Value, *, mask: int, bias: int, past: tuple[int, .
     causal = bool(pen.node.attributes.get_int("unidirectional", 0))
     scoring = Scoring(
         scale=usual_scale(pen, widths[0] // heads), added=(pen.given(bias), padding(pen, mask, causal=causal)),
-        causal=causal,
+        seen=not_behind(pen) if causal else None,
     )  # fmt: skip
-    pen.finish(attended(pen, query, key, value, scoring))
+    pen.finish(pen.heads_together(attended(pen, query, key, value, scoring)))
 
 
 def _widths(pen: Pen) -> list[int]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from kvsurgeon.sequence.written_out.attention import Scoring, attended, usual_scale
+from kvsurgeon.sequence.written_out.attention import Scoring, attended, not_behind, usual_scale
 from kvsurgeon.sequence.written_out.masks import padding
 from kvsurgeon.sequence.written_out.pen import Pen
 
@@ -29,8 +29,9 @@ def multi_head_attention(pen: Pen) -> None:
     )
     causal = bool(pen.node.attributes.get_int("unidirectional", 0))
     added = (pen.given(5), padding(pen, 4, causal=causal))
-    scoring = Scoring(scale=usual_scale(pen, head_dim), added=added, causal=causal)
-    pen.finish(attended(pen, query, key, value, scoring))
+    seen = not_behind(pen) if causal else None
+    scoring = Scoring(scale=usual_scale(pen, head_dim), added=added, seen=seen)
+    pen.finish(pen.heads_together(attended(pen, query, key, value, scoring)))
 
 
 def _apart(pen: Pen, heads: int) -> Sequence[ir.Value]:

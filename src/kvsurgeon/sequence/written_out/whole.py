@@ -15,7 +15,8 @@ from kvsurgeon.sequence.written_out.grouped import group_query_attention
 from kvsurgeon.sequence.written_out.pen import Pen
 from kvsurgeon.sequence.written_out.projecting import attention, quantised_attention
 from kvsurgeon.sequence.written_out.several_heads import multi_head_attention
-from kvsurgeon.shapes.inference import infer_shapes
+from kvsurgeon.sequence.written_out.standard import says_more, standard_attention
+from kvsurgeon.shapes.inference import STANDARD_DOMAINS, infer_shapes
 
 RULES: dict[tuple[str, str], Callable[[Pen], None]] = {
     ("com.microsoft", "Attention"): attention,
@@ -72,4 +73,6 @@ def _write_out(graph: ir.Graph) -> dict[str, str]:
 
 
 def _rule(node: ir.Node) -> Callable[[Pen], None] | None:
+    if node.domain in STANDARD_DOMAINS and node.op_type == "Attention":
+        return standard_attention if says_more(node) else None
     return RULES.get((node.domain, node.op_type))
