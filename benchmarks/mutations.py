@@ -28,7 +28,7 @@ import onnx
 import onnxruntime as ort
 from mutating import attention_grafts, grafts, mutants
 from mutating.mutable_graph import Graph
-from mutating.mutant_trial import BAD, CATEGORIES, Outcome, seeded, try_file, try_mutant
+from mutating.mutant_trial import BAD, CATEGORIES, Outcome, Tell, nobody, seeded, try_file, try_mutant
 from witness.corpus import Entry, find_entries
 
 SECONDS_ALLOWED = 60
@@ -57,15 +57,21 @@ def make(entries: Sequence[Entry], seed: int, number: int) -> tuple[Entry, Outco
 
 
 def examine(entries: Sequence[Entry], seed: int, number: int, connection: Connection) -> Outcome:
-    """Make and judge one mutant; say first which it is, for whoever waits."""
+    """Make and judge one mutant; say first which it is and what it comes to if no more is heard, for whoever waits."""
     entry, outcome, mutant = make(entries, seed, number)
-    connection.send(replace(outcome, category="hang"))
-    return outcome if mutant is None else judge(outcome, entry, mutant)
+
+    def promise(unheard: Outcome) -> None:
+        connection.send((False, unheard))
+
+    promise(replace(outcome, category="hang"))
+    if mutant is None:
+        return outcome
+    return judge(outcome, entry, mutant, promise)
 
 
-def judge(outcome: Outcome, entry: Entry, mutant: Mutant) -> Outcome:
-    """Return what became of a mutant."""
-    return (try_file if isinstance(mutant, bytes) else try_mutant)(outcome, entry, mutant)  # type: ignore[arg-type]
+def judge(outcome: Outcome, entry: Entry, mutant: Mutant, tell: Tell = nobody) -> Outcome:
+    """Return what became of a mutant; see `try_mutant` for `tell`."""
+    return (try_file if isinstance(mutant, bytes) else try_mutant)(outcome, entry, mutant, tell)  # type: ignore[arg-type]
 
 
 def work(entries: Sequence[Entry], seed: int, numbers: Sequence[int], connection: Connection) -> None:
@@ -75,7 +81,7 @@ def work(entries: Sequence[Entry], seed: int, numbers: Sequence[int], connection
     for number in numbers:
         with redirect_stdout(StringIO()):  # onnxruntime's Python prints where a session cannot be made
             outcome = examine(entries, seed, number, connection)
-        connection.send(outcome)
+        connection.send((True, outcome))
     connection.send(None)
 
 
@@ -101,19 +107,22 @@ def _until_stuck(connection: Connection) -> Iterator[Outcome]:
         try:
             if not connection.poll(SECONDS_ALLOWED):
                 break
-            outcome: Outcome | None = connection.recv()
+            message: tuple[bool, Outcome] | None = connection.recv()
         except EOFError:
             if promised is None:
                 raise SystemExit("a mutation itself failed, see above") from None
-            yield replace(promised, category="died", reason="its process ended")
+            died = replace(promised, category="died", reason="its process ended")
+            yield died if promised.category == "hang" else promised
             return
-        if outcome is None:
+        if message is None:
             return
-        promised = outcome if outcome.category == "hang" else None
-        if promised is None:
+        done, outcome = message
+        promised = None if done else outcome
+        if done:
             yield outcome
     if promised is not None:
-        yield replace(promised, reason=f"not done after {SECONDS_ALLOWED} s")
+        hung = replace(promised, reason=f"not done after {SECONDS_ALLOWED} s")
+        yield hung if promised.category == "hang" else promised
 
 
 def report(outcomes: Sequence[Outcome], seconds: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -47,30 +48,41 @@ class Outcome:
     reason: str = ""
 
 
+Tell = Callable[[Outcome], None]
+
+
+def nobody(_: Outcome) -> None:
+    """Hear what becomes of a mutant, and do nothing about it."""
+
+
 class NotRunnableError(Exception):
     """The mutant itself does not run, or gives nothing to compare with."""
 
 
-def try_mutant(outcome: Outcome, entry: Entry, mutant: onnx.ModelProto) -> Outcome:
-    """Return what became of a mutant of a model."""
+def try_mutant(outcome: Outcome, entry: Entry, mutant: onnx.ModelProto, tell: Tell = nobody) -> Outcome:
+    """Return what became of a mutant of a model; `tell` hears what it is when something else is about to be run."""
+    alone = replace(outcome, category="not runnable", reason="onnxruntime did not survive it, or not in time")
     try:
         injected: onnx.ModelProto | None = _injected(mutant, entry.folder)
     except Exception as error:
         unmeant = _unmeant(error)
+        tell(alone)
         return (
             replace(outcome, category="traceback", reason=unmeant)
             if unmeant
             else _refused(outcome, entry, mutant, error)
         )
+    tell(alone)
     try:
         level, cases = answered(entry, mutant)
     except NotRunnableError as error:
         return replace(outcome, category="not runnable", reason=str(error))
+    tell(replace(outcome, category="hang"))
     assert injected is not None
     return _judged(outcome, entry, mutant, injected, level, cases)
 
 
-def try_file(outcome: Outcome, entry: Entry, data: bytes) -> Outcome:
+def try_file(outcome: Outcome, entry: Entry, data: bytes, tell: Tell = nobody) -> Outcome:
     """Return what became of a damaged file: what cannot be read is refused, what can is a mutant like others."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
@@ -88,7 +100,7 @@ def try_file(outcome: Outcome, entry: Entry, data: bytes) -> Outcome:
         mutant = onnx.load_model_from_string(data)
     except Exception as error:
         return replace(outcome, category="not runnable", reason=_one_line(error))
-    return try_mutant(outcome, entry, mutant)
+    return try_mutant(outcome, entry, mutant, tell)
 
 
 def _unmeant(error: Exception) -> str:

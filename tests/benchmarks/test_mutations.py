@@ -94,11 +94,14 @@ def test_a_file_that_cannot_be_read_is_refused(tiny):
     assert try_file(BLANK, tiny, np.random.default_rng(0).bytes(999)).category == "refused"
 
 
-@pytest.mark.parametrize(("ended", "category"), [(False, "hang"), (True, "died")])
-def test_a_worker_that_says_nothing_more_hangs_or_has_died(monkeypatch, ended, category):
+@pytest.mark.parametrize(
+    ("ended", "promised", "category"),
+    [(False, "hang", "hang"), (True, "hang", "died"), (True, "not runnable", "not runnable")],
+)
+def test_a_worker_that_says_nothing_more_hangs_or_has_died(monkeypatch, ended, promised, category):
     monkeypatch.setattr(mutations, "SECONDS_ALLOWED", 0.05)
     mine, theirs = Pipe(duplex=False)
-    theirs.send(Outcome(number=3, model="tiny", mutation="none", category="hang"))
+    theirs.send((False, Outcome(number=3, model="tiny", mutation="none", category=promised)))
     if ended:
         theirs.close()
     (outcome,) = mutations._until_stuck(mine)
