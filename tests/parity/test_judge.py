@@ -512,3 +512,15 @@ def test_a_likeliest_token_that_differs_too_often_is_a_problem_of_its_own():
     assert (right.arithmetic, right.problems) == ("bfloat16", ())
     assert wrong.error < wrong.tolerance.error
     assert "the likeliest token is the same at 0% (90% needed)" in wrong.problems[0]
+
+
+def test_each_model_is_given_its_own_types():
+    """What the result takes as 32 bits, or as another mask of the same name, the original is given as it wants it."""
+    model = CachedDecoder(Config()).model()
+    for value in model.graph.input:
+        if value.name == "input_ids":
+            value.type.tensor_type.elem_type = onnx.TensorProto.INT32
+
+    report = verify(Decoder(Config()).model(), model, threads=1)
+
+    assert report.verdict == "same"

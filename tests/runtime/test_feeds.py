@@ -235,6 +235,15 @@ def test_pasts_of_any_name_are_counted_by_place():
     ]
 
 
+def test_presents_of_any_name_are_told_by_how_they_lie():
+    pasts = [past(f"p_key_{layer}", "batch_size", 2, "past_sequence_length", 8) for layer in range(2)]
+    presents = [past(f"n_key_{layer}", "batch_size", 2, "anything", 8) for layer in range(2)]
+
+    entries = find_cache([tensor("ids", "b", "s"), *pasts], [past("scores", "b", "s", 9), *presents])
+
+    assert [(entry.layer, entry.present) for entry in entries] == [(0, "n_key_0"), (1, "n_key_1")]
+
+
 def test_a_model_without_pasts_has_no_cache_and_half_a_cache_is_refused():
     assert find_cache([tensor("ids", "b", "s")], [past("present.0.key")]) == ()
     with pytest.raises(UsageError, match="found 0 and 1"):

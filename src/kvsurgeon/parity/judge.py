@@ -24,6 +24,7 @@ from kvsurgeon.parity.trial import judge
 from kvsurgeon.parity.unrounded import unrounded
 from kvsurgeon.runtime import (
     CachedDecoder,
+    Given,
     Inputs,
     Optimisation,
     Session,
@@ -276,10 +277,18 @@ def _faults(cached: CachedDecoder, witness: Session) -> tuple[str, ...]:
 
 
 def _inputs(witness: Session, cached: CachedDecoder) -> Inputs:
-    """Return what the original is given: its own inputs, with the meaning that the other model's dims tell."""
+    """Return what the original is given: its own inputs, with the meaning that the other model's dims tell.
+
+    A pass may have made of an input another one of the same name: then its own dims tell.
+    """
     known = {given.name: given for given in cached.inputs.given}
-    own = {given.name: given for given in inputs_of(witness.inputs).given}
-    return Inputs(given=tuple(known.get(tensor.name, own[tensor.name]) for tensor in witness.inputs))
+    return Inputs(given=tuple(_meant(own, known.get(own.name)) for own in inputs_of(witness.inputs).given))
+
+
+def _meant(own: Given, other: Given | None) -> Given:
+    if other is None or len(other.axes) != len(own.axes) or other.tensor.floating != own.tensor.floating:
+        return own
+    return replace(other, tensor=replace(other.tensor, dtype=own.tensor.dtype))
 
 
 def _plan(known: Original, cached: CachedDecoder, seed: int) -> tuple[Scenario, ...]:

@@ -23,6 +23,7 @@ from kvsurgeon.runtime import (
     UncachedDecoder,
     find_cache,
     open_session,
+    read_note,
 )
 from kvsurgeon.runtime.text import load_tokenizer, side_folders
 
@@ -129,7 +130,7 @@ class _Predictor:
         self, source: Source, name: str, exposed: Sequence[str], folder: str | Path | None, threads: int | None
     ) -> None:
         session = open_session(_exposing(source, exposed), folder=_folder(source, folder), threads=threads, name=name)
-        cache = find_cache(session.inputs, session.outputs)
+        cache = find_cache(session.inputs, session.outputs, read_note(session.metadata).layouts)
         self.decoder = CachedDecoder(session, cache) if cache else UncachedDecoder(session)
         self.name = name
 

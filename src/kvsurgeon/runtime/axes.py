@@ -83,16 +83,24 @@ def cache_entries(
 def find_cache(
     inputs: Sequence[Tensor], outputs: Sequence[Tensor], layouts: Mapping[str, Layout] | None = None
 ) -> tuple[CacheEntry, ...]:
-    """Return the cache of a model by its names: empty for a model without one.
+    """Return the cache of a model by its names and dims: empty for a model without one.
 
     Raises:
         UsageError: There are past inputs without their present outputs.
     """
     pasts = [tensor for tensor in inputs if is_past(tensor)]
-    presents = [tensor for tensor in outputs if "present" in tensor.name]
-    if not pasts:
-        return ()
-    return cache_entries(pasts, presents or [tensor for tensor in outputs if tensor.name.startswith("past")], layouts)
+    return cache_entries(pasts, _presents(pasts, outputs), layouts) if pasts else ()
+
+
+def _presents(pasts: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs that are presents: by their names, or else those that lie as pasts do."""
+    lies = {(tensor.dtype, len(tensor.dims)) for tensor in pasts}
+    ways = (
+        [tensor for tensor in outputs if "present" in tensor.name],
+        [tensor for tensor in outputs if tensor.name.startswith("past")],
+        [tensor for tensor in outputs if (tensor.dtype, len(tensor.dims)) in lies],
+    )
+    return next((found for found in ways if len(found) == len(pasts)), ways[0])
 
 
 def is_past(tensor: Tensor) -> bool:
