@@ -9,7 +9,7 @@ import onnx
 from decoders import Config, Decoder
 
 from kvsurgeon import io
-from kvsurgeon.passes.contract import Changed, Subject
+from kvsurgeon.passes.contract import Changed, Pass, Subject
 from kvsurgeon.passes.inject import Inject
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -37,6 +37,21 @@ def injected(model: onnx.ModelProto, **options: str) -> onnx.ModelProto:
     result = io.to_proto(subject.model)
     onnx.checker.check_model(result)
     return result
+
+
+def after(model: onnx.ModelProto, *passes: Pass) -> onnx.ModelProto:
+    """Return the model after passes, each of which changes it."""
+    subject = Subject.of(model)
+    for one in passes:
+        outcome = one.apply(subject)
+        assert isinstance(outcome, Changed), outcome
+        subject.changed()
+    return io.to_proto(subject.model)
+
+
+def operators(model: onnx.ModelProto) -> list[str]:
+    """Return the operator of each node."""
+    return [node.op_type for node in model.graph.node]
 
 
 @functools.cache

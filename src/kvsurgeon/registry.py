@@ -27,6 +27,7 @@ BUILT_IN = {
     "half-range-masks": "kvsurgeon.passes.half_range:half_range_masks",
     "fix-shapes": "kvsurgeon.passes.fix_shapes:FixShapes",
     "write-divisions": "kvsurgeon.passes.write_divisions:WriteDivisions",
+    "fuse-rotary": "kvsurgeon.passes.fuse_rotary:FuseRotary",
     "fuse-attention": "kvsurgeon.passes.fuse_attention:FuseAttention",
     "replicate-kv-heads": "kvsurgeon.passes.replicate_kv_heads:ReplicateKvHeads",
     "expand-gqa": "kvsurgeon.passes.expand_gqa:ExpandGqa",

@@ -9,7 +9,7 @@ import onnx
 import pytest
 from attentions import attention
 from decoders import Config, Decoder
-from exports import NAMES, export
+from exports import NAMES, after, export, operators
 from laws import ALLOWED, difference, in_onnxruntime, texts
 from written import read
 
@@ -27,23 +27,9 @@ from kvsurgeon.sameness import judge
 FUSABLE = ["decoder", *(name for name in NAMES if name.startswith(("gemma2", "llama")))]  # whose heads are 8 wide
 
 
-def after(model: onnx.ModelProto, *passes: object) -> onnx.ModelProto:
-    """Return the model after passes, each of which changes it."""
-    subject = Subject.of(model)
-    for one in passes:
-        outcome = one.apply(subject)
-        assert isinstance(outcome, Changed), outcome
-        subject.changed()
-    return io.to_proto(subject.model)
-
-
 @functools.cache
 def fused(name: str, idiom: str) -> onnx.ModelProto:
     return after(export(name), Inject(idiom=idiom), FuseAttention())
-
-
-def operators(model: onnx.ModelProto) -> list[str]:
-    return [node.op_type for node in model.graph.node]
 
 
 def layers(name: str) -> int:

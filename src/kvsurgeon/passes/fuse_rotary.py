@@ -1,0 +1,111 @@
+"""Let one operator turn queries and keys by their positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.fusion.turns import Turn, find_turn
+from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.liveness import find_alive
+from kvsurgeon.graph.recursion import room_for_deep_graphs
+from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.sequence.kinds import read_inputs
+from kvsurgeon.shapes.inference import Shapes, infer_shapes
+
+SINCE = 23  # opset that brought the operator
+
+
+@dataclass(frozen=True, kw_only=True)
+class FuseRotary:
+    """Let one operator turn queries and keys by their positions, in place of the six that exporters write.
+
+    Before: `x * cosines + Concat(-x[half:], x[:half]) * sines`. After: `RotaryEmbedding` of opset 23, which reads one
+    half of each table: that both halves are alike is read off the `Concat` that they come from.
+
+    Not handled: neighbours that are turned as pairs, tables whose halves are not made by one `Concat`.
+    """
+
+    name: ClassVar[str] = "fuse-rotary"
+
+    def apply(self, subject: Subject) -> Outcome:
+        """Fuse the turns of `subject.model`.
+
+        Raises:
+            Refused: The model's opset lacks the operator.
+        """
+        graph = subject.model.graph
+        with room_for_deep_graphs():
+            shapes = _shapes_of(graph)
+            turns = [turn for node in graph if (turn := find_turn(shapes, node)) is not None]
+        if not turns:
+            return Unchanged(reason="nothing is turned by halves with tables made of one")
+        opset = graph.opset_imports.get("", 1)
+        if opset < SINCE:
+            raise Refused(
+                "RotaryEmbedding is not in the model's opset", at=turns[0].result.name, expected=f"opset {SINCE}",
+                found=str(opset), hint="raise-opset first",
+            )  # fmt: skip
+        editor = Editor(subject.model)
+        tables = _Tables(editor, shapes)
+        for turn in turns:
+            _write(turn, editor, tables)
+        editor.finish()
+        return Changed(edits=editor.edits)
+
+
+def _write(turn: Turn, editor: Editor, tables: _Tables) -> None:
+    """Put the operator in the place of a turn: before heads are laid apart where they come from rows of features."""
+    rows = turn.rows
+    x = turn.x if rows is None else rows
+    inputs = [x, *(tables.half(table, turn) for table in (turn.cosines, turn.sines))]
+    old = turn.result
+    new = ir.Value(name=editor.name(f"{old.name}.turned"), type=old.type or turn.x.type, shape=x.shape)
+    attributes = {} if rows is None else {"num_heads": turn.heads}
+    editor.operator("", "RotaryEmbedding", inputs, attributes, [new], like=old.producer())
+    if rows is not None:
+        target = editor.constant([0, 0, turn.heads, turn.width], wish="heads_apart")
+        apart = editor.node("Reshape", [new, target], wish=f"{old.name}.apart", dtype=new.dtype)
+        new = editor.node("Transpose", [apart], {"perm": [0, 2, 1, 3]}, wish=f"{old.name}.turned", dtype=new.dtype)
+    editor.take_over(old, new)
+
+
+class _Tables:
+    """Halves of tables, as [batch, sequence, width / 2]; each made once."""
+
+    def __init__(self, editor: Editor, shapes: Shapes) -> None:
+        self.editor = editor
+        self.shapes = shapes
+        self._made: dict[tuple[object, ...], ir.Value] = {}
+
+    def half(self, table: ir.Value, turn: Turn) -> ir.Value:
+        """The first half of a table, for as many sequences as are turned."""
+        mine, theirs = ((self.shapes[one].shape or (None,))[0] for one in (table, turn.x))
+        batch = None if mine == theirs else theirs
+        key = table, turn.width, batch
+        if key not in self._made:
+            half = self._half(table, turn)
+            self._made[key] = half if batch is None else self._for_batch(half, turn.x)
+        return self._made[key]
+
+    def _half(self, table: ir.Value, turn: Turn) -> ir.Value:
+        bounds = [self.editor.constant([number], wish="half") for number in (0, turn.width // 2, 3)]
+        half = self.editor.node("Slice", [table, *bounds], wish=f"{table.name}.half", dtype=turn.x.dtype)
+        heads = self.editor.constant([1], wish="heads_axis")
+        return self.editor.node("Squeeze", [half, heads], wish=f"{table.name}.rows", dtype=turn.x.dtype)
+
+    def _for_batch(self, half: ir.Value, x: ir.Value) -> ir.Value:
+        batch = self.editor.node("Shape", [x], {"start": 0, "end": 1}, wish="batch", dtype=ir.DataType.INT64)
+        ones = self.editor.constant([1, 1], wish="ones")
+        target = self.editor.node("Concat", [batch, ones], {"axis": 0}, wish="shape", dtype=ir.DataType.INT64)
+        return self.editor.node("Expand", [half, target], wish=f"{half.name}.batch", dtype=x.dtype)
+
+
+def _shapes_of(graph: ir.Graph) -> Shapes:
+    alive = find_alive(graph)
+    dimensions, _ = read_inputs(graph)
+    nodes = [node for node in graph if node in alive]
+    return infer_shapes(nodes, dimensions, graph.opset_imports.get("", 1), named=True)
