@@ -164,7 +164,7 @@ def _operands(model: onnx.ModelProto) -> list[tuple[str, str]]:
             product = _product_above(node, makers)
             below = _product_below(node, readers)
             found.append((product.input[1], below.input[1]))
-    if not found:
+    if not found or any(name not in makers for pair in found for name in pair):
         raise UnknownAttentionError("no attention found")
     return found
 

@@ -4,7 +4,7 @@
 
 import pytest
 from attentions import attention
-from laws import assert_law
+from laws import assert_law, texts
 from written import read
 
 from kvsurgeon import io
@@ -98,3 +98,19 @@ def test_a_latent_of_keys_and_values_is_remembered_as_what_it_becomes():
         value="v = MatMul(latent, wv)",
     )  # fmt: skip
     assert cut(text) == ("k", "v")
+
+
+def test_a_batch_that_is_fixed_to_one_need_be_no_axis():
+    text = attention(
+        key="k4 = Reshape(k0, apart) km = Transpose<perm = [2, 3, 0, 1]>(k4) kl = Mul(km, half) "
+            "kb = Transpose<perm = [2, 3, 0, 1]>(kl) k = Reshape(kb, flat)",
+        value="v4 = Reshape(v0, apart) vm = Transpose<perm = [2, 0, 1, 3]>(v4) vl = Mul(vm, half) "
+              "vb = Transpose<perm = [1, 2, 0, 3]>(vl) v = Reshape(vb, flat)",
+        constants="int64[4] apart = {0, 0, 2, 4}, int64[3] flat = {0, 0, 8}",
+    ).replace("[b, n, 8]", "[1, n, 8]")  # fmt: skip
+    original = read(text)
+    subject = Subject.of(original)
+
+    Inject().apply(subject)
+
+    assert_law(original, io.to_proto(subject.model), texts(original, batch=1))

@@ -11,7 +11,11 @@ from kvsurgeon.heads.change import Change, Made
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.contraction import contraction_of
 
-COLUMN_PARAMETERS = {"MatMulInteger": (3,), "QLinearMatMul": (4, 5), "QGemm": (4, 5, 6)}  # inputs, one for each column
+# Inputs with a number for each column of the result, or one for all of them.
+COLUMN_PARAMETERS = {
+    "Gemm": (2,), "FusedGemm": (2,), "MatMulInteger": (3,), "QLinearMatMul": (4, 5), "QGemm": (4, 5, 6),
+    "DynamicQuantizeMatMul": (2, 3, 4), "MatMulIntegerToFloat": (3, 5, 6),
+}  # fmt: skip
 
 
 def product(change: Change) -> Made:
@@ -32,8 +36,7 @@ def product(change: Change) -> Made:
 
 
 def _give_parameters(change: Change, inputs: list[ir.Value | None]) -> None:
-    places = COLUMN_PARAMETERS.get(change.node.op_type, (2,) if change.node.op_type == "Gemm" else ())
-    for index in places:
+    for index in COLUMN_PARAMETERS.get(change.node.op_type, ()):
         if change.given(index) and change.shape(index) and change.shape(index)[-1] != 1:
             inputs[index] = change.carried(index, change.axis.at(len(change.shape(index)) - 1))
 
@@ -52,6 +55,6 @@ def packed_product(change: Change) -> Made:
 
 
 RULES: dict[str, Callable[[Change], Made | None]] = {
-    **dict.fromkeys(("MatMul", "Gemm", "Einsum", "MatMulInteger", "QLinearMatMul", "QGemm", "FusedMatMul"), product),
+    **dict.fromkeys(("MatMul", "Einsum", "FusedMatMul", "TransposeMatMul", *COLUMN_PARAMETERS), product),
     "MatMulNBits": packed_product,
 }

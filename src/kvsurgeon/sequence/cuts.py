@@ -53,7 +53,12 @@ class Memory:
     @property
     def is_canonical(self) -> bool:
         """Whether the tensor itself is [batch, heads, sequence, head_dim]."""
-        return self.order == (0, 1, 2, 3) and len(self.parts) == self.rank == 4 and self.parts[0] == self.batch
+        return self.order == (0, 1, 2, 3) and self.rank == 4 and self.has_four
+
+    @property
+    def has_four(self) -> bool:
+        """Whether batch, heads, sequence and head_dim are a part each; a batch that is fixed to 1 need be none."""
+        return [self.parts[place] for place in self.order] == [self.batch, self.heads, None, self.head_dim]
 
     @property
     def effort(self) -> int:

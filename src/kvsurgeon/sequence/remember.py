@@ -47,7 +47,7 @@ class Layouts:
             if len(memory.parts) != memory.rank:
                 value = self._reshaped(memory, value, _sizes(memory.parts, NEW), f"{name}.parts")
             value = self._transposed(memory, value, memory.order, f"{name}.heads_first")
-            if len(memory.parts) == 4:
+            if memory.has_four:
                 return value
         return self._reshaped(memory, value, [memory.batch, memory.heads, NEW, memory.head_dim], f"{name}.rows")
 
@@ -57,7 +57,7 @@ class Layouts:
         value, name = present, memory.value.name or "rows"
         if memory.effort == 2:
             sizes = _sizes(memory.parts, self.lengths.total)
-            if len(memory.parts) != 4:
+            if not memory.has_four:
                 value = self._reshaped(memory, value, [sizes[place] for place in memory.order], f"{name}.all_parts")
             back = [memory.order.index(place) for place in range(len(memory.order))]
             value = self._transposed(memory, value, back, f"{name}.all_in_order")
