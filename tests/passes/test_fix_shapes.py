@@ -112,6 +112,13 @@ def test_a_cache_needs_a_length():
         FixShapes(tokens=1).apply(Subject.of(injected(export("decoder"), **IN_PLACE)))
 
 
+def test_no_text_is_longer_than_the_model_takes():
+    subject = Subject.of(injected(export("gpt2_torchscript_sdpa"), **IN_PLACE))
+    with pytest.raises(Refused, match="expected max-length of at most 64, found 65"):
+        FixShapes(tokens=1, max_length=65).apply(subject)
+    assert isinstance(FixShapes(tokens=1, max_length=64).apply(subject), Changed)
+
+
 @pytest.mark.parametrize("options", [{"tokens": 0}, {"tokens": 8, "max_length": 4}, {"tokens": 1, "batch_size": 0}])
 def test_sizes_that_cannot_be(options):
     with pytest.raises(UsageError, match="expected at least 1 token"):
