@@ -11,7 +11,7 @@ from decoders import Config, Decoder
 from exports import ONE_OF_EACH, export
 
 from kvsurgeon import io
-from kvsurgeon.delivery import deliver
+from kvsurgeon.delivery import deliver, stands_between
 from kvsurgeon.errors import Refused
 from kvsurgeon.targets.tensorrt import OPERATORS
 
@@ -102,6 +102,19 @@ def test_qnn_is_given_context_and_gives_new_rows(folders, file, tokens):
         "attention_mask": "mask", "position_ids_cos": "rows", "position_ids_sin": "rows"
     }  # fmt: skip
     assert set(told) < set(inputs)
+
+
+@pytest.mark.parametrize("target", ["qaic", "qnn"])
+def test_operators_that_are_not_of_onnx_are_told(target):
+    model = onnx.ModelProto.FromString(Decoder(Config(layers=1, windowed=())).model().SerializeToString())
+    gelu = onnx.helper.make_node("Gelu", ["logits.before"], ["logits"], domain="com.microsoft")
+    makes = next(node for node in model.graph.node if "logits" in node.output)
+    makes.output[0] = "logits.before"
+    model.graph.node.append(gelu)
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    (remark,) = (one for one in stands_between(model, target) if "no operators of ONNX" in one.what)
+    assert (remark.stops, "com.microsoft.Gelu" in remark.what) == (False, True)
+    assert not any("no operators" in one.what for one in stands_between(Decoder(Config(layers=1)).model(), target))
 
 
 def weights_of(file):

@@ -11,6 +11,7 @@ from kvsurgeon.passes.last_logits import LastLogits
 from kvsurgeon.passes.name_dims import NameDims
 from kvsurgeon.passes.without_mask import WithoutMask
 from kvsurgeon.targets.facts import Facts
+from kvsurgeon.targets.foreign import foreign_operators
 from kvsurgeon.targets.target import SideFile, Target
 
 # Source: QEfficient, which compiles each model for a prompt of so many tokens at a time, and for one.
@@ -50,6 +51,7 @@ QAIC = Target(
     dtypes={name: frozenset(("int64",)) for name in ("input_ids", "position_ids")},
     cache_dtypes=frozenset(("float32", "float16")),
     fixed_axes=(1, 3),
+    rules=(foreign_operators,),
     side_files=(
         SideFile(name="specializations.json", write=specializations),
         SideFile(name="custom_io.yaml", write=custom_io),

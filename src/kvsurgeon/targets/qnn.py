@@ -12,11 +12,11 @@ from kvsurgeon.passes.nan_guards import WithoutNanGuards
 from kvsurgeon.passes.narrow_ids import NarrowIds
 from kvsurgeon.passes.plain_gather import PlainGather
 from kvsurgeon.targets.facts import Facts
+from kvsurgeon.targets.foreign import foreign_operators
 from kvsurgeon.targets.target import Obstacle, SideFile, Target, Variant
 
 # Source: the language models of Qualcomm AI Hub. Keys lie transposed, only new rows come out, and the host makes masks
-# and rotary tables. What a phone has no operator for
-# is gone with the context that it made.
+# and rotary tables. What a phone has no operator for is gone with the context that it made.
 BANNED = frozenset(("", name) for name in ("Range", "IsNaN", "Trilu", "GatherND", "NonZero", "Loop", "If", "Unique"))
 
 
@@ -61,6 +61,6 @@ QNN = Target(
     dtypes={"input_ids": frozenset(("int32",))},
     cache_dtypes=frozenset(("float32", "float16")),
     banned=BANNED,
-    rules=(_told_enough,),
+    rules=(_told_enough, foreign_operators),
     side_files=(SideFile(name="context.json", write=context),),
 )
