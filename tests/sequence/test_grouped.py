@@ -19,7 +19,7 @@ TEXT = """case (float[b, n, 32] x, int64[b, n] attention_mask, int64[b, n] posit
  int64[3] widths = {64, 32, 32}, float[64, 8] cos, float[64, 8] sin,
  float[4] sink, float[1, 4, 64, 64] table, int64[2] noughts = {0, 0}, int64[2] lasts = {2, 3},
  float[16] normq, float[16] normk, int64[4] four = {0, 0, -1, 16}, int64[3] three = {0, 0, -1},
- float[2, 2, 3, 16] k4, float[2, 2, 3, 16] v4>
+ float[2, 2, 3, 16] k4, float[2, 2, 3, 16] v4, int32[2] three_tokens = {2, 2}>
 {
   counted = ReduceSum<keepdims = 0>(attention_mask, second)
   before = Sub(counted, one)
@@ -97,6 +97,18 @@ def test_padding_in_front_is_left_to_nobody():
     assert "left padding was not judged: the original reads padding before a text otherwise" in report.notes[1]
 
 
+def test_at_a_fixed_length_it_is_the_same():
+    original = model("do_rotary = 1", f"{PACKED}, cos, sin")
+    sizes = {"b": 2, "n": 24}
+    for value in (*original.graph.input, *original.graph.output):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_value = sizes[size.dim_param]
+    report = verify(original, injected(original))
+    assert report.verdict == "same"
+    assert any("left padding was not judged" in note for note in report.notes)
+
+
 def test_what_is_assumed_of_padding_is_said():
     subject = Subject.of(model("", APART))
     outcome = Inject().apply(subject)
@@ -110,8 +122,9 @@ def test_what_is_assumed_of_padding_is_said():
         ("causal = 0", APART, "sees the future"),
         ('k_quant_type = "PER_TENSOR"', APART, "in fewer bits"),
         ("", "q, k, v, k4, v4, ends, total", "already has a cache"),
+        ("", "q, k, v, , , three_tokens, total", "said to end elsewhere"),
     ],
-    ids=["bidirectional", "bits", "past"],
+    ids=["bidirectional", "bits", "past", "other ends"],
 )
 def test_what_cannot_have_a_cache_is_refused(attributes, inputs, reason):
     with pytest.raises(Refused, match=reason):

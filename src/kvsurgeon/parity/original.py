@@ -58,19 +58,21 @@ class Original:
         Raises:
             RunError: It cannot be run on the scenario.
         """
-        part = scenario.chunks[0]
-        if self.decoder.length is not None or scenario.mask.all() or part == scenario.tokens.shape[1]:
+        part, tokens, mask = scenario.chunks[0], scenario.tokens, scenario.mask
+        if mask.all() or part == tokens.shape[1]:
             return True
-        whole, short = (
-            self.decoder.run(self.inputs.whole(scenario.tokens[:, :end], scenario.mask[:, :end], types=self.types))[
-                self.decoder.logits
-            ]
-            for end in (None, part)
-        )
-        counted = scenario.mask[:, :part].astype(bool)
-        if whole.shape[:2] != scenario.tokens.shape:  # logits of the last token alone
+        whole = self._logits(tokens, mask)
+        if self.decoder.length is None:
+            short = self._logits(tokens[:, :part], mask[:, :part])
+        else:
+            short = self._logits(tokens, np.where(np.arange(tokens.shape[1]) < part, mask, 0))
+        if whole.shape[:2] != tokens.shape:  # logits of the last token alone
             return True
-        return distance(whole[:, :part][counted], short[counted], spread(whole)) <= allowed
+        counted = mask[:, :part].astype(bool)
+        return distance(whole[:, :part][counted], short[:, :part][counted], spread(whole)) <= allowed
+
+    def _logits(self, tokens: Tokens, mask: Tokens) -> Array:
+        return self.decoder.run(self.inputs.whole(tokens, mask, types=self.types))[self.decoder.logits]
 
     def logits(self, tokens: Tokens) -> Array:
         """Return its logits for texts without padding.
@@ -78,7 +80,7 @@ class Original:
         Raises:
             RunError: It cannot be run on them.
         """
-        return self.decoder.run(self.inputs.whole(tokens, np.ones_like(tokens), types=self.types))[self.decoder.logits]
+        return self._logits(tokens, np.ones_like(tokens))
 
 
 def examine(decoder: UncachedDecoder, lengths: Lengths, allowed: float, seed: int) -> Original:

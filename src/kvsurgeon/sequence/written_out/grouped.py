@@ -13,8 +13,9 @@ import onnx_ir as ir
 from kvsurgeon.sequence.written_out.attention import Scoring, attended, not_behind, repeated, usual_scale
 from kvsurgeon.sequence.written_out.masks import PADDED_BEHIND
 from kvsurgeon.sequence.written_out.pen import Pen
+from kvsurgeon.shapes import dimension as dim
 
-PAST_KEY, PAST_VALUE, COS, SIN, POSITIONS, BIAS, SINK, QUERY_NORM, KEY_NORM = 3, 4, 7, 8, 9, 10, 11, 14, 15
+PAST_KEY, PAST_VALUE, ENDS, COS, SIN, POSITIONS, BIAS, SINK, QUERY_NORM, KEY_NORM = 3, 4, 5, 7, 8, 9, 10, 11, 14, 15
 
 
 def group_query_attention(pen: Pen) -> None:
@@ -28,6 +29,7 @@ def group_query_attention(pen: Pen) -> None:
     attributes = pen.node.attributes
     if any(attributes.get_string(f"{kind}_quant_type", "NONE") != "NONE" for kind in "kv"):
         raise pen.refused("it keeps keys and values in fewer bits", "export with a cache in floats")
+    _check_ends(pen)
     heads, kv_heads = (attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
     packed = pen.given(1) is None
     head_dim = pen.width(0) // (heads + 2 * kv_heads if packed else heads)
@@ -49,6 +51,21 @@ def group_query_attention(pen: Pen) -> None:
         seen=not_behind(pen, max(0, attributes.get_int("local_window_size", -1))) if causal else None, sink=_sink(pen),
     )  # fmt: skip
     pen.finish(pen.heads_together(attended(pen, query, key, value, scoring)))
+
+
+def _check_ends(pen: Pen) -> None:
+    """See that texts are not said to end before the call does, where that can be told without a mask.
+
+    Raises:
+        Refused: They are: tokens would be masked whatever is given.
+    """
+    ends, hidden = pen.fact(ENDS).value, pen.fact(0).shape
+    if ends is None or hidden is None:
+        return
+    last = dim.subtract(hidden[1], 1)
+    for end in ends.reshape(-1):
+        if not dim.is_equal(end, last):
+            raise pen.refused("texts are said to end elsewhere than the call does", f"seqlens_k of {last}, not {end}")
 
 
 def _normed(pen: Pen, value: ir.Value, place: int) -> ir.Value:
