@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kvsurgeon.anatomy import Attention, Decoder
 from kvsurgeon.delivery import deliver
 from kvsurgeon.io import load, save
-from kvsurgeon.keys import Prompt, capture_keys
+from kvsurgeon.keys import capture_keys
 from kvsurgeon.loss import measure as measure_loss
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.contract import Source, Subject
@@ -17,6 +17,7 @@ from kvsurgeon.pipeline import Pipeline
 from kvsurgeon.replication import replicate_kv_heads
 from kvsurgeon.report import grid
 from kvsurgeon.runtime import generate
+from kvsurgeon.runtime.text import Prompt
 from kvsurgeon.surgery import Surgery, operate
 from kvsurgeon.targets import Target
 

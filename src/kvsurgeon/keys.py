@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,11 +17,10 @@ from kvsurgeon.passes.contract import Source, Subject
 from kvsurgeon.passes.eject import without_cache
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.runtime import CachedDecoder, open_session
-from kvsurgeon.runtime.text import load_tokenizer, side_folders
+from kvsurgeon.runtime.text import Prompt, load_tokenizer, side_folders, tokens_of
 from kvsurgeon.sequence.analysis import analyse
 from kvsurgeon.sequence.written_out import in_standard_operators
 
-Prompt = str | Sequence[int]
 PROMPT = "The quick brown fox jumps over the lazy dog."
 _TOKENS = 24  # rows of a picture that can still be read
 _PLAIN_TOKENS = 9  # ids that any model knows, where there is neither a tokenizer nor a prompt of ids
@@ -122,24 +119,10 @@ def _entry_of(decoder: Decoder, attention: Attention) -> int:
 
 
 def _encoded(tokenizer: Tokenizer | None, prompt: Prompt | None) -> list[int]:
-    """Return the first tokens of a prompt; without a tokenizer `1, 2, 3` are token ids.
-
-    Raises:
-        UsageError: There is nothing to read the prompt with, or nothing in it.
-    """
+    """Return the first tokens of a prompt, or of one that any model can read; see `tokens_of`."""
     if prompt is None:
         prompt = PROMPT if tokenizer is not None else range(1, 1 + _PLAIN_TOKENS)
-    if not isinstance(prompt, str):
-        tokens = [int(token) for token in prompt]
-    elif tokenizer is not None:
-        tokens = list(tokenizer.encode(prompt).ids)
-    elif re.fullmatch(r"\d+([\s,]+\d+)*", prompt.strip()):
-        tokens = [int(token) for token in re.findall(r"\d+", prompt)]
-    else:
-        raise UsageError("expected tokenizer.json beside the model, found none (give the prompt as token ids: 1,2,3)")
-    if not tokens:
-        raise UsageError("expected a prompt of at least one token, found an empty one")
-    return tokens[:_TOKENS]
+    return tokens_of(prompt, tokenizer)[:_TOKENS]
 
 
 def _spelled(tokenizer: Tokenizer | None, token: int) -> str:

@@ -113,7 +113,7 @@ def test_a_static_model_writes_up_to_its_length():
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([], "at least one token"),
+        ([], "expected a prompt, found none"),
         ([[1], []], "at least one token"),
         ("text", r"tokenizer\.json beside the model"),
     ],
@@ -228,3 +228,8 @@ def test_logits_of_a_text_are_the_same_with_a_cache_and_without(tmp_path):
         expected, found = without.logits(text), cached.logits(text)
         assert expected.shape == (1, len(text), 1024)
         np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_token_ids_are_a_prompt_where_there_is_no_tokenizer():
+    model = CachedDecoder().model()
+    assert generate(model, "1, 2 3", max_new_tokens=4).tokens == generate(model, [1, 2, 3], max_new_tokens=4).tokens

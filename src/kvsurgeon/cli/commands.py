@@ -177,7 +177,7 @@ def plot(
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue, or token ids: 1,2,3.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 64,
     cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Use the model's cache, if it has one.")] = True,
     temperature: Annotated[float, typer.Option(help="0 chooses the likeliest token.")] = 0.0,

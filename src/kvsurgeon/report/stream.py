@@ -14,7 +14,10 @@ def show(writer: Writer, prompt: str, *, max_new_tokens: int, sampling: Sampling
     if sys.stdout.isatty():
         sys.stdout.write(prompt)
     made = writer.generate(
-        prompt, max_new_tokens=max_new_tokens, sampling=sampling, on_token=lambda one: _put(one.text)
+        prompt,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        on_token=lambda one: _put(one.text if writer.tokenizer else f" {one.id}"),
     )
     _put("\n")
     how = "with a cache" if made.cached else "without a cache"

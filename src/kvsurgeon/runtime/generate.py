@@ -17,9 +17,8 @@ from kvsurgeon.runtime.feeds import Tokens
 from kvsurgeon.runtime.sampling import Sampling
 from kvsurgeon.runtime.session import Optimisation, Session, Source, open_session
 from kvsurgeon.runtime.tensor import Array
-from kvsurgeon.runtime.text import Reader, load_tokenizer, side_folders, stop_tokens
+from kvsurgeon.runtime.text import Prompt, Reader, load_tokenizer, side_folders, stop_tokens, tokens_of
 
-Prompt = str | Sequence[int]
 Finish = Literal["stop", "length"]
 
 
@@ -194,17 +193,9 @@ class Writer:
             UsageError: A prompt is text and there is no tokenizer, or it is empty.
         """
         several = [prompts] if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)) else prompts
-        encoded = [self._tokens(prompt) for prompt in several]  # type: ignore[arg-type]
-        if not encoded or not all(encoded):
-            raise UsageError("expected prompts of at least one token, found an empty one")
-        return encoded
-
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            return [int(token) for token in prompt]
-        if self.tokenizer is None:
-            raise UsageError("expected tokenizer.json beside the model, found none (give the prompt as token ids)")
-        return list(self.tokenizer.encode(prompt).ids)
+        if not several:
+            raise UsageError("expected a prompt, found none")
+        return [tokens_of(prompt, self.tokenizer) for prompt in several]  # type: ignore[arg-type]
 
     def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tokens, Tokens]:
         """Return the prompts as a batch, padded on the left, and where it is not padding."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from kvsurgeon.errors import InputError
+from kvsurgeon.errors import InputError, UsageError
 from kvsurgeon.runtime.session import Source, model_file
 
+Prompt = str | Sequence[int]
 _INCOMPLETE = "\ufffd"  # what a tokenizer gives for bytes that are not a whole character yet
 
 
@@ -38,6 +40,25 @@ def load_tokenizer(folders: Iterable[Path]) -> Tokenizer | None:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
         raise InputError(f"expected a tokenizer, found something else ({error}) - at `{path}`") from error
+
+
+def tokens_of(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
+    """Return the tokens of a prompt; where there is no tokenizer, a text such as `1, 2, 3` is token ids.
+
+    Raises:
+        UsageError: There is nothing to read the prompt with, or nothing in it.
+    """
+    if not isinstance(prompt, str):
+        tokens = [int(token) for token in prompt]
+    elif tokenizer is not None:
+        tokens = list(tokenizer.encode(prompt).ids)
+    elif re.fullmatch(r"\s*\d+([\s,]+\d+)*\s*", prompt):
+        tokens = [int(token) for token in re.findall(r"\d+", prompt)]
+    else:
+        raise UsageError("expected tokenizer.json beside the model, found none (give the prompt as token ids: 1,2,3)")
+    if not tokens:
+        raise UsageError("expected a prompt of at least one token, found an empty one")
+    return tokens
 
 
 def stop_tokens(folders: Sequence[Path]) -> frozenset[int]:
