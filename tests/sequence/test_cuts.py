@@ -2,14 +2,16 @@
 
 # ruff: noqa: E501  # a case is read best on one line
 
+import onnx_ir as ir
 import pytest
 from attentions import attention
-from laws import assert_law, texts
+from laws import assert_law
 from written import read
 
 from kvsurgeon import io
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.passes.inject import Inject
+from kvsurgeon.sequence.cuts import Memory
 
 
 def cut(text: str) -> tuple[str, str]:
@@ -100,17 +102,18 @@ def test_a_latent_of_keys_and_values_is_remembered_as_what_it_becomes():
     assert cut(text) == ("k", "v")
 
 
-def test_a_batch_that_is_fixed_to_one_need_be_no_axis():
-    text = attention(
-        key="k4 = Reshape(k0, apart) km = Transpose<perm = [2, 3, 0, 1]>(k4) kl = Mul(km, half) "
-            "kb = Transpose<perm = [2, 3, 0, 1]>(kl) k = Reshape(kb, flat)",
-        value="v4 = Reshape(v0, apart) vm = Transpose<perm = [2, 0, 1, 3]>(v4) vl = Mul(vm, half) "
-              "vb = Transpose<perm = [1, 2, 0, 3]>(vl) v = Reshape(vb, flat)",
-        constants="int64[4] apart = {0, 0, 2, 4}, int64[3] flat = {0, 0, 8}",
-    ).replace("[b, n, 8]", "[1, n, 8]")  # fmt: skip
-    original = read(text)
-    subject = Subject.of(original)
+MEMORIES = [
+    ("as a cache", (1, 2, None, 8), (0, 1, 2, 3), True, True),
+    ("keys as columns", (1, 2, 8, None), (0, 1, 3, 2), False, True),
+    ("no batch, and an axis of 1 between", (2, 1, None, 8), (0, 1, 2, 3), False, False),
+    ("no batch, and keys as columns", (2, 1, 8, None), (0, 1, 3, 2), False, False),
+]
 
-    Inject().apply(subject)
 
-    assert_law(original, io.to_proto(subject.model), texts(original, batch=1))
+@pytest.mark.parametrize(("parts", "order", "canonical", "four"), [pytest.param(*m[1:], id=m[0]) for m in MEMORIES])
+def test_a_batch_that_is_fixed_to_one_need_be_no_axis(parts, order, canonical, four):
+    memory = Memory(
+        value=ir.Value(name="k"), dtype=ir.DataType.FLOAT, parts=parts, order=order, batch=1, heads=2, head_dim=8,
+        elements=16, rank=4,
+    )  # fmt: skip
+    assert (memory.is_canonical, memory.has_four) == (canonical, four)
