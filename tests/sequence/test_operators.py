@@ -267,12 +267,10 @@ def test_a_mask_of_queries_against_keys_that_the_caller_makes():
     [("cc = Transpose<perm = [0, 2, 1]>(x)\n p = GlobalAveragePool(cc)\n t = Transpose<perm = [0, 2, 1]>(p)\n h = Sub(x, t)", "", "GlobalAveragePool mixes"),
      ("cc = Transpose<perm = [0, 2, 1]>(x)\n d = Conv<strides = [2]>(cc, kernel)\n h = Transpose<perm = [0, 2, 1]>(d)", "float[8, 8, 1] kernel", "Conv mixes"),
      ("t = Transpose<perm = [0, 2, 1]>(x)\n g = MatMul(t, x)\n h = MatMul(x, g)", "", "MatMul mixes"),
-     ("i = GatherElements<axis = 1>(x, places)\n h = Sub(x, i)", "int64[1, 1, 8] places = {0, 0, 0, 0, 0, 0, 0, 0}", "GatherElements mixes"),
      ("f = Flatten<axis = 1>(x)\n s1 = Softmax(f)\n h = Reshape(s1, sizes)", "", "Softmax mixes"),
-     ("n1 = Unsqueeze(length, first)\n r = Concat<axis = 0>(second, n1, second)\n t = Tile(x, r)\n h = Slice(t, first, n1, second)", "", "repeats token data as often"),
      ("h = Slice(x, first, end, second, two)", "int64[1] end = {9223372036854775807}, int64[1] two = {2}", "by their place"),
      ("p = Reshape(x, halves)\n h = Reshape(p, sizes)", "int64[3] halves = {0, -1, 16}", None)],
-    ids=["GlobalAveragePool", "Conv with strides", "a Gram matrix", "GatherElements of tokens", "Softmax over all", "Tile by length",
+    ids=["GlobalAveragePool", "Conv with strides", "a Gram matrix", "Softmax over all",
          "every second token", "tokens in pairs"],
 )  # fmt: skip
 def test_what_does_not_keep_them_apart_is_refused(hidden, constants, reason):

@@ -43,8 +43,6 @@ REFUSED = [
      constants="bool[n, n] allowed"), "context could not be run", None),
     ("two axes that nobody sums", attention().replace("c = MatMul(w, v)", "c = ReduceMax(w, third)"),
      "two sequence axes meet, but neither is summed", "s0"),
-    ("tokens shifted by one", attention(hidden="p = Pad(x, pads)\n h = Slice(p, first, minus, second)",
-     constants="int64[6] pads = {0, 1, 0, 0, 0, 0}, int64[1] minus = {-1}"), "Pad mixes tokens", "p"),
     ("softmax over tokens outside attention", attention(hidden="h = Softmax<axis = 1>(x)"), "Softmax mixes tokens", "h"),
     ("the largest over tokens", attention(hidden="m = ReduceMax(x, second)\n h = Sub(x, m)"), "ReduceMax mixes", "m"),
     ("the best of tokens", attention(hidden="m = ArgMax<axis = 1>(x)\n f = Cast<to = 1>(m)\n h = Sub(x, f)"),

@@ -77,8 +77,12 @@ def test_tokens_from_the_last_to_the_first_are_refused():
         injected(read(text))
 
 
-def test_what_mixes_the_sequences_of_a_batch_is_refused():
-    text = attention(inputs=MASK, after="m = ReduceMean<keepdims = 1>(c, first)\n logits = Add(c, m)")
+def test_what_mixes_the_sequences_of_a_batch_is_refused_where_some_are_padded():
+    text = attention(
+        inputs=MASK,
+        allowed=f"{BY_MULTIPLYING} {BOTH}",
+        after="m = ReduceMean<keepdims = 1>(c, first)\n logits = Add(c, m)",
+    )
     with pytest.raises(Refused, match="mixes the sequences of a batch"):
         injected(read(text))
 

@@ -112,6 +112,7 @@ class Decoder:
     max_length: int | None  # the longest total length that the graph's own tables allow
     proved: tuple[str, ...]
     assumed: tuple[str, ...]
+    states: tuple[Cut, ...] = ()  # what a cache would hold outside attention: what convolutions and shifts read
     cache: tuple[CachedTensor, ...] = ()  # in the order of the graph's inputs; empty where there is none
 
     @property
@@ -123,4 +124,5 @@ class Decoder:
     def cache_bytes_per_token(self) -> int:
         """Bytes that one more token of one sequence adds to the cache."""
         own = [a for a in self.attentions if a.shares_cache_with is None]
-        return sum(a.key_cut.bytes_per_token + a.value_cut.bytes_per_token for a in own)
+        cuts = [*(cut for a in own for cut in (a.key_cut, a.value_cut)), *self.states]
+        return sum(cut.bytes_per_token for cut in cuts)

@@ -53,10 +53,11 @@ def describe(analysis: Analysis, proof: Proof) -> Decoder:
         opset=analysis.shapes.opset,
         max_length=proof.max_length,
         proved=(
-            "every operator outside attention keeps tokens apart (by its axes)",
+            f"every operator outside attention{_but_for(analysis)} keeps tokens apart (by its axes)",
             f"no query sees a key after it (context run at lengths {tried})",
             f"context of a position does not change with the tokens that follow (context run at lengths {tried})",
         ),
+        states=tuple(_cut(memory) for memory in analysis.states),
         assumed=tuple(f"{what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()),
     )
 
@@ -74,6 +75,11 @@ def _cached(signature: CacheSignature) -> Iterator[CachedTensor]:
             shape=tuple("?" if size is None else size for size in entry.shape),
             idiom=entry.idiom,
         )
+
+
+def _but_for(analysis: Analysis) -> str:
+    recalls = analysis.flow.recalls
+    return f", but for the {len(recalls)} whose state would be remembered," if recalls else ""
 
 
 def _attentions(analysis: Analysis, proof: Proof) -> Iterator[Attention]:

@@ -10,9 +10,9 @@ from kvsurgeon.sequence.analysis import Analysis
 from kvsurgeon.sequence.causal import beside_weights
 from kvsurgeon.sequence.cuts import Memory
 from kvsurgeon.sequence.experiment import Experiment, at_length
-from kvsurgeon.sequence.looking import all_seen, left_padded, unfolded, with_holes
+from kvsurgeon.sequence.looking import Pattern, all_seen, left_padded, unfolded, with_holes
 from kvsurgeon.sequence.signature import Signatures
-from kvsurgeon.sequence.trial import Pattern, Trial
+from kvsurgeon.sequence.trial import Trial
 
 LONGEST = 160  # tokens: products of all heads are run, not masks alone
 ALLOWED = {"float32": 2e-5, "float16": 2e-2}  # of the largest number; bfloat16 is run as float32

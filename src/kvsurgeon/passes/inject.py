@@ -23,7 +23,7 @@ from kvsurgeon.passes.idioms.note import note_of, write_note
 from kvsurgeon.passes.idioms.plan import Plan, find_sources, plan_cache
 from kvsurgeon.sequence.analysis import Analysis, analyse
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
-from kvsurgeon.sequence.flow import FusedAttention
+from kvsurgeon.sequence.flow import FusedAttention, Recall
 from kvsurgeon.sequence.grouping import Grouping
 from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.lengths import NEW, SO_FAR, Lengths
@@ -31,7 +31,7 @@ from kvsurgeon.sequence.proof import prove
 from kvsurgeon.sequence.remember import Layouts, are_rows_of
 from kvsurgeon.sequence.tokens import Tokens, causal_mask
 from kvsurgeon.sequence.views import Views
-from kvsurgeon.sequence.words import spelled_from_export
+from kvsurgeon.sequence.words import spelled, spelled_from_export
 from kvsurgeon.sequence.written_out import in_standard_operators
 
 Choice = Callable[[Analysis], Sequence[Fusable]]
@@ -43,12 +43,14 @@ class Inject:
 
     Before: `input_ids [batch, length] -> logits`. After: `input_ids [batch_size, sequence_length]`, `attention_mask
     [batch_size, total_sequence_length]` and `past_key_values.{i}.key|value [batch_size, kv_heads, past_sequence_length,
-    head_dim]` give `logits` and `present.{i}.key|value [..., total_sequence_length, head_dim]`.
+    head_dim]` give `logits` and `present.{i}.key|value [..., total_sequence_length, head_dim]`. What a convolution,
+    a shift or a running sum reads is remembered too, as `past_key_values.{i}.state`.
 
-    Not handled: layers that see the future, state outside attention, context that changes with the total length.
+    Not handled: layers that see the future, state that is handed from token to token (scans), context that changes
+    with the total length.
 
     Attributes:
-        past: Name of an input; kind is "key" or "value".
+        past: Name of an input; kind is "key", "value" or "state".
         present: Name of an output.
         idiom: Whether the cache grows from call to call, is a buffer written in place, or gives out new rows only.
         past_length: Where the number of past tokens is read: the shape of the past, an input of its own, the first
@@ -166,6 +168,8 @@ class _Injection:
                 tokens.rewire(node)
         self._spell_masks(views, before)
         self._write_shapes()
+        for recall in self.flow.recalls:
+            self._keep_new_rows(recall, views)
         fused.finish()
         for head in self.analysis.heads:
             grouping.regroup(head)
@@ -185,6 +189,17 @@ class _Injection:
             pasts.append(ir.Value(name=entry.past, type=ir.TensorType(entry.dtype), shape=shape))
         self.graph.inputs.extend(pasts)
         return pasts
+
+    def _keep_new_rows(self, recall: Recall, views: Views) -> None:
+        """What is computed for all tokens so far is read for the new ones."""
+        value, axis = recall.result, recall.axes[0].axis
+        fact = self.flow.shapes[value]
+        assert fact.shape is not None
+        assert fact.dtype is not None
+        bounds = [views.lengths.flat(end) for end in views.lengths.span(Length.NEW)]
+        whole, new = (spelled(views.sizes(fact.shape, (recall.axes[0].with_role(Role(length)),))) for length in ROWS)
+        more = [*bounds, self.editor.constant([axis], wish="axes")]
+        self.editor.continue_with(value, "Slice", more, fact.dtype, (whole, new))
 
     def _give_up_rows(self, entry: Entry, interface: set[str | None]) -> None:
         """An output of the present's name that gives its new rows becomes the present, which holds them too."""

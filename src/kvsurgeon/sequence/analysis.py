@@ -103,6 +103,7 @@ class Analysis:
     flow: Flow
     same: dict[ir.Value, ir.Value]
     heads: tuple[Head, ...]  # in execution order
+    states: tuple[Memory, ...]  # what is remembered outside attention, in execution order
 
 
 def analyse(model: ir.Model) -> Analysis:
@@ -122,7 +123,13 @@ def analyse(model: ir.Model) -> Analysis:
     return Analysis(
         model=model, inputs=inputs, length=length, shapes=shapes, flow=flow,
         same=find_same(nodes, kinds, shapes), heads=_heads(flow, at=graph.outputs[0].name if graph.outputs else None),
+        states=_states(flow),
     )  # fmt: skip
+
+
+def _states(flow: Flow) -> tuple[Memory, ...]:
+    found = [choose(flow, place) for recall in flow.recalls for place in recall.places]
+    return tuple({memory.value: memory for memory in found}.values())
 
 
 def _heads(flow: Flow, at: str | None) -> tuple[Head, ...]:
@@ -149,6 +156,12 @@ def _heads(flow: Flow, at: str | None) -> tuple[Head, ...]:
     for head in heads:
         for operand in (*head.keys, *head.values):
             _carry_ranges(flow, operand)
+    if not heads and flow.recalls:
+        first = flow.recalls[0].nodes[0]
+        raise Refused(
+            f"{first.op_type} mixes tokens along the sequence outside attention, and there is no attention beside it",
+            at=first.outputs[0].name, expected="weights = softmax(query @ key^T), weights @ value",
+        )  # fmt: skip
     if not heads:
         raise Refused(
             "no attention was found: nowhere do two sequence axes meet and get summed again",

@@ -14,8 +14,8 @@ from kvsurgeon.sequence.analysis import Head
 from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.experiment import Experiment
 from kvsurgeon.sequence.kinds import GivenInput
-from kvsurgeon.sequence.looking import all_seen, close, cut_short, left_padded, unfolded, with_holes
-from kvsurgeon.sequence.trial import USEFUL, Pattern, Trial, check_same, first
+from kvsurgeon.sequence.looking import Pattern, all_seen, close, cut_short, left_padded, unfolded, with_holes
+from kvsurgeon.sequence.trial import USEFUL, Trial, check_same, first
 
 SEEN = 1e-6  # a weight above this is one that counts
 LOUD = 30.0  # times the usual noise: a mask must hold against large scores too

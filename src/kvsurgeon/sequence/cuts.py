@@ -81,7 +81,7 @@ def choose_for_all(flow: Flow, places: Sequence[Place], heads: int = 1) -> Memor
     try:
         return _smallest(flow, places, heads)
     except Refused:
-        near = (describe(flow, value, heads) for value in bottlenecks(flow, _operands(places), _looks_nothing_up))
+        near = (describe(flow, value, heads) for value in bottlenecks(flow, _operands(places), looks_nothing_up))
         memory = next((memory for memory in near if memory is not None), None)
         if memory is None:
             raise
@@ -147,10 +147,10 @@ def features_of(flow: Flow, place: Place) -> int | None:
 
 def _is_cheap(node: ir.Node) -> bool:
     """Whether a node may be computed again for all tokens so far at every step."""
-    return node.op_type not in PROJECTIONS and _looks_nothing_up(node)
+    return node.op_type not in PROJECTIONS and looks_nothing_up(node)
 
 
-def _looks_nothing_up(node: ir.Node) -> bool:
+def looks_nothing_up(node: ir.Node) -> bool:
     """Whether a node is no table of weights read by number: upstream of one there are only numbers of tokens."""
     return node.op_type not in LOOKUPS or constant_tensor(node.inputs[0]) is None
 

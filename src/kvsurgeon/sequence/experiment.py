@@ -199,6 +199,7 @@ class Experiment:
         row: int | None = None,
         loudness: float = 1.0,
         places: np.ndarray | None = None,
+        beside: np.ndarray | None = None,
     ) -> list[np.ndarray]:
         """Return the outputs for two sequences of that length.
 
@@ -209,12 +210,15 @@ class Experiment:
             row: The one sequence of which it says so; both where none is given.
             loudness: What the noise in place of stand-ins is multiplied with.
             places: The place that each token's noise belongs to, where it is not its own: [length].
+            beside: The same for the second sequence, where it is another one.
         """
         feeds = {name: np.asarray(feed(length)) for name, feed in self.feeds.items()}
         if places is not None:
             for value in self.stand_ins:
                 fact = self.flow.shapes[value]
-                feeds[value.name or ""] = self._noise(value, fact.shape, fact.dtype, places)(length)
+                mine = self._noise(value, fact.shape, fact.dtype, places)(length)
+                theirs = mine if beside is None else self._noise(value, fact.shape, fact.dtype, beside)(length)
+                feeds[value.name or ""] = _side_by_side(mine, theirs, batch_axis(fact.shape))
         if loudness != 1.0:
             for value in self.stand_ins:
                 array = feeds[value.name or ""]
@@ -242,6 +246,20 @@ class Experiment:
                 "what was inferred of a shape is not what runs", at=value.name,
                 expected=str(sizes), found=str(list(array.shape)),
             )  # fmt: skip
+
+
+def batch_axis(shape: Sequence[Dimension] | None) -> int | None:
+    """The axis on which the sequences of a batch lie, one behind the other; None where there is none."""
+    held = (axis for axis, size in enumerate(shape or ()) if BATCH in getattr(size, "free_symbols", ()))
+    return next(held, None)
+
+
+def _side_by_side(mine: np.ndarray, theirs: np.ndarray, axis: int | None) -> np.ndarray:
+    """The first of two sequences out of one array, the second out of another."""
+    if axis is None or mine is theirs:
+        return mine
+    half = mine.shape[axis] // 2
+    return np.concatenate([mine.take(range(half), axis), theirs.take(range(half, 2 * half), axis)], axis)
 
 
 def _mask(given: GivenInput, seen: np.ndarray, row: int | None = None) -> np.ndarray:

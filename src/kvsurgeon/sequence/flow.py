@@ -78,6 +78,20 @@ class FusedAttention:
     heads_beside: int = 1  # key heads that lie side by side on the last axis of key and value
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recall:
+    """Nodes outside attention whose result depends on the tokens so far, and the one axis that holds them there."""
+
+    nodes: tuple[ir.Node, ...]
+    places: tuple[Place, ...]  # where tokens are read that the nodes do not make
+    axes: Axes
+
+    @property
+    def result(self) -> ir.Value:
+        """What is read elsewhere."""
+        return self.nodes[-1].outputs[0]
+
+
 @dataclass(kw_only=True)
 class Flow:
     """What was learnt about token data."""
@@ -102,10 +116,16 @@ class Flow:
     scores: list[ScoreProduct] = field(default_factory=list)
     products: list[ContextProduct] = field(default_factory=list)
     fused: list[FusedAttention] = field(default_factory=list)
+    recalls: list[Recall] = field(default_factory=list)
     assumed: dict[str, str] = field(default_factory=dict)  # what could not be proved, and where first
     along_keys: dict[ir.Node, Role] = field(default_factory=dict)  # operators along an open axis: keys, or nothing
     last: set[ir.Value] = field(default_factory=set)  # made of the last token alone
     per_call: set[ir.Value] = field(default_factory=set)  # made with ranges over all tokens of a call
+
+    @property
+    def recalling(self) -> frozenset[ir.Node]:
+        """Nodes that are computed for all tokens so far, outside attention."""
+        return frozenset(node for recall in self.recalls for node in recall.nodes)
 
 
 @dataclass(slots=True)
@@ -186,7 +206,7 @@ class Step:
         return Refused(
             f"{self.node.op_type} mixes tokens along the sequence outside attention, which no KV cache can carry",
             at=self.node.outputs[0].name,
-            hint="the state of this operator would have to be remembered too",
+            hint="its state is remembered only where it is seen to depend on no later token",
         )
 
     def works_along(self, axis: SequenceAxis) -> None:

@@ -16,6 +16,7 @@ from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
 from kvsurgeon.sequence.flow import Flow, Step
 from kvsurgeon.sequence.islands import PICKERS, Island, find_island, take_island
 from kvsurgeon.sequence.kinds import SHAPE_ONLY, GivenInput, Kind
+from kvsurgeon.sequence.recall import find_recall, take_recall
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes import elementwise as elementwise_shapes
 from kvsurgeon.shapes.contraction import PRODUCTS
@@ -106,12 +107,8 @@ def follow_tokens(
         if node in islands:
             if node is islands[node].nodes[-1]:
                 take_island(flow, islands[node])
-        elif any(kinds.get(value) is Kind.TOKEN for value in node.outputs):
-            try:
-                _take(flow, node)
-            except Refused:
-                if node in read or not _reads_stream(flow, node):
-                    raise
+        elif node not in flow.recalling and any(kinds.get(value) is Kind.TOKEN for value in node.outputs):
+            _take_or_recall(flow, node, is_read=node in read)
     _check_roles(flow)
     return flow
 
@@ -138,6 +135,18 @@ def _batch(inputs: list[GivenInput]) -> Dimension:
     first = next(given for given in inputs if given.is_token)
     axis = next(iter(first.lengths))
     return first.dimensions[axis - 1] if axis else 1
+
+
+def _take_or_recall(flow: Flow, node: ir.Node, *, is_read: bool) -> None:
+    """Follow tokens through a node; where it mixes them, remember what it reads if only earlier ones count."""
+    try:
+        _take(flow, node)
+    except Refused:
+        recall = find_recall(flow, node) if is_read else None
+        if recall is not None:
+            take_recall(flow, recall)
+        elif is_read or not _reads_stream(flow, node):
+            raise
 
 
 def _take(flow: Flow, node: ir.Node) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.axes import Axes, Length
 from kvsurgeon.sequence.experiment import at_length
+
+Pattern = Callable[[int], np.ndarray]  # of the length: which tokens are seen
 
 
 def all_seen(length: int) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.analysis import Analysis
 from kvsurgeon.sequence.causal import Seen, beside_weights, look_at
+from kvsurgeon.sequence.recall import sees_masked
 from kvsurgeon.sequence.signature import Signatures
 from kvsurgeon.sequence.stable import find_limit
 from kvsurgeon.sequence.trial import Trial
@@ -38,6 +39,13 @@ def _check_padding(analysis: Analysis, seen: list[Seen]) -> None:
                 raise Refused(
                     "tokens that an input masks see those after them, and are seen by tokens that it does not mask",
                     layer=layer, at=analysis.heads[layer].at.name,
+                )  # fmt: skip
+
+        for recall in analysis.flow.recalls if peeking.any() else ():
+            if sees_masked(analysis.flow, recall, pattern):
+                raise Refused(
+                    "tokens that an input masks see those after them, and are seen outside attention",
+                    at=recall.result.name, hint="export it without that input, or with what is masked set to 0 before",
                 )  # fmt: skip
 
 

@@ -15,8 +15,8 @@ from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.causal import beside_weights
 from kvsurgeon.sequence.experiment import downstream
 from kvsurgeon.sequence.kinds import Kind
-from kvsurgeon.sequence.looking import all_seen, cut_short, left_padded, unfolded, with_holes
-from kvsurgeon.sequence.trial import USEFUL, Pattern, Trial, check_same, first
+from kvsurgeon.sequence.looking import Pattern, all_seen, cut_short, left_padded, unfolded, with_holes
+from kvsurgeon.sequence.trial import USEFUL, Trial, check_same, first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +85,7 @@ def _meetings(trial: Trial) -> dict[ir.Value, _Meeting]:
         if (
             node in inside
             or node in trial.flow.islands
+            or node in trial.flow.recalling
             or not any(trial.flow.kinds.get(value) is Kind.TOKEN for value in node.outputs)
         ):
             continue

@@ -14,7 +14,7 @@ from kvsurgeon.sequence.analysis import Analysis, Head
 from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.experiment import Experiment, at_length
 from kvsurgeon.sequence.kinds import GivenInput, Kind
-from kvsurgeon.sequence.looking import close, difference
+from kvsurgeon.sequence.looking import Pattern, close, difference
 from kvsurgeon.shapes.dimension import Dimension
 
 LADDER = (1, 2, 7, 8, 40, 65, 129)  # tokens
@@ -29,8 +29,6 @@ _SWITCHES = frozenset({
     "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "Equal", "Min", "Max", "Clip", "Div", "Mod", "Sub", "Mul",
 })
 # fmt: on
-
-Pattern = Callable[[int], np.ndarray]  # of the length: which tokens are seen
 
 
 class Trial:

@@ -82,8 +82,8 @@ class Naming:
         )
 
 
-def find_entries(heads: Sequence[Head], naming: Naming) -> list[Entry]:
-    """Return the tensors to remember, each once: key 0, value 0, key 1, ...
+def find_entries(heads: Sequence[Head], states: Sequence[Memory], naming: Naming) -> list[Entry]:
+    """Return the tensors to remember, each once: key 0, value 0, key 1, ..., and then state 0, state 1, ...
 
     Raises:
         Refused: An attention reads several tensors of keys, or of values.
@@ -99,6 +99,8 @@ def find_entries(heads: Sequence[Head], naming: Naming) -> list[Entry]:
             raise Refused("one attention reads several tensors of keys, or of values", layer=number, at=head.at.name)
         entries += [naming.entry(memory, layer, kind) for kind, memory in fresh]
         layer += bool(fresh)
+    fresh_states = [memory for memory in states if memory.value not in seen]
+    entries += [naming.entry(memory, number, "state") for number, memory in enumerate(fresh_states)]
     names = [name for entry in entries for name in (entry.past, entry.present)]
     if len(set(names)) < len(names):
         raise UsageError("expected names with {layer} and {kind} in them, so that each tensor has its own")

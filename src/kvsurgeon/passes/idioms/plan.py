@@ -88,9 +88,14 @@ def plan_cache(options: Options, analysis: Analysis, proof: Proof) -> Plan:
         past=options.past, present=options.present, dtype=dtype,
         key_layout=options.key_layout, value_layout=options.value_layout,
     )  # fmt: skip
-    return Plan(
-        idiom=_idiom(options, count, analysis.length), count=count, entries=find_entries(analysis.heads, naming)
-    )
+    idiom = _idiom(options, count, analysis.length)
+    if analysis.states and idiom.past is HELD:
+        raise Refused(
+            "rows that need not be filled stand before the tokens, and would be taken for tokens outside attention",
+            at=analysis.states[0].value.name, expected="tokens that see others in attention only",
+            hint="past-length=shape, or in-place",
+        )  # fmt: skip
+    return Plan(idiom=idiom, count=count, entries=find_entries(analysis.heads, analysis.states, naming))
 
 
 def _idiom(options: Options, count: Count, length: Dimension) -> Idiom:

@@ -1,0 +1,170 @@
+"""Operators outside attention by which a token sees those before it: convolutions, shifts, running sums.
+
+What they read is remembered as keys are, and they are computed again over all tokens so far. No rule says of which
+operators that is right: they are run, and what they make of a token may depend on nothing that comes after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from kvsurgeon.errors import Refused
+from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
+from kvsurgeon.sequence.cuts import bottlenecks, choose, looks_nothing_up
+from kvsurgeon.sequence.experiment import Experiment, batch_axis
+from kvsurgeon.sequence.flow import Flow, Recall
+from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.sequence.looking import Pattern, all_seen, close, left_padded, unfolded, with_holes
+from kvsurgeon.shapes.dimension import LENGTH
+
+SEEN = "state outside attention: that it depends on no later token was seen by running it"
+_LONGEST = 8  # nodes that may make one result
+_TOKENS = 65  # of the longest text that is run
+_SHORTER = (1, 2, 7, 40)
+_LOUD = 30.0  # times the usual noise
+_CUTS = (1, 8, 33)  # places from which on other tokens follow
+
+
+def find_recall(flow: Flow, start: ir.Node) -> Recall | None:
+    """The fewest nodes, from one that mixes tokens on, whose result depends on no later token; None where none does.
+
+    They read tensors that can be remembered, and of what they make only the result is read elsewhere.
+    """
+    if isinstance(flow.length, int):
+        return None
+    region, made = [start], set(start.outputs)
+    for node in list(flow.order)[flow.order[start] :]:
+        if node is not start and not any(value in made for value in node.inputs):
+            continue
+        if node is not start:
+            region.append(node)
+            made.update(node.outputs)
+        if len(region) > _LONGEST or any(value.is_graph_output() for value in node.outputs) or _has_graph(node):
+            return None
+        if _is_closed(region, made) and (found := _recall(flow, region, made)) is not None:
+            return found
+    return None
+
+
+def take_recall(flow: Flow, recall: Recall) -> None:
+    """Note that a result needs what it is made of for all tokens so far."""
+    role = Role(Length.TOTAL, at=recall.result.name or "")
+    for node in recall.nodes:
+        flow.targets.pop(node, None)
+        for notes in (flow.demands, flow.parameters, flow.operands):
+            for place in [place for place in notes if place[0] is node]:
+                notes.pop(place)
+    flow.operands.update(dict.fromkeys(recall.places, role))
+    flow.recalls.append(recall)
+    flow.axes[recall.result] = recall.axes
+    flow.assumed.setdefault(SEEN, recall.result.name or "")
+
+
+def sees_masked(flow: Flow, recall: Recall, pattern: Pattern) -> bool:
+    """Whether what is made of tokens that are not masked depends on what is in those that an input masks."""
+    sources = []
+    for place in recall.places:
+        value = place[0].inputs[place[1]]
+        assert value is not None
+        sources.append([value, *bottlenecks(flow, [value], looks_nothing_up)][-1])
+    try:
+        experiment = _experiment(flow, recall, sources)
+        seen = pattern(_TOKENS)
+        places = np.arange(_TOKENS)
+        mine, theirs = (
+            _rows(experiment, recall, at, pattern) for at in (places, np.where(seen, places, places + _TOKENS))
+        )
+    except Exception:  # whatever onnxruntime says: it was not shown
+        return True
+    return not close(mine[..., seen], theirs[..., seen])
+
+
+def _has_graph(node: ir.Node) -> bool:
+    return any(attribute.type is ir.AttributeType.GRAPH for attribute in node.attributes.values())
+
+
+def _is_closed(region: Sequence[ir.Node], made: set[ir.Value]) -> bool:
+    """Whether only the result of the last node is read elsewhere."""
+    inside = set(region)
+    return all(user in inside for value in made - set(region[-1].outputs[:1]) for user, _ in value.uses())
+
+
+def _recall(flow: Flow, region: Sequence[ir.Node], made: set[ir.Value]) -> Recall | None:
+    places = [
+        (node, index)
+        for node in region
+        for index, value in enumerate(node.inputs)
+        if value is not None and value not in made and flow.kinds.get(value) is Kind.TOKEN
+    ]
+    axes = _tokens_in(flow, region[-1].outputs[0])
+    if not axes or not places or not all(_is_stream(flow, node.inputs[index]) for node, index in places):
+        return None
+    found = Recall(nodes=tuple(region), places=tuple(places), axes=axes)
+    try:
+        for place in places:
+            choose(flow, place)
+    except Refused:
+        return None
+    return found if _depends_on_no_later_token(flow, found) else None
+
+
+def _tokens_in(flow: Flow, value: ir.Value) -> Axes:
+    """The one axis of a result that is as long as the stream."""
+    shape = flow.shapes[value].shape or ()
+    held = [place for place, size in enumerate(shape) if LENGTH in getattr(size, "free_symbols", ())]
+    if len(held) != 1 or shape[held[0]] is not flow.length:
+        return ()
+    return (SequenceAxis(held[0], flow.stream),)
+
+
+def _is_stream(flow: Flow, value: ir.Value | None) -> bool:
+    axes = () if value is None else flow.axes.get(value, ())
+    return len(axes) == 1 and axes[0].is_plain and axes[0].role.resolved() is Length.NEW
+
+
+def _depends_on_no_later_token(flow: Flow, recall: Recall) -> bool:
+    """Whether what is said of a token stays as it is when other tokens follow, or more, or fewer, or stand beside."""
+    values = [value for node, index in recall.places if (value := node.inputs[index]) is not None]
+    places = np.arange(_TOKENS)
+    try:
+        experiment = _experiment(flow, recall, values)
+        masked = (left_padded, with_holes) if experiment.masks else ()
+        for pattern, loudness in ((all_seen, 1.0), (all_seen, _LOUD), *((pattern, 1.0) for pattern in masked)):
+            whole = _rows(experiment, recall, places, pattern, loudness)
+            others = [(cut, np.where(places < cut, places, places + _TOKENS)) for cut in _CUTS]
+            for shared, text in [*((length, places[:length]) for length in _SHORTER), *others]:
+                rows = _rows(experiment, recall, text, pattern, loudness)
+                if not close(whole[..., :shared], rows[..., :shared]):
+                    return False
+        return _keeps_sequences_apart(flow, experiment, recall.result)
+    except Exception:  # whatever onnxruntime says: it was not seen
+        return False
+
+
+def _keeps_sequences_apart(flow: Flow, experiment: Experiment, result: ir.Value) -> bool:
+    """Whether what is said of one sequence of a batch stays as it is when the other is another."""
+    axis, places = batch_axis(flow.shapes[result].shape), np.arange(_TOKENS)
+    if axis is None:
+        return batch_axis([flow.batch]) is None
+    alone, beside = (
+        experiment.run(_TOKENS, all_seen, places=places, beside=other)[0] for other in (places, places + _TOKENS)
+    )
+    first = range(alone.shape[axis] // 2)
+    return close(alone.take(first, axis), beside.take(first, axis))
+
+
+def _experiment(flow: Flow, recall: Recall, values: Sequence[ir.Value]) -> Experiment:
+    return Experiment(
+        flow=flow, inputs=flow.inputs, opsets=flow.opsets, outputs=[recall.result], stand_ins=frozenset(values)
+    )
+
+
+def _rows(
+    experiment: Experiment, recall: Recall, places: np.ndarray, pattern: Pattern, loudness: float = 1.0
+) -> np.ndarray:
+    """[..., token]: the result for tokens that belong to these places."""
+    array = experiment.run(len(places), pattern, places=places, loudness=loudness)[0]
+    return unfolded(array, recall.axes, len(places))
