@@ -57,7 +57,8 @@ def _bring(step: Step, found: Contraction, left: Held, right: Held) -> None:
         new = {
             label: brought(step, axis, size)
             for axis, (label, size) in enumerate(zip(labels, step.shape(index), strict=True))
-            if label not in theirs and (step.holds_length(size) or (beside and size == step.flow.length))
+            if label not in theirs
+            and (step.holds_length(size) or (beside and size == step.flow.length and label not in found.summed))
         }
         if any(label in found.summed for label in new):
             raise step.mixing()
