@@ -101,6 +101,22 @@ def test_a_guard_against_what_is_not_a_number():
     assert verify(model, after(model, Inject(), FuseAttention()), threads=1).verdict == "same"
 
 
+SEQUENCE_FIRST = "Transpose<perm = [1, 0, 2]>"
+
+
+def test_tokens_may_come_before_the_batch():
+    text = attention(
+        hidden=f"h = {SEQUENCE_FIRST}(x)",
+        query=f"q = {SEQUENCE_FIRST}(q0)",
+        key=f"k = {SEQUENCE_FIRST}(k0)",
+        value=f"v = {SEQUENCE_FIRST}(v0)",
+        after=f"t = {SEQUENCE_FIRST}(c) p = MatMul(t, wv) logits = {SEQUENCE_FIRST}(p)",
+    )
+    model = read(text, 18)
+    for idiom in ("grow", "in-place"):
+        assert verify(model, after(model, Inject(idiom=idiom), FuseAttention()), threads=1).verdict == "same"
+
+
 # What is refused, and why
 
 OTHERS = {

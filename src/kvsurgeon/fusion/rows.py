@@ -117,8 +117,9 @@ class Rows:
         found = describe(self.setting.flow, value)
         if found is None:
             return False
-        batch = found.order[0] if found.batch != 1 else None
-        return all(size == 1 or place == batch for place, size in enumerate(found.parts[: found.parts.index(None)]))
+        sequence, batch = found.parts.index(None), found.order[0] if found.batch != 1 else None
+        before = enumerate(found.parts[:sequence])
+        return (batch is None or batch < sequence) and all(size == 1 or place == batch for place, size in before)
 
     def _same_order(self, source: ir.Value, value: ir.Value) -> bool:
         try:
