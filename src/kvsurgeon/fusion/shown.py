@@ -15,7 +15,7 @@ from kvsurgeon.sequence.signature import Signatures
 from kvsurgeon.sequence.trial import Trial
 
 LONGEST = 160  # tokens: products of all heads are run, not masks alone
-ALLOWED = {"float32": 2e-5, "float16": 2e-2}  # of the largest number; bfloat16 is run as float32
+ALLOWED = {"float32": 2e-4, "float16": 2e-2}  # of the largest number; scores of noise are in the hundreds
 
 
 class Showing:

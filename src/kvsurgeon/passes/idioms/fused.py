@@ -25,13 +25,21 @@ class FusedCache:
         made: dict[Entry, ir.Value] = {}
         for fusable in self.fusables:
             (key, past_key), (value, past_value) = at[fusable.key.value], at[fusable.value.value]
-            for entry in (key, value):
-                made[entry] = ir.Value(name=entry.present, type=ir.TensorType(entry.dtype))
             cache = Cache(
-                past_key=past_key, past_value=past_value, present_key=made[key], present_value=made[value]
-            )  # fmt: skip
+                past_key=past_key,
+                past_value=past_value,
+                present_key=self._present(key, made),
+                present_value=self._present(value, made),
+            )
             self._nodes.append((fusable, self.operator.place(fusable, cache)))
         return made
+
+    def _present(self, entry: Entry, made: dict[Entry, ir.Value]) -> ir.Value:
+        """The present that an operator makes; of attentions that share keys and values the first makes the cache's."""
+        name = self.operator.editor.name(f"{entry.present}.again") if entry in made else entry.present
+        present = ir.Value(name=name, type=ir.TensorType(entry.dtype))
+        made.setdefault(entry, present)
+        return present
 
     def finish(self) -> None:
         """Give the operators what they add to scores, once context has the lengths that it is to have."""
