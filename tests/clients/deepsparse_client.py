@@ -1,8 +1,7 @@
-"""Answer cases with DeepSparse's decoder engine and cache: python deepsparse_client.py FOLDER [deepsparse|onnxruntime].
+"""Answer cases with DeepSparse's TextGeneration pipeline: python deepsparse_client.py FOLDER [deepsparse|onnxruntime].
 
-What its `TextGeneration` pipeline does for a prompt, without the tokenizer: `NLDecoderEngine` fixes the graph to one
-context length, `compute_engine_inputs` makes the inputs of each step, `DecoderKVCache` shifts the caches, and one of
-two engines runs the graph.
+Prompts are told as text, as its users tell them; a folder without a tokenizer is given one whose words are numbers. One
+text at a time, with its own engine or with onnxruntime.
 """
 
 import json
@@ -10,45 +9,52 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-from deepsparse.transformers.engines import NLDecoderEngine
-from deepsparse.transformers.utils.decoder_kv_cache import DecoderKVCache
-from deepsparse.transformers.utils.helpers import compute_engine_inputs
+import onnx
+from deepsparse import TextGeneration
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-ROOM = 8  # tokens of context beyond those that are asked for
+PROMPT = 4  # tokens of a prompt that are given at once, where the model can take several
+END = "<end>"
+ROOM = 8  # tokens of context beyond those that are asked for, at least
 
 
 def answers(folder, cases, engine_type):
-    """Yield the new tokens of each case, greedy; one text at a time, token by token."""
-    length = max(len(case["ids"][0]) + case["new"] for case in cases) + ROOM
-    model = str(Path(folder) / "model.onnx")
-    engine = NLDecoderEngine(model, engine_type, {"batch_size": 1}, length, 1, internal_kv_cache=False)
+    """Yield the new tokens of each case, greedy; one text at a time."""
+    tokenizer = tokenizer_of(folder)
+    longest = max(len(case["ids"][0]) + case["new"] for case in cases) + ROOM
+    # Its own engine crashes on small models with more than one core, and on these and others with the cache inside.
+    pipeline = TextGeneration(
+        model_path=str(folder), engine_type=engine_type, num_cores=1, internal_kv_cache=False, force_max_tokens=True,
+        sequence_length=longest + -longest % PROMPT, prompt_sequence_length=PROMPT,
+    )  # fmt: skip
     for case in cases:
-        yield [list(tokens(engine, row, case["new"], length)) for row in case["ids"]]
+        yield [tokens(pipeline, tokenizer, row, case["new"]) for row in case["ids"]]
 
 
-def tokens(engine, text, new, length):
-    """Yield the tokens that follow a text."""
-    cache = DecoderKVCache(False)
-    cache.setup({name: np.zeros(engine.cache_shape, np.float32) for name in engine.onnx_input_names_cached})
-    text = list(text)
-    wanted = len(text) + new
-    for done in range(wanted - 1):
-        given = compute_engine_inputs(
-            engine.onnx_input_names_no_cache,
-            token_batch=[text[done]],
-            prompt_sequence_length=1,
-            sequence_length=length,
-            num_total_processed_tokens=done,
-        )
-        logits = engine(given, cache)
-        if done == len(text) - 1:
-            text.append(int(logits[0, -1].argmax()))
-            yield text[-1]
+def tokens(pipeline, tokenizer, ids, new):
+    """Return the tokens that follow a text."""
+    said = tokenizer.decode(ids)
+    assert tokenizer(said)["input_ids"] == ids, f"the tokenizer does not give {ids} back"
+    found = []
+    pipeline(sequences=said, max_new_tokens=new, do_sample=False, callback=found.append)
+    return [int(token) for token in found[:new]]  # it gives one more
+
+
+def tokenizer_of(folder):
+    """Return the folder's tokenizer."""
+    if not (folder / "tokenizer.json").is_file():
+        graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+        width = graph.output[0].type.tensor_type.shape.dim[-1].dim_value
+        words = {END: 0, **{str(token): token for token in range(1, width)}}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token=END))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 if __name__ == "__main__":
     request = json.load(sys.stdin)
-    found = list(answers(sys.argv[1], request["cases"], (sys.argv[2:] or ["deepsparse"])[0]))
+    found = list(answers(Path(sys.argv[1]), request["cases"], (sys.argv[2:] or ["deepsparse"])[0]))
     print()
     print(json.dumps({"versions": {"deepsparse": version("deepsparse")}, "answers": found}))
