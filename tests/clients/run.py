@@ -12,12 +12,13 @@ temporary one). Each model is copied, its target folder written and moved alone 
 source is gone before the client runs from there, without kvsurgeon and, where that can be had, without a network.
 
 Ends with 0 if all was shown, 1 if a client's tokens differ or it fails, 3 if nothing differs but something of what is
-to be shown was not run.
+to be shown was not run, 4 if the client cannot be installed from here.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -40,7 +41,11 @@ def main() -> int:
     """Run what the command line asks for, and return the exit code."""
     options = _options()
     client = CLIENTS[options.client]
-    call, home = client.command(options.environments, options.python)
+    try:
+        call, home = client.command(options.environments, options.python)
+    except subprocess.CalledProcessError as error:
+        print(f"{options.client}: not run: cannot install {' '.join(client.requirements)}: {error}")
+        return 4
     runs = _Runs(client, call, home, judged=not options.unjudged)
     for one in _outcomes(runs, options):
         print(one, flush=True)
