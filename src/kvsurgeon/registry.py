@@ -24,6 +24,7 @@ BUILT_IN = {
     "without-nan-guards": "kvsurgeon.passes.nan_guards:WithoutNanGuards",
     "plain-gather": "kvsurgeon.passes.plain_gather:PlainGather",
     "raise-opset": "kvsurgeon.passes.raise_opset:RaiseOpset",
+    "lower-opset": "kvsurgeon.passes.lower_opset:LowerOpset",
     "half-range-masks": "kvsurgeon.passes.half_range:half_range_masks",
     "fix-shapes": "kvsurgeon.passes.fix_shapes:FixShapes",
     "write-divisions": "kvsurgeon.passes.write_divisions:WriteDivisions",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kvsurgeon.passes.lower_opset import LowerOpset
 from kvsurgeon.passes.position_ids import PositionIds
 from kvsurgeon.passes.rename import Rename
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.target import Obstacle, Target
 from kvsurgeon.targets.tokenizers import CONFIG_BEFORE_5, MERGES_AS_TEXT
 
+_OPSET = 17  # the newest that its own engine loads; onnxruntime under it takes 19
 _ORDER = ("input_ids", "attention_mask", "positions")  # compute_engine_inputs takes the first two by their place
 _SHIFTED = frozenset(("causal", "window"))  # masks that are the same wherever a text begins
 
@@ -40,11 +42,12 @@ DEEPSPARSE = Target(
     summary="deepsparse.TextGeneration(model_path=folder), batch 1",
     tried="deepsparse 1.8.0",
     before=(Rename(names=("position_ids:positions",)), PositionIds(input="positions")),
+    after=(LowerOpset(opset=_OPSET),),
     needs=("input_ids", "attention_mask", "logits"),
     feeds=frozenset(_ORDER),
     dtypes={name: frozenset(("int64",)) for name in _ORDER} | {"logits": frozenset(("float32",))},
     cache_dtypes=frozenset(("float32", "uint8")),
-    opset=17,  # the newest that its own engine loads; onnxruntime under it takes 19
+    opset=_OPSET,
     fixed_axes=(1, 3),
     uniform=True,
     beside=("config.json", "tokenizer.json", "tokenizer_config.json"),

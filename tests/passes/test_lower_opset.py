@@ -1,0 +1,85 @@
+"""An earlier opset says the same; what it cannot say is refused by name."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from exports import ONE_OF_EACH, export
+from laws import difference, in_onnxruntime, texts
+from written import read
+
+from kvsurgeon import io
+from kvsurgeon.errors import Refused
+from kvsurgeon.passes.contract import Changed, Subject, Unchanged
+from kvsurgeon.passes.lower_opset import LowerOpset
+from kvsurgeon.passes.raise_opset import RaiseOpset
+
+
+def lowered(model: onnx.ModelProto, opset: int = 17) -> onnx.ModelProto:
+    subject = Subject.of(model)
+    assert isinstance(LowerOpset(opset=opset).apply(subject), Changed)
+    result = io.to_proto(subject.model)
+    onnx.checker.check_model(result, full_check=True)
+    assert {entry.domain: entry.version for entry in result.opset_import}[""] == opset
+    return result
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if not name.startswith("gemma2")])  # it has a Gelu
+def test_what_is_raised_and_lowered_computes_the_same(name):
+    model, feeds = export(name), texts(export(name))
+    subject = Subject.of(model)
+    RaiseOpset(opset=21).apply(subject)
+    expected, found = (in_onnxruntime(one)(feeds)["logits"] for one in (model, lowered(io.to_proto(subject.model))))
+    assert difference(found, expected) == 0
+
+
+def test_what_is_an_input_and_was_an_attribute_moves():
+    text = """case (float[b, n, 8] x) => (float[b, n, 1] a, float[b, n, 4] c, float[b, n, 4] d, int64[b, n, 8] e)
+    <int64[1] axes = {2}>
+    {
+      a = ReduceMean(x, axes)
+      c, d = Split<axis = 2, num_outputs = 2>(x)
+      e = Cast<to = 7, saturate = 1>(x)
+    }"""
+    model = read(text, opset=20)
+    result = lowered(model)
+    mean, split, cast = result.graph.node
+    assert (list(mean.input), [list(a.ints) for a in mean.attribute if a.name == "axes"]) == (["x"], [[2]])
+    assert {a.name: a.i for a in split.attribute} == {"axis": 2}
+    assert {a.name: a.i for a in cast.attribute} == {"to": 7}
+    assert (result.ir_version, [tensor.name for tensor in result.graph.initializer]) == (8, [])
+    x = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+    expected, found = (in_onnxruntime(one)({"x": x}) for one in (model, result))
+    assert all((expected[name] == found[name]).all() for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "opset", "reason"),
+    [
+        ("y = Gelu(x)", 20, "Gelu cannot be written in opset 17, found an operator that came later"),
+        ("y = GroupNormalization<num_groups = 2>(x, v, v)", 21, "an operator that came later"),
+        ("s = Shape<start = 2>(x) a = Range(zero, two, two) y = ReduceMean(x, a)", 20, "axes, which is no constant"),
+        ("a, b, y = Split<axis = 2, num_outputs = 3>(x)", 20, "num_outputs=3"),
+        ("y = Cast<to = 1, saturate = 0>(x)", 20, "saturate=0"),
+        ("i = Cast<to = 17>(x) y = Cast<to = 1>(i)", 20, "float8e4m3fn"),
+        ("i = Cast<to = 21>(x) j = Reshape(i, shape) y = Cast<to = 1>(j)", 21, r"tensor\(uint4\)"),
+    ],
+)
+def test_what_came_later_is_refused(text, opset, reason):
+    given = "<float[4] v, int64 zero = {0}, int64 two = {2}, int64[3] shape = {0, 0, 0}>"
+    model = read(f"case (float[b, 4, 8] x) => (float[b, 4, c] y) {given} {{ {text} }}", opset)
+    subject = Subject.of(onnx.shape_inference.infer_shapes(model))
+    before = io.to_proto(subject.model)
+    with pytest.raises(Refused, match=reason):
+        LowerOpset().apply(subject)
+    assert io.to_proto(subject.model) == before
+
+
+def test_an_early_one_stays():
+    assert isinstance(LowerOpset().apply(Subject.of(export("llama_torchscript_sdpa"))), Unchanged)
+
+
+def test_no_opset_is_lowered_to_one_whose_operators_mean_something_else():
+    with pytest.raises(Refused, match="found opset 12"):
+        LowerOpset(opset=12).apply(Subject.of(export("llama_torchscript_sdpa")))
