@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from made import facts
 
+from kvsurgeon.targets.deepsparse import DEEPSPARSE
 from kvsurgeon.targets.genai import GENAI, genai_config
 from kvsurgeon.targets.obstacles import obstacles
 from kvsurgeon.targets.optimum import BY_HEAD_DIM, BY_KV_HEADS, OPTIMUM
@@ -147,3 +148,9 @@ def test_merges_are_texts_where_none_would_be_cut_at_another_place():
         assert merges_as_text(beside(TOKENIZER, {"model": {"merges": merges}})) is None
     assert merges_as_text(beside(TOKENIZER, {"model": None})) is None
     assert merges_as_text(facts()) is None
+
+
+def test_deepsparse_is_given_a_config_where_there_is_none():
+    (config,) = [side_file for side_file in DEEPSPARSE.side_files if side_file.name == "config.json"]
+    assert config.write(facts()) == {"use_cache": True}
+    assert config.write(facts({"model_type": "llama"})) is None

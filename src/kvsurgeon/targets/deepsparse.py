@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from kvsurgeon.passes.lower_opset import LowerOpset
 from kvsurgeon.passes.position_ids import PositionIds
 from kvsurgeon.passes.rename import Rename
 from kvsurgeon.targets.facts import Facts
-from kvsurgeon.targets.target import Obstacle, Target
+from kvsurgeon.targets.target import Obstacle, SideFile, Target
 from kvsurgeon.targets.tokenizers import CONFIG_BEFORE_5, MERGES_AS_TEXT
 
 _OPSET = 17  # the newest that its own engine loads; onnxruntime under it takes 19
@@ -37,9 +38,14 @@ def _in_the_way(facts: Facts) -> Iterator[Obstacle]:
     )
 
 
+def _some_config(facts: Facts) -> Mapping[str, Any] | None:
+    """Return a config where the source has none: the pipeline opens one, and reads nothing in it."""
+    return None if facts.config else {"use_cache": True}
+
+
 DEEPSPARSE = Target(
     name="deepsparse",
-    summary="deepsparse.TextGeneration(model_path=folder), batch 1",
+    summary="deepsparse.TextGeneration(model_path=folder, internal_kv_cache=False), batch 1",
     tried="deepsparse 1.8.0",
     before=(Rename(names=("position_ids:positions",)), PositionIds(input="positions")),
     after=(LowerOpset(opset=_OPSET),),
@@ -50,7 +56,7 @@ DEEPSPARSE = Target(
     opset=_OPSET,
     fixed_axes=(1, 3),
     uniform=True,
-    beside=("config.json", "tokenizer.json", "tokenizer_config.json"),
-    side_files=(CONFIG_BEFORE_5, MERGES_AS_TEXT),
+    beside=("tokenizer.json", "tokenizer_config.json"),
+    side_files=(SideFile(name="config.json", write=_some_config), CONFIG_BEFORE_5, MERGES_AS_TEXT),
     rules=(_in_the_way,),
 )
