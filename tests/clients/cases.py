@@ -66,6 +66,11 @@ def smollm2_cases(expected: Path, *, chunked: bool) -> list[tuple[Case, list[lis
     return cases
 
 
+def takes_padding(original: Path) -> bool:
+    """Return whether a model is told which tokens are padding."""
+    return UncachedDecoder(open_session(original, threads=1)).inputs.masked
+
+
 def answer(original: Path, case: Case) -> list[list[int]]:
     """Return the likeliest tokens, the whole text being computed anew for each."""
     decoder = UncachedDecoder(open_session(original, threads=1))

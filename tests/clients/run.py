@@ -25,9 +25,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from alone import Asked, Outcome, outcome
-from cases import small_cases, smollm2_cases
+from cases import small_cases, smollm2_cases, takes_padding
 from choosing import families
 from environments import CLIENTS, DEFAULT_PYTHON, Client
+
+from kvsurgeon.io import find_model
 
 HERE = Path(__file__).parent
 OWN = HERE.parent / "corpus"
@@ -93,7 +95,8 @@ class _Runs:
 
     def small(self, model: Path) -> Outcome:
         client = self.client
-        cases = small_cases(batch=client.batch, padded=client.padded, chunked=client.chunked, new=client.new)
+        padded = client.padded and takes_padding(find_model(model))
+        cases = small_cases(batch=client.batch, padded=padded, chunked=client.chunked, new=client.new)
         return self._outcome(model, [(case, None) for case in cases])
 
     def smollm2(self, folder: Path) -> Outcome:

@@ -90,7 +90,10 @@ def test_genai_is_told_what_nobody_says_and_its_user_too():
     written = genai_config(facts(inputs=("input_ids", "position_ids")))
     assert (written["model"]["eos_token_id"], written["search"]["max_length"]) == (0, 4096)
     assert written["model"]["decoder"]["inputs"]["position_ids"] == "position_ids"
-    assert len([one for one in obstacles(GENAI, facts()) if not one.stops]) == 2
+    remarks = [str(one) for one in obstacles(GENAI, facts()) if not one.stops]
+    assert [word in " ".join(remarks) for word in ("how long", "position_ids", "eos_token_id")] == [True] * 3
+    told = facts(inputs=("input_ids", "attention_mask", "position_ids"))
+    assert len([one for one in obstacles(GENAI, told) if not one.stops]) == len(remarks) - 1 == 2
     assert not stopping(GENAI, facts())
 
 

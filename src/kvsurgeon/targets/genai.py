@@ -76,6 +76,13 @@ def _in_the_way(facts: Facts) -> Iterator[Obstacle]:
             at="genai_config.json",
             stops=False,
         )
+    if "position_ids" not in {tensor.name for tensor in facts.inputs}:
+        yield Obstacle(
+            what="the model is given no position_ids: padding, here on the right of a batch, shifts the positions "
+            "that it counts itself",
+            hint="position-ids first",
+            stops=False,
+        )
     if not _tokens(facts, "eos_token_id"):
         yield Obstacle(
             what=f"the config names no eos_token_id of the vocabulary, and there must be one: {_ENDS} ends a text",
