@@ -168,6 +168,12 @@ def test_a_bias_by_distance_that_hides_nothing_itself():
     assert difference(logits(given(model), random, (4, 1, 4)), expected) < ALLOWED["float32"]
 
 
+def test_rows_that_are_all_alike_are_told_for_each_place():
+    for kind, table in (("rows", np.ones((40, 3))), ("columns", np.ones((2, 40)))):
+        context = Context(value=ir.Value(name="v"), kind=kind, ones=(), table=table)
+        assert told(context, hidden_elsewhere=True) == {"kind": kind, "table": table.tolist()}
+
+
 def test_scores_of_later_keys_must_be_hidden():
     assert not is_hiding(Context(value=ir.Value(name="v"), kind="mask", ones=(), table=np.zeros((40, 40))))
     with pytest.raises(Refused, match="too small a number"):

@@ -35,7 +35,7 @@ def told(context: Context, *, hidden_elsewhere: bool) -> Mapping[str, Any]:
     table = context.table
     if halves(context):
         table = np.split(table, 2, axis=1)[0]
-    return {"kind": context.kind, "table": _numbers(table)}
+    return {"kind": context.kind, "table": table.tolist()}
 
 
 def is_hiding(context: Context) -> bool:
