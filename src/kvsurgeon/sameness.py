@@ -24,6 +24,7 @@ from kvsurgeon.runtime import (
     Tokens,
     UncachedDecoder,
     cache_entries,
+    find_presents,
     fixed_size,
     is_past,
     open_session,
@@ -216,15 +217,20 @@ def _decoder(session: Session, other: Session) -> CachedDecoder | UncachedDecode
     presents = [one for one in session.outputs if "present" in one.name or _is_own(one, theirs)]
     if not pasts:
         return UncachedDecoder(session)
+    presents = presents or find_presents(pasts, session.outputs)
     return CachedDecoder(session, cache_entries(pasts, presents, read_note(session.metadata).layouts))
 
 
 def _sized(past: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """The past, with the other model's words for its symbols: they may say a number, and mean the same lengths."""
+    """The past, with the other model's words for its symbols: they may say a number, and mean the same lengths.
+
+    Only where the other lies alike: all numbers of the past are the other's too, at the same places.
+    """
     for other in others:
         if other.name == past.name and len(other.dims) == len(past.dims):
-            pairs = zip(past.dims, other.dims, strict=True)
-            return replace(past, dims=tuple(mine if isinstance(mine, int) else theirs for mine, theirs in pairs))
+            pairs = list(zip(past.dims, other.dims, strict=True))
+            if all(mine == theirs for mine, theirs in pairs if isinstance(mine, int)):
+                return replace(past, dims=tuple(theirs for _, theirs in pairs))
     return past
 
 

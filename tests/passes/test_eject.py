@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from attentions import attention
-from decoders import CachedDecoder, Config, Decoder
+from decoders import CachedDecoder, Config
 from exports import NAMES, ONE_OF_EACH, export, injected, injected_export
 from laws import ALLOWED, assert_law, difference, dims_of, in_onnxruntime, texts
 from written import read
@@ -104,15 +104,6 @@ def test_a_cache_that_is_written_in_place_comes_out(name, opset):
     assert [value.name for value in result.graph.input] == [value.name for value in export(name).graph.input]
     assert_same(export(name), result)
     assert_law(export(name), injected(result))
-
-
-@pytest.mark.parametrize("idiom", ["in-place", "new-only"])
-def test_rows_that_lie_where_positions_say_stay(idiom):
-    model = Decoder(Config(layers=1, position_ids=True)).model()
-    subject = Subject.of(model)
-    Inject(idiom=idiom, past_length="positions").apply(subject)
-    with pytest.raises(Refused, match="says more than a number"):
-        Eject().apply(subject)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
@@ -223,9 +214,9 @@ def test_names_and_order_come_back():
     whole = io.to_proto(subject.model)
     put_back(subject, signature)
     result = io.to_proto(subject.model)
-    assert [value.name for value in result.graph.input][-4:] == [name for name in order[0] if name in signature.inputs]
+    assert [value.name for value in result.graph.input] == order[0]
     assert [value.name for value in result.graph.output] == order[1]
-    assert {dims_of(value)[1] for value in result.graph.input[-4:]} == {2}
+    assert {dims_of(value)[1] for value in result.graph.input if len(dims_of(value)) == 4} == {2}
     assert whole.graph.output[0].name == "logits"
 
 
@@ -269,8 +260,6 @@ def test_a_cache_that_does_not_grow_is_a_cache(options, opset):
     model = injected(read(attention(), opset), **options)
     with pytest.raises(Refused, match="already has a cache"):
         Inject().apply(Subject.of(model))
-    with pytest.raises(Refused, match="could not be put back so"):
-        take_out(Subject.of(model))
 
 
 def test_inject_says_what_to_do_with_a_cache():

@@ -14,8 +14,9 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
-from kvsurgeon.cache.counters import count_none, find_counters, spelled
+from kvsurgeon.cache.counters import count_none, find_counters, tally_of
 from kvsurgeon.cache.joins import WRITERS, Join, check_growth, find_joins, holds_features
+from kvsurgeon.cache.layout import declared, names_of
 from kvsurgeon.cache.signature import CacheEntry, CacheSignature
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
@@ -66,21 +67,22 @@ class _Emptying:
         self.entries = [_entry(join) for join in self.joins]
         self.empty = [join.past for join in self.joins] + _beside_the_past(self.graph, self.joins)
         self.editor = Editor(model)
-        self.counters = find_counters(self.joins)
-        self.reached = _downstream(self.graph, [*self.empty, *self.counters])
+        self.counters = find_counters(model.graph, self.joins)
+        self.reached = _downstream(self.graph, [*self.empty, *(counter.value for counter in self.counters)])
         self.instead: dict[ir.Value, ir.Value] = {}
 
     def operate(self) -> CacheSignature:
         """Do everything, and return what was taken out."""
         presents = {join.present for join in self.joins}
-        returned = tuple(value.name or "" for value in self.graph.outputs if value in presents)
+        inputs, outputs = (tuple(v.name or "" for v in values) for values in (self.graph.inputs, self.graph.outputs))
+        room = _fill_buffers(self.graph, self.joins)
         kept = [value for value in self.graph.outputs if value not in presents]
         self.graph.outputs.clear()
         self.graph.outputs.extend(kept)
-        for value in (*self.empty, *self.counters):
+        for value in (*self.empty, *(counter.value for counter in self.counters if counter.is_input)):
             self.graph.inputs.remove(value)
-        for value in self.counters:
-            count_none(self.graph, self.editor, value)
+        for counter in self.counters:
+            count_none(self.graph, self.editor, counter)
         given, _ = read_inputs(self.graph)
         opset = self.graph.opset_imports.get("", 1)
         self.shapes = infer_shapes(self.graph, given | _emptied(self.empty, self.joins, given), opset)
@@ -93,8 +95,8 @@ class _Emptying:
         _declare(self.graph, given, self.shapes.facts)
         named = zip(self.entries, rows, strict=True)
         entries = tuple(replace(entry, rows=self._now(value).name or "") for entry, value in named)
-        counters = tuple(value.name or "" for value in self.counters)
-        return CacheSignature(entries=entries, outputs=returned, counters=counters)
+        tally = tally_of(self.counters, self.joins)
+        return CacheSignature(entries=entries, inputs=inputs, outputs=outputs, tally=tally, room=room)
 
     def _rows(self, join: Join) -> ir.Value:
         """The rows that were joined to a past; an operator that joins them itself loses its past here."""
@@ -201,16 +203,41 @@ def _downstream(graph: ir.Graph, values: Sequence[ir.Value]) -> list[ir.Node]:
 def _entry(join: Join) -> CacheEntry:
     past = join.past
     assert past.shape is not None
-    if past.dtype is None or isinstance(past.shape[join.axis], int):
+    if past.dtype is None or (isinstance(past.shape[join.axis], int) and not join.is_written):
         raise Refused(
             "the past has a fixed length, so it cannot be empty", at=past.name,
             expected=f"a symbol for axis {join.axis}", found=str(past.shape),
         )  # fmt: skip
-    shape = tuple(size if isinstance(size, int) else size.value for size in past.shape)
     return CacheEntry(
-        past=past.name or "", present=join.present.name or "", dtype=past.dtype, shape=shape, axis=join.axis, rows="",
-        declared=join.slot is not None, idiom=join.idiom,
+        past=past.name or "", present=join.present.name or "", dtype=past.dtype, shape=declared(past), axis=join.axis,
+        rows="", declared=join.slot is not None, idiom=join.idiom,
     )  # fmt: skip
+
+
+def _fill_buffers(graph: ir.Graph, joins: Sequence[Join]) -> int | None:
+    """Let a call have as many tokens as buffers have rows, where that is a number; return it.
+
+    Everything that was made for these rows is then for the tokens of the call, and nothing of a buffer is left over.
+
+    Raises:
+        Refused: A call has another number of tokens, or the buffers have not all as many rows.
+    """
+    buffers = [join for join in joins if join.is_written]
+    rooms = {declared(join.past)[join.axis]: join.past for join in buffers}
+    room = next((size for size in rooms if isinstance(size, int)), None)
+    if room is None:
+        return None
+    given, length = read_inputs(graph)
+    if len(rooms) > 1 or (isinstance(length, int) and length != room):
+        raise Refused(
+            "the past has a fixed length, so it cannot be empty", at=rooms[room].name,
+            expected=f"buffers of {room} rows, and calls of any length",
+            found=f"calls of {length} tokens, and buffers of {' and '.join(map(str, rooms))} rows",
+        )  # fmt: skip
+    for value, sizes in given.items():
+        named = zip(declared(value), sizes, strict=True)
+        value.shape = ir.Shape([room if size is LENGTH else name for name, size in named])
+    return room
 
 
 def _beside_the_past(graph: ir.Graph, joins: Sequence[Join]) -> list[ir.Value]:
@@ -219,9 +246,9 @@ def _beside_the_past(graph: ir.Graph, joins: Sequence[Join]) -> list[ir.Value]:
     Raises:
         Refused: One is a past itself, and its present is not the past with new rows behind it.
     """
-    lengths = {spelled(join.past)[join.axis] for join in joins if not join.is_written} - {None}
+    lengths = {names_of(join.past)[join.axis] for join in joins if not join.is_written} - {None}
     pasts = [join.past for join in joins]
-    found = [value for value in real_inputs(graph) if value not in pasts and lengths & set(spelled(value))]
+    found = [value for value in real_inputs(graph) if value not in pasts and lengths & set(names_of(value))]
     for value in found:
         if holds_features(value):
             raise Refused(
@@ -237,15 +264,17 @@ Dimensions = dict[ir.Value, tuple[Dimension, ...]]
 def _emptied(empty: Sequence[ir.Value], joins: Sequence[Join], given: Dimensions) -> Dimensions:
     """The dimensions of what is empty, with 0 where the past's length was."""
     names: dict[str | None, Dimension] = {
-        name: size for value, sizes in reversed(given.items()) for name, size in zip(spelled(value), sizes, strict=True)
+        name: size
+        for value, sizes in reversed(given.items())
+        for name, size in zip(names_of(value), sizes, strict=True)
     }
     room = {join.past: LENGTH if join.is_written else 0 for join in joins}  # a buffer holds a call's rows, and no more
-    names |= {spelled(join.past)[join.axis]: room[join.past] for join in joins}
+    names |= {names_of(join.past)[join.axis]: room[join.past] for join in joins}
     axes = {join.past: join.axis for join in joins}
     found: Dimensions = {}
     for value in empty:
         sizes: list[Dimension] = []
-        for axis, (size, name) in enumerate(zip(value.shape or (), spelled(value), strict=True)):
+        for axis, (size, name) in enumerate(zip(value.shape or (), names_of(value), strict=True)):
             own = BATCH if axis == 0 else dim.symbol(f"{value.name}.{axis}")
             sizes.append(
                 size if isinstance(size, int) else room[value] if axes.get(value) == axis else names.get(name, own)
@@ -293,7 +322,7 @@ def _declare(graph: ir.Graph, given: Dimensions, facts: dict[ir.Value, Fact]) ->
     """Let declared shapes speak of the one length that there is now."""
     names: dict[Dimension, str | None] = {}
     for value, sizes in given.items():
-        for name, size in zip(spelled(value), sizes, strict=True):
+        for name, size in zip(names_of(value), sizes, strict=True):
             if not isinstance(size, int):
                 names.setdefault(size, name)
     for value, sizes in given.items():

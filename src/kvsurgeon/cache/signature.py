@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import onnx_ir as ir
 
+from kvsurgeon.cache.counters import Tally
+from kvsurgeon.cache.joins import Idiom
+from kvsurgeon.cache.layout import Layout, layouts_of
 from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.analysis import Analysis, Operand
-from kvsurgeon.sequence.cuts import bottlenecks
+from kvsurgeon.sequence.cuts import Memory, bottlenecks
 
 Part = Literal["key", "value"]
-CANONICAL_AXIS = 2  # of the sequence in [batch, kv_heads, sequence, head_dim]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,7 @@ class CacheEntry:
         rows: Name of the value that holds the rows of the new tokens, in the graph without the cache.
         declared: Whether an operator says itself that it is a past, so that nothing else has to show it.
         idiom: Whether the output holds past and new rows, is a buffer that these were written into, or holds these.
+        layout: Which of its axes is which; None where it has other axes than these four; see `located`.
         layer: Attention layer that reads it, counted in execution order among those with entries; see `located`.
         kind: "key" or "value"; see `located`.
     """
@@ -40,7 +44,8 @@ class CacheEntry:
     axis: int
     rows: str
     declared: bool = False
-    idiom: Literal["grow", "in-place", "new-only"] = "grow"
+    idiom: Idiom = "grow"
+    layout: Layout | None = None
     layer: int | None = None
     kind: Part | None = None
 
@@ -51,26 +56,26 @@ class CacheSignature:
 
     Attributes:
         entries: Its pasts and presents.
-        outputs: The names of the presents in the order of the graph's outputs.
-        counters: The names of the inputs that were given the number of past tokens, and nothing else.
+        inputs: The names of all inputs of the graph, in order.
+        outputs: The names of all its outputs, in order.
+        tally: Where the number of past tokens is read; None where several inputs tell it.
+        room: Rows of a buffer, where they are a number.
     """
 
     entries: tuple[CacheEntry, ...]
+    inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    counters: tuple[str, ...] = ()
+    tally: Tally | None
+    room: int | None
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The names of the pasts in the order of the graph's inputs."""
-        return tuple(entry.past for entry in self.entries)
-
-    def located(self, analysis: Analysis) -> CacheSignature:
-        """Return the signature with the layer and the kind of each entry, by what attention reads it.
+    def located(self, analysis: Analysis, noted: Mapping[Part, Layout] | None = None) -> CacheSignature:
+        """Return the signature with layer, kind and layout of each entry, by what attention reads it.
 
         This is also what shows that it is a cache: the rows lie between a projection and a product of attention.
 
         Args:
             analysis: Of the graph without the cache.
+            noted: Layouts of keys and of values that the file notes, for axes that their sizes do not tell apart.
 
         Raises:
             Refused: No attention reads what was remembered.
@@ -86,27 +91,36 @@ class CacheSignature:
                     "what is remembered is neither a key nor a value of any attention", at=entry.past,
                     found=f"new rows `{entry.rows}`",
                 )  # fmt: skip
-            layer, kind = places[entry.rows].pop(0)
-            found.append(replace(entry, layer=layer, kind=kind))
+            layer, kind, memory = places[entry.rows].pop(0)
+            layout = _layout(entry, memory, (noted or {}).get(kind))
+            found.append(replace(entry, layer=layer, kind=kind, layout=layout))
         return replace(self, entries=tuple(found))
 
 
-def _places(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int, Part]]]:
+def _layout(entry: CacheEntry, memory: Memory, noted: Layout | None) -> Layout | None:
+    """Which axis of an entry is which, by their sizes."""
+    batch = memory.batch if isinstance(memory.batch, int) else None
+    possible = list(layouts_of(entry.shape, entry.axis, batch=batch, heads=memory.heads, head_dim=memory.head_dim))
+    return noted if noted in possible else next(iter(possible), None)
+
+
+def _places(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int, Part, Memory]]]:
     """Layer and kind of each value that is remembered, by its name: as often as it is, keys and values in one first."""
-    places: dict[str, list[tuple[int, Part]]] = {}
+    places: dict[str, list[tuple[int, Part, Memory]]] = {}
     layer = 0
     for head in analysis.heads:
         fresh = False
         parts: tuple[tuple[Part, tuple[Operand, ...]], ...] = (("key", head.keys), ("value", head.values))
         for kind, operands in parts:
-            for node, index in (operand.place for operand in operands):
+            for operand in operands:
+                node, index = operand.place
                 value = node.inputs[index]
                 assert value is not None
                 passed = {one.name or "" for one in bottlenecks(analysis.flow, [value])}
                 for name in passed & set(rows):
                     known = places.setdefault(name, [])
-                    if len(known) < rows[name] and (layer, kind) not in known:
-                        known.append((layer, kind))
+                    if len(known) < rows[name] and (layer, kind) not in [one[:2] for one in known]:
+                        known.append((layer, kind, operand.memory))
                         fresh = True
         layer += fresh
     return places

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, MutableSequence, Sequence
+from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
 
 from kvsurgeon import cache
-from kvsurgeon.cache.signature import CANONICAL_AXIS, CacheEntry, CacheSignature
+from kvsurgeon.cache.counters import Tally
+from kvsurgeon.cache.layout import USUAL, Layout
+from kvsurgeon.cache.signature import CacheEntry, CacheSignature, Part
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.idioms.note import write_note
-from kvsurgeon.passes.idioms.plan import PAST_LENGTH, Count
+from kvsurgeon.passes.idioms.note import read_note, write_note
+from kvsurgeon.passes.idioms.plan import PAST_LENGTH
 from kvsurgeon.passes.inject import Choice, Inject, inject
 from kvsurgeon.sequence.analysis import analyse
 from kvsurgeon.sequence.written_out import in_standard_operators
@@ -28,7 +30,9 @@ class Eject:
     Before: `input_ids`, masks for all tokens so far and pasts give `logits` and presents. After: `input_ids [batch,
     length]` and masks of the same length give `logits`: those of a first call, in which the past is empty.
 
-    Not handled: a past of fixed length, a past that is read for more than being joined to new rows.
+    Where a buffer's rows are a number, so are the tokens of a call afterwards: as many as the buffer has rows.
+
+    Not handled: another past of fixed length, a past that is read for more than being joined to new rows.
     """
 
     name: ClassVar[str] = "eject"
@@ -58,29 +62,24 @@ def without_cache(subject: Subject) -> Subject:
     return taken if isinstance(Eject().apply(taken), Changed) else subject
 
 
-def take_out(subject: Subject, idioms: Collection[str] = ("grow",)) -> CacheSignature | None:
+def take_out(subject: Subject) -> CacheSignature | None:
     """Take the cache out of `subject.model` and return what it looked like; None where it has none.
 
-    Args:
-        subject: The model.
-        idioms: In which a cache may be kept so that it can be put back.
-
     Raises:
-        Refused: It cannot be taken out, or what is remembered is no attention's; the model is left as it was.
+        Refused: It cannot be taken out, what is remembered is no attention's, or it could not be put back in the form
+            that it has; the model is left as it was.
     """
     with room_for_deep_graphs():
         ejection = cache.eject(subject.model)
         if ejection is None:
             return None
-        signature = ejection.signature.located(analyse(in_standard_operators(ejection.model).model))
-    for entry in signature.entries:
-        if len(entry.shape) != 4 or entry.axis != CANONICAL_AXIS or entry.idiom not in idioms:
-            raise Refused(
-                "the cache lies or is kept in a way of its own, and could not be put back so", at=entry.past,
-                expected=f"[batch, kv_heads, sequence, head_dim], {' or '.join(idioms)}",
-                found=f"{list(entry.shape)}, {entry.idiom}",
-                hint="retarget gives it the usual form",
-            )  # fmt: skip
+        note = read_note(subject.model)
+        noted: dict[Part, Layout] = {}
+        if note is not None:
+            noted = {"key": note.key_layout, "value": note.value_layout}
+        analysis = analyse(in_standard_operators(ejection.model).model)
+        signature = ejection.signature.located(analysis, noted)
+    _as_injection(signature)
     subject.model = ejection.model
     write_note(subject.model, None)
     subject.changed()
@@ -88,7 +87,7 @@ def take_out(subject: Subject, idioms: Collection[str] = ("grow",)) -> CacheSign
 
 
 def put_back(subject: Subject, signature: CacheSignature, fuse: Choice | None = None) -> Changed:
-    """Inject a cache whose entries have the names and the order that `signature` says, kept as it was kept.
+    """Inject a cache in the form that `signature` tells: idiom, layouts, types, names and order.
 
     What was taken out need not be what comes back: between the two the heads may have changed. Keys have the names
     that keys had and values those of values, layer by layer.
@@ -99,36 +98,69 @@ def put_back(subject: Subject, signature: CacheSignature, fuse: Choice | None = 
         fuse: Which attentions one operator is to compute, cache included.
 
     Raises:
-        Refused: The model cannot be given a cache soundly, or needs entries that have no name.
+        Refused: The model cannot be given such a cache soundly, or needs entries that have no name.
     """
-    outcome = inject(_unnamed(signature), subject, fuse)
+    wanted = _as_injection(signature)
+    if fuse is not None and (wanted.key_layout, wanted.value_layout) != (USUAL, USUAL):
+        raise _of_its_own(signature.entries[0], [*USUAL], [*wanted.key_layout])
+    outcome = inject(wanted, subject, fuse)
     graph = subject.model.graph
     editor = Editor(subject.model)
-    for name in signature.counters:
-        counter = next(value for value in graph.inputs if value.name == PAST_LENGTH)
-        editor.free(name)
-        counter.name = name
     for kind in ("key", "value"):
         named = [entry for entry in sorted(signature.entries, key=_layer) if entry.kind == kind]
         pasts, presents = (_of_kind(values, kind) for values in (graph.inputs, graph.outputs))
         if len(pasts) > len(named):
             raise Refused(f"the cache needs {len(pasts)} {kind} entries, and there are names for {len(named)}")
         for entry, past, present in zip(named, pasts, presents, strict=False):
+            if past.dtype is not entry.dtype:
+                raise Refused(
+                    "the cache cannot be kept in the type that it was kept in", at=entry.past,
+                    expected=str(entry.dtype), found=str(past.dtype), hint="retarget gives it another form",
+                )  # fmt: skip
             for value, name in ((past, entry.past), (present, entry.present)):
                 editor.free(name)
                 value.name = name
+    if signature.tally is not None and signature.tally.count == "input":
+        _tell_as_before(editor, signature.tally)
     _in_order(graph.inputs, signature.inputs)
     _in_order(graph.outputs, signature.outputs)
     return outcome
 
 
-def _unnamed(signature: CacheSignature) -> Inject:
-    """A cache kept as the signature says, whose entries have names that nobody else has."""
-    past, present = ("kvsurgeon." + which + ".{layer}.{kind}" for which in ("past", "present"))
-    if signature.entries[0].idiom == "grow":
-        return Inject(past=past, present=present)
-    count: Count = "input" if signature.counters else "mask"
-    return Inject(past=past, present=present, idiom=signature.entries[0].idiom, past_length=count)
+def _as_injection(signature: CacheSignature) -> Inject:
+    """The pass that makes a cache of this form, but for its names.
+
+    Raises:
+        Refused: There is none.
+    """
+    first = signature.entries[0]
+    layouts: dict[Part | None, Layout] = {}
+    for entry in signature.entries:
+        if entry.layout is None or entry.kind is None:
+            raise _of_its_own(entry, list(USUAL), list(entry.shape))
+        layout = layouts.setdefault(entry.kind, entry.layout)
+        if (entry.idiom, entry.layout) != (first.idiom, layout):
+            raise _of_its_own(entry, [first.idiom, *layout], [entry.idiom, *entry.layout])
+    tally = signature.tally
+    if tally is None:
+        raise _of_its_own(first, "one input that tells the number of past tokens, or none", "several")
+    if any(size != 1 for size in tally.shape):
+        raise Refused(
+            "the number of past tokens is told for each row of a batch, and could not be told so again", at=tally.name,
+            expected="one number", found=str(list(tally.shape)), hint="retarget gives the cache another form",
+        )  # fmt: skip
+    return Inject(
+        past="kvsurgeon.past.{layer}.{kind}", present="kvsurgeon.present.{layer}.{kind}",
+        idiom=first.idiom, past_length=tally.count, max_length=signature.room,
+        key_layout=layouts.get("key", USUAL), value_layout=layouts.get("value", USUAL),
+    )  # fmt: skip
+
+
+def _of_its_own(entry: CacheEntry, expected: object, found: object) -> Refused:
+    return Refused(
+        "the cache lies or is kept in a way of its own, and could not be put back so", at=entry.past,
+        expected=str(expected), found=str(found), hint="retarget gives it the usual form",
+    )  # fmt: skip
 
 
 def _layer(entry: CacheEntry) -> int:
@@ -139,6 +171,24 @@ def _layer(entry: CacheEntry) -> int:
 def _of_kind(values: Sequence[ir.Value], kind: str) -> list[ir.Value]:
     """The new entries of a kind, in the order of their layers."""
     return [v for v in values if (v.name or "").startswith("kvsurgeon.") and (v.name or "").endswith(kind)]
+
+
+def _tell_as_before(editor: Editor, tally: Tally) -> None:
+    """Let the number of past tokens have the name, the type and the shape that it had."""
+    inputs = editor.graph.inputs
+    place = next(place for place, value in enumerate(inputs) if value.name == PAST_LENGTH)
+    editor.free(tally.name)
+    given = ir.Value(name=tally.name, type=ir.TensorType(tally.dtype), shape=ir.Shape(tally.shape))
+    number = given
+    if tally.dtype is not ir.DataType.INT64:
+        wide = {"to": int(ir.DataType.INT64)}
+        number = editor.node("Cast", [number], wide, wish=f"{tally.name}.int64", dtype=ir.DataType.INT64)
+    if tally.shape != (1,):
+        flat = [number, editor.constant([1], wish="shape")]
+        number = editor.node("Reshape", flat, wish=f"{tally.name}.flat", dtype=ir.DataType.INT64, shape=[1])
+    inputs[place].replace_all_uses_with(number)
+    inputs[place] = given
+    editor.finish()
 
 
 def _in_order(values: MutableSequence[ir.Value], names: Sequence[str]) -> None:

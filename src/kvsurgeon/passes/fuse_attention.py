@@ -50,7 +50,7 @@ class FuseAttention:
         operator = OPERATORS[self.operator]
         before = sum(map(operator.is_at, subject.model.graph))
         work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
-        signature = take_out(work, ("grow", "in-place"))
+        signature = take_out(work)
         cached = signature is not None and self.operator == "group-query-attention"
         opset = work.model.graph.opset_imports.get("", 1)
         choice = _Choice(operator, opset=opset, every=self.layers == "all", cached=cached)

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.cache.joins import find_buffers, find_joins
+from kvsurgeon.cache.layout import USUAL, Layout
 from kvsurgeon.errors import Refused
 from kvsurgeon.fusion.match import Fusable
 from kvsurgeon.fusion.operators import GroupQueryAttention
@@ -17,7 +18,7 @@ from kvsurgeon.fusion.setting import Setting
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
-from kvsurgeon.passes.idioms.entries import USUAL, Entry, Layout
+from kvsurgeon.passes.idioms.entries import Entry
 from kvsurgeon.passes.idioms.fused import FusedCache
 from kvsurgeon.passes.idioms.note import note_of, write_note
 from kvsurgeon.passes.idioms.plan import Plan, find_sources, plan_cache

@@ -3,7 +3,16 @@
 Of a model nothing is used but its file and what it declares: names, types and dims of inputs and outputs.
 """
 
-from kvsurgeon.runtime.axes import Axis, CacheEntry, axes_of, cache_entries, cache_mismatch, find_cache, is_past
+from kvsurgeon.runtime.axes import (
+    Axis,
+    CacheEntry,
+    axes_of,
+    cache_entries,
+    cache_mismatch,
+    find_cache,
+    find_presents,
+    is_past,
+)
 from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder, has_cache, logits_name
 from kvsurgeon.runtime.feeds import Given, Inputs, Tokens, fixed_size, inputs_of
 from kvsurgeon.runtime.generate import Generation, Token, Writer, generate
@@ -35,6 +44,7 @@ __all__ = [
     "cache_entries",
     "cache_mismatch",
     "find_cache",
+    "find_presents",
     "fixed_size",
     "from_runtime",
     "generate",

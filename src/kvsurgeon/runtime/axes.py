@@ -89,11 +89,11 @@ def find_cache(
         UsageError: There are past inputs without their present outputs.
     """
     pasts = [tensor for tensor in inputs if is_past(tensor)]
-    return cache_entries(pasts, _presents(pasts, outputs), layouts) if pasts else ()
+    return cache_entries(pasts, find_presents(pasts, outputs), layouts) if pasts else ()
 
 
-def _presents(pasts: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The outputs that are presents: by their names, or else those that lie as pasts do."""
+def find_presents(pasts: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return the outputs that are presents: by their names, or else those that lie as pasts do."""
     lies = {(tensor.dtype, len(tensor.dims)) for tensor in pasts}
     ways = (
         [tensor for tensor in outputs if "present" in tensor.name],

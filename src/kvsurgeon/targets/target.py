@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from kvsurgeon.cache.layout import USUAL
 from kvsurgeon.passes.contract import Pass
 from kvsurgeon.passes.fix_shapes import FixShapes
-from kvsurgeon.passes.idioms.entries import USUAL
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.targets.facts import Facts, Operator
 

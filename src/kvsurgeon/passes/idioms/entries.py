@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import onnx_ir as ir
 
+from kvsurgeon.cache.layout import USUAL, Layout
 from kvsurgeon.errors import Refused, UsageError
 from kvsurgeon.sequence.analysis import Head
 from kvsurgeon.sequence.cuts import Memory
 from kvsurgeon.sequence.remember import Order
 from kvsurgeon.sequence.words import spelled
 from kvsurgeon.shapes.dimension import BATCH, Dimension
-
-Axis = Literal["batch", "kv_heads", "sequence", "head_dim"]
-Layout = tuple[Axis, Axis, Axis, Axis]
-
-USUAL: Layout = ("batch", "kv_heads", "sequence", "head_dim")
 
 
 @dataclass(frozen=True, kw_only=True)

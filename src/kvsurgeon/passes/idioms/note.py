@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
 
 import onnx_ir as ir
 
-from kvsurgeon.passes.idioms.entries import USUAL, Entry, Layout
-
-Name = Literal["grow", "in-place", "new-only"]
+from kvsurgeon.cache.joins import Idiom
+from kvsurgeon.cache.layout import USUAL, Layout
+from kvsurgeon.passes.idioms.entries import Entry
 
 KEY = "kvsurgeon.cache"
 
@@ -20,14 +19,14 @@ KEY = "kvsurgeon.cache"
 class Note:
     """How a host must keep the cache."""
 
-    idiom: Name
+    idiom: Idiom
     key_layout: Layout
     value_layout: Layout
     max_length: int | None = None  # tokens that context can be computed for, where not for any number
     batch_chunks: bool = True  # whether several sequences at once take more than one token behind a past
 
 
-def note_of(name: Name, entries: Sequence[Entry], max_length: int | None, *, batch_chunks: bool = True) -> Note | None:
+def note_of(name: Idiom, entries: Sequence[Entry], max_length: int | None, *, batch_chunks: bool = True) -> Note | None:
     """Return what is to be noted; nothing where the cache grows as most do, to any length."""
     layouts = {entry.is_key: entry.layout for entry in reversed(entries)}
     is_usual = max_length is None and batch_chunks and all(layout == USUAL for layout in layouts.values())
@@ -53,6 +52,8 @@ def write_note(model: ir.Model, note: Note | None) -> None:
 def read_note(model: ir.Model) -> Note | None:
     """Return what the file notes, if anything that can be read."""
     try:
-        return Note(**json.loads(model.metadata_props.get(KEY, "")))
-    except (ValueError, TypeError):
+        said = json.loads(model.metadata_props.get(KEY, ""))
+        said |= {name: tuple(said[name]) for name in ("key_layout", "value_layout")}
+        return Note(**said)
+    except (ValueError, TypeError, KeyError):
         return None

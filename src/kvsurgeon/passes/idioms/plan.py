@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import onnx_ir as ir
 import sympy
 
+from kvsurgeon.cache.counters import Count
+from kvsurgeon.cache.layout import Layout
 from kvsurgeon.errors import Refused, UsageError
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.passes.idioms.entries import Entry, Layout, Naming, find_entries
+from kvsurgeon.passes.idioms.entries import Entry, Naming, find_entries
 from kvsurgeon.passes.idioms.grow import Grow
 from kvsurgeon.passes.idioms.idiom import Idiom
 from kvsurgeon.passes.idioms.in_place import InPlace
@@ -22,8 +24,6 @@ from kvsurgeon.sequence.kinds import GivenInput, find_positions
 from kvsurgeon.sequence.lengths import HELD, NEW, PAST, ROOM, Source
 from kvsurgeon.sequence.proof import Proof
 from kvsurgeon.shapes.dimension import Dimension
-
-Count = Literal["shape", "input", "positions", "mask"]  # where the number of past tokens is read
 
 PAST_LENGTH = "past_sequence_length"  # name of the input that gives it
 

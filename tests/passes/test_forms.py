@@ -1,0 +1,177 @@
+"""A cache of any form comes out, and comes back in the form and under the names that it had."""
+
+from __future__ import annotations
+
+import functools
+
+import onnx
+import pytest
+from attentions import attention
+from decoders import Config, Decoder
+from exports import export, injected
+from laws import assert_law, dims_of
+from onnx import helper
+from written import read
+
+from kvsurgeon import io
+from kvsurgeon.errors import Refused
+from kvsurgeon.passes.contract import Subject
+from kvsurgeon.passes.eject import Eject, put_back, take_out
+from kvsurgeon.passes.expand_gqa import ExpandGqa
+from kvsurgeon.passes.rename import Rename
+from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads
+from kvsurgeon.passes.retarget import Retarget
+from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.surgery import operate
+
+AXES = ("batch", "kv_heads", "sequence", "head_dim")
+KEYS_ACROSS = ("kv_heads", "batch", "head_dim", "sequence")
+FORMS = {
+    "grow": {},
+    "across": {"key_layout": KEYS_ACROSS, "value_layout": ("batch", "sequence", "kv_heads", "head_dim")},
+    "in place": {"idiom": "in-place"},
+    "in place, by the mask": {"idiom": "in-place", "past_length": "mask"},
+    "in place, by positions": {"idiom": "in-place", "past_length": "positions"},
+    "in place, 48 rows": {"idiom": "in-place", "max_length": 48},
+    "in place, 48 rows, by positions": {"idiom": "in-place", "past_length": "positions", "max_length": 48},
+    "in place, across": {"idiom": "in-place", "key_layout": KEYS_ACROSS},
+    "new only": {"idiom": "new-only"},
+    "new only, by an input": {"idiom": "new-only", "past_length": "input"},
+    "new only, by positions": {"idiom": "new-only", "past_length": "positions", "key_layout": KEYS_ACROSS},
+    "half": {"cache_dtype": "float16", "past": "p_{kind}_{layer}", "present": "n_{kind}_{layer}"},
+}
+
+
+@functools.cache
+def decoder() -> onnx.ModelProto:
+    return Decoder(Config(layers=2, position_ids=True)).model()
+
+
+@functools.cache
+def cached(form: str) -> onnx.ModelProto:
+    return injected(decoder(), **FORMS[form])
+
+
+def interface(model: onnx.ModelProto) -> list[tuple[str, int, list[int | str]]]:
+    values = (*model.graph.input, *model.graph.output)
+    return [(value.name, value.type.tensor_type.elem_type, dims_of(value)) for value in values]
+
+
+def taken_and_put(model: onnx.ModelProto) -> onnx.ModelProto:
+    subject = Subject.of(model)
+    put_back(subject, take_out(subject))
+    result = io.to_proto(subject.model)
+    onnx.checker.check_model(result)
+    return result
+
+
+@pytest.mark.parametrize("opset", [18, 24])
+@pytest.mark.parametrize("form", FORMS)
+def test_what_was_taken_out_comes_back_in_its_form(form, opset):
+    model = cached(form) if opset == 18 else injected(read(attention(), opset), **FORMS["in place, across"])
+    result = taken_and_put(model)
+    assert interface(result) == interface(model)
+    assert "max_length" in FORMS[form] or result.metadata_props == model.metadata_props
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_heads_change_in_any_form(form):
+    surgery = operate(cached(form), Pipeline((ReplicateKvHeads(repeat=2),)))
+    assert surgery.sameness.verdict == "same"
+    result = io.to_proto(surgery.model)
+    for before, after in zip(interface(cached(form)), interface(result), strict=True):
+        assert before[:2] == after[:2]
+    pasts = [value for value in result.graph.input if len(dims_of(value)) == 4]
+    layouts = [FORMS[form].get(option, AXES) for option in ("key_layout", "value_layout")] * 2
+    assert [dims_of(past)[layout.index("kv_heads")] for past, layout in zip(pasts, layouts, strict=True)] == [4] * 4
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_cache_of_any_form_comes_out(form):
+    surgery = operate(cached(form), Pipeline((Eject(),)))
+    assert surgery.sameness.verdict == "same"
+    result = io.to_proto(surgery.model)
+    assert [value.name for value in result.graph.input] == [value.name for value in decoder().graph.input]
+    rows = FORMS[form].get("max_length")
+    assert rows is None or {dims_of(value)[1] for value in result.graph.input} == {rows}
+    if rows is None and form != "half":
+        assert_law(decoder(), injected(result))
+
+
+@pytest.mark.parametrize("wanted", ["grow", "in place, by positions", "new only, by an input"])
+@pytest.mark.parametrize("form", ["across", "in place, by the mask", "new only, by positions"])
+def test_one_form_becomes_another(form, wanted):
+    surgery = operate(cached(form), Pipeline((Retarget(**FORMS[wanted]),)))
+    assert surgery.sameness.verdict == "same"
+    assert interface(io.to_proto(surgery.model)) == interface(cached(wanted))
+
+
+@pytest.mark.parametrize("form", ["in place", "new only, by an input"])
+def test_the_number_of_past_tokens_keeps_its_name_and_place(form):
+    subject = Subject.of(cached(form))
+    Rename(names=("past_sequence_length:n",)).apply(subject)
+    subject.model.graph.inputs.insert(0, subject.model.graph.inputs.pop())
+    model = io.to_proto(subject.model)
+    assert model.graph.input[0].name == "n"
+    assert interface(taken_and_put(model)) == interface(model)
+
+
+@pytest.mark.parametrize(("elements", "dims"), [("INT32", [1]), ("INT64", []), ("INT32", [])])
+def test_the_number_of_past_tokens_keeps_its_type_and_shape(elements, dims):
+    model = onnx.ModelProto()
+    model.CopyFrom(cached("in place"))
+    (told,) = (value for value in model.graph.input if value.name == "past_sequence_length")
+    told.CopyFrom(helper.make_tensor_value_info("told", getattr(onnx.TensorProto, elements), dims))
+    as_list = helper.make_node("Reshape", ["wide", "one_number"], ["past_sequence_length"])
+    model.graph.node.insert(0, helper.make_node("Cast", ["told"], ["wide"], to=onnx.TensorProto.INT64))
+    model.graph.node.insert(1, as_list)
+    model.graph.initializer.append(helper.make_tensor("one_number", onnx.TensorProto.INT64, [1], [1]))
+    result = taken_and_put(model)
+    assert interface(result) == interface(model)
+    assert operate(model, Pipeline((ReplicateKvHeads(repeat=2),))).sameness.verdict == "same"
+
+
+def test_a_note_tells_axes_of_one_size_apart():
+    layout = ("batch", "head_dim", "kv_heads", "sequence")
+    model = injected(export("gpt2_torchscript_sdpa"), key_layout=layout)
+    subject = Subject.of(model)
+    assert {entry.layout for entry in take_out(subject).entries if entry.kind == "key"} == {layout}
+
+
+def test_rows_that_are_not_written_behind_the_past_stay():
+    model = onnx.ModelProto()
+    model.CopyFrom(cached("in place, by positions"))
+    (first,) = (node for node in model.graph.node if node.output[0] == "position.first")
+    first.output[0] = "position.before"
+    model.graph.initializer.append(helper.make_tensor("beyond", onnx.TensorProto.INT64, [1], [3]))
+    after = helper.make_node("Add", ["position.before", "beyond"], ["position.first"])
+    model.graph.node.insert(list(model.graph.node).index(first) + 1, after)
+    with pytest.raises(Refused, match="not surely written behind"):
+        Eject().apply(Subject.of(model))
+
+
+def test_buffers_of_several_lengths_stay():
+    model = onnx.ModelProto()
+    model.CopyFrom(cached("in place, 48 rows"))
+    past = next(value for value in model.graph.input if value.name == "past_key_values.0.key")
+    past.type.tensor_type.shape.dim[2].dim_value = 32
+    with pytest.raises(Refused, match=r"fixed length.*32"):
+        Eject().apply(Subject.of(model))
+
+
+def test_entries_of_several_layouts_are_not_put_back():
+    model = onnx.ModelProto()
+    model.CopyFrom(cached("grow"))
+    graph = model.graph
+    past = next(value for value in graph.input if value.name == "past_key_values.0.key")
+    sizes = past.type.tensor_type.shape.dim
+    sizes[1].dim_param, sizes[2].dim_value = sizes[2].dim_param, sizes[1].dim_value
+    turned = helper.make_node("Transpose", ["past_key_values.0.key"], ["turned"], perm=[0, 2, 1, 3])
+    for node in graph.node:
+        node.input[:] = ["turned" if name == "past_key_values.0.key" else name for name in node.input]
+    graph.node.insert(0, turned)
+    before = model.SerializeToString(deterministic=True)
+    subject = Subject.of(model)
+    with pytest.raises(Refused, match="way of its own"):
+        ExpandGqa().apply(subject)
+    assert io.to_proto(subject.model).SerializeToString(deterministic=True) == before
