@@ -16,6 +16,7 @@ from kvsurgeon.cli.main import run
 from kvsurgeon.errors import InputError, ParityError, UsageError
 from kvsurgeon.parity import loss, measure_loss
 from kvsurgeon.runtime import Writer
+from kvsurgeon.surgery import operate
 
 DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"
 FEW = "It was late. They left the house without a word, and nobody asked them where they went."
@@ -95,6 +96,13 @@ def test_a_result_with_a_cache_loses_nothing_either(tmp_path: Path) -> None:
     found = measure_loss(DEMO, surgery.path.parent)  # type: ignore[union-attr]
     assert found.agreement == 1.0
     assert found.divergence < 1e-9
+
+
+@pytest.mark.usefixtures("short")
+def test_a_text_is_no_longer_than_the_result_has_room_for(tmp_path: Path) -> None:
+    in_place = kvsurgeon.Pipeline.parse("inject{idiom=in-place,max-length=12}")
+    surgery = operate(DEMO, in_place, tmp_path / "out", verify=False)
+    assert measure_loss(DEMO, surgery.path.parent).tokens == 16  # two stretches of half of 16
 
 
 @pytest.mark.usefixtures("short")

@@ -110,7 +110,7 @@ def measure_loss(
     """
     before = _Predictor(original, "the original", [name for name, _ in layers], folder, threads)
     after = _Predictor(result, "the result", [name for _, name in layers], folder, threads)
-    name, tokens = _tokens(original, folder, text, before, seed)
+    name, tokens = _tokens(original, folder, text, before, after, seed)
     allowed = TOLERANCES[arithmetic_of(load_graph(result))].error
     sums = _Sums(len(layers))
     for number, window in enumerate(tokens):
@@ -246,12 +246,17 @@ def _perplexity(nats: float) -> float:
 
 
 def _tokens(
-    original: Source, folder: str | Path | None, text: str | Path | None, predictor: _Predictor, seed: int
+    original: Source,
+    folder: str | Path | None,
+    text: str | Path | None,
+    predictor: _Predictor,
+    other: _Predictor,
+    seed: int,
 ) -> tuple[str, list[Tokens]]:
     """Return where the text comes from, and stretches of it, each a row with one token more than is given."""
     if predictor.decoder.inputs.tokens.kind != "tokens":
         raise UsageError(f"expected an input of token ids, found `{predictor.decoder.inputs.tokens.name}` only")
-    length = predictor.length or _longest(predictor)
+    length = predictor.length or _longest(other, _longest(predictor, WINDOW))
     tokenizer = load_tokenizer(side_folders(original, folder))
     if tokenizer is None:
         if text is not None:
@@ -270,9 +275,8 @@ def _tokens(
     return name, [np.array([ids[start : start + size + 1]], np.int64) for start in starts]
 
 
-def _longest(predictor: _Predictor) -> int:
-    """Return how many tokens the model takes at once: a stretch, or half of it, or a quarter, ..."""
-    length = WINDOW
+def _longest(predictor: _Predictor, length: int) -> int:
+    """Return how many tokens the model takes at once: so many, or half of it, or a quarter, ..."""
     while True:
         try:
             predictor.predict(np.zeros((1, length), np.int64))
