@@ -59,6 +59,22 @@ def test_what_is_the_same_at_the_only_length_that_is_left(tokens):
     assert done.sameness.verdict == "same"
 
 
+def test_positions_that_a_model_counted_are_told_it_as_it_counted_them():
+    """Rows of a table are read by position: padding moves them where the model is told otherwise than it counted."""
+
+    class Absolute(Decoder):
+        def norm(self, hidden: str) -> str:
+            if not hasattr(self, "placed"):
+                self.placed = True
+                table = self.graph.constant(np.random.default_rng(3).normal(size=(32, SMALL.hidden)), "float32")
+                place = self.range(0, self.size("input_ids", 1))
+                hidden = self.graph.op("Add", hidden, self.graph.op("Gather", table, place))
+            return super().norm(hidden)
+
+    done = operate(Absolute(SMALL).model(), Pipeline.parse("position-ids"))
+    assert done.sameness.verdict == "same"
+
+
 def test_what_is_the_same_with_a_cache():
     assert judge(CachedDecoder(SMALL).model(), CachedDecoder(SMALL).model()).verdict == "same"
 

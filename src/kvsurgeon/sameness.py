@@ -119,7 +119,7 @@ def _differences(before: Session, after: Session, allowed: float, seed: int) -> 
         length = tokens.shape[1]
         stepwise = static is None and isinstance(original, CachedDecoder) and isinstance(changed, CachedDecoder)
         ends, expected = _asked(original, tokens, mask, _ways(length) if stepwise else [(length,)])
-        found = _answers(changed, tokens, mask, ends)
+        found = _answers(changed, tokens, mask, ends, changed.inputs.placing(original.inputs))
         counted = mask.astype(bool)
         problems = [
             problem
@@ -195,10 +195,11 @@ def _compared(
 
 
 def _answers(
-    decoder: CachedDecoder | UncachedDecoder, tokens: Tokens, mask: Tokens, ends: Sequence[int]
-) -> list[dict[str, Array]]:
+    decoder: CachedDecoder | UncachedDecoder, tokens: Tokens, mask: Tokens, ends: Sequence[int],
+    by_place: Collection[str] = (),
+) -> list[dict[str, Array]]:  # fmt: skip
     """What the decoder answers to a text: whole, or in calls that end at these places where it has a cache."""
-    feeds = decoder.inputs.whole(tokens, mask)
+    feeds = decoder.inputs.whole(tokens, mask, by_place=by_place)
     if isinstance(decoder, UncachedDecoder):
         return [decoder.run(feeds)]
     decoder.reset()

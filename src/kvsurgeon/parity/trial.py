@@ -49,7 +49,7 @@ def judge(scenario: Scenario, original: Original, cached: CachedDecoder, toleran
         return replace(facts, reason="the original's logits are not numbers")
     if original.steady and not original.reads_padding_alike(scenario, tolerance.error):
         return replace(facts, reason="the original reads padding before a text otherwise when other tokens follow")
-    by_place = _told_only_later(original, cached)
+    by_place = cached.inputs.placing(original.inputs)
     feeds = cached.inputs.whole(scenario.tokens, scenario.mask, types=original.types, by_place=by_place)
     whole = perform(cached, feeds, [(0, facts.length)])
     chunked = whole if len(scenario.chunks) == 1 else perform(cached, feeds, scenario.spans)
@@ -60,13 +60,6 @@ def judge(scenario: Scenario, original: Original, cached: CachedDecoder, toleran
     found = _outputs(chunked.calls, expected, cached, counted, tolerance)
     faults = cache_faults(cached.cache, whole, chunked, counted, tolerance.error)
     return _sentence(facts, first, found, faults, cached, tolerance)
-
-
-def _told_only_later(original: Original, cached: CachedDecoder) -> set[str]:
-    """Return the inputs of positions where the original counts them itself, padding included."""
-    if any(given.kind == "positions" for given in original.inputs.given):
-        return set()
-    return {given.name for given in cached.inputs.given if given.kind == "positions"}
 
 
 def _not_numbers(logits: Array, counted: Counted) -> bool:

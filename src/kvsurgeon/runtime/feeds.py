@@ -79,6 +79,11 @@ class Inputs:
         """Whether padding can be told to the model."""
         return any(given.kind in ("mask", "visibility") for given in self.given)
 
+    def placing(self, other: Inputs) -> set[str]:
+        """Return the inputs of positions, where another model counts these itself, padding included."""
+        counts_itself = not any(given.kind == "positions" for given in other.given)
+        return {given.name for given in self.given if counts_itself and given.kind == "positions"}
+
     def whole(
         self, tokens: Tokens, mask: Tokens, *, types: int = 1, by_place: Collection[str] = ()
     ) -> dict[str, Array]:
