@@ -13,12 +13,12 @@ from onnxruntime.capi.onnxruntime_pybind11_state import get_all_operator_schema
 from written import read
 
 from kvsurgeon.errors import Refused
+from kvsurgeon.graph.operators import SHAPE_ONLY
 from kvsurgeon.graph.sequences import MAKERS
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.sequence import follow, written_out
 from kvsurgeon.sequence.islands import PICKERS
-from kvsurgeon.sequence.kinds import SHAPE_ONLY
 from kvsurgeon.shapes import inference
 
 LOOKED_AT = {"onnx": (1, 23), "onnxruntime": (1, 31)}  # releases whose operators were all looked at

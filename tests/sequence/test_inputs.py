@@ -8,7 +8,7 @@ from written import read
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.axes import Length
-from kvsurgeon.sequence.kinds import classify_inputs, read_inputs
+from kvsurgeon.sequence.inputs import classify_inputs, read_inputs
 from kvsurgeon.shapes.dimension import BATCH, LENGTH
 
 FRAME = "case ({inputs}) => (float[] y) <float[9, 4] table, int64[1] last = {{2}}, int64[1] zero = {{0}}, int64[1] two = {{2}}, int64[3] thrice = {{1, 1, 1}}, float half = {{0.5}}> {{ {body} }}"

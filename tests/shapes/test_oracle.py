@@ -9,7 +9,7 @@ from exports import NAMES, export, injected, injected_export, with_all_outputs
 from laws import dims_of, in_chunks, in_onnxruntime, texts
 from onnx import helper
 
-from kvsurgeon.sequence.kinds import read_inputs
+from kvsurgeon.sequence.inputs import read_inputs
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import BATCH, LENGTH
 from kvsurgeon.shapes.inference import infer_shapes

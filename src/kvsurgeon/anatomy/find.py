@@ -18,7 +18,8 @@ from kvsurgeon.sequence.analysis import Analysis, Head, analyse
 from kvsurgeon.sequence.axes import Length
 from kvsurgeon.sequence.cuts import PROJECTIONS, Memory
 from kvsurgeon.sequence.flow import Flow, Place
-from kvsurgeon.sequence.kinds import GivenInput, Kind
+from kvsurgeon.sequence.inputs import GivenInput
+from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.proof import Proof, prove
 from kvsurgeon.sequence.written_out import in_standard_operators
 from kvsurgeon.shapes import dimension as dim

@@ -19,7 +19,8 @@ from kvsurgeon.cache.layout import declared, names_of
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.sequence.kinds import SHAPE_ONLY, read_inputs, real_inputs
+from kvsurgeon.graph.operators import SHAPE_ONLY
+from kvsurgeon.sequence.inputs import read_inputs, real_inputs
 from kvsurgeon.shapes.dimension import LENGTH
 from kvsurgeon.shapes.inference import Shapes, infer_shapes
 

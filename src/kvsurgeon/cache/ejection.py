@@ -22,7 +22,7 @@ from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.liveness import read_by
 from kvsurgeon.graph.plain import in_plain_words
-from kvsurgeon.sequence.kinds import read_inputs, real_inputs
+from kvsurgeon.sequence.inputs import read_inputs, real_inputs
 from kvsurgeon.sequence.lengths import Lengths, Source
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension

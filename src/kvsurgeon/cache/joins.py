@@ -14,7 +14,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
-from kvsurgeon.sequence.kinds import real_inputs
+from kvsurgeon.sequence.inputs import real_inputs
 from kvsurgeon.shapes.fact import axis_of
 
 Idiom = Literal["grow", "in-place", "new-only"]  # how a present is made: past and new rows, a buffer, new rows alone

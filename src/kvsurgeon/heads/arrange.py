@@ -11,7 +11,7 @@ import sympy
 
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.heads.layout import Layout, Logical
-from kvsurgeon.sequence.kinds import GivenInput
+from kvsurgeon.sequence.inputs import GivenInput
 from kvsurgeon.sequence.lengths import Lengths, Source
 from kvsurgeon.sequence.targets import reshape_target
 from kvsurgeon.shapes.dimension import Dimension

@@ -13,7 +13,7 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.sequence.kinds import read_inputs
+from kvsurgeon.sequence.inputs import read_inputs
 from kvsurgeon.shapes.inference import Shapes, infer_shapes
 
 SINCE = 23  # opset that brought the operator

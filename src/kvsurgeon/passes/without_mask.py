@@ -12,7 +12,7 @@ import onnx_ir as ir
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.sequence.kinds import is_given_for_new_tokens
+from kvsurgeon.sequence.inputs import is_given_for_new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)

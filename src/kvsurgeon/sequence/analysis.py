@@ -9,11 +9,13 @@ import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.liveness import find_alive
+from kvsurgeon.graph.operators import SHAPE_ONLY
 from kvsurgeon.sequence.axes import Role
 from kvsurgeon.sequence.cuts import Memory, choose, choose_for_all
 from kvsurgeon.sequence.flow import ContextProduct, Flow, FusedAttention, Place, ScoreProduct
 from kvsurgeon.sequence.follow import follow_tokens
-from kvsurgeon.sequence.kinds import SHAPE_ONLY, GivenInput, classify_inputs, find_kinds, read_inputs
+from kvsurgeon.sequence.inputs import GivenInput, classify_inputs, read_inputs
+from kvsurgeon.sequence.kinds import find_kinds
 from kvsurgeon.sequence.sharing import find_same
 from kvsurgeon.shapes.dimension import Dimension
 from kvsurgeon.shapes.inference import Shapes, infer_shapes

@@ -13,7 +13,7 @@ from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.analysis import Head
 from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.experiment import Experiment
-from kvsurgeon.sequence.kinds import GivenInput
+from kvsurgeon.sequence.inputs import GivenInput
 from kvsurgeon.sequence.looking import Pattern, all_seen, close, cut_short, left_padded, unfolded, with_holes
 from kvsurgeon.sequence.trial import USEFUL, Trial, check_same, first
 

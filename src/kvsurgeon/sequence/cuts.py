@@ -16,9 +16,10 @@ import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor
+from kvsurgeon.graph.operators import LOOKUPS
 from kvsurgeon.sequence.axes import Length, SequenceAxis
 from kvsurgeon.sequence.flow import Flow, Place
-from kvsurgeon.sequence.kinds import LOOKUPS, Kind
+from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.contraction import PRODUCTS, contraction_of
 from kvsurgeon.shapes.dimension import BATCH, Dimension

@@ -17,9 +17,11 @@ import onnxruntime
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor, is_weight
+from kvsurgeon.graph.operators import LOOKUPS
 from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.flow import Flow
-from kvsurgeon.sequence.kinds import LOOKUPS, GivenInput, Kind
+from kvsurgeon.sequence.inputs import GivenInput
+from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.contraction import PRODUCTS
 from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension

@@ -10,7 +10,8 @@ import sympy
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
-from kvsurgeon.sequence.kinds import GivenInput, Kind
+from kvsurgeon.sequence.inputs import GivenInput
+from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.contraction import zero_points_of
 from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension

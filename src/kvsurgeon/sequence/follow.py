@@ -11,11 +11,13 @@ import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.liveness import read_by
+from kvsurgeon.graph.operators import SHAPE_ONLY
 from kvsurgeon.sequence import along, elementwise, moving, products
 from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
 from kvsurgeon.sequence.flow import Flow, Step
+from kvsurgeon.sequence.inputs import GivenInput
 from kvsurgeon.sequence.islands import PICKERS, Island, find_island, take_island
-from kvsurgeon.sequence.kinds import SHAPE_ONLY, GivenInput, Kind
+from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.recall import find_recall, take_recall
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes import elementwise as elementwise_shapes

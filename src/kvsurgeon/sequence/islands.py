@@ -15,11 +15,12 @@ import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor, small_constant
+from kvsurgeon.graph.operators import LOOKUPS
 from kvsurgeon.sequence.addresses import is_of_new_tokens
 from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
 from kvsurgeon.sequence.experiment import Experiment
 from kvsurgeon.sequence.flow import Flow
-from kvsurgeon.sequence.kinds import LOOKUPS, Kind
+from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.looking import all_seen, close, unfolded
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.contraction import PRODUCTS

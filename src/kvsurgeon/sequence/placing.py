@@ -16,8 +16,9 @@ import onnx_ir as ir
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.operators import SHAPE_ONLY
 from kvsurgeon.sequence.flow import Flow
-from kvsurgeon.sequence.kinds import SHAPE_ONLY, Kind
+from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import Dimension
 from kvsurgeon.shapes.elementwise import BINARY, UNARY

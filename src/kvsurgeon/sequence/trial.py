@@ -13,7 +13,8 @@ from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.sequence.analysis import Analysis, Head
 from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.experiment import Experiment, at_length
-from kvsurgeon.sequence.kinds import GivenInput, Kind
+from kvsurgeon.sequence.inputs import GivenInput
+from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.looking import Pattern, close, difference
 from kvsurgeon.shapes.dimension import Dimension
 

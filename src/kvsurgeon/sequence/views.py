@@ -16,10 +16,12 @@ import onnx_ir as ir
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.operators import SHAPE_ONLY
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis, follow_reshape
 from kvsurgeon.sequence.filling import Filling
 from kvsurgeon.sequence.flow import Flow
-from kvsurgeon.sequence.kinds import SHAPE_ONLY, GivenInput, Kind
+from kvsurgeon.sequence.inputs import GivenInput
+from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.lengths import NEW, Lengths
 from kvsurgeon.sequence.view_rules import RULES, WHOLE_NUMBERS
 from kvsurgeon.shapes import dimension as dim

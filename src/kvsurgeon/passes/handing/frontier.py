@@ -9,7 +9,8 @@ import onnx_ir as ir
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.liveness import read_by
-from kvsurgeon.sequence.kinds import SHAPE_ONLY, real_inputs
+from kvsurgeon.graph.operators import SHAPE_ONLY
+from kvsurgeon.sequence.inputs import real_inputs
 
 # Operators whose further inputs say how, not what: sizes, places, counts.
 _SAYS_HOW = frozenset({

@@ -20,7 +20,7 @@ from kvsurgeon.passes.idioms.in_place import InPlace
 from kvsurgeon.passes.idioms.new_only import NewOnly
 from kvsurgeon.sequence.analysis import Analysis
 from kvsurgeon.sequence.axes import Length
-from kvsurgeon.sequence.kinds import GivenInput, find_positions
+from kvsurgeon.sequence.inputs import GivenInput, find_positions
 from kvsurgeon.sequence.lengths import HELD, NEW, PAST, ROOM, Source
 from kvsurgeon.sequence.proof import Proof
 from kvsurgeon.shapes.dimension import Dimension

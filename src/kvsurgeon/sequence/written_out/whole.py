@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.graph.plain import in_plain_words
-from kvsurgeon.sequence.kinds import read_inputs
+from kvsurgeon.sequence.inputs import read_inputs
 from kvsurgeon.sequence.written_out.embedding import embed_layer_normalization, quantised_embed_layer_normalization
 from kvsurgeon.sequence.written_out.grouped import group_query_attention
 from kvsurgeon.sequence.written_out.pen import Pen
