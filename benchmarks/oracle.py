@@ -30,7 +30,7 @@ from witness.uncached import LEVELS, first_tokens
 import kvsurgeon
 from kvsurgeon import io
 from kvsurgeon.errors import KvsurgeonError
-from kvsurgeon.sequence import kinds
+from kvsurgeon.sequence.inputs import read_inputs
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.inference import infer_shapes
 
@@ -87,7 +87,7 @@ def calls(cases: Sequence[Case]) -> list[Case]:
 def before(held: Held, entry: Entry, model: onnx.ModelProto, cases: Sequence[Case]) -> None:
     """Hold every inferred dimension against what runs."""
     graph = ir.from_proto(model).graph
-    dimensions, length = kinds.read_inputs(graph)
+    dimensions, length = read_inputs(graph)
     shapes = infer_shapes(list(graph), dimensions, graph.opset_imports.get("", 1))
     claimed = {value.name: shapes[value].shape for node in graph for value in node.outputs if value.name}
     session = open_session(with_all_outputs(model), entry.folder, LEVELS[-1])
@@ -177,7 +177,7 @@ def main() -> int:
     )
     if options.json:
         options.json.write_text(json.dumps([asdict(held) for held in results], indent=1), encoding="utf-8")
-    return 1 if wrong else 0
+    return 1 if wrong or not run else 0
 
 
 if __name__ == "__main__":
