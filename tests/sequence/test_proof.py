@@ -112,6 +112,17 @@ def test_a_fused_attention_that_sees_the_future(body):
         Subject.of(read(FUSED.format(body=body), opset=23)).decoder()
 
 
+def test_a_fused_attention_whose_mask_is_made_of_tokens():
+    body = (
+        "last = Constant<value_ints = [2]>()\n zero = Constant<value_float = 0.0>()\n loud = ReduceMax(x, last)\n"
+        "loud4 = Unsqueeze(loud, second)\n told = Greater(loud4, zero)\n flat = Transpose<perm = [0, 1, 3, 2]>(told)\n"
+        "causal = LessOrEqual(row, column)\n m = And(flat, causal)\n"
+        "logits = Attention<q_num_heads = 2, kv_num_heads = 2>(x, k, k, m)"
+    )
+    with pytest.raises(Refused, match="its mask is made of tokens"):
+        Subject.of(read(FUSED.format(body=body), opset=23)).decoder()
+
+
 def test_a_fused_attention_with_a_causal_mask_is_none_of_these():
     body = "m = LessOrEqual(row, column)\n logits = Attention<q_num_heads = 2, kv_num_heads = 2>(x, k, k, m)"
     assert Subject.of(read(FUSED.format(body=body), opset=23)).decoder().attentions[0].mask.kind == "causal"

@@ -176,6 +176,11 @@ def attention(step: Step) -> list[Axes]:
         causal=bool(step.call.integer("is_causal", 0)),
         heads_beside=1 if four else step.call.integer("kv_num_heads", 1),
     ))  # fmt: skip
+    if mask is not None and step.kind(mask) is Kind.TOKEN:
+        raise step.refusal(
+            "its mask is made of tokens, and would have to be remembered with the keys", at=step.node.inputs[mask],
+            expected="a mask that is given for all tokens so far, or computed from lengths",
+        )  # fmt: skip
     if mask is not None:
         shape = step.shape(mask)
         rank = len(shape)
