@@ -153,7 +153,12 @@ def test_an_interrupt_is_quiet(shell, models, monkeypatch):
 
 def test_an_interrupted_process_ends_quietly():
     hangs = "lambda path: os.kill(os.getpid(), signal.SIGINT) or time.sleep(9)"
-    code = f"import os, signal, time; from kvsurgeon.passes.contract import Subject; Subject.of = {hangs}; {MAIN}"
+    heard = (
+        "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell lets what is in the background ignore it
+    )
+    code = (
+        f"import os, signal, time; from kvsurgeon.passes.contract import Subject; {heard}; Subject.of = {hangs}; {MAIN}"
+    )
     done = subprocess.run([sys.executable, "-c", code, "inspect", "x"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
