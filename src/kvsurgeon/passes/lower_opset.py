@@ -13,11 +13,7 @@ from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-
-OLDEST = 13  # since then a Softmax works along one axis, and no operator has changed its meaning under the same inputs
-
-# Operators that an earlier version reads otherwise, though a node of the later one is written alike.
-_OTHERWISE = frozenset({"GroupNormalization"})
+from kvsurgeon.passes.opsets import OTHERWISE, check_movable, declared_opset, ir_version, standard_nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,23 +40,18 @@ class LowerOpset:
             Refused: A node cannot be written in that version; the model is left as it was.
         """
         model = subject.model
-        declared = model.graph.opset_imports.get("", 1)
+        declared = declared_opset(model)
         if declared <= self.opset:
             return Unchanged(reason=f"it is written in opset {declared}")
-        if self.opset < OLDEST or model.functions:
-            found = f"opset {self.opset}" if self.opset < OLDEST else "functions of its own"
-            raise Refused(
-                "the opset cannot be lowered", expected=f"opset {OLDEST} or later, and no functions", found=found
-            )
-        nodes = [node for node in model.graph.all_nodes() if node.domain in ("", "ai.onnx")]
-        rewritten = [(node, _rewritten(node, declared, self.opset)) for node in nodes]
+        check_movable(model, self.opset, "lowered")
+        rewritten = [(node, _rewritten(node, declared, self.opset)) for node in standard_nodes(model)]
         editor = Editor(model)
         for node, how in rewritten:
             if how is not None:
                 _rewrite(editor, node, how)
         editor.finish()
         model.graph.opset_imports[""] = self.opset
-        model.ir_version = min(model.ir_version, _ir_version(self.opset))
+        model.ir_version = min(model.ir_version, ir_version(self.opset))
         return Changed(edits=editor.edits + 1)
 
 
@@ -89,7 +80,7 @@ def _rewritten(node: ir.Node, new: int, old: int) -> _Rewritten | None:
         raise _cannot(node, old, "an operator that came later") from None
     if before.since_version == after.since_version:
         return None
-    if node.op_type in _OTHERWISE:
+    if node.op_type in OTHERWISE:
         raise _cannot(node, old, "another meaning")
     _check_types(node, before, old)
     extra = [(place, value) for place, value in enumerate(node.inputs) if _is_new(before, place)]
@@ -169,8 +160,3 @@ def _cannot(node: ir.Node, old: int, found: str) -> Refused:
         f"{node.op_type} cannot be written in opset {old}", at=node.outputs[0].name, found=found,
         hint=f"export the model with opset {old}",
     )  # fmt: skip
-
-
-def _ir_version(opset: int) -> int:
-    """The first version of the format that knows an opset."""
-    return int(next(row[1] for row in onnx.helper.VERSION_TABLE if row[2] >= opset))

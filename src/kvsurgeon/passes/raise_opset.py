@@ -13,11 +13,7 @@ import onnx_ir as ir
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-
-OLDEST = 13  # since then a Softmax works along one axis, and no operator has changed its meaning under the same inputs
-
-# Operators that a later version reads otherwise, though a node of the earlier one is written alike.
-_OTHERWISE = frozenset({"GroupNormalization"})
+from kvsurgeon.passes.opsets import OTHERWISE, check_movable, declared_opset, ir_version, standard_nodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +40,11 @@ class RaiseOpset:
             Refused: A node cannot be written in that version.
         """
         model = subject.model
-        declared = model.graph.opset_imports.get("", 1)
+        declared = declared_opset(model)
         if declared >= self.opset:
             return Unchanged(reason=f"it is written in opset {declared}")
-        if declared < OLDEST or model.functions:
-            found = f"opset {declared}" if declared < OLDEST else "functions of its own"
-            raise Refused(
-                "the opset cannot be raised", expected=f"opset {OLDEST} or later, and no functions", found=found
-            )
-        nodes = [node for node in model.graph.all_nodes() if node.domain in ("", "ai.onnx")]
-        moves = {node: _moved(node, declared, self.opset) for node in nodes}
+        check_movable(model, declared, "raised")
+        moves = {node: _moved(node, declared, self.opset) for node in standard_nodes(model)}
         editor = Editor(model)
         for node, names in moves.items():
             for name in names:
@@ -61,7 +52,7 @@ class RaiseOpset:
             if node.op_type in _FURTHER:
                 _FURTHER[node.op_type](node)
         model.graph.opset_imports[""] = self.opset
-        model.ir_version = max(model.ir_version, _ir_version(self.opset))
+        model.ir_version = max(model.ir_version, ir_version(self.opset))
         return Changed(edits=editor.edits + 1)
 
 
@@ -80,7 +71,7 @@ def _moved(node: ir.Node, old: int, new: int) -> list[str]:
     inputs = [given.name for given in after.inputs]
     gone = [name for name in node.attributes if name not in after.attributes]
     kept = [given.name for given in before.inputs] == inputs[: len(before.inputs)]
-    if node.op_type in _OTHERWISE or after.deprecated or not kept or not set(gone) <= set(inputs):
+    if node.op_type in OTHERWISE or after.deprecated or not kept or not set(gone) <= set(inputs):
         raise Refused(
             f"{node.op_type} of opset {old} cannot be written in opset {new}", at=node.outputs[0].name,
             hint="export the model with a later opset",
@@ -105,9 +96,3 @@ def _count_parts(node: ir.Node) -> None:
 
 
 _FURTHER: dict[str, Callable[[ir.Node], None]] = {"Split": _count_parts}
-
-
-def _ir_version(opset: int) -> int:
-    """The first version of the format that knows an opset."""
-    rows = [row for row in onnx.helper.VERSION_TABLE if row[2] >= opset]
-    return int(rows[0][1]) if rows else int(onnx.IR_VERSION)
