@@ -158,8 +158,12 @@ def _concat(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value | N
 
 
 def _check_address(views: Maker, value: ir.Value) -> None:
-    """Numbers that pick from a mask flattened with its batch hold for the exported length only."""
-    if isinstance(views.flow.length, int) and any(axis.outer != 1 for axis in views.given_axes(value)):
+    """Numbers that pick from a mask flattened with its batch hold for the exported length only.
+
+    A buffer of as many rows is fine: its mask has the exported length in every call.
+    """
+    fixed = isinstance(views.flow.length, int) and views.flow.length != views.lengths.total
+    if fixed and any(axis.outer != 1 for axis in views.given_axes(value)):
         raise Refused(
             "a mask is read by numbers that hold for the exported length only", at=value.name,
             expected="its sequence axis kept apart", hint="export with dynamic axes",
