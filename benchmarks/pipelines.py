@@ -59,7 +59,14 @@ PASSES: tuple[tuple[str, tuple[str, ...], int], ...] = (  # name, options, weigh
     ("without-nan-guards", ("",), 1),
     ("count-positions", ("",), 1),
     ("without-mask", ("",), 1),
-    ("give-context", ("{places=96}",), 1),
+    ("give-context", ("{max-length=96}",), 1),
+    ("fuse-attention", ("", "{layers=possible}", "{operator=attention,layers=possible}"), 3),
+    ("fuse-rotary", ("",), 1),
+    ("write-divisions", ("",), 1),
+    ("plain-gather", ("",), 1),
+    ("lower-opset", ("{opset=17}", "{opset=13}"), 1),
+    ("name-dims", ("{dims=batch_size=2}", "{dims=batch_size=texts}"), 1),
+    ("rename", ("{names=logits=scores}",), 1),
 )
 
 
@@ -94,8 +101,9 @@ def examine(entry: Entry, number: int, row: str) -> Outcome:
 
 
 def _tried(entry: Entry, row: str) -> tuple[str, str]:
+    passes = Pipeline.parse(row)
     try:
-        done = operate(entry.path, Pipeline.parse(row))
+        done = operate(entry.path, passes)
     except ParityError as error:
         return "different", str(error)
     except RunError as error:

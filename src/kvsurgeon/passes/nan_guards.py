@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.errors import Refused
+from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.liveness import read_by
+from kvsurgeon.graph.operators import SHAPE_ONLY
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.shapes.contraction import PRODUCTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,18 +25,24 @@ class WithoutNanGuards:
     Before: `Where(IsNaN(w), 0, w)` behind a softmax, for queries that see no key at all. After: `w`. Softmax gives
     numbers wherever scores are numbers: with masks that hide by a finite number, every row is.
 
-    Not handled: masks of minus infinity, which is for the caller to know; `half-range-masks` and `give-context` leave
-    none.
+    Not handled: masks of minus infinity; `half-range-masks` and `give-context` leave none. A mask that the model is
+    given as numbers is for the caller to keep finite.
     """
 
     name: ClassVar[str] = "without-nan-guards"
 
     def apply(self, subject: Subject) -> Outcome:
-        """Take the guards out of `subject.model`."""
-        editor = Editor(subject.model)
-        guards = [node for node in subject.model.graph if _is_guard(node)]
+        """Take the guards out of `subject.model`.
+
+        Raises:
+            Refused: A mask may be minus infinity.
+        """
+        guards = [node for node in subject.model.graph if _guarded(node) is not None]
         if not guards:
             return Unchanged(reason="no softmax is guarded")
+        for node in guards:
+            _check_finite(node)
+        editor = Editor(subject.model)
         for node in guards:
             weights = node.inputs[2]
             assert weights is not None
@@ -39,18 +52,55 @@ class WithoutNanGuards:
         return Changed(edits=editor.edits)
 
 
-def _is_guard(node: ir.Node) -> bool:
-    """Whether a node chooses another number where the weights of a softmax are none."""
+def _guarded(node: ir.Node) -> ir.Node | None:
+    """The softmax whose weights a node replaces where they are no numbers; None if it does something else."""
     if node.op_type != "Where" or node.outputs[0].is_graph_output():
-        return False
+        return None
     condition, _, weights = node.inputs
     asked = None if condition is None else condition.producer()
     maker = None if weights is None else weights.producer()
     if asked is None or maker is None or asked.op_type != "IsNaN" or asked.inputs[0] is not weights:
-        return False
+        return None
     while maker.op_type in ("Cast", "Identity") and maker.inputs[0] is not None:
         behind = maker.inputs[0].producer()
         if behind is None:
-            return False
+            return None
         maker = behind
-    return maker.op_type == "Softmax"
+    return maker if maker.op_type == "Softmax" else None
+
+
+def _check_finite(guard: ir.Node) -> None:
+    """Hold that no number which scores are made of, be it added or chosen, is minus infinity.
+
+    Raises:
+        Refused: One is.
+    """
+    softmax = _guarded(guard)
+    assert softmax is not None
+    for value, tensor in _numbers_behind(softmax):
+        if tensor.dtype.is_floating_point() and bool(np.any(tensor.numpy() == -np.inf)):
+            raise Refused(
+                "softmax makes weights that are no numbers where a mask hides every key by minus infinity",
+                at=value.name, expected="masks that hide by a finite number", found="-inf",
+                hint="run half-range-masks before, which leaves none",
+            )  # fmt: skip
+
+
+def _numbers_behind(node: ir.Node) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
+    """The constants that a node's numbers are made of, as far as the products that scores are."""
+    seen: set[ir.Node] = set()
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node in seen or node.op_type in PRODUCTS:
+            continue
+        seen.add(node)
+        if node.op_type == "ConstantOfShape" and "value" in node.attributes:
+            yield node.outputs[0], node.attributes["value"].as_tensor()
+        for value in () if node.op_type in SHAPE_ONLY else read_by(node):
+            tensor = constant_tensor(value)
+            maker = value.producer()
+            if tensor is not None:
+                yield value, tensor
+            elif maker is not None:
+                pending.append(maker)

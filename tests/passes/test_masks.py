@@ -1,0 +1,99 @@
+"""Numbers that hide tokens: within half precision they hide as before, and only those allow softmax to go unguarded."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from attentions import attention
+from laws import ALLOWED, difference, in_onnxruntime, texts
+from onnx import numpy_helper
+from written import read
+
+from kvsurgeon import io
+from kvsurgeon.errors import Refused
+from kvsurgeon.passes.contract import Changed, Subject
+from kvsurgeon.passes.half_range import half_range_masks
+from kvsurgeon.passes.nan_guards import WithoutNanGuards
+from kvsurgeon.pipeline import Pipeline
+
+LOWEST = float(np.finfo(np.float32).min)
+PADDED = (
+    "real = Cast<to = 9>(attention_mask)\n  keys = Unsqueeze(real, second)\n  late = LessOrEqual(row, column)\n"
+    "  allowed = And(late, keys)"
+)
+GUARDED = "w0 = Softmax<axis = -1>(masked_scores)\n  bad = IsNaN(w0)\n  w = Where(bad, nothing, w0)"
+INFINITIES = (
+    "hidden = Slice(sizes, second, third)\n  most = ConstantOfShape<value = float[1] {-inf}>(hidden)\n"
+    "  masked_scores = Where(allowed, s, most)"
+)
+
+
+def guarded(low="-10000.0", **parts):
+    """Return an attention with padding on the left, whose queries in it see no key at all."""
+    inputs = {"inputs": "int64[b, n] attention_mask", "constants": "float nothing = {0.0}", "allowed": PADDED}
+    text = attention(**inputs, **parts).replace("-10000.0", low)
+    return read(text.replace("w = Softmax<axis = -1>(masked_scores)", GUARDED))
+
+
+INFINITE = {"chosen": guarded("-inf"), "a tensor of them": guarded(masked=INFINITIES)}
+
+
+@pytest.mark.parametrize("name", INFINITE)
+def test_softmax_stays_guarded_where_a_mask_may_hide_every_key_by_an_infinity(name):
+    subject = Subject.of(INFINITE[name])
+    before = io.to_proto(subject.model).SerializeToString(deterministic=True)
+    with pytest.raises(Refused, match="half-range-masks"):
+        WithoutNanGuards().apply(subject)
+    assert io.to_proto(subject.model).SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("name", INFINITE)
+def test_masks_within_half_precision_need_no_guard(name):
+    model = INFINITE[name]
+    result = io.to_proto(Pipeline((half_range_masks, WithoutNanGuards())).run(model).model)
+    assert "IsNaN" not in {node.op_type for node in result.graph.node}
+    feeds = texts(model)
+    real = feeds["attention_mask"].astype(bool)
+    expected, found = (in_onnxruntime(one)(feeds)["logits"][real] for one in (model, result))
+    assert difference(found, expected) <= ALLOWED["float32"]
+
+
+def test_infinities_behind_a_product_are_no_mask():
+    model = guarded(hidden="h = Max(x, endless)")
+    model.graph.initializer.append(numpy_helper.from_array(np.array(-np.inf, np.float32), "endless"))
+    assert isinstance(WithoutNanGuards().apply(Subject.of(model)), Changed)
+
+
+FIXED = attention(masked="wide = Expand(table, as_wide)\n  masked_scores = Add(s, wide)")
+
+
+def test_a_table_of_a_fixed_length_is_kept_within_half_precision():
+    model = read(FIXED.replace("[b, n, 8]", "[2, 9, 8]"))
+    table = np.triu(np.full((1, 9, 9), LOWEST, np.float32), 1)
+    wide = np.array([2, 9, 9], np.int64)
+    model.graph.initializer.extend([numpy_helper.from_array(table, "table"), numpy_helper.from_array(wide, "as_wide")])
+    result = io.to_proto(Pipeline((half_range_masks,)).run(model).model)
+    lowest = min(float(numpy_helper.to_array(one).min()) for one in result.graph.initializer)
+    assert lowest == -10_000
+    feeds = texts(model)
+    expected, found = (in_onnxruntime(one)(feeds)["logits"] for one in (model, result))
+    assert difference(found, expected) <= ALLOWED["float32"]
+
+
+ROUNDED = """case (bool[4, 4] seen, float[4, 4] s) => (float[4, 4] y)
+<float low = {{{low}}}, float nought = {{0.0}}, float step = {{{step}}}, uint8 top = {{255}}>
+{{
+  mask = Where(seen, nought, low)
+  whole = QuantizeLinear(mask, step, top)
+  steps = DequantizeLinear(whole, step, top)
+  y = Add(s, steps)
+}}"""
+
+
+def test_a_mask_that_is_rounded_to_wider_steps_stays():
+    with pytest.raises(Refused, match="rounded to 0"):
+        Pipeline((half_range_masks,)).run(read(ROUNDED.format(low=LOWEST, step=-LOWEST / 255)))
+
+
+def test_a_mask_that_is_rounded_to_narrow_steps_hides_as_before():
+    assert Pipeline((half_range_masks,)).run(read(ROUNDED.format(low=LOWEST, step=100.0))).changed
