@@ -29,6 +29,7 @@ from kvsurgeon.runtime import (
     is_past,
     open_session,
     read_note,
+    token_axes,
 )
 
 LENGTHS = (7, 13)  # tokens of the texts that both models are given; a static model is given its own length
@@ -114,6 +115,8 @@ def _differences(before: Session, after: Session, allowed: float, seed: int) -> 
         fixed_size(original.inputs, before.inputs, "batch") or fixed_size(changed.inputs, after.inputs, "batch") or 2
     )
     random = np.random.default_rng(seed)
+    told = next((one for one in (changed, original) if isinstance(one, CachedDecoder)), None)
+    outputs = {tensor.name: tensor for tensor in (told.outputs if told else before.outputs)}
     judged = False
     for tokens, mask in _texts(static, batch, original.inputs.masked, random):
         length = tokens.shape[1]
@@ -124,7 +127,7 @@ def _differences(before: Session, after: Session, allowed: float, seed: int) -> 
         problems = [
             problem
             for (past, total), one, other in zip(_calls(ends), expected, found, strict=True)
-            for problem in _compared(one, other, counted[:, past:total], allowed)
+            for problem in _compared(one, other, counted[:, past:total], allowed, outputs)
         ]
         if problems and stepwise and not _agrees_with_itself(original, tokens, mask, expected, allowed):
             continue
@@ -169,7 +172,8 @@ def _agrees_with_itself(
         if array.shape[:2] == tokens.shape and last[name].ndim > 1
     }
     new = next((array.shape[1] for array in rows.values()), 0)
-    return not any(_compared(rows, last, mask[:, size - new :].astype(bool), allowed))
+    outputs = {tensor.name: tensor for tensor in original.session.outputs}
+    return not any(_compared(rows, last, mask[:, size - new :].astype(bool), allowed, outputs))
 
 
 def _texts(
@@ -185,10 +189,12 @@ def _texts(
 
 
 def _compared(
-    expected: Mapping[str, Array], found: Mapping[str, Array], counted: Counted, allowed: float
-) -> Iterator[str]:
+    expected: Mapping[str, Array], found: Mapping[str, Array], counted: Counted, allowed: float,
+    outputs: Mapping[str, Tensor],
+) -> Iterator[str]:  # fmt: skip
     for name, values in expected.items():
-        distance = _distance(values, found.get(name), counted)
+        axes = token_axes(outputs[name], values.shape, counted.shape) if name in outputs else None
+        distance = _distance(values, found.get(name), counted, axes)
         if distance is None or not distance <= allowed:
             what = "missing or of another shape" if distance is None else f"off by {distance:.1e} of its spread"
             yield f"expected output `{name}` as before, found it {what} (allowed {allowed:.0e})"
@@ -239,12 +245,12 @@ def _is_own(tensor: Tensor, theirs: Collection[str]) -> bool:
     return tensor.name not in theirs and len(tensor.dims) > 2
 
 
-def _distance(expected: Array, found: Array | None, counted: Counted) -> float | None:
-    """How far the rows of tokens that count are apart; all there is, where an output is not [batch, sequence, ...]."""
+def _distance(expected: Array, found: Array | None, counted: Counted, axes: tuple[int, int] | None) -> float | None:
+    """How far the rows of tokens that count are apart; all there is, where tokens cannot be told apart."""
     if found is None or found.shape != expected.shape:
         return None
-    if expected.shape[:2] == counted.shape:
-        expected, found = expected[counted], found[counted]
+    if axes is not None:
+        expected, found = (np.moveaxis(array, axes, (0, 1))[counted] for array in (expected, found))
     if not expected.size:
         return 0.0
     want, have = expected.astype(np.float64), found.astype(np.float64)

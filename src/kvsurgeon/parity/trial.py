@@ -15,7 +15,7 @@ from kvsurgeon.parity.performance import Call, Performance, perform
 from kvsurgeon.parity.report import CacheFault, Position, Trial
 from kvsurgeon.parity.scenario import Scenario
 from kvsurgeon.parity.tolerance import Tolerance
-from kvsurgeon.runtime import Array, CachedDecoder, CacheEntry, axes_of
+from kvsurgeon.runtime import Array, CachedDecoder, CacheEntry, Tensor, token_axes
 
 Counted = npt.NDArray[np.bool_]  # [batch, sequence]
 
@@ -111,12 +111,13 @@ def _outputs(
     """Return the worst of all outputs that the original has too."""
     found = _Outputs(error=0.0, output=cached.logits, at=Position(row=0, token=0), agreement=1.0)
     kept = {entry.present for entry in cached.cache}
-    names = [tensor.name for tensor in cached.outputs if tensor.floating and tensor.name in expected.keys() - kept]
-    for name in names:
-        one = _output(name, calls, expected[name], cached, counted, tolerance)
+    for output in cached.outputs:
+        if not output.floating or output.name not in expected.keys() - kept:
+            continue
+        one = _output(output, calls, expected[output.name], cached, counted, tolerance)
         if one.misfit is not None:
             return one
-        if one.error > found.error or name == cached.logits:
+        if one.error > found.error or output.name == cached.logits:
             error = max(one.error, found.error)
             better = one if one.error >= found.error else found
             found = _Outputs(
@@ -126,13 +127,14 @@ def _outputs(
 
 
 def _output(
-    name: str,
+    output: Tensor,
     calls: Sequence[Call],
     whole: Array,
     cached: CachedDecoder,
     counted: Counted,
     tolerance: Tolerance,
 ) -> _Outputs:
+    name = output.name
     logits = name == cached.logits and whole.ndim == 3 and whole.shape[:2] == counted.shape
     scale = spread(whole[counted]) if logits else amplitude(whole)
     largest, same, of = Difference(error=0.0, row=0, position=0), 0, 0
@@ -144,7 +146,7 @@ def _output(
             size = f"{list(found.shape)}, where the original's for the whole text is {list(whole.shape)}"
             return _Outputs(error=np.inf, output=name, at=_at(largest), agreement=0.0, misfit=f"`{name}` has {size}")
         matters = counted[:, call.past : call.total]
-        axes = _token_axes(name, found.shape, cached, matters.shape)
+        axes = token_axes(output, found.shape, matters.shape)
         if axes is None:  # tokens cannot be told apart: compare all of it
             part, found, axes, matters = part.reshape(1, 1, -1), found.reshape(1, 1, -1), (0, 1), np.ones((1, 1), bool)
         errors = error_map(part, found, batch=axes[0], sequence=axes[1], scale=scale)
@@ -153,16 +155,6 @@ def _output(
             agreed, counts = agreement(part, found, matters, tolerance.tie * scale)
             same, of = same + agreed, of + counts
     return _Outputs(error=largest.error, output=name, at=_at(largest), agreement=same / of if of else 1.0)
-
-
-def _token_axes(
-    name: str, shape: tuple[int, ...], cached: CachedDecoder, size: tuple[int, ...]
-) -> tuple[int, int] | None:
-    """Return the axes of batch and new tokens of an output, by their names or else their usual places."""
-    axes = next(axes_of(tensor) for tensor in cached.outputs if tensor.name == name)
-    named = (axes.index("batch"), axes.index("new")) if {"batch", "new"} <= set(axes) else (0, 1)
-    fits = len(shape) > max(named) and tuple(shape[axis] for axis in named) == size
-    return named if fits else None
 
 
 def _at(difference: Difference) -> Position:

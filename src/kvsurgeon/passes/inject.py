@@ -27,12 +27,12 @@ from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
 from kvsurgeon.sequence.flow import FusedAttention, Recall
 from kvsurgeon.sequence.grouping import Grouping
 from kvsurgeon.sequence.kinds import Kind
-from kvsurgeon.sequence.lengths import NEW, SO_FAR, Lengths
+from kvsurgeon.sequence.lengths import NEW, ROOM, SO_FAR, Lengths
 from kvsurgeon.sequence.proof import prove
 from kvsurgeon.sequence.remember import Layouts, are_rows_of
 from kvsurgeon.sequence.tokens import Tokens, causal_mask
 from kvsurgeon.sequence.views import Views
-from kvsurgeon.sequence.words import spelled, spelled_from_export
+from kvsurgeon.sequence.words import Words, spelled, spelled_from_export
 from kvsurgeon.sequence.written_out import in_standard_operators
 
 Choice = Callable[[Analysis], Sequence[Fusable]]
@@ -106,7 +106,10 @@ def inject(options: Inject, subject: Subject, fuse: Choice | None = None) -> Cha
         fusables = () if fuse is None else fuse(analysis)
         editor = Editor(model)
         _Injection(analysis, editor, plan, proof.limit, fusables).operate()
-    write_note(model, note_of(options.idiom, plan.entries, proof.max_length, batch_chunks=not fusables))
+        outputs = _outputs_by_row(analysis, plan)
+    write_note(
+        model, note_of(options.idiom, plan.entries, proof.max_length, batch_chunks=not fusables, outputs=outputs)
+    )
     subject.model = model
     notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()]
     if proof.limit is not None:
@@ -289,6 +292,19 @@ class _Injection:
         elif axes or any(not isinstance(size, int) for size in declared):
             words = spelled_from_export(fact.shape, _decided(axes), self.analysis.length, self.idiom.total)
             value.shape = ir.Shape(words)
+
+
+def _outputs_by_row(analysis: Analysis, plan: Plan) -> dict[str, Words]:
+    """The dims of outputs that have a place for each row that attention reads, where that is not one for each token."""
+    if plan.idiom.total == SO_FAR:
+        return {}
+    told = {}
+    for value in analysis.model.graph.outputs:
+        fact, axes = analysis.flow.shapes.facts.get(value), _decided(analysis.flow.axes.get(value, ()))
+        by_row = any(axis.role.resolved() is Length.TOTAL for axis in axes)
+        if by_row and value.name is not None and fact is not None and fact.shape is not None:
+            told[value.name] = spelled_from_export(fact.shape, axes, analysis.length, ROOM)
+    return told
 
 
 def _decided(axes: Axes) -> Axes:

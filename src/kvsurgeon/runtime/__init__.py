@@ -12,6 +12,7 @@ from kvsurgeon.runtime.axes import (
     find_cache,
     find_presents,
     is_past,
+    token_axes,
 )
 from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder, has_cache, logits_name
 from kvsurgeon.runtime.feeds import Given, Inputs, Tokens, fixed_size, inputs_of
@@ -56,5 +57,6 @@ __all__ = [
     "open_session",
     "read_note",
     "to_runtime",
+    "token_axes",
     "useful_line",
 ]

@@ -46,6 +46,20 @@ def axes_of(tensor: Tensor) -> tuple[Axis, ...]:
     return tuple(axis_of(dim) for dim in tensor.dims)
 
 
+def token_axes(output: Tensor, shape: Sequence[int], size: tuple[int, int]) -> tuple[int, int] | None:
+    """Return the axes of batch and new tokens of an output, by their names or else their usual places.
+
+    Args:
+        output: As the model declares it.
+        shape: What it has in a call.
+        size: Rows and new tokens of that call. Where the axes have other sizes, tokens cannot be told apart: None.
+    """
+    axes = axes_of(output)
+    named = (axes.index("batch"), axes.index("new")) if {"batch", "new"} <= set(axes) else (0, 1)
+    fits = len(shape) > max(named) and tuple(shape[axis] for axis in named) == size
+    return named if fits else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class CacheEntry:
     """A past input, the present output that feeds it at the next step, and the layer they belong to."""

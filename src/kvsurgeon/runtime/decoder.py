@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.runtime.axes import CacheEntry, axes_of, axis_of, find_cache, is_past
+from kvsurgeon.runtime.axes import Axis, CacheEntry, axes_of, axis_of, find_cache, is_past
 from kvsurgeon.runtime.feeds import Given, Inputs, fixed_size, inputs_of, padded
 from kvsurgeon.runtime.hosts import find_counter, open_host, read_note
 from kvsurgeon.runtime.session import Session
@@ -60,7 +60,7 @@ class CachedDecoder:
         self._counter = find_counter(session.inputs)
         given = [one for one in inputs_of(session.inputs, pasts).given if one.name != self._counter]
         self.inputs = Inputs(given=tuple(given))
-        self.outputs = tuple(tensor for tensor in session.outputs if tensor.name not in presents)
+        self.outputs = tuple(note.meant(tensor) for tensor in session.outputs if tensor.name not in presents)
         self.logits = logits_name(self.outputs)
         self.step_length = fixed_size(self.inputs, session.inputs, "new")
         self.past_length = 0
@@ -141,7 +141,9 @@ class CachedDecoder:
         results = self.session.run({name: to_runtime(array) for name, array in given.items()} | pasts, self.host.into)
         self.host.keep(results, past, new, size)
         self.past_length = past + new
-        return {t.name: from_runtime(results[t.name]) for t in self.outputs if t.dtype is not None}
+        before, _ = self.host.margins(past, past + new, size)
+        seen = slice(before, before + past + new)
+        return {t.name: _cut(t, from_runtime(results[t.name]), seen) for t in self.outputs if t.dtype is not None}
 
     def _count(self, past: int, batch: int) -> Array:
         tensor = next(tensor for tensor in self.session.inputs if tensor.name == self._counter)
@@ -166,7 +168,8 @@ class CachedDecoder:
         place = axes.index("new") if "new" in axes else next((one for one in places if one or len(places) == 1), None)
         if place is None:
             return parts[-1]
-        whole = np.concatenate(parts, axis=place)
+        last = parts[-1].shape
+        whole = np.concatenate([_reaching(part, axes, last) for part in parts], axis=place)
         return whole[(slice(None),) * place + (slice(0, new),)]
 
 
@@ -216,3 +219,15 @@ def _piece(given: Given, array: Array, past: int, first: int, stop: int) -> Arra
     """What a call is given that takes the tokens `first:stop` of those that were given after `past`."""
     spans = {"new": slice(first, stop), "total": slice(0, past + stop)}
     return array[tuple(spans.get(axis, slice(None)) for axis in given.axes)]
+
+
+def _cut(output: Tensor, array: Array, seen: slice) -> Array:
+    """An output with a place for each token so far, where it has one for each row that a call reads."""
+    return array[tuple(seen if axis == "room" else slice(None) for axis in axes_of(output))]
+
+
+def _reaching(part: Array, axes: Sequence[Axis], last: Sequence[int]) -> Array:
+    """What an earlier call gave, with nothing at the places of tokens that only the last one has."""
+    missing = [length - have if axis in ("total", "room") else 0
+               for axis, have, length in zip(axes, part.shape, last, strict=True)]  # fmt: skip
+    return np.pad(part, [(0, most) for most in missing])

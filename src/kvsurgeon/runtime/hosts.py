@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 
 from kvsurgeon.errors import BrokenCacheError, RunError
 from kvsurgeon.runtime.axes import CacheEntry, Layout, axis_of, shape_with_rows
-from kvsurgeon.runtime.tensor import Array, Tensor, from_runtime, to_runtime
+from kvsurgeon.runtime.tensor import Array, Dim, Tensor, from_runtime, to_runtime
 
 Idiom = Literal["grow", "in-place", "new-only"]
 
@@ -35,6 +35,12 @@ class Note:
     layouts: Mapping[str, Layout] = field(default_factory=dict)  # of keys and of values
     max_length: int | None = None  # tokens that a text may have
     batch_chunks: bool = True  # whether several sequences at once take more than one token behind a past
+    outputs: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)  # dims of some, where the file has numbers
+
+    def meant(self, output: Tensor) -> Tensor:
+        """Return an output with the dims that are noted of it."""
+        dims = self.outputs.get(output.name, ())
+        return replace(output, dims=dims) if len(dims) == len(output.dims) else output
 
 
 class Host(Protocol):
@@ -69,11 +75,12 @@ def read_note(metadata: Mapping[str, str]) -> Note:
         told = json.loads(metadata.get(NOTE, "{}"))
         layouts = {part: tuple(told.get(f"{part}_layout", ())) for part in ("key", "value")}
         known = {part: layout for part, layout in layouts.items() if "sequence" in layout}
+        outputs = {name: tuple(dims) for name, dims in told.get("outputs", {}).items()}
         longest = told.get("max_length")
         longest = longest if isinstance(longest, int) and longest > 0 else None
         return Note(
             idiom=cast("Idiom | None", told.get("idiom")), layouts=known, max_length=longest,
-            batch_chunks=told.get("batch_chunks") is not False,
+            batch_chunks=told.get("batch_chunks") is not False, outputs=outputs,
         )  # fmt: skip
     except (ValueError, TypeError, AttributeError):
         return Note()

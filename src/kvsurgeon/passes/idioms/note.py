@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 import onnx_ir as ir
 
 from kvsurgeon.cache.joins import Idiom
 from kvsurgeon.cache.layout import USUAL, Layout
 from kvsurgeon.passes.idioms.entries import Entry
+from kvsurgeon.sequence.words import Words
 
 KEY = "kvsurgeon.cache"
 
@@ -24,9 +25,17 @@ class Note:
     value_layout: Layout
     max_length: int | None = None  # tokens that context can be computed for, where not for any number
     batch_chunks: bool = True  # whether several sequences at once take more than one token behind a past
+    outputs: Mapping[str, Words] = field(default_factory=dict)  # dims of those with a place for each row that is read
 
 
-def note_of(name: Idiom, entries: Sequence[Entry], max_length: int | None, *, batch_chunks: bool = True) -> Note | None:
+def note_of(
+    name: Idiom,
+    entries: Sequence[Entry],
+    max_length: int | None,
+    *,
+    batch_chunks: bool = True,
+    outputs: Mapping[str, Words] | None = None,
+) -> Note | None:
     """Return what is to be noted; nothing where the cache grows as most do, to any length."""
     layouts = {entry.is_key: entry.layout for entry in reversed(entries)}
     is_usual = max_length is None and batch_chunks and all(layout == USUAL for layout in layouts.values())
@@ -38,6 +47,7 @@ def note_of(name: Idiom, entries: Sequence[Entry], max_length: int | None, *, ba
         value_layout=layouts.get(False, USUAL),
         max_length=max_length,
         batch_chunks=batch_chunks,
+        outputs=outputs or {},
     )
 
 
