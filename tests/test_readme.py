@@ -65,7 +65,7 @@ def test_a_function_of_onnx_graphsurgeon_runs(model):
     assert [step.name for step in names["result"].steps] == ["drop-casts-to-the-same-type"]
 
 
-def test_the_table_has_every_command_but_passes_and_no_other(capsys):
+def test_the_table_has_every_command_that_is_no_pass_and_none_that_is_not_there(capsys):
     run(["--help"])
     listed = capsys.readouterr().out.partition("Commands:\n")[2]
     commands = {line.split()[0] for line in listed.splitlines() if line.startswith("  ") and line[2] != " "}
