@@ -244,6 +244,27 @@ def test_presents_of_any_name_are_told_by_how_they_lie():
     assert [(entry.layer, entry.present) for entry in entries] == [(0, "n_key_0"), (1, "n_key_1")]
 
 
+def test_a_buffer_of_any_name_is_a_past_and_a_mask_for_it_is_none():
+    buffer = past("k_0_in", "batch_size", 2, "max_length", 8)
+    masks = [tensor("m", "batch_size", "max_length"), tensor("n", "batch_size", 1, "sequence_length", "max_length")]
+
+    entries = find_cache([*masks, buffer], [past("logits", "b", "s", 9), past("k_0", "batch_size", 2, "max_length", 8)])
+
+    assert [(entry.past.name, entry.axis) for entry in entries] == [("k_0_in", 2)]
+
+
+def test_a_state_lies_as_values_do():
+    across = {
+        "key": ("batch", "kv_heads", "head_dim", "sequence"),
+        "value": ("batch", "kv_heads", "sequence", "head_dim"),
+    }
+    pasts = [past(f"past_{kind}_0_in", "batch_size", 2, 8, 8) for kind in ("key", "value", "state")]
+
+    entries = cache_entries(pasts, pasts, across)
+
+    assert [(entry.part, entry.axis) for entry in entries] == [("key", 3), ("value", 2), ("state", 2)]
+
+
 def test_a_model_without_pasts_has_no_cache_and_half_a_cache_is_refused():
     assert find_cache([tensor("ids", "b", "s")], [past("present.0.key")]) == ()
     with pytest.raises(UsageError, match="found 0 and 1"):

@@ -6,11 +6,14 @@ from exports import injected
 from laws import assert_law
 from written import read
 
-from kvsurgeon import sameness
+from kvsurgeon import io, sameness
 from kvsurgeon.errors import Refused
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.eject import Eject
+from kvsurgeon.passes.eject import Eject, put_back, take_out
 from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.retarget import Retarget
+from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.surgery import operate
 
 KERNEL = """float[8, 1, 3] kernel, float nil = {0.0},
  int64[6] shift = {0, 1, 0, 0, -1, 0},
@@ -65,6 +68,44 @@ def test_what_is_made_of_later_tokens_is_refused(hidden):
 def test_each_idiom_carries_it(idiom):
     original = read(case(CONVOLUTION))
     assert sameness.judge(original, injected(original, idiom=idiom)).verdict == "same"
+
+
+ACROSS = ("kv_heads", "batch", "head_dim", "sequence")
+FORMS = [
+    {"idiom": "in-place"},
+    {"key_layout": ACROSS},
+    {
+        "idiom": "in-place",
+        "value_layout": ACROSS,
+        "past": "past_{kind}_{layer}_in",
+        "present": "past_{kind}_{layer}_out",
+    },
+    {"idiom": "new-only", "key_layout": ACROSS},
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_comes_back_in_its_form(form):
+    """A state lies as values do."""
+    model = injected(read(case(CONVOLUTION)), **form)
+    assert sameness.judge(read(case(CONVOLUTION)), model).verdict == "same"
+    subject = Subject.of(model)
+    signature = take_out(subject)
+    put_back(subject, signature)
+    result = io.to_proto(subject.model)
+    for before, after in ((model.graph.input, result.graph.input), (model.graph.output, result.graph.output)):
+        assert list(before) == list(after)
+    assert sameness.judge(model, result).verdict == "same"
+
+
+def test_another_form_takes_its_place():
+    surgery = operate(injected(read(case(CONVOLUTION))), Pipeline((Retarget(idiom="in-place"),)))
+    assert surgery.sameness.verdict == "same"
+
+
+def test_it_is_shown_as_part_of_the_cache():
+    decoder = Subject.of(injected(read(case(CONVOLUTION)))).decoder()
+    assert [(one.kind, one.layer) for one in decoder.cache] == [("key", 0), ("value", 0), ("state", 0)]
 
 
 def test_it_is_taken_out_again():

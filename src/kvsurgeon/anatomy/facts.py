@@ -92,8 +92,8 @@ class CachedTensor:
 
     past: str
     present: str
-    layer: int  # that reads it, counted in execution order among those with a cache of their own
-    kind: Literal["key", "value"]
+    layer: int  # that reads it, counted in execution order among those with a cache of their own; a state's number
+    kind: Literal["key", "value", "state"]
     dtype: str  # as numpy or ml_dtypes spells it
     shape: tuple[str | int, ...]  # of the past, as the model declares it
     idiom: Literal["grow", "in-place", "new-only"]

@@ -29,6 +29,8 @@ from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension
 from kvsurgeon.shapes.fact import Fact, Numbers, axis_of, known
 from kvsurgeon.shapes.inference import infer_shapes
 
+UNFIXED = "start from the model as it was before its shapes were fixed"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Ejection:
@@ -206,7 +208,7 @@ def _entry(join: Join) -> CacheEntry:
     if past.dtype is None or (isinstance(past.shape[join.axis], int) and not join.is_written):
         raise Refused(
             "the past has a fixed length, so it cannot be empty", at=past.name,
-            expected=f"a symbol for axis {join.axis}", found=str(past.shape),
+            expected=f"a symbol for axis {join.axis}", found=str(past.shape), hint=UNFIXED,
         )  # fmt: skip
     return CacheEntry(
         past=past.name or "", present=join.present.name or "", dtype=past.dtype, shape=declared(past), axis=join.axis,
@@ -232,7 +234,7 @@ def _fill_buffers(graph: ir.Graph, joins: Sequence[Join]) -> int | None:
         raise Refused(
             "the past has a fixed length, so it cannot be empty", at=rooms[room].name,
             expected=f"buffers of {room} rows, and calls of any length",
-            found=f"calls of {length} tokens, and buffers of {' and '.join(map(str, rooms))} rows",
+            found=f"calls of {length} tokens, and buffers of {' and '.join(map(str, rooms))} rows", hint=UNFIXED,
         )  # fmt: skip
     for value, sizes in given.items():
         named = zip(declared(value), sizes, strict=True)

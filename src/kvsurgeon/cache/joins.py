@@ -182,7 +182,7 @@ def _joins_inside(graph: ir.Graph, inputs: dict[ir.Value, int]) -> dict[ir.Value
         if node.op_type != "Concat" or len(node.inputs) != 2 or None in node.inputs:
             continue
         past, rows = (_behind_views(value)[0] for value in node.inputs if value is not None)
-        if past in inputs and len(past.shape or ()) > 2 and rows not in inputs:
+        if past in inputs and len(past.shape or ()) > 2 and (rows not in inputs or holds_features(rows)):
             found.setdefault(rows, []).append(node)
     return found
 

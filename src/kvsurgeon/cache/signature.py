@@ -14,9 +14,10 @@ from kvsurgeon.cache.joins import Idiom
 from kvsurgeon.cache.layout import Layout, layouts_of
 from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.analysis import Analysis, Operand
-from kvsurgeon.sequence.cuts import Memory, bottlenecks
+from kvsurgeon.sequence.cuts import Memory, bottlenecks, choose
+from kvsurgeon.sequence.flow import Place
 
-Part = Literal["key", "value"]
+Part = Literal["key", "value", "state"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,9 @@ class CacheEntry:
         declared: Whether an operator says itself that it is a past, so that nothing else has to show it.
         idiom: Whether the output holds past and new rows, is a buffer that these were written into, or holds these.
         layout: Which of its axes is which; None where it has other axes than these four; see `located`.
-        layer: Attention layer that reads it, counted in execution order among those with entries; see `located`.
-        kind: "key" or "value"; see `located`.
+        layer: Attention layer that reads it, counted in execution order among those with entries, or the number of the
+            state; see `located`.
+        kind: "key", "value", or "state" of what sees earlier tokens outside attention; see `located`.
     """
 
     past: str
@@ -71,14 +73,15 @@ class CacheSignature:
     def located(self, analysis: Analysis, noted: Mapping[Part, Layout] | None = None) -> CacheSignature:
         """Return the signature with layer, kind and layout of each entry, by what attention reads it.
 
-        This is also what shows that it is a cache: the rows lie between a projection and a product of attention.
+        This is also what shows that it is a cache: the rows lie between a projection and a product of attention, or
+        before an operator that sees earlier tokens outside attention.
 
         Args:
             analysis: Of the graph without the cache.
             noted: Layouts of keys and of values that the file notes, for axes that their sizes do not tell apart.
 
         Raises:
-            Refused: No attention reads what was remembered.
+            Refused: Nothing that sees earlier tokens reads what was remembered.
         """
         places = _places(analysis, Counter(entry.rows for entry in self.entries))
         found = []
@@ -88,11 +91,11 @@ class CacheSignature:
                 continue
             if not places.get(entry.rows):
                 raise Refused(
-                    "what is remembered is neither a key nor a value of any attention", at=entry.past,
-                    found=f"new rows `{entry.rows}`",
+                    "what is remembered is neither a key nor a value of any attention, nor a state beside one",
+                    at=entry.past, found=f"new rows `{entry.rows}`",
                 )  # fmt: skip
             layer, kind, memory = places[entry.rows].pop(0)
-            layout = _layout(entry, memory, (noted or {}).get(kind))
+            layout = _layout(entry, memory, (noted or {}).get("key" if kind == "key" else "value"))
             found.append(replace(entry, layer=layer, kind=kind, layout=layout))
         return replace(self, entries=tuple(found))
 
@@ -107,20 +110,24 @@ def _layout(entry: CacheEntry, memory: Memory, noted: Layout | None) -> Layout |
 def _places(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int, Part, Memory]]]:
     """Layer and kind of each value that is remembered, by its name: as often as it is, keys and values in one first."""
     places: dict[str, list[tuple[int, Part, Memory]]] = {}
+
+    def take(number: int, kind: Part, place: Place, memory: Memory) -> bool:
+        """Whether the operand of a place is made of something that is remembered, and not yet taken for another."""
+        fresh = False
+        value = place[0].inputs[place[1]]
+        assert value is not None
+        for name in {one.name or "" for one in bottlenecks(analysis.flow, [value])} & set(rows):
+            known = places.setdefault(name, [])
+            if len(known) < rows[name] and (number, kind) not in [one[:2] for one in known]:
+                known.append((number, kind, memory))
+                fresh = True
+        return fresh
+
     layer = 0
     for head in analysis.heads:
-        fresh = False
         parts: tuple[tuple[Part, tuple[Operand, ...]], ...] = (("key", head.keys), ("value", head.values))
-        for kind, operands in parts:
-            for operand in operands:
-                node, index = operand.place
-                value = node.inputs[index]
-                assert value is not None
-                passed = {one.name or "" for one in bottlenecks(analysis.flow, [value])}
-                for name in passed & set(rows):
-                    known = places.setdefault(name, [])
-                    if len(known) < rows[name] and (layer, kind) not in [one[:2] for one in known]:
-                        known.append((layer, kind, operand.memory))
-                        fresh = True
-        layer += fresh
+        layer += any([take(layer, kind, one.place, one.memory) for kind, operands in parts for one in operands])
+    state = 0
+    for place in (place for recall in analysis.flow.recalls for place in recall.places):
+        state += take(state, "state", place, choose(analysis.flow, place))
     return places

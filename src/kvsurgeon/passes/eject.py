@@ -106,7 +106,7 @@ def put_back(subject: Subject, signature: CacheSignature, fuse: Choice | None = 
     outcome = inject(wanted, subject, fuse)
     graph = subject.model.graph
     editor = Editor(subject.model)
-    for kind in ("key", "value"):
+    for kind in ("key", "value", "state"):
         named = [entry for entry in sorted(signature.entries, key=_layer) if entry.kind == kind]
         pasts, presents = (_of_kind(values, kind) for values in (graph.inputs, graph.outputs))
         if len(pasts) > len(named):
@@ -134,11 +134,11 @@ def _as_injection(signature: CacheSignature) -> Inject:
         Refused: There is none.
     """
     first = signature.entries[0]
-    layouts: dict[Part | None, Layout] = {}
+    layouts: dict[str, Layout] = {}  # a state lies as values do
     for entry in signature.entries:
         if entry.layout is None or entry.kind is None:
             raise _of_its_own(entry, list(USUAL), list(entry.shape))
-        layout = layouts.setdefault(entry.kind, entry.layout)
+        layout = layouts.setdefault("key" if entry.kind == "key" else "value", entry.layout)
         if (entry.idiom, entry.layout) != (first.idiom, layout):
             raise _of_its_own(entry, [first.idiom, *layout], [entry.idiom, *entry.layout])
     tally = signature.tally

@@ -67,7 +67,7 @@ class CacheEntry:
     past: Tensor
     present: str
     layer: int
-    part: str  # "key" or "value", where the name or the order says so
+    part: str  # "key", "value" or "state", where the name or the order says so
     axis: int  # of the sequence, in past and present alike
     returned: Dim = None  # rows of the present, as it declares them
     batch: int | None = None  # axis of the batch, where a note or the dims tell
@@ -118,8 +118,11 @@ def find_presents(pasts: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Te
 
 
 def is_past(tensor: Tensor) -> bool:
-    """Whether an input is a past: by its name, or because one of its axes is the past length."""
-    if tensor.name.startswith("past_key_values.") or {"past", "held"} & set(axes_of(tensor)):
+    """Whether an input is a past: by its name, or because it has rows for tokens, and none for those of the call."""
+    axes = set(axes_of(tensor))
+    if tensor.name.startswith("past_key_values.") or {"past", "held"} & axes:
+        return True
+    if "room" in axes and "new" not in axes and any(isinstance(dim, int) and dim > 1 for dim in tensor.dims):
         return True
     return tensor.name.startswith("past") and len(tensor.dims) > 2
 
@@ -179,9 +182,9 @@ def cache_mismatch(entries: Collection[CacheEntry]) -> str | None:
 
 def _entry(place: int, past: Tensor, present: Tensor, layouts: Mapping[str, Layout]) -> CacheEntry:
     number = _INDEX.search(past.name)
-    part = next((word for word in ("key", "value") if past.name.endswith(word)), ("key", "value")[place % 2])
+    part = _part(place, past.name)
     layer = int(number.group(1)) if number else place // 2
-    layout = layouts.get(part, ())
+    layout = layouts.get("key" if part == "key" else "value", ())  # a state lies as values do
     axis = layout.index("sequence") if layout else past_axis(past)
     told = layout or axes_of(past)
     return CacheEntry(
@@ -193,6 +196,12 @@ def _entry(place: int, past: Tensor, present: Tensor, layouts: Mapping[str, Layo
         returned=present.dims[axis] if axis < len(present.dims) else None,
         batch=told.index("batch") if "batch" in told else None,
     )
+
+
+def _part(place: int, name: str) -> str:
+    """What an entry holds: by its name, or else by its place, at which keys and values take turns."""
+    said = next((word for word in ("key", "value") if name.endswith(word)), None)
+    return said or ("state" if "state" in re.findall("[a-z]+", name) else ("key", "value")[place % 2])
 
 
 def _size(tensor: Tensor, dim: Dim, batch: int) -> int:
