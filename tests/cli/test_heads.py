@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from grouped import grouped_attention
 from written import read
 
 import kvsurgeon
@@ -39,46 +40,7 @@ IMPOSSIBLE = [
     ("share-kv-layers", ["--kv-layers", "0"], "expected 1 to 6, found 0"),
     ("share-kv-layers", ["--map", "0,0,1,3,3,3"], "reads itself or an earlier layer"),
 ]
-UNPROVABLE = """
-g (int64[batch_size, sequence_length] input_ids) => (float[batch_size, sequence_length, 9] logits)
- <float[9, 8] table, float[8, 12] q_weight, float[8, 6] k_weight, float[8, 6] v_weight, float[12, 9] out,
-  int64[4] q_shape = {0, 0, 4, 3}, int64[4] k_shape = {0, 0, 2, 3}, int64[3] flat = {0, 0, 12},
-  int64[1] two = {2}, int64[5] times = {1, 1, 2, 1, 1}, int64[4] grouped = {0, 4, -1, 3}, int64[1] last = {-1},
-  float low = {-10000}, float none = {0}, int64 zero = {0}, int64 one = {1}, int64[2] column = {-1, 1}>
-{
-  x = Gather(table, input_ids)
-  q = MatMul(x, q_weight)
-  q4 = Reshape(q, q_shape)
-  qt = Transpose<perm = [0, 2, 1, 3]>(q4)
-  k0 = MatMul(x, k_weight)
-  k = Softmax<axis = -1>(k0)
-  k4 = Reshape(k, k_shape)
-  kt = Transpose<perm = [0, 2, 1, 3]>(k4)
-  k5 = Unsqueeze(kt, two)
-  kr = Expand(k5, times)
-  kh = Reshape(kr, grouped)
-  kx = Transpose<perm = [0, 1, 3, 2]>(kh)
-  v = MatMul(x, v_weight)
-  v4 = Reshape(v, k_shape)
-  vt = Transpose<perm = [0, 2, 1, 3]>(v4)
-  v5 = Unsqueeze(vt, two)
-  vr = Expand(v5, times)
-  vh = Reshape(vr, grouped)
-  shape = Shape(input_ids)
-  length = Gather(shape, one)
-  row = Range(zero, length, one)
-  rows = Reshape(row, column)
-  seen = LessOrEqual(row, rows)
-  mask = Where(seen, none, low)
-  scores = MatMul(qt, kx)
-  masked = Add(scores, mask)
-  weights = Softmax(masked)
-  context = MatMul(weights, vh)
-  back = Transpose<perm = [0, 2, 1, 3]>(context)
-  joined = Reshape(back, flat)
-  logits = MatMul(joined, out)
-}
-"""
+UNPROVABLE = grouped_attention(keys="k0 = MatMul(x, k_weight) k = Softmax<axis = -1>(k0)")
 # Runs commands, and prints of each its exit code, what it said, and what is in the folder that it wrote to.
 CHILD = """
 import contextlib, io, json, os, sys
