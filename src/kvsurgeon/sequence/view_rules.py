@@ -30,6 +30,7 @@ class Maker(Protocol):
     flow: Flow
     editor: Editor
     lengths: Lengths
+    shortened: bool  # whether the export fixed a length that context is not computed for
 
     def view(self, value: ir.Value, axes: Axes = ()) -> ir.Value:
         """Return the value with each of these axes at the length of its role."""
@@ -158,12 +159,8 @@ def _concat(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value | N
 
 
 def _check_address(views: Maker, value: ir.Value) -> None:
-    """Numbers that pick from a mask flattened with its batch hold for the exported length only.
-
-    A buffer of as many rows is fine: its mask has the exported length in every call.
-    """
-    fixed = isinstance(views.flow.length, int) and views.flow.length != views.lengths.total
-    if fixed and any(axis.outer != 1 for axis in views.given_axes(value)):
+    """Numbers that pick from a mask flattened with its batch hold for the exported length only."""
+    if views.shortened and any(axis.outer != 1 for axis in views.given_axes(value)):
         raise Refused(
             "a mask is read by numbers that hold for the exported length only", at=value.name,
             expected="its sequence axis kept apart", hint="export with dynamic axes",
@@ -233,7 +230,7 @@ def _range(views: Maker, node: ir.Node, call: Call, axes: Axes) -> ir.Value | No
     if start is None or delta != (1,) or fact.shape is None or fact.dtype not in WHOLE_NUMBERS:
         return None
     first, extent = views.lengths.at(start[0], Length.TOTAL), views.lengths.at(fact.shape[0], Length.TOTAL)
-    if axes and isinstance(views.flow.length, int):
+    if axes and views.shortened:
         extent = views.lengths.total
     if not dim.is_known(extent) or not dim.is_known(first):
         return None

@@ -46,13 +46,14 @@ class Views:
         self.same = same  # context computed twice in the same way -> its first computation
         self.given = {given.value: given for given in inputs}
         self.filling = Filling(editor, lengths)
+        self.shortened = isinstance(flow.length, int) and flow.length != lengths.total  # not of a buffer with its rows
         self._made: dict[tuple[ir.Value, Key], ir.Value] = {}
         self._rebuilt: dict[tuple[ir.Node, tuple[ir.Value | None, ...]], ir.Node] = {}
 
     def view(self, value: ir.Value, axes: Axes = ()) -> ir.Value:
         """Return the value with each of these axes at the length of its role; what is not named is whole."""
         value = self.same.get(value, value)
-        if not axes and isinstance(self.flow.length, int):
+        if not axes and self.shortened:
             axes = self.given_axes(value)
         key = tuple((axis.axis, axis.outer, axis.inner, axis.role.resolved() or Length.TOTAL) for axis in axes)
         if (value, key) not in self._made:
@@ -112,8 +113,8 @@ class Views:
 
     def sliced(self, value: ir.Value, axes: Axes) -> ir.Value:
         """Slice the last S of T along every axis that is to have the new length."""
-        fixed = isinstance(self.flow.length, int)
-        cut = [axis for axis in axes if axis.role.resolved() is Length.NEW or (fixed and value not in self.given)]
+        whole = not self.shortened or value in self.given
+        cut = [axis for axis in axes if axis.role.resolved() is Length.NEW or not whole]
         if not cut:
             return value
         if not all(axis.outer == 1 for axis in cut):
@@ -127,7 +128,7 @@ class Views:
 
     def _whole(self, node: ir.Node, value: ir.Value) -> ir.Value:
         """The value as the export computes it, at the total length."""
-        if isinstance(self.flow.length, int):
+        if self.shortened:
             raise Refused(
                 f"{node.op_type} makes context whose length the export fixed, and there is no rule to shorten it",
                 at=value.name, hint="export with dynamic axes",
