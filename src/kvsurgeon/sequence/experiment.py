@@ -321,9 +321,20 @@ def _runs_as(dtype: ir.DataType) -> Any:
     return np.float32 if dtype is ir.DataType.BFLOAT16 else dtype.numpy()
 
 
+def _sines_of_sums(angles: Sequence[np.ndarray]) -> np.ndarray:
+    """sin(a[i] + b[j] + ...) at [i, j, ...]: by the theorem of addition, as a sine of each element takes long."""
+    sine, cosine = np.zeros((), np.float32), np.ones((), np.float32)
+    for place, angle in enumerate(angles):
+        sine, cosine = sine[..., None], cosine[..., None]
+        here, beside = np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
+        last = place == len(angles) - 1  # which is as large as all
+        sine, cosine = sine * beside + cosine * here, cosine if last else cosine * beside - sine * here
+    return sine
+
+
 def _noise(sizes: Sequence[int], axes: Axes, places: np.ndarray, dtype: ir.DataType | None) -> np.ndarray:
     """Noise in [-3, 3], drawn so that an element depends on its place and on no dimension's size along the tokens."""
-    grid = np.zeros(sizes, dtype=np.float64)
+    angles = []
     for place, size in enumerate(sizes):
         index = np.arange(size)
         held = next((axis for axis in axes if axis.axis == place), None)
@@ -331,10 +342,8 @@ def _noise(sizes: Sequence[int], axes: Axes, places: np.ndarray, dtype: ir.DataT
             inner = int(at_length(held.inner, len(places)))
             block = len(places) * inner
             index = (index // block) * 7919 + places[index % block // inner] * 104729 + index % inner
-        shape = [1] * len(sizes)
-        shape[place] = size
-        grid = grid + ((index + 1) * (12.9898 + 78.233 * place)).reshape(shape)
-    noise = 3.0 * np.sin(grid * 43.758)
+        angles.append((index + 1) * (12.9898 + 78.233 * place) * 43.758)
+    noise = 3.0 * _sines_of_sums(angles)
     if dtype is None or dtype.is_floating_point():
         return noise.astype(_runs_as(dtype or ir.DataType.FLOAT))
     if dtype is ir.DataType.BOOL:
