@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from kvsurgeon.sequence.axes import Length, Role, SequenceAxis
-from kvsurgeon.sequence.experiment import _noise
+from kvsurgeon.sequence.stand_ins import noise
 
 STREAM = Role(Length.NEW)
 SHORT, LONG = 7, 40
@@ -17,15 +17,15 @@ SHORT, LONG = 7, 40
 def test_a_prefix_has_the_same_noise(outer, inner):
     axes = (SequenceAxis(0, STREAM, outer, inner),)
     short, long = (
-        _noise((outer * length * inner, 4), axes, np.arange(length), ir.DataType.FLOAT).reshape(outer, length, inner, 4)
+        noise((outer * length * inner, 4), axes, np.arange(length), ir.DataType.FLOAT).reshape(outer, length, inner, 4)
         for length in (SHORT, LONG)
     )
     np.testing.assert_array_equal(long[:, :SHORT], short)
 
 
 def test_no_two_tokens_have_the_same():
-    noise = _noise((LONG, 4), (SequenceAxis(0, STREAM),), np.arange(LONG), ir.DataType.FLOAT)
-    assert len(np.unique(noise.round(4), axis=0)) == LONG
+    made = noise((LONG, 4), (SequenceAxis(0, STREAM),), np.arange(LONG), ir.DataType.FLOAT)
+    assert len(np.unique(made.round(4), axis=0)) == LONG
 
 
 @pytest.mark.parametrize(
@@ -34,8 +34,8 @@ def test_no_two_tokens_have_the_same():
      (ir.DataType.UINT8, np.uint8), (ir.DataType.INT8, np.int8), (None, np.float32)],
 )  # fmt: skip
 def test_noise_is_of_a_type_that_runs_and_varies(dtype, kind):
-    noise = _noise((LONG,), (SequenceAxis(0, STREAM),), np.arange(LONG), dtype)
-    assert noise.dtype == kind
-    assert len(np.unique(noise)) > 1
-    if noise.dtype.kind == "f":
-        assert np.abs(noise).max() <= 3
+    made = noise((LONG,), (SequenceAxis(0, STREAM),), np.arange(LONG), dtype)
+    assert made.dtype == kind
+    assert len(np.unique(made)) > 1
+    if made.dtype.kind == "f":
+        assert np.abs(made).max() <= 3

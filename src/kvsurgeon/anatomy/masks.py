@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from kvsurgeon.anatomy.facts import Mask
-from kvsurgeon.sequence.causal import SEEN, Seen
+from kvsurgeon.sequence.causal import Seen
+from kvsurgeon.sequence.glances import SEEN
 
 
 def read_mask(seen: Seen) -> Mask:

@@ -114,7 +114,8 @@ def _places(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int,
     def take(number: int, kind: Part, place: Place, memory: Memory) -> bool:
         """Whether the operand of a place is made of something that is remembered, and not yet taken for another."""
         fresh = False
-        value = place[0].inputs[place[1]]
+        node, index = analysis.flow.origin(place)
+        value = node.inputs[index]
         assert value is not None
         for name in {one.name or "" for one in bottlenecks(analysis.flow, [value])} & set(rows):
             known = places.setdefault(name, [])

@@ -9,9 +9,10 @@ from kvsurgeon.fusion.match import Fusable
 from kvsurgeon.sequence.analysis import Analysis
 from kvsurgeon.sequence.causal import beside_weights
 from kvsurgeon.sequence.cuts import Memory
-from kvsurgeon.sequence.experiment import Experiment, at_length
+from kvsurgeon.sequence.experiment import Experiment
 from kvsurgeon.sequence.looking import Pattern, all_seen, left_padded, unfolded, with_holes
 from kvsurgeon.sequence.signature import Signatures
+from kvsurgeon.sequence.stand_ins import at_length
 from kvsurgeon.sequence.trial import Trial
 
 LONGEST = 160  # tokens: products of all heads are run, not masks alone

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from kvsurgeon.graph.operators import SHAPE_ONLY
+
 
 def read_by(node: ir.Node) -> list[ir.Value]:
     """Return the values that a node reads, those that its subgraphs capture included."""
@@ -32,3 +34,19 @@ def find_alive(graph: ir.Graph) -> set[ir.Node | ir.Value]:
         alive.add(node)
         pending += read_by(node)
     return alive
+
+
+def follows_input(value: ir.Value) -> bool:
+    """Whether what is in a value, and not only its shape, comes from an input that a caller must feed."""
+    seen: set[ir.Value] = set()
+    pending = [value]
+    while pending:
+        source = pending.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        node = source.producer()
+        if node is None and source.is_graph_input() and not source.is_initializer():
+            return True
+        pending += [] if node is None or node.op_type in SHAPE_ONLY else read_by(node)
+    return False

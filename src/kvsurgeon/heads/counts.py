@@ -55,7 +55,8 @@ def _sizes(flow: Flow, head: Head) -> tuple[int, int, int]:
     score, product = head.scores[0], head.products[0]
     head_dim = _summed(flow, score.node)
     shape = flow.shapes[score.node.outputs[0]].shape or ()
-    whole = dim.exact_quotient(dim.product(shape), dim.multiply(flow.batch, dim.multiply(flow.length, flow.length)))
+    places = dim.product(dim.add(flow.length, axis.border) for axis in flow.axes[score.node.outputs[0]])
+    whole = dim.exact_quotient(dim.product(shape), dim.multiply(flow.batch, places))
     result = flow.shapes[product.node.outputs[0]].shape or ()
     features = dim.exact_quotient(dim.product(result), dim.multiply(flow.batch, flow.length))
     heads = whole if isinstance(whole, int) else 1

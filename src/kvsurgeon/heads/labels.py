@@ -15,9 +15,9 @@ import onnx_ir as ir
 from kvsurgeon.errors import Refused
 from kvsurgeon.heads.layout import Layout, layout_of
 from kvsurgeon.sequence.cuts import PROJECTIONS
-from kvsurgeon.sequence.experiment import at_length
 from kvsurgeon.sequence.flow import Flow
 from kvsurgeon.sequence.kinds import Kind
+from kvsurgeon.sequence.stand_ins import at_length
 from kvsurgeon.shapes.contraction import Contraction, contraction_of
 from kvsurgeon.shapes.elementwise import BINARY, UNARY
 from kvsurgeon.shapes.fact import axis_of

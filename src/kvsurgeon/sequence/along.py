@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
@@ -122,7 +122,7 @@ def concat(step: Step) -> list[Axes]:
                 if axis.role.resolved() is Length.NEW:
                     raise _joined(step, index)
                 step.works_along(axis)
-                found.setdefault(joined, axis)
+                found.setdefault(joined, _beside_others(step, index, axis, indices))
             elif axis.axis in found:
                 found[axis.axis] = step.meet((owner[axis.axis], found[axis.axis]), (index, axis))
             else:
@@ -134,6 +134,15 @@ def concat(step: Step) -> list[Axes]:
         else:
             _demand_unsqueezed(step, index, others)
     return [tuple(found[axis] for axis in sorted(found))]
+
+
+def _beside_others(step: Step, index: int, axis: SequenceAxis, indices: Sequence[int]) -> SequenceAxis:
+    """The keys' axis with what is joined to it, where that has a fixed number of places."""
+    rows = {other: step.shape(other)[axis.axis] for other in indices if other != index}
+    ahead, behind = ([size for other, size in rows.items() if (other < index) is before] for before in (True, False))
+    if not all(isinstance(size, int) for size in (*ahead, *behind)):
+        return axis
+    return axis.widened(sum(ahead), sum(behind))
 
 
 def _joined(step: Step, index: int) -> Refused:
@@ -173,10 +182,11 @@ def pad(step: Step) -> list[Axes]:
     places = step.call.numbers(3) if step.call.given(3) else tuple(range(rank))
     if places is None:
         raise step.refusal("the axes that it pads are unknown")
-    padded = [axis_of(int(axis), rank) for place, axis in enumerate(places)
-              if pads[place] != 0 or pads[place + len(places)] != 0]  # fmt: skip
+    named = [axis_of(int(axis), rank) for axis in places]
+    rows = {axis: (pads[place], pads[place + len(named)]) for place, axis in enumerate(named)}
+    padded = {axis: ends for axis, ends in rows.items() if any(ends)}
     forbid(step, step.axes(0), padded)
-    return [step.axes(0)]
+    return [tuple(axis.widened(*padded.get(axis.axis, (0, 0))) for axis in step.axes(0))]
 
 
 def convolution(step: Step) -> list[Axes]:

@@ -176,8 +176,8 @@ def _heads(flow: Flow, at: str | None) -> tuple[Head, ...]:
 
 def _carry_ranges(flow: Flow, operand: Operand) -> None:
     """Ranges taken over the tokens of a call belong to the tensor that they were taken of, at its length."""
-    role = flow.operands[operand.place]
-    node, index = operand.place
+    node, index = place = flow.origin(operand.place)
+    role = flow.operands[place]
     pending = [node.inputs[index]]
     while pending:
         value = pending.pop()

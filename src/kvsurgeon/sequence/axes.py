@@ -3,6 +3,9 @@
 An axis may hold more than the tokens: [batch * length, hidden] has `outer = batch`, [batch, length * heads, head_dim]
 has `inner = heads`. Row-major order makes that enough to follow tokens through any reshape: what lies to the left and
 to the right of them stays the same.
+
+Rows of the model's own may stand before and behind the tokens: keys that were learnt, attention sinks. They are a
+border of the axis, [batch, ahead + length + behind, hidden].
 """
 
 from __future__ import annotations
@@ -63,12 +66,14 @@ class Role:
 
 @dataclass(frozen=True, slots=True)
 class SequenceAxis:
-    """One axis that holds tokens: its size is outer * length * inner."""
+    """One axis that holds tokens: its size is outer * (ahead + length + behind) * inner."""
 
     axis: int
     role: Role
     outer: Dimension = 1
     inner: Dimension = 1
+    ahead: int = 0  # rows of the model's own before the tokens
+    behind: int = 0  # and after them
 
     def at(self, axis: int) -> SequenceAxis:
         """The same tokens on another axis."""
@@ -78,10 +83,28 @@ class SequenceAxis:
         """The same axis in another role."""
         return replace(self, role=role)
 
+    def widened(self, ahead: int, behind: int) -> SequenceAxis:
+        """The same axis with so many more rows beside the tokens, or with fewer."""
+        return replace(self, ahead=self.ahead + ahead, behind=self.behind + behind)
+
     @property
     def is_plain(self) -> bool:
         """Whether the axis holds the tokens and nothing else."""
-        return self.outer == 1 and self.inner == 1
+        return self.outer == 1 and self.inner == 1 and not self.border
+
+    @property
+    def border(self) -> int:
+        """How many rows of the model's own stand beside the tokens."""
+        return self.ahead + self.behind
+
+    @property
+    def bare(self) -> SequenceAxis:
+        """The axis without the rows that stand beside the tokens."""
+        return replace(self, ahead=0, behind=0) if self.border else self
+
+    def size(self, length: Dimension) -> Dimension:
+        """Its size where there are so many tokens."""
+        return dim.multiply(dim.multiply(self.outer, self.inner), dim.add(length, self.border))
 
 
 Axes = tuple[SequenceAxis, ...]
@@ -112,8 +135,8 @@ def _place(
         after_place = dim.product(after[place + 1 :])
         outer, inner = dim.exact_quotient(left, before_place), dim.exact_quotient(right, after_place)
         if outer is not None and inner is not None and size != 1:
-            whole = dim.multiply(dim.multiply(outer, inner), length)
-            if dim.is_equal(whole, size):
-                return SequenceAxis(place, axis.role, outer, inner)
+            found = replace(axis, axis=place, outer=outer, inner=inner)
+            if dim.is_equal(found.size(length), size):
+                return found
         before_place = dim.multiply(before_place, size)
     return None

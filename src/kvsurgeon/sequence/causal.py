@@ -10,14 +10,24 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
+from kvsurgeon.sequence import glances
 from kvsurgeon.sequence.analysis import Head
 from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.experiment import Experiment
 from kvsurgeon.sequence.inputs import GivenInput
-from kvsurgeon.sequence.looking import Pattern, all_seen, close, cut_short, left_padded, unfolded, with_holes
+from kvsurgeon.sequence.looking import (
+    Pattern,
+    all_seen,
+    beside_border,
+    border_of,
+    cut_short,
+    has_border,
+    left_padded,
+    unfolded,
+    with_holes,
+)
 from kvsurgeon.sequence.trial import USEFUL, Trial, check_same, first
 
-SEEN = 1e-6  # a weight above this is one that counts
 LOUD = 30.0  # times the usual noise: a mask must hold against large scores too
 
 Tokens = dict[Pattern, np.ndarray]  # for each way to mask tokens which of them: [token] of bool
@@ -54,8 +64,9 @@ def look_at(trial: Trial, layer: int, head: Head, beside: Sequence[ir.Value]) ->
     for product in head.products:
         weights = product.weights_read
         experiment = trial.experiment([*weights, *beside], head)
-        read = partial(_read_weights, axes=trial.flow.axes[weights[0]])
-        looked = _look(trial, layer, head, experiment, read, beside)
+        axes = trial.flow.axes[weights[0]]
+        read = partial(_read_weights, axes=axes)
+        looked = _look(trial, layer, head, experiment, read, beside, weights[0] if has_border(axes) else None)
         seen = seen or looked
     assert seen is not None
     return seen
@@ -72,25 +83,34 @@ def _read_weights(arrays: Sequence[np.ndarray], length: int, axes: Axes) -> np.n
 
 
 def _look(
-    trial: Trial, layer: int, head: Head, experiment: Experiment, read: Read, beside: Sequence[ir.Value] = ()
-) -> Seen:
-    """Run scores into weights, and into what else is made of them, at several lengths and with several masks."""
+    trial: Trial, layer: int, head: Head, experiment: Experiment, read: Read, beside: Sequence[ir.Value] = (),
+    bordered: ir.Value | None = None,
+) -> Seen:  # fmt: skip
+    """Run scores into weights, and into what else is made of them, at several lengths and with several masks.
+
+    Weights of rows that are none of a token's, beside the others in `bordered`, are looked at as what else is made.
+    """
+    axes = [trial.flow.axes[value] for value in beside]
+    own = () if bordered is None else trial.flow.axes[bordered]
+    if bordered is not None:
+        beside, axes = [*beside, bordered], [*axes, beside_border(own)]
     if beside and trial.fixed is not None:
         raise Refused(
             "scores are summed up beside the attention weights, and at a fixed length it cannot be seen whether masked",
             layer=layer,
             at=beside[0].name,
         )
-    axes = [trial.flow.axes[value] for value in beside]
 
     def look(
         length: int, seen: Pattern, *, through: GivenInput | None = None, row: int | None = None,
         loudness: float = 1.0, places: np.ndarray | None = None,
     ) -> list[np.ndarray]:  # fmt: skip
         arrays = trial.run(experiment, length, seen, through=through, row=row, loudness=loudness, places=places)
-        others = arrays[len(arrays) - len(axes) :]
-        weights = read(arrays[: len(arrays) - len(axes)], length)
-        return [weights, *(unfolded(other, at, length) for at, other in zip(axes, others, strict=True))]
+        apart = len(arrays) - len(axes) + bool(own)
+        others = [unfolded(other, at, length) for at, other in zip(axes, arrays[apart:], strict=False)]
+        if own:
+            others.append(border_of(arrays[0], own, length))
+        return [read(arrays[:apart], length), *others]
 
     found = trial.as_far_as_it_runs(trial.dense(head), lambda length: look(length, all_seen))
     found, limit = _steady(layer, head, found, beside, axes)
@@ -104,18 +124,22 @@ def _look(
             for length in found
             if seen(length).sum() > 1 or length == longest
         }
-        everywhere = _gives_to_all(looked[longest])
-        blind = {length: _blind(found[length][0], everywhere[..., :length, :], seen(length)) for length in looked}
+        everywhere = glances.gives_to_all(looked[longest])
+        blind = {
+            length: glances.blind(found[length][0], everywhere[..., :length, :], seen(length)) for length in looked
+        }
         masked = {length: np.where(blind[length], 0.0, weights) for length, weights in looked.items()}
         for length, weights in masked.items():
             _check_causal(layer, head, weights)
             check_same(layer, head.at, masked[longest][..., :length, :length], weights)
         here = seen(longest)
-        peeking[seen] = _peeking(looked[longest], blind[longest]) | peeking.get(seen, False)
-        looked_at[seen] = _looked_at(masked[longest]) & ~here | looked_at.get(seen, False)
+        peeking[seen] = glances.peeking(looked[longest], blind[longest]) | peeking.get(seen, False)
+        looked_at[seen] = glances.looked_at(masked[longest]) & ~here | looked_at.get(seen, False)
         if beside:
-            others = (look(longest, seen, through=through, places=places)[1:] for places in (None, _replaced(here)))
-            looked_at[seen] |= ~here & (not _same_for(here, axes, *others))
+            others = (
+                look(longest, seen, through=through, places=places)[1:] for places in (None, glances.replaced(here))
+            )
+            looked_at[seen] |= ~here & (not glances.same_for(here, axes, *others))
         padded = padded if padded is not None else masked[longest]
     changed = [look(longest, with_holes, row=row)[0] != found[longest][0] for row in experiment.maskable_rows]
     _check_rows(layer, head, changed)
@@ -208,67 +232,10 @@ def _maskings(experiment: Experiment) -> list[tuple[Pattern, GivenInput | None]]
     return [(left_padded, None), (with_holes, None), *((with_holes, given) for given in alone)]
 
 
-def _gives_to_all(weights: np.ndarray) -> np.ndarray:
-    """[..., query, 1]: queries that give weight to every key, those after them too."""
-    to_all: np.ndarray = (np.abs(weights) > SEEN).all(axis=-1, keepdims=True)
-    to_all[..., -1, :] = False  # which has none after it
-    return to_all
-
-
-def _blind(whole: np.ndarray, gives_to_all: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """[..., query, 1]: masked queries that are left no key, so that a softmax of nothing gives weight to everything.
-
-    A query that is not masked has an answer that is read, and no such excuse.
-
-    Args:
-        whole: [..., query, key], the weights where no key is masked by an input.
-        gives_to_all: [..., query, 1]: which give weight to every key where some are masked: they were left none.
-        seen: [key] of bool: which are not masked.
-    """
-    left_no_key = ~((np.abs(whole) > SEEN) & seen).any(axis=-1, keepdims=True)
-    blind: np.ndarray = (left_no_key | gives_to_all) & ~seen[:, None]
-    return blind
-
-
-def _peeking(weights: np.ndarray, blind: np.ndarray) -> np.ndarray:
-    """[query]: those among the blind that give weight to keys after them."""
-    ahead = np.triu(np.abs(np.nan_to_num(weights)), 1) > SEEN
-    peeking: np.ndarray = (ahead & blind).any(axis=-1).reshape(-1, weights.shape[-2]).any(axis=0)
-    return peeking
-
-
-def _looked_at(weights: np.ndarray) -> np.ndarray:
-    """[key]: those that some query gives weight to."""
-    looked_at: np.ndarray = (np.abs(weights) > SEEN).reshape(-1, weights.shape[-1]).any(axis=0)
-    return looked_at
-
-
-def _replaced(seen: np.ndarray) -> np.ndarray:
-    """[token]: places of which those of masked tokens are others than their own."""
-    places = np.arange(len(seen))
-    return np.where(seen, places, places + len(seen))
-
-
-def _same_for(seen: np.ndarray, axes: Sequence[Axes], mine: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> bool:
-    """Whether unfolded arrays say the same of the tokens that are seen."""
-    for at, one, other in zip(axes, mine, theirs, strict=True):
-        for place in range(1, len(at) + 1):
-            one, other = (array.take(np.flatnonzero(seen), axis=-place) for array in (one, other))
-        if not close(one, other):
-            return False
-    return True
-
-
-def _ahead(weights: np.ndarray) -> float:
-    """The largest weight on a key after the query."""
-    future = np.triu(np.ones(weights.shape[-2:], dtype=bool), 1)
-    return float(np.abs(np.where(future, np.nan_to_num(weights), 0.0)).max(initial=0.0))
-
-
 def _check_causal(layer: int, head: Head, weights: np.ndarray) -> None:
     if np.isnan(weights).any():
         raise Refused("attention weights are not numbers", layer=layer, at=head.at.name)
-    if (ahead := _ahead(weights)) > SEEN:
+    if (ahead := glances.ahead(weights)) > glances.SEEN:
         future = np.abs(weights) * np.triu(np.ones(weights.shape[-2:]), 1)
         query, key = np.unravel_index(int(future.argmax()), future.shape)[-2:]
         raise _sees_future(layer, head, f"query {query} gives {ahead:.2g} to key {key}")
@@ -283,7 +250,7 @@ def _check_fixed(layer: int, head: Head, weights: np.ndarray, cut: np.ndarray | 
         weights: [..., query, key] where every token is seen.
         cut: The same where an input masks the second half.
     """
-    if not (np.abs(weights) > SEEN).any(axis=-1).all():
+    if not (np.abs(weights) > glances.SEEN).any(axis=-1).all():
         raise Refused(
             "a query gives no weight to any key, and at a fixed length it cannot be seen whether later keys are why",
             layer=layer, at=head.at.name,

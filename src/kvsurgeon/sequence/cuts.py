@@ -82,7 +82,7 @@ def choose_for_all(flow: Flow, places: Sequence[Place], heads: int = 1) -> Memor
     try:
         return _smallest(flow, places, heads)
     except Refused:
-        near = (describe(flow, value, heads) for value in bottlenecks(flow, _operands(places), looks_nothing_up))
+        near = (describe(flow, value, heads) for value in bottlenecks(flow, _operands(flow, places), looks_nothing_up))
         memory = next((memory for memory in near if memory is not None), None)
         if memory is None:
             raise
@@ -103,12 +103,13 @@ def choose(flow: Flow, place: Place, heads: int = 1) -> Memory:
     return _smallest(flow, [place], heads)
 
 
-def _operands(places: Sequence[Place]) -> list[ir.Value]:
-    return [operand for node, index in places if (operand := node.inputs[index]) is not None]
+def _operands(flow: Flow, places: Sequence[Place]) -> list[ir.Value]:
+    origins = (flow.origin(place) for place in places)
+    return [operand for node, index in origins if (operand := node.inputs[index]) is not None]
 
 
 def _smallest(flow: Flow, places: Sequence[Place], heads: int) -> Memory:
-    operands, width = _operands(places), features_of(flow, places[0])
+    operands, width = _operands(flow, places), features_of(flow, places[0])
     best: tuple[tuple[int, bool, int, bool, int], Memory] | None = None
     for distance, value in enumerate(bottlenecks(flow, operands)):
         memory = describe(flow, value, heads)

@@ -105,7 +105,7 @@ def align(step: Step, index: int, found: dict[int, SequenceAxis], rank: int, pic
 
 def _check_size(step: Step, index: int, axis: SequenceAxis, size: Dimension) -> None:
     """Context is cut to the tokens' length only where it surely has it."""
-    whole = dim.multiply(dim.multiply(axis.outer, axis.inner), step.flow.length)
+    whole = axis.size(step.flow.length)
     if axis.role.resolved() is Length.NEW and not dim.is_equal(size, whole):
         raise step.refusal(
             "context that meets the tokens does not surely have their length", at=step.node.inputs[index],

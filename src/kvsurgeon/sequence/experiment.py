@@ -18,13 +18,22 @@ import onnxruntime
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor, is_weight
 from kvsurgeon.graph.operators import LOOKUPS
-from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.flow import Flow
 from kvsurgeon.sequence.inputs import GivenInput
 from kvsurgeon.sequence.kinds import Kind
-from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.sequence.stand_ins import (
+    at_length,
+    batch_axis,
+    evaluated,
+    is_decided,
+    mask,
+    noise,
+    runs_as,
+    side_by_side,
+    type_run_as,
+)
 from kvsurgeon.shapes.contraction import PRODUCTS
-from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension
+from kvsurgeon.shapes.dimension import BATCH, Dimension
 
 COUNTS_UP = "positions that are given count up from token to token"
 INT64 = ir.DataType.INT64
@@ -99,9 +108,9 @@ class Experiment:
         elif value in self._given:
             self.masks.append(self._given[value])
             self._types[value.name or ""] = (int(value.dtype or 1), len(self._given[value].dimensions))
-        elif fact.value is not None and fact.dtype is not None and _is_decided(fact.value):
+        elif fact.value is not None and fact.dtype is not None and is_decided(fact.value):
             numbers, dtype = fact.value, fact.dtype
-            self._feed(value, dtype, numbers.shape, lambda length: _evaluated(numbers, length).astype(_runs_as(dtype)))
+            self._feed(value, dtype, numbers.shape, lambda length: evaluated(numbers, length).astype(runs_as(dtype)))
         elif self.flow.kinds.get(value) is Kind.TOKEN and value not in self._computed and not self._holds_places(value):
             self._feed(value, fact.dtype, fact.shape, self._noise(value, fact.shape, fact.dtype))
         else:
@@ -125,7 +134,7 @@ class Experiment:
         def feed(length: int) -> np.ndarray:
             sizes = [int(at_length(size, length)) for size in given.dimensions]
             shape = [length if axis in given.lengths else 1 for axis in range(len(sizes))]
-            return np.broadcast_to(np.arange(length).reshape(shape), sizes).astype(_runs_as(given.value.dtype or INT64))
+            return np.broadcast_to(np.arange(length).reshape(shape), sizes).astype(runs_as(given.value.dtype or INT64))
 
         self._feed(given.value, given.value.dtype, given.dimensions, feed)
 
@@ -150,7 +159,7 @@ class Experiment:
         if dtype is None or shape is None:
             raise Refused("the type of a value is unknown", at=value.name)
         self.feeds[value.name or ""] = feed
-        self._types[value.name or ""] = (_type_run_as(dtype), len(shape))
+        self._types[value.name or ""] = (type_run_as(dtype), len(shape))
 
     def _noise(
         self, value: ir.Value, shape: Sequence[Dimension] | None, dtype: ir.DataType | None,
@@ -161,7 +170,7 @@ class Experiment:
 
         def feed(length: int) -> np.ndarray:
             sizes = [int(at_length(size, length)) for size in shape or ()]
-            return _noise(sizes, axes, np.arange(length) if places is None else places, dtype)
+            return noise(sizes, axes, np.arange(length) if places is None else places, dtype)
 
         return feed
 
@@ -220,14 +229,14 @@ class Experiment:
                 fact = self.flow.shapes[value]
                 mine = self._noise(value, fact.shape, fact.dtype, places)(length)
                 theirs = mine if beside is None else self._noise(value, fact.shape, fact.dtype, beside)(length)
-                feeds[value.name or ""] = _side_by_side(mine, theirs, batch_axis(fact.shape))
+                feeds[value.name or ""] = side_by_side(mine, theirs, batch_axis(fact.shape))
         if loudness != 1.0:
             for value in self.stand_ins:
                 array = feeds[value.name or ""]
                 feeds[value.name or ""] = (array * loudness).astype(array.dtype)
         for given in self.masks:
             here = seen(length) if through in (None, given) else np.ones(length, dtype=bool)
-            feeds[given.value.name or ""] = _mask(given, here, row)
+            feeds[given.value.name or ""] = mask(given, here, row)
         arrays = [np.asarray(array) for array in self._session.run(None, feeds)]
         for value, array in zip(self.outputs, arrays, strict=True):
             self._check_shape(value, array, length)
@@ -250,39 +259,6 @@ class Experiment:
             )  # fmt: skip
 
 
-def batch_axis(shape: Sequence[Dimension] | None) -> int | None:
-    """The axis on which the sequences of a batch lie, one behind the other; None where there is none."""
-    held = (axis for axis, size in enumerate(shape or ()) if BATCH in getattr(size, "free_symbols", ()))
-    return next(held, None)
-
-
-def _side_by_side(mine: np.ndarray, theirs: np.ndarray, axis: int | None) -> np.ndarray:
-    """The first of two sequences out of one array, the second out of another."""
-    if axis is None or mine is theirs:
-        return mine
-    half = mine.shape[axis] // 2
-    return np.concatenate([mine.take(range(half), axis), theirs.take(range(half, 2 * half), axis)], axis)
-
-
-def _mask(given: GivenInput, seen: np.ndarray, row: int | None = None) -> np.ndarray:
-    """What an input given for all tokens so far is fed: 1 where a token is seen; a matrix where it has two axes."""
-    if row is not None and BATCH in given.dimensions:
-        axis = given.dimensions.index(BATCH)
-        rows = [_mask(given, seen if number == row else np.ones_like(seen)).take([number], axis) for number in (0, 1)]
-        return np.concatenate(rows, axis)
-    length = len(seen)
-    sizes = [int(at_length(size, length)) for size in given.dimensions]
-    dtype = given.value.dtype or ir.DataType.INT64
-    if not given.lengths:
-        return np.ones(sizes, dtype=dtype.numpy())
-    array = seen.astype(np.float64)
-    if len(given.lengths) == 2:
-        allowed = np.tril(np.ones((length, length))) * array
-        array = np.where(allowed > 0, 0.0, -1e9) if dtype.is_floating_point() else allowed
-    shape = [size if axis in given.lengths else 1 for axis, size in enumerate(sizes)]
-    return np.broadcast_to(array.reshape(shape), sizes).astype(dtype.numpy())
-
-
 def downstream(values: Iterable[ir.Value], stops: Collection[ir.Node] = ()) -> frozenset[ir.Value]:
     """Return every value that depends on one of these, up to the nodes at which to stop."""
     found: set[ir.Value] = set()
@@ -293,59 +269,3 @@ def downstream(values: Iterable[ir.Value], stops: Collection[ir.Node] = ()) -> f
             found.update(fresh)
             pending += fresh
     return frozenset(found)
-
-
-def at_length(number: Any, length: int) -> Any:
-    """The number for two sequences of that length: two, so that what differs between them shows."""
-    if isinstance(number, (int, float, bool)):
-        return number
-    return dim.substitute(number, ((LENGTH, length), (BATCH, 2)))
-
-
-def _is_decided(numbers: np.ndarray) -> bool:
-    """Whether the numbers depend on batch and length only."""
-    symbols = {symbol for number in numbers.reshape(-1) for symbol in getattr(number, "free_symbols", ())}
-    return symbols <= {BATCH, LENGTH}
-
-
-def _evaluated(numbers: np.ndarray, length: int) -> np.ndarray:
-    flat = [float(at_length(number, length)) for number in numbers.reshape(-1)]
-    return np.array(flat).reshape(numbers.shape)
-
-
-def _type_run_as(dtype: ir.DataType) -> int:
-    return int(ir.DataType.FLOAT) if dtype is ir.DataType.BFLOAT16 else int(dtype)
-
-
-def _runs_as(dtype: ir.DataType) -> Any:
-    return np.float32 if dtype is ir.DataType.BFLOAT16 else dtype.numpy()
-
-
-def _sines_of_sums(angles: Sequence[np.ndarray]) -> np.ndarray:
-    """sin(a[i] + b[j] + ...) at [i, j, ...]: by the theorem of addition, as a sine of each element takes long."""
-    sine, cosine = np.zeros((), np.float32), np.ones((), np.float32)
-    for place, angle in enumerate(angles):
-        sine, cosine = sine[..., None], cosine[..., None]
-        here, beside = np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
-        last = place == len(angles) - 1  # which is as large as all
-        sine, cosine = sine * beside + cosine * here, cosine if last else cosine * beside - sine * here
-    return sine
-
-
-def _noise(sizes: Sequence[int], axes: Axes, places: np.ndarray, dtype: ir.DataType | None) -> np.ndarray:
-    """Noise in [-3, 3], drawn so that an element depends on its place and on no dimension's size along the tokens."""
-    angles = []
-    for place, size in enumerate(sizes):
-        index = np.arange(size)
-        held = next((axis for axis in axes if axis.axis == place), None)
-        if held is not None:
-            inner = int(at_length(held.inner, len(places)))
-            block = len(places) * inner
-            index = (index // block) * 7919 + places[index % block // inner] * 104729 + index % inner
-        angles.append((index + 1) * (12.9898 + 78.233 * place) * 43.758)
-    noise = 3.0 * _sines_of_sums(angles)
-    if dtype is None or dtype.is_floating_point():
-        return noise.astype(_runs_as(dtype or ir.DataType.FLOAT))
-    if dtype is ir.DataType.BOOL:
-        return noise > 0
-    return np.round(noise * 20 + (64 if dtype.numpy().kind == "u" else 0)).astype(dtype.numpy())

@@ -109,6 +109,7 @@ class Flow:
     demands: dict[Place, Axes] = field(default_factory=dict)  # where context meets tokens: its axes, in their roles
     operands: dict[Place, Role] = field(default_factory=dict)  # token inputs whose tokens stand in another role
     beside: list[Place] = field(default_factory=list)  # those of them that no product reads
+    bordered: dict[Place, Role] = field(default_factory=dict)  # where rows of the model's own are put beside tokens
     targets: dict[ir.Node, int] = field(default_factory=dict)  # nodes whose result's shape is given by that input
     diagonals: dict[ir.Node, tuple[Role, Role]] = field(default_factory=dict)  # `Trilu` over rows and columns
     islands: dict[ir.Node, Hashable] = field(default_factory=dict)  # nodes inside, and how their island computes
@@ -122,6 +123,26 @@ class Flow:
     along_keys: dict[ir.Node, Role] = field(default_factory=dict)  # operators along an open axis: keys, or nothing
     last: set[ir.Value] = field(default_factory=set)  # made of the last token alone
     per_call: set[ir.Value] = field(default_factory=set)  # made with ranges over all tokens of a call
+
+    def is_bordered(self, role: Role) -> bool:
+        """Whether keys and values of a role have rows of the model's own beside them."""
+        return any(one.root() is role.root() for one in self.bordered.values())
+
+    def origin(self, place: Place) -> Place:
+        """Where the tokens of an operand alone are read: before rows of the model's own were put beside them."""
+        value, seen = place[0].inputs[place[1]], place
+        while (
+            value is not None
+            and (node := value.producer()) is not None
+            and any(self.is_bordered(axis.role) for axis in self.axes.get(value, ()))
+        ):
+            index = next(
+                i for i, one in enumerate(node.inputs) if one is not None and self.kinds.get(one) is Kind.TOKEN
+            )
+            value, seen = node.inputs[index], (node, index)
+            if seen in self.bordered:
+                return seen
+        return place
 
     @property
     def recalling(self) -> frozenset[ir.Node]:
@@ -216,7 +237,7 @@ class Step:
         Raises:
             Refused: It is the stream's.
         """
-        if axis.role.resolved() is Length.NEW or not axis.is_plain:
+        if axis.role.resolved() is Length.NEW or not axis.bare.is_plain:
             raise self.mixing()
         axis.role.root().only_if_total.append(self.node.outputs[0].name or "")
         self.flow.along_keys[self.node] = axis.role
@@ -232,7 +253,7 @@ class Step:
         """Align sequence axes of two inputs, each with its index; tokens of the stream follow an open role."""
         (_, one), (second, other) = mine, theirs
         same = dim.is_equal(one.outer, other.outer) and dim.is_equal(one.inner, other.inner)
-        if not same:
+        if not same or (one.ahead, one.behind) != (other.ahead, other.behind):
             raise self.refusal("two tensors hold the tokens in different places", at=self.node.inputs[second])
         if one.role.resolved() is Length.NEW and other.role.resolved() is None:
             (_, one), (second, other) = theirs, mine

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.liveness import read_by
 from kvsurgeon.graph.operators import SHAPE_ONLY
-from kvsurgeon.sequence import along, elementwise, moving, products
+from kvsurgeon.sequence import along, bordering, elementwise, moving, picking, products
 from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
 from kvsurgeon.sequence.flow import Flow, Step
 from kvsurgeon.sequence.inputs import GivenInput
@@ -64,12 +64,12 @@ RULES: dict[str, Rule] = {
     "Tile": moving.tile,
     "Split": moving.split,
     "Slice": moving.slice_,
-    "Gather": moving.gather,
-    "GatherBlockQuantized": moving.gather,
-    "GatherElements": moving.gather_elements,
-    "ScatterElements": moving.gather_elements,
-    "GatherND": moving.gather_nd,
-    "ScatterND": moving.scatter_nd,
+    "Gather": picking.gather,
+    "GatherBlockQuantized": picking.gather,
+    "GatherElements": picking.gather_elements,
+    "ScatterElements": picking.gather_elements,
+    "GatherND": picking.gather_nd,
+    "ScatterND": picking.scatter_nd,
     "OneHot": moving.one_hot,
     **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), along.global_pool),
     **dict.fromkeys(PRODUCTS, products.product),
@@ -140,21 +140,35 @@ def _batch(inputs: list[GivenInput]) -> Dimension:
 
 
 def _take_or_recall(flow: Flow, node: ir.Node, *, is_read: bool) -> None:
-    """Follow tokens through a node; where it mixes them, remember what it reads if only earlier ones count."""
+    """Follow tokens through a node; where it mixes them, remember what it reads if only earlier ones count.
+
+    Where it puts rows of the model's own beside them, they are keys or values from there on.
+    """
     try:
-        _take(flow, node)
+        _take(flow, node, RULES)
     except Refused:
         recall = find_recall(flow, node) if is_read else None
         if recall is not None:
             take_recall(flow, recall)
-        elif is_read or not _reads_stream(flow, node):
+        elif (is_read or not _reads_stream(flow, node)) and not _borders(flow, node):
             raise
 
 
-def _take(flow: Flow, node: ir.Node) -> None:
+def _borders(flow: Flow, node: ir.Node) -> bool:
+    """Whether a node puts rows of the model's own beside the tokens; where they are then is noted."""
+    if node.op_type not in bordering.RULES:
+        return False
+    try:
+        _take(flow, node, bordering.RULES)
+    except Refused:
+        return False
+    return True
+
+
+def _take(flow: Flow, node: ir.Node, rules: Mapping[str, Rule]) -> None:
     results = tuple(flow.shapes.facts.get(value, NOTHING) for value in node.outputs)
     step = Step(flow, flow.shapes.call(node), results)
-    rule = RULES.get(node.op_type) if node.domain in KNOWN_DOMAINS else None
+    rule = rules.get(node.op_type) if node.domain in KNOWN_DOMAINS else None
     if rule is None:
         raise _no_rule(step)
     with in_one_line(node):
@@ -187,7 +201,7 @@ def _check_lengths(step: Step, shape: tuple[Dimension, ...], axes: Axes) -> None
         if place not in held and step.holds_length(size):
             raise step.refusal("a tensor's tokens were lost sight of", found=f"axis {place} of size {size}")
     for axis in axes:
-        whole = dim.multiply(dim.multiply(axis.outer, axis.inner), step.flow.length)
+        whole = axis.size(step.flow.length)
         if axis.role.resolved() is Length.NEW and not dim.is_equal(whole, shape[axis.axis]):
             raise step.refusal(
                 "it keeps some of the tokens only", expected=f"axis {axis.axis} of size {whole}",
@@ -215,8 +229,9 @@ def _check_roles(flow: Flow) -> None:
                 )  # fmt: skip
         if score.left_role.resolved() is score.right_role.resolved():
             raise Refused("queries and keys cannot be told apart", at=score.node.outputs[0].name)
-    for role in flow.operands.values():
-        if role.resolved() is Length.NEW and role.root().only_if_total:
+    for place, role in flow.operands.items():
+        mixes = role.resolved() is Length.NEW and role.root().only_if_total
+        if mixes or (place in flow.bordered and role.resolved() is None):
             raise Refused(
                 "an operator mixes tokens along the axis of the queries, which no KV cache can carry",
                 at=role.root().only_if_total[0],

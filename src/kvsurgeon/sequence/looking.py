@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from kvsurgeon.errors import Refused
-from kvsurgeon.sequence.axes import Axes, Length
-from kvsurgeon.sequence.experiment import at_length
+from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
+from kvsurgeon.sequence.stand_ins import at_length
 
 Pattern = Callable[[int], np.ndarray]  # of the length: which tokens are seen
 
@@ -37,9 +37,40 @@ def cut_short(length: int) -> np.ndarray:
 def unfolded(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
     """The array with what holds tokens last, queries before keys, and everything else before them.
 
+    Rows of the model's own that stand beside the tokens are left out.
+
     Raises:
         Refused: It has no such axes.
     """
+    whole = _unfolded(array, axes, length)
+    for place, axis in enumerate(_in_order(axes), start=-len(axes)):
+        whole = whole.take(range(axis.ahead, axis.ahead + length), axis=place) if axis.border else whole
+    return whole
+
+
+def border_of(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
+    """What `unfolded` leaves out: rows beside the tokens, which come first here; the other axes as there."""
+    whole = _unfolded(array, axes, length)
+    place, axis = next((place, axis) for place, axis in enumerate(_in_order(axes), start=-len(axes)) if axis.border)
+    beside = [*range(axis.ahead), *range(axis.ahead + length, axis.border + length)]
+    return np.moveaxis(whole.take(beside, axis=place), place, 0)
+
+
+def beside_border(axes: Axes) -> Axes:
+    """The axes that hold tokens in what `border_of` gives."""
+    return tuple(axis for axis in axes if not axis.border)
+
+
+def has_border(axes: Axes) -> bool:
+    """Whether rows of the model's own stand beside the tokens."""
+    return any(axis.border for axis in axes)
+
+
+def _in_order(axes: Axes) -> list[SequenceAxis]:
+    return sorted(axes, key=lambda held: held.role.resolved() is not Length.NEW)
+
+
+def _unfolded(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
     sizes: list[int] = []
     places: dict[int, int] = {}
     for axis, size in enumerate(array.shape):
@@ -47,14 +78,13 @@ def unfolded(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
         if held is None:
             sizes.append(size)
             continue
-        sizes += [int(at_length(held.outer, length)), length, int(at_length(held.inner, length))]
+        sizes += [int(at_length(held.outer, length)), length + held.border, int(at_length(held.inner, length))]
         places[axis] = len(sizes) - 2
     if math.prod(sizes) != array.size:
         raise Refused(
             "tokens do not lie where they were followed to", expected=f"axes {sizes}", found=str(list(array.shape))
         )
-    ordered = sorted(axes, key=lambda held: held.role.resolved() is not Length.NEW)
-    last = [places[held.axis] for held in ordered]
+    last = [places[held.axis] for held in _in_order(axes)]
     return np.moveaxis(array.reshape(sizes), last, range(-len(last), 0)) if last else array.reshape(sizes)
 
 

@@ -24,12 +24,16 @@ def product(step: Step) -> list[Axes]:
         return [_projected(step)]
     left, right = _held(step, found.left, found.left_labels), _held(step, found.right, found.right_labels)
     _bring(step, found, left, right)
+    beside: Held = {}
     for label in found.summed:
-        _sum_away(step, found, label, left.get(label), right.get(label))
+        if label in left and label in right:
+            _sum_away(step, found, label, left, right)
+        elif label in left or label in right:
+            beside |= _sum_beside(step, found, label, {**left, **right}[label])
     kept = _kept(step, found, left, right)
     for index, labels in ((found.left, found.left_labels), (found.right, found.right_labels)):
         if step.kind(index) is not Kind.TOKEN:
-            _align(step, index, labels, kept)
+            _align(step, index, labels, {**kept, **beside})
     _align_further(step, found, kept)
     return [tuple(kept[label].at(axis) for axis, label in enumerate(found.result_labels) if label in kept)]
 
@@ -69,24 +73,40 @@ def _bring(step: Step, found: Contraction, left: Held, right: Held) -> None:
         mine.update(new)
 
 
-def _sum_away(
-    step: Step, found: Contraction, label: str, left: SequenceAxis | None, right: SequenceAxis | None
-) -> None:
-    if left is None and right is None:
-        return
-    if left is None or right is None or not left.is_plain or not right.is_plain:
+def _sum_away(step: Step, found: Contraction, label: str, left: Held, right: Held) -> None:
+    """Keys are summed against values: weights say how much of each."""
+    one, other = left[label], right[label]
+    if not one.bare.is_plain or not other.bare.is_plain or (one.ahead, one.behind) != (other.ahead, other.behind):
         raise step.mixing()
-    keys, stream = (left, right) if left.role.resolved() is not Length.NEW else (right, left)
-    if keys.role.resolved() is Length.NEW or stream.role.resolved() is not Length.NEW:
+    is_left = len(left) > len(right) if one.border else one.role.resolved() is not Length.NEW
+    keys, values = (one, other) if is_left else (other, one)
+    if keys.role.resolved() is Length.NEW or not (
+        values.role.resolved() is Length.NEW or step.flow.is_bordered(values.role)
+    ):
         raise step.mixing()  # a state summed over tokens, as linear attention has
-    weights, value = (found.left, found.right) if keys is left else (found.right, found.left)
+    weights, value = (found.left, found.right) if is_left else (found.right, found.left)
     if keys.role.root().bias or not _sees_keys(step, keys.role):
+        raise step.mixing()
+    if one.border and not keys.role.agree(values.role):
         raise step.mixing()
     keys.role.root().length = Length.TOTAL
     for score in step.flow.scores:
         _settle(score)
-    step.flow.operands[step.node, value] = keys.role
+    if not one.border:
+        step.flow.operands[step.node, value] = keys.role
     step.flow.products.append(ContextProduct(node=step.node, weights=weights, value=value, role=keys.role))
+
+
+def _sum_beside(step: Step, found: Contraction, label: str, keys: SequenceAxis) -> Held:
+    """Keys are summed against context, such as values that depend on the distance: right where they are keys."""
+    context, labels = (
+        (found.right, found.right_labels) if step.kind(found.left) is Kind.TOKEN else (found.left, found.left_labels)
+    )
+    is_context = step.kind(context) is Kind.CONTEXT and step.holds_length(step.shape(context)[labels.index(label)])
+    if not is_context or keys.role.root().bias or not _sees_keys(step, keys.role):
+        raise step.mixing()
+    step.works_along(keys)
+    return {label: keys}
 
 
 def _sees_keys(step: Step, role: Role) -> bool:
@@ -118,7 +138,7 @@ def _kept(step: Step, found: Contraction, left: Held, right: Held) -> Held:
 def _met(step: Step, found: Contraction, left: Held, right: Held, kept: Held) -> Held:
     stream = [label for label, axis in kept.items() if axis.role.resolved() is Length.NEW]
     if len(stream) < 2:
-        return kept
+        return _met_bordered(step, found, left, right, kept)
     first, second, *more = stream
     if first in right:
         first, second = second, first
@@ -132,6 +152,24 @@ def _met(step: Step, found: Contraction, left: Held, right: Held, kept: Held) ->
     step.flow.operands[step.node, found.left] = left_role
     step.flow.operands[step.node, found.right] = right_role
     return {**kept, first: kept[first].with_role(left_role), second: kept[second].with_role(right_role)}
+
+
+def _met_bordered(step: Step, found: Contraction, left: Held, right: Held, kept: Held) -> Held:
+    """Queries meet keys that have rows of the model's own beside them."""
+    sides = ((left, found.left), (right, found.right))
+    for (queries, index), (keys, _) in (sides, sides[::-1]):
+        if len(queries) != 1 or len(keys) != 1:
+            continue
+        (label, query), (key,) = *queries.items(), keys.values()
+        if label in keys or query.role.resolved() is not Length.NEW or not step.flow.is_bordered(key.role):
+            continue
+        role = step.flow.operands[step.node, index] = Role(at=step.node.outputs[0].name or "")
+        left_role, right_role = (role, key.role) if queries is left else (key.role, role)
+        step.flow.scores.append(
+            ScoreProduct(node=step.node, left=found.left, right=found.right, left_role=left_role, right_role=right_role)
+        )
+        return {**kept, label: query.with_role(role)}
+    return kept
 
 
 def _align(step: Step, index: int, labels: Labels, kept: Held) -> None:

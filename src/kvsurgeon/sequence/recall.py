@@ -14,10 +14,11 @@ import onnx_ir as ir
 from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
 from kvsurgeon.sequence.cuts import bottlenecks, choose, looks_nothing_up
-from kvsurgeon.sequence.experiment import Experiment, batch_axis
+from kvsurgeon.sequence.experiment import Experiment
 from kvsurgeon.sequence.flow import Flow, Recall
 from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.looking import Pattern, all_seen, close, left_padded, unfolded, with_holes
+from kvsurgeon.sequence.stand_ins import batch_axis
 from kvsurgeon.shapes.dimension import LENGTH
 
 SEEN = "state outside attention: that it depends on no later token was seen by running it"

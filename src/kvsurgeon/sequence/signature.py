@@ -36,13 +36,16 @@ class Signatures:
         names: dict[ir.Value, int] = {}
         for index, score in enumerate(head.scores):
             value = score.node.outputs[0]
-            names[value] = self._number(("scores", index, shapes[value].shape))
+            names[value] = self._number(("scores", index, shapes[value].shape, self._borders(value)))
         for index, (node, place) in enumerate(head.beside):
             if (met := node.inputs[place]) is not None:
                 names[met] = self._number(("beside", index, shapes[met].shape))
         between = downstream(head.stand_ins, head.ends)
         weights = [value for product in head.products for value in product.weights_read]
         return "written out", tuple(self._name(value, names, between) for value in (*weights, *beside))
+
+    def _borders(self, value: ir.Value) -> object:
+        return tuple((axis.ahead, axis.behind) for axis in self.analysis.flow.axes[value])
 
     def _name(self, value: ir.Value | None, names: dict[ir.Value, int], between: Collection[ir.Value]) -> int:
         if value is None:

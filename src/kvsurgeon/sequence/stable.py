@@ -15,7 +15,17 @@ from kvsurgeon.sequence.axes import Axes
 from kvsurgeon.sequence.causal import beside_weights
 from kvsurgeon.sequence.experiment import downstream
 from kvsurgeon.sequence.kinds import Kind
-from kvsurgeon.sequence.looking import Pattern, all_seen, cut_short, left_padded, unfolded, with_holes
+from kvsurgeon.sequence.looking import (
+    Pattern,
+    all_seen,
+    beside_border,
+    border_of,
+    cut_short,
+    has_border,
+    left_padded,
+    unfolded,
+    with_holes,
+)
 from kvsurgeon.sequence.trial import USEFUL, Trial, check_same, first
 
 
@@ -42,14 +52,17 @@ def find_limit(trial: Trial) -> int | None:
     if not meetings:
         return None
     experiment = trial.experiment(list(meetings))
+    bordered = {value: beside_border(met.axes) for value, met in meetings.items() if has_border(met.axes)}
+    looked_at = [*((value, met.axes) for value, met in meetings.items()), *bordered.items()]
 
     def look(length: int, seen: Pattern) -> list[np.ndarray]:
-        arrays = trial.run(experiment, length, seen)
-        return [unfolded(array, met.axes, length) for met, array in zip(meetings.values(), arrays, strict=True)]
+        arrays = dict(zip(meetings, trial.run(experiment, length, seen), strict=True))
+        tokens = [unfolded(array, meetings[value].axes, length) for value, array in arrays.items()]
+        return tokens + [border_of(arrays[value], meetings[value].axes, length) for value in bordered]
 
     def compare(longer: list[np.ndarray], shorter: list[np.ndarray], length: int) -> None:
-        for (value, met), long, short in zip(meetings.items(), longer, shorter, strict=True):
-            check_same(None, value, first(long, met.axes, length), first(short, met.axes, length))
+        for (value, axes), long, short in zip(looked_at, longer, shorter, strict=True):
+            check_same(None, value, first(long, axes, length), first(short, axes, length))
 
     for seen in (all_seen, left_padded, with_holes) if experiment.masks else (all_seen,):
         lengths = [length for length in trial.further([*meetings]) if seen(length).sum() > 1 or length == 1]
@@ -72,7 +85,7 @@ def _bounds(meetings: Sequence[_Meeting], found: Mapping[int, list[np.ndarray]])
     if len(found) < 2:
         return
     (short, before), (long, after) = sorted(found.items())[-2:]
-    for met, fewer, more in zip(meetings, before, after, strict=True):
+    for met, fewer, more in zip(meetings, before, after, strict=False):  # borders come last
         if met.rows is not None and int(more.max()) - int(fewer.max()) == long - short:
             yield met.rows - (int(more.max()) - (long - 1))
 

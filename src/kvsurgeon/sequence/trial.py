@@ -12,10 +12,11 @@ from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.sequence.analysis import Analysis, Head
 from kvsurgeon.sequence.axes import Axes
-from kvsurgeon.sequence.experiment import Experiment, at_length
+from kvsurgeon.sequence.experiment import Experiment
 from kvsurgeon.sequence.inputs import GivenInput
 from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.looking import Pattern, close, difference
+from kvsurgeon.sequence.stand_ins import at_length
 from kvsurgeon.shapes.dimension import Dimension
 
 LADDER = (1, 2, 7, 8, 40, 65, 129)  # tokens

@@ -28,9 +28,9 @@ from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import Dimension
 from kvsurgeon.shapes.inference import in_one_line
 
-Key = tuple[tuple[int, Dimension, Dimension, Length], ...]  # axis, outer, inner, length
+Key = tuple[tuple[SequenceAxis, Length], ...]
 
-
+_ANY = Role()
 _FORMS = frozenset({"Cast", "Identity", "Not", "Reshape", "Flatten", "Unsqueeze", "Squeeze"})
 
 
@@ -55,7 +55,7 @@ class Views:
         value = self.same.get(value, value)
         if not axes and self.shortened:
             axes = self.given_axes(value)
-        key = tuple((axis.axis, axis.outer, axis.inner, axis.role.resolved() or Length.TOTAL) for axis in axes)
+        key = tuple((axis.with_role(_ANY), axis.role.resolved() or Length.TOTAL) for axis in axes)
         if (value, key) not in self._made:
             self._made[value, key] = self._make(value, axes)
         return self._made[value, key]
@@ -117,7 +117,7 @@ class Views:
         cut = [axis for axis in axes if axis.role.resolved() is Length.NEW or not whole]
         if not cut:
             return value
-        if not all(axis.outer == 1 for axis in cut):
+        if not all(axis.outer == 1 and not axis.border for axis in cut):
             raise Refused("context holds the tokens together with something else on one axis", at=value.name)
         spans = [(axis.inner, *self.lengths.span(axis.role.resolved() or Length.TOTAL)) for axis in cut]
         starts = [dim.multiply(start, inner) for inner, start, _ in spans]
@@ -158,6 +158,5 @@ class Views:
         result = [self.lengths.at(size, Length.TOTAL) for size in shape]
         for axis in axes:
             length = NEW if axis.role.resolved() is Length.NEW else self.lengths.total
-            parts = dim.multiply(dim.multiply(axis.outer, axis.inner), length)
-            result[axis.axis] = parts
+            result[axis.axis] = axis.size(length)
         return result
