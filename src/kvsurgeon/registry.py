@@ -27,6 +27,7 @@ BUILT_IN = {
     "lower-opset": "kvsurgeon.passes.lower_opset:LowerOpset",
     "half-range-masks": "kvsurgeon.passes.half_range:half_range_masks",
     "fix-shapes": "kvsurgeon.passes.fix_shapes:FixShapes",
+    "write-repeats": "kvsurgeon.passes.repeats:WriteRepeats",
     "write-divisions": "kvsurgeon.passes.write_divisions:WriteDivisions",
     "fuse-rotary": "kvsurgeon.passes.fuse_rotary:FuseRotary",
     "fuse-attention": "kvsurgeon.passes.fuse_attention:FuseAttention",

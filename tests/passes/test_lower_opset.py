@@ -83,3 +83,20 @@ def test_an_early_one_stays():
 def test_no_opset_is_lowered_to_one_whose_operators_mean_something_else():
     with pytest.raises(Refused, match="found opset 12"):
         LowerOpset(opset=12).apply(Subject.of(export("llama_torchscript_sdpa")))
+
+
+def test_a_format_that_came_after_the_opset_is_lowered_by_itself():
+    model = read("case (float[b, n, 8] x) => (float[b, n, 8] y) { y = Relu(x) }", opset=17)
+    model.ir_version = 10
+    assert lowered(model).ir_version == 8
+    assert isinstance(LowerOpset(opset=17).apply(Subject.of(lowered(model))), Unchanged)
+
+
+def test_domains_that_nothing_uses_are_declared_no_more():
+    model = read("case (float[b, n, 8] x) => (float[b, n, 8] y) { y = com.microsoft.Gelu(x) }", opset=17)
+    del model.opset_import[:]
+    model.opset_import.extend(
+        onnx.helper.make_opsetid(domain, version)
+        for domain, version in {"": 17, "ai.onnx.ml": 5, "com.microsoft": 1}.items()
+    )
+    assert {entry.domain for entry in lowered(model).opset_import} == {"", "com.microsoft"}

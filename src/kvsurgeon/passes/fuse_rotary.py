@@ -10,11 +10,10 @@ import onnx_ir as ir
 from kvsurgeon.errors import Refused
 from kvsurgeon.fusion.turns import Turn, find_turn
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.sequence.inputs import read_inputs
-from kvsurgeon.shapes.inference import Shapes, infer_shapes
+from kvsurgeon.sequence.inputs import shapes_of
+from kvsurgeon.shapes.inference import Shapes
 
 SINCE = 23  # opset that brought the operator
 
@@ -39,7 +38,7 @@ class FuseRotary:
         """
         graph = subject.model.graph
         with room_for_deep_graphs():
-            shapes = _shapes_of(graph)
+            shapes = shapes_of(graph)
             turns = [turn for node in graph if (turn := find_turn(shapes, node)) is not None]
         if not turns:
             return Unchanged(reason="nothing is turned by halves with tables made of one")
@@ -102,10 +101,3 @@ class _Tables:
         ones = self.editor.constant([1, 1], wish="ones")
         target = self.editor.node("Concat", [batch, ones], {"axis": 0}, wish="shape", dtype=ir.DataType.INT64)
         return self.editor.node("Expand", [half, target], wish=f"{half.name}.batch", dtype=x.dtype)
-
-
-def _shapes_of(graph: ir.Graph) -> Shapes:
-    alive = find_alive(graph)
-    dimensions, _ = read_inputs(graph)
-    nodes = [node for node in graph if node in alive]
-    return infer_shapes(nodes, dimensions, graph.opset_imports.get("", 1), named=True)

@@ -20,8 +20,9 @@ from kvsurgeon.passes.opsets import OTHERWISE, check_movable, declared_opset, ir
 class LowerOpset:
     """Declare an earlier opset, for runtimes that read no later one.
 
-    Before: nodes as an exporter wrote them. After: the same nodes, of the earlier versions of their operators. What an
-    operator has as an input and had as an attribute is moved there, if it is a constant.
+    Before: nodes as an exporter wrote them. After: the same nodes, of the earlier versions of their operators, in the
+    version of the format that came with that opset; domains of which there is no operator are declared no more. What
+    an operator has as an input and had as an attribute is moved there, if it is a constant.
 
     Not handled: operators, types and options that came later; models that call functions of their own.
 
@@ -42,7 +43,7 @@ class LowerOpset:
         model = subject.model
         declared = declared_opset(model)
         if declared <= self.opset:
-            return Unchanged(reason=f"it is written in opset {declared}")
+            return self._format_lowered(model, declared)
         check_movable(model, self.opset, "lowered")
         rewritten = [(node, _rewritten(node, declared, self.opset)) for node in standard_nodes(model)]
         editor = Editor(model)
@@ -51,8 +52,23 @@ class LowerOpset:
                 _rewrite(editor, node, how)
         editor.finish()
         model.graph.opset_imports[""] = self.opset
-        model.ir_version = min(model.ir_version, ir_version(self.opset))
+        self._format_lowered(model, declared)
         return Changed(edits=editor.edits + 1)
+
+    def _format_lowered(self, model: ir.Model, declared: int) -> Outcome:
+        """Declare the first version of the format that knows the opset, and no operators that nothing uses.
+
+        A runtime so old may know no later format, nor those operators in the version that is declared.
+        """
+        known = ir_version(self.opset)
+        used = {node.domain for node in model.graph.all_nodes()} | {""}
+        unused = [] if model.functions else [domain for domain in model.graph.opset_imports if domain not in used]
+        if model.ir_version <= known and not unused:
+            return Unchanged(reason=f"it is written in opset {declared}")
+        for domain in unused:
+            del model.graph.opset_imports[domain]
+        model.ir_version = min(model.ir_version, known)
+        return Changed(edits=1 + len(unused))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,12 @@ import onnx_ir as ir
 
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import constant_tensor, small_constant
+from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.graph.operators import LOOKUPS, SHAPE_ONLY
 from kvsurgeon.sequence.axes import Length
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension
+from kvsurgeon.shapes.inference import Shapes, infer_shapes
 
 # Operators through which an input is still itself, position by position.
 # fmt: off
@@ -81,6 +83,18 @@ def read_inputs(graph: ir.Graph) -> tuple[dict[ir.Value, tuple[Dimension, ...]],
     if length is None:
         raise Refused("no input has a sequence axis", expected="an input such as input_ids [batch, sequence]")
     return {value: _dimensions(value, names, length) for value in shaped}, length
+
+
+def shapes_of(graph: ir.Graph) -> Shapes:
+    """Return what is known of every value that an output depends on, with the names that inputs give to dimensions.
+
+    Raises:
+        Refused: An input has no shape, has the batch twice, or none has a sequence axis.
+    """
+    alive = find_alive(graph)
+    dimensions, _ = read_inputs(graph)
+    nodes = [node for node in graph if node in alive]
+    return infer_shapes(nodes, dimensions, graph.opset_imports.get("", 1), named=True)
 
 
 def _length_axis(shape: ir.Shape) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from kvsurgeon.passes.lower_opset import LowerOpset
 from kvsurgeon.passes.position_ids import PositionIds
 from kvsurgeon.passes.rename import Rename
+from kvsurgeon.passes.repeats import WriteRepeats
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.target import Obstacle, SideFile, Target
 from kvsurgeon.targets.tokenizers import CONFIG_BEFORE_5, MERGES_AS_TEXT
@@ -48,7 +49,7 @@ DEEPSPARSE = Target(
     summary="deepsparse.TextGeneration(model_path=folder, internal_kv_cache=False), batch 1",
     tried="deepsparse 1.8.0",
     before=(Rename(names=("position_ids:positions",)), PositionIds(input="positions")),
-    after=(LowerOpset(opset=_OPSET),),
+    after=(WriteRepeats(), LowerOpset(opset=_OPSET)),
     needs=("input_ids", "attention_mask", "logits"),
     feeds=frozenset(_ORDER),
     dtypes={name: frozenset(("int64",)) for name in _ORDER} | {"logits": frozenset(("float32",))},
