@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Optional, cast
+from typing import Annotated, cast
 
 import typer
 
@@ -39,7 +39,7 @@ def add_commands(app: typer.Typer, arguments: Sequence[str]) -> None:
 def inspect(
     model: Model,
     target: Annotated[
-        Optional[str],  # noqa: UP045  # typer reads it on Python 3.10
+        str | None,
         typer.Option("--target", metavar="NAME", help="Say instead what stands between the model and a target."),
     ] = None,
     json: Json = False,
@@ -78,7 +78,7 @@ def run(
     verify: operations.Verify = True,
     verify_each: Annotated[bool, typer.Option("--verify-each", help="Run the judge after every pass.")] = False,
     trace: Annotated[
-        Optional[Path],  # noqa: UP045  # typer reads it on Python 3.10
+        Path | None,
         typer.Option("--trace", metavar="DIR", help="Write the graph as text before and after each pass."),
     ] = None,
     copy_weights: operations.Copy = False,
@@ -118,7 +118,7 @@ def passes(json: Json = False) -> None:
 
 
 def targets(
-    name: Annotated[Optional[str], typer.Argument(metavar="[NAME]", help="The one to describe.")] = None,  # noqa: UP045
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The one to describe.")] = None,
     json: Json = False,
 ) -> None:
     """List the runtimes and compilers that a model can be brought to, or describe one."""
@@ -153,15 +153,15 @@ def plot(
     model: Model,
     layer: Annotated[int, typer.Option(min=0, help="The attention layer, counted in execution order.")] = 0,
     prompt: Annotated[
-        Optional[str],  # noqa: UP045  # typer reads it on Python 3.10
+        str | None,
         typer.Option("--prompt", help="A text, or token ids such as 1,2,3. A short text is taken if none is given."),
     ] = None,
     against: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--against", metavar="OTHER", help="Another model, drawn beside it: what a pass made of it."),
     ] = None,
     output: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option(
             "--output", "-o", metavar="FILE", help="The picture. [default: <model>_layer_<i>_gqa_keys.png, here]"
         ),

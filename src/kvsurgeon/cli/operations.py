@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,13 +32,13 @@ Pack = Annotated[
     bool, typer.Option("--pack", help="Write all weights into one new data file, without those that are read no more.")
 ]
 Text = Annotated[
-    Optional[Path],  # noqa: UP045  # typer reads it on Python 3.10
+    Path | None,
     typer.Option("--text", metavar="FILE", help="Text on which to measure what is lost; one ships."),
 ]
 PerLayer = Annotated[bool, typer.Option("--per-layer", help="Measure what is lost of each attention layer too.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer for a program.")]
 ForTarget = Annotated[
-    Optional[str],  # noqa: UP045  # typer reads it on Python 3.10
+    str | None,
     typer.Option("--target", metavar="NAME", help="Write the folder that this runtime or compiler takes as it is."),
 ]
 BRINGS_TO_TARGET = "inject"  # the pass that a target has its own options for
@@ -211,7 +211,7 @@ def _option(option: Option) -> inspect.Parameter:
     declared = typer.Option(f"--{option.spelled}", metavar=_placeholder(option.kind), help=help_text.strip())
     if option.required:
         return _parameter(option.field, Annotated[str, declared])
-    return _parameter(option.field, Annotated[Optional[str], declared], None)  # noqa: UP045
+    return _parameter(option.field, Annotated[str | None, declared], None)
 
 
 def _placeholder(kind: str) -> str:

@@ -102,5 +102,6 @@ def _differs(whole: Array | None, found: Array | None, past: int, total: int, al
     part = expected_part(whole, found.shape, past, total)
     if part is None or not part.size:
         return False
-    both_undefined = np.isnan(part.astype(np.float64)) & np.isnan(found.astype(np.float64))
-    return distance(np.where(both_undefined, 0, part), np.where(both_undefined, 0, found), amplitude(whole)) > allowed
+    want, have = part.astype(np.float64), found.astype(np.float64)
+    both_undefined = np.isnan(want) & np.isnan(have)
+    return distance(np.where(both_undefined, 0, want), np.where(both_undefined, 0, have), amplitude(whole)) > allowed
