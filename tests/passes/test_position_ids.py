@@ -127,6 +127,19 @@ def test_a_cache_comes_in_behind_it_and_the_judge_agrees(name):
     assert verify(export(name), io.to_proto(result.model)).verdict == "same"
 
 
+@pytest.mark.parametrize(
+    "form", [{}, {"idiom": "in-place"}, {"idiom": "new-only", "past_length": "input", "past": "past_{kind}_{layer}"}]
+)
+def test_a_cache_that_is_there_already_is_put_back_in_its_form(form):
+    original = export("llama_torchscript_sdpa")
+    cached = io.to_proto(Pipeline((Inject(**form),)).run(original).model)
+    result = told(cached)
+    names = [value.name for value in cached.graph.input]
+    names.insert(names.index("attention_mask") + 1, "position_ids")
+    assert [value.name for value in result.graph.input] == names
+    assert verify(original, result).verdict == "same"
+
+
 def test_alone_it_is_judged_too():
     assert judge(export("llama_dynamo_sdpa"), told(export("llama_dynamo_sdpa"))).verdict == "same"
     broken = told(export("gpt2_dynamo_sdpa"))

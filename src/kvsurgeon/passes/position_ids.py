@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import onnx_ir as ir
 
+from kvsurgeon.cache.signature import CacheSignature
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.plain import in_plain_words
 from kvsurgeon.graph.recursion import room_for_deep_graphs
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.passes.eject import put_back, take_out
 from kvsurgeon.sequence.analysis import Analysis, analyse
 from kvsurgeon.sequence.axes import Length
 from kvsurgeon.sequence.kinds import Kind
@@ -27,7 +29,7 @@ class PositionIds:
 
     Before: embeddings and rotary angles of token `i` are those of place `i`. After: they are those of
     `position_ids[batch, i]`. Masks, and biases that depend on the distance of two tokens, stay as they are, and so do
-    positions that are counted from `attention_mask`.
+    positions that are counted from `attention_mask`. A cache is taken out for it, and put back.
 
     Not handled: exports of a fixed length.
 
@@ -43,19 +45,32 @@ class PositionIds:
         """Give `subject.model` the input.
 
         Raises:
-            Refused: The model is no causal decoder that can be handled soundly; it is left as it was.
+            Refused: The model is no causal decoder that can be handled soundly, or has a cache that could not be put
+                back; it is left as it was.
         """
         if any(value.name == self.input for value in subject.model.graph.inputs):
             return Unchanged(reason=f"it has an input `{self.input}`")
-        model = in_plain_words(subject.model)
+        work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
+        signature = take_out(work)
+        model = in_plain_words(work.model)
         with room_for_deep_graphs():
             analysis = analyse(model)
             prove(analysis)
             edits = _place(analysis, self.input)
         if not edits:
             return Unchanged(reason="nothing in it depends on the place of a token but masks and distances")
-        subject.model = model
+        work.model = model
+        if signature is not None:
+            put_back(work, _with_input(signature, self.input))
+        subject.model = work.model
         return Changed(edits=edits)
+
+
+def _with_input(signature: CacheSignature, name: str) -> CacheSignature:
+    """The signature of the same cache with one more input before it."""
+    pasts = {entry.past for entry in signature.entries}
+    first = next(place for place, past in enumerate(signature.inputs) if past in pasts)
+    return replace(signature, inputs=(*signature.inputs[:first], name, *signature.inputs[first:]))
 
 
 def _place(analysis: Analysis, name: str) -> int:
