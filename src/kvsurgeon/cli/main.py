@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Annotated, Protocol, runtime_checkable
@@ -12,7 +13,7 @@ from typing import Annotated, Protocol, runtime_checkable
 import typer
 
 from kvsurgeon.cli.commands import add_commands
-from kvsurgeon.errors import KvsurgeonError
+from kvsurgeon.errors import KvsurgeonError, UsageError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 CLOSED_PIPE = 1  # as typer has it
@@ -44,8 +45,10 @@ def main() -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code; unless `--debug` is given, nothing is raised."""
+    """Run one command and return its exit code; unless `--debug` is given, nothing is traced."""
     debug = "--debug" in arguments
+    if "" in arguments:  # as of a shell's variable that is not set: as a path it would be the folder that one is in
+        return _complain(UsageError("expected something in each argument, found an empty one"))
     given = [argument for argument in arguments if argument != "--debug"]
     logging.disable(logging.NOTSET if debug else logging.WARNING)  # what libraries log is for those who look for it
     try:
@@ -57,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
         return CLOSED_PIPE
     except Exception as error:
         if debug:
-            raise
+            traceback.print_exc()
         return _complain(error)
 
 

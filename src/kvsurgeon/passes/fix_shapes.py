@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.graph.plain import in_plain_words
@@ -17,6 +17,7 @@ from kvsurgeon.passes.fixing.dynamic_starts import count_from_starts
 from kvsurgeon.passes.fixing.folding import compute_constants, name_numbers
 from kvsurgeon.passes.fixing.interface import Interface, read_interface
 from kvsurgeon.passes.idioms.note import write_note
+from kvsurgeon.passes.options import check_count
 from kvsurgeon.shapes.inference import Shapes, infer_shapes
 
 
@@ -44,11 +45,9 @@ class FixShapes:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.tokens, self.batch_size) < 1 or (self.max_length is not None and self.max_length < self.tokens):
-            raise UsageError(
-                f"expected at least 1 token and sequence, and a max-length of no fewer tokens, found tokens "
-                f"{self.tokens}, batch-size {self.batch_size}, max-length {self.max_length}"
-            )
+        check_count("tokens", self.tokens)
+        check_count("batch-size", self.batch_size)
+        check_count("max-length", self.max_length, least=self.tokens)
 
     def apply(self, subject: Subject) -> Outcome:
         """Fix the shapes of `subject.model`.

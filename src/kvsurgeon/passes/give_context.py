@@ -17,11 +17,13 @@ from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.handing.frontier import find_frontier, text_and_cache
 from kvsurgeon.passes.handing.measure import Context, Laboratory, measure
 from kvsurgeon.passes.handing.telling import halves, hides, is_hiding, told
+from kvsurgeon.passes.options import check_count
 
 KEY = "kvsurgeon.context"  # of what hosts are told, in the file's metadata
 
 USUAL = 512  # places that are measured where nobody asks for a number
 FEWEST = 32  # places at which what is measured tells one kind of context from another
+MOST_PLACES = 32_768  # a table of masks has as many rows, and as many columns
 NEW, TOTAL = "sequence_length", "total_sequence_length"
 FLOAT, INT32 = ir.DataType.FLOAT, ir.DataType.INT32
 
@@ -45,6 +47,9 @@ class GiveContext:
     name: ClassVar[str] = "give-context"
 
     max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("max-length", self.max_length, most=MOST_PLACES)
 
     def apply(self, subject: Subject) -> Outcome:
         """Replace the context of `subject.model` by inputs.

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import Refused, UsageError
 
 # Where such a number is one of two to choose from, is added to scores, or multiplied with a mask of 0 and 1.
 # A bound of `Clip` or `Max` is none of these, and stays.
 HIDING = frozenset({"Where", "Add", "Sub", "Mul"})
+HALF_RANGE = (-65_504.0, -100.0)  # what half precision has, and what still leaves a token no weight
 VIEWS = frozenset({"Cast", "Expand", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Trilu", "Unsqueeze"})
 
 
@@ -24,6 +25,9 @@ def half_range_masks(graph: gs.Graph, lowest: float = -10_000.0) -> None:
 
     Not handled: a mask that is rounded to steps so wide that the new number is none of them.
     """
+    if not HALF_RANGE[0] <= lowest <= HALF_RANGE[1]:
+        expected = " to ".join(f"{bound:g}" for bound in HALF_RANGE)
+        raise UsageError(f"option lowest: expected a number from {expected}, which half precision has, found {lowest}")
     hiding = list(_hiding(graph, lowest))
     for node, _, _ in hiding:
         _check_kept(node, lowest)

@@ -22,6 +22,7 @@ from kvsurgeon.passes.idioms.entries import Entry
 from kvsurgeon.passes.idioms.fused import FusedCache
 from kvsurgeon.passes.idioms.note import note_of, write_note
 from kvsurgeon.passes.idioms.plan import Plan, find_sources, plan_cache
+from kvsurgeon.passes.options import check_count
 from kvsurgeon.sequence.analysis import Analysis, analyse
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
 from kvsurgeon.sequence.flow import FusedAttention, Recall
@@ -73,6 +74,9 @@ class Inject:
     key_layout: Layout = USUAL
     value_layout: Layout = USUAL
     cache_dtype: Literal["float16"] | None = None
+
+    def __post_init__(self) -> None:
+        check_count("max-length", self.max_length)
 
     def apply(self, subject: Subject) -> Outcome:
         """Inject the cache into `subject.model`.

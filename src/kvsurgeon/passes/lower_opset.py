@@ -13,7 +13,15 @@ from kvsurgeon.errors import Refused
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.opsets import OTHERWISE, check_movable, declared_opset, ir_version, standard_nodes
+from kvsurgeon.passes.opsets import (
+    NEWEST,
+    OTHERWISE,
+    check_movable,
+    declared_opset,
+    ir_version,
+    standard_nodes,
+)
+from kvsurgeon.passes.options import check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +41,9 @@ class LowerOpset:
     name: ClassVar[str] = "lower-opset"
 
     opset: int = 17
+
+    def __post_init__(self) -> None:
+        check_count("opset", self.opset, most=NEWEST)
 
     def apply(self, subject: Subject) -> Outcome:
         """Lower the opset of `subject.model`.

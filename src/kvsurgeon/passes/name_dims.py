@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,7 @@ import onnx_ir as ir
 
 from kvsurgeon.errors import UsageError
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.passes.options import check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +34,27 @@ class NameDims:
         """Rename the dimensions of `subject.model`.
 
         Raises:
-            UsageError: An option is not of the form old=new.
+            UsageError: An option is not of the form old=new, or two dimensions would be called alike.
         """
         names = dict(self._pairs())
         graph = subject.model.graph
         values = [*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs)]
+        self._check_apart(values, names)
         edits = sum(_rename(value, names) for value in dict.fromkeys(values))
         return Changed(edits=edits) if edits else Unchanged(reason=f"it has no dims called {', '.join(names)}")
+
+    def _check_apart(self, values: Iterable[ir.Value], names: Mapping[str, int | str]) -> None:
+        """Hold that dimensions which may differ are not called alike."""
+        there = {
+            size.value
+            for value in values
+            for size in value.shape or ()
+            if isinstance(size, ir.SymbolicDim) and size.value
+        }
+        renamed = [new for old, new in names.items() if old in there and isinstance(new, str) and new != old]
+        taken = (there - set(names)) & set(renamed) or {new for new in renamed if renamed.count(new) > 1}
+        if taken:
+            raise UsageError(f"expected a name for each dimension, found `{min(taken)}` for two that may differ")
 
     def _pairs(self) -> list[tuple[str, int | str]]:
         pairs: list[tuple[str, int | str]] = []
@@ -46,7 +62,13 @@ class NameDims:
             old, equals, new = text.partition("=")
             if not (old and equals and new):
                 raise UsageError(f"expected dims such as sequence_length=seq_len, found {text!r}")
-            pairs.append((old, int(new) if new.isdigit() else new))
+            try:
+                number = int(new)
+            except ValueError:
+                pairs.append((old, new))
+            else:
+                check_count(f"dims, {old}", number)
+                pairs.append((old, number))
         return pairs
 
 

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from kvsurgeon.errors import Refused
 
 OLDEST = 13  # since then a Softmax works along one axis, and no operator has changed its meaning under the same inputs
+NEWEST = onnx.defs.onnx_opset_version()
 
 # Operators that one version reads otherwise than another, though a node is written alike in both.
 OTHERWISE = frozenset({"GroupNormalization"})

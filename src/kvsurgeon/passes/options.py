@@ -13,6 +13,7 @@ from typing import Any, Literal, Union
 
 from kvsurgeon.errors import UsageError
 
+MOST = 2**31 - 1  # of anything, as runtimes count in 32 bits
 TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
@@ -70,6 +71,16 @@ def options_of(pass_class: type) -> tuple[Option, ...]:
         for field in fields(pass_class)
         if field.init
     )
+
+
+def check_count(option: str, found: int | None, least: int = 1, most: int = MOST) -> None:
+    """Hold that an option, where it is given, is a number of things that there can be.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if found is not None and not least <= found <= most:
+        raise UsageError(f"option {option}: expected a number from {least} to {most}, found {found}")
 
 
 def summary(pass_class: type) -> str:

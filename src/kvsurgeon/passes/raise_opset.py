@@ -13,7 +13,15 @@ import onnx_ir as ir
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.opsets import OTHERWISE, check_movable, declared_opset, ir_version, standard_nodes
+from kvsurgeon.passes.opsets import (
+    NEWEST,
+    OTHERWISE,
+    check_movable,
+    declared_opset,
+    ir_version,
+    standard_nodes,
+)
+from kvsurgeon.passes.options import check_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +40,9 @@ class RaiseOpset:
     name: ClassVar[str] = "raise-opset"
 
     opset: int = 24
+
+    def __post_init__(self) -> None:
+        check_count("opset", self.opset, most=NEWEST)
 
     def apply(self, subject: Subject) -> Outcome:
         """Raise the opset of `subject.model`.

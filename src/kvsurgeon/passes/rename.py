@@ -28,10 +28,13 @@ class Rename:
         """Rename what there is in `subject.model`.
 
         Raises:
-            UsageError: A pair is none.
+            UsageError: A pair is none, or one name stands in two.
             Refused: Another input or output has the new name.
         """
-        new_names = dict(_pair(text) for text in self.names)
+        pairs = [_pair(text) for text in self.names]
+        new_names = dict(pairs)
+        if len(new_names) < len(pairs) or len(set(new_names.values())) < len(pairs):
+            raise UsageError(f"expected each name once, found {','.join(self.names)}")
         graph = subject.model.graph
         interface = {value.name: value for value in (*graph.inputs, *graph.outputs)}
         there = [(interface[old], new) for old, new in new_names.items() if old in interface and old != new]
@@ -43,7 +46,10 @@ class Rename:
             editor.free(new)
             value.name = new
         if not there:
-            return Unchanged(reason=f"it has no input or output called {' or '.join(new_names)}")
+            missing = [old for old in new_names if old not in interface]
+            return Unchanged(
+                reason=f"it has no input or output called {' or '.join(missing)}" if missing else "all are called so"
+            )
         return Changed(edits=len(there))
 
 

@@ -1,0 +1,53 @@
+"""Options that no model can be given are wrong usage, and are said to be before anything is looked at."""
+
+from __future__ import annotations
+
+import pytest
+from written import read
+
+from kvsurgeon.errors import UsageError
+from kvsurgeon.passes.contract import Subject, Unchanged
+from kvsurgeon.passes.name_dims import NameDims
+from kvsurgeon.passes.rename import Rename
+from kvsurgeon.pipeline import Pipeline
+
+TEXT = "case (float[batch, length] x, float[batch, length] other) => (float[batch, length] y) { y = Add(x, other) }"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "inject{idiom=in-place,max-length=0}",
+        "inject{idiom=in-place,max-length=-5}",
+        "retarget{idiom=in-place,max-length=99999999999999999999}",
+        "give-context{max-length=0}",
+        "raise-opset{opset=-1}",
+        "raise-opset{opset=9999}",
+        "lower-opset{opset=0}",
+        "fix-shapes{tokens=0}",
+        "fix-shapes{tokens=4,max-length=3}",
+        "half-range-masks{lowest=nan}",
+        "half-range-masks{lowest=5}",
+        "half-range-masks{lowest=-65520}",
+        "name-dims{dims=batch=0}",
+        "name-dims{dims=batch=-1}",
+        "name-dims{dims=batch=length}",
+        'name-dims{dims="batch=n,length=n"}',
+        "rename{names=x:a,x:b}",
+        "rename{names=x:a,y:a}",
+    ],
+)
+def test_numbers_and_names_that_no_model_can_have_are_wrong_usage(row):
+    with pytest.raises(UsageError, match="expected"):
+        Pipeline.parse(row).run(read(TEXT))
+
+
+def test_dimensions_may_trade_names():
+    subject = Subject.of(read(TEXT))
+    NameDims(dims=("batch=length", "length=batch")).apply(subject)
+    assert [size.value for size in subject.model.graph.inputs[0].shape] == ["length", "batch"]
+
+
+def test_what_is_called_so_already_is_there():
+    outcome = Rename(names=("x:x",)).apply(Subject.of(read(TEXT)))
+    assert outcome == Unchanged(reason="all are called so")
