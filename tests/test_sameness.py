@@ -5,8 +5,14 @@ import onnx
 import onnx.parser
 import onnx.printer
 import pytest
+from attentions import attention
 from decoders import CachedDecoder, Config, Decoder
+from exports import export
+from written import read
 
+from kvsurgeon import io
+from kvsurgeon.passes.give_context import GiveContext
+from kvsurgeon.passes.inject import Inject
 from kvsurgeon.passes.retarget import Retarget
 from kvsurgeon.pipeline import Pipeline
 from kvsurgeon.sameness import judge
@@ -87,3 +93,17 @@ def test_a_cache_and_a_mask_of_which_neither_names_nor_dims_tell():
         text = text.replace(old, new)
     model = onnx.parser.parse_model(text)
     assert operate(model, Pipeline((Retarget(),))).sameness.verdict == "same"
+
+
+def test_tables_that_a_host_makes_are_not_made_up():
+    original = export("llama_torchscript_sdpa")
+    row = Pipeline((Inject(idiom="new-only"), GiveContext(max_length=64)))
+    result = io.to_proto(row.run(original).model)
+    sameness = judge(original, result)
+    assert (sameness.verdict, "position_ids_cos" in sameness.problems[0]) == ("unknown", True)
+
+
+def test_masks_and_places_that_a_host_makes_are_known():
+    original = read(attention())
+    row = Pipeline((Inject(idiom="new-only"), GiveContext(max_length=64)))
+    assert judge(original, io.to_proto(row.run(original).model)).verdict == "same"

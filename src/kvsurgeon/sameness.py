@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from kvsurgeon.runtime import (
     token_axes,
 )
 
+CONTEXT = "kvsurgeon.context"  # key of the note in a file's metadata: how a host makes masks and tables
 LENGTHS = (7, 13)  # tokens of the texts that both models are given; a static model is given its own length
 PADS = 3  # of them padding on the left, in every second row of the last text
 VOCABULARY = 16  # ids that any model knows
@@ -44,7 +46,7 @@ class Sameness:
     """What the judge says of a model after surgery.
 
     Attributes:
-        verdict: "unknown" where the original cannot be run here.
+        verdict: "unknown" where the original cannot be run here, or it is not known what to give the result.
         problems: What stands against it, a sentence each.
         report: All that was tried, where a cache came in.
     """
@@ -67,11 +69,16 @@ def judge(
     A cache that came in is put to the full trial of `kvsurgeon.parity`. Otherwise both are asked alike: the same
     texts, all outputs but the cache compared; in several calls where both have a cache.
     """
-    graphs = load_graph(original).graph, load_graph(result).graph
+    models = load_graph(original), load_graph(result)
+    graphs = models[0].graph, models[1].graph
     gained, lost = (
         {value.name for value in one.output} - {value.name for value in other.output}
         for one, other in (graphs[::-1], graphs)
     )
+    made = _made_by_hosts(models[1]) - _made_by_hosts(models[0])
+    if made:
+        said = f"`{min(made)}` holds numbers that a host makes by the file's note `{CONTEXT}`, and the judge makes none"
+        return Sameness(verdict="unknown", problems=(said,))
     if not lost and (gained or _pasts(graphs[1]) - _pasts(graphs[0])):
         report = verify(original, result, folder=folder, seed=seed, progress=progress)
         return Sameness(verdict=report.verdict, problems=report.problems, report=report)
@@ -87,6 +94,21 @@ def judge(
     except KvsurgeonError as error:
         return Sameness(verdict="different", problems=(str(error),))
     return Sameness(verdict="different" if problems else "same", problems=problems)
+
+
+def _made_by_hosts(model: onnx.ModelProto) -> set[str]:
+    """Inputs whose numbers a host makes by what the file notes; masks that only hide, and places, are none of them."""
+    note = next((one.value for one in model.metadata_props if one.key == CONTEXT), "{}")
+    try:
+        told = json.loads(note).get("inputs", {}).items()
+        return {name for name, how in told if how.get("seen") != 0 and not _counts(how.get("table"))}
+    except (ValueError, AttributeError):  # somebody else's note
+        return set()
+
+
+def _counts(table: object) -> bool:
+    """Whether a table holds the places of its rows."""
+    return isinstance(table, list) and table == [*range(len(table))]
 
 
 def _pasts(graph: onnx.GraphProto) -> set[str]:

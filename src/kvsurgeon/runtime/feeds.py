@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -237,12 +237,12 @@ def fixed_size(inputs: Inputs, tensors: Sequence[Tensor], axis: Literal["batch",
         tensors: The inputs of the model asked about, which may be another one with inputs of the same names.
         axis: The axis asked about.
     """
-    tokens = inputs.tokens
-    dims = next((tensor.dims for tensor in tensors if tensor.name == tokens.name), ())
-    if axis not in tokens.axes or tokens.axes.index(axis) >= len(dims):
-        return None
-    dim: Any = dims[tokens.axes.index(axis)]
-    return dim if isinstance(dim, int) else None
+    tokens, dims = inputs.tokens, {tensor.name: tensor.dims for tensor in tensors}
+    for given in (tokens, *inputs.given):
+        for place, dim in zip(given.axes, dims.get(given.name, ()), strict=False):
+            if place == axis and isinstance(dim, int):
+                return dim
+    return None
 
 
 def padded(array: Array, axis: int, before: int, after: int, value: float | None) -> Array:
