@@ -1,7 +1,7 @@
 """State outside attention: what convolutions, shifts and running sums read is remembered."""
 
 import pytest
-from attentions import assert_law_of, attention
+from attentions import assert_law_of, attention, in_order
 from exports import injected
 from laws import assert_law
 from written import read
@@ -147,3 +147,19 @@ def test_a_model_without_attention_is_refused_by_what_mixes_its_tokens():
     )
     with pytest.raises(Refused, match="CumSum mixes tokens along the sequence outside attention, and there is no"):
         injected(read(text))
+
+
+COUNTED = """number = ReduceSum<keepdims = 0>(x, third)
+ mine = Unsqueeze(number, third)
+ theirs = Unsqueeze(number, second)
+ same = Equal(mine, theirs)
+ earlier = LessOrEqual(row, column)
+ both = And(same, earlier)
+ ones = Cast<to = 1>(both)
+ count = ReduceSum(ones, third)
+ h = Add(x, count)"""
+
+
+def test_that_tokens_are_counted_is_said():
+    with pytest.raises(Refused, match="counting tokens"):
+        injected(in_order(read(attention(hidden=COUNTED))))

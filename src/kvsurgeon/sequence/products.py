@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from kvsurgeon.errors import Refused
 from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
 from kvsurgeon.sequence.elementwise import brought
 from kvsurgeon.sequence.flow import PER_CALL, ContextProduct, FusedAttention, ScoreProduct, Step
 from kvsurgeon.sequence.kinds import Kind
-from kvsurgeon.shapes.contraction import PACKED, Contraction, Labels, contraction_of
+from kvsurgeon.shapes.contraction import PACKED, PRODUCTS, Contraction, Labels, contraction_of
 
 Held = dict[str, SequenceAxis]  # label -> the sequence axis that it names
 
@@ -83,7 +84,7 @@ def _sum_away(step: Step, found: Contraction, label: str, left: Held, right: Hel
     if keys.role.resolved() is Length.NEW or not (
         values.role.resolved() is Length.NEW or step.flow.is_bordered(values.role)
     ):
-        raise step.mixing()  # a state summed over tokens, as linear attention has
+        raise _counted(step, values) or step.mixing()  # a state summed over tokens, as linear attention has
     weights, value = (found.left, found.right) if is_left else (found.right, found.left)
     if keys.role.root().bias or not _sees_keys(step, keys.role):
         raise step.mixing()
@@ -95,6 +96,25 @@ def _sum_away(step: Step, found: Contraction, label: str, left: Held, right: Hel
     if not one.border:
         step.flow.operands[step.node, value] = keys.role
     step.flow.products.append(ContextProduct(node=step.node, weights=weights, value=value, role=keys.role))
+
+
+def _counted(step: Step, axis: SequenceAxis) -> Refused | None:
+    """Why tokens have no role: what they are made of is a number of other tokens, which were compared with them."""
+    for score in step.flow.scores:
+        roles = score.left_role.root(), score.right_role.root()
+        if score.node.op_type in PRODUCTS or axis.role.root() not in roles:
+            continue
+        other = roles[1] if axis.role.root() is roles[0] else roles[0]
+        counts = [node for node, role in step.flow.along_keys.items() if role.root() is other]
+        if counts:
+            return Refused(
+                "positions, or other numbers, come from counting tokens that are compared with each other, and a step "
+                "would have to be given all of them",
+                at=counts[0].outputs[0].name,
+                expected="positions by place, by the mask, or given",
+                found=f"{counts[0].op_type} of {score.node.op_type}",
+            )
+    return None
 
 
 def _sum_beside(step: Step, found: Contraction, label: str, keys: SequenceAxis) -> Held:
