@@ -75,3 +75,81 @@ def test_experts_that_mix_tokens_are_refused(changed):
     session.run(None, {"x": np.random.default_rng(0).standard_normal((1, 5, 8)).astype(np.float32)})
     with pytest.raises(Refused, match="keep them apart"):
         injected(model)
+
+
+# Tokens in the order of their experts, each by the matrix of its own, and back in the order in which they came.
+SORTED = """f = Reshape(x, rows)
+ score = MatMul(f, router)
+ chosen = ArgMax<axis = -1, keepdims = 0>(score)
+ fs = Shape(f)
+ many = Slice(fs, first, second)
+ ones1, order = TopK<largest = 0>(chosen, many)
+ back1, back = TopK<largest = 0>(order, many)
+ taken = Gather(f, order)
+ LIMITED
+ column1 = Unsqueeze(kept, second)
+ whose = Gather(experts, ones1)
+ made = MatMul(column1, whose)
+ flat = Squeeze(made, second)
+ put = Gather(flat, back)
+ h = Reshape(put, sizes)"""
+ALL_KEPT = "kept = Identity(taken)"
+FIRST_HUNDRED = """start = Slice(taken, first, hundred)
+ rest = Slice(taken, hundred, far)
+ gone = Mul(rest, nil)
+ kept = Concat<axis = 0>(start, gone)"""
+BY_RANK = """rank = Cast<to = 1>(order)
+ wide = Unsqueeze(rank, second)
+ kept = Mul(taken, wide)"""
+UP_TO_A_RANK = """back2 = Less(order, limit)
+ wide = Unsqueeze(back2, second)
+ kept = Where(wide, taken, nil)"""
+OF_SORTED = """int64[2] rows = {-1, 8}, float[8, 2] router, float[2, 8, 8] experts, int64[1] hundred = {100},
+ float nil = {0.0}, int64[1] far = {1000000}, int64 limit = {1000}"""
+
+
+def sorted_text(limited: str = ALL_KEPT) -> str:
+    return attention(hidden=SORTED.replace("LIMITED", limited), constants=OF_SORTED)
+
+
+def test_tokens_that_are_sorted_by_their_experts():
+    assert_law_of(sorted_text())
+
+
+@pytest.mark.parametrize(
+    "limited", [FIRST_HUNDRED, BY_RANK, UP_TO_A_RANK], ids=["only the first hundred", "by rank", "up to a rank"]
+)
+def test_what_a_token_gets_must_not_depend_on_its_rank(limited):
+    with pytest.raises(Refused, match=r"mixes tokens|keep them apart"):
+        injected(in_order(read(sorted_text(limited))))
+
+
+# How many tokens each expert takes says where the sorted tokens are cut.
+COUNTED = """f = Reshape(x, rows)
+ score = MatMul(f, router)
+ chosen = ArgMax<axis = -1, keepdims = 1>(score)
+ fs = Shape(f)
+ many = Slice(fs, first, second)
+ ss = Shape(score)
+ none = ConstantOfShape<value = float[1] {0.0}>(ss)
+ cs = Shape(chosen)
+ unit = ConstantOfShape<value = float[1] {1.0}>(cs)
+ hot = ScatterElements<axis = 1>(none, chosen, unit)
+ whole = Cast<to = 7>(hot)
+ count = ReduceSum<keepdims = 0>(whole, first)
+ alone = Squeeze(chosen, second)
+ sorted, order = TopK<largest = 0>(alone, many)
+ taken = Gather(f, order)
+ mine, theirs = Split<axis = 0>(taken, count)
+ made_mine = MatMul(mine, expert_0)
+ made_theirs = MatMul(theirs, expert_1)
+ made = Concat<axis = 0>(made_mine, made_theirs)
+ zeros = ConstantOfShape<value = float[1] {0.0}>(fs)
+ places = Unsqueeze(order, second)
+ put = ScatterND(zeros, places, made)
+ h = Reshape(put, sizes)"""
+
+
+def test_tokens_that_are_counted_for_their_experts():
+    constants = "int64[2] rows = {-1, 8}, float[8, 2] router, float[8, 8] expert_0, float[8, 8] expert_1"
+    assert_law_of(attention(hidden=COUNTED, constants=constants))

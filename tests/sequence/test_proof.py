@@ -3,7 +3,7 @@
 # ruff: noqa: E501  # a case is read best on one line
 
 import pytest
-from attentions import attention
+from attentions import assert_law_of, attention
 from written import read
 
 from kvsurgeon.errors import Refused
@@ -139,3 +139,8 @@ def test_the_layer_is_named():
     )
     with pytest.raises(Refused, match="layer 1: attention sees the future"):
         Subject.of(read(text)).decoder()
+
+
+def test_scores_too_large_for_the_model_itself_say_nothing():
+    """exp(s) / exp(s) of a large score is no number: smaller ones are tried then."""
+    assert_law_of(attention(scores="g = Exp(s0)\n r = Div(g, g)\n s = Mul(s0, r)"))

@@ -28,7 +28,7 @@ from kvsurgeon.sequence.looking import (
 )
 from kvsurgeon.sequence.trial import USEFUL, Trial, check_same, first
 
-LOUD = 30.0  # times the usual noise: a mask must hold against large scores too
+LOUD = (30.0, 10.0, 3.0, 1.0)  # times the usual noise: a mask must hold against scores as large as the model can take
 
 Tokens = dict[Pattern, np.ndarray]  # for each way to mask tokens which of them: [token] of bool
 Read = Callable[[Sequence[np.ndarray], int], np.ndarray]  # outputs and the length -> weights [..., query, key]
@@ -146,7 +146,8 @@ def _look(
     if trial.fixed is not None:
         _check_fixed(layer, head, found[longest][0], look(longest, cut_short)[0] if experiment.masks else None)
     if experiment.stand_ins:
-        _check_causal(layer, head, look(longest, all_seen, loudness=LOUD)[0])
+        loud = (look(longest, all_seen, loudness=loudness)[0] for loudness in LOUD)
+        _check_causal(layer, head, next(weights for weights in loud if not np.isnan(weights).any()))
         flat = look(longest, all_seen, loudness=0.0)[0]
     return Seen(
         weights=found[longest][0], padded=padded, flat=flat,

@@ -16,7 +16,7 @@ from kvsurgeon.sequence import along, bordering, elementwise, moving, picking, p
 from kvsurgeon.sequence.axes import Axes, Length, SequenceAxis
 from kvsurgeon.sequence.flow import Flow, Step
 from kvsurgeon.sequence.inputs import GivenInput
-from kvsurgeon.sequence.islands import PICKERS, Island, find_island, take_island
+from kvsurgeon.sequence.islands import PICKERS, Island, begins_sorted, find_island, joined, take_island
 from kvsurgeon.sequence.kinds import Kind
 from kvsurgeon.sequence.recall import find_recall, take_recall
 from kvsurgeon.shapes import dimension as dim
@@ -110,9 +110,24 @@ def follow_tokens(
             if node is islands[node].nodes[-1]:
                 take_island(flow, islands[node])
         elif node not in flow.recalling and any(kinds.get(value) is Kind.TOKEN for value in node.outputs):
-            _take_or_recall(flow, node, is_read=node in read)
+            try:
+                _take_or_recall(flow, node, is_read=node in read)
+            except Refused:
+                if not _lands(flow, node, islands):
+                    raise
     _check_roles(flow)
     return flow
+
+
+def _lands(flow: Flow, node: ir.Node, islands: dict[ir.Node, Island]) -> bool:
+    """Whether an island begins at a node that sorts the tokens or counts them; it is added to the others."""
+    found = find_island(flow, node) if begins_sorted(flow, node) else None
+    if found is None:
+        return False
+    whole = joined({found, *(islands[one] for one in found.nodes if one in islands)}, flow.order)
+    if whole is not None:
+        islands.update(dict.fromkeys(whole.nodes, whole))
+    return whole is not None
 
 
 def _read_for_their_numbers(nodes: Sequence[ir.Node]) -> set[ir.Node]:

@@ -1,13 +1,14 @@
 """Islands: nodes that pick tokens by what is in them, work on those, and put the results back where they were taken.
 
-A mixture of experts that is exported as a loop over its experts does this. Inside, no axis holds the tokens in order,
-so they cannot be followed. But the whole, from tensors with all tokens to a tensor with all tokens, can be run: if what
-comes out for a token depends on nothing but what goes in for it, the island is position-wise. That is seen, not proved.
+A mixture of experts that is exported as a loop over its experts does this, or one that sorts its tokens. Inside, no
+axis holds the tokens in order, so they cannot be followed. But the whole, from tensors with all tokens to a tensor with
+all tokens, can be run: if what comes out for a token depends on nothing but what goes in for it, the island is
+position-wise. That is seen, not proved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,7 @@ from kvsurgeon.sequence.looking import all_seen, close, unfolded
 from kvsurgeon.shapes import dimension as dim
 from kvsurgeon.shapes.contraction import PRODUCTS
 from kvsurgeon.shapes.elementwise import BINARY, UNARY
+from kvsurgeon.shapes.slicing import slice_bounds
 
 PICKERS = frozenset({"NonZero"})
 SEEN = "routing that depends on the tokens: that it keeps them apart was seen by running it"
@@ -34,6 +36,7 @@ _INSIDE = PICKERS | BINARY | UNARY | LOOKUPS | PRODUCTS | {
     "Shape", "Size", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
 }
 # fmt: on
+_LIMITS = frozenset({"Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Min", "Max", "Clip", "NonZero"})
 _PLACES = 33  # tokens of the longest text that is run; shorter and longer ones are made of the same
 _TEXTS = (range(_PLACES)[::-1], (5, 3, 3, 20, 31, 0, 8), (4,), (9, 30), [place * 7 % _PLACES for place in range(300)])
 
@@ -52,20 +55,60 @@ class Island:
 
 
 def find_island(flow: Flow, start: ir.Node) -> Island | None:
-    """The smallest island that begins at a node which picks tokens; None where its tokens are not put back."""
+    """The smallest island that begins at a node which picks or sorts tokens; None where they are not put back."""
     region, made = [start], set(start.outputs)
+    may_stand_inside = _picked if start.op_type in PICKERS else _sorted
     for node in list(flow.order)[flow.order[start] + 1 :]:
         if not any(value in made for value in node.inputs):
             continue
         region.append(node)
         made.update(node.outputs)
-        if node.op_type not in _INSIDE or any(value.is_graph_output() for value in region[-2].outputs):
+        if not may_stand_inside(flow, node) or any(value.is_graph_output() for value in region[-2].outputs):
             return None
         axes = _tokens_in(flow, node.outputs[0])
         inside = set(region)
         if axes and all(user in inside for value in made - set(node.outputs) for user, _ in value.uses()):
             return Island(nodes=tuple(region), axes=axes)
     return None
+
+
+def begins_sorted(flow: Flow, node: ir.Node) -> bool:
+    """Whether a node brings all tokens into another order, or counts them, as where each expert takes its own."""
+    dtype = flow.shapes[node.outputs[0]].dtype
+    return _sorts_all(flow, node) or (node.op_type == "ReduceSum" and dtype is not None and dtype.is_integer())
+
+
+def joined(islands: Collection[Island], order: Mapping[ir.Node, int]) -> Island | None:
+    """Islands that overlap are one; None where they do not end together."""
+    first, *others = islands
+    if any(other.nodes[-1] is not first.nodes[-1] for other in others):
+        return None
+    nodes = {node for island in islands for node in island.nodes}
+    return Island(nodes=tuple(sorted(nodes, key=lambda node: order[node])), axes=first.axes)
+
+
+def _picked(flow: Flow, node: ir.Node) -> bool:
+    return node.op_type in _INSIDE
+
+
+def _sorted(flow: Flow, node: ir.Node) -> bool:
+    """Whether a node may stand where tokens are sorted: none that tells the first so many from the others."""
+    if node.op_type == "Slice":
+        bounds, shape = slice_bounds(flow.shapes.call(node)), flow.shapes.call(node).fact(0).shape
+        return bounds is not None and shape is not None and all(isinstance(shape[axis], int) for axis in bounds[0])
+    if node.op_type in _LIMITS:
+        constants = [small_constant(value) for value in node.inputs]
+        return any(constant is not None and not constant.any() for constant in constants)  # a sign, or whether any
+    return begins_sorted(flow, node) or node.op_type in _INSIDE
+
+
+def _sorts_all(flow: Flow, node: ir.Node) -> bool:
+    if node.op_type != "TopK":
+        return False
+    call = flow.shapes.call(node)
+    before, after = call.fact(0).shape, flow.shapes[node.outputs[0]].shape
+    axis = call.integer("axis", -1)
+    return bool(before and after) and dim.is_equal(before[axis], after[axis]) is True  # type: ignore[index]
 
 
 def _tokens_in(flow: Flow, value: ir.Value) -> Axes:
@@ -129,8 +172,8 @@ def _sources(flow: Flow, tokens: Sequence[ir.Value]) -> list[ir.Value] | None:
         value = pending.pop()
         if value in found or flow.kinds.get(value) is not Kind.TOKEN:
             continue
-        dtype, node = flow.shapes[value].dtype, value.producer()
-        if dtype is None or not dtype.is_floating_point():
+        node = value.producer()
+        if not _is_float(flow, value) or _counts(flow, node):
             if node is None or node in flow.islands:
                 return None
             pending += [source for source in node.inputs if source is not None]
@@ -140,6 +183,19 @@ def _sources(flow: Flow, tokens: Sequence[ir.Value]) -> list[ir.Value] | None:
             return None
         found.append(value)
     return found
+
+
+def _is_float(flow: Flow, value: ir.Value) -> bool:
+    dtype = flow.shapes[value].dtype
+    return dtype is not None and dtype.is_floating_point()
+
+
+def _counts(flow: Flow, node: ir.Node | None) -> bool:
+    """Whether what a node makes is floats in name only: made of whole numbers, such as which expert takes a token."""
+    tokens = [
+        value for value in (node.inputs if node else ()) if value is not None and flow.kinds.get(value) is Kind.TOKEN
+    ]
+    return bool(tokens) and not any(_is_float(flow, value) for value in tokens)
 
 
 def _signature(flow: Flow, island: Island) -> Hashable:
