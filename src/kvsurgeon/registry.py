@@ -16,6 +16,7 @@ BUILT_IN = {
     "eject": "kvsurgeon.passes.eject:Eject",
     "retarget": "kvsurgeon.passes.retarget:Retarget",
     "without-mask": "kvsurgeon.passes.without_mask:WithoutMask",
+    "causal-mask": "kvsurgeon.passes.causal_mask:CausalMask",
     "count-positions": "kvsurgeon.passes.count_positions:CountPositions",
     "last-logits": "kvsurgeon.passes.last_logits:LastLogits",
     "name-dims": "kvsurgeon.passes.name_dims:NameDims",

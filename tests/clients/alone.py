@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cases import Case, answer
@@ -18,13 +18,19 @@ from environments import Client
 import kvsurgeon
 from kvsurgeon.errors import KvsurgeonError, Refused
 from kvsurgeon.io import find_model
+from kvsurgeon.passes.contract import Changed, Subject
+from kvsurgeon.passes.lower_opset import LowerOpset
+from kvsurgeon.targets import TARGETS
 
 Asked = Sequence[tuple[Case, list[list[int]] | None]]  # with what is expected, where that is known
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came out of one model: "equal", "different", "refused" or "failed", and why."""
+    """What came out of one model: "equal", "different", "refused", "failed" or "unfit", and why.
+
+    Unfit is a model that the client fails on, or answers otherwise, before anything was done to it.
+    """
 
     model: str
     verdict: str
@@ -35,21 +41,36 @@ class Outcome:
 
 
 def outcome(client: Client, call: list[str], home: Path, model: Path, cases: Asked, *, judged: bool) -> Outcome:
-    """Write the target's folder, run the client where nothing else is, and compare its tokens."""
+    """Write the target's folder, run the client where nothing else is, and compare its tokens.
+
+    Where they are not equal, and the client runs models without a cache, it is asked the same of the original.
+    """
     name = model.stem if model.suffix else "/".join(model.parts[-2:])
     with tempfile.TemporaryDirectory(prefix="kvsurgeon-client-") as scratch:
-        alone = Path(scratch) / "alone"
         source = _copied(model, Path(scratch) / "source")
         expected = [said or answer(find_model(source), case) for case, said in cases]
+        alone = Path(scratch) / "alone"
         try:
             _moved(client, source, alone, judged=judged)
         except Refused as error:
             return Outcome(model=name, verdict="refused", details=str(error))
         except KvsurgeonError as error:
             return Outcome(model=name, verdict="failed", details=f"inject: {error}")
-        ran = _run(client, call, home, alone, cases, _unused(expected))
+        found = _compared([*call, str(alone), *client.arguments], home, cases, expected)
+        if found.verdict != "equal" and client.plain is not None:
+            original = _plain(client, model, Path(scratch) / "original")
+            plain = [*call, str(original), *client.arguments, client.plain]
+            without = _compared(plain, home, cases, expected)
+            if without.verdict != "equal":
+                details = f"without a cache too: {without.verdict}: {without.details}"
+                found = Outcome(model=name, verdict="unfit", details=details)
+    return replace(found, model=name)
+
+
+def _compared(command: list[str], home: Path, cases: Asked, expected: Sequence[list[list[int]]]) -> Outcome:
+    ran = _run(command, home, cases, _unused(expected))
     if ran.returncode:
-        return Outcome(model=name, verdict="failed", details=_last_words(ran.stderr))
+        return Outcome(model="", verdict="failed", details=_last_words(ran.stderr))
     found = json.loads(ran.stdout.splitlines()[-1])["answers"]
     wrong = [
         f"{case.name}: expected {want}, found {have}"
@@ -58,7 +79,18 @@ def outcome(client: Client, call: list[str], home: Path, model: Path, cases: Ask
     ]
     tokens = sum(len(row) for rows in expected for row in rows)
     details = "; ".join(wrong) or f"{len(cases)} cases, {tokens} tokens"
-    return Outcome(model=name, verdict="different" if wrong else "equal", details=details)
+    return Outcome(model="", verdict="different" if wrong else "equal", details=details)
+
+
+def _plain(client: Client, model: Path, folder: Path) -> Path:
+    """Return a folder with a copy of the original, of an opset that the client reads, and nothing else done to it."""
+    copy = find_model(_copied(model, folder))
+    opset = TARGETS.find(client.target).load().opset
+    if opset is not None:
+        subject = Subject.of(copy)
+        if isinstance(LowerOpset(opset=opset).apply(subject), Changed):
+            kvsurgeon.save(subject.model, copy)
+    return copy.parent
 
 
 def _copied(model: Path, folder: Path) -> Path:
@@ -78,12 +110,10 @@ def _moved(client: Client, source: Path, alone: Path, *, judged: bool) -> None:
     shutil.rmtree(source if source.is_dir() else source.parent)
 
 
-def _run(
-    client: Client, call: list[str], home: Path, alone: Path, cases: Asked, unused: int
-) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], home: Path, cases: Asked, unused: int) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     return subprocess.run(
-        [*_without_network(), *call, str(alone), *client.arguments],
+        [*_without_network(), *command],
         input=json.dumps({"cases": [case.asked() for case, _ in cases], "unused": unused}),
         capture_output=True,
         text=True,

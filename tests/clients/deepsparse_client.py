@@ -1,7 +1,8 @@
 """Answer cases with DeepSparse's TextGeneration pipeline: python deepsparse_client.py FOLDER [deepsparse|onnxruntime].
 
 Prompts are told as text, as its users tell them; a folder without a tokenizer is given one whose words are numbers. One
-text at a time, with its own engine or with onnxruntime.
+text at a time, with its own engine or with onnxruntime. With a third word, `plain`, its engine runs a model that has no
+cache, the whole text anew for each token.
 """
 
 import json
@@ -9,27 +10,61 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import onnx
-from deepsparse import TextGeneration
+from deepsparse import Engine, TextGeneration
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-PROMPT = 4  # tokens of a prompt that are given at once, where the model can take several
 END = "<end>"
 ROOM = 8  # tokens of context beyond those that are asked for, at least
 
 
 def answers(folder, cases, engine_type):
-    """Yield the new tokens of each case, greedy; one text at a time."""
+    """Yield the new tokens of each case, greedy; one text at a time, a prompt token by token or in chunks."""
     tokenizer = tokenizer_of(folder)
-    longest = max(len(case["ids"][0]) + case["new"] for case in cases) + ROOM
-    # Its own engine crashes on small models with more than one core, and on these and others with the cache inside.
-    pipeline = TextGeneration(
-        model_path=str(folder), engine_type=engine_type, num_cores=1, internal_kv_cache=False, force_max_tokens=True,
-        sequence_length=longest + -longest % PROMPT, prompt_sequence_length=PROMPT,
-    )  # fmt: skip
+    length = room(cases)
+    pipelines = {}
     for case in cases:
-        yield [tokens(pipeline, tokenizer, row, case["new"]) for row in case["ids"]]
+        chunk = case["chunk"] or 1
+        if chunk not in pipelines:  # with the cache inside, which is its default, its engine crashes on these models
+            pipelines[chunk] = TextGeneration(
+                model_path=str(folder), engine_type=engine_type, num_cores=1, internal_kv_cache=False,
+                force_max_tokens=True, sequence_length=length, prompt_sequence_length=chunk,
+            )  # fmt: skip
+        yield [tokens(pipelines[chunk], tokenizer, row, case["new"]) for row in case["ids"]]
+
+
+def plain_answers(folder, cases):
+    """Yield the same of a model without a cache: texts are filled up behind, where no token looks."""
+    length = room(cases)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
+    stored = {tensor.name for tensor in graph.initializer}
+    types = {value.name: onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+             for value in graph.input if value.name not in stored}  # fmt: skip
+    model = str(folder / "model.onnx")
+    engine = Engine(model, batch_size=1, num_cores=1, input_shapes=[[1, length]] * len(types))
+    for case in cases:
+        yield [plain_tokens(engine, types, row, case["new"], length) for row in case["ids"]]
+
+
+def plain_tokens(engine, types, ids, new, length):
+    """Return the tokens that follow a text, each computed anew."""
+    text = list(ids)
+    for _ in range(new):
+        behind = [0] * (length - len(text))
+        given = {name: text + behind for name in types}
+        given |= {name: [1] * len(text) + behind for name in types if "mask" in name}
+        given |= {name: range(length) for name in types if "pos" in name}
+        logits = engine.run([np.array([given[name]], types[name]) for name in engine.input_names])[0]
+        text.append(int(logits[0, len(text) - 1].argmax()))
+    return text[len(ids) :]
+
+
+def room(cases):
+    """Return how many tokens the longest text has, and some more: a multiple of every chunk."""
+    longest = max(len(case["ids"][0]) + case["new"] for case in cases) + ROOM
+    return longest + -longest % 4
 
 
 def tokens(pipeline, tokenizer, ids, new):
@@ -55,6 +90,8 @@ def tokenizer_of(folder):
 
 if __name__ == "__main__":
     request = json.load(sys.stdin)
-    found = list(answers(Path(sys.argv[1]), request["cases"], (sys.argv[2:] or ["deepsparse"])[0]))
+    folder, engine_type, *plain = [Path(sys.argv[1]), *(sys.argv[2:] or ["deepsparse"])]
+    asked = request["cases"]
+    found = list(plain_answers(folder, asked) if plain else answers(folder, asked, engine_type))
     print()
     print(json.dumps({"versions": {"deepsparse": version("deepsparse")}, "answers": found}))

@@ -24,6 +24,7 @@ class Client:
         chunked: Whether it takes a prompt in chunks.
         new: Tokens that it is asked for by a small model.
         node: Whether it runs in Node.
+        plain: What its script is told to run a model without a cache; None where it runs none.
     """
 
     target: str
@@ -35,6 +36,7 @@ class Client:
     chunked: bool = False
     new: int = 12
     node: bool = False
+    plain: str | None = None
 
     def command(self, environments: Path, python: str) -> tuple[list[str], Path]:
         """Return how to call the client, and where; its environment is made if it is not there."""
@@ -98,6 +100,8 @@ CLIENTS = {
         script="deepsparse_client.py",
         arguments=("deepsparse",),
         padded=False,
+        chunked=True,
+        plain="plain",
     ),
     "deepsparse-onnxruntime": Client(
         target="deepsparse",
@@ -105,6 +109,7 @@ CLIENTS = {
         script="deepsparse_client.py",
         arguments=("onnxruntime",),
         padded=False,
+        chunked=True,
     ),
     "tensorrt": Client(
         target="tensorrt",

@@ -11,6 +11,9 @@ The client is installed into an environment of its own (`--environments`, by def
 temporary one). Each model is copied, its target folder written and moved alone into an empty place; the copy of the
 source is gone before the client runs from there, without kvsurgeon and, where that can be had, without a network.
 
+A model that the client already fails on, or answers otherwise, without a cache and with nothing done to it but a lower
+opset is counted apart, as unfit: it says nothing of the cache.
+
 Ends with 0 if all was shown, 1 if a client's tokens differ or it fails, 3 if nothing differs but something of what is
 to be shown was not run, 4 if the client cannot be installed from here.
 """
@@ -53,7 +56,9 @@ def main() -> int:
         print(one, flush=True)
         runs.outcomes.append(one)
     missing = [] if options.models else list(_missing(runs, options))
-    print(f"{options.client}: {runs.count('equal')} equal, {runs.count('refused')} refused, {runs.bad} not equal")
+    unfit = f", {runs.count('unfit')} that the client fails on without a cache too" if runs.count("unfit") else ""
+    counted = f"{runs.count('equal')} equal, {runs.count('refused')} refused, {runs.bad} not equal"
+    print(f"{options.client}: {counted}{unfit}")
     for what in missing:
         print(f"{options.client}: not shown: {what}")
     if runs.bad or not runs.count("equal"):
@@ -91,7 +96,7 @@ class _Runs:
 
     @property
     def bad(self) -> int:
-        return len(self.outcomes) - self.count("equal") - self.count("refused")
+        return sum(one.verdict not in ("equal", "refused", "unfit") for one in self.outcomes)
 
     def small(self, model: Path) -> Outcome:
         client = self.client
@@ -121,7 +126,7 @@ def _outcomes(runs: _Runs, options: argparse.Namespace) -> Iterator[Outcome]:
             one = runs.small(model)
             yield one
             equal += one.verdict == "equal"
-            if one.verdict != "refused":
+            if one.verdict not in ("refused", "unfit"):
                 break
 
 

@@ -269,3 +269,13 @@ def test_a_model_without_pasts_has_no_cache_and_half_a_cache_is_refused():
     assert find_cache([tensor("ids", "b", "s")], [past("present.0.key")]) == ()
     with pytest.raises(UsageError, match="found 0 and 1"):
         find_cache([past()], [])
+
+
+def test_of_two_axes_of_new_tokens_the_last_is_the_keys():
+    length = "sequence_length"
+    given = [tensor("input_ids", "batch_size", length), tensor("causal_mask", "batch_size", 1, length, length)]
+
+    assert kinds(*given) == {"input_ids": "tokens", "causal_mask": "visibility"}
+    feeds = inputs_of(given).whole(TOKENS, MASK)
+    assert feeds["causal_mask"].shape == (2, 1, 4, 4)
+    assert feeds["causal_mask"][0, 0].tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]

@@ -143,6 +143,8 @@ def _axes(tensor: Tensor, *, cached: bool) -> tuple[Axis, ...]:
         return places[rank] if rank in places else tuple(_FIXED for _ in axes)
     if "batch" not in axes and rank > 1 and axes[0] == "fixed":
         axes[0] = "batch"
+    if axes.count("new") > 1:  # queries against keys, where without a cache the two lengths are one
+        axes[rank - 1 - axes[::-1].index("new")] = "total"
     return tuple(axes)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kvsurgeon.passes.causal_mask import CausalMask
 from kvsurgeon.passes.lower_opset import LowerOpset
 from kvsurgeon.passes.position_ids import PositionIds
 from kvsurgeon.passes.rename import Rename
@@ -14,7 +15,8 @@ from kvsurgeon.targets.target import Obstacle, SideFile, Target
 from kvsurgeon.targets.tokenizers import CONFIG_BEFORE_5, MERGES_AS_TEXT
 
 _OPSET = 17  # the newest that its own engine loads; onnxruntime under it takes 19
-_ORDER = ("input_ids", "attention_mask", "positions")  # compute_engine_inputs takes the first two by their place
+# compute_engine_inputs takes the first two by their place, and makes the last one after the others
+_ORDER = ("input_ids", "attention_mask", "positions", "causal_mask")
 _SHIFTED = frozenset(("causal", "window"))  # masks that are the same wherever a text begins
 
 
@@ -32,11 +34,11 @@ def _in_the_way(facts: Facts) -> Iterator[Obstacle]:
                 f"behind padding, found a {attention.mask.kind} mask",
                 at=attention.at,
             )
-            return
-    yield Obstacle(
-        what="the model has no causal_mask input: DeepSparse takes its prompt token by token",
-        stops=False,
-    )
+            break
+    if facts.input("causal_mask") is None:
+        yield Obstacle(
+            what="the model has no causal_mask input: DeepSparse takes its prompt token by token", stops=False
+        )
 
 
 def _some_config(facts: Facts) -> Mapping[str, Any] | None:
@@ -49,7 +51,7 @@ DEEPSPARSE = Target(
     summary="deepsparse.TextGeneration(model_path=folder, internal_kv_cache=False), batch 1",
     tried="deepsparse 1.8.0",
     before=(Rename(names=("position_ids:positions",)), PositionIds(input="positions")),
-    after=(WriteRepeats(), LowerOpset(opset=_OPSET)),
+    after=(CausalMask(), WriteRepeats(), LowerOpset(opset=_OPSET)),
     needs=("input_ids", "attention_mask", "logits"),
     feeds=frozenset(_ORDER),
     dtypes={name: frozenset(("int64",)) for name in _ORDER} | {"logits": frozenset(("float32",))},

@@ -1,0 +1,61 @@
+"""A mask of queries against keys is given beside that of tokens, and hides what its last query does not see."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from exports import ONE_OF_EACH, export
+from laws import in_onnxruntime
+from written import read
+
+from kvsurgeon import io
+from kvsurgeon.parity import verify
+from kvsurgeon.passes.causal_mask import CausalMask
+from kvsurgeon.passes.contract import Changed, Subject, Unchanged
+from kvsurgeon.passes.inject import Inject
+
+
+def masked(name):
+    """An export with a cache and the mask, and the original."""
+    original = export(name)
+    subject = Subject.of(original)
+    Inject().apply(subject)
+    outcome = CausalMask().apply(subject)
+    return original, subject, outcome
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_the_judge_finds_the_same_model(name):
+    original, subject, outcome = masked(name)
+    if isinstance(outcome, Unchanged):
+        assert "attention_mask" in outcome.reason
+        return
+    result = io.to_proto(subject.model)
+    (given,) = (value for value in result.graph.input if value.name == "causal_mask")
+    dims = [dim.dim_param or dim.dim_value for dim in given.type.tensor_type.shape.dim]
+    assert dims == ["batch_size", 1, "sequence_length", "total_sequence_length"]
+    assert verify(original, result).verdict == "same"
+    assert isinstance(CausalMask().apply(subject), Unchanged)
+
+
+TEXT = """case (int64[batch_size, sequence_length] input_ids, {dtype}[batch_size, total_sequence_length] attention_mask)
+=> ({dtype}[batch_size, total_sequence_length] seen) {{ seen = Identity(attention_mask) }}"""
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32"])
+def test_a_token_counts_if_both_masks_say_so(dtype):
+    subject = Subject.of(read(TEXT.format(dtype=dtype), 17))
+    assert isinstance(CausalMask().apply(subject), Changed)
+    mask = np.array([[0, 1, 1, 1, 1]], dtype=dtype)
+    causal = np.tri(2, 5, 3, dtype=np.int64)[None, None]
+    causal[..., :2] = 0
+    feeds = {"input_ids": np.zeros((1, 2), np.int64), "attention_mask": mask, "causal_mask": causal}
+    feeds = {value.name: feeds[value.name] for value in subject.model.graph.inputs}
+    found = in_onnxruntime(io.to_proto(subject.model))(feeds)["seen"]
+    assert found.tolist() == [[0, 0, 1, 1, 1]]
+    assert found.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", ["float", "bool"])
+def test_a_mask_of_other_numbers_stays_alone(dtype):
+    assert isinstance(CausalMask().apply(Subject.of(read(TEXT.format(dtype=dtype), 17))), Unchanged)
