@@ -65,7 +65,7 @@ PASSES: tuple[tuple[str, tuple[str, ...], int], ...] = (  # name, options, weigh
     ("write-divisions", ("",), 1),
     ("plain-gather", ("",), 1),
     ("lower-opset", ("{opset=17}", "{opset=13}"), 1),
-    ("name-dims", ("{dims=batch_size=2}", "{dims=batch_size=texts}"), 1),
+    ("name-dims", ("{dims=batch_size=1}", "{dims=batch_size=texts}"), 1),
     ("rename", ("{names=logits=scores}",), 1),
 )
 

@@ -57,6 +57,14 @@ def digest(folder: Path) -> dict[str, str]:
     return {one.name: hashlib.sha256(one.read_bytes()).hexdigest() for one in sorted(folder.iterdir())}
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_that_loses_something_says_how_much_of_what(command, capsys):
+    assert run([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    lossy = command in ("merge-kv-heads", "share-kv-layers")
+    assert ("--per-layer" in said, "--text" in said) == (lossy, lossy)
+
+
 def works(*command: str) -> bool:
     return shutil.which(command[0]) is not None and subprocess.run(command, capture_output=True).returncode == 0
 

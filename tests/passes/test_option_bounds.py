@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from attentions import attention
 from written import read
 
-from kvsurgeon.errors import UsageError
+from kvsurgeon.errors import Refused, UsageError
 from kvsurgeon.passes.contract import Subject, Unchanged
 from kvsurgeon.passes.name_dims import NameDims
 from kvsurgeon.passes.rename import Rename
@@ -40,6 +41,13 @@ TEXT = "case (float[batch, length] x, float[batch, length] other) => (float[batc
 def test_numbers_and_names_that_no_model_can_have_are_wrong_usage(row):
     with pytest.raises(UsageError, match="expected"):
         Pipeline.parse(row).run(read(TEXT))
+
+
+def test_a_cache_holds_what_an_export_of_fixed_length_is_run_on():
+    fixed = read(attention().replace("[b, n, 8]", "[1, 9, 8]"))
+    with pytest.raises(Refused, match="expected max-length 9, found 8"):
+        Pipeline.parse("inject{idiom=in-place,max-length=8}").run(fixed)
+    assert Pipeline.parse("inject{idiom=in-place,max-length=9}").run(fixed).changed
 
 
 def test_dimensions_may_trade_names():

@@ -22,6 +22,7 @@ class MergeKvHeads:
     """
 
     name: ClassVar[str] = "merge-kv-heads"
+    exact: ClassVar[bool] = False  # so that its command says how much is lost, and of what text
 
     kv_heads: int  # how many heads there are to be
     method: Literal["mean", "first"] = "mean"  # what becomes of a group: its mean, or the first of it

@@ -27,6 +27,7 @@ class ShareKvLayers:
     """
 
     name: ClassVar[str] = "share-kv-layers"
+    exact: ClassVar[bool] = False  # so that its command says how much is lost, and of what text
 
     kv_layers: int | None = None  # how many layers keep keys and values; groups of neighbours, the first of each
     method: Method = "mean"  # of a group: its mean, the running mean of two and two, or its first

@@ -83,6 +83,11 @@ def plan_cache(options: Options, analysis: Analysis, proof: Proof) -> Plan:
             "the model cannot be run on as many tokens as the cache is to hold", at=analysis.inputs[0].value.name,
             expected=f"max-length of at most {longest}", found=str(wanted),
         )  # fmt: skip
+    if wanted is not None and isinstance(analysis.length, int) and wanted < analysis.length:
+        raise Refused(
+            "an export of fixed length is run on no fewer tokens than it has, and so the cache must hold as many",
+            at=analysis.inputs[0].value.name, expected=f"max-length {analysis.length}", found=str(wanted),
+        )  # fmt: skip
     dtype = None if options.cache_dtype is None else ir.DataType[options.cache_dtype.upper()]
     naming = Naming(
         past=options.past, present=options.present, dtype=dtype,
