@@ -22,6 +22,7 @@ BUILT_IN = {
     "name-dims": "kvsurgeon.passes.name_dims:NameDims",
     "give-context": "kvsurgeon.passes.give_context:GiveContext",
     "narrow-ids": "kvsurgeon.passes.narrow_ids:NarrowIds",
+    "widen-ids": "kvsurgeon.passes.narrow_ids:WidenIds",
     "without-nan-guards": "kvsurgeon.passes.nan_guards:WithoutNanGuards",
     "plain-gather": "kvsurgeon.passes.plain_gather:PlainGather",
     "raise-opset": "kvsurgeon.passes.raise_opset:RaiseOpset",

@@ -24,6 +24,7 @@ class Client:
         chunked: Whether it takes a prompt in chunks.
         new: Tokens that it is asked for by a small model.
         node: Whether it runs in Node.
+        home: Name of its environment, where it shares another client's; None for one by the target's name.
         plain: What its script is told to run a model without a cache; None where it runs none.
     """
 
@@ -36,11 +37,12 @@ class Client:
     chunked: bool = False
     new: int = 12
     node: bool = False
+    home: str | None = None
     plain: str | None = None
 
     def command(self, environments: Path, python: str) -> tuple[list[str], Path]:
         """Return how to call the client, and where; its environment is made if it is not there."""
-        home = environments / self.target
+        home = environments / (self.home or self.target)
         ready = home / "ready"
         if not ready.is_file() or ready.read_text() != repr(self.requirements):
             home.mkdir(parents=True, exist_ok=True)
@@ -72,6 +74,14 @@ CLIENTS = {
         target="genai",
         requirements=("onnxruntime-genai==0.18.0", "numpy"),
         script="genai_client.py",
+        padded=False,
+        chunked=True,
+    ),
+    "genai-shared-buffer": Client(
+        target="genai-shared-buffer",
+        requirements=("onnxruntime-genai==0.18.0", "numpy"),
+        script="genai_client.py",
+        home="genai",
         padded=False,
         chunked=True,
     ),

@@ -15,6 +15,8 @@ import kvsurgeon
 from kvsurgeon.cli.main import run
 from kvsurgeon.delivery import deliver, stands_between
 from kvsurgeon.errors import PluginError, Refused, UsageError
+from kvsurgeon.passes.contract import Subject
+from kvsurgeon.passes.narrow_ids import NarrowIds
 from kvsurgeon.targets import TARGETS, SideFile, Target
 
 PLAIN = Target(name="plain", summary="whoever takes it", tried="nothing")
@@ -150,6 +152,23 @@ def test_a_target_of_ones_own_comes_by_an_entry_point(monkeypatch, given, capsys
         TARGETS.find("bad").load()
     assert run(["targets"]) == 0
     assert "expected a kvsurgeon.targets.Target" in capsys.readouterr().out
+
+
+def test_one_buffer_for_past_and_present_is_an_operator_that_writes_it_and_a_config_that_says_so(given, tmp_path):
+    done = deliver(given, "genai-shared-buffer", tmp_path / "out")
+    assert "GroupQueryAttention" in {node.op_type for node in done.model.graph}
+    config = json.loads((tmp_path / "out" / "genai_config.json").read_text())
+    assert config["search"]["past_present_share_buffer"] is True
+    assert kvsurgeon.verify(given, done.path).verdict == "same"
+
+
+def test_ids_of_32_bits_are_given_to_transformers_js_as_64(tmp_path):
+    subject = Subject.of(Decoder(Config(layers=1)).model())
+    NarrowIds().apply(subject)
+    kvsurgeon.save(subject.model, tmp_path / "narrow.onnx")
+    done = deliver(tmp_path / "narrow.onnx", "transformers-js", tmp_path / "out")
+    given = {value.name: value.dtype.name for value in done.model.graph.inputs}
+    assert (given["input_ids"], given["attention_mask"]) == ("INT64", "INT64")
 
 
 def test_the_command_writes_the_folder_and_says_so(given, tmp_path, capsys):

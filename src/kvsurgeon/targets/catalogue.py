@@ -11,6 +11,7 @@ from kvsurgeon.targets.target import Target
 BUILT_IN = {
     "optimum": "kvsurgeon.targets.optimum:OPTIMUM",
     "genai": "kvsurgeon.targets.genai:GENAI",
+    "genai-shared-buffer": "kvsurgeon.targets.genai:GENAI_SHARED_BUFFER",
     "transformers-js": "kvsurgeon.targets.transformers_js:TRANSFORMERS_JS",
     "deepsparse": "kvsurgeon.targets.deepsparse:DEEPSPARSE",
     "openvino": "kvsurgeon.targets.openvino:OPENVINO",

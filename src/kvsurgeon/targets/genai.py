@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from kvsurgeon.passes.fuse_attention import FuseAttention
+from kvsurgeon.passes.inject import Inject
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.target import Obstacle, SideFile, Target
 
@@ -14,8 +18,13 @@ _ENDS = 0  # the token that ends a text where the config says none, as onnxrunti
 _LONGEST = 4096  # tokens, where neither graph nor config say how far the model goes
 
 
-def genai_config(facts: Facts) -> Mapping[str, Any]:
-    """Return what onnxruntime-genai must know, read off the graph; only tokens and lengths come from the config."""
+def genai_config(facts: Facts, *, shared: bool = False) -> Mapping[str, Any]:
+    """Return what onnxruntime-genai must know, read off the graph; only tokens and lengths come from the config.
+
+    Args:
+        facts: What it sees of the model.
+        shared: Whether past and present are one buffer.
+    """
     there = {tensor.name for tensor in facts.inputs}
     inputs = {name: name for name in _INPUTS if name in there}
     outputs = {"logits": "logits"}
@@ -42,7 +51,7 @@ def genai_config(facts: Facts) -> Mapping[str, Any]:
                 "outputs": outputs,
             },
         },
-        "search": {"max_length": length, "past_present_share_buffer": False, "num_beams": 1},
+        "search": {"max_length": length, "past_present_share_buffer": shared, "num_beams": 1},
     }
 
 
@@ -102,4 +111,14 @@ GENAI = Target(
     beside=("tokenizer.json", "tokenizer_config.json"),
     side_files=(SideFile(name="genai_config.json", write=genai_config),),
     rules=(_in_the_way,),
+)
+
+# Its own operator writes into the buffer, and is told how many rows are filled by a mask for the tokens so far.
+GENAI_SHARED_BUFFER = replace(
+    GENAI,
+    name="genai-shared-buffer",
+    summary="onnxruntime_genai.Model(folder) of onnxruntime-genai, past and present in one buffer",
+    cache=Inject(idiom="in-place", past_length="mask"),
+    after=(FuseAttention(),),
+    side_files=(SideFile(name="genai_config.json", write=partial(genai_config, shared=True)),),
 )

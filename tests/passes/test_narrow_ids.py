@@ -1,0 +1,31 @@
+"""Ids are given as integers of other width, and are read as they were."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from laws import in_onnxruntime
+from written import read
+
+from kvsurgeon import io
+from kvsurgeon.passes.contract import Changed, Subject, Unchanged
+from kvsurgeon.passes.narrow_ids import NarrowIds, WidenIds
+
+TEXT = """case ({dtype}[b, n] ids, float[9, 4] table) => (float[b, n, 4] y, {dtype}[b, n] same)
+{{ y = Gather(table, ids) same = Identity(ids) }}"""
+
+
+@pytest.mark.parametrize(("apply", "old", "new"), [(NarrowIds(), "int64", "int32"), (WidenIds(), "int32", "int64")])
+def test_inputs_change_and_results_do_not(apply, old, new):
+    model = read(TEXT.format(dtype=old), 17)
+    subject = Subject.of(model)
+    assert isinstance(apply.apply(subject), Changed)
+    result = io.to_proto(subject.model)
+    onnx.checker.check_model(result, full_check=True)
+    ids, table = np.array([[8, 0, 3]]), np.random.default_rng(0).standard_normal((9, 4)).astype(np.float32)
+    expected = in_onnxruntime(model)({"ids": ids.astype(old), "table": table})
+    found = in_onnxruntime(result)({"ids": ids.astype(new), "table": table})
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert found["same"].dtype == old
+    assert isinstance(apply.apply(subject), Unchanged)
