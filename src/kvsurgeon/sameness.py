@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 
 from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError, UsageError
 from kvsurgeon.parity import TOLERANCES, Progress, Report, Verdict, arithmetic_of, verify
@@ -27,6 +26,7 @@ from kvsurgeon.runtime import (
     cache_entries,
     find_presents,
     fixed_size,
+    from_proto,
     is_past,
     open_session,
     read_note,
@@ -79,7 +79,9 @@ def judge(
     if made:
         said = f"`{min(made)}` holds numbers that a host makes by the file's note `{CONTEXT}`, and the judge makes none"
         return Sameness(verdict="unknown", problems=(said,))
-    if not lost and (gained or _pasts(graphs[1]) - _pasts(graphs[0])):
+    # its presents may be outputs that the original had by that name
+    had, has = ({one.name for one in graph.input if is_past(from_proto(one))} for graph in graphs)
+    if not lost and (gained or has - had):
         report = verify(original, result, folder=folder, seed=seed, progress=progress)
         return Sameness(verdict=report.verdict, problems=report.problems, report=report)
     try:
@@ -109,15 +111,6 @@ def _made_by_hosts(model: onnx.ModelProto) -> set[str]:
 def _counts(table: object) -> bool:
     """Whether a table holds the places of its rows."""
     return isinstance(table, list) and table == [*range(len(table))]
-
-
-def _pasts(graph: onnx.GraphProto) -> set[str]:
-    """Inputs that are a past by their name; their presents may be outputs that the original had by that name."""
-    return {
-        value.name
-        for value in graph.input
-        if value.name.startswith("past") and len(value.type.tensor_type.shape.dim) > 2
-    }
 
 
 class _OriginalError(RunError):

@@ -15,21 +15,19 @@ import onnx_ir as ir
 import sympy
 
 from kvsurgeon.cache.counters import count_none, find_counters, tally_of
-from kvsurgeon.cache.joins import WRITERS, Join, check_growth, find_joins, holds_features
+from kvsurgeon.cache.first_call import UNFIXED, Dimensions, beside_the_past, empty_dimensions, fill_buffers
+from kvsurgeon.cache.joins import WRITERS, Join, check_growth, find_joins
 from kvsurgeon.cache.layout import declared, names_of
 from kvsurgeon.cache.signature import CacheEntry, CacheSignature
 from kvsurgeon.errors import Refused
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.liveness import read_by
 from kvsurgeon.graph.plain import in_plain_words
-from kvsurgeon.sequence.inputs import read_inputs, real_inputs
+from kvsurgeon.sequence.inputs import read_inputs
 from kvsurgeon.sequence.lengths import Lengths, Source
-from kvsurgeon.shapes import dimension as dim
-from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension
+from kvsurgeon.shapes.dimension import Dimension
 from kvsurgeon.shapes.fact import Fact, Numbers, axis_of, known
 from kvsurgeon.shapes.inference import infer_shapes
-
-UNFIXED = "start from the model as it was before its shapes were fixed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +65,7 @@ class _Emptying:
         self.graph = model.graph
         self.joins = find_joins(model.graph)
         self.entries = [_entry(join) for join in self.joins]
-        self.empty = [join.past for join in self.joins] + _beside_the_past(self.graph, self.joins)
+        self.empty = [join.past for join in self.joins] + beside_the_past(self.graph, self.joins)
         self.editor = Editor(model)
         self.counters = find_counters(model.graph, self.joins)
         self.reached = _downstream(self.graph, [*self.empty, *(counter.value for counter in self.counters)])
@@ -77,7 +75,7 @@ class _Emptying:
         """Do everything, and return what was taken out."""
         presents = {join.present for join in self.joins}
         inputs, outputs = (tuple(v.name or "" for v in values) for values in (self.graph.inputs, self.graph.outputs))
-        room = _fill_buffers(self.graph, self.joins)
+        room = fill_buffers(self.graph, self.joins)
         kept = [value for value in self.graph.outputs if value not in presents]
         self.graph.outputs.clear()
         self.graph.outputs.extend(kept)
@@ -87,7 +85,7 @@ class _Emptying:
             count_none(self.graph, self.editor, counter)
         given, _ = read_inputs(self.graph)
         opset = self.graph.opset_imports.get("", 1)
-        self.shapes = infer_shapes(self.graph, given | _emptied(self.empty, self.joins, given), opset)
+        self.shapes = infer_shapes(self.graph, given | empty_dimensions(self.empty, self.joins, given), opset)
         self.lengths = Lengths(self.editor, _sources(given))
         rows = [self._rows(join) for join in self.joins]
         for node in self.reached:
@@ -214,75 +212,6 @@ def _entry(join: Join) -> CacheEntry:
         past=past.name or "", present=join.present.name or "", dtype=past.dtype, shape=declared(past), axis=join.axis,
         rows="", declared=join.slot is not None, idiom=join.idiom,
     )  # fmt: skip
-
-
-def _fill_buffers(graph: ir.Graph, joins: Sequence[Join]) -> int | None:
-    """Let a call have as many tokens as buffers have rows, where that is a number; return it.
-
-    Everything that was made for these rows is then for the tokens of the call, and nothing of a buffer is left over.
-
-    Raises:
-        Refused: A call has another number of tokens, or the buffers have not all as many rows.
-    """
-    buffers = [join for join in joins if join.is_written]
-    rooms = {declared(join.past)[join.axis]: join.past for join in buffers}
-    room = next((size for size in rooms if isinstance(size, int)), None)
-    if room is None:
-        return None
-    given, length = read_inputs(graph)
-    if len(rooms) > 1 or (isinstance(length, int) and length != room):
-        raise Refused(
-            "the past has a fixed length, so it cannot be empty", at=rooms[room].name,
-            expected=f"buffers of {room} rows, and calls of any length",
-            found=f"calls of {length} tokens, and buffers of {' and '.join(map(str, rooms))} rows", hint=UNFIXED,
-        )  # fmt: skip
-    for value, sizes in given.items():
-        named = zip(declared(value), sizes, strict=True)
-        value.shape = ir.Shape([room if size is LENGTH else name for name, size in named])
-    return room
-
-
-def _beside_the_past(graph: ir.Graph, joins: Sequence[Join]) -> list[ir.Value]:
-    """Inputs that have as many places as there are tokens in the past, such as a mask of its own: empty too.
-
-    Raises:
-        Refused: One is a past itself, and its present is not the past with new rows behind it.
-    """
-    lengths = {names_of(join.past)[join.axis] for join in joins if not join.is_written} - {None}
-    pasts = [join.past for join in joins]
-    found = [value for value in real_inputs(graph) if value not in pasts and lengths & set(names_of(value))]
-    for value in found:
-        if holds_features(value):
-            raise Refused(
-                "an input has a row for each token of the past, and no output returns these with new rows behind them",
-                at=value.name, hint="the cache stays where it is",
-            )  # fmt: skip
-    return found
-
-
-Dimensions = dict[ir.Value, tuple[Dimension, ...]]
-
-
-def _emptied(empty: Sequence[ir.Value], joins: Sequence[Join], given: Dimensions) -> Dimensions:
-    """The dimensions of what is empty, with 0 where the past's length was."""
-    names: dict[str | None, Dimension] = {
-        name: size
-        for value, sizes in reversed(given.items())
-        for name, size in zip(names_of(value), sizes, strict=True)
-    }
-    room = {join.past: LENGTH if join.is_written else 0 for join in joins}  # a buffer holds a call's rows, and no more
-    names |= {names_of(join.past)[join.axis]: room[join.past] for join in joins}
-    axes = {join.past: join.axis for join in joins}
-    found: Dimensions = {}
-    for value in empty:
-        sizes: list[Dimension] = []
-        for axis, (size, name) in enumerate(zip(value.shape or (), names_of(value), strict=True)):
-            own = BATCH if axis == 0 else dim.symbol(f"{value.name}.{axis}")
-            sizes.append(
-                size if isinstance(size, int) else room[value] if axes.get(value) == axis else names.get(name, own)
-            )
-        found[value] = tuple(sizes)
-    return found
 
 
 def _sources(given: Dimensions) -> dict[sympy.Symbol, Source]:

@@ -22,7 +22,7 @@ from kvsurgeon.parity.tolerance import ROUNDED, TOLERANCES, arithmetic_of, load_
 from kvsurgeon.parity.trace import Graph, first_difference, telling
 from kvsurgeon.parity.trial import judge
 from kvsurgeon.parity.unrounded import unrounded
-from kvsurgeon.runtime import CachedDecoder, Optimisation, Source, fixed_size, model_file, open_session
+from kvsurgeon.runtime import CachedDecoder, Optimisation, Source, fixed_size, folder_of, open_session
 
 Progress = Callable[[int, int, str], None]  # trials done, trials in all, name of the next
 _UNFUSED: Optimisation = "basic"  # more would round again: `MatMulNBits` of 8-bit weights rounds activations
@@ -66,7 +66,7 @@ def verify(
         _tried, seed=seed, lengths=lengths or Lengths(), threads=threads, explain=explain, progress=progress
     )
     graphs = load_graph(original), load_graph(injected)
-    sides = [_Side(source=source, graph=graph, folder=_folder(source, folder))
+    sides = [_Side(source=source, graph=graph, folder=folder_of(source, folder))
              for source, graph in zip((original, injected), graphs, strict=True)]  # fmt: skip
     report, wobble = trial(*sides, optimisation=optimisation)
     if report.arithmetic in ROUNDED:
@@ -170,9 +170,3 @@ def _try(
 
 def _unjudged(trials: tuple[Trial, ...]) -> tuple[str, ...]:
     return tuple(f"{trial.scenario} was not judged: {trial.reason}" for trial in trials if trial.verdict == "unknown")
-
-
-def _folder(source: Source, folder: str | Path | None) -> Path | None:
-    if isinstance(source, str | Path):
-        return model_file(source).parent
-    return None if folder is None else Path(folder)

@@ -10,21 +10,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 
-from kvsurgeon.errors import InputError, ParityError, RunError, UsageError
-from kvsurgeon.parity.difference import distance, spread
+from kvsurgeon.errors import InputError, ParityError, UsageError
+from kvsurgeon.parity.predictor import Predictor
 from kvsurgeon.parity.tolerance import TOLERANCES, arithmetic_of, load_graph
-from kvsurgeon.runtime import (
-    Array,
-    CachedDecoder,
-    Source,
-    Tokens,
-    UncachedDecoder,
-    find_cache,
-    open_session,
-    read_note,
-)
+from kvsurgeon.runtime import Array, Source, Tokens
 from kvsurgeon.runtime.text import load_tokenizer, side_folders
 
 Progress = Callable[[int, int, str], None]  # texts done, texts in all, name of the next
@@ -108,8 +98,8 @@ def measure_loss(
         RunError: A model cannot be run.
         ParityError: The result gives something else when its cache is used, or no numbers.
     """
-    before = _Predictor(original, "the original", [name for name, _ in layers], folder, threads)
-    after = _Predictor(result, "the result", [name for _, name in layers], folder, threads)
+    before = Predictor(original, "the original", [name for name, _ in layers], folder, threads)
+    after = Predictor(result, "the result", [name for _, name in layers], folder, threads)
     name, tokens = _tokens(original, folder, text, before, after, seed)
     allowed = TOLERANCES[arithmetic_of(load_graph(result))].error
     sums = _Sums(len(layers))
@@ -121,59 +111,6 @@ def measure_loss(
             after.check_cache(window[:, :-1], found, allowed)
         sums.add(window, expected, found, layers)
     return sums.loss(name)
-
-
-class _Predictor:
-    """A model that is given stretches of text."""
-
-    def __init__(
-        self, source: Source, name: str, exposed: Sequence[str], folder: str | Path | None, threads: int | None
-    ) -> None:
-        session = open_session(_exposing(source, exposed), folder=_folder(source, folder), threads=threads, name=name)
-        cache = find_cache(session.inputs, session.outputs, read_note(session.metadata).layouts)
-        self.decoder = CachedDecoder(session, cache) if cache else UncachedDecoder(session)
-        self.name = name
-
-    @property
-    def length(self) -> int | None:
-        """The only length that it takes; None where it takes any."""
-        return self.decoder.length if isinstance(self.decoder, UncachedDecoder) else None
-
-    def predict(self, tokens: Tokens) -> Mapping[str, Array]:
-        """Return all its outputs for a text, `logits` among them under that name.
-
-        Raises:
-            RunError: It cannot be run on it.
-        """
-        feeds = self.decoder.inputs.whole(tokens, np.ones_like(tokens))
-        if isinstance(self.decoder, CachedDecoder):
-            self.decoder.reset()
-            outputs = self.decoder.advance(feeds)
-        else:
-            outputs = self.decoder.run(feeds)
-        return {**outputs, "logits": outputs[self.decoder.logits]}
-
-    def check_cache(self, tokens: Tokens, whole: Mapping[str, Array], allowed: float) -> None:
-        """Leave quietly if the model predicts the same when the text is given in two calls.
-
-        Raises:
-            ParityError: It does not.
-        """
-        logits = whole["logits"]
-        if not np.isfinite(logits.astype(np.float32)).any():
-            raise ParityError(f"expected numbers from {self.name}, found none among its logits")
-        if not isinstance(self.decoder, CachedDecoder) or logits.shape[1:2] != tokens.shape[1:]:
-            return
-        feeds, length = self.decoder.inputs.whole(tokens, np.ones_like(tokens)), tokens.shape[1]
-        self.decoder.reset()
-        spans = ((0, length // 2), (length // 2, length))
-        parts = [self.decoder.step(self.decoder.inputs.part(feeds, past, total)) for past, total in spans]
-        error = distance(logits, np.concatenate(parts, axis=1), spread(logits))
-        if not error <= allowed:
-            raise ParityError(
-                f"expected the same logits from {self.name} whether its cache is used or not, found them off by "
-                f"{error:.1e} of their spread ({allowed:.0e} allowed)"
-            )
 
 
 class _Sums:
@@ -249,19 +186,20 @@ def _tokens(
     original: Source,
     folder: str | Path | None,
     text: str | Path | None,
-    predictor: _Predictor,
-    other: _Predictor,
+    predictor: Predictor,
+    other: Predictor,
     seed: int,
 ) -> tuple[str, list[Tokens]]:
     """Return where the text comes from, and stretches of it, each a row with one token more than is given."""
     if predictor.decoder.inputs.tokens.kind != "tokens":
         raise UsageError(f"expected an input of token ids, found `{predictor.decoder.inputs.tokens.name}` only")
-    length = predictor.length or _longest(other, _longest(predictor, WINDOW))
+    length = predictor.length or other.longest(predictor.longest(WINDOW))
     tokenizer = load_tokenizer(side_folders(original, folder))
     if tokenizer is None:
         if text is not None:
             raise UsageError("expected tokenizer.json beside the original to read a text with, found none")
-        return _SEEDED, [row[None] for row in _seeded(predictor, length, seed)]
+        rows = np.random.default_rng(seed).integers(0, predictor.vocabulary(length), (WINDOWS, length + 1))
+        return _SEEDED, [row[None] for row in rows]
     path = SHIPPED if text is None else Path(text)
     try:
         ids = tokenizer.encode(path.read_text("utf-8")).ids
@@ -273,50 +211,3 @@ def _tokens(
     starts = range(0, len(ids) - size, size)[:WINDOWS]
     name = "the text that ships" if text is None else path.name
     return name, [np.array([ids[start : start + size + 1]], np.int64) for start in starts]
-
-
-def _longest(predictor: _Predictor, length: int) -> int:
-    """Return how many tokens the model takes at once: so many, or half of it, or a quarter, ..."""
-    while True:
-        try:
-            predictor.predict(np.zeros((1, length), np.int64))
-        except RunError:
-            if length == 1:
-                raise
-            length //= 2
-        else:
-            return length
-
-
-def _seeded(predictor: _Predictor, length: int, seed: int) -> Tokens:
-    """Return random ids that the model knows: of all that it has logits for, or of fewer where it has fewer rows."""
-    random = np.random.default_rng(seed)
-    vocabulary = predictor.predict(np.zeros((1, length), np.int64))["logits"].shape[-1]
-    while True:
-        tokens = random.integers(0, vocabulary, (WINDOWS, length + 1))
-        try:
-            predictor.predict(np.full((1, length), vocabulary - 1, np.int64))
-        except RunError:
-            if vocabulary == 1:
-                raise
-            vocabulary //= 2
-        else:
-            return tokens
-
-
-def _exposing(source: Source, names: Sequence[str]) -> Source:
-    """Return the model with some of its values as further outputs."""
-    if not names:
-        return source
-    exposed = onnx.ModelProto()
-    exposed.CopyFrom(load_graph(source))
-    have = {output.name for output in exposed.graph.output}
-    exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names) if name not in have)
-    return exposed
-
-
-def _folder(source: Source, folder: str | Path | None) -> Path | None:
-    """Return where the weights of a model lie."""
-    if isinstance(source, str | Path):
-        return side_folders(source)[0]
-    return None if folder is None else Path(folder)

@@ -19,8 +19,8 @@ from kvsurgeon.runtime.feeds import Given, Inputs, Tokens, fixed_size, inputs_of
 from kvsurgeon.runtime.generate import Generation, Token, Writer, generate
 from kvsurgeon.runtime.hosts import Host, Note, read_note
 from kvsurgeon.runtime.sampling import Sampling
-from kvsurgeon.runtime.session import Optimisation, Session, Source, model_file, open_session, useful_line
-from kvsurgeon.runtime.tensor import Array, Tensor, from_runtime, to_runtime
+from kvsurgeon.runtime.session import Optimisation, Session, Source, folder_of, model_file, open_session, useful_line
+from kvsurgeon.runtime.tensor import Array, Tensor, from_proto, from_runtime, to_runtime
 
 __all__ = [
     "Array",
@@ -47,6 +47,8 @@ __all__ = [
     "find_cache",
     "find_presents",
     "fixed_size",
+    "folder_of",
+    "from_proto",
     "from_runtime",
     "generate",
     "has_cache",

@@ -145,6 +145,17 @@ def model_file(path: str | Path) -> Path:
     return found[0]
 
 
+def folder_of(source: Source, folder: str | Path | None = None) -> Path | None:
+    """Return where the weights of a model lie: beside its file, or in the folder that is given with one in memory.
+
+    Raises:
+        InputError: There is no such file.
+    """
+    if isinstance(source, str | Path):
+        return model_file(source).parent
+    return None if folder is None else Path(folder)
+
+
 def useful_line(error: Exception) -> str:
     """Return the part of onnxruntime's message that says what is wrong, without its codes and source lines."""
     text = " ".join(str(error).split())

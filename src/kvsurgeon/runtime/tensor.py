@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
-from onnx import TensorProto
+from onnx import TensorProto, ValueInfoProto, helper
 
 Array = npt.NDArray[Any]
 Dim = str | int | None  # a symbol, a size, or nothing known
@@ -52,6 +52,14 @@ class Tensor:
     def integer(self) -> bool:
         """Whether it holds integers (a boolean is none)."""
         return self.dtype is not None and self.dtype.kind in "iu"
+
+
+def from_proto(info: ValueInfoProto) -> Tensor:
+    """Return what a graph says of one input or output."""
+    given = info.type.tensor_type
+    dims = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in given.shape.dim)
+    known = given.elem_type not in (TensorProto.UNDEFINED, TensorProto.STRING)
+    return Tensor(name=info.name, dtype=helper.tensor_dtype_to_np_dtype(given.elem_type) if known else None, dims=dims)
 
 
 def declared(info: Any) -> Tensor:

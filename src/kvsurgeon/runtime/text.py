@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from kvsurgeon.errors import InputError, UsageError
-from kvsurgeon.runtime.session import Source, model_file
+from kvsurgeon.runtime.session import Source, folder_of
 
 Prompt = str | Sequence[int]
 _INCOMPLETE = "\ufffd"  # what a tokenizer gives for bytes that are not a whole character yet
@@ -19,11 +19,10 @@ _INCOMPLETE = "\ufffd"  # what a tokenizer gives for bytes that are not a whole 
 
 def side_folders(source: Source, folder: str | Path | None = None) -> tuple[Path, ...]:
     """Return where the side files of a model may lie: with it, or one folder above (`onnx/model.onnx`)."""
-    if isinstance(source, str | Path):
-        folder = model_file(source).parent
-    if folder is None:
+    found = folder_of(source, folder)
+    if found is None:
         return ()
-    own = Path(folder).resolve()
+    own = found.resolve()
     return (own, own.parent)
 
 

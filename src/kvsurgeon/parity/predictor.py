@@ -1,0 +1,135 @@
+"""A model as a judge of losses asks it: texts in, what it predicts of each token out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from kvsurgeon.errors import ParityError, RunError
+from kvsurgeon.parity.difference import distance, spread
+from kvsurgeon.parity.tolerance import load_graph
+from kvsurgeon.runtime import (
+    Array,
+    CachedDecoder,
+    Source,
+    Tokens,
+    UncachedDecoder,
+    find_cache,
+    folder_of,
+    open_session,
+    read_note,
+)
+
+
+class Predictor:
+    """A model that is given texts, and predicts of each token what comes next."""
+
+    def __init__(
+        self, source: Source, name: str, exposed: Sequence[str], folder: str | Path | None, threads: int | None
+    ) -> None:
+        """Open the model.
+
+        Args:
+            source: Where it is.
+            name: What errors call it.
+            exposed: Names of values that it is to return beside its outputs.
+            folder: Where the weights of a model in memory lie.
+            threads: Threads that onnxruntime may use for one operator.
+
+        Raises:
+            InputError: It cannot be read.
+            RunError: It cannot be run.
+        """
+        session = open_session(_exposing(source, exposed), folder=folder_of(source, folder), threads=threads, name=name)
+        cache = find_cache(session.inputs, session.outputs, read_note(session.metadata).layouts)
+        self.decoder = CachedDecoder(session, cache) if cache else UncachedDecoder(session)
+        self.name = name
+
+    @property
+    def length(self) -> int | None:
+        """The only length that it takes; None where it takes any."""
+        return self.decoder.length if isinstance(self.decoder, UncachedDecoder) else None
+
+    def predict(self, tokens: Tokens) -> Mapping[str, Array]:
+        """Return all its outputs for a text, `logits` among them under that name.
+
+        Raises:
+            RunError: It cannot be run on it.
+        """
+        feeds = self.decoder.inputs.whole(tokens, np.ones_like(tokens))
+        if isinstance(self.decoder, CachedDecoder):
+            self.decoder.reset()
+            outputs = self.decoder.advance(feeds)
+        else:
+            outputs = self.decoder.run(feeds)
+        return {**outputs, "logits": outputs[self.decoder.logits]}
+
+    def longest(self, length: int) -> int:
+        """Return how many tokens it takes at once: so many, or half of it, or a quarter, ...
+
+        Raises:
+            RunError: It takes none.
+        """
+        return _largest(length, lambda size: np.zeros((1, size), np.int64), self.predict)
+
+    def vocabulary(self, length: int) -> int:
+        """Return how many ids it knows: as many as it has logits for, or fewer where it has fewer rows for them.
+
+        Raises:
+            RunError: It knows none.
+        """
+        logits = self.predict(np.zeros((1, length), np.int64))["logits"]
+        return _largest(logits.shape[-1], lambda size: np.full((1, length), size - 1, np.int64), self.predict)
+
+    def check_cache(self, tokens: Tokens, whole: Mapping[str, Array], allowed: float) -> None:
+        """Leave quietly if the model predicts the same when the text is given in two calls.
+
+        Raises:
+            ParityError: It does not.
+        """
+        logits = whole["logits"]
+        if not np.isfinite(logits.astype(np.float32)).any():
+            raise ParityError(f"expected numbers from {self.name}, found none among its logits")
+        if not isinstance(self.decoder, CachedDecoder) or logits.shape[1:2] != tokens.shape[1:]:
+            return
+        feeds, length = self.decoder.inputs.whole(tokens, np.ones_like(tokens)), tokens.shape[1]
+        self.decoder.reset()
+        spans = ((0, length // 2), (length // 2, length))
+        parts = [self.decoder.step(self.decoder.inputs.part(feeds, past, total)) for past, total in spans]
+        error = distance(logits, np.concatenate(parts, axis=1), spread(logits))
+        if not error <= allowed:
+            raise ParityError(
+                f"expected the same logits from {self.name} whether its cache is used or not, found them off by "
+                f"{error:.1e} of their spread ({allowed:.0e} allowed)"
+            )
+
+
+def _largest(size: int, tokens: Callable[[int], Tokens], run: Callable[[Tokens], object]) -> int:
+    """Return the size, or half of it, or a quarter, ...: the first at which the model runs.
+
+    Raises:
+        RunError: There is none.
+    """
+    while True:
+        try:
+            run(tokens(size))
+        except RunError:
+            if size == 1:
+                raise
+            size //= 2
+        else:
+            return size
+
+
+def _exposing(source: Source, names: Sequence[str]) -> Source:
+    """Return the model with some of its values as further outputs."""
+    if not names:
+        return source
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(load_graph(source))
+    have = {output.name for output in exposed.graph.output}
+    exposed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names) if name not in have)
+    return exposed
