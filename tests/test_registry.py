@@ -7,7 +7,7 @@ import pytest
 from packages import install
 
 from kvsurgeon.errors import PluginError, UsageError
-from kvsurgeon.passes.options import summary
+from kvsurgeon.passes.options import options_of, summary
 from kvsurgeon.registry import BUILT_IN, PASSES
 
 
@@ -29,6 +29,11 @@ def test_a_built_in_pass_is_called_as_in_the_table(name):
 def test_the_summary_without_an_import_is_that_of_the_class(name):
     entry = PASSES.find(name)
     assert entry.summary() == summary(entry.load()) != ""
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_option_says_what_it_is(name):
+    assert [option.field for option in options_of(PASSES.find(name).load()) if not option.help] == []
 
 
 def test_a_class_of_a_package_is_found(site):

@@ -97,6 +97,18 @@ def test_a_count_that_cannot_be(command, options, said, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["merge-kv-heads", "share-kv-layers"])
+def test_what_is_lost_is_measured_on_a_text_of_ones_own(command, tmp_path, capsys):
+    (tmp_path / "own.txt").write_text("It was late, and nobody had come to the door since the rain began. " * 9)
+    options = [*COMMANDS[command], "--text", str(tmp_path / "own.txt"), "--per-layer"]
+
+    assert run([command, str(DEMO), *options, "-o", str(tmp_path / "out")]) == 0
+
+    said = capsys.readouterr().out
+    assert "lost on own.txt" in said
+    assert [line.split()[0] for line in said.splitlines() if line.endswith("% ")] == [*"012345"]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_way_that_mixes_heads(command, tmp_path, capsys):
     model = tmp_path / "model.onnx"

@@ -68,6 +68,8 @@ def test_two_models_are_drawn_in_one_grid_and_on_one_scale():
     titles = [axes.get_title() for axes in found]
     assert titles[:3] == ["query 0 reads KV 0", "query 1 reads KV 1", "query 2 reads KV 2"]
     assert titles[9:12] == ["query 0 reads KV 0", "query 1 reads KV 0", "query 2 reads KV 0"]
+    rows = [axes.get_ylabel() for axes in found[::3]]
+    assert rows == ["", "", "", "group 0", "group 1", "group 2"], "a row of the first model holds three heads"
 
 
 def test_keys_are_those_that_a_cache_holds(tmp_path):

@@ -221,7 +221,7 @@ def _placeholder(kind: str) -> str:
 
 def _default(option: Option) -> str:
     if isinstance(option.default, tuple):
-        return ",".join(map(str, option.default))
+        return ",".join(map(str, option.default)) or "none"
     return "none" if option.default is None else str(option.default)
 
 

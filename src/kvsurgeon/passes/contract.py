@@ -94,6 +94,9 @@ class Pass(Protocol):
 
     The model is valid before and must be valid after. A pass that cannot do its work soundly raises `Refused`
     before its first edit.
+
+    One that is not to compute the same says so with `exact: ClassVar[bool] = False`: its command then takes the text
+    on which to measure what is lost.
     """
 
     name: ClassVar[str]  # as in `kvsurgeon run -p NAME`, in kebab-case

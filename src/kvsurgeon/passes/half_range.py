@@ -24,6 +24,10 @@ def half_range_masks(graph: gs.Graph, lowest: float = -10_000.0) -> None:
     infinities of the first, and one less the other is no number. Softmax gives nothing to either.
 
     Not handled: a mask that is rounded to steps so wide that the new number is none of them.
+
+    Args:
+        graph: Of the model.
+        lowest: The number to hide them by.
     """
     if not HALF_RANGE[0] <= lowest <= HALF_RANGE[1]:
         expected = " to ".join(f"{bound:g}" for bound in HALF_RANGE)

@@ -19,13 +19,17 @@ class MergeKvHeads:
     in the graph. Not exact: the model has to be trained on, and the report says how far it is off.
 
     Not handled: means of quantised weights (`method=first` takes stored values), heads that cannot be followed.
+
+    Attributes:
+        kv_heads: How many heads there are to be.
+        method: What becomes of a group of neighbours: its mean, or the first of it.
     """
 
     name: ClassVar[str] = "merge-kv-heads"
     exact: ClassVar[bool] = False  # so that its command says how much is lost, and of what text
 
-    kv_heads: int  # how many heads there are to be
-    method: Literal["mean", "first"] = "mean"  # what becomes of a group: its mean, or the first of it
+    kv_heads: int
+    method: Literal["mean", "first"] = "mean"
 
     def apply(self, subject: Subject) -> Outcome:
         """Merge the heads of every layer.

@@ -59,7 +59,7 @@ def options_of(pass_class: type) -> tuple[Option, ...]:
     if not is_dataclass(pass_class):
         return ()
     types_by_name = typing.get_type_hints(pass_class)
-    explained = _explained(inspect.getdoc(pass_class) or "")
+    explained = {name: text for base in reversed(pass_class.__mro__) for name, text in _explained(base).items()}
     return tuple(
         Option(
             field=field.name,
@@ -173,8 +173,9 @@ def _default(field: Field[Any]) -> Any:
     return None if field.default_factory is MISSING else field.default_factory()
 
 
-def _explained(docstring: str) -> dict[str, str]:
-    """Return what the `Attributes:` (or `Args:`) section of a docstring says of each name."""
+def _explained(pass_class: type) -> dict[str, str]:
+    """Return what the `Attributes:` (or `Args:`) section of a class's own docstring says of each name."""
+    docstring = inspect.cleandoc(pass_class.__doc__ or "")
     section = re.search(r"^(?:Attributes|Args):\n((?:[ \t]+.*\n?|\n)+)", docstring, re.MULTILINE)
     if section is None:
         return {}

@@ -20,12 +20,16 @@ class ReplicateKvHeads:
     weights, each read by fewer; the cache grows as they do. Exact: what is stored is repeated as it is stored.
 
     Not handled: heads that cannot be followed to weights.
+
+    Attributes:
+        repeat: How often each head is to stand there.
+        kv_heads: How many heads there are to be, in place of `repeat`.
     """
 
     name: ClassVar[str] = "replicate-kv-heads"
 
-    repeat: int | None = None  # how often each head is to stand there
-    kv_heads: int | None = None  # how many heads there are to be, in place of repeat
+    repeat: int | None = None
+    kv_heads: int | None = None
 
     def apply(self, subject: Subject) -> Outcome:
         """Replicate the heads of every layer.

@@ -24,14 +24,19 @@ class ShareKvLayers:
 
     Not handled: layers with other heads than the one whose keys they would read, or other positions in them, means of
     quantised weights (`method=first` takes stored values), heads that cannot be followed to weights.
+
+    Attributes:
+        kv_layers: How many layers keep keys and values: of each group of neighbours the first.
+        method: What a group reads: its mean, the running mean of two and two, or its first.
+        map: For each layer the one whose keys it reads, counted from 0, in place of `kv_layers`.
     """
 
     name: ClassVar[str] = "share-kv-layers"
     exact: ClassVar[bool] = False  # so that its command says how much is lost, and of what text
 
-    kv_layers: int | None = None  # how many layers keep keys and values; groups of neighbours, the first of each
-    method: Method = "mean"  # of a group: its mean, the running mean of two and two, or its first
-    map: tuple[int, ...] = ()  # for each layer the one whose keys it reads, in place of kv_layers
+    kv_layers: int | None = None
+    method: Method = "mean"
+    map: tuple[int, ...] = ()
 
     def apply(self, subject: Subject) -> Outcome:
         """Share the keys and values of layers.

@@ -128,7 +128,7 @@ def _panel(panel: SubFigure, keys: Keys, grid: _Grid, limit: float) -> Any:
             image = _cell(axes, keys, heads[column], limit)
             last = row == len(grid.rows) - 1
             axes.tick_params(labelbottom=last, bottom=last, labelleft=column == 0, left=column == 0)
-        if grid.groups:
+        if grid.groups and len({keys.reads[head] for head in heads}) == 1:  # on the other side it may be several
             cells[row][0].set_ylabel(f"group {row}", fontsize=8, fontweight="bold")
     panel.supxlabel("feature of the head", fontsize=8)
     return image
