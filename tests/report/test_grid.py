@@ -102,7 +102,7 @@ def test_in_python_a_figure_is_returned(tmp_path):
     ("arguments", "code", "said"),
     [
         (["--layer", "6"], 2, "expected a layer from 0 to 5, found 6"),
-        (["--prompt", ""], 2, "expected a prompt of at least one token"),
+        (["--prompt", ""], 2, "expected something in each argument"),
         (["-o", "keys.nonsense"], 2, "cannot write `keys.nonsense`"),
         (["-o", "absent/keys.png"], 2, "cannot write `absent/keys.png`"),
         (["--against", "absent"], 4, "found nothing at `absent`"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -64,6 +64,17 @@ def exchange(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
         put_back(work, signature)
     subject.model = work.model
     return Changed(edits=edits, exact=not lossy, heads=Change(before=before, after=after))
+
+
+def check_one_of(name: str, options: Mapping[str, bool]) -> None:
+    """Leave quietly if just one of the options of a pass was given.
+
+    Raises:
+        UsageError: None was, or several.
+    """
+    given = [option for option, is_given in options.items() if is_given]
+    if len(given) != 1:
+        raise UsageError(f"{name}: expected one of {' and '.join(options)}, found {' and '.join(given) or 'none'}")
 
 
 def not_a_count(layer: int, counts: HeadCounts, wanted: int, legal: Sequence[int]) -> UsageError:

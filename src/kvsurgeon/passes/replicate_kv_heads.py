@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvsurgeon.errors import UsageError
 from kvsurgeon.heads.counts import HeadCounts
 from kvsurgeon.heads.selection import Selection, replicated
 from kvsurgeon.passes.contract import Outcome, Subject
-from kvsurgeon.passes.heads import change_heads, not_a_count
+from kvsurgeon.passes.heads import change_heads, check_one_of, not_a_count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +37,8 @@ class ReplicateKvHeads:
             UsageError: The count is not one that there can be; the message lists those that there are.
             Refused: It cannot be proved which weights make the heads.
         """
-        if (self.repeat is None) == (self.kv_heads is None):
-            raise UsageError("replicate-kv-heads: expected one of --repeat and --kv-heads")
+        given = {"--repeat": self.repeat is not None, "--kv-heads": self.kv_heads is not None}
+        check_one_of(self.name, given)
         return change_heads(subject, self._wanted, lossy=False)
 
     def _wanted(self, layer: int, counts: HeadCounts) -> Selection | None:

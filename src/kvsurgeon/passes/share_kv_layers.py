@@ -10,7 +10,7 @@ from kvsurgeon.errors import UsageError
 from kvsurgeon.heads.exchange import Exchange, Exchanger
 from kvsurgeon.heads.selection import blended
 from kvsurgeon.passes.contract import Outcome, Subject
-from kvsurgeon.passes.heads import exchange
+from kvsurgeon.passes.heads import check_one_of, exchange
 
 Method = Literal["mean", "running", "first"]
 
@@ -46,8 +46,7 @@ class ShareKvLayers:
             Refused: It cannot be proved which weights make the heads, or they have no mean; or layers turn keys by
                 other positions than the one whose keys they would read.
         """
-        if (self.kv_layers is None) == (not self.map):
-            raise UsageError("share-kv-layers: expected one of --kv-layers and --map")
+        check_one_of(self.name, {"--kv-layers": self.kv_layers is not None, "--map": bool(self.map)})
         return exchange(subject, self._plan, lossy=True)
 
     def _plan(self, exchanger: Exchanger) -> list[Exchange | None]:
