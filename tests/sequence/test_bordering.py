@@ -140,3 +140,42 @@ def test_noise_of_the_rows_beside_does_not_depend_on_the_length():
     short, long = (noise((length + 3,), axes, np.arange(length), None) for length in (7, 40))
     np.testing.assert_array_equal(short[:9], long[:9])
     assert short[-1] == long[-1]
+
+
+FUSED = """case (float[b, n, 8] x) => (float[b, n, 8] logits)
+<float[8, 8] wq, float[8, 8] wk, float[8, 8] wv, float[1, 2, 3, 4] mk, float[1, 2, 3, 4] mv,
+ int64[4] apart = {0, 0, 2, 4},
+ int64[3] together = {0, 0, 8}, int64[3] shape = {2, 3, 4}, int64 nought = {0}, int64 one = {1}, int64 three = {3},
+ int64[1] first = {0}, int64[1] second = {1}>
+{
+  sizes = Shape(x)
+  length = Gather(sizes, one)
+  at = Range(nought, length, one)
+  column = Unsqueeze(at, second)
+  far = Add(length, three)
+  wide = Range(nought, far, one)
+  token = Sub(wide, three)
+  allowed = LessOrEqual(token, column)
+  qp = MatMul(x, wq)
+  kp = MatMul(x, wk)
+  vp = MatMul(x, wv)
+  q1 = Reshape(qp, apart)
+  k1 = Reshape(kp, apart)
+  v1 = Reshape(vp, apart)
+  q = Transpose<perm = [0, 2, 1, 3]>(q1)
+  k0 = Transpose<perm = [0, 2, 1, 3]>(k1)
+  v0 = Transpose<perm = [0, 2, 1, 3]>(v1)
+  texts = Slice(sizes, first, second)
+  to = Concat<axis = 0>(texts, shape)
+  mks = Expand(mk, to)
+  mvs = Expand(mv, to)
+  k = Concat<axis = 2>(mks, k0)
+  v = Concat<axis = -2>(mvs, v0)
+  c = Attention(q, k, v, allowed)
+  c1 = Transpose<perm = [0, 2, 1, 3]>(c)
+  logits = Reshape(c1, together)
+}"""
+
+
+def test_an_operator_for_the_whole_attention_may_have_them():
+    assert_law_of(FUSED, opset=23)

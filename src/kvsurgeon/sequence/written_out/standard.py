@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from kvsurgeon.graph.liveness import follows_input
 from kvsurgeon.sequence.written_out.attention import Scoring, attended, repeated, usual_scale
 from kvsurgeon.sequence.written_out.pen import Pen
 
@@ -11,11 +12,23 @@ MASK, PAST_KEY, PAST_VALUE, KEYS_THAT_COUNT = 3, 4, 5, 6
 
 
 def says_more(node: ir.Node) -> bool:
-    """Whether it counts keys, or what it makes of keys and values is read; a past is refused by whoever follows it."""
+    """Whether it counts keys, has some of its own, or what it makes of keys and values is read.
+
+    A past is refused by whoever follows it.
+    """
     past = any(index < len(node.inputs) and node.inputs[index] is not None for index in (PAST_KEY, PAST_VALUE))
     counts = len(node.inputs) > KEYS_THAT_COUNT and node.inputs[KEYS_THAT_COUNT] is not None
     read = any(value.uses() or value.is_graph_output() for value in node.outputs[1:3])
-    return not past and (counts or read)
+    return not past and (counts or read or _has_own_keys(node))
+
+
+def _has_own_keys(node: ir.Node) -> bool:
+    """Whether rows that come from no input are joined to the keys: it has more of them than queries then."""
+    join = None if node.inputs[1] is None else node.inputs[1].producer()
+    if join is None or join.op_type != "Concat" or join.attributes.get_int("axis", 0) not in (2, -2):
+        return False
+    given = [value for value in join.inputs if value is not None and follows_input(value)]
+    return len(given) == 1 < len(join.inputs) and not node.attributes.get_int("is_causal", 0)
 
 
 def standard_attention(pen: Pen) -> None:
