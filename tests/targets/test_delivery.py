@@ -133,6 +133,17 @@ def test_every_target_can_be_had_and_describes_itself(entry, capsys):
     assert target.summary in capsys.readouterr().out
 
 
+def test_a_target_names_every_pass_it_runs_and_options_that_are_not_the_usual_ones(capsys):
+    assert run(["targets", "qnn"]) == 0
+    shown = capsys.readouterr().out
+    assert all(
+        f"pass {one.name}" in shown for one in (*TARGETS.find("qnn").load().passes, *TARGETS.find("qnn").load().finish)
+    )
+    assert "key-layout=kv_heads, batch, head_dim, sequence" in shown
+    assert "cache-dtype" not in shown
+    assert "decode.onnx: 1" in shown
+
+
 def test_the_list_of_targets_names_them_all(capsys):
     assert run(["targets"]) == 0
     shown = capsys.readouterr().out

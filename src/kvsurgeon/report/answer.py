@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
+from kvsurgeon.cache.layout import USUAL
 from kvsurgeon.errors import PluginError
 from kvsurgeon.registry import PASSES, PassEntry
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from kvsurgeon.sameness import Sameness
     from kvsurgeon.surgery import Surgery
     from kvsurgeon.targets import Obstacle, Target
+    from kvsurgeon.targets.facts import Operator
 
 
 def show(facts: Any) -> None:
@@ -81,23 +83,28 @@ def targets() -> list[dict[str, Any]]:
 
 
 def target(described: Target) -> dict[str, Any]:
-    """Return all that a target says, its passes with their options, by what a reader would call it."""
+    """Return all that a target says, its passes with their options where these are not the usual ones."""
     return {
         "name": described.name,
         "summary": described.summary,
         "tried": described.tried,
-        "passes": [_options(one) for one in described.passes],
+        "passes": [_options(one) for one in (*described.passes, *described.finish)],
         "max_length": described.max_length,
         "files": list(described.files),
+        "tokens_of_a_call": {one.file: one.tokens for one in described.variants},
         "data": described.data,
         "needs": list(described.needs),
         "feeds": None if described.feeds is None else sorted(described.feeds),
         "dtypes": {name: sorted(dtypes) for name, dtypes in (described.dtypes or {}).items()},
+        "past": described.cache.past,
+        "present": described.cache.present,
+        "idiom": described.cache.idiom,
         "cache_dtypes": sorted(described.cache_dtypes),
+        "cache_sizes_that_are_numbers": [USUAL[axis] for axis in described.fixed_axes],
         "uniform": described.uniform,
         "opset": described.opset,
-        "operators": None if described.operators is None else sorted(map(".".join, described.operators)),
-        "banned": sorted(map(".".join, described.banned)),
+        "operators": None if described.operators is None else sorted(map(_operator, described.operators)),
+        "banned": sorted(map(_operator, described.banned)),
         "beside": list(described.beside),
         "side_files": [side_file.name for side_file in described.side_files],
     }
@@ -110,7 +117,16 @@ def obstacles(name: str, found: Iterable[Obstacle]) -> dict[str, Any]:
 
 
 def _options(one: Any) -> dict[str, Any]:
-    return {"pass": one.name, **{field.name: getattr(one, field.name) for field in fields(one)}}
+    said = {field.name: getattr(one, field.name) for field in fields(one)}
+    return {
+        "pass": one.name,
+        **{field.name: said[field.name] for field in fields(one) if said[field.name] != field.default},
+    }
+
+
+def _operator(found: Operator) -> str:
+    domain, operator = found
+    return f"{domain}.{operator}" if domain else operator
 
 
 def _described(entry: PassEntry) -> dict[str, Any]:

@@ -128,11 +128,20 @@ def target(described: Mapping[str, Any]) -> RenderableType:
     table = _table(described["name"], described["summary"])
     for name, said in described.items():
         if name not in ("name", "summary", "passes") and said not in (None, [], {}, False):
-            _add(table, name.replace("_", " "), _said_words(said))
+            _add(table, _LABELS.get(name, name.replace("_", " ")), _said_words(said))
     for one in described["passes"]:
-        options = (f"{name}={value}" for name, value in one.items() if name != "pass")
-        _add(table, f"pass {one['pass']}", " ".join(options) or "-")
+        options = (f"{name.replace('_', '-')}={_said_words(value)}" for name, value in one.items() if name != "pass")
+        _add(table, f"pass {one['pass']}", "; ".join(options) or "-")
     return table
+
+
+_LABELS = {
+    "needs": "must have",
+    "feeds": "may be given",
+    "uniform": "one shape for all layers",
+    "beside": "copied, and wanted",
+    "side_files": "written beside",
+}
 
 
 def obstacles(name: str, found: Iterable[Obstacle]) -> RenderableType:
@@ -172,7 +181,7 @@ def size_words(count: int) -> str:
 def _said_words(said: Any) -> str:
     if isinstance(said, Mapping):
         return "; ".join(f"{name}: {_said_words(one)}" for name, one in said.items())
-    return ", ".join(map(str, said)) if isinstance(said, list) else "yes" if said is True else str(said)
+    return ", ".join(map(str, said)) if isinstance(said, list | tuple) else "yes" if said is True else str(said)
 
 
 def _table(*columns: str) -> Table:
