@@ -9,6 +9,7 @@ from written import read
 from kvsurgeon import io
 from kvsurgeon.passes.contract import Changed, Subject
 from kvsurgeon.passes.expand_gqa import ExpandGqa
+from kvsurgeon.passes.fuse_attention import FuseAttention
 from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
 from kvsurgeon.sameness import judge
 
@@ -70,3 +71,18 @@ def test_heads_that_an_operator_shares(name):
     assert judge(original, merged).verdict == "same"
     MergeKvHeads(kv_heads=1).apply(given)
     assert judge(original, io.to_proto(given.model)).verdict == "different"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_fusing_brings_the_operator_back(name):
+    given = subject(name)
+    original = io.to_proto(given.model)
+    ExpandGqa().apply(given)
+    assert "GroupQueryAttention" not in {node.op_type for node in given.model.graph}
+
+    outcome = FuseAttention().apply(given)
+
+    fused = [node for node in given.model.graph if node.op_type == "GroupQueryAttention"]
+    assert isinstance(outcome, Changed)
+    assert [node.attributes["kv_num_heads"].as_int() for node in fused] == [4]
+    assert judge(original, io.to_proto(given.model)).verdict == "same"
