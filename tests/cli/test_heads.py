@@ -114,6 +114,18 @@ def test_what_is_lost_is_measured_on_a_text_of_ones_own(command, tmp_path, capsy
     assert [line.split()[0] for line in said.splitlines() if line.endswith("% ")] == [*"012345"]
 
 
+@pytest.mark.parametrize("said", ['{"num_', "[1, 2]"])
+def test_a_config_that_cannot_follow_is_told_of(said, packed, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(packed, model)
+    (model / "config.json").write_text(said)
+
+    assert run(["expand-gqa", str(model), "--no-verify", "-o", str(tmp_path / "out")]) == 0
+
+    assert "note: config.json cannot be read" in capsys.readouterr().out
+    assert (tmp_path / "out" / "config.json").read_text() == said
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_way_that_mixes_heads(command, tmp_path, capsys):
     model = tmp_path / "model.onnx"

@@ -204,7 +204,8 @@ def _tokens(
     try:
         ids = tokenizer.encode(path.read_text("utf-8")).ids
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the text `{path}`: {error}") from error
+        said = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"cannot read the text `{path}`: {said}") from error
     size = min(length, len(ids) - 1)
     if size < 2 or (predictor.length and size < length):
         raise UsageError(f"expected a text of more than {max(predictor.length or 2, 2)} tokens, found {len(ids)}")

@@ -63,7 +63,8 @@ def exchange(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
     if signature is not None:
         put_back(work, signature)
     subject.model = work.model
-    return Changed(edits=edits, exact=not lossy, heads=Change(before=before, after=after))
+    change = Change(before=before, after=after)
+    return Changed(edits=edits, notes=_notes(subject), exact=not lossy, heads=change)
 
 
 def check_one_of(name: str, options: Mapping[str, bool]) -> None:
@@ -83,6 +84,13 @@ def not_a_count(layer: int, counts: HeadCounts, wanted: int, legal: Sequence[int
         f"layer {layer} has {counts.heads} query heads and {counts.kv_heads} KV heads: expected one of "
         f"{', '.join(map(str, legal))} KV heads, found {wanted}"
     )
+
+
+def _notes(subject: Subject) -> tuple[str, ...]:
+    """What does not follow: a config that is there and cannot be read."""
+    if subject.folder is None or subject.config is not None or not (subject.folder / "config.json").is_file():
+        return ()
+    return ("config.json cannot be read, so the number of heads in it stays what it is",)
 
 
 def _heads(exchanger: Exchanger, kv_heads: Sequence[int], owners: Sequence[int]) -> Heads:
