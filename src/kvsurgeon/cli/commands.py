@@ -136,7 +136,7 @@ def targets(
 def verify(
     original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The model as it was.")],
     result: Annotated[Path, typer.Argument(metavar="RESULT", help="The model as it is now, with a cache or without.")],
-    seed: Annotated[int, typer.Option(help="Where the texts come from that both are given.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Where the texts come from that both are given.")] = 0,
     loss: Annotated[bool, typer.Option("--loss", help="Say how much is lost, not whether anything is.")] = False,
     text: operations.Text = None,
     per_layer: operations.PerLayer = False,
@@ -183,7 +183,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 chooses the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Choose among so many of the likeliest; 0: among all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Choose among the likeliest that together have this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Where chance comes from.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Where chance comes from.")] = 0,
 ) -> None:
     """Continue a text, showing it as it is made, and say how fast that was."""
     from kvsurgeon.report import stream

@@ -30,6 +30,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
             raise UsageError(f"expected a temperature of 0 or more, found {self.temperature}")
+        if self.seed is not None and self.seed < 0:
+            raise UsageError(f"expected a seed of 0 or more, found {self.seed}")
         if self.top_k is not None and self.top_k < 1:
             raise UsageError(f"expected top_k of 1 or more, found {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
