@@ -10,7 +10,7 @@ import numpy as np
 from kvsurgeon.errors import RunError
 from kvsurgeon.parity.difference import distance, spread
 from kvsurgeon.parity.scenario import Lengths, Scenario
-from kvsurgeon.runtime import Array, Inputs, Tokens, UncachedDecoder
+from kvsurgeon.runtime import Array, Inputs, Session, Tokens, UncachedDecoder
 
 _SMALLEST_VOCABULARY = 2
 
@@ -73,6 +73,16 @@ class Original:
 
     def _logits(self, tokens: Tokens, mask: Tokens) -> Array:
         return self.decoder.run(self.inputs.whole(tokens, mask, types=self.types))[self.decoder.logits]
+
+    def moved(self, session: Session, seed: int) -> float:
+        """Return how far its logits for a long text are from those of another session with it, over their spread.
+
+        Raises:
+            RunError: It cannot be run there.
+        """
+        tokens = np.random.default_rng(seed).integers(0, self.vocabulary, (self.decoder.batch or 1, self.lengths.long))
+        mine, theirs = self.logits(tokens), replace(self, decoder=UncachedDecoder(session, self.inputs)).logits(tokens)
+        return distance(mine, theirs, spread(mine))
 
     def logits(self, tokens: Tokens) -> Array:
         """Return its logits for texts without padding.

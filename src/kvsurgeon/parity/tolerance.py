@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,10 @@ class Tolerance:
     agreement: float
     tie: float
     reason: str
+
+    def widened(self, error: float) -> Tolerance:
+        """Return the tolerance with that much allowed, if it is more, and ties in proportion."""
+        return replace(self, error=error, tie=self.tie * error / self.error) if error > self.error else self
 
 
 TOLERANCES: dict[Arithmetic, Tolerance] = {
