@@ -150,3 +150,19 @@ def test_verify_says_how_much_is_lost(damaged: Path, capsys: pytest.CaptureFixtu
     assert facts["perplexity_before"] < facts["perplexity_after"]
     assert run(["verify", str(DEMO), str(DEMO), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"ok": True, "verdict": "same", "problems": []}
+
+
+@pytest.mark.usefixtures("short")
+def test_a_batch_that_is_fixed_is_given_the_text_in_every_row(damaged: Path, tmp_path: Path) -> None:
+    cached = kvsurgeon.inject(damaged, tmp_path / "cached", verify=False).path
+    assert cached is not None
+    of_two = tmp_path / "of_two"
+    operate(cached, kvsurgeon.Pipeline.parse("name-dims{dims=batch_size=2}"), of_two, verify=False)
+    expected = kvsurgeon.measure_loss(DEMO, cached.parent, per_layer=True)
+    found = kvsurgeon.measure_loss(DEMO, of_two, per_layer=True)
+    assert found.tokens == expected.tokens
+    assert found.divergence == pytest.approx(expected.divergence, rel=1e-3)
+    assert found.perplexity_after == pytest.approx(expected.perplexity_after, rel=1e-4)
+    assert [layer.error for layer in found.layers] == pytest.approx(
+        [layer.error for layer in expected.layers], abs=1e-3
+    )

@@ -18,6 +18,7 @@ from kvsurgeon.runtime import (
     Tokens,
     UncachedDecoder,
     find_cache,
+    fixed_size,
     folder_of,
     open_session,
     read_note,
@@ -47,6 +48,10 @@ class Predictor:
         cache = find_cache(session.inputs, session.outputs, read_note(session.metadata).layouts)
         self.decoder = CachedDecoder(session, cache) if cache else UncachedDecoder(session)
         self.name = name
+        self._exposed = tuple(exposed)
+        tokens = self.decoder.inputs.tokens
+        self._batch_axis = tokens.axes.index("batch") if "batch" in tokens.axes else None
+        self._rows = 1 if self._batch_axis is None else fixed_size(self.decoder.inputs, session.inputs, "batch") or 1
 
     @property
     def length(self) -> int | None:
@@ -54,18 +59,33 @@ class Predictor:
         return self.decoder.length if isinstance(self.decoder, UncachedDecoder) else None
 
     def predict(self, tokens: Tokens) -> Mapping[str, Array]:
-        """Return all its outputs for a text, `logits` among them under that name.
+        """Return what it computes of a text `[1, sequence]`: its logits, called so, and the values that it exposes.
 
         Raises:
             RunError: It cannot be run on it.
         """
-        feeds = self.decoder.inputs.whole(tokens, np.ones_like(tokens))
+        feeds = self._feeds(tokens)
         if isinstance(self.decoder, CachedDecoder):
             self.decoder.reset()
             outputs = self.decoder.advance(feeds)
         else:
             outputs = self.decoder.run(feeds)
-        return {**outputs, "logits": outputs[self.decoder.logits]}
+        kept = {name: outputs[name] for name in self._exposed} | {"logits": outputs[self.decoder.logits]}
+        return {name: self._first_row(array) for name, array in kept.items()}
+
+    def _feeds(self, tokens: Tokens) -> dict[str, Array]:
+        """What it is given: the text in every row of a batch that is fixed."""
+        rows = np.repeat(tokens, self._rows, axis=0)
+        return self.decoder.inputs.whole(rows, np.ones_like(rows))
+
+    def _first_row(self, array: Array) -> Array:
+        """What it says of one of the texts, which are all the same."""
+        if self._rows == 1 or self._batch_axis is None:
+            return array
+        size = array.shape[self._batch_axis] if self._batch_axis < array.ndim else 1
+        if size % self._rows:
+            raise RunError(f"expected {self._rows} rows from {self.name}, found an output {list(array.shape)}")
+        return array.take(range(size // self._rows), axis=self._batch_axis)
 
     def longest(self, length: int) -> int:
         """Return how many tokens it takes at once: so many, or half of it, or a quarter, ...
@@ -95,11 +115,11 @@ class Predictor:
             raise ParityError(f"expected numbers from {self.name}, found none among its logits")
         if not isinstance(self.decoder, CachedDecoder) or logits.shape[1:2] != tokens.shape[1:]:
             return
-        feeds, length = self.decoder.inputs.whole(tokens, np.ones_like(tokens)), tokens.shape[1]
+        feeds, length = self._feeds(tokens), tokens.shape[1]
         self.decoder.reset()
         spans = ((0, length // 2), (length // 2, length))
         parts = [self.decoder.step(self.decoder.inputs.part(feeds, past, total)) for past, total in spans]
-        error = distance(logits, np.concatenate(parts, axis=1), spread(logits))
+        error = distance(logits, self._first_row(np.concatenate(parts, axis=1)), spread(logits))
         if not error <= allowed:
             raise ParityError(
                 f"expected the same logits from {self.name} whether its cache is used or not, found them off by "
