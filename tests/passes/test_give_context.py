@@ -132,6 +132,32 @@ def test_what_is_only_repeated_for_each_token_stays():
     assert [value.name for value in result.graph.input if not value.name.startswith("past")] == ["x", "attention_mask"]
 
 
+def of_two_heads(bias: str) -> str:
+    """An attention whose queries of two heads stand along one axis, where a bias is added to their scores."""
+    return attention(
+        query="twice = Concat<axis = -1>(q0, q0)\n  q = Reshape(twice, joined)",
+        scores=f"sizes_of = Shape(s0)\n  {bias}\n  s1 = Add(s0, bias)\n  width = Slice(sizes_of, third, fourth)\n"
+        "  target = Concat<axis = 0>(first, minus, heads, width)\n  s = Reshape(s1, target)",
+        allowed="earlier = LessOrEqual(row, column)\n  allowed = Unsqueeze(earlier, second)",
+        after="c0 = ReduceMean<axes = [2], keepdims = 0>(c4)\n  logits = Identity(c0)",
+        constants="int64[3] joined = {0, -1, 8}, int64[1] fourth = {3}, int64[1] minus = {-1}, int64[1] heads = {2}",
+    ).replace("c = MatMul(w, v)", "v4 = Unsqueeze(v, second)\n  c4 = MatMul(w, v4)")
+
+
+def test_what_is_the_same_for_queries_of_all_heads_stays():
+    model = read(of_two_heads("bias = ConstantOfShape<value = float[1] {2.0}>(sizes_of)"), 17)
+    result = given(model, max_length=32)
+    assert [value.name for value in result.graph.input if not value.name.startswith("past")] == ["x", "attention_mask"]
+
+
+def test_context_for_queries_of_all_heads_in_one_axis_is_refused():
+    bias = "far = Cast<to = 1>(at)\n  bias = Expand(far, sizes_of)"
+    subject = Subject.of(read(of_two_heads(bias), 17))
+    Inject(idiom="new-only").apply(subject)
+    with pytest.raises(Refused, match="in a way that no host is told of"):
+        GiveContext(max_length=32).apply(subject)
+
+
 def test_as_many_places_are_told_as_the_graph_has():
     result = given(MODELS["gpt2_torchscript_sdpa"], max_length=4096)
     (told,) = (json.loads(entry.value) for entry in result.metadata_props if entry.key == KEY)

@@ -148,17 +148,20 @@ _KINDS: dict[str, Kind | None] = {
 
 
 def _axes(shapes: Sequence[tuple[int, ...]]) -> str:
-    """What a value's axes are, told by its sizes in two calls: new tokens, all tokens, or features; size 1 is left."""
+    """What a value's axes are, told by its sizes in two calls: size 1 is left out, and sizes that differ are places.
+
+    `S` is new tokens, `T` all tokens, `F` features, and `M` tokens mixed with something else, as heads are.
+    """
     (past, new), (other_past, other_new) = PROBES
-    lengths = {(new, other_new): "S", (past + new, other_past + other_new): "T"}
-    named = [lengths.get(sizes, "" if sizes == (1, 1) else "F") for sizes in zip(*shapes, strict=True)]
+    lengths = {(new, other_new): "S", (past + new, other_past + other_new): "T", (1, 1): ""}
+    named = [lengths.get((one, other), "F" if one == other else "M") for one, other in zip(*shapes, strict=True)]
     return "".join(named) or "_"
 
 
 def _differs(array: Array, axes: str) -> bool:
     """Whether a value has other numbers for other tokens."""
     squeezed = _squeezed(array)
-    return any((squeezed != squeezed.take([0], axis=place)).any() for place, axis in enumerate(axes) if axis in "ST")
+    return any((squeezed != squeezed.take([0], axis=place)).any() for place, axis in enumerate(axes) if axis in "STM")
 
 
 def _kind(value: ir.Value, axes: str, shape: tuple[int, ...]) -> Kind | None:
