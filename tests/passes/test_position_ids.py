@@ -50,6 +50,14 @@ class CutTable(Decoder):
         return self.graph.op("Slice", self.graph.constant(function(angles), self.config.dtype), *ends)
 
 
+class CutByNarrowNumbers(CutTable):
+    """It keeps all features of the rows, by bounds of 32 bits."""
+
+    def rows(self, function):
+        bounds = [self.graph.constant([number], "int32") for number in (0, self.config.head_dim, -1, 1)]
+        return self.graph.op("Slice", super().rows(function), *bounds)
+
+
 class CutTableByElement(CutTable):
     """It looks up each feature by itself."""
 
@@ -77,7 +85,7 @@ class ScaledByShape(CutTable):
         return self.graph.op("Reciprocal", self.graph.op("Sqrt", size))
 
 
-VARIANTS = [CutTable, CutTableByElement, ScaledByShape]
+VARIANTS = [CutTable, CutByNarrowNumbers, CutTableByElement, ScaledByShape]
 
 
 def check_that_padding_shifts_nothing(original, placed):

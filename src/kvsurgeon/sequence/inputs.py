@@ -20,7 +20,7 @@ from kvsurgeon.shapes.inference import Shapes, infer_shapes
 # fmt: off
 _VIEWS = frozenset({
     "Cast", "CastLike", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Expand", "Tile", "Transpose", "Clip",
-    "Add", "Sub", "Mul", "Div", "Max", "Min", "Abs", "Slice", "Concat",
+    "Add", "Sub", "Mul", "Div", "Max", "Min", "Abs", "Slice", "Concat", "Not",
 })
 # fmt: on
 _FORMED = frozenset({"Reshape", "Expand", "Tile", "Slice"})  # by a shape, which is their second input
@@ -249,6 +249,8 @@ def _keeps_itself(node: ir.Node, index: int, seen: Collection[ir.Value]) -> bool
     """Whether the result of a node is what it reads there, in another form or moved by constants."""
     if node.op_type in ("Gather", "Split"):
         return index == 0 and all(constant_tensor(other) is not None for other in node.inputs[1:])
+    if node.op_type in _ORDERED:  # ids below 0 are counted from the end of a table: each is added to or not by itself
+        return constant_tensor(node.inputs[1 - index]) is not None
     if node.op_type not in _VIEWS or (index > 0 and node.op_type in _FORMED):
         return False
     others = [other for other in node.inputs if other is not None and other not in seen]

@@ -213,7 +213,9 @@ def _slice(placing: Placing, node: ir.Node, axis: int) -> ir.Value | None:
         return placing._picked(source, axis) if constant_tensor(source) is not None else None
     if axis in axes or not placing.varies(source, axis):
         return None
-    moved = placing.editor.constant([place + 1 for place in axes], wish="axes")
+    given = None if node.inputs[1] is None else placing.flow.shapes[node.inputs[1]].dtype
+    whole = (given or ir.DataType.INT64).numpy()  # all bounds of a Slice are of one type
+    moved = placing.editor.constant([place + 1 for place in axes], whole, wish="axes")
     rest = [node.inputs[1], node.inputs[2], moved, *node.inputs[4:]]
     return placing.again(node, [placing.placed(source, axis), *rest])
 
