@@ -7,12 +7,16 @@ import functools
 import numpy as np
 import onnx
 import pytest
+from decoders import Config, Decoder
 from exports import export, injected
 
+from kvsurgeon import io
 from kvsurgeon.errors import RunError
 from kvsurgeon.parity import Lengths, verify
+from kvsurgeon.pipeline import Pipeline
 from kvsurgeon.runtime import CachedDecoder, Writer, open_session, read_note
-from kvsurgeon.runtime.hosts import Grow, InPlace, NewOnly
+from kvsurgeon.runtime.hosts import SPARE, Grow, InPlace, NewOnly
+from kvsurgeon.surgery import operate
 
 ROOM = 32
 IDIOMS = {
@@ -25,6 +29,7 @@ IDIOMS = {
     "unfilled": {"idiom": "new-only", "past_length": "input"},
 }
 HOSTS = {**dict.fromkeys(IDIOMS, InPlace), "grow": Grow, "new-only": NewOnly, "unfilled": NewOnly}
+OPENED = "inject,retarget{idiom=new-only,past-length=input}"
 SHORT = Lengths(short=9, long=20, batch=2)
 
 
@@ -107,6 +112,17 @@ def test_a_full_buffer_takes_no_more():
     one.prefill(one.inputs.part(feeds, 0, ROOM))
     with pytest.raises(RunError, match="expected at most 32 tokens, as many as the cache has rows for, found 33"):
         one.step(one.inputs.part(feeds, ROOM, ROOM + 1))
+
+
+def test_no_more_rows_are_left_unfilled_than_a_text_leaves_room_for():
+    """A text as long as the export: a table of so many rows has none for those that hold nothing."""
+    config = Config(layers=1, windowed=(), static=(1, 6), max_length=6)
+    done = operate(Decoder(config).model(), Pipeline.parse(OPENED))
+    assert (done.sameness.verdict, done.sameness.problems) == ("same", ())
+    one = CachedDecoder(open_session(io.to_proto(done.model), threads=1))
+    assert one.room == 6
+    unfilled = {(past, new): one.host.margins(past, past + new, new)[0] for past, new in [(0, 1), (2, 2), (3, 3)]}
+    assert unfilled == {(0, 1): SPARE, (2, 2): 2, (3, 3): 0}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"', '{"key_layout": 3}', "null"])

@@ -23,7 +23,7 @@ Idiom = Literal["grow", "in-place", "new-only"]
 
 NOTE = "kvsurgeon.cache"  # key of the note in a file's metadata
 STALE = 7  # lies in rows that no token was written to: whoever reads them gives wrong numbers
-SPARE = 3  # unfilled rows of a past whose length the model leaves open
+SPARE = 3  # unfilled rows of a past whose length the model leaves open, where there is room for them
 SMALLEST = 64  # rows of a buffer whose length the model leaves open, if it can be run on so many
 
 
@@ -220,10 +220,8 @@ class NewOnly:
         self._rows: dict[str, Array] = {}
 
     def longest(self, step_length: int) -> int | None:
-        """The rows of the past, and at least one new token."""
-        if self.held is not None:
-            return self.held + 1
-        return None if self.most is None else self.most - self._unfilled(0)
+        """The rows of the past, and at least one new token; any text has room else that the model can be run on."""
+        return self.most if self.held is None else self.held + 1
 
     def reset(self) -> None:
         """Forget all rows."""
@@ -237,7 +235,7 @@ class NewOnly:
         """
         if not self._rows:
             self._rows = {entry.past.name: _filled(entry, batch, 0) for entry in self.cache}
-        unfilled = self._unfilled(past)
+        unfilled = self._unfilled(past, new)
         if unfilled < 0:
             raise RunError(f"expected at most {self.held} past tokens, as many as the cache has rows for, found {past}")
         return {entry.past.name: to_runtime(self._behind(unfilled, entry, batch)) for entry in self.cache}
@@ -245,15 +243,20 @@ class NewOnly:
     def _behind(self, unfilled: int, entry: CacheEntry, batch: int) -> Array:
         return np.concatenate([_filled(entry, batch, unfilled), self._rows[entry.past.name]], axis=entry.axis)
 
-    def _unfilled(self, past: int) -> int:
-        """How many rows come before those of the past: as many as its length asks for, some where that is open."""
+    def _unfilled(self, past: int, new: int) -> int:
+        """How many rows come before those of the past: as many as its length asks for, some where that is open.
+
+        Where the model takes so many rows in a call and no more, the tokens go before unfilled rows.
+        """
         if self.held is not None:
             return self.held - past
-        return SPARE if axis_of(self.cache[0].past.dims[self.cache[0].axis]) == "held" else 0
+        if axis_of(self.cache[0].past.dims[self.cache[0].axis]) != "held":
+            return 0
+        return SPARE if self.most is None else max(0, min(SPARE, self.most - past - new))
 
     def margins(self, past: int, total: int, new: int) -> tuple[int, int]:
         """A mask has a place for each row of the past and each new token."""
-        return self._unfilled(past), past + new - total
+        return self._unfilled(past, new), past + new - total
 
     def keep(self, results: Mapping[str, Any], past: int, new: int, size: int) -> None:
         """Put the new rows behind the others."""
