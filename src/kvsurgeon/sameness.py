@@ -29,6 +29,7 @@ from kvsurgeon.runtime import (
     fixed_size,
     from_proto,
     is_past,
+    may_be_past,
     open_session,
     read_note,
     token_axes,
@@ -236,8 +237,9 @@ def _calls(ends: Sequence[int]) -> Iterator[tuple[int, int]]:
 def _decoder(session: Session, other: Session) -> CachedDecoder | UncachedDecoder:
     """The model to be asked. Its cache is what its names say, and what it has in and out that the other has not."""
     theirs = {tensor.name for tensor in (*other.inputs, *other.outputs)}
-    pasts = [_sized(one, other.inputs) for one in session.inputs if is_past(one) or _is_own(one, theirs)]
     presents = [one for one in session.outputs if "present" in one.name or _is_own(one, theirs)]
+    own = [one for one in session.inputs if _is_own(one, theirs) and may_be_past(one, presents or session.outputs)]
+    pasts = [_sized(one, other.inputs) for one in session.inputs if is_past(one) or one in own]
     if not pasts:
         return UncachedDecoder(session)
     presents = presents or find_presents(pasts, session.outputs)

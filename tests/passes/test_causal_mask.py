@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from exports import ONE_OF_EACH, export
+from exports import ONE_OF_EACH, after, export, injected
 from laws import in_onnxruntime
 from written import read
 
@@ -13,6 +13,7 @@ from kvsurgeon.parity import verify
 from kvsurgeon.passes.causal_mask import CausalMask
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.inject import Inject
+from kvsurgeon.sameness import Sameness, judge
 
 
 def masked(name):
@@ -36,6 +37,12 @@ def test_the_judge_finds_the_same_model(name):
     assert dims == ["batch_size", 1, "sequence_length", "total_sequence_length"]
     assert verify(original, result).verdict == "same"
     assert isinstance(CausalMask().apply(subject), Unchanged)
+
+
+@pytest.mark.parametrize("idiom", ["grow", "in-place", "new-only"])
+def test_beside_a_cache_that_was_there_the_judge_takes_it_for_no_past(idiom):
+    before = injected(export("gpt2_torchscript_sdpa"), idiom=idiom)
+    assert judge(before, after(before, CausalMask())) == Sameness(verdict="same")
 
 
 TEXT = """case (int64[batch_size, sequence_length] input_ids, {dtype}[batch_size, total_sequence_length] attention_mask)

@@ -13,6 +13,7 @@ from kvsurgeon.runtime import (
     fixed_size,
     inputs_of,
     logits_name,
+    may_be_past,
 )
 from kvsurgeon.runtime.axes import empty_shape
 
@@ -279,3 +280,17 @@ def test_of_two_axes_of_new_tokens_the_last_is_the_keys():
     feeds = inputs_of(given).whole(TOKENS, MASK)
     assert feeds["causal_mask"].shape == (2, 1, 4, 4)
     assert feeds["causal_mask"][0, 0].tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+def test_a_past_lies_as_a_present_does_and_a_mask_does_not():
+    presents = [tensor("memory_out", "batch_size", 2, "total_sequence_length", 8, dtype="float32")]
+    mask = ("batch_size", 1, "sequence_length", "total_sequence_length")
+    asked = {
+        "a past": past("memory_in"),
+        "no dim is told": tensor("memory_in", "a", "b", "c", "d", dtype="float32"),
+        "whole numbers": tensor("mask", *mask),
+        "as many bits": tensor("mask", *mask, dtype="float32"),
+        "another rank": tensor("mask", "batch_size", 1, "total_sequence_length", dtype="float32"),
+    }
+
+    assert [name for name, one in asked.items() if may_be_past(one, presents)] == ["a past", "no dim is told"]

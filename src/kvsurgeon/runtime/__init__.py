@@ -12,6 +12,7 @@ from kvsurgeon.runtime.axes import (
     find_cache,
     find_presents,
     is_past,
+    may_be_past,
     token_axes,
 )
 from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder, has_cache, logits_name
@@ -55,6 +56,7 @@ __all__ = [
     "inputs_of",
     "is_past",
     "logits_name",
+    "may_be_past",
     "model_file",
     "open_session",
     "read_note",

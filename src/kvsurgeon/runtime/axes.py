@@ -117,6 +117,15 @@ def find_presents(pasts: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Te
     return next((found for found in ways if len(found) == len(pasts)), ways[0])
 
 
+def may_be_past(tensor: Tensor, presents: Sequence[Tensor]) -> bool:
+    """Whether an input can be fed from one of these outputs: one lies as it does, which is so of no mask.
+
+    A mask that does lie so has rows for the tokens of the call, which a past has not.
+    """
+    lies = any((tensor.dtype, len(tensor.dims)) == (one.dtype, len(one.dims)) for one in presents)
+    return lies and "new" not in axes_of(tensor)
+
+
 def is_past(tensor: Tensor) -> bool:
     """Whether an input is a past: by its name, or because it has rows for tokens, and none for those of the call."""
     axes = set(axes_of(tensor))
