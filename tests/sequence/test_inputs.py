@@ -31,7 +31,7 @@ CASES = [
      "v = Constant<value_ints=[9]>() a = Add(p9, v) b = Mul(d, a) t = Add(b, m) e = Gather(table, t) "
      "f = Cast<to=1>(q7) g = Mul(f, half) y = Cos(g)", {"p9": {1: NEW}, "q7": {1: NEW}}),
     ("a mask that is told from 0", "int64[b, n] p9, int64[b, n] q7",
-     f"{TOKENS} w = Constant<value_ints=[0]>() g = Greater(q7, w) c = Cast<to=1>(g) y = Mul(c, half)",
+     f"{TOKENS} w = Constant<value_ints=[0]>() g = Greater(q7, w) c = Cast<to=1>(g) y = MatMul(c, table)",
      {"p9": {1: NEW}, "q7": {1: TOTAL}}),
     ("embeddings", "float[b, n, 4] p9", "e = MatMul(p9, table)", {"p9": {1: NEW}}),
     ("a padding mask", "int64[b, n] p9, int64[b, n] q7", f"{TOKENS} m = Cast<to=1>(q7) y = Mul(m, half)",

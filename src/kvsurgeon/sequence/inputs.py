@@ -20,7 +20,7 @@ from kvsurgeon.shapes.inference import Shapes, infer_shapes
 # fmt: off
 _VIEWS = frozenset({
     "Cast", "CastLike", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Expand", "Tile", "Transpose", "Clip",
-    "Add", "Sub", "Mul", "Div", "Max", "Min", "Abs", "Slice", "Concat", "Not",
+    "Add", "Sub", "Mul", "Div", "Max", "Min", "Abs", "Slice", "Concat",
 })
 # fmt: on
 _FORMED = frozenset({"Reshape", "Expand", "Tile", "Slice"})  # by a shape, which is their second input
@@ -249,12 +249,29 @@ def _keeps_itself(node: ir.Node, index: int, seen: Collection[ir.Value]) -> bool
     """Whether the result of a node is what it reads there, in another form or moved by constants."""
     if node.op_type in ("Gather", "Split"):
         return index == 0 and all(constant_tensor(other) is not None for other in node.inputs[1:])
-    if node.op_type in _ORDERED:  # ids below 0 are counted from the end of a table: each is added to or not by itself
-        return constant_tensor(node.inputs[1 - index]) is not None
     if node.op_type not in _VIEWS or (index > 0 and node.op_type in _FORMED):
         return False
-    others = [other for other in node.inputs if other is not None and other not in seen]
+    others = [
+        other for other in node.inputs if other is not None and other not in seen and not _tells_sign(other, seen)
+    ]
     return node.op_type in _FORMS or not any(_reads_input(other) for other in others)
+
+
+def _tells_sign(value: ir.Value, seen: Collection[ir.Value]) -> bool:
+    """Whether a value is 0 or 1 by what an input is against a constant: ids below 0 count from the end of a table."""
+    node = _without(("Cast", "Not"), value).producer()
+    if node is None or node.op_type not in _ORDERED or node.inputs[0] is None:
+        return False
+    return constant_tensor(node.inputs[1]) is not None and _without(("Cast",), node.inputs[0]) in seen
+
+
+def _without(operators: Collection[str], value: ir.Value) -> ir.Value:
+    """What a value was before operators of one input."""
+    node = value.producer()
+    while node is not None and node.op_type in operators and node.inputs[0] is not None:
+        value = node.inputs[0]
+        node = value.producer()
+    return value
 
 
 def _is_vocabulary(value: ir.Value | None) -> bool:
