@@ -7,7 +7,7 @@ import onnx.printer
 import pytest
 from attentions import attention
 from decoders import CachedDecoder, Config, Decoder
-from exports import export
+from exports import export, injected
 from written import read
 
 from kvsurgeon import io
@@ -107,3 +107,15 @@ def test_masks_and_places_that_a_host_makes_are_known():
     original = read(attention())
     row = Pipeline((Inject(idiom="new-only"), GiveContext(max_length=64)))
     assert judge(original, io.to_proto(row.run(original).model)).verdict == "same"
+
+
+def test_a_cache_that_has_the_names_and_lengths_of_somebody_else():
+    after = injected(Decoder(SMALL).model(), past="{kind}_cache_{layer}", present="{kind}_out_{layer}")
+    before = onnx.ModelProto.FromString(after.SerializeToString())
+    theirs = {"past_sequence_length": "past", "total_sequence_length": "total", "sequence_length": "sequence"}
+    for value in (*before.graph.input, *before.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.HasField("dim_param"):
+                dim.dim_param = theirs.get(dim.dim_param, dim.dim_param)
+
+    assert judge(before, after).verdict == "same"

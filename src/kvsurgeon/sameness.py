@@ -82,8 +82,8 @@ def judge(
         said = f"`{min(made)}` holds numbers that a host makes by the file's note `{CONTEXT}`, and the judge makes none"
         return Sameness(verdict="unknown", problems=(said,))
     # its presents may be outputs that the original had by that name
-    had, has = ({one.name for one in graph.input if is_past(from_proto(one))} for graph in graphs)
-    if not lost and (gained or has - had):
+    came_in = {one.name for one in graphs[1].input if is_past(from_proto(one))} - {one.name for one in graphs[0].input}
+    if not lost and (gained or came_in):
         report = verify(original, result, folder=folder, seed=seed, progress=progress)
         return Sameness(verdict=report.verdict, problems=report.problems, report=report)
     try:
@@ -235,11 +235,16 @@ def _calls(ends: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _decoder(session: Session, other: Session) -> CachedDecoder | UncachedDecoder:
-    """The model to be asked. Its cache is what its names say, and what it has in and out that the other has not."""
+    """The model to be asked.
+
+    Its cache is what its names and dims say, or those of the other's inputs called alike, and what it has in and out
+    that the other has not.
+    """
     theirs = {tensor.name for tensor in (*other.inputs, *other.outputs)}
     presents = [one for one in session.outputs if "present" in one.name or _is_own(one, theirs)]
     own = [one for one in session.inputs if _is_own(one, theirs) and may_be_past(one, presents or session.outputs)]
-    pasts = [_sized(one, other.inputs) for one in session.inputs if is_past(one) or one in own]
+    sized = [(one, _sized(one, other.inputs)) for one in session.inputs]
+    pasts = [past for one, past in sized if is_past(one) or is_past(past) or one in own]
     if not pasts:
         return UncachedDecoder(session)
     presents = presents or find_presents(pasts, session.outputs)
