@@ -5,7 +5,8 @@
 
 Two ways round. *Inject, eject, inject*: every model of a folder that can be injected, in each idiom that is named
 (by default all); without the cache it is held against the original, with a growing one against the stored logits.
-*Eject, inject*: every file called `*with_past*.onnx`, and each FILE, whose cache is put back under its own names; held
+*RemoveCache, inject*: every file called `*with_past*.onnx`, and each FILE, whose cache is put back under its own
+names; held
 against the file itself, call by call, and against the stored logits. What cannot be taken out is refused by name. Ends
 with 1 if anything differs or crashes, or a cache that grows was put in and cannot be taken out.
 """
@@ -27,12 +28,12 @@ from witness.second_judge import BRAIN, bound_of, failures, judge, open_session,
 from witness.widening import widened
 
 from kvsurgeon import io
-from kvsurgeon.errors import KvsurgeonError, ParityError, Refused
+from kvsurgeon.errors import KvsurgeonError, ParityError, UnsupportedError
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
-from kvsurgeon.passes.eject import Eject, put_back, take_out
 from kvsurgeon.passes.inject import Inject
-from kvsurgeon.pipeline import Pipeline
-from kvsurgeon.surgery import operate
+from kvsurgeon.passes.remove_cache import RemoveCache, put_back, take_out
+from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.surgery import operate
 
 FINE = frozenset({"equal", "not injected", "not runnable", "refused by name"})
 IDIOMS: dict[str, dict[str, str]] = {
@@ -62,7 +63,7 @@ def main() -> int:
         ]
         for idiom in arguments.idiom or IDIOMS
     } | {
-        "eject, inject": [
+        "remove-cache, inject": [
             _named(f"{entry.label}/{file.name}", lambda entry=entry, file=file: _replaced(file, entry))
             for entry in found
             for file in sorted(entry.folder.glob("*with_past*.onnx"))
@@ -85,7 +86,7 @@ def _named(name: str, attempt: Callable[[], tuple[str, str]]) -> Result:
     try:
         verdict, reason = attempt()
     except Exception as error:
-        kind = {Refused: "refused", ParityError: "different"}.get(type(error), "crashed")
+        kind = {UnsupportedError: "refused", ParityError: "different"}.get(type(error), "crashed")
         verdict, reason = kind, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     print(f"{verdict:>14}  {name}", file=sys.stderr)
     return Result(name=name, verdict=verdict, reason=reason)
@@ -99,9 +100,9 @@ def _there_and_back(entry: Entry, idiom: str) -> tuple[str, str]:
     except KvsurgeonError as error:
         return "not injected", str(error)
     try:
-        if not isinstance(Eject().apply(subject), Changed):
+        if not isinstance(RemoveCache().apply(subject), Changed):
             return "different", "the cache that was put in is not seen"
-    except Refused as refusal:
+    except UnsupportedError as refusal:
         return "refused" if idiom == "grow" else "refused by name", str(refusal)
     ejected = io.to_proto(subject.model)
     for mine, theirs in ((ejected.graph.input, original.graph.input), (ejected.graph.output, original.graph.output)):

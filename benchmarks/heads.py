@@ -29,6 +29,8 @@ from witness.second_judge import BRAIN, bound_of, failures, judge, open_session,
 from witness.widening import widened
 
 from kvsurgeon import io
+from kvsurgeon.analysis.analysis import analyze
+from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import KvsurgeonError
 from kvsurgeon.heads.counts import HeadCounts, counts_of
 from kvsurgeon.passes.contract import Pass, Subject
@@ -36,9 +38,7 @@ from kvsurgeon.passes.expand_gqa import ExpandGqa
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
 from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads, legal_counts
-from kvsurgeon.pipeline import Pipeline
-from kvsurgeon.sequence.analysis import analyse
-from kvsurgeon.sequence.written_out import in_standard_operators
+from kvsurgeon.workflow.pipeline import Pipeline
 
 Method = Literal["mean", "first"]
 KINDS = ("replicate-kv-heads", "expand-gqa", "inject", "merge back", "merge-kv-heads", "as numpy")
@@ -57,7 +57,7 @@ class Result:
 
 def counts(entry: Entry) -> HeadCounts:
     """Return the heads of a model's first layer."""
-    analysis = analyse(in_standard_operators(io.load(entry.path)).model)
+    analysis = analyze(decompose(io.load(entry.path)).model)
     return counts_of(analysis.flow, analysis.heads[0])
 
 
@@ -152,7 +152,7 @@ def examined(entry: Entry) -> Iterator[Result]:
     try:
         heads = counts(entry)
     except KvsurgeonError as error:
-        yield Result(label=entry.label, pipeline="analyse", verdict="refused", reason=str(error))
+        yield Result(label=entry.label, pipeline="analyze", verdict="refused", reason=str(error))
         return
     if heads.kv_heads < heads.heads:
         for name, passes in grouped(entry, heads):
@@ -200,7 +200,7 @@ def print_tally(results: Sequence[Result]) -> None:
         models = {result.label for result in mine}
         whole = models - {result.label for result in mine if result.verdict != "right"}
         print(f"{kind}: {len(whole)} of {len(models)} models whole; attempts: {dict(verdicts)}")
-    print("not analysed:", sum(result.pipeline == "analyse" for result in results))
+    print("not analysed:", sum(result.pipeline == "analyze" for result in results))
 
 
 def _arguments() -> argparse.Namespace:

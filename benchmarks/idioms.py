@@ -24,7 +24,7 @@ import onnx
 from witness.corpus import Case, Entry, find_entries, spread_sample
 
 from kvsurgeon import io
-from kvsurgeon.errors import KvsurgeonError, Refused
+from kvsurgeon.errors import KvsurgeonError, UnsupportedError
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.runtime import CachedDecoder, open_session
@@ -64,7 +64,7 @@ def compare(entry: Entry) -> Agreement:
         subject = Subject.of(entry.path)
         try:
             Inject(**options).apply(subject)
-        except Refused as refusal:
+        except UnsupportedError as refusal:
             if idiom in ("grow", "in-place", "new-only"):
                 raise
             refused[idiom] = str(refusal)

@@ -26,7 +26,7 @@ from kvsurgeon.passes.contract import Pass, Subject
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
 from kvsurgeon.passes.share_kv_layers import ShareKvLayers
-from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.workflow.pipeline import Pipeline
 
 HEADS, LAYERS = 12, 12
 TOKENS, PADDING = 19, 4

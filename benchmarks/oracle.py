@@ -29,10 +29,10 @@ from witness.uncached import LEVELS, first_tokens
 
 import kvsurgeon
 from kvsurgeon import io
+from kvsurgeon.dataflow.input_roles import read_inputs
+from kvsurgeon.dataflow.shape_inference import infer_shapes
 from kvsurgeon.errors import KvsurgeonError
-from kvsurgeon.sequence.inputs import read_inputs
-from kvsurgeon.shapes import dimension as dim
-from kvsurgeon.shapes.inference import infer_shapes
+from kvsurgeon.symbolic import dimension as dim
 
 LENGTHS = (5, 8)  # tokens of a call, for the first stored call and the second
 FIRST = 3  # tokens of the first of two calls with a cache

@@ -22,9 +22,9 @@ from coverage import quiet
 from witness.corpus import Entry, find_entries
 
 from kvsurgeon import Pipeline
-from kvsurgeon.errors import KvsurgeonError, ParityError, PassError, Refused, RunError
+from kvsurgeon.errors import KvsurgeonError, ParityError, PassError, RunError, UnsupportedError
 from kvsurgeon.passes.contract import Unchanged
-from kvsurgeon.surgery import operate
+from kvsurgeon.workflow.surgery import operate
 
 BAD = frozenset({"different", "does not run", "traceback"})
 CATEGORIES = ("same", "lossy", "unchanged", "refused", *sorted(BAD))
@@ -45,28 +45,28 @@ CACHE = (
 PASSES: tuple[tuple[str, tuple[str, ...], int], ...] = (  # name, options, weight
     ("inject", CACHE, 1),
     ("retarget", CACHE, 4),
-    ("eject", ("",), 3),
+    ("remove-cache", ("",), 3),
     ("replicate-kv-heads", ("{repeat=2}", "{repeat=3}", "{repeat=4}"), 3),
     ("expand-gqa", ("",), 3),
     ("merge-kv-heads", ("{kv-heads=1}", "{kv-heads=2,method=first}"), 2),
     ("share-kv-layers", ("{kv-layers=1}",), 2),
-    ("position-ids", ("",), 2),
+    ("add-position-ids", ("",), 2),
     ("raise-opset", ("{opset=21}", "{opset=23}", "{opset=24}"), 2),
     ("fix-shapes", ("{tokens=4,max-length=96}", "{tokens=1,max-length=96}"), 1),
     ("last-logits", ("",), 1),
-    ("half-range-masks", ("",), 1),
-    ("narrow-ids", ("",), 1),
-    ("without-nan-guards", ("",), 1),
-    ("count-positions", ("",), 1),
-    ("without-mask", ("",), 1),
-    ("give-context", ("{max-length=96}",), 1),
+    ("float16-mask-range", ("",), 1),
+    ("int32-inputs", ("",), 1),
+    ("remove-nan-guards", ("",), 1),
+    ("past-length-from-positions", ("",), 1),
+    ("remove-mask", ("",), 1),
+    ("host-inputs", ("{max-length=96}",), 1),
     ("fuse-attention", ("", "{layers=possible}", "{operator=attention,layers=possible}"), 3),
     ("fuse-rotary", ("",), 1),
-    ("write-divisions", ("",), 1),
-    ("plain-gather", ("",), 1),
+    ("reciprocal-to-div", ("",), 1),
+    ("gather-nd-to-gather", ("",), 1),
     ("lower-opset", ("{opset=17}", "{opset=13}"), 1),
-    ("name-dims", ("{dims=batch_size=1}", "{dims=batch_size=texts}"), 1),
-    ("rename", ("{names=logits=scores}",), 1),
+    ("rename-dims", ("{dims=batch_size=1}", "{dims=batch_size=texts}"), 1),
+    ("rename-io", ("{names=logits=scores}",), 1),
 )
 
 
@@ -107,7 +107,7 @@ def _tried(entry: Entry, row: str) -> tuple[str, str]:
     except ParityError as error:
         return "different", str(error)
     except RunError as error:
-        return "does not run" if error.exit_code != Refused.exit_code else "refused", str(error)
+        return "does not run" if error.exit_code != UnsupportedError.exit_code else "refused", str(error)
     except PassError as error:
         return "refused" if isinstance(error.__cause__, KvsurgeonError) else "traceback", str(error)
     except KvsurgeonError as error:

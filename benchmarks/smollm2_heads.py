@@ -29,8 +29,8 @@ from kvsurgeon.passes.inject import Inject
 from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
 from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads
 from kvsurgeon.passes.share_kv_layers import ShareKvLayers
-from kvsurgeon.pipeline import Pipeline
-from kvsurgeon.surgery import operate
+from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.surgery import operate
 
 HEADS = 9  # query heads of SmolLM2-135M
 BOUND = 1e-4  # of the spread of the logits

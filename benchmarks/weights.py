@@ -34,7 +34,7 @@ SLOWEST = 0.5  # of cp's throughput
 CHANGE = """
 import json, sys, time
 from kvsurgeon.io import save
-from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.workflow.pipeline import Pipeline
 start = time.perf_counter()
 result = Pipeline.parse(sys.argv[3]).run(sys.argv[1])
 changed = time.perf_counter()

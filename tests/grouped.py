@@ -5,9 +5,9 @@ from __future__ import annotations
 from laws import in_onnxruntime, texts
 
 from kvsurgeon import io
+from kvsurgeon.analysis.analysis import analyze
 from kvsurgeon.heads.counts import counts_of
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.sequence.analysis import analyse
 
 PROJECTED_KEYS = "k = MatMul(x, k_weight)"
 PROJECTED_VALUES = "v = MatMul(x, v_weight)"
@@ -86,5 +86,5 @@ def logits(subject: Subject):
 
 def kv_heads(subject: Subject) -> list[int]:
     """The key heads of each layer, found afresh."""
-    analysis = analyse(subject.model)
+    analysis = analyze(subject.model)
     return [counts_of(analysis.flow, head).kv_heads for head in analysis.heads]

@@ -14,7 +14,7 @@ DRAWN = re.search(r"^```\n(.*?)^```$", (ROOT / "docs" / "architecture.md").read_
 LAYERS = [line.split()[0].removesuffix("/") for line in DRAWN.group(1).splitlines()]
 
 JUDGE = {"runtime", "parity"}
-SURGEON = {"graph", "shapes", "sequence", "anatomy", "passes"}
+SURGEON = {"graph", "symbolic", "ops", "dataflow", "analysis", "proof", "rewrite", "anatomy", "passes"}
 SAYS_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")

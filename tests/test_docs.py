@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import kvsurgeon
 from kvsurgeon import errors
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.inject import Inject
-from kvsurgeon.pipeline import Pipeline
-from kvsurgeon.surgery import operate
+from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.surgery import operate
 
 ROOT = Path(__file__).parents[1]
 TEXTS = sorted(
@@ -95,7 +95,7 @@ def test_the_pass_that_edits_does_it_once_and_the_judge_agrees(passes, tmp_path)
 def test_the_pass_that_edits_refuses_before_it_edits(passes):
     subject = Subject.of(Decoder(Config()).model())
     before = ir.to_proto(subject.model).SerializeToString(deterministic=True)
-    with pytest.raises(Refused, match=r"no such output, found .* - at `elsewhere`"):
+    with pytest.raises(UnsupportedError, match=r"no such output, found .* - at `elsewhere`"):
         passes["FloatLogits"](output="elsewhere").apply(subject)
     assert ir.to_proto(subject.model).SerializeToString(deterministic=True) == before
 

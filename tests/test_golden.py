@@ -12,7 +12,7 @@ from laws import CUTS, assert_law, in_onnxruntime, in_reference, texts
 from written import read, write
 
 from kvsurgeon import io
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Changed, Subject
 from kvsurgeon.passes.inject import Inject
 
@@ -78,7 +78,7 @@ def test_refused(case):
     subject = Subject.of(case.original)
     before = write(io.to_proto(subject.model))
 
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(UnsupportedError) as refusal:
         Inject().apply(subject)
 
     assert case.head["miss"] in str(refusal.value)
@@ -111,5 +111,5 @@ def test_it_computes_the_same(case, start):
 
 @pytest.mark.parametrize("case", HITS, ids=titles)
 def test_a_second_injection_is_refused(case):
-    with pytest.raises(Refused, match="already has a cache"):
+    with pytest.raises(UnsupportedError, match="already has a cache"):
         Inject().apply(Subject.of(case.injected))

@@ -8,7 +8,7 @@ from decoders import CachedDecoder, Config, Decoder
 from laws import assert_law, in_chunks, in_onnxruntime, texts
 
 from kvsurgeon import KeyValueCacheInjector
-from kvsurgeon.errors import InputError, KvsurgeonError, Refused, UsageError
+from kvsurgeon.errors import InputError, KvsurgeonError, UnsupportedError, UsageError
 from kvsurgeon.passes.contract import Subject, Unchanged
 
 
@@ -82,7 +82,7 @@ def test_in_place_is_the_default_and_can_be_declined(original):
 def test_a_refused_model_is_as_it_was():
     model = CachedDecoder(Config(layers=2)).model()
     before = model.SerializeToString()
-    with pytest.raises(Refused, match="already has a cache"):
+    with pytest.raises(UnsupportedError, match="already has a cache"):
         KeyValueCacheInjector().apply(model)
     assert model.SerializeToString() == before
 
@@ -146,15 +146,15 @@ def test_transforms_of_ones_own_run_afterwards(original):
     def look(graph: gs.Graph) -> None:
         seen.append({value.name for value in graph.inputs})
 
-    class Rename:
-        name = "rename"
+    class RenameIo:
+        name = "rename-io"
 
         def apply(self, subject: Subject) -> Unchanged:
             seen.append(subject.model.graph.inputs[-1].name)
             return Unchanged(reason="it only looks")
 
     KeyValueCacheInjector(inplace=False, additional_transforms=look).apply(original)
-    KeyValueCacheInjector(inplace=False, additional_transforms=[Rename()]).apply(original)
+    KeyValueCacheInjector(inplace=False, additional_transforms=[RenameIo()]).apply(original)
     assert "past_key_values.0.key" in seen[0]
     assert seen[1] == "past_key_values.1.value"
 

@@ -13,13 +13,13 @@ import pytest
 
 import kvsurgeon
 from kvsurgeon.errors import ParityError
-from kvsurgeon.io.config import Change, Heads
+from kvsurgeon.io.model_config import Change, Heads
 from kvsurgeon.parity import loss
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
 from kvsurgeon.passes.inject import Inject
-from kvsurgeon.pipeline import Pipeline
 from kvsurgeon.report import answer, table
-from kvsurgeon.surgery import operate
+from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.surgery import operate
 
 DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"
 

@@ -10,9 +10,9 @@ import pytest
 from decoders import Config, Decoder
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from kvsurgeon import registry
 from kvsurgeon.cli.main import run
-from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.workflow import registry
+from kvsurgeon.workflow.pipeline import Pipeline
 
 README = Path(__file__).parents[1] / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)

@@ -12,7 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.workflow.pipeline import Pipeline
 
 
 def load_and_save(model: Path, folder: Path) -> float:

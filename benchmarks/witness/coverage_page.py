@@ -54,7 +54,7 @@ def as_markdown(results: Sequence[Result]) -> str:
         "",
         *_counts(results),
         "",
-        "## Refused, though a cache would be right",
+        "## UnsupportedError, though a cache would be right",
         "",
         *_refused(results),
         "",
@@ -62,7 +62,7 @@ def as_markdown(results: Sequence[Result]) -> str:
         "",
         *_families(results),
         "",
-        "## Refused, as it must be",
+        "## UnsupportedError, as it must be",
         "",
         *_declined(results),
     ]

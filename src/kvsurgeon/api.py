@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvsurgeon.anatomy import Attention, Decoder
-from kvsurgeon.delivery import deliver
 from kvsurgeon.io import load, save
-from kvsurgeon.keys import capture_keys
-from kvsurgeon.loss import measure as measure_loss
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.contract import Source, Subject
 from kvsurgeon.passes.inject import Inject
-from kvsurgeon.pipeline import Pipeline
-from kvsurgeon.replication import replicate_kv_heads
 from kvsurgeon.report import grid
 from kvsurgeon.runtime import generate
 from kvsurgeon.runtime.text import Prompt
-from kvsurgeon.surgery import Surgery, operate
 from kvsurgeon.targets import Target
+from kvsurgeon.workflow.delivery import deliver
+from kvsurgeon.workflow.keys import capture_keys
+from kvsurgeon.workflow.loss import measure as measure_loss
+from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.replication import replicate_kv_heads
+from kvsurgeon.workflow.surgery import Surgery, operate
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,7 +48,7 @@ def inspect(source: Source, *, folder: str | Path | None = None) -> Decoder:
 
     Raises:
         InputError: The model cannot be read.
-        Refused: It is not a causal decoder that can be handled soundly.
+        UnsupportedError: It is not a causal decoder that can be handled soundly.
     """
     return Subject.of(source, folder).decoder()
 
@@ -80,7 +80,7 @@ def inject(
 
     Raises:
         InputError: The model cannot be read, or its weights are not where the judge can find them.
-        Refused: It cannot be handled soundly.
+        UnsupportedError: It cannot be handled soundly.
         ParityError: The result does not compute what the original computes; nothing was written.
     """
     if target is not None:
@@ -110,7 +110,7 @@ def plot(
     Raises:
         UsageError: There is no such layer, the prompt cannot be read, or the picture cannot be written.
         InputError: A model cannot be read.
-        Refused: Its attention cannot be found.
+        UnsupportedError: Its attention cannot be found.
     """
     sides = [
         capture_keys(one, layer=layer, prompt=prompt, folder=folder) for one in (source, against) if one is not None

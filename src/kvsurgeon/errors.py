@@ -6,9 +6,9 @@
     ├── UsageError              2  an option, a name or a value that cannot be used
     │   └── PluginError         2  a pass of somebody's own that cannot be loaded, or clashes in name
     ├── InputError              4  the model cannot be read
-    │   ├── MalformedModel      4  not ONNX, truncated, or not a valid graph
+    │   ├── InvalidModelError      4  not ONNX, truncated, or not a valid graph
     │   └── WeightsError        4  external data missing, too short, or outside the model's folder
-    ├── Refused                 3  the graph cannot be handled soundly
+    ├── UnsupportedError                 3  the graph cannot be handled soundly
     ├── PassError               3  a pass raised, or left a graph that is not valid
     ├── ParityError             1  the result does not compute what the original computes
     └── RunError                1  a model that can be read cannot be run on what it is given
@@ -46,7 +46,7 @@ class InputError(KvsurgeonError):
     exit_code = 4
 
 
-class MalformedModel(InputError):  # noqa: N818  # says what the file is
+class InvalidModelError(InputError):  # says what the file is
     """The file is not ONNX, is cut short, or its graph is not valid ONNX."""
 
 
@@ -88,7 +88,7 @@ class BrokenCacheError(RunError):
         super().__init__(message)
 
 
-class Refused(KvsurgeonError):  # noqa: N818  # says what was done
+class UnsupportedError(KvsurgeonError):  # says what was done
     """The graph cannot be handled soundly, and nothing was changed.
 
     Attributes:

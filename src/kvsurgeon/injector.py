@@ -62,10 +62,10 @@ class KeyValueCacheInjector:
 
         Raises:
             InputError: The model or its external data is not whole.
-            Refused: The model cannot be given a cache soundly; it is as it was.
+            UnsupportedError: The model cannot be given a cache soundly; it is as it was.
             UsageError: An override does not agree with the graph; the model is as it was.
         """
-        from kvsurgeon.pipeline import Pipeline
+        from kvsurgeon.workflow.pipeline import Pipeline
 
         subject = Subject.of(model, self.folder)
         if self.num_attention_heads is not None or self.hidden_size_kv_cache is not None:

@@ -13,7 +13,7 @@ from laid_out import lay_out, stored
 from mutating import mutant_trial
 from mutating.mutant_trial import BAD, Outcome, try_file, try_mutant
 
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 
 SEED, MUTANTS = 2, 40
 BLANK = Outcome(number=0, model="tiny", mutation="none")
@@ -74,7 +74,11 @@ def test_a_wrong_injection_is_wrong(tiny, monkeypatch, broken):
 
 @pytest.mark.parametrize(
     ("error", "category"),
-    [(Refused("why", at="x"), "refused"), (Refused("why\nand how"), "traceback"), (KeyError("x"), "traceback")],
+    [
+        (UnsupportedError("why", at="x"), "refused"),
+        (UnsupportedError("why\nand how"), "traceback"),
+        (KeyError("x"), "traceback"),
+    ],
     ids=["a refusal", "a refusal of two lines", "a slip"],
 )
 def test_what_is_raised_counts_as_what_it_is(tiny, monkeypatch, error, category):

@@ -18,9 +18,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from kvsurgeon import registry
 from kvsurgeon.cli.main import run
 from kvsurgeon.passes.contract import Subject
+from kvsurgeon.workflow import registry
 
 MAIN = "from kvsurgeon.cli.main import main; main()"
 

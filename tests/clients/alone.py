@@ -16,7 +16,7 @@ from cases import Case, answer
 from environments import Client
 
 import kvsurgeon
-from kvsurgeon.errors import KvsurgeonError, Refused
+from kvsurgeon.errors import KvsurgeonError, UnsupportedError
 from kvsurgeon.io import find_model
 from kvsurgeon.passes.contract import Changed, Subject
 from kvsurgeon.passes.lower_opset import LowerOpset
@@ -52,7 +52,7 @@ def outcome(client: Client, call: list[str], home: Path, model: Path, cases: Ask
         alone = Path(scratch) / "alone"
         try:
             _moved(client, source, alone, judged=judged)
-        except Refused as error:
+        except UnsupportedError as error:
             return Outcome(model=name, verdict="refused", details=str(error))
         except KvsurgeonError as error:
             return Outcome(model=name, verdict="failed", details=f"inject: {error}")

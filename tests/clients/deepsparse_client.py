@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 END = "<end>"
-ROOM = 8  # tokens of context beyond those that are asked for, at least
+MAX = 8  # tokens of context beyond those that are asked for, at least
 
 
 def answers(folder, cases, engine_type):
@@ -63,7 +63,7 @@ def plain_tokens(engine, types, ids, new, length):
 
 def room(cases):
     """Return how many tokens the longest text has, and some more: a multiple of every chunk."""
-    longest = max(len(case["ids"][0]) + case["new"] for case in cases) + ROOM
+    longest = max(len(case["ids"][0]) + case["new"] for case in cases) + MAX
     return longest + -longest % 4
 
 

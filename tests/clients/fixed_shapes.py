@@ -28,8 +28,8 @@ import kvsurgeon
 from kvsurgeon.errors import KvsurgeonError
 from kvsurgeon.passes.fix_shapes import FixShapes
 from kvsurgeon.passes.inject import Inject
-from kvsurgeon.pipeline import Pipeline
-from kvsurgeon.surgery import operate
+from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.surgery import operate
 
 OWN = Path(__file__).parents[1] / "corpus"
 OF_SHAPES = {"Shape", "Size", "Range", "ConstantOfShape", "NonZero", "EyeLike", "Trilu"}

@@ -10,6 +10,7 @@ import pytest
 from laws import difference, in_onnxruntime, texts
 
 from kvsurgeon import io
+from kvsurgeon.analysis.analysis import analyze
 from kvsurgeon.heads.counts import counts_of
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.expand_gqa import ExpandGqa
@@ -17,7 +18,6 @@ from kvsurgeon.passes.inject import Inject
 from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
 from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads
 from kvsurgeon.passes.share_kv_layers import ShareKvLayers
-from kvsurgeon.sequence.analysis import analyse
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 EXPORTS = sorted(path.stem for path in CORPUS.glob("*.onnx"))
@@ -30,12 +30,12 @@ def load(name):
 
 
 def counts(model):
-    analysis = analyse(model)
+    analysis = analyze(model)
     return {one.kv_heads for one in (counts_of(analysis.flow, head) for head in analysis.heads)}
 
 
 def entries(model):
-    return len({head.keys[0].memory.value for head in analyse(model).heads})
+    return len({head.keys[0].memory.value for head in analyze(model).heads})
 
 
 def logits(proto):

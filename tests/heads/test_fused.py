@@ -11,7 +11,7 @@ from kvsurgeon.passes.contract import Changed, Subject
 from kvsurgeon.passes.expand_gqa import ExpandGqa
 from kvsurgeon.passes.fuse_attention import FuseAttention
 from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
-from kvsurgeon.sameness import judge
+from kvsurgeon.workflow.verification import judge
 
 # 4 query heads, 2 key heads of 16, which the operator turns itself
 TEXT = """

@@ -7,10 +7,10 @@ from laws import difference, in_onnxruntime, texts
 from written import read
 
 from kvsurgeon import io
-from kvsurgeon.heads.meeting import key_heads_read
+from kvsurgeon.analysis.analysis import analyze
+from kvsurgeon.heads.shared_heads import key_heads_read
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.passes.expand_gqa import ExpandGqa
-from kvsurgeon.sequence.analysis import analyse
 
 # 4 query heads, 2 key heads of 3
 TEXT = """
@@ -77,8 +77,8 @@ def test_the_order_is_read_off_the_products(met, place, expected):
     given = Subject.of(read(TEXT.replace("MET", met).replace("PLACE", str(place))))
     before = logits(given)
 
-    assert key_heads_read(analyse(given.model), 0) == expected
+    assert key_heads_read(analyze(given.model), 0) == expected
 
     ExpandGqa().apply(given)
-    assert key_heads_read(analyse(given.model), 0) == (0, 1, 2, 3)
+    assert key_heads_read(analyze(given.model), 0) == (0, 1, 2, 3)
     assert difference(logits(given), before) < 1e-5

@@ -11,7 +11,7 @@ from onnxruntime import quantization
 from onnxruntime.quantization import matmul_nbits_quantizer
 from written import read
 
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Changed, Subject
 from kvsurgeon.passes.expand_gqa import ExpandGqa
 from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
@@ -120,7 +120,7 @@ def test_the_first_of_equal_heads_is_the_original(made):
 
 
 def test_stored_numbers_have_no_mean(made):
-    with pytest.raises(Refused, match=r"quantised weights have no mean.*method=first"):
+    with pytest.raises(UnsupportedError, match=r"quantised weights have no mean.*method=first"):
         MergeKvHeads(kv_heads=1).apply(Subject.of(made))
 
 

@@ -7,7 +7,8 @@ from laws import assert_law, difference, in_onnxruntime, texts
 from written import read
 
 from kvsurgeon import io
-from kvsurgeon.errors import Refused
+from kvsurgeon.analysis.analysis import analyze
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.heads.counts import counts_of
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.passes.expand_gqa import ExpandGqa
@@ -15,7 +16,6 @@ from kvsurgeon.passes.inject import Inject
 from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
 from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads
 from kvsurgeon.passes.share_kv_layers import ShareKvLayers
-from kvsurgeon.sequence.analysis import analyse
 
 # Each layer has 4 query heads and 2 key heads of 3; keys are scaled by the cosine of their position.
 TEXT = """
@@ -102,11 +102,11 @@ def logits(subject, *, batch=2):
 
 
 def entries(subject):
-    return len({head.keys[0].memory.value for head in analyse(subject.model).heads})
+    return len({head.keys[0].memory.value for head in analyze(subject.model).heads})
 
 
 def kv_heads(subject):
-    analysis = analyse(subject.model)
+    analysis = analyze(subject.model)
     return [counts_of(analysis.flow, head).kv_heads for head in analysis.heads]
 
 
@@ -125,7 +125,9 @@ def test_layers_that_turn_keys_otherwise_do_not_share_them(method, other):
     given = subject(**other)
     before = logits(given)
 
-    with pytest.raises(Refused, match="layer 1: cannot read the keys of layer 0: they are made in another way"):
+    with pytest.raises(
+        UnsupportedError, match="layer 1: cannot read the keys of layer 0: they are made in another way"
+    ):
         ShareKvLayers(kv_layers=1, method=method).apply(given)
 
     assert difference(logits(given), before) == 0
@@ -137,7 +139,7 @@ def test_tables_of_an_export_of_a_fixed_length_are_told_from_weights():
     ShareKvLayers(kv_layers=1).apply(alike)
 
     assert entries(alike) == 1
-    with pytest.raises(Refused, match="cannot read the keys of layer 0"):
+    with pytest.raises(UnsupportedError, match="cannot read the keys of layer 0"):
         ShareKvLayers(kv_layers=1).apply(otherwise)
 
 

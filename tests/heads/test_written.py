@@ -9,7 +9,7 @@ from grouped import grouped_attention, kv_heads, logits
 from laws import difference
 from written import read
 
-from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.passes.contract import Changed, Subject
 from kvsurgeon.passes.expand_gqa import ExpandGqa
 from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
@@ -112,5 +112,5 @@ def test_a_sum_over_all_heads_is_refused():
     keys = "k0 = MatMul(x, k_weight) k1 = ReduceSum<keepdims = 1>(k0, last) k = Div(k0, k1)"
     given = Subject.of(read(grouped_attention(keys=keys)))
 
-    with pytest.raises(Refused, match="ReduceSum: it works on all heads at once"):
+    with pytest.raises(UnsupportedError, match="ReduceSum: it works on all heads at once"):
         ExpandGqa().apply(given)

@@ -11,9 +11,9 @@ from onnx import TensorProto, helper, numpy_helper
 import kvsurgeon
 from kvsurgeon import io
 from kvsurgeon.errors import PassError
-from kvsurgeon.interop.order import in_original_order, is_sorted
+from kvsurgeon.interop.node_order import in_original_order, is_sorted
 from kvsurgeon.passes.contract import Changed, Unchanged
-from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.workflow.pipeline import Pipeline
 
 TEXT = """
 <ir_version: 10, opset_import: ["" : 20, "own" : 1], producer_name: "an exporter", domain: "d", model_version: 3,

@@ -15,18 +15,19 @@ import onnx_ir as ir
 import pytest
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.io import atomic, load, save
-from kvsurgeon.io.atomic import drafting, remove_stale, replacing
+from kvsurgeon.io import atomic_write, load, save
+from kvsurgeon.io.atomic_write import drafting, remove_stale, replacing
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="locks and signals of POSIX")
 
 SAVE_FOR_EVER = """
 import sys
 from pathlib import Path
-from kvsurgeon.io import atomic, load, save
+from kvsurgeon.io import load, save
+from kvsurgeon.io import atomic_write
 path = Path(sys.argv[1])
 if sys.argv[2] == "hidden":
-    atomic._UNNAMED = 0
+    atomic_write._UNNAMED = 0
 model = load(path)
 number = 0
 while True:
@@ -44,12 +45,12 @@ def leftovers(folder: Path) -> list[Path]:
 @pytest.fixture
 def hidden_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on file systems that know no files without a name."""
-    monkeypatch.setattr(atomic, "_UNNAMED", 0)
+    monkeypatch.setattr(atomic_write, "_UNNAMED", 0)
 
 
 @pytest.mark.parametrize("kind", ["unnamed", "hidden"])
 def test_a_killed_process_leaves_a_whole_model(proto: onnx.ModelProto, tmp_path: Path, kind: str) -> None:
-    if kind == "unnamed" and not atomic._UNNAMED:
+    if kind == "unnamed" and not atomic_write._UNNAMED:
         pytest.skip("no files without a name here")
     model = load(proto)
     large = ir.tensor(np.ones(2_000_000, np.float32), name="large")  # 8 MB: a save takes long enough to be hit
@@ -89,7 +90,9 @@ def test_the_next_save_removes_what_a_dead_process_left(proto: onnx.ModelProto, 
 def test_the_file_of_a_living_writer_is_left_alone(tmp_path: Path) -> None:
     with replacing(tmp_path / "model.onnx") as file:
         file.write(b"half")
-        cleaner = f"from pathlib import Path; from kvsurgeon.io.atomic import *; remove_stale(Path({str(tmp_path)!r}))"
+        cleaner = (
+            f"from pathlib import Path; from kvsurgeon.io.atomic_write import *; remove_stale(Path({str(tmp_path)!r}))"
+        )
         subprocess.run([sys.executable, "-c", cleaner], check=True)
         assert len(leftovers(tmp_path)) == 1
     assert (tmp_path / "model.onnx").read_bytes() == b"half"
@@ -130,7 +133,7 @@ def test_permissions_stay_those_of_the_old_file(tmp_path: Path) -> None:
 def test_a_file_that_a_cleaner_took_before_it_was_locked_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock = atomic.fcntl.flock
+    lock = atomic_write.fcntl.flock
     taken: list[Path] = []
 
     def late(*arguments: int) -> None:
@@ -139,7 +142,7 @@ def test_a_file_that_a_cleaner_took_before_it_was_locked_is_made_anew(
             taken[0].unlink()
         lock(*arguments)
 
-    monkeypatch.setattr(atomic.fcntl, "flock", late)
+    monkeypatch.setattr(atomic_write.fcntl, "flock", late)
     with replacing(tmp_path / "model.onnx") as file:
         file.write(b"new")
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
@@ -148,7 +151,7 @@ def test_a_file_that_a_cleaner_took_before_it_was_locked_is_made_anew(
 def test_where_nothing_can_be_locked_files_are_written_and_leftovers_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atomic, "fcntl", None)
+    monkeypatch.setattr(atomic_write, "fcntl", None)
     leftover = tmp_path / ".model.onnx.kvsurgeon-0123abcd"
     leftover.touch()
     remove_stale(tmp_path)
@@ -158,11 +161,11 @@ def test_where_nothing_can_be_locked_files_are_written_and_leftovers_stay(
     assert leftover.exists()
 
 
-@pytest.mark.parametrize("unnamed", [atomic._UNNAMED, 0])
+@pytest.mark.parametrize("unnamed", [atomic_write._UNNAMED, 0])
 def test_files_of_a_draft_take_their_names_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed: int
 ) -> None:
-    monkeypatch.setattr(atomic, "_UNNAMED", unnamed)
+    monkeypatch.setattr(atomic_write, "_UNNAMED", unnamed)
     (tmp_path / "source").write_text("linked")
     with drafting() as draft:
         draft.make_folder(tmp_path / "a" / "b")

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from kvsurgeon.errors import UsageError
 from kvsurgeon.io import load, save, weight_files
-from kvsurgeon.io.atomic import remove_stale
+from kvsurgeon.io.atomic_write import remove_stale
 from kvsurgeon.weights import ComputedTensor, Part
 
 ROWS = np.repeat(np.arange(32), 2)
@@ -170,10 +170,12 @@ import resource, sys
 import numpy as np
 from pathlib import Path
 from kvsurgeon.errors import KvsurgeonError
-from kvsurgeon.io import atomic, load, save
-from kvsurgeon.weights import ComputedTensor, Part, computed
+from kvsurgeon.io import load, save
+from kvsurgeon.io import atomic_write
+from kvsurgeon.weights import ComputedTensor, Part
+from kvsurgeon.weights import composed
 source, out, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-computed.CHUNK = 256
+composed.CHUNK = 256
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 model = load(source)

@@ -10,7 +10,7 @@ import onnx
 import pytest
 
 from kvsurgeon.io import load, save
-from kvsurgeon.io.config import Change, Heads, followed, remember_change
+from kvsurgeon.io.model_config import Change, Heads, followed, remember_change
 
 
 def change(

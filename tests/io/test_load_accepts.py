@@ -8,7 +8,7 @@ import onnx.parser
 import pytest
 from onnx import TensorProto, helper
 
-from kvsurgeon.errors import MalformedModel
+from kvsurgeon.errors import InvalidModelError
 from kvsurgeon.io import load, to_proto
 
 
@@ -47,7 +47,7 @@ def test_every_type_has_its_field(proto: onnx.ModelProto, kind: int, values: lis
     proto.graph.initializer.append(tensor)
     load(proto)
     proto.graph.initializer[-1].dims[:] = [2, 3]
-    with pytest.raises(MalformedModel, match=r"entries in .* - at `t`"):
+    with pytest.raises(InvalidModelError, match=r"entries in .* - at `t`"):
         load(proto)
 
 
@@ -61,7 +61,7 @@ def test_operators_of_strangers_may_carry_lists_of_tensors_and_of_graphs(proto: 
     proto.opset_import.add(domain="own", version=1)
     assert to_proto(load(proto)) == proto
     proto.graph.node[-1].attribute[1].tensors[0].raw_data = b""
-    with pytest.raises(MalformedModel, match="found 0 - at Op `z`"):
+    with pytest.raises(InvalidModelError, match="found 0 - at Op `z`"):
         load(proto)
 
 

@@ -9,12 +9,12 @@ import onnx
 import onnx.parser
 import pytest
 
-from kvsurgeon.errors import InputError, MalformedModel
+from kvsurgeon.errors import InputError, InvalidModelError
 from kvsurgeon.io import load, locate, to_proto
 
 
 def refused(source: Path | onnx.ModelProto, match: str) -> None:
-    with pytest.raises(MalformedModel, match=match) as caught:
+    with pytest.raises(InvalidModelError, match=match) as caught:
         load(source)
     assert "\n" not in str(caught.value)
 
@@ -234,5 +234,5 @@ def test_other_texts_that_are_not_utf_8_are_told_when_they_are_written(proto: on
     proto.graph.node[0].metadata_props.add(key="mark", value="mark")
     damaged = proto.SerializeToString().replace(b"mark", b"\xff\xfe\xfd\xfc")
     model = load(onnx.ModelProto.FromString(damaged))
-    with pytest.raises(MalformedModel, match=r"cannot write this model: .*utf-8"):
+    with pytest.raises(InvalidModelError, match=r"cannot write this model: .*utf-8"):
         to_proto(model)

@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 
 from kvsurgeon.errors import UsageError, WeightsError
-from kvsurgeon.io import carry, embedding, load, save, to_proto, weight_files
+from kvsurgeon.io import data_file, load, save, side_files, to_proto, weight_files
 
 
 def names(folder: Path) -> set[str]:
@@ -191,8 +191,8 @@ def test_weights_in_memory_get_a_file_of_their_own_beyond_the_limit(
     model.graph.initializers["w"].const_value = lazy
     embedded = save(model, tmp_path / "embedded")
     assert names(tmp_path / "embedded") == {"model.onnx"}
-    monkeypatch.setattr(embedding, "EMBED_LIMIT", 16)
-    monkeypatch.setattr(embedding, "_SMALLEST", 32)
+    monkeypatch.setattr(data_file, "EMBED_LIMIT", 16)
+    monkeypatch.setattr(data_file, "_SMALLEST", 32)
     told: list[tuple[str, int, int]] = []
     calls.clear()
     for name in ("model.onnx.data", "model.onnx-2.data"):
@@ -209,7 +209,7 @@ def test_weights_in_memory_get_a_file_of_their_own_beyond_the_limit(
 def test_a_disk_that_is_full_is_told_before_copying(
     external: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(carry.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr(side_files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match=r"expected room for 80 bytes at .*, found 1;"):
         save(load(external), tmp_path / "out", sharing="copy")
 

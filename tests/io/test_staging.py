@@ -15,10 +15,10 @@ from kvsurgeon.errors import UsageError
 from kvsurgeon.io import staging
 from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
 from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads
-from kvsurgeon.pipeline import Pipeline
 from kvsurgeon.runtime import open_session
-from kvsurgeon.runtime.tensor import from_runtime, to_runtime
-from kvsurgeon.surgery import operate
+from kvsurgeon.runtime.tensors import from_runtime, to_runtime
+from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.surgery import operate
 
 DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"
 pytestmark = pytest.mark.skipif(not os.path.isdir(staging.OPEN_FILES), reason="open files have no paths here")

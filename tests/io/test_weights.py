@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from kvsurgeon.errors import InputError, MalformedModel, WeightsError
+from kvsurgeon.errors import InputError, InvalidModelError, WeightsError
 from kvsurgeon.io import check_weights, load, weight_files
 
 
@@ -131,7 +131,7 @@ def test_strings_cannot_be_external(external: Path) -> None:
     proto = onnx.load(external, load_external_data=False)
     proto.graph.initializer[0].data_type = onnx.TensorProto.STRING
     external.write_bytes(proto.SerializeToString())
-    refused(external, "strings cannot be external data - at `w`", MalformedModel)
+    refused(external, "strings cannot be external data - at `w`", InvalidModelError)
 
 
 @pytest.mark.parametrize(("elements", "length"), [(15, 8), (16, 8), (17, 9)])

@@ -10,7 +10,7 @@ import pytest
 from decoders import CachedDecoder, Config, Decoder
 
 from kvsurgeon.errors import InputError
-from kvsurgeon.parity import Lengths, judge, verify
+from kvsurgeon.parity import TextLengths, verifier, verify
 from kvsurgeon.runtime import open_session
 
 CHUNKED = {"token by token", "prefill and steps", "ragged chunks", "batch", "left padding", "long past"}
@@ -236,7 +236,7 @@ def bent_by(levels, monkeypatch):
         source = LouderAlone().model() if bent else source
         return open_session(source, optimisation=optimisation, name=name, **options)
 
-    monkeypatch.setattr(judge, "open_session", open_bent)
+    monkeypatch.setattr(verifier, "open_session", open_bent)
 
 
 @pytest.mark.parametrize(("levels", "level"), [({"all"}, "basic"), ({"all", "basic"}, "off")])
@@ -307,7 +307,9 @@ def test_the_same_seed_gives_the_same_report():
 
 def test_progress_is_told_before_each_trial():
     said = []
-    judged(CachedDecoder().model(), progress=lambda *told: said.append(told), lengths=Lengths(short=6, long=6, batch=1))
+    judged(
+        CachedDecoder().model(), progress=lambda *told: said.append(told), lengths=TextLengths(short=6, long=6, batch=1)
+    )
 
     assert [name for _, _, name in said] == [
         "whole prefill",

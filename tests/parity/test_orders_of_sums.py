@@ -8,7 +8,7 @@ import pytest
 from decoders import CachedDecoder, Decoder
 from onnx import helper, numpy_helper
 
-from kvsurgeon.parity import TOLERANCES, judge, verify
+from kvsurgeon.parity import TOLERANCES, verifier, verify
 from kvsurgeon.runtime import open_session
 
 ALLOWED = TOLERANCES["float32"].error
@@ -41,7 +41,7 @@ def rewritten(by: float, monkeypatch: pytest.MonkeyPatch) -> None:
             source = nudged(Decoder().model(), by)
         return open_session(source, optimisation=optimisation, name=name, **options)
 
-    monkeypatch.setattr(judge, "open_session", open_rewritten)
+    monkeypatch.setattr(verifier, "open_session", open_rewritten)
 
 
 @pytest.mark.parametrize("by", [5 * ALLOWED, 9 * ALLOWED])

@@ -4,8 +4,8 @@ import numpy as np
 import onnx
 import pytest
 
-from kvsurgeon.errors import MalformedModel, UsageError
-from kvsurgeon.parity import TOLERANCES, Lengths, arithmetic_of
+from kvsurgeon.errors import InvalidModelError, UsageError
+from kvsurgeon.parity import TOLERANCES, TextLengths, arithmetic_of
 from kvsurgeon.parity.difference import Difference, amplitude, error_map, expected_part, spread, worst
 from kvsurgeon.parity.tolerance import load_graph
 
@@ -46,13 +46,13 @@ def test_every_tolerance_has_a_reason_and_a_wrong_cache_exceeds_it():
 
 def test_a_file_that_is_not_onnx_is_named(tmp_path):
     (tmp_path / "model.onnx").write_text("not a model")
-    with pytest.raises(MalformedModel, match=r"model\.onnx"):
+    with pytest.raises(InvalidModelError, match=r"model\.onnx"):
         load_graph(tmp_path)
 
 
 def test_lengths_begin_at_one():
     with pytest.raises(UsageError, match="at least 1"):
-        Lengths(short=0)
+        TextLengths(short=0)
 
 
 def test_the_spread_of_nothing_and_of_a_constant_is_one():

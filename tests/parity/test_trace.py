@@ -7,8 +7,8 @@ import pytest
 from decoders import CachedDecoder, Decoder
 
 from kvsurgeon.parity import verify
-from kvsurgeon.parity.performance import Performance
-from kvsurgeon.parity.trial import cache_faults
+from kvsurgeon.parity.chunked_run import Performance
+from kvsurgeon.parity.comparison import cache_faults
 from kvsurgeon.runtime import Tensor, cache_entries
 
 

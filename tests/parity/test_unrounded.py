@@ -10,7 +10,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from written import read
 
 from kvsurgeon.parity import verify
-from kvsurgeon.parity.unrounded import unrounded
+from kvsurgeon.parity.float_model import unrounded
 
 SMALL = Config(layers=1, windowed=())
 X = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)

@@ -10,10 +10,10 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.parity import verify
-from kvsurgeon.passes.causal_mask import CausalMask
+from kvsurgeon.passes.add_causal_mask_input import AddCausalMaskInput
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.inject import Inject
-from kvsurgeon.sameness import Sameness, judge
+from kvsurgeon.workflow.verification import Sameness, judge
 
 
 def masked(name):
@@ -21,7 +21,7 @@ def masked(name):
     original = export(name)
     subject = Subject.of(original)
     Inject().apply(subject)
-    outcome = CausalMask().apply(subject)
+    outcome = AddCausalMaskInput().apply(subject)
     return original, subject, outcome
 
 
@@ -36,13 +36,13 @@ def test_the_judge_finds_the_same_model(name):
     dims = [dim.dim_param or dim.dim_value for dim in given.type.tensor_type.shape.dim]
     assert dims == ["batch_size", 1, "sequence_length", "total_sequence_length"]
     assert verify(original, result).verdict == "same"
-    assert isinstance(CausalMask().apply(subject), Unchanged)
+    assert isinstance(AddCausalMaskInput().apply(subject), Unchanged)
 
 
 @pytest.mark.parametrize("idiom", ["grow", "in-place", "new-only"])
 def test_beside_a_cache_that_was_there_the_judge_takes_it_for_no_past(idiom):
     before = injected(export("gpt2_torchscript_sdpa"), idiom=idiom)
-    assert judge(before, after(before, CausalMask())) == Sameness(verdict="same")
+    assert judge(before, after(before, AddCausalMaskInput())) == Sameness(verdict="same")
 
 
 TEXT = """case (int64[batch_size, sequence_length] input_ids, {dtype}[batch_size, total_sequence_length] attention_mask)
@@ -52,7 +52,7 @@ TEXT = """case (int64[batch_size, sequence_length] input_ids, {dtype}[batch_size
 @pytest.mark.parametrize("dtype", ["int64", "int32"])
 def test_a_token_counts_if_both_masks_say_so(dtype):
     subject = Subject.of(read(TEXT.format(dtype=dtype), 17))
-    assert isinstance(CausalMask().apply(subject), Changed)
+    assert isinstance(AddCausalMaskInput().apply(subject), Changed)
     mask = np.array([[0, 1, 1, 1, 1]], dtype=dtype)
     causal = np.tri(2, 5, 3, dtype=np.int64)[None, None]
     causal[..., :2] = 0
@@ -65,4 +65,4 @@ def test_a_token_counts_if_both_masks_say_so(dtype):
 
 @pytest.mark.parametrize("dtype", ["float", "bool"])
 def test_a_mask_of_other_numbers_stays_alone(dtype):
-    assert isinstance(CausalMask().apply(Subject.of(read(TEXT.format(dtype=dtype), 17))), Unchanged)
+    assert isinstance(AddCausalMaskInput().apply(Subject.of(read(TEXT.format(dtype=dtype), 17))), Unchanged)

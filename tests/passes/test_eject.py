@@ -12,14 +12,14 @@ from laws import ALLOWED, assert_law, difference, dims_of, in_onnxruntime, texts
 from written import read
 
 from kvsurgeon import io
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.eject import Eject, put_back, take_out
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.passes.raise_opset import RaiseOpset
+from kvsurgeon.passes.remove_cache import RemoveCache, put_back, take_out
 from kvsurgeon.passes.retarget import Retarget
-from kvsurgeon.pipeline import Pipeline
-from kvsurgeon.surgery import operate
+from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.surgery import operate
 
 JOINED = """case (float[b, n, 8] x, float[b, p, 8] keys, float[b, p, 8] values)
 => (float[b, n, 8] logits, float[b, t, 8] all_keys, float[b, t, 8] all_values)
@@ -60,7 +60,7 @@ FUSED = """case (float[b, n, 8] x, float[b, 2, p, 4] a, float[b, 2, p, 4] b)
 
 def ejected(model: onnx.ModelProto) -> onnx.ModelProto:
     subject = Subject.of(model)
-    assert isinstance(Eject().apply(subject), Changed)
+    assert isinstance(RemoveCache().apply(subject), Changed)
     result = io.to_proto(subject.model)
     onnx.checker.check_model(result)
     return result
@@ -189,12 +189,12 @@ REFUSED = {
 def test_what_cannot_come_out_stays_as_it_is(reason, text):
     subject = Subject.of(read(text))
     before = io.to_proto(subject.model).SerializeToString(deterministic=True)
-    with pytest.raises(Refused, match=reason):
-        Eject().apply(subject)
+    with pytest.raises(UnsupportedError, match=reason):
+        RemoveCache().apply(subject)
     assert io.to_proto(subject.model).SerializeToString(deterministic=True) == before
 
 
-@pytest.mark.parametrize("one", [Eject(), Retarget()])
+@pytest.mark.parametrize("one", [RemoveCache(), Retarget()])
 def test_without_a_cache_nothing_is_done(one):
     outcome = one.apply(Subject.of(export("decoder")))
     assert isinstance(outcome, Unchanged)
@@ -229,14 +229,14 @@ def rename(model: onnx.ModelProto, names: dict[str, str]) -> None:
 
 
 def test_a_cache_in_a_layout_of_its_own_is_not_put_back():
-    with pytest.raises(Refused, match="a way of its own"):
+    with pytest.raises(UnsupportedError, match="a way of its own"):
         take_out(Subject.of(read(JOINED)))
 
 
 def test_what_no_attention_reads_is_no_cache():
     text = JOINED.replace("all_keys = Concat<axis = 1>(keys, k)", "all_keys = Concat<axis = 1>(keys, q)")
     text = text.replace("Transpose<perm = [0, 2, 1]>(all_keys)", "Transpose<perm = [0, 2, 1]>(k)")
-    with pytest.raises(Refused, match="neither a key nor a value"):
+    with pytest.raises(UnsupportedError, match="neither a key nor a value"):
         Retarget().apply(Subject.of(read(text)))
 
 
@@ -251,17 +251,17 @@ def test_another_cache_is_judged_call_by_call(model):
 
 @pytest.mark.parametrize("model", [read(JOINED), CachedDecoder(Config(layers=2)).model()])
 def test_the_judge_runs_what_remains(model):
-    assert operate(model, Pipeline((Eject(),))).sameness.verdict == "same"
+    assert operate(model, Pipeline((RemoveCache(),))).sameness.verdict == "same"
 
 
 @pytest.mark.parametrize("opset", [18, 24])
 @pytest.mark.parametrize("options", [{"idiom": "in-place"}, {"idiom": "new-only"}], ids=lambda one: one["idiom"])
 def test_a_cache_that_does_not_grow_is_a_cache(options, opset):
     model = injected(read(attention(), opset), **options)
-    with pytest.raises(Refused, match="already has a cache"):
+    with pytest.raises(UnsupportedError, match="already has a cache"):
         Inject().apply(Subject.of(model))
 
 
 def test_inject_says_what_to_do_with_a_cache():
-    with pytest.raises(Refused, match=r"already has a cache.* - at `keys` \(eject takes it out, retarget"):
+    with pytest.raises(UnsupportedError, match=r"already has a cache.* - at `keys` \(eject takes it out, retarget"):
         Inject().apply(Subject.of(read(JOINED)))

@@ -13,7 +13,7 @@ from exports import NAMES, ONE_OF_EACH, export, injected
 from laws import ALLOWED, difference, dims_of, in_onnxruntime, texts
 
 from kvsurgeon import io
-from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.fix_shapes import FixShapes
@@ -102,19 +102,19 @@ def test_a_host_is_told_what_numbers_do_not_tell():
 def test_a_cache_whose_shape_differs_from_call_to_call_is_refused(options):
     model = injected(export("decoder"), **options)
     subject = Subject.of(model)
-    with pytest.raises(Refused, match="a size differs from call to call, and cannot be fixed"):
+    with pytest.raises(UnsupportedError, match="a size differs from call to call, and cannot be fixed"):
         FixShapes(tokens=1, max_length=16).apply(subject)
     assert io.to_proto(subject.model) == io.to_proto(Subject.of(model).model)
 
 
 def test_a_cache_needs_a_length():
-    with pytest.raises(Refused, match="expected max-length"):
+    with pytest.raises(UnsupportedError, match="expected max-length"):
         FixShapes(tokens=1).apply(Subject.of(injected(export("decoder"), **IN_PLACE)))
 
 
 def test_no_text_is_longer_than_the_model_takes():
     subject = Subject.of(injected(export("gpt2_torchscript_sdpa"), **IN_PLACE))
-    with pytest.raises(Refused, match="expected max-length of at most 64, found 65"):
+    with pytest.raises(UnsupportedError, match="expected max-length of at most 64, found 65"):
         FixShapes(tokens=1, max_length=65).apply(subject)
     assert isinstance(FixShapes(tokens=1, max_length=64).apply(subject), Changed)
 

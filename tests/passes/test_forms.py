@@ -14,15 +14,15 @@ from onnx import helper
 from written import read
 
 from kvsurgeon import io
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.eject import Eject, put_back, take_out
 from kvsurgeon.passes.expand_gqa import ExpandGqa
-from kvsurgeon.passes.rename import Rename
+from kvsurgeon.passes.remove_cache import RemoveCache, put_back, take_out
+from kvsurgeon.passes.rename_io import RenameIo
 from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads
 from kvsurgeon.passes.retarget import Retarget
-from kvsurgeon.pipeline import Pipeline
-from kvsurgeon.surgery import operate
+from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.surgery import operate
 
 AXES = ("batch", "kv_heads", "sequence", "head_dim")
 KEYS_ACROSS = ("kv_heads", "batch", "head_dim", "sequence")
@@ -88,7 +88,7 @@ def test_heads_change_in_any_form(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_cache_of_any_form_comes_out(form):
-    surgery = operate(cached(form), Pipeline((Eject(),)))
+    surgery = operate(cached(form), Pipeline((RemoveCache(),)))
     assert surgery.sameness.verdict == "same"
     result = io.to_proto(surgery.model)
     assert [value.name for value in result.graph.input] == [value.name for value in decoder().graph.input]
@@ -109,7 +109,7 @@ def test_one_form_becomes_another(form, wanted):
 @pytest.mark.parametrize("form", ["in place", "new only, by an input"])
 def test_the_number_of_past_tokens_keeps_its_name_and_place(form):
     subject = Subject.of(cached(form))
-    Rename(names=("past_sequence_length:n",)).apply(subject)
+    RenameIo(names=("past_sequence_length:n",)).apply(subject)
     subject.model.graph.inputs.insert(0, subject.model.graph.inputs.pop())
     model = io.to_proto(subject.model)
     assert model.graph.input[0].name == "n"
@@ -146,8 +146,8 @@ def test_rows_that_are_not_written_behind_the_past_stay():
     model.graph.initializer.append(helper.make_tensor("beyond", onnx.TensorProto.INT64, [1], [3]))
     after = helper.make_node("Add", ["position.before", "beyond"], ["position.first"])
     model.graph.node.insert(list(model.graph.node).index(first) + 1, after)
-    with pytest.raises(Refused, match="not surely written behind"):
-        Eject().apply(Subject.of(model))
+    with pytest.raises(UnsupportedError, match="not surely written behind"):
+        RemoveCache().apply(Subject.of(model))
 
 
 def test_buffers_of_several_lengths_stay():
@@ -155,8 +155,8 @@ def test_buffers_of_several_lengths_stay():
     model.CopyFrom(cached("in place, 48 rows"))
     past = next(value for value in model.graph.input if value.name == "past_key_values.0.key")
     past.type.tensor_type.shape.dim[2].dim_value = 32
-    with pytest.raises(Refused, match=r"fixed length.*32"):
-        Eject().apply(Subject.of(model))
+    with pytest.raises(UnsupportedError, match=r"fixed length.*32"):
+        RemoveCache().apply(Subject.of(model))
 
 
 def test_entries_of_several_layouts_are_not_put_back():
@@ -172,6 +172,6 @@ def test_entries_of_several_layouts_are_not_put_back():
     graph.node.insert(0, turned)
     before = model.SerializeToString(deterministic=True)
     subject = Subject.of(model)
-    with pytest.raises(Refused, match="way of its own"):
+    with pytest.raises(UnsupportedError, match="way of its own"):
         ExpandGqa().apply(subject)
     assert io.to_proto(subject.model).SerializeToString(deterministic=True) == before

@@ -14,15 +14,15 @@ from laws import ALLOWED, difference, in_onnxruntime, texts
 from written import read
 
 from kvsurgeon import io
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.eject import Eject
 from kvsurgeon.passes.fuse_attention import FuseAttention
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.passes.raise_opset import RaiseOpset
+from kvsurgeon.passes.remove_cache import RemoveCache
 from kvsurgeon.runtime import CachedDecoder, open_session
-from kvsurgeon.sameness import judge
+from kvsurgeon.workflow.verification import judge
 
 FUSABLE = ["decoder", *(name for name in NAMES if name.startswith(("gemma2", "llama")))]  # whose heads are 8 wide
 
@@ -141,7 +141,7 @@ def test_other_scores_are_refused(other):
     parts, reason = OTHERS[other]
     subject = Subject.of(read(attention(**parts), 18))
     before = io.to_proto(subject.model).SerializeToString()
-    with pytest.raises(Refused, match=reason) as caught:
+    with pytest.raises(UnsupportedError, match=reason) as caught:
         FuseAttention().apply(subject)
     assert caught.value.layer == 0
     assert io.to_proto(subject.model).SerializeToString() == before
@@ -149,19 +149,19 @@ def test_other_scores_are_refused(other):
 
 def test_changed_weights_are_refused():
     text = attention().replace("c = MatMul(w, v)", "w0 = Mul(w, half) c = MatMul(w0, v)")
-    with pytest.raises(Refused, match="changed between softmax and values"):
+    with pytest.raises(UnsupportedError, match="changed between softmax and values"):
         FuseAttention().apply(Subject.of(read(text, 18)))
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(FUSABLE)))
 def test_heads_of_a_width_without_a_kernel_are_refused(name):
-    with pytest.raises(Refused, match="no heads of such a width; expected a multiple of 8, found 4"):
+    with pytest.raises(UnsupportedError, match="no heads of such a width; expected a multiple of 8, found 4"):
         FuseAttention().apply(Subject.of(export(name)))
 
 
 def test_a_type_without_a_kernel_is_refused():
     model = Decoder(Config(layers=1, dtype="float64")).model()
-    with pytest.raises(Refused, match=r"expected float or float16|not of the type"):
+    with pytest.raises(UnsupportedError, match=r"expected float or float16|not of the type"):
         FuseAttention().apply(Subject.of(model))
 
 
@@ -200,7 +200,7 @@ def test_rows_beyond_the_tokens_so_far_are_never_read():
 
 
 def test_what_was_fused_can_be_ejected():
-    result = after(fused("decoder", "grow"), Eject())
+    result = after(fused("decoder", "grow"), RemoveCache())
     assert judge(export("decoder"), result).verdict == "same"
 
 
@@ -238,7 +238,7 @@ def test_standard_attention_is_fused_further():
 
 
 def test_standard_attention_needs_its_opset():
-    with pytest.raises(Refused, match="raise-opset first"):
+    with pytest.raises(UnsupportedError, match="raise-opset first"):
         FuseAttention(operator="attention").apply(Subject.of(export("decoder")))
 
 
@@ -248,7 +248,7 @@ def test_those_that_can_are_fused_where_that_is_asked():
   logits = MatMul(w1, v1)"""
     text = attention(after=second)
     model = read(text, 18)
-    with pytest.raises(Refused, match="layer 1"):
+    with pytest.raises(UnsupportedError, match="layer 1"):
         FuseAttention().apply(Subject.of(model))
     subject = Subject.of(after(model, Inject(idiom="in-place")))
     outcome = FuseAttention(layers="possible").apply(subject)

@@ -6,14 +6,14 @@ import pytest
 from exports import after, export, operators
 from written import read
 
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.contract import Subject, Unchanged
 from kvsurgeon.passes.fuse_attention import FuseAttention
 from kvsurgeon.passes.fuse_rotary import FuseRotary
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.passes.raise_opset import RaiseOpset
-from kvsurgeon.sameness import judge
+from kvsurgeon.workflow.verification import judge
 
 TURNED = [
     "gemma2_dynamo_eager", "gemma2_torchscript_eager", "llama_dynamo_eager", "llama_dynamo_sdpa",
@@ -110,5 +110,5 @@ def test_look_alikes_stay(other):
 
 
 def test_the_opset_must_have_the_operator():
-    with pytest.raises(Refused, match="raise-opset first"):
+    with pytest.raises(UnsupportedError, match="raise-opset first"):
         FuseRotary().apply(Subject.of(export("llama_dynamo_sdpa")))

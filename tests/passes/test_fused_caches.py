@@ -7,11 +7,11 @@ from laws import assert_law, texts
 from written import read
 
 from kvsurgeon import io
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Changed, Subject
-from kvsurgeon.passes.eject import Eject, put_back, take_out
+from kvsurgeon.passes.remove_cache import RemoveCache, put_back, take_out
 from kvsurgeon.passes.retarget import Retarget
-from kvsurgeon.sameness import judge
+from kvsurgeon.workflow.verification import judge
 
 TEXT = """case (int64[b, s] x, int64[b, t] attention_mask, PASTS) => (float[b, s, 64] logits, PRESENTS)
 <float[16, 32] table, float[32, 64] wq, float[32, 32] wk, float[32, 32] wv, float[32, 128] wqkv, int64 one = {1},
@@ -59,12 +59,14 @@ WIDTHS = ["16", "width"]  # as numbers, or by a name that says nothing
 
 
 def with_cache(heads: int, body: str, width: str = "16") -> onnx.ModelProto:
-    def spelled(kind: str, length: str) -> str:
+    def dim_names(kind: str, length: str) -> str:
         if "present =" in body:
             return f"float[2, b, {heads}, {length}, {width}] {kind}"
         return ", ".join(f"float[b, {heads}, {length}, {width}] {kind}_{part}" for part in "kv")
 
-    text = TEXT.replace("PASTS", spelled("past", "past_sequence_length")).replace("PRESENTS", spelled("present", "t"))
+    text = TEXT.replace("PASTS", dim_names("past", "past_sequence_length")).replace(
+        "PRESENTS", dim_names("present", "t")
+    )
     return read(text.replace("BODY", body), opset=23 if " Attention<" in body else 18)
 
 
@@ -77,7 +79,7 @@ def case(request):
 def test_taken_out_it_is_the_same(case, width):
     original = with_cache(*case, width)
     subject = Subject.of(original)
-    assert isinstance(Eject().apply(subject), Changed)
+    assert isinstance(RemoveCache().apply(subject), Changed)
     ejected = io.to_proto(subject.model)
     assert [value.name for value in ejected.graph.input] == ["x", "attention_mask"]
     assert judge(original, ejected).verdict == "same"
@@ -106,7 +108,7 @@ def test_put_back_it_has_its_names(case):
 
 
 def test_keys_and_values_in_one_tensor_are_not_put_back():
-    with pytest.raises(Refused, match="a way of its own"):
+    with pytest.raises(UnsupportedError, match="a way of its own"):
         take_out(Subject.of(with_cache(*next(case for title, *case in CASES if title == "projecting"))))
 
 
@@ -143,7 +145,7 @@ BUFFERS = """case (int64[b, s] x, NUMBER past_length, float[b, 2, max_length, 16
 def test_buffers_that_count_their_rows(number):
     original = read(BUFFERS.replace("NUMBER", number), opset=24)
     subject = Subject.of(original)
-    assert isinstance(Eject().apply(subject), Changed)
+    assert isinstance(RemoveCache().apply(subject), Changed)
     ejected = io.to_proto(subject.model)
     assert judge(original, ejected).verdict == "same"
     assert_law(ejected, injected(ejected))
@@ -161,7 +163,7 @@ def test_a_window_that_drops_rows_is_a_window_without_them(present):
         for value in values:
             value.type.tensor_type.shape.dim[2].dim_param = name
     subject = Subject.of(original)
-    assert isinstance(Eject().apply(subject), Changed)
+    assert isinstance(RemoveCache().apply(subject), Changed)
     ejected = io.to_proto(subject.model)
     assert_law(ejected, injected(ejected), texts(ejected, padded=False))
     assert judge(original, ejected).verdict == "unknown"  # how a host fills such a window is not told

@@ -15,16 +15,16 @@ from laws import ALLOWED, difference, dims_of, in_onnxruntime, texts
 from written import read
 
 from kvsurgeon import io
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.give_context import KEY, GiveContext
-from kvsurgeon.passes.handing.measure import Context
-from kvsurgeon.passes.handing.telling import is_hiding, told
+from kvsurgeon.passes.host_inputs.describe import is_hiding, told
+from kvsurgeon.passes.host_inputs.host_inputs import KEY, HostInputs
+from kvsurgeon.passes.host_inputs.tabulate import Context
 from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.nan_guards import WithoutNanGuards
-from kvsurgeon.passes.narrow_ids import NarrowIds
+from kvsurgeon.passes.integer_inputs import Int32Inputs
+from kvsurgeon.passes.remove_nan_guards import RemoveNanGuards
 
-HELD = 12  # rows of a past, most of them not filled
+CAPACITY = 12  # rows of a past, most of them not filled
 MODELS = {name: export(name) for name in ONE_OF_EACH} | {
     "own": Decoder(Config(layers=2)).model(),
     "own, positions given": Decoder(Config(layers=2, position_ids=True)).model(),
@@ -35,16 +35,16 @@ MODELS = {name: export(name) for name in ONE_OF_EACH} | {
 def given(model: onnx.ModelProto, **options) -> onnx.ModelProto:
     subject = Subject.of(model)
     Inject(idiom="new-only").apply(subject)
-    assert isinstance(GiveContext(**options).apply(subject), Changed)
-    NarrowIds().apply(subject)
+    assert isinstance(HostInputs(**options).apply(subject), Changed)
+    Int32Inputs().apply(subject)
     result = io.to_proto(subject.model)
     onnx.checker.check_model(result)
     return result
 
 
 def made(how: dict, past: int, new: int) -> np.ndarray:
-    """One input of a call whose past lies at the end of `HELD` rows."""
-    queries, keys = past + np.arange(new), past + np.arange(-HELD, new)
+    """One input of a call whose past lies at the end of `CAPACITY` rows."""
+    queries, keys = past + np.arange(new), past + np.arange(-CAPACITY, new)
     if how["kind"] == "rows":
         return np.array(how["table"])[queries].reshape(1, 1, new, -1)
     if how["kind"] == "columns":
@@ -61,7 +61,7 @@ def logits(model: onnx.ModelProto, ids: np.ndarray, sizes: tuple[int, ...]) -> n
     (inputs,) = (json.loads(entry.value)["inputs"] for entry in model.metadata_props if entry.key == KEY)
     types = {v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type) for v in model.graph.input}
     caches = {v.name: dims_of(v) for v in model.graph.input if v.name.startswith("past")}
-    held = {name: np.full([1, heads, HELD, width], 7.0) for name, (_, heads, _, width) in caches.items()}
+    held = {name: np.full([1, heads, CAPACITY, width], 7.0) for name, (_, heads, _, width) in caches.items()}
     answers, past = [], 0
     for size in sizes:
         feeds = {model.graph.input[0].name: ids[None, past : past + size], **held}
@@ -69,7 +69,7 @@ def logits(model: onnx.ModelProto, ids: np.ndarray, sizes: tuple[int, ...]) -> n
         found = run({name: array.astype(types[name]) for name, array in feeds.items()})
         for name in held:
             held[name] = np.concatenate([held[name], found[name.replace("past_key_values", "present")]], axis=2)
-            held[name] = held[name][:, :, -HELD:]
+            held[name] = held[name][:, :, -CAPACITY:]
         answers.append(found["logits"][0])
         past += size
     return np.concatenate(answers)
@@ -100,7 +100,7 @@ def test_masks_and_rotary_tables_lie_as_the_host_gives_them():
 def test_weights_that_are_numbers_are_not_guarded():
     subject = Subject.of(export("llama_dynamo_sdpa"))
     before = io.to_proto(subject.model)
-    assert isinstance(WithoutNanGuards().apply(subject), Changed)
+    assert isinstance(RemoveNanGuards().apply(subject), Changed)
     result = io.to_proto(subject.model)
     assert "IsNaN" in {node.op_type for node in before.graph.node}
     assert "IsNaN" not in {node.op_type for node in result.graph.node}
@@ -111,7 +111,7 @@ def test_weights_that_are_numbers_are_not_guarded():
 
 def test_what_guards_no_softmax_stays():
     model = read(attention(after="odd = IsNaN(c)\n  logits = Where(odd, low, c)"))
-    assert isinstance(WithoutNanGuards().apply(Subject.of(model)), Unchanged)
+    assert isinstance(RemoveNanGuards().apply(Subject.of(model)), Unchanged)
 
 
 def test_what_is_only_repeated_for_each_token_stays():
@@ -154,8 +154,8 @@ def test_context_for_queries_of_all_heads_in_one_axis_is_refused():
     bias = "far = Cast<to = 1>(at)\n  bias = Expand(far, sizes_of)"
     subject = Subject.of(read(of_two_heads(bias), 17))
     Inject(idiom="new-only").apply(subject)
-    with pytest.raises(Refused, match="in a way that no host is told of"):
-        GiveContext(max_length=32).apply(subject)
+    with pytest.raises(UnsupportedError, match="in a way that no host is told of"):
+        HostInputs(max_length=32).apply(subject)
 
 
 def test_as_many_places_are_told_as_the_graph_has():
@@ -172,14 +172,14 @@ def test_a_mask_of_more_than_distance_is_refused():
     )
     subject = Subject.of(read(text))
     Inject(idiom="new-only").apply(subject)
-    with pytest.raises(Refused, match="more than the distance"):
-        GiveContext(max_length=32).apply(subject)
+    with pytest.raises(UnsupportedError, match="more than the distance"):
+        HostInputs(max_length=32).apply(subject)
     assert subject.model.graph.inputs[0].name == "x"
 
 
 def test_without_a_cache_nothing_is_given():
-    with pytest.raises(Refused, match="a model with a cache"):
-        GiveContext().apply(Subject.of(MODELS["own"]))
+    with pytest.raises(UnsupportedError, match="a model with a cache"):
+        HostInputs().apply(Subject.of(MODELS["own"]))
 
 
 def test_a_bias_by_distance_that_hides_nothing_itself():
@@ -202,7 +202,7 @@ def test_rows_that_are_all_alike_are_told_for_each_place():
 
 def test_scores_of_later_keys_must_be_hidden():
     assert not is_hiding(Context(value=ir.Value(name="v"), kind="mask", ones=(), table=np.zeros((40, 40))))
-    with pytest.raises(Refused, match="too small a number"):
+    with pytest.raises(UnsupportedError, match="too small a number"):
         told(Context(value=ir.Value(name="v"), kind="mask", ones=(), table=np.zeros((40, 40))), hidden_elsewhere=False)
 
 

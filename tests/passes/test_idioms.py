@@ -14,17 +14,17 @@ from exports import NAMES, ONE_OF_EACH, export, injected
 from laws import ALLOWED, Arrays, difference, dims_of, in_onnxruntime, texts
 from written import read
 
-from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.parity import verify
 
-ROOM = 32  # rows of a buffer
+MAX = 32  # rows of a buffer
 SPARE = 5  # rows of a past that stay unfilled
 STALE = 7.0  # what lies in rows that no token was written to
 
 TRANSPOSED = ("kv_heads", "batch", "head_dim", "sequence")
 IDIOMS = {
     "in place": {"idiom": "in-place"},
-    "in place, fixed": {"idiom": "in-place", "max_length": ROOM},
+    "in place, fixed": {"idiom": "in-place", "max_length": MAX},
     "in place, cut short": {"idiom": "in-place", "past_length": "mask"},
     "new only": {"idiom": "new-only"},
     "new only, unfilled rows": {"idiom": "new-only", "past_length": "input"},
@@ -39,7 +39,7 @@ def in_calls(model: onnx.ModelProto, whole: Arrays, cuts: Sequence[int]) -> np.n
     run, inputs = in_onnxruntime(model), {value.name: value for value in model.graph.input}
     outputs = {value.name: dims_of(value) for value in model.graph.output}
     batch = next(iter(whole.values())).shape[0]
-    sizes = {"batch_size": batch, "max_length": ROOM, "past_sequence_length": 0, "cache_length": SPARE}
+    sizes = {"batch_size": batch, "max_length": MAX, "past_sequence_length": 0, "cache_length": SPARE}
     pasts = {
         name: np.full([sizes.get(size, size) for size in dims_of(value)], STALE, dtype_of(value))
         for name, value in inputs.items()
@@ -67,8 +67,8 @@ def dtype_of(value: onnx.ValueInfoProto) -> np.dtype:
 
 
 def piece(array: np.ndarray, dims: Sequence[int | str], start: int, stop: int, unfilled: int | None) -> np.ndarray:
-    if dims[1] in ("max_length", ROOM):
-        room = (unfilled, 0) if unfilled is not None else (0, ROOM - stop)
+    if dims[1] in ("max_length", MAX):
+        room = (unfilled, 0) if unfilled is not None else (0, MAX - stop)
         return np.pad(array[:, :stop], ((0, 0), room))
     return array[:, :stop] if dims[1] == "total_sequence_length" else array[:, start:stop]
 
@@ -88,7 +88,7 @@ def test_chunks_of_a_padded_batch(name, options):
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(ONE_OF_EACH)))
 def test_in_place_on_every_export(name):
-    assert_same(name, idiom="in-place", max_length=ROOM)
+    assert_same(name, idiom="in-place", max_length=MAX)
 
 
 def test_a_cache_of_half_the_bytes():
@@ -112,7 +112,7 @@ def test_options_that_do_not_go_together(options, said):
 
 
 def test_positions_must_be_given_to_be_read():
-    with pytest.raises(Refused, match="the number of past tokens cannot be read"):
+    with pytest.raises(UnsupportedError, match="the number of past tokens cannot be read"):
         injected(export("decoder"), idiom="in-place", past_length="positions")
 
 
@@ -145,8 +145,8 @@ def test_the_judge_asks_for_no_more_tokens_than_the_model_takes(name):
 
 
 def test_a_buffer_longer_than_the_model():
-    with pytest.raises(Refused, match="expected max-length of at most 9, found 32"):
-        injected(Decoder(Config(layers=1, static=(2, 9))).model(), idiom="in-place", max_length=ROOM)
+    with pytest.raises(UnsupportedError, match="expected max-length of at most 9, found 32"):
+        injected(Decoder(Config(layers=1, static=(2, 9))).model(), idiom="in-place", max_length=MAX)
 
 
 def test_an_export_of_fixed_length_has_a_buffer_of_that_length():
@@ -155,6 +155,6 @@ def test_an_export_of_fixed_length_has_a_buffer_of_that_length():
 
 
 def test_an_export_of_fixed_length_has_no_context_for_unfilled_rows():
-    with pytest.raises(Refused, match="no such rows"):
+    with pytest.raises(UnsupportedError, match="no such rows"):
         injected(Decoder(Config(layers=1, static=(2, 9))).model(), idiom="new-only", past_length="input")
     injected(Decoder(Config(layers=1, static=(2, 9))).model(), idiom="new-only")

@@ -16,7 +16,7 @@ from laws import ALLOWED, assert_law, difference, dims_of, in_chunks, in_onnxrun
 from onnx import helper, numpy_helper
 from written import read
 
-from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.passes.inject import Inject
 
@@ -249,7 +249,7 @@ def test_a_mask_that_is_flattened_at_a_fixed_length():
 
 
 def test_a_mask_that_is_flattened_with_its_batch_at_a_fixed_length_is_refused():
-    with pytest.raises(Refused, match="hold for the exported length only"):
+    with pytest.raises(UnsupportedError, match="hold for the exported length only"):
         injected(fixed(export("bloom_torchscript_eager"), 2, 9))
 
 
@@ -352,7 +352,7 @@ def test_a_name_that_is_taken_by_an_output_is_refused():
     text = attention(after='logits = Identity(c)\n "present.0.key" = Neg(c)').replace(
         "=> (float[b, n, 8] logits)", '=> (float[b, n, 8] logits, float[b, n, 8] "present.0.key")'
     )
-    with pytest.raises(Refused, match="already has an input or output of that name"):
+    with pytest.raises(UnsupportedError, match="already has an input or output of that name"):
         injected(read(text))
 
 
@@ -393,7 +393,7 @@ def test_templates_that_cannot_be_read_are_refused(past):
 
 @pytest.mark.parametrize("name", ["llama_dynamo_sdpa", "llama_torchscript_eager", "decoder"])
 def test_a_second_injection_is_refused(name):
-    with pytest.raises(Refused, match="already has a cache"):
+    with pytest.raises(UnsupportedError, match="already has a cache"):
         Inject().apply(Subject.of(injected_export(name)))
 
 

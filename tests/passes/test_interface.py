@@ -10,17 +10,17 @@ from exports import ONE_OF_EACH, export
 from laws import ALLOWED, difference, dims_of, in_onnxruntime, texts
 
 from kvsurgeon import io
-from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.count_positions import CountPositions
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.passes.last_logits import LastLogits
-from kvsurgeon.passes.name_dims import NameDims
-from kvsurgeon.passes.without_mask import WithoutMask
-from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.passes.past_length_from_positions import PastLengthFromPositions
+from kvsurgeon.passes.remove_mask import RemoveMask
+from kvsurgeon.passes.rename_dims import RenameDims
+from kvsurgeon.workflow.pipeline import Pipeline
 
-ROOM = 16
-ALONE = NameDims(dims=("batch_size=1",))
+MAX = 16
+ALONE = RenameDims(dims=("batch_size=1",))
 MODELS = {name: export(name) for name in ONE_OF_EACH} | {
     "own": Decoder(Config(layers=2)).model(),
     "own, positions given": Decoder(Config(layers=2, position_ids=True)).model(),
@@ -38,7 +38,7 @@ def stepwise(model: onnx.ModelProto, ids: np.ndarray, sizes: tuple[int, ...], pa
     """Give a model with buffers a text in chunks, each followed by padding with position -1."""
     run = in_onnxruntime(model)
     kinds = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
-    shapes = {value.name: [ROOM if d == "max_length" else d for d in dims_of(value)] for value in model.graph.input}
+    shapes = {value.name: [MAX if d == "max_length" else d for d in dims_of(value)] for value in model.graph.input}
     types = {name: onnx.helper.tensor_dtype_to_np_dtype(kind) for name, kind in kinds.items()}
     past = {name: np.full(shape, 7, types[name]) for name, shape in shapes.items() if len(shape) == 4}
     answers, start = [], 0
@@ -56,11 +56,11 @@ def stepwise(model: onnx.ModelProto, ids: np.ndarray, sizes: tuple[int, ...], pa
 
 
 @pytest.mark.parametrize(
-    ("name", "room"), [*((name, None) for name in MODELS), ("own", ROOM), ("bloom_torchscript_eager", ROOM)]
+    ("name", "room"), [*((name, None) for name in MODELS), ("own", MAX), ("bloom_torchscript_eager", MAX)]
 )
 def test_positions_stand_for_a_mask_and_a_count(name, room):
     model, inject = MODELS[name], Inject(idiom="in-place", max_length=room)
-    result = made(model, inject, WithoutMask(), ALONE, CountPositions(), LastLogits())
+    result = made(model, inject, RemoveMask(), ALONE, PastLengthFromPositions(), LastLogits())
     assert [value.name for value in result.graph.input][:2] == ["input_ids", "position_ids"]
     assert all(len(dims_of(value)) == 4 for value in result.graph.input[2:])
     feeds = texts(model, batch=1)
@@ -71,7 +71,7 @@ def test_positions_stand_for_a_mask_and_a_count(name, room):
 
 
 def test_the_head_is_multiplied_with_one_token():
-    result = made(MODELS["own"], Inject(idiom="in-place"), WithoutMask(), ALONE, CountPositions(), LastLogits())
+    result = made(MODELS["own"], Inject(idiom="in-place"), RemoveMask(), ALONE, PastLengthFromPositions(), LastLogits())
     logits = next(value for value in result.graph.output if value.name == "logits")
     assert dims_of(logits) == [1, 1, 61]
     makers = {name: node for node in result.graph.node for name in node.output}
@@ -83,26 +83,26 @@ def test_logits_that_something_else_reads_are_picked_themselves():
     model = onnx.ModelProto.FromString(MODELS["own"].SerializeToString())
     model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["chances"], axis=-1))
     model.graph.output.append(onnx.helper.make_tensor_value_info("chances", 1, ["batch_size", "sequence_length", 61]))
-    result = made(model, Inject(idiom="in-place"), ALONE, CountPositions(), LastLogits())
+    result = made(model, Inject(idiom="in-place"), ALONE, PastLengthFromPositions(), LastLogits())
     (picked,) = (node for node in result.graph.node if "logits" in node.output)
     assert picked.op_type == "Gather"
 
 
 def test_one_token_of_several_texts_is_refused():
-    with pytest.raises(Refused, match="several texts"):
-        made(MODELS["own"], Inject(idiom="in-place"), CountPositions(), LastLogits())
+    with pytest.raises(UnsupportedError, match="several texts"):
+        made(MODELS["own"], Inject(idiom="in-place"), PastLengthFromPositions(), LastLogits())
 
 
 @pytest.mark.parametrize("batch", ["batch_size", 3])
 def test_a_mask_has_the_batch_of_a_cache_that_lies_otherwise(batch):
     layout = ("kv_heads", "sequence", "head_dim", "batch")
-    model, dims = MODELS["gpt2_torchscript_sdpa"], NameDims(dims=(f"batch_size={batch}",))
-    result = made(model, Inject(idiom="in-place", key_layout=layout), *([dims] if batch == 3 else []), WithoutMask())
+    model, dims = MODELS["gpt2_torchscript_sdpa"], RenameDims(dims=(f"batch_size={batch}",))
+    result = made(model, Inject(idiom="in-place", key_layout=layout), *([dims] if batch == 3 else []), RemoveMask())
     feeds = texts(model, batch=3, padded=False)
     expected = in_onnxruntime(model)(feeds)["logits"]
     given = {}
     for value in result.graph.input:
-        sizes = [{"max_length": ROOM, "batch_size": 3}.get(size, size) for size in dims_of(value)]
+        sizes = [{"max_length": MAX, "batch_size": 3}.get(size, size) for size in dims_of(value)]
         if len(sizes) == 4:
             given[value.name] = np.full(sizes, 7, np.float32)
     found = in_onnxruntime(result)({"input_ids": feeds["input_ids"], "past_sequence_length": np.array([0]), **given})
@@ -111,7 +111,7 @@ def test_a_mask_has_the_batch_of_a_cache_that_lies_otherwise(batch):
 
 def test_a_text_as_long_as_the_buffer_is_no_mask():
     model = Decoder(Config(layers=1, static=(2, 9))).model()
-    result = made(model, Inject(idiom="in-place"), WithoutMask())
+    result = made(model, Inject(idiom="in-place"), RemoveMask())
     assert [value.name for value in result.graph.input if len(dims_of(value)) < 4] == [
         "input_ids",
         "past_sequence_length",
@@ -121,11 +121,11 @@ def test_a_text_as_long_as_the_buffer_is_no_mask():
 def test_a_mask_that_grows_is_refused():
     subject = Subject.of(MODELS["own"])
     Inject().apply(subject)
-    with pytest.raises(Refused, match="no cache is as long as the mask"):
-        WithoutMask().apply(subject)
+    with pytest.raises(UnsupportedError, match="no cache is as long as the mask"):
+        RemoveMask().apply(subject)
 
 
-@pytest.mark.parametrize("one", [WithoutMask(), CountPositions(), NameDims(dims=("nowhere=1",))])
+@pytest.mark.parametrize("one", [RemoveMask(), PastLengthFromPositions(), RenameDims(dims=("nowhere=1",))])
 def test_where_there_is_nothing_to_do_nothing_is_done(one):
     assert isinstance(one.apply(Subject.of(MODELS["own, no mask"])), Unchanged)
 
@@ -133,7 +133,7 @@ def test_where_there_is_nothing_to_do_nothing_is_done(one):
 def test_dims_are_called_otherwise():
     subject = Subject.of(MODELS["own"])
     before = dims_of(MODELS["own"].graph.input[0])
-    renamed = NameDims(dims=(f"{before[1]}=seq_len", f"{before[0]}=1")).apply(subject)
+    renamed = RenameDims(dims=(f"{before[1]}=seq_len", f"{before[0]}=1")).apply(subject)
     assert isinstance(renamed, Changed)
     assert dims_of(io.to_proto(subject.model).graph.input[0]) == [1, "seq_len"]
 
@@ -141,4 +141,4 @@ def test_dims_are_called_otherwise():
 @pytest.mark.parametrize("text", ["sequence_length", "=4", "x="])
 def test_dims_without_a_new_name_are_refused(text):
     with pytest.raises(UsageError, match="sequence_length=seq_len"):
-        NameDims(dims=(text,)).apply(Subject.of(MODELS["own"]))
+        RenameDims(dims=(text,)).apply(Subject.of(MODELS["own"]))

@@ -10,7 +10,7 @@ from laws import difference, in_onnxruntime, texts
 from written import read
 
 from kvsurgeon import io
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.lower_opset import LowerOpset
 from kvsurgeon.passes.raise_opset import RaiseOpset
@@ -71,7 +71,7 @@ def test_what_came_later_is_refused(text, opset, reason):
     model = read(f"case (float[b, 4, 8] x) => (float[b, 4, c] y) {given} {{ {text} }}", opset)
     subject = Subject.of(onnx.shape_inference.infer_shapes(model))
     before = io.to_proto(subject.model)
-    with pytest.raises(Refused, match=reason):
+    with pytest.raises(UnsupportedError, match=reason):
         LowerOpset().apply(subject)
     assert io.to_proto(subject.model) == before
 
@@ -81,7 +81,7 @@ def test_an_early_one_stays():
 
 
 def test_no_opset_is_lowered_to_one_whose_operators_mean_something_else():
-    with pytest.raises(Refused, match="found opset 12"):
+    with pytest.raises(UnsupportedError, match="found opset 12"):
         LowerOpset(opset=12).apply(Subject.of(export("llama_torchscript_sdpa")))
 
 

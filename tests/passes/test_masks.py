@@ -10,11 +10,11 @@ from onnx import numpy_helper
 from written import read
 
 from kvsurgeon import io
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Changed, Subject
-from kvsurgeon.passes.half_range import half_range_masks
-from kvsurgeon.passes.nan_guards import WithoutNanGuards
-from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.passes.float16_mask_range import float16_mask_range
+from kvsurgeon.passes.remove_nan_guards import RemoveNanGuards
+from kvsurgeon.workflow.pipeline import Pipeline
 
 LOWEST = float(np.finfo(np.float32).min)
 PADDED = (
@@ -42,15 +42,15 @@ INFINITE = {"chosen": guarded("-inf"), "a tensor of them": guarded(masked=INFINI
 def test_softmax_stays_guarded_where_a_mask_may_hide_every_key_by_an_infinity(name):
     subject = Subject.of(INFINITE[name])
     before = io.to_proto(subject.model).SerializeToString(deterministic=True)
-    with pytest.raises(Refused, match="half-range-masks"):
-        WithoutNanGuards().apply(subject)
+    with pytest.raises(UnsupportedError, match="float16-mask-range"):
+        RemoveNanGuards().apply(subject)
     assert io.to_proto(subject.model).SerializeToString(deterministic=True) == before
 
 
 @pytest.mark.parametrize("name", INFINITE)
 def test_masks_within_half_precision_need_no_guard(name):
     model = INFINITE[name]
-    result = io.to_proto(Pipeline((half_range_masks, WithoutNanGuards())).run(model).model)
+    result = io.to_proto(Pipeline((float16_mask_range, RemoveNanGuards())).run(model).model)
     assert "IsNaN" not in {node.op_type for node in result.graph.node}
     feeds = texts(model)
     real = feeds["attention_mask"].astype(bool)
@@ -61,7 +61,7 @@ def test_masks_within_half_precision_need_no_guard(name):
 def test_infinities_behind_a_product_are_no_mask():
     model = guarded(hidden="h = Max(x, endless)")
     model.graph.initializer.append(numpy_helper.from_array(np.array(-np.inf, np.float32), "endless"))
-    assert isinstance(WithoutNanGuards().apply(Subject.of(model)), Changed)
+    assert isinstance(RemoveNanGuards().apply(Subject.of(model)), Changed)
 
 
 FIXED = attention(masked="wide = Expand(table, as_wide)\n  masked_scores = Add(s, wide)")
@@ -72,7 +72,7 @@ def test_a_table_of_a_fixed_length_is_kept_within_half_precision():
     table = np.triu(np.full((1, 9, 9), LOWEST, np.float32), 1)
     wide = np.array([2, 9, 9], np.int64)
     model.graph.initializer.extend([numpy_helper.from_array(table, "table"), numpy_helper.from_array(wide, "as_wide")])
-    result = io.to_proto(Pipeline((half_range_masks,)).run(model).model)
+    result = io.to_proto(Pipeline((float16_mask_range,)).run(model).model)
     lowest = min(float(numpy_helper.to_array(one).min()) for one in result.graph.initializer)
     assert lowest == -10_000
     feeds = texts(model)
@@ -91,9 +91,9 @@ ROUNDED = """case (bool[4, 4] seen, float[4, 4] s) => (float[4, 4] y)
 
 
 def test_a_mask_that_is_rounded_to_wider_steps_stays():
-    with pytest.raises(Refused, match="rounded to 0"):
-        Pipeline((half_range_masks,)).run(read(ROUNDED.format(low=LOWEST, step=-LOWEST / 255)))
+    with pytest.raises(UnsupportedError, match="rounded to 0"):
+        Pipeline((float16_mask_range,)).run(read(ROUNDED.format(low=LOWEST, step=-LOWEST / 255)))
 
 
 def test_a_mask_that_is_rounded_to_narrow_steps_hides_as_before():
-    assert Pipeline((half_range_masks,)).run(read(ROUNDED.format(low=LOWEST, step=100.0))).changed
+    assert Pipeline((float16_mask_range,)).run(read(ROUNDED.format(low=LOWEST, step=100.0))).changed

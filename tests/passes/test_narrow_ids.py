@@ -10,13 +10,15 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.narrow_ids import NarrowIds, WidenIds
+from kvsurgeon.passes.integer_inputs import Int32Inputs, Int64Inputs
 
 TEXT = """case ({dtype}[b, n] ids, float[9, 4] table) => (float[b, n, 4] y, {dtype}[b, n] same)
 {{ y = Gather(table, ids) same = Identity(ids) }}"""
 
 
-@pytest.mark.parametrize(("apply", "old", "new"), [(NarrowIds(), "int64", "int32"), (WidenIds(), "int32", "int64")])
+@pytest.mark.parametrize(
+    ("apply", "old", "new"), [(Int32Inputs(), "int64", "int32"), (Int64Inputs(), "int32", "int64")]
+)
 def test_inputs_change_and_results_do_not(apply, old, new):
     model = read(TEXT.format(dtype=old), 17)
     subject = Subject.of(model)

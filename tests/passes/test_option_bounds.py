@@ -6,11 +6,11 @@ import pytest
 from attentions import attention
 from written import read
 
-from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.passes.contract import Subject, Unchanged
-from kvsurgeon.passes.name_dims import NameDims
-from kvsurgeon.passes.rename import Rename
-from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.passes.rename_dims import RenameDims
+from kvsurgeon.passes.rename_io import RenameIo
+from kvsurgeon.workflow.pipeline import Pipeline
 
 TEXT = "case (float[batch, length] x, float[batch, length] other) => (float[batch, length] y) { y = Add(x, other) }"
 
@@ -21,21 +21,21 @@ TEXT = "case (float[batch, length] x, float[batch, length] other) => (float[batc
         "inject{idiom=in-place,max-length=0}",
         "inject{idiom=in-place,max-length=-5}",
         "retarget{idiom=in-place,max-length=99999999999999999999}",
-        "give-context{max-length=0}",
+        "host-inputs{max-length=0}",
         "raise-opset{opset=-1}",
         "raise-opset{opset=9999}",
         "lower-opset{opset=0}",
         "fix-shapes{tokens=0}",
         "fix-shapes{tokens=4,max-length=3}",
-        "half-range-masks{lowest=nan}",
-        "half-range-masks{lowest=5}",
-        "half-range-masks{lowest=-65520}",
-        "name-dims{dims=batch=0}",
-        "name-dims{dims=batch=-1}",
-        "name-dims{dims=batch=length}",
-        'name-dims{dims="batch=n,length=n"}',
-        "rename{names=x:a,x:b}",
-        "rename{names=x:a,y:a}",
+        "float16-mask-range{lowest=nan}",
+        "float16-mask-range{lowest=5}",
+        "float16-mask-range{lowest=-65520}",
+        "rename-dims{dims=batch=0}",
+        "rename-dims{dims=batch=-1}",
+        "rename-dims{dims=batch=length}",
+        'rename-dims{dims="batch=n,length=n"}',
+        "rename-io{names=x:a,x:b}",
+        "rename-io{names=x:a,y:a}",
     ],
 )
 def test_numbers_and_names_that_no_model_can_have_are_wrong_usage(row):
@@ -45,17 +45,17 @@ def test_numbers_and_names_that_no_model_can_have_are_wrong_usage(row):
 
 def test_a_cache_holds_what_an_export_of_fixed_length_is_run_on():
     fixed = read(attention().replace("[b, n, 8]", "[1, 9, 8]"))
-    with pytest.raises(Refused, match="expected max-length 9, found 8"):
+    with pytest.raises(UnsupportedError, match="expected max-length 9, found 8"):
         Pipeline.parse("inject{idiom=in-place,max-length=8}").run(fixed)
     assert Pipeline.parse("inject{idiom=in-place,max-length=9}").run(fixed).changed
 
 
 def test_dimensions_may_trade_names():
     subject = Subject.of(read(TEXT))
-    NameDims(dims=("batch=length", "length=batch")).apply(subject)
+    RenameDims(dims=("batch=length", "length=batch")).apply(subject)
     assert [size.value for size in subject.model.graph.inputs[0].shape] == ["length", "batch"]
 
 
 def test_what_is_called_so_already_is_there():
-    outcome = Rename(names=("x:x",)).apply(Subject.of(read(TEXT)))
+    outcome = RenameIo(names=("x:x",)).apply(Subject.of(read(TEXT)))
     assert outcome == Unchanged(reason="all are called so")

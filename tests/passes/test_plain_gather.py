@@ -7,7 +7,7 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.plain_gather import PlainGather
+from kvsurgeon.passes.gather_nd_to_gather import GatherNdToGather
 
 PICKED = """case (float[b, 4, 3] x, int64[2, 5, 1] places) => (float[2, 5, 4, 3] y)
 {
@@ -19,13 +19,13 @@ PICKED = """case (float[b, 4, 3] x, int64[2, 5, 1] places) => (float[2, 5, 4, 3]
 def test_the_same_rows():
     model = read(PICKED)
     subject = Subject.of(model)
-    assert isinstance(PlainGather().apply(subject), Changed)
+    assert isinstance(GatherNdToGather().apply(subject), Changed)
     result = io.to_proto(subject.model)
     assert "GatherND" not in {node.op_type for node in result.graph.node}
     random = np.random.default_rng(0)
     feeds = {"x": random.normal(size=(6, 4, 3)).astype(np.float32), "places": random.integers(-6, 6, (2, 5, 1))}
     assert np.array_equal(in_onnxruntime(result)(feeds)["y"], in_onnxruntime(model)(feeds)["y"])
-    assert isinstance(PlainGather().apply(subject), Unchanged)
+    assert isinstance(GatherNdToGather().apply(subject), Unchanged)
 
 
 @pytest.mark.parametrize(
@@ -36,4 +36,4 @@ def test_the_same_rows():
     ],
 )
 def test_what_several_indices_pick_stays(text):
-    assert isinstance(PlainGather().apply(Subject.of(read(text))), Unchanged)
+    assert isinstance(GatherNdToGather().apply(Subject.of(read(text))), Unchanged)

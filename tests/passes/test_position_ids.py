@@ -7,15 +7,15 @@ from decoders import Config, Decoder
 from exports import ONE_OF_EACH, export
 
 from kvsurgeon import io
-from kvsurgeon.errors import Refused, UsageError
+from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.parity import verify
+from kvsurgeon.passes.add_position_ids import AddPositionIds
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.position_ids import PositionIds
-from kvsurgeon.passes.rename import Rename
-from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.passes.rename_io import RenameIo
 from kvsurgeon.runtime import UncachedDecoder, open_session
-from kvsurgeon.sameness import judge
+from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.verification import judge
 
 PADDING = 3
 COUNTING = [name for name in ONE_OF_EACH if not name.startswith("bloom")]  # whose biases depend on distances alone
@@ -23,7 +23,7 @@ COUNTING = [name for name in ONE_OF_EACH if not name.startswith("bloom")]  # who
 
 def told(model, **options):
     subject = Subject.of(model)
-    assert isinstance(PositionIds(**options).apply(subject), Changed)
+    assert isinstance(AddPositionIds(**options).apply(subject), Changed)
     result = io.to_proto(subject.model)
     onnx.checker.check_model(result)
     return result
@@ -106,7 +106,7 @@ def test_padding_on_the_left_shifts_nothing(name):
 def test_rows_of_a_table_that_is_cut_to_the_length_are_those_of_the_positions(variant):
     model = variant().model()
     check_that_padding_shifts_nothing(model, told(model))
-    result = Pipeline((PositionIds(), Inject())).run(model)
+    result = Pipeline((AddPositionIds(), Inject())).run(model)
     assert verify(model, io.to_proto(result.model)).verdict == "same"
 
 
@@ -129,7 +129,7 @@ def test_positions_are_read_and_not_counted(name):
 
 @pytest.mark.parametrize("name", ["gpt2_torchscript_sdpa", "llama_torchscript_sdpa", "gemma2_dynamo_eager"])
 def test_a_cache_comes_in_behind_it_and_the_judge_agrees(name):
-    result = Pipeline((PositionIds(), Inject())).run(export(name))
+    result = Pipeline((AddPositionIds(), Inject())).run(export(name))
     positions = next(value for value in result.model.graph.inputs if value.name == "position_ids")
     assert [dim.value for dim in positions.shape] == ["batch_size", "sequence_length"]
     assert verify(export(name), io.to_proto(result.model)).verdict == "same"
@@ -165,30 +165,30 @@ def test_rows_are_not_computed_for_positions_that_nobody_has():
 def test_twice_is_once_and_another_name_is_another_name():
     model = told(export("gpt2_dynamo_sdpa"), input="positions")
     assert model.graph.input[-1].name == "positions"
-    assert isinstance(PositionIds(input="positions").apply(Subject.of(model)), Unchanged)
-    assert isinstance(PositionIds().apply(Subject.of(model)), Unchanged)
+    assert isinstance(AddPositionIds(input="positions").apply(Subject.of(model)), Unchanged)
+    assert isinstance(AddPositionIds().apply(Subject.of(model)), Unchanged)
 
 
 def test_what_depends_on_distances_alone_is_left_as_it_is():
     subject = Subject.of(export("bloom_dynamo_eager"))
     before = subject.model
-    assert "masks and distances" in PositionIds().apply(subject).reason
+    assert "masks and distances" in AddPositionIds().apply(subject).reason
     assert subject.model is before
 
 
 def test_an_export_of_fixed_length_is_refused():
-    with pytest.raises(Refused, match="fixed length, found length 16"):
-        PositionIds().apply(Subject.of(Decoder(Config(static=(1, 16))).model()))
+    with pytest.raises(UnsupportedError, match="fixed length, found length 16"):
+        AddPositionIds().apply(Subject.of(Decoder(Config(static=(1, 16))).model()))
 
 
 def test_inputs_and_outputs_are_called_otherwise():
     subject = Subject.of(Decoder(Config(position_ids=True)).model())
-    outcome = Rename(names=("position_ids:positions", "logits:scores", "nothing:else")).apply(subject)
+    outcome = RenameIo(names=("position_ids:positions", "logits:scores", "nothing:else")).apply(subject)
     assert outcome.edits == 2
     graph = io.to_proto(subject.model).graph
     assert {"positions", "scores"} <= {value.name for value in (*graph.input, *graph.output)}
-    assert isinstance(Rename(names=("position_ids:positions",)).apply(subject), Unchanged)
-    with pytest.raises(Refused, match="of that name - at `scores`"):
-        Rename(names=("positions:scores",)).apply(subject)
+    assert isinstance(RenameIo(names=("position_ids:positions",)).apply(subject), Unchanged)
+    with pytest.raises(UnsupportedError, match="of that name - at `scores`"):
+        RenameIo(names=("positions:scores",)).apply(subject)
     with pytest.raises(UsageError, match="old:new"):
-        Rename(names=("positions",)).apply(subject)
+        RenameIo(names=("positions",)).apply(subject)

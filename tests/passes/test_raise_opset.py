@@ -11,11 +11,11 @@ from laws import ALLOWED, difference, in_onnxruntime, texts
 from written import read
 
 from kvsurgeon import io
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.half_range import half_range_masks
+from kvsurgeon.passes.float16_mask_range import float16_mask_range
 from kvsurgeon.passes.raise_opset import RaiseOpset
-from kvsurgeon.pipeline import Pipeline
+from kvsurgeon.workflow.pipeline import Pipeline
 
 
 def raised(model: onnx.ModelProto, opset: int = 24) -> onnx.ModelProto:
@@ -60,7 +60,7 @@ def test_what_would_mean_something_else_is_refused(text, opset, reason):
     model = read(f"case (float[b, 4, 8] x) => (float[b, 4, 8] y) <float[2] w> {{ {text} }}", opset)
     subject = Subject.of(model)
     before = io.to_proto(subject.model).SerializeToString(deterministic=True)
-    with pytest.raises(Refused, match=reason):
+    with pytest.raises(UnsupportedError, match=reason):
         RaiseOpset().apply(subject)
     assert io.to_proto(subject.model).SerializeToString(deterministic=True) == before
 
@@ -83,7 +83,7 @@ LOWEST = float(np.finfo(np.float32).min)
 )  # fmt: skip
 def test_tokens_are_hidden_by_what_half_precision_has(text):
     model = read(text)
-    result = io.to_proto(Pipeline((half_range_masks,)).run(model).model)
+    result = io.to_proto(Pipeline((float16_mask_range,)).run(model).model)
     numbers = [onnx.numpy_helper.to_array(tensor) for tensor in result.graph.initializer]
     assert min(float(array.min()) for array in numbers) >= -10_000
     feeds = texts(model)
@@ -93,7 +93,7 @@ def test_tokens_are_hidden_by_what_half_precision_has(text):
 
 def test_a_bound_that_hides_nothing_stays():
     model = read(f"case (float[b, 4] x) => (float[b, 4] y) <float low = {{{LOWEST}}}> {{ y = Clip(x, low) }}")
-    outcome = Pipeline((half_range_masks,)).run(model)
+    outcome = Pipeline((float16_mask_range,)).run(model)
     assert not outcome.changed
 
 
@@ -104,4 +104,4 @@ def test_bfloat16_has_the_range_of_float32():
     lowest = onnx.helper.make_tensor("low", onnx.TensorProto.BFLOAT16, [], [LOWEST])
     model.graph.initializer.append(lowest)
     del model.graph.input[2]
-    assert not Pipeline((half_range_masks,)).run(model).changed
+    assert not Pipeline((float16_mask_range,)).run(model).changed

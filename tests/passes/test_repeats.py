@@ -9,8 +9,8 @@ from laws import in_onnxruntime, texts
 from written import read
 
 from kvsurgeon import io
+from kvsurgeon.passes.concat_to_tile import ConcatToTile
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.repeats import WriteRepeats
 
 TEXT = "case (float[batch, n, 4] x) => (float[batch, n, m] y) {{ a = Neg(x) b = Sin(x) {joined} }}"
 
@@ -19,13 +19,13 @@ TEXT = "case (float[batch, n, 4] x) => (float[batch, n, m] y) {{ a = Neg(x) b = 
 def test_what_is_joined_to_itself_is_repeated(joined):
     model = read(TEXT.format(joined=joined), 17)
     subject = Subject.of(model)
-    assert isinstance(WriteRepeats().apply(subject), Changed)
+    assert isinstance(ConcatToTile().apply(subject), Changed)
     result = io.to_proto(subject.model)
     assert [(node.op_type, node.output[0]) for node in result.graph.node] == [("Neg", "a"), ("Tile", "y")]
     feeds = {"x": np.random.default_rng(0).standard_normal((2, 5, 4)).astype(np.float32)}
     expected, found = (in_onnxruntime(one)(feeds)["y"] for one in (model, result))
     np.testing.assert_array_equal(found, expected)
-    assert isinstance(WriteRepeats().apply(subject), Unchanged)
+    assert isinstance(ConcatToTile().apply(subject), Unchanged)
 
 
 @pytest.mark.parametrize(
@@ -34,13 +34,13 @@ def test_what_is_joined_to_itself_is_repeated(joined):
      "s = Shape(x) t = Concat<axis = 0>(s, s) u = Cast<to = 1>(t) y = Expand(u, s)"],
 )  # fmt: skip
 def test_other_joins_stay(joined):
-    assert isinstance(WriteRepeats().apply(Subject.of(read(TEXT.format(joined=joined), 17))), Unchanged)
+    assert isinstance(ConcatToTile().apply(Subject.of(read(TEXT.format(joined=joined), 17))), Unchanged)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_exports_compute_the_very_same(name):
     model, feeds = export(name), texts(export(name))
     subject = Subject.of(model)
-    WriteRepeats().apply(subject)
+    ConcatToTile().apply(subject)
     expected, found = (in_onnxruntime(one)(feeds)["logits"] for one in (model, io.to_proto(subject.model)))
     np.testing.assert_array_equal(found, expected)

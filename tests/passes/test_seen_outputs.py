@@ -12,7 +12,7 @@ from kvsurgeon import io
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.contract import Changed, Subject
 from kvsurgeon.passes.fix_shapes import FixShapes
-from kvsurgeon.sameness import judge
+from kvsurgeon.workflow.verification import judge
 
 FORMS = {
     "grow": {},

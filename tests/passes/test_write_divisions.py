@@ -11,8 +11,8 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.write_divisions import WriteDivisions
-from kvsurgeon.sameness import judge
+from kvsurgeon.passes.reciprocal_to_div import ReciprocalToDiv
+from kvsurgeon.workflow.verification import judge
 
 TEXT = """case (float[n, 4] x, float[n, 4] z) => (float[n, 4] y{outputs}) {{
   r = Sqrt(x)
@@ -34,30 +34,30 @@ PRODUCTS = {
 def test_products_become_divisions(product):
     model = read(TEXT.format(product=product, outputs=""), 18)
     subject = Subject.of(model)
-    assert isinstance(WriteDivisions().apply(subject), Changed)
+    assert isinstance(ReciprocalToDiv().apply(subject), Changed)
     result = io.to_proto(subject.model)
     assert sorted(node.op_type for node in result.graph.node) == sorted(PRODUCTS[product])
     feeds = {name: np.random.default_rng(0).uniform(0.5, 3, (3, 4)).astype(np.float32) for name in ("x", "z")}
     expected, found = (in_onnxruntime(one)(feeds)["y"] for one in (model, result))
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-    assert isinstance(WriteDivisions().apply(subject), Unchanged)
+    assert isinstance(ReciprocalToDiv().apply(subject), Unchanged)
 
 
 @pytest.mark.parametrize("product", ["y = Add(x, i)", "y = Div(i, x)", "y = Mul(x, z)"])
 def test_what_is_no_such_product_stays(product):
     subject = Subject.of(read(TEXT.format(product=product, outputs=""), 18))
-    assert isinstance(WriteDivisions().apply(subject), Unchanged)
+    assert isinstance(ReciprocalToDiv().apply(subject), Unchanged)
 
 
 def test_an_output_keeps_its_name():
     subject = Subject.of(read(TEXT.format(product="y = Mul(x, i)", outputs=", float[n, 4] i"), 18))
-    assert isinstance(WriteDivisions().apply(subject), Changed)
+    assert isinstance(ReciprocalToDiv().apply(subject), Changed)
     assert [value.name for value in subject.model.graph.outputs] == ["y", "i"]
 
 
 def test_onnxruntime_then_makes_one_operator_of_a_norm(tmp_path):
     subject = Subject.of(export("llama_dynamo_sdpa"))
-    assert isinstance(WriteDivisions().apply(subject), Changed)
+    assert isinstance(ReciprocalToDiv().apply(subject), Changed)
     result = io.to_proto(subject.model)
     assert judge(export("llama_dynamo_sdpa"), result).verdict == "same"
     options = onnxruntime.SessionOptions()

@@ -10,8 +10,8 @@ import pytest
 import kvsurgeon
 from kvsurgeon.cli.main import run
 from kvsurgeon.errors import UsageError
-from kvsurgeon.keys import Keys, capture_keys
 from kvsurgeon.report import grid
+from kvsurgeon.workflow.keys import Keys, capture_keys
 
 DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"
 

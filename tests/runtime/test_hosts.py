@@ -12,25 +12,30 @@ from exports import export, injected
 
 from kvsurgeon import io
 from kvsurgeon.errors import RunError
-from kvsurgeon.parity import Lengths, verify
-from kvsurgeon.pipeline import Pipeline
-from kvsurgeon.runtime import CachedDecoder, Writer, open_session, read_note
-from kvsurgeon.runtime.hosts import SPARE, Grow, InPlace, NewOnly
-from kvsurgeon.surgery import operate
+from kvsurgeon.parity import TextLengths, verify
+from kvsurgeon.runtime import CachedDecoder, Writer, open_session, read_cache_metadata
+from kvsurgeon.runtime.cache_managers import SPARE, DynamicCacheManager, NewTokensCacheManager, StaticCacheManager
+from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.surgery import operate
 
-ROOM = 32
+MAX = 32
 IDIOMS = {
     "grow": {},
     "in-place": {"idiom": "in-place"},
-    "room": {"idiom": "in-place", "max_length": ROOM},
+    "room": {"idiom": "in-place", "max_length": MAX},
     "cut short": {"idiom": "in-place", "past_length": "mask"},
     "transposed": {"idiom": "in-place", "key_layout": ("kv_heads", "batch", "head_dim", "sequence")},
     "new-only": {"idiom": "new-only"},
     "unfilled": {"idiom": "new-only", "past_length": "input"},
 }
-HOSTS = {**dict.fromkeys(IDIOMS, InPlace), "grow": Grow, "new-only": NewOnly, "unfilled": NewOnly}
+HOSTS = {
+    **dict.fromkeys(IDIOMS, StaticCacheManager),
+    "grow": DynamicCacheManager,
+    "new-only": NewTokensCacheManager,
+    "unfilled": NewTokensCacheManager,
+}
 OPENED = "inject,retarget{idiom=new-only,past-length=input}"
-SHORT = Lengths(short=9, long=20, batch=2)
+SHORT = TextLengths(short=9, long=20, batch=2)
 
 
 @functools.cache
@@ -107,11 +112,11 @@ def test_a_buffer_grows_and_keeps_its_rows():
 
 def test_a_full_buffer_takes_no_more():
     one = decoder("room")
-    tokens = np.arange(ROOM + 1)[None] % 7
+    tokens = np.arange(MAX + 1)[None] % 7
     feeds = one.inputs.whole(tokens, np.ones_like(tokens))
-    one.prefill(one.inputs.part(feeds, 0, ROOM))
+    one.prefill(one.inputs.part(feeds, 0, MAX))
     with pytest.raises(RunError, match="expected at most 32 tokens, as many as the cache has rows for, found 33"):
-        one.step(one.inputs.part(feeds, ROOM, ROOM + 1))
+        one.step(one.inputs.part(feeds, MAX, MAX + 1))
 
 
 def test_no_more_rows_are_left_unfilled_than_a_text_leaves_room_for():
@@ -127,5 +132,5 @@ def test_no_more_rows_are_left_unfilled_than_a_text_leaves_room_for():
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"', '{"key_layout": 3}', "null"])
 def test_a_note_that_cannot_be_read_notes_nothing(text):
-    note = read_note({"kvsurgeon.cache": text})
+    note = read_cache_metadata({"kvsurgeon.cache": text})
     assert (note.idiom, dict(note.layouts)) == (None, {})

@@ -10,7 +10,7 @@ from decoders import Config, Decoder
 from kvsurgeon.errors import (
     BrokenCacheError,
     InputError,
-    MalformedModel,
+    InvalidModelError,
     MissingKernelError,
     RunError,
     UsageError,
@@ -55,7 +55,7 @@ def test_a_folder_without_one_model_is_refused(tmp_path, names, found):
 
 def test_a_file_that_is_not_onnx_is_malformed(tmp_path):
     (tmp_path / "model.onnx").write_text("not a model")
-    with pytest.raises(MalformedModel, match=r"[Pp]rotobuf parsing failed") as error:
+    with pytest.raises(InvalidModelError, match=r"[Pp]rotobuf parsing failed") as error:
         open_session(tmp_path)
     assert one_line(error)
 

@@ -13,11 +13,11 @@ from decoders import Config, Decoder
 
 import kvsurgeon
 from kvsurgeon.cli.main import run
-from kvsurgeon.delivery import deliver, stands_between
-from kvsurgeon.errors import PluginError, Refused, UsageError
+from kvsurgeon.errors import PluginError, UnsupportedError, UsageError
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.narrow_ids import NarrowIds
+from kvsurgeon.passes.integer_inputs import Int32Inputs
 from kvsurgeon.targets import TARGETS, SideFile, Target
+from kvsurgeon.workflow.delivery import deliver, stands_between
 
 PLAIN = Target(name="plain", summary="whoever takes it", tried="nothing")
 
@@ -91,7 +91,7 @@ def test_weights_under_other_names_are_the_same_weights(given, tmp_path):
 def test_what_stands_in_the_way_is_said_beforehand_and_nothing_is_written(given, tmp_path, wants, said):
     target = replace(PLAIN, **wants)
     assert said in str([str(one) for one in stands_between(given, target) if one.stops])
-    with pytest.raises(Refused, match="target plain: "):
+    with pytest.raises(UnsupportedError, match="target plain: "):
         deliver(given, target, tmp_path / "out", verify=False)
     assert not (tmp_path / "out").exists()
 
@@ -175,7 +175,7 @@ def test_one_buffer_for_past_and_present_is_an_operator_that_writes_it_and_a_con
 
 def test_ids_of_32_bits_are_given_to_transformers_js_as_64(tmp_path):
     subject = Subject.of(Decoder(Config(layers=1)).model())
-    NarrowIds().apply(subject)
+    Int32Inputs().apply(subject)
     kvsurgeon.save(subject.model, tmp_path / "narrow.onnx")
     done = deliver(tmp_path / "narrow.onnx", "transformers-js", tmp_path / "out")
     given = {value.name: value.dtype.name for value in done.model.graph.inputs}

@@ -11,9 +11,9 @@ from decoders import Config, Decoder
 from exports import ONE_OF_EACH, export
 
 from kvsurgeon import io
-from kvsurgeon.delivery import deliver, stands_between
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.targets.tensorrt import OPERATORS
+from kvsurgeon.workflow.delivery import deliver, stands_between
 
 
 def dims(value):
@@ -51,7 +51,7 @@ def test_a_text_is_as_long_as_the_model_takes(target):
     model = Decoder(Config(layers=1, windowed=(), max_length=100)).model()
     delivery = deliver(model, target)
     assert delivery.target.max_length == 100
-    with pytest.raises(Refused, match="expected max-length of at most 100, found 101"):
+    with pytest.raises(UnsupportedError, match="expected max-length of at most 100, found 101"):
         deliver(model, target, options={"max_length": 101})
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from kvsurgeon.weights import ComputedTensor, Part, computed
+from kvsurgeon.weights import ComputedTensor, Part, composed
 
 
 def stored(tmp_path, array, offset=0, dtype=None):
@@ -31,7 +31,7 @@ def written(tensor):
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 24])
 def test_places_of_a_stored_tensor_bit_by_bit(tmp_path, monkeypatch, dtype, axis, chunk):
-    monkeypatch.setattr(computed, "CHUNK", chunk)
+    monkeypatch.setattr(composed, "CHUNK", chunk)
     dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     array = (np.random.default_rng(1).standard_normal((3, 4, 5)) * 20).astype(dtype)
     places = np.array([2, 0, 0, 1])
@@ -67,7 +67,7 @@ def test_a_view_has_the_axis_that_the_stored_shape_lacks(tmp_path):
 @pytest.mark.parametrize("chunk", [1, 1 << 24])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_several_parts_are_averaged_by_their_weights(tmp_path, monkeypatch, dtype, chunk):
-    monkeypatch.setattr(computed, "CHUNK", chunk)
+    monkeypatch.setattr(composed, "CHUNK", chunk)
     random = np.random.default_rng(2)
     first, second = (random.standard_normal((4, 6)).astype(dtype) for _ in range(2))
     parts = [
@@ -84,7 +84,7 @@ def test_several_parts_are_averaged_by_their_weights(tmp_path, monkeypatch, dtyp
 @pytest.mark.parametrize("chunk", [1, 1 << 24])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_blocks_stand_side_by_side(monkeypatch, axis, chunk):
-    monkeypatch.setattr(computed, "CHUNK", chunk)
+    monkeypatch.setattr(composed, "CHUNK", chunk)
     array = np.random.default_rng(4).standard_normal((6, 6)).astype(np.float32)
     kept = Part(tensor=ir.Tensor(array), places=np.arange(4))
     merged = [Part(tensor=ir.Tensor(array), places=np.array([place])) for place in (4, 5)]

@@ -14,7 +14,7 @@ Layout = tuple[str, ...]  # e.g. ("batch", "kv_heads", "sequence", "head_dim")
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
-    """Which keys a query may see, as measured by running the mask and not as spelled."""
+    """Which keys a query may see, as measured by running the mask and not as dim_names."""
 
     kind: MaskKind
     window: int | None = None  # keys that a query sees, itself included

@@ -7,23 +7,24 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from kvsurgeon.analysis.analysis import Analysis, AttentionSite, analyze
+from kvsurgeon.analysis.cache_points import PROJECTIONS, CachePoint
+from kvsurgeon.analysis.token_flow import Place, TokenFlow
 from kvsurgeon.anatomy.facts import Attention, CachedTensor, Cut, Decoder, Input, Projection, Rotary
 from kvsurgeon.anatomy.masks import read_mask
 from kvsurgeon.anatomy.scales import read_scale
-from kvsurgeon.cache import CacheSignature, eject
+from kvsurgeon.cache.signature import CacheSignature
+from kvsurgeon.dataflow.input_roles import InputRole
+from kvsurgeon.dataflow.sequence_axes import Length
+from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.decompose import decompose
 from kvsurgeon.graph.constants import constant_tensor
-from kvsurgeon.graph.recursion import room_for_deep_graphs
+from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.heads.counts import counts_of
-from kvsurgeon.sequence.analysis import Analysis, Head, analyse
-from kvsurgeon.sequence.axes import Length
-from kvsurgeon.sequence.cuts import PROJECTIONS, Memory
-from kvsurgeon.sequence.flow import Flow, Place
-from kvsurgeon.sequence.inputs import GivenInput
-from kvsurgeon.sequence.kinds import Kind
-from kvsurgeon.sequence.proof import Proof, prove
-from kvsurgeon.sequence.written_out import in_standard_operators
-from kvsurgeon.shapes import dimension as dim
-from kvsurgeon.shapes.dimension import BATCH
+from kvsurgeon.proof.proof import Proof, prove
+from kvsurgeon.rewrite.cache_removal import eject
+from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.dimension import BATCH
 
 LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
 
@@ -32,12 +33,12 @@ def find_decoder(model: ir.Model) -> Decoder:
     """Return the anatomy of a causal decoder, as it is in a first call where it has a cache.
 
     Raises:
-        Refused: It is none, cannot be handled soundly, or its cache cannot be told from the rest.
+        UnsupportedError: It is none, cannot be handled soundly, or its cache cannot be told from the rest.
     """
-    with room_for_deep_graphs():
+    with deep_recursion():
         ejection = eject(model)
-        written = in_standard_operators(model if ejection is None else ejection.model)
-        analysis = analyse(written.model)
+        written = decompose(model if ejection is None else ejection.model)
+        analysis = analyze(written.model)
         analysis.flow.assumed.update(written.assumed)
         decoder = describe(analysis, prove(analysis))
         if ejection is None:
@@ -79,7 +80,7 @@ def _cached(signature: CacheSignature) -> Iterator[CachedTensor]:
 
 
 def _but_for(analysis: Analysis) -> str:
-    recalls = analysis.flow.recalls
+    recalls = analysis.flow.states
     return f", but for the {len(recalls)} whose state would be remembered," if recalls else ""
 
 
@@ -118,13 +119,13 @@ def _attentions(analysis: Analysis, proof: Proof) -> Iterator[Attention]:
         )
 
 
-def _query_place(head: Head) -> Place:
+def _query_place(head: AttentionSite) -> Place:
     if head.fused is not None:
         return head.fused.node, head.fused.query
     return head.scores[0].node, head.scores[0].query_index()
 
 
-def upwards(flow: Flow, place: Place) -> Iterator[ir.Node]:
+def upwards(flow: TokenFlow, place: Place) -> Iterator[ir.Node]:
     """The nodes on token data from a product's operand up to its projection, nearest first."""
     node, index = place
     pending = [node.inputs[index]]
@@ -138,10 +139,12 @@ def upwards(flow: Flow, place: Place) -> Iterator[ir.Node]:
         yield maker
         if maker.op_type in PROJECTIONS or len(seen) > 200:
             continue
-        pending += [source for source in maker.inputs if source is not None and flow.kinds.get(source) is Kind.TOKEN]
+        pending += [
+            source for source in maker.inputs if source is not None and flow.kinds.get(source) is ValueKind.TOKEN
+        ]
 
 
-def _projection(flow: Flow, place: Place) -> Projection | None:
+def _projection(flow: TokenFlow, place: Place) -> Projection | None:
     """The weights that the product with weights and what stands between it and the operand read."""
     names: list[str] = []
     output = ""
@@ -175,7 +178,7 @@ def _fused(projection: Projection | None, outputs: list[str]) -> Projection | No
     return Projection(initializers=projection.initializers, output=projection.output, fused=True)
 
 
-def _rotary(flow: Flow, place: Place, head_dim: int) -> Rotary | None:
+def _rotary(flow: TokenFlow, place: Place, head_dim: int) -> Rotary | None:
     """A table of context, as wide as the rotated features, multiplies the key."""
     width = 0
     for node in upwards(flow, place):
@@ -192,7 +195,7 @@ def _rotary(flow: Flow, place: Place, head_dim: int) -> Rotary | None:
     return Rotary(width=min(width, head_dim), head_dim=head_dim) if width else None
 
 
-def _is_made_of_positions(flow: Flow, value: ir.Value | None) -> bool:
+def _is_made_of_positions(flow: TokenFlow, value: ir.Value | None) -> bool:
     """Whether token data comes from positions alone: from an input, through no product with weights and no norm."""
     pending, seen = [value], set[ir.Node]()
     while pending:
@@ -202,11 +205,13 @@ def _is_made_of_positions(flow: Flow, value: ir.Value | None) -> bool:
         if node.op_type in PROJECTIONS or "Normalization" in node.op_type or node.op_type == "Pow" or len(seen) > 60:
             return False
         seen.add(node)
-        pending += [source for source in node.inputs if source is not None and flow.kinds.get(source) is Kind.TOKEN]
+        pending += [
+            source for source in node.inputs if source is not None and flow.kinds.get(source) is ValueKind.TOKEN
+        ]
     return bool(seen)
 
 
-def _repeats(flow: Flow, place: Place) -> Iterator[str]:
+def _repeats(flow: TokenFlow, place: Place) -> Iterator[str]:
     """Values at which the heads of keys or values become more."""
     for node in upwards(flow, place):
         before, after = (
@@ -220,7 +225,7 @@ def _repeats(flow: Flow, place: Place) -> Iterator[str]:
             yield node.outputs[0].name or ""
 
 
-def _cut(memory: Memory) -> Cut:
+def _cut(memory: CachePoint) -> Cut:
     return Cut(
         value=memory.value.name or "",
         dtype=str(memory.dtype.numpy()),
@@ -231,15 +236,15 @@ def _cut(memory: Memory) -> Cut:
     )
 
 
-def _input(given: GivenInput) -> Input:
+def _input(given: InputRole) -> Input:
     def words(sizes: tuple[dim.Dimension, ...], lengths: dict[int, Length]) -> tuple[str | int, ...]:
-        spelled: list[str | int] = []
+        dim_names: list[str | int] = []
         for axis, size in enumerate(sizes):
             if axis in lengths:
-                spelled.append(lengths[axis].value)
+                dim_names.append(lengths[axis].value)
             else:
-                spelled.append(size if isinstance(size, int) else "batch_size" if size is BATCH else str(size))
-        return tuple(spelled)
+                dim_names.append(size if isinstance(size, int) else "batch_size" if size is BATCH else str(size))
+        return tuple(dim_names)
 
     return Input(
         name=given.value.name or "",

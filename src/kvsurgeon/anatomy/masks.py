@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from kvsurgeon.anatomy.facts import Mask
-from kvsurgeon.sequence.causal import Seen
-from kvsurgeon.sequence.glances import SEEN
+from kvsurgeon.proof.attention_pattern import SEEN
+from kvsurgeon.proof.causality import AttentionPattern
 
 
-def read_mask(seen: Seen) -> Mask:
+def read_mask(seen: AttentionPattern) -> Mask:
     """Return the mask that lets queries see what they were seen to see."""
     weights = seen.weights if seen.flat is None else seen.flat
     allowed = (weights != 0).reshape(-1, *weights.shape[-2:]).any(axis=0)  # a steep bias may leave next to nothing
@@ -34,7 +34,7 @@ def _kind(allowed: np.ndarray) -> tuple[str, int | None, int | None]:
     return "other", None, None
 
 
-def _is_biased(seen: Seen) -> bool:
+def _is_biased(seen: AttentionPattern) -> bool:
     """Whether equal scores give unequal weights to the keys that a query sees."""
     if seen.flat is None:
         return False

@@ -6,16 +6,16 @@ import math
 
 import onnx_ir as ir
 
+from kvsurgeon.analysis.analysis import AttentionSite
+from kvsurgeon.analysis.cache_points import PROJECTIONS
+from kvsurgeon.analysis.token_flow import Place, TokenFlow
+from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.constants import small_constant
-from kvsurgeon.sequence.analysis import Head
-from kvsurgeon.sequence.cuts import PROJECTIONS
-from kvsurgeon.sequence.flow import Flow, Place
-from kvsurgeon.sequence.kinds import Kind
 
 _STOPS = frozenset({"Softmax", "Where", "Max"})
 
 
-def read_scale(flow: Flow, head: Head, query: Place, head_dim: int) -> tuple[float | None, float | None]:
+def read_scale(flow: TokenFlow, head: AttentionSite, query: Place, head_dim: int) -> tuple[float | None, float | None]:
     """Return scale and softcap; the scale is None where it is not made of constants."""
     if head.fused is not None:
         attributes = head.fused.node.attributes
@@ -33,19 +33,19 @@ def read_scale(flow: Flow, head: Head, query: Place, head_dim: int) -> tuple[flo
     return math.prod(known) * (float(alpha.value) if fused and alpha is not None else 1.0), softcap
 
 
-def _factor(flow: Flow, node: ir.Node) -> float | None:
+def _factor(flow: TokenFlow, node: ir.Node) -> float | None:
     """The constant that a `Mul` or `Div` multiplies token data with; 1 for anything else."""
     if node.op_type not in ("Mul", "Div") or len(node.inputs) != 2:
         return 1.0
     constants = [number_of(flow, value) for value in node.inputs]
-    if constants[1] is not None and flow.kinds.get(node.inputs[0]) is Kind.TOKEN:  # type: ignore[arg-type]
+    if constants[1] is not None and flow.kinds.get(node.inputs[0]) is ValueKind.TOKEN:  # type: ignore[arg-type]
         return constants[1] if node.op_type == "Mul" else 1 / constants[1] if constants[1] else None
     if constants[0] is not None and node.op_type == "Mul":
         return constants[0]
     return 1.0
 
 
-def number_of(flow: Flow, value: ir.Value | None) -> float | None:
+def number_of(flow: TokenFlow, value: ir.Value | None) -> float | None:
     """Return the one number that a value holds at any length; None where it is another or not known."""
     if value is None:
         return None
@@ -58,7 +58,7 @@ def number_of(flow: Flow, value: ir.Value | None) -> float | None:
     return float(constant.reshape(-1)[0]) if constant.size == 1 else None
 
 
-def _above(flow: Flow, place: Place) -> float | None:
+def _above(flow: TokenFlow, place: Place) -> float | None:
     """The constants between a projection and a product; along the first token input where several meet."""
     node, index = place
     value = node.inputs[index]
@@ -72,12 +72,13 @@ def _above(flow: Flow, place: Place) -> float | None:
             return None
         product *= factor
         value = next(
-            (source for source in maker.inputs if source is not None and flow.kinds.get(source) is Kind.TOKEN), None
+            (source for source in maker.inputs if source is not None and flow.kinds.get(source) is ValueKind.TOKEN),
+            None,
         )
     return product
 
 
-def _below(flow: Flow, node: ir.Node) -> tuple[float | None, float | None]:
+def _below(flow: TokenFlow, node: ir.Node) -> tuple[float | None, float | None]:
     """The constants between the score product and the softmax, and what `Tanh` caps scores at."""
     product, softcap = 1.0, None
     value = node.outputs[0]

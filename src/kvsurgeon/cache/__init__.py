@@ -1,6 +1,1 @@
-"""The cache that a graph already has: which inputs and outputs it is, and the graph without it."""
-
-from kvsurgeon.cache.ejection import Ejection, eject
-from kvsurgeon.cache.signature import CacheEntry, CacheSignature
-
-__all__ = ["CacheEntry", "CacheSignature", "Ejection", "eject"]
+"""The cache that a graph already has: which inputs and outputs it consists of, and where its length is given."""

@@ -6,25 +6,25 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from kvsurgeon.cache.joins import Join, holds_features
 from kvsurgeon.cache.layout import declared, names_of
-from kvsurgeon.errors import Refused
-from kvsurgeon.sequence.inputs import read_inputs, real_inputs
-from kvsurgeon.shapes import dimension as dim
-from kvsurgeon.shapes.dimension import BATCH, LENGTH, Dimension
+from kvsurgeon.cache.pairs import CachePair, holds_features
+from kvsurgeon.dataflow.input_roles import read_inputs, real_inputs
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
 
 UNFIXED = "start from the model as it was before its shapes were fixed"
 
 Dimensions = dict[ir.Value, tuple[Dimension, ...]]
 
 
-def fill_buffers(graph: ir.Graph, joins: Sequence[Join]) -> int | None:
+def fill_buffers(graph: ir.Graph, joins: Sequence[CachePair]) -> int | None:
     """Let a call have as many tokens as buffers have rows, where that is a number; return it.
 
     Everything that was made for these rows is then for the tokens of the call, and nothing of a buffer is left over.
 
     Raises:
-        Refused: A call has another number of tokens, or the buffers have not all as many rows.
+        UnsupportedError: A call has another number of tokens, or the buffers have not all as many rows.
     """
     buffers = [join for join in joins if join.is_written]
     rooms = {declared(join.past)[join.axis]: join.past for join in buffers}
@@ -33,7 +33,7 @@ def fill_buffers(graph: ir.Graph, joins: Sequence[Join]) -> int | None:
         return None
     given, length = read_inputs(graph)
     if len(rooms) > 1 or (isinstance(length, int) and length != room):
-        raise Refused(
+        raise UnsupportedError(
             "the past has a fixed length, so it cannot be empty", at=rooms[room].name,
             expected=f"buffers of {room} rows, and calls of any length",
             found=f"calls of {length} tokens, and buffers of {' and '.join(map(str, rooms))} rows", hint=UNFIXED,
@@ -44,25 +44,25 @@ def fill_buffers(graph: ir.Graph, joins: Sequence[Join]) -> int | None:
     return room
 
 
-def beside_the_past(graph: ir.Graph, joins: Sequence[Join]) -> list[ir.Value]:
+def beside_the_past(graph: ir.Graph, joins: Sequence[CachePair]) -> list[ir.Value]:
     """Inputs that have as many places as there are tokens in the past, such as a mask of its own: empty too.
 
     Raises:
-        Refused: One is a past itself, and its present is not the past with new rows behind it.
+        UnsupportedError: One is a past itself, and its present is not the past with new rows behind it.
     """
     lengths = {names_of(join.past)[join.axis] for join in joins if not join.is_written} - {None}
     pasts = [join.past for join in joins]
     found = [value for value in real_inputs(graph) if value not in pasts and lengths & set(names_of(value))]
     for value in found:
         if holds_features(value):
-            raise Refused(
+            raise UnsupportedError(
                 "an input has a row for each token of the past, and no output returns these with new rows behind them",
                 at=value.name, hint="the cache stays where it is",
             )  # fmt: skip
     return found
 
 
-def empty_dimensions(empty: Sequence[ir.Value], joins: Sequence[Join], given: Dimensions) -> Dimensions:
+def empty_dimensions(empty: Sequence[ir.Value], joins: Sequence[CachePair], given: Dimensions) -> Dimensions:
     """The dimensions of what is empty, with 0 where the past's length was."""
     names: dict[str | None, Dimension] = {
         name: size

@@ -9,13 +9,13 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from kvsurgeon.cache.counters import Tally
-from kvsurgeon.cache.joins import Idiom
+from kvsurgeon.analysis.analysis import Analysis, CachedOperand
+from kvsurgeon.analysis.cache_points import CachePoint, bottlenecks, choose
+from kvsurgeon.analysis.token_flow import Place
 from kvsurgeon.cache.layout import Layout, layouts_of
-from kvsurgeon.errors import Refused
-from kvsurgeon.sequence.analysis import Analysis, Operand
-from kvsurgeon.sequence.cuts import Memory, bottlenecks, choose
-from kvsurgeon.sequence.flow import Place
+from kvsurgeon.cache.length_inputs import Tally
+from kvsurgeon.cache.pairs import CacheForm
+from kvsurgeon.errors import UnsupportedError
 
 Part = Literal["key", "value", "state"]
 
@@ -46,7 +46,7 @@ class CacheEntry:
     axis: int
     rows: str
     declared: bool = False
-    idiom: Idiom = "grow"
+    idiom: CacheForm = "grow"
     layout: Layout | None = None
     layer: int | None = None
     kind: Part | None = None
@@ -78,10 +78,10 @@ class CacheSignature:
 
         Args:
             analysis: Of the graph without the cache.
-            noted: Layouts of keys and of values that the file notes, for axes that their sizes do not tell apart.
+            noted: CacheLayouts of keys and of values that the file notes, for axes that their sizes do not tell apart.
 
         Raises:
-            Refused: Nothing that sees earlier tokens reads what was remembered.
+            UnsupportedError: Nothing that sees earlier tokens reads what was remembered.
         """
         places = _places(analysis, Counter(entry.rows for entry in self.entries))
         found = []
@@ -90,7 +90,7 @@ class CacheSignature:
                 found.append(entry)
                 continue
             if not places.get(entry.rows):
-                raise Refused(
+                raise UnsupportedError(
                     "what is remembered is neither a key nor a value of any attention, nor a state beside one",
                     at=entry.past, found=f"new rows `{entry.rows}`",
                 )  # fmt: skip
@@ -100,18 +100,18 @@ class CacheSignature:
         return replace(self, entries=tuple(found))
 
 
-def _layout(entry: CacheEntry, memory: Memory, noted: Layout | None) -> Layout | None:
+def _layout(entry: CacheEntry, memory: CachePoint, noted: Layout | None) -> Layout | None:
     """Which axis of an entry is which, by their sizes."""
     batch = memory.batch if isinstance(memory.batch, int) else None
     possible = list(layouts_of(entry.shape, entry.axis, batch=batch, heads=memory.heads, head_dim=memory.head_dim))
     return noted if noted in possible else next(iter(possible), None)
 
 
-def _places(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int, Part, Memory]]]:
+def _places(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int, Part, CachePoint]]]:
     """Layer and kind of each value that is remembered, by its name: as often as it is, keys and values in one first."""
-    places: dict[str, list[tuple[int, Part, Memory]]] = {}
+    places: dict[str, list[tuple[int, Part, CachePoint]]] = {}
 
-    def take(number: int, kind: Part, place: Place, memory: Memory) -> bool:
+    def take(number: int, kind: Part, place: Place, memory: CachePoint) -> bool:
         """Whether the operand of a place is made of something that is remembered, and not yet taken for another."""
         fresh = False
         node, index = analysis.flow.origin(place)
@@ -126,9 +126,9 @@ def _places(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int,
 
     layer = 0
     for head in analysis.heads:
-        parts: tuple[tuple[Part, tuple[Operand, ...]], ...] = (("key", head.keys), ("value", head.values))
+        parts: tuple[tuple[Part, tuple[CachedOperand, ...]], ...] = (("key", head.keys), ("value", head.values))
         layer += any([take(layer, kind, one.place, one.memory) for kind, operands in parts for one in operands])
     state = 0
-    for place in (place for recall in analysis.flow.recalls for place in recall.places):
+    for place in (place for recall in analysis.flow.states for place in recall.places):
         state += take(state, "state", place, choose(analysis.flow, place))
     return places

@@ -9,8 +9,8 @@ from typing import Annotated, cast
 import typer
 
 from kvsurgeon.cli import operations
-from kvsurgeon.errors import PluginError, Refused
-from kvsurgeon.registry import COMMANDS, PASSES
+from kvsurgeon.errors import PluginError, UnsupportedError
+from kvsurgeon.workflow.registry import COMMANDS, PASSES
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a folder that holds one.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer for a program.")]
@@ -59,8 +59,8 @@ def inspect(
 
 
 def _inspect_for(model: Path, target: str, *, json: bool) -> None:
-    from kvsurgeon.delivery import stands_between
     from kvsurgeon.report import answer, table
+    from kvsurgeon.workflow.delivery import stands_between
 
     found = stands_between(model, target)
     if json:
@@ -68,7 +68,7 @@ def _inspect_for(model: Path, target: str, *, json: bool) -> None:
     else:
         table.console().print(table.obstacles(target, found))
     if any(obstacle.stops for obstacle in found):
-        raise typer.Exit(Refused.exit_code)
+        raise typer.Exit(UnsupportedError.exit_code)
 
 
 def run(
@@ -88,7 +88,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Run several passes, one after the other."""
-    from kvsurgeon.pipeline import Pipeline
+    from kvsurgeon.workflow.pipeline import Pipeline
 
     parsed = Pipeline.parse(pipeline)
     operations.operate(
@@ -168,8 +168,8 @@ def plot(
     ] = None,
 ) -> None:
     """Draw the keys of a layer: a row for each group of query heads that share one, a column for each of them."""
-    from kvsurgeon.keys import capture_keys
     from kvsurgeon.report import grid
+    from kvsurgeon.workflow.keys import capture_keys
 
     sides = [capture_keys(one, layer=layer, prompt=prompt) for one in (model, against) if one is not None]
     print(f"written to {grid.write(grid.draw(sides), output or grid.file_name(sides[0]))}")

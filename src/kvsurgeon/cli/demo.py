@@ -11,10 +11,10 @@ from rich.console import Console
 from kvsurgeon import api
 from kvsurgeon.errors import InputError, ParityError
 from kvsurgeon.passes.inject import Inject
-from kvsurgeon.pipeline import Pipeline
 from kvsurgeon.report import plot, progress, table
 from kvsurgeon.runtime import Generation, Sampling, Writer
-from kvsurgeon.surgery import operate
+from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.surgery import operate
 
 SHIPPED = Path(__file__).parents[1] / "demo" / "model"
 TOKENS = 400  # long enough to see time without a cache grow, short enough for a slow machine

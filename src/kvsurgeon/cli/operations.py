@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvsurgeon.errors import PluginError
-from kvsurgeon.registry import PassEntry
+from kvsurgeon.workflow.registry import PassEntry
 
 if TYPE_CHECKING:
-    from kvsurgeon.io.carry import Sharing
+    from kvsurgeon.io.side_files import Sharing
     from kvsurgeon.passes.options import Option
-    from kvsurgeon.pipeline import Pipeline
-    from kvsurgeon.surgery import Surgery
+    from kvsurgeon.workflow.pipeline import Pipeline
+    from kvsurgeon.workflow.surgery import Surgery
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a folder that holds one.")]
 Output = Annotated[
@@ -55,7 +55,7 @@ def command_of(entry: PassEntry) -> Callable[..., None]:
         PluginError: The pass cannot be imported, or an option of it has a name that all commands use.
     """
     from kvsurgeon.passes.options import build, options_of
-    from kvsurgeon.pipeline import Pipeline
+    from kvsurgeon.workflow.pipeline import Pipeline
 
     pass_class = entry.load()
     options = options_of(pass_class)
@@ -124,7 +124,7 @@ def operate(
     """Run `pipeline` on a file, write what it makes, and say what was done."""
     from kvsurgeon.report import progress
     from kvsurgeon.report.trace import tracing
-    from kvsurgeon.surgery import operate as operate_on
+    from kvsurgeon.workflow.surgery import operate as operate_on
 
     with redirect_stdout(sys.stderr), progress.judging() as told:  # what a pass prints is no part of the answer
         surgery = operate_on(
@@ -155,8 +155,8 @@ def deliver(
     json: bool = False,
 ) -> None:
     """Write the folder that a target takes, and say what was done."""
-    from kvsurgeon.delivery import deliver as deliver_to
     from kvsurgeon.report import progress
+    from kvsurgeon.workflow.delivery import deliver as deliver_to
 
     sharing: Sharing = "copy" if copy_weights else "link"
     with redirect_stdout(sys.stderr), progress.judging() as told:
@@ -169,7 +169,7 @@ def deliver(
 def judged(original: Path, result: Path, *, seed: int, json: bool) -> int:
     """Let the judge compare two models, say what it found, and return the exit code."""
     from kvsurgeon.report import answer, progress, table
-    from kvsurgeon.sameness import judge
+    from kvsurgeon.workflow.verification import judge
 
     with progress.judging() as told:
         sameness = judge(original, result, seed=seed, progress=told)
@@ -182,8 +182,8 @@ def judged(original: Path, result: Path, *, seed: int, json: bool) -> int:
 
 def lost(original: Path, result: Path, *, text: Path | None, per_layer: bool, json: bool) -> None:
     """Measure what one model lost of another, and say it."""
-    from kvsurgeon.loss import measure
     from kvsurgeon.report import answer, progress, table
+    from kvsurgeon.workflow.loss import measure
 
     with progress.judging() as told:
         loss = measure(original, result, text=text, per_layer=per_layer, progress=told)
@@ -206,9 +206,9 @@ def _option(option: Option) -> inspect.Parameter:
     """Return an option of a command that holds the text of an option of a pass."""
     help_text = option.help if option.required or option.is_flag else f"{option.help} [default: {_default(option)}]"
     if option.is_flag:
-        declared = typer.Option(f"--{option.spelled}/--no-{option.spelled}", help=help_text)
+        declared = typer.Option(f"--{option.dim_names}/--no-{option.dim_names}", help=help_text)
         return _parameter(option.field, Annotated[bool, declared], *([] if option.required else [option.default]))
-    declared = typer.Option(f"--{option.spelled}", metavar=_placeholder(option.kind), help=help_text.strip())
+    declared = typer.Option(f"--{option.dim_names}", metavar=_placeholder(option.kind), help=help_text.strip())
     if option.required:
         return _parameter(option.field, Annotated[str, declared])
     return _parameter(option.field, Annotated[str | None, declared], None)

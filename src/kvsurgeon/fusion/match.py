@@ -1,7 +1,7 @@
 """Which attentions are what a fused operator computes: softmax(softcap(scale * query @ key^T) + bias) @ value.
 
 The bias is what the graph makes of scores of zero: whatever masks, positions and tables go into it need not be known.
-What is found here is read off the operators; `kvsurgeon.fusion.shown` runs them and compares.
+What is found here is read off the operators; `kvsurgeon.fusion.numeric_check` runs them and compares.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from kvsurgeon.analysis.analysis import Analysis, AttentionSite, CachedOperand
+from kvsurgeon.analysis.cache_points import CachePoint, describe
+from kvsurgeon.analysis.token_flow import FusedAttention, TokenFlow
 from kvsurgeon.anatomy.scales import number_of
-from kvsurgeon.errors import Refused
-from kvsurgeon.fusion.scores import MOVES, find_way, is_token, number_beside
-from kvsurgeon.sequence.analysis import Analysis, Head, Operand
-from kvsurgeon.sequence.cuts import Memory, describe
-from kvsurgeon.sequence.flow import Flow, FusedAttention
-from kvsurgeon.sequence.reading import Reading, read
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.fusion.score_path import MOVES, find_way, is_token, number_beside
+from kvsurgeon.rewrite.layout_trace import LayoutTrace, read
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -40,11 +40,11 @@ class Fusable:
     """
 
     layer: int
-    head: Head
-    query: Memory
-    key: Memory
-    value: Memory
-    result: Memory
+    head: AttentionSite
+    query: CachePoint
+    key: CachePoint
+    value: CachePoint
+    result: CachePoint
     scale: float
     softcap: float
     steps: tuple[ir.Node, ...]
@@ -70,11 +70,11 @@ def find_fusable(analysis: Analysis, layer: int, *, cached: bool) -> Fusable:
         cached: Whether the operator keeps keys and values too, so that it must be given what is remembered.
 
     Raises:
-        Refused: It computes something else; the message names what.
+        UnsupportedError: It computes something else; the message names what.
     """
     try:
         return _Matcher(analysis.flow, analysis.heads[layer], layer, cached).match()
-    except Refused as refusal:
+    except UnsupportedError as refusal:
         refusal.layer = layer
         raise
 
@@ -82,7 +82,7 @@ def find_fusable(analysis: Analysis, layer: int, *, cached: bool) -> Fusable:
 class _Matcher:
     """Looks at one attention."""
 
-    def __init__(self, flow: Flow, head: Head, layer: int, cached: bool) -> None:
+    def __init__(self, flow: TokenFlow, head: AttentionSite, layer: int, cached: bool) -> None:
         self.flow = flow
         self.head = head
         self.layer = layer
@@ -112,7 +112,7 @@ class _Matcher:
         return self._fusable(query, result, scale, fused.node.attributes.get_float("softcap", 0.0), (), masked)
 
     def _fusable(
-        self, query: Memory, result: Memory, scale: float, softcap: float, steps: tuple[ir.Node, ...],
+        self, query: CachePoint, result: CachePoint, scale: float, softcap: float, steps: tuple[ir.Node, ...],
         masked: ir.Value | None,
     ) -> Fusable:  # fmt: skip
         (key, keys_scaled), (value, _) = self._kept(self.head.keys[0]), self._kept(self.head.values[0])
@@ -127,13 +127,13 @@ class _Matcher:
     def _check_products(self) -> None:
         scores, products = self.head.scores, self.head.products
         if len(scores) != 1 or len(products) != 1 or self.head.beside:
-            raise Refused(
+            raise UnsupportedError(
                 "scores are made of more than one product of queries and keys", at=self.head.at.name,
                 expected="one score product and one context product",
                 found=f"{len(scores)} and {len(products)}" + (", and other token data" if self.head.beside else ""),
             )  # fmt: skip
 
-    def _kept(self, operand: Operand) -> tuple[Memory, float]:
+    def _kept(self, operand: CachedOperand) -> tuple[CachePoint, float]:
         """Keys or values as the operator is given them, and what they are multiplied with after that."""
         node, index = operand.place
         value, is_key = node.inputs[index], operand in self.head.keys
@@ -144,17 +144,17 @@ class _Matcher:
             return operand.memory, scale
         if not self.cached:
             return self._read(operand)
-        raise Refused(
+        raise UnsupportedError(
             f"{'keys' if is_key else 'values'} are computed with between the cache and their product", at=value.name,
             expected="axes that are moved, and heads that are repeated", found=f"`{operand.memory.value.name}` cached",
         )  # fmt: skip
 
-    def _read(self, operand: Operand) -> tuple[Memory, float]:
+    def _read(self, operand: CachedOperand) -> tuple[CachePoint, float]:
         """Keys or values as the product reads them."""
         node, index = operand.place
         return self._described(node.inputs[index]), 1.0
 
-    def _scale_of(self, reading: Reading) -> float | None:
+    def _scale_of(self, reading: LayoutTrace) -> float | None:
         """The product of single numbers; None where one is not constant."""
         scale = 1.0
         for operator, value in reading.scales:
@@ -164,7 +164,7 @@ class _Matcher:
             scale = scale * number if operator == "Mul" else scale / number
         return scale
 
-    def _query(self, operand: ir.Value | None) -> tuple[Memory, float]:
+    def _query(self, operand: ir.Value | None) -> tuple[CachePoint, float]:
         """The queries before they are multiplied with single numbers, and the product of these."""
         found, scale = self._described(operand), 1.0
         value, factor = operand, 1.0
@@ -182,25 +182,29 @@ class _Matcher:
                 found, scale = memory, factor
         return found, scale
 
-    def _described(self, value: ir.Value | None, heads: int = 1) -> Memory:
+    def _described(self, value: ir.Value | None, heads: int = 1) -> CachePoint:
         found = None if value is None else describe(self.flow, value, heads)
         if found is None:
-            raise Refused("heads and their features cannot be told apart", at=getattr(value, "name", None))
+            raise UnsupportedError("heads and their features cannot be told apart", at=getattr(value, "name", None))
         return found
 
-    def _check_heads(self, query: Memory, result: Memory, key: Memory, value: Memory) -> None:
+    def _check_heads(self, query: CachePoint, result: CachePoint, key: CachePoint, value: CachePoint) -> None:
         at = self.head.at.name
         if key.value is value.value:
-            raise Refused("keys and values are one tensor, which the operator would keep twice", at=key.value.name)
+            raise UnsupportedError(
+                "keys and values are one tensor, which the operator would keep twice", at=key.value.name
+            )
         if key.dtype not in _FLOATS or {query.dtype, value.dtype, result.dtype} != {key.dtype}:
-            raise Refused("keys and values are not of the type that is computed in", at=at, found=str(key.dtype))
+            raise UnsupportedError(
+                "keys and values are not of the type that is computed in", at=at, found=str(key.dtype)
+            )
         if query.head_dim != key.head_dim or result.head_dim != value.head_dim:
-            raise Refused(
+            raise UnsupportedError(
                 "what is remembered has heads of another width than the products", at=at,
                 expected=f"{query.head_dim} and {result.head_dim} features", found=f"{key.head_dim}, {value.head_dim}",
             )  # fmt: skip
         if key.heads != value.heads or query.heads % key.heads or result.heads != query.heads:
-            raise Refused(
+            raise UnsupportedError(
                 "queries do not share the heads of keys and values evenly", at=at,
                 expected=f"{query.heads} query heads", found=f"{key.heads} heads of keys and {value.heads} of values",
             )  # fmt: skip

@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.fusion.bias import Biases
+from kvsurgeon.fusion.context import Setting
 from kvsurgeon.fusion.match import Fusable
 from kvsurgeon.fusion.rows import Rows
-from kvsurgeon.fusion.setting import Setting
-from kvsurgeon.shapes import dimension as dim
+from kvsurgeon.symbolic import dimension as dim
 
 Name = Literal["group-query-attention", "attention"]
 
@@ -52,7 +52,7 @@ class Operator(ABC):
         """Hold an attention against what the operator can compute.
 
         Raises:
-            Refused: It cannot compute this one.
+            UnsupportedError: It cannot compute this one.
         """
 
     @classmethod
@@ -100,12 +100,12 @@ class GroupQueryAttention(Operator):
         """Keys and values have heads of one width, a multiple of 8, of a type that the operator is declared for."""
         _check_type(fusable, cls.op_type, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
         if fusable.value.head_dim != fusable.key.head_dim:
-            raise Refused(
+            raise UnsupportedError(
                 f"{cls.op_type} takes no values of another width than keys", layer=fusable.layer,
                 at=fusable.head.at.name, expected=str(fusable.key.head_dim), found=str(fusable.value.head_dim),
             )  # fmt: skip
         if fusable.key.head_dim % 8:
-            raise Refused(
+            raise UnsupportedError(
                 f"{cls.op_type} takes no heads of such a width", layer=fusable.layer, at=fusable.head.at.name,
                 expected="a multiple of 8", found=str(fusable.key.head_dim),
             )  # fmt: skip
@@ -135,7 +135,7 @@ class Attention(Operator):
     def check(cls, fusable: Fusable, opset: int) -> None:
         """The model's opset must have it."""
         if opset < cls.since:
-            raise Refused(
+            raise UnsupportedError(
                 f"{cls.op_type} is not in the model's opset", at=fusable.head.at.name, layer=fusable.layer,
                 expected=f"opset {cls.since}", found=str(opset), hint="raise-opset first",
             )  # fmt: skip
@@ -151,7 +151,7 @@ OPERATORS: Mapping[Name, type[Operator]] = {"group-query-attention": GroupQueryA
 def _check_type(fusable: Fusable, operator: str, *able: ir.DataType) -> None:
     if fusable.dtype not in able:
         names = " or ".join(one.name.lower() for one in able)
-        raise Refused(
+        raise UnsupportedError(
             f"{operator} has no kernel for the type that is computed in", layer=fusable.layer,
             at=fusable.head.at.name, expected=names, found=fusable.dtype.name.lower(),
         )  # fmt: skip

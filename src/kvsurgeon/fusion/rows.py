@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.errors import Refused
-from kvsurgeon.fusion.scores import MOVES
-from kvsurgeon.fusion.setting import Setting, Sizes
-from kvsurgeon.heads.labels import Labels
-from kvsurgeon.sequence.cuts import Memory, describe
-from kvsurgeon.sequence.targets import reshape_target
-from kvsurgeon.sequence.words import spelled
-from kvsurgeon.shapes.dimension import Dimension
+from kvsurgeon.analysis.cache_points import CachePoint, describe
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.fusion.context import Setting, Sizes
+from kvsurgeon.fusion.score_path import MOVES
+from kvsurgeon.heads.index_trace import Labels
+from kvsurgeon.rewrite.dimension_names import dim_names
+from kvsurgeon.rewrite.reshape_targets import reshape_target
+from kvsurgeon.symbolic.dimension import Dimension
 
 _PARTS = (0, 2, 1, 3)  # [batch, heads, sequence, head_dim] as [batch, sequence, heads, head_dim], and back
 
@@ -27,7 +27,7 @@ class Rows:
         self.editor = setting.editor
         self.labels = Labels(setting.flow)
 
-    def rows_of(self, memory: Memory) -> ir.Value:
+    def rows_of(self, memory: CachePoint) -> ir.Value:
         """The tensor as rows; those that it was made of, where it is these and no more."""
         for value in self._made_of(memory.value):
             if not self._same_order(value, memory.value):
@@ -45,7 +45,7 @@ class Rows:
         value = self._transposed(value, [order[place] for place in _PARTS], memory.dtype)
         return self._reshaped(value, [heads[place] for place in _PARTS], self._flat(memory), memory.dtype)
 
-    def continue_with(self, rows: ir.Value, memory: Memory) -> None:
+    def continue_with(self, rows: ir.Value, memory: CachePoint) -> None:
         """Let whoever read a tensor read these rows in its place, and what makes rows of it fall away."""
         same = (one for one in self._made_into(memory.value) if self._is_by_token(one))
         value = next((one for one in same if self._same_order(memory.value, one)), None)
@@ -55,7 +55,7 @@ class Rows:
             made = self._reshaped(rows, self._flat(memory), self.setting.of_tokens(value), memory.dtype)
             self.editor.take_over(value, made)
 
-    def _laid_out(self, rows: ir.Value, memory: Memory) -> ir.Value:
+    def _laid_out(self, rows: ir.Value, memory: CachePoint) -> ir.Value:
         """Rows as the tensor lies."""
         parts, heads = self._parts(memory), self._heads(memory)
         ordered = tuple(parts[place] for place in memory.order)
@@ -65,13 +65,13 @@ class Rows:
         value = self._transposed(value, back, memory.dtype)
         return self._reshaped(value, parts, self.setting.of_tokens(memory.value), memory.dtype)
 
-    def _parts(self, memory: Memory) -> Sizes:
+    def _parts(self, memory: CachePoint) -> Sizes:
         return tuple(self.setting.new if size is None else size for size in memory.parts)
 
-    def _heads(self, memory: Memory) -> Sizes:
+    def _heads(self, memory: CachePoint) -> Sizes:
         return memory.batch, memory.heads, self.setting.new, memory.head_dim
 
-    def _flat(self, memory: Memory) -> Sizes:
+    def _flat(self, memory: CachePoint) -> Sizes:
         return memory.batch, self.setting.new, memory.heads * memory.head_dim
 
     def _reshaped(
@@ -80,7 +80,7 @@ class Rows:
         if tuple(before) == tuple(after):
             return value
         target, wish = reshape_target(self.setting.lengths, after, before), f"{value.name}.rows"
-        return self.editor.node("Reshape", [value, target], wish=wish, dtype=dtype, shape=spelled(after))
+        return self.editor.node("Reshape", [value, target], wish=wish, dtype=dtype, shape=dim_names(after))
 
     def _transposed(self, value: ir.Value, order: Sequence[int], dtype: ir.DataType) -> ir.Value:
         if list(order) == list(range(len(order))):
@@ -124,6 +124,6 @@ class Rows:
     def _same_order(self, source: ir.Value, value: ir.Value) -> bool:
         try:
             places = self.labels.features(source, value).reshape(-1)
-        except Refused:
+        except UnsupportedError:
             return False
         return np.array_equal(places, np.arange(places.size))

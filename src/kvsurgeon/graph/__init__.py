@@ -1,1 +1,1 @@
-"""Words for looking at and changing any ONNX graph."""
+"""DimNames for looking at and changing any ONNX graph."""

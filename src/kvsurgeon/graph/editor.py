@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from kvsurgeon.graph.liveness import find_alive
 
-Words = Sequence[int | str | None]
+DimNames = Sequence[int | str | None]
 
 
 class Editor:
@@ -79,7 +79,7 @@ class Editor:
         *,
         wish: str,
         dtype: ir.DataType | None = None,
-        shape: Words | None = None,
+        shape: DimNames | None = None,
     ) -> ir.Value:
         """Add a node and return its output, called as close to `wish` as can be."""
         name = self.name(wish)
@@ -158,7 +158,12 @@ class Editor:
             self.edits += 1
 
     def continue_with(
-        self, value: ir.Value, operator: str, more: Sequence[ir.Value], dtype: ir.DataType, shapes: tuple[Words, Words]
+        self,
+        value: ir.Value,
+        operator: str,
+        more: Sequence[ir.Value],
+        dtype: ir.DataType,
+        shapes: tuple[DimNames, DimNames],
     ) -> ir.Value:
         """Add a node that reads `value`; whoever read the value reads the result, which takes over name and metadata.
 

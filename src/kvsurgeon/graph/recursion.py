@@ -10,7 +10,7 @@ DEEP = 10_000  # frames; the interpreter's own stack holds several times as many
 
 
 @contextmanager
-def room_for_deep_graphs() -> Iterator[None]:
+def deep_recursion() -> Iterator[None]:
     """Allow deep recursion inside, and restore the limit afterwards."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, DEEP))

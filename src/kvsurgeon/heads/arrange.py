@@ -9,28 +9,28 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
+from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.heads.layout import Layout, Logical
-from kvsurgeon.sequence.inputs import GivenInput
-from kvsurgeon.sequence.lengths import Lengths, Source
-from kvsurgeon.sequence.targets import reshape_target
-from kvsurgeon.shapes.dimension import Dimension
+from kvsurgeon.rewrite.lengths import LengthValues, Source
+from kvsurgeon.rewrite.reshape_targets import reshape_target
+from kvsurgeon.symbolic.dimension import Dimension
 
 
-def lengths_of(editor: Editor, inputs: Sequence[GivenInput]) -> Lengths:
+def lengths_of(editor: Editor, inputs: Sequence[InputRole]) -> LengthValues:
     """Where batch and length of a decoder without a cache can be read at run time."""
     sources: dict[sympy.Symbol, Source] = {}
     for given in sorted(inputs, key=lambda given: not given.is_token):
         for axis, size in enumerate(given.dimensions):
             if isinstance(size, sympy.Symbol):
                 sources.setdefault(size, Source(value=given.value, axis=axis))
-    return Lengths(editor, sources)
+    return LengthValues(editor, sources)
 
 
 class Arrange:
     """Adds the operators that move heads."""
 
-    def __init__(self, editor: Editor, lengths: Lengths) -> None:
+    def __init__(self, editor: Editor, lengths: LengthValues) -> None:
         self.editor = editor
         self.lengths = lengths
         self._made: dict[Hashable, ir.Value] = {}

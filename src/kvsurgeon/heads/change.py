@@ -8,15 +8,15 @@ from typing import Any, Protocol
 
 import onnx_ir as ir
 
-from kvsurgeon.errors import Refused
-from kvsurgeon.heads.axis import HeadAxis
-from kvsurgeon.heads.labels import Labels
+from kvsurgeon.analysis.token_flow import TokenFlow
+from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.heads.head_axis import HeadAxis
+from kvsurgeon.heads.index_trace import Labels
 from kvsurgeon.heads.selection import Selection
-from kvsurgeon.sequence.flow import Flow
-from kvsurgeon.sequence.kinds import Kind
-from kvsurgeon.sequence.lengths import Lengths
-from kvsurgeon.shapes.dimension import Dimension
-from kvsurgeon.shapes.fact import Call
+from kvsurgeon.rewrite.lengths import LengthValues
+from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.fact import OperatorCall
 
 Values = tuple[ir.Value, ...]  # the same place in several layers that are made alike; the first gives the structure
 
@@ -24,9 +24,9 @@ Values = tuple[ir.Value, ...]  # the same place in several layers that are made 
 class Carries(Protocol):
     """What computes a value anew with other heads."""
 
-    flow: Flow
+    flow: TokenFlow
     labels: Labels
-    lengths: Lengths
+    lengths: LengthValues
     lossy: bool
     region: frozenset[ir.Node]  # the nodes that only the heads that are changed now need
 
@@ -55,7 +55,7 @@ class Change:
 
     carrier: Carries
     nodes: tuple[ir.Node, ...]
-    call: Call
+    call: OperatorCall
     result: tuple[Dimension, ...]  # shape of the output with the heads
     axis: HeadAxis  # of that output
     selection: Selection
@@ -84,7 +84,7 @@ class Change:
     def is_token(self, index: int) -> bool:
         """Whether an input is token data."""
         value = self.node.inputs[index]
-        return value is not None and self.carrier.flow.kinds.get(value) is Kind.TOKEN
+        return value is not None and self.carrier.flow.kinds.get(value) is ValueKind.TOKEN
 
     def is_projected(self, index: int) -> bool:
         """Whether an input is token data that a product with weights made."""
@@ -113,18 +113,18 @@ class Change:
         first = self.node.inputs[0]
         readers = {user for value in (first, *self.node.outputs) if value is not None for user, _ in value.uses()}
         kinds = self.carrier.flow.kinds
-        telling = {user for user in readers if any(kinds.get(value) is Kind.TOKEN for value in user.outputs)}
+        telling = {user for user in readers if any(kinds.get(value) is ValueKind.TOKEN for value in user.outputs)}
         return self.is_token(0) and not telling <= self.carrier.region
 
     def check_even(self) -> None:
         """Leave quietly if what is taken over all heads, such as their mean square, stays what it is.
 
         Raises:
-            Refused: It would change, and the pass is to be exact.
+            UnsupportedError: It would change, and the pass is to be exact.
         """
         if not self.selection.is_even and not self.carrier.lossy:
             raise self.refusal("it works on all heads at once, and would see some of them more often than others")
 
-    def refusal(self, reason: str, hint: str | None = None) -> Refused:
+    def refusal(self, reason: str, hint: str | None = None) -> UnsupportedError:
         """An error about this node."""
-        return Refused(f"{self.node.op_type}: {reason}", at=self.node.outputs[0].name, hint=hint)
+        return UnsupportedError(f"{self.node.op_type}: {reason}", at=self.node.outputs[0].name, hint=hint)

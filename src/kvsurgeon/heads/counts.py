@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kvsurgeon.heads.labels import Labels
-from kvsurgeon.sequence.analysis import Head, Operand
-from kvsurgeon.sequence.cuts import describe
-from kvsurgeon.sequence.flow import Flow
-from kvsurgeon.shapes import dimension as dim
-from kvsurgeon.shapes.contraction import contraction_of
+from kvsurgeon.analysis.analysis import AttentionSite, CachedOperand
+from kvsurgeon.analysis.cache_points import describe
+from kvsurgeon.analysis.token_flow import TokenFlow
+from kvsurgeon.heads.index_trace import Labels
+from kvsurgeon.ops.contraction import contraction_of
+from kvsurgeon.symbolic import dimension as dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class HeadCounts:
     value_dim: int  # features of one value head
 
 
-def counts_of(flow: Flow, head: Head) -> HeadCounts:
+def counts_of(flow: TokenFlow, head: AttentionSite) -> HeadCounts:
     """Return the sizes of an attention."""
     labels = Labels(flow)
     head_dim, value_dim, heads = _sizes(flow, head)
@@ -33,7 +33,7 @@ def counts_of(flow: Flow, head: Head) -> HeadCounts:
     return HeadCounts(heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim)
 
 
-def _made(flow: Flow, labels: Labels, operand: Operand) -> int:
+def _made(flow: TokenFlow, labels: Labels, operand: CachedOperand) -> int:
     """Features of a token before they are repeated, be it before what is remembered."""
     value, fewest = operand.memory.value, operand.memory.elements
     while (node := value.producer()) is not None and labels.keeps_apart(node):
@@ -48,7 +48,7 @@ def _made(flow: Flow, labels: Labels, operand: Operand) -> int:
     return fewest
 
 
-def _sizes(flow: Flow, head: Head) -> tuple[int, int, int]:
+def _sizes(flow: TokenFlow, head: AttentionSite) -> tuple[int, int, int]:
     """head_dim, value_head_dim and the number of query heads."""
     if head.fused is not None:
         return _fused_sizes(flow, head)
@@ -64,7 +64,7 @@ def _sizes(flow: Flow, head: Head) -> tuple[int, int, int]:
     return head_dim, width, heads
 
 
-def _fused_sizes(flow: Flow, head: Head) -> tuple[int, int, int]:
+def _fused_sizes(flow: TokenFlow, head: AttentionSite) -> tuple[int, int, int]:
     assert head.fused is not None
     call = flow.shapes.call(head.fused.node)
     query, value = call.fact(head.fused.query).shape or (), call.fact(head.fused.value).shape or ()
@@ -74,7 +74,7 @@ def _fused_sizes(flow: Flow, head: Head) -> tuple[int, int, int]:
     return int(query[2]) // heads, int(value[2]) // kv_heads, heads
 
 
-def _summed(flow: Flow, node: ir.Node) -> int:
+def _summed(flow: TokenFlow, node: ir.Node) -> int:
     call = flow.shapes.call(node)
     found = contraction_of(call)
     if found is None:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kvsurgeon.errors import Refused
-from kvsurgeon.heads.axis import HeadAxis
-from kvsurgeon.sequence.cuts import describe
-from kvsurgeon.sequence.flow import Flow
-from kvsurgeon.shapes.dimension import Dimension, multiply
+from kvsurgeon.analysis.cache_points import describe
+from kvsurgeon.analysis.token_flow import TokenFlow
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.heads.head_axis import HeadAxis
+from kvsurgeon.symbolic.dimension import Dimension, multiply
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +44,15 @@ class Layout:
         return tuple(place for place in range(len(self.parts)) if place in (self.batch, self.sequence))
 
 
-def layout_of(flow: Flow, value: ir.Value) -> Layout:
+def layout_of(flow: TokenFlow, value: ir.Value) -> Layout:
     """Return how a tensor holds batch, sequence and features.
 
     Raises:
-        Refused: It has no one sequence axis beside a fixed number of features.
+        UnsupportedError: It has no one sequence axis beside a fixed number of features.
     """
     found = describe(flow, value)
     if found is None:
-        raise Refused(
+        raise UnsupportedError(
             "heads cannot be followed here", at=value.name,
             expected="one sequence axis, and a fixed number of features for each token",
         )  # fmt: skip
@@ -78,7 +78,7 @@ def logical(layout: Layout, heads: int, at: ir.Value) -> Logical:
         at: The tensor, for messages.
 
     Raises:
-        Refused: Heads or their features lie in pieces.
+        UnsupportedError: Heads or their features lie in pieces.
     """
     fixed = layout.batch is None and layout.parts[0] == 1 and layout.sequence > 0
     words = {0 if fixed else layout.batch: "batch", layout.sequence: "sequence"}
@@ -101,7 +101,9 @@ def _heads_and_more(size: int, left: int, at: ir.Value) -> list[tuple[str, Dimen
     if left % size == 0:
         return [("heads", size)]
     if size % left:
-        raise Refused("heads lie across two axes", at=at.name, expected=f"{left} heads", found=f"an axis of {size}")
+        raise UnsupportedError(
+            "heads lie across two axes", at=at.name, expected=f"{left} heads", found=f"an axis of {size}"
+        )
     return [("heads", left), ("head_dim", size // left)]
 
 
@@ -125,7 +127,7 @@ def _one_of_each(axes: list[tuple[str, Dimension]], heads: int, at: ir.Value) ->
         found.append(("head_dim", 1))
         words.append("head_dim")
     if len(set(words)) < len(words) or "heads" not in words:
-        raise Refused("heads lie in pieces", at=at.name, found=", ".join(words))
+        raise UnsupportedError("heads lie in pieces", at=at.name, found=", ".join(words))
     return tuple(found)
 
 

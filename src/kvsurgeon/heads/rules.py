@@ -11,15 +11,15 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from kvsurgeon.heads.axis import HeadAxis
 from kvsurgeon.heads.change import Change, Made
+from kvsurgeon.heads.head_axis import HeadAxis
 from kvsurgeon.heads.weights import RULES as WEIGHT_RULES
-from kvsurgeon.sequence.targets import expand_target, reshape_target
-from kvsurgeon.shapes import elementwise as elementwise_shapes
-from kvsurgeon.shapes.dimension import Dimension
-from kvsurgeon.shapes.fact import axis_of
-from kvsurgeon.shapes.reduction import reduced_axes
-from kvsurgeon.shapes.slicing import slice_bounds
+from kvsurgeon.ops import elementwise as elementwise_shapes
+from kvsurgeon.ops.reduction import reduced_axes
+from kvsurgeon.ops.slicing import slice_bounds
+from kvsurgeon.rewrite.reshape_targets import expand_target, reshape_target
+from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.fact import axis_of
 
 Rule = Callable[[Change], Made | None]
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from kvsurgeon.heads.change import Change, Made
-from kvsurgeon.shapes import dimension as dim
-from kvsurgeon.shapes.contraction import contraction_of
+from kvsurgeon.ops.contraction import contraction_of
+from kvsurgeon.symbolic import dimension as dim
 
 # Inputs with a number for each column of the result, or one for all of them.
 COLUMN_PARAMETERS = {

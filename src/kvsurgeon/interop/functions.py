@@ -60,17 +60,17 @@ def _annotations(edit: Edit) -> dict[str, Any]:
 
 def _kind(name: str, annotation: Any) -> Apply:
     """Return how a function is applied that takes an `annotation` first."""
-    spelled = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
+    dim_names = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
     module = "" if isinstance(annotation, str) else getattr(annotation, "__module__", "")
-    if annotation is Subject or spelled == "Subject":
+    if annotation is Subject or dim_names == "Subject":
         return _apply_to_subject
-    if annotation is ir.Model or spelled in ("ir.Model", "onnx_ir.Model"):
+    if annotation is ir.Model or dim_names in ("ir.Model", "onnx_ir.Model"):
         return _apply_to_model
-    if module.startswith("onnx_graphsurgeon") or spelled in ("gs.Graph", "onnx_graphsurgeon.Graph"):
+    if module.startswith("onnx_graphsurgeon") or dim_names in ("gs.Graph", "onnx_graphsurgeon.Graph"):
         return _apply_to_graph
     raise PluginError(
         f"pass {name}: expected a function whose first parameter is annotated as gs.Graph, ir.Model or Subject, "
-        f"found {spelled or 'no annotation'}; annotate it"
+        f"found {dim_names or 'no annotation'}; annotate it"
     )
 
 
@@ -93,7 +93,7 @@ def _apply_to_model(edit: Edit, subject: Subject, options: Mapping[str, Any]) ->
 def _apply_to_graph(edit: Edit, subject: Subject, options: Mapping[str, Any]) -> Outcome:
     import onnx_graphsurgeon as gs
 
-    from kvsurgeon.interop.loan import Loan
+    from kvsurgeon.interop.graph_bridge import Loan
 
     loan = Loan(subject.model)
     result = edit(loan.graph, **options)

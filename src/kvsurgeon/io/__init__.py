@@ -1,11 +1,11 @@
 """Load the graph of a model without its weights; save it, and say where its weights go."""
 
-from kvsurgeon.io.fidelity import to_proto
+from kvsurgeon.io.external_data import WeightFile, check_weights, weight_files
 from kvsurgeon.io.loading import load, loaded_from
 from kvsurgeon.io.locate import find_model
+from kvsurgeon.io.roundtrip import to_proto
 from kvsurgeon.io.saving import save, save_variants
 from kvsurgeon.io.staging import staged
-from kvsurgeon.io.weights import WeightFile, check_weights, weight_files
 
 __all__ = [
     "WeightFile",

@@ -8,12 +8,12 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from kvsurgeon.errors import InputError, MalformedModel
-from kvsurgeon.io.collector import collector_resting
-from kvsurgeon.io.fidelity import remember
+from kvsurgeon.errors import InputError, InvalidModelError
+from kvsurgeon.io.external_data import ContainedTensor, check_weights, external_tensors
+from kvsurgeon.io.gc_pause import collector_resting
 from kvsurgeon.io.locate import find_model, read_proto
-from kvsurgeon.io.structure import check_model
-from kvsurgeon.io.weights import ContainedTensor, check_weights, external_tensors
+from kvsurgeon.io.roundtrip import remember
+from kvsurgeon.io.validate import check_model
 
 _PATH = "kvsurgeon.path"
 
@@ -27,7 +27,7 @@ def load(source: str | Path | onnx.ModelProto, *, folder: str | Path | None = No
 
     Raises:
         InputError: There is no model at that path.
-        MalformedModel: It is not ONNX, not whole, or its graph is not valid.
+        InvalidModelError: It is not ONNX, not whole, or its graph is not valid.
         WeightsError: External data is missing, too short or outside the model's folder.
     """
     if isinstance(source, onnx.ModelProto):
@@ -69,7 +69,7 @@ def _convert(proto: onnx.ModelProto) -> ir.Model:
             warnings.simplefilter("ignore")  # about keys of external data that ONNX does not know: they are kept
             model = ir.from_proto(proto)
     except Exception as error:  # whatever onnx-ir stumbles over, it is this file that it stumbles over
-        raise MalformedModel(f"onnx-ir {ir.__version__} cannot represent this model: {_innermost(error)}") from error
+        raise InvalidModelError(f"onnx-ir {ir.__version__} cannot represent this model: {_innermost(error)}") from error
     for imports in (model.opset_imports, *(function.opset_imports for function in model.functions.values())):
         if "ai.onnx" in imports:  # nodes of that domain have "" in the IR, so its version must be found there
             imports.setdefault("", imports["ai.onnx"])
@@ -78,7 +78,7 @@ def _convert(proto: onnx.ModelProto) -> ir.Model:
 
 
 def _on_one_line(text: str) -> str:
-    """Return the text with what a file may have put into a name, line ends and control codes, spelled out."""
+    """Return the text with what a file may have put into a name, line ends and control codes, dim_names out."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from kvsurgeon.errors import InputError, MalformedModel
+from kvsurgeon.errors import InputError, InvalidModelError
 
 PROTOBUF_LIMIT = 2**31 - 1  # bytes; sizes within a protobuf message are signed 32-bit
 _LFS_POINTER = b"version https://git-lfs"
@@ -53,7 +53,7 @@ def read_proto(path: Path) -> onnx.ModelProto:
 
     Raises:
         InputError: The file cannot be opened.
-        MalformedModel: The file is not an ONNX protobuf, or not a whole one.
+        InvalidModelError: The file is not an ONNX protobuf, or not a whole one.
     """
     try:
         with path.open("rb") as file:
@@ -70,9 +70,9 @@ def _check_file(path: Path, mode: int, size: int) -> None:
     if not stat.S_ISREG(mode):
         raise InputError(f"expected a regular file, found something else at `{path}`")
     if size == 0:
-        raise MalformedModel(f"expected an ONNX model, found an empty file at `{path}`; fetch or export it again")
+        raise InvalidModelError(f"expected an ONNX model, found an empty file at `{path}`; fetch or export it again")
     if size > PROTOBUF_LIMIT:
-        raise MalformedModel(
+        raise InvalidModelError(
             f"`{path}` has {size:,} bytes, and a protobuf file ends at 2 GiB; "
             "save the model with its weights as external data"
         )
@@ -81,11 +81,13 @@ def _check_file(path: Path, mode: int, size: int) -> None:
 def _parse(view: memoryview, path: Path) -> onnx.ModelProto:
     head = bytes(view[:256])
     if head.startswith(_LFS_POINTER):
-        raise MalformedModel(f"`{path}` is a git-lfs pointer and not the model; run `git lfs pull` where it came from")
+        raise InvalidModelError(
+            f"`{path}` is a git-lfs pointer and not the model; run `git lfs pull` where it came from"
+        )
     try:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(view)
     except DecodeError as error:
-        raise MalformedModel(f"`{path}` {_likely_damage(head)}") from error
+        raise InvalidModelError(f"`{path}` {_likely_damage(head)}") from error
     return proto
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import onnx
 
-from kvsurgeon.io.weights import WeightFile
+from kvsurgeon.io.external_data import WeightFile
 
 
 def numbered(first: str) -> Iterator[str]:

@@ -10,16 +10,24 @@ import onnx_ir as ir
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from kvsurgeon.errors import InputError, UsageError, WeightsError
-from kvsurgeon.io.atomic import Draft, drafting, remove_stale
-from kvsurgeon.io.carry import CONFIG, CONFIGS, Sharing, carry_config, carry_side_files, carry_weights, write_side_files
-from kvsurgeon.io.config import changes_of
-from kvsurgeon.io.embedding import free_name, leaving, shared_or_leaving, unloaded
-from kvsurgeon.io.fidelity import to_proto
+from kvsurgeon.io.atomic_write import Draft, drafting, remove_stale
+from kvsurgeon.io.data_file import free_name, leaving, shared_or_leaving, unloaded
+from kvsurgeon.io.external_data import WeightFile, external_tensors, files_of, is_relative_location
 from kvsurgeon.io.loading import loaded_from
 from kvsurgeon.io.locate import find_model
+from kvsurgeon.io.model_config import changes_of
 from kvsurgeon.io.progress import Report, reporting
 from kvsurgeon.io.renaming import numbered, rename_locations, renamed
-from kvsurgeon.io.weights import WeightFile, external_tensors, files_of, is_relative_location
+from kvsurgeon.io.roundtrip import to_proto
+from kvsurgeon.io.side_files import (
+    CONFIG,
+    CONFIGS,
+    Sharing,
+    carry_config,
+    carry_side_files,
+    carry_weights,
+    write_side_files,
+)
 
 
 def save(

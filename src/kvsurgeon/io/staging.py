@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.io.fidelity import to_proto
+from kvsurgeon.io.roundtrip import to_proto
 
 OPEN_FILES = "/proc/self/fd"  # where Linux shows a process its open files
 EMBEDDED = 64 * 2**20  # bytes of computed weights that are held in memory

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import onnx
 import onnx_ir as ir
 
-from kvsurgeon.errors import MalformedModel, WeightsError
+from kvsurgeon.errors import InvalidModelError, WeightsError
 
 Where = Callable[[], str]  # how a message names the tensor: asked only when there is a message
 _LARGEST = 2**63 - 1  # bytes; what an ONNX dim, an int64, can count
@@ -37,7 +37,7 @@ def check_tensor(tensor: onnx.TensorProto, where: Where) -> bool:
     Of external data only the reference is looked at; `check_weights` looks at the file.
 
     Raises:
-        MalformedModel: Dims, type or data are not those of a tensor.
+        InvalidModelError: Dims, type or data are not those of a tensor.
         WeightsError: The reference to external data is no reference.
     """
     dtype = _element_type(tensor, where)
@@ -51,7 +51,7 @@ def check_tensor(tensor: onnx.TensorProto, where: Where) -> bool:
         field = _FIELDS.get(dtype, "int32_data")
         expected, found, unit = _entries(elements, dtype), len(getattr(tensor, field)), f"entries in {field}"
     if expected != found:
-        raise MalformedModel(
+        raise InvalidModelError(
             f"expected {expected} {unit} for {dtype.name}{list(tensor.dims)}, found {found} - at {where()}; "
             "the file is damaged, export it again"
         )
@@ -61,14 +61,14 @@ def check_tensor(tensor: onnx.TensorProto, where: Where) -> bool:
 def _element_type(tensor: onnx.TensorProto, where: Where) -> ir.DataType:
     dtype = _TYPES.get(tensor.data_type)
     if dtype is None:
-        raise MalformedModel(f"expected an element type of ONNX, found number {tensor.data_type} - at {where()}")
+        raise InvalidModelError(f"expected an element type of ONNX, found number {tensor.data_type} - at {where()}")
     return dtype
 
 
 def _element_count(tensor: onnx.TensorProto, where: Where) -> int:
     elements: int = math.prod(tensor.dims)
     if tensor.dims and (min(tensor.dims) < 0 or elements > _LARGEST):
-        raise MalformedModel(f"expected dims of a tensor, found {list(tensor.dims)} - at {where()}")
+        raise InvalidModelError(f"expected dims of a tensor, found {list(tensor.dims)} - at {where()}")
     return elements
 
 
@@ -83,7 +83,7 @@ def _entries(elements: int, dtype: ir.DataType) -> int:
 
 def _check_reference(tensor: onnx.TensorProto, dtype: ir.DataType, where: Where) -> None:
     if dtype == ir.DataType.STRING:
-        raise MalformedModel(f"strings cannot be external data - at {where()}")
+        raise InvalidModelError(f"strings cannot be external data - at {where()}")
     entries = {entry.key: entry.value for entry in tensor.external_data}
     if not entries.get("location"):
         raise WeightsError(f"external data does not say in which file it lies - at {where()}")

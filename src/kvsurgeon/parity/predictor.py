@@ -21,7 +21,7 @@ from kvsurgeon.runtime import (
     fixed_size,
     folder_of,
     open_session,
-    read_note,
+    read_cache_metadata,
 )
 
 
@@ -45,7 +45,7 @@ class Predictor:
             RunError: It cannot be run.
         """
         session = open_session(_exposing(source, exposed), folder=folder_of(source, folder), threads=threads, name=name)
-        cache = find_cache(session.inputs, session.outputs, read_note(session.metadata).layouts)
+        cache = find_cache(session.inputs, session.outputs, read_cache_metadata(session.metadata).layouts)
         self.decoder = CachedDecoder(session, cache) if cache else UncachedDecoder(session)
         self.name = name
         self._exposed = tuple(exposed)

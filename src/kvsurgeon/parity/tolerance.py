@@ -9,7 +9,7 @@ from typing import Literal
 
 import onnx
 
-from kvsurgeon.errors import MalformedModel
+from kvsurgeon.errors import InvalidModelError
 from kvsurgeon.runtime import Source, model_file
 
 Arithmetic = Literal["float64", "float32", "float16", "bfloat16", "quantised", "dynamic"]
@@ -92,7 +92,7 @@ def load_graph(source: Source) -> onnx.ModelProto:
 
     Raises:
         InputError: There is no such file.
-        MalformedModel: It is not ONNX.
+        InvalidModelError: It is not ONNX.
     """
     if isinstance(source, onnx.ModelProto):
         return source
@@ -100,7 +100,7 @@ def load_graph(source: Source) -> onnx.ModelProto:
     try:
         return onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError, of whichever protobuf is installed
-        raise MalformedModel(f"expected an ONNX model, found something else - at `{path}`") from error
+        raise InvalidModelError(f"expected an ONNX model, found something else - at `{path}`") from error
 
 
 def arithmetic_of(model: onnx.ModelProto) -> Arithmetic:

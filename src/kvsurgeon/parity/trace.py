@@ -11,9 +11,9 @@ import onnx
 
 from kvsurgeon.errors import KvsurgeonError
 from kvsurgeon.parity.difference import amplitude, distance, expected_part
-from kvsurgeon.parity.original import Original
+from kvsurgeon.parity.reference_model import Original
 from kvsurgeon.parity.report import Trial
-from kvsurgeon.parity.scenario import Scenario
+from kvsurgeon.parity.scenarios import Scenario
 from kvsurgeon.runtime import Array, CachedDecoder, CacheEntry, Session, UncachedDecoder, open_session
 
 

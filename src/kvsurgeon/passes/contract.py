@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from kvsurgeon import io
 from kvsurgeon.anatomy import Decoder, find_decoder
-from kvsurgeon.io.config import Change
+from kvsurgeon.io.model_config import Change
 
 Source = str | Path | onnx.ModelProto | ir.Model
 
@@ -48,7 +48,7 @@ class Subject:
         """Return the anatomy of the model as it is now; analysed once, and again after `changed()`.
 
         Raises:
-            Refused: The model is not a causal decoder that can be handled soundly.
+            UnsupportedError: The model is not a causal decoder that can be handled soundly.
         """
         if self._decoder is None:
             self._decoder = find_decoder(self.model)
@@ -92,7 +92,7 @@ def _config(folder: Path) -> dict[str, Any] | None:
 class Pass(Protocol):
     """A pass: a frozen dataclass whose fields are its options, in Python and as `name{option=value}`.
 
-    The model is valid before and must be valid after. A pass that cannot do its work soundly raises `Refused`
+    The model is valid before and must be valid after. A pass that cannot do its work soundly raises `UnsupportedError`
     before its first edit.
 
     One that is not to compute the same says so with `exact: ClassVar[bool] = False`: its command then takes the text

@@ -27,7 +27,7 @@ class ExpandGqa:
         """Expand the heads of every layer.
 
         Raises:
-            Refused: It cannot be proved which weights make the heads.
+            UnsupportedError: It cannot be proved which weights make the heads.
         """
         return change_heads(subject, _wanted, lossy=False)
 

@@ -7,18 +7,18 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from kvsurgeon.errors import Refused
+from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
+from kvsurgeon.decompose.model_functions import simplify_model
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.liveness import find_alive
-from kvsurgeon.graph.plain import in_plain_words
-from kvsurgeon.graph.recursion import room_for_deep_graphs
+from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.fixing.dynamic_starts import count_from_starts
 from kvsurgeon.passes.fixing.folding import compute_constants, name_numbers
 from kvsurgeon.passes.fixing.interface import Interface, read_interface
-from kvsurgeon.passes.idioms.note import write_note
 from kvsurgeon.passes.options import check_count
-from kvsurgeon.shapes.inference import Shapes, infer_shapes
+from kvsurgeon.rewrite.cache_metadata import write_cache_metadata
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +53,22 @@ class FixShapes:
         """Fix the shapes of `subject.model`.
 
         Raises:
-            Refused: A size cannot be fixed; the model is left as it was.
+            UnsupportedError: A size cannot be fixed; the model is left as it was.
         """
-        model = in_plain_words(subject.model)
+        model = simplify_model(subject.model)
         if model is subject.model:
             model = model.clone()
             model.meta.update(subject.model.meta)
         interface = read_interface(model, tokens=self.tokens, max_length=self.max_length, batch_size=self.batch_size)
         if interface.is_fixed:
             return Unchanged(reason="every input has a fixed shape")
-        with room_for_deep_graphs():
+        with deep_recursion():
             editor = Editor(model)
             interface.fix()
             _fix(model, editor)
             editor.finish()
             _write_shapes(model, interface)
-        write_note(model, interface.note)
+        write_cache_metadata(model, interface.note)
         subject.model = model
         subject.changed()
         return Changed(edits=editor.edits)
@@ -99,7 +99,7 @@ def _write_shapes(model: ir.Model, interface: Interface) -> None:
     """Declare the shape of every value.
 
     Raises:
-        Refused: One is no number.
+        UnsupportedError: One is no number.
     """
     shapes = _shapes_of(model)
     for node in model.graph:
@@ -108,7 +108,7 @@ def _write_shapes(model: ir.Model, interface: Interface) -> None:
             if fact is None:
                 continue
             if fact.shape is None or not all(isinstance(size, int) for size in fact.shape):
-                raise Refused(
+                raise UnsupportedError(
                     f"{node.op_type}: its result's size depends on more than shapes", at=value.name,
                     expected="numbers", found=str(None if fact.shape is None else list(fact.shape)),
                 )  # fmt: skip

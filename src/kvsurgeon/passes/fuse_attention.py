@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from kvsurgeon.errors import Refused
+from kvsurgeon.analysis.analysis import Analysis, analyze
+from kvsurgeon.decompose import decompose
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.fusion.context import Setting
 from kvsurgeon.fusion.match import Fusable, find_fusable
+from kvsurgeon.fusion.numeric_check import Showing
 from kvsurgeon.fusion.operators import OPERATORS, Name, Operator
-from kvsurgeon.fusion.setting import Setting
-from kvsurgeon.fusion.shown import Showing
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.recursion import room_for_deep_graphs
+from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.eject import put_back, take_out
-from kvsurgeon.sequence.analysis import Analysis, analyse
-from kvsurgeon.sequence.lengths import Lengths, Source
-from kvsurgeon.sequence.proof import prove
-from kvsurgeon.sequence.written_out import in_standard_operators
+from kvsurgeon.passes.remove_cache import put_back, take_out
+from kvsurgeon.proof.proof import prove
+from kvsurgeon.rewrite.lengths import LengthValues, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class FuseAttention:
         """Fuse the attentions of `subject.model`.
 
         Raises:
-            Refused: One computes what the operator does not; the model is left as it was.
+            UnsupportedError: One computes what the operator does not; the model is left as it was.
         """
         operator = OPERATORS[self.operator]
         before = sum(map(operator.is_at, subject.model.graph))
@@ -80,10 +80,10 @@ class _Choice:
         """Return those that are what the operator computes, as running them has shown.
 
         Raises:
-            Refused: One is not, and all must be; or none is.
+            UnsupportedError: One is not, and all must be; or none is.
         """
         found: list[Fusable] = []
-        refusals: list[Refused] = []
+        refusals: list[UnsupportedError] = []
         showing = Showing(analysis)
         for layer, head in enumerate(analysis.heads):
             if head.fused is not None and self.operator.is_at(head.fused.node):
@@ -92,7 +92,7 @@ class _Choice:
                 fusable = find_fusable(analysis, layer, cached=self.cached)
                 self.operator.check(fusable, self.opset)
                 showing.check(fusable)
-            except Refused as refusal:
+            except UnsupportedError as refusal:
                 refusals.append(refusal)
             else:
                 found.append(fusable)
@@ -104,9 +104,9 @@ class _Choice:
 
 def _without_cache(subject: Subject, choice: _Choice) -> Changed:
     """Fuse the attentions of a model without a cache."""
-    written = in_standard_operators(subject.model)
-    with room_for_deep_graphs():
-        analysis = analyse(written.model)
+    written = decompose(subject.model)
+    with deep_recursion():
+        analysis = analyze(written.model)
         prove(analysis)
         fusables = choice.choose(analysis)
         editor = Editor(written.model)
@@ -127,6 +127,6 @@ def _setting(analysis: Analysis, editor: Editor) -> Setting:
         if not isinstance(size, int)
     }
     return Setting(
-        flow=analysis.flow, editor=editor, lengths=Lengths(editor, sources, total=analysis.length),
+        flow=analysis.flow, editor=editor, lengths=LengthValues(editor, sources, total=analysis.length),
         new=analysis.length, so_far=analysis.length, before={node: tuple(node.inputs) for node in analysis.flow.order},
     )  # fmt: skip

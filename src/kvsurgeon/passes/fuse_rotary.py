@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from kvsurgeon.errors import Refused
-from kvsurgeon.fusion.turns import Turn, find_turn
+from kvsurgeon.dataflow.input_roles import shapes_of
+from kvsurgeon.dataflow.shape_inference import Shapes
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.fusion.rotary import Turn, find_turn
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.recursion import room_for_deep_graphs
+from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.sequence.inputs import shapes_of
-from kvsurgeon.shapes.inference import Shapes
 
 SINCE = 23  # opset that brought the operator
 
@@ -34,17 +34,17 @@ class FuseRotary:
         """Fuse the turns of `subject.model`.
 
         Raises:
-            Refused: The model's opset lacks the operator.
+            UnsupportedError: The model's opset lacks the operator.
         """
         graph = subject.model.graph
-        with room_for_deep_graphs():
+        with deep_recursion():
             shapes = shapes_of(graph)
             turns = [turn for node in graph if (turn := find_turn(shapes, node)) is not None]
         if not turns:
             return Unchanged(reason="nothing is turned by halves with tables made of one")
         opset = graph.opset_imports.get("", 1)
         if opset < SINCE:
-            raise Refused(
+            raise UnsupportedError(
                 "RotaryEmbedding is not in the model's opset", at=turns[0].result.name, expected=f"opset {SINCE}",
                 found=str(opset), hint="raise-opset first",
             )  # fmt: skip

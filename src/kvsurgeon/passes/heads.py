@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
+from kvsurgeon.analysis.analysis import analyze
+from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import UsageError
-from kvsurgeon.graph.recursion import room_for_deep_graphs
+from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.heads.counts import HeadCounts
-from kvsurgeon.heads.exchange import Exchange, Exchanger
+from kvsurgeon.heads.replace_heads import Exchange, Exchanger
 from kvsurgeon.heads.selection import Selection
-from kvsurgeon.io.config import Change, Heads
+from kvsurgeon.io.model_config import Change, Heads
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.eject import put_back, take_out
-from kvsurgeon.sequence.analysis import analyse
-from kvsurgeon.sequence.written_out import in_standard_operators
+from kvsurgeon.passes.remove_cache import put_back, take_out
 
 Wanted = Callable[[int, HeadCounts], Selection | None]  # of a layer's heads; None where they stay
 Plan = Callable[[Exchanger], Sequence[Exchange | None]]
@@ -26,7 +26,7 @@ def change_heads(subject: Subject, wanted: Wanted, *, lossy: bool) -> Outcome:
 
     Raises:
         UsageError: A layer cannot have so many.
-        Refused: It cannot be proved which weights make the heads of a layer.
+        UnsupportedError: It cannot be proved which weights make the heads of a layer.
     """
     made: dict[tuple[int, int], Selection] = {}  # one object for layers that want the same, as they may share heads
 
@@ -46,13 +46,13 @@ def exchange(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
     """Carry out what `plan` makes of the layers; a cache that the model has is taken out for it, and put back.
 
     Raises:
-        Refused: It cannot be proved which weights make the heads of a layer, or the cache cannot be put back.
+        UnsupportedError: It cannot be proved which weights make the heads of a layer, or the cache cannot be put back.
     """
     work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
     signature = take_out(work)
     work.model = _copied(work.model)
-    with room_for_deep_graphs():
-        exchanger = Exchanger(analyse(work.model), lossy=lossy)
+    with deep_recursion():
+        exchanger = Exchanger(analyze(work.model), lossy=lossy)
         before = _heads(exchanger, [one.kv_heads for one in exchanger.counts], range(len(exchanger.counts)))
         wanted = plan(exchanger)
         if not any(wanted):
@@ -101,7 +101,7 @@ def _heads(exchanger: Exchanger, kv_heads: Sequence[int], owners: Sequence[int])
 
 def _copied(model: ir.Model) -> ir.Model:
     """The model in standard operators, in any case another one."""
-    plain = in_standard_operators(model).model
+    plain = decompose(model).model
     if plain is model:
         plain = model.clone()
         plain.meta.update(model.meta)

@@ -9,32 +9,32 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.cache.joins import find_buffers, find_joins
+from kvsurgeon.analysis.analysis import Analysis, analyze
+from kvsurgeon.analysis.token_flow import FusedAttention, SequenceState
 from kvsurgeon.cache.layout import USUAL, Layout
-from kvsurgeon.errors import Refused
+from kvsurgeon.cache.pairs import find_buffers, find_cache_pairs
+from kvsurgeon.dataflow.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
+from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.decompose import decompose
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.fusion.context import Setting
+from kvsurgeon.fusion.fused_cache import FusedCache
 from kvsurgeon.fusion.match import Fusable
 from kvsurgeon.fusion.operators import GroupQueryAttention
-from kvsurgeon.fusion.setting import Setting
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.recursion import room_for_deep_graphs
+from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
-from kvsurgeon.passes.idioms.entries import Entry
-from kvsurgeon.passes.idioms.fused import FusedCache
-from kvsurgeon.passes.idioms.note import note_of, write_note
-from kvsurgeon.passes.idioms.plan import Plan, find_sources, plan_cache
 from kvsurgeon.passes.options import check_count
-from kvsurgeon.sequence.analysis import Analysis, analyse
-from kvsurgeon.sequence.axes import Axes, Length, Role, SequenceAxis
-from kvsurgeon.sequence.flow import FusedAttention, Recall
-from kvsurgeon.sequence.grouping import Grouping
-from kvsurgeon.sequence.kinds import Kind
-from kvsurgeon.sequence.lengths import NEW, ROOM, SO_FAR, Lengths
-from kvsurgeon.sequence.proof import prove
-from kvsurgeon.sequence.remember import Layouts, are_rows_of
-from kvsurgeon.sequence.tokens import Tokens, causal_mask
-from kvsurgeon.sequence.views import Views
-from kvsurgeon.sequence.words import Words, spelled, spelled_from_export
-from kvsurgeon.sequence.written_out import in_standard_operators
+from kvsurgeon.proof.proof import prove
+from kvsurgeon.rewrite.cache_entries import CacheTensor
+from kvsurgeon.rewrite.cache_layouts import CacheLayouts, are_rows_of
+from kvsurgeon.rewrite.cache_metadata import cache_metadata_of, write_cache_metadata
+from kvsurgeon.rewrite.cache_plan import Plan, find_sources, plan_cache
+from kvsurgeon.rewrite.context_slices import ContextSlices
+from kvsurgeon.rewrite.dimension_names import DimNames, dim_names, dim_names_of_export
+from kvsurgeon.rewrite.head_grouping import HeadGrouping
+from kvsurgeon.rewrite.lengths import MAX, NEW, TOTAL, LengthValues
+from kvsurgeon.rewrite.token_data import TokenRewriter, causal_mask
 
 Choice = Callable[[Analysis], Sequence[Fusable]]
 
@@ -82,7 +82,7 @@ class Inject:
         """Inject the cache into `subject.model`.
 
         Raises:
-            Refused: The model cannot be given a cache soundly; it is left as it was.
+            UnsupportedError: The model cannot be given a cache soundly; it is left as it was.
             UsageError: A template does not give each tensor a name of its own.
         """
         return inject(self, subject)
@@ -97,12 +97,12 @@ def inject(options: Inject, subject: Subject, fuse: Choice | None = None) -> Cha
         fuse: Which attentions one operator is to compute, cache included; none where nothing is said.
 
     Raises:
-        Refused: The model cannot be given a cache soundly; it is left as it was.
+        UnsupportedError: The model cannot be given a cache soundly; it is left as it was.
         UsageError: Two options do not go together.
     """
-    written = in_standard_operators(subject.model)
+    written = decompose(subject.model)
     model = written.model
-    with room_for_deep_graphs():
+    with deep_recursion():
         analysis = _analysed(model)
         analysis.flow.assumed.update(written.assumed)
         proof = prove(analysis)
@@ -111,8 +111,9 @@ def inject(options: Inject, subject: Subject, fuse: Choice | None = None) -> Cha
         editor = Editor(model)
         _Injection(analysis, editor, plan, proof.limit, fusables).operate()
         outputs = _outputs_by_row(analysis, plan)
-    write_note(
-        model, note_of(options.idiom, plan.entries, proof.max_length, batch_chunks=not fusables, outputs=outputs)
+    write_cache_metadata(
+        model,
+        cache_metadata_of(options.idiom, plan.entries, proof.max_length, batch_chunks=not fusables, outputs=outputs),
     )
     subject.model = model
     notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()]
@@ -124,14 +125,14 @@ def inject(options: Inject, subject: Subject, fuse: Choice | None = None) -> Cha
 def _analysed(model: ir.Model) -> Analysis:
     """The analysis of a decoder, or why there is none; a cache that is there already is the likeliest reason."""
     try:
-        return analyse(model)
-    except Refused as refusal:
-        joins, buffers = find_joins(model.graph), find_buffers(model.graph)
+        return analyze(model)
+    except UnsupportedError as refusal:
+        joins, buffers = find_cache_pairs(model.graph), find_buffers(model.graph)
         if buffers:
-            raise Refused("the model already has a cache", at=buffers[0].name) from refusal
+            raise UnsupportedError("the model already has a cache", at=buffers[0].name) from refusal
         if not joins:
             raise
-        raise Refused(
+        raise UnsupportedError(
             "the model already has a cache", at=joins[0].past.name, found=f"its present `{joins[0].present.name}`",
             hint="eject takes it out, retarget gives it another form",
         ) from refusal  # fmt: skip
@@ -162,21 +163,21 @@ class _Injection:
         before = {node: tuple(node.inputs) for node in self.nodes}
         pasts = self._add_pasts()
         sources = find_sources(self.plan, self.analysis, self.editor, pasts[0])
-        lengths = Lengths(self.editor, sources, total=self.idiom.total, limit=self.limit)
-        views = Views(self.flow, self.editor, lengths, self.analysis.inputs, self.analysis.same)
-        tokens = Tokens(self.flow, self.editor, lengths, views, before)
-        grouping = Grouping(flow=self.flow, tokens=tokens, layouts=Layouts(self.editor, lengths))
+        lengths = LengthValues(self.editor, sources, total=self.idiom.total, limit=self.limit)
+        views = ContextSlices(self.flow, self.editor, lengths, self.analysis.inputs, self.analysis.same)
+        tokens = TokenRewriter(self.flow, self.editor, lengths, views, before)
+        grouping = HeadGrouping(flow=self.flow, tokens=tokens, layouts=CacheLayouts(self.editor, lengths))
         setting = Setting(
-            flow=self.flow, editor=self.editor, lengths=lengths, new=NEW, so_far=SO_FAR, before=before
+            flow=self.flow, editor=self.editor, lengths=lengths, new=NEW, so_far=TOTAL, before=before
         )  # fmt: skip
         fused = FusedCache(GroupQueryAttention(setting), self.fusables)
         presents = self._join(pasts, grouping, fused.place(self.entries, pasts))
         for node in self.nodes:
-            if any(self.flow.kinds.get(value) is Kind.TOKEN for value in node.outputs):
+            if any(self.flow.kinds.get(value) is ValueKind.TOKEN for value in node.outputs):
                 tokens.rewire(node)
         self._spell_masks(views, before)
         self._write_shapes()
-        for recall in self.flow.recalls:
+        for recall in self.flow.states:
             self._keep_new_rows(recall, views)
         fused.finish()
         for head in self.analysis.heads:
@@ -191,32 +192,36 @@ class _Injection:
             self._give_up_rows(entry, interface)
             for name in (entry.past, entry.present):
                 if name in interface:
-                    raise Refused("the model already has an input or output of that name", at=name)
+                    raise UnsupportedError("the model already has an input or output of that name", at=name)
                 self.editor.free(name)
             shape = ir.Shape(entry.shape(self.idiom.past))
             pasts.append(ir.Value(name=entry.past, type=ir.TensorType(entry.dtype), shape=shape))
         self.graph.inputs.extend(pasts)
         return pasts
 
-    def _keep_new_rows(self, recall: Recall, views: Views) -> None:
+    def _keep_new_rows(self, recall: SequenceState, views: ContextSlices) -> None:
         """What is computed for all tokens so far is read for the new ones."""
         value, axis = recall.result, recall.axes[0].axis
         fact = self.flow.shapes[value]
         assert fact.shape is not None
         assert fact.dtype is not None
         bounds = [views.lengths.flat(end) for end in views.lengths.span(Length.NEW)]
-        whole, new = (spelled(views.sizes(fact.shape, (recall.axes[0].with_role(Role(length)),))) for length in ROWS)
+        whole, new = (
+            dim_names(views.sizes(fact.shape, (recall.axes[0].with_role(LengthVariable(length)),))) for length in ROWS
+        )
         more = [*bounds, self.editor.constant([axis], wish="axes")]
         self.editor.continue_with(value, "Slice", more, fact.dtype, (whole, new))
 
-    def _give_up_rows(self, entry: Entry, interface: set[str | None]) -> None:
+    def _give_up_rows(self, entry: CacheTensor, interface: set[str | None]) -> None:
         """An output of the present's name that gives its new rows becomes the present, which holds them too."""
         given = next((output for output in self.graph.outputs if output.name == entry.present), None)
         if given is not None and are_rows_of(given, entry.memory):
             self.graph.outputs.remove(given)
             interface.discard(entry.present)
 
-    def _join(self, pasts: Sequence[ir.Value], grouping: Grouping, made: Mapping[Entry, ir.Value]) -> list[ir.Value]:
+    def _join(
+        self, pasts: Sequence[ir.Value], grouping: HeadGrouping, made: Mapping[CacheTensor, ir.Value]
+    ) -> list[ir.Value]:
         """Join past and new rows, where no operator has made a present of them; what is downstream reads the whole."""
         presents = []
         for entry, past in zip(self.entries, pasts, strict=True):
@@ -243,7 +248,7 @@ class _Injection:
         cast.shape = value.shape
         return cast
 
-    def _spell_masks(self, views: Views, before: dict[ir.Node, tuple[ir.Value | None, ...]]) -> None:
+    def _spell_masks(self, views: ContextSlices, before: dict[ir.Node, tuple[ir.Value | None, ...]]) -> None:
         """Say as a mask what `is_causal` says: runtimes differ on where it puts the corner of a rectangle.
 
         Source: ONNX `Attention`, whose alignment was corrected in place after opset 24 had been released.
@@ -253,7 +258,7 @@ class _Injection:
             return
         keys, queries = ([views.lengths.scalar(end) for end in (*views.lengths.span(length), 1)] for length in ROWS)
         mask = causal_mask(self.editor, views.lengths, keys, queries)
-        mask = views.filling.as_rows(mask, (SequenceAxis(1, Role(Length.TOTAL)),))
+        mask = views.filling.as_rows(mask, (SequenceAxis(1, LengthVariable(Length.TOTAL)),))
         for fused in causal:
             self._spell_mask(fused, mask, before[fused.node])
 
@@ -276,9 +281,9 @@ class _Injection:
     def _write_shapes(self) -> None:
         """Let declared shapes say which length they have."""
         for given in self.analysis.inputs:
-            axes = tuple(SequenceAxis(axis, Role(length)) for axis, length in given.lengths.items())
+            axes = tuple(SequenceAxis(axis, LengthVariable(length)) for axis, length in given.lengths.items())
             given.value.shape = ir.Shape(
-                spelled_from_export(given.dimensions, axes, self.analysis.length, self.idiom.total)
+                dim_names_of_export(given.dimensions, axes, self.analysis.length, self.idiom.total)
             )
         for node in self.nodes:
             for value in node.outputs:
@@ -291,23 +296,23 @@ class _Injection:
         if fact is None or fact.shape is None or declared is None or len(fact.shape) != len(declared):
             return
         fixed = isinstance(self.analysis.length, int) and self.analysis.length in declared
-        if fixed and self.flow.kinds.get(value) is Kind.CONTEXT:
+        if fixed and self.flow.kinds.get(value) is ValueKind.CONTEXT:
             value.shape = None  # of the length that was fixed, and of another now where it is made of an input
         elif axes or any(not isinstance(size, int) for size in declared):
-            words = spelled_from_export(fact.shape, _decided(axes), self.analysis.length, self.idiom.total)
+            words = dim_names_of_export(fact.shape, _decided(axes), self.analysis.length, self.idiom.total)
             value.shape = ir.Shape(words)
 
 
-def _outputs_by_row(analysis: Analysis, plan: Plan) -> dict[str, Words]:
+def _outputs_by_row(analysis: Analysis, plan: Plan) -> dict[str, DimNames]:
     """The dims of outputs that have a place for each row that attention reads, where that is not one for each token."""
-    if plan.idiom.total == SO_FAR:
+    if plan.idiom.total == TOTAL:
         return {}
     told = {}
     for value in analysis.model.graph.outputs:
         fact, axes = analysis.flow.shapes.facts.get(value), _decided(analysis.flow.axes.get(value, ()))
         by_row = any(axis.role.resolved() is Length.TOTAL for axis in axes)
         if by_row and value.name is not None and fact is not None and fact.shape is not None:
-            told[value.name] = spelled_from_export(fact.shape, axes, analysis.length, ROOM)
+            told[value.name] = dim_names_of_export(fact.shape, axes, analysis.length, MAX)
     return told
 
 

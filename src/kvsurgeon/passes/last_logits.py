@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.count_positions import POSITIONS
+from kvsurgeon.passes.past_length_from_positions import POSITIONS
 
 # What comes behind the last layer, token by token: the head, its bias, a scale, a softcap.
 _TOKENWISE = frozenset({"MatMul", "Add", "Mul", "Div", "Tanh", "Cast", "MatMulNBits", "Identity"})
@@ -33,19 +33,23 @@ class LastLogits:
         """Cut the logits of `subject.model` down.
 
         Raises:
-            Refused: It has no position_ids or no logits, or takes several texts at once.
+            UnsupportedError: It has no position_ids or no logits, or takes several texts at once.
         """
         graph = subject.model.graph
         positions = next((value for value in graph.inputs if value.name == POSITIONS), None)
         logits = next((value for value in graph.outputs if value.name == "logits"), None)
         if positions is None or logits is None:
-            raise Refused(f"the last token cannot be told without {POSITIONS} and logits", hint="count-positions first")
+            raise UnsupportedError(
+                f"the last token cannot be told without {POSITIONS} and logits", hint="past-length-from-positions first"
+            )
         if logits.shape is None or len(logits.shape) != 3:
-            raise Refused("the logits do not lie as expected", at="logits", expected="[batch, sequence, vocabulary]")
+            raise UnsupportedError(
+                "the logits do not lie as expected", at="logits", expected="[batch, sequence, vocabulary]"
+            )
         if logits.shape[1] == 1:
             return Unchanged(reason="it answers for one token already")
         if positions.shape is None or positions.shape[0] != 1:
-            raise Refused(
+            raise UnsupportedError(
                 "several texts have their last tokens in several places", at=POSITIONS, expected="a batch of 1"
             )
         editor = Editor(subject.model)

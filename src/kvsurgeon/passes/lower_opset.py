@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
@@ -49,7 +49,7 @@ class LowerOpset:
         """Lower the opset of `subject.model`.
 
         Raises:
-            Refused: A node cannot be written in that version; the model is left as it was.
+            UnsupportedError: A node cannot be written in that version; the model is left as it was.
         """
         model = subject.model
         declared = declared_opset(model)
@@ -95,7 +95,7 @@ def _rewritten(node: ir.Node, new: int, old: int) -> _Rewritten | None:
     """Return how a node is written in the earlier version; None where it is written alike.
 
     Raises:
-        Refused: The earlier version of the operator cannot say what the node says.
+        UnsupportedError: The earlier version of the operator cannot say what the node says.
     """
     try:
         after = onnx.defs.get_schema(node.op_type, new, "")
@@ -163,9 +163,9 @@ def _check_types(node: ir.Node, before: onnx.defs.OpSchema, old: int) -> None:
     for formal, value in zip(before.inputs, node.inputs, strict=False):
         if value is None or value.dtype is None or formal.type_str not in allowed:
             continue
-        spelled = f"tensor({_SPELLED.get(value.dtype, value.dtype.name.lower())})"
-        if spelled not in allowed[formal.type_str]:
-            raise _cannot(node, old, spelled)
+        dim_names = f"tensor({_SPELLED.get(value.dtype, value.dtype.name.lower())})"
+        if dim_names not in allowed[formal.type_str]:
+            raise _cannot(node, old, dim_names)
 
 
 _SPELLED = {ir.DataType.DOUBLE: "double", ir.DataType.FLOAT: "float"}
@@ -182,8 +182,8 @@ def _rewrite(editor: Editor, node: ir.Node, how: _Rewritten) -> None:
         node.attributes[name] = kind(name, numbers)
 
 
-def _cannot(node: ir.Node, old: int, found: str) -> Refused:
-    return Refused(
+def _cannot(node: ir.Node, old: int, found: str) -> UnsupportedError:
+    return UnsupportedError(
         f"{node.op_type} cannot be written in opset {old}", at=node.outputs[0].name, found=found,
         hint=f"export the model with opset {old}",
     )  # fmt: skip

@@ -36,7 +36,7 @@ class MergeKvHeads:
 
         Raises:
             UsageError: The count is not one that there can be; the message lists those that there are.
-            Refused: It cannot be proved which weights make the heads, or they have no mean.
+            UnsupportedError: It cannot be proved which weights make the heads, or they have no mean.
         """
         return change_heads(subject, self._wanted, lossy=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 
 OLDEST = 13  # since then a Softmax works along one axis, and no operator has changed its meaning under the same inputs
 NEWEST = onnx.defs.onnx_opset_version()
@@ -28,11 +28,11 @@ def check_movable(model: ir.Model, oldest: int, moved: str) -> None:
         moved: What is done to the opset, for the message.
 
     Raises:
-        Refused: The earlier version is too old, or the model calls functions of its own.
+        UnsupportedError: The earlier version is too old, or the model calls functions of its own.
     """
     if oldest < OLDEST or model.functions:
         found = f"opset {oldest}" if oldest < OLDEST else "functions of its own"
-        raise Refused(
+        raise UnsupportedError(
             f"the opset cannot be {moved}", expected=f"opset {OLDEST} or later, and no functions", found=found
         )
 

@@ -28,7 +28,7 @@ class Option:
     help: str = ""
 
     @property
-    def spelled(self) -> str:
+    def dim_names(self) -> str:
         """The name on a command line and in a pipeline's text: `kv-heads`."""
         return self.field.replace("_", "-")
 
@@ -51,7 +51,7 @@ class Option:
         try:
             return convert(text, self.type)
         except ValueError as error:
-            raise UsageError(f"option {self.spelled}: expected {self.kind}, found {text!r}") from error
+            raise UsageError(f"option {self.dim_names}: expected {self.kind}, found {text!r}") from error
 
 
 def options_of(pass_class: type) -> tuple[Option, ...]:
@@ -96,12 +96,12 @@ def build(pass_class: Callable[..., Any], name: str, texts: Mapping[str, str]) -
     """
     known = {option.field: option for option in options_of(typing.cast(type, pass_class))}
     values = {}
-    for spelled, text in texts.items():
-        option = known.get(spelled.replace("-", "_"))
+    for dim_names, text in texts.items():
+        option = known.get(dim_names.replace("-", "_"))
         if option is None:
-            raise UsageError(f"pass {name} has no option {spelled}; {_listed(known.values())}")
+            raise UsageError(f"pass {name} has no option {dim_names}; {_listed(known.values())}")
         values[option.field] = option.read(text)
-    missing = [option.spelled for option in known.values() if option.required and option.field not in values]
+    missing = [option.dim_names for option in known.values() if option.required and option.field not in values]
     if missing:
         raise UsageError(f"pass {name} needs {', '.join(missing)}: write {name}{{{missing[0]}=...}}")
     try:
@@ -184,5 +184,5 @@ def _explained(pass_class: type) -> dict[str, str]:
 
 
 def _listed(options: typing.Iterable[Option]) -> str:
-    spelled = [f"{option.spelled} ({option.kind})" for option in options]
-    return f"known: {', '.join(spelled)}" if spelled else "it has none"
+    dim_names = [f"{option.dim_names} ({option.kind})" for option in options]
+    return f"known: {', '.join(dim_names)}" if dim_names else "it has none"

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from kvsurgeon.errors import Refused
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.opsets import (
@@ -48,7 +48,7 @@ class RaiseOpset:
         """Raise the opset of `subject.model`.
 
         Raises:
-            Refused: A node cannot be written in that version.
+            UnsupportedError: A node cannot be written in that version.
         """
         model = subject.model
         declared = declared_opset(model)
@@ -71,7 +71,7 @@ def _moved(node: ir.Node, old: int, new: int) -> list[str]:
     """The attributes that have become inputs.
 
     Raises:
-        Refused: The later version of the operator cannot say what the node says.
+        UnsupportedError: The later version of the operator cannot say what the node says.
     """
     try:
         before, after = onnx.defs.get_schema(node.op_type, old, ""), onnx.defs.get_schema(node.op_type, new, "")
@@ -83,7 +83,7 @@ def _moved(node: ir.Node, old: int, new: int) -> list[str]:
     gone = [name for name in node.attributes if name not in after.attributes]
     kept = [given.name for given in before.inputs] == inputs[: len(before.inputs)]
     if node.op_type in OTHERWISE or after.deprecated or not kept or not set(gone) <= set(inputs):
-        raise Refused(
+        raise UnsupportedError(
             f"{node.op_type} of opset {old} cannot be written in opset {new}", at=node.outputs[0].name,
             hint="export the model with a later opset",
         )  # fmt: skip

@@ -35,7 +35,7 @@ class ReplicateKvHeads:
 
         Raises:
             UsageError: The count is not one that there can be; the message lists those that there are.
-            Refused: It cannot be proved which weights make the heads.
+            UnsupportedError: It cannot be proved which weights make the heads.
         """
         given = {"--repeat": self.repeat is not None, "--kv-heads": self.kv_heads is not None}
         check_one_of(self.name, given)

@@ -5,22 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from kvsurgeon.cache import eject
-from kvsurgeon.graph.recursion import room_for_deep_graphs
+from kvsurgeon.analysis.analysis import analyze
+from kvsurgeon.decompose import decompose
+from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Outcome, Subject, Unchanged
 from kvsurgeon.passes.inject import Inject
-from kvsurgeon.sequence.analysis import analyse
-from kvsurgeon.sequence.written_out import in_standard_operators
+from kvsurgeon.rewrite.cache_removal import eject
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retarget(Inject):
     """Give a model that has a cache another one: other names, another layout, another way of being kept.
 
-    Before: a decoder with a cache of any form that `eject` can take out. After: what `inject` with the same options
+    Before: a decoder with a cache of any form that `remove-cache` can take out. After: what `inject` with the same options
     makes of the decoder without it.
 
-    Not handled: what `eject` or `inject` does not handle.
+    Not handled: what `remove-cache` or `inject` does not handle.
     """
 
     name: ClassVar[str] = "retarget"
@@ -29,14 +29,14 @@ class Retarget(Inject):
         """Move the cache of `subject.model` into the wanted form.
 
         Raises:
-            Refused: The cache cannot be taken out, or none can be given soundly; the model is left as it was.
+            UnsupportedError: The cache cannot be taken out, or none can be given soundly; the model is left as it was.
             UsageError: A template does not give each tensor a name of its own.
         """
-        with room_for_deep_graphs():
+        with deep_recursion():
             ejection = eject(subject.model)
             if ejection is None:
                 return Unchanged(reason="it has no cache yet: inject gives it one")
-            ejection.signature.located(analyse(in_standard_operators(ejection.model).model))
+            ejection.signature.located(analyze(decompose(ejection.model).model))
         without = Subject(model=ejection.model, folder=subject.folder, config=subject.config)
         outcome = super().apply(without)
         subject.model = without.model

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.heads.exchange import Exchange, Exchanger
+from kvsurgeon.heads.replace_heads import Exchange, Exchanger
 from kvsurgeon.heads.selection import blended
 from kvsurgeon.passes.contract import Outcome, Subject
 from kvsurgeon.passes.heads import check_one_of, exchange
@@ -43,7 +43,8 @@ class ShareKvLayers:
 
         Raises:
             UsageError: There cannot be so many layers with keys, or the map is none.
-            Refused: It cannot be proved which weights make the heads, or they have no mean; or layers turn keys by
+            UnsupportedError: It cannot be proved which weights make the heads, or they have no mean; or layers turn
+                keys by
                 other positions than the one whose keys they would read.
         """
         check_one_of(self.name, {"--kv-layers": self.kv_layers is not None, "--map": bool(self.map)})

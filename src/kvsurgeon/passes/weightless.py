@@ -7,7 +7,7 @@ from collections.abc import Callable
 import onnx
 import onnx_ir as ir
 
-from kvsurgeon.errors import MalformedModel
+from kvsurgeon.errors import InvalidModelError
 
 StandIn = Callable[[ir.Value], ir.TensorProtocol]
 
@@ -43,7 +43,7 @@ def weightless(model: ir.Model, stand_in: StandIn) -> onnx.ModelProto:
     try:
         return ir.to_proto(lightened)
     except Exception as error:  # names and notes that are no text
-        raise MalformedModel(f"the model cannot be written: {' '.join(str(error).split())}") from error
+        raise InvalidModelError(f"the model cannot be written: {' '.join(str(error).split())}") from error
 
 
 def empty(value: ir.Value) -> ir.TensorProtocol:

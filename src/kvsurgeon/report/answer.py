@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from kvsurgeon.cache.layout import USUAL
 from kvsurgeon.errors import PluginError
-from kvsurgeon.registry import PASSES, PassEntry
+from kvsurgeon.workflow.registry import PASSES, PassEntry
 
 if TYPE_CHECKING:
     from kvsurgeon.anatomy import Decoder
-    from kvsurgeon.sameness import Sameness
-    from kvsurgeon.surgery import Surgery
     from kvsurgeon.targets import Obstacle, Target
     from kvsurgeon.targets.facts import Operator
+    from kvsurgeon.workflow.surgery import Surgery
+    from kvsurgeon.workflow.verification import Sameness
 
 
 def show(facts: Any) -> None:
@@ -138,7 +138,7 @@ def _described(entry: PassEntry) -> dict[str, Any]:
     except PluginError as error:
         return {**facts, "error": str(error)}
     options = [
-        {"name": one.spelled, "type": one.kind, "required": one.required, "default": one.default, "help": one.help}
+        {"name": one.dim_names, "type": one.kind, "required": one.required, "default": one.default, "help": one.help}
         for one in options_of(pass_class)
     ]
     return {**facts, "summary": summary(pass_class), "options": options}

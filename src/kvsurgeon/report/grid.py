@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.io.atomic import replacing
+from kvsurgeon.io.atomic_write import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
-    from kvsurgeon.keys import Keys
+    from kvsurgeon.workflow.keys import Keys
 
 _COLOURS = "RdBu_r"  # blue below zero, white at it, red above: legible without telling red from green
 _FRAMES = (  # of KV heads, in turn
@@ -28,7 +28,7 @@ _CELL = 1.25, 0.82  # inches, as all sizes here
 _MARGIN = 0.9, 0.85  # beside and above the cells of a panel
 _BAR, _TITLE, _SMALLEST = 0.85, 0.35, 6.0
 _BESIDE = 5  # columns up to which two panels stand beside each other, and not below
-_LABELLED = 12  # tokens up to which each is spelled out beside a row
+_LABELLED = 12  # tokens up to which each is dim_names out beside a row
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ from kvsurgeon.passes.contract import Unchanged
 if TYPE_CHECKING:
     from kvsurgeon.anatomy import Attention, CachedTensor, Cut, Decoder, Mask, Rotary
     from kvsurgeon.parity import Loss, Report
-    from kvsurgeon.pipeline import Step
-    from kvsurgeon.sameness import Sameness
-    from kvsurgeon.surgery import Surgery
     from kvsurgeon.targets import Obstacle
+    from kvsurgeon.workflow.pipeline import PassResult
+    from kvsurgeon.workflow.surgery import Surgery
+    from kvsurgeon.workflow.verification import Sameness
 
 _NUMBERS = ("layer", "query heads", "kv heads", "head dim", "scale", "rotary", "B/token", "batch", "tokens", "error")
 _IDIOMS = {"grow": "growing", "in-place": "a buffer written in place", "new-only": "of which only new rows come back"}
@@ -195,7 +195,7 @@ def _add(table: Table, *cells: str) -> None:
     table.add_row(*map(Text, cells))  # as text: a name may look like markup
 
 
-def _step_words(step: Step) -> str:
+def _step_words(step: PassResult) -> str:
     if isinstance(step.outcome, Unchanged):
         return f"{step.name}: unchanged, {step.outcome.reason}"
     return f"{step.name}: {step.outcome.edits} edits in {step.seconds:.2f} s"

@@ -15,24 +15,24 @@ from kvsurgeon.runtime.axes import (
     may_be_past,
     token_axes,
 )
+from kvsurgeon.runtime.cache_managers import CacheManager, CacheSpec, read_cache_metadata
 from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder, has_cache, logits_name
 from kvsurgeon.runtime.feeds import Given, Inputs, Tokens, fixed_size, inputs_of
 from kvsurgeon.runtime.generate import Generation, Token, Writer, generate
-from kvsurgeon.runtime.hosts import Host, Note, read_note
 from kvsurgeon.runtime.sampling import Sampling
 from kvsurgeon.runtime.session import Optimisation, Session, Source, folder_of, model_file, open_session, useful_line
-from kvsurgeon.runtime.tensor import Array, Tensor, from_proto, from_runtime, to_runtime
+from kvsurgeon.runtime.tensors import Array, Tensor, from_proto, from_runtime, to_runtime
 
 __all__ = [
     "Array",
     "Axis",
     "CacheEntry",
+    "CacheManager",
+    "CacheSpec",
     "CachedDecoder",
     "Generation",
     "Given",
-    "Host",
     "Inputs",
-    "Note",
     "Optimisation",
     "Sampling",
     "Session",
@@ -59,7 +59,7 @@ __all__ = [
     "may_be_past",
     "model_file",
     "open_session",
-    "read_note",
+    "read_cache_metadata",
     "to_runtime",
     "token_axes",
     "useful_line",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.runtime.tensor import Dim, Tensor
+from kvsurgeon.runtime.tensors import Dim, Tensor
 
 Axis = Literal["batch", "new", "past", "total", "held", "room", "fixed"]
 

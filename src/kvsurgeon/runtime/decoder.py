@@ -8,11 +8,11 @@ import numpy as np
 
 from kvsurgeon.errors import UsageError
 from kvsurgeon.runtime.axes import Axis, CacheEntry, axes_of, axis_of, find_cache, is_past
+from kvsurgeon.runtime.cache_managers import find_counter, open_cache_manager, read_cache_metadata
 from kvsurgeon.runtime.feeds import Given, Inputs, fixed_size, inputs_of, padded
-from kvsurgeon.runtime.hosts import find_counter, open_host, read_note
+from kvsurgeon.runtime.open_dims import settled
 from kvsurgeon.runtime.session import Session
-from kvsurgeon.runtime.tensor import Array, Tensor, from_runtime, to_runtime
-from kvsurgeon.runtime.widths import settled
+from kvsurgeon.runtime.tensors import Array, Tensor, from_runtime, to_runtime
 
 
 def logits_name(outputs: Sequence[Tensor]) -> str:
@@ -49,11 +49,11 @@ class CachedDecoder:
 
     def __init__(self, session: Session, cache: Sequence[CacheEntry] | None = None) -> None:
         self.session = session
-        note = read_note(session.metadata)
+        note = read_cache_metadata(session.metadata)
         self.cache = tuple(find_cache(session.inputs, session.outputs, note.layouts) if cache is None else cache)
         if not self.cache:
             raise UsageError(f"expected inputs named past_key_values.*, found none in {session.name}")
-        self.host = open_host(self.cache, note)
+        self.host = open_cache_manager(self.cache, note)
         self._batch_chunks = note.batch_chunks
         pasts = {entry.past.name for entry in self.cache}
         presents = {entry.present for entry in self.cache}
@@ -125,7 +125,7 @@ class CachedDecoder:
         Raises:
             RunError: It does not.
         """
-        self.host = open_host(cache, read_note(self.session.metadata))
+        self.host = open_cache_manager(cache, read_cache_metadata(self.session.metadata))
         shape = fixed_size(self.inputs, self.session.inputs, "batch") or 1, self.step_length or 1
         self.prefill(self.inputs.whole(np.zeros(shape, np.int64), np.ones(shape, np.int64)))
         self.reset()

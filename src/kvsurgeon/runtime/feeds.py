@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from kvsurgeon.errors import UsageError
 from kvsurgeon.runtime.axes import Axis, axes_of, is_past
-from kvsurgeon.runtime.tensor import Array, Tensor
+from kvsurgeon.runtime.tensors import Array, Tensor
 
-Kind = Literal["tokens", "embeddings", "mask", "visibility", "positions", "types", "other"]
+ValueKind = Literal["tokens", "embeddings", "mask", "visibility", "positions", "types", "other"]
 Tokens = npt.NDArray[np.int64]  # [batch, sequence]
 
 _FIXED: Axis = "fixed"
@@ -30,7 +30,7 @@ class Given:
     """One input, what it means, and what each of its axes follows."""
 
     tensor: Tensor
-    kind: Kind
+    kind: ValueKind
     axes: tuple[Axis, ...]
 
     @property
@@ -155,7 +155,7 @@ def _token_input(tensors: Sequence[Tensor], axes: Mapping[str, tuple[Axis, ...]]
     return next(iter(named + unsaid), None)
 
 
-def _kind(tensor: Tensor, axes: tuple[Axis, ...], tokens: str | None) -> Kind:
+def _kind(tensor: Tensor, axes: tuple[Axis, ...], tokens: str | None) -> ValueKind:
     name = tensor.name.lower()
     if tensor.name == tokens:
         return "tokens"

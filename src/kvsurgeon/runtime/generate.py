@@ -16,7 +16,7 @@ from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder, has_cache
 from kvsurgeon.runtime.feeds import Tokens
 from kvsurgeon.runtime.sampling import Sampling
 from kvsurgeon.runtime.session import Optimisation, Session, Source, open_session
-from kvsurgeon.runtime.tensor import Array
+from kvsurgeon.runtime.tensors import Array
 from kvsurgeon.runtime.text import Prompt, Reader, load_tokenizer, side_folders, stop_tokens, tokens_of
 
 Finish = Literal["stop", "length"]

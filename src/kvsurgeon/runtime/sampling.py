@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.runtime.tensor import Array
+from kvsurgeon.runtime.tensors import Array
 
 
 @dataclass(frozen=True, kw_only=True)

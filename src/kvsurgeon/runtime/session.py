@@ -13,14 +13,14 @@ import onnxruntime as ort
 
 from kvsurgeon.errors import (
     InputError,
+    InvalidModelError,
     KvsurgeonError,
-    MalformedModel,
     MissingKernelError,
     RunError,
     UsageError,
     WeightsError,
 )
-from kvsurgeon.runtime.tensor import declared, to_runtime
+from kvsurgeon.runtime.tensors import declared, to_runtime
 
 Optimisation = Literal["off", "basic", "all"]
 Source = str | Path | onnx.ModelProto
@@ -106,7 +106,7 @@ def open_session(
 
     Raises:
         InputError: There is no such file.
-        MalformedModel: It is not ONNX, or its graph is not valid.
+        InvalidModelError: It is not ONNX, or its graph is not valid.
         WeightsError: Its external data cannot be read.
         MissingKernelError: It is valid, and onnxruntime cannot run it.
     """
@@ -194,4 +194,4 @@ def _explained(error: Exception, name: str) -> KvsurgeonError:
         return MissingKernelError(f"onnxruntime cannot run {name}: {line}")
     if "xternal data" in line or "external_data" in line:
         return WeightsError(f"the weights of {name} cannot be read: {line}")
-    return MalformedModel(f"onnxruntime does not accept {name}: {line}")
+    return InvalidModelError(f"onnxruntime does not accept {name}: {line}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kvsurgeon.passes.causal_mask import CausalMask
+from kvsurgeon.passes.add_causal_mask_input import AddCausalMaskInput
+from kvsurgeon.passes.add_position_ids import AddPositionIds
+from kvsurgeon.passes.concat_to_tile import ConcatToTile
 from kvsurgeon.passes.lower_opset import LowerOpset
-from kvsurgeon.passes.position_ids import PositionIds
-from kvsurgeon.passes.rename import Rename
-from kvsurgeon.passes.repeats import WriteRepeats
+from kvsurgeon.passes.rename_io import RenameIo
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.target import Obstacle, SideFile, Target
 from kvsurgeon.targets.tokenizers import CONFIG_BEFORE_5, MERGES_AS_TEXT
@@ -50,8 +50,8 @@ DEEPSPARSE = Target(
     name="deepsparse",
     summary="deepsparse.TextGeneration(model_path=folder, internal_kv_cache=False), batch 1",
     tried="deepsparse 1.8.0",
-    before=(Rename(names=("position_ids:positions",)), PositionIds(input="positions")),
-    after=(CausalMask(), WriteRepeats(), LowerOpset(opset=_OPSET)),
+    before=(RenameIo(names=("position_ids:positions",)), AddPositionIds(input="positions")),
+    after=(AddCausalMaskInput(), ConcatToTile(), LowerOpset(opset=_OPSET)),
     needs=("input_ids", "attention_mask", "logits"),
     feeds=frozenset(_ORDER),
     dtypes={name: frozenset(("int64",)) for name in _ORDER} | {"logits": frozenset(("float32",))},

@@ -9,8 +9,8 @@ from typing import Any
 import onnx_ir as ir
 
 from kvsurgeon.anatomy import Decoder
-from kvsurgeon.io.embedding import leaving
-from kvsurgeon.io.weights import external_tensors
+from kvsurgeon.io.data_file import leaving
+from kvsurgeon.io.external_data import external_tensors
 from kvsurgeon.passes.inject import Inject
 
 Operator = tuple[str, str]  # domain ("" is ONNX's own) and type

@@ -89,7 +89,7 @@ def _in_the_way(facts: Facts) -> Iterator[Obstacle]:
         yield Obstacle(
             what="the model is given no position_ids: padding, here on the right of a batch, shifts the positions "
             "that it counts itself",
-            hint="position-ids first",
+            hint="add-position-ids first",
             stops=False,
         )
     if not _tokens(facts, "eos_token_id"):

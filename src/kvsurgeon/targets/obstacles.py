@@ -83,8 +83,8 @@ def _operators(target: Target, facts: Facts) -> Iterator[Obstacle]:
     for (domain, operator), at in facts.operators.items():
         known = target.operators is None or (domain, operator) in target.operators
         if not known or (domain, operator) in target.banned:
-            spelled = f"{domain}.{operator}" if domain else operator
-            yield Obstacle(what=f"the operator {spelled} is none that {target.name} has", at=at)
+            dim_names = f"{domain}.{operator}" if domain else operator
+            yield Obstacle(what=f"the operator {dim_names} is none that {target.name} has", at=at)
 
 
 def _either(names: frozenset[str]) -> str:

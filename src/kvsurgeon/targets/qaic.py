@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kvsurgeon.passes.count_positions import CountPositions
 from kvsurgeon.passes.inject import Inject
 from kvsurgeon.passes.last_logits import LastLogits
-from kvsurgeon.passes.name_dims import NameDims
-from kvsurgeon.passes.without_mask import WithoutMask
+from kvsurgeon.passes.past_length_from_positions import PastLengthFromPositions
+from kvsurgeon.passes.remove_mask import RemoveMask
+from kvsurgeon.passes.rename_dims import RenameDims
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.foreign import foreign_operators
 from kvsurgeon.targets.target import SideFile, Target
@@ -40,11 +40,11 @@ QAIC = Target(
     cache=Inject(past="past_{kind}.{layer}", present="past_{kind}.{layer}_RetainedState", idiom="in-place"),
     max_length=CONTEXT,
     finish=(
-        WithoutMask(),
-        NameDims(dims=("batch_size=1",)),
-        CountPositions(),
+        RemoveMask(),
+        RenameDims(dims=("batch_size=1",)),
+        PastLengthFromPositions(),
         LastLogits(),
-        NameDims(dims=("sequence_length=seq_len", "max_length=ctx_len")),
+        RenameDims(dims=("sequence_length=seq_len", "max_length=ctx_len")),
     ),
     needs=("input_ids", "position_ids", "logits"),
     feeds=frozenset(("input_ids", "position_ids")),

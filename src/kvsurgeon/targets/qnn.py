@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from kvsurgeon.passes.give_context import KEY, GiveContext
+from kvsurgeon.passes.gather_nd_to_gather import GatherNdToGather
+from kvsurgeon.passes.host_inputs.host_inputs import KEY, HostInputs
 from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.name_dims import NameDims
-from kvsurgeon.passes.nan_guards import WithoutNanGuards
-from kvsurgeon.passes.narrow_ids import NarrowIds
-from kvsurgeon.passes.plain_gather import PlainGather
+from kvsurgeon.passes.integer_inputs import Int32Inputs
+from kvsurgeon.passes.remove_nan_guards import RemoveNanGuards
+from kvsurgeon.passes.rename_dims import RenameDims
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.foreign import foreign_operators
 from kvsurgeon.targets.target import Obstacle, SideFile, Target, Variant
@@ -51,11 +51,11 @@ QNN = Target(
     variants=(Variant(file="prefill.onnx", tokens=128), Variant(file="decode.onnx", tokens=1)),
     data="weights.data",
     finish=(
-        GiveContext(),
-        WithoutNanGuards(),
-        PlainGather(),
-        NameDims(dims=("batch_size=1", "past_sequence_length=cache_length", "total_sequence_length=max_length")),
-        NarrowIds(),
+        HostInputs(),
+        RemoveNanGuards(),
+        GatherNdToGather(),
+        RenameDims(dims=("batch_size=1", "past_sequence_length=cache_length", "total_sequence_length=max_length")),
+        Int32Inputs(),
     ),
     needs=("input_ids", "attention_mask", "logits"),
     dtypes={"input_ids": frozenset(("int32",))},

@@ -73,7 +73,7 @@ class Target:
         name: What it is called on the command line.
         summary: Who takes the folder, and by which call.
         tried: The version that the contract was read from and tried with.
-        cache: Idiom, names, layouts and type of the cache: the pass that puts it in.
+        cache: CacheMode, names, layouts and type of the cache: the pass that puts it in.
         before: Passes that run before the cache comes in.
         after: Passes that run after it.
         finish: Passes that run last and are not judged, as no host but the client's own can feed what they make.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvsurgeon.interop.functions import as_pass_class
-from kvsurgeon.passes.half_range import half_range_masks
+from kvsurgeon.passes.float16_mask_range import float16_mask_range
 from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.name_dims import NameDims
 from kvsurgeon.passes.raise_opset import RaiseOpset
+from kvsurgeon.passes.rename_dims import RenameDims
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.target import Obstacle, Target
 
@@ -57,8 +57,8 @@ TENSORRT = Target(
     before=(RaiseOpset(opset=OPSET),),
     cache=Inject(idiom="in-place"),
     max_length=2048,
-    after=(as_pass_class(half_range_masks)(),),
-    finish=(NameDims(dims=("batch_size=1",)),),
+    after=(as_pass_class(float16_mask_range)(),),
+    finish=(RenameDims(dims=("batch_size=1",)),),
     cache_dtypes=frozenset(("float32", "float16", "bfloat16")),
     opset=OPSET,
     operators=frozenset(("", name) for name in OPERATORS),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kvsurgeon.passes.narrow_ids import WidenIds
+from kvsurgeon.passes.integer_inputs import Int64Inputs
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.target import Obstacle, SideFile, Target
 
@@ -72,7 +72,7 @@ TRANSFORMERS_JS = Target(
     name="transformers-js",
     summary="AutoModelForCausalLM.from_pretrained(folder) of @huggingface/transformers",
     tried="@huggingface/transformers 4.3.1 in Node with onnxruntime-node",
-    after=(WidenIds(),),
+    after=(Int64Inputs(),),
     file="onnx/model.onnx",
     data="model.onnx_data",
     feeds=_FEEDS,

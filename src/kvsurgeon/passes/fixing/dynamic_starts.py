@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.shapes.fact import Call
-from kvsurgeon.shapes.inference import Shapes
-from kvsurgeon.shapes.slicing import slice_bounds
+from kvsurgeon.ops.slicing import slice_bounds
+from kvsurgeon.symbolic.fact import OperatorCall
 
 
 def count_from_starts(model: ir.Model, editor: Editor, shapes: Shapes) -> None:
@@ -27,7 +27,7 @@ def count_from_starts(model: ir.Model, editor: Editor, shapes: Shapes) -> None:
             _hand_over(editor, node.outputs[0], made)
 
 
-def _is_number(call: Call, index: int) -> bool:
+def _is_number(call: OperatorCall, index: int) -> bool:
     numbers = call.numbers(index)
     return numbers is not None and all(isinstance(number, (int, float)) for number in numbers)
 
@@ -39,7 +39,7 @@ def _counted(editor: Editor, start: ir.Value | None, count: object, dtype: ir.Da
     return editor.node("Add", [places, start], wish=f"{start.name}.on", dtype=dtype, shape=[count])
 
 
-def _picked(editor: Editor, call: Call, sizes: list[int]) -> ir.Value | None:
+def _picked(editor: Editor, call: OperatorCall, sizes: list[int]) -> ir.Value | None:
     """Rows from a start on, along each axis that has one; the other axes are sliced as they were."""
     bounds, value, starts = slice_bounds(call), call.node.inputs[0], call.node.inputs[1]
     if bounds is None or value is None or starts is None or any(step != 1 for step in bounds[3]):

@@ -9,9 +9,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
+from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.graph.constants import constant_tensor, is_weight
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.shapes.inference import Shapes
 
 LARGEST = 1 << 26  # bytes of a result that is kept in place of its computation
 

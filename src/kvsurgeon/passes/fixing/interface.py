@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kvsurgeon.errors import Refused
-from kvsurgeon.passes.idioms.note import KEY, Note, read_note
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.rewrite.cache_metadata import KEY, CacheMetadata, read_cache_metadata
 
 _HINT = "inject with idiom=in-place or new-only, and past-length=input or positions"
 
@@ -19,7 +19,7 @@ class Interface:
 
     model: ir.Model
     numbers: Mapping[str, int]
-    note: Note | None  # what a host must know that numbers do not tell
+    note: CacheMetadata | None  # what a host must know that numbers do not tell
 
     @property
     def is_fixed(self) -> bool:
@@ -42,12 +42,12 @@ def read_interface(model: ir.Model, *, tokens: int, max_length: int | None, batc
     """Return the interface in numbers.
 
     Raises:
-        Refused: A symbol has no number.
+        UnsupportedError: A symbol has no number.
     """
-    note = read_note(model)
+    note = read_cache_metadata(model)
     longest = None if note is None else note.max_length
     if longest is not None and max_length is not None and max_length > longest:
-        raise Refused(
+        raise UnsupportedError(
             "the model cannot be run on as many tokens", at=KEY,
             expected=f"max-length of at most {longest}", found=str(max_length),
         )  # fmt: skip
@@ -55,7 +55,9 @@ def read_interface(model: ir.Model, *, tokens: int, max_length: int | None, batc
     words = {str(size.value) for value in model.graph.inputs for size in value.shape or () if not isinstance(size, int)}
     cached = words & {"max_length", "cache_length", "past_sequence_length", "total_sequence_length"}
     if cached and max_length is None:
-        raise Refused("the model has a cache, whose length must be fixed too", expected="max-length", found="none")
+        raise UnsupportedError(
+            "the model has a cache, whose length must be fixed too", expected="max-length", found="none"
+        )
     if max_length is not None:
         numbers |= {"max_length": max_length, "cache_length": max_length - tokens}
     if not cached:
@@ -63,7 +65,7 @@ def read_interface(model: ir.Model, *, tokens: int, max_length: int | None, batc
     for value in model.graph.inputs:
         for size in value.shape or ():
             if not isinstance(size, int) and str(size.value) not in numbers:
-                raise Refused(
+                raise UnsupportedError(
                     "a size differs from call to call, and cannot be fixed", at=value.name,
                     found=str(size.value), hint=_HINT,
                 )  # fmt: skip

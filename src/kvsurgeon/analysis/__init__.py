@@ -1,0 +1,1 @@
+"""Token axes, attention sites and cache points of a decoder."""

@@ -1,0 +1,1 @@
+"""The operator table: what each operator does to shapes, axes and lengths."""

@@ -1,0 +1,79 @@
+"""Operators that hold a whole attention or a whole embedding: `Attention`, `GroupQueryAttention` and their kin."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.fact import Fact, OperatorCall
+
+
+def attention(call: OperatorCall) -> list[Fact]:
+    """`Attention` of opset 23 and later; of com.microsoft where the domain says so."""
+    if call.node.domain == "com.microsoft":
+        return packed_attention(call)
+    query, key, value = (call.fact(index) for index in range(3))
+    outputs = [Fact(None, query.dtype)] * len(call.node.outputs)
+    if query.shape is None or key.shape is None or value.shape is None:
+        return outputs
+    if len(query.shape) == 4:
+        outputs[0] = Fact((*query.shape[:3], value.shape[3]), query.dtype)
+    else:
+        width = dim.exact_quotient(value.shape[2], call.integer("kv_num_heads", 1))
+        heads = call.integer("q_num_heads", 1)
+        outputs[0] = Fact((*query.shape[:2], call.lost() if width is None else dim.multiply(heads, width)), query.dtype)
+    return outputs
+
+
+def packed_attention(call: OperatorCall) -> list[Fact]:
+    """`Attention` and `QAttention` of com.microsoft: [batch, sequence, hidden], floats if quantised."""
+    hidden, weights = call.fact(0), call.fact(1)
+    dtype = call.fact(3).dtype if call.node.op_type == "QAttention" else hidden.dtype
+    outputs = [Fact(None, dtype)] * len(call.node.outputs)
+    if hidden.shape is None or weights.shape is None:
+        return outputs
+    sizes = call.attribute("qkv_hidden_sizes")
+    width: Dimension | None = sizes[2] if sizes else dim.exact_quotient(weights.shape[1], 3)
+    outputs[0] = Fact((*hidden.shape[:2], call.lost() if width is None else width), dtype)
+    return outputs
+
+
+def multi_head_attention(call: OperatorCall) -> list[Fact]:
+    """`MultiHeadAttention` of com.microsoft: [batch, sequence, hidden], whatever its inputs are packed into."""
+    query, value = call.fact(0), call.given(2) or call.fact(0)
+    outputs = [Fact(None, query.dtype)] * len(call.node.outputs)
+    if query.shape is None or value.shape is None:
+        return outputs
+    width = value.shape[2]
+    if len(value.shape) == 4:  # [batch, heads, keys, head_dim]
+        width = dim.multiply(value.shape[1], value.shape[3])
+    elif len(value.shape) == 5:  # [batch, keys, heads, 2 or 3, head_dim]
+        width = dim.multiply(value.shape[2], value.shape[4])
+    outputs[0] = Fact((*query.shape[:2], width), query.dtype)
+    return outputs
+
+
+def group_query_attention(call: OperatorCall) -> list[Fact]:
+    """`GroupQueryAttention` of com.microsoft: the query's shape, or the query's part of a packed one."""
+    query = call.fact(0)
+    outputs = [Fact(None, query.dtype)] * len(call.node.outputs)
+    if query.shape is None or len(query.shape) != 3:
+        return outputs
+    width: Dimension = query.shape[2]
+    if call.given(1) is None:
+        heads, kv_heads = call.integer("num_heads", 1), call.integer("kv_num_heads", 1)
+        head_dim = dim.exact_quotient(width, heads + 2 * kv_heads)
+        width = call.lost() if head_dim is None else dim.multiply(heads, head_dim)
+    outputs[0] = Fact((*query.shape[:2], width), query.dtype)
+    return outputs
+
+
+def embedding(call: OperatorCall) -> list[Fact]:
+    """`EmbedLayerNormalization` and its quantised twin: [batch, sequence, hidden], texts' lengths, and the sum."""
+    ids, table = call.fact(0).shape, call.fact(2).shape
+    scale = call.fact(8) if call.node.op_type == "QEmbedLayerNormalization" else call.fact(2)
+    if ids is None or table is None:
+        return [Fact(None, scale.dtype)] * len(call.node.outputs)
+    rows = Fact((*ids, table[-1]), scale.dtype)
+    return [rows, Fact(ids[:1], ir.DataType.INT32), rows]

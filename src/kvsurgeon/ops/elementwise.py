@@ -1,0 +1,257 @@
+"""Operators that work element by element, with broadcasting: their shapes, and the arithmetic of lengths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import sympy
+
+from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.fact import NOTHING, WIDEST_VALUE, Fact, OperatorCall
+
+Scalar = Any  # int, float, bool or sympy expression
+Arithmetic = Callable[..., Scalar]
+
+
+class Undecided(Exception):  # noqa: N818 - not an error: a number that depends on more than is known
+    """Arithmetic whose answer depends on the symbols' values."""
+
+
+def _decided(answer: bool | None) -> bool:
+    if answer is None:
+        raise Undecided
+    return answer
+
+
+def _is_symbolic(*operands: Scalar) -> bool:
+    return any(isinstance(operand, sympy.Basic) for operand in operands)
+
+
+def _plus(left: Scalar, right: Scalar) -> Scalar:
+    return dim.add(left, right) if _is_symbolic(left, right) else left + right
+
+
+def _minus(left: Scalar, right: Scalar) -> Scalar:
+    return dim.subtract(left, right) if _is_symbolic(left, right) else left - right
+
+
+def _times(left: Scalar, right: Scalar) -> Scalar:
+    return dim.multiply(left, right) if _is_symbolic(left, right) else left * right
+
+
+def _divided(left: Scalar, right: Scalar) -> Scalar:
+    if right == 0:
+        raise Undecided
+    whole = not isinstance(left, float) and not isinstance(right, float)
+    if _is_symbolic(left, right):
+        return dim.floor_quotient(_not_negative(left), right) if whole else sympy.sympify(left) / right
+    return int(left / right) if whole and left * right < 0 else left // right if whole else left / right
+
+
+def _not_negative(operand: Scalar) -> Scalar:
+    """The operand, where rounding towards zero is rounding down."""
+    if dim.is_less(operand, 0) is not False:
+        raise Undecided
+    return operand
+
+
+def _modulo(left: Scalar, right: Scalar) -> Scalar:
+    if not _is_symbolic(left, right):
+        return left % right
+    return dim.subtract(left, dim.multiply(dim.floor_quotient(_not_negative(left), right), right))
+
+
+def _power(left: Scalar, right: Scalar) -> Scalar:
+    if _is_symbolic(left, right):
+        raise Undecided
+    return left**right
+
+
+def _square_root(operand: Scalar) -> Scalar:
+    if _is_symbolic(operand):
+        raise Undecided
+    return math.sqrt(operand)
+
+
+def _floor(operand: Scalar) -> Scalar:
+    return dim.plain(sympy.floor(operand)) if _is_symbolic(operand) else float(math.floor(operand))
+
+
+def _ceiling(operand: Scalar) -> Scalar:
+    return dim.plain(sympy.ceiling(operand)) if _is_symbolic(operand) else float(math.ceil(operand))
+
+
+def _smaller(left: Scalar, right: Scalar) -> Scalar:
+    return dim.minimum(left, right) if _is_symbolic(left, right) else min(left, right)
+
+
+def _larger(left: Scalar, right: Scalar) -> Scalar:
+    return dim.maximum(left, right) if _is_symbolic(left, right) else max(left, right)
+
+
+def _equal(left: Scalar, right: Scalar) -> bool:
+    return _decided(dim.is_equal(left, right)) if _is_symbolic(left, right) else left == right
+
+
+def _less(left: Scalar, right: Scalar) -> bool:
+    return _decided(dim.is_less(left, right)) if _is_symbolic(left, right) else left < right
+
+
+ARITHMETIC: dict[str, Arithmetic] = {
+    "Add": _plus,
+    "Sub": _minus,
+    "Mul": _times,
+    "Div": _divided,
+    "Mod": _modulo,
+    "Pow": _power,
+    "Min": _smaller,
+    "Max": _larger,
+    "Neg": lambda operand: _times(-1, operand),
+    "Abs": lambda operand: sympy.Abs(operand) if _is_symbolic(operand) else abs(operand),
+    "Sqrt": _square_root,
+    "Reciprocal": lambda operand: _divided(1.0, operand),
+    "Floor": _floor,
+    "Ceil": _ceiling,
+    "Identity": lambda operand: operand,
+    "Not": lambda operand: not operand,
+    "And": lambda left, right: left and right,
+    "Or": lambda left, right: left or right,
+    "Equal": _equal,
+    "Less": _less,
+    "Greater": lambda left, right: _less(right, left),
+    "LessOrEqual": lambda left, right: not _less(right, left),
+    "GreaterOrEqual": lambda left, right: not _less(left, right),
+    "Where": lambda condition, left, right: left if condition else right,
+}
+
+# fmt: off
+COMPARISONS = frozenset({
+    "And", "Or", "Xor", "Not", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "IsNaN", "IsInf",
+})
+UNARY = frozenset({  # one tensor decides the shape; further inputs are parameters
+    "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BiasGelu", "BitwiseNot", "Cast", "Ceil", "Celu", "Clip",
+    "Cos", "Cosh", "DequantizeLinear", "Dropout", "Elu", "Erf", "Exp", "FastGelu", "Floor", "Gelu", "HardSigmoid",
+    "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "QLinearLeakyRelu",
+    "QLinearSigmoid", "QuantizeLinear", "QuickGelu", "Reciprocal", "Relu", "Round", "ScaledSiLU", "Selu", "Shrink",
+    "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu",
+    "Trilu",
+})
+BINARY = frozenset({  # two tensors or more, broadcast against each other; scales and zero points among them are scalars
+    "Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual",
+    "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "QLinearAdd", "QLinearMul",
+    "QLinearWhere", "Sub", "Sum", "Where", "Xor",
+})
+# fmt: on
+
+
+def _typed(number: Scalar, dtype: ir.DataType | None) -> Scalar:
+    """The number as a tensor of `dtype` holds it."""
+    if dtype is None:
+        return number
+    if dtype is ir.DataType.BOOL:
+        return _decided(not dim.is_equal(number, 0)) if _is_symbolic(number) else bool(number)
+    if _is_symbolic(number):
+        whole = dtype.is_floating_point() or number.is_integer
+        return number if whole else dim.plain(sympy.floor(_not_negative(number)))
+    return float(number) if dtype.is_floating_point() else int(number)
+
+
+def _numbers(arithmetic: Arithmetic, operands: tuple[Fact | None, ...]) -> np.ndarray | None:
+    given = [operand for operand in operands if operand is not None]
+    arrays = [operand.value for operand in given if operand.value is not None]
+    if not arrays or len(arrays) < len(given):
+        return None
+    function = np.frompyfunc(arithmetic, len(arrays), 1)
+    try:
+        result = function(*arrays)
+    except (Undecided, ZeroDivisionError, OverflowError, ValueError, TypeError):
+        return None
+    array = np.asarray(result, dtype=object)
+    return array if array.size <= WIDEST_VALUE else None
+
+
+def _variadic(arithmetic: Arithmetic, operands: tuple[Fact | None, ...], name: str) -> Arithmetic:
+    if name not in ("Min", "Max") or len(operands) == 2:
+        return arithmetic
+
+    def fold(*terms: Scalar) -> Scalar:
+        result = terms[0]
+        for term in terms[1:]:
+            result = arithmetic(result, term)
+        return result
+
+    return fold
+
+
+def shape_of_broadcast(operands: tuple[Fact | None, ...]) -> tuple[Dimension, ...] | None:
+    """Return the shape that several tensors are broadcast to; None where one rank is unknown."""
+    shapes = [operand.shape for operand in operands if operand is not None]
+    if any(shape is None for shape in shapes):
+        return None
+    rank = max((len(shape) for shape in shapes if shape is not None), default=0)
+    result: list[Dimension] = [1] * rank
+    for shape in shapes:
+        assert shape is not None
+        for axis, size in enumerate(shape, start=rank - len(shape)):
+            result[axis] = dim.broadcast(result[axis], size)
+    return tuple(result)
+
+
+def binary(call: OperatorCall) -> Fact:
+    """Two tensors or more, broadcast."""
+    name = call.node.op_type
+    shape = shape_of_broadcast(call.inputs)
+    operand = call.fact(1) if name in ("Where", "QLinearWhere") else call.fact(0)
+    dtype = ir.DataType.BOOL if name in COMPARISONS else operand.dtype
+    arithmetic = ARITHMETIC.get(name)
+    value = None
+    if arithmetic is not None:
+        value = _numbers(_variadic(arithmetic, call.inputs, name), call.inputs)
+    return Fact(shape, dtype, value)
+
+
+def unary(call: OperatorCall) -> Fact:
+    """One tensor; its shape is kept."""
+    operand = call.fact(0)
+    name = call.node.op_type
+    dtype = ir.DataType.BOOL if name in COMPARISONS else operand.dtype
+    arithmetic = ARITHMETIC.get(name)
+    value = None if arithmetic is None else _numbers(arithmetic, call.inputs[:1])
+    return Fact(operand.shape, dtype, value)
+
+
+def cast(call: OperatorCall) -> Fact:
+    """`Cast`, `CastLike`: the numbers as the new type holds them."""
+    operand = call.fact(0)
+    to = call.fact(1).dtype if call.node.op_type == "CastLike" else ir.DataType(call.integer("to", 1))
+    return Fact(operand.shape, to, _numbers(lambda number: _typed(number, to), call.inputs[:1]))
+
+
+def quantize(call: OperatorCall) -> Fact:
+    """`QuantizeLinear`: the type of the zero point, uint8 without one."""
+    zero_point = call.given(2)
+    declared = call.integer("output_dtype", 0)
+    dtype = ir.DataType(declared) if declared else zero_point.dtype if zero_point else ir.DataType.UINT8
+    return Fact(call.fact(0).shape, dtype)
+
+
+def dequantize(call: OperatorCall) -> Fact:
+    """`DequantizeLinear`: the type of the scale."""
+    return Fact(call.fact(0).shape, call.fact(1).dtype)
+
+
+def dynamic_quantize(call: OperatorCall) -> list[Fact]:
+    """`DynamicQuantizeLinear`: uint8, with the scale and the zero point of this call."""
+    operand = call.fact(0)
+    return [Fact(operand.shape, ir.DataType.UINT8), Fact((), ir.DataType.FLOAT), Fact((), ir.DataType.UINT8)]
+
+
+def same_as_first(call: OperatorCall) -> list[Fact]:
+    """Every output has the shape and type of the first input; used where further outputs are rarely there."""
+    operand = call.given(0) or NOTHING
+    return [Fact(operand.shape, operand.dtype) for _ in call.node.outputs]

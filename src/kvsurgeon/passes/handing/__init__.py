@@ -1,1 +1,0 @@
-"""Context given by the host: which values that is, and what the host must know to make them."""

@@ -1,1 +1,0 @@
-"""Two lengths: where the tokens are, what must be remembered, and what can be computed anew."""

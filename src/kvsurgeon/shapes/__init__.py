@@ -1,1 +1,0 @@
-"""Dimensions and lengths, followed through a graph symbolically."""

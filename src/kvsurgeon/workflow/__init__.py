@@ -1,0 +1,1 @@
+"""Pipelines of passes: run, verified, saved, and written for a target."""

@@ -1,0 +1,95 @@
+"""Which passes there are: the built-in ones, and those that installed packages bring."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvsurgeon.errors import PluginError
+from kvsurgeon.plugins import Catalogue, Entry
+
+BUILT_IN = {
+    "inject": "kvsurgeon.passes.inject:Inject",
+    "remove-cache": "kvsurgeon.passes.remove_cache:RemoveCache",
+    "retarget": "kvsurgeon.passes.retarget:Retarget",
+    "remove-mask": "kvsurgeon.passes.remove_mask:RemoveMask",
+    "add-causal-mask-input": "kvsurgeon.passes.add_causal_mask_input:AddCausalMaskInput",
+    "past-length-from-positions": "kvsurgeon.passes.past_length_from_positions:PastLengthFromPositions",
+    "last-logits": "kvsurgeon.passes.last_logits:LastLogits",
+    "rename-dims": "kvsurgeon.passes.rename_dims:RenameDims",
+    "host-inputs": "kvsurgeon.passes.host_inputs.host_inputs:HostInputs",
+    "int32-inputs": "kvsurgeon.passes.integer_inputs:Int32Inputs",
+    "int64-inputs": "kvsurgeon.passes.integer_inputs:Int64Inputs",
+    "remove-nan-guards": "kvsurgeon.passes.remove_nan_guards:RemoveNanGuards",
+    "gather-nd-to-gather": "kvsurgeon.passes.gather_nd_to_gather:GatherNdToGather",
+    "raise-opset": "kvsurgeon.passes.raise_opset:RaiseOpset",
+    "lower-opset": "kvsurgeon.passes.lower_opset:LowerOpset",
+    "float16-mask-range": "kvsurgeon.passes.float16_mask_range:float16_mask_range",
+    "fix-shapes": "kvsurgeon.passes.fix_shapes:FixShapes",
+    "concat-to-tile": "kvsurgeon.passes.concat_to_tile:ConcatToTile",
+    "reciprocal-to-div": "kvsurgeon.passes.reciprocal_to_div:ReciprocalToDiv",
+    "fuse-rotary": "kvsurgeon.passes.fuse_rotary:FuseRotary",
+    "fuse-attention": "kvsurgeon.passes.fuse_attention:FuseAttention",
+    "replicate-kv-heads": "kvsurgeon.passes.replicate_kv_heads:ReplicateKvHeads",
+    "expand-gqa": "kvsurgeon.passes.expand_gqa:ExpandGqa",
+    "merge-kv-heads": "kvsurgeon.passes.merge_kv_heads:MergeKvHeads",
+    "share-kv-layers": "kvsurgeon.passes.share_kv_layers:ShareKvLayers",
+    "add-position-ids": "kvsurgeon.passes.add_position_ids:AddPositionIds",
+    "rename-io": "kvsurgeon.passes.rename_io:RenameIo",
+}
+
+COMMANDS = (
+    "inspect",
+    "run",
+    "passes",
+    "targets",
+    "verify",
+    "plot",
+    "generate",
+    "demo",
+)  # names that a pass may not take
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassEntry(Entry):
+    """A pass that can be had by name."""
+
+    def load(self) -> type[Any]:
+        """Return the pass class.
+
+        Raises:
+            PluginError: It cannot be imported, or is no pass; the message names the pass and its package.
+        """
+        found = self.imported()
+        if inspect.isclass(found):
+            return self._checked(found)
+        if inspect.isfunction(found):
+            from kvsurgeon.interop.functions import as_pass_class
+
+            return as_pass_class(found, self.name)
+        raise PluginError(f"{self.spoken}: expected a pass class or a function, found {type(found).__name__}")
+
+    def summary(self) -> str:
+        """Return what is true after it, in a line, without importing it."""
+        if not self.built_in:
+            return f"From {self.package}."
+        module, _, name = self.place.partition(":")
+        path = Path(__file__).parents[1].joinpath(*module.split(".")[1:]).with_suffix(".py")
+        body = ast.parse(path.read_text("utf-8")).body
+        defined = (node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef))
+        docstrings = (ast.get_docstring(node) for node in defined if node.name == name)
+        return (next(docstrings, None) or "").partition("\n")[0]
+
+    def _checked(self, found: type[Any]) -> type[Any]:
+        if not callable(getattr(found, "apply", None)):
+            raise PluginError(f"{self.spoken}: expected a class with a method `apply`, found none")
+        called = getattr(found, "name", self.name)
+        if called != self.name:
+            raise PluginError(f"{self.spoken}: the class says that it is called {called}; make the two names one")
+        return found
+
+
+PASSES = Catalogue(kind="pass", kinds="passes", entry=PassEntry, built_in=BUILT_IN, reserved=COMMANDS)

@@ -1,0 +1,155 @@
+"""Experts that pick their tokens by what is in them: what comes out for a token must depend on that token alone."""
+
+import numpy as np
+import onnxruntime
+import pytest
+from attentions import assert_law_of, attention, in_order
+from exports import injected
+from written import read
+
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.contract import Subject
+from kvsurgeon.passes.inject import Inject
+
+# Two experts, as `for expert in experts: out.index_add_(0, tokens, weight * expert(x[tokens]))` is exported.
+EXPERTS = """f = Reshape(x, rows)
+ score = MatMul(f, router)
+ chances = Softmax(score)
+ weight, chosen = TopK<axis = -1>(chances, one1)
+ fs = Shape(f)
+ none = ConstantOfShape<value = float[1] {0.0}>(fs)
+ FIRST
+ SECOND
+ h = Reshape(out1, sizes)"""
+EXPERT = """is_N = Equal(chosen, number_N)
+ found_N = NonZero(is_N)
+ each_N = Transpose<perm = [1, 0]>(found_N)
+ token_N, slot_N = Split<axis = 1>(each_N, ones)
+ at_N = Squeeze(token_N, second)
+ picked_N = Gather(f, at_N)
+ made_N = MatMul(picked_N, expert_N)
+ share_N = GatherND(weight, each_N)
+ wide_N = Unsqueeze(share_N, second)
+ part_N = Mul(made_N, wide_N)
+ out_N = ScatterND<reduction = "add">(before_N, token_N, part_N)"""
+CONSTANTS = """int64[2] rows = {-1, 8}, float[8, 2] router, int64[1] one1 = {1}, int64[2] ones = {1, 1},
+ float[8, 8] expert_0, float[8, 8] expert_1, int64 number_0 = {0}, int64 number_1 = {1}"""
+
+
+def text(expert: str = EXPERT) -> str:
+    first = expert.replace("_N", "_0").replace("before_0", "none")
+    second = expert.replace("_N", "_1").replace("before_1", "out_0").replace("out_1 =", "out1 =")
+    return attention(hidden=EXPERTS.replace("FIRST", first).replace("SECOND", second), constants=CONSTANTS)
+
+
+def test_experts_that_pick_their_tokens():
+    assert_law_of(text())
+
+
+def test_that_they_were_run_is_said():
+    outcome = Inject().apply(Subject.of(in_order(read(text()))))
+    assert any("routing" in note for note in outcome.notes)
+
+
+FIRST = EXPERT.replace("Gather(f, at_N)", "Gather(f, none_N)\n none_N = Sub(at_N, at_N)")
+PICKED_TOGETHER = EXPERT.replace("(picked_N, expert_N)", "(picked_N, g_N)\n g_N = MatMul(t_N, picked_N)").replace(
+    "made_N =", "t_N = Transpose<perm = [1, 0]>(picked_N)\n made_N ="
+)
+THEIR_PLACES = EXPERT.replace("Mul(made_N, wide_N)", "Add(made_N, moved_N)").replace(
+    "part_N =", "place_N = Cast<to = 1>(token_N)\n moved_N = Mul(place_N, wide_N)\n part_N ="
+)
+ONE_FURTHER_ON = EXPERT.replace("(before_N, token_N, part_N)", "(before_N, back_N, part_N)").replace(
+    "out_N =",
+    "size_N = Gather(fs, nought)\n sum_N = Add(token_N, one)\n back_N = Mod(sum_N, size_N)\n out_N =",
+)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [FIRST, PICKED_TOGETHER, THEIR_PLACES, ONE_FURTHER_ON],
+    ids=["always the first token", "a Gram matrix of the picked", "their places", "put back one further on"],
+)
+def test_experts_that_mix_tokens_are_refused(changed):
+    model = in_order(read(text(changed)))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session.run(None, {"x": np.random.default_rng(0).standard_normal((1, 5, 8)).astype(np.float32)})
+    with pytest.raises(UnsupportedError, match="keep them apart"):
+        injected(model)
+
+
+# Tokens in the order of their experts, each by the matrix of its own, and back in the order in which they came.
+SORTED = """f = Reshape(x, rows)
+ score = MatMul(f, router)
+ chosen = ArgMax<axis = -1, keepdims = 0>(score)
+ fs = Shape(f)
+ many = Slice(fs, first, second)
+ ones1, order = TopK<largest = 0>(chosen, many)
+ back1, back = TopK<largest = 0>(order, many)
+ taken = Gather(f, order)
+ LIMITED
+ column1 = Unsqueeze(kept, second)
+ whose = Gather(experts, ones1)
+ made = MatMul(column1, whose)
+ flat = Squeeze(made, second)
+ put = Gather(flat, back)
+ h = Reshape(put, sizes)"""
+ALL_KEPT = "kept = Identity(taken)"
+FIRST_HUNDRED = """start = Slice(taken, first, hundred)
+ rest = Slice(taken, hundred, far)
+ gone = Mul(rest, nil)
+ kept = Concat<axis = 0>(start, gone)"""
+BY_RANK = """rank = Cast<to = 1>(order)
+ wide = Unsqueeze(rank, second)
+ kept = Mul(taken, wide)"""
+UP_TO_A_RANK = """back2 = Less(order, limit)
+ wide = Unsqueeze(back2, second)
+ kept = Where(wide, taken, nil)"""
+OF_SORTED = """int64[2] rows = {-1, 8}, float[8, 2] router, float[2, 8, 8] experts, int64[1] hundred = {100},
+ float nil = {0.0}, int64[1] far = {1000000}, int64 limit = {1000}"""
+
+
+def sorted_text(limited: str = ALL_KEPT) -> str:
+    return attention(hidden=SORTED.replace("LIMITED", limited), constants=OF_SORTED)
+
+
+def test_tokens_that_are_sorted_by_their_experts():
+    assert_law_of(sorted_text())
+
+
+@pytest.mark.parametrize(
+    "limited", [FIRST_HUNDRED, BY_RANK, UP_TO_A_RANK], ids=["only the first hundred", "by rank", "up to a rank"]
+)
+def test_what_a_token_gets_must_not_depend_on_its_rank(limited):
+    with pytest.raises(UnsupportedError, match=r"mixes tokens|keep them apart"):
+        injected(in_order(read(sorted_text(limited))))
+
+
+# How many tokens each expert takes says where the sorted tokens are cut.
+COUNTED = """f = Reshape(x, rows)
+ score = MatMul(f, router)
+ chosen = ArgMax<axis = -1, keepdims = 1>(score)
+ fs = Shape(f)
+ many = Slice(fs, first, second)
+ ss = Shape(score)
+ none = ConstantOfShape<value = float[1] {0.0}>(ss)
+ cs = Shape(chosen)
+ unit = ConstantOfShape<value = float[1] {1.0}>(cs)
+ hot = ScatterElements<axis = 1>(none, chosen, unit)
+ whole = Cast<to = 7>(hot)
+ count = ReduceSum<keepdims = 0>(whole, first)
+ alone = Squeeze(chosen, second)
+ sorted, order = TopK<largest = 0>(alone, many)
+ taken = Gather(f, order)
+ mine, theirs = Split<axis = 0>(taken, count)
+ made_mine = MatMul(mine, expert_0)
+ made_theirs = MatMul(theirs, expert_1)
+ made = Concat<axis = 0>(made_mine, made_theirs)
+ zeros = ConstantOfShape<value = float[1] {0.0}>(fs)
+ places = Unsqueeze(order, second)
+ put = ScatterND(zeros, places, made)
+ h = Reshape(put, sizes)"""
+
+
+def test_tokens_that_are_counted_for_their_experts():
+    constants = "int64[2] rows = {-1, 8}, float[8, 2] router, float[8, 8] expert_0, float[8, 8] expert_1"
+    assert_law_of(attention(hidden=COUNTED, constants=constants))

@@ -1,0 +1,168 @@
+"""State outside attention: what convolutions, shifts and running sums read is remembered."""
+
+import pytest
+from attentions import assert_law_of, attention, in_order
+from exports import injected
+from laws import assert_law
+from written import read
+
+from kvsurgeon import io
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.contract import Subject
+from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.remove_cache import RemoveCache, put_back, take_out
+from kvsurgeon.passes.retarget import Retarget
+from kvsurgeon.workflow import verification
+from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.surgery import operate
+
+KERNEL = """float[8, 1, 3] kernel, float nil = {0.0},
+ int64[6] shift = {0, 1, 0, 0, -1, 0},
+ int64[6] before = {0, 1, 0, 0, 0, 0}, int64[1] minus = {-1}, int64[1, 1, 8] places = {0, 0, 0, 0, 0, 0, 0, 0}"""
+CONVOLUTION = """xt = Transpose<perm = [0, 2, 1]>(x)
+ y = Conv<group = 8, kernel_shape = [3], pads = [2, 0]>(xt, kernel)
+ h = Transpose<perm = [0, 2, 1]>(y)"""
+CUT_OFF = """xt = Transpose<perm = [0, 2, 1]>(x)
+ y = Conv<group = 8, kernel_shape = [3], pads = [2, 2]>(xt, kernel)
+ length1 = Unsqueeze(length, first)
+ z = Slice(y, first, length1, third)
+ h = Transpose<perm = [0, 2, 1]>(z)"""
+BOTH_SIDES = CONVOLUTION.replace("[2, 0]", "[1, 1]")
+PADDED = "y = Pad(x, shift, nil)\n h = Sub(x, y)"
+THEN_CUT = "p = Pad(x, before)\n h = Slice(p, first, minus, second)"
+TILED = """n1 = Unsqueeze(length, first)
+ r = Concat<axis = 0>(second, n1, second)
+ t = Tile(x, r)
+ h = Slice(t, first, n1, second)"""
+FROM_THE_FIRST = "i = GatherElements<axis = 1>(x, places)\n h = Sub(x, i)"
+SUMMED = "c8 = CumSum(x, one)\n h = Mul(c8, half)"
+TO_THE_END = "c8 = CumSum<reverse = 1>(x, one)\n h = Mul(c8, half)"
+
+
+def case(hidden: str, **parts: str) -> str:
+    return attention(hidden=hidden, constants=KERNEL, **parts)
+
+
+@pytest.mark.parametrize("hidden", [CONVOLUTION, CUT_OFF, PADDED, THEN_CUT, TILED, FROM_THE_FIRST, SUMMED])
+def test_what_is_made_of_earlier_tokens_is_recalled(hidden):
+    assert_law_of(case(hidden))
+    names = [value.name for value in injected(read(case(hidden))).graph.input]
+    assert names == ["x", "past_key_values.0.key", "past_key_values.0.value", "past_key_values.0.state"]
+
+
+def test_keys_may_be_made_of_earlier_tokens():
+    assert_law_of(case("h = Identity(x)", key="k1 = Pad(k0, shift, nil)\n k = Sub(k0, k1)"))
+
+
+def test_what_it_rests_on_is_said():
+    notes = Inject().apply(Subject.of(read(case(CONVOLUTION)))).notes
+    assert any("state outside attention" in note for note in notes)
+
+
+@pytest.mark.parametrize("hidden", [BOTH_SIDES, TO_THE_END])
+def test_what_is_made_of_later_tokens_is_refused(hidden):
+    with pytest.raises(UnsupportedError, match="mixes tokens along the sequence outside attention"):
+        injected(read(case(hidden)))
+
+
+@pytest.mark.parametrize("idiom", ["grow", "in-place", "new-only"])
+def test_each_idiom_carries_it(idiom):
+    original = read(case(CONVOLUTION))
+    assert verification.judge(original, injected(original, idiom=idiom)).verdict == "same"
+
+
+ACROSS = ("kv_heads", "batch", "head_dim", "sequence")
+FORMS = [
+    {"idiom": "in-place"},
+    {"key_layout": ACROSS},
+    {
+        "idiom": "in-place",
+        "value_layout": ACROSS,
+        "past": "past_{kind}_{layer}_in",
+        "present": "past_{kind}_{layer}_out",
+    },
+    {"idiom": "new-only", "key_layout": ACROSS},
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_it_comes_back_in_its_form(form):
+    """A state lies as values do."""
+    model = injected(read(case(CONVOLUTION)), **form)
+    assert verification.judge(read(case(CONVOLUTION)), model).verdict == "same"
+    subject = Subject.of(model)
+    signature = take_out(subject)
+    put_back(subject, signature)
+    result = io.to_proto(subject.model)
+    for before, after in ((model.graph.input, result.graph.input), (model.graph.output, result.graph.output)):
+        assert list(before) == list(after)
+    assert verification.judge(model, result).verdict == "same"
+
+
+def test_another_form_takes_its_place():
+    surgery = operate(injected(read(case(CONVOLUTION))), Pipeline((Retarget(idiom="in-place"),)))
+    assert surgery.sameness.verdict == "same"
+
+
+def test_it_is_shown_as_part_of_the_cache():
+    decoder = Subject.of(injected(read(case(CONVOLUTION)))).decoder()
+    assert [(one.kind, one.layer) for one in decoder.cache] == [("key", 0), ("value", 0), ("state", 0)]
+
+
+def test_it_is_taken_out_again():
+    subject = Subject.of(injected(read(case(CONVOLUTION))))
+    RemoveCache().apply(subject)
+    assert [value.name for value in subject.model.graph.inputs] == ["x"]
+
+
+def test_rows_that_need_not_be_filled_would_be_taken_for_tokens():
+    with pytest.raises(UnsupportedError, match="would be taken for tokens"):
+        injected(read(case(CONVOLUTION)), idiom="new-only", past_length="input")
+
+
+MASKED = "seen = Cast<to = 9>(key_mask)\n causal = LessOrEqual(row, column)\n allowed = And(causal, seen)"
+MASK = "key_mask = Unsqueeze(attention_mask, second)"
+AFTER = """ct = Transpose<perm = [0, 2, 1]>(c{0})
+ y = Conv<group = 8, kernel_shape = [3], pads = [2, 0]>(ct, kernel)
+ logits = Transpose<perm = [0, 2, 1]>(y)"""
+ZEROED = "am = Cast<to = 1>(attention_mask)\n am3 = Unsqueeze(am, third)\n c1 = Mul(c, am3)\n "
+
+
+def padded(after: str) -> str:
+    return case("h = Identity(x)", inputs="int64[b, n] attention_mask", allowed=f"{MASK}\n {MASKED}", after=after)
+
+
+def test_padding_that_is_zeroed_before_a_convolution_is_no_harm():
+    original = read(padded(ZEROED + AFTER.format("1")))
+    assert_law(original, injected(original))
+
+
+def test_padding_that_a_convolution_sees_is_refused():
+    with pytest.raises(UnsupportedError, match="are seen outside attention"):
+        injected(read(padded(AFTER.format(""))))
+
+
+def test_a_model_without_attention_is_refused_by_what_mixes_its_tokens():
+    text = (
+        "case (float[b, n, 8] x) => (float[b, n, 8] logits) <int64 one = {1}> { y = CumSum(x, one) logits = Add(x, y) }"
+    )
+    with pytest.raises(
+        UnsupportedError, match="CumSum mixes tokens along the sequence outside attention, and there is no"
+    ):
+        injected(read(text))
+
+
+COUNTED = """number = ReduceSum<keepdims = 0>(x, third)
+ mine = Unsqueeze(number, third)
+ theirs = Unsqueeze(number, second)
+ same = Equal(mine, theirs)
+ earlier = LessOrEqual(row, column)
+ both = And(same, earlier)
+ ones = Cast<to = 1>(both)
+ count = ReduceSum(ones, third)
+ h = Add(x, count)"""
+
+
+def test_that_tokens_are_counted_is_said():
+    with pytest.raises(UnsupportedError, match="counting tokens"):
+        injected(in_order(read(attention(hidden=COUNTED))))

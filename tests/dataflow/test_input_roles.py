@@ -1,0 +1,87 @@
+"""Which inputs are given for the new tokens and which for all: told by their use, never by their names."""
+
+# ruff: noqa: E501  # a case is read best on one line
+
+import onnx_ir as ir
+import pytest
+from written import read
+
+from kvsurgeon.dataflow.input_roles import classify_inputs, read_inputs
+from kvsurgeon.dataflow.sequence_axes import Length
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.symbolic.dimension import BATCH, LENGTH
+
+FRAME = "case ({inputs}) => (float[] y) <float[9, 4] table, int64[1] last = {{2}}, int64[1] zero = {{0}}, int64[1] two = {{2}}, int64[3] thrice = {{1, 1, 1}}, float half = {{0.5}}> {{ {body} }}"
+
+
+def kinds(inputs: str, body: str) -> dict[str, dict[int, Length]]:
+    graph = ir.from_proto(read(FRAME.format(inputs=inputs, body=body))).graph
+    dimensions, length = read_inputs(graph)
+    return {given.value.name: given.lengths for given in classify_inputs(graph, dimensions, length)}
+
+
+NEW, TOTAL = Length.NEW, Length.TOTAL
+TOKENS = "e = Gather(table, p9)"
+
+CASES = [
+    ("what indexes a table", "int64[b, n] p9", TOKENS, {"p9": {1: NEW}}),
+    ("behind a cast and a shift", "int32[b, n] p9", "c = Cast<to=7>(p9) d = Add(c, c) e = Gather(table, c)", {"p9": {1: NEW}}),
+    ("ids below 0, counted from the end of the table, beside positions", "int64[b, n] p9, int64[b, n] q7",
+     "w = Constant<value_ints=[0]>() l = Less(p9, w) k = Not(l) c = Cast<to=7>(k) m = Mul(p9, c) d = Cast<to=7>(l) "
+     "v = Constant<value_ints=[9]>() a = Add(p9, v) b = Mul(d, a) t = Add(b, m) e = Gather(table, t) "
+     "f = Cast<to=1>(q7) g = Mul(f, half) y = Cos(g)", {"p9": {1: NEW}, "q7": {1: NEW}}),
+    ("a mask that is told from 0", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} w = Constant<value_ints=[0]>() g = Greater(q7, w) c = Cast<to=1>(g) y = MatMul(c, table)",
+     {"p9": {1: NEW}, "q7": {1: TOTAL}}),
+    ("embeddings", "float[b, n, 4] p9", "e = MatMul(p9, table)", {"p9": {1: NEW}}),
+    ("a padding mask", "int64[b, n] p9, int64[b, n] q7", f"{TOKENS} m = Cast<to=1>(q7) y = Mul(m, half)",
+     {"p9": {1: NEW}, "q7": {1: TOTAL}}),
+    ("positions that index a second table", "int64[b, n] p9, int64[b, n] q7", f"{TOKENS} f = Gather(table, q7)",
+     {"p9": {1: NEW}, "q7": {1: NEW}}),
+    ("positions that become angles", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} f = Cast<to=1>(q7) g = Mul(f, half) y = Cos(g)", {"p9": {1: NEW}, "q7": {1: NEW}}),
+    ("a mask of queries against keys", "int64[b, n] p9, float[b, 1, n, n] q7", f"{TOKENS} y = Add(q7, half)",
+     {"p9": {1: NEW}, "q7": {2: NEW, 3: TOTAL}}),
+    ("positions that index a table repeated for the batch", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} r = Unsqueeze(table, zero) t = Tile(r, thrice) u = Unsqueeze(q7, two) v = Tile(u, thrice) "
+     "y = GatherElements<axis=1>(t, v)", {"p9": {1: NEW}, "q7": {1: NEW}}),
+    ("positions that index rows cut to the length", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} s = Shape<start=1>(p9) r = Slice(table, zero, s) y = Gather(r, q7)", {"p9": {1: NEW}, "q7": {1: NEW}}),
+    ("a padding mask that indexes two numbers", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} w = Constant<value_floats=[-9.0, 0.0]>() y = Gather(w, q7)", {"p9": {1: NEW}, "q7": {1: TOTAL}}),
+    ("what is looked for in a vocabulary", "int64[b, n] p9, int64[b, n] q7",
+     "w = Constant<value_ints=[0, 1, 2, 3]>() u = Unsqueeze(p9, two) y = Equal(u, w) z = Cast<to=1>(q7)",
+     {"p9": {1: NEW}, "q7": {1: TOTAL}}),
+    ("what is compared with one number", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} w = Constant<value_ints=[1]>() y = Equal(q7, w)", {"p9": {1: NEW}, "q7": {1: TOTAL}}),
+    ("no batch axis", "int64[n] p9", TOKENS, {"p9": {0: NEW}}),
+    ("a flag without tokens", "int64[b, n] p9, float[1] q7", f"{TOKENS} y = Mul(e, q7)", {"p9": {1: NEW}, "q7": {}}),
+    ("fixed sizes", "int64[1, 6] p9, int64[1, 6] q7", f"{TOKENS} m = Cast<to=1>(q7) y = Mul(m, half)",
+     {"p9": {1: NEW}, "q7": {1: TOTAL}}),
+    ("an only input is the tokens', whatever is done to it", "int64[b, n] p9", "y = Cast<to=1>(p9)", {"p9": {1: NEW}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("inputs", "body", "expected"), [pytest.param(*case[1:], id=case[0]) for case in CASES])
+def test_classified(inputs, body, expected):
+    assert kinds(inputs, body) == expected
+
+
+def test_dims_are_named_by_their_place_and_their_spelling():
+    graph = ir.from_proto(read(FRAME.format(inputs="int64[a, c] p, int64[a, c] q, float[c, w] r", body=""))).graph
+    dimensions, length = read_inputs(graph)
+    p, q, r = graph.inputs
+    assert length is LENGTH
+    assert dimensions[p] == dimensions[q] == (BATCH, LENGTH)
+    assert dimensions[r][0] is LENGTH
+
+
+@pytest.mark.parametrize(
+    ("inputs", "reason"),
+    [("float[] x", "an input has no shape"), ("float[b, c, h, w] image", "no input has a sequence axis"),
+     ("int64[b, n] q7, int64[b, n] q8", "no input is given for the new tokens only"),
+     ("int64[b, n] q, int64[b, b] mask", "an input calls two axes by the name of the batch.*`mask`")],
+)  # fmt: skip
+def test_refused(inputs, reason):
+    with pytest.raises(UnsupportedError, match=reason):
+        kinds(inputs, "")
