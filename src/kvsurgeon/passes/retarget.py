@@ -17,8 +17,8 @@ from kvsurgeon.rewrite.cache_removal import eject
 class Retarget(Inject):
     """Give a model that has a cache another one: other names, another layout, another way of being kept.
 
-    Before: a decoder with a cache of any form that `remove-cache` can take out. After: what `inject` with the same options
-    makes of the decoder without it.
+    Before: a decoder with a cache of any form that `remove-cache` can take out. After: what `inject` with the same
+    options makes of the decoder without it.
 
     Not handled: what `remove-cache` or `inject` does not handle.
     """
