@@ -29,9 +29,9 @@ from witness.widening import widened
 
 from kvsurgeon import io
 from kvsurgeon.errors import KvsurgeonError, ParityError, UnsupportedError
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.cache.remove_cache import RemoveCache, put_back, take_out
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.remove_cache import RemoveCache, put_back, take_out
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.surgery import operate
 

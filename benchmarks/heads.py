@@ -33,11 +33,11 @@ from kvsurgeon.analysis.analysis import analyze
 from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import KvsurgeonError
 from kvsurgeon.heads.counts import HeadCounts, counts_of
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Pass, Subject
-from kvsurgeon.passes.expand_gqa import ExpandGqa
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
-from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads, legal_counts
+from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
+from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
+from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads, legal_counts
 from kvsurgeon.workflow.pipeline import Pipeline
 
 Method = Literal["mean", "first"]

@@ -25,8 +25,8 @@ from witness.corpus import Case, Entry, find_entries, spread_sample
 
 from kvsurgeon import io
 from kvsurgeon.errors import KvsurgeonError, UnsupportedError
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.inject import Inject
 from kvsurgeon.runtime import CachedDecoder, open_session
 
 IDIOMS: dict[str, dict[str, Any]] = {

@@ -22,10 +22,10 @@ from witness.corpus import Case
 from witness.second_judge import EXACT, failures, judge, open_session, read_contract
 
 from kvsurgeon import io
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Pass, Subject
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
-from kvsurgeon.passes.share_kv_layers import ShareKvLayers
+from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
+from kvsurgeon.passes.heads.share_kv_layers import ShareKvLayers
 from kvsurgeon.workflow.pipeline import Pipeline
 
 HEADS, LAYERS = 12, 12

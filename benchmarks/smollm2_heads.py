@@ -23,12 +23,12 @@ import onnxruntime as ort
 
 import kvsurgeon
 from kvsurgeon.errors import UsageError
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Pass
-from kvsurgeon.passes.expand_gqa import ExpandGqa
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
-from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads
-from kvsurgeon.passes.share_kv_layers import ShareKvLayers
+from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
+from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
+from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads
+from kvsurgeon.passes.heads.share_kv_layers import ShareKvLayers
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.surgery import operate
 

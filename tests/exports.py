@@ -9,8 +9,8 @@ import onnx
 from decoders import Config, Decoder
 
 from kvsurgeon import io
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Pass, Subject
-from kvsurgeon.passes.inject import Inject
 
 CORPUS = Path(__file__).parent / "corpus"
 FILES = sorted(path.stem for path in CORPUS.glob("*.onnx"))

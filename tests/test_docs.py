@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import kvsurgeon
 from kvsurgeon import errors
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.inject import Inject
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.surgery import operate
 

@@ -13,8 +13,8 @@ from written import read, write
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject
-from kvsurgeon.passes.inject import Inject
 
 GOLDEN = Path(__file__).parent / "golden" / "inject.txt"
 AFTER = "--- after\n"

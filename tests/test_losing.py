@@ -15,8 +15,8 @@ import kvsurgeon
 from kvsurgeon.errors import ParityError
 from kvsurgeon.io.model_config import Change, Heads
 from kvsurgeon.parity import loss
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
-from kvsurgeon.passes.inject import Inject
 from kvsurgeon.report import answer, table
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.surgery import operate

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from kvsurgeon.anatomy import Attention, Decoder
 from kvsurgeon.io import load, save
 from kvsurgeon.parity import verify
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Source, Subject
-from kvsurgeon.passes.inject import Inject
 from kvsurgeon.report import grid
 from kvsurgeon.runtime import generate
 from kvsurgeon.runtime.text import Prompt
@@ -76,7 +76,7 @@ def inject(
         verify: Whether the judge runs the result against the original; it needs the weights.
         target: The runtime or compiler that is to take the result, or its name: `destination` is then the folder that
             it takes as it is, side files included.
-        **options: The fields of `kvsurgeon.passes.inject.Inject`.
+        **options: The fields of `kvsurgeon.passes.cache.inject.Inject`.
 
     Raises:
         InputError: The model cannot be read, or its weights are not where the judge can find them.

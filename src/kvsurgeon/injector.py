@@ -11,8 +11,8 @@ import onnx
 from kvsurgeon import io
 from kvsurgeon.anatomy import Decoder
 from kvsurgeon.errors import UsageError
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.inject import Inject
 
 _DECIDED_BY_THE_GRAPH = frozenset({"transpose_value_input", "transpose_key_input", "multiply_batch_by_num_att_heads"})
 

@@ -10,8 +10,8 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.analysis.cache_points import CachePoint
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.inject import Inject
 
 
 def cut(text: str) -> tuple[str, str]:

@@ -8,8 +8,8 @@ from exports import injected
 from written import read
 
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.inject import Inject
 
 # Two experts, as `for expert in experts: out.index_add_(0, tokens, weight * expert(x[tokens]))` is exported.
 EXPERTS = """f = Reshape(x, rows)

@@ -326,7 +326,7 @@ def test_a_clash_is_named_and_the_other_commands_work(shell, site, models, tmp_p
     install("clashing", site)
     for command in (["inject"], ["run", "-p", "inject"]):
         code, _, err = shell(*command, models / "given", "-o", tmp_path / "out")
-        assert (code, "clashing-passes 3" in err, "kvsurgeon.passes.inject:Inject" in err) == (2, True, True)
+        assert (code, "clashing-passes 3" in err, "kvsurgeon.passes.cache.inject:Inject" in err) == (2, True, True)
     assert shell("verify", models / "given", models / "cached")[0] == 0
     assert not (tmp_path / "out").exists()
 

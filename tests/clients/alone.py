@@ -19,7 +19,7 @@ import kvsurgeon
 from kvsurgeon.errors import KvsurgeonError, UnsupportedError
 from kvsurgeon.io import find_model
 from kvsurgeon.passes.contract import Changed, Subject
-from kvsurgeon.passes.lower_opset import LowerOpset
+from kvsurgeon.passes.opset.lower_opset import LowerOpset
 from kvsurgeon.targets import TARGETS
 
 Asked = Sequence[tuple[Case, list[list[int]] | None]]  # with what is expected, where that is known

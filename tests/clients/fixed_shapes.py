@@ -26,8 +26,8 @@ from environments import CLIENTS, DEFAULT_PYTHON, HERE
 
 import kvsurgeon
 from kvsurgeon.errors import KvsurgeonError
-from kvsurgeon.passes.fix_shapes import FixShapes
-from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.shapes.fix_shapes import FixShapes
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.surgery import operate
 

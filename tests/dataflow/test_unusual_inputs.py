@@ -9,8 +9,8 @@ from onnx import helper
 from written import read
 
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.inject import Inject
 from kvsurgeon.workflow.verification import judge
 
 PLACES = "pq = Unsqueeze(position_ids, third)\n allowed = LessOrEqual(row, pq)"

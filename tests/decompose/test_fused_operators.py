@@ -12,8 +12,8 @@ from written import read
 from kvsurgeon import io
 from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.inject import Inject
 
 WEIGHTS = """float[8] g, float[8] e, float[8] bias, float[8, 8] wf, float[4, 16, 8] experts, float[4, 8, 16] back,
  float[8, 4] router, float[4, 8, 16] half_back, int64[2] rows = {-1, 4}, int64[1] last = {-1}, float[4] g4,

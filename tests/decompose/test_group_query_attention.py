@@ -11,8 +11,8 @@ from kvsurgeon import io
 from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.parity import verify
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject
-from kvsurgeon.passes.inject import Inject
 
 TEXT = """case (float[b, n, 32] x, int64[b, n] attention_mask, int64[b, n] position_ids) => (float[b, n, 64] logits)
 <float[32, 64] wq, float[32, 32] wk, float[32, 32] wv, float[32, 128] wqkv, int64 one = {1}, int64[1] second = {1},

@@ -12,12 +12,12 @@ from laws import difference, in_onnxruntime, texts
 from kvsurgeon import io
 from kvsurgeon.analysis.analysis import analyze
 from kvsurgeon.heads.counts import counts_of
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.expand_gqa import ExpandGqa
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
-from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads
-from kvsurgeon.passes.share_kv_layers import ShareKvLayers
+from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
+from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
+from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads
+from kvsurgeon.passes.heads.share_kv_layers import ShareKvLayers
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 EXPORTS = sorted(path.stem for path in CORPUS.glob("*.onnx"))

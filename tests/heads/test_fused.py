@@ -8,9 +8,9 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.passes.contract import Changed, Subject
-from kvsurgeon.passes.expand_gqa import ExpandGqa
-from kvsurgeon.passes.fuse_attention import FuseAttention
-from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
+from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
+from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
+from kvsurgeon.passes.operators.fuse_attention import FuseAttention
 from kvsurgeon.workflow.verification import judge
 
 # 4 query heads, 2 key heads of 16, which the operator turns itself

@@ -10,7 +10,7 @@ from kvsurgeon import io
 from kvsurgeon.analysis.analysis import analyze
 from kvsurgeon.heads.shared_heads import key_heads_read
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.expand_gqa import ExpandGqa
+from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
 
 # 4 query heads, 2 key heads of 3
 TEXT = """

@@ -13,9 +13,9 @@ from written import read
 
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Changed, Subject
-from kvsurgeon.passes.expand_gqa import ExpandGqa
-from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
-from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads
+from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
+from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
+from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads
 
 SIZES = {"hidden": 32, "head_dim": 16}
 

@@ -8,10 +8,10 @@ from laws import assert_law, difference
 from written import read
 
 from kvsurgeon import io
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject
-from kvsurgeon.passes.expand_gqa import ExpandGqa
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
+from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
+from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
 
 ANGLES = "place = Cast<to = 1>(rows) angle = Mul(place, quarter) cosine = Cos(angle) sine = Sin(angle)"
 TURNED = """

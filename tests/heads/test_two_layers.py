@@ -10,12 +10,12 @@ from kvsurgeon import io
 from kvsurgeon.analysis.analysis import analyze
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.heads.counts import counts_of
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.expand_gqa import ExpandGqa
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
-from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads
-from kvsurgeon.passes.share_kv_layers import ShareKvLayers
+from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
+from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
+from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads
+from kvsurgeon.passes.heads.share_kv_layers import ShareKvLayers
 
 # Each layer has 4 query heads and 2 key heads of 3; keys are scaled by the cosine of their position.
 TEXT = """

@@ -11,10 +11,10 @@ from written import read
 
 from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.passes.contract import Changed, Subject
-from kvsurgeon.passes.expand_gqa import ExpandGqa
-from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
-from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads
-from kvsurgeon.passes.share_kv_layers import ShareKvLayers
+from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
+from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
+from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads
+from kvsurgeon.passes.heads.share_kv_layers import ShareKvLayers
 
 CASES = {
     "plain": {},

@@ -13,8 +13,8 @@ import kvsurgeon
 from kvsurgeon import io
 from kvsurgeon.errors import UsageError
 from kvsurgeon.io import staging
-from kvsurgeon.passes.merge_kv_heads import MergeKvHeads
-from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads
+from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
+from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads
 from kvsurgeon.runtime import open_session
 from kvsurgeon.runtime.tensors import from_runtime, to_runtime
 from kvsurgeon.workflow.pipeline import Pipeline

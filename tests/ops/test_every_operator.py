@@ -19,8 +19,8 @@ from kvsurgeon.dataflow import shape_inference
 from kvsurgeon.decompose.sequences import MAKERS
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.operators import SHAPE_ONLY
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.inject import Inject
 
 LOOKED_AT = {"onnx": (1, 23), "onnxruntime": (1, 31)}  # releases whose operators were all looked at
 

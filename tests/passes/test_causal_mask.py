@@ -10,9 +10,9 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.parity import verify
-from kvsurgeon.passes.add_causal_mask_input import AddCausalMaskInput
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.interface.add_causal_mask_input import AddCausalMaskInput
 from kvsurgeon.workflow.verification import Sameness, judge
 
 

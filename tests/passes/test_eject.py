@@ -13,11 +13,11 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.cache.remove_cache import RemoveCache, put_back, take_out
+from kvsurgeon.passes.cache.retarget import Retarget
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.raise_opset import RaiseOpset
-from kvsurgeon.passes.remove_cache import RemoveCache, put_back, take_out
-from kvsurgeon.passes.retarget import Retarget
+from kvsurgeon.passes.opset.raise_opset import RaiseOpset
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.surgery import operate
 

@@ -16,7 +16,7 @@ from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.fix_shapes import FixShapes
+from kvsurgeon.passes.shapes.fix_shapes import FixShapes
 from kvsurgeon.runtime import CachedDecoder, Writer, open_session
 
 IN_PLACE = {"idiom": "in-place"}

@@ -15,12 +15,12 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.cache.remove_cache import RemoveCache, put_back, take_out
+from kvsurgeon.passes.cache.retarget import Retarget
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.expand_gqa import ExpandGqa
-from kvsurgeon.passes.remove_cache import RemoveCache, put_back, take_out
-from kvsurgeon.passes.rename_io import RenameIo
-from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads
-from kvsurgeon.passes.retarget import Retarget
+from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
+from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads
+from kvsurgeon.passes.interface.rename_io import RenameIo
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.surgery import operate
 

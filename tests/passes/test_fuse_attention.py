@@ -16,11 +16,11 @@ from written import read
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.parity import verify
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.cache.remove_cache import RemoveCache
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.fuse_attention import FuseAttention
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.raise_opset import RaiseOpset
-from kvsurgeon.passes.remove_cache import RemoveCache
+from kvsurgeon.passes.operators.fuse_attention import FuseAttention
+from kvsurgeon.passes.opset.raise_opset import RaiseOpset
 from kvsurgeon.runtime import CachedDecoder, open_session
 from kvsurgeon.workflow.verification import judge
 

@@ -8,11 +8,11 @@ from written import read
 
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.parity import verify
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject, Unchanged
-from kvsurgeon.passes.fuse_attention import FuseAttention
-from kvsurgeon.passes.fuse_rotary import FuseRotary
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.raise_opset import RaiseOpset
+from kvsurgeon.passes.operators.fuse_attention import FuseAttention
+from kvsurgeon.passes.operators.fuse_rotary import FuseRotary
+from kvsurgeon.passes.opset.raise_opset import RaiseOpset
 from kvsurgeon.workflow.verification import judge
 
 TURNED = [

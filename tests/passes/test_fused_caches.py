@@ -8,9 +8,9 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.cache.remove_cache import RemoveCache, put_back, take_out
+from kvsurgeon.passes.cache.retarget import Retarget
 from kvsurgeon.passes.contract import Changed, Subject
-from kvsurgeon.passes.remove_cache import RemoveCache, put_back, take_out
-from kvsurgeon.passes.retarget import Retarget
 from kvsurgeon.workflow.verification import judge
 
 TEXT = """case (int64[b, s] x, int64[b, t] attention_mask, PASTS) => (float[b, s, 64] logits, PRESENTS)

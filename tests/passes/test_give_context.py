@@ -16,13 +16,13 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.host_inputs.describe import is_hiding, told
 from kvsurgeon.passes.host_inputs.host_inputs import KEY, HostInputs
 from kvsurgeon.passes.host_inputs.tabulate import Context
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.integer_inputs import Int32Inputs
-from kvsurgeon.passes.remove_nan_guards import RemoveNanGuards
+from kvsurgeon.passes.interface.integer_inputs import Int32Inputs
+from kvsurgeon.passes.operators.remove_nan_guards import RemoveNanGuards
 
 CAPACITY = 12  # rows of a past, most of them not filled
 MODELS = {name: export(name) for name in ONE_OF_EACH} | {

@@ -17,8 +17,8 @@ from onnx import helper, numpy_helper
 from written import read
 
 from kvsurgeon.errors import UnsupportedError, UsageError
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.inject import Inject
 
 
 def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -11,12 +11,12 @@ from laws import ALLOWED, difference, dims_of, in_onnxruntime, texts
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError, UsageError
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.last_logits import LastLogits
-from kvsurgeon.passes.past_length_from_positions import PastLengthFromPositions
-from kvsurgeon.passes.remove_mask import RemoveMask
-from kvsurgeon.passes.rename_dims import RenameDims
+from kvsurgeon.passes.interface.last_logits import LastLogits
+from kvsurgeon.passes.interface.past_length_from_positions import PastLengthFromPositions
+from kvsurgeon.passes.interface.remove_mask import RemoveMask
+from kvsurgeon.passes.interface.rename_dims import RenameDims
 from kvsurgeon.workflow.pipeline import Pipeline
 
 MAX = 16

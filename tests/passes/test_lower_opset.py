@@ -12,8 +12,8 @@ from written import read
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.lower_opset import LowerOpset
-from kvsurgeon.passes.raise_opset import RaiseOpset
+from kvsurgeon.passes.opset.lower_opset import LowerOpset
+from kvsurgeon.passes.opset.raise_opset import RaiseOpset
 
 
 def lowered(model: onnx.ModelProto, opset: int = 17) -> onnx.ModelProto:

@@ -12,8 +12,8 @@ from written import read
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Changed, Subject
-from kvsurgeon.passes.float16_mask_range import float16_mask_range
-from kvsurgeon.passes.remove_nan_guards import RemoveNanGuards
+from kvsurgeon.passes.operators.float16_mask_range import float16_mask_range
+from kvsurgeon.passes.operators.remove_nan_guards import RemoveNanGuards
 from kvsurgeon.workflow.pipeline import Pipeline
 
 LOWEST = float(np.finfo(np.float32).min)

@@ -10,7 +10,7 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.integer_inputs import Int32Inputs, Int64Inputs
+from kvsurgeon.passes.interface.integer_inputs import Int32Inputs, Int64Inputs
 
 TEXT = """case ({dtype}[b, n] ids, float[9, 4] table) => (float[b, n, 4] y, {dtype}[b, n] same)
 {{ y = Gather(table, ids) same = Identity(ids) }}"""

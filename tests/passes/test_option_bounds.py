@@ -8,8 +8,8 @@ from written import read
 
 from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.passes.contract import Subject, Unchanged
-from kvsurgeon.passes.rename_dims import RenameDims
-from kvsurgeon.passes.rename_io import RenameIo
+from kvsurgeon.passes.interface.rename_dims import RenameDims
+from kvsurgeon.passes.interface.rename_io import RenameIo
 from kvsurgeon.workflow.pipeline import Pipeline
 
 TEXT = "case (float[batch, length] x, float[batch, length] other) => (float[batch, length] y) { y = Add(x, other) }"

@@ -7,7 +7,7 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.gather_nd_to_gather import GatherNdToGather
+from kvsurgeon.passes.operators.gather_nd_to_gather import GatherNdToGather
 
 PICKED = """case (float[b, 4, 3] x, int64[2, 5, 1] places) => (float[2, 5, 4, 3] y)
 {

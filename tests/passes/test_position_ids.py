@@ -9,10 +9,10 @@ from exports import ONE_OF_EACH, export
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.parity import verify
-from kvsurgeon.passes.add_position_ids import AddPositionIds
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.rename_io import RenameIo
+from kvsurgeon.passes.interface.add_position_ids import AddPositionIds
+from kvsurgeon.passes.interface.rename_io import RenameIo
 from kvsurgeon.runtime import UncachedDecoder, open_session
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.verification import judge

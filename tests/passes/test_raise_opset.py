@@ -13,8 +13,8 @@ from written import read
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.float16_mask_range import float16_mask_range
-from kvsurgeon.passes.raise_opset import RaiseOpset
+from kvsurgeon.passes.operators.float16_mask_range import float16_mask_range
+from kvsurgeon.passes.opset.raise_opset import RaiseOpset
 from kvsurgeon.workflow.pipeline import Pipeline
 
 

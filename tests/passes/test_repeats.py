@@ -9,8 +9,8 @@ from laws import in_onnxruntime, texts
 from written import read
 
 from kvsurgeon import io
-from kvsurgeon.passes.concat_to_tile import ConcatToTile
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
+from kvsurgeon.passes.operators.concat_to_tile import ConcatToTile
 
 TEXT = "case (float[batch, n, 4] x) => (float[batch, n, m] y) {{ a = Neg(x) b = Sin(x) {joined} }}"
 

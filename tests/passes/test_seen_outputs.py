@@ -11,7 +11,7 @@ from onnx import helper
 from kvsurgeon import io
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.contract import Changed, Subject
-from kvsurgeon.passes.fix_shapes import FixShapes
+from kvsurgeon.passes.shapes.fix_shapes import FixShapes
 from kvsurgeon.workflow.verification import judge
 
 FORMS = {

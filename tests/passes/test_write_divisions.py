@@ -11,7 +11,7 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.reciprocal_to_div import ReciprocalToDiv
+from kvsurgeon.passes.operators.reciprocal_to_div import ReciprocalToDiv
 from kvsurgeon.workflow.verification import judge
 
 TEXT = """case (float[n, 4] x, float[n, 4] z) => (float[n, 4] y{outputs}) {{

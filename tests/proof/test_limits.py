@@ -9,8 +9,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 from written import read
 
 from kvsurgeon import io
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject
-from kvsurgeon.passes.inject import Inject
 
 SWITCH = 100
 SWITCHED = switched_beyond(SWITCH)

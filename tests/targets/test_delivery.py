@@ -15,7 +15,7 @@ import kvsurgeon
 from kvsurgeon.cli.main import run
 from kvsurgeon.errors import PluginError, UnsupportedError, UsageError
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.passes.integer_inputs import Int32Inputs
+from kvsurgeon.passes.interface.integer_inputs import Int32Inputs
 from kvsurgeon.targets import TARGETS, SideFile, Target
 from kvsurgeon.workflow.delivery import deliver, stands_between
 

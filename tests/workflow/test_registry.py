@@ -61,7 +61,7 @@ def test_a_clash_names_both_sides_and_leaves_the_others_alone(site):
     install("clashing", site)
     install("sample", site)
     with pytest.raises(
-        PluginError, match=r"kvsurgeon \(kvsurgeon.passes.inject:Inject\) and clashing-passes 3 \(clash"
+        PluginError, match=r"kvsurgeon \(kvsurgeon.passes.cache.inject:Inject\) and clashing-passes 3 \(clash"
     ):
         PASSES.find("inject")
     assert [entry.name for entry in PASSES.entries() if not entry.built_in] == ["annotate", "swap-addends"]

@@ -11,9 +11,9 @@ from exports import export, injected
 from written import read
 
 from kvsurgeon import io
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.cache.retarget import Retarget
 from kvsurgeon.passes.host_inputs.host_inputs import HostInputs
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.retarget import Retarget
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.surgery import operate
 from kvsurgeon.workflow.verification import judge

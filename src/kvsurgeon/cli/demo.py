@@ -10,7 +10,7 @@ from rich.console import Console
 
 from kvsurgeon import api
 from kvsurgeon.errors import InputError, ParityError
-from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.report import plot, progress, table
 from kvsurgeon.runtime import Generation, Sampling, Writer
 from kvsurgeon.workflow.pipeline import Pipeline

@@ -1,1 +1,1 @@
-"""Passes: one file each, a frozen dataclass whose fields are its options. Nothing is imported until it is used."""
+"""Passes: one file each, a frozen dataclass whose fields are its options. A pass is imported when it is used."""

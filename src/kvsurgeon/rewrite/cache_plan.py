@@ -35,7 +35,7 @@ _COUNTS: dict[str, tuple[Count, ...]] = {  # the default first
 
 
 class Options(Protocol):
-    """What a plan is made from; see `kvsurgeon.passes.inject.Inject`."""
+    """What a plan is made from; see `kvsurgeon.passes.cache.inject.Inject`."""
 
     @property
     def past(self) -> str: ...  # noqa: D102

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kvsurgeon.passes.add_causal_mask_input import AddCausalMaskInput
-from kvsurgeon.passes.add_position_ids import AddPositionIds
-from kvsurgeon.passes.concat_to_tile import ConcatToTile
-from kvsurgeon.passes.lower_opset import LowerOpset
-from kvsurgeon.passes.rename_io import RenameIo
+from kvsurgeon.passes.interface.add_causal_mask_input import AddCausalMaskInput
+from kvsurgeon.passes.interface.add_position_ids import AddPositionIds
+from kvsurgeon.passes.interface.rename_io import RenameIo
+from kvsurgeon.passes.operators.concat_to_tile import ConcatToTile
+from kvsurgeon.passes.opset.lower_opset import LowerOpset
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.target import Obstacle, SideFile, Target
 from kvsurgeon.targets.tokenizers import CONFIG_BEFORE_5, MERGES_AS_TEXT

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from kvsurgeon.anatomy import Decoder
 from kvsurgeon.io.data_file import leaving
 from kvsurgeon.io.external_data import external_tensors
-from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.cache.inject import Inject
 
 Operator = tuple[str, str]  # domain ("" is ONNX's own) and type
 KINDS = ("key", "value")

@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from kvsurgeon.passes.fuse_attention import FuseAttention
-from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.operators.fuse_attention import FuseAttention
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.target import Obstacle, SideFile, Target
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.last_logits import LastLogits
-from kvsurgeon.passes.past_length_from_positions import PastLengthFromPositions
-from kvsurgeon.passes.remove_mask import RemoveMask
-from kvsurgeon.passes.rename_dims import RenameDims
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.interface.last_logits import LastLogits
+from kvsurgeon.passes.interface.past_length_from_positions import PastLengthFromPositions
+from kvsurgeon.passes.interface.remove_mask import RemoveMask
+from kvsurgeon.passes.interface.rename_dims import RenameDims
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.foreign import foreign_operators
 from kvsurgeon.targets.target import SideFile, Target

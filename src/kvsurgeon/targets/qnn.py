@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from kvsurgeon.passes.gather_nd_to_gather import GatherNdToGather
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.host_inputs.host_inputs import KEY, HostInputs
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.integer_inputs import Int32Inputs
-from kvsurgeon.passes.remove_nan_guards import RemoveNanGuards
-from kvsurgeon.passes.rename_dims import RenameDims
+from kvsurgeon.passes.interface.integer_inputs import Int32Inputs
+from kvsurgeon.passes.interface.rename_dims import RenameDims
+from kvsurgeon.passes.operators.gather_nd_to_gather import GatherNdToGather
+from kvsurgeon.passes.operators.remove_nan_guards import RemoveNanGuards
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.foreign import foreign_operators
 from kvsurgeon.targets.target import Obstacle, SideFile, Target, Variant

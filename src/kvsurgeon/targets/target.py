@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kvsurgeon.cache.layout import USUAL
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Pass
-from kvsurgeon.passes.fix_shapes import FixShapes
-from kvsurgeon.passes.inject import Inject
+from kvsurgeon.passes.shapes.fix_shapes import FixShapes
 from kvsurgeon.targets.facts import Facts, Operator
 
 

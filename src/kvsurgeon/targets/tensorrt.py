@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kvsurgeon.interop.functions import as_pass_class
-from kvsurgeon.passes.float16_mask_range import float16_mask_range
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.raise_opset import RaiseOpset
-from kvsurgeon.passes.rename_dims import RenameDims
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.interface.rename_dims import RenameDims
+from kvsurgeon.passes.operators.float16_mask_range import float16_mask_range
+from kvsurgeon.passes.opset.raise_opset import RaiseOpset
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.target import Obstacle, Target
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kvsurgeon.passes.integer_inputs import Int64Inputs
+from kvsurgeon.passes.interface.integer_inputs import Int64Inputs
 from kvsurgeon.targets.facts import Facts
 from kvsurgeon.targets.target import Obstacle, SideFile, Target
 

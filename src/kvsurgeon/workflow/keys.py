@@ -15,9 +15,9 @@ from kvsurgeon.anatomy import Attention, Decoder
 from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import UsageError
 from kvsurgeon.heads.shared_heads import key_heads_read
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.cache.remove_cache import without_cache
 from kvsurgeon.passes.contract import Source, Subject
-from kvsurgeon.passes.inject import Inject
-from kvsurgeon.passes.remove_cache import without_cache
 from kvsurgeon.runtime import CachedDecoder, open_session
 from kvsurgeon.runtime.text import Prompt, load_tokenizer, side_folders, tokens_of
 

@@ -12,7 +12,7 @@ from kvsurgeon.io.side_files import Sharing
 from kvsurgeon.parity import TOLERANCES, arithmetic_of
 from kvsurgeon.parity.difference import distance, spread
 from kvsurgeon.passes.contract import Changed
-from kvsurgeon.passes.replicate_kv_heads import ReplicateKvHeads
+from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads
 from kvsurgeon.runtime import Generation, Writer
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.surgery import Surgery, operate

@@ -16,8 +16,8 @@ from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
+from kvsurgeon.passes.cache.inject import Choice, Inject, inject
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.inject import Choice, Inject, inject
 from kvsurgeon.rewrite.cache_metadata import read_cache_metadata, write_cache_metadata
 from kvsurgeon.rewrite.cache_plan import PAST_LENGTH
 from kvsurgeon.rewrite.cache_removal import eject

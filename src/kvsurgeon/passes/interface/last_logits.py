@@ -11,7 +11,7 @@ from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.past_length_from_positions import POSITIONS
+from kvsurgeon.passes.interface.past_length_from_positions import POSITIONS
 
 # What comes behind the last layer, token by token: the head, its bias, a scale, a softcap.
 _TOKENWISE = frozenset({"MatMul", "Add", "Mul", "Div", "Tanh", "Cast", "MatMulNBits", "Identity"})

@@ -13,7 +13,7 @@ from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.opsets import (
+from kvsurgeon.passes.opset.versions import (
     NEWEST,
     OTHERWISE,
     check_movable,

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from kvsurgeon.heads.counts import HeadCounts
 from kvsurgeon.heads.selection import Selection, merged
 from kvsurgeon.passes.contract import Outcome, Subject
-from kvsurgeon.passes.heads import change_heads, not_a_count
+from kvsurgeon.passes.heads.change_heads import change_heads, not_a_count
 
 
 @dataclass(frozen=True, kw_only=True)

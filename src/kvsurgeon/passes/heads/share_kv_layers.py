@@ -10,7 +10,7 @@ from kvsurgeon.errors import UsageError
 from kvsurgeon.heads.replace_heads import Exchange, Exchanger
 from kvsurgeon.heads.selection import blended
 from kvsurgeon.passes.contract import Outcome, Subject
-from kvsurgeon.passes.heads import check_one_of, exchange
+from kvsurgeon.passes.heads.change_heads import check_one_of, exchange
 
 Method = Literal["mean", "running", "first"]
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.opsets import (
+from kvsurgeon.passes.opset.versions import (
     NEWEST,
     OTHERWISE,
     check_movable,

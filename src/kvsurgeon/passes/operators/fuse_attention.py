@@ -15,8 +15,8 @@ from kvsurgeon.fusion.numeric_check import Showing
 from kvsurgeon.fusion.operators import OPERATORS, Name, Operator
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
+from kvsurgeon.passes.cache.remove_cache import put_back, take_out
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.remove_cache import put_back, take_out
 from kvsurgeon.proof.proof import prove
 from kvsurgeon.rewrite.lengths import LengthValues, Source
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 from kvsurgeon.analysis.analysis import analyze
 from kvsurgeon.decompose import decompose
 from kvsurgeon.graph.recursion import deep_recursion
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Outcome, Subject, Unchanged
-from kvsurgeon.passes.inject import Inject
 from kvsurgeon.rewrite.cache_removal import eject
 
 

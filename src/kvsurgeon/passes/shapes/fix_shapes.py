@@ -14,10 +14,10 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.fixing.dynamic_starts import count_from_starts
-from kvsurgeon.passes.fixing.folding import compute_constants, name_numbers
-from kvsurgeon.passes.fixing.interface import Interface, read_interface
 from kvsurgeon.passes.options import check_count
+from kvsurgeon.passes.shapes.constant_folding import compute_constants, name_numbers
+from kvsurgeon.passes.shapes.interface import Interface, read_interface
+from kvsurgeon.passes.shapes.static_ranges import count_from_starts
 from kvsurgeon.rewrite.cache_metadata import write_cache_metadata
 
 

@@ -14,8 +14,8 @@ from kvsurgeon.heads.counts import HeadCounts
 from kvsurgeon.heads.replace_heads import Exchange, Exchanger
 from kvsurgeon.heads.selection import Selection
 from kvsurgeon.io.model_config import Change, Heads
+from kvsurgeon.passes.cache.remove_cache import put_back, take_out
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.remove_cache import put_back, take_out
 
 Wanted = Callable[[int, HeadCounts], Selection | None]  # of a layer's heads; None where they stay
 Plan = Callable[[Exchanger], Sequence[Exchange | None]]

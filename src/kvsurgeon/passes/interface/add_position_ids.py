@@ -15,8 +15,8 @@ from kvsurgeon.decompose.model_functions import simplify_model
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
+from kvsurgeon.passes.cache.remove_cache import put_back, take_out
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.remove_cache import put_back, take_out
 from kvsurgeon.proof.proof import prove
 from kvsurgeon.rewrite.given_positions import GivenPositions, at_tokens
 

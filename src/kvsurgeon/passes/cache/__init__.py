@@ -1,0 +1,1 @@
+"""Passes that add, convert and remove a KV cache."""

@@ -1,1 +1,0 @@
-"""What fixing shapes is made of: the interface in numbers, and what follows from them."""

@@ -1,0 +1,1 @@
+"""Passes that change the number of KV heads and of layers with their own KV cache."""

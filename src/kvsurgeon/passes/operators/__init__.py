@@ -1,0 +1,1 @@
+"""Passes that replace operators by others: fusions, simpler equivalents, and constants in another range."""

@@ -1,0 +1,1 @@
+"""Passes that convert a model to another opset version."""

@@ -1,0 +1,1 @@
+"""Passes that make dynamic shapes static."""
