@@ -134,7 +134,7 @@ def test_only_weights_may_be_summed_so(after, reason):
 
 def test_noise_of_the_rows_beside_does_not_depend_on_the_length():
     from kvsurgeon.analysis.probe_inputs import noise
-    from kvsurgeon.dataflow.sequence_axes import Length, LengthVariable, SequenceAxis
+    from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable, SequenceAxis
 
     axes = (SequenceAxis(0, LengthVariable(Length.TOTAL), ahead=2, behind=1),)
     short, long = (noise((length + 3,), axes, np.arange(length), None) for length in (7, 40))

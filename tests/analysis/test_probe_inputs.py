@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from kvsurgeon.analysis.probe_inputs import noise
-from kvsurgeon.dataflow.sequence_axes import Length, LengthVariable, SequenceAxis
+from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable, SequenceAxis
 
 STREAM = LengthVariable(Length.NEW)
 SHORT, LONG = 7, 40

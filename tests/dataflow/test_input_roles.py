@@ -7,9 +7,9 @@ import pytest
 from written import read
 
 from kvsurgeon.dataflow.input_roles import classify_inputs, read_inputs
-from kvsurgeon.dataflow.sequence_axes import Length
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH
+from kvsurgeon.symbolic.sequence_axes import Length
 
 FRAME = "case ({inputs}) => (float[] y) <float[9, 4] table, int64[1] last = {{2}}, int64[1] zero = {{0}}, int64[1] two = {{2}}, int64[3] thrice = {{1, 1, 1}}, float half = {{0.5}}> {{ {body} }}"
 

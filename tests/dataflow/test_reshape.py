@@ -2,9 +2,9 @@
 
 import pytest
 
-from kvsurgeon.dataflow.sequence_axes import Length, LengthVariable, SequenceAxis, follow_reshape
 from kvsurgeon.symbolic.dimension import BATCH as B
 from kvsurgeon.symbolic.dimension import LENGTH as N
+from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable, SequenceAxis, follow_reshape
 
 STREAM = LengthVariable(Length.NEW)
 

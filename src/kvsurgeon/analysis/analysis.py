@@ -12,13 +12,13 @@ from kvsurgeon.analysis.common_subexpressions import find_same
 from kvsurgeon.analysis.propagation import follow_tokens
 from kvsurgeon.analysis.token_flow import ContextProduct, FusedAttention, Place, ScoreProduct, TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole, classify_inputs, read_inputs
-from kvsurgeon.dataflow.sequence_axes import LengthVariable
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.dataflow.value_kinds import find_kinds
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.graph.operators import SHAPE_ONLY
 from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.sequence_axes import LengthVariable
 
 
 @dataclass(frozen=True, kw_only=True)

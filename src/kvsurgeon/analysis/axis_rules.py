@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 from kvsurgeon.analysis.elementwise_rules import align, broadcast, is_of_stream
 from kvsurgeon.analysis.token_flow import PER_CALL, NodeVisit
-from kvsurgeon.dataflow.sequence_axes import Axes, Length, SequenceAxis
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.ops.layout import joined_inputs
@@ -14,6 +13,7 @@ from kvsurgeon.ops.reduction import reduced_axes
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import axis_of
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
 
 def forbid(step: NodeVisit, axes: Axes, along: Iterable[int]) -> None:

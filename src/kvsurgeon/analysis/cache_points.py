@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from kvsurgeon.analysis.token_flow import Place, TokenFlow
-from kvsurgeon.dataflow.sequence_axes import Length, SequenceAxis
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
@@ -23,6 +22,7 @@ from kvsurgeon.graph.operators import LOOKUPS
 from kvsurgeon.ops.contraction import PRODUCTS, contraction_of
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, Dimension
+from kvsurgeon.symbolic.sequence_axes import Length, SequenceAxis
 
 # Products with weights: what lies upstream of them would have to be computed again for every token at every step.
 PROJECTIONS = PRODUCTS | {"Conv", "FusedConv", "QLinearConv"}

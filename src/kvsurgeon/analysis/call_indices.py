@@ -12,9 +12,9 @@ import onnx_ir as ir
 from kvsurgeon.analysis.mask_patterns import all_seen
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_flow import TokenFlow
-from kvsurgeon.dataflow.sequence_axes import Length
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
+from kvsurgeon.symbolic.sequence_axes import Length
 
 LENGTHS = (3, 8)  # tokens at which addresses are looked at
 

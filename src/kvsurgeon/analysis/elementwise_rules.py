@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from kvsurgeon.analysis.token_flow import NodeVisit, ScoreProduct
-from kvsurgeon.dataflow.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
 
 def keep(step: NodeVisit) -> list[Axes]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from kvsurgeon.analysis.call_indices import is_grid, is_of_new_tokens
 from kvsurgeon.analysis.elementwise_rules import broadcast
 from kvsurgeon.analysis.token_flow import NodeVisit
-from kvsurgeon.dataflow.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.symbolic.fact import axis_of
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
 
 def gather(step: NodeVisit) -> list[Axes]:

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from kvsurgeon.analysis.elementwise_rules import brought
 from kvsurgeon.analysis.token_flow import NodeVisit
-from kvsurgeon.dataflow.sequence_axes import Axes, Length, SequenceAxis, follow_reshape
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.ops.slicing import FAR, slice_bounds
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.fact import axis_of
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis, follow_reshape
 
 
 def _followed(step: NodeVisit) -> Axes:

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvsurgeon.analysis.token_flow import NodeVisit
-from kvsurgeon.dataflow.sequence_axes import Axes, Length, LengthVariable
 from kvsurgeon.graph.liveness import follows_input
 from kvsurgeon.ops.layout import joined_inputs
 from kvsurgeon.symbolic.fact import axis_of
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable
 
 
 def concat(step: NodeVisit) -> list[Axes]:

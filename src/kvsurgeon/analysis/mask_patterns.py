@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from kvsurgeon.analysis.probe_inputs import at_length
-from kvsurgeon.dataflow.sequence_axes import Axes, Length, SequenceAxis
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
 Pattern = Callable[[int], np.ndarray]  # of the length: which tokens are seen
 

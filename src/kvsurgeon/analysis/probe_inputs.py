@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.dataflow.sequence_axes import Axes
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
+from kvsurgeon.symbolic.sequence_axes import Axes
 
 
 def batch_axis(shape: Sequence[Dimension] | None) -> int | None:

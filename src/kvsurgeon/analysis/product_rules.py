@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 from kvsurgeon.analysis.elementwise_rules import brought
 from kvsurgeon.analysis.token_flow import PER_CALL, ContextProduct, FusedAttention, NodeVisit, ScoreProduct
-from kvsurgeon.dataflow.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.ops.contraction import PACKED, PRODUCTS, Contraction, Labels, contraction_of
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
 Held = dict[str, SequenceAxis]  # label -> the sequence axis that it names
 

@@ -21,7 +21,6 @@ from kvsurgeon.analysis.routed_regions import (
 from kvsurgeon.analysis.sequence_state import find_sequence_state, record_sequence_state
 from kvsurgeon.analysis.token_flow import NodeVisit, TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.dataflow.sequence_axes import Axes, Length, SequenceAxis
 from kvsurgeon.dataflow.shape_inference import STANDARD_DOMAINS, Shapes, in_one_line
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
@@ -32,6 +31,7 @@ from kvsurgeon.ops.contraction import PRODUCTS
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import NOTHING
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
 Rule = Callable[[NodeVisit], list[Axes]]
 

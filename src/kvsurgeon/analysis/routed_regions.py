@@ -18,7 +18,6 @@ from kvsurgeon.analysis.call_indices import is_of_new_tokens
 from kvsurgeon.analysis.mask_patterns import all_seen, close, unfolded
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_flow import TokenFlow
-from kvsurgeon.dataflow.sequence_axes import Axes, Length, SequenceAxis
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
@@ -27,6 +26,7 @@ from kvsurgeon.ops.contraction import PRODUCTS
 from kvsurgeon.ops.elementwise import BINARY, UNARY
 from kvsurgeon.ops.slicing import slice_bounds
 from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
 PICKERS = frozenset({"NonZero"})
 SEEN = "routing that depends on the tokens: that it keeps them apart was seen by running it"

@@ -16,10 +16,10 @@ from kvsurgeon.analysis.mask_patterns import Pattern, all_seen, close, left_padd
 from kvsurgeon.analysis.probe_inputs import batch_axis
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_flow import SequenceState, TokenFlow
-from kvsurgeon.dataflow.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.symbolic.dimension import LENGTH
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
 SEEN = "state outside attention: that it depends on no later token was seen by running it"
 _LONGEST = 8  # nodes that may make one result

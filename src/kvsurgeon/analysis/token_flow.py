@@ -9,7 +9,6 @@ import onnx_ir as ir
 import sympy
 
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.dataflow.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
@@ -17,6 +16,7 @@ from kvsurgeon.ops.contraction import zero_points_of
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
 from kvsurgeon.symbolic.fact import Fact, OperatorCall
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
 Place = tuple[ir.Node, int]  # a node and the index of one of its inputs
 

@@ -15,7 +15,6 @@ from kvsurgeon.anatomy.masks import read_mask
 from kvsurgeon.anatomy.scales import read_scale
 from kvsurgeon.cache.signature import CacheSignature
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.dataflow.sequence_axes import Length
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.decompose import decompose
 from kvsurgeon.graph.constants import constant_tensor
@@ -25,6 +24,7 @@ from kvsurgeon.proof.proof import Proof, prove
 from kvsurgeon.rewrite.cache_removal import eject
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH
+from kvsurgeon.symbolic.sequence_axes import Length
 
 LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
 

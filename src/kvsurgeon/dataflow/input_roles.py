@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from kvsurgeon.dataflow.sequence_axes import Length
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
@@ -15,6 +14,7 @@ from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.graph.operators import LOOKUPS, SHAPE_ONLY
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
+from kvsurgeon.symbolic.sequence_axes import Length
 
 # Operators through which an input is still itself, position by position.
 # fmt: off

@@ -9,11 +9,11 @@ from functools import reduce
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.dataflow.sequence_axes import Length
 from kvsurgeon.fusion.context import Setting, Sizes
 from kvsurgeon.fusion.match import Fusable
 from kvsurgeon.fusion.score_path import MOVES
 from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.sequence_axes import Length
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from kvsurgeon.analysis.token_flow import TokenFlow
-from kvsurgeon.dataflow.sequence_axes import Axes, Length
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.rewrite.lengths import LengthValues
 from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 Sizes = tuple[Dimension, ...]
 

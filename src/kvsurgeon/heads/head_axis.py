@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kvsurgeon.dataflow.sequence_axes import LengthVariable, SequenceAxis, follow_reshape
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.sequence_axes import LengthVariable, SequenceAxis, follow_reshape
 
 
 @dataclass(frozen=True, slots=True)

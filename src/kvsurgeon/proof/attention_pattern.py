@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvsurgeon.analysis.mask_patterns import close
-from kvsurgeon.dataflow.sequence_axes import Axes
+from kvsurgeon.symbolic.sequence_axes import Axes
 
 SEEN = 1e-6  # a weight above this is one that counts
 

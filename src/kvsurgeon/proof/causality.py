@@ -23,10 +23,10 @@ from kvsurgeon.analysis.mask_patterns import (
 )
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.dataflow.sequence_axes import Axes
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.proof import attention_pattern
 from kvsurgeon.proof.length_sweep import USEFUL, LengthSweep, check_same, first
+from kvsurgeon.symbolic.sequence_axes import Axes
 
 LOUD = (30.0, 10.0, 3.0, 1.0)  # times the usual noise: a mask must hold against scores as large as the model can take
 

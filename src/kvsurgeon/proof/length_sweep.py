@@ -13,11 +13,11 @@ from kvsurgeon.analysis.mask_patterns import Pattern, close, difference
 from kvsurgeon.analysis.probe_inputs import at_length
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.dataflow.sequence_axes import Axes
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.sequence_axes import Axes
 
 LADDER = (1, 2, 7, 8, 40, 65, 129)  # tokens
 USEFUL = 64  # tokens: a cache that is right for fewer is not worth having

@@ -21,12 +21,12 @@ from kvsurgeon.analysis.mask_patterns import (
     with_holes,
 )
 from kvsurgeon.analysis.subgraph_runner import downstream
-from kvsurgeon.dataflow.sequence_axes import Axes
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.proof.causality import beside_weights
 from kvsurgeon.proof.length_sweep import USEFUL, LengthSweep, check_same, first
+from kvsurgeon.symbolic.sequence_axes import Axes
 
 
 @dataclass(frozen=True, kw_only=True)

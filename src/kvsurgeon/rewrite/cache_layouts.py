@@ -9,9 +9,9 @@ import onnx_ir as ir
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.rewrite.dimension_names import dim_names
-from kvsurgeon.rewrite.lengths import NEW, LengthValues
+from kvsurgeon.rewrite.lengths import LengthValues
 from kvsurgeon.rewrite.reshape_targets import reshape_target
-from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.dimension import NEW, Dimension
 
 Order = tuple[int, int, int, int]  # of the cache's axes: places in [batch, kv_heads, sequence, head_dim]
 

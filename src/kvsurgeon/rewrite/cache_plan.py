@@ -13,7 +13,6 @@ from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.cache.layout import Layout
 from kvsurgeon.cache.length_inputs import Count
 from kvsurgeon.dataflow.input_roles import InputRole, find_positions
-from kvsurgeon.dataflow.sequence_axes import Length
 from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.proof.proof import Proof
@@ -22,8 +21,9 @@ from kvsurgeon.rewrite.cache_modes.dynamic import DynamicCache
 from kvsurgeon.rewrite.cache_modes.mode import CacheMode
 from kvsurgeon.rewrite.cache_modes.new_tokens import NewTokensCache
 from kvsurgeon.rewrite.cache_modes.static import StaticCache
-from kvsurgeon.rewrite.lengths import CAPACITY, MAX, NEW, PAST, Source
-from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.rewrite.lengths import Source
+from kvsurgeon.symbolic.dimension import CAPACITY, MAX, NEW, PAST, Dimension
+from kvsurgeon.symbolic.sequence_axes import Length
 
 PAST_LENGTH = "past_sequence_length"  # name of the input that gives it
 

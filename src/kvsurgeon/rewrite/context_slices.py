@@ -15,18 +15,18 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.dataflow.sequence_axes import Axes, Length, LengthVariable, SequenceAxis, follow_reshape
 from kvsurgeon.dataflow.shape_inference import in_one_line
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.operators import SHAPE_ONLY
-from kvsurgeon.rewrite.lengths import NEW, LengthValues
+from kvsurgeon.rewrite.lengths import LengthValues
 from kvsurgeon.rewrite.slice_rules import RULES, WHOLE_NUMBERS
 from kvsurgeon.rewrite.unfilled_rows import UnfilledRows
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.dimension import NEW, Dimension
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis, follow_reshape
 
 Key = tuple[tuple[SequenceAxis, Length], ...]
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvsurgeon.dataflow.sequence_axes import Axes, Length
-from kvsurgeon.rewrite.lengths import CAPACITY, MAX, NEW, PAST, TOTAL
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
+from kvsurgeon.symbolic.dimension import BATCH, CAPACITY, LENGTH, MAX, NEW, PAST, TOTAL, Dimension
+from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 BATCH_NAME = "batch_size"
 

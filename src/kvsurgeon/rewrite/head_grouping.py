@@ -16,7 +16,6 @@ import onnx_ir as ir
 from kvsurgeon.analysis.analysis import AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.analysis.token_flow import FusedAttention, TokenFlow
-from kvsurgeon.dataflow.sequence_axes import Length
 from kvsurgeon.rewrite.cache_layouts import USUAL, CacheLayouts, Order
 from kvsurgeon.rewrite.dimension_names import dim_names
 from kvsurgeon.rewrite.layout_trace import FEATURES, TOKENS, LayoutTrace, read
@@ -24,6 +23,7 @@ from kvsurgeon.rewrite.reshape_targets import reshape_target
 from kvsurgeon.rewrite.token_data import TokenRewriter
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.sequence_axes import Length
 
 _PRODUCTS = frozenset({"MatMul", "FusedMatMul"})
 _MOVES_QUERIES = ("transA", "transBatchA", "transBatchB")  # attributes of FusedMatMul

@@ -13,17 +13,11 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
-from kvsurgeon.dataflow.sequence_axes import Length
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import LENGTH, Dimension
-
-PAST = dim.symbol("past_sequence_length")
-NEW = dim.symbol("sequence_length")
-TOTAL = dim.add(PAST, NEW)  # T: all tokens so far
-MAX = dim.symbol("max_length")  # rows of a cache that is written in place
-CAPACITY = dim.symbol("cache_length")  # rows of a past that need not all be filled
+from kvsurgeon.symbolic.dimension import LENGTH, NEW, PAST, TOTAL, Dimension
+from kvsurgeon.symbolic.sequence_axes import Length
 
 INT64 = ir.DataType.INT64
 

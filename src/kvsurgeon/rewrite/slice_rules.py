@@ -11,17 +11,17 @@ from typing import Protocol
 import onnx_ir as ir
 
 from kvsurgeon.analysis.token_flow import TokenFlow
-from kvsurgeon.dataflow.sequence_axes import Axes, Length, LengthVariable, SequenceAxis, follow_reshape
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.ops.contraction import contraction_of
 from kvsurgeon.ops.elementwise import BINARY, UNARY
 from kvsurgeon.ops.reduction import reduced_axes
 from kvsurgeon.ops.slicing import slice_bounds
-from kvsurgeon.rewrite.lengths import NEW, PAST, LengthValues
+from kvsurgeon.rewrite.lengths import LengthValues
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.dimension import NEW, PAST, Dimension
 from kvsurgeon.symbolic.fact import OperatorCall, axis_of
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis, follow_reshape
 
 
 class Maker(Protocol):

@@ -8,17 +8,17 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.token_flow import TokenFlow
-from kvsurgeon.dataflow.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.rewrite.context_slices import ContextSlices
 from kvsurgeon.rewrite.dimension_names import dim_names
-from kvsurgeon.rewrite.lengths import PAST, LengthValues
+from kvsurgeon.rewrite.lengths import LengthValues
 from kvsurgeon.rewrite.reshape_targets import expand_target, reshape_target
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.dimension import PAST, Dimension
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
 _TOTAL = LengthVariable(Length.TOTAL)
 

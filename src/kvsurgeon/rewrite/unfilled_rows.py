@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from kvsurgeon.dataflow.sequence_axes import Axes, Length
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.rewrite.lengths import CAPACITY, INT64, PAST, TOTAL, LengthValues
+from kvsurgeon.rewrite.lengths import INT64, LengthValues
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.dimension import CAPACITY, PAST, TOTAL, Dimension
+from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 
 class UnfilledRows:

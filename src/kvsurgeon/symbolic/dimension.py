@@ -18,6 +18,12 @@ Dimension: TypeAlias = int | sympy.Expr
 BATCH = sympy.Symbol("batch", integer=True, positive=True)
 LENGTH = sympy.Symbol("length", integer=True, positive=True)  # the one length that an export without a cache knows
 
+PAST = sympy.Symbol("past_sequence_length", integer=True, positive=True)
+NEW = sympy.Symbol("sequence_length", integer=True, positive=True)  # S: the tokens of this call
+TOTAL = PAST + NEW  # T: all tokens up to this call
+MAX = sympy.Symbol("max_length", integer=True, positive=True)  # rows of a static cache
+CAPACITY = sympy.Symbol("cache_length", integer=True, positive=True)  # rows of a past that need not all be filled
+
 LONGEST = 40  # operations in an expression
 
 remembered = lru_cache(maxsize=None, typed=True)  # 2 and 2.0 are equal, and what is made of them is not

@@ -13,7 +13,6 @@ from kvsurgeon.analysis.analysis import Analysis, analyze
 from kvsurgeon.analysis.token_flow import FusedAttention, SequenceState
 from kvsurgeon.cache.layout import USUAL, Layout
 from kvsurgeon.cache.pairs import find_buffers, find_cache_pairs
-from kvsurgeon.dataflow.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import UnsupportedError
@@ -33,8 +32,10 @@ from kvsurgeon.rewrite.cache_plan import Plan, find_sources, plan_cache
 from kvsurgeon.rewrite.context_slices import ContextSlices
 from kvsurgeon.rewrite.dimension_names import DimNames, dim_names, dim_names_of_export
 from kvsurgeon.rewrite.head_grouping import HeadGrouping
-from kvsurgeon.rewrite.lengths import MAX, NEW, TOTAL, LengthValues
+from kvsurgeon.rewrite.lengths import LengthValues
 from kvsurgeon.rewrite.token_data import TokenRewriter, causal_mask
+from kvsurgeon.symbolic.dimension import MAX, NEW, TOTAL
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
 Choice = Callable[[Analysis], Sequence[Fusable]]
 

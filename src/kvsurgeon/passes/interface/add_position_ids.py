@@ -9,7 +9,6 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis, analyze
 from kvsurgeon.cache.signature import CacheSignature
-from kvsurgeon.dataflow.sequence_axes import Length
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.decompose.model_functions import simplify_model
 from kvsurgeon.errors import UnsupportedError
@@ -19,6 +18,7 @@ from kvsurgeon.passes.cache.remove_cache import put_back, take_out
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.proof.proof import prove
 from kvsurgeon.rewrite.given_positions import GivenPositions, at_tokens
+from kvsurgeon.symbolic.sequence_axes import Length
 
 Place = tuple[ir.Node, int, int]  # a node on tokens, the input that is context, the axis of it that holds tokens
 

@@ -9,8 +9,8 @@ import onnx_ir as ir
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.rewrite.cache_entries import CacheTensor
 from kvsurgeon.rewrite.cache_modes.mode import Joined
-from kvsurgeon.rewrite.lengths import PAST, TOTAL, LengthValues
-from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.rewrite.lengths import LengthValues
+from kvsurgeon.symbolic.dimension import PAST, TOTAL, Dimension
 
 
 @dataclass(frozen=True, kw_only=True)

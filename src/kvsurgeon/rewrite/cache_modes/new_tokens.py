@@ -10,9 +10,9 @@ from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.rewrite.cache_entries import CacheTensor
 from kvsurgeon.rewrite.cache_modes.mode import Joined
-from kvsurgeon.rewrite.lengths import NEW, PAST, LengthValues
+from kvsurgeon.rewrite.lengths import LengthValues
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.dimension import NEW, PAST, Dimension
 
 
 @dataclass(frozen=True, kw_only=True)
