@@ -1,9 +1,9 @@
 """Takes caches out and puts them back: does each model still compute what it did?
 
-    python benchmarks/eject.py FOLDER... [--idiom NAME]... [--file MODEL]... [--group G] [--only NAME] [--sample N]
+    python benchmarks/eject.py FOLDER... [--cache NAME]... [--file MODEL]... [--group G] [--only NAME] [--sample N]
                                [--json OUT]
 
-Two ways round. *Inject, eject, inject*: every model of a folder that can be injected, in each idiom that is named
+Two ways round. *Inject, eject, inject*: every model of a folder that can be injected, in each cache mode that is named
 (by default all); without the cache it is held against the original, with a growing one against the stored logits.
 *RemoveCache, inject*: every file called `*with_past*.onnx`, and each FILE, whose cache is put back under its own
 names; held
@@ -36,11 +36,11 @@ from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.surgery import operate
 
 FINE = frozenset({"equal", "not injected", "not runnable", "refused by name"})
-IDIOMS: dict[str, dict[str, str]] = {
-    "grow": {},
-    "in-place": {"idiom": "in-place"},
-    "new-only": {"idiom": "new-only"},
-    "unfilled": {"idiom": "new-only", "past_length": "input"},
+CACHE_MODES: dict[str, dict[str, str]] = {
+    "dynamic": {},
+    "static": {"cache": "static"},
+    "new-tokens": {"cache": "new-tokens"},
+    "unfilled": {"cache": "new-tokens", "past_length": "input"},
 }
 
 
@@ -58,10 +58,11 @@ def main() -> int:
     found = find_entries(arguments.folders, groups=arguments.group or (), names=arguments.only or ())
     entries = [one for one in spread_sample(found, arguments.sample) if one.expected != "refuse" and not one.damaged]
     ways = {
-        f"inject {idiom}, eject, inject": [
-            _named(entry.label, lambda entry=entry, idiom=idiom: _there_and_back(entry, idiom)) for entry in entries
+        f"inject {cache_mode}, eject, inject": [
+            _named(entry.label, lambda entry=entry, cache_mode=cache_mode: _there_and_back(entry, cache_mode))
+            for entry in entries
         ]
-        for idiom in arguments.idiom or IDIOMS
+        for cache_mode in arguments.cache or CACHE_MODES
     } | {
         "remove-cache, inject": [
             _named(f"{entry.label}/{file.name}", lambda entry=entry, file=file: _replaced(file, entry))
@@ -92,18 +93,18 @@ def _named(name: str, attempt: Callable[[], tuple[str, str]]) -> Result:
     return Result(name=name, verdict=verdict, reason=reason)
 
 
-def _there_and_back(entry: Entry, idiom: str) -> tuple[str, str]:
+def _there_and_back(entry: Entry, cache_mode: str) -> tuple[str, str]:
     original = onnx.load(entry.path, load_external_data=False)
     subject = Subject.of(onnx.load(entry.path, load_external_data=False), entry.folder)
     try:
-        Inject(**IDIOMS[idiom]).apply(subject)
+        Inject(**CACHE_MODES[cache_mode]).apply(subject)
     except KvsurgeonError as error:
         return "not injected", str(error)
     try:
         if not isinstance(RemoveCache().apply(subject), Changed):
             return "different", "the cache that was put in is not seen"
     except UnsupportedError as refusal:
-        return "refused" if idiom == "grow" else "refused by name", str(refusal)
+        return "refused" if cache_mode == "dynamic" else "refused by name", str(refusal)
     ejected = io.to_proto(subject.model)
     for mine, theirs in ((ejected.graph.input, original.graph.input), (ejected.graph.output, original.graph.output)):
         if [value.name for value in mine] != [value.name for value in theirs]:
@@ -166,7 +167,7 @@ def _replaced(file: Path, entry: Entry | None) -> tuple[str, str]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--idiom", action="append", choices=IDIOMS)
+    parser.add_argument("--cache", action="append", choices=CACHE_MODES)
     parser.add_argument("--file", action="append", type=Path, default=[])
     parser.add_argument("--group", action="append")
     parser.add_argument("--only", action="append")

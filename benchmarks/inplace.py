@@ -1,6 +1,6 @@
 """Times one decode step in place: past and present of each entry bound to one buffer with room for more tokens.
 
-    kvsurgeon run smollm2 -p "raise-opset{opset=24},inject{idiom=in-place}" -o in-place
+    kvsurgeon run smollm2 -p "raise-opset{opset=24},inject{cache=static}" -o in-place
     python -m onnxruntime_genai.models.builder -i HUGGING_FACE_FOLDER -o built -p fp32 -e cpu
     python benchmarks/inplace.py built in-place [--context 1024] [--room 2048] [--steps 20] [--json OUT]
 

@@ -33,12 +33,12 @@ WITH_A_CACHE = 0.75  # of the rows
 
 CACHE = (
     "",
-    "{idiom=in-place}",
-    "{idiom=in-place,past-length=mask}",
-    "{idiom=in-place,past-length=positions}",
-    "{idiom=in-place,max-length=96}",
-    "{idiom=new-only}",
-    "{idiom=new-only,past-length=input}",
+    "{cache=static}",
+    "{cache=static,past-length=mask}",
+    "{cache=static,past-length=positions}",
+    "{cache=static,max-length=96}",
+    "{cache=new-tokens}",
+    "{cache=new-tokens,past-length=input}",
     "{key-layout=batch,kv_heads,head_dim,sequence}",
     "{past=p_{kind}_{layer},present=n_{kind}_{layer}}",
 )

@@ -65,23 +65,23 @@ def test_what_is_made_of_later_tokens_is_refused(hidden):
         injected(read(case(hidden)))
 
 
-@pytest.mark.parametrize("idiom", ["grow", "in-place", "new-only"])
-def test_each_idiom_carries_it(idiom):
+@pytest.mark.parametrize("cache", ["dynamic", "static", "new-tokens"])
+def test_each_cache_mode_carries_it(cache):
     original = read(case(CONVOLUTION))
-    assert verification.judge(original, injected(original, idiom=idiom)).verdict == "same"
+    assert verification.judge(original, injected(original, cache=cache)).verdict == "same"
 
 
 ACROSS = ("kv_heads", "batch", "head_dim", "sequence")
 FORMS = [
-    {"idiom": "in-place"},
+    {"cache": "static"},
     {"key_layout": ACROSS},
     {
-        "idiom": "in-place",
+        "cache": "static",
         "value_layout": ACROSS,
         "past": "past_{kind}_{layer}_in",
         "present": "past_{kind}_{layer}_out",
     },
-    {"idiom": "new-only", "key_layout": ACROSS},
+    {"cache": "new-tokens", "key_layout": ACROSS},
 ]
 
 
@@ -100,7 +100,7 @@ def test_it_comes_back_in_its_form(form):
 
 
 def test_another_form_takes_its_place():
-    surgery = operate(injected(read(case(CONVOLUTION))), Pipeline((Retarget(idiom="in-place"),)))
+    surgery = operate(injected(read(case(CONVOLUTION))), Pipeline((Retarget(cache="static"),)))
     assert surgery.sameness.verdict == "same"
 
 
@@ -117,7 +117,7 @@ def test_it_is_taken_out_again():
 
 def test_rows_that_need_not_be_filled_would_be_taken_for_tokens():
     with pytest.raises(UnsupportedError, match="would be taken for tokens"):
-        injected(read(case(CONVOLUTION)), idiom="new-only", past_length="input")
+        injected(read(case(CONVOLUTION)), cache="new-tokens", past_length="input")
 
 
 MASKED = "seen = Cast<to = 9>(key_mask)\n causal = LessOrEqual(row, column)\n allowed = And(causal, seen)"

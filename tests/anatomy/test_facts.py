@@ -42,16 +42,16 @@ def test_scale(parts, expected):
 
 
 @pytest.mark.parametrize(
-    ("options", "idiom", "rows"),
-    [({}, "grow", "past_sequence_length"), ({"idiom": "in-place"}, "in-place", "max_length"),
-     ({"idiom": "new-only"}, "new-only", "past_sequence_length")],
+    ("options", "cache", "rows"),
+    [({}, "dynamic", "past_sequence_length"), ({"cache": "static"}, "static", "max_length"),
+     ({"cache": "new-tokens"}, "new-tokens", "past_sequence_length")],
 )  # fmt: skip
-def test_a_model_with_a_cache_has_the_same_attention_and_says_what_it_remembers(options, idiom, rows):
+def test_a_model_with_a_cache_has_the_same_attention_and_says_what_it_remembers(options, cache, rows):
     text = attention()
     before, after = Subject.of(read(text)).decoder(), Subject.of(injected(read(text), **options)).decoder()
     assert before.cache == ()
-    assert [(one.past, one.present, one.layer, one.kind, one.idiom) for one in after.cache] == [
-        (f"past_key_values.0.{kind}", f"present.0.{kind}", 0, kind, idiom) for kind in ("key", "value")
+    assert [(one.past, one.present, one.layer, one.kind, one.cache_mode) for one in after.cache] == [
+        (f"past_key_values.0.{kind}", f"present.0.{kind}", 0, kind, cache) for kind in ("key", "value")
     ]
     assert after.cache[0].shape == ("batch_size", after.attentions[0].kv_heads, rows, after.attentions[0].head_dim)
     for was, now in zip(before.attentions, after.attentions, strict=True):

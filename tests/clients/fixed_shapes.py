@@ -40,7 +40,7 @@ FILES = ("prefill.onnx", "decode.onnx")
 
 def in_place(model: Path, folder: Path, tokens: int, context: int) -> None:
     """Write the pair whose cache is written in place."""
-    operate(model, Pipeline((Inject(idiom="in-place"),)), folder / "whole", verify=False, pack=True)
+    operate(model, Pipeline((Inject(cache="static"),)), folder / "whole", verify=False, pack=True)
     for file, size in zip(FILES, (tokens, 1), strict=True):
         fixed = Pipeline((FixShapes(tokens=size, max_length=context),))
         operate(folder / "whole", fixed, folder / "fixed" / file, verify=False)

@@ -11,11 +11,11 @@ from kvsurgeon.passes.contract import Subject
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 FORMS = {
-    "grow": "inject",
-    "in place": "inject{idiom=in-place}",
-    "in place, so many rows": "inject{idiom=in-place,max-length=48}",
-    "in place, by the mask": "inject{idiom=in-place,past-length=mask}",
-    "new rows only": "inject{idiom=new-only,past-length=input}",
+    "dynamic": "inject",
+    "in place": "inject{cache=static}",
+    "in place, so many rows": "inject{cache=static,max-length=48}",
+    "in place, by the mask": "inject{cache=static,past-length=mask}",
+    "new rows only": "inject{cache=new-tokens,past-length=input}",
     "keys on their side": "inject{key-layout=batch,kv_heads,head_dim,sequence}",
 }
 

@@ -100,7 +100,7 @@ def test_a_result_with_a_cache_loses_nothing_either(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("short")
 def test_a_text_is_no_longer_than_the_result_has_room_for(tmp_path: Path) -> None:
-    in_place = kvsurgeon.Pipeline.parse("inject{idiom=in-place,max-length=12}")
+    in_place = kvsurgeon.Pipeline.parse("inject{cache=static,max-length=12}")
     surgery = operate(DEMO, in_place, tmp_path / "out", verify=False)
     assert measure_loss(DEMO, surgery.path.parent).tokens == 16  # two stretches of half of 16
 

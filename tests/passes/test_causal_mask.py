@@ -39,9 +39,9 @@ def test_the_judge_finds_the_same_model(name):
     assert isinstance(AddCausalMaskInput().apply(subject), Unchanged)
 
 
-@pytest.mark.parametrize("idiom", ["grow", "in-place", "new-only"])
-def test_beside_a_cache_that_was_there_the_judge_takes_it_for_no_past(idiom):
-    before = injected(export("gpt2_torchscript_sdpa"), idiom=idiom)
+@pytest.mark.parametrize("cache", ["dynamic", "static", "new-tokens"])
+def test_beside_a_cache_that_was_there_the_judge_takes_it_for_no_past(cache):
+    before = injected(export("gpt2_torchscript_sdpa"), cache=cache)
     assert judge(before, after(before, AddCausalMaskInput())) == Sameness(verdict="same")
 
 

@@ -86,7 +86,7 @@ def test_what_was_injected_comes_out_again(name):
 def test_a_cache_of_which_new_rows_are_returned_comes_out(name, past_length):
     subject = Subject.of(export(name))
     layout = ("kv_heads", "batch", "head_dim", "sequence")
-    Inject(idiom="new-only", key_layout=layout, past_length=past_length).apply(subject)
+    Inject(cache="new-tokens", key_layout=layout, past_length=past_length).apply(subject)
     result = ejected(io.to_proto(subject.model))
     assert len(result.graph.output) == len(export(name).graph.output)
     assert [value.name for value in result.graph.input] == [value.name for value in export(name).graph.input]
@@ -99,7 +99,7 @@ def test_a_cache_that_is_written_in_place_comes_out(name, opset):
     subject = Subject.of(export(name))
     if opset is not None:
         RaiseOpset(opset=opset).apply(subject)
-    Inject(idiom="in-place").apply(subject)
+    Inject(cache="static").apply(subject)
     result = ejected(io.to_proto(subject.model))
     assert [value.name for value in result.graph.input] == [value.name for value in export(name).graph.input]
     assert_same(export(name), result)
@@ -255,7 +255,7 @@ def test_the_judge_runs_what_remains(model):
 
 
 @pytest.mark.parametrize("opset", [18, 24])
-@pytest.mark.parametrize("options", [{"idiom": "in-place"}, {"idiom": "new-only"}], ids=lambda one: one["idiom"])
+@pytest.mark.parametrize("options", [{"cache": "static"}, {"cache": "new-tokens"}], ids=lambda one: one["cache"])
 def test_a_cache_that_does_not_grow_is_a_cache(options, opset):
     model = injected(read(attention(), opset), **options)
     with pytest.raises(UnsupportedError, match="already has a cache"):

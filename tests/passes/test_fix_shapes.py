@@ -19,8 +19,8 @@ from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.shapes.fix_shapes import FixShapes
 from kvsurgeon.runtime import CachedDecoder, Writer, open_session
 
-IN_PLACE = {"idiom": "in-place"}
-NEW_ONLY = {"idiom": "new-only", "past_length": "input"}
+IN_PLACE = {"cache": "static"}
+NEW_ONLY = {"cache": "new-tokens", "past_length": "input"}
 OF_SHAPES = {"Shape", "Size", "Range", "ConstantOfShape", "NonZero", "EyeLike", "Trilu"}
 
 
@@ -39,7 +39,7 @@ def symbols(model: onnx.ModelProto) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "idiom", "tokens"),
+    ("name", "cache", "tokens"),
     [
         *((name, IN_PLACE, 4) for name in ONE_OF_EACH),
         ("llama_dynamo_sdpa", IN_PLACE, 1),
@@ -48,8 +48,8 @@ def symbols(model: onnx.ModelProto) -> list[str]:
         ("decoder", NEW_ONLY, 4),
     ],
 )
-def test_nothing_is_a_symbol_and_the_judge_agrees(name, idiom, tokens):
-    model = fixed(injected(export(name), **idiom), tokens=tokens, max_length=24)
+def test_nothing_is_a_symbol_and_the_judge_agrees(name, cache, tokens):
+    model = fixed(injected(export(name), **cache), tokens=tokens, max_length=24)
 
     assert symbols(model) == []
     made = {value.name for value in (*model.graph.value_info, *model.graph.output)}
@@ -92,13 +92,13 @@ def test_a_host_is_told_what_numbers_do_not_tell():
     layout = ("kv_heads", "batch", "head_dim", "sequence")
     model = fixed(injected(export("decoder"), key_layout=layout, **NEW_ONLY), tokens=8, max_length=16)
     noted = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
-    assert (noted["kvsurgeon.cache"]["idiom"], noted["kvsurgeon.cache"]["key_layout"]) == ("new-only", list(layout))
+    assert (noted["kvsurgeon.cache"]["mode"], noted["kvsurgeon.cache"]["key_layout"]) == ("new-tokens", list(layout))
     decoder = CachedDecoder(open_session(model, threads=1))
     assert [entry.axis for entry in decoder.cache[:2]] == [3, 2]
     assert verify(export("decoder"), model, threads=1).verdict == "same"
 
 
-@pytest.mark.parametrize("options", [{}, {"idiom": "new-only"}, {"idiom": "in-place", "past_length": "mask"}])
+@pytest.mark.parametrize("options", [{}, {"cache": "new-tokens"}, {"cache": "static", "past_length": "mask"}])
 def test_a_cache_whose_shape_differs_from_call_to_call_is_refused(options):
     model = injected(export("decoder"), **options)
     subject = Subject.of(model)

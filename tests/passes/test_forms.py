@@ -27,17 +27,17 @@ from kvsurgeon.workflow.surgery import operate
 AXES = ("batch", "kv_heads", "sequence", "head_dim")
 KEYS_ACROSS = ("kv_heads", "batch", "head_dim", "sequence")
 FORMS = {
-    "grow": {},
+    "dynamic": {},
     "across": {"key_layout": KEYS_ACROSS, "value_layout": ("batch", "sequence", "kv_heads", "head_dim")},
-    "in place": {"idiom": "in-place"},
-    "in place, by the mask": {"idiom": "in-place", "past_length": "mask"},
-    "in place, by positions": {"idiom": "in-place", "past_length": "positions"},
-    "in place, 48 rows": {"idiom": "in-place", "max_length": 48},
-    "in place, 48 rows, by positions": {"idiom": "in-place", "past_length": "positions", "max_length": 48},
-    "in place, across": {"idiom": "in-place", "key_layout": KEYS_ACROSS},
-    "new only": {"idiom": "new-only"},
-    "new only, by an input": {"idiom": "new-only", "past_length": "input"},
-    "new only, by positions": {"idiom": "new-only", "past_length": "positions", "key_layout": KEYS_ACROSS},
+    "in place": {"cache": "static"},
+    "in place, by the mask": {"cache": "static", "past_length": "mask"},
+    "in place, by positions": {"cache": "static", "past_length": "positions"},
+    "in place, 48 rows": {"cache": "static", "max_length": 48},
+    "in place, 48 rows, by positions": {"cache": "static", "past_length": "positions", "max_length": 48},
+    "in place, across": {"cache": "static", "key_layout": KEYS_ACROSS},
+    "new only": {"cache": "new-tokens"},
+    "new only, by an input": {"cache": "new-tokens", "past_length": "input"},
+    "new only, by positions": {"cache": "new-tokens", "past_length": "positions", "key_layout": KEYS_ACROSS},
     "half": {"cache_dtype": "float16", "past": "p_{kind}_{layer}", "present": "n_{kind}_{layer}"},
 }
 
@@ -98,7 +98,7 @@ def test_a_cache_of_any_form_comes_out(form):
         assert_law(decoder(), injected(result))
 
 
-@pytest.mark.parametrize("wanted", ["grow", "in place, by positions", "new only, by an input"])
+@pytest.mark.parametrize("wanted", ["dynamic", "in place, by positions", "new only, by an input"])
 @pytest.mark.parametrize("form", ["across", "in place, by the mask", "new only, by positions"])
 def test_one_form_becomes_another(form, wanted):
     surgery = operate(cached(form), Pipeline((Retarget(**FORMS[wanted]),)))
@@ -161,7 +161,7 @@ def test_buffers_of_several_lengths_stay():
 
 def test_entries_of_several_layouts_are_not_put_back():
     model = onnx.ModelProto()
-    model.CopyFrom(cached("grow"))
+    model.CopyFrom(cached("dynamic"))
     graph = model.graph
     past = next(value for value in graph.input if value.name == "past_key_values.0.key")
     sizes = past.type.tensor_type.shape.dim

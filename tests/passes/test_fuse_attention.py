@@ -28,21 +28,21 @@ FUSABLE = ["decoder", *(name for name in NAMES if name.startswith(("gemma2", "ll
 
 
 @functools.cache
-def fused(name: str, idiom: str) -> onnx.ModelProto:
-    return after(export(name), Inject(idiom=idiom), FuseAttention())
+def fused(name: str, cache: str) -> onnx.ModelProto:
+    return after(export(name), Inject(cache=cache), FuseAttention())
 
 
 def layers(name: str) -> int:
-    return sum("key" in value.name for value in fused(name, "grow").graph.output)
+    return sum("key" in value.name for value in fused(name, "dynamic").graph.output)
 
 
 # What each text becomes, and what it gives
 
 
-@pytest.mark.parametrize("idiom", ["grow", "in-place"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", FUSABLE)
-def test_every_export_computes_what_it_did(name, idiom):
-    result = fused(name, idiom)
+def test_every_export_computes_what_it_did(name, cache):
+    result = fused(name, cache)
     found = operators(result)
     assert found.count("GroupQueryAttention") == layers(name) > 0
     assert not {"Softmax", "TensorScatter", "ScatterElements"} & set(found)
@@ -86,7 +86,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_however_scores_are_made(way):
     model = read(attention(**WAYS[way]), 18)
-    result = after(model, Inject(idiom="in-place"), FuseAttention())
+    result = after(model, Inject(cache="static"), FuseAttention())
     assert operators(result).count("GroupQueryAttention") == 1
     assert "Softmax" not in operators(result)
     report = verify(model, result, threads=1)
@@ -113,8 +113,8 @@ def test_tokens_may_come_before_the_batch():
         after=f"t = {SEQUENCE_FIRST}(c) p = MatMul(t, wv) logits = {SEQUENCE_FIRST}(p)",
     )
     model = read(text, 18)
-    for idiom in ("grow", "in-place"):
-        assert verify(model, after(model, Inject(idiom=idiom), FuseAttention()), threads=1).verdict == "same"
+    for cache in ("dynamic", "static"):
+        assert verify(model, after(model, Inject(cache=cache), FuseAttention()), threads=1).verdict == "same"
 
 
 # What is refused, and why
@@ -169,12 +169,12 @@ def test_a_type_without_a_kernel_is_refused():
 
 
 def test_twice_is_once():
-    for model in (fused("decoder", "in-place"), after(export("decoder"), FuseAttention())):
+    for model in (fused("decoder", "static"), after(export("decoder"), FuseAttention())):
         assert isinstance(FuseAttention().apply(Subject.of(model)), Unchanged)
 
 
 def test_names_and_order_of_the_cache_stay():
-    inject = Inject(past="k_{kind}_{layer}", present="new_{kind}_{layer}", idiom="in-place")
+    inject = Inject(past="k_{kind}_{layer}", present="new_{kind}_{layer}", cache="static")
     cached = after(export("decoder"), inject)
     result = after(cached, FuseAttention())
     for before, now in ((cached.graph.input, result.graph.input), (cached.graph.output, result.graph.output)):
@@ -183,13 +183,13 @@ def test_names_and_order_of_the_cache_stay():
 
 
 def test_the_mask_may_be_given_for_the_tokens_so_far():
-    result = after(export("decoder"), Inject(idiom="in-place", past_length="mask"), FuseAttention())
+    result = after(export("decoder"), Inject(cache="static", past_length="mask"), FuseAttention())
     assert "past_sequence_length" not in {value.name for value in result.graph.input}
     assert verify(export("decoder"), result, threads=1).verdict == "same"
 
 
 def test_rows_beyond_the_tokens_so_far_are_never_read():
-    decoder = CachedDecoder(open_session(fused("decoder", "in-place"), threads=1))
+    decoder = CachedDecoder(open_session(fused("decoder", "static"), threads=1))
     whole = texts(export("decoder"), batch=1, length=6)
     expected = in_onnxruntime(export("decoder"))(whole)["logits"]
     decoder.reset()
@@ -200,7 +200,7 @@ def test_rows_beyond_the_tokens_so_far_are_never_read():
 
 
 def test_what_was_fused_can_be_ejected():
-    result = after(fused("decoder", "grow"), RemoveCache())
+    result = after(fused("decoder", "dynamic"), RemoveCache())
     assert judge(export("decoder"), result).verdict == "same"
 
 
@@ -223,16 +223,14 @@ def test_standard_attention_takes_heads_of_any_width(name):
 
 
 def test_a_model_with_standard_attention_takes_a_cache():
-    result = after(
-        export("decoder"), RaiseOpset(opset=24), FuseAttention(operator="attention"), Inject(idiom="in-place")
-    )
+    result = after(export("decoder"), RaiseOpset(opset=24), FuseAttention(operator="attention"), Inject(cache="static"))
     assert verify(export("decoder"), result, threads=1).verdict == "same"
 
 
 def test_standard_attention_is_fused_further():
     standard = after(export("decoder"), RaiseOpset(opset=24), FuseAttention(operator="attention"))
     assert isinstance(FuseAttention(operator="attention").apply(Subject.of(standard)), Unchanged)
-    result = after(standard, Inject(idiom="in-place"), FuseAttention())
+    result = after(standard, Inject(cache="static"), FuseAttention())
     assert "Attention" not in operators(result)
     assert verify(export("decoder"), result, threads=1).verdict == "same"
 
@@ -250,7 +248,7 @@ def test_those_that_can_are_fused_where_that_is_asked():
     model = read(text, 18)
     with pytest.raises(UnsupportedError, match="layer 1"):
         FuseAttention().apply(Subject.of(model))
-    subject = Subject.of(after(model, Inject(idiom="in-place")))
+    subject = Subject.of(after(model, Inject(cache="static")))
     outcome = FuseAttention(layers="possible").apply(subject)
     assert isinstance(outcome, Changed)
     assert [note for note in outcome.notes if note.startswith("not fused: layer 1")]

@@ -56,7 +56,7 @@ def test_exports_compute_what_they_did(name):
 
 @pytest.mark.parametrize("name", ["llama_dynamo_sdpa", "gemma2_torchscript_eager"])
 def test_with_a_cache_and_attention_fused_behind_it(name):
-    result = after(export(name), RaiseOpset(opset=24), Inject(idiom="in-place"), FuseRotary(), FuseAttention())
+    result = after(export(name), RaiseOpset(opset=24), Inject(cache="static"), FuseRotary(), FuseAttention())
     found = operators(result)
     assert found.count("RotaryEmbedding") == 4
     assert found.count("GroupQueryAttention") == 2

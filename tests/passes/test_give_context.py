@@ -34,7 +34,7 @@ MODELS = {name: export(name) for name in ONE_OF_EACH} | {
 
 def given(model: onnx.ModelProto, **options) -> onnx.ModelProto:
     subject = Subject.of(model)
-    Inject(idiom="new-only").apply(subject)
+    Inject(cache="new-tokens").apply(subject)
     assert isinstance(HostInputs(**options).apply(subject), Changed)
     Int32Inputs().apply(subject)
     result = io.to_proto(subject.model)
@@ -153,7 +153,7 @@ def test_what_is_the_same_for_queries_of_all_heads_stays():
 def test_context_for_queries_of_all_heads_in_one_axis_is_refused():
     bias = "far = Cast<to = 1>(at)\n  bias = Expand(far, sizes_of)"
     subject = Subject.of(read(of_two_heads(bias), 17))
-    Inject(idiom="new-only").apply(subject)
+    Inject(cache="new-tokens").apply(subject)
     with pytest.raises(UnsupportedError, match="in a way that no host is told of"):
         HostInputs(max_length=32).apply(subject)
 
@@ -171,7 +171,7 @@ def test_a_mask_of_more_than_distance_is_refused():
         constants="int64 four = {4}",
     )
     subject = Subject.of(read(text))
-    Inject(idiom="new-only").apply(subject)
+    Inject(cache="new-tokens").apply(subject)
     with pytest.raises(UnsupportedError, match="more than the distance"):
         HostInputs(max_length=32).apply(subject)
     assert subject.model.graph.inputs[0].name == "x"

@@ -59,7 +59,7 @@ def stepwise(model: onnx.ModelProto, ids: np.ndarray, sizes: tuple[int, ...], pa
     ("name", "room"), [*((name, None) for name in MODELS), ("own", MAX), ("bloom_torchscript_eager", MAX)]
 )
 def test_positions_stand_for_a_mask_and_a_count(name, room):
-    model, inject = MODELS[name], Inject(idiom="in-place", max_length=room)
+    model, inject = MODELS[name], Inject(cache="static", max_length=room)
     result = made(model, inject, RemoveMask(), ALONE, PastLengthFromPositions(), LastLogits())
     assert [value.name for value in result.graph.input][:2] == ["input_ids", "position_ids"]
     assert all(len(dims_of(value)) == 4 for value in result.graph.input[2:])
@@ -71,7 +71,7 @@ def test_positions_stand_for_a_mask_and_a_count(name, room):
 
 
 def test_the_head_is_multiplied_with_one_token():
-    result = made(MODELS["own"], Inject(idiom="in-place"), RemoveMask(), ALONE, PastLengthFromPositions(), LastLogits())
+    result = made(MODELS["own"], Inject(cache="static"), RemoveMask(), ALONE, PastLengthFromPositions(), LastLogits())
     logits = next(value for value in result.graph.output if value.name == "logits")
     assert dims_of(logits) == [1, 1, 61]
     makers = {name: node for node in result.graph.node for name in node.output}
@@ -83,21 +83,21 @@ def test_logits_that_something_else_reads_are_picked_themselves():
     model = onnx.ModelProto.FromString(MODELS["own"].SerializeToString())
     model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["chances"], axis=-1))
     model.graph.output.append(onnx.helper.make_tensor_value_info("chances", 1, ["batch_size", "sequence_length", 61]))
-    result = made(model, Inject(idiom="in-place"), ALONE, PastLengthFromPositions(), LastLogits())
+    result = made(model, Inject(cache="static"), ALONE, PastLengthFromPositions(), LastLogits())
     (picked,) = (node for node in result.graph.node if "logits" in node.output)
     assert picked.op_type == "Gather"
 
 
 def test_one_token_of_several_texts_is_refused():
     with pytest.raises(UnsupportedError, match="several texts"):
-        made(MODELS["own"], Inject(idiom="in-place"), PastLengthFromPositions(), LastLogits())
+        made(MODELS["own"], Inject(cache="static"), PastLengthFromPositions(), LastLogits())
 
 
 @pytest.mark.parametrize("batch", ["batch_size", 3])
 def test_a_mask_has_the_batch_of_a_cache_that_lies_otherwise(batch):
     layout = ("kv_heads", "sequence", "head_dim", "batch")
     model, dims = MODELS["gpt2_torchscript_sdpa"], RenameDims(dims=(f"batch_size={batch}",))
-    result = made(model, Inject(idiom="in-place", key_layout=layout), *([dims] if batch == 3 else []), RemoveMask())
+    result = made(model, Inject(cache="static", key_layout=layout), *([dims] if batch == 3 else []), RemoveMask())
     feeds = texts(model, batch=3, padded=False)
     expected = in_onnxruntime(model)(feeds)["logits"]
     given = {}
@@ -111,7 +111,7 @@ def test_a_mask_has_the_batch_of_a_cache_that_lies_otherwise(batch):
 
 def test_a_text_as_long_as_the_buffer_is_no_mask():
     model = Decoder(Config(layers=1, static=(2, 9))).model()
-    result = made(model, Inject(idiom="in-place"), RemoveMask())
+    result = made(model, Inject(cache="static"), RemoveMask())
     assert [value.name for value in result.graph.input if len(dims_of(value)) < 4] == [
         "input_ids",
         "past_sequence_length",

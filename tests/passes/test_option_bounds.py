@@ -18,9 +18,9 @@ TEXT = "case (float[batch, length] x, float[batch, length] other) => (float[batc
 @pytest.mark.parametrize(
     "row",
     [
-        "inject{idiom=in-place,max-length=0}",
-        "inject{idiom=in-place,max-length=-5}",
-        "retarget{idiom=in-place,max-length=99999999999999999999}",
+        "inject{cache=static,max-length=0}",
+        "inject{cache=static,max-length=-5}",
+        "retarget{cache=static,max-length=99999999999999999999}",
         "host-inputs{max-length=0}",
         "raise-opset{opset=-1}",
         "raise-opset{opset=9999}",
@@ -46,8 +46,8 @@ def test_numbers_and_names_that_no_model_can_have_are_wrong_usage(row):
 def test_a_cache_holds_what_an_export_of_fixed_length_is_run_on():
     fixed = read(attention().replace("[b, n, 8]", "[1, 9, 8]"))
     with pytest.raises(UnsupportedError, match="expected max-length 9, found 8"):
-        Pipeline.parse("inject{idiom=in-place,max-length=8}").run(fixed)
-    assert Pipeline.parse("inject{idiom=in-place,max-length=9}").run(fixed).changed
+        Pipeline.parse("inject{cache=static,max-length=8}").run(fixed)
+    assert Pipeline.parse("inject{cache=static,max-length=9}").run(fixed).changed
 
 
 def test_dimensions_may_trade_names():

@@ -136,7 +136,7 @@ def test_a_cache_comes_in_behind_it_and_the_judge_agrees(name):
 
 
 @pytest.mark.parametrize(
-    "form", [{}, {"idiom": "in-place"}, {"idiom": "new-only", "past_length": "input", "past": "past_{kind}_{layer}"}]
+    "form", [{}, {"cache": "static"}, {"cache": "new-tokens", "past_length": "input", "past": "past_{kind}_{layer}"}]
 )
 def test_a_cache_that_is_there_already_is_put_back_in_its_form(form):
     original = export("llama_torchscript_sdpa")

@@ -15,12 +15,12 @@ from kvsurgeon.passes.shapes.fix_shapes import FixShapes
 from kvsurgeon.workflow.verification import judge
 
 FORMS = {
-    "grow": {},
-    "in place": {"idiom": "in-place"},
-    "in place, fixed": {"idiom": "in-place", "max_length": 24},
-    "in place, cut short": {"idiom": "in-place", "past_length": "mask"},
-    "new only": {"idiom": "new-only"},
-    "new only, unfilled rows": {"idiom": "new-only", "past_length": "input"},
+    "dynamic": {},
+    "in place": {"cache": "static"},
+    "in place, fixed": {"cache": "static", "max_length": 24},
+    "in place, cut short": {"cache": "static", "past_length": "mask"},
+    "new only": {"cache": "new-tokens"},
+    "new only, unfilled rows": {"cache": "new-tokens", "past_length": "input"},
 }
 CONFIG = Config()
 

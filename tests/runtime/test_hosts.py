@@ -1,4 +1,4 @@
-"""Hosts keep a cache as its idiom wants it kept, so that the judge and `generate` can run any of them."""
+"""Hosts keep a cache in its cache mode, so that the judge and `generate` can run any of them."""
 
 from __future__ import annotations
 
@@ -19,58 +19,58 @@ from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.surgery import operate
 
 MAX = 32
-IDIOMS = {
-    "grow": {},
-    "in-place": {"idiom": "in-place"},
-    "room": {"idiom": "in-place", "max_length": MAX},
-    "cut short": {"idiom": "in-place", "past_length": "mask"},
-    "transposed": {"idiom": "in-place", "key_layout": ("kv_heads", "batch", "head_dim", "sequence")},
-    "new-only": {"idiom": "new-only"},
-    "unfilled": {"idiom": "new-only", "past_length": "input"},
+CACHE_MODES = {
+    "dynamic": {},
+    "static": {"cache": "static"},
+    "room": {"cache": "static", "max_length": MAX},
+    "cut short": {"cache": "static", "past_length": "mask"},
+    "transposed": {"cache": "static", "key_layout": ("kv_heads", "batch", "head_dim", "sequence")},
+    "new-tokens": {"cache": "new-tokens"},
+    "unfilled": {"cache": "new-tokens", "past_length": "input"},
 }
 HOSTS = {
-    **dict.fromkeys(IDIOMS, StaticCacheManager),
-    "grow": DynamicCacheManager,
-    "new-only": NewTokensCacheManager,
+    **dict.fromkeys(CACHE_MODES, StaticCacheManager),
+    "dynamic": DynamicCacheManager,
+    "new-tokens": NewTokensCacheManager,
     "unfilled": NewTokensCacheManager,
 }
-OPENED = "inject,retarget{idiom=new-only,past-length=input}"
+OPENED = "inject,retarget{cache=new-tokens,past-length=input}"
 SHORT = TextLengths(short=9, long=20, batch=2)
 
 
 @functools.cache
-def model(idiom: str, name: str = "llama_dynamo_sdpa") -> onnx.ModelProto:
-    return injected(export(name), **IDIOMS[idiom])
+def model(cache: str, name: str = "llama_dynamo_sdpa") -> onnx.ModelProto:
+    return injected(export(name), **CACHE_MODES[cache])
 
 
-def decoder(idiom: str) -> CachedDecoder:
-    return CachedDecoder(open_session(model(idiom), threads=1))
+def decoder(cache: str) -> CachedDecoder:
+    return CachedDecoder(open_session(model(cache), threads=1))
 
 
-@pytest.mark.parametrize(("idiom", "host"), HOSTS.items())
-def test_the_host_is_told_by_dims_and_notes(idiom, host):
-    assert type(decoder(idiom).host) is host
+@pytest.mark.parametrize(("cache", "host"), HOSTS.items())
+def test_the_host_is_told_by_dims_and_notes(cache, host):
+    assert type(decoder(cache).host) is host
 
 
-@pytest.mark.parametrize("idiom", IDIOMS)
+@pytest.mark.parametrize("cache", CACHE_MODES)
 @pytest.mark.parametrize("name", ["llama_dynamo_sdpa", "decoder"])
-def test_the_judge_finds_every_idiom_the_same(idiom, name):
-    report = verify(export(name), model(idiom, name), lengths=SHORT, threads=1)
+def test_the_judge_finds_every_cache_mode_the_same(cache, name):
+    report = verify(export(name), model(cache, name), lengths=SHORT, threads=1)
     assert (report.verdict, report.problems) == ("same", ())
     assert "left padding" in {trial.scenario for trial in report.trials}
 
 
-@pytest.mark.parametrize("idiom", IDIOMS)
-def test_the_same_tokens_are_generated(idiom):
+@pytest.mark.parametrize("cache", CACHE_MODES)
+def test_the_same_tokens_are_generated(cache):
     expected = Writer(export("llama_dynamo_sdpa"), threads=1).generate([[3, 1, 4], [1, 5]], max_new_tokens=6)
-    found = Writer(model(idiom), threads=1).generate([[3, 1, 4], [1, 5]], max_new_tokens=6)
+    found = Writer(model(cache), threads=1).generate([[3, 1, 4], [1, 5]], max_new_tokens=6)
     assert (found.cached, found.tokens) == (True, expected.tokens)
 
 
-def wrong(idiom: str, operator: str) -> onnx.ModelProto:
+def wrong(cache: str, operator: str) -> onnx.ModelProto:
     """Writes its rows one place too early."""
     broken = onnx.ModelProto()
-    broken.CopyFrom(model(idiom))
+    broken.CopyFrom(model(cache))
     node = next(node for node in broken.graph.node if node.op_type == operator)
     early = onnx.helper.make_node("Sub", [node.input[1], "one"], ["early"])
     broken.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(1, np.int64), "one"))
@@ -85,12 +85,12 @@ def wrong(idiom: str, operator: str) -> onnx.ModelProto:
 
 
 def test_rows_written_elsewhere_are_found_out():
-    report = verify(export("llama_dynamo_sdpa"), wrong("in-place", "ScatterElements"), lengths=SHORT, threads=1)
+    report = verify(export("llama_dynamo_sdpa"), wrong("static", "ScatterElements"), lengths=SHORT, threads=1)
     assert report.verdict == "different"
 
 
 def test_past_and_present_are_one_memory():
-    one = decoder("in-place")
+    one = decoder("static")
     feeds = one.inputs.whole(np.array([[1, 2, 3]]), np.ones((1, 3), np.int64))
     one.prefill(feeds)
     before = one.host.given(1, 3, 1)
@@ -100,7 +100,7 @@ def test_past_and_present_are_one_memory():
 
 
 def test_a_buffer_grows_and_keeps_its_rows():
-    one = decoder("in-place")
+    one = decoder("static")
     tokens = np.arange(150)[None] % 7
     feeds = one.inputs.whole(tokens, np.ones_like(tokens))
     one.prefill(one.inputs.part(feeds, 0, 60))
@@ -133,4 +133,4 @@ def test_no_more_rows_are_left_unfilled_than_a_text_leaves_room_for():
 @pytest.mark.parametrize("text", ["", "{", "[]", '"x"', '{"key_layout": 3}', "null"])
 def test_a_note_that_cannot_be_read_notes_nothing(text):
     note = read_cache_metadata({"kvsurgeon.cache": text})
-    assert (note.idiom, dict(note.layouts)) == (None, {})
+    assert (note.cache_mode, dict(note.layouts)) == (None, {})

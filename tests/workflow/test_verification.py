@@ -97,7 +97,7 @@ def test_a_cache_and_a_mask_of_which_neither_names_nor_dims_tell():
 
 def test_tables_that_a_host_makes_are_not_made_up():
     original = export("llama_torchscript_sdpa")
-    row = Pipeline((Inject(idiom="new-only"), HostInputs(max_length=64)))
+    row = Pipeline((Inject(cache="new-tokens"), HostInputs(max_length=64)))
     result = io.to_proto(row.run(original).model)
     sameness = judge(original, result)
     assert (sameness.verdict, "position_ids_cos" in sameness.problems[0]) == ("unknown", True)
@@ -105,7 +105,7 @@ def test_tables_that_a_host_makes_are_not_made_up():
 
 def test_masks_and_places_that_a_host_makes_are_known():
     original = read(attention())
-    row = Pipeline((Inject(idiom="new-only"), HostInputs(max_length=64)))
+    row = Pipeline((Inject(cache="new-tokens"), HostInputs(max_length=64)))
     assert judge(original, io.to_proto(row.run(original).model)).verdict == "same"
 
 

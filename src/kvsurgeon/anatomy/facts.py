@@ -96,7 +96,7 @@ class CachedTensor:
     kind: Literal["key", "value", "state"]
     dtype: str  # as numpy or ml_dtypes spells it
     shape: tuple[str | int, ...]  # of the past, as the model declares it
-    idiom: Literal["grow", "in-place", "new-only"]
+    cache_mode: Literal["dynamic", "static", "new-tokens"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ def _cached(signature: CacheSignature) -> Iterator[CachedTensor]:
             kind=entry.kind,
             dtype=str(entry.dtype.numpy()),
             shape=tuple("?" if size is None else size for size in entry.shape),
-            idiom=entry.idiom,
+            cache_mode=entry.cache_mode,
         )
 
 

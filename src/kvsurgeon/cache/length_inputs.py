@@ -66,7 +66,7 @@ def tally_of(counters: Sequence[Counter], joins: Sequence[CachePair]) -> Tally |
     """Return where a cache reads the number of past tokens; None where several inputs tell it."""
     if not counters:
         return Tally(count="mask" if any(join.is_written for join in joins) else "shape")
-    if len(counters) > 1 or any(join.idiom == "grow" for join in joins):
+    if len(counters) > 1 or any(join.cache_mode == "dynamic" for join in joins):
         return None
     source = counters[0].source
     if not counters[0].is_input:
@@ -81,7 +81,7 @@ def find_counters(graph: ir.Graph, joins: Sequence[CachePair]) -> list[Counter]:
     Raises:
         UnsupportedError: Rows are written at a place that is told by something that says more than such a number.
     """
-    if not any(join.is_written or join.idiom == "new-only" for join in joins):
+    if not any(join.is_written or join.cache_mode == "new-tokens" for join in joins):
         return []
     dimensions, _ = read_inputs(graph)
     of_tokens = {
@@ -92,7 +92,7 @@ def find_counters(graph: ir.Graph, joins: Sequence[CachePair]) -> list[Counter]:
     }
     trace = _Trace(infer_shapes(graph, dimensions, graph.opset_imports.get("", 1)), frozenset(of_tokens))
     found: dict[ir.Value, Counter] = {}
-    for value in _met_by_rows(graph, [join.past for join in joins if join.idiom == "new-only"]):
+    for value in _met_by_rows(graph, [join.past for join in joins if join.cache_mode == "new-tokens"]):
         for counter in trace.counters(value):
             found[counter.value] = counter
     for join in joins:

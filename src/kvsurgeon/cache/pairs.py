@@ -17,8 +17,8 @@ from kvsurgeon.dataflow.input_roles import real_inputs
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.symbolic.fact import axis_of
 
-CacheForm = Literal[
-    "grow", "in-place", "new-only"
+CacheMode = Literal[
+    "dynamic", "static", "new-tokens"
 ]  # how a present is made: past and new rows, a buffer, new rows alone
 
 
@@ -64,12 +64,12 @@ class CachePair:
     node: ir.Node  # the `Concat`, or the operator that has a past of its own
     slot: Slot | None  # where the operator declares it; None for a `Concat`
     axis: int  # of the sequence in the past
-    idiom: CacheForm = "grow"
+    cache_mode: CacheMode = "dynamic"
 
     @property
     def is_written(self) -> bool:
         """Whether the past is a buffer that the new rows are written into."""
-        return self.idiom == "in-place"
+        return self.cache_mode == "static"
 
     @property
     def counts(self) -> tuple[ir.Value, ...]:
@@ -156,7 +156,7 @@ def _join(present: ir.Value, inputs: dict[ir.Value, int]) -> CachePair | None:
             if past in inputs:
                 axis = _axis_before(views, slot.axis, past)
                 return CachePair(
-                    past=past, present=present, node=node, slot=slot, axis=axis, idiom=_kept(past, present, axis)
+                    past=past, present=present, node=node, slot=slot, axis=axis, cache_mode=_kept(past, present, axis)
                 )
     joins = node.op_type in WRITERS or (node.op_type == "Concat" and len(node.inputs) > 1)
     if not joins or node.inputs[0] is None:
@@ -166,15 +166,15 @@ def _join(present: ir.Value, inputs: dict[ir.Value, int]) -> CachePair | None:
         return None
     said = node.attributes.get("axis")
     axis = _axis_before(views, -2 if said is None else said.as_int(), past)
-    idiom: CacheForm = "in-place" if node.op_type in WRITERS else "grow"
-    return CachePair(past=past, present=present, node=node, slot=None, axis=axis, idiom=idiom)
+    cache_mode: CacheMode = "static" if node.op_type in WRITERS else "dynamic"
+    return CachePair(past=past, present=present, node=node, slot=None, axis=axis, cache_mode=cache_mode)
 
 
-def _kept(past: ir.Value, present: ir.Value, axis: int) -> CacheForm:
+def _kept(past: ir.Value, present: ir.Value, axis: int) -> CacheMode:
     """How an operator keeps its past: in place where the present is declared to be as long, whatever that is."""
     sizes = [None if value.shape is None else value.shape[axis] for value in (past, present)]
     named = isinstance(sizes[0], int) or getattr(sizes[0], "value", None) is not None
-    return "in-place" if named and sizes[0] == sizes[1] else "grow"
+    return "static" if named and sizes[0] == sizes[1] else "dynamic"
 
 
 def _joins_inside(graph: ir.Graph, inputs: dict[ir.Value, int]) -> dict[ir.Value, list[ir.Node]]:
@@ -196,7 +196,7 @@ def _of_rows(present: ir.Value, inside: dict[ir.Value, list[ir.Node]]) -> CacheP
         return None
     past, views = _behind_views(nodes[0].inputs[0])
     axis = _axis_before(views, nodes[0].attributes["axis"].as_int(), past)
-    return CachePair(past=past, present=present, node=nodes[0], slot=None, axis=axis, idiom="new-only")
+    return CachePair(past=past, present=present, node=nodes[0], slot=None, axis=axis, cache_mode="new-tokens")
 
 
 def _behind_views(value: ir.Value) -> tuple[ir.Value, list[ir.Node]]:

@@ -14,7 +14,7 @@ from kvsurgeon.analysis.cache_points import CachePoint, bottlenecks, choose
 from kvsurgeon.analysis.token_flow import Place
 from kvsurgeon.cache.layout import Layout, layouts_of
 from kvsurgeon.cache.length_inputs import Tally
-from kvsurgeon.cache.pairs import CacheForm
+from kvsurgeon.cache.pairs import CacheMode
 from kvsurgeon.errors import UnsupportedError
 
 Part = Literal["key", "value", "state"]
@@ -32,7 +32,7 @@ class CacheEntry:
         axis: Place of the sequence among them.
         rows: Name of the value that holds the rows of the new tokens, in the graph without the cache.
         declared: Whether an operator says itself that it is a past, so that nothing else has to show it.
-        idiom: Whether the output holds past and new rows, is a buffer that these were written into, or holds these.
+        cache_mode: Whether the output holds past and new rows, is a buffer that holds them, or holds new rows only.
         layout: Which of its axes is which; None where it has other axes than these four; see `located`.
         layer: Attention layer that reads it, counted in execution order among those with entries, or the number of the
             state; see `located`.
@@ -46,7 +46,7 @@ class CacheEntry:
     axis: int
     rows: str
     declared: bool = False
-    idiom: CacheForm = "grow"
+    cache_mode: CacheMode = "dynamic"
     layout: Layout | None = None
     layer: int | None = None
     kind: Part | None = None

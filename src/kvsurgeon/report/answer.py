@@ -98,7 +98,7 @@ def target(described: Target) -> dict[str, Any]:
         "dtypes": {name: sorted(dtypes) for name, dtypes in (described.dtypes or {}).items()},
         "past": described.cache.past,
         "present": described.cache.present,
-        "idiom": described.cache.idiom,
+        "cache_mode": described.cache.cache,
         "cache_dtypes": sorted(described.cache_dtypes),
         "cache_sizes_that_are_numbers": [USUAL[axis] for axis in described.fixed_axes],
         "uniform": described.uniform,

@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from kvsurgeon.workflow.verification import Sameness
 
 _NUMBERS = ("layer", "query heads", "kv heads", "head dim", "scale", "rotary", "B/token", "batch", "tokens", "error")
-_IDIOMS = {"grow": "growing", "in-place": "a buffer written in place", "new-only": "of which only new rows come back"}
+_CACHE_MODES = {
+    "dynamic": "growing",
+    "static": "a buffer written in place",
+    "new-tokens": "of which only new rows come back",
+}
 PIPE_WIDTH = 200  # columns where no terminal says how many there are: nothing is cut off
 
 
@@ -245,7 +249,7 @@ def _cache(cache: Sequence[CachedTensor]) -> list[Text]:
     alike: dict[str, list[CachedTensor]] = {}
     for one in cache:
         shape = ", ".join(map(str, one.shape))
-        alike.setdefault(f"{one.dtype} [{shape}], {_IDIOMS[one.idiom]}", []).append(one)
+        alike.setdefault(f"{one.dtype} [{shape}], {_CACHE_MODES[one.cache_mode]}", []).append(one)
     return [
         Text(f"it has a cache: {len(ones)} of {said}: `{ones[0].past}` comes back as `{ones[0].present}`")
         for said, ones in alike.items()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 import onnx_ir as ir
 
 from kvsurgeon.cache.layout import USUAL, Layout
-from kvsurgeon.cache.pairs import CacheForm
+from kvsurgeon.cache.pairs import CacheMode
 from kvsurgeon.rewrite.cache_entries import CacheTensor
 from kvsurgeon.rewrite.dimension_names import DimNames
 
@@ -20,7 +20,7 @@ KEY = "kvsurgeon.cache"
 class CacheMetadata:
     """How a host must keep the cache."""
 
-    idiom: CacheForm
+    mode: CacheMode
     key_layout: Layout
     value_layout: Layout
     max_length: int | None = None  # tokens that context can be computed for, where not for any number
@@ -31,7 +31,7 @@ class CacheMetadata:
 
 
 def cache_metadata_of(
-    name: CacheForm,
+    name: CacheMode,
     entries: Sequence[CacheTensor],
     max_length: int | None,
     *,
@@ -41,10 +41,10 @@ def cache_metadata_of(
     """Return what is to be noted; nothing where the cache grows as most do, to any length."""
     layouts = {entry.is_key: entry.layout for entry in reversed(entries)}
     is_usual = max_length is None and batch_chunks and all(layout == USUAL for layout in layouts.values())
-    if name == "grow" and is_usual:
+    if name == "dynamic" and is_usual:
         return None
     return CacheMetadata(
-        idiom=name,
+        mode=name,
         key_layout=layouts.get(True, USUAL),
         value_layout=layouts.get(False, USUAL),
         max_length=max_length,

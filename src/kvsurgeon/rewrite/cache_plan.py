@@ -1,4 +1,4 @@
-"""From options to a plan: which idiom, which tensors, and where each length is read at run time."""
+"""From options to a plan: which cache mode, which tensors, and where each length is read at run time."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from kvsurgeon.symbolic.sequence_axes import Length
 PAST_LENGTH = "past_sequence_length"  # name of the input that gives it
 
 _COUNTS: dict[str, tuple[Count, ...]] = {  # the default first
-    "grow": ("shape",),
-    "in-place": ("input", "positions", "mask"),
-    "new-only": ("shape", "input", "positions"),
+    "dynamic": ("shape",),
+    "static": ("input", "positions", "mask"),
+    "new-tokens": ("shape", "input", "positions"),
 }
 
 
@@ -42,7 +42,7 @@ class Options(Protocol):
     @property
     def present(self) -> str: ...  # noqa: D102
     @property
-    def idiom(self) -> str: ...  # noqa: D102
+    def cache(self) -> str: ...  # noqa: D102
     @property
     def past_length(self) -> Count | None: ...  # noqa: D102
     @property
@@ -59,7 +59,7 @@ class Options(Protocol):
 class Plan:
     """What an injection is to make."""
 
-    idiom: CacheMode
+    cache_mode: CacheMode
     count: Count
     entries: Sequence[CacheTensor]
 
@@ -71,12 +71,12 @@ def plan_cache(options: Options, analysis: Analysis, proof: Proof) -> Plan:
         UsageError: Two options do not go together.
         UnsupportedError: The model lacks what they need.
     """
-    counts = _COUNTS[options.idiom]
+    counts = _COUNTS[options.cache]
     count = options.past_length or counts[0]
     if count not in counts:
-        raise UsageError(f"{options.idiom}: expected past-length {' or '.join(counts)}, found {count}")
-    if options.max_length is not None and options.idiom != "in-place":
-        raise UsageError(f"{options.idiom}: expected no max-length, found {options.max_length}; fix-shapes gives one")
+        raise UsageError(f"{options.cache}: expected past-length {' or '.join(counts)}, found {count}")
+    if options.max_length is not None and options.cache != "static":
+        raise UsageError(f"{options.cache}: expected no max-length, found {options.max_length}; fix-shapes gives one")
     wanted, longest = options.max_length, proof.max_length
     if wanted is not None and longest is not None and wanted > longest:
         raise UnsupportedError(
@@ -93,21 +93,21 @@ def plan_cache(options: Options, analysis: Analysis, proof: Proof) -> Plan:
         past=options.past, present=options.present, dtype=dtype,
         key_layout=options.key_layout, value_layout=options.value_layout,
     )  # fmt: skip
-    idiom = _idiom(options, count, analysis.length)
-    if analysis.states and idiom.past is CAPACITY:
+    cache_mode = _cache_mode(options, count, analysis.length)
+    if analysis.states and cache_mode.past is CAPACITY:
         raise UnsupportedError(
             "rows that need not be filled stand before the tokens, and would be taken for tokens outside attention",
             at=analysis.states[0].value.name, expected="tokens that see others in attention only",
             hint="past-length=shape, or in-place",
         )  # fmt: skip
-    return Plan(idiom=idiom, count=count, entries=find_entries(analysis.heads, analysis.states, naming))
+    return Plan(cache_mode=cache_mode, count=count, entries=find_entries(analysis.heads, analysis.states, naming))
 
 
-def _idiom(options: Options, count: Count, length: Dimension) -> CacheMode:
-    if options.idiom == "in-place":
+def _cache_mode(options: Options, count: Count, length: Dimension) -> CacheMode:
+    if options.cache == "static":
         longest = length if isinstance(length, int) else MAX  # what an export of fixed length can be run on
         return StaticCache(room=options.max_length or longest, cut_short=count == "mask")
-    if options.idiom == "grow":
+    if options.cache == "dynamic":
         return DynamicCache()
     if count != "shape" and isinstance(length, int):
         raise UnsupportedError(
@@ -121,8 +121,8 @@ def find_sources(plan: Plan, analysis: Analysis, editor: Editor, past: ir.Value)
     """Return where each length can be read at run time, having added the input that gives one."""
     held = Source(value=past, axis=plan.entries[0].axis)
     sources: dict[sympy.Symbol, Source] = {}
-    if isinstance(plan.idiom.past, sympy.Symbol):
-        sources[plan.idiom.past] = held
+    if isinstance(plan.cache_mode.past, sympy.Symbol):
+        sources[plan.cache_mode.past] = held
     for given in sorted(analysis.inputs, key=lambda given: not given.is_token):
         for axis, size in enumerate(given.dimensions):
             if axis not in given.lengths and not isinstance(size, int):

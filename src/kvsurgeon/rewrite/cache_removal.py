@@ -211,7 +211,7 @@ def _entry(join: CachePair) -> CacheEntry:
         )  # fmt: skip
     return CacheEntry(
         past=past.name or "", present=join.present.name or "", dtype=past.dtype, shape=declared(past), axis=join.axis,
-        rows="", declared=join.slot is not None, idiom=join.idiom,
+        rows="", declared=join.slot is not None, cache_mode=join.cache_mode,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Hosts: what keeps a cache between calls, one for each idiom in which a model may want it kept.
+"""Hosts: what keeps a cache between calls, one for each cache mode.
 
 Which one a model needs is read from the dims of its pasts and presents: `past_sequence_length` rows in and all out
 grow; a buffer of `max_length` rows in and out is written in place; where only the rows of the new tokens come out, the
@@ -19,7 +19,7 @@ from kvsurgeon.errors import BrokenCacheError, RunError
 from kvsurgeon.runtime.axes import CacheEntry, Layout, axis_of, shape_with_rows
 from kvsurgeon.runtime.tensors import Array, Dim, Tensor, from_runtime, to_runtime
 
-CacheMode = Literal["grow", "in-place", "new-only"]
+CacheMode = Literal["dynamic", "static", "new-tokens"]
 
 NOTE = "kvsurgeon.cache"  # key of the note in a file's metadata
 STALE = 7  # lies in rows that no token was written to: whoever reads them gives wrong numbers
@@ -31,7 +31,7 @@ SMALLEST = 64  # rows of a buffer whose length the model leaves open, if it can 
 class CacheSpec:
     """What a model's file notes of its cache."""
 
-    idiom: CacheMode | None = None
+    cache_mode: CacheMode | None = None
     layouts: Mapping[str, Layout] = field(default_factory=dict)  # of keys and of values
     max_length: int | None = None  # tokens that a text may have
     batch_chunks: bool = True  # whether several sequences at once take more than one token behind a past
@@ -79,7 +79,7 @@ def read_cache_metadata(metadata: Mapping[str, str]) -> CacheSpec:
         longest = told.get("max_length")
         longest = longest if isinstance(longest, int) and longest > 0 else None
         return CacheSpec(
-            idiom=cast("CacheMode | None", told.get("idiom")), layouts=known, max_length=longest,
+            cache_mode=cast("CacheMode | None", told.get("mode")), layouts=known, max_length=longest,
             batch_chunks=told.get("batch_chunks") is not False, outputs=outputs,
         )  # fmt: skip
     except (ValueError, TypeError, AttributeError):
@@ -99,14 +99,14 @@ def _is_a_number(tensor: Tensor) -> bool:
 
 def open_cache_manager(cache: Sequence[CacheEntry], note: CacheSpec) -> CacheManager:
     """Return the host that a model needs."""
-    idiom = note.idiom or _told_by_dims(cache[0])
+    cache_mode = note.cache_mode or _told_by_dims(cache[0])
     rows = cache[0].past.dims[cache[0].axis]
     fixed = rows if isinstance(rows, int) else None
-    if idiom == "in-place":
+    if cache_mode == "static":
         return StaticCacheManager(cache, fixed, note.max_length)
     return (
         NewTokensCacheManager(cache, fixed, note.max_length)
-        if idiom == "new-only"
+        if cache_mode == "new-tokens"
         else DynamicCacheManager(cache, note.max_length)
     )
 
@@ -114,8 +114,8 @@ def open_cache_manager(cache: Sequence[CacheEntry], note: CacheSpec) -> CacheMan
 def _told_by_dims(entry: CacheEntry) -> CacheMode:
     given, returned = entry.past.dims[entry.axis], entry.returned
     if given == returned and (isinstance(given, int) or axis_of(given) == "room"):
-        return "in-place"
-    return "new-only" if axis_of(returned) == "new" else "grow"
+        return "static"
+    return "new-tokens" if axis_of(returned) == "new" else "dynamic"
 
 
 class DynamicCacheManager:

@@ -42,7 +42,7 @@ class CachedDecoder:
         cache: Its past inputs and present outputs, in order.
         inputs: What else it is given.
         logits: Name of the output that holds the logits.
-        host: Keeps the cache as the model's idiom wants it kept.
+        host: Keeps the cache in the model's cache mode.
         step_length: The only number of tokens that a call takes; None where it takes any.
         past_length: Tokens remembered.
     """

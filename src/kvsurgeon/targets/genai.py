@@ -118,7 +118,7 @@ GENAI_SHARED_BUFFER = replace(
     GENAI,
     name="genai-shared-buffer",
     summary="onnxruntime_genai.Model(folder) of onnxruntime-genai, past and present in one buffer",
-    cache=Inject(idiom="in-place", past_length="mask"),
+    cache=Inject(cache="static", past_length="mask"),
     after=(FuseAttention(),),
     side_files=(SideFile(name="genai_config.json", write=partial(genai_config, shared=True)),),
 )

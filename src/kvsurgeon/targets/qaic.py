@@ -37,7 +37,7 @@ QAIC = Target(
     name="qaic",
     summary="qaic-exec -retained-state, for Qualcomm Cloud AI 100",
     tried="the contract of QEfficient; in onnxruntime",
-    cache=Inject(past="past_{kind}.{layer}", present="past_{kind}.{layer}_RetainedState", idiom="in-place"),
+    cache=Inject(past="past_{kind}.{layer}", present="past_{kind}.{layer}_RetainedState", cache="static"),
     max_length=CONTEXT,
     finish=(
         RemoveMask(),

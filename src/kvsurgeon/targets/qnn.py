@@ -43,7 +43,7 @@ QNN = Target(
     cache=Inject(
         past="past_{kind}_{layer}_in",
         present="past_{kind}_{layer}_out",
-        idiom="new-only",
+        cache="new-tokens",
         key_layout=("kv_heads", "batch", "head_dim", "sequence"),
         value_layout=("kv_heads", "batch", "sequence", "head_dim"),
     ),

@@ -55,7 +55,7 @@ TENSORRT = Target(
     summary="trtexec --onnx=model.onnx of TensorRT",
     tried="the operators of TensorRT 10.15; in onnxruntime",
     before=(RaiseOpset(opset=OPSET),),
-    cache=Inject(idiom="in-place"),
+    cache=Inject(cache="static"),
     max_length=2048,
     after=(as_pass_class(float16_mask_range)(),),
     finish=(RenameDims(dims=("batch_size=1",)),),

@@ -55,7 +55,7 @@ class Inject:
     Attributes:
         past: Name of an input; kind is "key", "value" or "state".
         present: Name of an output.
-        idiom: Whether the cache grows from call to call, is a buffer written in place, or gives out new rows only.
+        cache: Whether the cache grows from call to call, is a buffer written in place, or gives out new rows only.
         past_length: Where the number of past tokens is read: the shape of the past, an input of its own, the first
             position given (for texts without padding on the left), or the attention mask's length. By default the
             shape, and in place an input.
@@ -69,7 +69,7 @@ class Inject:
 
     past: str = "past_key_values.{layer}.{kind}"
     present: str = "present.{layer}.{kind}"
-    idiom: Literal["grow", "in-place", "new-only"] = "grow"
+    cache: Literal["dynamic", "static", "new-tokens"] = "dynamic"
     past_length: Literal["shape", "input", "positions", "mask"] | None = None
     max_length: int | None = None
     key_layout: Layout = USUAL
@@ -114,7 +114,7 @@ def inject(options: Inject, subject: Subject, fuse: Choice | None = None) -> Cha
         outputs = _outputs_by_row(analysis, plan)
     write_cache_metadata(
         model,
-        cache_metadata_of(options.idiom, plan.entries, proof.max_length, batch_chunks=not fusables, outputs=outputs),
+        cache_metadata_of(options.cache, plan.entries, proof.max_length, batch_chunks=not fusables, outputs=outputs),
     )
     subject.model = model
     notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()]
@@ -154,7 +154,7 @@ class _Injection:
         self.nodes = list(analysis.flow.order)
         self.editor = editor
         self.entries = plan.entries
-        self.idiom = plan.idiom
+        self.cache_mode = plan.cache_mode
         self.plan = plan
         self.limit = limit
         self.fusables = fusables
@@ -164,7 +164,7 @@ class _Injection:
         before = {node: tuple(node.inputs) for node in self.nodes}
         pasts = self._add_pasts()
         sources = find_sources(self.plan, self.analysis, self.editor, pasts[0])
-        lengths = LengthValues(self.editor, sources, total=self.idiom.total, limit=self.limit)
+        lengths = LengthValues(self.editor, sources, total=self.cache_mode.total, limit=self.limit)
         views = ContextSlices(self.flow, self.editor, lengths, self.analysis.inputs, self.analysis.same)
         tokens = TokenRewriter(self.flow, self.editor, lengths, views, before)
         grouping = HeadGrouping(flow=self.flow, tokens=tokens, layouts=CacheLayouts(self.editor, lengths))
@@ -195,7 +195,7 @@ class _Injection:
                 if name in interface:
                     raise UnsupportedError("the model already has an input or output of that name", at=name)
                 self.editor.free(name)
-            shape = ir.Shape(entry.shape(self.idiom.past))
+            shape = ir.Shape(entry.shape(self.cache_mode.past))
             pasts.append(ir.Value(name=entry.past, type=ir.TensorType(entry.dtype), shape=shape))
         self.graph.inputs.extend(pasts)
         return pasts
@@ -227,7 +227,7 @@ class _Injection:
         presents = []
         for entry, past in zip(self.entries, pasts, strict=True):
             if entry in made:
-                whole = self.idiom.read(self.editor, grouping.layouts.lengths, entry, made[entry])
+                whole = self.cache_mode.read(self.editor, grouping.layouts.lengths, entry, made[entry])
                 grouping.remember(entry.memory, whole, entry.order)
                 presents.append(made[entry])
                 continue
@@ -235,7 +235,7 @@ class _Injection:
             rows = self._cast(
                 grouping.layouts.as_cache(entry.memory, entry.order), own_type, kept, f"{entry.present}.rows"
             )
-            joined = self.idiom.join(self.editor, grouping.layouts.lengths, entry, past, rows)
+            joined = self.cache_mode.join(self.editor, grouping.layouts.lengths, entry, past, rows)
             grouping.remember(
                 entry.memory, self._cast(joined.whole, kept, own_type, f"{entry.present}.wide"), entry.order
             )
@@ -284,7 +284,7 @@ class _Injection:
         for given in self.analysis.inputs:
             axes = tuple(SequenceAxis(axis, LengthVariable(length)) for axis, length in given.lengths.items())
             given.value.shape = ir.Shape(
-                dim_names_of_export(given.dimensions, axes, self.analysis.length, self.idiom.total)
+                dim_names_of_export(given.dimensions, axes, self.analysis.length, self.cache_mode.total)
             )
         for node in self.nodes:
             for value in node.outputs:
@@ -300,13 +300,13 @@ class _Injection:
         if fixed and self.flow.kinds.get(value) is ValueKind.CONTEXT:
             value.shape = None  # of the length that was fixed, and of another now where it is made of an input
         elif axes or any(not isinstance(size, int) for size in declared):
-            words = dim_names_of_export(fact.shape, _decided(axes), self.analysis.length, self.idiom.total)
+            words = dim_names_of_export(fact.shape, _decided(axes), self.analysis.length, self.cache_mode.total)
             value.shape = ir.Shape(words)
 
 
 def _outputs_by_row(analysis: Analysis, plan: Plan) -> dict[str, DimNames]:
     """The dims of outputs that have a place for each row that attention reads, where that is not one for each token."""
-    if plan.idiom.total == TOTAL:
+    if plan.cache_mode.total == TOTAL:
         return {}
     told = {}
     for value in analysis.model.graph.outputs:

@@ -88,7 +88,7 @@ def take_out(subject: Subject) -> CacheSignature | None:
 
 
 def put_back(subject: Subject, signature: CacheSignature, fuse: Choice | None = None) -> Changed:
-    """Inject a cache in the form that `signature` tells: idiom, layouts, types, names and order.
+    """Inject a cache in the form that `signature` tells: cache mode, layouts, types, names and order.
 
     What was taken out need not be what comes back: between the two the heads may have changed. Keys have the names
     that keys had and values those of values, layer by layer.
@@ -140,8 +140,8 @@ def _as_injection(signature: CacheSignature) -> Inject:
         if entry.layout is None or entry.kind is None:
             raise _of_its_own(entry, list(USUAL), list(entry.shape))
         layout = layouts.setdefault("key" if entry.kind == "key" else "value", entry.layout)
-        if (entry.idiom, entry.layout) != (first.idiom, layout):
-            raise _of_its_own(entry, [first.idiom, *layout], [entry.idiom, *entry.layout])
+        if (entry.cache_mode, entry.layout) != (first.cache_mode, layout):
+            raise _of_its_own(entry, [first.cache_mode, *layout], [entry.cache_mode, *entry.layout])
     tally = signature.tally
     if tally is None:
         raise _of_its_own(first, "one input that tells the number of past tokens, or none", "several")
@@ -152,7 +152,7 @@ def _as_injection(signature: CacheSignature) -> Inject:
         )  # fmt: skip
     return Inject(
         past="kvsurgeon.past.{layer}.{kind}", present="kvsurgeon.present.{layer}.{kind}",
-        idiom=first.idiom, past_length=tally.count, max_length=signature.room,
+        cache=first.cache_mode, past_length=tally.count, max_length=signature.room,
         key_layout=layouts.get("key", USUAL), value_layout=layouts.get("value", USUAL),
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.rewrite.cache_metadata import KEY, CacheMetadata, read_cache_metadata
 
-_HINT = "inject with idiom=in-place or new-only, and past-length=input or positions"
+_HINT = "inject with cache=static or new-tokens, and past-length=input or positions"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What an idiom is: how many rows go in and come out, and how new rows meet the past."""
+"""What a cache mode is: how many rows go in and come out, and how new rows meet the past."""
 
 from __future__ import annotations
 

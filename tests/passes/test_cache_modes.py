@@ -1,4 +1,4 @@
-"""Three idioms of a cache give what the model without one gives, whatever lies in rows that no token was written to."""
+"""The three cache modes give what the model without one gives, whatever lies in rows that no token was written to."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ SPARE = 5  # rows of a past that stay unfilled
 STALE = 7.0  # what lies in rows that no token was written to
 
 TRANSPOSED = ("kv_heads", "batch", "head_dim", "sequence")
-IDIOMS = {
-    "in place": {"idiom": "in-place"},
-    "in place, fixed": {"idiom": "in-place", "max_length": MAX},
-    "in place, cut short": {"idiom": "in-place", "past_length": "mask"},
-    "new only": {"idiom": "new-only"},
-    "new only, unfilled rows": {"idiom": "new-only", "past_length": "input"},
-    "new only, unfilled rows, transposed": {"idiom": "new-only", "past_length": "input", "key_layout": TRANSPOSED},
+CACHE_MODES = {
+    "in place": {"cache": "static"},
+    "in place, fixed": {"cache": "static", "max_length": MAX},
+    "in place, cut short": {"cache": "static", "past_length": "mask"},
+    "new only": {"cache": "new-tokens"},
+    "new only, unfilled rows": {"cache": "new-tokens", "past_length": "input"},
+    "new only, unfilled rows, transposed": {"cache": "new-tokens", "past_length": "input", "key_layout": TRANSPOSED},
     "grow, transposed": {"key_layout": TRANSPOSED},
-    "in place, transposed": {"idiom": "in-place", "key_layout": TRANSPOSED, "value_layout": TRANSPOSED},
+    "in place, transposed": {"cache": "static", "key_layout": TRANSPOSED, "value_layout": TRANSPOSED},
 }
 
 
@@ -80,7 +80,7 @@ def assert_same(name: str, allowed: float = ALLOWED["float32"], **options: objec
     assert difference(found, expected, whole["attention_mask"]) <= allowed
 
 
-@pytest.mark.parametrize("options", IDIOMS.values(), ids=IDIOMS)
+@pytest.mark.parametrize("options", CACHE_MODES.values(), ids=CACHE_MODES)
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_chunks_of_a_padded_batch(name, options):
     assert_same(name, **options)
@@ -88,11 +88,11 @@ def test_chunks_of_a_padded_batch(name, options):
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(ONE_OF_EACH)))
 def test_in_place_on_every_export(name):
-    assert_same(name, idiom="in-place", max_length=MAX)
+    assert_same(name, cache="static", max_length=MAX)
 
 
 def test_a_cache_of_half_the_bytes():
-    assert_same("llama_dynamo_sdpa", 2e-3, idiom="in-place", cache_dtype="float16")
+    assert_same("llama_dynamo_sdpa", 2e-3, cache="static", cache_dtype="float16")
     model = injected(export("llama_dynamo_sdpa"), cache_dtype="float16")
     kept = {dtype_of(value) for value in model.graph.input if value.name.startswith("past")}
     assert kept == {np.dtype(np.float16)}
@@ -101,8 +101,8 @@ def test_a_cache_of_half_the_bytes():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"idiom": "grow", "past_length": "input"}, "expected past-length shape, found input"),
-        ({"idiom": "new-only", "max_length": 64}, "expected no max-length"),
+        ({"cache": "dynamic", "past_length": "input"}, "expected past-length shape, found input"),
+        ({"cache": "new-tokens", "max_length": 64}, "expected no max-length"),
         ({"key_layout": ("batch", "batch", "sequence", "head_dim")}, "expected a layout of batch, kv_heads"),
     ],
 )
@@ -113,13 +113,13 @@ def test_options_that_do_not_go_together(options, said):
 
 def test_positions_must_be_given_to_be_read():
     with pytest.raises(UnsupportedError, match="the number of past tokens cannot be read"):
-        injected(export("decoder"), idiom="in-place", past_length="positions")
+        injected(export("decoder"), cache="static", past_length="positions")
 
 
 @pytest.mark.parametrize("called", ["position_ids", "where", "token_type_ids"])
 def test_positions_are_known_by_their_use(called):
     original = renamed(Decoder(Config(layers=1, position_ids=True)).model(), "position_ids", called)
-    model = injected(original, idiom="in-place", past_length="positions")
+    model = injected(original, cache="static", past_length="positions")
     assert [node.input[0] for node in model.graph.node if "positions.flat" in node.output[0]] == [called]
     model = renamed(model, called, "position_ids")
     assert verify(renamed(original, called, "position_ids"), model, threads=1).verdict == "same"
@@ -138,7 +138,7 @@ def renamed(model: onnx.ModelProto, old: str, new: str) -> onnx.ModelProto:
 @pytest.mark.parametrize("name", ["in place", "new only, unfilled rows", "grow, transposed"])
 def test_the_judge_asks_for_no_more_tokens_than_the_model_takes(name):
     original = read(switched_beyond(80))
-    report = verify(original, injected(original, **IDIOMS[name]), threads=1)
+    report = verify(original, injected(original, **CACHE_MODES[name]), threads=1)
     assert (report.verdict, report.problems) == ("same", ())
     assert max(trial.length for trial in report.trials) > 70
     assert any("it takes no more" in note for note in report.notes)
@@ -146,15 +146,15 @@ def test_the_judge_asks_for_no_more_tokens_than_the_model_takes(name):
 
 def test_a_buffer_longer_than_the_model():
     with pytest.raises(UnsupportedError, match="expected max-length of at most 9, found 32"):
-        injected(Decoder(Config(layers=1, static=(2, 9))).model(), idiom="in-place", max_length=MAX)
+        injected(Decoder(Config(layers=1, static=(2, 9))).model(), cache="static", max_length=MAX)
 
 
 def test_an_export_of_fixed_length_has_a_buffer_of_that_length():
-    model = injected(Decoder(Config(layers=1, static=(2, 9))).model(), idiom="in-place")
+    model = injected(Decoder(Config(layers=1, static=(2, 9))).model(), cache="static")
     assert dims_of(next(value for value in model.graph.input if value.name.startswith("past"))) == [2, 2, 9, 8]
 
 
 def test_an_export_of_fixed_length_has_no_context_for_unfilled_rows():
     with pytest.raises(UnsupportedError, match="no such rows"):
-        injected(Decoder(Config(layers=1, static=(2, 9))).model(), idiom="new-only", past_length="input")
-    injected(Decoder(Config(layers=1, static=(2, 9))).model(), idiom="new-only")
+        injected(Decoder(Config(layers=1, static=(2, 9))).model(), cache="new-tokens", past_length="input")
+    injected(Decoder(Config(layers=1, static=(2, 9))).model(), cache="new-tokens")

@@ -1,10 +1,10 @@
-"""Whether the three idioms of a cache agree with each other, on models with stored reference logits.
+"""Whether the three cache modes of a cache agree with each other, on models with stored reference logits.
 
-    python benchmarks/idioms.py FOLDER... [--sample N] [--group G] [--only NAME] [--json OUT]
+    python benchmarks/cache_modes.py FOLDER... [--sample N] [--group G] [--only NAME] [--json OUT]
 
-Each model of a corpus (see `coverage.py`) is given a cache in each idiom, and each is run on the stored texts, left
+Each model of a corpus (see `coverage.py`) gets a cache in each mode; each is run on the stored texts, left
 padding included: prefill of half, then single tokens, a chunk, and single tokens again. Rows that no token was written
-to hold sevens. What is compared is the logits of all pairs of idioms, at positions that are not padding, over the
+to hold sevens. What is compared is the logits of all pairs of cache modes, at positions that are not padding, over the
 spread of the logits of the one that grows; and each with the reference.
 """
 
@@ -29,30 +29,30 @@ from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.runtime import CachedDecoder, open_session
 
-IDIOMS: dict[str, dict[str, Any]] = {
-    "grow": {},
-    "in-place": {"idiom": "in-place"},
-    "in-place, cut short": {"idiom": "in-place", "past_length": "mask"},
-    "new-only": {"idiom": "new-only"},
-    "new-only, unfilled rows": {"idiom": "new-only", "past_length": "input"},
+CACHE_MODES: dict[str, dict[str, Any]] = {
+    "dynamic": {},
+    "static": {"cache": "static"},
+    "static, copied rows": {"cache": "static", "past_length": "mask"},
+    "new-tokens": {"cache": "new-tokens"},
+    "new-tokens, unfilled rows": {"cache": "new-tokens", "past_length": "input"},
 }
 ALLOWED = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How far the idioms of one model are apart."""
+    """How far the cache modes of one model are apart."""
 
     label: str
     family: str
     padded: bool
-    apart: float = 0.0  # the largest difference of two idioms, over the spread
+    apart: float = 0.0  # the largest difference of two cache modes, over the spread
     reference: float = 0.0  # the largest difference of one from the reference
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
 def compare(entry: Entry) -> Agreement:
-    """Return how far the idioms of a model are apart on all its stored texts.
+    """Return how far the cache modes of a model are apart on all its stored texts.
 
     Raises:
         KvsurgeonError: It cannot be given a cache that grows, or one of them cannot be run.
@@ -60,20 +60,20 @@ def compare(entry: Entry) -> Agreement:
     original = onnx.load(entry.path, load_external_data=False)
     cases = entry.cases(original)
     decoders, refused = {}, {}
-    for idiom, options in IDIOMS.items():
+    for cache_mode, options in CACHE_MODES.items():
         subject = Subject.of(entry.path)
         try:
             Inject(**options).apply(subject)
         except UnsupportedError as refusal:
-            if idiom in ("grow", "in-place", "new-only"):
+            if cache_mode in ("dynamic", "static", "new-tokens"):
                 raise
-            refused[idiom] = str(refusal)
+            refused[cache_mode] = str(refusal)
             continue
-        decoders[idiom] = CachedDecoder(open_session(io.to_proto(subject.model), folder=entry.folder, threads=1))
+        decoders[cache_mode] = CachedDecoder(open_session(io.to_proto(subject.model), folder=entry.folder, threads=1))
     apart, reference = 0.0, 0.0
     for case in cases:
-        found = {idiom: logits(decoder, case) for idiom, decoder in decoders.items()}
-        scale = float(np.ptp(found["grow"][case.real].astype(np.float64)))
+        found = {cache_mode: logits(decoder, case) for cache_mode, decoder in decoders.items()}
+        scale = float(np.ptp(found["dynamic"][case.real].astype(np.float64)))
         pairs = itertools.combinations(found.values(), 2)
         apart = max([apart, *(gap(one, other, case) / scale for one, other in pairs)])
         reference = max([reference, *(gap(one, case.reference, case) / scale for one in found.values())])
