@@ -127,9 +127,9 @@ class Graph:
     def rewire(self, edge: Edge, value: str) -> None:
         edge.node.input[edge.index] = value
 
-    def _fresh(self, wish: str) -> str:
+    def _fresh(self, name: str) -> str:
         self._count += 1
-        return f"mutant.{wish}.{self._count}"
+        return f"mutant.{name}.{self._count}"
 
 
 def attribute_of(node: NodeProto, name: str) -> onnx.AttributeProto | None:

@@ -15,8 +15,8 @@ from kvsurgeon.dataflow.input_roles import InputRole, classify_inputs, read_inpu
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.dataflow.value_kinds import find_kinds
 from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.graph.operators import SHAPE_ONLY
+from kvsurgeon.graph.query import find_live
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import LengthVariable
 
@@ -115,7 +115,7 @@ def analyze(model: ir.Model) -> Analysis:
         UnsupportedError: It is not a causal decoder that can be handled soundly; nothing was changed.
     """
     graph = model.graph
-    alive = find_alive(graph)
+    alive = find_live(graph)
     nodes: Sequence[ir.Node] = [node for node in graph if node in alive]
     dimensions, length = read_inputs(graph)
     inputs = classify_inputs(graph, dimensions, length)

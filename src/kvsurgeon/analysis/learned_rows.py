@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvsurgeon.analysis.token_flow import NodeVisit
-from kvsurgeon.graph.liveness import follows_input
+from kvsurgeon.graph.query import depends_on_input
 from kvsurgeon.ops.layout import joined_inputs
 from kvsurgeon.symbolic.fact import axis_of
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable
@@ -29,7 +29,7 @@ def concat(step: NodeVisit) -> list[Axes]:
             continue
         if not isinstance(shape[joined], int) or any(step.holds_length(size) for size in shape):
             raise step.mixing()
-        if value is not None and follows_input(value):
+        if value is not None and depends_on_input(value):
             raise step.mixing()
         rows.append(shape[joined])
     return [_bordered(step, mine, joined, sum(rows[:mine]), sum(rows[mine:]))]

@@ -24,8 +24,8 @@ from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.shape_inference import STANDARD_DOMAINS, Shapes, in_one_line
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.graph.liveness import read_by
 from kvsurgeon.graph.operators import SHAPE_ONLY
+from kvsurgeon.graph.query import all_inputs
 from kvsurgeon.ops import elementwise as elementwise_shapes
 from kvsurgeon.ops.contraction import PRODUCTS
 from kvsurgeon.symbolic import dimension as dim
@@ -144,7 +144,7 @@ def _read_for_their_numbers(nodes: Sequence[ir.Node]) -> set[ir.Node]:
     for node in reversed(nodes):
         if any(value in read for value in node.outputs):
             found.add(node)
-            read.update(() if node.op_type in SHAPE_ONLY else read_by(node))
+            read.update(() if node.op_type in SHAPE_ONLY else all_inputs(node))
     return found
 
 

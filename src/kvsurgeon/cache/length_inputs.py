@@ -110,14 +110,14 @@ def count_none(graph: ir.Graph, editor: Editor, counter: Counter) -> None:
     """Let whoever read the number of past tokens read 0, once or for each text."""
     assert counter.source.dtype is not None
     dtype = counter.value.dtype or counter.source.dtype
-    none = editor.constant(np.zeros(counter.shape), dtype.numpy(), wish="no_past")
+    none = editor.constant(np.zeros(counter.shape), dtype.numpy(), name="no_past")
     batch = next(iter(names_of(counter.source)), None) if counter.is_input else None
     given = next((value for value in real_inputs(graph) if batch is not None and batch in names_of(value)), None)
     if given is not None:
-        sizes = editor.node("Shape", [given], wish="sizes", dtype=ir.DataType.INT64)
-        place = editor.constant([names_of(given).index(batch)], wish="axis")
-        texts = editor.node("Gather", [sizes, place], {"axis": 0}, wish="texts", dtype=ir.DataType.INT64)
-        none = editor.node("Expand", [none, texts], wish="no_past_of_texts", dtype=none.dtype)
+        sizes = editor.node("Shape", [given], name="sizes", dtype=ir.DataType.INT64)
+        place = editor.constant([names_of(given).index(batch)], name="axis")
+        texts = editor.node("Gather", [sizes, place], {"axis": 0}, name="texts", dtype=ir.DataType.INT64)
+        none = editor.node("Expand", [none, texts], name="no_past_of_texts", dtype=none.dtype)
     counter.value.replace_all_uses_with(none)
 
 

@@ -10,8 +10,8 @@ import onnx_ir as ir
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
-from kvsurgeon.graph.liveness import find_alive
 from kvsurgeon.graph.operators import LOOKUPS, SHAPE_ONLY
+from kvsurgeon.graph.query import find_live
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
 from kvsurgeon.symbolic.sequence_axes import Length
@@ -91,7 +91,7 @@ def shapes_of(graph: ir.Graph) -> Shapes:
     Raises:
         UnsupportedError: An input has no shape, has the batch twice, or none has a sequence axis.
     """
-    alive = find_alive(graph)
+    alive = find_live(graph)
     dimensions, _ = read_inputs(graph)
     nodes = [node for node in graph if node in alive]
     return infer_shapes(nodes, dimensions, graph.opset_imports.get("", 1), named=True)

@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.shape_inference import Shapes
-from kvsurgeon.graph.liveness import read_by
 from kvsurgeon.graph.operators import SHAPE_ONLY
+from kvsurgeon.graph.query import all_inputs
 
 
 class ValueKind(IntEnum):
@@ -39,7 +39,7 @@ def find_kinds(nodes: Iterable[ir.Node], inputs: list[InputRole], shapes: Shapes
                 default=kind,
             )
         else:
-            for value in node.inputs[:1] if node.op_type == "CastLike" else read_by(node):  # its second gives a type
+            for value in node.inputs[:1] if node.op_type == "CastLike" else all_inputs(node):  # its second gives a type
                 kind = max(kind, ValueKind.CONSTANT if value is None else kinds.get(value, ValueKind.CONSTANT))
         if (
             kind is ValueKind.TOKEN

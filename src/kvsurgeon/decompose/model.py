@@ -16,7 +16,7 @@ from kvsurgeon.decompose.multi_head_attention import multi_head_attention
 from kvsurgeon.decompose.node_builder import Pen
 from kvsurgeon.decompose.onnx_attention import says_more, standard_attention
 from kvsurgeon.decompose.packed_attention import attention, quantised_attention
-from kvsurgeon.graph.liveness import find_alive
+from kvsurgeon.graph.query import find_live
 
 RULES: dict[tuple[str, str], Callable[[Pen], None]] = {
     ("com.microsoft", "Attention"): attention,
@@ -56,7 +56,7 @@ def decompose(model: ir.Model) -> DecomposedModel:
 
 
 def _write_out(graph: ir.Graph) -> dict[str, str]:
-    alive = find_alive(graph)
+    alive = find_live(graph)
     dimensions, _ = read_inputs(graph)
     shapes = infer_shapes([node for node in graph if node in alive], dimensions, graph.opset_imports.get("", 1))
     assumed: dict[str, str] = {}

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from kvsurgeon.decompose.node_builder import Pen
 from kvsurgeon.decompose.softmax_attention import Scoring, attended, repeated, usual_scale
-from kvsurgeon.graph.liveness import follows_input
+from kvsurgeon.graph.query import depends_on_input
 
 MASK, PAST_KEY, PAST_VALUE, KEYS_THAT_COUNT = 3, 4, 5, 6
 
@@ -27,7 +27,7 @@ def _has_own_keys(node: ir.Node) -> bool:
     join = None if node.inputs[1] is None else node.inputs[1].producer()
     if join is None or join.op_type != "Concat" or join.attributes.get_int("axis", 0) not in (2, -2):
         return False
-    given = [value for value in join.inputs if value is not None and follows_input(value)]
+    given = [value for value in join.inputs if value is not None and depends_on_input(value)]
     return len(given) == 1 < len(join.inputs) and not node.attributes.get_int("is_causal", 0)
 
 

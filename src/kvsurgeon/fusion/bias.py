@@ -50,7 +50,7 @@ class Biases:
 
     def _of_numbers(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """Nothing below half of the type's range: a query that sees no key then gives numbers, which nobody reads."""
-        lowest = self.editor.constant(float(dtype.min) / 2, dtype.numpy(), wish="lowest")
+        lowest = self.editor.constant(float(dtype.min) / 2, dtype.numpy(), name="lowest")
         return self.made("Max", [value, lowest], {}, "bias.of_numbers", dtype)
 
     def _of_operator(self, fusable: Fusable) -> Sum | None:
@@ -67,24 +67,24 @@ class Biases:
         numpy = fusable.dtype.numpy()
         inputs = [
             mask,
-            self.editor.constant(0, numpy, wish="seen"),
-            self.editor.constant(-np.inf, numpy, wish="masked"),
+            self.editor.constant(0, numpy, name="seen"),
+            self.editor.constant(-np.inf, numpy, name="masked"),
         ]
         return Sum(value=self.made("Where", inputs, {}, f"{mask.name}.bias", fusable.dtype), sizes=sizes)
 
-    def twin(self, node: ir.Node, inputs: Sequence[ir.Value | None], wish: str | None = None) -> ir.Value:
+    def twin(self, node: ir.Node, inputs: Sequence[ir.Value | None], name: str | None = None) -> ir.Value:
         """The result of a node's operator on other inputs."""
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        return self.made(node.op_type, inputs, attributes, wish or f"{node.outputs[0].name}.bias", self.dtype_of(node))
+        return self.made(node.op_type, inputs, attributes, name or f"{node.outputs[0].name}.bias", self.dtype_of(node))
 
     def made(
-        self, operator: str, inputs: Sequence[ir.Value | None], attributes: dict[str, object], wish: str,
+        self, operator: str, inputs: Sequence[ir.Value | None], attributes: dict[str, object], name: str,
         dtype: ir.DataType | None,
     ) -> ir.Value:  # fmt: skip
         """An operator's result, made once for the same inputs."""
         key = operator, tuple(inputs), repr(sorted(attributes.items()))
         if key not in self._made:
-            self._made[key] = self.editor.node(operator, inputs, attributes, wish=wish, dtype=dtype)
+            self._made[key] = self.editor.node(operator, inputs, attributes, name=name, dtype=dtype)
         return self._made[key]
 
     def dtype_of(self, node: ir.Node) -> ir.DataType | None:
@@ -210,7 +210,7 @@ def _where(biases: Biases, node: ir.Node, source: ir.Value, added: Sum | None) -
     """A mask that replaces scores: what is not masked adds what was added before, or nothing."""
     dtype = biases.dtype_of(node) or ir.DataType.FLOAT
     places = [place for place, value in enumerate(biases.setting.before[node]) if value is not source]
-    inside = added.value if added is not None else biases.editor.constant(0, dtype.numpy(), wish="nothing_added")
+    inside = added.value if added is not None else biases.editor.constant(0, dtype.numpy(), name="nothing_added")
     inputs = [value if place in places else inside for place, value in enumerate(node.inputs)]
     sizes = [biases.setting.of_context(node, place) for place in places]
     return Sum(value=biases.twin(node, inputs), sizes=_broadcast(*sizes, added.sizes if added is not None else ()))

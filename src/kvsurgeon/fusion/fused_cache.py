@@ -36,7 +36,7 @@ class FusedCache:
 
     def _present(self, entry: CacheTensor, made: dict[CacheTensor, ir.Value]) -> ir.Value:
         """The present that an operator makes; of attentions that share keys and values the first makes the cache's."""
-        name = self.operator.editor.name(f"{entry.present}.again") if entry in made else entry.present
+        name = self.operator.editor.unique_name(f"{entry.present}.again") if entry in made else entry.present
         present = ir.Value(name=name, type=ir.TensorType(entry.dtype))
         made.setdefault(entry, present)
         return present

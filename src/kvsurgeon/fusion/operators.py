@@ -68,7 +68,7 @@ class Operator(ABC):
         """Add the operator; what it adds to scores, and who reads its result, is settled by `finish`."""
         memories = (fusable.query, fusable.key, fusable.value)
         inputs = [*(self.rows.rows_of(memory) for memory in memories), *self.further_inputs(fusable, cache)]
-        name = self.editor.name(f"{fusable.head.at.name}.attention")
+        name = self.editor.unique_name(f"{fusable.head.at.name}.attention")
         outputs = [ir.Value(name=name, type=ir.TensorType(fusable.dtype))]
         outputs += [] if cache is None else [cache.present_key, cache.present_value]
         attributes = self.attributes(fusable) | ({"softcap": fusable.softcap} if fusable.softcap else {})
@@ -84,7 +84,7 @@ class Operator(ABC):
         bias = self.biases.of(fusable)
         if bias is not None:
             node.resize_inputs(self.bias + 1)
-            self.editor.rewire(node, self.bias, bias)
+            self.editor.replace_input(node, self.bias, bias)
         self.rows.continue_with(node.outputs[0], fusable.result)
 
 

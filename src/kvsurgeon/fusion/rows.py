@@ -50,10 +50,10 @@ class Rows:
         same = (one for one in self._made_into(memory.value) if self._is_by_token(one))
         value = next((one for one in same if self._same_order(memory.value, one)), None)
         if value is None:
-            self.editor.take_over(memory.value, self._laid_out(rows, memory))
+            self.editor.replace(memory.value, self._laid_out(rows, memory))
         else:
             made = self._reshaped(rows, self._flat(memory), self.setting.of_tokens(value), memory.dtype)
-            self.editor.take_over(value, made)
+            self.editor.replace(value, made)
 
     def _laid_out(self, rows: ir.Value, memory: CachePoint) -> ir.Value:
         """Rows as the tensor lies."""
@@ -79,13 +79,13 @@ class Rows:
     ) -> ir.Value:
         if tuple(before) == tuple(after):
             return value
-        target, wish = reshape_target(self.setting.lengths, after, before), f"{value.name}.rows"
-        return self.editor.node("Reshape", [value, target], wish=wish, dtype=dtype, shape=dim_names(after))
+        target, name = reshape_target(self.setting.lengths, after, before), f"{value.name}.rows"
+        return self.editor.node("Reshape", [value, target], name=name, dtype=dtype, shape=dim_names(after))
 
     def _transposed(self, value: ir.Value, order: Sequence[int], dtype: ir.DataType) -> ir.Value:
         if list(order) == list(range(len(order))):
             return value
-        return self.editor.node("Transpose", [value], {"perm": list(order)}, wish=f"{value.name}.moved", dtype=dtype)
+        return self.editor.node("Transpose", [value], {"perm": list(order)}, name=f"{value.name}.moved", dtype=dtype)
 
     # Other tensors that hold the same rows
 

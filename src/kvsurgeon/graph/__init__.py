@@ -1,1 +1,1 @@
-"""DimNames for looking at and changing any ONNX graph."""
+"""Query, edit and execute any ONNX graph, without knowledge of decoders."""

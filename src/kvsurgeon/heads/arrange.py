@@ -51,13 +51,13 @@ class Arrange:
         return self._node("Transpose", [value], {"perm": list(order)}, f"{value.name}.transposed", dtype)
 
     def _node(
-        self, operator: str, inputs: Sequence[ir.Value], attributes: Mapping[str, Any], wish: str,
+        self, operator: str, inputs: Sequence[ir.Value], attributes: Mapping[str, Any], name: str,
         dtype: ir.DataType | None,
     ) -> ir.Value:  # fmt: skip
         """The node that computes this, made once: layers that share heads share what is made of them."""
         key = (operator, tuple(inputs), repr(attributes))
         if key not in self._made:
-            self._made[key] = self.editor.node(operator, inputs, attributes, wish=wish, dtype=dtype)
+            self._made[key] = self.editor.node(operator, inputs, attributes, name=name, dtype=dtype)
         return self._made[key]
 
     def placed(
@@ -114,11 +114,11 @@ class Arrange:
         if np.array_equal(heads, np.arange(count)):
             return value, sizes
         if not np.array_equal(heads, np.repeat(np.arange(count), times)):
-            index = self.editor.constant(heads.tolist(), wish="heads")
+            index = self.editor.constant(heads.tolist(), name="heads")
             return self._node("Gather", [value, index], {"axis": place}, f"{value.name}.heads", dtype), after
         apart = [*sizes[: place + 1], 1, *sizes[place + 1 :]]
         value = self.reshaped(value, sizes, apart, dtype)
-        times_each = self.editor.constant([times if at == place + 1 else 1 for at in range(len(apart))], wish="repeat")
+        times_each = self.editor.constant([times if at == place + 1 else 1 for at in range(len(apart))], name="repeat")
         value = self._node("Expand", [value, times_each], {}, f"{value.name}.repeated", dtype)
         return self.reshaped(value, [*sizes[: place + 1], times, *sizes[place + 1 :]], after, dtype), after
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.token_flow import Place
 from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.graph.liveness import find_alive
+from kvsurgeon.graph.query import find_live
 from kvsurgeon.heads.arrange import Arrange
 from kvsurgeon.heads.head_axis import HeadAxis
 from kvsurgeon.heads.index_trace import Labels
@@ -84,7 +84,7 @@ class Stems:
         sources = self._sources(source, requests)
         new = self.carrier.carried(sources, HeadAxis(axis, layout.width), selection)
         sizes = [piece.layout.width for piece in pieces]
-        parts = self.carrier.editor.split(new, sizes, axis, wish=f"{source.name}.pieces")
+        parts = self.carrier.editor.split(new, sizes, axis, name=f"{source.name}.pieces")
         tokens = [layout.parts[place] for place in layout.token_places]
         for piece, part in zip(pieces, parts, strict=True):
             shape = (*layout.shape[:axis], piece.layout.width)
@@ -117,7 +117,7 @@ class Stems:
         if piece.stand_in is not None:
             piece.stand_in.replace_all_uses_with(value)
         for node, index in piece.readers:
-            self.carrier.editor.rewire(node, index, value)
+            self.carrier.editor.replace_input(node, index, value)
 
     def _sources(self, source: ir.Value, requests: list[Request]) -> tuple[ir.Value, ...]:
         """The stem, and those of the layers that are averaged into it."""
@@ -169,7 +169,7 @@ class Stems:
         """What else the stem makes, taken as early as the new heads allow."""
         wanted = {request.values[0] for request in requests} | self._freed
         toward = self._toward(source, wanted)
-        alive = find_alive(self.carrier.editor.graph)
+        alive = find_live(self.carrier.editor.graph)
         found: list[Piece] = []
         pending = [source]
         while pending:

@@ -81,7 +81,7 @@ class Carrier:
         """Let everybody read from a twin what must not come from its original any more."""
         for old, new in self._replaced.items():
             for node, index in tuple(old.uses()):
-                self.editor.rewire(node, index, new)
+                self.editor.replace_input(node, index, new)
 
     def _make(self, values: Values, axis: HeadAxis, selection: Selection) -> ir.Value:
         value = values[0]
@@ -108,7 +108,7 @@ class Carrier:
     def _twin(self, node: ir.Node, made: Made) -> ir.Node:
         key = (node, tuple(made.inputs))
         if key not in self._twins:
-            twin = self.editor.twin(node, list(made.inputs), "heads", made.without)
+            twin = self.editor.copy(node, list(made.inputs), "heads", made.without)
             for name, attribute in made.attributes.items():
                 twin.attributes[name] = ir.convenience.convert_attribute(name, attribute)
             self._replaced |= {node.outputs[index]: twin.outputs[index] for index in made.replaced}
@@ -148,7 +148,7 @@ class Carrier:
             [Part(tensor=tensors[m.source], places=m.places, weight=m.weight) for m in members]
             for members in places.blocks
         ]
-        tensor = ComputedTensor(blocks, axis=axis.axis, name=self.editor.name(f"{name}.heads"))
+        tensor = ComputedTensor(blocks, axis=axis.axis, name=self.editor.unique_name(f"{name}.heads"))
         value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
         self.editor.graph.register_initializer(value)
         self.editor.edits += 1
@@ -164,8 +164,8 @@ class Carrier:
         wholes = [Selection(selection.count, ((member,),)).within(axis.outer, axis.inner) for member in members]
         picked = [
             self.editor.node(
-                "Gather", [value, self.editor.constant(whole.places, wish="heads")], {"axis": axis.axis},
-                wish=f"{value.name}.heads", dtype=value.dtype,
+                "Gather", [value, self.editor.constant(whole.places, name="heads")], {"axis": axis.axis},
+                name=f"{value.name}.heads", dtype=value.dtype,
             )
             for whole in wholes
         ]  # fmt: skip
@@ -173,7 +173,7 @@ class Carrier:
             return picked[0]
         if value.dtype is None or not value.dtype.is_floating_point():
             raise UnsupportedError("what is computed for each head has no mean", at=value.name)
-        return self.editor.node("Mean", picked, {}, wish=f"{value.name}.mean", dtype=value.dtype)
+        return self.editor.node("Mean", picked, {}, name=f"{value.name}.mean", dtype=value.dtype)
 
     def _depends(self, value: ir.Value) -> bool:
         """Whether a value is made of values that have other heads now, with no product with weights in between."""

@@ -87,14 +87,14 @@ class Regrouping:
         node, index = place
         name = f"{node.outputs[0].name}.regrouped"
         if node.op_type in ("MatMul", "Einsum"):
-            return self.editor.node("MatMul", [queries, keys], wish=name, dtype=node.outputs[0].dtype)
+            return self.editor.node("MatMul", [queries, keys], name=name, dtype=node.outputs[0].dtype)
         if index == found.left or node.op_type == "Gemm":
             raise UnsupportedError(
                 f"{node.op_type}: it cannot be done for other groups of heads", at=node.outputs[0].name
             )
         inputs = list(node.inputs)
         inputs[found.left], inputs[found.right] = queries, keys
-        return self.editor.twin(node, inputs, "regrouped", frozenset({"transA", "transB"})).outputs[0]
+        return self.editor.copy(node, inputs, "regrouped", frozenset({"transA", "transB"})).outputs[0]
 
     def _give_back(
         self, place: Place, found: Contraction, mine: list[list[Part]], result: ir.Value, kv_heads: int, heads: int
@@ -117,4 +117,4 @@ class Regrouping:
         value = self.arrange.transposed(value, back, output.dtype)
         value = self.arrange.reshaped(value, [part.size for part in flat], shape, output.dtype)
         for user, at in tuple(output.uses()):
-            self.editor.rewire(user, at, value)
+            self.editor.replace_input(user, at, value)

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.liveness import find_alive
+from kvsurgeon.graph.query import find_live
 from kvsurgeon.heads.arrange import Arrange, lengths_of
 from kvsurgeon.heads.counts import counts_of
 from kvsurgeon.heads.fused_projections import Stems
@@ -114,7 +114,7 @@ class Exchanger:
                 _tell_operator(way, selection.size)
             value = self.arrange.repeated(new, shape, before, heads, after, wanted, way.start.dtype)
             for node, index in way.readers:
-                self.editor.rewire(node, index, value)
+                self.editor.replace_input(node, index, value)
 
     def _regroup(self, layer: int, way: Way, new: ir.Value, shape: Sequence[Dimension], before: Logical) -> None:
         """Do a product that brings several query heads to a key head for other groups of them."""
@@ -144,7 +144,7 @@ class Exchanger:
 
     def _free_shapes(self, wanted: Sequence[Exchange | None]) -> None:
         """Let nobody read a tensor for its shape alone, as TorchScript does, or it would stay beside its twin."""
-        alive = find_alive(self.editor.graph)
+        alive = find_live(self.editor.graph)
         for layer, exchange in enumerate(wanted):
             ways = () if exchange is None else self._ways_of(layer)
             for value in dict.fromkeys(one for way in (*ways[:1], *ways[1:]) for one in self.labels.above(way[0].last)):
@@ -154,11 +154,11 @@ class Exchanger:
                         continue
                     sizes = self.arrange.lengths.vector(list(numbers))
                     for user, index in tuple(node.outputs[0].uses()):
-                        self.editor.rewire(user, index, sizes)
+                        self.editor.replace_input(user, index, sizes)
 
     def _freed(self, dropped: Sequence[Way]) -> list[ir.Value]:
         """Parts of a product's result that nobody reads any more, beside others that are read."""
-        alive = find_alive(self.editor.graph)
+        alive = find_live(self.editor.graph)
         freed: dict[ir.Value, None] = {}
         for way in dropped:
             for value in self.labels.above(way.start):

@@ -67,14 +67,14 @@ class CacheLayouts:
                 return value
         return self._reshaped(memory, value, own, f"{name}.all")
 
-    def _reshaped(self, memory: CachePoint, value: ir.Value, sizes: Sequence[Dimension], wish: str) -> ir.Value:
+    def _reshaped(self, memory: CachePoint, value: ir.Value, sizes: Sequence[Dimension], name: str) -> ir.Value:
         target = reshape_target(self.lengths, sizes)
-        return self.editor.node("Reshape", [value, target], wish=wish, dtype=memory.dtype, shape=dim_names(sizes))
+        return self.editor.node("Reshape", [value, target], name=name, dtype=memory.dtype, shape=dim_names(sizes))
 
-    def _transposed(self, memory: CachePoint, value: ir.Value, order: Sequence[int], wish: str) -> ir.Value:
+    def _transposed(self, memory: CachePoint, value: ir.Value, order: Sequence[int], name: str) -> ir.Value:
         if list(order) == list(range(len(order))):
             return value
-        transposed = self.editor.node("Transpose", [value], {"perm": list(order)}, wish=wish, dtype=memory.dtype)
+        transposed = self.editor.node("Transpose", [value], {"perm": list(order)}, name=name, dtype=memory.dtype)
         if value.shape is not None:
             transposed.shape = ir.Shape([value.shape[place] for place in order])
         return transposed

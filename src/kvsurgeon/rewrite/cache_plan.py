@@ -139,7 +139,7 @@ def _by_input(analysis: Analysis, editor: Editor, new: Source) -> ir.Value:
     graph = analysis.model.graph
     if any(value.name == PAST_LENGTH for value in (*graph.inputs, *graph.outputs)):
         raise UnsupportedError("the model already has an input or output of that name", at=PAST_LENGTH)
-    editor.free(PAST_LENGTH)
+    editor.release_name(PAST_LENGTH)
     given = ir.Value(name=PAST_LENGTH, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
     graph.inputs.append(given)
     return given
@@ -148,9 +148,9 @@ def _by_input(analysis: Analysis, editor: Editor, new: Source) -> ir.Value:
 def _by_positions(analysis: Analysis, editor: Editor, new: Source) -> ir.Value:
     """The position of the first new token of the first row: right where no row is padded on the left."""
     given = _only(find_positions(analysis.inputs), "an input of positions")
-    flat = editor.node("Reshape", [given.value, editor.constant([-1])], wish="positions.flat", dtype=given.value.dtype)
+    flat = editor.node("Reshape", [given.value, editor.constant([-1])], name="positions.flat", dtype=given.value.dtype)
     return editor.node(
-        "Gather", [flat, editor.constant([0])], wish="position.first", dtype=given.value.dtype, shape=[1]
+        "Gather", [flat, editor.constant([0])], name="position.first", dtype=given.value.dtype, shape=[1]
     )
 
 
@@ -161,10 +161,10 @@ def _by_mask(analysis: Analysis, editor: Editor, new: Source) -> ir.Value:
     axis = next(iter(given.lengths))
     sizes = []
     for value, place in ((given.value, axis), (new.value, new.axis)):
-        shape = editor.node("Shape", [value], wish=f"{value.name}_shape", dtype=ir.DataType.INT64)
+        shape = editor.node("Shape", [value], name=f"{value.name}_shape", dtype=ir.DataType.INT64)
         index = editor.constant([place])
-        sizes.append(editor.node("Gather", [shape, index], wish="length", dtype=ir.DataType.INT64, shape=[1]))
-    return editor.node("Sub", sizes, wish="past_length", dtype=ir.DataType.INT64, shape=[1])
+        sizes.append(editor.node("Gather", [shape, index], name="length", dtype=ir.DataType.INT64, shape=[1]))
+    return editor.node("Sub", sizes, name="past_length", dtype=ir.DataType.INT64, shape=[1])
 
 
 def _only(found: Sequence[InputRole], expected: str) -> InputRole:

@@ -24,7 +24,7 @@ from kvsurgeon.dataflow.shape_inference import infer_shapes
 from kvsurgeon.decompose.model_functions import simplify_model
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.liveness import read_by
+from kvsurgeon.graph.query import all_inputs
 from kvsurgeon.rewrite.lengths import LengthValues, Source
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import Fact, Numbers, axis_of, known
@@ -110,9 +110,9 @@ class _Emptying:
             return join.node.outputs[0]
         rows = join.node.inputs[join.slot.rows] or join.node.inputs[0]  # queries, keys and values in one
         assert rows is not None
-        self.editor.rewire(join.node, join.slot.past, None)
+        self.editor.replace_input(join.node, join.slot.past, None)
         for way in join.slot.ways:
-            self.editor.drop_attribute(join.node, way)
+            self.editor.remove_attribute(join.node, way)
         given = [place for place, value in enumerate(join.node.inputs) if value is not None]
         join.node.resize_inputs(given[-1] + 1)
         return rows
@@ -133,7 +133,7 @@ class _Emptying:
             self._replace(node.outputs[0], full[0])
         elif full and len(full) < len(node.inputs):
             for place, value in enumerate(full):
-                self.editor.rewire(node, place, value)
+                self.editor.replace_input(node, place, value)
             node.resize_inputs(len(full))
 
     def _has_no_rows(self, node: ir.Node, value: ir.Value) -> bool:
@@ -159,7 +159,7 @@ class _Emptying:
             self._replace(value, written)
 
     def _constant(self, value: ir.Value, numbers: Numbers, dtype: ir.DataType) -> ir.Value:
-        constant = self.editor.constant(numbers.astype(dtype.numpy()), dtype.numpy(), wish=value.name or "numbers")
+        constant = self.editor.constant(numbers.astype(dtype.numpy()), dtype.numpy(), name=value.name or "numbers")
         self.shapes.facts[constant] = known(numbers, dtype)
         return constant
 
@@ -180,7 +180,7 @@ class _Emptying:
             UnsupportedError: Something does.
         """
         for node in self.graph:
-            for value in read_by(node):
+            for value in all_inputs(node):
                 if value in self.empty:
                     raise UnsupportedError(
                         f"{node.op_type} reads the past for more than joining new rows to it", at=value.name,
@@ -195,7 +195,7 @@ def _downstream(graph: ir.Graph, values: Sequence[ir.Value]) -> list[ir.Node]:
     """The nodes that depend on these values or on their shapes, in order."""
     reached, nodes = set(values), []
     for node in graph:
-        if any(value in reached for value in read_by(node)):
+        if any(value in reached for value in all_inputs(node)):
             reached.update(node.outputs)
             nodes.append(node)
     return nodes

@@ -130,8 +130,8 @@ class ContextSlices:
         starts = [dim.multiply(start, inner) for inner, start, _ in spans]
         ends = [dim.multiply(end, inner) for inner, _, end in spans]
         inputs = [value, self.lengths.vector(starts), self.lengths.vector(ends)]
-        inputs.append(self.editor.constant([axis.axis for axis in cut], wish="axes"))
-        return self.editor.node("Slice", inputs, wish=f"{value.name}.new", dtype=value.dtype)
+        inputs.append(self.editor.constant([axis.axis for axis in cut], name="axes"))
+        return self.editor.node("Slice", inputs, name=f"{value.name}.new", dtype=value.dtype)
 
     def _whole(self, node: ir.Node, value: ir.Value) -> ir.Value:
         """The value as the export computes it, at the total length."""
@@ -154,7 +154,7 @@ class ContextSlices:
             return value
         key = (node, tuple(inputs))
         if key not in self._rebuilt:
-            self._rebuilt[key] = twin = self.editor.twin(node, inputs, "view")
+            self._rebuilt[key] = twin = self.editor.copy(node, inputs, "view")
             for mine, original in zip(twin.outputs, node.outputs, strict=True):
                 dtype = self.flow.shapes[original].dtype
                 mine.type = mine.type if dtype is None else ir.TensorType(dtype)

@@ -89,18 +89,18 @@ class GivenPositions:
         sizes = [1 if size == self.flow.batch else size for size in sizes]
         if [size for size in sizes if not isinstance(size, int)] != [self.flow.length]:
             return None
-        target = self.editor.constant([0, *(size if isinstance(size, int) else -1 for size in sizes)], wish="form")
+        target = self.editor.constant([0, *(size if isinstance(size, int) else -1 for size in sizes)], name="form")
         return self.node("Reshape", [made, target], made.dtype)
 
     def node(
         self, operator: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType | None, **attributes: object
     ) -> ir.Value:
         """Add a node, and return what it makes."""
-        return self.editor.node(operator, inputs, attributes, wish=f"placed.{operator}", dtype=dtype)
+        return self.editor.node(operator, inputs, attributes, name=f"placed.{operator}", dtype=dtype)
 
     def again(self, node: ir.Node, inputs: Sequence[ir.Value | None]) -> ir.Value:
         """Add a node like another one, and return what it makes."""
-        twin = self.editor.twin(node, inputs, "placed")
+        twin = self.editor.copy(node, inputs, "placed")
         dtype = self.flow.shapes[node.outputs[0]].dtype
         twin.outputs[0].type = None if dtype is None else ir.TensorType(dtype)
         return twin.outputs[0]
@@ -177,7 +177,7 @@ def _expand(placing: GivenPositions, node: ir.Node, axis: int) -> ir.Value | Non
     if formed is None or others - {placing.flow.length, placing.flow.batch}:
         return None
     target = [1, *(size if isinstance(size, int) else 1 for size in after)]
-    return placing.node("Expand", [formed, placing.editor.constant(target, wish="form")], made.dtype)
+    return placing.node("Expand", [formed, placing.editor.constant(target, name="form")], made.dtype)
 
 
 def _tile(placing: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
@@ -185,7 +185,7 @@ def _tile(placing: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
     if source is None or times is None or times[axis] != 1 or not all(isinstance(one, int) for one in times):
         return None
     made = placing.placed(source, axis)
-    return placing.node("Tile", [made, placing.editor.constant([1, *times], wish="times")], made.dtype)
+    return placing.node("Tile", [made, placing.editor.constant([1, *times], name="times")], made.dtype)
 
 
 def _transpose(placing: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
@@ -217,7 +217,7 @@ def _slice(placing: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None
         return None
     given = None if node.inputs[1] is None else placing.flow.shapes[node.inputs[1]].dtype
     whole = (given or ir.DataType.INT64).numpy()  # all bounds of a Slice are of one type
-    moved = placing.editor.constant([place + 1 for place in axes], whole, wish="axes")
+    moved = placing.editor.constant([place + 1 for place in axes], whole, name="axes")
     rest = [node.inputs[1], node.inputs[2], moved, *node.inputs[4:]]
     return placing.again(node, [placing.placed(source, axis), *rest])
 
@@ -238,7 +238,7 @@ def _looked_up(placing: GivenPositions, table: ir.Value, picked: ir.Value, axis:
     rows, order = placing.shape(table), placing.shape(picked)
     if not placing.varies(table, 0) or dim.product(order) != placing.flow.length:
         return None
-    flat = placing.editor.constant([0, -1], wish="form")
+    flat = placing.editor.constant([0, -1], name="form")
     made = placing.placed(picked, axis)
     places = placing.node("Reshape", [made, flat], made.dtype)  # [batch, length]
     looked_up = GivenPositions(placing.flow, placing.editor, places).placed(table, 0)
@@ -338,5 +338,5 @@ def _whole_form(placing: GivenPositions, made: ir.Value, sizes: Sequence[Dimensi
 
 def _unbatched(placing: GivenPositions, made: ir.Value) -> ir.Value:
     """Return what is placed for the only text there is, without its batch axis."""
-    zero = placing.editor.constant(np.int64(0), wish="first")
+    zero = placing.editor.constant(np.int64(0), name="first")
     return placing.node("Gather", [made, zero], made.dtype, axis=0)

@@ -74,7 +74,7 @@ class HeadGrouping:
             caches.append((operand, cache, order))
         for operand, cache, order in caches:
             rows = self.layouts.all_rows(operand.memory, cache, order, USUAL)
-            self.editor.rewire(*operand.place, rows)
+            self.editor.replace_input(*operand.place, rows)
 
     def _regroup(self, operand: CachedOperand, *, may_scale: bool) -> None:
         node, index = operand.place
@@ -111,17 +111,17 @@ class HeadGrouping:
         assert given is not None
         for operator, scale in reading.scales:
             inputs = [given, self.tokens.views.view(scale, ())]
-            given = self.editor.node(operator, inputs, wish=f"{partner.name}.scaled", dtype=memory.dtype)
+            given = self.editor.node(operator, inputs, name=f"{partner.name}.scaled", dtype=memory.dtype)
         apart, result = self._sizes(partner), self._sizes(node.outputs[0])
         rows = dim.multiply(reading.repeats, apart[-2])
         grouped = [memory.batch, memory.heads, rows, apart[-1]]
-        self.editor.rewire(node, 1 - index, self._reshaped(given, apart, grouped, memory.dtype))
-        self.editor.rewire(node, index, cache)
+        self.editor.replace_input(node, 1 - index, self._reshaped(given, apart, grouped, memory.dtype))
+        self.editor.replace_input(node, index, cache)
         grouped = [memory.batch, memory.heads, rows, result[-1]]
         if not _same(grouped, result):
             target = reshape_target(self.tokens.lengths, result, grouped)
             shapes = dim_names(grouped), dim_names(result)
-            self.editor.continue_with(node.outputs[0], "Reshape", [target], memory.dtype, shapes)
+            self.editor.append_to(node.outputs[0], "Reshape", [target], memory.dtype, shapes)
 
     def _sizes(self, value: ir.Value) -> list[Dimension]:
         return self.tokens.views.sizes(self.flow.shapes[value].shape or (), self.tokens.axes_at(value, Length.NEW))
@@ -131,8 +131,8 @@ class HeadGrouping:
     ) -> ir.Value:
         if _same(before, after):
             return value
-        target, wish = reshape_target(self.tokens.lengths, after, before), f"{value.name}.grouped"
-        return self.editor.node("Reshape", [value, target], wish=wish, dtype=dtype, shape=dim_names(after))
+        target, name = reshape_target(self.tokens.lengths, after, before), f"{value.name}.grouped"
+        return self.editor.node("Reshape", [value, target], name=name, dtype=dtype, shape=dim_names(after))
 
 
 def _is_plain(product: ir.Node) -> bool:

@@ -79,7 +79,7 @@ class LengthValues:
     def vector(self, numbers: Sequence[Dimension]) -> ir.Value:
         """Several numbers as an int64 vector."""
         if all(isinstance(number, int) for number in numbers):
-            return self.editor.constant(list(numbers), wish="shape")
+            return self.editor.constant(list(numbers), name="shape")
         if len(numbers) == 1:
             return self.flat(numbers[0])
         if (key := tuple(numbers)) not in self._vectors:
@@ -94,23 +94,23 @@ class LengthValues:
                 run.append(number)
                 continue
             if run:
-                pieces.append(self.editor.constant(run, wish="shape"))
+                pieces.append(self.editor.constant(run, name="shape"))
                 run = []
             if number is not None:
                 pieces.append(self.flat(number))
-        return self.editor.node("Concat", pieces, {"axis": 0}, wish="shape", dtype=INT64, shape=[len(numbers)])
+        return self.editor.node("Concat", pieces, {"axis": 0}, name="shape", dtype=INT64, shape=[len(numbers)])
 
     def array(self, numbers: np.ndarray) -> ir.Value:
         """Numbers of any rank up to one, or constants of any rank."""
         if all(isinstance(number, (int, bool)) for number in numbers.reshape(-1)):
-            return self.editor.constant(numbers.astype(np.int64), wish="numbers")
+            return self.editor.constant(numbers.astype(np.int64), name="numbers")
         if numbers.ndim == 0:
             return self.scalar(numbers.item())
         flat = self.vector(list(numbers.reshape(-1)))
         if numbers.ndim == 1:
             return flat
-        target = self.editor.constant(list(numbers.shape), wish="shape")
-        return self.editor.node("Reshape", [flat, target], wish="numbers", dtype=INT64, shape=numbers.shape)
+        target = self.editor.constant(list(numbers.shape), name="shape")
+        return self.editor.node("Reshape", [flat, target], name="numbers", dtype=INT64, shape=numbers.shape)
 
     def repeated(self, number: Dimension, times: Dimension) -> ir.Value:
         """The number so many times, as an int64 vector."""
@@ -119,7 +119,7 @@ class LengthValues:
         key = ("repeated", number, times)
         if key not in self._grids:
             inputs = [self.flat(number), self.flat(times)]
-            self._grids[key] = self.editor.node("Expand", inputs, wish="rows", dtype=INT64)
+            self._grids[key] = self.editor.node("Expand", inputs, name="rows", dtype=INT64)
         return self._grids[key]
 
     def places(self, start: Dimension, sizes: Sequence[Dimension], axis: int) -> ir.Value:
@@ -127,11 +127,11 @@ class LengthValues:
         key = ("places", start, tuple(sizes), axis)
         if key not in self._grids:
             ends = [self.scalar(start), self.scalar(dim.add(start, sizes[axis])), self.scalar(1)]
-            row = self.editor.node("Range", ends, wish="rows", dtype=INT64)
+            row = self.editor.node("Range", ends, name="rows", dtype=INT64)
             column = self.vector([-1 if place == axis else 1 for place in range(len(sizes))])
-            row = self.editor.node("Reshape", [row, column], wish="rows.column", dtype=INT64)
+            row = self.editor.node("Reshape", [row, column], name="rows.column", dtype=INT64)
             target = self.vector([1 if place == axis else size for place, size in enumerate(sizes)])
-            self._grids[key] = self.editor.node("Expand", [row, target], wish="rows.places", dtype=INT64)
+            self._grids[key] = self.editor.node("Expand", [row, target], name="rows.places", dtype=INT64)
         return self._grids[key]
 
     def typed(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
@@ -140,8 +140,8 @@ class LengthValues:
             return value
         key = (value, dtype)
         if key not in self._typed:
-            wish = f"{value.name}.{dtype.name.lower()}"
-            self._typed[key] = self.editor.node("Cast", [value], {"to": int(dtype)}, wish=wish, dtype=dtype)
+            name = f"{value.name}.{dtype.name.lower()}"
+            self._typed[key] = self.editor.node("Cast", [value], {"to": int(dtype)}, name=name, dtype=dtype)
         return self._typed[key]
 
     def _value(self, number: Dimension, *, flat: bool) -> ir.Value:
@@ -152,7 +152,7 @@ class LengthValues:
 
     def _make(self, number: Dimension, flat: bool) -> ir.Value:
         if isinstance(number, int):
-            return self.editor.constant([number] if flat else number, wish="number")
+            return self.editor.constant([number] if flat else number, name="number")
         if number == self.total and self.limit is not None:
             return self._guarded(self._unguarded(number, flat), flat)
         return self._unguarded(number, flat)
@@ -175,18 +175,18 @@ class LengthValues:
         ordered = sorted(terms, key=lambda term: (isinstance(term, int), str(term)))
         result = self._value(ordered[0], flat=flat)
         for term in ordered[1:]:
-            wish = "total_length" if set(terms) == {PAST, NEW} else "length"
+            name = "total_length" if set(terms) == {PAST, NEW} else "length"
             other = self._value(term, flat=flat)
-            result = self.editor.node(operator, [result, other], wish=wish, dtype=INT64, shape=[1] if flat else [])
+            result = self.editor.node(operator, [result, other], name=name, dtype=INT64, shape=[1] if flat else [])
         return result
 
     def _guarded(self, total: ir.Value, flat: bool) -> ir.Value:
         """The total length, which ends the run with an error where it is beyond the limit: a table has no such row."""
         assert self.limit is not None
-        table = self.editor.constant(np.zeros(self.limit + 1), wish=f"no_more_than_{self.limit}_tokens")
-        nothing = self.editor.node("Gather", [table, total], {"axis": 0}, wish="within_limit", dtype=INT64)
+        table = self.editor.constant(np.zeros(self.limit + 1), name=f"no_more_than_{self.limit}_tokens")
+        nothing = self.editor.node("Gather", [table, total], {"axis": 0}, name="within_limit", dtype=INT64)
         return self.editor.node(
-            "Add", [total, nothing], wish="total_length_within_limit", dtype=INT64, shape=[1] if flat else []
+            "Add", [total, nothing], name="total_length_within_limit", dtype=INT64, shape=[1] if flat else []
         )
 
     def _read(self, symbol: sympy.Symbol, flat: bool) -> ir.Value:
@@ -198,21 +198,21 @@ class LengthValues:
         if value not in self._shapes:
             rank = len(value.shape) if value.shape is not None else None
             self._shapes[value] = self.editor.node(
-                "Shape", [value], wish=f"{value.name}_shape", dtype=INT64, shape=[rank]
+                "Shape", [value], name=f"{value.name}_shape", dtype=INT64, shape=[rank]
             )
-        index = self.editor.constant([axis] if flat else axis, wish="axis")
-        wish = {PAST: "past_length", NEW: "new_length"}.get(symbol, "length")
+        index = self.editor.constant([axis] if flat else axis, name="axis")
+        name = {PAST: "past_length", NEW: "new_length"}.get(symbol, "length")
         return self.editor.node(
-            "Gather", [self._shapes[value], index], {"axis": 0}, wish=wish, dtype=INT64, shape=[1] if flat else []
+            "Gather", [self._shapes[value], index], {"axis": 0}, name=name, dtype=INT64, shape=[1] if flat else []
         )
 
     def _given(self, value: ir.Value, flat: bool) -> ir.Value:
         """A number that is given, whatever its type and rank."""
         wide = value
         if value.dtype is not INT64:
-            wide = self.editor.node("Cast", [value], {"to": int(INT64)}, wish=f"{value.name}.int64", dtype=INT64)
+            wide = self.editor.node("Cast", [value], {"to": int(INT64)}, name=f"{value.name}.int64", dtype=INT64)
         shape = [1] if flat else []
         if value.shape is not None and list(value.shape) == shape:
             return wide
-        target = self.editor.constant(shape, wish="shape")
-        return self.editor.node("Reshape", [wide, target], wish="past_length", dtype=INT64, shape=shape)
+        target = self.editor.constant(shape, name="shape")
+        return self.editor.node("Reshape", [wide, target], name="past_length", dtype=INT64, shape=shape)

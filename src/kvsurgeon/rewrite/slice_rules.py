@@ -269,11 +269,11 @@ def _eye_like(views: Maker, node: ir.Node, call: OperatorCall, axes: Axes) -> ir
     places = []
     for start, size in zip(starts, sizes, strict=True):
         ends = [lengths.scalar(number) for number in (start, dim.add(start, size), 1)]
-        places.append(views.editor.node("Range", ends, wish="places", dtype=ir.DataType.INT64))
-    column = views.editor.node("Reshape", [places[0], lengths.vector([-1, 1])], wish="rows", dtype=ir.DataType.INT64)
-    same = views.editor.node("Equal", [column, places[1]], wish="diagonal", dtype=ir.DataType.BOOL)
+        places.append(views.editor.node("Range", ends, name="places", dtype=ir.DataType.INT64))
+    column = views.editor.node("Reshape", [places[0], lengths.vector([-1, 1])], name="rows", dtype=ir.DataType.INT64)
+    same = views.editor.node("Equal", [column, places[1]], name="diagonal", dtype=ir.DataType.BOOL)
     return views.editor.node(
-        "Cast", [same], {"to": int(fact.dtype)}, wish=f"{node.outputs[0].name}.eye", dtype=fact.dtype
+        "Cast", [same], {"to": int(fact.dtype)}, name=f"{node.outputs[0].name}.eye", dtype=fact.dtype
     )
 
 

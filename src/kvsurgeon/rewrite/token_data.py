@@ -51,9 +51,9 @@ class TokenRewriter:
         if node in self.flow.routed_regions:
             return
         for index, value in enumerate(self._inputs(node, Length.NEW)):
-            self.editor.rewire(node, index, value)
+            self.editor.replace_input(node, index, value)
         if self._drops_allowzero(node):
-            self.editor.drop_attribute(node, "allowzero")
+            self.editor.remove_attribute(node, "allowzero")
         if node in self.flow.diagonals:
             self._move_diagonal(node)
 
@@ -68,7 +68,7 @@ class TokenRewriter:
             diagonal = dim.subtract(diagonal, PAST)
         if len(node.inputs) < 2:
             node.resize_inputs(2)
-        self.editor.rewire(node, 1, self.lengths.scalar(diagonal))
+        self.editor.replace_input(node, 1, self.lengths.scalar(diagonal))
 
     def whole(self, value: ir.Value) -> ir.Value:
         """The value for all tokens so far: what was remembered, or what is computed from it."""
@@ -77,7 +77,7 @@ class TokenRewriter:
             if node is None:
                 raise UnsupportedError("an input is needed for all tokens so far", at=value.name)
             without = frozenset({"allowzero"}) if self._drops_allowzero(node) else frozenset()
-            twin = self.editor.twin(node, self._inputs(node, Length.TOTAL), "all", without)
+            twin = self.editor.copy(node, self._inputs(node, Length.TOTAL), "all", without)
             for mine, theirs in zip(node.outputs, twin.outputs, strict=True):
                 self._whole[mine] = theirs
                 self._describe(mine, theirs)
@@ -166,7 +166,7 @@ def causal_mask(
 ) -> ir.Value:
     """[sequence, total_sequence]: whether the key is not after the query; ranges are given as start, limit and step."""
     int64 = ir.DataType.INT64
-    row = editor.node("Range", keys, wish="keys", dtype=int64)
-    column = editor.node("Range", queries, wish="queries", dtype=int64)
-    column = editor.node("Reshape", [column, lengths.vector([-1, 1])], wish="queries.column", dtype=int64)
-    return editor.node("LessOrEqual", [row, column], wish="causal", dtype=ir.DataType.BOOL)
+    row = editor.node("Range", keys, name="keys", dtype=int64)
+    column = editor.node("Range", queries, name="queries", dtype=int64)
+    column = editor.node("Reshape", [column, lengths.vector([-1, 1])], name="queries.column", dtype=int64)
+    return editor.node("LessOrEqual", [row, column], name="causal", dtype=ir.DataType.BOOL)

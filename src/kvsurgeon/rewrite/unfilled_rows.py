@@ -46,14 +46,14 @@ class UnfilledRows:
                     hint="past-length=shape, with the unfilled rows masked as padding",
                 )  # fmt: skip
             inputs = [value, self._order(start)]
-            wish = f"{value.name}.{suffix}"
-            value = self.editor.node("Gather", inputs, {"axis": axis.axis}, wish=wish, dtype=value.dtype)
+            name = f"{value.name}.{suffix}"
+            value = self.editor.node("Gather", inputs, {"axis": axis.axis}, name=name, dtype=value.dtype)
         return value
 
     def _order(self, start: Dimension) -> ir.Value:
         if start not in self._orders:
             ends = [self.lengths.scalar(end) for end in (0, self.lengths.total, 1)]
-            rows = self.editor.node("Range", ends, wish="rows", dtype=INT64)
+            rows = self.editor.node("Range", ends, name="rows", dtype=INT64)
             # Not a range from that start: onnxruntime 1.31 makes a `Slice` of it, to which a negative end means more.
-            self._orders[start] = self.editor.node("Add", [rows, self.lengths.scalar(start)], wish="order", dtype=INT64)
+            self._orders[start] = self.editor.node("Add", [rows, self.lengths.scalar(start)], name="order", dtype=INT64)
         return self._orders[start]

@@ -194,7 +194,7 @@ class _Injection:
             for name in (entry.past, entry.present):
                 if name in interface:
                     raise UnsupportedError("the model already has an input or output of that name", at=name)
-                self.editor.free(name)
+                self.editor.release_name(name)
             shape = ir.Shape(entry.shape(self.cache_mode.past))
             pasts.append(ir.Value(name=entry.past, type=ir.TensorType(entry.dtype), shape=shape))
         self.graph.inputs.extend(pasts)
@@ -210,8 +210,8 @@ class _Injection:
         whole, new = (
             dim_names(views.sizes(fact.shape, (recall.axes[0].with_role(LengthVariable(length)),))) for length in ROWS
         )
-        more = [*bounds, self.editor.constant([axis], wish="axes")]
-        self.editor.continue_with(value, "Slice", more, fact.dtype, (whole, new))
+        more = [*bounds, self.editor.constant([axis], name="axes")]
+        self.editor.append_to(value, "Slice", more, fact.dtype, (whole, new))
 
     def _give_up_rows(self, entry: CacheTensor, interface: set[str | None]) -> None:
         """An output of the present's name that gives its new rows becomes the present, which holds them too."""
@@ -242,10 +242,10 @@ class _Injection:
             presents.append(joined.present)
         return presents
 
-    def _cast(self, value: ir.Value, has: ir.DataType, dtype: ir.DataType, wish: str) -> ir.Value:
+    def _cast(self, value: ir.Value, has: ir.DataType, dtype: ir.DataType, name: str) -> ir.Value:
         if has is dtype:
             return value
-        cast = self.editor.node("Cast", [value], {"to": int(dtype)}, wish=wish, dtype=dtype)
+        cast = self.editor.node("Cast", [value], {"to": int(dtype)}, name=name, dtype=dtype)
         cast.shape = value.shape
         return cast
 
@@ -270,14 +270,14 @@ class _Injection:
         dtype = None if original is None else self.flow.shapes[original].dtype
         mask = causal
         if given is not None and dtype is ir.DataType.BOOL:
-            mask = self.editor.node("And", [given, causal], wish=f"{given.name}.causal", dtype=dtype)
+            mask = self.editor.node("And", [given, causal], name=f"{given.name}.causal", dtype=dtype)
         elif given is not None and dtype is not None:
-            lowest = self.editor.constant(-np.inf, dtype.numpy(), wish="masked")
-            mask = self.editor.node("Where", [causal, given, lowest], wish=f"{given.name}.causal", dtype=dtype)
+            lowest = self.editor.constant(-np.inf, dtype.numpy(), name="masked")
+            mask = self.editor.node("Where", [causal, given, lowest], name=f"{given.name}.causal", dtype=dtype)
         if len(node.inputs) <= place:
             node.resize_inputs(place + 1)
-        self.editor.rewire(node, place, mask)
-        self.editor.drop_attribute(node, "is_causal")
+        self.editor.replace_input(node, place, mask)
+        self.editor.remove_attribute(node, "is_causal")
 
     def _write_shapes(self) -> None:
         """Let declared shapes say which length they have."""

@@ -119,7 +119,7 @@ def put_back(subject: Subject, signature: CacheSignature, fuse: Choice | None = 
                     expected=str(entry.dtype), found=str(past.dtype), hint="retarget gives it another form",
                 )  # fmt: skip
             for value, name in ((past, entry.past), (present, entry.present)):
-                editor.free(name)
+                editor.release_name(name)
                 value.name = name
     if signature.tally is not None and signature.tally.count == "input":
         _tell_as_before(editor, signature.tally)
@@ -178,15 +178,15 @@ def _tell_as_before(editor: Editor, tally: Tally) -> None:
     """Let the number of past tokens have the name, the type and the shape that it had."""
     inputs = editor.graph.inputs
     place = next(place for place, value in enumerate(inputs) if value.name == PAST_LENGTH)
-    editor.free(tally.name)
+    editor.release_name(tally.name)
     given = ir.Value(name=tally.name, type=ir.TensorType(tally.dtype), shape=ir.Shape(tally.shape))
     number = given
     if tally.dtype is not ir.DataType.INT64:
         wide = {"to": int(ir.DataType.INT64)}
-        number = editor.node("Cast", [number], wide, wish=f"{tally.name}.int64", dtype=ir.DataType.INT64)
+        number = editor.node("Cast", [number], wide, name=f"{tally.name}.int64", dtype=ir.DataType.INT64)
     if tally.shape != (1,):
-        flat = [number, editor.constant([1], wish="shape")]
-        number = editor.node("Reshape", flat, wish=f"{tally.name}.flat", dtype=ir.DataType.INT64, shape=[1])
+        flat = [number, editor.constant([1], name="shape")]
+        number = editor.node("Reshape", flat, name=f"{tally.name}.flat", dtype=ir.DataType.INT64, shape=[1])
     inputs[place].replace_all_uses_with(number)
     inputs[place] = given
     editor.finish()

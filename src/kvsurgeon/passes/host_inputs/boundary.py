@@ -9,8 +9,8 @@ import onnx_ir as ir
 from kvsurgeon.dataflow.input_roles import real_inputs
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
-from kvsurgeon.graph.liveness import read_by
 from kvsurgeon.graph.operators import SHAPE_ONLY
+from kvsurgeon.graph.query import all_inputs
 
 # Operators whose further inputs say how, not what: sizes, places, counts.
 _SAYS_HOW = frozenset({
@@ -41,9 +41,9 @@ def find_frontier(graph: ir.Graph) -> list[ir.Value]:
     varying = set(real_inputs(graph))
     found: dict[ir.Value, None] = {}
     for node in graph:
-        if any(value in varying for value in read_by(node)):
+        if any(value in varying for value in all_inputs(node)):
             varying.update(node.outputs)
-        if node.op_type in SHAPE_ONLY or not any(value in carriers for value in read_by(node)):
+        if node.op_type in SHAPE_ONLY or not any(value in carriers for value in all_inputs(node)):
             continue
         carriers.update(node.outputs)
         for place, value in enumerate(node.inputs):
@@ -62,7 +62,7 @@ def cone_of(values: Sequence[ir.Value]) -> list[ir.Node]:
         node = pending.pop().producer()
         if node is not None and node not in found:
             found[node] = None
-            pending += read_by(node)
+            pending += all_inputs(node)
     return list(found)
 
 

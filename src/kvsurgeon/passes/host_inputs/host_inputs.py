@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.liveness import find_alive
+from kvsurgeon.graph.query import find_live
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.host_inputs.boundary import find_frontier, text_and_cache
 from kvsurgeon.passes.host_inputs.describe import halves, hides, is_hiding, told
@@ -91,7 +91,7 @@ class HostInputs:
         """
         graph, made = editor.graph, {text, *cache}
         editor.finish()
-        alive = find_alive(graph)
+        alive = find_live(graph)
         for value in list(graph.inputs):
             if value in made or value.metadata_props.pop(_GIVEN, ""):
                 continue
@@ -133,7 +133,7 @@ class _Giving:
             width = 1 if counts else context.table.shape[1] // (2 if halves(context) else 1)
             shape = [1, 1, NEW, width]
         whole = np.issubdtype(context.table.dtype, np.integer)
-        self.editor.free(name)
+        self.editor.release_name(name)
         given = ir.Value(name=name, type=ir.TensorType(INT32 if whole else FLOAT), shape=ir.Shape(shape))
         given.metadata_props[_GIVEN] = "yes"
         self.editor.graph.inputs.append(given)
@@ -142,15 +142,15 @@ class _Giving:
     def _typed(self, context: Context, given: ir.Value) -> ir.Value:
         value = given
         if halves(context):
-            value = self.editor.node("Concat", [value, value], {"axis": 3}, wish=f"{given.name}.twice", dtype=FLOAT)
+            value = self.editor.node("Concat", [value, value], {"axis": 3}, name=f"{given.name}.twice", dtype=FLOAT)
         if context.table.dtype == bool:
             operator = "Less" if hides(context) else "Greater"
-            half = self.editor.constant(-1.0, np.float32, wish="hidden")
-            return self.editor.node(operator, [value, half], wish=f"{given.name}.truth", dtype=ir.DataType.BOOL)
+            half = self.editor.constant(-1.0, np.float32, name="hidden")
+            return self.editor.node(operator, [value, half], name=f"{given.name}.truth", dtype=ir.DataType.BOOL)
         dtype = ir.DataType.from_numpy(context.table.dtype)
         if dtype is value.dtype:
             return value
-        return self.editor.node("Cast", [value], {"to": int(dtype)}, wish=f"{given.name}.cast", dtype=dtype)
+        return self.editor.node("Cast", [value], {"to": int(dtype)}, name=f"{given.name}.cast", dtype=dtype)
 
     def _arranged(self, context: Context, value: ir.Value) -> ir.Value:
         """The numbers with the axes of the value that they replace."""
@@ -159,13 +159,13 @@ class _Giving:
             kept.add(3)
         if _heads(context) > 1:
             kept.add(1)
-        wish = f"{value.name}.as_before"
-        gone = self.editor.constant([axis for axis in range(4) if axis not in kept], wish="axes")
-        value = self.editor.node("Squeeze", [value, gone], wish=wish, dtype=value.dtype)
+        name = f"{value.name}.as_before"
+        gone = self.editor.constant([axis for axis in range(4) if axis not in kept], name="axes")
+        value = self.editor.node("Squeeze", [value, gone], name=name, dtype=value.dtype)
         if not context.ones:
             return value
         return self.editor.node(
-            "Unsqueeze", [value, self.editor.constant(list(context.ones), wish="axes")], wish=wish, dtype=value.dtype
+            "Unsqueeze", [value, self.editor.constant(list(context.ones), name="axes")], name=name, dtype=value.dtype
         )
 
     def _name(self, context: Context, *, counts: bool) -> str:

@@ -49,17 +49,17 @@ class AddCausalMaskInput:
         if not readers:
             return Unchanged(reason=f"nothing reads `{self.mask}`")
         editor = Editor(subject.model)
-        editor.free(self.input)
+        editor.release_name(self.input)
         dims = mask.shape[0], 1, "sequence_length", mask.shape[1]
         given = ir.Value(name=self.input, type=ir.TensorType(_INT64), shape=ir.Shape(dims))
         graph.inputs.append(given)
-        last = editor.node("Gather", [given, editor.constant(-1)], {"axis": 2}, wish="last_query", dtype=_INT64)
-        seen = editor.node("Squeeze", [last, editor.constant([1])], wish="seen_by_last", dtype=_INT64)
+        last = editor.node("Gather", [given, editor.constant(-1)], {"axis": 2}, name="last_query", dtype=_INT64)
+        seen = editor.node("Squeeze", [last, editor.constant([1])], name="seen_by_last", dtype=_INT64)
         if mask.dtype != _INT64:
-            seen = editor.node("Cast", [seen], {"to": mask.dtype}, wish="seen_by_last", dtype=mask.dtype)
-        counted = editor.node("Mul", [mask, seen], wish="counted", dtype=mask.dtype)
+            seen = editor.node("Cast", [seen], {"to": mask.dtype}, name="seen_by_last", dtype=mask.dtype)
+        counted = editor.node("Mul", [mask, seen], name="counted", dtype=mask.dtype)
         counted.shape = mask.shape
         for node, place in readers:
-            editor.rewire(node, place, counted)
+            editor.replace_input(node, place, counted)
         editor.finish()
         return Changed(edits=editor.edits)

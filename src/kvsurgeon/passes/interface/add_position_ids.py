@@ -83,12 +83,12 @@ def _place(analysis: Analysis, name: str) -> int:
         )  # fmt: skip
     editor = Editor(analysis.model)
     tokens = next(given.value for given in analysis.inputs if given.is_token)
-    editor.free(name)
+    editor.release_name(name)
     positions = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=_shape_of(analysis, tokens))
     placing = GivenPositions(analysis.flow, editor, positions)
     places = [place for place in _places(analysis) if not placing.follows_input(place[0].inputs[place[1]])]  # type: ignore[arg-type]
     for node, index, axis in places:
-        editor.rewire(node, index, at_tokens(placing, node, index, axis))
+        editor.replace_input(node, index, at_tokens(placing, node, index, axis))
     if places:
         analysis.model.graph.inputs.append(positions)
         editor.finish()

@@ -45,7 +45,7 @@ class Int64Inputs:
         return _given_as(_INT64, _INT32, subject, "narrow")
 
 
-def _given_as(given: ir.DataType, read: ir.DataType, subject: Subject, wish: str) -> Outcome:
+def _given_as(given: ir.DataType, read: ir.DataType, subject: Subject, name: str) -> Outcome:
     """Let every input that is of the type `read` be given as the other, and cast it back where it is read."""
     others = [value for value in subject.model.graph.inputs if value.dtype is read]
     if not others:
@@ -54,9 +54,9 @@ def _given_as(given: ir.DataType, read: ir.DataType, subject: Subject, wish: str
     for value in others:
         users = tuple(value.uses())
         value.dtype = given
-        same = editor.node("Cast", [value], {"to": int(read)}, wish=f"{value.name}.{wish}", dtype=read)
+        same = editor.node("Cast", [value], {"to": int(read)}, name=f"{value.name}.{name}", dtype=read)
         same.shape = value.shape
         for node, index in users:
-            editor.rewire(node, index, same)
+            editor.replace_input(node, index, same)
     editor.finish()
     return Changed(edits=editor.edits)

@@ -54,7 +54,7 @@ class LastLogits:
             )
         editor = Editor(subject.model)
         place = editor.node(
-            "ArgMax", [positions], {"axis": 1, "keepdims": 0}, wish="last_place", dtype=ir.DataType.INT64, shape=[1]
+            "ArgMax", [positions], {"axis": 1, "keepdims": 0}, name="last_place", dtype=ir.DataType.INT64, shape=[1]
         )
         self._pick(editor, logits, place)
         editor.finish()
@@ -63,13 +63,13 @@ class LastLogits:
     def _pick(self, editor: Editor, logits: ir.Value, place: ir.Value) -> None:
         hidden, behind = _before_the_head(logits)
         users = () if hidden is logits else tuple(hidden.uses())
-        last = editor.node("Gather", [hidden, place], {"axis": 1}, wish=f"{hidden.name}.last", dtype=hidden.dtype)
+        last = editor.node("Gather", [hidden, place], {"axis": 1}, name=f"{hidden.name}.last", dtype=hidden.dtype)
         for user, index in users:
-            editor.rewire(user, index, last)
+            editor.replace_input(user, index, last)
         last.shape = hidden.shape
         if hidden is logits:
             editor.graph.outputs[list(editor.graph.outputs).index(logits)] = last
-            logits.name, last.name = editor.name("logits.all"), "logits"
+            logits.name, last.name = editor.unique_name("logits.all"), "logits"
         for value in (last, *behind):
             if value.shape is not None:
                 value.shape = ir.Shape([value.shape[0], 1, *value.shape[2:]])

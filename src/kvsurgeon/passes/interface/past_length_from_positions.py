@@ -40,13 +40,13 @@ class PastLengthFromPositions:
             return Unchanged(reason=f"it has no input {PAST_LENGTH}")
         editor = Editor(subject.model)
         positions = inputs.get(POSITIONS) or self._given(editor)
-        flat = editor.node("Reshape", [positions, editor.constant([-1])], wish="positions", dtype=positions.dtype)
+        flat = editor.node("Reshape", [positions, editor.constant([-1])], name="positions", dtype=positions.dtype)
         first = editor.node(
-            "Gather", [flat, editor.constant([0])], wish="position.first", dtype=positions.dtype, shape=[1]
+            "Gather", [flat, editor.constant([0])], name="position.first", dtype=positions.dtype, shape=[1]
         )
         if positions.dtype is not ir.DataType.INT64:
             to = {"to": int(ir.DataType.INT64)}
-            first = editor.node("Cast", [first], to, wish="past_length", dtype=ir.DataType.INT64, shape=[1])
+            first = editor.node("Cast", [first], to, name="past_length", dtype=ir.DataType.INT64, shape=[1])
         counter.replace_all_uses_with(first)
         graph.inputs.remove(counter)
         editor.finish()
@@ -57,7 +57,7 @@ class PastLengthFromPositions:
         inputs = editor.graph.inputs
         for place, value in enumerate(inputs):
             if len(value.shape or ()) >= 2 and value.shape is not None:
-                editor.free(POSITIONS)
+                editor.release_name(POSITIONS)
                 positions = ir.Value(
                     name=POSITIONS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(value.shape[:2])
                 )

@@ -76,19 +76,19 @@ def _ones(editor: Editor, mask: ir.Value, cache: ir.Value) -> ir.Value:
     assert mask.dtype is not None
     sizes = _sizes(mask)
     known = np.ones([size if isinstance(size, int) else 1 for size in sizes])
-    one = editor.constant(known, mask.dtype.numpy(), wish="counts")
+    one = editor.constant(known, mask.dtype.numpy(), name="counts")
     if all(isinstance(size, int) for size in sizes):
         return one
-    shape = editor.node("Shape", [cache], wish=f"{cache.name}_shape", dtype=ir.DataType.INT64)
+    shape = editor.node("Shape", [cache], name=f"{cache.name}_shape", dtype=ir.DataType.INT64)
     axes = [_sizes(cache).index(size) if isinstance(size, str) else None for size in sizes]
     parts = [
-        editor.constant([size], wish="size")
+        editor.constant([size], name="size")
         if axis is None
-        else editor.node("Gather", [shape, editor.constant([axis])], wish="size", dtype=ir.DataType.INT64, shape=[1])
+        else editor.node("Gather", [shape, editor.constant([axis])], name="size", dtype=ir.DataType.INT64, shape=[1])
         for size, axis in zip(sizes, axes, strict=True)
     ]
-    target = editor.node("Concat", parts, {"axis": 0}, wish=f"{mask.name}_shape", dtype=ir.DataType.INT64, shape=[2])
-    return editor.node("Expand", [one, target], wish=f"{mask.name}.all", dtype=mask.dtype)
+    target = editor.node("Concat", parts, {"axis": 0}, name=f"{mask.name}_shape", dtype=ir.DataType.INT64, shape=[2])
+    return editor.node("Expand", [one, target], name=f"{mask.name}.all", dtype=mask.dtype)
 
 
 def _sizes(value: ir.Value) -> list[int | str | None]:

@@ -43,7 +43,7 @@ class RenameIo:
                 raise UnsupportedError("the model already has an input or output of that name", at=new)
         editor = Editor(subject.model)
         for value, new in there:
-            editor.free(new)
+            editor.release_name(new)
             value.name = new
         if not there:
             missing = [old for old in new_names if old not in interface]

@@ -42,10 +42,10 @@ class ConcatToTile:
             old = node.outputs[0]
             times = np.ones(ranks[node], np.int64)
             times[node.attributes["axis"].as_int()] = len(node.inputs)
-            tiled = ir.Value(name=editor.name(f"{old.name}.repeated"), type=old.type, shape=old.shape)
-            inputs = [node.inputs[0], editor.constant(times, wish="times")]
+            tiled = ir.Value(name=editor.unique_name(f"{old.name}.repeated"), type=old.type, shape=old.shape)
+            inputs = [node.inputs[0], editor.constant(times, name="times")]
             editor.operator("", "Tile", inputs, {}, [tiled], like=node)
-            editor.take_over(old, tiled)
+            editor.replace(old, tiled)
         editor.finish()
         return Changed(edits=editor.edits)
 

@@ -62,14 +62,14 @@ def _write(turn: Turn, editor: Editor, tables: _Tables) -> None:
     x = turn.x if rows is None else rows
     inputs = [x, *(tables.half(table, turn) for table in (turn.cosines, turn.sines))]
     old = turn.result
-    new = ir.Value(name=editor.name(f"{old.name}.turned"), type=old.type or turn.x.type, shape=x.shape)
+    new = ir.Value(name=editor.unique_name(f"{old.name}.turned"), type=old.type or turn.x.type, shape=x.shape)
     attributes = {} if rows is None else {"num_heads": turn.heads}
     editor.operator("", "RotaryEmbedding", inputs, attributes, [new], like=old.producer())
     if rows is not None:
-        target = editor.constant([0, 0, turn.heads, turn.width], wish="heads_apart")
-        apart = editor.node("Reshape", [new, target], wish=f"{old.name}.apart", dtype=new.dtype)
-        new = editor.node("Transpose", [apart], {"perm": [0, 2, 1, 3]}, wish=f"{old.name}.turned", dtype=new.dtype)
-    editor.take_over(old, new)
+        target = editor.constant([0, 0, turn.heads, turn.width], name="heads_apart")
+        apart = editor.node("Reshape", [new, target], name=f"{old.name}.apart", dtype=new.dtype)
+        new = editor.node("Transpose", [apart], {"perm": [0, 2, 1, 3]}, name=f"{old.name}.turned", dtype=new.dtype)
+    editor.replace(old, new)
 
 
 class _Tables:
@@ -91,13 +91,13 @@ class _Tables:
         return self._made[key]
 
     def _half(self, table: ir.Value, turn: Turn) -> ir.Value:
-        bounds = [self.editor.constant([number], wish="half") for number in (0, turn.width // 2, 3)]
-        half = self.editor.node("Slice", [table, *bounds], wish=f"{table.name}.half", dtype=turn.x.dtype)
-        heads = self.editor.constant([1], wish="heads_axis")
-        return self.editor.node("Squeeze", [half, heads], wish=f"{table.name}.rows", dtype=turn.x.dtype)
+        bounds = [self.editor.constant([number], name="half") for number in (0, turn.width // 2, 3)]
+        half = self.editor.node("Slice", [table, *bounds], name=f"{table.name}.half", dtype=turn.x.dtype)
+        heads = self.editor.constant([1], name="heads_axis")
+        return self.editor.node("Squeeze", [half, heads], name=f"{table.name}.rows", dtype=turn.x.dtype)
 
     def _for_batch(self, half: ir.Value, x: ir.Value) -> ir.Value:
-        batch = self.editor.node("Shape", [x], {"start": 0, "end": 1}, wish="batch", dtype=ir.DataType.INT64)
-        ones = self.editor.constant([1, 1], wish="ones")
-        target = self.editor.node("Concat", [batch, ones], {"axis": 0}, wish="shape", dtype=ir.DataType.INT64)
-        return self.editor.node("Expand", [half, target], wish=f"{half.name}.batch", dtype=x.dtype)
+        batch = self.editor.node("Shape", [x], {"start": 0, "end": 1}, name="batch", dtype=ir.DataType.INT64)
+        ones = self.editor.constant([1, 1], name="ones")
+        target = self.editor.node("Concat", [batch, ones], {"axis": 0}, name="shape", dtype=ir.DataType.INT64)
+        return self.editor.node("Expand", [half, target], name=f"{half.name}.batch", dtype=x.dtype)

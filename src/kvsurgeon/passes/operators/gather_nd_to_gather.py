@@ -33,9 +33,9 @@ class GatherNdToGather:
             data, indices = node.inputs
             assert indices is not None
             flat = editor.node(
-                "Squeeze", [indices, editor.constant([-1])], wish=f"{indices.name}.rows", dtype=ir.DataType.INT64
+                "Squeeze", [indices, editor.constant([-1])], name=f"{indices.name}.rows", dtype=ir.DataType.INT64
             )
-            rows = editor.node("Gather", [data, flat], {"axis": 0}, wish="rows", dtype=node.outputs[0].dtype)
+            rows = editor.node("Gather", [data, flat], {"axis": 0}, name="rows", dtype=node.outputs[0].dtype)
             rows.shape = node.outputs[0].shape
             node.outputs[0].replace_all_uses_with(rows)
         editor.finish()

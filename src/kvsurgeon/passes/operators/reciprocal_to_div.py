@@ -34,9 +34,9 @@ class ReciprocalToDiv:
             reciprocal = node.inputs[place].producer()  # type: ignore[union-attr]
             assert reciprocal is not None
             old = node.outputs[0]
-            quotient = ir.Value(name=editor.name(f"{old.name}.quotient"), type=old.type, shape=old.shape)
+            quotient = ir.Value(name=editor.unique_name(f"{old.name}.quotient"), type=old.type, shape=old.shape)
             editor.operator("", "Div", [node.inputs[1 - place], reciprocal.inputs[0]], {}, [quotient], like=node)
-            editor.take_over(old, quotient)
+            editor.replace(old, quotient)
         editor.finish()
         return Changed(edits=editor.edits)
 

@@ -12,8 +12,8 @@ import onnx_ir as ir
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.liveness import read_by
 from kvsurgeon.graph.operators import SHAPE_ONLY
+from kvsurgeon.graph.query import all_inputs
 from kvsurgeon.ops.contraction import PRODUCTS
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 
@@ -97,7 +97,7 @@ def _numbers_behind(node: ir.Node) -> Iterator[tuple[ir.Value, ir.TensorProtocol
         seen.add(node)
         if node.op_type == "ConstantOfShape" and "value" in node.attributes:
             yield node.outputs[0], node.attributes["value"].as_tensor()
-        for value in () if node.op_type in SHAPE_ONLY else read_by(node):
+        for value in () if node.op_type in SHAPE_ONLY else all_inputs(node):
             tensor = constant_tensor(value)
             maker = value.producer()
             if tensor is not None:

@@ -173,10 +173,10 @@ _SPELLED = {ir.DataType.DOUBLE: "double", ir.DataType.FLOAT: "float"}
 
 def _rewrite(editor: Editor, node: ir.Node, how: _Rewritten) -> None:
     for place in range(how.inputs, len(node.inputs)):
-        editor.rewire(node, place, None)
+        editor.replace_input(node, place, None)
     node.resize_inputs(how.inputs)
     for name in how.dropped:
-        editor.drop_attribute(node, name)
+        editor.remove_attribute(node, name)
     for name, numbers in how.moved.items():
         kind = ir.AttrInt64s if isinstance(numbers, list) else ir.AttrInt64
         node.attributes[name] = kind(name, numbers)

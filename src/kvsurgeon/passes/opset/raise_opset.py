@@ -93,11 +93,11 @@ def _moved(node: ir.Node, old: int, new: int) -> list[str]:
 def _move(editor: Editor, node: ir.Node, name: str, opset: int) -> None:
     place = [given.name for given in onnx.defs.get_schema(node.op_type, opset, "").inputs].index(name)
     numbers = np.array(node.attributes[name].value)
-    value = editor.constant(numbers, numbers.dtype, wish=name)
+    value = editor.constant(numbers, numbers.dtype, name=name)
     if len(node.inputs) <= place:
         node.resize_inputs(place + 1)
-    editor.rewire(node, place, value)
-    editor.drop_attribute(node, name)
+    editor.replace_input(node, place, value)
+    editor.remove_attribute(node, name)
 
 
 def _count_parts(node: ir.Node) -> None:

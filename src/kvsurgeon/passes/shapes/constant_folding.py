@@ -92,6 +92,6 @@ def _computed(model: ir.Model, nodes: Sequence[ir.Node], ends: Sequence[ir.Value
 
 
 def _replace(editor: Editor, value: ir.Value, array: np.ndarray) -> None:
-    constant = editor.constant(array, array.dtype, wish=f"{value.name}.fixed")
+    constant = editor.constant(array, array.dtype, name=f"{value.name}.fixed")
     for node, index in list(value.uses()):
-        editor.rewire(node, index, constant)
+        editor.replace_input(node, index, constant)

@@ -11,7 +11,7 @@ from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.decompose.model_functions import simplify_model
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.liveness import find_alive
+from kvsurgeon.graph.query import find_live
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.options import check_count
@@ -85,7 +85,7 @@ def _fix(model: ir.Model, editor: Editor) -> None:
 def _shapes_of(model: ir.Model) -> Shapes:
     graph = model.graph
     graph.sort()
-    alive = find_alive(graph)
+    alive = find_live(graph)
     sizes = {
         value: tuple(size for size in value.shape or () if isinstance(size, int))
         for value in graph.inputs

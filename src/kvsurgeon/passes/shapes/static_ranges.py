@@ -35,8 +35,8 @@ def _is_number(call: OperatorCall, index: int) -> bool:
 def _counted(editor: Editor, start: ir.Value | None, count: object, dtype: ir.DataType | None) -> ir.Value | None:
     if start is None or not isinstance(count, int) or dtype is None:
         return None
-    places = editor.constant(np.arange(count), dtype.numpy(), wish="places")
-    return editor.node("Add", [places, start], wish=f"{start.name}.on", dtype=dtype, shape=[count])
+    places = editor.constant(np.arange(count), dtype.numpy(), name="places")
+    return editor.node("Add", [places, start], name=f"{start.name}.on", dtype=dtype, shape=[count])
 
 
 def _picked(editor: Editor, call: OperatorCall, sizes: list[int]) -> ir.Value | None:
@@ -47,21 +47,21 @@ def _picked(editor: Editor, call: OperatorCall, sizes: list[int]) -> ir.Value | 
     for place, (axis, start, end, _) in enumerate(zip(*bounds, strict=True)):
         dtype = starts.dtype or ir.DataType.INT64
         if isinstance(start, int) and isinstance(end, int):
-            ends = [editor.constant([bound], dtype.numpy(), wish="bound") for bound in (start, end)]
-            axes = editor.constant([axis], dtype.numpy(), wish="axes")
-            value = editor.node("Slice", [value, *ends, axes], wish=f"{value.name}.sliced", dtype=value.dtype)
+            ends = [editor.constant([bound], dtype.numpy(), name="bound") for bound in (start, end)]
+            axes = editor.constant([axis], dtype.numpy(), name="axes")
+            value = editor.node("Slice", [value, *ends, axes], name=f"{value.name}.sliced", dtype=value.dtype)
             continue
         first = starts
         if len(bounds[0]) > 1:
-            first = editor.node("Gather", [starts, editor.constant([place])], wish="start", dtype=dtype, shape=[1])
+            first = editor.node("Gather", [starts, editor.constant([place])], name="start", dtype=dtype, shape=[1])
         rows = _counted(editor, first, sizes[axis], dtype)
         assert rows is not None
-        value = editor.node("Gather", [value, rows], {"axis": axis}, wish=f"{value.name}.rows", dtype=value.dtype)
+        value = editor.node("Gather", [value, rows], {"axis": axis}, name=f"{value.name}.rows", dtype=value.dtype)
     return value
 
 
 def _hand_over(editor: Editor, value: ir.Value, made: ir.Value) -> None:
     for node, index in list(value.uses()):
-        editor.rewire(node, index, made)
+        editor.replace_input(node, index, made)
     if made.type is None:
         made.type = value.type

@@ -25,7 +25,7 @@ class DynamicCache:
         """Put the new rows behind the past."""
         present = editor.node(
             "Concat", [past, rows], {"axis": entry.axis},
-            wish=entry.present, dtype=entry.dtype, shape=entry.shape(self.present),
+            name=entry.present, dtype=entry.dtype, shape=entry.shape(self.present),
         )  # fmt: skip
         return Joined(present=present, whole=present)
 

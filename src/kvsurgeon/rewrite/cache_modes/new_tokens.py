@@ -39,10 +39,10 @@ class NewTokensCache:
         """Let attention read both; give out the new rows."""
         whole = editor.node(
             "Concat", [past, rows], {"axis": entry.axis},
-            wish=f"{entry.present}.all", dtype=entry.dtype, shape=entry.shape(self.total),
+            name=f"{entry.present}.all", dtype=entry.dtype, shape=entry.shape(self.total),
         )  # fmt: skip
         shape = entry.shape(NEW)
-        present = editor.node("Identity", [rows], wish=entry.present, dtype=entry.dtype, shape=shape)
+        present = editor.node("Identity", [rows], name=entry.present, dtype=entry.dtype, shape=shape)
         return Joined(present=present, whole=whole)
 
     def read(self, editor: Editor, lengths: LengthValues, entry: CacheTensor, present: ir.Value) -> ir.Value:

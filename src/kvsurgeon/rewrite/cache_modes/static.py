@@ -57,9 +57,9 @@ class StaticCache:
         present.shape = ir.Shape(entry.shape(self.room))
         if not self.cut_short:
             return present
-        bounds = [lengths.vector([0]), lengths.vector([TOTAL]), editor.constant([entry.axis], wish="axes")]
+        bounds = [lengths.vector([0]), lengths.vector([TOTAL]), editor.constant([entry.axis], name="axes")]
         return editor.node(
-            "Slice", [present, *bounds], wish=f"{entry.present}.so_far", dtype=entry.dtype, shape=entry.shape(TOTAL)
+            "Slice", [present, *bounds], name=f"{entry.present}.so_far", dtype=entry.dtype, shape=entry.shape(TOTAL)
         )
 
 
@@ -69,7 +69,7 @@ def _scatter_tensor(
     batch = entry.sizes(NEW)[entry.layout.index("batch")]
     start = lengths.repeated(PAST, batch)
     inputs = [past, rows, start]
-    return editor.node("TensorScatter", inputs, {"axis": entry.axis - 4}, wish=entry.present, dtype=entry.dtype)
+    return editor.node("TensorScatter", inputs, {"axis": entry.axis - 4}, name=entry.present, dtype=entry.dtype)
 
 
 def _scatter_elements(
@@ -77,5 +77,5 @@ def _scatter_elements(
 ) -> ir.Value:
     places = lengths.places(PAST, entry.sizes(NEW), entry.axis)
     return editor.node(
-        "ScatterElements", [past, places, rows], {"axis": entry.axis}, wish=entry.present, dtype=entry.dtype
+        "ScatterElements", [past, places, rows], {"axis": entry.axis}, name=entry.present, dtype=entry.dtype
     )
