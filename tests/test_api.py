@@ -33,7 +33,7 @@ def test_attention_can_be_found_by_anyone_and_the_model_stays_as_it_is():
     layers = kvsurgeon.find_attention(model)
     assert [(one.query_heads, one.kv_heads, one.head_dim, one.mask.kind) for one in layers] == [
         (4, 2, 8, "causal"),
-        (4, 2, 8, "window"),
+        (4, 2, 8, "sliding-window"),
         (4, 2, 8, "causal"),
     ]
     assert model.SerializeToString() == before

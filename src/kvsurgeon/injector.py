@@ -94,10 +94,10 @@ class KeyValueCacheInjector:
                     f"layer {attention.layer}: expected {self.num_attention_heads} heads as num_attention_heads says, "
                     f"found {heads[0]} query and {heads[1]} kv heads in the graph; leave num_attention_heads out"
                 )
-            if self.hidden_size_kv_cache not in (None, attention.key_cut.head_dim):
+            if self.hidden_size_kv_cache not in (None, attention.key_cache.head_dim):
                 raise UsageError(
                     f"layer {attention.layer}: expected {self.hidden_size_kv_cache} features of a head as "
-                    f"hidden_size_kv_cache says, found {attention.key_cut.head_dim} in the graph; leave it out"
+                    f"hidden_size_kv_cache says, found {attention.key_cache.head_dim} in the graph; leave it out"
                 )
 
 

@@ -16,7 +16,7 @@ from kvsurgeon.passes.contract import Subject
 
 def cut(text: str) -> tuple[str, str]:
     (found,) = Subject.of(read(text)).decoder().attentions
-    return found.key_cut.value, found.value_cut.value
+    return found.key_cache.value, found.value_cache.value
 
 
 CASES = [
@@ -87,11 +87,11 @@ def test_before_heads_are_repeated_and_with_the_heads_that_the_product_sees():
     subject = Subject.of(text)
     subject.model.graph.sort()
     (found,) = subject.decoder().attentions
-    assert found.value_cut.value == "vh"
-    assert (found.key_cut.heads, found.key_cut.head_dim) == (2, 2)
-    assert (found.value_cut.heads, found.value_cut.head_dim) == (2, 2)
+    assert found.value_cache.value == "vh"
+    assert (found.key_cache.heads, found.key_cache.head_dim) == (2, 2)
+    assert (found.value_cache.heads, found.value_cache.head_dim) == (2, 2)
     assert (found.query_heads, found.kv_heads) == (4, 2)
-    assert found.value_cut.bytes_per_token == 2 * 2 * 4
+    assert found.value_cache.bytes_per_token == 2 * 2 * 4
 
 
 def test_a_latent_of_keys_and_values_is_remembered_as_what_it_becomes():

@@ -76,10 +76,10 @@ def test_softcap():
 MASKS = [
     ("causal", {}, {"kind": "causal"}),
     ("a window of three", {"allowed": "d = Sub(column, row)\n near = Less(d, three)\n past = GreaterOrEqual(d, nought)\n"
-                           "allowed = And(near, past)", "constants": "int64 three = {3}"}, {"kind": "window", "window": 3}),
+                           "allowed = And(near, past)", "constants": "int64 three = {3}"}, {"kind": "sliding-window", "window": 3}),
     ("chunks of four", {"allowed": "a = Div(column, four)\n b = Div(row, four)\n same = Equal(a, b)\n"
                         "past = LessOrEqual(row, column)\n allowed = And(same, past)", "constants": "int64 four = {4}"},
-     {"kind": "chunk", "chunk": 4}),
+     {"kind": "chunked", "chunk": 4}),
     ("every second key", {"allowed": "d = Sub(column, row)\n m = Mod(d, two)\n even = Equal(m, nought)\n"
                           "past = LessOrEqual(row, column)\n allowed = And(even, past)", "constants": "int64 two = {2}"},
      {"kind": "other"}),
@@ -131,7 +131,7 @@ def test_a_fused_operator_states_its_facts():
     found = only(text, 23)
     assert (found.query_heads, found.kv_heads, found.head_dim, found.value_head_dim) == (4, 2, 2, 2)
     assert (found.scale, found.softcap, found.mask.kind) == (0.25, 9.0, "causal")
-    assert found.at == found.scores == "logits"
+    assert found.output == found.scores == "logits"
 
 
 @pytest.mark.parametrize("positions", [False, True])
@@ -142,22 +142,22 @@ def test_a_whole_decoder(positions):
         assert (attention_.query_heads, attention_.kv_heads, attention_.head_dim) == (4, 2, 8)
         assert attention_.scale == pytest.approx(8**-0.5)
         assert attention_.mask.padding
-        assert (attention_.rotary.width, attention_.rotary.head_dim) == (8, 8)
-        assert len(attention_.head_repeat) == 2
-        assert attention_.key_cut.bytes_per_token == 2 * 8 * 4
-    assert [a.mask.kind for a in decoder.attentions] == ["causal", "window", "causal"]
+        assert (attention_.rotary_dim, attention_.head_dim) == (8, 8)
+        assert len(attention_.head_repetition) == 2
+        assert attention_.key_cache.bytes_per_token == 2 * 8 * 4
+    assert [a.mask.kind for a in decoder.attentions] == ["causal", "sliding-window", "causal"]
     assert decoder.attentions[1].mask.window == 4
     assert decoder.cache_entries == 3
     assert decoder.cache_bytes_per_token == 3 * 2 * 2 * 8 * 4
-    given = {one.name: one.given for one in decoder.inputs}
+    given = {one.name: one.decode_shape for one in decoder.inputs}
     assert given["input_ids"] == ("batch_size", "sequence_length")
     assert given["attention_mask"] == ("batch_size", "total_sequence_length")
     assert given.get("position_ids", given["input_ids"]) == given["input_ids"]
 
 
 def test_types_are_spelled_as_numpy_spells_them():
-    assert only(attention()).key_cut.dtype == "float32"
-    assert Subject.of(Decoder(Config(dtype="float16")).model()).decoder().attentions[0].key_cut.dtype == "float16"
+    assert only(attention()).key_cache.dtype == "float32"
+    assert Subject.of(Decoder(Config(dtype="float16")).model()).decoder().attentions[0].key_cache.dtype == "float16"
 
 
 def test_layers_that_share_are_told():
@@ -169,10 +169,10 @@ def test_layers_that_share_are_told():
 
 
 FAMILIES = {
-    # query heads, kv heads, head_dim, scale, softcap, masks, rotary width, biased
+    # query heads, kv heads, head_dim, scale, softcap, masks, rotary_dim, ALiBi bias
     "llama": (4, 2, 8, 8**-0.5, None, ["causal", "causal"], 8, False),
     "gpt2": (4, 4, 4, 0.5, None, ["causal", "causal"], None, False),
-    "gemma2": (4, 2, 8, 0.25, 5.0, ["window", "causal"], 8, False),
+    "gemma2": (4, 2, 8, 0.25, 5.0, ["sliding-window", "causal"], 8, False),
     "neox": (4, 4, 4, 0.5, None, ["causal", "causal"], 2, False),
     "bloom": (4, 4, 4, 0.5, None, ["causal", "causal"], None, True),
 }
@@ -187,8 +187,8 @@ def test_exports_of_one_family_say_the_same(name):
         assert (found.query_heads, found.kv_heads, found.head_dim) == (heads, kv_heads, head_dim)
         assert found.scale == pytest.approx(scale)
         assert (found.softcap or 0) == pytest.approx(softcap or 0)
-        assert (found.rotary and found.rotary.width) == rotary
+        assert found.rotary_dim == rotary
         assert found.mask.bias == biased
         assert found.mask.padding
         assert found.query.fused == (name.split("_")[0] in ("gpt2", "neox", "bloom"))
-    assert [a.mask.window for a in decoder.attentions] == [4 if kind == "window" else None for kind in masks]
+    assert [a.mask.window for a in decoder.attentions] == [4 if kind == "sliding-window" else None for kind in masks]

@@ -6,23 +6,23 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from kvsurgeon.anatomy import Attention, Cut, Decoder, Mask, Rotary
+from kvsurgeon.anatomy import Attention, CachePointFacts, Decoder, Mask
 from kvsurgeon.parity import TOLERANCES, Report, Trial
 from kvsurgeon.report import answer, table
 
 LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
-CUT = Cut(value="k", dtype="float16", layout=LAYOUT, heads=3, head_dim=64, bytes_per_token=384)
+CACHED = CachePointFacts(value="k", dtype="float16", layout=LAYOUT, heads=3, head_dim=64, bytes_per_token=384)
 LAYER = Attention(
-    layer=0, at="context", scores="scores", query_heads=9, kv_heads=3, head_dim=64, value_head_dim=64, scale=0.125,
-    softcap=None, mask=Mask(kind="causal", padding=True), rotary=Rotary(width=64, head_dim=64), head_repeat=(),
-    query=None, key=None, value=None, key_cut=CUT, value_cut=CUT,
+    layer=0, output="context", scores="scores", query_heads=9, kv_heads=3, head_dim=64, value_head_dim=64, scale=0.125,
+    softcap=None, mask=Mask(kind="causal", padding=True), rotary_dim=64, head_repetition=(),
+    query=None, key=None, value=None, key_cache=CACHED, value_cache=CACHED,
 )  # fmt: skip
 DECODER = Decoder(
     attentions=(
         LAYER,
-        replace(LAYER, layer=1, mask=Mask(kind="window", window=4), rotary=Rotary(width=16, head_dim=64), softcap=50.0),
+        replace(LAYER, layer=1, mask=Mask(kind="sliding-window", window=4), rotary_dim=16, softcap=50.0),
         replace(
-            LAYER, layer=2, mask=Mask(kind="causal", bias=True), rotary=None, scale=None, shares_cache_with=1,
+            LAYER, layer=2, mask=Mask(kind="causal", bias=True), rotary_dim=None, scale=None, shares_cache_with=1,
             value_head_dim=32,
         ),
     ),
@@ -45,7 +45,7 @@ def test_a_decoder_is_a_row_for_each_layer_and_its_totals():
     text = shown(table.anatomy(DECODER))
     first, second, third = [" ".join(row) for row in rows(text)[:3]]
     assert first == "0 9 3 64 0.125 causal + padding 64 k float16 768"
-    assert second == "1 9 3 64 0.125 window 4 + softcap 50 16 of 64 k float16 768"
+    assert second == "1 9 3 64 0.125 sliding window 4 + softcap 50 16 of 64 k float16 768"
     assert third == "2 9 3 64/32 - causal + bias - as layer 1 0"
     assert "3 layers (1 of them share another's), opset 20, at most 2048 tokens; the cache grows by 1.5 KiB" in text
     assert "✓ attention is causal" in text
@@ -60,8 +60,8 @@ def test_what_was_not_established_is_not_mentioned():
 
 
 def test_names_that_look_like_markup_are_names():
-    cut = replace(CUT, value="[red]k[/red]")
-    text = shown(table.anatomy(replace(DECODER, attentions=(replace(LAYER, key_cut=cut),))))
+    cached = replace(CACHED, value="[red]k[/red]")
+    text = shown(table.anatomy(replace(DECODER, attentions=(replace(LAYER, key_cache=cached),))))
     assert "[red]k[/red]" in text
 
 

@@ -1,6 +1,6 @@
-"""What is in a model: its attention layers, and what was established about them."""
+"""Facts about a decoder: its attention layers, inputs and cache."""
 
-from kvsurgeon.anatomy.facts import Attention, CachedTensor, Cut, Decoder, Input, Mask, Projection, Rotary
+from kvsurgeon.anatomy.facts import Attention, CachedTensor, CachePointFacts, Decoder, Input, Mask, Projection
 from kvsurgeon.anatomy.find import find_decoder
 
-__all__ = ["Attention", "CachedTensor", "Cut", "Decoder", "Input", "Mask", "Projection", "Rotary", "find_decoder"]
+__all__ = ["Attention", "CachePointFacts", "CachedTensor", "Decoder", "Input", "Mask", "Projection", "find_decoder"]

@@ -1,6 +1,6 @@
-"""What was found in a decoder, as facts: frozen, and free of any reference into the graph.
+"""Facts about a decoder: frozen dataclasses without references into the graph.
 
-Shapes use the words of ``docs/glossary.md``; every name is the name of a value or an initializer in the model.
+Dimensions have the names of ``docs/glossary.md``. Every other name is that of a value or an initializer in the model.
 """
 
 from __future__ import annotations
@@ -8,121 +8,183 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-MaskKind = Literal["causal", "window", "chunk", "other"]
-Layout = tuple[str, ...]  # e.g. ("batch", "kv_heads", "sequence", "head_dim")
+from kvsurgeon.cache.pairs import CacheMode
+
+MaskKind = Literal["causal", "sliding-window", "chunked", "other"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
-    """Which keys a query may see, as measured by running the mask and not as dim_names."""
+    """Which keys a query attends to, measured by running the mask.
+
+    Attributes:
+        kind: Shape of the mask.
+        window: Keys that a query attends to in a sliding window, its own position included.
+        chunk: Positions in one chunk of a chunked mask.
+        padding: Whether an input such as `attention_mask` masks padding.
+        bias: Whether a finite bias that depends on the position is added to the scores (ALiBi, T5).
+    """
 
     kind: MaskKind
-    window: int | None = None  # keys that a query sees, itself included
-    chunk: int | None = None  # positions in a block beyond which nothing is seen
-    padding: bool = False  # follows an input such as `attention_mask`
-    bias: bool = False  # adds a finite bias that varies with position (ALiBi, T5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rotary:
-    """The key is rotated by position before it meets the query."""
-
-    width: int  # features that are rotated, of head_dim
-    head_dim: int
+    window: int | None = None
+    chunk: int | None = None
+    padding: bool = False
+    bias: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Projection:
-    """The weights that make one of query, key or value out of the hidden state."""
+    """The weights that compute one of query, key and value from the hidden state.
 
-    initializers: tuple[str, ...]  # in execution order; biases and quantisation parameters included
-    output: str  # the product's output value
-    fused: bool = False  # the same product also makes others of query, key and value
+    Attributes:
+        initializers: Names of the weights in execution order, biases and quantization parameters included.
+        output: Name of the product's output.
+        fused: Whether the product computes several of query, key and value (fused QKV projection).
+    """
+
+    initializers: tuple[str, ...]
+    output: str
+    fused: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cut:
-    """The tensor that is kept for the past: its rows for new tokens are computed, the others remembered."""
+class CachePointFacts:
+    """A tensor that a KV cache stores: only the rows of new tokens are computed.
+
+    Attributes:
+        value: Name of the tensor.
+        dtype: Element type, as numpy or ml_dtypes names it: "float32", "bfloat16", "uint8".
+        layout: Names of the cache's axes.
+        heads: Number of key or value heads.
+        head_dim: Features of one head.
+        bytes_per_token: Bytes of one token of one sequence.
+    """
 
     value: str
-    dtype: str  # as numpy or ml_dtypes spells it: "float32", "bfloat16", "uint8"
-    layout: Layout
+    dtype: str
+    layout: tuple[str, ...]
     heads: int
     head_dim: int
-    bytes_per_token: int  # of one sequence
+    bytes_per_token: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """One attention layer: `softmax(query @ key^T) @ value`, wherever and however it is written."""
+    """One attention layer: `softmax(query @ key^T) @ value`, as one operator or as many.
+
+    Attributes:
+        layer: Index of the layer in execution order.
+        output: Name of the context product's output.
+        scores: Name of the score product's output.
+        query_heads: Number of query heads.
+        kv_heads: Number of key and value heads.
+        head_dim: Features of one query or key head.
+        value_head_dim: Features of one value head.
+        scale: Factor of the scores; None if it is not constant.
+        softcap: Bound of the scores, if `tanh` limits them.
+        mask: The attention mask.
+        rotary_dim: Features of a key head that rotary embedding rotates; None without rotary embedding.
+        head_repetition: Names of the values at which key and value heads are repeated for the query heads.
+        query: Projection of the queries; None if the operand is the hidden state.
+        key: Projection of the keys.
+        value: Projection of the values.
+        key_cache: The tensor that a cache stores for the keys.
+        value_cache: The tensor that a cache stores for the values.
+        shares_cache_with: Index of an earlier layer whose cached tensors this layer reads.
+    """
 
     layer: int
-    at: str  # output of the context product
-    scores: str  # output of the score product
+    output: str
+    scores: str
     query_heads: int
     kv_heads: int
     head_dim: int
     value_head_dim: int
-    scale: float | None  # None: not a constant
+    scale: float | None
     softcap: float | None
     mask: Mask
-    rotary: Rotary | None
-    head_repeat: tuple[str, ...]  # values at which key and value heads become query heads
+    rotary_dim: int | None
+    head_repetition: tuple[str, ...]
     query: Projection | None
     key: Projection | None
     value: Projection | None
-    key_cut: Cut
-    value_cut: Cut
-    shares_cache_with: int | None = None  # an earlier layer whose tensors this one reads
+    key_cache: CachePointFacts
+    value_cache: CachePointFacts
+    shares_cache_with: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """What one graph input is given for at a decode step."""
+    """A graph input, in the model and at a decode step.
+
+    Attributes:
+        name: Name of the input.
+        dtype: Element type, as numpy or ml_dtypes names it.
+        shape: Shape in the model.
+        decode_shape: Shape with a cache, with `sequence_length` new tokens and `total_sequence_length` in all.
+    """
 
     name: str
     dtype: str
-    original: tuple[str | int, ...]
-    given: tuple[str | int, ...]  # with "sequence_length" (new tokens) and "total_sequence_length" (all so far)
+    shape: tuple[str | int, ...]
+    decode_shape: tuple[str | int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedTensor:
-    """One past input of a model that has a cache, and the output that returns it with new rows, or these alone."""
+    """One past input of a model that has a cache, with its present output.
+
+    Attributes:
+        past: Name of the input.
+        present: Name of the output.
+        layer: Index of the layer that reads it among the layers with their own cache entry; the index of a state.
+        kind: What it stores.
+        dtype: Element type, as numpy or ml_dtypes names it.
+        shape: Shape of the past, as the model declares it.
+        cache_mode: Whether the output contains past and new rows, is the updated buffer, or has the new rows only.
+    """
 
     past: str
     present: str
-    layer: int  # that reads it, counted in execution order among those with a cache of their own; a state's number
+    layer: int
     kind: Literal["key", "value", "state"]
-    dtype: str  # as numpy or ml_dtypes spells it
-    shape: tuple[str | int, ...]  # of the past, as the model declares it
-    cache_mode: Literal["dynamic", "static", "new-tokens"]
+    dtype: str
+    shape: tuple[str | int, ...]
+    cache_mode: CacheMode
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """A causal decoder: its attention layers in execution order, and what was established about it.
+    """A causal decoder. For a model with a cache, all but `cache` describes the first call, with an empty cache.
 
-    Of a model that has a cache it is all as if nothing were remembered, in a first call, and `cache` says what is.
+    Attributes:
+        attentions: Attention layers in execution order.
+        inputs: Graph inputs without those of a cache.
+        opset: Version of the default operator set.
+        max_length: Largest total sequence length that position tables in the graph allow.
+        proved: Proved properties, as sentences.
+        assumed: Assumed properties, as sentences.
+        states: Tensors that a cache stores for layers other than attention, such as convolutions and token shifts.
+        cache: Cached tensors in the order of the graph's inputs; empty without a cache.
     """
 
     attentions: tuple[Attention, ...]
     inputs: tuple[Input, ...]
     opset: int
-    max_length: int | None  # the longest total length that the graph's own tables allow
+    max_length: int | None
     proved: tuple[str, ...]
     assumed: tuple[str, ...]
-    states: tuple[Cut, ...] = ()  # what a cache would hold outside attention: what convolutions and shifts read
-    cache: tuple[CachedTensor, ...] = ()  # in the order of the graph's inputs; empty where there is none
+    states: tuple[CachePointFacts, ...] = ()
+    cache: tuple[CachedTensor, ...] = ()
 
     @property
     def cache_entries(self) -> int:
-        """Number of (key, value) pairs that the cache holds; below the number of layers where they share."""
+        """Number of (key, value) pairs in the cache; less than the number of layers if layers share them."""
         return sum(attention.shares_cache_with is None for attention in self.attentions)
 
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes that one more token of one sequence adds to the cache."""
-        own = [a for a in self.attentions if a.shares_cache_with is None]
-        cuts = [*(cut for a in own for cut in (a.key_cut, a.value_cut)), *self.states]
-        return sum(cut.bytes_per_token for cut in cuts)
+        owners = [attention for attention in self.attentions if attention.shares_cache_with is None]
+        points = [point for attention in owners for point in (attention.key_cache, attention.value_cache)]
+        return sum(point.bytes_per_token for point in (*points, *self.states))

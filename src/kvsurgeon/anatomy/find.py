@@ -1,7 +1,8 @@
-"""Turn what was followed and proved into facts that anybody can read."""
+"""Collect the facts about a decoder from its analysis and its proof."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,61 +11,62 @@ import onnx_ir as ir
 from kvsurgeon.analysis.analysis import Analysis, AttentionSite, analyze
 from kvsurgeon.analysis.cache_points import PROJECTIONS, CachePoint
 from kvsurgeon.analysis.token_flow import Place, TokenFlow
-from kvsurgeon.anatomy.facts import Attention, CachedTensor, Cut, Decoder, Input, Projection, Rotary
+from kvsurgeon.anatomy.facts import Attention, CachedTensor, CachePointFacts, Decoder, Input, Projection
 from kvsurgeon.anatomy.masks import read_mask
 from kvsurgeon.anatomy.scales import read_scale
 from kvsurgeon.cache.signature import CacheSignature
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.decompose import decompose
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.heads.counts import counts_of
+from kvsurgeon.heads.token_data import token_inputs
 from kvsurgeon.proof.proof import Proof, prove
 from kvsurgeon.rewrite.cache_removal import eject
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import BATCH
-from kvsurgeon.symbolic.sequence_axes import Length
+from kvsurgeon.symbolic.dimension import BATCH, Dimension
 
 LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
 
 
 def find_decoder(model: ir.Model) -> Decoder:
-    """Return the anatomy of a causal decoder, as it is in a first call where it has a cache.
+    """Return the facts about a causal decoder; a cache that it has is removed first, in a copy.
 
     Raises:
-        UnsupportedError: It is none, cannot be handled soundly, or its cache cannot be told from the rest.
+        UnsupportedError: The model is not a causal decoder, or its cache is not recognized.
     """
     with deep_recursion():
-        ejection = eject(model)
-        written = decompose(model if ejection is None else ejection.model)
-        analysis = analyze(written.model)
-        analysis.flow.assumed.update(written.assumed)
-        decoder = describe(analysis, prove(analysis))
-        if ejection is None:
+        removal = eject(model)
+        decomposed = decompose(model if removal is None else removal.model)
+        analysis = analyze(decomposed.model)
+        analysis.flow.assumed.update(decomposed.assumed)
+        decoder = decoder_facts(analysis, prove(analysis))
+        if removal is None:
             return decoder
-        return replace(decoder, cache=tuple(_cached(ejection.signature.located(analysis))))
+        return replace(decoder, cache=tuple(_cached_tensors(removal.signature.located(analysis))))
 
 
-def describe(analysis: Analysis, proof: Proof) -> Decoder:
-    """Return the facts of an analysis that was proved."""
-    tried = ", ".join(str(length) for length in proof.lengths[:6]) + (", ..." if len(proof.lengths) > 6 else "")
+def decoder_facts(analysis: Analysis, proof: Proof) -> Decoder:
+    """Return the facts about a decoder that was analyzed and proved causal."""
+    lengths = ", ".join(map(str, proof.lengths[:6])) + (", ..." if len(proof.lengths) > 6 else "")
+    states = len(analysis.flow.states)
+    exception = f", except {states} with a sequence state," if states else ""
     return Decoder(
         attentions=tuple(_attentions(analysis, proof)),
-        inputs=tuple(_input(given) for given in analysis.inputs),
+        inputs=tuple(map(_input, analysis.inputs)),
         opset=analysis.shapes.opset,
         max_length=proof.max_length,
         proved=(
-            f"every operator outside attention{_but_for(analysis)} keeps tokens apart (by its axes)",
-            f"no query sees a key after it (context run at lengths {tried})",
-            f"context of a position does not change with the tokens that follow (context run at lengths {tried})",
+            f"operators outside attention{exception} do not mix tokens (by their axes)",
+            f"attention is causal (context run at lengths {lengths})",
+            f"context of a position does not depend on the number of later tokens (context run at lengths {lengths})",
         ),
-        states=tuple(_cut(memory) for memory in analysis.states),
-        assumed=tuple(f"{what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()),
+        states=tuple(map(_cache_point, analysis.states)),
+        assumed=tuple(f"{assumption} (first at `{name}`)" for assumption, name in analysis.flow.assumed.items()),
     )
 
 
-def _cached(signature: CacheSignature) -> Iterator[CachedTensor]:
+def _cached_tensors(signature: CacheSignature) -> Iterator[CachedTensor]:
     for entry in signature.entries:
         assert entry.layer is not None, "the signature is not located"
         assert entry.kind is not None, "the signature is not located"
@@ -79,176 +81,158 @@ def _cached(signature: CacheSignature) -> Iterator[CachedTensor]:
         )
 
 
-def _but_for(analysis: Analysis) -> str:
-    recalls = analysis.flow.states
-    return f", but for the {len(recalls)} whose state would be remembered," if recalls else ""
-
-
 def _attentions(analysis: Analysis, proof: Proof) -> Iterator[Attention]:
     owner: dict[ir.Value, int] = {}
-    for layer, head in enumerate(analysis.heads):
-        key, value = head.keys[0], head.values[0]
+    flow = analysis.flow
+    for layer, site in enumerate(analysis.heads):
+        key, value = site.keys[0], site.values[0]
         shared = owner.get(key.memory.value) if value.memory.value in owner else None
         owner.setdefault(key.memory.value, layer)
         owner.setdefault(value.memory.value, layer)
-        counts = counts_of(analysis.flow, head)
-        head_dim = counts.head_dim
-        query = _query_place(head)
-        scale, softcap = read_scale(analysis.flow, head, query, head_dim)
-        projections = [_projection(analysis.flow, place) for place in (query, key.place, value.place)]
-        outputs = [projection.output for projection in projections if projection is not None]
+        counts = counts_of(flow, site)
+        query = _query_place(site)
+        scale, softcap = read_scale(flow, site, query, counts.head_dim)
+        projections = _projections(flow, (query, key.place, value.place))
         yield Attention(
             layer=layer,
-            at=head.at.name or "",
-            scores=(head.scores[0].node.outputs[0] if head.scores else head.at).name or "",
+            output=site.at.name or "",
+            scores=(site.scores[0].node.outputs[0] if site.scores else site.at).name or "",
             query_heads=counts.heads,
             kv_heads=counts.kv_heads,
-            head_dim=head_dim,
+            head_dim=counts.head_dim,
             value_head_dim=counts.value_dim,
             scale=scale,
             softcap=softcap,
             mask=read_mask(proof.seen[layer]),
-            rotary=_rotary(analysis.flow, key.place, head_dim),
-            head_repeat=tuple(_repeats(analysis.flow, key.place)) + tuple(_repeats(analysis.flow, value.place)),
-            query=_fused(projections[0], outputs),
-            key=_fused(projections[1], outputs),
-            value=_fused(projections[2], outputs),
-            key_cut=_cut(key.memory),
-            value_cut=_cut(value.memory),
+            rotary_dim=_rotary_dim(flow, key.place, counts.head_dim),
+            head_repetition=(*_head_repetition(flow, key.place), *_head_repetition(flow, value.place)),
+            query=projections[0],
+            key=projections[1],
+            value=projections[2],
+            key_cache=_cache_point(key.memory),
+            value_cache=_cache_point(value.memory),
             shares_cache_with=shared,
         )
 
 
-def _query_place(head: AttentionSite) -> Place:
-    if head.fused is not None:
-        return head.fused.node, head.fused.query
-    return head.scores[0].node, head.scores[0].query_index()
+def _query_place(site: AttentionSite) -> Place:
+    if site.fused is not None:
+        return site.fused.node, site.fused.query
+    return site.scores[0].node, site.scores[0].query_index()
 
 
-def upwards(flow: TokenFlow, place: Place) -> Iterator[ir.Node]:
-    """The nodes on token data from a product's operand up to its projection, nearest first."""
+def _upstream(flow: TokenFlow, place: Place) -> Iterator[ir.Node]:
+    """The producers of an operand's token data up to its projection, breadth first."""
     node, index = place
-    pending = [node.inputs[index]]
-    seen: set[ir.Node] = set()
+    pending = deque([node.inputs[index]])
+    visited: set[ir.Node] = set()
     while pending:
-        value = pending.pop(0)
-        maker = None if value is None else value.producer()
-        if maker is None or maker in seen:
+        value = pending.popleft()
+        producer = None if value is None else value.producer()
+        if producer is None or producer in visited:
             continue
-        seen.add(maker)
-        yield maker
-        if maker.op_type in PROJECTIONS or len(seen) > 200:
-            continue
-        pending += [
-            source for source in maker.inputs if source is not None and flow.kinds.get(source) is ValueKind.TOKEN
-        ]
+        visited.add(producer)
+        yield producer
+        if producer.op_type not in PROJECTIONS and len(visited) <= 200:
+            pending += token_inputs(flow, producer)
+
+
+def _projections(flow: TokenFlow, places: tuple[Place, ...]) -> list[Projection | None]:
+    """The projections of several operands; one that computes more than one of them is fused."""
+    found = [_projection(flow, place) for place in places]
+    outputs = [projection.output for projection in found if projection is not None]
+    return [None if one is None else replace(one, fused=outputs.count(one.output) > 1) for one in found]
 
 
 def _projection(flow: TokenFlow, place: Place) -> Projection | None:
-    """The weights that the product with weights and what stands between it and the operand read."""
+    """The product with weights of an operand, and the weights of the nodes in between."""
     names: list[str] = []
     output = ""
-    for node in upwards(flow, place):
-        found = [name for value in node.inputs for name in _weights(value)]
-        names = [name for name in found if name not in names] + names
+    for node in _upstream(flow, place):
+        weights = (_initializer(value) for value in node.inputs)
+        names = [name for name in weights if name is not None and name not in names] + names
         if node.op_type in PROJECTIONS:
             output = node.outputs[0].name or ""
     return Projection(initializers=tuple(names), output=output) if output else None
 
 
-def _weights(value: ir.Value | None) -> Iterator[str]:
-    """Names of the initializers behind a constant operand: directly, or behind a transpose or a dequantisation."""
+def _initializer(value: ir.Value | None) -> str | None:
+    """The name of the weights that a constant operand is made from; None for small constants such as shapes."""
     for _ in range(6):
         if value is None:
-            return
+            return None
         tensor = constant_tensor(value)
         if tensor is not None:
-            if tensor.dtype.is_floating_point() or tensor.size > 64:
-                yield value.name or ""
-            return
+            return (value.name or "") if tensor.dtype.is_floating_point() or tensor.size > 64 else None
         node = value.producer()
         if node is None or node.op_type not in ("Transpose", "Cast", "DequantizeLinear", "Identity", "Reshape"):
-            return
+            return None
         value = node.inputs[0]
+    return None
 
 
-def _fused(projection: Projection | None, outputs: list[str]) -> Projection | None:
-    if projection is None or outputs.count(projection.output) < 2:
-        return projection
-    return Projection(initializers=projection.initializers, output=projection.output, fused=True)
-
-
-def _rotary(flow: TokenFlow, place: Place, head_dim: int) -> Rotary | None:
-    """A table of context, as wide as the rotated features, multiplies the key."""
+def _rotary_dim(flow: TokenFlow, place: Place, head_dim: int) -> int | None:
+    """The width of the position table that multiplies the keys, at most head_dim; None without one."""
     width = 0
-    for node in upwards(flow, place):
+    for node in _upstream(flow, place):
         if node.op_type == "RotaryEmbedding":
-            attribute = node.attributes.get("rotary_embedding_dim")
-            width = max(width, int(attribute.value) if attribute is not None and attribute.value else head_dim)
-        if node.op_type != "Mul":
-            continue
-        for index, value in enumerate(node.inputs):
+            width = max(width, node.attributes.get_int("rotary_embedding_dim", 0) or head_dim)
+        for index, value in enumerate(node.inputs if node.op_type == "Mul" else ()):
             shape = None if value is None else flow.shapes[value].shape
-            table = (node, index) in flow.demands or _is_made_of_positions(flow, value)
-            if table and shape and isinstance(shape[-1], int) and shape[-1] > 1:
+            is_table = (node, index) in flow.demands or _depends_on_positions_only(flow, value)
+            if is_table and shape and isinstance(shape[-1], int) and shape[-1] > 1:
                 width = max(width, shape[-1])
-    return Rotary(width=min(width, head_dim), head_dim=head_dim) if width else None
+    return min(width, head_dim) or None
 
 
-def _is_made_of_positions(flow: TokenFlow, value: ir.Value | None) -> bool:
-    """Whether token data comes from positions alone: from an input, through no product with weights and no norm."""
-    pending, seen = [value], set[ir.Node]()
+def _depends_on_positions_only(flow: TokenFlow, value: ir.Value | None) -> bool:
+    """Whether token data is computed from an input without a product with weights and without a norm."""
+    pending, visited = [value], set[ir.Node]()
     while pending:
-        node = None if (value := pending.pop()) is None else value.producer()
-        if node is None or node in seen:
+        value = pending.pop()
+        node = None if value is None else value.producer()
+        if node is None or node in visited:
             continue
-        if node.op_type in PROJECTIONS or "Normalization" in node.op_type or node.op_type == "Pow" or len(seen) > 60:
+        is_norm = "Normalization" in node.op_type or node.op_type == "Pow"
+        if is_norm or node.op_type in PROJECTIONS or len(visited) > 60:
             return False
-        seen.add(node)
-        pending += [
-            source for source in node.inputs if source is not None and flow.kinds.get(source) is ValueKind.TOKEN
-        ]
-    return bool(seen)
+        visited.add(node)
+        pending += token_inputs(flow, node)
+    return bool(visited)
 
 
-def _repeats(flow: TokenFlow, place: Place) -> Iterator[str]:
-    """Values at which the heads of keys or values become more."""
-    for node in upwards(flow, place):
-        before, after = (
-            flow.shapes[node.inputs[0]].shape if node.inputs[0] else None,
-            flow.shapes[node.outputs[0]].shape,
-        )
-        if node.op_type not in ("Expand", "Tile", "Gather", "Concat") or before is None or after is None:
+def _head_repetition(flow: TokenFlow, place: Place) -> Iterator[str]:
+    """Names of the values at which an operand gets more heads."""
+    for node in _upstream(flow, place):
+        if node.op_type not in ("Expand", "Tile") or node.inputs[0] is None:
             continue
-        ratio = dim.exact_quotient(dim.product(after), dim.product(before))
-        if isinstance(ratio, int) and ratio > 1 and node.op_type in ("Expand", "Tile"):
+        before, after = flow.shapes[node.inputs[0]].shape, flow.shapes[node.outputs[0]].shape
+        times = None if before is None or after is None else dim.exact_quotient(dim.product(after), dim.product(before))
+        if isinstance(times, int) and times > 1:
             yield node.outputs[0].name or ""
 
 
-def _cut(memory: CachePoint) -> Cut:
-    return Cut(
-        value=memory.value.name or "",
-        dtype=str(memory.dtype.numpy()),
+def _cache_point(point: CachePoint) -> CachePointFacts:
+    return CachePointFacts(
+        value=point.value.name or "",
+        dtype=str(point.dtype.numpy()),
         layout=LAYOUT,
-        heads=memory.heads,
-        head_dim=memory.head_dim,
-        bytes_per_token=-(-memory.bits_per_token // 8),
+        heads=point.heads,
+        head_dim=point.head_dim,
+        bytes_per_token=-(-point.bits_per_token // 8),
     )
 
 
 def _input(given: InputRole) -> Input:
-    def words(sizes: tuple[dim.Dimension, ...], lengths: dict[int, Length]) -> tuple[str | int, ...]:
-        dim_names: list[str | int] = []
-        for axis, size in enumerate(sizes):
-            if axis in lengths:
-                dim_names.append(lengths[axis].value)
-            else:
-                dim_names.append(size if isinstance(size, int) else "batch_size" if size is BATCH else str(size))
-        return tuple(dim_names)
+    def name(size: Dimension) -> str | int:
+        return size if isinstance(size, int) else "batch_size" if size is BATCH else str(size)
 
+    lengths = given.lengths
     return Input(
         name=given.value.name or "",
         dtype=str(given.value.dtype.numpy()) if given.value.dtype else "",
-        original=tuple(size if isinstance(size, int) else str(size) for size in given.dimensions),
-        given=words(given.dimensions, given.lengths),
+        shape=tuple(size if isinstance(size, int) else str(size) for size in given.dimensions),
+        decode_shape=tuple(
+            lengths[axis].value if axis in lengths else name(size) for axis, size in enumerate(given.dimensions)
+        ),
     )

@@ -1,6 +1,8 @@
-"""What kind of mask an attention has, read off the weights that it was seen to give."""
+"""Classify an attention mask by the attention weights that it allows."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,36 +11,37 @@ from kvsurgeon.proof.attention_pattern import SEEN
 from kvsurgeon.proof.causality import AttentionPattern
 
 
-def read_mask(seen: AttentionPattern) -> Mask:
-    """Return the mask that lets queries see what they were seen to see."""
-    weights = seen.weights if seen.flat is None else seen.flat
-    allowed = (weights != 0).reshape(-1, *weights.shape[-2:]).any(axis=0)  # a steep bias may leave next to nothing
-    padding = seen.padded is not None and bool((np.abs(seen.padded[..., 2:, :2]) <= SEEN).all())
-    kind, window, chunk = _kind(allowed)
-    return Mask(kind=kind, window=window, chunk=chunk, padding=padding, bias=_is_biased(seen))  # type: ignore[arg-type]
+def read_mask(pattern: AttentionPattern) -> Mask:
+    """Return the mask of an attention layer from its measured attention pattern."""
+    weights = pattern.weights if pattern.flat is None else pattern.flat
+    # Not > SEEN: a steep bias leaves visible keys a small weight.
+    visible = (weights != 0).reshape(-1, *weights.shape[-2:]).any(axis=0)
+    padding = pattern.padded is not None and bool((np.abs(pattern.padded[..., 2:, :2]) <= SEEN).all())
+    return replace(_structure(visible), padding=padding, bias=_has_bias(pattern))
 
 
-def _kind(allowed: np.ndarray) -> tuple[str, int | None, int | None]:
-    length = allowed.shape[-1]
+def _structure(visible: np.ndarray) -> Mask:
+    """Return the kind of mask that makes these keys visible, `[queries, keys]`."""
+    length = visible.shape[-1]
     query, key = np.arange(length)[:, None], np.arange(length)[None, :]
     causal = key <= query
-    if np.array_equal(allowed, causal):
-        return "causal", None, None
-    window = int(allowed[-1].sum())
-    if np.array_equal(allowed, causal & (query - key < window)):
-        return "window", window, None
-    starts = np.flatnonzero(allowed.sum(axis=1) == 1)
+    if np.array_equal(visible, causal):
+        return Mask(kind="causal")
+    window = int(visible[-1].sum())
+    if np.array_equal(visible, causal & (query - key < window)):
+        return Mask(kind="sliding-window", window=window)
+    starts = np.flatnonzero(visible.sum(axis=1) == 1)
     chunk = int(starts[1] - starts[0]) if len(starts) > 1 else length
-    if np.array_equal(allowed, causal & (query // chunk == key // chunk)):
-        return "chunk", None, chunk
-    return "other", None, None
+    if np.array_equal(visible, causal & (query // chunk == key // chunk)):
+        return Mask(kind="chunked", chunk=chunk)
+    return Mask(kind="other")
 
 
-def _is_biased(seen: AttentionPattern) -> bool:
-    """Whether equal scores give unequal weights to the keys that a query sees."""
-    if seen.flat is None:
+def _has_bias(pattern: AttentionPattern) -> bool:
+    """Whether equal scores give unequal weights to the visible keys of a query."""
+    if pattern.flat is None:
         return False
-    weights = seen.flat.reshape(-1, *seen.flat.shape[-2:])
+    weights = pattern.flat.reshape(-1, *pattern.flat.shape[-2:])
     largest = weights.max(axis=-1)
     smallest = np.where(weights > SEEN, weights, np.inf).min(axis=-1)
     return bool((smallest < (1 - 1e-3) * largest).any())

@@ -1,4 +1,4 @@
-"""The number that scores are multiplied with, wherever on the way from projection to softmax it stands."""
+"""The scale and the softcap of attention scores, wherever they are applied between projection and softmax."""
 
 from __future__ import annotations
 
@@ -15,83 +15,80 @@ from kvsurgeon.graph.constants import small_constant
 _STOPS = frozenset({"Softmax", "Where", "Max"})
 
 
-def read_scale(flow: TokenFlow, head: AttentionSite, query: Place, head_dim: int) -> tuple[float | None, float | None]:
-    """Return scale and softcap; the scale is None where it is not made of constants."""
-    if head.fused is not None:
-        attributes = head.fused.node.attributes
-        stated = float(attributes["scale"].value) if "scale" in attributes else 1 / math.sqrt(head_dim)
-        cap = float(attributes["softcap"].value) if "softcap" in attributes else 0.0
-        return stated, cap or None
-    above = [_above(flow, place) for place in (query, head.keys[0].place)]
-    below, softcap = _below(flow, head.scores[0].node)
-    factors = [*above, below]
-    alpha = head.scores[0].node.attributes.get("alpha")
+def read_scale(flow: TokenFlow, site: AttentionSite, query: Place, head_dim: int) -> tuple[float | None, float | None]:
+    """Return scale and softcap of an attention; the scale is None if it is not constant."""
+    if site.fused is not None:
+        attributes = site.fused.node.attributes
+        scale = attributes["scale"].as_float() if "scale" in attributes else 1 / math.sqrt(head_dim)
+        cap = attributes["softcap"].as_float() if "softcap" in attributes else 0.0
+        return scale, cap or None
+    score = site.scores[0].node
+    below, softcap = _below(flow, score)
+    factors = [*(_above(flow, place) for place in (query, site.keys[0].place)), below]
     known = [factor for factor in factors if factor is not None]
     if len(known) < len(factors):
         return None, softcap
-    fused = alpha is not None and head.scores[0].node.op_type == "FusedMatMul"
-    return math.prod(known) * (float(alpha.value) if fused and alpha is not None else 1.0), softcap
-
-
-def _factor(flow: TokenFlow, node: ir.Node) -> float | None:
-    """The constant that a `Mul` or `Div` multiplies token data with; 1 for anything else."""
-    if node.op_type not in ("Mul", "Div") or len(node.inputs) != 2:
-        return 1.0
-    constants = [number_of(flow, value) for value in node.inputs]
-    if constants[1] is not None and flow.kinds.get(node.inputs[0]) is ValueKind.TOKEN:  # type: ignore[arg-type]
-        return constants[1] if node.op_type == "Mul" else 1 / constants[1] if constants[1] else None
-    if constants[0] is not None and node.op_type == "Mul":
-        return constants[0]
-    return 1.0
+    alpha = score.attributes.get_float("alpha", 1.0) if score.op_type == "FusedMatMul" else 1.0
+    return math.prod(known) * alpha, softcap
 
 
 def number_of(flow: TokenFlow, value: ir.Value | None) -> float | None:
-    """Return the one number that a value holds at any length; None where it is another or not known."""
+    """Return the one number that a value has at every length; None if it has several or is not known."""
     if value is None:
         return None
-    constant = small_constant(value)
-    if constant is None:
-        known = flow.shapes[value].value
-        if known is None or known.size != 1 or not isinstance(known.reshape(-1)[0], (int, float)):
-            return None
-        return float(known.reshape(-1)[0])
-    return float(constant.reshape(-1)[0]) if constant.size == 1 else None
+    numbers = small_constant(value)
+    if numbers is not None:
+        return float(numbers.reshape(-1)[0]) if numbers.size == 1 else None
+    known = flow.shapes[value].value
+    if known is None or known.size != 1 or not isinstance(known.reshape(-1)[0], (int, float)):
+        return None
+    return float(known.reshape(-1)[0])
+
+
+def _factor(flow: TokenFlow, node: ir.Node) -> float | None:
+    """The constant factor by which a `Mul` or `Div` scales token data; 1 for other nodes; None for division by 0."""
+    if node.op_type not in ("Mul", "Div") or len(node.inputs) != 2:
+        return 1.0
+    left, right = (number_of(flow, value) for value in node.inputs)
+    if right is not None and _is_token(flow, node.inputs[0]):
+        return right if node.op_type == "Mul" else 1 / right if right else None
+    return left if left is not None and node.op_type == "Mul" else 1.0
 
 
 def _above(flow: TokenFlow, place: Place) -> float | None:
-    """The constants between a projection and a product; along the first token input where several meet."""
+    """The constant factor between a projection and an operand; of several token inputs the first is followed."""
     node, index = place
-    value = node.inputs[index]
+    value: ir.Value | None = node.inputs[index]
     product = 1.0
     for _ in range(64):
-        maker = None if value is None else value.producer()
-        if maker is None or maker.op_type in PROJECTIONS or maker.op_type.endswith("Normalization"):
+        producer = None if value is None else value.producer()
+        if producer is None or producer.op_type in PROJECTIONS or producer.op_type.endswith("Normalization"):
             return product
-        factor = _factor(flow, maker)
+        factor = _factor(flow, producer)
         if factor is None:
             return None
         product *= factor
-        value = next(
-            (source for source in maker.inputs if source is not None and flow.kinds.get(source) is ValueKind.TOKEN),
-            None,
-        )
+        value = next((source for source in producer.inputs if _is_token(flow, source)), None)
     return product
 
 
 def _below(flow: TokenFlow, node: ir.Node) -> tuple[float | None, float | None]:
-    """The constants between the score product and the softmax, and what `Tanh` caps scores at."""
+    """The constant factor between the score product and the softmax, and the factor behind a `Tanh`: the softcap."""
     product, softcap = 1.0, None
-    value = node.outputs[0]
     for _ in range(32):
-        users = [user for user, _ in value.uses()]
+        users = [user for user, _ in node.outputs[0].uses()]
         if len(users) != 1 or users[0].op_type in _STOPS:
             break
-        factor = _factor(flow, users[0])
+        node = users[0]
+        factor = _factor(flow, node)
         if factor is None:
             return None, softcap
-        if users[0].op_type == "Tanh":
-            after = [user for user, _ in users[0].outputs[0].uses()]
+        if node.op_type == "Tanh":
+            after = [user for user, _ in node.outputs[0].uses()]
             softcap = _factor(flow, after[0]) if len(after) == 1 else None
         product *= factor
-        value = users[0].outputs[0]
     return product, softcap
+
+
+def _is_token(flow: TokenFlow, value: ir.Value | None) -> bool:
+    return value is not None and flow.kinds.get(value) is ValueKind.TOKEN

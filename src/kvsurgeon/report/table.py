@@ -13,7 +13,7 @@ from rich.text import Text
 from kvsurgeon.passes.contract import Unchanged
 
 if TYPE_CHECKING:
-    from kvsurgeon.anatomy import Attention, CachedTensor, Cut, Decoder, Mask, Rotary
+    from kvsurgeon.anatomy import Attention, CachedTensor, Decoder, Mask
     from kvsurgeon.parity import Loss, Report
     from kvsurgeon.targets import Obstacle
     from kvsurgeon.workflow.pipeline import PassResult
@@ -158,13 +158,14 @@ def obstacles(name: str, found: Iterable[Obstacle]) -> RenderableType:
 
 
 def mask_words(mask: Mask) -> str:
-    """Return a mask in a few words: `window 4096 + padding`.
+    """Return a mask in a few words: `sliding window 4096 + padding`.
 
     >>> from kvsurgeon.anatomy import Mask
     >>> mask_words(Mask(kind="causal", padding=True, bias=True))
     'causal + bias + padding'
     """
-    kind = {"window": f"window {mask.window}", "chunk": f"chunk {mask.chunk}"}.get(mask.kind, mask.kind)
+    kinds: Mapping[str, str] = {"sliding-window": f"sliding window {mask.window}", "chunked": f"chunked {mask.chunk}"}
+    kind = kinds.get(mask.kind, mask.kind)
     return " + ".join([kind, *(["bias"] if mask.bias else []), *(["padding"] if mask.padding else [])])
 
 
@@ -207,7 +208,7 @@ def _step_words(step: PassResult) -> str:
 
 def _layer(attention: Attention) -> Iterable[str]:
     own = attention.shares_cache_with is None
-    cut = attention.key_cut
+    key, value = attention.key_cache, attention.value_cache
     return (
         str(attention.layer),
         str(attention.query_heads),
@@ -215,9 +216,9 @@ def _layer(attention: Attention) -> Iterable[str]:
         _dims(attention),
         "-" if attention.scale is None else f"{attention.scale:.4g}",
         mask_words(attention.mask) + ("" if attention.softcap is None else f" + softcap {attention.softcap:g}"),
-        _rotary_words(attention.rotary),
-        _cut_words(cut) if own else f"as layer {attention.shares_cache_with}",
-        str(cut.bytes_per_token + attention.value_cut.bytes_per_token) if own else "0",
+        _rotary_words(attention),
+        f"{key.value} {key.dtype}" if own else f"as layer {attention.shares_cache_with}",
+        str(key.bytes_per_token + value.bytes_per_token) if own else "0",
     )
 
 
@@ -226,14 +227,9 @@ def _dims(attention: Attention) -> str:
     return str(key) if key == value else f"{key}/{value}"
 
 
-def _rotary_words(rotary: Rotary | None) -> str:
-    if rotary is None:
-        return "-"
-    return str(rotary.width) if rotary.width == rotary.head_dim else f"{rotary.width} of {rotary.head_dim}"
-
-
-def _cut_words(cut: Cut) -> str:
-    return f"{cut.value} {cut.dtype}"
+def _rotary_words(attention: Attention) -> str:
+    rotated, head_dim = attention.rotary_dim, attention.head_dim
+    return "-" if rotated is None else str(rotated) if rotated == head_dim else f"{rotated} of {head_dim}"
 
 
 def _totals(decoder: Decoder) -> str:

@@ -17,7 +17,7 @@ from kvsurgeon.targets.tokenizers import CONFIG_BEFORE_5, MERGES_AS_TEXT
 _OPSET = 17  # the newest that its own engine loads; onnxruntime under it takes 19
 # compute_engine_inputs takes the first two by their place, and makes the last one after the others
 _ORDER = ("input_ids", "attention_mask", "positions", "causal_mask")
-_SHIFTED = frozenset(("causal", "window"))  # masks that are the same wherever a text begins
+_SHIFTED = frozenset(("causal", "sliding-window"))  # masks that are the same wherever a text begins
 
 
 def _in_the_way(facts: Facts) -> Iterator[Obstacle]:
@@ -32,7 +32,7 @@ def _in_the_way(facts: Facts) -> Iterator[Obstacle]:
             yield Obstacle(
                 what=f"layer {attention.layer}: expected a mask that is the same wherever a text begins, as it begins "
                 f"behind padding, found a {attention.mask.kind} mask",
-                at=attention.at,
+                at=attention.output,
             )
             break
     if facts.input("causal_mask") is None:

@@ -48,7 +48,7 @@ def _attention_outputs(
     original: Source, result: Source | ir.Model, folder: str | Path | None
 ) -> tuple[list[str], list[str]]:
     before, after = (
-        [attention.at for attention in Subject.of(source, folder).decoder().attentions] for source in (original, result)
+        [one.output for one in Subject.of(source, folder).decoder().attentions] for source in (original, result)
     )
     if len(before) != len(after):
         raise UsageError(f"expected as many attention layers in both models, found {len(before)} and {len(after)}")
