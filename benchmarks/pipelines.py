@@ -60,7 +60,7 @@ PASSES: tuple[tuple[str, tuple[str, ...], int], ...] = (  # name, options, weigh
     ("past-length-from-positions", ("",), 1),
     ("remove-mask", ("",), 1),
     ("host-inputs", ("{max-length=96}",), 1),
-    ("fuse-attention", ("", "{layers=possible}", "{operator=attention,layers=possible}"), 3),
+    ("fuse-attention", ("", "{layers=supported}", "{operator=attention,layers=supported}"), 3),
     ("fuse-rotary", ("",), 1),
     ("reciprocal-to-div", ("",), 1),
     ("gather-nd-to-gather", ("",), 1),

@@ -1,4 +1,4 @@
-"""One operator computes each attention: what it is told comes from the graph, and what it cannot compute is refused."""
+"""fuse-attention replaces each attention by one operator, or rejects the model if that computes something else."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from kvsurgeon.passes.opset.raise_opset import RaiseOpset
 from kvsurgeon.runtime import CachedDecoder, open_session
 from kvsurgeon.workflow.verification import judge
 
-FUSABLE = ["decoder", *(name for name in NAMES if name.startswith(("gemma2", "llama")))]  # whose heads are 8 wide
+FUSABLE = ["decoder", *(name for name in NAMES if name.startswith(("gemma2", "llama")))]  # head_dim 8
 
 
 @functools.cache
@@ -36,12 +36,12 @@ def layers(name: str) -> int:
     return sum("key" in value.name for value in fused(name, "dynamic").graph.output)
 
 
-# What each text becomes, and what it gives
+# Results are unchanged
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("name", FUSABLE)
-def test_every_export_computes_what_it_did(name, cache):
+def test_fused_exports_pass_verification(name, cache):
     result = fused(name, cache)
     found = operators(result)
     assert found.count("GroupQueryAttention") == layers(name) > 0
@@ -84,7 +84,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_however_scores_are_made(way):
+def test_scores_can_be_scaled_capped_and_masked_in_any_order(way):
     model = read(attention(**WAYS[way]), 18)
     result = after(model, Inject(cache="static"), FuseAttention())
     assert operators(result).count("GroupQueryAttention") == 1
@@ -93,7 +93,7 @@ def test_however_scores_are_made(way):
     assert report.verdict == "same", report
 
 
-def test_a_guard_against_what_is_not_a_number():
+def test_a_nan_guard_is_part_of_the_match():
     text = attention(masked="masked_scores = Where(allowed, s, low)").replace(
         "c = MatMul(w, v)", "bad = IsNaN(w) w0 = Where(bad, none, w) c = MatMul(w0, v)"
     )
@@ -104,7 +104,7 @@ def test_a_guard_against_what_is_not_a_number():
 SEQUENCE_FIRST = "Transpose<perm = [1, 0, 2]>"
 
 
-def test_tokens_may_come_before_the_batch():
+def test_the_sequence_axis_can_precede_the_batch_axis():
     text = attention(
         hidden=f"h = {SEQUENCE_FIRST}(x)",
         query=f"q = {SEQUENCE_FIRST}(q0)",
@@ -117,27 +117,27 @@ def test_tokens_may_come_before_the_batch():
         assert verify(model, after(model, Inject(cache=cache), FuseAttention()), threads=1).verdict == "same"
 
 
-# What is refused, and why
+# Unsupported attention
 
 OTHERS = {
-    "squashed": ({"scores": "s = Sigmoid(s0)"}, "changed in a way that no fused operator knows"),
+    "squashed": ({"scores": "s = Sigmoid(s0)"}, "an operator that no fused attention operator has"),
     "capped late": (
         {"masked": "moved = Add(s, half) t = Tanh(moved) masked_scores = Where(allowed, t, low)"},
-        "capped after something",
+        "capped after a mask or bias",
     ),
     "multiplied by place": (
-        {"scores": "steps = Cast<to = 1>(row) s = Mul(s0, steps)"}, "not what the fused operator computes",
+        {"scores": "steps = Cast<to = 1>(row) s = Mul(s0, steps)"}, "differs from what the fused operator computes",
     ),
     "added to by tokens": (
-        {"scores": "sums = ReduceSum<keepdims = 1>(q0, third) s = Add(s0, sums)"}, "depends on the tokens",
+        {"scores": "sums = ReduceSum<keepdims = 1>(q0, third) s = Add(s0, sums)"}, "depends on token data",
     ),
     "squared": ({"scores": "s = Mul(s0, s0)"}, "one reader|not constant"),
-    "subtracted": ({"scores": "s = Sub(half, s0)"}, "subtracted from something"),
+    "subtracted": ({"scores": "s = Sub(half, s0)"}, "subtracted from a value"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_other_scores_are_refused(other):
+def test_other_scores_are_rejected(other):
     parts, reason = OTHERS[other]
     subject = Subject.of(read(attention(**parts), 18))
     before = io.to_proto(subject.model).SerializeToString()
@@ -147,33 +147,35 @@ def test_other_scores_are_refused(other):
     assert io.to_proto(subject.model).SerializeToString() == before
 
 
-def test_changed_weights_are_refused():
+def test_weights_that_change_after_softmax_are_rejected():
     text = attention().replace("c = MatMul(w, v)", "w0 = Mul(w, half) c = MatMul(w0, v)")
-    with pytest.raises(UnsupportedError, match="changed between softmax and values"):
+    with pytest.raises(UnsupportedError, match="changed between softmax and context product"):
         FuseAttention().apply(Subject.of(read(text, 18)))
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(FUSABLE)))
-def test_heads_of_a_width_without_a_kernel_are_refused(name):
-    with pytest.raises(UnsupportedError, match="no heads of such a width; expected a multiple of 8, found 4"):
+def test_a_head_dim_without_a_kernel_is_rejected(name):
+    with pytest.raises(UnsupportedError, match="does not support this head_dim; expected a multiple of 8, found 4"):
         FuseAttention().apply(Subject.of(export(name)))
 
 
-def test_a_type_without_a_kernel_is_refused():
+def test_a_type_without_a_kernel_is_rejected():
     model = Decoder(Config(layers=1, dtype="float64")).model()
-    with pytest.raises(UnsupportedError, match=r"expected float or float16|not of the type"):
+    with pytest.raises(
+        UnsupportedError, match="has no fused kernel; expected float, float16 or bfloat16 for all, found double"
+    ):
         FuseAttention().apply(Subject.of(model))
 
 
-# What follows
+# Names, metadata and further passes
 
 
-def test_twice_is_once():
+def test_fused_models_are_unchanged():
     for model in (fused("decoder", "static"), after(export("decoder"), FuseAttention())):
         assert isinstance(FuseAttention().apply(Subject.of(model)), Unchanged)
 
 
-def test_names_and_order_of_the_cache_stay():
+def test_cache_inputs_and_outputs_keep_names_and_order():
     inject = Inject(past="k_{kind}_{layer}", present="new_{kind}_{layer}", cache="static")
     cached = after(export("decoder"), inject)
     result = after(cached, FuseAttention())
@@ -182,13 +184,13 @@ def test_names_and_order_of_the_cache_stay():
         assert [v.name for v in before if "_key_" in v.name] == [v.name for v in now if "_key_" in v.name]
 
 
-def test_the_mask_may_be_given_for_the_tokens_so_far():
+def test_the_past_length_can_come_from_the_attention_mask():
     result = after(export("decoder"), Inject(cache="static", past_length="mask"), FuseAttention())
     assert "past_sequence_length" not in {value.name for value in result.graph.input}
     assert verify(export("decoder"), result, threads=1).verdict == "same"
 
 
-def test_rows_beyond_the_tokens_so_far_are_never_read():
+def test_unused_rows_of_a_static_cache_are_never_read():
     decoder = CachedDecoder(open_session(fused("decoder", "static"), threads=1))
     whole = texts(export("decoder"), batch=1, length=6)
     expected = in_onnxruntime(export("decoder"))(whole)["logits"]
@@ -199,7 +201,7 @@ def test_rows_beyond_the_tokens_so_far_are_never_read():
     assert difference(found, expected) <= ALLOWED["float32"]
 
 
-def test_what_was_fused_can_be_ejected():
+def test_the_cache_of_fused_operators_can_be_removed():
     result = after(fused("decoder", "dynamic"), RemoveCache())
     assert judge(export("decoder"), result).verdict == "same"
 
@@ -208,26 +210,26 @@ def test_what_was_fused_can_be_ejected():
 
 
 @pytest.mark.parametrize("name", FUSABLE)
-def test_a_model_without_a_cache(name):
+def test_models_without_a_cache_can_be_fused(name):
     result = after(export(name), FuseAttention())
     assert operators(result).count("GroupQueryAttention") == layers(name)
     assert judge(export(name), result).verdict == "same"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_standard_attention_takes_heads_of_any_width(name):
+def test_onnx_attention_supports_any_head_dim(name):
     result = after(export(name), RaiseOpset(opset=24), FuseAttention(operator="attention"))
     assert "Attention" in operators(result)
     assert "Softmax" not in operators(result)
     assert judge(export(name), result).verdict == "same"
 
 
-def test_a_model_with_standard_attention_takes_a_cache():
+def test_a_cache_can_be_injected_around_onnx_attention():
     result = after(export("decoder"), RaiseOpset(opset=24), FuseAttention(operator="attention"), Inject(cache="static"))
     assert verify(export("decoder"), result, threads=1).verdict == "same"
 
 
-def test_standard_attention_is_fused_further():
+def test_onnx_attention_can_be_fused_to_group_query_attention():
     standard = after(export("decoder"), RaiseOpset(opset=24), FuseAttention(operator="attention"))
     assert isinstance(FuseAttention(operator="attention").apply(Subject.of(standard)), Unchanged)
     result = after(standard, Inject(cache="static"), FuseAttention())
@@ -235,12 +237,12 @@ def test_standard_attention_is_fused_further():
     assert verify(export("decoder"), result, threads=1).verdict == "same"
 
 
-def test_standard_attention_needs_its_opset():
+def test_onnx_attention_requires_opset_23():
     with pytest.raises(UnsupportedError, match="raise-opset first"):
         FuseAttention(operator="attention").apply(Subject.of(export("decoder")))
 
 
-def test_those_that_can_are_fused_where_that_is_asked():
+def test_layers_supported_fuses_only_supported_layers():
     second = """k1 = MatMul(c, wk) v1 = MatMul(c, wv) kt1 = Transpose<perm = [0, 2, 1]>(k1)
   s1 = MatMul(c, kt1) s2 = Sigmoid(s1) s3 = Where(allowed, s2, low) w1 = Softmax<axis = -1>(s3)
   logits = MatMul(w1, v1)"""
@@ -249,7 +251,7 @@ def test_those_that_can_are_fused_where_that_is_asked():
     with pytest.raises(UnsupportedError, match="layer 1"):
         FuseAttention().apply(Subject.of(model))
     subject = Subject.of(after(model, Inject(cache="static")))
-    outcome = FuseAttention(layers="possible").apply(subject)
+    outcome = FuseAttention(layers="supported").apply(subject)
     assert isinstance(outcome, Changed)
     assert [note for note in outcome.notes if note.startswith("not fused: layer 1")]
     result = io.to_proto(subject.model)

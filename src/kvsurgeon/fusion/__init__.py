@@ -1,1 +1,1 @@
-"""Attention as one operator: what can be written so, what shows it, and how the operator's inputs are made."""
+"""Attention as one operator: match attention sites, check the match numerically, and create the operator's inputs."""

@@ -1,222 +1,203 @@
-"""What is added to scores, taken out of the graph: the operators between scores and softmax, run on zero."""
+"""The attention bias: the operators between scores and softmax, applied to scores of zero."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from functools import reduce
+from itertools import zip_longest
 
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.fusion.context import Setting, Sizes
-from kvsurgeon.fusion.match import Fusable
+from kvsurgeon.fusion.context import FusionContext, Sizes
+from kvsurgeon.fusion.match import FusionMatch
 from kvsurgeon.fusion.score_path import MOVES
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.sequence_axes import Length
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sum:
-    """What was added so far, and its sizes, which may be fewer or smaller than those of the scores."""
-
-    value: ir.Value
-    sizes: Sizes
+Bias = tuple[ir.Value, Sizes]  # the bias up to an operator, and its shape, which broadcasts to the shape of the scores
 
 
-class Biases:
-    """Makes the bias of attentions; what several of them add is made once."""
+class AttentionBias:
+    """Creates the bias of attention sites; equal operators are shared between sites."""
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
-        self.editor = setting.editor
-        self._made: dict[Hashable, ir.Value] = {}
+    def __init__(self, context: FusionContext) -> None:
+        self.context = context
+        self.editor = context.editor
+        self._nodes: dict[Hashable, ir.Value] = {}
 
-    def of(self, fusable: Fusable) -> ir.Value | None:
-        """Return the bias, [batch or 1, heads or 1, new tokens, tokens so far]; None where nothing is added.
+    def of(self, match: FusionMatch) -> ir.Value | None:
+        """Return the bias of a site, [batch or 1, heads or 1, S, T]; None if nothing is added to its scores.
 
-        Nodes between scores and softmax must read context at the lengths that it is to have.
+        The context slices that nodes between scores and softmax read must be in place.
         """
-        added = self._of_operator(fusable)
-        source = fusable.scores
-        for node in fusable.steps:
+        bias = self._operator_mask(match)
+        source = match.scores
+        for node in match.path.steps:
             assert source is not None
-            added = _STEPS.get(node.op_type, _move)(self, node, source, added)
+            bias = _STEPS.get(node.op_type, AttentionBias._move)(self, node, source, bias)
             source = node.outputs[0]
-        if added is None:
+        if bias is None:
             return None
-        whole = self._cast(self._for_heads(self._cut(self._ordered(added, fusable)), fusable), fusable.dtype)
-        return self._of_numbers(whole, fusable.dtype)
+        return self._finite(self._cast_to(self._by_heads(match, bias), match.dtype), match.dtype)
 
-    def _of_numbers(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """Nothing below half of the type's range: a query that sees no key then gives numbers, which nobody reads."""
-        lowest = self.editor.constant(float(dtype.min) / 2, dtype.numpy(), name="lowest")
-        return self.made("Max", [value, lowest], {}, "bias.of_numbers", dtype)
-
-    def _of_operator(self, fusable: Fusable) -> Sum | None:
-        """What one operator is given as its mask."""
-        fused = fusable.head.fused
+    def _operator_mask(self, match: FusionMatch) -> Bias | None:
+        """Return the mask of an ONNX `Attention` operator as a bias."""
+        fused = match.site.fused
         if fused is None or fused.mask is None:
             return None
-        mask, sizes = fused.node.inputs[fused.mask], self.setting.of_context(fused.node, fused.mask)
-        original = self.setting.before[fused.node][fused.mask]
+        mask, sizes = fused.node.inputs[fused.mask], self.context.context_sizes(fused.node, fused.mask)
+        original = self.context.before[fused.node][fused.mask]
         assert mask is not None
         assert original is not None
-        if self.setting.flow.shapes[original].dtype is not ir.DataType.BOOL:
-            return Sum(value=mask, sizes=sizes)
-        numpy = fusable.dtype.numpy()
-        inputs = [
-            mask,
-            self.editor.constant(0, numpy, name="seen"),
-            self.editor.constant(-np.inf, numpy, name="masked"),
-        ]
-        return Sum(value=self.made("Where", inputs, {}, f"{mask.name}.bias", fusable.dtype), sizes=sizes)
+        if self.context.flow.shapes[original].dtype is not ir.DataType.BOOL:
+            return mask, sizes
+        zero = self.editor.constant(0, match.dtype.numpy(), name="seen")
+        lowest = self.editor.constant(-np.inf, match.dtype.numpy(), name="masked")
+        return self._node("Where", [mask, zero, lowest], {}, f"{mask.name}.bias", match.dtype), sizes
 
-    def twin(self, node: ir.Node, inputs: Sequence[ir.Value | None], name: str | None = None) -> ir.Value:
-        """The result of a node's operator on other inputs."""
+    # One operator between scores and softmax
+
+    def _move(self, node: ir.Node, source: ir.Value, bias: Bias | None) -> Bias | None:
+        """Apply a layout operator; other operators do not change the bias."""
+        if bias is None or node.op_type not in MOVES:
+            return bias
+        whole, _ = self._expand(bias, self.context.token_sizes(source))
+        return self._copy(node, [whole, *node.inputs[1:]]), self.context.token_sizes(node.outputs[0])
+
+    def _cast(self, node: ir.Node, source: ir.Value, bias: Bias | None) -> Bias | None:
+        return None if bias is None else (self._copy(node, [bias[0]]), bias[1])
+
+    def _add(self, node: ir.Node, source: ir.Value, bias: Bias | None) -> Bias:
+        other = 1 - self.context.before[node].index(source)
+        given, sizes = node.inputs[other], self.context.context_sizes(node, other)
+        assert given is not None
+        if bias is not None:
+            inputs = [given, bias[0]] if other == 0 else [bias[0], given]
+            return self._copy(node, inputs), _broadcast(bias[1], sizes)
+        if given.dtype is None:
+            given.type = ir.TensorType(self._dtype(node) or ir.DataType.FLOAT)
+        if node.op_type == "Sub":
+            given = self._node("Neg", [given], {}, f"{given.name}.negative", given.dtype)
+        return given, sizes
+
+    def _scale(self, node: ir.Node, source: ir.Value, bias: Bias | None) -> Bias | None:
+        """Apply a factor or a lower bound to the bias, if there is one."""
+        if bias is None:
+            return None
+        mine = self.context.before[node].index(source)
+        inputs = [bias[0] if place == mine else value for place, value in enumerate(node.inputs)]
+        others = [self.context.context_sizes(node, place) for place in range(len(inputs)) if place != mine]
+        return self._copy(node, inputs), _broadcast(bias[1], *others)
+
+    def _where(self, node: ir.Node, source: ir.Value, bias: Bias | None) -> Bias:
+        """Apply a mask that replaces scores; scores that stay add the bias so far."""
+        dtype = self._dtype(node) or ir.DataType.FLOAT
+        places = [place for place, value in enumerate(self.context.before[node]) if value is not source]
+        inside = bias[0] if bias is not None else self.editor.constant(0, dtype.numpy(), name="nothing_added")
+        inputs = [value if place in places else inside for place, value in enumerate(node.inputs)]
+        sizes = [self.context.context_sizes(node, place) for place in places]
+        return self._copy(node, inputs), _broadcast(*sizes, bias[1] if bias is not None else ())
+
+    # The bias in the layout of the fused operator
+
+    def _by_heads(self, match: FusionMatch, bias: Bias) -> ir.Value:
+        """Return the bias as [batch or 1, heads or 1, S, T]."""
+        full, order = self._score_sizes(match), self._score_order(match)
+        value, sizes = self._cut(self._transpose(self._reshape(bias, _padded(bias[1], len(full))), order))
+        leading = tuple(full[place] for place in order[:-2])
+        last = (self.context.sequence, self.context.total)
+        heads = match.query.heads
+        batch = dim.exact_quotient(dim.product(leading), heads) or 1
+        own = sizes[:-2]
+        if all(size == 1 for size in own):
+            return self._reshape(self._expand((value, sizes), (*own, *last)), (1, 1, *last))[0]
+        if len(leading) == 2:
+            return self._expand((value, sizes), (*own, *last))[0]
+        if own[0] == batch and all(size == 1 for size in own[1:]):
+            return self._reshape(self._expand((value, sizes), (*own, *last)), (batch, 1, *last))[0]
+        return self._reshape(self._expand((value, sizes), (*leading, *last)), (batch, heads, *last))[0]
+
+    def _score_order(self, match: FusionMatch) -> list[int]:
+        """Return the axes of the softmax input with those of queries and keys last."""
+        if match.path.masked is None or match.scores is None:
+            return [0, 1, 2, 3]
+        axes = self.context.flow.axes[match.path.masked]
+        last = [axis.axis for axis in sorted(axes, key=lambda axis: axis.role.resolved() is not Length.NEW)]
+        return [*(place for place in range(len(self._score_sizes(match))) if place not in last), *last]
+
+    def _score_sizes(self, match: FusionMatch) -> Sizes:
+        """Return the shape of the softmax input."""
+        if match.path.masked is None or match.scores is None:
+            return match.query.batch, match.query.heads, self.context.sequence, self.context.lengths.total
+        return self.context.token_sizes(match.path.masked)
+
+    def _cut(self, bias: Bias) -> Bias:
+        """Slice the bias to T columns if context is computed for more."""
+        context, (value, sizes) = self.context, bias
+        if context.lengths.total == context.total or sizes[-1] == 1:
+            return bias
+        bounds = [context.lengths.vector(one) for one in ([0], [context.total], [len(sizes) - 1])]
+        cut = self._node("Slice", [value, *bounds], {}, "bias.so_far", value.dtype)
+        return cut, (*sizes[:-1], context.total)
+
+    def _transpose(self, bias: Bias, order: Sequence[int]) -> Bias:
+        value, sizes = bias
+        if list(order) == list(range(len(order))):
+            return bias
+        moved = self._node("Transpose", [value], {"perm": list(order)}, "bias.ordered", value.dtype)
+        return moved, tuple(sizes[place] for place in order)
+
+    def _expand(self, bias: Bias, sizes: Sizes) -> Bias:
+        return self._resize("Expand", bias, sizes, "bias.full")
+
+    def _reshape(self, bias: Bias, sizes: Sizes) -> Bias:
+        return self._resize("Reshape", bias, sizes, "bias.axes")
+
+    def _resize(self, operator: str, bias: Bias, sizes: Sizes, name: str) -> Bias:
+        value, before = bias
+        if before == sizes:
+            return bias
+        return self._node(operator, [value, self.context.lengths.vector(sizes)], {}, name, value.dtype), sizes
+
+    def _cast_to(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        if value.dtype is dtype:
+            return value
+        return self._node("Cast", [value], {"to": int(dtype)}, f"{value.name}.cast", dtype)
+
+    def _finite(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """Bound the bias from below by half of the type's range, so that a query without any key gives no NaN."""
+        lowest = self.editor.constant(float(dtype.min) / 2, dtype.numpy(), name="lowest")
+        return self._node("Max", [value, lowest], {}, "bias.of_numbers", dtype)
+
+    def _copy(self, node: ir.Node, inputs: Sequence[ir.Value | None]) -> ir.Value:
+        """Return the output of a node's operator for other inputs."""
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        return self.made(node.op_type, inputs, attributes, name or f"{node.outputs[0].name}.bias", self.dtype_of(node))
+        return self._node(node.op_type, inputs, attributes, f"{node.outputs[0].name}.bias", self._dtype(node))
 
-    def made(
+    def _node(
         self, operator: str, inputs: Sequence[ir.Value | None], attributes: dict[str, object], name: str,
         dtype: ir.DataType | None,
     ) -> ir.Value:  # fmt: skip
-        """An operator's result, made once for the same inputs."""
+        """Return the output of a node, one for equal inputs and attributes."""
         key = operator, tuple(inputs), repr(sorted(attributes.items()))
-        if key not in self._made:
-            self._made[key] = self.editor.node(operator, inputs, attributes, name=name, dtype=dtype)
-        return self._made[key]
+        if key not in self._nodes:
+            self._nodes[key] = self.editor.node(operator, inputs, attributes, name=name, dtype=dtype)
+        return self._nodes[key]
 
-    def dtype_of(self, node: ir.Node) -> ir.DataType | None:
-        """The type of a node's result."""
-        return self.setting.flow.shapes[node.outputs[0]].dtype
-
-    def expanded(self, added: Sum, sizes: Sizes) -> Sum:
-        """The sum in full size."""
-        if added.sizes == sizes:
-            return added
-        inputs = [added.value, self.setting.lengths.vector(sizes)]
-        return Sum(value=self.made("Expand", inputs, {}, "bias.full", added.value.dtype), sizes=sizes)
-
-    def _reshaped(self, added: Sum, sizes: Sizes) -> Sum:
-        if added.sizes == sizes:
-            return added
-        inputs = [added.value, self.setting.lengths.vector(sizes)]
-        return Sum(value=self.made("Reshape", inputs, {}, "bias.axes", added.value.dtype), sizes=sizes)
-
-    def _ordered(self, added: Sum, fusable: Fusable) -> Sum:
-        """The sum with as many axes as the scores have, those of queries and keys last."""
-        full, order = self._full(fusable), self._order(fusable)
-        added = self._reshaped(added, (1,) * (len(full) - len(added.sizes)) + added.sizes)
-        if order == list(range(len(full))):
-            return added
-        value = self.made("Transpose", [added.value], {"perm": order}, "bias.ordered", added.value.dtype)
-        return Sum(value=value, sizes=tuple(added.sizes[place] for place in order))
-
-    def _order(self, fusable: Fusable) -> list[int]:
-        if fusable.masked is None or fusable.scores is None:
-            return [0, 1, 2, 3]
-        axes = self.setting.flow.axes[fusable.masked]
-        last = [axis.axis for axis in sorted(axes, key=lambda axis: axis.role.resolved() is not Length.NEW)]
-        return [*(place for place in range(len(self._full(fusable))) if place not in last), *last]
-
-    def _full(self, fusable: Fusable) -> Sizes:
-        """The sizes of what enters the softmax."""
-        if fusable.masked is None or fusable.scores is None:
-            return fusable.query.batch, fusable.query.heads, self.setting.new, self.setting.lengths.total
-        return self.setting.of_tokens(fusable.masked)
-
-    def _cut(self, added: Sum) -> Sum:
-        """The columns of the tokens so far, where context is computed for more."""
-        setting = self.setting
-        if setting.lengths.total == setting.so_far or added.sizes[-1] == 1:
-            return added
-        bounds = [setting.lengths.vector(one) for one in ([0], [setting.so_far], [len(added.sizes) - 1])]
-        value = self.made("Slice", [added.value, *bounds], {}, "bias.so_far", added.value.dtype)
-        return Sum(value=value, sizes=(*added.sizes[:-1], setting.so_far))
-
-    def _for_heads(self, added: Sum, fusable: Fusable) -> ir.Value:
-        """The sum as the operator wants it: its batch and its heads may be 1, queries and keys may not."""
-        full = self._full(fusable)
-        leading = tuple(full[place] for place in self._order(fusable)[:-2])
-        last = (self.setting.new, self.setting.so_far)
-        heads = fusable.query.heads
-        batch = dim.exact_quotient(dim.product(leading), heads) or 1
-        mine = added.sizes[:-2]
-        if all(size == 1 for size in mine):
-            added = self.expanded(added, (*mine, *last))
-            return self._reshaped(added, (1, 1, *last)).value
-        if len(leading) == 2:
-            return self.expanded(added, (*mine, *last)).value
-        if mine[0] == batch and all(size == 1 for size in mine[1:]):
-            added = self.expanded(added, (*mine, *last))
-            return self._reshaped(added, (batch, 1, *last)).value
-        added = self.expanded(added, (*leading, *last))
-        return self._reshaped(added, (batch, heads, *last)).value
-
-    def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        if value.dtype is dtype:
-            return value
-        return self.made("Cast", [value], {"to": int(dtype)}, f"{value.name}.cast", dtype)
+    def _dtype(self, node: ir.Node) -> ir.DataType | None:
+        return self.context.flow.shapes[node.outputs[0]].dtype
 
 
-def _broadcast(*sizes: Sizes) -> Sizes:
-    def two(one: Sizes, other: Sizes) -> Sizes:
-        rank = max(len(one), len(other))
-        padded = ((1,) * (rank - len(size)) + size for size in (one, other))
-        return tuple(mine if theirs == 1 else theirs for mine, theirs in zip(*padded, strict=True))
-
-    return reduce(two, sizes)
+def _padded(sizes: Sizes, rank: int) -> Sizes:
+    return (1,) * (rank - len(sizes)) + sizes
 
 
-def _move(biases: Biases, node: ir.Node, source: ir.Value, added: Sum | None) -> Sum | None:
-    """What changes no number: axes that are moved, and nothing at all."""
-    if added is None or node.op_type not in MOVES:
-        return added
-    whole = biases.expanded(added, biases.setting.of_tokens(source))
-    value = biases.twin(node, [whole.value, *node.inputs[1:]])
-    return Sum(value=value, sizes=biases.setting.of_tokens(node.outputs[0]))
+def _broadcast(*shapes: Sizes) -> Sizes:
+    columns = zip_longest(*(reversed(shape) for shape in shapes), fillvalue=1)
+    return tuple(next((size for size in reversed(column) if size != 1), 1) for column in columns)[::-1]
 
 
-def _cast(biases: Biases, node: ir.Node, source: ir.Value, added: Sum | None) -> Sum | None:
-    return None if added is None else Sum(value=biases.twin(node, [added.value]), sizes=added.sizes)
-
-
-def _plus(biases: Biases, node: ir.Node, source: ir.Value, added: Sum | None) -> Sum | None:
-    other = 1 - biases.setting.before[node].index(source)
-    given, sizes = node.inputs[other], biases.setting.of_context(node, other)
-    assert given is not None
-    if added is not None:
-        inputs = [given, added.value] if other == 0 else [added.value, given]
-        return Sum(value=biases.twin(node, inputs), sizes=_broadcast(added.sizes, sizes))
-    if given.dtype is None:
-        given.type = ir.TensorType(biases.dtype_of(node) or ir.DataType.FLOAT)
-    if node.op_type == "Sub":
-        given = biases.made("Neg", [given], {}, f"{given.name}.negative", given.dtype)
-    return Sum(value=given, sizes=sizes)
-
-
-def _with_others(biases: Biases, node: ir.Node, source: ir.Value, added: Sum | None) -> Sum | None:
-    """What is multiplied, or kept above a number, after something was added: the same is done to the sum."""
-    if added is None:
-        return None
-    mine = biases.setting.before[node].index(source)
-    inputs = [added.value if place == mine else value for place, value in enumerate(node.inputs)]
-    others = [biases.setting.of_context(node, place) for place in range(len(inputs)) if place != mine]
-    return Sum(value=biases.twin(node, inputs), sizes=_broadcast(added.sizes, *others))
-
-
-def _where(biases: Biases, node: ir.Node, source: ir.Value, added: Sum | None) -> Sum | None:
-    """A mask that replaces scores: what is not masked adds what was added before, or nothing."""
-    dtype = biases.dtype_of(node) or ir.DataType.FLOAT
-    places = [place for place, value in enumerate(biases.setting.before[node]) if value is not source]
-    inside = added.value if added is not None else biases.editor.constant(0, dtype.numpy(), name="nothing_added")
-    inputs = [value if place in places else inside for place, value in enumerate(node.inputs)]
-    sizes = [biases.setting.of_context(node, place) for place in places]
-    return Sum(value=biases.twin(node, inputs), sizes=_broadcast(*sizes, added.sizes if added is not None else ()))
-
-
-_STEPS: dict[str, Callable[[Biases, ir.Node, ir.Value, Sum | None], Sum | None]] = {
-    "Cast": _cast, "Mul": _with_others, "Div": _with_others, "Max": _with_others,
-    "Add": _plus, "Sub": _plus, "Where": _where,
+_STEPS: dict[str, Callable[[AttentionBias, ir.Node, ir.Value, Bias | None], Bias | None]] = {
+    "Cast": AttentionBias._cast, "Add": AttentionBias._add, "Sub": AttentionBias._add, "Where": AttentionBias._where,
+    "Mul": AttentionBias._scale, "Div": AttentionBias._scale, "Max": AttentionBias._scale,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Where a fused operator is put: how long things are there, and what nodes read before anything was changed."""
+"""The graph that a fused operator is placed into: its lengths, and the inputs of its nodes before the rewrite."""
 
 from __future__ import annotations
 
@@ -17,29 +17,31 @@ Sizes = tuple[Dimension, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """A graph that is being changed.
+class FusionContext:
+    """A graph during a rewrite.
 
     Attributes:
-        new: Tokens that are given now.
-        so_far: Tokens so far, these included.
-        lengths: Where they can be read; its total is the length that context is computed for.
-        before: The inputs that each node had.
+        flow: Sequence axes and shapes of the graph before the rewrite.
+        editor: Editor of the graph.
+        lengths: Lengths as values of the graph; `lengths.total` is the length that context is computed for.
+        sequence: Query length S.
+        total: Total sequence length T; less than `lengths.total` if the cache has unused rows.
+        before: Inputs of each node before the rewrite.
     """
 
     flow: TokenFlow
     editor: Editor
     lengths: LengthValues
-    new: Dimension
-    so_far: Dimension
+    sequence: Dimension
+    total: Dimension
     before: Mapping[ir.Node, tuple[ir.Value | None, ...]]
 
-    def of_tokens(self, value: ir.Value) -> Sizes:
-        """The sizes of token data: of scores, [..., new, total]."""
+    def token_sizes(self, value: ir.Value) -> Sizes:
+        """Return the shape of token data after the rewrite, such as [..., S, T] for scores."""
         return self._sizes(value, self.flow.axes.get(value, ()))
 
-    def of_context(self, node: ir.Node, index: int) -> Sizes:
-        """The sizes of the context that a node reads."""
+    def context_sizes(self, node: ir.Node, index: int) -> Sizes:
+        """Return the shape of the context slice at an input of a node."""
         value = self.before[node][index]
         assert value is not None
         return self._sizes(value, self.flow.demands.get((node, index), ()))
@@ -47,6 +49,6 @@ class Setting:
     def _sizes(self, value: ir.Value, axes: Axes) -> Sizes:
         sizes = [self.lengths.at(size, Length.TOTAL) for size in self.flow.shapes[value].shape or ()]
         for axis in axes:
-            meant = self.new if axis.role.resolved() is Length.NEW else self.lengths.total
-            sizes[axis.axis] = axis.outer * meant * axis.inner
+            length = self.sequence if axis.role.resolved() is Length.NEW else self.lengths.total
+            sizes[axis.axis] = axis.outer * length * axis.inner
         return tuple(sizes)

@@ -1,116 +1,113 @@
-"""That an attention is what a fused operator computes, shown by running it: products, heads, scale, cap and masks."""
+"""Numeric check of a fusion match: run the attention of the graph and compare with what the fused operator computes."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
+import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.analysis.mask_patterns import Pattern, all_seen, left_padded, unfolded, with_holes
 from kvsurgeon.analysis.probe_inputs import at_length
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
-from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.fusion.match import Fusable
+from kvsurgeon.fusion.match import FusionMatch
 from kvsurgeon.proof.causality import beside_weights
 from kvsurgeon.proof.length_sweep import LengthSweep
 from kvsurgeon.proof.structural_hash import StructuralHash
 
-LONGEST = 160  # tokens: products of all heads are run, not masks alone
-ALLOWED = {"float32": 2e-4, "float16": 2e-2}  # of the largest number; scores of noise are in the hundreds
+LONGEST = 160  # tokens; the products of all heads are run, not only masks
+TOLERANCE = {"float32": 2e-4, "float16": 2e-2}  # relative to the largest element; random scores are in the hundreds
 
 
-class Showing:
-    """Runs attentions on noise in place of queries, keys and values, and compares with what the operator would give."""
+class NumericCheck:
+    """Runs attention sites on random queries, keys and values, and compares with the fused operator's formula."""
 
     def __init__(self, analysis: Analysis) -> None:
-        self.trial = LengthSweep(analysis)
-        self.signatures = StructuralHash(analysis)
-        self._shown: set[object] = set()
+        self.sweep = LengthSweep(analysis)
+        self.hashes = StructuralHash(analysis)
+        self._checked: set[object] = set()
 
-    def check(self, fusable: Fusable) -> None:
-        """Hold that an attention is what was read off its operators; those that do the same are run once.
+    def check(self, match: FusionMatch) -> None:
+        """Check that an attention site computes what was matched; sites that are structurally equal are run once.
 
         Raises:
-            UnsupportedError: It gives something else.
+            UnsupportedError: The results differ.
         """
-        how = self.signatures.of(fusable.head, beside_weights(self.trial, fusable.head)), *_layout(fusable)
-        if how not in self._shown:
-            _Comparison(self.trial, fusable).check()
-            self._shown.add(how)
-
-
-def _layout(fusable: Fusable) -> tuple[object, ...]:
-    ends = (fusable.query, fusable.key, fusable.value, fusable.result)
-    return fusable.scale, fusable.softcap, *((one.parts, one.order, one.rank) for one in ends)
-
-
-class _Comparison:
-    """One attention, cut out of its graph twice: whole, and up to the softmax."""
-
-    def __init__(self, trial: LengthSweep, fusable: Fusable) -> None:
-        self.trial = trial
-        self.fusable = fusable
-        flow, head = trial.flow, fusable.head
-        given = dict(flow=flow, inputs=trial.analysis.inputs, opsets=dict(flow.opsets))
-        ends = (fusable.query.value, fusable.key.value, fusable.value.value)
-        self.whole = SubgraphRunner(**given, outputs=[head.at], stand_ins=frozenset(ends))  # type: ignore[arg-type]
-        self.bias: SubgraphRunner | None = None
-        if fusable.masked is not None:
-            zeros = frozenset() if fusable.scores is None else frozenset({fusable.scores})
-            self.bias = SubgraphRunner(**given, outputs=[fusable.masked], stand_ins=zeros)  # type: ignore[arg-type]
-
-    def check(self) -> None:
-        """Try it at several lengths and with several masks."""
-        lengths = [length for length in self.trial.dense(self.fusable.head) if length <= LONGEST]
-        patterns = [all_seen, left_padded, with_holes] if self.whole.masks else [all_seen]
-        for length in lengths or [min(self.trial.lengths)]:
-            for seen in patterns:
-                self._compare(length, seen)
-
-    def _compare(self, length: int, seen: Pattern) -> None:
-        found = self._of_heads(self.trial.run(self.whole, length, seen)[0], self.fusable.result, length)
-        wanted = self._fused(length, seen)
-        here = seen(length)
-        gap = np.abs(found - wanted)[:, :, here]
-        allowed = ALLOWED.get(str(self.fusable.dtype.numpy()), ALLOWED["float32"])
-        largest = float(np.abs(wanted).max(initial=1.0))
-        if not gap.size or float(gap.max()) <= allowed * largest:
+        layouts = ((one.parts, one.order, one.rank) for one in (match.query, match.key, match.value, match.result))
+        structure = self.hashes.of(match.site, beside_weights(self.sweep, match.site))
+        key = structure, match.path.scale, match.path.softcap, *layouts
+        if key in self._checked:
             return
-        raise UnsupportedError(
-            "attention is not what the fused operator computes", layer=self.fusable.layer, at=self.fusable.head.at.name,
-            expected="softmax(scale * query @ key^T + bias) @ value",
-            found=f"a difference of {float(gap.max()):.2g} at {length} tokens",
+        attention = self._runner([match.site.at], (match.query.value, match.key.value, match.value.value))
+        bias = None
+        if match.path.masked is not None:
+            bias = self._runner([match.path.masked], [] if match.scores is None else [match.scores])
+        lengths = [length for length in self.sweep.dense(match.site) if length <= LONGEST]
+        patterns = [all_seen, left_padded, with_holes] if attention.masks else [all_seen]
+        for length in lengths or [min(self.sweep.lengths)]:
+            for pattern in patterns:
+                self._compare(match, attention, bias, length, pattern)
+        self._checked.add(key)
+
+    def _runner(self, outputs: list[ir.Value], random: Collection[ir.Value]) -> SubgraphRunner:
+        flow = self.sweep.flow
+        return SubgraphRunner(
+            flow=flow, inputs=self.sweep.analysis.inputs, opsets=dict(flow.opsets), outputs=outputs,
+            stand_ins=frozenset(random),
         )  # fmt: skip
 
-    def _fused(self, length: int, seen: Pattern) -> np.ndarray:
-        """[batch, heads, sequence, head_dim]: what the operator would give."""
-        ends = (self.fusable.query, self.fusable.key, self.fusable.value)
-        arrays = (self.whole.feeds[one.value.name or ""](length).astype(np.float64) for one in ends)
-        query, key, value = (self._of_heads(array, one, length) for array, one in zip(arrays, ends, strict=True))
-        shared = query.shape[1] // key.shape[1]
-        key, value = (np.repeat(one, shared, axis=1) for one in (key, value))
-        scores = query @ key.swapaxes(-1, -2) * self.fusable.scale
-        if self.fusable.softcap:
-            scores = self.fusable.softcap * np.tanh(scores / self.fusable.softcap)
-        scores = scores + self._bias(length, seen, scores.shape)
-        scores = np.where(np.tril(np.ones((length, length), dtype=bool)), scores, -np.inf)
-        weights = np.exp(scores - np.maximum(scores.max(-1, keepdims=True), np.finfo(np.float32).min))
-        total = weights.sum(-1, keepdims=True)
-        return np.asarray(weights / np.where(total == 0, 1, total) @ value)
+    def _compare(
+        self, match: FusionMatch, attention: SubgraphRunner, bias: SubgraphRunner | None, length: int, pattern: Pattern
+    ) -> None:
+        found = _by_heads(self.sweep.run(attention, length, pattern)[0], match.result, length)
+        points = (match.query, match.key, match.value)
+        operands = (attention.feeds[one.value.name or ""](length).astype(np.float64) for one in points)
+        query, key, value = (_by_heads(array, one, length) for array, one in zip(operands, points, strict=True))
+        scores = _scores(match, query, key)
+        expected = _attend(scores + self._bias(match, bias, length, pattern, scores.shape), value)
+        error = float(np.abs(found - expected)[:, :, pattern(length)].max(initial=0.0))
+        tolerance = TOLERANCE.get(str(match.dtype.numpy()), TOLERANCE["float32"])
+        if not error <= tolerance * float(np.abs(expected).max(initial=1.0)):
+            raise match.unsupported(
+                "attention differs from what the fused operator computes",
+                expected="softmax(scale * query @ key^T + bias) @ value",
+                found=f"a difference of {error:.2g} at {length} tokens",
+            )
 
-    def _bias(self, length: int, seen: Pattern, shape: tuple[int, ...]) -> np.ndarray:
-        """What the graph makes of scores of zero, [batch, heads, queries, keys]."""
-        if self.bias is None or self.fusable.masked is None:
+    def _bias(
+        self, match: FusionMatch, runner: SubgraphRunner | None, length: int, pattern: Pattern, shape: tuple[int, ...]
+    ) -> np.ndarray:
+        """Return the input of the softmax for scores of zero, [batch, heads, queries, keys]."""
+        if runner is None or match.path.masked is None:
             return np.zeros(shape)
-        made = self.trial.run(self.bias, length, seen, loudness=0.0)[0]
-        if self.fusable.scores is None:  # the mask of an operator, with any of its axes missing
+        made = self.sweep.run(runner, length, pattern, loudness=0.0)[0]
+        if match.scores is None:  # mask of an attention operator, of any rank
             made = np.where(made, 0.0, -np.inf) if made.dtype == bool else made
             return np.broadcast_to(made.astype(np.float64), shape)
-        axes = self.trial.flow.axes[self.fusable.masked]
+        axes = self.sweep.flow.axes[match.path.masked]
         return np.maximum(unfolded(made, axes, length).astype(np.float64), np.finfo(np.float32).min).reshape(shape)
 
-    def _of_heads(self, array: np.ndarray, memory: CachePoint, length: int) -> np.ndarray:
-        """A tensor as [batch, heads, sequence, head_dim]."""
-        sizes = [length if size is None else int(at_length(size, length)) for size in memory.parts]
-        ordered = array.reshape(sizes).transpose(memory.order)
-        return ordered.reshape(-1, memory.heads, length, memory.head_dim)
+
+def _scores(match: FusionMatch, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Return the scaled and capped scores, [batch, heads, queries, keys]."""
+    key = np.repeat(key, query.shape[1] // key.shape[1], axis=1)
+    scores = query @ key.swapaxes(-1, -2) * match.path.scale
+    softcap = match.path.softcap
+    return np.asarray(softcap * np.tanh(scores / softcap) if softcap else scores)
+
+
+def _attend(scores: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Return causal softmax(scores) @ value, [batch, heads, sequence, head_dim]; rows without any key give 0."""
+    scores = np.where(np.tril(np.ones(scores.shape[-2:], dtype=bool)), scores, -np.inf)
+    weights = np.exp(scores - np.maximum(scores.max(-1, keepdims=True), np.finfo(np.float32).min))
+    total = weights.sum(-1, keepdims=True)
+    value = np.repeat(value, scores.shape[1] // value.shape[1], axis=1)
+    return np.asarray(weights / np.where(total == 0, 1, total) @ value)
+
+
+def _by_heads(array: np.ndarray, point: CachePoint, length: int) -> np.ndarray:
+    """Return a tensor as [batch, heads, sequence, head_dim]."""
+    sizes = [length if size is None else int(at_length(size, length)) for size in point.parts]
+    return array.reshape(sizes).transpose(point.order).reshape(-1, point.heads, length, point.head_dim)

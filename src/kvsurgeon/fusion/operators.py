@@ -1,157 +1,82 @@
 """Operators that compute a whole attention: `GroupQueryAttention` of com.microsoft, and `Attention` of ai.onnx.
 
-Sources of what they compute: onnxruntime, docs/ContribOperators.md and its CPU kernels; ONNX, docs/Operators.md. What
-is added to scores has a row for each new token and a column for each token so far.
+Sources: docs/ContribOperators.md of onnxruntime and its CPU kernels; docs/Operators.md of ONNX.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import onnx_ir as ir
 
-from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.fusion.bias import Biases
-from kvsurgeon.fusion.context import Setting
-from kvsurgeon.fusion.match import Fusable
-from kvsurgeon.fusion.rows import Rows
-from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.fusion.match import FusionMatch
 
-Name = Literal["group-query-attention", "attention"]
+OperatorName = Literal["group-query-attention", "attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cache:
-    """What one operator remembers: its pasts, and the presents that it is to make."""
+class AttentionOperator:
+    """An operator that computes a whole attention.
 
-    past_key: ir.Value
-    past_value: ir.Value
-    present_key: ir.Value
-    present_value: ir.Value
+    Attributes:
+        domain: Domain of the operator; empty for ai.onnx.
+        op_type: Type of the operator.
+        since: First opset of ai.onnx that has the operator.
+        bias: Index of the input that is added to the scores, [batch or 1, heads or 1, S, T].
+        query_heads: Name of the attribute for the number of query heads.
+        keeps_cache: Whether the operator reads and writes the KV cache and masks future tokens.
+    """
 
+    domain: str
+    op_type: str
+    since: int
+    bias: int
+    query_heads: str
+    keeps_cache: bool
 
-class Operator(ABC):
-    """Puts an operator in the place of attentions."""
+    def is_at(self, node: ir.Node) -> bool:
+        """Return whether a node is this operator."""
+        return (node.domain.replace("ai.onnx", ""), node.op_type) == (self.domain, self.op_type)
 
-    op_type: ClassVar[str]
-    domain: ClassVar[str]
-    bias: ClassVar[int]  # index of the input
-
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
-        self.editor = setting.editor
-        self.rows = Rows(setting)
-        self.biases = Biases(setting)
-
-    @classmethod
-    @abstractmethod
-    def check(cls, fusable: Fusable, opset: int) -> None:
-        """Hold an attention against what the operator can compute.
+    def check(self, match: FusionMatch, opset: int) -> None:
+        """Check that the operator supports a match.
 
         Raises:
-            UnsupportedError: It cannot compute this one.
+            UnsupportedError: The opset lacks the operator, or its kernel does not support the head_dim.
         """
-
-    @classmethod
-    def is_at(cls, node: ir.Node) -> bool:
-        """Whether a node is this operator."""
-        return (node.domain.replace("ai.onnx", ""), node.op_type) == (cls.domain, cls.op_type)
-
-    @abstractmethod
-    def attributes(self, fusable: Fusable) -> dict[str, Any]:
-        """What the operator is told of an attention."""
-
-    def place(self, fusable: Fusable, cache: Cache | None = None) -> ir.Node:
-        """Add the operator; what it adds to scores, and who reads its result, is settled by `finish`."""
-        memories = (fusable.query, fusable.key, fusable.value)
-        inputs = [*(self.rows.rows_of(memory) for memory in memories), *self.further_inputs(fusable, cache)]
-        name = self.editor.unique_name(f"{fusable.head.at.name}.attention")
-        outputs = [ir.Value(name=name, type=ir.TensorType(fusable.dtype))]
-        outputs += [] if cache is None else [cache.present_key, cache.present_value]
-        attributes = self.attributes(fusable) | ({"softcap": fusable.softcap} if fusable.softcap else {})
-        like = fusable.head.at.producer()
-        return self.editor.operator(self.domain, self.op_type, inputs, attributes, outputs, like)
-
-    def further_inputs(self, fusable: Fusable, cache: Cache | None) -> list[ir.Value | None]:
-        """What the operator is given behind queries, keys and values."""
-        return []
-
-    def finish(self, fusable: Fusable, node: ir.Node) -> None:
-        """Give the operator its bias, and its result to whoever read the attention's."""
-        bias = self.biases.of(fusable)
-        if bias is not None:
-            node.resize_inputs(self.bias + 1)
-            self.editor.replace_input(node, self.bias, bias)
-        self.rows.continue_with(node.outputs[0], fusable.result)
-
-
-class GroupQueryAttention(Operator):
-    """Causal; reads and writes the cache itself, and of a buffer only the rows so far."""
-
-    op_type = "GroupQueryAttention"
-    domain = "com.microsoft"
-    bias = 10
-
-    @classmethod
-    def check(cls, fusable: Fusable, opset: int) -> None:
-        """Keys and values have heads of one width, a multiple of 8, of a type that the operator is declared for."""
-        _check_type(fusable, cls.op_type, ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-        if fusable.value.head_dim != fusable.key.head_dim:
+        if opset < self.since:
             raise UnsupportedError(
-                f"{cls.op_type} takes no values of another width than keys", layer=fusable.layer,
-                at=fusable.head.at.name, expected=str(fusable.key.head_dim), found=str(fusable.value.head_dim),
+                f"{self.op_type} is not in the model's opset", code=Code.OPSET, at=match.site.at.name,
+                layer=match.layer, expected=f"opset {self.since}", found=f"opset {opset}",
+                hint="run raise-opset first",
             )  # fmt: skip
-        if fusable.key.head_dim % 8:
-            raise UnsupportedError(
-                f"{cls.op_type} takes no heads of such a width", layer=fusable.layer, at=fusable.head.at.name,
-                expected="a multiple of 8", found=str(fusable.key.head_dim),
+        if self.keeps_cache and match.value.head_dim != match.key.head_dim:
+            raise match.unsupported(
+                f"{self.op_type} does not support values with another head_dim than keys",
+                expected=f"head_dim {match.key.head_dim}", found=f"head_dim {match.value.head_dim}",
+            )  # fmt: skip
+        if self.keeps_cache and match.key.head_dim % 8:
+            raise match.unsupported(
+                f"{self.op_type} does not support this head_dim",
+                expected="a multiple of 8", found=str(match.key.head_dim),
             )  # fmt: skip
 
-    def attributes(self, fusable: Fusable) -> dict[str, Any]:
-        """Counts of heads, and the scale."""
-        return {"num_heads": fusable.query.heads, "kv_num_heads": fusable.key.heads, "scale": fusable.scale}
-
-    def further_inputs(self, fusable: Fusable, cache: Cache | None) -> list[ir.Value | None]:
-        """Pasts; int32 [batch], the place of the last token of each sequence; int32, tokens so far."""
-        lengths, so_far = self.setting.lengths, self.setting.so_far
-        last = lengths.repeated(dim.subtract(so_far, 1), fusable.key.batch)
-        counts = [lengths.typed(value, ir.DataType.INT32) for value in (last, lengths.scalar(so_far))]
-        pasts = [None, None] if cache is None else [cache.past_key, cache.past_value]
-        return [*pasts, *counts]
+    def attributes(self, match: FusionMatch) -> dict[str, Any]:
+        """Return the attributes of the operator: numbers of heads, scale and softcap."""
+        heads = {self.query_heads: match.query.heads, "kv_num_heads": match.key.heads}
+        softcap = {"softcap": match.path.softcap} if match.path.softcap else {}
+        return {**heads, "scale": match.path.scale, **softcap}
 
 
-class Attention(Operator):
-    """Standard since opset 23; what masks future tokens is all in the bias."""
-
-    op_type = "Attention"
-    domain = ""
-    bias = 3
-    since: ClassVar[int] = 23
-
-    @classmethod
-    def check(cls, fusable: Fusable, opset: int) -> None:
-        """The model's opset must have it."""
-        if opset < cls.since:
-            raise UnsupportedError(
-                f"{cls.op_type} is not in the model's opset", at=fusable.head.at.name, layer=fusable.layer,
-                expected=f"opset {cls.since}", found=str(opset), hint="raise-opset first",
-            )  # fmt: skip
-
-    def attributes(self, fusable: Fusable) -> dict[str, Any]:
-        """Counts of heads, and the scale."""
-        return {"q_num_heads": fusable.query.heads, "kv_num_heads": fusable.key.heads, "scale": fusable.scale}
-
-
-OPERATORS: Mapping[Name, type[Operator]] = {"group-query-attention": GroupQueryAttention, "attention": Attention}
-
-
-def _check_type(fusable: Fusable, operator: str, *able: ir.DataType) -> None:
-    if fusable.dtype not in able:
-        names = " or ".join(one.name.lower() for one in able)
-        raise UnsupportedError(
-            f"{operator} has no kernel for the type that is computed in", layer=fusable.layer,
-            at=fusable.head.at.name, expected=names, found=fusable.dtype.name.lower(),
-        )  # fmt: skip
+GROUP_QUERY_ATTENTION = AttentionOperator(
+    domain="com.microsoft", op_type="GroupQueryAttention", since=1, bias=10, query_heads="num_heads", keeps_cache=True
+)
+ATTENTION = AttentionOperator(
+    domain="", op_type="Attention", since=23, bias=3, query_heads="q_num_heads", keeps_cache=False
+)
+OPERATORS: Mapping[OperatorName, AttentionOperator] = {
+    "group-query-attention": GROUP_QUERY_ATTENTION, "attention": ATTENTION,
+}  # fmt: skip

@@ -16,10 +16,10 @@ from kvsurgeon.cache.pairs import find_buffers, find_cache_pairs
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.fusion.context import Setting
-from kvsurgeon.fusion.fused_cache import FusedCache
-from kvsurgeon.fusion.match import Fusable
-from kvsurgeon.fusion.operators import GroupQueryAttention
+from kvsurgeon.fusion.context import FusionContext
+from kvsurgeon.fusion.fuser import AttentionFuser
+from kvsurgeon.fusion.match import FusionMatch
+from kvsurgeon.fusion.operators import GROUP_QUERY_ATTENTION
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
@@ -37,7 +37,7 @@ from kvsurgeon.rewrite.token_data import TokenRewriter, causal_mask
 from kvsurgeon.symbolic.dimension import MAX, NEW, TOTAL
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
-Choice = Callable[[Analysis], Sequence[Fusable]]
+Choice = Callable[[Analysis], Sequence[FusionMatch]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +108,13 @@ def inject(options: Inject, subject: Subject, fuse: Choice | None = None) -> Cha
         analysis.flow.assumed.update(written.assumed)
         proof = prove(analysis)
         plan = plan_cache(options, analysis, proof)
-        fusables = () if fuse is None else fuse(analysis)
+        matches = () if fuse is None else fuse(analysis)
         editor = Editor(model)
-        _Injection(analysis, editor, plan, proof.limit, fusables).operate()
+        _Injection(analysis, editor, plan, proof.limit, matches).operate()
         outputs = _outputs_by_row(analysis, plan)
     write_cache_metadata(
         model,
-        cache_metadata_of(options.cache, plan.entries, proof.max_length, batch_chunks=not fusables, outputs=outputs),
+        cache_metadata_of(options.cache, plan.entries, proof.max_length, batch_chunks=not matches, outputs=outputs),
     )
     subject.model = model
     notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()]
@@ -146,7 +146,7 @@ class _Injection:
     """One injection, from the first new input to the last dropped node."""
 
     def __init__(
-        self, analysis: Analysis, editor: Editor, plan: Plan, limit: int | None, fusables: Sequence[Fusable]
+        self, analysis: Analysis, editor: Editor, plan: Plan, limit: int | None, matches: Sequence[FusionMatch]
     ) -> None:
         self.analysis = analysis
         self.flow = analysis.flow
@@ -157,7 +157,7 @@ class _Injection:
         self.cache_mode = plan.cache_mode
         self.plan = plan
         self.limit = limit
-        self.fusables = fusables
+        self.matches = matches
 
     def operate(self) -> None:
         """Do everything, in the order in which it must be done."""
@@ -168,11 +168,11 @@ class _Injection:
         views = ContextSlices(self.flow, self.editor, lengths, self.analysis.inputs, self.analysis.same)
         tokens = TokenRewriter(self.flow, self.editor, lengths, views, before)
         grouping = HeadGrouping(flow=self.flow, tokens=tokens, layouts=CacheLayouts(self.editor, lengths))
-        setting = Setting(
-            flow=self.flow, editor=self.editor, lengths=lengths, new=NEW, so_far=TOTAL, before=before
+        context = FusionContext(
+            flow=self.flow, editor=self.editor, lengths=lengths, sequence=NEW, total=TOTAL, before=before
         )  # fmt: skip
-        fused = FusedCache(GroupQueryAttention(setting), self.fusables)
-        presents = self._join(pasts, grouping, fused.place(self.entries, pasts))
+        fuser = AttentionFuser(GROUP_QUERY_ATTENTION, context)
+        presents = self._join(pasts, grouping, fuser.place_all(self.matches, self.entries, pasts))
         for node in self.nodes:
             if any(self.flow.kinds.get(value) is ValueKind.TOKEN for value in node.outputs):
                 tokens.rewire(node)
@@ -180,7 +180,7 @@ class _Injection:
         self._write_shapes()
         for recall in self.flow.states:
             self._keep_new_rows(recall, views)
-        fused.finish()
+        fuser.finish()
         for head in self.analysis.heads:
             grouping.regroup(head)
         self.graph.outputs.extend(presents)

@@ -1,18 +1,19 @@
-"""Let one operator compute each attention, and keep its cache where the model has one."""
+"""Replace each attention by one operator."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from kvsurgeon.analysis.analysis import Analysis, analyze
 from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.fusion.context import Setting
-from kvsurgeon.fusion.match import Fusable, find_fusable
-from kvsurgeon.fusion.numeric_check import Showing
-from kvsurgeon.fusion.operators import OPERATORS, Name, Operator
+from kvsurgeon.fusion.context import FusionContext
+from kvsurgeon.fusion.fuser import AttentionFuser
+from kvsurgeon.fusion.match import FusionMatch, match_attention
+from kvsurgeon.fusion.numeric_check import NumericCheck
+from kvsurgeon.fusion.operators import OPERATORS, AttentionOperator, OperatorName
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.cache.remove_cache import put_back, take_out
@@ -23,110 +24,107 @@ from kvsurgeon.rewrite.lengths import LengthValues, Source
 
 @dataclass(frozen=True, kw_only=True)
 class FuseAttention:
-    """Let one operator compute each attention: faster where a runtime has a kernel for it, and what compilers look for.
+    """Replace each attention by one operator, for which runtimes have fast kernels.
 
-    Before: products, a softmax and what stands between them. After: `GroupQueryAttention` of com.microsoft, which keeps
-    the cache too and reads of a buffer only the rows so far, or `Attention` of opset 23. Masks, windows, biases and
-    tables stay the graph's own: what they make of scores of zero is what the operator is told to add.
+    Before: score product, mask, softmax and context product. After: `GroupQueryAttention` of com.microsoft, which also
+    reads and writes the KV cache, or `Attention` of opset 23. Masks, sliding windows and position biases stay in the
+    graph: their result is the bias input of the operator.
 
-    Not handled: scores of several products, weights that are changed before they meet the values, sinks.
+    Not handled: scores of several products, weights that change between softmax and context product, attention sinks.
 
     Attributes:
-        operator: Which.
-        layers: Whether every attention must become one, or those do that can.
+        operator: Operator that replaces the attention.
+        layers: Layers to fuse: all of them, or only those that the operator supports.
     """
 
     name: ClassVar[str] = "fuse-attention"
 
-    operator: Name = "group-query-attention"
-    layers: Literal["all", "possible"] = "all"
+    operator: OperatorName = "group-query-attention"
+    layers: Literal["all", "supported"] = "all"
 
     def apply(self, subject: Subject) -> Outcome:
-        """Fuse the attentions of `subject.model`.
+        """Fuse the attention layers of `subject.model`.
 
         Raises:
-            UnsupportedError: One computes what the operator does not; the model is left as it was.
+            UnsupportedError: The operator does not support a layer; the model is unchanged.
         """
         operator = OPERATORS[self.operator]
         before = sum(map(operator.is_at, subject.model.graph))
         work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
         signature = take_out(work)
-        cached = signature is not None and self.operator == "group-query-attention"
+        cached = signature is not None and operator.keeps_cache
         opset = work.model.graph.opset_imports.get("", 1)
-        choice = _Choice(operator, opset=opset, every=self.layers == "all", cached=cached)
+        notes: list[str] = []
+
+        def select(analysis: Analysis) -> Sequence[FusionMatch]:
+            matches, errors = _match_all(analysis, operator, opset, cached=cached)
+            if errors and (self.layers == "all" or not matches):
+                raise errors[0]
+            notes.extend(f"not fused: {error}" for error in errors)
+            return matches
+
         if signature is not None and cached:
-            outcome = put_back(work, signature, choice.choose)
+            outcome = put_back(work, signature, select)
         else:
-            outcome = _without_cache(work, choice)
+            outcome = _fuse(work, operator, select)
             if signature is not None:
                 put_back(work, signature)
         if sum(map(operator.is_at, work.model.graph)) == before:
-            return Unchanged(reason=f"every attention is one {operator.op_type} already")
+            return Unchanged(reason=f"every attention layer already is a {operator.op_type} operator")
         subject.model = work.model
-        return replace(outcome, notes=(*outcome.notes, *choice.notes))
+        return replace(outcome, notes=(*outcome.notes, *notes))
 
 
-class _Choice:
-    """Which attentions are fused, and why the others are not."""
-
-    def __init__(self, operator: type[Operator], *, opset: int, every: bool, cached: bool) -> None:
-        self.operator = operator
-        self.cached = cached
-        self.opset = opset
-        self.every = every
-        self.notes: list[str] = []
-
-    def choose(self, analysis: Analysis) -> Sequence[Fusable]:
-        """Return those that are what the operator computes, as running them has shown.
-
-        Raises:
-            UnsupportedError: One is not, and all must be; or none is.
-        """
-        found: list[Fusable] = []
-        refusals: list[UnsupportedError] = []
-        showing = Showing(analysis)
-        for layer, head in enumerate(analysis.heads):
-            if head.fused is not None and self.operator.is_at(head.fused.node):
-                continue
-            try:
-                fusable = find_fusable(analysis, layer, cached=self.cached)
-                self.operator.check(fusable, self.opset)
-                showing.check(fusable)
-            except UnsupportedError as refusal:
-                refusals.append(refusal)
-            else:
-                found.append(fusable)
-        if refusals and (self.every or not found):
-            raise refusals[0]
-        self.notes += [f"not fused: {refusal}" for refusal in refusals]
-        return found
+def _match_all(
+    analysis: Analysis, operator: AttentionOperator, opset: int, *, cached: bool
+) -> tuple[list[FusionMatch], list[UnsupportedError]]:
+    """Return the matches of all layers that are not yet fused, and the errors of those that do not match."""
+    matches: list[FusionMatch] = []
+    errors: list[UnsupportedError] = []
+    numeric = NumericCheck(analysis)
+    for layer, site in enumerate(analysis.heads):
+        if site.fused is not None and operator.is_at(site.fused.node):
+            continue
+        try:
+            match = match_attention(analysis, layer, cached=cached)
+            operator.check(match, opset)
+            numeric.check(match)
+        except UnsupportedError as error:
+            errors.append(error)
+        else:
+            matches.append(match)
+    return matches, errors
 
 
-def _without_cache(subject: Subject, choice: _Choice) -> Changed:
-    """Fuse the attentions of a model without a cache."""
-    written = decompose(subject.model)
+def _fuse(
+    subject: Subject, operator: AttentionOperator, select: Callable[[Analysis], Sequence[FusionMatch]]
+) -> Changed:
+    """Fuse the attention layers of a model without a cache."""
+    decomposed = decompose(subject.model)
     with deep_recursion():
-        analysis = analyze(written.model)
+        analysis = analyze(decomposed.model)
         prove(analysis)
-        fusables = choice.choose(analysis)
-        editor = Editor(written.model)
-        operator = choice.operator(_setting(analysis, editor))
-        for fusable in fusables:
-            operator.finish(fusable, operator.place(fusable))
+        matches = select(analysis)
+        editor = Editor(decomposed.model)
+        fuser = AttentionFuser(operator, _context(analysis, editor))
+        for match in matches:
+            fuser.place(match)
+            fuser.finish()
         editor.finish()
-    subject.model = written.model
+    subject.model = decomposed.model
     return Changed(edits=editor.edits)
 
 
-def _setting(analysis: Analysis, editor: Editor) -> Setting:
-    """All tokens are new."""
+def _context(analysis: Analysis, editor: Editor) -> FusionContext:
+    """Return the context of a model without a cache, where S is T."""
     sources = {
         size: Source(value=given.value, axis=axis)
         for given in reversed(analysis.inputs)
         for axis, size in enumerate(given.dimensions)
         if not isinstance(size, int)
     }
-    return Setting(
+    return FusionContext(
         flow=analysis.flow, editor=editor, lengths=LengthValues(editor, sources, total=analysis.length),
-        new=analysis.length, so_far=analysis.length, before={node: tuple(node.inputs) for node in analysis.flow.order},
+        sequence=analysis.length, total=analysis.length,
+        before={node: tuple(node.inputs) for node in analysis.flow.order},
     )  # fmt: skip
