@@ -1,6 +1,6 @@
-"""Fused attention of com.microsoft does what standard operators do, and is injected as they are."""
+"""Fused attention of com.microsoft computes the same when decomposed, and gets a KV cache like standard operators."""
 
-# ruff: noqa: E501  # a case is read best on one line
+# ruff: noqa: E501  # one case per line
 
 import pytest
 from attentions import assert_law_of, in_order
@@ -57,29 +57,29 @@ TEXT = """case (float[b, n, 8] x, int64[b, n] attention_mask) => (float[b, n, 8]
   BODY
 }"""
 CASES = [
-    ("causal by itself", "Attention<num_heads = 2, unidirectional = 1>(x, w, bias)"),
+    ("causal", "Attention<num_heads = 2, unidirectional = 1>(x, w, bias)"),
     ("causal, padded", "Attention<num_heads = 2, unidirectional = 1>(x, w, bias, mask)"),
     ("causal by a bias", "Attention<num_heads = 2>(x, w, bias, mask, , added)"),
     ("a mask for each query", "Attention<num_heads = 2>(x, w, bias, each)"),
     ("a scale and a filter", "Attention<num_heads = 4, unidirectional = 1, scale = 0.3, mask_filter_value = -30000.0>(x, w, bias, mask)"),
-    ("quantised", "QAttention<num_heads = 2, unidirectional = 1>(u, w8, bias, s1, sw, mask, z1, zw)"),
-    ("padding in front", "Attention<num_heads = 2, unidirectional = 1>(x, w, bias, bounds)"),
-    ("how many there are", "Attention<num_heads = 2, unidirectional = 1>(x, w, bias, ends)"),
-    ("values of another width", "Attention<num_heads = 2, unidirectional = 1, qkv_hidden_sizes = [8, 8, 8]>(x, w, bias, mask)"),
-    ("heads in front", "MultiHeadAttention<num_heads = 2>(q, kf, vf, , , added)"),
-    ("heads in front, one bias", "MultiHeadAttention<num_heads = 2>(q, kf, vf, bias, , added)"),
-    ("how many keys there are", "MultiHeadAttention<num_heads = 2, unidirectional = 1>(q, k, v, , ends)"),
-    ("a mask for each query of three", "MultiHeadAttention<num_heads = 2>(q, k, v, , each)"),
+    ("quantized", "QAttention<num_heads = 2, unidirectional = 1>(u, w8, bias, s1, sw, mask, z1, zw)"),
+    ("left padding", "Attention<num_heads = 2, unidirectional = 1>(x, w, bias, bounds)"),
+    ("sequence lengths", "Attention<num_heads = 2, unidirectional = 1>(x, w, bias, ends)"),
+    ("value features declared", "Attention<num_heads = 2, unidirectional = 1, qkv_hidden_sizes = [8, 8, 8]>(x, w, bias, mask)"),
+    ("keys with heads", "MultiHeadAttention<num_heads = 2>(q, kf, vf, , , added)"),
+    ("keys with heads, bias", "MultiHeadAttention<num_heads = 2>(q, kf, vf, bias, , added)"),
+    ("sequence lengths of three inputs", "MultiHeadAttention<num_heads = 2, unidirectional = 1>(q, k, v, , ends)"),
+    ("a mask for each query, three inputs", "MultiHeadAttention<num_heads = 2>(q, k, v, , each)"),
     ("three inputs", "MultiHeadAttention<num_heads = 2, unidirectional = 1>(q, k, v)"),
-    ("three inputs and their bias", "MultiHeadAttention<num_heads = 4, unidirectional = 1>(q, k, v, bias)"),
+    ("three inputs, bias", "MultiHeadAttention<num_heads = 4, unidirectional = 1>(q, k, v, bias)"),
     ("three inputs, padded", "MultiHeadAttention<num_heads = 2>(q, k, v, bias, mask, added)"),
 ]  # fmt: skip
-PACKED = [  # for which onnxruntime has no kernel on a CPU, and what is the same unpacked
-    ("three in one", "qkv", "q, k, v"),
-    ("three in one and their bias", "qkv, , , bias", "q, k, v, bias"),
-    ("three in one, padded", "qkv, , , , mask", "q, k, v, , mask"),
-    ("two in one", "q, kv", "q, k, v"),
-    ("two in one and their bias", "q, kv, , bias", "q, k, v, bias"),
+PACKED = [  # onnxruntime has no CPU kernel for these; the last column is the same unpacked
+    ("packed QKV", "qkv", "q, k, v"),
+    ("packed QKV, bias", "qkv, , , bias", "q, k, v, bias"),
+    ("packed QKV, padded", "qkv, , , , mask", "q, k, v, , mask"),
+    ("packed KV", "q, kv", "q, k, v"),
+    ("packed KV, bias", "q, kv, , bias", "q, k, v, bias"),
 ]
 
 
@@ -88,34 +88,34 @@ def text(body: str) -> str:
 
 
 @pytest.mark.parametrize("body", [pytest.param(body, id=title) for title, body in CASES])
-def test_written_out_it_is_the_same(body):
+def test_decomposed_attention_computes_the_same(body):
     original = in_order(read(text(body)))
     whole = texts(original)
-    plain = io.to_proto(decompose(Subject.of(original).model).model)
-    found, expected = (in_onnxruntime(one)(whole)["logits"] for one in (plain, original))
+    decomposed = io.to_proto(decompose(Subject.of(original).model).model)
+    found, expected = (in_onnxruntime(one)(whole)["logits"] for one in (decomposed, original))
     assert difference(found, expected, whole["attention_mask"]) < 1e-5
 
 
 @pytest.mark.parametrize("body", [pytest.param(body, id=title) for title, body in CASES])
-def test_with_a_cache_it_is_the_same(body):
+def test_attention_with_a_cache_computes_the_same(body):
     assert_law_of(text(body))
 
 
-@pytest.mark.parametrize(("packed", "apart"), [pytest.param(*case, id=title) for title, *case in PACKED])
-def test_what_is_packed_is_the_same(packed, apart):
-    packed, apart = (
+@pytest.mark.parametrize(("packed", "separate"), [pytest.param(*case, id=title) for title, *case in PACKED])
+def test_packed_inputs_compute_the_same(packed, separate):
+    packed, separate = (
         in_order(read(text(f"MultiHeadAttention<num_heads = 2, unidirectional = 1>({inputs})")))
-        for inputs in (packed, apart)
+        for inputs in (packed, separate)
     )
-    assert_law(apart, injected(packed))
+    assert_law(separate, injected(packed))
 
 
-def test_what_says_where_texts_end_leaves_right_what_stands_before():
+def test_sequence_lengths_do_not_change_unpadded_texts():
     original = in_order(read(text("Attention<num_heads = 2, unidirectional = 1>(x, w, bias, summed)")))
     assert_law(original, injected(original), texts(original, padded=False))
 
 
-def test_fused_attention_leaves_no_fused_operator():
+def test_no_fused_operator_is_left():
     model = injected(read(text("Attention<num_heads = 2, unidirectional = 1>(x, w, bias, mask)")))
     assert not any(node.op_type == "Attention" for node in model.graph.node)
     assert [value.name for value in model.graph.output] == ["logits", "present.0.key", "present.0.value"]
@@ -125,13 +125,13 @@ def test_fused_attention_leaves_no_fused_operator():
     ("body", "reason"),
     [("Attention<num_heads = 2>(x, w, bias, mask)", "sees the future"),
      ("MultiHeadAttention<num_heads = 2>(q, k, v)", "sees the future"),
-     ("Attention<num_heads = 2, unidirectional = 1, do_rotary = 1>(x, w, bias, mask)", "turns queries and keys"),
+     ("Attention<num_heads = 2, unidirectional = 1, do_rotary = 1>(x, w, bias, mask)", "do_rotary is not supported"),
      ("Attention<num_heads = 2>(x, w, bias, summed)", "sees the future"),
-     ("Attention<num_heads = 2, unidirectional = 1>(x, w, bias, places)", "form that is not known"),
+     ("Attention<num_heads = 2, unidirectional = 1>(x, w, bias, places)", "unknown mask layout"),
      ("Attention<num_heads = 2, unidirectional = 1>(x, w, bias, mask, v)", "already has a cache"),
      ("MultiHeadAttention<num_heads = 2, unidirectional = 1>(q)", "input 1 is missing")],
-    ids=["bidirectional", "bidirectional of three", "rotary", "ends", "places", "a past", "keys are missing"],
+    ids=["bidirectional", "bidirectional, three inputs", "rotary", "sequence lengths", "unknown mask", "past", "missing keys"],
 )  # fmt: skip
-def test_what_is_not_known_is_refused(body, reason):
+def test_unsupported_attention_is_rejected(body, reason):
     with pytest.raises(UnsupportedError, match=reason):
         injected(in_order(read(text(body))))

@@ -1,6 +1,6 @@
-"""Operators of com.microsoft that an optimiser leaves behind: each keeps tokens apart, and is followed."""
+"""Fused operators that optimizers write: each maps tokens one by one, and the sequence axis is traced through it."""
 
-# ruff: noqa: E501  # a case is read best on one line
+# ruff: noqa: E501  # one case per line
 
 import onnxruntime
 import pytest
@@ -22,33 +22,33 @@ QUANTISED = "ct = Transpose<perm = [0, 2, 1]>(c)\n MADE\n i = ConvInteger(u, ker
 CONVOLVED = "fs = Mul(fi, half)\n logits = Transpose<perm = [0, 2, 1]>(fs)"
 AFTER = [
     ("skip and norm", "logits = com.microsoft.SkipLayerNormalization<epsilon = 0.001>(c, x, g, e, bias)"),
-    ("skip and its sum", "n1, , , n2 = com.microsoft.SkipLayerNormalization(c, x, g, e, bias)\n logits = Add(n1, n2)"),
+    ("skip, and its sum", "n1, , , n2 = com.microsoft.SkipLayerNormalization(c, x, g, e, bias)\n logits = Add(n1, n2)"),
     ("skip without a bias", "n1, , , n2 = com.microsoft.SkipSimplifiedLayerNormalization(c, x, g)\n logits = Add(n1, n2)"),
     ("skip and a bias", "n1, , , n2 = com.microsoft.SkipSimplifiedLayerNormalization(c, x, g, bias)\n logits = Add(n1, n2)"),
     ("skip of context", "line = Slice(table, first, length1, first)\n length1 = Reshape(length, second)\n deep = Unsqueeze(line, first)\n logits = com.microsoft.SkipLayerNormalization(c, deep, g, e)"),
     ("gelus", "a = com.microsoft.BiasGelu(c, bias)\n d = com.microsoft.FastGelu(a, bias)\n q2 = com.microsoft.QuickGelu<alpha = 1.5>(d)\n logits = com.microsoft.Gelu(q2)"),
     ("a gated norm", "logits = com.microsoft.GatedRMSNorm<epsilon = 0.001>(c, g4, x)"),
     ("a gated sum", "gate = ReduceMean<keepdims = 1>(x, third)\n logits = com.microsoft.GatedAdd(c, x, gate)"),
-    ("norms of branches", "logits = com.microsoft.BranchwiseRMSNorm<num_branches = 2>(c, g4)"),
-    ("a product of its own", "f = com.microsoft.FusedMatMul<alpha = 0.5, transB = 1>(c, wf)\n logits = Add(f, x)"),
+    ("a branchwise norm", "logits = com.microsoft.BranchwiseRMSNorm<num_branches = 2>(c, g4)"),
+    ("a fused product", "f = com.microsoft.FusedMatMul<alpha = 0.5, transB = 1>(c, wf)\n logits = Add(f, x)"),
     ("experts", "tokens = Reshape(c, flat)\n scores = MatMul(tokens, router)\n m = com.microsoft.MoE<k = 2, activation_type = \"silu\", normalize_routing_weights = 1>(tokens, scores, experts, , back)\n sizes2 = Shape(c)\n logits = Reshape(m, sizes2)"),
-    ("experts with a batch", "s3 = MatMul(c, router)\n scores = Reshape(s3, rows)\n logits = com.microsoft.MoE<k = 2, activation_type = \"gelu\">(c, scores, experts, , back)"),
-    ("a convolution of whole numbers", f"{QUANTISED}\n {CONVOLVED}".replace("MADE", "u = QuantizeLinear(ct, half, zu)")),
+    ("experts, batched", "s3 = MatMul(c, router)\n scores = Reshape(s3, rows)\n logits = com.microsoft.MoE<k = 2, activation_type = \"gelu\">(c, scores, experts, , back)"),
+    ("an integer convolution", f"{QUANTISED}\n {CONVOLVED}".replace("MADE", "u = QuantizeLinear(ct, half, zu)")),
 ]  # fmt: skip
 
 
-KERNELS_SINCE = {"GatedRMSNorm": (1, 30), "GatedAdd": (1, 30), "BranchwiseRMSNorm": (1, 31)}  # of onnxruntime
+KERNELS_SINCE = {"GatedRMSNorm": (1, 30), "GatedAdd": (1, 30), "BranchwiseRMSNorm": (1, 31)}  # onnxruntime version
 
 
 @pytest.mark.parametrize("after", [pytest.param(after, id=title) for title, after in AFTER])
-def test_behind_attention(after):
+def test_operators_after_attention_keep_the_result(after):
     here = tuple(int(part) for part in onnxruntime.__version__.split(".")[:2])
     if any(name in after and here < since for name, since in KERNELS_SINCE.items()):
         pytest.skip("this onnxruntime has no kernel for it yet")
     assert_law_of(attention(after=after, constants=WEIGHTS))
 
 
-def test_a_convolution_whose_zero_point_is_measured():
+def test_a_dynamically_quantized_convolution_is_noted():
     text = attention(after=f"{QUANTISED}\n {CONVOLVED}", constants=WEIGHTS.replace(", uint8 zu = {9}", ""))
     subject = Subject.of(in_order(read(text.replace("MADE", "u, su, zu = DynamicQuantizeLinear(ct)"))))
     assert "ranges are taken over the tokens of one call" in Inject().apply(subject).notes[0]
@@ -68,22 +68,22 @@ EMBEDDED = """case (int64[b, n] input_ids, int64[b, n] attention_mask) => (float
   logits = Add(a, h)
 }"""
 EMBEDDINGS = [
-    ("words and places", "h, ends = com.microsoft.EmbedLayerNormalization(ids, , words, places, , g, e)", "mask"),
-    ("and kinds", "h, ends = com.microsoft.EmbedLayerNormalization<epsilon = 0.01>(ids, kind, words, places, kinds, g, e)", "mask"),
+    ("tokens and positions", "h, ends = com.microsoft.EmbedLayerNormalization(ids, , words, places, , g, e)", "mask"),
+    ("and segments", "h, ends = com.microsoft.EmbedLayerNormalization<epsilon = 0.01>(ids, kind, words, places, kinds, g, e)", "mask"),
     ("and the sum", "h0, , sum = com.microsoft.EmbedLayerNormalization(ids, kind, words, places, kinds, g, e)\n h = Add(h0, sum)", "mask"),
-    ("and their number", "h, ends = com.microsoft.EmbedLayerNormalization(ids, kind, words, places, kinds, g, e, mask)", "ends"),
-    ("at places of their own", "h, ends = com.microsoft.EmbedLayerNormalization(ids, , words, places, , g, e, , ids)", "mask"),
-    ("in 8 bits", "h, ends = com.microsoft.QEmbedLayerNormalization(ids, , words8, places8, , g8, e8, , sc, sc, , sc, sc, z, z, , z, z)", "mask"),
-    ("and kinds in 8 bits", "h, ends = com.microsoft.QEmbedLayerNormalization(ids, kind, words8, places8, kinds8, g8, e8, mask, sc, sc, sc, sc, sc, z, z, z, z, z)", "ends"),
+    ("and token counts", "h, ends = com.microsoft.EmbedLayerNormalization(ids, kind, words, places, kinds, g, e, mask)", "ends"),
+    ("at given positions", "h, ends = com.microsoft.EmbedLayerNormalization(ids, , words, places, , g, e, , ids)", "mask"),
+    ("quantized", "h, ends = com.microsoft.QEmbedLayerNormalization(ids, , words8, places8, , g8, e8, , sc, sc, , sc, sc, z, z, , z, z)", "mask"),
+    ("quantized, with segments", "h, ends = com.microsoft.QEmbedLayerNormalization(ids, kind, words8, places8, kinds8, g8, e8, mask, sc, sc, sc, sc, sc, z, z, z, z, z)", "ends"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("body", "mask"), [pytest.param(*case, id=title) for title, *case in EMBEDDINGS])
-def test_embeddings(body, mask):
+def test_embeddings_compute_the_same(body, mask):
     original = in_order(read(EMBEDDED.replace("BODY", body).replace("MASK", mask)))
     whole = texts(original, padded=mask == "mask")
-    plain = io.to_proto(decompose(Subject.of(original).model).model)
-    found, expected = (in_onnxruntime(one)(whole)["logits"] for one in (plain, original))
+    decomposed = io.to_proto(decompose(Subject.of(original).model).model)
+    found, expected = (in_onnxruntime(one)(whole)["logits"] for one in (decomposed, original))
     assert difference(found, expected, whole["attention_mask"]) < 1e-5
     assert_law(original, injected(original), whole)
 
@@ -116,22 +116,22 @@ STANDARD = """case (float[b, n, 32] x, int64[b, n] attention_mask) => (float[b, 
   BODY
 }"""
 TOGETHER = "ct = Transpose<perm = [0, 2, 1, 3]>(c)\n logits = Reshape(ct, flat)"
-SAYING_MORE = [
+ATTENTION = [
     ("causal", f"c = Attention<is_causal = 1>(qh, kh, kh, , , , all)\n {TOGETHER}"),
     ("masked", f"c = Attention(qh, kh, kh, allowed, , , all)\n {TOGETHER}"),
     ("sharing heads", f"c = Attention<is_causal = 1, scale = 0.3>(qh, gh, gh, , , , all)\n {TOGETHER}"),
-    ("biased and bent", f"c = Attention<is_causal = 1, softcap = 1.5>(qh, gh, gh, bias, , , all)\n {TOGETHER}"),
-    ("heads side by side", "logits = Attention<is_causal = 1, q_num_heads = 2, kv_num_heads = 1>(q, g, g, , , , all)"),
-    ("keys that are read", f"c0, p, = Attention<is_causal = 1>(qh, kh, kh)\n c = Add(c0, p)\n {TOGETHER}".replace("p, =", "p =")),
+    ("bias and softcap", f"c = Attention<is_causal = 1, softcap = 1.5>(qh, gh, gh, bias, , , all)\n {TOGETHER}"),
+    ("heads not split", "logits = Attention<is_causal = 1, q_num_heads = 2, kv_num_heads = 1>(q, g, g, , , , all)"),
+    ("keys in use", f"c0, p, = Attention<is_causal = 1>(qh, kh, kh)\n c = Add(c0, p)\n {TOGETHER}".replace("p, =", "p =")),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("body", [pytest.param(body, id=title) for title, body in SAYING_MORE])
-def test_attention_that_says_more(body):
+@pytest.mark.parametrize("body", [pytest.param(body, id=title) for title, body in ATTENTION])
+def test_attention_with_more_inputs_or_outputs_computes_the_same(body):
     original = in_order(read(STANDARD.replace("BODY", body), opset=24))
     whole = texts(original)
-    plain = io.to_proto(decompose(Subject.of(original).model).model)
-    found, expected = (in_onnxruntime(one)(whole)["logits"] for one in (plain, original))
+    decomposed = io.to_proto(decompose(Subject.of(original).model).model)
+    found, expected = (in_onnxruntime(one)(whole)["logits"] for one in (decomposed, original))
     assert difference(found, expected) < 1e-5
     assert_law(original, injected(original), whole)
 
@@ -140,8 +140,8 @@ def test_attention_that_says_more(body):
     ("body", "reason"),
     [(f"c = Attention<is_causal = 1>(qh, kh, kh, , , , counted)\n {TOGETHER}", "changes with the number of tokens"),
      (f"c, , , w = Attention<is_causal = 1, qk_matmul_output_mode = 3>(qh, kh, kh)\n m = ReduceMax(w)\n c1 = Mul(c, m)\n {TOGETHER.replace('(c)', '(c1)')}", "further outputs are used")],
-    ids=["ends of texts", "weights"],
+    ids=["sequence lengths", "weights"],
 )  # fmt: skip
-def test_attention_that_says_too_much_is_refused(body, reason):
+def test_unsupported_attention_inputs_and_outputs_are_rejected(body, reason):
     with pytest.raises(UnsupportedError, match=reason):
         injected(in_order(read(STANDARD.replace("BODY", body), opset=24)))

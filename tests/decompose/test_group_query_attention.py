@@ -1,6 +1,4 @@
-"""`GroupQueryAttention` of com.microsoft, in each of its forms: what it computes, with a cache as without."""
-
-# a case is read best on one line
+"""`GroupQueryAttention` computes the same when decomposed, and with a KV cache, for all of its inputs."""
 
 import pytest
 from exports import injected
@@ -42,26 +40,26 @@ TEXT = """case (float[b, n, 32] x, int64[b, n] attention_mask, int64[b, n] posit
   qkv = MatMul(x, wqkv)
   logits = com.microsoft.GroupQueryAttention<ATTRIBUTES>(INPUTS)
 }"""
-APART, PACKED = "q, k, v, , , ends, total", "qkv, , , , , ends, total"
+SEPARATE, PACKED = "q, k, v, , , ends, total", "qkv, , , , , ends, total"
 WIDE = "num_heads = 2, kv_num_heads = 1"  # heads of twice the width
 CASES = [
-    ("apart", "", APART),
+    ("separate", "", SEPARATE),
     ("packed", "", PACKED),
-    ("turned", "do_rotary = 1", f"{APART}, cos, sin"),
-    ("turned and packed", "do_rotary = 1", f"{PACKED}, cos, sin"),
-    ("turned in pairs", "do_rotary = 1, rotary_interleaved = 1", f"{APART}, cos, sin"),
-    ("turned in part", f"{WIDE}, do_rotary = 1", f"{APART}, cos, sin"),
-    ("turned in part, in pairs", f"{WIDE}, do_rotary = 1, rotary_interleaved = 1", f"{PACKED}, cos, sin"),
-    ("tables that nothing turns by", "", f"{APART}, cos, sin"),
-    ("positions that are given", "do_rotary = 1", f"{APART}, cos, sin, position_ids"),
-    ("a window", "local_window_size = 3", PACKED),
-    ("a cap", "softcap = 2.0", APART),
-    ("a scale", "scale = 0.5", APART),
-    ("a bias", "", f"{APART}, , , , bias"),
-    ("a bias behind a cap", "softcap = 2.0", f"{APART}, , , , bias"),
-    ("sinks", "", f"{APART}, , , , , sink"),
-    ("sinks and a window", "local_window_size = 4", f"{PACKED}, , , , , sink"),
-    ("a smooth softmax", "smooth_softmax = 1", APART),
+    ("rotary", "do_rotary = 1", f"{SEPARATE}, cos, sin"),
+    ("rotary, packed", "do_rotary = 1", f"{PACKED}, cos, sin"),
+    ("rotary, interleaved", "do_rotary = 1, rotary_interleaved = 1", f"{SEPARATE}, cos, sin"),
+    ("partial rotary", f"{WIDE}, do_rotary = 1", f"{SEPARATE}, cos, sin"),
+    ("partial rotary, interleaved", f"{WIDE}, do_rotary = 1, rotary_interleaved = 1", f"{PACKED}, cos, sin"),
+    ("unused rotary tables", "", f"{SEPARATE}, cos, sin"),
+    ("position_ids", "do_rotary = 1", f"{SEPARATE}, cos, sin, position_ids"),
+    ("sliding window", "local_window_size = 3", PACKED),
+    ("softcap", "softcap = 2.0", SEPARATE),
+    ("scale", "scale = 0.5", SEPARATE),
+    ("bias", "", f"{SEPARATE}, , , , bias"),
+    ("bias after softcap", "softcap = 2.0", f"{SEPARATE}, , , , bias"),
+    ("sinks", "", f"{SEPARATE}, , , , , sink"),
+    ("sinks, sliding window", "local_window_size = 4", f"{PACKED}, , , , , sink"),
+    ("smooth softmax", "smooth_softmax = 1", SEPARATE),
 ]
 
 
@@ -70,34 +68,34 @@ def model(attributes: str, inputs: str, opset: int = 18):
     return read(TEXT.replace("ATTRIBUTES", (heads + attributes).removesuffix(", ")).replace("INPUTS", inputs), opset)
 
 
-def written_out(original):
+def decomposed(original):
     return io.to_proto(decompose(Subject.of(original).model).model)
 
 
 @pytest.mark.parametrize("opset", [13, 18])
 @pytest.mark.parametrize(("attributes", "inputs"), [pytest.param(*case, id=title) for title, *case in CASES])
-def test_written_out_it_is_the_same(attributes, inputs, opset):
+def test_decomposed_attention_computes_the_same(attributes, inputs, opset):
     original = model(attributes, inputs, opset)
     whole = texts(original, length=11, padded=False)
-    found, expected = (in_onnxruntime(one)(whole)["logits"] for one in (written_out(original), original))
+    found, expected = (in_onnxruntime(one)(whole)["logits"] for one in (decomposed(original), original))
     assert difference(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize(("attributes", "inputs"), [pytest.param(*case, id=title) for title, *case in CASES])
-def test_with_a_cache_it_is_the_same(attributes, inputs):
+def test_attention_with_a_cache_computes_the_same(attributes, inputs):
     original = model(attributes, inputs)
     assert_law(original, injected(original), texts(original, padded=False))
 
 
-def test_padding_in_front_is_left_to_nobody():
-    """The operator is told how many tokens there are, and takes the first ones for them, be they padding."""
+def test_left_padding_is_not_verified():
+    """The operator gets sequence lengths and attends to the first tokens, padding or not."""
     original = model("do_rotary = 1", f"{PACKED}, cos, sin")
     report = verify(original, injected(original))
     assert report.verdict == "same"
     assert "left padding was not judged: the original reads padding before a text otherwise" in report.notes[1]
 
 
-def test_at_a_fixed_length_it_is_the_same():
+def test_a_model_of_fixed_length_computes_the_same():
     original = model("do_rotary = 1", f"{PACKED}, cos, sin")
     sizes = {"b": 2, "n": 24}
     for value in (*original.graph.input, *original.graph.output):
@@ -109,30 +107,30 @@ def test_at_a_fixed_length_it_is_the_same():
     assert any("left padding was not judged" in note for note in report.notes)
 
 
-def test_what_is_assumed_of_padding_is_said():
-    subject = Subject.of(model("", APART))
+def test_the_assumption_about_padding_is_noted():
+    subject = Subject.of(model("", SEPARATE))
     outcome = Inject().apply(subject)
     assert isinstance(outcome, Changed)
-    assert "as if padding stood behind them" in outcome.notes[0]
+    assert "right padding is assumed" in outcome.notes[0]
 
 
 @pytest.mark.parametrize(
     ("attributes", "inputs", "reason"),
     [
-        ("causal = 0", APART, "sees the future"),
-        ('k_quant_type = "PER_TENSOR"', APART, "in fewer bits"),
+        ("causal = 0", SEPARATE, "sees the future"),
+        ('k_quant_type = "PER_TENSOR"', SEPARATE, "quantized KV cache"),
         ("", "q, k, v, k4, v4, ends, total", "already has a cache"),
-        ("", "q, k, v, , , three_tokens, total", "said to end elsewhere"),
+        ("", "q, k, v, , , three_tokens, total", "seqlens_k is not the query length - 1"),
     ],
-    ids=["bidirectional", "bits", "past", "other ends"],
+    ids=["bidirectional", "quantized", "past", "other lengths"],
 )
-def test_what_cannot_have_a_cache_is_refused(attributes, inputs, reason):
+def test_unsupported_attention_is_rejected(attributes, inputs, reason):
     with pytest.raises(UnsupportedError, match=reason):
         injected(model(attributes, inputs))
 
 
-def test_heads_are_normed_before_they_are_turned():
-    """No kernel on a CPU does that, so the same is written by hand: norms of heads, then the operator without them."""
-    normed = model("do_rotary = 1", f"{APART}, cos, sin, , , , , , normq, normk")
-    by_hand = model("do_rotary = 1", f"{APART.replace('q, k', 'qn, kn')}, cos, sin")
+def test_heads_are_normalized_before_rotary_embedding():
+    """No CPU kernel does this, so the expected model normalizes heads before the operator."""
+    normed = model("do_rotary = 1", f"{SEPARATE}, cos, sin, , , , , , normq, normk")
+    by_hand = model("do_rotary = 1", f"{SEPARATE.replace('q, k', 'qn, kn')}, cos, sin")
     assert_law(by_hand, injected(normed), texts(by_hand, padded=False))

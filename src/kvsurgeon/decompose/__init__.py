@@ -1,8 +1,6 @@
-"""Fused operators written in standard ones.
+"""Decompose fused operators, local functions and sequences into standard operators, so that no other stage knows them.
 
-Fused operators embed, normalise, project, rotate and mask in one node. Decomposed, they consist of the operators that
-any other model consists of, so no other stage has to know them.
-Source of their semantics: onnxruntime, docs/ContribOperators.md and its CPU kernels.
+Source of the semantics: onnxruntime, docs/ContribOperators.md and its CPU kernels.
 """
 
 from kvsurgeon.decompose.model import RULES, DecomposedModel, decompose

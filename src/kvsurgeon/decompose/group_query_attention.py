@@ -1,152 +1,119 @@
-"""`GroupQueryAttention` of com.microsoft: heads that share keys and values, positions, masks and products in one node.
+"""`GroupQueryAttention` of com.microsoft: grouped heads, rotary embedding, mask and products in one node.
 
-Its inputs say how many tokens each text has. Where there is no past these are the call's own: token i is the one at
-place i, and sees none behind it, be it padding or not.
+Its inputs state the length of each sequence. Without a past these are the lengths of the call: token i is at position
+i and attends to nothing after it, padding or not.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import onnx_ir as ir
 
-from kvsurgeon.decompose.node_builder import Pen
-from kvsurgeon.decompose.padding_masks import PADDED_BEHIND
-from kvsurgeon.decompose.softmax_attention import Scoring, attended, not_behind, repeated, usual_scale
+from kvsurgeon.decompose.fused_node import FusedNode
+from kvsurgeon.decompose.padding_masks import RIGHT_PADDING
+from kvsurgeon.decompose.softmax_attention import causal_mask, repeat_heads, score_scale, softmax_attention
 from kvsurgeon.symbolic import dimension as dim
 
-PAST_KEY, PAST_VALUE, ENDS, COS, SIN, POSITIONS, BIAS, SINK, QUERY_NORM, KEY_NORM = 3, 4, 5, 7, 8, 9, 10, 11, 14, 15
+PAST_KEY, PAST_VALUE, LAST_POSITIONS, COS, SIN, POSITIONS, BIAS, SINK = 3, 4, 5, 7, 8, 9, 10, 11
+QUERY_NORM, KEY_NORM = 14, 15
 
 
-def group_query_attention(pen: Pen) -> None:
-    """Write `GroupQueryAttention` out.
+def group_query_attention(op: FusedNode) -> None:
+    """Decompose `GroupQueryAttention`.
 
     Raises:
-        UnsupportedError: It has a past, or keeps keys and values in fewer bits.
+        UnsupportedError: It has a past, a quantized cache, or sequence lengths other than the query length.
     """
-    if pen.given(PAST_KEY) is not None or pen.given(PAST_VALUE) is not None:
-        raise pen.refused("the model already has a cache", "inject a model exported without one")
-    attributes = pen.node.attributes
-    if any(attributes.get_string(f"{kind}_quant_type", "NONE") != "NONE" for kind in "kv"):
-        raise pen.refused("it keeps keys and values in fewer bits", "export with a cache in floats")
-    _check_ends(pen)
+    if op.optional(PAST_KEY) is not None or op.optional(PAST_VALUE) is not None:
+        raise op.unsupported_past()
+    attributes = op.node.attributes
+    quantized = [attributes.get_string(f"{kind}_quant_type", "NONE") for kind in "kv"]
+    if quantized != ["NONE", "NONE"]:
+        raise op.unsupported("quantized KV cache", found=", ".join(quantized), hint="export with a float cache")
+    _check_lengths(op)
     heads, kv_heads = (attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
-    packed = pen.given(1) is None
-    head_dim = pen.width(0) // (heads + 2 * kv_heads if packed else heads)
-    widths = [count * head_dim for count in (heads, kv_heads, kv_heads)]
-    parts = pen.split(pen.need(0), widths, axis=2) if packed else [pen.need(index) for index in range(3)]
-    query, key, value = (
-        pen.heads_apart(part, count) for part, count in zip(parts, (heads, kv_heads, kv_heads), strict=True)
-    )
-    query, key = _normed(pen, query, QUERY_NORM), _normed(pen, key, KEY_NORM)
-    if attributes.get_int("do_rotary", 0):
-        turning = _turning(pen)
-        query, key = (turned(pen, one, turning, head_dim) for one in (query, key))
+    packed = op.optional(1) is None
+    head_dim = op.size(0) // (heads + 2 * kv_heads if packed else heads)
+    counts = (heads, kv_heads, kv_heads)
+    widths = [count * head_dim for count in counts]
+    parts = op.split(op.input(0), widths, axis=2) if packed else [op.input(index) for index in range(3)]
+    query, key, value = (op.split_heads(part, count) for part, count in zip(parts, counts, strict=True))
+    query, key = _normalize(op, query, QUERY_NORM), _normalize(op, key, KEY_NORM)
+    if op.flag("do_rotary"):
+        cos, sin = _rotary_tables(op)
+        query, key = (rotary_embedding(op, part, cos, sin, op.size(COS), head_dim) for part in (query, key))
     if heads != kv_heads:
-        key, value = (repeated(pen, one, kv_heads, heads // kv_heads, head_dim) for one in (key, value))
-    pen.assumed.add(PADDED_BEHIND)
-    causal = attributes.get_int("causal", 1)
-    scoring = Scoring(
-        scale=usual_scale(pen, head_dim), softcap=attributes.get_float("softcap", 0.0), added=(pen.given(BIAS),),
-        seen=not_behind(pen, max(0, attributes.get_int("local_window_size", -1))) if causal else None, sink=_sink(pen),
+        key, value = (repeat_heads(op, part, kv_heads, heads // kv_heads, head_dim) for part in (key, value))
+    op.assumed.add(RIGHT_PADDING)
+    window = max(0, attributes.get_int("local_window_size", -1))
+    mask = causal_mask(op, window) if attributes.get_int("causal", 1) else None
+    result = softmax_attention(
+        op, query, key, value, scale=score_scale(op, head_dim), softcap=attributes.get_float("softcap", 0.0),
+        biases=[op.optional(BIAS)], mask=mask, sink=_sink(op),
     )  # fmt: skip
-    pen.finish(pen.heads_together(attended(pen, query, key, value, scoring)))
+    op.finish(op.merge_heads(result))
 
 
-def _check_ends(pen: Pen) -> None:
-    """See that texts are not said to end before the call does, where that can be told without a mask.
+def _check_lengths(op: FusedNode) -> None:
+    """Check that no sequence ends before the call does, as far as it is known.
 
     Raises:
-        UnsupportedError: They are: tokens would be masked whatever is given.
+        UnsupportedError: One does: its last tokens would always be masked.
     """
-    ends, hidden = pen.fact(ENDS).value, pen.fact(0).shape
+    ends, hidden = op.fact(LAST_POSITIONS).value, op.fact(0).shape
     if ends is None or hidden is None:
         return
     last = dim.subtract(hidden[1], 1)
     for end in ends.reshape(-1):
         if not dim.is_equal(end, last):
-            raise pen.refused("texts are said to end elsewhere than the call does", f"seqlens_k of {last}, not {end}")
+            raise op.unsupported(
+                "seqlens_k is not the query length - 1, so the last tokens are masked", expected=str(last),
+                found=str(end), hint="export with seqlens_k computed from the input",
+            )  # fmt: skip
 
 
-def _normed(pen: Pen, value: ir.Value, place: int) -> ir.Value:
-    """Each head divided by the root of its mean square, and scaled."""
-    weight = pen.given(place)
+def _normalize(op: FusedNode, value: ir.Value, index: int) -> ir.Value:
+    """Apply RMS normalization to each head, if the input of its weight is given."""
+    weight = op.optional(index)
     if weight is None:
         return value
-    epsilon = pen.number(pen.node.attributes.get_float("qk_norm_epsilon", 1e-6))
-    mean = pen.node_of("ReduceMean", [pen.node_of("Mul", [value, value]), *_last_axis(pen)], **_last_attribute(pen))
-    root = pen.node_of("Sqrt", [pen.node_of("Add", [mean, epsilon])])
-    return pen.node_of("Mul", [pen.node_of("Div", [value, root]), weight])
+    epsilon = op.number(op.node.attributes.get_float("qk_norm_epsilon", 1e-6))
+    mean = op.with_axes("ReduceMean", op.Mul(value, value), [-1])
+    return op.Mul(op.Div(value, op.Sqrt(op.Add(mean, epsilon))), weight)
 
 
-def _last_axis(pen: Pen) -> list[ir.Value]:
-    return [] if pen.graph.opset_imports.get("", 1) < 18 else [pen.integers([-1])]
+def _rotary_tables(op: FusedNode) -> list[ir.Value]:
+    """Return the cosines and sines at the positions of the tokens, `[S, pairs]` or `[batch, 1, S, pairs]`."""
+    positions = op.optional(POSITIONS)
+    tables = [op.Gather(table, positions or op.positions(), axis=0) for table in (op.input(COS), op.input(SIN))]
+    return tables if positions is None else [op.with_axes("Unsqueeze", table, [1]) for table in tables]
 
 
-def _last_attribute(pen: Pen) -> dict[str, list[int]]:
-    return {"axes": [-1]} if pen.graph.opset_imports.get("", 1) < 18 else {}
+def rotary_embedding(
+    op: FusedNode, value: ir.Value, cos: ir.Value, sin: ir.Value, pairs: int, head_dim: int
+) -> ir.Value:
+    """Rotate pairs of features of `[batch, heads, sequence, head_dim]`; features after the pairs stay unchanged.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Turning:
-    """By what features are turned, pair by pair.
-
-    Attributes:
-        cos: [.., sequence, pairs].
-        sin: The same.
-        pairs: How many pairs are turned; what is behind them stays.
-        interleaved: Whether a pair lies side by side, and not half a width apart.
+    A pair is two neighbors if the attribute `rotary_interleaved` is set, and half the rotated width apart otherwise.
     """
-
-    cos: ir.Value
-    sin: ir.Value
-    pairs: int
-    interleaved: bool
-
-
-def _turning(pen: Pen) -> Turning:
-    cos, sin = pen.need(COS), pen.need(SIN)
-    places = pen.given(POSITIONS)
-    rows = [pen.node_of("Gather", [table, places or pen.positions()], axis=0) for table in (cos, sin)]
-    if places is not None:
-        rows = [_before_heads(pen, one) for one in rows]
-    return Turning(
-        cos=rows[0], sin=rows[1], pairs=pen.width(COS),
-        interleaved=bool(pen.node.attributes.get_int("rotary_interleaved", 0)),
-    )  # fmt: skip
-
-
-def _before_heads(pen: Pen, rows: ir.Value) -> ir.Value:
-    """[batch, sequence, pairs] as [batch, 1, sequence, pairs]."""
-    if pen.graph.opset_imports.get("", 1) < 13:
-        return pen.node_of("Unsqueeze", [rows], axes=[1])
-    return pen.node_of("Unsqueeze", [rows, pen.integers([1])])
-
-
-def turned(pen: Pen, value: ir.Value, by: Turning, head_dim: int) -> ir.Value:
-    """Return [batch, heads, sequence, head_dim] with each pair of features turned."""
-    whole = 2 * by.pairs
-    if by.interleaved:
-        left, right = pen.sliced(value, 0, whole, 3, step=2), pen.sliced(value, 1, whole, 3, step=2)
+    width, interleaved = 2 * pairs, op.flag("rotary_interleaved")
+    if interleaved:
+        left, right = op.slice(value, 0, width, 3, step=2), op.slice(value, 1, width, 3, step=2)
     else:
-        left, right = pen.sliced(value, 0, by.pairs, 3), pen.sliced(value, by.pairs, whole, 3)
-    turned_left = pen.node_of("Sub", [_product(pen, left, by.cos), _product(pen, right, by.sin)])
-    turned_right = pen.node_of("Add", [_product(pen, left, by.sin), _product(pen, right, by.cos)])
-    parts = [turned_left, turned_right]
-    if by.interleaved:
-        pairs = [pen.reshaped(part, 0, 0, 0, by.pairs, 1) for part in parts]
-        parts = [pen.reshaped(pen.node_of("Concat", pairs, axis=4), 0, 0, 0, whole)]
-    if whole < head_dim:
-        parts.append(pen.sliced(value, whole, head_dim, 3))
-    return parts[0] if len(parts) == 1 else pen.node_of("Concat", parts, axis=3)
+        left, right = op.slice(value, 0, pairs, 3), op.slice(value, pairs, width, 3)
+    parts = [
+        op.Sub(op.Mul(left, cos), op.Mul(right, sin)),
+        op.Add(op.Mul(left, sin), op.Mul(right, cos)),
+    ]
+    if interleaved:
+        columns = [op.reshape(part, 0, 0, 0, pairs, 1) for part in parts]
+        parts = [op.reshape(op.Concat(*columns, axis=4), 0, 0, 0, width)]
+    if width < head_dim:
+        parts.append(op.slice(value, width, head_dim, 3))
+    return parts[0] if len(parts) == 1 else op.Concat(*parts, axis=3)
 
 
-def _product(pen: Pen, one: ir.Value, other: ir.Value) -> ir.Value:
-    return pen.node_of("Mul", [one, other])
-
-
-def _sink(pen: Pen) -> ir.Value | None:
-    sink = pen.given(SINK)
+def _sink(op: FusedNode) -> ir.Value | None:
+    sink = op.optional(SINK)
     if sink is not None:
-        return pen.reshaped(sink, 1, -1, 1, 1)
-    return pen.number(0.0) if pen.node.attributes.get_int("smooth_softmax", 0) else None
+        return op.reshape(sink, 1, -1, 1, 1)
+    return op.number(0.0) if op.flag("smooth_softmax") else None

@@ -1,4 +1,4 @@
-"""A model without operators of com.microsoft that do several things at once."""
+"""Decompose the fused operators of a model."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from kvsurgeon.dataflow.input_roles import read_inputs
-from kvsurgeon.dataflow.shape_inference import STANDARD_DOMAINS, infer_shapes
-from kvsurgeon.decompose.embedding import embed_layer_normalization, quantised_embed_layer_normalization
+from kvsurgeon.dataflow.shape_inference import infer_shapes
+from kvsurgeon.decompose.embedding import embed_layer_normalization, quantized_embed_layer_normalization
+from kvsurgeon.decompose.fused_node import FusedNode
 from kvsurgeon.decompose.group_query_attention import group_query_attention
-from kvsurgeon.decompose.model_functions import simplify_model
 from kvsurgeon.decompose.multi_head_attention import multi_head_attention
-from kvsurgeon.decompose.node_builder import Pen
-from kvsurgeon.decompose.onnx_attention import says_more, standard_attention
-from kvsurgeon.decompose.packed_attention import attention, quantised_attention
+from kvsurgeon.decompose.onnx_attention import needs_decomposition, onnx_attention
+from kvsurgeon.decompose.packed_attention import attention, quantized_attention
+from kvsurgeon.decompose.simplify import simplify_model
+from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import find_live
 
-RULES: dict[tuple[str, str], Callable[[Pen], None]] = {
+RULES: dict[tuple[str, str], Callable[[FusedNode], None]] = {
     ("com.microsoft", "Attention"): attention,
-    ("com.microsoft", "QAttention"): quantised_attention,
+    ("com.microsoft", "QAttention"): quantized_attention,
     ("com.microsoft", "MultiHeadAttention"): multi_head_attention,
     ("com.microsoft", "GroupQueryAttention"): group_query_attention,
     ("com.microsoft", "EmbedLayerNormalization"): embed_layer_normalization,
-    ("com.microsoft", "QEmbedLayerNormalization"): quantised_embed_layer_normalization,
+    ("com.microsoft", "QEmbedLayerNormalization"): quantized_embed_layer_normalization,
 }
 
 
@@ -33,8 +34,8 @@ class DecomposedModel:
     """A model in standard operators.
 
     Attributes:
-        model: It; the original itself where there was nothing to write out.
-        assumed: What had to be assumed, and where first.
+        model: The model; the original itself if it has nothing to decompose.
+        assumed: Assumptions of the decomposition, each with the first value that needs it.
     """
 
     model: ir.Model
@@ -42,37 +43,36 @@ class DecomposedModel:
 
 
 def decompose(model: ir.Model) -> DecomposedModel:
-    """Return the model in plain words and without such operators of com.microsoft; the original stays as it was.
+    """Return a model in standard operators, without local functions and sequences; the original is not changed.
 
     Raises:
-        UnsupportedError: One has inputs or attributes that say something that is not known here, such as a past.
+        UnsupportedError: A fused operator has unsupported inputs or attributes, such as a past.
     """
-    plain = simplify_model(model)
-    if not any(_rule(node) for node in plain.graph):
-        return DecomposedModel(model=plain)
-    copy = plain.clone()
-    copy.meta.update(plain.meta)
-    return DecomposedModel(model=copy, assumed=_write_out(copy.graph))
+    simple = simplify_model(model)
+    if not any(_rule(node) for node in simple.graph):
+        return DecomposedModel(model=simple)
+    copy = simple.clone()
+    copy.meta.update(simple.meta)
+    return DecomposedModel(model=copy, assumed=_decompose_nodes(copy))
 
 
-def _write_out(graph: ir.Graph) -> dict[str, str]:
-    alive = find_live(graph)
+def _decompose_nodes(model: ir.Model) -> dict[str, str]:
+    """Decompose the nodes in place, and return the assumptions."""
+    graph = model.graph
+    live = find_live(graph)
     dimensions, _ = read_inputs(graph)
-    shapes = infer_shapes([node for node in graph if node in alive], dimensions, graph.opset_imports.get("", 1))
+    shapes = infer_shapes([node for node in graph if node in live], dimensions, graph.opset_imports.get("", 1))
     assumed: dict[str, str] = {}
-    taken = {value.name or "" for node in graph for value in node.outputs}
-    taken.update(graph.initializers, (value.name or "" for value in graph.inputs))
+    editor = Editor(model)
     for node in list(graph):
         rule = _rule(node)
-        if rule is not None and node in alive:
-            pen = Pen(graph, node, shapes, taken)
-            rule(pen)
-            for what in sorted(pen.assumed):
-                assumed.setdefault(what, pen.name)
+        if rule is not None and node in live:
+            op = FusedNode(editor, node, shapes)
+            rule(op)
+            for assumption in sorted(op.assumed):
+                assumed.setdefault(assumption, op.name)
     return assumed
 
 
-def _rule(node: ir.Node) -> Callable[[Pen], None] | None:
-    if node.domain in STANDARD_DOMAINS and node.op_type == "Attention":
-        return standard_attention if says_more(node) else None
-    return RULES.get((node.domain, node.op_type))
+def _rule(node: ir.Node) -> Callable[[FusedNode], None] | None:
+    return onnx_attention if needs_decomposition(node) else RULES.get((node.domain, node.op_type))

@@ -1,4 +1,4 @@
-"""`MultiHeadAttention` of com.microsoft: heads, masks and products in one node, behind projections of their own."""
+"""`MultiHeadAttention` of com.microsoft: heads, mask and products in one node, after separate projections."""
 
 from __future__ import annotations
 
@@ -6,57 +6,57 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from kvsurgeon.decompose.node_builder import Pen
-from kvsurgeon.decompose.padding_masks import padding
-from kvsurgeon.decompose.softmax_attention import Scoring, attended, not_behind, usual_scale
+from kvsurgeon.decompose.fused_node import FusedNode
+from kvsurgeon.decompose.padding_masks import padding_bias
+from kvsurgeon.decompose.softmax_attention import causal_mask, score_scale, softmax_attention
 
-PAST = (6, 7, 8, 9)
+BIAS, PADDING, SCORE_BIAS, PAST = 3, 4, 5, (6, 7, 8, 9)
 
 
-def multi_head_attention(pen: Pen) -> None:
-    """Write `MultiHeadAttention` out.
+def multi_head_attention(op: FusedNode) -> None:
+    """Decompose `MultiHeadAttention`.
 
     Raises:
-        UnsupportedError: It has a past, or is masked in a way that is not known.
+        UnsupportedError: It has a past, or an unknown mask.
     """
-    heads = pen.node.attributes.get_int("num_heads", 0)
-    if any(pen.given(index) is not None for index in PAST):
-        raise pen.refused("the model already has a cache", "inject a model exported without one")
-    parts = _apart(pen, heads)
-    head_dim = pen.width(0) if pen.rank(0) == 5 else pen.width(0) // heads
+    heads = op.node.attributes.get_int("num_heads", 0)
+    if any(op.optional(index) is not None for index in PAST):
+        raise op.unsupported_past()
+    parts = _queries_keys_values(op, heads)
+    head_dim = op.size(0) if op.rank(0) == 5 else op.size(0) // heads
     query, key, value = (
-        part if pen.rank(index) == 4 else pen.heads_apart(part, heads) for index, part in enumerate(parts)
+        part if op.rank(index) == 4 else op.split_heads(part, heads) for index, part in enumerate(parts)
     )
-    causal = bool(pen.node.attributes.get_int("unidirectional", 0))
-    added = (pen.given(5), padding(pen, 4, causal=causal))
-    seen = not_behind(pen) if causal else None
-    scoring = Scoring(scale=usual_scale(pen, head_dim), added=added, seen=seen)
-    pen.finish(pen.heads_together(attended(pen, query, key, value, scoring)))
+    causal = op.flag("unidirectional")
+    biases = (op.optional(SCORE_BIAS), padding_bias(op, PADDING, causal=causal))
+    mask = causal_mask(op) if causal else None
+    scale = score_scale(op, head_dim)
+    op.finish(op.merge_heads(softmax_attention(op, query, key, value, scale=scale, biases=biases, mask=mask)))
 
 
-def _apart(pen: Pen, heads: int) -> Sequence[ir.Value]:
-    """Queries, keys and values, each [batch, sequence, hidden], or [batch, heads, sequence, head_dim] as it was given.
+def _queries_keys_values(op: FusedNode, heads: int) -> Sequence[ir.Value]:
+    """Return queries, keys and values with their bias, `[batch, sequence, hidden]`; keys and values can have heads.
 
-    What is packed lies as [batch, sequence, heads, 3, head_dim], keys and values alone with a 2.
+    Packed inputs are `[batch, sequence, heads, 3, head_dim]`; keys and values alone have a 2 there.
     """
-    if pen.rank(0) == 5 and pen.given(1) is None and pen.given(2) is None:
-        parts = _unpacked(pen, pen.need(0), 3)
-        widths = [heads * pen.width(0)] * 3
-    elif pen.rank(1) == 5 and pen.given(2) is None:
-        parts = [pen.need(0), *_unpacked(pen, pen.need(1), 2)]
-        widths = [pen.width(0)] * 3
+    if op.rank(0) == 5 and op.optional(1) is None and op.optional(2) is None:
+        parts = _unpack(op, op.input(0), 3)
+        widths = [heads * op.size(0)] * 3
+    elif op.rank(1) == 5 and op.optional(2) is None:
+        parts = [op.input(0), *_unpack(op, op.input(1), 2)]
+        widths = [op.size(0)] * 3
     else:
-        parts = [pen.need(index) for index in range(3)]
-        widths = [pen.width(index) * (heads if pen.rank(index) == 4 else 1) for index in range(3)]
-    bias = pen.given(3)
+        parts = [op.input(index) for index in range(3)]
+        widths = [op.size(index) * (heads if op.rank(index) == 4 else 1) for index in range(3)]
+    bias = op.optional(BIAS)
     if bias is None:
         return parts
-    added = pen.split(bias, widths, axis=0)
+    biases = op.split(bias, widths, axis=0)
     return [
-        part if pen.rank(index) == 4 else pen.node_of("Add", [part, one])
-        for index, (part, one) in enumerate(zip(parts, added, strict=True))
+        part if op.rank(index) == 4 else op.Add(part, one)
+        for index, (part, one) in enumerate(zip(parts, biases, strict=True))
     ]
 
 
-def _unpacked(pen: Pen, packed: ir.Value, parts: int) -> list[ir.Value]:
-    return [pen.reshaped(part, 0, 0, -1) for part in pen.split(packed, [1] * parts, axis=3)]
+def _unpack(op: FusedNode, packed: ir.Value, parts: int) -> list[ir.Value]:
+    return [op.reshape(part, 0, 0, -1) for part in op.split(packed, [1] * parts, axis=3)]

@@ -1,76 +1,71 @@
-"""Masks of fused attention, as numbers that are added to scores: [batch or 1, 1, sequence or 1, keys]."""
+"""Padding masks of fused attention, as biases of the scores: `[batch or 1, 1, S or 1, T]`."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from kvsurgeon.decompose.node_builder import Pen
+from kvsurgeon.decompose.fused_node import FusedNode
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.symbolic import dimension as dim
 
-PADDED_BEHIND = (
-    "an operator is told how many tokens a text has, as if padding stood behind them: before them it would be read"
-)
+RIGHT_PADDING = "right padding is assumed: a fused operator gets sequence lengths, and would attend to left padding"
 
 
-def padding(pen: Pen, place: int, *, causal: bool) -> ir.Value | None:
-    """Return what is added to scores where an input masks keys; None where it masks none that would be seen.
+def padding_bias(op: FusedNode, index: int, *, causal: bool) -> ir.Value | None:
+    """Return the bias that masks padding; None if there is no mask, or causality masks all that it would.
 
     Args:
-        pen: Where it is written.
-        place: Index of the input. [batch, keys] and [batch, sequence, keys] hold 1 where a key counts, and 0 elsewhere;
-            [batch] holds the number of keys, and [2 * batch] first where they end and then where they begin.
-        causal: Whether keys after the query are hidden anyway.
+        op: The fused node.
+        index: Input index of the mask: `[batch, T]` or `[batch, S, T]`, which hold 1 for a key to attend to and 0
+            otherwise; `[batch]`, the number of keys; or `[2 * batch]`, first the ends of the keys, then their starts.
+        causal: Whether later keys are masked in any case.
 
     Raises:
-        UnsupportedError: It is of another form.
+        UnsupportedError: The mask has another shape.
     """
-    mask = pen.given(place)
+    mask = op.optional(index)
     if mask is None:
         return None
-    if pen.rank(place) == 1:
-        seen = _between(pen, mask, place, causal=causal)
-    elif pen.rank(place) in (2, 3):
-        seen = pen.node_of("Greater", [mask, pen.number(0, pen.fact(place).dtype)])
-        seen = pen.reshaped(seen, 0, 1, 1, -1) if pen.rank(place) == 2 else _beside_heads(pen, seen)
+    if op.rank(index) == 1:
+        visible = _key_ranges(op, mask, index, causal=causal)
+    elif op.rank(index) in (2, 3):
+        visible = op.Greater(mask, op.number(0, op.fact(index).dtype))
+        visible = op.reshape(visible, 0, 1, 1, -1) if op.rank(index) == 2 else op.with_axes("Unsqueeze", visible, [1])
     else:
-        raise pen.refused("its mask is of a form that is not known", "a mask [batch, sequence], 1 where one counts")
-    if seen is None:
+        raise _unknown_mask(op, index)
+    if visible is None:
         return None
-    filtered = pen.node.attributes.get_float("mask_filter_value", -10000.0)
-    return pen.node_of("Where", [seen, pen.number(0), pen.number(filtered)])
+    filtered = op.node.attributes.get_float("mask_filter_value", -10000.0)
+    return op.Where(visible, op.number(0), op.number(filtered))
 
 
-def _between(pen: Pen, mask: ir.Value, place: int, *, causal: bool) -> ir.Value | None:
-    """Whether a key lies before the end of its text, and behind its beginning.
+def _key_ranges(op: FusedNode, mask: ir.Value, index: int, *, causal: bool) -> ir.Value | None:
+    """Add whether a key is within the range of its sequence.
 
-    Where keys after the query are hidden, no token of the text sees one behind its end.
+    If later keys are masked in any case, no token attends to one after the end.
     """
-    size, batch = (pen.fact(place).shape or (None,))[0], (pen.fact(0).shape or (None,))[0]
+    size, batch = (op.fact(index).shape or (None,))[0], (op.fact(0).shape or (None,))[0]
     known = size is not None and batch is not None
-    doubled = known and dim.is_equal(size, dim.multiply(2, batch))
-    if not doubled and not (known and dim.is_equal(size, batch)):
-        raise pen.refused("its mask is of a form that is not known", "a mask [batch, sequence], 1 where one counts")
-    numbers = pen.node_of("Cast", [mask], to=ir.DataType.INT64)
-    row, seen = pen.positions(), None
-    if doubled:
-        pairs = pen.reshaped(numbers, 2, -1, 1, 1, 1)
-        ends, begins = (_part(pen, pairs, part) for part in (0, 1))
-        seen = pen.node_of("Not", [pen.node_of("Less", [row, begins])])
+    with_starts = known and dim.is_equal(size, dim.multiply(2, batch))
+    if not with_starts and not (known and dim.is_equal(size, batch)):
+        raise _unknown_mask(op, index)
+    bounds = op.Cast(mask, to=ir.DataType.INT64)
+    keys, visible = op.positions(), None
+    if with_starts:
+        pairs = op.reshape(bounds, 2, -1, 1, 1, 1)
+        ends, starts = (op.Gather(pairs, op.int64(half), axis=0) for half in (0, 1))
+        visible = op.Not(op.Less(keys, starts))
     else:
-        ends = pen.reshaped(numbers, -1, 1, 1, 1)
+        ends = op.reshape(bounds, -1, 1, 1, 1)
     if causal:
-        pen.assumed.add(PADDED_BEHIND)
-        return seen
-    before = pen.node_of("Less", [row, ends])
-    return before if seen is None else pen.node_of("And", [seen, before])
+        op.assumed.add(RIGHT_PADDING)
+        return visible
+    before = op.Less(keys, ends)
+    return before if visible is None else op.And(visible, before)
 
 
-def _part(pen: Pen, pairs: ir.Value, part: int) -> ir.Value:
-    return pen.node_of("Gather", [pairs, pen.integers(part)], axis=0)
-
-
-def _beside_heads(pen: Pen, mask: ir.Value) -> ir.Value:
-    """[batch, sequence, keys] as [batch, 1, sequence, keys]."""
-    if pen.graph.opset_imports.get("", 1) < 13:
-        return pen.node_of("Unsqueeze", [mask], axes=[1])
-    return pen.node_of("Unsqueeze", [mask, pen.integers([1])])
+def _unknown_mask(op: FusedNode, index: int) -> UnsupportedError:
+    return op.unsupported(
+        "unknown mask layout", expected="[batch, sequence], with 1 for a token and 0 for padding",
+        found=str(op.fact(index).shape), hint="export with a mask of zeros and ones",
+    )  # fmt: skip

@@ -1,91 +1,76 @@
-"""From queries, keys and values of several heads to what the heads have seen, in standard operators."""
+"""Softmax attention in standard operators: softmax(scale * Q·Kᵀ + biases) · V, with softcap, mask and sink."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import onnx_ir as ir
 
-from kvsurgeon.decompose.node_builder import Pen
+from kvsurgeon.decompose.fused_node import FusedNode
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scoring:
-    """How scores become weights, in this order.
-
-    Attributes:
-        scale: What they are multiplied with.
-        softcap: Bound that they are bent to; none where it is 0.
-        added: What is added to them, each [.., .., sequence, keys].
-        seen: Whether a query sees a key, [.., .., sequence, keys]; all where it is None.
-        sink: Scores that nothing is behind, [1, heads, 1, 1].
-    """
-
-    scale: float
-    softcap: float = 0.0
-    added: Sequence[ir.Value | None] = field(default_factory=tuple)
-    seen: ir.Value | None = None
-    sink: ir.Value | None = None
-
-
-def attended(pen: Pen, query: ir.Value, key: ir.Value, value: ir.Value, scoring: Scoring) -> ir.Value:
-    """Return what each head has seen, [batch, heads, sequence, head_dim].
+def softmax_attention(
+    op: FusedNode,
+    query: ir.Value,
+    key: ir.Value,
+    value: ir.Value,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    biases: Iterable[ir.Value | None] = (),
+    mask: ir.Value | None = None,
+    sink: ir.Value | None = None,
+) -> ir.Value:
+    """Return the attention output, `[batch, heads, S, head_dim]`.
 
     Args:
-        pen: Where it is written.
-        query: [batch, heads, sequence, head_dim].
-        key: [batch, heads, keys, head_dim].
-        value: [batch, heads, keys, head_dim].
-        scoring: How scores become weights.
+        op: The fused node.
+        query: `[batch, heads, S, head_dim]`.
+        key: `[batch, heads, T, head_dim]`.
+        value: `[batch, heads, T, head_dim]`.
+        scale: Factor of the scores.
+        softcap: Bound of the scores, as softcap * tanh(scores / softcap); none if 0.
+        biases: Added to the scores, each broadcastable to `[batch, heads, S, T]`.
+        mask: Whether a query attends to a key, broadcastable to `[batch, heads, S, T]`; to all if None.
+        sink: Scores of attention sinks, `[1, heads, 1, 1]` or a scalar: they take weight, and have no value.
     """
-    scores = pen.node_of("MatMul", [query, pen.node_of("Transpose", [key], perm=[0, 1, 3, 2])])
-    scores = pen.node_of("Mul", [scores, pen.number(scoring.scale)])
-    if scoring.softcap:
-        bound = pen.number(scoring.softcap)
-        scores = pen.node_of("Mul", [pen.node_of("Tanh", [pen.node_of("Div", [scores, bound])]), bound])
-    for added in scoring.added:
-        scores = scores if added is None else pen.node_of("Add", [scores, added])
-    if scoring.seen is not None:
-        scores = pen.node_of("Where", [scoring.seen, scores, pen.lowest()])
-    return pen.node_of("MatMul", [_weights(pen, scores, scoring.sink), value])
+    scores = op.MatMul(query, op.Transpose(key, perm=[0, 1, 3, 2]))
+    scores = op.Mul(scores, op.number(scale))
+    if softcap:
+        bound = op.number(softcap)
+        scores = op.Mul(op.Tanh(op.Div(scores, bound)), bound)
+    for bias in biases:
+        scores = scores if bias is None else op.Add(scores, bias)
+    if mask is not None:
+        scores = op.Where(mask, scores, op.lowest())
+    return op.MatMul(_softmax(op, scores, sink), value)
 
 
-def repeated(pen: Pen, value: ir.Value, kv_heads: int, times: int, head_dim: int) -> ir.Value:
-    """Each head of [batch, kv_heads, sequence, head_dim] as often as queries share it."""
-    apart = pen.reshaped(value, 0, kv_heads, 1, -1, head_dim)
-    again = pen.node_of("Expand", [apart, pen.integers([1, 1, times, 1, 1])])
-    return pen.reshaped(again, 0, kv_heads * times, -1, head_dim)
+def repeat_heads(op: FusedNode, value: ir.Value, kv_heads: int, times: int, head_dim: int) -> ir.Value:
+    """Repeat each head of `[batch, kv_heads, sequence, head_dim]` for the query heads that share it."""
+    apart = op.reshape(value, 0, kv_heads, 1, -1, head_dim)
+    repeated = op.Expand(apart, op.int64([1, 1, times, 1, 1]))
+    return op.reshape(repeated, 0, kv_heads * times, -1, head_dim)
 
 
-def usual_scale(pen: Pen, head_dim: int) -> float:
-    """The scale that the node states, or that of heads of this width."""
-    return pen.node.attributes.get_float("scale", 0.0) or 1.0 / math.sqrt(head_dim)
+def score_scale(op: FusedNode, head_dim: int) -> float:
+    """Return the attribute `scale` of the node, or by default 1 / sqrt(head_dim)."""
+    return op.node.attributes.get_float("scale", 0.0) or 1.0 / math.sqrt(head_dim)
 
 
-def not_behind(pen: Pen, window: int = 0) -> ir.Value:
-    """Write whether a key is not after the query, [sequence, keys], and one of so many where there is a window."""
-    row = pen.positions()
-    column = pen.reshaped(row, -1, 1)
-    seen = pen.node_of("Not", [pen.node_of("Less", [column, row])])
-    if not window:
-        return seen
-    away = pen.node_of("Sub", [column, row])
-    return pen.node_of("And", [seen, pen.node_of("Less", [away, pen.integers(window)])])
+def causal_mask(op: FusedNode, window: int = 0) -> ir.Value:
+    """Add a causal mask, `[S, T]`, of a sliding window of so many keys if it is not 0."""
+    key = op.positions()
+    query = op.reshape(key, -1, 1)
+    causal = op.Not(op.Less(query, key))
+    return op.And(causal, op.Less(op.Sub(query, key), op.int64(window))) if window else causal
 
 
-def _weights(pen: Pen, scores: ir.Value, sink: ir.Value | None) -> ir.Value:
+def _softmax(op: FusedNode, scores: ir.Value, sink: ir.Value | None) -> ir.Value:
     if sink is None:
-        return pen.node_of("Softmax", [scores], axis=3)
-    largest = pen.node_of("Max", [_along_keys(pen, "ReduceMax", scores), sink])
-    raised = pen.node_of("Exp", [pen.node_of("Sub", [scores, largest])])
-    beside = pen.node_of("Exp", [pen.node_of("Sub", [sink, largest])])
-    return pen.node_of("Div", [raised, pen.node_of("Add", [_along_keys(pen, "ReduceSum", raised), beside])])
-
-
-def _along_keys(pen: Pen, operator: str, value: ir.Value) -> ir.Value:
-    opset = pen.graph.opset_imports.get("", 1)
-    if opset < (13 if operator == "ReduceSum" else 18):
-        return pen.node_of(operator, [value], axes=[3])
-    return pen.node_of(operator, [value, pen.integers([3])])
+        return op.Softmax(scores, axis=3)
+    largest = op.Max(op.with_axes("ReduceMax", scores, [3]), sink)
+    exponentials = op.Exp(op.Sub(scores, largest))
+    of_sink = op.Exp(op.Sub(sink, largest))
+    return op.Div(exponentials, op.Add(op.with_axes("ReduceSum", exponentials, [3]), of_sink))

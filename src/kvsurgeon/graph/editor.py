@@ -279,9 +279,9 @@ class NodeBuilder:
     def __getattr__(self, operator: str) -> Callable[..., ir.Value]:
         if not operator[0].isupper():
             raise AttributeError(operator)
-        return partial(self.node, operator)
+        return partial(self.add, operator)
 
-    def node(self, operator: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+    def add(self, operator: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         """Add a node with one output, and return that."""
         plain = {name: int(value) if isinstance(value, ir.DataType) else value for name, value in attributes.items()}
         output = ir.Value(name=self._name(operator))
@@ -292,6 +292,13 @@ class NodeBuilder:
             )
         )  # fmt: skip
         return output
+
+    def with_axes(self, operator: str, value: ir.Value, axes: Sequence[int], **attributes: Any) -> ir.Value:
+        """Add a reduction, `Squeeze` or `Unsqueeze`, whose axes are an attribute or an input: the opset says."""
+        since = 13 if operator in ("ReduceSum", "Squeeze", "Unsqueeze") else 18
+        if self.opset < since:
+            return self.add(operator, value, axes=axes, **attributes)
+        return self.add(operator, value, self.int64(axes), **attributes)
 
     def constant(self, array: np.ndarray) -> ir.Value:
         """Add a constant."""

@@ -21,7 +21,7 @@ from kvsurgeon.cache.pairs import WRITERS, CachePair, check_growth, find_cache_p
 from kvsurgeon.cache.signature import CacheEntry, CacheSignature
 from kvsurgeon.dataflow.input_roles import read_inputs
 from kvsurgeon.dataflow.shape_inference import infer_shapes
-from kvsurgeon.decompose.model_functions import simplify_model
+from kvsurgeon.decompose.simplify import simplify_model
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import all_inputs

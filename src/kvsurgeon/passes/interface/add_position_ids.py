@@ -10,7 +10,7 @@ import onnx_ir as ir
 from kvsurgeon.analysis.analysis import Analysis, analyze
 from kvsurgeon.cache.signature import CacheSignature
 from kvsurgeon.dataflow.value_kinds import ValueKind
-from kvsurgeon.decompose.model_functions import simplify_model
+from kvsurgeon.decompose.simplify import simplify_model
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion

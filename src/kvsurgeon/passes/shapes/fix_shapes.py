@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
-from kvsurgeon.decompose.model_functions import simplify_model
+from kvsurgeon.decompose.simplify import simplify_model
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import find_live

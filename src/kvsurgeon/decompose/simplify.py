@@ -1,0 +1,38 @@
+"""Simplify a model: inline local functions, remove sequences, and multiply two tensors at a time."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from kvsurgeon.decompose.einsums import is_splittable, split_einsums
+from kvsurgeon.decompose.sequences import MAKERS, remove_sequences
+from kvsurgeon.graph.editor import Editor
+
+
+def simplify_model(model: ir.Model) -> ir.Model:
+    """Return a model without local functions, sequences, and `Einsum` of more than two tensors.
+
+    The original is not changed: the result is a copy, or the original itself if there is nothing to simplify.
+    """
+    calls = any(node.op_identifier() in model.functions for node in model.graph.all_nodes())
+    sequences = any(node.op_type in MAKERS for node in model.graph)
+    if not calls and not sequences and not any(is_splittable(node) for node in model.graph):
+        return model
+    copy = model.clone()
+    copy.meta.update(model.meta)
+    if calls:
+        _align_local_domains(copy)
+        InlinePass()(copy)
+    editor = Editor(copy)
+    remove_sequences(editor)
+    split_einsums(editor)
+    return copy
+
+
+def _align_local_domains(model: ir.Model) -> None:
+    """Set one version for the domains of local functions: exporters write different ones, which mean nothing."""
+    local = {domain for domain, _, _ in model.functions}
+    for function in model.functions.values():
+        for domain in local & set(function.opset_imports) & set(model.opset_imports):
+            function.opset_imports[domain] = model.opset_imports[domain]
