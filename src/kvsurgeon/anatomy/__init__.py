@@ -1,6 +1,16 @@
 """Facts about a decoder: its attention layers, inputs and cache."""
 
 from kvsurgeon.anatomy.facts import Attention, CachedTensor, CachePointFacts, Decoder, Input, Mask, Projection
-from kvsurgeon.anatomy.find import find_decoder
+from kvsurgeon.anatomy.find import cache_facts, decoder_facts
 
-__all__ = ["Attention", "CachePointFacts", "CachedTensor", "Decoder", "Input", "Mask", "Projection", "find_decoder"]
+__all__ = [
+    "Attention",
+    "CachePointFacts",
+    "CachedTensor",
+    "Decoder",
+    "Input",
+    "Mask",
+    "Projection",
+    "cache_facts",
+    "decoder_facts",
+]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis.analysis import Analysis, AttentionSite, analyze
+from kvsurgeon.analysis.analysis import Analysis, AttentionSite
 from kvsurgeon.analysis.cache_points import PROJECTIONS, CachePoint
 from kvsurgeon.analysis.token_flow import Place, TokenFlow
 from kvsurgeon.anatomy.facts import Attention, CachedTensor, CachePointFacts, Decoder, Input, Projection
@@ -16,34 +15,14 @@ from kvsurgeon.anatomy.masks import read_mask
 from kvsurgeon.anatomy.scales import read_scale
 from kvsurgeon.cache.signature import CacheSignature
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.decompose import decompose
 from kvsurgeon.graph.constants import constant_tensor
-from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.heads.counts import counts_of
 from kvsurgeon.heads.token_data import token_inputs
-from kvsurgeon.proof.proof import Proof, prove
-from kvsurgeon.rewrite.cache_removal import eject
+from kvsurgeon.proof.proof import Proof
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, Dimension
 
 LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
-
-
-def find_decoder(model: ir.Model) -> Decoder:
-    """Return the facts about a causal decoder; a cache that it has is removed first, in a copy.
-
-    Raises:
-        UnsupportedError: The model is not a causal decoder, or its cache is not recognized.
-    """
-    with deep_recursion():
-        removal = eject(model)
-        decomposed = decompose(model if removal is None else removal.model)
-        analysis = analyze(decomposed.model)
-        analysis.flow.assumed.update(decomposed.assumed)
-        decoder = decoder_facts(analysis, prove(analysis))
-        if removal is None:
-            return decoder
-        return replace(decoder, cache=tuple(_cached_tensors(removal.signature.located(analysis))))
 
 
 def decoder_facts(analysis: Analysis, proof: Proof) -> Decoder:
@@ -66,7 +45,8 @@ def decoder_facts(analysis: Analysis, proof: Proof) -> Decoder:
     )
 
 
-def _cached_tensors(signature: CacheSignature) -> Iterator[CachedTensor]:
+def cache_facts(signature: CacheSignature) -> Iterator[CachedTensor]:
+    """Yield the facts about each entry of a located cache."""
     for entry in signature.entries:
         assert entry.layer is not None, "the signature is not located"
         assert entry.kind is not None, "the signature is not located"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -11,32 +11,47 @@ import onnx
 import onnx_ir as ir
 
 from kvsurgeon import io
-from kvsurgeon.anatomy import Decoder, find_decoder
+from kvsurgeon.analysis.analysis import Analysis, analyze
+from kvsurgeon.anatomy import Decoder, cache_facts, decoder_facts
+from kvsurgeon.decompose import DecomposedModel, decompose
+from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.io.model_config import Change
+from kvsurgeon.proof.proof import Proof, prove
+from kvsurgeon.rewrite.cache_removal import eject
 
 Source = str | Path | onnx.ModelProto | ir.Model
 
 
 @dataclass(kw_only=True)
 class Subject:
-    """The model that a pass works on, and what is known of it."""
+    """The model that a pass changes, and the results of the stages for its graph.
+
+    Each stage runs once for a graph: its result is kept until `changed()` is called or `model` is replaced.
+
+    Attributes:
+        model: The model as it is now.
+        folder: The folder of the model, its weights and its side files.
+        config: The parsed `config.json` of the folder; None if there is none. No pass requires it.
+    """
 
     model: ir.Model
-    folder: Path | None = None  # where the model, its weights and its side files lie
-    config: dict[str, Any] | None = None  # parsed config.json, where there is one; never needed
-    _decoder: Decoder | None = field(default=None, repr=False)
+    folder: Path | None = None
+    config: dict[str, Any] | None = None
+    _stages: _Stages = field(default_factory=lambda: _Stages(), repr=False)
 
     @classmethod
-    def of(cls, source: Source, folder: str | Path | None = None) -> Subject:
+    def of(cls, source: Subject | Source, folder: str | Path | None = None) -> Subject:
         """Return a subject for a file, a folder that holds one, a proto or a model in memory.
 
         Args:
-            source: Where the model is. A proto stays as it is; an `ir.Model` is the one that is worked on.
-            folder: Where the external data and the config of a model in memory lie.
+            source: The model. A proto is not changed; an `ir.Model` is changed in place. A subject is returned as is.
+            folder: The folder of the external data and the config of a model in memory.
 
         Raises:
             InputError: The model cannot be read.
         """
+        if isinstance(source, Subject):
+            return source
         model = source if isinstance(source, ir.Model) else io.load(source, folder=folder)
         path = io.loaded_from(model)
         if folder is None and path is not None:
@@ -44,19 +59,86 @@ class Subject:
         here = None if folder is None else Path(folder)
         return cls(model=model, folder=here, config=None if here is None else _config(here))
 
+    def decomposed(self) -> DecomposedModel:
+        """Return the model in standard operators.
+
+        Raises:
+            UnsupportedError: A fused operator cannot be decomposed.
+        """
+        stages = self._current()
+        if stages.decomposed is None:
+            stages.decomposed = decompose(self.model)
+        return stages.decomposed
+
+    def analysis(self) -> Analysis:
+        """Return the analysis of the decomposed model; its values and nodes are those of `decomposed().model`.
+
+        Raises:
+            UnsupportedError: The model is not a decoder without a cache.
+        """
+        decomposed, stages = self.decomposed(), self._current()
+        if stages.analysis is None:
+            with deep_recursion():
+                stages.analysis = analyze(decomposed.model)
+            stages.analysis.flow.assumed.update(decomposed.assumed)
+        return stages.analysis
+
+    def proof(self) -> Proof:
+        """Return the proof that the model is causal and prefix-stable.
+
+        Raises:
+            UnsupportedError: It is not, or the model is not a decoder without a cache.
+        """
+        analysis, stages = self.analysis(), self._current()
+        if stages.proof is None:
+            with deep_recursion():
+                stages.proof = prove(analysis)
+        return stages.proof
+
     def decoder(self) -> Decoder:
-        """Return the anatomy of the model as it is now; analysed once, and again after `changed()`.
+        """Return the facts of the decoder; of one with a cache, those of its first call.
 
         Raises:
             UnsupportedError: The model is not a causal decoder that can be handled soundly.
         """
-        if self._decoder is None:
-            self._decoder = find_decoder(self.model)
-        return self._decoder
+        stages = self._current()
+        if stages.decoder is None:
+            stages.decoder = self._describe()
+        return stages.decoder
 
     def changed(self) -> None:
-        """Forget the anatomy: the graph is no longer the one it was found in."""
-        self._decoder = None
+        """Discard the results of the stages: the graph was edited."""
+        self._stages = _Stages()
+
+    def become(self, other: Subject) -> None:
+        """Take the model of another subject, and the results of its stages."""
+        self.model, self._stages = other.model, other._stages
+
+    def _current(self) -> _Stages:
+        if self._stages.model is not self.model:
+            self._stages = _Stages(model=self.model)
+        return self._stages
+
+    def _describe(self) -> Decoder:
+        with deep_recursion():
+            ejection = eject(self.model)
+            if ejection is None:
+                return decoder_facts(self.analysis(), self.proof())
+            without_cache = Subject(model=ejection.model)
+            decoder = without_cache.decoder()
+            signature = ejection.signature.located(without_cache.analysis())
+            return replace(decoder, cache=tuple(cache_facts(signature)))
+
+
+@dataclass(kw_only=True)
+class _Stages:
+    """The results of the stages for one graph, as far as they have run."""
+
+    model: ir.Model | None = None
+    decomposed: DecomposedModel | None = None
+    analysis: Analysis | None = None
+    proof: Proof | None = None
+    decoder: Decoder | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

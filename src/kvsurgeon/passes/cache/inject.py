@@ -9,12 +9,11 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.analysis.analysis import Analysis, analyze
+from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.token_flow import FusedAttention, SequenceState
 from kvsurgeon.cache.layout import USUAL, Layout
 from kvsurgeon.cache.pairs import find_buffers, find_cache_pairs
 from kvsurgeon.dataflow.value_kinds import ValueKind
-from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.fusion.context import FusionContext
 from kvsurgeon.fusion.fuser import AttentionFuser
@@ -24,7 +23,6 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
 from kvsurgeon.passes.options import check_count
-from kvsurgeon.proof.proof import prove
 from kvsurgeon.rewrite.cache_entries import CacheTensor
 from kvsurgeon.rewrite.cache_layouts import CacheLayouts, are_rows_of
 from kvsurgeon.rewrite.cache_metadata import cache_metadata_of, write_cache_metadata
@@ -101,12 +99,10 @@ def inject(options: Inject, subject: Subject, fuse: Choice | None = None) -> Cha
         UnsupportedError: The model cannot be given a cache soundly; it is left as it was.
         UsageError: Two options do not go together.
     """
-    written = decompose(subject.model)
-    model = written.model
     with deep_recursion():
-        analysis = _analysed(model)
-        analysis.flow.assumed.update(written.assumed)
-        proof = prove(analysis)
+        analysis, proof = _analyzed(subject), subject.proof()
+        model = analysis.model
+        subject.changed()  # the analysis refers to the graph that is edited below
         plan = plan_cache(options, analysis, proof)
         matches = () if fuse is None else fuse(analysis)
         editor = Editor(model)
@@ -123,10 +119,11 @@ def inject(options: Inject, subject: Subject, fuse: Choice | None = None) -> Cha
     return Changed(edits=editor.edits, notes=tuple(notes))
 
 
-def _analysed(model: ir.Model) -> Analysis:
-    """The analysis of a decoder, or why there is none; a cache that is there already is the likeliest reason."""
+def _analyzed(subject: Subject) -> Analysis:
+    """Return the analysis of the decoder; if there is none because it has a cache, say so."""
+    model = subject.decomposed().model
     try:
-        return analyze(model)
+        return subject.analysis()
     except UnsupportedError as refusal:
         joins, buffers = find_cache_pairs(model.graph), find_buffers(model.graph)
         if buffers:

@@ -8,11 +8,9 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis.analysis import analyze
 from kvsurgeon.cache.layout import USUAL, Layout
 from kvsurgeon.cache.length_inputs import Tally
 from kvsurgeon.cache.signature import CacheEntry, CacheSignature, Part
-from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
@@ -78,12 +76,11 @@ def take_out(subject: Subject) -> CacheSignature | None:
         noted: dict[Part, Layout] = {}
         if note is not None:
             noted = {"key": note.key_layout, "value": note.value_layout}
-        analysis = analyze(decompose(ejection.model).model)
-        signature = ejection.signature.located(analysis, noted)
+        without = Subject(model=ejection.model)
+        signature = ejection.signature.located(without.analysis(), noted)
     _as_injection(signature)
-    subject.model = ejection.model
-    write_cache_metadata(subject.model, None)
-    subject.changed()
+    write_cache_metadata(without.model, None)
+    subject.become(without)
     return signature
 
 
@@ -96,7 +93,7 @@ def put_back(subject: Subject, signature: CacheSignature, fuse: Choice | None = 
     Args:
         subject: The model without the cache.
         signature: What the cache looked like.
-        fuse: Which attentions one operator is to compute, cache included.
+        fuse: Which attentions one operator is to compute, cache included; the graph is then as `take_out` left it.
 
     Raises:
         UnsupportedError: The model cannot be given such a cache soundly, or needs entries that have no name.
@@ -104,6 +101,8 @@ def put_back(subject: Subject, signature: CacheSignature, fuse: Choice | None = 
     wanted = _as_injection(signature)
     if fuse is not None and (wanted.key_layout, wanted.value_layout) != (USUAL, USUAL):
         raise _of_its_own(signature.entries[0], [*USUAL], [*wanted.key_layout])
+    if fuse is None:
+        subject.changed()  # the caller may have edited the graph
     outcome = inject(wanted, subject, fuse)
     graph = subject.model.graph
     editor = Editor(subject.model)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from kvsurgeon.analysis.analysis import analyze
-from kvsurgeon.decompose import decompose
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Outcome, Subject, Unchanged
@@ -36,8 +34,8 @@ class Retarget(Inject):
             ejection = eject(subject.model)
             if ejection is None:
                 return Unchanged(reason="it has no cache yet: inject gives it one")
-            ejection.signature.located(analyze(decompose(ejection.model).model))
-        without = Subject(model=ejection.model, folder=subject.folder, config=subject.config)
+            without = Subject(model=ejection.model, folder=subject.folder, config=subject.config)
+            ejection.signature.located(without.analysis())
         outcome = super().apply(without)
         subject.model = without.model
         return outcome if isinstance(outcome, Unchanged) else replace(outcome, edits=ejection.edits + outcome.edits)

@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from kvsurgeon.analysis.analysis import Analysis, analyze
-from kvsurgeon.decompose import decompose
+from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.fusion.context import FusionContext
 from kvsurgeon.fusion.fuser import AttentionFuser
@@ -18,7 +17,6 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.cache.remove_cache import put_back, take_out
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.proof.proof import prove
 from kvsurgeon.rewrite.lengths import LengthValues, Source
 
 
@@ -100,18 +98,18 @@ def _fuse(
     subject: Subject, operator: AttentionOperator, select: Callable[[Analysis], Sequence[FusionMatch]]
 ) -> Changed:
     """Fuse the attention layers of a model without a cache."""
-    decomposed = decompose(subject.model)
     with deep_recursion():
-        analysis = analyze(decomposed.model)
-        prove(analysis)
+        analysis = subject.analysis()
+        subject.proof()
+        subject.changed()  # the analysis refers to the graph that is edited below
         matches = select(analysis)
-        editor = Editor(decomposed.model)
+        editor = Editor(analysis.model)
         fuser = AttentionFuser(operator, _context(analysis, editor))
         for match in matches:
             fuser.place(match)
             fuser.finish()
         editor.finish()
-    subject.model = decomposed.model
+    subject.model = analysis.model
     return Changed(edits=editor.edits)
 
 
