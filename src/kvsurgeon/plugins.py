@@ -1,127 +1,124 @@
-"""Things that are had by name: the built-in ones, and those that installed packages bring by an entry point."""
+"""Catalogues of objects by name: built-in ones, and those that installed packages register by entry point."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from kvsurgeon.errors import PluginError, UsageError
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One thing that can be had by name; nothing is imported until it is loaded."""
+class Plugin(Generic[T]):
+    """An object that can be loaded by name; nothing is imported before `load`.
 
-    kind: str  # "pass", "target"
+    Attributes:
+        kind: What it is, such as "pass" or "target".
+        name: Its name on the command line.
+        reference: Where it is defined, as "package.module:NAME".
+        package: "kvsurgeon", or name and version of the package that registers it.
+        check: Returns the object if it is one of this kind, else raises PluginError.
+    """
+
+    kind: str
     name: str
-    place: str  # "package.module:NAME"
-    package: str  # "kvsurgeon", or the name and version of the package that brings it
+    reference: str
+    package: str
+    check: Callable[[Plugin[T], Any], T] = field(repr=False, compare=False)
 
     @property
     def built_in(self) -> bool:
-        """Whether kvsurgeon itself brings it."""
+        """Whether it is part of kvsurgeon."""
         return self.package == "kvsurgeon"
 
-    @property
-    def spoken(self) -> str:
-        """What a message calls it."""
-        return f"{self.kind} {self.name} of {self.package} ({self.place})"
+    def __str__(self) -> str:
+        return f"{self.kind} {self.name} of {self.package} ({self.reference})"
 
-    def imported(self) -> Any:
-        """Return what stands at its place, whatever that is.
+    def load(self) -> T:
+        """Import and return the object.
 
         Raises:
-            PluginError: It cannot be imported.
+            PluginError: It cannot be imported, or is not of this kind.
         """
+        module, _, attributes = self.reference.partition(":")
         try:
-            return _at(self.place)
+            found: Any = import_module(module)
+            for attribute in attributes.split("."):
+                found = getattr(found, attribute)
         except Exception as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise PluginError(f"{self.spoken}: cannot be imported: {reason}") from error
-
-
-E = TypeVar("E", bound=Entry)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clash:
-    """One name that two things of a kind want."""
-
-    kinds: str
-    name: str
-    first: Entry
-    second: Entry
-
-    def __str__(self) -> str:
-        sides = " and ".join(f"{one.package} ({one.place})" for one in (self.first, self.second))
-        return f"two {self.kinds} are called {self.name}: of {sides}; uninstall one of them, or rename its entry point"
+            raise PluginError(f"{self}: cannot be imported: {reason}") from error
+        return self.check(self, found)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Catalogue(Generic[E]):
-    """All things of a kind, by name."""
+class Catalogue(Generic[T]):
+    """All objects of a kind, by name.
 
-    kind: str  # "pass"
-    kinds: str  # "passes"; installed packages bring theirs by the entry points `kvsurgeon.passes`
-    entry: type[E]
-    built_in: Mapping[str, str]  # places by name
-    reserved: tuple[str, ...] = ()  # names that none may take
+    Attributes:
+        kind: What they are, in the singular, such as "pass".
+        plural: The same in the plural; packages register theirs by the entry point `kvsurgeon.<plural>`.
+        built_in: References of the built-in ones, by name.
+        check: See `Plugin`.
+        reserved: Names that no object may have.
+    """
 
-    def entries(self) -> tuple[E, ...]:
-        """Return every one that can be had, built-in ones first; where names clash, none of that name."""
-        clashing = {clash.name for clash in self.clashes()}
-        return tuple(entry for entry in self._all() if entry.name not in clashing)
+    kind: str
+    plural: str
+    built_in: Mapping[str, str]
+    check: Callable[[Plugin[T], Any], T]
+    reserved: tuple[str, ...] = ()
 
-    def clashes(self) -> tuple[Clash, ...]:
-        """Return the names that more than one want, or that one wants although it is reserved."""
-        first = {name: self._entry(name, "the command", "kvsurgeon") for name in self.reserved}
+    def plugins(self) -> tuple[Plugin[T], ...]:
+        """Return all that can be loaded, built-in ones first; of a name with a conflict, none."""
+        conflicts = {plugin.name for plugin, _ in self.conflicts()}
+        return tuple(plugin for plugin in self._all() if plugin.name not in conflicts)
+
+    def conflicts(self) -> tuple[tuple[Plugin[T], str], ...]:
+        """Return each plugin whose name is taken or reserved, with the error message."""
+        first = {name: self._plugin(name, "the command", "kvsurgeon") for name in self.reserved}
         found = {}
-        for entry in self._all():
-            known = first.setdefault(entry.name, entry)
-            if known is not entry:
-                found[entry.name] = Clash(kinds=self.kinds, name=entry.name, first=known, second=entry)
+        for plugin in self._all():
+            known = first.setdefault(plugin.name, plugin)
+            if known is not plugin:
+                sides = " and ".join(f"{one.package} ({one.reference})" for one in (known, plugin))
+                message = (
+                    f"two {self.plural} are called {plugin.name}: of {sides}; "
+                    "uninstall one of them, or rename its entry point"
+                )
+                found[plugin.name] = (plugin, message)
         return tuple(found.values())
 
-    def find(self, name: str) -> E:
-        """Return the one of that name.
+    def find(self, name: str) -> Plugin[T]:
+        """Return the plugin of that name.
 
         Raises:
-            PluginError: Two have that name.
-            UsageError: None has.
+            PluginError: Two plugins have the name.
+            UsageError: No plugin has the name.
         """
-        for clash in self.clashes():
-            if clash.name == name:
-                raise PluginError(str(clash))
-        known = {entry.name: entry for entry in self.entries()}
+        for plugin, message in self.conflicts():
+            if plugin.name == name:
+                raise PluginError(message)
+        known = {plugin.name: plugin for plugin in self.plugins()}
         if name not in known:
-            raise UsageError(f"there is no {self.kind} called {name}; there are: {', '.join(known)}")
+            raise UsageError(f"unknown {self.kind} {name!r}; expected one of {', '.join(known)}")
         return known[name]
 
-    def _all(self) -> Iterator[E]:
-        for name, place in self.built_in.items():
-            yield self._entry(name, place, "kvsurgeon")
-        for name, place, package in _installed(f"kvsurgeon.{self.kinds}"):
-            yield self._entry(name, place, package)
+    def _all(self) -> Iterator[Plugin[T]]:
+        for name, reference in self.built_in.items():
+            yield self._plugin(name, reference, "kvsurgeon")
+        points = entry_points(group=f"kvsurgeon.{self.plural}")
+        for name, reference, package in sorted({(point.name, point.value, _package(point)) for point in points}):
+            yield self._plugin(name, reference, package)
 
-    def _entry(self, name: str, place: str, package: str) -> E:
-        return self.entry(kind=self.kind, name=name, place=place, package=package)
-
-
-def _installed(group: str) -> list[tuple[str, str, str]]:
-    """Return name, place and package of what installed packages bring under an entry point, each once, in order."""
-    return sorted({(point.name, point.value, _package(point)) for point in entry_points(group=group)})
+    def _plugin(self, name: str, reference: str, package: str) -> Plugin[T]:
+        return Plugin(kind=self.kind, name=name, reference=reference, package=package, check=self.check)
 
 
 def _package(point: EntryPoint) -> str:
     return "an unknown package" if point.dist is None else f"{point.dist.name} {point.dist.version}"
-
-
-def _at(place: str) -> Any:
-    module, _, attributes = place.partition(":")
-    found: Any = import_module(module)
-    for attribute in attributes.split("."):
-        found = getattr(found, attribute)
-    return found

@@ -115,7 +115,7 @@ def test_a_pass_has_its_docstring_and_its_fields_as_help(shell, site):
         (["inject"], 2, "MODEL"),
         (["inject", "{given}", "-o", "{out}", "--colour", "x"], 2, "--colour"),
         (["run", "{given}", "-p", "inject{{colour=red}}", "-o", "{out}"], 2, "no option colour"),
-        (["run", "{given}", "-p", "nothing", "-o", "{out}"], 2, "no pass called nothing"),
+        (["run", "{given}", "-p", "nothing", "-o", "{out}"], 2, "unknown pass 'nothing'"),
         (["inject", "{given}/missing", "-o", "{out}"], 4, "missing"),
         (["inspect", "{given}/config.json"], 4, "config.json"),
         (["verify", "{given}", "{given}/missing"], 4, "missing"),

@@ -125,7 +125,7 @@ def test_a_list_goes_on_until_the_next_option():
         ("sample{count=1", r"found '\{count=1' - at character 6|found 'sample\{count=1' - at character 0"),
         ("", "expected passes such as"),
         ("sample,", "expected passes such as"),
-        ("nothing", "there is no pass called nothing"),
+        ("nothing", "unknown pass 'nothing'"),
     ],
 )
 def test_what_cannot_be_read_is_said(text, message):

@@ -8,7 +8,7 @@ from packages import install
 
 from kvsurgeon.errors import PluginError, UsageError
 from kvsurgeon.passes.options import options_of, summary
-from kvsurgeon.workflow.registry import BUILT_IN, PASSES
+from kvsurgeon.workflow.registry import BUILT_IN, PASSES, summary_of
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_a_built_in_pass_is_called_as_in_the_table(name):
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_summary_without_an_import_is_that_of_the_class(name):
     entry = PASSES.find(name)
-    assert entry.summary() == summary(entry.load()) != ""
+    assert summary_of(entry) == summary(entry.load()) != ""
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -53,7 +53,7 @@ def test_a_function_of_a_package_becomes_a_pass_with_its_parameters_as_options(s
 
 def test_an_unknown_name_lists_the_known(site):
     install("sample", site)
-    with pytest.raises(UsageError, match=r"no pass called injct; there are: inject, .*annotate, swap-addends"):
+    with pytest.raises(UsageError, match=r"unknown pass 'injct'; expected one of inject, .*annotate, swap-addends"):
         PASSES.find("injct")
 
 
@@ -64,8 +64,8 @@ def test_a_clash_names_both_sides_and_leaves_the_others_alone(site):
         PluginError, match=r"kvsurgeon \(kvsurgeon.passes.cache.inject:Inject\) and clashing-passes 3 \(clash"
     ):
         PASSES.find("inject")
-    assert [entry.name for entry in PASSES.entries() if not entry.built_in] == ["annotate", "swap-addends"]
-    assert "inject" not in {entry.name for entry in PASSES.entries()}
+    assert [entry.name for entry in PASSES.plugins() if not entry.built_in] == ["annotate", "swap-addends"]
+    assert "inject" not in {entry.name for entry in PASSES.plugins()}
 
 
 def test_a_pass_may_not_take_the_name_of_a_command(site):
@@ -78,7 +78,7 @@ def test_a_pass_may_not_take_the_name_of_a_command(site):
 
 def test_a_pass_that_cannot_be_imported_is_named_when_it_is_used(site):
     install("troubled", site)
-    assert "missing" in [entry.name for entry in PASSES.entries()]
+    assert "missing" in [entry.name for entry in PASSES.plugins()]
     with pytest.raises(PluginError, match=r"pass missing of troubled-passes 0.1 .*ModuleNotFoundError.*nowhere"):
         PASSES.find("missing").load()
 
@@ -86,7 +86,7 @@ def test_a_pass_that_cannot_be_imported_is_named_when_it_is_used(site):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("other = clashing_passes:Inject", "the class says that it is called inject"),
+        ("other = clashing_passes:Inject", "the class is called inject"),
         ("other = typing:ClassVar", "expected a class with a method `apply`|expected a pass class or a function"),
         ("other = sys:maxsize", "expected a pass class or a function, found int"),
         ("other = pathlib:Path", "expected a class with a method `apply`"),

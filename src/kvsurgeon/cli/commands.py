@@ -10,7 +10,7 @@ import typer
 
 from kvsurgeon.cli import operations
 from kvsurgeon.errors import PluginError, UnsupportedError
-from kvsurgeon.workflow.registry import COMMANDS, PASSES
+from kvsurgeon.workflow.registry import COMMANDS, PASSES, summary_of
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a folder that holds one.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer for a program.")]
@@ -24,14 +24,14 @@ def add_commands(app: typer.Typer, arguments: Sequence[str]) -> None:
     """
     called = next((argument for argument in arguments if not argument.startswith("-")), None)
     app.command()(inspect)
-    for entry in PASSES.entries():
-        if entry.name == called:
-            app.command(entry.name)(operations.command_of(entry))
+    for plugin in PASSES.plugins():
+        if plugin.name == called:
+            app.command(plugin.name)(operations.command_of(plugin))
         else:
-            app.command(entry.name, help=entry.summary())(operations.stub)
-    for clash in PASSES.clashes():
-        if clash.name == called and clash.name not in COMMANDS:
-            raise PluginError(str(clash))
+            app.command(plugin.name, help=summary_of(plugin))(operations.stub)
+    for plugin, message in PASSES.conflicts():
+        if plugin.name == called and plugin.name not in COMMANDS:
+            raise PluginError(message)
     for command in (run, passes, targets, verify, plot, generate, demo):
         app.command()(cast(Callable[..., None], command))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvsurgeon.errors import PluginError
-from kvsurgeon.workflow.registry import PassEntry
+from kvsurgeon.plugins import Plugin
 
 if TYPE_CHECKING:
     from kvsurgeon.io.side_files import Sharing
@@ -48,7 +48,7 @@ def stub() -> None:
     """Stand for a pass in a list of commands: it is not imported."""
 
 
-def command_of(entry: PassEntry) -> Callable[..., None]:
+def command_of(plugin: Plugin[type[Any]]) -> Callable[..., None]:
     """Return the command of a pass: its fields are the options, its docstring the help.
 
     Raises:
@@ -57,7 +57,7 @@ def command_of(entry: PassEntry) -> Callable[..., None]:
     from kvsurgeon.passes.options import build, options_of
     from kvsurgeon.workflow.pipeline import Pipeline
 
-    pass_class = entry.load()
+    pass_class = plugin.load()
     options = options_of(pass_class)
     defaults = {option.field: option.default for option in options}
 
@@ -75,7 +75,7 @@ def command_of(entry: PassEntry) -> Callable[..., None]:
     ) -> None:
         texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in given.items()}
         texts = {name: text for name, text in texts.items() if text is not None}
-        wanted = build(pass_class, entry.name, texts)
+        wanted = build(pass_class, plugin.name, texts)
         writing: dict[str, Any] = {"verify": verify, "copy_weights": copy_weights, "pack": pack, "json": json}
         if target is not None:
             changed = {name: getattr(wanted, name) for name in texts if getattr(wanted, name) != defaults.get(name)}
@@ -92,13 +92,13 @@ def command_of(entry: PassEntry) -> Callable[..., None]:
             ("pack", Pack, False),
             ("json", Json, False),
             *(() if getattr(pass_class, "exact", True) else (("text", Text, None), ("per_layer", PerLayer, False))),
-            *([("target", ForTarget, None)] if entry.built_in and entry.name == BRINGS_TO_TARGET else ()),
+            *([("target", ForTarget, None)] if plugin.built_in and plugin.name == BRINGS_TO_TARGET else ()),
         )
     )
     taken = {one.name for one in (*fixed, *switches)} & {option.field for option in options}
     if taken:
         raise PluginError(
-            f"pass {entry.name} of {entry.package}: its option {min(taken)} is one that every command has"
+            f"pass {plugin.name} of {plugin.package}: its option {min(taken)} is one that every command has"
         )
     parameters = [*fixed, *map(_option, options), *switches]
     command.__doc__ = _help(pass_class)

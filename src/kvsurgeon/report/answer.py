@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvsurgeon.cache.layout import USUAL
 from kvsurgeon.errors import PluginError
-from kvsurgeon.workflow.registry import PASSES, PassEntry
+from kvsurgeon.plugins import Plugin
+from kvsurgeon.workflow.registry import PASSES
 
 if TYPE_CHECKING:
     from kvsurgeon.anatomy import Decoder
@@ -60,9 +61,9 @@ def sameness(judged: Sameness) -> dict[str, Any]:
 
 def passes() -> list[dict[str, Any]]:
     """Return every pass with its options; one that cannot be had says why in `error`."""
-    found = [_described(entry) for entry in PASSES.entries()]
+    found = [_described(plugin) for plugin in PASSES.plugins()]
     return found + [
-        {"name": clash.name, "package": clash.second.package, "error": str(clash)} for clash in PASSES.clashes()
+        {"name": plugin.name, "package": plugin.package, "error": message} for plugin, message in PASSES.conflicts()
     ]
 
 
@@ -71,10 +72,10 @@ def targets() -> list[dict[str, Any]]:
     from kvsurgeon.targets import TARGETS
 
     found = []
-    for entry in TARGETS.entries():
-        facts = {"name": entry.name, "package": entry.package}
+    for plugin in TARGETS.plugins():
+        facts = {"name": plugin.name, "package": plugin.package}
         try:
-            loaded = entry.load()
+            loaded = plugin.load()
         except PluginError as error:
             found.append({**facts, "error": str(error)})
         else:
@@ -129,12 +130,12 @@ def _operator(found: Operator) -> str:
     return f"{domain}.{operator}" if domain else operator
 
 
-def _described(entry: PassEntry) -> dict[str, Any]:
+def _described(plugin: Plugin[type[Any]]) -> dict[str, Any]:
     from kvsurgeon.passes.options import options_of, summary
 
-    facts = {"name": entry.name, "package": entry.package, "target": entry.place}
+    facts = {"name": plugin.name, "package": plugin.package, "target": plugin.reference}
     try:
-        pass_class = entry.load()
+        pass_class = plugin.load()
     except PluginError as error:
         return {**facts, "error": str(error)}
     options = [

@@ -1,11 +1,11 @@
-"""Which targets there are: the built-in ones, and those that installed packages bring."""
+"""The catalogue of targets."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 from kvsurgeon.errors import PluginError
-from kvsurgeon.plugins import Catalogue, Entry
+from kvsurgeon.plugins import Catalogue, Plugin
 from kvsurgeon.targets.target import Target
 
 BUILT_IN = {
@@ -21,22 +21,12 @@ BUILT_IN = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class TargetEntry(Entry):
-    """A target that can be had by name."""
-
-    def load(self) -> Target:
-        """Return the target.
-
-        Raises:
-            PluginError: It cannot be imported, is no target, or calls itself otherwise.
-        """
-        found = self.imported()
-        if not isinstance(found, Target):
-            raise PluginError(f"{self.spoken}: expected a kvsurgeon.targets.Target, found {type(found).__name__}")
-        if found.name != self.name:
-            raise PluginError(f"{self.spoken}: the target says that it is called {found.name}; make the two names one")
-        return found
+def _check(plugin: Plugin[Target], found: Any) -> Target:
+    if not isinstance(found, Target):
+        raise PluginError(f"{plugin}: expected a kvsurgeon.targets.Target, found {type(found).__name__}")
+    if found.name != plugin.name:
+        raise PluginError(f"{plugin}: the target is called {found.name}; give both the same name")
+    return found
 
 
-TARGETS = Catalogue(kind="target", kinds="targets", entry=TargetEntry, built_in=BUILT_IN)
+TARGETS = Catalogue(kind="target", plural="targets", built_in=BUILT_IN, check=_check)

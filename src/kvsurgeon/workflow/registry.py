@@ -1,15 +1,14 @@
-"""Which passes there are: the built-in ones, and those that installed packages bring."""
+"""The catalogue of passes."""
 
 from __future__ import annotations
 
 import ast
 import inspect
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvsurgeon.errors import PluginError
-from kvsurgeon.plugins import Catalogue, Entry
+from kvsurgeon.plugins import Catalogue, Plugin
 
 BUILT_IN = {
     "inject": "kvsurgeon.passes.cache.inject:Inject",
@@ -41,55 +40,35 @@ BUILT_IN = {
     "rename-io": "kvsurgeon.passes.interface.rename_io:RenameIo",
 }
 
-COMMANDS = (
-    "inspect",
-    "run",
-    "passes",
-    "targets",
-    "verify",
-    "plot",
-    "generate",
-    "demo",
-)  # names that a pass may not take
+# Names that a pass may not have.
+COMMANDS = ("inspect", "run", "passes", "targets", "verify", "plot", "generate", "demo")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PassEntry(Entry):
-    """A pass that can be had by name."""
-
-    def load(self) -> type[Any]:
-        """Return the pass class.
-
-        Raises:
-            PluginError: It cannot be imported, or is no pass; the message names the pass and its package.
-        """
-        found = self.imported()
-        if inspect.isclass(found):
-            return self._checked(found)
-        if inspect.isfunction(found):
-            from kvsurgeon.interop.functions import as_pass_class
-
-            return as_pass_class(found, self.name)
-        raise PluginError(f"{self.spoken}: expected a pass class or a function, found {type(found).__name__}")
-
-    def summary(self) -> str:
-        """Return what is true after it, in a line, without importing it."""
-        if not self.built_in:
-            return f"From {self.package}."
-        module, _, name = self.place.partition(":")
-        path = Path(__file__).parents[1].joinpath(*module.split(".")[1:]).with_suffix(".py")
-        body = ast.parse(path.read_text("utf-8")).body
-        defined = (node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef))
-        docstrings = (ast.get_docstring(node) for node in defined if node.name == name)
-        return (next(docstrings, None) or "").partition("\n")[0]
-
-    def _checked(self, found: type[Any]) -> type[Any]:
-        if not callable(getattr(found, "apply", None)):
-            raise PluginError(f"{self.spoken}: expected a class with a method `apply`, found none")
-        called = getattr(found, "name", self.name)
-        if called != self.name:
-            raise PluginError(f"{self.spoken}: the class says that it is called {called}; make the two names one")
-        return found
+def summary_of(plugin: Plugin[type[Any]]) -> str:
+    """Return the first docstring line of a pass without importing it."""
+    if not plugin.built_in:
+        return f"From {plugin.package}."
+    module, _, name = plugin.reference.partition(":")
+    path = Path(__file__).parents[1].joinpath(*module.split(".")[1:]).with_suffix(".py")
+    body = ast.parse(path.read_text("utf-8")).body
+    defined = (node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef))
+    docstrings = (ast.get_docstring(node) for node in defined if node.name == name)
+    return (next(docstrings, None) or "").partition("\n")[0]
 
 
-PASSES = Catalogue(kind="pass", kinds="passes", entry=PassEntry, built_in=BUILT_IN, reserved=COMMANDS)
+def _check(plugin: Plugin[type[Any]], found: Any) -> type[Any]:
+    if inspect.isfunction(found):
+        from kvsurgeon.interop.functions import as_pass_class
+
+        return as_pass_class(found, plugin.name)
+    if not inspect.isclass(found):
+        raise PluginError(f"{plugin}: expected a pass class or a function, found {type(found).__name__}")
+    if not callable(getattr(found, "apply", None)):
+        raise PluginError(f"{plugin}: expected a class with a method `apply`, found none")
+    name = getattr(found, "name", plugin.name)
+    if name != plugin.name:
+        raise PluginError(f"{plugin}: the class is called {name}; give both the same name")
+    return found
+
+
+PASSES = Catalogue(kind="pass", plural="passes", built_in=BUILT_IN, check=_check, reserved=COMMANDS)
