@@ -48,7 +48,7 @@ def test_weights_are_linked_and_side_files_copied_into_another_folder(external: 
 
 
 def test_copied_weights_can_be_read_by_everybody(external: Path, tmp_path: Path) -> None:
-    saved = save(load(external), tmp_path / "out", sharing="copy")
+    saved = save(load(external), tmp_path / "out", link_mode="copy")
     assert not os.path.samefile(saved.with_name("model.data"), external.with_name("model.data"))
     onnx.checker.check_model(str(saved))
     onnx.load(saved)
@@ -74,7 +74,7 @@ def test_holes_stay_holes_when_copied(external: Path, tmp_path: Path) -> None:
         file.truncate(2**32)
         file.seek(2**31)
         file.write(b"island")
-    copy = save(load(external), tmp_path / "out", sharing="copy").with_name("model.data")
+    copy = save(load(external), tmp_path / "out", link_mode="copy").with_name("model.data")
     assert copy.stat().st_size == 2**32
     with copy.open("rb") as file:
         file.seek(2**31)
@@ -103,7 +103,7 @@ def test_a_dangling_link_in_the_place_of_data_is_not_followed(external: Path, tm
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.data").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match="found another file"):
-        save(load(external), tmp_path / "out", sharing="copy")
+        save(load(external), tmp_path / "out", link_mode="copy")
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -211,7 +211,7 @@ def test_a_disk_that_is_full_is_told_before_copying(
 ) -> None:
     monkeypatch.setattr(side_files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match=r"expected room for 80 bytes at .*, found 1;"):
-        save(load(external), tmp_path / "out", sharing="copy")
+        save(load(external), tmp_path / "out", link_mode="copy")
 
 
 def test_a_destination_that_is_no_place_for_a_model(external: Path, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_loading_and_saving_are_silent_in_a_pipe(
     external: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        save(load(external), tmp_path / "out", sharing="copy")
+        save(load(external), tmp_path / "out", link_mode="copy")
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
 
@@ -254,5 +254,5 @@ def test_a_terminal_sees_a_bar(external: Path, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    save(load(external), tmp_path / "out", sharing="copy")
+    save(load(external), tmp_path / "out", link_mode="copy")
     assert "model.data" in terminal.getvalue()

@@ -15,7 +15,7 @@ from kvsurgeon.errors import PluginError
 from kvsurgeon.plugins import Plugin
 
 if TYPE_CHECKING:
-    from kvsurgeon.io.side_files import Sharing
+    from kvsurgeon.io.side_files import LinkMode
     from kvsurgeon.passes.options import Option
     from kvsurgeon.workflow.pipeline import Pipeline
     from kvsurgeon.workflow.surgery import Surgery
@@ -133,7 +133,7 @@ def operate(
             output,
             verify=verify,
             verify_each=verify_each,
-            sharing="copy" if copy_weights else "link",
+            link_mode="copy" if copy_weights else "link",
             pack=pack,
             text=text,
             per_layer=per_layer,
@@ -158,10 +158,10 @@ def deliver(
     from kvsurgeon.report import progress
     from kvsurgeon.workflow.delivery import deliver as deliver_to
 
-    sharing: Sharing = "copy" if copy_weights else "link"
+    link_mode: LinkMode = "copy" if copy_weights else "link"
     with redirect_stdout(sys.stderr), progress.judging() as told:
         delivery = deliver_to(
-            model, target, output, options=options, verify=verify, sharing=sharing, pack=pack, progress=told
+            model, target, output, options=options, verify=verify, link_mode=link_mode, pack=pack, progress=told
         )
     _tell(delivery, json=json)
 

@@ -22,7 +22,7 @@ from kvsurgeon.io.roundtrip import to_proto
 from kvsurgeon.io.side_files import (
     CONFIG,
     CONFIGS,
-    Sharing,
+    LinkMode,
     carry_config,
     carry_side_files,
     carry_weights,
@@ -35,7 +35,7 @@ def save(
     destination: str | Path,
     *,
     source: str | Path | None = None,
-    sharing: Sharing = "link",
+    link_mode: LinkMode = "link",
     pack: bool = False,
     progress: Report | None = None,
     home: str | Path | None = None,
@@ -53,7 +53,7 @@ def save(
         destination: An .onnx file, or a folder, in which the model then bears the name of its source.
         source: The file or folder that the model came from, if `load` did not read it from there; config, tokenizer
             and other side files travel along from it, and the config follows what passes made of the heads.
-        sharing: How external data gets into another folder. "link" takes no room and no time, where one file
+        link_mode: How external data gets into another folder. "link" takes no room and no time, where one file
             system holds both; yet `onnx.load` and `onnx.checker` (1.21 or later) refuse data files with several
             links, those of the source included, while onnxruntime reads them. "copy" costs what it says.
         pack: Whether all weights go into one new data file, which then holds nothing else: data that the model reads
@@ -72,7 +72,9 @@ def save(
     target = _target(Path(destination).absolute(), origin)
     folder = target.parent if home is None else Path(home).absolute()
     moved = leaving(model, pack=pack)
-    _save({target: model}, moved, origin, folder, sharing=sharing, progress=progress, beside=beside or {}, data=data)
+    _save(
+        {target: model}, moved, origin, folder, link_mode=link_mode, progress=progress, beside=beside or {}, data=data
+    )
     return target
 
 
@@ -81,7 +83,7 @@ def save_variants(
     destination: str | Path,
     *,
     source: str | Path | None = None,
-    sharing: Sharing = "link",
+    link_mode: LinkMode = "link",
     pack: bool = False,
     progress: Report | None = None,
     beside: Mapping[str, str] | None = None,
@@ -101,7 +103,7 @@ def save_variants(
     folder = Path(destination).absolute()
     placed = {folder / name: model for name, model in models.items()}
     moved = shared_or_leaving(tuple(models.values()), pack=pack)
-    _save(placed, moved, origin, folder, sharing=sharing, progress=progress, beside=beside or {}, data=data)
+    _save(placed, moved, origin, folder, link_mode=link_mode, progress=progress, beside=beside or {}, data=data)
     return folder
 
 
@@ -111,7 +113,7 @@ def _save(
     origin: Path | None,
     folder: Path,
     *,
-    sharing: Sharing,
+    link_mode: LinkMode,
     progress: Report | None,
     beside: Mapping[str, str],
     data: str | None,
@@ -125,7 +127,7 @@ def _save(
         with drafting() as draft, reporting(progress) as report:
             draft.make_folder(target.parent)
             remove_stale(target.parent)
-            carry_weights(renamed(files, names), target.parent, sharing, draft, report)
+            carry_weights(renamed(files, names), target.parent, link_mode, draft, report)
             _carry_side_files(model, folder, _homes(origin), beside, draft)
             with unloaded(moved, own, draft, report) if moved else nullcontext():
                 for place, one in models.items():

@@ -17,7 +17,7 @@ from kvsurgeon.io.external_data import WeightFile
 from kvsurgeon.io.model_config import Change, followed
 from kvsurgeon.io.progress import Report
 
-Sharing = Literal["link", "copy"]
+LinkMode = Literal["link", "copy"]
 
 SIDE_FILES = (
     "*config.json",  # config, generation_config, tokenizer_config, preprocessor_config, processor_config, ...
@@ -37,7 +37,7 @@ CONFIG = "config.json"
 CONFIGS = (CONFIG, "genai_config.json")  # that say how many heads there are
 
 
-def carry_weights(files: Iterable[WeightFile], folder: Path, sharing: Sharing, draft: Draft, report: Report) -> None:
+def carry_weights(files: Iterable[WeightFile], folder: Path, link_mode: LinkMode, draft: Draft, report: Report) -> None:
     """Have each data file in the folder too, under its location: the same file if it can be linked, else a copy.
 
     Raises:
@@ -48,7 +48,7 @@ def carry_weights(files: Iterable[WeightFile], folder: Path, sharing: Sharing, d
         if _is_there(file, target):
             continue
         draft.make_folder(target.parent)
-        if sharing == "copy" or not draft.link(file.path.resolve(), target):
+        if link_mode == "copy" or not draft.link(file.path.resolve(), target):
             _copy(file, target, draft, report)
 
 

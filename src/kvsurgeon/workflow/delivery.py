@@ -14,7 +14,7 @@ from kvsurgeon import io
 from kvsurgeon.anatomy import Decoder
 from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.io.model_config import changes_of, followed
-from kvsurgeon.io.side_files import Sharing
+from kvsurgeon.io.side_files import LinkMode
 from kvsurgeon.passes.contract import Source, Subject
 from kvsurgeon.targets import TARGETS, Facts, Obstacle, Target, facts_of, obstacles
 from kvsurgeon.workflow.pipeline import PassResult, Pipeline, Watch
@@ -51,7 +51,7 @@ def deliver(
     *,
     folder: str | Path | None = None,
     verify: bool = True,
-    sharing: Sharing = "link",
+    link_mode: LinkMode = "link",
     pack: bool = False,
     options: Mapping[str, Any] | None = None,
     watch: Watch | None = None,
@@ -65,7 +65,7 @@ def deliver(
         destination: A folder; None to write nothing.
         folder: Where the external data of a model in memory lies.
         verify: Whether the judge runs the result against the original.
-        sharing: How external data gets into another folder; see `kvsurgeon.save`.
+        link_mode: How external data gets into another folder; see `kvsurgeon.save`.
         pack: Whether all weights go into one new data file; see `kvsurgeon.save`.
         options: Fields of the pass that puts the cache in, where they are to be others than the target's. `max_length`
             is how many tokens a text may have where the target asks for such a number.
@@ -94,7 +94,7 @@ def deliver(
     path = None
     if destination is not None:
         origin = source if isinstance(source, str | Path) else None
-        path = _written(finished, target, Path(destination), source=origin, sharing=sharing, pack=pack)
+        path = _written(finished, target, Path(destination), source=origin, link_mode=link_mode, pack=pack)
     return Delivery(
         model=next(iter(finished.models.values())),
         models=finished.models,
@@ -200,19 +200,25 @@ def _finished(
 
 
 def _written(
-    finished: _Finished, target: Target, destination: Path, *, source: str | Path | None, sharing: Sharing, pack: bool
+    finished: _Finished,
+    target: Target,
+    destination: Path,
+    *,
+    source: str | Path | None,
+    link_mode: LinkMode,
+    pack: bool,
 ) -> Path:
     """Write the folder, and return where the model stands: its file, or the folder where it has several."""
     beside = _side_files(target, finished.facts)
     if target.variants:
         return io.save_variants(
-            finished.models, destination, source=source, sharing=sharing, pack=pack, beside=beside, data=target.data
+            finished.models, destination, source=source, link_mode=link_mode, pack=pack, beside=beside, data=target.data
         )
     return io.save(
         finished.models[target.file],
         destination / target.file,
         source=source,
-        sharing=sharing,
+        link_mode=link_mode,
         pack=pack,
         home=destination,
         beside=beside,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kvsurgeon import io
 from kvsurgeon.errors import ParityError
-from kvsurgeon.io.side_files import Sharing
+from kvsurgeon.io.side_files import LinkMode
 from kvsurgeon.parity import TOLERANCES, arithmetic_of
 from kvsurgeon.parity.difference import distance, spread
 from kvsurgeon.passes.contract import Changed
@@ -51,7 +51,7 @@ def replicate_kv_heads(
     max_new_tokens: int = 32,
     output: str | Path | None = None,
     verify: bool = True,
-    sharing: Sharing = "link",
+    link_mode: LinkMode = "link",
     pack: bool = False,
 ) -> Replication:
     """Replicate the KV heads of a model on disk, show that it writes what it wrote, and save it.
@@ -64,7 +64,7 @@ def replicate_kv_heads(
         max_new_tokens: How many tokens both write at most.
         output: The folder in which the new folder is made; None takes the one that the model's folder is in.
         verify: Whether the judge compares the two besides.
-        sharing: How weights that are as they were get into the new folder; see `kvsurgeon.save`.
+        link_mode: How weights that are as they were get into the new folder; see `kvsurgeon.save`.
         pack: Whether all weights go into one new data file; see `kvsurgeon.save`.
 
     Raises:
@@ -83,7 +83,7 @@ def replicate_kv_heads(
         after, error = _compared(file, original, before, Writer(proto, folder=file.parent), prompt, max_new_tokens)
     counts = _counts(surgery)
     name = f"{file.parent.name}-{max(counts[1])}kvheads"
-    path = io.save(surgery.model, folder / name, source=file, sharing=sharing, pack=pack)
+    path = io.save(surgery.model, folder / name, source=file, link_mode=link_mode, pack=pack)
     return Replication(path=path, kv_heads=counts, before=before, after=after, error=error, surgery=surgery)
 
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from kvsurgeon import io
 from kvsurgeon.errors import ParityError, UnsupportedError, WeightsError
 from kvsurgeon.io.external_data import external_tensors
-from kvsurgeon.io.side_files import Sharing
+from kvsurgeon.io.side_files import LinkMode
 from kvsurgeon.passes.contract import Source, Subject, Unchanged
 from kvsurgeon.workflow.pipeline import PassResult, Pipeline, Watch
 
@@ -58,7 +58,7 @@ def operate(
     folder: str | Path | None = None,
     verify: bool = True,
     verify_each: bool = False,
-    sharing: Sharing = "link",
+    link_mode: LinkMode = "link",
     pack: bool = False,
     text: str | Path | None = None,
     per_layer: bool = False,
@@ -74,7 +74,7 @@ def operate(
         folder: Where the external data of a model in memory lies.
         verify: Whether to run the judge on the result.
         verify_each: Whether to run it after every pass.
-        sharing: How external data gets into another folder; see `kvsurgeon.save`.
+        link_mode: How external data gets into another folder; see `kvsurgeon.save`.
         pack: Whether all weights go into one new data file; see `kvsurgeon.save`.
         text: A file of text on which to measure what passes that are not exact lose; None takes one that ships.
         per_layer: Whether to measure that for each attention layer too.
@@ -108,7 +108,7 @@ def operate(
                 )  # fmt: skip
     if destination is not None:
         origin = source if isinstance(source, str | Path) else None
-        path = io.save(result.model, destination, source=origin, sharing=sharing, pack=pack)
+        path = io.save(result.model, destination, source=origin, link_mode=link_mode, pack=pack)
     return Surgery(model=result.model, steps=result.steps, sameness=sameness, loss=loss, path=path)
 
 
