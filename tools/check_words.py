@@ -80,7 +80,7 @@ RENAMED = {
     r"[`\"'=]grow[`\"',}]|^grow$": "dynamic",
     r"without-mask|without-nan-guards": "remove-mask, remove-nan-guards",
     r"count-positions": "past-length-from-positions",
-    r"name-dims": "rename-dims",
+    r"(?<!re)name-dims": "rename-dims",
     r"give-context": "host-inputs",
     r"narrow-ids|widen-ids": "int32-inputs, int64-inputs",
     r"plain-gather": "gather-nd-to-gather",
