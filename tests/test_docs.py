@@ -1,4 +1,4 @@
-"""What the texts say holds: their snippets run, their links lead somewhere, and every error has its paragraph."""
+"""The docs are correct: snippets run, links resolve, and every error and code is described."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ ROOT = Path(__file__).parents[1]
 TEXTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("examples/*.md")]
 )
+ERRORS = (ROOT / "docs" / "errors.md").read_text("utf-8")
 FENCED = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
-RUNS, COMPILES = "python", "python compile"  # how a snippet is marked
+RUNS, COMPILES = "python", "python compile"  # info strings of snippets
 
 
 def relative(path):
@@ -38,7 +39,7 @@ def snippets(path):
 
 
 def write_model(folder):
-    """A folder with a small decoder and a tokenizer, as the texts call it `model`."""
+    """Write a small decoder and a tokenizer, as the folder `model` of the docs."""
     folder.mkdir(parents=True)
     onnx.save(Decoder(Config()).model(), folder / "model.onnx")
     words = {word: number for number, word in enumerate(["?", "Once", "upon", "a", "time"])}
@@ -62,7 +63,7 @@ def test_snippets_run_or_compile_as_they_are_marked(path, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=relative)
-def test_no_snippet_is_marked_in_a_way_that_nobody_reads(path):
+def test_every_snippet_is_marked_to_run_or_to_compile(path):
     text = path.read_text("utf-8")
     assert text.count("\n```") == 2 * len(FENCED.findall(text))
     assert {mark for mark, _ in FENCED.findall(text) if mark.lower().startswith("py")} <= {RUNS, COMPILES}
@@ -81,7 +82,7 @@ def passes(tmp_path_factory):
     return names
 
 
-def test_the_pass_that_edits_does_it_once_and_the_judge_agrees(passes, tmp_path):
+def test_the_pass_that_edits_is_verified_and_idempotent(passes, tmp_path):
     original = Decoder(Config(dtype="float16")).model()
     onnx.save(original, tmp_path / "model.onnx")
     edit = passes["FloatLogits"](output=original.graph.output[0].name)
@@ -92,7 +93,7 @@ def test_the_pass_that_edits_does_it_once_and_the_judge_agrees(passes, tmp_path)
     assert isinstance(edit.apply(Subject(model=surgery.model)), Unchanged)
 
 
-def test_the_pass_that_edits_refuses_before_it_edits(passes):
+def test_the_pass_that_edits_rejects_before_it_edits(passes):
     subject = Subject.of(Decoder(Config()).model())
     before = ir.to_proto(subject.model).SerializeToString(deterministic=True)
     with pytest.raises(UnsupportedError, match=r"no such output, found .* - at `elsewhere`"):
@@ -100,7 +101,7 @@ def test_the_pass_that_edits_refuses_before_it_edits(passes):
     assert ir.to_proto(subject.model).SerializeToString(deterministic=True) == before
 
 
-def test_the_pass_that_asks_labels_each_layer_once(passes):
+def test_the_pass_that_reads_facts_labels_each_layer_once(passes):
     subject, label = Subject.of(Decoder(Config(layers=3)).model()), passes["LabelLayers"](key="layer")
     assert label.apply(subject) == Changed(edits=6)
     labels = [node.metadata_props["layer"] for node in subject.model.graph if "layer" in node.metadata_props]
@@ -122,7 +123,7 @@ def anchors(path):
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=relative)
-def test_every_link_leads_to_a_file_and_a_heading_of_it(path):
+def test_every_link_resolves_to_a_file_and_a_heading(path):
     for link in targets(path):
         name, _, anchor = link.partition("#")
         target = path.parent / name if name else path
@@ -130,18 +131,18 @@ def test_every_link_leads_to_a_file_and_a_heading_of_it(path):
         assert not anchor or anchor in anchors(target), link
 
 
-def test_every_page_can_be_reached_from_the_readme():
-    seen, pending = set(), [ROOT / "README.md"]
+def test_every_page_is_linked_from_the_readme_directly_or_not():
+    visited, pending = set(), [ROOT / "README.md"]
     while pending:
         path = pending.pop().resolve()
-        if path in seen:
+        if path in visited:
             continue
-        seen.add(path)
+        visited.add(path)
         if path.is_dir():
             pending += path.glob("*.md")
         elif path.suffix == ".md":
             pending += [path.parent / link.partition("#")[0] for link in targets(path) if not link.startswith("#")]
-    assert {path for path in TEXTS if path.is_relative_to(ROOT / "docs")} <= seen
+    assert {path for path in TEXTS if path.is_relative_to(ROOT / "docs")} <= visited
 
 
 # Errors
@@ -154,47 +155,45 @@ def classes():
     return set(found)
 
 
-def test_everything_raised_on_purpose_stands_in_one_file():
+def test_all_exceptions_are_defined_in_one_file():
     for module in pkgutil.walk_packages(kvsurgeon.__path__, "kvsurgeon."):
         importlib.import_module(module.name)
     assert {one.__module__ for one in classes() if one.__module__.startswith("kvsurgeon.")} == {"kvsurgeon.errors"}
 
 
-def drawn(text):
-    """Names and exit codes below the root, as a tree in a text shows them."""
-    tree = text[text.index("KvsurgeonError\n") :].partition("\n\n")[0].partition("```")[0]
-    return dict(re.findall(r"(\w+) +(\d)(?: |$)", tree, re.MULTILINE))
+def tree(text):
+    """Return names and exit codes below the root of the tree in a text."""
+    lines = text[text.index("KvsurgeonError\n") :].partition("\n\n")[0].partition("```")[0]
+    return dict(re.findall(r"(\w+) +(\d)(?: |$)", lines, re.MULTILINE))
 
 
-def test_every_error_has_its_paragraph_in_the_order_of_the_tree():
-    headings = re.findall(r"^## (\w+)$", (ROOT / "docs" / "errors.md").read_text("utf-8"), re.MULTILINE)
-    assert headings == ["KvsurgeonError", *drawn(errors.__doc__)]
+def test_every_error_has_a_section_in_the_order_of_the_tree():
+    headings = re.findall(r"^## (\w+)$", ERRORS, re.MULTILINE)
+    assert headings == ["KvsurgeonError", *tree(errors.__doc__)]
 
 
-@pytest.mark.parametrize(
-    "text", [errors.__doc__, (ROOT / "docs" / "errors.md").read_text("utf-8")], ids=["code", "docs"]
-)
-def test_the_tree_that_is_drawn_is_the_tree_that_there_is(text):
-    there = {one.__name__: str(one.exit_code) for one in classes() if one.__module__ == "kvsurgeon.errors"}
-    assert there.pop("KvsurgeonError") == "1"
-    assert drawn(text) == there
+@pytest.mark.parametrize("text", [errors.__doc__, ERRORS], ids=["code", "docs"])
+def test_the_tree_of_errors_matches_the_classes(text):
+    expected = {one.__name__: str(one.exit_code) for one in classes() if one.__module__ == "kvsurgeon.errors"}
+    assert expected.pop("KvsurgeonError") == "1"
+    assert tree(text) == expected
 
 
-# Words
+# Glossary
 
 
 def test_the_glossary_has_every_dim_and_name_of_a_model_with_a_cache():
     model = Pipeline((Inject(),)).run(Decoder(Config(position_ids=True)).model()).model
     text = (ROOT / "docs" / "glossary.md").read_text("utf-8")
-    told = set(re.findall(r"`([\w.{}]+)`", text))
+    names = set(re.findall(r"`([\w.{}]+)`", text))
     values = [*model.graph.inputs, *model.graph.outputs]
     for value in values:
-        assert re.sub(r"\.\d+\.(key|value)", ".{i}.key", value.name) in told, value.name
-        assert {str(dim) for dim in value.shape if not isinstance(dim, int)} <= told, value.name
+        assert re.sub(r"\.\d+\.(key|value)", ".{i}.key", value.name) in names, value.name
+        assert {str(dim) for dim in value.shape if not isinstance(dim, int)} <= names, value.name
 
 
 def test_the_glossary_is_sorted():
-    text = (ROOT / "docs" / "glossary.md").read_text("utf-8").partition("## Words")[2]
+    text = (ROOT / "docs" / "glossary.md").read_text("utf-8").partition("## Terms")[2]
     words = re.findall(r"^\| ([^|]+) \|", text, re.MULTILINE)[2:]
     assert len(words) > 20
     assert words == sorted(words)

@@ -1,22 +1,21 @@
-"""Everything kvsurgeon raises on purpose, and the exit code that a shell sees.
+"""All exceptions that kvsurgeon raises on purpose, with their codes and exit codes.
 
 ::
 
     KvsurgeonError
-    ├── UsageError              2  an option, a name or a value that cannot be used
-    │   └── PluginError         2  a pass of somebody's own that cannot be loaded, or clashes in name
+    ├── UsageError              2  an option, a name or a value cannot be used
+    │   └── PluginError         2  a pass or target of an installed package cannot be loaded, or its name is in use
     ├── InputError              4  the model cannot be read
-    │   ├── InvalidModelError      4  not ONNX, truncated, or not a valid graph
-    │   └── WeightsError        4  external data missing, too short, or outside the model's folder
-    ├── UnsupportedError                 3  the graph cannot be handled soundly
-    ├── PassError               3  a pass raised, or left a graph that is not valid
+    │   ├── InvalidModelError   4  not ONNX, truncated, or an invalid graph
+    │   └── WeightsError        4  external data is missing, too short, or outside the model's folder
+    ├── UnsupportedError        3  the graph cannot be handled soundly
+    ├── PassError               3  a pass failed, or left an invalid graph
     ├── ParityError             1  the result does not compute what the original computes
-    └── RunError                1  a model that can be read cannot be run on what it is given
-        ├── MissingKernelError  3  onnxruntime has no kernel for one of its operators
+    └── RunError                1  a valid model fails at run time
+        ├── MissingKernelError  3  onnxruntime has no kernel for an operator
         └── BrokenCacheError    1  a present cannot be the past of the next call
 
-A message says what was expected, what was found, where, and what to do now, in one line.
-Each class has a paragraph in ``docs/errors.md``.
+A message is one line: what happened; expected, found, at, hint. ``docs/errors.md`` describes each class and each code.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from typing import ClassVar
 
 
 class Code(StrEnum):
-    """Stable codes of errors: the first digit is the exit code. ``docs/errors.md`` lists cause and remedy of each."""
+    """Stable codes of errors; the first digit is the exit code. ``docs/errors.md`` gives cause and remedy of each."""
 
     DIFFERENT_RESULT = "KVS-101"
     RUN_FAILED = "KVS-102"
@@ -71,76 +70,81 @@ class Code(StrEnum):
 
 
 class KvsurgeonError(Exception):
-    """The root: catch it and every deliberate error of kvsurgeon is caught."""
+    """Base class of all deliberate errors.
+
+    Attributes:
+        exit_code: Exit code of the command line.
+        code: Stable code of the error.
+    """
 
     exit_code: ClassVar[int] = 1
     code: Code = Code.RUN_FAILED
 
 
 class UsageError(KvsurgeonError):
-    """An option, a name or a value cannot be used as given."""
+    """An option, a name or a value cannot be used."""
 
     exit_code = 2
     code = Code.USAGE
 
 
 class PluginError(UsageError):
-    """A pass of an installed package cannot be loaded, or takes a name that is taken."""
+    """A pass or target of an installed package cannot be loaded, or its name is in use."""
 
     code = Code.PLUGIN
 
 
 class InputError(KvsurgeonError):
-    """The model cannot be read: nothing was looked at beyond the file itself."""
+    """The model cannot be read."""
 
     exit_code = 4
     code = Code.UNREADABLE
 
 
-class InvalidModelError(InputError):  # says what the file is
-    """The file is not ONNX, is cut short, or its graph is not valid ONNX."""
+class InvalidModelError(InputError):
+    """The file is not ONNX, is truncated, or contains an invalid graph."""
 
     code = Code.INVALID_MODEL
 
 
 class WeightsError(InputError):
-    """External data is missing, too short, or lies outside the model's folder."""
+    """External data is missing, too short, or outside the model's folder."""
 
     code = Code.WEIGHTS
 
 
 class PassError(KvsurgeonError):
-    """A pass raised an exception of its own, or left a graph that is not valid."""
+    """A pass raised an unexpected exception, or left an invalid graph."""
 
     exit_code = 3
     code = Code.INVALID_RESULT
 
 
 class ParityError(KvsurgeonError):
-    """The result was run and does not compute what the original computes."""
+    """The result does not compute what the original computes."""
 
     exit_code = 1
     code = Code.DIFFERENT_RESULT
 
 
 class RunError(KvsurgeonError):
-    """A model that can be read cannot be run: an operator fails on what it is given."""
+    """A valid model fails at run time."""
 
     code = Code.RUN_FAILED
 
 
 class MissingKernelError(RunError):
-    """A valid model cannot be run here: onnxruntime has no kernel for one of its operators."""
+    """onnxruntime has no kernel for an operator of a valid model."""
 
     exit_code = 3
     code = Code.MISSING_KERNEL
 
 
 class BrokenCacheError(RunError):
-    """A present does not hold the past and the new tokens, so it cannot be the past of the next call.
+    """A present does not consist of the past and the new rows, so it cannot be the past of the next call.
 
     Attributes:
-        layer: The layer whose cache it belongs to.
+        layer: Index of the cache entry's layer.
     """
 
     code = Code.BROKEN_CACHE
@@ -150,17 +154,17 @@ class BrokenCacheError(RunError):
         super().__init__(message)
 
 
-class UnsupportedError(KvsurgeonError):  # says what was done
-    """The graph cannot be handled soundly, and nothing was changed.
+class UnsupportedError(KvsurgeonError):
+    """The graph cannot be handled soundly; the model is unchanged.
 
     Attributes:
-        reason: What stands in the way, in the domain's words.
-        code: Its stable code.
-        at: Name of the value (or input) at which it stands; ONNX node names may be empty.
-        layer: Index of the attention layer, counted in execution order, where one is concerned.
-        expected: What would have been accepted.
-        found: What is there.
-        hint: What the reader can do now.
+        reason: What happened, in the terms of ``docs/glossary.md``.
+        code: Stable code of the reason.
+        at: Name of the value concerned; ONNX node names may be empty.
+        layer: Index of the attention layer concerned, in execution order.
+        expected: What is supported.
+        found: What the graph contains.
+        hint: What the user can do.
     """
 
     exit_code = 3
