@@ -1,4 +1,4 @@
-"""Write what is joined to itself as a repetition."""
+"""Replace `Concat(x, x)` by `Tile(x)`."""
 
 from __future__ import annotations
 
@@ -9,47 +9,52 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.dataflow.input_roles import shapes_of
-from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.patterns import Replacement, rewrite
+from kvsurgeon.graph.query import is_operator
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConcatToTile:
-    """Let a `Tile` repeat what a `Concat` joins to itself.
+    """Replace `Concat(x, x)` by `Tile(x)`, as in rotary tables that are made of one half.
 
-    Before: `Concat(x, x)`, as tables of rotations are made of one half. After: `Tile(x)`, which gives the same numbers.
-    A compiler that lets the maker of a tensor write into the place where it is joined has no one place for it.
+    Before: `Concat(x, x)`. After: `Tile(x)`, with the same result. Compilers that let an operator write into the
+    output of its `Concat` fail if the `Concat` reads the operator twice.
 
-    Not handled: vectors, as shapes are, and what has no known rank.
+    Not handled: vectors, such as shapes, and tensors of unknown rank.
     """
 
     name: ClassVar[str] = "concat-to-tile"
 
     def apply(self, subject: Subject) -> Outcome:
-        """Rewrite the repetitions of `subject.model`."""
+        """Rewrite `subject.model`."""
         graph = subject.model.graph
-        joins = [node for node in graph if _joins_itself(node)]
-        if joins:
-            with deep_recursion():
-                shapes = shapes_of(graph)
-            ranks = {node: shapes[node.inputs[0]].rank or 0 for node in joins if node.inputs[0] is not None}
-            joins = [node for node in joins if ranks[node] > 1]
-        if not joins:
-            return Unchanged(reason="nothing is joined to itself")
-        editor = Editor(subject.model)
-        for node in joins:
-            old = node.outputs[0]
-            times = np.ones(ranks[node], np.int64)
-            times[node.attributes["axis"].as_int()] = len(node.inputs)
-            tiled = ir.Value(name=editor.unique_name(f"{old.name}.repeated"), type=old.type, shape=old.shape)
-            inputs = [node.inputs[0], editor.constant(times, name="times")]
-            editor.operator("", "Tile", inputs, {}, [tiled], like=node)
-            editor.replace(old, tiled)
-        editor.finish()
-        return Changed(edits=editor.edits)
+        if not any(_repeats(node) for node in graph):
+            return Unchanged(reason="no Concat repeats its input")
+        with deep_recursion():
+            shapes = shapes_of(graph)
+
+        def pattern(node: ir.Node) -> Replacement | None:
+            source = node.inputs[0] if _repeats(node) else None
+            rank = 0 if source is None else shapes[source].rank or 0
+            return _tile(node, rank) if rank > 1 else None
+
+        edits = rewrite(subject.model, pattern)
+        return Changed(edits=edits) if edits else Unchanged(reason="no Concat of rank 2 or more repeats its input")
 
 
-def _joins_itself(node: ir.Node) -> bool:
-    concat = node.op_type == "Concat" and node.domain in ("", "ai.onnx")
-    return concat and len(node.inputs) > 1 and len(set(node.inputs)) == 1
+def _repeats(node: ir.Node) -> bool:
+    return is_operator(node, "Concat") and len(node.inputs) > 1 and len(set(node.inputs)) == 1
+
+
+def _tile(node: ir.Node, rank: int) -> Replacement:
+    repeats = np.ones(rank, np.int64)
+    repeats[node.attributes["axis"].as_int()] = len(node.inputs)
+    output = node.outputs[0]
+    return Replacement(
+        value=output,
+        build=lambda editor: editor.node(
+            "Tile", [node.inputs[0], editor.constant(repeats, name="times")], name=f"{output.name}.repeated", like=node
+        ),
+    )

@@ -1,4 +1,4 @@
-"""Keep the numbers that hide tokens within the range of half precision. Written with onnx-graphsurgeon."""
+"""Raise masks to the range of float16. Written with onnx-graphsurgeon."""
 
 from __future__ import annotations
 
@@ -8,91 +8,90 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from kvsurgeon.errors import UnsupportedError, UsageError
+from kvsurgeon.errors import Code, UnsupportedError, UsageError
 
-# Where such a number is one of two to choose from, is added to scores, or multiplied with a mask of 0 and 1.
-# A bound of `Clip` or `Max` is none of these, and stays.
-HIDING = frozenset({"Where", "Add", "Sub", "Mul"})
-HALF_RANGE = (-65_504.0, -100.0)  # what half precision has, and what still leaves a token no weight
-VIEWS = frozenset({"Cast", "Expand", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Trilu", "Unsqueeze"})
+# Operators that mask scores by a constant: as an alternative, as a bias, or as the factor of a mask of 0 and 1. A bound
+# of `Clip` or `Max` is no mask.
+MASKING = frozenset({"Where", "Add", "Sub", "Mul"})
+LAYOUT = frozenset({"Cast", "Expand", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Trilu", "Unsqueeze"})
+RANGE = (-65_504.0, -100.0)  # from the lowest float16 to a score that softmax still gives no weight
 
 
-def float16_mask_range(graph: gs.Graph, lowest: float = -10_000.0) -> None:
-    """Hide tokens by a number that half precision has.
+def float16_mask_range(graph: gs.Graph, minimum: float = -10_000.0) -> None:
+    """Raise masks to the range of float16.
 
-    Exporters hide them by the lowest number of float32, or by minus infinity. An engine built in half precision makes
-    infinities of the first, and one less the other is no number. Softmax gives nothing to either.
+    Before: scores are masked by the lowest float32 or by minus infinity, and an engine in float16 computes infinities
+    and NaN of them. After: by `minimum`. Softmax gives masked keys no weight in both cases.
 
-    Not handled: a mask that is rounded to steps so wide that the new number is none of them.
+    Not handled: masks that are quantized with a scale larger than `minimum`.
 
     Args:
-        graph: Of the model.
-        lowest: The number to hide them by.
+        graph: Graph of the model.
+        minimum: Lower bound of masks.
     """
-    if not HALF_RANGE[0] <= lowest <= HALF_RANGE[1]:
-        expected = " to ".join(f"{bound:g}" for bound in HALF_RANGE)
-        raise UsageError(f"option lowest: expected a number from {expected}, which half precision has, found {lowest}")
-    hiding = list(_hiding(graph, lowest))
-    for node, _, _ in hiding:
-        _check_kept(node, lowest)
-    for node, place, values in hiding:
-        limited = np.asarray(np.maximum(values, values.dtype.type(lowest)))
+    if not RANGE[0] <= minimum <= RANGE[1]:
+        expected = " to ".join(f"{bound:g}" for bound in RANGE)
+        raise UsageError(f"option minimum: expected a number from {expected}, the range of float16, found {minimum}")
+    masks = list(_masks_below(graph, minimum))
+    for node, _, _ in masks:
+        _check_quantization(node, minimum)
+    for node, place, values in masks:
+        raised = np.asarray(np.maximum(values, values.dtype.type(minimum)))
         if isinstance(place, str):
-            node.attrs[place].values = limited
+            node.attrs[place].values = raised
         else:
-            node.inputs[place] = gs.Constant(f"{node.inputs[place].name}.half_range", limited)
+            node.inputs[place] = gs.Constant(f"{node.inputs[place].name}.half_range", raised)
 
 
-def _hiding(graph: gs.Graph, lowest: float) -> Iterator[tuple[gs.Node, int | str, np.ndarray]]:
-    """The nodes that read a number which is too low, at which input or attribute, and the numbers there."""
+def _masks_below(graph: gs.Graph, minimum: float) -> Iterator[tuple[gs.Node, int | str, np.ndarray]]:
+    """Yield each mask with a lower element: the node that reads it, the input or attribute, and the elements."""
     seen: set[tuple[int, int | str]] = set()
     for node in graph.nodes:
-        places: list[tuple[int | str, gs.Node]] = [("value", node)] if node.op == "ConstantOfShape" else []
-        if node.op in HIDING:
-            places += [found for place in range(len(node.inputs)) for found in _source(node, place)]
-        for place, reader in places:
+        places: list[tuple[gs.Node, int | str]] = [(node, "value")] if node.op == "ConstantOfShape" else []
+        if node.op in MASKING:
+            places += [found for place in range(len(node.inputs)) for found in _constant_inputs(node, place)]
+        for reader, place in places:
             tensor = reader.attrs.get(place) if isinstance(place, str) else _constant(reader.inputs[place])
-            key = (id(reader), place)
-            numbers = _mask(tensor)
-            if key not in seen and numbers is not None and bool(numbers.min() < lowest):
-                seen.add(key)
-                yield reader, place, numbers
+            values = _mask(tensor)
+            if (id(reader), place) not in seen and values is not None and bool(values.min() < minimum):
+                seen.add((id(reader), place))
+                yield reader, place, values
 
 
-def _source(node: gs.Node, place: int) -> Iterator[tuple[int, gs.Node]]:
-    """Where a constant is read that an input is, or is a view of."""
+def _constant_inputs(node: gs.Node, place: int) -> Iterator[tuple[gs.Node, int]]:
+    """Yield the node and input at which the constant is read that an input is a view of."""
     tensor = node.inputs[place]
     while _constant(tensor) is None:
-        if len(tensor.inputs) != 1 or tensor.inputs[0].op not in VIEWS:
+        if len(tensor.inputs) != 1 or tensor.inputs[0].op not in LAYOUT:
             return
         node, place = tensor.inputs[0], 0
         tensor = node.inputs[place]
-    yield place, node
+    yield node, place
 
 
 def _constant(tensor: gs.Tensor) -> gs.Constant | None:
-    """The constant that a tensor is, however it is kept."""
+    """Return the constant of an initializer or of a `Constant` node; None for other tensors."""
     if isinstance(tensor, gs.Constant):
         return tensor
-    makers = tensor.inputs
-    value = makers[0].attrs.get("value") if len(makers) == 1 and makers[0].op == "Constant" else None
+    producers = tensor.inputs
+    value = producers[0].attrs.get("value") if len(producers) == 1 and producers[0].op == "Constant" else None
     return value if isinstance(value, gs.Constant) else None
 
 
 def _mask(tensor: Any) -> np.ndarray | None:
-    """One float, or one for each pair of tokens; bfloat16 has the range of float32, and stays."""
+    """Return the elements of a float scalar or square matrix; None for bfloat16, which has the range of float32."""
     if not isinstance(tensor, gs.Constant) or not isinstance(tensor.dtype, np.dtype | type):
         return None
     shape = tuple(tensor.shape)
-    alike = int(np.prod(shape)) == 1 or (len(shape) > 1 and shape[-1] == shape[-2] > 0)
-    return np.asarray(tensor.values) if alike and np.issubdtype(tensor.dtype, np.floating) else None
+    is_mask = int(np.prod(shape)) == 1 or (len(shape) > 1 and shape[-1] == shape[-2] > 0)
+    return np.asarray(tensor.values) if is_mask and np.issubdtype(tensor.dtype, np.floating) else None
 
 
-def _check_kept(node: gs.Node, lowest: float) -> None:
-    """Hold that nothing rounds the new number away before softmax reads it.
+def _check_quantization(node: gs.Node, minimum: float) -> None:
+    """Check that quantization between a mask and softmax does not round `minimum` to 0.
 
     Raises:
-        UnsupportedError: It is quantised, in steps that were made for the lowest number of float32.
+        UnsupportedError: The scale is too large, as for the lowest float32.
     """
     pending, seen = [node], set()
     while pending:
@@ -102,13 +101,12 @@ def _check_kept(node: gs.Node, lowest: float) -> None:
         seen.add(id(node))
         if node.op == "QuantizeLinear":
             scale = _constant(node.inputs[1])
-            if scale is None or np.max(np.abs(scale.values)) > abs(lowest):
+            if scale is None or np.max(np.abs(scale.values)) > abs(minimum):
                 raise UnsupportedError(
-                    "a mask is quantised, and the number that would hide tokens be rounded to 0",
-                    at=node.outputs[0].name,
-                    expected=f"steps of at most {abs(lowest):g}",
-                    found="steps that are not constant" if scale is None else f"steps of {np.max(scale.values):g}",
-                    hint="quantise the model without its masks",
+                    "the quantization of a mask would round its new minimum to 0", code=Code.PASS_PRECONDITION,
+                    at=node.outputs[0].name, expected=f"a scale of at most {abs(minimum):g}",
+                    found="a scale that is not constant" if scale is None else f"a scale of {np.max(scale.values):g}",
+                    hint="quantize the model without its masks",
                 )  # fmt: skip
-        if node.op in HIDING | VIEWS | {"ConstantOfShape", "DequantizeLinear"}:
-            pending += [reader for made in node.outputs for reader in made.outputs]
+        if node.op in MASKING | LAYOUT | {"ConstantOfShape", "DequantizeLinear"}:
+            pending += [reader for output in node.outputs for reader in output.outputs]

@@ -1,4 +1,4 @@
-"""Let one operator turn queries and keys by their positions."""
+"""Replace rotary embeddings by one operator."""
 
 from __future__ import annotations
 
@@ -9,95 +9,92 @@ import onnx_ir as ir
 
 from kvsurgeon.dataflow.input_roles import shapes_of
 from kvsurgeon.dataflow.shape_inference import Shapes
-from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.fusion.rotary import Turn, find_turn
+from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.fusion.rotary import RotaryMatch, match_rotary
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 
-SINCE = 23  # opset that brought the operator
+SINCE = 23  # opset of RotaryEmbedding
+
+Tables = dict[tuple[object, ...], ir.Value]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FuseRotary:
-    """Let one operator turn queries and keys by their positions, in place of the six that exporters write.
+    """Replace the six operators of a rotary embedding by `RotaryEmbedding`.
 
-    Before: `x * cosines + Concat(-x[half:], x[:half]) * sines`. After: `RotaryEmbedding` of opset 23, which reads one
-    half of each table: that both halves are alike is read off the `Concat` that they come from.
+    Before: `x * cos + Concat(-x[half:], x[:half]) * sin`. After: `RotaryEmbedding` of opset 23 with one half of each
+    table. Both halves of a table must come from one `Concat(half, half)`.
 
-    Not handled: neighbours that are turned as pairs, tables whose halves are not made by one `Concat`.
+    Not handled: interleaved rotary embeddings, tables whose halves come from different operators.
     """
 
     name: ClassVar[str] = "fuse-rotary"
 
     def apply(self, subject: Subject) -> Outcome:
-        """Fuse the turns of `subject.model`.
+        """Fuse the rotary embeddings of `subject.model`.
 
         Raises:
-            UnsupportedError: The model's opset lacks the operator.
+            UnsupportedError: The opset of the model lacks the operator.
         """
         graph = subject.model.graph
         with deep_recursion():
             shapes = shapes_of(graph)
-            turns = [turn for node in graph if (turn := find_turn(shapes, node)) is not None]
-        if not turns:
-            return Unchanged(reason="nothing is turned by halves with tables made of one")
+            matches = [match for node in graph if (match := match_rotary(shapes, node)) is not None]
+        if not matches:
+            return Unchanged(reason="no rotary embedding with equal halves in its tables")
         opset = graph.opset_imports.get("", 1)
         if opset < SINCE:
             raise UnsupportedError(
-                "RotaryEmbedding is not in the model's opset", at=turns[0].result.name, expected=f"opset {SINCE}",
-                found=str(opset), hint="raise-opset first",
+                "RotaryEmbedding is not in the model's opset", code=Code.OPSET, at=matches[0].result.name,
+                expected=f"opset {SINCE}", found=f"opset {opset}", hint="run raise-opset first",
             )  # fmt: skip
         editor = Editor(subject.model)
-        tables = _Tables(editor, shapes)
-        for turn in turns:
-            _write(turn, editor, tables)
+        tables: Tables = {}
+        for match in matches:
+            editor.replace(match.result, _rotary_embedding(editor, match, shapes, tables))
         editor.finish()
         return Changed(edits=editor.edits)
 
 
-def _write(turn: Turn, editor: Editor, tables: _Tables) -> None:
-    """Put the operator in the place of a turn: before heads are laid apart where they come from rows of features."""
-    rows = turn.rows
-    x = turn.x if rows is None else rows
-    inputs = [x, *(tables.half(table, turn) for table in (turn.cosines, turn.sines))]
-    old = turn.result
-    new = ir.Value(name=editor.unique_name(f"{old.name}.turned"), type=old.type or turn.x.type, shape=x.shape)
-    attributes = {} if rows is None else {"num_heads": turn.heads}
-    editor.operator("", "RotaryEmbedding", inputs, attributes, [new], like=old.producer())
-    if rows is not None:
-        target = editor.constant([0, 0, turn.heads, turn.width], name="heads_apart")
-        apart = editor.node("Reshape", [new, target], name=f"{old.name}.apart", dtype=new.dtype)
-        new = editor.node("Transpose", [apart], {"perm": [0, 2, 1, 3]}, name=f"{old.name}.turned", dtype=new.dtype)
-    editor.replace(old, new)
+def _rotary_embedding(editor: Editor, match: RotaryMatch, shapes: Shapes, tables: Tables) -> ir.Value:
+    """Add the operator and return its result as [batch, heads, sequence, head_dim].
+
+    It reads [batch, sequence, heads * head_dim] if that is what x is a view of.
+    """
+    result = match.result
+    x = match.x if match.hidden is None else match.hidden
+    inputs = [x, *(_half_table(editor, table, match, shapes, tables) for table in (match.cos, match.sin))]
+    name, dtype = f"{result.name}.turned", result.dtype or match.x.dtype
+    attributes = {} if match.hidden is None else {"num_heads": match.heads}
+    rotated = editor.node(
+        "RotaryEmbedding", inputs, attributes, name=name, dtype=dtype, shape=x.shape, like=result.producer()
+    )
+    if match.hidden is None:
+        return rotated
+    target = editor.constant([0, 0, match.heads, match.head_dim], name="heads_apart")
+    by_heads = editor.node("Reshape", [rotated, target], name=f"{result.name}.apart", dtype=dtype)
+    return editor.node("Transpose", [by_heads], {"perm": [0, 2, 1, 3]}, name=name, dtype=dtype)
 
 
-class _Tables:
-    """Halves of tables, as [batch, sequence, width / 2]; each made once."""
-
-    def __init__(self, editor: Editor, shapes: Shapes) -> None:
-        self.editor = editor
-        self.shapes = shapes
-        self._made: dict[tuple[object, ...], ir.Value] = {}
-
-    def half(self, table: ir.Value, turn: Turn) -> ir.Value:
-        """The first half of a table, for as many sequences as are turned."""
-        mine, theirs = ((self.shapes[one].shape or (None,))[0] for one in (table, turn.x))
-        batch = None if mine == theirs else theirs
-        key = table, turn.width, batch
-        if key not in self._made:
-            half = self._half(table, turn)
-            self._made[key] = half if batch is None else self._for_batch(half, turn.x)
-        return self._made[key]
-
-    def _half(self, table: ir.Value, turn: Turn) -> ir.Value:
-        bounds = [self.editor.constant([number], name="half") for number in (0, turn.width // 2, 3)]
-        half = self.editor.node("Slice", [table, *bounds], name=f"{table.name}.half", dtype=turn.x.dtype)
-        heads = self.editor.constant([1], name="heads_axis")
-        return self.editor.node("Squeeze", [half, heads], name=f"{table.name}.rows", dtype=turn.x.dtype)
-
-    def _for_batch(self, half: ir.Value, x: ir.Value) -> ir.Value:
-        batch = self.editor.node("Shape", [x], {"start": 0, "end": 1}, name="batch", dtype=ir.DataType.INT64)
-        ones = self.editor.constant([1, 1], name="ones")
-        target = self.editor.node("Concat", [batch, ones], {"axis": 0}, name="shape", dtype=ir.DataType.INT64)
-        return self.editor.node("Expand", [half, target], name=f"{half.name}.batch", dtype=x.dtype)
+def _half_table(editor: Editor, table: ir.Value, match: RotaryMatch, shapes: Shapes, tables: Tables) -> ir.Value:
+    """Return the first half of a table, [batch, sequence, head_dim / 2]; equal ones are shared."""
+    batch, batch_of_x = ((shapes[one].shape or (None,))[0] for one in (table, match.x))
+    expands = batch != batch_of_x
+    key = table, match.head_dim, batch_of_x if expands else None
+    if key in tables:
+        return tables[key]
+    dtype = match.x.dtype
+    bounds = [editor.constant([number], name="half") for number in (0, match.head_dim // 2, 3)]
+    half = editor.node("Slice", [table, *bounds], name=f"{table.name}.half", dtype=dtype)
+    half = editor.node(
+        "Squeeze", [half, editor.constant([1], name="heads_axis")], name=f"{table.name}.rows", dtype=dtype
+    )
+    if expands:
+        int64 = ir.DataType.INT64
+        size = editor.node("Shape", [match.x], {"start": 0, "end": 1}, name="batch", dtype=int64)
+        ones = editor.constant([1, 1], name="ones")
+        target = editor.node("Concat", [size, ones], {"axis": 0}, name="shape", dtype=int64)
+        half = editor.node("Expand", [half, target], name=f"{half.name}.batch", dtype=dtype)
+    return tables.setdefault(key, half)

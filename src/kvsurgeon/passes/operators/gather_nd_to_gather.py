@@ -1,4 +1,4 @@
-"""Pick rows in the plainest way."""
+"""Replace `GatherND` with one index by `Gather`."""
 
 from __future__ import annotations
 
@@ -8,44 +8,40 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.patterns import Replacement, rewrite
+from kvsurgeon.graph.query import is_operator
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 
 
 @dataclass(frozen=True, kw_only=True)
 class GatherNdToGather:
-    """Let a `Gather` pick what a `GatherND` picks by one index alone, which compilers of accelerators may lack.
+    """Replace `GatherND` with one index by `Gather`, for compilers without `GatherND`.
 
     Before: `GatherND(data, indices [..., 1])`. After: `Gather(data, indices [...])` along the first axis.
 
-    Not handled: indices of several axes, and those of each batch.
+    Not handled: indices of several axes, and `batch_dims`.
     """
 
     name: ClassVar[str] = "gather-nd-to-gather"
 
     def apply(self, subject: Subject) -> Outcome:
-        """Replace the operators of `subject.model`."""
-        graph = subject.model.graph
-        found = [node for node in graph if node.domain == "" and node.op_type == "GatherND" and _picks_rows(node)]
-        if not found:
-            return Unchanged(reason="no GatherND picks by one index")
-        editor = Editor(subject.model)
-        for node in found:
-            data, indices = node.inputs
-            assert indices is not None
-            flat = editor.node(
-                "Squeeze", [indices, editor.constant([-1])], name=f"{indices.name}.rows", dtype=ir.DataType.INT64
-            )
-            rows = editor.node("Gather", [data, flat], {"axis": 0}, name="rows", dtype=node.outputs[0].dtype)
-            rows.shape = node.outputs[0].shape
-            node.outputs[0].replace_all_uses_with(rows)
-        editor.finish()
-        return Changed(edits=editor.edits)
+        """Rewrite `subject.model`."""
+        edits = rewrite(subject.model, _gather)
+        return Changed(edits=edits) if edits else Unchanged(reason="no GatherND has one index")
 
 
-def _picks_rows(node: ir.Node) -> bool:
-    if node.outputs[0].is_graph_output():
-        return False
-    batch = node.attributes.get("batch_dims")
+def _gather(node: ir.Node) -> Replacement | None:
+    output = node.outputs[0]
+    if not is_operator(node, "GatherND") or output.is_graph_output() or node.attributes.get_int("batch_dims", 0) != 0:
+        return None
     indices = node.inputs[1]
     shape = None if indices is None else indices.shape
-    return (batch is None or batch.as_int() == 0) and shape is not None and len(shape) > 0 and shape[-1] == 1
+    if indices is None or not shape or shape[-1] != 1:
+        return None
+
+    def build(editor: Editor) -> ir.Value:
+        inputs = [node.inputs[1], editor.constant([-1])]
+        rows = editor.node("Squeeze", inputs, name=f"{indices.name}.rows", dtype=ir.DataType.INT64)
+        return editor.node("Gather", [node.inputs[0], rows], {"axis": 0}, name="rows")
+
+    return Replacement(value=output, build=build, keep_name=False)

@@ -1,56 +1,46 @@
-"""Write divisions as divisions."""
+"""Replace `x * (1 / y)` by `x / y`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.patterns import Replacement, rewrite
+from kvsurgeon.graph.query import is_operator, producer_of
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReciprocalToDiv:
-    """Write a product with a reciprocal as a division, which is what optimisers of runtimes look for.
+    """Replace `x * (1 / y)` by `x / y`, which the fusions of runtimes match.
 
-    Before: `Mul(x, Reciprocal(y))`. After: `Div(x, y)`, which differs in the last bit at most. onnxruntime makes one
-    operator of a norm that divides by a root, and leaves six where it is multiplied with the root's reciprocal.
+    Before: `Mul(x, Reciprocal(y))`. After: `Div(x, y)`, equal up to the last bit. onnxruntime fuses an RMS norm with
+    `Div` to one operator, and leaves six operators with `Reciprocal`.
 
-    Not handled: a reciprocal that is an output of the model stays beside the division.
+    Not handled: a reciprocal that is also an output of the model stays.
     """
 
     name: ClassVar[str] = "reciprocal-to-div"
 
     def apply(self, subject: Subject) -> Outcome:
-        """Rewrite the products of `subject.model`."""
-        found = list(_products(subject.model.graph))
-        if not found:
-            return Unchanged(reason="nothing is multiplied with a reciprocal")
-        editor = Editor(subject.model)
-        for node, place in found:
-            reciprocal = node.inputs[place].producer()  # type: ignore[union-attr]
-            assert reciprocal is not None
-            old = node.outputs[0]
-            quotient = ir.Value(name=editor.unique_name(f"{old.name}.quotient"), type=old.type, shape=old.shape)
-            editor.operator("", "Div", [node.inputs[1 - place], reciprocal.inputs[0]], {}, [quotient], like=node)
-            editor.replace(old, quotient)
-        editor.finish()
-        return Changed(edits=editor.edits)
+        """Rewrite `subject.model`."""
+        edits = rewrite(subject.model, _div)
+        return Changed(edits=edits) if edits else Unchanged(reason="no Mul reads a Reciprocal")
 
 
-def _products(graph: ir.Graph) -> Iterator[tuple[ir.Node, int]]:
-    """Products, each with the place of the reciprocal: the second where both are."""
-    for node in graph:
-        if node.op_type != "Mul" or node.domain not in ("", "ai.onnx"):
-            continue
-        places = [place for place, value in enumerate(node.inputs) if _is_reciprocal(value)]
-        if places:
-            yield node, places[-1]
-
-
-def _is_reciprocal(value: ir.Value | None) -> bool:
-    maker = None if value is None else value.producer()
-    return maker is not None and maker.op_type == "Reciprocal" and maker.domain in ("", "ai.onnx")
+def _div(node: ir.Node) -> Replacement | None:
+    """Match a product with a reciprocal; the second input if both are one."""
+    found = [place for place, value in enumerate(node.inputs) if producer_of(value, "Reciprocal")]
+    if not found or not is_operator(node, "Mul"):
+        return None
+    numerator, output = 1 - found[-1], node.outputs[0]
+    reciprocal = producer_of(node.inputs[found[-1]], "Reciprocal")
+    assert reciprocal is not None
+    return Replacement(
+        value=output,
+        build=lambda editor: editor.node(
+            "Div", [node.inputs[numerator], reciprocal.inputs[0]], name=f"{output.name}.quotient", like=node
+        ),
+    )

@@ -1,8 +1,9 @@
-"""Numbers that hide tokens: within half precision they hide as before, and only those allow softmax to go unguarded."""
+"""float16-mask-range raises masks to the range of float16, and remove-nan-guards removes guards of finite masks."""
 
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from attentions import attention
 from laws import ALLOWED, difference, in_onnxruntime, texts
@@ -29,17 +30,17 @@ INFINITIES = (
 
 
 def guarded(low="-10000.0", **parts):
-    """Return an attention with padding on the left, whose queries in it see no key at all."""
+    """Return an attention with left padding, in which all keys of a padding query are masked."""
     inputs = {"inputs": "int64[b, n] attention_mask", "constants": "float nothing = {0.0}", "allowed": PADDED}
     text = attention(**inputs, **parts).replace("-10000.0", low)
     return read(text.replace("w = Softmax<axis = -1>(masked_scores)", GUARDED))
 
 
-INFINITE = {"chosen": guarded("-inf"), "a tensor of them": guarded(masked=INFINITIES)}
+INFINITE = {"scalar": guarded("-inf"), "tensor": guarded(masked=INFINITIES)}
 
 
 @pytest.mark.parametrize("name", INFINITE)
-def test_softmax_stays_guarded_where_a_mask_may_hide_every_key_by_an_infinity(name):
+def test_guards_stay_if_a_mask_is_minus_infinity(name):
     subject = Subject.of(INFINITE[name])
     before = io.to_proto(subject.model).SerializeToString(deterministic=True)
     with pytest.raises(UnsupportedError, match="float16-mask-range"):
@@ -48,7 +49,7 @@ def test_softmax_stays_guarded_where_a_mask_may_hide_every_key_by_an_infinity(na
 
 
 @pytest.mark.parametrize("name", INFINITE)
-def test_masks_within_half_precision_need_no_guard(name):
+def test_guards_are_removed_after_float16_mask_range(name):
     model = INFINITE[name]
     result = io.to_proto(Pipeline((float16_mask_range, RemoveNanGuards())).run(model).model)
     assert "IsNaN" not in {node.op_type for node in result.graph.node}
@@ -58,7 +59,7 @@ def test_masks_within_half_precision_need_no_guard(name):
     assert difference(found, expected) <= ALLOWED["float32"]
 
 
-def test_infinities_behind_a_product_are_no_mask():
+def test_infinities_before_the_score_product_are_no_mask():
     model = guarded(hidden="h = Max(x, endless)")
     model.graph.initializer.append(numpy_helper.from_array(np.array(-np.inf, np.float32), "endless"))
     assert isinstance(RemoveNanGuards().apply(Subject.of(model)), Changed)
@@ -67,7 +68,7 @@ def test_infinities_behind_a_product_are_no_mask():
 FIXED = attention(masked="wide = Expand(table, as_wide)\n  masked_scores = Add(s, wide)")
 
 
-def test_a_table_of_a_fixed_length_is_kept_within_half_precision():
+def test_a_mask_table_of_fixed_length_is_raised():
     model = read(FIXED.replace("[b, n, 8]", "[2, 9, 8]"))
     table = np.triu(np.full((1, 9, 9), LOWEST, np.float32), 1)
     wide = np.array([2, 9, 9], np.int64)
@@ -80,7 +81,7 @@ def test_a_table_of_a_fixed_length_is_kept_within_half_precision():
     assert difference(found, expected) <= ALLOWED["float32"]
 
 
-ROUNDED = """case (bool[4, 4] seen, float[4, 4] s) => (float[4, 4] y)
+QUANTIZED = """case (bool[4, 4] seen, float[4, 4] s) => (float[4, 4] y)
 <float low = {{{low}}}, float nought = {{0.0}}, float step = {{{step}}}, uint8 top = {{255}}>
 {{
   mask = Where(seen, nought, low)
@@ -90,10 +91,45 @@ ROUNDED = """case (bool[4, 4] seen, float[4, 4] s) => (float[4, 4] y)
 }}"""
 
 
-def test_a_mask_that_is_rounded_to_wider_steps_stays():
-    with pytest.raises(UnsupportedError, match="rounded to 0"):
-        Pipeline((float16_mask_range,)).run(read(ROUNDED.format(low=LOWEST, step=-LOWEST / 255)))
+def test_a_mask_with_a_large_quantization_scale_is_rejected():
+    with pytest.raises(UnsupportedError, match="round its new minimum to 0"):
+        Pipeline((float16_mask_range,)).run(read(QUANTIZED.format(low=LOWEST, step=-LOWEST / 255)))
 
 
-def test_a_mask_that_is_rounded_to_narrow_steps_hides_as_before():
-    assert Pipeline((float16_mask_range,)).run(read(ROUNDED.format(low=LOWEST, step=100.0))).changed
+def test_a_mask_with_a_small_quantization_scale_is_raised():
+    assert Pipeline((float16_mask_range,)).run(read(QUANTIZED.format(low=LOWEST, step=100.0))).changed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        attention().replace("-10000.0", str(LOWEST)),
+        attention(masked="gone = Not(allowed)\n  g = Cast<to = 1>(gone)\n  far = Mul(g, low)\n"
+                  "  masked_scores = Add(s, far)").replace("-10000.0", str(LOWEST)),
+    ],
+    ids=["where", "add"],
+)  # fmt: skip
+def test_scalar_masks_are_raised(text):
+    model = read(text)
+    result = io.to_proto(Pipeline((float16_mask_range,)).run(model).model)
+    numbers = [onnx.numpy_helper.to_array(tensor) for tensor in result.graph.initializer]
+    assert min(float(array.min()) for array in numbers) >= -10_000
+    feeds = texts(model)
+    expected, found = (in_onnxruntime(one)(feeds)["logits"] for one in (model, result))
+    assert difference(found, expected) <= ALLOWED["float32"]
+
+
+def test_a_bound_of_clip_is_no_mask():
+    model = read(f"case (float[b, 4] x) => (float[b, 4] y) <float low = {{{LOWEST}}}> {{ y = Clip(x, low) }}")
+    outcome = Pipeline((float16_mask_range,)).run(model)
+    assert not outcome.changed
+
+
+def test_bfloat16_masks_are_unchanged():
+    model = read(
+        "case (bool[b, 4] seen, bfloat16[b, 4] s, bfloat16 low) => (bfloat16[b, 4] y) { y = Where(seen, s, low) }"
+    )
+    lowest = onnx.helper.make_tensor("low", onnx.TensorProto.BFLOAT16, [], [LOWEST])
+    model.graph.initializer.append(lowest)
+    del model.graph.input[2]
+    assert not Pipeline((float16_mask_range,)).run(model).changed

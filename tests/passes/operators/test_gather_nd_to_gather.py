@@ -1,4 +1,4 @@
-"""A row that is picked by one index is picked by a Gather."""
+"""gather-nd-to-gather reindices GatherND with one index by Gather."""
 
 import numpy as np
 import pytest
@@ -9,21 +9,21 @@ from kvsurgeon import io
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.operators.gather_nd_to_gather import GatherNdToGather
 
-PICKED = """case (float[b, 4, 3] x, int64[2, 5, 1] places) => (float[2, 5, 4, 3] y)
+MODEL = """case (float[b, 4, 3] x, int64[2, 5, 1] indices) => (float[2, 5, 4, 3] y)
 {
-  picked = GatherND(x, places)
-  y = Identity(picked)
+  rows = GatherND(x, indices)
+  y = Identity(rows)
 }"""
 
 
-def test_the_same_rows():
-    model = read(PICKED)
+def test_gather_selects_the_same_rows():
+    model = read(MODEL)
     subject = Subject.of(model)
     assert isinstance(GatherNdToGather().apply(subject), Changed)
     result = io.to_proto(subject.model)
     assert "GatherND" not in {node.op_type for node in result.graph.node}
     random = np.random.default_rng(0)
-    feeds = {"x": random.normal(size=(6, 4, 3)).astype(np.float32), "places": random.integers(-6, 6, (2, 5, 1))}
+    feeds = {"x": random.normal(size=(6, 4, 3)).astype(np.float32), "indices": random.integers(-6, 6, (2, 5, 1))}
     assert np.array_equal(in_onnxruntime(result)(feeds)["y"], in_onnxruntime(model)(feeds)["y"])
     assert isinstance(GatherNdToGather().apply(subject), Unchanged)
 
@@ -31,9 +31,9 @@ def test_the_same_rows():
 @pytest.mark.parametrize(
     "text",
     [
-        PICKED.replace("5, 1]", "5, 2]").replace("float[2, 5, 4, 3]", "float[2, 5, 3]"),
-        PICKED.replace("GatherND(", "GatherND<batch_dims = 1>(").replace("[b, 4", "[2, 4").replace("5, 4, 3", "5, 3"),
+        MODEL.replace("5, 1]", "5, 2]").replace("float[2, 5, 4, 3]", "float[2, 5, 3]"),
+        MODEL.replace("GatherND(", "GatherND<batch_dims = 1>(").replace("[b, 4", "[2, 4").replace("5, 4, 3", "5, 3"),
     ],
 )
-def test_what_several_indices_pick_stays(text):
+def test_several_indices_and_batch_dims_are_unchanged(text):
     assert isinstance(GatherNdToGather().apply(Subject.of(read(text))), Unchanged)

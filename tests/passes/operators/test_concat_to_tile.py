@@ -1,4 +1,4 @@
-"""What is joined to itself is repeated by a Tile; nothing else is."""
+"""concat-to-tile replaces a Concat that repeats its input, and no other Concat."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from kvsurgeon import io
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.operators.concat_to_tile import ConcatToTile
 
-TEXT = "case (float[batch, n, 4] x) => (float[batch, n, m] y) {{ a = Neg(x) b = Sin(x) {joined} }}"
+TEXT = "case (float[batch, n, 4] x) => (float[batch, n, m] y) {{ a = Neg(x) b = Sin(x) {concat} }}"
 
 
-@pytest.mark.parametrize("joined", ["y = Concat<axis = -1>(a, a)", "y = Concat<axis = 1>(a, a, a)"])
-def test_what_is_joined_to_itself_is_repeated(joined):
-    model = read(TEXT.format(joined=joined), 17)
+@pytest.mark.parametrize("concat", ["y = Concat<axis = -1>(a, a)", "y = Concat<axis = 1>(a, a, a)"])
+def test_a_concat_that_repeats_its_input_becomes_a_tile(concat):
+    model = read(TEXT.format(concat=concat), 17)
     subject = Subject.of(model)
     assert isinstance(ConcatToTile().apply(subject), Changed)
     result = io.to_proto(subject.model)
@@ -29,16 +29,16 @@ def test_what_is_joined_to_itself_is_repeated(joined):
 
 
 @pytest.mark.parametrize(
-    "joined",
+    "concat",
     ["y = Concat<axis = -1>(a, b)", "y = Concat<axis = -1>(a, b, a)", "y = Concat<axis = -1>(a)",
      "s = Shape(x) t = Concat<axis = 0>(s, s) u = Cast<to = 1>(t) y = Expand(u, s)"],
 )  # fmt: skip
-def test_other_joins_stay(joined):
-    assert isinstance(ConcatToTile().apply(Subject.of(read(TEXT.format(joined=joined), 17))), Unchanged)
+def test_other_concats_are_unchanged(concat):
+    assert isinstance(ConcatToTile().apply(Subject.of(read(TEXT.format(concat=concat), 17))), Unchanged)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_exports_compute_the_very_same(name):
+def test_exports_give_bitwise_equal_results(name):
     model, feeds = export(name), texts(export(name))
     subject = Subject.of(model)
     ConcatToTile().apply(subject)

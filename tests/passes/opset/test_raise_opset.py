@@ -1,4 +1,4 @@
-"""A later opset says the same; what it cannot say is refused. Masks within half precision hide as before."""
+"""raise-opset converts operators to a later opset, and rejects those that have another meaning there."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import onnx
 import pytest
 from attentions import attention
 from exports import ONE_OF_EACH, export
-from laws import ALLOWED, difference, in_onnxruntime, texts
+from laws import difference, in_onnxruntime, texts
 from written import read
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.operators.float16_mask_range import float16_mask_range
 from kvsurgeon.passes.opset.raise_opset import RaiseOpset
-from kvsurgeon.workflow.pipeline import Pipeline
 
 
 def raised(model: onnx.ModelProto, opset: int = 24) -> onnx.ModelProto:
@@ -67,41 +65,3 @@ def test_what_would_mean_something_else_is_refused(text, opset, reason):
 
 def test_a_later_opset_is_left():
     assert isinstance(RaiseOpset(opset=18).apply(Subject.of(read(attention(), opset=20))), Unchanged)
-
-
-LOWEST = float(np.finfo(np.float32).min)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        attention().replace("-10000.0", str(LOWEST)),
-        attention(masked="gone = Not(allowed)\n  g = Cast<to = 1>(gone)\n  far = Mul(g, low)\n"
-                  "  masked_scores = Add(s, far)").replace("-10000.0", str(LOWEST)),
-    ],
-    ids=["chosen", "added"],
-)  # fmt: skip
-def test_tokens_are_hidden_by_what_half_precision_has(text):
-    model = read(text)
-    result = io.to_proto(Pipeline((float16_mask_range,)).run(model).model)
-    numbers = [onnx.numpy_helper.to_array(tensor) for tensor in result.graph.initializer]
-    assert min(float(array.min()) for array in numbers) >= -10_000
-    feeds = texts(model)
-    expected, found = (in_onnxruntime(one)(feeds)["logits"] for one in (model, result))
-    assert difference(found, expected) <= ALLOWED["float32"]
-
-
-def test_a_bound_that_hides_nothing_stays():
-    model = read(f"case (float[b, 4] x) => (float[b, 4] y) <float low = {{{LOWEST}}}> {{ y = Clip(x, low) }}")
-    outcome = Pipeline((float16_mask_range,)).run(model)
-    assert not outcome.changed
-
-
-def test_bfloat16_has_the_range_of_float32():
-    model = read(
-        "case (bool[b, 4] seen, bfloat16[b, 4] s, bfloat16 low) => (bfloat16[b, 4] y) { y = Where(seen, s, low) }"
-    )
-    lowest = onnx.helper.make_tensor("low", onnx.TensorProto.BFLOAT16, [], [LOWEST])
-    model.graph.initializer.append(lowest)
-    del model.graph.input[2]
-    assert not Pipeline((float16_mask_range,)).run(model).changed

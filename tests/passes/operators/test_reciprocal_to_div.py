@@ -1,4 +1,4 @@
-"""A product with a reciprocal becomes a division; nothing else does."""
+"""reciprocal-to-div replaces `x * (1 / y)` by `x / y`, and nothing else."""
 
 from __future__ import annotations
 
@@ -44,24 +44,24 @@ def test_products_become_divisions(product):
 
 
 @pytest.mark.parametrize("product", ["y = Add(x, i)", "y = Div(i, x)", "y = Mul(x, z)"])
-def test_what_is_no_such_product_stays(product):
+def test_other_products_and_sums_are_unchanged(product):
     subject = Subject.of(read(TEXT.format(product=product, outputs=""), 18))
     assert isinstance(ReciprocalToDiv().apply(subject), Unchanged)
 
 
-def test_an_output_keeps_its_name():
+def test_a_reciprocal_that_is_an_output_keeps_its_name():
     subject = Subject.of(read(TEXT.format(product="y = Mul(x, i)", outputs=", float[n, 4] i"), 18))
     assert isinstance(ReciprocalToDiv().apply(subject), Changed)
     assert [value.name for value in subject.model.graph.outputs] == ["y", "i"]
 
 
-def test_onnxruntime_then_makes_one_operator_of_a_norm(tmp_path):
+def test_onnxruntime_fuses_the_norm_afterwards(tmp_path):
     subject = Subject.of(export("llama_dynamo_sdpa"))
     assert isinstance(ReciprocalToDiv().apply(subject), Changed)
     result = io.to_proto(subject.model)
     assert judge(export("llama_dynamo_sdpa"), result).verdict == "same"
     options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 4
     onnxruntime.InferenceSession(result.SerializeToString(), options, ["CPUExecutionProvider"])
-    assert b"SimplifiedLayerNormalization" in (tmp_path / "optimised.onnx").read_bytes()
+    assert b"SimplifiedLayerNormalization" in (tmp_path / "optimized.onnx").read_bytes()

@@ -1,4 +1,4 @@
-"""Turns become one operator each, and look-alikes stay."""
+"""fuse-rotary replaces rotary embeddings by one operator each, and leaves similar graphs unchanged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvsurgeon.passes.operators.fuse_rotary import FuseRotary
 from kvsurgeon.passes.opset.raise_opset import RaiseOpset
 from kvsurgeon.workflow.verification import judge
 
-TURNED = [
+ROTARY = [
     "gemma2_dynamo_eager", "gemma2_torchscript_eager", "llama_dynamo_eager", "llama_dynamo_sdpa",
     "llama_torchscript_eager", "llama_torchscript_sdpa", "neox_dynamo_sdpa", "neox_torchscript_eager",
 ]  # fmt: skip
@@ -47,15 +47,15 @@ def model(*, tables=TABLES, halves=HALVES, sums=SUM):
     return read(TEXT.format(tables=tables, halves=halves, sum=sums), 24)
 
 
-@pytest.mark.parametrize("name", TURNED)
-def test_exports_compute_what_they_did(name):
+@pytest.mark.parametrize("name", ROTARY)
+def test_fused_exports_pass_verification(name):
     result = after(export(name), RaiseOpset(opset=24), FuseRotary())
     assert operators(result).count("RotaryEmbedding") == 4  # queries and keys of two layers
     assert judge(export(name), result).verdict == "same"
 
 
 @pytest.mark.parametrize("name", ["llama_dynamo_sdpa", "gemma2_torchscript_eager"])
-def test_with_a_cache_and_attention_fused_behind_it(name):
+def test_rotary_and_attention_can_be_fused_in_a_model_with_a_cache(name):
     result = after(export(name), RaiseOpset(opset=24), Inject(cache="static"), FuseRotary(), FuseAttention())
     found = operators(result)
     assert found.count("RotaryEmbedding") == 4
@@ -65,23 +65,23 @@ def test_with_a_cache_and_attention_fused_behind_it(name):
 
 
 @pytest.mark.parametrize("name", ["llama_dynamo_sdpa", "neox_torchscript_eager"])
-def test_a_cache_comes_after_it_as_well(name):
+def test_a_cache_can_be_injected_afterwards(name):
     result = after(export(name), RaiseOpset(opset=24), FuseRotary(), Inject())
     assert verify(export(name), result, threads=1).verdict == "same"
 
 
-WAYS = {
-    "as it is": {},
+FORMS = {
+    "as exported": {},
     "split": {"halves": "left, right = Split<axis = -1, num_outputs = 2>(x)"},
-    "the other way round": {
+    "operands swapped": {
         "sums": "straight = Mul(cosines, x) crossed = Mul(sines, swapped) y = Add(crossed, straight)",
     },
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_however_it_is_written(way):
-    before = model(**WAYS[way])
+@pytest.mark.parametrize("form", FORMS)
+def test_equivalent_forms_are_fused(form):
+    before = model(**FORMS[form])
     result = after(before, FuseRotary())
     assert "RotaryEmbedding" in operators(result)
     assert not {"Neg", "Add"} & set(operators(result))
@@ -90,25 +90,27 @@ def test_however_it_is_written(way):
 
 
 OTHERS = {
-    "halves of tables that differ": {
+    "table halves differ": {
         "tables": "more = Mul(angles, gain) both = Concat<axis = -1>(angles, more) c = Cos(both) s = Sin(both)",
     },
-    "halves of one table that are scaled apart": {
+    "table halves are scaled differently": {
         "tables": "both = Concat<axis = -1>(angles, angles) c = Cos(both) s0 = Sin(both) s = Mul(s0, both)",
     },
-    "the first half negated": {
+    "the first half is negated": {
         "halves": "right = Slice(x, zero, four, three) left = Slice(x, four, eight, three)",
     },
-    "another piece": {"halves": "left = Slice(x, zero, four, three) right = Slice(x, zero, four, three)"},
-    "a difference": {"sums": "straight = Mul(x, cosines) crossed = Mul(swapped, sines) y = Sub(straight, crossed)"},
+    "the same half twice": {"halves": "left = Slice(x, zero, four, three) right = Slice(x, zero, four, three)"},
+    "a Sub in place of the Add": {
+        "sums": "straight = Mul(x, cosines) crossed = Mul(swapped, sines) y = Sub(straight, crossed)"
+    },
 }
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_look_alikes_stay(other):
+def test_similar_graphs_are_unchanged(other):
     assert isinstance(FuseRotary().apply(Subject.of(model(**OTHERS[other]))), Unchanged)
 
 
-def test_the_opset_must_have_the_operator():
+def test_opset_23_is_required():
     with pytest.raises(UnsupportedError, match="raise-opset first"):
         FuseRotary().apply(Subject.of(export("llama_dynamo_sdpa")))

@@ -1,4 +1,4 @@
-"""Ids are given as integers of other width, and are read as they were."""
+"""int32-inputs and int64-inputs change the type of integer inputs and cast them back in the graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXT = """case ({dtype}[b, n] ids, float[9, 4] table) => (float[b, n, 4] y, {dty
 @pytest.mark.parametrize(
     ("apply", "old", "new"), [(Int32Inputs(), "int64", "int32"), (Int64Inputs(), "int32", "int64")]
 )
-def test_inputs_change_and_results_do_not(apply, old, new):
+def test_input_types_change_and_results_do_not(apply, old, new):
     model = read(TEXT.format(dtype=old), 17)
     subject = Subject.of(model)
     assert isinstance(apply.apply(subject), Changed)
