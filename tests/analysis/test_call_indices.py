@@ -57,7 +57,7 @@ def test_a_block_of_features_of_keys():
     ids=["one further on", "backwards", "one back"],
 )  # fmt: skip
 def test_other_addresses_are_refused(tokens, inputs):
-    with pytest.raises(UnsupportedError, match="by their place"):
+    with pytest.raises(UnsupportedError, match="by their position"):
         injected(read(text(tokens, inputs=inputs)))
 
 

@@ -268,7 +268,7 @@ def test_a_mask_of_queries_against_keys_that_the_caller_makes():
      ("cc = Transpose<perm = [0, 2, 1]>(x)\n d = Conv<strides = [2]>(cc, kernel)\n h = Transpose<perm = [0, 2, 1]>(d)", "float[8, 8, 1] kernel", "Conv mixes"),
      ("t = Transpose<perm = [0, 2, 1]>(x)\n g = MatMul(t, x)\n h = MatMul(x, g)", "", "MatMul mixes"),
      ("f = Flatten<axis = 1>(x)\n s1 = Softmax(f)\n h = Reshape(s1, sizes)", "", "Softmax mixes"),
-     ("h = Slice(x, first, end, second, two)", "int64[1] end = {9223372036854775807}, int64[1] two = {2}", "by their place"),
+     ("h = Slice(x, first, end, second, two)", "int64[1] end = {9223372036854775807}, int64[1] two = {2}", "by their position"),
      ("p = Reshape(x, halves)\n h = Reshape(p, sizes)", "int64[3] halves = {0, -1, 16}", None)],
     ids=["GlobalAveragePool", "Conv with strides", "a Gram matrix", "Softmax over all",
          "every second token", "tokens in pairs"],

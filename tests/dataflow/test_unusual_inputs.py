@@ -73,7 +73,7 @@ def test_keys_from_the_last_to_the_first():
 def test_tokens_from_the_last_to_the_first_are_refused():
     constants = "int64[1] minus = {-1}, int64[1] far = {-9223372036854775807}"
     text = attention(hidden="h = Slice(x, minus, far, second, minus)", constants=constants)
-    with pytest.raises(UnsupportedError, match="picks some of the tokens by their place"):
+    with pytest.raises(UnsupportedError, match="selects tokens by their position"):
         injected(read(text))
 
 

@@ -71,7 +71,7 @@ REFUSED = [
      "infinite = Where(allowed, most, s)\n masked_scores = Identity(infinite)").replace("[b, n, 8]", "[1, 9, 8]").replace(
      "w = Softmax<axis = -1>(masked_scores)", "sharp = Softmax<axis = -1>(masked_scores)\n not = IsNaN(sharp)\n"
      "none = Sub(half, half)\n w = Where(not, none, sharp)"), "no weight to any key", "c"),
-    ("half the tokens", attention(after="logits = Slice(c, first, third, second)"), "by their place in the sequence",
+    ("half the tokens", attention(after="logits = Slice(c, first, third, second)"), "by their position in the sequence",
      "logits"),
 ]  # fmt: skip
 

@@ -18,14 +18,13 @@ from kvsurgeon.analysis.token_flow import Place, TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
-from kvsurgeon.graph.operators import LOOKUPS
-from kvsurgeon.ops.contraction import PRODUCTS, contraction_of
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import contraction_of, has_trait
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, Dimension
 from kvsurgeon.symbolic.sequence_axes import Length, SequenceAxis
 
 # Products with weights: what lies upstream of them would have to be computed again for every token at every step.
-PROJECTIONS = PRODUCTS | {"Conv", "FusedConv", "QLinearConv"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +130,7 @@ def features_of(flow: TokenFlow, place: Place) -> int | None:
     """How many features of one head and one token an operand of a product holds: head_dim."""
     node, index = place
     call = flow.shapes.call(node)
-    found = contraction_of(call) if node.op_type in PROJECTIONS else None
+    found = contraction_of(call) if has_trait(node, Trait.PROJECTION) else None
     if found is None or index not in (found.left, found.right):
         return None
     mine, other = found.left_labels, found.right_labels
@@ -149,12 +148,12 @@ def features_of(flow: TokenFlow, place: Place) -> int | None:
 
 def _is_cheap(node: ir.Node) -> bool:
     """Whether a node may be computed again for all tokens so far at every step."""
-    return node.op_type not in PROJECTIONS and looks_nothing_up(node)
+    return not has_trait(node, Trait.PROJECTION) and looks_nothing_up(node)
 
 
 def looks_nothing_up(node: ir.Node) -> bool:
     """Whether a node is no table of weights read by number: upstream of one there are only numbers of tokens."""
-    return node.op_type not in LOOKUPS or constant_tensor(node.inputs[0]) is None
+    return not has_trait(node, Trait.LOOKUP) or constant_tensor(node.inputs[0]) is None
 
 
 def bottlenecks(

@@ -1,64 +1,64 @@
-"""Rows of the model's own that are put beside the tokens: keys and values that were learnt, or a key of nothing.
+"""Learned rows beside the tokens: keys and values that no token has, such as attention sinks or a key of zeros.
 
-No position of the stream has such a row, so from there on the tokens must be all so far: keys, or values.
+The new tokens have no such rows, so from there on the tensor must hold all tokens so far: keys, or values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from kvsurgeon.analysis.token_flow import NodeVisit
 from kvsurgeon.graph.query import depends_on_input
-from kvsurgeon.ops.layout import joined_inputs
-from kvsurgeon.symbolic.fact import axis_of
+from kvsurgeon.ops.operator import AxisLinks
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable
 
 
-def concat(step: NodeVisit) -> list[Axes]:
-    """`Concat` along the sequence, of one tensor of tokens and of others with a fixed number of rows."""
-    rank = len(step.result_shape())
-    joined = axis_of(step.call.integer("axis", 0), rank)
-    if len(step.tokens()) != 1:
-        raise step.mixing()
-    (mine,) = step.tokens()
+def with_learned_rows(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
+    """Return the sequence axis of a result that has learned rows beside the tokens.
+
+    Raises:
+        UnsupportedError: The node does not add a fixed number of rows to one tensor of tokens.
+    """
+    if isinstance(links.joined, int):
+        return [_concatenated(visit, links, links.joined)]
+    if visit.call.text("mode", "constant") != "constant" or visit.tokens() != [0]:
+        raise visit.mixing()
+    axis = next((axis.axis for axis in visit.axes(0) if axis.axis in links.padded), None)
+    if axis is None:
+        raise visit.mixing()
+    ahead, behind = links.padded[axis]
+    if not isinstance(ahead, int) or not isinstance(behind, int) or min(ahead, behind) < 0:
+        raise visit.mixing()
+    return [_widened(visit, 0, axis, ahead, behind)]
+
+
+def _concatenated(visit: NodeVisit, links: AxisLinks, joined: int) -> Axes:
+    """One tensor of tokens, and others with a fixed number of rows that depend on no input."""
+    if len(visit.tokens()) != 1:
+        raise visit.mixing()
+    (mine,) = visit.tokens()
     rows: list[int] = []
-    for index in joined_inputs(step.call):
-        shape, value = step.shape(index), step.node.inputs[index]
+    for index, labels in enumerate(links.inputs):
+        if labels is None:
+            continue
+        shape, value = visit.shape(index), visit.node.inputs[index]
         if index == mine:
             rows.append(0)
             continue
-        if not isinstance(shape[joined], int) or any(step.holds_length(size) for size in shape):
-            raise step.mixing()
+        size = shape[joined]
+        if not isinstance(size, int) or any(visit.holds_length(one) for one in shape):
+            raise visit.mixing()
         if value is not None and depends_on_input(value):
-            raise step.mixing()
-        rows.append(shape[joined])
-    return [_bordered(step, mine, joined, sum(rows[:mine]), sum(rows[mine:]))]
+            raise visit.mixing()
+        rows.append(size)
+    return _widened(visit, mine, joined, sum(rows[:mine]), sum(rows[mine:]))
 
 
-def pad(step: NodeVisit) -> list[Axes]:
-    """`Pad` along the sequence, with rows of one number."""
-    pads, rank = step.call.integers("pads", 1), len(step.shape(0))
-    places = step.call.numbers(3) if step.call.given(3) else tuple(range(rank))
-    if pads is None or places is None or step.call.text("mode", "constant") != "constant" or step.tokens() != [0]:
-        raise step.mixing()
-    padded = [axis_of(int(axis), rank) for axis in places]
-    ends = {axis: (pads[place], pads[place + len(padded)]) for place, axis in enumerate(padded)}
-    axis = next((axis.axis for axis in step.axes(0) if any(ends.get(axis.axis, (0, 0)))), None)
-    if axis is None or min(ends[axis]) < 0:
-        raise step.mixing()
-    return [_bordered(step, 0, axis, *ends[axis])]
-
-
-RULES: dict[str, Callable[[NodeVisit], list[Axes]]] = {"Concat": concat, "Pad": pad}
-
-
-def _bordered(step: NodeVisit, index: int, axis: int, ahead: int, behind: int) -> Axes:
-    """Where the tokens of an input are with rows beside them: in a role that products must tell to be the keys'."""
-    axes = step.axes(index)
+def _widened(visit: NodeVisit, index: int, axis: int, ahead: int, behind: int) -> Axes:
+    """The sequence axis with learned rows, in a variable that a product must decide to be the keys'."""
+    axes = visit.axes(index)
     if len(axes) != 1 or axes[0].axis != axis or not axes[0].is_plain or axes[0].role.resolved() is not Length.NEW:
-        raise step.mixing()
-    name = step.node.outputs[0].name or ""
+        raise visit.mixing()
+    name = visit.node.outputs[0].name or ""
     role = LengthVariable(at=name, only_if_total=[name])
-    place = step.node, index
-    step.flow.operands[place] = step.flow.bordered[place] = role
+    place = visit.node, index
+    visit.flow.operands[place] = visit.flow.bordered[place] = role
     return (axes[0].with_role(role).widened(ahead, behind),)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis import axis_rules, elementwise_rules, gather_rules, layout_rules, learned_rows, product_rules
+from kvsurgeon.analysis.axis_propagation import axes_after
+from kvsurgeon.analysis.learned_rows import with_learned_rows
 from kvsurgeon.analysis.routed_regions import (
-    PICKERS,
     RoutedRegion,
     begins_sorted,
     find_routed_region,
@@ -21,70 +21,21 @@ from kvsurgeon.analysis.routed_regions import (
 from kvsurgeon.analysis.sequence_state import find_sequence_state, record_sequence_state
 from kvsurgeon.analysis.token_flow import NodeVisit, TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.dataflow.shape_inference import STANDARD_DOMAINS, Shapes, in_one_line
+from kvsurgeon.dataflow.shape_inference import Shapes, in_one_line
 from kvsurgeon.dataflow.value_kinds import ValueKind
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.operators import SHAPE_ONLY
 from kvsurgeon.graph.query import all_inputs
-from kvsurgeon.ops import elementwise as elementwise_shapes
-from kvsurgeon.ops.contraction import PRODUCTS
+from kvsurgeon.ops.operator import AxisLinks, Trait, UntraceableAxesError
+from kvsurgeon.ops.table import KNOWN_DOMAINS, axis_links, has_trait
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
-from kvsurgeon.symbolic.fact import NOTHING
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
-Rule = Callable[[NodeVisit], list[Axes]]
+Rule = Callable[[NodeVisit, AxisLinks], list[Axes]]
 
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(elementwise_shapes.BINARY, elementwise_rules.broadcast),
-    **dict.fromkeys(elementwise_shapes.UNARY - {"Trilu"}, elementwise_rules.keep),
-    **dict.fromkeys(("BiasGelu", "FastGelu", "SwiGLU", "GatedAdd"), elementwise_rules.broadcast),
-    "CastLike": elementwise_rules.keep,
-    "BatchNormalization": elementwise_rules.keep,
-    **dict.fromkeys(("Softmax", "LogSoftmax", "Hardmax", "QLinearSoftmax"), axis_rules.softmax),
-    **dict.fromkeys(("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization",
-                     "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "GatedRMSNorm",
-                     "BranchwiseRMSNorm"), axis_rules.normalization),
-    "LpNormalization": axis_rules.lp_normalization,
-    **dict.fromkeys(("InstanceNormalization", "GroupNormalization"), axis_rules.by_channel),
-    **{f"Reduce{kind}": axis_rules.reduce for kind in
-       ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare")},
-    "ArgMax": axis_rules.arg_extreme,
-    "ArgMin": axis_rules.arg_extreme,
-    "TopK": axis_rules.top_k,
-    **dict.fromkeys(("CumSum", "CumProd"), axis_rules.cumulative_sum),
-    "Concat": axis_rules.concat,
-    "QLinearConcat": axis_rules.concat,
-    "Pad": axis_rules.pad,
-    **dict.fromkeys(("Conv", "ConvInteger", "FusedConv", "QLinearConv"), axis_rules.convolution),
-    **dict.fromkeys(("AveragePool", "MaxPool", "LpPool", "QLinearAveragePool"), axis_rules.pool),
-    **dict.fromkeys(("RotaryEmbedding", "MRotaryEmbedding"), axis_rules.rotary),
-    **dict.fromkeys(("MoE", "QMoE"), axis_rules.experts),
-    "DynamicQuantizeLinear": axis_rules.dynamic_quantize,
-    "Reshape": layout_rules.reshape,
-    "Flatten": layout_rules.flatten,
-    "Unsqueeze": layout_rules.unsqueeze,
-    "Squeeze": layout_rules.unsqueeze,
-    "Transpose": layout_rules.transpose,
-    "Expand": layout_rules.expand,
-    "Trilu": layout_rules.trilu,
-    "Tile": layout_rules.tile,
-    "Split": layout_rules.split,
-    "Slice": layout_rules.slice_,
-    "Gather": gather_rules.gather,
-    "GatherBlockQuantized": gather_rules.gather,
-    "GatherElements": gather_rules.gather_elements,
-    "ScatterElements": gather_rules.gather_elements,
-    "GatherND": gather_rules.gather_nd,
-    "ScatterND": gather_rules.scatter_nd,
-    "OneHot": layout_rules.one_hot,
-    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool"), axis_rules.global_pool),
-    **dict.fromkeys(PRODUCTS, product_rules.product),
-    "Attention": product_rules.attention,
-}  # fmt: skip
-
-_PLAINER = "start from the graph before an optimiser made this operator, or write it in others"
-KNOWN_DOMAINS = (*STANDARD_DOMAINS, "com.microsoft")
+_DECOMPOSE_HINT = "start from the graph before an optimizer fused this operator, or write it in standard operators"
+_OPERATOR_HINT = "docs/writing-an-operator.md says how to add it"
 
 
 def follow_tokens(
@@ -110,7 +61,11 @@ def follow_tokens(
     routed_regions: dict[ir.Node, RoutedRegion] = {}
     read = _read_for_their_numbers(nodes)
     for node in nodes:
-        if node.op_type in PICKERS and kinds.get(node.outputs[0]) is ValueKind.TOKEN and node not in routed_regions:
+        if (
+            has_trait(node, Trait.ROUTING)
+            and kinds.get(node.outputs[0]) is ValueKind.TOKEN
+            and node not in routed_regions
+        ):
             found = find_routed_region(flow, node)
             routed_regions.update(dict.fromkeys(found.nodes, found) if found is not None else {})
         if node in routed_regions:
@@ -162,80 +117,80 @@ def _batch(inputs: list[InputRole]) -> Dimension:
 
 
 def _take_or_recall(flow: TokenFlow, node: ir.Node, *, is_read: bool) -> None:
-    """Follow tokens through a node; where it mixes them, remember what it reads if only earlier ones count.
+    """Propagate through a node; if it mixes tokens, cache what it reads if only earlier tokens count.
 
-    Where it puts rows of the model's own beside them, they are keys or values from there on.
+    If it adds learned rows to the tokens, they are keys or values from there on.
     """
     try:
-        _take(flow, node, RULES)
+        _take(flow, node, axes_after)
     except UnsupportedError:
         recall = find_sequence_state(flow, node) if is_read else None
         if recall is not None:
             record_sequence_state(flow, recall)
-        elif (is_read or not _reads_stream(flow, node)) and not _borders(flow, node):
+        elif (is_read or not _reads_stream(flow, node)) and not _has_learned_rows(flow, node):
             raise
 
 
-def _borders(flow: TokenFlow, node: ir.Node) -> bool:
-    """Whether a node puts rows of the model's own beside the tokens; where they are then is noted."""
-    if node.op_type not in learned_rows.RULES:
-        return False
+def _has_learned_rows(flow: TokenFlow, node: ir.Node) -> bool:
+    """Whether a node adds learned rows to the tokens; its axes are noted if so."""
     try:
-        _take(flow, node, learned_rows.RULES)
-    except UnsupportedError:
+        links = axis_links(flow.shapes.call(node))
+        if links is None or (links.joined is None and not links.padded):
+            return False
+        _take(flow, node, with_learned_rows)
+    except (UnsupportedError, UntraceableAxesError):
         return False
     return True
 
 
-def _take(flow: TokenFlow, node: ir.Node, rules: Mapping[str, Rule]) -> None:
-    results = tuple(flow.shapes.facts.get(value, NOTHING) for value in node.outputs)
-    step = NodeVisit(flow, flow.shapes.call(node), results)
-    rule = rules.get(node.op_type) if node.domain in KNOWN_DOMAINS else None
-    if rule is None:
-        raise _no_rule(step)
+def _take(flow: TokenFlow, node: ir.Node, rule: Rule) -> None:
+    visit = NodeVisit(flow, flow.shapes.call(node))
     with in_one_line(node):
-        found = rule(step)
-        for value, fact, axes in zip(node.outputs, results, found, strict=False):
+        try:
+            links = axis_links(visit.call)
+        except UntraceableAxesError as error:
+            raise visit.refusal(str(error)) from error
+        if links is None:
+            raise _no_links(visit)
+        found = rule(visit, links)
+        for value, fact, axes in zip(node.outputs, visit.call.results, found, strict=False):
             if fact.shape is not None:
-                _check_lengths(step, fact.shape, axes)
+                _check_lengths(visit, fact.shape, axes)
             flow.axes[value] = axes
     if any(value in flow.last for value in node.inputs if value is not None):
-        _check_last(step, found)
+        _check_last(visit, found)
 
 
-def _no_rule(step: NodeVisit) -> UnsupportedError:
-    node = step.node
+def _no_links(visit: NodeVisit) -> UnsupportedError:
+    node = visit.node
     if any(attribute.type is ir.AttributeType.GRAPH for attribute in node.attributes.values()):
-        return step.refusal("token data goes through control flow, where its tokens cannot be followed")
-    if node.domain not in KNOWN_DOMAINS:
-        return UnsupportedError(
-            f"custom operator {node.domain}::{node.op_type} works on token data, and nothing is known about it",
-            at=node.outputs[0].name, expected="standard operators", found=node.domain,
-        )  # fmt: skip
-    if node.op_type in ("LSTM", "GRU", "RNN", "Scan"):
-        return step.mixing()
-    return step.refusal("there is no rule that says whether it keeps tokens apart", hint=_PLAINER)
+        return visit.refusal("cannot trace the sequence axis through control flow", code=Code.CONTROL_FLOW)
+    if has_trait(node, Trait.RECURRENT):
+        return visit.mixing()
+    name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
+    hint = _OPERATOR_HINT if node.domain not in KNOWN_DOMAINS else _DECOMPOSE_HINT
+    return visit.refusal(f"unknown operator {name} on token data", hint=hint, code=Code.UNKNOWN_OPERATOR)
 
 
-def _check_lengths(step: NodeVisit, shape: tuple[Dimension, ...], axes: Axes) -> None:
+def _check_lengths(visit: NodeVisit, shape: tuple[Dimension, ...], axes: Axes) -> None:
     held = {axis.axis for axis in axes}
     for place, size in enumerate(shape):
-        if place not in held and step.holds_length(size):
-            raise step.refusal("a tensor's tokens were lost sight of", found=f"axis {place} of size {size}")
+        if place not in held and visit.holds_length(size):
+            raise visit.refusal("cannot trace the sequence axis", found=f"axis {place} of size {size}")
     for axis in axes:
-        whole = axis.size(step.flow.length)
+        whole = axis.size(visit.flow.length)
         if axis.role.resolved() is Length.NEW and not dim.is_equal(whole, shape[axis.axis]):
-            raise step.refusal(
+            raise visit.refusal(
                 "it keeps some of the tokens only", expected=f"axis {axis.axis} of size {whole}",
                 found=str(shape[axis.axis]),
             )  # fmt: skip
 
 
-def _check_last(step: NodeVisit, found: list[Axes]) -> None:
+def _check_last(visit: NodeVisit, found: list[Axes]) -> None:
     """What is made of the last token alone must not reach the others."""
     if any(found):
-        raise step.refusal("what is made of the last token is given to all of them")
-    step.flow.last.update(step.node.outputs)
+        raise visit.refusal("what is made of the last token is given to all of them")
+    visit.flow.last.update(visit.node.outputs)
 
 
 def _check_roles(flow: TokenFlow) -> None:

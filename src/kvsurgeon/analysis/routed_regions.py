@@ -21,22 +21,18 @@ from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
-from kvsurgeon.graph.operators import LOOKUPS
-from kvsurgeon.ops.contraction import PRODUCTS
-from kvsurgeon.ops.elementwise import BINARY, UNARY
-from kvsurgeon.ops.slicing import slice_bounds
+from kvsurgeon.ops.gather import slice_bounds
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
-PICKERS = frozenset({"NonZero"})
 SEEN = "routing that depends on the tokens: that it keeps them apart was seen by running it"
-# fmt: off
-_INSIDE = PICKERS | BINARY | UNARY | LOOKUPS | PRODUCTS | {
-    "CastLike", "Concat", "ConstantOfShape", "Expand", "Flatten", "Range", "Reshape", "ScatterElements", "ScatterND",
-    "Shape", "Size", "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
-}
-# fmt: on
-_LIMITS = frozenset({"Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Min", "Max", "Clip", "NonZero"})
+_INSIDE = (
+    Trait.ROUTING, Trait.BROADCAST, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.LOOKUP, Trait.PRODUCT, Trait.RESHAPE,
+    Trait.REPEAT, Trait.SELECT, Trait.MOVE, Trait.SHAPE_ONLY,
+)  # fmt: skip
+_LIMITS = (Trait.ORDER, Trait.BOUND, Trait.ROUTING)
 _PLACES = 33  # tokens of the longest text that is run; shorter and longer ones are made of the same
 _TEXTS = (range(_PLACES)[::-1], (5, 3, 3, 20, 31, 0, 8), (4,), (9, 30), [place * 7 % _PLACES for place in range(300)])
 
@@ -57,7 +53,7 @@ class RoutedRegion:
 def find_routed_region(flow: TokenFlow, start: ir.Node) -> RoutedRegion | None:
     """The smallest island that begins at a node which picks or sorts tokens; None where they are not put back."""
     region, made = [start], set(start.outputs)
-    may_stand_inside = _picked if start.op_type in PICKERS else _sorted
+    may_stand_inside = _picked if has_trait(start, Trait.ROUTING) else _sorted
     for node in list(flow.order)[flow.order[start] + 1 :]:
         if not any(value in made for value in node.inputs):
             continue
@@ -88,7 +84,7 @@ def joined(routed_regions: Collection[RoutedRegion], order: Mapping[ir.Node, int
 
 
 def _picked(flow: TokenFlow, node: ir.Node) -> bool:
-    return node.op_type in _INSIDE
+    return has_trait(node, *_INSIDE)
 
 
 def _sorted(flow: TokenFlow, node: ir.Node) -> bool:
@@ -96,10 +92,10 @@ def _sorted(flow: TokenFlow, node: ir.Node) -> bool:
     if node.op_type == "Slice":
         bounds, shape = slice_bounds(flow.shapes.call(node)), flow.shapes.call(node).fact(0).shape
         return bounds is not None and shape is not None and all(isinstance(shape[axis], int) for axis in bounds[0])
-    if node.op_type in _LIMITS:
+    if has_trait(node, *_LIMITS):
         constants = [small_constant(value) for value in node.inputs]
         return any(constant is not None and not constant.any() for constant in constants)  # a sign, or whether any
-    return begins_sorted(flow, node) or node.op_type in _INSIDE
+    return begins_sorted(flow, node) or has_trait(node, *_INSIDE)
 
 
 def _sorts_all(flow: TokenFlow, node: ir.Node) -> bool:

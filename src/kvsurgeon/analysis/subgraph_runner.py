@@ -31,15 +31,14 @@ from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, is_weight
-from kvsurgeon.graph.operators import LOOKUPS
-from kvsurgeon.ops.contraction import PRODUCTS
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.dimension import BATCH, Dimension
 
 COUNTS_UP = "positions that are given count up from token to token"
 INT64 = ir.DataType.INT64
 LARGEST_NOISE = 1 << 24  # elements of a weight that is replaced by noise
 
-_OF_WEIGHTS = PRODUCTS | LOOKUPS
 
 Feed = Callable[[int], np.ndarray]  # of the length
 
@@ -126,7 +125,7 @@ class SubgraphRunner:
         if value in self._given:
             return self._given[value].holds_places
         node = value.producer()
-        if node is None or node.op_type in _OF_WEIGHTS:
+        if node is None or has_trait(node, Trait.PRODUCT, Trait.LOOKUP):
             return False
         tokens = [
             source for source in node.inputs if source is not None and self.flow.kinds.get(source) is ValueKind.TOKEN

@@ -11,11 +11,11 @@ import sympy
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.dataflow.value_kinds import ValueKind
-from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.ops.contraction import zero_points_of
+from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.ops.table import operator_of
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
-from kvsurgeon.symbolic.fact import Fact, OperatorCall
+from kvsurgeon.symbolic.fact import OperatorCall
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
 Place = tuple[ir.Node, int]  # a node and the index of one of its inputs
@@ -54,7 +54,8 @@ class ContextProduct:
     @property
     def zero_point(self) -> ir.Value | None:
         """Which number of quantised weights means 0, where that is said."""
-        places = zero_points_of(self.node)
+        operator = operator_of(self.node)
+        places = None if operator is None else operator.zero_points
         index = None if places is None else places[self.weights > self.value]
         return self.node.inputs[index] if index is not None and index < len(self.node.inputs) else None
 
@@ -166,7 +167,6 @@ class NodeVisit:
 
     flow: TokenFlow
     call: OperatorCall
-    results: tuple[Fact, ...]
 
     @property
     def node(self) -> ir.Node:
@@ -192,13 +192,13 @@ class NodeVisit:
 
     def result_shape(self, index: int = 0) -> tuple[Dimension, ...]:
         """The shape of an output."""
-        shape = self.results[index].shape
+        shape = self.call.results[index].shape
         if shape is None:
             raise self.refusal("a tensor's rank is unknown")
         return shape
 
     def tokens(self) -> list[int]:
-        """Indices of the inputs that are token data."""
+        """Return the indices of the inputs that are token data."""
         return [index for index in range(len(self.node.inputs)) if self.kind(index) is ValueKind.TOKEN]
 
     def demand(self, index: int, axes: Axes) -> None:
@@ -227,11 +227,26 @@ class NodeVisit:
 
     def refusal(
         self, reason: str, *, at: ir.Value | None = None, expected: str | None = None, found: str | None = None,
-        hint: str | None = None,
+        hint: str | None = None, code: Code = Code.UNTRACEABLE_SEQUENCE,
     ) -> UnsupportedError:  # fmt: skip
-        """An error about this node."""
+        """Return an error about this node."""
         name = (at or self.node.outputs[0]).name
-        return UnsupportedError(f"{self.node.op_type}: {reason}", at=name, expected=expected, found=found, hint=hint)
+        return UnsupportedError(
+            f"{self.node.op_type}: {reason}", at=name, expected=expected, found=found, hint=hint, code=code
+        )
+
+    def untraceable(self, index: int) -> UnsupportedError:
+        """Return an error: an axis of the sequence length of an input is not known to hold tokens."""
+        return self.refusal("cannot trace the sequence axis", at=self.node.inputs[index])
+
+    def scores(self, left: int, right: int) -> tuple[LengthVariable, LengthVariable]:
+        """Note that two inputs are multiplied query by key; return the variables of their axes, which are open."""
+        name = self.node.outputs[0].name or ""
+        roles = LengthVariable(at=name), LengthVariable(at=name)
+        self.flow.scores.append(
+            ScoreProduct(node=self.node, left=left, right=right, left_role=roles[0], right_role=roles[1])
+        )
+        return roles
 
     def mixing(self) -> UnsupportedError:
         """An error: this node lets a token see others."""
@@ -272,3 +287,8 @@ class NodeVisit:
         if not one.role.agree(other.role):
             raise self.refusal("queries and keys are added to each other", at=self.node.inputs[second])
         return one
+
+
+def is_of_queries(axes: Axes) -> bool:
+    """Whether all sequence axes of a tensor have the new length."""
+    return all(axis.role.resolved() is Length.NEW for axis in axes)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis, AttentionSite
-from kvsurgeon.analysis.cache_points import PROJECTIONS, CachePoint
+from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.analysis.token_flow import Place, TokenFlow
 from kvsurgeon.anatomy.facts import Attention, CachedTensor, CachePointFacts, Decoder, Input, Projection
 from kvsurgeon.anatomy.masks import read_mask
@@ -19,6 +19,8 @@ from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.heads.counts import counts_of
 from kvsurgeon.heads.token_data import token_inputs
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.proof.proof import Proof
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, Dimension
@@ -114,7 +116,7 @@ def _upstream(flow: TokenFlow, place: Place) -> Iterator[ir.Node]:
             continue
         visited.add(producer)
         yield producer
-        if producer.op_type not in PROJECTIONS and len(visited) <= 200:
+        if not has_trait(producer, Trait.PROJECTION) and len(visited) <= 200:
             pending += token_inputs(flow, producer)
 
 
@@ -132,7 +134,7 @@ def _projection(flow: TokenFlow, place: Place) -> Projection | None:
     for node in _upstream(flow, place):
         weights = (_initializer(value) for value in node.inputs)
         names = [name for name in weights if name is not None and name not in names] + names
-        if node.op_type in PROJECTIONS:
+        if has_trait(node, Trait.PROJECTION):
             output = node.outputs[0].name or ""
     return Projection(initializers=tuple(names), output=output) if output else None
 
@@ -175,7 +177,7 @@ def _depends_on_positions_only(flow: TokenFlow, value: ir.Value | None) -> bool:
         if node is None or node in visited:
             continue
         is_norm = "Normalization" in node.op_type or node.op_type == "Pow"
-        if is_norm or node.op_type in PROJECTIONS or len(visited) > 60:
+        if is_norm or has_trait(node, Trait.PROJECTION) or len(visited) > 60:
             return False
         visited.add(node)
         pending += token_inputs(flow, node)

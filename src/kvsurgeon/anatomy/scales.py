@@ -7,10 +7,11 @@ import math
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import AttentionSite
-from kvsurgeon.analysis.cache_points import PROJECTIONS
 from kvsurgeon.analysis.token_flow import Place, TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.constants import small_constant
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 
 _STOPS = frozenset({"Softmax", "Where", "Max"})
 
@@ -62,7 +63,7 @@ def _above(flow: TokenFlow, place: Place) -> float | None:
     product = 1.0
     for _ in range(64):
         producer = None if value is None else value.producer()
-        if producer is None or producer.op_type in PROJECTIONS or producer.op_type.endswith("Normalization"):
+        if producer is None or has_trait(producer, Trait.PROJECTION) or producer.op_type.endswith("Normalization"):
             return product
         factor = _factor(flow, producer)
         if factor is None:

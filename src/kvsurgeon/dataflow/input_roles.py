@@ -10,8 +10,10 @@ import onnx_ir as ir
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
-from kvsurgeon.graph.operators import LOOKUPS, SHAPE_ONLY
+from kvsurgeon.graph.operators import SHAPE_ONLY
 from kvsurgeon.graph.query import find_live
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
 from kvsurgeon.symbolic.sequence_axes import Length
@@ -208,7 +210,7 @@ def _places(node: ir.Node, index: int) -> bool:
 
 def _rows_picked(node: ir.Node, index: int) -> int:
     """How many rows the table has that a node picks from by this input; 0 if it picks none."""
-    if node.op_type not in LOOKUPS or index != 1:
+    if not has_trait(node, Trait.LOOKUP) or index != 1:
         return 0
     return _table_rows(node.inputs[0])
 

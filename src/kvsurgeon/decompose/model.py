@@ -9,7 +9,10 @@ import onnx_ir as ir
 
 from kvsurgeon.dataflow.input_roles import read_inputs
 from kvsurgeon.dataflow.shape_inference import infer_shapes
-from kvsurgeon.decompose.embedding import embed_layer_normalization, quantized_embed_layer_normalization
+from kvsurgeon.decompose.embedding import (
+    embed_layer_normalization,
+    quantized_embed_layer_normalization,
+)
 from kvsurgeon.decompose.fused_node import FusedNode
 from kvsurgeon.decompose.group_query_attention import group_query_attention
 from kvsurgeon.decompose.multi_head_attention import multi_head_attention

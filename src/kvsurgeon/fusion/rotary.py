@@ -12,7 +12,7 @@ import onnx_ir as ir
 from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.query import chain, is_operator, producer_of
-from kvsurgeon.ops.slicing import slice_bounds
+from kvsurgeon.ops.gather import slice_bounds
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import axis_of
 

@@ -10,7 +10,7 @@ from kvsurgeon.analysis.analysis import AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import describe
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.heads.index_trace import Labels
-from kvsurgeon.ops.contraction import contraction_of
+from kvsurgeon.ops.table import contraction_of
 from kvsurgeon.symbolic import dimension as dim
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.analysis.cache_points import PROJECTIONS
 from kvsurgeon.analysis.probe_inputs import at_length
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.heads.layout import Layout, layout_of
-from kvsurgeon.ops.contraction import Contraction, contraction_of
-from kvsurgeon.ops.elementwise import BINARY, UNARY
-from kvsurgeon.ops.slicing import slice_bounds
+from kvsurgeon.ops.contraction import Contraction
+from kvsurgeon.ops.gather import slice_bounds
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import contraction_of, has_trait
 from kvsurgeon.symbolic.fact import axis_of
 
 LENGTH = 3  # tokens of the trial, where the export did not fix them
@@ -50,7 +50,11 @@ class Labels:
 
     def keeps_apart(self, node: ir.Node) -> bool:
         """Whether a node with one source of token data works element by element, or moves elements."""
-        return node.op_type in BINARY | UNARY or node.op_type == "DynamicQuantizeLinear" or self.moves(node)
+        return (
+            has_trait(node, Trait.ELEMENTWISE, Trait.BROADCAST)
+            or node.op_type == "DynamicQuantizeLinear"
+            or self.moves(node)
+        )
 
     def source(self, value: ir.Value) -> ir.Value:
         """The value that this one is a mere rearrangement of; itself where it is computed."""
@@ -70,13 +74,13 @@ class Labels:
                 continue
             seen.add(one)
             yield one
-            if node.op_type not in PROJECTIONS:
+            if not has_trait(node, Trait.PROJECTION):
                 pending += self.token_sources(node)
 
     def is_projected(self, value: ir.Value) -> bool:
         """Whether a value is made by a product with weights, and not of positions alone."""
         makers = (one.producer() for one in self.above(value))
-        return any(self._sums(node) for node in makers if node is not None and node.op_type in PROJECTIONS)
+        return any(self._sums(node) for node in makers if node is not None and has_trait(node, Trait.PROJECTION))
 
     def _sums(self, node: ir.Node) -> bool:
         """Whether a product sums anything; an outer product, as of positions with frequencies, does not."""

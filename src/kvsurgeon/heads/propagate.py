@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
-from kvsurgeon.analysis.cache_points import PROJECTIONS
-from kvsurgeon.analysis.propagation import KNOWN_DOMAINS
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
@@ -20,8 +18,9 @@ from kvsurgeon.heads.index_trace import Labels
 from kvsurgeon.heads.rules import MEANS, RULES
 from kvsurgeon.heads.selection import Selection
 from kvsurgeon.heads.structural_equality import itself
-from kvsurgeon.ops.elementwise import BINARY, UNARY
+from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.reduction import reduced_axes
+from kvsurgeon.ops.table import KNOWN_DOMAINS, has_trait
 from kvsurgeon.rewrite.lengths import LengthValues
 from kvsurgeon.weights import ComputedTensor, Part
 
@@ -183,7 +182,7 @@ class Carrier:
             if one in self._headed:
                 return True
             node = one.producer()
-            if one in seen or node is None or node.op_type in PROJECTIONS:
+            if one in seen or node is None or has_trait(node, Trait.PROJECTION):
                 continue
             seen.add(one)
             pending += [v for v in node.inputs if v is not None and self.flow.kinds.get(v) is ValueKind.TOKEN]
@@ -220,7 +219,7 @@ class Carrier:
             return None
         if axes is not None and not call.integer("keepdims", 1):
             return axis.at(axis.axis - sum(place < axis.axis for place in axes))
-        if axes is not None or node.op_type in BINARY | UNARY:
+        if axes is not None or has_trait(node, Trait.ELEMENTWISE, Trait.BROADCAST):
             return axis.at(axis.axis + len(after) - len(before))
         raise UnsupportedError(
             f"{node.op_type}: it cannot be seen whether it keeps heads apart", at=node.outputs[0].name

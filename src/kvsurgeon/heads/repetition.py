@@ -10,13 +10,15 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import AttentionSite, CachedOperand
-from kvsurgeon.analysis.cache_points import PROJECTIONS, describe
+from kvsurgeon.analysis.cache_points import describe
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.heads.counts import HeadCounts
 from kvsurgeon.heads.head_axis import HeadAxis
 from kvsurgeon.heads.index_trace import Labels
 from kvsurgeon.heads.layout import Logical, head_axis, layout_of, logical
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 
 # How a product comes to more query heads than there are key heads: they were repeated before it, they are broadcast
 # by it, or the operator itself shares them.
@@ -146,7 +148,7 @@ class _Walk:
         while pending:
             value = pending.pop(0)
             node = value.producer()
-            if value in seen or node is None or node.op_type in PROJECTIONS:
+            if value in seen or node is None or has_trait(node, Trait.PROJECTION):
                 continue
             seen.add(value)
             sources = [one for one in self.labels.token_sources(node) if self.labels.is_projected(one)]

@@ -14,9 +14,10 @@ import onnx_ir as ir
 from kvsurgeon.heads.change import Change, Made
 from kvsurgeon.heads.head_axis import HeadAxis
 from kvsurgeon.heads.weights import RULES as WEIGHT_RULES
-from kvsurgeon.ops import elementwise as elementwise_shapes
+from kvsurgeon.ops.gather import slice_bounds
+from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.reduction import reduced_axes
-from kvsurgeon.ops.slicing import slice_bounds
+from kvsurgeon.ops.table import names_with
 from kvsurgeon.rewrite.reshape_targets import expand_target, reshape_target
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import axis_of
@@ -235,8 +236,8 @@ def dynamic_quantize(change: Change) -> Made:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(elementwise_shapes.BINARY, elementwise),
-    **dict.fromkeys(elementwise_shapes.UNARY - {"Trilu", "BiasGelu", "FastGelu", "Dropout"}, first_only),
+    **dict.fromkeys(names_with(Trait.BROADCAST), elementwise),
+    **dict.fromkeys(names_with(Trait.ELEMENTWISE) - {"Trilu", "BiasGelu", "FastGelu", "Dropout"}, first_only),
     "CastLike": first_only,
     "QuantizeLinear": quantize,
     "DequantizeLinear": quantize,

@@ -14,7 +14,8 @@ from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.heads.counts import counts_of
 from kvsurgeon.heads.index_trace import Labels
 from kvsurgeon.heads.repetition import way_of
-from kvsurgeon.ops.contraction import Contraction, contraction_of
+from kvsurgeon.ops.contraction import Contraction
+from kvsurgeon.ops.table import contraction_of
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, Dimension
 

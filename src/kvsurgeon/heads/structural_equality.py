@@ -11,10 +11,10 @@ from collections.abc import Hashable, Sequence
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
-from kvsurgeon.analysis.cache_points import PROJECTIONS
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.constants import constant_tensor
-from kvsurgeon.ops.elementwise import BINARY
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.dimension import Dimension
 
 # Operators that read learned numbers beside token data, and their inputs that are learned: of others, all constants
@@ -51,7 +51,7 @@ class Likeness:
             if node is not None and node not in seen:
                 seen.add(node)
                 sources = self._token_sources(node)
-                (beyond if node.op_type in PROJECTIONS else pending).extend(sources)
+                (beyond if has_trait(node, Trait.PROJECTION) else pending).extend(sources)
         found = set[ir.Node]()
         while beyond:
             node = beyond.pop().producer()
@@ -91,7 +91,7 @@ class Likeness:
 
     def _begins(self, mine: ir.Node, theirs: ir.Node) -> bool:
         """Whether two nodes are products with weights, or stand before them."""
-        return mine.op_type in PROJECTIONS or (mine in self.before[0] and theirs in self.before[1])
+        return has_trait(mine, Trait.PROJECTION) or (mine in self.before[0] and theirs in self.before[1])
 
     def _numbers(self, value: ir.Value) -> Hashable:
         """The numbers of a value that are known before the model runs; None where they are not."""
@@ -118,7 +118,7 @@ class Likeness:
         shape = self.flow.shapes[value].shape
         if shape is None or all(size == 1 for size in shape):
             return False
-        return node.op_type in BINARY and not self._varies(shape, result)
+        return has_trait(node, Trait.BROADCAST) and not self._varies(shape, result)
 
     def _varies(self, shape: Sequence[Dimension], result: ir.Value) -> bool:
         """Whether a constant may have other numbers for other positions of the result that it goes into."""

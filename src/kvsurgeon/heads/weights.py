@@ -8,7 +8,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from kvsurgeon.heads.change import Change, Made
-from kvsurgeon.ops.contraction import contraction_of
+from kvsurgeon.ops.table import contraction_of
 from kvsurgeon.symbolic import dimension as dim
 
 # Inputs with a number for each column of the result, or one for all of them.

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from kvsurgeon.ops.elementwise import same_as_first
+from kvsurgeon.ops.operator import (
+    AttentionInputs,
+    AxisLinks,
+    Operator,
+    Trait,
+    UntraceableAxesError,
+    entries,
+    identity_links,
+    parameters,
+    rank_of,
+)
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import Fact, OperatorCall
 
 
 def attention(call: OperatorCall) -> list[Fact]:
-    """`Attention` of opset 23 and later; of com.microsoft where the domain says so."""
-    if call.node.domain == "com.microsoft":
-        return packed_attention(call)
+    """`Attention` of opset 23 and later."""
     query, key, value = (call.fact(index) for index in range(3))
     outputs = [Fact(None, query.dtype)] * len(call.node.outputs)
     if query.shape is None or key.shape is None or value.shape is None:
@@ -77,3 +87,71 @@ def embedding(call: OperatorCall) -> list[Fact]:
         return [Fact(None, scale.dtype)] * len(call.node.outputs)
     rows = Fact((*ids, table[-1]), scale.dtype)
     return [rows, Fact(ids[:1], ir.DataType.INT32), rows]
+
+
+def attention_links(call: OperatorCall) -> AxisLinks:
+    """`Attention`: [batch, heads, sequence, head_dim] or [batch, sequence, hidden]."""
+    four = rank_of(call, 0) == 4
+    layout = ("batch", "kv_heads", "sequence", "head_dim") if four else ("batch", "sequence", "hidden")
+    labels = identity_links(call)
+    inputs = AttentionInputs(
+        mask=3 if call.given(3) is not None else None, causal=bool(call.integer("is_causal", 0)), layout=layout,
+        packed_heads=1 if four else call.integer("kv_num_heads", 1),
+    )  # fmt: skip
+    outputs = (labels,) * len(call.node.outputs)
+    return AxisLinks(
+        inputs=parameters(call, labels), outputs=outputs, sequence=layout.index("sequence"), attention=inputs
+    )
+
+
+def rotary_links(call: OperatorCall) -> AxisLinks:
+    """`RotaryEmbedding`: the tables and the positions are aligned with the sequence axis of input 0."""
+    labels = identity_links(call)
+    sequence = 2 if len(labels) == 4 else 1
+    microsoft = call.node.domain == "com.microsoft"
+    place, tables = (1, (2, 3)) if microsoft else (3, (1, 2))
+    several = call.node.op_type == "MRotaryEmbedding"  # positions [3, batch, sequence]
+    inputs = list(parameters(call, labels))
+    for index in (place, *tables):
+        if not call.given(index):
+            continue
+        rank = rank_of(call, index)
+        if index == place and rank < 2:
+            raise UntraceableAxesError("its positions are one number for the whole call")
+        if index == place or rank == 3:
+            aligned = 2 if several and index == place else 1
+            inputs[index] = tuple(sequence if axis == aligned else None for axis in range(rank))
+    return AxisLinks(inputs=tuple(inputs), outputs=(labels,), sequence=sequence)
+
+
+def experts_links(call: OperatorCall) -> AxisLinks:
+    """`MoE`, `QMoE`: [tokens, hidden] or [batch, sequence, hidden], and scores [tokens, experts]."""
+    labels = identity_links(call)
+    return AxisLinks(inputs=parameters(call, labels, identity_links(call, 1)), outputs=(labels,), token_rows=True)
+
+
+def projecting_attention_links(call: OperatorCall) -> AxisLinks:
+    """`Attention` of com.microsoft is decomposed before axes are traced."""
+    raise UntraceableAxesError("a fused attention that also projects is not supported")
+
+
+_DECOMPOSE = "kvsurgeon.decompose"
+
+OPERATORS: list[Operator] = [
+    *entries("Attention", attention, attention_links,
+             decomposition=f"{_DECOMPOSE}.onnx_attention:standard_attention"),
+    *entries("Attention", packed_attention, projecting_attention_links, domain="com.microsoft",
+             decomposition=f"{_DECOMPOSE}.packed_attention:attention"),
+    *entries("QAttention", packed_attention, domain="com.microsoft",
+             decomposition=f"{_DECOMPOSE}.packed_attention:quantised_attention"),
+    *entries("MultiHeadAttention", multi_head_attention, domain="com.microsoft",
+             decomposition=f"{_DECOMPOSE}.multi_head_attention:multi_head_attention"),
+    *entries("GroupQueryAttention", group_query_attention, domain="com.microsoft",
+             decomposition=f"{_DECOMPOSE}.group_query_attention:group_query_attention"),
+    *entries("EmbedLayerNormalization", embedding, domain="com.microsoft",
+             decomposition=f"{_DECOMPOSE}.embedding:embed_layer_normalization"),
+    *entries("QEmbedLayerNormalization", embedding, domain="com.microsoft",
+             decomposition=f"{_DECOMPOSE}.embedding:quantised_embed_layer_normalization"),
+    *entries("RotaryEmbedding MRotaryEmbedding", same_as_first, rotary_links, Trait.ROTARY),
+    *entries("MoE QMoE", same_as_first, experts_links),
+]  # fmt: skip

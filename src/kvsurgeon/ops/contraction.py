@@ -6,15 +6,31 @@ labelled axes, so that shapes, sequence axes and attention are decided once for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import onnx_ir as ir
 
+from kvsurgeon.ops.operator import (
+    AxisLinks,
+    Labels,
+    Operator,
+    Trait,
+    UntraceableAxesError,
+    entries,
+    identity_links,
+    kept,
+    parameters,
+    rank_of,
+)
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import Fact, OperatorCall
 
-Labels = tuple[str, ...]
+Notation = Callable[["OperatorCall"], "Contraction | None"]
+ProductLabels = tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +39,18 @@ class Contraction:
 
     left: int  # index of the node's input
     right: int
-    left_labels: Labels
-    right_labels: Labels
-    result_labels: Labels
+    left_labels: ProductLabels
+    right_labels: ProductLabels
+    result_labels: ProductLabels
 
     @property
     def summed(self) -> frozenset[str]:
-        """Labels that the result no longer has."""
+        """ProductLabels that the result no longer has."""
         return (frozenset(self.left_labels) | frozenset(self.right_labels)) - frozenset(self.result_labels)
 
 
-def _matrix_labels(rank_left: int, rank_right: int) -> tuple[Labels, Labels, Labels]:
-    """Labels of `numpy.matmul`: batch axes are aligned from the right."""
+def _matrix_labels(rank_left: int, rank_right: int) -> tuple[ProductLabels, ProductLabels, ProductLabels]:
+    """ProductLabels of `numpy.matmul`: batch axes are aligned from the right."""
     batch = max(rank_left, rank_right) - 2
     names = tuple(f"b{index}" for index in range(max(batch, 0)))
     left = ("k",) if rank_left == 1 else (*names[len(names) - (rank_left - 2) :], "m", "k")
@@ -43,16 +59,16 @@ def _matrix_labels(rank_left: int, rank_right: int) -> tuple[Labels, Labels, Lab
     return left, right, result
 
 
-def _swapped(labels: Labels, swap: int) -> Labels:
+def _swapped(labels: ProductLabels, swap: int) -> ProductLabels:
     return (*labels[:-2], labels[-1], labels[-2]) if swap and len(labels) > 1 else labels
 
 
-def _rotated(labels: Labels, rotate: int) -> Labels:
+def _rotated(labels: ProductLabels, rotate: int) -> ProductLabels:
     """The rows before the batch, as `transBatchA` and `transBatchB` ask. Source: onnxruntime, `FusedMatMul`."""
     return (labels[-2], *labels[:-2], labels[-1]) if rotate and len(labels) > 2 else labels
 
 
-def _einsum(call: OperatorCall) -> Contraction | None:
+def einsum_notation(call: OperatorCall) -> Contraction | None:
     equation = call.text("equation").replace(" ", "")
     if len(call.inputs) != 2 or "->" not in equation:
         return None
@@ -63,7 +79,7 @@ def _einsum(call: OperatorCall) -> Contraction | None:
         return None
     widest = max(rank_left - len(left.replace("...", "")), rank_right - len(right.replace("...", "")))
 
-    def labels(term: str, hidden: int) -> Labels:
+    def labels(term: str, hidden: int) -> ProductLabels:
         names: list[str] = []
         for part in term.replace("...", ".").split():
             for letter in part:
@@ -81,50 +97,36 @@ def _einsum(call: OperatorCall) -> Contraction | None:
     )
 
 
-# fmt: off
-PACKED = frozenset({"MatMulNBits", "MatMulBnb4"})  # products with weights in a form of their own, N columns wide
-PRODUCTS = PACKED | {
-    "MatMul", "Gemm", "Einsum", "MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul",
-    "QGemm", "FusedMatMul", "TransposeMatMul", "FusedGemm",
-}
-# fmt: on
-RIGHT_OPERAND = {"QLinearMatMul": 3, "QGemm": 3}  # elsewhere the second input
-_TRANSPOSING = frozenset({"Gemm", "QGemm", "FusedGemm", "FusedMatMul", "TransposeMatMul"})
-_ZERO_POINTS = {"MatMulInteger": (2, 3), "QLinearMatMul": (2, 5), "QGemm": (2, 5), "MatMulIntegerToFloat": (4, 5)}
-
-
-def zero_points_of(node: ir.Node) -> tuple[int, int] | None:
-    """Return the inputs that say which numbers mean 0 in a product's left and right operand; None of a float one."""
-    return _ZERO_POINTS.get(node.op_type)
-
-
-def contraction_of(call: OperatorCall) -> Contraction | None:
-    """Return the product that a node computes, None where a rank is unknown or the node is no product of two."""
-    name = call.node.op_type
-    if name == "Einsum":
-        return _einsum(call)
-    right = RIGHT_OPERAND.get(name, 1)
+def matrix_notation(call: OperatorCall, *, right: int = 1, transposable: bool = False) -> Contraction | None:
+    """`MatMul` and its kind as a sum over labelled axes; None if a rank is unknown."""
     rank_left, rank_right = call.fact(0).rank, call.fact(right).rank
-    if name in PACKED:
-        rank_right = 2
     if not rank_left or not rank_right:
         return None
-    labels_left, labels_right, result = _matrix_labels(rank_left, rank_right)
-    if name in _TRANSPOSING:
-        labels_left = _rotated(_swapped(labels_left, call.integer("transA", 0)), call.integer("transBatchA", 0))
-        labels_right = _rotated(_swapped(labels_right, call.integer("transB", 0)), call.integer("transBatchB", 0))
-    return Contraction(left=0, right=right, left_labels=labels_left, right_labels=labels_right, result_labels=result)
+    left_labels, right_labels, result = _matrix_labels(rank_left, rank_right)
+    if transposable:
+        left_labels = _rotated(_swapped(left_labels, call.integer("transA", 0)), call.integer("transBatchA", 0))
+        right_labels = _rotated(_swapped(right_labels, call.integer("transB", 0)), call.integer("transBatchB", 0))
+    return Contraction(left=0, right=right, left_labels=left_labels, right_labels=right_labels, result_labels=result)
 
 
-def contraction(call: OperatorCall) -> Fact:
+def packed_notation(call: OperatorCall) -> Contraction | None:
+    """`MatMulNBits` and its kind: weights in packed blocks stand for a matrix."""
+    rank = call.fact(0).rank
+    if not rank:
+        return None
+    left, right, result = _matrix_labels(rank, 2)
+    return Contraction(left=0, right=1, left_labels=left, right_labels=right, result_labels=result)
+
+
+def contraction(call: OperatorCall, *, notation: Notation) -> Fact:
     """The shape of a product."""
-    found = contraction_of(call)
+    found = notation(call)
     dtype = _result_type(call)
     if found is None:
         return Fact(None, dtype)
     sizes: dict[str, Dimension] = {}
     operands = [(found.left_labels, call.fact(found.left).shape)]
-    if call.node.op_type in PACKED:
+    if notation is packed_notation:
         sizes["n"] = call.integer("N", 0)
     else:
         operands.append((found.right_labels, call.fact(found.right).shape))
@@ -132,6 +134,22 @@ def contraction(call: OperatorCall) -> Fact:
         for label, size in zip(labels, shape or (), strict=True):
             sizes[label] = dim.broadcast(sizes.get(label, 1), size)
     return Fact(tuple(sizes[label] for label in found.result_labels), dtype)
+
+
+def product_links(
+    call: OperatorCall, *, notation: Notation, bias: int | None = None, dynamic: bool = False
+) -> AxisLinks:
+    """The axes of a product are the labels of its notation; a bias is aligned with the result from the right."""
+    found = notation(call)
+    if found is None:
+        raise UntraceableAxesError("a product of more than two tensors, or of tensors of unknown rank")
+    inputs: list[Labels | None] = [None] * len(call.inputs)
+    inputs[found.left] = found.left_labels
+    if notation is not packed_notation:
+        inputs[found.right] = found.right_labels
+    if bias is not None and call.given(bias):
+        inputs[bias] = found.result_labels[len(found.result_labels) - rank_of(call, bias) :]
+    return AxisLinks(inputs=tuple(inputs), outputs=(found.result_labels,), summed=found.summed, dynamic_range=dynamic)
 
 
 def convolution(call: OperatorCall) -> Fact:
@@ -181,3 +199,67 @@ def _result_type(call: OperatorCall) -> ir.DataType | None:
             return ir.DataType.FLOAT
         return zero_point.dtype if zero_point is not None else call.fact(0).dtype
     return call.fact(0).dtype
+
+
+def convolution_links(call: OperatorCall, *, kernel: int = 1) -> AxisLinks:
+    """`Conv` over [batch, channels, positions...]: element by element along axes on which the kernel is one wide."""
+    labels, sizes = identity_links(call), call.fact(kernel).shape
+    if sizes is None:
+        raise UntraceableAxesError("the rank of a tensor is unknown")
+    wide = [axis for axis in range(2, len(labels)) if not _is_pointwise(call, axis - 2, sizes[axis])]
+    measured = 2 if call.node.op_type == "ConvInteger" else 0  # the zero point of tokens quantized in this call
+    constants = tuple(index for index in range(1, len(call.inputs)) if index != measured)
+    outputs = ((labels[0], None, *labels[2:]),)
+    return AxisLinks(
+        inputs=parameters(call, labels), outputs=outputs, blocked=dict.fromkeys((1, *wide)), constant_inputs=constants
+    )
+
+
+def pool_links(call: OperatorCall) -> AxisLinks:
+    """`AveragePool`, `MaxPool` over [batch, channels, positions...]: as a convolution, channel by channel."""
+    if call.integer("channels_last", 0):
+        raise UntraceableAxesError("its channels are the last axis, for which there is no rule")
+    if len(call.node.outputs) > 1 and call.node.outputs[1].uses():
+        raise UntraceableAxesError("the indices of its maxima depend on the number of tokens")
+    sizes = call.attribute("kernel_shape")
+    wide = [axis for axis in range(2, rank_of(call, 0)) if not _is_pointwise(call, axis - 2, sizes[axis - 2])]
+    return kept(call, blocked=dict.fromkeys(wide))
+
+
+def _is_pointwise(call: OperatorCall, place: int, kernel: Dimension) -> bool:
+    """Whether a window along a position axis sees one element at a time, and each of them."""
+    strides, pads = call.attribute("strides"), call.attribute("pads") or ()
+    count = len(pads) // 2
+    padded = any(pads[end] for end in (place, place + count)) if pads else False
+    automatic = call.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+    return kernel == 1 and (not strides or strides[place] == 1) and not padded and not automatic
+
+
+def _product(names: str, notation: Notation, *, bias: int | None = None, dynamic: bool = False,
+             traits: tuple[Trait, ...] = (), **fields: Any) -> list[Operator]:  # fmt: skip
+    return entries(
+        names, partial(contraction, notation=notation),
+        partial(product_links, notation=notation, bias=bias, dynamic=dynamic),
+        Trait.PRODUCT, Trait.PROJECTION, *traits, notation=notation, **fields,
+    )  # fmt: skip
+
+
+_GEMM, _QUANTIZED = partial(matrix_notation, transposable=True), partial(matrix_notation, right=3)
+_QUANTIZED_GEMM = partial(matrix_notation, right=3, transposable=True)
+
+OPERATORS: list[Operator] = [
+    *_product("MatMul", matrix_notation),
+    *_product("Einsum", einsum_notation),
+    *_product("FusedMatMul TransposeMatMul", _GEMM),
+    *_product("Gemm FusedGemm", _GEMM, bias=2, column_parameters=(2,)),
+    *_product("MatMulInteger", matrix_notation, column_parameters=(3,), zero_points=(2, 3)),
+    *_product("MatMulIntegerToFloat", matrix_notation, column_parameters=(3, 5, 6), zero_points=(4, 5)),
+    *_product("DynamicQuantizeMatMul", matrix_notation, column_parameters=(2, 3, 4), dynamic=True),
+    *_product("QLinearMatMul", _QUANTIZED, column_parameters=(4, 5), zero_points=(2, 5)),
+    *_product("QGemm", _QUANTIZED_GEMM, column_parameters=(4, 5, 6), zero_points=(2, 5)),
+    *_product("MatMulNBits MatMulBnb4", packed_notation, traits=(Trait.PACKED_WEIGHTS,)),
+    *entries("Conv FusedConv", convolution, convolution_links, Trait.PROJECTION),
+    *entries("ConvInteger", convolution, convolution_links),
+    *entries("QLinearConv", convolution, partial(convolution_links, kernel=3), Trait.PROJECTION),
+    *entries("AveragePool MaxPool LpPool QLinearAveragePool", pool, pool_links),
+]

@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
+from kvsurgeon.ops.operator import AxisLinks, Operator, Trait, broadcast_links, entries, identity_links, kept
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import NOTHING, WIDEST_VALUE, Fact, OperatorCall
@@ -133,19 +134,6 @@ ARITHMETIC: dict[str, Arithmetic] = {
 COMPARISONS = frozenset({
     "And", "Or", "Xor", "Not", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "IsNaN", "IsInf",
 })
-UNARY = frozenset({  # one tensor decides the shape; further inputs are parameters
-    "Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "BiasGelu", "BitwiseNot", "Cast", "Ceil", "Celu", "Clip",
-    "Cos", "Cosh", "DequantizeLinear", "Dropout", "Elu", "Erf", "Exp", "FastGelu", "Floor", "Gelu", "HardSigmoid",
-    "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Log", "Mish", "Neg", "Not", "QLinearLeakyRelu",
-    "QLinearSigmoid", "QuantizeLinear", "QuickGelu", "Reciprocal", "Relu", "Round", "ScaledSiLU", "Selu", "Shrink",
-    "Sigmoid", "Sign", "Sin", "Sinh", "Softplus", "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu",
-    "Trilu",
-})
-BINARY = frozenset({  # two tensors or more, broadcast against each other; scales and zero points among them are scalars
-    "Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater", "GreaterOrEqual",
-    "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod", "Mul", "Or", "PRelu", "Pow", "QLinearAdd", "QLinearMul",
-    "QLinearWhere", "Sub", "Sum", "Where", "Xor",
-})
 # fmt: on
 
 
@@ -255,3 +243,44 @@ def same_as_first(call: OperatorCall) -> list[Fact]:
     """Every output has the shape and type of the first input; used where further outputs are rarely there."""
     operand = call.given(0) or NOTHING
     return [Fact(operand.shape, operand.dtype) for _ in call.node.outputs]
+
+
+def dynamic_quantize_links(call: OperatorCall) -> AxisLinks:
+    """`DynamicQuantizeLinear`: the range of all elements gives the scale and the zero point, which have no axes."""
+    labels = identity_links(call)
+    return AxisLinks(inputs=(labels,), outputs=(labels, (), ()), dynamic_range=True)
+
+
+_ARITHMETIC = (Trait.BROADCAST, Trait.ARITHMETIC)
+_SCALES = (*_ARITHMETIC, Trait.SCALE, Trait.LENGTH_SENSITIVE)
+_ORDERS = (Trait.BROADCAST, Trait.ORDER, Trait.LENGTH_SENSITIVE)
+
+OPERATORS: list[Operator] = [
+    *entries(
+        "Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cosh Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish "
+        "IsInf IsNaN LeakyRelu Log Mish Neg Not QLinearLeakyRelu QLinearSigmoid QuickGelu Reciprocal Relu Round "
+        "ScaledSiLU Selu Shrink Sigmoid Sign Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu",
+        unary, kept, Trait.ELEMENTWISE,
+    ),
+    *entries("Identity Abs", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC),
+    *entries("Sin Cos", unary, kept, Trait.ELEMENTWISE, Trait.ROTARY),
+    *entries("Clip", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.BOUND, Trait.LENGTH_SENSITIVE),
+    *entries("Cast", cast, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC),
+    *entries("CastLike", cast, kept, Trait.ARITHMETIC, type_only=frozenset({1})),
+    *entries("QuantizeLinear", quantize, kept, Trait.ELEMENTWISE, Trait.QUANTIZATION),
+    *entries("DequantizeLinear", dequantize, kept, Trait.ELEMENTWISE, Trait.QUANTIZATION),
+    *entries("DynamicQuantizeLinear", dynamic_quantize, dynamic_quantize_links),
+    *entries("BatchNormalization", same_as_first, kept),
+    *entries("BiasGelu FastGelu", unary, broadcast_links, Trait.ELEMENTWISE),
+    *entries("SwiGLU GatedAdd", same_as_first, broadcast_links),
+    *entries("Add", binary, broadcast_links, *_ARITHMETIC),
+    *entries("Sub", binary, broadcast_links, *_ARITHMETIC, Trait.LENGTH_SENSITIVE),
+    *entries("Max Min", binary, broadcast_links, *_ARITHMETIC, Trait.BOUND, Trait.LENGTH_SENSITIVE),
+    *entries("Mul Div", binary, broadcast_links, *_SCALES),
+    *entries("Mod Equal", binary, broadcast_links, Trait.BROADCAST, Trait.LENGTH_SENSITIVE),
+    *entries("Less LessOrEqual Greater GreaterOrEqual", binary, broadcast_links, *_ORDERS),
+    *entries("And BitShift BitwiseAnd BitwiseOr BitwiseXor Mean Or PRelu Pow Sum Where Xor",
+             binary, broadcast_links, Trait.BROADCAST),
+    *entries("QLinearAdd QLinearMul QLinearWhere", binary, broadcast_links, Trait.BROADCAST, Trait.QUANTIZATION),
+    *entries("RandomNormalLike RandomUniformLike", same_as_first),
+]  # fmt: skip

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.ops.operator import AxisLinks, Operator, Trait, entries, identity_links, parameters
+from kvsurgeon.ops.resizing import WHOLE_NUMBERS, Resizer
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.dimension import NEW, PAST, Dimension
 from kvsurgeon.symbolic.fact import WIDEST_VALUE, Fact, OperatorCall, axis_of, known
+from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 INT64 = ir.DataType.INT64
 
@@ -106,6 +109,66 @@ def non_zero(call: OperatorCall) -> Fact:
     return Fact((call.lost("rank") if rank is None else rank, call.lost("count")), INT64)
 
 
-def random_like(call: OperatorCall) -> Fact:
-    """`RandomNormalLike` and its kin: the input's shape."""
-    return Fact(call.fact(0).shape, call.fact(0).dtype)
+def one_hot_links(call: OperatorCall) -> AxisLinks:
+    """`OneHot`: a new axis among those of the indices."""
+    labels = identity_links(call)
+    axis = axis_of(call.integer("axis", -1), len(labels) + 1)
+    return AxisLinks(inputs=parameters(call, labels), outputs=((*labels[:axis], None, *labels[axis:]),))
+
+
+def resize_constant_of_shape(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Value | None:
+    """`ConstantOfShape`: the shape at the lengths of the axes."""
+    after = resizer.fact(node.outputs[0]).shape
+    if after is None or not dim.all_known(after):
+        return None
+    return resizer.rebuilt(node, [resizer.lengths.vector(resizer.sizes(after, axes))])
+
+
+def resize_range(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Value | None:
+    """`Range`: `Range(0, T)[P:T]` is `Range(P, T)`."""
+    start, delta = call.numbers(0), call.numbers(2)
+    fact, lengths = resizer.fact(node.outputs[0]), resizer.lengths
+    if start is None or delta != (1,) or fact.shape is None or fact.dtype not in WHOLE_NUMBERS:
+        return None
+    first, extent = lengths.at(start[0], Length.TOTAL), lengths.at(fact.shape[0], Length.TOTAL)
+    if axes and resizer.fixed:
+        extent = lengths.total
+    if not dim.is_known(extent) or not dim.is_known(first):
+        return None
+    if axes and axes[0].role.resolved() is Length.NEW:
+        if not axes[0].is_plain:
+            return None
+        first, extent = dim.add(first, PAST), NEW
+    ends = [lengths.typed(lengths.scalar(end), fact.dtype) for end in (first, dim.add(first, extent))]
+    return resizer.rebuilt(node, [*ends, node.inputs[2]])
+
+
+def resize_eye_like(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Value | None:
+    """`EyeLike`: rows and columns are compared, as the diagonal of a slice may begin anywhere."""
+    fact, lengths = resizer.fact(node.outputs[0]), resizer.lengths
+    if fact.shape is None or fact.dtype is None or not dim.all_known(fact.shape) or not all(a.is_plain for a in axes):
+        return None
+    starts: list[Dimension] = [call.integer("k", 0), 0]
+    for axis in axes:
+        if axis.role.resolved() is Length.NEW:
+            starts[axis.axis] = dim.add(starts[axis.axis], PAST)
+    places = []
+    for start, size in zip(starts, resizer.sizes(fact.shape, axes), strict=True):
+        ends = [lengths.scalar(number) for number in (start, dim.add(start, size), 1)]
+        places.append(resizer.editor.node("Range", ends, name="places", dtype=INT64))
+    column = resizer.editor.node("Reshape", [places[0], lengths.vector([-1, 1])], name="rows", dtype=INT64)
+    same = resizer.editor.node("Equal", [column, places[1]], name="diagonal", dtype=ir.DataType.BOOL)
+    name = f"{node.outputs[0].name}.eye"
+    return resizer.editor.node("Cast", [same], {"to": int(fact.dtype)}, name=name, dtype=fact.dtype)
+
+
+OPERATORS: list[Operator] = [
+    *entries("Shape", shape, None, Trait.SHAPE_ONLY, extents=frozenset({0})),
+    *entries("Size", size, None, Trait.SHAPE_ONLY, extents=frozenset({0})),
+    *entries("ConstantOfShape", constant_of_shape, None, Trait.SHAPE_ONLY, extents=frozenset({0}),
+             resize=resize_constant_of_shape),
+    *entries("EyeLike", eye_like, None, Trait.SHAPE_ONLY, extents=frozenset({0}), resize=resize_eye_like),
+    *entries("Range", range_, None, Trait.MOVE, extents=frozenset({1}), resize=resize_range),
+    *entries("OneHot", one_hot, one_hot_links),
+    *entries("NonZero", non_zero, None, Trait.ROUTING),
+]  # fmt: skip

@@ -1,17 +1,31 @@
-"""Operators that move elements without computing: reshaping, picking, joining."""
+"""Operators that move elements without computing: reshape, transpose, repeat, concatenate, pad."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.ops.elementwise import unary
+from kvsurgeon.ops.operator import (
+    AxisLinks,
+    Label,
+    Operator,
+    Trait,
+    UntraceableAxesError,
+    entries,
+    identity_links,
+    kept,
+    parameters,
+    rank_of,
+)
+from kvsurgeon.ops.resizing import Resizer
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.dimension import PAST, Dimension
 from kvsurgeon.symbolic.fact import WIDEST_VALUE, Fact, OperatorCall, axis_of
+from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 
 def whole_numbers(numbers: Iterable[Dimension] | None) -> list[int] | None:
@@ -193,58 +207,6 @@ def _equal_parts(call: OperatorCall, size: Dimension, count: int) -> tuple[Dimen
     return tuple(call.lost() if equal is None else equal for _ in range(count))
 
 
-def _everywhere(table: Fact) -> Any:
-    """The number that stands in every place of a table: whatever is picked, it is this; None where there is none."""
-    numbers = [] if table.value is None else list(table.value.reshape(-1))
-    return numbers[0] if len(numbers) > 1 and all(number == numbers[0] for number in numbers) else None
-
-
-def gather(call: OperatorCall) -> Fact:
-    """`Gather`: the indices' shape in place of one axis."""
-    table, indices = call.fact(0), call.fact(1)
-    if table.shape is None or indices.shape is None:
-        return Fact(None, table.dtype)
-    axis = axis_of(call.integer("axis", 0), len(table.shape))
-    shape = table.shape[:axis] + indices.shape + table.shape[axis + 1 :]
-    value = None
-    if table.value is not None and indices.value is not None and whole_numbers(indices.value.reshape(-1)) is not None:
-        index = indices.value.astype(np.int64)
-        value = np.asarray(np.take(table.value, index, axis=axis), dtype=object)
-    elif (everywhere := _everywhere(table)) is not None and (sizes := whole_numbers(shape)) is not None:
-        value = np.full(sizes, everywhere, dtype=object)
-    return Fact(shape, table.dtype, value)
-
-
-def gather_block_quantized(call: OperatorCall) -> Fact:
-    """`GatherBlockQuantized` of com.microsoft: a `Gather`, dequantised, of numbers packed along one axis."""
-    table, indices = call.fact(0), call.fact(1)
-    if table.shape is None or indices.shape is None:
-        return Fact(None, call.fact(2).dtype)
-    rank = len(table.shape)
-    axis, packed = (axis_of(call.integer(name, default), rank) for name, default in _PACKED_AXES)
-    sizes = list(table.shape)
-    if table.dtype is ir.DataType.UINT8:
-        sizes[packed] = dim.multiply(sizes[packed], 8 // call.integer("bits", 4))
-    return Fact((*sizes[:axis], *indices.shape, *sizes[axis + 1 :]), call.fact(2).dtype)
-
-
-_PACKED_AXES = (("gather_axis", 0), ("quantize_axis", 1))
-
-
-def gather_elements(call: OperatorCall) -> Fact:
-    """`GatherElements`: one element for each index."""
-    return Fact(call.fact(1).shape, call.fact(0).dtype)
-
-
-def gather_nd(call: OperatorCall) -> Fact:
-    """`GatherND`: the last axis of the indices addresses the data."""
-    data, indices = call.fact(0), call.fact(1)
-    if data.shape is None or indices.shape is None or not isinstance(indices.shape[-1], int):
-        return Fact(None, data.dtype)
-    batch_axes = call.integer("batch_dims", 0)
-    return Fact(indices.shape[:-1] + data.shape[batch_axes + indices.shape[-1] :], data.dtype)
-
-
 def pad(call: OperatorCall) -> Fact:
     """`Pad`: each axis longer by what stands before and behind it."""
     operand, pads = call.fact(0), call.integers("pads", 1)
@@ -267,18 +229,129 @@ def pad(call: OperatorCall) -> Fact:
     return Fact(tuple(sizes), operand.dtype, value)
 
 
-def scatter(call: OperatorCall) -> Fact:
-    """`ScatterND`, `ScatterElements`: the data with places overwritten."""
-    data, indices, updates = call.fact(0), call.fact(1), call.fact(2)
-    value = None
-    if (
-        call.node.op_type == "ScatterND"
-        and data.value is not None
-        and updates.value is not None
-        and indices.value is not None
-        and whole_numbers(indices.value.reshape(-1)) is not None
-    ):
-        value = data.value.copy()
-        for place in np.ndindex(indices.value.shape[:-1]):
-            value[tuple(int(index) for index in indices.value[place])] = updates.value[place]
-    return Fact(data.shape, data.dtype, value)
+def row_major_links(call: OperatorCall, target: int | None = None) -> AxisLinks:
+    """Elements keep their row-major order."""
+    return AxisLinks(inputs=parameters(call), outputs=((),), row_major=True, target=target)
+
+
+def reshape_links(call: OperatorCall) -> AxisLinks:
+    """`Reshape`: row-major order; input 1 is the target."""
+    return row_major_links(call, target=1)
+
+
+def squeeze_links(call: OperatorCall) -> AxisLinks:
+    """`Squeeze`, `Unsqueeze`: axes of another size than 1 stay in their order."""
+    before, after = call.fact(0).shape, call.result.shape
+    if before is None or after is None:
+        raise UntraceableAxesError("the rank of a tensor is unknown")
+    places = [[place for place, size in enumerate(shape) if size != 1] for shape in (before, after)]
+    if len(places[0]) != len(places[1]):
+        return row_major_links(call)
+    labels = [
+        tuple(found.index(place) if place in found else None for place in range(len(shape)))
+        for found, shape in zip(places, (before, after), strict=True)
+    ]
+    return AxisLinks(inputs=parameters(call, labels[0]), outputs=(labels[1],))
+
+
+def transpose_links(call: OperatorCall) -> AxisLinks:
+    """`Transpose`: axes in the order of `perm`, reversed without one."""
+    labels = identity_links(call)
+    order = call.attribute("perm") or labels[::-1]
+    return AxisLinks(inputs=(labels,), outputs=(tuple(order),))
+
+
+def expand_links(call: OperatorCall) -> AxisLinks:
+    """`Expand`: aligned from the right; input 1 is the target."""
+    if call.result.shape is None:
+        raise UntraceableAxesError("the rank of a tensor is unknown")
+    rank = len(call.result.shape)
+    inputs = parameters(call, tuple(range(rank - rank_of(call, 0), rank)))
+    return AxisLinks(inputs=inputs, outputs=(tuple(range(rank)),), target=1)
+
+
+def tile_links(call: OperatorCall) -> AxisLinks:
+    """`Tile`: each axis repeated as a whole."""
+    times = call.numbers(1)
+    if times is None:
+        raise UntraceableAxesError("the number of repeats is unknown")
+    return kept(call, repeated=dict(enumerate(times)))
+
+
+def concat_links(call: OperatorCall) -> AxisLinks:
+    """`Concat`: the same axes in all inputs, concatenated along one."""
+    indices = joined_inputs(call)
+    rank = rank_of(call, indices[0])
+    labels = tuple(range(rank))
+    inputs = tuple(labels if index in indices else None for index in range(len(call.inputs)))
+    return AxisLinks(inputs=inputs, outputs=(labels,), joined=axis_of(call.integer("axis", 0), rank))
+
+
+def split_links(call: OperatorCall) -> AxisLinks:
+    """`Split`: every output has a part of one axis."""
+    labels = identity_links(call)
+    axis = axis_of(call.integer("axis", 0), len(labels))
+    if len(call.node.outputs) == 1:
+        return kept(call)
+    result = tuple(None if label == axis else label for label in labels)
+    outputs = (result,) * len(call.node.outputs)
+    return AxisLinks(inputs=parameters(call, labels), outputs=outputs, blocked={axis: None})
+
+
+def pad_links(call: OperatorCall) -> AxisLinks:
+    """`Pad`: elements are added before and after the axes that are named."""
+    pads, rank = call.integers("pads", 1), rank_of(call, 0)
+    places = call.numbers(3) if call.given(3) else tuple(range(rank))
+    if pads is None:
+        raise UntraceableAxesError("the pads are unknown")
+    if places is None:
+        raise UntraceableAxesError("the padded axes are unknown")
+    named = [axis_of(int(axis), rank) for axis in places]
+    ends = {axis: (pads[place], pads[place + len(named)]) for place, axis in enumerate(named)}
+    padded: dict[Label, tuple[Dimension, Dimension]] = {axis: pair for axis, pair in ends.items() if any(pair)}
+    return kept(call, mixed=frozenset(padded), padded=padded)
+
+
+def trilu_links(call: OperatorCall) -> AxisLinks:
+    """`Trilu`: a triangle of the last two axes is kept."""
+    rank = rank_of(call, 0)
+    return kept(call, diagonal=(rank - 2, rank - 1))
+
+
+def resize_tile(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Value | None:
+    """`Tile`: lengths among the repeats are total lengths."""
+    repeats, source = call.numbers(1), node.inputs[0]
+    if repeats is None or source is None or any(repeats[axis.axis] != 1 for axis in axes):
+        return None
+    numbers = [resizer.lengths.at(times, Length.TOTAL) for times in repeats]
+    return resizer.rebuilt(node, [resizer.slice_of(source, axes), resizer.lengths.vector(numbers)])
+
+
+def resize_trilu(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Value | None:
+    """`Trilu`: the first new query is row `past_length`, so the diagonal moves by it."""
+    source, rank = node.inputs[0], call.fact(0).rank
+    offset = call.numbers(1) if len(node.inputs) > 1 and node.inputs[1] is not None else (0,)
+    if source is None or rank is None or offset is None:
+        return None
+    diagonal = resizer.lengths.at(offset[0], Length.TOTAL)
+    for axis in axes:
+        if axis.role.resolved() is Length.NEW and axis.axis >= rank - 2:
+            if not axis.is_plain:
+                return None
+            diagonal = dim.add(diagonal, PAST) if axis.axis == rank - 2 else dim.subtract(diagonal, PAST)
+    return resizer.rebuilt(node, [resizer.slice_of(source, axes), resizer.lengths.scalar(diagonal)])
+
+
+OPERATORS: list[Operator] = [
+    *entries("Reshape", reshape, reshape_links, Trait.RESHAPE, extents=frozenset({1})),
+    *entries("Flatten", flatten, row_major_links, Trait.RESHAPE),
+    *entries("Unsqueeze", unsqueeze, squeeze_links, Trait.RESHAPE),
+    *entries("Squeeze", squeeze, squeeze_links, Trait.RESHAPE),
+    *entries("Transpose", transpose, transpose_links, Trait.MOVE),
+    *entries("Expand", expand, expand_links, Trait.REPEAT, extents=frozenset({1})),
+    *entries("Tile", tile, tile_links, Trait.REPEAT, extents=frozenset({1}), resize=resize_tile),
+    *entries("Concat QLinearConcat", concat, concat_links, Trait.MOVE),
+    *entries("Split", split, split_links, Trait.SELECT),
+    *entries("Pad", pad, pad_links),
+    *entries("Trilu", unary, trilu_links, Trait.ELEMENTWISE, resize=resize_trilu),
+]

@@ -5,9 +5,25 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.ops.elementwise import same_as_first
+from kvsurgeon.ops.operator import (
+    AxisLinks,
+    Operator,
+    Trait,
+    UntraceableAxesError,
+    along,
+    broadcast_links,
+    entries,
+    identity_links,
+    parameters,
+    rank_of,
+)
+from kvsurgeon.ops.resizing import Resizer
+from kvsurgeon.ops.schema import by_schema
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import WIDEST_VALUE, Fact, OperatorCall, axis_of
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
 
 def reduced_axes(call: OperatorCall) -> tuple[int, ...] | None:
@@ -91,3 +107,105 @@ def normalized(call: OperatorCall) -> list[Fact]:
     axis = axis_of(call.integer("axis", -1), len(operand.shape))
     statistics = Fact((*operand.shape[:axis], *([1] * (len(operand.shape) - axis))), ir.DataType.FLOAT)
     return [outputs[0], *([statistics] * (len(outputs) - 1))]
+
+
+def softmax_links(call: OperatorCall) -> AxisLinks:
+    """`Softmax` and its kind: mixed along one axis, before opset 13 along all from it on."""
+    rank = rank_of(call, 0)
+    old = call.integer("opset", call.opset) < 13  # a quantized one states its opset
+    axis = axis_of(call.integer("axis", 1 if old else -1), rank)
+    return along(call, *(range(axis, rank) if old else (axis,)))
+
+
+def normalization_links(call: OperatorCall) -> AxisLinks:
+    """`LayerNormalization` and its kind: mixed along all axes from `axis` on; further inputs are broadcast."""
+    rank = rank_of(call, 0)
+    return broadcast_links(call, mixed=frozenset(range(axis_of(call.integer("axis", -1), rank), rank)))
+
+
+def lp_normalization_links(call: OperatorCall) -> AxisLinks:
+    """`LpNormalization`: mixed along one axis."""
+    return along(call, call.integer("axis", -1))
+
+
+def channel_normalization_links(call: OperatorCall) -> AxisLinks:
+    """`InstanceNormalization`, `GroupNormalization`: mixed along all axes behind the batch, channels grouped or not."""
+    first = 1 if call.node.op_type == "GroupNormalization" else 2
+    return along(call, *range(first, rank_of(call, 0)))
+
+
+def reduce_links(call: OperatorCall) -> AxisLinks:
+    """`Reduce...`: mixed along the axes that are reduced."""
+    axes = reduced_axes(call)
+    if axes is None:
+        raise UntraceableAxesError("the reduced axes are unknown")
+    return _reduced(call, axes, keep=bool(call.integer("keepdims", 1)))
+
+
+def arg_extreme_links(call: OperatorCall) -> AxisLinks:
+    """`ArgMax`, `ArgMin`: mixed along one axis."""
+    axis = axis_of(call.integer("axis", 0), rank_of(call, 0))
+    return _reduced(call, (axis,), keep=bool(call.integer("keepdims", 1)))
+
+
+def global_pool_links(call: OperatorCall) -> AxisLinks:
+    """`GlobalAveragePool` and its kind: mixed along all axes behind the channels."""
+    return _reduced(call, tuple(range(2, rank_of(call, 0))), keep=True)
+
+
+def _reduced(call: OperatorCall, axes: tuple[int, ...], *, keep: bool) -> AxisLinks:
+    labels = identity_links(call)
+    result = tuple(None if label in axes else label for label in labels if keep or label not in axes)
+    return AxisLinks(inputs=parameters(call, labels), outputs=(result,), mixed=frozenset(axes))
+
+
+def top_k_links(call: OperatorCall) -> AxisLinks:
+    """`TopK`: mixed along one axis, which stays an axis of the same elements if all of them are sorted."""
+    labels = identity_links(call)
+    axis = axis_of(call.integer("axis", -1), len(labels))
+    before, after = call.fact(0).shape, call.result.shape
+    whole = before is not None and after is not None and dim.is_equal(before[axis], after[axis])
+    result = labels if whole else tuple(None if label == axis else label for label in labels)
+    return AxisLinks(
+        inputs=parameters(call, labels), outputs=(result,) * len(call.node.outputs), mixed=frozenset({axis}),
+        length_inputs=[(1, axis)] if whole else [],
+    )  # fmt: skip
+
+
+def cumulative_links(call: OperatorCall) -> AxisLinks:
+    """`CumSum`, `CumProd`: mixed along one axis."""
+    axis = call.numbers(1)
+    if axis is None or not isinstance(axis[0], int):
+        raise UntraceableAxesError("the axis that it accumulates along is unknown")
+    return along(call, axis[0])
+
+
+def resize_cumulative_sum(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Value | None:
+    """`CumSum`: accumulated over the total length, then sliced."""
+    along_axis, rank, source = call.numbers(1), call.fact(0).rank, node.inputs[0]
+    if along_axis is None or rank is None or source is None or not isinstance(along_axis[0], int):
+        return None
+    place = axis_of(along_axis[0], rank)
+    inside = tuple(SequenceAxis(place, LengthVariable(Length.TOTAL)) if axis.axis == place else axis for axis in axes)
+    whole = resizer.rebuilt(node, [resizer.slice_of(source, inside), node.inputs[1]])
+    new = tuple(axis for axis in axes if axis.axis == place and axis.role.resolved() is Length.NEW)
+    return resizer.sliced(whole, new)
+
+
+OPERATORS: list[Operator] = [
+    *entries("Softmax LogSoftmax Hardmax QLinearSoftmax", same_as_first, softmax_links),
+    *entries("LayerNormalization RMSNormalization SimplifiedLayerNormalization SkipLayerNormalization "
+             "SkipSimplifiedLayerNormalization", normalized, normalization_links, Trait.NORMALIZATION),
+    *entries("GatedRMSNorm BranchwiseRMSNorm", same_as_first, normalization_links),
+    *entries("LpNormalization", same_as_first, lp_normalization_links),
+    *entries("InstanceNormalization GroupNormalization", same_as_first, channel_normalization_links, Trait.NORMALIZATION),
+    *entries("MeanVarianceNormalization", same_as_first),
+    *entries("ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceProd ReduceSum ReduceSumSquare",
+             reduce, reduce_links, Trait.REDUCTION),
+    *entries("ReduceMax ReduceMean ReduceMin", reduce, reduce_links, Trait.REDUCTION, Trait.EXTREMUM_OR_MEAN),
+    *entries("ArgMax ArgMin", arg_extreme, arg_extreme_links),
+    *entries("GlobalAveragePool GlobalMaxPool", by_schema, global_pool_links),
+    *entries("TopK", top_k, top_k_links),
+    *entries("CumSum", cumulative_sum, cumulative_links, resize=resize_cumulative_sum),
+    *entries("CumProd", same_as_first, cumulative_links),
+]  # fmt: skip

@@ -19,8 +19,9 @@ from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.operators import SHAPE_ONLY
-from kvsurgeon.ops.elementwise import BINARY, UNARY
-from kvsurgeon.ops.slicing import slice_bounds
+from kvsurgeon.ops.gather import slice_bounds
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait, names_with
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import axis_of
@@ -288,8 +289,8 @@ def _einsum(placing: GivenPositions, node: ir.Node, axis: int) -> ir.Value | Non
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(BINARY, _elementwise),
-    **dict.fromkeys(UNARY - {"Trilu"}, _first_only),
+    **dict.fromkeys(names_with(Trait.BROADCAST), _elementwise),
+    **dict.fromkeys(names_with(Trait.ELEMENTWISE) - {"Trilu"}, _first_only),
     "Cast": _first_only,
     "CastLike": _first_only,
     **dict.fromkeys(("Unsqueeze", "Squeeze", "Reshape"), _form),
@@ -319,7 +320,7 @@ def at_tokens(placing: GivenPositions, node: ir.Node, index: int, axis: int) -> 
     made = placing.placed(value, axis)
     if batch == 1:
         return _whole_form(placing, made, shape[1:] if shape[:1] == (1,) else None) or _unbatched(placing, made)
-    if node.op_type not in BINARY and node.op_type != ROTARY:
+    if not has_trait(node, Trait.BROADCAST) and node.op_type != ROTARY:
         raise UnsupportedError(f"{node.op_type}: context meets tokens where no batch can be told apart", at=value.name)
     behind = len(shape) if node.op_type == ROTARY else len(result) - [*result, batch].index(batch)
     if behind < len(shape) or behind > len(result):

@@ -13,10 +13,10 @@ import onnx_ir as ir
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.ops.contraction import contraction_of
-from kvsurgeon.ops.elementwise import BINARY, UNARY
+from kvsurgeon.ops.gather import slice_bounds
+from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.reduction import reduced_axes
-from kvsurgeon.ops.slicing import slice_bounds
+from kvsurgeon.ops.table import contraction_of, names_with
 from kvsurgeon.rewrite.lengths import LengthValues
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import NEW, PAST, Dimension
@@ -338,8 +338,8 @@ def _tile(views: Maker, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Val
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(BINARY, _elementwise),
-    **dict.fromkeys(UNARY - {"Trilu", "BiasGelu", "FastGelu"}, _first_only),
+    **dict.fromkeys(names_with(Trait.BROADCAST), _elementwise),
+    **dict.fromkeys(names_with(Trait.ELEMENTWISE) - {"Trilu", "BiasGelu", "FastGelu"}, _first_only),
     "Cast": _first_only,
     "CastLike": _first_only,
     "Unsqueeze": _unsqueeze,

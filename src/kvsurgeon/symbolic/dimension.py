@@ -46,6 +46,11 @@ def is_known(dimension: Dimension) -> bool:
     return isinstance(dimension, int) or not dimension.atoms(sympy.Dummy)
 
 
+def all_known(shape: Iterable[Dimension]) -> bool:
+    """Whether every dimension is built from the graph's own symbols only."""
+    return all(is_known(size) for size in shape)
+
+
 def plain(expression: sympy.Expr) -> Dimension:
     """Return a whole number as an `int`, anything else as it is; unknown where it has grown too long to work with."""
     if expression.is_Integer:

@@ -54,6 +54,7 @@ class OperatorCall:
     inputs: tuple[Fact | None, ...]
     opset: int
     bound: Callable[[int], None]  # notes that the length is assumed to be at most so much
+    results: tuple[Fact, ...] = ()  # of the outputs, once they are inferred
     _attributes: Mapping[str, ir.Attr] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,6 +67,11 @@ class OperatorCall:
     def fact(self, index: int) -> Fact:
         """The fact of an input, `NOTHING` where it is left out."""
         return self.given(index) or NOTHING
+
+    @property
+    def result(self) -> Fact:
+        """The fact of the first output."""
+        return self.results[0] if self.results else NOTHING
 
     def integer(self, name: str, default: int) -> int:
         """An integer attribute."""

@@ -12,7 +12,8 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.patterns import Replacement, rewrite
 from kvsurgeon.graph.query import content_inputs, is_operator, producer_of, through, upstream
-from kvsurgeon.ops.contraction import PRODUCTS
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 
 
@@ -73,4 +74,4 @@ def _check_finite(weights: ir.Value) -> None:
 
 def _is_product(value: ir.Value) -> bool:
     node = value.producer()
-    return node is not None and node.op_type in PRODUCTS
+    return node is not None and has_trait(node, Trait.PRODUCT)

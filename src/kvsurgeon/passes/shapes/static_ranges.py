@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.ops.slicing import slice_bounds
+from kvsurgeon.ops.gather import slice_bounds
 from kvsurgeon.symbolic.fact import OperatorCall
 
 

@@ -1,0 +1,126 @@
+"""The sequence axes of several inputs, label by label: tokens are aligned with tokens, and context with tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kvsurgeon.analysis.token_flow import NodeVisit, is_of_queries
+from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.errors import Code
+from kvsurgeon.ops.operator import Label, Labels
+from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
+
+Held = dict[Label, SequenceAxis]  # label -> the sequence axis of that label
+
+
+def merge(visit: NodeVisit, inputs: Sequence[Labels | None], *, unaligned: Label | None = None) -> Held:
+    """Return the sequence axis of each label of the result; context is aligned with it.
+
+    Args:
+        visit: The node.
+        inputs: Labels of the inputs.
+        unaligned: A label along which input 0 is addressed by others, and so need not be aligned.
+    """
+    held: Held = {}
+    owner: dict[Label, int] = {}
+    tokens = linked_tokens(visit, inputs)
+    for index in sorted(tokens, key=lambda index: is_of_queries(visit.axes(index))):
+        for axis in visit.axes(index):
+            label = (inputs[index] or ())[axis.axis]
+            if label is None:
+                raise visit.mixing()
+            if label in held:
+                held[label] = visit.meet((owner[label], held[label]), (index, axis))
+            else:
+                held[label], owner[label] = axis, index
+    _cross(visit, held, owner, tokens)
+    if len([labels for labels in inputs if labels is not None]) > 1:
+        _bring(visit, inputs, held)
+    for index, labels in enumerate(inputs):
+        if labels is not None and visit.node.inputs[index] is not None:
+            align(visit, index, labels, held, unaligned if index == 0 else None)
+    return held
+
+
+def _cross(visit: NodeVisit, held: Held, owner: dict[Label, int], tokens: Sequence[int]) -> None:
+    """Two axes of the new length side by side: queries and keys meet, element by element."""
+    stream = [label for label, axis in held.items() if axis.role.resolved() is Length.NEW]
+    if len(stream) < 2:
+        return
+    first, second, *more = sorted(stream, key=str)
+    if more or owner[first] == owner[second] or len(tokens) != 2:
+        raise visit.mixing()
+    roles = visit.scores(owner[first], owner[second])
+    for label, role in zip((first, second), roles, strict=True):
+        visit.flow.operands[visit.node, owner[label]] = role
+        held[label] = held[label].with_role(role)
+
+
+def placed(held: Mapping[Label, SequenceAxis], labels: Labels) -> Axes:
+    """Return the sequence axes of an output with these labels."""
+    return tuple(held[label].at(axis) for axis, label in enumerate(labels) if label is not None and label in held)
+
+
+def linked_tokens(visit: NodeVisit, inputs: Sequence[Labels | None]) -> list[int]:
+    """Return the inputs that are token data and have labels."""
+    return [index for index in visit.tokens() if inputs[index] is not None]
+
+
+def _bring(visit: NodeVisit, inputs: Sequence[Labels | None], held: Held) -> None:
+    """Context may bring an axis of the sequence length: tokens that it meets may then be queries, or keys."""
+    stream = [(label, axis) for label, axis in held.items() if axis.role.resolved() is Length.NEW]
+    before = set(held)
+    for index, labels in enumerate(inputs):
+        if labels is None or visit.kind(index) is ValueKind.TOKEN:
+            continue
+        for label, size in zip(labels, visit.shape(index), strict=True):
+            if label is not None and label not in held and visit.holds_length(size):
+                held[label] = brought(visit, size)
+    if before == set(held):
+        return
+    for label, axis in stream:
+        role = LengthVariable(at=visit.node.outputs[0].name or "")
+        for index in linked_tokens(visit, inputs):
+            labels = inputs[index] or ()
+            if label in {labels[one.axis] for one in visit.axes(index)}:
+                held[label] = visit.opened(axis, index, role)
+
+
+def brought(visit: NodeVisit, size: Dimension) -> SequenceAxis:
+    """Return an axis of the sequence length that context brings to token data, such as relative positions."""
+    if size is not visit.flow.length:
+        raise visit.refusal("context brings an axis of another length", found=str(size), code=Code.UNTRACEABLE_SEQUENCE)
+    return SequenceAxis(0, LengthVariable(at=visit.node.outputs[0].name or "", bias=True))
+
+
+def align(
+    visit: NodeVisit, index: int, labels: Labels, held: Mapping[Label, SequenceAxis], unaligned: Label | None
+) -> None:
+    """Demand of an input what the sequence axes of the result ask of it."""
+    token = visit.kind(index) is ValueKind.TOKEN
+    own = {axis.axis for axis in visit.axes(index)} if token else set()
+    wanted: list[SequenceAxis] = []
+    for place, (label, size) in enumerate(zip(labels, visit.shape(index), strict=True)):
+        if size == 1 or place in own or (label is not None and label == unaligned):
+            continue
+        if label is not None and label in held:
+            if token:
+                raise visit.untraceable(index)
+            _check_size(visit, index, held[label], size)
+            wanted.append(held[label].at(place))
+        elif visit.holds_length(size):
+            raise visit.untraceable(index)
+    if not token:
+        visit.demand(index, tuple(wanted))
+
+
+def _check_size(visit: NodeVisit, index: int, axis: SequenceAxis, size: Dimension) -> None:
+    """Context is cut to the new length only if it surely has the sequence length."""
+    whole = axis.size(visit.flow.length)
+    if axis.role.resolved() is Length.NEW and not dim.is_equal(size, whole):
+        raise visit.refusal(
+            "context that meets the tokens does not surely have their length", at=visit.node.inputs[index],
+            expected=str(whole), found=str(size), code=Code.UNTRACEABLE_SEQUENCE,
+        )  # fmt: skip

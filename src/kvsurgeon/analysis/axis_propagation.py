@@ -1,0 +1,175 @@
+"""Sequence axes through one node, by how its operator links axes: one engine for all operators.
+
+Every operator on token data must treat tokens position by position, except attention: that is proved here, by axes and
+shapes alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvsurgeon.analysis import lookups, products, sequence_slices
+from kvsurgeon.analysis.axis_merging import brought, linked_tokens, merge, placed
+from kvsurgeon.analysis.token_flow import PER_CALL, NodeVisit, is_of_queries
+from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.errors import Code
+from kvsurgeon.ops.operator import AxisLinks, Label, broadcast_links
+from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis, follow_reshape
+
+
+def axes_after(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
+    """Return the sequence axes of a node's outputs.
+
+    Raises:
+        UnsupportedError: The node mixes tokens, or their axis cannot be traced through it.
+    """
+    _check_parameters(visit, links)
+    if links.attention is not None:
+        return products.attention(visit, links)
+    if links.token_rows:
+        return _token_rows(visit)
+    if links.diagonal is not None:
+        _check_triangle(visit, links.diagonal)
+    if links.row_major:
+        return _reshaped(visit, links)
+    if links.addressing is not None:
+        return lookups.RULES[links.addressing](visit, links)
+    if links.summed is not None:
+        return products.product(visit, links)
+    if links.target is not None:
+        return _expanded(visit, links)
+    if links.joined is not None:
+        return sequence_slices.concatenated(visit, links)
+    if not linked_tokens(visit, links.inputs):
+        links = broadcast_links(visit.call)  # only a scale or another parameter is token data
+    return _broadcast(visit, links)
+
+
+def _check_parameters(visit: NodeVisit, links: AxisLinks) -> None:
+    for index in links.constant_inputs:
+        if visit.kind(index) is not ValueKind.CONSTANT:
+            raise visit.mixing()
+    if links.dynamic_range:
+        visit.assume(PER_CALL)
+        if len(links.outputs) > 1:
+            visit.flow.per_call.update(visit.node.outputs)
+
+
+def _broadcast(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
+    """Inputs that are broadcast against each other, or one input: tokens meet tokens of the same position."""
+    _check_mixed(visit, links)
+    _check_sequence(visit, links)
+    held = merge(visit, links.inputs)
+    held = {label: _resized(visit, links, label, axis) for label, axis in held.items()}
+    cut = sequence_slices.selected(visit, links, held) if links.selected else held
+    return [placed(cut, labels) for labels in links.outputs]
+
+
+def _check_mixed(visit: NodeVisit, links: AxisLinks) -> None:
+    """An operator may mix along the axis of the keys, and never the sequences of a batch."""
+    for index in visit.tokens():
+        labels = links.inputs[index]
+        if labels is None:
+            continue
+        for axis in visit.axes(index):
+            label = labels[axis.axis]
+            if label is not None and label in links.blocked:
+                reason = links.blocked[label]
+                raise visit.mixing() if reason is None else visit.refusal(reason, code=Code.UNTRACEABLE_SEQUENCE)
+            if label in links.mixed:
+                visit.works_along(axis)
+        shape = visit.shape(index)
+        if any(label in links.mixed and visit.is_batch(shape[place]) for place, label in enumerate(labels)):
+            raise visit.refusal(
+                "it mixes the sequences of a batch: padding in one would reach others", code=Code.BATCH_LEAK
+            )
+
+
+def _check_triangle(visit: NodeVisit, diagonal: tuple[Label, Label]) -> None:
+    """A triangle is cut out of two axes without tokens, or of queries and keys, where the past moves its diagonal."""
+    sides = {axis.axis: axis for axis in visit.axes(0) if axis.axis in diagonal}
+    if not sides:
+        return
+    if len(sides) == 1 or not all(axis.is_plain for axis in sides.values()):
+        raise visit.mixing()
+    if visit.call.given(1) is not None and visit.call.numbers(1) is None:
+        raise visit.refusal("its diagonal is unknown")
+    rows, columns = (sides[axis].role for axis in sorted(sides))
+    visit.flow.diagonals[visit.node] = rows, columns
+
+
+def _check_sequence(visit: NodeVisit, links: AxisLinks) -> None:
+    """An operator that takes an axis as the sequence must find the tokens there, and nothing else."""
+    if links.sequence is None:
+        return
+    axes, labels = visit.axes(0), links.inputs[0] or ()
+    found = next((axis for axis in axes if labels[axis.axis] == links.sequence), None)
+    if found is None or not found.is_plain or len(axes) > 1:
+        raise visit.refusal("its input does not have the sequence axis where the operator expects it")
+
+
+def _resized(visit: NodeVisit, links: AxisLinks, label: Label, axis: SequenceAxis) -> SequenceAxis:
+    """The axis with what the operator adds or repeats along it."""
+    if label in links.padded:
+        axis = axis.widened(*links.padded[label])
+    times = links.repeated.get(label, 1)
+    if any(visit.holds_length(one) for one in links.repeated.values()):
+        raise visit.refusal("it repeats token data as often as there are tokens", code=Code.UNTRACEABLE_SEQUENCE)
+    if times != 1:
+        axis = replace(axis, outer=dim.multiply(times, axis.outer))
+    for index, one in links.length_inputs:
+        if one == label and not links.selected:
+            visit.parameter((index,), axis.role)
+    return axis
+
+
+def _reshaped(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
+    """Row-major order gives the sequence axis of the result."""
+    if visit.kind(0) is not ValueKind.TOKEN:
+        raise visit.refusal("its target depends on the tokens", code=Code.UNTRACEABLE_SEQUENCE)
+    if links.target is not None:
+        visit.flow.targets[visit.node] = links.target
+    before, after = visit.shape(0), visit.result_shape()
+    axes = follow_reshape(visit.axes(0), before, after, visit.flow.length)
+    if axes is None:
+        raise visit.refusal(
+            "the sequence axis is split, or cannot be found in the result", code=Code.UNTRACEABLE_SEQUENCE,
+            expected="an axis of size batch * length * heads or the like", found=f"{_text(before)} -> {_text(after)}",
+        )  # fmt: skip
+    return [axes]
+
+
+def _text(shape: tuple[Dimension, ...]) -> str:
+    return "[" + ", ".join(str(size) for size in shape) + "]"
+
+
+def _expanded(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
+    """A broadcast to a shape; an axis of the sequence length that it adds faces queries, or keys."""
+    assert links.target is not None
+    if visit.kind(0) is not ValueKind.TOKEN:
+        raise visit.refusal("its target depends on the tokens", code=Code.UNTRACEABLE_SEQUENCE)
+    after, labels = visit.result_shape(), links.inputs[0] or ()
+    held = {axis.axis + len(after) - len(labels): axis for axis in visit.axes(0)}
+    new = [place for place, size in enumerate(after) if place not in held and visit.holds_length(size)]
+    if new:  # queries repeated along the keys, or keys along the queries
+        held = {
+            label: visit.opened(axis, 0) if axis.role.resolved() is Length.NEW else axis for label, axis in held.items()
+        }
+        held |= {place: brought(visit, after[place]) for place in new}
+    visit.flow.targets[visit.node] = links.target
+    return [tuple(held[place].at(place) for place in sorted(held))]
+
+
+def _token_rows(visit: NodeVisit) -> list[Axes]:
+    """Every token by itself, [tokens, features]: inputs may have batch and sequence on one axis or on two."""
+    for index in visit.tokens():
+        held, shape = visit.axes(index), visit.shape(index)
+        tokens = dim.product(shape[:-1])
+        alone = len(held) == 1 and held[0].axis != len(shape) - 1 and held[0].inner == 1
+        if not alone or not dim.is_equal(tokens, dim.product(visit.shape(0)[:-1])) or not is_of_queries(held):
+            raise visit.refusal("its input does not hold a token in each row", at=visit.node.inputs[index])
+    if any(visit.kind(index) is not ValueKind.TOKEN for index in (0, 1)):
+        raise visit.refusal("the routing does not depend on the token", code=Code.UNSUPPORTED)
+    return [visit.axes(0)]

@@ -1,0 +1,138 @@
+"""Operators that read or overwrite elements at given places: rows of a table, or elements of axes without tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvsurgeon.analysis.axis_merging import merge, placed
+from kvsurgeon.analysis.call_indices import is_grid, is_of_new_tokens
+from kvsurgeon.analysis.token_flow import NodeVisit
+from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.ops.operator import AxisLinks, Label, Trait
+from kvsurgeon.ops.table import has_trait
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
+
+
+def gather(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
+    """`Gather`: rows of a table for each token, or elements of an axis without tokens."""
+    table, indices, result = links.inputs[0] or (), links.inputs[1] or (), links.outputs[0]
+    held: dict[Label, SequenceAxis] = {}
+    for axis in visit.axes(0):
+        label = table[axis.axis]
+        if label in result:
+            held[label] = axis  # type: ignore[index]
+        elif _selects_last(visit, axis):
+            visit.flow.last.update(visit.node.outputs)
+        else:
+            raise _by_position(visit)
+    if visit.kind(1) is ValueKind.TOKEN:
+        if visit.kind(0) is ValueKind.TOKEN and visit.axes(0):
+            raise visit.refusal("tokens index a table that other tokens made")
+        held |= {indices[axis.axis]: axis for axis in visit.axes(1)}  # type: ignore[misc]
+        _demand_rows(visit, next(place for place, label in enumerate(table) if label not in result))
+    return [placed(held, result)]
+
+
+def _demand_rows(visit: NodeVisit, axis: int) -> None:
+    """Note that tokens look up rows of context that has one for each place: it must have them all."""
+    if visit.kind(0) is ValueKind.CONTEXT and visit.shape(0)[axis] == visit.flow.length:
+        visit.demand(0, (SequenceAxis(axis, LengthVariable(Length.TOTAL)),))
+
+
+def _selects_last(visit: NodeVisit, held: SequenceAxis) -> bool:
+    """Whether the indices name the last token, which is the same in both lengths."""
+    indices = visit.call.numbers(1)
+    if indices is None or len(indices) != 1 or not held.is_plain or held.role.resolved() is not Length.NEW:
+        return False
+    return indices[0] == -1
+
+
+def gather_elements(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
+    """`GatherElements`, `ScatterElements`: along an axis without tokens, the others aligned; or a table's elements."""
+    is_lookup = has_trait(visit.node, Trait.LOOKUP)
+    looked_up = is_lookup and visit.kind(0) is not ValueKind.TOKEN
+    (axis,) = (label for label in links.mixed if isinstance(label, int))
+    others = [size for place, size in enumerate(visit.shape(0)) if place != axis]
+    if looked_up and visit.flow.length not in others:
+        _demand_rows(visit, axis)
+        return [visit.axes(1)]
+    for index in visit.tokens():
+        for held in visit.axes(index):
+            if held.axis == axis and not is_lookup:
+                raise visit.mixing()
+            if held.axis == axis:
+                visit.works_along(held)
+    merged = merge(visit, links.inputs, unaligned=axis)
+    return [placed(merged, links.outputs[0])]
+
+
+def gather_nd(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
+    """`GatherND`: rows of a table for each token, or elements of axes without tokens."""
+    if not isinstance(visit.shape(1)[-1], int):
+        raise visit.refusal("how many axes it addresses is unknown")
+    held: dict[Label, SequenceAxis] = {}
+    for index in (0, 1):
+        labels = links.inputs[index] or ()
+        for axis in visit.axes(index):
+            label = labels[axis.axis]
+            if label is None:
+                raise _by_position(visit)
+            if label in held:
+                axis = visit.meet((0, held[label]), (1, axis))
+            elif index == 1 and visit.axes(0):
+                raise visit.refusal("tokens index a table that other tokens made")
+            held[label] = axis
+    return [placed(held, links.outputs[0])]
+
+
+def _by_position(visit: NodeVisit) -> UnsupportedError:
+    return UnsupportedError(
+        f"{visit.node.op_type} selects tokens by their position in the sequence",
+        code=Code.SELECTS_BY_POSITION,
+        at=visit.node.outputs[0].name,
+        found=f"indices `{visit.node.inputs[1].name if visit.node.inputs[1] else ''}`",
+    )
+
+
+def scatter_nd(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
+    """`ScatterND`: places of axes without tokens are overwritten; the updates' last axes are the data's."""
+    indices = visit.shape(1)
+    addressed = indices[-1]
+    if not isinstance(addressed, int) or visit.kind(1) is ValueKind.TOKEN:
+        raise visit.refusal("where it writes depends on the tokens, or is unknown")
+    shift = addressed - (len(indices) - 1)
+    block = shift == 0 and _addresses_block(visit, addressed)
+    found: dict[int, SequenceAxis] = {}
+    for index, offset in ((0, 0), (2, shift)):
+        for held in visit.axes(index):
+            place = held.axis + offset
+            if not block and (place < addressed or (index == 2 and held.axis < len(indices) - 1)):
+                raise _by_position(visit)
+            here = held.at(place)
+            found[place] = visit.meet((0, found[place]), (index, here)) if place in found else here
+    for index, offset in ((0, 0), (2, shift)):
+        axes = tuple(held.at(place - offset) for place, held in sorted(found.items()))
+        if visit.kind(index) is not ValueKind.TOKEN:
+            visit.demand(index, axes)
+        elif len(visit.axes(index)) != len(axes):
+            raise visit.untraceable(index)
+    return [tuple(found[place] for place in sorted(found))]
+
+
+def _addresses_block(visit: NodeVisit, addressed: int) -> bool:
+    """Whether the indices name every token in order, as where some features of all tokens are written."""
+    indices = visit.node.inputs[1]
+    whole = {held.axis for index in (0, 2) for held in visit.axes(index) if held.axis < addressed}
+    if indices is None or not whole or not is_of_new_tokens(visit.flow, indices):
+        return False
+    batch = {place for place in range(addressed) if visit.flow.batch in (visit.shape(1)[place],)}
+    if not is_grid(visit.flow, indices, whole | batch):
+        return False
+    visit.flow.addresses.add((visit.node, 1))
+    return True
+
+
+RULES: dict[str, Callable[[NodeVisit, AxisLinks], list[Axes]]] = {
+    "rows": gather, "elements": gather_elements, "nd": gather_nd, "scatter_nd": scatter_nd,
+}  # fmt: skip

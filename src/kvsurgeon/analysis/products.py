@@ -1,0 +1,255 @@
+"""Products on token data: projections, scores, and the sum over keys, decided by which labels hold tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvsurgeon.analysis.axis_merging import Held, brought, placed
+from kvsurgeon.analysis.token_flow import ContextProduct, FusedAttention, NodeVisit, ScoreProduct
+from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.ops.contraction import Contraction
+from kvsurgeon.ops.operator import AxisLinks, Labels, Trait
+from kvsurgeon.ops.table import contraction_of, has_trait
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
+
+
+def product(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
+    """A product of two tensors: a projection, scores, or the sum over keys."""
+    found = contraction_of(visit.call)
+    assert found is not None
+    packed = links.inputs[found.right] is None
+    if packed:
+        _check_parameters(visit, range(1, len(visit.node.inputs)))
+    left = _held(visit, found.left, found.left_labels)
+    right = {} if packed else _held(visit, found.right, found.right_labels)
+    sides = [(found.left, found.left_labels), *([] if packed else [(found.right, found.right_labels)])]
+    _bring(visit, found, left, right, packed=packed)
+    aside: Held = {}
+    for label in found.summed:
+        if label in left and label in right:
+            _sum_away(visit, found, label, left, right)
+        elif label in left or label in right:
+            if packed:
+                raise visit.mixing()
+            aside |= _sum_with_context(visit, found, label, {**left, **right}[label])
+    kept = _kept(visit, found, left, right)
+    for index, labels in sides:
+        if visit.kind(index) is not ValueKind.TOKEN:
+            _align(visit, index, labels, {**kept, **aside})
+    _align_further(visit, found, links, kept)
+    return [placed(kept, links.outputs[0])]
+
+
+def _held(visit: NodeVisit, index: int, labels: Labels) -> Held:
+    return {str(labels[axis.axis]): axis for axis in visit.axes(index)} if visit.kind(index) is ValueKind.TOKEN else {}
+
+
+def _bring(visit: NodeVisit, found: Contraction, left: Held, right: Held, *, packed: bool) -> None:
+    """Context may bring an axis of length that token data does not have: relative positions, to queries or keys."""
+    sides = ((found.left, found.left_labels, left, right), (found.right, found.right_labels, right, left))
+    for index, labels, mine, theirs in sides[:1] if packed else sides:
+        if visit.kind(index) is ValueKind.TOKEN:
+            continue
+        beside = any(theirs[label].is_plain for label in labels if label in theirs and label not in found.summed)
+        new = {
+            label: brought(visit, size)
+            for label, size in zip(labels, visit.shape(index), strict=True)
+            if label not in theirs
+            and (visit.holds_length(size) or (beside and size == visit.flow.length and label not in found.summed))
+        }
+        if any(label in found.summed for label in new):
+            raise visit.mixing()
+        if new:
+            other = found.right if index == found.left else found.left
+            stream = [label for label, axis in theirs.items() if axis.role.resolved() is Length.NEW]
+            theirs.update({label: visit.opened(theirs[label], other) for label in stream})
+        mine.update(new)
+
+
+def _sum_away(visit: NodeVisit, found: Contraction, label: str, left: Held, right: Held) -> None:
+    """Keys are summed against values: weights say how much of each."""
+    one, other = left[label], right[label]
+    if not one.bare.is_plain or not other.bare.is_plain or (one.ahead, one.behind) != (other.ahead, other.behind):
+        raise visit.mixing()
+    is_left = len(left) > len(right) if one.border else one.role.resolved() is not Length.NEW
+    keys, values = (one, other) if is_left else (other, one)
+    if keys.role.resolved() is Length.NEW or not (
+        values.role.resolved() is Length.NEW or visit.flow.is_bordered(values.role)
+    ):
+        raise _counted(visit, values) or visit.mixing()  # a state summed over tokens, as linear attention has
+    weights, value = (found.left, found.right) if is_left else (found.right, found.left)
+    if keys.role.root().bias or not _sees_keys(visit, keys.role):
+        raise visit.mixing()
+    if one.border and not keys.role.agree(values.role):
+        raise visit.mixing()
+    keys.role.root().length = Length.TOTAL
+    for score in visit.flow.scores:
+        _settle(score)
+    if not one.border:
+        visit.flow.operands[visit.node, value] = keys.role
+    visit.flow.products.append(ContextProduct(node=visit.node, weights=weights, value=value, role=keys.role))
+
+
+def _counted(visit: NodeVisit, axis: SequenceAxis) -> UnsupportedError | None:
+    """Why tokens have no role: what they are made of is a number of other tokens, which were compared with them."""
+    for score in visit.flow.scores:
+        roles = score.left_role.root(), score.right_role.root()
+        if has_trait(score.node, Trait.PRODUCT) or axis.role.root() not in roles:
+            continue
+        other = roles[1] if axis.role.root() is roles[0] else roles[0]
+        counts = [node for node, role in visit.flow.along_keys.items() if role.root() is other]
+        if counts:
+            return UnsupportedError(
+                "positions, or other numbers, come from counting tokens that are compared with each other, and a step "
+                "would have to be given all of them",
+                at=counts[0].outputs[0].name,
+                expected="positions by place, by the mask, or given",
+                found=f"{counts[0].op_type} of {score.node.op_type}",
+            )
+    return None
+
+
+def _sum_with_context(visit: NodeVisit, found: Contraction, label: str, keys: SequenceAxis) -> Held:
+    """Keys are summed against context, such as values that depend on the distance: right where they are keys."""
+    context, labels = (
+        (found.right, found.right_labels)
+        if visit.kind(found.left) is ValueKind.TOKEN
+        else (found.left, found.left_labels)
+    )
+    is_context = visit.kind(context) is ValueKind.CONTEXT and visit.holds_length(
+        visit.shape(context)[labels.index(label)]
+    )
+    if not is_context or keys.role.root().bias or not _sees_keys(visit, keys.role):
+        raise visit.mixing()
+    visit.works_along(keys)
+    return {label: keys}
+
+
+def _sees_keys(visit: NodeVisit, role: LengthVariable) -> bool:
+    roots = {id(side.root()) for score in visit.flow.scores for side in (score.left_role, score.right_role)}
+    return id(role.root()) in roots
+
+
+def _settle(score: ScoreProduct) -> None:
+    """Once one side of the scores is the keys', the other is the queries'."""
+    left, right = score.left_role.root(), score.right_role.root()
+    if left.length is Length.TOTAL and right.length is None:
+        right.length = Length.NEW
+    elif right.length is Length.TOTAL and left.length is None:
+        left.length = Length.NEW
+
+
+def _kept(visit: NodeVisit, found: Contraction, left: Held, right: Held) -> Held:
+    """The labels of the result that hold tokens; two of the stream side by side are scores."""
+    kept: Held = {}
+    for label in found.result_labels:
+        mine, theirs = left.get(label), right.get(label)
+        if mine is not None and theirs is not None:
+            kept[label] = visit.meet((found.left, mine), (found.right, theirs))
+        elif (held := mine or theirs) is not None:
+            kept[label] = held
+    return _met(visit, found, left, right, kept)
+
+
+def _met(visit: NodeVisit, found: Contraction, left: Held, right: Held, kept: Held) -> Held:
+    stream = [label for label, axis in kept.items() if axis.role.resolved() is Length.NEW]
+    if len(stream) < 2:
+        return _met_bordered(visit, found, left, right, kept)
+    first, second, *more = stream
+    if first in right:
+        first, second = second, first
+    if more or first in right or second in left or first not in left or second not in right:
+        raise visit.mixing()
+    left_role, right_role = visit.scores(found.left, found.right)
+    visit.flow.operands[visit.node, found.left] = left_role
+    visit.flow.operands[visit.node, found.right] = right_role
+    return {**kept, first: kept[first].with_role(left_role), second: kept[second].with_role(right_role)}
+
+
+def _met_bordered(visit: NodeVisit, found: Contraction, left: Held, right: Held, kept: Held) -> Held:
+    """Queries meet keys that have rows of the model's own beside them."""
+    sides = ((left, found.left), (right, found.right))
+    for (queries, index), (keys, _) in (sides, sides[::-1]):
+        if len(queries) != 1 or len(keys) != 1:
+            continue
+        (label, query), (key,) = *queries.items(), keys.values()
+        if label in keys or query.role.resolved() is not Length.NEW or not visit.flow.is_bordered(key.role):
+            continue
+        role = visit.flow.operands[visit.node, index] = LengthVariable(at=visit.node.outputs[0].name or "")
+        left_role, right_role = (role, key.role) if queries is left else (key.role, role)
+        visit.flow.scores.append(
+            ScoreProduct(
+                node=visit.node, left=found.left, right=found.right, left_role=left_role, right_role=right_role
+            )
+        )
+        return {**kept, label: query.with_role(role)}
+    return kept
+
+
+def _align(visit: NodeVisit, index: int, labels: Labels, kept: Held) -> None:
+    """Demand of context what the tokens it is multiplied with ask of it."""
+    wanted = []
+    for axis, (label, size) in enumerate(zip(labels, visit.shape(index), strict=True)):
+        if label in kept and size != 1:
+            wanted.append(kept[label].at(axis))
+    visit.demand(index, tuple(wanted))
+
+
+def _align_further(visit: NodeVisit, found: Contraction, links: AxisLinks, kept: Held) -> None:
+    """A bias is added to the result; other inputs of a product are scales and zero points."""
+    further = [index for index in range(len(visit.node.inputs)) if index not in (found.left, found.right)]
+    _check_parameters(visit, further)
+    for index in further:
+        if links.inputs[index] is not None:
+            _align(visit, index, links.inputs[index] or (), kept)
+
+
+def _check_parameters(visit: NodeVisit, indices: Iterable[int]) -> None:
+    for index in indices:
+        if visit.kind(index) is ValueKind.TOKEN and visit.axes(index):
+            raise visit.refusal(f"its input {index} is token data", at=visit.node.inputs[index])
+
+
+def attention(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
+    """An operator that computes a whole attention, without a past."""
+    stated = links.attention
+    assert stated is not None
+    if any(value is not None for value in visit.node.inputs[4:6]):
+        raise visit.refusal(
+            "the model already has a cache", hint="inject a model exported without one", code=Code.HAS_CACHE
+        )
+    if len([value for value in visit.node.outputs if value.name and value.uses()]) > 1:
+        raise visit.refusal("its further outputs are used", code=Code.FUSED_OPERATOR)
+    keys = _fused(visit, FusedAttention(
+        node=visit.node, query=stated.query, key=stated.key, value=stated.value, mask=stated.mask, layout=stated.layout,
+        causal=stated.causal, heads_beside=stated.packed_heads,
+    ))  # fmt: skip
+    mask = stated.mask
+    if mask is not None and visit.kind(mask) is ValueKind.TOKEN:
+        raise visit.refusal(
+            "its mask is made of tokens, and would have to be cached with the keys", at=visit.node.inputs[mask],
+            expected="a mask that is given for all tokens so far, or computed from lengths",
+            code=Code.TOKEN_DEPENDENT_MASK,
+        )  # fmt: skip
+    if mask is not None:
+        shape = visit.shape(mask)
+        rank = len(shape)
+        wanted = {rank - 2: visit.axes(0)[0], rank - 1: SequenceAxis(0, keys)}
+        visit.demand(mask, tuple(wanted[axis].at(axis) for axis in sorted(wanted) if axis >= 0 and shape[axis] != 1))
+    return [visit.axes(0)] * len(visit.node.outputs)
+
+
+def _fused(visit: NodeVisit, fused: FusedAttention) -> LengthVariable:
+    """Note a fused attention, and return the role of its keys."""
+    place = fused.layout.index("sequence")
+    for index in (fused.query, fused.key, fused.value):
+        axes = visit.axes(index)
+        if len(axes) != 1 or axes[0].axis != place or not axes[0].is_plain or axes[0].role.resolved() is not Length.NEW:
+            raise visit.refusal("its input does not hold the tokens where the operator expects them",
+                               at=visit.node.inputs[index])  # fmt: skip
+    keys = LengthVariable(Length.TOTAL, at=visit.node.outputs[0].name or "")
+    visit.flow.operands[visit.node, fused.key] = keys
+    visit.flow.operands[visit.node, fused.value] = keys
+    visit.flow.fused.append(fused)
+    return keys

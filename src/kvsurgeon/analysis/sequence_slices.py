@@ -1,0 +1,132 @@
+"""Operators that cut or extend the sequence axis: right for the keys of a query, and for the last token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvsurgeon.analysis.axis_merging import linked_tokens, placed
+from kvsurgeon.analysis.token_flow import NodeVisit, is_of_queries
+from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.ops.gather import FAR
+from kvsurgeon.ops.operator import AxisLinks, Label
+from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
+
+
+def selected(visit: NodeVisit, links: AxisLinks, held: dict[Label, SequenceAxis]) -> dict[Label, SequenceAxis]:
+    """Return what a slice leaves of each sequence axis; one of which only the last token is left is none any more."""
+    result: dict[Label, SequenceAxis] = {}
+    for label, axis in held.items():
+        kept = axis if label not in links.selected else _cut(visit, axis, *links.selected[label])
+        if kept is None:
+            continue
+        result[label] = kept
+        if label in links.selected:
+            visit.parameter(tuple(index for index, one in links.length_inputs if one == label), kept.role)
+    return result
+
+
+def _cut(visit: NodeVisit, axis: SequenceAxis, start: Dimension, end: Dimension, step: int) -> SequenceAxis | None:
+    before, after = visit.shape(0)[axis.axis], visit.result_shape()[axis.axis]
+    to_end = _is_end(end, before)
+    if step == 1 and to_end and (start == 0 or dim.is_equal(dim.add(start, before), 0)):
+        return axis
+    if step == 1 and axis.bare.is_plain and axis.role.resolved() is not Length.NEW:
+        left = _without_learned_rows(axis, start, end, before)
+        if left is None and start == 0:
+            return _without_sinks(visit, axis, end)
+        if left is not None:
+            visit.works_along(axis)
+            return left
+    if step == start == -1 and axis.role.resolved() is not Length.NEW and dim.is_equal(before, after):
+        visit.works_along(axis)  # all keys in reverse
+        return axis
+    if step == 1 and axis.is_plain and to_end and start == -1 and after == 1:
+        visit.flow.last.update(visit.node.outputs)
+        return None  # the last of the new tokens is the last of all
+    raise UnsupportedError(
+        f"{visit.node.op_type} selects tokens by their position in the sequence", code=Code.SELECTS_BY_POSITION,
+        at=visit.node.outputs[0].name, found=f"[{start}:{end}:{step}] along the sequence",
+    )  # fmt: skip
+
+
+def _without_learned_rows(axis: SequenceAxis, start: Dimension, end: Dimension, size: Dimension) -> SequenceAxis | None:
+    """The keys' axis without some of its learned rows; None if something else is cut off."""
+    ahead = start if isinstance(start, int) and start >= 0 else dim.add(start, size)
+    behind = 0 if _is_end(end, size) else dim.subtract(size, end)
+    if isinstance(end, int) and end < 0:
+        behind = -end
+    if not isinstance(ahead, int) or not isinstance(behind, int):
+        return None
+    return axis.widened(-ahead, -behind) if ahead <= axis.ahead and behind <= axis.behind else None
+
+
+def _without_sinks(visit: NodeVisit, axis: SequenceAxis, end: Dimension) -> SequenceAxis:
+    """Columns that were concatenated behind the keys (attention sinks) are cut off again."""
+    if (isinstance(end, int) and end < 0) or dim.is_equal(end, visit.flow.length):
+        visit.works_along(axis)
+        return axis
+    raise visit.refusal("it cuts the keys at a fixed position", found=f"[0:{end}]", code=Code.SELECTS_BY_POSITION)
+
+
+def _is_end(end: Dimension, size: Dimension) -> bool:
+    return (isinstance(end, int) and end >= FAR) or dim.is_equal(end, size) is True
+
+
+def concatenated(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
+    """Concatenation along an axis without tokens, or of further columns to the keys of a query (attention sinks)."""
+    joined = links.joined
+    assert isinstance(joined, int)
+    held: dict[Label, SequenceAxis] = {}
+    owner: dict[Label, int] = {}
+    indices = [
+        index for index, labels in enumerate(links.inputs) if labels is not None and visit.shape(index)[joined] != 0
+    ]
+    if len(indices) == 1 and visit.kind(indices[0]) is ValueKind.TOKEN:
+        return [visit.axes(indices[0])]  # with nothing
+    tokens = set(linked_tokens(visit, links.inputs)) & set(indices)
+    for index in sorted(tokens, key=lambda index: is_of_queries(visit.axes(index))):
+        for axis in visit.axes(index):
+            if axis.axis == joined:
+                if axis.role.resolved() is Length.NEW:
+                    raise _why_joined(visit, index)
+                visit.works_along(axis)
+                held.setdefault(joined, _with_columns(visit, index, axis, indices))
+            elif axis.axis in held:
+                held[axis.axis] = visit.meet((owner[axis.axis], held[axis.axis]), (index, axis))
+            else:
+                held[axis.axis], owner[axis.axis] = axis, index
+    others = {label: axis for label, axis in held.items() if label != joined}
+    for index in indices:
+        if visit.kind(index) is not ValueKind.TOKEN:
+            visit.demand(index, tuple(others.values()))
+        elif any(label not in {axis.axis for axis in visit.axes(index)} for label in others):
+            raise visit.untraceable(index)
+    return [placed(held, links.outputs[0])]
+
+
+def _with_columns(visit: NodeVisit, index: int, axis: SequenceAxis, indices: Sequence[int]) -> SequenceAxis:
+    """The keys' axis with the columns that are concatenated to it, if their number is fixed."""
+    rows = {other: visit.shape(other)[axis.axis] for other in indices if other != index}
+    ahead, behind = ([size for other, size in rows.items() if (other < index) is first] for first in (True, False))
+    if not all(isinstance(size, int) for size in (*ahead, *behind)):
+        return axis
+    return axis.widened(sum(ahead), sum(behind))
+
+
+def _why_joined(visit: NodeVisit, index: int) -> UnsupportedError:
+    """Why tokens cannot be concatenated to something: it is a past, or tokens of the model itself."""
+    for other, value in enumerate(visit.node.inputs):
+        for _ in range(8):
+            node = None if value is None else value.producer()
+            if node is None:
+                break
+            value = node.inputs[0] if node.inputs else None
+        if other != index and value is not None and value.is_graph_input() and not value.is_initializer():
+            return UnsupportedError(
+                "the model already has a cache", at=value.name, expected="a model exported without one",
+                found="a graph input that is concatenated to the tokens", code=Code.HAS_CACHE,
+            )  # fmt: skip
+    return visit.mixing()
