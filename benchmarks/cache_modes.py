@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from witness.corpus import Case, Entry, find_entries, spread_sample
+from verification.corpus import Case, Entry, find_entries, spread_sample
 
 from kvsurgeon import io
 from kvsurgeon.errors import KvsurgeonError, UnsupportedError
@@ -41,7 +41,7 @@ ALLOWED = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How far the cache modes of one model are apart."""
+    """Largest difference between the cache modes of one model."""
 
     label: str
     family: str

@@ -1,12 +1,12 @@
-"""Sweeps folders of models: which are injected and right, wrong, refused, crashed?
+"""Inject and verify every model of a corpus: which are right, wrong, refused, crashed?
 
     python benchmarks/coverage.py FOLDER... [--group G] [--only NAME] [--expected E] [--sample N]
                                             [--through command] [--json OUT] [--markdown OUT]
 
-Each model is injected through the Python API in this process, then judged in onnxruntime against the logits stored
-beside it: in one call, token by token, and in ragged chunks, left-padded batches included.
+Each model is injected through the Python API in this process, then run in onnxruntime and compared with stored logits:
+in one call, token by token, and in uneven chunks, left-padded batches included.
 Ends with 1 if anything is wrong, crashed or hung, or refused with an exit code other than 3 and 4.
-With `--through command` the command `kvsurgeon inject` is run instead, and held to how it must end.
+With `--through command` the command `kvsurgeon inject` is run instead, and its exit code and output are checked.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from types import FrameType
 
 import onnx
 import onnxruntime as ort
-from witness.by_command import inject_by_command
-from witness.corpus import Entry, find_entries, spread_sample
-from witness.coverage_page import as_markdown
-from witness.second_judge import (
+from verification.by_command import inject_by_command
+from verification.corpus import Entry, find_entries, spread_sample
+from verification.coverage_page import as_markdown
+from verification.independent_verifier import (
     BRAIN,
     ContractError,
     bound_of,
     failures,
     is_rounded,
-    judge,
     open_session,
     read_contract,
+    score_case,
 )
-from witness.uncached import highest_level, steady
-from witness.verdicts import Result, as_json, is_bad, print_groups, print_reasons, print_totals
-from witness.widening import widened
+from verification.uncached import highest_level, steady
+from verification.verdicts import Result, as_json, is_bad, print_groups, print_reasons, print_totals
+from verification.widening import widened
 
 import kvsurgeon
 import kvsurgeon.io
@@ -59,7 +59,7 @@ class TookTooLong(BaseException):
 
 
 def examine(entry: Entry, inject: Inject) -> Result:
-    """Inject and judge one model; whatever happens becomes a verdict."""
+    """Inject and verify one model; every outcome becomes a verdict."""
     blank = Result(
         group=entry.group, name=entry.name, family=entry.family, exporter=entry.exporter, expected=entry.expected
     )
@@ -68,16 +68,23 @@ def examine(entry: Entry, inject: Inject) -> Result:
         with _alarm(SECONDS_ALLOWED):
             original, injected = inject(entry)
             seconds = time.perf_counter() - start
-            return _judged(replace(blank, apply_seconds=seconds), entry, original, injected)
+            return _verified(replace(blank, apply_seconds=seconds), entry, original, injected)
     except TookTooLong as late:
-        verdict, reason, code = "hung", f"not done after {SECONDS_ALLOWED} s, {_where(late)}", -1
+        verdict, reason, exit_code = "hung", f"not done after {SECONDS_ALLOWED} s, {_where(late)}", -1
     except Exception as error:
-        code = _exit_code(error)
-        verdict = "crashed" if code < 0 else "refused"
-        reason = f"{type(error).__name__}: {_one_line(error)}" + (f", {_where(error)}" if code < 0 else "")
-        blank = replace(blank, gist=_gist(str(getattr(error, "reason", "") or reason)))
+        exit_code = _exit_code(error)
+        verdict = "crashed" if exit_code < 0 else "refused"
+        reason = f"{type(error).__name__}: {_one_line(error)}" + (f", {_where(error)}" if exit_code < 0 else "")
+        gist = _gist(str(getattr(error, "reason", "") or reason))
+        blank = replace(blank, gist=gist, code=str(getattr(error, "code", "")))
     seconds = time.perf_counter() - start
-    return replace(blank, verdict=verdict, reason=reason, exit_code=code, apply_seconds=seconds)
+    return replace(
+        blank,
+        verdict=verdict,
+        reason=reason,
+        exit_code=exit_code,
+        apply_seconds=seconds,
+    )
 
 
 def inject_with_kvsurgeon(entry: Entry) -> tuple[onnx.ModelProto, onnx.ModelProto]:
@@ -90,12 +97,12 @@ def inject_with_kvsurgeon(entry: Entry) -> tuple[onnx.ModelProto, onnx.ModelProt
 
 
 def take_instead(entry: Entry, *, file: str) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """Return a model and a file that lies beside it, to judge the judge."""
+    """Return a model and another file of its folder, to test the verifier."""
     original = onnx.load(entry.path, load_external_data=False)
     return original, onnx.load(entry.folder / file, load_external_data=False)
 
 
-def _judged(result: Result, entry: Entry, original: onnx.ModelProto, injected: onnx.ModelProto) -> Result:
+def _verified(result: Result, entry: Entry, original: onnx.ModelProto, injected: onnx.ModelProto) -> Result:
     bound = bound_of(original)
     try:
         cases, level = entry.cases(original), highest_level(original, entry.folder)
@@ -104,9 +111,9 @@ def _judged(result: Result, entry: Entry, original: onnx.ModelProto, injected: o
         session = open_session(widened(injected, entry.folder) if bound is BRAIN else injected, entry.folder, level)
         contract = read_contract(session, original)
         if not cases:
-            verdict = "wrong" if entry.expected == "refuse" else "not judged"
-            return replace(result, verdict=verdict, reason="injected, and no logits are stored to judge it by")
-        scores = [score for case in cases for score in judge(session, contract, case)]
+            verdict = "wrong" if entry.expected == "refuse" else "not verified"
+            return replace(result, verdict=verdict, reason="injected, and no logits are stored to compare with")
+        scores = [score for case in cases for score in score_case(session, contract, case)]
     except ContractError as error:
         return replace(result, verdict="wrong", reason=str(error), gist=_gist(str(error)), bound=bound.name)
     except Exception as error:  # onnxruntime's own, and numpy's for what it was fed
@@ -120,10 +127,10 @@ def _judged(result: Result, entry: Entry, original: onnx.ModelProto, injected: o
         return result
     worst = max(failed, key=lambda score: score.error)
     reason = (
-        f"{worst.way}, case {worst.case}: error {worst.error:.2g} (bound {bound.error:g}), argmax agreement "
+        f"{worst.chunking}, case {worst.case}: error {worst.error:.2g} (bound {bound.error:g}), argmax agreement "
         f"{worst.agreement:.2f}, worst at position {worst.position}"
     )
-    gist = "logits differ in " + ", ".join(sorted({f"{score.way} (case {score.case})" for score in failed}))
+    gist = "logits differ in " + ", ".join(sorted({f"{score.chunking} (case {score.case})" for score in failed}))
     return replace(result, verdict="wrong", reason=reason, gist=gist)
 
 
@@ -136,7 +143,7 @@ def _runs(original: onnx.ModelProto, entry: Entry) -> bool:
 
 
 def _exit_code(error: Exception) -> int:
-    """Return the exit code of a deliberate error; -1 for one that nobody meant to raise."""
+    """Return the exit code of a deliberate error; -1 for any other."""
     if not isinstance(error, KvsurgeonError):
         return -1
     if isinstance(error, PassError) and not isinstance(error.__cause__, KvsurgeonError):
@@ -196,7 +203,7 @@ def _counted(results: Iterator[Result], total: int) -> Iterator[Result]:
 
 
 def quiet() -> None:
-    """Let nothing but what is found be printed."""
+    """Silence the logs of libraries."""
     faulthandler.enable()
     warnings.simplefilter("ignore")
     ort.set_default_logger_severity(4)
@@ -212,7 +219,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--through", default="python", choices=["python", "command"])
     parser.add_argument("--sample", type=int, help="only so many models, evenly spaced")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--instead", metavar="FILE", help="judge this file of each folder and inject nothing")
+    parser.add_argument("--instead", metavar="FILE", help="verify this file of each folder and inject nothing")
     parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--markdown", type=Path, metavar="OUT", help="table by family and exporter")
     return parser.parse_args(arguments)

@@ -4,8 +4,8 @@
 
 A step is `run_with_ort_values` on values made beforehand, one new token at batch 1, the same for all. The models take
 turns, one step each, and whose turn is first goes round. All is done twice, the sessions opened in one order and then
-in the other: where a session's memory lies moves its times by some percent. Without a cache, the step is a call on
-the whole context.
+in the other: the address of a session's memory changes its times by some percent. Without a cache, the step is a
+call on the whole context.
 Also lists nodes of INJECTED whose output grows with the square of the context; there should be none.
 """
 

@@ -1,4 +1,4 @@
-"""Gives every model of a corpus every number of key and value heads that it can have, and judges the logits.
+"""Give every model of a corpus every possible number of KV heads, and compare the logits.
 
     python benchmarks/heads.py CORPUS [--group G] [--name N] [--part 1/3] [--journal FILE]
 
@@ -23,10 +23,10 @@ from typing import Literal
 import numpy as np
 import onnx
 import onnxruntime as ort
-from witness.corpus import Case, Entry, find_entries
-from witness.merged_weights import UnknownAttentionError, with_merged_weights
-from witness.second_judge import BRAIN, bound_of, failures, judge, open_session, read_contract
-from witness.widening import widened
+from verification.corpus import Case, Entry, find_entries
+from verification.independent_verifier import BRAIN, bound_of, failures, open_session, read_contract, score_case
+from verification.merged_weights import UnknownAttentionError, with_merged_weights
+from verification.widening import widened
 
 from kvsurgeon import io
 from kvsurgeon.analysis.analysis import analyze
@@ -47,7 +47,7 @@ INTEGERS = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8, onnx.TensorProto.INT4
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What became of one model with one pipeline."""
+    """Result of one pipeline on one model."""
 
     label: str
     pipeline: str
@@ -80,14 +80,14 @@ def grouped(entry: Entry, heads: HeadCounts) -> Iterator[tuple[str, tuple[Pass, 
         yield f"inject, {name}", (Inject(), change)
 
 
-def judged(entry: Entry, model: onnx.ModelProto, cases: Sequence[Case] | None = None) -> str:
+def compare_with_references(entry: Entry, model: onnx.ModelProto, cases: Sequence[Case] | None = None) -> str:
     """Return what is wrong with a model with a cache; nothing where it is right."""
     original = onnx.load(entry.path, load_external_data=False)
     session = _session(entry, model)
     contract = read_contract(session, original)
     found = entry.cases(original) if cases is None else cases
-    scores = [score for case in found for score in judge(session, contract, case)]
-    return "; ".join(f"{bad.way}: {bad.error:.1e}" for bad in failures(scores, bound_of(original)))
+    scores = [score for case in found for score in score_case(session, contract, case)]
+    return "; ".join(f"{bad.chunking}: {bad.error:.1e}" for bad in failures(scores, bound_of(original)))
 
 
 def merged(entry: Entry, count: int, method: Method) -> str:
@@ -99,11 +99,11 @@ def merged(entry: Entry, count: int, method: Method) -> str:
     apart = _apart(entry, again, cases)
     if apart > bound_of(original).error:
         return f"replicated and merged again: {apart:.1e}"
-    return judged(entry, run(entry, merge, Inject()), cases)
+    return compare_with_references(entry, run(entry, merge, Inject()), cases)
 
 
 def as_numpy(entry: Entry, heads: int, count: int) -> str:
-    """Return what is wrong with merged heads beside weights that numpy merged."""
+    """Return the differences between merged heads and weights that numpy merged."""
     original = onnx.load(entry.path, load_external_data=False)
     reference = with_merged_weights(original, entry.folder, heads, count)
     apart = _apart(
@@ -117,7 +117,7 @@ def _with_reference(entry: Entry, model: onnx.ModelProto, cases: Sequence[Case])
 
 
 def _apart(entry: Entry, model: onnx.ModelProto, cases: Sequence[Case]) -> float:
-    """How far a model without a cache is from the references at most, over their spread."""
+    """Largest difference between a model without a cache and the references, over their spread."""
     each = (np.abs(_logits(entry, model, case) - case.reference)[case.real] / np.ptp(case.reference) for case in cases)
     return max((float(one.max()) for one in each), default=0.0)
 
@@ -156,7 +156,7 @@ def examined(entry: Entry) -> Iterator[Result]:
         return
     if heads.kv_heads < heads.heads:
         for name, passes in grouped(entry, heads):
-            yield tried(entry.label, name, lambda passes=passes: judged(entry, run(entry, *passes)))
+            yield tried(entry.label, name, lambda passes=passes: compare_with_references(entry, run(entry, *passes)))
         return
     method = _method(entry)
     for count in (count for count in range(1, heads.kv_heads) if heads.kv_heads % count == 0):
@@ -166,7 +166,7 @@ def examined(entry: Entry) -> Iterator[Result]:
 
 
 def _method(entry: Entry) -> Method:
-    """How heads are merged: quantised weights have no mean."""
+    """Return the method for merging heads: quantized weights have no mean."""
     quantised = onnx.load(entry.path, load_external_data=False).graph.initializer
     whole = sum(int(np.prod(one.dims)) for one in quantised if one.data_type in INTEGERS and len(one.dims) > 1)
     return "first" if whole > 1000 else "mean"

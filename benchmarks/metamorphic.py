@@ -1,10 +1,10 @@
-"""Writes models down differently, and asks whether the surgeon makes the same of them.
+"""Inject equivalent rewrites of models, and compare the results.
 
-    python benchmarks/metamorphic.py FOLDER... [--sample 48] [--disguise NAME] [--seed S] [--json OUT]
+    python benchmarks/metamorphic.py FOLDER... [--sample 48] [--rewrite NAME] [--seed S] [--json OUT]
 
-Each model is injected as it is and in every disguise (see disguises.py). The same means: refused in both, or as many
-past inputs, and right by what the disguised model itself gives, in one call, token by token and in ragged chunks,
-left-padded batches included. Disguises by tools that are not installed are left out. Ends with 1 if anything differs.
+Each model is injected as it is and in every rewrite (see rewrites.py). The same means: refused in both, or as many
+past inputs, and right by what the rewritten model itself gives, in one call, token by token and in ragged chunks,
+left-padded batches included. Rewrites by tools that are not installed are left out. Ends with 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from pathlib import Path
 
 import onnx
 from coverage import examine, quiet
-from mutating.disguises import BY_TOOLS, WRITTEN, Disguise, everything, plain, simplified, slimmed, with_interface_of
-from mutating.mutant_trial import seeded
-from witness.corpus import Case, Entry, find_entries, spread_sample
-from witness.second_judge import open_session
-from witness.uncached import answer, highest_level
+from mutating.mutant_run import seeded
+from mutating.rewrites import BY_TOOLS, WRITTEN, Rewrite, everything, plain, simplified, slimmed, with_interface_of
+from verification.corpus import Case, Entry, find_entries, spread_sample
+from verification.independent_verifier import open_session
+from verification.uncached import answer, highest_level
 
 import kvsurgeon
 
@@ -34,20 +34,20 @@ TOOLS = {slimmed: "onnxslim", simplified: "onnxsim"}
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What became of a model in a disguise."""
+    """Result of injecting one rewrite of a model."""
 
     model: str
-    disguise: str
-    verdict: str  # as in coverage.py, or "no such disguise" where the model cannot be written so
+    rewrite: str
+    verdict: str  # as in coverage.py, or "no such rewrite" where the model cannot be written so
     pasts: int = 0
     reason: str = ""
 
 
-def ask(entry: Entry, disguise: Disguise, seed: int) -> Answer:
-    """Return what becomes of a model in a disguise."""
-    blank = Answer(model=entry.label, disguise=disguise.__name__, verdict="no such disguise")
+def ask(entry: Entry, rewrite: Rewrite, seed: int) -> Answer:
+    """Return what becomes of a model in a rewrite."""
+    blank = Answer(model=entry.label, rewrite=rewrite.__name__, verdict="no such rewrite")
     try:
-        disguised = disguise(onnx.load(entry.path), seeded(seed, 0))
+        rewritten = rewrite(onnx.load(entry.path), seeded(seed, 0))
     except Exception as error:
         return replace(blank, reason=f"{type(error).__name__}: {error}"[:200])
     pasts = 0
@@ -55,16 +55,16 @@ def ask(entry: Entry, disguise: Disguise, seed: int) -> Answer:
     def inject(_entry: Entry) -> tuple[onnx.ModelProto, onnx.ModelProto]:
         nonlocal pasts
         original = onnx.load(entry.path, load_external_data=False)
-        copy = onnx.ModelProto.FromString(disguised.SerializeToString())
+        copy = onnx.ModelProto.FromString(rewritten.SerializeToString())
         injected = kvsurgeon.KeyValueCacheInjector(entry.folder).apply(copy)
-        pasts = len(injected.graph.input) - len(disguised.graph.input)
-        return with_interface_of(_plain(disguised), original), with_interface_of(injected, original)
+        pasts = len(injected.graph.input) - len(rewritten.graph.input)
+        return with_interface_of(_plain(rewritten), original), with_interface_of(injected, original)
 
-    result = examine(_Disguised(folder=entry.folder, meta=entry.meta), inject)
+    result = examine(_Rewritten(folder=entry.folder, meta=entry.meta), inject)
     return replace(blank, verdict=result.verdict, pasts=pasts, reason=result.reason)
 
 
-class _Disguised(Entry):
+class _Rewritten(Entry):
     """A model whose answers are its own: what rounds, rounds otherwise when it is written down differently."""
 
     def cases(self, original: onnx.ModelProto) -> list[Case]:
@@ -80,39 +80,39 @@ def _plain(model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.ModelProto.FromString(model.SerializeToString())
 
 
-def compare(entries: Sequence[Entry], disguises: Sequence[Disguise], seed: int) -> Iterator[tuple[Answer, Answer]]:
-    """Yield for each model and disguise what became of it without and with it."""
+def compare(entries: Sequence[Entry], rewrites: Sequence[Rewrite], seed: int) -> Iterator[tuple[Answer, Answer]]:
+    """Yield for each model and rewrite what became of it without and with it."""
     for entry in entries:
         usual = ask(entry, plain, seed)
-        for disguise in disguises:
-            yield usual, ask(entry, disguise, seed)
+        for rewrite in rewrites:
+            yield usual, ask(entry, rewrite, seed)
 
 
 def differs(usual: Answer, other: Answer) -> bool:
-    """Whether a disguise made a difference."""
-    return other.verdict != "no such disguise" and (other.verdict, other.pasts) != (usual.verdict, usual.pasts)
+    """Whether a rewrite made a difference."""
+    return other.verdict != "no such rewrite" and (other.verdict, other.pasts) != (usual.verdict, usual.pasts)
 
 
 def report(pairs: Sequence[tuple[Answer, Answer]], seconds: float) -> None:
-    """Print what differs, and counts by disguise."""
+    """Print what differs, and counts by rewrite."""
     for usual, other in pairs:
         if differs(usual, other):
             print(
-                f"\n{other.model}, {other.disguise}: {usual.verdict}, {usual.pasts} pasts; then {other.verdict}", end=""
+                f"\n{other.model}, {other.rewrite}: {usual.verdict}, {usual.pasts} pasts; then {other.verdict}", end=""
             )
             print(f", {other.pasts} pasts\n    {other.reason}")
     print(f"\n{'':28}{'same':>8}{'right':>8}{'refused':>8}{'differs':>8}{'no such':>8}")
-    for name in dict.fromkeys(other.disguise for _, other in pairs):
+    for name in dict.fromkeys(other.rewrite for _, other in pairs):
         counts: Counter[str] = Counter()
         for usual, other in pairs:
-            if other.disguise == name:
+            if other.rewrite == name:
                 counts[other.verdict] += 1
-                counts["differs" if differs(usual, other) else "same"] += other.verdict != "no such disguise"
-        columns = ("same", "right", "refused", "differs", "no such disguise")
+                counts["differs" if differs(usual, other) else "same"] += other.verdict != "no such rewrite"
+        columns = ("same", "right", "refused", "differs", "no such rewrite")
         print(f"{name:28}" + "".join(f"{counts[column] or '.':>8}" for column in columns))
     models = len({usual.model for usual, _ in pairs})
     print(
-        f"{models} models, {len(pairs)} disguised, {sum(differs(*pair) for pair in pairs)} differ, in {seconds:.0f} s"
+        f"{models} models, {len(pairs)} rewritten, {sum(differs(*pair) for pair in pairs)} differ, in {seconds:.0f} s"
     )
 
 
@@ -122,14 +122,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group", action="append", default=[], help="only this group; wildcards, repeatable")
     parser.add_argument("--only", action="append", default=[], help="only this name, or group/name; wildcards")
     parser.add_argument("--sample", type=int, default=48, help="only so many models, evenly spaced; 0: all")
-    parser.add_argument("--disguise", action="append", default=[], metavar="NAME", help="only this one; repeatable")
+    parser.add_argument("--rewrite", action="append", default=[], metavar="NAME", help="only this one; repeatable")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="OUT")
     return parser.parse_args()
 
 
 def main() -> int:
-    """Disguise, inject, compare, and return the exit code."""
+    """Rewrite, inject, compare, and return the exit code."""
     options = parse()
     quiet()
     entries = [
@@ -140,9 +140,9 @@ def main() -> int:
     known = [
         one for one in (*WRITTEN, everything, *BY_TOOLS) if one not in TOOLS or importlib.util.find_spec(TOOLS[one])
     ]
-    disguises = [one for one in known if not options.disguise or one.__name__ in options.disguise]
+    rewrites = [one for one in known if not options.rewrite or one.__name__ in options.rewrite]
     start = time.perf_counter()
-    pairs = list(compare(spread_sample(entries, options.sample), disguises, options.seed))
+    pairs = list(compare(spread_sample(entries, options.sample), rewrites, options.seed))
     report(pairs, time.perf_counter() - start)
     if options.json:
         options.json.write_text(json.dumps([asdict(other) for _, other in pairs], indent=1), encoding="utf-8")

@@ -2,7 +2,7 @@
 
     python benchmarks/mlkv.py FOLDER... [--json OUT]        # folders that examples/pythia.py writes
 
-Each is made by merge-kv-heads, share-kv-layers or both. It then gets a cache, and is judged with it, whole, token by
+Each is made by merge-kv-heads, share-kv-layers or both. It then gets a cache, and is verified with it, whole, token by
 token and in ragged chunks, against itself without: two sequences, one of them padded on the left.
 """
 
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from witness.corpus import Case
-from witness.second_judge import EXACT, failures, judge, open_session, read_contract
+from verification.corpus import Case
+from verification.independent_verifier import EXACT, failures, open_session, read_contract, score_case
 
 from kvsurgeon import io
 from kvsurgeon.passes.cache.inject import Inject
@@ -47,7 +47,7 @@ class Configuration:
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        """What makes it of multi-head attention."""
+        """Passes that derive it from multi-head attention."""
         merge = (MergeKvHeads(kv_heads=self.kv_heads),) if self.kv_heads < HEADS else ()
         share = (ShareKvLayers(kv_layers=self.kv_layers),) if self.kv_layers < LAYERS else ()
         return (*merge, *share)
@@ -65,7 +65,7 @@ CONFIGURATIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What became of a model in one configuration."""
+    """Result of one configuration of a model."""
 
     model: str
     name: str
@@ -108,9 +108,9 @@ def examine(folder: Path, configuration: Configuration, given: np.ndarray) -> Ro
     inputs = questions(reference.shape[-1])
     real = inputs["attention_mask"].astype(bool)
     case = Case(index=0, inputs=inputs, reference=reference, real=real, total=TOKENS)
-    scores = judge(session, contract, case)
+    scores = score_case(session, contract, case)
     sizes = [(int(dims[1]), int(dims[3]) * dtype.itemsize) for dims, dtype in contract.pasts.values()]
-    wrong = "; ".join(f"{bad.way}: {bad.error:.1e}" for bad in failures(scores, EXACT))
+    wrong = "; ".join(f"{bad.chunking}: {bad.error:.1e}" for bad in failures(scores, EXACT))
     heads = sum(heads for heads, _ in sizes) // 2
     if heads != configuration.total:
         wrong = f"expected {configuration.total} heads, found {heads}"

@@ -4,7 +4,7 @@
                                              [--json OUT] [--resume]
 
 Everything is drawn from the seed: mutant NUMBER of a seed is the same one whatever else is made. Mutants are made and
-judged in a process of their own, so that one which hangs or dies is a verdict. Ends with 1 if a mutant was injected
+run in separate processes, so that one which hangs or dies is counted. Ends with 1 if a mutant was injected
 wrongly, ended in a traceback, hung or died.
 """
 
@@ -26,16 +26,16 @@ from pathlib import Path
 
 import onnx
 import onnxruntime as ort
-from mutating import attention_grafts, grafts, mutants
+from mutating import attention_insertions, insertions, mutants
 from mutating.mutable_graph import Graph
-from mutating.mutant_trial import BAD, CATEGORIES, Outcome, Tell, nobody, seeded, try_file, try_mutant
-from witness.corpus import Entry, find_entries
+from mutating.mutant_run import BAD, CATEGORIES, Notify, Outcome, ignore, seeded, try_file, try_mutant
+from verification.corpus import Entry, find_entries
 
 SECONDS_ALLOWED = 60
 SAVED_EVERY = 25  # mutants
 TRIES = 20  # mutations drawn until one finds a place
 
-MUTATIONS = [*mutants.every(), *grafts.every(), *attention_grafts.every()]
+MUTATIONS = [*mutants.every(), *insertions.every(), *attention_insertions.every()]
 
 
 Mutant = onnx.ModelProto | bytes  # a model, or a file that may not be one
@@ -57,7 +57,7 @@ def make(entries: Sequence[Entry], seed: int, number: int) -> tuple[Entry, Outco
 
 
 def examine(entries: Sequence[Entry], seed: int, number: int, connection: Connection) -> Outcome:
-    """Make and judge one mutant; say first which it is and what it comes to if no more is heard, for whoever waits."""
+    """Make and run one mutant; first send which one it is and the outcome that applies if the process dies."""
     entry, outcome, mutant = make(entries, seed, number)
 
     def promise(unheard: Outcome) -> None:
@@ -66,16 +66,16 @@ def examine(entries: Sequence[Entry], seed: int, number: int, connection: Connec
     promise(replace(outcome, category="hang"))
     if mutant is None:
         return outcome
-    return judge(outcome, entry, mutant, promise)
+    return run_mutant(outcome, entry, mutant, promise)
 
 
-def judge(outcome: Outcome, entry: Entry, mutant: Mutant, tell: Tell = nobody) -> Outcome:
-    """Return what became of a mutant; see `try_mutant` for `tell`."""
-    return (try_file if isinstance(mutant, bytes) else try_mutant)(outcome, entry, mutant, tell)  # type: ignore[arg-type]
+def run_mutant(outcome: Outcome, entry: Entry, mutant: Mutant, notify: Notify = ignore) -> Outcome:
+    """Return what became of a mutant; see `try_mutant` for `notify`."""
+    return (try_file if isinstance(mutant, bytes) else try_mutant)(outcome, entry, mutant, notify)  # type: ignore[arg-type]
 
 
 def work(entries: Sequence[Entry], seed: int, numbers: Sequence[int], connection: Connection) -> None:
-    """Judge mutants and send what became of each: first a promise, then the outcome."""
+    """Run mutants and send the outcome of each: first a provisional one, then the final one."""
     warnings.simplefilter("ignore")
     ort.set_default_logger_severity(4)
     for number in numbers:

@@ -1,10 +1,10 @@
-"""Holds what the analysis claims of shapes against what onnxruntime makes, before injection and after.
+"""Compare inferred shapes with the shapes that onnxruntime computes, before and after injection.
 
     python benchmarks/oracle.py FOLDER... [--group G] [--only NAME] [--sample 80] [--json OUT]
 
 Every value of a model becomes an output of it. Each stored call is cut to two lengths; where batches differ between the
 calls, so do the pairs of batch and length. Before injection every dimension that is inferred, in symbols of batch and
-length, is held against the size that was made; afterwards every dimension that the injected model declares, in two
+length, is compared with the computed size; afterwards every dimension that the injected model declares, in two
 calls with a past of 0 and of some tokens. Ends with 1 if one differs.
 """
 
@@ -23,9 +23,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from coverage import quiet
-from witness.corpus import Case, Entry, find_entries, spread_sample
-from witness.second_judge import BATCH, NEW, PAST, TOTAL, empty_sizes, open_session, part_of, read_contract
-from witness.uncached import LEVELS, first_tokens
+from verification.corpus import Case, Entry, find_entries, spread_sample
+from verification.independent_verifier import BATCH, NEW, PAST, TOTAL, empty_sizes, open_session, part_of, read_contract
+from verification.uncached import LEVELS, first_tokens
 
 import kvsurgeon
 from kvsurgeon import io
@@ -41,8 +41,8 @@ Sizes = Mapping[str, int]  # of batch and lengths
 
 
 @dataclass(kw_only=True)
-class Held:
-    """How many claims of one model were held against what runs."""
+class Comparison:
+    """Number of inferred dimensions of one model that were compared."""
 
     model: str
     pairs: list[tuple[int, int]] = field(default_factory=list)  # batch and length
@@ -51,7 +51,7 @@ class Held:
     wrong: list[str] = field(default_factory=list)
     not_run: str = ""
 
-    def hold(self, when: str, name: str, claimed: Sequence[Any], shape: Sequence[int]) -> None:
+    def check(self, when: str, name: str, claimed: Sequence[Any], shape: Sequence[int]) -> None:
         """Compare the sizes claimed of a value, those that are no numbers left out, with its shape."""
         self.values += 1
         self.dimensions += sum(isinstance(size, int) for size in claimed)
@@ -60,22 +60,22 @@ class Held:
             self.wrong.append(f"{when}, `{name}`: claimed {list(map(str, claimed))}, found {list(shape)}")
 
 
-def examine(entry: Entry) -> Held:
-    """Hold the claims of one model against what runs; one that is refused or does not run says so."""
-    held = Held(model=entry.label)
+def examine(entry: Entry) -> Comparison:
+    """Compare the inferred dimensions of one model with its runs; a refused model or a failed run is recorded."""
+    compared = Comparison(model=entry.label)
     try:
         subject = io.load(entry.path)
         cases = calls(entry.cases(onnx.load(entry.path, load_external_data=False)))
-        held.pairs = [(case.batch, case.total) for case in cases]
-        before(held, entry, io.to_proto(subject), cases)
+        compared.pairs = [(case.batch, case.total) for case in cases]
+        before(compared, entry, io.to_proto(subject), cases)
         original = onnx.load(entry.path, load_external_data=False)
         injected = kvsurgeon.KeyValueCacheInjector(entry.folder, inplace=False).apply(original)
-        after(held, entry, original, injected, cases)
+        after(compared, entry, original, injected, cases)
     except KvsurgeonError as error:
-        held.not_run = f"refused: {error}"
+        compared.not_run = f"refused: {error}"
     except Exception as error:  # onnxruntime has no kernel for one of its operators, or nothing is stored to run it on
-        held.not_run = f"{type(error).__name__}: {error}"[:300]
-    return held
+        compared.not_run = f"{type(error).__name__}: {error}"[:300]
+    return compared
 
 
 def calls(cases: Sequence[Case]) -> list[Case]:
@@ -84,7 +84,7 @@ def calls(cases: Sequence[Case]) -> list[Case]:
     return [first_tokens(case, min(case.total, length)) for case, length in zip(chosen, LENGTHS, strict=False)]
 
 
-def before(held: Held, entry: Entry, model: onnx.ModelProto, cases: Sequence[Case]) -> None:
+def before(compared: Comparison, entry: Entry, model: onnx.ModelProto, cases: Sequence[Case]) -> None:
     """Hold every inferred dimension against what runs."""
     graph = ir.from_proto(model).graph
     dimensions, length = read_inputs(graph)
@@ -98,11 +98,11 @@ def before(held: Held, entry: Entry, model: onnx.ModelProto, cases: Sequence[Cas
         for name, array in _arrays(names, found):
             shape = claimed.get(name)
             if shape is not None:
-                held.hold("before", name, [dim.substitute(size, at) for size in shape], array.shape)
+                compared.check("before", name, [dim.substitute(size, at) for size in shape], array.shape)
 
 
 def after(
-    held: Held, entry: Entry, original: onnx.ModelProto, injected: onnx.ModelProto, cases: Sequence[Case]
+    compared: Comparison, entry: Entry, original: onnx.ModelProto, injected: onnx.ModelProto, cases: Sequence[Case]
 ) -> None:
     """Hold every dimension that the injected model declares against what runs, with a past and without."""
     contract = read_contract(open_session(injected, entry.folder), original)
@@ -119,7 +119,9 @@ def after(
             sizes = {BATCH: case.batch, PAST: past, NEW: total - past, TOTAL: total}
             for name, array in found.items():
                 if (dims := declared.get(name)) is not None:
-                    held.hold(f"after, past {past}", name, [sizes.get(str(size), size) for size in dims], array.shape)
+                    compared.check(
+                        f"after, past {past}", name, [sizes.get(str(size), size) for size in dims], array.shape
+                    )
             cache = dict(zip(contract.pasts, (found[name] for name in contract.presents), strict=True))
 
 
@@ -162,21 +164,21 @@ def main() -> int:
     entries = [entry for entry in entries if entry.expected == "inject"]
     start = time.perf_counter()
     results = [examine(entry) for entry in spread_sample(entries, options.sample)]
-    for held in results:
-        for what in held.wrong:
-            print(f"{held.model}: {what}")
-        if held.not_run:
-            print(f"{held.model}: {held.not_run}")
-    run = [held for held in results if not held.not_run]
-    values, dimensions = sum(held.values for held in run), sum(held.dimensions for held in run)
-    wrong = sum(len(held.wrong) for held in results)
-    pairs = len({pair for held in run for pair in held.pairs})
+    for compared in results:
+        for what in compared.wrong:
+            print(f"{compared.model}: {what}")
+        if compared.not_run:
+            print(f"{compared.model}: {compared.not_run}")
+    run = [compared for compared in results if not compared.not_run]
+    values, dimensions = sum(compared.values for compared in run), sum(compared.dimensions for compared in run)
+    wrong = sum(len(compared.wrong) for compared in results)
+    pairs = len({pair for compared in run for pair in compared.pairs})
     print(
         f"{len(run)} models, {pairs} pairs of batch and length: {values} values, {dimensions} dimensions, {wrong} wrong"
         f" ({len(results) - len(run)} not run), in {time.perf_counter() - start:.0f} s"
     )
     if options.json:
-        options.json.write_text(json.dumps([asdict(held) for held in results], indent=1), encoding="utf-8")
+        options.json.write_text(json.dumps([asdict(compared) for compared in results], indent=1), encoding="utf-8")
     return 1 if wrong or not run else 0
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from random import Random
 
 from coverage import quiet
-from witness.corpus import Entry, find_entries
+from verification.corpus import Entry, find_entries
 
 from kvsurgeon import Pipeline
 from kvsurgeon.errors import KvsurgeonError, ParityError, PassError, RunError, UnsupportedError
@@ -72,7 +72,7 @@ PASSES: tuple[tuple[str, tuple[str, ...], int], ...] = (  # name, options, weigh
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one row of passes."""
+    """Result of one pipeline."""
 
     number: int
     model: str
@@ -93,7 +93,7 @@ def drawn(entries: Sequence[Entry], seed: int, number: int) -> tuple[Entry, str]
 
 
 def examine(entry: Entry, number: int, row: str) -> Outcome:
-    """Run the passes on the model, and ask the judge."""
+    """Run the passes on the model, and verify the result."""
     start = time.perf_counter()
     category, said = _tried(entry, row)
     seconds = time.perf_counter() - start

@@ -49,7 +49,7 @@ LEGAL = "expected one of 3, 9 KV heads"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What became of a model with one pipeline."""
+    """Result of one pipeline on a model."""
 
     model: str
     pipeline: str
@@ -89,7 +89,7 @@ def _session(folder: Path) -> ort.InferenceSession:
 
 
 def _apart(original: ort.InferenceSession, result: ort.InferenceSession, record: dict[str, Any]) -> float:
-    """How far the logits of all tokens are apart, over the spread; the result gets them in two calls."""
+    """Largest difference of the logits of all tokens, over the spread; the result gets them in two calls."""
     tokens = np.array([record["input_ids"] + record["tokens"]])
     mask = np.ones_like(tokens)
     (reference,) = original.run(["logits"], {"input_ids": tokens, "attention_mask": mask})

@@ -37,7 +37,7 @@ KeyValueCacheInjector(model.parent).export(onnx.load(model, load_external_data=F
 
 @dataclass(frozen=True, kw_only=True)
 class Limit:
-    """What a size and dialect may take at most."""
+    """Limits of a size and dialect."""
 
     seconds: float
     megabytes: float = 700.0
@@ -51,7 +51,7 @@ FEW_NODES = 2000  # below, fixed costs are most of the pass, and the ratio says 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What one model took."""
+    """Measurements of one model."""
 
     name: str
     dialect: str
@@ -60,7 +60,7 @@ class Measurement:
     graph_bytes: int
     data_bytes: int
     seconds: float = float("nan")  # of the whole process, by the clock: the median
-    cpu_seconds: float = float("nan")  # of the processor: tells a busy machine from a slow pass
+    cpu_seconds: float = float("nan")  # of the processor: distinguishes a busy machine from a slow pass
     peak_megabytes: float = float("nan")
     weight_bytes_read: int = -1  # found in the page cache afterwards
     asked_bytes: int = -1  # by read calls, of anything: libraries, the graph, weights

@@ -1,4 +1,4 @@
-"""Measures what changing KV heads costs: peak memory, bytes written, and throughput beside that of `cp`.
+"""Measure what changing KV heads costs: peak memory, bytes written, and throughput compared with `cp`.
 
     python benchmarks/weights.py [--layers 32] [--pipeline PASSES...] [--work DIR] [--json OUT]
 
@@ -29,7 +29,7 @@ from kvsurgeon.io import load, weight_files
 
 HERE = Path(__file__).parent
 MEGA = 1e6
-PEAK = 400 * MEGA  # bytes beside the largest tensor
+PEAK = 400 * MEGA  # bytes in addition to the largest tensor
 SLOWEST = 0.5  # of cp's throughput
 CHANGE = """
 import json, sys, time
@@ -45,7 +45,7 @@ print(json.dumps({"pass_seconds": changed - start, "save_seconds": time.perf_cou
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What one change of heads took."""
+    """Measurements of one change of heads."""
 
     layers: int
     pipeline: str
@@ -61,12 +61,12 @@ class Measurement:
 
     @property
     def over(self) -> list[str]:
-        """Which limits are exceeded."""
+        """Limits that are exceeded."""
         found = []
         if self.peak_bytes > PEAK + self.largest_bytes:
             found.append(f"{PEAK / MEGA:.0f} MB + the largest tensor")
         if abs(self.written_bytes - self.changed_bytes) > self.changed_bytes / 100:
-            found.append("1 % beside the changed tensors' bytes")
+            found.append("1 % of the changed tensors' bytes")
         if self.save_seconds > self.copy_seconds / SLOWEST:
             found.append("twice the time of cp")
         return found
@@ -90,7 +90,7 @@ def write_model(folder: Path, layers: int) -> Path:
 
 
 def measure(path: Path, pipeline: str, layers: int) -> Measurement:
-    """Change the heads of a model in a process of its own, then copy as many bytes."""
+    """Change the heads of a model in a separate process, then copy as many bytes."""
     output = path.parent.parent / "output"
     forget(path.with_name("model.onnx.data"))
     run = _run([sys.executable, "-c", CHANGE, str(path), str(output), pipeline])

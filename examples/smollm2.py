@@ -70,7 +70,7 @@ def weights_file() -> Path:
 
 
 def load_model(attention: str) -> PreTrainedModel:
-    """Return the model in float32, spelling its attention as told."""
+    """Return the model in float32, with this attention implementation."""
     gguf = weights_file()
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation=attention
@@ -118,7 +118,7 @@ class WithPast(torch.nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Signature:
-    """What an exported model takes and gives: names, example inputs, and the axes that are free."""
+    """Interface of an exported model: names, example inputs, and dynamic axes."""
 
     module: torch.nn.Module
     arguments: tuple[Any, ...]
@@ -151,7 +151,7 @@ def signature(model: PreTrainedModel, *, with_past: bool) -> Signature:
 
 
 def write_graph(export: Export, taken: Signature, target: Path) -> None:
-    """Write `target` and, beside it, `target.data` with the weights."""
+    """Write `target`, and `target.data` with the weights."""
     names = {"input_names": list(taken.inputs), "output_names": list(taken.outputs), "opset_version": export.opset}
     if export.exporter == "dynamo":
         axes = list(taken.inputs.values())
@@ -162,7 +162,7 @@ def write_graph(export: Export, taken: Signature, target: Path) -> None:
 
     free = taken.inputs | taken.outputs
     torch.onnx.export(taken.module, taken.arguments, target, dynamo=False, dynamic_axes=free, **names)
-    # This exporter puts the weights into the file itself; all exports here have them beside it.
+    # This exporter puts the weights into the file itself; all exports here have external weights.
     onnx.save(onnx.load(target), target, save_as_external_data=True, location=f"{target.name}.data")
 
 
@@ -180,7 +180,7 @@ def export_model(export: Export, folder: Path) -> None:
     model.config.save_pretrained(folder)
 
 
-# --- the judge ---------------------------------------------------------------------------------------------------
+# --- verification --------------------------------------------------------------------------------------------------
 
 
 def expected_tokens(model: PreTrainedModel) -> list[dict[str, Any]]:
@@ -234,7 +234,7 @@ def operate(folder: Path, expected: list[dict[str, Any]]) -> None:
     decoder = kvsurgeon.inspect(folder)
     print(f"{folder.name}: {len(decoder.attentions)} layers, {decoder.cache_bytes_per_token:,} bytes of cache a token")
     cached = folder.with_name(f"{folder.name}-kvsurgeon")
-    kvsurgeon.inject(folder, cached)  # raises, and writes nothing, if the judge finds a difference
+    kvsurgeon.inject(folder, cached)  # raises, and writes nothing, if the verifier finds a difference
     for record in expected:
         made = kvsurgeon.generate(cached, record["prompt"], max_new_tokens=NEW_TOKENS, stop=())
         print(f"{cached.name}: {made.seconds_per_token * 1000:.0f} ms a token: {made.texts[0]!r}")

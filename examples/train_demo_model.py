@@ -1,7 +1,7 @@
 """Train the small model that `kvsurgeon demo` works on, and export it without a KV cache.
 
 The text is the six novels of Jane Austen (died 1817), which are in the public domain everywhere. They are read from the
-data file of `janeaustenr`, an R package that Debian carries; R itself is not needed:
+data file of `janeaustenr`, an R package in Debian; R itself is not needed:
 
     apt-get download r-cran-janeaustenr && dpkg-deb -x r-cran-janeaustenr_*.deb austen
     pip install torch transformers onnxscript onnxruntime tokenizers
@@ -29,7 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-END = "<|endoftext|>"  # stands between chapters, and is token 0
+END = "<|endoftext|>"  # separates chapters; token 0
 FURNITURE = re.compile(  # paragraphs that are the editors' and not the author's
     r"VOLUME [IV]+|FINIS|Finis|THE END|\(End of volume.*|\[End volume.*|\*Vide .*"
     r"|A NOTE ON THE TEXT|Northanger Abbey was written .*"

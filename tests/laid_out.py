@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 from laws import in_onnxruntime, texts
-from witness.corpus import Entry, find_entries
+from verification.corpus import Entry, find_entries
 
 
 def lay_out(folder: Path, model: onnx.ModelProto, *calls: dict[str, np.ndarray], **meta: str) -> Entry:

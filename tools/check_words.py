@@ -118,7 +118,10 @@ class Allowance:
     reason: str
 
 
-ALLOWED = (Allowance(path="*", text=r"host[-_ ]inputs?", reason="inputs that the application computes: a pass"),)
+ALLOWED = (
+    Allowance(path="*", text=r"held[-_ ]out|HELD_OUT", reason="data that is not used in training"),
+    Allowance(path="*", text=r"host[-_ ]inputs?", reason="inputs that the application computes: a pass"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, order=True)

@@ -1,1 +1,1 @@
-"""Graphs changed at random: in ways that a surgeon must notice, and in ways that must not matter to it."""
+"""Random changes of graphs: mutations, which injection must detect, and equivalent rewrites, which it must ignore."""

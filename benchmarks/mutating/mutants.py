@@ -14,7 +14,7 @@ from mutating.mutable_graph import Edge, Graph, attribute_of
 
 Mutation = Callable[[Graph], "str | None"]
 
-SIBLINGS = (  # operators of one kind: each may stand for another
+SIBLINGS = (  # operators of one kind: each may replace another
     ("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"),
     ("And", "Or", "Xor"),
     ("Add", "Sub", "Mul", "Max", "Min"),
@@ -86,8 +86,8 @@ def bypass(graph: Graph) -> str | None:
     if node is None:
         return None
     kind = graph.type_of(node.output[0])
-    ways = [value for value in node.input if value and graph.type_of(value) == kind]
-    value = graph.pick(ways)
+    same_type = [value for value in node.input if value and graph.type_of(value) == kind]
+    value = graph.pick(same_type)
     if value is None:
         return None
     for reader in graph.readers(node.output[0]):

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from onnx import TensorProto
 
-from sizes.scribe import NUMPY, Scribe
+from sizes.node_writer import NUMPY, NodeWriter
 
 if TYPE_CHECKING:
     from workloads import DecoderShape
@@ -20,7 +20,7 @@ LAST, FIRST = 2**63 - 1, -(2**63)
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """What the exporter computes once for all layers, by name."""
+    """Names of the values that the exporter computes once for all layers."""
 
     cos: str  # [1, 1, sequence, head_dim]
     sin: str
@@ -31,34 +31,34 @@ class Shared:
     flat: str
 
 
-def write(scribe: Scribe, shape: DecoderShape) -> None:
+def write(writer: NodeWriter, shape: DecoderShape) -> None:
     """Write the nodes from `input_ids` and `attention_mask` to `logits`."""
-    embeddings = scribe.weight("model.embed_tokens.weight", shape.vocab, shape.hidden)
-    with scribe.scope("model"):
-        hidden = scribe.node("Gather", embeddings, "input_ids", axis=0, dims=(B, S, shape.hidden))
-        shared = _shared(scribe, shape)
+    embeddings = writer.weight("model.embed_tokens.weight", shape.vocab, shape.hidden)
+    with writer.scope("model"):
+        hidden = writer.node("Gather", embeddings, "input_ids", axis=0, dims=(B, S, shape.hidden))
+        shared = _shared(writer, shape)
     for layer in range(shape.layers):
-        with scribe.scope(f"model.layers.{layer}"):
-            hidden = _layer(scribe, shape, shared, f"model.layers.{layer}", hidden)
-    hidden = _norm(scribe, shape, "model.norm.weight", hidden)
-    scribe.node("MatMul", hidden, scribe.weight("lm_head.weight", shape.hidden, shape.vocab), output="logits")
+        with writer.scope(f"model.layers.{layer}"):
+            hidden = _layer(writer, shape, shared, f"model.layers.{layer}", hidden)
+    hidden = _norm(writer, shape, "model.norm.weight", hidden)
+    writer.node("MatMul", hidden, writer.weight("lm_head.weight", shape.hidden, shape.vocab), output="logits")
 
 
-def _shared(scribe: Scribe, shape: DecoderShape) -> Shared:
-    node, constant = scribe.node, scribe.constant
+def _shared(writer: NodeWriter, shape: DecoderShape) -> Shared:
+    node, constant = writer.node, writer.constant
     batch_1d = node("Shape", "attention_mask", start=0, end=1)
     batch = node("Squeeze", batch_1d)
     length_1d = node("Shape", "attention_mask", start=1, end=2)
     length = node("Squeeze", length_1d)
     positions = node("Range", constant(0), length, constant(1))
     real = node("Cast", "attention_mask", to=TensorProto.BOOL)
-    visible = _visible(scribe, real, node("Range", constant(0), batch, constant(1)), positions)
+    visible = _visible(writer, real, node("Range", constant(0), batch, constant(1)), positions)
     frequencies = 10000.0 ** (-np.arange(0, shape.head_dim, 2) / shape.head_dim)
     angles = node("Cast", node("Unsqueeze", positions, constant([0, 2])), to=TensorProto.FLOAT)
     angles = node("Mul", angles, constant(frequencies, "float32"))
     angles = node("Concat", angles, angles, axis=-1)
-    cos, sin = _narrow(scribe, node("Cos", angles)), _narrow(scribe, node("Sin", angles))
-    lowest = float(ml_dtypes.finfo(NUMPY[scribe.dtype]).min)
+    cos, sin = _narrow(writer, node("Cos", angles)), _narrow(writer, node("Sin", angles))
+    lowest = float(ml_dtypes.finfo(NUMPY[writer.dtype]).min)
     minus_one, width = constant([-1]), constant([shape.head_dim])
     repeats = constant([shape.query_heads // shape.kv_heads])
     return Shared(
@@ -67,14 +67,14 @@ def _shared(scribe: Scribe, shape: DecoderShape) -> Shared:
         sin=node("Unsqueeze", sin, constant([1])),
         repeat=node("Concat", batch_1d, constant([shape.kv_heads]), repeats, length_1d, width, axis=0),
         merge=node("Concat", batch_1d, constant([shape.query_heads]), length_1d, width, axis=0),
-        mask=node("Where", visible, constant(0.0, scribe.dtype), constant(lowest, scribe.dtype), dims=(B, 1, S, S)),
+        mask=node("Where", visible, constant(0.0, writer.dtype), constant(lowest, writer.dtype), dims=(B, 1, S, S)),
         flat=node("Concat", batch_1d, length_1d, minus_one, axis=0),
     )
 
 
-def _visible(scribe: Scribe, real: str, rows: str, positions: str) -> str:
+def _visible(writer: NodeWriter, real: str, rows: str, positions: str) -> str:
     """Return `[batch, 1, sequence, sequence]`: causal, and not padding."""
-    node, constant = scribe.node, scribe.constant
+    node, constant = writer.node, writer.constant
     rows = node("Unsqueeze", node("Unsqueeze", rows, constant([1, 2])), constant([3]))
     positions = node("Unsqueeze", positions, constant([0, 1]))
     queries, keys = node("Unsqueeze", positions, constant([3])), node("Unsqueeze", positions, constant([2]))
@@ -85,91 +85,91 @@ def _visible(scribe: Scribe, real: str, rows: str, positions: str) -> str:
     return node("And", causal, kept)
 
 
-def _layer(scribe: Scribe, shape: DecoderShape, shared: Shared, name: str, hidden: str) -> str:
+def _layer(writer: NodeWriter, shape: DecoderShape, shared: Shared, name: str, hidden: str) -> str:
     wide = (B, S, shape.hidden)
-    with scribe.scope("input_layernorm"):
-        normed = _norm(scribe, shape, f"{name}.input_layernorm.weight", hidden)
-    with scribe.scope("self_attn.sdpa"):
-        attended = _attention(scribe, shape, shared, f"{name}.self_attn", normed)
-    hidden = scribe.node("Add", hidden, attended, dims=wide)
-    with scribe.scope("post_attention_layernorm"):
-        normed = _norm(scribe, shape, f"{name}.post_attention_layernorm.weight", hidden)
-    with scribe.scope("mlp.act_fn"):
-        fed = _feed_forward(scribe, shape, f"{name}.mlp", normed)
-    return scribe.node("Add", hidden, fed, dims=wide)
+    with writer.scope("input_layernorm"):
+        normed = _norm(writer, shape, f"{name}.input_layernorm.weight", hidden)
+    with writer.scope("self_attn.sdpa"):
+        attended = _attention(writer, shape, shared, f"{name}.self_attn", normed)
+    hidden = writer.node("Add", hidden, attended, dims=wide)
+    with writer.scope("post_attention_layernorm"):
+        normed = _norm(writer, shape, f"{name}.post_attention_layernorm.weight", hidden)
+    with writer.scope("mlp.act_fn"):
+        fed = _feed_forward(writer, shape, f"{name}.mlp", normed)
+    return writer.node("Add", hidden, fed, dims=wide)
 
 
-def _attention(scribe: Scribe, shape: DecoderShape, shared: Shared, name: str, hidden: str) -> str:
-    query = _heads(scribe, shape, shared, f"{name}.q_proj.weight", hidden, shape.query_heads)
-    key = _heads(scribe, shape, shared, f"{name}.k_proj.weight", hidden, shape.kv_heads)
-    value = _heads(scribe, shape, shared, f"{name}.v_proj.weight", hidden, shape.kv_heads)
-    query, key = (_rotate(scribe, shape, shared, heads) for heads in (query, key))
-    key, value = (_repeat(scribe, shape, shared, heads) for heads in (key, value))
-    context = _attend(scribe, shape, shared, query, key, value)
-    context = scribe.node("Transpose", context, perm=[0, 2, 1, 3], dims=(B, S, shape.query_heads, shape.head_dim))
+def _attention(writer: NodeWriter, shape: DecoderShape, shared: Shared, name: str, hidden: str) -> str:
+    query = _heads(writer, shape, shared, f"{name}.q_proj.weight", hidden, shape.query_heads)
+    key = _heads(writer, shape, shared, f"{name}.k_proj.weight", hidden, shape.kv_heads)
+    value = _heads(writer, shape, shared, f"{name}.v_proj.weight", hidden, shape.kv_heads)
+    query, key = (_rotate(writer, shape, shared, heads) for heads in (query, key))
+    key, value = (_repeat(writer, shape, shared, heads) for heads in (key, value))
+    context = _attend(writer, shape, shared, query, key, value)
+    context = writer.node("Transpose", context, perm=[0, 2, 1, 3], dims=(B, S, shape.query_heads, shape.head_dim))
     inner = shape.query_heads * shape.head_dim
-    context = scribe.node("Reshape", context, shared.flat, allowzero=1, dims=(B, S, inner))
-    output = scribe.weight(f"{name}.o_proj.weight", inner, shape.hidden)
-    return scribe.node("MatMul", context, output, dims=(B, S, shape.hidden))
+    context = writer.node("Reshape", context, shared.flat, allowzero=1, dims=(B, S, inner))
+    output = writer.weight(f"{name}.o_proj.weight", inner, shape.hidden)
+    return writer.node("MatMul", context, output, dims=(B, S, shape.hidden))
 
 
-def _norm(scribe: Scribe, shape: DecoderShape, gain: str, hidden: str) -> str:
-    node, constant, wide = scribe.node, scribe.constant, (B, S, shape.hidden)
-    hidden = hidden if scribe.dtype == "float32" else scribe.node("Cast", hidden, to=TensorProto.FLOAT)
+def _norm(writer: NodeWriter, shape: DecoderShape, gain: str, hidden: str) -> str:
+    node, constant, wide = writer.node, writer.constant, (B, S, shape.hidden)
+    hidden = hidden if writer.dtype == "float32" else writer.node("Cast", hidden, to=TensorProto.FLOAT)
     square = node("Pow", hidden, constant(2.0, "float32"))
     mean = node("ReduceMean", square, constant([-1]), keepdims=1, noop_with_empty_axes=0)
     root = node("Sqrt", node("Add", mean, constant(1e-6, "float32")))
-    scaled = _narrow(scribe, node("Mul", hidden, node("Reciprocal", root)))
-    return node("Mul", scribe.weight(gain, shape.hidden), scaled, dims=wide)
+    scaled = _narrow(writer, node("Mul", hidden, node("Reciprocal", root)))
+    return node("Mul", writer.weight(gain, shape.hidden), scaled, dims=wide)
 
 
-def _heads(scribe: Scribe, shape: DecoderShape, shared: Shared, weight: str, hidden: str, heads: int) -> str:
+def _heads(writer: NodeWriter, shape: DecoderShape, shared: Shared, weight: str, hidden: str, heads: int) -> str:
     width = heads * shape.head_dim
-    linear = scribe.node("MatMul", hidden, scribe.weight(weight, shape.hidden, width), dims=(B, S, width))
-    split = scribe.node("Reshape", linear, shared.split, allowzero=1, dims=(B, S, heads, shape.head_dim))
-    return scribe.node("Transpose", split, perm=[0, 2, 1, 3], dims=(B, heads, S, shape.head_dim))
+    linear = writer.node("MatMul", hidden, writer.weight(weight, shape.hidden, width), dims=(B, S, width))
+    split = writer.node("Reshape", linear, shared.split, allowzero=1, dims=(B, S, heads, shape.head_dim))
+    return writer.node("Transpose", split, perm=[0, 2, 1, 3], dims=(B, heads, S, shape.head_dim))
 
 
-def _rotate(scribe: Scribe, shape: DecoderShape, shared: Shared, heads: str) -> str:
-    node, constant, half = scribe.node, scribe.constant, shape.head_dim // 2
+def _rotate(writer: NodeWriter, shape: DecoderShape, shared: Shared, heads: str) -> str:
+    node, constant, half = writer.node, writer.constant, shape.head_dim // 2
     straight = node("Mul", heads, shared.cos)
     left = node("Slice", heads, constant([0]), constant([half]), constant([3]), constant([1]))
     right = node("Slice", heads, constant([half]), constant([LAST]), constant([3]), constant([1]))
-    turned = node("Concat", node("Neg", right), left, axis=-1)
-    return node("Add", straight, node("Mul", turned, shared.sin))
+    rotated = node("Concat", node("Neg", right), left, axis=-1)
+    return node("Add", straight, node("Mul", rotated, shared.sin))
 
 
-def _repeat(scribe: Scribe, shape: DecoderShape, shared: Shared, heads: str) -> str:
-    single = scribe.node("Unsqueeze", heads, scribe.constant([2]), dims=(B, shape.kv_heads, 1, S, shape.head_dim))
-    expanded = scribe.node("Expand", single, shared.repeat)
+def _repeat(writer: NodeWriter, shape: DecoderShape, shared: Shared, heads: str) -> str:
+    single = writer.node("Unsqueeze", heads, writer.constant([2]), dims=(B, shape.kv_heads, 1, S, shape.head_dim))
+    expanded = writer.node("Expand", single, shared.repeat)
     dims = (B, shape.query_heads, S, shape.head_dim)
-    return scribe.node("Reshape", expanded, shared.merge, allowzero=1, dims=dims)
+    return writer.node("Reshape", expanded, shared.merge, allowzero=1, dims=dims)
 
 
-def _attend(scribe: Scribe, shape: DecoderShape, shared: Shared, query: str, key: str, value: str) -> str:
-    node, constant = scribe.node, scribe.constant
-    scale = constant(shape.head_dim**-0.25, scribe.dtype)
+def _attend(writer: NodeWriter, shape: DecoderShape, shared: Shared, query: str, key: str, value: str) -> str:
+    node, constant = writer.node, writer.constant
+    scale = constant(shape.head_dim**-0.25, writer.dtype)
     sizes = node("Shape", key, start=0)
     last = node("Slice", sizes, constant([-1]), constant([LAST]))
     second = node("Slice", sizes, constant([-2]), constant([-1]))
     leading = node("Slice", sizes, constant([FIRST]), constant([-2]))
     flat = node("Reshape", key, node("Concat", constant([-1]), second, last, axis=0), allowzero=0)
-    turned = node("Transpose", flat, perm=[0, 2, 1])
-    turned = node("Reshape", turned, node("Concat", leading, last, second, axis=0), allowzero=0)
-    scores = node("MatMul", node("Mul", query, scale), node("Mul", turned, scale))
+    transposed = node("Transpose", flat, perm=[0, 2, 1])
+    transposed = node("Reshape", transposed, node("Concat", leading, last, second, axis=0), allowzero=0)
+    scores = node("MatMul", node("Mul", query, scale), node("Mul", transposed, scale))
     weights = node("Softmax", node("Add", scores, shared.mask), axis=-1)
-    weights = node("Where", node("IsNaN", weights), constant(0.0, scribe.dtype), weights)
+    weights = node("Where", node("IsNaN", weights), constant(0.0, writer.dtype), weights)
     return node("MatMul", weights, value, dims=(B, shape.query_heads, S, shape.head_dim))
 
 
-def _feed_forward(scribe: Scribe, shape: DecoderShape, name: str, hidden: str) -> str:
-    node, inner = scribe.node, (B, S, shape.ffn)
-    gate = node("MatMul", hidden, scribe.weight(f"{name}.gate_proj.weight", shape.hidden, shape.ffn), dims=inner)
+def _feed_forward(writer: NodeWriter, shape: DecoderShape, name: str, hidden: str) -> str:
+    node, inner = writer.node, (B, S, shape.ffn)
+    gate = node("MatMul", hidden, writer.weight(f"{name}.gate_proj.weight", shape.hidden, shape.ffn), dims=inner)
     gate = node("Mul", gate, node("Sigmoid", gate, dims=inner), dims=inner)
-    up = node("MatMul", hidden, scribe.weight(f"{name}.up_proj.weight", shape.hidden, shape.ffn), dims=inner)
-    down = scribe.weight(f"{name}.down_proj.weight", shape.ffn, shape.hidden)
+    up = node("MatMul", hidden, writer.weight(f"{name}.up_proj.weight", shape.hidden, shape.ffn), dims=inner)
+    down = writer.weight(f"{name}.down_proj.weight", shape.ffn, shape.hidden)
     return node("MatMul", node("Mul", gate, up, dims=inner), down, dims=(B, S, shape.hidden))
 
 
-def _narrow(scribe: Scribe, value: str) -> str:
-    return value if scribe.dtype == "float32" else scribe.node("Cast", value, to=scribe.element)
+def _narrow(writer: NodeWriter, value: str) -> str:
+    return value if writer.dtype == "float32" else writer.node("Cast", value, to=writer.element)

@@ -1,6 +1,6 @@
 """Runs one command and prints, as JSON, what it took: `python -I -S measured.py COMMAND...`.
 
-A script of its own, and a small one: a child's peak memory starts at that of the process which made it.
+A separate and small script: a child's peak memory starts at that of the process which made it.
 """
 
 from __future__ import annotations

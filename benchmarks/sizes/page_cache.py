@@ -1,4 +1,4 @@
-"""Tells how much of a file has been read: whatever reads or maps a page leaves it in the page cache."""
+"""Measure how much of a file has been read: whatever reads or maps a page leaves it in the page cache."""
 
 from __future__ import annotations
 

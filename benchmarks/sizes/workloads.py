@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from sizes import dynamo_llama, torchscript_llama
-from sizes.scribe import Scribe, fill_with_noise, put_weights_aside
+from sizes.node_writer import NodeWriter, fill_with_noise, put_weights_aside
 
 Dialect = Literal["dynamo", "torchscript"]
 
@@ -42,13 +42,15 @@ def build(shape: DecoderShape, dialect: Dialect, *, dtype: str = "float32", meta
     """Return a decoder as one of PyTorch's exporters writes it; its weights have no data."""
     torchscript = dialect == "torchscript"
     opset = 17 if torchscript else 20
-    scribe = Scribe(opset=opset, dtype=dtype, constants_are_nodes=torchscript, metadata=metadata and not torchscript)
-    (torchscript_llama if torchscript else dynamo_llama).write(scribe, shape)
+    writer = NodeWriter(
+        opset=opset, dtype=dtype, constants_are_nodes=torchscript, metadata=metadata and not torchscript
+    )
+    (torchscript_llama if torchscript else dynamo_llama).write(writer, shape)
     tokens = ["batch_size", "sequence_length"]
     inputs = [
         helper.make_tensor_value_info(name, TensorProto.INT64, tokens) for name in ("input_ids", "attention_mask")
     ]
-    return scribe.model(inputs, [helper.make_tensor_value_info("logits", scribe.element, [*tokens, shape.vocab])])
+    return writer.model(inputs, [helper.make_tensor_value_info("logits", writer.element, [*tokens, shape.vocab])])
 
 
 def with_weights(shape: DecoderShape, dialect: Dialect, *, dtype: str = "float32") -> onnx.ModelProto:

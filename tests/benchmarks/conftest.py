@@ -1,4 +1,4 @@
-"""Let the tests of the benchmarks import them."""
+"""Make the benchmarks importable for their tests."""
 
 import sys
 from pathlib import Path

@@ -10,8 +10,8 @@ import pytest
 from decoders import Config, Decoder
 from exports import FILES, export
 from laid_out import lay_out, stored
-from mutating import mutant_trial
-from mutating.mutant_trial import BAD, Outcome, try_file, try_mutant
+from mutating import mutant_run
+from mutating.mutant_run import BAD, Outcome, try_file, try_mutant
 
 from kvsurgeon.errors import UnsupportedError
 
@@ -32,7 +32,7 @@ def entries(tmp_path_factory):
 def test_a_mutant_is_refused_or_right(entries, number):
     entry, outcome, mutant = mutations.make(entries, SEED, number)
     assert mutant is not None
-    outcome = mutations.judge(outcome, entry, mutant)
+    outcome = mutations.run_mutant(outcome, entry, mutant)
     assert outcome.category not in BAD, outcome
 
 
@@ -42,7 +42,7 @@ def test_a_number_of_a_seed_is_one_mutant(entries):
     assert {mutations.make(entries, SEED, number)[1].mutation for number in range(200)} > {"damage", "bypass"}
 
 
-# What is wrong is seen
+# Wrong results are detected
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def tiny(tmp_path_factory):
 
 
 def tried(tiny, monkeypatch, inject):
-    monkeypatch.setattr(mutant_trial, "_injected", inject)
+    monkeypatch.setattr(mutant_run, "_injected", inject)
     return try_mutant(BLANK, tiny, onnx.load(tiny.path))
 
 

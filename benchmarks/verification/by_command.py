@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import onnx
 
 from kvsurgeon.errors import KvsurgeonError
-from witness.corpus import Entry
+from verification.corpus import Entry
 
 SECONDS = 120
 
@@ -30,7 +30,7 @@ class IllBehavedError(Exception):
 
 
 def inject_by_command(entry: Entry) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """Return a model and what `kvsurgeon inject` writes of it, judged by the command itself beforehand.
+    """Return a model and what `kvsurgeon inject` writes of it, verified by the command before.
 
     Raises:
         DeclinedError: It exits with 3 or 4, one line that names a value, a layer or the file, and nothing written.

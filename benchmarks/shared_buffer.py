@@ -1,8 +1,8 @@
-"""Times one decode step in place: past and present of each entry bound to one buffer with room for more tokens.
+"""Times one decode step in place: past and present of each entry bound to one buffer with capacity for more tokens.
 
     kvsurgeon run smollm2 -p "raise-opset{opset=24},inject{cache=static}" -o in-place
     python -m onnxruntime_genai.models.builder -i HUGGING_FACE_FOLDER -o built -p fp32 -e cpu
-    python benchmarks/inplace.py built in-place [--context 1024] [--room 2048] [--steps 20] [--json OUT]
+    python benchmarks/inplace.py built in-place [--context 1024] [--capacity 2048] [--steps 20] [--json OUT]
 
 Every model is run the same way: through an `IOBinding` on values made beforehand, one new token at batch 1, on two
 threads. The models take turns, step by step; a number is the median. Ends with 1 if a model takes more than 1.10 times
@@ -31,14 +31,14 @@ STEPS_BEFORE = 3  # not counted: the arena grows
 class Runner:
     """A model bound to its buffers."""
 
-    def __init__(self, path: Path, *, context: int, room: int, threads: int) -> None:
+    def __init__(self, path: Path, *, context: int, capacity: int, threads: int) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
         file = path / "model.onnx" if path.is_dir() else path
         self.session = ort.InferenceSession(str(file), options, ["CPUExecutionProvider"])
         self.binding = self.session.io_binding()
-        self.values = {given.name: _value(given, context, room) for given in self.session.get_inputs()}
+        self.values = {given.name: _value(given, context, capacity) for given in self.session.get_inputs()}
         for name, value in self.values.items():
             self.binding.bind_ortvalue_input(name, value)
         for output in self.session.get_outputs():
@@ -55,14 +55,14 @@ class Runner:
         return time.perf_counter() - start
 
 
-def _value(declared: ort.NodeArg, context: int, room: int) -> ort.OrtValue:
-    """What an input is given at a step that ends at `context` tokens."""
+def _value(declared: ort.NodeArg, context: int, capacity: int) -> ort.OrtValue:
+    """Return the value of an input at a step that ends at `context` tokens."""
     dtype, generator = TYPES[declared.type], np.random.default_rng(0)
     if declared.name.startswith("past_key_values."):
         width = declared.shape[3] if isinstance(declared.shape[3], int) else HEAD_DIM
-        array = generator.normal(size=[1, declared.shape[1], room, width])
+        array = generator.normal(size=[1, declared.shape[1], capacity, width])
     elif "mask" in declared.name:
-        array = np.zeros((1, room if declared.shape[1] in ("max_length", room) else context))
+        array = np.zeros((1, capacity if declared.shape[1] in ("max_length", capacity) else context))
         array[:, :context] = 1
     elif declared.name == "past_sequence_length" or "position" in declared.name:
         array = np.full([1] * len(declared.shape), context - 1)
@@ -75,13 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", type=Path)
     parser.add_argument("--context", type=int, default=1024)
-    parser.add_argument("--room", type=int, default=2048)
+    parser.add_argument("--capacity", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     runners = {
-        str(path): Runner(path, context=options.context, room=options.room, threads=options.threads)
+        str(path): Runner(path, context=options.context, capacity=options.capacity, threads=options.threads)
         for path in options.models
     }
     taken: dict[str, list[float]] = {name: [] for name in runners}

@@ -1,4 +1,4 @@
-"""What became of each model of a sweep, and tables of it."""
+"""Results of all models of a sweep, as tables."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
-from witness.second_judge import Score
+from verification.independent_verifier import Score
 
-VERDICTS = ("right", "wrong", "refused", "crashed", "hung", "not runnable", "not judged")
+VERDICTS = ("right", "wrong", "refused", "crashed", "hung", "not runnable", "not verified")
 MEAN_LIMIT = 1.0  # seconds per model, in one process
 BAD = frozenset({"wrong", "crashed", "hung"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What became of one model."""
+    """Result of one model."""
 
     group: str
     name: str
@@ -28,6 +28,7 @@ class Result:
     reason: str = ""  # one line; empty where right
     gist: str = ""  # the reason without names and numbers, to group by
     exit_code: int = 0
+    code: str = ""  # of the error
     bound: str = ""
     scores: list[Score] = field(default_factory=list)
     apply_seconds: float = 0.0
@@ -45,7 +46,7 @@ def is_bad(result: Result) -> bool:
 def print_groups(results: Sequence[Result]) -> None:
     """Print what became of each group: by what was expected, then by verdict."""
     columns = ["inject", "right", "refused", "either", "right", "refused", "refuse", "right", "refused"]
-    columns += ["wrong", "crash", "hung", "n/run", "n/judged", "worst"]
+    columns += ["wrong", "crash", "hung", "n/run", "n/verif.", "worst"]
     width = max((len(result.group) for result in results), default=5)
     print(f"{'group':{width}}", *(f"{column:>8}" for column in columns))
     by_group: dict[str, list[Result]] = defaultdict(list)
@@ -69,7 +70,7 @@ def _row(members: Sequence[Result]) -> list[str]:
 
 def print_reasons(results: Sequence[Result]) -> None:
     """Print what went wrong and what was refused against expectation, the most frequent reason first."""
-    for verdict in ("crashed", "hung", "wrong", "not runnable", "not judged"):
+    for verdict in ("crashed", "hung", "wrong", "not runnable", "not verified"):
         _print_grouped(verdict, [result for result in results if result.verdict == verdict])
     refused = [result for result in results if result.verdict == "refused"]
     _print_grouped("refused, though expected to be injected", [r for r in refused if r.expected == "inject"])

@@ -19,7 +19,7 @@ NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfl
 PAGE = 4096
 
 
-class Scribe:
+class NodeWriter:
     """A graph being written.
 
     Args:
@@ -110,7 +110,7 @@ def fill_with_noise(model: onnx.ModelProto) -> None:
 
 
 def put_weights_aside(model: onnx.ModelProto, location: str) -> int:
-    """Point each weight without data into a file beside the model, and return how long that file must be."""
+    """Point each weight without data into an external data file, and return how long that file must be."""
     offset = 0
     for tensor in model.graph.initializer:
         if tensor.HasField("raw_data"):

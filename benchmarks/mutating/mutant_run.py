@@ -1,4 +1,4 @@
-"""What becomes of one mutant: it is run without a cache, injected, and run with one."""
+"""Run one mutant without a cache, inject it, and run it with one."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnx
 import onnxruntime as ort
-from witness.corpus import Case, Entry
-from witness.second_judge import (
+from verification.corpus import Case, Entry
+from verification.independent_verifier import (
     DYNAMIC,
     Bound,
     ContractError,
     bound_of,
     failures,
     is_rounded,
-    judge,
     open_session,
     read_contract,
+    score_case,
 )
-from witness.uncached import LEVELS, Level, answer, change, distance, first_tokens, steady
+from verification.uncached import LEVELS, Level, answer, change, distance, first_tokens, steady
 
 import kvsurgeon
 import kvsurgeon.io
@@ -38,7 +38,7 @@ BAD = frozenset({"wrong", "traceback", "hang", "died"})
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one mutant."""
+    """Result of one mutant."""
 
     number: int
     model: str
@@ -48,10 +48,10 @@ class Outcome:
     reason: str = ""
 
 
-Tell = Callable[[Outcome], None]
+Notify = Callable[[Outcome], None]
 
 
-def nobody(_: Outcome) -> None:
+def ignore(_: Outcome) -> None:
     """Hear what becomes of a mutant, and do nothing about it."""
 
 
@@ -59,37 +59,37 @@ class NotRunnableError(Exception):
     """The mutant itself does not run, or gives nothing to compare with."""
 
 
-def try_mutant(outcome: Outcome, entry: Entry, mutant: onnx.ModelProto, tell: Tell = nobody) -> Outcome:
-    """Return what became of a mutant of a model; `tell` hears what it is when something else is about to be run."""
+def try_mutant(outcome: Outcome, entry: Entry, mutant: onnx.ModelProto, notify: Notify = ignore) -> Outcome:
+    """Return what became of a mutant of a model; `notify` gets the provisional outcome before each step."""
     alone = replace(outcome, category="not runnable", reason="onnxruntime did not survive it, or not in time")
     try:
         injected: onnx.ModelProto | None = _injected(mutant, entry.folder)
     except Exception as error:
         unmeant = _unmeant(error)
-        tell(alone)
+        notify(alone)
         return (
             replace(outcome, category="traceback", reason=unmeant)
             if unmeant
             else _refused(outcome, entry, mutant, error)
         )
-    tell(alone)
+    notify(alone)
     try:
         level, cases = answered(entry, mutant)
     except NotRunnableError as error:
         return replace(outcome, category="not runnable", reason=str(error))
-    tell(replace(outcome, category="hang"))
+    notify(replace(outcome, category="hang"))
     assert injected is not None
-    return _judged(outcome, entry, mutant, injected, level, cases)
+    return _verified(outcome, entry, mutant, injected, level, cases)
 
 
-def try_file(outcome: Outcome, entry: Entry, data: bytes, tell: Tell = nobody) -> Outcome:
+def try_file(outcome: Outcome, entry: Entry, data: bytes, notify: Notify = ignore) -> Outcome:
     """Return what became of a damaged file: what cannot be read is refused, what can is a mutant like others."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(data)
-        for beside in entry.folder.iterdir():
-            if beside.name != path.name and beside.is_file():
-                shutil.copy(beside, folder)
+        for side_file in entry.folder.iterdir():
+            if side_file.name != path.name and side_file.is_file():
+                shutil.copy(side_file, folder)
         try:
             kvsurgeon.io.load(path)
         except Exception as error:
@@ -100,11 +100,11 @@ def try_file(outcome: Outcome, entry: Entry, data: bytes, tell: Tell = nobody) -
         mutant = onnx.load_model_from_string(data)
     except Exception as error:
         return replace(outcome, category="not runnable", reason=_one_line(error))
-    return try_mutant(outcome, entry, mutant, tell)
+    return try_mutant(outcome, entry, mutant, notify)
 
 
 def _unmeant(error: Exception) -> str:
-    """Return where an exception was raised that nobody meant to; empty for an error of one line."""
+    """Return where an unexpected exception was raised; empty for a deliberate error of one line."""
     if not isinstance(error, KvsurgeonError):
         return _where(error)
     if isinstance(error, PassError) and not isinstance(error.__cause__, KvsurgeonError):
@@ -162,7 +162,7 @@ def _answered(session: ort.InferenceSession, case: Case) -> Case:
 
 
 def _check_again(session: ort.InferenceSession, case: Case) -> None:
-    """A mutant that is drawn anew at each call, or fits one length only, says nothing about a cache."""
+    """A mutant that is random at each call, or fits one length only, proves nothing about a cache."""
     if not np.array_equal(answer(session, case)[case.real], case.reference[case.real]):
         raise NotRunnableError("its answer differs from call to call")
     fixed = all(isinstance(size, int) for value in session.get_inputs() for size in value.shape)
@@ -196,21 +196,21 @@ def _check_as_written(entry: Entry, mutant: onnx.ModelProto, case: Case) -> None
         raise NotRunnableError(f"as it is written, without optimisation: {_one_line(error)}") from error
 
 
-def _judged(
+def _verified(
     outcome: Outcome, entry: Entry, mutant: onnx.ModelProto, injected: onnx.ModelProto, level: Level, cases: list[Case]
 ) -> Outcome:
     bound = bound_of(mutant)
     try:
         session = open_session(injected, entry.folder, level)
         contract = read_contract(session, mutant)
-        scores = [score for case in cases for score in judge(session, contract, case)]
+        scores = [score for case in cases for score in score_case(session, contract, case)]
     except ContractError as error:
         return replace(outcome, category="wrong", reason=str(error))
     except Exception as error:
         return replace(outcome, category="wrong", reason=f"injected, it does not run: {_one_line(error)}")
     failed = failures(scores, bound)
     worst = max(failed or scores, key=lambda score: score.error)
-    reason = f"{worst.way}, case {worst.case}: error {worst.error:.2g}, worst at position {worst.position}"
+    reason = f"{worst.chunking}, case {worst.case}: error {worst.error:.2g}, worst at position {worst.position}"
     if not failed:
         return replace(outcome, category="right", reason=reason)
     noise = _noise(entry, mutant, cases)
@@ -224,7 +224,7 @@ def _judged(
 
 
 def _noise(entry: Entry, mutant: onnx.ModelProto, cases: list[Case]) -> float:
-    """How far ways of computing a mutant are apart that should not be.
+    """Difference between computations of a mutant that should agree.
 
     Without onnxruntime's optimisations; and with weights that differ by a rounding error, as sums in another order do.
     """

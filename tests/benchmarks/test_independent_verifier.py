@@ -1,4 +1,4 @@
-"""The benchmarks' own judge: which tokens count, and what it says of models that answer for the last one alone."""
+"""The independent verifier: which tokens count, and models that return the last logits only."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import onnx
 import pytest
 from decoders import CachedDecoder, Config, Decoder
 from laid_out import lay_out, stored
-from witness.corpus import Case
-from witness.second_judge import ContractError, bound_of, failures, judge, open_session, read_contract
+from verification.corpus import Case
+from verification.independent_verifier import ContractError, bound_of, failures, open_session, read_contract, score_case
 
 MASK = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])
 TYPES = np.array([[0, 0, 1, 1], [1, 1, 0, 1]])
@@ -61,20 +61,20 @@ def whole(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def judged(tmp_path: Path, original: onnx.ModelProto, cached: onnx.ModelProto) -> set[str]:
+def failed_scores(tmp_path: Path, original: onnx.ModelProto, cached: onnx.ModelProto) -> set[str]:
     """Return the ways of feeding in which a model with a cache is found wrong."""
     calls = [stored(original, batch=1, length=14), stored(original, batch=2, length=11)]
     entry = lay_out(tmp_path / "group" / "model", original, *calls)
     session = open_session(cached, entry.folder)
     contract = read_contract(session, original)
-    scores = [score for case in entry.cases(original) for score in judge(session, contract, case)]
+    scores = [score for case in entry.cases(original) for score in score_case(session, contract, case)]
     assert len(scores) == 2 * 3
-    return {score.way for score in failures(scores, bound_of(original))}
+    return {score.chunking for score in failures(scores, bound_of(original))}
 
 
 @pytest.mark.parametrize("form", [whole, last_only])
 def test_a_right_cache_is_right(tmp_path, form):
-    assert judged(tmp_path, form(Decoder().model()), form(CachedDecoder().model())) == set()
+    assert failed_scores(tmp_path, form(Decoder().model()), form(CachedDecoder().model())) == set()
 
 
 @pytest.mark.parametrize("form", [whole, last_only])
@@ -82,9 +82,9 @@ def test_a_right_cache_is_right(tmp_path, form):
     "broken", [shelf.WrongCorner, shelf.ForgottenOffset, shelf.PaddingForgotten, shelf.StaleRotary]
 )
 def test_a_wrong_cache_is_wrong(tmp_path, form, broken):
-    assert "ragged chunks" in judged(tmp_path, form(Decoder().model()), form(broken().model()))
+    assert "ragged chunks" in failed_scores(tmp_path, form(Decoder().model()), form(broken().model()))
 
 
 def test_a_cache_that_answers_for_other_tokens_than_the_original_breaks_the_contract(tmp_path):
     with pytest.raises(ContractError, match=r"has shape \(1, 14, 61\)|has shape \(1, 1, 61\)"):
-        judged(tmp_path, last_only(Decoder().model()), CachedDecoder().model())
+        failed_scores(tmp_path, last_only(Decoder().model()), CachedDecoder().model())

@@ -1,6 +1,6 @@
 """Merges key and value heads in numpy, and leaves the graph alone: every head of a group gets the mean of the group.
 
-A second opinion on `merge-kv-heads`: it shares no line with it, knows no layout, and decides by experiment. Each place
+An independent implementation of `merge-kv-heads`: it shares no code with it, knows no layout, and measures. Each place
 along each axis of each weight is changed, and the original is run: a place that changes a single head of the keys or
 values of the first layer that it changes at all makes a feature of that head.
 """
@@ -16,7 +16,7 @@ import onnx
 import onnxruntime as ort
 from onnx import numpy_helper
 
-from witness.second_judge import open_session
+from verification.independent_verifier import open_session
 
 TOKENS = 3
 LARGEST_AXIS = 600  # places; longer ones are those of vocabularies
@@ -63,7 +63,7 @@ def with_merged_weights(original: onnx.ModelProto, folder: Path, heads: int, cou
 
 
 def _merge(weight: np.ndarray, axis: int, made: Mapping[int, list[int]], heads: int, count: int) -> None:
-    """Let the heads of each group be their mean, in place."""
+    """Replace the heads of each group by their mean, in place."""
     if sorted(made) != list(range(heads)) or len({len(indices) for indices in made.values()}) != 1:
         raise UnknownAttentionError(f"heads of {sorted(made)}")
     rows = np.moveaxis(weight, axis, 0)

@@ -1,14 +1,13 @@
-"""Takes caches out and puts them back: does each model still compute what it did?
+"""Remove and restore caches, and check that each model computes the same.
 
-    python benchmarks/eject.py FOLDER... [--cache NAME]... [--file MODEL]... [--group G] [--only NAME] [--sample N]
-                               [--json OUT]
+    python benchmarks/remove_cache.py FOLDER... [--cache NAME]... [--file MODEL]... [--group G] [--only NAME]
+                                      [--sample N] [--json OUT]
 
-Two ways round. *Inject, eject, inject*: every model of a folder that can be injected, in each cache mode that is named
-(by default all); without the cache it is held against the original, with a growing one against the stored logits.
-*RemoveCache, inject*: every file called `*with_past*.onnx`, and each FILE, whose cache is put back under its own
-names; held
-against the file itself, call by call, and against the stored logits. What cannot be taken out is refused by name. Ends
-with 1 if anything differs or crashes, or a cache that grows was put in and cannot be taken out.
+Two sequences. *inject, remove-cache, inject*: every model of a folder that can be injected, in each given cache mode
+(by default all); compared with the original without the cache, and with the stored logits with a dynamic one.
+*remove-cache, inject*: every file called `*with_past*.onnx`, and each FILE; the cache is restored with its names and
+compared with the file, call by call, and with the stored logits. A cache that cannot be removed is refused by name.
+Ends with 1 if anything differs or crashes, or an injected dynamic cache cannot be removed.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from witness.corpus import Case, Entry, find_entries, spread_sample
-from witness.second_judge import BRAIN, bound_of, failures, judge, open_session, read_contract
-from witness.widening import widened
+from verification.corpus import Case, Entry, find_entries, spread_sample
+from verification.independent_verifier import BRAIN, bound_of, failures, open_session, read_contract, score_case
+from verification.widening import widened
 
 from kvsurgeon import io
 from kvsurgeon.errors import KvsurgeonError, ParityError, UnsupportedError
@@ -46,7 +45,7 @@ CACHE_MODES: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What became of one model."""
+    """Result of one model."""
 
     name: str
     verdict: str
@@ -57,8 +56,8 @@ def main() -> int:
     arguments = _arguments()
     found = find_entries(arguments.folders, groups=arguments.group or (), names=arguments.only or ())
     entries = [one for one in spread_sample(found, arguments.sample) if one.expected != "refuse" and not one.damaged]
-    ways = {
-        f"inject {cache_mode}, eject, inject": [
+    results_by_sequence = {
+        f"inject {cache_mode}, remove-cache, inject": [
             _named(entry.label, lambda entry=entry, cache_mode=cache_mode: _there_and_back(entry, cache_mode))
             for entry in entries
         ]
@@ -71,16 +70,19 @@ def main() -> int:
         ]
         + [_named(str(file), lambda file=file: _replaced(file, None)) for file in arguments.file],
     }
-    for way, results in ways.items():
+    for sequence, results in results_by_sequence.items():
         counts = Counter(result.verdict for result in results)
-        print(f"{way}: {len(results)} models, " + ", ".join(f"{count} {what}" for what, count in counts.most_common()))
+        print(
+            f"{sequence}: {len(results)} models, "
+            + ", ".join(f"{count} {what}" for what, count in counts.most_common())
+        )
         for result in results:
             if result.verdict not in FINE:
                 print(f"  {result.verdict}  {result.name}  {result.reason}")
     if arguments.json:
-        told = {way: [asdict(result) for result in results] for way, results in ways.items()}
-        arguments.json.write_text(json.dumps(told, indent=1), "utf-8")
-    return 0 if all(result.verdict in FINE for results in ways.values() for result in results) else 1
+        report = {sequence: [asdict(result) for result in results] for sequence, results in results_by_sequence.items()}
+        arguments.json.write_text(json.dumps(report, indent=1), "utf-8")
+    return 0 if all(result.verdict in FINE for results in results_by_sequence.values() for result in results) else 1
 
 
 def _named(name: str, attempt: Callable[[], tuple[str, str]]) -> Result:
@@ -102,11 +104,14 @@ def _there_and_back(entry: Entry, cache_mode: str) -> tuple[str, str]:
         return "not injected", str(error)
     try:
         if not isinstance(RemoveCache().apply(subject), Changed):
-            return "different", "the cache that was put in is not seen"
+            return "different", "the injected cache is not recognized"
     except UnsupportedError as refusal:
         return "refused" if cache_mode == "dynamic" else "refused by name", str(refusal)
-    ejected = io.to_proto(subject.model)
-    for mine, theirs in ((ejected.graph.input, original.graph.input), (ejected.graph.output, original.graph.output)):
+    without_cache = io.to_proto(subject.model)
+    for mine, theirs in (
+        (without_cache.graph.input, original.graph.input),
+        (without_cache.graph.output, original.graph.output),
+    ):
         if [value.name for value in mine] != [value.name for value in theirs]:
             return "different", f"it is left with {[value.name for value in mine]}"
     cases = entry.cases(original)
@@ -114,12 +119,12 @@ def _there_and_back(entry: Entry, cache_mode: str) -> tuple[str, str]:
         expected = list(_whole(original, entry, cases))
     except Exception as error:
         return "not runnable", str(error)
-    for one, other in zip(expected, _whole(ejected, entry, cases), strict=True):
+    for one, other in zip(expected, _whole(without_cache, entry, cases), strict=True):
         error = float(np.abs(one - other).max() / max(np.ptp(one), 1e-30))
         if not error <= bound_of(original).error:
             return "different", f"off by {error:.1e} of the spread without the cache"
     Inject().apply(subject)
-    return _judged(original, io.to_proto(subject.model), entry, cases)
+    return _verified(original, io.to_proto(subject.model), entry, cases)
 
 
 def _whole(model: onnx.ModelProto, entry: Entry, cases: list[Case]) -> Iterator[np.ndarray]:
@@ -131,12 +136,12 @@ def _whole(model: onnx.ModelProto, entry: Entry, cases: list[Case]) -> Iterator[
         yield np.where(case.real.reshape(*case.real.shape, *[1] * (logits.ndim - 2)), logits, 0).astype(np.float64)
 
 
-def _judged(original: onnx.ModelProto, result: onnx.ModelProto, entry: Entry, cases: list[Case]) -> tuple[str, str]:
+def _verified(original: onnx.ModelProto, result: onnx.ModelProto, entry: Entry, cases: list[Case]) -> tuple[str, str]:
     bound = bound_of(original)
     session = open_session(widened(result, entry.folder) if bound is BRAIN else result, entry.folder)
     contract = read_contract(session, original)
-    failed = failures([score for case in cases for score in judge(session, contract, case)], bound)
-    return ("different", f"{failed[0].way}: error {failed[0].error:.1e}") if failed else ("equal", "")
+    failed = failures([score for case in cases for score in score_case(session, contract, case)], bound)
+    return ("different", f"{failed[0].chunking}: error {failed[0].error:.1e}") if failed else ("equal", "")
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ def _replaced(file: Path, entry: Entry | None) -> tuple[str, str]:
     if entry is None:
         return "equal", ""
     original = onnx.load(entry.path, load_external_data=False)
-    return _judged(original, result, entry, entry.cases(original))
+    return _verified(original, result, entry, entry.cases(original))
 
 
 def _arguments() -> argparse.Namespace:

@@ -39,11 +39,11 @@ def second_weights(graph: Graph) -> str | None:
     weights = graph.before(product, "Softmax", [scores], axis=-1)
     second = graph.before(product, "MatMul", [weights, product.input[1]])
     _behind(graph, product, lambda reader: graph.before(reader, "Add", [product.output[0], second]))
-    return f"a second MatMul beside `{product.output[0]}`, by weights without a mask"
+    return f"a second MatMul in addition to `{product.output[0]}`, by weights without a mask"
 
 
-def scores_beside(graph: Graph) -> str | None:
-    """What an attention gives is scaled by a summary of its scores over all keys."""
+def scores_summary(graph: Graph) -> str | None:
+    """Scale the output of an attention by a summary of its scores over all keys."""
     found = graph.pick(_masked(graph))
     if found is None:
         return None
@@ -87,7 +87,7 @@ def _is_scores(makers: dict[str, NodeProto], value: str) -> bool:
 
 
 def _behind(graph: Graph, node: NodeProto, make: Callable[[NodeProto], str]) -> None:
-    """Let the readers of a node read something made of its output."""
+    """Rewire the consumers of a node to a value computed from its output."""
     value = node.output[0]
     readers = graph.readers(value)
     if not readers:
@@ -163,9 +163,9 @@ def replace_mask(graph: Graph) -> str | None:
 
 
 def every() -> Iterator[tuple[str, Callable[[Graph], str | None], int]]:
-    """Grafts by name, each with how often it is drawn."""
-    for graft, weight in (
-        (unmask_one_head, 2), (second_weights, 2), (scores_beside, 3), (switch_by_length, 5), (late_positions, 3),
+    """Insertions by name, each with how often it is drawn."""
+    for insertion, weight in (
+        (unmask_one_head, 2), (second_weights, 2), (scores_summary, 3), (switch_by_length, 5), (late_positions, 3),
         (replace_mask, 2),
     ):  # fmt: skip
-        yield graft.__name__, graft, weight
+        yield insertion.__name__, insertion, weight

@@ -1,4 +1,4 @@
-"""A model without a cache as a witness: what it answers to a case, and whether it agrees with itself."""
+"""A reference model without a cache: its outputs for a case, and whether it agrees with itself."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from witness.corpus import Case
-from witness.second_judge import Bound, open_session
+from verification.corpus import Case
+from verification.independent_verifier import Bound, open_session
 
 Level = ort.GraphOptimizationLevel
 LEVELS = (Level.ORT_ENABLE_ALL, Level.ORT_ENABLE_BASIC, Level.ORT_DISABLE_ALL)
@@ -50,7 +50,7 @@ def distance(found: np.ndarray, case: Case) -> float:
 
 
 def change(session: ort.InferenceSession, case: Case) -> float:
-    """Return how much what a model says of a token changes with those that follow; nan where that cannot be seen."""
+    """Return how much the output for a token changes with the tokens that follow; nan if that cannot be measured."""
     if case.last_only:
         return float("nan")
     try:

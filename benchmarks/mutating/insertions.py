@@ -8,7 +8,7 @@ from onnx import TensorProto
 
 from mutating.mutable_graph import FLOATS, Edge, Graph
 
-Graft = Callable[[Graph, Edge, int], str]  # edge and axis -> the value to read in place of the edge's
+Insertion = Callable[[Graph, Edge, int], str]  # edge and axis -> the value to read in place of the edge's
 END = 2**62
 
 
@@ -69,7 +69,7 @@ def normalized(graph: Graph, edge: Edge, axis: int) -> str:
     return graph.before(edge.node, "LpNormalization", [edge.value], axis=axis, p=2)
 
 
-def turned(graph: Graph, edge: Edge, axis: int) -> str:
+def reversed_order(graph: Graph, edge: Edge, axis: int) -> str:
     """Two neighbouring axes change places."""
     order = list(range(graph.rank_of(edge.value) or 0))
     other = axis - 1 if axis else 1
@@ -87,40 +87,40 @@ def filled_up(graph: Graph, edge: Edge, axis: int) -> str:
     return graph.before(edge.node, "Slice", [padded, *numbers])
 
 
-ALONG: tuple[Graft, ...] = (
+ALONG: tuple[Insertion, ...] = (
     running_sum, shifted, shifted_back, reversed_, with_last, with_last_gathered, with_first, with_reduced, softened,
-    normalized, turned, filled_up,
+    normalized, reversed_order, filled_up,
 )  # fmt: skip
 
 
 def along_axis(graph: Graph) -> str | None:
     """An operator along some axis of some tensor."""
-    return _graft(graph, graph.edges(lambda dtype, rank: dtype == TensorProto.FLOAT and rank >= 2))
+    return _insert(graph, graph.edges(lambda dtype, rank: dtype == TensorProto.FLOAT and rank >= 2))
 
 
 def along_axis_of_attention(graph: Graph) -> str | None:
     """An operator along some axis between queries, keys, scores, weights and values."""
     edges = graph.edges(lambda dtype, rank: dtype == TensorProto.FLOAT and rank >= 3)
     near = _near_softmax(graph)
-    return _graft(graph, [edge for edge in edges if edge.node.output[0] in near])
+    return _insert(graph, [edge for edge in edges if edge.node.output[0] in near])
 
 
 def along_axis_of_context(graph: Graph) -> str | None:
     """An operator along some axis of a mask or of positions."""
     edges = graph.edges(lambda dtype, rank: dtype in (TensorProto.INT64, TensorProto.BOOL) and rank >= 2)
-    moves = (shifted, shifted_back, reversed_, turned)
-    return _graft(graph, edges, moves)
+    moves = (shifted, shifted_back, reversed_, reversed_order)
+    return _insert(graph, edges, moves)
 
 
-def _graft(graph: Graph, edges: list[Edge], grafts: tuple[Graft, ...] = ALONG) -> str | None:
+def _insert(graph: Graph, edges: list[Edge], insertions: tuple[Insertion, ...] = ALONG) -> str | None:
     edge = graph.pick(edges)
     if edge is None:
         return None
     rank = graph.rank_of(edge.value) or 1
-    axis = graph.random.randrange(0 if rank == 2 and grafts is ALONG else 1, rank)  # the first is the batch
-    graft = graph.pick(grafts)
-    what = f"{edge}, `{edge.value}`: {graft.__name__} along axis {axis}"
-    graph.rewire(edge, graft(graph, edge, axis))
+    axis = graph.random.randrange(0 if rank == 2 and insertions is ALONG else 1, rank)  # the first is the batch
+    insertion = graph.pick(insertions)
+    what = f"{edge}, `{edge.value}`: {insertion.__name__} along axis {axis}"
+    graph.rewire(edge, insertion(graph, edge, axis))
     return what
 
 
@@ -136,6 +136,6 @@ def _near_softmax(graph: Graph) -> set[str]:
 
 
 def every() -> Iterator[tuple[str, Callable[[Graph], str | None], int]]:
-    """Grafts by name, each with how often it is drawn."""
-    for graft, weight in ((along_axis, 8), (along_axis_of_attention, 10), (along_axis_of_context, 5)):
-        yield graft.__name__, graft, weight
+    """Insertions by name, each with how often it is drawn."""
+    for insertion, weight in ((along_axis, 8), (along_axis_of_attention, 10), (along_axis_of_context, 5)):
+        yield insertion.__name__, insertion, weight

@@ -1,7 +1,7 @@
-"""Runs an injected model in onnxruntime against stored logits.
+"""Run an injected model in onnxruntime and compare it with stored logits.
 
-A second judge: it shares no line with `kvsurgeon.parity`, and knows the injected model only by its contract of inputs
-and outputs.
+A second verifier: it shares no code with `kvsurgeon.parity`, and knows the injected model only by its contract of
+inputs and outputs.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from witness.corpus import Case
+from verification.corpus import Case
 
 BATCH, NEW, TOTAL, PAST = "batch_size", "sequence_length", "total_sequence_length", "past_sequence_length"
-# optimum, whose own exports are judged to judge the judge, spells the total out
+# optimum, whose exports test this verifier, writes the total as a sum
 TOTALS = frozenset({TOTAL, "past_sequence_length + sequence_length"})
 NUMPY_TYPES = {
     "tensor(float)": np.float32,
@@ -37,7 +37,7 @@ NUMPY_TYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Bound:
-    """How far an injected model may be from the stored logits."""
+    """Largest accepted difference between an injected model and the stored logits."""
 
     name: str
     error: float  # largest difference, over the spread of the reference
@@ -61,10 +61,10 @@ class ContractError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How one way of feeding one case came out."""
+    """Result of one chunking of one case."""
 
     case: int
-    way: str
+    chunking: str
     error: float
     agreement: float  # share of positions with the same argmax, or one as likely
     positions: int  # compared: all that are not padding
@@ -73,7 +73,7 @@ class Score:
 
 @dataclass(frozen=True, kw_only=True)
 class Contract:
-    """The inputs and outputs of an injected model, sorted by what they carry."""
+    """The inputs and outputs of an injected model, by content."""
 
     given: dict[str, list[str | int]]  # inputs of the original, with their dims
     pasts: dict[str, tuple[list[str | int], np.dtype]]
@@ -142,20 +142,20 @@ def read_contract(session: ort.InferenceSession, original: onnx.ModelProto) -> C
     return Contract(given=given, pasts=new, presents=presents, answer=answers[0])
 
 
-def judge(session: ort.InferenceSession, contract: Contract, case: Case) -> list[Score]:
-    """Return a score for each way of feeding one case."""
+def score_case(session: ort.InferenceSession, contract: Contract, case: Case) -> list[Score]:
+    """Return a score for each chunking of one case."""
     scores = []
-    for way, chunks in WAYS.items():
+    for chunking, chunks in CHUNKINGS.items():
         result = _decode(session, contract, case, chunks(case.total))
-        scores.append(_compare(result, case, way))
+        scores.append(_compare(result, case, chunking))
     return scores
 
 
 def failures(scores: Sequence[Score], bound: Bound) -> list[Score]:
     """Return the scores out of bounds; agreement is taken over all cases, as one flip weighs much in a short one."""
     failed = [score for score in scores if not score.error <= bound.error]
-    for way in WAYS:
-        same = [score for score in scores if score.way == way]
+    for chunking in CHUNKINGS:
+        same = [score for score in scores if score.chunking == chunking]
         agreed = sum(score.agreement * score.positions for score in same)
         if agreed < bound.agreement * sum(score.positions for score in same):
             failed.append(min(same, key=lambda score: score.agreement))
@@ -181,7 +181,7 @@ def _ragged(total: int) -> list[int]:
     return chunks
 
 
-WAYS: dict[str, Callable[[int], list[int]]] = {
+CHUNKINGS: dict[str, Callable[[int], list[int]]] = {
     "prefill": _at_once,
     "token by token": _token_by_token,
     "ragged chunks": _ragged,
@@ -235,7 +235,7 @@ def part_of(name: str, dims: Sequence[str | int], case: Case, start: int, end: i
     return np.ascontiguousarray(case.inputs[name][tuple(picks)])
 
 
-def _compare(result: np.ndarray, case: Case, way: str) -> Score:
+def _compare(result: np.ndarray, case: Case, chunking: str) -> Score:
     found, reference = result[case.real], case.reference[case.real]
     spread = float(reference.max() - reference.min()) or 1.0
     difference = np.abs(found - reference).reshape(len(found), -1).max(axis=1)
@@ -244,7 +244,7 @@ def _compare(result: np.ndarray, case: Case, way: str) -> Score:
     chosen = np.take_along_axis(reference, np.nan_to_num(found, nan=-np.inf).argmax(-1)[..., None], -1)[..., 0]
     return Score(
         case=case.index,
-        way=way,
+        chunking=chunking,
         error=float(difference[worst]) / spread,
         agreement=float((chosen >= reference.max(-1) - TIE * spread).mean()),
         positions=len(found),

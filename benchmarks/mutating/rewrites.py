@@ -1,4 +1,4 @@
-"""Ways to write the same model down differently: nothing of it may matter to the surgeon.
+"""Equivalent rewrites of a model, which must not change the result of injection.
 
 Each takes a model and numbers to draw from, and returns another that computes the same for the same inputs.
 """
@@ -17,7 +17,7 @@ from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper
 
 from mutating.mutable_graph import Graph
 
-Disguise = Callable[[onnx.ModelProto, Random], onnx.ModelProto]
+Rewrite = Callable[[onnx.ModelProto, Random], onnx.ModelProto]
 
 WIDER = {  # what a cast to and back again loses nothing in
     TensorProto.FLOAT: TensorProto.DOUBLE,
@@ -91,7 +91,7 @@ def undeclared(model: onnx.ModelProto, _random: Random) -> onnx.ModelProto:
 
 
 def shuffled(model: onnx.ModelProto, random: Random) -> onnx.ModelProto:
-    """Nodes stand in another order in which each comes after what it reads."""
+    """Sort the nodes into another topological order."""
     nodes = list(model.graph.node)
     made = {name: number for number, node in enumerate(nodes) for name in node.output if name}
     needed = [{made[name] for name in _reads(node) if name in made} for node in nodes]
@@ -115,7 +115,7 @@ def shuffled(model: onnx.ModelProto, random: Random) -> onnx.ModelProto:
 
 
 def stretched(model: onnx.ModelProto, random: Random) -> onnx.ModelProto:
-    """On random edges stands an `Identity`, or a `Cast` to a wider type and back."""
+    """Insert on random edges an `Identity`, or a `Cast` to a wider type and back."""
     graph = Graph(model=model, random=random)
     edges = [
         edge for edge in graph.edges(lambda dtype, rank: dtype in WIDER) if _may_be_computed(edge.node, edge.index)
@@ -151,9 +151,9 @@ def constants_as_nodes(model: onnx.ModelProto, _random: Random) -> onnx.ModelPro
 
 def constants_as_initializers(model: onnx.ModelProto, _random: Random) -> onnx.ModelProto:
     """Every `Constant` node that holds a tensor is an initializer."""
-    held = [node for node in model.graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"]
+    constants = [node for node in model.graph.node if node.op_type == "Constant" and node.attribute[0].name == "value"]
     shown = {value.name for value in model.graph.output}
-    for node in held:
+    for node in constants:
         if node.output[0] in shown:
             continue
         tensor = TensorProto()
@@ -165,7 +165,7 @@ def constants_as_initializers(model: onnx.ModelProto, _random: Random) -> onnx.M
 
 
 def copied(model: onnx.ModelProto, random: Random) -> onnx.ModelProto:
-    """Shapes, and what is computed of them, are computed anew for some of their readers."""
+    """Compute shapes, and values derived from them, again for some of their consumers."""
     graph = Graph(model=model, random=random)
     for _ in range(COPIES):
         edge = graph.pick(graph.edges(lambda dtype, rank: dtype == TensorProto.INT64 and rank <= 1))
@@ -182,7 +182,7 @@ def copied(model: onnx.ModelProto, random: Random) -> onnx.ModelProto:
 
 
 def shared(model: onnx.ModelProto, _random: Random) -> onnx.ModelProto:
-    """What is computed twice is computed once."""
+    """Merge common subexpressions."""
     kept: dict[bytes, NodeProto] = {}
     instead: dict[str, str] = {}
     shown = {value.name for value in model.graph.output}
@@ -207,7 +207,7 @@ def _what(node: NodeProto) -> bytes:
 
 
 def optimised_by_onnxruntime(model: onnx.ModelProto, _random: Random) -> onnx.ModelProto:
-    """What onnxruntime's basic optimisations write."""
+    """Apply onnxruntime's basic optimizations."""
     with TemporaryDirectory() as folder:
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -218,29 +218,29 @@ def optimised_by_onnxruntime(model: onnx.ModelProto, _random: Random) -> onnx.Mo
 
 
 def slimmed(model: onnx.ModelProto, _random: Random) -> onnx.ModelProto:
-    """What onnxslim writes."""
+    """Apply onnxslim."""
     import onnxslim
 
     return onnxslim.slim(model)
 
 
 def simplified(model: onnx.ModelProto, _random: Random) -> onnx.ModelProto:
-    """What onnxsim writes."""
+    """Apply onnxsim."""
     import onnxsim
 
     return onnxsim.simplify(model)[0]
 
 
-WRITTEN: tuple[Disguise, ...] = (
+WRITTEN: tuple[Rewrite, ...] = (
     renamed, undeclared, shuffled, stretched, constants_as_nodes, constants_as_initializers, copied, shared,
 )  # fmt: skip
-BY_TOOLS: tuple[Disguise, ...] = (optimised_by_onnxruntime, slimmed, simplified)
+BY_TOOLS: tuple[Rewrite, ...] = (optimised_by_onnxruntime, slimmed, simplified)
 
 
 def everything(model: onnx.ModelProto, random: Random) -> onnx.ModelProto:
     """All that is written here, in some order."""
-    for disguise in random.sample(WRITTEN, len(WRITTEN)):
-        model = disguise(model, random)
+    for rewrite in random.sample(WRITTEN, len(WRITTEN)):
+        model = rewrite(model, random)
     return model
 
 
