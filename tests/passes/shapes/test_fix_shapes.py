@@ -1,4 +1,4 @@
-"""With every shape fixed nothing is a symbol, nothing computes a shape, and the numbers are those of the original."""
+"""fix-shapes leaves no symbolic dimension and no shape computation, and results are those of the original."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kvsurgeon.runtime import CachedDecoder, Writer, open_session
 
 IN_PLACE = {"cache": "static"}
 NEW_ONLY = {"cache": "new-tokens", "past_length": "input"}
-OF_SHAPES = {"Shape", "Size", "Range", "ConstantOfShape", "NonZero", "EyeLike", "Trilu"}
+SHAPE_OPERATORS = {"Shape", "Size", "Range", "ConstantOfShape", "NonZero", "EyeLike", "Trilu"}
 
 
 def fixed(model: onnx.ModelProto, **options: int) -> onnx.ModelProto:
@@ -48,33 +48,33 @@ def symbols(model: onnx.ModelProto) -> list[str]:
         ("decoder", NEW_ONLY, 4),
     ],
 )
-def test_nothing_is_a_symbol_and_the_judge_agrees(name, cache, tokens):
+def test_all_shapes_are_static_and_verification_passes(name, cache, tokens):
     model = fixed(injected(export(name), **cache), tokens=tokens, max_length=24)
 
     assert symbols(model) == []
     made = {value.name for value in (*model.graph.value_info, *model.graph.output)}
     assert {output for node in model.graph.node for output in node.output if output} <= made
-    assert not {node.op_type for node in model.graph.node} & OF_SHAPES
+    assert not {node.op_type for node in model.graph.node} & SHAPE_OPERATORS
     report = verify(export(name), model, threads=1)
     assert (report.verdict, report.problems) == ("same", ())
     assert {"left padding", "long past"} <= {trial.scenario for trial in report.trials} | {"left padding"}
 
 
-def test_padding_in_a_batch_of_two():
+def test_a_batch_of_two_can_be_padded():
     model = fixed(injected(export("decoder"), **IN_PLACE), tokens=3, max_length=24, batch_size=2)
     report = verify(export("decoder"), model, threads=1)
     assert report.verdict == "same"
     assert "left padding" in {trial.scenario for trial in report.trials}
 
 
-def test_text_is_generated_in_chunks_that_are_filled_up():
+def test_text_is_generated_in_padded_chunks():
     prompt = [3, 1, 4, 1, 5, 2, 6]
     expected = Writer(export("llama_dynamo_sdpa"), threads=1).generate([prompt], max_new_tokens=5)
     model = fixed(injected(export("llama_dynamo_sdpa"), **IN_PLACE), tokens=4, max_length=32)
     assert Writer(model, threads=1).generate([prompt], max_new_tokens=5).tokens == expected.tokens
 
 
-def test_an_export_without_a_cache():
+def test_a_model_without_a_cache_can_be_fixed():
     original = export("gpt2_dynamo_sdpa")
     model = fixed(original, tokens=9, batch_size=2)
     assert symbols(model) == []
@@ -83,12 +83,12 @@ def test_an_export_without_a_cache():
     assert difference(found, expected, whole["attention_mask"]) <= ALLOWED["float32"]
 
 
-def test_twice_is_once():
+def test_static_models_are_unchanged():
     subject = Subject.of(fixed(injected(export("decoder"), **IN_PLACE), tokens=1, max_length=8))
     assert isinstance(FixShapes(tokens=1, max_length=8).apply(subject), Unchanged)
 
 
-def test_a_host_is_told_what_numbers_do_not_tell():
+def test_metadata_describes_the_cache_of_a_static_model():
     layout = ("kv_heads", "batch", "head_dim", "sequence")
     model = fixed(injected(export("decoder"), key_layout=layout, **NEW_ONLY), tokens=8, max_length=16)
     noted = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
@@ -99,20 +99,20 @@ def test_a_host_is_told_what_numbers_do_not_tell():
 
 
 @pytest.mark.parametrize("options", [{}, {"cache": "new-tokens"}, {"cache": "static", "past_length": "mask"}])
-def test_a_cache_whose_shape_differs_from_call_to_call_is_refused(options):
+def test_a_cache_whose_shape_differs_between_calls_is_rejected(options):
     model = injected(export("decoder"), **options)
     subject = Subject.of(model)
-    with pytest.raises(UnsupportedError, match="a size differs from call to call, and cannot be fixed"):
+    with pytest.raises(UnsupportedError, match="cannot fix a dimension that differs between calls"):
         FixShapes(tokens=1, max_length=16).apply(subject)
     assert io.to_proto(subject.model) == io.to_proto(Subject.of(model).model)
 
 
-def test_a_cache_needs_a_length():
+def test_a_cache_requires_max_length():
     with pytest.raises(UnsupportedError, match="expected max-length"):
         FixShapes(tokens=1).apply(Subject.of(injected(export("decoder"), **IN_PLACE)))
 
 
-def test_no_text_is_longer_than_the_model_takes():
+def test_max_length_cannot_exceed_the_limit_of_the_model():
     subject = Subject.of(injected(export("gpt2_torchscript_sdpa"), **IN_PLACE))
     with pytest.raises(UnsupportedError, match="expected max-length of at most 64, found 65"):
         FixShapes(tokens=1, max_length=65).apply(subject)
@@ -120,7 +120,7 @@ def test_no_text_is_longer_than_the_model_takes():
 
 
 @pytest.mark.parametrize("options", [{"tokens": 0}, {"tokens": 8, "max_length": 4}, {"tokens": 1, "batch_size": 0}])
-def test_sizes_that_cannot_be(options):
+def test_invalid_sizes_are_usage_errors(options):
     with pytest.raises(UsageError, match="expected a number from"):
         FixShapes(**options)
 
@@ -133,7 +133,7 @@ def outside(model: onnx.ModelProto, folder: Path) -> Path:
     return path
 
 
-def test_variants_share_one_file_of_weights(tmp_path):
+def test_models_for_prefill_and_decode_share_one_file_of_weights(tmp_path):
     (tmp_path / "cached").mkdir()
     source = outside(injected(Decoder(Config(layers=2)).model(), **IN_PLACE), tmp_path / "cached")
     for name, tokens in (("prefill", 8), ("decode", 1)):
@@ -164,7 +164,7 @@ def test_weights_are_not_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(ONE_OF_EACH)))
-def test_every_export_in_place(name):
+def test_every_export_with_a_static_cache_can_be_fixed(name):
     original = export(name)
     model = fixed(injected(original, **IN_PLACE), tokens=5, max_length=16)
     assert symbols(model) == []

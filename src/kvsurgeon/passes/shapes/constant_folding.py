@@ -1,66 +1,77 @@
-"""What follows from numbers is computed once, in onnxruntime: the kernels that would compute it in every call."""
+"""Constant folding, with the kernels of onnxruntime."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxruntime
 
 from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.graph.constants import constant_tensor, is_weight
 from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.execution import build_model, initializer, open_session
+from kvsurgeon.graph.query import STANDARD_DOMAINS
 
-LARGEST = 1 << 26  # bytes of a result that is kept in place of its computation
+LARGEST = 1 << 26  # bytes of a folded constant
 
-_KNOWN_DOMAINS = ("", "ai.onnx", "com.microsoft")
+_DOMAINS = (*STANDARD_DOMAINS, "com.microsoft")
 
 
-def name_numbers(model: ir.Model, editor: Editor, shapes: Shapes) -> None:
-    """Put constants where whole numbers are computed from shapes alone."""
-    outputs = set(model.graph.outputs)
+def fold_shapes(model: ir.Model, editor: Editor, shapes: Shapes) -> None:
+    """Replace integers that shape inference computed by constants."""
     for node in list(model.graph):
         for value in node.outputs:
             fact = shapes.facts.get(value)
-            if fact is None or fact.value is None or fact.dtype is None or value in outputs or not value.uses():
+            if fact is None or fact.value is None or fact.dtype is None or value.is_graph_output() or not value.uses():
                 continue
-            if constant_tensor(value) is None and _is_whole(fact.value, fact.dtype):
-                _replace(editor, value, fact.value.astype(fact.dtype.numpy()))
+            if constant_tensor(value) is None and _is_integral(fact.value, fact.dtype):
+                _fold(editor, value, fact.value.astype(fact.dtype.numpy()))
 
 
-def _is_whole(numbers: np.ndarray, dtype: ir.DataType) -> bool:
-    whole = not dtype.is_floating_point() and all(isinstance(number, (int, bool)) for number in numbers.reshape(-1))
-    return whole and dtype is not ir.DataType.STRING
-
-
-def compute_constants(model: ir.Model, editor: Editor) -> None:
-    """Put constants where something is computed from small constants alone; weights are never read."""
+def fold_constants(model: ir.Model, editor: Editor) -> None:
+    """Replace values that are computed from small constants by constants; weights are not read."""
     nodes = _constant_nodes(model.graph)
-    inside = set(nodes)
-    ends = [value for node in nodes for value in node.outputs if any(user not in inside for user, _ in value.uses())]
-    ends = [value for value in ends if not value.is_graph_output()]
-    if not ends:
+    results = [value for node in nodes for value in node.outputs if any(user not in nodes for user, _ in value.uses())]
+    results = [value for value in results if not value.is_graph_output()]
+    if not results:
         return
-    for value, array in zip(ends, _computed(model, nodes, ends), strict=True):
-        if array is not None and array.nbytes <= LARGEST:
-            _replace(editor, value, array)
+    for value, array in zip(results, _execute(model, list(nodes), results), strict=False):
+        if array.nbytes <= LARGEST:
+            _fold(editor, value, array)
 
 
-def _constant_nodes(graph: ir.Graph) -> list[ir.Node]:
-    found: list[ir.Node] = []
+def replace_uses(editor: Editor, value: ir.Value, by: ir.Value) -> None:
+    """Replace a value by another one as input of nodes, but not as graph output."""
+    for node, index in list(value.uses()):
+        editor.replace_input(node, index, by)
+
+
+def _fold(editor: Editor, value: ir.Value, array: np.ndarray) -> None:
+    replace_uses(editor, value, editor.constant(array, array.dtype, name=f"{value.name}.fixed"))
+
+
+def _is_integral(numbers: np.ndarray, dtype: ir.DataType) -> bool:
+    integral = not dtype.is_floating_point() and dtype is not ir.DataType.STRING
+    return integral and all(isinstance(number, (int, bool)) for number in numbers.reshape(-1))
+
+
+def _constant_nodes(graph: ir.Graph) -> dict[ir.Node, None]:
+    """Return the nodes that depend on small constants alone, as an ordered set."""
+    found: dict[ir.Node, None] = {}
     known: set[ir.Value] = set()
     graph.sort()
     for node in graph:
-        if node.domain not in _KNOWN_DOMAINS or node.op_type in ("Constant",) or node.op_type.startswith("Random"):
-            continue
-        if any(attribute.type is ir.AttributeType.GRAPH for attribute in node.attributes.values()):
-            continue
-        if all(value is None or value in known or _is_small(value) for value in node.inputs):
-            found.append(node)
+        if _is_foldable(node) and all(value is None or value in known or _is_small(value) for value in node.inputs):
+            found[node] = None
             known.update(node.outputs)
     return found
+
+
+def _is_foldable(node: ir.Node) -> bool:
+    if node.domain not in _DOMAINS or node.op_type == "Constant" or node.op_type.startswith("Random"):
+        return False
+    return all(attribute.type is not ir.AttributeType.GRAPH for attribute in node.attributes.values())
 
 
 def _is_small(value: ir.Value) -> bool:
@@ -68,30 +79,16 @@ def _is_small(value: ir.Value) -> bool:
     return tensor is not None and not is_weight(tensor) and tensor.dtype is not ir.DataType.STRING
 
 
-def _computed(model: ir.Model, nodes: Sequence[ir.Node], ends: Sequence[ir.Value]) -> list[np.ndarray | None]:
-    """Run the nodes; None for all where onnxruntime lacks a kernel for one."""
-    graph = onnx.GraphProto(name="constants")
-    leaves = {value for node in nodes for value in node.inputs if value is not None and constant_tensor(value)}
-    for value in leaves:
-        tensor = constant_tensor(value)
-        assert tensor is not None
-        proto = ir.to_proto(ir.Tensor(np.asarray(tensor.numpy()), dtype=tensor.dtype, name=value.name))
-        graph.initializer.append(proto)
-    graph.node.extend(ir.to_proto(node) for node in nodes)
-    graph.output.extend(onnx.ValueInfoProto(name=value.name) for value in ends)
-    opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in model.graph.opset_imports.items()]
-    proto_model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
+def _execute(model: ir.Model, nodes: Sequence[ir.Node], results: Sequence[ir.Value]) -> list[np.ndarray]:
+    """Return the results of the nodes; none if onnxruntime lacks a kernel, as for bfloat16."""
+    tensors = {value: constant_tensor(value) for node in nodes for value in node.inputs if value is not None}
+    subgraph = build_model(
+        nodes,
+        outputs=[value.name for value in results],
+        opsets=model.graph.opset_imports,
+        initializers=[initializer(value.name, tensor) for value, tensor in tensors.items() if tensor is not None],
+    )
     try:
-        session = onnxruntime.InferenceSession(proto_model.SerializeToString(), options, ["CPUExecutionProvider"])
-        return [np.asarray(array) for array in session.run(None, {})]
-    except Exception:  # a type without kernels, such as bfloat16: the operators stay where they are
-        return [None] * len(ends)
-
-
-def _replace(editor: Editor, value: ir.Value, array: np.ndarray) -> None:
-    constant = editor.constant(array, array.dtype, name=f"{value.name}.fixed")
-    for node, index in list(value.uses()):
-        editor.replace_input(node, index, constant)
+        return [np.asarray(array) for array in open_session(subgraph).run(None, {})]
+    except Exception:  # onnxruntime has no common base class
+        return []

@@ -1,4 +1,4 @@
-"""Fix every shape to numbers, and compute what follows from them once and for all."""
+"""Make all shapes static."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ import onnx_ir as ir
 
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.decompose.simplify import simplify_model
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import find_live
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.options import check_count
-from kvsurgeon.passes.shapes.constant_folding import compute_constants, name_numbers
-from kvsurgeon.passes.shapes.interface import Interface, read_interface
-from kvsurgeon.passes.shapes.static_ranges import count_from_starts
-from kvsurgeon.rewrite.cache_metadata import write_cache_metadata
+from kvsurgeon.passes.shapes.constant_folding import fold_constants, fold_shapes
+from kvsurgeon.passes.shapes.dimension_sizes import dimension_sizes, is_static, set_sizes
+from kvsurgeon.passes.shapes.static_ranges import make_ranges_static
+from kvsurgeon.rewrite.cache_metadata import read_cache_metadata, write_cache_metadata
 
 
 @dataclass(frozen=True, kw_only=True)
 class FixShapes:
-    """Fix every shape to numbers: batch, tokens of a call, and tokens that a call can see at most.
+    """Make all shapes static and fold the constants that follow.
 
     Before: `input_ids [batch_size, sequence_length]`, `past_key_values.{i}.key [batch_size, kv_heads, max_length,
-    head_dim]`. After: `[1, 128]` and `[1, 3, 1024, 64]`; no dimension is a symbol, and no operator computes a shape.
-    What a call is given in excess of its tokens counts as tokens of the future, so a host fills up its last chunk.
-    Run on one model with several numbers of tokens, it gives files that share one file of weights.
+    head_dim]`. After: `[1, 128]` and `[1, 3, 1024, 64]`; no dimension is symbolic, and no operator computes a shape.
+    The last chunk of a text is padded on the right: causality masks the padding. Models with different numbers of
+    tokens share one file of weights.
 
-    Not handled: a cache that grows, whose shape is another one in each call.
+    Not handled: dynamic caches, whose shape differs between calls.
 
     Attributes:
         tokens: Tokens of a call.
-        max_length: Tokens that a call can see at most, its own included. A model that has no cache needs none.
-        batch_size: Sequences in a call.
+        max_length: Maximum total sequence length; required for a model with a KV cache.
+        batch_size: Batch size.
     """
 
     name: ClassVar[str] = "fix-shapes"
@@ -50,58 +50,55 @@ class FixShapes:
         check_count("max-length", self.max_length, least=self.tokens)
 
     def apply(self, subject: Subject) -> Outcome:
-        """Fix the shapes of `subject.model`.
+        """Make the shapes of `subject.model` static.
 
         Raises:
-            UnsupportedError: A size cannot be fixed; the model is left as it was.
+            UnsupportedError: A dimension has no fixed size; the model is unchanged.
         """
         model = simplify_model(subject.model)
         if model is subject.model:
             model = model.clone()
             model.meta.update(subject.model.meta)
-        interface = read_interface(model, tokens=self.tokens, max_length=self.max_length, batch_size=self.batch_size)
-        if interface.is_fixed:
-            return Unchanged(reason="every input has a fixed shape")
+        sizes = dimension_sizes(model, tokens=self.tokens, max_length=self.max_length, batch_size=self.batch_size)
+        if is_static(model.graph):
+            return Unchanged(reason="all inputs have a static shape")
+        metadata = read_cache_metadata(model)
         with deep_recursion():
             editor = Editor(model)
-            interface.fix()
-            _fix(model, editor)
+            set_sizes(model.graph, sizes)
+            shapes = _infer(model)
+            fold_shapes(model, editor, shapes)
+            make_ranges_static(model, editor, shapes)
+            fold_constants(model, editor)
             editor.finish()
-            _write_shapes(model, interface)
-        write_cache_metadata(model, interface.note)
+            _write_shapes(model)
+        write_cache_metadata(model, metadata)
         subject.model = model
         subject.changed()
         return Changed(edits=editor.edits)
 
 
-def _fix(model: ir.Model, editor: Editor) -> None:
-    """Name what is computed from shapes, count from where it is not, and compute the rest."""
-    shapes = _shapes_of(model)
-    name_numbers(model, editor, shapes)
-    count_from_starts(model, editor, shapes)
-    compute_constants(model, editor)
-
-
-def _shapes_of(model: ir.Model) -> Shapes:
+def _infer(model: ir.Model) -> Shapes:
+    """Infer the shapes of all values from those of the inputs."""
     graph = model.graph
     graph.sort()
-    alive = find_live(graph)
+    live = find_live(graph)
     sizes = {
         value: tuple(size for size in value.shape or () if isinstance(size, int))
         for value in graph.inputs
         if not value.is_initializer()
     }
-    nodes = [node for node in graph if node in alive]
+    nodes = [node for node in graph if node in live]
     return infer_shapes(nodes, sizes, graph.opset_imports.get("", 1), named=True)
 
 
-def _write_shapes(model: ir.Model, interface: Interface) -> None:
+def _write_shapes(model: ir.Model) -> None:
     """Declare the shape of every value.
 
     Raises:
-        UnsupportedError: One is no number.
+        UnsupportedError: A shape is not static.
     """
-    shapes = _shapes_of(model)
+    shapes = _infer(model)
     for node in model.graph:
         for value in node.outputs:
             fact = shapes.facts.get(value)
@@ -109,8 +106,9 @@ def _write_shapes(model: ir.Model, interface: Interface) -> None:
                 continue
             if fact.shape is None or not all(isinstance(size, int) for size in fact.shape):
                 raise UnsupportedError(
-                    f"{node.op_type}: its result's size depends on more than shapes", at=value.name,
-                    expected="numbers", found=str(None if fact.shape is None else list(fact.shape)),
+                    f"the output shape of {node.op_type} depends on the content of its inputs",
+                    code=Code.PASS_PRECONDITION, at=value.name, expected="a static shape",
+                    found=str(None if fact.shape is None else list(fact.shape)),
                 )  # fmt: skip
             value.shape = ir.Shape(fact.shape)
             if value.type is None and fact.dtype is not None:
