@@ -114,6 +114,6 @@ MEMORIES = [
 def test_a_batch_that_is_fixed_to_one_need_be_no_axis(parts, order, canonical, four):
     memory = CachePoint(
         value=ir.Value(name="k"), dtype=ir.DataType.FLOAT, parts=parts, order=order, batch=1, heads=2, head_dim=8,
-        elements=16, rank=4,
+        rank=4,
     )  # fmt: skip
-    assert (memory.is_canonical, memory.has_four) == (canonical, four)
+    assert (memory.is_canonical, memory.has_four_parts) == (canonical, four)

@@ -55,9 +55,9 @@ def test_they_are_cut_off_the_weights_again():
     ("parts", "reason"),
     [
         ({**BEFORE, "allowed": FRONT.replace("token, column", "token, one_more").replace(
-            "token = ", "one_more = Add(column, one)\n token = ")}, "sees the future"),
+            "token = ", "one_more = Add(column, one)\n token = ")}, "attention is not causal"),
         ({**BEFORE, "allowed": FRONT, "scores": "n = Cast<to = 1>(length)\n t = Div(s0, n)\n s = Mul(t, n)"
-          .replace("Mul(t, n)", "Identity(t)")}, "changes with the number of tokens"),
+          .replace("Mul(t, n)", "Identity(t)")}, "depend on the total length"),
         ({"key": BEFORE["key"], "allowed": FRONT, "value": "v = Concat<axis = 1>(v0, mvs)\n" + VALUES}, "mixes tokens"),
         ({"key": "vm = ReduceMean<keepdims = 1>(k0, second)\n k = Concat<axis = 1>(vm, k0)",
           "value": "v = Pad(v0, one_pad)", "allowed": BACK}, "mixes tokens"),
@@ -81,7 +81,7 @@ def test_what_they_are_given_must_not_depend_on_what_follows():
     constants = CONSTANTS + ", float nothing = {0.0}"
     parts = {"scores": SCALED, "masked": "masked_scores = Where(allowed, s, nothing)", "constants": constants}
     changed = text(BEFORE, FRONT, **parts).replace("w = Softmax<axis = -1>", "w = Identity")
-    with pytest.raises(UnsupportedError, match="changes with the number of tokens"):
+    with pytest.raises(UnsupportedError, match="depend on the total length"):
         injected(in_order(read(changed)))
 
 
@@ -90,7 +90,7 @@ def test_positions_of_bordered_keys_must_not_count_from_the_end():
         f"{TO} k1 = Concat<axis = 1>(mks, k0)\n fs = Cast<to = 1>(token)\n n = Cast<to = 1>(length)\n g = Sub(fs, n)"
     )
     turned += "\n gt = Transpose<perm = [1, 0]>(g)\n k = Add(k1, gt)"
-    with pytest.raises(UnsupportedError, match="changes with the number of tokens"):
+    with pytest.raises(UnsupportedError, match="depend on the total length"):
         injected(in_order(read(text({**BEFORE, "key": turned}, FRONT))))
 
 
@@ -123,8 +123,8 @@ def test_keys_are_summed_against_values_of_their_distance():
 
 @pytest.mark.parametrize(
     ("after", "reason"),
-    [(DISTANCES.replace("(w, r)", "(s0, r)"), "changes with the number of tokens"),
-     (DISTANCES.replace("d = Sub(column, row)", "d = Sub(length, row)"), "changes with the number")],
+    [(DISTANCES.replace("(w, r)", "(s0, r)"), "depend on the total length"),
+     (DISTANCES.replace("d = Sub(column, row)", "d = Sub(length, row)"), "depend on the total length")],
     ids=["scores that are not masked", "places from the end"],
 )  # fmt: skip
 def test_only_weights_may_be_summed_so(after, reason):
@@ -133,11 +133,11 @@ def test_only_weights_may_be_summed_so(after, reason):
 
 
 def test_noise_of_the_rows_beside_does_not_depend_on_the_length():
-    from kvsurgeon.analysis.probe_inputs import noise
+    from kvsurgeon.analysis.probe_inputs import synthetic_values
     from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable, SequenceAxis
 
     axes = (SequenceAxis(0, LengthVariable(Length.TOTAL), ahead=2, behind=1),)
-    short, long = (noise((length + 3,), axes, np.arange(length), None) for length in (7, 40))
+    short, long = (synthetic_values((length + 3,), axes, np.arange(length), None) for length in (7, 40))
     np.testing.assert_array_equal(short[:9], long[:9])
     assert short[-1] == long[-1]
 

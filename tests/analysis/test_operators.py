@@ -164,7 +164,7 @@ def test_weights_without_softmax_are_cut_to_a_triangle(triangle):
 @pytest.mark.parametrize("triangle", ["t = Trilu<upper = 0>(s, one)", "t = Trilu(s)"], ids=["one too far", "the other"])
 def test_other_triangles_see_ahead(triangle):
     text = attention(scores=f"s = Relu(s0)\n {triangle}", allowed="", masked="")
-    with pytest.raises(UnsupportedError, match="sees the future"):
+    with pytest.raises(UnsupportedError, match="attention is not causal"):
         injected(read(text.replace("w = Softmax<axis = -1>(masked_scores)", "w = Identity(t)")))
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from kvsurgeon.analysis.probe_inputs import noise
+from kvsurgeon.analysis.probe_inputs import synthetic_values
 from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable, SequenceAxis
 
 STREAM = LengthVariable(Length.NEW)
@@ -17,14 +17,16 @@ SHORT, LONG = 7, 40
 def test_a_prefix_has_the_same_noise(outer, inner):
     axes = (SequenceAxis(0, STREAM, outer, inner),)
     short, long = (
-        noise((outer * length * inner, 4), axes, np.arange(length), ir.DataType.FLOAT).reshape(outer, length, inner, 4)
+        synthetic_values((outer * length * inner, 4), axes, np.arange(length), ir.DataType.FLOAT).reshape(
+            outer, length, inner, 4
+        )
         for length in (SHORT, LONG)
     )
     np.testing.assert_array_equal(long[:, :SHORT], short)
 
 
 def test_no_two_tokens_have_the_same():
-    made = noise((LONG, 4), (SequenceAxis(0, STREAM),), np.arange(LONG), ir.DataType.FLOAT)
+    made = synthetic_values((LONG, 4), (SequenceAxis(0, STREAM),), np.arange(LONG), ir.DataType.FLOAT)
     assert len(np.unique(made.round(4), axis=0)) == LONG
 
 
@@ -34,7 +36,7 @@ def test_no_two_tokens_have_the_same():
      (ir.DataType.UINT8, np.uint8), (ir.DataType.INT8, np.int8), (None, np.float32)],
 )  # fmt: skip
 def test_noise_is_of_a_type_that_runs_and_varies(dtype, kind):
-    made = noise((LONG,), (SequenceAxis(0, STREAM),), np.arange(LONG), dtype)
+    made = synthetic_values((LONG,), (SequenceAxis(0, STREAM),), np.arange(LONG), dtype)
     assert made.dtype == kind
     assert len(np.unique(made)) > 1
     if made.dtype.kind == "f":

@@ -138,7 +138,7 @@ def test_padding_that_is_zeroed_before_a_convolution_is_no_harm():
 
 
 def test_padding_that_a_convolution_sees_is_refused():
-    with pytest.raises(UnsupportedError, match="are seen outside attention"):
+    with pytest.raises(UnsupportedError, match="depend on them outside attention"):
         injected(read(padded(AFTER.format(""))))
 
 

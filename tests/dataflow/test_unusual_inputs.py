@@ -42,7 +42,7 @@ def test_positions_that_say_which_keys_are_seen_count_up():
     )  # fmt: skip
     assert_law_of(text)
     noted = Inject().apply(Subject.of(read(text))).notes
-    assert any("positions that are given count up" in note for note in noted)
+    assert any("position inputs count up" in note for note in noted)
 
 
 @pytest.mark.parametrize("mask", [f"{BY_PRODUCT} {BOTH}", f"{BY_MULTIPLYING} {BOTH}", FROM_THE_FIRST])
@@ -55,7 +55,7 @@ def test_masked_queries_that_see_ahead_and_are_seen_are_refused():
         inputs=MASK, allowed=f"{FLOATS} causal = LessOrEqual(row, column)\n q_seen = Greater(am_q, half)",
         masked="s1 = Where(causal, s, low)\n masked_scores = Where(q_seen, s1, low)",
     )  # fmt: skip
-    with pytest.raises(UnsupportedError, match="tokens that an input masks see those after them"):
+    with pytest.raises(UnsupportedError, match="masked tokens attend to later tokens"):
         injected(read(text))
 
 

@@ -138,7 +138,7 @@ def test_attention_with_more_inputs_or_outputs_computes_the_same(body):
 
 @pytest.mark.parametrize(
     ("body", "reason"),
-    [(f"c = Attention<is_causal = 1>(qh, kh, kh, , , , counted)\n {TOGETHER}", "changes with the number of tokens"),
+    [(f"c = Attention<is_causal = 1>(qh, kh, kh, , , , counted)\n {TOGETHER}", "depend on the total length"),
      (f"c, , , w = Attention<is_causal = 1, qk_matmul_output_mode = 3>(qh, kh, kh)\n m = ReduceMax(w)\n c1 = Mul(c, m)\n {TOGETHER.replace('(c)', '(c1)')}", "further outputs are used")],
     ids=["sequence lengths", "weights"],
 )  # fmt: skip

@@ -117,7 +117,7 @@ def test_the_assumption_about_padding_is_noted():
 @pytest.mark.parametrize(
     ("attributes", "inputs", "reason"),
     [
-        ("causal = 0", SEPARATE, "sees the future"),
+        ("causal = 0", SEPARATE, "attention is not causal"),
         ('k_quant_type = "PER_TENSOR"', SEPARATE, "quantized KV cache"),
         ("", "q, k, v, k4, v4, ends, total", "already has a cache"),
         ("", "q, k, v, , , three_tokens, total", "seqlens_k is not the query length - 1"),

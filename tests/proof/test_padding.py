@@ -58,6 +58,6 @@ def test_padding_that_only_padding_sees_is_no_harm():
 
 
 def test_padding_that_a_gate_sees_is_refused():
-    with pytest.raises(UnsupportedError, match="tokens that an input masks see those after them") as refused:
+    with pytest.raises(UnsupportedError, match="masked tokens attend to later tokens") as refused:
         injected(read(TEXT.replace("GATE", LOUDEST)))
     assert refused.value.layer == 1

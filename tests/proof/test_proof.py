@@ -19,28 +19,28 @@ LENGTH_AS_FLOAT = "long = Cast<to = 1>(length)"
 WEIGHTS = "float[8] base = {1.0, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01}, float[8] other"
 
 REFUSED = [
-    ("no mask", attention(masked="masked_scores = Identity(s)"), "sees the future", "c"),
-    ("a mask the other way round", attention(allowed="allowed = GreaterOrEqual(row, column)"), "sees the future", "c"),
+    ("no mask", attention(masked="masked_scores = Identity(s)"), "attention is not causal", "c"),
+    ("a mask the other way round", attention(allowed="allowed = GreaterOrEqual(row, column)"), "attention is not causal", "c"),
     ("a window that looks ahead by one",
-     attention(allowed="d = Sub(row, column)\n allowed = LessOrEqual(d, one)"), "sees the future", "c"),
+     attention(allowed="d = Sub(row, column)\n allowed = LessOrEqual(d, one)"), "attention is not causal", "c"),
     ("a prefix that sees itself whole",
      attention(allowed="early = Less(row, four)\n late = LessOrEqual(row, column)\n allowed = Or(early, late)",
-               constants="int64 four = {4}"), "sees the future", "c"),
+               constants="int64 four = {4}"), "attention is not causal", "c"),
     ("a bias too small to hide", attention(constants="float little = {2.0}",
-     masked="hidden = Sub(s, little)\n masked_scores = Where(allowed, s, hidden)"), "sees the future", "c"),
+     masked="hidden = Sub(s, little)\n masked_scores = Where(allowed, s, hidden)"), "attention is not causal", "c"),
     ("keys counted from the end", attention(allowed="end = Sub(length, one)\n back = Sub(end, row)\n"
      "causal = LessOrEqual(row, column)\n late = Less(back, three)\n own = Equal(row, column)\n near = Or(late, own)\n allowed = And(causal, near)",
-     constants="int64 three = {3}"), "context changes", "c"),
+     constants="int64 three = {3}"), "depend on the total length", "c"),
     ("frequencies by length (dynamic NTK)", attention(constants=WEIGHTS, key=TURNED.format(
-        frequencies=f"{LENGTH_AS_FLOAT}\n f = Div(base, long)")), "context changes", "wave"),
+        frequencies=f"{LENGTH_AS_FLOAT}\n f = Div(base, long)")), "depend on the total length", "wave"),
     ("frequencies that switch at few tokens (LongRoPE)", attention(constants=f"{WEIGHTS}, int64 sixteen = {{16}}",
      key=TURNED.format(frequencies="far = Greater(length, sixteen)\n f = Where(far, other, base)")),
-     "context changes", "wave"),
+     "depend on the total length", "wave"),
     ("no row at all to see", attention(constants="float inf = {1.0}, float zero = {0.0}",
      masked="never = Div(inf, zero)\n least = Neg(never)\n bias = Where(allowed, least, least)\n"
-     "masked_scores = Add(s, bias)"), "not numbers", "c"),
+     "masked_scores = Add(s, bias)"), "attention weights are NaN", "c"),
     ("a custom mask", attention(allowed="allowed = somebodys.Mask(row, column)",
-     constants="bool[n, n] allowed"), "context could not be run", None),
+     constants="bool[n, n] allowed"), "cannot run the context", None),
     ("two axes that nobody sums", attention().replace("c = MatMul(w, v)", "c = ReduceMax(w, third)"),
      "two sequence axes meet, but neither is summed", "s0"),
     ("softmax over tokens outside attention", attention(hidden="h = Softmax<axis = 1>(x)"), "Softmax mixes tokens", "h"),
@@ -57,15 +57,15 @@ REFUSED = [
      "h = Gather(x, i)"), None, None),
     ("tokens that an input masks not, and which see masked ones only", attention(inputs="int64[b, n] m", allowed=
      "real = Cast<to = 9>(m)\n keys = Unsqueeze(real, second)\n own = LessOrEqual(row, nought)\n allowed = And(own, keys)"),
-     "sees the future", "c"),
+     "attention is not causal", "c"),
     ("a batch masked by its first sequence", attention(inputs="int64[b, n] m", allowed="real = Cast<to = 9>(m)\n"
      "every = Unsqueeze(real, second)\n keys = Slice(every, first, second, first)\n causal = LessOrEqual(row, column)\n"
-     "allowed = And(causal, keys)"), "masked by what masks another", "c"),
+     "allowed = And(causal, keys)"), "changes another sequence of the batch", "c"),
     ("a length behind scores that are summed up after their product", attention(constants="float tenth = {0.1}").replace(
      "w = Softmax<axis = -1>(masked_scores)\n  c = MatMul(w, v)\n  logits = Identity(c)",
      "w = Exp(masked_scores)\n total = ReduceSum(w, third)\n sum = MatMul(w, v)\n c = Div(sum, total)\n"
      "long = Cast<to = 1>(length)\n share = Mul(long, tenth)\n late = Less(nought, column)\n"
-     "factor = Where(late, share, half)\n logits = Mul(c, factor)"), "context changes", "factor"),
+     "factor = Where(late, share, half)\n logits = Mul(c, factor)"), "depend on the total length", "factor"),
     ("at a fixed length, queries that later keys leave without any", attention(constants="float inf = {1.0}, float zero = {0.0}",
      allowed="late = Greater(row, column)\n allowed = Identity(late)", masked="most = Div(inf, zero)\n"
      "infinite = Where(allowed, most, s)\n masked_scores = Identity(infinite)").replace("[b, n, 8]", "[1, 9, 8]").replace(
@@ -108,7 +108,7 @@ FUSED = """case (float[b, n, 8] x) => (float[b, n, 8] logits)
     ids=["no mask", "a mask the other way round"],
 )  # fmt: skip
 def test_a_fused_attention_that_sees_the_future(body):
-    with pytest.raises(UnsupportedError, match="sees the future"):
+    with pytest.raises(UnsupportedError, match="attention is not causal"):
         Subject.of(read(FUSED.format(body=body), opset=23)).decoder()
 
 
@@ -137,7 +137,7 @@ def test_the_layer_is_named():
         after="q2 = MatMul(c, wq)\n k2 = MatMul(c, wk)\n kt2 = Transpose<perm = [0, 2, 1]>(k2)\n s2 = MatMul(q2, kt2)\n"
         "w2 = Softmax<axis = -1>(s2)\n logits = MatMul(w2, c)"
     )
-    with pytest.raises(UnsupportedError, match="layer 1: attention sees the future"):
+    with pytest.raises(UnsupportedError, match="layer 1: attention is not causal"):
         Subject.of(read(text)).decoder()
 
 

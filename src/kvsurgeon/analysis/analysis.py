@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis.cache_points import CachePoint, choose, choose_for_all
-from kvsurgeon.analysis.common_subexpressions import find_same
+from kvsurgeon.analysis.cache_points import CachePoint, choose_cache_point, choose_shared_cache_point
+from kvsurgeon.analysis.common_subexpressions import find_common_subexpressions
 from kvsurgeon.analysis.propagation import follow_tokens
 from kvsurgeon.analysis.token_flow import ContextProduct, FusedAttention, Place, ScoreProduct, TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole, classify_inputs, read_inputs
@@ -124,13 +124,14 @@ def analyze(model: ir.Model) -> Analysis:
     flow = follow_tokens(nodes, inputs, shapes, kinds, length, graph.opset_imports)
     return Analysis(
         model=model, inputs=inputs, length=length, shapes=shapes, flow=flow,
-        same=find_same(nodes, kinds, shapes), heads=_heads(flow, at=graph.outputs[0].name if graph.outputs else None),
+        same=find_common_subexpressions(nodes, kinds, shapes),
+        heads=_heads(flow, at=graph.outputs[0].name if graph.outputs else None),
         states=_states(flow),
     )  # fmt: skip
 
 
 def _states(flow: TokenFlow) -> tuple[CachePoint, ...]:
-    found = [choose(flow, place) for recall in flow.states for place in recall.places]
+    found = [choose_cache_point(flow, place) for recall in flow.states for place in recall.places]
     return tuple({memory.value: memory for memory in found}.values())
 
 
@@ -218,7 +219,7 @@ def _with_fewer_memories(flow: TokenFlow, head: AttentionSite, beside: int) -> A
 
 def _together(flow: TokenFlow, operands: tuple[CachedOperand, ...], beside: int) -> tuple[CachedOperand, ...]:
     try:
-        memory = choose_for_all(flow, [operand.place for operand in operands], beside)
+        memory = choose_shared_cache_point(flow, [operand.place for operand in operands], beside)
     except UnsupportedError:
         return operands
     return tuple(replace(operand, memory=memory) for operand in operands)
@@ -226,7 +227,7 @@ def _together(flow: TokenFlow, operands: tuple[CachedOperand, ...], beside: int)
 
 def _operands(flow: TokenFlow, places: list[Place], layer: int, beside: int) -> tuple[CachedOperand, ...]:
     try:
-        return tuple(CachedOperand(place=place, memory=choose(flow, place, beside)) for place in places)
+        return tuple(CachedOperand(place=place, memory=choose_cache_point(flow, place, beside)) for place in places)
     except UnsupportedError as refusal:
         refusal.layer = layer
         raise

@@ -1,4 +1,4 @@
-"""Which tokens are seen when context is tried, and how its results are laid out to be looked at."""
+"""Mask patterns for probe runs, and the arrays that probe runs return with their sequence axes last."""
 
 from __future__ import annotations
 
@@ -8,99 +8,89 @@ from collections.abc import Callable
 import numpy as np
 
 from kvsurgeon.analysis.probe_inputs import at_length
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
-Pattern = Callable[[int], np.ndarray]  # of the length: which tokens are seen
+MaskPattern = Callable[[int], np.ndarray]  # length -> [length] of bool, True for each token that is not masked
 
 
-def all_seen(length: int) -> np.ndarray:
-    """Every token is seen."""
+def unmasked(length: int) -> np.ndarray:
+    """Mask no token."""
     return np.ones(length, dtype=bool)
 
 
 def left_padded(length: int) -> np.ndarray:
-    """The first two tokens are padding."""
+    """Mask the first two tokens."""
     return np.arange(length) >= 2
 
 
-def with_holes(length: int) -> np.ndarray:
-    """Some tokens in the middle are not seen; the first always is."""
+def with_gaps(length: int) -> np.ndarray:
+    """Mask two of every seven tokens, never the first."""
     return np.arange(length) % 7 < 5
 
 
-def cut_short(length: int) -> np.ndarray:
-    """The second half is not there yet."""
+def first_half(length: int) -> np.ndarray:
+    """Mask the second half of the tokens."""
     return np.arange(length) < length // 2
 
 
-def unfolded(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
-    """The array with what holds tokens last, queries before keys, and everything else before them.
-
-    Rows of the model's own that stand beside the tokens are left out.
+def sequence_last(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
+    """Return the array with its sequence axes last, queries before keys, and without learned rows.
 
     Raises:
-        UnsupportedError: It has no such axes.
+        UnsupportedError: The size of the array does not fit its sequence axes.
     """
-    whole = _unfolded(array, axes, length)
-    for place, axis in enumerate(_in_order(axes), start=-len(axes)):
-        whole = whole.take(range(axis.ahead, axis.ahead + length), axis=place) if axis.border else whole
-    return whole
+    result = _with_learned_rows(array, axes, length)
+    for place, axis in enumerate(_queries_first(axes), start=-len(axes)):
+        result = result.take(range(axis.ahead, axis.ahead + length), axis=place) if axis.border else result
+    return result
 
 
-def border_of(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
-    """What `unfolded` leaves out: rows beside the tokens, which come first here; the other axes as there."""
-    whole = _unfolded(array, axes, length)
-    place, axis = next((place, axis) for place, axis in enumerate(_in_order(axes), start=-len(axes)) if axis.border)
-    beside = [*range(axis.ahead), *range(axis.ahead + length, axis.border + length)]
-    return np.moveaxis(whole.take(beside, axis=place), place, 0)
+def learned_rows_first(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
+    """Return the learned rows that `sequence_last` drops on the first axis; the other sequence axes stay last."""
+    result = _with_learned_rows(array, axes, length)
+    ordered = enumerate(_queries_first(axes), start=-len(axes))
+    place, axis = next((place, axis) for place, axis in ordered if axis.border)
+    learned = [*range(axis.ahead), *range(axis.ahead + length, axis.border + length)]
+    return np.moveaxis(result.take(learned, axis=place), place, 0)
 
 
-def beside_border(axes: Axes) -> Axes:
-    """The axes that hold tokens in what `border_of` gives."""
-    return tuple(axis for axis in axes if not axis.border)
+def _queries_first(axes: Axes) -> list[SequenceAxis]:
+    return sorted(axes, key=lambda axis: axis.role.resolved() is not Length.NEW)
 
 
-def has_border(axes: Axes) -> bool:
-    """Whether rows of the model's own stand beside the tokens."""
-    return any(axis.border for axis in axes)
-
-
-def _in_order(axes: Axes) -> list[SequenceAxis]:
-    return sorted(axes, key=lambda held: held.role.resolved() is not Length.NEW)
-
-
-def _unfolded(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
+def _with_learned_rows(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
     sizes: list[int] = []
     places: dict[int, int] = {}
-    for axis, size in enumerate(array.shape):
-        held = next((held for held in axes if held.axis == axis), None)
-        if held is None:
+    by_number = {axis.axis: axis for axis in axes}
+    for number, size in enumerate(array.shape):
+        if (axis := by_number.get(number)) is None:
             sizes.append(size)
             continue
-        sizes += [int(at_length(held.outer, length)), length + held.border, int(at_length(held.inner, length))]
-        places[axis] = len(sizes) - 2
+        sizes += [int(at_length(axis.outer, length)), length + axis.border, int(at_length(axis.inner, length))]
+        places[number] = len(sizes) - 2
     if math.prod(sizes) != array.size:
         raise UnsupportedError(
-            "tokens do not lie where they were followed to", expected=f"axes {sizes}", found=str(list(array.shape))
-        )
-    last = [places[held.axis] for held in _in_order(axes)]
+            "the size of a tensor does not fit the sequence axes traced for it",
+            code=Code.INCONSISTENT_SHAPES, expected=f"axes {sizes}", found=str(list(array.shape)),
+        )  # fmt: skip
+    last = [places[axis.axis] for axis in _queries_first(axes)]
     return np.moveaxis(array.reshape(sizes), last, range(-len(last), 0)) if last else array.reshape(sizes)
 
 
-def close(left: np.ndarray, right: np.ndarray) -> bool:
-    """Whether two arrays are the same up to the rounding of their type."""
+def is_close(left: np.ndarray, right: np.ndarray) -> bool:
+    """Return whether two arrays are equal up to the rounding of their type."""
     if left.dtype.kind != "f":
         return bool(np.array_equal(left, right))
     step = float(np.finfo(left.dtype).eps)  # 1e-7 in float32, 1e-3 in float16
     return bool(np.allclose(left, right, rtol=max(1e-4, 8 * step), atol=max(1e-5, step), equal_nan=True))
 
 
-def difference(left: np.ndarray, right: np.ndarray) -> str:
-    """How two arrays differ, in words."""
+def describe_difference(left: np.ndarray, right: np.ndarray) -> str:
+    """Return the difference of two arrays as text for a message."""
     if left.shape != right.shape:
         return f"shapes {list(left.shape)} and {list(right.shape)}"
     if (np.isnan(left) != np.isnan(right)).any():
-        return "a number at one length, and none (NaN) at another"
+        return "NaN at one length only"
     gap = np.abs(left.astype(np.float64) - right.astype(np.float64))
     return f"a difference of {np.nanmax(gap):.2g}"

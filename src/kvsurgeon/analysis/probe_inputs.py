@@ -1,4 +1,4 @@
-"""What an experiment is fed: noise for tokens, masks, and numbers that follow from the length."""
+"""Probe inputs of a subgraph: synthetic token data, masks, and numbers that follow from the length."""
 
 from __future__ import annotations
 
@@ -14,32 +14,64 @@ from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes
 
 
+def at_length(number: Any, length: int) -> Any:
+    """Return a symbolic number for a batch of two sequences of that length."""
+    if isinstance(number, (int, float, bool)):
+        return number
+    return dim.substitute(number, ((LENGTH, length), (BATCH, 2)))
+
+
+def follows_from_length(numbers: np.ndarray) -> bool:
+    """Return whether the numbers depend on nothing but batch and length."""
+    symbols = {symbol for number in numbers.reshape(-1) for symbol in getattr(number, "free_symbols", ())}
+    return symbols <= {BATCH, LENGTH}
+
+
+def evaluate(numbers: np.ndarray, length: int) -> np.ndarray:
+    """Return symbolic numbers that depend on batch and length as an array of floats."""
+    flat = [float(at_length(number, length)) for number in numbers.reshape(-1)]
+    return np.array(flat).reshape(numbers.shape)
+
+
+def run_dtype(dtype: ir.DataType) -> ir.DataType:
+    """Return the type that a tensor has in a probe run: float32 for bfloat16, which runtimes lack kernels for."""
+    return ir.DataType.FLOAT if dtype is ir.DataType.BFLOAT16 else dtype
+
+
 def batch_axis(shape: Sequence[Dimension] | None) -> int | None:
-    """The axis on which the sequences of a batch lie, one behind the other; None where there is none."""
-    held = (axis for axis, size in enumerate(shape or ()) if BATCH in getattr(size, "free_symbols", ()))
-    return next(held, None)
+    """Return the index of the first axis whose size depends on the batch; None if there is none."""
+    axes = (axis for axis, size in enumerate(shape or ()) if BATCH in getattr(size, "free_symbols", ()))
+    return next(axes, None)
 
 
-def side_by_side(mine: np.ndarray, theirs: np.ndarray, axis: int | None) -> np.ndarray:
-    """The first of two sequences out of one array, the second out of another."""
-    if axis is None or mine is theirs:
-        return mine
-    half = mine.shape[axis] // 2
-    return np.concatenate([mine.take(range(half), axis), theirs.take(range(half, 2 * half), axis)], axis)
+def join_sequences(first: np.ndarray, second: np.ndarray, axis: int | None) -> np.ndarray:
+    """Return the first sequence of one batch of two and the second sequence of another."""
+    if axis is None or first is second:
+        return first
+    half = first.shape[axis] // 2
+    return np.concatenate([first.take(range(half), axis), second.take(range(half, 2 * half), axis)], axis)
 
 
-def mask(given: InputRole, seen: np.ndarray, row: int | None = None) -> np.ndarray:
-    """What an input given for all tokens so far is fed: 1 where a token is seen; a matrix where it has two axes."""
-    if row is not None and BATCH in given.dimensions:
+def mask_input(given: InputRole, visible: np.ndarray, sequence: int | None = None) -> np.ndarray:
+    """Return the array for an input that masks tokens: 1 for a visible token, a matrix if the input has two lengths.
+
+    Args:
+        given: The input.
+        visible: [length] of bool, False for each masked token.
+        sequence: Index of the only sequence to mask; None to mask both.
+    """
+    if sequence is not None and BATCH in given.dimensions:
         axis = given.dimensions.index(BATCH)
-        rows = [mask(given, seen if number == row else np.ones_like(seen)).take([number], axis) for number in (0, 1)]
+        rows = [
+            mask_input(given, visible if row == sequence else np.ones_like(visible)).take([row], axis) for row in (0, 1)
+        ]
         return np.concatenate(rows, axis)
-    length = len(seen)
+    length = len(visible)
     sizes = [int(at_length(size, length)) for size in given.dimensions]
     dtype = given.value.dtype or ir.DataType.INT64
     if not given.lengths:
         return np.ones(sizes, dtype=dtype.numpy())
-    array = seen.astype(np.float64)
+    array = visible.astype(np.float64)
     if len(given.lengths) == 2:
         allowed = np.tril(np.ones((length, length))) * array
         array = np.where(allowed > 0, 0.0, -1e9) if dtype.is_floating_point() else allowed
@@ -47,61 +79,43 @@ def mask(given: InputRole, seen: np.ndarray, row: int | None = None) -> np.ndarr
     return np.broadcast_to(array.reshape(shape), sizes).astype(dtype.numpy())
 
 
-def at_length(number: Any, length: int) -> Any:
-    """The number for two sequences of that length: two, so that what differs between them shows."""
-    if isinstance(number, (int, float, bool)):
-        return number
-    return dim.substitute(number, ((LENGTH, length), (BATCH, 2)))
+def synthetic_values(sizes: Sequence[int], axes: Axes, tokens: np.ndarray, dtype: ir.DataType | None) -> np.ndarray:
+    """Return values in [-3, 3] that look random and depend on the token, not on the length.
 
-
-def is_decided(numbers: np.ndarray) -> bool:
-    """Whether the numbers depend on batch and length only."""
-    symbols = {symbol for number in numbers.reshape(-1) for symbol in getattr(number, "free_symbols", ())}
-    return symbols <= {BATCH, LENGTH}
-
-
-def evaluated(numbers: np.ndarray, length: int) -> np.ndarray:
-    """Numbers that depend on batch and length only, at that length."""
-    flat = [float(at_length(number, length)) for number in numbers.reshape(-1)]
-    return np.array(flat).reshape(numbers.shape)
-
-
-def type_run_as(dtype: ir.DataType) -> int:
-    """The type that a tensor is declared with."""
-    return int(ir.DataType.FLOAT) if dtype is ir.DataType.BFLOAT16 else int(dtype)
-
-
-def runs_as(dtype: ir.DataType) -> Any:
-    """The type that an array is fed in: runtimes lack kernels for bfloat16."""
-    return np.float32 if dtype is ir.DataType.BFLOAT16 else dtype.numpy()
-
-
-def noise(sizes: Sequence[int], axes: Axes, places: np.ndarray, dtype: ir.DataType | None) -> np.ndarray:
-    """Noise in [-3, 3], drawn so that an element depends on its place and on no dimension's size along the tokens."""
+    Args:
+        sizes: The shape.
+        axes: The sequence axes.
+        tokens: [length], the number of the token at each position: equal numbers give equal values.
+        dtype: The type; float32 if unknown.
+    """
     angles = []
     for place, size in enumerate(sizes):
         index = np.arange(size)
-        held = next((axis for axis in axes if axis.axis == place), None)
-        if held is not None:
-            inner = int(at_length(held.inner, len(places)))
-            rows = np.concatenate([-2 - np.arange(held.ahead), places, -900 - np.arange(held.behind)])
+        axis = next((axis for axis in axes if axis.axis == place), None)
+        if axis is not None:
+            inner = int(at_length(axis.inner, len(tokens)))
+            rows = np.concatenate([-2 - np.arange(axis.ahead), tokens, -900 - np.arange(axis.behind)])
             block = len(rows) * inner
             index = (index // block) * 7919 + rows[index % block // inner] * 104729 + index % inner
         angles.append((index + 1) * (12.9898 + 78.233 * place) * 43.758)
     wave = 3.0 * _sines_of_sums(angles)
-    if dtype is None or dtype.is_floating_point():
-        return wave.astype(runs_as(dtype or ir.DataType.FLOAT))
+    dtype = run_dtype(dtype or ir.DataType.FLOAT)
+    if dtype.is_floating_point():
+        return wave.astype(dtype.numpy())
     if dtype is ir.DataType.BOOL:
         return wave > 0
     return np.round(wave * 20 + (64 if dtype.numpy().kind == "u" else 0)).astype(dtype.numpy())
 
 
 def _sines_of_sums(angles: Sequence[np.ndarray]) -> np.ndarray:
-    """sin(a[i] + b[j] + ...) at [i, j, ...]: by the theorem of addition, as a sine of each element takes long."""
+    """Return sin(a[i] + b[j] + ...) at [i, j, ...] by angle addition: fewer sines than one per element."""
     sine, cosine = np.zeros((), np.float32), np.ones((), np.float32)
     for place, angle in enumerate(angles):
         sine, cosine = sine[..., None], cosine[..., None]
-        here, beside = np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
-        last = place == len(angles) - 1  # which is as large as all
-        sine, cosine = sine * beside + cosine * here, cosine if last else cosine * beside - sine * here
+        sine_here, cosine_here = np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
+        last = place == len(angles) - 1  # the largest array, whose cosines are not needed
+        sine, cosine = (
+            sine * cosine_here + cosine * sine_here,
+            cosine if last else cosine * cosine_here - sine * sine_here,
+        )
     return sine

@@ -13,10 +13,10 @@ from kvsurgeon.analysis.axis_propagation import axes_after
 from kvsurgeon.analysis.learned_rows import with_learned_rows
 from kvsurgeon.analysis.routed_regions import (
     RoutedRegion,
-    begins_sorted,
     find_routed_region,
-    joined,
+    join_regions,
     record_routed_region,
+    sorts_or_counts,
 )
 from kvsurgeon.analysis.sequence_state import find_sequence_state, record_sequence_state
 from kvsurgeon.analysis.token_flow import NodeVisit, TokenFlow
@@ -67,9 +67,9 @@ def follow_tokens(
             and node not in routed_regions
         ):
             found = find_routed_region(flow, node)
-            routed_regions.update(dict.fromkeys(found.nodes, found) if found is not None else {})
+            routed_regions.update(dict.fromkeys(found, found) if found is not None else {})
         if node in routed_regions:
-            if node is routed_regions[node].nodes[-1]:
+            if node is routed_regions[node][-1]:
                 record_routed_region(flow, routed_regions[node])
         elif node not in flow.recalling and any(kinds.get(value) is ValueKind.TOKEN for value in node.outputs):
             try:
@@ -83,12 +83,12 @@ def follow_tokens(
 
 def _lands(flow: TokenFlow, node: ir.Node, routed_regions: dict[ir.Node, RoutedRegion]) -> bool:
     """Whether an island begins at a node that sorts the tokens or counts them; it is added to the others."""
-    found = find_routed_region(flow, node) if begins_sorted(flow, node) else None
+    found = find_routed_region(flow, node) if sorts_or_counts(flow, node) else None
     if found is None:
         return False
-    whole = joined({found, *(routed_regions[one] for one in found.nodes if one in routed_regions)}, flow.order)
+    whole = join_regions(flow, {found, *(routed_regions[one] for one in found if one in routed_regions)})
     if whole is not None:
-        routed_regions.update(dict.fromkeys(whole.nodes, whole))
+        routed_regions.update(dict.fromkeys(whole, whole))
     return whole is not None
 
 

@@ -1,101 +1,89 @@
-"""Islands: nodes that pick tokens by what is in them, work on those, and put the results back where they were taken.
+"""Routed regions: nodes that select tokens by content, process them, and put the results back at their positions.
 
-A mixture of experts that is exported as a loop over its experts does this, or one that sorts its tokens. Inside, no
-axis holds the tokens in order, so they cannot be followed. But the whole, from tensors with all tokens to a tensor with
-all tokens, can be run: if what comes out for a token depends on nothing but what goes in for it, the island is
-position-wise. That is seen, not proved.
+A mixture of experts is exported like this, as a loop over experts or as a sort of the tokens by expert. Inside, no axis
+holds the tokens in order, so the sequence axis cannot be traced. The whole region, from tensors with all tokens to a
+tensor with all tokens, can be run: if the result of a token depends on the inputs of that token alone, the region is
+position-wise. This is measured, not proved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.call_indices import is_of_new_tokens
-from kvsurgeon.analysis.mask_patterns import all_seen, close, unfolded
+from kvsurgeon.analysis.mask_patterns import is_close, sequence_last
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
+from kvsurgeon.graph.value_numbering import ValueNumbering
 from kvsurgeon.ops.gather import slice_bounds
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
-SEEN = "routing that depends on the tokens: that it keeps them apart was seen by running it"
+RoutedRegion = tuple[ir.Node, ...]  # in graph order; the last node puts the tokens back at their positions
+
+ROUTING_IS_POSITION_WISE = "routing processes each token independently (measured on probe inputs)"
 _INSIDE = (
     Trait.ROUTING, Trait.BROADCAST, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.LOOKUP, Trait.PRODUCT, Trait.RESHAPE,
     Trait.REPEAT, Trait.SELECT, Trait.MOVE, Trait.SHAPE_ONLY,
 )  # fmt: skip
 _LIMITS = (Trait.ORDER, Trait.BOUND, Trait.ROUTING)
-_PLACES = 33  # tokens of the longest text that is run; shorter and longer ones are made of the same
-_TEXTS = (range(_PLACES)[::-1], (5, 3, 3, 20, 31, 0, 8), (4,), (9, 30), [place * 7 % _PLACES for place in range(300)])
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoutedRegion:
-    """Nodes in order, of which the last puts tokens back."""
-
-    nodes: tuple[ir.Node, ...]
-    axes: Axes  # of its result
-
-    @property
-    def result(self) -> ir.Value:
-        """The tensor with all tokens."""
-        return self.nodes[-1].outputs[0]
+_TOKENS = 33  # tokens of the first text; the other texts consist of the same tokens
+_TEXTS = (range(_TOKENS)[::-1], (5, 3, 3, 20, 31, 0, 8), (4,), (9, 30), [token * 7 % _TOKENS for token in range(300)])
 
 
 def find_routed_region(flow: TokenFlow, start: ir.Node) -> RoutedRegion | None:
-    """The smallest island that begins at a node which picks or sorts tokens; None where they are not put back."""
-    region, made = [start], set(start.outputs)
-    may_stand_inside = _picked if has_trait(start, Trait.ROUTING) else _sorted
+    """Return the smallest region from a node that selects or sorts tokens; None if they are not put back."""
+    region, computed = [start], set(start.outputs)
+    may_be_inside = _is_routing if has_trait(start, Trait.ROUTING) else _is_sorting
     for node in list(flow.order)[flow.order[start] + 1 :]:
-        if not any(value in made for value in node.inputs):
+        if not any(value in computed for value in node.inputs):
             continue
         region.append(node)
-        made.update(node.outputs)
-        if not may_stand_inside(flow, node) or any(value.is_graph_output() for value in region[-2].outputs):
+        computed.update(node.outputs)
+        if not may_be_inside(flow, node) or any(value.is_graph_output() for value in region[-2].outputs):
             return None
-        axes = _tokens_in(flow, node.outputs[0])
         inside = set(region)
-        if axes and all(user in inside for value in made - set(node.outputs) for user, _ in value.uses()):
-            return RoutedRegion(nodes=tuple(region), axes=axes)
+        if _result_axes(flow, region) and all(
+            user in inside for value in computed - set(node.outputs) for user, _ in value.uses()
+        ):
+            return tuple(region)
     return None
 
 
-def begins_sorted(flow: TokenFlow, node: ir.Node) -> bool:
-    """Whether a node brings all tokens into another order, or counts them, as where each expert takes its own."""
+def sorts_or_counts(flow: TokenFlow, node: ir.Node) -> bool:
+    """Return whether a node sorts all tokens or counts them, as to group tokens by expert."""
     dtype = flow.shapes[node.outputs[0]].dtype
     return _sorts_all(flow, node) or (node.op_type == "ReduceSum" and dtype is not None and dtype.is_integer())
 
 
-def joined(routed_regions: Collection[RoutedRegion], order: Mapping[ir.Node, int]) -> RoutedRegion | None:
-    """Islands that overlap are one; None where they do not end together."""
-    first, *others = routed_regions
-    if any(other.nodes[-1] is not first.nodes[-1] for other in others):
+def join_regions(flow: TokenFlow, regions: Collection[RoutedRegion]) -> RoutedRegion | None:
+    """Return overlapping regions as one; None if they do not end at the same node."""
+    if len({region[-1] for region in regions}) > 1:
         return None
-    nodes = {node for island in routed_regions for node in island.nodes}
-    return RoutedRegion(nodes=tuple(sorted(nodes, key=lambda node: order[node])), axes=first.axes)
+    return tuple(sorted({node for region in regions for node in region}, key=lambda node: flow.order[node]))
 
 
-def _picked(flow: TokenFlow, node: ir.Node) -> bool:
+def _is_routing(flow: TokenFlow, node: ir.Node) -> bool:
     return has_trait(node, *_INSIDE)
 
 
-def _sorted(flow: TokenFlow, node: ir.Node) -> bool:
-    """Whether a node may stand where tokens are sorted: none that tells the first so many from the others."""
+def _is_sorting(flow: TokenFlow, node: ir.Node) -> bool:
+    """Return whether a node may process sorted tokens: none that separates the first few from the others."""
     if node.op_type == "Slice":
         bounds, shape = slice_bounds(flow.shapes.call(node)), flow.shapes.call(node).fact(0).shape
         return bounds is not None and shape is not None and all(isinstance(shape[axis], int) for axis in bounds[0])
     if has_trait(node, *_LIMITS):
         constants = [small_constant(value) for value in node.inputs]
-        return any(constant is not None and not constant.any() for constant in constants)  # a sign, or whether any
-    return begins_sorted(flow, node) or has_trait(node, *_INSIDE)
+        return any(constant is not None and not constant.any() for constant in constants)  # compares with 0 only
+    return sorts_or_counts(flow, node) or has_trait(node, *_INSIDE)
 
 
 def _sorts_all(flow: TokenFlow, node: ir.Node) -> bool:
@@ -107,61 +95,59 @@ def _sorts_all(flow: TokenFlow, node: ir.Node) -> bool:
     return bool(before and after) and dim.is_equal(before[axis], after[axis]) is True  # type: ignore[index]
 
 
-def _tokens_in(flow: TokenFlow, value: ir.Value) -> Axes:
-    """Where tokens lie in a tensor of that shape: alone on an axis, or behind their batch."""
-    for place, size in enumerate(flow.shapes[value].shape or ()):
+def _result_axes(flow: TokenFlow, region: Sequence[ir.Node]) -> Axes:
+    """Return the sequence axis of a region's result: the length alone, or batch * length."""
+    for place, size in enumerate(flow.shapes[region[-1].outputs[0]].shape or ()):
         for outer in (1, flow.batch):
             if not isinstance(size, int) and dim.is_equal(size, dim.multiply(outer, flow.length)):
                 return (SequenceAxis(place, flow.stream, outer),)
     return ()
 
 
-def record_routed_region(flow: TokenFlow, island: RoutedRegion) -> None:
-    """Note where the tokens are in an island's result.
+def record_routed_region(flow: TokenFlow, region: RoutedRegion) -> None:
+    """Record the sequence axis of a region's result after running the region.
 
     Raises:
-        UnsupportedError: It was not seen to keep them apart.
+        UnsupportedError: A token of the result depends on other tokens, or the region does not run.
     """
-    read = {value for node in island.nodes for value in node.inputs if value is not None}
-    outside = read - {value for node in island.nodes for value in node.outputs}
+    read = {value for node in region for value in node.inputs if value is not None}
+    outside = read - {value for node in region for value in node.outputs}
     context = [value for value in outside if flow.kinds.get(value) is ValueKind.CONTEXT]
     tokens = [value for value in outside if flow.kinds.get(value) is ValueKind.TOKEN]
-    how = _signature(flow, island)
-    if how not in flow.routed_regions.values() and not (
-        all(is_of_new_tokens(flow, value) for value in context) and _keeps_apart(flow, island, tokens)
+    structure = _structure(flow, region)
+    first = region[0].outputs[0].name or ""
+    if structure not in flow.routed_regions.values() and not (
+        all(is_of_new_tokens(flow, value) for value in context) and _is_position_wise(flow, region, tokens)
     ):
         raise UnsupportedError(
-            f"{island.nodes[0].op_type}: it picks tokens by what is in them, and was not seen to keep them apart",
-            at=island.nodes[0].outputs[0].name,
-        )
-    flow.routed_regions.update(dict.fromkeys(island.nodes, how))
-    flow.assumed.setdefault(SEEN, island.nodes[0].outputs[0].name or "")
-    flow.axes[island.result] = island.axes
+            f"{region[0].op_type} selects tokens by content, and the result of a token may depend on other tokens",
+            code=Code.MIXES_TOKENS, at=first, expected="results that depend on their own token alone",
+        )  # fmt: skip
+    flow.routed_regions.update(dict.fromkeys(region, structure))
+    flow.assumed.setdefault(ROUTING_IS_POSITION_WISE, first)
+    flow.axes[region[-1].outputs[0]] = _result_axes(flow, region)
 
 
-def _keeps_apart(flow: TokenFlow, island: RoutedRegion, tokens: Sequence[ir.Value]) -> bool:
-    """Whether rows of the result depend on nothing but the rows of the same tokens, in whatever text they stand."""
-    sources = _sources(flow, tokens)
+def _is_position_wise(flow: TokenFlow, region: RoutedRegion, tokens: Sequence[ir.Value]) -> bool:
+    """Return whether the result of each token is the same in every text that contains the token."""
+    sources = _float_sources(flow, tokens)
     if sources is None:
         return False
+    result = region[-1].outputs[0]
+
+    def run(text: Sequence[int]) -> np.ndarray:
+        return sequence_last(runner.run(len(text), tokens=np.array(text))[0], _result_axes(flow, region), len(text))
+
     try:
-        experiment = SubgraphRunner(
-            flow=flow, inputs=flow.inputs, opsets=flow.opsets, outputs=[island.result], stand_ins=frozenset(sources)
-        )
-        whole = _rows(experiment, island, range(_PLACES))
-        texts = [(text, _rows(experiment, island, text)) for text in _TEXTS]
-    except Exception:  # whatever onnxruntime says: it was not seen
+        runner = SubgraphRunner(flow, [result], probed=sources, assumptions=flow.assumed)
+        whole = run(range(_TOKENS))
+        return bool(np.ptp(whole) > 0) and all(is_close(whole[..., list(text)], run(text)) for text in _TEXTS)
+    except Exception:  # whatever onnxruntime raises
         return False
-    return bool(np.ptp(whole) > 0) and all(close(whole[..., list(text)], rows) for text, rows in texts)
 
 
-def _rows(experiment: SubgraphRunner, island: RoutedRegion, places: Sequence[int]) -> np.ndarray:
-    array = experiment.run(len(places), all_seen, places=np.array(places))[0]
-    return unfolded(array, island.axes, len(places))
-
-
-def _sources(flow: TokenFlow, tokens: Sequence[ir.Value]) -> list[ir.Value] | None:
-    """Tensors of floats from which what an island reads is made; None where there are none, or they are no stream's."""
+def _float_sources(flow: TokenFlow, tokens: Sequence[ir.Value]) -> list[ir.Value] | None:
+    """Return the float tensors that token data is computed from; None if one has no sequence axis of length S."""
     found: list[ir.Value] = []
     pending = list(tokens)
     while pending:
@@ -169,7 +155,7 @@ def _sources(flow: TokenFlow, tokens: Sequence[ir.Value]) -> list[ir.Value] | No
         if value in found or flow.kinds.get(value) is not ValueKind.TOKEN:
             continue
         node = value.producer()
-        if not _is_float(flow, value) or _counts(flow, node):
+        if not _is_float(flow, value) or _is_made_of_integers(flow, node):
             if node is None or node in flow.routed_regions:
                 return None
             pending += [source for source in node.inputs if source is not None]
@@ -186,8 +172,8 @@ def _is_float(flow: TokenFlow, value: ir.Value) -> bool:
     return dtype is not None and dtype.is_floating_point()
 
 
-def _counts(flow: TokenFlow, node: ir.Node | None) -> bool:
-    """Whether what a node makes is floats in name only: made of whole numbers, such as which expert takes a token."""
+def _is_made_of_integers(flow: TokenFlow, node: ir.Node | None) -> bool:
+    """Return whether a node computes from integer token data alone, such as the expert of each token."""
     tokens = [
         value
         for value in (node.inputs if node else ())
@@ -196,23 +182,18 @@ def _counts(flow: TokenFlow, node: ir.Node | None) -> bool:
     return bool(tokens) and not any(_is_float(flow, value) for value in tokens)
 
 
-def _signature(flow: TokenFlow, island: RoutedRegion) -> Hashable:
-    """The same for routed_regions that compute the same, of other weights."""
-    numbers: dict[ir.Value, int] = {}
-    steps: list[Hashable] = []
+def _structure(flow: TokenFlow, region: RoutedRegion) -> Hashable:
+    """Return a key that is equal for regions which compute the same from other weights."""
+    inside = set(region)
 
-    def name(value: ir.Value | None) -> Hashable:
-        if value is None or value in numbers:
-            return numbers[value] if value is not None else None
+    def leaf(value: ir.Value) -> Hashable | None:
+        if value.producer() in inside:
+            return None
         constant = small_constant(value)
         if constant is not None and constant.dtype.kind in "iub":
             return constant.shape, constant.tobytes()
         shape = flow.shapes[value].shape if flow.kinds.get(value) or constant_tensor(value) is not None else None
         return flow.kinds.get(value), str(shape)
 
-    for node in island.nodes:
-        attributes = tuple(sorted((key, repr(attribute.value)) for key, attribute in node.attributes.items()))
-        steps.append((node.op_type, attributes, tuple(name(value) for value in node.inputs)))
-        for value in node.outputs:
-            numbers[value] = len(numbers)
-    return tuple(steps)
+    keys: dict[Hashable, int] = {}
+    return ValueNumbering(leaf, keys=keys)[region[-1].outputs[0]], *keys

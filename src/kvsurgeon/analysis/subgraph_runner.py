@@ -1,276 +1,271 @@
-"""Run a piece of a graph without its weights: what context computes can be looked at, not only reasoned about.
+"""Subgraph runner: execute the nodes between some values in onnxruntime, without reading weights.
 
-Numbers that follow from shapes are fed, weights are replaced by noise of their shape, and token data by noise too.
-bfloat16 is run as float32, because runtimes lack kernels for it.
+The numbers that follow from shapes are fed, and so are weights and token data, as synthetic values. bfloat16 is run as
+float32, because runtimes lack kernels for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxruntime
 
+from kvsurgeon.analysis.mask_patterns import MaskPattern, unmasked
 from kvsurgeon.analysis.probe_inputs import (
     at_length,
     batch_axis,
-    evaluated,
-    is_decided,
-    mask,
-    noise,
-    runs_as,
-    side_by_side,
-    type_run_as,
+    evaluate,
+    follows_from_length,
+    join_sequences,
+    mask_input,
+    run_dtype,
+    synthetic_values,
 )
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.value_kinds import ValueKind
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, is_weight
+from kvsurgeon.graph.execution import InputType, build_model, initializer, open_session
+from kvsurgeon.graph.query import downstream, upstream
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
-from kvsurgeon.symbolic.dimension import BATCH, Dimension
+from kvsurgeon.symbolic.dimension import BATCH
 
-COUNTS_UP = "positions that are given count up from token to token"
-INT64 = ir.DataType.INT64
-LARGEST_NOISE = 1 << 24  # elements of a weight that is replaced by noise
+POSITIONS_COUNT_UP = "position inputs count up by one from token to token"
+MAX_WEIGHT_SIZE = 1 << 24  # elements of a weight that is replaced by synthetic values
 
-
-Feed = Callable[[int], np.ndarray]  # of the length
+Feed = Callable[[int], np.ndarray]  # length -> array
 
 
-@dataclass(kw_only=True)
 class SubgraphRunner:
-    """A piece of a graph that ends in some values, and everything it must be fed.
+    """Computes some values of a graph on probe inputs.
+
+    Args:
+        flow: The token flow of the graph.
+        outputs: The values to compute.
+        probed: Token values that are fed with synthetic values instead of being computed.
+        stops: Nodes below which nothing is computed from `probed`.
+        assumptions: Receives the statements that the results rest on, each with the name of the value it is about.
 
     Attributes:
-        outputs: The values to look at.
-        stand_ins: Token values that are fed with noise, each with its axes, instead of being computed.
-        stops: Nodes beyond which nothing is computed from stand-ins.
+        probed: The token values that are fed, without those that are made of positions alone.
+        masks: The graph inputs that mask tokens.
+        feeds: For each input of the subgraph, by name: its array at a length.
+
+    Raises:
+        UnsupportedError: The values cannot be computed without weights.
     """
 
-    flow: TokenFlow
-    inputs: Sequence[InputRole]
-    opsets: Mapping[str, int]
-    outputs: Sequence[ir.Value]
-    stand_ins: frozenset[ir.Value] = frozenset()
-    stops: frozenset[ir.Node] = frozenset()
-    nodes: list[ir.Node] = field(default_factory=list, init=False)
-    feeds: dict[str, Feed] = field(default_factory=dict, init=False)
-    masks: list[InputRole] = field(default_factory=list, init=False)
-    _types: dict[str, tuple[int, int]] = field(default_factory=dict, init=False)
-    _initializers: list[onnx.TensorProto] = field(default_factory=list, init=False)
-
-    def __post_init__(self) -> None:
-        self._given = {given.value: given for given in self.inputs}
-        self.stand_ins = frozenset(value for value in self.stand_ins if not self._holds_places(value))
-        self._computed = downstream(self.stand_ins, self.stops)
-        self._collect()
-        self._session = self._open()
+    def __init__(
+        self,
+        flow: TokenFlow,
+        outputs: Sequence[ir.Value],
+        *,
+        probed: Iterable[ir.Value] = (),
+        stops: Collection[ir.Node] = (),
+        assumptions: dict[str, str] | None = None,
+    ) -> None:
+        self.flow = flow
+        self.outputs = outputs
+        self.masks: list[InputRole] = []
+        self.feeds: dict[str, Feed] = {}
+        self._assumptions = {} if assumptions is None else assumptions
+        self._roles = {given.value: given for given in flow.inputs}
+        self._types: dict[str, InputType] = {}
+        self._initializers: list[onnx.TensorProto] = []
+        self.probed = frozenset(value for value in probed if not self._is_made_of_positions(value))
+        self._computed = set(downstream(self.probed, stop=lambda node: node in stops))
+        self._fed: set[ir.Value] = set()
+        try:
+            nodes = [_without_bfloat16(ir.to_proto(node)) for node in self._nodes()]
+            model = build_model(
+                nodes, inputs=self._types, outputs=[value.name for value in outputs], opsets=flow.opsets,
+                initializers=self._initializers,
+            )  # fmt: skip
+            self._session = open_session(model)
+        except UnsupportedError:
+            raise
+        except Exception as error:
+            raise _not_runnable(outputs[0], error) from error
 
     @property
-    def maskable_rows(self) -> tuple[int, ...]:
-        """The sequences of the batch that an input can mask while the other is not."""
+    def maskable_sequences(self) -> tuple[int, ...]:
+        """Indices of the two sequences if an input can mask tokens of one of them alone."""
         return (0, 1) if any(BATCH in given.dimensions and given.lengths for given in self.masks) else ()
 
-    def _collect(self) -> None:
-        seen: set[ir.Value | ir.Node] = set()
-        pending = list(self.outputs)
-        while pending:
-            value = pending.pop()
-            if value in seen:
-                continue
-            seen.add(value)
-            if self._is_leaf(value):
-                continue
-            node = value.producer()
-            if node is None:
-                raise UnsupportedError("a value is made outside the graph", at=value.name)
-            if node not in seen:
-                seen.add(node)
-                self.nodes.append(node)
-                pending += [source for source in node.inputs if source is not None]
-        self.nodes.sort(key=lambda node: self.flow.order[node])
+    def _nodes(self) -> list[ir.Node]:
+        """Return the nodes to execute, in order, after adding a feed for each value that is not computed."""
+        nodes: list[ir.Node] = []
+        for value in upstream(self.outputs, stop=lambda value: value in self._fed, inputs=lambda node: node.inputs):
+            if self._feed_value(value):
+                self._fed.add(value)
+            elif (node := value.producer()) is not None:
+                nodes.append(node)
+            else:
+                raise UnsupportedError("the subgraph reads a value of an outer graph", at=value.name)
+        return sorted(dict.fromkeys(nodes), key=lambda node: self.flow.order[node])
 
-    def _is_leaf(self, value: ir.Value) -> bool:
-        fact = self.flow.shapes[value]
-        if value in self.stand_ins:
-            self._feed(value, fact.dtype, fact.shape, self._noise(value, fact.shape, fact.dtype))
+    def _feed_value(self, value: ir.Value) -> bool:
+        """Add a feed for a value; False if it must be computed."""
+        fact, role, name = self.flow.shapes[value], self._roles.get(value), value.name or ""
+        if value in self.probed:
+            self._add_synthetic(value)
         elif constant_tensor(value) is not None:
-            self._constant(value)
-        elif value in self._given and self._given[value].holds_places:
-            self._places(self._given[value])
-        elif value in self._given:
-            self.masks.append(self._given[value])
-            self._types[value.name or ""] = (int(value.dtype or 1), len(self._given[value].dimensions))
-        elif fact.value is not None and fact.dtype is not None and is_decided(fact.value):
-            numbers, dtype = fact.value, fact.dtype
-            self._feed(value, dtype, numbers.shape, lambda length: evaluated(numbers, length).astype(runs_as(dtype)))
+            self._add_constant(value)
+        elif role is not None and role.holds_places:
+            self._assumptions.setdefault(POSITIONS_COUNT_UP, name)
+            self._add_feed(value, value.dtype, len(role.dimensions), partial(_positions, role))
+        elif role is not None:
+            self.masks.append(role)
+            self._types[name] = (value.dtype or ir.DataType.FLOAT, len(role.dimensions))
+        elif fact.value is not None and fact.dtype is not None and follows_from_length(fact.value):
+            numbers, dtype = fact.value, run_dtype(fact.dtype).numpy()
+            self._add_feed(value, fact.dtype, numbers.ndim, lambda length: evaluate(numbers, length).astype(dtype))
         elif (
             self.flow.kinds.get(value) is ValueKind.TOKEN
             and value not in self._computed
-            and not self._holds_places(value)
+            and not self._is_made_of_positions(value)
         ):
-            self._feed(value, fact.dtype, fact.shape, self._noise(value, fact.shape, fact.dtype))
+            self._add_synthetic(value)
         else:
             return False
         return True
 
-    def _holds_places(self, value: ir.Value) -> bool:
-        """Whether what is said of tokens is made of nothing but the places that are given."""
-        if value in self._given:
-            return self._given[value].holds_places
+    def _is_made_of_positions(self, value: ir.Value) -> bool:
+        """Return whether token data is computed from position inputs alone."""
+        if value in self._roles:
+            return self._roles[value].holds_places
         node = value.producer()
         if node is None or has_trait(node, Trait.PRODUCT, Trait.LOOKUP):
             return False
         tokens = [
             source for source in node.inputs if source is not None and self.flow.kinds.get(source) is ValueKind.TOKEN
         ]
-        return bool(tokens) and all(self._holds_places(source) for source in tokens)
+        return bool(tokens) and all(self._is_made_of_positions(source) for source in tokens)
 
-    def _places(self, given: InputRole) -> None:
-        """Places count up from 0."""
-        self.flow.assumed.setdefault(COUNTS_UP, given.value.name or "")
-
-        def feed(length: int) -> np.ndarray:
-            sizes = [int(at_length(size, length)) for size in given.dimensions]
-            shape = [length if axis in given.lengths else 1 for axis in range(len(sizes))]
-            return np.broadcast_to(np.arange(length).reshape(shape), sizes).astype(runs_as(given.value.dtype or INT64))
-
-        self._feed(given.value, given.value.dtype, given.dimensions, feed)
-
-    def _constant(self, value: ir.Value) -> None:
+    def _add_constant(self, value: ir.Value) -> None:
         tensor = constant_tensor(value)
         assert tensor is not None
-        name = value.name or ""
-        if not is_weight(tensor) or (tensor.size <= LARGEST_NOISE and not isinstance(tensor, ir.ExternalTensor)):
-            array = np.asarray(tensor.numpy())
+        if not is_weight(tensor) or (tensor.size <= MAX_WEIGHT_SIZE and not isinstance(tensor, ir.ExternalTensor)):
             if tensor.dtype is ir.DataType.BFLOAT16:
-                array = array.astype(np.float32)
-            proto = ir.to_proto(ir.Tensor(array, name=name)) if tensor.dtype is not ir.DataType.STRING else None
-            if proto is not None:
-                self._initializers.append(proto)
-            return
-        if tensor.size > LARGEST_NOISE:
-            raise UnsupportedError("context reads a table too large to be tried with noise", at=name)
-        shape = tuple(tensor.shape.numpy())
-        self._feed(value, tensor.dtype, shape, self._noise(value, shape, tensor.dtype))
+                tensor = ir.Tensor(np.asarray(tensor.numpy()).astype(np.float32))
+            if tensor.dtype is not ir.DataType.STRING:
+                self._initializers.append(initializer(value.name, tensor))
+        elif tensor.size > MAX_WEIGHT_SIZE:
+            raise UnsupportedError(
+                "context reads a table that is too large to run with synthetic values",
+                code=Code.CONTEXT_NOT_RUNNABLE, at=value.name, expected=f"at most {MAX_WEIGHT_SIZE} elements",
+                found=str(tensor.size),
+            )  # fmt: skip
+        else:
+            self._add_synthetic(value)
 
-    def _feed(self, value: ir.Value, dtype: ir.DataType | None, shape: Sequence[Any] | None, feed: Feed) -> None:
-        if dtype is None or shape is None:
-            raise UnsupportedError("the type of a value is unknown", at=value.name)
+    def _add_synthetic(self, value: ir.Value) -> None:
+        shape = self.flow.shapes[value].shape
+        if shape is None:
+            raise UnsupportedError("the rank of a tensor is unknown", code=Code.UNTRACEABLE_SEQUENCE, at=value.name)
+        self._add_feed(
+            value, self.flow.shapes[value].dtype, len(shape), lambda length: self._synthetic(value, np.arange(length))
+        )
+
+    def _synthetic(self, value: ir.Value, tokens: np.ndarray) -> np.ndarray:
+        """Return synthetic values for tokens with these numbers."""
+        fact = self.flow.shapes[value]
+        sizes = [int(at_length(size, len(tokens))) for size in fact.shape or ()]
+        return synthetic_values(sizes, self.flow.axes.get(value, ()), tokens, fact.dtype)
+
+    def _add_feed(self, value: ir.Value, dtype: ir.DataType | None, rank: int, feed: Feed) -> None:
+        if dtype is None:
+            raise UnsupportedError("the type of a tensor is unknown", code=Code.UNTRACEABLE_SEQUENCE, at=value.name)
         self.feeds[value.name or ""] = feed
-        self._types[value.name or ""] = (type_run_as(dtype), len(shape))
-
-    def _noise(
-        self, value: ir.Value, shape: Sequence[Dimension] | None, dtype: ir.DataType | None,
-        places: np.ndarray | None = None,
-    ) -> Feed:  # fmt: skip
-        """Noise that is the same for the same tokens, whatever the length."""
-        axes = self.flow.axes.get(value, ())
-
-        def feed(length: int) -> np.ndarray:
-            sizes = [int(at_length(size, length)) for size in shape or ()]
-            return noise(sizes, axes, np.arange(length) if places is None else places, dtype)
-
-        return feed
-
-    def _open(self) -> onnxruntime.InferenceSession:
-        graph = onnx.GraphProto(name="experiment")
-        for node in self.nodes:
-            proto = ir.to_proto(node)
-            for attribute in proto.attribute:
-                if attribute.name in ("to", "dtype") and attribute.i == onnx.TensorProto.BFLOAT16:
-                    attribute.i = onnx.TensorProto.FLOAT
-                if attribute.HasField("t") and attribute.t.data_type == onnx.TensorProto.BFLOAT16:
-                    array = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
-                    attribute.t.CopyFrom(onnx.numpy_helper.from_array(array))
-            proto.output[:] = [
-                f"{name}.computed" if name in self._types else name for name in proto.output
-            ]  # it is fed
-            graph.node.append(proto)
-        graph.initializer.extend(self._initializers)
-        for name, (dtype, rank) in self._types.items():
-            graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, [None] * rank))
-        for value in self.outputs:
-            graph.output.append(onnx.ValueInfoProto(name=value.name))
-        opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in self.opsets.items()]
-        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self._types[value.name or ""] = (run_dtype(dtype), rank)
 
     def run(
         self,
         length: int,
-        seen: Callable[[int], np.ndarray],
+        mask: MaskPattern = unmasked,
         *,
-        through: InputRole | None = None,
-        row: int | None = None,
-        loudness: float = 1.0,
-        places: np.ndarray | None = None,
-        beside: np.ndarray | None = None,
+        only_input: InputRole | None = None,
+        only_sequence: int | None = None,
+        scale: float = 1.0,
+        tokens: np.ndarray | None = None,
+        second_tokens: np.ndarray | None = None,
     ) -> list[np.ndarray]:
-        """Return the outputs for two sequences of that length.
+        """Return the outputs for a batch of two sequences.
 
         Args:
-            length: Number of tokens.
-            seen: Which tokens are seen, for inputs that are given for all tokens so far: [length] of bool.
-            through: The one input that says so; all of them where none is named.
-            row: The one sequence of which it says so; both where none is given.
-            loudness: What the noise in place of stand-ins is multiplied with.
-            places: The place that each token's noise belongs to, where it is not its own: [length].
-            beside: The same for the second sequence, where it is another one.
+            length: Number of tokens of each sequence.
+            mask: The tokens that the mask inputs mask.
+            only_input: The only mask input that masks them; None for all.
+            only_sequence: Index of the only sequence that is masked; None for both.
+            scale: Factor on the synthetic values of `probed`.
+            tokens: [length], the number of the token at each position; 0, 1, 2, ... by default.
+            second_tokens: [length], the same for the second sequence if it differs from the first.
+
+        Raises:
+            UnsupportedError: The subgraph does not run, or a shape is not the inferred one.
         """
-        feeds = {name: np.asarray(feed(length)) for name, feed in self.feeds.items()}
-        if places is not None:
-            for value in self.stand_ins:
-                fact = self.flow.shapes[value]
-                mine = self._noise(value, fact.shape, fact.dtype, places)(length)
-                theirs = mine if beside is None else self._noise(value, fact.shape, fact.dtype, beside)(length)
-                feeds[value.name or ""] = side_by_side(mine, theirs, batch_axis(fact.shape))
-        if loudness != 1.0:
-            for value in self.stand_ins:
-                array = feeds[value.name or ""]
-                feeds[value.name or ""] = (array * loudness).astype(array.dtype)
-        for given in self.masks:
-            here = seen(length) if through in (None, given) else np.ones(length, dtype=bool)
-            feeds[given.value.name or ""] = mask(given, here, row)
-        arrays = [np.asarray(array) for array in self._session.run(None, feeds)]
+        try:
+            feeds = self._probed_feeds(length, scale, tokens, second_tokens)
+            for given in self.masks:
+                visible = mask(length) if only_input in (None, given) else np.ones(length, dtype=bool)
+                feeds[given.value.name or ""] = mask_input(given, visible, only_sequence)
+            arrays = [np.asarray(array) for array in self._session.run(None, feeds)]
+        except Exception as error:
+            raise _not_runnable(self.outputs[0], error) from error
         for value, array in zip(self.outputs, arrays, strict=True):
             self._check_shape(value, array, length)
         return arrays
 
-    def _check_shape(self, value: ir.Value, array: np.ndarray, length: int) -> None:
-        """Hold what was inferred against what ran.
+    def _probed_feeds(
+        self, length: int, scale: float, tokens: np.ndarray | None, second_tokens: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        feeds = {name: np.asarray(feed(length)) for name, feed in self.feeds.items()}
+        for value in self.probed if tokens is not None or scale != 1.0 else ():
+            array = feeds[value.name or ""]
+            if tokens is not None:
+                array = self._synthetic(value, tokens)
+                second = array if second_tokens is None else self._synthetic(value, second_tokens)
+                array = join_sequences(array, second, batch_axis(self.flow.shapes[value].shape))
+            feeds[value.name or ""] = array if scale == 1.0 else (array * scale).astype(array.dtype)
+        return feeds
 
-        Raises:
-            UnsupportedError: They differ, so nothing that rests on it can be trusted.
-        """
+    def _check_shape(self, value: ir.Value, array: np.ndarray, length: int) -> None:
         sizes = [at_length(size, length) for size in self.flow.shapes[value].shape or ()]
-        known = [isinstance(size, int) for size in sizes]
         if len(sizes) != array.ndim or any(
-            k and size != real for k, size, real in zip(known, sizes, array.shape, strict=True)
+            isinstance(size, int) and size != actual for size, actual in zip(sizes, array.shape, strict=True)
         ):
             raise UnsupportedError(
-                "what was inferred of a shape is not what runs", at=value.name,
-                expected=str(sizes), found=str(list(array.shape)),
+                "a tensor does not have the inferred shape when it is computed", code=Code.INCONSISTENT_SHAPES,
+                at=value.name, expected=str(sizes), found=str(list(array.shape)),
             )  # fmt: skip
 
 
-def downstream(values: Iterable[ir.Value], stops: Collection[ir.Node] = ()) -> frozenset[ir.Value]:
-    """Return every value that depends on one of these, up to the nodes at which to stop."""
-    found: set[ir.Value] = set()
-    pending = list(values)
-    while pending:
-        for node, _ in pending.pop().uses():
-            fresh = [] if node in stops else [value for value in node.outputs if value not in found]
-            found.update(fresh)
-            pending += fresh
-    return frozenset(found)
+def _positions(role: InputRole, length: int) -> np.ndarray:
+    """Return the array for a position input: 0, 1, 2, ..."""
+    sizes = [int(at_length(size, length)) for size in role.dimensions]
+    shape = [length if axis in role.lengths else 1 for axis in range(len(sizes))]
+    dtype: Any = run_dtype(role.value.dtype or ir.DataType.INT64).numpy()
+    return np.broadcast_to(np.arange(length).reshape(shape), sizes).astype(dtype)
+
+
+def _without_bfloat16(node: onnx.NodeProto) -> onnx.NodeProto:
+    for attribute in node.attribute:
+        if attribute.name in ("to", "dtype") and attribute.i == onnx.TensorProto.BFLOAT16:
+            attribute.i = onnx.TensorProto.FLOAT
+        if attribute.HasField("t") and attribute.t.data_type == onnx.TensorProto.BFLOAT16:
+            array = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
+            attribute.t.CopyFrom(onnx.numpy_helper.from_array(array))
+    return node
+
+
+def _not_runnable(value: ir.Value, error: Exception) -> UnsupportedError:
+    return UnsupportedError(
+        "cannot run the context, so causality cannot be checked",
+        code=Code.CONTEXT_NOT_RUNNABLE, at=value.name, found=" ".join(str(error).split())[:200],
+    )  # fmt: skip

@@ -44,7 +44,7 @@ def decoder_facts(analysis: Analysis, proof: Proof) -> Decoder:
             f"context of a position does not depend on the number of later tokens (context run at lengths {lengths})",
         ),
         states=tuple(map(_cache_point, analysis.states)),
-        assumed=tuple(f"{assumption} (first at `{name}`)" for assumption, name in analysis.flow.assumed.items()),
+        assumed=tuple(f"{assumption} (first at `{name}`)" for assumption, name in proof.assumptions.items()),
     )
 
 
@@ -86,7 +86,7 @@ def _attentions(analysis: Analysis, proof: Proof) -> Iterator[Attention]:
             value_head_dim=counts.value_dim,
             scale=scale,
             softcap=softcap,
-            mask=read_mask(proof.seen[layer]),
+            mask=read_mask(proof.patterns[layer]),
             rotary_dim=_rotary_dim(flow, key.place, counts.head_dim),
             head_repetition=(*_head_repetition(flow, key.place), *_head_repetition(flow, value.place)),
             query=projections[0],

@@ -7,16 +7,16 @@ from dataclasses import replace
 import numpy as np
 
 from kvsurgeon.anatomy.facts import Mask
-from kvsurgeon.proof.attention_pattern import SEEN
-from kvsurgeon.proof.causality import AttentionPattern
+from kvsurgeon.proof.attention_pattern import MIN_WEIGHT, AttentionPattern
 
 
 def read_mask(pattern: AttentionPattern) -> Mask:
     """Return the mask of an attention layer from its measured attention pattern."""
-    weights = pattern.weights if pattern.flat is None else pattern.flat
-    # Not > SEEN: a steep bias leaves visible keys a small weight.
+    weights = pattern.weights if pattern.uniform_weights is None else pattern.uniform_weights
+    # Not > MIN_WEIGHT: a steep bias leaves visible keys a small weight.
     visible = (weights != 0).reshape(-1, *weights.shape[-2:]).any(axis=0)
-    padding = pattern.padded is not None and bool((np.abs(pattern.padded[..., 2:, :2]) <= SEEN).all())
+    padded = pattern.padded_weights
+    padding = padded is not None and bool((np.abs(padded[..., 2:, :2]) <= MIN_WEIGHT).all())
     return replace(_structure(visible), padding=padding, bias=_has_bias(pattern))
 
 
@@ -39,9 +39,9 @@ def _structure(visible: np.ndarray) -> Mask:
 
 def _has_bias(pattern: AttentionPattern) -> bool:
     """Whether equal scores give unequal weights to the visible keys of a query."""
-    if pattern.flat is None:
+    if pattern.uniform_weights is None:
         return False
-    weights = pattern.flat.reshape(-1, *pattern.flat.shape[-2:])
+    weights = pattern.uniform_weights.reshape(-1, *pattern.uniform_weights.shape[-2:])
     largest = weights.max(axis=-1)
-    smallest = np.where(weights > SEEN, weights, np.inf).min(axis=-1)
+    smallest = np.where(weights > MIN_WEIGHT, weights, np.inf).min(axis=-1)
     return bool((smallest < (1 - 1e-3) * largest).any())

@@ -10,7 +10,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis, CachedOperand
-from kvsurgeon.analysis.cache_points import CachePoint, bottlenecks, choose
+from kvsurgeon.analysis.cache_points import CachePoint, bottlenecks, choose_cache_point
 from kvsurgeon.analysis.token_flow import Place
 from kvsurgeon.cache.layout import Layout, layouts_of
 from kvsurgeon.cache.length_inputs import Tally
@@ -130,5 +130,5 @@ def _places(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int,
         layer += any([take(layer, kind, one.place, one.memory) for kind, operands in parts for one in operands])
     state = 0
     for place in (place for recall in analysis.flow.states for place in recall.places):
-        state += take(state, "state", place, choose(analysis.flow, place))
+        state += take(state, "state", place, choose_cache_point(analysis.flow, place))
     return places

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.analysis.cache_points import CachePoint, describe
+from kvsurgeon.analysis.cache_points import CachePoint, cache_point_of
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.fusion.context import FusionContext, Sizes
 from kvsurgeon.fusion.score_path import MOVES
@@ -34,7 +34,7 @@ class HiddenLayout:
                 break
             if self._is_by_token(value):
                 return self._reshape(value, self.context.token_sizes(value), self._hidden(point), point.dtype)
-            point = describe(self.context.flow, value) or point
+            point = cache_point_of(self.context.flow, value) or point
         parts, heads = self._parts(point), self._heads(point)
         value = self._reshape(point.value, self.context.token_sizes(point.value), parts, point.dtype)
         ordered = tuple(parts[place] for place in point.order)
@@ -113,7 +113,7 @@ class HiddenLayout:
 
     def _is_by_token(self, value: ir.Value) -> bool:
         """Return whether a tensor is [batch, sequence, ...]."""
-        found = describe(self.context.flow, value)
+        found = cache_point_of(self.context.flow, value)
         if found is None:
             return False
         sequence, batch = found.parts.index(None), found.order[0] if found.batch != 1 else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis, AttentionSite, CachedOperand
-from kvsurgeon.analysis.cache_points import CachePoint, describe
+from kvsurgeon.analysis.cache_points import CachePoint, cache_point_of
 from kvsurgeon.analysis.token_flow import FusedAttention, TokenFlow
 from kvsurgeon.anatomy.scales import number_of
 from kvsurgeon.errors import Code, UnsupportedError
@@ -176,13 +176,13 @@ class _Matcher:
             if number is None:
                 break
             value, factor = tokens[0], factor * number
-            point = None if value is None else describe(self.flow, value)
+            point = None if value is None else cache_point_of(self.flow, value)
             if point is not None and (point.heads, point.head_dim) == (found.heads, found.head_dim):
                 found, scale = point, factor
         return found, scale
 
     def _describe(self, value: ir.Value | None, heads: int = 1) -> CachePoint:
-        found = None if value is None else describe(self.flow, value, heads)
+        found = None if value is None else cache_point_of(self.flow, value, heads)
         if found is None:
             raise UnsupportedError(
                 "cannot tell heads from features", code=Code.UNTRACEABLE_HEADS, at=getattr(value, "name", None)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 
 import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.cache_points import CachePoint
-from kvsurgeon.analysis.mask_patterns import Pattern, all_seen, left_padded, unfolded, with_holes
+from kvsurgeon.analysis.mask_patterns import MaskPattern, left_padded, sequence_last, unmasked, with_gaps
 from kvsurgeon.analysis.probe_inputs import at_length
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.fusion.match import FusionMatch
-from kvsurgeon.proof.causality import beside_weights
+from kvsurgeon.proof.causality import other_reductions
 from kvsurgeon.proof.length_sweep import LengthSweep
-from kvsurgeon.proof.structural_hash import StructuralHash
+from kvsurgeon.proof.proof import Proof
+from kvsurgeon.proof.site_numbering import number_site
 
 LONGEST = 160  # tokens; the products of all heads are run, not only masks
 TOLERANCE = {"float32": 2e-4, "float16": 2e-2}  # relative to the largest element; random scores are in the hundreds
@@ -24,9 +25,9 @@ TOLERANCE = {"float32": 2e-4, "float16": 2e-2}  # relative to the largest elemen
 class NumericCheck:
     """Runs attention sites on random queries, keys and values, and compares with the fused operator's formula."""
 
-    def __init__(self, analysis: Analysis) -> None:
-        self.sweep = LengthSweep(analysis)
-        self.hashes = StructuralHash(analysis)
+    def __init__(self, analysis: Analysis, proof: Proof) -> None:
+        self.sweep = LengthSweep(analysis, proof.bounds)
+        self._keys: dict[Hashable, int] = {}
         self._checked: set[object] = set()
 
     def check(self, match: FusionMatch) -> None:
@@ -36,7 +37,8 @@ class NumericCheck:
             UnsupportedError: The results differ.
         """
         layouts = ((one.parts, one.order, one.rank) for one in (match.query, match.key, match.value, match.result))
-        structure = self.hashes.of(match.site, beside_weights(self.sweep, match.site))
+        reductions = other_reductions(self.sweep, match.site)
+        structure = number_site(self.sweep.analysis, match.site, reductions, self._keys)
         key = structure, match.path.scale, match.path.softcap, *layouts
         if key in self._checked:
             return
@@ -44,30 +46,31 @@ class NumericCheck:
         bias = None
         if match.path.masked is not None:
             bias = self._runner([match.path.masked], [] if match.scores is None else [match.scores])
-        lengths = [length for length in self.sweep.dense(match.site) if length <= LONGEST]
-        patterns = [all_seen, left_padded, with_holes] if attention.masks else [all_seen]
+        lengths = [length for length in self.sweep.attention_lengths(match.site) if length <= LONGEST]
+        masks = [unmasked, left_padded, with_gaps] if attention.masks else [unmasked]
         for length in lengths or [min(self.sweep.lengths)]:
-            for pattern in patterns:
-                self._compare(match, attention, bias, length, pattern)
+            for mask in masks:
+                self._compare(match, attention, bias, length, mask)
         self._checked.add(key)
 
     def _runner(self, outputs: list[ir.Value], random: Collection[ir.Value]) -> SubgraphRunner:
-        flow = self.sweep.flow
-        return SubgraphRunner(
-            flow=flow, inputs=self.sweep.analysis.inputs, opsets=dict(flow.opsets), outputs=outputs,
-            stand_ins=frozenset(random),
-        )  # fmt: skip
+        return SubgraphRunner(self.sweep.flow, outputs, probed=random)
 
     def _compare(
-        self, match: FusionMatch, attention: SubgraphRunner, bias: SubgraphRunner | None, length: int, pattern: Pattern
+        self,
+        match: FusionMatch,
+        attention: SubgraphRunner,
+        bias: SubgraphRunner | None,
+        length: int,
+        mask: MaskPattern,
     ) -> None:
-        found = _by_heads(self.sweep.run(attention, length, pattern)[0], match.result, length)
+        found = _by_heads(attention.run(length, mask)[0], match.result, length)
         points = (match.query, match.key, match.value)
         operands = (attention.feeds[one.value.name or ""](length).astype(np.float64) for one in points)
         query, key, value = (_by_heads(array, one, length) for array, one in zip(operands, points, strict=True))
         scores = _scores(match, query, key)
-        expected = _attend(scores + self._bias(match, bias, length, pattern, scores.shape), value)
-        error = float(np.abs(found - expected)[:, :, pattern(length)].max(initial=0.0))
+        expected = _attend(scores + self._bias(match, bias, length, mask, scores.shape), value)
+        error = float(np.abs(found - expected)[:, :, mask(length)].max(initial=0.0))
         tolerance = TOLERANCE.get(str(match.dtype.numpy()), TOLERANCE["float32"])
         if not error <= tolerance * float(np.abs(expected).max(initial=1.0)):
             raise match.unsupported(
@@ -77,17 +80,22 @@ class NumericCheck:
             )
 
     def _bias(
-        self, match: FusionMatch, runner: SubgraphRunner | None, length: int, pattern: Pattern, shape: tuple[int, ...]
+        self,
+        match: FusionMatch,
+        runner: SubgraphRunner | None,
+        length: int,
+        mask: MaskPattern,
+        shape: tuple[int, ...],
     ) -> np.ndarray:
         """Return the input of the softmax for scores of zero, [batch, heads, queries, keys]."""
         if runner is None or match.path.masked is None:
             return np.zeros(shape)
-        made = self.sweep.run(runner, length, pattern, loudness=0.0)[0]
+        made = runner.run(length, mask, scale=0.0)[0]
         if match.scores is None:  # mask of an attention operator, of any rank
             made = np.where(made, 0.0, -np.inf) if made.dtype == bool else made
             return np.broadcast_to(made.astype(np.float64), shape)
         axes = self.sweep.flow.axes[match.path.masked]
-        return np.maximum(unfolded(made, axes, length).astype(np.float64), np.finfo(np.float32).min).reshape(shape)
+        return np.maximum(sequence_last(made, axes, length).astype(np.float64), np.finfo(np.float32).min).reshape(shape)
 
 
 def _scores(match: FusionMatch, query: np.ndarray, key: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import AttentionSite, CachedOperand
-from kvsurgeon.analysis.cache_points import describe
+from kvsurgeon.analysis.cache_points import cache_point_of
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.heads.index_trace import Labels
 from kvsurgeon.ops.table import contraction_of
@@ -38,8 +38,8 @@ def _made(flow: TokenFlow, labels: Labels, operand: CachedOperand) -> int:
     value, fewest = operand.memory.value, operand.memory.elements
     while (node := value.producer()) is not None and labels.keeps_apart(node):
         sources = labels.token_sources(node)
-        before = describe(flow, sources[0]) if len(sources) == 1 else None
-        after = describe(flow, value)
+        before = cache_point_of(flow, sources[0]) if len(sources) == 1 else None
+        after = cache_point_of(flow, value)
         if before is None or after is None:
             break
         if labels.moves(node) and before.elements < after.elements:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis.cache_points import describe
+from kvsurgeon.analysis.cache_points import cache_point_of
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.heads.head_axis import HeadAxis
@@ -50,7 +50,7 @@ def layout_of(flow: TokenFlow, value: ir.Value) -> Layout:
     Raises:
         UnsupportedError: It has no one sequence axis beside a fixed number of features.
     """
-    found = describe(flow, value)
+    found = cache_point_of(flow, value)
     if found is None:
         raise UnsupportedError(
             "heads cannot be followed here", at=value.name,

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import AttentionSite, CachedOperand
-from kvsurgeon.analysis.cache_points import describe
+from kvsurgeon.analysis.cache_points import cache_point_of
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.heads.counts import HeadCounts
@@ -171,7 +171,7 @@ class _Walk:
         return found
 
     def _is_plain(self, value: ir.Value) -> bool:
-        return describe(self.flow, value) is not None
+        return cache_point_of(self.flow, value) is not None
 
     def _unrepeated(self, features: int) -> Way:
         last, count = self.last, self.counts.kv_heads

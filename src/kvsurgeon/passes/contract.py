@@ -80,7 +80,6 @@ class Subject:
         if stages.analysis is None:
             with deep_recursion():
                 stages.analysis = analyze(decomposed.model)
-            stages.analysis.flow.assumed.update(decomposed.assumed)
         return stages.analysis
 
     def proof(self) -> Proof:
@@ -92,7 +91,7 @@ class Subject:
         analysis, stages = self.analysis(), self._current()
         if stages.proof is None:
             with deep_recursion():
-                stages.proof = prove(analysis)
+                stages.proof = prove(analysis, self.decomposed().assumed)
         return stages.proof
 
     def decoder(self) -> Decoder:

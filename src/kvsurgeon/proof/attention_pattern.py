@@ -1,69 +1,76 @@
-"""What matrices of attention weights say: who looks at whom, with some of the tokens masked."""
+"""Attention pattern: which keys the queries of an attention give weight to, with some tokens masked."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvsurgeon.analysis.mask_patterns import close
-from kvsurgeon.symbolic.sequence_axes import Axes
+from kvsurgeon.analysis.mask_patterns import MaskPattern
 
-SEEN = 1e-6  # a weight above this is one that counts
+MIN_WEIGHT = 1e-6  # smaller weights count as 0
 
 
-def gives_to_all(weights: np.ndarray) -> np.ndarray:
-    """[..., query, 1]: queries that give weight to every key, those after them too."""
-    to_all: np.ndarray = (np.abs(weights) > SEEN).all(axis=-1, keepdims=True)
-    to_all[..., -1, :] = False  # which has none after it
+@dataclass(frozen=True, kw_only=True)
+class AttentionPattern:
+    """Which keys the queries of one attention give weight to, measured on probe inputs.
+
+    Attributes:
+        weights: [..., query, key], the attention weights at the longest length.
+        padded_weights: [..., query, key], the same with left padding; None if no input masks tokens.
+        uniform_weights: [..., query, key], the same with equal scores; None if the scores are not probed.
+        leaking: For each mask pattern, [token] of bool: masked queries without a key that attend to later keys.
+        attended: For each mask pattern, [token] of bool: masked keys that other queries attend to.
+        limit: The longest length in tokens up to which the pattern is prefix stable; None if there is no limit.
+    """
+
+    weights: np.ndarray
+    padded_weights: np.ndarray | None = None
+    uniform_weights: np.ndarray | None = None
+    leaking: dict[MaskPattern, np.ndarray] = field(default_factory=dict)
+    attended: dict[MaskPattern, np.ndarray] = field(default_factory=dict)
+    limit: int | None = None
+
+
+def is_attended(weights: np.ndarray) -> np.ndarray:
+    """Return [..., query, key] of bool: whether the query gives weight to the key."""
+    return np.asarray(np.abs(weights) > MIN_WEIGHT)
+
+
+def attends_to_all(weights: np.ndarray) -> np.ndarray:
+    """Return [..., query, 1] of bool: whether the query attends to every key, later ones included."""
+    to_all = np.asarray(is_attended(weights).all(axis=-1, keepdims=True))
+    to_all[..., -1, :] = False  # the last query has no later key
     return to_all
 
 
-def blind(whole: np.ndarray, gives_to_all: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """[..., query, 1]: masked queries that are left no key, so that a softmax of nothing gives weight to everything.
+def queries_without_key(weights: np.ndarray, to_all: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Return [..., query, 1] of bool: masked queries with all keys masked, whose softmax gives weight to every key.
 
-    A query that is not masked has an answer that is read, and no such excuse.
+    Visible queries are excluded, because their results are read.
 
     Args:
-        whole: [..., query, key], the weights where no key is masked by an input.
-        gives_to_all: [..., query, 1]: which give weight to every key where some are masked: they were left none.
-        seen: [key] of bool: which are not masked.
+        weights: [..., query, key], the weights with no token masked.
+        to_all: [..., query, 1] of bool: whether the query attends to all keys with some tokens masked.
+        visible: [key] of bool: whether the key is not masked.
     """
-    left_no_key = ~((np.abs(whole) > SEEN) & seen).any(axis=-1, keepdims=True)
-    blind: np.ndarray = (left_no_key | gives_to_all) & ~seen[:, None]
-    return blind
+    without_key = ~(is_attended(weights) & visible).any(axis=-1, keepdims=True)
+    return np.asarray((without_key | to_all) & ~visible[:, None])
 
 
-def peeking(weights: np.ndarray, blind: np.ndarray) -> np.ndarray:
-    """[query]: those among the blind that give weight to keys after them."""
-    ahead = np.triu(np.abs(np.nan_to_num(weights)), 1) > SEEN
-    peeking: np.ndarray = (ahead & blind).any(axis=-1).reshape(-1, weights.shape[-2]).any(axis=0)
-    return peeking
+def leaking_queries(weights: np.ndarray, without_key: np.ndarray) -> np.ndarray:
+    """Return [query] of bool: queries without a key that attend to a later key."""
+    later = is_attended(np.triu(np.nan_to_num(weights), 1))
+    return np.asarray((later & without_key).any(axis=-1).reshape(-1, weights.shape[-2]).any(axis=0))
 
 
-def looked_at(weights: np.ndarray) -> np.ndarray:
-    """[key]: those that some query gives weight to."""
-    looked_at: np.ndarray = (np.abs(weights) > SEEN).reshape(-1, weights.shape[-1]).any(axis=0)
-    return looked_at
+def attended_keys(weights: np.ndarray) -> np.ndarray:
+    """Return [key] of bool: keys that some query attends to."""
+    return np.asarray(is_attended(weights).reshape(-1, weights.shape[-1]).any(axis=0))
 
 
-def replaced(seen: np.ndarray) -> np.ndarray:
-    """[token]: places of which those of masked tokens are others than their own."""
-    places = np.arange(len(seen))
-    return np.where(seen, places, places + len(seen))
-
-
-def same_for(seen: np.ndarray, axes: Sequence[Axes], mine: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> bool:
-    """Whether unfolded arrays say the same of the tokens that are seen."""
-    for at, one, other in zip(axes, mine, theirs, strict=True):
-        for place in range(1, len(at) + 1):
-            one, other = (array.take(np.flatnonzero(seen), axis=-place) for array in (one, other))
-        if not close(one, other):
-            return False
-    return True
-
-
-def ahead(weights: np.ndarray) -> float:
-    """The largest weight on a key after the query."""
-    future = np.triu(np.ones(weights.shape[-2:], dtype=bool), 1)
-    return float(np.abs(np.where(future, np.nan_to_num(weights), 0.0)).max(initial=0.0))
+def largest_weight_on_later_key(weights: np.ndarray) -> tuple[float, int, int]:
+    """Return the largest weight on a key after the query, the query, and the key."""
+    later = np.abs(np.triu(np.nan_to_num(weights), 1))
+    *_, query, key = np.unravel_index(int(later.argmax()), later.shape)
+    return float(later.max(initial=0.0)), int(query), int(key)

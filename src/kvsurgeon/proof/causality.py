@@ -1,299 +1,325 @@
-"""Obligation (ii): no query gives weight to a key after it, however scores are made into weights."""
+"""Causality of attention: no query gives weight to a later key, however the weights are computed from the scores."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import AttentionSite
 from kvsurgeon.analysis.mask_patterns import (
-    Pattern,
-    all_seen,
-    beside_border,
-    border_of,
-    cut_short,
-    has_border,
+    MaskPattern,
+    first_half,
+    is_close,
+    learned_rows_first,
     left_padded,
-    unfolded,
-    with_holes,
+    sequence_last,
+    unmasked,
+    with_gaps,
 )
-from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.proof import attention_pattern
-from kvsurgeon.proof.length_sweep import USEFUL, LengthSweep, check_same, first
+from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.proof.attention_pattern import (
+    MIN_WEIGHT,
+    AttentionPattern,
+    attended_keys,
+    attends_to_all,
+    is_attended,
+    largest_weight_on_later_key,
+    leaking_queries,
+    queries_without_key,
+)
+from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, prefix
 from kvsurgeon.symbolic.sequence_axes import Axes
 
-LOUD = (30.0, 10.0, 3.0, 1.0)  # times the usual noise: a mask must hold against scores as large as the model can take
+SCALES = (30.0, 10.0, 3.0, 1.0)  # of the probed scores: a mask must hold for the largest that give finite weights
 
-Tokens = dict[Pattern, np.ndarray]  # for each way to mask tokens which of them: [token] of bool
-Read = Callable[[Sequence[np.ndarray], int], np.ndarray]  # outputs and the length -> weights [..., query, key]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionPattern:
-    """Which keys the queries of one attention were seen to give weight to."""
-
-    weights: np.ndarray  # [..., query, key] at the longest length that was tried
-    padded: np.ndarray | None = None  # the same with the first keys masked by an input
-    flat: np.ndarray | None = None  # the same where all scores are equal
-    peeking: Tokens = field(default_factory=dict)  # masked queries left no key, that give weight to keys after them
-    looked_at: Tokens = field(default_factory=dict)  # masked keys that other queries give weight to
-    limit: int | None = None  # the longest length up to which all this holds, where there is one
+ReadWeights = Callable[[Sequence[np.ndarray], int], np.ndarray]  # outputs and length -> weights [..., query, key]
 
 
 def check_causality(
-    trial: LengthSweep, layer: int, head: AttentionSite, beside: Sequence[ir.Value]
+    sweep: LengthSweep, layer: int, site: AttentionSite, reductions: Sequence[ir.Value]
 ) -> AttentionPattern:
-    """Return the weights that an attention was seen to give to keys.
+    """Return the attention pattern of an attention that is causal and prefix stable.
 
     Args:
-        trial: The decoder.
-        layer: Number of the attention, for messages.
-        head: The attention.
-        beside: What else is made of its scores; see `beside_weights`.
+        sweep: The length sweep of the decoder.
+        layer: Index of the attention layer, for messages.
+        site: The attention.
+        reductions: Other values reduced from the scores over keys; see `other_reductions`.
 
     Raises:
-        UnsupportedError: It sees the future, or changes with the number of tokens that follow.
+        UnsupportedError: A query attends to a later key, or the pattern depends on the total length.
     """
-    if head.fused is not None:
-        return _fused(trial, layer, head)
-    seen = None
-    for product in head.products:
-        weights = product.weights_read
-        experiment = trial.experiment([*weights, *beside], head)
-        axes = trial.flow.axes[weights[0]]
-        read = partial(_read_weights, axes=axes)
-        looked = _look(trial, layer, head, experiment, read, beside, weights[0] if has_border(axes) else None)
-        seen = seen or looked
-    assert seen is not None
-    return seen
+    if site.fused is not None:
+        return _check_fused(sweep, layer, site)
+    patterns = []
+    for product in site.products:
+        weights = product.weights_read[0]
+        axes = sweep.flow.axes[weights]
+        probe = AttentionProbe(
+            sweep, layer, site, product.weights_read, partial(_read_weights, axes=axes),
+            reductions=reductions, learned=weights if any(axis.border for axis in axes) else None,
+        )  # fmt: skip
+        patterns.append(probe.check())
+    return patterns[0]
+
+
+def other_reductions(sweep: LengthSweep, site: AttentionSite) -> list[ir.Value]:
+    """Return sums and extrema of the scores over keys that are not weights; they must be masked as weights are."""
+    if site.fused is not None:
+        return []
+    role, nodes = site.products[0].role.root(), site.upstream_of_weights()
+    return [
+        node.outputs[0] for node, keys in sweep.flow.along_keys.items() if keys.root() is role and node not in nodes
+    ]
 
 
 def _read_weights(arrays: Sequence[np.ndarray], length: int, axes: Axes) -> np.ndarray:
-    """The weights, counted from their zero point where they are quantised."""
+    """Return the weights, minus their zero point if they are quantized."""
     weights, *zero_point = arrays
     if zero_point:
         if zero_point[0].size != 1:
             raise UnsupportedError(
-                "attention weights are quantised row by row, so it cannot be seen which of them are 0"
-            )
+                "attention weights are quantized per row, so zero weights cannot be identified",
+                code=Code.CONTEXT_NOT_RUNNABLE, expected="one zero point", found=str(zero_point[0].size),
+            )  # fmt: skip
         weights = weights.astype(np.int64) - zero_point[0].astype(np.int64)
-    return unfolded(weights, axes, length)
+    return sequence_last(weights, axes, length)
 
 
-def _look(
-    trial: LengthSweep, layer: int, head: AttentionSite, experiment: SubgraphRunner, read: Read,
-    beside: Sequence[ir.Value] = (),
-    bordered: ir.Value | None = None,
-) -> AttentionPattern:  # fmt: skip
-    """Run scores into weights, and into what else is made of them, at several lengths and with several masks.
-
-    Weights of rows that are none of a token's, beside the others in `bordered`, are looked at as what else is made.
-    """
-    axes = [trial.flow.axes[value] for value in beside]
-    own = () if bordered is None else trial.flow.axes[bordered]
-    if bordered is not None:
-        beside, axes = [*beside, bordered], [*axes, beside_border(own)]
-    if beside and trial.fixed is not None:
-        raise UnsupportedError(
-            "scores are summed up beside the attention weights, and at a fixed length it cannot be seen whether masked",
-            layer=layer,
-            at=beside[0].name,
-        )
-
-    def look(
-        length: int, seen: Pattern, *, through: InputRole | None = None, row: int | None = None,
-        loudness: float = 1.0, places: np.ndarray | None = None,
-    ) -> list[np.ndarray]:  # fmt: skip
-        arrays = trial.run(experiment, length, seen, through=through, row=row, loudness=loudness, places=places)
-        apart = len(arrays) - len(axes) + bool(own)
-        others = [unfolded(other, at, length) for at, other in zip(axes, arrays[apart:], strict=False)]
-        if own:
-            others.append(border_of(arrays[0], own, length))
-        return [read(arrays[:apart], length), *others]
-
-    found = trial.as_far_as_it_runs(trial.dense(head), lambda length: look(length, all_seen))
-    found, limit = _steady(layer, head, found, beside, axes)
-    longest = max(found)
-    padded = flat = None
-    peeking: Tokens = {}
-    looked_at: Tokens = {}
-    for seen, through in _maskings(experiment):
-        looked = {
-            length: look(length, seen, through=through)[0]
-            for length in found
-            if seen(length).sum() > 1 or length == longest
-        }
-        everywhere = attention_pattern.gives_to_all(looked[longest])
-        blind = {
-            length: attention_pattern.blind(found[length][0], everywhere[..., :length, :], seen(length))
-            for length in looked
-        }
-        masked = {length: np.where(blind[length], 0.0, weights) for length, weights in looked.items()}
-        for length, weights in masked.items():
-            _check_causal(layer, head, weights)
-            check_same(layer, head.at, masked[longest][..., :length, :length], weights)
-        here = seen(longest)
-        peeking[seen] = attention_pattern.peeking(looked[longest], blind[longest]) | peeking.get(seen, False)
-        looked_at[seen] = attention_pattern.looked_at(masked[longest]) & ~here | looked_at.get(seen, False)
-        if beside:
-            others = (
-                look(longest, seen, through=through, places=places)[1:]
-                for places in (None, attention_pattern.replaced(here))
-            )
-            looked_at[seen] |= ~here & (not attention_pattern.same_for(here, axes, *others))
-        padded = padded if padded is not None else masked[longest]
-    changed = [look(longest, with_holes, row=row)[0] != found[longest][0] for row in experiment.maskable_rows]
-    _check_rows(layer, head, changed)
-    if trial.fixed is not None:
-        _check_fixed(layer, head, found[longest][0], look(longest, cut_short)[0] if experiment.masks else None)
-    if experiment.stand_ins:
-        loud = (look(longest, all_seen, loudness=loudness)[0] for loudness in LOUD)
-        _check_causal(layer, head, next(weights for weights in loud if not np.isnan(weights).any()))
-        flat = look(longest, all_seen, loudness=0.0)[0]
-    return AttentionPattern(
-        weights=found[longest][0], padded=padded, flat=flat,
-        peeking=peeking, looked_at=looked_at, limit=limit,
-    )  # fmt: skip
-
-
-def _steady(
-    layer: int,
-    head: AttentionSite,
-    found: dict[int, list[np.ndarray]],
-    beside: Sequence[ir.Value],
-    axes: Sequence[Axes],
-) -> tuple[dict[int, list[np.ndarray]], int | None]:
-    """What was seen at lengths up to which every prefix is the same, and the longest of them if it is not the last.
-
-    Raises:
-        UnsupportedError: They differ, or let a query see ahead, at lengths that matter.
-    """
-    try:
-        _check_steady(layer, head, found, beside, axes)
-    except UnsupportedError as refusal:
-        kept = {length: arrays for length, arrays in found.items() if length < max(found)}
-        if max(kept, default=0) < USEFUL:
-            raise
-        try:
-            kept, limit = _steady(layer, head, kept, beside, axes)
-        except UnsupportedError:
-            raise refusal from None
-        return kept, limit or max(kept)
-    return found, None
-
-
-def _check_steady(
-    layer: int,
-    head: AttentionSite,
-    found: dict[int, list[np.ndarray]],
-    beside: Sequence[ir.Value],
-    axes: Sequence[Axes],
-) -> None:
-    longest = max(found)
-    for weights, *_ in found.values():
-        _check_causal(layer, head, weights)
-    for length, (weights, *others) in found.items():
-        check_same(layer, head.at, found[longest][0][..., :length, :length], weights)
-        for value, at, short, whole in zip(beside, axes, others, found[longest][1:], strict=True):
-            check_same(layer, value, first(whole, at, length), short)
-
-
-def beside_weights(trial: LengthSweep, head: AttentionSite) -> list[ir.Value]:
-    """Sums and extrema over keys that do not become weights: they must be masked as the weights are."""
-    if head.fused is not None:
-        return []
-    role, used = head.products[0].role.root(), head.upstream_of_weights()
-    nodes = [node for node, along in trial.flow.along_keys.items() if along.root() is role and node not in used]
-    return [node.outputs[0] for node in nodes]
-
-
-def _fused(trial: LengthSweep, layer: int, head: AttentionSite) -> AttentionPattern:
-    """A fused operator states its mask outright."""
-    assert head.fused is not None
-    node, causal = head.fused.node, head.fused.causal
-    mask = node.inputs[head.fused.mask] if head.fused.mask is not None else None
+def _check_fused(sweep: LengthSweep, layer: int, site: AttentionSite) -> AttentionPattern:
+    """Check the mask of a fused operator."""
+    assert site.fused is not None
+    node, causal = site.fused.node, site.fused.causal
+    mask = node.inputs[site.fused.mask] if site.fused.mask is not None else None
     if mask is None:
         if not causal:
-            raise _sees_future(layer, head, "no mask")
-        length = max(trial.dense(head))
+            raise _not_causal(layer, site, "it has no mask")
+        length = max(sweep.attention_lengths(site))
         return AttentionPattern(weights=np.tril(np.ones((length, length))))
-    axes = trial.flow.demands.get((node, head.fused.mask or 0), ())
-    experiment = trial.experiment([mask])
-    return _look(
-        trial, layer, head, experiment, lambda arrays, length: _allowed(arrays[0], axes, length, causal=causal)
-    )
+    axes = sweep.flow.demands.get((node, site.fused.mask or 0), ())
+    return AttentionProbe(sweep, layer, site, [mask], partial(_mask_weights, axes=axes, causal=causal)).check()
 
 
-def _allowed(mask: np.ndarray, axes: Axes, length: int, *, causal: bool) -> np.ndarray:
-    """The weights that a fused operator's mask allows."""
-    whole = len(axes) == 2
-    array = unfolded(mask, axes, length) if whole else np.broadcast_to(mask, (*mask.shape[:-2], length, length))
-    weights = array.astype(np.float64)
-    if array.dtype != bool:
+def _mask_weights(arrays: Sequence[np.ndarray], length: int, axes: Axes, *, causal: bool) -> np.ndarray:
+    """Return the weights that a fused operator gives to equal scores under its mask."""
+    (mask,) = arrays
+    if len(axes) == 2:
+        mask = sequence_last(mask, axes, length)
+    else:
+        mask = np.broadcast_to(mask, (*mask.shape[:-2], length, length))
+    weights = mask.astype(np.float64)
+    if mask.dtype != bool:
         weights = np.exp(np.minimum(weights, 0.0))
     return np.tril(weights) if causal else weights
 
 
-def _maskings(experiment: SubgraphRunner) -> list[tuple[Pattern, InputRole | None]]:
-    """Ways to mask tokens: through all inputs that can, and through each of them alone."""
-    if not experiment.masks:
-        return []
-    alone = experiment.masks if len(experiment.masks) > 1 else []
-    return [(left_padded, None), (with_holes, None), *((with_holes, given) for given in alone)]
-
-
-def _check_causal(layer: int, head: AttentionSite, weights: np.ndarray) -> None:
-    if np.isnan(weights).any():
-        raise UnsupportedError("attention weights are not numbers", layer=layer, at=head.at.name)
-    if (ahead := attention_pattern.ahead(weights)) > attention_pattern.SEEN:
-        future = np.abs(weights) * np.triu(np.ones(weights.shape[-2:]), 1)
-        query, key = np.unravel_index(int(future.argmax()), future.shape)[-2:]
-        raise _sees_future(layer, head, f"query {query} gives {ahead:.2g} to key {key}")
-
-
-def _check_fixed(layer: int, head: AttentionSite, weights: np.ndarray, cut: np.ndarray | None) -> None:
-    """Other lengths cannot be run: no query may be without a key, and a mask that ends earlier must change nothing.
+class AttentionProbe:
+    """Computes the weights of one attention, and other reductions of its scores, on probe inputs.
 
     Args:
-        layer: Number of the attention.
-        head: The attention.
-        weights: [..., query, key] where every token is seen.
-        cut: The same where an input masks the second half.
+        sweep: The length sweep of the decoder.
+        layer: Index of the attention layer, for messages.
+        site: The attention.
+        weights: The weights, and their zero point if they are quantized.
+        read: Returns the weights from the computed arrays.
+        reductions: Other values that are reduced from the scores over keys.
+        learned: The weights if they have learned rows, which are compared like other reductions.
     """
-    if not (np.abs(weights) > attention_pattern.SEEN).any(axis=-1).all():
-        raise UnsupportedError(
-            "a query gives no weight to any key, and at a fixed length it cannot be seen whether later keys are why",
-            layer=layer, at=head.at.name,
+
+    def __init__(
+        self, sweep: LengthSweep, layer: int, site: AttentionSite, weights: Sequence[ir.Value], read: ReadWeights,
+        *, reductions: Sequence[ir.Value] = (), learned: ir.Value | None = None,
+    ) -> None:  # fmt: skip
+        self.sweep = sweep
+        self.layer = layer
+        self.site = site
+        self.runner = sweep.runner([*weights, *reductions], site if site.fused is None else None)
+        self._read = read
+        self._count = len(weights)
+        axes = sweep.flow.axes
+        self._reductions = [(value, axes[value]) for value in reductions]
+        self._learned_axes = () if learned is None else axes[learned]
+        self.others = list(self._reductions)  # values that are compared in addition to the weights, and their axes
+        if learned is not None:
+            self.others.append((learned, tuple(axis for axis in self._learned_axes if not axis.border)))
+        if self.others and sweep.fixed is not None:
+            raise UnsupportedError(
+                "scores are reduced outside the attention weights, and a fixed length hides whether they are masked",
+                code=Code.FIXED_LENGTH, layer=layer, at=self.others[0][0].name, hint="export with a dynamic length",
+            )  # fmt: skip
+
+    def run(self, length: int, mask: MaskPattern = unmasked, **options: Any) -> list[np.ndarray]:
+        """Return the weights [..., query, key], then the other reductions; see `SubgraphRunner.run`."""
+        arrays = self.runner.run(length, mask, **options)
+        others = [
+            sequence_last(array, axes, length)
+            for array, (_, axes) in zip(arrays[self._count :], self._reductions, strict=True)
+        ]
+        if self._learned_axes:
+            others.append(learned_rows_first(arrays[0], self._learned_axes, length))
+        return [self._read(arrays[: self._count], length), *others]
+
+    def check(self) -> AttentionPattern:
+        """Return the attention pattern after checking it at all lengths and with all masks.
+
+        Raises:
+            UnsupportedError: A query attends to a later key, or the pattern depends on the total length.
+        """
+        outputs, limit = self._prefix_stable(self.sweep.run(self.sweep.attention_lengths(self.site), self.run))
+        weights = {length: arrays[0] for length, arrays in outputs.items()}
+        longest = max(weights)
+        padded_weights = None
+        leaking: dict[MaskPattern, np.ndarray] = {}
+        attended: dict[MaskPattern, np.ndarray] = {}
+        for mask, only_input in self._maskings():
+            masked, leaks = self._masked_weights(weights, mask, only_input)
+            leaking[mask] = leaks | leaking.get(mask, False)
+            keys = self._attended_masked_keys(masked, mask, only_input)
+            attended[mask] = keys | attended.get(mask, False)
+            padded_weights = masked if padded_weights is None else padded_weights
+        self._check_sequences(weights[longest])
+        if self.sweep.fixed is not None:
+            self._check_fixed_length(weights[longest])
+        return AttentionPattern(
+            weights=weights[longest], padded_weights=padded_weights, uniform_weights=self._check_scales(longest),
+            leaking=leaking, attended=attended, limit=limit,
         )  # fmt: skip
-    if cut is not None:
-        half = weights.shape[-1] // 2
-        check_same(layer, head.at, weights[..., :half, :half], cut[..., :half, :half])
+
+    def _prefix_stable(self, outputs: dict[int, list[np.ndarray]]) -> tuple[dict[int, list[np.ndarray]], int | None]:
+        """Return the outputs at the lengths at which every prefix is the same, and the longest if others were dropped.
+
+        Raises:
+            UnsupportedError: The outputs differ at lengths below the minimum useful length.
+        """
+        refusal: UnsupportedError | None = None
+        while True:
+            try:
+                self._check_lengths(outputs)
+            except UnsupportedError as error:
+                refusal = refusal or error
+                outputs = {length: arrays for length, arrays in outputs.items() if length < max(outputs)}
+                if max(outputs, default=0) < MIN_USEFUL_LENGTH:
+                    raise refusal from None
+            else:
+                return outputs, None if refusal is None else max(outputs)
+
+    def _check_lengths(self, outputs: Mapping[int, list[np.ndarray]]) -> None:
+        longest = outputs[max(outputs)]
+        for weights, *_ in outputs.values():
+            self._check_causal(weights)
+        for length, (weights, *others) in outputs.items():
+            self._check_stable(longest[0][..., :length, :length], weights)
+            for (value, axes), longer, shorter in zip(self.others, longest[1:], others, strict=True):
+                check_prefix_stable(
+                    "reductions of attention scores", prefix(longer, axes, length), shorter, at=value, layer=self.layer
+                )
+
+    def _maskings(self) -> Iterator[tuple[MaskPattern, InputRole | None]]:
+        """Yield mask patterns for all mask inputs together (None), and for each alone."""
+        if self.runner.masks:
+            yield from ((left_padded, None), (with_gaps, None))
+        if len(self.runner.masks) > 1:
+            yield from ((with_gaps, given) for given in self.runner.masks)
+
+    def _masked_weights(
+        self, weights: Mapping[int, np.ndarray], mask: MaskPattern, only_input: InputRole | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Check the weights with masked tokens.
+
+        Returns:
+            The weights at the longest length, 0 for queries without a key, and [query] of bool: those that leak.
+        """
+        longest = max(weights)
+        masked = {
+            length: self.run(length, mask, only_input=only_input)[0]
+            for length in weights
+            if mask(length).sum() > 1 or length == longest
+        }
+        to_all = attends_to_all(masked[longest])
+        without_key = {
+            length: queries_without_key(weights[length], to_all[..., :length, :], mask(length)) for length in masked
+        }
+        leaks = leaking_queries(masked[longest], without_key[longest])
+        masked = {length: np.where(without_key[length], 0.0, array) for length, array in masked.items()}
+        for length, array in masked.items():
+            self._check_causal(array)
+            self._check_stable(masked[longest][..., :length, :length], array)
+        return masked[longest], leaks
+
+    def _attended_masked_keys(self, weights: np.ndarray, mask: MaskPattern, only_input: InputRole | None) -> np.ndarray:
+        """Return [token] of bool: masked tokens that attention gives weight to, or that another reduction reads."""
+        length = weights.shape[-1]
+        visible = mask(length)
+        attended = attended_keys(weights) & ~visible
+        if self.others:
+            replaced = np.where(visible, np.arange(length), np.arange(length) + length)
+            before, after = (
+                self.run(length, mask, only_input=only_input, tokens=tokens)[1:] for tokens in (None, replaced)
+            )
+            for (_, axes), *arrays in zip(self.others, before, after, strict=True):
+                for place in range(1, len(axes) + 1):
+                    arrays = [array.take(np.flatnonzero(visible), axis=-place) for array in arrays]
+                if not is_close(*arrays):
+                    return attended | ~visible
+        return attended
+
+    def _check_causal(self, weights: np.ndarray) -> None:
+        if np.isnan(weights).any():
+            raise UnsupportedError(
+                "attention weights are NaN", code=Code.NOT_CAUSAL, layer=self.layer, at=self.site.at.name,
+                hint="a query without any visible key is a common cause",
+            )  # fmt: skip
+        weight, query, key = largest_weight_on_later_key(weights)
+        if weight > MIN_WEIGHT:
+            raise _not_causal(self.layer, self.site, f"query {query} attends to key {key} with weight {weight:.2g}")
+
+    def _check_stable(self, longer: np.ndarray, shorter: np.ndarray) -> None:
+        check_prefix_stable("attention weights", longer, shorter, at=self.site.at, layer=self.layer)
+
+    def _check_sequences(self, weights: np.ndarray) -> None:
+        """Check that a mask of one sequence of a batch does not change the weights of another."""
+        length = weights.shape[-1]
+        changed = [
+            self.run(length, with_gaps, only_sequence=sequence)[0] != weights
+            for sequence in self.runner.maskable_sequences
+        ]
+        if changed and (np.logical_and.reduce(changed).any() or len({one.any() for one in changed}) > 1):
+            raise UnsupportedError(
+                "the mask of one sequence changes another sequence of the batch", code=Code.BATCH_LEAK,
+                layer=self.layer, at=self.site.at.name, hint="export with a batch of 1",
+                expected="weights of a sequence that depend on its own mask",
+            )  # fmt: skip
+
+    def _check_fixed_length(self, weights: np.ndarray) -> None:
+        """Check what a sweep would: every query has a key, and masking the second half does not change the first."""
+        if not is_attended(weights).any(axis=-1).all():
+            raise UnsupportedError(
+                "a query gives no weight to any key, and a fixed length hides whether later keys are the cause",
+                code=Code.FIXED_LENGTH, layer=self.layer, at=self.site.at.name, hint="export with a dynamic length",
+            )  # fmt: skip
+        if self.runner.masks:
+            length = weights.shape[-1]
+            half = length // 2
+            masked = self.run(length, first_half)[0]
+            self._check_stable(weights[..., :half, :half], masked[..., :half, :half])
+
+    def _check_scales(self, length: int) -> np.ndarray | None:
+        """Check causality with the largest scores that give finite weights; return the weights for equal scores."""
+        if not self.runner.probed:
+            return None
+        scaled = (self.run(length, scale=scale)[0] for scale in SCALES)
+        self._check_causal(next(weights for weights in scaled if not np.isnan(weights).any()))
+        return self.run(length, scale=0.0)[0]
 
 
-def _check_rows(layer: int, head: AttentionSite, changed: Sequence[np.ndarray]) -> None:
-    """What masks one sequence of a batch must not mask another.
-
-    Args:
-        layer: Number of the attention.
-        head: The attention.
-        changed: For each sequence which weights are others where it alone is masked: none of them the same.
-    """
-    if changed and (np.logical_and.reduce(changed).any() or len({one.any() for one in changed}) > 1):
-        raise UnsupportedError(
-            "a sequence of a batch is masked by what masks another", layer=layer, at=head.at.name,
-            expected="weights of a sequence that depend on its own mask", hint="export it with a batch of 1",
-        )  # fmt: skip
-
-
-def _sees_future(layer: int, head: AttentionSite, found: str) -> UnsupportedError:
+def _not_causal(layer: int, site: AttentionSite, found: str) -> UnsupportedError:
     return UnsupportedError(
-        "attention sees the future, so what is remembered of a token would depend on tokens after it",
-        layer=layer, at=head.at.name, expected="no weight on keys after the query", found=found,
-        hint="bidirectional and prefix models cannot have a cache",
+        f"attention is not causal: {found}, so a KV cache would change the result", code=Code.NOT_CAUSAL,
+        layer=layer, at=site.at.name, expected="no weight on keys after the query",
+        hint="bidirectional and prefix language models cannot use a KV cache",
     )  # fmt: skip

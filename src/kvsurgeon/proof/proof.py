@@ -1,83 +1,153 @@
-"""The two obligations that axes alone do not prove, decided by running context without weights.
+"""Proof: the obligations of a KV cache that axes alone do not show, established by running context without weights.
 
-Causal: no query gives weight to a key after it. Prefix-stable: what context says of a position does not depend on how
-many tokens follow. Both are tried at lengths on either side of every number that the context compares lengths with.
+Causal: no query gives weight to a later key. Prefix stable: context of a position does not depend on later tokens.
+Padding: masked tokens do not affect the others. Batch: the mask of a sequence does not affect the other sequences.
+Context is run at lengths on either side of every number that it compares lengths with.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from kvsurgeon.analysis.analysis import Analysis
-from kvsurgeon.analysis.sequence_state import sees_masked
-from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.proof.causality import AttentionPattern, beside_weights, check_causality
+from kvsurgeon.analysis.sequence_state import reads_masked_tokens
+from kvsurgeon.analysis.token_flow import PER_CALL
+from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.proof.attention_pattern import AttentionPattern
+from kvsurgeon.proof.causality import check_causality, other_reductions
 from kvsurgeon.proof.length_sweep import LengthSweep
+from kvsurgeon.proof.site_numbering import number_site
 from kvsurgeon.proof.stability import find_limit
-from kvsurgeon.proof.structural_hash import StructuralHash
+
+Status = Literal["proved", "measured", "assumed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Obligation:
+    """One property that a KV cache needs, and how it was established.
+
+    Attributes:
+        name: Which property.
+        status: Proved from the graph, measured by running context, or assumed.
+        at: Name of the value at which it is assumed; None if it holds for the whole graph.
+        lengths: The lengths in tokens at which context was run.
+    """
+
+    name: Literal["causal", "prefix-stable", "padding", "batch"]
+    status: Status
+    at: str | None = None
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What was found by running context."""
+    """How the obligations of a KV cache are met by one decoder.
 
-    seen: tuple[AttentionPattern, ...]  # for each attention
-    lengths: tuple[int, ...]  # that were tried
-    limit: int | None  # the longest total length up to which context is stable, where there is one
-    max_length: int | None  # the longest that the model can be run on: so far context is stable, and tables have rows
+    Attributes:
+        obligations: One entry for each, in the order causal, prefix-stable, padding, batch.
+        assumptions: Statements that are not proved, each with the name of the value that first needs it.
+        patterns: The attention pattern of each attention layer.
+        lengths: The lengths in tokens at which context was run.
+        bounds: Upper bounds of the length, in tokens: rows of tables, and lengths at which the export runs.
+        limit: The longest total length in tokens up to which context is prefix stable; None if there is no limit.
+        max_length: The longest total length in tokens that the model supports; None if there is no limit.
+    """
 
-
-def _check_padding(analysis: Analysis, seen: list[AttentionPattern]) -> None:
-    """What a padded token sees of those after it must not reach the others through its keys and values."""
-    for pattern in {pattern for one in seen for pattern in one.peeking}:
-        peeking = _all_together([one.peeking[pattern] for one in seen if pattern in one.peeking])
-        for layer, one in enumerate(seen):
-            looked_at = one.looked_at.get(pattern, np.zeros(0, dtype=bool))
-            if (looked_at & peeking[: len(looked_at)]).any():
-                raise UnsupportedError(
-                    "tokens that an input masks see those after them, and are seen by tokens that it does not mask",
-                    layer=layer, at=analysis.heads[layer].at.name,
-                )  # fmt: skip
-
-        for recall in analysis.flow.states if peeking.any() else ():
-            if sees_masked(analysis.flow, recall, pattern):
-                raise UnsupportedError(
-                    "tokens that an input masks see those after them, and are seen outside attention",
-                    at=recall.result.name, hint="export it without that input, or with what is masked set to 0 before",
-                )  # fmt: skip
+    obligations: tuple[Obligation, ...]
+    assumptions: Mapping[str, str]
+    patterns: tuple[AttentionPattern, ...]
+    lengths: tuple[int, ...]
+    bounds: frozenset[int]
+    limit: int | None
+    max_length: int | None
 
 
-def _all_together(tokens: list[np.ndarray]) -> np.ndarray:
-    """[token]: true where one of several, which need not be equally long, is; the longest has the say at its end."""
-    result = np.zeros(max(len(one) for one in tokens), dtype=bool)
-    for one in tokens:
-        result[: len(one)] |= one
-    return result
+def prove(analysis: Analysis, assumed_padding: Mapping[str, str] | None = None) -> Proof:
+    """Run the context of every attention, and every other value of context that token data reads.
 
-
-def prove(analysis: Analysis) -> Proof:
-    """Run the context of every attention and of every place where context meets tokens.
+    Args:
+        analysis: The analysis of the decoder.
+        assumed_padding: What the decomposition of fused operators assumes of padding: statement to name of a value.
 
     Raises:
-        UnsupportedError: An attention sees the future, or context changes with the total length.
+        UnsupportedError: An attention is not causal, or context depends on the total length.
     """
-    trial, signatures = LengthSweep(analysis), StructuralHash(analysis)
-    looked_at: dict[int, AttentionPattern] = {}
-    seen = []
-    for layer, head in enumerate(analysis.heads):
-        beside = beside_weights(trial, head)
-        how = signatures.of(head, beside)
-        if how not in looked_at:
-            looked_at[how] = check_causality(trial, layer, head, beside)
-        seen.append(looked_at[how])
-    _check_padding(analysis, seen)
-    limits = [limit for limit in (find_limit(trial), *(one.limit for one in seen)) if limit is not None]
-    limit = min(limits, default=None)
-    return Proof(seen=tuple(seen), lengths=trial.lengths, limit=limit, max_length=_longest(analysis, limit))
+    sweep = LengthSweep(analysis)
+    keys: dict[Hashable, int] = {}
+    checked: dict[Hashable, AttentionPattern] = {}
+    patterns: list[AttentionPattern] = []
+    for layer, site in enumerate(analysis.heads):
+        reductions = other_reductions(sweep, site)
+        number = number_site(analysis, site, reductions, keys)
+        if number not in checked:
+            checked[number] = check_causality(sweep, layer, site, reductions)
+        patterns.append(checked[number])
+    _check_padding(sweep, patterns)
+    limit = _smallest(find_limit(sweep), *(pattern.limit for pattern in patterns))
+    assumptions = {**analysis.flow.assumed, **(assumed_padding or {})}
+    return Proof(
+        obligations=_obligations(sweep, patterns, assumptions, assumed_padding or {}),
+        assumptions={**assumptions, **{what: at for what, at in sweep.assumptions.items() if what not in assumptions}},
+        patterns=tuple(patterns),
+        lengths=sweep.lengths,
+        bounds=frozenset(sweep.bounds),
+        limit=limit,
+        max_length=_smallest(*sweep.bounds, limit, sweep.fixed),
+    )
 
 
-def _longest(analysis: Analysis, limit: int | None) -> int | None:
-    fixed = analysis.length if isinstance(analysis.length, int) else None
-    return min((bound for bound in (*analysis.flow.shapes.bounds, limit, fixed) if bound is not None), default=None)
+def _smallest(*bounds: int | None) -> int | None:
+    return min((bound for bound in bounds if bound is not None), default=None)
+
+
+def _obligations(
+    sweep: LengthSweep, patterns: Sequence[AttentionPattern], assumptions: Mapping[str, str], padding: Mapping[str, str]
+) -> tuple[Obligation, ...]:
+    lengths = sweep.lengths
+    has_context = any(site.fused is None or site.fused.mask is not None for site in sweep.analysis.heads)
+    has_masks = any(pattern.attended for pattern in patterns)
+    causal = Obligation(name="causal", status="measured" if has_context else "proved", lengths=lengths)
+    stable = Obligation(name="prefix-stable", status="measured", lengths=lengths)
+    if PER_CALL in assumptions:
+        stable = replace(stable, status="assumed", at=assumptions[PER_CALL])
+    padded = Obligation(name="padding", status="measured" if has_masks else "proved", lengths=lengths)
+    if padding:
+        padded = replace(padded, status="assumed", at=next(iter(padding.values())))
+    return causal, stable, padded, replace(padded, name="batch", status="measured" if has_masks else "proved", at=None)
+
+
+def _check_padding(sweep: LengthSweep, patterns: Sequence[AttentionPattern]) -> None:
+    """Check that a masked token which attends to later tokens does not affect visible tokens.
+
+    Raises:
+        UnsupportedError: Its keys and values are attended to, or a sequence state reads it.
+    """
+    analysis = sweep.analysis
+    for mask in {mask for pattern in patterns for mask in pattern.leaking}:
+        leaking = _any_of([pattern.leaking[mask] for pattern in patterns if mask in pattern.leaking])
+        for layer, pattern in enumerate(patterns):
+            attended = pattern.attended.get(mask, np.zeros(0, dtype=bool))
+            if (attended & leaking[: len(attended)]).any():
+                raise UnsupportedError(
+                    "masked tokens attend to later tokens, and unmasked tokens depend on them", code=Code.PADDING_LEAK,
+                    layer=layer, at=analysis.heads[layer].at.name,
+                )  # fmt: skip
+        for state in analysis.flow.states if leaking.any() else ():
+            if reads_masked_tokens(analysis.flow, state, mask, sweep.assumptions):
+                raise UnsupportedError(
+                    "masked tokens attend to later tokens, and unmasked tokens depend on them outside attention",
+                    code=Code.PADDING_LEAK, at=state.result.name,
+                    hint="export without the mask input, or set the state's input to 0 at masked tokens",
+                )  # fmt: skip
+
+
+def _any_of(tokens: Sequence[np.ndarray]) -> np.ndarray:
+    """Return [token] of bool: the logical or of arrays, which may differ in length."""
+    result = np.zeros(max(len(array) for array in tokens), dtype=bool)
+    for array in tokens:
+        result[: len(array)] |= array
+    return result

@@ -1,153 +1,163 @@
-"""Obligation (iii): what context says of a position does not depend on how many tokens follow."""
+"""Prefix stability: the values of context at a position do not depend on the number of later tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.mask_patterns import (
-    Pattern,
-    all_seen,
-    beside_border,
-    border_of,
-    cut_short,
-    has_border,
+    MaskPattern,
+    first_half,
+    learned_rows_first,
     left_padded,
-    unfolded,
-    with_holes,
+    sequence_last,
+    unmasked,
+    with_gaps,
 )
-from kvsurgeon.analysis.subgraph_runner import downstream
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
-from kvsurgeon.proof.causality import beside_weights
-from kvsurgeon.proof.length_sweep import USEFUL, LengthSweep, check_same, first
+from kvsurgeon.graph.query import downstream, producers, upstream
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
+from kvsurgeon.proof.causality import other_reductions
+from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, prefix
 from kvsurgeon.symbolic.sequence_axes import Axes
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Meeting:
-    """Where context meets tokens outside the scores."""
-
-    axes: Axes  # that hold tokens
-    rows: int | None = None  # of the table of weights that the context picks from, where it is positions
+Arrays = list[np.ndarray]  # for each value of context, in order; its learned rows, if it has any, are behind all others
 
 
-def find_limit(trial: LengthSweep) -> int | None:
-    """Compare every context value that meets tokens outside the scores at several lengths.
+def find_limit(sweep: LengthSweep) -> int | None:
+    """Compare every value of context that token data reads outside attention scores at several lengths.
 
-    What is picked from tables of weights bounds the lengths that the decoder's shapes know of.
+    The rows of constant tables that are read by position bound the length; these bounds are added to the sweep.
 
     Returns:
-        The longest total length up to which all are stable; None where none changes at any length.
+        The longest total length up to which all values are stable; None if none changes at any length.
 
     Raises:
-        UnsupportedError: One changes at lengths that matter.
+        UnsupportedError: A value changes below the minimum useful length.
     """
-    meetings = _meetings(trial)
-    if not meetings:
+    values, rows = _context_values(sweep)
+    if not values:
         return None
-    experiment = trial.experiment(list(meetings))
-    bordered = {value: beside_border(met.axes) for value, met in meetings.items() if has_border(met.axes)}
-    looked_at = [*((value, met.axes) for value, met in meetings.items()), *bordered.items()]
+    runner = sweep.runner(list(values))
+    learned = [value for value, axes in values.items() if any(axis.border for axis in axes)]
+    compared = [
+        *values.items(),
+        *((value, tuple(axis for axis in values[value] if not axis.border)) for value in learned),
+    ]
 
-    def look(length: int, seen: Pattern) -> list[np.ndarray]:
-        arrays = dict(zip(meetings, trial.run(experiment, length, seen), strict=True))
-        tokens = [unfolded(array, meetings[value].axes, length) for value, array in arrays.items()]
-        return tokens + [border_of(arrays[value], meetings[value].axes, length) for value in bordered]
+    def run(length: int, mask: MaskPattern) -> Arrays:
+        arrays = dict(zip(values, runner.run(length, mask), strict=True))
+        tokens = [sequence_last(array, values[value], length) for value, array in arrays.items()]
+        return tokens + [learned_rows_first(arrays[value], values[value], length) for value in learned]
 
-    def compare(longer: list[np.ndarray], shorter: list[np.ndarray], length: int) -> None:
-        for (value, axes), long, short in zip(looked_at, longer, shorter, strict=True):
-            check_same(None, value, first(long, axes, length), first(short, axes, length))
+    def compare(longer: Arrays, shorter: Arrays, length: int) -> None:
+        for (value, axes), long, short in zip(compared, longer, shorter, strict=True):
+            check_prefix_stable(_name_of(value), prefix(long, axes, length), prefix(short, axes, length), at=value)
 
-    for seen in (all_seen, left_padded, with_holes) if experiment.masks else (all_seen,):
-        lengths = [length for length in trial.further([*meetings]) if seen(length).sum() > 1 or length == 1]
-        found = trial.as_far_as_it_runs(lengths, lambda length, seen=seen: look(length, seen))  # type: ignore[misc]
-        trial.flow.shapes.bounds.update(_bounds([*meetings.values()], found))
-        for previous, length in pairwise(found):
+    for mask in (unmasked, left_padded, with_gaps) if runner.masks else (unmasked,):
+        lengths = [length for length in sweep.context_lengths(values) if mask(length).sum() > 1 or length == 1]
+        results = sweep.run(lengths, lambda length, mask=mask: run(length, mask))  # type: ignore[misc]
+        sweep.bounds |= _table_bounds([rows.get(value) for value in values], results)
+        for previous, length in pairwise(results):
             try:
-                compare(found[length], found[previous], previous)
+                compare(results[length], results[previous], previous)
             except UnsupportedError:
-                if previous < USEFUL:
+                if previous < MIN_USEFUL_LENGTH:
                     raise
                 return previous
-    if trial.fixed is not None and experiment.masks:
-        compare(look(trial.fixed, all_seen), look(trial.fixed, cut_short), trial.fixed // 2)
+    if sweep.fixed is not None and runner.masks:
+        compare(run(sweep.fixed, unmasked), run(sweep.fixed, first_half), sweep.fixed // 2)
     return None
 
 
-def _bounds(meetings: Sequence[_Meeting], found: Mapping[int, list[np.ndarray]]) -> Iterator[int]:
-    """Yield for how many tokens each table has rows, where positions rise by one with every token."""
-    if len(found) < 2:
-        return
-    (short, before), (long, after) = sorted(found.items())[-2:]
-    for met, fewer, more in zip(meetings, before, after, strict=False):  # borders come last
-        if met.rows is not None and int(more.max()) - int(fewer.max()) == long - short:
-            yield met.rows - (int(more.max()) - (long - 1))
+def _name_of(value: ir.Value) -> str:
+    """Return what a value of context is, in the plural: cosines or sines that a product reads are rotary tables."""
+    rotary = any(node.op_type == "Mul" or has_trait(node, Trait.ROTARY) for node, _ in value.uses())
+    rotary &= any(has_trait(node, Trait.ROTARY) for node in producers(upstream([value])))
+    return "rotary frequencies" if rotary else "values of context"
 
 
-def _meetings(trial: LengthSweep) -> dict[ir.Value, _Meeting]:
-    """Context that meets tokens outside the scores."""
-    inside = _inside(trial)
-    found: dict[ir.Value, _Meeting] = {}
-    for node in trial.flow.order:
+def _table_bounds(rows: list[int | None], results: Mapping[int, Arrays]) -> set[int]:
+    """Return the number of tokens that each table has rows for, if its positions rise by one with every token."""
+    if len(results) < 2:
+        return set()
+    (short, before), (long, after) = sorted(results.items())[-2:]
+    return {
+        count - (int(more.max()) - (long - 1))
+        for count, fewer, more in zip(rows, before, after, strict=False)
+        if count is not None and int(more.max()) - int(fewer.max()) == long - short
+    }
+
+
+def _context_values(sweep: LengthSweep) -> tuple[dict[ir.Value, Axes], dict[ir.Value, int]]:
+    """Return the values of context that token data reads outside attention scores, and their sequence axes.
+
+    For positions that are looked up in constant tables, also return the number of rows of the smallest table.
+    """
+    flow, attention = sweep.flow, _attention_nodes(sweep)
+    values: dict[ir.Value, Axes] = {}
+    rows: dict[ir.Value, int] = {}
+    for node in flow.order:
         if (
-            node in inside
-            or node in trial.flow.routed_regions
-            or node in trial.flow.recalling
-            or not any(trial.flow.kinds.get(value) is ValueKind.TOKEN for value in node.outputs)
+            node in attention
+            or node in flow.routed_regions
+            or node in flow.recalling
+            or not any(flow.kinds.get(value) is ValueKind.TOKEN for value in node.outputs)
         ):
             continue
-        for index, value in enumerate(node.inputs):
-            if value is None or trial.flow.kinds.get(value) is not ValueKind.CONTEXT:
+        for index, read in enumerate(node.inputs):
+            if read is None or flow.kinds.get(read) is not ValueKind.CONTEXT:
                 continue
-            if trial.flow.targets.get(node) == index or (node, index) in trial.flow.parameters:
+            place = (node, index)
+            if flow.targets.get(node) == index or place in flow.parameters or place in flow.addresses:
                 continue
-            if (node, index) in trial.flow.addresses:
-                continue
-            axes = trial.flow.demands.get((node, index), ())
-            value, met = _positions(trial, trial.analysis.same.get(value, value), axes)
-            if met.axes or not _is_fixed(trial, value):
-                before = found.setdefault(value, met)
-                rows = [rows for rows in (before.rows, met.rows) if rows is not None]
-                found[value] = replace(before, rows=min(rows, default=None))
-    return found
+            axes = flow.demands.get(place, ())
+            value, count = _positions(sweep, sweep.analysis.same.get(read, read), axes)
+            if axes or not _is_constant(sweep, value):
+                values.setdefault(value, axes)
+                if count is not None:
+                    rows[value] = min(count, rows.get(value, count))
+    return values, rows
 
 
-def _is_fixed(trial: LengthSweep, value: ir.Value) -> bool:
-    numbers = trial.flow.shapes[value].value
+def _is_constant(sweep: LengthSweep, value: ir.Value) -> bool:
+    numbers = sweep.flow.shapes[value].value
     return numbers is not None and not any(getattr(number, "free_symbols", ()) for number in numbers.reshape(-1))
 
 
-def _positions(trial: LengthSweep, value: ir.Value, axes: Axes) -> tuple[ir.Value, _Meeting]:
-    """Rows of a table of weights are as stable as the positions that pick them."""
-    node = value.producer()
-    while node is not None and node.op_type in ("Gather", "Cast", "Identity"):
-        source = node.inputs[0]
+def _positions(sweep: LengthSweep, value: ir.Value, axes: Axes) -> tuple[ir.Value, int | None]:
+    """Return the positions that a value of context is looked up by, and the number of rows of the constant table.
+
+    The rows are as stable as the positions. Without such a table, return the value.
+    """
+    flow, source = sweep.flow, value
+    while (node := source.producer()) is not None and node.op_type in ("Gather", "Cast", "Identity"):
+        table = node.inputs[0]
         if node.op_type != "Gather":
-            if source is None or trial.flow.kinds.get(source) is not ValueKind.CONTEXT:
+            if table is None or flow.kinds.get(table) is not ValueKind.CONTEXT:
                 break
-            value, node = source, source.producer()
+            source = table
             continue
-        tensor, picked = constant_tensor(source), node.inputs[1]
+        tensor, positions = constant_tensor(table), node.inputs[1]
         axis = next(iter(node.attributes.values())).value if node.attributes else 0
-        if tensor is None or picked is None or axis != 0 or trial.flow.kinds.get(picked) is not ValueKind.CONTEXT:
+        if tensor is None or positions is None or axis != 0 or flow.kinds.get(positions) is not ValueKind.CONTEXT:
             break
-        rank = trial.flow.shapes[picked].rank or 0
-        if any(held.axis >= rank for held in axes):
+        if any(axis.axis >= (flow.shapes[positions].rank or 0) for axis in axes):
             break
-        return trial.analysis.same.get(picked, picked), _Meeting(axes=axes, rows=int(tensor.shape.numpy()[0]))
-    return value, _Meeting(axes=axes)
+        return sweep.analysis.same.get(positions, positions), int(tensor.shape.numpy()[0])
+    return source, None
 
 
-def _inside(trial: LengthSweep) -> set[ir.Node]:
-    """Nodes between scores and weights, or what else is made of scores over keys, which are looked at as a whole."""
-    inside: set[ir.Node] = set()
-    for head in trial.analysis.heads:
-        behind = {node for value in downstream(head.stand_ins, head.ends) if (node := value.producer())}
-        inside |= behind & (head.upstream_of_weights() | head.upstream_of(beside_weights(trial, head)))
-    return inside
+def _attention_nodes(sweep: LengthSweep) -> set[ir.Node]:
+    """Return the nodes between the scores of each attention and its weights or other reductions."""
+    nodes: set[ir.Node] = set()
+    for site in sweep.analysis.heads:
+        below = producers(downstream(site.stand_ins, stop=lambda node, ends=site.ends: node in ends))  # type: ignore[misc]
+        nodes |= below.keys() & (site.upstream_of_weights() | site.upstream_of(other_reductions(sweep, site)))
+    return nodes

@@ -45,11 +45,11 @@ class CacheLayouts:
         if memory.is_canonical:
             return memory.value
         value, name = memory.value, memory.value.name or "rows"
-        if memory.effort == 2:
+        if memory.layout_cost == 2:
             if len(memory.parts) != memory.rank:
                 value = self._reshaped(memory, value, _sizes(memory.parts, NEW), f"{name}.parts")
             value = self._transposed(memory, value, memory.order, f"{name}.heads_first")
-            if memory.has_four:
+            if memory.has_four_parts:
                 return value
         return self._reshaped(memory, value, [memory.batch, memory.heads, NEW, memory.head_dim], f"{name}.rows")
 
@@ -57,9 +57,9 @@ class CacheLayouts:
         if memory.is_canonical:
             return present
         value, name = present, memory.value.name or "rows"
-        if memory.effort == 2:
+        if memory.layout_cost == 2:
             sizes = _sizes(memory.parts, self.lengths.total)
-            if not memory.has_four:
+            if not memory.has_four_parts:
                 value = self._reshaped(memory, value, [sizes[place] for place in memory.order], f"{name}.all_parts")
             back = [memory.order.index(place) for place in range(len(memory.order))]
             value = self._transposed(memory, value, back, f"{name}.all_in_order")

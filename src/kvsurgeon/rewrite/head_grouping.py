@@ -99,7 +99,7 @@ class HeadGrouping:
 
     def _is_free(self, reading: LayoutTrace, memory: CachePoint) -> bool:
         """Whether nothing is computed or copied: runtimes make a last swap of two axes part of the product."""
-        if reading.repeats > 1 or reading.scales or memory.effort == 2:
+        if reading.repeats > 1 or reading.scales or memory.layout_cost == 2:
             return False
         return not any(_copies(step, is_last=step is reading.steps[-1]) for step in reading.steps)
 

@@ -23,6 +23,7 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
 from kvsurgeon.passes.options import check_count
+from kvsurgeon.proof.proof import Proof
 from kvsurgeon.rewrite.cache_entries import CacheTensor
 from kvsurgeon.rewrite.cache_layouts import CacheLayouts, are_rows_of
 from kvsurgeon.rewrite.cache_metadata import cache_metadata_of, write_cache_metadata
@@ -35,7 +36,7 @@ from kvsurgeon.rewrite.token_data import TokenRewriter, causal_mask
 from kvsurgeon.symbolic.dimension import MAX, NEW, TOTAL
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
-Choice = Callable[[Analysis], Sequence[FusionMatch]]
+Choice = Callable[[Analysis, Proof], Sequence[FusionMatch]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ def inject(options: Inject, subject: Subject, fuse: Choice | None = None) -> Cha
         model = analysis.model
         subject.changed()  # the analysis refers to the graph that is edited below
         plan = plan_cache(options, analysis, proof)
-        matches = () if fuse is None else fuse(analysis)
+        matches = () if fuse is None else fuse(analysis, proof)
         editor = Editor(model)
         _Injection(analysis, editor, plan, proof.limit, matches).operate()
         outputs = _outputs_by_row(analysis, plan)
@@ -113,9 +114,9 @@ def inject(options: Inject, subject: Subject, fuse: Choice | None = None) -> Cha
         cache_metadata_of(options.cache, plan.entries, proof.max_length, batch_chunks=not matches, outputs=outputs),
     )
     subject.model = model
-    notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in analysis.flow.assumed.items()]
+    notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in proof.assumptions.items()]
     if proof.limit is not None:
-        notes.append(f"context changes beyond {proof.limit} tokens, so the model stops with an error there")
+        notes.append(f"context depends on the total length beyond {proof.limit} tokens: the model ends with an error")
     return Changed(edits=editor.edits, notes=tuple(notes))
 
 

@@ -17,6 +17,7 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.cache.remove_cache import put_back, take_out
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.proof.proof import Proof
 from kvsurgeon.rewrite.lengths import LengthValues, Source
 
 
@@ -54,8 +55,8 @@ class FuseAttention:
         opset = work.model.graph.opset_imports.get("", 1)
         notes: list[str] = []
 
-        def select(analysis: Analysis) -> Sequence[FusionMatch]:
-            matches, errors = _match_all(analysis, operator, opset, cached=cached)
+        def select(analysis: Analysis, proof: Proof) -> Sequence[FusionMatch]:
+            matches, errors = _match_all(analysis, proof, operator, opset, cached=cached)
             if errors and (self.layers == "all" or not matches):
                 raise errors[0]
             notes.extend(f"not fused: {error}" for error in errors)
@@ -74,12 +75,12 @@ class FuseAttention:
 
 
 def _match_all(
-    analysis: Analysis, operator: AttentionOperator, opset: int, *, cached: bool
+    analysis: Analysis, proof: Proof, operator: AttentionOperator, opset: int, *, cached: bool
 ) -> tuple[list[FusionMatch], list[UnsupportedError]]:
     """Return the matches of all layers that are not yet fused, and the errors of those that do not match."""
     matches: list[FusionMatch] = []
     errors: list[UnsupportedError] = []
-    numeric = NumericCheck(analysis)
+    numeric = NumericCheck(analysis, proof)
     for layer, site in enumerate(analysis.heads):
         if site.fused is not None and operator.is_at(site.fused.node):
             continue
@@ -95,14 +96,13 @@ def _match_all(
 
 
 def _fuse(
-    subject: Subject, operator: AttentionOperator, select: Callable[[Analysis], Sequence[FusionMatch]]
+    subject: Subject, operator: AttentionOperator, select: Callable[[Analysis, Proof], Sequence[FusionMatch]]
 ) -> Changed:
     """Fuse the attention layers of a model without a cache."""
     with deep_recursion():
-        analysis = subject.analysis()
-        subject.proof()
+        analysis, proof = subject.analysis(), subject.proof()
         subject.changed()  # the analysis refers to the graph that is edited below
-        matches = select(analysis)
+        matches = select(analysis, proof)
         editor = Editor(analysis.model)
         fuser = AttentionFuser(operator, _context(analysis, editor))
         for match in matches:
