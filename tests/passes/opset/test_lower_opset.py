@@ -1,4 +1,4 @@
-"""An earlier opset says the same; what it cannot say is refused by name."""
+"""lower-opset converts operators to an earlier opset, and rejects those without an equivalent there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def lowered(model: onnx.ModelProto, opset: int = 17) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if not name.startswith("gemma2")])  # it has a Gelu
-def test_what_is_raised_and_lowered_computes_the_same(name):
+def test_raised_and_lowered_exports_give_bitwise_equal_results(name):
     model, feeds = export(name), texts(export(name))
     subject = Subject.of(model)
     RaiseOpset(opset=21).apply(subject)
@@ -34,7 +34,7 @@ def test_what_is_raised_and_lowered_computes_the_same(name):
     assert difference(found, expected) == 0
 
 
-def test_what_is_an_input_and_was_an_attribute_moves():
+def test_inputs_that_were_attributes_are_converted():
     text = """case (float[b, n, 8] x) => (float[b, n, 1] a, float[b, n, 4] c, float[b, n, 4] d, int64[b, n, 8] e)
     <int64[1] axes = {2}>
     {
@@ -57,16 +57,16 @@ def test_what_is_an_input_and_was_an_attribute_moves():
 @pytest.mark.parametrize(
     ("text", "opset", "reason"),
     [
-        ("y = Gelu(x)", 20, "Gelu cannot be written in opset 17, found an operator that came later"),
-        ("y = GroupNormalization<num_groups = 2>(x, v, v)", 21, "an operator that came later"),
-        ("s = Shape<start = 2>(x) a = Range(zero, two, two) y = ReduceMean(x, a)", 20, "axes, which is no constant"),
+        ("y = Gelu(x)", 20, "Gelu has no equivalent in opset 17, found an operator of a later opset"),
+        ("y = GroupNormalization<num_groups = 2>(x, v, v)", 21, "an operator of a later opset"),
+        ("s = Shape<start = 2>(x) a = Range(zero, two, two) y = ReduceMean(x, a)", 20, "axes, which is not a constant"),
         ("a, b, y = Split<axis = 2, num_outputs = 3>(x)", 20, "num_outputs=3"),
         ("y = Cast<to = 1, saturate = 0>(x)", 20, "saturate=0"),
         ("i = Cast<to = 17>(x) y = Cast<to = 1>(i)", 20, "float8e4m3fn"),
         ("i = Cast<to = 21>(x) j = Reshape(i, shape) y = Cast<to = 1>(j)", 21, r"tensor\(uint4\)"),
     ],
 )
-def test_what_came_later_is_refused(text, opset, reason):
+def test_nodes_without_an_equivalent_are_rejected(text, opset, reason):
     given = "<float[4] v, int64 zero = {0}, int64 two = {2}, int64[3] shape = {0, 0, 0}>"
     model = read(f"case (float[b, 4, 8] x) => (float[b, 4, c] y) {given} {{ {text} }}", opset)
     subject = Subject.of(onnx.shape_inference.infer_shapes(model))
@@ -76,23 +76,23 @@ def test_what_came_later_is_refused(text, opset, reason):
     assert io.to_proto(subject.model) == before
 
 
-def test_an_early_one_stays():
+def test_an_earlier_opset_is_unchanged():
     assert isinstance(LowerOpset().apply(Subject.of(export("llama_torchscript_sdpa"))), Unchanged)
 
 
-def test_no_opset_is_lowered_to_one_whose_operators_mean_something_else():
+def test_opsets_before_13_are_rejected():
     with pytest.raises(UnsupportedError, match="found opset 12"):
         LowerOpset(opset=12).apply(Subject.of(export("llama_torchscript_sdpa")))
 
 
-def test_a_format_that_came_after_the_opset_is_lowered_by_itself():
+def test_the_ir_version_is_lowered_without_the_opset():
     model = read("case (float[b, n, 8] x) => (float[b, n, 8] y) { y = Relu(x) }", opset=17)
     model.ir_version = 10
     assert lowered(model).ir_version == 8
     assert isinstance(LowerOpset(opset=17).apply(Subject.of(lowered(model))), Unchanged)
 
 
-def test_domains_that_nothing_uses_are_declared_no_more():
+def test_imports_of_unused_domains_are_removed():
     model = read("case (float[b, n, 8] x) => (float[b, n, 8] y) { y = com.microsoft.Gelu(x) }", opset=17)
     del model.opset_import[:]
     model.opset_import.extend(

@@ -26,13 +26,13 @@ def raised(model: onnx.ModelProto, opset: int = 24) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_what_is_raised_computes_the_same(name):
+def test_raised_exports_give_bitwise_equal_results(name):
     model, feeds = export(name), texts(export(name))
     expected, found = (in_onnxruntime(one)(feeds)["logits"] for one in (model, raised(model)))
     assert difference(found, expected) == 0
 
 
-def test_what_was_an_attribute_and_is_an_input_moves():
+def test_attributes_that_became_inputs_are_converted():
     text = """case (float[b, n, 8] x) => (float[b, n, 1] a, float[b, n, 4] c, float[b, n, 4] d)
     {
       a = ReduceMean<axes = [2]>(x)
@@ -54,7 +54,7 @@ def test_what_was_an_attribute_and_is_an_input_moves():
         ("y = Softmax(x)", 11, "cannot be raised"),
     ],
 )
-def test_what_would_mean_something_else_is_refused(text, opset, reason):
+def test_operators_with_another_meaning_are_rejected(text, opset, reason):
     model = read(f"case (float[b, 4, 8] x) => (float[b, 4, 8] y) <float[2] w> {{ {text} }}", opset)
     subject = Subject.of(model)
     before = io.to_proto(subject.model).SerializeToString(deterministic=True)
@@ -63,5 +63,5 @@ def test_what_would_mean_something_else_is_refused(text, opset, reason):
     assert io.to_proto(subject.model).SerializeToString(deterministic=True) == before
 
 
-def test_a_later_opset_is_left():
+def test_a_later_opset_is_unchanged():
     assert isinstance(RaiseOpset(opset=18).apply(Subject.of(read(attention(), opset=20))), Unchanged)

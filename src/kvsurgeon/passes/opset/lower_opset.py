@@ -1,7 +1,8 @@
-"""Write a model in an earlier version of ONNX's operators."""
+"""Convert a model to an earlier opset."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,33 +10,35 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.opset.versions import (
+    INCOMPATIBLE,
     NEWEST,
-    OTHERWISE,
-    check_movable,
+    check_convertible,
     declared_opset,
     ir_version,
+    schema,
     standard_nodes,
 )
 from kvsurgeon.passes.options import check_count
 
+Schema = onnx.defs.OpSchema
+
 
 @dataclass(frozen=True, kw_only=True)
 class LowerOpset:
-    """Declare an earlier opset, for runtimes that read no later one.
+    """Convert a model to an earlier opset, for runtimes that support no later one.
 
-    Before: nodes as an exporter wrote them. After: the same nodes, of the earlier versions of their operators, in the
-    version of the format that came with that opset; domains of which there is no operator are declared no more. What
-    an operator has as an input and had as an attribute is moved there, if it is a constant.
+    Before: nodes of the exported opset. After: the same nodes in the earlier version of their operators, and the IR
+    version of that opset. Imports of unused domains are removed. Constant inputs that were attributes are converted.
 
-    Not handled: operators, types and options that came later; models that call functions of their own.
+    Not handled: operators, types and attributes that the earlier opset lacks, models with functions.
 
     Attributes:
-        opset: The version to declare.
+        opset: Opset version to convert to.
     """
 
     name: ClassVar[str] = "lower-opset"
@@ -49,141 +52,126 @@ class LowerOpset:
         """Lower the opset of `subject.model`.
 
         Raises:
-            UnsupportedError: A node cannot be written in that version; the model is left as it was.
+            UnsupportedError: A node has no equivalent in the earlier opset; the model is unchanged.
         """
         model = subject.model
         declared = declared_opset(model)
         if declared <= self.opset:
-            return self._format_lowered(model, declared)
-        check_movable(model, self.opset, "lowered")
-        rewritten = [(node, _rewritten(node, declared, self.opset)) for node in standard_nodes(model)]
+            return self._lower_ir_version(model, declared)
+        check_convertible(model, self.opset, "lowered")
+        changes = {node: _attribute_changes(node, declared, self.opset) for node in standard_nodes(model)}
         editor = Editor(model)
-        for node, how in rewritten:
-            if how is not None:
-                _rewrite(editor, node, how)
+        for node, attributes in changes.items():
+            if attributes is not None:
+                _convert(editor, node, schema(node, self.opset), attributes)
         editor.finish()
         model.graph.opset_imports[""] = self.opset
-        self._format_lowered(model, declared)
+        self._lower_ir_version(model, declared)
         return Changed(edits=editor.edits + 1)
 
-    def _format_lowered(self, model: ir.Model, declared: int) -> Outcome:
-        """Declare the first version of the format that knows the opset, and no operators that nothing uses.
-
-        A runtime so old may know no later format, nor those operators in the version that is declared.
-        """
+    def _lower_ir_version(self, model: ir.Model, declared: int) -> Outcome:
+        """Lower the IR version to that of the opset and remove imports of unused domains."""
         known = ir_version(self.opset)
         used = {node.domain for node in model.graph.all_nodes()} | {""}
         unused = [] if model.functions else [domain for domain in model.graph.opset_imports if domain not in used]
         if model.ir_version <= known and not unused:
-            return Unchanged(reason=f"it is written in opset {declared}")
+            return Unchanged(reason=f"the model has opset {declared}")
         for domain in unused:
             del model.graph.opset_imports[domain]
         model.ir_version = min(model.ir_version, known)
         return Changed(edits=1 + len(unused))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rewritten:
-    """How a node is written in the earlier version: fewer inputs, other attributes."""
-
-    inputs: int
-    moved: dict[str, Any]
-    dropped: tuple[str, ...]
-
-
-def _rewritten(node: ir.Node, new: int, old: int) -> _Rewritten | None:
-    """Return how a node is written in the earlier version; None where it is written alike.
+def _attribute_changes(node: ir.Node, new: int, old: int) -> dict[str, Any] | None:
+    """Return the attributes to set, or to remove if None, in the earlier version; None if the versions are equal.
 
     Raises:
-        UnsupportedError: The earlier version of the operator cannot say what the node says.
+        UnsupportedError: The node has no equivalent in the earlier opset.
     """
-    try:
-        after = onnx.defs.get_schema(node.op_type, new, "")
-    except onnx.defs.SchemaError:
-        return None  # an operator of a runtime's own, written without its domain
-    try:
-        before = onnx.defs.get_schema(node.op_type, old, "")
-    except onnx.defs.SchemaError:
-        raise _cannot(node, old, "an operator that came later") from None
+    after, before = schema(node, new), schema(node, old)
+    if after is None:
+        return None  # an operator of onnxruntime without a domain
+    if before is None:
+        raise _no_equivalent(node, old, "an operator of a later opset")
     if before.since_version == after.since_version:
         return None
-    if node.op_type in OTHERWISE:
-        raise _cannot(node, old, "another meaning")
+    if node.op_type in INCOMPATIBLE:
+        raise _no_equivalent(node, old, "an operator with another meaning")
     _check_types(node, before, old)
-    extra = [(place, value) for place, value in enumerate(node.inputs) if _is_new(before, place)]
-    moved = {after.inputs[place].name: _numbers(node, before, after.inputs[place].name, value, old)
-             for place, value in extra if value is not None}  # fmt: skip
-    return _Rewritten(
-        inputs=len(node.inputs) - len(extra), moved=moved, dropped=tuple(_dropped(node, before, after, old))
-    )
-
-
-def _is_new(before: onnx.defs.OpSchema, place: int) -> bool:
-    variadic = bool(before.inputs) and before.inputs[-1].option == onnx.defs.OpSchema.FormalParameterOption.Variadic
-    return place >= len(before.inputs) and not variadic
-
-
-def _numbers(node: ir.Node, before: onnx.defs.OpSchema, name: str, value: ir.Value, old: int) -> Any:
-    numbers = small_constant(value)
-    if name not in before.attributes or numbers is None:
-        raise _cannot(node, old, f"{name}, which is no constant attribute there")
-    return np.asarray(numbers).tolist()
-
-
-def _dropped(node: ir.Node, before: onnx.defs.OpSchema, after: onnx.defs.OpSchema, old: int) -> list[str]:
-    """The attributes that came later, and say what was so before."""
-    found = []
-    for name, attribute in node.attributes.items():
-        if name in before.attributes:
+    changes: dict[str, Any] = {}
+    for place in range(_input_count(node, before), len(node.inputs)):
+        value, name = node.inputs[place], after.inputs[place].name
+        if value is None:
             continue
-        usual = _default(after, name)
-        parts = node.op_type == "Split" and name == "num_outputs" and _is_even(node)
-        if attribute.value != usual and not parts:
-            raise _cannot(node, old, f"{name}={attribute.value}")
-        found.append(name)
-    return found
+        array = small_constant(value)
+        if name not in before.attributes or array is None:
+            raise _no_equivalent(node, old, f"input {name}, which is not a constant attribute")
+        changes[name] = np.asarray(array).tolist()
+    return dict.fromkeys(_removed_attributes(node, before, after, old)) | changes
 
 
-def _default(schema: onnx.defs.OpSchema, name: str) -> Any:
+def _input_count(node: ir.Node, schema: Schema) -> int:
+    """Return how many inputs of a node a version of its operator has."""
+    variadic = bool(schema.inputs) and schema.inputs[-1].option == Schema.FormalParameterOption.Variadic
+    return len(node.inputs) if variadic else min(len(node.inputs), len(schema.inputs))
+
+
+def _removed_attributes(node: ir.Node, before: Schema, after: Schema, old: int) -> list[str]:
+    """Return the attributes that the earlier version lacks; their value must be what it computes without them."""
+    removed = [name for name in node.attributes if name not in before.attributes]
+    for name in removed:
+        value = node.attributes[name].value
+        if value != _default(after, name) and not (name == "num_outputs" and _is_even_split(node)):
+            raise _no_equivalent(node, old, f"{name}={value}")
+    return removed
+
+
+def _default(schema: Schema, name: str) -> Any:
     known = schema.attributes.get(name)
-    return (
-        None if known is None or not known.default_value.name else onnx.helper.get_attribute_value(known.default_value)
-    )
+    if known is None or not known.default_value.name:
+        return None
+    return onnx.helper.get_attribute_value(known.default_value)
 
 
-def _is_even(node: ir.Node) -> bool:
-    """Whether the parts of a `Split` may be of one size; before opset 18 one without sizes fails where they are not."""
+def _is_even_split(node: ir.Node) -> bool:
+    """Return whether a `Split` may have outputs of equal size, which opset 17 requires of one without sizes."""
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
     sizes = {value.shape[axis] for value in node.outputs if value.shape is not None}
-    return len([size for size in sizes if isinstance(size, int)]) <= 1
+    return node.op_type == "Split" and len([size for size in sizes if isinstance(size, int)]) <= 1
 
 
-def _check_types(node: ir.Node, before: onnx.defs.OpSchema, old: int) -> None:
+def _check_types(node: ir.Node, before: Schema, old: int) -> None:
+    """Check that the earlier version supports the input types of a node.
+
+    Raises:
+        UnsupportedError: It does not.
+    """
     allowed = {constraint.type_param_str: set(constraint.allowed_type_strs) for constraint in before.type_constraints}
     for formal, value in zip(before.inputs, node.inputs, strict=False):
         if value is None or value.dtype is None or formal.type_str not in allowed:
             continue
-        dim_names = f"tensor({_SPELLED.get(value.dtype, value.dtype.name.lower())})"
-        if dim_names not in allowed[formal.type_str]:
-            raise _cannot(node, old, dim_names)
+        type_name = f"tensor({value.dtype.name.lower()})"
+        if type_name not in allowed[formal.type_str]:
+            raise _no_equivalent(node, old, type_name)
 
 
-_SPELLED = {ir.DataType.DOUBLE: "double", ir.DataType.FLOAT: "float"}
-
-
-def _rewrite(editor: Editor, node: ir.Node, how: _Rewritten) -> None:
-    for place in range(how.inputs, len(node.inputs)):
+def _convert(editor: Editor, node: ir.Node, schema: Schema | None, attributes: Mapping[str, Any]) -> None:
+    """Remove inputs that the earlier version lacks, and set or remove attributes."""
+    assert schema is not None
+    count = _input_count(node, schema)
+    for place in range(count, len(node.inputs)):
         editor.replace_input(node, place, None)
-    node.resize_inputs(how.inputs)
-    for name in how.dropped:
-        editor.remove_attribute(node, name)
-    for name, numbers in how.moved.items():
-        kind = ir.AttrInt64s if isinstance(numbers, list) else ir.AttrInt64
-        node.attributes[name] = kind(name, numbers)
+    node.resize_inputs(count)
+    for name, value in attributes.items():
+        if value is None:
+            editor.remove_attribute(node, name)
+        else:
+            kind = ir.AttrInt64s if isinstance(value, list) else ir.AttrInt64
+            node.attributes[name] = kind(name, value)
 
 
-def _cannot(node: ir.Node, old: int, found: str) -> UnsupportedError:
+def _no_equivalent(node: ir.Node, old: int, found: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{node.op_type} cannot be written in opset {old}", at=node.outputs[0].name, found=found,
+        f"{node.op_type} has no equivalent in opset {old}", code=Code.OPSET, at=node.outputs[0].name, found=found,
         hint=f"export the model with opset {old}",
     )  # fmt: skip

@@ -1,48 +1,57 @@
-"""What moving a model between versions of ONNX's operators has in common, up or down."""
+"""Opset versions: what raise-opset and lower-opset have in common."""
 
 from __future__ import annotations
 
 import onnx
 import onnx_ir as ir
 
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.query import STANDARD_DOMAINS
 
-OLDEST = 13  # since then a Softmax works along one axis, and no operator has changed its meaning under the same inputs
+OLDEST = 13  # since then Softmax has one axis, and no operator changes its meaning under the same inputs
 NEWEST = onnx.defs.onnx_opset_version()
 
-# Operators that one version reads otherwise than another, though a node is written alike in both.
-OTHERWISE = frozenset({"GroupNormalization"})
+# Operators whose meaning differs between versions under the same inputs and attributes.
+INCOMPATIBLE = frozenset({"GroupNormalization"})
 
 
 def declared_opset(model: ir.Model) -> int:
-    """Return the version of ONNX's operators that a model is written in."""
+    """Return the opset version of a model."""
     return model.graph.opset_imports.get("", 1)
 
 
-def check_movable(model: ir.Model, oldest: int, moved: str) -> None:
-    """Leave quietly if a model can be written in another version.
+def check_convertible(model: ir.Model, oldest: int, change: str) -> None:
+    """Check that a model can be converted to another opset.
 
     Args:
-        model: It.
-        oldest: The earlier of the two versions.
-        moved: What is done to the opset, for the message.
+        model: The model.
+        oldest: Earlier one of the two versions.
+        change: Participle for the message, such as "raised".
 
     Raises:
-        UnsupportedError: The earlier version is too old, or the model calls functions of its own.
+        UnsupportedError: The earlier version is too old, or the model has functions.
     """
     if oldest < OLDEST or model.functions:
-        found = f"opset {oldest}" if oldest < OLDEST else "functions of its own"
         raise UnsupportedError(
-            f"the opset cannot be {moved}", expected=f"opset {OLDEST} or later, and no functions", found=found
-        )
+            f"the opset cannot be {change}", code=Code.OPSET, expected=f"opset {OLDEST} or later, and no functions",
+            found=f"opset {oldest}" if oldest < OLDEST else "a model with functions",
+        )  # fmt: skip
 
 
 def standard_nodes(model: ir.Model) -> list[ir.Node]:
-    """Return the nodes of ONNX's own operators, those of inner graphs included."""
-    return [node for node in model.graph.all_nodes() if node.domain in ("", "ai.onnx")]
+    """Return the nodes of standard operators, including those of subgraphs."""
+    return [node for node in model.graph.all_nodes() if node.domain in STANDARD_DOMAINS]
+
+
+def schema(node: ir.Node, opset: int) -> onnx.defs.OpSchema | None:
+    """Return the schema of an operator in an opset; None if the opset lacks it."""
+    try:
+        return onnx.defs.get_schema(node.op_type, opset, "")
+    except onnx.defs.SchemaError:
+        return None
 
 
 def ir_version(opset: int) -> int:
-    """Return the first version of the format that knows an opset."""
+    """Return the first IR version that supports an opset."""
     rows = [row for row in onnx.helper.VERSION_TABLE if row[2] >= opset]
     return int(rows[0][1]) if rows else int(onnx.IR_VERSION)
