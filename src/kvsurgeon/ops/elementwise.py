@@ -10,10 +10,20 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
-from kvsurgeon.ops.operator import AxisLinks, Operator, Trait, broadcast_links, entries, identity_links, kept
+from kvsurgeon.ops.operator import (
+    AxisLinks,
+    Label,
+    Labels,
+    Operator,
+    Trait,
+    broadcast_links,
+    entries,
+    identity_links,
+    kept,
+)
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
-from kvsurgeon.symbolic.fact import NOTHING, WIDEST_VALUE, Fact, OperatorCall
+from kvsurgeon.symbolic.fact import NOTHING, WIDEST_VALUE, Fact, OperatorCall, axis_of
 
 Scalar = Any  # int, float, bool or sympy expression
 Arithmetic = Callable[..., Scalar]
@@ -251,6 +261,27 @@ def dynamic_quantize_links(call: OperatorCall) -> AxisLinks:
     return AxisLinks(inputs=(labels,), outputs=(labels, (), ()), dynamic_range=True)
 
 
+def quantize_links(call: OperatorCall) -> AxisLinks:
+    """`QuantizeLinear`, `DequantizeLinear`: scales of one axis have its label; blocks along an axis cannot be traced."""
+    labels = identity_links(call)
+    axis = axis_of(call.integer("axis", 1), len(labels))
+    inputs: list[Labels | None] = [labels]
+    blocked: dict[Label, str | None] = {}
+    for index in range(1, len(call.inputs)):
+        shape = call.fact(index).shape or ()
+        single = len(shape) == 1 and shape[0] != 1 and axis < len(labels)
+        inputs.append((axis,) if single else None)
+        if len(shape) == len(labels) > 1:
+            blocked[axis] = "it quantizes blocks along the sequence"
+    return AxisLinks(inputs=tuple(inputs), outputs=(labels,), blocked=blocked)
+
+
+def channel_links(call: OperatorCall) -> AxisLinks:
+    """`BatchNormalization`: further inputs hold an element for each channel."""
+    labels = identity_links(call)
+    return AxisLinks(inputs=(labels, *[(1,)] * (len(call.inputs) - 1)), outputs=(labels,) * len(call.node.outputs))
+
+
 _ARITHMETIC = (Trait.BROADCAST, Trait.ARITHMETIC)
 _SCALES = (*_ARITHMETIC, Trait.SCALE, Trait.LENGTH_SENSITIVE)
 _ORDERS = (Trait.BROADCAST, Trait.ORDER, Trait.LENGTH_SENSITIVE)
@@ -267,10 +298,10 @@ OPERATORS: list[Operator] = [
     *entries("Clip", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.BOUND, Trait.LENGTH_SENSITIVE),
     *entries("Cast", cast, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC),
     *entries("CastLike", cast, kept, Trait.ARITHMETIC, type_only=frozenset({1})),
-    *entries("QuantizeLinear", quantize, kept, Trait.ELEMENTWISE, Trait.QUANTIZATION),
-    *entries("DequantizeLinear", dequantize, kept, Trait.ELEMENTWISE, Trait.QUANTIZATION),
+    *entries("QuantizeLinear", quantize, quantize_links, Trait.ELEMENTWISE, Trait.QUANTIZATION),
+    *entries("DequantizeLinear", dequantize, quantize_links, Trait.ELEMENTWISE, Trait.QUANTIZATION),
     *entries("DynamicQuantizeLinear", dynamic_quantize, dynamic_quantize_links),
-    *entries("BatchNormalization", same_as_first, kept),
+    *entries("BatchNormalization", same_as_first, channel_links),
     *entries("BiasGelu FastGelu", unary, broadcast_links, Trait.ELEMENTWISE),
     *entries("SwiGLU GatedAdd", same_as_first, broadcast_links),
     *entries("Add", binary, broadcast_links, *_ARITHMETIC),

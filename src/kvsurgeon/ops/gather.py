@@ -229,8 +229,9 @@ def scatter_nd_links(call: OperatorCall) -> AxisLinks:
     """`ScatterND`: the last axis of the indices addresses the first axes of the data; the others are the updates'."""
     data, indices, updates = (rank_of(call, index) for index in range(3))
     rest: Labels = tuple(range(data - (updates - (indices - 1)), data))
-    linked: tuple[Labels, ...] = (tuple(range(data)), (None,) * indices, (*[None] * (indices - 1), *rest))
-    return AxisLinks(inputs=linked, outputs=(tuple(range(data)),), addressing="scatter_nd")
+    whole: Labels = (*[None] * (data - len(rest)), *rest)
+    linked: tuple[Labels, ...] = (whole, (None,) * indices, (*[None] * (indices - 1), *rest))
+    return AxisLinks(inputs=linked, outputs=(whole,), addressing="scatter_nd")
 
 
 def resize_slice(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Value | None:

@@ -130,8 +130,9 @@ def lp_normalization_links(call: OperatorCall) -> AxisLinks:
 
 def channel_normalization_links(call: OperatorCall) -> AxisLinks:
     """`InstanceNormalization`, `GroupNormalization`: mixed along all axes behind the batch, channels grouped or not."""
-    first = 1 if call.node.op_type == "GroupNormalization" else 2
-    return along(call, *range(first, rank_of(call, 0)))
+    labels, grouped = identity_links(call), call.node.op_type == "GroupNormalization"
+    mixed = frozenset(range(1 if grouped else 2, len(labels)))
+    return AxisLinks(inputs=(labels, *[(1,)] * (len(call.inputs) - 1)), outputs=(labels,), mixed=mixed)
 
 
 def reduce_links(call: OperatorCall) -> AxisLinks:

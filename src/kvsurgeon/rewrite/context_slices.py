@@ -1,9 +1,9 @@
-"""Context at the lengths that tokens ask for: computed for all tokens so far, and sliced to the new ones.
+"""Context at the lengths that token data asks for: computed for the total length, and sliced to the new tokens.
 
-A view of a context tensor gives each of its sequence axes one of the two lengths. The slice to the new tokens is
-pushed up through the operators that made the tensor, until it reaches a range, a table or an input: at a decode step
-nothing costs more than its result. Where an operator has no rule the whole tensor is computed and sliced, which is
-always right.
+A slice of a context value gives each of its sequence axes one of the two lengths. It is pushed up through the operators
+that made the value, by the links between their axes, until it reaches a range, a table or an input: in a decode step
+nothing costs more than its result. If an operator has no links the whole value is computed and sliced, which is always
+right.
 """
 
 from __future__ import annotations
@@ -17,25 +17,31 @@ from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.shape_inference import in_one_line
 from kvsurgeon.dataflow.value_kinds import ValueKind
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.operators import SHAPE_ONLY
+from kvsurgeon.ops.operator import AxisLinks, Label, Trait, UntraceableAxesError
+from kvsurgeon.ops.resizing import WHOLE_NUMBERS
+from kvsurgeon.ops.table import axis_links, has_trait, operator_of
 from kvsurgeon.rewrite.lengths import LengthValues
-from kvsurgeon.rewrite.slice_rules import RULES, WHOLE_NUMBERS
 from kvsurgeon.rewrite.unfilled_rows import UnfilledRows
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import NEW, Dimension
+from kvsurgeon.symbolic.fact import Fact, OperatorCall
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis, follow_reshape
 
 Key = tuple[tuple[SequenceAxis, Length], ...]
 
 _ANY = LengthVariable()
-_FORMS = frozenset({"Cast", "Identity", "Not", "Reshape", "Flatten", "Unsqueeze", "Squeeze"})
 
 
 class ContextSlices:
-    """Makes views of context, each once."""
+    """Slices of context values, each made once.
+
+    Attributes:
+        fixed: Whether the export fixed a length that context is not computed for: it must be shortened.
+    """
 
     def __init__(
         self,
@@ -45,25 +51,38 @@ class ContextSlices:
         inputs: Sequence[InputRole],
         same: dict[ir.Value, ir.Value],
     ) -> None:
+        """Take what was analyzed.
+
+        Args:
+            flow: The token flow.
+            editor: The editor of the graph.
+            lengths: The two lengths as values.
+            inputs: The roles of the graph inputs.
+            same: The first of several context values that are computed alike.
+        """
         self.flow = flow
         self.editor = editor
         self.lengths = lengths
-        self.same = same  # context computed twice in the same way -> its first computation
+        self.same = same
         self.given = {given.value: given for given in inputs}
         self.filling = UnfilledRows(editor, lengths)
-        self.shortened = isinstance(flow.length, int) and flow.length != lengths.total  # not of a buffer with its rows
+        self.fixed = isinstance(flow.length, int) and flow.length != lengths.total
         self._made: dict[tuple[ir.Value, Key], ir.Value] = {}
         self._rebuilt: dict[tuple[ir.Node, tuple[ir.Value | None, ...]], ir.Node] = {}
 
-    def view(self, value: ir.Value, axes: Axes = ()) -> ir.Value:
-        """Return the value with each of these axes at the length of its role; what is not named is whole."""
+    def slice_of(self, value: ir.Value, axes: Axes = ()) -> ir.Value:
+        """Return the value with each of these axes at the length of its variable; other axes are whole."""
         value = self.same.get(value, value)
-        if not axes and self.shortened:
+        if not axes and self.fixed:
             axes = self.given_axes(value)
         key = tuple((axis.with_role(_ANY), axis.role.resolved() or Length.TOTAL) for axis in axes)
         if (value, key) not in self._made:
             self._made[value, key] = self._make(value, axes)
         return self._made[value, key]
+
+    def fact(self, value: ir.Value) -> Fact:
+        """Return what is known of a value."""
+        return self.flow.shapes[value]
 
     def _make(self, value: ir.Value, axes: Axes) -> ir.Value:
         if constant_tensor(value) is not None:
@@ -78,20 +97,101 @@ class ContextSlices:
             raise UnsupportedError("a value is made outside the graph", at=value.name)
         if self.flow.kinds.get(value, ValueKind.CONSTANT) is ValueKind.CONSTANT:
             return self.sliced(value, axes)
-        rule = RULES.get(node.op_type)
-        made = None
-        if rule is not None:
-            with in_one_line(node):
-                made = rule(self, node, self.flow.shapes.call(node), axes)
+        with in_one_line(node):
+            made = self._resized(node, value, axes)
         return made if made is not None else self.sliced(self._whole(node, value), axes)
 
+    def _resized(self, node: ir.Node, value: ir.Value, axes: Axes) -> ir.Value | None:
+        """The node's output with its slices pushed up; None if they cannot be."""
+        operator, call = operator_of(node), self.flow.shapes.call(node)
+        if operator is None:
+            return None
+        if operator.resize is not None:
+            made: ir.Value | None = operator.resize(self, node, call, axes)
+            return made
+        try:
+            links = axis_links(call)
+        except UntraceableAxesError:
+            return None
+        if links is None or links.dynamic_range or links.token_rows or links.attention is not None:
+            return None
+        if links.row_major:
+            return self._reshaped(node, call, axes)
+        inputs = self._linked_inputs(node, value, call, links, axes, operator.type_only)
+        return None if inputs is None else self.rebuilt(node, inputs, value)
+
+    def _linked_inputs(
+        self,
+        node: ir.Node,
+        value: ir.Value,
+        call: OperatorCall,
+        links: AxisLinks,
+        axes: Axes,
+        type_only: frozenset[int],
+    ) -> list[ir.Value | None] | None:
+        labels, unaligned = links.outputs[value.index() or 0], {links.joined, *links.mixed, *links.blocked}
+        wanted: dict[Label, SequenceAxis] = {}
+        for axis in axes:
+            label = labels[axis.axis]
+            if label is None or label in unaligned or label in links.repeated or label in links.selected:
+                return None
+            wanted[label] = axis
+        inputs: list[ir.Value | None] = []
+        for index, source in enumerate(node.inputs):
+            places, shape = links.inputs[index], call.fact(index).shape
+            if source is None or index in type_only:
+                inputs.append(source)
+            elif index == links.target:
+                after = self.fact(value).shape
+                if after is None or not dim.all_known(after):
+                    return None
+                inputs.append(self.lengths.vector(self.sizes(after, axes)))
+            elif places is None:
+                inputs.append(self.slice_of(source))
+            elif shape is None:
+                return None
+            else:
+                if links.addressing is not None and index == 0:
+                    self._check_address(source)
+                asked = tuple(
+                    wanted[label].at(place)
+                    for place, label in enumerate(places)
+                    if label is not None and label in wanted and shape[place] != 1
+                )
+                inputs.append(self.slice_of(source, asked))
+        return inputs
+
+    def _reshaped(self, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Value | None:
+        before, after, source = call.fact(0).shape, call.result.shape, node.inputs[0]
+        if before is None or after is None or source is None:
+            return None
+        wanted = follow_reshape(axes, after, before, self.flow.length)
+        if wanted is None or not dim.all_known(after):
+            return None
+        made = self.slice_of(source, tuple(sorted(wanted, key=lambda axis: axis.axis)))
+        if len(node.inputs) < 2:
+            return self.rebuilt(node, [made])
+        return self.rebuilt(node, [made, self.lengths.vector(self.sizes(after, axes))])
+
+    def _check_address(self, value: ir.Value) -> None:
+        """Indices into a mask that is flattened with its batch are right for the exported length only."""
+        if self.fixed and any(axis.outer != 1 for axis in self.given_axes(value)):
+            raise UnsupportedError(
+                "a mask is read at indices that are right for the exported length only", at=value.name,
+                expected="its sequence axis apart", hint="export with dynamic axes", code=Code.FIXED_LENGTH,
+            )  # fmt: skip
+
     def given_axes(self, value: ir.Value) -> Axes:
-        """Where the tokens of an input lie in what is only it in another form; asked at a length that is fixed."""
+        """Return the sequence axes of a value that is an input in another shape or type; asked at a fixed length."""
         if value in self.given:
             lengths = self.given[value].lengths
             return tuple(SequenceAxis(axis, LengthVariable(length)) for axis, length in lengths.items())
         node = value.producer()
-        if node is None or node.op_type not in _FORMS or self.flow.kinds.get(value) is not ValueKind.CONTEXT:
+        if (
+            node is None
+            or not has_trait(node, Trait.RESHAPE, Trait.ELEMENTWISE)
+            or self.flow.kinds.get(value) is not ValueKind.CONTEXT
+        ):
             return ()
         source = node.inputs[0]
         before = None if source is None else self.flow.shapes[source].shape
@@ -120,7 +220,7 @@ class ContextSlices:
 
     def sliced(self, value: ir.Value, axes: Axes) -> ir.Value:
         """Slice the last S of T along every axis that is to have the new length."""
-        whole = not self.shortened or value in self.given
+        whole = not self.fixed or value in self.given
         cut = [axis for axis in axes if axis.role.resolved() is Length.NEW or not whole]
         if not cut:
             return value
@@ -135,7 +235,7 @@ class ContextSlices:
 
     def _whole(self, node: ir.Node, value: ir.Value) -> ir.Value:
         """The value as the export computes it, at the total length."""
-        if self.shortened:
+        if self.fixed:
             raise UnsupportedError(
                 f"{node.op_type} makes context whose length the export fixed, and there is no rule to shorten it",
                 at=value.name, hint="export with dynamic axes",
@@ -144,7 +244,7 @@ class ContextSlices:
             raise UnsupportedError(f"{node.op_type} of a tensor whose shape is unknown", at=value.name)
         if any(attribute.type is ir.AttributeType.GRAPH for attribute in node.attributes.values()):
             raise UnsupportedError("context goes through control flow", at=value.name)
-        inputs = [None if source is None else self.view(source) for source in node.inputs]
+        inputs = [None if source is None else self.slice_of(source) for source in node.inputs]
         return self.rebuilt(node, inputs, value)
 
     def rebuilt(self, node: ir.Node, inputs: Sequence[ir.Value | None], value: ir.Value | None = None) -> ir.Value:

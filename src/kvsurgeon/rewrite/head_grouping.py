@@ -110,7 +110,7 @@ class HeadGrouping:
         given = node.inputs[1 - index]
         assert given is not None
         for operator, scale in reading.scales:
-            inputs = [given, self.tokens.views.view(scale, ())]
+            inputs = [given, self.tokens.views.slice_of(scale, ())]
             given = self.editor.node(operator, inputs, name=f"{partner.name}.scaled", dtype=memory.dtype)
         apart, result = self._sizes(partner), self._sizes(node.outputs[0])
         rows = dim.multiply(reading.repeats, apart[-2])

@@ -111,7 +111,7 @@ class TokenRewriter:
         if (node, index) in self.flow.parameters:
             return self._parameter(node, index, value, length)
         axes = tuple(_at(axis, length) for axis in self.flow.demands.get((node, index), ()))
-        return self.views.filling.as_rows(self.views.view(value, axes), axes)
+        return self.views.filling.as_rows(self.views.slice_of(value, axes), axes)
 
     def _target(self, node: ir.Node, target: ir.Value, length: Length) -> ir.Value:
         """The target of a `Reshape` or `Expand`, derived anew from the dimensions of its result."""
