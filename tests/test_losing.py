@@ -13,7 +13,7 @@ import pytest
 
 import kvsurgeon
 from kvsurgeon.errors import ParityError
-from kvsurgeon.io.model_config import Change, Heads
+from kvsurgeon.io.model_config import ModelHeads
 from kvsurgeon.parity import loss
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
@@ -42,8 +42,8 @@ class Halve:
             return ir.Tensor(tensor.numpy() * np.float32(0.5))
 
         value.const_value = ir.LazyTensor(halved, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()))
-        before, after = (Heads(query=8, kv=(kv,) * 6, kv_layers=6) for kv in (2, 1))
-        return Changed(edits=1, exact=self.exact, heads=Change(before=before, after=after))
+        before, after = (ModelHeads(query=8, kv=(kv,) * 6, kv_layers=6) for kv in (2, 1))
+        return Changed(edits=1, exact=self.exact, heads=(before, after))
 
 
 @pytest.fixture(autouse=True)

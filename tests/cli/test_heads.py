@@ -164,7 +164,7 @@ def test_a_full_disk(packed, tmp_path):
     for code, said, left in answers:
         assert code == 2
         assert said.count("\n") == 1
-        assert "expected room for" in said or "No space left" in said
+        assert "bytes of free space for" in said or "No space left" in said
         assert left == []
     assert digest(packed) == before
 

@@ -1,4 +1,4 @@
-"""Small models, written as ONNX text, and the folders that they lie in."""
+"""Small models in ONNX text, and folders of models."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def proto() -> onnx.ModelProto:
 
 @pytest.fixture
 def external(proto: onnx.ModelProto, tmp_path: Path) -> Path:
-    """A model file whose weight `w` lies at byte 16 of `model.data`, beside config and tokenizer."""
+    """A model file with weight `w` at byte 16 of `model.data`, in a folder with config and tokenizer."""
     folder = tmp_path / "source"
     folder.mkdir()
     weight = proto.graph.initializer[0]

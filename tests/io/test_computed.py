@@ -108,7 +108,7 @@ def test_computed_weights_never_take_the_name_of_linked_ones(decoder: Path, tmp_
     assert read(saved)["changed"].shape == (64, 64)
 
 
-def test_in_its_own_folder_the_old_data_stays(decoder: Path) -> None:
+def test_in_the_same_folder_the_old_data_stays(decoder: Path) -> None:
     before, old = read(decoder), decoder.with_name("model.data").read_bytes()
     old_model = decoder.read_bytes()
     save(doubled(decoder), decoder)
@@ -118,7 +118,7 @@ def test_in_its_own_folder_the_old_data_stays(decoder: Path) -> None:
     np.testing.assert_array_equal(read(decoder)["changed"], before["changed"])
 
 
-def test_a_pass_after_a_pass_reads_what_the_first_computes(decoder: Path, tmp_path: Path) -> None:
+def test_a_second_pass_reads_the_weights_of_the_first(decoder: Path, tmp_path: Path) -> None:
     model = doubled(decoder)
     value = model.graph.initializers["changed"]
     assert value.const_value is not None
@@ -127,7 +127,7 @@ def test_a_pass_after_a_pass_reads_what_the_first_computes(decoder: Path, tmp_pa
 
 
 @pytest.mark.parametrize("place", ["elsewhere", "in place"])
-def test_packed_weights_are_in_one_file_without_dead_bytes(decoder: Path, tmp_path: Path, place: str) -> None:
+def test_packed_weights_are_in_one_file_without_unused_bytes(decoder: Path, tmp_path: Path, place: str) -> None:
     before = read(decoder)
     saved = save(doubled(decoder), decoder if place == "in place" else tmp_path / "out", pack=True)
     (file,) = weight_files(load(saved))
@@ -140,13 +140,13 @@ def test_packed_weights_are_in_one_file_without_dead_bytes(decoder: Path, tmp_pa
     onnx.checker.check_model(str(saved))
 
 
-def test_packed_weights_of_a_model_that_holds_them_itself(proto: onnx.ModelProto, tmp_path: Path) -> None:
+def test_embedded_weights_are_packed_too(proto: onnx.ModelProto, tmp_path: Path) -> None:
     proto.graph.initializer.append(numpy_helper.from_array(np.ones((32, 32), np.float32), "large"))
     saved = save(load(proto), tmp_path, pack=True)
     assert [file.bytes for file in weight_files(load(saved))] == [4096]
 
 
-def test_weights_inside_the_model_file_stay_there(decoder: Path, tmp_path: Path) -> None:
+def test_embedded_weights_stay_in_the_model_file(decoder: Path, tmp_path: Path) -> None:
     proto = onnx.load(decoder)
     model = load(proto)
     value = model.graph.initializers["changed"]
@@ -157,7 +157,7 @@ def test_weights_inside_the_model_file_stay_there(decoder: Path, tmp_path: Path)
     np.testing.assert_array_equal(read(saved)["changed"], read(decoder)["changed"][ROWS])
 
 
-def test_a_weight_that_cannot_be_computed_leaves_nothing(decoder: Path, tmp_path: Path) -> None:
+def test_a_weight_that_cannot_be_computed_leaves_no_file(decoder: Path, tmp_path: Path) -> None:
     model = doubled(decoder)
     decoder.with_name("model.data").rename(decoder.with_name("gone"))
     with pytest.raises(UsageError, match="cannot write"):
@@ -198,7 +198,7 @@ except KvsurgeonError as error:
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
 @pytest.mark.parametrize("limit", [100, 5_000, 16_000])
 @pytest.mark.parametrize("place", ["elsewhere", "in place"])
-def test_a_full_disk_leaves_nothing(decoder: Path, tmp_path: Path, limit: int, place: str) -> None:
+def test_a_full_disk_leaves_no_file(decoder: Path, tmp_path: Path, limit: int, place: str) -> None:
     before = {file.name: file.read_bytes() for file in decoder.parent.iterdir()}
     out = decoder.parent if place == "in place" else tmp_path / "out"
     command = [sys.executable, "-c", SAVE, str(decoder), str(out), str(limit)]
@@ -212,7 +212,7 @@ def test_a_full_disk_leaves_nothing(decoder: Path, tmp_path: Path, limit: int, p
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_that_may_not_be_written_to(decoder: Path, tmp_path: Path) -> None:
+def test_a_read_only_folder_is_reported(decoder: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir(mode=0o500)
     with pytest.raises(UsageError, match="cannot write"):
         save(doubled(decoder), tmp_path / "out")

@@ -10,20 +10,20 @@ import onnx
 import pytest
 
 from kvsurgeon.io import load, save
-from kvsurgeon.io.model_config import Change, Heads, followed, remember_change
+from kvsurgeon.io.model_config import HeadChange, ModelHeads, record_head_change, updated_config
 
 
 def change(
     before: int | list[int], after: int | list[int], *, query: int = 8, layers: tuple[int, int] = (4, 4)
-) -> Change:
-    def heads(kv: int | list[int], kv_layers: int) -> Heads:
-        return Heads(query=query, kv=tuple(kv) if isinstance(kv, list) else (kv,) * 4, kv_layers=kv_layers)
+) -> HeadChange:
+    def heads(kv: int | list[int], kv_layers: int) -> ModelHeads:
+        return ModelHeads(query=query, kv=tuple(kv) if isinstance(kv, list) else (kv,) * 4, kv_layers=kv_layers)
 
-    return Change(before=heads(before, layers[0]), after=heads(after, layers[1]))
+    return heads(before, layers[0]), heads(after, layers[1])
 
 
 LLAMA = {"num_attention_heads": 8, "num_hidden_layers": 4, "hidden_size": 64, "num_key_value_heads": 2}
-CONFIGS: dict[str, tuple[dict[str, Any], Change, dict[str, Any]]] = {
+CONFIGS: dict[str, tuple[dict[str, Any], HeadChange, dict[str, Any]]] = {
     "the usual key": (LLAMA, change(2, 4), LLAMA | {"num_key_value_heads": 4}),
     "chatglm": (
         {"num_attention_heads": 8, "kv_channels": 2, "multi_query_attention": True, "multi_query_group_num": 2},
@@ -101,24 +101,24 @@ CONFIGS: dict[str, tuple[dict[str, Any], Change, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_config_follows(name: str) -> None:
+def test_the_config_is_updated(name: str) -> None:
     config, changed, expected = CONFIGS[name]
     given = json.dumps(config)
-    assert followed(config, [changed]) == expected
+    assert updated_config(config, [changed]) == expected
     assert json.dumps(config) == given
-    assert followed(expected, [changed]) == expected  # once more, as when the same model is saved twice
+    assert updated_config(expected, [changed]) == expected  # once more, as when the same model is saved twice
 
 
-def test_several_changes_in_a_row() -> None:
+def test_several_changes_are_applied_in_order() -> None:
     both = [change(2, 4), change(4, 1, layers=(4, 2))]
-    assert followed(LLAMA, both) == LLAMA | {"num_key_value_heads": 1, "num_key_value_layers": 2}
+    assert updated_config(LLAMA, both) == LLAMA | {"num_key_value_heads": 1, "num_key_value_layers": 2}
 
 
-def test_a_saved_model_has_the_new_config(external: Path, tmp_path: Path) -> None:
+def test_a_saved_model_has_the_updated_config(external: Path, tmp_path: Path) -> None:
     config = external.with_name("config.json")
     config.write_text(json.dumps(LLAMA | {"name": "é"}))
     model = load(external)
-    remember_change(model, change(2, 4))
+    record_head_change(model, change(2, 4))
     out = tmp_path / "out"
     save(model, out)
     assert json.loads((out / "config.json").read_text("utf-8")) == LLAMA | {"num_key_value_heads": 4, "name": "é"}
@@ -127,32 +127,32 @@ def test_a_saved_model_has_the_new_config(external: Path, tmp_path: Path) -> Non
     assert json.loads(config.read_text("utf-8"))["num_key_value_heads"] == 4
 
 
-def test_the_config_of_a_runtime_follows_and_gets_no_keys_that_it_does_not_know(external: Path, tmp_path: Path) -> None:
+def test_the_config_of_a_runtime_gets_no_new_keys(external: Path, tmp_path: Path) -> None:
     decoder = {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": 4}
     path = external.with_name("genai_config.json")
     path.write_text(json.dumps({"model": {"decoder": decoder}, "search": {"num_beams": 1}}))
     model = load(external)
-    remember_change(model, change(2, 4, layers=(4, 2)))
+    record_head_change(model, change(2, 4, layers=(4, 2)))
     save(model, tmp_path / "out")
     found = json.loads((tmp_path / "out" / path.name).read_text())
     assert found == {"model": {"decoder": decoder | {"num_key_value_heads": 4}}, "search": {"num_beams": 1}}
 
 
-def test_the_config_above_an_onnx_folder_follows_in_place(external: Path, tmp_path: Path) -> None:
+def test_the_config_above_an_onnx_folder_is_updated_in_place(external: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hub" / "onnx"
     folder.parent.mkdir()
     external.parent.rename(folder)
     (folder / "config.json").unlink()
     (folder.parent / "config.json").write_text(json.dumps(LLAMA))
     model = load(folder.parent)
-    remember_change(model, change(2, 4))
+    record_head_change(model, change(2, 4))
     save(model, folder.parent)
     assert json.loads((folder.parent / "config.json").read_text())["num_key_value_heads"] == 4
     assert not (folder / "config.json").exists()
 
 
 @pytest.mark.parametrize("text", ["no json", "[1]", json.dumps({"unrelated": 1}) + "   "])
-def test_a_config_that_says_nothing_of_heads_is_copied(external: Path, tmp_path: Path, text: str) -> None:
+def test_a_config_without_head_counts_is_copied(external: Path, tmp_path: Path, text: str) -> None:
     external.with_name("config.json").write_text(text)
     save(load(external), tmp_path / "out")
     assert (tmp_path / "out" / "config.json").read_text() == text
@@ -160,6 +160,6 @@ def test_a_config_that_says_nothing_of_heads_is_copied(external: Path, tmp_path:
 
 def test_a_model_without_a_config_gets_none(proto: onnx.ModelProto, tmp_path: Path) -> None:
     model = load(proto)
-    remember_change(model, change(2, 4))
+    record_head_change(model, change(2, 4))
     save(model, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]

@@ -76,17 +76,17 @@ def rich() -> onnx.ModelProto:
     return model
 
 
-def test_every_byte_comes_back(rich: onnx.ModelProto) -> None:
+def test_an_unchanged_model_is_the_same_bytes(rich: onnx.ModelProto) -> None:
     before = rich.SerializeToString(deterministic=True)
     assert to_proto(load(rich)).SerializeToString(deterministic=True) == before
 
 
-def test_the_test_above_can_fail(rich: onnx.ModelProto) -> None:
+def test_the_test_above_can_detect_changes(rich: onnx.ModelProto) -> None:
     before = rich.SerializeToString(deterministic=True)
     assert ir.to_proto(ir.from_proto(rich)).SerializeToString(deterministic=True) != before
 
 
-def test_the_proto_that_was_given_is_not_changed(rich: onnx.ModelProto) -> None:
+def test_the_given_proto_is_not_changed(rich: onnx.ModelProto) -> None:
     before = rich.SerializeToString(deterministic=True)
     model = load(rich)
     next(iter(model.graph)).metadata_props["new"] = "1"
@@ -96,7 +96,7 @@ def test_the_proto_that_was_given_is_not_changed(rich: onnx.ModelProto) -> None:
     assert rich.SerializeToString(deterministic=True) == before
 
 
-def test_the_default_domain_is_spelled_in_one_way_in_the_ir(rich: onnx.ModelProto) -> None:
+def test_the_default_domain_has_one_name_in_the_ir(rich: onnx.ModelProto) -> None:
     assert load(rich).opset_imports == {"own": 1, "": 20}
 
 
@@ -109,7 +109,7 @@ def test_one_edit_changes_one_node(rich: onnx.ModelProto) -> None:
     assert nodes[0].attribute[0].i == 7
 
 
-def test_an_edit_in_a_subgraph_leaves_its_neighbours(rich: onnx.ModelProto) -> None:
+def test_an_edit_in_a_subgraph_changes_nothing_else(rich: onnx.ModelProto) -> None:
     pairs(rich.graph.node[3].attribute[0].g.node[0].metadata_props, zebra="1", ant="2")
     model = load(rich)
     branch = list(model.graph)[3].attributes["then_branch"].as_graph()
@@ -121,7 +121,7 @@ def test_an_edit_in_a_subgraph_leaves_its_neighbours(rich: onnx.ModelProto) -> N
     assert inner.value_info == before.value_info
 
 
-def test_infos_follow_the_values(rich: onnx.ModelProto) -> None:
+def test_infos_are_those_of_existing_values(rich: onnx.ModelProto) -> None:
     model = load(rich)
     by_name = {value.name: value for node in model.graph for value in node.outputs}
     by_name["a"].shape = ir.Shape(["m", 4])
@@ -145,5 +145,5 @@ def test_new_domains_come_last_and_versions_follow(rich: onnx.ModelProto) -> Non
     assert [(opset.domain, opset.version) for opset in imports] == [("ai.onnx", 21), ("com.microsoft", 1)]
 
 
-def test_a_model_that_was_built_and_not_loaded_has_a_proto_too(proto: onnx.ModelProto) -> None:
+def test_a_model_that_was_not_loaded_has_a_proto_too(proto: onnx.ModelProto) -> None:
     assert [list(node.output) for node in to_proto(ir.from_proto(proto)).graph.node] == [["h"], ["y"]]

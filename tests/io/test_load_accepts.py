@@ -12,14 +12,14 @@ from kvsurgeon.errors import InvalidModelError
 from kvsurgeon.io import load, to_proto
 
 
-def test_nodes_in_any_order_are_legal_and_get_sorted(proto: onnx.ModelProto) -> None:
+def test_nodes_in_any_order_are_sorted(proto: onnx.ModelProto) -> None:
     backwards = list(reversed(proto.graph.node))
     del proto.graph.node[:]
     proto.graph.node.extend(backwards)
     assert [node.op_type for node in load(proto).graph] == ["MatMul", "Add"]
 
 
-def test_the_nodes_of_a_function_may_come_in_any_order_too(proto: onnx.ModelProto) -> None:
+def test_nodes_of_a_function_in_any_order_are_sorted(proto: onnx.ModelProto) -> None:
     nodes = [helper.make_node("Neg", ["b"], ["c"]), helper.make_node("Abs", ["a"], ["b"])]
     proto.functions.append(helper.make_function("own", "F", ["a"], ["c"], nodes, [helper.make_opsetid("ai.onnx", 17)]))
     (function,) = load(proto).functions.values()
@@ -42,7 +42,7 @@ def test_the_nodes_of_a_function_may_come_in_any_order_too(proto: onnx.ModelProt
         (TensorProto.DOUBLE, [1.0, 2.0]),
     ],
 )
-def test_every_type_has_its_field(proto: onnx.ModelProto, kind: int, values: list[object]) -> None:
+def test_every_element_type_has_its_field(proto: onnx.ModelProto, kind: int, values: list[object]) -> None:
     tensor = helper.make_tensor("t", kind, [2], np.array(values) if kind != TensorProto.STRING else values)
     proto.graph.initializer.append(tensor)
     load(proto)
@@ -51,7 +51,7 @@ def test_every_type_has_its_field(proto: onnx.ModelProto, kind: int, values: lis
         load(proto)
 
 
-def test_operators_of_strangers_may_carry_lists_of_tensors_and_of_graphs(proto: onnx.ModelProto) -> None:
+def test_custom_operators_can_have_lists_of_tensors_and_graphs(proto: onnx.ModelProto) -> None:
     branch = onnx.parser.parse_graph("g () => (float[n, 4] t) { t = Identity (y) }")
     branch.node[0].doc_string = ""
     branch.node[0].metadata_props.add(key="b", value="1")
@@ -65,6 +65,6 @@ def test_operators_of_strangers_may_carry_lists_of_tensors_and_of_graphs(proto: 
         load(proto)
 
 
-def test_an_initializer_may_be_the_default_of_an_input(proto: onnx.ModelProto) -> None:
+def test_an_initializer_can_be_the_default_of_an_input(proto: onnx.ModelProto) -> None:
     proto.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [4, 4]))
     assert to_proto(load(proto)) == proto

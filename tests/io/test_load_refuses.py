@@ -29,35 +29,37 @@ def refused(source: Path | onnx.ModelProto, match: str) -> None:
         (b"\x08\x09", "expected a model with a graph, found none"),
     ],
 )
-def test_files_that_are_no_models(tmp_path: Path, content: bytes, match: str) -> None:
+def test_other_files_are_rejected(tmp_path: Path, content: bytes, match: str) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
     refused(path, match)
 
 
 @pytest.mark.parametrize("part", [0.2, 0.6, 0.99])
-def test_a_truncated_file(tmp_path: Path, proto: onnx.ModelProto, part: float) -> None:
+def test_a_truncated_file_is_rejected(tmp_path: Path, proto: onnx.ModelProto, part: float) -> None:
     whole = proto.SerializeToString()
     path = tmp_path / "model.onnx"
     path.write_bytes(whole[: int(part * len(whole))])
-    refused(path, "cut short|found no")
+    refused(path, "truncated|found no")
 
 
-def test_the_message_names_the_file(tmp_path: Path, proto: onnx.ModelProto) -> None:
+def test_a_message_names_the_file(tmp_path: Path, proto: onnx.ModelProto) -> None:
     proto.ir_version = 99
     path = tmp_path / "model.onnx"
     path.write_bytes(proto.SerializeToString())
     refused(path, r"model\.onnx`: expected an ir_version")
 
 
-def test_a_file_beyond_the_protobuf_limit(tmp_path: Path) -> None:
+def test_a_file_larger_than_a_protobuf_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     with path.open("wb") as file:
         file.truncate(locate.PROTOBUF_LIMIT + 1)  # a hole: no room is taken
-    refused(path, "ends at 2 GiB")
+    refused(path, "more than the 2 GiB")
 
 
-def test_a_file_that_may_not_be_read(proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_is_reported(
+    proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -187,13 +189,13 @@ def sparse_constant(model: onnx.ModelProto) -> None:
         (no_ir_version, "expected an ir_version from 1 to .*, found 0"),
         (no_graph, "expected a model with a graph"),
         (no_outputs, "expected a graph with outputs"),
-        (dangling_input, "named `absent`, found none, and MatMul `h` reads it"),
-        (dangling_input_of_a_subgraph, "named `absent`, found none, and Identity `t` reads it"),
-        (dangling_input_of_a_function, "named `absent`, found none, and Neg `c` reads it"),
-        (output_of_nobody, "named `absent`, found none, and the list of graph outputs reads it"),
-        (cycle, "a value that needs itself: `(y|h)` -> `(y|h)`"),
-        (cycle_through_a_subgraph, "a value that needs itself: `z` -> `z`"),
-        (name_made_twice, "Add `h` makes `h`, expected a new name"),
+        (dangling_input, "named `absent`, found none, but MatMul `h` reads it"),
+        (dangling_input_of_a_subgraph, "named `absent`, found none, but Identity `t` reads it"),
+        (dangling_input_of_a_function, "named `absent`, found none, but Neg `c` reads it"),
+        (output_of_nobody, "named `absent`, found none, but the list of graph outputs reads it"),
+        (cycle, "a value that depends on itself: `(y|h)` -> `(y|h)`"),
+        (cycle_through_a_subgraph, "a value that depends on itself: `z` -> `z`"),
+        (name_made_twice, "Add `h` computes `h`: expected a new name"),
         (input_twice, "inputs of different names, found x, x"),
         (short_raw_data, r"expected 64 bytes for FLOAT\[4, 4\], found 60 - at `w`"),
         (short_typed_data, "expected 16 entries in float_data .* found 15 - at `w`"),
@@ -209,7 +211,7 @@ def sparse_constant(model: onnx.ModelProto) -> None:
         (sparse_constant, "cannot represent this model: Sparse tensors are not supported"),
     ],
 )
-def test_graphs_that_are_no_graphs(
+def test_invalid_graphs_are_rejected(
     proto: onnx.ModelProto, damage: Callable[[onnx.ModelProto], None], match: str
 ) -> None:
     load(proto)  # whole, it loads
@@ -217,20 +219,20 @@ def test_graphs_that_are_no_graphs(
     refused(proto, match)
 
 
-def test_a_message_is_one_line_whatever_the_names_are(tmp_path: Path, proto: onnx.ModelProto) -> None:
+def test_a_message_is_one_line_for_any_names(tmp_path: Path, proto: onnx.ModelProto) -> None:
     proto.graph.node[0].input[0] = "ab\n\x1b[31mé"
     path = tmp_path / "model.onnx"
     path.write_bytes(proto.SerializeToString())
     refused(path, r"named `ab\\n\\x1b\[31mé`")
 
 
-def test_names_that_are_not_utf_8(proto: onnx.ModelProto) -> None:
+def test_names_that_are_not_utf_8_are_rejected(proto: onnx.ModelProto) -> None:
     proto.graph.node.append(onnx.helper.make_node("Neg", ["x"], ["mark"]))
     damaged = proto.SerializeToString().replace(b"mark", b"\xff\xfe\xfd\xfc")
     refused(onnx.ModelProto.FromString(damaged), "expected names in UTF-8, found b'")
 
 
-def test_other_texts_that_are_not_utf_8_are_told_when_they_are_written(proto: onnx.ModelProto) -> None:
+def test_other_text_that_is_not_utf_8_is_reported_on_writing(proto: onnx.ModelProto) -> None:
     proto.graph.node[0].metadata_props.add(key="mark", value="mark")
     damaged = proto.SerializeToString().replace(b"mark", b"\xff\xfe\xfd\xfc")
     model = load(onnx.ModelProto.FromString(damaged))

@@ -1,4 +1,4 @@
-"""A saved model is whole, has beside it what it needs, and nothing else was touched."""
+"""A saved model is complete, with its data and side files, and no other file changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(path: Path) -> Any:
     return session.run(None, {"x": np.ones((2, 4), np.float32)})[0]
 
 
-def test_a_file_comes_back_byte_for_byte(external: Path, tmp_path: Path) -> None:
+def test_an_unchanged_file_is_saved_byte_for_byte(external: Path, tmp_path: Path) -> None:
     saved = save(load(external), tmp_path / "out" / "copy.onnx")
     assert saved == tmp_path / "out" / "copy.onnx"
     assert saved.read_bytes() == external.read_bytes()
@@ -47,7 +47,7 @@ def test_weights_are_linked_and_side_files_copied_into_another_folder(external: 
     assert tensor.numpy()[0, 1] == 1.0  # several links are no obstacle to reading
 
 
-def test_copied_weights_can_be_read_by_everybody(external: Path, tmp_path: Path) -> None:
+def test_copied_weights_can_be_read_by_onnx(external: Path, tmp_path: Path) -> None:
     saved = save(load(external), tmp_path / "out", link_mode="copy")
     assert not os.path.samefile(saved.with_name("model.data"), external.with_name("model.data"))
     onnx.checker.check_model(str(saved))
@@ -68,7 +68,7 @@ def test_weights_are_copied_where_they_cannot_be_linked(
     assert saved.with_name("model.data").read_bytes() == external.with_name("model.data").read_bytes()
 
 
-def test_holes_stay_holes_when_copied(external: Path, tmp_path: Path) -> None:
+def test_copies_of_sparse_files_are_sparse(external: Path, tmp_path: Path) -> None:
     data = external.with_name("model.data")
     with data.open("r+b") as file:
         file.truncate(2**32)
@@ -83,7 +83,7 @@ def test_holes_stay_holes_when_copied(external: Path, tmp_path: Path) -> None:
         assert copy.stat().st_blocks < 2**20
 
 
-def test_saving_twice_is_saving_once(external: Path, tmp_path: Path) -> None:
+def test_saving_twice_gives_the_same_files(external: Path, tmp_path: Path) -> None:
     for _ in range(2):
         save(load(external), tmp_path / "out")
     assert names(tmp_path / "out") == {"model.onnx", "model.data", "config.json", "tokenizer.json", "merges.txt"}
@@ -99,7 +99,7 @@ def test_a_different_data_file_is_never_overwritten(external: Path, tmp_path: Pa
     assert (out / "model.data").read_bytes() == b"precious"
 
 
-def test_a_dangling_link_in_the_place_of_data_is_not_followed(external: Path, tmp_path: Path) -> None:
+def test_a_dangling_link_at_the_name_of_data_is_not_followed(external: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.data").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match="found another file"):
@@ -107,7 +107,7 @@ def test_a_dangling_link_in_the_place_of_data_is_not_followed(external: Path, tm
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_in_its_own_folder_only_the_model_changes(external: Path) -> None:
+def test_in_the_same_folder_only_the_model_changes(external: Path) -> None:
     before = {file: (file.stat().st_ino, file.read_bytes()) for file in external.parent.iterdir()}
     model = load(external)
     model.doc_string = "edited"
@@ -120,13 +120,13 @@ def test_in_its_own_folder_only_the_model_changes(external: Path) -> None:
     assert set(external.parent.iterdir()) == set(before)
 
 
-def test_beside_itself_under_another_name(external: Path) -> None:
+def test_a_model_can_be_saved_in_the_same_folder_under_another_name(external: Path) -> None:
     saved = save(load(external), external.with_name("cached.onnx"))
     assert weight_files(load(saved)) == weight_files(load(external))
     assert external.with_name("model.data").stat().st_nlink == 1
 
 
-def test_the_layout_with_an_onnx_folder(external: Path, tmp_path: Path) -> None:
+def test_side_files_are_above_an_onnx_folder(external: Path, tmp_path: Path) -> None:
     hub = tmp_path / "hub"
     shutil.copytree(external.parent, hub / "onnx")
     (hub / "config.json").write_text("the hub's")
@@ -144,7 +144,7 @@ def test_a_model_keeps_the_name_of_its_file(external: Path, tmp_path: Path) -> N
     assert save(load(named), tmp_path / "out-1.5").name == "decoder.onnx"  # a folder, dot or not
 
 
-def test_data_in_a_folder_below(external: Path, tmp_path: Path) -> None:
+def test_data_in_a_subfolder_stays_there(external: Path, tmp_path: Path) -> None:
     proto = onnx.load(external, load_external_data=False)
     proto.graph.initializer[0].external_data[0].value = "weights/part.data"
     external.write_bytes(proto.SerializeToString())
@@ -153,7 +153,7 @@ def test_data_in_a_folder_below(external: Path, tmp_path: Path) -> None:
     assert "weights/part.data" in names(save(load(external), tmp_path / "out").parent)
 
 
-def test_a_proto_is_saved_beside_its_data(external: Path, tmp_path: Path) -> None:
+def test_a_proto_is_saved_in_the_folder_of_its_data(external: Path, tmp_path: Path) -> None:
     proto = onnx.load(external, load_external_data=False)
     with pytest.raises(WeightsError, match="load the model with the folder of its data"):
         save(load(proto), tmp_path / "out")
@@ -168,7 +168,7 @@ def test_a_proto_without_a_source_is_called_model(proto: onnx.ModelProto, tmp_pa
     assert names(tmp_path / "out") == {"model.onnx"}
 
 
-def test_a_location_that_a_pass_made_up_may_not_climb(proto: onnx.ModelProto, tmp_path: Path) -> None:
+def test_a_location_outside_the_folder_is_rejected(proto: onnx.ModelProto, tmp_path: Path) -> None:
     model = load(proto)
     model.graph.initializers["w"].const_value = ir.ExternalTensor(
         "../w.data", 0, 64, ir.DataType.FLOAT, shape=ir.Shape([4, 4]), name="w", base_dir=tmp_path
@@ -177,7 +177,7 @@ def test_a_location_that_a_pass_made_up_may_not_climb(proto: onnx.ModelProto, tm
         save(model, tmp_path / "out")
 
 
-def test_weights_in_memory_get_a_file_of_their_own_beyond_the_limit(
+def test_weights_in_memory_get_a_data_file_above_the_limit(
     proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(proto)
@@ -206,15 +206,15 @@ def test_weights_in_memory_get_a_file_of_their_own_beyond_the_limit(
     onnx.checker.check_model(str(saved))
 
 
-def test_a_disk_that_is_full_is_told_before_copying(
+def test_a_full_disk_is_reported_before_copying(
     external: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(side_files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    with pytest.raises(UsageError, match=r"expected room for 80 bytes at .*, found 1;"):
+    with pytest.raises(UsageError, match=r"expected 80 bytes of free space for .*, found 1;"):
         save(load(external), tmp_path / "out", link_mode="copy")
 
 
-def test_a_destination_that_is_no_place_for_a_model(external: Path, tmp_path: Path) -> None:
+def test_an_invalid_destination_is_rejected(external: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UsageError, match="found the file"):
         save(load(external), tmp_path / "file")
@@ -222,7 +222,7 @@ def test_a_destination_that_is_no_place_for_a_model(external: Path, tmp_path: Pa
         save(load(external), tmp_path / "file" / "model.onnx")
 
 
-def test_a_graph_beyond_the_protobuf_limit(
+def test_a_graph_larger_than_a_protobuf_is_reported(
     proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Huge:
@@ -244,7 +244,7 @@ def test_loading_and_saving_are_silent_in_a_pipe(
     assert not caplog.records
 
 
-def test_a_terminal_sees_a_bar(external: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_shows_a_bar(external: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import io
     import sys
 

@@ -1,4 +1,4 @@
-"""What is computed lies in a file without a name while it is judged: sessions read it, and nothing of it stays."""
+"""Computed weights are in an unnamed file during verification: sessions read it, and nothing of it stays."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not os.path.isdir(staging.OPEN_FILES), reason="o
 
 
 @pytest.fixture(autouse=True)
-def _everything_is_large(monkeypatch):
+def _all_weights_are_large(monkeypatch):
     monkeypatch.setattr(staging, "EMBEDDED", 0)
     monkeypatch.setattr(staging, "_SMALLEST", 1)
 
@@ -41,7 +41,7 @@ def logits(proto):
     return from_runtime(session.run(feeds)["logits"])
 
 
-def test_sessions_read_what_is_computed(tmp_path):
+def test_sessions_read_computed_weights(tmp_path):
     model = Pipeline((ReplicateKvHeads(repeat=2),)).run(io.load(DEMO)).model
     embedded = io.to_proto(model)
 
@@ -56,7 +56,7 @@ def test_sessions_read_what_is_computed(tmp_path):
     assert io.to_proto(model) == embedded
 
 
-def test_little_is_held_in_memory(monkeypatch, tmp_path):
+def test_computed_weights_are_not_in_memory(monkeypatch, tmp_path):
     model = Pipeline((ReplicateKvHeads(repeat=2),)).run(io.load(DEMO)).model
     monkeypatch.setattr(staging, "EMBEDDED", 1 << 30)
 
@@ -64,7 +64,7 @@ def test_little_is_held_in_memory(monkeypatch, tmp_path):
         assert not outside(proto)
 
 
-def test_a_judged_change_is_the_one_that_is_saved(tmp_path):
+def test_the_verified_change_is_saved(tmp_path):
     done = operate(DEMO, Pipeline((ReplicateKvHeads(repeat=2),)), tmp_path / "out")
 
     assert done.sameness is not None
@@ -72,7 +72,7 @@ def test_a_judged_change_is_the_one_that_is_saved(tmp_path):
     assert not outside(onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False))
 
 
-def test_what_is_lost_is_measured_layer_by_layer(monkeypatch):
+def test_accuracy_loss_is_measured_layer_by_layer(monkeypatch):
     merged = Pipeline((MergeKvHeads(kv_heads=1),))
     staged = operate(DEMO, merged, per_layer=True).loss
     monkeypatch.setattr(staging, "EMBEDDED", 1 << 30)
@@ -80,10 +80,10 @@ def test_what_is_lost_is_measured_layer_by_layer(monkeypatch):
     assert staged == operate(DEMO, merged, per_layer=True).loss
 
 
-def test_a_full_disk_is_told_in_one_line(monkeypatch):
+def test_a_full_disk_is_reported_in_one_line(monkeypatch):
     def full(tensor, file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(staging, "_written", full)
-    with pytest.raises(UsageError, match="cannot write what the judge is to read: No space left on device; choose"):
+    monkeypatch.setattr(staging, "_write", full)
+    with pytest.raises(UsageError, match="cannot write weights for verification: No space left on device; choose"):
         operate(DEMO, Pipeline((ReplicateKvHeads(repeat=2),)))

@@ -1,4 +1,4 @@
-"""External data is looked up and never read; what is not whole inside the model's folder is refused."""
+"""External data is checked without being read; data that is not complete in the folder of the model is rejected."""
 
 from __future__ import annotations
 
@@ -48,24 +48,24 @@ def test_loading_does_not_open_the_data_file(external: Path) -> None:
 
 
 @pytest.mark.parametrize("location", ["../outside.data", "sub/../../outside.data", "..\\outside.data"])
-def test_a_location_that_climbs(external: Path, location: str) -> None:
+def test_a_location_outside_the_folder_is_rejected(external: Path, location: str) -> None:
     shutil.copy(external.with_name("model.data"), external.parent.parent / "outside.data")
     refer(external, location=location)
-    refused(external, "expected external data inside the model's folder, found location .* - at `w`")
+    refused(external, "expected external data in the folder of the model, found location .* - at `w`")
 
 
 @pytest.mark.parametrize("location", ["C:\\weights.data", "\\\\server\\weights.data"])
-def test_a_location_that_is_absolute_elsewhere(external: Path, location: str) -> None:
+def test_an_absolute_location_of_another_system_is_rejected(external: Path, location: str) -> None:
     refer(external, location=location)
-    refused(external, "inside the model's folder, found location .* - at `w`")
+    refused(external, "in the folder of the model, found location .* - at `w`")
 
 
-def test_a_location_that_is_absolute(external: Path) -> None:
+def test_an_absolute_location_is_rejected(external: Path) -> None:
     refer(external, location=str(external.with_name("model.data")))
-    refused(external, "inside the model's folder, found location `/.* - at `w`")
+    refused(external, "in the folder of the model, found location `/.* - at `w`")
 
 
-def test_a_link_that_leads_outside(external: Path) -> None:
+def test_a_link_out_of_the_folder_is_rejected(external: Path) -> None:
     data = external.with_name("model.data")
     outside = external.parent.parent / "outside.data"
     data.rename(outside)
@@ -73,7 +73,7 @@ def test_a_link_that_leads_outside(external: Path) -> None:
     refused(external, "found a link from `model.data` to .*outside.data` - at `w`")
 
 
-def test_a_folder_that_leads_outside(external: Path) -> None:
+def test_a_linked_folder_is_rejected(external: Path) -> None:
     outside = external.parent.parent / "outside"
     outside.mkdir()
     external.with_name("model.data").rename(outside / "model.data")
@@ -82,14 +82,14 @@ def test_a_folder_that_leads_outside(external: Path) -> None:
     refused(external, "found a link from `sub/model.data`")
 
 
-def test_a_link_that_stays_inside(external: Path) -> None:
+def test_a_link_inside_the_folder_is_accepted(external: Path) -> None:
     data = external.with_name("model.data")
     data.rename(external.with_name("real.data"))
     data.symlink_to("real.data")
     assert weight_files(load(external))[0].bytes == 80
 
 
-def test_the_cache_of_a_hub_where_model_and_data_are_links_into_one_folder(external: Path) -> None:
+def test_the_symlinks_of_the_hugging_face_cache_are_accepted(external: Path) -> None:
     blobs = external.parent.rename(external.parent.with_name("blobs"))
     snapshot = blobs.with_name("snapshot")
     snapshot.mkdir()
@@ -100,31 +100,31 @@ def test_the_cache_of_a_hub_where_model_and_data_are_links_into_one_folder(exter
     assert tensor.numpy()[0, 1] == 1.0
 
 
-def test_a_data_file_that_is_missing(external: Path) -> None:
+def test_a_missing_data_file_is_reported(external: Path) -> None:
     external.with_name("model.data").unlink()
     refused(external, "expected external data in the file .* found no such file - at `w`")
 
 
-def test_a_data_file_that_is_too_short(external: Path) -> None:
+def test_a_truncated_data_file_is_reported(external: Path) -> None:
     os.truncate(external.with_name("model.data"), 79)
     refused(external, "expected at least 80 bytes in `model.data`, found 79 - at `w`")
 
 
 @pytest.mark.parametrize("length", ["63", "65", "0"])
-def test_a_length_that_is_not_that_of_the_tensor(external: Path, length: str) -> None:
+def test_a_wrong_length_is_rejected(external: Path, length: str) -> None:
     refer(external, length=length)
     refused(external, rf"expected 64 bytes .* found a length of {length} - at `w`")
 
 
 @pytest.mark.parametrize(("key", "value"), [("offset", "-16"), ("length", "-64"), ("offset", "much"), ("offset", "²")])
-def test_an_extent_that_is_no_number(external: Path, key: str, value: str) -> None:
+def test_an_extent_that_is_not_a_number_is_rejected(external: Path, key: str, value: str) -> None:
     refer(external, **{key: value})
-    refused(external, f"expected bytes as {key} of external data, found '{value}' - at `w`")
+    refused(external, f"expected a number of bytes as {key} of external data, found '{value}' - at `w`")
 
 
-def test_a_reference_to_no_file(external: Path) -> None:
+def test_a_reference_without_location_is_rejected(external: Path) -> None:
     refer(external, location="")
-    refused(external, "does not say in which file it lies - at `w`")
+    refused(external, "external data has no location - at `w`")
 
 
 def test_strings_cannot_be_external(external: Path) -> None:
@@ -154,13 +154,13 @@ def test_a_reference_without_extent_means_the_whole_file(external: Path) -> None
     check_weights(load(external))
 
 
-def test_a_key_that_onnx_does_not_know_is_no_cause_for_a_warning(external: Path) -> None:
+def test_an_unknown_key_gives_no_warning(external: Path) -> None:
     refer(external, flavour="vanilla")
     load(external)
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_tensors_that_a_node_carries_are_checked_too(external: Path, several: bool) -> None:
+def test_tensors_of_nodes_are_checked_too(external: Path, several: bool) -> None:
     proto = onnx.load(external, load_external_data=False)
     tensor = onnx.TensorProto.FromString(proto.graph.initializer[0].SerializeToString())
     del proto.graph.initializer[0]
@@ -172,10 +172,10 @@ def test_tensors_that_a_node_carries_are_checked_too(external: Path, several: bo
     attribute = proto.graph.node[0].attribute[0]
     (attribute.tensors[0] if several else attribute.t).external_data[0].value = "../absent.data"
     external.write_bytes(proto.SerializeToString())
-    refused(external, "inside the model's folder")
+    refused(external, "in the folder of the model")
 
 
-def test_a_proto_brings_its_weights_only_with_a_folder(external: Path) -> None:
+def test_weights_of_a_proto_are_checked_only_with_a_folder(external: Path) -> None:
     proto = onnx.load(external, load_external_data=False)
     os.truncate(external.with_name("model.data"), 0)
     load(proto)

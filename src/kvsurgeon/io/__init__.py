@@ -1,4 +1,4 @@
-"""Load the graph of a model without its weights; save it, and say where its weights go."""
+"""Load the graph of a model without its weights; save a model atomically, with its data and side files."""
 
 from kvsurgeon.io.external_data import WeightFile, check_weights, weight_files
 from kvsurgeon.io.loading import load, loaded_from

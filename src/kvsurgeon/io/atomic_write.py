@@ -1,4 +1,4 @@
-"""Write files so that whoever looks sees the old ones or the new ones, whole, even if the writer is killed."""
+"""Write files atomically: readers find the old files or the new ones, complete, even if the writer is killed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,72 +13,63 @@ from kvsurgeon.errors import UsageError
 
 try:
     import fcntl
-except ImportError:  # Windows: stale files stay, for want of a sound way to know that they are stale
+except ImportError:  # Windows: stale files stay, since nothing tells that they are stale
     fcntl = None  # type: ignore[assignment]
 
 _MARK = ".kvsurgeon-"
-_DESCRIPTORS = "/proc/self/fd"  # where Linux shows a process its open files
+_DESCRIPTORS = "/proc/self/fd"  # the open files of a process on Linux
 _UNNAMED = getattr(os, "O_TMPFILE", 0) if os.path.isdir(_DESCRIPTORS) else 0
 
 
-@dataclass(kw_only=True)
-class _Pending:
-    """A file that has not taken its name yet."""
+class FileTransaction:
+    """Files that get their names together, in the order in which they were created; or are removed together.
 
-    path: Path
-    file: BinaryIO
-    temporary: Path | None  # None: it has no name at all, and vanishes with its writer
-
-
-class Draft:
-    """Files that take their names together, in the order in which they were opened; or vanish together.
-
-    Where the file system allows it, files have no name until then, so that a killed writer leaves nothing. Elsewhere
-    they have hidden names, which `remove_stale` finds.
+    On Linux a file has no name until then, so a killed writer leaves nothing. On other systems, and on file systems
+    that cannot do this, it has a hidden name, which `remove_stale` finds.
     """
 
     def __init__(self) -> None:
-        self._pending: list[_Pending] = []
+        self._files: dict[Path, BinaryIO] = {}  # by final path
+        self._temporary: dict[Path, Path] = {}  # hidden name by final path, for files that have one
         self._links: list[tuple[Path, Path]] = []
-        self._made: list[Path] = []
+        self._created_folders: list[Path] = []
 
     def make_folder(self, folder: Path) -> None:
-        """Make a folder, and those above it.
+        """Create a folder with its parents.
 
         Raises:
-            UsageError: It cannot be made.
+            UsageError: It cannot be created.
         """
-        with _telling(folder):
+        with _errors_of(folder):
             missing = [one for one in (folder, *folder.parents) if not one.exists()]
             for one in reversed(missing):
                 one.mkdir(exist_ok=True)
-                self._made.append(one)
+                self._created_folders.append(one)
 
     @contextmanager
-    def new(self, path: Path, *, synced: bool = True) -> Iterator[BinaryIO]:
-        """Give a file to write to, which `publish` names `path`.
+    def create(self, path: Path, *, synced: bool = True) -> Iterator[BinaryIO]:
+        """Create a file, which gets its name at `commit`.
 
         Args:
-            path: What it is called in the end.
-            synced: Whether its bytes are on the disk when the block ends. If not, they are handed to the system, as
-                `cp` does: should the machine stop in the next seconds, the file is too short, and loading says so.
+            path: The final path.
+            synced: Whether to flush the file to disk at the end of the block. If not, the operating system writes it
+                later, as with `cp`; if the machine crashes before, the file is too short, and loading reports that.
 
         Raises:
-            UsageError: The file cannot be written there.
+            UsageError: The file cannot be written.
         """
-        with _telling(path):
-            pending = _opened(path)
-            self._pending.append(pending)
-            yield pending.file
-            pending.file.flush()
+        with _errors_of(path):
+            file = self._open(path)
+            yield file
+            file.flush()
             if synced:
-                os.fsync(pending.file.fileno())
+                os.fsync(file.fileno())
             else:
-                os.close(os.dup(pending.file.fileno()))  # network file systems say only then that a write failed
+                os.close(os.dup(file.fileno()))  # network file systems report failed writes only here
 
     def link(self, source: Path, path: Path) -> bool:
-        """Return whether `source` can have the further name `path`, which `publish` then gives to it."""
-        trial = _hidden(path)
+        """Hard link a file under another name at `commit`; return False if the file system cannot do this."""
+        trial = _hidden_name(path)
         with suppress(OSError):  # another file system, or one without links
             os.link(source, trial)
             trial.unlink()
@@ -87,74 +77,106 @@ class Draft:
             return True
         return False
 
-    def publish(self) -> None:
-        """Give all files their names: nothing but renaming, so that there is hardly a moment between first and last.
+    def commit(self) -> None:
+        """Give all files their names. Only renames happen here, so there is hardly a moment between first and last.
 
         Raises:
-            UsageError: A file cannot take its name; then none has taken one that was free before.
+            UsageError: A file cannot get its name; then no new name exists.
         """
-        fresh: list[Path] = []
+        new: list[Path] = []
         try:
             for source, path in self._links:
-                with _telling(path):
+                with _errors_of(path):
                     os.link(source, path)
-                fresh.append(path)
-            for pending in self._pending:
-                is_fresh = not os.path.lexists(pending.path)
-                with _telling(pending.path):
-                    _name(pending)
-                fresh += [pending.path] if is_fresh else []
+                new.append(path)
+            for path in self._files:
+                is_new = not os.path.lexists(path)
+                with _errors_of(path):
+                    self._rename(path)
+                new += [path] if is_new else []
         except BaseException:
-            for path in fresh:
+            for path in new:
                 path.unlink(missing_ok=True)
             raise
-        for folder in {path.parent for path in (*fresh, *(pending.path for pending in self._pending))}:
+        for folder in {path.parent for path in (*new, *self._files)}:
             _sync_folder(folder)
-        self._made.clear()
+        self._created_folders.clear()
 
     def close(self) -> None:
-        """Let go of all that was not published, and of the locks on what was."""
-        for pending in self._pending:
-            with suppress(OSError):  # what is buffered goes nowhere
-                pending.file.close()
-            if pending.temporary is not None:
-                pending.temporary.unlink(missing_ok=True)
-        for folder in reversed(self._made):
+        """Remove files and folders that were not committed, and release the locks on the others."""
+        for path in list(self._files):
+            self._discard(path)
+        for folder in reversed(self._created_folders):
             with suppress(OSError):
                 folder.rmdir()
 
+    def _open(self, path: Path) -> BinaryIO:
+        """Create a file without a name in the folder of `path`, or else a locked one of a hidden name."""
+        if path in self._files:
+            self._discard(path)
+        with suppress(OSError):
+            if _UNNAMED and _can_be_named_later(path):
+                return self._files.setdefault(path, _open_unnamed(path.parent))
+        self._temporary[path], self._files[path] = _open_locked(path)
+        return self._files[path]
+
+    def _discard(self, path: Path) -> None:
+        """Close a file, and remove its hidden name if it has not got its final one."""
+        with suppress(OSError):  # buffered bytes are lost, as intended
+            self._files.pop(path).close()
+        if path in self._temporary:
+            self._temporary.pop(path).unlink(missing_ok=True)
+
+    def _rename(self, path: Path) -> None:
+        """Give a file its final name, in one step for readers."""
+        file = self._files[path]
+        if path not in self._temporary:
+            with suppress(FileExistsError):
+                _link_open_file(file, path)
+                return
+            temporary = _hidden_name(path)
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _link_open_file(file, temporary)
+            self._temporary[path] = temporary
+        with suppress(OSError):
+            self._temporary[path].chmod(path.stat().st_mode & 0o777)
+        if fcntl is None:
+            file.close()  # Windows renames closed files only; other systems keep the lock until the end
+        os.replace(self._temporary[path], path)
+
 
 @contextmanager
-def drafting() -> Iterator[Draft]:
-    """Give a draft, which is published when the block ends well and vanishes when it does not.
+def file_transaction() -> Iterator[FileTransaction]:
+    """Commit a transaction at the end of the block, or remove its files if the block raises.
 
     Raises:
         UsageError: A file cannot be written.
     """
-    draft = Draft()
+    transaction = FileTransaction()
     try:
-        yield draft
-        draft.publish()
+        yield transaction
+        transaction.commit()
     finally:
-        draft.close()
+        transaction.close()
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Give a file to write to, which becomes `path` when the block ends well and vanishes when it does not.
+def atomic_open(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file, which replaces `path` at the end of the block, or is removed if the block raises.
 
     Raises:
-        UsageError: The file cannot be written there.
+        UsageError: The file cannot be written.
     """
-    with drafting() as draft, draft.new(path) as file:
+    with file_transaction() as transaction, transaction.create(path) as file:
         yield file
 
 
 def remove_stale(folder: Path) -> None:
-    """Remove what killed writers left in the folder.
+    """Remove the hidden files that killed writers left in a folder.
 
-    A writer holds a lock on its file, and the system drops the lock when the writer dies: a file that can be locked
-    has no writer. Files that cannot be locked, opened or removed are left alone.
+    A writer holds a lock on its file, which the system releases when the writer dies: a file that can be locked has no
+    writer. Files that cannot be locked, opened or removed stay.
     """
     if fcntl is None:
         return
@@ -165,25 +187,16 @@ def remove_stale(folder: Path) -> None:
 
 
 @contextmanager
-def _telling(path: Path) -> Iterator[None]:
-    """Say of a file that cannot be written which one it is."""
+def _errors_of(path: Path) -> Iterator[None]:
+    """Raise system errors in the block as errors that name the file."""
     try:
         yield
     except OSError as error:
         raise UsageError(f"cannot write `{path}`: {error.strerror or error}") from error
 
 
-def _hidden(path: Path) -> Path:
+def _hidden_name(path: Path) -> Path:
     return path.parent / f".{path.name}{_MARK}{secrets.token_hex(4)}"
-
-
-def _opened(path: Path) -> _Pending:
-    """Create a file without a name in the folder of `path`; where that cannot be, a locked one of a hidden name."""
-    with suppress(OSError):
-        if _UNNAMED and _can_be_named_later(path):
-            return _Pending(path=path, file=_open_unnamed(path.parent), temporary=None)
-    temporary, file = _open_locked(path)
-    return _Pending(path=path, file=file, temporary=temporary)
 
 
 def _open_unnamed(folder: Path) -> BinaryIO:
@@ -191,22 +204,22 @@ def _open_unnamed(folder: Path) -> BinaryIO:
 
 
 def _can_be_named_later(path: Path) -> bool:
-    """Try it with an empty file: gigabytes would be lost if it turned out only at the end that names are not given."""
-    trial = _hidden(path)
+    """Try with an empty file whether an unnamed file can get a name, before gigabytes are written to one."""
+    trial = _hidden_name(path)
     with _open_unnamed(path.parent) as file:
-        _name_open_file(file, trial)
+        _link_open_file(file, trial)
         trial.unlink()
     return True
 
 
 def _open_locked(path: Path) -> tuple[Path, BinaryIO]:
-    """Create a file of a new name beside `path`, locked for as long as it is open."""
+    """Create a file of a new hidden name in the folder of `path`, locked as long as it is open."""
     while True:
-        temporary = _hidden(path)
+        temporary = _hidden_name(path)
         file = temporary.open("xb")
         if fcntl is None:
             return temporary, file
-        # Between opening and locking, another process may take the file for stale and remove it: then try again.
+        # Between opening and locking, another process may consider the file stale and remove it: then try again.
         with suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if temporary.stat().st_ino == os.fstat(file.fileno()).st_ino:
@@ -214,37 +227,16 @@ def _open_locked(path: Path) -> tuple[Path, BinaryIO]:
         file.close()
 
 
-def _name(pending: _Pending) -> None:
-    """Let the file be what its path names, in one step for whoever looks."""
-    if pending.temporary is None:
-        with suppress(FileExistsError):
-            _name_open_file(pending.file, pending.path)
-            return
-        pending.temporary = _hidden(pending.path)
-        if fcntl is not None:
-            fcntl.flock(pending.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        _name_open_file(pending.file, pending.temporary)
-    _keep_mode(pending.temporary, pending.path)
-    if fcntl is None:
-        pending.file.close()  # Windows renames closed files only; elsewhere the lock is held until the end
-    os.replace(pending.temporary, pending.path)
-
-
-def _name_open_file(file: BinaryIO, path: Path) -> None:
+def _link_open_file(file: BinaryIO, path: Path) -> None:
     descriptors = os.open(_DESCRIPTORS, os.O_RDONLY)
-    try:  # only with a folder to start from does Python ask the system to follow the link to the open file
+    try:  # Python makes the system follow the link to the open file only if a start folder is given
         os.link(str(file.fileno()), path, src_dir_fd=descriptors)
     finally:
         os.close(descriptors)
 
 
-def _keep_mode(temporary: Path, path: Path) -> None:
-    with suppress(OSError):
-        temporary.chmod(path.stat().st_mode & 0o777)
-
-
 def _sync_folder(folder: Path) -> None:
-    """Make the new names last through a crash of the system, where folders can be synced."""
+    """Make new names survive a crash of the system, if folders can be synced."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Let Python's garbage collector rest while a large graph is built."""
+"""Pause Python's garbage collector while a large graph is built."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def collector_resting() -> Iterator[None]:
-    """Build without the garbage collector, which would walk the growing graph again and again: half of the time."""
+def gc_paused() -> Iterator[None]:
+    """Disable garbage collection in the block: it would traverse the growing graph repeatedly, half of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

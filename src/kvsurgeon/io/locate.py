@@ -1,4 +1,4 @@
-"""Find the model that a person means by a path, and parse its file."""
+"""Find the model file that a path refers to, and parse it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _LISTED = 8  # candidates named in a message
 
 
 def find_model(path: str | Path) -> Path:
-    """Return the `.onnx` file that `path` names: itself, or the one in that folder.
+    """Return the `.onnx` file of a path: the path itself, or the model in that folder.
 
     Raises:
-        InputError: There is no such file, or a folder holds none or several that might be meant.
+        InputError: There is no such file, or a folder has none or several.
     """
     path = Path(path)
     if path.is_file():
         return path
     if not path.is_dir():
-        raise InputError(f"expected an .onnx file or a folder holding one, found nothing at `{path}`; check the path")
+        raise InputError(f"expected an .onnx file or a folder with one, found nothing at `{path}`; check the path")
     for name in _PREFERRED:
         if (path / name).is_file():
             return path / name
@@ -39,27 +39,27 @@ def _only_model(folder: Path) -> Path:
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:
-        raise InputError(f"expected an .onnx file in `{folder}`, found none; name the file itself")
+        raise InputError(f"expected an .onnx file in `{folder}`, found none; give the path of the file")
     named = ", ".join(file.name for file in candidates[:_LISTED])
     more = f" and {len(candidates) - _LISTED} more" if len(candidates) > _LISTED else ""
     raise InputError(
         f"expected `model.onnx` or a single .onnx file in `{folder}`, found {len(candidates)}: {named}{more}; "
-        "name the one that is meant"
+        "give the path of one"
     )
 
 
 def read_proto(path: Path) -> onnx.ModelProto:
-    """Return what the file says, without its external data.
+    """Return the content of a model file, without external data.
 
     Raises:
         InputError: The file cannot be opened.
-        InvalidModelError: The file is not an ONNX protobuf, or not a whole one.
+        InvalidModelError: The file is not an ONNX protobuf, or is truncated.
     """
     try:
         with path.open("rb") as file:
             status = path.stat()
             _check_file(path, status.st_mode, status.st_size)
-            # Mapped, so that embedded weights exist once (in the proto) and not twice while parsing.
+            # Mapped, so that embedded weights are in memory once (in the proto) and not twice while parsing.
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
                 return _parse(view, path)
     except OSError as error:
@@ -68,12 +68,12 @@ def read_proto(path: Path) -> onnx.ModelProto:
 
 def _check_file(path: Path, mode: int, size: int) -> None:
     if not stat.S_ISREG(mode):
-        raise InputError(f"expected a regular file, found something else at `{path}`")
+        raise InputError(f"expected a regular file, found another kind of file at `{path}`")
     if size == 0:
-        raise InvalidModelError(f"expected an ONNX model, found an empty file at `{path}`; fetch or export it again")
+        raise InvalidModelError(f"expected an ONNX model, found an empty file at `{path}`; download or export it again")
     if size > PROTOBUF_LIMIT:
         raise InvalidModelError(
-            f"`{path}` has {size:,} bytes, and a protobuf file ends at 2 GiB; "
+            f"`{path}` has {size:,} bytes, more than the 2 GiB of a protobuf file; "
             "save the model with its weights as external data"
         )
 
@@ -81,19 +81,17 @@ def _check_file(path: Path, mode: int, size: int) -> None:
 def _parse(view: memoryview, path: Path) -> onnx.ModelProto:
     head = bytes(view[:256])
     if head.startswith(_LFS_POINTER):
-        raise InvalidModelError(
-            f"`{path}` is a git-lfs pointer and not the model; run `git lfs pull` where it came from"
-        )
+        raise InvalidModelError(f"`{path}` is a git-lfs pointer, not the model; run `git lfs pull` in its repository")
     try:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(view)
     except DecodeError as error:
-        raise InvalidModelError(f"`{path}` {_likely_damage(head)}") from error
+        raise InvalidModelError(f"`{path}` {_diagnosis(head)}") from error
     return proto
 
 
-def _likely_damage(head: bytes) -> str:
-    if head.startswith(b"\x08"):  # field 1, `ir_version`, which writers put first
-        return "begins like an ONNX model and is cut short or damaged; fetch or export it again"
+def _diagnosis(head: bytes) -> str:
+    if head.startswith(b"\x08"):  # field 1, `ir_version`, which writers write first
+        return "starts like an ONNX model, but is truncated or damaged; download or export it again"
     if all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head):
-        return "is a text file and not an ONNX model"
+        return "is a text file, not an ONNX model"
     return "is not an ONNX model"

@@ -1,8 +1,8 @@
-"""What `config.json` says of a model's heads, and how it follows when a pass changes them.
+"""Update the head counts in `config.json` after a pass has changed them.
 
-Every family spells it in its own way: `num_key_value_heads`, `num_kv_heads`, `n_head_kv`, `kv_n_heads` inside
-`attn_config`, `multi_query_group_num`, a flag `multi_query`, a list with a number for each layer. So keys are found by
-the words that they are made of and the numbers that they hold.
+Model families use different keys: `num_key_value_heads`, `num_kv_heads`, `n_head_kv`, `kv_n_heads` in `attn_config`,
+`multi_query_group_num`, a flag `multi_query`, or a list with one number per layer. So keys are found by the words in
+their name and by their value.
 """
 
 from __future__ import annotations
@@ -18,88 +18,88 @@ import onnx_ir as ir
 Config = dict[str, Any]
 
 _CHANGES = "kvsurgeon.head_changes"
-_NEW_KEY = "num_key_value_heads"  # what most families, and clients that size a cache, call it
-_LAYERS_KEY = "num_key_value_layers"  # as the MLKV paper's configurations have it
+_NEW_KEY = "num_key_value_heads"  # the key of most families, and of clients that allocate a cache
+_LAYERS_KEY = "num_key_value_layers"  # the key of the MLKV paper
 
 
 @dataclass(frozen=True, kw_only=True)
-class Heads:
-    """How many heads the attention layers of a model have."""
+class ModelHeads:
+    """The head counts of a model.
+
+    Attributes:
+        query: Number of query heads of each layer.
+        kv: Number of KV heads of each attention layer.
+        kv_layers: Number of layers with keys and values of their own.
+    """
 
     query: int
-    kv: tuple[int, ...]  # of each attention layer
-    kv_layers: int  # layers that have keys and values of their own
+    kv: tuple[int, ...]
+    kv_layers: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """What a pass made of a model's heads."""
-
-    before: Heads
-    after: Heads
+HeadChange = tuple[ModelHeads, ModelHeads]  # before and after a pass
 
 
-def remember_change(model: ir.Model, change: Change) -> None:
-    """Have `config.json` follow a change of heads when the model is saved."""
-    model.meta[_CHANGES] = (*changes_of(model), change)
+def record_head_change(model: ir.Model, change: HeadChange) -> None:
+    """Record that a pass changed head counts, so that `save` updates `config.json`."""
+    model.meta[_CHANGES] = (*head_changes(model), change)
 
 
-def changes_of(model: ir.Model) -> tuple[Change, ...]:
-    """Return how the heads of a model were changed since it was loaded, in order."""
-    found: tuple[Change, ...] = model.meta.get(_CHANGES, ())
-    return found
+def head_changes(model: ir.Model) -> tuple[HeadChange, ...]:
+    """Return the changes of head counts since the model was loaded, in order."""
+    changes: tuple[HeadChange, ...] = model.meta.get(_CHANGES, ())
+    return changes
 
 
-def followed(config: Config, changes: Sequence[Change], *, strict: bool = False) -> Config:
-    """Return the config as it describes the model after these changes; the one given stays as it is.
+def updated_config(config: Config, changes: Sequence[HeadChange], *, strict: bool = False) -> Config:
+    """Return a copy of a config that describes the model after these changes.
 
     Args:
-        config: What was read from a file.
-        changes: What passes made of the heads.
-        strict: Whether its reader takes no keys that it does not know, so that none may be added.
+        config: The content of the file.
+        changes: The changes of head counts.
+        strict: Whether no keys may be added, because the reader of the file rejects unknown ones.
 
-    >>> before, after = (Heads(query=9, kv=(kv, kv), kv_layers=2) for kv in (3, 9))
-    >>> followed({"num_attention_heads": 9, "num_key_value_heads": 3}, [Change(before=before, after=after)])
+    >>> before, after = (ModelHeads(query=9, kv=(kv, kv), kv_layers=2) for kv in (3, 9))
+    >>> updated_config({"num_attention_heads": 9, "num_key_value_heads": 3}, [(before, after)])
     {'num_attention_heads': 9, 'num_key_value_heads': 9}
     """
     config = copy.deepcopy(config)
-    for change in changes:
-        if change.before.kv != change.after.kv:
-            _follow_heads(config, change, strict=strict)
-        if strict:
-            continue
-        if change.before.kv_layers != change.after.kv_layers or _LAYERS_KEY in config:
-            _home(config, change.before)[_LAYERS_KEY] = change.after.kv_layers
+    for before, after in changes:
+        if before.kv != after.kv:
+            _update_kv_heads(config, before, after, strict=strict)
+        if not strict and (before.kv_layers != after.kv_layers or _LAYERS_KEY in config):
+            _decoder_part(config, before)[_LAYERS_KEY] = after.kv_layers
     return config
 
 
-def _follow_heads(config: Config, change: Change, *, strict: bool) -> None:
-    """Write the new number wherever the old one stands; where it stands nowhere, wherever one of the kind stands."""
-    before, after = change.before, change.after
-    home = _home(config, before)
-    keys = list(_found(home, before, _counts_kv_heads))
-    telling = [(part, key) for part, key in keys if part[key] in (_spoken(before.kv), list(before.kv))]
-    for part, key in telling or keys:
-        part[key] = list(after.kv) if isinstance(part[key], list) else _spoken(after.kv)
-    flags = list(_found(home, before, _is_multi_query_flag))
-    for part, key in flags:
-        part[key] = set(after.kv) == {1}
+def _update_kv_heads(config: Config, before: ModelHeads, after: ModelHeads, *, strict: bool) -> None:
+    """Write the new number to each key with the old one; if there is none, to each key for KV heads."""
+    part = _decoder_part(config, before)
+    keys = list(_find_keys(part, before, _is_kv_heads))
+    current = [(inner, key) for inner, key in keys if inner[key] in (_as_config(before.kv), list(before.kv))]
+    for inner, key in current or keys:
+        inner[key] = list(after.kv) if isinstance(inner[key], list) else _as_config(after.kv)
+    flags = list(_find_keys(part, before, _is_multi_query_flag))
+    for inner, key in flags:
+        inner[key] = set(after.kv) == {1}
     if not strict and not keys and not (flags and set(after.kv) <= {1, after.query}):
-        home[_NEW_KEY] = _spoken(after.kv)
+        part[_NEW_KEY] = _as_config(after.kv)
 
 
-def _spoken(counts: Sequence[int]) -> int | list[int]:
-    """Return one number for all layers, or a list where they differ."""
+def _as_config(counts: Sequence[int]) -> int | list[int]:
+    """Return one number for all layers, or a list if they differ."""
     return counts[0] if len(set(counts)) == 1 else list(counts)
 
 
-def _found(part: Config, heads: Heads, wanted: Callable[[frozenset[str], Any], bool]) -> Iterator[tuple[Config, str]]:
-    """Yield the keys that are wanted, here and in parts inside that do not describe another model."""
+def _find_keys(
+    part: Config, heads: ModelHeads, matches: Callable[[frozenset[str], Any], bool]
+) -> Iterator[tuple[Config, str]]:
+    """Yield matching keys of a part of the config, and of inner parts that do not describe another model."""
     for key, value in list(part.items()):
         if isinstance(value, dict):
             if heads.query in (numbers := _query_heads(value)) or not numbers:
-                yield from _found(value, heads, wanted)
-        elif wanted(_words(key), value):
+                yield from _find_keys(value, heads, matches)
+        elif matches(_words(key), value):
             yield part, key
 
 
@@ -107,11 +107,11 @@ def _words(key: str) -> frozenset[str]:
     return frozenset(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower().split("_"))
 
 
-def _counts_kv_heads(words: frozenset[str], value: Any) -> bool:
-    """Whether a key made of these words says how many key and value heads there are.
+def _is_kv_heads(words: frozenset[str], value: Any) -> bool:
+    """Return whether a key of these words is a number of KV heads.
 
     >>> names = ["num_key_value_heads", "n_head_kv", "multi_query_group_num", "kv_channels", "num_kv_shared_layers"]
-    >>> [_counts_kv_heads(_words(name), 2) for name in names]
+    >>> [_is_kv_heads(_words(name), 2) for name in names]
     [True, True, True, False, False]
     """
     numbers = value if isinstance(value, list) and value else [value]
@@ -125,14 +125,14 @@ def _is_multi_query_flag(words: frozenset[str], value: Any) -> bool:
     return isinstance(value, bool) and {"multi", "query"} <= words and "group" not in words
 
 
-def _home(config: Config, heads: Heads) -> Config:
-    """Return the part of the config that describes the decoder: itself, or one such as `text_config`."""
+def _decoder_part(config: Config, heads: ModelHeads) -> Config:
+    """Return the part of a config that describes the decoder: the config itself, or a part such as `text_config`."""
     parts = [config, *(value for value in config.values() if isinstance(value, dict))]
     return next((part for part in parts if heads.query in _query_heads(part)), config)
 
 
 def _query_heads(part: Config) -> set[int]:
-    """Return what this part says of the number of query heads: nothing, or one number, or several that may mean it."""
+    """Return the numbers in a part of a config that can be a number of query heads."""
     return {
         value
         for words, value in ((_words(key), value) for key, value in part.items())

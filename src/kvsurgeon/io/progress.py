@@ -1,4 +1,4 @@
-"""Show how far long work is, on a terminal; stay quiet in a pipe."""
+"""Report the progress of writing files: a bar on a terminal, nothing in a pipe."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-Report = Callable[[str, int, int], None]  # what is written, bytes done, bytes in all
+OnProgress = Callable[[str, int, int], None]  # file name, bytes done, bytes in total
 
 
 @contextmanager
-def reporting(report: Report | None) -> Iterator[Report]:
-    """Give the caller's report, or else a bar on the terminal, or else one that does nothing."""
-    if report is not None:
-        yield report
+def progress_bar(on_progress: OnProgress | None) -> Iterator[OnProgress]:
+    """Return the given callback, or else one that updates a bar on the terminal, or else one that does nothing."""
+    if on_progress is not None:
+        yield on_progress
     elif not sys.stderr.isatty():
-        yield lambda _what, _done, _total: None
+        yield lambda _name, _done, _total: None
     else:
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=None)
-            yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+            yield lambda name, done, total: bar.update(task, description=name, completed=done, total=total)

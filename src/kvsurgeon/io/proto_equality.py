@@ -1,4 +1,4 @@
-"""When do two messages say the same, however they are dim_names?"""
+"""Compare protobuf messages up to what onnx-ir changes: order of metadata, and fields set to their default."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from google.protobuf.message import Message  # type: ignore[import-untyped]
 
 _SCALAR = (bool, int, float, str, bytes)
 _PAIRS = frozenset({"metadata_props", "quant_parameter_tensor_names"})
-_EXTERNAL_KEYS = frozenset({"location", "offset", "length"})  # what onnx-ir keeps of a reference
+_EXTERNAL_KEYS = frozenset({"location", "offset", "length"})  # the keys of a reference that onnx-ir keeps
 
 
-def says_the_same(one: Any, other: Any) -> bool:
-    """Return whether the messages differ in nothing but spelling: order of metadata, fields set to their default."""
-    return bool(one == other or _plain(one) == _plain(other))
+def is_equivalent(first: Any, second: Any) -> bool:
+    """Return whether messages are equal up to the order of metadata and fields set to their default."""
+    return bool(first == second or _normalized(first) == _normalized(second))
 
 
-def words_as_they_came(message: Any, original: Any) -> None:
-    """Set texts and numbers to their default where the original does, and metadata into its order, if they agree."""
+def restore_scalars(message: Any, original: Any) -> None:
+    """Set fields to their default explicitly as the original does, and restore the order of equal metadata."""
     for field, value in original.ListFields():
         if isinstance(value, _SCALAR) and value == field.default_value and not message.HasField(field.name):
             setattr(message, field.name, value)
@@ -27,38 +27,37 @@ def words_as_they_came(message: Any, original: Any) -> None:
         message.metadata_props.extend(original.metadata_props)
 
 
-def metadata_once(tensor: onnx.TensorProto) -> None:
-    """Leave each metadata entry once: onnx-ir 1.1 writes those of an embedded tensor twice."""
-    if not tensor.metadata_props:
-        return
-    once = {entry.key: entry.value for entry in tensor.metadata_props}
-    del tensor.metadata_props[:]
-    for key, value in once.items():
-        tensor.metadata_props.add(key=key, value=value)
+def deduplicate_metadata(tensor: onnx.TensorProto) -> None:
+    """Remove repeated metadata entries: onnx-ir 1.1 writes those of an embedded tensor twice."""
+    if tensor.metadata_props:
+        once = _pairs(tensor.metadata_props)
+        del tensor.metadata_props[:]
+        for key, value in once.items():
+            tensor.metadata_props.add(key=key, value=value)
 
 
 def _pairs(entries: Any) -> dict[str, str]:
     return {entry.key: entry.value for entry in entries}
 
 
-def _plain(message: Any) -> dict[str, Any]:
-    """Return what the message says, as nested lists and dicts without the defaults."""
-    said: dict[str, Any] = {}
+def _normalized(message: Any) -> dict[str, Any]:
+    """Return the content of a message as nested lists and dicts, without defaults."""
+    content: dict[str, Any] = {}
     for field, value in message.ListFields():
         name = field.name
         if name in _PAIRS:
-            said[name] = _pairs(value)
+            content[name] = _pairs(value)
         elif name == "external_data":
-            said[name] = {key: text for key, text in _pairs(value).items() if key in _EXTERNAL_KEYS}
+            content[name] = {key: text for key, text in _pairs(value).items() if key in _EXTERNAL_KEYS}
         elif name == "output" and isinstance(message, onnx.NodeProto):
-            said[name] = _without_trailing_blanks(value)
+            content[name] = _without_trailing_blanks(value)
         elif isinstance(value, Message):
-            said[name] = _plain(value)
+            content[name] = _normalized(value)
         elif not isinstance(value, _SCALAR):
-            said[name] = [_plain(item) if isinstance(item, Message) else item for item in value]
+            content[name] = [_normalized(item) if isinstance(item, Message) else item for item in value]
         elif not _is_default(field, value):
-            said[name] = value
-    return said
+            content[name] = value
+    return content
 
 
 def _is_default(field: Any, value: Any) -> bool:
@@ -70,5 +69,5 @@ def _is_default(field: Any, value: Any) -> bool:
 def _without_trailing_blanks(names: Any) -> list[str]:
     kept = list(names)
     while kept and not kept[-1]:
-        kept.pop()
+        del kept[-1]
     return kept

@@ -1,31 +1,31 @@
-"""Save a model whole or not at all, with what it needs beside it."""
+"""Save a model atomically, with its data files and side files."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain, count
 from pathlib import Path
 
 import onnx_ir as ir
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from kvsurgeon.errors import InputError, UsageError, WeightsError
-from kvsurgeon.io.atomic_write import Draft, drafting, remove_stale
-from kvsurgeon.io.data_file import free_name, leaving, shared_or_leaving, unloaded
-from kvsurgeon.io.external_data import WeightFile, external_tensors, files_of, is_relative_location
+from kvsurgeon.io.atomic_write import FileTransaction, file_transaction, remove_stale
+from kvsurgeon.io.data_file import weights_to_write, written_to_file
+from kvsurgeon.io.external_data import WeightFile, external_tensors, files_of, is_relative_location, rename_locations
 from kvsurgeon.io.loading import loaded_from
 from kvsurgeon.io.locate import find_model
-from kvsurgeon.io.model_config import changes_of
-from kvsurgeon.io.progress import Report, reporting
-from kvsurgeon.io.renaming import numbered, rename_locations, renamed
+from kvsurgeon.io.model_config import head_changes
+from kvsurgeon.io.progress import OnProgress, progress_bar
 from kvsurgeon.io.roundtrip import to_proto
 from kvsurgeon.io.side_files import (
     CONFIG,
     CONFIGS,
     LinkMode,
-    carry_config,
-    carry_side_files,
-    carry_weights,
+    copy_side_files,
+    provide_weights,
+    update_config,
     write_side_files,
 )
 
@@ -37,44 +37,43 @@ def save(
     source: str | Path | None = None,
     link_mode: LinkMode = "link",
     pack: bool = False,
-    progress: Report | None = None,
-    home: str | Path | None = None,
-    beside: Mapping[str, str] | None = None,
+    progress: OnProgress | None = None,
+    side_files_folder: str | Path | None = None,
+    side_files: Mapping[str, str] | None = None,
     data: str | None = None,
 ) -> Path:
-    """Return the path at which the model now stands, complete, its weights and side files beside it.
+    """Save a model with its weights and side files, and return its path.
 
-    Weights that are to be computed are, one at a time and chunk by chunk, into a new data file beside those that are
-    as they were. All files are written first and named last, the model after what it refers to: a killed process
-    leaves the old model or the new one, whole, and nothing else. The model itself is not changed.
+    Computed weights are computed one at a time, in chunks, into a new data file; other weights stay in their files.
+    All files are written first and named last, the model after the files that it refers to: a killed process leaves
+    the old model or the new one, complete. The model in memory does not change.
 
     Args:
-        model: The model; its external data stays in the files where it is.
-        destination: An .onnx file, or a folder, in which the model then bears the name of its source.
-        source: The file or folder that the model came from, if `load` did not read it from there; config, tokenizer
-            and other side files travel along from it, and the config follows what passes made of the heads.
-        link_mode: How external data gets into another folder. "link" takes no room and no time, where one file
-            system holds both; yet `onnx.load` and `onnx.checker` (1.21 or later) refuse data files with several
-            links, those of the source included, while onnxruntime reads them. "copy" costs what it says.
-        pack: Whether all weights go into one new data file, which then holds nothing else: data that the model reads
-            no more stays behind.
-        progress: Called with what is written, bytes done and bytes in all; by default a bar on a terminal.
-        home: The folder that side files go to, if it is not the model's own.
-        beside: Texts of further side files by their names in that folder; they take the place of those that travel.
-        data: Name of the first file of external data; further ones are called `data_1`, `data_2`, ... None to leave
-            their names as they are.
+        model: The model. Its external data stays in its files.
+        destination: An .onnx file, or a folder, in which the model gets the file name of its source.
+        source: The file or folder of the original model, if `load` did not read it from there. Its config, tokenizer
+            and other side files are copied, with the head counts in the config updated.
+        link_mode: How external data gets into another folder. "link" makes hard links, which take no space and no time;
+            but `onnx.load` and `onnx.checker` (1.21 or later) reject data files with several links, including those of
+            the source, while onnxruntime reads them. "copy" makes copies.
+        pack: Whether to write all weights to one new file, without unused ones.
+        progress: Called with the file name, bytes done and bytes in total; by default a bar on a terminal.
+        side_files_folder: The folder for side files, if it is not that of the model.
+        side_files: Texts of further side files by name; they replace copied ones.
+        data: Name of the first file of external data; further ones are called `data_1`, `data_2`, ... If None, files
+            keep their names.
 
     Raises:
-        UsageError: The destination cannot be written to, or holds other data under the name of this model's.
+        UsageError: The destination cannot be written to, or has other data under the name of this model's.
         WeightsError: External data is missing.
     """
     origin = find_model(source).absolute() if source is not None else loaded_from(model)
     target = _target(Path(destination).absolute(), origin)
-    folder = target.parent if home is None else Path(home).absolute()
-    moved = leaving(model, pack=pack)
+    folder = target.parent if side_files_folder is None else Path(side_files_folder).absolute()
     _save(
-        {target: model}, moved, origin, folder, link_mode=link_mode, progress=progress, beside=beside or {}, data=data
-    )
+        {target: model}, origin, folder, link_mode=link_mode, pack=pack, progress=progress, side_files=side_files or {},
+        data=data,
+    )  # fmt: skip
     return target
 
 
@@ -85,53 +84,59 @@ def save_variants(
     source: str | Path | None = None,
     link_mode: LinkMode = "link",
     pack: bool = False,
-    progress: Report | None = None,
-    beside: Mapping[str, str] | None = None,
+    progress: OnProgress | None = None,
+    side_files: Mapping[str, str] | None = None,
     data: str | None = None,
 ) -> Path:
-    """Return the folder in which the models now stand under their names, with one set of data files for all of them.
+    """Save variants of one model under their names, with one set of data files, and return the folder.
 
-    They are forms of one model: what weights they hold alike lies in a data file once, those that were in memory too.
-    All else is as `save` has it.
+    Weights that several variants share are in a data file once, including those that were in memory. The arguments are
+    those of `save`.
 
     Raises:
-        UsageError: The destination cannot be written to, or holds other data under the name of these models'.
+        UsageError: The destination cannot be written to, or has other data under the name of these models'.
         WeightsError: External data is missing.
     """
     first = next(iter(models.values()))
     origin = find_model(source).absolute() if source is not None else loaded_from(first)
     folder = Path(destination).absolute()
-    placed = {folder / name: model for name, model in models.items()}
-    moved = shared_or_leaving(tuple(models.values()), pack=pack)
-    _save(placed, moved, origin, folder, link_mode=link_mode, progress=progress, beside=beside or {}, data=data)
+    _save(
+        {folder / name: model for name, model in models.items()}, origin, folder, link_mode=link_mode, pack=pack,
+        progress=progress, side_files=side_files or {}, data=data,
+    )  # fmt: skip
     return folder
 
 
 def _save(
     models: Mapping[Path, ir.Model],
-    moved: Sequence[ir.Value],
     origin: Path | None,
     folder: Path,
     *,
     link_mode: LinkMode,
-    progress: Report | None,
-    beside: Mapping[str, str],
+    pack: bool,
+    progress: OnProgress | None,
+    side_files: Mapping[str, str],
     data: str | None,
 ) -> None:
-    """Write models that stand in one folder, with what lies beside them."""
+    """Write models into one folder with their data files, and their side files into `folder`."""
     target, model = next(iter(models.items()))
-    staying = [tensor for one in models.values() for tensor in _staying(one, moved)]
-    files = _resolved_weights(staying, target.parent)
-    names, own = _data_names(target, files, data)
+    written = weights_to_write(tuple(models.values()), pack=pack)
+    replaced = {id(value.const_value) for value in written}
+    kept = [tensor for one in models.values() for tensor in external_tensors(one) if id(tensor) not in replaced]
+    files = _data_files(kept, target.parent)
+    names, new_file = _data_names(target, files, data)
+    renamed = [
+        WeightFile(path=file.path, location=names.get(file.location, file.location), bytes=file.bytes) for file in files
+    ]
     try:
-        with drafting() as draft, reporting(progress) as report:
-            draft.make_folder(target.parent)
+        with file_transaction() as transaction, progress_bar(progress) as on_progress:
+            transaction.make_folder(target.parent)
             remove_stale(target.parent)
-            carry_weights(renamed(files, names), target.parent, link_mode, draft, report)
-            _carry_side_files(model, folder, _homes(origin), beside, draft)
-            with unloaded(moved, own, draft, report) if moved else nullcontext():
-                for place, one in models.items():
-                    _write(one, place, names, draft)
+            provide_weights(renamed, target.parent, link_mode, transaction, on_progress)
+            _save_side_files(model, folder, _side_file_folders(origin), side_files, transaction)
+            with written_to_file(written, new_file, transaction, on_progress) if written else nullcontext():
+                for path, one in models.items():
+                    _write(one, path, names, transaction)
     except OSError as error:
         raise UsageError(f"cannot write to `{target.parent}`: {error.strerror or error}") from error
 
@@ -143,72 +148,78 @@ def _target(destination: Path, origin: Path | None) -> Path:
         raise UsageError(f"expected an .onnx file or a folder as destination, found the file `{destination}`")
     if origin is None:
         return destination / "model.onnx"
-    return origin if _holds(destination, origin) else destination / origin.name
+    return origin if _is_model_of(destination, origin) else destination / origin.name
 
 
-def _holds(folder: Path, origin: Path) -> bool:
-    """Return whether the origin is the model that the folder stands for, be it `onnx/model.onnx` in it."""
+def _is_model_of(folder: Path, path: Path) -> bool:
+    """Return whether a file is the model of a folder, such as `onnx/model.onnx` in it."""
     try:
-        return find_model(folder).samefile(origin)
+        return find_model(folder).samefile(path)
     except (InputError, OSError):
         return False
 
 
-def _staying(model: ir.Model, moved: Collection[ir.Value]) -> list[ir.ExternalTensor]:
-    """Return the external tensors that stay in the files where they are."""
-    gone = {id(value.const_value) for value in moved}
-    return [tensor for tensor in external_tensors(model) if id(tensor) not in gone]
-
-
-def _resolved_weights(tensors: Iterable[ir.ExternalTensor], folder: Path) -> tuple[WeightFile, ...]:
-    """Return the data files of these tensors; those of a proto loaded without its folder must be at the destination."""
-    settled = []
+def _data_files(tensors: Iterable[ir.ExternalTensor], folder: Path) -> tuple[WeightFile, ...]:
+    """Return the data files of tensors; those without a base folder must be at the destination already."""
+    located = []
     for tensor in tensors:
         if not is_relative_location(str(tensor.location)):
             raise WeightsError(
-                f"expected a location inside the model's folder, found `{tensor.location}` - at `{tensor.name}`"
+                f"expected a location in the folder of the model, found `{tensor.location}` - at `{tensor.name}`"
             )
         if tensor.base_dir:
-            settled.append(tensor)
+            located.append(tensor)
         elif not (folder / tensor.location).is_file():
             raise WeightsError(
                 f"expected external data in `{folder / tensor.location}`, found no such file - at `{tensor.name}`; "
                 "load the model with the folder of its data"
             )
-    return files_of(settled)
+    return files_of(located)
 
 
-def _homes(origin: Path | None) -> tuple[Path, ...]:
-    """Return where side files lie: in the folder of the model and, for `onnx/model.onnx`, in the one above."""
+def _side_file_folders(origin: Path | None) -> tuple[Path, ...]:
+    """Return where the source has side files: in the folder of its model, or above that for `onnx/model.onnx`."""
     if origin is None:
         return ()
     return (origin.parent, *([origin.parent.parent] if origin.parent.name == "onnx" else []))
 
 
-def _data_names(target: Path, files: Iterable[WeightFile], data: str | None) -> tuple[dict[str, str], Path]:
-    """Return the names that files of external data get instead of their own, and a data file for what is new."""
+def _data_names(target: Path, files: Sequence[WeightFile], data: str | None) -> tuple[dict[str, str], Path]:
+    """Return new locations of data files by old ones, and the path of a new data file."""
     if data is None:
-        return {}, free_name(target, {file.location for file in files})
-    fresh = numbered(data)
-    names = dict(zip((file.location for file in files), fresh, strict=False))
-    return names, target.with_name(next(name for name in fresh if name not in names))
+        taken = {file.location for file in files}
+        names = chain([f"{target.name}.data"], (f"{target.name}-{number}.data" for number in count(2)))
+        free = (name for name in names if name not in taken and not target.with_name(name).exists())
+        return {}, target.with_name(next(free))
+    numbered = _numbered(data)
+    renamed = dict(zip((file.location for file in files), numbered, strict=False))
+    return renamed, target.with_name(next(name for name in numbered if name not in renamed))
 
 
-def _carry_side_files(
-    model: ir.Model, folder: Path, homes: tuple[Path, ...], beside: Mapping[str, str], draft: Draft
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}_{number}" for number in count(1))
+
+
+def _save_side_files(
+    model: ir.Model,
+    folder: Path,
+    sources: tuple[Path, ...],
+    side_files: Mapping[str, str],
+    transaction: FileTransaction,
 ) -> None:
-    """Take side files along into another folder, the config as the model is now; where they lie, only the config."""
-    described = folder
-    if any(home.resolve() == folder.resolve() for home in homes):
-        described = next((home for home in homes if (home / CONFIG).is_file()), folder)
+    """Copy side files into another folder and update the config; in the folder of the source, only update it."""
+    config_folder = folder
+    if any(source.resolve() == folder.resolve() for source in sources):
+        config_folder = next((source for source in sources if (source / CONFIG).is_file()), folder)
     else:
-        carry_side_files(homes, folder, draft, without=beside)
-    for name in (name for name in CONFIGS if name not in beside):
-        carry_config(homes, described, changes_of(model), draft, name)
-    write_side_files(beside, folder, draft)
+        copy_side_files(sources, folder, transaction, without=side_files)
+    for name in (name for name in CONFIGS if name not in side_files):
+        update_config(sources, config_folder, head_changes(model), transaction, name)
+    write_side_files(side_files, folder, transaction)
 
 
-def _write(model: ir.Model, target: Path, names: Mapping[str, str], draft: Draft) -> None:
+def _write(model: ir.Model, path: Path, names: Mapping[str, str], transaction: FileTransaction) -> None:
     try:
         proto = to_proto(model)
         if names:
@@ -216,7 +227,7 @@ def _write(model: ir.Model, target: Path, names: Mapping[str, str], draft: Draft
         serialized = proto.SerializeToString()
     except (EncodeError, ValueError) as error:
         raise UsageError(
-            f"expected a graph of at most 2 GiB at `{target}`, found more: constants inside its nodes are too large"
+            f"expected a graph of at most 2 GiB at `{path}`, found more: constants inside its nodes are too large"
         ) from error
-    with draft.new(target) as file:
+    with transaction.create(path) as file:
         file.write(serialized)

@@ -1,4 +1,4 @@
-"""Computed weights as a session reads them before anything is saved: in a file without a name, not in memory."""
+"""Run a model with computed weights before it is saved: the weights are in an unnamed file, not in memory."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ import onnx
 import onnx_ir as ir
 
 from kvsurgeon.errors import UsageError
+from kvsurgeon.io.data_file import refer_to
 from kvsurgeon.io.roundtrip import to_proto
 
-OPEN_FILES = "/proc/self/fd"  # where Linux shows a process its open files
-EMBEDDED = 64 * 2**20  # bytes of computed weights that are held in memory
-_SMALLEST = 1 << 16  # bytes of one that is worth a place in the file
+OPEN_FILES = "/proc/self/fd"  # the open files of a process on Linux
+EMBEDDED = 64 * 2**20  # bytes of computed weights that stay in memory
+_SMALLEST = 1 << 16  # bytes of a weight that is written to the file
 
 
 @contextmanager
 def staged(model: ir.Model, near: str | Path | None = None) -> Iterator[onnx.ModelProto]:
-    """Give the model as a proto for sessions; however much is to be computed for it, little of it is in memory.
+    """Return a model as a proto that onnxruntime can load in the block, with little of its computed weights in memory.
 
-    What is computed lies in a file that has no name, and is gone when the block ends, or the process does. External
-    data that was there already is referred to as it is in `io.to_proto`.
+    Computed weights are in a file without a name, which is gone at the end of the block or of the process. Other
+    external data is referred to as in `io.to_proto`.
 
     Args:
         model: The model, which is not changed.
-        near: A folder, which need not be there yet, on the file system that has room.
+        near: A folder on the file system to use. It need not exist.
 
     Raises:
-        UsageError: There is no room.
+        UsageError: The disk is full.
     """
     computed = [value for value in model.graph.initializers.values() if _is_large(value.const_value)]
     if not os.path.isdir(OPEN_FILES) or sum(_tensor(value).nbytes for value in computed) <= EMBEDDED:
@@ -40,18 +41,18 @@ def staged(model: ir.Model, near: str | Path | None = None) -> Iterator[onnx.Mod
         return
     folder = _existing(Path.cwd() if near is None else Path(near).absolute())
     with tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as file:
-        yield _referring(model, computed, file)
+        yield _with_references(model, computed, file)
 
 
-def _referring(model: ir.Model, computed: Sequence[ir.Value], file: BinaryIO) -> onnx.ModelProto:
-    """The model with references to what is now in the file."""
+def _with_references(model: ir.Model, computed: Sequence[ir.Value], file: BinaryIO) -> onnx.ModelProto:
+    """Write computed weights to a file, and return the model with references to it."""
     tensors = [_tensor(value) for value in computed]
     try:
-        references = [_written(tensor, file) for tensor in tensors]
+        references = [_write(tensor, file) for tensor in tensors]
         file.flush()
     except OSError as error:
         raise UsageError(
-            f"cannot write what the judge is to read: {error.strerror or error}; choose another folder, or --no-verify"
+            f"cannot write weights for verification: {error.strerror or error}; choose another folder, or --no-verify"
         ) from error
     try:
         for value, reference in zip(computed, references, strict=True):
@@ -62,12 +63,10 @@ def _referring(model: ir.Model, computed: Sequence[ir.Value], file: BinaryIO) ->
             value.const_value = tensor
 
 
-def _written(tensor: ir.LazyTensor, file: BinaryIO) -> ir.ExternalTensor:
+def _write(tensor: ir.LazyTensor, file: BinaryIO) -> ir.ExternalTensor:
     start = file.tell()
     tensor.tofile(file)
-    shape = ir.Shape(tensor.shape.numpy())
-    location = f"{OPEN_FILES}/{file.fileno()}"
-    return ir.ExternalTensor(location, start, tensor.nbytes, tensor.dtype, shape=shape, name=tensor.name or "")
+    return refer_to(tensor, f"{OPEN_FILES}/{file.fileno()}", start)
 
 
 def _is_large(tensor: ir.TensorProtocol | None) -> bool:

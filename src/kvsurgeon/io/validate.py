@@ -1,4 +1,4 @@
-"""Is a proto a graph? Every name is defined once, every name that is read is defined, and no value needs itself."""
+"""Check that a proto is a graph: names are defined once, and before they are read, without cycles."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from graphlib import CycleError, TopologicalSorter
 import onnx
 
 from kvsurgeon.errors import InvalidModelError
-from kvsurgeon.io.tensors import Where, check_tensor
+from kvsurgeon.io.tensors import Describe, check_tensor
 
 _OWN_DOMAINS = frozenset({"", "ai.onnx"})
 _Attribute = onnx.AttributeProto
@@ -17,35 +17,41 @@ _Attribute = onnx.AttributeProto
 
 @dataclass(frozen=True, kw_only=True)
 class Scope:
-    """What a walk through the nodes of a graph found."""
+    """The findings of a walk through the nodes of a graph.
 
-    free: dict[str, str]  # names that must come from an enclosing graph, and who reads them
-    ordered: bool  # every value is made before it is read, here and in the graphs inside
-    external: bool = False  # a tensor, here or inside, has its data in another file
+    Attributes:
+        free: Names that an enclosing graph must define, each with a reader.
+        ordered: Whether each value is computed before it is read, also in subgraphs.
+        external: Whether a tensor has external data, also in subgraphs.
+    """
+
+    free: dict[str, str]
+    ordered: bool
+    external: bool = False
 
 
-_OUTSIDE = Scope(free={}, ordered=True, external=True)
+_EXTERNAL = Scope(free={}, ordered=True, external=True)
 
 
 def check_model(proto: onnx.ModelProto) -> Scope:
-    """Return what was found in all graphs and functions, if the proto holds a graph; no name is free.
+    """Check all graphs and functions of a model, and return the findings.
 
     Raises:
-        InvalidModelError: It does not; the message names the value at which it fails.
-        WeightsError: A reference to external data is no reference.
+        InvalidModelError: The model is invalid; the message names the value.
+        WeightsError: A reference to external data is invalid.
     """
     if not proto.HasField("graph"):
-        raise InvalidModelError("expected a model with a graph, found none; the file is damaged or is no model")
+        raise InvalidModelError("expected a model with a graph, found none; the file is damaged or not a model")
     _check_versions(proto)
     scopes = [_check_graph(proto.graph), *map(_check_function, proto.functions)]
     for scope in scopes:
         for name, reader in scope.free.items():
             raise InvalidModelError(
-                f"expected an input, an initializer or a node's output named `{name}`, found none, "
-                f"and {reader} reads it; export the model again"
+                f"expected an input, an initializer or an output of a node named `{name}`, found none, "
+                f"but {reader} reads it; export the model again"
             )
     if not proto.graph.output:
-        raise InvalidModelError("expected a graph with outputs, found none; the file is cut short, export it again")
+        raise InvalidModelError("expected a graph with outputs, found none; the file is truncated, export it again")
     ordered, external = all(scope.ordered for scope in scopes), any(scope.external for scope in scopes)
     return Scope(free={}, ordered=ordered, external=external)
 
@@ -58,7 +64,7 @@ def _check_versions(proto: onnx.ModelProto) -> None:
         )
     newest = onnx.defs.onnx_opset_version()
     if not proto.opset_import:
-        raise InvalidModelError("expected a model that says which operator sets it uses, found no opset_import")
+        raise InvalidModelError("expected operator set versions, found no opset_import")
     for opset in proto.opset_import:
         if opset.domain in _OWN_DOMAINS and not 0 < opset.version <= newest:
             raise InvalidModelError(
@@ -87,45 +93,49 @@ def _check_nodes(
 ) -> Scope:
     if len(set(inputs)) < len(inputs):
         raise InvalidModelError(f"expected inputs of different names, found {', '.join(inputs)}")
-    known = {*inputs, *constants}  # an initializer may bear the name of an input: it is its default
-    awaited: dict[str, str] = {}
+    known = {*inputs, *constants}  # an initializer with the name of an input is its default
+    undefined: dict[str, str] = {}
     ordered, external = True, False
     for node in nodes:
         for inner in _inner_scopes(node):
             ordered, external = ordered and inner.ordered, external or inner.external
-            awaited.update({name: reader for name, reader in inner.free.items() if name not in known})
+            undefined.update({name: reader for name, reader in inner.free.items() if name not in known})
         for name in node.input:
-            if name and name not in known and name not in awaited:
-                awaited[name] = _spoken(node)
+            if name and name not in known and name not in undefined:
+                undefined[name] = _describe(node)
         for name in node.output:
             if name in known:
-                raise InvalidModelError(f"{_spoken(node)} makes `{name}`, expected a new name, found one that is taken")
+                raise InvalidModelError(
+                    f"{_describe(node)} computes `{name}`: expected a new name, found one that is defined already"
+                )
             if name:
                 known.add(name)
-    _check_spelling(known)
-    if not known.isdisjoint(awaited):
+    _check_utf8(known)
+    if not known.isdisjoint(undefined):
         _check_acyclic(nodes)
         ordered = False
-    awaited.update({name: "the list of graph outputs" for name in outputs if name not in known})
-    free = {name: reader for name, reader in awaited.items() if name not in known}
+    undefined.update({name: "the list of graph outputs" for name in outputs if name not in known})
+    free = {name: reader for name, reader in undefined.items() if name not in known}
     return Scope(free=free, ordered=ordered, external=external)
 
 
 def _inner_scopes(node: onnx.NodeProto) -> Iterator[Scope]:
-    """Check the tensors and the graphs that a node carries, and yield what the graphs found."""
+    """Check the tensors and subgraphs of a node, and yield the findings of the subgraphs."""
     for attribute in node.attribute:
         kind = attribute.type
         if kind == _Attribute.TENSOR:
-            if check_tensor(attribute.t, lambda: _spoken(node)):
-                yield _OUTSIDE
+            if check_tensor(attribute.t, lambda: _describe(node)):
+                yield _EXTERNAL
         elif kind == _Attribute.GRAPH:
             yield _check_graph(attribute.g)
         elif kind == _Attribute.UNDEFINED and not attribute.ref_attr_name:
-            raise InvalidModelError(f"expected an attribute with a type, found `{attribute.name}` - at {_spoken(node)}")
+            raise InvalidModelError(
+                f"expected an attribute with a type, found `{attribute.name}` - at {_describe(node)}"
+            )
         elif kind == _Attribute.TENSORS:
             for tensor in attribute.tensors:
-                if check_tensor(tensor, lambda: _spoken(node)):
-                    yield _OUTSIDE
+                if check_tensor(tensor, lambda: _describe(node)):
+                    yield _EXTERNAL
         elif kind == _Attribute.GRAPHS:
             yield from map(_check_graph, attribute.graphs)
 
@@ -139,22 +149,24 @@ def _check_acyclic(nodes: Sequence[onnx.NodeProto]) -> None:
     try:
         sorter.prepare()
     except CycleError as error:
-        around = " -> ".join(f"`{name}`" for name in error.args[1][:6])
-        raise InvalidModelError(f"expected a graph without cycles, found a value that needs itself: {around}") from None
+        cycle = " -> ".join(f"`{name}`" for name in error.args[1][:6])
+        raise InvalidModelError(
+            f"expected a graph without cycles, found a value that depends on itself: {cycle}"
+        ) from None
 
 
-def _check_spelling(names: Iterable[object]) -> None:
-    """Leave quietly if all names are text: protobuf hands out as bytes what is not UTF-8."""
+def _check_utf8(names: Iterable[object]) -> None:
+    """Check that all names are text: protobuf returns bytes for text that is not UTF-8."""
     for name in names:
         if isinstance(name, bytes):
             raise InvalidModelError(f"expected names in UTF-8, found {name!r}; the file is damaged, export it again")
 
 
-def _by_name(tensor: onnx.TensorProto) -> Where:
+def _by_name(tensor: onnx.TensorProto) -> Describe:
     return lambda: f"`{tensor.name}`"
 
 
-def _spoken(node: onnx.NodeProto) -> str:
-    """Return how a message names a node: by its output, as ONNX node names may be empty."""
+def _describe(node: onnx.NodeProto) -> str:
+    """Return the name of a node in messages: its output, since node names can be empty."""
     output = next((name for name in node.output if name), None)
     return f"{node.op_type} `{output}`" if output else f"{node.op_type} without an output"

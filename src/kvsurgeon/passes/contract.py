@@ -15,7 +15,7 @@ from kvsurgeon.analysis.analysis import Analysis, analyze
 from kvsurgeon.anatomy import Decoder, cache_facts, decoder_facts
 from kvsurgeon.decompose import DecomposedModel, decompose
 from kvsurgeon.graph.recursion import deep_recursion
-from kvsurgeon.io.model_config import Change
+from kvsurgeon.io.model_config import HeadChange
 from kvsurgeon.proof.proof import Proof, prove
 from kvsurgeon.rewrite.cache_removal import eject
 
@@ -147,7 +147,7 @@ class Changed:
     edits: int  # nodes added, removed or altered
     notes: tuple[str, ...] = ()  # what a reader should know: what was assumed, what could not be proved
     exact: bool = True  # whether the model computes what it did: else the judge says how much was lost
-    heads: Change | None = None  # what became of the attention heads, for `config.json` to follow
+    heads: HeadChange | None = None  # head counts before and after, for `config.json`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.io.atomic_write import replacing
+from kvsurgeon.io.atomic_write import atomic_open
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -81,7 +81,7 @@ def write(figure: Figure, path: Path) -> Path:
     Raises:
         UsageError: It cannot be written there.
     """
-    with replacing(path) as file:
+    with atomic_open(path) as file:
         try:
             figure.savefig(file, format=path.suffix[1:] or "png")
         except ValueError as error:  # matplotlib draws no such format

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from kvsurgeon.anatomy import Decoder
-from kvsurgeon.io.data_file import leaving
+from kvsurgeon.io.data_file import weights_to_write
 from kvsurgeon.io.external_data import external_tensors
 from kvsurgeon.passes.cache.inject import Inject
 
@@ -154,7 +154,7 @@ def _entries(model: ir.Model, cache: Inject) -> Iterator[CacheEntry]:
 
 def _data_files(model: ir.Model) -> int:
     """Return how many files of external data `save` will make: those that stay, and one for what leaves."""
-    moved = leaving(model, pack=False)
+    moved = weights_to_write([model], pack=False)
     gone = {id(value.const_value) for value in moved}
     staying = {str(tensor.location) for tensor in external_tensors(model) if id(tensor) not in gone}
     return len(staying) + bool(moved)

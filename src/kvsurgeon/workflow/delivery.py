@@ -13,7 +13,7 @@ import onnx_ir as ir
 from kvsurgeon import io
 from kvsurgeon.anatomy import Decoder
 from kvsurgeon.errors import UnsupportedError, UsageError
-from kvsurgeon.io.model_config import changes_of, followed
+from kvsurgeon.io.model_config import head_changes, updated_config
 from kvsurgeon.io.side_files import LinkMode
 from kvsurgeon.passes.contract import Source, Subject
 from kvsurgeon.targets import TARGETS, Facts, Obstacle, Target, facts_of, obstacles
@@ -185,7 +185,7 @@ def _finished(
             for variant in target.variants
         }
         steps += tuple(step for result in results.values() for step in result.steps)
-    config = followed(subject.config or {}, changes_of(model))
+    config = updated_config(subject.config or {}, head_changes(model))
     facts = [
         replace(
             facts_of(one.model, target.cache, decoder=decoder, config=config, room=target.max_length),
@@ -212,7 +212,13 @@ def _written(
     beside = _side_files(target, finished.facts)
     if target.variants:
         return io.save_variants(
-            finished.models, destination, source=source, link_mode=link_mode, pack=pack, beside=beside, data=target.data
+            finished.models,
+            destination,
+            source=source,
+            link_mode=link_mode,
+            pack=pack,
+            side_files=beside,
+            data=target.data,
         )
     return io.save(
         finished.models[target.file],
@@ -220,8 +226,8 @@ def _written(
         source=source,
         link_mode=link_mode,
         pack=pack,
-        home=destination,
-        beside=beside,
+        side_files_folder=destination,
+        side_files=beside,
         data=target.data,
     )
 

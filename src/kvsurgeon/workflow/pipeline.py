@@ -16,7 +16,7 @@ import onnx_ir as ir
 from kvsurgeon import io
 from kvsurgeon.errors import KvsurgeonError, ParityError, PassError, UsageError
 from kvsurgeon.interop.functions import as_pass_class
-from kvsurgeon.io.model_config import remember_change
+from kvsurgeon.io.model_config import record_head_change
 from kvsurgeon.passes.contract import Changed, Outcome, Pass, Source, Subject, Unchanged
 from kvsurgeon.passes.options import build
 from kvsurgeon.passes.validity import problems
@@ -162,7 +162,7 @@ def _step(one: Pass, subject: Subject, before: Sequence[PassResult], sound: bool
     if isinstance(outcome, Changed):
         subject.changed()
         if outcome.heads is not None:
-            remember_change(subject.model, outcome.heads)
+            record_head_change(subject.model, outcome.heads)
         found = problems(subject.model, by_checker=sound)
         if found:
             raise PassError(f"pass {one.name} left a graph that is not valid: {_listed(found)}{ran}")

@@ -114,8 +114,8 @@ def _compared(
 
 def _counts(surgery: Surgery) -> tuple[tuple[int, ...], tuple[int, ...]]:
     changes = (step.outcome.heads for step in surgery.steps if isinstance(step.outcome, Changed))
-    change = next(change for change in changes if change is not None)
-    return change.before.kv, change.after.kv
+    before, after = next(change for change in changes if change is not None)
+    return before.kv, after.kv
 
 
 def _shown(made: Generation) -> str:

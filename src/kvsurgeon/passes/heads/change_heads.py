@@ -13,7 +13,7 @@ from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.heads.counts import HeadCounts
 from kvsurgeon.heads.replace_heads import Exchange, Exchanger
 from kvsurgeon.heads.selection import Selection
-from kvsurgeon.io.model_config import Change, Heads
+from kvsurgeon.io.model_config import ModelHeads
 from kvsurgeon.passes.cache.remove_cache import put_back, take_out
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 
@@ -63,8 +63,7 @@ def exchange(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
     if signature is not None:
         put_back(work, signature)
     subject.model = work.model
-    change = Change(before=before, after=after)
-    return Changed(edits=edits, notes=_notes(subject), exact=not lossy, heads=change)
+    return Changed(edits=edits, notes=_notes(subject), exact=not lossy, heads=(before, after))
 
 
 def check_one_of(name: str, options: Mapping[str, bool]) -> None:
@@ -93,10 +92,10 @@ def _notes(subject: Subject) -> tuple[str, ...]:
     return ("config.json cannot be read, so the number of heads in it stays what it is",)
 
 
-def _heads(exchanger: Exchanger, kv_heads: Sequence[int], owners: Sequence[int]) -> Heads:
+def _heads(exchanger: Exchanger, kv_heads: Sequence[int], owners: Sequence[int]) -> ModelHeads:
     """How many heads there are where each layer reads the keys of its owner."""
     keys = {exchanger.analysis.heads[owner].keys[0].memory.value for owner in owners}
-    return Heads(query=exchanger.counts[0].heads, kv=tuple(kv_heads), kv_layers=len(keys))
+    return ModelHeads(query=exchanger.counts[0].heads, kv=tuple(kv_heads), kv_layers=len(keys))
 
 
 def _copied(model: ir.Model) -> ir.Model:
