@@ -38,7 +38,7 @@ TEXT = "case (float[batch, length] x, float[batch, length] other) => (float[batc
         "rename-io{names=x:a,y:a}",
     ],
 )
-def test_numbers_and_names_that_no_model_can_have_are_wrong_usage(row):
+def test_invalid_numbers_and_names_are_usage_errors(row):
     with pytest.raises(UsageError, match="expected"):
         Pipeline.parse(row).run(read(TEXT))
 
@@ -50,12 +50,12 @@ def test_a_cache_holds_what_an_export_of_fixed_length_is_run_on():
     assert Pipeline.parse("inject{cache=static,max-length=9}").run(fixed).changed
 
 
-def test_dimensions_may_trade_names():
+def test_dimensions_can_swap_names():
     subject = Subject.of(read(TEXT))
     RenameDims(dims=("batch=length", "length=batch")).apply(subject)
     assert [size.value for size in subject.model.graph.inputs[0].shape] == ["length", "batch"]
 
 
-def test_what_is_called_so_already_is_there():
+def test_renaming_to_the_same_name_is_unchanged():
     outcome = RenameIo(names=("x:x",)).apply(Subject.of(read(TEXT)))
-    assert outcome == Unchanged(reason="all are called so")
+    assert outcome == Unchanged(reason="old and new names are equal")

@@ -256,12 +256,12 @@ def drops_an_output(model: ir.Model) -> None:
 @pytest.mark.parametrize(
     ("breaks", "message"),
     [
-        (removes_an_initializer, "found no node, input or initializer that makes it"),
-        (reverses, "it is made only later"),
+        (removes_an_initializer, "found no node, input or initializer of that name"),
+        (reverses, "found a later node that computes it"),
         (forgets_a_type, "graph output `logits` has no type|output `logits` has no type"),
-        (names_twice, "the name is taken twice"),
+        (names_twice, "duplicate name"),
         (invents_an_operator, "No Op registered for Nonsense"),
-        (drops_an_output, "graph output `logits` is produced by no node"),
+        (drops_an_output, "graph output `logits` is not computed by any node"),
     ],
 )
 def test_a_broken_graph_is_the_fault_of_the_pass_that_left_it(decoder, breaks, message):

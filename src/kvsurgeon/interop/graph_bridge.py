@@ -20,7 +20,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from kvsurgeon.interop.lazy_values import Shelf
 from kvsurgeon.interop.node_order import in_original_order, is_sorted
-from kvsurgeon.passes.weightless import weightless
+from kvsurgeon.passes.weightless import weightless_proto
 
 Proto = TypeVar("Proto", onnx.NodeProto, onnx.ValueInfoProto, onnx.FunctionProto)
 BODY_TYPES = ("tensor_type", "sequence_type", "sparse_tensor_type")  # that onnx-graphsurgeon can write
@@ -51,7 +51,7 @@ class Loan:
 
     def __init__(self, model: ir.Model) -> None:
         self._shelf = Shelf()
-        self._original = weightless(model, self._shelf.stand_in)
+        self._original = weightless_proto(model, self._shelf.stand_in)
         self._nodes: dict[int, Lent] = {}
         self._nodes_by_output: dict[tuple[str, ...], Lent] = {}
         self._graphs: dict[int, LentGraph] = {}

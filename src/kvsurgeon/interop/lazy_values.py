@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 import onnx_ir as ir
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
-from kvsurgeon.passes.weightless import StandIn
+from kvsurgeon.passes.weightless import Placeholder
 
 LOCATION = "kvsurgeon:held"  # never a file: the tensors stay with the model they came from
 
@@ -43,7 +43,7 @@ class Shelf:
     held: list[HeldValues] = field(default_factory=list)
 
     @property
-    def stand_in(self) -> StandIn:
+    def stand_in(self) -> Placeholder:
         """A function that puts an initializer's tensor on the shelf and returns what stands for it."""
         return lambda value: self._put(value.const_value, value.name or "")  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.passes.weightless import weightless
+from kvsurgeon.passes.weightless import weightless_proto
 
 
 def tracing(folder: Path) -> Callable[[int, str, ir.Model], None]:
@@ -24,7 +24,7 @@ def tracing(folder: Path) -> Callable[[int, str, ir.Model], None]:
         raise UsageError(f"cannot write to `{folder}`: {error.strerror or error}") from error
 
     def write(count: int, name: str, model: ir.Model) -> None:
-        text = onnx.printer.to_text(weightless(model, stand_in=_unread))
+        text = onnx.printer.to_text(weightless_proto(model, _unread))
         (folder / f"{count:02}-{name}.txt").write_text(text, "utf-8")
 
     return write

@@ -1,4 +1,4 @@
-"""Take whole numbers as clients want them: of 32 bits, or of 64."""
+"""Change the type of integer inputs."""
 
 from __future__ import annotations
 
@@ -15,48 +15,49 @@ _INT32, _INT64 = ir.DataType.INT32, ir.DataType.INT64
 
 @dataclass(frozen=True, kw_only=True)
 class Int32Inputs:
-    """Give every input of 64-bit integers as one of 32 bits.
+    """Change int64 inputs to int32.
 
-    Before: `input_ids` of int64. After: of int32, made wider in the graph.
+    Before: `input_ids` of int64. After: `input_ids` of int32, and a `Cast` to int64 in the graph.
 
-    Not handled: numbers that 32 bits do not hold.
+    Not handled: values that int32 cannot represent.
     """
 
     name: ClassVar[str] = "int32-inputs"
 
     def apply(self, subject: Subject) -> Outcome:
-        """Narrow the inputs of `subject.model`."""
-        return _given_as(_INT32, _INT64, subject, "wide")
+        """Change the int64 inputs of `subject.model`."""
+        return _change_inputs(subject, _INT64, _INT32, "wide")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Int64Inputs:
-    """Give every input of 32-bit integers as one of 64 bits, as most clients give ids.
+    """Change int32 inputs to int64, the type of ids in most clients.
 
-    Before: `input_ids` of int32. After: of int64, made narrower in the graph.
+    Before: `input_ids` of int32. After: `input_ids` of int64, and a `Cast` to int32 in the graph.
 
-    Not handled: numbers that 32 bits do not hold.
+    Not handled: values that int32 cannot represent.
     """
 
     name: ClassVar[str] = "int64-inputs"
 
     def apply(self, subject: Subject) -> Outcome:
-        """Widen the inputs of `subject.model`."""
-        return _given_as(_INT64, _INT32, subject, "narrow")
+        """Change the int32 inputs of `subject.model`."""
+        return _change_inputs(subject, _INT32, _INT64, "narrow")
 
 
-def _given_as(given: ir.DataType, read: ir.DataType, subject: Subject, name: str) -> Outcome:
-    """Let every input that is of the type `read` be given as the other, and cast it back where it is read."""
-    others = [value for value in subject.model.graph.inputs if value.dtype is read]
-    if not others:
-        return Unchanged(reason=f"no input holds integers of {read.itemsize * 8:g} bits")
+def _change_inputs(subject: Subject, old: ir.DataType, new: ir.DataType, suffix: str) -> Outcome:
+    """Change the type of inputs and cast them back for the nodes that read them."""
+    values = [value for value in subject.model.graph.inputs if value.dtype is old]
+    if not values:
+        return Unchanged(reason=f"no input is {old.name.lower()}")
     editor = Editor(subject.model)
-    for value in others:
+    for value in values:
         users = tuple(value.uses())
-        value.dtype = given
-        same = editor.node("Cast", [value], {"to": int(read)}, name=f"{value.name}.{name}", dtype=read)
-        same.shape = value.shape
+        value.dtype = new
+        cast = editor.node(
+            "Cast", [value], {"to": int(old)}, name=f"{value.name}.{suffix}", dtype=old, shape=value.shape
+        )
         for node, index in users:
-            editor.replace_input(node, index, same)
+            editor.replace_input(node, index, cast)
     editor.finish()
     return Changed(edits=editor.edits)

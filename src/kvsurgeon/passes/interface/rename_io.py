@@ -1,23 +1,24 @@
-"""OperatorCall inputs and outputs what a client calls them."""
+"""Rename inputs and outputs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvsurgeon.errors import UnsupportedError, UsageError
+from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 
 
 @dataclass(frozen=True, kw_only=True)
 class RenameIo:
-    """OperatorCall inputs and outputs otherwise.
+    """Rename inputs and outputs.
 
-    Before: `position_ids`. After `rename-io{names=position_ids:positions}`: `positions`. What is not there is let be.
+    Before: `position_ids`. After `rename-io{names=position_ids:positions}`: `positions`. Names that the model does not
+    have are ignored.
 
     Attributes:
-        names: Pairs of an old and a new name, `old:new`.
+        names: Pairs of old and new name, `old:new`.
     """
 
     name: ClassVar[str] = "rename-io"
@@ -25,10 +26,10 @@ class RenameIo:
     names: tuple[str, ...]
 
     def apply(self, subject: Subject) -> Outcome:
-        """RenameIo what there is in `subject.model`.
+        """Rename the inputs and outputs of `subject.model`.
 
         Raises:
-            UsageError: A pair is none, or one name stands in two.
+            UsageError: A pair is malformed, or two pairs have the same old or new name.
             UnsupportedError: Another input or output has the new name.
         """
         pairs = [_pair(text) for text in self.names]
@@ -37,20 +38,22 @@ class RenameIo:
             raise UsageError(f"expected each name once, found {','.join(self.names)}")
         graph = subject.model.graph
         interface = {value.name: value for value in (*graph.inputs, *graph.outputs)}
-        there = [(interface[old], new) for old, new in new_names.items() if old in interface and old != new]
-        for _, new in there:
+        renamed = [(interface[old], new) for old, new in pairs if old in interface and old != new]
+        for _, new in renamed:
             if new in interface:
-                raise UnsupportedError("the model already has an input or output of that name", at=new)
+                raise UnsupportedError(
+                    "the model already has an input or output of that name", code=Code.NAME_CONFLICT, at=new
+                )
         editor = Editor(subject.model)
-        for value, new in there:
+        for value, new in renamed:
             editor.release_name(new)
             value.name = new
-        if not there:
-            missing = [old for old in new_names if old not in interface]
-            return Unchanged(
-                reason=f"it has no input or output called {' or '.join(missing)}" if missing else "all are called so"
-            )
-        return Changed(edits=len(there))
+        if renamed:
+            return Changed(edits=len(renamed))
+        missing = [old for old in new_names if old not in interface]
+        return Unchanged(
+            reason=f"no input or output is named {' or '.join(missing)}" if missing else "old and new names are equal"
+        )
 
 
 def _pair(text: str) -> tuple[str, str]:
