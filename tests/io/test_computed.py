@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from kvsurgeon.errors import UsageError
 from kvsurgeon.io import load, save, weight_files
 from kvsurgeon.io.atomic_write import remove_stale
-from kvsurgeon.weights import ComputedTensor, Part
+from kvsurgeon.weights import ComputedTensor, TensorSlice
 
 ROWS = np.repeat(np.arange(32), 2)
 EXPECTED = {"changed": 64 * 64 * 4, "kept": 64 * 64 * 4}
@@ -70,7 +70,7 @@ def doubled(path: Path) -> ir.Model:
     model = load(path)
     value = model.graph.initializers["changed"]
     assert value.const_value is not None
-    value.const_value = ComputedTensor([[Part(tensor=value.const_value, places=ROWS)]], axis=0, name="changed")
+    value.const_value = ComputedTensor([[TensorSlice(tensor=value.const_value, indices=ROWS)]], axis=0, name="changed")
     value.shape = value.const_value.shape
     return model
 
@@ -122,7 +122,9 @@ def test_a_second_pass_reads_the_weights_of_the_first(decoder: Path, tmp_path: P
     model = doubled(decoder)
     value = model.graph.initializers["changed"]
     assert value.const_value is not None
-    value.const_value = ComputedTensor([[Part(tensor=value.const_value, places=np.arange(5))]], axis=0, name="changed")
+    value.const_value = ComputedTensor(
+        [[TensorSlice(tensor=value.const_value, indices=np.arange(5))]], axis=0, name="changed"
+    )
     np.testing.assert_array_equal(read(save(model, tmp_path / "out"))["changed"], read(decoder)["changed"][ROWS][:5])
 
 
@@ -151,7 +153,7 @@ def test_embedded_weights_stay_in_the_model_file(decoder: Path, tmp_path: Path) 
     model = load(proto)
     value = model.graph.initializers["changed"]
     assert value.const_value is not None
-    value.const_value = ComputedTensor([[Part(tensor=value.const_value, places=ROWS)]], axis=0, name="changed")
+    value.const_value = ComputedTensor([[TensorSlice(tensor=value.const_value, indices=ROWS)]], axis=0, name="changed")
     saved = save(model, tmp_path / "out")
     assert names(tmp_path / "out") == {"model.onnx"}
     np.testing.assert_array_equal(read(saved)["changed"], read(decoder)["changed"][ROWS])
@@ -172,16 +174,16 @@ from pathlib import Path
 from kvsurgeon.errors import KvsurgeonError
 from kvsurgeon.io import load, save
 from kvsurgeon.io import atomic_write
-from kvsurgeon.weights import ComputedTensor, Part
-from kvsurgeon.weights import composed
+from kvsurgeon.weights import ComputedTensor, TensorSlice
+from kvsurgeon.weights import computed_tensor
 source, out, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-composed.CHUNK = 256
+computed_tensor.CHUNK = 256
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 model = load(source)
 value = model.graph.initializers["changed"]
 places = np.repeat(np.arange(32), 2)
-value.const_value = ComputedTensor([[Part(tensor=value.const_value, places=places)]], axis=0, name="changed")
+value.const_value = ComputedTensor([[TensorSlice(tensor=value.const_value, indices=places)]], axis=0, name="changed")
 print("ready", flush=True)
 try:
     while True:

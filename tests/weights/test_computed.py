@@ -1,4 +1,4 @@
-"""Computed tensors: what they hold, and that nothing is read before it is asked for."""
+"""Computed tensors have the expected elements, and stored tensors are read only when these are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from kvsurgeon.weights import ComputedTensor, Part, composed
+from kvsurgeon.weights import ComputedTensor, TensorSlice, computed_tensor
 
 
 def stored(tmp_path, array, offset=0, dtype=None):
@@ -30,13 +30,13 @@ def written(tensor):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "uint8", "float64"])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 24])
-def test_places_of_a_stored_tensor_bit_by_bit(tmp_path, monkeypatch, dtype, axis, chunk):
-    monkeypatch.setattr(composed, "CHUNK", chunk)
+def test_a_slice_of_a_stored_tensor_is_bitwise_equal(tmp_path, monkeypatch, dtype, axis, chunk):
+    monkeypatch.setattr(computed_tensor, "CHUNK", chunk)
     dtype = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
     array = (np.random.default_rng(1).standard_normal((3, 4, 5)) * 20).astype(dtype)
     places = np.array([2, 0, 0, 1])
 
-    tensor = ComputedTensor([[Part(tensor=stored(tmp_path, array, 24), places=places)]], axis=axis, name="n")
+    tensor = ComputedTensor([[TensorSlice(tensor=stored(tmp_path, array, 24), indices=places)]], axis=axis, name="n")
 
     expected = np.take(array, places, axis=axis)
     assert tensor.dtype == ir.Tensor(array).dtype
@@ -45,19 +45,21 @@ def test_places_of_a_stored_tensor_bit_by_bit(tmp_path, monkeypatch, dtype, axis
     assert np.array_equal(np.asarray(tensor), expected)
 
 
-def test_packed_elements_of_four_bits(tmp_path):
+def test_elements_of_four_bits_are_packed(tmp_path):
     array = np.arange(-8, 7).reshape(3, 5).astype(ml_dtypes.int4)
     tensor = ComputedTensor(
-        [[Part(tensor=stored(tmp_path, array, dtype=ir.DataType.INT4), places=np.array([4, 4, 1]))]], axis=1, name="n"
+        [[TensorSlice(tensor=stored(tmp_path, array, dtype=ir.DataType.INT4), indices=np.array([4, 4, 1]))]],
+        axis=1,
+        name="n",
     )
 
     assert tensor.nbytes == 5  # nine elements
     assert written(tensor) == ir.Tensor(array[:, [4, 4, 1]], dtype=ir.DataType.INT4).tobytes()
 
 
-def test_a_view_has_the_axis_that_the_stored_shape_lacks(tmp_path):
+def test_a_view_can_have_other_axes_than_the_stored_shape(tmp_path):
     flat = np.arange(12, dtype=np.uint8)
-    parts = [Part(tensor=stored(tmp_path, flat), places=np.array([3, 3, 0]))]
+    parts = [TensorSlice(tensor=stored(tmp_path, flat), indices=np.array([3, 3, 0]))]
 
     tensor = ComputedTensor([parts], axis=0, name="n", view=(4, 3), shape=(9,))
 
@@ -66,13 +68,13 @@ def test_a_view_has_the_axis_that_the_stored_shape_lacks(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 1 << 24])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
-def test_several_parts_are_averaged_by_their_weights(tmp_path, monkeypatch, dtype, chunk):
-    monkeypatch.setattr(composed, "CHUNK", chunk)
+def test_slices_of_a_block_are_averaged_by_weight(tmp_path, monkeypatch, dtype, chunk):
+    monkeypatch.setattr(computed_tensor, "CHUNK", chunk)
     random = np.random.default_rng(2)
     first, second = (random.standard_normal((4, 6)).astype(dtype) for _ in range(2))
     parts = [
-        Part(tensor=ir.Tensor(first), places=np.array([0, 5])),
-        Part(tensor=ir.Tensor(second), places=np.array([1, 1]), weight=3),
+        TensorSlice(tensor=ir.Tensor(first), indices=np.array([0, 5])),
+        TensorSlice(tensor=ir.Tensor(second), indices=np.array([1, 1]), weight=3),
     ]
 
     tensor = ComputedTensor([parts], axis=1, name="n")
@@ -83,11 +85,11 @@ def test_several_parts_are_averaged_by_their_weights(tmp_path, monkeypatch, dtyp
 
 @pytest.mark.parametrize("chunk", [1, 1 << 24])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_blocks_stand_side_by_side(monkeypatch, axis, chunk):
-    monkeypatch.setattr(composed, "CHUNK", chunk)
+def test_blocks_are_concatenated(monkeypatch, axis, chunk):
+    monkeypatch.setattr(computed_tensor, "CHUNK", chunk)
     array = np.random.default_rng(4).standard_normal((6, 6)).astype(np.float32)
-    kept = Part(tensor=ir.Tensor(array), places=np.arange(4))
-    merged = [Part(tensor=ir.Tensor(array), places=np.array([place])) for place in (4, 5)]
+    kept = TensorSlice(tensor=ir.Tensor(array), indices=np.arange(4))
+    merged = [TensorSlice(tensor=ir.Tensor(array), indices=np.array([place])) for place in (4, 5)]
 
     tensor = ComputedTensor([[kept], merged], axis=axis, name="n")
 
@@ -97,38 +99,39 @@ def test_blocks_stand_side_by_side(monkeypatch, axis, chunk):
 
 @pytest.mark.parametrize("count", [2, 3, 7])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_the_mean_of_equals_is_what_they_were(dtype, count):
+def test_the_mean_of_equal_slices_is_bitwise_equal(dtype, count):
     array = np.random.default_rng(3).standard_normal((5, 3)).astype(dtype)
-    tensor = ComputedTensor([[Part(tensor=ir.Tensor(array), places=np.arange(3))] * count], axis=1, name="n")
+    tensor = ComputedTensor([[TensorSlice(tensor=ir.Tensor(array), indices=np.arange(3))] * count], axis=1, name="n")
 
     assert tensor.numpy().tobytes() == array.tobytes()
 
 
-def test_computed_tensors_can_be_parts_of_others(tmp_path):
+def test_computed_tensors_can_be_sliced(tmp_path):
     source = stored(tmp_path, np.arange(6, dtype=np.float32).reshape(2, 3))
-    inner = ComputedTensor([[Part(tensor=source, places=np.array([2, 1]))]], axis=1, name="inner")
-    outer = ComputedTensor([[Part(tensor=inner, places=np.array([1, 1]))]], axis=0, name="outer")
+    inner = ComputedTensor([[TensorSlice(tensor=source, indices=np.array([2, 1]))]], axis=1, name="inner")
+    outer = ComputedTensor([[TensorSlice(tensor=inner, indices=np.array([1, 1]))]], axis=0, name="outer")
 
     assert outer.numpy().tolist() == [[5, 4], [5, 4]]
-    assert outer.sources == (source,)
 
 
-def test_nothing_is_read_to_say_what_it_is(tmp_path):
+def test_repr_reads_nothing(tmp_path):
     source = ir.ExternalTensor("not there", 0, 24, ir.DataType.FLOAT, shape=ir.Shape([2, 3]), name="w", base_dir="/")
 
-    tensor = ComputedTensor([[Part(tensor=source, places=np.array([0, 0]))]], axis=0, name="n")
+    tensor = ComputedTensor([[TensorSlice(tensor=source, indices=np.array([0, 0]))]], axis=0, name="n")
 
     assert (tensor.nbytes, tensor.size, "[2,3]" in repr(tensor)) == (24, 6, True)
     with pytest.raises(OSError, match="not there"):
         tensor.numpy()
 
 
-def test_a_shape_of_other_size_is_a_mistake():
+def test_a_shape_of_another_size_is_an_error():
     with pytest.raises(ValueError, match="expected a shape of 6 elements"):
-        ComputedTensor([[Part(tensor=ir.Tensor(np.zeros((2, 3))), places=np.arange(2))]], axis=0, name="n", shape=(5,))
+        ComputedTensor(
+            [[TensorSlice(tensor=ir.Tensor(np.zeros((2, 3))), indices=np.arange(2))]], axis=0, name="n", shape=(5,)
+        )
 
 
-def test_it_is_written_into_a_proto_like_any_tensor():
-    tensor = ComputedTensor([[Part(tensor=ir.Tensor(np.eye(2)), places=np.array([1]))]], axis=0, name="n")
+def test_a_proto_has_its_elements():
+    tensor = ComputedTensor([[TensorSlice(tensor=ir.Tensor(np.eye(2)), indices=np.array([1]))]], axis=0, name="n")
 
     assert ir.from_proto(ir.to_proto(tensor)).numpy().tolist() == [[0, 1]]

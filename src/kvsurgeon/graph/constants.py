@@ -1,16 +1,16 @@
-"""Small constants, wherever a model keeps them; weights are never read."""
+"""Small constants of a graph, in initializers or `Constant` nodes. Weights are never read."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
 
-TINY = 64  # elements; an epsilon, a mask's number: no weight wherever it is kept
-SMALL = 4096  # elements; a shape, an axis list, a table of frequencies, never a weight matrix
+TINY = 64  # elements; up to this size a tensor is a scalar or mask value, not a weight, even in external data
+SMALL = 4096  # elements; up to this size a tensor is a shape or a frequency table, not a weight matrix
 
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """Return the tensor of an initializer or of a `Constant` node, unread; None for anything else."""
+    """Return the tensor of an initializer or `Constant` node without reading it; None for other values."""
     if value is None:
         return None
     node = value.producer()
@@ -29,18 +29,18 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
 
 
 def is_weight(tensor: ir.TensorProtocol) -> bool:
-    """Whether a tensor is one that must stay unread: large, or floating-point in a file of its own."""
+    """Return whether a tensor must not be read: it is large, or floating-point external data."""
     if tensor.size > SMALL:
         return True
     return isinstance(tensor, ir.ExternalTensor) and tensor.dtype.is_floating_point() and tensor.size > TINY
 
 
 def small_constant(value: ir.Value | None) -> np.ndarray | None:
-    """Return the numbers of a small constant; None for weights and for what is not constant."""
+    """Return the content of a small constant; None for weights and other values."""
     tensor = constant_tensor(value)
     if tensor is None or is_weight(tensor):
         return None
     try:
         return tensor.numpy()
-    except (OSError, ValueError):  # kept in a file that is not here
+    except (OSError, ValueError):  # its file is missing
         return None

@@ -87,7 +87,7 @@ class Editor:
         return self._constants[key]
 
     def initializer(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """Add a tensor as an initializer of its own name."""
+        """Add a tensor as an initializer, under the name of the tensor."""
         shape, dtype = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
         value = ir.Value(name=tensor.name, shape=shape, type=dtype, const_value=tensor)
         self.graph.register_initializer(value)

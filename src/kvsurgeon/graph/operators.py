@@ -1,9 +1,9 @@
-"""Operators by what they do with what they read."""
+"""Operators by how they use their inputs."""
 
 from __future__ import annotations
 
-# A tensor whose numbers these read tells nothing but its shape.
+# Operators that read only the shape of their input.
 SHAPE_ONLY = frozenset({"Shape", "Size", "ConstantOfShape", "EyeLike"})
 
-# The first input is a table, and the second says which of its places are read.
+# Operators whose first input is a table, and whose second gives indices into it.
 LOOKUPS = frozenset({"Gather", "GatherBlockQuantized", "GatherElements", "GatherND"})

@@ -29,7 +29,7 @@ from kvsurgeon.graph.editor import Editor
 
 @dataclass(frozen=True, kw_only=True)
 class Replacement:
-    """What replaces a value.
+    """A replacement of a value.
 
     Attributes:
         value: The value to replace.

@@ -7,7 +7,7 @@ input.
 
     upstream([logits])                                            # everything that the logits depend on
     upstream([mask], inputs=content_inputs)                       # ... by content, not only by shape
-    upstream([weights], stop=lambda value: value in scores)       # what lies between scores and weights
+    upstream([weights], stop=lambda value: value in scores)       # all between scores and weights
     producers(upstream([weights]))                                # the nodes of it
     through(value, {"Cast", "Identity"})                          # the value before any cast
 """

@@ -1,4 +1,4 @@
-"""Deep graphs: a value is as deep as its network, and Python's usual limit is reached after some hundred nodes."""
+"""Raise the recursion limit: recursion over values is as deep as the network, beyond the default after some layers."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-DEEP = 10_000  # frames; the interpreter's own stack holds several times as many
+DEEP = 10_000  # frames; the stack of the interpreter has room for several times as many
 
 
 @contextmanager
 def deep_recursion() -> Iterator[None]:
-    """Allow deep recursion inside, and restore the limit afterwards."""
+    """Allow deep recursion in the block."""
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, DEEP))
     try:

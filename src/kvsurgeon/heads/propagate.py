@@ -22,7 +22,7 @@ from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.reduction import reduced_axes
 from kvsurgeon.ops.table import KNOWN_DOMAINS, has_trait
 from kvsurgeon.rewrite.lengths import LengthValues
-from kvsurgeon.weights import ComputedTensor, Part
+from kvsurgeon.weights import ComputedTensor, TensorSlice
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -144,7 +144,7 @@ class Carrier:
             )  # fmt: skip
         places = selection.within(axis.outer, axis.inner)
         blocks = [
-            [Part(tensor=tensors[m.source], places=m.places, weight=m.weight) for m in members]
+            [TensorSlice(tensor=tensors[m.source], indices=m.places, weight=m.weight) for m in members]
             for members in places.blocks
         ]
         tensor = ComputedTensor(blocks, axis=axis.axis, name=self.editor.unique_name(f"{name}.heads"))

@@ -13,7 +13,7 @@ from kvsurgeon.errors import UsageError
 
 try:
     import fcntl
-except ImportError:  # Windows: stale files stay, since nothing tells that they are stale
+except ImportError:  # Windows: stale files stay, as they cannot be recognized
     fcntl = None  # type: ignore[assignment]
 
 _MARK = ".kvsurgeon-"

@@ -29,7 +29,7 @@ class ModelHeads:
     Attributes:
         query: Number of query heads of each layer.
         kv: Number of KV heads of each attention layer.
-        kv_layers: Number of layers with keys and values of their own.
+        kv_layers: Number of layers that compute keys and values.
     """
 
     query: int

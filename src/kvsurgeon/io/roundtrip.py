@@ -28,7 +28,7 @@ def keep_original(model: ir.Model, proto: onnx.ModelProto) -> None:
 
 
 def to_proto(model: ir.Model) -> onnx.ModelProto:
-    """Return a model as a proto; everything unchanged since `load` is as it was read, with external references.
+    """Return a model as a proto; everything unchanged since `load` is byte for byte as in the file.
 
     Raises:
         InvalidModelError: The model has content that cannot be written, such as text that is not UTF-8.

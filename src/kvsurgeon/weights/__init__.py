@@ -1,5 +1,5 @@
-"""Weights that are computed from others, when somebody asks for them and not before."""
+"""Lazy weights: tensors computed from stored ones when they are read."""
 
-from kvsurgeon.weights.composed import ComputedTensor, Part
+from kvsurgeon.weights.computed_tensor import ComputedTensor, TensorSlice
 
-__all__ = ["ComputedTensor", "Part"]
+__all__ = ["ComputedTensor", "TensorSlice"]
