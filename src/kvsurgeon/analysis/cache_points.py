@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from kvsurgeon.analysis.regions import token_inputs
 from kvsurgeon.analysis.token_flow import Place, TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
@@ -179,9 +180,7 @@ def bottlenecks(
         if node is None or not may_repeat(node) or not _is_position_wise(flow, node):
             return
         pending.remove(value)
-        for source in node.inputs:
-            if source is not None and flow.kinds.get(source) is ValueKind.TOKEN and source not in pending:
-                pending.append(source)
+        pending += [source for source in dict.fromkeys(token_inputs(flow, node)) if source not in pending]
         visited.add(value)
         pending = [source for source in pending if source not in node.outputs]
 

@@ -79,6 +79,14 @@ def mask_input(given: InputRole, visible: np.ndarray, sequence: int | None = Non
     return np.broadcast_to(array.reshape(shape), sizes).astype(dtype.numpy())
 
 
+def position_input(given: InputRole, length: int) -> np.ndarray:
+    """Return the array for an input of positions: 0, 1, 2, ..."""
+    sizes = [int(at_length(size, length)) for size in given.dimensions]
+    shape = [length if axis in given.lengths else 1 for axis in range(len(sizes))]
+    dtype = run_dtype(given.value.dtype or ir.DataType.INT64)
+    return np.broadcast_to(np.arange(length).reshape(shape), sizes).astype(dtype.numpy())
+
+
 def synthetic_values(sizes: Sequence[int], axes: Axes, tokens: np.ndarray, dtype: ir.DataType | None) -> np.ndarray:
     """Return values in [-3, 3] that look random and depend on the token, not on the length.
 

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.call_indices import is_of_new_tokens
 from kvsurgeon.analysis.mask_patterns import is_close, sequence_last
+from kvsurgeon.analysis.regions import growing_regions, is_closed, token_inputs
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
@@ -41,19 +42,14 @@ _TEXTS = (range(_TOKENS)[::-1], (5, 3, 3, 20, 31, 0, 8), (4,), (9, 30), [token *
 
 def find_routed_region(flow: TokenFlow, start: ir.Node) -> RoutedRegion | None:
     """Return the smallest region from a node that selects or sorts tokens; None if they are not put back."""
-    region, computed = [start], set(start.outputs)
     may_be_inside = _is_routing if has_trait(start, Trait.ROUTING) else _is_sorting
-    for node in list(flow.order)[flow.order[start] + 1 :]:
-        if not any(value in computed for value in node.inputs):
+    for region in growing_regions(flow, start):
+        node = region[-1]
+        if node is start:
             continue
-        region.append(node)
-        computed.update(node.outputs)
         if not may_be_inside(flow, node) or any(value.is_graph_output() for value in region[-2].outputs):
             return None
-        inside = set(region)
-        if _result_axes(flow, region) and all(
-            user in inside for value in computed - set(node.outputs) for user, _ in value.uses()
-        ):
+        if _result_axes(flow, region) and is_closed(region, node.outputs):
             return tuple(region)
     return None
 
@@ -174,11 +170,7 @@ def _is_float(flow: TokenFlow, value: ir.Value) -> bool:
 
 def _is_made_of_integers(flow: TokenFlow, node: ir.Node | None) -> bool:
     """Return whether a node computes from integer token data alone, such as the expert of each token."""
-    tokens = [
-        value
-        for value in (node.inputs if node else ())
-        if value is not None and flow.kinds.get(value) is ValueKind.TOKEN
-    ]
+    tokens = [] if node is None else token_inputs(flow, node)
     return bool(tokens) and not any(_is_float(flow, value) for value in tokens)
 
 

@@ -15,9 +15,9 @@ import onnx_ir as ir
 from kvsurgeon.analysis.cache_points import bottlenecks, choose_cache_point, is_no_table_lookup
 from kvsurgeon.analysis.mask_patterns import MaskPattern, is_close, left_padded, sequence_last, unmasked, with_gaps
 from kvsurgeon.analysis.probe_inputs import batch_axis
+from kvsurgeon.analysis.regions import growing_regions, is_closed, token_inputs
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_flow import SequenceState, TokenFlow
-from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.symbolic.dimension import LENGTH
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
@@ -39,16 +39,11 @@ def find_sequence_state(flow: TokenFlow, start: ir.Node) -> SequenceState | None
     """
     if isinstance(flow.length, int):
         return None
-    region, computed = [start], set(start.outputs)
-    for node in list(flow.order)[flow.order[start] :]:
-        if node is not start and not any(value in computed for value in node.inputs):
-            continue
-        if node is not start:
-            region.append(node)
-            computed.update(node.outputs)
+    for region in growing_regions(flow, start):
+        node = region[-1]
         if len(region) > _MAX_NODES or any(value.is_graph_output() for value in node.outputs) or _has_subgraph(node):
             return None
-        if _is_closed(region, computed) and (state := _state_of(flow, region, computed)) is not None:
+        if is_closed(region, node.outputs[:1]) and (state := _state_of(flow, region)) is not None:
             return state
     return None
 
@@ -87,18 +82,12 @@ def _has_subgraph(node: ir.Node) -> bool:
     return any(attribute.type is ir.AttributeType.GRAPH for attribute in node.attributes.values())
 
 
-def _is_closed(region: Sequence[ir.Node], computed: set[ir.Value]) -> bool:
-    """Return whether only the first output of the last node is read elsewhere."""
-    inside = set(region)
-    return all(user in inside for value in computed - set(region[-1].outputs[:1]) for user, _ in value.uses())
-
-
-def _state_of(flow: TokenFlow, region: Sequence[ir.Node], computed: set[ir.Value]) -> SequenceState | None:
+def _state_of(flow: TokenFlow, region: Sequence[ir.Node]) -> SequenceState | None:
     places = [
         (node, index)
         for node in region
         for index, value in enumerate(node.inputs)
-        if value is not None and value not in computed and flow.kinds.get(value) is ValueKind.TOKEN
+        if value in token_inputs(flow, node) and value.producer() not in region
     ]
     axes = _result_axes(flow, region[-1].outputs[0])
     if not axes or not places or not all(_has_new_tokens(flow, node.inputs[index]) for node, index in places):

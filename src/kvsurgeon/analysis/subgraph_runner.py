@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import onnx
@@ -22,9 +21,11 @@ from kvsurgeon.analysis.probe_inputs import (
     follows_from_length,
     join_sequences,
     mask_input,
+    position_input,
     run_dtype,
     synthetic_values,
 )
+from kvsurgeon.analysis.regions import token_inputs
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.value_kinds import ValueKind
@@ -113,13 +114,14 @@ class SubgraphRunner:
     def _feed_value(self, value: ir.Value) -> bool:
         """Add a feed for a value; False if it must be computed."""
         fact, role, name = self.flow.shapes[value], self._roles.get(value), value.name or ""
+        tensor = constant_tensor(value)
         if value in self.probed:
             self._add_synthetic(value)
-        elif constant_tensor(value) is not None:
-            self._add_constant(value)
+        elif tensor is not None:
+            self._add_constant(value, tensor)
         elif role is not None and role.holds_places:
             self._assumptions.setdefault(POSITIONS_COUNT_UP, name)
-            self._add_feed(value, value.dtype, len(role.dimensions), partial(_positions, role))
+            self._add_feed(value, value.dtype, len(role.dimensions), partial(position_input, role))
         elif role is not None:
             self.masks.append(role)
             self._types[name] = (value.dtype or ir.DataType.FLOAT, len(role.dimensions))
@@ -143,14 +145,10 @@ class SubgraphRunner:
         node = value.producer()
         if node is None or has_trait(node, Trait.PRODUCT, Trait.LOOKUP):
             return False
-        tokens = [
-            source for source in node.inputs if source is not None and self.flow.kinds.get(source) is ValueKind.TOKEN
-        ]
+        tokens = token_inputs(self.flow, node)
         return bool(tokens) and all(self._is_made_of_positions(source) for source in tokens)
 
-    def _add_constant(self, value: ir.Value) -> None:
-        tensor = constant_tensor(value)
-        assert tensor is not None
+    def _add_constant(self, value: ir.Value, tensor: ir.TensorProtocol) -> None:
         if not is_weight(tensor) or (tensor.size <= MAX_WEIGHT_SIZE and not isinstance(tensor, ir.ExternalTensor)):
             if tensor.dtype is ir.DataType.BFLOAT16:
                 tensor = ir.Tensor(np.asarray(tensor.numpy()).astype(np.float32))
@@ -166,12 +164,9 @@ class SubgraphRunner:
             self._add_synthetic(value)
 
     def _add_synthetic(self, value: ir.Value) -> None:
-        shape = self.flow.shapes[value].shape
-        if shape is None:
-            raise UnsupportedError("the rank of a tensor is unknown", code=Code.UNTRACEABLE_SEQUENCE, at=value.name)
-        self._add_feed(
-            value, self.flow.shapes[value].dtype, len(shape), lambda length: self._synthetic(value, np.arange(length))
-        )
+        fact = self.flow.shapes[value]
+        rank = None if fact.shape is None else len(fact.shape)
+        self._add_feed(value, fact.dtype, rank, lambda length: self._synthetic(value, np.arange(length)))
 
     def _synthetic(self, value: ir.Value, tokens: np.ndarray) -> np.ndarray:
         """Return synthetic values for tokens with these numbers."""
@@ -179,8 +174,8 @@ class SubgraphRunner:
         sizes = [int(at_length(size, len(tokens))) for size in fact.shape or ()]
         return synthetic_values(sizes, self.flow.axes.get(value, ()), tokens, fact.dtype)
 
-    def _add_feed(self, value: ir.Value, dtype: ir.DataType | None, rank: int, feed: Feed) -> None:
-        if dtype is None:
+    def _add_feed(self, value: ir.Value, dtype: ir.DataType | None, rank: int | None, feed: Feed) -> None:
+        if dtype is None or rank is None:
             raise UnsupportedError("the type of a tensor is unknown", code=Code.UNTRACEABLE_SEQUENCE, at=value.name)
         self.feeds[value.name or ""] = feed
         self._types[value.name or ""] = (run_dtype(dtype), rank)
@@ -244,14 +239,6 @@ class SubgraphRunner:
                 "a tensor does not have the inferred shape when it is computed", code=Code.INCONSISTENT_SHAPES,
                 at=value.name, expected=str(sizes), found=str(list(array.shape)),
             )  # fmt: skip
-
-
-def _positions(role: InputRole, length: int) -> np.ndarray:
-    """Return the array for a position input: 0, 1, 2, ..."""
-    sizes = [int(at_length(size, length)) for size in role.dimensions]
-    shape = [length if axis in role.lengths else 1 for axis in range(len(sizes))]
-    dtype: Any = run_dtype(role.value.dtype or ir.DataType.INT64).numpy()
-    return np.broadcast_to(np.arange(length).reshape(shape), sizes).astype(dtype)
 
 
 def _without_bfloat16(node: onnx.NodeProto) -> onnx.NodeProto:

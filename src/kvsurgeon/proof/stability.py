@@ -20,7 +20,7 @@ from kvsurgeon.analysis.mask_patterns import (
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
-from kvsurgeon.graph.query import downstream, producers, upstream
+from kvsurgeon.graph.query import downstream, producer_of, producers, through, upstream
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.proof.causality import other_reductions
@@ -136,22 +136,22 @@ def _positions(sweep: LengthSweep, value: ir.Value, axes: Axes) -> tuple[ir.Valu
 
     The rows are as stable as the positions. Without such a table, return the value.
     """
-    flow, source = sweep.flow, value
-    while (node := source.producer()) is not None and node.op_type in ("Gather", "Cast", "Identity"):
-        table = node.inputs[0]
-        if node.op_type != "Gather":
-            if table is None or flow.kinds.get(table) is not ValueKind.CONTEXT:
-                break
-            source = table
-            continue
-        tensor, positions = constant_tensor(table), node.inputs[1]
-        axis = next(iter(node.attributes.values())).value if node.attributes else 0
-        if tensor is None or positions is None or axis != 0 or flow.kinds.get(positions) is not ValueKind.CONTEXT:
-            break
-        if any(axis.axis >= (flow.shapes[positions].rank or 0) for axis in axes):
-            break
-        return sweep.analysis.same.get(positions, positions), int(tensor.shape.numpy()[0])
-    return source, None
+    kinds, shapes = sweep.flow.kinds, sweep.flow.shapes
+
+    def is_cast(node: ir.Node) -> bool:
+        read = node.inputs[0] if node.op_type in ("Cast", "Identity") else None
+        return read is not None and kinds.get(read) is ValueKind.CONTEXT
+
+    source = through(value, is_cast)
+    lookup = producer_of(source, "Gather")
+    if lookup is None or lookup.attributes.get_int("axis", 0) != 0:
+        return source, None
+    table, positions = constant_tensor(lookup.inputs[0]), lookup.inputs[1]
+    if table is None or positions is None or kinds.get(positions) is not ValueKind.CONTEXT:
+        return source, None
+    if any(axis.axis >= (shapes[positions].rank or 0) for axis in axes):
+        return source, None
+    return sweep.analysis.same.get(positions, positions), int(table.shape.numpy()[0])
 
 
 def _attention_nodes(sweep: LengthSweep) -> set[ir.Node]:

@@ -1,0 +1,33 @@
+"""Regions: connected nodes below one node, as routed regions and sequence states are found in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+import onnx_ir as ir
+
+from kvsurgeon.analysis.token_flow import TokenFlow
+from kvsurgeon.dataflow.value_kinds import ValueKind
+
+
+def growing_regions(flow: TokenFlow, start: ir.Node) -> Iterator[list[ir.Node]]:
+    """Yield a list of the node, then the same list each time a node that reads its results is added, in order."""
+    region, computed = [start], set(start.outputs)
+    yield region
+    for node in list(flow.order)[flow.order[start] + 1 :]:
+        if any(value in computed for value in node.inputs):
+            region.append(node)
+            computed.update(node.outputs)
+            yield region
+
+
+def is_closed(region: Sequence[ir.Node], results: Collection[ir.Value]) -> bool:
+    """Return whether only the results of a region are read outside it."""
+    inside = set(region)
+    internal = (value for node in region for value in node.outputs if value not in results)
+    return all(user in inside for value in internal for user, _ in value.uses())
+
+
+def token_inputs(flow: TokenFlow, node: ir.Node) -> list[ir.Value]:
+    """Return the inputs of a node that are token data."""
+    return [value for value in node.inputs if value is not None and flow.kinds.get(value) is ValueKind.TOKEN]
