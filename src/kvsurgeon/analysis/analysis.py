@@ -52,8 +52,8 @@ class AttentionSite:
         return frozenset(score.node.outputs[0] for score in self.scores)
 
     @property
-    def stand_ins(self) -> frozenset[ir.Value]:
-        """What weights are made of: scores, and what meets them along the keys."""
+    def weight_sources(self) -> frozenset[ir.Value]:
+        """The values that the weights are computed from: scores, and other token data along the keys."""
         met = {value for node, index in self.beside if (value := node.inputs[index]) is not None}
         return self.score_values | met
 
@@ -82,7 +82,7 @@ class AttentionSite:
         pending = list(values)
         while pending:
             value = pending.pop()
-            node = None if value is None or value in self.stand_ins else value.producer()
+            node = None if value is None or value in self.weight_sources else value.producer()
             if node is not None and node not in found:
                 found.add(node)
                 pending += () if node.op_type in SHAPE_ONLY else node.inputs

@@ -18,7 +18,7 @@ from kvsurgeon.symbolic.sequence_axes import Length
 LENGTHS = (3, 8)  # tokens at which indices are computed
 
 
-def is_of_new_tokens(flow: TokenFlow, value: ir.Value) -> bool:
+def follows_query_length(flow: TokenFlow, value: ir.Value) -> bool:
     """Return whether a value follows the query length: it reads nothing that is given for the total length."""
     if isinstance(flow.length, int):
         return False
@@ -33,7 +33,7 @@ def is_of_new_tokens(flow: TokenFlow, value: ir.Value) -> bool:
     return True
 
 
-def is_grid(flow: TokenFlow, indices: ir.Value, whole: set[int]) -> bool:
+def addresses_block(flow: TokenFlow, indices: ir.Value, whole: set[int]) -> bool:
     """Return whether indices [d0, d1, ..., n] address a block: index c depends on the position along axis c alone.
 
     Args:

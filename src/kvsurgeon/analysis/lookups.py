@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvsurgeon.analysis.axis_merging import merge, placed
-from kvsurgeon.analysis.call_indices import is_grid, is_of_new_tokens
+from kvsurgeon.analysis.call_indices import addresses_block, follows_query_length
 from kvsurgeon.analysis.token_flow import NodeVisit
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
@@ -124,10 +124,10 @@ def _addresses_block(visit: NodeVisit, addressed: int) -> bool:
     """Whether the indices name every token in order, as where some features of all tokens are written."""
     indices = visit.node.inputs[1]
     whole = {held.axis for index in (0, 2) for held in visit.axes(index) if held.axis < addressed}
-    if indices is None or not whole or not is_of_new_tokens(visit.flow, indices):
+    if indices is None or not whole or not follows_query_length(visit.flow, indices):
         return False
     batch = {place for place in range(addressed) if visit.flow.batch in (visit.shape(1)[place],)}
-    if not is_grid(visit.flow, indices, whole | batch):
+    if not addresses_block(visit.flow, indices, whole | batch):
         return False
     visit.flow.addresses.add((visit.node, 1))
     return True

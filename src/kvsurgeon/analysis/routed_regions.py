@@ -13,7 +13,7 @@ from collections.abc import Collection, Hashable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.analysis.call_indices import is_of_new_tokens
+from kvsurgeon.analysis.call_indices import follows_query_length
 from kvsurgeon.analysis.mask_patterns import is_close, sequence_last
 from kvsurgeon.analysis.regions import growing_regions, is_closed, token_inputs
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
@@ -113,11 +113,11 @@ def record_routed_region(flow: TokenFlow, region: RoutedRegion) -> None:
     structure = _structure(flow, region)
     first = region[0].outputs[0].name or ""
     if structure not in flow.routed_regions.values() and not (
-        all(is_of_new_tokens(flow, value) for value in context) and _is_position_wise(flow, region, tokens)
+        all(follows_query_length(flow, value) for value in context) and _is_position_wise(flow, region, tokens)
     ):
         raise UnsupportedError(
             f"{region[0].op_type} selects tokens by content, and the result of a token may depend on other tokens",
-            code=Code.MIXES_TOKENS, at=first, expected="results that depend on their own token alone",
+            code=Code.MIXES_TOKENS, at=first, expected="a result of each token that depends on that token alone",
         )  # fmt: skip
     flow.routed_regions.update(dict.fromkeys(region, structure))
     flow.assumed.setdefault(ROUTING_IS_POSITION_WISE, first)

@@ -1,4 +1,4 @@
-"""Attention pattern: which keys the queries of an attention give weight to, with some tokens masked."""
+"""Attention pattern: the keys that the queries of an attention give weight to, with some tokens masked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MIN_WEIGHT = 1e-6  # smaller weights count as 0
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPattern:
-    """Which keys the queries of one attention give weight to, measured on probe inputs.
+    """The keys that the queries of one attention give weight to, measured on probe inputs.
 
     Attributes:
         weights: [..., query, key], the attention weights at the longest length.

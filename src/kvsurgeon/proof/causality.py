@@ -292,7 +292,7 @@ class AttentionProbe:
             raise UnsupportedError(
                 "the mask of one sequence changes another sequence of the batch", code=Code.BATCH_LEAK,
                 layer=self.layer, at=self.site.at.name, hint="export with a batch of 1",
-                expected="weights of a sequence that depend on its own mask",
+                expected="weights of each sequence that depend on the mask of that sequence",
             )  # fmt: skip
 
     def _check_fixed_length(self, weights: np.ndarray) -> None:

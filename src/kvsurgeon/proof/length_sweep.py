@@ -79,7 +79,7 @@ class LengthSweep:
     def runner(self, outputs: Sequence[ir.Value], site: AttentionSite | None = None) -> SubgraphRunner:
         """Return a runner that computes the outputs, from the scores of an attention if one is given."""
         return SubgraphRunner(
-            self.flow, outputs, probed=() if site is None else site.stand_ins,
+            self.flow, outputs, probed=() if site is None else site.weight_sources,
             stops=() if site is None else site.ends, assumptions=self.assumptions,
         )  # fmt: skip
 

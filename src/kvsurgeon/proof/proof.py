@@ -45,7 +45,7 @@ class Obligation:
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """How the obligations of a KV cache are met by one decoder.
+    """The evidence that one decoder meets the obligations of a KV cache.
 
     Attributes:
         obligations: One entry for each, in the order causal, prefix-stable, padding, batch.

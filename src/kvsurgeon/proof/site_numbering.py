@@ -35,7 +35,7 @@ def number_site(
     for index, (node, place) in enumerate(site.beside):
         if (operand := node.inputs[place]) is not None:
             probed[operand] = ("operand", index, shapes[operand].shape)
-    computed = set(downstream(site.stand_ins, stop=lambda node: node in site.ends))
+    computed = set(downstream(site.weight_sources, stop=site.ends.__contains__))
 
     def leaf(value: ir.Value) -> Hashable | None:
         if value in probed:

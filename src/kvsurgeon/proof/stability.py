@@ -158,6 +158,6 @@ def _attention_nodes(sweep: LengthSweep) -> set[ir.Node]:
     """Return the nodes between the scores of each attention and its weights or other reductions."""
     nodes: set[ir.Node] = set()
     for site in sweep.analysis.heads:
-        below = producers(downstream(site.stand_ins, stop=lambda node, ends=site.ends: node in ends))  # type: ignore[misc]
-        nodes |= below.keys() & (site.upstream_of_weights() | site.upstream_of(other_reductions(sweep, site)))
+        below = producers(downstream(site.weight_sources, stop=site.ends.__contains__)).keys()
+        nodes |= below & (site.upstream_of_weights() | site.upstream_of(other_reductions(sweep, site)))
     return nodes
