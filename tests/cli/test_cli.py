@@ -306,7 +306,7 @@ def test_plug_ins_of_both_kinds_run_with_inject_on_a_real_export(shell, site, tm
         ("breaks", 3, "pass breaks left a graph that is not valid: graph output `logits`"),
         ("says-nothing", 3, "pass says-nothing: expected Changed or Unchanged"),
         ("differs", 1, "does not compute what the original computes"),
-        ("idle", 3, "the model is unchanged: idle: the function left the graph as it was"),
+        ("idle", 3, "the model is unchanged: idle: the function did not change the graph"),
         ("missing", 2, "pass missing of troubled-passes 0.1"),
         ("unannotated", 2, "pass unannotated"),
     ],

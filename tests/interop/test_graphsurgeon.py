@@ -1,4 +1,4 @@
-"""An onnx-graphsurgeon function as a pass: what it does not touch comes back to the byte."""
+"""An onnx-graphsurgeon function as a pass: everything that it does not change is the same byte for byte."""
 
 import numpy as np
 import onnx
@@ -61,7 +61,7 @@ def proto():
 
 @pytest.fixture
 def external(tmp_path):
-    """A decoder whose weights lie in a file, saved in a folder."""
+    """A decoder with external data, saved in a folder."""
     path = tmp_path / "given" / "model.onnx"
     path.parent.mkdir()
     model = Decoder(Config()).model()
@@ -95,23 +95,23 @@ def renames_the_first(graph: gs.Graph) -> None:
     graph.nodes[0].name = "first"
 
 
-def test_a_function_that_touches_nothing_leaves_the_model_itself(proto):
+def test_a_function_that_changes_nothing_returns_the_same_model(proto):
     model = io.load(proto)
     result = Pipeline((leaves,)).run(model)
     assert result.model is model
-    assert result.steps[0].outcome == Unchanged(reason="the function left the graph as it was")
+    assert result.steps[0].outcome == Unchanged(reason="the function did not change the graph")
 
 
-def test_all_is_as_before_after_a_copy(proto):
+def test_a_copy_of_the_graph_changes_nothing(proto):
     assert nodes(after(proto, copies)) == nodes(proto)
 
 
-def test_all_is_as_before_after_a_sort(external):
-    """`toposort` lists nodes by their level, which would put the layers' norms, products, ... side by side."""
+def test_sorting_the_graph_changes_nothing(external):
+    """`toposort` lists nodes by their level, which would move equal operators of all layers together."""
     assert nodes(after(external, sorts)) == nodes(onnx.load(external, load_external_data=False))
 
 
-def test_all_but_the_change_is_as_before(proto):
+def test_only_what_was_edited_changes(proto):
     expected = onnx.ModelProto()
     expected.CopyFrom(proto)
     expected.graph.node[0].name = "first"
@@ -129,7 +129,7 @@ def test_a_changed_node_keeps_its_metadata(proto):
     assert (first.doc_string, first.metadata_props[0].value) == ("what a is for", "layers.a")
 
 
-def test_what_is_new_stands_after_what_it_reads(proto):
+def test_new_nodes_follow_the_nodes_that_they_read_from(proto):
     def insert(graph: gs.Graph) -> None:
         add = graph.nodes[0]
         output = add.outputs[0]
@@ -143,7 +143,7 @@ def test_what_is_new_stands_after_what_it_reads(proto):
     assert found.graph.node[1].metadata_props == []
 
 
-def test_a_node_that_takes_the_place_of_another_does_not_inherit_its_words(proto):
+def test_a_node_that_replaces_another_does_not_get_its_metadata(proto):
     def replace(graph: gs.Graph) -> None:
         add = graph.nodes[0]
         inputs, outputs = list(add.inputs), list(add.outputs)
@@ -155,7 +155,7 @@ def test_a_node_that_takes_the_place_of_another_does_not_inherit_its_words(proto
     assert (first.op_type, first.doc_string, len(first.metadata_props)) == ("Sub", "", 0)
 
 
-def test_initializers_keep_their_order_and_unread_ones_stay(proto):
+def test_initializers_keep_their_order_and_unused_ones_stay(proto):
     def cleans(graph: gs.Graph) -> None:
         graph.nodes[0].name = "first"
         graph.cleanup()
@@ -163,7 +163,7 @@ def test_initializers_keep_their_order_and_unread_ones_stay(proto):
     assert [t.name for t in after(proto, cleans).graph.initializer] == [t.name for t in proto.graph.initializer]
 
 
-def test_an_initializer_that_is_no_longer_read_goes(proto):
+def test_an_initializer_that_becomes_unused_is_removed(proto):
     def bypass(graph: gs.Graph) -> None:
         graph.nodes[0].inputs[1] = graph.nodes[0].inputs[0]
 
@@ -171,7 +171,7 @@ def test_an_initializer_that_is_no_longer_read_goes(proto):
     assert names == [tensor.name for tensor in proto.graph.initializer if tensor.name != "weight"]
 
 
-def test_a_body_may_be_edited(proto):
+def test_a_subgraph_can_be_edited(proto):
     def edit(graph: gs.Graph) -> None:
         body = graph.nodes[2].attrs["then_branch"]
         body.nodes[1].inputs[1] = gs.Constant("fresh", np.ones(4, np.float32))
@@ -185,7 +185,7 @@ def test_a_body_may_be_edited(proto):
     assert {"fresh"} == {t.name for t in found.graph.initializer} - {t.name for t in proto.graph.initializer}
 
 
-def test_a_function_of_the_model_may_be_edited_and_keeps_its_metadata(proto):
+def test_a_local_function_can_be_edited_and_keeps_its_metadata(proto):
     def edit(graph: gs.Graph) -> None:
         graph.functions[0].nodes[1].name = "doubling"
 
@@ -194,7 +194,7 @@ def test_a_function_of_the_model_may_be_edited_and_keeps_its_metadata(proto):
     assert function.metadata_props[0].key == "function"
 
 
-def test_a_type_that_was_changed_is_changed_and_its_words_stay(proto):
+def test_a_changed_type_keeps_its_metadata(proto):
     def edit(graph: gs.Graph) -> None:
         graph.tensors()["h"].shape = [2, 4]
 
@@ -230,7 +230,7 @@ def test_weights_stay_in_their_file_and_are_not_read(external, monkeypatch):
     assert nodes(found)[1:] == nodes(before)[1:]
 
 
-def test_weights_may_be_read(external):
+def test_weights_can_be_read(external):
     sums = {}
 
     def look(graph: gs.Graph) -> None:
@@ -251,7 +251,7 @@ def test_weights_may_be_read(external):
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_weights_may_be_changed(external, tmp_path, in_place):
+def test_weights_can_be_changed(external, tmp_path, in_place):
     changed = []
 
     def double(graph: gs.Graph) -> None:
@@ -274,7 +274,7 @@ def test_weights_may_be_changed(external, tmp_path, in_place):
 @pytest.mark.parametrize(
     "dtype", [TensorProto.BFLOAT16, TensorProto.INT4, TensorProto.FLOAT8E4M3FN, TensorProto.STRING]
 )
-def test_weights_of_any_type_come_back(dtype):
+def test_weights_of_all_types_are_unchanged(dtype):
     values = [b"a", b"b"] if dtype == TensorProto.STRING else [1, 2]
     tensor = helper.make_tensor("w", dtype, [2], values)
     graph = helper.make_graph(
@@ -292,7 +292,7 @@ def test_weights_of_any_type_come_back(dtype):
     assert after(proto, touch).graph.initializer[0].SerializeToString() == tensor.SerializeToString()
 
 
-def test_a_weight_may_be_exported_as_another_type(proto):
+def test_a_weight_can_be_exported_as_another_type(proto):
     import ml_dtypes
 
     def edit(graph: gs.Graph) -> None:
@@ -312,11 +312,11 @@ def cast_back(graph: gs.Graph) -> None:
 # What a function may answer
 
 
-def test_something_else_than_a_graph_is_refused(proto):
+def test_a_result_that_is_not_a_graph_is_an_error(proto):
     def answers(graph: gs.Graph):
         return graph.nodes
 
-    with pytest.raises(PassError, match=r"pass answers raised TypeError: expected a gs.Graph or None from it"):
+    with pytest.raises(PassError, match=r"pass answers raised TypeError: expected it to return a gs.Graph or None"):
         Pipeline((answers,)).run(proto)
 
 
@@ -328,7 +328,7 @@ def test_edits_are_counted(proto):
     assert outcome == Changed(edits=2)
 
 
-def test_options_are_further_parameters(proto):
+def test_further_parameters_are_options(proto):
     def name(graph: gs.Graph, *, called: str, times: int = 2) -> None:
         graph.nodes[0].name = called * times
 
@@ -338,7 +338,7 @@ def test_options_are_further_parameters(proto):
     assert after(proto, made(called="x", times=3)).graph.node[0].name == "xxx"
 
 
-def test_nothing_is_said_on_the_way(proto, capsys):
+def test_nothing_is_printed(proto, capsys):
     after(proto, renames_the_first)
     assert capsys.readouterr() == ("", "")
 
@@ -350,7 +350,7 @@ def node(output, *inputs):
     return helper.make_node("Op", list(inputs), [output])
 
 
-def test_survivors_stand_as_before_and_new_nodes_follow_what_they_read():
+def test_old_nodes_keep_their_order_and_new_ones_follow_their_inputs():
     listed = [node("c", "b"), node("new2", "new1"), node("a"), node("b", "a"), node("new1", "a"), node("new0")]
     found = in_original_order(listed, [2, None, 0, 1, None, None])
     assert [one.output[0] for one in found] == ["new2", "new0", "a", "new1", "b", "c"]
@@ -358,7 +358,7 @@ def test_survivors_stand_as_before_and_new_nodes_follow_what_they_read():
     assert is_sorted(sorted(found, key=lambda one: one.output[0] == "new2"))
 
 
-def test_a_body_reads_what_its_graph_has():
+def test_a_subgraph_can_read_values_of_its_graph():
     read = helper.make_graph([helper.make_node("Op", ["a"], ["inner"])], "g", [], [])
     outer = helper.make_node("If", ["flag"], ["y"], then_branch=read)
     assert is_sorted([node("a"), outer])

@@ -167,7 +167,7 @@ def test_a_function_may_return_another_model(decoder):
 
     assert Pipeline((replace,)).run(decoder).model.graph.name == "another"
     with pytest.raises(
-        PassError, match=r"pass mistake raised TypeError: expected an ir.Model or None from it, found int"
+        PassError, match=r"pass mistake raised TypeError: expected it to return an ir.Model or None, found int"
     ):
         Pipeline((mistake,)).run(decoder)
 
@@ -195,7 +195,7 @@ def test_a_function_of_something_else_is_refused():
 def test_a_parameter_may_not_hide_what_every_pass_has():
     def edit(model: ir.Model, name: str = "x") -> None: ...
 
-    with pytest.raises(PluginError, match="pass edit: a parameter may not be called name"):
+    with pytest.raises(PluginError, match="pass edit: no parameter can be called name"):
         Pipeline((edit,))
 
 

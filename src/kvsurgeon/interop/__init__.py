@@ -1,1 +1,1 @@
-"""Doors to other graph libraries."""
+"""Passes written with other graph libraries."""
