@@ -1,4 +1,4 @@
-"""Which tensor between projection and product is remembered: the smallest, and of these the nearest that lies right."""
+"""The tensor between projection and product that is cached: the smallest, then the best layout, then the nearest."""
 
 # ruff: noqa: E501  # a case is read best on one line
 
@@ -14,7 +14,7 @@ from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
 
 
-def cut(text: str) -> tuple[str, str]:
+def cache_points(text: str) -> tuple[str, str]:
     (found,) = Subject.of(read(text)).decoder().attentions
     return found.key_cache.value, found.value_cache.value
 
@@ -22,23 +22,23 @@ def cut(text: str) -> tuple[str, str]:
 CASES = [
     ("the nearest to the product", attention(key="a = Abs(k0)\n k = Neg(a)"), "k"),
     ("after a norm and a scale", attention(key="n2 = LpNormalization<axis = -1>(k0)\n k = Mul(n2, half)"), "k"),
-    ("quantised rather than float", attention(constants="float scale = {0.02}, uint8 point = {128}",
+    ("quantized rather than float", attention(constants="float scale = {0.02}, uint8 point = {128}",
      key="u = QuantizeLinear(k0, scale, point)\n k = DequantizeLinear(u, scale, point)"), "u"),
-    ("the narrow type rather than the wide",
+    ("a narrow type rather than a wide one",
      attention(key="f = Cast<to = 10>(k0)\n k = Cast<to = 1>(f)"), "f"),
-    ("before it is made wider",
+    ("before a repetition",
      attention(constants="int64[4] four = {1, 1, 2, 1}, int64[3] flat = {0, 0, 8}, float[8, 4] narrow",
                hidden="h = Identity(x)\n kn = MatMul(x, narrow)",
                key="u = Unsqueeze(kn, third)\n t = Tile(u, four)\n k = Reshape(t, flat)"), "u"),
-    ("with positions turned in", attention(
+    ("after the rotary embedding", attention(
         key="p = Cast<to = 1>(column)\n wave = Cos(p)\n k = Mul(k0, wave)"), "k"),
     ("never before the projection", attention(key="k = Identity(k0)"), "k"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "expected"), [pytest.param(*case[1:], id=case[0]) for case in CASES])
-def test_key(text, expected):
-    assert cut(text)[0] == expected
+def test_cache_point_of_keys(text, expected):
+    assert cache_points(text)[0] == expected
     original, subject = read(text), Subject.of(read(text))
     Inject().apply(subject)
     assert_law(original, io.to_proto(subject.model))
@@ -82,7 +82,7 @@ MULTI_HEAD = """case (float[b, n, 8] x) => (float[b, n, 8] logits)
 }"""
 
 
-def test_before_heads_are_repeated_and_with_the_heads_that_the_product_sees():
+def test_before_the_repetition_of_heads_and_with_the_heads_of_the_product():
     text = read(MULTI_HEAD)
     subject = Subject.of(text)
     subject.model.graph.sort()
@@ -94,26 +94,28 @@ def test_before_heads_are_repeated_and_with_the_heads_that_the_product_sees():
     assert found.value_cache.bytes_per_token == 2 * 2 * 4
 
 
-def test_a_latent_of_keys_and_values_is_remembered_as_what_it_becomes():
+def test_keys_and_values_of_a_latent_are_cached_instead_of_the_latent():
     text = attention(
         hidden="h = Identity(x)\n latent = MatMul(x, wk)", key="kz = MatMul(latent, wk)\n k = Neg(kz)",
         value="v = MatMul(latent, wv)",
     )  # fmt: skip
-    assert cut(text) == ("k", "v")
+    assert cache_points(text) == ("k", "v")
 
 
-MEMORIES = [
-    ("as a cache", (1, 2, None, 8), (0, 1, 2, 3), True, True),
-    ("keys as columns", (1, 2, 8, None), (0, 1, 3, 2), False, True),
-    ("no batch, and an axis of 1 between", (2, 1, None, 8), (0, 1, 2, 3), False, False),
-    ("no batch, and keys as columns", (2, 1, 8, None), (0, 1, 3, 2), False, False),
+LAYOUTS = [
+    ("cache layout", (1, 2, None, 8), (0, 1, 2, 3), True, True),
+    ("transposed keys", (1, 2, 8, None), (0, 1, 3, 2), False, True),
+    ("no batch, and an axis of size 1", (2, 1, None, 8), (0, 1, 2, 3), False, False),
+    ("no batch, and transposed keys", (2, 1, 8, None), (0, 1, 3, 2), False, False),
 ]
 
 
-@pytest.mark.parametrize(("parts", "order", "canonical", "four"), [pytest.param(*m[1:], id=m[0]) for m in MEMORIES])
-def test_a_batch_that_is_fixed_to_one_need_be_no_axis(parts, order, canonical, four):
-    memory = CachePoint(
+@pytest.mark.parametrize(
+    ("parts", "order", "canonical", "four"), [pytest.param(*case[1:], id=case[0]) for case in LAYOUTS]
+)
+def test_a_batch_of_one_need_not_be_an_axis(parts, order, canonical, four):
+    point = CachePoint(
         value=ir.Value(name="k"), dtype=ir.DataType.FLOAT, parts=parts, order=order, batch=1, heads=2, head_dim=8,
         rank=4,
     )  # fmt: skip
-    assert (memory.is_canonical, memory.has_four_parts) == (canonical, four)
+    assert (point.is_canonical, point.has_four_parts) == (canonical, four)

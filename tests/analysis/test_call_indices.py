@@ -1,4 +1,4 @@
-"""Features of all tokens that are written in place, as `q[..., :4] = y` is exported: their addresses form a block."""
+"""Assignment to some features of all tokens, as `q[..., :4] = y` is exported: the indices address a block."""
 
 import pytest
 from attentions import assert_law_of, attention
@@ -8,7 +8,7 @@ from written import read
 
 from kvsurgeon.errors import UnsupportedError
 
-# From x [b, n, 8] to h, with addresses made of three columns, each spread over [b, n, 4].
+# From x [b, n, 8] to h, with indices of three columns, each expanded to [b, n, 4].
 WRITTEN = """y = MatMul(x, narrow)
  batch = Gather(sizes, nought)
  rows = Range(nought, batch, one)
@@ -54,14 +54,14 @@ def test_a_block_of_features_of_keys():
     [("t1 = Range(nought, length, one)\n t2 = Add(t1, one)\n tokens = Mod(t2, length)", ""),
      ("t1 = Range(nought, length, one)\n l1 = Sub(length, one)\n tokens = Sub(l1, t1)", ""),
      ("t1 = Range(nought, length, one)\n t2 = Sub(t1, one)\n tokens = Max(t2, nought)", "")],
-    ids=["one further on", "backwards", "one back"],
+    ids=["next token", "reversed", "previous token"],
 )  # fmt: skip
-def test_other_addresses_are_refused(tokens, inputs):
+def test_other_indices_are_rejected(tokens, inputs):
     with pytest.raises(UnsupportedError, match="by their position"):
         injected(read(text(tokens, inputs=inputs)))
 
 
-def test_addresses_as_long_as_the_mask_are_recalled():
+def test_indices_of_the_total_length_make_a_sequence_state():
     tokens = "ms = Shape(attention_mask)\n m1 = Gather(ms, one)\n tokens = Range(nought, m1, one)"
     original = read(text(tokens, inputs=MASK))
     assert_law(original, injected(original))

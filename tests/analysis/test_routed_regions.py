@@ -1,4 +1,4 @@
-"""Experts that pick their tokens by what is in them: what comes out for a token must depend on that token alone."""
+"""Experts that select tokens by content: the result of a token must depend on that token alone."""
 
 import numpy as np
 import onnxruntime
@@ -42,23 +42,23 @@ def text(expert: str = EXPERT) -> str:
     return attention(hidden=EXPERTS.replace("FIRST", first).replace("SECOND", second), constants=CONSTANTS)
 
 
-def test_experts_that_pick_their_tokens():
+def test_experts_that_select_their_tokens():
     assert_law_of(text())
 
 
-def test_that_they_were_run_is_said():
+def test_a_note_says_that_routing_is_measured():
     outcome = Inject().apply(Subject.of(in_order(read(text()))))
     assert any("routing" in note for note in outcome.notes)
 
 
 FIRST = EXPERT.replace("Gather(f, at_N)", "Gather(f, none_N)\n none_N = Sub(at_N, at_N)")
-PICKED_TOGETHER = EXPERT.replace("(picked_N, expert_N)", "(picked_N, g_N)\n g_N = MatMul(t_N, picked_N)").replace(
+MIXED_IN_EXPERT = EXPERT.replace("(picked_N, expert_N)", "(picked_N, g_N)\n g_N = MatMul(t_N, picked_N)").replace(
     "made_N =", "t_N = Transpose<perm = [1, 0]>(picked_N)\n made_N ="
 )
-THEIR_PLACES = EXPERT.replace("Mul(made_N, wide_N)", "Add(made_N, moved_N)").replace(
+BY_POSITION = EXPERT.replace("Mul(made_N, wide_N)", "Add(made_N, moved_N)").replace(
     "part_N =", "place_N = Cast<to = 1>(token_N)\n moved_N = Mul(place_N, wide_N)\n part_N ="
 )
-ONE_FURTHER_ON = EXPERT.replace("(before_N, token_N, part_N)", "(before_N, back_N, part_N)").replace(
+SHIFTED = EXPERT.replace("(before_N, token_N, part_N)", "(before_N, back_N, part_N)").replace(
     "out_N =",
     "size_N = Gather(fs, nought)\n sum_N = Add(token_N, one)\n back_N = Mod(sum_N, size_N)\n out_N =",
 )
@@ -66,10 +66,15 @@ ONE_FURTHER_ON = EXPERT.replace("(before_N, token_N, part_N)", "(before_N, back_
 
 @pytest.mark.parametrize(
     "changed",
-    [FIRST, PICKED_TOGETHER, THEIR_PLACES, ONE_FURTHER_ON],
-    ids=["always the first token", "a Gram matrix of the picked", "their places", "put back one further on"],
+    [FIRST, MIXED_IN_EXPERT, BY_POSITION, SHIFTED],
+    ids=[
+        "always the first token",
+        "a Gram matrix of the selected tokens",
+        "their positions",
+        "put back at the next position",
+    ],
 )
-def test_experts_that_mix_tokens_are_refused(changed):
+def test_experts_that_mix_tokens_are_rejected(changed):
     model = in_order(read(text(changed)))
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     session.run(None, {"x": np.random.default_rng(0).standard_normal((1, 5, 8)).astype(np.float32)})
@@ -77,7 +82,7 @@ def test_experts_that_mix_tokens_are_refused(changed):
         injected(model)
 
 
-# Tokens in the order of their experts, each by the matrix of its own, and back in the order in which they came.
+# Tokens sorted by expert, each multiplied with the matrix of its expert, and back in their original order.
 SORTED = """f = Reshape(x, rows)
  score = MatMul(f, router)
  chosen = ArgMax<axis = -1, keepdims = 0>(score)
@@ -112,19 +117,19 @@ def sorted_text(limited: str = ALL_KEPT) -> str:
     return attention(hidden=SORTED.replace("LIMITED", limited), constants=OF_SORTED)
 
 
-def test_tokens_that_are_sorted_by_their_experts():
+def test_tokens_sorted_by_expert():
     assert_law_of(sorted_text())
 
 
 @pytest.mark.parametrize(
     "limited", [FIRST_HUNDRED, BY_RANK, UP_TO_A_RANK], ids=["only the first hundred", "by rank", "up to a rank"]
 )
-def test_what_a_token_gets_must_not_depend_on_its_rank(limited):
+def test_a_result_that_depends_on_the_rank_is_rejected(limited):
     with pytest.raises(UnsupportedError, match=r"mixes tokens|may depend on other tokens"):
         injected(in_order(read(sorted_text(limited))))
 
 
-# How many tokens each expert takes says where the sorted tokens are cut.
+# The number of tokens of each expert splits the sorted tokens.
 COUNTED = """f = Reshape(x, rows)
  score = MatMul(f, router)
  chosen = ArgMax<axis = -1, keepdims = 1>(score)
@@ -150,6 +155,6 @@ COUNTED = """f = Reshape(x, rows)
  h = Reshape(put, sizes)"""
 
 
-def test_tokens_that_are_counted_for_their_experts():
+def test_tokens_split_by_the_counts_of_experts():
     constants = "int64[2] rows = {-1, 8}, float[8, 2] router, float[8, 8] expert_0, float[8, 8] expert_1"
     assert_law_of(attention(hidden=COUNTED, constants=constants))

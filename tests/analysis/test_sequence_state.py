@@ -1,4 +1,4 @@
-"""State outside attention: what convolutions, shifts and running sums read is remembered."""
+"""Sequence states: the inputs of convolutions, token shifts and running sums are cached."""
 
 import pytest
 from attentions import assert_law_of, attention, in_order
@@ -22,51 +22,51 @@ KERNEL = """float[8, 1, 3] kernel, float nil = {0.0},
 CONVOLUTION = """xt = Transpose<perm = [0, 2, 1]>(x)
  y = Conv<group = 8, kernel_shape = [3], pads = [2, 0]>(xt, kernel)
  h = Transpose<perm = [0, 2, 1]>(y)"""
-CUT_OFF = """xt = Transpose<perm = [0, 2, 1]>(x)
+TRIMMED = """xt = Transpose<perm = [0, 2, 1]>(x)
  y = Conv<group = 8, kernel_shape = [3], pads = [2, 2]>(xt, kernel)
  length1 = Unsqueeze(length, first)
  z = Slice(y, first, length1, third)
  h = Transpose<perm = [0, 2, 1]>(z)"""
 BOTH_SIDES = CONVOLUTION.replace("[2, 0]", "[1, 1]")
 PADDED = "y = Pad(x, shift, nil)\n h = Sub(x, y)"
-THEN_CUT = "p = Pad(x, before)\n h = Slice(p, first, minus, second)"
+PADDED_AND_SLICED = "p = Pad(x, before)\n h = Slice(p, first, minus, second)"
 TILED = """n1 = Unsqueeze(length, first)
  r = Concat<axis = 0>(second, n1, second)
  t = Tile(x, r)
  h = Slice(t, first, n1, second)"""
 FROM_THE_FIRST = "i = GatherElements<axis = 1>(x, places)\n h = Sub(x, i)"
 SUMMED = "c8 = CumSum(x, one)\n h = Mul(c8, half)"
-TO_THE_END = "c8 = CumSum<reverse = 1>(x, one)\n h = Mul(c8, half)"
+REVERSED_SUM = "c8 = CumSum<reverse = 1>(x, one)\n h = Mul(c8, half)"
 
 
 def case(hidden: str, **parts: str) -> str:
     return attention(hidden=hidden, constants=KERNEL, **parts)
 
 
-@pytest.mark.parametrize("hidden", [CONVOLUTION, CUT_OFF, PADDED, THEN_CUT, TILED, FROM_THE_FIRST, SUMMED])
-def test_what_is_made_of_earlier_tokens_is_recalled(hidden):
+@pytest.mark.parametrize("hidden", [CONVOLUTION, TRIMMED, PADDED, PADDED_AND_SLICED, TILED, FROM_THE_FIRST, SUMMED])
+def test_operators_that_read_earlier_tokens_have_a_state(hidden):
     assert_law_of(case(hidden))
     names = [value.name for value in injected(read(case(hidden))).graph.input]
     assert names == ["x", "past_key_values.0.key", "past_key_values.0.value", "past_key_values.0.state"]
 
 
-def test_keys_may_be_made_of_earlier_tokens():
+def test_keys_may_depend_on_earlier_tokens():
     assert_law_of(case("h = Identity(x)", key="k1 = Pad(k0, shift, nil)\n k = Sub(k0, k1)"))
 
 
-def test_what_it_rests_on_is_said():
+def test_a_note_says_that_the_state_is_measured():
     notes = Inject().apply(Subject.of(read(case(CONVOLUTION)))).notes
     assert any("state outside attention" in note for note in notes)
 
 
-@pytest.mark.parametrize("hidden", [BOTH_SIDES, TO_THE_END])
-def test_what_is_made_of_later_tokens_is_refused(hidden):
+@pytest.mark.parametrize("hidden", [BOTH_SIDES, REVERSED_SUM])
+def test_operators_that_read_later_tokens_are_rejected(hidden):
     with pytest.raises(UnsupportedError, match="mixes tokens along the sequence outside attention"):
         injected(read(case(hidden)))
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "new-tokens"])
-def test_each_cache_mode_carries_it(cache):
+def test_each_cache_mode_supports_states(cache):
     original = read(case(CONVOLUTION))
     assert verification.judge(original, injected(original, cache=cache)).verdict == "same"
 
@@ -86,7 +86,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_it_comes_back_in_its_form(form):
+def test_a_cache_is_restored_with_its_state(form):
     """A state lies as values do."""
     model = injected(read(case(CONVOLUTION)), **form)
     assert verification.judge(read(case(CONVOLUTION)), model).verdict == "same"
@@ -99,28 +99,28 @@ def test_it_comes_back_in_its_form(form):
     assert verification.judge(model, result).verdict == "same"
 
 
-def test_another_form_takes_its_place():
+def test_retarget_changes_the_mode_of_a_state():
     surgery = operate(injected(read(case(CONVOLUTION))), Pipeline((Retarget(cache="static"),)))
     assert surgery.sameness.verdict == "same"
 
 
-def test_it_is_shown_as_part_of_the_cache():
+def test_facts_list_the_state():
     decoder = Subject.of(injected(read(case(CONVOLUTION)))).decoder()
     assert [(one.kind, one.layer) for one in decoder.cache] == [("key", 0), ("value", 0), ("state", 0)]
 
 
-def test_it_is_taken_out_again():
+def test_remove_cache_removes_the_state():
     subject = Subject.of(injected(read(case(CONVOLUTION))))
     RemoveCache().apply(subject)
     assert [value.name for value in subject.model.graph.inputs] == ["x"]
 
 
-def test_rows_that_need_not_be_filled_would_be_taken_for_tokens():
+def test_unfilled_rows_are_rejected():
     with pytest.raises(UnsupportedError, match="would be taken for tokens"):
         injected(read(case(CONVOLUTION)), cache="new-tokens", past_length="input")
 
 
-MASKED = "seen = Cast<to = 9>(key_mask)\n causal = LessOrEqual(row, column)\n allowed = And(causal, seen)"
+MASKED = "visible = Cast<to = 9>(key_mask)\n causal = LessOrEqual(row, column)\n allowed = And(causal, visible)"
 MASK = "key_mask = Unsqueeze(attention_mask, second)"
 AFTER = """ct = Transpose<perm = [0, 2, 1]>(c{0})
  y = Conv<group = 8, kernel_shape = [3], pads = [2, 0]>(ct, kernel)
@@ -132,17 +132,17 @@ def padded(after: str) -> str:
     return case("h = Identity(x)", inputs="int64[b, n] attention_mask", allowed=f"{MASK}\n {MASKED}", after=after)
 
 
-def test_padding_that_is_zeroed_before_a_convolution_is_no_harm():
+def test_padding_that_is_zeroed_before_a_convolution_is_accepted():
     original = read(padded(ZEROED + AFTER.format("1")))
     assert_law(original, injected(original))
 
 
-def test_padding_that_a_convolution_sees_is_refused():
+def test_padding_that_a_convolution_reads_is_rejected():
     with pytest.raises(UnsupportedError, match="depend on them outside attention"):
         injected(read(padded(AFTER.format(""))))
 
 
-def test_a_model_without_attention_is_refused_by_what_mixes_its_tokens():
+def test_a_model_without_attention_is_rejected_for_the_operator_that_mixes_tokens():
     text = (
         "case (float[b, n, 8] x) => (float[b, n, 8] logits) <int64 one = {1}> { y = CumSum(x, one) logits = Add(x, y) }"
     )
@@ -163,6 +163,6 @@ COUNTED = """number = ReduceSum<keepdims = 0>(x, third)
  h = Add(x, count)"""
 
 
-def test_that_tokens_are_counted_is_said():
+def test_counting_tokens_is_rejected_by_name():
     with pytest.raises(UnsupportedError, match="counting tokens"):
         injected(in_order(read(attention(hidden=COUNTED))))

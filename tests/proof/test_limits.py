@@ -1,4 +1,4 @@
-"""Models that are right up to a length: they serve it, and end with an error beyond, never with a wrong answer."""
+"""Models that are correct up to a length: the injected model ends with an error beyond it, not with a wrong result."""
 
 import numpy as np
 import onnx
@@ -21,7 +21,7 @@ INSIDE = attention(
     constants=f"int64 switch = {{{SWITCH}}}, float unit = {{1.0}}",
     scores="beyond = Greater(length, switch)\n f = Where(beyond, half, unit)\n s = Mul(s0, f)",
 )
-LOOKED_UP = attention(constants="float[100, 8] table", hidden="p = Gather(table, at)\n h = Add(x, p)")
+GATHERED = attention(constants="float[100, 8] table", hidden="p = Gather(table, at)\n h = Add(x, p)")
 
 
 def injected(original: onnx.ModelProto) -> tuple[onnx.ModelProto, Changed]:
@@ -32,10 +32,10 @@ def injected(original: onnx.ModelProto) -> tuple[onnx.ModelProto, Changed]:
 
 @pytest.mark.parametrize(
     "text",
-    [SWITCHED, INSIDE, TABLE, LOOKED_UP],
-    ids=["a switch", "a switch inside attention", "a table cut", "a table looked up"],
+    [SWITCHED, INSIDE, TABLE, GATHERED],
+    ids=["a switch", "a switch inside attention", "a sliced table", "a gathered table"],
 )
-def test_right_up_to_the_limit_and_an_error_beyond(text):
+def test_correct_up_to_the_limit_and_an_error_beyond(text):
     original = read(text)
     result, _ = injected(original)
     assert_law(original, result, texts(original, 1, SWITCH), (90, 98, 99))
@@ -47,7 +47,7 @@ def test_right_up_to_the_limit_and_an_error_beyond(text):
         in_chunks(result, run, texts(original, 1, SWITCH + 1), ())
 
 
-def test_the_limit_is_told():
+def test_notes_and_facts_contain_the_limit():
     original = read(SWITCHED)
     _, outcome = injected(original)
     (note,) = outcome.notes
@@ -55,18 +55,18 @@ def test_the_limit_is_told():
     assert Subject.of(original).decoder().max_length == SWITCH
 
 
-@pytest.mark.parametrize("text", [TABLE, LOOKED_UP], ids=["cut", "looked up"])
-def test_rows_of_a_table_are_told(text):
+@pytest.mark.parametrize("text", [TABLE, GATHERED], ids=["sliced", "gathered"])
+def test_rows_of_a_table_limit_the_length(text):
     assert Subject.of(read(text)).decoder().max_length == SWITCH
 
 
-def test_rows_that_are_picked_from_another_place_on():
-    text = LOOKED_UP.replace("p = Gather(table, at)", "beside = Add(at, half2)\n p = Gather(table, beside)")
+def test_an_offset_into_a_table_lowers_the_limit():
+    text = GATHERED.replace("p = Gather(table, at)", "offset = Add(at, half2)\n p = Gather(table, offset)")
     text = text.replace("float[100, 8] table", "float[100, 8] table, int64 half2 = {2}")
     assert Subject.of(read(text)).decoder().max_length == SWITCH - 2
 
 
-def test_without_a_limit_nothing_is_guarded():
+def test_no_guard_without_a_limit():
     original = read(attention())
     result, outcome = injected(original)
     assert outcome.notes == ()

@@ -270,10 +270,8 @@ class AttentionProbe:
 
     def _check_causal(self, weights: np.ndarray) -> None:
         if np.isnan(weights).any():
-            raise UnsupportedError(
-                "attention weights are NaN", code=Code.NOT_CAUSAL, layer=self.layer, at=self.site.at.name,
-                hint="a query without any visible key is a common cause",
-            )  # fmt: skip
+            hint = "a query without any unmasked key is a common cause"
+            raise self._unsupported("attention weights are NaN", Code.NOT_CAUSAL, hint=hint)
         weight, query, key = largest_weight_on_later_key(weights)
         if weight > MIN_WEIGHT:
             raise _not_causal(self.layer, self.site, f"query {query} attends to key {key} with weight {weight:.2g}")
@@ -289,19 +287,14 @@ class AttentionProbe:
             for sequence in self.runner.maskable_sequences
         ]
         if changed and (np.logical_and.reduce(changed).any() or len({one.any() for one in changed}) > 1):
-            raise UnsupportedError(
-                "the mask of one sequence changes another sequence of the batch", code=Code.BATCH_LEAK,
-                layer=self.layer, at=self.site.at.name, hint="export with a batch of 1",
-                expected="weights of each sequence that depend on the mask of that sequence",
-            )  # fmt: skip
+            reason = "the mask of one sequence changes another sequence of the batch"
+            raise self._unsupported(reason, Code.BATCH_LEAK, hint="export with a batch of 1")
 
     def _check_fixed_length(self, weights: np.ndarray) -> None:
         """Check what a sweep would: every query has a key, and masking the second half does not change the first."""
         if not is_attended(weights).any(axis=-1).all():
-            raise UnsupportedError(
-                "a query gives no weight to any key, and a fixed length hides whether later keys are the cause",
-                code=Code.FIXED_LENGTH, layer=self.layer, at=self.site.at.name, hint="export with a dynamic length",
-            )  # fmt: skip
+            reason = "a query gives no weight to any key, and a fixed length hides whether later keys are the cause"
+            raise self._unsupported(reason, Code.FIXED_LENGTH, hint="export with a dynamic length")
         if self.runner.masks:
             length = weights.shape[-1]
             half = length // 2
@@ -315,6 +308,9 @@ class AttentionProbe:
         scaled = (self.run(length, scale=scale)[0] for scale in SCALES)
         self._check_causal(next(weights for weights in scaled if not np.isnan(weights).any()))
         return self.run(length, scale=0.0)[0]
+
+    def _unsupported(self, reason: str, code: Code, hint: str) -> UnsupportedError:
+        return UnsupportedError(reason, code=code, layer=self.layer, at=self.site.at.name, hint=hint)
 
 
 def _not_causal(layer: int, site: AttentionSite, found: str) -> UnsupportedError:

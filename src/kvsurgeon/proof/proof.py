@@ -8,7 +8,7 @@ Context is run at lengths on either side of every number that it compares length
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -23,7 +23,7 @@ from kvsurgeon.proof.length_sweep import LengthSweep
 from kvsurgeon.proof.site_numbering import number_site
 from kvsurgeon.proof.stability import find_limit
 
-Status = Literal["proved", "measured", "assumed"]
+Name = Literal["causal", "prefix-stable", "padding", "batch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,8 @@ class Obligation:
         lengths: The lengths in tokens at which context was run.
     """
 
-    name: Literal["causal", "prefix-stable", "padding", "batch"]
-    status: Status
+    name: Name
+    status: Literal["proved", "measured", "assumed"] = "proved"
     at: str | None = None
     lengths: tuple[int, ...] = ()
 
@@ -107,17 +107,19 @@ def _smallest(*bounds: int | None) -> int | None:
 def _obligations(
     sweep: LengthSweep, patterns: Sequence[AttentionPattern], assumptions: Mapping[str, str], padding: Mapping[str, str]
 ) -> tuple[Obligation, ...]:
-    lengths = sweep.lengths
+    def established(name: Name, *, measured: bool, assumed_at: str | None = None) -> Obligation:
+        if assumed_at is not None:
+            return Obligation(name=name, status="assumed", at=assumed_at)
+        return Obligation(name=name, status="measured", lengths=sweep.lengths) if measured else Obligation(name=name)
+
     has_context = any(site.fused is None or site.fused.mask is not None for site in sweep.analysis.heads)
     has_masks = any(pattern.attended for pattern in patterns)
-    causal = Obligation(name="causal", status="measured" if has_context else "proved", lengths=lengths)
-    stable = Obligation(name="prefix-stable", status="measured", lengths=lengths)
-    if PER_CALL in assumptions:
-        stable = replace(stable, status="assumed", at=assumptions[PER_CALL])
-    padded = Obligation(name="padding", status="measured" if has_masks else "proved", lengths=lengths)
-    if padding:
-        padded = replace(padded, status="assumed", at=next(iter(padding.values())))
-    return causal, stable, padded, replace(padded, name="batch", status="measured" if has_masks else "proved", at=None)
+    return (
+        established("causal", measured=has_context),
+        established("prefix-stable", measured=True, assumed_at=assumptions.get(PER_CALL)),
+        established("padding", measured=has_masks, assumed_at=next(iter(padding.values()), None)),
+        established("batch", measured=has_masks),
+    )
 
 
 def _check_padding(sweep: LengthSweep, patterns: Sequence[AttentionPattern]) -> None:
