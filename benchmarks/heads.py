@@ -37,7 +37,7 @@ from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Pass, Subject
 from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
 from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
-from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads, legal_counts
+from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads, valid_counts
 from kvsurgeon.workflow.pipeline import Pipeline
 
 Method = Literal["mean", "first"]
@@ -69,7 +69,7 @@ def run(entry: Entry, *passes: Pass) -> onnx.ModelProto:
 def grouped(entry: Entry, heads: HeadCounts) -> Iterator[tuple[str, tuple[Pass, ...]]]:
     """Pipelines for a model in which query heads share key heads."""
     changes: list[tuple[str, Pass]] = [("expand-gqa", ExpandGqa())]
-    legal = legal_counts(heads)[1:]
+    legal = valid_counts(heads)[1:]
     changes += [(f"replicate-kv-heads {count}", ReplicateKvHeads(kv_heads=count)) for count in legal]
     method = _method(entry)
     for count in legal:

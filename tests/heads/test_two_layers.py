@@ -126,7 +126,7 @@ def test_layers_that_turn_keys_otherwise_do_not_share_them(method, other):
     before = logits(given)
 
     with pytest.raises(
-        UnsupportedError, match="layer 1: cannot read the keys of layer 0: they are made in another way"
+        UnsupportedError, match="layer 1: cannot share keys and values with layer 0: they are computed differently"
     ):
         ShareKvLayers(kv_layers=1, method=method).apply(given)
 
@@ -139,7 +139,7 @@ def test_tables_of_an_export_of_a_fixed_length_are_told_from_weights():
     ShareKvLayers(kv_layers=1).apply(alike)
 
     assert entries(alike) == 1
-    with pytest.raises(UnsupportedError, match="cannot read the keys of layer 0"):
+    with pytest.raises(UnsupportedError, match="cannot share keys and values with layer 0"):
         ShareKvLayers(kv_layers=1).apply(otherwise)
 
 

@@ -1,4 +1,4 @@
-"""How many heads an attention has, and how many features each, read off its products."""
+"""The number of heads of an attention and the features of each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import cache_point_of
-from kvsurgeon.analysis.token_flow import TokenFlow
+from kvsurgeon.analysis.token_flow import FusedAttention, TokenFlow
 from kvsurgeon.heads.index_trace import Labels
 from kvsurgeon.ops.table import contraction_of
 from kvsurgeon.symbolic import dimension as dim
@@ -16,25 +16,33 @@ from kvsurgeon.symbolic import dimension as dim
 
 @dataclass(frozen=True, kw_only=True)
 class HeadCounts:
-    """Sizes of one attention."""
+    """Sizes of an attention.
 
-    heads: int  # query heads
+    Attributes:
+        heads: Number of query heads.
+        kv_heads: Number of key and value heads.
+        head_dim: Features of one query or key head.
+        value_dim: Features of one value head.
+    """
+
+    heads: int
     kv_heads: int
     head_dim: int
-    value_dim: int  # features of one value head
+    value_dim: int
 
 
-def counts_of(flow: TokenFlow, head: AttentionSite) -> HeadCounts:
+def counts_of(flow: TokenFlow, site: AttentionSite) -> HeadCounts:
     """Return the sizes of an attention."""
-    labels = Labels(flow)
-    head_dim, value_dim, heads = _sizes(flow, head)
-    kept = (_made(flow, labels, head.keys[0]) // head_dim, _made(flow, labels, head.values[0]) // value_dim)
-    kv_heads = max(1, min(kept))  # where heads are repeated before they are remembered, only values tell
+    head_dim, value_dim, heads = _sizes(flow, site) if site.fused is None else _fused_sizes(flow, site.fused)
+    keys, values = _width_before_repetition(flow, site.keys[0]), _width_before_repetition(flow, site.values[0])
+    # If keys are repeated before the cache point, only the values have the number of KV heads.
+    kv_heads = max(1, min(keys // head_dim, values // value_dim))
     return HeadCounts(heads=heads, kv_heads=kv_heads, head_dim=head_dim, value_dim=value_dim)
 
 
-def _made(flow: TokenFlow, labels: Labels, operand: CachedOperand) -> int:
-    """Features of a token before they are repeated, be it before what is remembered."""
+def _width_before_repetition(flow: TokenFlow, operand: CachedOperand) -> int:
+    """Features of one token before heads are repeated, also if that is before the cache point."""
+    labels = Labels(flow)
     value, fewest = operand.memory.value, operand.memory.elements
     while (node := value.producer()) is not None and labels.keeps_apart(node):
         sources = labels.token_sources(node)
@@ -48,34 +56,32 @@ def _made(flow: TokenFlow, labels: Labels, operand: CachedOperand) -> int:
     return fewest
 
 
-def _sizes(flow: TokenFlow, head: AttentionSite) -> tuple[int, int, int]:
-    """head_dim, value_head_dim and the number of query heads."""
-    if head.fused is not None:
-        return _fused_sizes(flow, head)
-    score, product = head.scores[0], head.products[0]
-    head_dim = _summed(flow, score.node)
-    shape = flow.shapes[score.node.outputs[0]].shape or ()
-    places = dim.product(dim.add(flow.length, axis.border) for axis in flow.axes[score.node.outputs[0]])
-    whole = dim.exact_quotient(dim.product(shape), dim.multiply(flow.batch, places))
-    result = flow.shapes[product.node.outputs[0]].shape or ()
-    features = dim.exact_quotient(dim.product(result), dim.multiply(flow.batch, flow.length))
-    heads = whole if isinstance(whole, int) else 1
-    width = features // heads if isinstance(features, int) else head_dim
-    return head_dim, width, heads
+def _sizes(flow: TokenFlow, site: AttentionSite) -> tuple[int, int, int]:
+    """head_dim, features of a value head, and the number of query heads, from the shapes of the two products."""
+    score, product = site.scores[0].node, site.products[0].node
+    head_dim = _summed(flow, score)
+    tokens = dim.product(dim.add(flow.length, axis.border) for axis in flow.axes[score.outputs[0]])
+    scores = dim.product(flow.shapes[score.outputs[0]].shape or ())
+    heads = dim.exact_quotient(scores, dim.multiply(flow.batch, tokens))
+    heads = heads if isinstance(heads, int) else 1
+    result = dim.product(flow.shapes[product.outputs[0]].shape or ())
+    features = dim.exact_quotient(result, dim.multiply(flow.batch, flow.length))
+    return head_dim, features // heads if isinstance(features, int) else head_dim, heads
 
 
-def _fused_sizes(flow: TokenFlow, head: AttentionSite) -> tuple[int, int, int]:
-    assert head.fused is not None
-    call = flow.shapes.call(head.fused.node)
-    query, value = call.fact(head.fused.query).shape or (), call.fact(head.fused.value).shape or ()
+def _fused_sizes(flow: TokenFlow, fused: FusedAttention) -> tuple[int, int, int]:
+    """The same, from the operands and attributes of one operator."""
+    call = flow.shapes.call(fused.node)
+    query, value = call.fact(fused.query).shape or (), call.fact(fused.value).shape or ()
     if len(query) == 4:
         return int(query[3]), int(value[3]), int(query[1])
     heads, kv_heads = call.integer("q_num_heads", 1), call.integer("kv_num_heads", 1)
     return int(query[2]) // heads, int(value[2]) // kv_heads, heads
 
 
-def _summed(flow: TokenFlow, node: ir.Node) -> int:
-    call = flow.shapes.call(node)
+def _summed(flow: TokenFlow, score: ir.Node) -> int:
+    """The number of products that the score product sums: head_dim."""
+    call = flow.shapes.call(score)
     found = contraction_of(call)
     if found is None:
         return 1

@@ -1,7 +1,7 @@
-"""The axis that holds heads, described as a sequence axis is: outer * count * inner.
+"""The axis that holds heads, as `outer * count * inner` elements.
 
 `[batch * heads, length, head_dim]` holds them with `outer = batch`, `[batch, length, heads * head_dim]` with
-`inner = head_dim`. Row-major order makes that enough to find them again before a reshape.
+`inner = head_dim`. In row-major order that is enough to find them before a reshape.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from kvsurgeon.symbolic.sequence_axes import LengthVariable, SequenceAxis, follo
 
 @dataclass(frozen=True, slots=True)
 class HeadAxis:
-    """One axis that holds heads: its size is outer * count * inner."""
+    """One axis of a tensor that holds heads.
+
+    Attributes:
+        axis: Index of the axis.
+        count: Number of heads.
+        outer: Product of the dimensions on the axis before the heads.
+        inner: Product of the dimensions on the axis after the heads.
+    """
 
     axis: int
     count: int
@@ -25,36 +32,33 @@ class HeadAxis:
 
     @property
     def size(self) -> Dimension:
-        """The size of the axis."""
+        """Size of the axis."""
         return self.sized(self.count)
 
     def sized(self, count: int) -> Dimension:
-        """The size of the axis with so many heads."""
+        """Return the size of the axis with another number of heads."""
         return dim.multiply(dim.multiply(self.outer, self.inner), count)
 
     def at(self, axis: int) -> HeadAxis:
-        """The same heads on another axis."""
+        """Return the same heads on another axis."""
         return replace(self, axis=axis)
 
     def before_reshape(self, before: Sequence[Dimension], after: Sequence[Dimension]) -> HeadAxis | None:
-        """Where the heads lay before a row-major reshape; None where no axis holds them."""
+        """Return the axis of the heads before a row-major reshape; None if no axis holds them all."""
         if self.count == 1:
             return self._single(before, after)
         mine = SequenceAxis(self.axis, LengthVariable(), self.outer, self.inner)
         found = follow_reshape((mine,), tuple(after), tuple(before), self.count)
-        if not found:
-            return None
-        return HeadAxis(found[0].axis, self.count, found[0].outer, found[0].inner)
+        return HeadAxis(found[0].axis, self.count, found[0].outer, found[0].inner) if found else None
 
     def _single(self, before: Sequence[Dimension], after: Sequence[Dimension]) -> HeadAxis | None:
-        """A single head can be anywhere: it is where the axis around it lies, if that stays an axis.
+        """The axis of a single head: the one that the reshape keeps, with the same sizes before and behind it.
 
-        Of several axes of 1 side by side it is the last: a batch that is fixed to 1 stands before heads.
+        Of several neighboring axes of size 1 it is the last: a batch that is fixed to 1 comes before the heads.
         """
-        left, right = dim.product(after[: self.axis]), dim.product(after[self.axis + 1 :])
-        for place, size in reversed(list(enumerate(before))):
-            around = ((size, after[self.axis]), (dim.product(before[:place]), left),
-                      (dim.product(before[place + 1 :]), right))  # fmt: skip
-            if all(dim.is_equal(mine, theirs) for mine, theirs in around):
-                return self.at(place)
+        wanted = (after[self.axis], dim.product(after[: self.axis]), dim.product(after[self.axis + 1 :]))
+        for axis in reversed(range(len(before))):
+            sizes = (before[axis], dim.product(before[:axis]), dim.product(before[axis + 1 :]))
+            if all(dim.is_equal(one, other) for one, other in zip(sizes, wanted, strict=True)):
+                return self.at(axis)
         return None

@@ -1,60 +1,72 @@
-"""How a tensor of token data holds batch, sequence and features, each in a place of its own."""
+"""The layout of token data: which parts of a tensor's axes hold batch, sequence and features."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import reduce
+from itertools import groupby
 
 import onnx_ir as ir
 
 from kvsurgeon.analysis.cache_points import cache_point_of
 from kvsurgeon.analysis.token_flow import TokenFlow
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.heads.head_axis import HeadAxis
 from kvsurgeon.symbolic.dimension import Dimension, multiply
+
+# Names of dimensions and their sizes, in the order of a tensor: "batch", "sequence", "heads", "head_dim".
+NamedDims = tuple[tuple[str, Dimension], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A tensor's axes, cut up where they hold several things."""
+    """The axes of a tensor, split into parts that hold one thing each.
 
-    parts: tuple[Dimension, ...]  # sizes in the tensor's own order
-    batch: int | None  # place of the batch among the parts
+    Attributes:
+        parts: Sizes of the parts, in the order of the tensor.
+        batch: Index of the part that holds the batch; None without a batch axis.
+        sequence: Index of the part that holds the sequence.
+        shape: Shape of the tensor.
+    """
+
+    parts: tuple[Dimension, ...]
+    batch: int | None
     sequence: int
-    shape: tuple[Dimension, ...]  # of the tensor itself
+    shape: tuple[Dimension, ...]
+
+    @property
+    def token_places(self) -> tuple[int, ...]:
+        """Indices of the parts that hold batch and sequence."""
+        return tuple(place for place in range(len(self.parts)) if place in (self.batch, self.sequence))
 
     @property
     def feature_places(self) -> tuple[int, ...]:
-        """Places of what is neither batch nor sequence."""
+        """Indices of the parts that hold features."""
         return tuple(place for place in range(len(self.parts)) if place not in (self.batch, self.sequence))
 
     @property
     def features(self) -> tuple[int, ...]:
-        """Sizes of what is neither batch nor sequence, in the tensor's own order."""
+        """Sizes of the parts that hold features."""
         return tuple(int(self.parts[place]) for place in self.feature_places)
 
     @property
     def width(self) -> int:
-        """Features of one token."""
+        """Number of features of one token."""
         return math.prod(self.features)
-
-    @property
-    def token_places(self) -> tuple[int, ...]:
-        """Places of batch and sequence, in the tensor's own order."""
-        return tuple(place for place in range(len(self.parts)) if place in (self.batch, self.sequence))
 
 
 def layout_of(flow: TokenFlow, value: ir.Value) -> Layout:
-    """Return how a tensor holds batch, sequence and features.
+    """Return the layout of a value.
 
     Raises:
-        UnsupportedError: It has no one sequence axis beside a fixed number of features.
+        UnsupportedError: The value does not have exactly one sequence axis and a fixed number of features.
     """
     found = cache_point_of(flow, value)
     if found is None:
         raise UnsupportedError(
-            "heads cannot be followed here", at=value.name,
-            expected="one sequence axis, and a fixed number of features for each token",
+            "cannot trace the heads of this tensor", code=Code.UNTRACEABLE_HEADS, at=value.name,
+            expected="one sequence axis and a fixed number of features of each token",
         )  # fmt: skip
     return Layout(
         parts=tuple(flow.length if size is None else size for size in found.parts),
@@ -64,87 +76,88 @@ def layout_of(flow: TokenFlow, value: ir.Value) -> Layout:
     )
 
 
-Logical = tuple[tuple[str, Dimension], ...]  # ("batch" | "sequence" | "heads" | "head_dim", its size), in order
+def named_dims(layout: Layout, heads: int, at: ir.Value) -> NamedDims:
+    """Return the dimensions that the axes of a tensor hold; without "batch" if no axis holds it.
 
-
-def logical(layout: Layout, heads: int, at: ir.Value) -> Logical:
-    """Return the four axes that a tensor's own make up, in its order; the batch is left out where it has no axis.
-
-    Where the batch is fixed to 1, a first axis of 1 is the batch's: a single head then lies around its features.
+    If the batch is fixed to 1, a first axis of size 1 is the batch: a single head is next to its features.
 
     Args:
-        layout: Of a tensor whose features are [heads, head_dim], row by row.
-        heads: How many heads it has.
+        layout: Layout of a tensor with features `[heads, head_dim]` in row-major order.
+        heads: Number of heads.
         at: The tensor, for messages.
 
     Raises:
-        UnsupportedError: Heads or their features lie in pieces.
+        UnsupportedError: The heads or their features are not contiguous.
     """
     fixed = layout.batch is None and layout.parts[0] == 1 and layout.sequence > 0
-    words = {0 if fixed else layout.batch: "batch", layout.sequence: "sequence"}
-    axes: list[tuple[str, Dimension]] = []
-    left = heads
-    for place, size in enumerate(layout.parts):
-        if place in words:
-            axes.append((words[place], size))
-        elif size == 1:
-            axes.append(("one", 1))
-        elif left > 1:
-            axes += _heads_and_more(int(size), left, at)
-            left = 1 if int(size) % left == 0 else left // int(size)
-        else:
-            axes.append(("head_dim", size))
-    return _one_of_each(axes, heads, at)
-
-
-def _heads_and_more(size: int, left: int, at: ir.Value) -> list[tuple[str, Dimension]]:
-    if left % size == 0:
-        return [("heads", size)]
-    if size % left:
-        raise UnsupportedError(
-            "heads lie across two axes", at=at.name, expected=f"{left} heads", found=f"an axis of {size}"
-        )
-    return [("heads", left), ("head_dim", size // left)]
-
-
-def _one_of_each(axes: list[tuple[str, Dimension]], heads: int, at: ir.Value) -> Logical:
-    if heads == 1:
-        place = next((place for place, (word, _) in enumerate(axes) if word == "one"), None)
-        if place is not None:
-            axes[place] = ("heads", 1)
-        else:
-            axes.insert(next(p for p, (word, _) in enumerate(axes) if word == "head_dim"), ("heads", 1))
-    found: list[tuple[str, Dimension]] = []
-    for word, size in axes:
-        if word == "one":
+    names = {0 if fixed else layout.batch: "batch", layout.sequence: "sequence"}
+    dims: list[tuple[str, Dimension]] = []
+    left = heads  # not held by the parts so far
+    for place, part in enumerate(layout.parts):
+        if place in names:
+            dims.append((names[place], part))
             continue
-        if found and found[-1][0] == word:
-            found[-1] = (word, multiply(found[-1][1], size))
+        size = int(part)
+        if size == 1:
+            dims.append(("one", 1))
+        elif left == 1:
+            dims.append(("head_dim", size))
+        elif left % size == 0:
+            dims.append(("heads", size))
+            left //= size
+        elif size % left == 0:
+            dims += [("heads", left), ("head_dim", size // left)]
+            left = 1
         else:
-            found.append((word, size))
-    words = [word for word, _ in found]
-    if "head_dim" not in words:
+            raise UnsupportedError(
+                "heads are split across two axes", code=Code.UNTRACEABLE_HEADS, at=at.name,
+                expected=f"{left} heads", found=f"an axis of {size}",
+            )  # fmt: skip
+    return _contiguous(_with_single_head(dims) if heads == 1 else dims, at)
+
+
+def _with_single_head(dims: list[tuple[str, Dimension]]) -> list[tuple[str, Dimension]]:
+    """The dimensions with a single head: the first axis of size 1, or a new dimension before the features."""
+    names = [name for name, _ in dims]
+    if "one" in names:
+        place = names.index("one")
+        return [*dims[:place], ("heads", 1), *dims[place + 1 :]]
+    place = names.index("head_dim")
+    return [*dims[:place], ("heads", 1), *dims[place:]]
+
+
+def _contiguous(dims: list[tuple[str, Dimension]], at: ir.Value) -> NamedDims:
+    """The dimensions without axes of size 1, neighbors of one name joined."""
+    groups = groupby((dim for dim in dims if dim[0] != "one"), key=lambda dim: dim[0])
+    found = [(name, reduce(multiply, [size for _, size in group])) for name, group in groups]
+    names = [name for name, _ in found]
+    if "head_dim" not in names:
         found.append(("head_dim", 1))
-        words.append("head_dim")
-    if len(set(words)) < len(words) or "heads" not in words:
-        raise UnsupportedError("heads lie in pieces", at=at.name, found=", ".join(words))
+    if len(set(names)) < len(names) or "heads" not in names:
+        raise UnsupportedError(
+            "heads are not contiguous", code=Code.UNTRACEABLE_HEADS, at=at.name, found=", ".join(names)
+        )
     return tuple(found)
 
 
-def head_axis(layout: Layout, axes: Logical) -> HeadAxis | None:
-    """Where in a tensor its heads lie; None where they lie in pieces.
+def head_axis(layout: Layout, dims: NamedDims, at: ir.Value) -> HeadAxis:
+    """Return the axis of a tensor that holds its heads; for a single head without an axis, that of its features.
 
-    A single head without an axis of its own lies around its features.
+    Raises:
+        UnsupportedError: No axis holds them all.
     """
-    words, sizes = [word for word, _ in axes], [size for _, size in axes]
-    count, width = int(sizes[words.index("heads")]), int(sizes[words.index("head_dim")])
-    found = HeadAxis(words.index("heads"), count).before_reshape(layout.shape, sizes)
-    if found is not None or count > 1:
-        return found
-    features = HeadAxis(words.index("head_dim"), width).before_reshape(layout.shape, sizes)
-    return None if features is None else HeadAxis(features.axis, 1, features.outer, multiply(features.inner, width))
+    names, sizes = [name for name, _ in dims], [size for _, size in dims]
+    count, width = int(sizes[names.index("heads")]), int(sizes[names.index("head_dim")])
+    found = HeadAxis(names.index("heads"), count).before_reshape(layout.shape, sizes)
+    if found is None and count == 1:
+        features = HeadAxis(names.index("head_dim"), width).before_reshape(layout.shape, sizes)
+        if features is not None:
+            return HeadAxis(features.axis, 1, features.outer, multiply(features.inner, width))
+    if found is None:
+        raise UnsupportedError("heads are not on one axis", code=Code.UNTRACEABLE_HEADS, at=at.name)
+    return found
 
 
-def with_heads(axes: Logical, count: int) -> Logical:
-    """The axes with so many heads."""
-    return tuple((word, count if word == "heads" else size) for word, size in axes)
+def with_heads(dims: NamedDims, count: int) -> NamedDims:
+    """Return the dimensions with another number of heads."""
+    return tuple((name, count if name == "heads" else size) for name, size in dims)

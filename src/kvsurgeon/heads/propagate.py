@@ -12,12 +12,12 @@ from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.query import through
 from kvsurgeon.heads.change import Change, Made, Values
 from kvsurgeon.heads.head_axis import HeadAxis
 from kvsurgeon.heads.index_trace import Labels
 from kvsurgeon.heads.rules import MEANS, RULES
 from kvsurgeon.heads.selection import Selection
-from kvsurgeon.heads.structural_equality import itself
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.reduction import reduced_axes
 from kvsurgeon.ops.table import KNOWN_DOMAINS, has_trait
@@ -62,7 +62,7 @@ class Carrier:
         Raises:
             UnsupportedError: It cannot be proved which weights make its heads.
         """
-        values = tuple(itself(value) for value in values)
+        values = tuple(through(value, {"Identity"}) for value in values)
         key = (values[0], axis, selection)
         if key not in self._carried:
             self._carried[key] = self._make(values, axis, selection)
@@ -136,7 +136,7 @@ class Carrier:
             raise UnsupportedError("weights vary with the batch or the length", at=name)
         if len(tensors) < len(values) or any(t.dtype != first.dtype or t.shape != first.shape for t in tensors):
             raise UnsupportedError("layers that are to be averaged do not have weights of one shape and type", at=name)
-        averaged = any(len(members) > 1 for members in selection.blocks)
+        averaged = any(len(terms) > 1 for terms in selection.blocks)
         if averaged and not first.dtype.is_floating_point():
             raise UnsupportedError(
                 "quantised weights have no mean", at=name, expected="floating-point weights",
@@ -144,8 +144,8 @@ class Carrier:
             )  # fmt: skip
         places = selection.within(axis.outer, axis.inner)
         blocks = [
-            [TensorSlice(tensor=tensors[m.source], indices=m.places, weight=m.weight) for m in members]
-            for members in places.blocks
+            [TensorSlice(tensor=tensors[term.source], indices=term.indices, weight=term.weight) for term in terms]
+            for terms in places.blocks
         ]
         tensor = ComputedTensor(blocks, axis=axis.axis, name=self.editor.unique_name(f"{name}.heads"))
         value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
@@ -156,14 +156,14 @@ class Carrier:
 
     def _picked(self, value: ir.Value, axis: HeadAxis, selection: Selection) -> ir.Value:
         """Context that differs from head to head, picked at run time, and averaged where heads are."""
-        alone = len(selection.blocks) == 1 and all(member.source == 0 for member in selection.blocks[0])
+        alone = len(selection.blocks) == 1 and all(term.source == 0 for term in selection.blocks[0])
         if not alone or not isinstance(axis.outer, int) or not isinstance(axis.inner, int):
             raise UnsupportedError("what is computed for each head cannot be averaged over layers", at=value.name)
-        (members,) = selection.blocks
-        wholes = [Selection(selection.count, ((member,),)).within(axis.outer, axis.inner) for member in members]
+        (terms,) = selection.blocks
+        wholes = [Selection(selection.count, ((term,),)).within(axis.outer, axis.inner) for term in terms]
         picked = [
             self.editor.node(
-                "Gather", [value, self.editor.constant(whole.places, name="heads")], {"axis": axis.axis},
+                "Gather", [value, self.editor.constant(whole.indices, name="heads")], {"axis": axis.axis},
                 name=f"{value.name}.heads", dtype=value.dtype,
             )
             for whole in wholes

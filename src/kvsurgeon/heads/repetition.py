@@ -1,4 +1,4 @@
-"""The way of keys and of values from where they are remembered to the product, and where on it heads become more."""
+"""How KV heads are repeated between the projection and the product: by nodes, by broadcasting or by the operator."""
 
 from __future__ import annotations
 
@@ -11,194 +11,191 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import cache_point_of
-from kvsurgeon.analysis.token_flow import TokenFlow
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.query import chain, producers, upstream
 from kvsurgeon.heads.counts import HeadCounts
 from kvsurgeon.heads.head_axis import HeadAxis
 from kvsurgeon.heads.index_trace import Labels
-from kvsurgeon.heads.layout import Logical, head_axis, layout_of, logical
+from kvsurgeon.heads.layout import NamedDims, head_axis, layout_of, named_dims
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 
-# How a product comes to more query heads than there are key heads: they were repeated before it, they are broadcast
-# by it, or the operator itself shares them.
-Sharing = Literal["repeated", "broadcast", "native"]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Way:
-    """From the tensor with the key heads, each once, to the one that the product reads, or all but."""
+class HeadRepetition:
+    """The repetition of KV heads before one operand of a product.
 
-    layer: int
+    Attributes:
+        operand: The operand.
+        sharing: Whether nodes repeat the heads, the product broadcasts them, or one operator shares them natively.
+            Without repetition, if there are as many KV heads as query heads, it is "repeated".
+        start: The value with each head once.
+        end: The value with repeated heads; `start` if no node repeats them.
+        heads: For each head of `end` the head of `start`, `[heads of end]`.
+        axis: The head axis of `start`.
+        start_dims: Dimensions of `start`.
+        end_dims: Dimensions of `end`.
+        readers: The node inputs that read `end` for this product.
+    """
+
     operand: CachedOperand
-    last: ir.Value  # what the product reads
-    sharing: Sharing
-    start: ir.Value  # with each head once
-    end: ir.Value  # with as many as the product sees; the same value where none is repeated
-    heads: np.ndarray  # [heads of the end]: which head of the start each is
-    axis: HeadAxis  # of the start
-    before: Logical  # the start's axes
-    after: Logical  # the end's
-    width: int  # features of one head
-    readers: tuple[tuple[ir.Node, int], ...]  # of the end, on the way to this product
+    sharing: Literal["repeated", "broadcast", "native"]
+    start: ir.Value
+    end: ir.Value
+    heads: np.ndarray
+    axis: HeadAxis
+    start_dims: NamedDims
+    end_dims: NamedDims
+    readers: tuple[tuple[ir.Node, int], ...]
+
+    @property
+    def value(self) -> ir.Value:
+        """The value of the operand."""
+        return operand_value(self.operand)
 
 
-def way_of(
-    flow: TokenFlow, labels: Labels, layer: int, head: AttentionSite, operand: CachedOperand, counts: HeadCounts
-) -> Way:
-    """Return the way of keys or values of an attention.
+def operand_value(operand: CachedOperand) -> ir.Value:
+    """Return the value of an operand."""
+    node, index = operand.place
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def find_repetition(
+    labels: Labels, layer: int, site: AttentionSite, operand: CachedOperand, counts: HeadCounts
+) -> HeadRepetition:
+    """Return how the heads of keys or values of an attention are repeated.
 
     Raises:
-        UnsupportedError: Heads cannot be followed on it.
+        UnsupportedError: The heads cannot be traced.
     """
     try:
-        return _Walk(flow, labels, layer, head, operand, counts).way()
-    except UnsupportedError as refusal:
-        if refusal.layer is None:
-            refusal.layer = layer
+        return _find(labels, site, operand, counts)
+    except UnsupportedError as error:
+        error.layer = layer if error.layer is None else error.layer
         raise
 
 
-class _Walk:
-    def __init__(
-        self,
-        flow: TokenFlow,
-        labels: Labels,
-        layer: int,
-        head: AttentionSite,
-        operand: CachedOperand,
-        counts: HeadCounts,
-    ) -> None:
-        self.flow, self.labels, self.layer, self.head = flow, labels, layer, head
-        self.operand, self.counts = operand, counts
-        node, index = operand.place
-        value = node.inputs[index]
-        assert value is not None
-        self.last = value
-        self.between = self._between()
-
-    def _between(self) -> set[ir.Node]:
-        """The nodes between what is remembered and the product, that included."""
-        found, pending = {self.operand.place[0]}, [self.last]
-        while pending:
-            value = pending.pop()
-            node = value.producer()
-            if value is self.operand.memory.value or node is None or node in found:
-                continue
-            found.add(node)
-            pending += self.labels.token_sources(node)
-        return found
-
-    def way(self) -> Way:
-        start, end = self._repetition()
-        features = self._features
-        if start is end:
-            return self._unrepeated(features)
-        table = self.labels.features(start, end).reshape(-1, features)
-        heads, wrong = np.divmod(table, features)
-        if not (wrong == np.arange(features)).all() or not (heads == heads[:, :1]).all():
-            raise UnsupportedError("heads are not repeated whole", at=end.name)
-        return self._made("repeated", start, end, heads[:, 0], features)
-
-    def _repetition(self) -> tuple[ir.Value, ir.Value]:
-        """The last value with each head once, and the last one that is a mere repetition of it."""
-        single = self.counts.kv_heads * self._features
-        for path in (self._up_from_product(), self._down_from_memory(), *self._growing()):
-            widths = [layout_of(self.flow, value).width for value in path]
-            if single not in widths or max(widths) == single:
-                continue
-            first = last = len(widths) - 1 - widths[::-1].index(single)
-            while last + 1 < len(path) and self.labels.moves(path[last + 1].producer()):
-                last += 1
-            self.between |= {node for one in path[first + 1 :] if (node := one.producer()) is not None}
-            return path[first], path[last]
-        return self.last, self.last
-
-    @property
-    def _features(self) -> int:
-        return self.counts.value_dim if self.operand in self.head.values else self.counts.head_dim
-
-    def _up_from_product(self) -> list[ir.Value]:
-        """Values from the last one that several are made into, down to the product's operand."""
-        path = [self.last]
-        while True:
-            node = path[0].producer()
-            sources = [] if node is None else self.labels.token_sources(node)
-            if node is None or not self.labels.keeps_apart(node) or len(sources) != 1 or not self._is_plain(sources[0]):
-                return path
-            path.insert(0, sources[0])
-
-    def _down_from_memory(self) -> list[ir.Value]:
-        """Values from what is remembered down to where several are made into one."""
-        path = [self.operand.memory.value]
-        while path[-1] is not self.last:
-            nodes = {node for node, _ in path[-1].uses() if node in self.between}
-            node = nodes.pop() if len(nodes) == 1 else None
-            if node is None or not self.labels.keeps_apart(node) or len(self.labels.token_sources(node)) != 1:
-                break
-            outputs = [one for one in node.outputs if any(user in self.between for user, _ in one.uses())]
-            if not outputs or not self._is_plain(outputs[0]):
-                break
-            path.append(outputs[0])
-        return path
-
-    def _growing(self) -> Iterator[list[ir.Value]]:
-        """Ways on which heads are repeated before they are remembered."""
-        pending, seen = [self.operand.memory.value], set[ir.Value]()
-        while pending:
-            value = pending.pop(0)
-            node = value.producer()
-            if value in seen or node is None or has_trait(node, Trait.PROJECTION):
-                continue
-            seen.add(value)
-            sources = [one for one in self.labels.token_sources(node) if self.labels.is_projected(one)]
-            pending += sources
-            alone = len(sources) == 1 and self.labels.moves(node)  # what joins several parts makes no head again
-            if not alone or not self._is_plain(value) or not self._is_plain(sources[0]):
-                continue
-            if layout_of(self.flow, value).width > layout_of(self.flow, sources[0]).width:
-                self.between |= {node, *(user for user, _ in value.uses())}
-                yield self._down(sources[0], value)
-
-    def _down(self, *path: ir.Value) -> list[ir.Value]:
-        """The values that are made of the last one by nothing but moves, each the only thing made of the one before."""
-        found = list(path)
-        while len(users := {node for node, _ in found[-1].uses()}) == 1 and self.labels.moves(node := users.pop()):
-            if len(node.outputs) > 1 or not self._is_plain(node.outputs[0]):
-                break
-            found.append(node.outputs[0])
-            self.between |= {user for user, _ in found[-1].uses()}
-        return found
-
-    def _is_plain(self, value: ir.Value) -> bool:
-        return cache_point_of(self.flow, value) is not None
-
-    def _unrepeated(self, features: int) -> Way:
-        last, count = self.last, self.counts.kv_heads
-        path = self._up_from_product()
-        if layout_of(self.flow, last).width != features * count:
-            raise UnsupportedError("where heads are repeated before the product cannot be followed", at=last.name)
-        if self.head.fused is not None:
-            return self._made("native", last, last, np.arange(count), features)
-        if count == self.counts.heads:
-            memory = self.operand.memory.value
-            early = memory if memory in path else path[0]
-            return self._made("repeated", early, early, np.arange(count), features)
-        return self._made("broadcast", last, last, np.arange(count), features)
-
-    def _made(self, sharing: Sharing, start: ir.Value, end: ir.Value, heads: np.ndarray, features: int) -> Way:
-        layout = layout_of(self.flow, start)
-        count = layout.width // features
-        before = logical(layout, count, start)
-        after = logical(layout_of(self.flow, end), len(heads), end)
-        axis = head_axis(layout, before)
-        if axis is None:
-            raise UnsupportedError("heads lie in pieces", at=start.name)
-        if start is end and sharing != "repeated":
-            readers = [self.operand.place]
+def _find(labels: Labels, site: AttentionSite, operand: CachedOperand, counts: HeadCounts) -> HeadRepetition:
+    features = counts.value_dim if operand in site.values else counts.head_dim
+    value, between = operand_value(operand), _nodes_between(labels, operand)
+    start, end = _repeated_values(labels, operand, between, counts.kv_heads * features)
+    sharing: Literal["repeated", "broadcast", "native"] = "repeated"
+    if start is not end:
+        table = labels.features(start, end).reshape(-1, features)
+        heads, offsets = np.divmod(table, features)
+        if not (offsets == np.arange(features)).all() or not (heads == heads[:, :1]).all():
+            raise UnsupportedError("heads are not repeated as a whole", code=Code.UNTRACEABLE_HEADS, at=end.name)
+        repeated = heads[:, 0]
+    elif layout_of(labels.flow, value).width != features * counts.kv_heads:
+        raise UnsupportedError(
+            "cannot trace where heads are repeated before the product", code=Code.UNTRACEABLE_HEADS, at=value.name
+        )
+    else:
+        repeated = np.arange(counts.kv_heads)
+        if site.fused is None and counts.kv_heads == counts.heads:
+            path, cached = _path_to_product(labels, value), operand.memory.value
+            start = end = cached if cached in path else path[0]
         else:
-            readers = [(node, index) for node, index in end.uses() if node in self.between]
-        return Way(
-            layer=self.layer, operand=self.operand, last=self.last, sharing=sharing, start=start, end=end,
-            heads=heads, axis=axis, before=before, after=after, width=features, readers=tuple(readers),
-        )  # fmt: skip
+            sharing = "broadcast" if site.fused is None else "native"
+    layout = layout_of(labels.flow, start)
+    start_dims = named_dims(layout, layout.width // features, start)
+    end_dims = named_dims(layout_of(labels.flow, end), len(repeated), end)
+    axis = head_axis(layout, start_dims, start)
+    readers = [(node, index) for node, index in end.uses() if node in between]
+    return HeadRepetition(
+        operand=operand, sharing=sharing, start=start, end=end, heads=repeated, axis=axis, start_dims=start_dims,
+        end_dims=end_dims, readers=tuple(readers) if sharing == "repeated" else (operand.place,),
+    )  # fmt: skip
+
+
+def _repeated_values(
+    labels: Labels, operand: CachedOperand, between: set[ir.Node], width: int
+) -> tuple[ir.Value, ir.Value]:
+    """The last value with each head once, and the last repetition of it; twice the operand if there is none.
+
+    The nodes in between are added to `between`.
+    """
+    value = operand_value(operand)
+    before_cache = list(_repetitions_before_cache(labels, operand, between))
+    for path in (_path_to_product(labels, value), _path_from_cache(labels, operand, between), *before_cache):
+        widths = [layout_of(labels.flow, one).width for one in path]
+        if width not in widths or max(widths) == width:
+            continue
+        first = last = max(index for index, one in enumerate(widths) if one == width)
+        while last + 1 < len(path) and labels.moves(path[last + 1].producer()):
+            last += 1
+        between.update(producers(path[first + 1 :]))
+        return path[first], path[last]
+    return value, value
+
+
+def _nodes_between(labels: Labels, operand: CachedOperand) -> set[ir.Node]:
+    """The nodes between the cache point and the product, the product included."""
+    cached = operand.memory.value
+    values = upstream([operand_value(operand)], stop=lambda value: value is cached, inputs=labels.token_sources)
+    return {operand.place[0], *producers(value for value in values if value is not cached)}
+
+
+def _path_to_product(labels: Labels, value: ir.Value) -> list[ir.Value]:
+    """The values that an operand is computed from elementwise or by moving elements, the operand last."""
+
+    def source(node: ir.Node) -> ir.Value | None:
+        sources = labels.token_sources(node)
+        return sources[0] if labels.keeps_apart(node) and len(sources) == 1 and _is_plain(labels, sources[0]) else None
+
+    return list(chain(value, source))[::-1]
+
+
+def _path_from_cache(labels: Labels, operand: CachedOperand, between: set[ir.Node]) -> list[ir.Value]:
+    """The values from the cache point towards the product, up to a node that combines several."""
+    path, last = [operand.memory.value], operand_value(operand)
+    while path[-1] is not last:
+        nodes = {node for node, _ in path[-1].uses() if node in between}
+        node = nodes.pop() if len(nodes) == 1 else None
+        if node is None or not labels.keeps_apart(node) or len(labels.token_sources(node)) != 1:
+            break
+        outputs = [value for value in node.outputs if any(user in between for user, _ in value.uses())]
+        if not outputs or not _is_plain(labels, outputs[0]):
+            break
+        path.append(outputs[0])
+    return path
+
+
+def _repetitions_before_cache(
+    labels: Labels, operand: CachedOperand, between: set[ir.Node]
+) -> Iterator[list[ir.Value]]:
+    """Paths between projection and cache point on which a value gets wider; their nodes are added to `between`."""
+
+    def projected(node: ir.Node) -> list[ir.Value]:
+        if has_trait(node, Trait.PROJECTION):
+            return []
+        return [value for value in labels.token_sources(node) if labels.is_projected(value)]
+
+    for value in upstream([operand.memory.value], inputs=projected):
+        node = value.producer()
+        sources = [] if node is None else projected(node)
+        # A node that joins several sources does not repeat heads.
+        if node is None or len(sources) != 1 or not labels.moves(node):
+            continue
+        if not _is_plain(labels, value) or not _is_plain(labels, sources[0]):
+            continue
+        if layout_of(labels.flow, value).width > layout_of(labels.flow, sources[0]).width:
+            moved = _moved(labels, value)
+            between.update((node, *(user for one in moved for user, _ in one.uses())))
+            yield [sources[0], *moved]
+
+
+def _moved(labels: Labels, value: ir.Value) -> list[ir.Value]:
+    """A value, then the values computed from it by moving elements, as long as each has one reader."""
+    path = [value]
+    while len(users := {node for node, _ in path[-1].uses()}) == 1 and labels.moves(node := users.pop()):
+        if len(node.outputs) > 1 or not _is_plain(labels, node.outputs[0]):
+            break
+        path.append(node.outputs[0])
+    return path
+
+
+def _is_plain(labels: Labels, value: ir.Value) -> bool:
+    return cache_point_of(labels.flow, value) is not None

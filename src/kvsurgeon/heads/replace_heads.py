@@ -1,177 +1,184 @@
-"""Give attentions other key and value heads: the weights make them, and the graph repeats them as often as is left."""
+"""Replace the KV heads of attention layers: other weights, and as much repetition in the graph as is left."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.query import find_live
-from kvsurgeon.heads.arrange import Arrange, lengths_of
+from kvsurgeon.graph.query import find_live, producers
 from kvsurgeon.heads.counts import counts_of
-from kvsurgeon.heads.fused_projections import Stems
+from kvsurgeon.heads.fused_projections import FusedProjections
+from kvsurgeon.heads.grouped_products import grouped_dims, regroup_product
 from kvsurgeon.heads.index_trace import Labels
-from kvsurgeon.heads.layout import Logical, with_heads
+from kvsurgeon.heads.layout import NamedDims, with_heads
+from kvsurgeon.heads.layout_builder import LayoutBuilder
 from kvsurgeon.heads.propagate import Carrier
-from kvsurgeon.heads.regroup_products import Regrouping
-from kvsurgeon.heads.repetition import Way, way_of
+from kvsurgeon.heads.repetition import HeadRepetition, find_repetition
 from kvsurgeon.heads.selection import Selection
-from kvsurgeon.heads.structural_equality import Likeness
+from kvsurgeon.heads.structural_equality import find_difference
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exchange:
-    """What one layer is to have: heads made of those of some layers, the first of which says how."""
+class NewHeads:
+    """New KV heads of a layer.
 
-    layers: tuple[int, ...]  # whose keys and values are taken
-    selection: Selection  # of their heads
+    Attributes:
+        layers: The layers from whose weights they are computed; the first one's nodes compute them.
+        selection: Which heads of these layers.
+    """
+
+    layers: tuple[int, ...]
+    selection: Selection
 
 
-class Exchanger:
-    """Works on a copy of a model: what is refused half-way is thrown away."""
+class HeadReplacer:
+    """Replaces KV heads in a model, which is left half-edited if it raises.
+
+    Attributes:
+        counts: Sizes of each attention layer before.
+    """
 
     def __init__(self, analysis: Analysis, *, lossy: bool) -> None:
-        """Take a decoder without a cache; `lossy` where the result is not to compute the same anyway."""
+        """Prepare a decoder without a cache; `lossy` if its results may change."""
         self.analysis = analysis
         self.flow = analysis.flow
         self.editor = Editor(analysis.model)
         self.labels = Labels(self.flow)
-        self.arrange = Arrange(self.editor, lengths_of(self.editor, analysis.inputs))
-        self.carrier = Carrier(analysis, self.labels, self.editor, self.arrange.lengths, lossy=lossy)
-        self.regrouping = Regrouping(self.flow, self.editor, self.arrange)
-        self.counts = tuple(counts_of(self.flow, head) for head in analysis.heads)
-        self._ways: dict[int, tuple[tuple[Way, ...], tuple[Way, ...]]] = {}
+        self.layouts = LayoutBuilder(self.editor, analysis.inputs)
+        self.carrier = Carrier(analysis, self.labels, self.editor, self.layouts.lengths, lossy=lossy)
+        self.counts = tuple(counts_of(self.flow, site) for site in analysis.heads)
+        self._repetitions: dict[int, tuple[tuple[HeadRepetition, ...], tuple[HeadRepetition, ...]]] = {}
 
-    def exchange(self, wanted: Sequence[Exchange | None]) -> int:
-        """Give each layer what is wanted for it, if anything is; return how many edits that took.
+    def replace(self, wanted: Sequence[NewHeads | None]) -> int:
+        """Give each layer its new heads, if any; return the number of edits.
 
         Raises:
-            UnsupportedError: It cannot be proved which weights make the heads of a layer.
+            UnsupportedError: The weights of a layer's heads cannot be found.
         """
-        dropped: list[Way] = []
-        self._free_shapes(wanted)
-        for layer, exchange in enumerate(wanted):
-            if exchange is None:
+        unused: list[HeadRepetition] = []
+        self._replace_shape_reads([layer for layer, new in enumerate(wanted) if new is not None])
+        for layer, new in enumerate(wanted):
+            if new is None:
                 continue
-            for ways in zip(*(self._ways_of(one) for one in (layer, *exchange.layers)), strict=True):
-                self._exchange(layer, ways[0], [way[0] for way in ways[1:]], exchange.selection)
-                if layer != exchange.layers[0]:
-                    dropped += ways[0]
+            for own, *others in zip(*map(self._repetitions_of, (layer, *new.layers)), strict=True):
+                self._replace(layer, own, [other[0] for other in others], new.selection)
+                if layer != new.layers[0]:
+                    unused += own
         self.carrier.replace_outputs()
-        Stems(self.carrier, self.labels, self.arrange).build(self._freed(dropped))
+        FusedProjections(self.carrier, self.layouts).rebuild(self._unused_slices(unused))
         self.editor.finish()
-        self._give_names_back()
+        self._restore_initializer_names()
         return self.editor.edits
 
-    def check_alike(self, owner: int, reader: int) -> None:
-        """Leave quietly if two layers make keys and values in the same way, but for their weights.
+    def check_same_computation(self, owner: int, reader: int) -> None:
+        """Check that two layers compute keys and values by the same nodes, apart from weights.
 
         Raises:
-            UnsupportedError: They do not, as where keys are turned by other positions: one cannot read those of the
-                other.
+            UnsupportedError: They do not, for example because their rotary embeddings differ.
         """
-        for ours, theirs in zip(self._ways_of(owner), self._ways_of(reader), strict=True):
-            found = Likeness(self.analysis, ours[0].start, theirs[0].start).difference()
+        for ours, theirs in zip(self._repetitions_of(owner), self._repetitions_of(reader), strict=True):
+            found = find_difference(self.analysis, ours[0].start, theirs[0].start)
             if found is not None:
                 mine, other = (value.name for value in found)
                 raise UnsupportedError(
-                    f"cannot read the keys of layer {owner}: they are made in another way after the "
-                    f"projection, as where positions turn them otherwise; the ways part at `{mine}`",
-                    at=other, layer=reader, hint="let layers read those of layers of their own kind, by --map",
+                    f"cannot share keys and values with layer {owner}: they are computed differently after the "
+                    "projection",
+                    code=Code.UNTRACEABLE_HEADS, expected=f"a value equal to `{mine}`", at=other, layer=reader,
+                    hint="share only among layers with equal rotary embeddings, by --map",
                 )  # fmt: skip
 
-    def _ways_of(self, layer: int) -> tuple[tuple[Way, ...], tuple[Way, ...]]:
-        """The ways of keys, and those of values."""
-        if layer not in self._ways:
-            head, counts = self.analysis.heads[layer], self.counts[layer]
+    def _repetitions_of(self, layer: int) -> tuple[tuple[HeadRepetition, ...], tuple[HeadRepetition, ...]]:
+        """The repetitions of keys, and those of values."""
+        if layer not in self._repetitions:
+            site, counts = self.analysis.heads[layer], self.counts[layer]
             keys, values = (
-                tuple(way_of(self.flow, self.labels, layer, head, operand, counts) for operand in operands)
-                for operands in (head.keys, head.values)
+                tuple(find_repetition(self.labels, layer, site, operand, counts) for operand in operands)
+                for operands in (site.keys, site.values)
             )
-            self._ways[layer] = keys, values
-        return self._ways[layer]
+            self._repetitions[layer] = keys, values
+        return self._repetitions[layer]
 
-    def _exchange(self, layer: int, ways: Sequence[Way], sources: Sequence[Way], selection: Selection) -> None:
-        first = sources[0]
-        self.carrier.region = self._region(first)
-        new = self.carrier.carried(tuple(way.start for way in sources), first.axis, selection)
-        before = with_heads(first.before, selection.size)
-        shape = list(self.flow.shapes[first.start].shape or ())
+    def _replace(
+        self, layer: int, readers: Sequence[HeadRepetition], sources: Sequence[HeadRepetition], selection: Selection
+    ) -> None:
+        """Let the products of a layer read keys or values with new heads."""
+        first, counts = sources[0], self.counts[layer]
+        self.carrier.region = frozenset(producers(self.labels.above(first.value))) | {first.operand.place[0]}
+        new = self.carrier.carried(tuple(one.start for one in sources), first.axis, selection)
+        dims = with_heads(first.start_dims, selection.size)
+        shape = self._shape(first.start)
         shape[first.axis.axis] = first.axis.sized(selection.size)
-        for way in ways:
-            if way.sharing == "broadcast" and selection.size != self.counts[layer].kv_heads:
-                self._regroup(layer, way, new, shape, before)
+        for one in readers:
+            place, kv_heads = one.operand.place, selection.size
+            if one.sharing == "broadcast" and kv_heads != counts.kv_heads:
+                grouped = grouped_dims(self.flow, place, dims)
+                sizes = [size for _, size in grouped]
+                keys = self.layouts.gather_heads(new, shape, dims, np.arange(kv_heads), grouped, sizes)
+                regroup_product(self.flow, self.layouts, place, keys, kv_heads, counts.heads)
                 continue
-            heads, after, wanted = self._end(layer, way, selection)
-            if way.sharing == "native":
-                _tell_operator(way, selection.size)
-            value = self.arrange.repeated(new, shape, before, heads, after, wanted, way.start.dtype)
-            for node, index in way.readers:
+            heads, new_dims, new_shape = self._end(layer, one, kv_heads)
+            if one.sharing == "native" and "kv_num_heads" in place[0].attributes:
+                place[0].attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", kv_heads)
+            value = self.layouts.gather_heads(new, shape, dims, heads, new_dims, new_shape)
+            for node, index in one.readers:
                 self.editor.replace_input(node, index, value)
 
-    def _regroup(self, layer: int, way: Way, new: ir.Value, shape: Sequence[Dimension], before: Logical) -> None:
-        """Do a product that brings several query heads to a key head for other groups of them."""
-        kv_heads, place = int(dict(before)["heads"]), way.operand.place
-        wanted = self.regrouping.wanted(place, before)
-        sizes = [size for _, size in wanted]
-        keys = self.arrange.repeated(new, shape, before, np.arange(kv_heads), wanted, sizes, way.start.dtype)
-        self.regrouping.regroup(place, keys, kv_heads, self.counts[layer].heads)
+    def _shape(self, value: ir.Value) -> list[Dimension]:
+        return list(self.flow.shapes[value].shape or ())
 
-    def _region(self, way: Way) -> frozenset[ir.Node]:
-        """The nodes between the projections and the product."""
-        nodes = {node for one in self.labels.above(way.last) if (node := one.producer()) is not None}
-        return frozenset({*nodes, way.operand.place[0]})
+    def _end(
+        self, layer: int, repetition: HeadRepetition, kv_heads: int
+    ) -> tuple[np.ndarray, NamedDims, list[Dimension]]:
+        """The new heads that the product reads, their dimensions and their shape."""
+        before, shape = self.counts[layer].kv_heads, self._shape(repetition.end)
+        if repetition.sharing == "native":
+            shape[repetition.axis.axis] = repetition.axis.sized(kv_heads)
+            return np.arange(kv_heads), with_heads(repetition.end_dims, kv_heads), shape
+        if kv_heads <= before:
+            return repetition.heads // (before // kv_heads), repetition.end_dims, shape
+        heads = _distribute(repetition.heads, kv_heads // before)
+        return heads, with_heads(repetition.end_dims, len(heads)), shape
 
-    def _end(self, layer: int, way: Way, selection: Selection) -> tuple[np.ndarray, Logical, list[Dimension]]:
-        """The heads that the product is to see, and the layout in which it reads them."""
-        counts, new = self.counts[layer], selection.size
-        shape = list(self.flow.shapes[way.end].shape or ())
-        if way.sharing == "native":
-            axis = way.axis.at(way.axis.axis)
-            shape[axis.axis] = axis.sized(new)
-            return np.arange(new), with_heads(way.after, new), shape
-        if new <= counts.kv_heads:
-            return way.heads // (counts.kv_heads // new), way.after, shape
-        heads = _spread(way.heads, new // counts.kv_heads)
-        return heads, with_heads(way.after, len(heads)), shape
+    def _replace_shape_reads(self, layers: Sequence[int]) -> None:
+        """Replace `Shape` nodes that read tensors with new heads: they would keep the old tensors alive."""
+        live = find_live(self.editor.graph)
+        ends = [repetitions[0].value for layer in layers for repetitions in self._repetitions_of(layer)]
+        for value in dict.fromkeys(chain.from_iterable(map(self.labels.above, ends))):
+            for node in {node for node, _ in value.uses() if node.op_type == "Shape" and node in live}:
+                numbers = self.flow.shapes[node.outputs[0]].value
+                if numbers is None or not all(dim.is_known(number) for number in numbers):
+                    continue
+                sizes = self.layouts.lengths.vector(list(numbers))
+                for user, index in tuple(node.outputs[0].uses()):
+                    self.editor.replace_input(user, index, sizes)
 
-    def _free_shapes(self, wanted: Sequence[Exchange | None]) -> None:
-        """Let nobody read a tensor for its shape alone, as TorchScript does, or it would stay beside its twin."""
-        alive = find_live(self.editor.graph)
-        for layer, exchange in enumerate(wanted):
-            ways = () if exchange is None else self._ways_of(layer)
-            for value in dict.fromkeys(one for way in (*ways[:1], *ways[1:]) for one in self.labels.above(way[0].last)):
-                for node in {node for node, _ in value.uses() if node.op_type == "Shape" and node in alive}:
-                    numbers = self.flow.shapes[node.outputs[0]].value
-                    if numbers is None or not all(dim.is_known(number) for number in numbers):
-                        continue
-                    sizes = self.arrange.lengths.vector(list(numbers))
-                    for user, index in tuple(node.outputs[0].uses()):
-                        self.editor.replace_input(user, index, sizes)
+    def _unused_slices(self, unused: Sequence[HeadRepetition]) -> list[ir.Value]:
+        """Slices of fused projections that nothing reads any more, if other slices are read."""
+        live = find_live(self.editor.graph)
 
-    def _freed(self, dropped: Sequence[Way]) -> list[ir.Value]:
-        """Parts of a product's result that nobody reads any more, beside others that are read."""
-        alive = find_live(self.editor.graph)
-        freed: dict[ir.Value, None] = {}
-        for way in dropped:
-            for value in self.labels.above(way.start):
-                node = value.producer()
-                read = any(user in alive for user, _ in value.uses())
-                if node is not None and node.op_type in ("Split", "Slice", "Gather") and not read:
-                    source = self.labels.source(value)
-                    if source is not value and any(user in alive for user, _ in source.uses()):
-                        freed[value] = None
-        return list(freed)
+        def is_read(value: ir.Value) -> bool:
+            return any(user in live for user, _ in value.uses())
 
-    def _give_names_back(self) -> None:
-        """A new initializer takes the name of the old one that nobody reads any more."""
+        found: dict[ir.Value, None] = {}
+        for repetition in unused:
+            for value in self.labels.above(repetition.start):
+                node, source = value.producer(), self.labels.source(value)
+                is_slice = node is not None and node.op_type in ("Split", "Slice", "Gather") and source is not value
+                if is_slice and not is_read(value) and is_read(source):
+                    found[value] = None
+        return list(found)
+
+    def _restore_initializer_names(self) -> None:
+        """Give new initializers the names of the removed ones that they replace."""
         graph = self.editor.graph
         taken = {value.name for node in graph for value in node.outputs} | {value.name for value in graph.inputs}
         for name, new in self.carrier.renamed.items():
@@ -181,15 +188,8 @@ class Exchanger:
                 graph.register_initializer(new)
 
 
-def _spread(heads: np.ndarray, times: int) -> np.ndarray:
-    """Share readers of each old head out among its copies, neighbours together."""
+def _distribute(heads: np.ndarray, times: int) -> np.ndarray:
+    """Distribute the readers of each head among its copies, neighbors together."""
     rank = np.array([np.count_nonzero(heads[:place] == head) for place, head in enumerate(heads)])
     each = np.bincount(heads)[heads] // times
     return np.asarray(heads * times + rank // each)
-
-
-def _tell_operator(way: Way, heads: int) -> None:
-    """An operator that finds heads and features on one axis is told how many heads there are."""
-    node = way.operand.place[0]
-    if "kv_num_heads" in node.attributes:
-        node.attributes["kv_num_heads"] = ir.AttrInt64("kv_num_heads", heads)

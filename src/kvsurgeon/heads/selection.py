@@ -1,8 +1,8 @@
-"""Which old heads, or columns, the new ones are made of."""
+"""Selections of heads, or of the columns of weights: from which old ones each new one is computed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,89 +10,82 @@ import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Member:
-    """Old places that a block of new ones is made of, alone or with others."""
+class Term:
+    """Old indices for a block of new ones.
 
-    places: np.ndarray  # [places in the block]
-    source: int = 0  # of several tensors made alike, which; 0 is the layer's own
+    Attributes:
+        indices: Old index for each new one, `[size of the block]`.
+        source: Number of the tensor, if a selection reads several layers; 0 is the first.
+        weight: Weight in the mean of the block's terms.
+    """
+
+    indices: np.ndarray
+    source: int = 0
     weight: int = 1
 
 
-Members = tuple[Member, ...]
+Terms = tuple[Term, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """New places along an axis: blocks side by side, each the weighted mean of its members."""
+    """New indices along an axis, block by block; each block is the weighted mean of its terms.
 
-    count: int  # old places
-    blocks: tuple[Members, ...]
+    Attributes:
+        count: Old size of the axis.
+        blocks: The terms of each block.
+    """
+
+    count: int
+    blocks: tuple[Terms, ...]
 
     @property
     def size(self) -> int:
-        """New places."""
-        return sum(len(members[0].places) for members in self.blocks)
-
-    @cached_property
-    def is_exact(self) -> bool:
-        """Whether nothing is averaged, and nothing comes from another tensor."""
-        return all(len(members) == 1 and members[0].source == 0 for members in self.blocks)
+        """New size of the axis."""
+        return sum(len(terms[0].indices) for terms in self.blocks)
 
     @cached_property
     def is_even(self) -> bool:
-        """Whether each old place is taken equally often: then a mean over all of them stays what it is."""
-        if not self.is_exact:
+        """Whether each old index is copied equally often: the mean over the axis does not change."""
+        if any(len(terms) > 1 or terms[0].source for terms in self.blocks):
             return False
-        times = np.bincount(self.places, minlength=self.count)
+        times = np.bincount(self.indices, minlength=self.count)
         return bool((times == times[0]).all())
 
     @property
-    def places(self) -> np.ndarray:
-        """The old place of each new one; of several members the first one's."""
-        return np.concatenate([members[0].places for members in self.blocks])
+    def indices(self) -> np.ndarray:
+        """The old index of each new one, of the first term of each block."""
+        return np.concatenate([terms[0].indices for terms in self.blocks])
 
     def within(self, outer: int, inner: int) -> Selection:
-        """The same along an axis of `outer * count * inner` places."""
+        """Return the same selection along an axis of `outer * count * inner` elements."""
         if outer == inner == 1:
             return self
-        steps = np.arange(inner)
+        steps, width = np.arange(inner), self.count * inner
 
-        def spread(places: np.ndarray) -> np.ndarray:
-            return (places[:, None] * inner + steps).reshape(-1)
+        def spread(term: Term, start: int) -> Term:
+            indices = (term.indices[:, None] * inner + steps).reshape(-1) + start
+            return Term(indices=indices, source=term.source, weight=term.weight)
 
-        width = self.count * inner
-        blocks = [
-            tuple(
-                Member(places=spread(member.places) + start * width, source=member.source, weight=member.weight)
-                for member in members
-            )
-            for start in range(outer)
-            for members in self.blocks
-        ]
+        starts = range(0, outer * width, width)
+        blocks = [tuple(spread(term, start) for term in terms) for start in starts for terms in self.blocks]
         return Selection(outer * width, tuple(blocks))
 
 
-def replicated(count: int, times: int) -> Selection:
-    """Each head so many times in a row."""
-    return Selection(count, ((Member(places=np.repeat(np.arange(count), times)),),))
+def repeat_heads(count: int, times: int) -> Selection:
+    """Select each head several times in a row."""
+    return Selection(count, ((Term(indices=np.repeat(np.arange(count), times)),),))
 
 
-def merged(count: int, kept: int, method: str) -> Selection:
-    """Heads side by side made into one: their mean, or the first of them."""
+def merge_heads(count: int, kept: int, method: str) -> Selection:
+    """Select the mean of each group of neighboring heads, or the first head of each group."""
     group = count // kept
     firsts = np.arange(kept) * group
-    members = [Member(places=firsts + place) for place in range(group if method == "mean" else 1)]
-    return Selection(count, (tuple(members),))
+    return Selection(count, (tuple(Term(indices=firsts + n) for n in range(group if method == "mean" else 1)),))
 
 
-def blended(count: int, weights: Sequence[int]) -> Selection:
-    """Each head the mean of the same head of several layers, the first of which is the layer's own."""
-    members = tuple(
-        Member(places=np.arange(count), source=source, weight=weight) for source, weight in enumerate(weights)
-    )
-    return Selection(count, (members,))
-
-
-def joined(count: int, blocks: Iterable[Members]) -> Selection:
-    """Blocks of columns, side by side."""
-    return Selection(count, tuple(blocks))
+def average_layers(count: int, weights: Sequence[int]) -> Selection:
+    """Select for each head the weighted mean of that head in several layers."""
+    heads = np.arange(count)
+    terms = tuple(Term(indices=heads, source=source, weight=weight) for source, weight in enumerate(weights))
+    return Selection(count, (terms,))

@@ -1,11 +1,16 @@
-"""Which values are token data."""
+"""Which values are token data, and walks along them towards the product with weights that computes them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.graph.query import upstream
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 
 
 def is_token(flow: TokenFlow, value: ir.Value | None) -> bool:
@@ -16,3 +21,12 @@ def is_token(flow: TokenFlow, value: ir.Value | None) -> bool:
 def token_inputs(flow: TokenFlow, node: ir.Node) -> list[ir.Value]:
     """Return the inputs of a node that are token data, each once."""
     return list(dict.fromkeys(value for value in node.inputs if value is not None and is_token(flow, value)))
+
+
+def upstream_tokens(flow: TokenFlow, value: ir.Value | None) -> Iterator[ir.Value]:
+    """Yield a value and the token data it is computed from, nearest first, up to the results of projections."""
+
+    def inputs(node: ir.Node) -> list[ir.Value]:
+        return [] if has_trait(node, Trait.PROJECTION) else token_inputs(flow, node)
+
+    return upstream([value], inputs=inputs)

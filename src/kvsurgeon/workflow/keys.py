@@ -14,7 +14,7 @@ from kvsurgeon.analysis.analysis import analyze
 from kvsurgeon.anatomy import Attention, Decoder
 from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import UsageError
-from kvsurgeon.heads.shared_heads import key_heads_read
+from kvsurgeon.heads.grouped_products import key_heads_read
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.remove_cache import without_cache
 from kvsurgeon.passes.contract import Source, Subject

@@ -1,107 +1,102 @@
-"""What passes that change heads have in common: a copy is worked on, and takes the model's place in the end."""
+"""What the passes that change KV heads share: they edit a copy, which replaces the model at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import onnx_ir as ir
-
-from kvsurgeon.analysis.analysis import analyze
-from kvsurgeon.decompose import decompose
+from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.errors import UsageError
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.heads.counts import HeadCounts
-from kvsurgeon.heads.replace_heads import Exchange, Exchanger
+from kvsurgeon.heads.replace_heads import HeadReplacer, NewHeads
 from kvsurgeon.heads.selection import Selection
 from kvsurgeon.io.model_config import ModelHeads
 from kvsurgeon.passes.cache.remove_cache import put_back, take_out
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 
-Wanted = Callable[[int, HeadCounts], Selection | None]  # of a layer's heads; None where they stay
-Plan = Callable[[Exchanger], Sequence[Exchange | None]]
+SelectHeads = Callable[[int, HeadCounts], Selection | None]  # for a layer; None leaves it unchanged
+Plan = Callable[[HeadReplacer], Sequence[NewHeads | None]]
 
 
-def change_heads(subject: Subject, wanted: Wanted, *, lossy: bool) -> Outcome:
-    """Give each layer the heads that are wanted for it.
+def change_heads(subject: Subject, select: SelectHeads, *, lossy: bool) -> Outcome:
+    """Give each layer the heads that `select` returns for it.
 
     Raises:
-        UsageError: A layer cannot have so many.
-        UnsupportedError: It cannot be proved which weights make the heads of a layer.
+        UsageError: A layer cannot have that number of heads.
+        UnsupportedError: The weights of a layer's heads cannot be found.
     """
-    made: dict[tuple[int, int], Selection] = {}  # one object for layers that want the same, as they may share heads
+    selections: dict[tuple[int, int], Selection] = {}  # one object for equal selections: layers may share weights
 
-    def plan(exchanger: Exchanger) -> list[Exchange | None]:
-        found: list[Exchange | None] = []
-        for layer, one in enumerate(exchanger.counts):
-            selection = wanted(layer, one)
+    def plan(replacer: HeadReplacer) -> list[NewHeads | None]:
+        wanted: list[NewHeads | None] = []
+        for layer, counts in enumerate(replacer.counts):
+            selection = select(layer, counts)
             if selection is not None:
-                selection = made.setdefault((selection.count, selection.size), selection)
-            found.append(None if selection is None else Exchange(layers=(layer,), selection=selection))
-        return found
+                selection = selections.setdefault((selection.count, selection.size), selection)
+            wanted.append(None if selection is None else NewHeads(layers=(layer,), selection=selection))
+        return wanted
 
-    return exchange(subject, plan, lossy=lossy)
+    return replace_heads(subject, plan, lossy=lossy)
 
 
-def exchange(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
-    """Carry out what `plan` makes of the layers; a cache that the model has is taken out for it, and put back.
+def replace_heads(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
+    """Replace the heads of the layers as planned; a cache is removed before and injected again after.
 
     Raises:
-        UnsupportedError: It cannot be proved which weights make the heads of a layer, or the cache cannot be put back.
+        UnsupportedError: The weights of a layer's heads cannot be found, or the cache cannot be injected again.
     """
     work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
     signature = take_out(work)
-    work.model = _copied(work.model)
     with deep_recursion():
-        exchanger = Exchanger(analyze(work.model), lossy=lossy)
-        before = _heads(exchanger, [one.kv_heads for one in exchanger.counts], range(len(exchanger.counts)))
-        wanted = plan(exchanger)
+        replacer = HeadReplacer(_analysis_of_copy(work, subject), lossy=lossy)
+        before = _heads(replacer, [counts.kv_heads for counts in replacer.counts], range(len(replacer.counts)))
+        wanted = plan(replacer)
         if not any(wanted):
-            return Unchanged(reason="every layer has as many key and value heads as are wanted")
-        edits = exchanger.exchange(wanted)
-    made = [one.selection.size if one else kv for one, kv in zip(wanted, before.kv, strict=True)]
-    after = _heads(exchanger, made, [one.layers[0] if one else layer for layer, one in enumerate(wanted)])
+            return Unchanged(reason="every layer already has this number of KV heads")
+        edits = replacer.replace(wanted)
+    work.model = replacer.analysis.model
+    kv_heads = [new.selection.size if new else count for new, count in zip(wanted, before.kv, strict=True)]
+    after = _heads(replacer, kv_heads, [new.layers[0] if new else layer for layer, new in enumerate(wanted)])
     if signature is not None:
         put_back(work, signature)
     subject.model = work.model
     return Changed(edits=edits, notes=_notes(subject), exact=not lossy, heads=(before, after))
 
 
+def _analysis_of_copy(work: Subject, original: Subject) -> Analysis:
+    """The analysis of the model in standard operators, of a copy if that is the original itself."""
+    if work.decomposed().model is original.model:
+        work.model = original.model.clone()
+        work.model.meta.update(original.model.meta)
+    return work.analysis()
+
+
 def check_one_of(name: str, options: Mapping[str, bool]) -> None:
-    """Leave quietly if just one of the options of a pass was given.
+    """Check that exactly one of the options of a pass is given.
 
     Raises:
-        UsageError: None was, or several.
+        UsageError: None or several are given.
     """
     given = [option for option, is_given in options.items() if is_given]
     if len(given) != 1:
         raise UsageError(f"{name}: expected one of {' and '.join(options)}, found {' and '.join(given) or 'none'}")
 
 
-def not_a_count(layer: int, counts: HeadCounts, wanted: int, legal: Sequence[int]) -> UsageError:
-    """An error: a layer cannot have so many heads."""
+def invalid_count(layer: int, counts: HeadCounts, kv_heads: int, valid: Sequence[int]) -> UsageError:
+    """Return the error for a number of KV heads that a layer cannot have."""
     return UsageError(
         f"layer {layer} has {counts.heads} query heads and {counts.kv_heads} KV heads: expected one of "
-        f"{', '.join(map(str, legal))} KV heads, found {wanted}"
+        f"{', '.join(map(str, valid))} KV heads, found {kv_heads}"
     )
 
 
 def _notes(subject: Subject) -> tuple[str, ...]:
-    """What does not follow: a config that is there and cannot be read."""
     if subject.folder is None or subject.config is not None or not (subject.folder / "config.json").is_file():
         return ()
-    return ("config.json cannot be read, so the number of heads in it stays what it is",)
+    return ("config.json is not readable: its number of heads was not updated",)
 
 
-def _heads(exchanger: Exchanger, kv_heads: Sequence[int], owners: Sequence[int]) -> ModelHeads:
-    """How many heads there are where each layer reads the keys of its owner."""
-    keys = {exchanger.analysis.heads[owner].keys[0].memory.value for owner in owners}
-    return ModelHeads(query=exchanger.counts[0].heads, kv=tuple(kv_heads), kv_layers=len(keys))
-
-
-def _copied(model: ir.Model) -> ir.Model:
-    """The model in standard operators, in any case another one."""
-    plain = decompose(model).model
-    if plain is model:
-        plain = model.clone()
-        plain.meta.update(model.meta)
-    return plain
+def _heads(replacer: HeadReplacer, kv_heads: Sequence[int], owners: Sequence[int]) -> ModelHeads:
+    """The numbers of heads if each layer reads the keys of its owner."""
+    keys = {replacer.analysis.heads[owner].keys[0].memory.value for owner in owners}
+    return ModelHeads(query=replacer.counts[0].heads, kv=tuple(kv_heads), kv_layers=len(keys))

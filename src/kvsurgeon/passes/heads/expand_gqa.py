@@ -1,4 +1,4 @@
-"""Give every query head a key and value head of its own."""
+"""Expand grouped-query attention to multi-head attention."""
 
 from __future__ import annotations
 
@@ -6,33 +6,32 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvsurgeon.heads.counts import HeadCounts
-from kvsurgeon.heads.selection import Selection, replicated
+from kvsurgeon.heads.selection import Selection, repeat_heads
 from kvsurgeon.passes.contract import Outcome, Subject
 from kvsurgeon.passes.heads.change_heads import change_heads
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpandGqa:
-    """Give every query head a key and value head of its own: grouped queries become multi-head attention.
+    """Expand grouped-query attention to multi-head attention: one KV head for each query head.
 
-    Before: heads are repeated in the graph. After: the weights make as many as there are query heads, and nothing is
-    repeated. Exact: what is stored is repeated as it is stored.
+    Before: the graph repeats KV heads. After: duplicated weight columns compute as many KV heads as there are query
+    heads, and the graph repeats none. Exact: stored weights are copied, quantized or not.
 
-    Not handled: heads that cannot be followed to weights.
+    Not supported: heads that cannot be traced to weights.
     """
 
     name: ClassVar[str] = "expand-gqa"
 
     def apply(self, subject: Subject) -> Outcome:
-        """Expand the heads of every layer.
+        """Expand the KV heads of every layer.
 
         Raises:
-            UnsupportedError: It cannot be proved which weights make the heads.
+            UnsupportedError: The weights of the heads cannot be found.
         """
-        return change_heads(subject, _wanted, lossy=False)
+        return change_heads(subject, _select, lossy=False)
 
 
-def _wanted(layer: int, counts: HeadCounts) -> Selection | None:
-    del layer
+def _select(_layer: int, counts: HeadCounts) -> Selection | None:
     times = counts.heads // counts.kv_heads
-    return replicated(counts.kv_heads, times) if times > 1 else None
+    return repeat_heads(counts.kv_heads, times) if times > 1 else None

@@ -1,4 +1,4 @@
-"""Make one key and value head of several."""
+"""Merge KV heads."""
 
 from __future__ import annotations
 
@@ -6,42 +6,43 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from kvsurgeon.heads.counts import HeadCounts
-from kvsurgeon.heads.selection import Selection, merged
+from kvsurgeon.heads.selection import Selection, merge_heads
 from kvsurgeon.passes.contract import Outcome, Subject
-from kvsurgeon.passes.heads.change_heads import change_heads, not_a_count
+from kvsurgeon.passes.heads.change_heads import change_heads, invalid_count
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergeKvHeads:
-    """Make one key and value head of several neighbours, so that the cache shrinks as they do.
+    """Merge neighboring KV heads, which makes the cache smaller (MHA to GQA or MQA).
 
-    Before: a head for each query head, or for a few. After: `kv_heads` of them, made by averaged weights and repeated
-    in the graph. Not exact: the model has to be trained on, and the report says how far it is off.
+    Before: one KV head for each query head or group of them. After: `kv_heads` heads, computed by averaged weights and
+    repeated in the graph. Not exact: the model needs further training, and the report states the accuracy loss.
 
-    Not handled: means of quantised weights (`method=first` takes stored values), heads that cannot be followed.
+    Not supported: means of quantized weights (`method=first` copies stored weights), heads that cannot be traced to
+    weights.
 
     Attributes:
-        kv_heads: How many heads there are to be.
-        method: What becomes of a group of neighbours: its mean, or the first of it.
+        kv_heads: New number of KV heads.
+        method: Mean of each group of neighboring heads, or its first head.
     """
 
     name: ClassVar[str] = "merge-kv-heads"
-    exact: ClassVar[bool] = False  # so that its command says how much is lost, and of what text
+    exact: ClassVar[bool] = False  # its command measures the accuracy loss
 
     kv_heads: int
     method: Literal["mean", "first"] = "mean"
 
     def apply(self, subject: Subject) -> Outcome:
-        """Merge the heads of every layer.
+        """Merge the KV heads of every layer.
 
         Raises:
-            UsageError: The count is not one that there can be; the message lists those that there are.
-            UnsupportedError: It cannot be proved which weights make the heads, or they have no mean.
+            UsageError: The number of heads is not valid; the message lists the valid ones.
+            UnsupportedError: The weights of the heads cannot be found or averaged.
         """
-        return change_heads(subject, self._wanted, lossy=True)
+        return change_heads(subject, self._select, lossy=True)
 
-    def _wanted(self, layer: int, counts: HeadCounts) -> Selection | None:
-        legal = [new for new in range(1, counts.kv_heads + 1) if counts.kv_heads % new == 0]
-        if self.kv_heads not in legal:
-            raise not_a_count(layer, counts, self.kv_heads, legal)
-        return merged(counts.kv_heads, self.kv_heads, self.method) if self.kv_heads < counts.kv_heads else None
+    def _select(self, layer: int, counts: HeadCounts) -> Selection | None:
+        valid = [new for new in range(1, counts.kv_heads + 1) if counts.kv_heads % new == 0]
+        if self.kv_heads not in valid:
+            raise invalid_count(layer, counts, self.kv_heads, valid)
+        return merge_heads(counts.kv_heads, self.kv_heads, self.method) if self.kv_heads < counts.kv_heads else None

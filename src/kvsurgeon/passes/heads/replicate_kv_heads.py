@@ -1,4 +1,4 @@
-"""Let each key and value head stand several times in a row."""
+"""Duplicate KV heads."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvsurgeon.heads.counts import HeadCounts
-from kvsurgeon.heads.selection import Selection, replicated
+from kvsurgeon.heads.selection import Selection, repeat_heads
 from kvsurgeon.passes.contract import Outcome, Subject
-from kvsurgeon.passes.heads.change_heads import change_heads, check_one_of, not_a_count
+from kvsurgeon.passes.heads.change_heads import change_heads, check_one_of, invalid_count
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplicateKvHeads:
-    """Let each key and value head stand several times in a row, so that as many devices or cores each own one.
+    """Duplicate each KV head N times, so that more devices or cores can own one each.
 
-    Before: `kv_heads` heads, each read by `heads / kv_heads` query heads. After: `repeat * kv_heads` heads, made by the
-    weights, each read by fewer; the cache grows as they do. Exact: what is stored is repeated as it is stored.
+    Before: `kv_heads` heads, each read by `heads / kv_heads` query heads. After: `repeat * kv_heads` heads, computed by
+    duplicated weight columns, each read by fewer query heads; the cache grows in proportion. Exact: stored weights are
+    copied, quantized or not.
 
-    Not handled: heads that cannot be followed to weights.
+    Not supported: heads that cannot be traced to weights.
 
     Attributes:
-        repeat: How often each head is to stand there.
-        kv_heads: How many heads there are to be, in place of `repeat`.
+        repeat: Number of copies of each KV head.
+        kv_heads: New number of KV heads, instead of `repeat`.
     """
 
     name: ClassVar[str] = "replicate-kv-heads"
@@ -31,25 +32,24 @@ class ReplicateKvHeads:
     kv_heads: int | None = None
 
     def apply(self, subject: Subject) -> Outcome:
-        """Replicate the heads of every layer.
+        """Duplicate the KV heads of every layer.
 
         Raises:
-            UsageError: The count is not one that there can be; the message lists those that there are.
-            UnsupportedError: It cannot be proved which weights make the heads.
+            UsageError: The number of heads is not valid; the message lists the valid ones.
+            UnsupportedError: The weights of the heads cannot be found.
         """
-        given = {"--repeat": self.repeat is not None, "--kv-heads": self.kv_heads is not None}
-        check_one_of(self.name, given)
-        return change_heads(subject, self._wanted, lossy=False)
+        check_one_of(self.name, {"--repeat": self.repeat is not None, "--kv-heads": self.kv_heads is not None})
+        return change_heads(subject, self._select, lossy=False)
 
-    def _wanted(self, layer: int, counts: HeadCounts) -> Selection | None:
-        wanted = self.kv_heads if self.kv_heads is not None else counts.kv_heads * (self.repeat or 0)
-        legal = legal_counts(counts)
-        if wanted not in legal:
-            raise not_a_count(layer, counts, wanted, legal)
-        times = wanted // counts.kv_heads
-        return replicated(counts.kv_heads, times) if times > 1 else None
+    def _select(self, layer: int, counts: HeadCounts) -> Selection | None:
+        kv_heads = self.kv_heads if self.kv_heads is not None else counts.kv_heads * (self.repeat or 0)
+        valid = valid_counts(counts)
+        if kv_heads not in valid:
+            raise invalid_count(layer, counts, kv_heads, valid)
+        times = kv_heads // counts.kv_heads
+        return repeat_heads(counts.kv_heads, times) if times > 1 else None
 
 
-def legal_counts(counts: HeadCounts) -> list[int]:
-    """Counts that are a multiple of the key heads and divide the query heads."""
+def valid_counts(counts: HeadCounts) -> list[int]:
+    """Return the numbers of KV heads that are a multiple of the present one and divide the query heads."""
     return [new for new in range(counts.kv_heads, counts.heads + 1, counts.kv_heads) if counts.heads % new == 0]

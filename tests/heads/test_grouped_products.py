@@ -8,7 +8,7 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.analysis.analysis import analyze
-from kvsurgeon.heads.shared_heads import key_heads_read
+from kvsurgeon.heads.grouped_products import key_heads_read
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
 
