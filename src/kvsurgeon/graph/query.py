@@ -68,7 +68,7 @@ def upstream(
         inputs: Returns the inputs of a node through which the walk goes on.
     """
     pending = deque(dict.fromkeys(values))
-    seen = set(pending)
+    visited = set(pending)
     while pending:
         value = pending.popleft()
         if value is None:
@@ -78,8 +78,8 @@ def upstream(
         if node is None or (stop is not None and stop(value)):
             continue
         for source in inputs(node):
-            if source is not None and source not in seen:
-                seen.add(source)
+            if source is not None and source not in visited:
+                visited.add(source)
                 pending.append(source)
 
 
@@ -93,15 +93,15 @@ def downstream(values: Iterable[ir.Value], *, stop: Callable[[ir.Node], bool] | 
         stop: The walk does not go through a node for which this is true: its outputs are not yielded.
     """
     pending = deque(dict.fromkeys(values))
-    seen = set(pending)
+    visited = set(pending)
     while pending:
         value = pending.popleft()
         yield value
         for node in dict.fromkeys(node for node, _ in value.uses()):
             if stop is not None and stop(node):
                 continue
-            fresh = [output for output in node.outputs if output not in seen]
-            seen.update(fresh)
+            fresh = [output for output in node.outputs if output not in visited]
+            visited.update(fresh)
             pending += fresh
 
 

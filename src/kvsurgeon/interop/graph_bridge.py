@@ -110,7 +110,7 @@ class GraphBridge:
             snapshot = Snapshot(imported=node, original=proto, exported=self._export_node(node), index=index)
             self._nodes[id(node)] = self._nodes[_signature(node)] = snapshot
 
-    # Export: replace what is exported as it was before by the original.
+    # Export: replace unchanged objects by their originals.
 
     def _export(self, graph: gs.Graph) -> onnx.ModelProto:
         proto = onnx.ModelProto()

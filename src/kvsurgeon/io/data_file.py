@@ -31,23 +31,23 @@ def weights_to_write(models: Sequence[ir.Model], *, pack: bool) -> tuple[ir.Valu
     """
     found = [value for model in models for value in _weights_of(model, pack=pack)]
     if len(models) > 1:
-        in_memory = [value for model in models for value in _initializers(model, _in_memory)]
-        counts = Counter(id(value.const_value) for value in in_memory)
-        found += [value for value in in_memory if counts[id(value.const_value)] > 1]
+        embedded = [value for model in models for value in _initializers(model, _is_embedded)]
+        counts = Counter(id(value.const_value) for value in embedded)
+        found += [value for value in embedded if counts[id(value.const_value)] > 1]
     return tuple({id(value): value for value in found}.values())
 
 
 def _weights_of(model: ir.Model, *, pack: bool) -> Iterator[ir.Value]:
     if pack:
         return _initializers(model, lambda tensor: True)
-    if _bytes_in_memory(model) > EMBED_LIMIT:
-        return _initializers(model, _in_memory)
+    if _embedded_bytes(model) > EMBED_LIMIT:
+        return _initializers(model, _is_embedded)
     if next(external_tensors(model), None) is not None:
         return _initializers(model, lambda tensor: isinstance(tensor, ir.LazyTensor))
     return iter(())
 
 
-def _in_memory(tensor: ir.TensorProtocol) -> bool:
+def _is_embedded(tensor: ir.TensorProtocol) -> bool:
     return not isinstance(tensor, ir.ExternalTensor)
 
 
@@ -83,7 +83,7 @@ def _initializers(model: ir.Model, chosen: Callable[[ir.TensorProtocol], bool]) 
                 yield value
 
 
-def _bytes_in_memory(model: ir.Model) -> int:
+def _embedded_bytes(model: ir.Model) -> int:
     tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
     embedded = (tensor for tensor in tensors if tensor is not None and not isinstance(tensor, ir.ExternalTensor))
     return sum(tensor.nbytes for tensor in embedded if tensor.dtype != ir.DataType.STRING)

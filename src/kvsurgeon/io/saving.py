@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
 
@@ -67,12 +68,10 @@ def save(
         UsageError: The destination cannot be written to, or has other data under the name of this model's.
         WeightsError: External data is missing.
     """
-    origin = find_model(source).absolute() if source is not None else loaded_from(model)
-    target = _target(Path(destination).absolute(), origin)
-    folder = target.parent if side_files_folder is None else Path(side_files_folder).absolute()
-    _save(
-        {target: model}, origin, folder, link_mode=link_mode, pack=pack, progress=progress, side_files=side_files or {},
-        data=data,
+    target = _target(Path(destination).absolute(), _origin(model, source))
+    save_variants(
+        {target.name: model}, target.parent, source=source, link_mode=link_mode, pack=pack, progress=progress,
+        side_files_folder=side_files_folder, side_files=side_files, data=data,
     )  # fmt: skip
     return target
 
@@ -85,60 +84,45 @@ def save_variants(
     link_mode: LinkMode = "link",
     pack: bool = False,
     progress: OnProgress | None = None,
+    side_files_folder: str | Path | None = None,
     side_files: Mapping[str, str] | None = None,
     data: str | None = None,
 ) -> Path:
     """Save variants of one model under their names, with one set of data files, and return the folder.
 
     Weights that several variants share are in a data file once, including those that were in memory. The arguments are
-    those of `save`.
+    those of `save`; the destination is a folder.
 
     Raises:
         UsageError: The destination cannot be written to, or has other data under the name of these models'.
         WeightsError: External data is missing.
     """
-    first = next(iter(models.values()))
-    origin = find_model(source).absolute() if source is not None else loaded_from(first)
     folder = Path(destination).absolute()
-    _save(
-        {folder / name: model for name, model in models.items()}, origin, folder, link_mode=link_mode, pack=pack,
-        progress=progress, side_files=side_files or {}, data=data,
-    )  # fmt: skip
-    return folder
-
-
-def _save(
-    models: Mapping[Path, ir.Model],
-    origin: Path | None,
-    folder: Path,
-    *,
-    link_mode: LinkMode,
-    pack: bool,
-    progress: OnProgress | None,
-    side_files: Mapping[str, str],
-    data: str | None,
-) -> None:
-    """Write models into one folder with their data files, and their side files into `folder`."""
-    target, model = next(iter(models.items()))
+    name, model = next(iter(models.items()))
     written = weights_to_write(tuple(models.values()), pack=pack)
     replaced = {id(value.const_value) for value in written}
     kept = [tensor for one in models.values() for tensor in external_tensors(one) if id(tensor) not in replaced]
-    files = _data_files(kept, target.parent)
-    names, new_file = _data_names(target, files, data)
-    renamed = [
-        WeightFile(path=file.path, location=names.get(file.location, file.location), bytes=file.bytes) for file in files
-    ]
+    files = _data_files(kept, folder)
+    names, new_file = _data_names(folder / name, files, data)
+    renamed = [replace(file, location=names.get(file.location, file.location)) for file in files]
+    sources = _side_file_folders(_origin(model, source))
+    side_folder = folder if side_files_folder is None else Path(side_files_folder).absolute()
     try:
         with file_transaction() as transaction, progress_bar(progress) as on_progress:
-            transaction.make_folder(target.parent)
-            remove_stale(target.parent)
-            provide_weights(renamed, target.parent, link_mode, transaction, on_progress)
-            _save_side_files(model, folder, _side_file_folders(origin), side_files, transaction)
+            transaction.make_folder(folder)
+            remove_stale(folder)
+            provide_weights(renamed, folder, link_mode, transaction, on_progress)
+            _save_side_files(model, side_folder, sources, side_files or {}, transaction)
             with written_to_file(written, new_file, transaction, on_progress) if written else nullcontext():
-                for path, one in models.items():
-                    _write(one, path, names, transaction)
+                for file_name, one in models.items():
+                    _write(one, folder / file_name, names, transaction)
     except OSError as error:
-        raise UsageError(f"cannot write to `{target.parent}`: {error.strerror or error}") from error
+        raise UsageError(f"cannot write to `{folder}`: {error.strerror or error}") from error
+    return folder
+
+
+def _origin(model: ir.Model, source: str | Path | None) -> Path | None:
+    return find_model(source).absolute() if source is not None else loaded_from(model)
 
 
 def _target(destination: Path, origin: Path | None) -> Path:
