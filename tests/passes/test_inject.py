@@ -249,7 +249,7 @@ def test_a_mask_that_is_flattened_at_a_fixed_length():
 
 
 def test_a_mask_that_is_flattened_with_its_batch_at_a_fixed_length_is_refused():
-    with pytest.raises(UnsupportedError, match="hold for the exported length only"):
+    with pytest.raises(UnsupportedError, match="right for the exported length only"):
         injected(fixed(export("bloom_torchscript_eager"), 2, 9))
 
 

@@ -57,6 +57,7 @@ class Change:
     nodes: tuple[ir.Node, ...]
     call: OperatorCall
     result: tuple[Dimension, ...]  # shape of the output with the heads
+    output: int  # index of that output
     axis: HeadAxis  # of that output
     selection: Selection
 

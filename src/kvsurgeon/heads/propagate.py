@@ -16,11 +16,10 @@ from kvsurgeon.graph.query import through
 from kvsurgeon.heads.change import Change, Made, Values
 from kvsurgeon.heads.head_axis import HeadAxis
 from kvsurgeon.heads.index_trace import Labels
-from kvsurgeon.heads.rules import MEANS, RULES
+from kvsurgeon.heads.rules import inputs_with_heads
 from kvsurgeon.heads.selection import Selection
-from kvsurgeon.ops.operator import Trait
-from kvsurgeon.ops.reduction import reduced_axes
-from kvsurgeon.ops.table import KNOWN_DOMAINS, has_trait
+from kvsurgeon.ops.operator import Trait, UntraceableAxesError
+from kvsurgeon.ops.table import axis_links, has_trait
 from kvsurgeon.rewrite.lengths import LengthValues
 from kvsurgeon.weights import ComputedTensor, TensorSlice
 
@@ -90,14 +89,11 @@ class Carrier:
         if node is None or self.flow.kinds.get(value) is ValueKind.CONTEXT:
             return self._picked(value, axis, selection)
         nodes = self._alike(values)
-        rule = RULES.get(node.op_type) if node.domain in KNOWN_DOMAINS else None
-        if rule is None:
-            raise UnsupportedError(f"{node.op_type}: it cannot be seen whether it keeps heads apart", at=value.name)
         change = Change(
             carrier=self, nodes=nodes, call=self.flow.shapes.call(node), result=self.flow.shapes[value].shape or (),
-            axis=axis, selection=selection,
+            output=value.index() or 0, axis=axis, selection=selection,
         )  # fmt: skip
-        made = rule(change)
+        made = inputs_with_heads(change)
         if made is not None:
             return self._twin(node, made).outputs[value.index() or 0]
         stand_in = ir.Value(name=f"{value.name}.stand_in", type=value.type)
@@ -210,20 +206,21 @@ class Carrier:
 
     def _heads_after(self, node: ir.Node, index: int, axis: HeadAxis, selection: Selection) -> HeadAxis | None:
         """Where the heads of an input are in the result; None where all of them are reduced to one number."""
-        call = self.flow.shapes.call(node)
-        before, after = call.fact(index).shape or (), self.flow.shapes[node.outputs[0]].shape or ()
-        axes = reduced_axes(call) if node.op_type.startswith("Reduce") else None
-        if axes is not None and axis.axis in axes:
-            if node.op_type not in MEANS or not (selection.is_even or self.lossy):
-                raise UnsupportedError(f"{node.op_type}: it works on all heads at once", at=node.outputs[0].name)
-            return None
-        if axes is not None and not call.integer("keepdims", 1):
-            return axis.at(axis.axis - sum(place < axis.axis for place in axes))
-        if axes is not None or has_trait(node, Trait.ELEMENTWISE, Trait.BROADCAST):
-            return axis.at(axis.axis + len(after) - len(before))
-        raise UnsupportedError(
-            f"{node.op_type}: it cannot be seen whether it keeps heads apart", at=node.outputs[0].name
-        )
+        try:
+            links = axis_links(self.flow.shapes.call(node))
+        except UntraceableAxesError:
+            links = None
+        labels = None if links is None else links.inputs[index]
+        if links is None or labels is None or links.row_major:
+            raise UnsupportedError(
+                f"{node.op_type}: it is not known whether it keeps heads apart", at=node.outputs[0].name
+            )
+        label = labels[axis.axis]
+        if label in links.outputs[0]:
+            return axis.at(links.outputs[0].index(label))
+        if not has_trait(node, Trait.EXTREMUM_OR_MEAN) or not (selection.is_even or self.lossy):
+            raise UnsupportedError(f"{node.op_type}: it works on all heads at once", at=node.outputs[0].name)
+        return None
 
 
 def _kind(node: ir.Node) -> tuple[object, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -11,14 +10,8 @@ from kvsurgeon.heads.change import Change, Made
 from kvsurgeon.ops.table import contraction_of
 from kvsurgeon.symbolic import dimension as dim
 
-# Inputs with a number for each column of the result, or one for all of them.
-COLUMN_PARAMETERS = {
-    "Gemm": (2,), "FusedGemm": (2,), "MatMulInteger": (3,), "QLinearMatMul": (4, 5), "QGemm": (4, 5, 6),
-    "DynamicQuantizeMatMul": (2, 3, 4), "MatMulIntegerToFloat": (3, 5, 6),
-}  # fmt: skip
 
-
-def product(change: Change) -> Made:
+def product(change: Change, column_parameters: tuple[int, ...]) -> Made:
     """`MatMul`, `Gemm`, `Einsum` and their kin: each operand that has the heads' label is given the new heads."""
     found = contraction_of(change.call)
     if found is None:
@@ -31,12 +24,12 @@ def product(change: Change) -> Made:
         if label in labels and (change.shape(index)[labels.index(label)] != 1 or change.axis.size == 1):
             inputs[index] = change.carried(index, change.axis.at(labels.index(label)))
     if change.axis.axis == len(change.result) - 1:
-        _give_parameters(change, inputs)
+        _give_parameters(change, inputs, column_parameters)
     return Made(inputs=inputs)
 
 
-def _give_parameters(change: Change, inputs: list[ir.Value | None]) -> None:
-    for index in COLUMN_PARAMETERS.get(change.node.op_type, ()):
+def _give_parameters(change: Change, inputs: list[ir.Value | None], column_parameters: tuple[int, ...]) -> None:
+    for index in column_parameters:
         if change.given(index) and change.shape(index) and change.shape(index)[-1] != 1:
             inputs[index] = change.carried(index, change.axis.at(len(change.shape(index)) - 1))
 
@@ -52,9 +45,3 @@ def packed_product(change: Change) -> Made:
             axis = replace(change.axis, axis=0, inner=dim.multiply(change.axis.inner, each))
             inputs[index] = change.carried(index, axis)
     return Made(inputs=inputs, attributes={"N": change.axis.sized(change.selection.size)})
-
-
-RULES: dict[str, Callable[[Change], Made | None]] = {
-    **dict.fromkeys(("MatMul", "Einsum", "FusedMatMul", "TransposeMatMul", *COLUMN_PARAMETERS), product),
-    "MatMulNBits": packed_product,
-}
