@@ -2,7 +2,7 @@
 
     kvsurgeon run smollm2 -p "raise-opset{opset=24},inject{cache=static}" -o in-place
     python -m onnxruntime_genai.models.builder -i HUGGING_FACE_FOLDER -o built -p fp32 -e cpu
-    python benchmarks/inplace.py built in-place [--context 1024] [--capacity 2048] [--steps 20] [--json OUT]
+    python benchmarks/inplace.py built static [--context 1024] [--capacity 2048] [--steps 20] [--json OUT]
 
 Every model is run the same way: through an `IOBinding` on values made beforehand, one new token at batch 1, on two
 threads. The models take turns, step by step; a number is the median. Ends with 1 if a model takes more than 1.10 times
