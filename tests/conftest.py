@@ -1,4 +1,4 @@
-"""Let every test import `decoders`, `written` and their like, whatever folder it is in; take `--update-goldens`."""
+"""Make the shared test modules importable from every folder, and add `--update-goldens`."""
 
 import sys
 from pathlib import Path
@@ -14,4 +14,4 @@ collect_ignore = [
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-goldens", action="store_true", help="write what stands behind `--- after`")
+    parser.addoption("--update-goldens", action="store_true", help="rewrite the results in golden files")
