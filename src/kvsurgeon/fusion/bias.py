@@ -102,34 +102,31 @@ class AttentionBias:
 
     def _by_heads(self, match: FusionMatch, bias: Bias) -> ir.Value:
         """Return the bias as [batch or 1, heads or 1, S, T]."""
-        full, order = self._score_sizes(match), self._score_order(match)
-        value, sizes = self._cut(self._transpose(self._reshape(bias, _padded(bias[1], len(full))), order))
-        leading = tuple(full[place] for place in order[:-2])
+        full, order = self._score_layout(match)
+        padded = self._reshape(bias, (1,) * (len(full) - len(bias[1])) + bias[1])
+        value, sizes = self._cut(self._transpose(padded, order))
+        leading, own = tuple(full[place] for place in order[:-2]), sizes[:-2]
         last = (self.context.sequence, self.context.total)
-        heads = match.query.heads
-        batch = dim.exact_quotient(dim.product(leading), heads) or 1
-        own = sizes[:-2]
+        batch = dim.exact_quotient(dim.product(leading), match.query.heads) or 1
+        target: Sizes = (batch, match.query.heads)
         if all(size == 1 for size in own):
-            return self._reshape(self._expand((value, sizes), (*own, *last)), (1, 1, *last))[0]
-        if len(leading) == 2:
-            return self._expand((value, sizes), (*own, *last))[0]
-        if own[0] == batch and all(size == 1 for size in own[1:]):
-            return self._reshape(self._expand((value, sizes), (*own, *last)), (batch, 1, *last))[0]
-        return self._reshape(self._expand((value, sizes), (*leading, *last)), (batch, heads, *last))[0]
+            target = (1, 1)
+        elif len(leading) == 2:
+            target = own
+        elif own[0] == batch and all(size == 1 for size in own[1:]):
+            target = (batch, 1)
+        else:
+            own = leading
+        return self._reshape(self._expand((value, sizes), (*own, *last)), (*target, *last))[0]
 
-    def _score_order(self, match: FusionMatch) -> list[int]:
-        """Return the axes of the softmax input with those of queries and keys last."""
-        if match.path.masked is None or match.scores is None:
-            return [0, 1, 2, 3]
-        axes = self.context.flow.axes[match.path.masked]
+    def _score_layout(self, match: FusionMatch) -> tuple[Sizes, list[int]]:
+        """Return the shape of the softmax input, and its axes with those of queries and keys last."""
+        context, masked = self.context, match.path.masked
+        if masked is None or match.scores is None:
+            return (match.query.batch, match.query.heads, context.sequence, context.lengths.total), [0, 1, 2, 3]
+        sizes, axes = context.token_sizes(masked), context.flow.axes[masked]
         last = [axis.axis for axis in sorted(axes, key=lambda axis: axis.role.resolved() is not Length.NEW)]
-        return [*(place for place in range(len(self._score_sizes(match))) if place not in last), *last]
-
-    def _score_sizes(self, match: FusionMatch) -> Sizes:
-        """Return the shape of the softmax input."""
-        if match.path.masked is None or match.scores is None:
-            return match.query.batch, match.query.heads, self.context.sequence, self.context.lengths.total
-        return self.context.token_sizes(match.path.masked)
+        return sizes, [*(place for place in range(len(sizes)) if place not in last), *last]
 
     def _cut(self, bias: Bias) -> Bias:
         """Slice the bias to T columns if context is computed for more."""
@@ -186,10 +183,6 @@ class AttentionBias:
 
     def _dtype(self, node: ir.Node) -> ir.DataType | None:
         return self.context.flow.shapes[node.outputs[0]].dtype
-
-
-def _padded(sizes: Sizes, rank: int) -> Sizes:
-    return (1,) * (rank - len(sizes)) + sizes
 
 
 def _broadcast(*shapes: Sizes) -> Sizes:

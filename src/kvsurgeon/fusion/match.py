@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis, AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import CachePoint, cache_point_of
-from kvsurgeon.analysis.token_flow import FusedAttention, TokenFlow
+from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.anatomy.scales import number_of
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.fusion.score_path import MOVES, ScorePath, constant_factor, is_token, trace_scores
@@ -72,147 +72,139 @@ def match_attention(analysis: Analysis, layer: int, *, cached: bool) -> FusionMa
     Raises:
         UnsupportedError: The layer computes something else.
     """
+    flow, site = analysis.flow, analysis.heads[layer]
     try:
-        return _Matcher(analysis.flow, analysis.heads[layer], layer, cached).match()
+        query, result, path = (_match_operator if site.fused is not None else _match_products)(flow, site)
+        (key, scale), (value, _) = (_operand(flow, site, one[0], cached) for one in (site.keys, site.values))
+        if key.heads != value.heads and not cached:
+            (key, scale), (value, _) = (_read(flow, one[0]) for one in (site.keys, site.values))
+        path = replace(path, scale=path.scale * scale)
+        match = FusionMatch(layer=layer, site=site, query=query, key=key, value=value, result=result, path=path)
+        _check_heads(match)
     except UnsupportedError as error:
         error.layer = layer
         raise
+    return match
 
 
-class _Matcher:
-    """Matches one attention site."""
+def _match_operator(flow: TokenFlow, site: AttentionSite) -> tuple[CachePoint, CachePoint, ScorePath]:
+    """Return query, result and score path of an ONNX `Attention` operator."""
+    fused = site.fused
+    assert fused is not None
+    attributes, heads = fused.node.attributes, 1
+    if fused.heads_beside != 1:
+        heads = flow.shapes.call(fused.node).integer("q_num_heads", 1)
+    query = _describe(flow, fused.node.inputs[fused.query], heads)
+    path = ScorePath(
+        scale=attributes.get_float("scale", 0.0) or 1 / math.sqrt(query.head_dim),
+        softcap=attributes.get_float("softcap", 0.0),
+        steps=(),
+        masked=None if fused.mask is None else fused.node.inputs[fused.mask],
+    )
+    return query, _describe(flow, fused.node.outputs[0], heads), path
 
-    def __init__(self, flow: TokenFlow, site: AttentionSite, layer: int, cached: bool) -> None:
-        self.flow = flow
-        self.site = site
-        self.layer = layer
-        self.cached = cached
-        self.before = {node: tuple(node.inputs) for node in flow.order}
 
-    def match(self) -> FusionMatch:
-        """Return the match, from the products to the softmax."""
-        if self.site.fused is not None:
-            return self._match_operator(self.site.fused)
-        scores, products = self.site.scores, self.site.products
-        if len(scores) != 1 or len(products) != 1 or self.site.beside:
-            raise self._unsupported(
-                "the scores are not one product of queries and keys",
-                expected="one score product and one context product",
-                found=f"{len(scores)} and {len(products)}" + (", and other token data" if self.site.beside else ""),
-            )
-        node = scores[0].node
-        query, query_scale = self._query(node.inputs[scores[0].query_index()])
-        path = trace_scores(self.flow, self.site)
-        alpha = node.attributes.get_float("alpha", 1.0) if node.op_type == "FusedMatMul" else 1.0
-        path = replace(path, scale=path.scale * query_scale * alpha)
-        return self._matched(query, self._describe(products[0].node.outputs[0]), path)
-
-    def _match_operator(self, fused: FusedAttention) -> FusionMatch:
-        """Match an ONNX `Attention` operator, whose attributes state what it computes."""
-        node = fused.node
-        heads = 1 if fused.heads_beside == 1 else self.flow.shapes.call(node).integer("q_num_heads", 1)
-        query = self._describe(node.inputs[fused.query], heads)
-        result = self._describe(node.outputs[0], heads)
-        path = ScorePath(
-            scale=node.attributes.get_float("scale", 0.0) or 1 / math.sqrt(query.head_dim),
-            softcap=node.attributes.get_float("softcap", 0.0),
-            steps=(),
-            masked=None if fused.mask is None else node.inputs[fused.mask],
-        )
-        return self._matched(query, result, path)
-
-    def _matched(self, query: CachePoint, result: CachePoint, path: ScorePath) -> FusionMatch:
-        (key, key_scale), (value, _) = self._cached(self.site.keys[0]), self._cached(self.site.values[0])
-        if key.heads != value.heads and not self.cached:
-            (key, key_scale), (value, _) = self._read(self.site.keys[0]), self._read(self.site.values[0])
-        self._check_heads(query, result, key, value)
-        path = replace(path, scale=path.scale * key_scale)
-        return FusionMatch(
-            layer=self.layer, site=self.site, query=query, key=key, value=value, result=result, path=path
-        )
-
-    def _cached(self, operand: CachedOperand) -> tuple[CachePoint, float]:
-        """Return the cache point of keys or values and the factor between it and the product."""
-        node, index = operand.place
-        value, is_key = node.inputs[index], operand in self.site.keys
-        assert value is not None
-        trace = read(self.flow, self.before, value, operand.memory)
-        scale = None if trace is None or (trace.scales and not is_key) else self._scale_of(trace)
-        if scale is not None:
-            return operand.memory, scale
-        if not self.cached:
-            return self._read(operand)
+def _match_products(flow: TokenFlow, site: AttentionSite) -> tuple[CachePoint, CachePoint, ScorePath]:
+    """Return query, result and score path of an attention of standard operators."""
+    scores, products = site.scores, site.products
+    if len(scores) != 1 or len(products) != 1 or site.beside:
         raise UnsupportedError(
-            f"{'keys' if is_key else 'values'} are computed from the cached tensor", code=Code.NOT_FUSABLE,
-            at=value.name, expected="layout operators and repeated heads between cache and product",
-            found=f"`{operand.memory.value.name}` cached",
+            "the scores are not one product of queries and keys", code=Code.NOT_FUSABLE, at=site.at.name,
+            expected="one score product and one context product",
+            found=f"{len(scores)} and {len(products)}" + (", and other token data" if site.beside else ""),
         )  # fmt: skip
+    node = scores[0].node
+    query, scale = _query(flow, node.inputs[scores[0].query_index()])
+    path = trace_scores(flow, site)
+    alpha = node.attributes.get_float("alpha", 1.0) if node.op_type == "FusedMatMul" else 1.0
+    result = _describe(flow, products[0].node.outputs[0])
+    return query, result, replace(path, scale=path.scale * scale * alpha)
 
-    def _read(self, operand: CachedOperand) -> tuple[CachePoint, float]:
-        """Return keys or values as the product reads them."""
-        node, index = operand.place
-        return self._describe(node.inputs[index]), 1.0
 
-    def _scale_of(self, trace: LayoutTrace) -> float | None:
-        """Return the product of the scalars on a layout trace; None if one is not constant."""
-        scale = 1.0
-        for operator, value in trace.scales:
-            number = number_of(self.flow, value)
-            if not number:
-                return None
-            scale = scale * number if operator == "Mul" else scale / number
-        return scale
+def _operand(flow: TokenFlow, site: AttentionSite, operand: CachedOperand, cached: bool) -> tuple[CachePoint, float]:
+    """Return the cache point of keys or values and the factor between it and the product."""
+    node, index = operand.place
+    value, is_key = node.inputs[index], operand in site.keys
+    assert value is not None
+    trace = read(flow, {node: tuple(node.inputs) for node in flow.order}, value, operand.memory)
+    scale = None if trace is None or (trace.scales and not is_key) else _scale_of(flow, trace)
+    if scale is not None:
+        return operand.memory, scale
+    if not cached:
+        return _read(flow, operand)
+    raise UnsupportedError(
+        f"{'keys' if is_key else 'values'} are computed from the cached tensor", code=Code.NOT_FUSABLE,
+        at=value.name, expected="layout operators and repeated heads between cache and product",
+        found=f"`{operand.memory.value.name}` cached",
+    )  # fmt: skip
 
-    def _query(self, operand: ir.Value | None) -> tuple[CachePoint, float]:
-        """Return the queries before scaling, and their scale."""
-        found, scale = self._describe(operand), 1.0
-        value, factor = operand, 1.0
-        while value is not None and (node := value.producer()) is not None and node in self.before:
-            if node.op_type in MOVES:
-                value = node.inputs[0]
-                continue
-            tokens = [one for one in node.inputs if is_token(self.flow, one)]
-            number = constant_factor(self.flow, node, tokens[0]) if len(tokens) == 1 else None
-            if number is None:
-                break
-            value, factor = tokens[0], factor * number
-            point = None if value is None else cache_point_of(self.flow, value)
-            if point is not None and (point.heads, point.head_dim) == (found.heads, found.head_dim):
-                found, scale = point, factor
-        return found, scale
 
-    def _describe(self, value: ir.Value | None, heads: int = 1) -> CachePoint:
-        found = None if value is None else cache_point_of(self.flow, value, heads)
-        if found is None:
-            raise UnsupportedError(
-                "cannot tell heads from features", code=Code.UNTRACEABLE_HEADS, at=getattr(value, "name", None)
-            )
-        return found
+def _read(flow: TokenFlow, operand: CachedOperand) -> tuple[CachePoint, float]:
+    """Return keys or values as the product reads them."""
+    node, index = operand.place
+    return _describe(flow, node.inputs[index]), 1.0
 
-    def _check_heads(self, query: CachePoint, result: CachePoint, key: CachePoint, value: CachePoint) -> None:
-        if key.value is value.value:
-            raise UnsupportedError(
-                "keys and values are one tensor, which the operator would cache twice", code=Code.NOT_FUSABLE,
-                at=key.value.name,
-            )  # fmt: skip
-        dtypes = {query.dtype, key.dtype, value.dtype, result.dtype}
-        if len(dtypes) > 1 or not dtypes <= _FLOATS:
-            raise self._unsupported(
-                "the type of queries, keys and values has no fused kernel",
-                expected="float, float16 or bfloat16 for all",
-                found=" and ".join(sorted(one.name.lower() for one in dtypes)),
-            )
-        if query.head_dim != key.head_dim or result.head_dim != value.head_dim:
-            raise self._unsupported(
-                "the cached tensors have another head_dim than the products",
-                expected=f"{query.head_dim} and {result.head_dim}", found=f"{key.head_dim} and {value.head_dim}",
-            )  # fmt: skip
-        if key.heads != value.heads or query.heads % key.heads or result.heads != query.heads:
-            raise self._unsupported(
-                "the number of query heads is not a multiple of the number of KV heads",
-                expected=f"a divisor of {query.heads} query heads",
-                found=f"{key.heads} key heads and {value.heads} value heads",
-            )
 
-    def _unsupported(self, reason: str, *, expected: str, found: str) -> UnsupportedError:
-        return UnsupportedError(reason, code=Code.NOT_FUSABLE, at=self.site.at.name, expected=expected, found=found)
+def _scale_of(flow: TokenFlow, trace: LayoutTrace) -> float | None:
+    """Return the product of the scalars on a layout trace; None if one is not constant."""
+    scale = 1.0
+    for operator, value in trace.scales:
+        number = number_of(flow, value)
+        if not number:
+            return None
+        scale = scale * number if operator == "Mul" else scale / number
+    return scale
+
+
+def _query(flow: TokenFlow, operand: ir.Value | None) -> tuple[CachePoint, float]:
+    """Return the queries before scaling, and their scale."""
+    found, scale = _describe(flow, operand), 1.0
+    value, factor = operand, 1.0
+    while value is not None and (node := value.producer()) is not None and node in flow.order:
+        if node.op_type in MOVES:
+            value = node.inputs[0]
+            continue
+        tokens = [one for one in node.inputs if is_token(flow, one)]
+        number = constant_factor(flow, node, tokens[0]) if len(tokens) == 1 else None
+        if number is None:
+            break
+        value, factor = tokens[0], factor * number
+        point = None if value is None else cache_point_of(flow, value)
+        if point is not None and (point.heads, point.head_dim) == (found.heads, found.head_dim):
+            found, scale = point, factor
+    return found, scale
+
+
+def _describe(flow: TokenFlow, value: ir.Value | None, heads: int = 1) -> CachePoint:
+    found = None if value is None else cache_point_of(flow, value, heads)
+    if found is None:
+        raise UnsupportedError(
+            "cannot tell heads from features", code=Code.UNTRACEABLE_HEADS, at=getattr(value, "name", None)
+        )
+    return found
+
+
+def _check_heads(match: FusionMatch) -> None:
+    query, key, value, result = match.query, match.key, match.value, match.result
+    dtypes = {query.dtype, key.dtype, value.dtype, result.dtype}
+    if key.value is value.value:
+        raise match.unsupported(
+            "keys and values are one tensor", expected="a key and a value tensor", found=f"`{key.value.name}` for both"
+        )
+    if len(dtypes) > 1 or not dtypes <= _FLOATS:
+        raise match.unsupported(
+            "the type of queries, keys and values has no fused kernel",
+            expected="float, float16 or bfloat16 for all",
+            found=" and ".join(sorted(one.name.lower() for one in dtypes)),
+        )
+    if query.head_dim != key.head_dim or result.head_dim != value.head_dim:
+        raise match.unsupported(
+            "the cached tensors have another head_dim than the products",
+            expected=f"{query.head_dim} and {result.head_dim}", found=f"{key.head_dim} and {value.head_dim}",
+        )  # fmt: skip
+    if key.heads != value.heads or query.heads % key.heads or result.heads != query.heads:
+        raise match.unsupported(
+            "the number of query heads is not a multiple of the number of KV heads",
+            expected=f"a divisor of {query.heads} query heads",
+            found=f"{key.heads} key heads and {value.heads} value heads",
+        )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Hashable
 
 import numpy as np
-import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.cache_points import CachePoint
@@ -42,60 +41,54 @@ class NumericCheck:
         key = structure, match.path.scale, match.path.softcap, *layouts
         if key in self._checked:
             return
-        attention = self._runner([match.site.at], (match.query.value, match.key.value, match.value.value))
-        bias = None
-        if match.path.masked is not None:
-            bias = self._runner([match.path.masked], [] if match.scores is None else [match.scores])
+        flow, masked = self.sweep.flow, match.path.masked
+        inputs = (match.query.value, match.key.value, match.value.value)
+        attention = SubgraphRunner(flow, [match.site.at], probed=inputs)
+        scores = [] if match.scores is None else [match.scores]
+        bias = None if masked is None else SubgraphRunner(flow, [masked], probed=scores)
         lengths = [length for length in self.sweep.attention_lengths(match.site) if length <= LONGEST]
-        masks = [unmasked, left_padded, with_gaps] if attention.masks else [unmasked]
         for length in lengths or [min(self.sweep.lengths)]:
-            for mask in masks:
-                self._compare(match, attention, bias, length, mask)
+            for mask in [unmasked, left_padded, with_gaps] if attention.masks else [unmasked]:
+                _compare(match, attention, bias, length, mask)
         self._checked.add(key)
 
-    def _runner(self, outputs: list[ir.Value], random: Collection[ir.Value]) -> SubgraphRunner:
-        return SubgraphRunner(self.sweep.flow, outputs, probed=random)
 
-    def _compare(
-        self,
-        match: FusionMatch,
-        attention: SubgraphRunner,
-        bias: SubgraphRunner | None,
-        length: int,
-        mask: MaskPattern,
-    ) -> None:
-        found = _by_heads(attention.run(length, mask)[0], match.result, length)
-        points = (match.query, match.key, match.value)
-        operands = (attention.feeds[one.value.name or ""](length).astype(np.float64) for one in points)
-        query, key, value = (_by_heads(array, one, length) for array, one in zip(operands, points, strict=True))
-        scores = _scores(match, query, key)
-        expected = _attend(scores + self._bias(match, bias, length, mask, scores.shape), value)
-        error = float(np.abs(found - expected)[:, :, mask(length)].max(initial=0.0))
-        tolerance = TOLERANCE.get(str(match.dtype.numpy()), TOLERANCE["float32"])
-        if not error <= tolerance * float(np.abs(expected).max(initial=1.0)):
-            raise match.unsupported(
-                "attention differs from what the fused operator computes",
-                expected="softmax(scale * query @ key^T + bias) @ value",
-                found=f"a difference of {error:.2g} at {length} tokens",
-            )
+def _compare(
+    match: FusionMatch, attention: SubgraphRunner, bias: SubgraphRunner | None, length: int, mask: MaskPattern
+) -> None:
+    """Compare an attention site with the formula at one length, with some tokens masked.
 
-    def _bias(
-        self,
-        match: FusionMatch,
-        runner: SubgraphRunner | None,
-        length: int,
-        mask: MaskPattern,
-        shape: tuple[int, ...],
-    ) -> np.ndarray:
-        """Return the input of the softmax for scores of zero, [batch, heads, queries, keys]."""
-        if runner is None or match.path.masked is None:
-            return np.zeros(shape)
-        made = runner.run(length, mask, scale=0.0)[0]
-        if match.scores is None:  # mask of an attention operator, of any rank
-            made = np.where(made, 0.0, -np.inf) if made.dtype == bool else made
-            return np.broadcast_to(made.astype(np.float64), shape)
-        axes = self.sweep.flow.axes[match.path.masked]
-        return np.maximum(sequence_last(made, axes, length).astype(np.float64), np.finfo(np.float32).min).reshape(shape)
+    Raises:
+        UnsupportedError: They differ.
+    """
+    found = _by_heads(attention.run(length, mask)[0], match.result, length)
+    points = (match.query, match.key, match.value)
+    operands = (attention.feeds[one.value.name or ""](length).astype(np.float64) for one in points)
+    query, key, value = (_by_heads(array, one, length) for array, one in zip(operands, points, strict=True))
+    scores = _scores(match, query, key)
+    if bias is not None:
+        scores = scores + _bias(match, bias, length, mask, scores.shape)
+    expected = _attend(scores, value)
+    error = float(np.abs(found - expected)[:, :, mask(length)].max(initial=0.0))
+    tolerance = TOLERANCE.get(str(match.dtype.numpy()), TOLERANCE["float32"])
+    if not error <= tolerance * float(np.abs(expected).max(initial=1.0)):
+        raise match.unsupported(
+            "attention differs from what the fused operator computes",
+            expected="softmax(scale * query @ key^T + bias) @ value",
+            found=f"a difference of {error:.2g} at {length} tokens",
+        )
+
+
+def _bias(
+    match: FusionMatch, runner: SubgraphRunner, length: int, mask: MaskPattern, shape: tuple[int, ...]
+) -> np.ndarray:
+    """Return the input of the softmax for scores of zero, [batch, heads, queries, keys]."""
+    array = runner.run(length, mask, scale=0.0)[0]
+    if match.scores is None or match.path.masked is None:  # mask of an attention operator, of any rank
+        array = np.where(array, 0.0, -np.inf) if array.dtype == bool else array
+        return np.broadcast_to(array.astype(np.float64), shape)
+    array = sequence_last(array, runner.flow.axes[match.path.masked], length).astype(np.float64)
+    return np.asarray(np.maximum(array, np.finfo(np.float32).min).reshape(shape))
 
 
 def _scores(match: FusionMatch, query: np.ndarray, key: np.ndarray) -> np.ndarray:

@@ -14,15 +14,7 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.opset.versions import (
-    INCOMPATIBLE,
-    NEWEST,
-    check_convertible,
-    declared_opset,
-    ir_version,
-    schema,
-    standard_nodes,
-)
+from kvsurgeon.passes.opset import versions
 from kvsurgeon.passes.options import check_count
 
 Schema = onnx.defs.OpSchema
@@ -46,7 +38,7 @@ class LowerOpset:
     opset: int = 17
 
     def __post_init__(self) -> None:
-        check_count("opset", self.opset, most=NEWEST)
+        check_count("opset", self.opset, most=versions.NEWEST)
 
     def apply(self, subject: Subject) -> Outcome:
         """Lower the opset of `subject.model`.
@@ -55,15 +47,15 @@ class LowerOpset:
             UnsupportedError: A node has no equivalent in the earlier opset; the model is unchanged.
         """
         model = subject.model
-        declared = declared_opset(model)
+        declared = versions.declared_opset(model)
         if declared <= self.opset:
             return self._lower_ir_version(model, declared)
-        check_convertible(model, self.opset, "lowered")
-        changes = {node: _attribute_changes(node, declared, self.opset) for node in standard_nodes(model)}
+        versions.check_convertible(model, self.opset, "lowered")
+        changes = {node: _attribute_changes(node, declared, self.opset) for node in versions.standard_nodes(model)}
         editor = Editor(model)
         for node, attributes in changes.items():
             if attributes is not None:
-                _convert(editor, node, schema(node, self.opset), attributes)
+                _convert(editor, node, versions.schema(node, self.opset), attributes)
         editor.finish()
         model.graph.opset_imports[""] = self.opset
         self._lower_ir_version(model, declared)
@@ -71,7 +63,7 @@ class LowerOpset:
 
     def _lower_ir_version(self, model: ir.Model, declared: int) -> Outcome:
         """Lower the IR version to that of the opset and remove imports of unused domains."""
-        known = ir_version(self.opset)
+        known = versions.ir_version(self.opset)
         used = {node.domain for node in model.graph.all_nodes()} | {""}
         unused = [] if model.functions else [domain for domain in model.graph.opset_imports if domain not in used]
         if model.ir_version <= known and not unused:
@@ -88,14 +80,14 @@ def _attribute_changes(node: ir.Node, new: int, old: int) -> dict[str, Any] | No
     Raises:
         UnsupportedError: The node has no equivalent in the earlier opset.
     """
-    after, before = schema(node, new), schema(node, old)
+    after, before = versions.schema(node, new), versions.schema(node, old)
     if after is None:
         return None  # an operator of onnxruntime without a domain
     if before is None:
         raise _no_equivalent(node, old, "an operator of a later opset")
     if before.since_version == after.since_version:
         return None
-    if node.op_type in INCOMPATIBLE:
+    if node.op_type in versions.INCOMPATIBLE:
         raise _no_equivalent(node, old, "an operator with another meaning")
     _check_types(node, before, old)
     changes: dict[str, Any] = {}

@@ -11,15 +11,7 @@ import onnx_ir as ir
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.opset.versions import (
-    INCOMPATIBLE,
-    NEWEST,
-    check_convertible,
-    declared_opset,
-    ir_version,
-    schema,
-    standard_nodes,
-)
+from kvsurgeon.passes.opset import versions
 from kvsurgeon.passes.options import check_count
 
 
@@ -41,7 +33,7 @@ class RaiseOpset:
     opset: int = 24
 
     def __post_init__(self) -> None:
-        check_count("opset", self.opset, most=NEWEST)
+        check_count("opset", self.opset, most=versions.NEWEST)
 
     def apply(self, subject: Subject) -> Outcome:
         """Raise the opset of `subject.model`.
@@ -50,11 +42,11 @@ class RaiseOpset:
             UnsupportedError: A node has no equivalent in the later opset; the model is unchanged.
         """
         model = subject.model
-        declared = declared_opset(model)
+        declared = versions.declared_opset(model)
         if declared >= self.opset:
             return Unchanged(reason=f"the model has opset {declared}")
-        check_convertible(model, declared, "raised")
-        moved = {node: _moved_attributes(node, declared, self.opset) for node in standard_nodes(model)}
+        versions.check_convertible(model, declared, "raised")
+        moved = {node: _moved_attributes(node, declared, self.opset) for node in versions.standard_nodes(model)}
         editor = Editor(model)
         for node, places in moved.items():
             for name, place in places.items():
@@ -62,7 +54,7 @@ class RaiseOpset:
             if node.op_type == "Split":
                 _set_num_outputs(node)
         model.graph.opset_imports[""] = self.opset
-        model.ir_version = max(model.ir_version, ir_version(self.opset))
+        model.ir_version = max(model.ir_version, versions.ir_version(self.opset))
         return Changed(edits=editor.edits + 1)
 
 
@@ -72,7 +64,7 @@ def _moved_attributes(node: ir.Node, old: int, new: int) -> dict[str, int]:
     Raises:
         UnsupportedError: The node has no equivalent in the later opset.
     """
-    before, after = schema(node, old), schema(node, new)
+    before, after = versions.schema(node, old), versions.schema(node, new)
     if before is None or after is None:
         return {}  # an operator of onnxruntime without a domain
     if before.since_version == after.since_version:
@@ -80,7 +72,7 @@ def _moved_attributes(node: ir.Node, old: int, new: int) -> dict[str, int]:
     inputs = [formal.name for formal in after.inputs]
     removed = [name for name in node.attributes if name not in after.attributes]
     same_inputs = [formal.name for formal in before.inputs] == inputs[: len(before.inputs)]
-    if node.op_type in INCOMPATIBLE or after.deprecated or not same_inputs or not set(removed) <= set(inputs):
+    if node.op_type in versions.INCOMPATIBLE or after.deprecated or not same_inputs or not set(removed) <= set(inputs):
         raise UnsupportedError(
             f"{node.op_type} of opset {old} has no equivalent in opset {new}", code=Code.OPSET,
             at=node.outputs[0].name, hint="export the model with a later opset",
