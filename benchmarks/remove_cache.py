@@ -29,7 +29,7 @@ from verification.widening import widened
 from kvsurgeon import io
 from kvsurgeon.errors import KvsurgeonError, ParityError, UnsupportedError
 from kvsurgeon.passes.cache.inject import Inject
-from kvsurgeon.passes.cache.remove_cache import RemoveCache, put_back, take_out
+from kvsurgeon.passes.cache.remove_cache import RemoveCache, detach_cache, reattach_cache
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.surgery import operate
@@ -151,9 +151,9 @@ class OutAndIn:
     name = "out-and-in"
 
     def apply(self, subject: Subject) -> Outcome:
-        signature = take_out(subject)
+        signature = detach_cache(subject)
         assert signature is not None
-        return put_back(subject, signature)
+        return reattach_cache(subject, signature)
 
 
 def _replaced(file: Path, entry: Entry | None) -> tuple[str, str]:

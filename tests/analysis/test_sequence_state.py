@@ -9,7 +9,7 @@ from written import read
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.cache.inject import Inject
-from kvsurgeon.passes.cache.remove_cache import RemoveCache, put_back, take_out
+from kvsurgeon.passes.cache.remove_cache import RemoveCache, detach_cache, reattach_cache
 from kvsurgeon.passes.cache.retarget import Retarget
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.workflow import verification
@@ -91,8 +91,8 @@ def test_a_cache_is_restored_with_its_state(form):
     model = injected(read(case(CONVOLUTION)), **form)
     assert verification.judge(read(case(CONVOLUTION)), model).verdict == "same"
     subject = Subject.of(model)
-    signature = take_out(subject)
-    put_back(subject, signature)
+    signature = detach_cache(subject)
+    reattach_cache(subject, signature)
     result = io.to_proto(subject.model)
     for before, after in ((model.graph.input, result.graph.input), (model.graph.output, result.graph.output)):
         assert list(before) == list(after)
@@ -116,7 +116,7 @@ def test_remove_cache_removes_the_state():
 
 
 def test_unfilled_rows_are_rejected():
-    with pytest.raises(UnsupportedError, match="would be taken for tokens"):
+    with pytest.raises(UnsupportedError, match="would read them as tokens"):
         injected(read(case(CONVOLUTION)), cache="new-tokens", past_length="input")
 
 

@@ -112,7 +112,7 @@ def test_options_that_do_not_go_together(options, said):
 
 
 def test_positions_must_be_given_to_be_read():
-    with pytest.raises(UnsupportedError, match="the number of past tokens cannot be read"):
+    with pytest.raises(UnsupportedError, match="no input gives the number of past tokens"):
         injected(export("decoder"), cache="static", past_length="positions")
 
 
@@ -155,6 +155,6 @@ def test_an_export_of_fixed_length_has_a_buffer_of_that_length():
 
 
 def test_an_export_of_fixed_length_has_no_context_for_unfilled_rows():
-    with pytest.raises(UnsupportedError, match="no such rows"):
+    with pytest.raises(UnsupportedError, match="no context for them"):
         injected(Decoder(Config(layers=1, static=(2, 9))).model(), cache="new-tokens", past_length="input")
     injected(Decoder(Config(layers=1, static=(2, 9))).model(), cache="new-tokens")

@@ -15,7 +15,7 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.passes.cache.remove_cache import RemoveCache, put_back, take_out
+from kvsurgeon.passes.cache.remove_cache import RemoveCache, detach_cache, reattach_cache
 from kvsurgeon.passes.cache.retarget import Retarget
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
@@ -59,7 +59,7 @@ def interface(model: onnx.ModelProto) -> list[tuple[str, int, list[int | str]]]:
 
 def taken_and_put(model: onnx.ModelProto) -> onnx.ModelProto:
     subject = Subject.of(model)
-    put_back(subject, take_out(subject))
+    reattach_cache(subject, detach_cache(subject))
     result = io.to_proto(subject.model)
     onnx.checker.check_model(result)
     return result
@@ -135,7 +135,7 @@ def test_a_note_tells_axes_of_one_size_apart():
     layout = ("batch", "head_dim", "kv_heads", "sequence")
     model = injected(export("gpt2_torchscript_sdpa"), key_layout=layout)
     subject = Subject.of(model)
-    assert {entry.layout for entry in take_out(subject).entries if entry.kind == "key"} == {layout}
+    assert {entry.layout for entry in detach_cache(subject).entries if entry.kind == "key"} == {layout}
 
 
 def test_rows_that_are_not_written_behind_the_past_stay():
@@ -146,7 +146,7 @@ def test_rows_that_are_not_written_behind_the_past_stay():
     model.graph.initializer.append(helper.make_tensor("beyond", onnx.TensorProto.INT64, [1], [3]))
     after = helper.make_node("Add", ["position.before", "beyond"], ["position.first"])
     model.graph.node.insert(list(model.graph.node).index(first) + 1, after)
-    with pytest.raises(UnsupportedError, match="not surely written behind"):
+    with pytest.raises(UnsupportedError, match="may not be written directly after"):
         RemoveCache().apply(Subject.of(model))
 
 
@@ -172,6 +172,6 @@ def test_entries_of_several_layouts_are_not_put_back():
     graph.node.insert(0, turned)
     before = model.SerializeToString(deterministic=True)
     subject = Subject.of(model)
-    with pytest.raises(UnsupportedError, match="way of its own"):
+    with pytest.raises(UnsupportedError, match="cannot be restored"):
         ExpandGqa().apply(subject)
     assert io.to_proto(subject.model).SerializeToString(deterministic=True) == before

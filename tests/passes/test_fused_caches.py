@@ -8,7 +8,7 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.passes.cache.remove_cache import RemoveCache, put_back, take_out
+from kvsurgeon.passes.cache.remove_cache import RemoveCache, detach_cache, reattach_cache
 from kvsurgeon.passes.cache.retarget import Retarget
 from kvsurgeon.passes.contract import Changed, Subject
 from kvsurgeon.workflow.verification import judge
@@ -80,10 +80,10 @@ def test_taken_out_it_is_the_same(case, width):
     original = with_cache(*case, width)
     subject = Subject.of(original)
     assert isinstance(RemoveCache().apply(subject), Changed)
-    ejected = io.to_proto(subject.model)
-    assert [value.name for value in ejected.graph.input] == ["x", "attention_mask"]
-    assert judge(original, ejected).verdict == "same"
-    assert_law(ejected, injected(ejected), texts(ejected, padded=False))
+    removed = io.to_proto(subject.model)
+    assert [value.name for value in removed.graph.input] == ["x", "attention_mask"]
+    assert judge(original, removed).verdict == "same"
+    assert_law(removed, injected(removed), texts(removed, padded=False))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -100,16 +100,16 @@ def test_in_another_form_it_is_the_same(case, width):
 @pytest.mark.parametrize("case", [pytest.param(case, id=title) for title, *case in CASES if title != "projecting"])
 def test_put_back_it_has_its_names(case):
     subject = Subject.of(with_cache(*case))
-    signature = take_out(subject)
+    signature = detach_cache(subject)
     assert [(entry.layer, entry.kind) for entry in signature.entries] == [(0, "key"), (0, "value")]
-    put_back(subject, signature)
+    reattach_cache(subject, signature)
     assert [value.name for value in subject.model.graph.inputs][2:] == ["past_k", "past_v"]
     assert [value.name for value in subject.model.graph.outputs][1:] == ["present_k", "present_v"]
 
 
 def test_keys_and_values_in_one_tensor_are_not_put_back():
-    with pytest.raises(UnsupportedError, match="a way of its own"):
-        take_out(Subject.of(with_cache(*next(case for title, *case in CASES if title == "projecting"))))
+    with pytest.raises(UnsupportedError, match="cannot be restored"):
+        detach_cache(Subject.of(with_cache(*next(case for title, *case in CASES if title == "projecting"))))
 
 
 BUFFERS = """case (int64[b, s] x, NUMBER past_length, float[b, 2, max_length, 16] past_k,
@@ -146,9 +146,9 @@ def test_buffers_that_count_their_rows(number):
     original = read(BUFFERS.replace("NUMBER", number), opset=24)
     subject = Subject.of(original)
     assert isinstance(RemoveCache().apply(subject), Changed)
-    ejected = io.to_proto(subject.model)
-    assert judge(original, ejected).verdict == "same"
-    assert_law(ejected, injected(ejected))
+    removed = io.to_proto(subject.model)
+    assert judge(original, removed).verdict == "same"
+    assert_law(removed, injected(removed))
     other = Subject.of(original)
     Retarget().apply(other)
     assert judge(original, io.to_proto(other.model)).verdict == "same"
@@ -164,6 +164,6 @@ def test_a_window_that_drops_rows_is_a_window_without_them(present):
             value.type.tensor_type.shape.dim[2].dim_param = name
     subject = Subject.of(original)
     assert isinstance(RemoveCache().apply(subject), Changed)
-    ejected = io.to_proto(subject.model)
-    assert_law(ejected, injected(ejected), texts(ejected, padded=False))
-    assert judge(original, ejected).verdict == "unknown"  # how a host fills such a window is not told
+    removed = io.to_proto(subject.model)
+    assert_law(removed, injected(removed), texts(removed, padded=False))
+    assert judge(original, removed).verdict == "unknown"  # how a host fills such a window is not told

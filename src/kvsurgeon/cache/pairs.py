@@ -1,248 +1,258 @@
-"""Which inputs are a past, and which outputs their presents: decided by what the graph computes, never by names.
+"""Cache inputs and the cache outputs that belong to them, found by what the graph computes, never by names.
 
-A present is an input with new rows joined behind it along one axis, or these rows alone, or an input into which they
-were written. The graph writes that as a `Concat`, as a scatter, or leaves it to an operator that declares a past and a
-present of its own.
+A cache output is a cache input with new rows appended along the sequence axis, these rows alone, or a buffer into which
+they are written. The graph writes that as a `Concat`, as a scatter, or leaves it to an operator that declares a past
+and a present.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 import onnx_ir as ir
 
 from kvsurgeon.dataflow.input_roles import real_inputs
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.query import STANDARD_DOMAINS, chain, through
 from kvsurgeon.symbolic.fact import axis_of
 
-CacheMode = Literal[
-    "dynamic", "static", "new-tokens"
-]  # how a present is made: past and new rows, a buffer, new rows alone
+# Content of a cache output: past and new rows, the updated buffer, or new rows only.
+CacheMode = Literal["dynamic", "static", "new-tokens"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slot:
-    """Where an operator declares a past and its present, and where it is given the new rows."""
+class CacheOperands:
+    """Inputs and outputs through which an operator updates a cached tensor.
 
-    past: int  # index of the input
-    present: int  # index of the output
-    rows: int  # index of the input
-    axis: int  # of the sequence, in past and present
-    counts: tuple[int, ...] = ()  # indices of the inputs that say how many rows there are
-    ways: tuple[str, ...] = ()  # attributes that say how the past is kept, and nothing of what is computed
+    Attributes:
+        past: Index of the input that is the past.
+        present: Index of the output that is the present.
+        rows: Index of the input with the new rows.
+        axis: Sequence axis of past and present; None if the attribute `axis` gives it.
+        lengths: Indices of the inputs that give the number of past tokens or the rows to write.
+        options: Attributes that choose how the past is stored and do not change the result.
+    """
+
+    past: int = 0
+    present: int = 0
+    rows: int = 1
+    axis: int | None = None
+    lengths: tuple[int, ...] = ()
+    options: tuple[str, ...] = ()
+
+    @property
+    def is_declared(self) -> bool:
+        """Whether the schema of the operator calls these operands past and present."""
+        return self.axis is not None
 
 
-# Sources: the schemas of ONNX `Attention` (opset 23) and of onnxruntime's contrib operators.
-SLOTS: dict[tuple[str, str], tuple[Slot, ...]] = {
-    ("", "Attention"): (Slot(past=4, present=1, rows=1, axis=2), Slot(past=5, present=2, rows=2, axis=2)),
+# Sources: the schemas of ONNX `Attention` (opset 23) and of the contrib operators of onnxruntime.
+CACHE_OPERATORS: dict[tuple[str, str], tuple[CacheOperands, ...]] = {
+    ("", "Concat"): (CacheOperands(),),
+    ("", "TensorScatter"): (CacheOperands(lengths=(2,)),),
+    ("", "ScatterElements"): (CacheOperands(rows=2, lengths=(1,)),),
+    ("", "Attention"): (
+        CacheOperands(past=4, present=1, rows=1, axis=2),
+        CacheOperands(past=5, present=2, rows=2, axis=2),
+    ),
     ("com.microsoft", "GroupQueryAttention"): (
-        Slot(past=3, present=1, rows=1, axis=2, counts=(5, 6), ways=("sliding_window_cache",)),
-        Slot(past=4, present=2, rows=2, axis=2, counts=(5, 6), ways=("sliding_window_cache",)),
+        CacheOperands(past=3, present=1, rows=1, axis=2, lengths=(5, 6), options=("sliding_window_cache",)),
+        CacheOperands(past=4, present=2, rows=2, axis=2, lengths=(5, 6), options=("sliding_window_cache",)),
     ),
     ("com.microsoft", "MultiHeadAttention"): (
-        Slot(past=6, present=1, rows=1, axis=2),
-        Slot(past=7, present=2, rows=2, axis=2),
+        CacheOperands(past=6, present=1, rows=1, axis=2),
+        CacheOperands(past=7, present=2, rows=2, axis=2),
     ),
-    ("com.microsoft", "Attention"): (Slot(past=4, present=1, rows=0, axis=3, ways=("past_present_share_buffer",)),),
+    ("com.microsoft", "Attention"): (
+        CacheOperands(past=4, present=1, rows=0, axis=3, options=("past_present_share_buffer",)),
+    ),
 }
+SCATTERS = ("TensorScatter", "ScatterElements", "ScatterND")  # the last one is not supported as a cache update
 
-# Operators that write rows into their first input: which input says where, and which holds the rows.
-WRITERS = {"TensorScatter": (2, 1), "ScatterElements": (1, 2)}
-WRITES = frozenset({*WRITERS, "ScatterND"})
-
-_RESHAPED = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze"})  # the same elements in the same order
+_RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachePair:
-    """An input that new rows are joined to, and the output that returns both."""
+    """A cache input and the cache output that belongs to it.
+
+    Attributes:
+        past: The cache input.
+        present: The cache output.
+        node: The operator that updates the cached tensor.
+        operands: Its operands through which it does so.
+        axis: Sequence axis of the past.
+        cache_mode: Content of the present.
+    """
 
     past: ir.Value
     present: ir.Value
-    node: ir.Node  # the `Concat`, or the operator that has a past of its own
-    slot: Slot | None  # where the operator declares it; None for a `Concat`
-    axis: int  # of the sequence in the past
-    cache_mode: CacheMode = "dynamic"
+    node: ir.Node
+    operands: CacheOperands
+    axis: int
+    cache_mode: CacheMode
 
     @property
-    def is_written(self) -> bool:
-        """Whether the past is a buffer that the new rows are written into."""
+    def is_buffer(self) -> bool:
+        """Whether the past is a buffer into which the new rows are written."""
         return self.cache_mode == "static"
 
     @property
-    def counts(self) -> tuple[ir.Value, ...]:
-        """What says where rows are written."""
-        places = (WRITERS[self.node.op_type][0],) if self.slot is None else self.slot.counts
-        return tuple(value for place in places if (value := self.node.inputs[place]) is not None)
+    def lengths(self) -> tuple[ir.Value, ...]:
+        """Values that give the number of past tokens or the rows to write."""
+        return tuple(value for index in self.operands.lengths if (value := self.node.inputs[index]) is not None)
 
 
 def find_cache_pairs(graph: ir.Graph) -> tuple[CachePair, ...]:
-    """Return every past with its present, in the order of the graph's inputs.
+    """Return the cache inputs with their outputs, in the order of the graph inputs.
 
     Raises:
-        UnsupportedError: An input is returned twice, or its sequence axis cannot be told.
+        UnsupportedError: Two outputs return one cache input, or its sequence axis is ambiguous.
     """
-    order = {value: place for place, value in enumerate(real_inputs(graph))}
+    order = {value: index for index, value in enumerate(real_inputs(graph))}
     found: dict[ir.Value, CachePair] = {}
-    inside = _joins_inside(graph, order)
+    concats = _inner_concats(graph, order)
     for present in graph.outputs:
-        join = _join(present, order) or _of_rows(present, inside)
-        if join is None:
+        pair = _updated(present, order) or _new_rows(present, concats)
+        if pair is None:
             continue
-        if join.past in found:
+        if pair.past in found:
             raise UnsupportedError(
-                "one past is returned by two outputs", at=join.past.name,
-                found=f"`{found[join.past].present.name}` and `{present.name}`",
+                "two outputs return one cache input", code=Code.UNKNOWN_CACHE, at=pair.past.name,
+                found=f"`{found[pair.past].present.name}` and `{present.name}`",
             )  # fmt: skip
-        found[join.past] = join
-    return tuple(sorted(found.values(), key=lambda join: order[join.past]))
+        found[pair.past] = pair
+    return tuple(sorted(found.values(), key=lambda pair: order[pair.past]))
 
 
-def find_buffers(graph: ir.Graph) -> tuple[ir.Value, ...]:
-    """Return the pasts whose presents are made in another way than by joining, such as by a `ScatterND`."""
-    inputs = set(real_inputs(graph)) - {join.past for join in find_cache_pairs(graph)}
-    returned = {_behind_views(value)[0] for value in graph.outputs}
+def find_unknown_caches(graph: ir.Graph) -> tuple[ir.Value, ...]:
+    """Return the cache inputs that are updated in an unknown way, such as by a `ScatterND`."""
+    inputs = set(real_inputs(graph)) - {pair.past for pair in find_cache_pairs(graph)}
+    returned = {through(value, _is_view) for value in graph.outputs}
     found: dict[ir.Value, None] = {}
     for node in graph:
-        written = node.op_type in WRITES and node.outputs[0] in returned
-        joined = node.op_type == "Concat" and len(node.inputs) == 2 and _source(node, 1) in returned
-        past = _source(node, 0) if written or joined else None
-        if past in inputs and past is not None and holds_features(past):
-            found[past] = None
+        if node.op_type not in (*SCATTERS, "Concat"):
+            continue
+        sources = [None if value is None else through(value, _is_view) for value in node.inputs[:2]]
+        written = node.op_type in SCATTERS and node.outputs[0] in returned
+        joined = node.op_type == "Concat" and len(node.inputs) == 2 and sources[1] in returned
+        if (written or joined) and sources[0] in inputs and sources[0] is not None and has_features(sources[0]):
+            found[sources[0]] = None
     return tuple(found)
 
 
-def check_growth(graph: ir.Graph) -> None:
-    """Hold that no cache is kept in a way that is not known.
+def check_cache_updates(graph: ir.Graph) -> None:
+    """Check that every cached tensor is updated in a known way.
 
     Raises:
-        UnsupportedError: One is.
+        UnsupportedError: One is not.
     """
-    buffers = find_buffers(graph)
-    if buffers:
+    unknown = find_unknown_caches(graph)
+    if unknown:
         raise UnsupportedError(
-            "how the cache is kept is not known", at=buffers[0].name,
-            expected="new rows behind the past, alone, or written by a TensorScatter or a ScatterElements",
-            found="rows that are written otherwise", hint="start from the model without a cache",
+            "the cache is updated in an unknown way", code=Code.UNKNOWN_CACHE, at=unknown[0].name,
+            expected="new rows appended to the past, returned alone, or written by TensorScatter or ScatterElements",
+            found="another update", hint="use the model without a cache",
         )  # fmt: skip
 
 
-def _source(node: ir.Node, index: int) -> ir.Value | None:
-    value = node.inputs[index]
-    return None if value is None else _behind_views(value)[0]
-
-
-def holds_features(value: ir.Value) -> bool:
-    """Whether an input holds several numbers for each token, as keys and values do, and masks do not."""
+def has_features(value: ir.Value) -> bool:
+    """Return whether an input has several features per token, as keys and values have and masks have not."""
     return any(isinstance(size, int) and size > 1 for size in tuple(value.shape or ())[1:])
 
 
-def slots_of(node: ir.Node) -> tuple[Slot, ...]:
-    """Return where an operator declares pasts of its own."""
-    return SLOTS.get((node.domain.replace("ai.onnx", ""), node.op_type), ())
-
-
-def _join(present: ir.Value, inputs: dict[ir.Value, int]) -> CachePair | None:
-    joined, _ = _behind_views(present)
-    node = joined.producer()
+def _updated(present: ir.Value, inputs: Iterable[ir.Value]) -> CachePair | None:
+    """Return the pair of an output that holds past and new rows."""
+    updated = through(present, _is_view)
+    node = updated.producer()
     if node is None:
         return None
-    for slot in slots_of(node):
-        value = node.inputs[slot.past] if slot.past < len(node.inputs) else None
-        if joined is node.outputs[min(slot.present, len(node.outputs) - 1)] and value is not None:
-            past, views = _behind_views(value)
-            if past in inputs:
-                axis = _axis_before(views, slot.axis, past)
-                return CachePair(
-                    past=past, present=present, node=node, slot=slot, axis=axis, cache_mode=_kept(past, present, axis)
-                )
-    joins = node.op_type in WRITERS or (node.op_type == "Concat" and len(node.inputs) > 1)
-    if not joins or node.inputs[0] is None:
-        return None
-    past, views = _behind_views(node.inputs[0])
-    if past not in inputs or past.shape is None or not len(past.shape):
-        return None
-    said = node.attributes.get("axis")
-    axis = _axis_before(views, -2 if said is None else said.as_int(), past)
-    cache_mode: CacheMode = "static" if node.op_type in WRITERS else "dynamic"
-    return CachePair(past=past, present=present, node=node, slot=None, axis=axis, cache_mode=cache_mode)
+    for operands in CACHE_OPERATORS.get((node.domain.replace("ai.onnx", ""), node.op_type), ()):
+        value = node.inputs[operands.past] if operands.past < len(node.inputs) else None
+        if value is None or updated is not node.outputs[min(operands.present, len(node.outputs) - 1)]:
+            continue
+        past, views = _skip_views(value)
+        if past not in inputs or not (operands.is_declared or past.shape):
+            continue
+        axis = operands.axis if operands.axis is not None else node.attributes.get_int("axis", -2)
+        axis = _axis_of_past(views, axis, past)
+        if operands.is_declared:
+            cache_mode = _declared_mode(past, present, axis)
+        else:
+            cache_mode = "static" if node.op_type in SCATTERS else "dynamic"
+        return CachePair(past=past, present=present, node=node, operands=operands, axis=axis, cache_mode=cache_mode)
+    return None
 
 
-def _kept(past: ir.Value, present: ir.Value, axis: int) -> CacheMode:
-    """How an operator keeps its past: in place where the present is declared to be as long, whatever that is."""
+def _declared_mode(past: ir.Value, present: ir.Value, axis: int) -> CacheMode:
+    """Return static if past and present are declared to have the same number of rows, dynamic otherwise."""
     sizes = [None if value.shape is None else value.shape[axis] for value in (past, present)]
-    named = isinstance(sizes[0], int) or getattr(sizes[0], "value", None) is not None
-    return "static" if named and sizes[0] == sizes[1] else "dynamic"
+    is_named = isinstance(sizes[0], int) or getattr(sizes[0], "value", None) is not None
+    return "static" if is_named and sizes[0] == sizes[1] else "dynamic"
 
 
-def _joins_inside(graph: ir.Graph, inputs: dict[ir.Value, int]) -> dict[ir.Value, list[ir.Node]]:
-    """Every `Concat` of an input and something else, by what that is."""
+def _inner_concats(graph: ir.Graph, inputs: Iterable[ir.Value]) -> dict[ir.Value, list[ir.Node]]:
+    """Return every `Concat` of an input and something else, by the latter."""
     found: dict[ir.Value, list[ir.Node]] = {}
     for node in graph:
         if node.op_type != "Concat" or len(node.inputs) != 2 or None in node.inputs:
             continue
-        past, rows = (_behind_views(value)[0] for value in node.inputs if value is not None)
-        if past in inputs and len(past.shape or ()) > 2 and (rows not in inputs or holds_features(rows)):
+        past, rows = (through(value, _is_view) for value in node.inputs if value is not None)
+        if past in inputs and len(past.shape or ()) > 2 and (rows not in inputs or has_features(rows)):
             found.setdefault(rows, []).append(node)
     return found
 
 
-def _of_rows(present: ir.Value, inside: dict[ir.Value, list[ir.Node]]) -> CachePair | None:
-    """The join whose new rows are returned, and not the whole."""
-    nodes = inside.get(_behind_views(present)[0], [])
+def _new_rows(present: ir.Value, concats: dict[ir.Value, list[ir.Node]]) -> CachePair | None:
+    """Return the pair of an output that holds new rows only."""
+    nodes = concats.get(through(present, _is_view), [])
     if len(nodes) != 1 or nodes[0].inputs[0] is None:
         return None
-    past, views = _behind_views(nodes[0].inputs[0])
-    axis = _axis_before(views, nodes[0].attributes["axis"].as_int(), past)
-    return CachePair(past=past, present=present, node=nodes[0], slot=None, axis=axis, cache_mode="new-tokens")
+    past, views = _skip_views(nodes[0].inputs[0])
+    (operands,) = CACHE_OPERATORS["", "Concat"]
+    axis = _axis_of_past(views, nodes[0].attributes["axis"].as_int(), past)
+    return CachePair(
+        past=past, present=present, node=nodes[0], operands=operands, axis=axis, cache_mode="new-tokens"
+    )  # fmt: skip
 
 
-def _behind_views(value: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
-    """The value whose elements these are, rearranged or not, and the nodes that rearranged them, last one first."""
-    views: list[ir.Node] = []
-    while (node := value.producer()) is not None and _is_view(node):
-        views.append(node)
-        source = node.inputs[0]
-        assert source is not None
-        value = source
-    return value, views
+def _skip_views(value: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
+    """Return the value before any views, and the view operators, the last one first."""
+    *views, source = chain(value, lambda node: node.inputs[0] if _is_view(node) else None)
+    return source, [node for view in views if (node := view.producer()) is not None]
 
 
 def _is_view(node: ir.Node) -> bool:
-    if node.domain not in ("", "ai.onnx") or not node.inputs or node.inputs[0] is None:
+    if node.domain not in STANDARD_DOMAINS or not node.inputs:
         return False
-    alone = node.op_type == "Concat" and len(node.inputs) == 1
-    return alone or node.op_type in ("Identity", "Transpose") or node.op_type in _RESHAPED
+    is_single = node.op_type == "Concat" and len(node.inputs) == 1
+    return is_single or node.op_type in ("Identity", "Transpose", *_RESHAPES)
 
 
-def _axis_before(views: list[ir.Node], axis: int, past: ir.Value) -> int:
-    """Which axis of the past became this one."""
+def _axis_of_past(views: list[ir.Node], axis: int, past: ir.Value) -> int:
+    """Return the axis of the past that the views map to an axis.
+
+    Raises:
+        UnsupportedError: The shape of the past is unknown, or the axis is ambiguous.
+    """
     if past.shape is None:
-        raise UnsupportedError("an input has no shape", at=past.name, expected="the shape of a past")
-    if any(view.op_type in _RESHAPED for view in views):
-        return _only_open_axis(past)
+        raise UnsupportedError(
+            "a cache input has no declared shape", code=Code.UNKNOWN_CACHE, at=past.name, expected="a shape"
+        )
+    if any(view.op_type in _RESHAPES for view in views):
+        dynamic = [index for index, size in enumerate(past.shape) if index and not isinstance(size, int)]
+        if len(dynamic) != 1:
+            raise UnsupportedError(
+                "the cache input is reshaped before it is updated, so its sequence axis is ambiguous",
+                code=Code.UNKNOWN_CACHE, at=past.name, expected="one dynamic axis after the batch axis",
+                found=str(past.shape),
+            )  # fmt: skip
+        return dynamic[0]
     axis = axis_of(axis, len(past.shape))
     for view in views:
         if view.op_type == "Transpose":
-            order = view.attributes["perm"].as_ints() if "perm" in view.attributes else None
+            order = view.attributes.get_ints("perm")
             axis = len(past.shape) - 1 - axis if order is None else order[axis]
     return axis
-
-
-def _only_open_axis(past: ir.Value) -> int:
-    """The sequence axis of a past that is reshaped before it is joined: the only one that may have any size."""
-    places = list(_open_axes(past))
-    if len(places) != 1:
-        raise UnsupportedError(
-            "the past is reshaped before it is joined, and which axis is its sequence cannot be told",
-            at=past.name, expected="one axis of any size behind the batch", found=str(past.shape),
-        )  # fmt: skip
-    return places[0]
-
-
-def _open_axes(past: ir.Value) -> Iterator[int]:
-    for place, size in enumerate(past.shape or ()):
-        if place and not isinstance(size, int):
-            yield place

@@ -11,7 +11,7 @@ from kvsurgeon.fusion.context import FusionContext
 from kvsurgeon.fusion.hidden_layout import HiddenLayout
 from kvsurgeon.fusion.match import FusionMatch
 from kvsurgeon.fusion.operators import AttentionOperator
-from kvsurgeon.rewrite.cache_entries import CacheTensor
+from kvsurgeon.rewrite.cache_tensors import CacheTensor
 from kvsurgeon.symbolic import dimension as dim
 
 
@@ -36,7 +36,7 @@ class AttentionFuser:
             entries: Cache entries of the model.
             pasts: Past inputs of the entries.
         """
-        by_value = {entry.memory.value: (entry, past) for entry, past in zip(entries, pasts, strict=True)}
+        by_value = {entry.point.value: (entry, past) for entry, past in zip(entries, pasts, strict=True)}
         presents: dict[CacheTensor, ir.Value] = {}
         for match in matches:
             pairs = [by_value[match.key.value], by_value[match.value.value]]

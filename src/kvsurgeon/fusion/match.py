@@ -17,7 +17,7 @@ from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.anatomy.scales import number_of
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.fusion.score_path import MOVES, ScorePath, constant_factor, is_token, trace_scores
-from kvsurgeon.rewrite.layout_trace import LayoutTrace, read
+from kvsurgeon.rewrite.layout_trace import LayoutTrace, trace_layout
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -126,7 +126,7 @@ def _operand(flow: TokenFlow, site: AttentionSite, operand: CachedOperand, cache
     node, index = operand.place
     value, is_key = node.inputs[index], operand in site.keys
     assert value is not None
-    trace = read(flow, {node: tuple(node.inputs) for node in flow.order}, value, operand.memory)
+    trace = trace_layout(flow, {node: tuple(node.inputs) for node in flow.order}, value, operand.memory)
     scale = None if trace is None or (trace.scales and not is_key) else _scale_of(flow, trace)
     if scale is not None:
         return operand.memory, scale

@@ -7,12 +7,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import sympy
 
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.heads.layout import Layout, NamedDims
-from kvsurgeon.rewrite.lengths import LengthValues, Source
+from kvsurgeon.rewrite.lengths import LengthValues, sources_of
 from kvsurgeon.rewrite.reshape_targets import reshape_target
 from kvsurgeon.symbolic.dimension import Dimension
 
@@ -29,11 +28,8 @@ class LayoutBuilder:
 
     def __init__(self, editor: Editor, inputs: Sequence[InputRole]) -> None:
         self.editor = editor
-        sources: dict[sympy.Symbol, Source] = {}
-        for given in sorted(inputs, key=lambda given: not given.is_token):
-            for axis, size in enumerate(given.dimensions):
-                if isinstance(size, sympy.Symbol):
-                    sources.setdefault(size, Source(value=given.value, axis=axis))
+        ordered = sorted(inputs, key=lambda given: not given.is_token)
+        sources = sources_of({given.value: given.dimensions for given in ordered})
         self.lengths = LengthValues(editor, sources)
         self._nodes: dict[Hashable, ir.Value] = {}
 

@@ -17,7 +17,7 @@ from kvsurgeon.decompose import DecomposedModel, decompose
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.io.model_config import HeadChange
 from kvsurgeon.proof.proof import Proof, prove
-from kvsurgeon.rewrite.cache_removal import eject
+from kvsurgeon.rewrite.cache_removal import remove_cache
 
 Source = str | Path | onnx.ModelProto | ir.Model
 
@@ -120,12 +120,12 @@ class Subject:
 
     def _describe(self) -> Decoder:
         with deep_recursion():
-            ejection = eject(self.model)
-            if ejection is None:
+            removed = remove_cache(self.model)
+            if removed is None:
                 return decoder_facts(self.analysis(), self.proof())
-            without_cache = Subject(model=ejection.model)
+            without_cache = Subject(model=removed.model)
             decoder = without_cache.decoder()
-            signature = ejection.signature.located(without_cache.analysis())
+            signature = removed.signature.located(without_cache.analysis())
             return replace(decoder, cache=tuple(cache_facts(signature)))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from kvsurgeon.cache.layout import USUAL
+from kvsurgeon.cache.layout import DEFAULT_LAYOUT
 from kvsurgeon.errors import PluginError
 from kvsurgeon.plugins import Plugin
 from kvsurgeon.workflow.registry import PASSES
@@ -101,7 +101,7 @@ def target(described: Target) -> dict[str, Any]:
         "present": described.cache.present,
         "cache_mode": described.cache.cache,
         "cache_dtypes": sorted(described.cache_dtypes),
-        "cache_sizes_that_are_numbers": [USUAL[axis] for axis in described.fixed_axes],
+        "cache_sizes_that_are_numbers": [DEFAULT_LAYOUT[axis] for axis in described.fixed_axes],
         "uniform": described.uniform,
         "opset": described.opset,
         "operators": None if described.operators is None else sorted(map(_operator, described.operators)),

@@ -1,4 +1,4 @@
-"""Between a tensor's own layout and that of the cache, [batch, kv_heads, sequence, head_dim] in any order."""
+"""Conversion between the layout of a tensor in the graph and the layout of the cache."""
 
 from __future__ import annotations
 
@@ -7,97 +7,100 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from kvsurgeon.analysis.cache_points import CachePoint
-from kvsurgeon.graph.editor import Editor
 from kvsurgeon.rewrite.dimension_names import dim_names
 from kvsurgeon.rewrite.lengths import LengthValues
 from kvsurgeon.rewrite.reshape_targets import reshape_target
 from kvsurgeon.symbolic.dimension import NEW, Dimension
 
-Order = tuple[int, int, int, int]  # of the cache's axes: places in [batch, kv_heads, sequence, head_dim]
+Order = tuple[int, int, int, int]  # for each axis of the cache its index in [batch, kv_heads, sequence, head_dim]
 
-USUAL: Order = (0, 1, 2, 3)
+CANONICAL: Order = (0, 1, 2, 3)
 
 
-class CacheLayouts:
-    """Brings new rows into the cache's layout, and the whole cache back into the tensor's own."""
+def to_cache(lengths: LengthValues, point: CachePoint, order: Order = CANONICAL) -> ir.Value:
+    """Return the new rows of a cached tensor in the layout of the cache."""
+    return _transposed(lengths, point, _canonical_rows(lengths, point), order, f"{point.value.name}.as_cache")
 
-    def __init__(self, editor: Editor, lengths: LengthValues) -> None:
-        self.editor = editor
-        self.lengths = lengths
 
-    def as_cache(self, memory: CachePoint, order: Order = USUAL) -> ir.Value:
-        """The tensor's new rows, as [batch, heads, sequence, head_dim] in that order."""
-        return self._transposed(memory, self._rows(memory), order, f"{memory.value.name}.as_cache")
+def from_cache(
+    lengths: LengthValues, point: CachePoint, present: ir.Value, shape: Sequence[Dimension], order: Order = CANONICAL
+) -> ir.Value:
+    """Return the whole cache in the layout of the tensor.
 
-    def from_cache(
-        self, memory: CachePoint, present: ir.Value, own: Sequence[Dimension], order: Order = USUAL
-    ) -> ir.Value:
-        """The whole cache in the tensor's own layout, whose dimensions at the total length are `own`."""
-        return self._own(memory, self.all_rows(memory, present, order), own)
-
-    def all_rows(self, memory: CachePoint, present: ir.Value, order: Order = USUAL, wanted: Order = USUAL) -> ir.Value:
-        """The whole cache, which has its axes in one order, in another."""
-        places = [order.index(place) for place in wanted]
-        return self._transposed(memory, present, places, f"{memory.value.name}.all_rows")
-
-    def _rows(self, memory: CachePoint) -> ir.Value:
-        """The tensor's new rows, as [batch, heads, sequence, head_dim]."""
-        if memory.is_canonical:
-            return memory.value
-        value, name = memory.value, memory.value.name or "rows"
-        if memory.layout_cost == 2:
-            if len(memory.parts) != memory.rank:
-                value = self._reshaped(memory, value, _sizes(memory.parts, NEW), f"{name}.parts")
-            value = self._transposed(memory, value, memory.order, f"{name}.heads_first")
-            if memory.has_four_parts:
-                return value
-        return self._reshaped(memory, value, [memory.batch, memory.heads, NEW, memory.head_dim], f"{name}.rows")
-
-    def _own(self, memory: CachePoint, present: ir.Value, own: Sequence[Dimension]) -> ir.Value:
-        if memory.is_canonical:
-            return present
-        value, name = present, memory.value.name or "rows"
-        if memory.layout_cost == 2:
-            sizes = _sizes(memory.parts, self.lengths.total)
-            if not memory.has_four_parts:
-                value = self._reshaped(memory, value, [sizes[place] for place in memory.order], f"{name}.all_parts")
-            back = [memory.order.index(place) for place in range(len(memory.order))]
-            value = self._transposed(memory, value, back, f"{name}.all_in_order")
-            if len(memory.parts) == memory.rank:
-                return value
-        return self._reshaped(memory, value, own, f"{name}.all")
-
-    def _reshaped(self, memory: CachePoint, value: ir.Value, sizes: Sequence[Dimension], name: str) -> ir.Value:
-        target = reshape_target(self.lengths, sizes)
-        return self.editor.node("Reshape", [value, target], name=name, dtype=memory.dtype, shape=dim_names(sizes))
-
-    def _transposed(self, memory: CachePoint, value: ir.Value, order: Sequence[int], name: str) -> ir.Value:
-        if list(order) == list(range(len(order))):
+    Args:
+        lengths: Lengths at run time.
+        point: The cached tensor.
+        present: All rows, in the layout of the cache.
+        shape: Shape of the tensor at the total length.
+        order: Layout of the cache.
+    """
+    value, name = reordered(lengths, point, present, order), point.value.name or "rows"
+    if point.is_canonical:
+        return value
+    if point.layout_cost == 2:
+        parts = [lengths.total if size is None else size for size in point.parts]
+        if not point.has_four_parts:
+            value = _reshaped(lengths, point, value, [parts[place] for place in point.order], f"{name}.all_parts")
+        back = [point.order.index(place) for place in range(len(point.order))]
+        value = _transposed(lengths, point, value, back, f"{name}.all_in_order")
+        if len(point.parts) == point.rank:
             return value
-        transposed = self.editor.node("Transpose", [value], {"perm": list(order)}, name=name, dtype=memory.dtype)
-        if value.shape is not None:
-            transposed.shape = ir.Shape([value.shape[place] for place in order])
-        return transposed
+    return _reshaped(lengths, point, value, shape, f"{name}.all")
 
 
-def _sizes(parts: Sequence[Dimension | None], length: Dimension) -> list[Dimension]:
-    return [length if size is None else size for size in parts]
+def reordered(
+    lengths: LengthValues, point: CachePoint, present: ir.Value, order: Order, wanted: Order = CANONICAL
+) -> ir.Value:
+    """Return the whole cache, whose axes are in one order, in another order."""
+    places = [order.index(place) for place in wanted]
+    return _transposed(lengths, point, present, places, f"{point.value.name}.all_rows")
 
 
-def are_rows_of(value: ir.Value, memory: CachePoint) -> bool:
-    """Whether a value is what is remembered, laid out as [batch, heads, sequence, head_dim]."""
-    if len(memory.parts) != memory.rank or memory.rank != len(memory.order):
+def is_canonical_view(value: ir.Value, point: CachePoint) -> bool:
+    """Return whether a value is the cached tensor as [batch, heads, sequence, head_dim]."""
+    if len(point.parts) != point.rank or point.rank != len(point.order):
         return False
-    (source, order), (other, own) = _transposed_from(value), _transposed_from(memory.value)
+    (source, order), (other, own) = _before_transpose(value), _before_transpose(point.value)
     if source is not other:
         return False
     if own is not None:
-        return order == [own[place] for place in memory.order]
-    return (order or list(range(memory.rank))) == list(memory.order)
+        return order == [own[place] for place in point.order]
+    return (order or list(range(point.rank))) == list(point.order)
 
 
-def _transposed_from(value: ir.Value) -> tuple[ir.Value, list[int] | None]:
-    """The tensor that a value is with its axes in another order, and that order."""
+def _canonical_rows(lengths: LengthValues, point: CachePoint) -> ir.Value:
+    """Return the new rows as [batch, heads, sequence, head_dim]."""
+    value, name = point.value, point.value.name or "rows"
+    if point.is_canonical:
+        return value
+    if point.layout_cost == 2:
+        if len(point.parts) != point.rank:
+            parts = [NEW if size is None else size for size in point.parts]
+            value = _reshaped(lengths, point, value, parts, f"{name}.parts")
+        value = _transposed(lengths, point, value, point.order, f"{name}.heads_first")
+        if point.has_four_parts:
+            return value
+    return _reshaped(lengths, point, value, [point.batch, point.heads, NEW, point.head_dim], f"{name}.rows")
+
+
+def _reshaped(
+    lengths: LengthValues, point: CachePoint, value: ir.Value, sizes: Sequence[Dimension], name: str
+) -> ir.Value:
+    target, shape = reshape_target(lengths, sizes), dim_names(sizes)
+    return lengths.editor.node("Reshape", [value, target], name=name, dtype=point.dtype, shape=shape)
+
+
+def _transposed(lengths: LengthValues, point: CachePoint, value: ir.Value, order: Sequence[int], name: str) -> ir.Value:
+    if list(order) == list(range(len(order))):
+        return value
+    shape = None if value.shape is None else ir.Shape([value.shape[place] for place in order])
+    return lengths.editor.node(
+        "Transpose", [value], {"perm": list(order)}, name=name, dtype=point.dtype, shape=shape
+    )  # fmt: skip
+
+
+def _before_transpose(value: ir.Value) -> tuple[ir.Value, list[int] | None]:
+    """Return the input of the `Transpose` that computes a value, and its permutation."""
     node = value.producer()
     order = None if node is None or node.op_type != "Transpose" else node.attributes.get_ints("perm")
     if node is None or order is None or node.inputs[0] is None:

@@ -1,16 +1,16 @@
-"""What a file notes of its cache, for hosts that cannot tell it from dims: once they are numbers, nobody can."""
+"""Cache metadata of a model file: what a cache manager cannot read from the dimensions."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 
 import onnx_ir as ir
 
-from kvsurgeon.cache.layout import USUAL, Layout
+from kvsurgeon.cache.layout import DEFAULT_LAYOUT, Layout
 from kvsurgeon.cache.pairs import CacheMode
-from kvsurgeon.rewrite.cache_entries import CacheTensor
+from kvsurgeon.rewrite.cache_plan import CachePlan
 from kvsurgeon.rewrite.dimension_names import DimNames
 
 KEY = "kvsurgeon.cache"
@@ -18,54 +18,54 @@ KEY = "kvsurgeon.cache"
 
 @dataclass(frozen=True, kw_only=True)
 class CacheMetadata:
-    """How a host must keep the cache."""
+    """Metadata of a cache.
+
+    Attributes:
+        mode: Cache mode.
+        key_layout: Order of the axes of the cached keys.
+        value_layout: Order of the axes of the cached values.
+        max_length: Largest total length that the model supports, in tokens; None if there is no limit.
+        batch_chunks: Whether a batch of several sequences can take more than one new token after a past.
+        outputs: Dimensions of the outputs whose length is that of the cache and not the number of tokens.
+    """
 
     mode: CacheMode
     key_layout: Layout
     value_layout: Layout
-    max_length: int | None = None  # tokens that context can be computed for, where not for any number
-    batch_chunks: bool = True  # whether several sequences at once take more than one token behind a past
-    outputs: Mapping[str, DimNames] = field(
-        default_factory=dict
-    )  # dims of those with a place for each row that is read
+    max_length: int | None
+    batch_chunks: bool
+    outputs: Mapping[str, DimNames]
 
 
-def cache_metadata_of(
-    name: CacheMode,
-    entries: Sequence[CacheTensor],
-    max_length: int | None,
-    *,
-    batch_chunks: bool = True,
-    outputs: Mapping[str, DimNames] | None = None,
-) -> CacheMetadata | None:
-    """Return what is to be noted; nothing where the cache grows as most do, to any length."""
-    layouts = {entry.is_key: entry.layout for entry in reversed(entries)}
-    is_usual = max_length is None and batch_chunks and all(layout == USUAL for layout in layouts.values())
-    if name == "dynamic" and is_usual:
+def cache_metadata(plan: CachePlan, *, batch_chunks: bool, outputs: Mapping[str, DimNames]) -> CacheMetadata | None:
+    """Return the metadata of a cache; None for a dynamic cache of the default layout and of any length."""
+    layouts = {tensor.is_key: tensor.layout for tensor in reversed(plan.tensors)}
+    is_default = plan.max_length is None and batch_chunks and set(layouts.values()) <= {DEFAULT_LAYOUT}
+    if plan.cache_mode == "dynamic" and is_default:
         return None
     return CacheMetadata(
-        mode=name,
-        key_layout=layouts.get(True, USUAL),
-        value_layout=layouts.get(False, USUAL),
-        max_length=max_length,
+        mode=plan.cache_mode,
+        key_layout=layouts.get(True, DEFAULT_LAYOUT),
+        value_layout=layouts.get(False, DEFAULT_LAYOUT),
+        max_length=plan.max_length,
         batch_chunks=batch_chunks,
-        outputs=outputs or {},
+        outputs=outputs,
     )
 
 
-def write_cache_metadata(model: ir.Model, note: CacheMetadata | None) -> None:
-    """CacheMetadata it in the file's metadata; nothing clears what was there."""
-    if note is None:
+def write_cache_metadata(model: ir.Model, metadata: CacheMetadata | None) -> None:
+    """Write the metadata to a model, or remove it."""
+    if metadata is None:
         model.metadata_props.pop(KEY, None)
     else:
-        model.metadata_props[KEY] = json.dumps(asdict(note))
+        model.metadata_props[KEY] = json.dumps(asdict(metadata))
 
 
 def read_cache_metadata(model: ir.Model) -> CacheMetadata | None:
-    """Return what the file notes, if anything that can be read."""
+    """Return the cache metadata of a model; None if there is none, or if it cannot be read."""
     try:
-        said = json.loads(model.metadata_props.get(KEY, ""))
-        said |= {name: tuple(said[name]) for name in ("key_layout", "value_layout")}
-        return CacheMetadata(**said)
+        fields = json.loads(model.metadata_props.get(KEY, ""))
+        fields |= {name: tuple(fields[name]) for name in ("key_layout", "value_layout")}
+        return CacheMetadata(**fields)
     except (ValueError, TypeError, KeyError):
         return None

@@ -1,179 +1,189 @@
-"""From options to a plan: which cache mode, which tensors, and where each length is read at run time."""
+"""Plan of an injection: cache mode, cached tensors, and the source of each length at run time."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import onnx_ir as ir
 import sympy
 
 from kvsurgeon.analysis.analysis import Analysis
-from kvsurgeon.cache.layout import Layout
-from kvsurgeon.cache.length_inputs import Count
+from kvsurgeon.cache.layout import DEFAULT_LAYOUT
+from kvsurgeon.cache.length_inputs import PastLength
+from kvsurgeon.cache.pairs import CacheMode
 from kvsurgeon.dataflow.input_roles import InputRole, find_positions
-from kvsurgeon.errors import UnsupportedError, UsageError
+from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.proof.proof import Proof
-from kvsurgeon.rewrite.cache_entries import CacheNames, CacheTensor, find_entries
-from kvsurgeon.rewrite.cache_modes.dynamic import DynamicCache
-from kvsurgeon.rewrite.cache_modes.mode import CacheMode
-from kvsurgeon.rewrite.cache_modes.new_tokens import NewTokensCache
-from kvsurgeon.rewrite.cache_modes.static import StaticCache
-from kvsurgeon.rewrite.lengths import Source
-from kvsurgeon.symbolic.dimension import CAPACITY, MAX, NEW, PAST, Dimension
+from kvsurgeon.rewrite.cache_options import CacheOptions
+from kvsurgeon.rewrite.cache_tensors import CacheTensor, find_cache_tensors
+from kvsurgeon.rewrite.lengths import INT64, LengthSource
+from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.dimension import CAPACITY, MAX, NEW, PAST, TOTAL, Dimension
 from kvsurgeon.symbolic.sequence_axes import Length
 
-PAST_LENGTH = "past_sequence_length"  # name of the input that gives it
+PAST_LENGTH = "past_sequence_length"  # name of the separate input
 
-_COUNTS: dict[str, tuple[Count, ...]] = {  # the default first
+_PAST_LENGTHS: dict[CacheMode, tuple[PastLength, ...]] = {  # the default first
     "dynamic": ("shape",),
     "static": ("input", "positions", "mask"),
     "new-tokens": ("shape", "input", "positions"),
 }
 
 
-class Options(Protocol):
-    """What a plan is made from; see `kvsurgeon.passes.cache.inject.Inject`."""
-
-    @property
-    def past(self) -> str: ...  # noqa: D102
-    @property
-    def present(self) -> str: ...  # noqa: D102
-    @property
-    def cache(self) -> str: ...  # noqa: D102
-    @property
-    def past_length(self) -> Count | None: ...  # noqa: D102
-    @property
-    def max_length(self) -> int | None: ...  # noqa: D102
-    @property
-    def key_layout(self) -> Layout: ...  # noqa: D102
-    @property
-    def value_layout(self) -> Layout: ...  # noqa: D102
-    @property
-    def cache_dtype(self) -> str | None: ...  # noqa: D102
-
-
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What an injection is to make."""
+class CachePlan:
+    """Plan of an injection.
+
+    Attributes:
+        cache_mode: Content of the cache outputs.
+        past_length: Source of the number of past tokens.
+        tensors: The cached tensors.
+        past: Rows of a cache input.
+        present: Rows of a cache output.
+        total: Rows that attention reads: the length for which context is computed.
+        limit: Largest total length at which the context is proved, if there is one.
+        max_length: Largest total length that the model supports, if there is one.
+    """
 
     cache_mode: CacheMode
-    count: Count
-    entries: Sequence[CacheTensor]
+    past_length: PastLength
+    tensors: Sequence[CacheTensor]
+    past: Dimension
+    present: Dimension
+    total: Dimension
+    limit: int | None
+    max_length: int | None
 
 
-def plan_cache(options: Options, analysis: Analysis, proof: Proof) -> Plan:
-    """Return what the options ask for, if it can be had of this model.
+def plan_cache(options: CacheOptions, analysis: Analysis, proof: Proof) -> CachePlan:
+    """Return the plan for some options.
 
     Raises:
-        UsageError: Two options do not go together.
-        UnsupportedError: The model lacks what they need.
+        UsageError: Two options exclude each other.
+        UnsupportedError: The model does not support them.
     """
-    counts = _COUNTS[options.cache]
-    count = options.past_length or counts[0]
-    if count not in counts:
-        raise UsageError(f"{options.cache}: expected past-length {' or '.join(counts)}, found {count}")
-    if options.max_length is not None and options.cache != "static":
-        raise UsageError(f"{options.cache}: expected no max-length, found {options.max_length}; fix-shapes gives one")
-    wanted, longest = options.max_length, proof.max_length
-    if wanted is not None and longest is not None and wanted > longest:
+    past_length = _check_options(options, analysis, proof)
+    past, present, total = _rows(options, past_length, analysis.length)
+    if analysis.states and past is CAPACITY:
         raise UnsupportedError(
-            "the model cannot be run on as many tokens as the cache is to hold", at=analysis.inputs[0].value.name,
-            expected=f"max-length of at most {longest}", found=str(wanted),
+            "unfilled rows come before the tokens, so a sequence state would read them as tokens",
+            code=Code.MIXES_TOKENS, at=analysis.states[0].value.name, expected="attention only",
+            hint="use past-length=shape or cache=static",
         )  # fmt: skip
-    if wanted is not None and isinstance(analysis.length, int) and wanted < analysis.length:
-        raise UnsupportedError(
-            "an export of fixed length is run on no fewer tokens than it has, and so the cache must hold as many",
-            at=analysis.inputs[0].value.name, expected=f"max-length {analysis.length}", found=str(wanted),
-        )  # fmt: skip
-    dtype = None if options.cache_dtype is None else ir.DataType[options.cache_dtype.upper()]
-    naming = CacheNames(
-        past=options.past, present=options.present, dtype=dtype,
-        key_layout=options.key_layout, value_layout=options.value_layout,
+    return CachePlan(
+        cache_mode=options.cache, past_length=past_length, past=past, present=present, total=total,
+        tensors=find_cache_tensors(analysis.heads, analysis.states, options),
+        limit=proof.limit, max_length=proof.max_length,
     )  # fmt: skip
-    cache_mode = _cache_mode(options, count, analysis.length)
-    if analysis.states and cache_mode.past is CAPACITY:
+
+
+def _check_options(options: CacheOptions, analysis: Analysis, proof: Proof) -> PastLength:
+    """Return the source of the past length after checking all options."""
+    allowed = _PAST_LENGTHS[options.cache]
+    past_length = options.past_length or allowed[0]
+    if past_length not in allowed:
+        raise UsageError(f"cache {options.cache}: expected past-length {' or '.join(allowed)}, found {past_length}")
+    capacity, longest = options.max_length, proof.max_length
+    if capacity is not None and options.cache != "static":
+        raise UsageError(f"cache {options.cache}: expected no max-length, found {capacity}; use fix-shapes for that")
+    at = analysis.inputs[0].value.name
+    if capacity is not None and longest is not None and capacity > longest:
         raise UnsupportedError(
-            "rows that need not be filled stand before the tokens, and would be taken for tokens outside attention",
-            at=analysis.states[0].value.name, expected="tokens that see others in attention only",
-            hint="past-length=shape, or in-place",
+            "the capacity of the cache exceeds the maximum length of the model", code=Code.LENGTH_LIMIT, at=at,
+            expected=f"max-length of at most {longest}", found=str(capacity),
         )  # fmt: skip
-    return Plan(cache_mode=cache_mode, count=count, entries=find_entries(analysis.heads, analysis.states, naming))
+    if capacity is not None and isinstance(analysis.length, int) and capacity < analysis.length:
+        raise UnsupportedError(
+            "the capacity of the cache is less than the fixed length of the export", code=Code.FIXED_LENGTH, at=at,
+            expected=f"max-length {analysis.length}", found=str(capacity),
+        )  # fmt: skip
+    for layout in (options.key_layout, options.value_layout):
+        if sorted(layout) != sorted(DEFAULT_LAYOUT):
+            expected = ", ".join(DEFAULT_LAYOUT)
+            raise UsageError(f"expected a layout of {expected} in any order, found {', '.join(layout)}")
+    return past_length
 
 
-def _cache_mode(options: Options, count: Count, length: Dimension) -> CacheMode:
-    if options.cache == "static":
-        longest = length if isinstance(length, int) else MAX  # what an export of fixed length can be run on
-        return StaticCache(room=options.max_length or longest, cut_short=count == "mask")
+def _rows(options: CacheOptions, past_length: PastLength, length: Dimension) -> tuple[Dimension, Dimension, Dimension]:
+    """Return the rows of a cache input, of a cache output, and of the keys that attention reads."""
     if options.cache == "dynamic":
-        return DynamicCache()
-    if count != "shape" and isinstance(length, int):
+        return PAST, TOTAL, TOTAL
+    if options.cache == "static":
+        capacity = options.max_length or (length if isinstance(length, int) else MAX)
+        return capacity, capacity, TOTAL if past_length == "mask" else capacity
+    if past_length == "shape":
+        return PAST, NEW, TOTAL
+    if isinstance(length, int):
         raise UnsupportedError(
-            "rows that need not be filled stand before the tokens, and context that an export fixed has no such rows",
-            expected="an export of any length", found=f"one of {length} tokens", hint="past-length=shape, or in-place",
+            "unfilled rows come before the tokens, and an export of fixed length has no context for them",
+            code=Code.FIXED_LENGTH, expected="an export of dynamic length", found=f"{length} tokens",
+            hint="use past-length=shape or cache=static",
         )  # fmt: skip
-    return NewTokensCache(past=PAST if count == "shape" else CAPACITY)
+    return CAPACITY, NEW, dim.add(CAPACITY, NEW)
 
 
-def find_sources(plan: Plan, analysis: Analysis, editor: Editor, past: ir.Value) -> dict[sympy.Symbol, Source]:
-    """Return where each length can be read at run time, having added the input that gives one."""
-    held = Source(value=past, axis=plan.entries[0].axis)
-    sources: dict[sympy.Symbol, Source] = {}
-    if isinstance(plan.cache_mode.past, sympy.Symbol):
-        sources[plan.cache_mode.past] = held
+def find_sources(
+    plan: CachePlan, analysis: Analysis, editor: Editor, past: ir.Value
+) -> dict[sympy.Symbol, LengthSource]:
+    """Return the source of each length at run time, and add the separate input if the plan has one."""
+    sources: dict[sympy.Symbol, LengthSource] = {}
+    if isinstance(plan.past, sympy.Symbol):
+        sources[plan.past] = past, plan.tensors[0].axis
     for given in sorted(analysis.inputs, key=lambda given: not given.is_token):
         for axis, size in enumerate(given.dimensions):
             if axis not in given.lengths and not isinstance(size, int):
-                sources.setdefault(size, Source(value=given.value, axis=axis))
+                sources.setdefault(size, (given.value, axis))
             elif axis in given.lengths and given.is_token:
-                sources.setdefault(NEW, Source(value=given.value, axis=axis))
-    if plan.count != "shape":
-        sources[PAST] = Source(value=_COUNTERS[plan.count](analysis, editor, sources[NEW]))
+                sources.setdefault(NEW, (given.value, axis))
+    if plan.past_length == "input":
+        sources[PAST] = _add_input(editor), None
+    elif plan.past_length == "positions":
+        positions = _single(find_positions(analysis.inputs), "an input of positions").value
+        sources[PAST] = first_position(editor, positions, name="positions.flat"), None
+    elif plan.past_length == "mask":
+        sources[PAST] = _past_length_of_mask(analysis, editor, sources[NEW]), None
     return sources
 
 
-def _by_input(analysis: Analysis, editor: Editor, new: Source) -> ir.Value:
-    """An input of its own, int64 [1]: what every model can have, and what no mask or position can be taken for."""
-    graph = analysis.model.graph
+def first_position(editor: Editor, positions: ir.Value, name: str) -> ir.Value:
+    """Return the position of the first new token of the first sequence: the past length without left padding."""
+    dtype = positions.dtype
+    flat = editor.node("Reshape", [positions, editor.constant([-1])], name=name, dtype=dtype)
+    return editor.node("Gather", [flat, editor.constant([0])], name="position.first", dtype=dtype, shape=[1])
+
+
+def _add_input(editor: Editor) -> ir.Value:
+    """Add a separate input, int64 [1]: no model can take it for a mask or positions."""
+    graph = editor.graph
     if any(value.name == PAST_LENGTH for value in (*graph.inputs, *graph.outputs)):
-        raise UnsupportedError("the model already has an input or output of that name", at=PAST_LENGTH)
+        raise UnsupportedError(
+            "the model already has an input or output of that name", code=Code.NAME_CONFLICT, at=PAST_LENGTH
+        )
     editor.release_name(PAST_LENGTH)
-    given = ir.Value(name=PAST_LENGTH, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
-    graph.inputs.append(given)
-    return given
+    value = ir.Value(name=PAST_LENGTH, type=ir.TensorType(INT64), shape=ir.Shape([1]))
+    graph.inputs.append(value)
+    return value
 
 
-def _by_positions(analysis: Analysis, editor: Editor, new: Source) -> ir.Value:
-    """The position of the first new token of the first row: right where no row is padded on the left."""
-    given = _only(find_positions(analysis.inputs), "an input of positions")
-    flat = editor.node("Reshape", [given.value, editor.constant([-1])], name="positions.flat", dtype=given.value.dtype)
-    return editor.node(
-        "Gather", [flat, editor.constant([0])], name="position.first", dtype=given.value.dtype, shape=[1]
-    )
-
-
-def _by_mask(analysis: Analysis, editor: Editor, new: Source) -> ir.Value:
-    """The length of the mask, which is given for all tokens so far, less the new ones."""
+def _past_length_of_mask(analysis: Analysis, editor: Editor, new: LengthSource) -> ir.Value:
+    """Return the length of the mask, which covers past and new tokens, minus the new tokens."""
     masks = [given for given in analysis.inputs if set(given.lengths.values()) == {Length.TOTAL}]
-    given = _only(masks, "an attention mask given for all tokens so far")
-    axis = next(iter(given.lengths))
+    mask = _single(masks, "an attention mask of past and new tokens")
     sizes = []
-    for value, place in ((given.value, axis), (new.value, new.axis)):
-        shape = editor.node("Shape", [value], name=f"{value.name}_shape", dtype=ir.DataType.INT64)
-        index = editor.constant([place])
-        sizes.append(editor.node("Gather", [shape, index], name="length", dtype=ir.DataType.INT64, shape=[1]))
-    return editor.node("Sub", sizes, name="past_length", dtype=ir.DataType.INT64, shape=[1])
+    for value, axis in ((mask.value, next(iter(mask.lengths))), new):
+        shape = editor.node("Shape", [value], name=f"{value.name}_shape", dtype=INT64)
+        index = editor.constant([axis])
+        sizes.append(editor.node("Gather", [shape, index], name="length", dtype=INT64, shape=[1]))
+    return editor.node("Sub", sizes, name="past_length", dtype=INT64, shape=[1])
 
 
-def _only(found: Sequence[InputRole], expected: str) -> InputRole:
+def _single(found: Sequence[InputRole], expected: str) -> InputRole:
     if len(found) != 1:
         names = ", ".join(given.value.name or "" for given in found) or "none"
         raise UnsupportedError(
-            "the number of past tokens cannot be read", expected=expected, found=names, hint="past-length=input"
-        )
+            "no input gives the number of past tokens", code=Code.INPUT_ROLE, expected=expected, found=names,
+            hint="use past-length=input",
+        )  # fmt: skip
     return found[0]
-
-
-_COUNTERS = {"input": _by_input, "positions": _by_positions, "mask": _by_mask}

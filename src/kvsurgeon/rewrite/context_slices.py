@@ -25,7 +25,7 @@ from kvsurgeon.ops.operator import AxisLinks, Label, Trait, UntraceableAxesError
 from kvsurgeon.ops.resizing import WHOLE_NUMBERS
 from kvsurgeon.ops.table import axis_links, has_trait, operator_of
 from kvsurgeon.rewrite.lengths import LengthValues
-from kvsurgeon.rewrite.unfilled_rows import UnfilledRows
+from kvsurgeon.rewrite.unfilled_rows import in_token_order
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import NEW, Dimension
 from kvsurgeon.symbolic.fact import Fact, OperatorCall
@@ -65,7 +65,6 @@ class ContextSlices:
         self.lengths = lengths
         self.same = same
         self.given = {given.value: given for given in inputs}
-        self.filling = UnfilledRows(editor, lengths)
         self.fixed = isinstance(flow.length, int) and flow.length != lengths.total
         self._made: dict[tuple[ir.Value, Key], ir.Value] = {}
         self._rebuilt: dict[tuple[ir.Node, tuple[ir.Value | None, ...]], ir.Node] = {}
@@ -212,7 +211,7 @@ class ContextSlices:
             )
         in_rows = tuple(SequenceAxis(axis, LengthVariable(length)) for axis, length in lengths.items())
         wanted = tuple(axis for axis in axes if lengths.get(axis.axis) is not Length.NEW)
-        return self.sliced(self.filling.as_tokens(value, in_rows), wanted)
+        return self.sliced(in_token_order(self.lengths, value, in_rows), wanted)
 
     def _of_numbers(self, value: ir.Value, numbers: np.ndarray, dtype: ir.DataType) -> ir.Value:
         at = np.frompyfunc(lambda number: self.lengths.at(number, Length.TOTAL), 1, 1)

@@ -1,10 +1,9 @@
-"""Keys and values are multiplied where they lie in the cache.
+"""Head grouping: queries that share a key/value head are rows of one product with it, read from the cache directly.
 
-An export repeats the heads of keys and values for the queries that share them, scales them and lays them out anew: at
-every step, for all tokens so far. The queries that share a head are as well rows of one product with it, and there is
-one row for a new token only: [batch, heads * repeats, rows, head_dim] is [batch, heads, repeats * rows, head_dim]
-without a number being moved.
-Source of the grouping: Ainslie et al., "GQA", 2023.
+An export repeats the heads of keys and values for the queries that share them, scales them and transposes them: at
+every step, for all past tokens. Instead, the queries of a group become rows of one product, and only new queries are
+moved: [batch, heads * repeats, rows, head_dim] is [batch, heads, repeats * rows, head_dim] without a copy.
+Source: Ainslie et al., "GQA", 2023.
 """
 
 from __future__ import annotations
@@ -16,133 +15,131 @@ import onnx_ir as ir
 from kvsurgeon.analysis.analysis import AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.analysis.token_flow import FusedAttention, TokenFlow
-from kvsurgeon.rewrite.cache_layouts import USUAL, CacheLayouts, Order
+from kvsurgeon.rewrite.cache_layouts import CANONICAL, Order, from_cache, reordered
 from kvsurgeon.rewrite.dimension_names import dim_names
-from kvsurgeon.rewrite.layout_trace import FEATURES, TOKENS, LayoutTrace, read
+from kvsurgeon.rewrite.layout_trace import HEAD_DIM, SEQUENCE, LayoutTrace, trace_layout
 from kvsurgeon.rewrite.reshape_targets import reshape_target
 from kvsurgeon.rewrite.token_data import TokenRewriter
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Length
 
-_PRODUCTS = frozenset({"MatMul", "FusedMatMul"})
-_MOVES_QUERIES = ("transA", "transBatchA", "transBatchB")  # attributes of FusedMatMul
-_AS_COLUMNS: Order = (0, 1, 3, 2)
+_PRODUCTS = ("MatMul", "FusedMatMul")
+_QUERY_TRANSPOSES = ("transA", "transBatchA", "transBatchB")  # attributes of FusedMatMul
+_TRANSPOSED_KEYS: Order = (0, 1, 3, 2)
 
 
 class HeadGrouping:
-    """Gives products what is remembered, and lets them read the cache as it is where that saves work."""
+    """Connects attention products to the cache, without copies of it if possible."""
 
-    def __init__(self, flow: TokenFlow, tokens: TokenRewriter, layouts: CacheLayouts) -> None:
+    def __init__(self, flow: TokenFlow, tokens: TokenRewriter) -> None:
         self.flow = flow
         self.tokens = tokens
-        self.layouts = layouts
         self.editor = tokens.editor
+        self.lengths = tokens.lengths
         self._caches: dict[ir.Value, tuple[ir.Value, Order]] = {}
 
-    def remember(self, memory: CachePoint, whole: ir.Value, order: Order) -> None:
-        """Let what is downstream of the cut read `whole`: all tokens so far, with the axes in that order."""
-        shape = self.flow.shapes[memory.value].shape or ()
-        own = self.tokens.views.sizes(shape, self.tokens.axes_at(memory.value, Length.TOTAL))
-        self.tokens.remember(memory.value, self.layouts.from_cache(memory, whole, own, order))
-        self._caches[memory.value] = whole, order
+    def add_cache(self, point: CachePoint, rows: ir.Value, order: Order) -> None:
+        """Set the cached rows of a tensor, whose axes are in an order: its consumers read them."""
+        shape = self.flow.shapes[point.value].shape or ()
+        sizes = self.tokens.slices.sizes(shape, self.tokens.axes_at(point.value, Length.TOTAL))
+        self.tokens.add_total(point.value, from_cache(self.lengths, point, rows, sizes, order))
+        self._caches[point.value] = rows, order
 
-    def regroup(self, head: AttentionSite) -> None:
-        """Regroup the products of one attention, where it saves work for every token so far."""
-        if head.fused is not None:
-            self._share_heads(head.fused, (*head.keys, *head.values))
+    def regroup(self, site: AttentionSite) -> None:
+        """Regroup the products of an attention site if that saves work for past tokens."""
+        if site.fused is not None:
+            self._share_heads(site.fused, (*site.keys, *site.values))
             return
-        for operand in head.keys:
-            self._regroup(operand, may_scale=True)
-        for operand in head.values:
-            self._regroup(operand, may_scale=False)
+        for operand in site.keys:
+            self._regroup(operand, is_key=True)
+        for operand in site.values:
+            self._regroup(operand, is_key=False)
 
     def _share_heads(self, fused: FusedAttention, operands: Sequence[CachedOperand]) -> None:
-        """Let a fused operator share the heads of keys and values among its queries by itself, if it shares both."""
+        """Connect a fused operator to the heads before their repetition, if both keys and values are repeated."""
         if len(fused.layout) != 4:
             return
-        caches = []
         for operand in operands:
-            node, index = operand.place
-            value = self.tokens.before[node][index]
-            reading = None if value is None else read(self.flow, self.tokens.before, value, operand.memory)
-            if reading is None or reading.repeats == 1 or reading.scales:
+            trace = self._trace(operand)
+            if trace is None or trace.repeats == 1 or trace.scales or len(trace.axes) != 4:
                 return
-            if not reading.stacks_heads(((TOKENS,), (FEATURES,))) or len(reading.axes) != 4:
+            if not trace.is_grouped(((SEQUENCE,), (HEAD_DIM,))):
                 return
-            cache, order = self._caches[operand.memory.value]
-            caches.append((operand, cache, order))
-        for operand, cache, order in caches:
-            rows = self.layouts.all_rows(operand.memory, cache, order, USUAL)
-            self.editor.replace_input(*operand.place, rows)
+        for operand in operands:
+            rows, order = self._caches[operand.memory.value]
+            self.editor.replace_input(*operand.place, reordered(self.lengths, operand.memory, rows, order))
 
-    def _regroup(self, operand: CachedOperand, *, may_scale: bool) -> None:
+    def _trace(self, operand: CachedOperand) -> LayoutTrace | None:
         node, index = operand.place
-        value, partner = self.tokens.before[node][index], self.tokens.before[node][1 - index] if index == 1 else None
-        if not _is_plain(node) or value is None or partner is None:
-            return
-        reading = read(self.flow, self.tokens.before, value, operand.memory)
-        if reading is None or (reading.scales and not may_scale) or self._is_free(reading, operand.memory):
-            return
-        if not self._stands_beside(partner, value, reading):
-            return
-        last = reading.axes[-2:]
-        if set(last) == {(TOKENS,), (FEATURES,)} and reading.stacks_heads(last):
-            self._rewire(operand, reading, partner)
+        value = self.tokens.before[node][index]
+        return None if value is None else trace_layout(self.flow, self.tokens.before, value, operand.memory)
 
-    def _stands_beside(self, partner: ir.Value, value: ir.Value, reading: LayoutTrace) -> bool:
-        """Whether the other operand has the same axes before its last two, and can be scaled without getting more."""
-        mine, theirs = self.flow.shapes[partner].shape, self.flow.shapes[value].shape
+    def _regroup(self, operand: CachedOperand, *, is_key: bool) -> None:
+        node, index = operand.place
+        value, queries = self.tokens.before[node][index], self.tokens.before[node][1 - index] if index == 1 else None
+        if not _is_plain(node) or value is None or queries is None:
+            return
+        trace = self._trace(operand)
+        if trace is None or (trace.scales and not is_key) or _is_free(trace, operand.memory):
+            return
+        is_matrix = set(trace.axes[-2:]) == {(SEQUENCE,), (HEAD_DIM,)}
+        if self._have_same_heads(queries, value, trace) and is_matrix and trace.is_grouped(trace.axes[-2:]):
+            self._rewire(operand, trace, queries)
+
+    def _have_same_heads(self, queries: ir.Value, value: ir.Value, trace: LayoutTrace) -> bool:
+        """Return whether both operands have the same axes before the last two, and scales fit the queries."""
+        mine, theirs = self.flow.shapes[queries].shape, self.flow.shapes[value].shape
         if mine is None or theirs is None or not _same(mine[:-2], theirs[:-2]):
             return False
-        return all(len(self.flow.shapes[scale].shape or ()) <= len(mine) for _, scale in reading.scales)
+        return all(len(self.flow.shapes[scale].shape or ()) <= len(mine) for _, scale in trace.scales)
 
-    def _is_free(self, reading: LayoutTrace, memory: CachePoint) -> bool:
-        """Whether nothing is computed or copied: runtimes make a last swap of two axes part of the product."""
-        if reading.repeats > 1 or reading.scales or memory.layout_cost == 2:
-            return False
-        return not any(_copies(step, is_last=step is reading.steps[-1]) for step in reading.steps)
-
-    def _rewire(self, operand: CachedOperand, reading: LayoutTrace, partner: ir.Value) -> None:
-        (node, index), memory = operand.place, operand.memory
-        cache, order = self._caches[memory.value]
-        cache = self.layouts.all_rows(memory, cache, order, _AS_COLUMNS if reading.axes[-1] == (TOKENS,) else USUAL)
-        given = node.inputs[1 - index]
-        assert given is not None
-        for operator, scale in reading.scales:
-            inputs = [given, self.tokens.views.slice_of(scale, ())]
-            given = self.editor.node(operator, inputs, name=f"{partner.name}.scaled", dtype=memory.dtype)
-        apart, result = self._sizes(partner), self._sizes(node.outputs[0])
-        rows = dim.multiply(reading.repeats, apart[-2])
-        grouped = [memory.batch, memory.heads, rows, apart[-1]]
-        self.editor.replace_input(node, 1 - index, self._reshaped(given, apart, grouped, memory.dtype))
-        self.editor.replace_input(node, index, cache)
-        grouped = [memory.batch, memory.heads, rows, result[-1]]
-        if not _same(grouped, result):
-            target = reshape_target(self.tokens.lengths, result, grouped)
-            shapes = dim_names(grouped), dim_names(result)
-            self.editor.append_to(node.outputs[0], "Reshape", [target], memory.dtype, shapes)
+    def _rewire(self, operand: CachedOperand, trace: LayoutTrace, queries: ir.Value) -> None:
+        """Connect a product to the cache, with the queries of each group as rows."""
+        (node, index), point = operand.place, operand.memory
+        rows, order = self._caches[point.value]
+        wanted = _TRANSPOSED_KEYS if trace.axes[-1] == (SEQUENCE,) else CANONICAL
+        rows = reordered(self.lengths, point, rows, order, wanted)
+        query = node.inputs[1 - index]
+        assert query is not None
+        for operator, scale in trace.scales:
+            inputs = [query, self.tokens.slices.slice_of(scale, ())]
+            query = self.editor.node(operator, inputs, name=f"{queries.name}.scaled", dtype=point.dtype)
+        before, result = self._sizes(queries), self._sizes(node.outputs[0])
+        group = [point.batch, point.heads, dim.multiply(trace.repeats, before[-2])]
+        if not _same(before, [*group, before[-1]]):
+            target = reshape_target(self.lengths, [*group, before[-1]], before)
+            query = self.editor.node(
+                "Reshape", [query, target], name=f"{query.name}.grouped", dtype=point.dtype,
+                shape=dim_names([*group, before[-1]]),
+            )  # fmt: skip
+        self.editor.replace_input(node, 1 - index, query)
+        self.editor.replace_input(node, index, rows)
+        if not _same([*group, result[-1]], result):
+            target = reshape_target(self.lengths, result, [*group, result[-1]])
+            shapes = dim_names([*group, result[-1]]), dim_names(result)
+            self.editor.append_to(node.outputs[0], "Reshape", [target], point.dtype, shapes)
 
     def _sizes(self, value: ir.Value) -> list[Dimension]:
-        return self.tokens.views.sizes(self.flow.shapes[value].shape or (), self.tokens.axes_at(value, Length.NEW))
-
-    def _reshaped(
-        self, value: ir.Value, before: Sequence[Dimension], after: Sequence[Dimension], dtype: ir.DataType
-    ) -> ir.Value:
-        if _same(before, after):
-            return value
-        target, name = reshape_target(self.tokens.lengths, after, before), f"{value.name}.grouped"
-        return self.editor.node("Reshape", [value, target], name=name, dtype=dtype, shape=dim_names(after))
+        shape = self.flow.shapes[value].shape or ()
+        return self.tokens.slices.sizes(shape, self.tokens.axes_at(value, Length.NEW))
 
 
 def _is_plain(product: ir.Node) -> bool:
-    """Whether the rows of the first operand are the rows of a result that nobody outside the graph reads."""
-    moved = any(product.attributes.get_int(name, 0) for name in _MOVES_QUERIES)
-    return product.op_type in _PRODUCTS and not moved and not product.outputs[0].is_graph_output()
+    """Return whether rows of the first operand are rows of the result, and that is no graph output."""
+    is_transposed = any(product.attributes.get_int(name, 0) for name in _QUERY_TRANSPOSES)
+    return product.op_type in _PRODUCTS and not is_transposed and not product.outputs[0].is_graph_output()
+
+
+def _is_free(trace: LayoutTrace, point: CachePoint) -> bool:
+    """Return whether nothing is computed or copied: runtimes fuse a final swap of two axes into the product."""
+    if trace.repeats > 1 or trace.scales or point.layout_cost == 2:
+        return False
+    return not any(_copies(step, is_last=step is trace.steps[-1]) for step in trace.steps)
 
 
 def _copies(step: ir.Node, *, is_last: bool) -> bool:
-    """Whether an operator that moves numbers is more than the swap of rows and columns before a product."""
+    """Return whether a step is a transposition other than a final swap of the last two axes."""
     if step.op_type != "Transpose":
         return False
     order = list(step.attributes.get_ints("perm") or ())

@@ -1,4 +1,4 @@
-"""How an operand of a product is read from what is remembered: moved, repeated and scaled, and nothing else."""
+"""Layout trace: which moves, repeats and scales lead from a cached tensor to an operand of a product, if only those."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.analysis.token_flow import TokenFlow
+from kvsurgeon.rewrite.token_data import InputsBefore
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 
 Labels = tuple[str, ...]
-Before = Mapping[ir.Node, tuple[ir.Value | None, ...]]  # each node's inputs before surgery
 
-BATCH, TOKENS, FEATURES, HEADS, REPEATS = "batch", "tokens", "features", "heads", "repeats"
+BATCH, SEQUENCE, HEAD_DIM, HEADS, REPEATS = "batch", "sequence", "head_dim", "heads", "repeats"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutTrace:
-    """A tensor as a view of what is remembered.
+    """A tensor as a view of a cached tensor.
 
     Attributes:
-        axes: What each axis holds, from the outermost in: labels such as "batch", "heads.0", "tokens" or "repeats.0".
-            An axis of size 1 holds nothing.
-        sizes: The size of each label, at the one length of the export.
-        scales: What it was multiplied with or divided by since: operators and single numbers.
-        steps: The operators between, from what is remembered to the tensor.
+        axes: Labels of each axis, outermost first, such as "batch", "heads.0", "sequence" or "repeats.0"; an axis of
+            size 1 has none.
+        sizes: Size of each label, at the length of the export.
+        scales: Operators and scalars that the tensor was multiplied with or divided by.
+        steps: Operators from the cached tensor to the tensor.
     """
 
     axes: tuple[Labels, ...]
@@ -37,106 +37,106 @@ class LayoutTrace:
 
     @property
     def repeats(self) -> int:
-        """How often each head is there."""
-        whole = dim.product(size for label, size in self.sizes.items() if label.startswith(REPEATS))
-        assert isinstance(whole, int)
-        return whole
+        """How often each head is repeated."""
+        repeats = dim.product(size for label, size in self.sizes.items() if label.startswith(REPEATS))
+        assert isinstance(repeats, int)
+        return repeats
 
-    def stacks_heads(self, last: Sequence[Labels]) -> bool:
-        """Whether it is [batch, heads, repeats, *last], whichever of the first three share an axis.
+    def is_grouped(self, last: Sequence[Labels]) -> bool:
+        """Return whether the tensor is [batch, heads, repeats, *last], whichever of the first three share an axis.
 
-        Heads that the tensor holds on several axes must be in the order in which they are remembered; repeats are alike
-        in any order.
+        Heads on several axes must be in the order in which they are cached; repeats are equal in any order.
         """
         places = [_place(label) for axis in self.axes[:-2] for label in axis]
         return list(self.axes[-2:]) == list(last) and places == sorted(places)
 
 
 def _place(label: str) -> tuple[int, int]:
-    """Where a label belongs in [batch, heads, repeats]."""
-    kind, _, place = label.partition(".")
-    return [BATCH, HEADS, REPEATS].index(kind), int(place) if kind == HEADS else 0
+    """Return the rank of a label in [batch, heads, repeats]."""
+    kind, _, index = label.partition(".")
+    return [BATCH, HEADS, REPEATS].index(kind), int(index) if kind == HEADS else 0
 
 
-def read(flow: TokenFlow, before: Before, operand: ir.Value, memory: CachePoint) -> LayoutTrace | None:
-    """Return how `operand` is read from what `memory` remembers; None where more is done on the way."""
-    path = _path(flow, before, operand, memory.value)
-    shape = flow.shapes[memory.value].shape
+def trace_layout(flow: TokenFlow, before: InputsBefore, operand: ir.Value, point: CachePoint) -> LayoutTrace | None:
+    """Return the trace from a cached tensor to an operand; None if other operators lie between."""
+    path = _path(flow, before, operand, point.value)
+    shape = flow.shapes[point.value].shape
     if path is None or shape is None:
         return None
-    labels = _labels(memory)
-    sizes = {label: flow.length if size is None else size for label, size in zip(labels, memory.parts, strict=True)}
-    axes = _regrouped(labels, sizes, shape)
-    reading = None if axes is None else LayoutTrace(axes=axes, sizes=sizes)
+    labels = _labels(point)
+    sizes = {label: flow.length if size is None else size for label, size in zip(labels, point.parts, strict=True)}
+    axes = _distributed(labels, sizes, shape)
+    trace = None if axes is None else LayoutTrace(axes=axes, sizes=sizes)
     for node in path:
-        if reading is None:
+        if trace is None:
             return None
-        reading = _MOVES[node.op_type](flow, before, node, replace(reading, steps=(*reading.steps, node)))
-    return reading
+        trace = _RULES[node.op_type](flow, before, node, replace(trace, steps=(*trace.steps, node)))
+    return trace
 
 
-def _path(flow: TokenFlow, before: Before, operand: ir.Value, start: ir.Value) -> list[ir.Node] | None:
+def _path(flow: TokenFlow, before: InputsBefore, operand: ir.Value, start: ir.Value) -> list[ir.Node] | None:
+    """Return the operators from a value to an operand; None if one has no rule."""
     path: list[ir.Node] = []
     value: ir.Value | None = operand
     while value is not start:
         node = None if value is None else value.producer()
-        if node is None or node.op_type not in _MOVES or node not in before or len(node.outputs) != 1:
+        if node is None or node.op_type not in _RULES or node not in before or len(node.outputs) != 1:
             return None
         path.append(node)
-        value = before[node][_operand(flow, before[node])]
+        value = before[node][_token_input(flow, before[node])]
     return path[::-1]
 
 
-def _operand(flow: TokenFlow, inputs: Sequence[ir.Value | None]) -> int:
-    """The index of the first input that holds tokens."""
+def _token_input(flow: TokenFlow, inputs: Sequence[ir.Value | None]) -> int:
+    """Return the index of the first input with a sequence axis."""
     return next((index for index, value in enumerate(inputs) if value is not None and flow.axes.get(value)), 0)
 
 
-def _labels(memory: CachePoint) -> list[str]:
-    """A label for each part of the remembered tensor, in its own order."""
-    named = {place: f"{HEADS}.{place}" for place in range(len(memory.parts))}
-    *leading, tokens, features = memory.order
-    named |= {place: BATCH for place in leading if not isinstance(memory.parts[place], int)}
-    if isinstance(memory.batch, int) and memory.batch > 1 and memory.parts[leading[0]] == memory.batch:
-        named[leading[0]] = BATCH
-    named |= {tokens: TOKENS, features: FEATURES}
-    return [named[place] for place in range(len(memory.parts))]
+def _labels(point: CachePoint) -> list[str]:
+    """Return a label for each part of a cached tensor."""
+    labels = {place: f"{HEADS}.{place}" for place in range(len(point.parts))}
+    *leading, sequence, head_dim = point.order
+    labels |= {place: BATCH for place in leading if not isinstance(point.parts[place], int)}
+    if isinstance(point.batch, int) and point.batch > 1 and point.parts[leading[0]] == point.batch:
+        labels[leading[0]] = BATCH
+    labels |= {sequence: SEQUENCE, head_dim: HEAD_DIM}
+    return [labels[place] for place in range(len(point.parts))]
 
 
-def _regrouped(
+def _distributed(
     labels: Sequence[str], sizes: Mapping[str, Dimension], shape: Sequence[Dimension]
 ) -> tuple[Labels, ...] | None:
-    """Distribute labels over the axes of a row-major tensor of this shape; None where one would be cut in two."""
+    """Distribute labels over the axes of a row-major tensor; None if one would be split."""
     left = [label for label in labels if sizes[label] != 1]
     axes: list[Labels] = []
     for size in shape:
-        held: list[str] = []
-        while not dim.is_equal(dim.product(sizes[label] for label in held), size):
+        axis: list[str] = []
+        while not dim.is_equal(dim.product(sizes[label] for label in axis), size):
             if not left:
                 return None
-            held.append(left.pop(0))
-        axes.append(tuple(held))
+            axis.append(left.pop(0))
+        axes.append(tuple(axis))
     return None if left else tuple(axes)
 
 
-def _reshape(flow: TokenFlow, before: Before, node: ir.Node, reading: LayoutTrace) -> LayoutTrace | None:
+def _reshape(flow: TokenFlow, before: InputsBefore, node: ir.Node, trace: LayoutTrace) -> LayoutTrace | None:
     shape = flow.shapes[node.outputs[0]].shape
-    labels = [label for axis in reading.axes for label in axis]
-    axes = None if shape is None else _regrouped(labels, reading.sizes, shape)
-    return None if axes is None else replace(reading, axes=axes)
+    labels = [label for axis in trace.axes for label in axis]
+    axes = None if shape is None else _distributed(labels, trace.sizes, shape)
+    return None if axes is None else replace(trace, axes=axes)
 
 
-def _transpose(flow: TokenFlow, before: Before, node: ir.Node, reading: LayoutTrace) -> LayoutTrace | None:
-    order = node.attributes.get_ints("perm") or tuple(reversed(range(len(reading.axes))))
-    return replace(reading, axes=tuple(reading.axes[place] for place in order))
+def _transpose(flow: TokenFlow, before: InputsBefore, node: ir.Node, trace: LayoutTrace) -> LayoutTrace | None:
+    order = node.attributes.get_ints("perm") or tuple(reversed(range(len(trace.axes))))
+    return replace(trace, axes=tuple(trace.axes[place] for place in order))
 
 
-def _expand(flow: TokenFlow, before: Before, node: ir.Node, reading: LayoutTrace) -> LayoutTrace | None:
-    """An axis of size 1 that grows holds repeats from here on."""
+def _expand(flow: TokenFlow, before: InputsBefore, node: ir.Node, trace: LayoutTrace) -> LayoutTrace | None:
+    """Label an axis that grows from size 1 as repeats."""
     source, shape = flow.shapes[before[node][0]].shape, flow.shapes[node.outputs[0]].shape  # type: ignore[index]
     if source is None or shape is None or len(source) != len(shape):
         return None
-    axes, sizes = list(reading.axes), dict(reading.sizes)
+    axes, sizes = list(trace.axes), dict(trace.sizes)
     for place, (old, new) in enumerate(zip(source, shape, strict=True)):
         if dim.is_equal(old, new):
             continue
@@ -144,25 +144,25 @@ def _expand(flow: TokenFlow, before: Before, node: ir.Node, reading: LayoutTrace
             return None
         label = f"{REPEATS}.{len(sizes)}"
         axes[place], sizes[label] = (label,), new
-    return replace(reading, axes=tuple(axes), sizes=sizes)
+    return replace(trace, axes=tuple(axes), sizes=sizes)
 
 
-def _scale(flow: TokenFlow, before: Before, node: ir.Node, reading: LayoutTrace) -> LayoutTrace | None:
-    mine = _operand(flow, before[node])
-    other = before[node][1 - mine]
-    shape = None if other is None else flow.shapes[other].shape
-    is_single = shape is not None and dim.product(shape) == 1 and len(shape) <= len(reading.axes)
-    if other is None or not is_single or flow.axes.get(other) or (node.op_type == "Div" and mine == 1):
+def _scale(flow: TokenFlow, before: InputsBefore, node: ir.Node, trace: LayoutTrace) -> LayoutTrace | None:
+    index = _token_input(flow, before[node])
+    scale = before[node][1 - index]
+    shape = None if scale is None else flow.shapes[scale].shape
+    is_scalar = shape is not None and dim.product(shape) == 1 and len(shape) <= len(trace.axes)
+    if scale is None or not is_scalar or flow.axes.get(scale) or (node.op_type == "Div" and index == 1):
         return None
-    return replace(reading, scales=(*reading.scales, (node.op_type, other)))
+    return replace(trace, scales=(*trace.scales, (node.op_type, scale)))
 
 
-def _cast(flow: TokenFlow, before: Before, node: ir.Node, reading: LayoutTrace) -> LayoutTrace | None:
+def _cast(flow: TokenFlow, before: InputsBefore, node: ir.Node, trace: LayoutTrace) -> LayoutTrace | None:
     old, new = flow.shapes[before[node][0]].dtype, flow.shapes[node.outputs[0]].dtype  # type: ignore[index]
-    return reading if old is not None and old is new else None
+    return trace if old is not None and old is new else None
 
 
-_MOVES: dict[str, Callable[[TokenFlow, Before, ir.Node, LayoutTrace], LayoutTrace | None]] = {
+_RULES: dict[str, Callable[[TokenFlow, InputsBefore, ir.Node, LayoutTrace], LayoutTrace | None]] = {
     "Reshape": _reshape, "Unsqueeze": _reshape, "Squeeze": _reshape, "Flatten": _reshape, "Identity": _reshape,
     "Transpose": _transpose, "Expand": _expand, "Tile": _expand, "Mul": _scale, "Div": _scale, "Cast": _cast,
 }  # fmt: skip

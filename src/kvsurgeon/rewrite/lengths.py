@@ -1,19 +1,20 @@
-"""LengthValues in the graph itself: the numbers that a decoder with a cache computes with.
+"""Lengths as values of the graph: the numbers that a decoder with a cache computes with.
 
-The new length S is read from the token input. The past length P is the size of the past's sequence axis, or a number
-that is given. Context is computed for the total length: T = P + S, or more where the cache has room for more.
+The query length S is the size of an axis of the token input. The past length P is the size of the sequence axis of a
+cache input, or a number that an input gives. Context is computed for the total length: T = P + S, or the capacity of
+the cache if that is larger.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 import sympy
 
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import LENGTH, NEW, PAST, TOTAL, Dimension
@@ -21,87 +22,91 @@ from kvsurgeon.symbolic.sequence_axes import Length
 
 INT64 = ir.DataType.INT64
 
+# Source of a length at run time: the size of an axis of a value, or the value itself if the axis is None.
+LengthSource: TypeAlias = tuple[ir.Value, int | None]
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where a length can be read at run time: the size of an axis, or the value itself where no axis is named."""
 
-    value: ir.Value
-    axis: int | None = None
+def sources_of(dimensions: Mapping[ir.Value, Sequence[Dimension]]) -> dict[sympy.Symbol, LengthSource]:
+    """Return the first value and axis of each symbolic dimension."""
+    sources: dict[sympy.Symbol, LengthSource] = {}
+    for value, sizes in dimensions.items():
+        for axis, size in enumerate(sizes):
+            if not isinstance(size, int):
+                sources.setdefault(size, (value, axis))
+    return sources
 
 
 class LengthValues:
-    """Turns symbolic numbers into values of the graph, each made once."""
+    """Symbolic numbers as values of the graph, each added once.
+
+    Attributes:
+        editor: The editor of the graph.
+        sources: Source of each symbol.
+        total: Length for which context is computed: that of past and new tokens, or the capacity of the cache.
+        limit: Largest such length that the model supports, if there is one.
+    """
 
     def __init__(
         self,
         editor: Editor,
-        sources: Mapping[sympy.Symbol, Source],
+        sources: Mapping[sympy.Symbol, LengthSource],
         *,
         total: Dimension = TOTAL,
         limit: int | None = None,
     ) -> None:
-        """Take what numbers are made of.
-
-        Args:
-            editor: The one pair of hands.
-            sources: Where each symbol can be read.
-            total: The length that context is computed for: all tokens so far, or as many as the cache has room for.
-            limit: The largest such length that is allowed.
-        """
         self.editor = editor
+        self.sources = sources
         self.total = total
         self.limit = limit
-        self.sources = sources
-        self._made: dict[tuple[Dimension, bool], ir.Value] = {}
-        self._shapes: dict[ir.Value, ir.Value] = {}
-        self._vectors: dict[tuple[Dimension, ...], ir.Value] = {}
-        self._grids: dict[tuple[Hashable, ...], ir.Value] = {}
-        self._typed: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+        self._made: dict[Hashable, ir.Value] = {}
+
+    def once(self, key: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
+        """Return the value of a key, added to the graph on first use."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def at(self, number: Dimension, length: Length) -> Dimension:
-        """The number with the one length of the export read as one of the two."""
-        meant = NEW if length is Length.NEW else self.total
-        return dim.substitute(number, ((LENGTH, meant),))
+        """Return a number of the export, with its one length replaced by one of the two."""
+        return dim.substitute(number, ((LENGTH, NEW if length is Length.NEW else self.total),))
 
     def span(self, length: Length) -> tuple[Dimension, Dimension]:
-        """Where tokens of a length begin and end among all that context is computed for."""
+        """Return the first index and the end of the tokens of a length in the context."""
         return (PAST, TOTAL) if length is Length.NEW else (0, self.total)
 
     def scalar(self, number: Dimension) -> ir.Value:
-        """The number as an int64 scalar."""
+        """Return a number as an int64 scalar."""
         return self._value(number, flat=False)
 
     def flat(self, number: Dimension) -> ir.Value:
-        """The number as an int64 tensor of one element."""
+        """Return a number as an int64 tensor of shape [1]."""
         return self._value(number, flat=True)
 
     def vector(self, numbers: Sequence[Dimension]) -> ir.Value:
-        """Several numbers as an int64 vector."""
+        """Return numbers as an int64 vector."""
         if all(isinstance(number, int) for number in numbers):
             return self.editor.constant(list(numbers), name="shape")
         if len(numbers) == 1:
             return self.flat(numbers[0])
-        if (key := tuple(numbers)) not in self._vectors:
-            self._vectors[key] = self._joined(numbers)
-        return self._vectors[key]
+        return self.once(("vector", *numbers), lambda: self._concatenated(numbers))
 
-    def _joined(self, numbers: Sequence[Dimension]) -> ir.Value:
+    def _concatenated(self, numbers: Sequence[Dimension]) -> ir.Value:
+        """Concatenate numbers, with adjacent constants as one."""
         pieces: list[ir.Value] = []
-        run: list[int] = []
+        constants: list[int] = []
         for number in [*numbers, None]:
             if isinstance(number, int):
-                run.append(number)
+                constants.append(number)
                 continue
-            if run:
-                pieces.append(self.editor.constant(run, name="shape"))
-                run = []
+            if constants:
+                pieces.append(self.editor.constant(constants, name="shape"))
+                constants = []
             if number is not None:
                 pieces.append(self.flat(number))
         return self.editor.node("Concat", pieces, {"axis": 0}, name="shape", dtype=INT64, shape=[len(numbers)])
 
     def array(self, numbers: np.ndarray) -> ir.Value:
-        """Numbers of any rank up to one, or constants of any rank."""
+        """Return an array of numbers as an int64 tensor."""
         if all(isinstance(number, (int, bool)) for number in numbers.reshape(-1)):
             return self.editor.constant(numbers.astype(np.int64), name="numbers")
         if numbers.ndim == 0:
@@ -113,106 +118,110 @@ class LengthValues:
         return self.editor.node("Reshape", [flat, target], name="numbers", dtype=INT64, shape=numbers.shape)
 
     def repeated(self, number: Dimension, times: Dimension) -> ir.Value:
-        """The number so many times, as an int64 vector."""
+        """Return a number repeated so many times, as an int64 vector."""
         if times == 1:
             return self.flat(number)
-        key = ("repeated", number, times)
-        if key not in self._grids:
-            inputs = [self.flat(number), self.flat(times)]
-            self._grids[key] = self.editor.node("Expand", inputs, name="rows", dtype=INT64)
-        return self._grids[key]
+        return self.once(
+            ("repeated", number, times),
+            lambda: self.editor.node("Expand", [self.flat(number), self.flat(times)], name="rows", dtype=INT64),
+        )
 
-    def places(self, start: Dimension, sizes: Sequence[Dimension], axis: int) -> ir.Value:
-        """Indices of these sizes that count up from a start along an axis."""
-        key = ("places", start, tuple(sizes), axis)
-        if key not in self._grids:
+    def indices(self, start: Dimension, sizes: Sequence[Dimension], axis: int) -> ir.Value:
+        """Return indices that count up from a start along an axis, as an int64 tensor of these sizes."""
+
+        def make() -> ir.Value:
             ends = [self.scalar(start), self.scalar(dim.add(start, sizes[axis])), self.scalar(1)]
             row = self.editor.node("Range", ends, name="rows", dtype=INT64)
             column = self.vector([-1 if place == axis else 1 for place in range(len(sizes))])
             row = self.editor.node("Reshape", [row, column], name="rows.column", dtype=INT64)
             target = self.vector([1 if place == axis else size for place, size in enumerate(sizes)])
-            self._grids[key] = self.editor.node("Expand", [row, target], name="rows.places", dtype=INT64)
-        return self._grids[key]
+            return self.editor.node("Expand", [row, target], name="rows.places", dtype=INT64)
+
+        return self.once(("indices", start, tuple(sizes), axis), make)
 
     def typed(self, value: ir.Value, dtype: ir.DataType | None) -> ir.Value:
-        """The int64 value as another type."""
+        """Return an int64 value as another type."""
         if dtype is None or dtype is INT64:
             return value
-        key = (value, dtype)
-        if key not in self._typed:
-            name = f"{value.name}.{dtype.name.lower()}"
-            self._typed[key] = self.editor.node("Cast", [value], {"to": int(dtype)}, name=name, dtype=dtype)
-        return self._typed[key]
+        name = f"{value.name}.{dtype.name.lower()}"
+        return self.once(
+            ("typed", value, dtype),
+            lambda: self.editor.node("Cast", [value], {"to": int(dtype)}, name=name, dtype=dtype),
+        )
 
     def _value(self, number: Dimension, *, flat: bool) -> ir.Value:
-        key = (number, flat)
-        if key not in self._made:
-            self._made[key] = self._make(number, flat)
-        return self._made[key]
+        return self.once(("number", number, flat), lambda: self._computed(number, flat))
 
-    def _make(self, number: Dimension, flat: bool) -> ir.Value:
+    def _computed(self, number: Dimension, flat: bool) -> ir.Value:
         if isinstance(number, int):
             return self.editor.constant([number] if flat else number, name="number")
-        if number == self.total and self.limit is not None:
-            return self._guarded(self._unguarded(number, flat), flat)
-        return self._unguarded(number, flat)
+        value = self._expression(number, flat)
+        return value if self.limit is None or number != self.total else self._checked(value, self.limit, flat)
 
-    def _unguarded(self, number: sympy.Expr, flat: bool) -> ir.Value:
+    def _expression(self, number: sympy.Expr, flat: bool) -> ir.Value:
         if number.is_Symbol:
             return self._read(number, flat)
         if number.is_Add:
-            return self._fold("Add", [dim.plain(term) for term in number.as_ordered_terms()], flat)
+            return self._fold("Add", number.as_ordered_terms(), flat)
         if number.is_Mul:
-            return self._fold("Mul", [dim.plain(factor) for factor in number.as_ordered_factors()], flat)
+            return self._fold("Mul", number.as_ordered_factors(), flat)
         if number.is_Pow and number.exp.is_Integer and number.exp > 0:
-            return self._fold("Mul", [dim.plain(number.base)] * int(number.exp), flat)
+            return self._fold("Mul", [number.base] * int(number.exp), flat)
         if isinstance(number, (sympy.Min, sympy.Max)):
-            operator = "Min" if isinstance(number, sympy.Min) else "Max"
-            return self._fold(operator, [dim.plain(term) for term in number.args], flat)
-        raise UnsupportedError("a length cannot be written with whole numbers", found=str(number))
+            return self._fold("Min" if isinstance(number, sympy.Min) else "Max", number.args, flat)
+        raise UnsupportedError(
+            "a length is no integer expression", code=Code.UNTRACEABLE_SEQUENCE, found=str(number)
+        )  # fmt: skip
 
-    def _fold(self, operator: str, terms: Sequence[Dimension], flat: bool) -> ir.Value:
-        ordered = sorted(terms, key=lambda term: (isinstance(term, int), str(term)))
-        result = self._value(ordered[0], flat=flat)
-        for term in ordered[1:]:
-            name = "total_length" if set(terms) == {PAST, NEW} else "length"
-            other = self._value(term, flat=flat)
-            result = self.editor.node(operator, [result, other], name=name, dtype=INT64, shape=[1] if flat else [])
+    def _fold(self, operator: str, expressions: Sequence[sympy.Expr], flat: bool) -> ir.Value:
+        terms = [dim.plain(expression) for expression in expressions]
+        first, *others = sorted(terms, key=lambda term: (isinstance(term, int), str(term)))
+        name = "total_length" if set(terms) == {PAST, NEW} else "length"
+        result = self._value(first, flat=flat)
+        for term in others:
+            result = self._node(operator, [result, self._value(term, flat=flat)], name=name, flat=flat)
         return result
 
-    def _guarded(self, total: ir.Value, flat: bool) -> ir.Value:
-        """The total length, which ends the run with an error where it is beyond the limit: a table has no such row."""
-        assert self.limit is not None
-        table = self.editor.constant(np.zeros(self.limit + 1), name=f"no_more_than_{self.limit}_tokens")
-        nothing = self.editor.node("Gather", [table, total], {"axis": 0}, name="within_limit", dtype=INT64)
-        return self.editor.node(
-            "Add", [total, nothing], name="total_length_within_limit", dtype=INT64, shape=[1] if flat else []
-        )
+    def _checked(self, total: ir.Value, limit: int, flat: bool) -> ir.Value:
+        """Return the total length; beyond the limit the run ends with an error, as a table has no such row."""
+        table = self.editor.constant(np.zeros(limit + 1), name=f"no_more_than_{limit}_tokens")
+        zero = self.editor.node("Gather", [table, total], {"axis": 0}, name="within_limit", dtype=INT64)
+        return self._node("Add", [total, zero], name="total_length_within_limit", flat=flat)
 
     def _read(self, symbol: sympy.Symbol, flat: bool) -> ir.Value:
         if symbol not in self.sources:
-            raise UnsupportedError("a length cannot be read from any input", found=str(symbol))
-        value, axis = self.sources[symbol].value, self.sources[symbol].axis
+            raise UnsupportedError("no input gives a length", code=Code.UNTRACEABLE_SEQUENCE, found=str(symbol))
+        value, axis = self.sources[symbol]
         if axis is None:
             return self._given(value, flat)
-        if value not in self._shapes:
-            rank = len(value.shape) if value.shape is not None else None
-            self._shapes[value] = self.editor.node(
-                "Shape", [value], name=f"{value.name}_shape", dtype=INT64, shape=[rank]
-            )
+        rank = [len(value.shape)] if value.shape is not None else [None]
+        shape = self.once(
+            ("shape", value),
+            lambda: self.editor.node("Shape", [value], name=f"{value.name}_shape", dtype=INT64, shape=rank),
+        )
         index = self.editor.constant([axis] if flat else axis, name="axis")
         name = {PAST: "past_length", NEW: "new_length"}.get(symbol, "length")
-        return self.editor.node(
-            "Gather", [self._shapes[value], index], {"axis": 0}, name=name, dtype=INT64, shape=[1] if flat else []
-        )
+        return self._node("Gather", [shape, index], {"axis": 0}, name=name, flat=flat)
 
     def _given(self, value: ir.Value, flat: bool) -> ir.Value:
-        """A number that is given, whatever its type and rank."""
-        wide = value
+        """Return a number of any type and rank as int64."""
+        number = value
         if value.dtype is not INT64:
-            wide = self.editor.node("Cast", [value], {"to": int(INT64)}, name=f"{value.name}.int64", dtype=INT64)
+            number = self.editor.node("Cast", [value], {"to": int(INT64)}, name=f"{value.name}.int64", dtype=INT64)
         shape = [1] if flat else []
         if value.shape is not None and list(value.shape) == shape:
-            return wide
+            return number
         target = self.editor.constant(shape, name="shape")
-        return self.editor.node("Reshape", [wide, target], name="past_length", dtype=INT64, shape=shape)
+        return self._node("Reshape", [number, target], name="past_length", flat=flat)
+
+    def _node(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        name: str,
+        flat: bool,
+    ) -> ir.Value:
+        """Add a node that computes a number, of shape [1] or a scalar."""
+        return self.editor.node(operator, inputs, attributes, name=name, dtype=INT64, shape=[1] if flat else [])

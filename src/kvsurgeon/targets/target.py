@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from kvsurgeon.cache.layout import USUAL
+from kvsurgeon.cache.layout import DEFAULT_LAYOUT
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Pass
 from kvsurgeon.passes.shapes.fix_shapes import FixShapes
@@ -141,7 +141,7 @@ class Target:
         return replace(self, max_length=max_length, cache=cache, before=before, after=after, finish=finish)
 
 
-SEQUENCE = USUAL.index("sequence")
+SEQUENCE = DEFAULT_LAYOUT.index("sequence")
 
 
 def _of_length(one: Pass, max_length: int) -> Pass:

@@ -1,4 +1,4 @@
-"""Give a model that has a cache another one."""
+"""Change the cache of a model."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import ClassVar
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Outcome, Subject, Unchanged
-from kvsurgeon.rewrite.cache_removal import eject
+from kvsurgeon.rewrite.cache_removal import remove_cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retarget(Inject):
-    """Give a model that has a cache another one: other names, another layout, another way of being kept.
+    """Change the cache of a model: its names, cache mode, layout or element type.
 
-    Before: a decoder with a cache of any form that `remove-cache` can take out. After: what `inject` with the same
-    options makes of the decoder without it.
+    Before: a decoder with any cache that `remove-cache` removes. After: the result of `inject` with these options on
+    the decoder without the cache.
 
     Not handled: what `remove-cache` or `inject` does not handle.
     """
@@ -24,18 +24,18 @@ class Retarget(Inject):
     name: ClassVar[str] = "retarget"
 
     def apply(self, subject: Subject) -> Outcome:
-        """Move the cache of `subject.model` into the wanted form.
+        """Change the cache of `subject.model`.
 
         Raises:
-            UnsupportedError: The cache cannot be taken out, or none can be given soundly; the model is left as it was.
-            UsageError: A template does not give each tensor a name of its own.
+            UnsupportedError: The cache cannot be removed, or the model does not support the new one; it is unchanged.
+            UsageError: Two options exclude each other, or a name template does not give unique names.
         """
         with deep_recursion():
-            ejection = eject(subject.model)
-            if ejection is None:
-                return Unchanged(reason="it has no cache yet: inject gives it one")
-            without = Subject(model=ejection.model, folder=subject.folder, config=subject.config)
-            ejection.signature.located(without.analysis())
-        outcome = super().apply(without)
-        subject.model = without.model
-        return outcome if isinstance(outcome, Unchanged) else replace(outcome, edits=ejection.edits + outcome.edits)
+            removed = remove_cache(subject.model)
+            if removed is None:
+                return Unchanged(reason="the model has no cache: use inject")
+            without_cache = Subject(model=removed.model, folder=subject.folder, config=subject.config)
+            removed.signature.located(without_cache.analysis())
+        outcome = super().apply(without_cache)
+        subject.model = without_cache.model
+        return outcome if isinstance(outcome, Unchanged) else replace(outcome, edits=removed.edits + outcome.edits)

@@ -11,7 +11,7 @@ from kvsurgeon.heads.counts import HeadCounts
 from kvsurgeon.heads.replace_heads import HeadReplacer, NewHeads
 from kvsurgeon.heads.selection import Selection
 from kvsurgeon.io.model_config import ModelHeads
-from kvsurgeon.passes.cache.remove_cache import put_back, take_out
+from kvsurgeon.passes.cache.remove_cache import reattach_cache, detach_cache
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 
 SelectHeads = Callable[[int, HeadCounts], Selection | None]  # for a layer; None leaves it unchanged
@@ -46,7 +46,7 @@ def replace_heads(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
         UnsupportedError: The weights of a layer's heads cannot be found, or the cache cannot be injected again.
     """
     work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
-    signature = take_out(work)
+    signature = detach_cache(work)
     with deep_recursion():
         replacer = HeadReplacer(_analysis_of_copy(work, subject), lossy=lossy)
         before = _heads(replacer, [counts.kv_heads for counts in replacer.counts], range(len(replacer.counts)))
@@ -58,7 +58,7 @@ def replace_heads(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
     kv_heads = [new.selection.size if new else count for new, count in zip(wanted, before.kv, strict=True)]
     after = _heads(replacer, kv_heads, [new.layers[0] if new else layer for layer, new in enumerate(wanted)])
     if signature is not None:
-        put_back(work, signature)
+        reattach_cache(work, signature)
     subject.model = work.model
     return Changed(edits=edits, notes=_notes(subject), exact=not lossy, heads=(before, after))
 

@@ -14,7 +14,7 @@ from kvsurgeon.decompose.simplify import simplify_model
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
-from kvsurgeon.passes.cache.remove_cache import put_back, take_out
+from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.proof.proof import prove
 from kvsurgeon.rewrite.given_positions import GivenPositions, at_tokens
@@ -52,7 +52,7 @@ class AddPositionIds:
         if any(value.name == self.input for value in subject.model.graph.inputs):
             return Unchanged(reason=f"it has an input `{self.input}`")
         work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
-        signature = take_out(work)
+        signature = detach_cache(work)
         model = simplify_model(work.model)
         with deep_recursion():
             analysis = analyze(model)
@@ -62,7 +62,7 @@ class AddPositionIds:
             return Unchanged(reason="nothing in it depends on the place of a token but masks and distances")
         work.model = model
         if signature is not None:
-            put_back(work, _with_input(signature, self.input))
+            reattach_cache(work, _with_input(signature, self.input))
         subject.model = work.model
         return Changed(edits=edits)
 

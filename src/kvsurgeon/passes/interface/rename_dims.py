@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from kvsurgeon.cache.layout import declared
+from kvsurgeon.cache.layout import declared_shape
 from kvsurgeon.errors import UsageError
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.options import check_count
@@ -42,10 +42,12 @@ class RenameDims:
         graph = subject.model.graph
         values = [*graph.inputs, *graph.outputs, *(value for node in graph for value in node.outputs)]
         values = [value for value in dict.fromkeys(values) if value.shape is not None]
-        _check_distinct({size for value in values for size in declared(value) if isinstance(size, str) and size}, names)
+        _check_distinct(
+            {size for value in values for size in declared_shape(value) if isinstance(size, str) and size}, names
+        )
         edits = 0
         for value in values:
-            before = declared(value)
+            before = declared_shape(value)
             after = [names.get(size, size) if isinstance(size, str) else size for size in before]
             if after != list(before):
                 value.shape = ir.Shape(after)

@@ -15,10 +15,10 @@ from kvsurgeon.fusion.numeric_check import NumericCheck
 from kvsurgeon.fusion.operators import OPERATORS, AttentionOperator, OperatorName
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
-from kvsurgeon.passes.cache.remove_cache import put_back, take_out
+from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.proof.proof import Proof
-from kvsurgeon.rewrite.lengths import LengthValues, Source
+from kvsurgeon.rewrite.lengths import LengthValues, sources_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class FuseAttention:
         operator = OPERATORS[self.operator]
         before = sum(map(operator.is_at, subject.model.graph))
         work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
-        signature = take_out(work)
+        signature = detach_cache(work)
         cached = signature is not None and operator.keeps_cache
         opset = work.model.graph.opset_imports.get("", 1)
         notes: list[str] = []
@@ -63,11 +63,11 @@ class FuseAttention:
             return matches
 
         if signature is not None and cached:
-            outcome = put_back(work, signature, select)
+            outcome = reattach_cache(work, signature, select)
         else:
             outcome = _fuse(work, operator, select)
             if signature is not None:
-                put_back(work, signature)
+                reattach_cache(work, signature)
         if sum(map(operator.is_at, work.model.graph)) == before:
             return Unchanged(reason=f"every attention layer already is a {operator.op_type} operator")
         subject.model = work.model
@@ -115,12 +115,7 @@ def _fuse(
 
 def _context(analysis: Analysis, editor: Editor) -> FusionContext:
     """Return the context of a model without a cache, where S is T."""
-    sources = {
-        size: Source(value=given.value, axis=axis)
-        for given in reversed(analysis.inputs)
-        for axis, size in enumerate(given.dimensions)
-        if not isinstance(size, int)
-    }
+    sources = sources_of({given.value: given.dimensions for given in analysis.inputs})
     return FusionContext(
         flow=analysis.flow, editor=editor, lengths=LengthValues(editor, sources, total=analysis.length),
         sequence=analysis.length, total=analysis.length,

@@ -14,7 +14,7 @@ from written import read
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.cache.inject import Inject
-from kvsurgeon.passes.cache.remove_cache import RemoveCache, put_back, take_out
+from kvsurgeon.passes.cache.remove_cache import RemoveCache, detach_cache, reattach_cache
 from kvsurgeon.passes.cache.retarget import Retarget
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.opset.raise_opset import RaiseOpset
@@ -58,7 +58,7 @@ FUSED = """case (float[b, n, 8] x, float[b, 2, p, 4] a, float[b, 2, p, 4] b)
 }"""
 
 
-def ejected(model: onnx.ModelProto) -> onnx.ModelProto:
+def removed(model: onnx.ModelProto) -> onnx.ModelProto:
     subject = Subject.of(model)
     assert isinstance(RemoveCache().apply(subject), Changed)
     result = io.to_proto(subject.model)
@@ -75,7 +75,7 @@ def assert_same(one: onnx.ModelProto, other: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_what_was_injected_comes_out_again(name):
-    result = ejected(injected_export(name))
+    result = removed(injected_export(name))
     assert [value.name for value in result.graph.input] == [value.name for value in export(name).graph.input]
     assert [value.name for value in result.graph.output] == [value.name for value in export(name).graph.output]
     assert_same(export(name), result)
@@ -87,7 +87,7 @@ def test_a_cache_of_which_new_rows_are_returned_comes_out(name, past_length):
     subject = Subject.of(export(name))
     layout = ("kv_heads", "batch", "head_dim", "sequence")
     Inject(cache="new-tokens", key_layout=layout, past_length=past_length).apply(subject)
-    result = ejected(io.to_proto(subject.model))
+    result = removed(io.to_proto(subject.model))
     assert len(result.graph.output) == len(export(name).graph.output)
     assert [value.name for value in result.graph.input] == [value.name for value in export(name).graph.input]
     assert_same(export(name), result)
@@ -100,7 +100,7 @@ def test_a_cache_that_is_written_in_place_comes_out(name, opset):
     if opset is not None:
         RaiseOpset(opset=opset).apply(subject)
     Inject(cache="static").apply(subject)
-    result = ejected(io.to_proto(subject.model))
+    result = removed(io.to_proto(subject.model))
     assert [value.name for value in result.graph.input] == [value.name for value in export(name).graph.input]
     assert_same(export(name), result)
     assert_law(export(name), injected(result))
@@ -108,20 +108,20 @@ def test_a_cache_that_is_written_in_place_comes_out(name, opset):
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_what_came_out_goes_in_again(name):
-    assert_law(export(name), injected(ejected(injected_export(name))))
+    assert_law(export(name), injected(removed(injected_export(name))))
 
 
 @pytest.mark.parametrize("config", [Config(), Config(attention_mask=False), Config(position_ids=True)])
 def test_a_cache_of_another_hand_comes_out(config):
     cached = CachedDecoder(config).model()
-    result = ejected(cached)
+    result = removed(cached)
     assert not any("past" in dim for value in result.graph.input for dim in map(str, dims_of(value)))
     assert_law(result, cached)
     assert_law(result, injected(result))
 
 
 def test_names_say_nothing():
-    result = ejected(read(JOINED))
+    result = removed(read(JOINED))
     assert [value.name for value in result.graph.input] == ["x"]
     assert [value.name for value in result.graph.output] == ["logits"]
     x = texts(result)["x"]
@@ -132,7 +132,7 @@ def test_names_say_nothing():
 
 
 def test_lengths_made_of_the_past_are_written_anew():
-    result = ejected(read(JOINED))
+    result = removed(read(JOINED))
     kinds = [node.op_type for node in result.graph.node]
     assert "Concat" not in kinds
     assert "Add" not in kinds  # past + new is new
@@ -140,7 +140,7 @@ def test_lengths_made_of_the_past_are_written_anew():
 
 
 def test_an_operator_loses_the_past_that_it_declares():
-    result = ejected(read(FUSED, opset=23))
+    result = removed(read(FUSED, opset=23))
     (node,) = (node for node in result.graph.node if node.op_type == "Attention")
     assert list(node.output) == ["logits"]
     assert len(node.input) == 3
@@ -154,8 +154,8 @@ def test_a_past_that_lies_otherwise_comes_out():
     )
     text = text.replace("kt = Transpose<perm = [0, 2, 1]>(all_keys)", "kt = Identity(all_keys)")
     text = text.replace("past = Gather(before, one)", "last = Add(one, one)\n  past = Gather(before, last)")
-    result = ejected(read(text))
-    assert_same(ejected(read(JOINED)), result)
+    result = removed(read(text))
+    assert_same(removed(read(JOINED)), result)
 
 
 @pytest.mark.parametrize("opset", [18])
@@ -167,19 +167,19 @@ def test_a_mask_as_long_as_the_past_goes_too(opset):
         "  s = Add(s0, bias_row)",
     )
     text = text.replace("int64 nought", "int64[1] two = {2}, float zero = {0.0}, int64 nought")
-    assert_same(ejected(read(JOINED)), ejected(read(text, opset)))
+    assert_same(removed(read(JOINED)), removed(read(text, opset)))
 
 
 AGAIN = "all_values = Concat<axis = 1>(values, v)"
 REFUSED = {
     "fixed length": JOINED.replace("b, p, 8", "b, 4, 8"),
-    "more than joining": JOINED.replace(
+    "more than its update": JOINED.replace(
         "s = MatMul(q, kt)", "s0 = MatMul(q, kt)\n  m = ReduceSum<keepdims = 0>(keys)\n  s = Add(s0, m)"
     ),
     "two outputs": JOINED.replace("all_values)\n<", "all_values, float[b, t, 8] again)\n<").replace(
         AGAIN, f"{AGAIN}\n  {AGAIN.replace('all_values', 'again')}"
     ),
-    "no output returns these": JOINED.replace(
+    "no output returns it with new rows": JOINED.replace(
         AGAIN, "half = Mul(values, low)\n  all_values = Concat<axis = 1>(half, v)"
     ),
 }
@@ -207,12 +207,12 @@ def test_names_and_order_come_back():
     model.graph.input.insert(0, model.graph.input.pop())
     order = [value.name for value in model.graph.input], [value.name for value in model.graph.output]
     subject = Subject.of(model)
-    signature = take_out(subject)
+    signature = detach_cache(subject)
     assert [(entry.layer, entry.kind) for entry in signature.entries] == [
         (1, "value"), (0, "key"), (0, "value"), (1, "key")
     ]  # fmt: skip
     whole = io.to_proto(subject.model)
-    put_back(subject, signature)
+    reattach_cache(subject, signature)
     result = io.to_proto(subject.model)
     assert [value.name for value in result.graph.input] == order[0]
     assert [value.name for value in result.graph.output] == order[1]
@@ -229,8 +229,8 @@ def rename(model: onnx.ModelProto, names: dict[str, str]) -> None:
 
 
 def test_a_cache_in_a_layout_of_its_own_is_not_put_back():
-    with pytest.raises(UnsupportedError, match="a way of its own"):
-        take_out(Subject.of(read(JOINED)))
+    with pytest.raises(UnsupportedError, match="cannot be restored"):
+        detach_cache(Subject.of(read(JOINED)))
 
 
 def test_what_no_attention_reads_is_no_cache():
@@ -263,5 +263,7 @@ def test_a_cache_that_does_not_grow_is_a_cache(options, opset):
 
 
 def test_inject_says_what_to_do_with_a_cache():
-    with pytest.raises(UnsupportedError, match=r"already has a cache.* - at `keys` \(eject takes it out, retarget"):
+    with pytest.raises(
+        UnsupportedError, match=r"already has a cache.* - at `keys` \(remove-cache removes it, retarget"
+    ):
         Inject().apply(Subject.of(read(JOINED)))

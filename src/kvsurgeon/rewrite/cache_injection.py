@@ -1,0 +1,143 @@
+"""Cache injection: add the cache inputs and outputs, and rewrite the graph for the two lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+
+from kvsurgeon.analysis.analysis import Analysis
+from kvsurgeon.analysis.token_flow import SequenceState
+from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.editor import Editor
+from kvsurgeon.rewrite.cache_layouts import is_canonical_view, to_cache
+from kvsurgeon.rewrite.cache_metadata import cache_metadata, write_cache_metadata
+from kvsurgeon.rewrite.cache_modes import read_cache, update_cache
+from kvsurgeon.rewrite.cache_plan import CachePlan, find_sources
+from kvsurgeon.rewrite.cache_tensors import CacheTensor
+from kvsurgeon.rewrite.causal_masks import mask_causal_operators
+from kvsurgeon.rewrite.context_slices import ContextSlices
+from kvsurgeon.rewrite.declared_shapes import declare_shapes, outputs_of_cache_length
+from kvsurgeon.rewrite.dimension_names import dim_names
+from kvsurgeon.rewrite.head_grouping import HeadGrouping
+from kvsurgeon.rewrite.lengths import LengthValues
+from kvsurgeon.rewrite.token_data import InputsBefore, TokenRewriter
+from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable
+
+CacheValues = Mapping[CacheTensor, ir.Value]
+
+# Adds attention operators that update the cache, given the cache inputs. Returns the cache outputs that they compute,
+# and a function that connects the operators once the context slices are in place.
+AddOperators = Callable[[LengthValues, InputsBefore, CacheValues], tuple[CacheValues, Callable[[], None]]]
+
+
+def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperators | None = None) -> int:
+    """Inject a cache into the analyzed graph, and return the number of edits.
+
+    Args:
+        analysis: Analysis of a model without a cache.
+        plan: Plan of the cache.
+        add_operators: Adds attention operators that update the cache; see `AddOperators`.
+
+    Raises:
+        UnsupportedError: The graph cannot be rewritten for two lengths; it is partly edited.
+    """
+    flow, editor = analysis.flow, Editor(analysis.model)
+    before: InputsBefore = {node: tuple(node.inputs) for node in flow.order}
+    pasts = _add_inputs(analysis, editor, plan)
+    sources = find_sources(plan, analysis, editor, pasts[plan.tensors[0]])
+    lengths = LengthValues(editor, sources, total=plan.total, limit=plan.limit)
+    slices = ContextSlices(flow, editor, lengths, analysis.inputs, analysis.same)
+    tokens = TokenRewriter(flow, editor, lengths, slices, before)
+    grouping = HeadGrouping(flow, tokens)
+    updated, connect_operators = (add_operators or _no_operators)(lengths, before, pasts)
+    presents = _update_caches(plan, lengths, grouping, pasts, updated)
+    for node in flow.order:
+        if any(flow.kinds.get(value) is ValueKind.TOKEN for value in node.outputs):
+            tokens.rewire(node)
+    mask_causal_operators(flow, slices, before)
+    declare_shapes(analysis, plan.total)
+    for state in flow.states:
+        _slice_state(state, slices)
+    connect_operators()
+    for site in analysis.heads:
+        grouping.regroup(site)
+    analysis.model.graph.outputs.extend(presents)
+    editor.finish()
+    outputs = outputs_of_cache_length(analysis, plan.total)
+    write_cache_metadata(analysis.model, cache_metadata(plan, batch_chunks=not updated, outputs=outputs))
+    return editor.edits
+
+
+def _no_operators(
+    lengths: LengthValues, before: InputsBefore, pasts: CacheValues
+) -> tuple[CacheValues, Callable[[], None]]:
+    return {}, lambda: None
+
+
+def _add_inputs(analysis: Analysis, editor: Editor, plan: CachePlan) -> dict[CacheTensor, ir.Value]:
+    """Add the cache inputs."""
+    graph = analysis.model.graph
+    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
+    pasts: dict[CacheTensor, ir.Value] = {}
+    for tensor in plan.tensors:
+        replaced = next((output for output in graph.outputs if output.name == tensor.present), None)
+        if replaced is not None and is_canonical_view(replaced, tensor.point):
+            graph.outputs.remove(replaced)  # it returns the new rows, which are part of the cache output
+            taken.discard(tensor.present)
+        for name in (tensor.past, tensor.present):
+            if name in taken:
+                raise UnsupportedError(
+                    "the model already has an input or output of that name", code=Code.NAME_CONFLICT, at=name
+                )
+            editor.release_name(name)
+        shape = ir.Shape(tensor.shape(plan.past))
+        pasts[tensor] = ir.Value(name=tensor.past, type=ir.TensorType(tensor.dtype), shape=shape)
+    graph.inputs.extend(pasts.values())
+    return pasts
+
+
+def _update_caches(
+    plan: CachePlan,
+    lengths: LengthValues,
+    grouping: HeadGrouping,
+    pasts: CacheValues,
+    updated: CacheValues,
+) -> list[ir.Value]:
+    """Return the cache outputs: those that operators compute, and the cache inputs updated with the new rows."""
+    presents = []
+    for tensor, past in pasts.items():
+        dtype, order = tensor.point.dtype, tensor.order
+        if tensor in updated:
+            present = updated[tensor]
+            all_rows = read_cache(plan, lengths, tensor, present)
+        else:
+            rows = to_cache(lengths, tensor.point, order)
+            rows = _cast(lengths.editor, rows, dtype, tensor.dtype, f"{tensor.present}.rows")
+            present, all_rows = update_cache(plan, lengths, tensor, past, rows)
+            all_rows = _cast(lengths.editor, all_rows, tensor.dtype, dtype, f"{tensor.present}.wide")
+        grouping.add_cache(tensor.point, all_rows, order)
+        presents.append(present)
+    return presents
+
+
+def _cast(editor: Editor, value: ir.Value, before: ir.DataType, after: ir.DataType, name: str) -> ir.Value:
+    if before is after:
+        return value
+    return editor.node("Cast", [value], {"to": int(after)}, name=name, dtype=after, shape=value.shape)
+
+
+def _slice_state(state: SequenceState, slices: ContextSlices) -> None:
+    """Slice the result of a sequence state, which is computed for past and new tokens, to the new tokens."""
+    value, axis = state.result, state.axes[0]
+    fact = slices.flow.shapes[value]
+    assert fact.shape is not None
+    assert fact.dtype is not None
+    bounds = [slices.lengths.flat(end) for end in slices.lengths.span(Length.NEW)]
+    total, new = (
+        dim_names(slices.sizes(fact.shape, (axis.with_role(LengthVariable(length)),)))
+        for length in (Length.TOTAL, Length.NEW)
+    )
+    inputs = [*bounds, slices.editor.constant([axis.axis], name="axes")]
+    slices.editor.append_to(value, "Slice", inputs, fact.dtype, (total, new))

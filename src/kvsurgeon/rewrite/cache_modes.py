@@ -1,0 +1,78 @@
+"""Cache modes in the graph: how the new rows enter the cache, and which rows attention reads.
+
+dynamic       present = Concat(past, new rows); attention reads the present
+static        present = past with the rows [P, P + S) replaced; attention reads the present, or a copy of its first T
+              rows. Rows that no token filled are future tokens, which causality hides from every query.
+new-tokens    present = new rows; attention reads Concat(past, new rows)
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.rewrite.cache_plan import CachePlan
+from kvsurgeon.rewrite.cache_tensors import CacheTensor
+from kvsurgeon.rewrite.lengths import LengthValues
+from kvsurgeon.symbolic.dimension import NEW, PAST, TOTAL
+
+TENSOR_SCATTER = 24  # first opset with TensorScatter
+
+
+def update_cache(
+    plan: CachePlan, lengths: LengthValues, tensor: CacheTensor, past: ir.Value, rows: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """Return the cache output, and the rows that attention reads.
+
+    Args:
+        plan: The cache mode.
+        lengths: Lengths at run time.
+        tensor: The cached tensor.
+        past: The cache input.
+        rows: The new rows, in the layout and type of the cache.
+    """
+    if plan.cache_mode == "static":
+        present = _scattered(lengths, tensor, past, rows)
+        return present, read_cache(plan, lengths, tensor, present)
+    is_dynamic = plan.cache_mode == "dynamic"
+    all_rows = lengths.editor.node(
+        "Concat", [past, rows], {"axis": tensor.axis}, name=tensor.present if is_dynamic else f"{tensor.present}.all",
+        dtype=tensor.dtype, shape=tensor.shape(plan.total),
+    )  # fmt: skip
+    if is_dynamic:
+        return all_rows, all_rows
+    present = lengths.editor.node(
+        "Identity", [rows], name=tensor.present, dtype=tensor.dtype, shape=tensor.shape(plan.present)
+    )
+    return present, all_rows
+
+
+def read_cache(plan: CachePlan, lengths: LengthValues, tensor: CacheTensor, present: ir.Value) -> ir.Value:
+    """Return the rows that attention reads of an updated cache.
+
+    Raises:
+        UnsupportedError: A fused operator updates the cache, and only new rows are wanted.
+    """
+    if plan.cache_mode == "new-tokens":
+        raise UnsupportedError(
+            "no attention operator with a cache returns new rows only", code=Code.FUSED_OPERATOR, at=tensor.present,
+            expected="a dynamic or static cache",
+        )  # fmt: skip
+    present.shape = ir.Shape(tensor.shape(plan.present))
+    if plan.total == plan.present:
+        return present
+    bounds = [lengths.vector([0]), lengths.vector([TOTAL]), lengths.editor.constant([tensor.axis], name="axes")]
+    return lengths.editor.node(
+        "Slice", [present, *bounds], name=f"{tensor.present}.so_far", dtype=tensor.dtype, shape=tensor.shape(TOTAL)
+    )
+
+
+def _scattered(lengths: LengthValues, tensor: CacheTensor, past: ir.Value, rows: ir.Value) -> ir.Value:
+    editor, sizes = lengths.editor, tensor.sizes(NEW)
+    if editor.opset >= TENSOR_SCATTER:
+        start = lengths.repeated(PAST, sizes[tensor.layout.index("batch")])
+        operator, inputs, axis = "TensorScatter", [past, rows, start], tensor.axis - len(sizes)
+    else:
+        indices = lengths.indices(PAST, sizes, tensor.axis)
+        operator, inputs, axis = "ScatterElements", [past, indices, rows], tensor.axis
+    return editor.node(operator, inputs, {"axis": axis}, name=tensor.present, dtype=tensor.dtype)

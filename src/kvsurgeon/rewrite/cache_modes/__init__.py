@@ -1,1 +1,0 @@
-"""How a cache is passed from call to call: dynamic, static, or new tokens only."""

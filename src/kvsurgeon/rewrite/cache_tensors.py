@@ -1,0 +1,108 @@
+"""Cached tensors: what each caches, the names of its input and output, and its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from kvsurgeon.analysis.analysis import AttentionSite
+from kvsurgeon.analysis.cache_points import CachePoint
+from kvsurgeon.cache.layout import DEFAULT_LAYOUT, Layout
+from kvsurgeon.errors import Code, UnsupportedError, UsageError
+from kvsurgeon.rewrite.cache_layouts import Order
+from kvsurgeon.rewrite.cache_options import CacheOptions
+from kvsurgeon.rewrite.dimension_names import DimNames, dim_names
+from kvsurgeon.symbolic.dimension import BATCH, Dimension
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheTensor:
+    """One cached tensor.
+
+    Attributes:
+        point: The tensor of the graph that is cached.
+        past: Name of the cache input.
+        present: Name of the cache output.
+        is_key: Whether it caches keys.
+        layout: Order of its axes.
+        dtype: Element type of the cache, which may differ from that of the tensor.
+    """
+
+    point: CachePoint
+    past: str
+    present: str
+    is_key: bool
+    layout: Layout
+    dtype: ir.DataType
+
+    @property
+    def axis(self) -> int:
+        """Index of the sequence axis."""
+        return self.layout.index("sequence")
+
+    @property
+    def order(self) -> Order:
+        """The layout as indices in [batch, kv_heads, sequence, head_dim]."""
+        first, second, third, fourth = (DEFAULT_LAYOUT.index(axis) for axis in self.layout)
+        return first, second, third, fourth
+
+    def sizes(self, rows: Dimension) -> list[Dimension]:
+        """Return the dimensions with a number of rows."""
+        batch = self.point.batch if isinstance(self.point.batch, int) else BATCH
+        sizes: list[Dimension] = [batch, self.point.heads, rows, self.point.head_dim]
+        return [sizes[index] for index in self.order]
+
+    def shape(self, rows: Dimension) -> DimNames:
+        """Return the dimensions with a number of rows, as declared in the model."""
+        return dim_names(self.sizes(rows))
+
+
+def find_cache_tensors(
+    sites: Sequence[AttentionSite], states: Sequence[CachePoint], options: CacheOptions
+) -> list[CacheTensor]:
+    """Return the tensors to cache, each once: key 0, value 0, key 1, ..., and then state 0, state 1, ...
+
+    Raises:
+        UnsupportedError: An attention reads several tensors of keys, or of values.
+        UsageError: A name template does not give unique names.
+    """
+    tensors: list[CacheTensor] = []
+    cached: set[ir.Value] = set()
+    layer = 0
+    for number, site in enumerate(sites):
+        new = [(kind, point) for kind, point in site.memories if point.value not in cached]
+        cached |= {point.value for _, point in new}
+        if len({kind for kind, _ in new}) < len(new):
+            raise UnsupportedError(
+                "one attention reads several tensors of keys, or of values", code=Code.NO_CACHE_POINT,
+                layer=number, at=site.at.name,
+            )  # fmt: skip
+        tensors += [_tensor(point, layer, kind, options) for kind, point in new]
+        layer += bool(new)
+    new_states = [point for point in states if point.value not in cached]
+    tensors += [_tensor(point, number, "state", options) for number, point in enumerate(new_states)]
+    names = [name for tensor in tensors for name in (tensor.past, tensor.present)]
+    if len(set(names)) < len(names):
+        raise UsageError("expected names that contain {layer} and {kind}, so that each is unique")
+    return tensors
+
+
+def _tensor(point: CachePoint, layer: int, kind: str, options: CacheOptions) -> CacheTensor:
+    is_cast = options.cache_dtype is not None and point.dtype.is_floating_point()
+    return CacheTensor(
+        point=point,
+        past=_filled(options.past, layer, kind),
+        present=_filled(options.present, layer, kind),
+        is_key=kind == "key",
+        layout=options.key_layout if kind == "key" else options.value_layout,
+        dtype=ir.DataType[str(options.cache_dtype).upper()] if is_cast else point.dtype,
+    )
+
+
+def _filled(template: str, layer: int, kind: str) -> str:
+    try:
+        return template.format(layer=layer, kind=kind)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UsageError(f"expected a name such as past.{{layer}}.{{kind}}, found {template!r}") from error

@@ -1,0 +1,55 @@
+"""Declared shapes of a graph at the two lengths."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from kvsurgeon.analysis.analysis import Analysis
+from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.rewrite.dimension_names import DimNames, dim_names_of_export
+from kvsurgeon.symbolic.dimension import MAX, TOTAL, Dimension
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
+
+
+def declare_shapes(analysis: Analysis, total: Dimension) -> None:
+    """Declare the shapes of inputs and values, each sequence axis at its length.
+
+    Args:
+        analysis: Analysis of the export.
+        total: Length for which context is computed.
+    """
+    for given in analysis.inputs:
+        axes = tuple(SequenceAxis(axis, LengthVariable(length)) for axis, length in given.lengths.items())
+        given.value.shape = ir.Shape(dim_names_of_export(given.dimensions, axes, analysis.length, total))
+    for node in analysis.flow.order:
+        for value in node.outputs:
+            _declare_shape(analysis, value, total)
+
+
+def _declare_shape(analysis: Analysis, value: ir.Value, total: Dimension) -> None:
+    flow, declared = analysis.flow, value.shape
+    fact, axes = flow.shapes.facts.get(value), flow.axes.get(value, ())
+    if fact is None or fact.shape is None or declared is None or len(fact.shape) != len(declared):
+        return
+    is_fixed = isinstance(analysis.length, int) and analysis.length in declared
+    if is_fixed and flow.kinds.get(value) is ValueKind.CONTEXT:
+        value.shape = None  # the fixed length of the export, which is another one if it comes from an input
+    elif axes or any(not isinstance(size, int) for size in declared):
+        value.shape = ir.Shape(dim_names_of_export(fact.shape, _resolved(axes), analysis.length, total))
+
+
+def outputs_of_cache_length(analysis: Analysis, total: Dimension) -> dict[str, DimNames]:
+    """Return the dimensions of the outputs whose length is that of the cache and not the number of tokens."""
+    if total == TOTAL:
+        return {}
+    found = {}
+    for value in analysis.model.graph.outputs:
+        fact, axes = analysis.flow.shapes.facts.get(value), _resolved(analysis.flow.axes.get(value, ()))
+        has_length = any(axis.role.resolved() is Length.TOTAL for axis in axes)
+        if has_length and value.name is not None and fact is not None and fact.shape is not None:
+            found[value.name] = dim_names_of_export(fact.shape, axes, analysis.length, MAX)
+    return found
+
+
+def _resolved(axes: Axes) -> Axes:
+    return tuple(axis for axis in axes if axis.role.resolved() is not None)
