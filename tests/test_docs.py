@@ -10,12 +10,15 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import pytest
+from attentions import attention
 from decoders import Config, Decoder
 from tokenizers import Tokenizer, models, pre_tokenizers
+from written import read
 
 import kvsurgeon
 from kvsurgeon import errors
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.ops.table import registered
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.workflow.pipeline import Pipeline
@@ -107,6 +110,16 @@ def test_the_pass_that_reads_facts_labels_each_layer_once(passes):
     labels = [node.metadata_props["layer"] for node in subject.model.graph if "layer" in node.metadata_props]
     assert labels == ["0", "0", "1", "1", "2", "2"]
     assert isinstance(label.apply(subject), Unchanged)
+
+
+def test_the_operator_of_the_docs_can_be_injected():
+    names: dict = {}
+    exec(snippets(ROOT / "docs" / "writing-an-operator.md")[0][1], names)
+    model = read(attention(query="q = my.domain.Gate(q0, k0)"))
+    with pytest.raises(UnsupportedError, match="Gate"):
+        Inject().apply(Subject.of(model))
+    with registered(names["GATE"]):
+        assert isinstance(Inject().apply(Subject.of(model)), Changed)
 
 
 # Links
