@@ -131,7 +131,7 @@ def _smallest(flow: TokenFlow, places: Sequence[Place], heads: int) -> CachePoin
             ranked.append((rank, point))
     if not ranked:
         raise UnsupportedError(
-            "no tensor between projection and attention product can be cached", code=Code.NO_CACHE_POINT,
+            "no tensor between projection and product can be cached", code=Code.NO_CACHE_POINT,
             at=operands[0].name, expected="a tensor with one sequence axis and a fixed number of features",
         )  # fmt: skip
     return min(ranked, key=lambda entry: entry[0])[1]

@@ -142,9 +142,8 @@ class AttentionProbe:
         self._read = read
         self._count = len(weights)
         axes = sweep.flow.axes
-        self._reductions = [(value, axes[value]) for value in reductions]
         self._learned_axes = () if learned is None else axes[learned]
-        self.others = list(self._reductions)  # values that are compared in addition to the weights, and their axes
+        self.others = [(value, axes[value]) for value in reductions]  # compared in addition to the weights
         if learned is not None:
             self.others.append((learned, tuple(axis for axis in self._learned_axes if not axis.border)))
         if self.others and sweep.fixed is not None:
@@ -156,13 +155,11 @@ class AttentionProbe:
     def run(self, length: int, mask: MaskPattern = unmasked, **options: Any) -> list[np.ndarray]:
         """Return the weights [..., query, key], then the other reductions; see `SubgraphRunner.run`."""
         arrays = self.runner.run(length, mask, **options)
-        others = [
-            sequence_last(array, axes, length)
-            for array, (_, axes) in zip(arrays[self._count :], self._reductions, strict=True)
-        ]
+        weights, reduced = arrays[: self._count], arrays[self._count :]
+        others = [sequence_last(array, axes, length) for array, (_, axes) in zip(reduced, self.others, strict=False)]
         if self._learned_axes:
             others.append(learned_rows_first(arrays[0], self._learned_axes, length))
-        return [self._read(arrays[: self._count], length), *others]
+        return [self._read(weights, length), *others]
 
     def check(self) -> AttentionPattern:
         """Return the attention pattern after checking it at all lengths and with all masks.

@@ -46,10 +46,8 @@ def find_limit(sweep: LengthSweep) -> int | None:
         return None
     runner = sweep.runner(list(values))
     learned = [value for value, axes in values.items() if any(axis.border for axis in axes)]
-    compared = [
-        *values.items(),
-        *((value, tuple(axis for axis in values[value] if not axis.border)) for value in learned),
-    ]
+    compared = list(values.items())
+    compared += [(value, tuple(axis for axis in values[value] if not axis.border)) for value in learned]
 
     def run(length: int, mask: MaskPattern) -> Arrays:
         arrays = dict(zip(values, runner.run(length, mask), strict=True))
