@@ -98,8 +98,8 @@ def test_a_pass_has_its_docstring_and_its_fields_as_help(shell, site):
     code, out, _ = shell("annotate", "--help")
     words = " ".join(out.split())
     assert code == 0
-    assert "Give nodes of some operators a note in their metadata." in words
-    for part in ("--note", "What it says.", "--operators TEXT,...", "Which operators get it. [default: MatMul]"):
+    assert "Add a note to the metadata of nodes." in words
+    for part in ("--note", "The text.", "--operators TEXT,...", "The operators of these nodes. [default: MatMul]"):
         assert part in words
     assert "Attributes" not in words
 

@@ -1,3 +1,3 @@
-"""The packages here are installed by tests, and not collected as tests."""
+"""Packages that tests install; pytest does not collect them."""
 
 collect_ignore = ["sample", "troubled", "clashing"]

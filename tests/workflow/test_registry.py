@@ -48,7 +48,7 @@ def test_a_function_of_a_package_becomes_a_pass_with_its_parameters_as_options(s
     made = PASSES.find("swap-addends").load()
     assert made.name == "swap-addends"
     assert made() == made(limit=1000)
-    assert summary(made) == "Let every Add read its second input first."
+    assert summary(made) == "Swap the inputs of each Add."
 
 
 def test_an_unknown_name_lists_the_known(site):

@@ -63,7 +63,14 @@ def written_to_file(
         UsageError: The disk is full, or the file cannot be written.
     """
     tensors = [value.const_value for value in values if value.const_value is not None]
-    references = _write(tensors, data, transaction, on_progress)
+    with references_to(values, _write(tensors, data, transaction, on_progress)):
+        yield
+
+
+@contextmanager
+def references_to(values: Sequence[ir.Value], references: Sequence[ir.ExternalTensor]) -> Iterator[None]:
+    """Replace the tensors of initializers by references to written data in the block."""
+    tensors = [value.const_value for value in values]
     try:
         for value, reference in zip(values, references, strict=True):
             value.const_value = reference

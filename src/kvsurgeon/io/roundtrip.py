@@ -84,14 +84,7 @@ def _restore_nodes(nodes: Iterable[onnx.NodeProto], originals: Iterable[onnx.Nod
     def key(node: onnx.NodeProto) -> str:
         return next((name for name in node.output if name), node.name)
 
-    by_output = {key(node): node for node in originals}
-    for node in nodes:
-        original = by_output.get(key(node))
-        if original is None or node == original:
-            continue
-        _restore_subgraphs(node, original)
-        if is_equivalent(node, original):
-            node.CopyFrom(original)
+    _restore_each(nodes, originals, key, _restore_subgraphs)
 
 
 def _restore_subgraphs(node: onnx.NodeProto, original: onnx.NodeProto) -> None:
@@ -106,11 +99,21 @@ def _restore_subgraphs(node: onnx.NodeProto, original: onnx.NodeProto) -> None:
             _restore_graph(graph, graph_before)
 
 
-def _restore_each(messages: Iterable[Any], originals: Iterable[Any], key: Callable[[Any], str]) -> None:
+def _restore_each(
+    messages: Iterable[Any],
+    originals: Iterable[Any],
+    key: Callable[[Any], str],
+    restore_parts: Callable[[Any, Any], None] | None = None,
+) -> None:
+    """Replace each message by the original of the same key if they are equivalent."""
     by_key = {key(message): message for message in originals}
     for message in messages:
         original = by_key.get(key(message))
-        if original is not None and message != original and is_equivalent(message, original):
+        if original is None or message == original:
+            continue
+        if restore_parts is not None:
+            restore_parts(message, original)
+        if is_equivalent(message, original):
             message.CopyFrom(original)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.io.data_file import refer_to
+from kvsurgeon.io.data_file import refer_to, references_to
 from kvsurgeon.io.roundtrip import to_proto
 
 OPEN_FILES = "/proc/self/fd"  # the open files of a process on Linux
@@ -41,26 +41,15 @@ def staged(model: ir.Model, near: str | Path | None = None) -> Iterator[onnx.Mod
         return
     folder = _existing(Path.cwd() if near is None else Path(near).absolute())
     with tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as file:
-        yield _with_references(model, computed, file)
-
-
-def _with_references(model: ir.Model, computed: Sequence[ir.Value], file: BinaryIO) -> onnx.ModelProto:
-    """Write computed weights to a file, and return the model with references to it."""
-    tensors = [_tensor(value) for value in computed]
-    try:
-        references = [_write(tensor, file) for tensor in tensors]
-        file.flush()
-    except OSError as error:
-        raise UsageError(
-            f"cannot write weights for verification: {error.strerror or error}; choose another folder, or --no-verify"
-        ) from error
-    try:
-        for value, reference in zip(computed, references, strict=True):
-            value.const_value = reference
-        return to_proto(model)
-    finally:
-        for value, tensor in zip(computed, tensors, strict=True):
-            value.const_value = tensor
+        try:
+            references = [_write(_tensor(value), file) for value in computed]
+            file.flush()
+        except OSError as error:
+            reason = f"cannot write weights for verification: {error.strerror or error}"
+            raise UsageError(f"{reason}; choose another folder, or --no-verify") from error
+        with references_to(computed, references):
+            proto = to_proto(model)
+        yield proto
 
 
 def _write(tensor: ir.LazyTensor, file: BinaryIO) -> ir.ExternalTensor:

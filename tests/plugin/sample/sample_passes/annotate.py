@@ -8,11 +8,11 @@ from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 
 @dataclass(frozen=True, kw_only=True)
 class Annotate:
-    """Give nodes of some operators a note in their metadata.
+    """Add a note to the metadata of nodes.
 
     Attributes:
-        note: What it says.
-        operators: Which operators get it.
+        note: The text.
+        operators: The operators of these nodes.
     """
 
     name: ClassVar[str] = "annotate"
@@ -23,7 +23,7 @@ class Annotate:
     def apply(self, subject: Subject) -> Outcome:
         nodes = [node for node in subject.model.graph if node.op_type in self.operators]
         if not nodes:
-            return Unchanged(reason=f"there is no {' or '.join(self.operators)}")
+            return Unchanged(reason=f"no node is {' or '.join(self.operators)}")
         for node in nodes:
             node.metadata_props["note"] = self.note
         return Changed(edits=len(nodes))

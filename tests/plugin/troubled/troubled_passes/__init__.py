@@ -8,12 +8,12 @@ from kvsurgeon.passes.contract import Changed, Outcome, Subject
 
 
 def raises(model: ir.Model) -> None:
-    """Raise."""
+    """Raise an error."""
     raise ZeroDivisionError(f"no {len(model.graph)} nodes\nfit here")
 
 
 class Breaks:
-    """Take away what makes the first output."""
+    """Remove the node that computes the first output."""
 
     name: ClassVar[str] = "breaks"
 
@@ -34,7 +34,7 @@ class SaysNothing:
 
 
 def differs(graph: gs.Graph) -> None:
-    """Compute something else: the last product is doubled."""
+    """Double the last product."""
     node = [node for node in graph.nodes if node.op == "MatMul"][-1]
     doubled = gs.Variable("doubled", dtype=np.float32)
     consumers = list(node.outputs[0].outputs)
@@ -56,4 +56,4 @@ def idle(graph: gs.Graph) -> gs.Graph:
 
 
 def unannotated(graph):
-    """Do not say what is taken."""
+    """Have no annotation."""
