@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import pytest
+import typer
 from attentions import attention
 from decoders import Config, Decoder
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,11 +19,13 @@ from written import read
 
 import kvsurgeon
 from kvsurgeon import errors
+from kvsurgeon.cli.commands import add_commands
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.ops.table import registered
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.registry import PASSES
 from kvsurgeon.workflow.surgery import operate
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +124,44 @@ def test_the_operator_of_the_docs_can_be_injected():
         Inject().apply(Subject.of(model))
     with registered(names["GATE"]):
         assert isinstance(Inject().apply(Subject.of(model)), Changed)
+
+
+# Commands
+
+
+def code(path):
+    """Return the code blocks and the inline code of a page."""
+    text = path.read_text("utf-8")
+    return [body for _, body in FENCED.findall(text)] + re.findall(r"`([^`\n]+)`", FENCED.sub("", text))
+
+
+@pytest.fixture(scope="module")
+def options():
+    """Names of the options of all commands, and of the scripts of this repository."""
+    app = typer.Typer()
+    add_commands(app, ["--help"])
+    commands = typer.main.get_command(app).commands
+    parameters = [parameter for command in commands.values() for parameter in command.params]
+    names = {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
+    passes = [plugin.load() for plugin in PASSES.plugins()]
+    names |= {"--" + field.name.replace("_", "-") for one in passes for field in dataclasses.fields(one)}
+    scripts = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/clients/*.py"), *ROOT.glob("examples/*.py")]
+    scripts += [ROOT / "tests" / "conftest.py"]
+    written = "".join(path.read_text("utf-8") for path in scripts)
+    return names | set(re.findall(r'"(--[\w-]+)"', written)) | {"--debug", "--help", "--to", "--option"}  # the last two are examples
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=relative)
+def test_every_option_exists(path, options):
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", "\n".join(code(path)))) <= options
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=relative)
+def test_every_pipeline_can_be_parsed(path):
+    text = "\n".join(code(path))
+    for pipeline in re.findall(r'-p "([^"]*)"', text) + re.findall(r"^([a-z0-9-]+\{[^{}]*\})$", text, re.MULTILINE):
+        if not pipeline.startswith(("a,b{", "name{", "rename-logits{")):  # placeholders
+            Pipeline.parse(pipeline)
 
 
 # Links
