@@ -24,7 +24,7 @@ from verification.corpus import Entry, find_entries
 from kvsurgeon import Pipeline
 from kvsurgeon.errors import KvsurgeonError, ParityError, PassError, RunError, UnsupportedError
 from kvsurgeon.passes.contract import Unchanged
-from kvsurgeon.workflow.surgery import operate
+from kvsurgeon.workflow.run_and_save import run_and_save
 
 BAD = frozenset({"different", "does not run", "traceback"})
 CATEGORIES = ("same", "lossy", "unchanged", "refused", *sorted(BAD))
@@ -103,7 +103,7 @@ def examine(entry: Entry, number: int, row: str) -> Outcome:
 def _tried(entry: Entry, row: str) -> tuple[str, str]:
     passes = Pipeline.parse(row)
     try:
-        done = operate(entry.path, passes)
+        done = run_and_save(entry.path, passes)
     except ParityError as error:
         return "different", str(error)
     except RunError as error:
@@ -116,7 +116,7 @@ def _tried(entry: Entry, row: str) -> tuple[str, str]:
         return "traceback", f"{type(error).__name__}: {error}"
     if all(isinstance(step.outcome, Unchanged) for step in done.steps):
         return "unchanged", ""
-    return ("lossy" if done.sameness is None else "same"), ""
+    return ("lossy" if done.verification is None else "same"), ""
 
 
 def report(outcomes: Sequence[Outcome]) -> None:

@@ -32,7 +32,7 @@ from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.remove_cache import RemoveCache, detach_cache, reattach_cache
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
 from kvsurgeon.workflow.pipeline import Pipeline
-from kvsurgeon.workflow.surgery import operate
+from kvsurgeon.workflow.run_and_save import run_and_save
 
 FINE = frozenset({"equal", "not injected", "not runnable", "refused by name"})
 CACHE_MODES: dict[str, dict[str, str]] = {
@@ -158,7 +158,7 @@ class OutAndIn:
 
 def _replaced(file: Path, entry: Entry | None) -> tuple[str, str]:
     before = onnx.load(file, load_external_data=False)
-    surgery = operate(file, Pipeline((OutAndIn(),)))
+    surgery = run_and_save(file, Pipeline((OutAndIn(),)))
     result = io.to_proto(surgery.model)
     for mine, theirs in ((result.graph.input, before.graph.input), (result.graph.output, before.graph.output)):
         if {value.name for value in mine} != {value.name for value in theirs}:

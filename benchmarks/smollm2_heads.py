@@ -30,7 +30,7 @@ from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
 from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads
 from kvsurgeon.passes.heads.share_kv_layers import ShareKvLayers
 from kvsurgeon.workflow.pipeline import Pipeline
-from kvsurgeon.workflow.surgery import operate
+from kvsurgeon.workflow.run_and_save import run_and_save
 
 HEADS = 9  # query heads of SmolLM2-135M
 BOUND = 1e-4  # of the spread of the logits
@@ -60,7 +60,7 @@ class Row:
 def exact(folder: Path, expected: list[dict[str, Any]], name: str) -> Row:
     """Make an exact change; compare tokens and logits."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-        operate(folder, Pipeline(EXACT[name]), Path(made) / "model", verify=False)
+        run_and_save(folder, Pipeline(EXACT[name]), Path(made) / "model", verify=False)
         result = Path(made) / "model"
         same = sum(_writes(result, record) for record in expected)
         session = _session(result)
@@ -107,14 +107,14 @@ def _apart(original: ort.InferenceSession, result: ort.InferenceSession, record:
 
 def lossy(folder: Path, name: str) -> Row:
     """Make a change that is not exact; take down what its report says."""
-    loss = operate(folder, Pipeline(LOSSY[name])).loss
+    loss = run_and_save(folder, Pipeline(LOSSY[name])).loss
     return Row(model=folder.name, pipeline=name, found=str(loss), right=loss is not None and loss.divergence > 0)
 
 
 def refused(folder: Path) -> Row:
     """Ask for a count that cannot be."""
     try:
-        operate(folder, Pipeline((ReplicateKvHeads(repeat=2),)), verify=False)
+        run_and_save(folder, Pipeline((ReplicateKvHeads(repeat=2),)), verify=False)
     except UsageError as error:
         return Row(model=folder.name, pipeline="replicate 2", found=str(error), right=LEGAL in str(error))
     return Row(model=folder.name, pipeline="replicate 2", found="not refused", right=False)

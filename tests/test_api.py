@@ -1,4 +1,4 @@
-"""The names that people import."""
+"""The public names of the package."""
 
 import subprocess
 import sys
@@ -12,22 +12,22 @@ from kvsurgeon.errors import UsageError
 
 
 @pytest.mark.parametrize("name", kvsurgeon.__all__)
-def test_every_name_is_there_and_documented(name):
+def test_every_public_name_has_a_docstring(name):
     assert getattr(kvsurgeon, name).__doc__
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'kvsurgeon' has no attribute 'nothing'"):
         _ = kvsurgeon.nothing
     assert dir(kvsurgeon) == sorted(kvsurgeon.__all__)
 
 
-def test_the_import_alone_is_light():
+def test_the_import_loads_no_heavy_module():
     code = "import sys, kvsurgeon; print([name for name in ('onnx', 'numpy', 'typer') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-def test_attention_can_be_found_by_anyone_and_the_model_stays_as_it_is():
+def test_find_attention_does_not_change_the_model():
     model = Decoder(Config()).model()
     before = model.SerializeToString()
     layers = kvsurgeon.find_attention(model)
@@ -39,12 +39,12 @@ def test_attention_can_be_found_by_anyone_and_the_model_stays_as_it_is():
     assert model.SerializeToString() == before
 
 
-def test_inject_takes_options_and_leaves_a_proto_as_it_is(tmp_path):
+def test_inject_takes_options_and_does_not_change_a_proto(tmp_path):
     model = Decoder(Config()).model()
     before = model.SerializeToString()
-    surgery = kvsurgeon.inject(model, tmp_path / "out", present="kept.{layer}.{kind}")
-    assert surgery.report.ok
-    assert "kept.0.key" in [value.name for value in onnx.load(surgery.path).graph.output]
+    run = kvsurgeon.inject(model, tmp_path / "out", present="kept.{layer}.{kind}")
+    assert run.report.ok
+    assert "kept.0.key" in [value.name for value in onnx.load(run.path).graph.output]
     assert model.SerializeToString() == before
     with pytest.raises((TypeError, UsageError)):
         kvsurgeon.inject(model, colour="red")

@@ -26,7 +26,7 @@ from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.registry import PASSES
-from kvsurgeon.workflow.surgery import operate
+from kvsurgeon.workflow.run_and_save import run_and_save
 
 ROOT = Path(__file__).parents[1]
 TEXTS = sorted(
@@ -93,8 +93,8 @@ def test_the_pass_that_edits_is_verified_and_idempotent(passes, tmp_path):
     original = Decoder(Config(dtype="float16")).model()
     onnx.save(original, tmp_path / "model.onnx")
     edit = passes["FloatLogits"](output=original.graph.output[0].name)
-    surgery = operate(tmp_path / "model.onnx", Pipeline((edit,)), tmp_path / "wide.onnx")
-    assert surgery.sameness.verdict == "same"
+    surgery = run_and_save(tmp_path / "model.onnx", Pipeline((edit,)), tmp_path / "wide.onnx")
+    assert surgery.verification.verdict == "same"
     (logits,) = [v for v in onnx.load(tmp_path / "wide.onnx").graph.output if v.name == edit.output]
     assert logits.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
     assert isinstance(edit.apply(Subject(model=surgery.model)), Unchanged)

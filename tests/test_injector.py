@@ -1,4 +1,4 @@
-"""The face that users of SparseML know, used as the README uses it."""
+"""`KeyValueCacheInjector`, used as in the README."""
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -33,7 +33,7 @@ def save(folder, size_threshold):
     onnx.save(model, folder / "model.onnx", **data)
 
 
-def test_usage_to_the_letter(folder, original, monkeypatch):
+def test_the_example_of_the_readme(folder, original, monkeypatch):
     monkeypatch.chdir(folder.parent)
     weights = (folder / "model.onnx.data").read_bytes()
 
@@ -47,7 +47,7 @@ def test_usage_to_the_letter(folder, original, monkeypatch):
     assert "Any causal decoder" in KeyValueCacheInjector.supported_models
 
 
-def test_small_constants_may_lie_in_the_data_file(folder, original):
+def test_small_constants_may_be_external_data(folder, original):
     save(folder, size_threshold=0)
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     KeyValueCacheInjector(folder).apply(model)
@@ -62,12 +62,12 @@ def test_the_model_path_may_be_a_folder_or_a_file(folder, where):
     assert len(KeyValueCacheInjector(path).apply(model).graph.input) == 2 + 4
 
 
-def test_no_path_is_needed_where_nothing_is_read(original):
+def test_a_proto_with_all_weights_needs_no_path(original):
     model = KeyValueCacheInjector().apply(Decoder(Config(layers=2)).model())
     assert_law(original, model)
 
 
-def test_in_place_is_the_default_and_can_be_declined(original):
+def test_inplace_is_the_default(original):
     model = Decoder(Config(layers=2)).model()
     before = model.SerializeToString()
 
@@ -79,7 +79,7 @@ def test_in_place_is_the_default_and_can_be_declined(original):
     assert [value.name for value in model.graph.input] == [value.name for value in copy.graph.input]
 
 
-def test_a_refused_model_is_as_it_was():
+def test_a_rejected_model_is_unchanged():
     model = CachedDecoder(Config(layers=2)).model()
     before = model.SerializeToString()
     with pytest.raises(UnsupportedError, match="already has a cache"):
@@ -87,7 +87,7 @@ def test_a_refused_model_is_as_it_was():
     assert model.SerializeToString() == before
 
 
-def test_export_takes_everything_along(folder, tmp_path):
+def test_export_writes_external_data_and_side_files(folder, tmp_path):
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     target = tmp_path / "out" / "model.onnx"
     target.parent.mkdir()
@@ -118,10 +118,10 @@ def test_overrides_that_agree_with_the_graph(overrides, original):
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [({"num_attention_heads": 3}, "layer 0: expected 3 heads .* found 4 query and 2 kv heads"),
-     ({"hidden_size_kv_cache": 16}, "layer 0: expected 16 features of a head .* found 8")],
+    [({"num_attention_heads": 3}, "layer 0: expected 3 heads .* found 4 query heads and 2 KV heads"),
+     ({"hidden_size_kv_cache": 16}, "layer 0: expected head_dim 16 .* found 8")],
 )  # fmt: skip
-def test_overrides_that_do_not_agree(overrides, message):
+def test_overrides_that_differ_from_the_graph_are_errors(overrides, message):
     model = Decoder(Config(layers=2)).model()
     before = model.SerializeToString()
     with pytest.raises(UsageError, match=message):
@@ -130,17 +130,17 @@ def test_overrides_that_do_not_agree(overrides, message):
 
 
 @pytest.mark.parametrize("name", ["transpose_value_input", "transpose_key_input", "multiply_batch_by_num_att_heads"])
-def test_overrides_that_the_graph_decides(name):
-    with pytest.raises(UsageError, match=f"`{name}` is decided by the graph"):
+def test_overrides_that_are_read_from_the_graph_are_errors(name):
+    with pytest.raises(UsageError, match=f"`{name}` is read from the graph"):
         KeyValueCacheInjector(**{name: True})
 
 
-def test_an_override_that_nobody_knows():
+def test_an_unknown_override_is_an_error():
     with pytest.raises(UsageError, match="unknown override `heads`"):
         KeyValueCacheInjector(heads=3)
 
 
-def test_transforms_of_ones_own_run_afterwards(original):
+def test_additional_transforms_run_after_the_injection(original):
     seen = []
 
     def look(graph: gs.Graph) -> None:
@@ -159,19 +159,19 @@ def test_transforms_of_ones_own_run_afterwards(original):
     assert seen[1] == "past_key_values.1.value"
 
 
-def test_weights_that_are_missing_are_told(folder):
+def test_missing_weights_are_an_error(folder):
     (folder / "model.onnx.data").unlink()
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     with pytest.raises(InputError):
         KeyValueCacheInjector(folder).apply(model)
 
 
-def test_whatever_is_not_a_model_is_told():
+def test_an_empty_proto_is_an_error():
     with pytest.raises(KvsurgeonError):
         KeyValueCacheInjector().apply(onnx.ModelProto())
 
 
-def test_the_cache_holds_what_a_hand_made_one_holds(original):
+def test_the_cache_is_that_of_a_manual_export(original):
     by_hand = CachedDecoder(Config(layers=2)).model()
     model = KeyValueCacheInjector(inplace=False).apply(original)
     feeds = texts(original, batch=2, length=6)

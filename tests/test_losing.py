@@ -17,9 +17,9 @@ from kvsurgeon.io.model_config import ModelHeads
 from kvsurgeon.parity import loss
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
-from kvsurgeon.report import answer, table
+from kvsurgeon.report import json_output, table
 from kvsurgeon.workflow.pipeline import Pipeline
-from kvsurgeon.workflow.surgery import operate
+from kvsurgeon.workflow.run_and_save import run_and_save
 
 DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"
 
@@ -53,28 +53,28 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_lost_is_measured_told_and_written(tmp_path: Path) -> None:
-    surgery = operate(DEMO, Pipeline((Halve(),)), tmp_path, per_layer=True)
-    assert surgery.sameness is None
+    surgery = run_and_save(DEMO, Pipeline((Halve(),)), tmp_path, per_layer=True)
+    assert surgery.verification is None
     assert surgery.loss is not None
     assert surgery.loss.divergence > 0
     assert surgery.loss.layers[0].error == pytest.approx(0.5, abs=1e-3)
     assert json.loads((tmp_path / "config.json").read_text())["num_key_value_heads"] == 1
-    assert answer.surgery(surgery)["loss"]["tokens"] == 16
+    assert json_output.run_json(surgery)["loss"]["tokens"] == 16
     console = table.console()
     with console.capture() as said:
-        console.print(table.surgery(surgery))
+        console.print(table.run_summary(surgery))
     assert "KL divergence" in said.get()
     assert "not verified" not in said.get()
 
 
 def test_a_pass_that_says_it_is_exact_and_is_not(tmp_path: Path) -> None:
-    with pytest.raises(ParityError, match="does not compute what the original computes"):
-        operate(DEMO, Pipeline((Halve(exact=True),)), tmp_path)
+    with pytest.raises(ParityError, match="the results of the model differ from those of the original"):
+        run_and_save(DEMO, Pipeline((Halve(exact=True),)), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_later_passes_are_judged_by_what_came_before_them(tmp_path: Path) -> None:
-    surgery = operate(DEMO, Pipeline((Halve(), Inject())), tmp_path, verify_each=True)
+    surgery = run_and_save(DEMO, Pipeline((Halve(), Inject())), tmp_path, verify_each=True)
     assert [step.name for step in surgery.steps] == ["halve", "inject"]
     assert surgery.loss is not None
     assert surgery.loss.divergence > 1e-3

@@ -14,7 +14,7 @@ from kvsurgeon.passes.cache.retarget import Retarget
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.workflow import verification
 from kvsurgeon.workflow.pipeline import Pipeline
-from kvsurgeon.workflow.surgery import operate
+from kvsurgeon.workflow.run_and_save import run_and_save
 
 KERNEL = """float[8, 1, 3] kernel, float nil = {0.0},
  int64[6] shift = {0, 1, 0, 0, -1, 0},
@@ -100,8 +100,8 @@ def test_a_cache_is_restored_with_its_state(form):
 
 
 def test_retarget_changes_the_mode_of_a_state():
-    surgery = operate(injected(read(case(CONVOLUTION))), Pipeline((Retarget(cache="static"),)))
-    assert surgery.sameness.verdict == "same"
+    surgery = run_and_save(injected(read(case(CONVOLUTION))), Pipeline((Retarget(cache="static"),)))
+    assert surgery.verification.verdict == "same"
 
 
 def test_facts_list_the_state():

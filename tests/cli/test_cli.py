@@ -1,4 +1,4 @@
-"""What a shell sees: output, exit codes, one line on the error output, and files only where all is well."""
+"""Commands: output, exit codes, error messages of one line, and files only on success."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def site(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shell(capsys):
-    """Run a command, and return its exit code, its output and its error output."""
+    """Run a command, and return its exit code, stdout and stderr."""
 
     def call(*arguments):
         code = run([str(argument) for argument in arguments])
@@ -68,7 +68,7 @@ def subprocess_of(*arguments, **options):
 # Help
 
 
-def test_help_lists_commands_and_passes_alike(shell, site):
+def test_help_lists_commands_and_passes(shell, site):
     install("sample", site)
     code, out, err = shell("--help")
     commands = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines() if line[2:3].strip()]
@@ -84,16 +84,16 @@ def test_help_imports_nothing_heavy():
     assert [name for name in heavy if f"'{name}'" in loaded] == []
 
 
-def test_no_command_shows_help_and_is_wrong_usage(shell):
+def test_without_a_command_help_is_printed(shell):
     code, out, _ = shell()
     assert (code, "Usage: kvsurgeon" in out) == (2, True)
 
 
-def test_the_version(shell):
+def test_the_version_is_printed(shell):
     assert shell("--version") == (0, "kvsurgeon 0.1.0\n", "")
 
 
-def test_a_pass_has_its_docstring_and_its_fields_as_help(shell, site):
+def test_the_help_of_a_pass_is_its_docstring_and_its_fields(shell, site):
     install("sample", site)
     code, out, _ = shell("annotate", "--help")
     words = " ".join(out.split())
@@ -104,7 +104,7 @@ def test_a_pass_has_its_docstring_and_its_fields_as_help(shell, site):
     assert "Attributes" not in words
 
 
-# Wrong usage and unreadable models
+# Usage errors and unreadable models
 
 
 @pytest.mark.parametrize(
@@ -126,27 +126,28 @@ def test_a_pass_has_its_docstring_and_its_fields_as_help(shell, site):
         (["generate", "{given}", "--prompt", "x", "--temperature", "-1"], 2, "temperature"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(shell, models, tmp_path, arguments, code, words):
+def test_an_error_is_one_line_with_its_code(shell, models, tmp_path, arguments, code, words):
     names = {"given": models / "given", "out": tmp_path / "out"}
     found, out, err = shell(*(argument.format(**names) for argument in arguments))
     assert found == code
-    assert (out, err.count("\n"), err.startswith("kvsurgeon: "), words in err) == ("", 1, True, True)
+    assert (out, err.count("\n"), err.startswith("kvsurgeon: error: "), words in err) == ("", 1, True, True)
+    assert re.search(rf" \[KVS-{code}\d\d\]$", err)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bug_is_one_line_and_debug_shows_it(shell, models, monkeypatch):
+def test_an_internal_error_is_one_line_and_debug_prints_the_traceback(shell, models, monkeypatch):
     def fail(*args, **kwargs):
         raise IndexError("list index\nout of range")
 
     monkeypatch.setattr(Subject, "of", fail)
     code, _, err = shell("inspect", models / "given")
-    said = "kvsurgeon: IndexError: list index out of range (a bug of kvsurgeon's; --debug shows where)\n"
-    assert (code, err) == (1, said)
+    message = "kvsurgeon: internal error: IndexError: list index out of range (rerun with --debug for the traceback)\n"
+    assert (code, err) == (1, message)
     code, _, err = shell("inspect", models / "given", "--debug")
-    assert (code, err.startswith("Traceback"), err.splitlines()[-1]) == (1, True, said.strip())
+    assert (code, err.startswith("Traceback"), err.splitlines()[-1]) == (1, True, message.strip())
 
 
-def test_an_interrupt_is_quiet(shell, models, monkeypatch):
+def test_an_interrupt_prints_nothing(shell, models, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -154,7 +155,7 @@ def test_an_interrupt_is_quiet(shell, models, monkeypatch):
     assert shell("inspect", models / "given") == (130, "", "")
 
 
-def test_an_interrupted_process_ends_quietly():
+def test_an_interrupted_process_prints_nothing():
     hangs = "lambda path: os.kill(os.getpid(), signal.SIGINT) or time.sleep(9)"
     heard = (
         "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a shell lets what is in the background ignore it
@@ -166,17 +167,17 @@ def test_an_interrupted_process_ends_quietly():
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
-def test_a_closed_pipe_is_quiet():
+def test_a_closed_pipe_prints_nothing():
     with subprocess_of("--help") as process:
         process.stdout.close()
         said = process.stderr.read()
     assert (process.returncode, said) == (1, "")
 
 
-# Surgery
+# Passes
 
 
-def test_inject_verifies_and_writes_all_that_belongs_to_the_model(shell, models, tmp_path):
+def test_inject_verifies_and_writes_the_model_with_its_files(shell, models, tmp_path):
     code, out, err = shell("inject", models / "given", "-o", tmp_path / "out")
     assert (code, err) == (0, "")
     assert "verified: largest error" in out
@@ -184,13 +185,13 @@ def test_inject_verifies_and_writes_all_that_belongs_to_the_model(shell, models,
     assert shell("verify", models / "given", tmp_path / "out")[0] == 0
 
 
-def test_weights_are_linked_unless_a_copy_is_wanted(shell, models, tmp_path):
+def test_weights_are_linked_or_copied(shell, models, tmp_path):
     for name, options, linked in (("linked", (), True), ("copied", ("--copy-weights",), False)):
         assert shell("inject", models / "given", "-o", tmp_path / name, "--no-verify", *options)[0] == 0
         assert (tmp_path / name / "model.data").samefile(models / "given" / "model.data") == linked
 
 
-def test_inject_answers_a_program(shell, models, tmp_path):
+def test_inject_prints_json(shell, models, tmp_path):
     code, out, _ = shell("inject", models / "given", "-o", tmp_path / "out" / "cached.onnx", "--json")
     facts = json.loads(out)
     assert (code, facts["output"]) == (0, str(tmp_path / "out" / "cached.onnx"))
@@ -198,7 +199,7 @@ def test_inject_answers_a_program(shell, models, tmp_path):
     assert facts["steps"][0]["pass"] == "inject"
 
 
-def test_without_verification_that_is_said(shell, models, tmp_path):
+def test_no_verify_is_reported(shell, models, tmp_path):
     code, out, _ = shell("inject", models / "given", "-o", tmp_path / "out", "--no-verify")
     assert (code, "not verified" in out) == (0, True)
 
@@ -210,7 +211,7 @@ def test_the_output_may_be_the_input(shell, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
 
 
-def test_the_names_of_the_cache_may_be_chosen(shell, models, tmp_path):
+def test_cache_names_are_options(shell, models, tmp_path):
     options = ("-p", "inject{past=cache.{layer}.{kind}}", "-o", tmp_path / "out")
     assert shell("run", models / "given", *options)[0] == 0
     names = [value.name for value in onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False).graph.input]
@@ -221,7 +222,7 @@ def test_inspect_shows_a_cache(shell, models, tmp_path):
     assert shell("inject", models / "given", "-o", tmp_path / "cached", "--no-verify")[0] == 0
     code, out, _ = shell("inspect", tmp_path / "cached")
     assert code == 0
-    assert "growing: `past_key_values.0.key` comes back as `present.0.key`" in out
+    assert "dynamic: past `past_key_values.0.key`, present `present.0.key`" in out
 
 
 def test_inspect_shows_the_layers(shell, models):
@@ -235,7 +236,7 @@ def test_inspect_shows_the_layers(shell, models):
 # Passes of installed packages
 
 
-def test_passes_lists_all_of_them_and_what_is_wrong_with_some(shell, site):
+def test_passes_lists_all_passes_and_their_errors(shell, site):
     for package in ("sample", "troubled"):
         install(package, site)
     code, out, _ = shell("passes")
@@ -248,18 +249,18 @@ def test_passes_lists_all_of_them_and_what_is_wrong_with_some(shell, site):
     assert "troubled-passes 0.1" in facts["missing"]["error"]
 
 
-def test_a_plug_in_is_a_command(shell, site, models, tmp_path):
+def test_a_plugin_is_a_command(shell, site, models, tmp_path):
     install("sample", site)
     options = ("--note", "seen", "--operators", "Add,Mul", "-o", tmp_path / "out")
     code, out, err = shell("annotate", models / "given", *options)
     assert (code, err) == (0, "")
-    assert "verified: all outputs as before" in out
+    assert "verified: all outputs are equal" in out
     model = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
     noted = {node.op_type for node in model.graph.node if [one.value for one in node.metadata_props] == ["seen"]}
     assert noted == {"Add", "Mul"}
 
 
-def test_plug_ins_of_both_kinds_run_in_a_pipeline_with_inject(shell, site, models, tmp_path):
+def test_plugins_of_both_kinds_run_in_a_pipeline_with_inject(shell, site, models, tmp_path):
     install("sample", site)
     pipeline = "annotate{note=before, operators=MatMul,Add},inject,swap-addends{limit=2}"
     trace = tmp_path / "trace"
@@ -282,7 +283,7 @@ def test_plug_ins_of_both_kinds_run_in_a_pipeline_with_inject(shell, site, model
 
 
 @pytest.mark.parametrize("name", ["llama_dynamo_sdpa", "gpt2_torchscript_sdpa"])
-def test_plug_ins_of_both_kinds_run_with_inject_on_a_real_export(shell, site, tmp_path, name):
+def test_plugins_of_both_kinds_run_with_inject_on_a_real_export(shell, site, tmp_path, name):
     install("sample", site)
     source = Path(__file__).parents[1] / "corpus" / f"{name}.onnx"
     pipeline = "annotate{note=before, operators=MatMul},inject,swap-addends{limit=2}"
@@ -303,16 +304,16 @@ def test_plug_ins_of_both_kinds_run_with_inject_on_a_real_export(shell, site, tm
     ("name", "code", "words"),
     [
         ("raises", 3, "pass raises raised ZeroDivisionError: no"),
-        ("breaks", 3, "pass breaks left a graph that is not valid: graph output `logits`"),
-        ("says-nothing", 3, "pass says-nothing: expected Changed or Unchanged"),
-        ("differs", 1, "does not compute what the original computes"),
+        ("breaks", 3, "pass breaks left an invalid graph: graph output `logits`"),
+        ("says-nothing", 3, "pass says-nothing: expected it to return Changed or Unchanged"),
+        ("differs", 1, "the results of the model differ from those of the original"),
         ("idle", 3, "the model is unchanged: idle: the function did not change the graph"),
         ("missing", 2, "pass missing of troubled-passes 0.1"),
         ("unannotated", 2, "pass unannotated"),
     ],
 )
 @pytest.mark.parametrize("way", ["alone", "in a pipeline"])
-def test_a_troubled_plug_in_is_named_and_leaves_no_output(shell, site, models, tmp_path, name, code, words, way):
+def test_an_error_names_the_plugin_and_nothing_is_written(shell, site, models, tmp_path, name, code, words, way):
     install("troubled", site)
     command = [name] if way == "alone" else ["run", "-p", name]
     found, out, err = shell(*command, models / "given", "-o", tmp_path / "out")
@@ -322,7 +323,7 @@ def test_a_troubled_plug_in_is_named_and_leaves_no_output(shell, site, models, t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_clash_is_named_and_the_other_commands_work(shell, site, models, tmp_path):
+def test_a_name_conflict_is_an_error_of_that_command_only(shell, site, models, tmp_path):
     install("clashing", site)
     for command in (["inject"], ["run", "-p", "inject"]):
         code, _, err = shell(*command, models / "given", "-o", tmp_path / "out")
@@ -331,7 +332,7 @@ def test_a_clash_is_named_and_the_other_commands_work(shell, site, models, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_what_a_pass_prints_is_no_part_of_the_answer(shell, site, models, tmp_path):
+def test_output_of_a_pass_goes_to_stderr(shell, site, models, tmp_path):
     install("sample", site)
     (site / "sample_passes" / "swap.py").write_text(
         "import onnx_ir as ir\n"
@@ -344,16 +345,16 @@ def test_what_a_pass_prints_is_no_part_of_the_answer(shell, site, models, tmp_pa
     assert json.loads(out)["verified"] is True
 
 
-def test_an_option_may_not_hide_one_of_the_command(shell, site, models, tmp_path):
+def test_an_option_may_not_have_the_name_of_a_shared_option(shell, site, models, tmp_path):
     install("sample", site)
     (site / "sample_passes" / "swap.py").write_text(
         "import onnx_ir as ir\ndef swap_addends(model: ir.Model, output: int = 1) -> None: ..."
     )
     code, _, err = shell("swap-addends", models / "given", "-o", tmp_path / "out")
-    assert (code, "its option output is one that every command has" in err) == (2, True)
+    assert (code, "its option output has the name of a shared option" in err) == (2, True)
 
 
-def test_a_trace_that_cannot_be_written_is_wrong_usage(shell, models, tmp_path):
+def test_a_trace_folder_that_cannot_be_created_is_an_error(shell, models, tmp_path):
     (tmp_path / "file").touch()
     options = ("-p", "inject", "-o", tmp_path / "out", "--trace", tmp_path / "file" / "trace")
     code, _, err = shell("run", models / "given", *options)
@@ -363,7 +364,7 @@ def test_a_trace_that_cannot_be_written_is_wrong_usage(shell, models, tmp_path):
 # Generation
 
 
-def test_generate_shows_the_text_and_its_speed(shell, models, tmp_path):
+def test_generate_prints_the_text_and_its_speed(shell, models, tmp_path):
     tokenizer = Tokenizer(WordLevel({f"w{number}": number for number in range(61)}, unk_token="w0"))
     tokenizer.pre_tokenizer = Whitespace()
     said = {}
@@ -382,7 +383,7 @@ def test_generate_shows_the_text_and_its_speed(shell, models, tmp_path):
 # Verification
 
 
-def test_verify_tells_by_its_exit_code(shell, models, tmp_path):
+def test_the_exit_code_of_verify_is_the_verdict(shell, models, tmp_path):
     assert shell("verify", models / "given", models / "cached")[0] == 0
     other = CachedDecoder(Config(seed=1)).model()
     onnx.save(other, tmp_path / "other.onnx")

@@ -1,4 +1,4 @@
-"""The demo does all that it says, on the model that is shipped."""
+"""The demo, with the built-in model."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from kvsurgeon.cli.main import run
 from kvsurgeon.errors import ParityError
 
 
-def test_the_demo_shows_everything_and_leaves_a_model_and_a_plot(tmp_path, monkeypatch, capsys):
+def test_the_demo_prints_all_steps_and_writes_model_and_plot(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "TOKENS", 48)
     assert run(["demo"]) == 0
@@ -20,18 +20,18 @@ def test_the_demo_shows_everything_and_leaves_a_model_and_a_plot(tmp_path, monke
     assert run(["generate", str(made / "model"), "--prompt", "It was", "--max-new-tokens", "4"]) == 0
 
 
-def test_other_words_with_the_cache_are_not_passed_over(tmp_path, monkeypatch):
-    generated = demo._generated
+def test_a_different_text_with_the_cache_is_an_error(tmp_path, monkeypatch):
+    generated = demo._generate
 
     def longer_without(model, prompt, tokens):
-        return generated(model, prompt, tokens + 1 if model == demo.SHIPPED else tokens)
+        return generated(model, prompt, tokens + 1 if model == demo.BUILT_IN_MODEL else tokens)
 
-    monkeypatch.setattr(demo, "_generated", longer_without)
-    with pytest.raises(ParityError, match="other words"):
+    monkeypatch.setattr(demo, "_generate", longer_without)
+    with pytest.raises(ParityError, match="another text"):
         demo.show_demo(tmp_path, tokens=4)
 
 
-def test_a_model_that_is_not_there_is_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "SHIPPED", tmp_path)
+def test_a_missing_model_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "BUILT_IN_MODEL", tmp_path)
     assert run(["demo", "-o", str(tmp_path / "out")]) == 4
     assert "install kvsurgeon again" in capsys.readouterr().err

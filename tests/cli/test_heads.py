@@ -1,7 +1,7 @@
-"""Commands that change heads, where they cannot: one line, an exit code, nothing half-written, the original untouched.
+"""Errors of the commands that change heads: one line, an exit code, no partial output, the original unchanged.
 
-A disk is full, and a folder not to be written to, for real: a small file system in a namespace of mounts, and a process
-without the rights of a superuser. Where the system allows neither, these tests say that they were skipped.
+Full disks and read-only folders are real: a small file system in a mount namespace, and a process without superuser
+rights. If the system allows neither, these tests are skipped.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ IMPOSSIBLE = [
     ("share-kv-layers", ["--map", "0,0,1,3,3,3"], "reads itself or an earlier layer"),
 ]
 UNPROVABLE = grouped_attention(keys="k0 = MatMul(x, k_weight) k = Softmax<axis = -1>(k0)")
-# Runs commands, and prints of each its exit code, what it said, and what is in the folder that it wrote to.
+# Runs commands, and prints for each its exit code, its stderr, and the files in the output folder.
 CHILD = """
 import contextlib, io, json, os, sys
 from kvsurgeon.cli.main import run
@@ -63,7 +63,7 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_that_loses_something_says_how_much_of_what(command, capsys):
+def test_only_lossy_commands_have_options_for_the_loss(command, capsys):
     assert run([command, "--help"]) == 0
     said = capsys.readouterr().out
     lossy = command in ("merge-kv-heads", "share-kv-layers")
@@ -94,7 +94,7 @@ def packed(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("command", "options", "said"), IMPOSSIBLE)
-def test_a_count_that_cannot_be(command, options, said, tmp_path, capsys):
+def test_impossible_head_counts_are_errors(command, options, said, tmp_path, capsys):
     assert run([command, str(DEMO), *options, "-o", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert said in error
@@ -103,19 +103,19 @@ def test_a_count_that_cannot_be(command, options, said, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["merge-kv-heads", "share-kv-layers"])
-def test_what_is_lost_is_measured_on_a_text_of_ones_own(command, tmp_path, capsys):
+def test_the_loss_is_measured_on_a_custom_text(command, tmp_path, capsys):
     (tmp_path / "own.txt").write_text("It was late, and nobody had come to the door since the rain began. " * 9)
     options = [*COMMANDS[command], "--text", str(tmp_path / "own.txt"), "--per-layer"]
 
     assert run([command, str(DEMO), *options, "-o", str(tmp_path / "out")]) == 0
 
     said = capsys.readouterr().out
-    assert "lost on own.txt" in said
+    assert "loss on own.txt" in said
     assert [line.split()[0] for line in said.splitlines() if line.endswith("% ")] == [*"012345"]
 
 
 @pytest.mark.parametrize("said", ['{"num_', "[1, 2]"])
-def test_a_config_that_cannot_follow_is_told_of(said, packed, tmp_path, capsys):
+def test_a_config_that_cannot_be_updated_is_noted(said, packed, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(packed, model)
     (model / "config.json").write_text(said)
@@ -127,7 +127,7 @@ def test_a_config_that_cannot_follow_is_told_of(said, packed, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_way_that_mixes_heads(command, tmp_path, capsys):
+def test_untraceable_heads_are_an_error(command, tmp_path, capsys):
     model = tmp_path / "model.onnx"
     model.write_bytes(read(UNPROVABLE).SerializeToString())
     before = digest(tmp_path)
@@ -144,7 +144,7 @@ def test_a_way_that_mixes_heads(command, tmp_path, capsys):
 
 
 @needs_mounts
-def test_a_full_disk(packed, tmp_path):
+def test_nothing_is_left_on_a_full_disk(packed, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     before = digest(packed)
@@ -171,8 +171,8 @@ def test_a_full_disk(packed, tmp_path):
 
 @needs_mounts
 @pytest.mark.parametrize("command", ["replicate-kv-heads", "expand-gqa"])
-def test_a_full_disk_on_which_the_model_itself_lies(command, packed, tmp_path):
-    """The model is to be replaced, and there is room for it alone."""
+def test_a_full_disk_keeps_the_model_that_would_be_replaced(command, packed, tmp_path):
+    """The model would be replaced, and there is space for it only."""
     disk = tmp_path / "disk"
     disk.mkdir()
     size = sum(one.stat().st_size for one in packed.iterdir()) // 1024 + 100
@@ -196,8 +196,8 @@ def test_a_full_disk_on_which_the_model_itself_lies(command, packed, tmp_path):
 
 @needs_rights
 @pytest.mark.parametrize("inside", [False, True])
-def test_a_folder_that_may_not_be_written_to(inside, packed, tmp_path):
-    """It is the result's, or the model's own."""
+def test_a_read_only_folder_is_an_error(inside, packed, tmp_path):
+    """The output folder, or the folder of the model itself."""
     folder = tmp_path / "folder"
     shutil.copytree(packed, folder)
     before = digest(folder)

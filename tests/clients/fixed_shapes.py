@@ -29,7 +29,7 @@ from kvsurgeon.errors import KvsurgeonError
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.shapes.fix_shapes import FixShapes
 from kvsurgeon.workflow.pipeline import Pipeline
-from kvsurgeon.workflow.surgery import operate
+from kvsurgeon.workflow.run_and_save import run_and_save
 
 OWN = Path(__file__).parents[1] / "corpus"
 OF_SHAPES = {"Shape", "Size", "Range", "ConstantOfShape", "NonZero", "EyeLike", "Trilu"}
@@ -40,10 +40,10 @@ FILES = ("prefill.onnx", "decode.onnx")
 
 def in_place(model: Path, folder: Path, tokens: int, context: int) -> None:
     """Write the pair whose cache is written in place."""
-    operate(model, Pipeline((Inject(cache="static"),)), folder / "whole", verify=False, pack=True)
+    run_and_save(model, Pipeline((Inject(cache="static"),)), folder / "whole", verify=False, pack=True)
     for file, size in zip(FILES, (tokens, 1), strict=True):
         fixed = Pipeline((FixShapes(tokens=size, max_length=context),))
-        operate(folder / "whole", fixed, folder / "fixed" / file, verify=False)
+        run_and_save(folder / "whole", fixed, folder / "fixed" / file, verify=False)
 
 
 def of_qnn(model: Path, folder: Path, tokens: int, context: int) -> None:

@@ -18,7 +18,7 @@ from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads
 from kvsurgeon.runtime import open_session
 from kvsurgeon.runtime.tensors import from_runtime, to_runtime
 from kvsurgeon.workflow.pipeline import Pipeline
-from kvsurgeon.workflow.surgery import operate
+from kvsurgeon.workflow.run_and_save import run_and_save
 
 DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"
 pytestmark = pytest.mark.skipif(not os.path.isdir(staging.OPEN_FILES), reason="open files have no paths here")
@@ -65,19 +65,19 @@ def test_computed_weights_are_not_in_memory(monkeypatch, tmp_path):
 
 
 def test_the_verified_change_is_saved(tmp_path):
-    done = operate(DEMO, Pipeline((ReplicateKvHeads(repeat=2),)), tmp_path / "out")
+    done = run_and_save(DEMO, Pipeline((ReplicateKvHeads(repeat=2),)), tmp_path / "out")
 
-    assert done.sameness is not None
-    assert done.sameness.verdict == "same"
+    assert done.verification is not None
+    assert done.verification.verdict == "same"
     assert not outside(onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False))
 
 
 def test_accuracy_loss_is_measured_layer_by_layer(monkeypatch):
     merged = Pipeline((MergeKvHeads(kv_heads=1),))
-    staged = operate(DEMO, merged, per_layer=True).loss
+    staged = run_and_save(DEMO, merged, per_layer=True).loss
     monkeypatch.setattr(staging, "EMBEDDED", 1 << 30)
 
-    assert staged == operate(DEMO, merged, per_layer=True).loss
+    assert staged == run_and_save(DEMO, merged, per_layer=True).loss
 
 
 def test_a_full_disk_is_reported_in_one_line(monkeypatch):
@@ -86,4 +86,4 @@ def test_a_full_disk_is_reported_in_one_line(monkeypatch):
 
     monkeypatch.setattr(staging, "_write", full)
     with pytest.raises(UsageError, match="cannot write weights for verification: No space left on device; choose"):
-        operate(DEMO, Pipeline((ReplicateKvHeads(repeat=2),)))
+        run_and_save(DEMO, Pipeline((ReplicateKvHeads(repeat=2),)))

@@ -16,7 +16,7 @@ from kvsurgeon.cli.main import run
 from kvsurgeon.errors import InputError, ParityError, UsageError
 from kvsurgeon.parity import loss, measure_loss
 from kvsurgeon.runtime import Writer
-from kvsurgeon.workflow.surgery import operate
+from kvsurgeon.workflow.run_and_save import run_and_save
 
 DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"
 FEW = "It was late. They left the house without a word, and nobody asked them where they went."
@@ -101,7 +101,7 @@ def test_a_result_with_a_cache_loses_nothing_either(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("short")
 def test_a_text_is_no_longer_than_the_result_has_room_for(tmp_path: Path) -> None:
     in_place = kvsurgeon.Pipeline.parse("inject{cache=static,max-length=12}")
-    surgery = operate(DEMO, in_place, tmp_path / "out", verify=False)
+    surgery = run_and_save(DEMO, in_place, tmp_path / "out", verify=False)
     assert measure_loss(DEMO, surgery.path.parent).tokens == 16  # two stretches of half of 16
 
 
@@ -157,7 +157,7 @@ def test_a_batch_that_is_fixed_is_given_the_text_in_every_row(damaged: Path, tmp
     cached = kvsurgeon.inject(damaged, tmp_path / "cached", verify=False).path
     assert cached is not None
     of_two = tmp_path / "of_two"
-    operate(cached, kvsurgeon.Pipeline.parse("rename-dims{dims=batch_size=2}"), of_two, verify=False)
+    run_and_save(cached, kvsurgeon.Pipeline.parse("rename-dims{dims=batch_size=2}"), of_two, verify=False)
     expected = kvsurgeon.measure_loss(DEMO, cached.parent, per_layer=True)
     found = kvsurgeon.measure_loss(DEMO, of_two, per_layer=True)
     assert found.tokens == expected.tokens

@@ -22,7 +22,7 @@ from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
 from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads
 from kvsurgeon.passes.interface.rename_io import RenameIo
 from kvsurgeon.workflow.pipeline import Pipeline
-from kvsurgeon.workflow.surgery import operate
+from kvsurgeon.workflow.run_and_save import run_and_save
 
 AXES = ("batch", "kv_heads", "sequence", "head_dim")
 KEYS_ACROSS = ("kv_heads", "batch", "head_dim", "sequence")
@@ -76,8 +76,8 @@ def test_what_was_taken_out_comes_back_in_its_form(form, opset):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_heads_change_in_any_form(form):
-    surgery = operate(cached(form), Pipeline((ReplicateKvHeads(repeat=2),)))
-    assert surgery.sameness.verdict == "same"
+    surgery = run_and_save(cached(form), Pipeline((ReplicateKvHeads(repeat=2),)))
+    assert surgery.verification.verdict == "same"
     result = io.to_proto(surgery.model)
     for before, after in zip(interface(cached(form)), interface(result), strict=True):
         assert before[:2] == after[:2]
@@ -88,8 +88,8 @@ def test_heads_change_in_any_form(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_cache_of_any_form_comes_out(form):
-    surgery = operate(cached(form), Pipeline((RemoveCache(),)))
-    assert surgery.sameness.verdict == "same"
+    surgery = run_and_save(cached(form), Pipeline((RemoveCache(),)))
+    assert surgery.verification.verdict == "same"
     result = io.to_proto(surgery.model)
     assert [value.name for value in result.graph.input] == [value.name for value in decoder().graph.input]
     rows = FORMS[form].get("max_length")
@@ -101,8 +101,8 @@ def test_a_cache_of_any_form_comes_out(form):
 @pytest.mark.parametrize("wanted", ["dynamic", "in place, by positions", "new only, by an input"])
 @pytest.mark.parametrize("form", ["across", "in place, by the mask", "new only, by positions"])
 def test_one_form_becomes_another(form, wanted):
-    surgery = operate(cached(form), Pipeline((Retarget(**FORMS[wanted]),)))
-    assert surgery.sameness.verdict == "same"
+    surgery = run_and_save(cached(form), Pipeline((Retarget(**FORMS[wanted]),)))
+    assert surgery.verification.verdict == "same"
     assert interface(io.to_proto(surgery.model)) == interface(cached(wanted))
 
 
@@ -128,7 +128,7 @@ def test_the_number_of_past_tokens_keeps_its_type_and_shape(elements, dims):
     model.graph.initializer.append(helper.make_tensor("one_number", onnx.TensorProto.INT64, [1], [1]))
     result = taken_and_put(model)
     assert interface(result) == interface(model)
-    assert operate(model, Pipeline((ReplicateKvHeads(repeat=2),))).sameness.verdict == "same"
+    assert run_and_save(model, Pipeline((ReplicateKvHeads(repeat=2),))).verification.verdict == "same"
 
 
 def test_a_note_tells_axes_of_one_size_apart():

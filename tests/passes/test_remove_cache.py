@@ -19,7 +19,7 @@ from kvsurgeon.passes.cache.retarget import Retarget
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.opset.raise_opset import RaiseOpset
 from kvsurgeon.workflow.pipeline import Pipeline
-from kvsurgeon.workflow.surgery import operate
+from kvsurgeon.workflow.run_and_save import run_and_save
 
 JOINED = """case (float[b, n, 8] x, float[b, p, 8] keys, float[b, p, 8] values)
 => (float[b, n, 8] logits, float[b, t, 8] all_keys, float[b, t, 8] all_values)
@@ -242,8 +242,8 @@ def test_what_no_attention_reads_is_no_cache():
 
 @pytest.mark.parametrize("model", [read(JOINED), read(FUSED, opset=23), CachedDecoder(Config(layers=2)).model()])
 def test_another_cache_is_judged_call_by_call(model):
-    surgery = operate(model, Pipeline((Retarget(past="k.{layer}.{kind}", present="p.{layer}.{kind}"),)))
-    assert surgery.sameness.verdict == "same"
+    surgery = run_and_save(model, Pipeline((Retarget(past="k.{layer}.{kind}", present="p.{layer}.{kind}"),)))
+    assert surgery.verification.verdict == "same"
     names = [value.name for value in surgery.model.graph.inputs]
     assert "k.0.key" in names
     assert not any("past" in name for name in names)
@@ -251,7 +251,7 @@ def test_another_cache_is_judged_call_by_call(model):
 
 @pytest.mark.parametrize("model", [read(JOINED), CachedDecoder(Config(layers=2)).model()])
 def test_the_judge_runs_what_remains(model):
-    assert operate(model, Pipeline((RemoveCache(),))).sameness.verdict == "same"
+    assert run_and_save(model, Pipeline((RemoveCache(),))).verification.verdict == "same"
 
 
 @pytest.mark.parametrize("opset", [18, 24])

@@ -1,4 +1,4 @@
-"""Facts as people and programs read them."""
+"""Tables, text and JSON of facts and reports."""
 
 import json
 from dataclasses import replace
@@ -8,7 +8,7 @@ from rich.console import Console
 
 from kvsurgeon.anatomy import Attention, CachePointFacts, Decoder, Mask
 from kvsurgeon.parity import TOLERANCES, Report, Trial
-from kvsurgeon.report import answer, table
+from kvsurgeon.report import json_output, table
 
 LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
 CACHED = CachePointFacts(value="k", dtype="float16", layout=LAYOUT, heads=3, head_dim=64, bytes_per_token=384)
@@ -41,32 +41,32 @@ def rows(text):
     return [line.split() for line in text.splitlines() if line.strip()[:1].isdigit()]
 
 
-def test_a_decoder_is_a_row_for_each_layer_and_its_totals():
-    text = shown(table.anatomy(DECODER))
+def test_a_decoder_has_a_row_for_each_layer_and_totals():
+    text = shown(table.decoder_table(DECODER))
     first, second, third = [" ".join(row) for row in rows(text)[:3]]
     assert first == "0 9 3 64 0.125 causal + padding 64 k float16 768"
     assert second == "1 9 3 64 0.125 sliding window 4 + softcap 50 16 of 64 k float16 768"
     assert third == "2 9 3 64/32 - causal + bias - as layer 1 0"
-    assert "3 layers (1 of them share another's), opset 20, at most 2048 tokens; the cache grows by 1.5 KiB" in text
+    assert "3 layers (1 with the cache of another), opset 20, at most 2048 tokens; cache size 1.5 KiB per token" in text
     assert "✓ attention is causal" in text
     assert "? experts are chosen by token" in text
 
 
-def test_what_was_not_established_is_not_mentioned():
-    text = shown(table.anatomy(replace(DECODER, proved=(), assumed=(), max_length=None)))
+def test_empty_lists_are_omitted():
+    text = shown(table.decoder_table(replace(DECODER, proved=(), assumed=(), max_length=None)))
     assert "proved" not in text
     assert "assumed" not in text
     assert "at most" not in text
 
 
-def test_names_that_look_like_markup_are_names():
+def test_names_that_look_like_markup_are_escaped():
     cached = replace(CACHED, value="[red]k[/red]")
-    text = shown(table.anatomy(replace(DECODER, attentions=(replace(LAYER, key_cache=cached),))))
+    text = shown(table.decoder_table(replace(DECODER, attentions=(replace(LAYER, key_cache=cached),))))
     assert "[red]k[/red]" in text
 
 
-def test_a_program_gets_the_same_facts():
-    facts = json.loads(json.dumps(answer.anatomy(DECODER)))
+def test_json_has_the_same_facts():
+    facts = json.loads(json.dumps(json_output.decoder_json(DECODER)))
     assert (facts["cache_entries"], facts["cache_bytes_per_token"]) == (2, 1536)
     assert facts["attentions"][1]["mask"]["window"] == 4
 
@@ -74,25 +74,25 @@ def test_a_program_gets_the_same_facts():
 TRIAL = Trial(scenario="ragged", batch=3, length=24, chunks=(5, 1, 1, 1, 16), verdict="same", error=2e-6, agreement=1.0)
 
 
-def test_what_the_judge_tried_is_a_row_for_each_scenario():
+def test_a_report_has_a_row_for_each_scenario():
     report = Report(arithmetic="float32", tolerance=TOLERANCES["float32"], trials=(TRIAL,), seconds=1.25)
-    text = shown(table.verification(report))
+    text = shown(table.report_table(report))
     assert "5, 1, ... 16 (5)" in text
     assert "100.0%" in text
     assert "same: largest error 2.0e-06 of the spread of the logits (allowed 3e-04 for float32), 1.2 s" in text
 
 
-def test_what_stands_against_a_model_is_listed():
+def test_problems_are_listed():
     wrong = replace(TRIAL, verdict="different", error=0.5, reason="layer 1 forgets")
-    text = shown(table.verification(Report(arithmetic="float32", tolerance=TOLERANCES["float32"], trials=(wrong,))))
+    text = shown(table.report_table(Report(arithmetic="float32", tolerance=TOLERANCES["float32"], trials=(wrong,))))
     assert "✗ ragged: layer 1 forgets" in text
 
 
-def test_a_pipe_gets_whole_lines(capsys):
+def test_lines_are_not_wrapped_in_a_pipe(capsys):
     table.console().print("x" * 150)
     assert capsys.readouterr().out == "x" * 150 + "\n"
 
 
 @pytest.mark.parametrize(("count", "words"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 << 40, "3072.0 GiB")])
 def test_sizes(count, words):
-    assert table.size_words(count) == words
+    assert table.size_text(count) == words

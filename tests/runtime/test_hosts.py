@@ -16,7 +16,7 @@ from kvsurgeon.parity import TextLengths, verify
 from kvsurgeon.runtime import CachedDecoder, Writer, open_session, read_cache_metadata
 from kvsurgeon.runtime.cache_managers import SPARE, DynamicCacheManager, NewTokensCacheManager, StaticCacheManager
 from kvsurgeon.workflow.pipeline import Pipeline
-from kvsurgeon.workflow.surgery import operate
+from kvsurgeon.workflow.run_and_save import run_and_save
 
 MAX = 32
 CACHE_MODES = {
@@ -122,8 +122,8 @@ def test_a_full_buffer_takes_no_more():
 def test_no_more_rows_are_left_unfilled_than_a_text_leaves_room_for():
     """A text as long as the export: a table of so many rows has none for those that hold nothing."""
     config = Config(layers=1, windowed=(), static=(1, 6), max_length=6)
-    done = operate(Decoder(config).model(), Pipeline.parse(OPENED))
-    assert (done.sameness.verdict, done.sameness.problems) == ("same", ())
+    done = run_and_save(Decoder(config).model(), Pipeline.parse(OPENED))
+    assert (done.verification.verdict, done.verification.problems) == ("same", ())
     one = CachedDecoder(open_session(io.to_proto(done.model), threads=1))
     assert one.room == 6
     unfilled = {(past, new): one.host.margins(past, past + new, new)[0] for past, new in [(0, 1), (2, 2), (3, 3)]}

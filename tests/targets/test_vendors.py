@@ -13,7 +13,7 @@ from exports import ONE_OF_EACH, export
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.targets.tensorrt import OPERATORS
-from kvsurgeon.workflow.delivery import deliver, stands_between
+from kvsurgeon.workflow.build_target import build_target, check_target
 
 
 def dims(value):
@@ -26,7 +26,7 @@ def folders(tmp_path_factory):
     home = tmp_path_factory.mktemp("vendors")
     model = export("llama_torchscript_sdpa")
     for target, options in (("tensorrt", {"max_length": 24}), ("qaic", {}), ("qnn", {})):
-        deliver(model, target, home / target, options=options)
+        build_target(model, target, home / target, options=options)
     return home
 
 
@@ -43,22 +43,22 @@ def test_tensorrt_writes_buffers_of_fixed_sizes_in_place(folders):
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_tensorrt_has_every_operator_of(name):
-    assert all(not remark.stops for remark in deliver(export(name), "tensorrt", options={"max_length": 24}).remarks)
+    assert all(not one.blocking for one in build_target(export(name), "tensorrt", options={"max_length": 24}).warnings)
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "qaic", "qnn"])
 def test_a_text_is_as_long_as_the_model_takes(target):
     model = Decoder(Config(layers=1, windowed=(), max_length=100)).model()
-    delivery = deliver(model, target)
+    delivery = build_target(model, target)
     assert delivery.target.max_length == 100
     with pytest.raises(UnsupportedError, match="expected max-length of at most 100, found 101"):
-        deliver(model, target, options={"max_length": 101})
+        build_target(model, target, options={"max_length": 101})
 
 
 def test_tensorrt_has_as_many_rows_as_asked_for_or_as_there_can_be():
     model = Decoder(Config(layers=1, windowed=(), max_length=100)).model()
     for options, rows in (({}, 100), ({"max_length": 40}, 40)):
-        made = io.to_proto(deliver(model, "tensorrt", options=options).model)
+        made = io.to_proto(build_target(model, "tensorrt", options=options).model)
         assert dims(next(value for value in made.graph.input if value.name.startswith("past_key"))) == [1, 2, rows, 8]
 
 
@@ -112,9 +112,11 @@ def test_operators_that_are_not_of_onnx_are_told(target):
     makes.output[0] = "logits.before"
     model.graph.node.append(gelu)
     model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
-    (remark,) = (one for one in stands_between(model, target) if "no operators of ONNX" in one.what)
-    assert (remark.stops, "com.microsoft.Gelu" in remark.what) == (False, True)
-    assert not any("no operators" in one.what for one in stands_between(Decoder(Config(layers=1)).model(), target))
+    (found,) = (one for one in check_target(model, target) if "not ONNX operators" in one.reason)
+    assert (found.blocking, "com.microsoft.Gelu" in found.reason) == (False, True)
+    assert not any(
+        "not ONNX operators" in one.reason for one in check_target(Decoder(Config(layers=1)).model(), target)
+    )
 
 
 def weights_of(file):
@@ -132,7 +134,7 @@ def test_both_files_of_qnn_share_one_file_of_weights(tmp_path, outside):
     model = Decoder(Config(layers=2)).model()
     before = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=outside, location="data.bin", size_threshold=1024)
-    done = deliver(tmp_path, "qnn", tmp_path / "made" / "qnn", options={"max_length": 48})
+    done = build_target(tmp_path, "qnn", tmp_path / "made" / "qnn", options={"max_length": 48})
     assert done.path == tmp_path / "made" / "qnn"
     alone = shutil.copytree(done.path, tmp_path / "alone")
     assert sorted(path.name for path in alone.iterdir()) == [

@@ -1,4 +1,4 @@
-"""Pipelines: what their text means, what each pass may leave, and who is named when one fails."""
+"""Pipelines: parsing, validity of each pass, error messages, verification."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.options import options_of
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.registry import PASSES
-from kvsurgeon.workflow.surgery import operate
+from kvsurgeon.workflow.run_and_save import run_and_save
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def decoder() -> onnx.ModelProto:
 # Text
 
 
-def test_a_pipeline_is_names_and_options_in_order():
+def test_a_text_lists_passes_and_options_in_order():
     passes = Pipeline.parse("sample, needs{wide-name=2},sample{count=5}").passes
     assert passes == (Sample(), Needs(wide_name=2), Sample(count=5))
 
@@ -99,13 +99,13 @@ def test_a_pipeline_is_names_and_options_in_order():
         ("path=a/b", "path", Path("a/b")),
     ],
 )
-def test_options_are_typed_by_the_fields(text, field, value):
+def test_option_values_have_the_types_of_the_fields(text, field, value):
     (one,) = Pipeline.parse(f"sample{{{text}}}").passes
     assert getattr(one, field) == value
     assert type(getattr(one, field)) is type(value)
 
 
-def test_a_list_goes_on_until_the_next_option():
+def test_a_list_ends_at_the_next_option():
     assert Pipeline.parse("sample{lengths=1,2,count=4}").passes == (Sample(lengths=(1, 2), count=4),)
 
 
@@ -128,12 +128,12 @@ def test_a_list_goes_on_until_the_next_option():
         ("nothing", "unknown pass 'nothing'"),
     ],
 )
-def test_what_cannot_be_read_is_said(text, message):
+def test_a_malformed_text_is_an_error(text, message):
     with pytest.raises(UsageError, match=message):
         Pipeline.parse(text)
 
 
-def test_options_are_explained_by_the_docstring():
+def test_option_help_comes_from_the_docstring():
     explained = {option.field: option.help for option in options_of(Sample)}
     assert (explained["count"], explained["mode"], explained["path"]) == ("How often, told in two lines.", "How.", "")
 
@@ -172,7 +172,7 @@ def test_a_function_may_return_another_model(decoder):
         Pipeline((mistake,)).run(decoder)
 
 
-def test_a_function_may_leave_its_annotation_to_the_type_checker(decoder):
+def test_a_function_may_be_annotated_for_type_checkers_only(decoder):
     def edit(graph): ...
 
     edit.__annotations__ = {"graph": "gs.Graph", "times": "Unknown"}
@@ -180,35 +180,35 @@ def test_a_function_may_leave_its_annotation_to_the_type_checker(decoder):
 
 
 @pytest.mark.parametrize("wrong", [Sample, 3, "sample"])
-def test_what_is_no_pass_is_refused(wrong):
+def test_an_object_that_is_no_pass_is_an_error(wrong):
     with pytest.raises(UsageError, match="expected a pass or a function"):
         Pipeline((wrong,))
 
 
-def test_a_function_of_something_else_is_refused():
+def test_a_function_of_an_unknown_type_is_an_error():
     def edit(graph: onnx.GraphProto) -> None: ...
 
     with pytest.raises(PluginError, match=r"pass edit: .*found GraphProto"):
         Pipeline((edit,))
 
 
-def test_a_parameter_may_not_hide_what_every_pass_has():
+def test_a_parameter_may_not_be_called_name():
     def edit(model: ir.Model, name: str = "x") -> None: ...
 
     with pytest.raises(PluginError, match="pass edit: no parameter can be called name"):
         Pipeline((edit,))
 
 
-def test_a_pass_that_raises_is_named_with_what_ran_before(decoder):
+def test_an_exception_of_a_pass_names_it_and_the_passes_before_it(decoder):
     def fails(model: ir.Model) -> None:
         raise KeyError("x")
 
-    with pytest.raises(PassError, match=r"pass fails raised KeyError: 'x' \(ran before it: sample\)") as caught:
+    with pytest.raises(PassError, match=r"pass fails raised KeyError: 'x' \(passes before it: sample\)") as caught:
         Pipeline((Sample(), fails)).run(decoder)
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_a_refusal_of_a_built_in_pass_stays_a_refusal(decoder, monkeypatch):
+def test_an_error_of_a_built_in_pass_is_not_wrapped(decoder, monkeypatch):
     def refuse(self, subject):
         raise UnsupportedError("no", at="here")
 
@@ -217,11 +217,11 @@ def test_a_refusal_of_a_built_in_pass_stays_a_refusal(decoder, monkeypatch):
         Pipeline((Sample(),)).run(decoder)
 
 
-def test_a_refusal_of_another_pass_is_told_under_its_name(decoder):
+def test_an_error_of_a_custom_pass_names_it(decoder):
     def declines(model: ir.Model) -> None:
         raise UnsupportedError("too small")
 
-    with pytest.raises(PassError, match="pass declines stopped: too small"):
+    with pytest.raises(PassError, match="pass declines failed: too small"):
         Pipeline((declines,)).run(decoder)
 
 
@@ -264,13 +264,13 @@ def drops_an_output(model: ir.Model) -> None:
         (drops_an_output, "graph output `logits` is not computed by any node"),
     ],
 )
-def test_a_broken_graph_is_the_fault_of_the_pass_that_left_it(decoder, breaks, message):
+def test_an_invalid_graph_names_the_pass_that_left_it(decoder, breaks, message):
     name = breaks.__name__.replace("_", "-")
-    with pytest.raises(PassError, match=rf"pass {name} left a graph that is not valid: .*({message})"):
+    with pytest.raises(PassError, match=rf"pass {name} left an invalid graph: .*({message})"):
         Pipeline((Sample(), breaks)).run(decoder)
 
 
-def test_a_model_that_onnx_checker_does_not_know_is_not_held_against_a_pass(decoder):
+def test_a_model_that_onnx_checker_rejects_from_the_start_is_accepted(decoder):
     odd = onnx.ModelProto()
     odd.CopyFrom(decoder)
     odd.graph.node[0].op_type = "OnlyInOnnxruntime"
@@ -281,7 +281,7 @@ def test_a_model_that_onnx_checker_does_not_know_is_not_held_against_a_pass(deco
     assert Pipeline((touch,)).run(odd).changed
 
 
-def test_an_answer_that_is_no_outcome_is_refused(decoder):
+def test_a_result_that_is_no_outcome_is_an_error(decoder):
     @dataclass(frozen=True)
     class Silent:
         name: ClassVar[str] = "silent"
@@ -289,11 +289,11 @@ def test_an_answer_that_is_no_outcome_is_refused(decoder):
         def apply(self, subject):
             return True
 
-    with pytest.raises(PassError, match="pass silent: expected Changed or Unchanged from it, found True"):
+    with pytest.raises(PassError, match="pass silent: expected it to return Changed or Unchanged, found True"):
         Pipeline((Silent(),)).run(decoder)
 
 
-# The judge
+# Verification
 
 
 def gives_a_cache(subject: Subject) -> None:
@@ -314,36 +314,36 @@ def renames(model: ir.Model) -> None:
     model.graph.name = "another"
 
 
-def test_every_pass_is_judged_when_that_is_wanted(decoder):
+def test_verify_each_verifies_after_every_pass(decoder):
     seen = []
-    Pipeline((renames, gives_a_cache)).run(decoder, verify_each=True, watch=lambda *args: seen.append(args[:2]))
+    Pipeline((renames, gives_a_cache)).run(decoder, verify_each=True, on_pass=lambda *args: seen.append(args[:2]))
     assert seen == [(0, "original"), (1, "renames"), (2, "gives-a-cache")]
     with pytest.raises(
-        ParityError, match=r"after pass halves-the-logits \(ran: renames, halves-the-logits\): expected"
+        ParityError, match=r"after pass halves-the-logits \(passes: renames, halves-the-logits\): expected"
     ):
         Pipeline((renames, halves_the_logits, gives_a_cache)).run(decoder, verify_each=True)
 
 
-def test_the_judge_looks_at_models_that_have_a_cache_already():
+def test_models_with_a_cache_are_verified():
     cached = CachedDecoder(Config()).model()
-    assert operate(cached, Pipeline((renames,))).sameness.verdict == "same"
+    assert run_and_save(cached, Pipeline((renames,))).verification.verdict == "same"
     with pytest.raises(ParityError, match="logits"):
-        operate(cached, Pipeline((halves_the_logits,)))
+        run_and_save(cached, Pipeline((halves_the_logits,)))
 
 
-def test_nothing_is_written_where_the_judge_disagrees(decoder, tmp_path):
-    with pytest.raises(ParityError, match="does not compute what the original computes"):
-        operate(decoder, Pipeline((halves_the_logits,)), tmp_path / "out")
+def test_nothing_is_written_if_verification_fails(decoder, tmp_path):
+    with pytest.raises(ParityError, match="the results of the model differ from those of the original"):
+        run_and_save(decoder, Pipeline((halves_the_logits,)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unchanged_model_is_not_presented_as_changed(decoder, tmp_path):
+def test_an_unchanged_model_is_an_error(decoder, tmp_path):
     with pytest.raises(UnsupportedError, match="the model is unchanged: sample: it is a sample"):
-        operate(decoder, Pipeline((Sample(),)), tmp_path / "out")
+        run_and_save(decoder, Pipeline((Sample(),)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_run_is_not_called_verified(decoder, tmp_path):
+def test_a_model_that_cannot_run_is_not_verified(decoder, tmp_path):
     odd = onnx.ModelProto()
     odd.CopyFrom(decoder)
     table = next(node for node in odd.graph.node if node.op_type == "Gather")
@@ -351,16 +351,18 @@ def test_what_cannot_be_run_is_not_called_verified(decoder, tmp_path):
     odd.opset_import.append(onnx.helper.make_opsetid("nobody", 1))
     table.input[1] = "odd_ids"
     with pytest.raises(
-        UnsupportedError, match=r"cannot be verified here: .*--no-verify, or verify=False, writes it unjudged"
+        UnsupportedError, match=r"cannot verify the result: .*skip verification by --no-verify, or verify=False"
     ):
-        operate(odd, Pipeline((renames,)), tmp_path / "out")
-    assert operate(odd, Pipeline((renames,)), tmp_path / "out", verify=False).path == tmp_path / "out" / "model.onnx"
+        run_and_save(odd, Pipeline((renames,)), tmp_path / "out")
+    assert (
+        run_and_save(odd, Pipeline((renames,)), tmp_path / "out", verify=False).path == tmp_path / "out" / "model.onnx"
+    )
 
 
-def test_the_judge_asks_where_the_weights_of_a_model_in_memory_are(decoder, tmp_path):
+def test_verification_needs_the_folder_of_external_data(decoder, tmp_path):
     onnx.save(decoder, tmp_path / "model.onnx", save_as_external_data=True, location="w.data", size_threshold=1024)
     proto = onnx.load(tmp_path / "model.onnx", load_external_data=False)
     with pytest.raises(WeightsError, match=r"\(`w.data`\), found none; give folder=..., or verify=False"):
-        operate(proto, Pipeline((renames,)))
-    assert operate(proto, Pipeline((renames,)), verify=False).sameness is None
-    assert operate(proto, Pipeline((renames,)), folder=tmp_path).sameness.verdict == "same"
+        run_and_save(proto, Pipeline((renames,)))
+    assert run_and_save(proto, Pipeline((renames,)), verify=False).verification is None
+    assert run_and_save(proto, Pipeline((renames,)), folder=tmp_path).verification.verdict == "same"

@@ -1,4 +1,4 @@
-"""Passes by name: built-in ones and those of installed packages appear alike; what cannot be had says why."""
+"""The catalogue of passes: built-in ones, plugins, name conflicts and errors."""
 
 import importlib
 import sys
@@ -21,29 +21,29 @@ def site(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_built_in_pass_is_called_as_in_the_table(name):
+def test_a_built_in_pass_has_its_name(name):
     assert PASSES.find(name).load().name == name
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_the_summary_without_an_import_is_that_of_the_class(name):
+def test_the_summary_is_the_first_docstring_line(name):
     entry = PASSES.find(name)
     assert summary_of(entry) == summary(entry.load()) != ""
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_every_option_says_what_it_is(name):
+def test_every_option_has_help(name):
     assert [option.field for option in options_of(PASSES.find(name).load()) if not option.help] == []
 
 
-def test_a_class_of_a_package_is_found(site):
+def test_a_class_of_a_package_is_a_pass(site):
     install("sample", site)
     entry = PASSES.find("annotate")
     assert (entry.package, entry.built_in) == ("sample-passes 1.2", False)
     assert entry.load()(note="hello").note == "hello"
 
 
-def test_a_function_of_a_package_becomes_a_pass_with_its_parameters_as_options(site):
+def test_a_function_of_a_package_is_a_pass_with_its_parameters_as_options(site):
     install("sample", site)
     made = PASSES.find("swap-addends").load()
     assert made.name == "swap-addends"
@@ -51,13 +51,13 @@ def test_a_function_of_a_package_becomes_a_pass_with_its_parameters_as_options(s
     assert summary(made) == "Swap the inputs of each Add."
 
 
-def test_an_unknown_name_lists_the_known(site):
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones(site):
     install("sample", site)
     with pytest.raises(UsageError, match=r"unknown pass 'injct'; expected one of inject, .*annotate, swap-addends"):
         PASSES.find("injct")
 
 
-def test_a_clash_names_both_sides_and_leaves_the_others_alone(site):
+def test_a_name_conflict_names_both_packages(site):
     install("clashing", site)
     install("sample", site)
     with pytest.raises(
@@ -68,7 +68,7 @@ def test_a_clash_names_both_sides_and_leaves_the_others_alone(site):
     assert "inject" not in {entry.name for entry in PASSES.plugins()}
 
 
-def test_a_pass_may_not_take_the_name_of_a_command(site):
+def test_a_pass_may_not_have_the_name_of_a_command(site):
     install("clashing", site)
     points = next(site.glob("*.dist-info")) / "entry_points.txt"
     points.write_text("[kvsurgeon.passes]\nverify = clashing_passes:Inject\n")
@@ -76,7 +76,7 @@ def test_a_pass_may_not_take_the_name_of_a_command(site):
         PASSES.find("verify")
 
 
-def test_a_pass_that_cannot_be_imported_is_named_when_it_is_used(site):
+def test_an_import_error_names_the_pass_when_it_is_loaded(site):
     install("troubled", site)
     assert "missing" in [entry.name for entry in PASSES.plugins()]
     with pytest.raises(PluginError, match=r"pass missing of troubled-passes 0.1 .*ModuleNotFoundError.*nowhere"):
@@ -93,14 +93,14 @@ def test_a_pass_that_cannot_be_imported_is_named_when_it_is_used(site):
         ("other = sys:nothing", "AttributeError"),
     ],
 )
-def test_what_is_no_pass_is_named(site, line, message):
+def test_an_object_that_is_no_pass_is_an_error(site, line, message):
     install("clashing", site)
     (next(site.glob("*.dist-info")) / "entry_points.txt").write_text(f"[kvsurgeon.passes]\n{line}\n")
     with pytest.raises(PluginError, match=rf"pass other of clashing-passes 3 .*({message})"):
         PASSES.find("other").load()
 
 
-def test_a_function_that_does_not_say_what_it_takes_is_refused(site):
+def test_a_function_without_annotation_is_an_error(site):
     install("troubled", site)
     with pytest.raises(PluginError, match=r"pass unannotated: .*gs.Graph, ir.Model or Subject, found no annotation"):
         PASSES.find("unannotated").load()

@@ -1,4 +1,4 @@
-"""The whole walk: what is saved writes what the original wrote, and is saved only then."""
+"""`replicate_kv_heads` saves the result only if it generates the same text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_walk(model: Path) -> None:
+def test_the_result_generates_the_same_text(model: Path) -> None:
     before = {file.name: file.read_bytes() for file in model.iterdir()}
     done = kvsurgeon.replicate_kv_heads(model, prompt="It was late.", repeat=2, max_new_tokens=8, verify=False)
     folder = model.parent / "austen-4kvheads"
@@ -45,7 +45,7 @@ def test_the_walk(model: Path) -> None:
     assert written.bytes == 6 * 2 * 128 * 4 * 16 * 4  # layers, key and value, hidden, heads, head_dim, float32
 
 
-def test_replicated_keys_are_equal_and_merged_ones_are_means(model: Path) -> None:
+def test_replicated_keys_are_equal_and_merged_keys_are_means(model: Path) -> None:
     original = capture_keys(model, prompt="It was late.").keys
     done = kvsurgeon.replicate_kv_heads(model, kv_heads=8, max_new_tokens=2, prompt="It was", verify=False)
     replicated = capture_keys(done.path, prompt="It was late.")
@@ -55,7 +55,7 @@ def test_replicated_keys_are_equal_and_merged_ones_are_means(model: Path) -> Non
     np.testing.assert_allclose(merged.keys[0], original.mean(axis=0), atol=1e-5)
 
 
-def test_a_result_that_writes_something_else_is_not_saved(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_generates_another_text_is_not_saved(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generate = replication.Writer.generate
     calls: list[int] = []
 
@@ -69,7 +69,9 @@ def test_a_result_that_writes_something_else_is_not_saved(model: Path, monkeypat
     assert [folder.name for folder in model.parent.iterdir()] == ["austen"]
 
 
-def test_a_count_that_cannot_be_is_refused_with_those_that_can(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_impossible_count_is_an_error_that_lists_the_possible_ones(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UsageError, match="2, 4, 8"):
         kvsurgeon.replicate_kv_heads(model, repeat=3, max_new_tokens=1, prompt="It")
     assert run(["replicate-kv-heads", str(model), "--repeat", "3", "-o", str(model.parent / "out")]) == 2
@@ -77,7 +79,7 @@ def test_a_count_that_cannot_be_is_refused_with_those_that_can(model: Path, caps
     assert [folder.name for folder in model.parent.iterdir()] == ["austen"]
 
 
-def test_fewer_layers_with_keys_are_in_the_config(model: Path) -> None:
+def test_the_config_has_the_number_of_layers_with_keys(model: Path) -> None:
     out = model.parent / "shared"
     assert run(["share-kv-layers", str(model), "--kv-layers", "3", "-o", str(out), "--no-verify"]) == 0
     config = json.loads((out / "config.json").read_text())

@@ -15,7 +15,7 @@ from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.retarget import Retarget
 from kvsurgeon.passes.host_inputs.host_inputs import HostInputs
 from kvsurgeon.workflow.pipeline import Pipeline
-from kvsurgeon.workflow.surgery import operate
+from kvsurgeon.workflow.run_and_save import run_and_save
 from kvsurgeon.workflow.verification import judge
 
 SMALL = Config(layers=1, windowed=())
@@ -61,8 +61,8 @@ def test_what_is_the_same(decoder, config):
 
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_what_is_the_same_at_the_only_length_that_is_left(tokens):
-    done = operate(Decoder(SMALL).model(), Pipeline.parse(f"fix-shapes{{tokens={tokens}}}"))
-    assert done.sameness.verdict == "same"
+    done = run_and_save(Decoder(SMALL).model(), Pipeline.parse(f"fix-shapes{{tokens={tokens}}}"))
+    assert done.verification.verdict == "same"
 
 
 def test_positions_that_a_model_counted_are_told_it_as_it_counted_them():
@@ -77,8 +77,8 @@ def test_positions_that_a_model_counted_are_told_it_as_it_counted_them():
                 hidden = self.graph.op("Add", hidden, self.graph.op("Gather", table, place))
             return super().norm(hidden)
 
-    done = operate(Absolute(SMALL).model(), Pipeline.parse("add-position-ids"))
-    assert done.sameness.verdict == "same"
+    done = run_and_save(Absolute(SMALL).model(), Pipeline.parse("add-position-ids"))
+    assert done.verification.verdict == "same"
 
 
 def test_what_is_the_same_with_a_cache():
@@ -92,7 +92,7 @@ def test_a_cache_and_a_mask_of_which_neither_names_nor_dims_tell():
     for old, new in names.items():
         text = text.replace(old, new)
     model = onnx.parser.parse_model(text)
-    assert operate(model, Pipeline((Retarget(),))).sameness.verdict == "same"
+    assert run_and_save(model, Pipeline((Retarget(),))).verification.verdict == "same"
 
 
 def test_tables_that_a_host_makes_are_not_made_up():

@@ -1,4 +1,4 @@
-"""Every command, in the order in which `--help` lists them. What a command needs is imported when it runs."""
+"""All commands, in the order of `--help`. Each imports what it needs when it runs."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from typing import Annotated, cast
 
 import typer
 
-from kvsurgeon.cli import operations
+from kvsurgeon.cli import pass_commands
+from kvsurgeon.cli.pass_commands import Copy, Json, Model, Output, Pack, PerLayer, Text, Verify
 from kvsurgeon.errors import PluginError, UnsupportedError
 from kvsurgeon.workflow.registry import COMMANDS, PASSES, summary_of
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a folder that holds one.")]
-Json = Annotated[bool, typer.Option("--json", help="Answer for a program.")]
+_VERDICT_EXIT_CODES = {"same": 0, "different": 1, "unknown": 3}
 
 
 def add_commands(app: typer.Typer, arguments: Sequence[str]) -> None:
-    """Add all commands to `app`; of the passes only the one that `arguments` call is imported.
+    """Add all commands to `app`; of the passes, only the one that `arguments` call is imported.
 
     Raises:
-        PluginError: That pass cannot be had.
+        PluginError: That pass cannot be loaded.
     """
     called = next((argument for argument in arguments if not argument.startswith("-")), None)
     app.command()(inspect)
     for plugin in PASSES.plugins():
         if plugin.name == called:
-            app.command(plugin.name)(operations.command_of(plugin))
+            app.command(plugin.name)(pass_commands.command_of(plugin))
         else:
-            app.command(plugin.name, help=summary_of(plugin))(operations.stub)
+            app.command(plugin.name, help=summary_of(plugin))(pass_commands.stub)
     for plugin, message in PASSES.conflicts():
         if plugin.name == called and plugin.name not in COMMANDS:
             raise PluginError(message)
@@ -39,61 +39,58 @@ def add_commands(app: typer.Typer, arguments: Sequence[str]) -> None:
 def inspect(
     model: Model,
     target: Annotated[
-        str | None,
-        typer.Option("--target", metavar="NAME", help="Say instead what stands between the model and a target."),
+        str | None, typer.Option("--target", metavar="NAME", help="Check the model against a target instead.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show the attention layers, and what was proved of the model and what is assumed."""
+    """Show the attention layers of a model, and which of its properties are proved or assumed."""
     from kvsurgeon.passes.contract import Subject
-    from kvsurgeon.report import answer, table
+    from kvsurgeon.report import json_output, table
 
     if target is not None:
-        _inspect_for(model, target, json=json)
+        _inspect_target(model, target, json=json)
         return
     decoder = Subject.of(model).decoder()
     if json:
-        answer.show(answer.anatomy(decoder))
+        json_output.print_json(json_output.decoder_json(decoder))
     else:
-        table.console().print(table.anatomy(decoder))
+        table.console().print(table.decoder_table(decoder))
 
 
-def _inspect_for(model: Path, target: str, *, json: bool) -> None:
-    from kvsurgeon.report import answer, table
-    from kvsurgeon.workflow.delivery import stands_between
+def _inspect_target(model: Path, target: str, *, json: bool) -> None:
+    from kvsurgeon.report import json_output, table
+    from kvsurgeon.workflow.build_target import check_target
 
-    found = stands_between(model, target)
+    found = check_target(model, target)
     if json:
-        answer.show(answer.obstacles(target, found))
+        json_output.print_json(json_output.incompatibilities_json(target, found))
     else:
-        table.console().print(table.obstacles(target, found))
-    if any(obstacle.stops for obstacle in found):
+        table.console().print(table.incompatibility_list(target, found))
+    if any(one.blocking for one in found):
         raise typer.Exit(UnsupportedError.exit_code)
 
 
 def run(
     model: Model,
-    pipeline: Annotated[str, typer.Option("--pipeline", "-p", help="Passes: a,b{option=value,list=1,2}.")],
-    output: operations.Output,
-    verify: operations.Verify = True,
-    verify_each: Annotated[bool, typer.Option("--verify-each", help="Run the judge after every pass.")] = False,
+    pipeline: Annotated[str, typer.Option("--pipeline", "-p", help="Passes to run: a,b{option=value,list=1,2}.")],
+    output: Output,
+    verify: Verify = True,
+    verify_each: Annotated[bool, typer.Option("--verify-each", help="Verify after every pass.")] = False,
     trace: Annotated[
-        Path | None,
-        typer.Option("--trace", metavar="DIR", help="Write the graph as text before and after each pass."),
+        Path | None, typer.Option("--trace", metavar="DIR", help="Write the graph as text before and after each pass.")
     ] = None,
-    copy_weights: operations.Copy = False,
-    pack: operations.Pack = False,
-    text: operations.Text = None,
-    per_layer: operations.PerLayer = False,
+    copy_weights: Copy = False,
+    pack: Pack = False,
+    text: Text = None,
+    per_layer: PerLayer = False,
     json: Json = False,
 ) -> None:
-    """Run several passes, one after the other."""
+    """Run several passes in order."""
     from kvsurgeon.workflow.pipeline import Pipeline
 
-    parsed = Pipeline.parse(pipeline)
-    operations.operate(
+    pass_commands.run_pipeline(
         model,
-        parsed,
+        Pipeline.parse(pipeline),
         output,
         verify=verify,
         verify_each=verify_each,
@@ -107,99 +104,116 @@ def run(
 
 
 def passes(json: Json = False) -> None:
-    """List the passes that there are, those of installed packages included."""
-    from kvsurgeon.report import answer, table
+    """List all passes, including those of installed packages."""
+    from kvsurgeon.report import json_output, table
 
-    found = answer.passes()
+    found = json_output.passes_json()
     if json:
-        answer.show(found)
+        json_output.print_json(found)
     else:
-        table.console().print(table.passes(found))
+        table.console().print(table.passes_table(found))
 
 
 def targets(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The one to describe.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="The target to describe.")] = None,
     json: Json = False,
 ) -> None:
-    """List the runtimes and compilers that a model can be brought to, or describe one."""
-    from kvsurgeon.report import answer, table
+    """List the runtimes and compilers that models can be built for, or describe one."""
+    from kvsurgeon.report import json_output, table
     from kvsurgeon.targets import TARGETS
 
-    listed = answer.targets() if name is None else []
-    described = {} if name is None else answer.target(TARGETS.find(name).load())
+    listed = json_output.targets_json() if name is None else []
+    described = {} if name is None else json_output.target_json(TARGETS.find(name).load())
     if json:
-        answer.show(described or listed)
+        json_output.print_json(described or listed)
     else:
-        table.console().print(table.target(described) if described else table.targets(listed))
+        table.console().print(table.target_table(described) if described else table.targets_table(listed))
 
 
 def verify(
-    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The model as it was.")],
-    result: Annotated[Path, typer.Argument(metavar="RESULT", help="The model as it is now, with a cache or without.")],
-    seed: Annotated[int, typer.Option(min=0, help="Where the texts come from that both are given.")] = 0,
-    loss: Annotated[bool, typer.Option("--loss", help="Say how much is lost, not whether anything is.")] = False,
-    text: operations.Text = None,
-    per_layer: operations.PerLayer = False,
+    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The reference model.")],
+    result: Annotated[Path, typer.Argument(metavar="RESULT", help="The candidate model, with or without a cache.")],
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
+    loss: Annotated[bool, typer.Option("--loss", help="Measure the loss of accuracy instead.")] = False,
+    text: Text = None,
+    per_layer: PerLayer = False,
     json: Json = False,
 ) -> None:
-    """Run both models on the same texts, whole and in chunks, and say whether they agree, or by how much not."""
+    """Run two models on the same token sequences, whole and in chunks, and compare the results."""
+    from kvsurgeon.report import json_output, table
+    from kvsurgeon.report.progress import verification_progress
+
     if loss or text is not None or per_layer:
-        operations.lost(original, result, text=text, per_layer=per_layer, json=json)
+        from kvsurgeon.workflow.loss import measure
+
+        with verification_progress() as progress:
+            measured = measure(original, result, text=text, per_layer=per_layer, progress=progress)
+        document, shown, exit_code = measured.as_dict(), table.loss_table(measured), 0
     else:
-        raise typer.Exit(operations.judged(original, result, seed=seed, json=json))
+        from kvsurgeon.workflow.verification import judge
+
+        with verification_progress() as progress:
+            found = judge(original, result, seed=seed, progress=progress)
+        document, shown = json_output.verification_json(found), table.verification_table(found)
+        exit_code = _VERDICT_EXIT_CODES[found.verdict]
+    if json:
+        json_output.print_json(document)
+    else:
+        table.console().print(shown)
+    raise typer.Exit(exit_code)
 
 
 def plot(
     model: Model,
-    layer: Annotated[int, typer.Option(min=0, help="The attention layer, counted in execution order.")] = 0,
+    layer: Annotated[int, typer.Option(min=0, help="Attention layer, counted in execution order.")] = 0,
     prompt: Annotated[
-        str | None,
-        typer.Option("--prompt", help="A text, or token ids such as 1,2,3. A short text is taken if none is given."),
+        str | None, typer.Option("--prompt", help="A text, or token ids such as 1,2,3. [default: a short text]")
     ] = None,
     against: Annotated[
-        Path | None,
-        typer.Option("--against", metavar="OTHER", help="Another model, drawn beside it: what a pass made of it."),
+        Path | None, typer.Option("--against", metavar="OTHER", help="A second model to compare with.")
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="The picture. [default: <model>_layer_<i>_gqa_keys.png, here]"
+            "--output", "-o", metavar="FILE", help="Image file to write. [default: ./<model>_layer_<i>_gqa_keys.png]"
         ),
     ] = None,
 ) -> None:
-    """Draw the keys of a layer: a row for each group of query heads that share one, a column for each of them."""
-    from kvsurgeon.report import grid
+    """Plot the keys of a layer: a row for each group of query heads that share a KV head, a column for each head."""
+    from kvsurgeon.report import key_grid
     from kvsurgeon.workflow.keys import capture_keys
 
     sides = [capture_keys(one, layer=layer, prompt=prompt) for one in (model, against) if one is not None]
-    print(f"written to {grid.write(grid.draw(sides), output or grid.file_name(sides[0]))}")
+    path = output or key_grid.default_path(sides[0])
+    key_grid.save_figure(key_grid.draw_keys(sides), path)
+    print(f"written to {path}")
 
 
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue, or token ids: 1,2,3.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 64,
-    cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Use the model's cache, if it has one.")] = True,
-    temperature: Annotated[float, typer.Option(help="0 chooses the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Choose among so many of the likeliest; 0: among all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest that together have this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Where chance comes from.")] = 0,
+    prompt: Annotated[str, typer.Option("--prompt", help="A text to continue, or token ids such as 1,2,3.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of generated tokens.")] = 64,
+    cache: Annotated[bool, typer.Option("--cache/--no-cache", help="Use the cache if the model has one.")] = True,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 for greedy decoding.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the k most likely tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens with this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed.")] = 0,
 ) -> None:
-    """Continue a text, showing it as it is made, and say how fast that was."""
-    from kvsurgeon.report import stream
+    """Generate text, and show its speed."""
+    from kvsurgeon.report.generation import print_generation
     from kvsurgeon.runtime import Sampling, Writer
 
     sampling = Sampling(temperature=temperature, top_k=top_k or None, top_p=None if top_p == 1 else top_p, seed=seed)
     writer = Writer(model, cached=None if cache else False)
-    stream.show(writer, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+    print_generation(writer, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to put what it makes.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")] = Path(
         "kvsurgeon-demo"
     ),
 ) -> None:
-    """Inspect, inject, verify and generate on a small model that comes along, and plot the time per token."""
+    """Inspect, inject, verify and generate with a small built-in model, and plot the time per token."""
     from kvsurgeon.cli.demo import show_demo
 
     show_demo(output)

@@ -1,4 +1,4 @@
-"""The demo: everything that kvsurgeon does, on a small model that comes along, in under a minute."""
+"""The demo: inspect, inject, verify and generate with a small built-in model, in under a minute."""
 
 from __future__ import annotations
 
@@ -11,55 +11,57 @@ from rich.console import Console
 from kvsurgeon import api
 from kvsurgeon.errors import InputError, ParityError
 from kvsurgeon.passes.cache.inject import Inject
-from kvsurgeon.report import plot, progress, table
+from kvsurgeon.report import table, time_plot
+from kvsurgeon.report.progress import verification_progress
 from kvsurgeon.runtime import Generation, Sampling, Writer
 from kvsurgeon.workflow.pipeline import Pipeline
-from kvsurgeon.workflow.surgery import operate
+from kvsurgeon.workflow.run_and_save import run_and_save
 
-SHIPPED = Path(__file__).parents[1] / "demo" / "model"
-TOKENS = 400  # long enough to see time without a cache grow, short enough for a slow machine
-LAST = 20  # tokens at the end whose times are compared
+BUILT_IN_MODEL = Path(__file__).parents[1] / "demo" / "model"
+TOKENS = 400  # long enough to show that the time without a cache grows, short enough for a slow machine
+LAST_TOKENS = 20  # tokens at the end whose times are compared
 SAMPLING = Sampling(temperature=0.7, top_k=40, seed=7)
 
 
 def show_demo(output: Path, *, tokens: int | None = None) -> None:
-    """Inspect, inject, verify and generate, saying what is done; the model and the plot are then in `output`.
+    """Run the demo, and write the model and the plot to `output`.
 
     Raises:
-        ParityError: With the cache other words come out than without.
+        ParityError: The generated text differs with the cache.
     """
-    if not (SHIPPED / "model.onnx").is_file():
-        raise InputError(f"expected the demo's model, found none at `{SHIPPED}`; install kvsurgeon again")
+    if not (BUILT_IN_MODEL / "model.onnx").is_file():
+        raise InputError(f"expected the model of the demo at `{BUILT_IN_MODEL}`, found none; install kvsurgeon again")
     console = table.console()
     console.print("[bold]1. inspect[/] a decoder that was exported without a cache")
-    console.print(table.anatomy(api.inspect(SHIPPED)))
-    console.print("[bold]2. inject[/] a cache, and let the judge decide whether it still computes the same")
-    with progress.judging() as told:
-        surgery = operate(SHIPPED, Pipeline((Inject(),)), output / "model", progress=told)
-    if surgery.report is not None:
-        console.print(table.verification(surgery.report))
-    console.print(table.surgery(surgery))
+    console.print(table.decoder_table(api.inspect(BUILT_IN_MODEL)))
+    console.print("[bold]2. inject[/] a cache, and verify the result against the original")
+    with verification_progress() as progress:
+        run = run_and_save(BUILT_IN_MODEL, Pipeline((Inject(),)), output / "model", progress=progress)
+    if run.report is not None:
+        console.print(table.report_table(run.report))
+    console.print(table.run_summary(run))
     _compare(output, tokens or TOKENS, console)
 
 
 def _compare(output: Path, tokens: int, console: Console) -> None:
-    """Generate the same text both ways, and plot what each token took."""
-    prompt = first_sentence((SHIPPED / "sample.txt").read_text("utf-8"))
-    console.print(f"\n[bold]3. generate[/] {tokens} tokens with the cache, and the same without")
-    with_cache = _generated(output / "model", prompt, tokens)
-    console.print(f"[dim]{prompt}[/]{with_cache.texts[0]}", markup=True, soft_wrap=True)
-    without = _generated(SHIPPED, prompt, tokens)
-    if with_cache.tokens != without.tokens:
-        raise ParityError("the demo's model writes other words with its cache than without")
+    """Generate a text with and without the cache, and plot the time per token."""
+    prompt = first_sentence((BUILT_IN_MODEL / "sample.txt").read_text("utf-8"))
+    console.print(f"\n[bold]3. generate[/] {tokens} tokens with and without the cache")
+    cached = _generate(output / "model", prompt, tokens)
+    console.print(f"[dim]{prompt}[/]{cached.texts[0]}", markup=True, soft_wrap=True)
+    uncached = _generate(BUILT_IN_MODEL, prompt, tokens)
+    if cached.tokens != uncached.tokens:
+        raise ParityError("the model of the demo generates another text with its cache")
     series = {
-        f"without a cache: {without.tokens_per_second:.0f} tokens/s": _seconds(without),
-        f"with a cache: {with_cache.tokens_per_second:.0f} tokens/s": _seconds(with_cache),
+        f"without a cache: {uncached.tokens_per_second:.0f} tokens/s": _seconds(uncached),
+        f"with a cache: {cached.tokens_per_second:.0f} tokens/s": _seconds(cached),
     }
-    console.print("\n[bold]4. time per token[/], the same words both ways")
-    console.print(plot.in_terminal(series), markup=False)
-    path = plot.as_png(series, output / "time-per-token.png", title="Time per token, the same words both ways")
-    faster = median(without.step_seconds[-LAST:]) / median(with_cache.step_seconds[-LAST:])
-    console.print(f"the last tokens came {faster:.0f} times faster; the plot is {path}, the model {output / 'model'}")
+    console.print("\n[bold]4. time per token[/] of the same text")
+    console.print(time_plot.plot_text(series), markup=False)
+    path = output / "time-per-token.png"
+    time_plot.save_plot(series, path, title="Time per token of the same text")
+    speedup = median(uncached.step_seconds[-LAST_TOKENS:]) / median(cached.step_seconds[-LAST_TOKENS:])
+    console.print(f"speedup of the last tokens: {speedup:.0f}; plot: {path}; model: {output / 'model'}")
 
 
 def first_sentence(text: str) -> str:
@@ -71,7 +73,7 @@ def first_sentence(text: str) -> str:
     return re.split(r"(?<=[.!?])\s", text.strip(), maxsplit=1)[0]
 
 
-def _generated(model: Path, prompt: str, tokens: int) -> Generation:
+def _generate(model: Path, prompt: str, tokens: int) -> Generation:
     return Writer(model, stop=()).generate(prompt, max_new_tokens=tokens, sampling=SAMPLING)
 
 

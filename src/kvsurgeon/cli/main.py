@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and what a shell sees when one fails."""
+"""The command line: arguments in, exit code and error message out."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from typing import Annotated, Protocol, runtime_checkable
 import typer
 
 from kvsurgeon.cli.commands import add_commands
-from kvsurgeon.errors import KvsurgeonError, UsageError
+from kvsurgeon.errors import Code, KvsurgeonError, UsageError
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-CLOSED_PIPE = 1  # as typer has it
-UNSAID = 2  # no command was given: help is shown, and nothing is done
+# Exit codes, apart from those of errors
+NO_COMMAND = 2  # help is printed
+CLOSED_PIPE = 1
+INTERRUPTED = 130  # 128 + SIGINT
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show where an error comes from. May stand anywhere.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of errors. Allowed at any position.")]
 
 
 @runtime_checkable
 class ParseError(Protocol):
-    """What typer raises for a wrong command line; its base class differs between versions."""
+    """The exception of typer for a wrong command line; its base class differs between versions."""
 
     exit_code: int
 
@@ -34,75 +35,77 @@ class ParseError(Protocol):
 
 
 def main() -> None:
-    """Run the command that the shell asks for."""
+    """Run the command of `sys.argv`, and exit."""
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        _forget_stdout()
+        _discard_stdout()
         code = CLOSED_PIPE
     sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command and return its exit code; unless `--debug` is given, nothing is traced."""
+    """Run one command, and return its exit code."""
     debug = "--debug" in arguments
-    if "" in arguments:  # as of a shell's variable that is not set: as a path it would be the folder that one is in
-        return _complain(UsageError("expected something in each argument, found an empty one"))
-    given = [argument for argument in arguments if argument != "--debug"]
-    logging.disable(logging.NOTSET if debug else logging.WARNING)  # what libraries log is for those who look for it
+    if "" in arguments:  # such as an unset shell variable, which as a path would be the working directory
+        return _print_error(UsageError("expected a value for each argument, found an empty one"))
+    remaining = [argument for argument in arguments if argument != "--debug"]
+    logging.disable(logging.NOTSET if debug else logging.WARNING)
     try:
-        return _answer(given) if given else _answer(["--help"]) or UNSAID
+        return _invoke(remaining) if remaining else _invoke(["--help"]) or NO_COMMAND
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
-        _forget_stdout()
+        _discard_stdout()
         return CLOSED_PIPE
     except Exception as error:
         if debug:
             traceback.print_exc()
-        return _complain(error)
+        return _print_error(error)
 
 
-def _answer(arguments: Sequence[str]) -> int:
+def _invoke(arguments: Sequence[str]) -> int:
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.callback()(_globals)
+    app.callback()(_global_options)
     add_commands(app, arguments)
     command = typer.main.get_command(app)
     code = command.main(args=list(arguments), prog_name="kvsurgeon", standalone_mode=False)
     return code if isinstance(code, int) else 0
 
 
-def _show_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"kvsurgeon {version('kvsurgeon')}")
         raise typer.Exit
 
 
-def _globals(
+def _global_options(
     debug: Debug = False,
     shows_version: Annotated[
-        bool, typer.Option("--version", help="Say which version this is.", is_eager=True, callback=_show_version)
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Put a KV cache into an exported ONNX language model, and prove that it still computes the same.
+    """Inject a KV cache into an exported ONNX decoder, and verify that its results stay the same.
 
     MODEL is an .onnx file or a folder that holds one.
     """
 
 
-def _complain(error: Exception) -> int:
-    """Say what is wrong in one line, and return the exit code that goes with it."""
+def _print_error(error: Exception) -> int:
+    """Print an error in one line with its code, and return the exit code."""
     if isinstance(error, KvsurgeonError):
-        text, code = str(error), error.exit_code
+        text, code, exit_code = str(error), error.code, error.exit_code
     elif isinstance(error, ParseError):
-        text, code = error.format_message() or "expected a command; --help lists them", error.exit_code
+        text, code, exit_code = error.format_message() or "expected a command", Code.USAGE, error.exit_code
     else:
-        text, code = f"{type(error).__name__}: {error} (a bug of kvsurgeon's; --debug shows where)", 1
-    print(f"kvsurgeon: {' '.join(text.split())}", file=sys.stderr)
-    return code
+        text, code, exit_code = f"{type(error).__name__}: {error} (rerun with --debug for the traceback)", None, 1
+    kind = "internal error" if code is None else "error"
+    suffix = "" if code is None else f" [{code}]"
+    print(f"kvsurgeon: {kind}: {' '.join(text.split())}{suffix}", file=sys.stderr)
+    return exit_code
 
 
-def _forget_stdout() -> None:
-    """Leave nothing for the interpreter to write when it ends: the reader is gone."""
+def _discard_stdout() -> None:
+    """Redirect stdout to nowhere, so that the interpreter can flush it at exit: the reader has closed the pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

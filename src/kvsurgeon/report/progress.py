@@ -1,4 +1,4 @@
-"""How far the judge is: on a terminal, and nowhere else."""
+"""The progress of a verification, on a terminal only."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from rich.console import Console
 
 
 @contextmanager
-def judging() -> Iterator[Callable[[int, int, str], None] | None]:
-    """Give what the judge is to tell, or None where there is no terminal."""
+def verification_progress() -> Iterator[Callable[[int, int, str], None] | None]:
+    """Yield a callback that shows the current scenario; None if stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
-    with Console(stderr=True).status("operating") as status:
+    with Console(stderr=True).status("running passes") as status:
         yield lambda done, total, name: status.update(f"verifying {done + 1}/{total}: {name}")

@@ -12,11 +12,11 @@ from kvsurgeon.errors import UsageError
 from kvsurgeon.passes.weightless import weightless_proto
 
 
-def tracing(folder: Path) -> Callable[[int, str, ir.Model], None]:
-    """Return a watch that writes `00-original.txt`, `01-inject.txt`, ... into `folder`.
+def trace_writer(folder: Path) -> Callable[[int, str, ir.Model], None]:
+    """Return a pass callback that writes `00-original.txt`, `01-inject.txt`, ... into `folder`.
 
     Raises:
-        UsageError: The folder cannot be made.
+        UsageError: The folder cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -24,13 +24,13 @@ def tracing(folder: Path) -> Callable[[int, str, ir.Model], None]:
         raise UsageError(f"cannot write to `{folder}`: {error.strerror or error}") from error
 
     def write(count: int, name: str, model: ir.Model) -> None:
-        text = onnx.printer.to_text(weightless_proto(model, _unread))
+        text = onnx.printer.to_text(weightless_proto(model, _without_data))
         (folder / f"{count:02}-{name}.txt").write_text(text, "utf-8")
 
     return write
 
 
-def _unread(value: ir.Value) -> ir.TensorProtocol:
+def _without_data(value: ir.Value) -> ir.TensorProtocol:
     tensor = value.const_value
     shape = ir.Shape([] if tensor is None else tensor.shape.numpy())
     dtype = ir.DataType.FLOAT if tensor is None else tensor.dtype

@@ -1,8 +1,8 @@
-"""How runtimes and compilers want a model with a cache, as data: one target, one file."""
+"""Targets: the form of a cached model that a runtime or compiler expects, as data; one target, one file."""
 
 from kvsurgeon.targets.catalogue import TARGETS
-from kvsurgeon.targets.facts import Facts, facts_of
-from kvsurgeon.targets.obstacles import obstacles
-from kvsurgeon.targets.target import Obstacle, SideFile, Target, Variant
+from kvsurgeon.targets.compatibility import find_incompatibilities
+from kvsurgeon.targets.model_info import ModelInfo
+from kvsurgeon.targets.target import Incompatibility, Target
 
-__all__ = ["TARGETS", "Facts", "Obstacle", "SideFile", "Target", "Variant", "facts_of", "obstacles"]
+__all__ = ["TARGETS", "Incompatibility", "ModelInfo", "Target", "find_incompatibilities"]

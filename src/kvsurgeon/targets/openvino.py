@@ -1,4 +1,4 @@
-"""OpenVINO: `Core().read_model(folder/model.onnx)`, as it is or with its caches made into state."""
+"""OpenVINO: `Core().read_model(folder / "model.onnx")`, stateless or with the cache as state."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from kvsurgeon.targets.target import Target
 OPENVINO = Target(
     name="openvino",
     summary="openvino.Core().read_model(folder / 'model.onnx'), also with caches as state",
-    tried="openvino 2026.4.1",
-    fixed_axes=(1, 3),  # without them a state has no shape
+    tested_with="openvino 2026.4.1",
+    static_axes=(1, 3),  # otherwise a state has no shape
 )

@@ -1,61 +1,61 @@
-"""optimum: `ORTModelForCausalLM.from_pretrained(folder)`, which takes the sizes of the caches from config.json."""
+"""optimum: `ORTModelForCausalLM.from_pretrained(folder)`, which reads the shape of the cache from `config.json`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kvsurgeon.targets.facts import Facts
-from kvsurgeon.targets.target import Obstacle, SideFile, Target
-from kvsurgeon.targets.tokenizers import CONFIG_BEFORE_5
+from kvsurgeon.targets.configs import check_model_type, with_unknown_tokens
+from kvsurgeon.targets.model_info import ModelInfo
+from kvsurgeon.targets.target import Incompatibility, Target
+from kvsurgeon.targets.tokenizers import CONFIG_FILE, tokenizer_config_before_5
 
-# Source: ORTModelForCausalLM.__init__ of optimum-onnx 0.1.0. It makes the empty caches of the first call out of the
-# config, by model type: these read `num_key_value_heads`, and these again `head_dim`; any other type has as many heads
-# as queries have, and features that divide the hidden size.
+# Source: ORTModelForCausalLM.__init__ of optimum-onnx 0.1.0. It derives the shape of the empty caches from the config,
+# by model type: types in the first set read `num_key_value_heads`, those in the second `head_dim`; any other type has
+# as many KV heads as query heads, and head_dim is the hidden size divided by their number.
 BY_KV_HEADS = frozenset((
     "arcee", "cohere", "gemma", "gemma3_text", "glm", "granite", "gpt_oss", "helium", "llama", "mistral", "nemotron",
     "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm",
 ))  # fmt: skip
 BY_HEAD_DIM = frozenset(("gemma", "gemma3_text", "gpt_oss", "nemotron"))
 BY_RULES_OF_THEIR_OWN = frozenset(("bloom", "deepseek_v3", "falcon", "gemma3", "gpt_bigcode"))
-SAYS_ALL = "gemma"  # the type whose sizes are just what the config says, nothing derived
-SAYS_ALL_OF_TWO = "deepseek_v3"  # the one whose keys and values may differ in width
+EXPLICIT = "gemma"  # the model type that reads every size from the config
+EXPLICIT_VALUE_DIM = "deepseek_v3"  # the model type whose keys and values may differ in head_dim
 
-_FLOATS = frozenset(("float32", "float16"))
-_IDS = frozenset(("int64", "int32"))
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
-def fitted_config(facts: Facts) -> Mapping[str, Any]:
-    """Return a config.json out of which optimum makes caches of the sizes that the graph has.
+def optimum_config(model: ModelInfo) -> Mapping[str, Any]:
+    """Return a `config.json` from which optimum derives the shape of the cache in the graph.
 
-    The source's config is kept wherever its numbers lead there. Where they do not, `model_type` becomes one by which
-    optimum takes every size from the config as it stands, and `original_model_type` says what it was.
+    The config of the source is kept if it gives that shape. Otherwise `model_type` becomes one that reads every size
+    from the config, and `original_model_type` keeps the old one.
     """
-    config = dict(facts.config)
-    config["use_cache"] = True
-    if _fits(config, facts):
+    config = {**model.config, "use_cache": True}
+    if _gives_shape(config, model):
         return config
     original = config.get("model_type")
-    key, value = _widths(facts)
+    key, value = _head_dims(model)
     config |= {
-        "model_type": SAYS_ALL,
-        "num_key_value_heads": facts.kv_heads[0],
+        "model_type": EXPLICIT,
+        "num_key_value_heads": model.kv_heads[0],
         "head_dim": key,
-        "num_hidden_layers": facts.config.get("num_hidden_layers", facts.layers),
-        "num_attention_heads": facts.query_heads or facts.kv_heads[0],
+        "num_hidden_layers": model.config.get("num_hidden_layers", model.layers),
+        "num_attention_heads": model.query_heads or model.kv_heads[0],
     }
     if key != value:
-        config |= {"model_type": SAYS_ALL_OF_TWO, "qk_rope_head_dim": 0, "qk_nope_head_dim": key, "v_head_dim": value}
-    if facts.vocabulary is not None:
-        config["vocab_size"] = facts.vocabulary
+        config |= {
+            "model_type": EXPLICIT_VALUE_DIM, "qk_rope_head_dim": 0, "qk_nope_head_dim": key, "v_head_dim": value
+        }  # fmt: skip
+    if model.vocab_size is not None:
+        config["vocab_size"] = model.vocab_size
     if original is not None:
         config.setdefault("original_model_type", original)
-    return {**dict.fromkeys(_TOKENS), **config}  # what the config left to its own type must not come from another
+    return with_unknown_tokens(config)
 
 
-def _fits(config: Mapping[str, Any], facts: Facts) -> bool:
-    """Return whether optimum computes from this config what the graph has."""
+def _gives_shape(config: Mapping[str, Any], model: ModelInfo) -> bool:
+    """Return whether optimum derives the shape of the cache from this config."""
     kind = config.get("model_type")
     if kind is None or kind in BY_RULES_OF_THEIR_OWN:
         return False
@@ -64,48 +64,40 @@ def _fits(config: Mapping[str, Any], facts: Facts) -> bool:
     kv_heads = config.get("num_key_value_heads") if kind in BY_KV_HEADS else heads
     derived = hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads else None
     head_dim = config.get("head_dim") if kind in BY_HEAD_DIM else derived
-    return (kv_heads,) == facts.kv_heads and (head_dim,) == facts.head_dims
+    return (kv_heads,) == model.kv_heads and (head_dim,) == model.head_dims
 
 
-def _widths(facts: Facts) -> tuple[Any, Any]:
-    """Return the features of a key's head and of a value's; those of the one where only one is remembered."""
-    widths = {entry.kind: entry.past.dims[3] for entry in reversed(facts.cache)}
-    key = widths.get("key", widths.get("value"))
-    return key, widths.get("value", key)
+def _head_dims(model: ModelInfo) -> tuple[Any, Any]:
+    """Return head_dim of keys and of values; if only one of them is cached, twice that of the one."""
+    dims = {pair.kind: pair.past.dims[3] for pair in reversed(model.cache)}
+    key = dims.get("key", dims.get("value"))
+    return key, dims.get("value", key)
 
 
-def _worth_knowing(facts: Facts) -> Iterator[Obstacle]:
-    config = fitted_config(facts) if facts.kv_heads else {}
-    original = facts.config.get("model_type")
-    if config.get("model_type") != original:
-        was = "the source has no config" if original is None else f"the source's is {original}"
-        yield Obstacle(
-            what=f"optimum makes empty caches out of the config, by model type: config.json says model_type "
-            f"{config.get('model_type')}, which takes the sizes as they stand there, and {was}",
-            at="config.json",
-            stops=False,
+def _check(model: ModelInfo) -> Iterator[Incompatibility]:
+    config = optimum_config(model) if model.kv_heads else {}
+    yield from check_model_type(model, config, "optimum derives the shape of empty caches from the model type")
+    if "attention_mask" not in model.input_names:
+        yield Incompatibility(
+            reason="the model has no input attention_mask: all prompts of a batch must have the same length",
+            blocking=False,
         )
-    names = {tensor.name for tensor in facts.inputs}
-    if "attention_mask" not in names:
-        yield Obstacle(
-            what="the model is given no attention_mask: prompts of a batch must be equally long", stops=False
-        )
-    elif "position_ids" not in names:
-        yield Obstacle(
-            what="the model is given no position_ids: padding on the left shifts the positions that it counts itself",
-            stops=False,
+    elif "position_ids" not in model.input_names:
+        yield Incompatibility(
+            reason="the model has no input position_ids: left padding shifts the positions that it counts",
+            blocking=False,
         )
 
 
 OPTIMUM = Target(
     name="optimum",
     summary="ORTModelForCausalLM.from_pretrained(folder) of optimum",
-    tried="optimum-onnx 0.1.0 with transformers 4.57",
-    feeds=frozenset(("input_ids", "attention_mask", "position_ids")),
-    dtypes={name: _IDS for name in ("input_ids", "attention_mask", "position_ids")},
-    cache_dtypes=_FLOATS,
-    fixed_axes=(1, 3),
+    tested_with="optimum-onnx 0.1.0 with transformers 4.57",
+    allowed_inputs=frozenset(_INPUTS),
+    dtypes=dict.fromkeys(_INPUTS, frozenset(("int64", "int32"))),
+    cache_dtypes=frozenset(("float32", "float16")),
+    static_axes=(1, 3),
     uniform=True,
-    side_files=(SideFile(name="config.json", write=fitted_config), CONFIG_BEFORE_5),
-    rules=(_worth_knowing,),
+    side_files={"config.json": optimum_config, CONFIG_FILE: tokenizer_config_before_5},
+    checks=(_check,),
 )

@@ -1,4 +1,4 @@
-"""qaic: Qualcomm Cloud AI 100, whose compiler keeps a cache on the device from call to call."""
+"""Qualcomm Cloud AI 100, whose compiler keeps the cache on the device between calls."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ from kvsurgeon.passes.interface.last_logits import LastLogits
 from kvsurgeon.passes.interface.past_length_from_positions import PastLengthFromPositions
 from kvsurgeon.passes.interface.remove_mask import RemoveMask
 from kvsurgeon.passes.interface.rename_dims import RenameDims
-from kvsurgeon.targets.facts import Facts
-from kvsurgeon.targets.foreign import foreign_operators
-from kvsurgeon.targets.target import SideFile, Target
+from kvsurgeon.targets.compatibility import check_custom_operators
+from kvsurgeon.targets.model_info import ModelInfo
+from kvsurgeon.targets.target import Target
 
-# Source: QEfficient, which compiles each model for a prompt of so many tokens at a time, and for one.
-PREFILL = 32
-CONTEXT = 128
+# Source: QEfficient, which compiles each model for a prefill of this many tokens per call, and for one.
+PREFILL_LENGTH = 32
+CONTEXT_LENGTH = 128
 
 
-def specializations(facts: Facts) -> Mapping[str, Any]:
-    """Return the sizes to compile for, as numbers in quotes: prefill, and a step of one token."""
-    context = CONTEXT if facts.room is None else facts.room
-    sizes = ({"batch_size": "1", "seq_len": str(new), "ctx_len": str(context)} for new in (min(PREFILL, context), 1))
+def specializations(model: ModelInfo) -> Mapping[str, Any]:
+    """Return the sizes to compile for, as strings: prefill, and a decode step of one token."""
+    context = CONTEXT_LENGTH if model.token_limit is None else model.token_limit
+    sizes = (
+        {"batch_size": "1", "seq_len": str(new), "ctx_len": str(context)} for new in (min(PREFILL_LENGTH, context), 1)
+    )
     return {"specializations": list(sizes)}
 
 
-def custom_io(facts: Facts) -> str:
-    """Return the types that caches have on the device: the input and the output that is its memory."""
-    names = [(entry.past.name, entry.present.name) for entry in facts.cache]
-    ordered = [past for past, _ in names] + [present for _, present in names]
-    return "".join(f" - IOName: {name}\n   Precision: float16\n\n" for name in ordered)
+def custom_io(model: ModelInfo) -> str:
+    """Return the element type of each past and present on the device."""
+    names = [pair.past.name for pair in model.cache] + [pair.present.name for pair in model.cache]
+    return "".join(f" - IOName: {name}\n   Precision: float16\n\n" for name in names)
 
 
 QAIC = Target(
     name="qaic",
     summary="qaic-exec -retained-state, for Qualcomm Cloud AI 100",
-    tried="the contract of QEfficient; in onnxruntime",
+    tested_with="onnxruntime, by the requirements of QEfficient",
     cache=Inject(past="past_{kind}.{layer}", present="past_{kind}.{layer}_RetainedState", cache="static"),
-    max_length=CONTEXT,
+    max_length=CONTEXT_LENGTH,
     finish=(
         RemoveMask(),
         RenameDims(dims=("batch_size=1",)),
@@ -46,14 +47,11 @@ QAIC = Target(
         LastLogits(),
         RenameDims(dims=("sequence_length=seq_len", "max_length=ctx_len")),
     ),
-    needs=("input_ids", "position_ids", "logits"),
-    feeds=frozenset(("input_ids", "position_ids")),
-    dtypes={name: frozenset(("int64",)) for name in ("input_ids", "position_ids")},
+    required=("input_ids", "position_ids", "logits"),
+    allowed_inputs=frozenset(("input_ids", "position_ids")),
+    dtypes=dict.fromkeys(("input_ids", "position_ids"), frozenset(("int64",))),
     cache_dtypes=frozenset(("float32", "float16")),
-    fixed_axes=(1, 3),
-    rules=(foreign_operators,),
-    side_files=(
-        SideFile(name="specializations.json", write=specializations),
-        SideFile(name="custom_io.yaml", write=custom_io),
-    ),
+    static_axes=(1, 3),
+    checks=(check_custom_operators,),
+    side_files={"specializations.json": specializations, "custom_io.yaml": custom_io},
 )

@@ -1,4 +1,4 @@
-"""qnn: Qualcomm's neural network runtime on phones and laptops, driven by Genie."""
+"""Qualcomm's neural network runtime (QNN) on phones and laptops, used by Genie."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from kvsurgeon.passes.interface.integer_inputs import Int32Inputs
 from kvsurgeon.passes.interface.rename_dims import RenameDims
 from kvsurgeon.passes.operators.gather_nd_to_gather import GatherNdToGather
 from kvsurgeon.passes.operators.remove_nan_guards import RemoveNanGuards
-from kvsurgeon.targets.facts import Facts
-from kvsurgeon.targets.foreign import foreign_operators
-from kvsurgeon.targets.target import Obstacle, SideFile, Target, Variant
+from kvsurgeon.targets.compatibility import check_custom_operators
+from kvsurgeon.targets.model_info import ModelInfo
+from kvsurgeon.targets.target import Incompatibility, Target
 
-# Source: the language models of Qualcomm AI Hub. Keys lie transposed, only new rows come out, and the host makes masks
-# and rotary tables. What a phone has no operator for is gone with the context that it made.
-BANNED = frozenset(("", name) for name in ("Range", "IsNaN", "Trilu", "GatherND", "NonZero", "Loop", "If", "Unique"))
-
-
-def context(facts: Facts) -> str | None:
-    """Return what the host must know to make masks and tables."""
-    told = facts.metadata.get(KEY)
-    return None if told is None else f"{told}\n"
+# Source: the language models of Qualcomm AI Hub. Keys are transposed, only new rows are returned, and the host computes
+# masks and rotary tables. Operators that a phone does not implement only computed these.
+UNSUPPORTED_OPERATORS = frozenset(
+    ("", name) for name in ("Range", "IsNaN", "Trilu", "GatherND", "NonZero", "Loop", "If", "Unique")
+)
 
 
-def _told_enough(facts: Facts) -> Iterator[Obstacle]:
-    """Yield that masks and tables are told of for fewer tokens than the cache holds."""
-    places = json.loads(facts.metadata.get(KEY, "{}")).get("places")
-    if places is not None and facts.room is not None and places < facts.room:
-        yield Obstacle(
-            what=f"expected masks and tables for {facts.room} tokens, found them for {places}",
+def host_context(model: ModelInfo) -> str | None:
+    """Return the description of the masks and tables that the host computes; None if there are none."""
+    description = model.metadata.get(KEY)
+    return None if description is None else f"{description}\n"
+
+
+def _check_tables(model: ModelInfo) -> Iterator[Incompatibility]:
+    """Check that masks and tables are described for as many tokens as the cache holds."""
+    places = json.loads(model.metadata.get(KEY, "{}")).get("places")
+    if places is not None and model.token_limit is not None and places < model.token_limit:
+        yield Incompatibility(
+            reason=f"expected masks and tables for {model.token_limit} tokens, found {places}",
             at="context.json", hint=f"--max-length {places}",
         )  # fmt: skip
 
@@ -39,7 +41,7 @@ def _told_enough(facts: Facts) -> Iterator[Obstacle]:
 QNN = Target(
     name="qnn",
     summary="Genie, of Qualcomm AI Engine Direct",
-    tried="the contract of Qualcomm AI Hub; in onnxruntime",
+    tested_with="onnxruntime, by the requirements of Qualcomm AI Hub",
     cache=Inject(
         past="past_{kind}_{layer}_in",
         present="past_{kind}_{layer}_out",
@@ -48,7 +50,7 @@ QNN = Target(
         value_layout=("kv_heads", "batch", "sequence", "head_dim"),
     ),
     max_length=1024,
-    variants=(Variant(file="prefill.onnx", tokens=128), Variant(file="decode.onnx", tokens=1)),
+    variants={"prefill.onnx": 128, "decode.onnx": 1},
     data="weights.data",
     finish=(
         HostInputs(),
@@ -57,10 +59,10 @@ QNN = Target(
         RenameDims(dims=("batch_size=1", "past_sequence_length=cache_length", "total_sequence_length=max_length")),
         Int32Inputs(),
     ),
-    needs=("input_ids", "attention_mask", "logits"),
+    required=("input_ids", "attention_mask", "logits"),
     dtypes={"input_ids": frozenset(("int32",))},
     cache_dtypes=frozenset(("float32", "float16")),
-    banned=BANNED,
-    rules=(_told_enough, foreign_operators),
-    side_files=(SideFile(name="context.json", write=context),),
+    unsupported_operators=UNSUPPORTED_OPERATORS,
+    checks=(_check_tables, check_custom_operators),
+    side_files={"context.json": host_context},
 )

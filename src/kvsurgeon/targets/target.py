@@ -1,4 +1,4 @@
-"""What a target is: how a runtime or compiler wants a model with a cache, as data."""
+"""The description of a target, and the reasons why it cannot load a model."""
 
 from __future__ import annotations
 
@@ -9,143 +9,114 @@ from typing import Any
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Pass
-from kvsurgeon.passes.shapes.fix_shapes import FixShapes
-from kvsurgeon.targets.facts import Facts, Operator
+from kvsurgeon.targets.model_info import ModelInfo, Operator
+
+SideFileWriter = Callable[[ModelInfo], str | Mapping[str, Any] | None]
+SEQUENCE = DEFAULT_LAYOUT.index("sequence")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Obstacle:
-    """Something between a model and a target.
+class Incompatibility:
+    """A difference between a model and what a target expects.
 
     Attributes:
-        what: Expected this, found that.
-        at: Name of the value, input or file that it is about.
-        hint: What can be done.
-        stops: Whether the client cannot take the model at all; else it takes it, and this is worth knowing.
+        reason: What was expected, and what was found.
+        at: Name of the value, input or file.
+        hint: What the user can do.
+        blocking: Whether the target cannot load the model; if not, this is a warning.
     """
 
-    what: str
+    reason: str
     at: str | None = None
     hint: str | None = None
-    stops: bool = True
+    blocking: bool = True
 
     def __str__(self) -> str:
-        where = "" if self.at is None else f" - at `{self.at}`"
-        return f"{self.what}{where}" + ("" if self.hint is None else f" ({self.hint})")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SideFile:
-    """A file beside the model that the client reads.
-
-    Attributes:
-        name: Where it stands in the target's folder.
-        write: Its text, or an object to be written as JSON; None where the model needs no such file. What the
-            source has under that name is in `Facts.beside`, the config in `Facts.config`, and is replaced.
-    """
-
-    name: str
-    write: Callable[[Facts], str | Mapping[str, Any] | None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One of several files of a folder, which share their weights: the model for so many tokens at a time.
-
-    Attributes:
-        file: Its place in the target's folder.
-        tokens: Tokens of a call; half of a text's where those are fewer.
-    """
-
-    file: str
-    tokens: int
-
-    def fixed(self, max_length: int) -> FixShapes:
-        """Return the pass that makes it, for texts of up to `max_length` tokens."""
-        return FixShapes(tokens=max(1, min(self.tokens, max_length // 2)), max_length=max_length)
+        at = "" if self.at is None else f" - at `{self.at}`"
+        hint = "" if self.hint is None else f" ({self.hint})"
+        return f"{self.reason}{at}{hint}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """How one runtime or compiler wants a model with a cache.
+    """The form of a cached model that one runtime or compiler expects.
 
     Attributes:
-        name: What it is called on the command line.
-        summary: Who takes the folder, and by which call.
-        tried: The version that the contract was read from and tried with.
-        cache: CacheMode, names, layouts and type of the cache: the pass that puts it in.
-        before: Passes that run before the cache comes in.
+        name: Name on the command line.
+        summary: The client, and the call that loads the folder.
+        tested_with: Version of the client that the requirements were read from and tested with.
+        cache: The pass that injects the cache: cache mode, names, layouts and type.
+        before: Passes that run before it.
         after: Passes that run after it.
-        finish: Passes that run last and are not judged, as no host but the client's own can feed what they make.
-        max_length: Tokens that a text may have, where the caller asks for no other number and the model takes so many.
-            Buffers of a fixed size have as many rows, and passes that leave their `max_length` open are given it. None
-            where the client asks for no such number.
-        file: The model's place in the target's folder.
-        variants: Files that stand there in its stead, in which every size is a number.
-        data: Name of the first file of external data, beside the model; further ones get `_1`, `_2`, ... behind it.
-            None to leave names as they are.
-        needs: Inputs and outputs without which the client cannot work.
-        feeds: Inputs that the client knows how to feed, beside the cache; None for any.
-        dtypes: Types that an input may have, by its name.
-        cache_dtypes: Types that the caches may have; empty for any.
-        opset: The newest version of ONNX's operators that the client reads; None for any.
-        operators: Operators that it has; None for any.
-        banned: Operators that it has not.
-        fixed_axes: Axes of the caches whose size must be a number in the file.
-        uniform: Whether all layers' caches must have one shape.
-        beside: Files of the source that the client cannot do without.
-        side_files: Files that are written for the client.
-        rules: What else to look at, for what data cannot say.
+        finish: Passes that run last, after verification, because only the client can run their result.
+        max_length: Number of tokens that a text may have, unless the caller gives another or the model allows fewer.
+            It is the number of rows of static caches, and the `max_length` of passes that leave it open. None if the
+            client has no such limit.
+        file: Path of the model in the folder of the target.
+        variants: Files that replace the model, with all sizes fixed: number of tokens of a call, by file name. They
+            share their weights.
+        data: Name of the first external data file, beside the model; further ones end in `_1`, `_2`, ... None to keep
+            the names.
+        required: Inputs and outputs that the client requires.
+        allowed_inputs: Inputs that the client can feed, besides the cache; None for any.
+        dtypes: Element types that an input or output may have, by name.
+        cache_dtypes: Element types that the cache may have; empty for any.
+        max_opset: Newest opset version that the client loads; None for any.
+        operators: Operators that the client implements; None for any.
+        unsupported_operators: Operators that the client does not implement.
+        static_axes: Axes of the cache whose size must be fixed in the file.
+        uniform: Whether the caches of all layers must have the same shape.
+        required_files: Files of the source that the client requires.
+        side_files: Functions that return the content of each file written for the client: text, an object to write as
+            JSON, or None for no file. They replace files of the source.
+        checks: Further checks.
     """
 
     name: str
     summary: str
-    tried: str
+    tested_with: str
     cache: Inject = field(default_factory=Inject)
     before: tuple[Pass, ...] = ()
     after: tuple[Pass, ...] = ()
     finish: tuple[Pass, ...] = ()
     max_length: int | None = None
     file: str = "model.onnx"
-    variants: tuple[Variant, ...] = ()
+    variants: Mapping[str, int] = field(default_factory=dict)
     data: str | None = None
-    needs: tuple[str, ...] = ("input_ids", "logits")
-    feeds: frozenset[str] | None = None
-    dtypes: Mapping[str, frozenset[str]] | None = None
+    required: tuple[str, ...] = ("input_ids", "logits")
+    allowed_inputs: frozenset[str] | None = None
+    dtypes: Mapping[str, frozenset[str]] = field(default_factory=dict)
     cache_dtypes: frozenset[str] = frozenset()
-    opset: int | None = None
+    max_opset: int | None = None
     operators: frozenset[Operator] | None = None
-    banned: frozenset[Operator] = frozenset()
-    fixed_axes: tuple[int, ...] = ()
+    unsupported_operators: frozenset[Operator] = frozenset()
+    static_axes: tuple[int, ...] = ()
     uniform: bool = False
-    beside: tuple[str, ...] = ()
-    side_files: tuple[SideFile, ...] = ()
-    rules: tuple[Callable[[Facts], Iterable[Obstacle]], ...] = ()
+    required_files: tuple[str, ...] = ()
+    side_files: Mapping[str, SideFileWriter] = field(default_factory=dict)
+    checks: tuple[Callable[[ModelInfo], Iterable[Incompatibility]], ...] = ()
 
     @property
     def passes(self) -> tuple[Pass, ...]:
         """All passes, in order."""
-        return (*self.before, self.cache, *self.after)
+        return (*self.before, self.cache, *self.after, *self.finish)
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Every file that holds the model."""
-        return tuple(variant.file for variant in self.variants) or (self.file,)
+        """Paths of all model files."""
+        return tuple(self.variants) or (self.file,)
 
-    def of_length(self, max_length: int) -> Target:
-        """Return the target for texts of up to so many tokens."""
-        cache = replace(self.cache, max_length=max_length) if SEQUENCE in self.fixed_axes else self.cache
-        before, after, finish = (
-            tuple(_of_length(one, max_length) for one in passes) for passes in (self.before, self.after, self.finish)
+    def with_max_length(self, max_length: int) -> Target:
+        """Return the target for texts of at most `max_length` tokens."""
+        cache = replace(self.cache, max_length=max_length) if SEQUENCE in self.static_axes else self.cache
+        after, finish = (
+            tuple(_with_max_length(one, max_length) for one in passes) for passes in (self.after, self.finish)
         )
-        return replace(self, max_length=max_length, cache=cache, before=before, after=after, finish=finish)
+        return replace(self, max_length=max_length, cache=cache, after=after, finish=finish)
 
 
-SEQUENCE = DEFAULT_LAYOUT.index("sequence")
-
-
-def _of_length(one: Pass, max_length: int) -> Pass:
-    """Return the pass with its length, where that is left open."""
+def _with_max_length(one: Pass, max_length: int) -> Pass:
+    """Return the pass with this `max_length` if it leaves its own open."""
     if getattr(one, "max_length", max_length) is not None:
         return one
     return replace(one, max_length=max_length)  # type: ignore[type-var]  # a frozen dataclass, as its field shows

@@ -1,4 +1,4 @@
-"""tensorrt: NVIDIA TensorRT, which writes a cache in place where a `TensorScatter` is its output."""
+"""NVIDIA TensorRT, which updates a cache in place if a `TensorScatter` computes the present."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.interface.rename_dims import RenameDims
 from kvsurgeon.passes.operators.float16_mask_range import float16_mask_range
 from kvsurgeon.passes.opset.raise_opset import RaiseOpset
-from kvsurgeon.targets.facts import Facts
-from kvsurgeon.targets.target import Obstacle, Target
+from kvsurgeon.targets.model_info import ModelInfo
+from kvsurgeon.targets.target import Incompatibility, Target
 
-OPSET = 24  # brought TensorScatter, and is the newest that is read
+OPSET = 24  # the first with TensorScatter, and the newest that TensorRT reads
 
-# Source: the support matrix of onnx-tensorrt for TensorRT 10.15, which reads opsets 9 to 24; what it lists as
-# unsupported is left out.
+# Source: the support matrix of onnx-tensorrt for TensorRT 10.15, which reads opsets 9 to 24, without those that
+# it lists as unsupported.
 OPERATORS = frozenset((
     "Abs", "Acos", "Acosh", "Add", "And", "ArgMax", "ArgMin", "Asin", "Asinh", "Atan", "Atanh", "Attention",
     "AveragePool", "BatchNormalization", "BlackmanWindow", "Cast", "CastLike", "Ceil", "Celu", "Clip", "Concat",
@@ -37,31 +37,29 @@ OPERATORS = frozenset((
 ))  # fmt: skip
 
 
-def _buffers(facts: Facts) -> Iterator[Obstacle]:
-    """Yield what keeps TensorRT from writing in place: it does so by a `TensorScatter` alone."""
-    if ("", "TensorScatter") not in facts.operators:
-        yield Obstacle(what="expected a cache that a TensorScatter writes, found none")
-    for operator in ("Attention",):
-        if ("", operator) in facts.operators:
-            yield Obstacle(
-                what=f"{operator} is read with queries, keys and values of rank 4 alone, and without a softcap",
-                at=facts.operators["", operator],
-                stops=False,
-            )
+def _check(model: ModelInfo) -> Iterator[Incompatibility]:
+    if ("", "TensorScatter") not in model.operators:
+        yield Incompatibility(reason="expected a cache that a TensorScatter updates, found none")
+    if ("", "Attention") in model.operators:
+        yield Incompatibility(
+            reason="TensorRT supports Attention only with inputs of rank 4 and without softcap",
+            at=model.operators["", "Attention"],
+            blocking=False,
+        )
 
 
 TENSORRT = Target(
     name="tensorrt",
     summary="trtexec --onnx=model.onnx of TensorRT",
-    tried="the operators of TensorRT 10.15; in onnxruntime",
+    tested_with="onnxruntime, with the operators of TensorRT 10.15",
     before=(RaiseOpset(opset=OPSET),),
     cache=Inject(cache="static"),
     max_length=2048,
     after=(as_pass_class(float16_mask_range)(),),
     finish=(RenameDims(dims=("batch_size=1",)),),
     cache_dtypes=frozenset(("float32", "float16", "bfloat16")),
-    opset=OPSET,
+    max_opset=OPSET,
     operators=frozenset(("", name) for name in OPERATORS),
-    fixed_axes=(0, 1, 2, 3),
-    rules=(_buffers,),
+    static_axes=(0, 1, 2, 3),
+    checks=(_check,),
 )

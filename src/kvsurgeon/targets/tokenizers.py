@@ -1,38 +1,33 @@
-"""Tokenizers in words that clients know which were written before their files were."""
+"""Tokenizer files for clients whose version of transformers predates the files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from kvsurgeon.targets.facts import Facts
-from kvsurgeon.targets.target import SideFile
+from kvsurgeon.targets.model_info import ModelInfo
 
-CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
+CONFIG_FILE, TOKENIZER_FILE = "tokenizer_config.json", "tokenizer.json"
 _CLASS = "tokenizer_class"
-_SINCE_5, _BEFORE = "TokenizersBackend", "PreTrainedTokenizerFast"  # one class of transformers, renamed in version 5
+_SINCE_5, _BEFORE_5 = "TokenizersBackend", "PreTrainedTokenizerFast"  # transformers renamed the class in version 5
 
 
-def class_before_5(facts: Facts) -> Mapping[str, Any] | None:
-    """Return a tokenizer's config by the class name that transformers had for it before; None where it has that."""
-    said = facts.beside.get(CONFIG, {})
-    return {**said, _CLASS: _BEFORE} if said.get(_CLASS) == _SINCE_5 else None
+def tokenizer_config_before_5(model: ModelInfo) -> Mapping[str, Any] | None:
+    """Return the tokenizer's config with the class name before transformers 5; None if it has another class."""
+    config = model.source_files.get(CONFIG_FILE, {})
+    return {**config, _CLASS: _BEFORE_5} if config.get(_CLASS) == _SINCE_5 else None
 
 
-def merges_as_text(facts: Facts) -> Mapping[str, Any] | None:
-    """Return a tokenizer whose merges are texts, "a b", as pairs were not read before; None where they are so.
+def tokenizer_with_text_merges(model: ModelInfo) -> Mapping[str, Any] | None:
+    """Return the tokenizer with merges as texts, "a b", for clients that read no pairs; None to keep it as it is.
 
-    A merge of parts that hold a space cannot be said as a text; such a tokenizer is left as it is.
+    A merge whose parts contain a space has no text form; such a tokenizer is kept as it is.
     """
-    said = facts.beside.get(TOKENIZER, {})
-    model = said.get("model")
-    if not isinstance(model, dict):
+    tokenizer = model.source_files.get(TOKENIZER_FILE, {})
+    bpe = tokenizer.get("model")
+    if not isinstance(bpe, dict):
         return None
-    merges = model.get("merges", ())
+    merges = bpe.get("merges", ())
     if not merges or not all(isinstance(pair, list) and not any(" " in part for part in pair) for pair in merges):
         return None
-    return {**said, "model": {**model, "merges": [" ".join(pair) for pair in merges]}}
-
-
-CONFIG_BEFORE_5 = SideFile(name=CONFIG, write=class_before_5)
-MERGES_AS_TEXT = SideFile(name=TOKENIZER, write=merges_as_text)
+    return {**tokenizer, "model": {**bpe, "merges": [" ".join(pair) for pair in merges]}}

@@ -6,80 +6,71 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvsurgeon.passes.interface.integer_inputs import Int64Inputs
-from kvsurgeon.targets.facts import Facts
-from kvsurgeon.targets.target import Obstacle, SideFile, Target
+from kvsurgeon.targets.configs import check_model_type, with_unknown_tokens
+from kvsurgeon.targets.model_info import ModelInfo
+from kvsurgeon.targets.target import Incompatibility, Target
 
 # Source: getNormalizedConfig (src/configs.js) and the causal language models (src/models/registry.js) of version
-# 4.3.1. It looks for as many caches as the config has layers, and each type calls its layers otherwise: these call
-# them `num_hidden_layers`, count positions from 0, and have nothing but keys and values to remember.
+# 4.3.1. It looks for one cache per layer of the config, and the name of that number depends on the model type: these
+# types name it `num_hidden_layers`, count positions from 0, and cache only keys and values.
 COUNTS_HIDDEN_LAYERS = frozenset((
     "afmoe", "apertus", "arcee", "cohere", "cohere2", "deepseek_v3", "ernie4_5", "gemma", "gemma2", "glm", "gpt_neox",
     "gpt_oss", "granite", "helium", "hunyuan_v1_dense", "llama", "ministral", "mistral", "nanochat", "olmo", "olmo2",
     "olmo3", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "solar_open", "stablelm",
     "starcoder2", "vaultgemma",
 ))  # fmt: skip
-PLAIN = ("llama", "LlamaForCausalLM")  # the type that stands in for one that transformers.js does not know so
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_FEEDS = frozenset(("input_ids", "attention_mask", "position_ids"))
+_FALLBACK = ("llama", "LlamaForCausalLM")  # model type and architecture in place of any other
+_MAX_DATA_FILES = 100  # MAX_EXTERNAL_DATA_CHUNKS in src/utils/hub.js
+_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
-def fitted_config(facts: Facts) -> Mapping[str, Any]:
-    """Return a config.json by which transformers.js finds the caches and the data files."""
-    own = {"dtype": "fp32", "use_external_data_format": facts.data_files}  # fp32 names the file without a suffix
-    config = {**facts.config, "transformers.js_config": {**facts.config.get("transformers.js_config", {}), **own}}
-    if config.get("model_type") in COUNTS_HIDDEN_LAYERS and config.get("num_hidden_layers", 0) >= facts.layers:
+def transformers_js_config(model: ModelInfo) -> Mapping[str, Any]:
+    """Return a `config.json` by which transformers.js finds the caches and the data files."""
+    own = {"dtype": "fp32", "use_external_data_format": model.data_files}  # fp32 names the file without a suffix
+    config = {**model.config, "transformers.js_config": {**model.config.get("transformers.js_config", {}), **own}}
+    if config.get("model_type") in COUNTS_HIDDEN_LAYERS and config.get("num_hidden_layers", 0) >= model.layers:
         return config
     if "model_type" in config:
         config.setdefault("original_model_type", config["model_type"])
-    kind, architecture = PLAIN
+    kind, architecture = _FALLBACK
     config |= {
         "model_type": kind,
         "architectures": [architecture],
-        "num_hidden_layers": facts.layers,
-        "num_key_value_heads": facts.kv_heads[0],
-        "num_attention_heads": facts.query_heads or facts.kv_heads[0],
-        "head_dim": facts.head_dims[0],
-        "multi_query": False,  # which would have it look for caches that hold a key and a value in one
+        "num_hidden_layers": model.layers,
+        "num_key_value_heads": model.kv_heads[0],
+        "num_attention_heads": model.query_heads or model.kv_heads[0],
+        "head_dim": model.head_dims[0],
+        "multi_query": False,  # otherwise it looks for caches of keys and values in one tensor
         "is_encoder_decoder": False,
     }
-    return {**dict.fromkeys(_TOKENS), **config}
+    return with_unknown_tokens(config)
 
 
-def _worth_knowing(facts: Facts) -> Iterator[Obstacle]:
-    original = facts.config.get("model_type")
-    config = fitted_config(facts) if facts.cache else {}
-    if config.get("model_type") != original:
-        was = "the source has no config" if original is None else f"the source's is {original}"
-        yield Obstacle(
-            what="transformers.js counts caches by model type: config.json says model_type "
-            f"{config.get('model_type')}, and {was}",
-            at="config.json",
-            stops=False,
+def _check(model: ModelInfo) -> Iterator[Incompatibility]:
+    config = transformers_js_config(model) if model.cache else {}
+    yield from check_model_type(model, config, "transformers.js counts caches by the model type")
+    if model.data_files > _MAX_DATA_FILES:
+        yield Incompatibility(
+            reason=f"expected at most {_MAX_DATA_FILES} files of external data, found {model.data_files}"
         )
-    if facts.data_files > _MOST_FILES:
-        yield Obstacle(what=f"expected at most {_MOST_FILES} files of external data, found {facts.data_files}")
-    for entry in facts.cache:
-        if entry.past.dims[0] not in ("batch_size", 1):
-            yield Obstacle(
-                what=f"expected a batch called batch_size, or of 1, found {entry.past.dims[0]}", at=entry.past.name
-            )
+    for past in (pair.past for pair in model.cache):
+        if past.dims[0] not in ("batch_size", 1):
+            yield Incompatibility(reason=f"expected batch axis 1 or batch_size, found {past.dims[0]}", at=past.name)
             return
 
-
-_MOST_FILES = 100  # MAX_EXTERNAL_DATA_CHUNKS in src/utils/hub.js
 
 TRANSFORMERS_JS = Target(
     name="transformers-js",
     summary="AutoModelForCausalLM.from_pretrained(folder) of @huggingface/transformers",
-    tried="@huggingface/transformers 4.3.1 in Node with onnxruntime-node",
+    tested_with="@huggingface/transformers 4.3.1 in Node with onnxruntime-node",
     after=(Int64Inputs(),),
     file="onnx/model.onnx",
     data="model.onnx_data",
-    feeds=_FEEDS,
-    dtypes={name: frozenset(("int64",)) for name in _FEEDS} | {"logits": frozenset(("float32", "float16"))},
+    allowed_inputs=frozenset(_INPUTS),
+    dtypes={**dict.fromkeys(_INPUTS, frozenset(("int64",))), "logits": frozenset(("float32", "float16"))},
     cache_dtypes=frozenset(("float32", "float16")),
-    fixed_axes=(1, 3),
-    beside=("tokenizer.json", "tokenizer_config.json"),
-    side_files=(SideFile(name="config.json", write=fitted_config),),
-    rules=(_worth_knowing,),
+    static_axes=(1, 3),
+    required_files=("tokenizer.json", "tokenizer_config.json"),
+    side_files={"config.json": transformers_js_config},
+    checks=(_check,),
 )

@@ -10,9 +10,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from kvsurgeon import io
-from kvsurgeon.analysis.analysis import analyze
 from kvsurgeon.anatomy import Attention, Decoder
-from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import UsageError
 from kvsurgeon.heads.grouped_products import key_heads_read
 from kvsurgeon.passes.cache.inject import Inject
@@ -80,7 +78,7 @@ def capture_keys(
     subject = without_cache(Subject.of(source, folder))
     decoder = subject.decoder()
     attention = _attention(decoder, layer)
-    reads = key_heads_read(analyze(decompose(subject.model).model), layer)
+    reads = key_heads_read(subject.analysis(), layer)
     Inject().apply(subject)
     proto = io.to_proto(subject.model)
     tokenizer = load_tokenizer(side_folders(proto, subject.folder))

@@ -1,4 +1,4 @@
-"""Passes in order: each is checked, timed, and named if it fails."""
+"""Pipelines: passes that run in order, each checked and timed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir as ir
@@ -22,7 +22,11 @@ from kvsurgeon.passes.options import build
 from kvsurgeon.passes.validity import problems
 from kvsurgeon.workflow import registry
 
-Watch = Callable[[int, str, ir.Model], None]  # passes run so far, the last one's name, the model after it
+if TYPE_CHECKING:
+    from kvsurgeon.parity import Loss, Report
+    from kvsurgeon.workflow.verification import Sameness
+
+PassCallback = Callable[[int, str, ir.Model], None]  # number of passes that ran, name of the last one, the model
 
 _PASS = re.compile(
     r"""\s*(?P<name>[\w.-]+)\s*
@@ -35,7 +39,13 @@ _PIECE = re.compile(r'(?:"[^"]*"|[^,"])+')
 
 @dataclass(frozen=True, kw_only=True)
 class PassResult:
-    """What one pass did."""
+    """The result of one pass.
+
+    Attributes:
+        name: Name of the pass.
+        outcome: What it changed, or why it changed nothing.
+        seconds: Its run time, the check of the graph included.
+    """
 
     name: str
     outcome: Outcome
@@ -43,38 +53,60 @@ class PassResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """A model after a pipeline, and what each pass did to it."""
+class PipelineRun:
+    """The result of a pipeline.
+
+    Attributes:
+        model: The model after the last pass.
+        folder: The folder of its weights and side files; None if it has none.
+        steps: The result of each pass, in order.
+        verification: The verdict of the verifier; None if it did not run, or if a pass is not exact.
+        loss: The loss of accuracy, if a pass is not exact; None if it was not measured.
+        path: The file that was written, or the folder of several; None if nothing was written.
+    """
 
     model: ir.Model
-    folder: Path | None
+    folder: Path | None = None
     steps: tuple[PassResult, ...]
+    verification: Sameness | None = None
+    loss: Loss | None = None
+    path: Path | None = None
+
+    @property
+    def changes(self) -> tuple[Changed, ...]:
+        """The outcomes of the passes that changed the model."""
+        return tuple(step.outcome for step in self.steps if isinstance(step.outcome, Changed))
 
     @property
     def changed(self) -> bool:
-        """Whether any pass changed the model."""
-        return any(isinstance(step.outcome, Changed) for step in self.steps)
+        """Whether a pass changed the model."""
+        return bool(self.changes)
 
     @property
     def exact(self) -> bool:
-        """Whether the model computes what it did, by what its passes say."""
-        return all(step.outcome.exact for step in self.steps if isinstance(step.outcome, Changed))
+        """Whether all passes preserve the results of the model."""
+        return all(change.exact for change in self.changes)
+
+    @property
+    def report(self) -> Report | None:
+        """The report of the verifier, if the model gained a cache."""
+        return None if self.verification is None else self.verification.report
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the passes want a reader to know."""
-        return tuple(note for step in self.steps if isinstance(step.outcome, Changed) for note in step.outcome.notes)
+        """Notes of the passes for the user."""
+        return tuple(note for change in self.changes for note in change.notes)
 
 
 class Pipeline:
-    """Passes, in the order in which they run.
+    """Passes in the order in which they run.
 
     >>> def edit(model: ir.Model) -> None: ...
     >>> Pipeline((edit,))
     Pipeline(edit)
 
     Attributes:
-        passes: What is run, plain functions among them made into passes.
+        passes: The passes; plain functions are converted to passes.
     """
 
     def __init__(self, passes: Iterable[Pass | Callable[..., Any]]) -> None:
@@ -85,101 +117,111 @@ class Pipeline:
 
     @classmethod
     def parse(cls, text: str) -> Pipeline:
-        """Return the pipeline that a text such as `inject,other{option=value,list=1,2}` spells.
+        """Return the pipeline of a text such as `inject,other{option=value,list=1,2}`.
 
         Raises:
-            UsageError: It spells none, or names a pass or an option that there is not.
+            UsageError: The text is malformed, or a pass or an option is unknown.
         """
-        return cls(build(registry.PASSES.find(name).load(), name, options) for name, options in _parsed(text))
+        return cls(build(registry.PASSES.find(name).load(), name, options) for name, options in _parse(text))
 
     def run(
         self,
-        source: Source,
+        source: Subject | Source,
         *,
         folder: str | Path | None = None,
         verify_each: bool = False,
-        watch: Watch | None = None,
-    ) -> Result:
-        """Return the model after all passes, each of which left it valid. Nothing is written.
+        on_pass: PassCallback | None = None,
+    ) -> PipelineRun:
+        """Run all passes and return the model. Nothing is written.
 
         Args:
-            source: A file, a folder that holds one, a proto (which stays as it is), or an `ir.Model` (which does not).
-            folder: Where the external data of a model in memory lies.
-            verify_each: Whether to run the judge after every pass that changed something.
-            watch: Called before the first pass, with 0 and "original", and after each.
+            source: A file, a folder that holds one, a proto (which is not changed), or an `ir.Model` (which is).
+            folder: The folder of the external data of a model in memory.
+            verify_each: Whether to verify the model after every pass that changed it.
+            on_pass: Called before the first pass, with 0 and "original", and after each pass.
 
         Raises:
-            UnsupportedError: A pass cannot do its work soundly.
-            PassError: A pass raised something else, or left a graph that is not valid.
-            ParityError: The judge finds that the model does not compute what it did.
+            UnsupportedError: A pass does not support the model.
+            PassError: A pass raised another exception, or left an invalid graph.
+            ParityError: After a pass, the results of the model differ.
         """
         subject = Subject.of(source, folder)
-        original = io.to_proto(subject.model) if verify_each else None
-        sound = not problems(subject.model)
+        reference = io.to_proto(subject.model) if verify_each else None
+        was_valid = not problems(subject.model)
         steps: list[PassResult] = []
-        if watch is not None:
-            watch(0, "original", subject.model)
+        if on_pass is not None:
+            on_pass(0, "original", subject.model)
         for one in self.passes:
-            steps.append(_step(one, subject, steps, sound))
+            steps.append(_run_pass(one, subject, steps, by_checker=was_valid))
             outcome = steps[-1].outcome
-            if original is not None and isinstance(outcome, Changed):
+            if reference is not None and isinstance(outcome, Changed):
                 if outcome.exact:
-                    _verify(original, subject, steps)
+                    _verify(reference, subject, steps)
                 else:
-                    original = io.to_proto(subject.model)  # what is lost on purpose is no fault of later passes
-            if watch is not None:
-                watch(len(steps), one.name, subject.model)
-        return Result(model=subject.model, folder=subject.folder, steps=tuple(steps))
+                    reference = io.to_proto(subject.model)  # later passes are compared with the lossy result
+            if on_pass is not None:
+                on_pass(len(steps), one.name, subject.model)
+        return PipelineRun(model=subject.model, folder=subject.folder, steps=tuple(steps))
+
+
+def first_of(problems: Sequence[str]) -> str:
+    """Return the first of several problems, and the number of the others.
+
+    >>> first_of(["cycle", "unknown operator", "no output"])
+    'cycle (and 2 more)'
+    """
+    return f"{problems[0]} (and {len(problems) - 1} more)" if problems[1:] else problems[0]
 
 
 def _as_pass(one: Pass | Callable[..., Any]) -> Pass:
     if isinstance(one, Pass) and not isinstance(one, type):
         return one
     if not inspect.isfunction(one):
-        raise UsageError(f"expected a pass or a function, found {one!r}; a pass class has to be called: Inject()")
+        raise UsageError(f"expected a pass or a function, found {one!r}; call the class of a pass: Inject()")
     made = as_pass_class(one)
     return build(made, made.name, {})  # type: ignore[no-any-return]
 
 
-def _step(one: Pass, subject: Subject, before: Sequence[PassResult], sound: bool) -> PassResult:
-    """Run one pass and look at what it left.
+def _run_pass(one: Pass, subject: Subject, before: Sequence[PassResult], *, by_checker: bool) -> PassResult:
+    """Run one pass and check the graph.
 
     Raises:
-        PassError: It raised, answered with something else than an outcome, or left a graph that is not valid.
+        PassError: The pass raised, returned no outcome, or left an invalid graph.
     """
     start = time.perf_counter()
-    ran = f" (ran before it: {', '.join(step.name for step in before)})" if before else ""
+    ran = f" (passes before it: {', '.join(step.name for step in before)})" if before else ""
     try:
         outcome = one.apply(subject)
     except KvsurgeonError as error:
         if one.name in registry.BUILT_IN:
             raise
-        raise PassError(f"pass {one.name} stopped: {error}{ran}") from error
+        raise PassError(f"pass {one.name} failed: {error}{ran}") from error
     except Exception as error:
-        raise PassError(f"pass {one.name} raised {type(error).__name__}: {_one_line(error)}{ran}") from error
+        message = " ".join(str(error).split()) or "no message"
+        raise PassError(f"pass {one.name} raised {type(error).__name__}: {message}{ran}") from error
     if not isinstance(outcome, Changed | Unchanged):
-        raise PassError(f"pass {one.name}: expected Changed or Unchanged from it, found {outcome!r}{ran}")
+        raise PassError(f"pass {one.name}: expected it to return Changed or Unchanged, found {outcome!r}{ran}")
     if isinstance(outcome, Changed):
         subject.changed()
         if outcome.heads is not None:
             record_head_change(subject.model, outcome.heads)
-        found = problems(subject.model, by_checker=sound)
+        found = problems(subject.model, by_checker=by_checker)
         if found:
-            raise PassError(f"pass {one.name} left a graph that is not valid: {_listed(found)}{ran}")
+            raise PassError(f"pass {one.name} left an invalid graph: {first_of(found)}{ran}")
     return PassResult(name=one.name, outcome=outcome, seconds=time.perf_counter() - start)
 
 
-def _verify(original: onnx.ModelProto, subject: Subject, steps: Sequence[PassResult]) -> None:
-    from kvsurgeon.workflow.verification import judge  # onnxruntime is slow to import, and not needed otherwise
+def _verify(reference: onnx.ModelProto, subject: Subject, steps: Sequence[PassResult]) -> None:
+    from kvsurgeon.workflow.verification import judge  # onnxruntime is slow to import
 
-    sameness = judge(original, io.to_proto(subject.model), folder=subject.folder)
-    if sameness.verdict != "same":
+    found = judge(reference, io.to_proto(subject.model), folder=subject.folder)
+    if found.verdict != "same":
         ran = ", ".join(step.name for step in steps)
-        raise ParityError(f"after pass {steps[-1].name} (ran: {ran}): {_listed(sameness.problems)}")
+        raise ParityError(f"after pass {steps[-1].name} (passes: {ran}): {first_of(found.problems)}")
 
 
-def _parsed(text: str) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield each pass's name and the texts of its options."""
+def _parse(text: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the name of each pass and the texts of its options."""
     start, more = 0, True
     while more:
         match = _PASS.match(text, start)
@@ -187,32 +229,23 @@ def _parsed(text: str) -> Iterator[tuple[str, dict[str, str]]]:
             raise UsageError(
                 f"expected passes such as inject,other{{option=value}}, found {text[start:]!r} - at character {start}"
             )
-        yield match["name"], _options(match["name"], match["options"] or "")
+        yield match["name"], _parse_options(match["name"], match["options"] or "")
         start, more = match.end(), match["end"] == ","
 
 
-def _options(name: str, text: str) -> dict[str, str]:
-    """Return the options in a pair of braces; a piece without `=` goes on with the list before it."""
+def _parse_options(name: str, text: str) -> dict[str, str]:
+    """Return the options in a pair of braces; a piece without `=` continues the list before it."""
     options: dict[str, str] = {}
-    dim_names = ""
+    option = ""
     for piece in _PIECE.findall(text):
         key, equals, value = piece.partition("=")
         if equals:
-            dim_names = key.strip()
-            if dim_names in options:
-                raise UsageError(f"pass {name}: option {dim_names} is given twice")
-            options[dim_names] = value.strip().strip('"')
-        elif dim_names:
-            options[dim_names] += f",{piece.strip()}"
+            option = key.strip()
+            if option in options:
+                raise UsageError(f"pass {name}: option {option} is given twice")
+            options[option] = value.strip().strip('"')
+        elif option:
+            options[option] += f",{piece.strip()}"
         else:
             raise UsageError(f"pass {name}: expected option=value, found {piece!r}")
     return options
-
-
-def _listed(found: Sequence[str]) -> str:
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    return f"{found[0]}{more}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or "no message"

@@ -1,4 +1,4 @@
-"""The picture of keys: rows are groups, cells hold what their query heads read, and nothing overlaps."""
+"""The image of keys: a row for each group, the keys of each query head in a cell, no overlaps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import kvsurgeon
 from kvsurgeon.cli.main import run
 from kvsurgeon.errors import UsageError
-from kvsurgeon.report import grid
+from kvsurgeon.report import key_grid
 from kvsurgeon.workflow.keys import Keys, capture_keys
 
 DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"
@@ -26,7 +26,7 @@ def keys(query_heads: int, kv_heads: int, tokens: int = 5) -> Keys:
 @pytest.mark.parametrize(("query_heads", "kv_heads", "shape"), [(9, 3, (3, 3)), (12, 1, (1, 12))])
 def test_a_row_for_each_group_and_a_column_for_each_query_head(query_heads, kv_heads, shape):
     given = keys(query_heads, kv_heads)
-    figure = grid.draw([given])
+    figure = key_grid.draw_keys([given])
     found = [axes for axes in figure.axes if axes.images]
     assert len(found) == query_heads
     figure.canvas.draw()
@@ -40,11 +40,11 @@ def test_a_row_for_each_group_and_a_column_for_each_query_head(query_heads, kv_h
 @pytest.mark.parametrize(
     ("query_heads", "kv_heads", "other"), [(9, 3, 9), (32, 8, None), (12, 12, 4), (12, 1, None), (7, 7, None)]
 )
-def test_nothing_overlaps(query_heads, kv_heads, other):
+def test_cells_do_not_overlap(query_heads, kv_heads, other):
     sides = [keys(query_heads, kv_heads, tokens=24)]
     if other is not None:
         sides.append(keys(query_heads, other, tokens=24))
-    figure = grid.draw(sides)
+    figure = key_grid.draw_keys(sides)
     figure.canvas.draw()
     boxes = [axes.get_tightbbox() for axes in figure.axes if axes.images]
     for number, one in enumerate(boxes):
@@ -59,9 +59,9 @@ def test_nothing_overlaps(query_heads, kv_heads, other):
     assert min(min(box.x0, box.y0, width - box.x1, height - box.y1) for box in boxes) >= 0
 
 
-def test_two_models_are_drawn_in_one_grid_and_on_one_scale():
+def test_two_models_have_one_grid_and_one_scale():
     before, after = keys(9, 9), keys(9, 3)
-    figure = grid.draw([before, after])
+    figure = key_grid.draw_keys([before, after])
     found = [axes for axes in figure.axes if axes.images]
     assert len(found) == 18
     assert len({axes.images[0].get_clim() for axes in found}) == 1
@@ -72,7 +72,7 @@ def test_two_models_are_drawn_in_one_grid_and_on_one_scale():
     assert rows == ["", "", "", "group 0", "group 1", "group 2"], "a row of the first model holds three heads"
 
 
-def test_keys_are_those_that_a_cache_holds(tmp_path):
+def test_captured_keys_are_those_of_the_cache(tmp_path):
     captured = capture_keys(DEMO, layer=1, prompt="It was late.")
     assert (captured.model, captured.layer, captured.query_heads, captured.kv_heads) == ("model", 1, 8, 2)
     assert captured.tokens[0] == "It"
@@ -83,7 +83,7 @@ def test_keys_are_those_that_a_cache_holds(tmp_path):
     assert captured.keys.std() > 0.1
 
 
-def test_a_picture_of_a_model_beside_another(tmp_path, capsys, monkeypatch):
+def test_the_command_draws_one_or_two_models(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(["plot", str(DEMO), "--layer", "1", "--prompt", "It was late."]) == 0
     assert capsys.readouterr().out == "written to model_layer_1_gqa_keys.png\n"
@@ -92,7 +92,7 @@ def test_a_picture_of_a_model_beside_another(tmp_path, capsys, monkeypatch):
     assert b"<svg" in (tmp_path / "both.svg").read_bytes()
 
 
-def test_in_python_a_figure_is_returned(tmp_path):
+def test_plot_returns_a_figure(tmp_path):
     figure = kvsurgeon.plot(DEMO, prompt=[1, 2, 3], output=tmp_path / "keys.png")
     assert len([axes for axes in figure.axes if axes.images]) == 8
     assert (tmp_path / "keys.png").is_file()
@@ -102,20 +102,20 @@ def test_in_python_a_figure_is_returned(tmp_path):
     ("arguments", "code", "said"),
     [
         (["--layer", "6"], 2, "expected a layer from 0 to 5, found 6"),
-        (["--prompt", ""], 2, "expected something in each argument"),
+        (["--prompt", ""], 2, "expected a value for each argument"),
         (["-o", "keys.nonsense"], 2, "cannot write `keys.nonsense`"),
         (["-o", "absent/keys.png"], 2, "cannot write `absent/keys.png`"),
         (["--against", "absent"], 4, "found nothing at `absent`"),
     ],
 )
-def test_what_cannot_be_drawn(arguments, code, said, capsys, monkeypatch, tmp_path):
+def test_errors_write_nothing(arguments, code, said, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert run(["plot", str(DEMO), *arguments]) == code
     assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_tokenizer_a_prompt_is_of_token_ids(tmp_path):
+def test_without_a_tokenizer_the_prompt_is_token_ids(tmp_path):
     (tmp_path / "model.onnx").write_bytes((DEMO / "model.onnx").read_bytes())
     assert capture_keys(tmp_path, prompt="5, 6 7").tokens == ("5", "6", "7")
     assert len(capture_keys(tmp_path).tokens) == 9

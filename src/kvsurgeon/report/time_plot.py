@@ -1,19 +1,19 @@
-"""Time per token against position: in the terminal with block characters, and as PNG."""
+"""Plots of the time per token, as text and as PNG."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-Series = Mapping[str, Sequence[float]]  # seconds for each token, by the name of the way it was made
+Series = Mapping[str, Sequence[float]]  # seconds of each token, by the name of the series
 
-SIGNS = "●○▲△"
+MARKERS = "●○▲△"
 
 
-def in_terminal(series: Series, *, width: int = 64, height: int = 14) -> str:
-    """Return a plot of milliseconds per token in `height` lines; a sign for each series.
+def plot_text(series: Series, *, width: int = 64, height: int = 14) -> str:
+    """Return a plot of milliseconds per token in `height` lines, with a marker for each series.
 
-    >>> print(in_terminal({"a": [0.0005, 0.0015, 0.003]}, width=3, height=3))
+    >>> print(plot_text({"a": [0.0005, 0.0015, 0.003]}, width=3, height=3))
       3.0 ms ┤  ●
              │ ●
       0.0 ms ┤●
@@ -25,18 +25,18 @@ def in_terminal(series: Series, *, width: int = 64, height: int = 14) -> str:
     columns = [_sampled(seconds, width, tokens) for seconds in series.values()]
     top = max(max(values) for values in columns) * 1000
     grid = [[" "] * width for _ in range(height)]
-    for sign, values in zip(SIGNS, columns, strict=False):
+    for marker, values in zip(MARKERS, columns, strict=False):
         for column, value in enumerate(values):
             row = round(value * 1000 / top * (height - 1)) if top else 0
             if value:
-                grid[height - 1 - max(row, 0)][column] = sign
+                grid[height - 1 - max(row, 0)][column] = marker
     lines = [f"{_label(row, height, top)}{''.join(cells).rstrip()}" for row, cells in enumerate(grid)]
-    legend = "   ".join(f"{sign} {name}" for sign, name in zip(SIGNS, series, strict=False))
+    legend = "   ".join(f"{marker} {name}" for marker, name in zip(MARKERS, series, strict=False))
     return "\n".join([*lines, f"{'':9}└{'─' * width}", f"{'':10}token 1 to {tokens}", f" {legend}"])
 
 
-def as_png(series: Series, path: Path, *, title: str) -> Path:
-    """Return `path`, at which the plot now is."""
+def save_plot(series: Series, path: Path, *, title: str) -> None:
+    """Write the plot of milliseconds per token to an image file."""
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
@@ -48,11 +48,10 @@ def as_png(series: Series, path: Path, *, title: str) -> Path:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
-    return path
 
 
 def _sampled(seconds: Sequence[float], width: int, tokens: int) -> list[float]:
-    """Return the middle value of the tokens of each column, 0 where it has none."""
+    """Return the median of the tokens of each column; 0 for a column without tokens."""
     columns: list[list[float]] = [[] for _ in range(width)]
     for index, value in enumerate(seconds):
         columns[index * width // tokens].append(value)

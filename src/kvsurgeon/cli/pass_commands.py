@@ -1,0 +1,173 @@
+"""The command of each pass, made from its fields and its docstring, and the options that these commands share."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvsurgeon.errors import PluginError
+from kvsurgeon.plugins import Plugin
+
+if TYPE_CHECKING:
+    from kvsurgeon.passes.options import Option
+    from kvsurgeon.workflow.pipeline import Pipeline, PipelineRun
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a folder that holds one.")]
+Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The .onnx file or folder to write.")]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Verify against the original; --no-verify skips it.")
+]
+Copy = Annotated[bool, typer.Option("--copy-weights", help="Copy external data to another folder, do not link it.")]
+Pack = Annotated[bool, typer.Option("--pack", help="Write all weights to one new file and drop unused ones.")]
+Text = Annotated[
+    Path | None, typer.Option("--text", metavar="FILE", help="Text on which to measure the loss. [default: built-in]")
+]
+PerLayer = Annotated[bool, typer.Option("--per-layer", help="Measure the loss of each attention layer too.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+TargetName = Annotated[
+    str | None, typer.Option("--target", metavar="NAME", help="Write the folder that this runtime or compiler loads.")
+]
+_HAS_TARGETS = "inject"  # the pass with the option --target
+
+
+def stub() -> None:
+    """Stand in for a pass that is listed but not called, and so not imported."""
+
+
+def command_of(plugin: Plugin[type[Any]]) -> Callable[..., None]:
+    """Return the command of a pass: its fields are the options, its docstring is the help.
+
+    Raises:
+        PluginError: The pass cannot be imported, or one of its options has the name of a shared option.
+    """
+    from kvsurgeon.passes.options import build, options_of
+    from kvsurgeon.workflow.pipeline import Pipeline
+
+    pass_class = plugin.load()
+    options = options_of(pass_class)
+    defaults = {option.field: option.default for option in options}
+
+    def command(model: Path, output: Path, json: bool, **given: Any) -> None:
+        shared = {name: given.pop(name) for name in list(given) if name not in defaults}
+        target = shared.pop("target", None)
+        texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in given.items()}
+        texts = {name: text for name, text in texts.items() if text is not None}
+        wanted = build(pass_class, plugin.name, texts)
+        if target is None:
+            run_pipeline(model, Pipeline((wanted,)), output, json=json, **shared)
+        else:
+            changed = {name: getattr(wanted, name) for name in texts if getattr(wanted, name) != defaults.get(name)}
+            _build_target(model, target, output, json=json, options=changed, **shared)
+
+    shared = [
+        _parameter("model", Model),
+        _parameter("output", Output),
+        _parameter("verify", Verify, True),
+        _parameter("copy_weights", Copy, False),
+        _parameter("pack", Pack, False),
+        _parameter("json", Json, False),
+    ]
+    if not getattr(pass_class, "exact", True):
+        shared += [_parameter("text", Text, None), _parameter("per_layer", PerLayer, False)]
+    if plugin.built_in and plugin.name == _HAS_TARGETS:
+        shared.append(_parameter("target", TargetName, None))
+    taken = {one.name for one in shared} & set(defaults)
+    if taken:
+        raise PluginError(
+            f"pass {plugin.name} of {plugin.package}: its option {min(taken)} has the name of a shared option"
+        )
+    parameters = [*shared[:2], *map(_option, options), *shared[2:]]
+    command.__doc__ = _help(pass_class)
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    return command
+
+
+def run_pipeline(
+    model: Path,
+    pipeline: Pipeline,
+    output: Path,
+    *,
+    copy_weights: bool = False,
+    trace: Path | None = None,
+    json: bool = False,
+    **options: Any,
+) -> None:
+    """Run a pipeline on a file, write the result, and print what was done.
+
+    Args:
+        model: The model.
+        pipeline: The passes.
+        output: The file or folder to write.
+        copy_weights: Whether to copy external data.
+        trace: A folder for the graph after each pass.
+        json: Whether to print JSON.
+        **options: Further options of `run_and_save`.
+    """
+    from kvsurgeon.report.progress import verification_progress
+    from kvsurgeon.report.trace import trace_writer
+    from kvsurgeon.workflow.run_and_save import run_and_save
+
+    on_pass = None if trace is None else trace_writer(trace)
+    with redirect_stdout(sys.stderr), verification_progress() as progress:  # passes may print
+        run = run_and_save(
+            model, pipeline, output, link_mode="copy" if copy_weights else "link", on_pass=on_pass,
+            progress=progress, **options,
+        )  # fmt: skip
+    _print_run(run, json=json)
+
+
+def _build_target(
+    model: Path, target: str, output: Path, *, copy_weights: bool = False, json: bool = False, **options: Any
+) -> None:
+    from kvsurgeon.report.progress import verification_progress
+    from kvsurgeon.workflow.build_target import build_target
+
+    with redirect_stdout(sys.stderr), verification_progress() as progress:
+        result = build_target(
+            model, target, output, link_mode="copy" if copy_weights else "link", progress=progress, **options
+        )
+    _print_run(result, json=json)
+
+
+def _print_run(run: PipelineRun, *, json: bool) -> None:
+    from kvsurgeon.report import json_output, table
+
+    if json:
+        json_output.print_json(json_output.run_json(run))
+    else:
+        table.console().print(table.run_summary(run))
+
+
+def _option(option: Option) -> inspect.Parameter:
+    """Return the command-line option of an option of a pass; its value is a text."""
+    help_text = option.help if option.required or option.is_flag else f"{option.help} [default: {_default(option)}]"
+    if option.is_flag:
+        declared = typer.Option(f"--{option.dim_names}/--no-{option.dim_names}", help=help_text)
+        return _parameter(option.field, Annotated[bool, declared], *([] if option.required else [option.default]))
+    metavar = option.kind if "|" in option.kind else option.kind.upper()
+    declared = typer.Option(f"--{option.dim_names}", metavar=metavar, help=help_text.strip())
+    if option.required:
+        return _parameter(option.field, Annotated[str, declared])
+    return _parameter(option.field, Annotated[str | None, declared], None)
+
+
+def _default(option: Option) -> str:
+    if isinstance(option.default, tuple):
+        return ",".join(map(str, option.default)) or "none"
+    return "none" if option.default is None else str(option.default)
+
+
+def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def _help(pass_class: type) -> str:
+    """Return the docstring without the sections that describe the options."""
+    return (inspect.getdoc(pass_class) or "").partition("\nAttributes:")[0].partition("\nArgs:")[0].strip()

@@ -1,0 +1,271 @@
+"""Build the folder of a target: inject the cache, verify the model, check it, and write it with its side files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from kvsurgeon import io
+from kvsurgeon.anatomy import Decoder
+from kvsurgeon.errors import Code, UnsupportedError, UsageError
+from kvsurgeon.io.model_config import head_changes, updated_config
+from kvsurgeon.io.side_files import LinkMode
+from kvsurgeon.passes.contract import Source, Subject
+from kvsurgeon.passes.shapes.fix_shapes import FixShapes
+from kvsurgeon.targets import TARGETS, Incompatibility, ModelInfo, Target, find_incompatibilities
+from kvsurgeon.workflow.pipeline import PassResult, Pipeline, PipelineRun
+from kvsurgeon.workflow.run_and_save import reference_of, verify_run
+
+if TYPE_CHECKING:
+    from kvsurgeon.parity import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetResult(PipelineRun):
+    """The result of `build_target`.
+
+    Attributes:
+        target: The target, for the text length that was chosen.
+        models: The model of each file of the folder, by file name; `model` is the first of them.
+        warnings: Incompatibilities that do not prevent the target from loading the model.
+    """
+
+    target: Target
+    models: Mapping[str, ir.Model]
+    warnings: tuple[Incompatibility, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Notes of the passes and warnings of the target for the user."""
+        return (*super().notes, *map(str, self.warnings))
+
+
+def build_target(
+    source: Source,
+    target: Target | str,
+    destination: str | Path | None = None,
+    *,
+    folder: str | Path | None = None,
+    verify: bool = True,
+    link_mode: LinkMode = "link",
+    pack: bool = False,
+    options: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> TargetResult:
+    """Inject a cache in the form that `target` expects, verify the model, and write the folder that the target loads.
+
+    Args:
+        source: A file, a folder that holds one, or a model in memory.
+        target: A target, or the name of one.
+        destination: A folder; None to write nothing.
+        folder: The folder of the external data of a model in memory.
+        verify: Whether to verify the result against the original.
+        link_mode: Whether external data is linked or copied; see `kvsurgeon.save`.
+        pack: Whether to write all weights to one new data file; see `kvsurgeon.save`.
+        options: Fields of the injection pass that replace those of the target. `max_length` is the number of tokens
+            that a text may have, if the target has such a limit.
+        progress: Called by the verifier before each scenario.
+
+    Raises:
+        UsageError: The target is unknown, or the destination is a file.
+        InputError: The model cannot be read.
+        UnsupportedError: The model cannot be given a cache, or the target cannot load it.
+        ParityError: The results of the model differ from those of the original; nothing was written.
+    """
+    target = TARGETS.find(target).load() if isinstance(target, str) else target
+    if destination is not None and Path(destination).suffix == ".onnx":
+        raise UsageError(f"expected a folder for target {target.name}, found the file `{destination}`")
+    subject = Subject.of(source, folder)
+    if destination is not None:
+        _check_destination(subject, Path(destination), target)
+    reference = reference_of(subject) if verify else None
+    run, target, decoder = _inject(subject, target, options or {})
+    if reference is not None:
+        run = verify_run(run, reference, progress=progress)
+    models, steps = _finish(subject, target)
+    infos = _describe(models, run.model, target, decoder, subject)
+    warnings = _check(infos, target, subject.folder)
+    _stop_if_blocked(warnings, target)
+    path = None
+    if destination is not None:
+        origin = source if isinstance(source, str | Path) else None
+        path = _save(models, infos[0], target, Path(destination), source=origin, link_mode=link_mode, pack=pack)
+    return TargetResult(
+        model=next(iter(models.values())),
+        folder=run.folder,
+        steps=(*run.steps, *steps),
+        verification=run.verification,
+        loss=run.loss,
+        path=path,
+        target=target,
+        models=models,
+        warnings=warnings,
+    )
+
+
+def check_target(
+    source: Source, target: Target | str, *, folder: str | Path | None = None
+) -> tuple[Incompatibility, ...]:
+    """Return the incompatibilities of a model with a target; nothing is verified or written.
+
+    Raises:
+        UsageError: The target is unknown.
+        InputError: The model cannot be read.
+    """
+    target = TARGETS.find(target).load() if isinstance(target, str) else target
+    subject = Subject.of(source, folder)
+    try:
+        run, target, decoder = _inject(subject, target, {})
+        models, _ = _finish(subject, target)
+        infos = _describe(models, run.model, target, decoder, subject)
+    except UnsupportedError as error:
+        return (Incompatibility(reason=str(error)),)
+    return _check(infos, target, subject.folder)
+
+
+def _check_destination(subject: Subject, destination: Path, target: Target) -> None:
+    """Raise unless the folder will hold one model, either the source or the result.
+
+    Raises:
+        UsageError: The folder holds the source under another name than that of the target.
+    """
+    origin = io.loaded_from(subject.model)
+    files = [(destination / file).resolve() for file in target.files]
+    if origin is None or origin.resolve() in files:
+        return
+    if origin.resolve().parent in (destination.resolve(), *(file.parent for file in files)):
+        raise UsageError(
+            f"expected another folder than that of the source, as target {target.name} loads `{target.files[0]}` and "
+            f"would find `{origin.name}` there too, found `{destination}`"
+        )
+
+
+def _inject(subject: Subject, target: Target, options: Mapping[str, Any]) -> tuple[PipelineRun, Target, Decoder]:
+    """Inject the cache; the facts about the decoder come from the analysis that the injection uses."""
+    before = Pipeline(target.before).run(subject)
+    decoder = subject.decoder()
+    target = _configure(target, options, decoder)
+    run = Pipeline((target.cache, *target.after)).run(subject)
+    return replace(run, steps=(*before.steps, *run.steps)), target, decoder
+
+
+def _configure(target: Target, options: Mapping[str, Any], decoder: Decoder) -> Target:
+    """Return the target with the options of the caller, for texts of the length that these or the model allow.
+
+    Raises:
+        UnsupportedError: The model does not support texts of the length of the options.
+    """
+    fields = dict(options)
+    if target.max_length is None:
+        return replace(target, cache=replace(target.cache, **fields))
+    limit = decoder.max_length
+    length = fields.pop("max_length", None)
+    if length is None:
+        length = target.max_length if limit is None else min(target.max_length, limit)
+    elif limit is not None and length > limit:
+        raise UnsupportedError(
+            f"target {target.name}: the model does not support texts of that length", code=Code.LENGTH_LIMIT,
+            expected=f"max-length of at most {limit}", found=str(length),
+        )  # fmt: skip
+    return replace(target, cache=replace(target.cache, **fields)).with_max_length(length)
+
+
+def _finish(subject: Subject, target: Target) -> tuple[dict[str, ir.Model], tuple[PassResult, ...]]:
+    """Run the passes after verification; return the model of each file, and the result of each pass."""
+    run = Pipeline(target.finish).run(subject)
+    if not target.variants or target.max_length is None:
+        return {target.file: run.model}, run.steps
+    models, steps = {}, run.steps
+    for file, tokens in target.variants.items():
+        fixed = FixShapes(tokens=max(1, min(tokens, target.max_length // 2)), max_length=target.max_length)
+        variant = Pipeline((fixed,)).run(run.model, folder=subject.folder)
+        models[file] = variant.model
+        steps += variant.steps
+    return models, steps
+
+
+def _describe(
+    models: Mapping[str, ir.Model], injected: ir.Model, target: Target, decoder: Decoder, subject: Subject
+) -> list[ModelInfo]:
+    config = updated_config(subject.config or {}, head_changes(injected))
+    source_files = _read_source_files(target, subject.folder)
+    return [
+        ModelInfo.of(
+            model, target.cache, decoder=decoder, config=config, source_files=source_files,
+            token_limit=target.max_length,
+        )
+        for model in models.values()
+    ]  # fmt: skip
+
+
+def _check(infos: Sequence[ModelInfo], target: Target, folder: Path | None) -> tuple[Incompatibility, ...]:
+    """Return the incompatibilities of all files with the target, and warnings of missing source files."""
+    found = dict.fromkeys(one for info in infos for one in find_incompatibilities(target, info))
+    missing = [name for name in target.required_files if _find_source_file(folder, name) is None]
+    return tuple(found) + tuple(
+        Incompatibility(
+            reason=f"expected {name} beside the source, which {target.name} requires, found none", at=name,
+            blocking=False,
+        )
+        for name in missing
+    )  # fmt: skip
+
+
+def _stop_if_blocked(found: Sequence[Incompatibility], target: Target) -> None:
+    blocking = [one for one in found if one.blocking]
+    if blocking:
+        more = f" (and {len(blocking) - 1} more; inspect --target {target.name} lists them)" if blocking[1:] else ""
+        first = blocking[0]
+        raise UnsupportedError(
+            f"target {target.name}: {first.reason}{more}", code=Code.TARGET, at=first.at, hint=first.hint
+        )
+
+
+def _save(
+    models: Mapping[str, ir.Model],
+    info: ModelInfo,
+    target: Target,
+    destination: Path,
+    *,
+    source: str | Path | None,
+    link_mode: LinkMode,
+    pack: bool,
+) -> Path:
+    """Write the folder, and return the path of the model file, or of the folder if it holds several."""
+    contents = {name: writer(info) for name, writer in target.side_files.items()}
+    side_files = {
+        name: content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+        for name, content in contents.items()
+        if content is not None
+    }
+    options: dict[str, Any] = {
+        "source": source, "link_mode": link_mode, "pack": pack, "side_files": side_files, "data": target.data
+    }  # fmt: skip
+    if target.variants:
+        return io.save_variants(models, destination, **options)
+    return io.save(models[target.file], destination / target.file, side_files_folder=destination, **options)
+
+
+def _find_source_file(folder: Path | None, name: str) -> Path | None:
+    """Return a file beside the source, or in the folder above `onnx/`."""
+    folders = [] if folder is None else [folder, *([folder.parent] if folder.name == "onnx" else [])]
+    return next((one / name for one in folders if (one / name).is_file()), None)
+
+
+def _read_source_files(target: Target, folder: Path | None) -> dict[str, Mapping[str, Any]]:
+    """Return the contents of the source's files that the side files replace, if they are JSON objects."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for name in target.side_files:
+        path = _find_source_file(folder, name)
+        try:
+            content = None if path is None else json.loads(path.read_text("utf-8"))
+        except ValueError:
+            continue
+        if isinstance(content, dict):
+            found[name] = content
+    return found

@@ -1,0 +1,132 @@
+"""Run a pipeline on a model, verify the result, and save it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+
+from kvsurgeon import io
+from kvsurgeon.errors import Code, ParityError, UnsupportedError, WeightsError
+from kvsurgeon.io.external_data import external_tensors
+from kvsurgeon.io.side_files import LinkMode
+from kvsurgeon.passes.contract import Source, Subject, Unchanged
+from kvsurgeon.workflow.pipeline import PassCallback, PassResult, Pipeline, PipelineRun, first_of
+
+if TYPE_CHECKING:
+    from kvsurgeon.parity import Progress
+    from kvsurgeon.workflow.verification import Sameness
+
+
+def run_and_save(
+    source: Source,
+    pipeline: Pipeline,
+    destination: str | Path | None = None,
+    *,
+    folder: str | Path | None = None,
+    verify: bool = True,
+    verify_each: bool = False,
+    link_mode: LinkMode = "link",
+    pack: bool = False,
+    text: str | Path | None = None,
+    per_layer: bool = False,
+    on_pass: PassCallback | None = None,
+    progress: Progress | None = None,
+) -> PipelineRun:
+    """Run a pipeline on a model, verify the result, and write it. If verification fails, nothing is written.
+
+    Args:
+        source: A file, a folder that holds one, or a model in memory.
+        pipeline: The passes to run.
+        destination: An .onnx file or a folder, which may be the source itself; None to write nothing.
+        folder: The folder of the external data of a model in memory.
+        verify: Whether to verify the result against the original.
+        verify_each: Whether to verify after every pass.
+        link_mode: Whether external data in another folder is linked or copied; see `kvsurgeon.save`.
+        pack: Whether to write all weights to one new data file; see `kvsurgeon.save`.
+        text: A text file on which to measure the loss of passes that are not exact; None for a built-in text.
+        per_layer: Whether to measure the loss of each attention layer too.
+        on_pass: See `Pipeline.run`.
+        progress: Called by the verifier before each scenario.
+
+    Raises:
+        WeightsError: The verifier needs weights whose folder is not known.
+        UnsupportedError: A pass does not support the model, no pass changed it, or the verifier cannot run it.
+        ParityError: The results of the model differ from those of the original.
+    """
+    subject = Subject.of(source, folder)
+    reference = reference_of(subject) if verify or verify_each else None
+    run = pipeline.run(subject, verify_each=verify_each, on_pass=on_pass)
+    if not run.changed:
+        raise UnsupportedError(_unchanged(run.steps), code=Code.UNCHANGED, hint="nothing was written")
+    if verify and reference is not None:
+        run = verify_run(run, reference, destination, text=text, per_layer=per_layer, progress=progress)
+    if destination is None:
+        return run
+    origin = source if isinstance(source, str | Path) else None
+    return replace(run, path=io.save(run.model, destination, source=origin, link_mode=link_mode, pack=pack))
+
+
+def reference_of(subject: Subject) -> onnx.ModelProto:
+    """Return the model as it is now, for later verification.
+
+    Raises:
+        WeightsError: The folder of its external data is not known.
+    """
+    external = next(external_tensors(subject.model), None)
+    if subject.folder is None and external is not None:
+        raise WeightsError(
+            f"expected a folder for the external data of a model in memory (`{external.location}`), found none; "
+            "give folder=..., or verify=False"
+        )
+    return io.to_proto(subject.model)
+
+
+def verify_run(
+    run: PipelineRun,
+    reference: onnx.ModelProto,
+    destination: str | Path | None = None,
+    *,
+    text: str | Path | None = None,
+    per_layer: bool = False,
+    progress: Progress | None = None,
+) -> PipelineRun:
+    """Return the run with its verification or, if a pass is not exact, with its loss.
+
+    Raises:
+        UnsupportedError: The verifier cannot run the model.
+        ParityError: The results of the model differ from those of the reference.
+    """
+    with io.staged(run.model, destination) as candidate:
+        if run.exact:
+            return replace(run, verification=_verify(reference, candidate, run.folder, progress))
+        from kvsurgeon.workflow.loss import measure  # onnxruntime is slow to import
+
+        loss = measure(
+            reference, candidate, text=text, per_layer=per_layer, folder=run.folder, progress=progress,
+            described=run.model,
+        )  # fmt: skip
+        return replace(run, loss=loss)
+
+
+def _verify(
+    reference: onnx.ModelProto, candidate: onnx.ModelProto, folder: Path | None, progress: Progress | None
+) -> Sameness:
+    from kvsurgeon.workflow.verification import judge  # onnxruntime is slow to import
+
+    found = judge(reference, candidate, folder=folder, progress=progress)
+    if found.verdict == "different":
+        raise ParityError(f"the results of the model differ from those of the original: {first_of(found.problems)}")
+    if found.verdict == "unknown":
+        raise UnsupportedError(
+            f"cannot verify the result: {'; '.join(found.problems)}", code=Code.NOT_VERIFIABLE,
+            hint="skip verification by --no-verify, or verify=False",
+        )  # fmt: skip
+    return found
+
+
+def _unchanged(steps: tuple[PassResult, ...]) -> str:
+    reasons = (f"{one.name}: {one.outcome.reason}" for one in steps if isinstance(one.outcome, Unchanged))
+    return f"the model is unchanged: {'; '.join(reasons) or 'the pipeline is empty'}"
