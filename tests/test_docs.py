@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import pkgutil
@@ -34,6 +35,7 @@ TEXTS = sorted(
 )
 ERRORS = (ROOT / "docs" / "errors.md").read_text("utf-8")
 FENCED = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
+EXAMPLES = ("--to", "--option")  # options of passes that the docs write
 RUNS, COMPILES = "python", "python compile"  # info strings of snippets
 
 
@@ -59,7 +61,7 @@ def write_model(folder):
 
 
 @pytest.mark.parametrize("path", [path for path in TEXTS if snippets(path)], ids=relative)
-def test_snippets_run_or_compile_as_they_are_marked(path, tmp_path, monkeypatch):
+def test_snippets_run_or_compile_and_their_imports_exist(path, tmp_path, monkeypatch):
     names = {"__name__": __name__}  # a dataclass looks up the module that it is in
     for number, (mark, code) in enumerate(snippets(path)):
         compiled = compile(code, f"{relative(path)}, snippet {number}", "exec")
@@ -67,6 +69,9 @@ def test_snippets_run_or_compile_as_they_are_marked(path, tmp_path, monkeypatch)
             write_model(tmp_path / str(number) / "model")
             monkeypatch.chdir(tmp_path / str(number))
             exec(compiled, names)
+        else:
+            imports = [node for node in ast.parse(code).body if isinstance(node, ast.Import | ast.ImportFrom)]
+            exec(compile(ast.Module(imports, []), relative(path), "exec"), names)
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=relative)
@@ -148,7 +153,7 @@ def options():
     scripts = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/clients/*.py"), *ROOT.glob("examples/*.py")]
     scripts += [ROOT / "tests" / "conftest.py"]
     written = "".join(path.read_text("utf-8") for path in scripts)
-    return names | set(re.findall(r'"(--[\w-]+)"', written)) | {"--debug", "--help", "--to", "--option"}  # the last two are examples
+    return names | set(re.findall(r'"(--[\w-]+)"', written)) | {"--debug", "--help", *EXAMPLES}
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=relative)
