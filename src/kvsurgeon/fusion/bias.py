@@ -38,7 +38,12 @@ class AttentionBias:
             source = node.outputs[0]
         if bias is None:
             return None
-        return self._finite(self._cast_to(self._by_heads(match, bias), match.dtype), match.dtype)
+        value, dtype = self._by_heads(match, bias), match.dtype
+        if value.dtype is not dtype:
+            value = self._node("Cast", [value], {"to": int(dtype)}, f"{value.name}.cast", dtype)
+        # A query without any key must not give NaN, so no element is below half of the type's range.
+        minimum = self.editor.constant(float(dtype.min) / 2, dtype.numpy(), name="lowest")
+        return self._node("Max", [value, minimum], {}, "bias.of_numbers", dtype)
 
     def _operator_mask(self, match: FusionMatch) -> Bias | None:
         """Return the mask of an ONNX `Attention` operator as a bias."""
@@ -155,16 +160,6 @@ class AttentionBias:
         if before == sizes:
             return bias
         return self._node(operator, [value, self.context.lengths.vector(sizes)], {}, name, value.dtype), sizes
-
-    def _cast_to(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        if value.dtype is dtype:
-            return value
-        return self._node("Cast", [value], {"to": int(dtype)}, f"{value.name}.cast", dtype)
-
-    def _finite(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """Bound the bias from below by half of the type's range, so that a query without any key gives no NaN."""
-        lowest = self.editor.constant(float(dtype.min) / 2, dtype.numpy(), name="lowest")
-        return self._node("Max", [value, lowest], {}, "bias.of_numbers", dtype)
 
     def _copy(self, node: ir.Node, inputs: Sequence[ir.Value | None]) -> ir.Value:
         """Return the output of a node's operator for other inputs."""

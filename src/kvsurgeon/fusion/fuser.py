@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -27,16 +27,15 @@ class AttentionFuser:
         self._unfinished: list[tuple[FusionMatch, ir.Node]] = []
 
     def place_all(
-        self, matches: Sequence[FusionMatch], entries: Sequence[CacheTensor], pasts: Sequence[ir.Value]
+        self, matches: Sequence[FusionMatch], pasts: Mapping[CacheTensor, ir.Value]
     ) -> dict[CacheTensor, ir.Value]:
-        """Add one operator for each match, and return the presents that they write.
+        """Add one operator for each match, and return the cache outputs that they compute.
 
         Args:
             matches: Attention sites to replace.
-            entries: Cache entries of the model.
-            pasts: Past inputs of the entries.
+            pasts: Cache inputs of the model by cached tensor.
         """
-        by_value = {entry.point.value: (entry, past) for entry, past in zip(entries, pasts, strict=True)}
+        by_value = {entry.point.value: (entry, past) for entry, past in pasts.items()}
         presents: dict[CacheTensor, ir.Value] = {}
         for match in matches:
             pairs = [by_value[match.key.value], by_value[match.value.value]]

@@ -16,7 +16,8 @@ from kvsurgeon.analysis.cache_points import CachePoint, cache_point_of
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.anatomy.scales import number_of
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.fusion.score_path import MOVES, ScorePath, constant_factor, is_token, trace_scores
+from kvsurgeon.fusion.score_path import MOVES, ScorePath, constant_factor, trace_scores
+from kvsurgeon.heads.token_data import token_inputs
 from kvsurgeon.rewrite.layout_trace import LayoutTrace, trace_layout
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -164,12 +165,12 @@ def _query(flow: TokenFlow, operand: ir.Value | None) -> tuple[CachePoint, float
         if node.op_type in MOVES:
             value = node.inputs[0]
             continue
-        tokens = [one for one in node.inputs if is_token(flow, one)]
+        tokens = token_inputs(flow, node)
         number = constant_factor(flow, node, tokens[0]) if len(tokens) == 1 else None
         if number is None:
             break
         value, factor = tokens[0], factor * number
-        point = None if value is None else cache_point_of(flow, value)
+        point = cache_point_of(flow, value)
         if point is not None and (point.heads, point.head_dim) == (found.heads, found.head_dim):
             found, scale = point, factor
     return found, scale

@@ -9,8 +9,9 @@ import onnx_ir as ir
 from kvsurgeon.analysis.analysis import AttentionSite
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.anatomy.scales import number_of
-from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.query import is_operator, producer_of
+from kvsurgeon.heads.token_data import is_token
 
 # Operators that change the axes of scores and none of their elements.
 MOVES = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten"})
@@ -33,11 +34,6 @@ class ScorePath:
     softcap: float
     steps: tuple[ir.Node, ...]
     masked: ir.Value | None
-
-
-def is_token(flow: TokenFlow, value: ir.Value | None) -> bool:
-    """Return whether a value is token data."""
-    return value is not None and flow.kinds.get(value) is ValueKind.TOKEN
 
 
 def constant_factor(flow: TokenFlow, node: ir.Node, value: ir.Value | None) -> float | None:
@@ -120,7 +116,7 @@ def _check_weights(flow: TokenFlow, site: AttentionSite, softmax: ir.Node, betwe
     value, end = softmax.outputs[0], product.node.inputs[product.weights]
     while value is not end:
         users = [user for user, _ in value.uses() if user in between and is_token(flow, user.outputs[0])]
-        guards = [user for user in users if _is_nan_guard(flow, user, value)]
+        guards = [user for user in users if guarded_value(user) is value and number_of(flow, user.inputs[1]) == 0.0]
         node = next(iter(guards or users), None)
         if node is None or not (guards or node.op_type in MOVES | _IDENTITIES):
             raise UnsupportedError(
@@ -130,14 +126,10 @@ def _check_weights(flow: TokenFlow, site: AttentionSite, softmax: ir.Node, betwe
         value = node.outputs[0]
 
 
-def _is_nan_guard(flow: TokenFlow, node: ir.Node, weights: ir.Value) -> bool:
-    """Return whether a node is `Where(IsNaN(weights), 0, weights)`: a query without any key."""
-    if node.op_type != "Where":
-        return False
-    condition, zero, otherwise = node.inputs[:3]
-    test = None if condition is None else condition.producer()
-    is_test = test is not None and test.op_type == "IsNaN" and test.inputs[0] is weights
-    return is_test and otherwise is weights and number_of(flow, zero) == 0.0
+def guarded_value(node: ir.Node) -> ir.Value | None:
+    """Return w if a node is a NaN guard `Where(IsNaN(w), ..., w)`, for queries whose keys are all masked; else None."""
+    test = producer_of(node.inputs[0], "IsNaN") if is_operator(node, "Where") else None
+    return node.inputs[2] if test is not None and test.inputs[0] is node.inputs[2] else None
 
 
 def _unknown(node: ir.Node, reason: str) -> UnsupportedError:

@@ -87,7 +87,7 @@ def _operators(analysis: Analysis, matches: Sequence[FusionMatch]) -> AddOperato
             flow=analysis.flow, editor=lengths.editor, lengths=lengths, sequence=NEW, total=TOTAL, before=before
         )  # fmt: skip
         fuser = AttentionFuser(GROUP_QUERY_ATTENTION, context)
-        return fuser.place_all(matches, list(pasts), list(pasts.values())), fuser.finish
+        return fuser.place_all(matches, pasts), fuser.finish
 
     return add
 

@@ -45,7 +45,7 @@ def float16_mask_range(graph: gs.Graph, minimum: float = -10_000.0) -> None:
 
 def _masks_below(graph: gs.Graph, minimum: float) -> Iterator[tuple[gs.Node, int | str, np.ndarray]]:
     """Yield each mask with a lower element: the node that reads it, the input or attribute, and the elements."""
-    seen: set[tuple[int, int | str]] = set()
+    visited: set[tuple[int, int | str]] = set()
     for node in graph.nodes:
         places: list[tuple[gs.Node, int | str]] = [(node, "value")] if node.op == "ConstantOfShape" else []
         if node.op in MASKING:
@@ -53,8 +53,8 @@ def _masks_below(graph: gs.Graph, minimum: float) -> Iterator[tuple[gs.Node, int
         for reader, place in places:
             tensor = reader.attrs.get(place) if isinstance(place, str) else _constant(reader.inputs[place])
             values = _mask(tensor)
-            if (id(reader), place) not in seen and values is not None and bool(values.min() < minimum):
-                seen.add((id(reader), place))
+            if (id(reader), place) not in visited and values is not None and bool(values.min() < minimum):
+                visited.add((id(reader), place))
                 yield reader, place, values
 
 
@@ -93,12 +93,12 @@ def _check_quantization(node: gs.Node, minimum: float) -> None:
     Raises:
         UnsupportedError: The scale is too large, as for the lowest float32.
     """
-    pending, seen = [node], set()
+    pending, visited = [node], set()
     while pending:
         node = pending.pop()
-        if id(node) in seen:
+        if id(node) in visited:
             continue
-        seen.add(id(node))
+        visited.add(id(node))
         if node.op == "QuantizeLinear":
             scale = _constant(node.inputs[1])
             if scale is None or np.max(np.abs(scale.values)) > abs(minimum):

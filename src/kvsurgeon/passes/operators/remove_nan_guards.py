@@ -9,9 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.fusion.score_path import guarded_value
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.patterns import Replacement, rewrite
-from kvsurgeon.graph.query import content_inputs, is_operator, producer_of, through, upstream
+from kvsurgeon.graph.query import content_inputs, producer_of, through, upstream
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
@@ -42,15 +43,13 @@ class RemoveNanGuards:
 
 def _unguarded(node: ir.Node) -> Replacement | None:
     """Match a NaN guard after softmax."""
-    if not is_operator(node, "Where") or node.outputs[0].is_graph_output():
+    weights = guarded_value(node)
+    if weights is None or node.outputs[0].is_graph_output():
         return None
-    weights, test = node.inputs[2], producer_of(node.inputs[0], "IsNaN")
-    if weights is None or test is None or test.inputs[0] is not weights:
+    softmax = through(weights, {"Cast", "Identity"})
+    if producer_of(softmax, "Softmax") is None:
         return None
-    scores = through(weights, {"Cast", "Identity"})
-    if producer_of(scores, "Softmax") is None:
-        return None
-    _check_finite(scores)
+    _check_finite(softmax)
     return Replacement(value=node.outputs[0], build=lambda _: weights, keep_name=False)
 
 
