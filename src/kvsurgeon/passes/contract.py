@@ -1,9 +1,10 @@
-"""What a pass is: something with a name and options that changes a model, or says why it did not."""
+"""The contract of passes: the model that they change, their outcome, and their interface."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -37,7 +38,7 @@ class Subject:
     model: ir.Model
     folder: Path | None = None
     config: dict[str, Any] | None = None
-    _stages: _Stages = field(default_factory=lambda: _Stages(), repr=False)
+    _stages: _Stages | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, source: Subject | Source, folder: str | Path | None = None) -> Subject:
@@ -65,94 +66,102 @@ class Subject:
         Raises:
             UnsupportedError: A fused operator cannot be decomposed.
         """
-        stages = self._current()
-        if stages.decomposed is None:
-            stages.decomposed = decompose(self.model)
-        return stages.decomposed
+        return self._current().decomposed
 
     def analysis(self) -> Analysis:
-        """Return the analysis of the decomposed model; its values and nodes are those of `decomposed().model`.
+        """Return the analysis of the decomposed model, whose nodes and values it refers to.
 
         Raises:
             UnsupportedError: The model is not a decoder without a cache.
         """
-        decomposed, stages = self.decomposed(), self._current()
-        if stages.analysis is None:
-            with deep_recursion():
-                stages.analysis = analyze(decomposed.model)
-        return stages.analysis
+        return self._current().analysis
 
     def proof(self) -> Proof:
-        """Return the proof that the model is causal and prefix-stable.
+        """Return the proof that the decomposed model is causal and prefix-stable.
 
         Raises:
             UnsupportedError: It is not, or the model is not a decoder without a cache.
         """
-        analysis, stages = self.analysis(), self._current()
-        if stages.proof is None:
-            with deep_recursion():
-                stages.proof = prove(analysis, self.decomposed().assumed)
-        return stages.proof
+        return self._current().proof
 
     def decoder(self) -> Decoder:
-        """Return the facts of the decoder; of one with a cache, those of its first call.
+        """Return the facts about the decoder; about one with a cache, those of its first call.
 
         Raises:
             UnsupportedError: The model is not a causal decoder that can be handled soundly.
         """
-        stages = self._current()
-        if stages.decoder is None:
-            stages.decoder = self._describe()
-        return stages.decoder
+        return self._current().decoder
 
     def changed(self) -> None:
-        """Discard the results of the stages: the graph was edited."""
-        self._stages = _Stages()
+        """Discard the results of the stages, because the graph was edited."""
+        self._stages = None
 
     def become(self, other: Subject) -> None:
         """Take the model of another subject, and the results of its stages."""
         self.model, self._stages = other.model, other._stages
 
     def _current(self) -> _Stages:
-        if self._stages.model is not self.model:
-            self._stages = _Stages(model=self.model)
+        if self._stages is None or self._stages.model is not self.model:
+            self._stages = _Stages(self.model)
         return self._stages
 
-    def _describe(self) -> Decoder:
+
+class _Stages:
+    """The results of the stages for one graph; each is computed on first use."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model
+
+    @cached_property
+    def decomposed(self) -> DecomposedModel:
+        return decompose(self.model)
+
+    @cached_property
+    def analysis(self) -> Analysis:
+        with deep_recursion():
+            return analyze(self.decomposed.model)
+
+    @cached_property
+    def proof(self) -> Proof:
+        with deep_recursion():
+            return prove(self.analysis, self.decomposed.assumed)
+
+    @cached_property
+    def decoder(self) -> Decoder:
         with deep_recursion():
             removed = remove_cache(self.model)
             if removed is None:
-                return decoder_facts(self.analysis(), self.proof())
-            without_cache = Subject(model=removed.model)
-            decoder = without_cache.decoder()
-            signature = removed.signature.located(without_cache.analysis())
+                return decoder_facts(self.analysis, self.proof)
+            without_cache = _Stages(removed.model)
+            decoder = without_cache.decoder
+            signature = removed.signature.located(without_cache.analysis)
             return replace(decoder, cache=tuple(cache_facts(signature)))
-
-
-@dataclass(kw_only=True)
-class _Stages:
-    """The results of the stages for one graph, as far as they have run."""
-
-    model: ir.Model | None = None
-    decomposed: DecomposedModel | None = None
-    analysis: Analysis | None = None
-    proof: Proof | None = None
-    decoder: Decoder | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Changed:
-    """The model was changed."""
+    """The pass changed the model.
 
-    edits: int  # nodes added, removed or altered
-    notes: tuple[str, ...] = ()  # what a reader should know: what was assumed, what could not be proved
-    exact: bool = True  # whether the model computes what it did: else the judge says how much was lost
-    heads: HeadChange | None = None  # head counts before and after, for `config.json`
+    Attributes:
+        edits: Number of nodes added, removed or changed.
+        notes: Notes for the user, such as assumptions without proof.
+        exact: Whether the pass preserves the results of the model; if not, the loss is measured instead.
+        heads: Head counts before and after, for `config.json`; None if they did not change.
+    """
+
+    edits: int
+    notes: tuple[str, ...] = ()
+    exact: bool = True
+    heads: HeadChange | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unchanged:
-    """The model was left exactly as it was."""
+    """The pass did not change the model.
+
+    Attributes:
+        reason: Why there was nothing to change.
+    """
 
     reason: str
 
@@ -161,7 +170,7 @@ Outcome = Changed | Unchanged
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
-    """Return the folder's config.json if there is one that can be read: no pass may depend on it."""
+    """Return the contents of `config.json`; None if it cannot be read."""
     try:
         config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
@@ -173,15 +182,13 @@ def _config(folder: Path) -> dict[str, Any] | None:
 class Pass(Protocol):
     """A pass: a frozen dataclass whose fields are its options, in Python and as `name{option=value}`.
 
-    The model is valid before and must be valid after. A pass that cannot do its work soundly raises `UnsupportedError`
-    before its first edit.
-
-    One that is not to compute the same says so with `exact: ClassVar[bool] = False`: its command then takes the text
-    on which to measure what is lost.
+    The model is valid before and after the pass. A pass that does not support the model raises `UnsupportedError`
+    before its first edit. A pass that does not preserve the results declares `exact: ClassVar[bool] = False`; its
+    command then has options for measuring the loss.
     """
 
-    name: ClassVar[str]  # as in `kvsurgeon run -p NAME`, in kebab-case
+    name: ClassVar[str]  # in kebab-case, as in `kvsurgeon run -p NAME`
 
     def apply(self, subject: Subject) -> Outcome:
-        """Change `subject.model` in place, or say why not."""
+        """Change `subject.model`, or return why there was nothing to change."""
         ...
