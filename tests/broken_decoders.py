@@ -1,4 +1,4 @@
-"""A shelf of wrong injections: each overrides one step of `CachedDecoder` with a mistake that is easily made.
+"""Decoders with a wrong cache: each overrides one step of `CachedDecoder` with a common mistake.
 
 Every one is a valid model that runs on some text. What goes wrong in one layer goes wrong in layer 1 of three.
 """
@@ -20,7 +20,7 @@ class WrongAxis(CachedDecoder):
 
 
 class NewFirst(CachedDecoder):
-    """The new tokens stand before the past."""
+    """New rows are written before the past rows."""
 
     def append(self, layer: int, past: str, new: str) -> str:
         if layer != LAYER:
@@ -84,7 +84,7 @@ class WrongCorner(CachedDecoder):
 
 
 class MaskDropped(CachedDecoder):
-    """Once there is a past, every key is seen, those after the query too."""
+    """After the first call every key is visible, later ones included."""
 
     def causal(self, layer: int) -> str:
         if layer != LAYER:
@@ -116,14 +116,14 @@ class WindowOffByOne(CachedDecoder):
 
 
 class PaddingIgnored(CachedDecoder):
-    """Padding is seen like any token."""
+    """Padding is visible like any token."""
 
     def padding(self) -> str:
         return self.graph.op("Add", "attention_mask", self.graph.constant(1))
 
 
 class PaddingForgotten(CachedDecoder):
-    """Padding in the past is seen; that among the new tokens is not."""
+    """Padding in the past is visible; padding among the new tokens is not."""
 
     def padding(self) -> str:
         past = self.graph.op("Less", self.row(self.key_index()), self.past_length())
@@ -170,8 +170,8 @@ class RotatedTwice(CachedDecoder):
             return super().append(layer, past, new)
         first = self.graph.op("Slice", past, *(self.graph.constant([number]) for number in (0, 4, 3)))
         rest = self.graph.op("Slice", past, *(self.graph.constant([number]) for number in (4, 8, 3)))
-        turned = self.graph.op("Concat", self.graph.op("Neg", rest), first, axis=3)
-        return super().append(layer, turned, new)
+        rotated_half = self.graph.op("Concat", self.graph.op("Neg", rest), first, axis=3)
+        return super().append(layer, rotated_half, new)
 
 
 class RowsMixed(CachedDecoder):
@@ -188,11 +188,11 @@ class ForgetsFarPast(CachedDecoder):
     """A layer without a window is given one, wider than most texts."""
 
     def causal(self, layer: int) -> str:
-        seen = super().causal(layer)
+        visible = super().causal(layer)
         if layer != LAYER + 1:
-            return seen
+            return visible
         first = self.graph.op("Sub", self.column(self.query_index()), self.graph.constant(40))
-        return self.graph.op("And", seen, self.graph.op("Greater", self.row(self.key_index()), first))
+        return self.graph.op("And", visible, self.graph.op("Greater", self.row(self.key_index()), first))
 
 
 class WrongAtOnce(CachedDecoder):
@@ -213,7 +213,7 @@ class LastLayerUncausal(CachedDecoder):
 
 
 class ShiftedAtTheDoor(CachedDecoder):
-    """What enters the first layer is another thing once there is a past, as with learned positions that begin anew."""
+    """Embeddings differ after the first call, as with learned positions that start again at 0."""
 
     def norm(self, hidden: str) -> str:
         if hidden.startswith("cached/model.Gather"):

@@ -20,12 +20,12 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 OPSET = 18
-MASKED = -1e4  # added to scores that may not be seen; finite in float16 too
+MASKED = -1e4  # added to masked scores; finite in float16 too
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How the decoder is built."""
+    """Configuration of a decoder."""
 
     layers: int = 3
     hidden: int = 32
@@ -137,7 +137,7 @@ class Decoder:
         if self.config.position_ids:
             self.graph.input("position_ids", TensorProto.INT64, self.token_dims())
 
-    # The two lengths: where the new tokens stand among all
+    # The two lengths: positions of the new tokens
 
     def new_length(self) -> str:
         return self.size("input_ids", 1)
@@ -165,7 +165,7 @@ class Decoder:
         query = self.rotate(layer, self.heads(hidden, "query", config.heads))
         key = self.rotate(layer, self.heads(hidden, "key", config.kv_heads, gain=2.0))
         value = self.heads(hidden, "value", config.kv_heads)
-        key, value = self.remember(layer, key, value)
+        key, value = self.update_cache(layer, key, value)
         key, value = self.repeat(layer, key), self.repeat(layer, value)
         scores = graph.op("MatMul", query, graph.op("Transpose", key, perm=[0, 1, 3, 2]))
         scores = graph.op("Mul", scores, self.scale(layer), to="scores")
@@ -186,8 +186,8 @@ class Decoder:
         graph = self.graph
         cosine, sine = (self.rotary(layer, table) for table in (np.cos, np.sin))
         low, high = graph.split(heads, 2, axis=-1)
-        turned = graph.op("Concat", graph.op("Neg", high), low, axis=-1)
-        return graph.op("Add", graph.op("Mul", heads, cosine), graph.op("Mul", turned, sine))
+        rotated_half = graph.op("Concat", graph.op("Neg", high), low, axis=-1)
+        return graph.op("Add", graph.op("Mul", heads, cosine), graph.op("Mul", rotated_half, sine))
 
     def rotary(self, layer: int, function: Any) -> str:
         """A rotary table at the positions of the new tokens, `[1, S, head_dim]` or `[B, 1, S, head_dim]`."""
@@ -197,7 +197,7 @@ class Decoder:
         rows = self.graph.op("Gather", table, self.rotary_index(layer))
         return self.graph.op("Unsqueeze", rows, self.graph.constant([-3]))
 
-    def remember(self, layer: int, key: str, value: str) -> tuple[str, str]:
+    def update_cache(self, layer: int, key: str, value: str) -> tuple[str, str]:
         """Key and value of all tokens."""
         return key, value
 
@@ -212,14 +212,14 @@ class Decoder:
         return self.number(self.config.head_dim**-0.5)
 
     def visible(self, layer: int) -> str:
-        """Which key each query sees, `[S, T]` or `[B, 1, S, T]`."""
-        seen = self.causal(layer)
+        """Return the keys that each query attends to, `[S, T]` or `[B, 1, S, T]`."""
+        visible = self.causal(layer)
         if layer in self.config.windowed:
-            seen = self.graph.op("And", seen, self.within(layer))
+            visible = self.graph.op("And", visible, self.within(layer))
         if self.config.attention_mask:
             counts = self.graph.op("Greater", self.padding(), self.graph.constant(0))
-            seen = self.graph.op("And", seen, self.graph.op("Unsqueeze", counts, self.graph.constant([1, 2])))
-        return seen
+            visible = self.graph.op("And", visible, self.graph.op("Unsqueeze", counts, self.graph.constant([1, 2])))
+        return visible
 
     def causal(self, layer: int) -> str:
         return self.graph.op("LessOrEqual", self.row(self.key_index()), self.column(self.query_index()))
@@ -298,7 +298,7 @@ class CachedDecoder(Decoder):
     def key_index(self) -> str:
         return self.range(0, self.total_length())
 
-    def remember(self, layer: int, key: str, value: str) -> tuple[str, str]:
+    def update_cache(self, layer: int, key: str, value: str) -> tuple[str, str]:
         if layer not in self.cached_layers():
             return key, value
         key = self.append(layer, f"past_key_values.{layer}.key", key)

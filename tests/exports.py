@@ -26,12 +26,12 @@ ONE_OF_EACH = [
 
 @functools.cache
 def export(name: str) -> onnx.ModelProto:
-    """Return a model without a cache; nobody may change it."""
+    """Return a model without a cache; do not modify it."""
     return Decoder(Config(layers=2)).model() if name == "decoder" else onnx.load(CORPUS / f"{name}.onnx")
 
 
 def injected(model: onnx.ModelProto, **options: str) -> onnx.ModelProto:
-    """Return the model with a cache, which the checker has seen."""
+    """Return the model with a cache, after onnx.checker."""
     subject = Subject.of(model)
     assert isinstance(Inject(**options).apply(subject), Changed)
     result = io.to_proto(subject.model)
@@ -56,7 +56,7 @@ def operators(model: onnx.ModelProto) -> list[str]:
 
 @functools.cache
 def injected_export(name: str) -> onnx.ModelProto:
-    """Return one of the exports with a cache; nobody may change it."""
+    """Return one of the exports with a cache; do not modify it."""
     return injected(export(name))
 
 

@@ -23,7 +23,7 @@ def grouped_attention(
     Args:
         keys: From `x [batch, n, hidden]` to `k [batch, n, 2 * head_dim]`.
         values: From `x` to `v`.
-        repeated_keys: From `kh [batch, 4, n, head_dim]`, in which each head stands twice, to `ky`.
+        repeated_keys: From `kh [batch, 4, n, head_dim]`, in which each head occurs twice, to `ky`.
         repeated_values: From `vh` to `vy`.
         context: From `rows [n, 1]`, the places of the tokens, and `x`, to whatever keys and values read.
         constants: Further constants and weights.
@@ -45,8 +45,8 @@ g (int64[batch_size, sequence_length] input_ids) => (float[batch_size, sequence_
   length = Gather(shape, one)
   row = Range(zero, length, one)
   rows = Reshape(row, column)
-  seen = LessOrEqual(row, rows)
-  mask = Where(seen, none, low)
+  visible = LessOrEqual(row, rows)
+  mask = Where(visible, none, low)
   {context}
   q = MatMul(x, q_weight)
   q4 = Reshape(q, q_shape)
@@ -79,12 +79,12 @@ g (int64[batch_size, sequence_length] input_ids) => (float[batch_size, sequence_
 
 
 def logits(subject: Subject):
-    """What a model answers to a text."""
+    """Return the logits of a model for a text."""
     proto = io.to_proto(subject.model)
     return in_onnxruntime(proto)(texts(proto, length=7))["logits"]
 
 
 def kv_heads(subject: Subject) -> list[int]:
-    """The key heads of each layer, found afresh."""
+    """Return the number of KV heads of each layer, from a new analysis."""
     analysis = analyze(subject.model)
     return [counts_of(analysis.flow, head).kv_heads for head in analysis.heads]

@@ -1,6 +1,6 @@
-"""The law of any right cache: however a text is cut into calls, the rows are those of the whole.
+"""The condition for a correct cache: for any split of a text into calls, the logits are those of the whole text.
 
-Independent of kvsurgeon's own judge: what each call is given is read off the dims that the model declares.
+Independent of kvsurgeon's verifier: the inputs of each call follow from the dimensions that the model declares.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ def original():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder as exporters leave it: the graph, its weights beside it, a config."""
+    """Write a folder as exporters do: graph, external weights, config."""
     target = tmp_path / "model"
     target.mkdir()
     save(target, size_threshold=1024)

@@ -1,6 +1,6 @@
-"""Models written as ONNX text: what no node makes and no braces fill is a weight, filled with noise.
+"""Models as ONNX text: a value without a node and without braces is a weight, filled with random numbers.
 
-Read and written alike, so that a golden file shows nodes and never numbers of weights.
+A golden file shows nodes, and not the numbers of weights.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper, parser, printer
 
-LARGEST_SHOWN = 16  # elements of a constant that stands in the text
+LARGEST_SHOWN = 16  # elements of a constant that the text shows
 
 
 def read(text: str, opset: int = 18) -> onnx.ModelProto:

@@ -1,4 +1,4 @@
-"""Passes that are not exact: what they lose is measured and told, and is no fault of the passes after them."""
+"""Passes that are not exact: their accuracy loss is measured and reported, and not attributed to later passes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "WINDOWS", 1)
 
 
-def test_what_is_lost_is_measured_told_and_written(tmp_path: Path) -> None:
+def test_accuracy_loss_is_measured_reported_and_written(tmp_path: Path) -> None:
     surgery = run_and_save(DEMO, Pipeline((Halve(),)), tmp_path, per_layer=True)
     assert surgery.verification is None
     assert surgery.loss is not None
@@ -73,7 +73,7 @@ def test_a_pass_that_says_it_is_exact_and_is_not(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_later_passes_are_judged_by_what_came_before_them(tmp_path: Path) -> None:
+def test_later_passes_are_verified_against_the_model_before_them(tmp_path: Path) -> None:
     surgery = run_and_save(DEMO, Pipeline((Halve(), Inject())), tmp_path, verify_each=True)
     assert [step.name for step in surgery.steps] == ["halve", "inject"]
     assert surgery.loss is not None
