@@ -58,7 +58,7 @@ class Result:
 def counts(entry: Entry) -> HeadCounts:
     """Return the heads of a model's first layer."""
     analysis = analyze(decompose(io.load(entry.path)).model)
-    return counts_of(analysis.flow, analysis.heads[0])
+    return counts_of(analysis.flow, analysis.sites[0])
 
 
 def run(entry: Entry, *passes: Pass) -> onnx.ModelProto:

@@ -87,4 +87,4 @@ def logits(subject: Subject):
 def kv_heads(subject: Subject) -> list[int]:
     """Return the number of KV heads of each layer, from a new analysis."""
     analysis = analyze(subject.model)
-    return [counts_of(analysis.flow, head).kv_heads for head in analysis.heads]
+    return [counts_of(analysis.flow, head).kv_heads for head in analysis.sites]

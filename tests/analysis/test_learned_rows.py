@@ -62,7 +62,7 @@ def test_they_are_cut_off_the_weights_again():
         ({"key": "vm = ReduceMean<keepdims = 1>(k0, second)\n k = Concat<axis = 1>(vm, k0)",
           "value": "v = Pad(v0, one_pad)", "allowed": BACK}, "mixes tokens"),
     ],
-    ids=["mask that looks ahead", "scores over the length", "values at another end", "rows made of tokens"],
+    ids=["mask that looks rows_before", "scores over the length", "values at another end", "rows made of tokens"],
 )  # fmt: skip
 def test_what_no_cache_can_carry_is_refused(parts, reason):
     with pytest.raises(UnsupportedError, match=reason):
@@ -136,7 +136,7 @@ def test_noise_of_the_rows_beside_does_not_depend_on_the_length():
     from kvsurgeon.analysis.probe_inputs import synthetic_values
     from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable, SequenceAxis
 
-    axes = (SequenceAxis(0, LengthVariable(Length.TOTAL), ahead=2, behind=1),)
+    axes = (SequenceAxis(0, LengthVariable(Length.TOTAL), rows_before=2, rows_after=1),)
     short, long = (synthetic_values((length + 3,), axes, np.arange(length), None) for length in (7, 40))
     np.testing.assert_array_equal(short[:9], long[:9])
     assert short[-1] == long[-1]

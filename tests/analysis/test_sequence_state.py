@@ -147,7 +147,7 @@ def test_a_model_without_attention_is_rejected_for_the_operator_that_mixes_token
         "case (float[b, n, 8] x) => (float[b, n, 8] logits) <int64 one = {1}> { y = CumSum(x, one) logits = Add(x, y) }"
     )
     with pytest.raises(
-        UnsupportedError, match="CumSum mixes tokens along the sequence outside attention, and there is no"
+        UnsupportedError, match="CumSum mixes tokens along the sequence, and the graph has no attention"
     ):
         injected(read(text))
 

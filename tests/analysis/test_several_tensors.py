@@ -103,7 +103,7 @@ TWO_STEPS = SPREAD_KEYS.replace("s = Add", "s = MatMul")
     [
         (THE_LARGEST, "total length|not causal"),
         (NORMED, "mixes"),
-        (SUMMED_UP, "beside keys and values"),
+        (SUMMED_UP, "other than keys and values"),
         (TWO_STEPS, "mixes"),
     ],
     ids=["the largest of all keys", "normed over tokens", "summed up", "a product of two matrices of weights"],

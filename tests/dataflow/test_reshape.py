@@ -4,7 +4,7 @@ import pytest
 
 from kvsurgeon.symbolic.dimension import BATCH as B
 from kvsurgeon.symbolic.dimension import LENGTH as N
-from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable, SequenceAxis, follow_reshape
+from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable, SequenceAxis, reshape_axes
 
 STREAM = LengthVariable(Length.NEW)
 
@@ -28,9 +28,9 @@ FOLLOWED = [
 @pytest.mark.parametrize(("before", "held", "after", "expected"), [pytest.param(*c[1:], id=c[0]) for c in FOLLOWED])
 def test_followed(before, held, after, expected):
     place, outer, inner = held
-    (found,) = follow_reshape((SequenceAxis(place, STREAM, outer, inner),), before, after, N)
+    (found,) = reshape_axes((SequenceAxis(place, STREAM, outer, inner),), before, after, N)
     assert (found.axis, found.outer, found.inner) == expected
-    assert found.role is STREAM
+    assert found.variable is STREAM
 
 
 LOST = [
@@ -43,18 +43,18 @@ LOST = [
 @pytest.mark.parametrize(("before", "held", "after"), [pytest.param(*c[1:], id=c[0]) for c in LOST])
 def test_lost(before, held, after):
     place, outer, inner = held
-    assert follow_reshape((SequenceAxis(place, STREAM, outer, inner),), before, after, N) is None
+    assert reshape_axes((SequenceAxis(place, STREAM, outer, inner),), before, after, N) is None
 
 
 def test_two_axes_stay_two():
     query, key = SequenceAxis(2, LengthVariable()), SequenceAxis(3, LengthVariable())
-    found = follow_reshape((query, key), (B, 2, N, N), (2 * B, N, N), N)
+    found = reshape_axes((query, key), (B, 2, N, N), (2 * B, N, N), N)
     assert [axis.axis for axis in found] == [1, 2]
-    assert follow_reshape((query, key), (B, 2, N, N), (2 * B, N * N), N) is None
+    assert reshape_axes((query, key), (B, 2, N, N), (2 * B, N * N), N) is None
 
 
 def test_a_fixed_length_is_followed_alike():
-    (found,) = follow_reshape((SequenceAxis(1, STREAM),), (2, 6, 8), (12, 8), 6)
+    (found,) = reshape_axes((SequenceAxis(1, STREAM),), (2, 6, 8), (12, 8), 6)
     assert (found.axis, found.outer, found.inner) == (0, 2, 1)
 
 

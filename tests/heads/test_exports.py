@@ -31,7 +31,7 @@ def load(name):
 
 def counts(model):
     analysis = analyze(model)
-    return {one.kv_heads for one in (counts_of(analysis.flow, head) for head in analysis.heads)}
+    return {one.kv_heads for one in (counts_of(analysis.flow, head) for head in analysis.sites)}
 
 
 def entries(model):

@@ -107,7 +107,7 @@ def entries(subject):
 
 def kv_heads(subject):
     analysis = analyze(subject.model)
-    return [counts_of(analysis.flow, head).kv_heads for head in analysis.heads]
+    return [counts_of(analysis.flow, head).kv_heads for head in analysis.sites]
 
 
 @pytest.mark.parametrize("method", ["mean", "running", "first"])

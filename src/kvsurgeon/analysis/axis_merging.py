@@ -46,16 +46,16 @@ def merge(visit: NodeVisit, inputs: Sequence[Labels | None], *, unaligned: Label
 
 def _cross(visit: NodeVisit, held: Held, owner: dict[Label, int], tokens: Sequence[int]) -> None:
     """Two axes of the new length side by side: queries and keys meet, element by element."""
-    stream = [label for label, axis in held.items() if axis.role.resolved() is Length.NEW]
-    if len(stream) < 2:
+    query_axis = [label for label, axis in held.items() if axis.variable.resolved() is Length.NEW]
+    if len(query_axis) < 2:
         return
-    first, second, *more = sorted(stream, key=str)
+    first, second, *more = sorted(query_axis, key=str)
     if more or owner[first] == owner[second] or len(tokens) != 2:
         raise visit.mixing()
-    roles = visit.scores(owner[first], owner[second])
-    for label, role in zip((first, second), roles, strict=True):
-        visit.flow.operands[visit.node, owner[label]] = role
-        held[label] = held[label].with_role(role)
+    variables = visit.scores(owner[first], owner[second])
+    for label, variable in zip((first, second), variables, strict=True):
+        visit.flow.operands[visit.node, owner[label]] = variable
+        held[label] = held[label].with_variable(variable)
 
 
 def placed(held: Mapping[Label, SequenceAxis], labels: Labels) -> Axes:
@@ -70,7 +70,7 @@ def linked_tokens(visit: NodeVisit, inputs: Sequence[Labels | None]) -> list[int
 
 def _bring(visit: NodeVisit, inputs: Sequence[Labels | None], held: Held) -> None:
     """Context may bring an axis of the sequence length: tokens that it meets may then be queries, or keys."""
-    stream = [(label, axis) for label, axis in held.items() if axis.role.resolved() is Length.NEW]
+    query_axis = [(label, axis) for label, axis in held.items() if axis.variable.resolved() is Length.NEW]
     before = set(held)
     for index, labels in enumerate(inputs):
         if labels is None or visit.kind(index) is ValueKind.TOKEN:
@@ -80,12 +80,12 @@ def _bring(visit: NodeVisit, inputs: Sequence[Labels | None], held: Held) -> Non
                 held[label] = brought(visit, size)
     if before == set(held):
         return
-    for label, axis in stream:
-        role = LengthVariable(at=visit.node.outputs[0].name or "")
+    for label, axis in query_axis:
+        variable = LengthVariable(at=visit.node.outputs[0].name or "")
         for index in linked_tokens(visit, inputs):
             labels = inputs[index] or ()
             if label in {labels[one.axis] for one in visit.axes(index)}:
-                held[label] = visit.opened(axis, index, role)
+                held[label] = visit.open_length(axis, index, variable)
 
 
 def brought(visit: NodeVisit, size: Dimension) -> SequenceAxis:
@@ -119,7 +119,7 @@ def align(
 def _check_size(visit: NodeVisit, index: int, axis: SequenceAxis, size: Dimension) -> None:
     """Context is cut to the new length only if it surely has the sequence length."""
     whole = axis.size(visit.flow.length)
-    if axis.role.resolved() is Length.NEW and not dim.is_equal(size, whole):
+    if axis.variable.resolved() is Length.NEW and not dim.is_equal(size, whole):
         raise visit.refusal(
             "context that meets the tokens does not surely have their length", at=visit.node.inputs[index],
             expected=str(whole), found=str(size), code=Code.UNTRACEABLE_SEQUENCE,

@@ -16,7 +16,7 @@ from kvsurgeon.errors import Code
 from kvsurgeon.ops.operator import AxisLinks, Label, broadcast_links
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
-from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis, follow_reshape
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis, reshape_axes
 
 
 def axes_after(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
@@ -79,7 +79,7 @@ def _check_mixed(visit: NodeVisit, links: AxisLinks) -> None:
                 reason = links.blocked[label]
                 raise visit.mixing() if reason is None else visit.refusal(reason, code=Code.UNTRACEABLE_SEQUENCE)
             if label in links.mixed:
-                visit.works_along(axis)
+                visit.mix_along(axis)
         shape = visit.shape(index)
         if any(label in links.mixed and visit.is_batch(shape[place]) for place, label in enumerate(labels)):
             raise visit.refusal(
@@ -96,7 +96,7 @@ def _check_triangle(visit: NodeVisit, diagonal: tuple[Label, Label]) -> None:
         raise visit.mixing()
     if visit.call.given(1) is not None and visit.call.numbers(1) is None:
         raise visit.refusal("its diagonal is unknown")
-    rows, columns = (sides[axis].role for axis in sorted(sides))
+    rows, columns = (sides[axis].variable for axis in sorted(sides))
     visit.flow.diagonals[visit.node] = rows, columns
 
 
@@ -113,7 +113,7 @@ def _check_sequence(visit: NodeVisit, links: AxisLinks) -> None:
 def _resized(visit: NodeVisit, links: AxisLinks, label: Label, axis: SequenceAxis) -> SequenceAxis:
     """The axis with what the operator adds or repeats along it."""
     if label in links.padded:
-        axis = axis.widened(*links.padded[label])
+        axis = axis.with_rows(*links.padded[label])
     times = links.repeated.get(label, 1)
     if any(visit.holds_length(one) for one in links.repeated.values()):
         raise visit.refusal("it repeats token data as often as there are tokens", code=Code.UNTRACEABLE_SEQUENCE)
@@ -121,7 +121,7 @@ def _resized(visit: NodeVisit, links: AxisLinks, label: Label, axis: SequenceAxi
         axis = replace(axis, outer=dim.multiply(times, axis.outer))
     for index, one in links.length_inputs:
         if one == label and not links.selected:
-            visit.parameter((index,), axis.role)
+            visit.parameter((index,), axis.variable)
     return axis
 
 
@@ -132,7 +132,7 @@ def _reshaped(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     if links.target is not None:
         visit.flow.targets[visit.node] = links.target
     before, after = visit.shape(0), visit.result_shape()
-    axes = follow_reshape(visit.axes(0), before, after, visit.flow.length)
+    axes = reshape_axes(visit.axes(0), before, after, visit.flow.length)
     if axes is None:
         raise visit.refusal(
             "the sequence axis is split, or cannot be found in the result", code=Code.UNTRACEABLE_SEQUENCE,
@@ -155,7 +155,8 @@ def _expanded(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     new = [place for place, size in enumerate(after) if place not in held and visit.holds_length(size)]
     if new:  # queries repeated along the keys, or keys along the queries
         held = {
-            label: visit.opened(axis, 0) if axis.role.resolved() is Length.NEW else axis for label, axis in held.items()
+            label: visit.open_length(axis, 0) if axis.variable.resolved() is Length.NEW else axis
+            for label, axis in held.items()
         }
         held |= {place: brought(visit, after[place]) for place in new}
     visit.flow.targets[visit.node] = links.target

@@ -199,7 +199,7 @@ def _is_position_wise(flow: TokenFlow, node: ir.Node) -> bool:
         if (node, index) in flow.operands:
             return False
         axes = flow.axes.get(value, ())
-        if len(axes) != 1 or axes[0].role.resolved() is not Length.NEW:
+        if len(axes) != 1 or axes[0].variable.resolved() is not Length.NEW:
             return False
     return True
 
@@ -207,7 +207,7 @@ def _is_position_wise(flow: TokenFlow, node: ir.Node) -> bool:
 def cache_point_of(flow: TokenFlow, value: ir.Value, heads: int = 1) -> CachePoint | None:
     """Return a tensor as a cache point; None if it has no fixed number of features per token."""
     fact, axes = flow.shapes[value], flow.axes.get(value, ())
-    if fact.shape is None or fact.dtype is None or len(axes) != 1 or axes[0].role.resolved() is not Length.NEW:
+    if fact.shape is None or fact.dtype is None or len(axes) != 1 or axes[0].variable.resolved() is not Length.NEW:
         return None
     split = _split(fact.shape, axes[0], flow.batch)
     if split is None:

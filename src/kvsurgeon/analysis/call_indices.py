@@ -22,13 +22,13 @@ def follows_query_length(flow: TokenFlow, value: ir.Value) -> bool:
     """Return whether a value follows the query length: it reads nothing that is given for the total length."""
     if isinstance(flow.length, int):
         return False
-    roles = {given.value: given for given in flow.inputs}
+    variables = {given.value: given for given in flow.inputs}
     for current in upstream([value], stop=lambda value: value in flow.axes, inputs=lambda node: node.inputs):
         if constant_tensor(current) is not None:
             continue
-        if current in roles and not roles[current].is_token:
+        if current in variables and not variables[current].is_token:
             return False
-        if any(axis.role.resolved() is not Length.NEW for axis in flow.axes.get(current, ())):
+        if any(axis.variable.resolved() is not Length.NEW for axis in flow.axes.get(current, ())):
             return False
     return True
 

@@ -24,10 +24,10 @@ def with_learned_rows(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     axis = next((axis.axis for axis in visit.axes(0) if axis.axis in links.padded), None)
     if axis is None:
         raise visit.mixing()
-    ahead, behind = links.padded[axis]
-    if not isinstance(ahead, int) or not isinstance(behind, int) or min(ahead, behind) < 0:
+    rows_before, rows_after = links.padded[axis]
+    if not isinstance(rows_before, int) or not isinstance(rows_after, int) or min(rows_before, rows_after) < 0:
         raise visit.mixing()
-    return [_widened(visit, 0, axis, ahead, behind)]
+    return [_widened(visit, 0, axis, rows_before, rows_after)]
 
 
 def _concatenated(visit: NodeVisit, links: AxisLinks, joined: int) -> Axes:
@@ -52,13 +52,13 @@ def _concatenated(visit: NodeVisit, links: AxisLinks, joined: int) -> Axes:
     return _widened(visit, mine, joined, sum(rows[:mine]), sum(rows[mine:]))
 
 
-def _widened(visit: NodeVisit, index: int, axis: int, ahead: int, behind: int) -> Axes:
+def _widened(visit: NodeVisit, index: int, axis: int, rows_before: int, rows_after: int) -> Axes:
     """The sequence axis with learned rows, in a variable that a product must decide to be the keys'."""
     axes = visit.axes(index)
-    if len(axes) != 1 or axes[0].axis != axis or not axes[0].is_plain or axes[0].role.resolved() is not Length.NEW:
+    if len(axes) != 1 or axes[0].axis != axis or not axes[0].is_plain or axes[0].variable.resolved() is not Length.NEW:
         raise visit.mixing()
     name = visit.node.outputs[0].name or ""
-    role = LengthVariable(at=name, only_if_total=[name])
+    variable = LengthVariable(at=name, mixed_at=[name])
     place = visit.node, index
-    visit.flow.operands[place] = visit.flow.bordered[place] = role
-    return (axes[0].with_role(role).widened(ahead, behind),)
+    visit.flow.operands[place] = visit.flow.learned_row_inputs[place] = variable
+    return (axes[0].with_variable(variable).with_rows(rows_before, rows_after),)

@@ -43,7 +43,7 @@ def _demand_rows(visit: NodeVisit, axis: int) -> None:
 def _selects_last(visit: NodeVisit, held: SequenceAxis) -> bool:
     """Whether the indices name the last token, which is the same in both lengths."""
     indices = visit.call.numbers(1)
-    if indices is None or len(indices) != 1 or not held.is_plain or held.role.resolved() is not Length.NEW:
+    if indices is None or len(indices) != 1 or not held.is_plain or held.variable.resolved() is not Length.NEW:
         return False
     return indices[0] == -1
 
@@ -62,7 +62,7 @@ def gather_elements(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
             if held.axis == axis and not is_lookup:
                 raise visit.mixing()
             if held.axis == axis:
-                visit.works_along(held)
+                visit.mix_along(held)
     merged = merge(visit, links.inputs, unaligned=axis)
     return [placed(merged, links.outputs[0])]
 

@@ -42,7 +42,9 @@ def sequence_last(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
     """
     result = _with_learned_rows(array, axes, length)
     for place, axis in enumerate(_queries_first(axes), start=-len(axes)):
-        result = result.take(range(axis.ahead, axis.ahead + length), axis=place) if axis.border else result
+        result = (
+            result.take(range(axis.rows_before, axis.rows_before + length), axis=place) if axis.learned_rows else result
+        )
     return result
 
 
@@ -50,13 +52,13 @@ def learned_rows_first(array: np.ndarray, axes: Axes, length: int) -> np.ndarray
     """Return the learned rows that `sequence_last` drops on the first axis; the other sequence axes stay last."""
     result = _with_learned_rows(array, axes, length)
     ordered = enumerate(_queries_first(axes), start=-len(axes))
-    place, axis = next((place, axis) for place, axis in ordered if axis.border)
-    learned = [*range(axis.ahead), *range(axis.ahead + length, axis.border + length)]
+    place, axis = next((place, axis) for place, axis in ordered if axis.learned_rows)
+    learned = [*range(axis.rows_before), *range(axis.rows_before + length, axis.learned_rows + length)]
     return np.moveaxis(result.take(learned, axis=place), place, 0)
 
 
 def _queries_first(axes: Axes) -> list[SequenceAxis]:
-    return sorted(axes, key=lambda axis: axis.role.resolved() is not Length.NEW)
+    return sorted(axes, key=lambda axis: axis.variable.resolved() is not Length.NEW)
 
 
 def _with_learned_rows(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
@@ -67,7 +69,7 @@ def _with_learned_rows(array: np.ndarray, axes: Axes, length: int) -> np.ndarray
         if (axis := by_number.get(number)) is None:
             sizes.append(size)
             continue
-        sizes += [int(at_length(axis.outer, length)), length + axis.border, int(at_length(axis.inner, length))]
+        sizes += [int(at_length(axis.outer, length)), length + axis.learned_rows, int(at_length(axis.inner, length))]
         places[number] = len(sizes) - 2
     if math.prod(sizes) != array.size:
         raise UnsupportedError(

@@ -102,7 +102,7 @@ def synthetic_values(sizes: Sequence[int], axes: Axes, tokens: np.ndarray, dtype
         axis = next((axis for axis in axes if axis.axis == place), None)
         if axis is not None:
             inner = int(at_length(axis.inner, len(tokens)))
-            rows = np.concatenate([-2 - np.arange(axis.ahead), tokens, -900 - np.arange(axis.behind)])
+            rows = np.concatenate([-2 - np.arange(axis.rows_before), tokens, -900 - np.arange(axis.rows_after)])
             block = len(rows) * inner
             index = (index // block) * 7919 + rows[index % block // inner] * 104729 + index % inner
         angles.append((index + 1) * (12.9898 + 78.233 * place) * 43.758)

@@ -62,43 +62,47 @@ def _bring(visit: NodeVisit, found: Contraction, left: Held, right: Held, *, pac
             raise visit.mixing()
         if new:
             other = found.right if index == found.left else found.left
-            stream = [label for label, axis in theirs.items() if axis.role.resolved() is Length.NEW]
-            theirs.update({label: visit.opened(theirs[label], other) for label in stream})
+            query_axis = [label for label, axis in theirs.items() if axis.variable.resolved() is Length.NEW]
+            theirs.update({label: visit.open_length(theirs[label], other) for label in query_axis})
         mine.update(new)
 
 
 def _sum_away(visit: NodeVisit, found: Contraction, label: str, left: Held, right: Held) -> None:
     """Keys are summed against values: weights say how much of each."""
     one, other = left[label], right[label]
-    if not one.bare.is_plain or not other.bare.is_plain or (one.ahead, one.behind) != (other.ahead, other.behind):
+    if (
+        not one.without_rows.is_plain
+        or not other.without_rows.is_plain
+        or (one.rows_before, one.rows_after) != (other.rows_before, other.rows_after)
+    ):
         raise visit.mixing()
-    is_left = len(left) > len(right) if one.border else one.role.resolved() is not Length.NEW
+    is_left = len(left) > len(right) if one.learned_rows else one.variable.resolved() is not Length.NEW
     keys, values = (one, other) if is_left else (other, one)
-    if keys.role.resolved() is Length.NEW or not (
-        values.role.resolved() is Length.NEW or visit.flow.is_bordered(values.role)
+    if keys.variable.resolved() is Length.NEW or not (
+        values.variable.resolved() is Length.NEW or visit.flow.has_learned_rows(values.variable)
     ):
         raise _counted(visit, values) or visit.mixing()  # a state summed over tokens, as linear attention has
     weights, value = (found.left, found.right) if is_left else (found.right, found.left)
-    if keys.role.root().bias or not _sees_keys(visit, keys.role):
+    if keys.variable.root().bias or not _sees_keys(visit, keys.variable):
         raise visit.mixing()
-    if one.border and not keys.role.agree(values.role):
+    if one.learned_rows and not keys.variable.agree(values.variable):
         raise visit.mixing()
-    keys.role.root().length = Length.TOTAL
+    keys.variable.root().length = Length.TOTAL
     for score in visit.flow.scores:
         _settle(score)
-    if not one.border:
-        visit.flow.operands[visit.node, value] = keys.role
-    visit.flow.products.append(ContextProduct(node=visit.node, weights=weights, value=value, role=keys.role))
+    if not one.learned_rows:
+        visit.flow.operands[visit.node, value] = keys.variable
+    visit.flow.products.append(ContextProduct(node=visit.node, weights=weights, value=value, variable=keys.variable))
 
 
 def _counted(visit: NodeVisit, axis: SequenceAxis) -> UnsupportedError | None:
-    """Why tokens have no role: what they are made of is a number of other tokens, which were compared with them."""
+    """Why tokens have no variable: what they are made of is a number of other tokens, which were compared with them."""
     for score in visit.flow.scores:
-        roles = score.left_role.root(), score.right_role.root()
-        if has_trait(score.node, Trait.PRODUCT) or axis.role.root() not in roles:
+        variables = score.left_variable.root(), score.right_variable.root()
+        if has_trait(score.node, Trait.PRODUCT) or axis.variable.root() not in variables:
             continue
-        other = roles[1] if axis.role.root() is roles[0] else roles[0]
-        counts = [node for node, role in visit.flow.along_keys.items() if role.root() is other]
+        other = variables[1] if axis.variable.root() is variables[0] else variables[0]
+        counts = [node for node, variable in visit.flow.mixes_keys.items() if variable.root() is other]
         if counts:
             return UnsupportedError(
                 "positions, or other numbers, come from counting tokens that are compared with each other, and a step "
@@ -120,20 +124,20 @@ def _sum_with_context(visit: NodeVisit, found: Contraction, label: str, keys: Se
     is_context = visit.kind(context) is ValueKind.CONTEXT and visit.holds_length(
         visit.shape(context)[labels.index(label)]
     )
-    if not is_context or keys.role.root().bias or not _sees_keys(visit, keys.role):
+    if not is_context or keys.variable.root().bias or not _sees_keys(visit, keys.variable):
         raise visit.mixing()
-    visit.works_along(keys)
+    visit.mix_along(keys)
     return {label: keys}
 
 
-def _sees_keys(visit: NodeVisit, role: LengthVariable) -> bool:
-    roots = {id(side.root()) for score in visit.flow.scores for side in (score.left_role, score.right_role)}
-    return id(role.root()) in roots
+def _sees_keys(visit: NodeVisit, variable: LengthVariable) -> bool:
+    roots = {id(side.root()) for score in visit.flow.scores for side in (score.left_variable, score.right_variable)}
+    return id(variable.root()) in roots
 
 
 def _settle(score: ScoreProduct) -> None:
     """Once one side of the scores is the keys', the other is the queries'."""
-    left, right = score.left_role.root(), score.right_role.root()
+    left, right = score.left_variable.root(), score.right_variable.root()
     if left.length is Length.TOTAL and right.length is None:
         right.length = Length.NEW
     elif right.length is Length.TOTAL and left.length is None:
@@ -141,7 +145,7 @@ def _settle(score: ScoreProduct) -> None:
 
 
 def _kept(visit: NodeVisit, found: Contraction, left: Held, right: Held) -> Held:
-    """The labels of the result that hold tokens; two of the stream side by side are scores."""
+    """The labels of the result that hold tokens; two of the query_axis side by side are scores."""
     kept: Held = {}
     for label in found.result_labels:
         mine, theirs = left.get(label), right.get(label)
@@ -153,18 +157,18 @@ def _kept(visit: NodeVisit, found: Contraction, left: Held, right: Held) -> Held
 
 
 def _met(visit: NodeVisit, found: Contraction, left: Held, right: Held, kept: Held) -> Held:
-    stream = [label for label, axis in kept.items() if axis.role.resolved() is Length.NEW]
-    if len(stream) < 2:
+    query_axis = [label for label, axis in kept.items() if axis.variable.resolved() is Length.NEW]
+    if len(query_axis) < 2:
         return _met_bordered(visit, found, left, right, kept)
-    first, second, *more = stream
+    first, second, *more = query_axis
     if first in right:
         first, second = second, first
     if more or first in right or second in left or first not in left or second not in right:
         raise visit.mixing()
-    left_role, right_role = visit.scores(found.left, found.right)
-    visit.flow.operands[visit.node, found.left] = left_role
-    visit.flow.operands[visit.node, found.right] = right_role
-    return {**kept, first: kept[first].with_role(left_role), second: kept[second].with_role(right_role)}
+    left_variable, right_variable = visit.scores(found.left, found.right)
+    visit.flow.operands[visit.node, found.left] = left_variable
+    visit.flow.operands[visit.node, found.right] = right_variable
+    return {**kept, first: kept[first].with_variable(left_variable), second: kept[second].with_variable(right_variable)}
 
 
 def _met_bordered(visit: NodeVisit, found: Contraction, left: Held, right: Held, kept: Held) -> Held:
@@ -174,16 +178,24 @@ def _met_bordered(visit: NodeVisit, found: Contraction, left: Held, right: Held,
         if len(queries) != 1 or len(keys) != 1:
             continue
         (label, query), (key,) = *queries.items(), keys.values()
-        if label in keys or query.role.resolved() is not Length.NEW or not visit.flow.is_bordered(key.role):
+        if (
+            label in keys
+            or query.variable.resolved() is not Length.NEW
+            or not visit.flow.has_learned_rows(key.variable)
+        ):
             continue
-        role = visit.flow.operands[visit.node, index] = LengthVariable(at=visit.node.outputs[0].name or "")
-        left_role, right_role = (role, key.role) if queries is left else (key.role, role)
+        variable = visit.flow.operands[visit.node, index] = LengthVariable(at=visit.node.outputs[0].name or "")
+        left_variable, right_variable = (variable, key.variable) if queries is left else (key.variable, variable)
         visit.flow.scores.append(
             ScoreProduct(
-                node=visit.node, left=found.left, right=found.right, left_role=left_role, right_role=right_role
+                node=visit.node,
+                left=found.left,
+                right=found.right,
+                left_variable=left_variable,
+                right_variable=right_variable,
             )
         )
-        return {**kept, label: query.with_role(role)}
+        return {**kept, label: query.with_variable(variable)}
     return kept
 
 
@@ -223,7 +235,7 @@ def attention(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
         raise visit.refusal("its further outputs are used", code=Code.FUSED_OPERATOR)
     keys = _fused(visit, FusedAttention(
         node=visit.node, query=stated.query, key=stated.key, value=stated.value, mask=stated.mask, layout=stated.layout,
-        causal=stated.causal, heads_beside=stated.packed_heads,
+        causal=stated.causal, packed_heads=stated.packed_heads,
     ))  # fmt: skip
     mask = stated.mask
     if mask is not None and visit.kind(mask) is ValueKind.TOKEN:
@@ -241,11 +253,16 @@ def attention(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
 
 
 def _fused(visit: NodeVisit, fused: FusedAttention) -> LengthVariable:
-    """Note a fused attention, and return the role of its keys."""
+    """Note a fused attention, and return the variable of its keys."""
     place = fused.layout.index("sequence")
     for index in (fused.query, fused.key, fused.value):
         axes = visit.axes(index)
-        if len(axes) != 1 or axes[0].axis != place or not axes[0].is_plain or axes[0].role.resolved() is not Length.NEW:
+        if (
+            len(axes) != 1
+            or axes[0].axis != place
+            or not axes[0].is_plain
+            or axes[0].variable.resolved() is not Length.NEW
+        ):
             raise visit.refusal("its input does not hold the tokens where the operator expects them",
                                at=visit.node.inputs[index])  # fmt: skip
     keys = LengthVariable(Length.TOTAL, at=visit.node.outputs[0].name or "")

@@ -38,7 +38,7 @@ _DECOMPOSE_HINT = "start from the graph before an optimizer fused this operator,
 _OPERATOR_HINT = "docs/writing-an-operator.md says how to add it"
 
 
-def follow_tokens(
+def propagate_tokens(
     nodes: Sequence[ir.Node],
     inputs: list[InputRole],
     shapes: Shapes,
@@ -57,7 +57,7 @@ def follow_tokens(
     )
     for given in inputs:
         if given.is_token:
-            flow.axes[given.value] = tuple(SequenceAxis(axis, flow.stream) for axis in given.lengths)
+            flow.axes[given.value] = tuple(SequenceAxis(axis, flow.query_axis) for axis in given.lengths)
     routed_regions: dict[ir.Node, RoutedRegion] = {}
     read = _read_for_their_numbers(nodes)
     for node in nodes:
@@ -71,13 +71,13 @@ def follow_tokens(
         if node in routed_regions:
             if node is routed_regions[node][-1]:
                 record_routed_region(flow, routed_regions[node])
-        elif node not in flow.recalling and any(kinds.get(value) is ValueKind.TOKEN for value in node.outputs):
+        elif node not in flow.state_nodes and any(kinds.get(value) is ValueKind.TOKEN for value in node.outputs):
             try:
                 _take_or_recall(flow, node, is_read=node in read)
             except UnsupportedError:
                 if not _lands(flow, node, routed_regions):
                     raise
-    _check_roles(flow)
+    _check_variables(flow)
     return flow
 
 
@@ -106,7 +106,7 @@ def _read_for_their_numbers(nodes: Sequence[ir.Node]) -> set[ir.Node]:
 def _reads_stream(flow: TokenFlow, node: ir.Node) -> bool:
     """Whether a node reads no tensor in which queries meet keys."""
     axes = [axis for value in node.inputs if value is not None for axis in flow.axes.get(value, ())]
-    return all(axis.role.resolved() is Length.NEW for axis in axes)
+    return all(axis.variable.resolved() is Length.NEW for axis in axes)
 
 
 def _batch(inputs: list[InputRole]) -> Dimension:
@@ -179,7 +179,7 @@ def _check_lengths(visit: NodeVisit, shape: tuple[Dimension, ...], axes: Axes) -
             raise visit.refusal("cannot trace the sequence axis", found=f"axis {place} of size {size}")
     for axis in axes:
         whole = axis.size(visit.flow.length)
-        if axis.role.resolved() is Length.NEW and not dim.is_equal(whole, shape[axis.axis]):
+        if axis.variable.resolved() is Length.NEW and not dim.is_equal(whole, shape[axis.axis]):
             raise visit.refusal(
                 "it keeps some of the tokens only", expected=f"axis {axis.axis} of size {whole}",
                 found=str(shape[axis.axis]),
@@ -193,23 +193,23 @@ def _check_last(visit: NodeVisit, found: list[Axes]) -> None:
     visit.flow.last.update(visit.node.outputs)
 
 
-def _check_roles(flow: TokenFlow) -> None:
-    for place in flow.beside:
+def _check_variables(flow: TokenFlow) -> None:
+    for place in flow.other_inputs:
         if flow.operands[place].resolved() is None:
             flow.operands[place].root().length = Length.NEW  # nothing made them keys
     for score in flow.scores:
-        for role in (score.left_role.root(), score.right_role.root()):
-            if role.length is None:
+        for variable in (score.left_variable.root(), score.right_variable.root()):
+            if variable.length is None:
                 raise UnsupportedError(
                     "two sequence axes meet, but neither is summed against values",
                     at=score.node.outputs[0].name, expected="weights @ values, as in attention",
                 )  # fmt: skip
-        if score.left_role.resolved() is score.right_role.resolved():
+        if score.left_variable.resolved() is score.right_variable.resolved():
             raise UnsupportedError("queries and keys cannot be told apart", at=score.node.outputs[0].name)
-    for place, role in flow.operands.items():
-        mixes = role.resolved() is Length.NEW and role.root().only_if_total
-        if mixes or (place in flow.bordered and role.resolved() is None):
+    for place, variable in flow.operands.items():
+        mixes = variable.resolved() is Length.NEW and variable.root().mixed_at
+        if mixes or (place in flow.learned_row_inputs and variable.resolved() is None):
             raise UnsupportedError(
                 "an operator mixes tokens along the axis of the queries, which no KV cache can carry",
-                at=role.root().only_if_total[0],
+                at=variable.root().mixed_at[0],
             )

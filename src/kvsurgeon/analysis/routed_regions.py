@@ -96,7 +96,7 @@ def _result_axes(flow: TokenFlow, region: Sequence[ir.Node]) -> Axes:
     for place, size in enumerate(flow.shapes[region[-1].outputs[0]].shape or ()):
         for outer in (1, flow.batch):
             if not isinstance(size, int) and dim.is_equal(size, dim.multiply(outer, flow.length)):
-                return (SequenceAxis(place, flow.stream, outer),)
+                return (SequenceAxis(place, flow.query_axis, outer),)
     return ()
 
 
@@ -157,7 +157,7 @@ def _float_sources(flow: TokenFlow, tokens: Sequence[ir.Value]) -> list[ir.Value
             pending += [source for source in node.inputs if source is not None]
             continue
         axes = flow.axes.get(value, ())
-        if len(axes) != 1 or axes[0].role.resolved() is not Length.NEW:
+        if len(axes) != 1 or axes[0].variable.resolved() is not Length.NEW:
             return None
         found.append(value)
     return found

@@ -24,7 +24,7 @@ def selected(visit: NodeVisit, links: AxisLinks, held: dict[Label, SequenceAxis]
             continue
         result[label] = kept
         if label in links.selected:
-            visit.parameter(tuple(index for index, one in links.length_inputs if one == label), kept.role)
+            visit.parameter(tuple(index for index, one in links.length_inputs if one == label), kept.variable)
     return result
 
 
@@ -33,15 +33,15 @@ def _cut(visit: NodeVisit, axis: SequenceAxis, start: Dimension, end: Dimension,
     to_end = _is_end(end, before)
     if step == 1 and to_end and (start == 0 or dim.is_equal(dim.add(start, before), 0)):
         return axis
-    if step == 1 and axis.bare.is_plain and axis.role.resolved() is not Length.NEW:
+    if step == 1 and axis.without_rows.is_plain and axis.variable.resolved() is not Length.NEW:
         left = _without_learned_rows(axis, start, end, before)
         if left is None and start == 0:
             return _without_sinks(visit, axis, end)
         if left is not None:
-            visit.works_along(axis)
+            visit.mix_along(axis)
             return left
-    if step == start == -1 and axis.role.resolved() is not Length.NEW and dim.is_equal(before, after):
-        visit.works_along(axis)  # all keys in reverse
+    if step == start == -1 and axis.variable.resolved() is not Length.NEW and dim.is_equal(before, after):
+        visit.mix_along(axis)  # all keys in reverse
         return axis
     if step == 1 and axis.is_plain and to_end and start == -1 and after == 1:
         visit.flow.last.update(visit.node.outputs)
@@ -54,19 +54,23 @@ def _cut(visit: NodeVisit, axis: SequenceAxis, start: Dimension, end: Dimension,
 
 def _without_learned_rows(axis: SequenceAxis, start: Dimension, end: Dimension, size: Dimension) -> SequenceAxis | None:
     """The keys' axis without some of its learned rows; None if something else is cut off."""
-    ahead = start if isinstance(start, int) and start >= 0 else dim.add(start, size)
-    behind = 0 if _is_end(end, size) else dim.subtract(size, end)
+    rows_before = start if isinstance(start, int) and start >= 0 else dim.add(start, size)
+    rows_after = 0 if _is_end(end, size) else dim.subtract(size, end)
     if isinstance(end, int) and end < 0:
-        behind = -end
-    if not isinstance(ahead, int) or not isinstance(behind, int):
+        rows_after = -end
+    if not isinstance(rows_before, int) or not isinstance(rows_after, int):
         return None
-    return axis.widened(-ahead, -behind) if ahead <= axis.ahead and behind <= axis.behind else None
+    return (
+        axis.with_rows(-rows_before, -rows_after)
+        if rows_before <= axis.rows_before and rows_after <= axis.rows_after
+        else None
+    )
 
 
 def _without_sinks(visit: NodeVisit, axis: SequenceAxis, end: Dimension) -> SequenceAxis:
-    """Columns that were concatenated behind the keys (attention sinks) are cut off again."""
+    """Columns that were concatenated rows_after the keys (attention sinks) are cut off again."""
     if (isinstance(end, int) and end < 0) or dim.is_equal(end, visit.flow.length):
-        visit.works_along(axis)
+        visit.mix_along(axis)
         return axis
     raise visit.refusal("it cuts the keys at a fixed position", found=f"[0:{end}]", code=Code.SELECTS_BY_POSITION)
 
@@ -90,9 +94,9 @@ def concatenated(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     for index in sorted(tokens, key=lambda index: is_of_queries(visit.axes(index))):
         for axis in visit.axes(index):
             if axis.axis == joined:
-                if axis.role.resolved() is Length.NEW:
+                if axis.variable.resolved() is Length.NEW:
                     raise _why_joined(visit, index)
-                visit.works_along(axis)
+                visit.mix_along(axis)
                 held.setdefault(joined, _with_columns(visit, index, axis, indices))
             elif axis.axis in held:
                 held[axis.axis] = visit.meet((owner[axis.axis], held[axis.axis]), (index, axis))
@@ -110,10 +114,12 @@ def concatenated(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
 def _with_columns(visit: NodeVisit, index: int, axis: SequenceAxis, indices: Sequence[int]) -> SequenceAxis:
     """The keys' axis with the columns that are concatenated to it, if their number is fixed."""
     rows = {other: visit.shape(other)[axis.axis] for other in indices if other != index}
-    ahead, behind = ([size for other, size in rows.items() if (other < index) is first] for first in (True, False))
-    if not all(isinstance(size, int) for size in (*ahead, *behind)):
+    rows_before, rows_after = (
+        [size for other, size in rows.items() if (other < index) is first] for first in (True, False)
+    )
+    if not all(isinstance(size, int) for size in (*rows_before, *rows_after)):
         return axis
-    return axis.widened(sum(ahead), sum(behind))
+    return axis.with_rows(sum(rows_before), sum(rows_after))
 
 
 def _why_joined(visit: NodeVisit, index: int) -> UnsupportedError:

@@ -50,13 +50,13 @@ def find_sequence_state(flow: TokenFlow, start: ir.Node) -> SequenceState | None
 
 def record_sequence_state(flow: TokenFlow, state: SequenceState) -> None:
     """Record that a result needs the inputs of its region for all tokens so far."""
-    role = LengthVariable(Length.TOTAL, at=state.result.name or "")
+    variable = LengthVariable(Length.TOTAL, at=state.result.name or "")
     for node in state.nodes:
         flow.targets.pop(node, None)
         for notes in (flow.demands, flow.parameters, flow.operands):
             for place in [place for place in notes if place[0] is node]:
                 notes.pop(place)
-    flow.operands.update(dict.fromkeys(state.places, role))
+    flow.operands.update(dict.fromkeys(state.places, variable))
     flow.states.append(state)
     flow.axes[state.result] = state.axes
     flow.assumed.setdefault(STATE_IS_CAUSAL, state.result.name or "")
@@ -107,12 +107,12 @@ def _result_axes(flow: TokenFlow, value: ir.Value) -> Axes:
     found = [place for place, size in enumerate(shape) if LENGTH in getattr(size, "free_symbols", ())]
     if len(found) != 1 or shape[found[0]] is not flow.length:
         return ()
-    return (SequenceAxis(found[0], flow.stream),)
+    return (SequenceAxis(found[0], flow.query_axis),)
 
 
 def _has_new_tokens(flow: TokenFlow, value: ir.Value | None) -> bool:
     axes = () if value is None else flow.axes.get(value, ())
-    return len(axes) == 1 and axes[0].is_plain and axes[0].role.resolved() is Length.NEW
+    return len(axes) == 1 and axes[0].is_plain and axes[0].variable.resolved() is Length.NEW
 
 
 def _is_causal(flow: TokenFlow, state: SequenceState) -> bool:

@@ -113,18 +113,18 @@ class SubgraphRunner:
 
     def _feed_value(self, value: ir.Value) -> bool:
         """Add a feed for a value; False if it must be computed."""
-        fact, role, name = self.flow.shapes[value], self._roles.get(value), value.name or ""
+        fact, variable, name = self.flow.shapes[value], self._roles.get(value), value.name or ""
         tensor = constant_tensor(value)
         if value in self.probed:
             self._add_synthetic(value)
         elif tensor is not None:
             self._add_constant(value, tensor)
-        elif role is not None and role.holds_places:
+        elif variable is not None and variable.holds_places:
             self._assumptions.setdefault(POSITIONS_COUNT_UP, name)
-            self._add_feed(value, value.dtype, len(role.dimensions), partial(position_input, role))
-        elif role is not None:
-            self.masks.append(role)
-            self._types[name] = (value.dtype or ir.DataType.FLOAT, len(role.dimensions))
+            self._add_feed(value, value.dtype, len(variable.dimensions), partial(position_input, variable))
+        elif variable is not None:
+            self.masks.append(variable)
+            self._types[name] = (value.dtype or ir.DataType.FLOAT, len(variable.dimensions))
         elif fact.value is not None and fact.dtype is not None and follows_from_length(fact.value):
             numbers, dtype = fact.value, run_dtype(fact.dtype).numpy()
             self._add_feed(value, fact.dtype, numbers.ndim, lambda length: evaluate(numbers, length).astype(dtype))

@@ -30,16 +30,16 @@ class ScoreProduct:
     node: ir.Node
     left: int  # indices of the node's inputs
     right: int
-    left_role: LengthVariable
-    right_role: LengthVariable
+    left_variable: LengthVariable
+    right_variable: LengthVariable
 
     def key_index(self) -> int:
         """Index of the input that holds the keys."""
-        return self.left if self.left_role.resolved() is Length.TOTAL else self.right
+        return self.left if self.left_variable.resolved() is Length.TOTAL else self.right
 
     def query_index(self) -> int:
         """Index of the input that holds the queries."""
-        return self.right if self.left_role.resolved() is Length.TOTAL else self.left
+        return self.right if self.left_variable.resolved() is Length.TOTAL else self.left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class ContextProduct:
     node: ir.Node
     weights: int
     value: int
-    role: LengthVariable  # of the keys' axis
+    variable: LengthVariable  # of the keys' axis
 
     @property
     def zero_point(self) -> ir.Value | None:
@@ -77,7 +77,7 @@ class FusedAttention:
     mask: int | None
     causal: bool
     layout: tuple[str, ...]  # of key and value
-    heads_beside: int = 1  # key heads that lie side by side on the last axis of key and value
+    packed_heads: int = 1  # key heads that lie side by side on the last axis of key and value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +105,14 @@ class TokenFlow:
     inputs: Sequence[InputRole]
     opsets: Mapping[str, int]
     order: dict[ir.Node, int]  # place of each node in the graph
-    stream: LengthVariable = field(default_factory=lambda: LengthVariable(Length.NEW, "the tokens"))
+    query_axis: LengthVariable = field(default_factory=lambda: LengthVariable(Length.NEW, "the tokens"))
     axes: dict[ir.Value, Axes] = field(default_factory=dict)
-    demands: dict[Place, Axes] = field(default_factory=dict)  # where context meets tokens: its axes, in their roles
+    demands: dict[Place, Axes] = field(default_factory=dict)  # where context meets tokens: its axes, in their variables
     operands: dict[Place, LengthVariable] = field(
         default_factory=dict
-    )  # token inputs whose tokens stand in another role
-    beside: list[Place] = field(default_factory=list)  # those of them that no product reads
-    bordered: dict[Place, LengthVariable] = field(
+    )  # token inputs whose tokens stand in another variable
+    other_inputs: list[Place] = field(default_factory=list)  # those of them that no product reads
+    learned_row_inputs: dict[Place, LengthVariable] = field(
         default_factory=dict
     )  # where rows of the model's own are put beside tokens
     targets: dict[ir.Node, int] = field(default_factory=dict)  # nodes whose result's shape is given by that input
@@ -123,21 +123,21 @@ class TokenFlow:
     addresses: set[Place] = field(default_factory=set)  # context that stays as long as the call
     parameters: dict[Place, LengthVariable] = field(
         default_factory=dict
-    )  # bounds in which the length counts in this role
+    )  # bounds in which the length counts in this variable
     scores: list[ScoreProduct] = field(default_factory=list)
     products: list[ContextProduct] = field(default_factory=list)
     fused: list[FusedAttention] = field(default_factory=list)
     states: list[SequenceState] = field(default_factory=list)
     assumed: dict[str, str] = field(default_factory=dict)  # what could not be proved, and where first
-    along_keys: dict[ir.Node, LengthVariable] = field(
+    mixes_keys: dict[ir.Node, LengthVariable] = field(
         default_factory=dict
     )  # operators along an open axis: keys, or nothing
     last: set[ir.Value] = field(default_factory=set)  # made of the last token alone
     per_call: set[ir.Value] = field(default_factory=set)  # made with ranges over all tokens of a call
 
-    def is_bordered(self, role: LengthVariable) -> bool:
-        """Whether keys and values of a role have rows of the model's own beside them."""
-        return any(one.root() is role.root() for one in self.bordered.values())
+    def has_learned_rows(self, variable: LengthVariable) -> bool:
+        """Whether keys and values of a variable have rows of the model's own beside them."""
+        return any(one.root() is variable.root() for one in self.learned_row_inputs.values())
 
     def origin(self, place: Place) -> Place:
         """Where the tokens of an operand alone are read: before rows of the model's own were put beside them."""
@@ -145,18 +145,18 @@ class TokenFlow:
         while (
             value is not None
             and (node := value.producer()) is not None
-            and any(self.is_bordered(axis.role) for axis in self.axes.get(value, ()))
+            and any(self.has_learned_rows(axis.variable) for axis in self.axes.get(value, ()))
         ):
             index = next(
                 i for i, one in enumerate(node.inputs) if one is not None and self.kinds.get(one) is ValueKind.TOKEN
             )
             value, seen = node.inputs[index], (node, index)
-            if seen in self.bordered:
+            if seen in self.learned_row_inputs:
                 return seen
         return place
 
     @property
-    def recalling(self) -> frozenset[ir.Node]:
+    def state_nodes(self) -> frozenset[ir.Node]:
         """Nodes that are computed for all tokens so far, outside attention."""
         return frozenset(node for recall in self.states for node in recall.nodes)
 
@@ -202,16 +202,16 @@ class NodeVisit:
         return [index for index in range(len(self.node.inputs)) if self.kind(index) is ValueKind.TOKEN]
 
     def demand(self, index: int, axes: Axes) -> None:
-        """Note that an input which is not token data has these axes in these roles."""
+        """Note that an input which is not token data has these axes in these variables."""
         if axes:
             self.flow.demands[self.node, index] = tuple(sorted(axes, key=lambda axis: axis.axis))
 
-    def parameter(self, indices: tuple[int, ...], role: LengthVariable) -> None:
-        """Note that a length in these inputs is that of a role."""
+    def parameter(self, indices: tuple[int, ...], variable: LengthVariable) -> None:
+        """Note that a length in these inputs is that of a variable."""
         for index in indices:
             numbers = self.call.numbers(index)
             if numbers is not None and any(self.holds_length(number) for number in numbers):
-                self.flow.parameters[self.node, index] = role
+                self.flow.parameters[self.node, index] = variable
 
     def holds_length(self, size: Dimension) -> bool:
         """Whether a dimension varies with the number of tokens."""
@@ -242,11 +242,13 @@ class NodeVisit:
     def scores(self, left: int, right: int) -> tuple[LengthVariable, LengthVariable]:
         """Note that two inputs are multiplied query by key; return the variables of their axes, which are open."""
         name = self.node.outputs[0].name or ""
-        roles = LengthVariable(at=name), LengthVariable(at=name)
+        variables = LengthVariable(at=name), LengthVariable(at=name)
         self.flow.scores.append(
-            ScoreProduct(node=self.node, left=left, right=right, left_role=roles[0], right_role=roles[1])
+            ScoreProduct(
+                node=self.node, left=left, right=right, left_variable=variables[0], right_variable=variables[1]
+            )
         )
-        return roles
+        return variables
 
     def mixing(self) -> UnsupportedError:
         """An error: this node lets a token see others."""
@@ -256,39 +258,39 @@ class NodeVisit:
             hint="its state is remembered only where it is seen to depend on no later token",
         )
 
-    def works_along(self, axis: SequenceAxis) -> None:
+    def mix_along(self, axis: SequenceAxis) -> None:
         """Note that the node works along a sequence axis: right only where that is the axis of the keys.
 
         Raises:
-            UnsupportedError: It is the stream's.
+            UnsupportedError: It is the query_axis's.
         """
-        if axis.role.resolved() is Length.NEW or not axis.bare.is_plain:
+        if axis.variable.resolved() is Length.NEW or not axis.without_rows.is_plain:
             raise self.mixing()
-        axis.role.root().only_if_total.append(self.node.outputs[0].name or "")
-        self.flow.along_keys[self.node] = axis.role
+        axis.variable.root().mixed_at.append(self.node.outputs[0].name or "")
+        self.flow.mixes_keys[self.node] = axis.variable
 
-    def opened(self, axis: SequenceAxis, index: int, role: LengthVariable | None = None) -> SequenceAxis:
-        """Let an input's tokens stand in a role that is still open: they may turn out to be the keys'."""
-        role = role or LengthVariable(at=self.node.outputs[0].name or "")
-        self.flow.operands[self.node, index] = role
-        self.flow.beside.append((self.node, index))
-        return axis.with_role(role)
+    def open_length(self, axis: SequenceAxis, index: int, variable: LengthVariable | None = None) -> SequenceAxis:
+        """Let an input's tokens stand in a variable that is still open: they may turn out to be the keys'."""
+        variable = variable or LengthVariable(at=self.node.outputs[0].name or "")
+        self.flow.operands[self.node, index] = variable
+        self.flow.other_inputs.append((self.node, index))
+        return axis.with_variable(variable)
 
     def meet(self, mine: tuple[int, SequenceAxis], theirs: tuple[int, SequenceAxis]) -> SequenceAxis:
-        """Align sequence axes of two inputs, each with its index; tokens of the stream follow an open role."""
+        """Align sequence axes of two inputs, each with its index; tokens of the query_axis follow an open variable."""
         (_, one), (second, other) = mine, theirs
         same = dim.is_equal(one.outer, other.outer) and dim.is_equal(one.inner, other.inner)
-        if not same or (one.ahead, one.behind) != (other.ahead, other.behind):
+        if not same or (one.rows_before, one.rows_after) != (other.rows_before, other.rows_after):
             raise self.refusal("two tensors hold the tokens in different places", at=self.node.inputs[second])
-        if one.role.resolved() is Length.NEW and other.role.resolved() is None:
+        if one.variable.resolved() is Length.NEW and other.variable.resolved() is None:
             (_, one), (second, other) = theirs, mine
-        if one.role.resolved() is None and other.role.resolved() is Length.NEW and not one.role.root().bias:
-            return self.opened(other, second, one.role)
-        if not one.role.agree(other.role):
+        if one.variable.resolved() is None and other.variable.resolved() is Length.NEW and not one.variable.root().bias:
+            return self.open_length(other, second, one.variable)
+        if not one.variable.agree(other.variable):
             raise self.refusal("queries and keys are added to each other", at=self.node.inputs[second])
         return one
 
 
 def is_of_queries(axes: Axes) -> bool:
     """Whether all sequence axes of a tensor have the new length."""
-    return all(axis.role.resolved() is Length.NEW for axis in axes)
+    return all(axis.variable.resolved() is Length.NEW for axis in axes)

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis.analysis import Analysis, AttentionSite
+from kvsurgeon.analysis.analysis import Analysis
+from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.analysis.token_flow import Place, TokenFlow
 from kvsurgeon.anatomy.facts import Attention, CachedTensor, CachePointFacts, Decoder, Input, Projection
@@ -67,11 +68,11 @@ def cache_facts(signature: CacheSignature) -> Iterator[CachedTensor]:
 def _attentions(analysis: Analysis, proof: Proof) -> Iterator[Attention]:
     owner: dict[ir.Value, int] = {}
     flow = analysis.flow
-    for layer, site in enumerate(analysis.heads):
+    for layer, site in enumerate(analysis.sites):
         key, value = site.keys[0], site.values[0]
-        shared = owner.get(key.memory.value) if value.memory.value in owner else None
-        owner.setdefault(key.memory.value, layer)
-        owner.setdefault(value.memory.value, layer)
+        shared = owner.get(key.cache_point.value) if value.cache_point.value in owner else None
+        owner.setdefault(key.cache_point.value, layer)
+        owner.setdefault(value.cache_point.value, layer)
         counts = counts_of(flow, site)
         query = _query_place(site)
         scale, softcap = read_scale(flow, site, query, counts.head_dim)
@@ -92,8 +93,8 @@ def _attentions(analysis: Analysis, proof: Proof) -> Iterator[Attention]:
             query=projections[0],
             key=projections[1],
             value=projections[2],
-            key_cache=_cache_point(key.memory),
-            value_cache=_cache_point(value.memory),
+            key_cache=_cache_point(key.cache_point),
+            value_cache=_cache_point(value.cache_point),
             shares_cache_with=shared,
         )
 

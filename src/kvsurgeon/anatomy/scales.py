@@ -6,7 +6,7 @@ import math
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis.analysis import AttentionSite
+from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.token_flow import Place, TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.constants import small_constant

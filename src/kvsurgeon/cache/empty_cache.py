@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from kvsurgeon.cache.layout import declared_names, declared_shape
 from kvsurgeon.cache.pairs import CachePair, has_features
-from kvsurgeon.dataflow.input_roles import read_inputs, real_inputs
+from kvsurgeon.dataflow.input_roles import read_inputs, required_inputs
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
@@ -52,7 +52,7 @@ def inputs_of_past_length(graph: ir.Graph, pairs: Sequence[CachePair]) -> list[i
     """
     lengths = {declared_names(pair.past)[pair.axis] for pair in pairs if not pair.is_buffer} - {None}
     pasts = [pair.past for pair in pairs]
-    found = [value for value in real_inputs(graph) if value not in pasts and lengths & set(declared_names(value))]
+    found = [value for value in required_inputs(graph) if value not in pasts and lengths & set(declared_names(value))]
     for value in found:
         if has_features(value):
             raise UnsupportedError(

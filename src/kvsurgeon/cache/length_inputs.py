@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from kvsurgeon.cache.layout import declared_names
 from kvsurgeon.cache.pairs import CachePair
-from kvsurgeon.dataflow.input_roles import read_inputs, real_inputs
+from kvsurgeon.dataflow.input_roles import read_inputs, required_inputs
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import small_constant
@@ -102,7 +102,9 @@ def set_to_zero(graph: ir.Graph, editor: Editor, length: LengthInput) -> None:
     dtype = length.value.dtype or length.source.dtype
     zero = editor.constant(np.zeros(length.shape), dtype.numpy(), name="no_past")
     batch = next(iter(declared_names(length.source)), None) if length.is_whole_input else None
-    sized = next((value for value in real_inputs(graph) if batch is not None and batch in declared_names(value)), None)
+    sized = next(
+        (value for value in required_inputs(graph) if batch is not None and batch in declared_names(value)), None
+    )
     if sized is not None:
         sizes = editor.node("Shape", [sized], name="sizes", dtype=ir.DataType.INT64)
         index = editor.constant([declared_names(sized).index(batch)], name="axis")

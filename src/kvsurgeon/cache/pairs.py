@@ -13,7 +13,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from kvsurgeon.dataflow.input_roles import real_inputs
+from kvsurgeon.dataflow.input_roles import required_inputs
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import STANDARD_DOMAINS, chain, through
 from kvsurgeon.symbolic.fact import axis_of
@@ -111,7 +111,7 @@ def find_cache_pairs(graph: ir.Graph) -> tuple[CachePair, ...]:
     Raises:
         UnsupportedError: Two outputs return one cache input, or its sequence axis is ambiguous.
     """
-    order = {value: index for index, value in enumerate(real_inputs(graph))}
+    order = {value: index for index, value in enumerate(required_inputs(graph))}
     found: dict[ir.Value, CachePair] = {}
     concats = _inner_concats(graph, order)
     for present in graph.outputs:
@@ -129,7 +129,7 @@ def find_cache_pairs(graph: ir.Graph) -> tuple[CachePair, ...]:
 
 def find_unknown_caches(graph: ir.Graph) -> tuple[ir.Value, ...]:
     """Return the cache inputs that are updated in an unknown way, such as by a `ScatterND`."""
-    inputs = set(real_inputs(graph)) - {pair.past for pair in find_cache_pairs(graph)}
+    inputs = set(required_inputs(graph)) - {pair.past for pair in find_cache_pairs(graph)}
     returned = {through(value, _is_view) for value in graph.outputs}
     found: dict[ir.Value, None] = {}
     for node in graph:

@@ -9,7 +9,8 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis.analysis import Analysis, CachedOperand
+from kvsurgeon.analysis.analysis import Analysis
+from kvsurgeon.analysis.attention_sites import CachedOperand
 from kvsurgeon.analysis.cache_points import CachePoint, bottlenecks, choose_cache_point
 from kvsurgeon.analysis.token_flow import Place
 from kvsurgeon.cache.layout import Layout, possible_layouts
@@ -129,9 +130,9 @@ def _readers(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int
         return added
 
     layer = 0
-    for site in analysis.heads:
+    for site in analysis.sites:
         parts: tuple[tuple[Kind, tuple[CachedOperand, ...]], ...] = (("key", site.keys), ("value", site.values))
-        layer += any([add(layer, kind, one.place, one.memory) for kind, operands in parts for one in operands])
+        layer += any([add(layer, kind, one.place, one.cache_point) for kind, operands in parts for one in operands])
     state = 0
     for place in (place for sequence_state in analysis.flow.states for place in sequence_state.places):
         state += add(state, "state", place, choose_cache_point(analysis.flow, place))

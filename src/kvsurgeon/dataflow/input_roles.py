@@ -48,7 +48,7 @@ class InputRole:
         return bool(self.lengths) and set(self.lengths.values()) == {Length.NEW}
 
 
-def real_inputs(graph: ir.Graph) -> list[ir.Value]:
+def required_inputs(graph: ir.Graph) -> list[ir.Value]:
     """The inputs that a caller must feed: those that are not initializers as well."""
     return [value for value in graph.inputs if not value.is_initializer()]
 
@@ -69,7 +69,7 @@ def read_inputs(graph: ir.Graph) -> tuple[dict[ir.Value, tuple[Dimension, ...]],
     names: dict[str, Dimension] = {}
     length: Dimension | None = None
     shaped = []
-    for value in real_inputs(graph):
+    for value in required_inputs(graph):
         if value.shape is None:
             raise UnsupportedError(
                 "an input has no shape", at=value.name, expected="a shape with a batch and a sequence axis",

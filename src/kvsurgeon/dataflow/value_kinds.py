@@ -26,7 +26,7 @@ class ValueKind(IntEnum):
     TOKEN = 2
 
 
-def find_kinds(nodes: Iterable[ir.Node], inputs: list[InputRole], shapes: Shapes) -> dict[ir.Value, ValueKind]:
+def classify_values(nodes: Iterable[ir.Node], inputs: list[InputRole], shapes: Shapes) -> dict[ir.Value, ValueKind]:
     """Return the kind of every value that a node makes or a graph input holds; what is missing is constant."""
     kinds: dict[ir.Value, ValueKind] = {
         given.value: ValueKind.TOKEN if given.is_token else ValueKind.CONTEXT for given in inputs

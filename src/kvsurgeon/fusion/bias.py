@@ -130,7 +130,7 @@ class AttentionBias:
         if masked is None or match.scores is None:
             return (match.query.batch, match.query.heads, context.sequence, context.lengths.total), [0, 1, 2, 3]
         sizes, axes = context.token_sizes(masked), context.flow.axes[masked]
-        last = [axis.axis for axis in sorted(axes, key=lambda axis: axis.role.resolved() is not Length.NEW)]
+        last = [axis.axis for axis in sorted(axes, key=lambda axis: axis.variable.resolved() is not Length.NEW)]
         return sizes, [*(place for place in range(len(sizes)) if place not in last), *last]
 
     def _cut(self, bias: Bias) -> Bias:

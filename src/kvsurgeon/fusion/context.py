@@ -49,6 +49,6 @@ class FusionContext:
     def _sizes(self, value: ir.Value, axes: Axes) -> Sizes:
         sizes = [self.lengths.at(size, Length.TOTAL) for size in self.flow.shapes[value].shape or ()]
         for axis in axes:
-            length = self.sequence if axis.role.resolved() is Length.NEW else self.lengths.total
+            length = self.sequence if axis.variable.resolved() is Length.NEW else self.lengths.total
             sizes[axis.axis] = axis.outer * length * axis.inner
         return tuple(sizes)

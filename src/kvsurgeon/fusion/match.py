@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis.analysis import Analysis, AttentionSite, CachedOperand
+from kvsurgeon.analysis.analysis import Analysis
+from kvsurgeon.analysis.attention_sites import AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import CachePoint, cache_point_of
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.anatomy.scales import number_of
@@ -73,7 +74,7 @@ def match_attention(analysis: Analysis, layer: int, *, cached: bool) -> FusionMa
     Raises:
         UnsupportedError: The layer computes something else.
     """
-    flow, site = analysis.flow, analysis.heads[layer]
+    flow, site = analysis.flow, analysis.sites[layer]
     try:
         query, result, path = (_match_operator if site.fused is not None else _match_products)(flow, site)
         (key, scale), (value, _) = (_operand(flow, site, one[0], cached) for one in (site.keys, site.values))
@@ -93,7 +94,7 @@ def _match_operator(flow: TokenFlow, site: AttentionSite) -> tuple[CachePoint, C
     fused = site.fused
     assert fused is not None
     attributes, heads = fused.node.attributes, 1
-    if fused.heads_beside != 1:
+    if fused.packed_heads != 1:
         heads = flow.shapes.call(fused.node).integer("q_num_heads", 1)
     query = _describe(flow, fused.node.inputs[fused.query], heads)
     path = ScorePath(
@@ -108,11 +109,11 @@ def _match_operator(flow: TokenFlow, site: AttentionSite) -> tuple[CachePoint, C
 def _match_products(flow: TokenFlow, site: AttentionSite) -> tuple[CachePoint, CachePoint, ScorePath]:
     """Return query, result and score path of an attention of standard operators."""
     scores, products = site.scores, site.products
-    if len(scores) != 1 or len(products) != 1 or site.beside:
+    if len(scores) != 1 or len(products) != 1 or site.other_inputs:
         raise UnsupportedError(
             "the scores are not one product of queries and keys", code=Code.NOT_FUSABLE, at=site.at.name,
             expected="one score product and one context product",
-            found=f"{len(scores)} and {len(products)}" + (", and other token data" if site.beside else ""),
+            found=f"{len(scores)} and {len(products)}" + (", and other token data" if site.other_inputs else ""),
         )  # fmt: skip
     node = scores[0].node
     query, scale = _query(flow, node.inputs[scores[0].query_index()])
@@ -127,16 +128,16 @@ def _operand(flow: TokenFlow, site: AttentionSite, operand: CachedOperand, cache
     node, index = operand.place
     value, is_key = node.inputs[index], operand in site.keys
     assert value is not None
-    trace = trace_layout(flow, {node: tuple(node.inputs) for node in flow.order}, value, operand.memory)
+    trace = trace_layout(flow, {node: tuple(node.inputs) for node in flow.order}, value, operand.cache_point)
     scale = None if trace is None or (trace.scales and not is_key) else _scale_of(flow, trace)
     if scale is not None:
-        return operand.memory, scale
+        return operand.cache_point, scale
     if not cached:
         return _read(flow, operand)
     raise UnsupportedError(
         f"{'keys' if is_key else 'values'} are computed from the cached tensor", code=Code.NOT_FUSABLE,
         at=value.name, expected="layout operators and repeated heads between cache and product",
-        found=f"`{operand.memory.value.name}` cached",
+        found=f"`{operand.cache_point.value.name}` cached",
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis.analysis import AttentionSite
+from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.anatomy.scales import number_of
 from kvsurgeon.errors import Code, UnsupportedError

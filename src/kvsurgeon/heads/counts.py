@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis.analysis import AttentionSite, CachedOperand
+from kvsurgeon.analysis.attention_sites import AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import cache_point_of
 from kvsurgeon.analysis.token_flow import FusedAttention, TokenFlow
 from kvsurgeon.heads.index_trace import Labels
@@ -43,7 +43,7 @@ def counts_of(flow: TokenFlow, site: AttentionSite) -> HeadCounts:
 def _width_before_repetition(flow: TokenFlow, operand: CachedOperand) -> int:
     """Features of one token before heads are repeated, also if that is before the cache point."""
     labels = Labels(flow)
-    value, fewest = operand.memory.value, operand.memory.elements
+    value, fewest = operand.cache_point.value, operand.cache_point.elements
     while (node := value.producer()) is not None and labels.keeps_apart(node):
         sources = labels.token_sources(node)
         before = cache_point_of(flow, sources[0]) if len(sources) == 1 else None
@@ -60,7 +60,7 @@ def _sizes(flow: TokenFlow, site: AttentionSite) -> tuple[int, int, int]:
     """head_dim, features of a value head, and the number of query heads, from the shapes of the two products."""
     score, product = site.scores[0].node, site.products[0].node
     head_dim = _summed(flow, score)
-    tokens = dim.product(dim.add(flow.length, axis.border) for axis in flow.axes[score.outputs[0]])
+    tokens = dim.product(dim.add(flow.length, axis.learned_rows) for axis in flow.axes[score.outputs[0]])
     scores = dim.product(flow.shapes[score.outputs[0]].shape or ())
     heads = dim.exact_quotient(scores, dim.multiply(flow.batch, tokens))
     heads = heads if isinstance(heads, int) else 1

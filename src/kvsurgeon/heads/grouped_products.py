@@ -35,7 +35,7 @@ def key_heads_read(analysis: Analysis, layer: int) -> tuple[int, ...]:
     Raises:
         UnsupportedError: The heads cannot be traced.
     """
-    site, flow = analysis.heads[layer], analysis.flow
+    site, flow = analysis.sites[layer], analysis.flow
     counts = counts_of(flow, site)
     heads = np.arange(counts.heads)
     if counts.kv_heads < counts.heads:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
-from kvsurgeon.symbolic.sequence_axes import LengthVariable, SequenceAxis, follow_reshape
+from kvsurgeon.symbolic.sequence_axes import LengthVariable, SequenceAxis, reshape_axes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class HeadAxis:
         if self.count == 1:
             return self._single(before, after)
         mine = SequenceAxis(self.axis, LengthVariable(), self.outer, self.inner)
-        found = follow_reshape((mine,), tuple(after), tuple(before), self.count)
+        found = reshape_axes((mine,), tuple(after), tuple(before), self.count)
         return HeadAxis(found[0].axis, self.count, found[0].outer, found[0].inner) if found else None
 
     def _single(self, before: Sequence[Dimension], after: Sequence[Dimension]) -> HeadAxis | None:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.analysis.analysis import AttentionSite, CachedOperand
+from kvsurgeon.analysis.attention_sites import AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import cache_point_of
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import chain, producers, upstream
@@ -95,7 +95,7 @@ def _find(labels: Labels, site: AttentionSite, operand: CachedOperand, counts: H
     else:
         repeated = np.arange(counts.kv_heads)
         if site.fused is None and counts.kv_heads == counts.heads:
-            path, cached = _path_to_product(labels, value), operand.memory.value
+            path, cached = _path_to_product(labels, value), operand.cache_point.value
             start = end = cached if cached in path else path[0]
         else:
             sharing = "broadcast" if site.fused is None else "native"
@@ -133,7 +133,7 @@ def _repeated_values(
 
 def _nodes_between(labels: Labels, operand: CachedOperand) -> set[ir.Node]:
     """The nodes between the cache point and the product, the product included."""
-    cached = operand.memory.value
+    cached = operand.cache_point.value
     values = upstream([operand_value(operand)], stop=lambda value: value is cached, inputs=labels.token_sources)
     return {operand.place[0], *producers(value for value in values if value is not cached)}
 
@@ -150,7 +150,7 @@ def _path_to_product(labels: Labels, value: ir.Value) -> list[ir.Value]:
 
 def _path_from_cache(labels: Labels, operand: CachedOperand, between: set[ir.Node]) -> list[ir.Value]:
     """The values from the cache point towards the product, up to a node that combines several."""
-    path, last = [operand.memory.value], operand_value(operand)
+    path, last = [operand.cache_point.value], operand_value(operand)
     while path[-1] is not last:
         nodes = {node for node, _ in path[-1].uses() if node in between}
         node = nodes.pop() if len(nodes) == 1 else None
@@ -173,7 +173,7 @@ def _repetitions_before_cache(
             return []
         return [value for value in labels.token_sources(node) if labels.is_projected(value)]
 
-    for value in upstream([operand.memory.value], inputs=projected):
+    for value in upstream([operand.cache_point.value], inputs=projected):
         node = value.producer()
         sources = [] if node is None else projected(node)
         # A node that joins several sources does not repeat heads.

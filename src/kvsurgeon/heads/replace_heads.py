@@ -55,7 +55,7 @@ class HeadReplacer:
         self.labels = Labels(self.flow)
         self.layouts = LayoutBuilder(self.editor, analysis.inputs)
         self.carrier = Carrier(analysis, self.labels, self.editor, self.layouts.lengths, lossy=lossy)
-        self.counts = tuple(counts_of(self.flow, site) for site in analysis.heads)
+        self.counts = tuple(counts_of(self.flow, site) for site in analysis.sites)
         self._repetitions: dict[int, tuple[tuple[HeadRepetition, ...], tuple[HeadRepetition, ...]]] = {}
 
     def replace(self, wanted: Sequence[NewHeads | None]) -> int:
@@ -99,7 +99,7 @@ class HeadReplacer:
     def _repetitions_of(self, layer: int) -> tuple[tuple[HeadRepetition, ...], tuple[HeadRepetition, ...]]:
         """The repetitions of keys, and those of values."""
         if layer not in self._repetitions:
-            site, counts = self.analysis.heads[layer], self.counts[layer]
+            site, counts = self.analysis.sites[layer], self.counts[layer]
             keys, values = (
                 tuple(find_repetition(self.labels, layer, site, operand, counts) for operand in operands)
                 for operands in (site.keys, site.values)

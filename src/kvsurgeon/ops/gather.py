@@ -251,7 +251,7 @@ def resize_slice(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes
         if steps[axis.axis] != 1 or not axis.is_plain or dim.is_less(start, 0) or not dim.is_known(start):
             return None
         start = lengths.at(start, Length.TOTAL)
-        first, last = lengths.span(axis.role.resolved() or Length.TOTAL)
+        first, last = lengths.span(axis.variable.resolved() or Length.TOTAL)
         starts[axis.axis], ends[axis.axis] = dim.add(start, first), dim.add(start, last)
     cut, whole = {axis.axis for axis in axes}, {axis.axis for axis in wanted}
     made = [resizer.slice_of(source, tuple(wanted))]

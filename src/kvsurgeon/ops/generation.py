@@ -135,7 +135,7 @@ def resize_range(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes
         extent = lengths.total
     if not dim.is_known(extent) or not dim.is_known(first):
         return None
-    if axes and axes[0].role.resolved() is Length.NEW:
+    if axes and axes[0].variable.resolved() is Length.NEW:
         if not axes[0].is_plain:
             return None
         first, extent = dim.add(first, PAST), NEW
@@ -150,7 +150,7 @@ def resize_eye_like(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: A
         return None
     starts: list[Dimension] = [call.integer("k", 0), 0]
     for axis in axes:
-        if axis.role.resolved() is Length.NEW:
+        if axis.variable.resolved() is Length.NEW:
             starts[axis.axis] = dim.add(starts[axis.axis], PAST)
     places = []
     for start, size in zip(starts, resizer.sizes(fact.shape, axes), strict=True):

@@ -335,7 +335,7 @@ def resize_trilu(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes
         return None
     diagonal = resizer.lengths.at(offset[0], Length.TOTAL)
     for axis in axes:
-        if axis.role.resolved() is Length.NEW and axis.axis >= rank - 2:
+        if axis.variable.resolved() is Length.NEW and axis.axis >= rank - 2:
             if not axis.is_plain:
                 return None
             diagonal = dim.add(diagonal, PAST) if axis.axis == rank - 2 else dim.subtract(diagonal, PAST)

@@ -189,7 +189,7 @@ def resize_cumulative_sum(resizer: Resizer, node: ir.Node, call: OperatorCall, a
     place = axis_of(along_axis[0], rank)
     inside = tuple(SequenceAxis(place, LengthVariable(Length.TOTAL)) if axis.axis == place else axis for axis in axes)
     whole = resizer.rebuilt(node, [resizer.slice_of(source, inside), node.inputs[1]])
-    new = tuple(axis for axis in axes if axis.axis == place and axis.role.resolved() is Length.NEW)
+    new = tuple(axis for axis in axes if axis.axis == place and axis.variable.resolved() is Length.NEW)
     return resizer.sliced(whole, new)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.analysis.analysis import AttentionSite
+from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.mask_patterns import (
     MaskPattern,
     first_half,
@@ -62,7 +62,7 @@ def check_causality(
         axes = sweep.flow.axes[weights]
         probe = AttentionProbe(
             sweep, layer, site, product.weights_read, partial(_read_weights, axes=axes),
-            reductions=reductions, learned=weights if any(axis.border for axis in axes) else None,
+            reductions=reductions, learned=weights if any(axis.learned_rows for axis in axes) else None,
         )  # fmt: skip
         patterns.append(probe.check())
     return patterns[0]
@@ -72,9 +72,9 @@ def other_reductions(sweep: LengthSweep, site: AttentionSite) -> list[ir.Value]:
     """Return sums and extrema of the scores over keys that are not weights; they must be masked as weights are."""
     if site.fused is not None:
         return []
-    role, nodes = site.products[0].role.root(), site.upstream_of_weights()
+    variable, nodes = site.products[0].variable.root(), site.upstream_of_weights()
     return [
-        node.outputs[0] for node, keys in sweep.flow.along_keys.items() if keys.root() is role and node not in nodes
+        node.outputs[0] for node, keys in sweep.flow.mixes_keys.items() if keys.root() is variable and node not in nodes
     ]
 
 
@@ -145,7 +145,7 @@ class AttentionProbe:
         self._learned_axes = () if learned is None else axes[learned]
         self.others = [(value, axes[value]) for value in reductions]  # compared in addition to the weights
         if learned is not None:
-            self.others.append((learned, tuple(axis for axis in self._learned_axes if not axis.border)))
+            self.others.append((learned, tuple(axis for axis in self._learned_axes if not axis.learned_rows)))
         if self.others and sweep.fixed is not None:
             raise UnsupportedError(
                 "scores are reduced outside the attention weights, and a fixed length hides whether they are masked",

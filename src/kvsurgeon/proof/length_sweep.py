@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.analysis.analysis import Analysis, AttentionSite
+from kvsurgeon.analysis.analysis import Analysis
+from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.mask_patterns import describe_difference, is_close
 from kvsurgeon.analysis.probe_inputs import at_length
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner

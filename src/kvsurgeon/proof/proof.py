@@ -80,7 +80,7 @@ def prove(analysis: Analysis, assumed_padding: Mapping[str, str] | None = None) 
     keys: dict[Hashable, int] = {}
     checked: dict[Hashable, AttentionPattern] = {}
     patterns: list[AttentionPattern] = []
-    for layer, site in enumerate(analysis.heads):
+    for layer, site in enumerate(analysis.sites):
         reductions = other_reductions(sweep, site)
         number = number_site(analysis, site, reductions, keys)
         if number not in checked:
@@ -112,7 +112,7 @@ def _obligations(
             return Obligation(name=name, status="assumed", at=assumed_at)
         return Obligation(name=name, status="measured", lengths=sweep.lengths) if measured else Obligation(name=name)
 
-    has_context = any(site.fused is None or site.fused.mask is not None for site in sweep.analysis.heads)
+    has_context = any(site.fused is None or site.fused.mask is not None for site in sweep.analysis.sites)
     has_masks = any(pattern.attended for pattern in patterns)
     return (
         established("causal", measured=has_context),
@@ -136,7 +136,7 @@ def _check_padding(sweep: LengthSweep, patterns: Sequence[AttentionPattern]) -> 
             if (attended & leaking[: len(attended)]).any():
                 raise UnsupportedError(
                     "masked tokens attend to later tokens, and unmasked tokens depend on them", code=Code.PADDING_LEAK,
-                    layer=layer, at=analysis.heads[layer].at.name,
+                    layer=layer, at=analysis.sites[layer].at.name,
                 )  # fmt: skip
         for state in analysis.flow.states if leaking.any() else ():
             if reads_masked_tokens(analysis.flow, state, mask, sweep.assumptions):

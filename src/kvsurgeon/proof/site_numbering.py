@@ -6,7 +6,8 @@ from collections.abc import Hashable, Sequence
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis.analysis import Analysis, AttentionSite
+from kvsurgeon.analysis.analysis import Analysis
+from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.query import downstream
 from kvsurgeon.graph.value_numbering import ValueNumbering, constant_key
@@ -30,9 +31,9 @@ def number_site(
     probed: dict[ir.Value, Hashable] = {}
     for index, score in enumerate(site.scores):
         value = score.node.outputs[0]
-        learned = tuple((axis.ahead, axis.behind) for axis in flow.axes[value])
+        learned = tuple((axis.rows_before, axis.rows_after) for axis in flow.axes[value])
         probed[value] = ("score", index, shapes[value].shape, learned)
-    for index, (node, place) in enumerate(site.beside):
+    for index, (node, place) in enumerate(site.other_inputs):
         if (operand := node.inputs[place]) is not None:
             probed[operand] = ("operand", index, shapes[operand].shape)
     computed = set(downstream(site.weight_sources, stop=site.ends.__contains__))

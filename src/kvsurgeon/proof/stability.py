@@ -45,9 +45,9 @@ def find_limit(sweep: LengthSweep) -> int | None:
     if not values:
         return None
     runner = sweep.runner(list(values))
-    learned = [value for value, axes in values.items() if any(axis.border for axis in axes)]
+    learned = [value for value, axes in values.items() if any(axis.learned_rows for axis in axes)]
     compared = list(values.items())
-    compared += [(value, tuple(axis for axis in values[value] if not axis.border)) for value in learned]
+    compared += [(value, tuple(axis for axis in values[value] if not axis.learned_rows)) for value in learned]
 
     def run(length: int, mask: MaskPattern) -> Arrays:
         arrays = dict(zip(values, runner.run(length, mask), strict=True))
@@ -105,7 +105,7 @@ def _context_values(sweep: LengthSweep) -> tuple[dict[ir.Value, Axes], dict[ir.V
         if (
             node in attention
             or node in flow.routed_regions
-            or node in flow.recalling
+            or node in flow.state_nodes
             or not any(flow.kinds.get(value) is ValueKind.TOKEN for value in node.outputs)
         ):
             continue
@@ -155,7 +155,7 @@ def _positions(sweep: LengthSweep, value: ir.Value, axes: Axes) -> tuple[ir.Valu
 def _attention_nodes(sweep: LengthSweep) -> set[ir.Node]:
     """Return the nodes between the scores of each attention and its weights or other reductions."""
     nodes: set[ir.Node] = set()
-    for site in sweep.analysis.heads:
+    for site in sweep.analysis.sites:
         below = producers(downstream(site.weight_sources, stop=site.ends.__contains__)).keys()
         nodes |= below & (site.upstream_of_weights() | site.upstream_of(other_reductions(sweep, site)))
     return nodes

@@ -61,7 +61,7 @@ def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperator
     for state in flow.states:
         _slice_state(state, slices)
     connect_operators()
-    for site in analysis.heads:
+    for site in analysis.sites:
         grouping.regroup(site)
     analysis.model.graph.outputs.extend(presents)
     editor.finish()
@@ -136,7 +136,7 @@ def _slice_state(state: SequenceState, slices: ContextSlices) -> None:
     assert fact.dtype is not None
     bounds = [slices.lengths.flat(end) for end in slices.lengths.span(Length.NEW)]
     total, new = (
-        dim_names(slices.sizes(fact.shape, (axis.with_role(LengthVariable(length)),)))
+        dim_names(slices.sizes(fact.shape, (axis.with_variable(LengthVariable(length)),)))
         for length in (Length.TOTAL, Length.NEW)
     )
     inputs = [*bounds, slices.editor.constant([axis.axis], name="axes")]

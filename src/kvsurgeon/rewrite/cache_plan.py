@@ -74,7 +74,7 @@ def plan_cache(options: CacheOptions, analysis: Analysis, proof: Proof) -> Cache
         )  # fmt: skip
     return CachePlan(
         cache_mode=options.cache, past_length=past_length, past=past, present=present, total=total,
-        tensors=find_cache_tensors(analysis.heads, analysis.states, options),
+        tensors=find_cache_tensors(analysis.sites, analysis.states, options),
         limit=proof.limit, max_length=proof.max_length,
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis.analysis import AttentionSite
+from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT, Layout
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
@@ -72,7 +72,7 @@ def find_cache_tensors(
     cached: set[ir.Value] = set()
     layer = 0
     for number, site in enumerate(sites):
-        new = [(kind, point) for kind, point in site.memories if point.value not in cached]
+        new = [(kind, point) for kind, point in site.cached_tensors if point.value not in cached]
         cached |= {point.value for _, point in new}
         if len({kind for kind, _ in new}) < len(new):
             raise UnsupportedError(

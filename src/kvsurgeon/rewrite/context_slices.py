@@ -29,7 +29,7 @@ from kvsurgeon.rewrite.unfilled_rows import in_token_order
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import NEW, Dimension
 from kvsurgeon.symbolic.fact import Fact, OperatorCall
-from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis, follow_reshape
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis, reshape_axes
 
 Key = tuple[tuple[SequenceAxis, Length], ...]
 
@@ -57,7 +57,7 @@ class ContextSlices:
             flow: The token flow.
             editor: The editor of the graph.
             lengths: The two lengths as values.
-            inputs: The roles of the graph inputs.
+            inputs: The variables of the graph inputs.
             same: The first of several context values that are computed alike.
         """
         self.flow = flow
@@ -74,7 +74,7 @@ class ContextSlices:
         value = self.same.get(value, value)
         if not axes and self.fixed:
             axes = self.given_axes(value)
-        key = tuple((axis.with_role(_ANY), axis.role.resolved() or Length.TOTAL) for axis in axes)
+        key = tuple((axis.with_variable(_ANY), axis.variable.resolved() or Length.TOTAL) for axis in axes)
         if (value, key) not in self._made:
             self._made[value, key] = self._make(value, axes)
         return self._made[value, key]
@@ -164,7 +164,7 @@ class ContextSlices:
         before, after, source = call.fact(0).shape, call.result.shape, node.inputs[0]
         if before is None or after is None or source is None:
             return None
-        wanted = follow_reshape(axes, after, before, self.flow.length)
+        wanted = reshape_axes(axes, after, before, self.flow.length)
         if wanted is None or not dim.all_known(after):
             return None
         made = self.slice_of(source, tuple(sorted(wanted, key=lambda axis: axis.axis)))
@@ -197,14 +197,16 @@ class ContextSlices:
         after = self.flow.shapes[value].shape
         if source is None or before is None or after is None:
             return ()
-        return follow_reshape(self.given_axes(source), before, after, self.flow.length) or ()
+        return reshape_axes(self.given_axes(source), before, after, self.flow.length) or ()
 
     def _of_constant(self, value: ir.Value, axes: Axes) -> ir.Value:
         return self.sliced(value, axes) if axes else value
 
     def _of_input(self, value: ir.Value, axes: Axes) -> ir.Value:
         lengths = self.given[value].lengths
-        wrong = [axis for axis in axes if lengths.get(axis.axis) is Length.NEW and axis.role.resolved() is Length.TOTAL]
+        wrong = [
+            axis for axis in axes if lengths.get(axis.axis) is Length.NEW and axis.variable.resolved() is Length.TOTAL
+        ]
         if wrong:
             raise UnsupportedError(
                 "an input is needed for all tokens so far", at=value.name, found="given for the new ones"
@@ -220,12 +222,12 @@ class ContextSlices:
     def sliced(self, value: ir.Value, axes: Axes) -> ir.Value:
         """Slice the last S of T along every axis that is to have the new length."""
         whole = not self.fixed or value in self.given
-        cut = [axis for axis in axes if axis.role.resolved() is Length.NEW or not whole]
+        cut = [axis for axis in axes if axis.variable.resolved() is Length.NEW or not whole]
         if not cut:
             return value
-        if not all(axis.outer == 1 and not axis.border for axis in cut):
+        if not all(axis.outer == 1 and not axis.learned_rows for axis in cut):
             raise UnsupportedError("context holds the tokens together with something else on one axis", at=value.name)
-        spans = [(axis.inner, *self.lengths.span(axis.role.resolved() or Length.TOTAL)) for axis in cut]
+        spans = [(axis.inner, *self.lengths.span(axis.variable.resolved() or Length.TOTAL)) for axis in cut]
         starts = [dim.multiply(start, inner) for inner, start, _ in spans]
         ends = [dim.multiply(end, inner) for inner, _, end in spans]
         inputs = [value, self.lengths.vector(starts), self.lengths.vector(ends)]
@@ -263,6 +265,6 @@ class ContextSlices:
         """Dimensions at the lengths that the axes ask for, the total one where they do not say."""
         result = [self.lengths.at(size, Length.TOTAL) for size in shape]
         for axis in axes:
-            length = NEW if axis.role.resolved() is Length.NEW else self.lengths.total
+            length = NEW if axis.variable.resolved() is Length.NEW else self.lengths.total
             result[axis.axis] = axis.size(length)
         return result

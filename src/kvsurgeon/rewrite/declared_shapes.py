@@ -45,11 +45,11 @@ def outputs_of_cache_length(analysis: Analysis, total: Dimension) -> dict[str, D
     found = {}
     for value in analysis.model.graph.outputs:
         fact, axes = analysis.flow.shapes.facts.get(value), _resolved(analysis.flow.axes.get(value, ()))
-        has_length = any(axis.role.resolved() is Length.TOTAL for axis in axes)
+        has_length = any(axis.variable.resolved() is Length.TOTAL for axis in axes)
         if has_length and value.name is not None and fact is not None and fact.shape is not None:
             found[value.name] = dim_names_of_export(fact.shape, axes, analysis.length, MAX)
     return found
 
 
 def _resolved(axes: Axes) -> Axes:
-    return tuple(axis for axis in axes if axis.role.resolved() is not None)
+    return tuple(axis for axis in axes if axis.variable.resolved() is not None)

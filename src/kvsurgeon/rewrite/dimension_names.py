@@ -31,13 +31,13 @@ def dim_names_of_export(shape: Sequence[Dimension], axes: Axes, length: Dimensio
 
     Args:
         shape: Shape in the export.
-        axes: Sequence axes, each at the length of its role.
+        axes: Sequence axes, each at the length of its variable.
         length: Length of the export.
         total: Length that replaces it everywhere else.
     """
     names = [dim_names([total if size is LENGTH else size])[0] for size in shape]
     for axis in axes:
         is_length = axis.is_plain and shape[axis.axis] == length
-        size = NEW if axis.role.resolved() is Length.NEW else total
+        size = NEW if axis.variable.resolved() is Length.NEW else total
         names[axis.axis] = dim_names([size])[0] if is_length else None
     return names

@@ -322,10 +322,10 @@ def at_tokens(placing: GivenPositions, node: ir.Node, index: int, axis: int) -> 
         return _whole_form(placing, made, shape[1:] if shape[:1] == (1,) else None) or _unbatched(placing, made)
     if not has_trait(node, Trait.BROADCAST) and node.op_type != ROTARY:
         raise UnsupportedError(f"{node.op_type}: context meets tokens where no batch can be told apart", at=value.name)
-    behind = len(shape) if node.op_type == ROTARY else len(result) - [*result, batch].index(batch)
-    if behind < len(shape) or behind > len(result):
+    rows_after = len(shape) if node.op_type == ROTARY else len(result) - [*result, batch].index(batch)
+    if rows_after < len(shape) or rows_after > len(result):
         raise UnsupportedError(f"{node.op_type}: context meets tokens where no batch can be told apart", at=value.name)
-    first = len(shape) - behind  # of the context's own axes the one that faces the batch; before it there is none
+    first = len(shape) - rows_after  # of the context's own axes the one that faces the batch; before it there is none
     sizes = [1] * (-first - 1) + list(shape) if first < 0 else list(shape[1:])
     shaped = placing.formed(made, sizes) if first < 0 or shape[0] in (1, batch) else None
     if shaped is None:

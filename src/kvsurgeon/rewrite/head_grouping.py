@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis.analysis import AttentionSite, CachedOperand
+from kvsurgeon.analysis.attention_sites import AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.analysis.token_flow import FusedAttention, TokenFlow
 from kvsurgeon.rewrite.cache_layouts import CANONICAL, Order, from_cache, reordered
@@ -67,13 +67,13 @@ class HeadGrouping:
             if not trace.is_grouped(((SEQUENCE,), (HEAD_DIM,))):
                 return
         for operand in operands:
-            rows, order = self._caches[operand.memory.value]
-            self.editor.replace_input(*operand.place, reordered(self.lengths, operand.memory, rows, order))
+            rows, order = self._caches[operand.cache_point.value]
+            self.editor.replace_input(*operand.place, reordered(self.lengths, operand.cache_point, rows, order))
 
     def _trace(self, operand: CachedOperand) -> LayoutTrace | None:
         node, index = operand.place
         value = self.tokens.before[node][index]
-        return None if value is None else trace_layout(self.flow, self.tokens.before, value, operand.memory)
+        return None if value is None else trace_layout(self.flow, self.tokens.before, value, operand.cache_point)
 
     def _regroup(self, operand: CachedOperand, *, is_key: bool) -> None:
         node, index = operand.place
@@ -81,7 +81,7 @@ class HeadGrouping:
         if not _is_plain(node) or value is None or queries is None:
             return
         trace = self._trace(operand)
-        if trace is None or (trace.scales and not is_key) or _is_free(trace, operand.memory):
+        if trace is None or (trace.scales and not is_key) or _is_free(trace, operand.cache_point):
             return
         is_matrix = set(trace.axes[-2:]) == {(SEQUENCE,), (HEAD_DIM,)}
         if self._have_same_heads(queries, value, trace) and is_matrix and trace.is_grouped(trace.axes[-2:]):
@@ -96,7 +96,7 @@ class HeadGrouping:
 
     def _rewire(self, operand: CachedOperand, trace: LayoutTrace, queries: ir.Value) -> None:
         """Connect a product to the cache, with the queries of each group as rows."""
-        (node, index), point = operand.place, operand.memory
+        (node, index), point = operand.place, operand.cache_point
         rows, order = self._caches[point.value]
         wanted = _TRANSPOSED_KEYS if trace.axes[-1] == (SEQUENCE,) else CANONICAL
         rows = reordered(self.lengths, point, rows, order, wanted)

@@ -88,7 +88,7 @@ class TokenRewriter:
         """Shift the diagonal of a `Trilu`: the first new query is in row P."""
         given = self.flow.shapes.call(node).numbers(1)
         diagonal = self.lengths.at(given[0] if given else 0, Length.TOTAL)
-        rows, columns = (role.resolved() for role in self.flow.diagonals[node])
+        rows, columns = (variable.resolved() for variable in self.flow.diagonals[node])
         if rows is Length.NEW and columns is Length.TOTAL:
             diagonal = dim.add(diagonal, PAST)
         elif rows is Length.TOTAL and columns is Length.NEW:
@@ -106,8 +106,8 @@ class TokenRewriter:
 
     def _input(self, node: ir.Node, index: int, value: ir.Value, length: Length) -> ir.Value:
         if self.flow.kinds.get(value) is ValueKind.TOKEN:
-            role = self.flow.operands.get((node, index))
-            wanted = length if role is None else role.resolved()
+            variable = self.flow.operands.get((node, index))
+            wanted = length if variable is None else variable.resolved()
             return self.total(value) if wanted is Length.TOTAL else value
         if self.flow.targets.get(node) == index:
             return self._target(node, value, length)
@@ -135,10 +135,10 @@ class TokenRewriter:
         return reshape_target(self.lengths, sizes, given)
 
     def _parameter(self, node: ir.Node, index: int, value: ir.Value, length: Length) -> ir.Value:
-        """Return bounds that depend on the length, at the length of their role."""
-        role, fact = self.flow.parameters[node, index].resolved() or Length.TOTAL, self.flow.shapes[value]
+        """Return bounds that depend on the length, at the length of their variable."""
+        variable, fact = self.flow.parameters[node, index].resolved() or Length.TOTAL, self.flow.shapes[value]
         assert fact.value is not None
-        resolved = length if role is Length.NEW else role
+        resolved = length if variable is Length.NEW else variable
         numbers = [self.lengths.at(number, resolved) for number in fact.value.reshape(-1)]
         return self.lengths.typed(self.lengths.vector(numbers), fact.dtype)
 
@@ -162,6 +162,6 @@ def _copies_same(target: ir.TensorProtocol, before: Sequence[Dimension], after: 
 
 def _at(axis: SequenceAxis, length: Length) -> SequenceAxis:
     """Return an axis for a node on tokens of a length: one of the new tokens gets it, one of the keys is total."""
-    if length is Length.TOTAL and axis.role.resolved() is Length.NEW:
-        return axis.with_role(_TOTAL)
+    if length is Length.TOTAL and axis.variable.resolved() is Length.NEW:
+        return axis.with_variable(_TOTAL)
     return axis

@@ -30,7 +30,7 @@ def _gathered(lengths: LengthValues, value: ir.Value, axes: Axes, start: Dimensi
     if lengths.total == TOTAL or CAPACITY not in getattr(lengths.total, "free_symbols", ()):
         return value
     for axis in axes:
-        if axis.role.resolved() is Length.NEW:
+        if axis.variable.resolved() is Length.NEW:
             continue
         if not axis.is_plain:
             raise UnsupportedError(

@@ -4,8 +4,8 @@ An axis may hold more than the tokens: [batch * length, hidden] has `outer = bat
 has `inner = heads`. Row-major order makes that enough to follow tokens through any reshape: what lies to the left and
 to the right of them stays the same.
 
-Rows of the model's own may stand before and behind the tokens: keys that were learnt, attention sinks. They are a
-border of the axis, [batch, ahead + length + behind, hidden].
+Rows of the model's own may stand before and rows_after the tokens: keys that were learnt, attention sinks. They are a
+learned_rows of the axis, [batch, rows_before + length + rows_after, hidden].
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ class Length(Enum):
 
 @dataclass(eq=False, slots=True)
 class LengthVariable:
-    """Which length a set of axes has; axes that must agree share a role (union-find).
+    """Which length a set of axes has; axes that must agree share a variable (union-find).
 
-    The stream of tokens has the new length. Where two sequence axes meet in one tensor each of them gets an open role,
+    The stream of tokens has the new length. Where two sequence axes meet in one tensor each of them gets an open variable,
     and the product that sums one of them away tells which is the keys'.
     """
 
     length: Length | None = None
-    at: str = ""  # the value at which the role arose
+    at: str = ""  # the value at which the variable arose
     bias: bool = False  # arose where context brought an axis of its own
     parent: LengthVariable | None = None
-    only_if_total: list[str] = field(default_factory=list)  # values that are right only if it becomes TOTAL
+    mixed_at: list[str] = field(default_factory=list)  # values that are right only if it becomes TOTAL
 
     def root(self) -> LengthVariable:
-        """The role that stands for all that agree with this one."""
-        role = self
-        while role.parent is not None:
-            role = role.parent
-        return role
+        """The variable that stands for all that agree with this one."""
+        variable = self
+        while variable.parent is not None:
+            variable = variable.parent
+        return variable
 
     def resolved(self) -> Length | None:
         """The length, where it is decided."""
@@ -60,57 +60,57 @@ class LengthVariable:
         if mine.bias:
             mine, theirs = theirs, mine
         theirs.parent = mine
-        mine.only_if_total += theirs.only_if_total
+        mine.mixed_at += theirs.mixed_at
         return True
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceAxis:
-    """One axis that holds tokens: its size is outer * (ahead + length + behind) * inner."""
+    """One axis that holds tokens: its size is outer * (rows_before + length + rows_after) * inner."""
 
     axis: int
-    role: LengthVariable
+    variable: LengthVariable
     outer: Dimension = 1
     inner: Dimension = 1
-    ahead: int = 0  # rows of the model's own before the tokens
-    behind: int = 0  # and after them
+    rows_before: int = 0  # rows of the model's own before the tokens
+    rows_after: int = 0  # and after them
 
     def at(self, axis: int) -> SequenceAxis:
         """The same tokens on another axis."""
         return self if axis == self.axis else replace(self, axis=axis)
 
-    def with_role(self, role: LengthVariable) -> SequenceAxis:
-        """The same axis in another role."""
-        return replace(self, role=role)
+    def with_variable(self, variable: LengthVariable) -> SequenceAxis:
+        """The same axis in another variable."""
+        return replace(self, variable=variable)
 
-    def widened(self, ahead: int, behind: int) -> SequenceAxis:
+    def with_rows(self, rows_before: int, rows_after: int) -> SequenceAxis:
         """The same axis with so many more rows beside the tokens, or with fewer."""
-        return replace(self, ahead=self.ahead + ahead, behind=self.behind + behind)
+        return replace(self, rows_before=self.rows_before + rows_before, rows_after=self.rows_after + rows_after)
 
     @property
     def is_plain(self) -> bool:
         """Whether the axis holds the tokens and nothing else."""
-        return self.outer == 1 and self.inner == 1 and not self.border
+        return self.outer == 1 and self.inner == 1 and not self.learned_rows
 
     @property
-    def border(self) -> int:
+    def learned_rows(self) -> int:
         """How many rows of the model's own stand beside the tokens."""
-        return self.ahead + self.behind
+        return self.rows_before + self.rows_after
 
     @property
-    def bare(self) -> SequenceAxis:
+    def without_rows(self) -> SequenceAxis:
         """The axis without the rows that stand beside the tokens."""
-        return replace(self, ahead=0, behind=0) if self.border else self
+        return replace(self, rows_before=0, rows_after=0) if self.learned_rows else self
 
     def size(self, length: Dimension) -> Dimension:
         """Its size where there are so many tokens."""
-        return dim.multiply(dim.multiply(self.outer, self.inner), dim.add(length, self.border))
+        return dim.multiply(dim.multiply(self.outer, self.inner), dim.add(length, self.learned_rows))
 
 
 Axes = tuple[SequenceAxis, ...]
 
 
-def follow_reshape(
+def reshape_axes(
     axes: Axes, before: tuple[Dimension, ...], after: tuple[Dimension, ...], length: Dimension
 ) -> Axes | None:
     """Return where the tokens lie after a row-major reshape; None where an axis would be cut in two."""

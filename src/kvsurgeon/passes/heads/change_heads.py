@@ -11,7 +11,7 @@ from kvsurgeon.heads.counts import HeadCounts
 from kvsurgeon.heads.replace_heads import HeadReplacer, NewHeads
 from kvsurgeon.heads.selection import Selection
 from kvsurgeon.io.model_config import ModelHeads
-from kvsurgeon.passes.cache.remove_cache import reattach_cache, detach_cache
+from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 
 SelectHeads = Callable[[int, HeadCounts], Selection | None]  # for a layer; None leaves it unchanged
@@ -98,5 +98,5 @@ def _notes(subject: Subject) -> tuple[str, ...]:
 
 def _heads(replacer: HeadReplacer, kv_heads: Sequence[int], owners: Sequence[int]) -> ModelHeads:
     """The numbers of heads if each layer reads the keys of its owner."""
-    keys = {replacer.analysis.heads[owner].keys[0].memory.value for owner in owners}
+    keys = {replacer.analysis.sites[owner].keys[0].cache_point.value for owner in owners}
     return ModelHeads(query=replacer.counts[0].heads, kv=tuple(kv_heads), kv_layers=len(keys))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from kvsurgeon.dataflow.input_roles import real_inputs
+from kvsurgeon.dataflow.input_roles import required_inputs
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.operators import SHAPE_ONLY
@@ -24,7 +24,7 @@ def text_and_cache(graph: ir.Graph) -> tuple[ir.Value, list[ir.Value]]:
     Raises:
         UnsupportedError: It has no cache.
     """
-    inputs = real_inputs(graph)
+    inputs = required_inputs(graph)
     cache = [value for value in inputs if len(value.shape or ()) == 4]
     if not cache or inputs[0] in cache:
         raise UnsupportedError("context can be given to a model with a cache alone", hint="inject first")
@@ -38,7 +38,7 @@ def find_frontier(graph: ir.Graph) -> list[ir.Value]:
     """
     text, cache = text_and_cache(graph)
     carriers = {text, *cache}
-    varying = set(real_inputs(graph))
+    varying = set(required_inputs(graph))
     found: dict[ir.Value, None] = {}
     for node in graph:
         if any(value in varying for value in all_inputs(node)):

@@ -107,7 +107,7 @@ def _shape_of(analysis: Analysis, tokens: ir.Value) -> ir.Shape:
 def _places(analysis: Analysis) -> list[Place]:
     """Where context with a row for each new token meets tokens outside attention."""
     flow = analysis.flow
-    inside = {node for head in analysis.heads for node in head.upstream_of_weights() | head.ends}
+    inside = {node for head in analysis.sites for node in head.upstream_of_weights() | head.ends}
     found = []
     for (node, index), axes in flow.demands.items():
         value = node.inputs[index]
@@ -116,6 +116,6 @@ def _places(analysis: Analysis) -> list[Place]:
         if flow.targets.get(node) == index or (node, index) in flow.parameters or len(axes) != 1:
             continue
         (axis,) = axes
-        if axis.role.resolved() is Length.NEW and axis.is_plain:
+        if axis.variable.resolved() is Length.NEW and axis.is_plain:
             found.append((node, index, axis.axis))
     return found

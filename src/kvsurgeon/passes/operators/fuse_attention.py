@@ -81,7 +81,7 @@ def _match_all(
     matches: list[FusionMatch] = []
     errors: list[UnsupportedError] = []
     numeric = NumericCheck(analysis, proof)
-    for layer, site in enumerate(analysis.heads):
+    for layer, site in enumerate(analysis.sites):
         if site.fused is not None and operator.is_at(site.fused.node):
             continue
         try:
