@@ -11,6 +11,7 @@ from kvsurgeon.analysis.cache_points import CachePoint, cache_point_of
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.fusion.context import FusionContext, Sizes
 from kvsurgeon.fusion.score_path import MOVES
+from kvsurgeon.graph.query import chain
 from kvsurgeon.heads.index_trace import Labels
 from kvsurgeon.rewrite.dimension_names import dim_names
 from kvsurgeon.rewrite.reshape_targets import reshape_target
@@ -33,9 +34,9 @@ class HiddenLayout:
             if not self._same_order(value, point.value):
                 break
             if self._is_by_token(value):
-                return self._reshape(value, self.context.token_sizes(value), self._hidden(point), point.dtype)
+                return self._reshape(value, self.context.token_sizes(value), self._shapes(point)[2], point.dtype)
             point = cache_point_of(self.context.flow, value) or point
-        parts, heads = self._parts(point), self._heads(point)
+        parts, heads, hidden = self._shapes(point)
         value = self._reshape(point.value, self.context.token_sizes(point.value), parts, point.dtype)
         ordered = tuple(parts[place] for place in point.order)
         order = point.order
@@ -43,7 +44,7 @@ class HiddenLayout:
             value = self._reshape(self._transpose(value, order, point.dtype), ordered, heads, point.dtype)
             order = tuple(range(4))
         value = self._transpose(value, [order[place] for place in _SWAP], point.dtype)
-        return self._reshape(value, [heads[place] for place in _SWAP], self._hidden(point), point.dtype)
+        return self._reshape(value, [heads[place] for place in _SWAP], hidden, point.dtype)
 
     def replace(self, point: CachePoint, hidden: ir.Value) -> None:
         """Replace a tensor by one in the hidden layout; layout operators that convert it become dead code."""
@@ -52,27 +53,25 @@ class HiddenLayout:
         if value is None:
             self.editor.replace(point.value, self._restore(hidden, point))
         else:
-            made = self._reshape(hidden, self._hidden(point), self.context.token_sizes(value), point.dtype)
+            made = self._reshape(hidden, self._shapes(point)[2], self.context.token_sizes(value), point.dtype)
             self.editor.replace(value, made)
 
     def _restore(self, hidden: ir.Value, point: CachePoint) -> ir.Value:
         """Convert from the hidden layout to that of a tensor."""
-        parts, heads = self._parts(point), self._heads(point)
+        parts, heads, before = self._shapes(point)
         ordered = tuple(parts[place] for place in point.order)
-        value = self._reshape(hidden, self._hidden(point), [heads[place] for place in _SWAP], point.dtype)
+        value = self._reshape(hidden, before, [heads[place] for place in _SWAP], point.dtype)
         value = self._reshape(self._transpose(value, _SWAP, point.dtype), heads, ordered, point.dtype)
         back = [point.order.index(place) for place in range(len(parts))]
         value = self._transpose(value, back, point.dtype)
         return self._reshape(value, parts, self.context.token_sizes(point.value), point.dtype)
 
-    def _parts(self, point: CachePoint) -> Sizes:
-        return tuple(self.context.sequence if size is None else size for size in point.parts)
-
-    def _heads(self, point: CachePoint) -> Sizes:
-        return point.batch, point.heads, self.context.sequence, point.head_dim
-
-    def _hidden(self, point: CachePoint) -> Sizes:
-        return point.batch, self.context.sequence, point.heads * point.head_dim
+    def _shapes(self, point: CachePoint) -> tuple[Sizes, Sizes, Sizes]:
+        """Return the shape of the parts, [batch, heads, sequence, head_dim], and [batch, sequence, hidden size]."""
+        sequence = self.context.sequence
+        parts = tuple(sequence if size is None else size for size in point.parts)
+        heads = (point.batch, point.heads, sequence, point.head_dim)
+        return parts, heads, (point.batch, sequence, point.heads * point.head_dim)
 
     def _reshape(
         self, value: ir.Value, before: Sequence[Dimension], after: Sequence[Dimension], dtype: ir.DataType
@@ -89,13 +88,7 @@ class HiddenLayout:
 
     def _sources(self, value: ir.Value) -> Iterator[ir.Value]:
         """Yield a tensor and those that it is made of by layout operators alone, the nearest first."""
-        node: ir.Node | None
-        yield value
-        while (node := value.producer()) is not None and self._is_layout(node):
-            source = self.context.before[node][0]
-            assert source is not None
-            value = source
-            yield value
+        return chain(value, lambda node: self.context.before[node][0] if self._is_layout(node) else None)
 
     def _results(self, value: ir.Value) -> Iterator[ir.Value]:
         """Yield the tensors that layout operators alone make of a tensor, and the tensor, the farthest first."""
