@@ -89,7 +89,7 @@ def test_logits_that_something_else_reads_are_picked_themselves():
 
 
 def test_one_token_of_several_texts_is_refused():
-    with pytest.raises(UnsupportedError, match="several texts"):
+    with pytest.raises(UnsupportedError, match="different last tokens"):
         made(MODELS["own"], Inject(cache="static"), PastLengthFromPositions(), LastLogits())
 
 
@@ -121,7 +121,7 @@ def test_a_text_as_long_as_the_buffer_is_no_mask():
 def test_a_mask_that_grows_is_refused():
     subject = Subject.of(MODELS["own"])
     Inject().apply(subject)
-    with pytest.raises(UnsupportedError, match="no cache is as long as the mask"):
+    with pytest.raises(UnsupportedError, match="no cache input is as long as the mask"):
         RemoveMask().apply(subject)
 
 

@@ -172,12 +172,12 @@ def test_twice_is_once_and_another_name_is_another_name():
 def test_what_depends_on_distances_alone_is_left_as_it_is():
     subject = Subject.of(export("bloom_dynamo_eager"))
     before = subject.model
-    assert "masks and distances" in AddPositionIds().apply(subject).reason
+    assert "masks and biases by distance" in AddPositionIds().apply(subject).reason
     assert subject.model is before
 
 
 def test_an_export_of_fixed_length_is_refused():
-    with pytest.raises(UnsupportedError, match="fixed length, found length 16"):
+    with pytest.raises(UnsupportedError, match="fixed length are constants, found length 16"):
         AddPositionIds().apply(Subject.of(Decoder(Config(static=(1, 16))).model()))
 
 

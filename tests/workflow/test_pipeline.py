@@ -112,7 +112,7 @@ def test_a_list_ends_at_the_next_option():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sample{counts=1}", r"pass sample has no option counts; known: count \(int\), factor \(float\)"),
+        ("sample{counts=1}", r"pass sample has no option counts; options: count \(int\), factor \(float\)"),
         ("sample{count=many}", "option count: expected int, found 'many'"),
         ("sample{mode=c}", r"option mode: expected a\|b, found 'c'"),
         ("sample{wanted=perhaps}", r"option wanted: expected true\|false, found 'perhaps'"),
@@ -120,7 +120,7 @@ def test_a_list_ends_at_the_next_option():
         ("sample{window=x}", r"option window: expected int\|none, found 'x'"),
         ("sample{count=1,count=2}", "option count is given twice"),
         ("sample{3}", "expected option=value, found '3'"),
-        ("needs", r"pass needs needs wide-name: write needs\{wide-name=...\}"),
+        ("needs", r"pass needs requires wide-name: write needs\{wide-name=...\}"),
         ("needs{wide_name=-1}", "pass needs: wide_name is below 0"),
         ("sample{count=1", r"found '\{count=1' - at character 6|found 'sample\{count=1' - at character 0"),
         ("", "expected passes such as"),

@@ -149,10 +149,10 @@ def _option(option: Option) -> inspect.Parameter:
     """Return the command-line option of an option of a pass; its value is a text."""
     help_text = option.help if option.required or option.is_flag else f"{option.help} [default: {_default(option)}]"
     if option.is_flag:
-        declared = typer.Option(f"--{option.dim_names}/--no-{option.dim_names}", help=help_text)
+        declared = typer.Option(f"--{option.name}/--no-{option.name}", help=help_text)
         return _parameter(option.field, Annotated[bool, declared], *([] if option.required else [option.default]))
     metavar = option.kind if "|" in option.kind else option.kind.upper()
-    declared = typer.Option(f"--{option.dim_names}", metavar=metavar, help=help_text.strip())
+    declared = typer.Option(f"--{option.name}", metavar=metavar, help=help_text.strip())
     if option.required:
         return _parameter(option.field, Annotated[str, declared])
     return _parameter(option.field, Annotated[str | None, declared], None)

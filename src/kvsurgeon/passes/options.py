@@ -1,4 +1,4 @@
-"""A pass's fields as options: what they are called, what they mean, and how a text becomes their value."""
+"""Options of a pass: its fields, their help texts, and how a text is converted to a value."""
 
 from __future__ import annotations
 
@@ -6,75 +6,83 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
 from kvsurgeon.errors import UsageError
 
-MOST = 2**31 - 1  # of anything, as runtimes count in 32 bits
-TRUTHS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+MAX_COUNT = 2**31 - 1  # runtimes use 32-bit counts
+BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One field of a pass, as its user sees it."""
+    """One option of a pass.
 
-    field: str  # as in Python: kv_heads
+    Attributes:
+        field: Name of the field, such as `kv_heads`.
+        type: Type of the field.
+        required: Whether it has no default.
+        default: Value if it is not given.
+        help: Help text, from the docstring of the pass.
+    """
+
+    field: str
     type: Any
     required: bool
     default: Any = None
     help: str = ""
 
     @property
-    def dim_names(self) -> str:
-        """The name on a command line and in a pipeline's text: `kv-heads`."""
+    def name(self) -> str:
+        """Name on the command line and in a pipeline, such as `kv-heads`."""
         return self.field.replace("_", "-")
 
     @property
     def is_flag(self) -> bool:
-        """Whether the option is simply there or not."""
+        """Whether the option is a boolean."""
         return self.type is bool
 
     @property
     def kind(self) -> str:
-        """What may be written, in a word or two: `int`, `a|b`, `int,int,...`."""
+        """Description of the allowed values, such as `int`, `a|b` or `int,int,...`."""
         return describe(self.type)
 
     def read(self, text: str) -> Any:
-        """Return the value that `text` spells.
+        """Return the value of a text.
 
         Raises:
-            UsageError: It spells no value of this option.
+            UsageError: The text is no value of this option.
         """
         try:
             return convert(text, self.type)
         except ValueError as error:
-            raise UsageError(f"option {self.dim_names}: expected {self.kind}, found {text!r}") from error
+            raise UsageError(f"option {self.name}: expected {self.kind}, found {text!r}") from error
 
 
 def options_of(pass_class: type) -> tuple[Option, ...]:
     """Return the options of a pass, in the order of its fields."""
     if not is_dataclass(pass_class):
         return ()
-    types_by_name = typing.get_type_hints(pass_class)
-    explained = {name: text for base in reversed(pass_class.__mro__) for name, text in _explained(base).items()}
+    hints = typing.get_type_hints(pass_class)
+    help_texts = {name: text for base in reversed(pass_class.__mro__) for name, text in _help_texts(base).items()}
     return tuple(
         Option(
             field=field.name,
-            type=types_by_name[field.name],
+            type=hints[field.name],
             required=field.default is MISSING and field.default_factory is MISSING,
             default=_default(field),
-            help=field.metadata.get("help", explained.get(field.name, "")),
+            help=field.metadata.get("help", help_texts.get(field.name, "")),
         )
         for field in fields(pass_class)
         if field.init
     )
 
 
-def check_count(option: str, found: int | None, least: int = 1, most: int = MOST) -> None:
-    """Hold that an option, where it is given, is a number of things that there can be.
+def check_count(option: str, found: int | None, least: int = 1, most: int = MAX_COUNT) -> None:
+    """Check that an option, if given, is a number in a range.
 
     Raises:
         UsageError: It is not.
@@ -84,26 +92,31 @@ def check_count(option: str, found: int | None, least: int = 1, most: int = MOST
 
 
 def summary(pass_class: type) -> str:
-    """Return the first line of a pass's docstring: what is true afterwards."""
+    """Return the first line of the docstring of a pass."""
     return (inspect.getdoc(pass_class) or "").partition("\n")[0]
 
 
 def build(pass_class: Callable[..., Any], name: str, texts: Mapping[str, str]) -> Any:
-    """Return the pass `name`, its options read from `texts`.
+    """Return a pass with options.
+
+    Args:
+        pass_class: The class of the pass.
+        name: Name of the pass, for messages.
+        texts: Texts of the options, by name.
 
     Raises:
-        UsageError: An option is unknown, missing, or has no such value.
+        UsageError: An option is unknown, missing, or has an invalid value.
     """
-    known = {option.field: option for option in options_of(typing.cast(type, pass_class))}
+    options = {option.field: option for option in options_of(typing.cast(type, pass_class))}
     values = {}
-    for dim_names, text in texts.items():
-        option = known.get(dim_names.replace("-", "_"))
+    for given, text in texts.items():
+        option = options.get(given.replace("-", "_"))
         if option is None:
-            raise UsageError(f"pass {name} has no option {dim_names}; {_listed(known.values())}")
+            raise UsageError(f"pass {name} has no option {given}; {_listed(options.values())}")
         values[option.field] = option.read(text)
-    missing = [option.dim_names for option in known.values() if option.required and option.field not in values]
+    missing = [option.name for option in options.values() if option.required and option.field not in values]
     if missing:
-        raise UsageError(f"pass {name} needs {', '.join(missing)}: write {name}{{{missing[0]}=...}}")
+        raise UsageError(f"pass {name} requires {', '.join(missing)}: write {name}{{{missing[0]}=...}}")
     try:
         return pass_class(**values)
     except ValueError as error:
@@ -111,23 +124,27 @@ def build(pass_class: Callable[..., Any], name: str, texts: Mapping[str, str]) -
 
 
 def convert(text: str, wanted: Any) -> Any:
-    """Return `text` as a value of the type `wanted`, or raise ValueError."""
+    """Return a text as a value of a type.
+
+    Raises:
+        ValueError: It is none.
+    """
     origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (Union, types.UnionType):
-        return _either(text, inner)
-    if origin is Literal:
-        return _one_of(text, inner)
+        return _to_union(text, inner)
     if origin is tuple:
-        return _several(text, inner)
+        return _to_tuple(text, inner)
+    if origin is Literal:
+        return _lookup(text, {str(choice): choice for choice in inner})
     if wanted is bool:
-        return _one_of(text.lower(), TRUTHS, TRUTHS)
+        return _lookup(text.lower(), BOOLEANS)
     if wanted in (int, float, str, Path):
         return wanted(text)
-    raise ValueError(f"{wanted} can be given in Python only")
+    raise ValueError(f"{wanted} is available in Python only")
 
 
 def describe(wanted: Any) -> str:
-    """Return in a word or two what may be written for a value of the type `wanted`."""
+    """Return a short description of the texts of a type."""
     origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (Union, types.UnionType):
         return "|".join("none" if one is type(None) else describe(one) for one in inner)
@@ -140,7 +157,13 @@ def describe(wanted: Any) -> str:
     return {bool: "true|false", str: "text", Path: "path"}.get(wanted, getattr(wanted, "__name__", str(wanted)))
 
 
-def _either(text: str, choices: tuple[Any, ...]) -> Any:
+def _lookup(text: str, choices: Mapping[str, Any]) -> Any:
+    if text not in choices:
+        raise ValueError(text)
+    return choices[text]
+
+
+def _to_union(text: str, choices: tuple[Any, ...]) -> Any:
     if type(None) in choices and text.lower() == "none":
         return None
     for choice in choices:
@@ -151,14 +174,7 @@ def _either(text: str, choices: tuple[Any, ...]) -> Any:
     raise ValueError(text)
 
 
-def _one_of(text: str, choices: typing.Iterable[Any], meaning: Mapping[str, Any] | None = None) -> Any:
-    meaning = meaning or {str(choice): choice for choice in choices}
-    if text not in meaning:
-        raise ValueError(text)
-    return meaning[text]
-
-
-def _several(text: str, inner: tuple[Any, ...]) -> tuple[Any, ...]:
+def _to_tuple(text: str, inner: tuple[Any, ...]) -> tuple[Any, ...]:
     parts = text.split(",") if text else []
     if len(inner) == 2 and inner[1] is Ellipsis:
         inner = (inner[0],) * len(parts)
@@ -173,8 +189,8 @@ def _default(field: Field[Any]) -> Any:
     return None if field.default_factory is MISSING else field.default_factory()
 
 
-def _explained(pass_class: type) -> dict[str, str]:
-    """Return what the `Attributes:` (or `Args:`) section of a class's own docstring says of each name."""
+def _help_texts(pass_class: type) -> dict[str, str]:
+    """Return the entries of the section `Attributes` (or `Args`) in the docstring of a class, by name."""
     docstring = inspect.cleandoc(pass_class.__doc__ or "")
     section = re.search(r"^(?:Attributes|Args):\n((?:[ \t]+.*\n?|\n)+)", docstring, re.MULTILINE)
     if section is None:
@@ -183,6 +199,6 @@ def _explained(pass_class: type) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in entries}
 
 
-def _listed(options: typing.Iterable[Option]) -> str:
-    dim_names = [f"{option.dim_names} ({option.kind})" for option in options]
-    return f"known: {', '.join(dim_names)}" if dim_names else "it has none"
+def _listed(options: Iterable[Option]) -> str:
+    names = [f"{option.name} ({option.kind})" for option in options]
+    return f"options: {', '.join(names)}" if names else "it has none"

@@ -75,7 +75,7 @@ def _pass_json(plugin: Plugin[type[Any]]) -> dict[str, Any]:
     except PluginError as error:
         return {**document, "error": str(error)}
     options = [
-        {"name": one.dim_names, "type": one.kind, "required": one.required, "default": one.default, "help": one.help}
+        {"name": one.name, "type": one.kind, "required": one.required, "default": one.default, "help": one.help}
         for one in options_of(pass_class)
     ]
     return {**document, "summary": summary(pass_class), "options": options}

@@ -1,4 +1,4 @@
-"""Take a mask of queries against keys beside the mask of tokens."""
+"""Add an input for a causal mask of queries and keys."""
 
 from __future__ import annotations
 
@@ -10,25 +10,22 @@ import onnx_ir as ir
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 
-_INT64 = ir.DataType.INT64
-_WHOLE = {dtype for dtype in ir.DataType if dtype.is_integer()}
-
 
 @dataclass(frozen=True, kw_only=True)
 class AddCausalMaskInput:
-    """Give a model with a cache an input `causal_mask`: some hosts fill in prompts in chunks only where there is one.
+    """Add an input `causal_mask` to a model with a cache, which some runtimes require for chunked prefill.
 
-    Before: `attention_mask [batch_size, total_sequence_length]` says which tokens count. After: `causal_mask
-    [batch_size, 1, sequence_length, total_sequence_length]` is given too, 1 where a query sees a key; it is as long as
-    the attention mask is, be that the rows of a buffer. A token counts if the attention mask says so and the last query
-    sees it. That no query sees a later key stays what the graph computes.
+    Before: `attention_mask [batch_size, total_sequence_length]` marks the tokens that count. After: in addition,
+    `causal_mask [batch_size, 1, sequence_length, total_sequence_length]`, 1 if a query attends to a key, is as long as
+    the attention mask, which for a static cache is its capacity. A token counts if the attention mask marks it and the
+    last query attends to it. The graph still hides later keys from every query.
 
-    Not handled: masks that are more than causal behind padding, as the last row alone is read; models without a mask of
-    whole numbers.
+    Not handled: masks other than causal ones with padding, as only the last row is read; models without an integer
+    mask.
 
     Attributes:
         input: Name of the input.
-        mask: Name of the mask of tokens.
+        mask: Name of the attention mask.
     """
 
     name: ClassVar[str] = "add-causal-mask-input"
@@ -37,29 +34,29 @@ class AddCausalMaskInput:
     mask: str = "attention_mask"
 
     def apply(self, subject: Subject) -> Outcome:
-        """Give `subject.model` the input."""
-        graph = subject.model.graph
+        """Add the input to `subject.model`."""
+        graph, int64 = subject.model.graph, ir.DataType.INT64
         inputs = {value.name: value for value in graph.inputs}
         mask = inputs.get(self.mask)
         if self.input in inputs:
-            return Unchanged(reason=f"it has an input `{self.input}`")
-        if mask is None or mask.shape is None or len(mask.shape) != 2 or mask.dtype not in _WHOLE:
-            return Unchanged(reason=f"it has no input `{self.mask}` of whole numbers for each token")
-        readers = list(mask.uses())
-        if not readers:
+            return Unchanged(reason=f"the model has an input `{self.input}`")
+        if mask is None or len(mask.shape or ()) != 2 or mask.dtype is None or not mask.dtype.is_integer():
+            return Unchanged(reason=f"the model has no integer input `{self.mask}` of rank 2")
+        uses = list(mask.uses())
+        if not uses:
             return Unchanged(reason=f"nothing reads `{self.mask}`")
         editor = Editor(subject.model)
         editor.release_name(self.input)
-        dims = mask.shape[0], 1, "sequence_length", mask.shape[1]
-        given = ir.Value(name=self.input, type=ir.TensorType(_INT64), shape=ir.Shape(dims))
-        graph.inputs.append(given)
-        last = editor.node("Gather", [given, editor.constant(-1)], {"axis": 2}, name="last_query", dtype=_INT64)
-        seen = editor.node("Squeeze", [last, editor.constant([1])], name="seen_by_last", dtype=_INT64)
-        if mask.dtype != _INT64:
-            seen = editor.node("Cast", [seen], {"to": mask.dtype}, name="seen_by_last", dtype=mask.dtype)
-        counted = editor.node("Mul", [mask, seen], name="counted", dtype=mask.dtype)
-        counted.shape = mask.shape
-        for node, place in readers:
-            editor.replace_input(node, place, counted)
+        assert mask.shape is not None
+        shape = ir.Shape((mask.shape[0], 1, "sequence_length", mask.shape[1]))
+        causal = ir.Value(name=self.input, type=ir.TensorType(int64), shape=shape)
+        graph.inputs.append(causal)
+        last = editor.node("Gather", [causal, editor.constant(-1)], {"axis": 2}, name="last_query", dtype=int64)
+        visible = editor.node("Squeeze", [last, editor.constant([1])], name="seen_by_last", dtype=int64)
+        if mask.dtype != int64:
+            visible = editor.node("Cast", [visible], {"to": mask.dtype}, name="seen_by_last", dtype=mask.dtype)
+        counted = editor.node("Mul", [mask, visible], name="counted", dtype=mask.dtype, shape=mask.shape)
+        for node, index in uses:
+            editor.replace_input(node, index, counted)
         editor.finish()
         return Changed(edits=editor.edits)

@@ -1,4 +1,4 @@
-"""Let a model that counts positions itself be told them."""
+"""Add an input of positions to a model that computes positions from the length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvsurgeon.analysis.analysis import Analysis, analyze
 from kvsurgeon.cache.signature import CacheSignature
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.decompose.simplify import simplify_model
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
@@ -20,18 +20,18 @@ from kvsurgeon.proof.proof import prove
 from kvsurgeon.rewrite.given_positions import GivenPositions, at_tokens
 from kvsurgeon.symbolic.sequence_axes import Length
 
-Place = tuple[ir.Node, int, int]  # a node on tokens, the input that is context, the axis of it that holds tokens
+Use = tuple[ir.Node, int, int]  # a node on tokens, the index of its context input, the sequence axis of that
 
 
 @dataclass(frozen=True, kw_only=True)
 class AddPositionIds:
-    """Let a model that counts positions itself be told them: padding on the left then shifts nothing.
+    """Add an input of positions to a model that computes them from the length, so that it supports left padding.
 
-    Before: embeddings and rotary angles of token `i` are those of place `i`. After: they are those of
-    `position_ids[batch, i]`. Masks, and biases that depend on the distance of two tokens, stay as they are, and so do
-    positions that are counted from `attention_mask`. A cache is taken out for it, and put back.
+    Before: the position of token `i` is `i`. After: it is `position_ids[batch, i]`, for embeddings and rotary angles.
+    Unchanged: masks, biases that depend on the distance of two tokens, and positions computed from `attention_mask`. A
+    cache is removed first and restored afterwards.
 
-    Not handled: exports of a fixed length.
+    Not handled: exports of fixed length.
 
     Attributes:
         input: Name of the new input, int64 `[batch, length]`.
@@ -42,24 +42,23 @@ class AddPositionIds:
     input: str = "position_ids"
 
     def apply(self, subject: Subject) -> Outcome:
-        """Give `subject.model` the input.
+        """Add the input to `subject.model`.
 
         Raises:
-            UnsupportedError: The model is no causal decoder that can be handled soundly, or has a cache that could
-                not be put
-                back; it is left as it was.
+            UnsupportedError: The model is not a supported decoder, or has a cache that cannot be restored; it is
+                unchanged.
         """
         if any(value.name == self.input for value in subject.model.graph.inputs):
-            return Unchanged(reason=f"it has an input `{self.input}`")
+            return Unchanged(reason=f"the model has an input `{self.input}`")
         work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
         signature = detach_cache(work)
         model = simplify_model(work.model)
         with deep_recursion():
             analysis = analyze(model)
             prove(analysis)
-            edits = _place(analysis, self.input)
+            edits = _add_positions(analysis, self.input)
         if not edits:
-            return Unchanged(reason="nothing in it depends on the place of a token but masks and distances")
+            return Unchanged(reason="only masks and biases by distance depend on positions")
         work.model = model
         if signature is not None:
             reattach_cache(work, _with_input(signature, self.input))
@@ -68,46 +67,46 @@ class AddPositionIds:
 
 
 def _with_input(signature: CacheSignature, name: str) -> CacheSignature:
-    """The signature of the same cache with one more input before it."""
+    """Return a signature with one more input before the cache inputs."""
     pasts = {entry.past for entry in signature.entries}
-    first = next(place for place, past in enumerate(signature.inputs) if past in pasts)
+    first = next(index for index, past in enumerate(signature.inputs) if past in pasts)
     return replace(signature, inputs=(*signature.inputs[:first], name, *signature.inputs[first:]))
 
 
-def _place(analysis: Analysis, name: str) -> int:
-    """Return the number of edits; none where there is nothing to be placed."""
+def _add_positions(analysis: Analysis, name: str) -> int:
+    """Add the input, and return the number of edits; 0 if nothing depends on positions."""
     if isinstance(analysis.length, int):
         raise UnsupportedError(
-            "positions are folded into an export of fixed length", found=f"length {analysis.length}",
-            hint="export with dynamic axes",
+            "the positions of an export of fixed length are constants", code=Code.FIXED_LENGTH,
+            found=f"length {analysis.length}", hint="export with dynamic axes",
         )  # fmt: skip
     editor = Editor(analysis.model)
-    tokens = next(given.value for given in analysis.inputs if given.is_token)
     editor.release_name(name)
-    positions = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=_shape_of(analysis, tokens))
-    placing = GivenPositions(analysis.flow, editor, positions)
-    places = [place for place in _places(analysis) if not placing.follows_input(place[0].inputs[place[1]])]  # type: ignore[arg-type]
-    for node, index, axis in places:
-        editor.replace_input(node, index, at_tokens(placing, node, index, axis))
-    if places:
-        analysis.model.graph.inputs.append(positions)
-        editor.finish()
-    return editor.edits if places else 0
+    positions = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=_shape(analysis))
+    given = GivenPositions(analysis.flow, editor, positions)
+    uses = [use for use in _uses(analysis) if not given.follows_input(use[0].inputs[use[1]])]  # type: ignore[arg-type]
+    for node, index, axis in uses:
+        editor.replace_input(node, index, at_tokens(given, node, index, axis))
+    if not uses:
+        return 0
+    analysis.model.graph.inputs.append(positions)
+    editor.finish()
+    return editor.edits
 
 
-def _shape_of(analysis: Analysis, tokens: ir.Value) -> ir.Shape:
-    """Return `[batch, length]`, as the tokens spell it."""
-    given = next(given for given in analysis.inputs if given.value is tokens)
-    (length,) = given.lengths
-    sizes = list(tokens.shape or ())
-    batch = next((size for axis, size in enumerate(sizes[:length]) if axis not in given.lengths), 1)
+def _shape(analysis: Analysis) -> ir.Shape:
+    """Return `[batch, length]`, with the dimensions of the token input."""
+    tokens = next(given for given in analysis.inputs if given.is_token)
+    (length,) = tokens.lengths
+    sizes = list(tokens.value.shape or ())
+    batch = next((size for axis, size in enumerate(sizes[:length]) if axis not in tokens.lengths), 1)
     return ir.Shape([batch, sizes[length]])
 
 
-def _places(analysis: Analysis) -> list[Place]:
-    """Where context with a row for each new token meets tokens outside attention."""
+def _uses(analysis: Analysis) -> list[Use]:
+    """Return where token data outside attention is combined with context that has a row for each new token."""
     flow = analysis.flow
-    inside = {node for head in analysis.sites for node in head.upstream_of_weights() | head.ends}
+    inside = {node for site in analysis.sites for node in site.upstream_of_weights() | site.ends}
     found = []
     for (node, index), axes in flow.demands.items():
         value = node.inputs[index]

@@ -1,4 +1,4 @@
-"""Let positions say how many tokens a cache holds."""
+"""Read the past length from the positions."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
-from kvsurgeon.rewrite.cache_plan import PAST_LENGTH
+from kvsurgeon.rewrite.cache_plan import PAST_LENGTH, first_position
 
 POSITIONS = "position_ids"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PastLengthFromPositions:
-    """Read the number of past tokens from the first of `position_ids`, which the model is given if it is not yet.
+    """Read the number of past tokens from the first element of `position_ids`, an input that is added if missing.
 
-    Before: a cache written in place, with an input `past_sequence_length`. After: `position_ids [batch_size,
-    sequence_length]` in its stead. Positions behind the last real token may be anything, such as -1.
+    Before: a static cache with an input `past_sequence_length`. After: `position_ids [batch_size, sequence_length]`
+    replaces it. Positions after the last real token may have any value, such as -1.
 
-    Not handled: rows of a batch that have tokens in different places; the first row speaks for all.
+    Not handled: sequences of a batch with different past lengths, as the first one determines it for all.
     """
 
     name: ClassVar[str] = "past-length-from-positions"
@@ -31,36 +31,36 @@ class PastLengthFromPositions:
         """Replace the input of `subject.model`.
 
         Raises:
-            UnsupportedError: No input holds the new tokens.
+            UnsupportedError: No input contains the new tokens.
         """
-        graph = subject.model.graph
+        graph, int64 = subject.model.graph, ir.DataType.INT64
         inputs = {value.name: value for value in graph.inputs}
-        counter = inputs.get(PAST_LENGTH)
-        if counter is None:
-            return Unchanged(reason=f"it has no input {PAST_LENGTH}")
+        past_length = inputs.get(PAST_LENGTH)
+        if past_length is None:
+            return Unchanged(reason=f"the model has no input {PAST_LENGTH}")
         editor = Editor(subject.model)
-        positions = inputs.get(POSITIONS) or self._given(editor)
-        flat = editor.node("Reshape", [positions, editor.constant([-1])], name="positions", dtype=positions.dtype)
-        first = editor.node(
-            "Gather", [flat, editor.constant([0])], name="position.first", dtype=positions.dtype, shape=[1]
-        )
-        if positions.dtype is not ir.DataType.INT64:
-            to = {"to": int(ir.DataType.INT64)}
-            first = editor.node("Cast", [first], to, name="past_length", dtype=ir.DataType.INT64, shape=[1])
-        counter.replace_all_uses_with(first)
-        graph.inputs.remove(counter)
+        positions = inputs.get(POSITIONS) or _add_positions(editor)
+        first = first_position(editor, positions, name="positions")
+        if positions.dtype is not int64:
+            first = editor.node("Cast", [first], {"to": int(int64)}, name="past_length", dtype=int64, shape=[1])
+        past_length.replace_all_uses_with(first)
+        graph.inputs.remove(past_length)
         editor.finish()
         return Changed(edits=editor.edits)
 
-    def _given(self, editor: Editor) -> ir.Value:
-        """A new input of positions, one for each new token, behind the tokens themselves."""
-        inputs = editor.graph.inputs
-        for place, value in enumerate(inputs):
-            if len(value.shape or ()) >= 2 and value.shape is not None:
-                editor.release_name(POSITIONS)
-                positions = ir.Value(
-                    name=POSITIONS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(value.shape[:2])
-                )
-                inputs.insert(place + 1, positions)
-                return positions
-        raise UnsupportedError("no input holds the new tokens", expected="an input such as input_ids [batch, sequence]")
+
+def _add_positions(editor: Editor) -> ir.Value:
+    """Add an input of positions after the input of new tokens."""
+    inputs = editor.graph.inputs
+    for index, value in enumerate(inputs):
+        if value.shape is not None and len(value.shape) >= 2:
+            editor.release_name(POSITIONS)
+            positions = ir.Value(
+                name=POSITIONS, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(value.shape[:2])
+            )  # fmt: skip
+            inputs.insert(index + 1, positions)
+            return positions
+    raise UnsupportedError(
+        "no input contains the new tokens", code=Code.PASS_PRECONDITION,
+        expected="an input such as input_ids [batch, sequence]",
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Let a model with a cache count every token that it is given."""
+"""Remove the attention mask input."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.dataflow.input_roles import is_given_for_new_tokens
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.cache.layout import declared_shape
+from kvsurgeon.dataflow.input_roles import is_given_for_new_tokens, required_inputs
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 
 
 @dataclass(frozen=True, kw_only=True)
 class RemoveMask:
-    """Make the attention mask in the graph, as one that lets every token count, instead of taking it as an input.
+    """Replace the attention mask input by a mask of ones in the graph.
 
-    Before: `attention_mask [batch_size, max_length]` is given. After: it is ones, as many as the cache has rows. The
-    result is that of a call without padding: tokens behind the real ones are hidden from these by causality, and
-    padding on the left is not possible.
+    Before: an input `attention_mask [batch_size, max_length]`. After: ones, one for each row of the cache. The result
+    is that of a call without padding: causality hides tokens after the real ones, and left padding is not possible.
 
-    Not handled: a mask as long as the tokens so far, which only a cache that is written in place has not.
+    Not handled: a mask of past and new tokens, which only a static cache does not have.
     """
 
     name: ClassVar[str] = "remove-mask"
 
     def apply(self, subject: Subject) -> Outcome:
-        """Take the mask input out of `subject.model`.
+        """Remove the mask input of `subject.model`.
 
         Raises:
-            UnsupportedError: It is no mask of whole numbers or truths, or it has no length that a cache has too.
+            UnsupportedError: The mask is no integer or boolean tensor, or no cache input has its length.
         """
         graph = subject.model.graph
-        inputs = [value for value in graph.inputs if not value.is_initializer()]
+        inputs = required_inputs(graph)
         caches = [value for value in inputs if len(value.shape or ()) == 4]
         masks = [value for value in inputs if len(value.shape or ()) == 2 and not is_given_for_new_tokens(value)]
         if not masks:
-            return Unchanged(reason="no input is given for all tokens so far")
+            return Unchanged(reason="the model has no attention mask input")
         sources = [_source(caches, mask) for mask in masks]
         editor = Editor(subject.model)
         for mask, cache in zip(masks, sources, strict=True):
@@ -52,44 +52,42 @@ class RemoveMask:
 
 
 def _source(caches: Sequence[ir.Value], mask: ir.Value) -> ir.Value:
-    """Return an input of the cache that has as many rows as the mask has places.
+    """Return a cache input that has as many rows as the mask is long.
 
     Raises:
-        UnsupportedError: None has, or the mask holds no whole numbers or truths.
+        UnsupportedError: None has, or the mask is no integer or boolean tensor.
     """
     if mask.dtype not in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL):
         raise UnsupportedError(
-            "what makes every token count is not known of this mask", at=mask.name, found=str(mask.dtype)
-        )
-    sizes = _sizes(mask)
+            "the attention mask has an unknown meaning", code=Code.PASS_PRECONDITION, at=mask.name,
+            expected="an integer or boolean mask", found=str(mask.dtype),
+        )  # fmt: skip
+    sizes = declared_shape(mask)
     wanted = {sizes[1], *(size for size in sizes if isinstance(size, str))}
-    found = next((cache for cache in caches if wanted <= set(_sizes(cache))), None)
+    found = next((cache for cache in caches if wanted <= set(declared_shape(cache))), None)
     if found is None:
         raise UnsupportedError(
-            "no cache is as long as the mask", at=mask.name, found=str(sizes[1]), hint="inject in place first"
-        )
+            "no cache input is as long as the mask", code=Code.PASS_PRECONDITION, at=mask.name, found=str(sizes[1]),
+            hint="inject with cache=static first",
+        )  # fmt: skip
     return found
 
 
 def _ones(editor: Editor, mask: ir.Value, cache: ir.Value) -> ir.Value:
-    """Ones for every place of the mask: as many as the cache has rows, where that is no number."""
+    """Return ones in the shape of the mask, whose dynamic dimensions are read from the cache."""
     assert mask.dtype is not None
-    sizes = _sizes(mask)
-    known = np.ones([size if isinstance(size, int) else 1 for size in sizes])
-    one = editor.constant(known, mask.dtype.numpy(), name="counts")
+    sizes, int64 = declared_shape(mask), ir.DataType.INT64
+    fixed = np.ones([size if isinstance(size, int) else 1 for size in sizes])
+    one = editor.constant(fixed, mask.dtype.numpy(), name="counts")
     if all(isinstance(size, int) for size in sizes):
         return one
-    shape = editor.node("Shape", [cache], name=f"{cache.name}_shape", dtype=ir.DataType.INT64)
-    axes = [_sizes(cache).index(size) if isinstance(size, str) else None for size in sizes]
-    parts = [
-        editor.constant([size], name="size")
-        if axis is None
-        else editor.node("Gather", [shape, editor.constant([axis])], name="size", dtype=ir.DataType.INT64, shape=[1])
-        for size, axis in zip(sizes, axes, strict=True)
-    ]
-    target = editor.node("Concat", parts, {"axis": 0}, name=f"{mask.name}_shape", dtype=ir.DataType.INT64, shape=[2])
+    shape = editor.node("Shape", [cache], name=f"{cache.name}_shape", dtype=int64)
+    parts = []
+    for size in sizes:
+        if isinstance(size, str):
+            axis = editor.constant([declared_shape(cache).index(size)])
+            parts.append(editor.node("Gather", [shape, axis], name="size", dtype=int64, shape=[1]))
+        else:
+            parts.append(editor.constant([size], name="size"))
+    target = editor.node("Concat", parts, {"axis": 0}, name=f"{mask.name}_shape", dtype=int64, shape=[2])
     return editor.node("Expand", [one, target], name=f"{mask.name}.all", dtype=mask.dtype)
-
-
-def _sizes(value: ir.Value) -> list[int | str | None]:
-    return [size if isinstance(size, int) else size.value for size in value.shape or ()]
