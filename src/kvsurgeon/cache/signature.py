@@ -22,7 +22,7 @@ Kind = Literal["key", "value", "state"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheEntry:
+class SignatureEntry:
     """A cache input with its cache output, and the tensor of the graph that they cache.
 
     Attributes:
@@ -66,7 +66,7 @@ class CacheSignature:
         capacity: Rows of a buffer, if fixed.
     """
 
-    entries: tuple[CacheEntry, ...]
+    entries: tuple[SignatureEntry, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     past_length: PastLength | None
@@ -102,7 +102,7 @@ class CacheSignature:
         return replace(self, entries=tuple(found))
 
 
-def _layout(entry: CacheEntry, point: CachePoint, noted: Layout | None) -> Layout | None:
+def _layout(entry: SignatureEntry, point: CachePoint, noted: Layout | None) -> Layout | None:
     """Return the layout of an entry by the sizes of its axes: the one in the metadata, if possible."""
     batch = point.batch if isinstance(point.batch, int) else None
     possible = list(possible_layouts(entry.shape, entry.axis, batch=batch, heads=point.heads, head_dim=point.head_dim))

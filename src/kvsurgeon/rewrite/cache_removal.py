@@ -22,7 +22,7 @@ from kvsurgeon.cache.empty_cache import (
 from kvsurgeon.cache.layout import declared_names, declared_shape
 from kvsurgeon.cache.length_inputs import find_length_inputs, past_length_source, set_to_zero
 from kvsurgeon.cache.pairs import CachePair, check_cache_updates, find_cache_pairs
-from kvsurgeon.cache.signature import CacheEntry, CacheSignature
+from kvsurgeon.cache.signature import SignatureEntry, CacheSignature
 from kvsurgeon.dataflow.input_roles import read_inputs
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.decompose.simplify import simplify_model
@@ -233,7 +233,7 @@ def _downstream(graph: ir.Graph, values: Sequence[ir.Value]) -> list[ir.Node]:
     return nodes
 
 
-def _entry(pair: CachePair) -> CacheEntry:
+def _entry(pair: CachePair) -> SignatureEntry:
     past = pair.past
     assert past.shape is not None
     if past.dtype is None or (isinstance(past.shape[pair.axis], int) and not pair.is_buffer):
@@ -241,7 +241,7 @@ def _entry(pair: CachePair) -> CacheEntry:
             "a cache input has a fixed length, so it cannot be empty", code=Code.FIXED_LENGTH, at=past.name,
             expected=f"a dynamic axis {pair.axis}", found=str(past.shape), hint=DYNAMIC_HINT,
         )  # fmt: skip
-    return CacheEntry(
+    return SignatureEntry(
         past=past.name or "", present=pair.present.name or "", dtype=past.dtype, shape=declared_shape(past),
         axis=pair.axis, rows="", is_declared=pair.operands.is_declared, cache_mode=pair.cache_mode,
     )  # fmt: skip

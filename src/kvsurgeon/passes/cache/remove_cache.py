@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT, Layout, declared_shape
-from kvsurgeon.cache.signature import CacheEntry, CacheSignature, Kind
+from kvsurgeon.cache.signature import SignatureEntry, CacheSignature, Kind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
@@ -148,19 +148,19 @@ def _options(signature: CacheSignature) -> CacheOptions:
     )  # fmt: skip
 
 
-def _not_restorable(entry: CacheEntry, expected: object, found: object) -> UnsupportedError:
+def _not_restorable(entry: SignatureEntry, expected: object, found: object) -> UnsupportedError:
     return UnsupportedError(
         "the cache has a layout or cache mode that cannot be restored", code=Code.UNKNOWN_CACHE, at=entry.past,
         expected=str(expected), found=str(found), hint=_RETARGET_HINT,
     )  # fmt: skip
 
 
-def _layer(entry: CacheEntry) -> int:
+def _layer(entry: SignatureEntry) -> int:
     assert entry.layer is not None, "the signature is not located"
     return entry.layer
 
 
-def _restore_names(editor: Editor, entries: Sequence[CacheEntry], kind: str) -> None:
+def _restore_names(editor: Editor, entries: Sequence[SignatureEntry], kind: str) -> None:
     """Give the new cache inputs and outputs of a kind the names of the entries, in the order of their layers."""
     graph = editor.graph
     pasts, presents = ([v for v in values if _is_new(v, kind)] for values in (graph.inputs, graph.outputs))
