@@ -42,11 +42,11 @@ class Subject:
 
     @classmethod
     def of(cls, source: Subject | Source, folder: str | Path | None = None) -> Subject:
-        """Return a subject for a file, a folder that holds one, a proto or a model in cache_point.
+        """Return a subject for a file, a folder that holds one, a proto or a model in memory.
 
         Args:
             source: The model. A proto is not changed; an `ir.Model` is changed in place. A subject is returned as is.
-            folder: The folder of the external data and the config of a model in cache_point.
+            folder: The folder of the external data and the config of a model in memory.
 
         Raises:
             InputError: The model cannot be read.

@@ -32,7 +32,7 @@ def float16_mask_range(graph: gs.Graph, minimum: float = -10_000.0) -> None:
     if not RANGE[0] <= minimum <= RANGE[1]:
         expected = " to ".join(f"{bound:g}" for bound in RANGE)
         raise UsageError(f"option minimum: expected a number from {expected}, the range of float16, found {minimum}")
-    masks = list(_masks_below(graph, minimum))
+    masks = _masks_below(graph, minimum)
     for node, _, _ in masks:
         _check_quantization(node, minimum)
     for node, place, values in masks:
@@ -43,9 +43,9 @@ def float16_mask_range(graph: gs.Graph, minimum: float = -10_000.0) -> None:
             node.inputs[place] = gs.Constant(f"{node.inputs[place].name}.half_range", raised)
 
 
-def _masks_below(graph: gs.Graph, minimum: float) -> Iterator[tuple[gs.Node, int | str, np.ndarray]]:
-    """Yield each mask with a lower element: the node that reads it, the input or attribute, and the elements."""
-    visited: set[tuple[int, int | str]] = set()
+def _masks_below(graph: gs.Graph, minimum: float) -> list[tuple[gs.Node, int | str, np.ndarray]]:
+    """Return each mask with a lower element: the node that reads it, the input or attribute, and the elements."""
+    masks: dict[tuple[int, int | str], tuple[gs.Node, int | str, np.ndarray]] = {}
     for node in graph.nodes:
         places: list[tuple[gs.Node, int | str]] = [(node, "value")] if node.op == "ConstantOfShape" else []
         if node.op in MASKING:
@@ -53,9 +53,9 @@ def _masks_below(graph: gs.Graph, minimum: float) -> Iterator[tuple[gs.Node, int
         for reader, place in places:
             tensor = reader.attrs.get(place) if isinstance(place, str) else _constant(reader.inputs[place])
             values = _mask(tensor)
-            if (id(reader), place) not in visited and values is not None and bool(values.min() < minimum):
-                visited.add((id(reader), place))
-                yield reader, place, values
+            if values is not None and bool(values.min() < minimum):
+                masks.setdefault((id(reader), place), (reader, place, values))
+    return list(masks.values())
 
 
 def _constant_inputs(node: gs.Node, place: int) -> Iterator[tuple[gs.Node, int]]:

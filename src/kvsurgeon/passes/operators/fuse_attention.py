@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -15,6 +15,7 @@ from kvsurgeon.fusion.numeric_check import NumericCheck
 from kvsurgeon.fusion.operators import OPERATORS, AttentionOperator, OperatorName
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
+from kvsurgeon.passes.cache.inject import SelectMatches
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.proof.proof import Proof
@@ -95,9 +96,7 @@ def _match_all(
     return matches, errors
 
 
-def _fuse(
-    subject: Subject, operator: AttentionOperator, select: Callable[[Analysis, Proof], Sequence[FusionMatch]]
-) -> Changed:
+def _fuse(subject: Subject, operator: AttentionOperator, select: SelectMatches) -> Changed:
     """Fuse the attention layers of a model without a cache."""
     with deep_recursion():
         analysis, proof = subject.analysis(), subject.proof()

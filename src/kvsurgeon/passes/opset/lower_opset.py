@@ -119,10 +119,8 @@ def _removed_attributes(node: ir.Node, before: Schema, after: Schema, old: int) 
 
 
 def _default(schema: Schema, name: str) -> Any:
-    known = schema.attributes.get(name)
-    if known is None or not known.default_value.name:
-        return None
-    return onnx.helper.get_attribute_value(known.default_value)
+    default = schema.attributes[name].default_value if name in schema.attributes else None
+    return onnx.helper.get_attribute_value(default) if default is not None and default.name else None
 
 
 def _is_even_split(node: ir.Node) -> bool:
