@@ -405,4 +405,4 @@ def test_edits_are_counted_and_assumptions_told():
     quantised = read(attention(constants="float[8, 8] zw", key=(
         "u, s_, p = DynamicQuantizeLinear(k0)\n f = DequantizeLinear(u, s_, p)\n k = Identity(f)")))  # fmt: skip
     outcome = Inject().apply(Subject.of(quantised))
-    assert "dynamic quantisation" in outcome.notes[0]
+    assert "dynamic quantization" in outcome.notes[0]

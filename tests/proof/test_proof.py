@@ -52,7 +52,7 @@ REJECTED = [
     ("tokens split", attention(hidden="a, z = Split<axis = 1, num_outputs = 2>(x)\n h = Concat<axis = 1>(z, a)"),
      "Split mixes", "a"),
     ("queries added to keys", attention(scores="t = Transpose<perm = [0, 2, 1]>(s0)\n s = Add(s0, t)"),
-     "queries and keys cannot be told apart", None),
+     "cannot distinguish queries from keys", None),
     ("indices computed from tokens", attention(hidden="m = ReduceMax<keepdims = 0>(x, third)\n i = Cast<to = 7>(m)\n"
      "h = Gather(x, i)"), None, None),
     ("unmasked queries whose keys are all masked", attention(inputs="int64[b, n] m", allowed=

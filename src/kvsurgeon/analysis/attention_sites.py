@@ -131,7 +131,7 @@ def _key_variables(flow: TokenFlow) -> list[LengthVariable]:
     found: dict[LengthVariable, int] = {}
     for node, variable in [
         *((product.node, product.variable.root()) for product in flow.products),
-        *((fused.node, flow.operands[fused.node, fused.key].root()) for fused in flow.fused),
+        *((fused.node, flow.operands[fused.node, fused.inputs.key].root()) for fused in flow.fused),
     ]:
         found[variable] = min(found.get(variable, flow.order[node]), flow.order[node])
     return sorted(found, key=lambda variable: found[variable])
@@ -142,13 +142,19 @@ def _site(flow: TokenFlow, variable: LengthVariable) -> AttentionSite:
         score for score in flow.scores if variable in (score.left_variable.root(), score.right_variable.root())
     )
     products = tuple(product for product in flow.products if product.variable.root() is variable)
-    fused = next((fused for fused in flow.fused if flow.operands[fused.node, fused.key].root() is variable), None)
+    fused = next(
+        (fused for fused in flow.fused if flow.operands[fused.node, fused.inputs.key].root() is variable), None
+    )
     others = tuple(place for place in flow.other_inputs if flow.operands[place].root() is variable)
     keys = [*((score.node, score.key_index()) for score in scores), *others]
     values = [(product.node, product.value) for product in products]
     heads = 1
     if fused is not None:
-        keys, values, heads = [(fused.node, fused.key)], [(fused.node, fused.value)], fused.packed_heads
+        keys, values, heads = (
+            [(fused.node, fused.inputs.key)],
+            [(fused.node, fused.inputs.value)],
+            fused.inputs.packed_heads,
+        )
 
     def operands(places: list[Place]) -> tuple[CachedOperand, ...]:
         return tuple(CachedOperand(place=at, cache_point=choose_cache_point(flow, at, heads)) for at in places)

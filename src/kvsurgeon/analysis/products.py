@@ -233,10 +233,7 @@ def attention(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
         )
     if len([value for value in visit.node.outputs if value.name and value.uses()]) > 1:
         raise visit.refusal("its further outputs are used", code=Code.FUSED_OPERATOR)
-    keys = _fused(visit, FusedAttention(
-        node=visit.node, query=stated.query, key=stated.key, value=stated.value, mask=stated.mask, layout=stated.layout,
-        causal=stated.causal, packed_heads=stated.packed_heads,
-    ))  # fmt: skip
+    keys = _fused(visit, FusedAttention(node=visit.node, inputs=stated))
     mask = stated.mask
     if mask is not None and visit.kind(mask) is ValueKind.TOKEN:
         raise visit.refusal(
@@ -254,8 +251,8 @@ def attention(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
 
 def _fused(visit: NodeVisit, fused: FusedAttention) -> LengthVariable:
     """Note a fused attention, and return the variable of its keys."""
-    place = fused.layout.index("sequence")
-    for index in (fused.query, fused.key, fused.value):
+    place = fused.inputs.layout.index("sequence")
+    for index in (fused.inputs.query, fused.inputs.key, fused.inputs.value):
         axes = visit.axes(index)
         if (
             len(axes) != 1
@@ -266,7 +263,7 @@ def _fused(visit: NodeVisit, fused: FusedAttention) -> LengthVariable:
             raise visit.refusal("its input does not hold the tokens where the operator expects them",
                                at=visit.node.inputs[index])  # fmt: skip
     keys = LengthVariable(Length.TOTAL, at=visit.node.outputs[0].name or "")
-    visit.flow.operands[visit.node, fused.key] = keys
-    visit.flow.operands[visit.node, fused.value] = keys
+    visit.flow.operands[visit.node, fused.inputs.key] = keys
+    visit.flow.operands[visit.node, fused.inputs.value] = keys
     visit.flow.fused.append(fused)
     return keys

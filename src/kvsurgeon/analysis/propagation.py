@@ -46,10 +46,10 @@ def propagate_tokens(
     length: Dimension,
     opsets: Mapping[str, int],
 ) -> TokenFlow:
-    """Return where the tokens lie in every tensor that holds them, and what context meets them.
+    """Return the sequence axes of all token data, and the context that meets it.
 
     Raises:
-        UnsupportedError: An operator mixes tokens, has no rule, or loses sight of them.
+        UnsupportedError: An operator mixes tokens or is unknown, or a sequence axis cannot be traced.
     """
     order = {node: place for place, node in enumerate(nodes)}
     flow = TokenFlow(
@@ -59,7 +59,7 @@ def propagate_tokens(
         if given.is_token:
             flow.axes[given.value] = tuple(SequenceAxis(axis, flow.query_axis) for axis in given.lengths)
     routed_regions: dict[ir.Node, RoutedRegion] = {}
-    read = _read_for_their_numbers(nodes)
+    read = _read_for_content(nodes)
     for node in nodes:
         if (
             has_trait(node, Trait.ROUTING)
@@ -73,16 +73,16 @@ def propagate_tokens(
                 record_routed_region(flow, routed_regions[node])
         elif node not in flow.state_nodes and any(kinds.get(value) is ValueKind.TOKEN for value in node.outputs):
             try:
-                _take_or_recall(flow, node, is_read=node in read)
+                _propagate_or_cache(flow, node, is_read=node in read)
             except UnsupportedError:
-                if not _lands(flow, node, routed_regions):
+                if not _starts_region(flow, node, routed_regions):
                     raise
     _check_variables(flow)
     return flow
 
 
-def _lands(flow: TokenFlow, node: ir.Node, routed_regions: dict[ir.Node, RoutedRegion]) -> bool:
-    """Whether an island begins at a node that sorts the tokens or counts them; it is added to the others."""
+def _starts_region(flow: TokenFlow, node: ir.Node, routed_regions: dict[ir.Node, RoutedRegion]) -> bool:
+    """Return whether a routed region starts at a node that sorts or counts tokens, and add it to the others."""
     found = find_routed_region(flow, node) if sorts_or_counts(flow, node) else None
     if found is None:
         return False
@@ -92,8 +92,8 @@ def _lands(flow: TokenFlow, node: ir.Node, routed_regions: dict[ir.Node, RoutedR
     return whole is not None
 
 
-def _read_for_their_numbers(nodes: Sequence[ir.Node]) -> set[ir.Node]:
-    """The nodes of whose results more is read than the shape."""
+def _read_for_content(nodes: Sequence[ir.Node]) -> set[ir.Node]:
+    """Return the nodes of which more is read than the shapes of their results."""
     read: set[ir.Value] = {value for node in nodes for value in node.outputs if value.is_graph_output()}
     found: set[ir.Node] = set()
     for node in reversed(nodes):
@@ -103,31 +103,31 @@ def _read_for_their_numbers(nodes: Sequence[ir.Node]) -> set[ir.Node]:
     return found
 
 
-def _reads_stream(flow: TokenFlow, node: ir.Node) -> bool:
+def _reads_queries(flow: TokenFlow, node: ir.Node) -> bool:
     """Whether a node reads no tensor in which queries meet keys."""
     axes = [axis for value in node.inputs if value is not None for axis in flow.axes.get(value, ())]
     return all(axis.variable.resolved() is Length.NEW for axis in axes)
 
 
 def _batch(inputs: list[InputRole]) -> Dimension:
-    """The batch of the token inputs: the axis before the tokens' one."""
+    """Return the batch size of the token inputs: the axis before the sequence axis."""
     first = next(given for given in inputs if given.is_token)
     axis = next(iter(first.lengths))
     return first.dimensions[axis - 1] if axis else 1
 
 
-def _take_or_recall(flow: TokenFlow, node: ir.Node, *, is_read: bool) -> None:
+def _propagate_or_cache(flow: TokenFlow, node: ir.Node, *, is_read: bool) -> None:
     """Propagate through a node; if it mixes tokens, cache what it reads if only earlier tokens count.
 
     If it adds learned rows to the tokens, they are keys or values from there on.
     """
     try:
-        _take(flow, node, axes_after)
+        _propagate(flow, node, axes_after)
     except UnsupportedError:
-        recall = find_sequence_state(flow, node) if is_read else None
-        if recall is not None:
-            record_sequence_state(flow, recall)
-        elif (is_read or not _reads_stream(flow, node)) and not _has_learned_rows(flow, node):
+        state = find_sequence_state(flow, node) if is_read else None
+        if state is not None:
+            record_sequence_state(flow, state)
+        elif (is_read or not _reads_queries(flow, node)) and not _has_learned_rows(flow, node):
             raise
 
 
@@ -137,13 +137,13 @@ def _has_learned_rows(flow: TokenFlow, node: ir.Node) -> bool:
         links = axis_links(flow.shapes.call(node))
         if links is None or (links.joined is None and not links.padded):
             return False
-        _take(flow, node, with_learned_rows)
+        _propagate(flow, node, with_learned_rows)
     except (UnsupportedError, UntraceableAxesError):
         return False
     return True
 
 
-def _take(flow: TokenFlow, node: ir.Node, rule: Rule) -> None:
+def _propagate(flow: TokenFlow, node: ir.Node, rule: Rule) -> None:
     visit = NodeVisit(flow, flow.shapes.call(node))
     with in_one_line(node):
         try:
@@ -173,43 +173,46 @@ def _no_links(visit: NodeVisit) -> UnsupportedError:
 
 
 def _check_lengths(visit: NodeVisit, shape: tuple[Dimension, ...], axes: Axes) -> None:
-    held = {axis.axis for axis in axes}
+    traced = {axis.axis for axis in axes}
     for place, size in enumerate(shape):
-        if place not in held and visit.holds_length(size):
+        if place not in traced and visit.holds_length(size):
             raise visit.refusal("cannot trace the sequence axis", found=f"axis {place} of size {size}")
     for axis in axes:
         whole = axis.size(visit.flow.length)
         if axis.variable.resolved() is Length.NEW and not dim.is_equal(whole, shape[axis.axis]):
             raise visit.refusal(
-                "it keeps some of the tokens only", expected=f"axis {axis.axis} of size {whole}",
+                "it keeps only some of the tokens", expected=f"axis {axis.axis} of size {whole}",
                 found=str(shape[axis.axis]),
             )  # fmt: skip
 
 
 def _check_last(visit: NodeVisit, found: list[Axes]) -> None:
-    """What is made of the last token alone must not reach the others."""
+    """Check that values computed from the last token alone do not reach other tokens."""
     if any(found):
-        raise visit.refusal("what is made of the last token is given to all of them")
+        raise visit.refusal("a value computed from the last token reaches all tokens")
     visit.flow.last.update(visit.node.outputs)
 
 
 def _check_variables(flow: TokenFlow) -> None:
     for place in flow.other_inputs:
         if flow.operands[place].resolved() is None:
-            flow.operands[place].root().length = Length.NEW  # nothing made them keys
+            flow.operands[place].root().length = Length.NEW  # no product made them keys
     for score in flow.scores:
         for variable in (score.left_variable.root(), score.right_variable.root()):
             if variable.length is None:
                 raise UnsupportedError(
-                    "two sequence axes meet, but neither is summed against values",
+                    "two sequence axes meet, but neither is summed against values", code=Code.NO_ATTENTION,
                     at=score.node.outputs[0].name, expected="weights @ values, as in attention",
                 )  # fmt: skip
         if score.left_variable.resolved() is score.right_variable.resolved():
-            raise UnsupportedError("queries and keys cannot be told apart", at=score.node.outputs[0].name)
+            raise UnsupportedError(
+                "cannot distinguish queries from keys", at=score.node.outputs[0].name, code=Code.NO_ATTENTION
+            )
     for place, variable in flow.operands.items():
         mixes = variable.resolved() is Length.NEW and variable.root().mixed_at
         if mixes or (place in flow.learned_row_inputs and variable.resolved() is None):
             raise UnsupportedError(
-                "an operator mixes tokens along the axis of the queries, which no KV cache can carry",
+                "an operator mixes tokens along the axis of the queries, so a KV cache is not enough",
                 at=variable.root().mixed_at[0],
+                code=Code.MIXES_TOKENS,
             )

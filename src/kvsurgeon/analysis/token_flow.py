@@ -1,4 +1,4 @@
-"""What is learnt while tokens are followed through a graph, and how one node is looked at while that happens."""
+"""The token flow of a graph: sequence axes of token data, and one node as propagation visits it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.ops.operator import AttentionInputs
 from kvsurgeon.ops.table import operator_of
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
@@ -20,40 +21,55 @@ from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, Seque
 
 Place = tuple[ir.Node, int]  # a node and the index of one of its inputs
 
-PER_CALL = "dynamic quantisation: ranges are taken over the tokens of one call"
+PER_CALL = "dynamic quantization: ranges are taken over the tokens of one call"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreProduct:
-    """Where two sequence axes meet: queries and keys, which is which being told by the context product."""
+    """A product of queries and keys; the context product decides which operand holds which.
+
+    Attributes:
+        node: The product.
+        left: Index of the left operand.
+        right: Index of the right operand.
+        left_variable: Length variable of the left operand's sequence axis.
+        right_variable: Length variable of the right operand's sequence axis.
+    """
 
     node: ir.Node
-    left: int  # indices of the node's inputs
+    left: int
     right: int
     left_variable: LengthVariable
     right_variable: LengthVariable
 
     def key_index(self) -> int:
-        """Index of the input that holds the keys."""
+        """Return the index of the input that holds the keys."""
         return self.left if self.left_variable.resolved() is Length.TOTAL else self.right
 
     def query_index(self) -> int:
-        """Index of the input that holds the queries."""
+        """Return the index of the input that holds the queries."""
         return self.right if self.left_variable.resolved() is Length.TOTAL else self.left
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContextProduct:
-    """Where the keys' axis of the weights is summed against the values."""
+    """A product that sums attention weights against values along the keys' axis.
+
+    Attributes:
+        node: The product.
+        weights: Index of the operand that holds the weights.
+        value: Index of the operand that holds the values.
+        variable: Length variable of the keys' axis.
+    """
 
     node: ir.Node
     weights: int
     value: int
-    variable: LengthVariable  # of the keys' axis
+    variable: LengthVariable
 
     @property
     def zero_point(self) -> ir.Value | None:
-        """Which number of quantised weights means 0, where that is said."""
+        """The zero point of quantized weights, if there is one."""
         operator = operator_of(self.node)
         places = None if operator is None else operator.zero_points
         index = None if places is None else places[self.weights > self.value]
@@ -61,87 +77,108 @@ class ContextProduct:
 
     @property
     def weights_read(self) -> tuple[ir.Value, ...]:
-        """The weights, and their zero point where there is one."""
+        """The weights, and their zero point if there is one."""
         found = (self.node.inputs[self.weights], self.zero_point)
         return tuple(value for value in found if value is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FusedAttention:
-    """One operator that holds a whole attention, with the indices of its inputs."""
+    """An operator that computes a whole attention, with what its axis links state."""
 
     node: ir.Node
-    query: int
-    key: int
-    value: int
-    mask: int | None
-    causal: bool
-    layout: tuple[str, ...]  # of key and value
-    packed_heads: int = 1  # key heads that lie side by side on the last axis of key and value
+    inputs: AttentionInputs
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceState:
-    """Nodes outside attention whose result depends on the tokens so far, and the one axis that holds them there."""
+    """Nodes outside attention whose result depends on the tokens so far.
+
+    Attributes:
+        nodes: The nodes, in execution order; the last one computes the result.
+        places: Inputs of these nodes that hold token data and that no node of them computes.
+        axes: The sequence axis of the result.
+    """
 
     nodes: tuple[ir.Node, ...]
-    places: tuple[Place, ...]  # where tokens are read that the nodes do not make
+    places: tuple[Place, ...]
     axes: Axes
 
     @property
     def result(self) -> ir.Value:
-        """What is read elsewhere."""
+        """The value that other nodes read."""
         return self.nodes[-1].outputs[0]
 
 
 @dataclass(kw_only=True)
 class TokenFlow:
-    """What was learnt about token data."""
+    """Where tokens are in every value, and what context meets them.
+
+    Propagation fills it in; after `analyze` returned it does not change.
+
+    Attributes:
+        shapes: Shape, type and known numbers of each value.
+        kinds: Kind of each value that is not constant.
+        length: The one length that the export knows.
+        batch: Batch size of the token inputs; 1 if they have no batch axis.
+        inputs: Roles of the graph inputs.
+        opsets: Versions of the operator sets.
+        order: Position of each node in the graph.
+        query_axis: Length variable of the new tokens.
+        axes: Sequence axes of each value of token data.
+        demands: Axes that token data asks of context at each input.
+        operands: Inputs whose sequence axis has another length variable than the value that they read.
+        other_inputs: Those of them that no product reads.
+        learned_row_inputs: Inputs to which learned rows are added, with their length variable.
+        targets: For each node whose result has a shape that is given, the index of that input.
+        diagonals: Length variables of the rows and columns of each triangle that is cut out of token data.
+        routed_regions: Nodes inside routed regions, with a structural hash of the region.
+        addresses: Inputs that hold indices within one call, and stay as long as the call.
+        parameters: Inputs in which a length refers to a length variable.
+        scores: Products of queries and keys.
+        products: Products of weights and values.
+        fused: Operators that compute a whole attention.
+        states: Sequence states outside attention.
+        assumed: What propagation could not prove, with the first value that it concerns.
+        mixes_keys: Nodes that mix elements along an axis that must turn out to be the keys'.
+        last: Values computed from the last token alone.
+        per_call: Values computed with a range over all tokens of a call.
+    """
 
     shapes: Shapes
     kinds: dict[ir.Value, ValueKind]
     length: Dimension
-    batch: Dimension  # of the token inputs; 1 where they have no batch axis
+    batch: Dimension
     inputs: Sequence[InputRole]
     opsets: Mapping[str, int]
-    order: dict[ir.Node, int]  # place of each node in the graph
+    order: dict[ir.Node, int]
     query_axis: LengthVariable = field(default_factory=lambda: LengthVariable(Length.NEW, "the tokens"))
     axes: dict[ir.Value, Axes] = field(default_factory=dict)
-    demands: dict[Place, Axes] = field(default_factory=dict)  # where context meets tokens: its axes, in their variables
-    operands: dict[Place, LengthVariable] = field(
-        default_factory=dict
-    )  # token inputs whose tokens stand in another variable
-    other_inputs: list[Place] = field(default_factory=list)  # those of them that no product reads
-    learned_row_inputs: dict[Place, LengthVariable] = field(
-        default_factory=dict
-    )  # where rows of the model's own are put beside tokens
-    targets: dict[ir.Node, int] = field(default_factory=dict)  # nodes whose result's shape is given by that input
-    diagonals: dict[ir.Node, tuple[LengthVariable, LengthVariable]] = field(
-        default_factory=dict
-    )  # `Trilu` over rows and columns
-    routed_regions: dict[ir.Node, Hashable] = field(default_factory=dict)  # nodes inside, and how their island computes
-    addresses: set[Place] = field(default_factory=set)  # context that stays as long as the call
-    parameters: dict[Place, LengthVariable] = field(
-        default_factory=dict
-    )  # bounds in which the length counts in this variable
+    demands: dict[Place, Axes] = field(default_factory=dict)
+    operands: dict[Place, LengthVariable] = field(default_factory=dict)
+    other_inputs: list[Place] = field(default_factory=list)
+    learned_row_inputs: dict[Place, LengthVariable] = field(default_factory=dict)
+    targets: dict[ir.Node, int] = field(default_factory=dict)
+    diagonals: dict[ir.Node, tuple[LengthVariable, LengthVariable]] = field(default_factory=dict)
+    routed_regions: dict[ir.Node, Hashable] = field(default_factory=dict)
+    addresses: set[Place] = field(default_factory=set)
+    parameters: dict[Place, LengthVariable] = field(default_factory=dict)
     scores: list[ScoreProduct] = field(default_factory=list)
     products: list[ContextProduct] = field(default_factory=list)
     fused: list[FusedAttention] = field(default_factory=list)
     states: list[SequenceState] = field(default_factory=list)
-    assumed: dict[str, str] = field(default_factory=dict)  # what could not be proved, and where first
-    mixes_keys: dict[ir.Node, LengthVariable] = field(
-        default_factory=dict
-    )  # operators along an open axis: keys, or nothing
-    last: set[ir.Value] = field(default_factory=set)  # made of the last token alone
-    per_call: set[ir.Value] = field(default_factory=set)  # made with ranges over all tokens of a call
+    assumed: dict[str, str] = field(default_factory=dict)
+    mixes_keys: dict[ir.Node, LengthVariable] = field(default_factory=dict)
+    last: set[ir.Value] = field(default_factory=set)
+    per_call: set[ir.Value] = field(default_factory=set)
 
     def has_learned_rows(self, variable: LengthVariable) -> bool:
-        """Whether keys and values of a variable have rows of the model's own beside them."""
+        """Return whether keys and values of a length variable have learned rows."""
         return any(one.root() is variable.root() for one in self.learned_row_inputs.values())
 
     def origin(self, place: Place) -> Place:
-        """Where the tokens of an operand alone are read: before rows of the model's own were put beside them."""
-        value, seen = place[0].inputs[place[1]], place
+        """Return the input that reads the tokens of an operand before learned rows were added to them."""
+        value, at = place[0].inputs[place[1]], place
         while (
             value is not None
             and (node := value.producer()) is not None
@@ -150,20 +187,20 @@ class TokenFlow:
             index = next(
                 i for i, one in enumerate(node.inputs) if one is not None and self.kinds.get(one) is ValueKind.TOKEN
             )
-            value, seen = node.inputs[index], (node, index)
-            if seen in self.learned_row_inputs:
-                return seen
+            value, at = node.inputs[index], (node, index)
+            if at in self.learned_row_inputs:
+                return at
         return place
 
     @property
     def state_nodes(self) -> frozenset[ir.Node]:
-        """Nodes that are computed for all tokens so far, outside attention."""
-        return frozenset(node for recall in self.states for node in recall.nodes)
+        """Nodes that are computed at the total length outside attention."""
+        return frozenset(node for state in self.states for node in state.nodes)
 
 
 @dataclass(slots=True)
 class NodeVisit:
-    """One node on the tokens' way."""
+    """One node during propagation: its inputs, and what is noted about it."""
 
     flow: TokenFlow
     call: OperatorCall
@@ -202,12 +239,12 @@ class NodeVisit:
         return [index for index in range(len(self.node.inputs)) if self.kind(index) is ValueKind.TOKEN]
 
     def demand(self, index: int, axes: Axes) -> None:
-        """Note that an input which is not token data has these axes in these variables."""
+        """Note that an input that is not token data must have these axes."""
         if axes:
             self.flow.demands[self.node, index] = tuple(sorted(axes, key=lambda axis: axis.axis))
 
     def parameter(self, indices: tuple[int, ...], variable: LengthVariable) -> None:
-        """Note that a length in these inputs is that of a variable."""
+        """Note that a length in these inputs refers to a length variable."""
         for index in indices:
             numbers = self.call.numbers(index)
             if numbers is not None and any(self.holds_length(number) for number in numbers):
@@ -222,7 +259,7 @@ class NodeVisit:
         return isinstance(size, sympy.Expr) and BATCH in size.free_symbols
 
     def assume(self, what: str) -> None:
-        """Note something that could not be proved."""
+        """Note an assumption that cannot be proved."""
         self.flow.assumed.setdefault(what, self.node.outputs[0].name or "")
 
     def refusal(
@@ -251,15 +288,15 @@ class NodeVisit:
         return variables
 
     def mixing(self) -> UnsupportedError:
-        """An error: this node lets a token see others."""
+        """Return an error: the node mixes tokens."""
         return UnsupportedError(
-            f"{self.node.op_type} mixes tokens along the sequence outside attention, which no KV cache can carry",
-            at=self.node.outputs[0].name,
-            hint="its state is remembered only where it is seen to depend on no later token",
-        )
+            f"{self.node.op_type} mixes tokens along the sequence outside attention, so a KV cache is not enough",
+            at=self.node.outputs[0].name, code=Code.MIXES_TOKENS,
+            hint="it is supported only if its result for a token is observed to depend on no later token",
+        )  # fmt: skip
 
     def mix_along(self, axis: SequenceAxis) -> None:
-        """Note that the node works along a sequence axis: right only where that is the axis of the keys.
+        """Note that the node mixes along a sequence axis: allowed only if that is the axis of the keys.
 
         Raises:
             UnsupportedError: It is the query_axis's.
@@ -270,7 +307,7 @@ class NodeVisit:
         self.flow.mixes_keys[self.node] = axis.variable
 
     def open_length(self, axis: SequenceAxis, index: int, variable: LengthVariable | None = None) -> SequenceAxis:
-        """Let an input's tokens stand in a variable that is still open: they may turn out to be the keys'."""
+        """Give an input's sequence axis a length variable that is still open: it may become the keys' axis."""
         variable = variable or LengthVariable(at=self.node.outputs[0].name or "")
         self.flow.operands[self.node, index] = variable
         self.flow.other_inputs.append((self.node, index))
@@ -281,13 +318,13 @@ class NodeVisit:
         (_, one), (second, other) = mine, theirs
         same = dim.is_equal(one.outer, other.outer) and dim.is_equal(one.inner, other.inner)
         if not same or (one.rows_before, one.rows_after) != (other.rows_before, other.rows_after):
-            raise self.refusal("two tensors hold the tokens in different places", at=self.node.inputs[second])
+            raise self.refusal("two inputs have the sequence axis in different places", at=self.node.inputs[second])
         if one.variable.resolved() is Length.NEW and other.variable.resolved() is None:
             (_, one), (second, other) = theirs, mine
         if one.variable.resolved() is None and other.variable.resolved() is Length.NEW and not one.variable.root().bias:
             return self.open_length(other, second, one.variable)
         if not one.variable.agree(other.variable):
-            raise self.refusal("queries and keys are added to each other", at=self.node.inputs[second])
+            raise self.refusal("queries and keys are aligned with each other", at=self.node.inputs[second])
         return one
 
 

@@ -101,7 +101,7 @@ def _attentions(analysis: Analysis, proof: Proof) -> Iterator[Attention]:
 
 def _query_place(site: AttentionSite) -> Place:
     if site.fused is not None:
-        return site.fused.node, site.fused.query
+        return site.fused.node, site.fused.inputs.query
     return site.scores[0].node, site.scores[0].query_index()
 
 

@@ -1,8 +1,8 @@
-"""Three kinds of tensor: constants, context, and token data.
+"""Three kinds of value: constants, context, and token data.
 
-Context depends on the inputs only through shapes and through what is given for all tokens so far, such as a padding
-mask: it can be computed anew at any length. Token data depends on what is given for the new tokens alone, and must be
-remembered.
+Context depends on the inputs only through shapes and through what is given for all tokens so far, such as an
+attention mask: it can be computed at any length. Token data depends on what is given for the new tokens alone, and must
+be cached.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import onnx_ir as ir
 
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.shape_inference import Shapes
-from kvsurgeon.graph.operators import SHAPE_ONLY
 from kvsurgeon.graph.query import all_inputs
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import operator_of
 
 
 class ValueKind(IntEnum):
-    """In rising order: a node's result is of the highest kind among its inputs."""
+    """The kind of a value, in rising order: a result has the highest kind among its inputs."""
 
     CONSTANT = 0
     CONTEXT = 1
@@ -27,27 +28,20 @@ class ValueKind(IntEnum):
 
 
 def classify_values(nodes: Iterable[ir.Node], inputs: list[InputRole], shapes: Shapes) -> dict[ir.Value, ValueKind]:
-    """Return the kind of every value that a node makes or a graph input holds; what is missing is constant."""
+    """Return the kind of every value that is not constant."""
     kinds: dict[ir.Value, ValueKind] = {
         given.value: ValueKind.TOKEN if given.is_token else ValueKind.CONTEXT for given in inputs
     }
     for node in nodes:
-        kind = ValueKind.CONSTANT
-        if node.op_type in SHAPE_ONLY:
-            kind = max(
-                (min(kinds.get(value, ValueKind.CONSTANT), ValueKind.CONTEXT) for value in node.inputs if value),
-                default=kind,
-            )
-        else:
-            for value in node.inputs[:1] if node.op_type == "CastLike" else all_inputs(node):  # its second gives a type
-                kind = max(kind, ValueKind.CONSTANT if value is None else kinds.get(value, ValueKind.CONSTANT))
-        if (
-            kind is ValueKind.TOKEN
-            and (fact := shapes.facts.get(node.outputs[0])) is not None
-            and fact.value is not None
-        ):
-            kind = ValueKind.CONTEXT  # its numbers are known whatever the tokens are
+        operator = operator_of(node)
+        read = all_inputs(node)
+        if operator is not None and operator.type_only:
+            read = [value for index, value in enumerate(node.inputs) if value and index not in operator.type_only]
+        kind = max((kinds.get(value, ValueKind.CONSTANT) for value in read), default=ValueKind.CONSTANT)
+        fact = shapes.facts.get(node.outputs[0])
+        known = fact is not None and fact.value is not None  # numbers that do not depend on the tokens
+        if kind is ValueKind.TOKEN and (known or (operator is not None and Trait.SHAPE_ONLY in operator.traits)):
+            kind = ValueKind.CONTEXT
         if kind is not ValueKind.CONSTANT:
-            for value in node.outputs:
-                kinds[value] = kind
+            kinds |= dict.fromkeys(node.outputs, kind)
     return kinds

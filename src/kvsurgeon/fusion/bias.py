@@ -48,10 +48,10 @@ class AttentionBias:
     def _operator_mask(self, match: FusionMatch) -> Bias | None:
         """Return the mask of an ONNX `Attention` operator as a bias."""
         fused = match.site.fused
-        if fused is None or fused.mask is None:
+        if fused is None or fused.inputs.mask is None:
             return None
-        mask, sizes = fused.node.inputs[fused.mask], self.context.context_sizes(fused.node, fused.mask)
-        original = self.context.before[fused.node][fused.mask]
+        mask, sizes = fused.node.inputs[fused.inputs.mask], self.context.context_sizes(fused.node, fused.inputs.mask)
+        original = self.context.before[fused.node][fused.inputs.mask]
         assert mask is not None
         assert original is not None
         if self.context.flow.shapes[original].dtype is not ir.DataType.BOOL:

@@ -94,14 +94,14 @@ def _match_operator(flow: TokenFlow, site: AttentionSite) -> tuple[CachePoint, C
     fused = site.fused
     assert fused is not None
     attributes, heads = fused.node.attributes, 1
-    if fused.packed_heads != 1:
+    if fused.inputs.packed_heads != 1:
         heads = flow.shapes.call(fused.node).integer("q_num_heads", 1)
-    query = _describe(flow, fused.node.inputs[fused.query], heads)
+    query = _describe(flow, fused.node.inputs[fused.inputs.query], heads)
     path = ScorePath(
         scale=attributes.get_float("scale", 0.0) or 1 / math.sqrt(query.head_dim),
         softcap=attributes.get_float("softcap", 0.0),
         steps=(),
-        masked=None if fused.mask is None else fused.node.inputs[fused.mask],
+        masked=None if fused.inputs.mask is None else fused.node.inputs[fused.inputs.mask],
     )
     return query, _describe(flow, fused.node.outputs[0], heads), path
 

@@ -72,7 +72,7 @@ def _sizes(flow: TokenFlow, site: AttentionSite) -> tuple[int, int, int]:
 def _fused_sizes(flow: TokenFlow, fused: FusedAttention) -> tuple[int, int, int]:
     """The same, from the operands and attributes of one operator."""
     call = flow.shapes.call(fused.node)
-    query, value = call.fact(fused.query).shape or (), call.fact(fused.value).shape or ()
+    query, value = call.fact(fused.inputs.query).shape or (), call.fact(fused.inputs.value).shape or ()
     if len(query) == 4:
         return int(query[3]), int(value[3]), int(query[1])
     heads, kv_heads = call.integer("q_num_heads", 1), call.integer("kv_num_heads", 1)

@@ -1,7 +1,7 @@
 """Other heads in the result of an operator, from other heads in its inputs: one rule over the operator table.
 
-The axis links say which axes of the inputs hold the heads. The rule answers None if heads cannot be followed through the
-node alone, as through a `Split` that separates queries, keys and values.
+The axis links say which axes of the inputs hold the heads. The rule returns None if heads cannot be followed through
+the node alone, as through a `Split` that separates queries, keys and values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import onnx_ir as ir
 from kvsurgeon.heads.change import Change, Made
 from kvsurgeon.heads.head_axis import HeadAxis
 from kvsurgeon.heads.weights import packed_product, product
-from kvsurgeon.ops.operator import AxisLinks, Label, Labels, Operator, Trait, UntraceableAxesError
+from kvsurgeon.ops.operator import AxisLinks, Label, Operator, Trait, UntraceableAxesError
 from kvsurgeon.ops.table import axis_links, operator_of
 from kvsurgeon.rewrite.reshape_targets import expand_target, reshape_target
 from kvsurgeon.symbolic.dimension import Dimension
@@ -37,20 +37,12 @@ def inputs_with_heads(change: Change) -> Made | None:
         return _reshaped(change, links)
     if links.addressing == "nd" or (Trait.SELECT in operator.traits and change.takes_apart):
         return None
-    labels = links.outputs[change.output]
-    label = labels[change.axis.axis] if Trait.REDUCTION not in operator.traits else _kept_label(labels, change)
-    aside = (links.joined, *links.padded, *links.selected, *links.blocked)
-    if label is None or label in aside or links.repeated.get(label, 1) != 1 or not _is_linked(links, label):
+    label = _label(change, operator, links)
+    if label is None:
         return None
-    if label in (links.diagonal or ()):
-        raise change.refusal("it works on all heads at once")
-    if label in links.mixed:
-        if links.addressing is not None:
-            return None
-        if Trait.NORMALIZATION not in operator.traits:
+    if label in links.mixed or links.dynamic_range or label in (links.diagonal or ()):
+        if not links.dynamic_range and Trait.NORMALIZATION not in operator.traits:
             raise change.refusal("it works on all heads at once")
-        change.check_even()
-    if links.dynamic_range:
         change.check_even()
     return Made(
         inputs=[_input(change, operator, links, index, label) for index in range(len(change.node.inputs))],
@@ -66,16 +58,18 @@ def _links(change: Change) -> AxisLinks | None:
         raise change.refusal(str(error)) from error
 
 
-def _is_linked(links: AxisLinks, label: Label) -> bool:
-    """Whether the first linked input has the label: heads do not come from indices."""
+def _label(change: Change, operator: Operator, links: AxisLinks) -> Label | None:
+    """The label of the head axis of the output; None if heads cannot be followed along it."""
+    label = links.outputs[change.output][change.axis.axis]
+    if label is None and Trait.REDUCTION in operator.traits:
+        label = change.axis.axis  # a reduced axis that is kept
+    changed = (links.joined, *links.padded, *links.selected, *links.blocked)
+    if label is None or label in changed or links.repeated.get(label, 1) != 1:
+        return None
     first = next((labels for labels in links.inputs if labels is not None), ())
-    return label in first or links.addressing is None
-
-
-def _kept_label(labels: Labels, change: Change) -> Label:
-    """The label of a head axis behind a reduction; a reduced axis that is kept has the place of the label."""
-    label = labels[change.axis.axis]
-    return change.axis.axis if label is None else label
+    if links.addressing is not None and (label in links.mixed or label not in first):
+        return None  # heads do not come from indices
+    return label
 
 
 def _input(change: Change, operator: Operator, links: AxisLinks, index: int, label: Label) -> ir.Value | None:

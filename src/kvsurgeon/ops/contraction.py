@@ -69,6 +69,7 @@ def _rotated(labels: ProductLabels, rotate: int) -> ProductLabels:
 
 
 def einsum_notation(call: OperatorCall) -> Contraction | None:
+    """`Einsum` of two tensors; None of one, of more, or if a rank is unknown."""
     equation = call.text("equation").replace(" ", "")
     if len(call.inputs) != 2 or "->" not in equation:
         return None

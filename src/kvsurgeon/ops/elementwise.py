@@ -262,7 +262,7 @@ def dynamic_quantize_links(call: OperatorCall) -> AxisLinks:
 
 
 def quantize_links(call: OperatorCall) -> AxisLinks:
-    """`QuantizeLinear`, `DequantizeLinear`: scales of one axis have its label; blocks along an axis cannot be traced."""
+    """`QuantizeLinear`, `DequantizeLinear`: scales of one axis have its label; an axis in blocks cannot be traced."""
     labels = identity_links(call)
     axis = axis_of(call.integer("axis", 1), len(labels))
     inputs: list[Labels | None] = [labels]
@@ -288,9 +288,9 @@ _ORDERS = (Trait.BROADCAST, Trait.ORDER, Trait.LENGTH_SENSITIVE)
 
 OPERATORS: list[Operator] = [
     *entries(
-        "Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cosh Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish "
-        "IsInf IsNaN LeakyRelu Log Mish Neg Not QLinearLeakyRelu QLinearSigmoid QuickGelu Reciprocal Relu Round "
-        "ScaledSiLU Selu Shrink Sigmoid Sign Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu",
+        "Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cosh Dropout Elu Erf Exp Floor Gelu HardSigmoid "
+        "HardSwish IsInf IsNaN LeakyRelu Log Mish Neg Not QLinearLeakyRelu QLinearSigmoid QuickGelu Reciprocal Relu "
+        "Round ScaledSiLU Selu Shrink Sigmoid Sign Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu",
         unary, kept, Trait.ELEMENTWISE,
     ),
     *entries("Identity Abs", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC),

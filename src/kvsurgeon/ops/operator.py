@@ -35,8 +35,8 @@ class AxisLinks:
         inputs: A label for each axis of each input; None for an input that is a parameter of the whole node.
         outputs: The same for each output.
         mixed: Labels along which elements influence each other, as along the axis of a `Softmax`.
-        blocked: Labels along which a sequence axis cannot be traced at all, with the reason; None means that the operator
-            mixes elements along it.
+        blocked: Labels along which a sequence axis cannot be traced at all, with the reason; None means that the
+            operator mixes elements along it.
         summed: Labels of a product that the result does not have; None if the operator is no product of two tensors.
         row_major: Elements of input 0 keep their row-major order, and labels say nothing.
         target: Input that gives the shape of the result.
@@ -125,8 +125,8 @@ class Operator:
 
     Attributes:
         op_type: Its name.
-        domain: Its domain; "" is ai.onnx. onnxruntime registers several operators in ai.onnx and in com.microsoft, so an
-            entry of one of these two serves both unless the other has an entry.
+        domain: Its domain; "" is ai.onnx. onnxruntime registers several operators in ai.onnx and in com.microsoft, so
+            an entry of one of these two serves both unless the other has an entry.
         since_version: First opset of the domain for which the entry holds.
         shape: Dimensions, types and known numbers of the outputs.
         axes: Which axes correspond; None if token data must not pass through the operator.

@@ -94,14 +94,14 @@ def _read_weights(arrays: Sequence[np.ndarray], length: int, axes: Axes) -> np.n
 def _check_fused(sweep: LengthSweep, layer: int, site: AttentionSite) -> AttentionPattern:
     """Check the mask of a fused operator."""
     assert site.fused is not None
-    node, causal = site.fused.node, site.fused.causal
-    mask = node.inputs[site.fused.mask] if site.fused.mask is not None else None
+    node, causal = site.fused.node, site.fused.inputs.causal
+    mask = node.inputs[site.fused.inputs.mask] if site.fused.inputs.mask is not None else None
     if mask is None:
         if not causal:
             raise _not_causal(layer, site, "it has no mask")
         length = max(sweep.attention_lengths(site))
         return AttentionPattern(weights=np.tril(np.ones((length, length))))
-    axes = sweep.flow.demands.get((node, site.fused.mask or 0), ())
+    axes = sweep.flow.demands.get((node, site.fused.inputs.mask or 0), ())
     return AttentionProbe(sweep, layer, site, [mask], partial(_mask_weights, axes=axes, causal=causal)).check()
 
 

@@ -112,7 +112,7 @@ def _obligations(
             return Obligation(name=name, status="assumed", at=assumed_at)
         return Obligation(name=name, status="measured", lengths=sweep.lengths) if measured else Obligation(name=name)
 
-    has_context = any(site.fused is None or site.fused.mask is not None for site in sweep.analysis.sites)
+    has_context = any(site.fused is None or site.fused.inputs.mask is not None for site in sweep.analysis.sites)
     has_masks = any(pattern.attended for pattern in patterns)
     return (
         established("causal", measured=has_context),

@@ -25,8 +25,8 @@ def number_site(
         keys: Numbers by key, filled on the way; sites are compared if they share it.
     """
     if site.fused is not None:
-        mask = None if site.fused.mask is None else site.fused.node.inputs[site.fused.mask]
-        return site.fused.causal, None if mask is None else analysis.same.get(mask, mask)
+        mask = None if site.fused.inputs.mask is None else site.fused.node.inputs[site.fused.inputs.mask]
+        return site.fused.inputs.causal, None if mask is None else analysis.same.get(mask, mask)
     flow, shapes = analysis.flow, analysis.flow.shapes
     probed: dict[ir.Value, Hashable] = {}
     for index, score in enumerate(site.scores):

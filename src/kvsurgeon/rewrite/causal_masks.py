@@ -22,7 +22,7 @@ MASK = 3  # index of the mask input of ONNX `Attention`
 
 def mask_causal_operators(flow: TokenFlow, slices: ContextSlices, before: InputsBefore) -> None:
     """Replace `is_causal` of all fused attention operators by a mask input."""
-    causal = [fused for fused in flow.fused if fused.causal]
+    causal = [fused for fused in flow.fused if fused.inputs.causal]
     if not causal:
         return
     mask = _causal_mask(slices.lengths)
@@ -34,8 +34,8 @@ def _set_mask(
     flow: TokenFlow, slices: ContextSlices, fused: FusedAttention, causal: ir.Value, before: Sequence[ir.Value | None]
 ) -> None:
     editor, node = slices.editor, fused.node
-    given = node.inputs[fused.mask] if fused.mask is not None else None
-    original = before[fused.mask] if fused.mask is not None else None
+    given = node.inputs[fused.inputs.mask] if fused.inputs.mask is not None else None
+    original = before[fused.inputs.mask] if fused.inputs.mask is not None else None
     dtype = None if original is None else flow.shapes[original].dtype
     mask = causal
     if given is not None and dtype is ir.DataType.BOOL:

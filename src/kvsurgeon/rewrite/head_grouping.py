@@ -58,7 +58,7 @@ class HeadGrouping:
 
     def _share_heads(self, fused: FusedAttention, operands: Sequence[CachedOperand]) -> None:
         """Connect a fused operator to the heads before their repetition, if both keys and values are repeated."""
-        if len(fused.layout) != 4:
+        if len(fused.inputs.layout) != 4:
             return
         for operand in operands:
             trace = self._trace(operand)

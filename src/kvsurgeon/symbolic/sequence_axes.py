@@ -1,11 +1,11 @@
-"""Sequence axes: where in a tensor the tokens lie, and which of the two lengths an axis will have.
+"""Sequence axes: which axes of a tensor hold tokens, and which of the two lengths each has.
 
 An axis may hold more than the tokens: [batch * length, hidden] has `outer = batch`, [batch, length * heads, head_dim]
-has `inner = heads`. Row-major order makes that enough to follow tokens through any reshape: what lies to the left and
-to the right of them stays the same.
+has `inner = heads`. Row-major order makes that enough to trace the axis through any reshape: the product of the
+dimensions on either side of the tokens does not change.
 
-Rows of the model's own may stand before and rows_after the tokens: keys that were learnt, attention sinks. They are a
-learned_rows of the axis, [batch, rows_before + length + rows_after, hidden].
+Learned rows may be added before and after the tokens, as attention sinks are:
+[batch, rows_before + length + rows_after, hidden].
 """
 
 from __future__ import annotations
@@ -20,41 +20,48 @@ from kvsurgeon.symbolic.dimension import Dimension
 class Length(Enum):
     """The two lengths of a cached decoder."""
 
-    NEW = "sequence_length"  # S: the tokens given now
-    TOTAL = "total_sequence_length"  # T = P + S: all tokens so far
+    NEW = "sequence_length"  # S: the tokens of this call
+    TOTAL = "total_sequence_length"  # T = P + S: all tokens up to this call
 
 
 @dataclass(eq=False, slots=True)
 class LengthVariable:
-    """Which length a set of axes has; axes that must agree share a variable (union-find).
+    """The length of a set of axes; axes that must be equally long share a variable (union-find).
 
-    The stream of tokens has the new length. Where two sequence axes meet in one tensor each of them gets an open variable,
-    and the product that sums one of them away tells which is the keys'.
+    Token data has the new length. If two sequence axes meet in one tensor, each gets an open variable, and the product
+    that sums one of them decides which belongs to the keys.
+
+    Attributes:
+        length: The length, once it is decided.
+        at: Name of the value that introduced the variable.
+        bias: Whether context introduced the axis, as a relative position bias does.
+        parent: The variable that this one was merged into.
+        mixed_at: Names of values that are right only if the length becomes the total one.
     """
 
     length: Length | None = None
-    at: str = ""  # the value at which the variable arose
-    bias: bool = False  # arose where context brought an axis of its own
+    at: str = ""
+    bias: bool = False
     parent: LengthVariable | None = None
-    mixed_at: list[str] = field(default_factory=list)  # values that are right only if it becomes TOTAL
+    mixed_at: list[str] = field(default_factory=list)
 
     def root(self) -> LengthVariable:
-        """The variable that stands for all that agree with this one."""
+        """Return the representative of all variables merged with this one."""
         variable = self
         while variable.parent is not None:
             variable = variable.parent
         return variable
 
     def resolved(self) -> Length | None:
-        """The length, where it is decided."""
+        """Return the length, None if it is not decided."""
         return self.root().length
 
     def agree(self, other: LengthVariable) -> bool:
-        """Make two open roles one, or decide an open one as the other is; False where both are decided and differ."""
+        """Merge two open variables, or decide an open one like the other; return False if both differ."""
         mine, theirs = self.root(), other.root()
         if mine is theirs:
             return True
-        if mine.length is not None or theirs.length is not None:  # of another attention: each has keys of its own
+        if mine.length is not None or theirs.length is not None:  # another attention, with other keys
             mine.length, theirs.length = mine.length or theirs.length, theirs.length or mine.length
             return mine.length is theirs.length
         if mine.bias:
@@ -72,19 +79,19 @@ class SequenceAxis:
     variable: LengthVariable
     outer: Dimension = 1
     inner: Dimension = 1
-    rows_before: int = 0  # rows of the model's own before the tokens
-    rows_after: int = 0  # and after them
+    rows_before: int = 0  # learned rows before the tokens
+    rows_after: int = 0  # learned rows after the tokens
 
     def at(self, axis: int) -> SequenceAxis:
-        """The same tokens on another axis."""
+        """Return the same tokens on another axis."""
         return self if axis == self.axis else replace(self, axis=axis)
 
     def with_variable(self, variable: LengthVariable) -> SequenceAxis:
-        """The same axis in another variable."""
+        """Return the axis with another length variable."""
         return replace(self, variable=variable)
 
     def with_rows(self, rows_before: int, rows_after: int) -> SequenceAxis:
-        """The same axis with so many more rows beside the tokens, or with fewer."""
+        """Return the axis with this many more learned rows, or fewer if negative."""
         return replace(self, rows_before=self.rows_before + rows_before, rows_after=self.rows_after + rows_after)
 
     @property
@@ -94,16 +101,16 @@ class SequenceAxis:
 
     @property
     def learned_rows(self) -> int:
-        """How many rows of the model's own stand beside the tokens."""
+        """Number of learned rows."""
         return self.rows_before + self.rows_after
 
     @property
     def without_rows(self) -> SequenceAxis:
-        """The axis without the rows that stand beside the tokens."""
+        """The axis without its learned rows."""
         return replace(self, rows_before=0, rows_after=0) if self.learned_rows else self
 
     def size(self, length: Dimension) -> Dimension:
-        """Its size where there are so many tokens."""
+        """Return the size of the axis for this number of tokens."""
         return dim.multiply(dim.multiply(self.outer, self.inner), dim.add(length, self.learned_rows))
 
 
@@ -113,7 +120,7 @@ Axes = tuple[SequenceAxis, ...]
 def reshape_axes(
     axes: Axes, before: tuple[Dimension, ...], after: tuple[Dimension, ...], length: Dimension
 ) -> Axes | None:
-    """Return where the tokens lie after a row-major reshape; None where an axis would be cut in two."""
+    """Return the sequence axes after a row-major reshape; None if one of them would be split."""
     result = []
     for axis in axes:
         left = dim.multiply(dim.product(before[: axis.axis]), axis.outer)
