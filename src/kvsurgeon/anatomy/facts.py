@@ -15,7 +15,7 @@ MaskKind = Literal["causal", "sliding-window", "chunked", "other"]
 
 @dataclass(frozen=True, kw_only=True)
 class Mask:
-    """Which keys a query attends to, measured by running the mask.
+    """The keys that a query attends to, measured by running the mask.
 
     Attributes:
         kind: Shape of the mask.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -18,8 +17,9 @@ from kvsurgeon.anatomy.scales import read_scale
 from kvsurgeon.cache.signature import CacheSignature
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.graph.constants import constant_tensor
+from kvsurgeon.graph.query import producers
 from kvsurgeon.heads.counts import counts_of
-from kvsurgeon.heads.token_data import token_inputs
+from kvsurgeon.heads.token_data import upstream_tokens
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.proof.proof import Proof
@@ -27,6 +27,7 @@ from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, Dimension
 
 LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
+_TABLE_NODES = 61  # at most so many nodes compute a table of positions
 
 
 def decoder_facts(analysis: Analysis, proof: Proof) -> Decoder:
@@ -106,19 +107,9 @@ def _query_place(site: AttentionSite) -> Place:
 
 
 def _upstream(flow: TokenFlow, place: Place) -> Iterator[ir.Node]:
-    """The producers of an operand's token data up to its projection, breadth first."""
+    """The nodes on token data from an operand up to its projection, nearest first."""
     node, index = place
-    pending = deque([node.inputs[index]])
-    visited: set[ir.Node] = set()
-    while pending:
-        value = pending.popleft()
-        producer = None if value is None else value.producer()
-        if producer is None or producer in visited:
-            continue
-        visited.add(producer)
-        yield producer
-        if not has_trait(producer, Trait.PROJECTION) and len(visited) <= 200:
-            pending += token_inputs(flow, producer)
+    return iter(producers(upstream_tokens(flow, node.inputs[index])))
 
 
 def _projections(flow: TokenFlow, places: tuple[Place, ...]) -> list[Projection | None]:
@@ -170,19 +161,11 @@ def _rotary_dim(flow: TokenFlow, place: Place, head_dim: int) -> int | None:
 
 
 def _depends_on_positions_only(flow: TokenFlow, value: ir.Value | None) -> bool:
-    """Whether token data is computed from an input without a product with weights and without a norm."""
-    pending, visited = [value], set[ir.Node]()
-    while pending:
-        value = pending.pop()
-        node = None if value is None else value.producer()
-        if node is None or node in visited:
-            continue
-        is_norm = "Normalization" in node.op_type or node.op_type == "Pow"
-        if is_norm or has_trait(node, Trait.PROJECTION) or len(visited) > 60:
-            return False
-        visited.add(node)
-        pending += token_inputs(flow, node)
-    return bool(visited)
+    """Whether token data is computed by a few nodes without a product with weights and without a norm."""
+    nodes = producers(upstream_tokens(flow, value))
+    return 0 < len(nodes) <= _TABLE_NODES and not any(
+        "Normalization" in node.op_type or node.op_type == "Pow" or has_trait(node, Trait.PROJECTION) for node in nodes
+    )
 
 
 def _head_repetition(flow: TokenFlow, place: Place) -> Iterator[str]:

@@ -8,8 +8,8 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.token_flow import Place, TokenFlow
-from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.constants import small_constant
+from kvsurgeon.heads.token_data import is_token
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 
@@ -51,7 +51,7 @@ def _factor(flow: TokenFlow, node: ir.Node) -> float | None:
     if node.op_type not in ("Mul", "Div") or len(node.inputs) != 2:
         return 1.0
     left, right = (number_of(flow, value) for value in node.inputs)
-    if right is not None and _is_token(flow, node.inputs[0]):
+    if right is not None and is_token(flow, node.inputs[0]):
         return right if node.op_type == "Mul" else 1 / right if right else None
     return left if left is not None and node.op_type == "Mul" else 1.0
 
@@ -69,7 +69,7 @@ def _above(flow: TokenFlow, place: Place) -> float | None:
         if factor is None:
             return None
         product *= factor
-        value = next((source for source in producer.inputs if _is_token(flow, source)), None)
+        value = next((source for source in producer.inputs if is_token(flow, source)), None)
     return product
 
 
@@ -89,7 +89,3 @@ def _below(flow: TokenFlow, node: ir.Node) -> tuple[float | None, float | None]:
             softcap = _factor(flow, after[0]) if len(after) == 1 else None
         product *= factor
     return product, softcap
-
-
-def _is_token(flow: TokenFlow, value: ir.Value | None) -> bool:
-    return value is not None and flow.kinds.get(value) is ValueKind.TOKEN

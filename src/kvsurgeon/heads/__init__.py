@@ -1,1 +1,1 @@
-"""Heads: where in a tensor they lie, which columns of which weights make them, and how to have others."""
+"""Heads: the axes that hold them, the weights that compute them, and their replacement."""

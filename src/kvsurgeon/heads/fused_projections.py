@@ -6,8 +6,7 @@ slice by slice; a `Split` and a reshape of each slice replace the nodes that sep
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -128,30 +127,22 @@ class FusedProjections:
                 raise UnsupportedError(
                     "cannot average layers with different layouts", code=Code.UNTRACEABLE_HEADS, at=other.name
                 )
-        place, outer, inner = self._head_part(value, layout, request.axis)
-        selection, number = request.selection.within(outer, inner), layout.feature_places.index(place)
+        heads: HeadAxis | None = request.axis
+        if layout.parts != layout.shape:
+            heads = request.axis.before_reshape(layout.parts, layout.shape)
+        if heads is None or heads.axis not in layout.feature_places:
+            raise _untraceable(value)
+        selection = request.selection.within(int(heads.outer), int(heads.inner))
+        number = layout.feature_places.index(heads.axis)
         columns = []
         for terms in zip(*selection.blocks, strict=True):  # one term of each block
             indices = np.concatenate([term.indices for term in terms])
             columns.append(replace(terms[0], indices=np.take(features, indices, axis=number).reshape(-1)))
-        parts = [*layout.parts[:place], selection.size, *layout.parts[place + 1 :]]
+        parts = [*layout.parts[: heads.axis], selection.size, *layout.parts[heads.axis + 1 :]]
         shape = list(layout.shape)
         shape[request.axis.axis] = request.axis.sized(request.selection.size)
         wanted = replace(layout, parts=tuple(parts), shape=tuple(shape))
         return ProjectionSlice(columns=tuple(columns), layout=wanted, stand_in=request.stand_in)
-
-    def _head_part(self, value: ir.Value, layout: Layout, axis: HeadAxis) -> tuple[int, int, int]:
-        """The part of a layout that holds the heads, and the numbers of elements outside and inside them on it."""
-        parts = self.labels.sizes(layout.parts, value)
-        (inner,) = self.labels.sizes([axis.inner], value)
-        mine = _parts_of_axis(self.labels.shape(value), parts, axis.axis)
-        for place in mine:
-            right = math.prod(parts[other] for other in mine if other > place)
-            within, rest = divmod(inner, right)
-            outer, more = divmod(parts[place], axis.count * max(within, 1))
-            if place in layout.feature_places and not rest and not more and within:
-                return place, outer, within
-        raise _untraceable(value)
 
     def _other_slices(self, source: ir.Value, requests: list[Request]) -> list[ProjectionSlice]:
         """The columns that make anything else, separated as early as the new heads allow."""
@@ -186,20 +177,6 @@ class FusedProjections:
 
 def _untraceable(value: ir.Value) -> UnsupportedError:
     return UnsupportedError("cannot trace the heads of this tensor", code=Code.UNTRACEABLE_HEADS, at=value.name)
-
-
-def _parts_of_axis(shape: Sequence[int], parts: Sequence[int], axis: int) -> list[int]:
-    """Indices of the parts that an axis consists of."""
-    place = 0
-    for at, size in enumerate(shape):
-        mine, whole = [place], parts[place]
-        while whole < size:
-            mine.append(place + len(mine))
-            whole *= parts[mine[-1]]
-        if at == axis:
-            return mine
-        place += len(mine)
-    return []
 
 
 def _column_axis(layout: Layout, source: ir.Value) -> int:

@@ -66,7 +66,7 @@ def _contraction_at(flow: TokenFlow, place: Place) -> tuple[Contraction, int]:
 
 
 def query_dims(flow: TokenFlow, place: Place) -> list[NamedDims]:
-    """Return for each axis of the operand that is multiplied with the keys or values at `place` what it holds.
+    """Return the dimensions on each axis of the operand that is multiplied with the keys or values at `place`.
 
     Raises:
         UnsupportedError: Query heads cannot be distinguished from other dimensions.
@@ -97,7 +97,7 @@ def query_dims(flow: TokenFlow, place: Place) -> list[NamedDims]:
 
 
 def _heads(size: Dimension, name: str, value: ir.Value) -> NamedDims:
-    """What an axis, or a part of one, holds besides tokens: the batch, heads, both, or nothing."""
+    """The dimensions on an axis, or on a part of one, besides tokens: the batch, heads, both, or none."""
     if isinstance(size, int):
         return () if size == 1 else ((name, size),)
     rest = dim.exact_quotient(size, BATCH)

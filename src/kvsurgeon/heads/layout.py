@@ -92,7 +92,7 @@ def named_dims(layout: Layout, heads: int, at: ir.Value) -> NamedDims:
     fixed = layout.batch is None and layout.parts[0] == 1 and layout.sequence > 0
     names = {0 if fixed else layout.batch: "batch", layout.sequence: "sequence"}
     dims: list[tuple[str, Dimension]] = []
-    left = heads  # not held by the parts so far
+    left = heads  # heads per element of the parts so far
     for place, part in enumerate(layout.parts):
         if place in names:
             dims.append((names[place], part))

@@ -1,4 +1,4 @@
-"""How KV heads are repeated between the projection and the product: by nodes, by broadcasting or by the operator."""
+"""Repetition of KV heads between projection and product: by nodes, by broadcasting or within an operator."""
 
 from __future__ import annotations
 

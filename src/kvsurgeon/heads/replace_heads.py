@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -26,18 +25,9 @@ from kvsurgeon.heads.structural_equality import find_difference
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 
-
-@dataclass(frozen=True, kw_only=True)
-class NewHeads:
-    """New KV heads of a layer.
-
-    Attributes:
-        layers: The layers from whose weights they are computed; the first one's nodes compute them.
-        selection: Which heads of these layers.
-    """
-
-    layers: tuple[int, ...]
-    selection: Selection
+# New KV heads of a layer: the layers from whose weights they are computed, and which heads of these layers. The first
+# of the layers also gives the nodes that compute them.
+NewHeads = tuple[tuple[int, ...], Selection]
 
 
 class HeadReplacer:
@@ -69,9 +59,10 @@ class HeadReplacer:
         for layer, new in enumerate(wanted):
             if new is None:
                 continue
-            for own, *others in zip(*map(self._repetitions_of, (layer, *new.layers)), strict=True):
-                self._replace(layer, own, [other[0] for other in others], new.selection)
-                if layer != new.layers[0]:
+            sources, selection = new
+            for own, *others in zip(*map(self._repetitions_of, (layer, *sources)), strict=True):
+                self._replace(layer, own, [other[0] for other in others], selection)
+                if layer != sources[0]:
                     unused += own
         self.carrier.replace_outputs()
         FusedProjections(self.carrier, self.layouts).rebuild(self._unused_slices(unused))
@@ -110,7 +101,7 @@ class HeadReplacer:
     def _replace(
         self, layer: int, readers: Sequence[HeadRepetition], sources: Sequence[HeadRepetition], selection: Selection
     ) -> None:
-        """Let the products of a layer read keys or values with new heads."""
+        """Connect the products of a layer to keys or values with new heads."""
         first, counts = sources[0], self.counts[layer]
         self.carrier.region = frozenset(producers(self.labels.above(first.value))) | {first.operand.place[0]}
         new = self.carrier.carried(tuple(one.start for one in sources), first.axis, selection)

@@ -1,4 +1,4 @@
-"""Which values are token data, and walks along them towards the product with weights that computes them."""
+"""Walks along token data towards the products with weights that compute it."""
 
 from __future__ import annotations
 

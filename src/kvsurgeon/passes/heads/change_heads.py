@@ -33,7 +33,7 @@ def change_heads(subject: Subject, select: SelectHeads, *, lossy: bool) -> Outco
             selection = select(layer, counts)
             if selection is not None:
                 selection = selections.setdefault((selection.count, selection.size), selection)
-            wanted.append(None if selection is None else NewHeads(layers=(layer,), selection=selection))
+            wanted.append(None if selection is None else ((layer,), selection))
         return wanted
 
     return replace_heads(subject, plan, lossy=lossy)
@@ -55,8 +55,8 @@ def replace_heads(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
             return Unchanged(reason="every layer already has this number of KV heads")
         edits = replacer.replace(wanted)
     work.model = replacer.analysis.model
-    kv_heads = [new.selection.size if new else count for new, count in zip(wanted, before.kv, strict=True)]
-    after = _heads(replacer, kv_heads, [new.layers[0] if new else layer for layer, new in enumerate(wanted)])
+    kv_heads = [count if new is None else new[1].size for count, new in zip(before.kv, wanted, strict=True)]
+    after = _heads(replacer, kv_heads, [layer if new is None else new[0][0] for layer, new in enumerate(wanted)])
     if signature is not None:
         reattach_cache(work, signature)
     subject.model = work.model

@@ -56,8 +56,7 @@ class ShareKvLayers:
             _check_compatible(replacer, owner, group)
             weights = self._weights(len(group))
             selection = average_layers(replacer.counts[owner].kv_heads, weights)
-            shared = NewHeads(layers=tuple(group[: len(weights)]), selection=selection)
-            new[owner] = shared if len(group) > 1 else None
+            new[owner] = (tuple(group[: len(weights)]), selection) if len(group) > 1 else None
         return [new[owner] for owner in owners]
 
     def _weights(self, layers: int) -> list[int]:
