@@ -35,7 +35,7 @@ def counts(model):
 
 
 def entries(model):
-    return len({head.keys[0].memory.value for head in analyze(model).heads})
+    return len({site.keys[0].cache_point.value for site in analyze(model).sites})
 
 
 def logits(proto):

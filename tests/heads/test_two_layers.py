@@ -102,7 +102,7 @@ def logits(subject, *, batch=2):
 
 
 def entries(subject):
-    return len({head.keys[0].memory.value for head in analyze(subject.model).heads})
+    return len({site.keys[0].cache_point.value for site in analyze(subject.model).sites})
 
 
 def kv_heads(subject):
