@@ -18,6 +18,8 @@ def install(name: str, site: Path) -> Path:
     info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-    lines = [f"{key} = {value}" for key, value in project["entry-points"]["kvsurgeon.passes"].items()]
-    (info / "entry_points.txt").write_text("\n".join(["[kvsurgeon.passes]", *lines, ""]))
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{key} = {value}" for key, value in points.items()), ""]
+    (info / "entry_points.txt").write_text("\n".join(lines))
     return site

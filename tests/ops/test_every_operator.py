@@ -23,7 +23,7 @@ LOOKED_AT = {"onnx": (1, 23), "onnxruntime": (1, 31)}  # releases whose operator
 
 NOTHING_KEEPS_TOKENS_APART = {
     "a state goes from token to token": (
-        "AttnLSTM CausalConvWithState DynamicQuantizeLSTM GRU GatedDeltaNet LSTM LinearAttention RNN Scan "
+        "AttnLSTM CausalConvWithState DynamicQuantizeLSTM GRU GatedDeltaNet LSTM RNN Scan "
         "VarlenCausalConvWithState"
     ),
     "it is there for a model that has a cache, or writes one": (

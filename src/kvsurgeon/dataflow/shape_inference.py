@@ -114,5 +114,5 @@ def _declared(value: ir.Value, fact: Fact, call: OperatorCall) -> Fact:
     """The rank that the model declares, where no rule reached; its dimensions where they are numbers."""
     if value.shape is None:
         return fact
-    sizes = tuple(size if isinstance(size, int) else call.lost() for size in value.shape)
+    sizes = tuple(size if isinstance(size, int) else call.unknown() for size in value.shape)
     return Fact(sizes, fact.dtype or value.dtype)

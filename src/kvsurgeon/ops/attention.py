@@ -32,7 +32,9 @@ def attention(call: OperatorCall) -> list[Fact]:
     else:
         width = dim.exact_quotient(value.shape[2], call.integer("kv_num_heads", 1))
         heads = call.integer("q_num_heads", 1)
-        outputs[0] = Fact((*query.shape[:2], call.lost() if width is None else dim.multiply(heads, width)), query.dtype)
+        outputs[0] = Fact(
+            (*query.shape[:2], call.unknown() if width is None else dim.multiply(heads, width)), query.dtype
+        )
     return outputs
 
 
@@ -45,7 +47,7 @@ def packed_attention(call: OperatorCall) -> list[Fact]:
         return outputs
     sizes = call.attribute("qkv_hidden_sizes")
     width: Dimension | None = sizes[2] if sizes else dim.exact_quotient(weights.shape[1], 3)
-    outputs[0] = Fact((*hidden.shape[:2], call.lost() if width is None else width), dtype)
+    outputs[0] = Fact((*hidden.shape[:2], call.unknown() if width is None else width), dtype)
     return outputs
 
 
@@ -74,7 +76,7 @@ def group_query_attention(call: OperatorCall) -> list[Fact]:
     if call.given(1) is None:
         heads, kv_heads = call.integer("num_heads", 1), call.integer("kv_num_heads", 1)
         head_dim = dim.exact_quotient(width, heads + 2 * kv_heads)
-        width = call.lost() if head_dim is None else dim.multiply(heads, head_dim)
+        width = call.unknown() if head_dim is None else dim.multiply(heads, head_dim)
     outputs[0] = Fact((*query.shape[:2], width), query.dtype)
     return outputs
 

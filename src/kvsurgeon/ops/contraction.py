@@ -169,7 +169,7 @@ def pool(call: OperatorCall) -> list[Fact]:
         return [Fact(None, call.fact(0).dtype)] * len(call.node.outputs)
     places = _windows(call, operand[2:], tuple(sizes))
     if call.integer("ceil_mode", 0) or call.integer("channels_last", 0):
-        places = tuple(call.lost() for _ in places)
+        places = tuple(call.unknown() for _ in places)
     return [Fact((*operand[:2], *places), call.fact(0).dtype), Fact((*operand[:2], *places), ir.DataType.INT64)]
 
 
@@ -179,7 +179,7 @@ def _windows(call: OperatorCall, sizes: tuple[Dimension, ...], kernel: tuple[Dim
     strides, dilations = call.attribute("strides") or [1] * count, call.attribute("dilations") or [1] * count
     pads = call.attribute("pads") or [0] * 2 * count
     if call.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        return tuple(call.lost() for _ in sizes)
+        return tuple(call.unknown() for _ in sizes)
     found: list[Dimension] = []
     for place, size in enumerate(sizes):
         width = dim.add(dim.multiply(dilations[place], dim.subtract(kernel[place], 1)), 1)

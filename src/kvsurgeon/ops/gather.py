@@ -80,13 +80,13 @@ def slice_(call: OperatorCall) -> Fact:
     if bounds is None:
         axes = whole_numbers(call.integers("axes", 3))
         for axis in axes if axes is not None else range(len(sizes)):
-            sizes[axis] = call.lost()
+            sizes[axis] = call.unknown()
         return Fact(tuple(sizes), operand.dtype)
     picks: list[slice] = [slice(None)] * len(sizes)
     concrete = True
     for axis, start, end, step in zip(*bounds, strict=True):
         if step < 0:
-            sizes[axis] = sizes[axis] if step == -1 and _is_whole_reversal(start, end) else call.lost()
+            sizes[axis] = sizes[axis] if step == -1 and _is_whole_reversal(start, end) else call.unknown()
             picks[axis] = slice(None, None, step)
             concrete = concrete and step == -1
             continue

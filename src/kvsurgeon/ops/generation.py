@@ -19,7 +19,7 @@ def shape(call: OperatorCall) -> Fact:
     """`Shape`: the dimensions as numbers, from `start` to `end`."""
     sizes = call.fact(0).shape
     if sizes is None:
-        return Fact((call.lost("rank"),), INT64)
+        return Fact((call.unknown("rank"),), INT64)
     end = call.attribute("end")
     return known(np.array(sizes, dtype=object)[call.integer("start", 0) : end], INT64)
 
@@ -39,7 +39,7 @@ def constant_of_shape(call: OperatorCall) -> Fact:
     if target is None:
         length = call.fact(0).shape
         rank = length[0] if length and isinstance(length[0], int) else None
-        return Fact(None if rank is None else tuple(call.lost() for _ in range(rank)), dtype)
+        return Fact(None if rank is None else tuple(call.unknown() for _ in range(rank)), dtype)
     value = None
     if all(isinstance(extent, int) for extent in target):
         extents = [int(extent) for extent in target]
@@ -53,7 +53,7 @@ def range_(call: OperatorCall) -> Fact:
     dtype = call.fact(0).dtype
     ends = [call.numbers(index) for index in range(3)]
     if any(end is None for end in ends):
-        return Fact((call.lost(),), dtype)
+        return Fact((call.unknown(),), dtype)
     start, limit, delta = (end[0] for end in ends if end is not None)
     if all(isinstance(number, (int, float)) for number in (start, limit, delta)):
         count = int(np.ceil((limit - start) / delta)) if delta else 0
@@ -74,7 +74,7 @@ def one_hot(call: OperatorCall) -> Fact:
     if indices.shape is None:
         return Fact(None, call.fact(2).dtype)
     axis = axis_of(call.integer("axis", -1), len(indices.shape) + 1)
-    extent: Dimension = call.lost() if depth is None else _whole(depth[0])
+    extent: Dimension = call.unknown() if depth is None else _whole(depth[0])
     shape = (*indices.shape[:axis], extent, *indices.shape[axis:])
     return Fact(shape, call.fact(2).dtype, _one_hot_numbers(call, axis, extent))
 
@@ -106,7 +106,7 @@ def eye_like(call: OperatorCall) -> Fact:
 def non_zero(call: OperatorCall) -> Fact:
     """`NonZero`: a column for each place that is not zero, as many as the data says."""
     rank = call.fact(0).rank
-    return Fact((call.lost("rank") if rank is None else rank, call.lost("count")), INT64)
+    return Fact((call.unknown("rank") if rank is None else rank, call.unknown("count")), INT64)
 
 
 def one_hot_links(call: OperatorCall) -> AxisLinks:

@@ -44,13 +44,13 @@ def reshape(call: OperatorCall) -> Fact:
     if target is None:
         length = call.fact(1).shape
         rank = length[0] if length and isinstance(length[0], int) else None
-        shape = None if rank is None else tuple(call.lost() for _ in range(rank))
+        shape = None if rank is None else tuple(call.unknown() for _ in range(rank))
         return Fact(shape, operand.dtype)
     sizes = list(target)
     if not call.integer("allowzero", 0):
         for axis, size in enumerate(sizes):
             if size == 0:
-                sizes[axis] = operand.shape[axis] if operand.shape is not None else call.lost()
+                sizes[axis] = operand.shape[axis] if operand.shape is not None else call.unknown()
     if any(size == -1 for size in sizes):
         _infer_rest(call, operand, sizes)
     shape = tuple(sizes)
@@ -64,14 +64,14 @@ def _infer_rest(call: OperatorCall, operand: Fact, sizes: list[Dimension]) -> No
     place = next(axis for axis, size in enumerate(sizes) if size == -1)
     others = dim.product(size for axis, size in enumerate(sizes) if axis != place)
     rest = None if operand.shape is None else dim.exact_quotient(dim.product(operand.shape), others)
-    sizes[place] = call.lost() if rest is None else rest
+    sizes[place] = call.unknown() if rest is None else rest
 
 
 def flatten(call: OperatorCall) -> Fact:
     """`Flatten`: two axes, cut at `axis`."""
     operand = call.fact(0)
     if operand.shape is None:
-        return Fact((call.lost(), call.lost()), operand.dtype)
+        return Fact((call.unknown(), call.unknown()), operand.dtype)
     axis = call.integer("axis", 1)
     axis = axis_of(axis, len(operand.shape))
     return Fact((dim.product(operand.shape[:axis]), dim.product(operand.shape[axis:])), operand.dtype)
@@ -126,7 +126,7 @@ def expand(call: OperatorCall) -> Fact:
         length = call.fact(1).shape
         if not length or not isinstance(length[0], int):
             return Fact(None, operand.dtype)
-        target = tuple(call.lost() for _ in range(length[0]))
+        target = tuple(call.unknown() for _ in range(length[0]))
     rank = max(len(target), len(operand.shape))
     left = (1,) * (rank - len(operand.shape)) + operand.shape
     right = (1,) * (rank - len(target)) + tuple(target)
@@ -142,7 +142,7 @@ def tile(call: OperatorCall) -> Fact:
     """`Tile`: each axis so many times over."""
     operand, repeats = call.fact(0), call.numbers(1)
     if operand.shape is None or repeats is None:
-        return Fact(None if operand.shape is None else tuple(call.lost() for _ in operand.shape), operand.dtype)
+        return Fact(None if operand.shape is None else tuple(call.unknown() for _ in operand.shape), operand.dtype)
     shape = tuple(dim.multiply(size, times) for size, times in zip(operand.shape, repeats, strict=True))
     concrete = whole_numbers(repeats)
     value = np.tile(operand.value, concrete) if operand.value is not None and concrete is not None else None
@@ -169,7 +169,7 @@ def concat(call: OperatorCall) -> Fact:
         sizes[place] = next((size for size in known if isinstance(size, int)), known[0])
     total: Dimension = 0
     for shape in shapes:
-        total = dim.add(total, shape[axis] if shape is not None else call.lost())
+        total = dim.add(total, shape[axis] if shape is not None else call.unknown())
     sizes[axis] = total
     value = None
     if all(operand.value is not None for operand in operands):
@@ -199,12 +199,12 @@ def split(call: OperatorCall) -> list[Fact]:
 
 def _equal_parts(call: OperatorCall, size: Dimension, count: int) -> tuple[Dimension, ...]:
     if call.given(1) is not None:
-        return tuple(call.lost() for _ in range(count))
+        return tuple(call.unknown() for _ in range(count))
     if isinstance(size, int):
         part = -(-size // count)
         return (*(part for _ in range(count - 1)), size - part * (count - 1))
     equal = dim.exact_quotient(size, count)
-    return tuple(call.lost() if equal is None else equal for _ in range(count))
+    return tuple(call.unknown() if equal is None else equal for _ in range(count))
 
 
 def pad(call: OperatorCall) -> Fact:
@@ -214,7 +214,7 @@ def pad(call: OperatorCall) -> Fact:
         return Fact(None, operand.dtype)
     axes = whole_numbers(call.numbers(3)) if call.given(3) else list(range(len(operand.shape)))
     if pads is None or axes is None:
-        return Fact(tuple(call.lost() for _ in operand.shape), operand.dtype)
+        return Fact(tuple(call.unknown() for _ in operand.shape), operand.dtype)
     sizes = list(operand.shape)
     for place, axis in enumerate(axes):
         sizes[axis] = dim.add(sizes[axis], dim.add(pads[place], pads[place + len(axes)]))

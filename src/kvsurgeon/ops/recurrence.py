@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
-from kvsurgeon.ops.operator import Operator, Trait, entries
+from kvsurgeon.ops.operator import AxisLinks, Labels, Operator, Trait, entries, parameters
 from kvsurgeon.ops.schema import by_schema
+from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.fact import Fact, OperatorCall
 
-OPERATORS: list[Operator] = [*entries("LSTM GRU RNN Scan", by_schema, None, Trait.RECURRENT)]
+
+def linear_attention(call: OperatorCall) -> list[Fact]:
+    """`LinearAttention`: [batch, sequence, q_heads * value_dim] and the state [batch, kv_heads, key_dim, value_dim]."""
+    query, key, value = (call.fact(index) for index in range(3))
+    if query.shape is None or key.shape is None or value.shape is None:
+        return [Fact(None, query.dtype)] * 2
+    heads, kv_heads = call.integer("q_num_heads", 1), call.integer("kv_num_heads", 1)
+    key_dim, value_dim = (dim.exact_quotient(fact.shape[2], kv_heads) for fact in (key, value) if fact.shape)
+    key_dim, value_dim = (call.unknown() if size is None else size for size in (key_dim, value_dim))
+    return [
+        Fact((*query.shape[:2], dim.multiply(heads, value_dim)), query.dtype),
+        Fact((query.shape[0], kv_heads, key_dim, value_dim), query.dtype),
+    ]
+
+
+def linear_attention_links(call: OperatorCall) -> AxisLinks:
+    """`LinearAttention`: a token depends on those before it; queries, keys, values, decay and beta have its axes."""
+    tokens: Labels = ("batch", "sequence", None)
+    inputs = list(parameters(call, tokens, tokens, tokens))
+    inputs[4:6] = [tokens if call.given(index) is not None else None for index in range(4, len(inputs))]
+    return AxisLinks(inputs=tuple(inputs), outputs=(tokens, ("batch", None, None, None)), mixed=frozenset({"sequence"}))
+
+
+OPERATORS: list[Operator] = [
+    *entries("LSTM GRU RNN Scan", by_schema, None, Trait.RECURRENT),
+    *entries("LinearAttention", linear_attention, linear_attention_links, since_version=27),
+]

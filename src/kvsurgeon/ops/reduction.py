@@ -81,7 +81,7 @@ def top_k(call: OperatorCall) -> list[Fact]:
     if operand.shape is None:
         return [Fact(None, operand.dtype), Fact(None, ir.DataType.INT64)]
     axis = axis_of(call.integer("axis", -1), len(operand.shape))
-    extent = call.lost() if count is None else count[0]
+    extent = call.unknown() if count is None else count[0]
     sizes = (*operand.shape[:axis], extent, *operand.shape[axis + 1 :])
     return [Fact(sizes, operand.dtype), Fact(sizes, ir.DataType.INT64)]
 

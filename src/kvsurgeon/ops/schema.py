@@ -51,5 +51,5 @@ def _read_type(proto: onnx.TypeProto | None, names: dict[str, Dimension], call: 
         if size.HasField("dim_value"):
             sizes.append(size.dim_value)
         else:
-            sizes.append(names.get(size.dim_param) or call.lost())
+            sizes.append(names.get(size.dim_param) or call.unknown())
     return Fact(tuple(sizes), ir.DataType(proto.tensor_type.elem_type))

@@ -61,12 +61,12 @@ def find(domain: str, op_type: str, version: int | None = None) -> Operator | No
         if found is not None:
             return found
     if domain not in _SHARED:
-        return _newest(_installed().get((domain, op_type), ()), version)
+        return _newest(installed_operators().get((domain, op_type), ()), version)
     found = _newest(_BUILT_IN.get((domain, op_type), ()), version)
     if found is None:
         other = _SHARED[domain == _SHARED[0]]
         found = _newest(_BUILT_IN.get((other, op_type), ()), None) or _newest(
-            _installed().get((domain, op_type), ()), version
+            installed_operators().get((domain, op_type), ()), version
         )
     return found
 
@@ -76,8 +76,8 @@ def _newest(versions: Iterable[Operator], version: int | None) -> Operator | Non
 
 
 @cache
-def _installed() -> _Table:
-    """Entries of installed packages.
+def installed_operators() -> _Table:
+    """Return the entries of installed packages.
 
     Raises:
         PluginError: A package's entries cannot be loaded.

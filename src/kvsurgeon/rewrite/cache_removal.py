@@ -22,7 +22,7 @@ from kvsurgeon.cache.empty_cache import (
 from kvsurgeon.cache.layout import declared_names, declared_shape
 from kvsurgeon.cache.length_inputs import find_length_inputs, past_length_source, set_to_zero
 from kvsurgeon.cache.pairs import CachePair, check_cache_updates, find_cache_pairs
-from kvsurgeon.cache.signature import SignatureEntry, CacheSignature
+from kvsurgeon.cache.signature import CacheSignature, SignatureEntry
 from kvsurgeon.dataflow.input_roles import read_inputs
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.decompose.simplify import simplify_model

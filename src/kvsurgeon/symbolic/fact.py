@@ -99,7 +99,7 @@ class OperatorCall:
         fact = self.given(index)
         return None if fact is None or fact.value is None else tuple(fact.value.reshape(-1))
 
-    def lost(self, what: str = "size") -> Dimension:
+    def unknown(self, what: str = "size") -> Dimension:
         """A dimension that nothing is known about, named after the value it stands at."""
         return unknown(f"{what} after {self.node.op_type} at `{self.node.outputs[0].name}`")
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT, Layout, declared_shape
-from kvsurgeon.cache.signature import SignatureEntry, CacheSignature, Kind
+from kvsurgeon.cache.signature import CacheSignature, Kind, SignatureEntry
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
