@@ -18,9 +18,9 @@ from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
-from kvsurgeon.passes.host_inputs.describe import is_hiding, told
+from kvsurgeon.passes.host_inputs.describe import describe, hides_later_keys
 from kvsurgeon.passes.host_inputs.host_inputs import KEY, HostInputs
-from kvsurgeon.passes.host_inputs.tabulate import Context
+from kvsurgeon.passes.host_inputs.tabulate import ContextTable
 from kvsurgeon.passes.interface.integer_inputs import Int32Inputs
 from kvsurgeon.passes.operators.remove_nan_guards import RemoveNanGuards
 
@@ -154,7 +154,7 @@ def test_context_for_queries_of_all_heads_in_one_axis_is_refused():
     bias = "far = Cast<to = 1>(at)\n  bias = Expand(far, sizes_of)"
     subject = Subject.of(read(of_two_heads(bias), 17))
     Inject(cache="new-tokens").apply(subject)
-    with pytest.raises(UnsupportedError, match="in a way that no host is told of"):
+    with pytest.raises(UnsupportedError, match="cannot be described to the application"):
         HostInputs(max_length=32).apply(subject)
 
 
@@ -178,7 +178,7 @@ def test_a_mask_of_more_than_distance_is_refused():
 
 
 def test_without_a_cache_nothing_is_given():
-    with pytest.raises(UnsupportedError, match="a model with a cache"):
+    with pytest.raises(UnsupportedError, match="only a model with a cache"):
         HostInputs().apply(Subject.of(MODELS["own"]))
 
 
@@ -196,14 +196,19 @@ def test_a_bias_by_distance_that_hides_nothing_itself():
 
 def test_rows_that_are_all_alike_are_told_for_each_place():
     for kind, table in (("rows", np.ones((40, 3))), ("columns", np.ones((2, 40)))):
-        context = Context(value=ir.Value(name="v"), kind=kind, ones=(), table=table)
-        assert told(context, hidden_elsewhere=True) == {"kind": kind, "table": table.tolist()}
+        context = ContextTable(value=ir.Value(name="v"), kind=kind, unit_axes=(), table=table)
+        assert describe(context, hidden_elsewhere=True) == {"kind": kind, "table": table.tolist()}
 
 
 def test_scores_of_later_keys_must_be_hidden():
-    assert not is_hiding(Context(value=ir.Value(name="v"), kind="mask", ones=(), table=np.zeros((40, 40))))
-    with pytest.raises(UnsupportedError, match="too small a number"):
-        told(Context(value=ir.Value(name="v"), kind="mask", ones=(), table=np.zeros((40, 40))), hidden_elsewhere=False)
+    assert not hides_later_keys(
+        ContextTable(value=ir.Value(name="v"), kind="mask", unit_axes=(), table=np.zeros((40, 40)))
+    )
+    with pytest.raises(UnsupportedError, match="does not hide later keys"):
+        describe(
+            ContextTable(value=ir.Value(name="v"), kind="mask", unit_axes=(), table=np.zeros((40, 40))),
+            hidden_elsewhere=False,
+        )
 
 
 def test_a_short_text_needs_enough_places_for_its_context_to_be_known():

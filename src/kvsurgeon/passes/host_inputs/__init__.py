@@ -1,1 +1,1 @@
-"""Context computed by the caller: which values become inputs, and how the caller computes them."""
+"""Context computed by the application: which values become inputs, and how the application computes them."""

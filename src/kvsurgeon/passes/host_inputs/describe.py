@@ -1,4 +1,4 @@
-"""What a host is told: the numbers that it makes a call's context of."""
+"""Description of context for the application: the numbers from which it computes the inputs of a call."""
 
 from __future__ import annotations
 
@@ -7,74 +7,79 @@ from typing import Any
 
 import numpy as np
 
-from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.passes.host_inputs.tabulate import Array, Context
+from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.passes.host_inputs.tabulate import Array, ContextTable
 
-HIDDEN = -10_000.0  # added to a score, it leaves no weight, in half precision too
+HIDDEN = -10_000.0  # added to a score it leaves no weight, also in half precision
 
 
-def halves(context: Context) -> bool:
-    """Whether the features of rows are so many numbers twice, as those of rotary tables are."""
+def has_equal_halves(context: ContextTable) -> bool:
+    """Return whether rows contain the same features twice, as those of rotary tables do."""
     if context.kind != "rows" or context.table.ndim < 2 or context.table.shape[1] % 2:
         return False
     first, second = np.split(context.table, 2, axis=1)
     return bool(np.array_equal(first, second))
 
 
-def told(context: Context, *, hidden_elsewhere: bool) -> Mapping[str, Any]:
-    """Return what the host must know of one input.
+def describe(context: ContextTable, *, hidden_elsewhere: bool) -> Mapping[str, Any]:
+    """Return the description of one input.
 
-    A mask has a number for each distance between a query and an earlier key, and one for all other keys, which hides
-    them, or may be any where another mask does; rows have numbers for each place, columns for the place of each key.
+    A mask is described by a number for each distance between a query and an earlier key, and one number for all other
+    keys. Rows are described by numbers for each position, columns by numbers for the position of each key.
+
+    Args:
+        context: The context.
+        hidden_elsewhere: Whether another mask hides later keys, so that this one need not.
 
     Raises:
-        UnsupportedError: A mask depends on more than distance, or nothing hides later keys.
+        UnsupportedError: A mask depends on more than the distance, or no mask hides later keys.
     """
     if context.kind == "mask":
         return {"kind": "mask", **_by_distance(context, hidden_elsewhere)}
-    table = context.table
-    if halves(context):
-        table = np.split(table, 2, axis=1)[0]
+    table = np.split(context.table, 2, axis=1)[0] if has_equal_halves(context) else context.table
     return {"kind": context.kind, "table": table.tolist()}
 
 
-def is_hiding(context: Context) -> bool:
-    """Whether it is a mask that by itself leaves later keys no weight."""
-    return context.kind == "mask" and (context.table.dtype == bool or hides(context) <= HIDDEN)
+def hides_later_keys(context: ContextTable) -> bool:
+    """Return whether the context is a mask that leaves later keys no weight."""
+    return context.kind == "mask" and (context.table.dtype == bool or hidden_value(context) <= HIDDEN)
 
 
-def hides(context: Context) -> Any:
-    """Return what a mask holds where a key comes after the query."""
-    places = context.table.shape[-1]
-    future = np.triu(np.ones((places, places), dtype=bool), 1)
-    hidden = context.table[..., future]
+def hidden_value(context: ContextTable) -> Any:
+    """Return the value of a mask for keys after the query: the largest one."""
+    length = context.table.shape[-1]
+    hidden = context.table[..., np.triu(np.ones((length, length), dtype=bool), 1)]
     return hidden.max() if hidden.dtype != bool else bool(hidden[..., 0].flat[0])
 
 
-def _by_distance(context: Context, hidden_elsewhere: bool) -> dict[str, Any]:
+def _by_distance(context: ContextTable, hidden_elsewhere: bool) -> dict[str, Any]:
     table = context.table if context.table.ndim == 3 else context.table[None]
-    places = table.shape[-1]
-    hidden = hides(context)
-    seen = np.stack([table[:, distance, 0] for distance in range(places)], axis=-1)  # [heads, distance]
-    for distance in range(places):
+    distances = range(table.shape[-1])
+    visible = np.stack([table[:, distance, 0] for distance in distances], axis=-1)  # [heads, distance]
+    for distance in distances:
         diagonal = np.diagonal(table, -distance, axis1=1, axis2=2)
         if not np.array_equal(diagonal, np.broadcast_to(diagonal[:, :1], diagonal.shape)):
-            raise UnsupportedError("a mask depends on more than the distance of query and key", at=context.value.name)
-    if seen.dtype == bool:
-        numbers = np.where(seen == hidden, HIDDEN, 0.0)
+            raise UnsupportedError(
+                "a mask depends on more than the distance of query and key", code=Code.PASS_PRECONDITION,
+                at=context.value.name,
+            )  # fmt: skip
+    hidden = hidden_value(context)
+    if visible.dtype == bool:
+        numbers = np.where(visible == hidden, HIDDEN, 0.0)
     else:
-        numbers = np.maximum(seen.astype(np.float64), HIDDEN)
-        if not is_hiding(context):
-            if not hidden_elsewhere:
-                raise UnsupportedError(
-                    "a mask hides later keys by too small a number", at=context.value.name, found=str(hidden)
-                )
-            return {"seen": _numbers(numbers), "hidden": 0.0}
-    return {"seen": _numbers(numbers), "hidden": HIDDEN}
+        numbers = np.maximum(visible.astype(np.float64), HIDDEN)
+    if hides_later_keys(context):
+        return {"seen": _compressed(numbers), "hidden": HIDDEN}
+    if not hidden_elsewhere:
+        raise UnsupportedError(
+            "a mask does not hide later keys", code=Code.PASS_PRECONDITION, at=context.value.name,
+            expected=f"at most {HIDDEN:.0f}", found=str(hidden),
+        )  # fmt: skip
+    return {"seen": _compressed(numbers), "hidden": 0.0}
 
 
-def _numbers(array: Array) -> Any:
-    """The numbers as lists, or one number where they are all the same."""
+def _compressed(array: Array) -> Any:
+    """Return the numbers as lists, or one number if all are equal."""
     if array.size and (array == array.flat[0]).all() and array.ndim == 2:
         return array.flat[0].item()
     return array.tolist()

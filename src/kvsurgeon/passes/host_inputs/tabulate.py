@@ -1,135 +1,130 @@
-"""What context is, measured by running it: rows for places, masks by distance, columns for keys."""
+"""Tables of context, measured by running it: rows by position, masks by query and key, columns by key."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import onnx_ir as ir
-import onnxruntime
 
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.cache.layout import declared_shape
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
-from kvsurgeon.passes.host_inputs.boundary import cone_of
+from kvsurgeon.graph.execution import build_model, initializer, open_session
+from kvsurgeon.graph.query import producers, upstream
 
-ValueKind = Literal["mask", "rows", "columns"]
+ContextKind = Literal["mask", "rows", "columns"]
 Array = npt.NDArray[Any]
-OperatorCall = tuple[int, int]  # past and new tokens
+RunContext = Callable[[int, int], list[Array]]  # of past and new tokens
 
-PROBES: tuple[OperatorCall, OperatorCall] = ((11, 7), (4, 13))  # no size of one is a size of the other, alone or in sum
+PROBES = ((11, 7), (4, 13))  # past and new tokens of two calls; no length of one, or sum, is a length of the other
 
 
 @dataclass(frozen=True, kw_only=True)
-class Context:
-    """One value that the host is to give.
+class ContextTable:
+    """A value that the application computes.
 
     Attributes:
-        value: It.
-        kind: Whether it is for queries against keys, for new tokens, or for keys.
-        ones: Its axes of size 1, the batch's among them.
-        table: `[heads, places, places]` of a mask, `[places, features]` of rows, `[heads, places]` of columns.
+        value: The value in the graph.
+        kind: Whether it belongs to queries and keys (mask), to new tokens (rows), or to keys (columns).
+        unit_axes: Axes of size 1, such as that of the batch.
+        table: The numbers: `[heads, positions, positions]` of a mask, `[positions, features]` of rows, `[heads,
+            positions]` of columns.
     """
 
     value: ir.Value
-    kind: ValueKind
-    ones: tuple[int, ...]
+    kind: ContextKind
+    unit_axes: tuple[int, ...]
     table: Array
 
 
-class Laboratory:
-    """Runs the context of a graph that has a cache, at any lengths, without padding."""
+def open_context(
+    graph: ir.Graph, values: Sequence[ir.Value], tokens: ir.Value, caches: Sequence[ir.Value]
+) -> RunContext:
+    """Return a function that computes context values for a call without padding.
 
-    def __init__(self, graph: ir.Graph, values: Sequence[ir.Value], text: ir.Value, cache: Sequence[ir.Value]) -> None:
-        self.values = values
-        self.text = text
-        self.cache = set(cache)
-        self.nodes = set(cone_of(values))
-        self.inputs = [value for value in graph.inputs if any(node in self.nodes for node, _ in value.uses())]
-        self._session = self._open(graph)
+    The function raises UnsupportedError if onnxruntime cannot run it.
 
-    def _open(self, graph: ir.Graph) -> onnxruntime.InferenceSession:
-        cone = onnx.GraphProto(name="context")
-        cone.node.extend(ir.to_proto(node) for node in graph if node in self.nodes)
-        read = {value for node in self.nodes for value in node.inputs if value is not None}
-        for value in graph.initializers.values():
-            tensor = constant_tensor(value)
-            if value in read and tensor is not None:
-                cone.initializer.append(ir.to_proto(ir.Tensor(np.asarray(tensor.numpy()), name=value.name)))
-        for value in self.inputs:
-            rank = len(value.shape or ())
-            cone.input.append(
-                onnx.helper.make_tensor_value_info(value.name or "", int(value.dtype or 1), [None] * rank)
-            )
-        cone.output.extend(onnx.ValueInfoProto(name=value.name) for value in self.values)
-        opsets = [onnx.helper.make_opsetid(domain, version) for domain, version in graph.opset_imports.items()]
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        model = onnx.helper.make_model(cone, opset_imports=opsets, ir_version=10)
-        try:
-            return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
-        except Exception as error:
-            raise _cannot_run(error) from error
-
-    def run(self, call: OperatorCall) -> list[Array]:
-        """Return the values in a call without padding.
-
-        Raises:
-            UnsupportedError: onnxruntime cannot run it.
-        """
-        feeds = {value.name or "": self._feed(value, *call) for value in self.inputs}
-        try:
-            return list(self._session.run(None, feeds))
-        except Exception as error:
-            raise _cannot_run(error) from error
-
-    def can_run(self, call: OperatorCall) -> bool:
-        """Whether the graph has rows for so many tokens."""
-        try:
-            self.run(call)
-        except UnsupportedError:
-            return False
-        return True
-
-    def _feed(self, given: ir.Value, past: int, new: int) -> Array:
-        """Tokens and caches of any content, as their shapes alone are read; places from `past` on; ones for masks."""
-        assert given.dtype is not None
-        dtype, rank = given.dtype.numpy(), len(given.shape or ())
-        if given in self.cache:
-            names = [None if isinstance(size, int) else size.value for size in given.shape or ()]
-            sizes = {"batch_size": 1, "past_sequence_length": past}
-            usual = [size if isinstance(size, int) else 1 for size in given.shape or ()]
-            return np.zeros([sizes.get(str(name), size) for name, size in zip(names, usual, strict=True)], dtype)
-        if given is self.text:
-            width = [1] * (rank - 2)
-            return np.zeros([1, new, *width], dtype)
-        size = given.shape[1] if given.shape is not None and rank == 2 else None
-        name = None if size is None or isinstance(size, int) else size.value
-        if name == "total_sequence_length":
-            return np.ones([1, past + new], dtype)
-        if name == "sequence_length":
-            return np.arange(past, past + new, dtype=dtype)[None]
-        raise UnsupportedError("what a host gives for this input is not known", at=given.name, found=str(given.shape))
-
-
-def measure(laboratory: Laboratory, places: int) -> list[Context]:
-    """Return what the host must give for texts of up to so many tokens; values without tokens are left out.
+    Args:
+        graph: A graph with a cache.
+        values: The values.
+        tokens: The token input, whose content is not read.
+        caches: The cache inputs, whose content is not read.
 
     Raises:
-        UnsupportedError: A value depends on more than the places of queries and keys.
+        UnsupportedError: onnxruntime cannot load the nodes that compute the values.
     """
-    probes = [laboratory.run(call) for call in PROBES]
-    whole = laboratory.run((0, places))
+    nodes = producers(upstream(values))
+    read = {value for node in nodes for value in node.inputs}
+    inputs = [value for value in graph.inputs if any(node in nodes for node, _ in value.uses())]
+    tensors = {value: constant_tensor(value) for value in graph.initializers.values() if value in read}
+    model = build_model(
+        [node for node in graph if node in nodes],
+        outputs=[value.name for value in values],
+        opsets=graph.opset_imports,
+        inputs={value.name or "": (int(value.dtype or 1), len(value.shape or ())) for value in inputs},
+        initializers=[initializer(value.name, tensor) for value, tensor in tensors.items() if tensor is not None],
+    )
+    try:
+        session = open_session(model)
+    except Exception as error:
+        raise _cannot_run(error) from error
+
+    def run(past: int, new: int) -> list[Array]:
+        feeds = {value.name or "": _feed(value, tokens, caches, past, new) for value in inputs}
+        try:
+            return list(session.run(None, feeds))
+        except Exception as error:
+            raise _cannot_run(error) from error
+
+    return run
+
+
+def can_run(run: RunContext, length: int) -> bool:
+    """Return whether the context can be computed for a first call of some length."""
+    try:
+        run(0, length)
+    except UnsupportedError:
+        return False
+    return True
+
+
+def _feed(given: ir.Value, tokens: ir.Value, caches: Sequence[ir.Value], past: int, new: int) -> Array:
+    """Return an input: zeros for tokens and caches, positions from `past` on, ones for masks."""
+    assert given.dtype is not None
+    dtype, shape = given.dtype.numpy(), declared_shape(given)
+    if given in caches:
+        sizes = {"past_sequence_length": past}
+        return np.zeros([size if isinstance(size, int) else sizes.get(str(size), 1) for size in shape], dtype)
+    if given is tokens:
+        return np.zeros([1, new, *[1] * (len(shape) - 2)], dtype)
+    name = shape[1] if len(shape) == 2 else None
+    if name == "total_sequence_length":
+        return np.ones([1, past + new], dtype)
+    if name == "sequence_length":
+        return np.arange(past, past + new, dtype=dtype)[None]
+    raise UnsupportedError(
+        "the content of an input is unknown", code=Code.INPUT_ROLE, at=given.name, found=str(given.shape),
+        expected="a mask or positions",
+    )  # fmt: skip
+
+
+def tabulate(run: RunContext, values: Sequence[ir.Value], length: int) -> list[ContextTable]:
+    """Return the tables of context values for sequences of up to some length; values without tokens are left out.
+
+    Raises:
+        UnsupportedError: A value depends on more than the positions of queries and keys.
+    """
+    probes = [run(past, new) for past, new in PROBES]
+    whole = run(0, length)
     found = []
-    for index, value in enumerate(laboratory.values):
+    for index, value in enumerate(values):
         axes = _axes([probe[index].shape for probe in probes])
-        if axes not in _KINDS and not _differs(whole[index], axes):
-            continue  # the same for all tokens, and only repeated for them
+        if axes not in _KINDS and not _varies(whole[index], axes):
+            continue  # equal for all tokens, only repeated for them
         kind = _kind(value, axes, probes[0][index].shape)
         if kind is None:
             continue
@@ -137,41 +132,43 @@ def measure(laboratory: Laboratory, places: int) -> list[Context]:
         for (past, new), probe in zip(PROBES, probes, strict=True):
             if not _agree(_squeezed(probe[index]), _part(table, kind, past, new)):
                 raise UnsupportedError(
-                    "context depends on more than places, so that no host can give it", at=value.name
-                )
-        ones = tuple(axis for axis, size in enumerate(probes[0][index].shape) if size == 1)
-        found.append(Context(value=value, kind=kind, ones=ones, table=table))
+                    "context depends on more than positions, so the application cannot compute it",
+                    code=Code.PASS_PRECONDITION, at=value.name,
+                )  # fmt: skip
+        unit_axes = tuple(axis for axis, size in enumerate(probes[0][index].shape) if size == 1)
+        found.append(ContextTable(value=value, kind=kind, unit_axes=unit_axes, table=table))
     return found
 
 
-_KINDS: dict[str, ValueKind | None] = {
+_KINDS: dict[str, ContextKind | None] = {
     "_": None, "F": None, "S": "rows", "SF": "rows", "T": "columns", "FT": "columns", "ST": "mask", "FST": "mask",
 }  # fmt: skip
 
 
 def _axes(shapes: Sequence[tuple[int, ...]]) -> str:
-    """What a value's axes are, told by its sizes in two calls: size 1 is left out, and sizes that differ are places.
+    """Return a letter for each axis of a value that is not of size 1, by its sizes in two calls.
 
-    `S` is new tokens, `T` all tokens, `F` features, and `M` tokens mixed with something else, as heads are.
+    `S` is new tokens, `T` past and new tokens, `F` features, and `M` tokens mixed with something else, such as heads.
     """
     (past, new), (other_past, other_new) = PROBES
     lengths = {(new, other_new): "S", (past + new, other_past + other_new): "T", (1, 1): ""}
-    named = [lengths.get((one, other), "F" if one == other else "M") for one, other in zip(*shapes, strict=True)]
-    return "".join(named) or "_"
+    letters = [lengths.get((one, other), "F" if one == other else "M") for one, other in zip(*shapes, strict=True)]
+    return "".join(letters) or "_"
 
 
-def _differs(array: Array, axes: str) -> bool:
-    """Whether a value has other numbers for other tokens."""
+def _varies(array: Array, axes: str) -> bool:
+    """Return whether a value has different numbers for different tokens."""
     squeezed = _squeezed(array)
-    return any((squeezed != squeezed.take([0], axis=place)).any() for place, axis in enumerate(axes) if axis in "STM")
+    return any((squeezed != squeezed.take([0], axis=index)).any() for index, axis in enumerate(axes) if axis in "STM")
 
 
-def _kind(value: ir.Value, axes: str, shape: tuple[int, ...]) -> ValueKind | None:
-    """For which tokens a value is; None for none."""
+def _kind(value: ir.Value, axes: str, shape: tuple[int, ...]) -> ContextKind | None:
+    """Return to which tokens a value belongs; None for none."""
     if axes not in _KINDS:
         raise UnsupportedError(
-            "context lies in a way that no host is told of", at=value.name,
-            expected="[heads, queries, keys], [tokens, features] or [heads, keys]", found=str(list(shape)),
+            "context has a layout that cannot be described to the application", code=Code.PASS_PRECONDITION,
+            at=value.name, expected="[heads, queries, keys], [tokens, features] or [heads, keys]",
+            found=str(list(shape)),
         )  # fmt: skip
     return _KINDS[axes]
 
@@ -181,12 +178,12 @@ def _squeezed(array: Array) -> Array:
 
 
 def _agree(one: Array, other: Array) -> bool:
-    """Whether two calls gave the same numbers; products of other shapes are summed in another order."""
-    exact = not np.issubdtype(one.dtype, np.floating)
-    return bool(np.array_equal(one, other) if exact else np.allclose(one, other, rtol=1e-3, atol=1e-5))
+    """Return whether two calls gave the same numbers, up to the order of summation."""
+    is_exact = not np.issubdtype(one.dtype, np.floating)
+    return bool(np.array_equal(one, other) if is_exact else np.allclose(one, other, rtol=1e-3, atol=1e-5))
 
 
-def _part(table: Array, kind: ValueKind, past: int, new: int) -> Array:
+def _part(table: Array, kind: ContextKind, past: int, new: int) -> Array:
     if kind == "mask":
         return table[..., past : past + new, : past + new]
     return table[past : past + new] if kind == "rows" else table[..., : past + new]
@@ -194,5 +191,6 @@ def _part(table: Array, kind: ValueKind, past: int, new: int) -> Array:
 
 def _cannot_run(error: Exception) -> UnsupportedError:
     return UnsupportedError(
-        "context cannot be run to see what a host must give", found=" ".join(str(error).split())[:200]
-    )
+        "onnxruntime cannot run the context", code=Code.CONTEXT_NOT_RUNNABLE,
+        found=" ".join(str(error).split())[:200],
+    )  # fmt: skip
