@@ -1,6 +1,6 @@
-"""What is read off an attention: heads, scale, softcap, mask, positions, weights."""
+"""The facts of an attention: heads, scale, softcap, mask, rotary embedding, weights."""
 
-# ruff: noqa: E501  # a case is read best on one line
+# ruff: noqa: E501  # one case on one line
 
 import math
 
@@ -14,7 +14,7 @@ from kvsurgeon.anatomy.facts import Attention
 from kvsurgeon.passes.contract import Subject
 
 
-def only(text: str, opset: int = 18) -> Attention:
+def single_attention(text: str, opset: int = 18) -> Attention:
     (found,) = Subject.of(read(text, opset)).decoder().attentions
     return found
 
@@ -28,7 +28,7 @@ SCALES = [
     ("a root in both", {"query": "q = Mul(q0, half)", "key": "k = Mul(k0, half)"}, 0.25),
     ("computed from the head's size", {"scores": "f = Cast<to = 1>(w8)\n w8 = Gather(sizes, two)\n"
      "two = Constant<value_int = 2>()\n r = Sqrt(f)\n s = Div(s0, r)"}, 1 / math.sqrt(8)),
-    ("a number for each feature is no scale", {"query": "q = Mul(q0, eight)", "constants": "float[8] eight"}, 1.0),
+    ("a number for each feature is not a scale", {"query": "q = Mul(q0, eight)", "constants": "float[8] eight"}, 1.0),
 ]  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def test_scale(parts, expected):
     [({}, "dynamic", "past_sequence_length"), ({"cache": "static"}, "static", "max_length"),
      ({"cache": "new-tokens"}, "new-tokens", "past_sequence_length")],
 )  # fmt: skip
-def test_a_model_with_a_cache_has_the_same_attention_and_says_what_it_remembers(options, cache, rows):
+def test_a_model_with_a_cache_has_the_same_attention_and_lists_its_cached_tensors(options, cache, rows):
     text = attention()
     before, after = Subject.of(read(text)).decoder(), Subject.of(injected(read(text), **options)).decoder()
     assert before.cache == ()
@@ -64,7 +64,7 @@ def test_a_model_with_a_cache_has_the_same_attention_and_says_what_it_remembers(
 
 
 def test_softcap():
-    found = only(
+    found = single_attention(
         attention(
             constants="float cap = {20.0}", scores="z = Mul(s0, half)\n d = Div(z, cap)\n t = Tanh(d)\n s = Mul(t, cap)"
         )
@@ -91,24 +91,24 @@ MASKS = [
 
 @pytest.mark.parametrize(("parts", "expected"), [pytest.param(*case[1:], id=case[0]) for case in MASKS])
 def test_mask(parts, expected):
-    found = only(attention(**parts)).mask
+    found = single_attention(attention(**parts)).mask
     blank = {"window": None, "chunk": None, "padding": False, "bias": False}
     assert {name: getattr(found, name) for name in (*blank, "kind")} == blank | expected
 
 
 def test_projections_are_the_weights_behind_each_operand():
-    found = only(attention(constants="float[8] bias", query="q = Add(q0, bias)"))
+    found = single_attention(attention(constants="float[8] bias", query="q = Add(q0, bias)"))
     assert found.query.initializers == ("wq", "bias")
     assert found.key.initializers == ("wk",)
     assert (found.query.output, found.value.output) == ("q0", "v0")
     assert not found.query.fused
 
 
-def test_a_fused_projection_is_told():
+def test_a_fused_projection_is_marked():
     text = attention(constants="float[8, 24] wqkv", hidden="h = Identity(x)\n all = MatMul(x, wqkv)\n"
                      "qa, ka, va = Split<axis = -1, num_outputs = 3>(all)",
                      query="q = Identity(qa)", key="k = Identity(ka)", value="v = Identity(va)")  # fmt: skip
-    found = only(text)
+    found = single_attention(text)
     assert found.query.fused
     assert found.key.fused
     assert found.query.output == found.value.output == "all"
@@ -116,7 +116,7 @@ def test_a_fused_projection_is_told():
 
 
 def test_no_projection_where_the_hidden_state_itself_is_the_value():
-    assert only(attention(value="v = Identity(x)")).value is None
+    assert single_attention(attention(value="v = Identity(x)")).value is None
 
 
 def test_a_fused_operator_states_its_facts():
@@ -128,7 +128,7 @@ def test_a_fused_operator_states_its_facts():
       v = MatMul(x, wv)
       logits = Attention<q_num_heads = 4, kv_num_heads = 2, is_causal = 1, scale = 0.25, softcap = 9.0>(q, k, v)
     }"""
-    found = only(text, 23)
+    found = single_attention(text, 23)
     assert (found.query_heads, found.kv_heads, found.head_dim, found.value_head_dim) == (4, 2, 2, 2)
     assert (found.scale, found.softcap, found.mask.kind) == (0.25, 9.0, "causal")
     assert found.output == found.scores == "logits"
@@ -155,12 +155,12 @@ def test_a_whole_decoder(positions):
     assert given.get("position_ids", given["input_ids"]) == given["input_ids"]
 
 
-def test_types_are_spelled_as_numpy_spells_them():
-    assert only(attention()).key_cache.dtype == "float32"
+def test_types_have_the_names_of_numpy():
+    assert single_attention(attention()).key_cache.dtype == "float32"
     assert Subject.of(Decoder(Config(dtype="float16")).model()).decoder().attentions[0].key_cache.dtype == "float16"
 
 
-def test_layers_that_share_are_told():
+def test_layers_that_share_a_cache_name_its_owner():
     text = attention(after="q2 = MatMul(c, wq)\n s2 = MatMul(q2, kt)\n m2 = Where(allowed, s2, low)\n"
                      "w2 = Softmax<axis = -1>(m2)\n logits = MatMul(w2, v)")  # fmt: skip
     decoder = Subject.of(read(text)).decoder()
@@ -179,7 +179,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_exports_of_one_family_say_the_same(name):
+def test_exports_of_one_family_have_the_same_facts(name):
     heads, kv_heads, head_dim, scale, softcap, masks, rotary, biased = FAMILIES[name.split("_")[0]]
     decoder = Subject.of(export(name)).decoder()
     assert [a.mask.kind for a in decoder.attentions] == masks

@@ -1,4 +1,4 @@
-"""Heads of real exports: exact passes change no logits, and whoever looks afresh finds the new counts."""
+"""KV head passes on real exports: exact ones keep the logits, and an analysis of the result finds the new counts."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def logits(proto):
     return in_onnxruntime(proto)(texts(proto))["logits"]
 
 
-def largest(proto):
+def elements(proto):
     return sum(int(np.prod(tensor.dims)) for tensor in proto.graph.initializer)
 
 
@@ -65,7 +65,7 @@ def test_expanding_is_exact(name):
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_merging_what_was_replicated_gives_back_the_original(name):
+def test_merging_replicated_heads_restores_the_original(name):
     subject = load(name)
     if name not in GROUPED:
         MergeKvHeads(kv_heads=2).apply(subject)
@@ -84,7 +84,7 @@ def test_merging_what_was_replicated_gives_back_the_original(name):
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_merging_is_felt_and_makes_weights_smaller(name):
+def test_merging_changes_logits_and_makes_weights_smaller(name):
     subject = load(name)
     before = io.to_proto(subject.model)
 
@@ -93,13 +93,13 @@ def test_merging_is_felt_and_makes_weights_smaller(name):
     after = io.to_proto(subject.model)
     onnx.checker.check_model(after)
     assert counts(subject.model) == {1}
-    assert largest(after) < largest(before)
+    assert elements(after) < elements(before)
     assert difference(logits(after), logits(before)) > 1e-3
 
 
 @pytest.mark.parametrize("method", ["mean", "running", "first"])
 @pytest.mark.parametrize("name", EXPORTS)
-def test_layers_that_share_have_one_entry_and_no_weights_of_their_own(name, method):
+def test_shared_layers_have_one_cache_entry_and_fewer_weights(name, method):
     subject = load(name)
     before = io.to_proto(subject.model)
 
@@ -108,12 +108,12 @@ def test_layers_that_share_have_one_entry_and_no_weights_of_their_own(name, meth
     after = io.to_proto(subject.model)
     onnx.checker.check_model(after)
     assert entries(subject.model) == 1
-    assert largest(after) < largest(before)
+    assert elements(after) < elements(before)
     assert difference(logits(after), logits(before)) > 1e-3
 
 
 @pytest.mark.parametrize("name", GROUPED)
-def test_a_cache_that_is_there_keeps_its_names_and_has_as_many_heads(name):
+def test_a_cache_keeps_its_names_and_gets_the_new_number_of_heads(name):
     subject = load(name)
     Inject(past="p.{layer}.{kind}", present="q.{layer}.{kind}").apply(subject)
     names = [value.name for value in (*subject.model.graph.inputs, *subject.model.graph.outputs)]
@@ -126,7 +126,7 @@ def test_a_cache_that_is_there_keeps_its_names_and_has_as_many_heads(name):
 
 
 @pytest.mark.parametrize("name", ["llama_dynamo_sdpa", "neox_torchscript_eager"])
-def test_what_is_refused_is_as_it_was(name):
+def test_a_refused_model_is_unchanged(name):
     subject = load(name)
     before = io.to_proto(subject.model).SerializeToString()
 

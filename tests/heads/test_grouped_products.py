@@ -1,4 +1,4 @@
-"""Which key head each query head reads: neighbours mostly, but nothing says that they must."""
+"""The KV head that each query head reads: neighbors share one in most models, but not in all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvsurgeon.heads.grouped_products import key_heads_read
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
 
-# 4 query heads, 2 key heads of 3
+# 4 query heads, 2 KV heads of 3
 TEXT = """
 g (int64[batch_size, sequence_length] input_ids) => (float[batch_size, sequence_length, 9] logits)
  <float[9, 8] table, float[8, 12] q_weight, float[8, 6] k_weight, float[8, 6] v_weight, float[12, 9] out,
@@ -61,8 +61,8 @@ TILED = """
   scores = MatMul(q4, kx)
 """
 CASES = [
-    ("side by side", BROADCAST, 2, (0, 0, 1, 1)),
-    ("in turn", BROADCAST, 1, (0, 1, 0, 1)),
+    ("neighbors share", BROADCAST, 2, (0, 0, 1, 1)),
+    ("interleaved", BROADCAST, 1, (0, 1, 0, 1)),
     ("tiled", TILED, 1, (0, 1, 0, 1)),
 ]
 
@@ -73,7 +73,7 @@ def logits(subject):
 
 
 @pytest.mark.parametrize(("met", "place", "expected"), [pytest.param(*case[1:], id=case[0]) for case in CASES])
-def test_the_order_is_read_off_the_products(met, place, expected):
+def test_the_order_of_heads_is_found_in_the_products(met, place, expected):
     given = Subject.of(read(TEXT.replace("MET", met).replace("PLACE", str(place))))
     before = logits(given)
 

@@ -1,4 +1,4 @@
-"""Heads of models in which one operator does all of attention, with a cache of its own and without."""
+"""KV head passes on models with fused attention operators, with a cache in the operator and without."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
 from kvsurgeon.passes.operators.fuse_attention import FuseAttention
 from kvsurgeon.workflow.verification import judge
 
-# 4 query heads, 2 key heads of 16, which the operator turns itself
+# 4 query heads, 2 KV heads of 16; the operator applies rotary embedding
 TEXT = """
 case (float[batch_size, sequence_length, 32] x, int64[batch_size, total_sequence_length] attention_mask,
       float[batch_size, 2, past_sequence_length, head_dim] past_key_values.0.key,
@@ -54,7 +54,7 @@ def heads(model: onnx.ModelProto):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_heads_that_an_operator_shares(name):
+def test_an_operator_that_shares_heads_gets_new_kv_heads(name):
     given = subject(name)
     original = io.to_proto(given.model)
 
@@ -74,7 +74,7 @@ def test_heads_that_an_operator_shares(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_fusing_brings_the_operator_back(name):
+def test_fuse_attention_restores_the_operator(name):
     given = subject(name)
     original = io.to_proto(given.model)
     ExpandGqa().apply(given)

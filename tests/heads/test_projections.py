@@ -1,4 +1,4 @@
-"""Heads of models written as text: what stands between projection and product, case by case."""
+"""KV head passes on models written as text, with various nodes between projection and product."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ CASES = {
         "keys": "k0 = MatMul(x, k_weight) k = LayerNormalization(k0, norm, bias)",
         "constants": "float[6] norm, float[6] bias",
     },
-    "weights behind a transpose": {
-        "keys": "kw = Transpose<perm = [1, 0]>(turned) k = MatMul(x, kw)",
-        "constants": "float[6, 8] turned",
+    "transposed weights": {
+        "keys": "kw = Transpose<perm = [1, 0]>(flipped) k = MatMul(x, kw)",
+        "constants": "float[6, 8] flipped",
     },
     "one product for keys and values": {
         "keys": "kv = MatMul(x, both) k, v = Split<axis = -1, num_outputs = 2>(kv)",
@@ -51,7 +51,7 @@ CASES = {
         "keys": "k0 = MatMul(x, k_weight) kk = Reshape(k0, k_shape) ks = Mul(kk, scale) k = Reshape(ks, k_flat)",
         "constants": "float[2, 1] scale",
     },
-    "rows written over others": {
+    "scattered rows": {
         "keys": "k0 = MatMul(x, k_weight) kk = Reshape(k0, k_shape) k1 = Transpose<perm = [3, 0, 1, 2]>(kk) "
         "kn = Neg(k1) k2 = ScatterND(k1, numbers, kn) k3 = Transpose<perm = [1, 2, 3, 0]>(k2) k = Reshape(k3, k_flat)",
         "constants": "int64[3, 1] numbers = {2, 0, 1}",
@@ -65,7 +65,7 @@ def subject(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_expanding_changes_nothing(case):
+def test_expanding_keeps_the_logits(case):
     given = subject(case)
     before = logits(given)
     assert kv_heads(given) == [2]
@@ -77,16 +77,16 @@ def test_expanding_changes_nothing(case):
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "head by head" not in case])
-def test_merged_weights_are_those_that_numpy_merges(case):
+def test_merged_weights_equal_those_of_numpy(case):
     given, expected = subject(case), subject(case)
     MergeKvHeads(kv_heads=1).apply(given)
 
-    for name in ("k_weight", "v_weight", "both", "bias", "norm", "up", "scale", "turned"):
+    for name in ("k_weight", "v_weight", "both", "bias", "norm", "up", "scale", "flipped"):
         value = expected.model.graph.initializers.get(name)
         if value is None:
             continue
         array = value.const_value.numpy()
-        axis = 0 if name in ("scale", "turned") else array.ndim - 1
+        axis = 0 if name in ("scale", "flipped") else array.ndim - 1
         parts = np.split(array, array.shape[axis] // (1 if name == "scale" else 3), axis=axis)
         means = [np.mean(parts[at : at + 2], axis=0) for at in range(0, len(parts), 2)]
         merged = np.concatenate([mean for mean in means for _ in range(2)], axis=axis)
@@ -95,7 +95,7 @@ def test_merged_weights_are_those_that_numpy_merges(case):
     assert difference(logits(given), logits(expected)) < 1e-5
 
 
-def test_counts_that_cannot_be_are_listed():
+def test_messages_list_the_valid_counts():
     with pytest.raises(UsageError, match="expected one of 2, 4 KV heads, found 6"):
         ReplicateKvHeads(repeat=3).apply(subject("plain"))
     with pytest.raises(UsageError, match="expected one of 1, 2 KV heads, found 4"):

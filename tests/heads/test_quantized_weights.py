@@ -1,4 +1,4 @@
-"""Heads of quantised weights: what is stored is gathered as it is stored, whichever way onnxruntime quantised it."""
+"""KV head passes on quantized weights: stored numbers are copied, for every quantization of onnxruntime."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ FUSED = {
 
 @pytest.fixture(scope="module", params=CASES)
 def made(request, tmp_path_factory):
-    """A model that onnxruntime quantised."""
-    folder = tmp_path_factory.mktemp("quantised")
+    """A model that onnxruntime quantized."""
+    folder = tmp_path_factory.mktemp("quantized")
     biased = "k0 = MatMul(x, k_weight) k = Add(k0, bias)"
     text = grouped_attention(keys=biased, constants="float[32] bias", **SIZES)
     onnx.save(read(text, 21), folder / "float.onnx")
@@ -86,13 +86,13 @@ def made(request, tmp_path_factory):
 
 
 def stored(subject):
-    """What is stored in whole numbers, by name."""
+    """The stored integers by name of their initializer."""
     found = {name: value.const_value.numpy() for name, value in subject.model.graph.initializers.items()}
     return {name: array for name, array in found.items() if array.ndim > 1 and array.dtype.kind not in "fb"}
 
 
 @pytest.mark.parametrize("change", [ExpandGqa(), ReplicateKvHeads(repeat=2)])
-def test_stored_numbers_stay_what_they_are(made, change):
+def test_stored_integers_are_copied(made, change):
     given = Subject.of(made)
     before, answer = stored(given), logits(given)
 
@@ -103,13 +103,13 @@ def test_stored_numbers_stay_what_they_are(made, change):
     assert outcome.exact
     assert difference(logits(given), answer) < 1e-6
     grown = [name for name in after if name in before and after[name].size == 2 * before[name].size]
-    assert len(grown) >= 2, "neither keys nor values are stored in whole numbers"
+    assert len(grown) >= 2, "neither keys nor values are stored as integers"
     for name, array in after.items():
         assert array.dtype == before[name].dtype
         assert set(np.unique(array.astype(int))) == set(np.unique(before[name].astype(int)))
 
 
-def test_the_first_of_equal_heads_is_the_original(made):
+def test_taking_the_first_of_equal_heads_restores_the_original(made):
     given = Subject.of(made)
     before = logits(given)
     ReplicateKvHeads(repeat=2).apply(given)
@@ -119,13 +119,13 @@ def test_the_first_of_equal_heads_is_the_original(made):
     assert difference(logits(given), before) < 1e-6
 
 
-def test_stored_numbers_have_no_mean(made):
+def test_quantized_weights_have_no_mean(made):
     with pytest.raises(UnsupportedError, match=r"quantised weights have no mean.*method=first"):
         MergeKvHeads(kv_heads=1).apply(Subject.of(made))
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_operators_that_optimisers_make(name):
+def test_fused_quantized_operators(name):
     weights = "uint8[32, 32] {0}_whole, float[32] {0}_scales, uint8[32] {0}_points"
     text = grouped_attention(
         keys="k = " + FUSED[name].format("k"),

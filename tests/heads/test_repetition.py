@@ -1,4 +1,4 @@
-"""Heads that are repeated before something else is done with them: they are followed to where each stands once."""
+"""Heads that are repeated before rotation or quantization: they are traced to the value with each head once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
 from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
 
 ANGLES = "place = Cast<to = 1>(rows) angle = Mul(place, quarter) cosine = Cos(angle) sine = Sin(angle)"
-TURNED = """
+ROTATED = """
   kc = Mul(kh, cosine)
   ka, kb = Split<axis = 3, num_outputs = 2>(kh)
   kn = Neg(kb)
@@ -22,20 +22,20 @@ TURNED = """
   ks = Mul(ko, sine)
   ky = Add(kc, ks)
 """
-QUANTISED = "{0}q = QuantizeLinear({0}h, step, middle) {0}y = DequantizeLinear({0}q, step, middle)"
+QUANTIZED = "{0}q = QuantizeLinear({0}h, step, middle) {0}y = DequantizeLinear({0}q, step, middle)"
 CASES = {
     "plain": {},
-    "turned": {"context": ANGLES, "repeated_keys": TURNED},
-    "quantised": {
-        "repeated_keys": QUANTISED.format("k"),
-        "repeated_values": QUANTISED.format("v"),
+    "rotated": {"context": ANGLES, "repeated_keys": ROTATED},
+    "quantized": {
+        "repeated_keys": QUANTIZED.format("k"),
+        "repeated_values": QUANTIZED.format("v"),
         "constants": "float step = {0.05}, int8 middle = {0}",
     },
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_head_stands_once_in_the_weights(name):
+def test_expanding_removes_the_repetition(name):
     given = Subject.of(read(grouped_attention(**CASES[name], head_dim=4)))
     before = logits(given)
     assert kv_heads(given) == [2]

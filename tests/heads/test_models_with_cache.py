@@ -1,4 +1,4 @@
-"""Heads of a model that has a cache already: whatever its form, it comes back, and remembers what it should."""
+"""KV head passes on models with a cache: the same form of cache is injected again, with the new heads."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kvsurgeon.passes.contract import Subject
 CORPUS = Path(__file__).parents[1] / "corpus"
 FORMS = {
     "dynamic": "inject",
-    "in place": "inject{cache=static}",
-    "in place, so many rows": "inject{cache=static,max-length=48}",
-    "in place, by the mask": "inject{cache=static,past-length=mask}",
-    "new rows only": "inject{cache=new-tokens,past-length=input}",
-    "keys on their side": "inject{key-layout=batch,kv_heads,head_dim,sequence}",
+    "static": "inject{cache=static}",
+    "static, fixed length": "inject{cache=static,max-length=48}",
+    "static, length from the mask": "inject{cache=static,past-length=mask}",
+    "new tokens": "inject{cache=new-tokens,past-length=input}",
+    "transposed keys": "inject{key-layout=batch,kv_heads,head_dim,sequence}",
 }
 
 
@@ -27,12 +27,12 @@ def run(name, passes):
 
 @pytest.fixture(scope="module", params=["bloom_torchscript_eager", "llama_dynamo_sdpa"])
 def merged(request):
-    """A model with merged heads, and no cache."""
+    """A model with merged heads and without a cache."""
     return request.param, run(request.param, "merge-kv-heads{kv-heads=1,method=first}")
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_merged_behind_a_cache_is_merged_without_one(merged, form):
+def test_merging_heads_of_a_model_with_a_cache_equals_merging_without(merged, form):
     name, without = merged
 
     found = run(name, f"{FORMS[form]},merge-kv-heads{{kv-heads=1,method=first}}")

@@ -1,4 +1,4 @@
-"""Two layers written as text: positions in which they differ, weights and batches that they share."""
+"""Models of two layers written as text: shared keys, shared weights, different positions, and a fixed batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
 from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads
 from kvsurgeon.passes.heads.share_kv_layers import ShareKvLayers
 
-# Each layer has 4 query heads and 2 key heads of 3; keys are scaled by the cosine of their position.
+# Each layer has 4 query heads and 2 KV heads of 3; keys are scaled by the cosine of their position.
 TEXT = """
 g (int64[{batch}, sequence_length] input_ids) => (float[{batch}, sequence_length, 9] logits)
  <float[9, 8] table, float[8, 9] head, {weights}
@@ -46,7 +46,7 @@ LAYER = """
   kp{i} = MatMul(x{i}, {keys})
   kb{i} = Add(bias{i}, kp{i})
   kh{i} = Reshape(kb{i}, k_shape)
-  {turned}
+  {rotated}
   kt{i} = Transpose<perm = [0, 2, 1, 3]>(kc{i})
   ku{i} = Unsqueeze(kt{i}, two)
   ke{i} = Expand(ku{i}, times)
@@ -67,22 +67,22 @@ LAYER = """
   o{i} = MatMul(cj{i}, out{i})
   x{next} = Add(x{i}, o{i})
 """
-TURNED = """
+ROTATED = """
   angle{i} = Mul(place, speed{i})
   cos{i} = Cos(angle{i})
   cosine{i} = Reshape(cos{i}, by_token)
   kc{i} = Mul(kh{i}, cosine{i})
 """
 SPEED = "float speed{i} = {{{value}}},"
-TABLE = "float[9, 1, 1] cosine{i},"  # as an export of a fixed length holds it
-UNTURNED = "kc{i} = Identity(kh{i})"
+TABLE = "float[9, 1, 1] cosine{i},"  # as in an export of a fixed length
+NOT_ROTATED = "kc{i} = Identity(kh{i})"
 
 
-def subject(*, second=TURNED, speed=0.25, keys="kw1", batch="batch_size"):
+def subject(*, second=ROTATED, speed=0.25, keys="kw1", batch="batch_size"):
     weights = WEIGHTS.format(i=0, speed=SPEED.format(i=0, value=0.25))
     weights += WEIGHTS.format(i=1, speed=SPEED.format(i=1, value=speed))
-    layers = LAYER.format(i=0, next=1, keys="kw0", turned=TURNED.format(i=0))
-    layers += LAYER.format(i=1, next=2, keys=keys, turned=second.format(i=1))
+    layers = LAYER.format(i=0, next=1, keys="kw0", rotated=ROTATED.format(i=0))
+    layers += LAYER.format(i=1, next=2, keys=keys, rotated=second.format(i=1))
     return Subject.of(read(TEXT.format(batch=batch, weights=weights, layers=layers)))
 
 
@@ -90,7 +90,7 @@ def of_fixed_length(second):
     weights = "".join(WEIGHTS.format(i=i, speed=TABLE.format(i=i)) for i in range(2))
     tables = ("cosine0", second)
     layers = "".join(
-        LAYER.format(i=i, next=i + 1, keys=f"kw{i}", turned=f"kc{i} = Mul(kh{i}, {tables[i]})") for i in range(2)
+        LAYER.format(i=i, next=i + 1, keys=f"kw{i}", rotated=f"kc{i} = Mul(kh{i}, {tables[i]})") for i in range(2)
     )
     text = TEXT.format(batch="batch_size", weights=weights, layers=layers)
     return Subject.of(read(text.replace("sequence_length", "9")))
@@ -111,7 +111,7 @@ def kv_heads(subject):
 
 
 @pytest.mark.parametrize("method", ["mean", "running", "first"])
-def test_layers_that_turn_keys_alike_share_them(method):
+def test_layers_with_equal_rotation_share_keys(method):
     given = subject()
 
     ShareKvLayers(kv_layers=1, method=method).apply(given)
@@ -120,8 +120,8 @@ def test_layers_that_turn_keys_alike_share_them(method):
 
 
 @pytest.mark.parametrize("method", ["mean", "running", "first"])
-@pytest.mark.parametrize("other", [{"speed": 0.5}, {"second": UNTURNED}])
-def test_layers_that_turn_keys_otherwise_do_not_share_them(method, other):
+@pytest.mark.parametrize("other", [{"speed": 0.5}, {"second": NOT_ROTATED}])
+def test_layers_with_other_rotation_do_not_share_keys(method, other):
     given = subject(**other)
     before = logits(given)
 
@@ -133,7 +133,7 @@ def test_layers_that_turn_keys_otherwise_do_not_share_them(method, other):
     assert difference(logits(given), before) == 0
 
 
-def test_tables_of_an_export_of_a_fixed_length_are_told_from_weights():
+def test_position_tables_of_a_fixed_length_are_no_weights():
     alike, otherwise = of_fixed_length("cosine0"), of_fixed_length("cosine1")
 
     ShareKvLayers(kv_layers=1).apply(alike)
@@ -145,7 +145,7 @@ def test_tables_of_an_export_of_a_fixed_length_are_told_from_weights():
 
 @pytest.mark.parametrize("change", [ExpandGqa(), ReplicateKvHeads(repeat=2)])
 @pytest.mark.parametrize("keys", ["kw0", "kw1"])
-def test_weights_that_two_layers_share_are_right_in_both(change, keys):
+def test_weights_shared_by_two_layers_are_replaced_in_both(change, keys):
     given = subject(keys=keys)
     before = logits(given)
 
@@ -158,7 +158,7 @@ def test_weights_that_two_layers_share_are_right_in_both(change, keys):
     assert difference(logits(given), before) < 1e-5
 
 
-def test_weights_of_one_layer_alone_are_those_of_another_still():
+def test_weights_shared_by_two_layers_are_averaged_with_themselves():
     given, apart = subject(keys="kw0"), subject(keys="kw1")
     apart.model.graph.initializers["kw1"].const_value = apart.model.graph.initializers["kw0"].const_value
     assert difference(logits(given), logits(apart)) == 0
@@ -170,7 +170,7 @@ def test_weights_of_one_layer_alone_are_those_of_another_still():
 
 
 @pytest.mark.parametrize("change", [ExpandGqa(), ReplicateKvHeads(repeat=2)])
-def test_a_batch_that_is_fixed_stays_what_it_is(change):
+def test_a_fixed_batch_is_unchanged(change):
     given = subject(batch=3)
     before = logits(given, batch=3)
 
@@ -189,12 +189,15 @@ CHANGES = {
     "merged": ([MergeKvHeads(kv_heads=1)], 1),
     "merged and expanded": ([MergeKvHeads(kv_heads=1), ExpandGqa()], 4),
     "replicated and merged": ([ReplicateKvHeads(repeat=2), MergeKvHeads(kv_heads=2)], 2),
-    "one again": ([MergeKvHeads(kv_heads=1), ReplicateKvHeads(repeat=2), MergeKvHeads(kv_heads=1)], 1),
+    "merged, replicated, merged": (
+        [MergeKvHeads(kv_heads=1), ReplicateKvHeads(repeat=2), MergeKvHeads(kv_heads=1)],
+        1,
+    ),
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_single_head_is_not_taken_for_a_batch_of_one(name):
+def test_a_single_head_is_not_mistaken_for_a_batch_of_one(name):
     changes, heads = CHANGES[name]
     given, dynamic = subject(batch=1), subject()
     for change in changes:
