@@ -46,6 +46,12 @@ def decoder(operator, opset=20):
     return ir.from_proto(read(text, opset=opset))
 
 
+def prepend(monkeypatch, site):
+    monkeypatch.syspath_prepend(str(site))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sample_passes"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 def test_an_unknown_operator_is_rejected_with_the_page_that_says_how_to_add_it():
     with pytest.raises(UnsupportedError, match=r"unknown operator my\.company::Swish") as error:
         analyze(decoder("my.company.Swish(x)"))
@@ -62,7 +68,7 @@ def test_a_registered_operator_is_known_inside_the_block_only():
 
 
 def test_an_installed_package_brings_operators(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(install("sample", tmp_path)))
+    prepend(monkeypatch, install("sample", tmp_path))
     table.installed_operators.cache_clear()
     try:
         assert len(analyze(decoder("my.company.Swish(x)")).sites) == 1
@@ -73,8 +79,7 @@ def test_an_installed_package_brings_operators(tmp_path, monkeypatch):
 def test_entries_that_cannot_be_loaded_are_named(tmp_path, monkeypatch):
     site = install("sample", tmp_path)
     (site / "sample_passes" / "operators.py").write_text("def operators():\n    return ['Swish']\n")
-    monkeypatch.syspath_prepend(str(site))
-    monkeypatch.delitem(sys.modules, "sample_passes.operators", raising=False)
+    prepend(monkeypatch, site)
     table.installed_operators.cache_clear()
     try:
         with pytest.raises(PluginError, match="operators of sample-passes: expected entries of type Operator"):
