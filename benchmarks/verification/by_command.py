@@ -1,4 +1,4 @@
-"""The command line as a user meets it: what it exits with, what it says, and what it leaves behind."""
+"""Run the command line: exit code, messages and written files."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ SECONDS = 120
 
 
 class DeclinedError(KvsurgeonError):
-    """The command refused, in the way that it should."""
+    """The command rejected the model as documented: one line with a code."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, line: str, exit_code: int) -> None:
+        message, _, code = line.strip().removeprefix("kvsurgeon: error: ").removesuffix("]").rpartition(" [")
         self.exit_code = exit_code  # type: ignore[misc]
+        self.code = code  # type: ignore[assignment]
         super().__init__(message)
 
 
 class IllBehavedError(Exception):
-    """The command did not end as it promises to."""
+    """The command did not end as documented."""
 
 
 def inject_by_command(entry: Entry) -> tuple[onnx.ModelProto, onnx.ModelProto]:
@@ -45,7 +47,7 @@ def inject_by_command(entry: Entry) -> tuple[onnx.ModelProto, onnx.ModelProto]:
             return onnx.load(entry.path, load_external_data=False), onnx.load(written, load_external_data=False)
         if faults := list(_faults(done, entry, output)):
             raise IllBehavedError(f"{'; '.join(faults)}: {done.stderr[:300]}")
-    raise DeclinedError(done.stderr.strip().removeprefix("kvsurgeon: "), done.returncode)
+    raise DeclinedError(done.stderr, done.returncode)
 
 
 def _faults(done: subprocess.CompletedProcess[str], entry: Entry, output: Path) -> Iterator[str]:
@@ -59,6 +61,8 @@ def _faults(done: subprocess.CompletedProcess[str], entry: Entry, output: Path) 
         yield "something was written"
     if not names_a_place(done.stderr, entry):
         yield "no value, layer or file named"
+    if not re.search(r" \[KVS-\d+\]$", done.stderr.strip()):
+        yield "no code"
 
 
 def names_a_place(message: str, entry: Entry) -> bool:
