@@ -108,7 +108,7 @@ def _apart(original: ort.InferenceSession, result: ort.InferenceSession, record:
 def lossy(folder: Path, name: str) -> Row:
     """Make a change that is not exact; take down what its report says."""
     loss = run_and_save(folder, Pipeline(LOSSY[name])).loss
-    return Row(model=folder.name, pipeline=name, found=str(loss), right=loss is not None and loss.divergence > 0)
+    return Row(model=folder.name, pipeline=name, found=str(loss), right=loss is not None and loss.kl_divergence > 0)
 
 
 def refused(folder: Path) -> Row:

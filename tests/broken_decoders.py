@@ -1,6 +1,6 @@
-"""Decoders with a wrong cache: each overrides one step of `CachedDecoder` with a common mistake.
+"""Wrong injections: each overrides a step of `CachedDecoder` with a common mistake.
 
-Every one is a valid model that runs on some text. What goes wrong in one layer goes wrong in layer 1 of three.
+Each is a valid model that runs on some text. A mistake in one layer is in layer 1 of three.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ LAYER = 1
 
 
 class WrongAxis(CachedDecoder):
-    """Past and new tokens are joined along the heads."""
+    """Concatenate past and new tokens along the heads."""
 
     def append(self, layer: int, past: str, new: str) -> str:
         return self.graph.op("Concat", past, new, axis=1 if layer == LAYER else 2)
 
 
 class NewFirst(CachedDecoder):
-    """New rows are written before the past rows."""
+    """Concatenate the new tokens before the past."""
 
     def append(self, layer: int, past: str, new: str) -> str:
         if layer != LAYER:
@@ -28,22 +28,22 @@ class NewFirst(CachedDecoder):
         return self.graph.op("Concat", new, past, axis=2)
 
 
-class ForgottenOffset(CachedDecoder):
-    """Positions of new tokens begin at 0 again in each call."""
+class MissingOffset(CachedDecoder):
+    """Start positions at 0 in each call."""
 
     def rotary_index(self, layer: int) -> str:
         return self.range(0, self.new_length())
 
 
-class ForgottenOffsetInOneLayer(CachedDecoder):
-    """The same, in one layer: query and key agree with each other, and not with the past."""
+class MissingOffsetInOneLayer(CachedDecoder):
+    """Start positions at 0 in each call, in one layer."""
 
     def rotary_index(self, layer: int) -> str:
         return self.range(0, self.new_length()) if layer == LAYER else super().rotary_index(layer)
 
 
 class StaleRotary(CachedDecoder):
-    """After the first call the rotary tables are those of position 0."""
+    """Use the rotary tables of position 0 after the first call."""
 
     def rotary_index(self, layer: int) -> str:
         at_first = self.graph.op("Equal", self.past_length(), self.graph.constant(0))
@@ -52,14 +52,14 @@ class StaleRotary(CachedDecoder):
 
 
 class SwappedKeyValue(CachedDecoder):
-    """Key and value change places in the presents of one layer."""
+    """Swap key and value in the presents of one layer."""
 
     def present(self, layer: int, key: str, value: str) -> None:
         super().present(layer, *((value, key) if layer == LAYER else (key, value)))
 
 
 class SwappedLayers(CachedDecoder):
-    """The presents of the last two layers change places."""
+    """Swap the presents of the last two layers."""
 
     def present(self, layer: int, key: str, value: str) -> None:
         other = {LAYER: LAYER + 1, LAYER + 1: LAYER}.get(layer, layer)
@@ -74,7 +74,7 @@ class SwappedLayers(CachedDecoder):
 
 
 class WrongCorner(CachedDecoder):
-    """The causal mask is aligned to the first key and not to the last."""
+    """Align the causal mask to the first key instead of the last."""
 
     def causal(self, layer: int) -> str:
         if layer != LAYER:
@@ -84,7 +84,7 @@ class WrongCorner(CachedDecoder):
 
 
 class MaskDropped(CachedDecoder):
-    """After the first call every key is visible, later ones included."""
+    """Drop the causal mask if there is a past."""
 
     def causal(self, layer: int) -> str:
         if layer != LAYER:
@@ -94,7 +94,7 @@ class MaskDropped(CachedDecoder):
 
 
 class LayerWithoutCache(CachedDecoder):
-    """One layer has no past: it sees the new tokens only."""
+    """Leave one layer without a past."""
 
     def cached_layers(self) -> Sequence[int]:
         return [layer for layer in range(self.config.layers) if layer != LAYER]
@@ -109,21 +109,21 @@ class LayerWithoutCache(CachedDecoder):
 
 
 class WindowOffByOne(CachedDecoder):
-    """The sliding window sees one key too many."""
+    """Widen the sliding window by one key."""
 
     def width(self, layer: int) -> int:
         return super().width(layer) + 1
 
 
 class PaddingIgnored(CachedDecoder):
-    """Padding is visible like any token."""
+    """Ignore the padding mask."""
 
     def padding(self) -> str:
         return self.graph.op("Add", "attention_mask", self.graph.constant(1))
 
 
-class PaddingForgotten(CachedDecoder):
-    """Padding in the past is visible; padding among the new tokens is not."""
+class PastPaddingIgnored(CachedDecoder):
+    """Ignore the padding mask in the past."""
 
     def padding(self) -> str:
         past = self.graph.op("Less", self.row(self.key_index()), self.past_length())
@@ -131,7 +131,7 @@ class PaddingForgotten(CachedDecoder):
 
 
 class PastTiled(CachedDecoder):
-    """Heads are repeated in the wrong order once there is a past: a b a b, where groups are a a b b."""
+    """Repeat heads in the wrong order if there is a past: a b a b instead of a a b b."""
 
     def repeat(self, layer: int, heads: str) -> str:
         right = super().repeat(layer, heads)
@@ -142,8 +142,8 @@ class PastTiled(CachedDecoder):
         return self.graph.op("Where", decoding, tiled, right)
 
 
-class WithoutNewest(CachedDecoder):
-    """The presents of one layer lack the newest token."""
+class WithoutLastToken(CachedDecoder):
+    """Leave the last token out of the presents of one layer."""
 
     def present(self, layer: int, key: str, value: str) -> None:
         if layer == LAYER:
@@ -152,8 +152,8 @@ class WithoutNewest(CachedDecoder):
         super().present(layer, key, value)
 
 
-class ScaleForgotten(CachedDecoder):
-    """Scores are scaled in the first call only."""
+class MissingScale(CachedDecoder):
+    """Scale scores in the first call only."""
 
     def scale(self, layer: int) -> str:
         if layer != LAYER:
@@ -163,19 +163,19 @@ class ScaleForgotten(CachedDecoder):
 
 
 class RotatedTwice(CachedDecoder):
-    """The key is kept as it enters the score product, and the past is rotated once more by the next call."""
+    """Cache rotated keys, and rotate the past again."""
 
     def append(self, layer: int, past: str, new: str) -> str:
         if layer != LAYER or not past.endswith("key"):
             return super().append(layer, past, new)
         first = self.graph.op("Slice", past, *(self.graph.constant([number]) for number in (0, 4, 3)))
         rest = self.graph.op("Slice", past, *(self.graph.constant([number]) for number in (4, 8, 3)))
-        rotated_half = self.graph.op("Concat", self.graph.op("Neg", rest), first, axis=3)
-        return super().append(layer, rotated_half, new)
+        rotated = self.graph.op("Concat", self.graph.op("Neg", rest), first, axis=3)
+        return super().append(layer, rotated, new)
 
 
 class RowsMixed(CachedDecoder):
-    """Every row of a batch is given the past of the first."""
+    """Use the past of the first row for all rows of a batch."""
 
     def append(self, layer: int, past: str, new: str) -> str:
         if layer == LAYER:
@@ -184,8 +184,8 @@ class RowsMixed(CachedDecoder):
         return super().append(layer, past, new)
 
 
-class ForgetsFarPast(CachedDecoder):
-    """A layer without a window is given one, wider than most texts."""
+class LostDistantPast(CachedDecoder):
+    """Add a sliding window to one layer, wider than most texts."""
 
     def causal(self, layer: int) -> str:
         visible = super().causal(layer)
@@ -195,15 +195,15 @@ class ForgetsFarPast(CachedDecoder):
         return self.graph.op("And", visible, self.graph.op("Greater", self.row(self.key_index()), first))
 
 
-class WrongAtOnce(CachedDecoder):
-    """Every layer is given the window, in the first call too."""
+class WindowInAllLayers(CachedDecoder):
+    """Add the sliding window to all layers."""
 
     def visible(self, layer: int) -> str:
         return self.graph.op("And", super().visible(layer), self.within(layer))
 
 
 class LastLayerUncausal(CachedDecoder):
-    """The mistake of `MaskDropped` in the last layer, behind which there is no cache to show it."""
+    """Drop the causal mask in the last layer, after which no cache shows it."""
 
     def causal(self, layer: int) -> str:
         if layer != self.config.layers - 1:
@@ -212,8 +212,8 @@ class LastLayerUncausal(CachedDecoder):
         return self.graph.op("Or", super().causal(layer), decoding)
 
 
-class ShiftedAtTheDoor(CachedDecoder):
-    """Embeddings differ after the first call, as with learned positions that start again at 0."""
+class ShiftedInput(CachedDecoder):
+    """Change the input of the first layer if there is a past, as learned positions that start at 0 do."""
 
     def norm(self, hidden: str) -> str:
         if hidden.startswith("cached/model.Gather"):
@@ -224,7 +224,7 @@ class ShiftedAtTheDoor(CachedDecoder):
 
 
 class NotANumber(CachedDecoder):
-    """Scores become infinite once there is a past."""
+    """Make scores infinite if there is a past."""
 
     def scale(self, layer: int) -> str:
         if layer != LAYER:
@@ -233,8 +233,8 @@ class NotANumber(CachedDecoder):
         return self.graph.op("Where", decoding, self.number(float("inf")), super().scale(layer))
 
 
-class OrderOfOutputs(CachedDecoder):
-    """All is right, but key and value of one layer are listed in another order than their pasts."""
+class OutputOrder(CachedDecoder):
+    """List the presents of one layer in another order than the pasts."""
 
     def model(self):
         model = super().model()

@@ -1,6 +1,6 @@
-"""The condition for a correct cache: for any split of a text into calls, the logits are those of the whole text.
+"""The law of correct caches: chunks of a text give the same rows as the whole.
 
-Independent of kvsurgeon's verifier: the inputs of each call follow from the dimensions that the model declares.
+Independent of kvsurgeon's verifier: the dims that a model declares give the feeds of each call.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from onnx.reference import ReferenceEvaluator
 Arrays = dict[str, np.ndarray]
 Run = Callable[[Mapping[str, np.ndarray]], Arrays]
 
-# Largest difference over the spread of what the original gives. Sums are taken in another order, nothing else changes.
+# Largest difference, divided by the range of the reference's values: sums in another order, nothing else.
 ALLOWED = {"float32": 2e-5, "float16": 1e-2}
-CUTS = (4, 5, 6)  # a prefill, tokens one by one, and the rest at once
+CUTS = (4, 5, 6)  # a prefill, single tokens, and a chunk
 
 
-def in_onnxruntime(model: onnx.ModelProto, *, optimised: bool = False) -> Run:
+def in_onnxruntime(model: onnx.ModelProto, *, optimized: bool = False) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    if not optimised:
+    if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
@@ -44,9 +44,9 @@ def dims_of(value: onnx.ValueInfoProto) -> list[int | str]:
 
 
 def texts(model: onnx.ModelProto, batch: int = 2, length: int = 9, *, padded: bool = True, seed: int = 0) -> Arrays:
-    """Return whole inputs of a model without a cache: tokens or embeddings, mask, positions.
+    """Return the inputs of a model without a cache: tokens or embeddings, mask, positions.
 
-    Rows after the first are padded on the left where there is a mask.
+    Rows after the first have left padding if there is a mask.
     """
     random = np.random.default_rng(seed)
     mask = np.ones((batch, length), dtype=np.int64)
@@ -70,7 +70,7 @@ def texts(model: onnx.ModelProto, batch: int = 2, length: int = 9, *, padded: bo
 
 
 def in_chunks(model: onnx.ModelProto, run: Run, whole: Arrays, cuts: Sequence[int]) -> list[Arrays]:
-    """Give a model with a cache the text in pieces, and return what each call gives, the cache left out."""
+    """Run a model with a cache in chunks, and return the outputs of each call without the cache."""
     inputs = {value.name: dims_of(value) for value in model.graph.input}
     batch = next(iter(whole.values())).shape[0]
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
@@ -84,20 +84,20 @@ def in_chunks(model: onnx.ModelProto, run: Run, whole: Arrays, cuts: Sequence[in
     length = max(array.shape[1] for array in whole.values())
     steps = []
     for start, stop in itertools.pairwise((0, *cuts, length)):
-        feeds = {name: _piece(array, inputs[name], start, stop) for name, array in whole.items()}
+        feeds = {name: _part(array, inputs[name], start, stop) for name, array in whole.items()}
         found = run({**feeds, **pasts})
         pasts = {name: found.pop(present) for name, present in zip(list(pasts), presents, strict=True)}
         steps.append(found)
     return steps
 
 
-def _piece(array: np.ndarray, dims: Sequence[int | str], start: int, stop: int) -> np.ndarray:
+def _part(array: np.ndarray, dims: Sequence[int | str], start: int, stop: int) -> np.ndarray:
     spans = {"sequence_length": slice(start, stop), "total_sequence_length": slice(0, stop)}
     return array[tuple(spans.get(str(size), slice(None)) for size in dims)]
 
 
 def difference(found: np.ndarray, expected: np.ndarray, counts: np.ndarray | None = None) -> float:
-    """Return the largest difference over the spread of what was expected, where tokens count."""
+    """Return the largest difference at tokens that count, divided by the range of the expected values."""
     assert found.shape == expected.shape
     gap = np.abs(found.astype(np.float64) - expected.astype(np.float64))
     if counts is not None:
@@ -109,13 +109,13 @@ def assert_law(
     original: onnx.ModelProto, injected: onnx.ModelProto, whole: Arrays | None = None, cuts: Sequence[int] = CUTS,
     *, start: Callable[[onnx.ModelProto], Run] = in_onnxruntime, output: str = "logits",
 ) -> None:  # fmt: skip
-    """Assert that the text in pieces gives, with a cache, what the whole gives without."""
+    """Assert that a model with a cache gives the same in chunks as the reference model for the whole text."""
     whole = texts(original) if whole is None else whole
     expected = start(original)(whole)[output]
     found = [step[output] for step in in_chunks(injected, start(injected), whole, cuts)]
     counts = whole.get("attention_mask")
-    if expected.shape[1] == 1:  # the last token's row only
+    if expected.shape[1] == 1:  # the row of the last token only
         found = found[-1:]
         counts = None
     gap = difference(np.concatenate(found, axis=1), expected, counts)
-    assert gap <= ALLOWED[str(expected.dtype)], f"off by {gap:.1e} of the spread"
+    assert gap <= ALLOWED[str(expected.dtype)], f"error {gap:.1e} of the range"

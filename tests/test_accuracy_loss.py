@@ -56,8 +56,8 @@ def test_accuracy_loss_is_measured_reported_and_written(tmp_path: Path) -> None:
     surgery = run_and_save(DEMO, Pipeline((Halve(),)), tmp_path, per_layer=True)
     assert surgery.verification is None
     assert surgery.loss is not None
-    assert surgery.loss.divergence > 0
-    assert surgery.loss.layers[0].error == pytest.approx(0.5, abs=1e-3)
+    assert surgery.loss.kl_divergence > 0
+    assert surgery.loss.layer_errors[0] == pytest.approx(0.5, abs=1e-3)
     assert json.loads((tmp_path / "config.json").read_text())["num_key_value_heads"] == 1
     assert json_output.run_json(surgery)["loss"]["tokens"] == 16
     console = table.console()
@@ -77,4 +77,4 @@ def test_later_passes_are_verified_against_the_model_before_them(tmp_path: Path)
     surgery = run_and_save(DEMO, Pipeline((Halve(), Inject())), tmp_path, verify_each=True)
     assert [step.name for step in surgery.steps] == ["halve", "inject"]
     assert surgery.loss is not None
-    assert surgery.loss.divergence > 1e-3
+    assert surgery.loss.kl_divergence > 1e-3

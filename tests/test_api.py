@@ -43,7 +43,7 @@ def test_inject_takes_options_and_does_not_change_a_proto(tmp_path):
     model = Decoder(Config()).model()
     before = model.SerializeToString()
     run = kvsurgeon.inject(model, tmp_path / "out", present="kept.{layer}.{kind}")
-    assert run.report.ok
+    assert run.verification.ok
     assert "kept.0.key" in [value.name for value in onnx.load(run.path).graph.output]
     assert model.SerializeToString() == before
     with pytest.raises((TypeError, UsageError)):

@@ -16,7 +16,7 @@ from kvsurgeon.runtime.text import Prompt
 from kvsurgeon.targets import Target
 from kvsurgeon.workflow.build_target import build_target
 from kvsurgeon.workflow.keys import capture_keys
-from kvsurgeon.workflow.loss import measure as measure_loss
+from kvsurgeon.workflow.loss import measure_loss
 from kvsurgeon.workflow.pipeline import Pipeline, PipelineRun
 from kvsurgeon.workflow.replication import replicate_kv_heads
 from kvsurgeon.workflow.run_and_save import run_and_save

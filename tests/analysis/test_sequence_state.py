@@ -68,7 +68,7 @@ def test_operators_that_read_later_tokens_are_rejected(hidden):
 @pytest.mark.parametrize("cache", ["dynamic", "static", "new-tokens"])
 def test_each_cache_mode_supports_states(cache):
     original = read(case(CONVOLUTION))
-    assert verification.judge(original, injected(original, cache=cache)).verdict == "same"
+    assert verification.verify_models(original, injected(original, cache=cache)).verdict == "same"
 
 
 ACROSS = ("kv_heads", "batch", "head_dim", "sequence")
@@ -89,14 +89,14 @@ FORMS = [
 def test_a_cache_is_restored_with_its_state(form):
     """A state lies as values do."""
     model = injected(read(case(CONVOLUTION)), **form)
-    assert verification.judge(read(case(CONVOLUTION)), model).verdict == "same"
+    assert verification.verify_models(read(case(CONVOLUTION)), model).verdict == "same"
     subject = Subject.of(model)
     signature = detach_cache(subject)
     reattach_cache(subject, signature)
     result = io.to_proto(subject.model)
     for before, after in ((model.graph.input, result.graph.input), (model.graph.output, result.graph.output)):
         assert list(before) == list(after)
-    assert verification.judge(model, result).verdict == "same"
+    assert verification.verify_models(model, result).verdict == "same"
 
 
 def test_retarget_changes_the_mode_of_a_state():

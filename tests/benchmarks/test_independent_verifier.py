@@ -79,7 +79,7 @@ def test_a_right_cache_is_right(tmp_path, form):
 
 @pytest.mark.parametrize("form", [whole, last_only])
 @pytest.mark.parametrize(
-    "broken", [shelf.WrongCorner, shelf.ForgottenOffset, shelf.PaddingForgotten, shelf.StaleRotary]
+    "broken", [shelf.WrongCorner, shelf.MissingOffset, shelf.PastPaddingIgnored, shelf.StaleRotary]
 )
 def test_a_wrong_cache_is_wrong(tmp_path, form, broken):
     assert "ragged chunks" in failed_scores(tmp_path, form(Decoder().model()), form(broken().model()))

@@ -67,7 +67,7 @@ def test_a_right_injection_is_right(tiny):
     assert try_mutant(BLANK, tiny, onnx.load(tiny.path)).category == "right"
 
 
-@pytest.mark.parametrize("broken", [shelf.WrongCorner, shelf.StaleRotary, shelf.PaddingForgotten, Decoder])
+@pytest.mark.parametrize("broken", [shelf.WrongCorner, shelf.StaleRotary, shelf.PastPaddingIgnored, Decoder])
 def test_a_wrong_injection_is_wrong(tiny, monkeypatch, broken):
     assert tried(tiny, monkeypatch, lambda *_: broken(Config()).model()).category == "wrong"
 

@@ -76,7 +76,7 @@ def answer(original: Path, case: Case) -> list[list[int]]:
     decoder = UncachedDecoder(open_session(original, threads=1))
     ids, mask = np.array(case.ids), np.array(case.mask)
     for _ in range(case.new):
-        logits = decoder.run(decoder.inputs.whole(ids, mask))[decoder.logits]
+        logits = decoder.run(decoder.inputs.feeds(ids, mask))[decoder.logits]
         ids = np.concatenate([ids, logits[:, -1:].argmax(-1)], axis=1)
         mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
     return ids[:, -case.new :].tolist()

@@ -11,7 +11,7 @@ from written import read
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.workflow.verification import judge
+from kvsurgeon.workflow.verification import verify_models
 
 PLACES = "pq = Unsqueeze(position_ids, third)\n allowed = LessOrEqual(row, pq)"
 TWO_LAYERS = """
@@ -130,7 +130,7 @@ def test_what_the_export_gives_out_under_the_name_of_a_present_becomes_it():
     original.graph.output.append(helper.make_tensor_value_info("present_0_key", float_type, ["b", 1, "n", 8]))
     result = injected(original, present="present_{layer}_{kind}")
     assert [value.name for value in result.graph.output] == ["logits", "present_0_key", "present_0_value"]
-    assert judge(original, result).problems == ()
+    assert verify_models(original, result).problems == ()
 
 
 def test_relative_places_where_the_export_fixed_the_length():

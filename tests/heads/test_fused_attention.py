@@ -11,7 +11,7 @@ from kvsurgeon.passes.contract import Changed, Subject
 from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
 from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
 from kvsurgeon.passes.operators.fuse_attention import FuseAttention
-from kvsurgeon.workflow.verification import judge
+from kvsurgeon.workflow.verification import verify_models
 
 # 4 query heads, 2 KV heads of 16; the operator applies rotary embedding
 TEXT = """
@@ -64,13 +64,13 @@ def test_an_operator_that_shares_heads_gets_new_kv_heads(name):
     assert isinstance(outcome, Changed)
     assert outcome.exact
     assert heads(expanded) == [("past_key", 4), ("past_value", 4)]
-    assert judge(original, expanded).verdict == "same"
+    assert verify_models(original, expanded).verdict == "same"
     MergeKvHeads(kv_heads=2).apply(given)
     merged = io.to_proto(given.model)
     assert heads(merged) == [("past_key", 2), ("past_value", 2)]
-    assert judge(original, merged).verdict == "same"
+    assert verify_models(original, merged).verdict == "same"
     MergeKvHeads(kv_heads=1).apply(given)
-    assert judge(original, io.to_proto(given.model)).verdict == "different"
+    assert verify_models(original, io.to_proto(given.model)).verdict == "different"
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -85,4 +85,4 @@ def test_fuse_attention_restores_the_operator(name):
     fused = [node for node in given.model.graph if node.op_type == "GroupQueryAttention"]
     assert isinstance(outcome, Changed)
     assert [node.attributes["kv_num_heads"].as_int() for node in fused] == [4]
-    assert judge(original, io.to_proto(given.model)).verdict == "same"
+    assert verify_models(original, io.to_proto(given.model)).verdict == "same"

@@ -1,4 +1,4 @@
-"""What holds of any right cache, whatever the text and wherever it is cut."""
+"""Laws of correct caches, for random texts and chunks."""
 
 import itertools
 
@@ -29,7 +29,7 @@ def uncached(config):
 
 
 def in_chunks(decoder, tokens, mask, cuts):
-    feeds = decoder.inputs.whole(tokens, mask)
+    feeds = decoder.inputs.feeds(tokens, mask)
     bounds = [0, *cuts, tokens.shape[1]]
     decoder.reset()
     steps = [decoder.step(decoder.inputs.part(feeds, *span)) for span in itertools.pairwise(bounds)]
@@ -37,7 +37,7 @@ def in_chunks(decoder, tokens, mask, cuts):
 
 
 def at_once(decoder, tokens, mask):
-    return decoder.run(decoder.inputs.whole(tokens, mask))[decoder.logits].astype(np.float32)
+    return decoder.run(decoder.inputs.feeds(tokens, mask))[decoder.logits].astype(np.float32)
 
 
 def texts(seed, rows, length):
@@ -47,7 +47,7 @@ def texts(seed, rows, length):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_prefill_and_decode_give_what_the_whole_gives(config, cached, uncached, seed):
+def test_prefill_and_decode_equal_the_whole(config, cached, uncached, seed):
     random, tokens, mask = texts(seed, rows=1, length=int(np.random.default_rng(seed).integers(2, 40)))
     cuts = sorted(set(random.integers(1, tokens.shape[1], 5).tolist()))
 
@@ -56,7 +56,7 @@ def test_prefill_and_decode_give_what_the_whole_gives(config, cached, uncached, 
     assert np.abs(in_chunks(cached, tokens, mask, cuts) - whole).max() < ALLOWED[config.dtype] * whole.std()
 
 
-def test_the_order_of_a_batch_does_not_matter(config, cached):
+def test_rows_do_not_depend_on_their_order(config, cached):
     random, tokens, mask = texts(0, rows=4, length=9)
     order = random.permutation(4)
 
@@ -65,7 +65,7 @@ def test_the_order_of_a_batch_does_not_matter(config, cached):
     assert np.abs(in_chunks(cached, tokens[order], mask, [3, 4]) - rows[order]).max() < ALLOWED[config.dtype]
 
 
-def test_padding_on_the_left_does_not_matter_where_positions_follow_the_mask():
+def test_left_padding_changes_nothing_if_positions_follow_the_mask():
     cached = CachedDecoder(open_session(CachedModel(Config(position_ids=True)).model(), threads=1))
     _, tokens, mask = texts(0, rows=1, length=9)
     padded = np.pad(tokens, ((0, 0), (5, 0)))
@@ -73,12 +73,12 @@ def test_padding_on_the_left_does_not_matter_where_positions_follow_the_mask():
 
     rows = in_chunks(cached, padded, visible, [8, 9])[:, 5:]
 
-    # a window that counts places, and not positions, sees the same: padding lies outside of it or is masked
+    # a sliding window of array indices gives the same: padding is outside of it or masked
     assert np.abs(rows - in_chunks(cached, tokens, mask, [4])).max() < 1e-4
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=3)])
-def test_the_same_tokens_are_generated_with_and_without_a_cache(sampling):
+def test_generates_the_same_tokens_with_and_without_a_cache(sampling):
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
     options = {"max_new_tokens": 20, "sampling": sampling, "threads": 1}
     model = CachedModel().model()

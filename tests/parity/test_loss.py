@@ -1,4 +1,4 @@
-"""What is lost is what the formulas say, of each layer from the one on that was changed, and with a cache too."""
+"""Accuracy loss equals its formulas, by layer and with a cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import kvsurgeon
 from kvsurgeon.cli.main import run
 from kvsurgeon.errors import InputError, ParityError, UsageError
 from kvsurgeon.parity import loss, measure_loss
-from kvsurgeon.runtime import Writer
+from kvsurgeon.runtime import TextGenerator
 from kvsurgeon.workflow.run_and_save import run_and_save
 
 DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"
@@ -42,29 +42,29 @@ def damaged(tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("short")
-def test_nothing_is_lost_of_the_same_model() -> None:
+def test_loss_of_equal_models_is_zero() -> None:
     found = measure_loss(DEMO, DEMO)
-    assert (found.divergence, found.agreement, found.tokens) == (0.0, 1.0, 32)
-    assert found.perplexity_before == found.perplexity_after
-    assert 5 < found.perplexity_before < 60  # it was trained on such texts
-    assert found.text == "the text that ships"
+    assert (found.kl_divergence, found.agreement, found.tokens) == (0.0, 1.0, 32)
+    assert found.reference_perplexity == found.candidate_perplexity
+    assert 5 < found.reference_perplexity < 60  # it was trained on such texts
+    assert found.text == "the bundled sample"
 
 
 @pytest.mark.usefixtures("short")
-def test_the_numbers_are_those_of_the_formulas(damaged: Path, tmp_path: Path) -> None:
+def test_numbers_equal_the_formulas(damaged: Path, tmp_path: Path) -> None:
     text = tmp_path / "few.txt"
     text.write_text(FEW)
     found = measure_loss(DEMO, damaged, text=text)
-    writer = Writer(DEMO)
-    ids = np.array(writer.encode(FEW)[0])[: found.tokens + 1]
+    generator = TextGenerator(DEMO)
+    ids = np.array(generator.encode(FEW)[0])[: found.tokens + 1]
     old, new = (_log_softmax(folder, ids[:-1], 16) for folder in (DEMO, damaged))
     places = np.arange(len(ids) - 1)
     assert found.text == "few.txt"
-    assert found.divergence == pytest.approx(np.mean(np.sum(np.exp(old) * (old - new), axis=-1)), rel=1e-3)
-    assert found.perplexity_before == pytest.approx(np.exp(-old[places, ids[1:]].mean()), rel=1e-4)
-    assert found.perplexity_after == pytest.approx(np.exp(-new[places, ids[1:]].mean()), rel=1e-4)
+    assert found.kl_divergence == pytest.approx(np.mean(np.sum(np.exp(old) * (old - new), axis=-1)), rel=1e-3)
+    assert found.reference_perplexity == pytest.approx(np.exp(-old[places, ids[1:]].mean()), rel=1e-4)
+    assert found.candidate_perplexity == pytest.approx(np.exp(-new[places, ids[1:]].mean()), rel=1e-4)
     assert found.agreement == np.mean(old.argmax(-1) == new.argmax(-1))
-    assert found.divergence > 1e-4
+    assert found.kl_divergence > 1e-4
 
 
 def _log_softmax(folder: Path, ids: np.ndarray, window: int) -> np.ndarray:
@@ -81,54 +81,54 @@ def _log_softmax(folder: Path, ids: np.ndarray, window: int) -> np.ndarray:
 
 
 @pytest.mark.usefixtures("short")
-def test_layers_differ_from_the_one_on_that_was_changed(damaged: Path) -> None:
+def test_layers_differ_from_the_changed_one_on(damaged: Path) -> None:
     found = kvsurgeon.measure_loss(DEMO, damaged, per_layer=True)
-    errors = [layer.error for layer in found.layers]
-    assert [layer.layer for layer in found.layers] == list(range(6))
-    assert errors[:3] == [0.0] * 3
+    errors = found.layer_errors
+    assert len(errors) == 6
+    assert errors[:3] == (0.0,) * 3
     assert errors[3] == pytest.approx(0.5, abs=1e-3)  # the values were halved
     assert all(0 < error < 1 for error in errors[4:])
 
 
 @pytest.mark.usefixtures("short")
-def test_a_result_with_a_cache_loses_nothing_either(tmp_path: Path) -> None:
+def test_a_cache_loses_nothing(tmp_path: Path) -> None:
     surgery = kvsurgeon.inject(DEMO, tmp_path / "out", verify=False)
     found = measure_loss(DEMO, surgery.path.parent)  # type: ignore[union-attr]
     assert found.agreement == 1.0
-    assert found.divergence < 1e-9
+    assert found.kl_divergence < 1e-9
 
 
 @pytest.mark.usefixtures("short")
-def test_a_text_is_no_longer_than_the_result_has_room_for(tmp_path: Path) -> None:
+def test_windows_fit_the_cache_of_the_candidate(tmp_path: Path) -> None:
     in_place = kvsurgeon.Pipeline.parse("inject{cache=static,max-length=12}")
     surgery = run_and_save(DEMO, in_place, tmp_path / "out", verify=False)
-    assert measure_loss(DEMO, surgery.path.parent).tokens == 16  # two stretches of half of 16
+    assert measure_loss(DEMO, surgery.path.parent).tokens == 16  # two windows of half of 16
 
 
 @pytest.mark.usefixtures("short")
-def test_a_cache_that_is_wrong_is_no_loss_but_an_error(tmp_path: Path) -> None:
+def test_a_wrong_cache_is_an_error(tmp_path: Path) -> None:
     path = kvsurgeon.inject(DEMO, tmp_path / "out", verify=False).path
     proto = onnx.load(path)
     concat = next(node for node in proto.graph.node if "present.2.key" in node.output)
     concat.input[0], concat.input[1] = concat.input[1], concat.input[0]  # new rows before the past
     onnx.save(proto, path)
-    with pytest.raises(ParityError, match="whether its cache is used or not"):
+    with pytest.raises(ParityError, match="with and without its cache"):
         measure_loss(DEMO, path)
 
 
 @pytest.mark.usefixtures("short")
-def test_without_a_tokenizer_ids_are_random(damaged: Path) -> None:
+def test_token_ids_are_random_without_a_tokenizer(damaged: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (damaged / name).unlink()
     found = measure_loss(damaged, damaged)
-    assert (found.text, found.tokens, found.divergence) == ("seeded token ids", 32, 0.0)
-    with pytest.raises(UsageError, match=r"expected tokenizer\.json beside the original"):
+    assert (found.text, found.tokens, found.kl_divergence) == ("random token IDs", 32, 0.0)
+    with pytest.raises(UsageError, match=r"expected tokenizer\.json next to the reference model"):
         measure_loss(damaged, damaged, text=DEMO / "sample.txt")
 
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize(("text", "match"), [("", "expected a text of more than 2 tokens"), (None, "cannot read")])
-def test_a_text_that_cannot_be_used(tmp_path: Path, text: str | None, match: str) -> None:
+def test_reports_a_text_that_cannot_be_used(tmp_path: Path, text: str | None, match: str) -> None:
     path = tmp_path / "text.txt"
     if text is not None:
         path.write_text(text)
@@ -137,9 +137,9 @@ def test_a_text_that_cannot_be_used(tmp_path: Path, text: str | None, match: str
 
 
 @pytest.mark.usefixtures("short")
-def test_verify_says_how_much_is_lost(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_prints_the_loss(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["verify", str(DEMO), str(damaged)]) == 1  # other logits
-    assert "off by" in capsys.readouterr().out
+    assert "of its spread (bound" in capsys.readouterr().out
     assert run(["verify", str(DEMO), str(damaged), "--loss", "--per-layer"]) == 0
     said = capsys.readouterr().out
     assert "KL divergence" in said
@@ -147,13 +147,14 @@ def test_verify_says_how_much_is_lost(damaged: Path, capsys: pytest.CaptureFixtu
     assert run(["verify", str(DEMO), str(damaged), "--text", str(DEMO / "sample.txt"), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["text"] == "sample.txt"
-    assert facts["perplexity_before"] < facts["perplexity_after"]
+    assert facts["reference_perplexity"] < facts["candidate_perplexity"]
     assert run(["verify", str(DEMO), str(DEMO), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"ok": True, "verdict": "same", "problems": []}
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["ok"], facts["verdict"], facts["problems"]) == (True, "same", [])
 
 
 @pytest.mark.usefixtures("short")
-def test_a_batch_that_is_fixed_is_given_the_text_in_every_row(damaged: Path, tmp_path: Path) -> None:
+def test_repeats_the_text_in_each_row_of_a_fixed_batch(damaged: Path, tmp_path: Path) -> None:
     cached = kvsurgeon.inject(damaged, tmp_path / "cached", verify=False).path
     assert cached is not None
     of_two = tmp_path / "of_two"
@@ -161,8 +162,6 @@ def test_a_batch_that_is_fixed_is_given_the_text_in_every_row(damaged: Path, tmp
     expected = kvsurgeon.measure_loss(DEMO, cached.parent, per_layer=True)
     found = kvsurgeon.measure_loss(DEMO, of_two, per_layer=True)
     assert found.tokens == expected.tokens
-    assert found.divergence == pytest.approx(expected.divergence, rel=1e-3)
-    assert found.perplexity_after == pytest.approx(expected.perplexity_after, rel=1e-4)
-    assert [layer.error for layer in found.layers] == pytest.approx(
-        [layer.error for layer in expected.layers], abs=1e-3
-    )
+    assert found.kl_divergence == pytest.approx(expected.kl_divergence, rel=1e-3)
+    assert found.candidate_perplexity == pytest.approx(expected.candidate_perplexity, rel=1e-4)
+    assert found.layer_errors == pytest.approx(expected.layer_errors, abs=1e-3)

@@ -140,7 +140,7 @@ def test_the_judge_asks_for_no_more_tokens_than_the_model_takes(name):
     original = read(switched_beyond(80))
     report = verify(original, injected(original, **CACHE_MODES[name]), threads=1)
     assert (report.verdict, report.problems) == ("same", ())
-    assert max(trial.length for trial in report.trials) > 70
+    assert max(trial.length for trial in report.comparisons) > 70
     assert any("it takes no more" in note for note in report.notes)
 
 

@@ -13,7 +13,7 @@ from kvsurgeon.parity import verify
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.interface.add_causal_mask_input import AddCausalMaskInput
-from kvsurgeon.workflow.verification import Sameness, judge
+from kvsurgeon.workflow.verification import Report, verify_models
 
 
 def masked(name):
@@ -42,7 +42,7 @@ def test_the_judge_finds_the_same_model(name):
 @pytest.mark.parametrize("cache", ["dynamic", "static", "new-tokens"])
 def test_beside_a_cache_that_was_there_the_judge_takes_it_for_no_past(cache):
     before = injected(export("gpt2_torchscript_sdpa"), cache=cache)
-    assert judge(before, after(before, AddCausalMaskInput())) == Sameness(verdict="same")
+    assert verify_models(before, after(before, AddCausalMaskInput())) == Report(verdict="same")
 
 
 TEXT = """case (int64[batch_size, sequence_length] input_ids, {dtype}[batch_size, total_sequence_length] attention_mask)

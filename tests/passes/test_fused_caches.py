@@ -11,7 +11,7 @@ from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.cache.remove_cache import RemoveCache, detach_cache, reattach_cache
 from kvsurgeon.passes.cache.retarget import Retarget
 from kvsurgeon.passes.contract import Changed, Subject
-from kvsurgeon.workflow.verification import judge
+from kvsurgeon.workflow.verification import verify_models
 
 TEXT = """case (int64[b, s] x, int64[b, t] attention_mask, PASTS) => (float[b, s, 64] logits, PRESENTS)
 <float[16, 32] table, float[32, 64] wq, float[32, 32] wk, float[32, 32] wv, float[32, 128] wqkv, int64 one = {1},
@@ -82,7 +82,7 @@ def test_taken_out_it_is_the_same(case, width):
     assert isinstance(RemoveCache().apply(subject), Changed)
     removed = io.to_proto(subject.model)
     assert [value.name for value in removed.graph.input] == ["x", "attention_mask"]
-    assert judge(original, removed).verdict == "same"
+    assert verify_models(original, removed).verdict == "same"
     assert_law(removed, injected(removed), texts(removed, padded=False))
 
 
@@ -94,7 +94,7 @@ def test_in_another_form_it_is_the_same(case, width):
     found = io.to_proto(subject.model)
     assert not any(node.domain for node in found.graph.node)
     onnx.checker.check_model(found)
-    assert judge(original, found).verdict == "same"
+    assert verify_models(original, found).verdict == "same"
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=title) for title, *case in CASES if title != "projecting"])
@@ -147,11 +147,11 @@ def test_buffers_that_count_their_rows(number):
     subject = Subject.of(original)
     assert isinstance(RemoveCache().apply(subject), Changed)
     removed = io.to_proto(subject.model)
-    assert judge(original, removed).verdict == "same"
+    assert verify_models(original, removed).verdict == "same"
     assert_law(removed, injected(removed))
     other = Subject.of(original)
     Retarget().apply(other)
-    assert judge(original, io.to_proto(other.model)).verdict == "same"
+    assert verify_models(original, io.to_proto(other.model)).verdict == "same"
 
 
 @pytest.mark.parametrize("present", ["window_length", "another_length"])
@@ -166,4 +166,4 @@ def test_a_window_that_drops_rows_is_a_window_without_them(present):
     assert isinstance(RemoveCache().apply(subject), Changed)
     removed = io.to_proto(subject.model)
     assert_law(removed, injected(removed), texts(removed, padded=False))
-    assert judge(original, removed).verdict == "unknown"  # how a host fills such a window is not told
+    assert verify_models(original, removed).verdict == "unknown"  # how a host fills such a window is not told

@@ -56,7 +56,7 @@ def test_an_empty_past_is_no_past(name):
 
 
 def test_with_the_runtime_s_own_optimisations():
-    optimised = functools.partial(in_onnxruntime, optimised=True)
+    optimised = functools.partial(in_onnxruntime, optimized=True)
     for name in ("llama_dynamo_sdpa", "gemma2_torchscript_eager"):
         assert_law(export(name), injected_export(name), start=optimised)
 

@@ -15,7 +15,7 @@ from kvsurgeon.passes.interface.add_position_ids import AddPositionIds
 from kvsurgeon.passes.interface.rename_io import RenameIo
 from kvsurgeon.runtime import UncachedDecoder, open_session
 from kvsurgeon.workflow.pipeline import Pipeline
-from kvsurgeon.workflow.verification import judge
+from kvsurgeon.workflow.verification import verify_models
 
 PADDING = 3
 COUNTING = [name for name in ONE_OF_EACH if not name.startswith("bloom")]  # whose biases depend on distances alone
@@ -31,7 +31,7 @@ def told(model, **options):
 
 def logits(model, ids, mask):
     decoder = UncachedDecoder(open_session(model, threads=1))
-    return decoder.run(decoder.inputs.whole(ids, mask))[decoder.logits]
+    return decoder.run(decoder.inputs.feeds(ids, mask))[decoder.logits]
 
 
 class CutTable(Decoder):
@@ -120,7 +120,7 @@ def test_a_cache_comes_into_what_looks_given_positions_up_in_a_cut_table(variant
 def test_positions_are_read_and_not_counted(name):
     ids = np.random.default_rng(1).integers(3, 40, (2, 9))
     decoder = UncachedDecoder(open_session(told(export(name)), threads=1))
-    feeds = decoder.inputs.whole(ids, np.ones_like(ids))
+    feeds = decoder.inputs.feeds(ids, np.ones_like(ids))
     usual = decoder.run(feeds)[decoder.logits]
     apart = decoder.run({**feeds, "position_ids": feeds["position_ids"] * np.array([[1], [2]])})[decoder.logits]
     np.testing.assert_array_equal(apart[0], usual[0])
@@ -149,10 +149,10 @@ def test_a_cache_that_is_there_already_is_put_back_in_its_form(form):
 
 
 def test_alone_it_is_judged_too():
-    assert judge(export("llama_dynamo_sdpa"), told(export("llama_dynamo_sdpa"))).verdict == "same"
+    assert verify_models(export("llama_dynamo_sdpa"), told(export("llama_dynamo_sdpa"))).verdict == "same"
     broken = told(export("gpt2_dynamo_sdpa"))
     next(node for node in broken.graph.node if "position_ids" in node.input).input[0] = "input_ids"
-    assert judge(export("gpt2_dynamo_sdpa"), broken).verdict == "different"
+    assert verify_models(export("gpt2_dynamo_sdpa"), broken).verdict == "different"
 
 
 def test_rows_are_not_computed_for_positions_that_nobody_has():

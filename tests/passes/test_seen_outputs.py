@@ -12,7 +12,7 @@ from kvsurgeon import io
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.contract import Changed, Subject
 from kvsurgeon.passes.shapes.fix_shapes import FixShapes
-from kvsurgeon.workflow.verification import judge
+from kvsurgeon.workflow.verification import verify_models
 
 FORMS = {
     "dynamic": {},
@@ -85,7 +85,7 @@ def test_two_models_with_a_cache_are_compared_in_them(form):
     before, after = injected(original), injected(original, **FORMS[form])
     last = original.graph.output[-1].name
 
-    assert judge(before, after).verdict == "same"
-    broken = judge(before, with_heavier(after, last))
+    assert verify_models(before, after).verdict == "same"
+    broken = verify_models(before, with_heavier(after, last))
     assert broken.verdict == "different"
     assert all(f"`{last}`" in problem for problem in broken.problems)

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from kvsurgeon.anatomy import Attention, CachePointFacts, Decoder, Mask
-from kvsurgeon.parity import TOLERANCES, Report, Trial
+from kvsurgeon.parity import TOLERANCES, Comparison, Report
 from kvsurgeon.report import json_output, table
 
 LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
@@ -71,11 +71,13 @@ def test_json_has_the_same_facts():
     assert facts["attentions"][1]["mask"]["window"] == 4
 
 
-TRIAL = Trial(scenario="ragged", batch=3, length=24, chunks=(5, 1, 1, 1, 16), verdict="same", error=2e-6, agreement=1.0)
+COMPARISON = Comparison(
+    scenario="ragged", batch=3, length=24, chunks=(5, 1, 1, 1, 16), verdict="same", error=2e-6, agreement=1.0
+)
 
 
 def test_a_report_has_a_row_for_each_scenario():
-    report = Report(arithmetic="float32", tolerance=TOLERANCES["float32"], trials=(TRIAL,), seconds=1.25)
+    report = Report(arithmetic="float32", tolerance=TOLERANCES["float32"], comparisons=(COMPARISON,), seconds=1.25)
     text = shown(table.report_table(report))
     assert "5, 1, ... 16 (5)" in text
     assert "100.0%" in text
@@ -83,8 +85,10 @@ def test_a_report_has_a_row_for_each_scenario():
 
 
 def test_problems_are_listed():
-    wrong = replace(TRIAL, verdict="different", error=0.5, reason="layer 1 forgets")
-    text = shown(table.report_table(Report(arithmetic="float32", tolerance=TOLERANCES["float32"], trials=(wrong,))))
+    wrong = replace(COMPARISON, verdict="different", error=0.5, reason="layer 1 forgets")
+    text = shown(
+        table.report_table(Report(arithmetic="float32", tolerance=TOLERANCES["float32"], comparisons=(wrong,)))
+    )
     assert "✗ ragged: layer 1 forgets" in text
 
 

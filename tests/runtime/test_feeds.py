@@ -1,11 +1,11 @@
-"""What a model is given follows from its dims, then its names, then their order."""
+"""Kinds and values of inputs follow from dims, then from names, then from their order."""
 
 import numpy as np
 import pytest
 
 from kvsurgeon.errors import UsageError
 from kvsurgeon.runtime import (
-    Tensor,
+    ValueInfo,
     axes_of,
     cache_entries,
     cache_mismatch,
@@ -15,7 +15,7 @@ from kvsurgeon.runtime import (
     logits_name,
     may_be_past,
 )
-from kvsurgeon.runtime.axes import empty_shape
+from kvsurgeon.runtime.axes import past_axis, shape_with_rows
 
 PAST = "past_sequence_length"
 MASK = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])
@@ -23,37 +23,41 @@ TOKENS = np.array([[5, 5, 6, 7], [1, 2, 3, 4]])
 
 
 def tensor(name, *dims, dtype="int64"):
-    return Tensor(name=name, dtype=np.dtype(dtype), dims=dims)
+    return ValueInfo(name=name, dtype=np.dtype(dtype), dims=dims)
 
 
 def past(name="past_key_values.0.key", *dims):
     return tensor(name, *(dims or ("batch_size", 2, PAST, 8)), dtype="float32")
 
 
+def empty_shape(tensor, batch):
+    return shape_with_rows(tensor, past_axis(tensor), batch, 0)
+
+
 def kinds(*tensors):
-    return {given.name: given.kind for given in inputs_of(tensors).given}
+    return {spec.name: spec.kind for spec in inputs_of(tensors).specs}
 
 
-def test_the_names_of_an_exporter_are_known():
+def test_knows_the_names_of_exporters():
     given = [
         tensor(name, "batch", "sequence") for name in ("attention_mask", "token_type_ids", "position_ids", "input_ids")
     ]
 
     assert kinds(*given) == {
-        "attention_mask": "mask",
-        "token_type_ids": "types",
+        "attention_mask": "padding_mask",
+        "token_type_ids": "token_types",
         "position_ids": "positions",
         "input_ids": "tokens",
     }
 
 
-def test_dims_tell_what_noise_names_do_not():
-    noise = [
+def test_dims_give_kinds_if_names_do_not():
+    unnamed = [
         tensor("input.1", "batch_size", "sequence_length"),
         tensor("onnx::Cast_1", "batch_size", "total_sequence_length"),
     ]
 
-    assert kinds(*noise, past()) == {"input.1": "tokens", "onnx::Cast_1": "mask"}
+    assert kinds(*unnamed, past()) == {"input.1": "tokens", "onnx::Cast_1": "padding_mask"}
 
 
 def test_a_sum_of_two_lengths_is_the_total():
@@ -62,7 +66,7 @@ def test_a_sum_of_two_lengths_is_the_total():
     assert axes_of(summed) == ("batch", "total")
 
 
-def test_a_call_is_given_the_new_tokens_and_the_mask_of_all():
+def test_a_call_takes_the_new_tokens_and_the_mask_of_all():
     inputs = inputs_of(
         [
             tensor("input_ids", "batch_size", "sequence_length"),
@@ -71,7 +75,7 @@ def test_a_call_is_given_the_new_tokens_and_the_mask_of_all():
             past(),
         ]
     )
-    call = inputs.part(inputs.whole(TOKENS, MASK), 1, 3)
+    call = inputs.part(inputs.feeds(TOKENS, MASK), 1, 3)
 
     assert call["input_ids"].tolist() == [[5, 6], [2, 3]]
     assert call["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
@@ -82,10 +86,10 @@ def test_a_call_is_given_the_new_tokens_and_the_mask_of_all():
     ("dtype", "seen", "hidden"),
     [("float32", 0.0, -1e9), ("float16", 0.0, -1e4), ("bool", True, False), ("int64", 1, 0)],
 )
-def test_a_mask_of_queries_and_keys_is_causal_and_knows_padding(dtype, seen, hidden):
+def test_a_query_key_mask_is_causal_and_masks_padding(dtype, seen, hidden):
     mask = tensor("m", "batch_size", 1, "sequence_length", "total_sequence_length", dtype=dtype)
     inputs = inputs_of([tensor("ids", "batch_size", "sequence_length"), mask, past()])
-    call = inputs.part(inputs.whole(TOKENS, MASK), 2, 4)["m"]
+    call = inputs.part(inputs.feeds(TOKENS, MASK), 2, 4)["m"]
 
     assert call.dtype == dtype
     assert call.shape == (2, 1, 2, 4)
@@ -94,9 +98,9 @@ def test_a_mask_of_queries_and_keys_is_causal_and_knows_padding(dtype, seen, hid
 
 
 @pytest.mark.parametrize(("dtype", "values"), [("float32", [0.0, 1.0]), ("bool", [False, True]), ("int32", [0, 1])])
-def test_a_mask_of_tokens_keeps_its_type(dtype, values):
+def test_a_padding_mask_has_the_type_of_its_input(dtype, values):
     inputs = inputs_of([tensor("ids", "b", "s"), tensor("attention_mask", "b", "s", dtype=dtype)])
-    mask = inputs.whole(TOKENS, MASK)["attention_mask"]
+    mask = inputs.feeds(TOKENS, MASK)["attention_mask"]
 
     assert mask.dtype == dtype
     assert mask[0].tolist() == [values[0]] * 2 + [values[1]] * 2
@@ -104,7 +108,7 @@ def test_a_mask_of_tokens_keeps_its_type(dtype, values):
 
 def test_embeddings_follow_the_tokens():
     inputs = inputs_of([tensor("inputs_embeds", "b", "s", 6, dtype="float32")])
-    values = inputs.whole(np.array([[4, 9, 4]]), np.ones((1, 3), np.int64))["inputs_embeds"]
+    values = inputs.feeds(np.array([[4, 9, 4]]), np.ones((1, 3), np.int64))["inputs_embeds"]
 
     assert values.shape == (1, 3, 6)
     assert np.array_equal(values[0, 0], values[0, 2])
@@ -113,12 +117,12 @@ def test_embeddings_follow_the_tokens():
 
 def test_embeddings_need_a_width():
     with pytest.raises(UsageError, match="a number for the width"):
-        inputs_of([tensor("inputs_embeds", "b", "s", "d", dtype="float32")]).whole(TOKENS, MASK)
+        inputs_of([tensor("inputs_embeds", "b", "s", "d", dtype="float32")]).feeds(TOKENS, MASK)
 
 
-def test_axes_may_stand_in_any_order():
+def test_axes_may_have_any_order():
     inputs = inputs_of([tensor("ids", "sequence_length", "batch_size"), past()])
-    feeds = inputs.whole(TOKENS, MASK)
+    feeds = inputs.feeds(TOKENS, MASK)
 
     assert feeds["ids"].tolist() == TOKENS.T.tolist()
     assert inputs.part(feeds, 1, 2)["ids"].tolist() == [[5, 2]]
@@ -128,50 +132,50 @@ def test_axes_may_stand_in_any_order():
 def test_embeddings_may_have_the_sequence_first():
     inputs = inputs_of([tensor("e", "sequence_length", "batch_size", 6, dtype="float32"), past()])
 
-    assert inputs.whole(TOKENS, MASK)["e"].shape == (4, 2, 6)
+    assert inputs.feeds(TOKENS, MASK)["e"].shape == (4, 2, 6)
 
 
-def test_a_text_alone_needs_no_batch_axis():
+def test_a_single_text_needs_no_batch_axis():
     inputs = inputs_of([tensor("ids", "sequence_length"), past()])
 
-    assert inputs.whole(TOKENS[1:], MASK[1:])["ids"].tolist() == [1, 2, 3, 4]
+    assert inputs.feeds(TOKENS[1:], MASK[1:])["ids"].tolist() == [1, 2, 3, 4]
 
 
 def test_positions_for_several_axes_are_repeated():
     inputs = inputs_of([tensor("ids", "b", "s"), tensor("position_ids", 3, "batch_size", "sequence_length"), past()])
 
-    assert inputs.whole(TOKENS, MASK)["position_ids"].shape == (3, 2, 4)
+    assert inputs.feeds(TOKENS, MASK)["position_ids"].shape == (3, 2, 4)
 
 
-def test_token_types_are_dealt_out_where_asked():
+def test_token_types_are_used_if_requested():
     inputs = inputs_of([tensor("input_ids", "b", "s"), tensor("token_type_ids", "b", "s")])
 
-    assert inputs.whole(TOKENS, MASK)["token_type_ids"].max() == 0
-    assert inputs.whole(TOKENS, MASK, types=2)["token_type_ids"][1].tolist() == [1, 0, 1, 0]
+    assert inputs.feeds(TOKENS, MASK)["token_type_ids"].max() == 0
+    assert inputs.feeds(TOKENS, MASK, token_types=2)["token_type_ids"][1].tolist() == [1, 0, 1, 0]
 
 
-def test_an_input_without_tokens_is_given_zeros():
+def test_other_inputs_are_zero():
     inputs = inputs_of([tensor("ids", "b", "s"), tensor("flag", dtype="bool"), tensor("last", "n", dtype="float32")])
-    feeds = inputs.whole(TOKENS, MASK)
+    feeds = inputs.feeds(TOKENS, MASK)
 
     assert (feeds["flag"].shape, feeds["flag"].item()) == ((), False)
-    assert [given.kind for given in inputs.given] == ["tokens", "other", "other"]
+    assert [spec.kind for spec in inputs.specs] == ["tokens", "other", "other"]
 
 
-def test_a_model_without_text_is_refused():
+def test_rejects_a_model_without_tokens_and_embeddings():
     with pytest.raises(UsageError, match="found flag"):
         _ = inputs_of([tensor("flag", dtype="bool")]).tokens
 
 
-def test_a_static_model_tells_its_size():
+def test_a_static_model_has_fixed_sizes():
     static = tensor("input_ids", 1, 32)
     inputs = inputs_of([tensor("input_ids", "batch_size", "sequence_length"), past()])
 
-    assert (fixed_size(inputs, [static], "batch"), fixed_size(inputs, [static], "new")) == (1, 32)
-    assert fixed_size(inputs, [tensor("input_ids", "b", "s")], "new") is None
+    assert (fixed_size(inputs, [static], "batch"), fixed_size(inputs, [static], "sequence")) == (1, 32)
+    assert fixed_size(inputs, [tensor("input_ids", "b", "s")], "sequence") is None
 
 
-def test_logits_are_known_by_name_then_by_rank():
+def test_logits_follow_from_name_then_rank():
     hidden, logits = tensor("hidden", "b", "s", 8, dtype="float32"), tensor("logits", "b", "s", 9, dtype="float32")
     pooled = tensor("pooled", "b", 8, dtype="float32")
 
@@ -186,13 +190,13 @@ def test_a_model_without_a_batch_axis_has_no_fixed_batch():
     inputs = inputs_of([tensor("ids", "sequence_length"), past()])
 
     assert fixed_size(inputs, [tensor("ids", 24)], "batch") is None
-    assert fixed_size(inputs, [tensor("ids", 24)], "new") == 24
+    assert fixed_size(inputs, [tensor("ids", 24)], "sequence") == 24
 
 
 # The cache
 
 
-def test_an_empty_past_has_no_tokens_and_the_sizes_that_are_declared():
+def test_an_empty_past_has_no_rows_and_the_declared_sizes():
     assert empty_shape(past(), 3) == (3, 2, 0, 8)
     assert empty_shape(past("p", "2*batch_size", PAST, 8), 3) == (6, 0, 8)
     assert empty_shape(past("past_key_values.0.key", "batch", 4, "past", 8), 3) == (3, 4, 0, 8)
@@ -205,12 +209,12 @@ def test_an_empty_past_has_no_tokens_and_the_sizes_that_are_declared():
         (("batch_size", "heads", PAST, 8), "dim `heads`"),
     ],
 )
-def test_a_past_whose_shape_is_not_told_is_refused(dims, message):
+def test_rejects_a_past_of_unknown_shape(dims, message):
     with pytest.raises(UsageError, match=message):
         empty_shape(past("past_key_values.0.key", *dims), 1)
 
 
-def test_pasts_and_presents_pair_in_order_and_keep_their_layer():
+def test_pasts_and_presents_pair_in_order():
     pasts = [past("past_key_values.3.key"), past("past_key_values.3.value")]
     presents = [past("present.3.key"), past("present.3.value")]
     entries = find_cache([tensor("ids", "b", "s"), *pasts], [past("logits", "b", "s", 9), *presents])
@@ -221,10 +225,10 @@ def test_pasts_and_presents_pair_in_order_and_keep_their_layer():
     ]
     assert cache_mismatch(entries) is None
     crossed = cache_entries(pasts, presents[::-1])
-    assert "stand at the same place" in cache_mismatch(crossed)
+    assert "pair by order, but not by name" in cache_mismatch(crossed)
 
 
-def test_pasts_of_any_name_are_counted_by_place():
+def test_pasts_of_other_names_are_numbered_by_order():
     names = ["a", "b", "c", "d"]
     pasts = [past(name, PAST, 2, 8) for name in names]
 
@@ -236,7 +240,7 @@ def test_pasts_of_any_name_are_counted_by_place():
     ]
 
 
-def test_presents_of_any_name_are_told_by_how_they_lie():
+def test_presents_of_other_names_have_the_type_and_rank_of_pasts():
     pasts = [past(f"p_key_{layer}", "batch_size", 2, "past_sequence_length", 8) for layer in range(2)]
     presents = [past(f"n_key_{layer}", "batch_size", 2, "anything", 8) for layer in range(2)]
 
@@ -245,7 +249,7 @@ def test_presents_of_any_name_are_told_by_how_they_lie():
     assert [(entry.layer, entry.present) for entry in entries] == [(0, "n_key_0"), (1, "n_key_1")]
 
 
-def test_a_buffer_of_any_name_is_a_past_and_a_mask_for_it_is_none():
+def test_a_buffer_is_a_past_and_its_mask_is_not():
     buffer = past("k_0_in", "batch_size", 2, "max_length", 8)
     masks = [tensor("m", "batch_size", "max_length"), tensor("n", "batch_size", 1, "sequence_length", "max_length")]
 
@@ -254,7 +258,7 @@ def test_a_buffer_of_any_name_is_a_past_and_a_mask_for_it_is_none():
     assert [(entry.past.name, entry.axis) for entry in entries] == [("k_0_in", 2)]
 
 
-def test_a_state_lies_as_values_do():
+def test_a_state_has_the_layout_of_values():
     across = {
         "key": ("batch", "kv_heads", "head_dim", "sequence"),
         "value": ("batch", "kv_heads", "sequence", "head_dim"),
@@ -266,31 +270,31 @@ def test_a_state_lies_as_values_do():
     assert [(entry.part, entry.axis) for entry in entries] == [("key", 3), ("value", 2), ("state", 2)]
 
 
-def test_a_model_without_pasts_has_no_cache_and_half_a_cache_is_refused():
+def test_a_model_without_pasts_has_no_cache_and_half_a_cache_is_rejected():
     assert find_cache([tensor("ids", "b", "s")], [past("present.0.key")]) == ()
     with pytest.raises(UsageError, match="found 0 and 1"):
         find_cache([past()], [])
 
 
-def test_of_two_axes_of_new_tokens_the_last_is_the_keys():
+def test_the_last_of_two_sequence_axes_is_that_of_keys():
     length = "sequence_length"
     given = [tensor("input_ids", "batch_size", length), tensor("causal_mask", "batch_size", 1, length, length)]
 
-    assert kinds(*given) == {"input_ids": "tokens", "causal_mask": "visibility"}
-    feeds = inputs_of(given).whole(TOKENS, MASK)
+    assert kinds(*given) == {"input_ids": "tokens", "causal_mask": "query_key_mask"}
+    feeds = inputs_of(given).feeds(TOKENS, MASK)
     assert feeds["causal_mask"].shape == (2, 1, 4, 4)
     assert feeds["causal_mask"][0, 0].tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
-def test_a_past_lies_as_a_present_does_and_a_mask_does_not():
-    presents = [tensor("memory_out", "batch_size", 2, "total_sequence_length", 8, dtype="float32")]
+def test_a_past_has_the_type_and_rank_of_a_present_and_no_axis_of_new_tokens():
+    presents = [tensor("state_out", "batch_size", 2, "total_sequence_length", 8, dtype="float32")]
     mask = ("batch_size", 1, "sequence_length", "total_sequence_length")
-    asked = {
-        "a past": past("memory_in"),
-        "no dim is told": tensor("memory_in", "a", "b", "c", "d", dtype="float32"),
-        "whole numbers": tensor("mask", *mask),
-        "as many bits": tensor("mask", *mask, dtype="float32"),
+    inputs = {
+        "a past": past("state_in"),
+        "unknown dims": tensor("state_in", "a", "b", "c", "d", dtype="float32"),
+        "integers": tensor("mask", *mask),
+        "same type": tensor("mask", *mask, dtype="float32"),
         "another rank": tensor("mask", "batch_size", 1, "total_sequence_length", dtype="float32"),
     }
 
-    assert [name for name, one in asked.items() if may_be_past(one, presents)] == ["a past", "no dim is told"]
+    assert [name for name, one in inputs.items() if may_be_past(one, presents)] == ["a past", "unknown dims"]

@@ -1,4 +1,4 @@
-"""Text comes out: greedy and by chance, one prompt and several, and it stops where it should."""
+"""Text generation: greedy and sampled, one prompt and several, up to a stop token."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import kvsurgeon
 from kvsurgeon.errors import InputError, UsageError
-from kvsurgeon.runtime import Sampling, Writer, generate
-from kvsurgeon.runtime.text import Reader
+from kvsurgeon.runtime import Sampling, TextGenerator, generate
+from kvsurgeon.runtime.text import decode_complete
 
 PROMPT = [3, 1, 4, 1, 5]
 
@@ -36,7 +36,7 @@ def greedy(count, **options):
     return generate(CachedDecoder().model(), PROMPT, max_new_tokens=count, threads=1, **options)
 
 
-def test_text_goes_in_and_comes_out(folder):
+def test_continues_a_text(folder):
     said = generate(folder, "w3 w1 w4 w1 w5", max_new_tokens=6, threads=1)
 
     assert said.tokens == greedy(6).tokens
@@ -44,16 +44,16 @@ def test_text_goes_in_and_comes_out(folder):
     assert (said.prompt_length, said.finish) == (5, ("length",))
 
 
-def test_tokens_stream_as_they_are_made(folder):
-    seen = []
-    said = generate(folder, ["w3 w1", "w4"], max_new_tokens=3, threads=1, on_token=seen.append)
+def test_streams_tokens(folder):
+    streamed = []
+    said = generate(folder, ["w3 w1", "w4"], max_new_tokens=3, threads=1, on_token=streamed.append)
 
-    assert [token.row for token in seen] == [0, 1, 0, 1, 0, 1]
-    assert "".join(token.text for token in seen if token.row == 1) == said.texts[1]
-    assert [token.last for token in seen] == [None] * 4 + ["length"] * 2
+    assert [token.row for token in streamed] == [0, 1, 0, 1, 0, 1]
+    assert "".join(token.text for token in streamed if token.row == 1) == said.texts[1]
+    assert [token.finish for token in streamed] == [None] * 4 + ["length"] * 2
 
 
-def test_time_is_told_per_token_and_over_all(folder):
+def test_measures_the_time_per_token(folder):
     said = generate(folder, [[3], [4]], max_new_tokens=5, threads=1)
 
     assert len(said.step_seconds) == 4
@@ -64,7 +64,7 @@ def test_time_is_told_per_token_and_over_all(folder):
 
 @pytest.mark.parametrize("as_list", [True, False])
 @pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
-def test_a_row_ends_at_a_stop_token_and_the_others_go_on(folder, name, as_list):
+def test_a_row_ends_at_a_stop_token_and_others_continue(folder, name, as_list):
     stop = greedy(3).tokens[0][2]
     (folder / name).write_text(json.dumps({"eos_token_id": [stop] if as_list else stop}))
     said = generate(folder, [PROMPT, [9, 9]], max_new_tokens=9, threads=1)
@@ -74,28 +74,28 @@ def test_a_row_ends_at_a_stop_token_and_the_others_go_on(folder, name, as_list):
     assert len(said.tokens[1]) == 9 or said.tokens[1][-1] == stop
 
 
-def test_generation_config_is_asked_first_and_an_argument_before_it(folder):
+def test_an_argument_overrides_generation_config_which_overrides_config(folder):
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
     (folder / "config.json").write_text('{"eos_token_id": 9}')
 
-    assert Writer(folder).stop == {7, 8}
-    assert Writer(folder, stop=[1]).stop == {1}
+    assert TextGenerator(folder).stop == {7, 8}
+    assert TextGenerator(folder, stop=[1]).stop == {1}
 
 
-def test_generation_ends_where_every_row_has_stopped():
+def test_ends_if_all_rows_have_stopped():
     stop = greedy(1).tokens[0][0]
 
     assert greedy(9, stop=[stop]).tokens == ((stop,),)
 
 
-def test_side_files_may_lie_one_folder_above(folder):
+def test_side_files_may_be_in_the_folder_above(folder):
     (folder / "onnx").mkdir()
     (folder / "model.onnx").rename(folder / "onnx" / "model.onnx")
 
-    assert Writer(folder / "onnx").tokenizer is not None
+    assert TextGenerator(folder / "onnx").tokenizer is not None
 
 
-def test_a_batch_gives_what_its_rows_give_alone():
+def test_a_batch_gives_the_same_as_its_rows():
     model = CachedDecoder(Config(position_ids=True)).model()
     prompts = [PROMPT, [9], [2, 6, 5]]
     together = generate(model, prompts, max_new_tokens=8, threads=1)
@@ -103,7 +103,7 @@ def test_a_batch_gives_what_its_rows_give_alone():
     assert together.tokens == tuple(generate(model, p, max_new_tokens=8, threads=1).tokens[0] for p in prompts)
 
 
-def test_a_static_model_writes_up_to_its_length():
+def test_a_static_model_generates_up_to_its_length():
     said = generate(Decoder(Config(static=(1, 12))).model(), PROMPT, max_new_tokens=50, threads=1)
 
     assert said.tokens == (greedy(7).tokens[0],)
@@ -115,10 +115,10 @@ def test_a_static_model_writes_up_to_its_length():
     [
         ([], "expected a prompt, found none"),
         ([[1], []], "at least one token"),
-        ("text", r"tokenizer\.json beside the model"),
+        ("text", r"tokenizer\.json next to the model"),
     ],
 )
-def test_a_prompt_that_cannot_be_used_is_named(prompts, message):
+def test_reports_a_prompt_that_cannot_be_used(prompts, message):
     with pytest.raises(UsageError, match=message):
         generate(CachedDecoder().model(), prompts)
 
@@ -128,17 +128,17 @@ def test_prompts_of_several_lengths_need_a_mask():
         generate(CachedDecoder(Config(attention_mask=False)).model(), [[1, 2], [3]])
 
 
-def test_a_prompt_beyond_a_static_model_is_refused():
+def test_rejects_a_prompt_longer_than_a_static_model():
     with pytest.raises(UsageError, match="below 4 tokens"):
         generate(Decoder(Config(static=(1, 4))).model(), PROMPT)
 
 
-def test_a_cache_that_is_asked_for_must_be_there():
+def test_rejects_a_missing_cache():
     with pytest.raises(UsageError, match=r"past_key_values\.\*"):
-        Writer(Decoder().model(), cached=True)
+        TextGenerator(Decoder().model(), cached=True)
 
 
-def test_embeddings_cannot_be_written():
+def test_rejects_a_model_of_embeddings():
     class Embedded(Decoder):
         def declare(self):
             self.graph.input("inputs_embeds", 1, ["batch", "sequence", 32])
@@ -149,28 +149,30 @@ def test_embeddings_cannot_be_written():
             return self.graph.model("embedded")
 
     with pytest.raises(UsageError, match="found `inputs_embeds` only"):
-        Writer(Embedded().model())
+        TextGenerator(Embedded().model())
 
 
 @pytest.mark.parametrize(("name", "kind"), [("tokenizer.json", "a tokenizer"), ("config.json", "JSON")])
-def test_a_broken_side_file_is_named(folder, name, kind):
+def test_names_a_broken_side_file(folder, name, kind):
     (folder / name).write_text("{")
     with pytest.raises(InputError, match=f"expected {kind}.*{name}"):
-        Writer(folder)
+        TextGenerator(folder)
 
 
-def test_a_config_that_is_no_object_says_nothing(folder):
+def test_ignores_a_config_that_is_no_object(folder):
     (folder / "config.json").write_text("[1]")
 
-    assert Writer(folder).stop == frozenset()
+    assert TextGenerator(folder).stop == frozenset()
 
 
-def test_a_character_of_several_tokens_is_said_once_it_is_whole():
+def test_decodes_a_character_of_several_tokens_once_it_is_complete():
     tokenizer = Tokenizer(models.BPE({"<0xC3>": 0, "<0xA9>": 1, "a": 2}, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    reader = Reader(tokenizer)
+    texts = [""]
+    for count in range(1, 5):
+        texts.append(decode_complete(tokenizer, (2, 0, 1, 2)[:count], texts[-1]))
 
-    assert [reader.read(token) for token in (2, 0, 1, 2)] == ["a", "", "é", "a"]
+    assert texts == ["", "a", "a", "aé", "aéa"]
 
 
 # Sampling
@@ -196,17 +198,17 @@ def drawn(sampling, times=400):
         (Sampling(temperature=1e-3), {0}),
     ],
 )
-def test_only_what_is_asked_for_is_drawn(sampling, possible):
+def test_samples_from_the_allowed_tokens_only(sampling, possible):
     assert set(drawn(sampling).tolist()) == possible
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely():
+def test_samples_by_probability():
     shares = np.bincount(drawn(Sampling(temperature=1.0), times=4000)) / 4000
 
     assert np.abs(shares - np.exp(LOGITS[0])).max() < 0.03
 
 
-def test_a_seed_repeats_itself_and_another_does_not():
+def test_a_seed_repeats_its_samples():
     same, again, other = (drawn(Sampling(temperature=1.0, seed=seed)).tolist() for seed in (1, 1, 2))
 
     assert same == again
@@ -214,22 +216,22 @@ def test_a_seed_repeats_itself_and_another_does_not():
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": np.nan}, {"top_k": 0}, {"top_p": 0.0}])
-def test_a_sampling_that_makes_no_sense_is_refused(wrong):
+def test_rejects_invalid_settings(wrong):
     with pytest.raises(UsageError, match="expected"):
         Sampling(**wrong)
 
 
-def test_logits_of_a_text_are_the_same_with_a_cache_and_without(tmp_path):
+def test_logits_are_the_same_with_and_without_a_cache(tmp_path):
     demo = Path(kvsurgeon.__file__).parent / "demo" / "model"
     path = kvsurgeon.inject(demo, tmp_path / "out", verify=False).path
-    without, cached = Writer(demo), Writer(path)
+    without, cached = TextGenerator(demo), TextGenerator(path)
     text = without.encode("It was late, and nobody came.")[0]
-    for _ in range(2):  # nothing is remembered from one text to the next
+    for _ in range(2):  # the cache is emptied between texts
         expected, found = without.logits(text), cached.logits(text)
         assert expected.shape == (1, len(text), 1024)
         np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
-def test_token_ids_are_a_prompt_where_there_is_no_tokenizer():
+def test_token_ids_are_a_prompt_without_a_tokenizer():
     model = CachedDecoder().model()
     assert generate(model, "1, 2 3", max_new_tokens=4).tokens == generate(model, [1, 2, 3], max_new_tokens=4).tokens

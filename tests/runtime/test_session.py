@@ -1,4 +1,4 @@
-"""Models open from anywhere, and what cannot be opened or run is named in one line."""
+"""Sessions open from files, folders and memory; errors are one line."""
 
 import ml_dtypes
 import numpy as np
@@ -31,36 +31,36 @@ def test_a_model_opens_from_a_file_a_folder_and_memory(tmp_path):
 
     sessions = [
         open_session(tmp_path / "model.onnx", threads=1),
-        open_session(str(tmp_path), optimisation="off"),
-        open_session(light, folder=tmp_path, optimisation="basic"),
+        open_session(str(tmp_path), optimization="off"),
+        open_session(light, folder=tmp_path, optimization="basic"),
         open_session(Decoder().model()),
     ]
     assert {session.inputs for session in sessions} == {sessions[0].inputs}
     assert [tensor.name for tensor in sessions[0].inputs] == ["input_ids", "attention_mask"]
 
 
-def test_a_folder_with_one_model_of_any_name_will_do(tmp_path):
+def test_opens_the_only_model_of_a_folder(tmp_path):
     onnx.save(Decoder().model(), tmp_path / "decoder.onnx")
 
     assert open_session(tmp_path).outputs[0].name == "logits"
 
 
 @pytest.mark.parametrize(("names", "found"), [((), "none"), (("a.onnx", "b.onnx"), "a.onnx, b.onnx")])
-def test_a_folder_without_one_model_is_refused(tmp_path, names, found):
+def test_rejects_a_folder_without_exactly_one_model(tmp_path, names, found):
     for name in names:
         (tmp_path / name).touch()
     with pytest.raises(InputError, match=f"found {found} - in"):
         open_session(tmp_path)
 
 
-def test_a_file_that_is_not_onnx_is_malformed(tmp_path):
+def test_rejects_a_file_that_is_not_onnx(tmp_path):
     (tmp_path / "model.onnx").write_text("not a model")
     with pytest.raises(InvalidModelError, match=r"[Pp]rotobuf parsing failed") as error:
         open_session(tmp_path)
     assert one_line(error)
 
 
-def test_missing_weights_are_named(tmp_path):
+def test_names_missing_weights(tmp_path):
     path = tmp_path / "model.onnx"
     onnx.save(Decoder().model(), path, save_as_external_data=True, size_threshold=1024, location="weights")
     (tmp_path / "weights").unlink()
@@ -69,7 +69,7 @@ def test_missing_weights_are_named(tmp_path):
     assert one_line(error)
 
 
-def test_an_operator_of_nobody_is_a_missing_kernel():
+def test_an_unknown_operator_is_a_missing_kernel():
     model = Decoder().model()
     model.graph.node[0].op_type, model.graph.node[0].domain = "OfNoRuntime", "nobody"
     model.opset_import.append(onnx.helper.make_opsetid("nobody", 1))
@@ -78,15 +78,15 @@ def test_an_operator_of_nobody_is_a_missing_kernel():
     assert one_line(error)
 
 
-def test_a_model_too_large_for_memory_is_asked_for_by_path(monkeypatch):
+def test_a_model_too_large_for_memory_must_be_opened_by_path(monkeypatch):
     monkeypatch.setattr("kvsurgeon.runtime.session._LARGEST_MESSAGE", 1000)
-    with pytest.raises(UsageError, match="save it, and give its path"):
+    with pytest.raises(UsageError, match="save it and give its path"):
         open_session(Decoder().model())
 
 
-def test_a_failing_operator_is_named():
+def test_names_a_failing_operator():
     decoder = CachedDecoder(open_session(CachedModel().model(), threads=1))
-    feeds = decoder.inputs.whole(np.array([[5000]]), np.array([[1]]))
+    feeds = decoder.inputs.feeds(np.array([[5000]]), np.array([[1]]))
     with pytest.raises(RunError, match=r"Gather `cached/model\.Gather_0`: .*out of data bounds") as error:
         decoder.prefill(feeds)
     assert one_line(error)
@@ -96,7 +96,7 @@ def test_a_failing_operator_is_named():
     "dtype", [np.float32, np.float16, np.int64, np.bool_, np.uint8, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]
 )
 @pytest.mark.parametrize("shape", [(2, 3), (2, 0, 3)])
-def test_every_type_goes_in_and_comes_out_unchanged(dtype, shape):
+def test_converts_each_type_without_loss(dtype, shape):
     array = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
     there_and_back = from_runtime(to_runtime(array))
 
@@ -105,7 +105,7 @@ def test_every_type_goes_in_and_comes_out_unchanged(dtype, shape):
 
 
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.uint8])
-def test_a_cache_of_any_type_is_kept(dtype):
+def test_keeps_a_cache_of_any_type(dtype):
     onnx_type = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     text = f"""<ir_version: 9, opset_import: ["" : 18]>
         g (int64[batch_size, sequence_length] input_ids, {np.dtype(dtype)}[batch_size, past_sequence_length] past)
@@ -121,11 +121,11 @@ def test_a_cache_of_any_type_is_kept(dtype):
     decoder.prefill({"input_ids": np.array([[1, 2]])})
     decoder.step({"input_ids": np.array([[3]])})
 
-    kept = decoder.remembered(decoder.cache[0])
+    kept = decoder.cached_rows(decoder.cache[0])
     assert (kept.dtype, kept.tolist(), decoder.past_length) == (np.dtype(dtype), [[1, 2, 3]], 3)
 
 
-def test_a_present_that_lacks_a_token_is_caught_at_once():
+def test_reports_a_present_that_lacks_a_token():
     class Lacking(CachedModel):
         def append(self, layer, past, new):
             return new if layer == 2 else super().append(layer, past, new)
@@ -134,7 +134,7 @@ def test_a_present_that_lacks_a_token_is_caught_at_once():
             return self.graph.constant(True, "bool")
 
     decoder = CachedDecoder(open_session(Lacking().model(), threads=1))
-    feeds = decoder.inputs.whole(np.array([[1, 2, 3]]), np.ones((1, 3), np.int64))
+    feeds = decoder.inputs.feeds(np.array([[1, 2, 3]]), np.ones((1, 3), np.int64))
     decoder.prefill(decoder.inputs.part(feeds, 0, 2))
     with pytest.raises(
         BrokenCacheError,
@@ -144,7 +144,7 @@ def test_a_present_that_lacks_a_token_is_caught_at_once():
     assert error.value.layer == 2
 
 
-def test_a_present_that_cannot_be_the_next_past_is_caught_at_once():
+def test_reports_a_present_that_cannot_be_the_next_past():
     class Swapped(CachedModel):
         """Keys have one head of 16 features in the cache, and come out as two of 8."""
 
@@ -158,14 +158,14 @@ def test_a_present_that_cannot_be_the_next_past_is_caught_at_once():
             return super().append(layer, self.graph.op("Reshape", past, shape, allowzero=0), new)
 
     decoder = CachedDecoder(open_session(Swapped(Config(layers=1)).model(), threads=1))
-    feeds = decoder.inputs.whole(np.array([[1]]), np.array([[1]]))
+    feeds = decoder.inputs.feeds(np.array([[1]]), np.array([[1]]))
     with pytest.raises(BrokenCacheError, match=r"\[batch_size, 1, 1 tokens, 16\].*found \[1, 2, 1, 8\] - at `present"):
         decoder.prefill(feeds)
 
 
-def test_prefill_forgets_what_was_before():
+def test_prefill_empties_the_cache():
     decoder = CachedDecoder(open_session(CachedModel(Config(layers=1)).model(), threads=1))
-    feeds = decoder.inputs.whole(np.array([[1, 2, 3]]), np.ones((1, 3), np.int64))
+    feeds = decoder.inputs.feeds(np.array([[1, 2, 3]]), np.ones((1, 3), np.int64))
     first = decoder.prefill(feeds)
 
     assert np.array_equal(first, decoder.prefill(feeds))

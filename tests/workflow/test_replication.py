@@ -56,14 +56,14 @@ def test_replicated_keys_are_equal_and_merged_keys_are_means(model: Path) -> Non
 
 
 def test_a_result_that_generates_another_text_is_not_saved(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    generate = replication.Writer.generate
+    generate = replication.TextGenerator.generate
     calls: list[int] = []
 
-    def other(writer: replication.Writer, prompt: str, max_new_tokens: int) -> replication.Generation:
+    def other(writer: replication.TextGenerator, prompt: str, max_new_tokens: int) -> replication.Generation:
         calls.append(1)
         return generate(writer, prompt if len(calls) == 1 else "Another", max_new_tokens=max_new_tokens)
 
-    monkeypatch.setattr(replication.Writer, "generate", other)
+    monkeypatch.setattr(replication.TextGenerator, "generate", other)
     with pytest.raises(ParityError, match="nothing was written"):
         kvsurgeon.replicate_kv_heads(model, prompt="It was late.", max_new_tokens=4, verify=False)
     assert [folder.name for folder in model.parent.iterdir()] == ["austen"]

@@ -1,4 +1,4 @@
-"""The judge of passes that leave the cache as it is: what it must notice, and what it must not mind."""
+"""Verification of passes that do not add a cache."""
 
 import numpy as np
 import onnx
@@ -16,62 +16,64 @@ from kvsurgeon.passes.cache.retarget import Retarget
 from kvsurgeon.passes.host_inputs.host_inputs import HostInputs
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.run_and_save import run_and_save
-from kvsurgeon.workflow.verification import judge
+from kvsurgeon.workflow.verification import verify_models
 
 SMALL = Config(layers=1, windowed=())
 STATIC = Config(layers=1, windowed=(), static=(1, 6))
 
 
-class _DeafToPadding:
-    """It takes the mask, and lets every token count."""
+class _IgnoresPadding:
+    """A decoder that takes the mask and ignores it."""
 
     def padding(self) -> str:
         return self.graph.op("Add", "attention_mask", self.graph.constant(1))
 
 
-class DeafDecoder(_DeafToPadding, Decoder):
+class DecoderWithoutPadding(_IgnoresPadding, Decoder):
     pass
 
 
-class DeafCachedDecoder(_DeafToPadding, CachedDecoder):
+class CachedDecoderWithoutPadding(_IgnoresPadding, CachedDecoder):
     pass
 
 
-class BlindDecoder(Decoder):
-    """A masked query that is left no key gives no numbers; nobody reads them."""
+class NanAtPadding(Decoder):
+    """A decoder whose outputs are NaN at queries without visible keys."""
 
     def number(self, value: float) -> str:
         return super().number(-np.inf if value < -100 else value)
 
 
 @pytest.mark.parametrize("config", [SMALL, STATIC], ids=["any length", "fixed length"])
-def test_padding_that_no_longer_counts(config):
-    assert judge(Decoder(config).model(), DeafDecoder(config).model()).verdict == "different"
+def test_finds_ignored_padding(config):
+    assert verify_models(Decoder(config).model(), DecoderWithoutPadding(config).model()).verdict == "different"
 
 
-def test_padding_that_no_longer_counts_beside_a_cache():
-    assert judge(CachedDecoder(SMALL).model(), DeafCachedDecoder(SMALL).model()).verdict == "different"
+def test_finds_ignored_padding_with_a_cache():
+    assert (
+        verify_models(CachedDecoder(SMALL).model(), CachedDecoderWithoutPadding(SMALL).model()).verdict == "different"
+    )
 
 
 @pytest.mark.parametrize("config", [SMALL, STATIC], ids=["any length", "fixed length"])
-@pytest.mark.parametrize("decoder", [Decoder, BlindDecoder])
-def test_what_is_the_same(decoder, config):
-    assert judge(decoder(config).model(), decoder(config).model()).verdict == "same"
+@pytest.mark.parametrize("decoder", [Decoder, NanAtPadding])
+def test_accepts_equal_models(decoder, config):
+    assert verify_models(decoder(config).model(), decoder(config).model()).verdict == "same"
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_what_is_the_same_at_the_only_length_that_is_left(tokens):
+def test_accepts_a_model_of_fixed_length(tokens):
     done = run_and_save(Decoder(SMALL).model(), Pipeline.parse(f"fix-shapes{{tokens={tokens}}}"))
     assert done.verification.verdict == "same"
 
 
-def test_positions_that_a_model_counted_are_told_it_as_it_counted_them():
-    """Rows of a table are read by position: padding moves them where the model is told otherwise than it counted."""
+def test_positions_count_padding_if_the_reference_computes_them():
+    """The reference reads rows of a table by array index, padding included."""
 
     class Absolute(Decoder):
         def norm(self, hidden: str) -> str:
-            if not hasattr(self, "placed"):
-                self.placed = True
+            if not hasattr(self, "position_added"):
+                self.position_added = True
                 table = self.graph.constant(np.random.default_rng(3).normal(size=(32, SMALL.hidden)), "float32")
                 place = self.range(0, self.size("input_ids", 1))
                 hidden = self.graph.op("Add", hidden, self.graph.op("Gather", table, place))
@@ -81,13 +83,13 @@ def test_positions_that_a_model_counted_are_told_it_as_it_counted_them():
     assert done.verification.verdict == "same"
 
 
-def test_what_is_the_same_with_a_cache():
-    assert judge(CachedDecoder(SMALL).model(), CachedDecoder(SMALL).model()).verdict == "same"
+def test_accepts_equal_models_with_a_cache():
+    assert verify_models(CachedDecoder(SMALL).model(), CachedDecoder(SMALL).model()).verdict == "same"
 
 
-def test_a_cache_and_a_mask_of_which_neither_names_nor_dims_tell():
+def test_finds_a_cache_without_usual_names_and_dims():
     model = CachedDecoder(SMALL).model()
-    names = {"past_key_values.0.": "memory_in_", "present.0.": "memory_out_", "_sequence_length": ""}
+    names = {"past_key_values.0.": "state_in_", "present.0.": "state_out_", "_sequence_length": ""}
     text = onnx.printer.to_text(model)
     for old, new in names.items():
         text = text.replace(old, new)
@@ -95,27 +97,27 @@ def test_a_cache_and_a_mask_of_which_neither_names_nor_dims_tell():
     assert run_and_save(model, Pipeline((Retarget(),))).verification.verdict == "same"
 
 
-def test_tables_that_a_host_makes_are_not_made_up():
+def test_verdict_is_unknown_if_the_application_computes_tables():
     original = export("llama_torchscript_sdpa")
     row = Pipeline((Inject(cache="new-tokens"), HostInputs(max_length=64)))
     result = io.to_proto(row.run(original).model)
-    sameness = judge(original, result)
-    assert (sameness.verdict, "position_ids_cos" in sameness.problems[0]) == ("unknown", True)
+    report = verify_models(original, result)
+    assert (report.verdict, "position_ids_cos" in report.problems[0]) == ("unknown", True)
 
 
-def test_masks_and_places_that_a_host_makes_are_known():
+def test_knows_masks_and_position_numbers_of_the_application():
     original = read(attention())
     row = Pipeline((Inject(cache="new-tokens"), HostInputs(max_length=64)))
-    assert judge(original, io.to_proto(row.run(original).model)).verdict == "same"
+    assert verify_models(original, io.to_proto(row.run(original).model)).verdict == "same"
 
 
-def test_a_cache_that_has_the_names_and_lengths_of_somebody_else():
+def test_accepts_a_cache_with_other_dim_names():
     after = injected(Decoder(SMALL).model(), past="{kind}_cache_{layer}", present="{kind}_out_{layer}")
     before = onnx.ModelProto.FromString(after.SerializeToString())
-    theirs = {"past_sequence_length": "past", "total_sequence_length": "total", "sequence_length": "sequence"}
+    others = {"past_sequence_length": "past", "total_sequence_length": "total", "sequence_length": "sequence"}
     for value in (*before.graph.input, *before.graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.HasField("dim_param"):
-                dim.dim_param = theirs.get(dim.dim_param, dim.dim_param)
+                dim.dim_param = others.get(dim.dim_param, dim.dim_param)
 
-    assert judge(before, after).verdict == "same"
+    assert verify_models(before, after).verdict == "same"

@@ -144,17 +144,17 @@ def verify(
     from kvsurgeon.report.progress import verification_progress
 
     if loss or text is not None or per_layer:
-        from kvsurgeon.workflow.loss import measure
+        from kvsurgeon.workflow.loss import measure_loss
 
         with verification_progress() as progress:
-            measured = measure(original, result, text=text, per_layer=per_layer, progress=progress)
+            measured = measure_loss(original, result, text=text, per_layer=per_layer, progress=progress)
         document, shown, exit_code = measured.as_dict(), table.loss_table(measured), 0
     else:
-        from kvsurgeon.workflow.verification import judge
+        from kvsurgeon.workflow.verification import verify_models
 
         with verification_progress() as progress:
-            found = judge(original, result, seed=seed, progress=progress)
-        document, shown = json_output.verification_json(found), table.verification_table(found)
+            found = verify_models(original, result, seed=seed, progress=progress)
+        document, shown = found.as_dict(), table.report_table(found)
         exit_code = _VERDICT_EXIT_CODES[found.verdict]
     if json:
         json_output.print_json(document)
@@ -201,10 +201,10 @@ def generate(
 ) -> None:
     """Generate text, and show its speed."""
     from kvsurgeon.report.generation import print_generation
-    from kvsurgeon.runtime import Sampling, Writer
+    from kvsurgeon.runtime import Sampling, TextGenerator
 
     sampling = Sampling(temperature=temperature, top_k=top_k or None, top_p=None if top_p == 1 else top_p, seed=seed)
-    writer = Writer(model, cached=None if cache else False)
+    writer = TextGenerator(model, cached=None if cache else False)
     print_generation(writer, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
 
 

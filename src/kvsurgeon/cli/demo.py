@@ -13,7 +13,7 @@ from kvsurgeon.errors import InputError, ParityError
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.report import table, time_plot
 from kvsurgeon.report.progress import verification_progress
-from kvsurgeon.runtime import Generation, Sampling, Writer
+from kvsurgeon.runtime import Generation, Sampling, TextGenerator
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.run_and_save import run_and_save
 
@@ -37,8 +37,8 @@ def show_demo(output: Path, *, tokens: int | None = None) -> None:
     console.print("[bold]2. inject[/] a cache, and verify the result against the original")
     with verification_progress() as progress:
         run = run_and_save(BUILT_IN_MODEL, Pipeline((Inject(),)), output / "model", progress=progress)
-    if run.report is not None:
-        console.print(table.report_table(run.report))
+    if run.verification is not None:
+        console.print(table.report_table(run.verification))
     console.print(table.run_summary(run))
     _compare(output, tokens or TOKENS, console)
 
@@ -74,7 +74,7 @@ def first_sentence(text: str) -> str:
 
 
 def _generate(model: Path, prompt: str, tokens: int) -> Generation:
-    return Writer(model, stop=()).generate(prompt, max_new_tokens=tokens, sampling=SAMPLING)
+    return TextGenerator(model, stop=()).generate(prompt, max_new_tokens=tokens, sampling=SAMPLING)
 
 
 def _seconds(made: Generation) -> tuple[float, ...]:

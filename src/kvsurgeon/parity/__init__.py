@@ -1,27 +1,27 @@
-"""The judge: runs a model with a cache against the original, and says whether, where and how far they differ."""
+"""Verification of a model with a cache: it is run and compared with its reference model."""
 
-from kvsurgeon.parity.loss import LayerLoss, Loss, measure_loss
-from kvsurgeon.parity.report import CacheFault, Position, Report, Trial, Verdict
-from kvsurgeon.parity.scenarios import Scenario, TextLengths, plan
+from kvsurgeon.parity.loss import AccuracyLoss, measure_loss
+from kvsurgeon.parity.model_source import load_graph
+from kvsurgeon.parity.report import CacheDifference, Comparison, Report, Verdict
+from kvsurgeon.parity.scenarios import Scenario, TextLengths, plan_scenarios
 from kvsurgeon.parity.tolerance import TOLERANCES, Arithmetic, Tolerance, arithmetic_of
 from kvsurgeon.parity.verifier import Progress, verify
 
 __all__ = [
     "TOLERANCES",
+    "AccuracyLoss",
     "Arithmetic",
-    "CacheFault",
-    "LayerLoss",
-    "Loss",
-    "Position",
+    "CacheDifference",
+    "Comparison",
     "Progress",
     "Report",
     "Scenario",
     "TextLengths",
     "Tolerance",
-    "Trial",
     "Verdict",
     "arithmetic_of",
+    "load_graph",
     "measure_loss",
-    "plan",
+    "plan_scenarios",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""What a decoder with a cache does when it is given a text in chunks."""
+"""Runs of a text in chunks, with a cache."""
 
 from __future__ import annotations
 
@@ -8,64 +8,58 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvsurgeon.errors import BrokenCacheError, RunError
-from kvsurgeon.runtime import Array, CachedDecoder, CacheEntry
+from kvsurgeon.runtime import Array, CachedDecoder, CacheIO
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChunkCall:
-    """One call, and all outputs of it but the cache."""
-
-    past: int
-    total: int
-    outputs: Mapping[str, Array]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Performance:
-    """All calls for a text, and the cache after the last one.
+class ChunkedRun:
+    """Outputs and cache of a text that was run in chunks.
 
     Attributes:
-        calls: Those that succeeded.
-        cache: By name of the past input; empty where a call failed.
-        forgot: Presents that did not begin with their past, and the past that they began with, if any.
-        failure: Why a call failed.
-        layer: The layer whose cache made it fail, where it was that.
+        spans: Past and total length of each call that succeeded.
+        outputs: Outputs of each of these calls, without the cache.
+        cache: Cached tensors after the last call, by past input; empty after a failure.
+        changed_pasts: Presents that do not start with their past, with the past input that they start with, if any.
+        failure: Reason why a call failed.
+        layer: Layer whose cache made the call fail.
     """
 
-    calls: tuple[ChunkCall, ...]
+    spans: tuple[tuple[int, int], ...]
+    outputs: tuple[Mapping[str, Array], ...]
     cache: Mapping[str, Array] = field(default_factory=dict)
-    forgot: Mapping[str, str | None] = field(default_factory=dict)
+    changed_pasts: Mapping[str, str | None] = field(default_factory=dict)
     failure: str | None = None
     layer: int | None = None
 
 
-def perform(decoder: CachedDecoder, feeds: Mapping[str, Array], spans: Iterable[tuple[int, int]]) -> Performance:
-    """Give the text to the decoder in chunks, from an empty cache, and return what it did."""
+def run_in_chunks(decoder: CachedDecoder, feeds: Mapping[str, Array], spans: Iterable[tuple[int, int]]) -> ChunkedRun:
+    """Run a text from an empty cache, a call for each span."""
     decoder.reset()
-    calls: list[ChunkCall] = []
-    forgot: dict[str, str | None] = {}
+    spans, outputs = tuple(spans), []
+    changed: dict[str, str | None] = {}
     cache: dict[str, Array] = {}
     for past, total in spans:
         before = cache
         try:
-            outputs = decoder.advance(decoder.inputs.part(feeds, past, total))
+            outputs.append(decoder.advance(decoder.inputs.part(feeds, past, total)))
         except RunError as error:
-            layer = error.layer if isinstance(error, BrokenCacheError) else None
-            failure = f"the call for the tokens {past} to {total - 1} failed: {error}"
-            return Performance(calls=tuple(calls), forgot=forgot, failure=failure, layer=layer)
-        calls.append(ChunkCall(past=past, total=total, outputs=outputs))
-        cache = {entry.past.name: decoder.remembered(entry) for entry in decoder.cache}
+            return ChunkedRun(
+                spans=spans[: len(outputs)],
+                outputs=tuple(outputs),
+                changed_pasts=changed,
+                failure=f"the call on tokens {past} to {total - 1} failed: {error}",
+                layer=error.layer if isinstance(error, BrokenCacheError) else None,
+            )
+        cache = {entry.past.name: decoder.cached_rows(entry) for entry in decoder.cache}
         for entry in decoder.cache:
-            if past and entry.present not in forgot and not _begins(cache[entry.past.name], before, entry):
-                forgot[entry.present] = _begins_instead(cache[entry.past.name], before, decoder.cache)
-    return Performance(calls=tuple(calls), cache=cache, forgot=forgot)
+            present = cache[entry.past.name]
+            if past and entry.present not in changed and not _starts_with(present, before, entry):
+                others = (other.past.name for other in decoder.cache if _starts_with(present, before, other))
+                changed[entry.present] = next(others, None)
+    return ChunkedRun(spans=spans, outputs=tuple(outputs), cache=cache, changed_pasts=changed)
 
 
-def _begins(present: Array, before: Mapping[str, Array], entry: CacheEntry) -> bool:
-    past = before[entry.past.name]
-    head = present[(slice(None),) * entry.axis + (slice(0, past.shape[entry.axis]),)]
-    return head.shape == past.shape and np.ascontiguousarray(head).tobytes() == np.ascontiguousarray(past).tobytes()
-
-
-def _begins_instead(present: Array, before: Mapping[str, Array], cache: Iterable[CacheEntry]) -> str | None:
-    return next((entry.past.name for entry in cache if _begins(present, before, entry)), None)
+def _starts_with(present: Array, pasts: Mapping[str, Array], entry: CacheIO) -> bool:
+    past = pasts[entry.past.name]
+    start = present[(slice(None),) * entry.axis + (slice(0, past.shape[entry.axis]),)]
+    return start.shape == past.shape and np.ascontiguousarray(start).tobytes() == np.ascontiguousarray(past).tobytes()

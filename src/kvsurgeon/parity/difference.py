@@ -1,34 +1,23 @@
-"""How far two arrays are apart, where, and which part of the whole a chunk must equal."""
+"""Measured errors: the difference of two arrays, per token, and the part of an output that a chunk must equal."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from kvsurgeon.runtime import Array
 
-Map = npt.NDArray[np.float64]  # [batch, sequence]: an error for each token
+ErrorMap = npt.NDArray[np.float64]  # [batch, sequence]: error of each token
 
 _SPREAD_SAMPLE = 2**20  # numbers from which a spread is estimated
-
-
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """The largest difference between what was expected and what was found, and where it is."""
-
-    error: float  # over the spread of what was expected; infinite where something found is not a number
-    row: int
-    position: int
 
 
 def spread(values: Array) -> float:
     """Return half the distance between the 16th and the 84th percentile of the finite values.
 
-    For a normal distribution that is the standard deviation. Unlike the deviation it is not moved by a handful of
-    entries that are fixed far off (masked tokens of a padded vocabulary), and unlike the distance of the extremes it
-    does not grow with the vocabulary: one tolerance serves 128 tokens and 128,000.
+    For a normal distribution this is the standard deviation. Unlike that, it ignores a few extreme entries, such as the
+    masked tokens of a padded vocabulary. Unlike the range, it does not grow with the vocabulary: one tolerance serves
+    128 tokens and 128,000.
 
     >>> normal = np.random.default_rng(0).standard_normal(10_000)
     >>> f"{spread(normal):.1f} {spread(np.append(normal, -1e9)):.1f}"
@@ -44,7 +33,7 @@ def spread(values: Array) -> float:
 
 
 def amplitude(values: Array) -> float:
-    """Return the spread, or a tenth of the largest value where that is more.
+    """Return the spread, or a tenth of the largest value if that is more.
 
     Keys and hidden states of trained models have features a hundred times larger than the rest, and rounding is
     relative to them.
@@ -53,65 +42,75 @@ def amplitude(values: Array) -> float:
     return max(spread(values), float(finite.max(initial=0.0)) / 10)
 
 
-def expected_part(whole: Array, found: tuple[int, ...], past: int, total: int) -> Array | None:
-    """Return the part of an output for the whole text that a call adding `past:total` must equal.
+def expected_part(whole: Array, shape: tuple[int, ...], past: int, total: int) -> Array | None:
+    """Return the part of a whole text's output that the call on the tokens `past:total` must equal.
 
-    Which axes follow the new tokens and which all tokens so far is read from the sizes; None where they do not fit.
+    The sizes show which axes follow the query length and which the total length. None is returned if they do not fit.
     """
-    if len(found) != whole.ndim:
+    if len(shape) != whole.ndim:
         return None
     spans = {total - past: slice(past, total), total: slice(0, total)}
     part: list[slice] = []
-    for have, want in zip(whole.shape, found, strict=True):
+    for have, want in zip(whole.shape, shape, strict=True):
         if have != want and (want not in spans or have < total):
             return None
         part.append(slice(None) if have == want else spans[want])
     return whole[tuple(part)]
 
 
-def distance(expected: Array, found: Array, scale: float) -> float:
-    """Return the largest difference of two arrays over a scale; infinite where one is not a number."""
-    return float(error_map(expected.reshape(1, 1, -1), found.reshape(1, 1, -1), batch=0, sequence=1, scale=scale).max())
-
-
-def error_map(expected: Array, found: Array, *, batch: int, sequence: int, scale: float) -> Map:
-    """Return the largest error of each token, over a scale.
+def distance(expected: Array, found: Array, scale: float, *, equal_nan: bool = False) -> float:
+    """Return the largest difference of two arrays divided by a scale; infinite at NaN, unless both are NaN and equal.
 
     Args:
-        expected: What should be there.
-        found: What is there, of the same shape.
-        batch: Axis of the batch.
-        sequence: Axis of the tokens.
-        scale: What an error is measured in.
+        expected: Expected values.
+        found: Found values, of the same shape.
+        scale: Divisor of the differences.
+        equal_nan: Whether two NaNs are equal.
+    """
+    if equal_nan and expected.size:
+        both = np.isnan(expected.astype(np.float64)) & np.isnan(found.astype(np.float64))
+        expected, found = np.where(both, 0, expected), np.where(both, 0, found)
+    flat = (array.reshape(1, 1, -1) for array in (expected, found))
+    return float(error_map(*flat, batch=0, sequence=1, scale=scale).max(initial=0.0))
+
+
+def error_map(expected: Array, found: Array, *, batch: int, sequence: int, scale: float) -> ErrorMap:
+    """Return the error of each token: the largest difference, divided by a scale.
+
+    Args:
+        expected: Expected values.
+        found: Found values, of the same shape.
+        batch: Batch axis.
+        sequence: Sequence axis.
+        scale: Divisor of the differences.
     """
     want, have = expected.astype(np.float64), found.astype(np.float64)
     with np.errstate(invalid="ignore"):
-        apart = np.where(want == have, 0.0, np.abs(want - have))  # equal infinities do not differ
-    apart = np.where(np.isnan(apart), np.inf, apart) / scale
-    apart = np.moveaxis(apart, (batch, sequence), (0, 1))
-    errors: Map = apart.reshape(*apart.shape[:2], -1).max(axis=2, initial=0.0)
+        error = np.where(want == have, 0.0, np.abs(want - have))  # infinities may be equal
+    error = np.moveaxis(np.where(np.isnan(error), np.inf, error) / scale, (batch, sequence), (0, 1))
+    errors: ErrorMap = error.reshape(*error.shape[:2], -1).max(axis=2, initial=0.0)
     return errors
 
 
-def worst(errors: Map, counted: npt.NDArray[np.bool_], start: int = 0) -> Difference:
-    """Return the largest error among the tokens that count, `start` being the position of the first."""
+def worst(errors: ErrorMap, counted: npt.NDArray[np.bool_], start: int = 0) -> tuple[float, int, int]:
+    """Return the largest error among the tokens that count, with its row and token; the first token is `start`."""
     if not counted.any():
-        return Difference(error=0.0, row=0, position=start)
+        return 0.0, 0, start
     row, column = np.unravel_index(np.where(counted, errors, -1.0).argmax(), errors.shape)
-    return Difference(error=float(errors[row, column]), row=int(row), position=start + int(column))
+    return float(errors[row, column]), int(row), start + int(column)
 
 
-def agreement(expected: Array, found: Array, counted: npt.NDArray[np.bool_], slack: float) -> tuple[int, int]:
-    """Return at how many tokens the likeliest next one is the same, or tied within the slack; and how many count.
+def agreement(expected: Array, found: Array, counted: npt.NDArray[np.bool_], tie: float) -> tuple[int, int]:
+    """Return the number of tokens whose most likely next token agrees, and the number of tokens that count.
 
     Args:
         expected: Logits, `[batch, sequence, vocabulary]`.
         found: Logits of the same shape.
-        counted: Which tokens count, `[batch, sequence]`.
-        slack: Difference below which two logits are a tie.
+        counted: Tokens that count, `[batch, sequence]`.
+        tie: Difference below which two logits are equally likely.
     """
     want, have = expected.astype(np.float64), found.astype(np.float64)
     choice = np.nan_to_num(have, nan=-np.inf).argmax(axis=-1)[..., None]
     chosen = np.take_along_axis(want, choice, axis=-1)[..., 0]
-    same = chosen >= want.max(axis=-1) - slack
+    same = chosen >= want.max(axis=-1) - tie
     return int((same & counted).sum()), int(counted.sum())

@@ -1,10 +1,10 @@
-"""How much of what a model computed is lost in one that was changed on purpose: measured on a text, in onnxruntime."""
+"""Accuracy loss of a model that was changed on purpose: KL divergence and perplexity on a text, in onnxruntime."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,64 +12,51 @@ import numpy as np
 import numpy.typing as npt
 
 from kvsurgeon.errors import InputError, ParityError, UsageError
-from kvsurgeon.parity.predictor import Predictor
-from kvsurgeon.parity.tolerance import TOLERANCES, arithmetic_of, load_graph
-from kvsurgeon.runtime import Array, Source, Tokens
+from kvsurgeon.parity.model_source import load_graph
+from kvsurgeon.parity.prediction import check_cache, longest_text, open_decoder, predict, vocabulary_size
+from kvsurgeon.parity.tolerance import TOLERANCES, arithmetic_of
+from kvsurgeon.runtime import Array, Runnable, Source, Tokens
 from kvsurgeon.runtime.text import load_tokenizer, side_folders
 
-Progress = Callable[[int, int, str], None]  # texts done, texts in all, name of the next
+Progress = Callable[[int, int, str], None]  # windows done, windows in all, name of the next
 
-SHIPPED = Path(__file__).parents[1] / "demo" / "model" / "sample.txt"  # a chapter's opening, in the public domain
-WINDOW = 128  # tokens that are predicted in one call
+SAMPLE = Path(__file__).parents[1] / "demo" / "model" / "sample.txt"  # the opening of a chapter, in the public domain
+WINDOW = 128  # tokens of a call
 WINDOWS = 4
-_SEEDED = "seeded token ids"
-_ROWS = 16  # positions whose probabilities are computed at a time: a vocabulary may have 256,000 entries
+_POSITIONS = 16  # whose probabilities are computed at a time: a vocabulary may have 256,000 tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerLoss:
-    """How far the output of one attention layer is from what it was.
+class AccuracyLoss:
+    """The accuracy loss of a candidate model.
 
     Attributes:
-        layer: Its index.
-        error: Length of the difference over the length of what was expected, over all tokens; what earlier layers lost
-            is in it.
-    """
-
-    layer: int
-    error: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """How much was lost.
-
-    Attributes:
-        text: Where the tokens come from.
-        tokens: How many were predicted.
-        divergence: Mean Kullback-Leibler divergence of the new prediction from the old, in nats for each token.
-        agreement: Part of the tokens at which the likeliest next one is the same.
-        perplexity_before: Of the original, on the text.
-        perplexity_after: Of the result.
-        layers: Of each attention layer, where asked for.
+        text: Name of the text.
+        tokens: Number of predicted tokens.
+        kl_divergence: Mean KL divergence of the candidate from the reference, in nats per token.
+        agreement: Fraction of the tokens whose most likely next token agrees.
+        reference_perplexity: Perplexity of the reference model.
+        candidate_perplexity: Perplexity of the candidate model.
+        layer_errors: Error of each attention output, if measured: the norm of the difference divided by the norm of the
+            reference's; it includes the errors of earlier layers.
     """
 
     text: str
     tokens: int
-    divergence: float
+    kl_divergence: float
     agreement: float
-    perplexity_before: float
-    perplexity_after: float
-    layers: tuple[LayerLoss, ...] = field(default=())
+    reference_perplexity: float
+    candidate_perplexity: float
+    layer_errors: tuple[float, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all of it in types that JSON knows."""
-        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers]}
+        """Return the fields for JSON."""
+        return {**asdict(self), "layer_errors": list(self.layer_errors)}
 
 
 def measure_loss(
-    original: Source,
-    result: Source,
+    reference: Source,
+    candidate: Source,
     *,
     text: str | Path | None = None,
     layers: Sequence[tuple[str, str]] = (),
@@ -77,138 +64,124 @@ def measure_loss(
     threads: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
-) -> Loss:
-    """Give both models the same text, and say how far the second's predictions are from the first's.
+) -> AccuracyLoss:
+    """Measure the accuracy loss of a candidate model on a text.
 
-    A result with a cache is given the first stretch once more, in two calls, and must say the same.
+    A candidate with a cache runs the first window once more, in two calls, and must give the same logits.
 
     Args:
-        original: The model as it was.
-        result: The model as it is now.
-        text: A file of text. None takes the one that ships. Without a tokenizer beside the original, neither is used,
-            but random token ids.
-        layers: Names of the values in which both hold the output of each attention layer, to be compared too.
-        folder: Where weights and side files of models in memory lie.
-        threads: Threads that onnxruntime may use for one operator.
-        seed: Where random token ids come from.
-        progress: Told before each stretch of text.
+        reference: The model before the change.
+        candidate: The model after it.
+        text: A text file; None for the bundled sample. Without a tokenizer next to the reference, random token IDs are
+            used.
+        layers: Names of the output of each attention layer in both graphs, to compare these too.
+        folder: Folder of the weights and side files of models in memory.
+        threads: Number of threads per operator.
+        seed: Random seed of token IDs.
+        progress: Called before each window.
 
     Raises:
         InputError: A model or the text cannot be read.
         RunError: A model cannot be run.
-        ParityError: The result gives something else when its cache is used, or no numbers.
+        ParityError: The candidate's logits differ if its cache is used, or are not numbers.
     """
-    before = Predictor(original, "the original", [name for name, _ in layers], folder, threads)
-    after = Predictor(result, "the result", [name for _, name in layers], folder, threads)
-    name, tokens = _tokens(original, folder, text, before, after, seed)
-    allowed = TOLERANCES[arithmetic_of(load_graph(result))].error
-    sums = _Sums(len(layers))
-    for number, window in enumerate(tokens):
+    names = [name for name, _ in layers], [name for _, name in layers]
+    before = open_decoder(reference, "the reference model", names[0], folder, threads)
+    after = open_decoder(candidate, "the candidate model", names[1], folder, threads)
+    name, windows = _windows(reference, folder, text, before, after, seed)
+    sums = np.zeros(5 + 2 * len(layers))
+    for number, window in enumerate(windows):
         if progress is not None:
-            progress(number, len(tokens), f"what was lost on {name}")
-        expected, found = before.predict(window[:, :-1]), after.predict(window[:, :-1])
+            progress(number, len(windows), f"accuracy loss on {name}")
+        expected, found = predict(before, window[:, :-1], names[0]), predict(after, window[:, :-1], names[1])
         if number == 0:
-            after.check_cache(window[:, :-1], found, allowed)
-        sums.add(window, expected, found, layers)
-    return sums.loss(name)
+            bound = TOLERANCES[arithmetic_of(load_graph(candidate))].bound
+            check_cache(after, window[:, :-1], found["logits"], bound)
+        logits = _logit_sums(window, expected["logits"], found["logits"])
+        sums += np.concatenate([logits, _layer_sums(layers, expected, found)])
+    tokens, divergence, agreed, *entropies = sums[:5] / [1, *[max(sums[0], 1)] * 4]
+    perplexities = [math.exp(min(nats, 700.0)) for nats in entropies]
+    return AccuracyLoss(
+        text=name,
+        tokens=int(tokens),
+        kl_divergence=max(float(divergence), 0.0),  # rounding may make it negative
+        agreement=float(agreed),
+        reference_perplexity=perplexities[0],
+        candidate_perplexity=perplexities[1],
+        layer_errors=tuple(
+            math.sqrt(difference / whole) if whole else 0.0 for difference, whole in sums[5:].reshape(-1, 2)
+        ),
+    )
 
 
-class _Sums:
-    """What adds up over the stretches of a text."""
-
-    def __init__(self, layers: int) -> None:
-        self._tokens = self._agreed = 0
-        self._divergence = self._before = self._after = 0.0
-        self._layers = np.zeros((layers, 2))  # squares of the difference, and of what was expected
-
-    def add(
-        self,
-        window: Tokens,
-        expected: Mapping[str, Array],
-        found: Mapping[str, Array],
-        layers: Sequence[tuple[str, str]],
-    ) -> None:
-        for old, new, target in _rows(window, expected["logits"], found["logits"]):
-            places = np.arange(len(target))
-            divergence = np.sum(np.exp(old) * (old - new), axis=-1)
-            self._divergence += float(divergence.sum())
-            self._before -= float(old[places, target].sum())
-            self._after -= float(new[places, target].sum())
-            self._agreed += int((old.argmax(axis=-1) == new.argmax(axis=-1)).sum())
-            self._tokens += len(target)
-        for place, (was, now) in enumerate(layers):
-            one, other = expected[was].astype(np.float64), found[now].astype(np.float64)
-            if one.size != other.size:
-                raise ParityError(f"expected {list(one.shape)} in `{now}` as in `{was}`, found {list(other.shape)}")
-            self._layers[place] += np.sum((one.reshape(-1) - other.reshape(-1)) ** 2), np.sum(one**2)
-
-    def loss(self, text: str) -> Loss:
-        tokens = max(self._tokens, 1)
-        return Loss(
-            text=text,
-            tokens=self._tokens,
-            divergence=max(self._divergence / tokens, 0.0),  # rounding may leave it below
-            agreement=self._agreed / tokens,
-            perplexity_before=_perplexity(self._before / tokens),
-            perplexity_after=_perplexity(self._after / tokens),
-            layers=tuple(
-                LayerLoss(layer=layer, error=math.sqrt(difference / whole) if whole else 0.0)
-                for layer, (difference, whole) in enumerate(self._layers)
-            ),
-        )
-
-
-def _rows(
-    window: Tokens, expected: Array, found: Array
-) -> Iterator[tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], Tokens]]:
-    """Yield the log-probabilities of both models and the tokens that came, some positions at a time."""
+def _logit_sums(window: Tokens, expected: Array, found: Array) -> npt.NDArray[np.float64]:
+    """Return sums over the tokens of a window: count, KL divergence, agreement, cross entropy of both models."""
     if expected.shape != found.shape:
-        raise ParityError(f"expected logits {list(expected.shape)} as before, found {list(found.shape)}")
+        raise ParityError(f"expected logits {list(expected.shape)} as in the reference, found {list(found.shape)}")
     expected, found = (logits.reshape(-1, logits.shape[-1]) for logits in (expected, found))
-    targets = window[0, -len(expected) :]  # logits of the last token alone predict the last one alone
-    for start in range(0, len(expected), _ROWS):
-        part = slice(start, start + _ROWS)
-        yield _log_probabilities(expected[part]), _log_probabilities(found[part]), targets[part]
+    targets = window[0, -len(expected) :]  # logits of the last token only predict the last token
+    sums = np.zeros(5)
+    for start in range(0, len(expected), _POSITIONS):
+        part = slice(start, start + _POSITIONS)
+        old, new, target = _log_softmax(expected[part]), _log_softmax(found[part]), targets[part]
+        places = np.arange(len(target))
+        sums += (
+            len(target),
+            np.sum(np.exp(old) * (old - new)),
+            np.sum(old.argmax(axis=-1) == new.argmax(axis=-1)),
+            -old[places, target].sum(),
+            -new[places, target].sum(),
+        )
+    return sums
 
 
-def _log_probabilities(logits: Array) -> npt.NDArray[np.float64]:
+def _layer_sums(
+    layers: Sequence[tuple[str, str]], expected: Mapping[str, Array], found: Mapping[str, Array]
+) -> npt.NDArray[np.float64]:
+    """Return for each layer the sum of squared differences, and that of the squares of the reference's values."""
+    sums = np.zeros((len(layers), 2))
+    for layer, names in enumerate(layers):
+        old, new = expected[names[0]].astype(np.float64), found[names[1]].astype(np.float64)
+        if old.size != new.size:
+            raise ParityError(f"expected {list(old.shape)} in `{names[1]}` as in `{names[0]}`, found {list(new.shape)}")
+        sums[layer] = np.sum((old.reshape(-1) - new.reshape(-1)) ** 2), np.sum(old**2)
+    return sums.reshape(-1)
+
+
+def _log_softmax(logits: Array) -> npt.NDArray[np.float64]:
     shifted = np.clip(logits.astype(np.float64), -1e9, None)  # a padded vocabulary may end in minus infinity
     shifted -= shifted.max(axis=-1, keepdims=True)
     result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
 
 
-def _perplexity(nats: float) -> float:
-    return math.exp(min(nats, 700.0))
-
-
-def _tokens(
-    original: Source,
+def _windows(
+    reference: Source,
     folder: str | Path | None,
     text: str | Path | None,
-    predictor: Predictor,
-    other: Predictor,
+    before: Runnable,
+    after: Runnable,
     seed: int,
 ) -> tuple[str, list[Tokens]]:
-    """Return where the text comes from, and stretches of it, each a row with one token more than is given."""
-    if predictor.decoder.inputs.tokens.kind != "tokens":
-        raise UsageError(f"expected an input of token ids, found `{predictor.decoder.inputs.tokens.name}` only")
-    length = predictor.length or other.longest(predictor.longest(WINDOW))
-    tokenizer = load_tokenizer(side_folders(original, folder))
+    """Return the name of a text and windows of it, each a row with one token more than the models are given."""
+    if before.inputs.tokens.kind != "tokens":
+        raise UsageError(f"expected an input of token ids, found `{before.inputs.tokens.name}` only")
+    length = before.length or longest_text(after, longest_text(before, WINDOW))
+    tokenizer = load_tokenizer(side_folders(reference, folder))
     if tokenizer is None:
         if text is not None:
-            raise UsageError("expected tokenizer.json beside the original to read a text with, found none")
-        rows = np.random.default_rng(seed).integers(0, predictor.vocabulary(length), (WINDOWS, length + 1))
-        return _SEEDED, [row[None] for row in rows]
-    path = SHIPPED if text is None else Path(text)
+            raise UsageError("expected tokenizer.json next to the reference model to read a text, found none")
+        rows = np.random.default_rng(seed).integers(0, vocabulary_size(before, length), (WINDOWS, length + 1))
+        return "random token IDs", [row[None] for row in rows]
+    path = SAMPLE if text is None else Path(text)
     try:
         ids = tokenizer.encode(path.read_text("utf-8")).ids
     except (OSError, UnicodeDecodeError) as error:
-        said = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"cannot read the text `{path}`: {said}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"cannot read the text `{path}`: {reason}") from error
     size = min(length, len(ids) - 1)
-    if size < 2 or (predictor.length and size < length):
-        raise UsageError(f"expected a text of more than {max(predictor.length or 2, 2)} tokens, found {len(ids)}")
+    if size < 2 or (before.length and size < length):
+        raise UsageError(f"expected a text of more than {max(before.length or 2, 2)} tokens, found {len(ids)}")
     starts = range(0, len(ids) - size, size)[:WINDOWS]
-    name = "the text that ships" if text is None else path.name
+    name = "the bundled sample" if text is None else path.name
     return name, [np.array([ids[start : start + size + 1]], np.int64) for start in starts]

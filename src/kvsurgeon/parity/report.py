@@ -1,4 +1,4 @@
-"""What the judge says, as facts."""
+"""Reports of verifications."""
 
 from __future__ import annotations
 
@@ -13,154 +13,146 @@ Verdict = Literal["same", "different", "unknown"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Position:
-    """One token of a scenario."""
-
-    row: int
-    token: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheFault:
-    """An entry of the cache that holds something else when it was built in chunks.
+class CacheDifference:
+    """A cached tensor that differs between a run in chunks and a single prefill.
 
     Attributes:
-        layer: Index of the layer that the entry belongs to.
-        part: "key" or "value".
-        present: Name of the output.
-        error: Largest difference from the cache of one whole prefill, over its spread.
-        at: The token where it is largest.
-        first: The earliest token that is wrong.
-        forgets: The present does not begin with the past that was given; `remembers` says with what it does.
-        remembers: The past input that it begins with instead, if it is another one.
+        layer: Index of the layer.
+        part: "key", "value" or "state".
+        present: Name of the present output.
+        error: Largest difference, divided by the spread.
+        row: Row of the largest difference.
+        token: Token of the largest difference.
+        first_token: First token that differs.
+        past_changed: Whether the present does not start with its past.
+        starts_with: The past input that the present starts with instead, if any.
     """
 
     layer: int
     part: str
     present: str
     error: float
-    at: Position
-    first: Position
-    forgets: bool
-    remembers: str | None = None
+    row: int
+    token: int
+    first_token: int
+    past_changed: bool
+    starts_with: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One scenario and what came of it.
+class Comparison:
+    """A comparison of both models on one text.
 
     Attributes:
-        scenario: Its name.
-        batch: Rows.
-        length: Tokens of a row, padding included.
-        chunks: Tokens of each call.
-        verdict: "unknown" where the original cannot be run on it.
-        error: Largest difference from the original over the spread of its values; None where nothing was compared.
-        prefill_error: The same when the whole text is given in one call.
-        agreement: Part of the positions at which the likeliest token is the same.
-        worst: Where the error is.
-        output: Name of the output that it is in.
-        layer: Layer at fault, where it can be told.
-        caches: Entries of the cache that are wrong, lowest layer first.
-        reason: Why it is not the same, in a sentence.
+        scenario: Name of the scenario.
+        batch: Number of rows.
+        length: Number of tokens of a row, padding included.
+        chunks: Number of tokens of each call.
+        verdict: "unknown" if the reference model fails on the text.
+        error: Largest difference of an output, divided by the spread of the reference's values; None if not compared.
+        prefill_error: The same for the text in a single prefill.
+        agreement: Fraction of the tokens whose most likely next token agrees.
+        output: Output with the largest error.
+        row: Row of the largest error.
+        token: Token of the largest error.
+        layer: Faulty layer, if it can be located.
+        cache_differences: Cached tensors that differ, lowest layer first.
+        reason: Reason for a verdict other than "same".
     """
 
     scenario: str
     batch: int
     length: int
     chunks: tuple[int, ...]
-    verdict: Verdict
+    verdict: Verdict = "unknown"
     error: float | None = None
     prefill_error: float | None = None
     agreement: float | None = None
-    worst: Position | None = None
     output: str | None = None
+    row: int | None = None
+    token: int | None = None
     layer: int | None = None
-    caches: tuple[CacheFault, ...] = ()
+    cache_differences: tuple[CacheDifference, ...] = ()
     reason: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Whether a model with a cache computes what the original computes.
+    """The result of verifying a candidate model against its reference model.
 
     Attributes:
-        arithmetic: What the models compute in, which sets the tolerance.
-        tolerance: What was allowed.
-        trials: One for each scenario, in the order in which they were run.
-        faults: What is wrong apart from any scenario: a model that cannot be opened, outputs that are missing.
-        unknown: Why nothing could be judged, where that is so.
-        first_difference: Name of the first value that both graphs have and that differs, where one was looked for.
-        notes: What a reader should know besides.
-        seconds: Time taken.
+        arithmetic: Arithmetic of the models, which sets the tolerance.
+        tolerance: Allowed difference.
+        comparisons: A comparison for each text, in order.
+        faults: Faults that no text is needed for: a candidate that cannot be opened, or lacks outputs.
+        unverifiable: Reason why the models cannot be compared.
+        first_difference: Name of the first value of both graphs that differs, if searched for.
+        notes: Further remarks.
+        seconds: Time of the verification.
     """
 
     arithmetic: str
     tolerance: Tolerance
-    trials: tuple[Trial, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
     faults: tuple[str, ...] = ()
-    unknown: str | None = None
+    unverifiable: str | None = None
     first_difference: str | None = None
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
 
     @property
     def verdict(self) -> Verdict:
-        """Whether they are the same: "unknown" where the original cannot be run."""
-        if self.faults or any(trial.verdict == "different" for trial in self.trials):
+        """Whether both models compute the same; "unknown" if the reference model cannot be run."""
+        verdicts = {comparison.verdict for comparison in self.comparisons}
+        if self.faults or "different" in verdicts:
             return "different"
-        if self.unknown is not None or not any(trial.verdict == "same" for trial in self.trials):
-            return "unknown"
-        return "same"
+        return "unknown" if self.unverifiable is not None or "same" not in verdicts else "same"
 
     @property
     def ok(self) -> bool:
-        """Whether the model was run and computes what the original computes."""
+        """Whether the verdict is "same"."""
         return self.verdict == "same"
 
     @property
+    def bound(self) -> float:
+        """The largest error that is allowed."""
+        return self.tolerance.bound
+
+    @property
     def error(self) -> float | None:
-        """The largest error of all trials, None where nothing was compared."""
-        return max((trial.error for trial in self.trials if trial.error is not None), default=None)
+        """The largest error of all comparisons; None if nothing was compared."""
+        return max((one.error for one in self.comparisons if one.error is not None), default=None)
 
     @property
     def agreement(self) -> float | None:
-        """The least agreement of all trials, None where nothing was compared."""
-        return min((trial.agreement for trial in self.trials if trial.agreement is not None), default=None)
+        """The lowest agreement of all comparisons; None if nothing was compared."""
+        return min((one.agreement for one in self.comparisons if one.agreement is not None), default=None)
 
     @property
     def layer(self) -> int | None:
-        """The lowest layer found at fault, None where none can be named."""
-        return min((trial.layer for trial in self.trials if trial.layer is not None), default=None)
+        """The lowest faulty layer; None if none is located."""
+        return min((one.layer for one in self.comparisons if one.layer is not None), default=None)
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What stands against the model, a sentence each."""
+        """Reasons for a verdict other than "same", a sentence each."""
         return tuple(self._problems())
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all of it in types that JSON knows; a number that is not finite becomes a string."""
-        facts = {
-            "ok": self.ok,
-            "verdict": self.verdict,
-            "error": self.error,
-            "agreement": self.agreement,
-            "layer": self.layer,
-            "problems": list(self.problems),
-            **asdict(self),
-        }
-        plain: dict[str, Any] = _plain(facts)
+        """Return the report for JSON; a number that is not finite becomes a string."""
+        computed = ("ok", "verdict", "error", "bound", "agreement", "layer", "problems")
+        plain: dict[str, Any] = _plain({name: getattr(self, name) for name in computed} | asdict(self))
         return plain
 
     def _problems(self) -> Iterator[str]:
         yield from self.faults
-        for trial in self.trials:
-            if trial.verdict == "different":
-                yield f"{trial.scenario}: {trial.reason}"
+        for comparison in self.comparisons:
+            if comparison.verdict == "different":
+                yield f"{comparison.scenario}: {comparison.reason}"
         if self.first_difference is not None:
-            yield f"the first value of the same name that differs is `{self.first_difference}`"
+            yield f"the first value that differs is `{self.first_difference}`"
         if self.verdict == "unknown":
-            yield self.unknown or "the original cannot be run on any of the texts tried"
+            yield self.unverifiable or "the reference model fails on all texts"
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What is tried: texts with their padding, and how each is cut into calls."""
+"""Scenarios of a verification: random texts with padding, and their chunks."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from kvsurgeon.errors import UsageError
 from kvsurgeon.runtime import Tokens
 
 _RAGGED = (1, 5, 2, 7)
-_STEPS = (1, 1, 9, 1, 3)  # single tokens, with chunks between them
+_STEPS = (1, 1, 9, 1, 3)  # decode steps, with chunks between them
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextLengths:
-    """How much is tried.
+    """Sizes of the texts.
 
     Attributes:
-        short: Tokens of most texts.
-        long: Tokens of the longest; take more than three times the widest window for a model that has one.
-        batch: Rows of a batch.
+        short: Number of tokens of most texts.
+        long: Number of tokens of the longest text; more than three times the widest sliding window is best.
+        batch: Number of rows of a batch.
     """
 
     short: int = 14
@@ -36,31 +36,40 @@ class TextLengths:
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """One text (or a batch of them), and the chunks in which a decoder with a cache is given it."""
+    """A batch of texts, and the chunks in which the candidate model runs them.
+
+    Attributes:
+        name: Name of the scenario.
+        tokens: Token IDs, `[batch, sequence]`.
+        mask: 0 at padding, else 1; `[batch, sequence]`.
+        chunks: Number of tokens of each call.
+    """
 
     name: str
-    tokens: Tokens  # [batch, sequence]
-    mask: Tokens  # 1 where a token counts
+    tokens: Tokens
+    mask: Tokens
     chunks: tuple[int, ...]
 
     @property
     def spans(self) -> Iterator[tuple[int, int]]:
-        """The past and the total length of each call."""
+        """Past and total length of each call."""
         past = 0
         for chunk in self.chunks:
             yield past, past + chunk
             past += chunk
 
 
-def plan(*, lengths: TextLengths, batch: int | None, masked: bool, vocabulary: int, seed: int) -> tuple[Scenario, ...]:
-    """Return what is tried.
+def plan_scenarios(
+    *, lengths: TextLengths, batch: int | None, masked: bool, vocabulary: int, seed: int
+) -> tuple[Scenario, ...]:
+    """Return the scenarios of a verification.
 
     Args:
-        lengths: How long the texts are.
-        batch: The only batch size that both models take; None where they take any.
-        masked: Whether the models can be told of padding.
-        vocabulary: Number of ids to draw from.
-        seed: Where the texts come from.
+        lengths: Sizes of the texts.
+        batch: The only batch size that both models take; None for any.
+        masked: Whether both models take a mask.
+        vocabulary: Number of token IDs to draw from.
+        seed: Random seed.
     """
     rows, short, long = batch or 1, lengths.short, lengths.long
     random = np.random.default_rng(seed)
@@ -77,24 +86,24 @@ def plan(*, lengths: TextLengths, batch: int | None, masked: bool, vocabulary: i
         text("whole prefill", rows, short, (short,)),
         text("token by token", rows, short, (1,) * short),
         text("prefill and steps", rows, short, (first,) + (1,) * (short - first)),
-        text("ragged chunks", rows, short, cut(short, _RAGGED)),
+        text("ragged chunks", rows, short, split_length(short, _RAGGED)),
     ]
     many = batch or lengths.batch
     if many > 1:
-        scenarios.append(text("batch", many, short, cut(short, (first, *_STEPS))))
+        scenarios.append(text("batch", many, short, split_length(short, (first, *_STEPS))))
     if masked and first > 2:
         pads = (0, first - 1, 2) if many > 1 else (first - 2,)
-        scenarios.append(text("left padding", many, short, cut(short, (first, *_STEPS)), pads))
+        scenarios.append(text("left padding", many, short, split_length(short, (first, *_STEPS)), pads))
     if long > short:
         start = 2 * long // 3
-        scenarios.append(text("long past", rows, long, (start, *cut(long - start, _STEPS))))
+        scenarios.append(text("long past", rows, long, (start, *split_length(long - start, _STEPS))))
     return tuple(scenarios)
 
 
-def cut(length: int, pattern: tuple[int, ...]) -> tuple[int, ...]:
-    """Return chunks that follow the pattern, over and over, and sum to the length.
+def split_length(length: int, pattern: tuple[int, ...]) -> tuple[int, ...]:
+    """Return chunks that repeat a pattern and add up to a length.
 
-    >>> cut(14, (1, 5, 2, 7))
+    >>> split_length(14, (1, 5, 2, 7))
     (1, 5, 2, 6)
     """
     chunks: list[int] = []

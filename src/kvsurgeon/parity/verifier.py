@@ -1,203 +1,169 @@
-"""Whether a model with a cache computes what the original computes.
+"""Verification: whether a model with a cache computes what its reference model computes.
 
-The judge does not know the defendant: it looks at two files and at what onnxruntime makes of them. What the axes of
-inputs stand for it reads from the dims that the model with a cache declares.
+The verifier knows the two files and what onnxruntime computes of them. The meaning of inputs follows from the dims that
+the candidate model declares.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import onnx
-
 from kvsurgeon.errors import KvsurgeonError
-from kvsurgeon.parity.comparison import judge
-from kvsurgeon.parity.float_model import unrounded
-from kvsurgeon.parity.reference_model import Original
-from kvsurgeon.parity.report import Report, Trial
-from kvsurgeon.parity.runs import Hearing, hear, steady
-from kvsurgeon.parity.scenarios import Scenario, TextLengths, plan
-from kvsurgeon.parity.tolerance import ROUNDED, TOLERANCES, Arithmetic, Tolerance, arithmetic_of, load_graph
-from kvsurgeon.parity.trace import Graph, first_difference, telling
-from kvsurgeon.runtime import CachedDecoder, Optimisation, Source, fixed_size, folder_of, open_session
+from kvsurgeon.parity.comparison import compare
+from kvsurgeon.parity.first_difference import first_difference, simplest_difference
+from kvsurgeon.parity.model_source import ModelSource
+from kvsurgeon.parity.open_models import Opened, open_models, open_stable
+from kvsurgeon.parity.reference_model import ReferenceModel
+from kvsurgeon.parity.report import Comparison, Report
+from kvsurgeon.parity.scenarios import Scenario, TextLengths, plan_scenarios
+from kvsurgeon.parity.tolerance import ROUNDED, TOLERANCES, Arithmetic, Tolerance, arithmetic_of
+from kvsurgeon.runtime import CachedDecoder, Optimization, Source
 
-Progress = Callable[[int, int, str], None]  # trials done, trials in all, name of the next
-_UNFUSED: Optimisation = "basic"  # more would round again: `MatMulNBits` of 8-bit weights rounds activations
-_ROUNDINGS = 3  # a call's own ranges, its past's, and those of the whole text
-_ORDERS = 3  # of sums: in the call, in those before, and in the original
-_NEAR = 10  # times the tolerance: for fine arithmetic still well below what a wrong cache makes
-_FINE: frozenset[Arithmetic] = frozenset(("float64", "float32"))
+Progress = Callable[[int, int, str], None]  # steps done, steps in all, name of the next
+
+_UNFUSED: Optimization = "basic"  # "all" rounds again: `MatMulNBits` of 8-bit weights rounds activations
+_ROUNDINGS = 3  # in ranges of the call, of the calls before, and of the whole text
+_SUMS = 3  # of different order: in the call, in the calls before, and in the reference
+_NEAR = 10  # multiple of the bound, for exact arithmetic still well below the error of a wrong cache
+_EXACT: frozenset[Arithmetic] = frozenset(("float64", "float32"))
 
 
 def verify(
-    original: Source,
-    injected: Source,
+    reference: Source,
+    candidate: Source,
     *,
     seed: int = 0,
     lengths: TextLengths | None = None,
     folder: str | Path | None = None,
     threads: int | None = None,
-    optimisation: Optimisation = "all",
+    optimization: Optimization = "all",
     explain: bool = True,
     progress: Progress | None = None,
 ) -> Report:
-    """Run both models on the same random texts, whole and in chunks, and report whether they agree.
+    """Run both models on the same random texts, as a whole and in chunks, and compare all outputs and the cache.
 
     Args:
-        original: The model without a cache.
-        injected: The same model with one.
-        seed: Where the texts come from.
-        lengths: How long they are; a static or bounded original may make them shorter.
-        folder: Where the external data of models in memory lies.
-        threads: Threads that onnxruntime may use for one operator.
-        optimisation: How far onnxruntime may rewrite both graphs; less, with a note, where that makes the original
-            disagree with itself.
-        explain: Whether to look for the first value that differs where they do not agree.
-        progress: Told before each trial.
+        reference: The model without a cache.
+        candidate: The same model with a cache.
+        seed: Random seed of the texts.
+        lengths: Sizes of the texts; shorter if a model takes no more.
+        folder: Folder of the external data of models in memory.
+        threads: Number of threads per operator.
+        optimization: Level of onnxruntime's graph optimization; lower, with a note, if the reference is unstable at it.
+        explain: Whether to search for the first value that differs.
+        progress: Called before each scenario.
 
     Returns:
-        What was tried and found. A mismatch is reported, never raised.
+        A report; a difference is returned, not raised.
 
     Raises:
-        InputError: The original cannot be read.
+        InputError: The reference cannot be read.
     """
     start = time.perf_counter()
-    trial = partial(
-        _tried, seed=seed, lengths=lengths or TextLengths(), threads=threads, explain=explain, progress=progress
+    run = partial(
+        _compare_all, seed=seed, lengths=lengths or TextLengths(), threads=threads, explain=explain, progress=progress
     )
-    graphs = load_graph(original), load_graph(injected)
-    sides = [_Side(source=source, graph=graph, folder=folder_of(source, folder))
-             for source, graph in zip((original, injected), graphs, strict=True)]  # fmt: skip
-    report, known = trial(*sides, optimisation=optimisation)
+    models = (
+        ModelSource.of(reference, "the reference model", folder),
+        ModelSource.of(candidate, "the candidate model", folder),
+    )
+    report, opened = run(models, optimization=optimization)
     if report.arithmetic in ROUNDED:
-        exact = [side for side in map(_Side.unrounded, sides) if side is not None]
-        if len(exact) == len(sides):
-            wobble = 0.0 if known is None else known.wobble
-            report = _weighed(report, wobble, trial(*exact, optimisation=_UNFUSED)[0])
-    elif known is not None and _is_near(report):
-        moved = _moved(known, sides[0], threads, seed)
-        wider = report.tolerance.widened(min(_ORDERS * moved, _NEAR * report.tolerance.error))
-        if wider.error > report.tolerance.error:
-            said = f"the original's own logits move by {moved:.2g} where onnxruntime adds them up in another order"
-            report, _ = trial(*sides, optimisation=optimisation, tolerance=wider)
-            report = replace(report, notes=(*report.notes, said))
+        in_floats = models[0].in_floats(), models[1].in_floats()
+        if in_floats[0] is not None and in_floats[1] is not None:
+            exact, _ = run((in_floats[0], in_floats[1]), optimization=_UNFUSED)
+            report = _without_rounding(report, 0.0 if opened is None else opened.noise_floor, exact)
+    elif opened is not None and _nearly_same(report):
+        noise = _summation_noise(opened, models[0], threads, seed)
+        tolerance = report.tolerance.widened(min(_SUMS * noise, _NEAR * report.bound))
+        if tolerance.bound > report.bound:
+            report, _ = run(models, optimization=optimization, tolerance=tolerance)
+            note = f"the reference model's logits differ by {noise:.2g} if onnxruntime adds in another order"
+            report = replace(report, notes=(*report.notes, note))
     return replace(report, seconds=time.perf_counter() - start)
 
 
-def _is_near(report: Report) -> bool:
-    """Whether two models differ by so little that it may be the order in which sums are taken."""
-    ran = not report.faults and all(trial.error is not None for trial in report.trials if trial.verdict == "different")
-    near = report.error is not None and report.error <= _NEAR * report.tolerance.error
-    return report.verdict == "different" and report.arithmetic in _FINE and ran and near
+def _nearly_same(report: Report) -> bool:
+    """Whether two models differ by no more than sums in another order may explain."""
+    different = [comparison for comparison in report.comparisons if comparison.verdict == "different"]
+    ran = not report.faults and all(comparison.error is not None for comparison in different)
+    near = report.error is not None and report.error <= _NEAR * report.bound
+    return report.verdict == "different" and report.arithmetic in _EXACT and ran and near
 
 
-def _moved(known: Original, side: _Side, threads: int | None, seed: int) -> float:
-    """How far the original is from itself as it is written, which onnxruntime rewrote; 0 where that cannot be run."""
+def _summation_noise(reference: ReferenceModel, model: ModelSource, threads: int | None, seed: int) -> float:
+    """Return the error of the reference without graph optimization, which adds in another order; 0 if it fails."""
     try:
-        written = open_session(
-            side.source, folder=side.folder, threads=threads, optimisation="off", name="the original"
-        )
-        return known.moved(written, seed)
+        return reference.distance_to(model.open("off", threads), seed)
     except KvsurgeonError:
         return 0.0
 
 
-def _weighed(report: Report, wobble: float, exact: Report) -> Report:
-    """Return what is to be said of two models that round: the same apart from that, and fit to run as they are?
+def _without_rounding(report: Report, noise_floor: float, exact: Report) -> Report:
+    """Return the report on two models that round activations to 8 bits.
+
+    It is that on the models without rounding, unless the models with rounding fail or differ by more than rounding.
 
     Args:
-        report: Of the models as they are.
-        wobble: How far the original, as it is, is from itself where other tokens follow.
-        exact: Of the models with nothing rounded.
+        report: Report on the models with rounding.
+        noise_floor: Error of the reference with rounding, between its logits with and without later tokens.
+        exact: Report on the models without rounding.
     """
     if exact.verdict == "unknown" or report.verdict == "unknown":
         return report
     exact = replace(exact, arithmetic=report.arithmetic)
     if exact.verdict == "different":
-        return replace(exact, notes=(*exact.notes, "judged with nothing rounded to 8 bits"))
-    failed = report.faults or any(trial.verdict == "different" and trial.error is None for trial in report.trials)
-    allowed = max(report.tolerance.error, _ROUNDINGS * wobble)
-    if failed or report.error is None or not report.error <= allowed:
+        return replace(exact, notes=(*exact.notes, "verified without rounding to 8 bits"))
+    failed = report.faults or any(one.verdict == "different" and one.error is None for one in report.comparisons)
+    if failed or report.error is None or not report.error <= max(report.bound, _ROUNDINGS * noise_floor):
         return report
-    said = f"judged with nothing rounded to 8 bits; rounding sets logits apart by {report.error:.2g} of their spread"
-    if wobble > report.tolerance.error:
-        said += f", and the original's own by {wobble:.2g} where other tokens follow"
-    return replace(exact, notes=(*exact.notes, said))
+    note = f"verified without rounding to 8 bits; with it, logits differ by {report.error:.2g} of their spread"
+    if noise_floor > report.bound:
+        note += f", and the reference model's own by {noise_floor:.2g} if other tokens follow"
+    return replace(exact, notes=(*exact.notes, note))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Side:
-    """One of the two models."""
-
-    source: Source
-    graph: onnx.ModelProto  # without external weights
-    folder: Path | None  # where these lie
-
-    def unrounded(self) -> _Side | None:
-        """The model with nothing rounded to 8 bits, where that can be had."""
-        graph = unrounded(self.graph)
-        return None if graph is None else replace(self, source=graph, graph=graph)
-
-
-def _tried(
-    original: _Side, injected: _Side, *, seed: int, lengths: TextLengths, threads: int | None,
-    optimisation: Optimisation,
-    explain: bool, progress: Progress | None, tolerance: Tolerance | None = None,
-) -> tuple[Report, Original | None]:  # fmt: skip
-    """Return what comes of running both, and the original as it was heard; none where nothing could be judged."""
-    arithmetic = arithmetic_of(original.graph)
+def _compare_all(
+    models: tuple[ModelSource, ModelSource], *, seed: int, lengths: TextLengths, threads: int | None,
+    optimization: Optimization, explain: bool, progress: Progress | None, tolerance: Tolerance | None = None,
+) -> tuple[Report, ReferenceModel | None]:  # fmt: skip
+    """Compare both models on all scenarios; return the report and the reference model, if both could be opened."""
+    arithmetic = arithmetic_of(models[0].graph)
     blank = Report(arithmetic=arithmetic, tolerance=tolerance or TOLERANCES[arithmetic])
 
-    def ask(level: Optimisation) -> Hearing:
-        models = [
-            partial(open_session, side.source, folder=side.folder, threads=threads, optimisation=level, name=name)
-            for side, name in ((original, "the original"), (injected, "the model with a cache"))
-        ]
-        return hear(blank, *models, lengths=lengths, seed=seed)
+    def open_at(level: Optimization) -> Opened:
+        sessions = (partial(model.open, level, threads) for model in models)
+        return open_models(blank, *sessions, lengths=lengths, seed=seed)
 
-    hearing = steady(ask, optimisation)
-    known, cached, report = hearing.original, hearing.cached, hearing.report
-    if known is None or cached is None:
+    report, reference, candidate = open_stable(open_at, optimization)
+    if reference is None or candidate is None:
         return report, None
-    scenarios = _plan(known, cached, seed)
-    trials = _try(scenarios, known, cached, report, progress)
-    report = replace(report, trials=trials, notes=report.notes + known.notes + _unjudged(trials))
-    scenario = telling(scenarios, trials)
-    if explain and scenario is not None:
-        before, after = (Graph(model=side.graph, folder=side.folder) for side in (original, injected))
-        name = first_difference(
-            before,
-            after,
-            scenario,
-            original=known,
-            cache=cached.cache,
-            allowed=report.tolerance.error,
-            threads=threads,
-        )
-        report = replace(report, first_difference=name)
-    return report, known
-
-
-def _plan(known: Original, cached: CachedDecoder, seed: int) -> tuple[Scenario, ...]:
-    batch = 1 if known.by_rows else fixed_size(cached.inputs, cached.session.inputs, "batch")
-    masked = cached.inputs.masked and known.inputs.masked
-    return plan(lengths=known.lengths, batch=batch, masked=masked, vocabulary=known.vocabulary, seed=seed)
-
-
-def _try(
-    scenarios: tuple[Scenario, ...], known: Original, cached: CachedDecoder, report: Report, progress: Progress | None
-) -> tuple[Trial, ...]:
-    trials = []
+    scenarios = _scenarios(reference, candidate, seed)
+    comparisons: list[Comparison] = []
     for number, scenario in enumerate(scenarios):
         if progress is not None:
             progress(number, len(scenarios), scenario.name)
-        trials.append(judge(scenario, known, cached, report.tolerance))
-    return tuple(trials)
+        comparisons.append(compare(scenario, reference, candidate, report.tolerance))
+    skipped = (f"{one.scenario} was not compared: {one.reason}" for one in comparisons if one.verdict == "unknown")
+    report = replace(report, comparisons=tuple(comparisons), notes=(*report.notes, *reference.notes, *skipped))
+    simplest = simplest_difference(scenarios, comparisons)
+    if explain and simplest is not None:
+        name = first_difference(
+            models, simplest, reference=reference, cache=candidate.cache, bound=report.bound, threads=threads
+        )
+        report = replace(report, first_difference=name)
+    return report, reference
 
 
-def _unjudged(trials: tuple[Trial, ...]) -> tuple[str, ...]:
-    return tuple(f"{trial.scenario} was not judged: {trial.reason}" for trial in trials if trial.verdict == "unknown")
+def _scenarios(reference: ReferenceModel, candidate: CachedDecoder, seed: int) -> tuple[Scenario, ...]:
+    return plan_scenarios(
+        lengths=reference.lengths,
+        batch=1 if reference.single_row else candidate.batch,
+        masked=candidate.inputs.masked and reference.inputs.masked,
+        vocabulary=reference.vocabulary,
+        seed=seed,
+    )

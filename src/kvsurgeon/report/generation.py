@@ -6,10 +6,10 @@ import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvsurgeon.runtime import Sampling, Writer
+    from kvsurgeon.runtime import Sampling, TextGenerator
 
 
-def print_generation(writer: Writer, prompt: str, *, max_new_tokens: int, sampling: Sampling) -> None:
+def print_generation(writer: TextGenerator, prompt: str, *, max_new_tokens: int, sampling: Sampling) -> None:
     """Print the continuation of `prompt` token by token, and its speed on stderr."""
     if sys.stdout.isatty():
         sys.stdout.write(prompt)

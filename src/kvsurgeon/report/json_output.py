@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from kvsurgeon.passes.contract import Pass
     from kvsurgeon.targets import Incompatibility, Target
     from kvsurgeon.workflow.pipeline import PipelineRun
-    from kvsurgeon.workflow.verification import Sameness
 
 
 def print_json(document: Any) -> None:
@@ -46,17 +45,9 @@ def run_json(run: PipelineRun) -> dict[str, Any]:
         ],
         "notes": list(run.notes),
         "verified": run.verification is not None,
-        "verification": None if run.report is None else run.report.as_dict(),
+        "verification": None if run.verification is None else run.verification.as_dict(),
         "loss": None if run.loss is None else run.loss.as_dict(),
     }
-
-
-def verification_json(verification: Sameness) -> dict[str, Any]:
-    """Return the verdict, and the whole report if the model gained a cache."""
-    if verification.report is not None:
-        return verification.report.as_dict()
-    verdict = verification.verdict
-    return {"ok": verdict == "same", "verdict": verdict, "problems": list(verification.problems)}
 
 
 def passes_json() -> list[dict[str, Any]]:

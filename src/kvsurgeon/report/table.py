@@ -14,10 +14,9 @@ from kvsurgeon.passes.contract import Unchanged
 
 if TYPE_CHECKING:
     from kvsurgeon.anatomy import Attention, CachedTensor, Decoder, Mask
-    from kvsurgeon.parity import Loss, Report
+    from kvsurgeon.parity import AccuracyLoss, Report
     from kvsurgeon.targets import Incompatibility
     from kvsurgeon.workflow.pipeline import PassResult, PipelineRun
-    from kvsurgeon.workflow.verification import Sameness
 
 _NUMBERS = ("layer", "query heads", "kv heads", "head dim", "scale", "rotary", "B/token", "batch", "tokens", "error")
 _CACHE_MODES = {"dynamic": "dynamic", "static": "static buffer", "new-tokens": "only new rows returned"}
@@ -53,44 +52,35 @@ def decoder_table(decoder: Decoder) -> RenderableType:
 def report_table(report: Report) -> RenderableType:
     """Return a row for each scenario of a verification, and the verdict."""
     table = _table("scenario", "batch", "tokens", "chunks", "error", "same token", "verdict")
-    for trial in report.trials:
+    for one in report.comparisons:
         _add_row(
             table,
-            trial.scenario,
-            str(trial.batch),
-            str(trial.length),
-            _chunks(trial.chunks),
-            "-" if trial.error is None else f"{trial.error:.1e}",
-            "-" if trial.agreement is None else f"{trial.agreement:.1%}",
-            trial.verdict,
+            one.scenario,
+            str(one.batch),
+            str(one.length),
+            _chunks(one.chunks),
+            "-" if one.error is None else f"{one.error:.1e}",
+            "-" if one.agreement is None else f"{one.agreement:.1%}",
+            one.verdict,
         )
     lines = [f"{report.verdict}: {_largest_error(report)}"]
     lines += [f"  ✗ {problem}" for problem in report.problems] + [f"  note: {note}" for note in report.notes]
-    return Group(*([table] if report.trials else []), *map(Text, lines))
+    return Group(*([table] if report.comparisons else []), *map(Text, lines))
 
 
-def verification_table(verification: Sameness) -> RenderableType:
-    """Return the verdict on two models, with the report if the candidate gained a cache."""
-    if verification.report is not None:
-        return report_table(verification.report)
-    verdicts = {"same": "all outputs are equal", "different": "outputs differ", "unknown": "nothing was compared"}
-    lines = [f"{verification.verdict}: {verdicts[verification.verdict]}"]
-    return Group(*map(Text, lines + [f"  ✗ {problem}" for problem in verification.problems]))
-
-
-def loss_table(loss: Loss) -> RenderableType:
+def loss_table(loss: AccuracyLoss) -> RenderableType:
     """Return the loss of accuracy, with a row for each attention layer if these were measured."""
     lines = [
         f"loss on {loss.text}, {loss.tokens} tokens:",
-        f"  KL divergence  {loss.divergence:.4g} nats per token",
+        f"  KL divergence  {loss.kl_divergence:.4g} nats per token",
         f"  same token     {loss.agreement:.1%}",
-        f"  perplexity     {loss.perplexity_before:.5g} before, {loss.perplexity_after:.5g} after",
+        f"  perplexity     {loss.reference_perplexity:.5g} before, {loss.candidate_perplexity:.5g} after",
     ]
-    if not loss.layers:
+    if not loss.layer_errors:
         return Group(*map(Text, lines))
     table = _table("layer", "error")
-    for layer in loss.layers:
-        _add_row(table, str(layer.layer), f"{layer.error:.1%}")
+    for layer, error in enumerate(loss.layer_errors):
+        _add_row(table, str(layer), f"{error:.1%}")
     return Group(*map(Text, lines), Text("output of each attention layer, the loss of earlier layers included:"), table)
 
 
@@ -98,8 +88,8 @@ def run_summary(run: PipelineRun) -> RenderableType:
     """Return a line for each pass, the verdict of the verification, and the path of the model."""
     lines = [_pass_line(step) for step in run.steps] + [f"  note: {note}" for note in run.notes]
     if run.verification is not None:
-        lines.append("verified: " + ("all outputs are equal" if run.report is None else _largest_error(run.report)))
-        lines += [f"  note: {note}" for note in (() if run.report is None else run.report.notes)]
+        lines.append(f"verified: {_largest_error(run.verification)}")
+        lines += [f"  note: {note}" for note in run.verification.notes]
     elif run.loss is None:
         lines.append("not verified")
     loss = () if run.loss is None else (loss_table(run.loss),)
@@ -248,5 +238,5 @@ def _chunks(chunks: tuple[int, ...]) -> str:
 def _largest_error(report: Report) -> str:
     if report.error is None:
         return "nothing was compared"
-    allowed = f"{report.tolerance.error:.0e} for {report.arithmetic}"
+    allowed = f"{report.bound:.0e} for {report.arithmetic}"
     return f"largest error {report.error:.1e} of the spread of the logits (allowed {allowed}), {report.seconds:.1f} s"

@@ -1,11 +1,11 @@
-"""Models that run: sessions, what they are given, decoding with and without a cache, and text.
+"""Models in onnxruntime: sessions, input values, decoding with and without a cache, and text generation.
 
-Of a model nothing is used but its file and what it declares: names, types and dims of inputs and outputs.
+Of a model only the file and the declared names, types and dims of its inputs and outputs are used.
 """
 
 from kvsurgeon.runtime.axes import (
     Axis,
-    CacheEntry,
+    CacheIO,
     axes_of,
     cache_entries,
     cache_mismatch,
@@ -15,33 +15,34 @@ from kvsurgeon.runtime.axes import (
     may_be_past,
     token_axes,
 )
-from kvsurgeon.runtime.cache_managers import CacheManager, CacheSpec, read_cache_metadata
-from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder, has_cache, logits_name
-from kvsurgeon.runtime.feeds import Given, Inputs, Tokens, fixed_size, inputs_of
-from kvsurgeon.runtime.generate import Generation, Token, Writer, generate
+from kvsurgeon.runtime.cache_managers import CacheManager, DeclaredCache, read_cache_metadata
+from kvsurgeon.runtime.decoder import CachedDecoder, Runnable, UncachedDecoder, logits_name
+from kvsurgeon.runtime.feeds import DecoderInputs, InputSpec, Tokens, fixed_size, inputs_of
+from kvsurgeon.runtime.generate import GeneratedToken, Generation, TextGenerator, generate
 from kvsurgeon.runtime.sampling import Sampling
-from kvsurgeon.runtime.session import Optimisation, Session, Source, folder_of, model_file, open_session, useful_line
-from kvsurgeon.runtime.tensors import Array, Tensor, from_proto, from_runtime, to_runtime
+from kvsurgeon.runtime.session import Optimization, Session, Source, folder_of, model_file, open_session
+from kvsurgeon.runtime.tensors import Array, ValueInfo, from_proto, from_runtime, to_runtime
 
 __all__ = [
     "Array",
     "Axis",
-    "CacheEntry",
+    "CacheIO",
     "CacheManager",
-    "CacheSpec",
     "CachedDecoder",
+    "DeclaredCache",
+    "DecoderInputs",
+    "GeneratedToken",
     "Generation",
-    "Given",
-    "Inputs",
-    "Optimisation",
+    "InputSpec",
+    "Optimization",
+    "Runnable",
     "Sampling",
     "Session",
     "Source",
-    "Tensor",
-    "Token",
+    "ValueInfo",
+    "TextGenerator",
     "Tokens",
     "UncachedDecoder",
-    "Writer",
     "axes_of",
     "cache_entries",
     "cache_mismatch",
@@ -52,7 +53,6 @@ __all__ = [
     "from_proto",
     "from_runtime",
     "generate",
-    "has_cache",
     "inputs_of",
     "is_past",
     "logits_name",
@@ -62,5 +62,4 @@ __all__ = [
     "read_cache_metadata",
     "to_runtime",
     "token_axes",
-    "useful_line",
 ]

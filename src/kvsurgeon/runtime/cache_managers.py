@@ -1,8 +1,8 @@
-"""Hosts: what keeps a cache between calls, one for each cache mode.
+"""Cache managers: they keep the cache between calls, one class for each cache mode.
 
-Which one a model needs is read from the dims of its pasts and presents: `past_sequence_length` rows in and all out
-grow; a buffer of `max_length` rows in and out is written in place; where only the rows of the new tokens come out, the
-host puts them behind its past. Where dims are numbers, a note in the file's metadata tells.
+The mode follows from the dims of pasts and presents: `dynamic` takes `past_sequence_length` rows and returns all rows;
+`static` takes and returns a buffer of `max_length` rows, updated in place; `new-tokens` returns the rows of new tokens
+only. For dims that are numbers, the metadata of the file gives the mode.
 """
 
 from __future__ import annotations
@@ -11,292 +11,273 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
 from kvsurgeon.errors import BrokenCacheError, RunError
-from kvsurgeon.runtime.axes import CacheEntry, Layout, axis_of, shape_with_rows
-from kvsurgeon.runtime.tensors import Array, Dim, Tensor, from_runtime, to_runtime
+from kvsurgeon.runtime.axes import CacheIO, Layout, axis_of, shape_with_rows
+from kvsurgeon.runtime.tensors import Array, Dim, ValueInfo, from_runtime, to_runtime
 
 CacheMode = Literal["dynamic", "static", "new-tokens"]
 
-NOTE = "kvsurgeon.cache"  # key of the note in a file's metadata
-STALE = 7  # lies in rows that no token was written to: whoever reads them gives wrong numbers
-SPARE = 3  # unfilled rows of a past whose length the model leaves open, where there is room for them
-SMALLEST = 64  # rows of a buffer whose length the model leaves open, if it can be run on so many
+METADATA_KEY = "kvsurgeon.cache"
+UNFILLED = 7  # value of rows without a token: reading them gives wrong results
+UNFILLED_ROWS = 3  # in front of a past of any length, if the model allows as many
+SMALLEST_BUFFER = 64  # rows of a static cache of any length, if the model allows as many
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheSpec:
-    """What a model's file notes of its cache."""
+class DeclaredCache:
+    """The cache as the metadata of a model file declares it.
+
+    Attributes:
+        cache_mode: Cache mode, if declared.
+        layouts: Layouts of keys and values, by part.
+        max_length: Number of tokens that a text may have.
+        batch_chunks: Whether a batch of several rows takes more than one token after a past.
+        outputs: Dims of outputs that the graph declares as numbers.
+    """
 
     cache_mode: CacheMode | None = None
-    layouts: Mapping[str, Layout] = field(default_factory=dict)  # of keys and of values
-    max_length: int | None = None  # tokens that a text may have
-    batch_chunks: bool = True  # whether several sequences at once take more than one token behind a past
-    outputs: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)  # dims of some, where the file has numbers
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
+    max_length: int | None = None
+    batch_chunks: bool = True
+    outputs: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
 
-    def meant(self, output: Tensor) -> Tensor:
-        """Return an output with the dims that are noted of it."""
+    def with_dims(self, output: ValueInfo) -> ValueInfo:
+        """Return an output with the dims that the metadata declares."""
         dims = self.outputs.get(output.name, ())
         return replace(output, dims=dims) if len(dims) == len(output.dims) else output
 
 
-class CacheManager(Protocol):
-    """Keeps a cache between calls."""
-
-    def longest(self, step_length: int) -> int | None:
-        """Return how long a text may be that is given in calls of so many tokens; None where it may have any length."""
-
-    @property
-    def into(self) -> Mapping[str, Any]:
-        """Values that presents are written to; the others are made by the call."""
-
-    def reset(self) -> None:
-        """Forget all rows."""
-
-    def given(self, batch: int, past: int, new: int) -> dict[str, Any]:
-        """Return what each past is given in a call on `new` tokens."""
-
-    def margins(self, past: int, total: int, new: int) -> tuple[int, int]:
-        """Return how much longer, before and after, a mask is than the tokens so far."""
-
-    def keep(self, results: Mapping[str, Any], past: int, new: int, size: int) -> None:
-        """Keep the first `new` of the `size` rows that a call gave."""
-
-    def rows(self, entry: CacheEntry, total: int) -> Array:
-        """Return a row for each token so far."""
-
-
-def read_cache_metadata(metadata: Mapping[str, str]) -> CacheSpec:
-    """Return what a file notes of its cache; nothing where it notes nothing that can be read."""
+def read_cache_metadata(metadata: Mapping[str, str]) -> DeclaredCache:
+    """Return the cache that the metadata of a file declares; unreadable metadata declares nothing."""
     try:
-        told = json.loads(metadata.get(NOTE, "{}"))
-        layouts = {part: tuple(told.get(f"{part}_layout", ())) for part in ("key", "value")}
-        known = {part: layout for part, layout in layouts.items() if "sequence" in layout}
-        outputs = {name: tuple(dims) for name, dims in told.get("outputs", {}).items()}
-        longest = told.get("max_length")
-        longest = longest if isinstance(longest, int) and longest > 0 else None
-        return CacheSpec(
-            cache_mode=cast("CacheMode | None", told.get("mode")), layouts=known, max_length=longest,
-            batch_chunks=told.get("batch_chunks") is not False, outputs=outputs,
-        )  # fmt: skip
+        stored = json.loads(metadata.get(METADATA_KEY, "{}"))
+        layouts = {part: tuple(stored.get(f"{part}_layout", ())) for part in ("key", "value")}
+        max_length = stored.get("max_length")
+        return DeclaredCache(
+            cache_mode=cast("CacheMode | None", stored.get("mode")),
+            layouts={part: layout for part, layout in layouts.items() if "sequence" in layout},
+            max_length=max_length if isinstance(max_length, int) and max_length > 0 else None,
+            batch_chunks=stored.get("batch_chunks") is not False,
+            outputs={name: tuple(dims) for name, dims in stored.get("outputs", {}).items()},
+        )
     except (ValueError, TypeError, AttributeError):
-        return CacheSpec()
+        return DeclaredCache()
 
 
-def find_counter(inputs: Sequence[Tensor]) -> str | None:
-    """Return the input that is given the number of past tokens, once or for each text, if there is one."""
-    able = [t.name for t in inputs if t.integer and t.name.startswith("past") and _is_a_number(t)]
-    return able[0] if able else None
+def find_length_input(inputs: Sequence[ValueInfo]) -> ValueInfo | None:
+    """Return the input that takes the number of past tokens, for all rows or for each."""
+    return next((tensor for tensor in inputs if tensor.name.startswith("past") and _is_length(tensor)), None)
 
 
-def _is_a_number(tensor: Tensor) -> bool:
-    alone = all(dim == 1 for dim in tensor.dims)
-    return alone or (len(tensor.dims) == 1 and axis_of(tensor.dims[0]) not in ("new", "total"))
-
-
-def open_cache_manager(cache: Sequence[CacheEntry], note: CacheSpec) -> CacheManager:
-    """Return the host that a model needs."""
-    cache_mode = note.cache_mode or _told_by_dims(cache[0])
-    rows = cache[0].past.dims[cache[0].axis]
-    fixed = rows if isinstance(rows, int) else None
-    if cache_mode == "static":
-        return StaticCacheManager(cache, fixed, note.max_length)
-    return (
-        NewTokensCacheManager(cache, fixed, note.max_length)
-        if cache_mode == "new-tokens"
-        else DynamicCacheManager(cache, note.max_length)
-    )
-
-
-def _told_by_dims(entry: CacheEntry) -> CacheMode:
-    given, returned = entry.past.dims[entry.axis], entry.returned
-    if given == returned and (isinstance(given, int) or axis_of(given) == "room"):
-        return "static"
-    return "new-tokens" if axis_of(returned) == "new" else "dynamic"
+def _is_length(tensor: ValueInfo) -> bool:
+    single = all(dim == 1 for dim in tensor.dims)
+    per_row = len(tensor.dims) == 1 and axis_of(tensor.dims[0]) not in ("sequence", "total")
+    return tensor.integer and (single or per_row)
 
 
 class DynamicCacheManager:
-    """Each present is the next call's past."""
+    """Cache mode `dynamic`: each present is the past of the next call."""
 
-    into: Mapping[str, Any] = {}
+    bound_outputs: Mapping[str, Any] = {}
 
-    def __init__(self, cache: Sequence[CacheEntry], most: int | None = None) -> None:
+    def __init__(self, cache: Sequence[CacheIO], max_length: int | None = None) -> None:
         self.cache = cache
-        self.most = most
+        self.max_length = max_length
         self._pasts: dict[str, Any] = {}
 
-    def longest(self, step_length: int) -> int | None:
-        """Any text has room that the model can be run on."""
-        return self.most
+    def longest_text(self, step_length: int) -> int | None:
+        """Return the most tokens of a text in calls of `step_length` tokens; None for any number."""
+        return self.max_length
 
     def reset(self) -> None:
-        """Forget all rows."""
+        """Empty the cache."""
         self._pasts = {}
 
-    def given(self, batch: int, past: int, new: int) -> dict[str, Any]:
-        """Return the presents of the call before, or pasts without rows."""
-        return self._pasts or {entry.past.name: to_runtime(_filled(entry, batch, 0)) for entry in self.cache}
+    def pasts(self, batch: int, past: int, new: int) -> dict[str, Any]:
+        """Return the pasts of a call on `new` tokens."""
+        return self._pasts or {entry.past.name: to_runtime(_unfilled(entry, batch, 0)) for entry in self.cache}
 
-    def margins(self, past: int, total: int, new: int) -> tuple[int, int]:
-        """A mask is as long as the tokens so far."""
+    def mask_padding(self, past: int, total: int, new: int) -> tuple[int, int]:
+        """Return the number of masked elements that a mask needs before and after those of the `total` tokens."""
         return 0, 0
 
-    def keep(self, results: Mapping[str, Any], past: int, new: int, size: int) -> None:
-        """Keep the presents."""
+    def store(self, results: Mapping[str, Any], past: int, new: int, size: int) -> None:
+        """Store the first `new` of the `size` rows that a call returned."""
         for entry in self.cache:
-            _check(entry, results[entry.present].shape(), past + new, new)
+            _check_present(entry, results[entry.present].shape(), past + new, new)
         self._pasts = {entry.past.name: results[entry.present] for entry in self.cache}
 
-    def rows(self, entry: CacheEntry, total: int) -> Array:
-        """Return a row for each token so far."""
+    def rows(self, entry: CacheIO, total: int) -> Array:
+        """Return one row for each of the `total` tokens."""
         return from_runtime(self._pasts[entry.past.name])
 
 
 class StaticCacheManager:
-    """One buffer for past and present of an entry, with room for more tokens than there are."""
+    """Cache mode `static`: past and present share one buffer, with rows for more tokens than the text has."""
 
-    def __init__(self, cache: Sequence[CacheEntry], room: int | None, most: int | None = None) -> None:
+    def __init__(self, cache: Sequence[CacheIO], capacity: int | None, max_length: int | None = None) -> None:
         self.cache = cache
-        self.room = room
-        self.most = most
+        self.capacity = capacity
+        self.max_length = capacity or max_length
         self._buffers: dict[str, Any] = {}
         self._rows = 0
 
-    def longest(self, step_length: int) -> int | None:
-        """A call has room if all its tokens do, those in excess too."""
-        room = self.room or self.most
-        return None if room is None else room - step_length + 1
+    def longest_text(self, step_length: int) -> int | None:
+        """Return the most tokens of a text in calls of `step_length` tokens, each of which needs as many free rows."""
+        return None if self.max_length is None else self.max_length - step_length + 1
 
     @property
-    def into(self) -> Mapping[str, Any]:
-        """Each present is written to the buffer that its past is read from."""
+    def bound_outputs(self) -> Mapping[str, Any]:
+        """The buffer that each present is written to: that of its past."""
         return {entry.present: self._buffers[entry.past.name] for entry in self.cache}
 
     def reset(self) -> None:
-        """Let all rows be stale."""
+        """Drop the buffers."""
         self._buffers = {}
 
-    def given(self, batch: int, past: int, new: int) -> dict[str, Any]:
-        """Return the buffers, made longer where there is no room for the new rows.
+    def pasts(self, batch: int, past: int, new: int) -> dict[str, Any]:
+        """Return the buffers, enlarged if the new rows need it.
 
         Raises:
-            RunError: They cannot be made longer.
+            RunError: The cache has too few rows.
         """
         needed = past + new
-        room = self.room or self.most
-        if room is not None and needed > room:
-            raise RunError(f"expected at most {room} tokens, as many as the cache has rows for, found {needed}")
+        if self.max_length is not None and needed > self.max_length:
+            raise RunError(f"expected at most {self.max_length} tokens, the rows of the cache, found {needed}")
         if not self._buffers or needed > self._rows:
-            self._rows = self.room or min(max(SMALLEST, 2 * needed), room or sys.maxsize)
-            self._buffers = {entry.past.name: to_runtime(self._longer(entry, batch, past)) for entry in self.cache}
+            self._rows = self.capacity or min(max(SMALLEST_BUFFER, 2 * needed), self.max_length or sys.maxsize)
+            self._buffers = {entry.past.name: to_runtime(self._enlarged(entry, batch, past)) for entry in self.cache}
         return dict(self._buffers)
 
-    def _longer(self, entry: CacheEntry, batch: int, past: int) -> Array:
-        buffer = _filled(entry, batch, self._rows)
+    def _enlarged(self, entry: CacheIO, batch: int, past: int) -> Array:
+        buffer = _unfilled(entry, batch, self._rows)
         if self._buffers:
-            buffer[_span(entry, 0, past)] = self.rows(entry, past)
+            buffer[_rows(entry, past)] = self.rows(entry, past)
         return buffer
 
-    def margins(self, past: int, total: int, new: int) -> tuple[int, int]:
-        """A mask has a place for each row of the buffer."""
+    def mask_padding(self, past: int, total: int, new: int) -> tuple[int, int]:
+        """Return the padding of a mask, which has an element for each row of the buffer."""
         return 0, self._rows - total
 
-    def keep(self, results: Mapping[str, Any], past: int, new: int, size: int) -> None:
-        """Keep nothing: the rows were written where they belong."""
+    def store(self, results: Mapping[str, Any], past: int, new: int, size: int) -> None:
+        """Do nothing: the call wrote the rows to the buffers."""
 
-    def rows(self, entry: CacheEntry, total: int) -> Array:
-        """Return a row for each token so far."""
-        return from_runtime(self._buffers[entry.past.name])[_span(entry, 0, total)]
+    def rows(self, entry: CacheIO, total: int) -> Array:
+        """Return one row for each of the `total` tokens."""
+        return from_runtime(self._buffers[entry.past.name])[_rows(entry, total)]
 
 
 class NewTokensCacheManager:
-    """A past of rows that the host puts together: as many as there are, or a fixed number, the unfilled ones first."""
+    """Cache mode `new-tokens`: new rows are appended here; a past of fixed length starts with unfilled rows."""
 
-    into: Mapping[str, Any] = {}
+    bound_outputs: Mapping[str, Any] = {}
 
-    def __init__(self, cache: Sequence[CacheEntry], held: int | None, most: int | None = None) -> None:
+    def __init__(self, cache: Sequence[CacheIO], capacity: int | None, max_length: int | None = None) -> None:
         self.cache = cache
-        self.held = held
-        self.most = most
+        self.capacity = capacity
+        self.max_length = max_length
         self._rows: dict[str, Array] = {}
 
-    def longest(self, step_length: int) -> int | None:
-        """The rows of the past, and at least one new token; any text has room else that the model can be run on."""
-        return self.most if self.held is None else self.held + 1
+    def longest_text(self, step_length: int) -> int | None:
+        """Return the most tokens of a text: the rows of the past and a new token, if their number is fixed."""
+        return self.max_length if self.capacity is None else self.capacity + 1
 
     def reset(self) -> None:
-        """Forget all rows."""
+        """Empty the cache."""
         self._rows = {}
 
-    def given(self, batch: int, past: int, new: int) -> dict[str, Any]:
-        """Return the rows so far, behind unfilled ones where a past has a fixed length.
+    def pasts(self, batch: int, past: int, new: int) -> dict[str, Any]:
+        """Return the cached rows after the unfilled ones.
 
         Raises:
-            RunError: There are more rows than it has room for.
+            RunError: The cache has too few rows.
         """
         if not self._rows:
-            self._rows = {entry.past.name: _filled(entry, batch, 0) for entry in self.cache}
-        unfilled = self._unfilled(past, new)
+            self._rows = {entry.past.name: _unfilled(entry, batch, 0) for entry in self.cache}
+        unfilled = self._unfilled_rows(past, new)
         if unfilled < 0:
-            raise RunError(f"expected at most {self.held} past tokens, as many as the cache has rows for, found {past}")
-        return {entry.past.name: to_runtime(self._behind(unfilled, entry, batch)) for entry in self.cache}
+            raise RunError(f"expected at most {self.capacity} past tokens, the rows of the cache, found {past}")
+        return {
+            entry.past.name: to_runtime(_joined(entry, _unfilled(entry, batch, unfilled), self._rows[entry.past.name]))
+            for entry in self.cache
+        }
 
-    def _behind(self, unfilled: int, entry: CacheEntry, batch: int) -> Array:
-        return np.concatenate([_filled(entry, batch, unfilled), self._rows[entry.past.name]], axis=entry.axis)
-
-    def _unfilled(self, past: int, new: int) -> int:
-        """How many rows come before those of the past: as many as its length asks for, some where that is open.
-
-        Where the model takes so many rows in a call and no more, the tokens go before unfilled rows.
-        """
-        if self.held is not None:
-            return self.held - past
-        if axis_of(self.cache[0].past.dims[self.cache[0].axis]) != "held":
+    def _unfilled_rows(self, past: int, new: int) -> int:
+        """Return the number of unfilled rows, which is 0 for a past that has no rows to spare."""
+        if self.capacity is not None:
+            return self.capacity - past
+        if axis_of(self.cache[0].past.dims[self.cache[0].axis]) != "capacity":
             return 0
-        return SPARE if self.most is None else max(0, min(SPARE, self.most - past - new))
+        return UNFILLED_ROWS if self.max_length is None else max(0, min(UNFILLED_ROWS, self.max_length - past - new))
 
-    def margins(self, past: int, total: int, new: int) -> tuple[int, int]:
-        """A mask has a place for each row of the past and each new token."""
-        return self._unfilled(past, new), past + new - total
+    def mask_padding(self, past: int, total: int, new: int) -> tuple[int, int]:
+        """Return the padding of a mask, which has an element for each row of the past and each new token."""
+        return self._unfilled_rows(past, new), past + new - total
 
-    def keep(self, results: Mapping[str, Any], past: int, new: int, size: int) -> None:
-        """Put the new rows behind the others."""
+    def store(self, results: Mapping[str, Any], past: int, new: int, size: int) -> None:
+        """Append the first `new` of the `size` rows that a call returned."""
         for entry in self.cache:
-            _check(entry, results[entry.present].shape(), size, new)
+            _check_present(entry, results[entry.present].shape(), size, new)
         for entry in self.cache:
-            fresh = from_runtime(results[entry.present])[_span(entry, 0, new)]
-            self._rows[entry.past.name] = np.concatenate([self._rows[entry.past.name], fresh], axis=entry.axis)
+            rows = from_runtime(results[entry.present])[_rows(entry, new)]
+            self._rows[entry.past.name] = _joined(entry, self._rows[entry.past.name], rows)
 
-    def rows(self, entry: CacheEntry, total: int) -> Array:
-        """Return a row for each token so far."""
+    def rows(self, entry: CacheIO, total: int) -> Array:
+        """Return one row for each of the `total` tokens."""
         return self._rows[entry.past.name]
 
 
-def _filled(entry: CacheEntry, batch: int, rows: int) -> Array:
-    return np.full(shape_with_rows(entry.past, entry.axis, batch, rows), STALE, entry.past.dtype)
+CacheManager = DynamicCacheManager | StaticCacheManager | NewTokensCacheManager
 
 
-def _span(entry: CacheEntry, start: int, stop: int) -> tuple[slice, ...]:
-    return (slice(None),) * entry.axis + (slice(start, stop),)
+def open_cache_manager(cache: Sequence[CacheIO], declared: DeclaredCache) -> CacheManager:
+    """Return a cache manager of the mode that a model needs."""
+    cache_mode = declared.cache_mode or _mode_by_dims(cache[0])
+    rows = cache[0].past.dims[cache[0].axis]
+    capacity = rows if isinstance(rows, int) else None
+    if cache_mode == "static":
+        return StaticCacheManager(cache, capacity, declared.max_length)
+    if cache_mode == "new-tokens":
+        return NewTokensCacheManager(cache, capacity, declared.max_length)
+    return DynamicCacheManager(cache, declared.max_length)
 
 
-def _check(entry: CacheEntry, shape: Sequence[int], rows: int, new: int) -> None:
-    """Hold a present against what it must hold.
+def _mode_by_dims(entry: CacheIO) -> CacheMode:
+    past = entry.past.dims[entry.axis]
+    if past == entry.present_length and (isinstance(past, int) or axis_of(past) == "max"):
+        return "static"
+    return "new-tokens" if axis_of(entry.present_length) == "sequence" else "dynamic"
+
+
+def _unfilled(entry: CacheIO, batch: int, rows: int) -> Array:
+    return np.full(shape_with_rows(entry.past, entry.axis, batch, rows), UNFILLED, entry.past.dtype)
+
+
+def _rows(entry: CacheIO, count: int) -> tuple[slice, ...]:
+    return (slice(None),) * entry.axis + (slice(0, count),)
+
+
+def _joined(entry: CacheIO, *rows: Array) -> Array:
+    return np.concatenate(rows, axis=entry.axis)
+
+
+def _check_present(entry: CacheIO, shape: Sequence[int], rows: int, new: int) -> None:
+    """Check the shape of a present.
 
     Raises:
-        BrokenCacheError: It has another number of rows, or sizes that its past does not have.
+        BrokenCacheError: It has another number of rows, or other sizes than its past.
     """
-    wanted = [rows if axis == entry.axis else dim for axis, dim in enumerate(entry.past.dims)]
-    fits = len(wanted) == len(shape) and all(
-        want == have for want, have in zip(wanted, shape, strict=True) if isinstance(want, int)
-    )
-    if fits:
+    dims = entry.past.dims
+    expected = [rows if axis == entry.axis else dim for axis, dim in enumerate(dims)]
+    if len(expected) == len(shape) and all(
+        want == have for want, have in zip(expected, shape, strict=True) if isinstance(want, int)
+    ):
         return
-    dims = [f"{rows} tokens" if axis == entry.axis else dim for axis, dim in enumerate(entry.past.dims)]
-    expected = "[" + ", ".join(str(dim) for dim in dims) + "]"
+    text = ", ".join(f"{rows} tokens" if axis == entry.axis else str(dim) for axis, dim in enumerate(dims))
     raise BrokenCacheError(
-        f"expected {expected} after {new} more, found {list(shape)} - at `{entry.present}`", layer=entry.layer
+        f"expected [{text}] after {new} more, found {list(shape)} - at `{entry.present}`", layer=entry.layer
     )

@@ -1,4 +1,4 @@
-"""Text from a model, token by token, with a cache and without one."""
+"""Text generation, token by token, with a cache and without one."""
 
 from __future__ import annotations
 
@@ -15,41 +15,49 @@ from kvsurgeon.errors import UsageError
 from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder, has_cache
 from kvsurgeon.runtime.feeds import Tokens
 from kvsurgeon.runtime.sampling import Sampling
-from kvsurgeon.runtime.session import Optimisation, Session, Source, open_session
+from kvsurgeon.runtime.session import Optimization, Session, Source, open_session
 from kvsurgeon.runtime.tensors import Array
-from kvsurgeon.runtime.text import Prompt, Reader, load_tokenizer, side_folders, stop_tokens, tokens_of
+from kvsurgeon.runtime.text import Prompt, decode_complete, encode_prompt, load_tokenizer, side_folders, stop_tokens
 
-Finish = Literal["stop", "length"]
+FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Token:
-    """One token that was generated."""
+class GeneratedToken:
+    """A generated token.
 
-    row: int  # of the batch
+    Attributes:
+        row: Row of the batch.
+        id: Token ID.
+        text: Text that the token adds; empty without a tokenizer and within a character.
+        seconds: Time of the call that returned its logits, for all rows together.
+        finish: Reason why its row ends with it; None if the row continues.
+    """
+
+    row: int
     id: int
-    text: str  # what it adds; empty without a tokenizer, and within a character
-    seconds: float  # that the call took which gave it, for all rows together
-    last: Finish | None = None  # why its row ends with it
+    text: str
+    seconds: float
+    finish: FinishReason | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What was generated, and how fast.
+    """Generated tokens of all rows, and timings.
 
     Attributes:
-        tokens: Of each row, without the prompt; a token that ends the text is included.
-        texts: The same as text; empty without a tokenizer.
-        finish: Why each row ended.
+        tokens: Tokens of each row, without the prompt; a stop token is included.
+        texts: Text of each row; empty without a tokenizer.
+        finish: Reason why each row ended.
         cached: Whether a cache was used.
         prompt_length: Tokens of the longest prompt.
-        prefill_seconds: Time that the first call took.
-        step_seconds: Time that each further call took.
+        prefill_seconds: Time of the first call.
+        step_seconds: Time of each later call.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     texts: tuple[str, ...]
-    finish: tuple[Finish, ...]
+    finish: tuple[FinishReason, ...]
     cached: bool
     prompt_length: int
     prefill_seconds: float
@@ -57,21 +65,21 @@ class Generation:
 
     @property
     def seconds_per_token(self) -> float:
-        """Mean time of a call after the first; that of the first where there was no other."""
+        """Mean time of the calls after the first; time of the first if it is the only one."""
         return sum(self.step_seconds) / len(self.step_seconds) if self.step_seconds else self.prefill_seconds
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of all rows over the time of all calls."""
+        """Number of tokens of all rows, divided by the time of all calls."""
         seconds = self.prefill_seconds + sum(self.step_seconds)
         return sum(len(row) for row in self.tokens) / seconds if seconds else 0.0
 
 
-class Writer:
+class TextGenerator:
     """A model that continues texts.
 
     Attributes:
-        tokenizer: Turns text into tokens and back, where the model has one.
+        tokenizer: The model's tokenizer, if there is one.
         stop: Tokens that end a text.
         cached: Whether a cache is used.
     """
@@ -85,64 +93,67 @@ class Writer:
         stop: Collection[int] | None = None,
         folder: str | Path | None = None,
         threads: int | None = None,
-        optimisation: Optimisation = "all",
+        optimization: Optimization = "all",
     ) -> None:
         """Open a model.
 
         Args:
             model: A file, a folder, a model in memory, or a session.
             cached: False computes the whole text for each token; None uses a cache if the model has one.
-            tokenizer: Instead of the `tokenizer.json` beside the model.
-            stop: Instead of the `eos_token_id` in the configuration beside the model.
-            folder: Where the weights and side files of a model in memory lie.
-            threads: Threads that onnxruntime may use for one operator.
-            optimisation: How far onnxruntime may rewrite the graph.
+            tokenizer: Replaces the `tokenizer.json` next to the model.
+            stop: Replaces the `eos_token_id` of the configuration next to the model.
+            folder: Folder of the weights and side files of a model in memory.
+            threads: Number of threads per operator.
+            optimization: Level of onnxruntime's graph optimization.
 
         Raises:
             InputError: The model or a side file cannot be read.
-            UsageError: A cache is asked for, and the model has none.
+            UsageError: `cached` is true and the model has no cache, or it takes no token IDs.
         """
         folders: tuple[Path, ...] = ()
         if not isinstance(model, Session):
             folders = side_folders(model, folder)
-            model = open_session(model, folder=folder, threads=threads, optimisation=optimisation)
-        remembers = has_cache(model)
+            model = open_session(model, folder=folder, threads=threads, optimization=optimization)
         self.tokenizer = tokenizer or load_tokenizer(folders)
         self.stop = stop_tokens(folders) if stop is None else frozenset(stop)
-        self.cached = remembers if cached is None else cached
-        self._decoder = CachedDecoder(model) if remembers or self.cached else UncachedDecoder(model)
+        self.cached = has_cache(model) if cached is None else cached
+        self._decoder = CachedDecoder(model) if has_cache(model) or self.cached else UncachedDecoder(model)
         if self._decoder.inputs.tokens.kind != "tokens":
             raise UsageError(f"expected an input of token ids, found `{self._decoder.inputs.tokens.name}` only")
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 64, sampling: Sampling | None = None
-    ) -> Iterator[Token]:
+    ) -> Iterator[GeneratedToken]:
         """Yield tokens as they are generated, row by row within a call.
 
         Raises:
             UsageError: A prompt is text and there is no tokenizer, is empty, or cannot be padded.
-            RunError: The model cannot be run on a text of this length.
+            RunError: The model fails on a text of this length.
         """
         sampling = sampling or Sampling()
-        tokens, mask = self._padded(self.encode(prompts))
+        tokens, mask = self._left_padded(self.encode(prompts))
+        prompt_length = tokens.shape[1]
         random = np.random.default_rng(sampling.seed)
-        readers = [Reader(self.tokenizer) for _ in tokens]
-        ended: set[int] = set()
-        self._forget()
+        texts = [""] * len(tokens)
+        running = set(range(len(tokens)))
+        if isinstance(self._decoder, CachedDecoder):
+            self._decoder.reset()
         for count in range(1, max_new_tokens + 1):
             start = time.perf_counter()
-            chosen = sampling.choose(self._next(tokens, mask), random)
+            chosen = sampling.choose(self._next_logits(tokens, mask), random)
             seconds = time.perf_counter() - start
-            full = count == max_new_tokens or tokens.shape[1] + 1 == self._fixed_length()
-            for row in sorted(set(range(len(tokens))) - ended):
-                token = int(chosen[row])
-                last: Finish | None = "stop" if token in self.stop else "length" if full else None
-                ended |= {row} if last else set()
-                yield Token(row=row, id=token, text=readers[row].read(token), seconds=seconds, last=last)
-            if len(ended) == len(tokens):
-                return
+            full = count == max_new_tokens or tokens.shape[1] + 1 == self._decoder.length
             tokens = np.concatenate([tokens, chosen[:, None]], axis=1)
             mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+            for row in sorted(running):
+                token, before = int(chosen[row]), texts[row]
+                finish: FinishReason | None = "stop" if token in self.stop else "length" if full else None
+                running -= {row} if finish else set()
+                texts[row] = decode_complete(self.tokenizer, tokens[row, prompt_length:].tolist(), before)
+                text = texts[row][len(before) :]
+                yield GeneratedToken(row=row, id=token, text=text, seconds=seconds, finish=finish)
+            if not running:
+                return
 
     def generate(
         self,
@@ -150,11 +161,11 @@ class Writer:
         *,
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
-        on_token: Callable[[Token], None] | None = None,
+        on_token: Callable[[GeneratedToken], None] | None = None,
     ) -> Generation:
         """Return the continuations of all prompts; see `stream`."""
         lengths = [len(prompt) for prompt in self.encode(prompts)]
-        rows: list[list[Token]] = [[] for _ in lengths]
+        rows: list[list[GeneratedToken]] = [[] for _ in lengths]
         for token in self.stream(prompts, max_new_tokens=max_new_tokens, sampling=sampling):
             rows[token.row].append(token)
             if on_token is not None:
@@ -164,7 +175,7 @@ class Writer:
         return Generation(
             tokens=ids,
             texts=() if self.tokenizer is None else tuple(self.tokenizer.decode(list(row)) for row in ids),
-            finish=tuple(row[-1].last or "length" for row in rows if row),
+            finish=tuple(row[-1].finish or "length" for row in rows if row),
             cached=self.cached,
             prompt_length=max(lengths),
             prefill_seconds=sum(calls[:1]),
@@ -172,22 +183,16 @@ class Writer:
         )
 
     def logits(self, tokens: Sequence[int]) -> Array:
-        """Return the logits of every token of a text, `[1, length, vocabulary]`; of the last alone where that is all.
+        """Return the logits of a text, `[1, length, vocabulary]`, or `[1, 1, vocabulary]` for the last token only.
 
         Raises:
-            RunError: The model cannot be run on a text of this length.
+            RunError: The model fails on a text of this length.
         """
-        given = np.array([tokens], np.int64)
-        decoder, length = self._decoder, len(tokens)
-        self._forget()
-        fill = 0 if isinstance(decoder, CachedDecoder) else (decoder.length or length) - length
-        padded = np.pad(given, ((0, 0), (0, fill)), mode="edge")
-        feeds = decoder.inputs.whole(padded, np.ones_like(padded))
-        outputs = decoder.advance(feeds) if isinstance(decoder, CachedDecoder) else decoder.run(feeds)
-        return outputs[decoder.logits][:, :length]
+        text = np.array([tokens], np.int64)
+        return self._logits(text, np.ones_like(text))
 
     def encode(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
-        """Return the tokens of one prompt or of several.
+        """Return the token IDs of one prompt or several.
 
         Raises:
             UsageError: A prompt is text and there is no tokenizer, or it is empty.
@@ -195,17 +200,16 @@ class Writer:
         several = [prompts] if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int)) else prompts
         if not several:
             raise UsageError("expected a prompt, found none")
-        return [tokens_of(prompt, self.tokenizer) for prompt in several]  # type: ignore[arg-type]
+        return [encode_prompt(prompt, self.tokenizer) for prompt in several]  # type: ignore[arg-type]
 
-    def _padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tokens, Tokens]:
-        """Return the prompts as a batch, padded on the left, and where it is not padding."""
+    def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tokens, Tokens]:
+        """Return the prompts as a batch with left padding, and its mask."""
         lengths = [len(prompt) for prompt in prompts]
-        longest = max(lengths)
+        longest, limit = max(lengths), self._decoder.length
         if min(lengths) < longest and not self._decoder.inputs.masked:
             raise UsageError(f"expected prompts of one length, found {lengths}: the model has no attention mask")
-        fixed = self._fixed_length()
-        if fixed is not None and longest >= fixed:
-            raise UsageError(f"expected a prompt below {fixed} tokens, the length of the model, found {longest}")
+        if limit is not None and longest >= limit:
+            raise UsageError(f"expected a prompt below {limit} tokens, the length of the model, found {longest}")
         tokens = np.zeros((len(prompts), longest), np.int64)
         mask = np.zeros_like(tokens)
         for row, prompt in enumerate(prompts):
@@ -213,25 +217,20 @@ class Writer:
             mask[row, longest - len(prompt) :] = 1
         return tokens, mask
 
-    def _fixed_length(self) -> int | None:
-        return self._decoder.length if isinstance(self._decoder, UncachedDecoder) else None
+    def _next_logits(self, tokens: Tokens, mask: Tokens) -> Array:
+        """Return the logits of the next token, `[batch, vocabulary]`."""
+        decoder = self._decoder
+        if isinstance(decoder, CachedDecoder) and self.cached:
+            feeds = decoder.inputs.feeds(tokens, mask)
+            return decoder.step(decoder.inputs.part(feeds, decoder.past_length, tokens.shape[1]))[:, -1]
+        return self._logits(tokens, mask)[:, -1]
 
-    def _forget(self) -> None:
-        if isinstance(self._decoder, CachedDecoder):
-            self._decoder.reset()
-
-    def _next(self, tokens: Tokens, mask: Tokens) -> Array:
-        """Return the logits of the token after the last, `[batch, vocabulary]`."""
+    def _logits(self, tokens: Tokens, mask: Tokens) -> Array:
+        """Return the logits of texts, run as a whole; right padding to a fixed length is masked by causality."""
         decoder, length = self._decoder, tokens.shape[1]
-        if isinstance(decoder, CachedDecoder):
-            if not self.cached:
-                decoder.reset()
-            feeds = decoder.inputs.whole(tokens, mask)
-            return decoder.step(decoder.inputs.part(feeds, decoder.past_length, length))[:, -1]
-        fill = ((0, 0), (0, (decoder.length or length) - length))  # what follows does not change what is before it
-        feeds = decoder.inputs.whole(np.pad(tokens, fill, mode="edge"), np.pad(mask, fill, constant_values=1))
-        logits = decoder.run(feeds)[decoder.logits]
-        return logits[:, min(length, logits.shape[1]) - 1]
+        padding = ((0, 0), (0, (decoder.length or length) - length))
+        feeds = decoder.inputs.feeds(np.pad(tokens, padding, mode="edge"), np.pad(mask, padding, constant_values=1))
+        return decoder.run(feeds)[decoder.logits][:, :length]
 
 
 def generate(
@@ -245,14 +244,14 @@ def generate(
     stop: Collection[int] | None = None,
     folder: str | Path | None = None,
     threads: int | None = None,
-    on_token: Callable[[Token], None] | None = None,
+    on_token: Callable[[GeneratedToken], None] | None = None,
 ) -> Generation:
-    """Open a model and continue one prompt or several; see `Writer` for the arguments.
+    """Open a model and continue one prompt or several; see `TextGenerator` for the arguments.
 
     Raises:
         InputError: The model or a side file cannot be read.
         UsageError: The model cannot continue such prompts.
-        RunError: The model cannot be run on them.
+        RunError: The model fails on them.
     """
-    writer = Writer(model, cached=cached, tokenizer=tokenizer, stop=stop, folder=folder, threads=threads)
-    return writer.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, on_token=on_token)
+    generator = TextGenerator(model, cached=cached, tokenizer=tokenizer, stop=stop, folder=folder, threads=threads)
+    return generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, on_token=on_token)

@@ -1,47 +1,43 @@
-"""Widths of a past that its model leaves open by name: found by asking the model, as nothing else tells."""
+"""Head sizes of past inputs that the model declares by name only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from kvsurgeon.errors import RunError
-from kvsurgeon.runtime.axes import CacheEntry, is_known
+from kvsurgeon.runtime.axes import CacheIO, has_known_shape
 
-USUAL = (64, 128, 80, 96, 32, 256, 16)  # tried first; then every multiple of 4
+COMMON_SIZES = (64, 128, 80, 96, 32, 256, 16)
 
 
-def settled(cache: Sequence[CacheEntry], run: Callable[[Sequence[CacheEntry]], object]) -> tuple[CacheEntry, ...]:
-    """Return the entries with numbers in place of names that stand for no batch and no length.
+def resolve_head_dims(cache: Sequence[CacheIO], run: Callable[[Sequence[CacheIO]], object]) -> tuple[CacheIO, ...]:
+    """Return the cache with a number for each dim name that is neither a batch nor a length.
 
-    All such names are taken for one width, that of a head: the first with which the model runs.
+    All such names stand for one size, that of a head: the first of the common sizes and then the multiples of 4 with
+    which the model runs.
 
     Args:
-        cache: The entries.
-        run: Runs the model on one token and pasts without rows.
+        cache: The cache inputs and outputs.
+        run: Runs the model on one token with empty pasts.
     """
     cache = tuple(cache)
-    if all(is_known(entry.past, entry.axis) for entry in cache):
+    if all(has_known_shape(entry.past, entry.axis) for entry in cache):
         return cache
-    for width in _widths():
-        tried = tuple(_of_width(entry, width) for entry in cache)
+    for size in dict.fromkeys((*COMMON_SIZES, *range(4, 513, 4))):
+        resolved = tuple(_with_head_dim(entry, size) for entry in cache)
         try:
-            run(tried)
+            run(resolved)
         except RunError:
             continue
-        return tried
+        return resolved
     return cache
 
 
-def _widths() -> Iterator[int]:
-    yield from USUAL
-    yield from (width for width in range(4, 513, 4) if width not in USUAL)
-
-
-def _of_width(entry: CacheEntry, width: int) -> CacheEntry:
+def _with_head_dim(entry: CacheIO, size: int) -> CacheIO:
     batch = next((dim for dim in entry.past.dims if not isinstance(dim, int)), None)
-    dims = [
-        dim if isinstance(dim, int) or dim == batch or place == entry.axis else width
-        for place, dim in enumerate(entry.past.dims)
-    ]
-    return replace(entry, past=replace(entry.past, dims=tuple(dims)))
+    dims = tuple(
+        dim if isinstance(dim, int) or dim == batch or axis == entry.axis else size
+        for axis, dim in enumerate(entry.past.dims)
+    )
+    return replace(entry, past=replace(entry.past, dims=dims))

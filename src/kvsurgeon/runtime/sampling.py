@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits."""
+"""Choosing the next token from logits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from kvsurgeon.runtime.tensors import Array
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen: the likeliest one, unless a temperature is given.
+    """Settings for choosing the next token: greedy, unless a temperature is given.
 
     Attributes:
-        temperature: What logits are divided by; 0 chooses the likeliest token.
-        top_k: Choose among so many of the likeliest tokens.
-        top_p: Choose among the likeliest tokens that together have this probability.
-        seed: Where chance comes from; None differs from run to run.
+        temperature: Divisor of the logits; 0 is greedy.
+        top_k: Number of most likely tokens to sample from.
+        top_p: Cumulative probability of the most likely tokens to sample from.
+        seed: Random seed; None draws a different one in each run.
     """
 
     temperature: float = 0.0
@@ -46,11 +46,11 @@ class Sampling:
         logits = logits.astype(np.float64)
         if self.temperature == 0:
             return np.asarray(logits.argmax(axis=-1), np.int64)
-        weights = self._weights(logits / self.temperature)
-        return np.array([random.choice(len(row), p=row) for row in weights], np.int64)
+        probabilities = self._probabilities(logits / self.temperature)
+        return np.array([random.choice(len(row), p=row) for row in probabilities], np.int64)
 
-    def _weights(self, logits: Array) -> Array:
-        """Return the probability of each token, 0 for those that are out."""
+    def _probabilities(self, logits: Array) -> Array:
+        """Return the probability of each token, 0 for the tokens that `top_k` and `top_p` exclude."""
         order = np.argsort(-logits, axis=-1, kind="stable")
         ranked = np.take_along_axis(logits, order, axis=-1)
         weights = np.exp(ranked - ranked[:, :1])

@@ -1,4 +1,4 @@
-"""A model opened in onnxruntime: quiet, with errors of one line, by path or from memory."""
+"""Sessions of onnxruntime, opened by path or from memory, with one-line error messages."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from kvsurgeon.errors import (
     UsageError,
     WeightsError,
 )
-from kvsurgeon.runtime.tensors import declared, to_runtime
+from kvsurgeon.runtime.tensors import from_session, to_runtime
 
-Optimisation = Literal["off", "basic", "all"]
+Optimization = Literal["off", "basic", "all"]
 Source = str | Path | onnx.ModelProto
 
 _LEVELS = {
@@ -31,56 +31,56 @@ _LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 _FATAL_ONLY = 4
-_OPEN_FILES = "/proc/self/fd"  # where Linux shows a process its open files
-_LARGEST_MESSAGE = 2**31 - 1  # bytes that protobuf can hold in one message
+_OPEN_FILES = "/proc/self/fd"  # open files of this process on Linux
+_LARGEST_MESSAGE = 2**31 - 1  # bytes of a protobuf message
 
 
 class Session:
-    """A model that can be run.
+    """A model opened in onnxruntime.
 
     Attributes:
-        name: What to call the model in a message.
-        inputs: What it must be given.
-        outputs: What it returns.
-        metadata: What is noted in the file beside the graph.
+        name: Name of the model in messages.
+        inputs: Its inputs.
+        outputs: Its outputs.
+        metadata: Metadata of the file.
     """
 
-    def __init__(self, session: ort.InferenceSession, name: str, held: Sequence[Any] = ()) -> None:
-        """Take a session, and what it reads from where it lies."""
+    def __init__(self, session: ort.InferenceSession, name: str, weights: Sequence[Any] = ()) -> None:
+        """Wrap a session, and keep alive the weights that it reads in place."""
         self._session = session
-        self._held = held
+        self._weights = weights
         self.name = name
-        self.inputs = tuple(declared(info) for info in session.get_inputs())
-        self.outputs = tuple(declared(info) for info in session.get_outputs())
+        self.inputs = tuple(from_session(info) for info in session.get_inputs())
+        self.outputs = tuple(from_session(info) for info in session.get_outputs())
         self.metadata: Mapping[str, str] = dict(session.get_modelmeta().custom_metadata_map)
 
-    def run(self, feeds: Mapping[str, Any], into: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Run once on values of onnxruntime (see `tensor.to_runtime`), and return all outputs as such.
+    def run(self, feeds: Mapping[str, Any], bound: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Run the model, and return all outputs as values of onnxruntime.
 
         Args:
-            feeds: What each input is given.
-            into: Values that outputs are written to, which may be those that inputs are given.
+            feeds: A value of onnxruntime for each input; see `to_runtime`.
+            bound: Values that outputs are written to, which may be values of inputs.
 
         Raises:
             RunError: An operator fails, or a value does not fit its input.
         """
         names = [output.name for output in self.outputs]
         try:
-            if into:
-                values = self._run_into(names, feeds, into)
+            if bound:
+                values = self._run_bound(names, feeds, bound)
             else:
                 values = self._session.run_with_ort_values(names, dict(feeds))
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise RunError(f"{self.name} cannot be run: {useful_line(error)}") from error
+            raise RunError(f"{self.name} cannot be run: {short_message(error)}") from error
         return dict(zip(names, values, strict=True))
 
-    def _run_into(self, names: Sequence[str], feeds: Mapping[str, Any], into: Mapping[str, Any]) -> list[Any]:
+    def _run_bound(self, names: Sequence[str], feeds: Mapping[str, Any], bound: Mapping[str, Any]) -> list[Any]:
         binding = self._session.io_binding()
         for name, value in feeds.items():
             binding.bind_ortvalue_input(name, value)
         for name in names:
-            if name in into:
-                binding.bind_ortvalue_output(name, into[name])
+            if name in bound:
+                binding.bind_ortvalue_output(name, bound[name])
             else:
                 binding.bind_output(name)
         self._session.run_with_iobinding(binding)
@@ -92,52 +92,52 @@ def open_session(
     *,
     folder: str | Path | None = None,
     threads: int | None = None,
-    optimisation: Optimisation = "all",
+    optimization: Optimization = "all",
     name: str | None = None,
 ) -> Session:
     """Open a model in onnxruntime.
 
     Args:
-        source: A file, a folder that holds `model.onnx`, or a model in memory.
-        folder: Where the external data of a model in memory lies.
-        threads: Threads that one operator may use; None leaves it to onnxruntime.
-        optimisation: How far onnxruntime may rewrite the graph before it runs it.
-        name: What to call the model in a message.
+        source: A file, a folder with `model.onnx`, or a model in memory.
+        folder: Folder of the external data of a model in memory.
+        threads: Number of threads per operator; None for onnxruntime's default.
+        optimization: Level of onnxruntime's graph optimization.
+        name: Name of the model in messages.
 
     Raises:
-        InputError: There is no such file.
-        InvalidModelError: It is not ONNX, or its graph is not valid.
-        WeightsError: Its external data cannot be read.
-        MissingKernelError: It is valid, and onnxruntime cannot run it.
+        InputError: The file does not exist.
+        InvalidModelError: The file is not ONNX, or the graph is invalid.
+        WeightsError: The external data cannot be read.
+        MissingKernelError: onnxruntime lacks a kernel for one of the operators.
     """
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
-    options.graph_optimization_level = _LEVELS[optimisation]
+    options.graph_optimization_level = _LEVELS[optimization]
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
     name = name or (f"`{source}`" if isinstance(source, str | Path) else "the model")
     readable = _readable(source, folder, options)
-    held = {} if isinstance(source, str | Path) else _held(source)
-    options.add_external_initializers(list(held), list(held.values()))
+    weights = {} if isinstance(source, str | Path) else _mapped_weights(source)
+    options.add_external_initializers(list(weights), list(weights.values()))
     try:
         session = ort.InferenceSession(readable, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class
-        raise _explained(error, name) from error
-    return Session(session, name, tuple(held.values()))
+        raise _load_error(error, name) from error
+    return Session(session, name, tuple(weights.values()))
 
 
 def model_file(path: str | Path) -> Path:
-    """Return the file meant by a path: itself, or the `.onnx` file of a folder.
+    """Return the model file of a path: the path itself, or the `.onnx` file of a folder.
 
     Raises:
-        InputError: There is none.
+        InputError: There is no such file, or several.
     """
     path = Path(path)
     if path.is_file():
         return path
     if not path.is_dir():
-        raise InputError(f"expected an .onnx file or a folder that holds one, found nothing at `{path}`")
+        raise InputError(f"expected an .onnx file or a folder with one, found nothing at `{path}`")
     found = [path / "model.onnx"] if (path / "model.onnx").is_file() else sorted(path.glob("*.onnx"))
     if len(found) != 1:
         names = ", ".join(file.name for file in found) or "none"
@@ -146,18 +146,18 @@ def model_file(path: str | Path) -> Path:
 
 
 def folder_of(source: Source, folder: str | Path | None = None) -> Path | None:
-    """Return where the weights of a model lie: beside its file, or in the folder that is given with one in memory.
+    """Return the folder of a model's weights: that of its file, or the one given for a model in memory.
 
     Raises:
-        InputError: There is no such file.
+        InputError: The file does not exist.
     """
     if isinstance(source, str | Path):
         return model_file(source).parent
     return None if folder is None else Path(folder)
 
 
-def useful_line(error: Exception) -> str:
-    """Return the part of onnxruntime's message that says what is wrong, without its codes and source lines."""
+def short_message(error: Exception) -> str:
+    """Return a message of onnxruntime without its codes and source lines."""
     text = " ".join(str(error).split())
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     text = re.sub(r"^Load model from .*? failed: ?", "", text)
@@ -172,12 +172,12 @@ def _readable(source: Source, folder: str | Path | None, options: ort.SessionOpt
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if source.ByteSize() > _LARGEST_MESSAGE:
-        raise UsageError("expected a model below 2 GB in memory, found a larger one (save it, and give its path)")
+        raise UsageError("expected a model below 2 GB in memory, found a larger one (save it and give its path)")
     return bytes(source.SerializeToString())
 
 
-def _held(model: onnx.ModelProto) -> dict[str, Any]:
-    """Weights in files that this process holds open, mapped; onnxruntime takes no other files than the model's."""
+def _mapped_weights(model: onnx.ModelProto) -> dict[str, Any]:
+    """Return the weights in open files of this process, mapped: onnxruntime reads the model's folder only."""
     found: dict[str, Any] = {}
     for tensor in model.graph.initializer:
         where = {entry.key: entry.value for entry in tensor.external_data}
@@ -188,8 +188,8 @@ def _held(model: onnx.ModelProto) -> dict[str, Any]:
     return found
 
 
-def _explained(error: Exception, name: str) -> KvsurgeonError:
-    line = useful_line(error)
+def _load_error(error: Exception, name: str) -> KvsurgeonError:
+    line = short_message(error)
     if "NOT_IMPLEMENTED" in str(error) or "is not a registered function/op" in line:
         return MissingKernelError(f"onnxruntime cannot run {name}: {line}")
     if "xternal data" in line or "external_data" in line:

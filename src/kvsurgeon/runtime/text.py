@@ -1,4 +1,4 @@
-"""Text and tokens: a model's tokenizer, and the tokens at which it stops."""
+"""Text and token IDs: the tokenizer of a model, and the tokens that end a text."""
 
 from __future__ import annotations
 
@@ -14,25 +14,22 @@ from kvsurgeon.errors import InputError, UsageError
 from kvsurgeon.runtime.session import Source, folder_of
 
 Prompt = str | Sequence[int]
-_INCOMPLETE = "\ufffd"  # what a tokenizer gives for bytes that are not a whole character yet
+_INCOMPLETE = "\ufffd"  # decoded from bytes that do not end a character yet
 
 
 def side_folders(source: Source, folder: str | Path | None = None) -> tuple[Path, ...]:
-    """Return where the side files of a model may lie: with it, or one folder above (`onnx/model.onnx`)."""
+    """Return the folders of a model's side files: its folder, and the one above (`onnx/model.onnx`)."""
     found = folder_of(source, folder)
-    if found is None:
-        return ()
-    own = found.resolve()
-    return (own, own.parent)
+    return () if found is None else (found.resolve(), found.resolve().parent)
 
 
 def load_tokenizer(folders: Iterable[Path]) -> Tokenizer | None:
-    """Return the tokenizer in `tokenizer.json`, None where no folder has one.
+    """Return the tokenizer of the first `tokenizer.json`; None if no folder has one.
 
     Raises:
-        InputError: The file is there and is no tokenizer.
+        InputError: The file is not a tokenizer.
     """
-    path = _first(folders, "tokenizer.json")
+    path = _find_file(folders, "tokenizer.json")
     if path is None:
         return None
     try:
@@ -41,11 +38,11 @@ def load_tokenizer(folders: Iterable[Path]) -> Tokenizer | None:
         raise InputError(f"expected a tokenizer, found something else ({error}) - at `{path}`") from error
 
 
-def tokens_of(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
-    """Return the tokens of a prompt; where there is no tokenizer, a text such as `1, 2, 3` is token ids.
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
+    """Return the token IDs of a prompt; without a tokenizer, a text such as `1, 2, 3` gives the IDs.
 
     Raises:
-        UsageError: There is nothing to read the prompt with, or nothing in it.
+        UsageError: The prompt is text and there is no tokenizer, or it is empty.
     """
     if not isinstance(prompt, str):
         tokens = [int(token) for token in prompt]
@@ -54,52 +51,37 @@ def tokens_of(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
     elif re.fullmatch(r"\s*\d+([\s,]+\d+)*\s*", prompt):
         tokens = [int(token) for token in re.findall(r"\d+", prompt)]
     else:
-        raise UsageError("expected tokenizer.json beside the model, found none (give the prompt as token ids: 1,2,3)")
+        raise UsageError("expected tokenizer.json next to the model, found none (give token IDs as prompt: 1,2,3)")
     if not tokens:
         raise UsageError("expected a prompt of at least one token, found an empty one")
     return tokens
 
 
+def decode_complete(tokenizer: Tokenizer | None, tokens: Sequence[int], text: str) -> str:
+    """Return the text of generated tokens, or the `text` before the last token while its character is incomplete."""
+    decoded = "" if tokenizer is None else tokenizer.decode(list(tokens))
+    return text if decoded.endswith(_INCOMPLETE) else decoded
+
+
 def stop_tokens(folders: Sequence[Path]) -> frozenset[int]:
-    """Return the tokens that end a text, by `generation_config.json` or else `config.json`; none where neither says.
+    """Return the tokens that end a text, from `generation_config.json`, else `config.json`.
 
     Raises:
-        InputError: A file is there and is not JSON.
+        InputError: A file is not JSON.
     """
     for name in ("generation_config.json", "config.json"):
-        path = _first(folders, name)
-        found = None if path is None else _read(path).get("eos_token_id")
+        path = _find_file(folders, name)
+        found = None if path is None else _read_json(path).get("eos_token_id")
         if found is not None:
             return frozenset(found if isinstance(found, list) else [found])
     return frozenset()
 
 
-class Reader:
-    """The text of one row as it grows, in pieces that are whole characters."""
-
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._said = 0
-        self.text = ""
-
-    def read(self, token: int) -> str:
-        """Take one more token, and return what it adds to the text: empty within a character."""
-        self._tokens.append(token)
-        if self._tokenizer is None:
-            return ""
-        self.text = self._tokenizer.decode(self._tokens)
-        if self.text.endswith(_INCOMPLETE):
-            return ""
-        piece, self._said = self.text[self._said :], len(self.text)
-        return piece
-
-
-def _first(folders: Iterable[Path], name: str) -> Path | None:
+def _find_file(folders: Iterable[Path], name: str) -> Path | None:
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

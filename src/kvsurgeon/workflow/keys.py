@@ -17,7 +17,7 @@ from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.remove_cache import without_cache
 from kvsurgeon.passes.contract import Source, Subject
 from kvsurgeon.runtime import CachedDecoder, open_session
-from kvsurgeon.runtime.text import Prompt, load_tokenizer, side_folders, tokens_of
+from kvsurgeon.runtime.text import Prompt, encode_prompt, load_tokenizer, side_folders
 
 PROMPT = "The quick brown fox jumps over the lazy dog."
 _TOKENS = 24  # rows of a picture that can still be read
@@ -85,11 +85,11 @@ def capture_keys(
     tokens = _encoded(tokenizer, prompt)
     cached = CachedDecoder(open_session(proto, folder=subject.folder, threads=1))
     given = np.array([tokens], np.int64)
-    cached.advance(cached.inputs.whole(given, np.ones_like(given)))
+    cached.advance(cached.inputs.feeds(given, np.ones_like(given)))
     entry = next(
         entry for entry in cached.cache if entry.layer == _entry_of(decoder, attention) and entry.part == "key"
     )
-    keys = cached.remembered(entry)[0].astype(np.float32)  # [kv_heads, tokens, head_dim]
+    keys = cached.cached_rows(entry)[0].astype(np.float32)  # [kv_heads, tokens, head_dim]
     if keys.ndim == 3 and len(keys) == len(reads):
         reads = tuple(range(len(reads)))  # they are repeated before they are remembered
     if keys.ndim != 3 or set(reads) != set(range(len(keys))):
@@ -117,10 +117,10 @@ def _entry_of(decoder: Decoder, attention: Attention) -> int:
 
 
 def _encoded(tokenizer: Tokenizer | None, prompt: Prompt | None) -> list[int]:
-    """Return the first tokens of a prompt, or of one that any model can read; see `tokens_of`."""
+    """Return the first tokens of a prompt, or of one that any model can read; see `encode_prompt`."""
     if prompt is None:
         prompt = PROMPT if tokenizer is not None else range(1, 1 + _PLAIN_TOKENS)
-    return tokens_of(prompt, tokenizer)[:_TOKENS]
+    return encode_prompt(prompt, tokenizer)[:_TOKENS]
 
 
 def _spelled(tokenizer: Tokenizer | None, token: int) -> str:

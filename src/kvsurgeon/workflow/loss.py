@@ -1,4 +1,4 @@
-"""How much of what a model computed is lost in another, of each attention layer too where that is asked."""
+"""Accuracy loss of a model that passes change on purpose, also by attention layer."""
 
 from __future__ import annotations
 
@@ -7,49 +7,47 @@ from pathlib import Path
 import onnx_ir as ir
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.parity import Loss, Progress, measure_loss
+from kvsurgeon.parity import AccuracyLoss, Progress
+from kvsurgeon.parity import measure_loss as measure_models
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.runtime import Source
 
 
-def measure(
-    original: Source,
-    result: Source,
+def measure_loss(
+    reference: Source,
+    candidate: Source,
     *,
     text: str | Path | None = None,
     per_layer: bool = False,
     folder: str | Path | None = None,
     progress: Progress | None = None,
-    described: ir.Model | None = None,
-) -> Loss:
-    """Return how far the predictions of `result` are from those of `original`, on a text.
+    graph: ir.Model | None = None,
+) -> AccuracyLoss:
+    """Measure the accuracy loss of a candidate model on a text.
 
     Args:
-        original: The model as it was: a file, a folder that holds one, or a proto.
-        result: The model as it is now.
-        text: A file of text; None takes the one that ships. Without a tokenizer beside the original, random token ids
-            are used.
-        per_layer: Whether to say of the output of each attention layer too how far it is from what it was.
-        folder: Where weights and side files of protos lie.
-        progress: Told before each stretch of text.
-        described: The graph of the result, where that refers to files that only a session can read.
+        reference: The model before the passes: a file, a folder with one, or a proto.
+        candidate: The model after them.
+        text: A text file; None for the bundled sample. Without a tokenizer next to the reference, random token IDs are
+            used.
+        per_layer: Whether to measure the error of each attention output too.
+        folder: Folder of the weights and side files of protos.
+        progress: Called before each window of the text.
+        graph: The graph of the candidate, if the proto refers to files that only a session reads.
 
     Raises:
         InputError: A model or the text cannot be read.
-        UnsupportedError: Layers are to be compared, and their attention cannot be found.
+        UnsupportedError: `per_layer` is true and attention is not found.
         RunError: A model cannot be run.
-        ParityError: The result gives something else when its cache is used, or no numbers.
+        ParityError: The candidate's logits differ if its cache is used, or are not numbers.
     """
-    layers = tuple(zip(*_attention_outputs(original, described or result, folder), strict=True)) if per_layer else ()
-    return measure_loss(original, result, text=text, layers=layers, folder=folder, progress=progress)
-
-
-def _attention_outputs(
-    original: Source, result: Source | ir.Model, folder: str | Path | None
-) -> tuple[list[str], list[str]]:
-    before, after = (
-        [one.output for one in Subject.of(source, folder).decoder().attentions] for source in (original, result)
-    )
-    if len(before) != len(after):
-        raise UsageError(f"expected as many attention layers in both models, found {len(before)} and {len(after)}")
-    return before, after
+    layers: list[tuple[str, str]] = []
+    if per_layer:
+        before, after = (
+            [attention.output for attention in Subject.of(source, folder).decoder().attentions]
+            for source in (reference, graph or candidate)
+        )
+        if len(before) != len(after):
+            raise UsageError(f"expected as many attention layers in both models, found {len(before)} and {len(after)}")
+        layers = list(zip(before, after, strict=True))
+    return measure_models(reference, candidate, text=text, layers=layers, folder=folder, progress=progress)

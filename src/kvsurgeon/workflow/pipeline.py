@@ -23,8 +23,7 @@ from kvsurgeon.passes.validity import problems
 from kvsurgeon.workflow import registry
 
 if TYPE_CHECKING:
-    from kvsurgeon.parity import Loss, Report
-    from kvsurgeon.workflow.verification import Sameness
+    from kvsurgeon.parity import AccuracyLoss, Report
 
 PassCallback = Callable[[int, str, ir.Model], None]  # number of passes that ran, name of the last one, the model
 
@@ -60,7 +59,7 @@ class PipelineRun:
         model: The model after the last pass.
         folder: The folder of its weights and side files; None if it has none.
         steps: The result of each pass, in order.
-        verification: The verdict of the verifier; None if it did not run, or if a pass is not exact.
+        verification: The report of the verifier; None if it did not run, or if a pass is not exact.
         loss: The loss of accuracy, if a pass is not exact; None if it was not measured.
         path: The file that was written, or the folder of several; None if nothing was written.
     """
@@ -68,8 +67,8 @@ class PipelineRun:
     model: ir.Model
     folder: Path | None = None
     steps: tuple[PassResult, ...]
-    verification: Sameness | None = None
-    loss: Loss | None = None
+    verification: Report | None = None
+    loss: AccuracyLoss | None = None
     path: Path | None = None
 
     @property
@@ -86,11 +85,6 @@ class PipelineRun:
     def exact(self) -> bool:
         """Whether all passes preserve the results of the model."""
         return all(change.exact for change in self.changes)
-
-    @property
-    def report(self) -> Report | None:
-        """The report of the verifier, if the model gained a cache."""
-        return None if self.verification is None else self.verification.report
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -212,9 +206,9 @@ def _run_pass(one: Pass, subject: Subject, before: Sequence[PassResult], *, by_c
 
 
 def _verify(reference: onnx.ModelProto, subject: Subject, steps: Sequence[PassResult]) -> None:
-    from kvsurgeon.workflow.verification import judge  # onnxruntime is slow to import
+    from kvsurgeon.workflow.verification import verify_models  # onnxruntime is slow to import
 
-    found = judge(reference, io.to_proto(subject.model), folder=subject.folder)
+    found = verify_models(reference, io.to_proto(subject.model), folder=subject.folder)
     if found.verdict != "same":
         ran = ", ".join(step.name for step in steps)
         raise ParityError(f"after pass {steps[-1].name} (passes: {ran}): {first_of(found.problems)}")

@@ -12,7 +12,7 @@ from kvsurgeon.io.side_files import LinkMode
 from kvsurgeon.parity import TOLERANCES, arithmetic_of
 from kvsurgeon.parity.difference import distance, spread
 from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads
-from kvsurgeon.runtime import Generation, Writer
+from kvsurgeon.runtime import Generation, TextGenerator
 from kvsurgeon.workflow.pipeline import Pipeline, PipelineRun
 from kvsurgeon.workflow.run_and_save import run_and_save
 
@@ -73,13 +73,15 @@ def replicate_kv_heads(
         ParityError: The result generates another text; nothing was written.
     """
     file = io.find_model(model).resolve()
-    original = Writer(file)
+    original = TextGenerator(file)
     before = original.generate(prompt, max_new_tokens=max_new_tokens)
     wanted = ReplicateKvHeads(repeat=None if kv_heads is not None else repeat, kv_heads=kv_heads)
     run = run_and_save(file, Pipeline((wanted,)), verify=verify)
     folder = Path(output) if output is not None else file.parent.parent
     with io.staged(run.model, folder) as proto:
-        after, error = _compared(file, original, before, Writer(proto, folder=file.parent), prompt, max_new_tokens)
+        after, error = _compared(
+            file, original, before, TextGenerator(proto, folder=file.parent), prompt, max_new_tokens
+        )
     counts = _counts(run)
     name = f"{file.parent.name}-{max(counts[1])}kvheads"
     path = io.save(run.model, folder / name, source=file, link_mode=link_mode, pack=pack)
@@ -87,7 +89,7 @@ def replicate_kv_heads(
 
 
 def _compared(
-    file: Path, original: Writer, before: Generation, result: Writer, prompt: Prompt, max_new_tokens: int
+    file: Path, original: TextGenerator, before: Generation, result: TextGenerator, prompt: Prompt, max_new_tokens: int
 ) -> tuple[Generation, float]:
     """Return the text that the result generates, and the error of its logits.
 
@@ -103,7 +105,7 @@ def _compared(
     text = [*original.encode(prompt)[0], *before.tokens[0]]
     expected, found = original.logits(text), result.logits(text)
     error = distance(expected, found, spread(expected))
-    allowed = TOLERANCES[arithmetic_of(io.to_proto(io.load(file)))].error
+    allowed = TOLERANCES[arithmetic_of(io.to_proto(io.load(file)))].bound
     if not error <= allowed:
         raise ParityError(
             f"expected logits within {allowed:.0e} of their spread, found {error:.1e}; nothing was written"

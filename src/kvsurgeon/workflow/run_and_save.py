@@ -16,8 +16,7 @@ from kvsurgeon.passes.contract import Source, Subject, Unchanged
 from kvsurgeon.workflow.pipeline import PassCallback, PassResult, Pipeline, PipelineRun, first_of
 
 if TYPE_CHECKING:
-    from kvsurgeon.parity import Progress
-    from kvsurgeon.workflow.verification import Sameness
+    from kvsurgeon.parity import Progress, Report
 
 
 def run_and_save(
@@ -102,21 +101,21 @@ def verify_run(
     with io.staged(run.model, destination) as candidate:
         if run.exact:
             return replace(run, verification=_verify(reference, candidate, run.folder, progress))
-        from kvsurgeon.workflow.loss import measure  # onnxruntime is slow to import
+        from kvsurgeon.workflow.loss import measure_loss  # onnxruntime is slow to import
 
-        loss = measure(
+        loss = measure_loss(
             reference, candidate, text=text, per_layer=per_layer, folder=run.folder, progress=progress,
-            described=run.model,
+            graph=run.model,
         )  # fmt: skip
         return replace(run, loss=loss)
 
 
 def _verify(
     reference: onnx.ModelProto, candidate: onnx.ModelProto, folder: Path | None, progress: Progress | None
-) -> Sameness:
-    from kvsurgeon.workflow.verification import judge  # onnxruntime is slow to import
+) -> Report:
+    from kvsurgeon.workflow.verification import verify_models  # onnxruntime is slow to import
 
-    found = judge(reference, candidate, folder=folder, progress=progress)
+    found = verify_models(reference, candidate, folder=folder, progress=progress)
     if found.verdict == "different":
         raise ParityError(f"the results of the model differ from those of the original: {first_of(found.problems)}")
     if found.verdict == "unknown":

@@ -22,7 +22,7 @@ from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.operators.fuse_attention import FuseAttention
 from kvsurgeon.passes.opset.raise_opset import RaiseOpset
 from kvsurgeon.runtime import CachedDecoder, open_session
-from kvsurgeon.workflow.verification import judge
+from kvsurgeon.workflow.verification import verify_models
 
 FUSABLE = ["decoder", *(name for name in NAMES if name.startswith(("gemma2", "llama")))]  # head_dim 8
 
@@ -195,7 +195,7 @@ def test_unused_rows_of_a_static_cache_are_never_read():
     whole = texts(export("decoder"), batch=1, length=6)
     expected = in_onnxruntime(export("decoder"))(whole)["logits"]
     decoder.reset()
-    for buffer in decoder.host.given(1, 0, 6).values():
+    for buffer in decoder.cache_manager.pasts(1, 0, 6).values():
         buffer.numpy()[:] = np.nan
     found = decoder.step(whole)
     assert difference(found, expected) <= ALLOWED["float32"]
@@ -203,7 +203,7 @@ def test_unused_rows_of_a_static_cache_are_never_read():
 
 def test_the_cache_of_fused_operators_can_be_removed():
     result = after(fused("decoder", "dynamic"), RemoveCache())
-    assert judge(export("decoder"), result).verdict == "same"
+    assert verify_models(export("decoder"), result).verdict == "same"
 
 
 # Without a cache
@@ -213,7 +213,7 @@ def test_the_cache_of_fused_operators_can_be_removed():
 def test_models_without_a_cache_can_be_fused(name):
     result = after(export(name), FuseAttention())
     assert operators(result).count("GroupQueryAttention") == layers(name)
-    assert judge(export(name), result).verdict == "same"
+    assert verify_models(export(name), result).verdict == "same"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -221,7 +221,7 @@ def test_onnx_attention_supports_any_head_dim(name):
     result = after(export(name), RaiseOpset(opset=24), FuseAttention(operator="attention"))
     assert "Attention" in operators(result)
     assert "Softmax" not in operators(result)
-    assert judge(export(name), result).verdict == "same"
+    assert verify_models(export(name), result).verdict == "same"
 
 
 def test_a_cache_can_be_injected_around_onnx_attention():

@@ -13,7 +13,7 @@ from kvsurgeon.passes.contract import Subject, Unchanged
 from kvsurgeon.passes.operators.fuse_attention import FuseAttention
 from kvsurgeon.passes.operators.fuse_rotary import FuseRotary
 from kvsurgeon.passes.opset.raise_opset import RaiseOpset
-from kvsurgeon.workflow.verification import judge
+from kvsurgeon.workflow.verification import verify_models
 
 ROTARY = [
     "gemma2_dynamo_eager", "gemma2_torchscript_eager", "llama_dynamo_eager", "llama_dynamo_sdpa",
@@ -51,7 +51,7 @@ def model(*, tables=TABLES, halves=HALVES, sums=SUM):
 def test_fused_exports_pass_verification(name):
     result = after(export(name), RaiseOpset(opset=24), FuseRotary())
     assert operators(result).count("RotaryEmbedding") == 4  # queries and keys of two layers
-    assert judge(export(name), result).verdict == "same"
+    assert verify_models(export(name), result).verdict == "same"
 
 
 @pytest.mark.parametrize("name", ["llama_dynamo_sdpa", "gemma2_torchscript_eager"])
@@ -85,7 +85,7 @@ def test_equivalent_forms_are_fused(form):
     result = after(before, FuseRotary())
     assert "RotaryEmbedding" in operators(result)
     assert not {"Neg", "Add"} & set(operators(result))
-    assert judge(before, result).verdict == "same"
+    assert verify_models(before, result).verdict == "same"
     assert isinstance(FuseRotary().apply(Subject.of(result)), Unchanged)
 
 

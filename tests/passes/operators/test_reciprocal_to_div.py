@@ -12,7 +12,7 @@ from written import read
 from kvsurgeon import io
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.operators.reciprocal_to_div import ReciprocalToDiv
-from kvsurgeon.workflow.verification import judge
+from kvsurgeon.workflow.verification import verify_models
 
 TEXT = """case (float[n, 4] x, float[n, 4] z) => (float[n, 4] y{outputs}) {{
   r = Sqrt(x)
@@ -59,7 +59,7 @@ def test_onnxruntime_fuses_the_norm_afterwards(tmp_path):
     subject = Subject.of(export("llama_dynamo_sdpa"))
     assert isinstance(ReciprocalToDiv().apply(subject), Changed)
     result = io.to_proto(subject.model)
-    assert judge(export("llama_dynamo_sdpa"), result).verdict == "same"
+    assert verify_models(export("llama_dynamo_sdpa"), result).verdict == "same"
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 4

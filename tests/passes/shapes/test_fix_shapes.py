@@ -17,7 +17,7 @@ from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.shapes.fix_shapes import FixShapes
-from kvsurgeon.runtime import CachedDecoder, Writer, open_session
+from kvsurgeon.runtime import CachedDecoder, TextGenerator, open_session
 
 IN_PLACE = {"cache": "static"}
 NEW_ONLY = {"cache": "new-tokens", "past_length": "input"}
@@ -57,21 +57,21 @@ def test_all_shapes_are_static_and_verification_passes(name, cache, tokens):
     assert not {node.op_type for node in model.graph.node} & SHAPE_OPERATORS
     report = verify(export(name), model, threads=1)
     assert (report.verdict, report.problems) == ("same", ())
-    assert {"left padding", "long past"} <= {trial.scenario for trial in report.trials} | {"left padding"}
+    assert {"left padding", "long past"} <= {trial.scenario for trial in report.comparisons} | {"left padding"}
 
 
 def test_a_batch_of_two_can_be_padded():
     model = fixed(injected(export("decoder"), **IN_PLACE), tokens=3, max_length=24, batch_size=2)
     report = verify(export("decoder"), model, threads=1)
     assert report.verdict == "same"
-    assert "left padding" in {trial.scenario for trial in report.trials}
+    assert "left padding" in {trial.scenario for trial in report.comparisons}
 
 
 def test_text_is_generated_in_padded_chunks():
     prompt = [3, 1, 4, 1, 5, 2, 6]
-    expected = Writer(export("llama_dynamo_sdpa"), threads=1).generate([prompt], max_new_tokens=5)
+    expected = TextGenerator(export("llama_dynamo_sdpa"), threads=1).generate([prompt], max_new_tokens=5)
     model = fixed(injected(export("llama_dynamo_sdpa"), **IN_PLACE), tokens=4, max_length=32)
-    assert Writer(model, threads=1).generate([prompt], max_new_tokens=5).tokens == expected.tokens
+    assert TextGenerator(model, threads=1).generate([prompt], max_new_tokens=5).tokens == expected.tokens
 
 
 def test_a_model_without_a_cache_can_be_fixed():
@@ -170,6 +170,6 @@ def test_every_export_with_a_static_cache_can_be_fixed(name):
     assert symbols(model) == []
     whole = texts(original, batch=1, length=11)
     decoder = CachedDecoder(open_session(model, threads=1))
-    found = decoder.prefill(decoder.inputs.whole(whole["input_ids"], np.ones((1, 11), np.int64)))
+    found = decoder.prefill(decoder.inputs.feeds(whole["input_ids"], np.ones((1, 11), np.int64)))
     expected = in_onnxruntime(original)(whole)["logits"]
     assert difference(found, expected) <= ALLOWED["float32"]

@@ -1,4 +1,4 @@
-"""Models that round to 8 bits, with nothing rounded: what they compute then, and that the judge holds them to it."""
+"""Quantized models without rounding: their results, and their verification."""
 
 import numpy as np
 import onnx
@@ -10,7 +10,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from written import read
 
 from kvsurgeon.parity import verify
-from kvsurgeon.parity.float_model import unrounded
+from kvsurgeon.parity.float_model import float_model
 
 SMALL = Config(layers=1, windowed=())
 X = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
@@ -35,13 +35,13 @@ CASES = {
         t = Mul(s, half)
         y = Mul(f, t)
     }"""),
-    "quantised and restored": ("""{
+    "quantized and dequantized": ("""{
         a = QuantizeLinear(x, unit, zero)
         d = DequantizeLinear(a, unit, zero)
         b = DequantizeLinear(w, half, none)
         y = MatMul(d, b)
     }"""),
-    "moved while it has 8 bits": ("""{
+    "transposed in 8 bits": ("""{
         a = QuantizeLinear(x, unit, zero)
         r = Transpose<perm = [1, 0]>(a)
         u = Transpose<perm = [1, 0]>(r)
@@ -49,7 +49,7 @@ CASES = {
         b = DequantizeLinear(w, half, none)
         y = MatMul(d, b)
     }"""),
-    "one operator": ("""{
+    "a single operator": ("""{
         a = QuantizeLinear(x, unit, zero)
         q = QLinearMatMul(a, unit, zero, w, half, none, half, zero)
         y = DequantizeLinear(q, half, zero)
@@ -58,18 +58,18 @@ CASES = {
 
 
 @pytest.mark.parametrize("body", CASES.values(), ids=CASES)
-def test_nothing_is_rounded(body):
+def test_removes_rounding(body):
     model = read(f"case (float[3, 4] x) => (float[3, 2] y) {WEIGHTS} {body}")
     weights = np.array([-3, 5, 7, 1, 0, -9, 2, 4], np.float32).reshape(4, 2) * 0.5
-    free = unrounded(model)
+    free = float_model(model)
     assert free is not None
     np.testing.assert_allclose(run(free, x=X), X @ weights, rtol=1e-5, atol=1e-5)
     assert np.abs(run(model, x=X) - X @ weights).max() > 1e-3
 
 
-def test_what_8_bits_saturate_at_stays_a_number():
+def test_saturated_activations_stay_finite():
     body = "{ a = QuantizeLinear(x, unit, zero) y = DequantizeLinear(a, unit, zero) }"
-    free = unrounded(read(f"case (float[3, 4] x) => (float[3, 4] y) {WEIGHTS} {body}"))
+    free = float_model(read(f"case (float[3, 4] x) => (float[3, 4] y) {WEIGHTS} {body}"))
     assert np.isfinite(run(free, x=np.full((3, 4), -np.inf, np.float32))).all()
 
 
@@ -79,14 +79,14 @@ def test_what_8_bits_saturate_at_stays_a_number():
      "{ a = QuantizeLinear<axis = 1>(x, many, zeros) y = DequantizeLinear<axis = 1>(a, many, zeros) }"],
     ids=["an operator without a rule", "several scales"],
 )  # fmt: skip
-def test_what_cannot_be_left_out_is_left_alone(body):
+def test_returns_none_if_rounding_cannot_be_removed(body):
     more = ", float[4] many = {1.0, 1.0, 1.0, 1.0}, uint8[4] zeros = {0, 0, 0, 0}>"
     text = f"case (float[3, 4] x) => (float[3, 4] y) {WEIGHTS[:-1]}{more} {body}"
-    assert unrounded(read(text)) is None
+    assert float_model(read(text)) is None
 
 
-class _Readings(CalibrationDataReader):
-    """Texts of all tokens, for a decoder with and without a cache alike."""
+class _Calibration(CalibrationDataReader):
+    """Random texts."""
 
     def __init__(self, config: Config) -> None:
         random = np.random.default_rng(1)
@@ -98,32 +98,32 @@ class _Readings(CalibrationDataReader):
 
 
 class OneTooFar(CachedDecoder):
-    """Its keys are off by less than 8 bits show."""
+    """A decoder whose keys are wrong by less than rounding to 8 bits."""
 
     def weight(self, name: str, rows: int, columns: int, gain: float = 1.0) -> str:
         return super().weight(name, rows, columns, gain * (1.004 if "k" in name else 1.0))
 
 
-def test_a_mistake_smaller_than_rounding_is_seen(tmp_path):
+def test_finds_a_mistake_smaller_than_rounding(tmp_path):
     plain, right, wrong = (form(SMALL).model() for form in (Decoder, CachedDecoder, OneTooFar))
-    quantised = []
+    quantized = []
     for number, model in enumerate((plain, right, wrong)):
         onnx.save(model, tmp_path / f"{number}.onnx")
         quantize_dynamic(tmp_path / f"{number}.onnx", tmp_path / f"q{number}.onnx", weight_type=QuantType.QUInt8)
-        quantised.append(onnx.load(tmp_path / f"q{number}.onnx"))
-    report = verify(quantised[0], quantised[1], threads=1)
+        quantized.append(onnx.load(tmp_path / f"q{number}.onnx"))
+    report = verify(quantized[0], quantized[1], threads=1)
     assert (report.verdict, report.arithmetic) == ("same", "dynamic")
     assert report.error < 1e-4
-    assert "nothing rounded to 8 bits" in report.notes[-1]
-    report = verify(quantised[0], quantised[2], threads=1)
+    assert "without rounding to 8 bits" in report.notes[-1]
+    report = verify(quantized[0], quantized[2], threads=1)
     assert report.verdict == "different"
-    assert report.error < 0.35  # what rounding may do to one layer
+    assert report.error < 0.35  # the error of rounding in one layer
 
 
-def test_static_quantisation_is_judged_without_rounding(tmp_path):
+def test_verifies_static_quantization_without_rounding(tmp_path):
     onnx.save(Decoder(SMALL).model(), tmp_path / "plain.onnx")
-    quantize_static(tmp_path / "plain.onnx", tmp_path / "q.onnx", _Readings(SMALL), quant_format=QuantFormat.QDQ)
+    quantize_static(tmp_path / "plain.onnx", tmp_path / "q.onnx", _Calibration(SMALL), quant_format=QuantFormat.QDQ)
     model = onnx.load(tmp_path / "q.onnx")
     report = verify(model, injected(model), threads=1)
-    assert (report.verdict, report.arithmetic) == ("same", "quantised")
-    assert 0 < report.error < 1e-4  # a number of 8 bits is the same or is off by more
+    assert (report.verdict, report.arithmetic) == ("same", "quantized")
+    assert 0 < report.error < 1e-4  # an 8-bit number is equal, or differs by more

@@ -1,16 +1,16 @@
-"""The judge is judged: right injections are accepted, wrong ones rejected at the right place."""
+"""The verifier accepts correct injections, and rejects wrong ones at the right place."""
 
 import json
 from functools import cache
 
-import broken_decoders as shelf
+import broken_decoders as broken
 import numpy as np
 import onnx
 import pytest
 from decoders import CachedDecoder, Config, Decoder
 
 from kvsurgeon.errors import InputError
-from kvsurgeon.parity import TextLengths, verifier, verify
+from kvsurgeon.parity import TextLengths, model_source, verify
 from kvsurgeon.runtime import open_session
 
 CHUNKED = {"token by token", "prefill and steps", "ragged chunks", "batch", "left padding", "long past"}
@@ -23,7 +23,11 @@ def original(config: Config | None = None) -> onnx.ModelProto:
     return Decoder(config).model()
 
 
-def judged(injected: onnx.ModelProto, **options):
+def scenarios_of(report, verdict=None):
+    return {one.scenario for one in report.comparisons if verdict in (None, one.verdict)}
+
+
+def verified(injected: onnx.ModelProto, **options):
     return verify(original(), injected, threads=1, **options)
 
 
@@ -39,91 +43,91 @@ def judged(injected: onnx.ModelProto, **options):
     ],
     ids=["float32", "float16", "position_ids", "without a mask", "one layer", "no groups"],
 )
-def test_a_right_injection_is_accepted(config):
+def test_accepts_a_correct_injection(config):
     report = verify(original(config), CachedDecoder(config).model(), threads=1)
 
     assert report.problems == ()
     assert report.verdict == "same"
     assert report.error < 1e-4
-    assert {trial.scenario for trial in report.trials} == (EVERY if config.attention_mask else EVERY - {"left padding"})
+    assert scenarios_of(report) == (EVERY if config.attention_mask else EVERY - {"left padding"})
 
 
-# broken step, scenarios that must fail, layer at fault, words that must be said
+# mistake, scenarios that must fail, faulty layer, words of the report
 WRONG = [
-    (shelf.WrongAxis, EVERY, None, "layers.1."),
-    (shelf.NewFirst, CHUNKED, 1, "`present.1.key` does not begin with the past of layer 1"),
-    (shelf.ForgottenOffset, CHUNKED, 0, "the key of layer 0 is wrong from token 1 on, and only it"),
-    (shelf.ForgottenOffsetInOneLayer, CHUNKED, 1, "the key of layer 1 is wrong from token 1 on, and only it"),
-    (shelf.StaleRotary, CHUNKED, 0, "the key of layer 0 is wrong from token 1 on, and only it"),
-    (shelf.SwappedKeyValue, CHUNKED, 1, "but with `past_key_values.1.value`"),
-    (shelf.SwappedLayers, CHUNKED, 1, "but with `past_key_values.2.key`"),
-    (shelf.WrongCorner, CHUNKED, 1, "the attention of layer 1 is at fault"),
-    (shelf.MaskDropped, SEVERAL_AT_ONCE, 1, "the attention of layer 1 is at fault"),
-    (shelf.LayerWithoutCache, CHUNKED, 1, "the attention of layer 1, which has no cache of its own, is at fault"),
-    (shelf.WindowOffByOne, EVERY, None, "`layers.1.context`"),
-    (shelf.PaddingIgnored, {"left padding"}, None, "`layers.0.context`"),
-    (shelf.PaddingForgotten, {"left padding"}, 0, "the attention of layer 0 is at fault"),
-    (shelf.PastTiled, CHUNKED, 1, "the attention of layer 1 is at fault"),
-    (shelf.WithoutNewest, EVERY, 1, "at `present.1.key`"),
-    (shelf.ScaleForgotten, CHUNKED, 1, "the attention of layer 1 is at fault"),
-    (shelf.RotatedTwice, CHUNKED, 1, "`present.1.key` does not begin with the past of layer 1"),
-    (shelf.RowsMixed, {"batch", "left padding"}, 1, "`present.1.key` does not begin with the past of layer 1"),
-    (shelf.ForgetsFarPast, {"long past"}, None, "`layers.2.context`"),
-    (shelf.WrongAtOnce, EVERY, None, "already when the whole text is given in one call"),
-    (shelf.LastLayerUncausal, SEVERAL_AT_ONCE, 2, "the attention of the last layer, 2, is at fault"),
-    (shelf.ShiftedAtTheDoor, CHUNKED, 0, "key and value of the first layer, 0, are wrong from token 1 on"),
-    (shelf.NotANumber, CHUNKED, 1, "`logits` differs by inf"),
-    (shelf.OrderOfOutputs, CHUNKED, 1, "`past_key_values.1.key` and `present.1.value` stand at the same place"),
+    (broken.WrongAxis, EVERY, None, "layers.1."),
+    (broken.NewFirst, CHUNKED, 1, "`present.1.key` does not start with the past of layer 1"),
+    (broken.MissingOffset, CHUNKED, 0, "only the key of layer 0 is wrong from token 1 on"),
+    (broken.MissingOffsetInOneLayer, CHUNKED, 1, "only the key of layer 1 is wrong from token 1 on"),
+    (broken.StaleRotary, CHUNKED, 0, "only the key of layer 0 is wrong from token 1 on"),
+    (broken.SwappedKeyValue, CHUNKED, 1, "but with `past_key_values.1.value`"),
+    (broken.SwappedLayers, CHUNKED, 1, "but with `past_key_values.2.key`"),
+    (broken.WrongCorner, CHUNKED, 1, "the fault is in attention of layer 1"),
+    (broken.MaskDropped, SEVERAL_AT_ONCE, 1, "the fault is in attention of layer 1"),
+    (broken.LayerWithoutCache, CHUNKED, 1, "the fault is in attention of layer 1, which has no cache"),
+    (broken.WindowOffByOne, EVERY, None, "`layers.1.context`"),
+    (broken.PaddingIgnored, {"left padding"}, None, "`layers.0.context`"),
+    (broken.PastPaddingIgnored, {"left padding"}, 0, "the fault is in attention of layer 0"),
+    (broken.PastTiled, CHUNKED, 1, "the fault is in attention of layer 1"),
+    (broken.WithoutLastToken, EVERY, 1, "at `present.1.key`"),
+    (broken.MissingScale, CHUNKED, 1, "the fault is in attention of layer 1"),
+    (broken.RotatedTwice, CHUNKED, 1, "`present.1.key` does not start with the past of layer 1"),
+    (broken.RowsMixed, {"batch", "left padding"}, 1, "`present.1.key` does not start with the past of layer 1"),
+    (broken.LostDistantPast, {"long past"}, None, "`layers.2.context`"),
+    (broken.WindowInAllLayers, EVERY, None, "already in a single prefill"),
+    (broken.LastLayerUncausal, SEVERAL_AT_ONCE, 2, "the fault is in attention of the last layer, 2"),
+    (broken.ShiftedInput, CHUNKED, 0, "key and value of the first layer, 0, are wrong from token 1 on"),
+    (broken.NotANumber, CHUNKED, 1, "error of `logits` is inf"),
+    (broken.OutputOrder, CHUNKED, 1, "`past_key_values.1.key` and `present.1.value` pair by order, but not by name"),
 ]
 
 
-@pytest.mark.parametrize(("broken", "scenarios", "layer", "words"), WRONG, ids=[row[0].__name__ for row in WRONG])
-def test_a_wrong_injection_is_rejected_at_the_right_place(broken, scenarios, layer, words):
-    report = judged(broken().model())
+@pytest.mark.parametrize(("mistake", "scenarios", "layer", "words"), WRONG, ids=[row[0].__name__ for row in WRONG])
+def test_rejects_a_wrong_injection_and_locates_the_fault(mistake, scenarios, layer, words):
+    report = verified(mistake().model())
 
     assert not report.ok
-    assert {trial.scenario for trial in report.trials if trial.verdict == "different"} == scenarios
+    assert scenarios_of(report, "different") == scenarios
     assert report.layer == layer
     assert words in "\n".join(report.problems)
 
 
-def test_every_mistake_on_the_shelf_is_tried():
+def test_all_mistakes_are_tested():
     mistakes = {
-        value for value in vars(shelf).values() if isinstance(value, type) and value.__module__ == shelf.__name__
+        value for value in vars(broken).values() if isinstance(value, type) and value.__module__ == broken.__name__
     }
 
     assert mistakes == {row[0] for row in WRONG}
 
 
-def test_a_mistake_is_seen_in_float16_too():
+def test_finds_a_mistake_in_float16():
     config = Config(dtype="float16")
-    report = verify(original(config), shelf.WrongCorner(config).model(), threads=1)
+    report = verify(original(config), broken.WrongCorner(config).model(), threads=1)
 
     assert report.arithmetic == "float16"
     assert (report.verdict, report.layer) == ("different", 1)
 
 
 @pytest.mark.parametrize("static", [(1, 24), (2, 24)], ids=["batch 1", "batch 2"])
-def test_a_static_original_is_asked_at_its_only_length(static):
+def test_runs_a_static_reference_at_its_only_length(static):
     config = Config(static=static)
     report = verify(original(config), CachedDecoder(config).model(), threads=1)
 
     assert report.verdict == "same"
-    assert max(trial.length for trial in report.trials) == 24
-    assert {trial.scenario for trial in report.trials} == EVERY - {"long past"}
-    assert not verify(original(config), shelf.PaddingForgotten(config).model(), threads=1).ok
+    assert max(comparison.length for comparison in report.comparisons) == 24
+    assert scenarios_of(report) == EVERY - {"long past"}
+    assert not verify(original(config), broken.PastPaddingIgnored(config).model(), threads=1).ok
 
 
-def test_a_bounded_original_is_asked_no_further_than_it_reaches():
+def test_runs_a_bounded_reference_up_to_its_longest_text():
     config = Config(max_length=40)
     report = verify(original(config), CachedDecoder(config).model(), threads=1)
 
     assert report.verdict == "same"
-    assert max(trial.length for trial in report.trials) == 40
-    assert report.notes == ("the longest text has 40 tokens: the original takes no more",)
+    assert max(comparison.length for comparison in report.comparisons) == 40
+    assert report.notes == ("the longest text has 40 tokens: the reference model takes no more",)
 
 
-def test_a_cached_model_with_a_fixed_batch_is_judged_at_that_batch():
+def test_verifies_a_candidate_of_fixed_batch_at_that_batch():
     class BatchOfOne(CachedDecoder):
         def model(self):
             model = super().model()
@@ -131,14 +135,14 @@ def test_a_cached_model_with_a_fixed_batch_is_judged_at_that_batch():
                 value.type.tensor_type.shape.dim[0].dim_value = 1
             return model
 
-    report = judged(BatchOfOne().model())
+    report = verified(BatchOfOne().model())
 
     assert report.verdict == "same"
-    assert {trial.batch for trial in report.trials} == {1}
-    assert "left padding" in {trial.scenario for trial in report.trials}
+    assert {one.batch for one in report.comparisons} == {1}
+    assert "left padding" in scenarios_of(report)
 
 
-def test_an_original_that_is_right_at_batch_1_only_is_not_asked_for_more():
+def test_runs_a_reference_that_is_correct_for_one_row_with_one_row():
     class ScaleFollowsBatch(Decoder):
         def scale(self, layer):
             many = self.graph.op("Greater", self.size("input_ids", 0), self.graph.constant(1))
@@ -147,25 +151,27 @@ def test_an_original_that_is_right_at_batch_1_only_is_not_asked_for_more():
     report = verify(ScaleFollowsBatch().model(), CachedDecoder().model(), threads=1)
 
     assert report.verdict == "same"
-    assert {trial.batch for trial in report.trials} == {1}
-    assert report.notes == ("the original is right at batch 1 only: batches were not tried",)
+    assert {one.batch for one in report.comparisons} == {1}
+    assert report.notes == ("the reference model is correct for batch size 1 only: batches were not compared",)
 
 
-def test_the_same_model_twice_has_no_cache():
-    report = judged(original())
+def test_rejects_a_candidate_without_a_cache():
+    report = verified(original())
 
     assert report.verdict == "different"
-    assert report.problems == ("expected past inputs that the original lacks, found none: the model has no cache",)
+    assert report.problems == (
+        "expected past inputs that the reference model lacks, found none: the candidate has no cache",
+    )
 
 
-def test_a_missing_present_is_a_fault_and_not_a_crash():
+def test_reports_a_missing_present():
     model = CachedDecoder().model()
     model.graph.output.pop()
 
-    assert judged(model).problems == ("expected as many present outputs as past inputs, found 5 and 6",)
+    assert verified(model).problems == ("expected as many present outputs as past inputs, found 5 and 6",)
 
 
-def test_a_missing_output_is_a_fault():
+def test_reports_a_missing_output():
     class Two(Decoder):
         def model(self):
             model = super().model()
@@ -174,19 +180,19 @@ def test_a_missing_output_is_a_fault():
 
     report = verify(Two().model(), CachedDecoder().model(), threads=1)
 
-    assert report.problems == ("the original's output `layers.0.output` is missing",)
+    assert report.problems == ("the candidate model lacks the output `layers.0.output`",)
 
 
-def test_a_model_that_cannot_be_opened_is_a_fault():
+def test_reports_a_candidate_that_cannot_be_opened():
     model = CachedDecoder().model()
     model.graph.node[0].input[0] = "nowhere"
-    report = judged(model)
+    report = verified(model)
 
     assert report.verdict == "different"
-    assert "onnxruntime does not accept the model with a cache" in report.problems[0]
+    assert "onnxruntime does not accept the candidate model" in report.problems[0]
 
 
-def test_an_original_that_cannot_be_run_is_no_success():
+def test_verdict_is_unknown_if_the_reference_cannot_be_opened():
     unknown = Decoder().model()
     unknown.graph.node[-1].op_type = "OfNoRuntime"
     unknown.graph.node[-1].domain = "nobody"
@@ -197,17 +203,17 @@ def test_an_original_that_cannot_be_run_is_no_success():
     assert "OfNoRuntime" in report.problems[0]
 
 
-def test_an_original_that_fails_on_any_text_is_no_success():
+def test_verdict_is_unknown_if_the_reference_fails_on_all_texts():
     class Failing(Decoder):
         def key_index(self):
             return self.range(0, self.graph.constant(7))  # fits no mask but that of 7 tokens
 
     report = verify(Failing().model(), CachedDecoder().model(), threads=1)
 
-    assert (report.verdict, report.ok, report.trials) == ("unknown", False, ())
+    assert (report.verdict, report.ok, report.comparisons) == ("unknown", False, ())
 
 
-def test_an_original_that_changes_with_the_length_is_named():
+def test_notes_a_reference_that_depends_on_the_length():
     class SwitchesItsScale(Decoder):
         def scale(self, layer):
             long = self.graph.op("Greater", self.new_length(), self.graph.constant(60))
@@ -215,12 +221,12 @@ def test_an_original_that_changes_with_the_length_is_named():
 
     report = verify(SwitchesItsScale().model(), CachedDecoder().model(), threads=1)
 
-    assert {trial.scenario for trial in report.trials if trial.verdict == "different"} == {"long past"}
+    assert scenarios_of(report, "different") == {"long past"}
     assert "no cache can equal it" in report.notes[0]
 
 
 class LouderAlone(Decoder):
-    """What its layers add is twice as much in a call of one token."""
+    """A decoder whose feed-forward outputs double in a call of one token."""
 
     def feed_forward(self, hidden):
         alone = self.graph.op("Less", self.new_length(), self.graph.constant(2))
@@ -228,39 +234,39 @@ class LouderAlone(Decoder):
         return self.graph.op("Mul", super().feed_forward(hidden), factor)
 
 
-def bent_by(levels, monkeypatch):
-    """onnxruntime makes something else of the original where it may rewrite it so far."""
+def change_reference_at(levels, monkeypatch):
+    """Replace the reference at some levels of graph optimization."""
 
-    def open_bent(source, *, optimisation, name, **options):
-        bent = optimisation in levels and name == "the original"
-        source = LouderAlone().model() if bent else source
-        return open_session(source, optimisation=optimisation, name=name, **options)
+    def open_changed(source, *, optimization, name, **options):
+        changed = optimization in levels and name == "the reference model"
+        source = LouderAlone().model() if changed else source
+        return open_session(source, optimization=optimization, name=name, **options)
 
-    monkeypatch.setattr(verifier, "open_session", open_bent)
+    monkeypatch.setattr(model_source, "open_session", open_changed)
 
 
 @pytest.mark.parametrize(("levels", "level"), [({"all"}, "basic"), ({"all", "basic"}, "off")])
-def test_where_optimisation_bends_the_original_both_are_judged_at_a_lower_one(levels, level, monkeypatch):
-    bent_by(levels, monkeypatch)
-    right, wrong = judged(CachedDecoder().model()), judged(shelf.WrongCorner().model())
+def test_lowers_the_optimization_level_at_which_the_reference_is_unstable(levels, level, monkeypatch):
+    change_reference_at(levels, monkeypatch)
+    right, wrong = verified(CachedDecoder().model()), verified(broken.WrongCorner().model())
 
     assert right.verdict == "same"
     assert wrong.layer == 1
     for report in (right, wrong):
         (note,) = report.notes
-        assert "graph optimisation `all` makes the original give other logits" in note
-        assert f"judged at `{level}`" in note
+        assert "graph optimization `all`, the reference model's logits depend on later tokens" in note
+        assert f"verified at `{level}`" in note
 
 
-def test_an_original_that_is_bent_at_every_level_is_judged_as_asked(monkeypatch):
-    bent_by({"all", "basic", "off"}, monkeypatch)
-    everywhere, off = judged(CachedDecoder().model()), judged(CachedDecoder().model(), optimisation="off")
+def test_keeps_the_optimization_level_if_the_reference_is_unstable_at_all(monkeypatch):
+    change_reference_at({"all", "basic", "off"}, monkeypatch)
+    everywhere, off = verified(CachedDecoder().model()), verified(CachedDecoder().model(), optimization="off")
 
     assert "no cache can equal it" in everywhere.notes[0]
     assert everywhere.notes == off.notes
 
 
-def test_an_original_blind_to_the_past_is_named():
+def test_notes_a_reference_that_ignores_the_past():
     class SeesOnlyItself(Decoder):
         def causal(self, layer):
             return self.graph.op("Equal", self.row(self.key_index()), self.column(self.query_index()))
@@ -271,16 +277,16 @@ def test_an_original_blind_to_the_past_is_named():
     report = verify(SeesOnlyItself().model(), CachedSeesOnlyItself().model(), threads=1)
 
     assert report.verdict == "same"
-    assert "a wrong cache might not be seen" in report.notes[0]
+    assert "a wrong cache may go unnoticed" in report.notes[0]
 
 
-def test_an_unreadable_original_is_the_callers_error(tmp_path):
+def test_raises_if_the_reference_cannot_be_read(tmp_path):
     with pytest.raises(InputError, match="found nothing at"):
         verify(tmp_path / "missing.onnx", CachedDecoder().model())
 
 
-def test_models_are_judged_from_files_with_weights_beside_them(tmp_path):
-    for name, model in [("original", Decoder().model()), ("broken", shelf.WrongCorner().model())]:
+def test_verifies_files_with_external_weights(tmp_path):
+    for name, model in [("original", Decoder().model()), ("broken", broken.WrongCorner().model())]:
         (tmp_path / name).mkdir()
         onnx.save(model, tmp_path / name / "model.onnx", save_as_external_data=True, size_threshold=1024, location="w")
     report = verify(tmp_path / "original", tmp_path / "broken" / "model.onnx", threads=1)
@@ -289,40 +295,42 @@ def test_models_are_judged_from_files_with_weights_beside_them(tmp_path):
     assert report.first_difference == "layers.1.context"
 
 
-def test_a_report_can_be_written_as_json():
-    facts = json.loads(json.dumps(judged(shelf.NotANumber().model()).as_dict()))
+def test_report_can_be_written_as_json():
+    facts = json.loads(json.dumps(verified(broken.NotANumber().model()).as_dict()))
 
     assert facts["ok"] is False
     assert facts["error"] == "inf"
-    assert facts["trials"][1]["caches"][0]["layer"] == 2
-    assert facts["tolerance"]["error"] == 3e-4
+    assert facts["comparisons"][1]["cache_differences"][0]["layer"] == 2
+    assert facts["tolerance"]["bound"] == facts["bound"] == 3e-4
 
 
-def test_the_same_seed_gives_the_same_report():
-    first, second = (judged(shelf.ScaleForgotten().model(), seed=7, explain=False) for _ in range(2))
+def test_same_seed_gives_the_same_report():
+    first, second = (verified(broken.MissingScale().model(), seed=7, explain=False) for _ in range(2))
 
-    assert first.trials == second.trials
-    assert first.trials != judged(shelf.ScaleForgotten().model(), seed=8, explain=False).trials
+    assert first.comparisons == second.comparisons
+    assert first.comparisons != verified(broken.MissingScale().model(), seed=8, explain=False).comparisons
 
 
-def test_progress_is_told_before_each_trial():
-    said = []
-    judged(
-        CachedDecoder().model(), progress=lambda *told: said.append(told), lengths=TextLengths(short=6, long=6, batch=1)
+def test_calls_progress_before_each_scenario():
+    calls = []
+    verified(
+        CachedDecoder().model(),
+        progress=lambda *args: calls.append(args),
+        lengths=TextLengths(short=6, long=6, batch=1),
     )
 
-    assert [name for _, _, name in said] == [
+    assert [name for _, _, name in calls] == [
         "whole prefill",
         "token by token",
         "prefill and steps",
         "ragged chunks",
         "left padding",
     ]
-    assert [(done, of) for done, of, _ in said] == [(number, 5) for number in range(5)]
+    assert [(done, of) for done, of, _ in calls] == [(number, 5) for number in range(5)]
 
 
 @pytest.mark.parametrize("rows", [20, 2])
-def test_ids_that_the_embeddings_do_not_hold_are_not_drawn(rows):
+def test_draws_only_token_ids_that_have_embeddings(rows):
     def with_few_embeddings(model):
         embeddings = next(tensor for tensor in model.graph.initializer if tensor.name == "model.embeddings")
         few = np.array(onnx.numpy_helper.to_array(embeddings)[:rows])
@@ -334,32 +342,32 @@ def test_ids_that_the_embeddings_do_not_hold_are_not_drawn(rows):
     assert report.verdict == "same"
 
 
-# Outputs of other kinds
+# Other outputs
 
 
 def more_outputs(model, **outputs):
-    """Give a model further outputs: values by name, with the rank that each has."""
+    """Give a model further outputs, by name and rank."""
     for name, rank in outputs.items():
         dims = [None] * rank
         model.graph.output.append(onnx.helper.make_tensor_value_info(name.replace("__", "."), 1, dims))
     return model
 
 
-def test_every_output_that_both_have_is_compared():
+def test_compares_all_outputs_that_both_models_have():
     pair = [
         more_outputs(form.model(), layers__1__output=3, layers__0__scores=4) for form in (Decoder(), CachedDecoder())
     ]
-    # the cached one lists them behind its presents; they pair by name
+    # the candidate lists them after its presents: they pair by name
     report = verify(*pair, threads=1)
 
     assert report.problems == ()
     wrong = verify(
-        pair[0], more_outputs(shelf.WrongCorner().model(), layers__1__output=3, layers__0__scores=4), threads=1
+        pair[0], more_outputs(broken.WrongCorner().model(), layers__1__output=3, layers__0__scores=4), threads=1
     )
     assert wrong.layer == 1
 
 
-def test_an_output_that_is_worse_than_the_logits_is_the_one_named():
+def test_names_an_output_that_is_worse_than_the_logits():
     class WrongScores(CachedDecoder):
         def model(self):
             model = super().model()
@@ -376,11 +384,11 @@ def test_an_output_that_is_worse_than_the_logits_is_the_one_named():
     report = verify(Scores().model(), WrongScores().model(), threads=1)
 
     assert report.verdict == "different"
-    assert {trial.output for trial in report.trials} == {"shown"}
+    assert {comparison.output for comparison in report.comparisons} == {"shown"}
 
 
 def last_only(form):
-    """The model, with logits of the last token alone: `[batch, 1, vocabulary]`."""
+    """Return the model with logits of the last token only, `[batch, 1, vocabulary]`."""
 
     class LastOnly(form):
         def model(self):
@@ -397,26 +405,23 @@ def last_only(form):
     return LastOnly().model()
 
 
-def test_logits_of_the_last_token_alone_are_compared_there():
+def test_compares_logits_of_the_last_token_only():
     report = verify(last_only(Decoder), last_only(CachedDecoder), threads=1)
-    wrong = verify(last_only(Decoder), last_only(shelf.WrongCorner), threads=1)
+    wrong = verify(last_only(Decoder), last_only(broken.WrongCorner), threads=1)
 
     assert report.problems == ()
-    assert {trial.scenario for trial in wrong.trials if trial.verdict == "different"} == CHUNKED
+    assert scenarios_of(wrong, "different") == CHUNKED
     assert wrong.layer == 1
 
 
-def test_logits_of_another_shape_are_named():
+def test_reports_logits_of_another_shape():
     report = verify(original(), last_only(CachedDecoder), threads=1)
 
     assert not report.ok
-    assert (
-        "the output `logits` has [1, 1, 61], where the original's for the whole text is [1, 14, 61]"
-        in report.problems[0]
-    )
+    assert "output `logits` has shape [1, 1, 61], expected a part of [1, 14, 61]" in report.problems[0]
 
 
-def test_another_type_of_logits_is_a_fault():
+def test_reports_logits_of_another_type():
     class InDouble(CachedDecoder):
         def model(self):
             model = super().model()
@@ -426,10 +431,10 @@ def test_another_type_of_logits_is_a_fault():
             model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.DOUBLE
             return model
 
-    assert judged(InDouble().model()).problems == ("the output `logits` is float64, in the original float32",)
+    assert verified(InDouble().model()).problems == ("output `logits` is float64, in the reference model float32",)
 
 
-def test_a_text_on_which_the_original_gives_no_numbers_is_told_and_not_judged():
+def test_skips_a_text_on_which_the_reference_returns_nan():
     class NothingForPadding(Decoder):
         def scale(self, layer):
             most = self.graph.op("ReduceMin", "attention_mask", keepdims=0)
@@ -439,10 +444,10 @@ def test_a_text_on_which_the_original_gives_no_numbers_is_told_and_not_judged():
     report = verify(NothingForPadding().model(), CachedDecoder().model(), threads=1)
 
     assert report.verdict == "same"
-    assert report.notes == ("left padding was not judged: the original's logits are not numbers",)
+    assert report.notes == ("left padding was not compared: the reference model's logits are not numbers",)
 
 
-def test_an_original_that_fails_at_padding_is_told_and_not_judged():
+def test_skips_a_text_on_which_the_reference_fails():
     class FailsAtPadding(Decoder):
         def scale(self, layer):
             most = self.graph.op("ReduceMin", "attention_mask", keepdims=0)
@@ -454,10 +459,10 @@ def test_an_original_that_fails_at_padding_is_told_and_not_judged():
     report = verify(FailsAtPadding().model(), CachedDecoder().model(), threads=1)
 
     assert report.verdict == "same"
-    assert "left padding was not judged: the original cannot be run on it: " in report.notes[0]
+    assert "left padding was not compared: the reference model fails: " in report.notes[0]
 
 
-def test_an_original_that_fails_at_a_batch_is_judged_row_by_row():
+def test_runs_a_reference_that_fails_on_batches_with_one_row():
     class OneRow(Decoder):
         def heads(self, hidden, name, count, gain=1.0):
             one = self.graph.constant([1, -1, self.config.hidden])
@@ -466,11 +471,11 @@ def test_an_original_that_fails_at_a_batch_is_judged_row_by_row():
     report = verify(OneRow().model(), CachedDecoder().model(), threads=1)
 
     assert report.verdict == "same"
-    assert {trial.batch for trial in report.trials} == {1}
+    assert {one.batch for one in report.comparisons} == {1}
 
 
 @pytest.mark.parametrize(("rows", "types"), [(2, 2), (1, 1)])
-def test_token_types_are_drawn_where_the_model_has_several(rows, types):
+def test_draws_token_types_if_the_model_has_several(rows, types):
     class Typed:
         def declare(self):
             super().declare()
@@ -487,8 +492,8 @@ def test_token_types_are_drawn_where_the_model_has_several(rows, types):
     assert verify(plain, cached, threads=1).verdict == "same"
 
 
-def test_a_likeliest_token_that_differs_too_often_is_a_problem_of_its_own():
-    """Every token has a twin that is a little less likely; in the wrong model a little more."""
+def test_reports_a_low_agreement():
+    """Each token has a twin of slightly lower logit, in the wrong model of slightly higher logit."""
 
     def with_twins(form, favour):
         class Twins(form):
@@ -512,12 +517,12 @@ def test_a_likeliest_token_that_differs_too_often_is_a_problem_of_its_own():
     wrong = verify(with_twins(Decoder, 0.115), with_twins(CachedDecoder, -0.115), threads=1)
 
     assert (right.arithmetic, right.problems) == ("bfloat16", ())
-    assert wrong.error < wrong.tolerance.error
-    assert "the likeliest token is the same at 0% (90% needed)" in wrong.problems[0]
+    assert wrong.error < wrong.bound
+    assert "the most likely token agrees at 0% of the tokens (90% required)" in wrong.problems[0]
 
 
-def test_each_model_is_given_its_own_types():
-    """What the result takes as 32 bits, or as another mask of the same name, the original is given as it wants it."""
+def test_feeds_each_model_its_input_types():
+    """The candidate takes int32, the reference int64."""
     model = CachedDecoder(Config()).model()
     for value in model.graph.input:
         if value.name == "input_ids":

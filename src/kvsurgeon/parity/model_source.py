@@ -1,0 +1,88 @@
+"""Models to verify: where they come from, and sessions on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx
+
+from kvsurgeon.errors import InvalidModelError
+from kvsurgeon.parity.float_model import float_model
+from kvsurgeon.runtime import Optimization, Session, Source, folder_of, model_file, open_session
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model to verify.
+
+    Attributes:
+        name: Name in messages.
+        source: The model as onnxruntime opens it.
+        graph: The model without external weights.
+        folder: Folder of the external weights.
+    """
+
+    name: str
+    source: Source
+    graph: onnx.ModelProto
+    folder: Path | None
+
+    @classmethod
+    def of(cls, source: Source, name: str, folder: str | Path | None) -> ModelSource:
+        """Read a model.
+
+        Raises:
+            InputError: The file does not exist.
+            InvalidModelError: The file is not ONNX.
+        """
+        return cls(name=name, source=source, graph=load_graph(source), folder=folder_of(source, folder))
+
+    @property
+    def inner_values(self) -> tuple[str, ...]:
+        """Names of the values that nodes compute, without the outputs, in order."""
+        outputs = {value.name for value in self.graph.graph.output}
+        names = (name for node in self.graph.graph.node for name in node.output if name)
+        return tuple(name for name in names if name not in outputs)
+
+    def in_floats(self) -> ModelSource | None:
+        """Return the model without rounding to 8 bits; None if that is not possible."""
+        graph = float_model(self.graph)
+        return None if graph is None else replace(self, source=graph, graph=graph)
+
+    def open(self, optimization: Optimization, threads: int | None, outputs: Sequence[str] = ()) -> Session:
+        """Open the model, with some inner values as further outputs.
+
+        Raises:
+            KvsurgeonError: onnxruntime does not accept it.
+        """
+        source = with_outputs(self.graph, outputs) if outputs else self.source
+        return open_session(
+            source, folder=self.folder, threads=threads, optimization=optimization, name=self.name
+        )  # fmt: skip
+
+
+def load_graph(source: Source) -> onnx.ModelProto:
+    """Return the model without its external weights.
+
+    Raises:
+        InputError: The file does not exist.
+        InvalidModelError: The file is not ONNX.
+    """
+    if isinstance(source, onnx.ModelProto):
+        return source
+    path = model_file(source)
+    try:
+        return onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError, of whichever protobuf is installed
+        raise InvalidModelError(f"expected an ONNX model, found something else - at `{path}`") from error
+
+
+def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """Return a copy of a model with some of its values as further outputs."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    have = {output.name for output in copy.graph.output}
+    copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in dict.fromkeys(names) if name not in have)
+    return copy
