@@ -6,7 +6,7 @@ import pytest
 from exports import NAMES, injected_export, with_all_outputs
 from laws import in_onnxruntime
 
-SHORT, LONG = 25, 50  # tokens remembered
+SHORT, LONG = 25, 50  # past tokens
 
 
 def sizes_of_a_step(model: onnx.ModelProto, past: int) -> dict[str, int]:
@@ -20,7 +20,7 @@ def sizes_of_a_step(model: onnx.ModelProto, past: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_is_linear_in_the_context(name):
+def test_a_decode_step_is_linear_in_the_context(name):
     model = injected_export(name)
     short, long = sizes_of_a_step(model, SHORT), sizes_of_a_step(model, LONG)
 

@@ -32,10 +32,10 @@ grouped (float[batch, length, 8] x) => (float[batch, length, 8] logits)
   at = Range(nought, n, one)
   row = Unsqueeze(at, first)
   column = Unsqueeze(at, second)
-  seen = LessOrEqual(row, column)
+  visible = LessOrEqual(row, column)
   KEYS
   SCORES
-  masked_scores = Where(seen, s, masked)
+  masked_scores = Where(visible, s, masked)
   w = Softmax<axis = -1>(masked_scores)
   VALUES
   ct = Transpose<perm = [0, 2, 1, 3]>(c)
@@ -52,7 +52,7 @@ VALUES = """
   v_heads = Reshape(v_all, four)
   c = MatMul(w, v_heads)
 """
-SPELLINGS = {
+VARIANTS = {
     "Expand": (EXPANDED + "kt = Transpose<perm = [0, 1, 3, 2]>(k_heads)", SCORES, VALUES),
     "Tile": (
         "k_all = Tile(k5, copies) k_heads = Reshape(k_all, four) kt = Transpose<perm = [0, 1, 3, 2]>(k_heads)",
@@ -69,7 +69,7 @@ SPELLINGS = {
         SCORES,
         VALUES,
     ),
-    "heads beside the batch": (
+    "heads next to the batch": (
         EXPANDED
         + """
   k3_shape = Concat<axis = 0>(rest, n1, head_dim)
@@ -100,9 +100,9 @@ def written(keys: str, scores: str, values: str) -> onnx.ModelProto:
     return read("\n".join(text.replace(") ", ")\n").splitlines()))
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
-def test_nothing_is_copied_for_tokens_so_far(name):
-    original = written(*SPELLINGS[name])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_nothing_is_copied_for_past_tokens(name):
+    original = written(*VARIANTS[name])
     proto = injected(original)
     assert_law(original, proto)
     assert not {"Expand", "Tile"} & {node.op_type for node in proto.graph.node}
@@ -118,7 +118,7 @@ LEFT_ALONE = {
         VALUES,
     ),
     "values that are scaled": (
-        SPELLINGS["Expand"][0],
+        VARIANTS["Expand"][0],
         SCORES,
         "v_all = Expand(v5, copies) v1 = Reshape(v_all, four) v_heads = Mul(v1, half) c = MatMul(w, v_heads)",
     ),
@@ -137,12 +137,12 @@ LEFT_ALONE = {
 
 
 @pytest.mark.parametrize("name", LEFT_ALONE)
-def test_what_cannot_be_grouped_is_right_all_the_same(name):
+def test_products_that_cannot_be_grouped_are_correct(name):
     original = written(*LEFT_ALONE[name])
     assert_law(original, injected(original))
 
 
-def test_heads_on_two_axes_that_change_places_after_they_were_repeated():
+def test_heads_on_two_axes_that_are_swapped_after_repetition():
     keys, values = (
         """
   A_pairs = Reshape(A, pairs)
@@ -173,8 +173,8 @@ def test_heads_on_two_axes_that_change_places_after_they_were_repeated():
     assert_law(original, injected(original))
 
 
-def test_names_stay_with_what_they_named():
-    original = written(*SPELLINGS["scaled"])
+def test_values_keep_their_names():
+    original = written(*VARIANTS["scaled"])
     result = injected(original)
     shapes = {value.name: value.type.tensor_type.shape.dim for value in result.graph.value_info}
     assert [dim.dim_value or dim.dim_param for dim in shapes["s"]][1] == 4
@@ -211,7 +211,7 @@ SCALED_VALUES = (
 
 
 @pytest.mark.parametrize(("values", "left"), [(EXPANDED_VALUES, 0), (SCALED_VALUES, 2)], ids=["shared", "one is not"])
-def test_a_fused_operator_shares_the_heads_by_itself(values, left):
+def test_a_fused_operator_reads_the_heads_before_repetition(values, left):
     original = read(FUSED.replace("VALUES", values), opset=23)
     result = injected(original)
     assert [node.op_type for node in result.graph.node].count("Expand") == left

@@ -1,4 +1,4 @@
-"""Passes that make a model's interface the client's own: what they leave computes what it did, asked another way."""
+"""Passes that adapt the interface of a model to a runtime: the result computes the same."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def stepwise(model: onnx.ModelProto, ids: np.ndarray, sizes: tuple[int, ...], pa
 
 
 @pytest.mark.parametrize(
-    ("name", "room"), [*((name, None) for name in MODELS), ("own", MAX), ("bloom_torchscript_eager", MAX)]
+    ("name", "capacity"), [*((name, None) for name in MODELS), ("own", MAX), ("bloom_torchscript_eager", MAX)]
 )
-def test_positions_stand_for_a_mask_and_a_count(name, room):
-    model, inject = MODELS[name], Inject(cache="static", max_length=room)
+def test_positions_replace_the_mask_and_the_length_input(name, capacity):
+    model, inject = MODELS[name], Inject(cache="static", max_length=capacity)
     result = made(model, inject, RemoveMask(), ALONE, PastLengthFromPositions(), LastLogits())
     assert [value.name for value in result.graph.input][:2] == ["input_ids", "position_ids"]
     assert all(len(dims_of(value)) == 4 for value in result.graph.input[2:])
@@ -70,7 +70,7 @@ def test_positions_stand_for_a_mask_and_a_count(name, room):
         assert difference(answer[0], expected[last]) <= ALLOWED[str(expected.dtype)]
 
 
-def test_the_head_is_multiplied_with_one_token():
+def test_the_lm_head_multiplies_one_token():
     result = made(MODELS["own"], Inject(cache="static"), RemoveMask(), ALONE, PastLengthFromPositions(), LastLogits())
     logits = next(value for value in result.graph.output if value.name == "logits")
     assert dims_of(logits) == [1, 1, 61]
@@ -79,7 +79,7 @@ def test_the_head_is_multiplied_with_one_token():
     assert (makers["logits"].op_type, head.op_type, makers[head.input[0]].op_type) == ("Identity", "MatMul", "Gather")
 
 
-def test_logits_that_something_else_reads_are_picked_themselves():
+def test_logits_that_are_read_elsewhere_are_selected_directly():
     model = onnx.ModelProto.FromString(MODELS["own"].SerializeToString())
     model.graph.node.append(onnx.helper.make_node("Softmax", ["logits"], ["chances"], axis=-1))
     model.graph.output.append(onnx.helper.make_tensor_value_info("chances", 1, ["batch_size", "sequence_length", 61]))
@@ -88,13 +88,13 @@ def test_logits_that_something_else_reads_are_picked_themselves():
     assert picked.op_type == "Gather"
 
 
-def test_one_token_of_several_texts_is_refused():
+def test_last_logits_of_a_batch_are_rejected():
     with pytest.raises(UnsupportedError, match="different last tokens"):
         made(MODELS["own"], Inject(cache="static"), PastLengthFromPositions(), LastLogits())
 
 
 @pytest.mark.parametrize("batch", ["batch_size", 3])
-def test_a_mask_has_the_batch_of_a_cache_that_lies_otherwise(batch):
+def test_a_mask_has_the_batch_of_a_cache_in_another_layout(batch):
     layout = ("kv_heads", "sequence", "head_dim", "batch")
     model, dims = MODELS["gpt2_torchscript_sdpa"], RenameDims(dims=(f"batch_size={batch}",))
     result = made(model, Inject(cache="static", key_layout=layout), *([dims] if batch == 3 else []), RemoveMask())
@@ -109,7 +109,7 @@ def test_a_mask_has_the_batch_of_a_cache_that_lies_otherwise(batch):
     assert difference(found["logits"], expected) <= ALLOWED["float32"]
 
 
-def test_a_text_as_long_as_the_buffer_is_no_mask():
+def test_a_token_input_as_long_as_the_buffer_is_no_mask():
     model = Decoder(Config(layers=1, static=(2, 9))).model()
     result = made(model, Inject(cache="static"), RemoveMask())
     assert [value.name for value in result.graph.input if len(dims_of(value)) < 4] == [
@@ -118,7 +118,7 @@ def test_a_text_as_long_as_the_buffer_is_no_mask():
     ]
 
 
-def test_a_mask_that_grows_is_refused():
+def test_a_mask_of_past_and_new_tokens_is_rejected():
     subject = Subject.of(MODELS["own"])
     Inject().apply(subject)
     with pytest.raises(UnsupportedError, match="no cache input is as long as the mask"):
@@ -126,11 +126,11 @@ def test_a_mask_that_grows_is_refused():
 
 
 @pytest.mark.parametrize("one", [RemoveMask(), PastLengthFromPositions(), RenameDims(dims=("nowhere=1",))])
-def test_where_there_is_nothing_to_do_nothing_is_done(one):
+def test_a_model_without_the_input_is_unchanged(one):
     assert isinstance(one.apply(Subject.of(MODELS["own, no mask"])), Unchanged)
 
 
-def test_dims_are_called_otherwise():
+def test_dimensions_are_renamed():
     subject = Subject.of(MODELS["own"])
     before = dims_of(MODELS["own"].graph.input[0])
     renamed = RenameDims(dims=(f"{before[1]}=seq_len", f"{before[0]}=1")).apply(subject)
@@ -139,6 +139,6 @@ def test_dims_are_called_otherwise():
 
 
 @pytest.mark.parametrize("text", ["sequence_length", "=4", "x="])
-def test_dims_without_a_new_name_are_refused(text):
+def test_dimensions_without_a_new_name_are_rejected(text):
     with pytest.raises(UsageError, match="sequence_length=seq_len"):
         RenameDims(dims=(text,)).apply(Subject.of(MODELS["own"]))

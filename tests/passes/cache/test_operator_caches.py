@@ -1,4 +1,4 @@
-"""Caches that fused operators keep: taken out and put back the model is the same, and so it is in another form."""
+"""Caches of fused operators: removed, restored or changed, the model computes the same."""
 
 import onnx
 import pytest
@@ -76,7 +76,7 @@ def case(request):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_taken_out_it_is_the_same(case, width):
+def test_the_model_without_the_cache_is_the_same(case, width):
     original = with_cache(*case, width)
     subject = Subject.of(original)
     assert isinstance(RemoveCache().apply(subject), Changed)
@@ -87,7 +87,7 @@ def test_taken_out_it_is_the_same(case, width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_in_another_form_it_is_the_same(case, width):
+def test_the_model_with_another_cache_is_the_same(case, width):
     original = with_cache(*case, width)
     subject = Subject.of(original)
     assert isinstance(Retarget().apply(subject), Changed)
@@ -98,7 +98,7 @@ def test_in_another_form_it_is_the_same(case, width):
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=title) for title, *case in CASES if title != "projecting"])
-def test_put_back_it_has_its_names(case):
+def test_a_restored_cache_has_the_same_names(case):
     subject = Subject.of(with_cache(*case))
     signature = detach_cache(subject)
     assert [(entry.layer, entry.kind) for entry in signature.entries] == [(0, "key"), (0, "value")]
@@ -107,7 +107,7 @@ def test_put_back_it_has_its_names(case):
     assert [value.name for value in subject.model.graph.outputs][1:] == ["present_k", "present_v"]
 
 
-def test_keys_and_values_in_one_tensor_are_not_put_back():
+def test_keys_and_values_in_one_tensor_cannot_be_restored():
     with pytest.raises(UnsupportedError, match="cannot be restored"):
         detach_cache(Subject.of(with_cache(*next(case for title, *case in CASES if title == "projecting"))))
 
@@ -142,7 +142,7 @@ BUFFERS = """case (int64[b, s] x, NUMBER past_length, float[b, 2, max_length, 16
 
 
 @pytest.mark.parametrize("number", ["int64[1]", "int64[b]"])
-def test_buffers_that_count_their_rows(number):
+def test_buffers_with_a_number_of_filled_rows(number):
     original = read(BUFFERS.replace("NUMBER", number), opset=24)
     subject = Subject.of(original)
     assert isinstance(RemoveCache().apply(subject), Changed)
@@ -155,7 +155,7 @@ def test_buffers_that_count_their_rows(number):
 
 
 @pytest.mark.parametrize("present", ["window_length", "another_length"])
-def test_a_window_that_drops_rows_is_a_window_without_them(present):
+def test_a_sliding_window_cache_is_a_sliding_window_without_a_cache(present):
     body = f"logits, present_k, present_v = {GROUPED}(qkv, , , past_k, past_v, ends, total, cos, sin)"
     kept = "local_window_size = 4, sliding_window_cache = 1>"
     original = with_cache(2, body.replace("do_rotary = 1>", f"do_rotary = 1, {kept}"))
@@ -166,4 +166,4 @@ def test_a_window_that_drops_rows_is_a_window_without_them(present):
     assert isinstance(RemoveCache().apply(subject), Changed)
     removed = io.to_proto(subject.model)
     assert_law(removed, injected(removed), texts(removed, padded=False))
-    assert verify_models(original, removed).verdict == "unknown"  # how a host fills such a window is not told
+    assert verify_models(original, removed).verdict == "unknown"  # how to fill such a window is unknown

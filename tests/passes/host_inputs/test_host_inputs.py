@@ -1,4 +1,4 @@
-"""What a host is told is enough to give what the graph made itself, wherever its rows lie."""
+"""The metadata is enough to compute the inputs that replace context, wherever the rows of the cache are."""
 
 from __future__ import annotations
 
@@ -42,41 +42,43 @@ def given(model: onnx.ModelProto, **options) -> onnx.ModelProto:
     return result
 
 
-def made(how: dict, past: int, new: int) -> np.ndarray:
-    """One input of a call whose past lies at the end of `CAPACITY` rows."""
+def host_input(description: dict, past: int, new: int) -> np.ndarray:
+    """One input of a call whose past is at the end of `CAPACITY` rows."""
     queries, keys = past + np.arange(new), past + np.arange(-CAPACITY, new)
-    if how["kind"] == "rows":
-        return np.array(how["table"])[queries].reshape(1, 1, new, -1)
-    if how["kind"] == "columns":
-        return np.atleast_2d(how["table"])[None, :, None, np.maximum(keys, 0)]
+    if description["kind"] == "rows":
+        return np.array(description["table"])[queries].reshape(1, 1, new, -1)
+    if description["kind"] == "columns":
+        return np.atleast_2d(description["table"])[None, :, None, np.maximum(keys, 0)]
     distance = queries[:, None] - keys
-    seen = np.atleast_2d(how["seen"])
-    numbers = np.broadcast_to(seen, (len(seen), 99))[:, np.maximum(distance, 0)] if seen.shape[1] == 1 else None
-    numbers = seen[:, np.maximum(distance, 0)] if numbers is None else numbers
-    return np.where((distance >= 0) & (keys >= 0), numbers, how["hidden"])[None]
+    visible = np.atleast_2d(description["seen"])
+    numbers = (
+        np.broadcast_to(visible, (len(visible), 99))[:, np.maximum(distance, 0)] if visible.shape[1] == 1 else None
+    )
+    numbers = visible[:, np.maximum(distance, 0)] if numbers is None else numbers
+    return np.where((distance >= 0) & (keys >= 0), numbers, description["hidden"])[None]
 
 
 def logits(model: onnx.ModelProto, ids: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     run = in_onnxruntime(model)
     (inputs,) = (json.loads(entry.value)["inputs"] for entry in model.metadata_props if entry.key == KEY)
     types = {v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type) for v in model.graph.input}
-    caches = {v.name: dims_of(v) for v in model.graph.input if v.name.startswith("past")}
-    held = {name: np.full([1, heads, CAPACITY, width], 7.0) for name, (_, heads, _, width) in caches.items()}
-    answers, past = [], 0
+    shapes = {v.name: dims_of(v) for v in model.graph.input if v.name.startswith("past")}
+    caches = {name: np.full([1, heads, CAPACITY, width], 7.0) for name, (_, heads, _, width) in shapes.items()}
+    outputs, past = [], 0
     for size in sizes:
-        feeds = {model.graph.input[0].name: ids[None, past : past + size], **held}
-        feeds |= {name: made(how, past, size) for name, how in inputs.items()}
+        feeds = {model.graph.input[0].name: ids[None, past : past + size], **caches}
+        feeds |= {name: host_input(one, past, size) for name, one in inputs.items()}
         found = run({name: array.astype(types[name]) for name, array in feeds.items()})
-        for name in held:
-            held[name] = np.concatenate([held[name], found[name.replace("past_key_values", "present")]], axis=2)
-            held[name] = held[name][:, :, -CAPACITY:]
-        answers.append(found["logits"][0])
+        for name in caches:
+            caches[name] = np.concatenate([caches[name], found[name.replace("past_key_values", "present")]], axis=2)
+            caches[name] = caches[name][:, :, -CAPACITY:]
+        outputs.append(found["logits"][0])
         past += size
-    return np.concatenate(answers)
+    return np.concatenate(outputs)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_told_is_enough(name):
+def test_the_descriptions_are_sufficient(name):
     model = MODELS[name]
     result = given(model, max_length=32)
     feeds = texts(model, batch=1)
@@ -85,7 +87,7 @@ def test_what_is_told_is_enough(name):
     assert difference(found, expected) <= ALLOWED[str(expected.dtype)]
 
 
-def test_masks_and_rotary_tables_lie_as_the_host_gives_them():
+def test_masks_and_rotary_tables_are_inputs_of_rank_4():
     result = given(MODELS["llama_dynamo_sdpa"])
     shapes = {value.name: dims_of(value) for value in result.graph.input if not value.name.startswith("past")}
     assert shapes == {
@@ -97,7 +99,7 @@ def test_masks_and_rotary_tables_lie_as_the_host_gives_them():
     assert not {"Range", "Cos", "Sin", "LessOrEqual"} & {node.op_type for node in result.graph.node}
 
 
-def test_weights_that_are_numbers_are_not_guarded():
+def test_nan_guards_are_removed():
     subject = Subject.of(export("llama_dynamo_sdpa"))
     before = io.to_proto(subject.model)
     assert isinstance(RemoveNanGuards().apply(subject), Changed)
@@ -109,17 +111,17 @@ def test_weights_that_are_numbers_are_not_guarded():
     assert difference(found, expected) == 0
 
 
-def test_what_guards_no_softmax_stays():
+def test_a_guard_of_another_value_is_unchanged():
     model = read(attention(after="odd = IsNaN(c)\n  logits = Where(odd, low, c)"))
     assert isinstance(RemoveNanGuards().apply(Subject.of(model)), Unchanged)
 
 
-def test_what_is_only_repeated_for_each_token_stays():
+def test_a_value_repeated_for_each_token_stays_in_the_graph():
     text = attention(constants="float[2, 1, 1] sink, int64[1] three = {3}").replace(
         "w = Softmax<axis = -1>(masked_scores)",
         "s4 = Unsqueeze(masked_scores, second)\n  two = Shape<start = 0, end = 2>(x)\n"
-        "  target = Concat<axis = 0>(first_of, heads, last_of, second)\n  beside = Expand(sink, target)\n"
-        "  both = Expand(s4, wide)\n  wall = Concat<axis = -1>(both, beside)\n  all = Softmax<axis = -1>(wall)\n"
+        "  target = Concat<axis = 0>(first_of, heads, last_of, second)\n  extra = Expand(sink, target)\n"
+        "  both = Expand(s4, wide)\n  wall = Concat<axis = -1>(both, extra)\n  all = Softmax<axis = -1>(wall)\n"
         "  kept = Slice(all, first, minus, three)\n  w = ReduceMean<keepdims = 0>(kept, second)",
     )
     text = text.replace(
@@ -133,7 +135,7 @@ def test_what_is_only_repeated_for_each_token_stays():
 
 
 def of_two_heads(bias: str) -> str:
-    """An attention whose queries of two heads stand along one axis, where a bias is added to their scores."""
+    """An attention whose queries of two heads are on one axis, and a bias is added to the scores."""
     return attention(
         query="twice = Concat<axis = -1>(q0, q0)\n  q = Reshape(twice, joined)",
         scores=f"sizes_of = Shape(s0)\n  {bias}\n  s1 = Add(s0, bias)\n  width = Slice(sizes_of, third, fourth)\n"
@@ -144,13 +146,13 @@ def of_two_heads(bias: str) -> str:
     ).replace("c = MatMul(w, v)", "v4 = Unsqueeze(v, second)\n  c4 = MatMul(w, v4)")
 
 
-def test_what_is_the_same_for_queries_of_all_heads_stays():
+def test_a_constant_bias_for_queries_of_all_heads_stays_in_the_graph():
     model = read(of_two_heads("bias = ConstantOfShape<value = float[1] {2.0}>(sizes_of)"), 17)
     result = given(model, max_length=32)
     assert [value.name for value in result.graph.input if not value.name.startswith("past")] == ["x", "attention_mask"]
 
 
-def test_context_for_queries_of_all_heads_in_one_axis_is_refused():
+def test_context_with_heads_and_queries_on_one_axis_is_rejected():
     bias = "far = Cast<to = 1>(at)\n  bias = Expand(far, sizes_of)"
     subject = Subject.of(read(of_two_heads(bias), 17))
     Inject(cache="new-tokens").apply(subject)
@@ -158,13 +160,13 @@ def test_context_for_queries_of_all_heads_in_one_axis_is_refused():
         HostInputs(max_length=32).apply(subject)
 
 
-def test_as_many_places_are_told_as_the_graph_has():
+def test_no_more_positions_are_described_than_the_model_has():
     result = given(MODELS["gpt2_torchscript_sdpa"], max_length=4096)
-    (told,) = (json.loads(entry.value) for entry in result.metadata_props if entry.key == KEY)
-    assert 32 <= told["places"] <= 4096
+    (metadata,) = (json.loads(entry.value) for entry in result.metadata_props if entry.key == KEY)
+    assert 32 <= metadata["places"] <= 4096
 
 
-def test_a_mask_of_more_than_distance_is_refused():
+def test_a_mask_of_more_than_distance_is_rejected():
     text = attention(
         allowed="mine = Div(column, four)\n  theirs = Div(row, four)\n  same = Equal(mine, theirs)\n"
         "  before = LessOrEqual(row, column)\n  allowed = And(same, before)",
@@ -177,30 +179,30 @@ def test_a_mask_of_more_than_distance_is_refused():
     assert subject.model.graph.inputs[0].name == "x"
 
 
-def test_without_a_cache_nothing_is_given():
+def test_a_model_without_a_cache_is_rejected():
     with pytest.raises(UnsupportedError, match="only a model with a cache"):
         HostInputs().apply(Subject.of(MODELS["own"]))
 
 
-def test_a_bias_by_distance_that_hides_nothing_itself():
+def test_a_bias_by_distance_that_hides_no_key():
     text = attention(
         scores="near = Sub(row, column)\n  far = Cast<to = 1>(near)\n  bias = Mul(far, half)\n  s = Add(s0, bias)"
     )
     model = read(text)
     (inputs,) = (json.loads(e.value)["inputs"] for e in given(model, max_length=32).metadata_props if e.key == KEY)
-    assert sorted(how["hidden"] for how in inputs.values()) == [-10_000.0, 0.0]
+    assert sorted(one["hidden"] for one in inputs.values()) == [-10_000.0, 0.0]
     random = np.random.default_rng(0).normal(size=(9, 8)).astype(np.float32)
     expected = in_onnxruntime(model)({"x": random[None]})["logits"][0]
     assert difference(logits(given(model), random, (4, 1, 4)), expected) < ALLOWED["float32"]
 
 
-def test_rows_that_are_all_alike_are_told_for_each_place():
+def test_equal_rows_are_described_for_each_position():
     for kind, table in (("rows", np.ones((40, 3))), ("columns", np.ones((2, 40)))):
         context = ContextTable(value=ir.Value(name="v"), kind=kind, unit_axes=(), table=table)
         assert describe(context, hidden_elsewhere=True) == {"kind": kind, "table": table.tolist()}
 
 
-def test_scores_of_later_keys_must_be_hidden():
+def test_a_mask_must_hide_later_keys():
     assert not hides_later_keys(
         ContextTable(value=ir.Value(name="v"), kind="mask", unit_axes=(), table=np.zeros((40, 40)))
     )
@@ -211,7 +213,7 @@ def test_scores_of_later_keys_must_be_hidden():
         )
 
 
-def test_a_short_text_needs_enough_places_for_its_context_to_be_known():
+def test_a_short_maximum_length_is_raised_to_the_minimum():
     result = given(MODELS["own"], max_length=8)
-    (told,) = (json.loads(entry.value) for entry in result.metadata_props if entry.key == KEY)
-    assert told["places"] == 32
+    (metadata,) = (json.loads(entry.value) for entry in result.metadata_props if entry.key == KEY)
+    assert metadata["places"] == 32

@@ -1,4 +1,4 @@
-"""Options that no model can be given are wrong usage, and are said to be before anything is looked at."""
+"""Impossible option values are usage errors, which are raised before the model is read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_invalid_numbers_and_names_are_usage_errors(row):
         Pipeline.parse(row).run(read(TEXT))
 
 
-def test_a_cache_holds_what_an_export_of_fixed_length_is_run_on():
+def test_the_capacity_is_at_least_the_fixed_length():
     fixed = read(attention().replace("[b, n, 8]", "[1, 9, 8]"))
     with pytest.raises(UnsupportedError, match="expected max-length 9, found 8"):
         Pipeline.parse("inject{cache=static,max-length=8}").run(fixed)

@@ -1,4 +1,4 @@
-"""A mask of queries against keys is given beside that of tokens, and hides what its last query does not see."""
+"""A causal mask input hides, in addition to the attention mask, what its last query does not attend to."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def masked(name):
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_the_judge_finds_the_same_model(name):
+def test_verification_finds_no_difference(name):
     original, subject, outcome = masked(name)
     if isinstance(outcome, Unchanged):
         assert "attention_mask" in outcome.reason
@@ -40,17 +40,17 @@ def test_the_judge_finds_the_same_model(name):
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "new-tokens"])
-def test_beside_a_cache_that_was_there_the_judge_takes_it_for_no_past(cache):
+def test_verification_does_not_take_the_mask_for_a_past(cache):
     before = injected(export("gpt2_torchscript_sdpa"), cache=cache)
     assert verify_models(before, after(before, AddCausalMaskInput())) == Report(verdict="same")
 
 
 TEXT = """case (int64[batch_size, sequence_length] input_ids, {dtype}[batch_size, total_sequence_length] attention_mask)
-=> ({dtype}[batch_size, total_sequence_length] seen) {{ seen = Identity(attention_mask) }}"""
+=> ({dtype}[batch_size, total_sequence_length] visible) {{ visible = Identity(attention_mask) }}"""
 
 
 @pytest.mark.parametrize("dtype", ["int64", "int32"])
-def test_a_token_counts_if_both_masks_say_so(dtype):
+def test_a_token_counts_if_both_masks_mark_it(dtype):
     subject = Subject.of(read(TEXT.format(dtype=dtype), 17))
     assert isinstance(AddCausalMaskInput().apply(subject), Changed)
     mask = np.array([[0, 1, 1, 1, 1]], dtype=dtype)
@@ -58,11 +58,11 @@ def test_a_token_counts_if_both_masks_say_so(dtype):
     causal[..., :2] = 0
     feeds = {"input_ids": np.zeros((1, 2), np.int64), "attention_mask": mask, "causal_mask": causal}
     feeds = {value.name: feeds[value.name] for value in subject.model.graph.inputs}
-    found = in_onnxruntime(io.to_proto(subject.model))(feeds)["seen"]
+    found = in_onnxruntime(io.to_proto(subject.model))(feeds)["visible"]
     assert found.tolist() == [[0, 0, 1, 1, 1]]
     assert found.dtype == dtype
 
 
 @pytest.mark.parametrize("dtype", ["float", "bool"])
-def test_a_mask_of_other_numbers_stays_alone(dtype):
+def test_a_mask_of_another_type_is_unchanged(dtype):
     assert isinstance(AddCausalMaskInput().apply(Subject.of(read(TEXT.format(dtype=dtype), 17))), Unchanged)

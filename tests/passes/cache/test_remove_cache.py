@@ -1,4 +1,4 @@
-"""A cache comes out as it went in: what remains is the first call, and what is put back is the cache there was."""
+"""Without its cache a model computes its first call, and a restored cache is the one it had."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def assert_same(one: onnx.ModelProto, other: onnx.ModelProto) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_was_injected_comes_out_again(name):
+def test_an_injected_cache_can_be_removed(name):
     result = removed(injected_export(name))
     assert [value.name for value in result.graph.input] == [value.name for value in export(name).graph.input]
     assert [value.name for value in result.graph.output] == [value.name for value in export(name).graph.output]
@@ -83,7 +83,7 @@ def test_what_was_injected_comes_out_again(name):
 
 @pytest.mark.parametrize("past_length", ["shape", "input"])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_a_cache_of_which_new_rows_are_returned_comes_out(name, past_length):
+def test_a_new_tokens_cache_can_be_removed(name, past_length):
     subject = Subject.of(export(name))
     layout = ("kv_heads", "batch", "head_dim", "sequence")
     Inject(cache="new-tokens", key_layout=layout, past_length=past_length).apply(subject)
@@ -95,7 +95,7 @@ def test_a_cache_of_which_new_rows_are_returned_comes_out(name, past_length):
 
 @pytest.mark.parametrize("opset", [None, 24])
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_a_cache_that_is_written_in_place_comes_out(name, opset):
+def test_a_static_cache_can_be_removed(name, opset):
     subject = Subject.of(export(name))
     if opset is not None:
         RaiseOpset(opset=opset).apply(subject)
@@ -107,12 +107,12 @@ def test_a_cache_that_is_written_in_place_comes_out(name, opset):
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_what_came_out_goes_in_again(name):
+def test_a_cache_can_be_injected_after_removal(name):
     assert_law(export(name), injected(removed(injected_export(name))))
 
 
 @pytest.mark.parametrize("config", [Config(), Config(attention_mask=False), Config(position_ids=True)])
-def test_a_cache_of_another_hand_comes_out(config):
+def test_a_cache_of_another_exporter_can_be_removed(config):
     cached = CachedDecoder(config).model()
     result = removed(cached)
     assert not any("past" in dim for value in result.graph.input for dim in map(str, dims_of(value)))
@@ -120,7 +120,7 @@ def test_a_cache_of_another_hand_comes_out(config):
     assert_law(result, injected(result))
 
 
-def test_names_say_nothing():
+def test_names_do_not_matter_for_removal():
     result = removed(read(JOINED))
     assert [value.name for value in result.graph.input] == ["x"]
     assert [value.name for value in result.graph.output] == ["logits"]
@@ -131,7 +131,7 @@ def test_names_say_nothing():
     assert_law(result, injected(result))
 
 
-def test_lengths_made_of_the_past_are_written_anew():
+def test_lengths_computed_from_the_past_are_replaced():
     result = removed(read(JOINED))
     kinds = [node.op_type for node in result.graph.node]
     assert "Concat" not in kinds
@@ -139,7 +139,7 @@ def test_lengths_made_of_the_past_are_written_anew():
     assert kinds.count("Shape") == 1
 
 
-def test_an_operator_loses_the_past_that_it_declares():
+def test_the_past_of_an_operator_is_disconnected():
     result = removed(read(FUSED, opset=23))
     (node,) = (node for node in result.graph.node if node.op_type == "Attention")
     assert list(node.output) == ["logits"]
@@ -147,7 +147,7 @@ def test_an_operator_loses_the_past_that_it_declares():
     assert_law(result, injected(result))
 
 
-def test_a_past_that_lies_otherwise_comes_out():
+def test_a_cache_in_another_layout_can_be_removed():
     text = JOINED.replace("float[b, p, 8] keys", "float[b, 8, p] keys").replace("t, 8] all_keys", "8, t] all_keys")
     text = text.replace("Concat<axis = 1>(keys, k)", "Concat<axis = 2>(keys, kr)").replace(
         "k = MatMul(x, wk)", "k = MatMul(x, wk)\n  kr = Transpose<perm = [0, 2, 1]>(k)"
@@ -159,7 +159,7 @@ def test_a_past_that_lies_otherwise_comes_out():
 
 
 @pytest.mark.parametrize("opset", [18])
-def test_a_mask_as_long_as_the_past_goes_too(opset):
+def test_a_mask_of_the_past_is_removed_too(opset):
     text = JOINED.replace("float[b, p, 8] values)", "float[b, p, 8] values, float[b, p] bias)").replace(
         "s = MatMul(q, kt)",
         "s0 = MatMul(q, kt)\n  own = ReduceSum<keepdims = 0>(x, two)\n  none = Mul(own, zero)\n"
@@ -186,7 +186,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("reason", "text"), REFUSED.items())
-def test_what_cannot_come_out_stays_as_it_is(reason, text):
+def test_an_unsupported_cache_leaves_the_model_unchanged(reason, text):
     subject = Subject.of(read(text))
     before = io.to_proto(subject.model).SerializeToString(deterministic=True)
     with pytest.raises(UnsupportedError, match=reason):
@@ -195,13 +195,13 @@ def test_what_cannot_come_out_stays_as_it_is(reason, text):
 
 
 @pytest.mark.parametrize("one", [RemoveCache(), Retarget()])
-def test_without_a_cache_nothing_is_done(one):
+def test_a_model_without_a_cache_is_unchanged(one):
     outcome = one.apply(Subject.of(export("decoder")))
     assert isinstance(outcome, Unchanged)
     assert "has no cache" in outcome.reason
 
 
-def test_names_and_order_come_back():
+def test_names_and_order_are_restored():
     model = CachedDecoder(Config(layers=2)).model()
     rename(model, {"past_key_values.0.key": "k", "past_key_values.1.key": "present.0.key", "present.0.key": "kk"})
     model.graph.input.insert(0, model.graph.input.pop())
@@ -228,12 +228,12 @@ def rename(model: onnx.ModelProto, names: dict[str, str]) -> None:
         node.output[:] = [names.get(name, name) for name in node.output]
 
 
-def test_a_cache_in_a_layout_of_its_own_is_not_put_back():
+def test_a_cache_of_unknown_layout_cannot_be_restored():
     with pytest.raises(UnsupportedError, match="cannot be restored"):
         detach_cache(Subject.of(read(JOINED)))
 
 
-def test_what_no_attention_reads_is_no_cache():
+def test_a_tensor_that_no_attention_reads_is_no_cache():
     text = JOINED.replace("all_keys = Concat<axis = 1>(keys, k)", "all_keys = Concat<axis = 1>(keys, q)")
     text = text.replace("Transpose<perm = [0, 2, 1]>(all_keys)", "Transpose<perm = [0, 2, 1]>(k)")
     with pytest.raises(UnsupportedError, match="neither a key nor a value"):
@@ -241,7 +241,7 @@ def test_what_no_attention_reads_is_no_cache():
 
 
 @pytest.mark.parametrize("model", [read(JOINED), read(FUSED, opset=23), CachedDecoder(Config(layers=2)).model()])
-def test_another_cache_is_judged_call_by_call(model):
+def test_retarget_is_verified_call_by_call(model):
     surgery = run_and_save(model, Pipeline((Retarget(past="k.{layer}.{kind}", present="p.{layer}.{kind}"),)))
     assert surgery.verification.verdict == "same"
     names = [value.name for value in surgery.model.graph.inputs]
@@ -250,19 +250,19 @@ def test_another_cache_is_judged_call_by_call(model):
 
 
 @pytest.mark.parametrize("model", [read(JOINED), CachedDecoder(Config(layers=2)).model()])
-def test_the_judge_runs_what_remains(model):
+def test_removal_is_verified(model):
     assert run_and_save(model, Pipeline((RemoveCache(),))).verification.verdict == "same"
 
 
 @pytest.mark.parametrize("opset", [18, 24])
 @pytest.mark.parametrize("options", [{"cache": "static"}, {"cache": "new-tokens"}], ids=lambda one: one["cache"])
-def test_a_cache_that_does_not_grow_is_a_cache(options, opset):
+def test_static_and_new_tokens_caches_are_recognized(options, opset):
     model = injected(read(attention(), opset), **options)
     with pytest.raises(UnsupportedError, match="already has a cache"):
         Inject().apply(Subject.of(model))
 
 
-def test_inject_says_what_to_do_with_a_cache():
+def test_inject_names_the_passes_for_an_existing_cache():
     with pytest.raises(
         UnsupportedError, match=r"already has a cache.* - at `keys` \(remove-cache removes it, retarget"
     ):

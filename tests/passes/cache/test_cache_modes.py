@@ -1,4 +1,4 @@
-"""The three cache modes give what the model without one gives, whatever lies in rows that no token was written to."""
+"""The three cache modes compute what the model without a cache computes, whatever unfilled rows contain."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from kvsurgeon.parity import verify
 
 MAX = 32  # rows of a buffer
 SPARE = 5  # rows of a past that stay unfilled
-STALE = 7.0  # what lies in rows that no token was written to
+STALE = 7.0  # content of unfilled rows
 
 TRANSPOSED = ("kv_heads", "batch", "head_dim", "sequence")
 CACHE_MODES = {
-    "in place": {"cache": "static"},
-    "in place, fixed": {"cache": "static", "max_length": MAX},
-    "in place, cut short": {"cache": "static", "past_length": "mask"},
-    "new only": {"cache": "new-tokens"},
-    "new only, unfilled rows": {"cache": "new-tokens", "past_length": "input"},
-    "new only, unfilled rows, transposed": {"cache": "new-tokens", "past_length": "input", "key_layout": TRANSPOSED},
-    "grow, transposed": {"key_layout": TRANSPOSED},
-    "in place, transposed": {"cache": "static", "key_layout": TRANSPOSED, "value_layout": TRANSPOSED},
+    "static": {"cache": "static"},
+    "static, fixed": {"cache": "static", "max_length": MAX},
+    "static, copied rows": {"cache": "static", "past_length": "mask"},
+    "new tokens": {"cache": "new-tokens"},
+    "new tokens, unfilled rows": {"cache": "new-tokens", "past_length": "input"},
+    "new tokens, unfilled rows, transposed": {"cache": "new-tokens", "past_length": "input", "key_layout": TRANSPOSED},
+    "dynamic, transposed": {"key_layout": TRANSPOSED},
+    "static, transposed": {"cache": "static", "key_layout": TRANSPOSED, "value_layout": TRANSPOSED},
 }
 
 
 def in_calls(model: onnx.ModelProto, whole: Arrays, cuts: Sequence[int]) -> np.ndarray:
-    """Be the host: keep the cache as the model's dims say, and return the logits of all calls."""
+    """Manage the cache by the model's dimensions, and return the logits of all calls."""
     run, inputs = in_onnxruntime(model), {value.name: value for value in model.graph.input}
     outputs = {value.name: dims_of(value) for value in model.graph.output}
     batch = next(iter(whole.values())).shape[0]
@@ -68,8 +68,8 @@ def dtype_of(value: onnx.ValueInfoProto) -> np.dtype:
 
 def piece(array: np.ndarray, dims: Sequence[int | str], start: int, stop: int, unfilled: int | None) -> np.ndarray:
     if dims[1] in ("max_length", MAX):
-        room = (unfilled, 0) if unfilled is not None else (0, MAX - stop)
-        return np.pad(array[:, :stop], ((0, 0), room))
+        padding = (unfilled, 0) if unfilled is not None else (0, MAX - stop)
+        return np.pad(array[:, :stop], ((0, 0), padding))
     return array[:, :stop] if dims[1] == "total_sequence_length" else array[:, start:stop]
 
 
@@ -87,11 +87,11 @@ def test_chunks_of_a_padded_batch(name, options):
 
 
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(ONE_OF_EACH)))
-def test_in_place_on_every_export(name):
+def test_static_cache_on_every_export(name):
     assert_same(name, cache="static", max_length=MAX)
 
 
-def test_a_cache_of_half_the_bytes():
+def test_float16_cache():
     assert_same("llama_dynamo_sdpa", 2e-3, cache="static", cache_dtype="float16")
     model = injected(export("llama_dynamo_sdpa"), cache_dtype="float16")
     kept = {dtype_of(value) for value in model.graph.input if value.name.startswith("past")}
@@ -106,18 +106,18 @@ def test_a_cache_of_half_the_bytes():
         ({"key_layout": ("batch", "batch", "sequence", "head_dim")}, "expected a layout of batch, kv_heads"),
     ],
 )
-def test_options_that_do_not_go_together(options, said):
+def test_options_that_exclude_each_other(options, said):
     with pytest.raises(UsageError, match=said):
         injected(export("decoder"), **options)
 
 
-def test_positions_must_be_given_to_be_read():
+def test_past_length_from_positions_needs_an_input_of_positions():
     with pytest.raises(UnsupportedError, match="no input gives the number of past tokens"):
         injected(export("decoder"), cache="static", past_length="positions")
 
 
 @pytest.mark.parametrize("called", ["position_ids", "where", "token_type_ids"])
-def test_positions_are_known_by_their_use(called):
+def test_positions_are_found_by_their_use(called):
     original = renamed(Decoder(Config(layers=1, position_ids=True)).model(), "position_ids", called)
     model = injected(original, cache="static", past_length="positions")
     assert [node.input[0] for node in model.graph.node if "positions.flat" in node.output[0]] == [called]
@@ -135,8 +135,8 @@ def renamed(model: onnx.ModelProto, old: str, new: str) -> onnx.ModelProto:
     return text
 
 
-@pytest.mark.parametrize("name", ["in place", "new only, unfilled rows", "grow, transposed"])
-def test_the_judge_asks_for_no_more_tokens_than_the_model_takes(name):
+@pytest.mark.parametrize("name", ["static", "new tokens, unfilled rows", "dynamic, transposed"])
+def test_verification_stays_within_the_maximum_length(name):
     original = read(switched_beyond(80))
     report = verify(original, injected(original, **CACHE_MODES[name]), threads=1)
     assert (report.verdict, report.problems) == ("same", ())
@@ -144,17 +144,17 @@ def test_the_judge_asks_for_no_more_tokens_than_the_model_takes(name):
     assert any("it takes no more" in note for note in report.notes)
 
 
-def test_a_buffer_longer_than_the_model():
+def test_capacity_above_the_maximum_length_is_rejected():
     with pytest.raises(UnsupportedError, match="expected max-length of at most 9, found 32"):
         injected(Decoder(Config(layers=1, static=(2, 9))).model(), cache="static", max_length=MAX)
 
 
-def test_an_export_of_fixed_length_has_a_buffer_of_that_length():
+def test_static_cache_of_a_fixed_length_export_has_that_capacity():
     model = injected(Decoder(Config(layers=1, static=(2, 9))).model(), cache="static")
     assert dims_of(next(value for value in model.graph.input if value.name.startswith("past"))) == [2, 2, 9, 8]
 
 
-def test_an_export_of_fixed_length_has_no_context_for_unfilled_rows():
+def test_unfilled_rows_are_rejected_for_a_fixed_length_export():
     with pytest.raises(UnsupportedError, match="no context for them"):
         injected(Decoder(Config(layers=1, static=(2, 9))).model(), cache="new-tokens", past_length="input")
     injected(Decoder(Config(layers=1, static=(2, 9))).model(), cache="new-tokens")

@@ -1,4 +1,4 @@
-"""A model that gives out its attention weights: whatever the cache, they are those of the tokens so far."""
+"""Attention weights as outputs: whatever the cache, they are those of past and new tokens."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from kvsurgeon.workflow.verification import verify_models
 
 FORMS = {
     "dynamic": {},
-    "in place": {"cache": "static"},
-    "in place, fixed": {"cache": "static", "max_length": 24},
-    "in place, cut short": {"cache": "static", "past_length": "mask"},
-    "new only": {"cache": "new-tokens"},
-    "new only, unfilled rows": {"cache": "new-tokens", "past_length": "input"},
+    "static": {"cache": "static"},
+    "static, fixed": {"cache": "static", "max_length": 24},
+    "static, copied rows": {"cache": "static", "past_length": "mask"},
+    "new tokens": {"cache": "new-tokens"},
+    "new tokens, unfilled rows": {"cache": "new-tokens", "past_length": "input"},
 }
 CONFIG = Config()
 
 
-def telling_its_weights() -> onnx.ModelProto:
+def with_weight_outputs() -> onnx.ModelProto:
     """A decoder with an output `[batch, heads, length, length]` for each layer."""
     model = Decoder(CONFIG).model()
     for node in [node for node in model.graph.node if node.op_type == "Softmax"]:
@@ -55,8 +55,8 @@ def with_heavier(model: onnx.ModelProto, output: str) -> onnx.ModelProto:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_they_are_compared_in_every_form_of_cache(form):
-    original = telling_its_weights()
+def test_they_are_compared_in_every_cache_mode(form):
+    original = with_weight_outputs()
     model = injected(original, **FORMS[form])
 
     report = verify(original, model, threads=1)
@@ -67,10 +67,10 @@ def test_they_are_compared_in_every_form_of_cache(form):
     assert all(f"`{last}`" in problem for problem in broken.problems)
 
 
-@pytest.mark.parametrize("form", ["in place", "in place, fixed", "new only, unfilled rows"])
+@pytest.mark.parametrize("form", ["static", "static, fixed", "new tokens, unfilled rows"])
 @pytest.mark.parametrize("tokens", [1, CONFIG.heads])
-def test_they_are_compared_where_every_shape_is_a_number(form, tokens):
-    original = telling_its_weights()
+def test_they_are_compared_with_fixed_shapes(form, tokens):
+    original = with_weight_outputs()
     model = fixed(injected(original, **FORMS[form]), tokens)
 
     report = verify(original, model, threads=1)
@@ -80,8 +80,8 @@ def test_they_are_compared_where_every_shape_is_a_number(form, tokens):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_two_models_with_a_cache_are_compared_in_them(form):
-    original = telling_its_weights()
+def test_two_models_with_a_cache_are_compared(form):
+    original = with_weight_outputs()
     before, after = injected(original), injected(original, **FORMS[form])
     last = original.graph.output[-1].name
 

@@ -1,4 +1,4 @@
-"""What an injection does not depend on, what it leaves alone, and the law that it must obey."""
+"""Injection: the law that it must obey, what it does not depend on, and what it leaves unchanged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", range(3))
-def test_any_cut_gives_what_the_whole_gives(name, seed):
+def test_any_split_of_a_sequence_gives_the_same(name, seed):
     random = np.random.default_rng(seed)
     length = int(random.integers(3, 24))
     cuts = sorted(set(random.integers(1, length, 4).tolist()))
@@ -41,24 +41,24 @@ def test_any_cut_gives_what_the_whole_gives(name, seed):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_of_three_padded_on_the_left(name):
+def test_a_left_padded_batch_of_three(name):
     whole = texts(export(name), batch=3, length=11)
     assert whole["attention_mask"].sum(axis=1).tolist() == [11, 9, 7]
     assert_law(export(name), injected_export(name), whole, (6, 7, 8))
 
 
 @pytest.mark.parametrize("name", ["llama_dynamo_sdpa", "gpt2_torchscript_eager", "decoder"])
-def test_an_empty_past_is_no_past(name):
+def test_an_empty_past_is_like_no_past(name):
     whole = texts(export(name), length=7)
     (step,) = in_chunks(injected_export(name), in_onnxruntime(injected_export(name)), whole, ())
     expected = in_onnxruntime(export(name))(whole)["logits"]
     assert difference(step["logits"], expected, whole["attention_mask"]) <= ALLOWED["float32"]
 
 
-def test_with_the_runtime_s_own_optimisations():
-    optimised = functools.partial(in_onnxruntime, optimized=True)
+def test_with_the_optimizations_of_onnxruntime():
+    optimized = functools.partial(in_onnxruntime, optimized=True)
     for name in ("llama_dynamo_sdpa", "gemma2_torchscript_eager"):
-        assert_law(export(name), injected_export(name), start=optimised)
+        assert_law(export(name), injected_export(name), start=optimized)
 
 
 def test_float16():
@@ -180,13 +180,13 @@ def without_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def optimised(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+def optimized(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
     options.log_severity_level = 3
     onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return onnx.load(folder / "optimised.onnx")
+    return onnx.load(folder / "optimized.onnx")
 
 
 CHANGES = {
@@ -197,7 +197,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_the_way_it_is_written_does_not_matter(name, change):
+def test_equivalent_graphs_give_the_same(name, change):
     changed = CHANGES[change](export(name))
     onnx.checker.check_model(changed)
     result = injected(changed)
@@ -222,8 +222,8 @@ def test_names_do_not_matter(name):
 
 
 @pytest.mark.parametrize("name", ["llama_torchscript_eager", "gpt2_dynamo_sdpa", "gemma2_dynamo_eager"])
-def test_an_optimiser_in_between_does_not_matter(name, tmp_path):
-    assert_law(export(name), injected(optimised(export(name), tmp_path)))
+def test_optimized_models_give_the_same(name, tmp_path):
+    assert_law(export(name), injected(optimized(export(name), tmp_path)))
 
 
 def fixed(model: onnx.ModelProto, batch: int, length: int) -> onnx.ModelProto:
@@ -237,18 +237,18 @@ def fixed(model: onnx.ModelProto, batch: int, length: int) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("folded", [False, True], ids=["as it is", "folded"])
 @pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if name != "gpt2_torchscript_sdpa"])
-def test_a_length_that_the_export_fixed(name, folded, tmp_path):
+def test_an_export_of_fixed_length(name, folded, tmp_path):
     original = fixed(export(name), 1, 9)
-    result = injected(optimised(original, tmp_path) if folded else original)
+    result = injected(optimized(original, tmp_path) if folded else original)
     assert_law(original, result, texts(original, batch=1, length=9))
 
 
-def test_a_mask_that_is_flattened_at_a_fixed_length():
+def test_a_flattened_mask_at_a_fixed_length():
     original = fixed(export("gpt2_torchscript_sdpa"), 1, 9)
     assert_law(original, injected(original), texts(original, batch=1, length=9))
 
 
-def test_a_mask_that_is_flattened_with_its_batch_at_a_fixed_length_is_refused():
+def test_a_mask_flattened_with_the_batch_at_a_fixed_length_is_rejected():
     with pytest.raises(UnsupportedError, match="right for the exported length only"):
         injected(fixed(export("bloom_torchscript_eager"), 2, 9))
 
@@ -257,7 +257,7 @@ def test_a_mask_that_is_flattened_with_its_batch_at_a_fixed_length_is_refused():
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_what_is_not_touched_is_the_same_to_the_byte(name):
+def test_other_nodes_are_identical(name):
     before = {tuple(node.output): node for node in export(name).graph.node}
     after = {tuple(node.output): node for node in injected_export(name).graph.node}
     kept = [output for output, node in after.items() if output in before and node.input == before[output].input]
@@ -272,11 +272,11 @@ def test_what_is_not_touched_is_the_same_to_the_byte(name):
 
 def test_metadata_and_names_are_kept():
     original = copy_of(export("llama_dynamo_sdpa"))
-    original.producer_name, original.doc_string, original.graph.name = "somebody", "a model", "main"
+    original.producer_name, original.doc_string, original.graph.name = "an exporter", "a model", "main"
     original.metadata_props.add(key="licence", value="free")
     original.graph.metadata_props.add(key="made", value="by hand")
     result = injected(original)
-    assert (result.producer_name, result.doc_string, result.graph.name) == ("somebody", "a model", "main")
+    assert (result.producer_name, result.doc_string, result.graph.name) == ("an exporter", "a model", "main")
     assert {entry.key: entry.value for entry in result.metadata_props}["licence"] == "free"
     assert {entry.key: entry.value for entry in result.graph.metadata_props}["made"] == "by hand"
     scopes = {node.output[0]: [e.value for e in node.metadata_props] for node in original.graph.node}
@@ -333,7 +333,7 @@ def test_the_interface(name):
 
 
 @pytest.mark.parametrize("name", ["past_key_values.0.key", "present.0.value"])
-def test_a_name_that_is_taken_inside_is_made_free(name):
+def test_an_inner_value_of_that_name_is_renamed(name):
     text = attention(hidden='"TAKEN" = Neg(x)\n h = Neg("TAKEN")').replace("TAKEN", name)
     original = read(text)
     result = injected(original)
@@ -348,7 +348,7 @@ def test_a_weight_of_that_name_is_renamed():
     assert "past_key_values.0.key_inner" in {tensor.name for tensor in result.graph.initializer}
 
 
-def test_a_name_that_is_taken_by_an_output_is_refused():
+def test_an_output_of_that_name_is_rejected():
     text = attention(after='logits = Identity(c)\n "present.0.key" = Neg(c)').replace(
         "=> (float[b, n, 8] logits)", '=> (float[b, n, 8] logits, float[b, n, 8] "present.0.key")'
     )
@@ -356,7 +356,7 @@ def test_a_name_that_is_taken_by_an_output_is_refused():
         injected(read(text))
 
 
-def test_further_outputs_are_those_of_the_new_tokens():
+def test_other_outputs_have_the_new_tokens():
     original = copy_of(export("llama_dynamo_sdpa"))
     inner = next(node.output[0] for node in original.graph.node if node.op_type == "Softmax")
     hidden = next(node.output[0] for node in original.graph.node if node.op_type in ("MatMul", "Gemm"))
@@ -371,7 +371,7 @@ def test_further_outputs_are_those_of_the_new_tokens():
     ]  # fmt: skip
 
 
-def test_templates_name_the_cache():
+def test_name_templates():
     result = injected(export("gpt2_dynamo_eager"), past="past.{kind}s[{layer}]", present="present_{layer}_{kind}")
     assert [value.name for value in result.graph.input][2:4] == ["past.keys[0]", "past.values[0]"]
     assert [value.name for value in result.graph.output][1:3] == ["present_0_key", "present_0_value"]
@@ -379,25 +379,25 @@ def test_templates_name_the_cache():
 
 
 @pytest.mark.parametrize("past", ["past.{layer}", "past.{kind}", "past"])
-def test_templates_that_name_two_tensors_alike_are_refused(past):
+def test_templates_without_unique_names_are_rejected(past):
     subject = Subject.of(export("gpt2_dynamo_eager"))
     with pytest.raises(UsageError, match="layer"):
         Inject(past=past).apply(subject)
 
 
 @pytest.mark.parametrize("past", ["past.{number}.{kind}", "past.{layer", "past.{layer!x}.{kind}"])
-def test_templates_that_cannot_be_read_are_refused(past):
+def test_invalid_templates_are_rejected(past):
     with pytest.raises(UsageError):
         Inject(past=past).apply(Subject.of(export("gpt2_dynamo_eager")))
 
 
 @pytest.mark.parametrize("name", ["llama_dynamo_sdpa", "llama_torchscript_eager", "decoder"])
-def test_a_second_injection_is_refused(name):
+def test_a_second_injection_is_rejected(name):
     with pytest.raises(UnsupportedError, match="already has a cache"):
         Inject().apply(Subject.of(injected_export(name)))
 
 
-def test_edits_are_counted_and_assumptions_told():
+def test_edits_are_counted_and_assumptions_noted():
     subject = Subject.of(export("llama_dynamo_sdpa"))
     outcome = Inject().apply(subject)
     assert outcome.edits > 8

@@ -1,4 +1,4 @@
-"""A cache of any form comes out, and comes back in the form and under the names that it had."""
+"""A cache of any mode and layout can be removed, and restored with the same mode, layout and names."""
 
 from __future__ import annotations
 
@@ -25,19 +25,23 @@ from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.run_and_save import run_and_save
 
 AXES = ("batch", "kv_heads", "sequence", "head_dim")
-KEYS_ACROSS = ("kv_heads", "batch", "head_dim", "sequence")
+TRANSPOSED_KEYS = ("kv_heads", "batch", "head_dim", "sequence")
 FORMS = {
     "dynamic": {},
-    "across": {"key_layout": KEYS_ACROSS, "value_layout": ("batch", "sequence", "kv_heads", "head_dim")},
-    "in place": {"cache": "static"},
-    "in place, by the mask": {"cache": "static", "past_length": "mask"},
-    "in place, by positions": {"cache": "static", "past_length": "positions"},
-    "in place, 48 rows": {"cache": "static", "max_length": 48},
-    "in place, 48 rows, by positions": {"cache": "static", "past_length": "positions", "max_length": 48},
-    "in place, across": {"cache": "static", "key_layout": KEYS_ACROSS},
-    "new only": {"cache": "new-tokens"},
-    "new only, by an input": {"cache": "new-tokens", "past_length": "input"},
-    "new only, by positions": {"cache": "new-tokens", "past_length": "positions", "key_layout": KEYS_ACROSS},
+    "transposed": {"key_layout": TRANSPOSED_KEYS, "value_layout": ("batch", "sequence", "kv_heads", "head_dim")},
+    "static": {"cache": "static"},
+    "static, length from mask": {"cache": "static", "past_length": "mask"},
+    "static, length from positions": {"cache": "static", "past_length": "positions"},
+    "static, 48 rows": {"cache": "static", "max_length": 48},
+    "static, 48 rows, length from positions": {"cache": "static", "past_length": "positions", "max_length": 48},
+    "static, transposed": {"cache": "static", "key_layout": TRANSPOSED_KEYS},
+    "new tokens": {"cache": "new-tokens"},
+    "new tokens, length from an input": {"cache": "new-tokens", "past_length": "input"},
+    "new tokens, length from positions": {
+        "cache": "new-tokens",
+        "past_length": "positions",
+        "key_layout": TRANSPOSED_KEYS,
+    },
     "half": {"cache_dtype": "float16", "past": "p_{kind}_{layer}", "present": "n_{kind}_{layer}"},
 }
 
@@ -57,7 +61,7 @@ def interface(model: onnx.ModelProto) -> list[tuple[str, int, list[int | str]]]:
     return [(value.name, value.type.tensor_type.elem_type, dims_of(value)) for value in values]
 
 
-def taken_and_put(model: onnx.ModelProto) -> onnx.ModelProto:
+def detached_and_reattached(model: onnx.ModelProto) -> onnx.ModelProto:
     subject = Subject.of(model)
     reattach_cache(subject, detach_cache(subject))
     result = io.to_proto(subject.model)
@@ -67,15 +71,15 @@ def taken_and_put(model: onnx.ModelProto) -> onnx.ModelProto:
 
 @pytest.mark.parametrize("opset", [18, 24])
 @pytest.mark.parametrize("form", FORMS)
-def test_what_was_taken_out_comes_back_in_its_form(form, opset):
-    model = cached(form) if opset == 18 else injected(read(attention(), opset), **FORMS["in place, across"])
-    result = taken_and_put(model)
+def test_a_restored_cache_is_the_one_before(form, opset):
+    model = cached(form) if opset == 18 else injected(read(attention(), opset), **FORMS["static, transposed"])
+    result = detached_and_reattached(model)
     assert interface(result) == interface(model)
     assert "max_length" in FORMS[form] or result.metadata_props == model.metadata_props
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_heads_change_in_any_form(form):
+def test_heads_can_be_replicated_in_any_cache(form):
     surgery = run_and_save(cached(form), Pipeline((ReplicateKvHeads(repeat=2),)))
     assert surgery.verification.verdict == "same"
     result = io.to_proto(surgery.model)
@@ -87,7 +91,7 @@ def test_heads_change_in_any_form(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_cache_of_any_form_comes_out(form):
+def test_any_cache_can_be_removed(form):
     surgery = run_and_save(cached(form), Pipeline((RemoveCache(),)))
     assert surgery.verification.verdict == "same"
     result = io.to_proto(surgery.model)
@@ -98,49 +102,49 @@ def test_a_cache_of_any_form_comes_out(form):
         assert_law(decoder(), injected(result))
 
 
-@pytest.mark.parametrize("wanted", ["dynamic", "in place, by positions", "new only, by an input"])
-@pytest.mark.parametrize("form", ["across", "in place, by the mask", "new only, by positions"])
-def test_one_form_becomes_another(form, wanted):
+@pytest.mark.parametrize("wanted", ["dynamic", "static, length from positions", "new tokens, length from an input"])
+@pytest.mark.parametrize("form", ["transposed", "static, length from mask", "new tokens, length from positions"])
+def test_retarget_gives_what_inject_gives(form, wanted):
     surgery = run_and_save(cached(form), Pipeline((Retarget(**FORMS[wanted]),)))
     assert surgery.verification.verdict == "same"
     assert interface(io.to_proto(surgery.model)) == interface(cached(wanted))
 
 
-@pytest.mark.parametrize("form", ["in place", "new only, by an input"])
-def test_the_number_of_past_tokens_keeps_its_name_and_place(form):
+@pytest.mark.parametrize("form", ["static", "new tokens, length from an input"])
+def test_the_length_input_keeps_its_name_and_position(form):
     subject = Subject.of(cached(form))
     RenameIo(names=("past_sequence_length:n",)).apply(subject)
     subject.model.graph.inputs.insert(0, subject.model.graph.inputs.pop())
     model = io.to_proto(subject.model)
     assert model.graph.input[0].name == "n"
-    assert interface(taken_and_put(model)) == interface(model)
+    assert interface(detached_and_reattached(model)) == interface(model)
 
 
 @pytest.mark.parametrize(("elements", "dims"), [("INT32", [1]), ("INT64", []), ("INT32", [])])
-def test_the_number_of_past_tokens_keeps_its_type_and_shape(elements, dims):
+def test_the_length_input_keeps_its_type_and_shape(elements, dims):
     model = onnx.ModelProto()
-    model.CopyFrom(cached("in place"))
-    (told,) = (value for value in model.graph.input if value.name == "past_sequence_length")
-    told.CopyFrom(helper.make_tensor_value_info("told", getattr(onnx.TensorProto, elements), dims))
+    model.CopyFrom(cached("static"))
+    (given,) = (value for value in model.graph.input if value.name == "past_sequence_length")
+    given.CopyFrom(helper.make_tensor_value_info("given", getattr(onnx.TensorProto, elements), dims))
     as_list = helper.make_node("Reshape", ["wide", "one_number"], ["past_sequence_length"])
-    model.graph.node.insert(0, helper.make_node("Cast", ["told"], ["wide"], to=onnx.TensorProto.INT64))
+    model.graph.node.insert(0, helper.make_node("Cast", ["given"], ["wide"], to=onnx.TensorProto.INT64))
     model.graph.node.insert(1, as_list)
     model.graph.initializer.append(helper.make_tensor("one_number", onnx.TensorProto.INT64, [1], [1]))
-    result = taken_and_put(model)
+    result = detached_and_reattached(model)
     assert interface(result) == interface(model)
     assert run_and_save(model, Pipeline((ReplicateKvHeads(repeat=2),))).verification.verdict == "same"
 
 
-def test_a_note_tells_axes_of_one_size_apart():
+def test_metadata_distinguishes_axes_of_equal_size():
     layout = ("batch", "head_dim", "kv_heads", "sequence")
     model = injected(export("gpt2_torchscript_sdpa"), key_layout=layout)
     subject = Subject.of(model)
     assert {entry.layout for entry in detach_cache(subject).entries if entry.kind == "key"} == {layout}
 
 
-def test_rows_that_are_not_written_behind_the_past_stay():
+def test_rows_not_written_after_the_past_are_rejected():
     model = onnx.ModelProto()
-    model.CopyFrom(cached("in place, by positions"))
+    model.CopyFrom(cached("static, length from positions"))
     (first,) = (node for node in model.graph.node if node.output[0] == "position.first")
     first.output[0] = "position.before"
     model.graph.initializer.append(helper.make_tensor("beyond", onnx.TensorProto.INT64, [1], [3]))
@@ -150,26 +154,26 @@ def test_rows_that_are_not_written_behind_the_past_stay():
         RemoveCache().apply(Subject.of(model))
 
 
-def test_buffers_of_several_lengths_stay():
+def test_buffers_of_different_capacities_are_rejected():
     model = onnx.ModelProto()
-    model.CopyFrom(cached("in place, 48 rows"))
+    model.CopyFrom(cached("static, 48 rows"))
     past = next(value for value in model.graph.input if value.name == "past_key_values.0.key")
     past.type.tensor_type.shape.dim[2].dim_value = 32
     with pytest.raises(UnsupportedError, match=r"fixed length.*32"):
         RemoveCache().apply(Subject.of(model))
 
 
-def test_entries_of_several_layouts_are_not_put_back():
+def test_keys_of_different_layouts_cannot_be_restored():
     model = onnx.ModelProto()
     model.CopyFrom(cached("dynamic"))
     graph = model.graph
     past = next(value for value in graph.input if value.name == "past_key_values.0.key")
     sizes = past.type.tensor_type.shape.dim
     sizes[1].dim_param, sizes[2].dim_value = sizes[2].dim_param, sizes[1].dim_value
-    turned = helper.make_node("Transpose", ["past_key_values.0.key"], ["turned"], perm=[0, 2, 1, 3])
+    transposed = helper.make_node("Transpose", ["past_key_values.0.key"], ["transposed"], perm=[0, 2, 1, 3])
     for node in graph.node:
-        node.input[:] = ["turned" if name == "past_key_values.0.key" else name for name in node.input]
-    graph.node.insert(0, turned)
+        node.input[:] = ["transposed" if name == "past_key_values.0.key" else name for name in node.input]
+    graph.node.insert(0, transposed)
     before = model.SerializeToString(deterministic=True)
     subject = Subject.of(model)
     with pytest.raises(UnsupportedError, match="cannot be restored"):

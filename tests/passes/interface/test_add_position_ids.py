@@ -1,4 +1,4 @@
-"""A model that counts positions itself, told them: the same for the same positions, and padding shifts nothing."""
+"""With positions as an input the model computes the same, and supports left padding."""
 
 import numpy as np
 import onnx
@@ -18,10 +18,10 @@ from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.verification import verify_models
 
 PADDING = 3
-COUNTING = [name for name in ONE_OF_EACH if not name.startswith("bloom")]  # whose biases depend on distances alone
+COUNTING = [name for name in ONE_OF_EACH if not name.startswith("bloom")]  # biases of bloom depend on distances only
 
 
-def told(model, **options):
+def with_positions(model, **options):
     subject = Subject.of(model)
     assert isinstance(AddPositionIds(**options).apply(subject), Changed)
     result = io.to_proto(subject.model)
@@ -51,7 +51,7 @@ class CutTable(Decoder):
 
 
 class CutByNarrowNumbers(CutTable):
-    """It keeps all features of the rows, by bounds of 32 bits."""
+    """A slice of all features of the rows, with int32 bounds."""
 
     def rows(self, function):
         bounds = [self.graph.constant([number], "int32") for number in (0, self.config.head_dim, -1, 1)]
@@ -59,7 +59,7 @@ class CutByNarrowNumbers(CutTable):
 
 
 class CutTableByElement(CutTable):
-    """It looks up each feature by itself."""
+    """A lookup of each feature alone."""
 
     def rows(self, function):
         index = self.rotary_index(0)
@@ -74,7 +74,7 @@ class CutTableByElement(CutTable):
 
 
 class ScaledByShape(CutTable):
-    """It divides scores by a size of its values, which are made of all layers before."""
+    """Scores divided by a size of the values, which all layers before compute."""
 
     def heads(self, hidden, name, count, gain=1.0):
         self.value = super().heads(hidden, name, count, gain)
@@ -98,28 +98,28 @@ def check_that_padding_shifts_nothing(original, placed):
 
 
 @pytest.mark.parametrize("name", COUNTING)
-def test_padding_on_the_left_shifts_nothing(name):
-    check_that_padding_shifts_nothing(export(name), told(export(name)))
+def test_left_padding_changes_nothing(name):
+    check_that_padding_shifts_nothing(export(name), with_positions(export(name)))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_rows_of_a_table_that_is_cut_to_the_length_are_those_of_the_positions(variant):
+def test_rows_of_a_sliced_table_are_those_of_the_positions(variant):
     model = variant().model()
-    check_that_padding_shifts_nothing(model, told(model))
+    check_that_padding_shifts_nothing(model, with_positions(model))
     result = Pipeline((AddPositionIds(), Inject())).run(model)
     assert verify(model, io.to_proto(result.model)).verdict == "same"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_cache_comes_into_what_looks_given_positions_up_in_a_cut_table(variant):
+def test_a_cache_can_be_injected_after_a_lookup_in_a_sliced_table(variant):
     model = variant(Config(position_ids=True)).model()
     assert verify(model, io.to_proto(Pipeline((Inject(),)).run(model).model)).verdict == "same"
 
 
 @pytest.mark.parametrize("name", ["gpt2_torchscript_sdpa", "llama_dynamo_sdpa"])
-def test_positions_are_read_and_not_counted(name):
+def test_positions_are_read_from_the_input(name):
     ids = np.random.default_rng(1).integers(3, 40, (2, 9))
-    decoder = UncachedDecoder(open_session(told(export(name)), threads=1))
+    decoder = UncachedDecoder(open_session(with_positions(export(name)), threads=1))
     feeds = decoder.inputs.feeds(ids, np.ones_like(ids))
     usual = decoder.run(feeds)[decoder.logits]
     apart = decoder.run({**feeds, "position_ids": feeds["position_ids"] * np.array([[1], [2]])})[decoder.logits]
@@ -128,7 +128,7 @@ def test_positions_are_read_and_not_counted(name):
 
 
 @pytest.mark.parametrize("name", ["gpt2_torchscript_sdpa", "llama_torchscript_sdpa", "gemma2_dynamo_eager"])
-def test_a_cache_comes_in_behind_it_and_the_judge_agrees(name):
+def test_a_cache_can_be_injected_afterwards(name):
     result = Pipeline((AddPositionIds(), Inject())).run(export(name))
     positions = next(value for value in result.model.graph.inputs if value.name == "position_ids")
     assert [dim.value for dim in positions.shape] == ["batch_size", "sequence_length"]
@@ -138,50 +138,50 @@ def test_a_cache_comes_in_behind_it_and_the_judge_agrees(name):
 @pytest.mark.parametrize(
     "form", [{}, {"cache": "static"}, {"cache": "new-tokens", "past_length": "input", "past": "past_{kind}_{layer}"}]
 )
-def test_a_cache_that_is_there_already_is_put_back_in_its_form(form):
+def test_an_existing_cache_is_restored(form):
     original = export("llama_torchscript_sdpa")
     cached = io.to_proto(Pipeline((Inject(**form),)).run(original).model)
-    result = told(cached)
+    result = with_positions(cached)
     names = [value.name for value in cached.graph.input]
     names.insert(names.index("attention_mask") + 1, "position_ids")
     assert [value.name for value in result.graph.input] == names
     assert verify(original, result).verdict == "same"
 
 
-def test_alone_it_is_judged_too():
-    assert verify_models(export("llama_dynamo_sdpa"), told(export("llama_dynamo_sdpa"))).verdict == "same"
-    broken = told(export("gpt2_dynamo_sdpa"))
+def test_the_pass_alone_is_verified():
+    assert verify_models(export("llama_dynamo_sdpa"), with_positions(export("llama_dynamo_sdpa"))).verdict == "same"
+    broken = with_positions(export("gpt2_dynamo_sdpa"))
     next(node for node in broken.graph.node if "position_ids" in node.input).input[0] = "input_ids"
     assert verify_models(export("gpt2_dynamo_sdpa"), broken).verdict == "different"
 
 
-def test_rows_are_not_computed_for_positions_that_nobody_has():
+def test_no_rows_are_computed_for_unused_positions():
     """No range over the length is left for positions, and nothing is computed whole and picked from."""
-    model = told(export("llama_dynamo_sdpa"))
+    model = with_positions(export("llama_dynamo_sdpa"))
     readers = {node.op_type for node in model.graph.node if "position_ids" in node.input}
     assert readers == {"Reshape"}
 
 
-def test_twice_is_once_and_another_name_is_another_name():
-    model = told(export("gpt2_dynamo_sdpa"), input="positions")
+def test_a_second_run_is_unchanged_unless_the_name_differs():
+    model = with_positions(export("gpt2_dynamo_sdpa"), input="positions")
     assert model.graph.input[-1].name == "positions"
     assert isinstance(AddPositionIds(input="positions").apply(Subject.of(model)), Unchanged)
     assert isinstance(AddPositionIds().apply(Subject.of(model)), Unchanged)
 
 
-def test_what_depends_on_distances_alone_is_left_as_it_is():
+def test_a_model_that_depends_on_distances_only_is_unchanged():
     subject = Subject.of(export("bloom_dynamo_eager"))
     before = subject.model
     assert "masks and biases by distance" in AddPositionIds().apply(subject).reason
     assert subject.model is before
 
 
-def test_an_export_of_fixed_length_is_refused():
+def test_an_export_of_fixed_length_is_rejected():
     with pytest.raises(UnsupportedError, match="fixed length are constants, found length 16"):
         AddPositionIds().apply(Subject.of(Decoder(Config(static=(1, 16))).model()))
 
 
-def test_inputs_and_outputs_are_called_otherwise():
+def test_inputs_and_outputs_are_renamed():
     subject = Subject.of(Decoder(Config(position_ids=True)).model())
     outcome = RenameIo(names=("position_ids:positions", "logits:scores", "nothing:else")).apply(subject)
     assert outcome.edits == 2
