@@ -1,4 +1,4 @@
-"""Walks over a graph visit each value once, stop where they are told, and need no recursion."""
+"""Walks over a graph visit each value once, stop as asked, and need no recursion."""
 
 from __future__ import annotations
 

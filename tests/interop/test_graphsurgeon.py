@@ -354,7 +354,7 @@ def test_old_nodes_keep_their_order_and_new_ones_follow_their_inputs():
     listed = [node("c", "b"), node("new2", "new1"), node("a"), node("b", "a"), node("new1", "a"), node("new0")]
     found = in_original_order(listed, [2, None, 0, 1, None, None])
     assert [one.output[0] for one in found] == ["new2", "new0", "a", "new1", "b", "c"]
-    assert not is_sorted(found)  # new2 was listed before what it reads: the graph's own sort puts that right
+    assert not is_sorted(found)  # new2 is before its input: sorting the graph corrects that
     assert is_sorted(sorted(found, key=lambda one: one.output[0] == "new2"))
 
 

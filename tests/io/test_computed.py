@@ -1,4 +1,4 @@
-"""Computed weights are written chunk by chunk into a file of their own, and the rest stays where it is."""
+"""Computed weights are written in chunks to a new file, and other weights stay in theirs."""
 
 from __future__ import annotations
 
@@ -85,13 +85,13 @@ def names(folder: Path) -> set[str]:
 
 
 def test_only_what_changed_is_written(decoder: Path, tmp_path: Path) -> None:
-    told: list[tuple[str, int, int]] = []
-    saved = save(doubled(decoder), tmp_path / "out", progress=lambda *news: told.append(news))
+    reports: list[tuple[str, int, int]] = []
+    saved = save(doubled(decoder), tmp_path / "out", progress=lambda *report: reports.append(report))
     out = tmp_path / "out"
     assert names(out) == {"model.onnx", "model.data", "model.onnx.data"}
     assert os.path.samefile(out / "model.data", decoder.with_name("model.data"))
     assert (out / "model.onnx.data").stat().st_size == EXPECTED["changed"]
-    assert told[-1] == ("model.onnx.data", EXPECTED["changed"], EXPECTED["changed"])
+    assert reports[-1] == ("model.onnx.data", EXPECTED["changed"], EXPECTED["changed"])
     before, after = read(decoder), read(saved)
     np.testing.assert_array_equal(after["changed"], before["changed"][ROWS])
     np.testing.assert_array_equal(after["kept"], before["kept"])
@@ -133,7 +133,7 @@ def test_packed_weights_are_in_one_file_without_unused_bytes(decoder: Path, tmp_
     before = read(decoder)
     saved = save(doubled(decoder), decoder if place == "in place" else tmp_path / "out", pack=True)
     (file,) = weight_files(load(saved))
-    assert (file.location, file.bytes) == ("model.onnx.data", sum(EXPECTED.values()))  # what is tied is there once
+    assert (file.location, file.bytes) == ("model.onnx.data", sum(EXPECTED.values()))  # tied weights once
     assert "model.data" not in names(tmp_path / "out") if place == "elsewhere" else True
     after = read(saved)
     np.testing.assert_array_equal(after["changed"], before["changed"][ROWS])

@@ -65,7 +65,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], HeadChange, dict[str, Any]]] = {
         change(1, 4),
         {"n_head": 8, "multi_query": False, "num_key_value_heads": 4},
     ),
-    "text beside pictures": (
+    "text and vision": (
         {"vision_config": {"num_attention_heads": 2, "num_key_value_heads": 2}, "text_config": LLAMA},
         change(2, 4),
         {

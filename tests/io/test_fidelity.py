@@ -1,4 +1,4 @@
-"""What no pass touched comes out byte for byte as it went in."""
+"""Everything that no pass changed is the same byte for byte."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def rich() -> onnx.ModelProto:
         annotation = graph.quantization_annotation.add(tensor_name=name)
         pairs(annotation.quant_parameter_tensor_names, ZERO_POINT_TENSOR="z", SCALE_TENSOR="s")
     float_4 = helper.make_tensor_type_proto(TensorProto.FLOAT, ["n", 4])
-    for name in ("y", "nothing", "x"):  # of an output, of a name that is nowhere, of an input
+    for name in ("y", "nothing", "x"):  # an output, an undefined name, and an input
         graph.value_info.append(helper.make_value_info(name, float_4))
     graph.value_info.add(name="k")
     graph.value_info.append(graph.value_info[0])  # twice
@@ -131,7 +131,7 @@ def test_infos_are_those_of_existing_values(rich: onnx.ModelProto) -> None:
     infos = {info.name: info for info in to_proto(model).graph.value_info}
     assert infos["a"].type.tensor_type.shape.dim[0].dim_param == "m"
     assert "b" not in infos  # its type is no longer known
-    assert "y" not in infos  # what the output says of itself has changed
+    assert "y" not in infos  # the info of the output has changed
     assert "x" in infos
     assert "nothing" in infos
 

@@ -61,10 +61,10 @@ def test_weights_are_copied_where_they_cannot_be_linked(
         raise OSError("another file system")
 
     monkeypatch.setattr(os, "link", no_link)
-    told: list[tuple[str, int, int]] = []
-    for _ in range(2):  # the second time the copy is recognised
-        saved = save(load(external), tmp_path / "out", progress=lambda *news: told.append(news))
-    assert told == [("model.data", 80, 80)]
+    reports: list[tuple[str, int, int]] = []
+    for _ in range(2):  # the second time the copy is recognized
+        saved = save(load(external), tmp_path / "out", progress=lambda *report: reports.append(report))
+    assert reports == [("model.data", 80, 80)]
     assert saved.with_name("model.data").read_bytes() == external.with_name("model.data").read_bytes()
 
 
@@ -157,7 +157,7 @@ def test_a_proto_is_saved_in_the_folder_of_its_data(external: Path, tmp_path: Pa
     proto = onnx.load(external, load_external_data=False)
     with pytest.raises(WeightsError, match="load the model with the folder of its data"):
         save(load(proto), tmp_path / "out")
-    assert save(load(proto), external.with_name("beside.onnx")).is_file()
+    assert save(load(proto), external.with_name("other.onnx")).is_file()
     saved = save(load(proto, folder=external.parent), tmp_path / "out", source=external)
     assert names(saved.parent) == {"model.onnx", "model.data", "config.json", "tokenizer.json", "merges.txt"}
     assert to_proto(load(proto)) == proto
@@ -177,7 +177,7 @@ def test_a_location_outside_the_folder_is_rejected(proto: onnx.ModelProto, tmp_p
         save(model, tmp_path / "out")
 
 
-def test_weights_in_memory_get_a_data_file_above_the_limit(
+def test_embedded_weights_get_a_data_file_above_the_limit(
     proto: onnx.ModelProto, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load(proto)
@@ -193,14 +193,14 @@ def test_weights_in_memory_get_a_data_file_above_the_limit(
     assert names(tmp_path / "embedded") == {"model.onnx"}
     monkeypatch.setattr(data_file, "EMBED_LIMIT", 16)
     monkeypatch.setattr(data_file, "_SMALLEST", 32)
-    told: list[tuple[str, int, int]] = []
+    reports: list[tuple[str, int, int]] = []
     calls.clear()
     for name in ("model.onnx.data", "model.onnx-2.data"):
-        saved = save(model, tmp_path / "large", progress=lambda *news: told.append(news))
+        saved = save(model, tmp_path / "large", progress=lambda *report: reports.append(report))
         (file,) = weight_files(load(saved))
-        assert (file.location, file.bytes) == (name, 64)  # the older file stays whole until the model is replaced
+        assert (file.location, file.bytes) == (name, 64)  # the old file stays complete until the model is replaced
     assert calls == ["evaluated"] * 2
-    assert told[0] == ("model.onnx.data", 64, 64)
+    assert reports[0] == ("model.onnx.data", 64, 64)
     assert model.graph.initializers["w"].const_value is lazy
     np.testing.assert_array_equal(run(saved), run(embedded))
     onnx.checker.check_model(str(saved))

@@ -56,7 +56,7 @@ def test_sessions_read_computed_weights(tmp_path):
     assert io.to_proto(model) == embedded
 
 
-def test_computed_weights_are_not_in_memory(monkeypatch, tmp_path):
+def test_few_computed_weights_are_embedded(monkeypatch, tmp_path):
     model = Pipeline((ReplicateKvHeads(repeat=2),)).run(io.load(DEMO)).model
     monkeypatch.setattr(staging, "EMBEDDED", 1 << 30)
 

@@ -15,7 +15,7 @@ from kvsurgeon.io import check_weights, load, weight_files
 
 
 def refer(path: Path, **entries: str) -> None:
-    """Let the weight `w` of the model refer to other data than it does."""
+    """Change the reference to external data of the weight `w`."""
     proto = onnx.load(path, load_external_data=False)
     tensor = proto.graph.initializer[0]
     kept = {entry.key: entry.value for entry in tensor.external_data} | entries
@@ -43,7 +43,7 @@ def test_weights_are_found_and_can_be_read(external: Path) -> None:
 def test_loading_does_not_open_the_data_file(external: Path) -> None:
     data = external.with_name("model.data")
     data.unlink()
-    os.mkfifo(data)  # whoever opens it to read waits for ever; and it is no regular file
+    os.mkfifo(data)  # reading from it would block, and it is not a regular file
     refused(external, "found no such file")
 
 

@@ -1,4 +1,4 @@
-"""Files that are no models, and graphs that are no graphs: each has a message of its own, in one line."""
+"""Files that are not models and invalid graphs are rejected, each with a message in one line."""
 
 from __future__ import annotations
 
