@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis.regions import token_inputs
+from kvsurgeon.analysis.token_data import is_token, token_inputs
 from kvsurgeon.analysis.token_flow import Place, TokenFlow
-from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.ops.operator import Trait
@@ -180,7 +179,7 @@ def bottlenecks(
         if node is None or not may_repeat(node) or not _is_position_wise(flow, node):
             return
         pending.remove(value)
-        pending += [source for source in dict.fromkeys(token_inputs(flow, node)) if source not in pending]
+        pending += [source for source in token_inputs(flow, node) if source not in pending]
         visited.add(value)
         pending = [source for source in pending if source not in node.outputs]
 
@@ -194,7 +193,7 @@ def _is_position_wise(flow: TokenFlow, node: ir.Node) -> bool:
     for index, value in enumerate(node.inputs):
         if (node, index) in flow.addresses:
             return False  # indices of the query length
-        if value is None or flow.kinds.get(value) is not ValueKind.TOKEN:
+        if value is None or not is_token(flow, value):
             continue
         if (node, index) in flow.operands:
             return False

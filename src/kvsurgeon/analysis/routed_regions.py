@@ -15,8 +15,8 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.call_indices import follows_query_length
 from kvsurgeon.analysis.mask_patterns import is_close, sequence_last
-from kvsurgeon.analysis.regions import growing_regions, is_closed, token_inputs
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
+from kvsurgeon.analysis.token_data import growing_regions, is_closed, is_token, token_inputs
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
@@ -109,7 +109,7 @@ def record_routed_region(flow: TokenFlow, region: RoutedRegion) -> None:
     read = {value for node in region for value in node.inputs if value is not None}
     outside = read - {value for node in region for value in node.outputs}
     context = [value for value in outside if flow.kinds.get(value) is ValueKind.CONTEXT]
-    tokens = [value for value in outside if flow.kinds.get(value) is ValueKind.TOKEN]
+    tokens = [value for value in outside if is_token(flow, value)]
     structure = _structure(flow, region)
     first = region[0].outputs[0].name or ""
     if structure not in flow.routed_regions.values() and not (
@@ -148,7 +148,7 @@ def _float_sources(flow: TokenFlow, tokens: Sequence[ir.Value]) -> list[ir.Value
     pending = list(tokens)
     while pending:
         value = pending.pop()
-        if value in found or flow.kinds.get(value) is not ValueKind.TOKEN:
+        if value in found or not is_token(flow, value):
             continue
         node = value.producer()
         if not _is_float(flow, value) or _is_made_of_integers(flow, node):

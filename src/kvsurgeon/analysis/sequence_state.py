@@ -15,8 +15,8 @@ import onnx_ir as ir
 from kvsurgeon.analysis.cache_points import bottlenecks, choose_cache_point, is_no_table_lookup
 from kvsurgeon.analysis.mask_patterns import MaskPattern, is_close, left_padded, sequence_last, unmasked, with_gaps
 from kvsurgeon.analysis.probe_inputs import batch_axis
-from kvsurgeon.analysis.regions import growing_regions, is_closed, token_inputs
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
+from kvsurgeon.analysis.token_data import growing_regions, is_closed, token_inputs
 from kvsurgeon.analysis.token_flow import SequenceState, TokenFlow
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.symbolic.dimension import LENGTH

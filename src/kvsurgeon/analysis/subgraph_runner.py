@@ -25,10 +25,9 @@ from kvsurgeon.analysis.probe_inputs import (
     run_dtype,
     synthetic_values,
 )
-from kvsurgeon.analysis.regions import token_inputs
+from kvsurgeon.analysis.token_data import is_token, token_inputs
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, is_weight
 from kvsurgeon.graph.execution import InputType, build_model, initializer, open_session
@@ -128,11 +127,7 @@ class SubgraphRunner:
         elif fact.value is not None and fact.dtype is not None and follows_from_length(fact.value):
             numbers, dtype = fact.value, run_dtype(fact.dtype).numpy()
             self._add_feed(value, fact.dtype, numbers.ndim, lambda length: evaluate(numbers, length).astype(dtype))
-        elif (
-            self.flow.kinds.get(value) is ValueKind.TOKEN
-            and value not in self._computed
-            and not self._is_made_of_positions(value)
-        ):
+        elif is_token(self.flow, value) and value not in self._computed and not self._is_made_of_positions(value):
             self._add_synthetic(value)
         else:
             return False

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.cache_points import CachePoint
+from kvsurgeon.analysis.token_data import upstream_tokens
 from kvsurgeon.analysis.token_flow import Place, TokenFlow
 from kvsurgeon.anatomy.facts import Attention, CachedTensor, CachePointFacts, Decoder, Input, Projection
 from kvsurgeon.anatomy.masks import read_mask
@@ -19,7 +20,6 @@ from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.query import producers
 from kvsurgeon.heads.counts import counts_of
-from kvsurgeon.heads.token_data import upstream_tokens
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.proof.proof import Proof

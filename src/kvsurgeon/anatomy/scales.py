@@ -7,9 +7,9 @@ import math
 import onnx_ir as ir
 
 from kvsurgeon.analysis.attention_sites import AttentionSite
+from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.analysis.token_flow import Place, TokenFlow
 from kvsurgeon.graph.constants import small_constant
-from kvsurgeon.heads.token_data import is_token
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 

@@ -14,11 +14,11 @@ import onnx_ir as ir
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.attention_sites import AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import CachePoint, cache_point_of
+from kvsurgeon.analysis.token_data import token_inputs
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.anatomy.scales import number_of
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.fusion.score_path import MOVES, ScorePath, constant_factor, trace_scores
-from kvsurgeon.heads.token_data import token_inputs
 from kvsurgeon.rewrite.layout_trace import LayoutTrace, trace_layout
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from kvsurgeon.analysis.attention_sites import AttentionSite
+from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.anatomy.scales import number_of
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import is_operator, producer_of
-from kvsurgeon.heads.token_data import is_token
 
 # Operators that change the axes of scores and none of their elements.
 MOVES = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten"})

@@ -12,11 +12,11 @@ from functools import partial
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
+from kvsurgeon.analysis.token_data import is_token, token_inputs, upstream_tokens
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.query import producers, through, upstream
 from kvsurgeon.graph.value_numbering import content_key, operator_key
-from kvsurgeon.heads.token_data import is_token, token_inputs, upstream_tokens
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 

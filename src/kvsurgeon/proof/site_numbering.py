@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.attention_sites import AttentionSite
+from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.query import downstream
 from kvsurgeon.graph.value_numbering import ValueNumbering, constant_key
@@ -43,7 +44,7 @@ def number_site(
             return probed[value]
         if flow.kinds.get(value) is ValueKind.CONTEXT:
             return analysis.same.get(value, value)
-        if flow.kinds.get(value) is not ValueKind.TOKEN:
+        if not is_token(flow, value):
             return constant_key(value) or value
         return None if value in computed else ("token data", shapes[value].shape)
 

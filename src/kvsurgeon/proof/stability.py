@@ -17,6 +17,7 @@ from kvsurgeon.analysis.mask_patterns import (
     unmasked,
     with_gaps,
 )
+from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
@@ -106,7 +107,7 @@ def _context_values(sweep: LengthSweep) -> tuple[dict[ir.Value, Axes], dict[ir.V
             node in attention
             or node in flow.routed_regions
             or node in flow.state_nodes
-            or not any(flow.kinds.get(value) is ValueKind.TOKEN for value in node.outputs)
+            or not any(is_token(flow, value) for value in node.outputs)
         ):
             continue
         for index, read in enumerate(node.inputs):

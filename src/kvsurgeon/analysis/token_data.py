@@ -1,4 +1,4 @@
-"""Regions: connected nodes below one node, as routed regions and sequence states are found in a graph."""
+"""Walks along token data: upstream to projections, and downstream over a growing region of nodes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,28 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.graph.query import upstream
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
+
+
+def is_token(flow: TokenFlow, value: ir.Value | None) -> bool:
+    """Return whether a value is token data."""
+    return value is not None and flow.kinds.get(value) is ValueKind.TOKEN
+
+
+def token_inputs(flow: TokenFlow, node: ir.Node) -> list[ir.Value]:
+    """Return the inputs of a node that are token data, each once."""
+    return list(dict.fromkeys(value for value in node.inputs if value is not None and is_token(flow, value)))
+
+
+def upstream_tokens(flow: TokenFlow, value: ir.Value | None) -> Iterator[ir.Value]:
+    """Yield a value and the token data it is computed from, nearest first, up to the results of projections."""
+
+    def inputs(node: ir.Node) -> list[ir.Value]:
+        return [] if has_trait(node, Trait.PROJECTION) else token_inputs(flow, node)
+
+    return upstream([value], inputs=inputs)
 
 
 def growing_regions(flow: TokenFlow, start: ir.Node) -> Iterator[list[ir.Node]]:
@@ -26,8 +48,3 @@ def is_closed(region: Sequence[ir.Node], results: Collection[ir.Value]) -> bool:
     inside = set(region)
     internal = (value for node in region for value in node.outputs if value not in results)
     return all(user in inside for value in internal for user, _ in value.uses())
-
-
-def token_inputs(flow: TokenFlow, node: ir.Node) -> list[ir.Value]:
-    """Return the inputs of a node that are token data."""
-    return [value for value in node.inputs if value is not None and flow.kinds.get(value) is ValueKind.TOKEN]
