@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.graph.query import is_operator
+
 TINY = 64  # elements; up to this size a tensor is a scalar or mask value, not a weight, even in external data
 SMALL = 4096  # elements; up to this size a tensor is a shape or a frequency table, not a weight matrix
 
@@ -16,7 +18,7 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
     node = value.producer()
     if node is None:
         return value.const_value if value.is_initializer() else None
-    if node.op_type != "Constant" or node.domain not in ("", "ai.onnx"):
+    if not is_operator(node, "Constant"):
         return None
     attribute = next(iter(node.attributes.values()))
     if attribute.type is ir.AttributeType.TENSOR:
