@@ -9,7 +9,8 @@ from decoders import CachedDecoder, Decoder
 from kvsurgeon.parity import verify
 from kvsurgeon.parity.chunked_run import ChunkedRun
 from kvsurgeon.parity.comparison import compare_caches
-from kvsurgeon.runtime import ValueInfo, cache_entries
+from kvsurgeon.runtime import ValueInfo
+from kvsurgeon.runtime.axes import cache_entries
 
 
 def renamed(model):

@@ -13,12 +13,13 @@ from exports import export, injected
 from kvsurgeon import io
 from kvsurgeon.errors import RunError
 from kvsurgeon.parity import TextLengths, verify
-from kvsurgeon.runtime import CachedDecoder, TextGenerator, open_session, read_cache_metadata
+from kvsurgeon.runtime import CachedDecoder, TextGenerator, open_session
 from kvsurgeon.runtime.cache_managers import (
     UNFILLED_ROWS,
-    DynamicCacheManager,
+    CacheManager,
     NewTokensCacheManager,
     StaticCacheManager,
+    read_cache_metadata,
 )
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.run_and_save import run_and_save
@@ -35,7 +36,7 @@ CACHE_MODES = {
 }
 MANAGERS = {
     **dict.fromkeys(CACHE_MODES, StaticCacheManager),
-    "dynamic": DynamicCacheManager,
+    "dynamic": CacheManager,
     "new-tokens": NewTokensCacheManager,
     "unfilled": NewTokensCacheManager,
 }

@@ -4,18 +4,18 @@ import numpy as np
 import pytest
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.runtime import (
-    ValueInfo,
+from kvsurgeon.runtime import ValueInfo
+from kvsurgeon.runtime.axes import (
     axes_of,
     cache_entries,
     cache_mismatch,
     find_cache,
-    fixed_size,
-    inputs_of,
-    logits_name,
     may_be_past,
+    past_axis,
+    shape_with_rows,
 )
-from kvsurgeon.runtime.axes import past_axis, shape_with_rows
+from kvsurgeon.runtime.decoder import logits_name
+from kvsurgeon.runtime.feeds import fixed_size, inputs_of
 
 PAST = "past_sequence_length"
 MASK = np.array([[0, 0, 1, 1], [1, 1, 1, 1]])

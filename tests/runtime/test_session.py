@@ -16,7 +16,8 @@ from kvsurgeon.errors import (
     UsageError,
     WeightsError,
 )
-from kvsurgeon.runtime import CachedDecoder, from_runtime, open_session, to_runtime
+from kvsurgeon.runtime import CachedDecoder, open_session
+from kvsurgeon.runtime.tensors import from_runtime, to_runtime
 
 
 def one_line(error):
@@ -45,11 +46,11 @@ def test_opens_the_only_model_of_a_folder(tmp_path):
     assert open_session(tmp_path).outputs[0].name == "logits"
 
 
-@pytest.mark.parametrize(("names", "found"), [((), "none"), (("a.onnx", "b.onnx"), "a.onnx, b.onnx")])
+@pytest.mark.parametrize(("names", "found"), [((), "none"), (("a.onnx", "b.onnx"), "2: a.onnx, b.onnx")])
 def test_rejects_a_folder_without_exactly_one_model(tmp_path, names, found):
     for name in names:
         (tmp_path / name).touch()
-    with pytest.raises(InputError, match=f"found {found} - in"):
+    with pytest.raises(InputError, match=f"found {found}; give the path"):
         open_session(tmp_path)
 
 

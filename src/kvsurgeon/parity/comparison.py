@@ -17,7 +17,8 @@ from kvsurgeon.parity.reference_model import ReferenceModel
 from kvsurgeon.parity.report import CacheDifference, Comparison
 from kvsurgeon.parity.scenarios import Scenario
 from kvsurgeon.parity.tolerance import Tolerance
-from kvsurgeon.runtime import Array, CachedDecoder, CacheIO, ValueInfo, token_axes
+from kvsurgeon.runtime import Array, CachedDecoder, CacheIO, ValueInfo
+from kvsurgeon.runtime.axes import token_axes
 
 Counted = npt.NDArray[np.bool_]  # [batch, sequence]: tokens that are not padding
 
@@ -26,8 +27,7 @@ def compare(
     scenario: Scenario, reference: ReferenceModel, candidate: CachedDecoder, tolerance: Tolerance
 ) -> Comparison:
     """Compare both models on the text of a scenario; a difference is returned, not raised."""
-    batch, length = scenario.tokens.shape
-    blank = Comparison(scenario=scenario.name, batch=batch, length=length, chunks=scenario.chunks)
+    blank = Comparison.of(scenario)
     counted = scenario.mask.astype(bool)
     try:
         expected = reference.run(scenario)
@@ -41,12 +41,12 @@ def compare(
     feeds = candidate.inputs.feeds(
         scenario.tokens, scenario.mask, token_types=reference.token_types, count_padding=count_padding
     )
-    prefill = run_in_chunks(candidate, feeds, [(0, length)])
+    prefill = run_in_chunks(candidate, feeds, [(0, blank.length)])
     chunked = prefill if len(scenario.chunks) == 1 else run_in_chunks(candidate, feeds, scenario.spans)
     failed = prefill if prefill.failure else chunked
     if failed.failure:
         return replace(blank, verdict="different", reason=failed.failure, layer=failed.layer)
-    outputs = partial(_compare_outputs, blank, expected, candidate, counted, tolerance)
+    outputs = partial(_compare_outputs, scenario, expected, candidate, tolerance)
     differences = compare_caches(candidate.cache, prefill, chunked, counted, tolerance.bound)
     return _concluded(outputs(prefill), outputs(chunked), differences, candidate.cache)
 
@@ -89,41 +89,29 @@ def _cache_errors(entry: CacheIO, expected: Array, found: Array) -> npt.NDArray[
 
 
 def _compare_outputs(
-    blank: Comparison,
-    expected: Mapping[str, Array],
-    candidate: CachedDecoder,
-    counted: Counted,
-    tolerance: Tolerance,
-    run: ChunkedRun,
+    scenario: Scenario, expected: Mapping[str, Array], candidate: CachedDecoder, tolerance: Tolerance, run: ChunkedRun
 ) -> Comparison:
     """Return the comparison of all outputs that both models have: that of the worst, with the lowest agreement."""
-    names = expected.keys() - {entry.present for entry in candidate.cache}
-    compared = []
+    presents = {entry.present for entry in candidate.cache}
+    result = Comparison.of(scenario, error=0.0, agreement=1.0, output=candidate.logits, row=0, token=0)
     for output in candidate.outputs:
-        if output.floating and output.name in names:
-            logits = output.name == candidate.logits
-            one = _compare_output(blank, expected[output.name], output, logits, counted, tolerance, run)
-            if one.reason is not None:
-                return one
-            compared.append(one)
-    if not compared:
-        return replace(blank, error=0.0, agreement=1.0, output=candidate.logits, row=0, token=0)
-    result = max(compared, key=lambda one: (one.error or 0.0, one.output == candidate.logits))
-    result = replace(result, agreement=min(one.agreement or 0.0 for one in compared))
+        if not output.floating or output.name in presents or output.name not in expected:
+            continue
+        logits = output.name == candidate.logits
+        found = _compare_output(scenario, expected[output.name], output, logits, tolerance, run)
+        if found.reason is not None:
+            return found
+        lowest = min(found.agreement or 0.0, result.agreement or 0.0)
+        largest = max(result, found, key=lambda one: (one.error or 0.0, one.output == candidate.logits))
+        result = replace(largest, agreement=lowest)
     return replace(result, reason=_reason(result, tolerance))
 
 
 def _compare_output(
-    blank: Comparison,
-    whole: Array,
-    output: ValueInfo,
-    logits: bool,
-    counted: Counted,
-    tolerance: Tolerance,
-    run: ChunkedRun,
+    scenario: Scenario, whole: Array, output: ValueInfo, logits: bool, tolerance: Tolerance, run: ChunkedRun
 ) -> Comparison:
     """Return the comparison of one output, with a reason if its shape is wrong."""
-    name = output.name
+    name, counted = output.name, scenario.mask.astype(bool)
     logits = logits and whole.ndim == 3 and whole.shape[:2] == counted.shape
     scale = spread(whole[counted]) if logits else amplitude(whole)
     largest, agreed, compared = (0.0, 0, 0), 0, 0
@@ -135,7 +123,7 @@ def _compare_output(
         part = expected_part(whole, found.shape, past, total)
         if part is None:
             reason = f"output `{name}` has shape {list(found.shape)}, expected a part of {list(whole.shape)}"
-            return replace(blank, error=np.inf, agreement=0.0, output=name, row=0, token=past, reason=reason)
+            return Comparison.of(scenario, error=np.inf, agreement=0.0, output=name, row=0, token=past, reason=reason)
         tokens = counted[:, past:total]
         axes = token_axes(output, found.shape, tokens.shape)
         if axes is None:  # no axes of tokens: compare the array as that of one token
@@ -147,7 +135,7 @@ def _compare_output(
             agreed, compared = agreed + counts[0], compared + counts[1]
     error, row, token = largest
     fraction = agreed / compared if compared else 1.0
-    return replace(blank, error=error, agreement=fraction, output=name, row=row, token=token)
+    return Comparison.of(scenario, error=error, agreement=fraction, output=name, row=row, token=token)
 
 
 def _reason(result: Comparison, tolerance: Tolerance) -> str | None:

@@ -10,6 +10,7 @@ Sources: the ONNX specifications of `QuantizeLinear`, `DequantizeLinear`, `Dynam
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ _FLOAT_OPERATORS: dict[str, tuple[str, tuple[_Operand, ...], int, tuple[int, int
     "MatMulIntegerToFloat": ("MatMul", ((0, 2, 4), (1, 3, 5)), 6, (-1, -1), (4,)),
     "DynamicQuantizeMatMul": ("MatMul", ((0, -1, -1), (1, 2, 3)), 4, (-1, -1), ()),
     "MatMulInteger": ("MatMul", ((0, -1, 2), (1, -1, 3)), -1, (-1, -1), (2,)),
+    "QGemm": ("Gemm", ((0, 1, 2), (3, 4, 5)), -1, (7, 8), ()),
     "QLinearMatMul": ("MatMul", ((0, 1, 2), (3, 4, 5)), -1, (6, 7), ()),
     "QLinearAdd": ("Add", ((0, 1, 2), (3, 4, 5)), -1, (6, 7), ()),
     "QLinearMul": ("Mul", ((0, 1, 2), (3, 4, 5)), -1, (6, 7), ()),
@@ -83,7 +85,6 @@ class _Rewrite:
             "DynamicQuantizeLinear": self._dynamic_quantize,
             "QuantizeLinear": self._quantize,
             "DequantizeLinear": self._dequantize,
-            "QGemm": self._gemm,
             "MatMulNBits": self._block_quantized,
             **dict.fromkeys(_FLOAT_OPERATORS, self._replace),
         }
@@ -109,16 +110,16 @@ class _Rewrite:
         copied = {name for place, name in enumerate(node.input) if places is None or place in places} - {""}
         if copied & self.floats:
             if copied - self.floats:
-                raise _unsupported("8-bit constants of unknown scale", node)
+                raise _unsupported("8-bit constants of unknown scale", node.output[0])
             self.floats.update(name for name in node.output if name)
         elif node.op_type.startswith(("QLinear", "QAttention", "ConvInteger", "DynamicQuantize")):
-            raise _unsupported(f"operator {node.op_type}", node)
+            raise _unsupported(f"operator {node.op_type}", node.output[0])
         self.nodes.append(node)
 
     def _dynamic_quantize(self, node: onnx.NodeProto) -> None:
         """Use scale 1 and zero point 0: without rounding, any range is exact."""
         number, scale, zero = (*node.output, "", "")[:3]
-        self._add("Identity", node.input[0], to=number)
+        self._add("Identity", node.input[0], output=number)
         for name, value in ((scale, 1.0), (zero, 0.0)):
             if name:
                 self._constant(value, name)
@@ -133,7 +134,7 @@ class _Rewrite:
 
     def _dequantize(self, node: onnx.NodeProto) -> None:
         if node.input[0] in self.floats:
-            self._add("Mul", node.input[0], self._scalar(node.input[1]), to=node.output[0])
+            self._add("Mul", node.input[0], self._scalar(node.input[1]), output=node.output[0])
         else:
             self.nodes.append(node)
 
@@ -141,27 +142,31 @@ class _Rewrite:
         """Replace an operator by the one on floats."""
         operator, operands, bias, (scale, zero), scalars = _FLOAT_OPERATORS[node.op_type]
         inputs = _inputs(node)
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         for place in scalars:
             self._scalar(inputs[place])
         read = [self._dequantized(*(inputs[place] for place in operand)) for operand in operands]
-        made = self._add(operator, *read, **_attributes(node))
+        if operator == "Gemm":
+            read += self._gemm_bias(inputs, attributes)
+        made = self._add(operator, *read, **attributes)
         if inputs[bias]:
             made = self._add("Add", made, inputs[bias])
-        self._finish(made, inputs[scale], inputs[zero], node)
+        if inputs[scale]:
+            self._rescale(made, inputs[scale], inputs[zero], node.output[0])
+        else:
+            self._add("Identity", made, output=node.output[0])
         if node.op_type == "MatMulInteger":
             self.floats.add(node.output[0])  # an int32, which a Cast makes a float
 
-    def _gemm(self, node: onnx.NodeProto) -> None:
-        """Replace `alpha * A' @ B' + C`, where the scale of C is the product of the others."""
-        left, left_scale, left_zero, right, right_scale, right_zero, bias, scale, zero = _inputs(node)[:9]
-        attributes = _attributes(node)
+    def _gemm_bias(self, inputs: Sequence[str], attributes: Mapping[str, Any]) -> list[str]:
+        """Return the bias of a `QGemm`, if any: its scale is the product of those of the operands."""
+        left_scale, right_scale, bias = inputs[1], inputs[4], inputs[6]
         if attributes.get("transB"):
             self._scalar(right_scale)  # several scales would belong to the other axis
-        operands = [self._dequantized(left, left_scale, left_zero), self._dequantized(right, right_scale, right_zero)]
-        if bias:
-            unit = self._add("Mul", self._scalar(left_scale), right_scale)
-            operands.append(self._add("Mul", self._add("Cast", bias, to_type=TensorProto.FLOAT), unit))
-        self._finish(self._add("Gemm", *operands, **attributes), scale, zero, node)
+        if not bias:
+            return []
+        unit = self._add("Mul", self._scalar(left_scale), right_scale)
+        return [self._add("Mul", self._add("Cast", bias, to=TensorProto.FLOAT), unit)]
 
     def _block_quantized(self, node: onnx.NodeProto) -> None:
         """Keep the operator with quantized weights, but disable rounding of activations."""
@@ -170,19 +175,12 @@ class _Rewrite:
                 attribute.i = _FLOAT_ACTIVATIONS
         self.nodes.append(node)
 
-    def _finish(self, number: str, scale: str, zero: str, node: onnx.NodeProto) -> None:
-        """Make the output of a node from a float, which is divided by the output's scale if there is one."""
-        if scale:
-            self._rescale(number, scale, zero, node.output[0])
-        else:
-            self._add("Identity", number, to=node.output[0])
-
-    def _rescale(self, number: str, scale: str, zero: str, to: str) -> None:
+    def _rescale(self, number: str, scale: str, zero: str, output: str) -> None:
         """Make an 8-bit value without rounding and without its zero point."""
         self._scalar(zero)
         limits = (self._constant(limit, f"unrounded/{limit}") for limit in (-_LIMIT, _LIMIT))
-        self._add("Clip", self._add("Div", number, self._scalar(scale)), *limits, to=to)
-        self.floats.add(to)
+        self._add("Clip", self._add("Div", number, self._scalar(scale)), *limits, output=output)
+        self.floats.add(output)
 
     def _dequantized(self, number: str, scale: str, zero: str) -> str:
         """Return the value of an 8-bit number as a float; weights are cast in the graph."""
@@ -190,10 +188,10 @@ class _Rewrite:
             if number in self.weights:
                 self.budget -= int(np.prod(self.weights[number].dims, dtype=np.int64))
                 if self.budget < 0:
-                    raise UnsupportedError("8-bit weights are too large", code=Code.NOT_VERIFIABLE, at=number)
-            number = self._add("Cast", number, to_type=TensorProto.FLOAT)
+                    raise _unsupported("8-bit weights are too large", number)
+            number = self._add("Cast", number, to=TensorProto.FLOAT)
             if zero:
-                number = self._add("Sub", number, self._add("Cast", zero, to_type=TensorProto.FLOAT))
+                number = self._add("Sub", number, self._add("Cast", zero, to=TensorProto.FLOAT))
         return self._add("Mul", number, scale) if scale else number
 
     def _scalar(self, name: str) -> str:
@@ -204,7 +202,7 @@ class _Rewrite:
         """
         tensor = self.weights.get(name)
         if name and (tensor is None or np.prod(tensor.dims, dtype=np.int64) != 1):
-            raise UnsupportedError("quantization parameters are no scalar", code=Code.NOT_VERIFIABLE, at=name)
+            raise _unsupported("quantization parameters are no scalar", name)
         return name
 
     def _constant(self, value: float, name: str) -> str:
@@ -213,11 +211,10 @@ class _Rewrite:
             self.weights[name] = self.graph.initializer[-1]
         return name
 
-    def _add(self, op_type: str, *inputs: str, to: str = "", to_type: int | None = None, **attributes: Any) -> str:
-        to = to or f"unrounded/{len(self.nodes)}"
-        attributes |= {} if to_type is None else {"to": to_type}
-        self.nodes.append(helper.make_node(op_type, list(inputs), [to], **attributes))
-        return to
+    def _add(self, op_type: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        output = output or f"unrounded/{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, list(inputs), [output], **attributes))
+        return output
 
 
 def _inputs(node: onnx.NodeProto) -> list[str]:
@@ -225,9 +222,5 @@ def _inputs(node: onnx.NodeProto) -> list[str]:
     return [*node.input, *[""] * (10 - len(node.input))]
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
-    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-
-
-def _unsupported(reason: str, node: onnx.NodeProto) -> UnsupportedError:
-    return UnsupportedError(f"cannot remove rounding: {reason}", code=Code.NOT_VERIFIABLE, at=node.output[0])
+def _unsupported(reason: str, at: str) -> UnsupportedError:
+    return UnsupportedError(f"cannot remove rounding: {reason}", code=Code.NOT_VERIFIABLE, at=at)

@@ -51,7 +51,7 @@ class AccuracyLoss:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields for JSON."""
-        return {**asdict(self), "layer_errors": list(self.layer_errors)}
+        return asdict(self)
 
 
 def measure_loss(
@@ -156,12 +156,7 @@ def _log_softmax(logits: Array) -> npt.NDArray[np.float64]:
 
 
 def _windows(
-    reference: Source,
-    folder: str | Path | None,
-    text: str | Path | None,
-    before: Runnable,
-    after: Runnable,
-    seed: int,
+    reference: Source, folder: str | Path | None, text: str | Path | None, before: Runnable, after: Runnable, seed: int
 ) -> tuple[str, list[Tokens]]:
     """Return the name of a text and windows of it, each a row with one token more than the models are given."""
     if before.inputs.tokens.kind != "tokens":

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import onnx
 
-from kvsurgeon.errors import InvalidModelError
+from kvsurgeon.io.locate import find_model, read_proto
 from kvsurgeon.parity.float_model import float_model
-from kvsurgeon.runtime import Optimization, Session, Source, folder_of, model_file, open_session
+from kvsurgeon.runtime import Optimization, Session, Source, open_session
+from kvsurgeon.runtime.session import folder_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +59,7 @@ class ModelSource:
             KvsurgeonError: onnxruntime does not accept it.
         """
         source = with_outputs(self.graph, outputs) if outputs else self.source
-        return open_session(
-            source, folder=self.folder, threads=threads, optimization=optimization, name=self.name
-        )  # fmt: skip
+        return open_session(source, folder=self.folder, threads=threads, optimization=optimization, name=self.name)
 
 
 def load_graph(source: Source) -> onnx.ModelProto:
@@ -72,11 +71,7 @@ def load_graph(source: Source) -> onnx.ModelProto:
     """
     if isinstance(source, onnx.ModelProto):
         return source
-    path = model_file(source)
-    try:
-        return onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError, of whichever protobuf is installed
-        raise InvalidModelError(f"expected an ONNX model, found something else - at `{path}`") from error
+    return read_proto(find_model(source))
 
 
 def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:

@@ -10,20 +10,10 @@ from kvsurgeon.parity.reference_model import ReferenceModel, probe_reference
 from kvsurgeon.parity.report import Report
 from kvsurgeon.parity.scenarios import TextLengths
 from kvsurgeon.parity.tolerance import TOLERANCES, Arithmetic
-from kvsurgeon.runtime import (
-    CachedDecoder,
-    DecoderInputs,
-    InputSpec,
-    Optimization,
-    Session,
-    UncachedDecoder,
-    cache_entries,
-    cache_mismatch,
-    find_cache,
-    inputs_of,
-    is_past,
-    read_cache_metadata,
-)
+from kvsurgeon.runtime import CachedDecoder, DecoderInputs, InputSpec, Optimization, Session, UncachedDecoder
+from kvsurgeon.runtime.axes import cache_entries, cache_mismatch, find_cache, is_past
+from kvsurgeon.runtime.cache_managers import read_cache_metadata
+from kvsurgeon.runtime.feeds import inputs_of
 
 Opened = tuple[Report, ReferenceModel | None, CachedDecoder | None]  # no models: the report says why
 

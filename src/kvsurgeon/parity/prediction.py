@@ -10,18 +10,10 @@ import numpy as np
 from kvsurgeon.errors import ParityError, RunError
 from kvsurgeon.parity.difference import distance, spread
 from kvsurgeon.parity.model_source import load_graph, with_outputs
-from kvsurgeon.runtime import (
-    Array,
-    CachedDecoder,
-    Runnable,
-    Source,
-    Tokens,
-    UncachedDecoder,
-    find_cache,
-    folder_of,
-    open_session,
-    read_cache_metadata,
-)
+from kvsurgeon.runtime import Array, CachedDecoder, Runnable, Source, Tokens, UncachedDecoder, open_session
+from kvsurgeon.runtime.axes import find_cache
+from kvsurgeon.runtime.cache_managers import read_cache_metadata
+from kvsurgeon.runtime.session import folder_of
 
 
 def open_decoder(

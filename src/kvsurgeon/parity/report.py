@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from kvsurgeon.parity.scenarios import Scenario
 from kvsurgeon.parity.tolerance import Tolerance
 
 Verdict = Literal["same", "different", "unknown"]
@@ -74,6 +75,12 @@ class Comparison:
     layer: int | None = None
     cache_differences: tuple[CacheDifference, ...] = ()
     reason: str | None = None
+
+    @classmethod
+    def of(cls, scenario: Scenario, **results: Any) -> Comparison:
+        """Return a comparison on the text of a scenario."""
+        batch, length = scenario.tokens.shape
+        return cls(scenario=scenario.name, batch=batch, length=length, chunks=scenario.chunks, **results)
 
 
 @dataclass(frozen=True, kw_only=True)

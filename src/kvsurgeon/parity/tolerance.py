@@ -33,43 +33,19 @@ class Tolerance:
 
 
 TOLERANCES: dict[Arithmetic, Tolerance] = {
-    "float64": Tolerance(
-        bound=1e-5,
-        agreement=1.0,
-        tie=2e-5,
-        reason="sums differ near 1e-15, but tables and norms inside are often float32: 4e-7 measured",
-    ),
-    "float32": Tolerance(
-        bound=3e-4,
-        agreement=1.0,
-        tie=6e-4,
-        reason="sums in another order: 2e-5 over two layers, 5e-5 over thirty (measured); a wrong cache 1e-2 and more",
-    ),
-    "float16": Tolerance(
-        bound=3e-2,
-        agreement=0.9,
-        tie=3e-2,
-        reason="11 bits of mantissa: rounding is 5e-4 of a value, in every operator; 4e-3 measured over two layers",
-    ),
-    "bfloat16": Tolerance(
-        bound=1.5e-1,
-        agreement=0.9,
-        tie=1e-1,
-        reason="8 bits of mantissa: rounding is 4e-3 of a value, in every operator",
-    ),
-    "quantized": Tolerance(
-        bound=1e-1,
-        agreement=0.9,
-        tie=5e-2,
-        reason="fixed ranges: a difference of 1e-7 may round to the next of 256 steps, near 2e-2, and layers add to it",
-    ),
-    "dynamic": Tolerance(
-        bound=3.5e-1,
-        agreement=0.8,
-        tie=1e-1,
-        reason="each call measures its ranges: the same tokens in a shorter call differ by up to 2.2e-1 (measured)",
-    ),
-}
+    "float64": Tolerance(bound=1e-5, agreement=1.0, tie=2e-5, reason=(
+        "sums differ near 1e-15, but tables and norms inside are often float32: 4e-7 measured")),
+    "float32": Tolerance(bound=3e-4, agreement=1.0, tie=6e-4, reason=(
+        "sums in another order: 2e-5 over two layers, 5e-5 over thirty (measured); a wrong cache 1e-2 and more")),
+    "float16": Tolerance(bound=3e-2, agreement=0.9, tie=3e-2, reason=(
+        "11 bits of mantissa: rounding is 5e-4 of a value, in every operator; 4e-3 measured over two layers")),
+    "bfloat16": Tolerance(bound=1.5e-1, agreement=0.9, tie=1e-1, reason=(
+        "8 bits of mantissa: rounding is 4e-3 of a value, in every operator")),
+    "quantized": Tolerance(bound=1e-1, agreement=0.9, tie=5e-2, reason=(
+        "fixed ranges: a difference of 1e-7 may round to the next of 256 steps, near 2e-2, and layers add to it")),
+    "dynamic": Tolerance(bound=3.5e-1, agreement=0.8, tie=1e-1, reason=(
+        "each call measures its ranges: the same tokens in a shorter call differ by up to 2.2e-1 (measured)")),
+}  # fmt: skip
 
 ROUNDED: frozenset[Arithmetic] = frozenset(("quantized", "dynamic"))  # activations to 8 bits, in ranges of a call
 

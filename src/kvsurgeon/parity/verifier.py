@@ -19,9 +19,9 @@ from kvsurgeon.parity.model_source import ModelSource
 from kvsurgeon.parity.open_models import Opened, open_models, open_stable
 from kvsurgeon.parity.reference_model import ReferenceModel
 from kvsurgeon.parity.report import Comparison, Report
-from kvsurgeon.parity.scenarios import Scenario, TextLengths, plan_scenarios
+from kvsurgeon.parity.scenarios import TextLengths, plan_scenarios
 from kvsurgeon.parity.tolerance import ROUNDED, TOLERANCES, Arithmetic, Tolerance, arithmetic_of
-from kvsurgeon.runtime import CachedDecoder, Optimization, Source
+from kvsurgeon.runtime import Optimization, Source
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, name of the next
 
@@ -142,7 +142,13 @@ def _compare_all(
     report, reference, candidate = open_stable(open_at, optimization)
     if reference is None or candidate is None:
         return report, None
-    scenarios = _scenarios(reference, candidate, seed)
+    scenarios = plan_scenarios(
+        lengths=reference.lengths,
+        batch=1 if reference.single_row else candidate.batch,
+        masked=candidate.inputs.masked and reference.inputs.masked,
+        vocabulary=reference.vocabulary,
+        seed=seed,
+    )
     comparisons: list[Comparison] = []
     for number, scenario in enumerate(scenarios):
         if progress is not None:
@@ -157,13 +163,3 @@ def _compare_all(
         )
         report = replace(report, first_difference=name)
     return report, reference
-
-
-def _scenarios(reference: ReferenceModel, candidate: CachedDecoder, seed: int) -> tuple[Scenario, ...]:
-    return plan_scenarios(
-        lengths=reference.lengths,
-        batch=1 if reference.single_row else candidate.batch,
-        masked=candidate.inputs.masked and reference.inputs.masked,
-        vocabulary=reference.vocabulary,
-        seed=seed,
-    )

@@ -79,13 +79,14 @@ def _is_length(tensor: ValueInfo) -> bool:
     return tensor.integer and (single or per_row)
 
 
-class DynamicCacheManager:
+class CacheManager:
     """Cache mode `dynamic`: each present is the past of the next call."""
 
-    bound_outputs: Mapping[str, Any] = {}
+    bound_outputs: Mapping[str, Any] = {}  # values that presents are written to
 
-    def __init__(self, cache: Sequence[CacheIO], max_length: int | None = None) -> None:
+    def __init__(self, cache: Sequence[CacheIO], capacity: int | None, max_length: int | None) -> None:
         self.cache = cache
+        self.capacity = capacity
         self.max_length = max_length
         self._pasts: dict[str, Any] = {}
 
@@ -98,7 +99,11 @@ class DynamicCacheManager:
         self._pasts = {}
 
     def pasts(self, batch: int, past: int, new: int) -> dict[str, Any]:
-        """Return the pasts of a call on `new` tokens."""
+        """Return the pasts of a call on `new` tokens.
+
+        Raises:
+            RunError: The cache has too few rows.
+        """
         return self._pasts or {entry.past.name: to_runtime(_unfilled(entry, batch, 0)) for entry in self.cache}
 
     def mask_padding(self, past: int, total: int, new: int) -> tuple[int, int]:
@@ -116,95 +121,65 @@ class DynamicCacheManager:
         return from_runtime(self._pasts[entry.past.name])
 
 
-class StaticCacheManager:
+class StaticCacheManager(CacheManager):
     """Cache mode `static`: past and present share one buffer, with rows for more tokens than the text has."""
 
-    def __init__(self, cache: Sequence[CacheIO], capacity: int | None, max_length: int | None = None) -> None:
-        self.cache = cache
-        self.capacity = capacity
-        self.max_length = capacity or max_length
-        self._buffers: dict[str, Any] = {}
-        self._rows = 0
+    _size = 0  # rows of the buffers
 
     def longest_text(self, step_length: int) -> int | None:
         """Return the most tokens of a text in calls of `step_length` tokens, each of which needs as many free rows."""
-        return None if self.max_length is None else self.max_length - step_length + 1
+        longest = self.capacity or self.max_length
+        return None if longest is None else longest - step_length + 1
 
     @property
-    def bound_outputs(self) -> Mapping[str, Any]:
+    def bound_outputs(self) -> Mapping[str, Any]:  # type: ignore[override]
         """The buffer that each present is written to: that of its past."""
-        return {entry.present: self._buffers[entry.past.name] for entry in self.cache}
-
-    def reset(self) -> None:
-        """Drop the buffers."""
-        self._buffers = {}
+        return {entry.present: self._pasts[entry.past.name] for entry in self.cache}
 
     def pasts(self, batch: int, past: int, new: int) -> dict[str, Any]:
-        """Return the buffers, enlarged if the new rows need it.
+        """Return the buffers, enlarged if the new rows need it."""
+        needed, most = past + new, self.capacity or self.max_length
+        if most is not None and needed > most:
+            raise RunError(f"expected at most {most} tokens, the rows of the cache, found {needed}")
+        if not self._pasts or needed > self._size:
+            self._size = self.capacity or min(max(SMALLEST_BUFFER, 2 * needed), most or sys.maxsize)
+            self._pasts = {entry.past.name: to_runtime(self._buffer(entry, batch, past)) for entry in self.cache}
+        return dict(self._pasts)
 
-        Raises:
-            RunError: The cache has too few rows.
-        """
-        needed = past + new
-        if self.max_length is not None and needed > self.max_length:
-            raise RunError(f"expected at most {self.max_length} tokens, the rows of the cache, found {needed}")
-        if not self._buffers or needed > self._rows:
-            self._rows = self.capacity or min(max(SMALLEST_BUFFER, 2 * needed), self.max_length or sys.maxsize)
-            self._buffers = {entry.past.name: to_runtime(self._enlarged(entry, batch, past)) for entry in self.cache}
-        return dict(self._buffers)
-
-    def _enlarged(self, entry: CacheIO, batch: int, past: int) -> Array:
-        buffer = _unfilled(entry, batch, self._rows)
-        if self._buffers:
+    def _buffer(self, entry: CacheIO, batch: int, past: int) -> Array:
+        buffer = _unfilled(entry, batch, self._size)
+        if self._pasts:
             buffer[_rows(entry, past)] = self.rows(entry, past)
         return buffer
 
     def mask_padding(self, past: int, total: int, new: int) -> tuple[int, int]:
         """Return the padding of a mask, which has an element for each row of the buffer."""
-        return 0, self._rows - total
+        return 0, self._size - total
 
     def store(self, results: Mapping[str, Any], past: int, new: int, size: int) -> None:
         """Do nothing: the call wrote the rows to the buffers."""
 
     def rows(self, entry: CacheIO, total: int) -> Array:
         """Return one row for each of the `total` tokens."""
-        return from_runtime(self._buffers[entry.past.name])[_rows(entry, total)]
+        return super().rows(entry, total)[_rows(entry, total)]
 
 
-class NewTokensCacheManager:
+class NewTokensCacheManager(CacheManager):
     """Cache mode `new-tokens`: new rows are appended here; a past of fixed length starts with unfilled rows."""
-
-    bound_outputs: Mapping[str, Any] = {}
-
-    def __init__(self, cache: Sequence[CacheIO], capacity: int | None, max_length: int | None = None) -> None:
-        self.cache = cache
-        self.capacity = capacity
-        self.max_length = max_length
-        self._rows: dict[str, Array] = {}
 
     def longest_text(self, step_length: int) -> int | None:
         """Return the most tokens of a text: the rows of the past and a new token, if their number is fixed."""
         return self.max_length if self.capacity is None else self.capacity + 1
 
-    def reset(self) -> None:
-        """Empty the cache."""
-        self._rows = {}
-
     def pasts(self, batch: int, past: int, new: int) -> dict[str, Any]:
-        """Return the cached rows after the unfilled ones.
-
-        Raises:
-            RunError: The cache has too few rows.
-        """
-        if not self._rows:
-            self._rows = {entry.past.name: _unfilled(entry, batch, 0) for entry in self.cache}
-        unfilled = self._unfilled_rows(past, new)
-        if unfilled < 0:
+        """Return the cached rows after the unfilled ones."""
+        if not self._pasts:
+            self._pasts = {entry.past.name: _unfilled(entry, batch, 0) for entry in self.cache}
+        count = self._unfilled_rows(past, new)
+        if count < 0:
             raise RunError(f"expected at most {self.capacity} past tokens, the rows of the cache, found {past}")
-        return {
-            entry.past.name: to_runtime(_joined(entry, _unfilled(entry, batch, unfilled), self._rows[entry.past.name]))
-            for entry in self.cache
-        }
+        rows = {entry.past.name: (_unfilled(entry, batch, count), self.rows(entry, past)) for entry in self.cache}
+        return {entry.past.name: to_runtime(np.concatenate(rows[entry.past.name], entry.axis)) for entry in self.cache}
 
     def _unfilled_rows(self, past: int, new: int) -> int:
         """Return the number of unfilled rows, which is 0 for a past that has no rows to spare."""
@@ -223,27 +198,23 @@ class NewTokensCacheManager:
         for entry in self.cache:
             _check_present(entry, results[entry.present].shape(), size, new)
         for entry in self.cache:
-            rows = from_runtime(results[entry.present])[_rows(entry, new)]
-            self._rows[entry.past.name] = _joined(entry, self._rows[entry.past.name], rows)
+            rows = self.rows(entry, past), from_runtime(results[entry.present])[_rows(entry, new)]
+            self._pasts[entry.past.name] = np.concatenate(rows, axis=entry.axis)
 
     def rows(self, entry: CacheIO, total: int) -> Array:
         """Return one row for each of the `total` tokens."""
-        return self._rows[entry.past.name]
+        rows: Array = self._pasts[entry.past.name]
+        return rows
 
 
-CacheManager = DynamicCacheManager | StaticCacheManager | NewTokensCacheManager
+_MODES = {"dynamic": CacheManager, "static": StaticCacheManager, "new-tokens": NewTokensCacheManager}
 
 
 def open_cache_manager(cache: Sequence[CacheIO], declared: DeclaredCache) -> CacheManager:
     """Return a cache manager of the mode that a model needs."""
-    cache_mode = declared.cache_mode or _mode_by_dims(cache[0])
     rows = cache[0].past.dims[cache[0].axis]
-    capacity = rows if isinstance(rows, int) else None
-    if cache_mode == "static":
-        return StaticCacheManager(cache, capacity, declared.max_length)
-    if cache_mode == "new-tokens":
-        return NewTokensCacheManager(cache, capacity, declared.max_length)
-    return DynamicCacheManager(cache, declared.max_length)
+    manager = _MODES.get(declared.cache_mode or _mode_by_dims(cache[0]), CacheManager)
+    return manager(cache, rows if isinstance(rows, int) else None, declared.max_length)
 
 
 def _mode_by_dims(entry: CacheIO) -> CacheMode:
@@ -259,10 +230,6 @@ def _unfilled(entry: CacheIO, batch: int, rows: int) -> Array:
 
 def _rows(entry: CacheIO, count: int) -> tuple[slice, ...]:
     return (slice(None),) * entry.axis + (slice(0, count),)
-
-
-def _joined(entry: CacheIO, *rows: Array) -> Array:
-    return np.concatenate(rows, axis=entry.axis)
 
 
 def _check_present(entry: CacheIO, shape: Sequence[int], rows: int, new: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.runtime.axes import Axis, CacheIO, axes_of, axis_of, find_cache, is_past, slice_axes
+from kvsurgeon.runtime.axes import Axis, CacheIO, axes_of, axis_of, find_cache, slice_axes
 from kvsurgeon.runtime.cache_managers import find_length_input, open_cache_manager, read_cache_metadata
 from kvsurgeon.runtime.feeds import DecoderInputs, InputSpec, fixed_size, inputs_of, pad_axis
 from kvsurgeon.runtime.open_dims import resolve_head_dims
@@ -25,11 +25,6 @@ def logits_name(outputs: Sequence[ValueInfo]) -> str:
     if not floating:
         raise UsageError(f"expected an output of logits, found {', '.join(t.name for t in outputs) or 'none'}")
     return max(floating, key=lambda tensor: (tensor.name == "logits", len(tensor.dims) == 3)).name
-
-
-def has_cache(session: Session) -> bool:
-    """Whether a model has past inputs."""
-    return any(is_past(tensor) for tensor in session.inputs)
 
 
 class CachedDecoder:

@@ -106,12 +106,8 @@ class DecoderInputs:
 
     def rows(self, feeds: Mapping[str, Array], rows: Sequence[int]) -> dict[str, Array]:
         """Return the feeds of some rows of the batch."""
-        return {
-            spec.name: feeds[spec.name].take(rows, axis=spec.axes.index("batch"))
-            if "batch" in spec.axes
-            else feeds[spec.name]
-            for spec in self.specs
-        }
+        axes = {spec.name: spec.axes.index("batch") for spec in self.specs if "batch" in spec.axes}
+        return {name: array.take(rows, axis=axes[name]) if name in axes else array for name, array in feeds.items()}
 
 
 def inputs_of(tensors: Sequence[ValueInfo], pasts: Collection[str] = ()) -> DecoderInputs:

@@ -12,7 +12,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder, has_cache
+from kvsurgeon.runtime.axes import is_past
+from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder
 from kvsurgeon.runtime.feeds import Tokens
 from kvsurgeon.runtime.sampling import Sampling
 from kvsurgeon.runtime.session import Optimization, Session, Source, open_session
@@ -116,8 +117,9 @@ class TextGenerator:
             model = open_session(model, folder=folder, threads=threads, optimization=optimization)
         self.tokenizer = tokenizer or load_tokenizer(folders)
         self.stop = stop_tokens(folders) if stop is None else frozenset(stop)
-        self.cached = has_cache(model) if cached is None else cached
-        self._decoder = CachedDecoder(model) if has_cache(model) or self.cached else UncachedDecoder(model)
+        has_cache = any(is_past(tensor) for tensor in model.inputs)
+        self.cached = has_cache if cached is None else cached
+        self._decoder = CachedDecoder(model) if has_cache or self.cached else UncachedDecoder(model)
         if self._decoder.inputs.tokens.kind != "tokens":
             raise UsageError(f"expected an input of token ids, found `{self._decoder.inputs.tokens.name}` only")
 

@@ -11,15 +11,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from kvsurgeon.errors import (
-    InputError,
-    InvalidModelError,
-    KvsurgeonError,
-    MissingKernelError,
-    RunError,
-    UsageError,
-    WeightsError,
-)
+from kvsurgeon.errors import InvalidModelError, KvsurgeonError, MissingKernelError, RunError, UsageError, WeightsError
+from kvsurgeon.io.locate import find_model
 from kvsurgeon.runtime.tensors import from_session, to_runtime
 
 Optimization = Literal["off", "basic", "all"]
@@ -127,24 +120,6 @@ def open_session(
     return Session(session, name, tuple(weights.values()))
 
 
-def model_file(path: str | Path) -> Path:
-    """Return the model file of a path: the path itself, or the `.onnx` file of a folder.
-
-    Raises:
-        InputError: There is no such file, or several.
-    """
-    path = Path(path)
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise InputError(f"expected an .onnx file or a folder with one, found nothing at `{path}`")
-    found = [path / "model.onnx"] if (path / "model.onnx").is_file() else sorted(path.glob("*.onnx"))
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        raise InputError(f"expected model.onnx or one .onnx file, found {names} - in `{path}` (name the file)")
-    return found[0]
-
-
 def folder_of(source: Source, folder: str | Path | None = None) -> Path | None:
     """Return the folder of a model's weights: that of its file, or the one given for a model in memory.
 
@@ -152,7 +127,7 @@ def folder_of(source: Source, folder: str | Path | None = None) -> Path | None:
         InputError: The file does not exist.
     """
     if isinstance(source, str | Path):
-        return model_file(source).parent
+        return find_model(source).parent
     return None if folder is None else Path(folder)
 
 
@@ -168,7 +143,7 @@ def short_message(error: Exception) -> str:
 
 def _readable(source: Source, folder: str | Path | None, options: ort.SessionOptions) -> str | bytes:
     if not isinstance(source, onnx.ModelProto):
-        return str(model_file(source))
+        return str(find_model(source))
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if source.ByteSize() > _LARGEST_MESSAGE:

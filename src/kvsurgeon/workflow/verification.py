@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import onnx
 
 from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError, UsageError
-from kvsurgeon.parity import TOLERANCES, Comparison, Progress, Report, Verdict, arithmetic_of, load_graph, verify
+from kvsurgeon.parity import TOLERANCES, Comparison, Progress, Report, Scenario, arithmetic_of, load_graph, verify
 from kvsurgeon.parity.difference import distance, spread
 from kvsurgeon.runtime import (
     Array,
@@ -23,16 +22,12 @@ from kvsurgeon.runtime import (
     Tokens,
     UncachedDecoder,
     ValueInfo,
-    cache_entries,
-    find_presents,
-    fixed_size,
-    from_proto,
-    is_past,
-    may_be_past,
     open_session,
-    read_cache_metadata,
-    token_axes,
 )
+from kvsurgeon.runtime.axes import cache_entries, find_presents, is_past, may_be_past, token_axes
+from kvsurgeon.runtime.cache_managers import read_cache_metadata
+from kvsurgeon.runtime.feeds import fixed_size
+from kvsurgeon.runtime.tensors import from_proto
 
 CONTEXT = "kvsurgeon.context"  # metadata key: how an application computes masks and position tables
 LENGTHS = (7, 13)  # tokens of the texts, for models of any length
@@ -44,12 +39,7 @@ Outputs = dict[str, Array]
 
 
 def verify_models(
-    reference: Source,
-    candidate: Source,
-    *,
-    folder: Path | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
+    reference: Source, candidate: Source, *, folder: Path | None = None, seed: int = 0, progress: Progress | None = None
 ) -> Report:
     """Run both models on the same texts, and compare all outputs but the cache.
 
@@ -119,111 +109,99 @@ def _compared(report: Report, before: Session, after: Session, seed: int) -> Rep
     if static is None and isinstance(candidate, UncachedDecoder):  # a cached decoder pads its calls
         static = candidate.length
     in_steps = static is None and isinstance(reference, CachedDecoder) and isinstance(candidate, CachedDecoder)
-    batch = reference.batch or candidate.batch or 2
+    count_padding = candidate.inputs.positions_not_in(reference.inputs)
+    outputs = (candidate if isinstance(candidate, CachedDecoder) else reference).outputs
     comparisons = []
-    for tokens, mask in _texts(static, batch, reference.inputs.masked, np.random.default_rng(seed)):
+    for text in _texts(static, reference.batch or candidate.batch or 2, reference.inputs.masked, seed):
         try:
-            ends, expected = _run_reference(reference, tokens, mask, in_steps)
+            scenario, expected = _run_reference(reference, text, in_steps)
         except RunError as failure:
             return replace(report, unverifiable=str(failure))
-        found = _run(candidate, tokens, mask, ends, candidate.inputs.positions_not_in(reference.inputs))
-        outputs = (candidate if isinstance(candidate, CachedDecoder) else reference).outputs
-        spans = list(pairwise((0, *ends)))
-        errors = [
-            _worst(one, other, mask[:, past:total], report.bound, outputs)
-            for (past, total), one, other in zip(spans, expected, found, strict=True)
+        found = _run(candidate, scenario, count_padding)
+        calls = [
+            _compare(scenario, one, other, scenario.mask[:, past:total], report.bound, outputs)
+            for (past, total), one, other in zip(scenario.spans, expected, found, strict=True)
         ]
-        largest, output, reason = max(errors, key=lambda worst: worst[0])
-        verdict: Verdict = "different" if reason else "same"
-        if reason and in_steps and not _is_stable(reference, tokens, mask, expected[-1], report.bound):
-            verdict, reason = "unknown", UNSTABLE
-        comparison = Comparison(
-            scenario="left padding" if not mask.all() else "no padding",
-            batch=batch,
-            length=tokens.shape[1],
-            chunks=tuple(total - past for past, total in spans),
-            verdict=verdict,
-            error=largest,
-            output=output,
-            reason=reason,
-        )
-        comparisons.append(comparison)
+        worst = max(calls, key=lambda comparison: comparison.error or 0.0)
+        if worst.reason and in_steps and not _is_stable(reference, text, expected[-1], report.bound):
+            worst = replace(worst, verdict="unknown", reason=UNSTABLE)
+        comparisons.append(worst)
     unstable = all(comparison.verdict == "unknown" for comparison in comparisons)
     return replace(report, comparisons=tuple(comparisons), unverifiable=UNSTABLE if unstable else None)
 
 
-def _texts(
-    static: int | None, batch: int, masked: bool, random: np.random.Generator
-) -> Iterator[tuple[Tokens, Tokens]]:
-    """Yield texts and their masks, `[batch, length]`; the last has left padding if the reference takes a mask."""
-    lengths = LENGTHS if static is None else (static, static)
-    for number, length in enumerate(lengths):
+def _texts(static: int | None, batch: int, masked: bool, seed: int) -> Iterator[Scenario]:
+    """Yield texts in one chunk; the last has left padding if the reference takes a mask."""
+    random = np.random.default_rng(seed)
+    for number, length in enumerate(LENGTHS if static is None else (static, static)):
         mask = np.ones((batch, length), np.int64)
-        if masked and number == len(lengths) - 1:
+        if masked and number:
             mask[(batch - 1) % 2 :: 2, : min(PADDING, length - 1)] = 0
-        yield random.integers(0, VOCABULARY, (batch, length)), mask
+        name = "no padding" if mask.all() else "left padding"
+        tokens = random.integers(0, VOCABULARY, (batch, length))
+        yield Scenario(name=name, tokens=tokens, mask=mask, chunks=(length,))
 
 
-def _run_reference(
-    reference: Runnable, tokens: Tokens, mask: Tokens, in_steps: bool
-) -> tuple[Sequence[int], list[Outputs]]:
-    """Return where calls end, and the outputs of each call: several tokens after a past, else one at a time.
+def _run_reference(reference: Runnable, text: Scenario, in_steps: bool) -> tuple[Scenario, list[Outputs]]:
+    """Return the text with chunks that the model takes, several tokens after a past if it can, and their outputs.
 
     Raises:
         RunError: The model fails.
     """
-    length = tokens.shape[1]
     if not in_steps:
-        return (length,), _run(reference, tokens, mask, (length,))
-    ends = (length - 3, length - 2, length)
+        return text, _run(reference, text)
+    length = text.tokens.shape[1]
+    scenario = replace(text, chunks=(length - 3, 1, 2))
     try:
-        return ends, _run(reference, tokens, mask, ends)
+        return scenario, _run(reference, scenario)
     except RunError:
-        ends = (length - 2, length - 1, length)
-        return ends, _run(reference, tokens, mask, ends)
+        scenario = replace(text, chunks=(length - 2, 1, 1))
+        return scenario, _run(reference, scenario)
 
 
-def _run(
-    decoder: Runnable, tokens: Tokens, mask: Tokens, ends: Sequence[int], count_padding: Collection[str] = ()
-) -> list[Outputs]:
+def _run(decoder: Runnable, scenario: Scenario, count_padding: Collection[str] = ()) -> list[Outputs]:
     """Return the outputs of each call; a decoder without a cache runs the whole text in one."""
-    feeds = decoder.inputs.feeds(tokens, mask, count_padding=count_padding)
+    feeds = decoder.inputs.feeds(scenario.tokens, scenario.mask, count_padding=count_padding)
     if isinstance(decoder, UncachedDecoder):
         return [decoder.run(feeds)]
     decoder.reset()
-    return [decoder.advance(decoder.inputs.part(feeds, past, total)) for past, total in pairwise((0, *ends))]
+    return [decoder.advance(decoder.inputs.part(feeds, past, total)) for past, total in scenario.spans]
 
 
-def _is_stable(reference: Runnable, tokens: Tokens, mask: Tokens, last: Outputs, bound: float) -> bool:
+def _is_stable(reference: Runnable, text: Scenario, last: Outputs, bound: float) -> bool:
     """Whether one call for the whole text gives the outputs of the last of several; some models take no padding so."""
-    length = tokens.shape[1]
-    (whole,) = _run(reference, tokens, mask, (length,))
+    shape = text.tokens.shape
+    (whole,) = _run(reference, text)
     rows = {
-        name: array[:, length - last[name].shape[1] :]
+        name: array[:, shape[1] - last[name].shape[1] :]
         for name, array in whole.items()
-        if array.shape[:2] == tokens.shape and last[name].ndim > 1
+        if array.shape[:2] == shape and last[name].ndim > 1
     }
     new = next((array.shape[1] for array in rows.values()), 0)
-    return _worst(rows, last, mask[:, length - new :], bound, reference.outputs)[2] is None
+    return _compare(text, rows, last, text.mask[:, shape[1] - new :], bound, reference.outputs).reason is None
 
 
-def _worst(
-    expected: Outputs, found: Outputs, mask: Tokens, bound: float, outputs: Sequence[ValueInfo]
-) -> tuple[float, str | None, str | None]:
-    """Return the largest error of all outputs, the name of the output, and the reason if it exceeds the bound."""
+def _compare(
+    scenario: Scenario, expected: Outputs, found: Outputs, mask: Tokens, bound: float, outputs: Sequence[ValueInfo]
+) -> Comparison:
+    """Return the comparison of the outputs of one call: that of the output with the largest error."""
     known = {tensor.name: tensor for tensor in outputs}
-    worst: tuple[float, str | None, str | None] = (0.0, None, None)
+    worst = Comparison.of(scenario, verdict="same", error=0.0)
     for name, values in expected.items():
         array = found.get(name)
         if array is None or array.shape != values.shape:
             shape = "missing" if array is None else f"of shape {list(array.shape)}"
-            return np.inf, name, f"output `{name}` is {shape}, expected {list(values.shape)}"
+            reason = f"output `{name}` is {shape}, expected {list(values.shape)}"
+            return replace(worst, verdict="different", error=np.inf, output=name, reason=reason)
         axes = token_axes(known[name], values.shape, mask.shape) if name in known else None
         if axes is not None:
             values, array = (np.moveaxis(one, axes, (0, 1))[mask.astype(bool)] for one in (values, array))
         error = distance(values, array, spread(values), equal_nan=True)
-        reason = None if error <= bound else f"error of `{name}` is {error:.1e} of its spread (bound {bound:.0e})"
-        worst = max(worst, (error, name, reason), key=lambda one: one[0])
+        if error >= (worst.error or 0.0):
+            worst = replace(worst, error=error, output=name)
+    if not (worst.error or 0.0) <= bound:
+        reason = f"error of `{worst.output}` is {worst.error:.1e} of its spread (bound {bound:.0e})"
+        worst = replace(worst, verdict="different", reason=reason)
     return worst
 
 
