@@ -118,7 +118,7 @@ class SubgraphRunner:
             self._add_synthetic(value)
         elif tensor is not None:
             self._add_constant(value, tensor)
-        elif variable is not None and variable.holds_places:
+        elif variable is not None and variable.holds_positions:
             self._assumptions.setdefault(POSITIONS_COUNT_UP, name)
             self._add_feed(value, value.dtype, len(variable.dimensions), partial(position_input, variable))
         elif variable is not None:
@@ -136,7 +136,7 @@ class SubgraphRunner:
     def _is_made_of_positions(self, value: ir.Value) -> bool:
         """Return whether token data is computed from position inputs alone."""
         if value in self._roles:
-            return self._roles[value].holds_places
+            return self._roles[value].holds_positions
         node = value.producer()
         if node is None or has_trait(node, Trait.PRODUCT, Trait.LOOKUP):
             return False

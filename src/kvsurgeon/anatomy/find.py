@@ -30,6 +30,9 @@ LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
 _TABLE_NODES = 61  # at most so many nodes compute a table of positions
 
 
+_WEIGHT_VIEWS = (Trait.TRANSPOSE, Trait.IDENTITY, Trait.RESHAPE, Trait.QUANTIZATION)  # of a stored weight
+
+
 def decoder_facts(analysis: Analysis, proof: Proof) -> Decoder:
     """Return the facts about a decoder that was analyzed and proved causal."""
     lengths = ", ".join(map(str, proof.lengths[:6])) + (", ..." if len(proof.lengths) > 6 else "")
@@ -140,7 +143,7 @@ def _initializer(value: ir.Value | None) -> str | None:
         if tensor is not None:
             return (value.name or "") if tensor.dtype.is_floating_point() or tensor.size > 64 else None
         node = value.producer()
-        if node is None or node.op_type not in ("Transpose", "Cast", "DequantizeLinear", "Identity", "Reshape"):
+        if node is None or not has_trait(node, *_WEIGHT_VIEWS):
             return None
         value = node.inputs[0]
     return None

@@ -48,7 +48,7 @@ def number_of(flow: TokenFlow, value: ir.Value | None) -> float | None:
 
 def _factor(flow: TokenFlow, node: ir.Node) -> float | None:
     """The constant factor by which a `Mul` or `Div` scales token data; 1 for other nodes; None for division by 0."""
-    if node.op_type not in ("Mul", "Div") or len(node.inputs) != 2:
+    if not has_trait(node, Trait.SCALE) or len(node.inputs) != 2:
         return 1.0
     left, right = (number_of(flow, value) for value in node.inputs)
     if right is not None and is_token(flow, node.inputs[0]):

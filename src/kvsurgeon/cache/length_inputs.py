@@ -23,13 +23,15 @@ from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.operators import SHAPE_ONLY
 from kvsurgeon.graph.query import chain, is_fed
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.dimension import LENGTH
 
 # Source of the past length: the shape of the cache inputs, a separate input, the first position, the mask length.
 PastLength = Literal["shape", "input", "positions", "mask"]
 
-_VIEWS = frozenset({"Cast", "Expand", "Flatten", "Identity", "Reshape", "Squeeze", "Tile", "Transpose", "Unsqueeze"})
-_SELECTIONS = _VIEWS | {"Gather", "Slice"}  # each element of the result is an element of the first input
+_VIEWS = (Trait.IDENTITY, Trait.REPEAT, Trait.RESHAPE, Trait.TRANSPOSE)
+_SELECTIONS = (*_VIEWS, Trait.SELECT)  # each element of the result is an element of the first input
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,7 @@ def _lengths_upstream(
             element = current
         node = current.producer()
         if node is not None and node.op_type not in SHAPE_ONLY:
-            element = element if node.op_type in _SELECTIONS else None
+            element = element if has_trait(node, *_SELECTIONS) else None
             pending += [(source, element) for source in node.inputs if source is not None]
         elif node is None and is_fed(current):
             length = _length_input(shapes, token_dims, current, element)
@@ -204,6 +206,9 @@ def _start(value: ir.Value | None, stop: set[ir.Value]) -> ir.Value | None:
     """Return the value from which a range counts up, before any views."""
     if value is None:
         return None
-    starts = ("Range", *_VIEWS)
-    *_, last = chain(value, lambda n: n.inputs[0] if n.op_type in starts else None, stop=lambda v: v in stop)
+    *_, last = chain(
+        value,
+        lambda n: n.inputs[0] if has_trait(n, *_VIEWS) or n.op_type == "Range" else None,
+        stop=lambda v: v in stop,
+    )
     return last

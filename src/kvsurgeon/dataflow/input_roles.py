@@ -1,4 +1,4 @@
-"""What each input of a graph is given for: the new tokens, or all tokens so far. Told by its use, never by its name."""
+"""The role of each graph input: given for the new tokens, or for all tokens so far. Its use decides, never its name."""
 
 from __future__ import annotations
 
@@ -8,39 +8,36 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
-from kvsurgeon.graph.operators import SHAPE_ONLY
-from kvsurgeon.graph.query import find_live
+from kvsurgeon.graph.query import content_inputs, find_live, through, upstream
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
 from kvsurgeon.symbolic.sequence_axes import Length
 
-# Operators through which an input is still itself, position by position.
-# fmt: off
-_VIEWS = frozenset({
-    "Cast", "CastLike", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Expand", "Tile", "Transpose", "Clip",
-    "Add", "Sub", "Mul", "Div", "Max", "Min", "Abs", "Slice", "Concat",
-})
-# fmt: on
-_FORMED = frozenset({"Reshape", "Expand", "Tile", "Slice"})  # by a shape, which is their second input
-_FORMS = _FORMED | {"Unsqueeze", "Squeeze"}
-_WAVES = frozenset({"Sin", "Cos", "RotaryEmbedding", "MRotaryEmbedding"})
-_PRODUCTS = frozenset({"MatMul", "Gemm", "Einsum", "FusedMatMul"})
-_ORDERED = frozenset({"Less", "LessOrEqual", "Greater", "GreaterOrEqual"})
-_FEWEST_PLACES = 16  # rows of a table of positions; types of tokens are fewer
+# Operators whose result is an input in another form, position by position.
+_FORMS = (Trait.IDENTITY, Trait.RESHAPE, Trait.REPEAT, Trait.TRANSPOSE, Trait.ARITHMETIC)
+_INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
+_FEWEST_POSITIONS = 16  # rows of a table of positions; there are fewer token types
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputRole:
-    """One graph input: its dimensions with the one length in them, and which length each sequence axis is given at."""
+    """The role of one graph input.
+
+    Attributes:
+        value: The input.
+        dimensions: Its dimensions, in the symbols of the analysis.
+        lengths: The length of each sequence axis.
+        holds_positions: Whether it holds integers that are compared with positions, so that they are positions too.
+    """
 
     value: ir.Value
     dimensions: tuple[Dimension, ...]
     lengths: dict[int, Length] = field(hash=False)
-    holds_places: bool = False  # whole numbers that are compared with the places of tokens, and so are places too
+    holds_positions: bool = False
 
     @property
     def is_token(self) -> bool:
@@ -49,22 +46,22 @@ class InputRole:
 
 
 def required_inputs(graph: ir.Graph) -> list[ir.Value]:
-    """The inputs that a caller must feed: those that are not initializers as well."""
+    """Return the inputs that a caller must feed: those that are not initializers."""
     return [value for value in graph.inputs if not value.is_initializer()]
 
 
 def read_inputs(graph: ir.Graph) -> tuple[dict[ir.Value, tuple[Dimension, ...]], Dimension]:
-    """Name the dimensions of the graph's inputs: batch, length, and whatever else they are.
+    """Return the dimensions of the graph inputs in symbols: batch, length, and others.
 
     The length is the second axis of the first input of rank two or three (the first of rank one; the third where the
-    second is fixed and the third is not), and every axis that the exporter called the same; inputs of the same rank
+    second is fixed and the third is not), and every axis that the exporter gave the same name; inputs of the same rank
     agree axis by axis.
 
     Returns:
-        The dimensions of each input, and the length: a symbol, or a number where the export fixed it.
+        The dimensions of each input, and the length: a symbol, or a number if the export fixed it.
 
     Raises:
-        UnsupportedError: An input has no shape, has the batch twice, or none has a sequence axis.
+        UnsupportedError: An input has no shape, names two axes like the batch, or none has a sequence axis.
     """
     names: dict[str, Dimension] = {}
     length: Dimension | None = None
@@ -73,39 +70,43 @@ def read_inputs(graph: ir.Graph) -> tuple[dict[ir.Value, tuple[Dimension, ...]],
         if value.shape is None:
             raise UnsupportedError(
                 "an input has no shape", at=value.name, expected="a shape with a batch and a sequence axis",
-                hint="give the input a shape, symbolic or not",
+                hint="give the input a shape, symbolic or not", code=Code.INPUT_ROLE,
             )  # fmt: skip
         shaped.append(value)
         if length is None and 1 <= len(value.shape) <= 3:
             axis = _length_axis(value.shape)
             length = value.shape[axis] if isinstance(value.shape[axis], int) else LENGTH
-            _remember(names, value.shape[axis], length)
+            _name_dimension(names, value.shape[axis], length)
             if axis > 0:
-                _remember(names, value.shape[0], BATCH)
+                _name_dimension(names, value.shape[0], BATCH)
     if length is None:
-        raise UnsupportedError("no input has a sequence axis", expected="an input such as input_ids [batch, sequence]")
+        raise UnsupportedError(
+            "no input has a sequence axis",
+            expected="an input such as input_ids [batch, sequence]",
+            code=Code.INPUT_ROLE,
+        )
     return {value: _dimensions(value, names, length) for value in shaped}, length
 
 
 def shapes_of(graph: ir.Graph) -> Shapes:
-    """Return what is known of every value that an output depends on, with the names that inputs give to dimensions.
+    """Return the shapes of every value that an output depends on, in the symbols of the inputs.
 
     Raises:
-        UnsupportedError: An input has no shape, has the batch twice, or none has a sequence axis.
+        UnsupportedError: An input has no shape, names two axes like the batch, or none has a sequence axis.
     """
-    alive = find_live(graph)
+    live = find_live(graph)
     dimensions, _ = read_inputs(graph)
-    nodes = [node for node in graph if node in alive]
+    nodes = [node for node in graph if node in live]
     return infer_shapes(nodes, dimensions, graph.opset_imports.get("", 1), named=True)
 
 
 def _length_axis(shape: ir.Shape) -> int:
-    """Behind the batch, where there is one; several rows of numbers for each token may stand between."""
+    """Return the sequence axis: after the batch, or after several rows of numbers for each token."""
     stacked = len(shape) == 3 and isinstance(shape[1], int) and not isinstance(shape[2], int)
     return 2 if stacked else min(1, len(shape) - 1)
 
 
-def _remember(names: dict[str, Dimension], size: int | ir.SymbolicDim, dimension: Dimension) -> None:
+def _name_dimension(names: dict[str, Dimension], size: int | ir.SymbolicDim, dimension: Dimension) -> None:
     if not isinstance(size, int) and size.value is not None:
         names.setdefault(str(size.value), dimension)
 
@@ -123,12 +124,12 @@ def _dimensions(value: ir.Value, names: dict[str, Dimension], length: Dimension)
         expected = usual.get(rank, {}).get(axis)
         if named is None:
             named = expected if expected is not None else dim.symbol(f"{value.name}.{axis}")
-            _remember(names, size, named)
+            _name_dimension(names, size, named)
         result.append(named)
-    if result.count(BATCH) > 1:  # a size that is not told apart would be believed wherever the graph reads it
+    if result.count(BATCH) > 1:
         raise UnsupportedError(
-            "an input calls two axes by the name of the batch", at=value.name, found=str(shape),
-            expected="another name for each size", hint="name its dimensions anew",
+            "an input names two axes like the batch", at=value.name, found=str(shape),
+            expected="another name for each size", hint="rename its dimensions", code=Code.INPUT_ROLE,
         )  # fmt: skip
     return tuple(result)
 
@@ -136,7 +137,7 @@ def _dimensions(value: ir.Value, names: dict[str, Dimension], length: Dimension)
 def classify_inputs(
     graph: ir.Graph, dimensions: dict[ir.Value, tuple[Dimension, ...]], length: Dimension
 ) -> list[InputRole]:
-    """Tell which inputs are given for the new tokens and which for all tokens so far, by what they are used for.
+    """Return the role of each input, as its use decides.
 
     What indexes a table, becomes an angle or enters a product with weights position by position is given for the new
     tokens (`input_ids`, `inputs_embeds`, `position_ids`, `token_type_ids`); the rest are masks.
@@ -156,16 +157,16 @@ def classify_inputs(
             lengths = {}
         else:
             lengths = {axes[0]: Length.NEW if is_given_for_new_tokens(value) else Length.TOTAL}
-        places = len(axes) == 1 and _is_compared_with_places(value)
-        found.append(InputRole(value=value, dimensions=sizes, lengths=lengths, holds_places=places))
+        positions = len(axes) == 1 and _is_compared_with_positions(value)
+        found.append(InputRole(value=value, dimensions=sizes, lengths=lengths, holds_positions=positions))
     if not any(given.is_token for given in found):
         alone = [given for given in found if len(given.lengths) == 1]
         if len(alone) != 1:
             raise UnsupportedError(
                 "no input is given for the new tokens only",
                 expected="an input that indexes an embedding table, or embeddings [batch, sequence, hidden]",
-                found=", ".join(str(given.value.name) for given in found) or "no inputs",
-            )
+                found=", ".join(str(given.value.name) for given in found) or "no inputs", code=Code.INPUT_ROLE,
+            )  # fmt: skip
         found[found.index(alone[0])] = InputRole(
             value=alone[0].value, dimensions=alone[0].dimensions, lengths=dict.fromkeys(alone[0].lengths, Length.NEW)
         )
@@ -173,152 +174,125 @@ def classify_inputs(
 
 
 def is_given_for_new_tokens(value: ir.Value) -> bool:
-    """Whether an input with one sequence axis is given for the new tokens, and not for all so far, by its use."""
+    """Return whether an input with one sequence axis is given for the new tokens, not for all tokens so far."""
     if len(value.shape or ()) == 3 and value.dtype is not None and value.dtype.is_floating_point():
         return True
-    return _is_compared_with_places(value) or any(_tells_tokens(node, index) for node, index in _readers(value))
+    return _is_compared_with_positions(value) or any(_reads_tokens(node, index) for node, index in _readers(value))
 
 
-def _tells_tokens(node: ir.Node, index: int) -> bool:
-    """Whether what a node reads there indexes a table, becomes an angle, or is looked for in a vocabulary."""
-    if node.op_type == "OneHot" or _becomes_angles(node, index) or _rows_picked(node, index):
+def find_positions(inputs: Iterable[InputRole]) -> list[InputRole]:
+    """Return the inputs that hold positions of the new tokens: angles are computed from them, or rows looked up.
+
+    The first input of new tokens holds the text. An input that looks up fewer rows than a text has tokens holds token
+    types.
+    """
+    tokens = [given for given in inputs if given.is_token and len(given.dimensions) <= 2]
+    return [
+        given
+        for given in tokens[1:]
+        if given.value.dtype in _INTEGERS
+        and (given.holds_positions or any(_reads_positions(*reader) for reader in _readers(given.value)))
+    ]
+
+
+def _reads_tokens(node: ir.Node, index: int) -> bool:
+    """Whether an input of a node indexes a table, is turned into angles, or is compared with a vocabulary."""
+    if node.op_type == "OneHot" or _computes_angles(node, index) or _looked_up_rows(node, index):
         return True
     return node.op_type == "Equal" and _is_vocabulary(node.inputs[1 - index])
 
 
-def _becomes_angles(node: ir.Node, index: int) -> bool:
-    """Whether what a node reads there is multiplied with frequencies; a mask may be multiplied with itself."""
+def _reads_positions(node: ir.Node, index: int) -> bool:
+    return _computes_angles(node, index) or _looked_up_rows(node, index) >= _FEWEST_POSITIONS
+
+
+def _computes_angles(node: ir.Node, index: int) -> bool:
+    """Whether an input of a node is multiplied with frequencies; a mask may be multiplied with itself."""
     others = [other for place, other in enumerate(node.inputs) if place != index and other is not None]
-    return node.op_type in _WAVES or (node.op_type in _PRODUCTS and not any(_reads_input(other) for other in others))
+    product = has_trait(node, Trait.PRODUCT) and not any(_depends_on_input(other) for other in others)
+    return has_trait(node, Trait.ROTARY) or product
 
 
-def find_positions(inputs: Iterable[InputRole]) -> list[InputRole]:
-    """Return the inputs that say where each new token stands: they become angles, or pick a row for each place.
-
-    The first input of new tokens holds the text. What picks from fewer rows than a text has tokens is a type of token.
-    """
-    whole = [given for given in inputs if given.is_token and len(given.dimensions) <= 2]
-    numbers = [given for given in whole[1:] if given.value.dtype in (ir.DataType.INT64, ir.DataType.INT32)]
-    return [
-        given for given in numbers if given.holds_places or any(_places(*reader) for reader in _readers(given.value))
-    ]
+def _looked_up_rows(node: ir.Node, index: int) -> int:
+    """The number of rows of the table that an input of a node indexes; 0 if it indexes none."""
+    return _table_rows(node.inputs[0]) if has_trait(node, Trait.LOOKUP) and index == 1 else 0
 
 
-def _places(node: ir.Node, index: int) -> bool:
-    return _becomes_angles(node, index) or _rows_picked(node, index) >= _FEWEST_PLACES
-
-
-def _rows_picked(node: ir.Node, index: int) -> int:
-    """How many rows the table has that a node picks from by this input; 0 if it picks none."""
-    if not has_trait(node, Trait.LOOKUP) or index != 1:
-        return 0
-    return _table_rows(node.inputs[0])
-
-
-def _is_compared_with_places(value: ir.Value) -> bool:
-    """Whether whole numbers are held against 0, 1, 2, ..., by their order: keys no later than a query's place."""
-    if value.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
-        return False
-    return any(
-        node.op_type in _ORDERED and index < 2 and _counts_up(node.inputs[1 - index]) for node, index in _readers(value)
+def _is_compared_with_positions(value: ir.Value) -> bool:
+    """Whether integers are compared with 0, 1, 2, ... by order: keys up to the position of a query."""
+    return value.dtype in _INTEGERS and any(
+        has_trait(node, Trait.ORDER) and index < 2 and _counts_up(node.inputs[1 - index])
+        for node, index in _readers(value)
     )
 
 
 def _counts_up(value: ir.Value | None) -> bool:
     """Whether a value is a range in another form."""
-    for _ in range(8):
-        node = None if value is None else value.producer()
-        if node is None or node.op_type == "Range" or node.op_type not in _VIEWS:
-            return node is not None and node.op_type == "Range"
-        value = node.inputs[0]
-    return False
+    source = None if value is None else through(value, lambda node: _is_form(node) or node.op_type == "Concat")
+    node = None if source is None else source.producer()
+    return node is not None and node.op_type == "Range"
+
+
+def _is_form(node: ir.Node) -> bool:
+    return has_trait(node, *_FORMS) or node.op_type == "Slice"
 
 
 def _readers(value: ir.Value) -> Iterator[tuple[ir.Node, int]]:
-    """Yield what reads an input while it is still itself, position by position."""
-    seen, pending = {value}, [value]
+    """Yield the nodes that read an input or another form of it, with the index of their input."""
+    forms, pending = {value}, [value]
     while pending:
         for node, index in pending.pop().uses():
             yield node, index
-            if not _keeps_itself(node, index, seen):
-                continue
-            fresh = [result for result in node.outputs if result not in seen]
-            seen.update(fresh)
-            pending += fresh
+            if _is_still_the_input(node, index, forms):
+                new = [result for result in node.outputs if result not in forms]
+                forms.update(new)
+                pending += new
 
 
-def _keeps_itself(node: ir.Node, index: int, seen: Collection[ir.Value]) -> bool:
-    """Whether the result of a node is what it reads there, in another form or moved by constants."""
-    if node.op_type in ("Gather", "Split"):
+def _is_still_the_input(node: ir.Node, index: int, forms: Collection[ir.Value]) -> bool:
+    """Whether the result of a node is its input in another form, or changed by constants."""
+    if has_trait(node, Trait.SELECT) and node.op_type != "Slice":
         return index == 0 and all(constant_tensor(other) is not None for other in node.inputs[1:])
-    if node.op_type not in _VIEWS or (index > 0 and node.op_type in _FORMED):
-        return False
+    if has_trait(node, Trait.RESHAPE, Trait.REPEAT) or node.op_type == "Slice":
+        return index == 0
     others = [
-        other for other in node.inputs if other is not None and other not in seen and not _tells_sign(other, seen)
+        other for other in node.inputs if other is not None and other not in forms and not _is_sign_of(other, forms)
     ]
-    return node.op_type in _FORMS or not any(_reads_input(other) for other in others)
+    return (_is_form(node) or node.op_type == "Concat") and not any(_depends_on_input(other) for other in others)
 
 
-def _tells_sign(value: ir.Value, seen: Collection[ir.Value]) -> bool:
-    """Whether a value is 0 or 1 by what an input is against a constant: ids below 0 count from the end of a table."""
-    node = _without(("Cast", "Not"), value).producer()
-    if node is None or node.op_type not in _ORDERED or node.inputs[0] is None:
+def _is_sign_of(value: ir.Value, forms: Collection[ir.Value]) -> bool:
+    """Whether a value compares an input with a constant: negative ids count from the end of a table."""
+    node = through(value, {"Cast", "Not"}).producer()
+    if not has_trait(node, Trait.ORDER) or node is None or node.inputs[0] is None:
         return False
-    return constant_tensor(node.inputs[1]) is not None and _without(("Cast",), node.inputs[0]) in seen
-
-
-def _without(operators: Collection[str], value: ir.Value) -> ir.Value:
-    """What a value was before operators of one input."""
-    node = value.producer()
-    while node is not None and node.op_type in operators and node.inputs[0] is not None:
-        value = node.inputs[0]
-        node = value.producer()
-    return value
+    return constant_tensor(node.inputs[1]) is not None and through(node.inputs[0], {"Cast"}) in forms
 
 
 def _is_vocabulary(value: ir.Value | None) -> bool:
-    """Whether a value lists 0, 1, 2, ..., each of which is looked for in what is compared with it."""
+    """Whether a value is the constant 0, 1, 2, ... along its last axis."""
     numbers = small_constant(value)
     if numbers is None or numbers.dtype.kind not in "iu" or numbers.size < 3:
         return False
     return bool((numbers.reshape(-1) == range(numbers.size)).all()) and numbers.shape[-1] == numbers.size
 
 
-def _reads_input(value: ir.Value) -> bool:
-    """Whether what is in a value, and not only its shape, comes from an input of the graph."""
-    seen, pending = {value}, [value]
-    while pending:
-        current = pending.pop()
-        node = current.producer()
-        if node is None:
-            if current.is_graph_input() and constant_tensor(current) is None:
-                return True
-            continue
-        if node.op_type not in SHAPE_ONLY:
-            fresh = [source for source in node.inputs if source is not None and source not in seen]
-            seen.update(fresh)
-            pending += fresh
-    return False
+def _depends_on_input(value: ir.Value) -> bool:
+    """Whether the content of a value, not only its shape, comes from a graph input."""
+    walked = upstream([value], inputs=content_inputs)
+    return any(one.is_graph_input() and constant_tensor(one) is None for one in walked)
 
 
 def _table_rows(value: ir.Value | None) -> int:
-    """Rows of a floating-point table, possibly cast, dequantised or repeated for the batch; 0 if it is none.
+    """The number of rows of a table, possibly cast, dequantized or repeated for the batch; 0 if it is none.
 
-    Of what is computed of tables and lengths alone, there are as many as places.
+    A table that is computed from weights and lengths alone has as many rows as there are positions.
     """
-    made = value
-    for _ in range(6):
-        tensor = constant_tensor(value)
-        if tensor is not None:
-            sizes = [size for size in tensor.shape if isinstance(size, int)]
-            return max(sizes[:-1], default=0)
-        node = None if value is None else value.producer()
-        if node is None or node.op_type not in {"Cast", "DequantizeLinear", "Identity", "Transpose", *_FORMS}:
-            break
-        value = node.inputs[0]
-    return _FEWEST_PLACES if made is not None and _is_computed_rows(made) else 0
-
-
-def _is_computed_rows(value: ir.Value) -> bool:
-    rows = value.shape is None or len(value.shape) >= 2
-    return rows and value.producer() is not None and not _reads_input(value)
+    if value is None:
+        return 0
+    views = (Trait.IDENTITY, Trait.RESHAPE, Trait.REPEAT, Trait.TRANSPOSE, Trait.QUANTIZATION)
+    tensor = constant_tensor(through(value, lambda node: has_trait(node, *views) or node.op_type == "Slice"))
+    if tensor is not None:
+        return max([size for size in tensor.shape if isinstance(size, int)][:-1], default=0)
+    computed = value.producer() is not None and not _depends_on_input(value)
+    return _FEWEST_POSITIONS if computed and (value.shape is None or len(value.shape) >= 2) else 0

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from kvsurgeon.fusion.context import FusionContext, Sizes
 from kvsurgeon.fusion.match import FusionMatch
 from kvsurgeon.fusion.score_path import MOVES
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.sequence_axes import Length
 
@@ -64,7 +65,7 @@ class AttentionBias:
 
     def _move(self, node: ir.Node, source: ir.Value, bias: Bias | None) -> Bias | None:
         """Apply a layout operator; other operators do not change the bias."""
-        if bias is None or node.op_type not in MOVES:
+        if bias is None or not has_trait(node, *MOVES):
             return bias
         whole, _ = self._expand(bias, self.context.token_sizes(source))
         return self._copy(node, [whole, *node.inputs[1:]]), self.context.token_sizes(node.outputs[0])

@@ -13,6 +13,7 @@ from kvsurgeon.fusion.context import FusionContext, Sizes
 from kvsurgeon.fusion.score_path import MOVES
 from kvsurgeon.graph.query import chain
 from kvsurgeon.heads.index_trace import Labels
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.rewrite.dimension_names import dim_names
 from kvsurgeon.rewrite.reshape_targets import reshape_target
 from kvsurgeon.symbolic.dimension import Dimension
@@ -102,7 +103,7 @@ class HiddenLayout:
         yield from reversed([one for one in found if not one.is_graph_output()])
 
     def _is_layout(self, node: ir.Node) -> bool:
-        return node.op_type in MOVES and node in self.context.before and self.labels.moves(node)
+        return has_trait(node, *MOVES) and node in self.context.before and self.labels.moves(node)
 
     def _is_by_token(self, value: ir.Value) -> bool:
         """Return whether a tensor is [batch, sequence, ...]."""

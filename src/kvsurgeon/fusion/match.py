@@ -19,6 +19,8 @@ from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.anatomy.scales import number_of
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.fusion.score_path import MOVES, ScorePath, constant_factor, trace_scores
+from kvsurgeon.heads.token_data import token_inputs
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.rewrite.layout_trace import LayoutTrace, trace_layout
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -163,7 +165,7 @@ def _query(flow: TokenFlow, operand: ir.Value | None) -> tuple[CachePoint, float
     found, scale = _describe(flow, operand), 1.0
     value, factor = operand, 1.0
     while value is not None and (node := value.producer()) is not None and node in flow.order:
-        if node.op_type in MOVES:
+        if has_trait(node, *MOVES):
             value = node.inputs[0]
             continue
         tokens = token_inputs(flow, node)

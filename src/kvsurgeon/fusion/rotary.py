@@ -13,6 +13,8 @@ from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.query import chain, is_operator, producer_of
 from kvsurgeon.ops.gather import slice_bounds
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import axis_of
 
@@ -122,16 +124,15 @@ def _is_table(shapes: Shapes, x: ir.Value, table: ir.Value) -> bool:
     )
 
 
-_ELEMENTWISE = frozenset({"Cos", "Sin", "Cast", "Identity", "Mul", "Div"})
-_LAYOUT = frozenset({"Unsqueeze", "Slice", "Gather", "Expand"})
+_TABLE_STEPS = (Trait.ROTARY, Trait.IDENTITY, Trait.SCALE, Trait.RESHAPE, Trait.SELECT, Trait.REPEAT)
 
 
 def _table_source(shapes: Shapes, node: ir.Node) -> ir.Value | None:
     """Return the input of an operator that treats both halves of its last axis alike; None for other operators."""
-    if not is_operator(node, *_ELEMENTWISE, *_LAYOUT) or not _keeps_last_axis(shapes, node):
+    if not has_trait(node, *_TABLE_STEPS) or not _keeps_last_axis(shapes, node):
         return None
     source = node.inputs[0]
-    if node.op_type in ("Mul", "Div"):
+    if has_trait(node, Trait.SCALE):
         scalars = [_is_scalar(value) for value in node.inputs]
         if not any(scalars):
             return None

@@ -12,10 +12,12 @@ from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.anatomy.scales import number_of
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import is_operator, producer_of
+from kvsurgeon.heads.token_data import is_token
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 
 # Operators that change the axes of scores and none of their elements.
-MOVES = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten"})
-_IDENTITIES = frozenset({"Identity", "Cast", "Dropout"})
+MOVES = (Trait.RESHAPE, Trait.TRANSPOSE)
 _ADDITIONS = frozenset({"Add", "Sub", "Where", "Max"})  # `Max` with a constant, as a lower bound of masked scores
 
 
@@ -38,7 +40,7 @@ class ScorePath:
 
 def constant_factor(flow: TokenFlow, node: ir.Node, value: ir.Value | None) -> float | None:
     """Return the constant that a `Mul` or `Div` multiplies a value with; None if it is no scalar, or 0."""
-    if node.op_type not in ("Mul", "Div"):
+    if not has_trait(node, Trait.SCALE):
         return None
     index = node.inputs.index(value)
     number = number_of(flow, node.inputs[1 - index])
@@ -62,12 +64,12 @@ def trace_scores(flow: TokenFlow, site: AttentionSite) -> ScorePath:
             if softcap or any(step.op_type in _ADDITIONS for step in steps):
                 raise _unknown(node, "scores are capped after a mask or bias was added")
             softcap = 1.0
-        elif node.op_type in ("Mul", "Div"):
+        elif has_trait(node, Trait.SCALE):
             factor = _factor(flow, node, value)
             scale, softcap = scale * factor, softcap * factor
         elif node.op_type in _ADDITIONS:
             _check_addition(flow, node, value)
-        elif node.op_type not in MOVES | _IDENTITIES:
+        elif not has_trait(node, *MOVES, Trait.IDENTITY):
             raise _unknown(node, "scores pass an operator that no fused attention operator has")
         steps.append(node)
         value = node.outputs[0]
@@ -118,7 +120,7 @@ def _check_weights(flow: TokenFlow, site: AttentionSite, softmax: ir.Node, betwe
         users = [user for user, _ in value.uses() if user in between and is_token(flow, user.outputs[0])]
         guards = [user for user in users if guarded_value(user) is value and number_of(flow, user.inputs[1]) == 0.0]
         node = next(iter(guards or users), None)
-        if node is None or not (guards or node.op_type in MOVES | _IDENTITIES):
+        if node is None or not (guards or has_trait(node, *MOVES, Trait.IDENTITY)):
             raise UnsupportedError(
                 "attention weights are changed between softmax and context product", code=Code.NOT_FUSABLE,
                 at=value.name, found=node.op_type if node is not None else None,

@@ -22,6 +22,8 @@ from kvsurgeon.heads.propagate import Carrier
 from kvsurgeon.heads.repetition import HeadRepetition, find_repetition
 from kvsurgeon.heads.selection import Selection
 from kvsurgeon.heads.structural_equality import find_difference
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 
@@ -163,7 +165,7 @@ class HeadReplacer:
         for repetition in unused:
             for value in self.labels.above(repetition.start):
                 node, source = value.producer(), self.labels.source(value)
-                is_slice = node is not None and node.op_type in ("Split", "Slice", "Gather") and source is not value
+                is_slice = has_trait(node, Trait.SELECT) and source is not value
                 if is_slice and not is_read(value) and is_read(source):
                     found[value] = None
         return list(found)

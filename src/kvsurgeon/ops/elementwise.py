@@ -288,15 +288,17 @@ _ORDERS = (Trait.BROADCAST, Trait.ORDER, Trait.LENGTH_SENSITIVE)
 
 OPERATORS: list[Operator] = [
     *entries(
-        "Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cosh Dropout Elu Erf Exp Floor Gelu HardSigmoid "
+        "Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cosh Elu Erf Exp Floor Gelu HardSigmoid "
         "HardSwish IsInf IsNaN LeakyRelu Log Mish Neg Not QLinearLeakyRelu QLinearSigmoid QuickGelu Reciprocal Relu "
         "Round ScaledSiLU Selu Shrink Sigmoid Sign Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu",
         unary, kept, Trait.ELEMENTWISE,
     ),
-    *entries("Identity Abs", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC),
+    *entries("Abs", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC),
+    *entries("Identity", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.IDENTITY),
+    *entries("Dropout", unary, kept, Trait.ELEMENTWISE, Trait.IDENTITY),
     *entries("Sin Cos", unary, kept, Trait.ELEMENTWISE, Trait.ROTARY),
     *entries("Clip", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.BOUND, Trait.LENGTH_SENSITIVE),
-    *entries("Cast", cast, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC),
+    *entries("Cast", cast, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.IDENTITY),
     *entries("CastLike", cast, kept, Trait.ARITHMETIC, type_only=frozenset({1})),
     *entries("QuantizeLinear", quantize, quantize_links, Trait.ELEMENTWISE, Trait.QUANTIZATION),
     *entries("DequantizeLinear", dequantize, quantize_links, Trait.ELEMENTWISE, Trait.QUANTIZATION),

@@ -347,7 +347,7 @@ OPERATORS: list[Operator] = [
     *entries("Flatten", flatten, row_major_links, Trait.RESHAPE),
     *entries("Unsqueeze", unsqueeze, squeeze_links, Trait.RESHAPE),
     *entries("Squeeze", squeeze, squeeze_links, Trait.RESHAPE),
-    *entries("Transpose", transpose, transpose_links, Trait.MOVE),
+    *entries("Transpose", transpose, transpose_links, Trait.MOVE, Trait.TRANSPOSE),
     *entries("Expand", expand, expand_links, Trait.REPEAT, extents=frozenset({1})),
     *entries("Tile", tile, tile_links, Trait.REPEAT, extents=frozenset({1}), resize=resize_tile),
     *entries("Concat QLinearConcat", concat, concat_links, Trait.MOVE),

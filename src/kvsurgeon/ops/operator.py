@@ -95,6 +95,8 @@ class Trait(Enum):
     """What else stages ask about an operator."""
 
     SHAPE_ONLY = auto()  # reads the shape of its input and nothing else
+    IDENTITY = auto()  # gives the same elements, up to their type
+    TRANSPOSE = auto()  # gives the same axes another order
     RESHAPE = auto()  # gives the same elements in row-major order another shape
     REPEAT = auto()  # repeats elements along axes
     LOOKUP = auto()  # reads a table (input 0) at places given by input 1
