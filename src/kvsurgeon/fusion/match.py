@@ -19,7 +19,6 @@ from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.anatomy.scales import number_of
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.fusion.score_path import MOVES, ScorePath, constant_factor, trace_scores
-from kvsurgeon.heads.token_data import token_inputs
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.rewrite.layout_trace import LayoutTrace, trace_layout
 

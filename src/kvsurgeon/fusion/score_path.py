@@ -12,7 +12,6 @@ from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.anatomy.scales import number_of
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import is_operator, producer_of
-from kvsurgeon.heads.token_data import is_token
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 
