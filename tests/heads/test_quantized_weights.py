@@ -120,7 +120,7 @@ def test_taking_the_first_of_equal_heads_restores_the_original(made):
 
 
 def test_quantized_weights_have_no_mean(made):
-    with pytest.raises(UnsupportedError, match=r"quantised weights have no mean.*method=first"):
+    with pytest.raises(UnsupportedError, match=r"quantized weights cannot be averaged.*method=first"):
         MergeKvHeads(kv_heads=1).apply(Subject.of(made))
 
 

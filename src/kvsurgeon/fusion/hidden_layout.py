@@ -12,7 +12,7 @@ from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.fusion.context import FusionContext, Sizes
 from kvsurgeon.fusion.score_path import MOVES
 from kvsurgeon.graph.query import chain
-from kvsurgeon.heads.index_trace import Labels
+from kvsurgeon.heads.index_trace import IndexTrace
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.rewrite.dimension_names import dim_names
 from kvsurgeon.rewrite.reshape_targets import reshape_target
@@ -27,7 +27,7 @@ class HiddenLayout:
     def __init__(self, context: FusionContext) -> None:
         self.context = context
         self.editor = context.editor
-        self.labels = Labels(context.flow)
+        self.labels = IndexTrace(context.flow)
 
     def convert(self, point: CachePoint) -> ir.Value:
         """Return a tensor in the hidden layout; an existing tensor in that layout is used if the graph has one."""
@@ -103,7 +103,7 @@ class HiddenLayout:
         yield from reversed([one for one in found if not one.is_graph_output()])
 
     def _is_layout(self, node: ir.Node) -> bool:
-        return has_trait(node, *MOVES) and node in self.context.before and self.labels.moves(node)
+        return has_trait(node, *MOVES) and node in self.context.before and self.labels.rearranges(node)
 
     def _is_by_token(self, value: ir.Value) -> bool:
         """Return whether a tensor is [batch, sequence, ...]."""
@@ -117,7 +117,7 @@ class HiddenLayout:
     def _same_order(self, source: ir.Value, value: ir.Value) -> bool:
         """Return whether two tensors have the features of each token in the same order."""
         try:
-            places = self.labels.features(source, value).reshape(-1)
+            places = self.labels.feature_indices(source, value).reshape(-1)
         except UnsupportedError:
             return False
         return np.array_equal(places, np.arange(places.size))

@@ -18,7 +18,7 @@ from kvsurgeon.graph.query import find_live, upstream
 from kvsurgeon.heads.head_axis import HeadAxis
 from kvsurgeon.heads.layout import Layout, head_axis, layout_of, named_dims, with_heads
 from kvsurgeon.heads.layout_builder import LayoutBuilder
-from kvsurgeon.heads.propagate import Carrier, Request
+from kvsurgeon.heads.propagate import HeadPropagation, HeadRequest
 from kvsurgeon.heads.selection import Selection, Term, Terms
 
 
@@ -29,31 +29,31 @@ class ProjectionSlice:
     Attributes:
         columns: The columns, in the order of the layout's features.
         layout: The layout in which they are read.
-        stand_in: The value that is read in place of new heads so far.
+        placeholder: The value that is read in place of new heads so far.
         readers: The node inputs that read unchanged columns.
     """
 
     columns: Terms
     layout: Layout
-    stand_in: ir.Value | None = None
+    placeholder: ir.Value | None = None
     readers: tuple[Place, ...] = ()
 
 
 class FusedProjections:
     """Rebuilds fused projections with the heads that were requested of their slices."""
 
-    def __init__(self, carrier: Carrier, layouts: LayoutBuilder) -> None:
-        self.carrier = carrier
-        self.labels = carrier.labels
-        self.flow = carrier.flow
+    def __init__(self, propagation: HeadPropagation, layouts: LayoutBuilder) -> None:
+        self.propagation = propagation
+        self.trace = propagation.trace
+        self.flow = propagation.flow
         self.layouts = layouts
         self._unused: set[ir.Value] = set()
 
     def rebuild(self, unused: Iterable[ir.Value] = ()) -> None:
         """Rebuild projections until no request is left; drop the columns of values that are `unused`."""
         self._unused = set(unused)
-        shrunk = {self.labels.source(value) for value in self._unused}
-        requests: dict[ir.Value, list[Request]] = {}
+        shrunk = {self.trace.source(value) for value in self._unused}
+        requests: dict[ir.Value, list[HeadRequest]] = {}
         done = self._collect(requests, 0)
         while requests or shrunk:
             last = max({*requests, *shrunk}, key=self._order)
@@ -65,16 +65,16 @@ class FusedProjections:
         node = value.producer()
         return -1 if node is None else self.flow.order[node]
 
-    def _collect(self, requests: dict[ir.Value, list[Request]], done: int) -> int:
+    def _collect(self, requests: dict[ir.Value, list[HeadRequest]], done: int) -> int:
         """Add the requests since the last call by the projection that they need; return how many there are."""
-        for request in self.carrier.requests[done:]:
-            source = self.labels.source(request.values[0])
+        for request in self.propagation.requests[done:]:
+            source = self.trace.source(request.values[0])
             if source is request.values[0]:
                 raise _untraceable(source)
             requests.setdefault(source, []).append(request)
-        return len(self.carrier.requests)
+        return len(self.propagation.requests)
 
-    def _rebuild(self, source: ir.Value, requests: list[Request]) -> None:
+    def _rebuild(self, source: ir.Value, requests: list[HeadRequest]) -> None:
         layout = layout_of(self.flow, source)
         others = self._other_slices(source, requests)
         if not others and len(requests) == 1 and self._is_whole(source, requests[0].values[0]):
@@ -83,47 +83,47 @@ class FusedProjections:
         axis = _column_axis(layout, source)
         slices = [*others, *(self._slice(source, request) for request in requests)]
         longest = max((request.values for request in requests), key=len, default=())
-        sources = (source, *(self.labels.source(value) for value in longest[1:]))  # of layers that are averaged
+        sources = (source, *(self.trace.source(value) for value in longest[1:]))  # of layers that are averaged
         columns = Selection(layout.width, tuple(one.columns for one in slices))
-        new = self.carrier.carried(sources, HeadAxis(axis, layout.width), columns)
+        new = self.propagation.propagated(sources, HeadAxis(axis, layout.width), columns)
         sizes = [one.layout.width for one in slices]
-        parts = self.carrier.editor.split(new, sizes, axis, name=f"{source.name}.pieces")
+        parts = self.propagation.editor.split(new, sizes, axis, name=f"{source.name}.pieces")
         tokens = [layout.parts[place] for place in layout.token_places]
         for one, part in zip(slices, parts, strict=True):
             shape = (*layout.shape[:axis], one.layout.width)
             value = self.layouts.place_features(part, shape, tokens, one.layout)
-            if one.stand_in is not None:
-                one.stand_in.replace_all_uses_with(value)
+            if one.placeholder is not None:
+                one.placeholder.replace_all_uses_with(value)
             for node, index in one.readers:
-                self.carrier.editor.replace_input(node, index, value)
+                self.propagation.editor.replace_input(node, index, value)
 
     def _is_whole(self, source: ir.Value, value: ir.Value) -> bool:
         """Whether a value has all features of its source in the same order."""
-        table = self.labels.features(source, value).reshape(-1)
+        table = self.trace.feature_indices(source, value).reshape(-1)
         return np.array_equal(table, np.arange(layout_of(self.flow, source).width))
 
-    def _rebuild_single(self, source: ir.Value, request: Request) -> None:
+    def _rebuild_single(self, source: ir.Value, request: HeadRequest) -> None:
         """Make all that a source computes with other heads, in the layout that is read."""
         value, count, size = request.values[0], request.axis.count, request.selection.size
         before, after = layout_of(self.flow, source), layout_of(self.flow, value)
         dims, new_dims = named_dims(before, count, source), named_dims(after, count, value)
         axis = head_axis(before, dims, source)
-        sources = tuple(self.labels.source(one) for one in request.values)
-        new = self.carrier.carried(sources, axis, request.selection)
+        sources = tuple(self.trace.source(one) for one in request.values)
+        new = self.propagation.propagated(sources, axis, request.selection)
         shapes = [list(before.shape), list(after.shape)]
         for shape, heads in zip(shapes, (axis, request.axis), strict=True):
             shape[heads.axis] = heads.sized(size)
         made = self.layouts.gather_heads(
             new, shapes[0], with_heads(dims, size), np.arange(size), with_heads(new_dims, size), shapes[1]
         )
-        request.stand_in.replace_all_uses_with(made)
+        request.placeholder.replace_all_uses_with(made)
 
-    def _slice(self, source: ir.Value, request: Request) -> ProjectionSlice:
+    def _slice(self, source: ir.Value, request: HeadRequest) -> ProjectionSlice:
         """The columns that make the requested heads."""
         value = request.values[0]
-        features, layout = self.labels.features(source, value), layout_of(self.flow, value)
+        features, layout = self.trace.feature_indices(source, value), layout_of(self.flow, value)
         for other in request.values[1:]:
-            if not np.array_equal(features, self.labels.features(self.labels.source(other), other)):
+            if not np.array_equal(features, self.trace.feature_indices(self.trace.source(other), other)):
                 raise UnsupportedError(
                     "cannot average layers with different layouts", code=Code.UNTRACEABLE_HEADS, at=other.name
                 )
@@ -142,14 +142,14 @@ class FusedProjections:
         shape = list(layout.shape)
         shape[request.axis.axis] = request.axis.sized(request.selection.size)
         wanted = replace(layout, parts=tuple(parts), shape=tuple(shape))
-        return ProjectionSlice(columns=tuple(columns), layout=wanted, stand_in=request.stand_in)
+        return ProjectionSlice(columns=tuple(columns), layout=wanted, placeholder=request.placeholder)
 
-    def _other_slices(self, source: ir.Value, requests: list[Request]) -> list[ProjectionSlice]:
+    def _other_slices(self, source: ir.Value, requests: list[HeadRequest]) -> list[ProjectionSlice]:
         """The columns that make anything else, separated as early as the new heads allow."""
         wanted = {request.values[0] for request in requests} | self._unused
-        ours = [value for value in wanted if self.labels.source(value) is source]
-        toward = {source, *upstream(ours, stop=lambda value: value is source, inputs=self.labels.token_sources)}
-        live = find_live(self.carrier.editor.graph)
+        ours = [value for value in wanted if self.trace.source(value) is source]
+        toward = {source, *upstream(ours, stop=lambda value: value is source, inputs=self.trace.token_sources)}
+        live = find_live(self.propagation.editor.graph)
         found: list[ProjectionSlice] = []
         pending = [source]
         while pending:
@@ -161,13 +161,13 @@ class FusedProjections:
             pending += [one for node in sorted(passed, key=self.flow.order.__getitem__) for one in node.outputs]
             rest = tuple((node, index) for node, index in readers if node not in passed)
             if rest:
-                columns = Term(indices=self.labels.features(source, value).reshape(-1))
+                columns = Term(indices=self.trace.feature_indices(source, value).reshape(-1))
                 found.append(ProjectionSlice(columns=(columns,), layout=layout_of(self.flow, value), readers=rest))
         return found
 
     def _passes(self, value: ir.Value, node: ir.Node, toward: set[ir.Value]) -> bool:
-        """Whether a node only moves elements, and leads to requested heads or separates other ones from them."""
-        if not self.labels.moves(node):
+        """Whether a node only rearranges elements, and leads to requested heads or separates other ones from them."""
+        if not self.trace.rearranges(node):
             return False
         if any(one in toward for one in node.outputs):
             return True

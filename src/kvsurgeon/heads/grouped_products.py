@@ -15,7 +15,7 @@ from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.token_flow import Place, TokenFlow
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.heads.counts import counts_of
-from kvsurgeon.heads.index_trace import Labels
+from kvsurgeon.heads.index_trace import IndexTrace
 from kvsurgeon.heads.layout import NamedDims
 from kvsurgeon.heads.layout_builder import LayoutBuilder
 from kvsurgeon.heads.repetition import find_repetition
@@ -39,7 +39,7 @@ def key_heads_read(analysis: Analysis, layer: int) -> tuple[int, ...]:
     counts = counts_of(flow, site)
     heads = np.arange(counts.heads)
     if counts.kv_heads < counts.heads:
-        repetition = find_repetition(Labels(flow), layer, site, site.keys[0], counts)
+        repetition = find_repetition(IndexTrace(flow), layer, site, site.keys[0], counts)
         if repetition.sharing == "repeated":
             heads = repetition.heads
         elif repetition.sharing == "native":

@@ -23,23 +23,23 @@ from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import contraction_of, has_trait
 from kvsurgeon.symbolic.fact import axis_of
 
-LENGTH = 3  # tokens of the trial, where the export did not fix them
+LENGTH = 3  # tokens of the traced tensors
 
 
-class Labels:
-    """Runs what lies between two values of token data on numbers of places."""
+class IndexTrace:
+    """Index traces between values of token data: which element of one value each element of another is."""
 
     def __init__(self, flow: TokenFlow) -> None:
         self.flow = flow
 
     def token_sources(self, node: ir.Node) -> list[ir.Value]:
-        """The token data that a node reads, each value once."""
+        """Return the token data that a node reads, each value once."""
         found = [value for value in node.inputs if value is not None and self.flow.kinds.get(value) is ValueKind.TOKEN]
         return list(dict.fromkeys(found))
 
-    def moves(self, node: ir.Node | None) -> bool:
-        """Whether a node only moves elements of token data, to places that are known."""
-        if node is None or node.op_type not in _MOVES or node.domain not in ("", "ai.onnx"):
+    def rearranges(self, node: ir.Node | None) -> bool:
+        """Return whether a node only rearranges elements of token data, in a known way."""
+        if node is None or node.op_type not in _REARRANGE or node.domain not in ("", "ai.onnx"):
             return False
         sources = self.token_sources(node)
         if node.op_type == "Concat":
@@ -48,57 +48,57 @@ class Labels:
             return node.inputs[0] in sources and self._whole_numbers(node.inputs[1]) is not None
         return len(sources) == 1 and (node.op_type != "Slice" or slice_bounds(self.flow.shapes.call(node)) is not None)
 
-    def keeps_apart(self, node: ir.Node) -> bool:
-        """Whether a node with one source of token data works element by element, or moves elements."""
+    def is_elementwise(self, node: ir.Node) -> bool:
+        """Return whether a node with one source of token data is elementwise, or rearranges elements."""
         return (
             has_trait(node, Trait.ELEMENTWISE, Trait.BROADCAST)
             or node.op_type == "DynamicQuantizeLinear"
-            or self.moves(node)
+            or self.rearranges(node)
         )
 
     def source(self, value: ir.Value) -> ir.Value:
-        """The value that this one is a mere rearrangement of; itself where it is computed."""
+        """Return the value that this one is a rearrangement of; the value itself if it is computed."""
         node = value.producer()
-        if node is None or not self.moves(node):
+        if node is None or not self.rearranges(node):
             return value
         found = {self.source(one) for one in self.token_sources(node)}
         return found.pop() if len(found) == 1 else value
 
-    def above(self, value: ir.Value) -> Iterator[ir.Value]:
-        """The value and the token data that it is made of, each once, up to the results of products with weights."""
-        pending, seen = [value], set[ir.Value]()
+    def upstream_tokens(self, value: ir.Value) -> Iterator[ir.Value]:
+        """Yield the value and the token data that it depends on, each once, up to the results of projections."""
+        pending, visited = [value], set[ir.Value]()
         while pending:
             one = pending.pop()
             node = one.producer()
-            if one in seen or node is None:
+            if one in visited or node is None:
                 continue
-            seen.add(one)
+            visited.add(one)
             yield one
             if not has_trait(node, Trait.PROJECTION):
                 pending += self.token_sources(node)
 
     def is_projected(self, value: ir.Value) -> bool:
-        """Whether a value is made by a product with weights, and not of positions alone."""
-        makers = (one.producer() for one in self.above(value))
+        """Return whether a value depends on a projection, not on positions alone."""
+        makers = (one.producer() for one in self.upstream_tokens(value))
         return any(self._sums(node) for node in makers if node is not None and has_trait(node, Trait.PROJECTION))
 
     def _sums(self, node: ir.Node) -> bool:
-        """Whether a product sums anything; an outer product, as of positions with frequencies, does not."""
+        """Whether a product sums over more than one element, unlike positions times frequencies."""
         found = contraction_of(self.flow.shapes.call(node))
         return found is None or any(self._size(node, found, label) != 1 for label in found.summed)
 
     def _size(self, node: ir.Node, found: Contraction, label: str) -> object:
-        """How many elements a product sums along a label."""
+        """The number of elements that a product sums along a label."""
         shape = self.flow.shapes[node.inputs[found.left]].shape or ()  # type: ignore[index]
         return shape[found.left_labels.index(label)] if label in found.left_labels else None
 
-    def features(self, source: ir.Value, value: ir.Value) -> np.ndarray:
-        """For each feature of one token of `value` the number of the source's feature that it is.
+    def feature_indices(self, source: ir.Value, value: ir.Value) -> np.ndarray:
+        """Return for each feature of a token of `value` the index of the source's feature that it is.
 
-        Both are counted in the order in which the tensor holds them; the result has the shape of the value's features.
+        Both are counted in row-major order; the result has the shape of the value's feature_indices.
 
         Raises:
-            UnsupportedError: Tokens are moved too, or a tensor does not hold features beside batch and sequence.
+            UnsupportedError: Tokens are moved too, or a tensor does not hold feature_indices beside batch and sequence.
         """
         before, after = layout_of(self.flow, source), layout_of(self.flow, value)
         places = np.arange(math.prod(self.sizes(before.parts, source))).reshape(self.sizes(before.shape, source))
@@ -108,14 +108,14 @@ class Labels:
         feature[numbered] = np.arange(before.width)
         moved = self._by_token(self._run(source, value, places), after, value)
         if not np.array_equal(token[moved], np.broadcast_to(np.arange(len(moved))[:, None], moved.shape)):
-            raise UnsupportedError("heads cannot be followed where tokens are moved with them", at=value.name)
+            raise UnsupportedError("cannot trace heads where tokens are rearranged too", at=value.name)
         found = feature[moved]
         if not (found == found[0]).all():
-            raise UnsupportedError("heads lie elsewhere for each token", at=value.name)
+            raise UnsupportedError("cannot trace heads that are arranged differently for each token", at=value.name)
         return np.asarray(found[0].reshape(after.features))
 
     def sizes(self, dimensions: Sequence[Any], at: ir.Value) -> list[int]:
-        """Dimensions for two sequences of the trial's length.
+        """Return dimensions for two sequences of `LENGTH` tokens.
 
         Raises:
             UnsupportedError: One of them is unknown.
@@ -123,14 +123,14 @@ class Labels:
         try:
             return [int(at_length(size, LENGTH)) for size in dimensions]
         except TypeError as error:
-            raise UnsupportedError("a dimension is unknown, so heads cannot be followed", at=at.name) from error
+            raise UnsupportedError("cannot trace heads: a dimension is unknown", at=at.name) from error
 
     def shape(self, value: ir.Value) -> list[int]:
-        """The shape of a value in the trial."""
+        """Return the shape of a value for two sequences of `LENGTH` tokens."""
         return self.sizes(self.flow.shapes[value].shape or (), value)
 
     def _by_token(self, array: np.ndarray, layout: Layout, at: ir.Value) -> np.ndarray:
-        """[batch * sequence, features]: the elements of each token side by side."""
+        """[batch * sequence, feature_indices]: the elements of each token side by side."""
         parts = array.reshape(self.sizes(layout.parts, at))
         first = [place for place in (layout.batch, layout.sequence) if place is not None]
         return parts.transpose([*first, *layout.feature_places]).reshape(-1, layout.width)
@@ -145,56 +145,56 @@ class Labels:
         if value is source:
             return places
         node = value.producer()
-        if node is None or not self.moves(node):
-            raise UnsupportedError("heads cannot be followed here", at=value.name)
+        if node is None or not self.rearranges(node):
+            raise UnsupportedError("cannot trace heads through this value", at=value.name)
         arrays = [
             self._run(source, one, places) for one in node.inputs if one is not None and one in self.token_sources(node)
         ]
-        return _MOVES[node.op_type](self, node, value, arrays)
+        return _REARRANGE[node.op_type](self, node, value, arrays)
 
 
-def _reshape(labels: Labels, _node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
+def _reshape(labels: IndexTrace, _node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
     return arrays[0].reshape(labels.shape(value))
 
 
-def _transpose(labels: Labels, node: ir.Node, _value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
+def _transpose(labels: IndexTrace, node: ir.Node, _value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
     order = labels.flow.shapes.call(node).attribute("perm")
     return arrays[0].transpose(order or tuple(reversed(range(arrays[0].ndim))))
 
 
-def _expand(labels: Labels, _node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
+def _expand(labels: IndexTrace, _node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
     return np.broadcast_to(arrays[0], labels.shape(value))
 
 
-def _tile(labels: Labels, _node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
+def _tile(labels: IndexTrace, _node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
     sizes = zip(labels.shape(value), arrays[0].shape, strict=True)
     return np.tile(arrays[0], [after // before for after, before in sizes])
 
 
-def _concat(labels: Labels, node: ir.Node, _value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
+def _concat(labels: IndexTrace, node: ir.Node, _value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays, axis=labels.flow.shapes.call(node).integer("axis", 0))
 
 
-def _gather(labels: Labels, node: ir.Node, _value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
+def _gather(labels: IndexTrace, node: ir.Node, _value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
     numbers = labels._whole_numbers(node.inputs[1])
     assert numbers is not None
     return np.take(arrays[0], numbers, axis=labels.flow.shapes.call(node).integer("axis", 0))
 
 
-def _gather_nd(labels: Labels, node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
+def _gather_nd(labels: IndexTrace, node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
     numbers = labels._whole_numbers(node.inputs[1])
     if numbers is None or labels.flow.shapes.call(node).integer("batch_dims", 0):
-        raise UnsupportedError("heads are gathered in a way that cannot be followed", at=value.name)
+        raise UnsupportedError("cannot trace heads through a batched GatherND", at=value.name)
     return np.asarray(arrays[0][tuple(np.moveaxis(numbers, -1, 0))])
 
 
-def _split(labels: Labels, node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
+def _split(labels: IndexTrace, node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
     axis = axis_of(labels.flow.shapes.call(node).integer("axis", 0), arrays[0].ndim)
     before = [labels.shape(one)[axis] for one in node.outputs[: value.index() or 0]]
     return np.take(arrays[0], sum(before) + np.arange(labels.shape(value)[axis]), axis=axis)
 
 
-def _slice(labels: Labels, node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
+def _slice(labels: IndexTrace, node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
     bounds = slice_bounds(labels.flow.shapes.call(node))
     assert bounds is not None
     picks = [slice(None)] * arrays[0].ndim
@@ -204,9 +204,9 @@ def _slice(labels: Labels, node: ir.Node, value: ir.Value, arrays: list[np.ndarr
     return arrays[0][tuple(picks)]
 
 
-_Move = Callable[[Labels, ir.Node, ir.Value, list[np.ndarray]], np.ndarray]
+_Move = Callable[[IndexTrace, ir.Node, ir.Value, list[np.ndarray]], np.ndarray]
 
-_MOVES: dict[str, _Move] = {
+_REARRANGE: dict[str, _Move] = {
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"), _reshape),
     "Transpose": _transpose,
     "Expand": _expand,

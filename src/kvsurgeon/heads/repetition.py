@@ -15,7 +15,7 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import chain, producers, upstream
 from kvsurgeon.heads.counts import HeadCounts
 from kvsurgeon.heads.head_axis import HeadAxis
-from kvsurgeon.heads.index_trace import Labels
+from kvsurgeon.heads.index_trace import IndexTrace
 from kvsurgeon.heads.layout import NamedDims, head_axis, layout_of, named_dims
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
@@ -63,7 +63,7 @@ def operand_value(operand: CachedOperand) -> ir.Value:
 
 
 def find_repetition(
-    labels: Labels, layer: int, site: AttentionSite, operand: CachedOperand, counts: HeadCounts
+    labels: IndexTrace, layer: int, site: AttentionSite, operand: CachedOperand, counts: HeadCounts
 ) -> HeadRepetition:
     """Return how the heads of keys or values of an attention are repeated.
 
@@ -77,13 +77,13 @@ def find_repetition(
         raise
 
 
-def _find(labels: Labels, site: AttentionSite, operand: CachedOperand, counts: HeadCounts) -> HeadRepetition:
+def _find(labels: IndexTrace, site: AttentionSite, operand: CachedOperand, counts: HeadCounts) -> HeadRepetition:
     features = counts.value_dim if operand in site.values else counts.head_dim
     value, between = operand_value(operand), _nodes_between(labels, operand)
     start, end = _repeated_values(labels, operand, between, counts.kv_heads * features)
     sharing: Literal["repeated", "broadcast", "native"] = "repeated"
     if start is not end:
-        table = labels.features(start, end).reshape(-1, features)
+        table = labels.feature_indices(start, end).reshape(-1, features)
         heads, offsets = np.divmod(table, features)
         if not (offsets == np.arange(features)).all() or not (heads == heads[:, :1]).all():
             raise UnsupportedError("heads are not repeated as a whole", code=Code.UNTRACEABLE_HEADS, at=end.name)
@@ -111,7 +111,7 @@ def _find(labels: Labels, site: AttentionSite, operand: CachedOperand, counts: H
 
 
 def _repeated_values(
-    labels: Labels, operand: CachedOperand, between: set[ir.Node], width: int
+    labels: IndexTrace, operand: CachedOperand, between: set[ir.Node], width: int
 ) -> tuple[ir.Value, ir.Value]:
     """The last value with each head once, and the last repetition of it; twice the operand if there is none.
 
@@ -124,37 +124,39 @@ def _repeated_values(
         if width not in widths or max(widths) == width:
             continue
         first = last = max(index for index, one in enumerate(widths) if one == width)
-        while last + 1 < len(path) and labels.moves(path[last + 1].producer()):
+        while last + 1 < len(path) and labels.rearranges(path[last + 1].producer()):
             last += 1
         between.update(producers(path[first + 1 :]))
         return path[first], path[last]
     return value, value
 
 
-def _nodes_between(labels: Labels, operand: CachedOperand) -> set[ir.Node]:
+def _nodes_between(labels: IndexTrace, operand: CachedOperand) -> set[ir.Node]:
     """The nodes between the cache point and the product, the product included."""
     cached = operand.cache_point.value
     values = upstream([operand_value(operand)], stop=lambda value: value is cached, inputs=labels.token_sources)
     return {operand.place[0], *producers(value for value in values if value is not cached)}
 
 
-def _path_to_product(labels: Labels, value: ir.Value) -> list[ir.Value]:
+def _path_to_product(labels: IndexTrace, value: ir.Value) -> list[ir.Value]:
     """The values that an operand is computed from elementwise or by moving elements, the operand last."""
 
     def source(node: ir.Node) -> ir.Value | None:
         sources = labels.token_sources(node)
-        return sources[0] if labels.keeps_apart(node) and len(sources) == 1 and _is_plain(labels, sources[0]) else None
+        return (
+            sources[0] if labels.is_elementwise(node) and len(sources) == 1 and _is_plain(labels, sources[0]) else None
+        )
 
     return list(chain(value, source))[::-1]
 
 
-def _path_from_cache(labels: Labels, operand: CachedOperand, between: set[ir.Node]) -> list[ir.Value]:
+def _path_from_cache(labels: IndexTrace, operand: CachedOperand, between: set[ir.Node]) -> list[ir.Value]:
     """The values from the cache point towards the product, up to a node that combines several."""
     path, last = [operand.cache_point.value], operand_value(operand)
     while path[-1] is not last:
         nodes = {node for node, _ in path[-1].uses() if node in between}
         node = nodes.pop() if len(nodes) == 1 else None
-        if node is None or not labels.keeps_apart(node) or len(labels.token_sources(node)) != 1:
+        if node is None or not labels.is_elementwise(node) or len(labels.token_sources(node)) != 1:
             break
         outputs = [value for value in node.outputs if any(user in between for user, _ in value.uses())]
         if not outputs or not _is_plain(labels, outputs[0]):
@@ -164,7 +166,7 @@ def _path_from_cache(labels: Labels, operand: CachedOperand, between: set[ir.Nod
 
 
 def _repetitions_before_cache(
-    labels: Labels, operand: CachedOperand, between: set[ir.Node]
+    labels: IndexTrace, operand: CachedOperand, between: set[ir.Node]
 ) -> Iterator[list[ir.Value]]:
     """Paths between projection and cache point on which a value gets wider; their nodes are added to `between`."""
 
@@ -177,7 +179,7 @@ def _repetitions_before_cache(
         node = value.producer()
         sources = [] if node is None else projected(node)
         # A node that joins several sources does not repeat heads.
-        if node is None or len(sources) != 1 or not labels.moves(node):
+        if node is None or len(sources) != 1 or not labels.rearranges(node):
             continue
         if not _is_plain(labels, value) or not _is_plain(labels, sources[0]):
             continue
@@ -187,15 +189,15 @@ def _repetitions_before_cache(
             yield [sources[0], *moved]
 
 
-def _moved(labels: Labels, value: ir.Value) -> list[ir.Value]:
+def _moved(labels: IndexTrace, value: ir.Value) -> list[ir.Value]:
     """A value, then the values computed from it by moving elements, as long as each has one reader."""
     path = [value]
-    while len(users := {node for node, _ in path[-1].uses()}) == 1 and labels.moves(node := users.pop()):
+    while len(users := {node for node, _ in path[-1].uses()}) == 1 and labels.rearranges(node := users.pop()):
         if len(node.outputs) > 1 or not _is_plain(labels, node.outputs[0]):
             break
         path.append(node.outputs[0])
     return path
 
 
-def _is_plain(labels: Labels, value: ir.Value) -> bool:
+def _is_plain(labels: IndexTrace, value: ir.Value) -> bool:
     return cache_point_of(labels.flow, value) is not None

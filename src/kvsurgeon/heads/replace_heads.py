@@ -15,10 +15,10 @@ from kvsurgeon.graph.query import find_live, producers
 from kvsurgeon.heads.counts import counts_of
 from kvsurgeon.heads.fused_projections import FusedProjections
 from kvsurgeon.heads.grouped_products import grouped_dims, regroup_product
-from kvsurgeon.heads.index_trace import Labels
+from kvsurgeon.heads.index_trace import IndexTrace
 from kvsurgeon.heads.layout import NamedDims, with_heads
 from kvsurgeon.heads.layout_builder import LayoutBuilder
-from kvsurgeon.heads.propagate import Carrier
+from kvsurgeon.heads.propagate import HeadPropagation
 from kvsurgeon.heads.repetition import HeadRepetition, find_repetition
 from kvsurgeon.heads.selection import Selection
 from kvsurgeon.heads.structural_equality import find_difference
@@ -44,9 +44,9 @@ class HeadReplacer:
         self.analysis = analysis
         self.flow = analysis.flow
         self.editor = Editor(analysis.model)
-        self.labels = Labels(self.flow)
+        self.labels = IndexTrace(self.flow)
         self.layouts = LayoutBuilder(self.editor, analysis.inputs)
-        self.carrier = Carrier(analysis, self.labels, self.editor, self.layouts.lengths, lossy=lossy)
+        self.propagation = HeadPropagation(analysis, self.labels, self.editor, self.layouts.lengths, lossy=lossy)
         self.counts = tuple(counts_of(self.flow, site) for site in analysis.sites)
         self._repetitions: dict[int, tuple[tuple[HeadRepetition, ...], tuple[HeadRepetition, ...]]] = {}
 
@@ -66,8 +66,8 @@ class HeadReplacer:
                 self._replace(layer, own, [other[0] for other in others], selection)
                 if layer != sources[0]:
                     unused += own
-        self.carrier.replace_outputs()
-        FusedProjections(self.carrier, self.layouts).rebuild(self._unused_slices(unused))
+        self.propagation.replace_outputs()
+        FusedProjections(self.propagation, self.layouts).rebuild(self._unused_slices(unused))
         self.editor.finish()
         self._restore_initializer_names()
         return self.editor.edits
@@ -105,8 +105,10 @@ class HeadReplacer:
     ) -> None:
         """Connect the products of a layer to keys or values with new heads."""
         first, counts = sources[0], self.counts[layer]
-        self.carrier.region = frozenset(producers(self.labels.above(first.value))) | {first.operand.place[0]}
-        new = self.carrier.carried(tuple(one.start for one in sources), first.axis, selection)
+        self.propagation.region = frozenset(producers(self.labels.upstream_tokens(first.value))) | {
+            first.operand.place[0]
+        }
+        new = self.propagation.propagated(tuple(one.start for one in sources), first.axis, selection)
         dims = with_heads(first.start_dims, selection.size)
         shape = self._shape(first.start)
         shape[first.axis.axis] = first.axis.sized(selection.size)
@@ -145,7 +147,7 @@ class HeadReplacer:
         """Replace `Shape` nodes that read tensors with new heads: they would keep the old tensors alive."""
         live = find_live(self.editor.graph)
         ends = [repetitions[0].value for layer in layers for repetitions in self._repetitions_of(layer)]
-        for value in dict.fromkeys(chain.from_iterable(map(self.labels.above, ends))):
+        for value in dict.fromkeys(chain.from_iterable(map(self.labels.upstream_tokens, ends))):
             for node in {node for node, _ in value.uses() if node.op_type == "Shape" and node in live}:
                 numbers = self.flow.shapes[node.outputs[0]].value
                 if numbers is None or not all(dim.is_known(number) for number in numbers):
@@ -163,7 +165,7 @@ class HeadReplacer:
 
         found: dict[ir.Value, None] = {}
         for repetition in unused:
-            for value in self.labels.above(repetition.start):
+            for value in self.labels.upstream_tokens(repetition.start):
                 node, source = value.producer(), self.labels.source(value)
                 is_slice = has_trait(node, Trait.SELECT) and source is not value
                 if is_slice and not is_read(value) and is_read(source):
@@ -174,7 +176,7 @@ class HeadReplacer:
         """Give new initializers the names of the removed ones that they replace."""
         graph = self.editor.graph
         taken = {value.name for node in graph for value in node.outputs} | {value.name for value in graph.inputs}
-        for name, new in self.carrier.renamed.items():
+        for name, new in self.propagation.renamed.items():
             if name not in graph.initializers and name not in taken and new.name in graph.initializers:
                 graph.initializers.pop(new.name or "")
                 new.name = name

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from kvsurgeon.heads.change import Change, Made
 from kvsurgeon.heads.head_axis import HeadAxis
+from kvsurgeon.heads.node_edit import NodeEdit, NodeInputs
 from kvsurgeon.heads.weights import packed_product, product
 from kvsurgeon.ops.operator import AxisLinks, Label, Operator, Trait, UntraceableAxesError
 from kvsurgeon.ops.table import axis_links, operator_of
@@ -20,7 +20,7 @@ from kvsurgeon.rewrite.reshape_targets import expand_target, reshape_target
 from kvsurgeon.symbolic.dimension import Dimension
 
 
-def inputs_with_heads(change: Change) -> Made | None:
+def inputs_with_heads(change: NodeEdit) -> NodeInputs | None:
     """Return the inputs of a node whose output has other heads; None if the node alone does not give them.
 
     Raises:
@@ -29,36 +29,36 @@ def inputs_with_heads(change: Change) -> Made | None:
     operator = operator_of(change.node)
     links = None if operator is None else _links(change)
     if operator is None or links is None or links.attention is not None or links.token_rows:
-        raise change.refusal("it is not known whether it keeps heads apart")
+        raise change.refusal("cannot trace heads through it")
     if operator.notation is not None:
         packed = Trait.PACKED_WEIGHTS in operator.traits
         return packed_product(change) if packed else product(change, operator.column_parameters)
     if Trait.RESHAPE in operator.traits:
         return _reshaped(change, links)
-    if links.addressing == "nd" or (Trait.SELECT in operator.traits and change.takes_apart):
+    if links.addressing == "nd" or (Trait.SELECT in operator.traits and change.separates_projection):
         return None
     label = _label(change, operator, links)
     if label is None:
         return None
     if label in links.mixed or links.dynamic_range or label in (links.diagonal or ()):
         if not links.dynamic_range and Trait.NORMALIZATION not in operator.traits:
-            raise change.refusal("it works on all heads at once")
+            raise change.refusal("it mixes all heads")
         change.check_even()
-    return Made(
+    return NodeInputs(
         inputs=[_input(change, operator, links, index, label) for index in range(len(change.node.inputs))],
         attributes=_attributes(change, links),
         replaced=tuple(index for index, one in enumerate(links.outputs) if links.dynamic_range and not one),
     )
 
 
-def _links(change: Change) -> AxisLinks | None:
+def _links(change: NodeEdit) -> AxisLinks | None:
     try:
         return axis_links(change.call)
     except UntraceableAxesError as error:
         raise change.refusal(str(error)) from error
 
 
-def _label(change: Change, operator: Operator, links: AxisLinks) -> Label | None:
+def _label(change: NodeEdit, operator: Operator, links: AxisLinks) -> Label | None:
     """The label of the head axis of the output; None if heads cannot be followed along it."""
     label = links.outputs[change.output][change.axis.axis]
     if label is None and Trait.REDUCTION in operator.traits:
@@ -72,21 +72,21 @@ def _label(change: Change, operator: Operator, links: AxisLinks) -> Label | None
     return label
 
 
-def _input(change: Change, operator: Operator, links: AxisLinks, index: int, label: Label) -> ir.Value | None:
+def _input(change: NodeEdit, operator: Operator, links: AxisLinks, index: int, label: Label) -> ir.Value | None:
     labels, value = links.inputs[index], change.node.inputs[index]
     if index == links.target:
         return _expanded_target(change)
     if value is None or labels is None:
         blocks = Trait.QUANTIZATION in operator.traits and change.given(index) and len(change.shape(index)) > 1
-        return change.carried(index, _in_blocks(change, change.shape(0), change.shape(index))) if blocks else value
+        return change.propagated(index, _in_blocks(change, change.shape(0), change.shape(index))) if blocks else value
     if label not in labels:
-        return change.beside(index) if links.addressing is None else value
+        return change.without_heads(index) if links.addressing is None else value
     place = labels.index(label)
     broadcast = change.shape(index)[place] == 1 and (change.axis.size != 1 or not change.is_projected(index))
-    return change.beside(index) if broadcast else change.carried(index, change.axis.at(place))
+    return change.without_heads(index) if broadcast else change.propagated(index, change.axis.at(place))
 
 
-def _in_blocks(change: Change, whole: Sequence[Dimension], blocks: Sequence[Dimension]) -> HeadAxis:
+def _in_blocks(change: NodeEdit, whole: Sequence[Dimension], blocks: Sequence[Dimension]) -> HeadAxis:
     """The head axis of scales that hold an element for each block along it."""
     axis = change.axis
     size, count = whole[axis.axis], blocks[axis.axis]
@@ -100,26 +100,26 @@ def _in_blocks(change: Change, whole: Sequence[Dimension], blocks: Sequence[Dime
     return replace(axis, inner=axis.inner // width)
 
 
-def _expanded_target(change: Change) -> ir.Value:
+def _expanded_target(change: NodeEdit) -> ir.Value:
     after, before = change.scaled(change.result, change.axis), change.shape(0)
     shift = len(after) - len(before)
     kept = [at >= shift and before[at - shift] == change.result[at] for at in range(len(after))]
-    return expand_target(change.carrier.lengths, after, kept)
+    return expand_target(change.propagation.lengths, after, kept)
 
 
-def _reshaped(change: Change, links: AxisLinks) -> Made | None:
-    """Row-major order gives the head axis of the input; a target is derived anew."""
+def _reshaped(change: NodeEdit, links: AxisLinks) -> NodeInputs | None:
+    """Row-major order gives the head axis of the input; its target is computed again."""
     before = change.axis.before_reshape(change.shape(0), change.result)
     if before is None or (before.axis == 0 and before.size == 1 and change.is_token(0)):
         return None  # a single head is not to be taken for a batch that is fixed to 1
     if links.target is None:
-        return Made(inputs=[change.carried(0, before), *change.inputs[1:]])
+        return NodeInputs(inputs=[change.propagated(0, before), *change.inputs[1:]])
     after = change.scaled(change.result, change.axis)
-    target = reshape_target(change.carrier.lengths, after, change.scaled(change.shape(0), before))
-    return Made(inputs=[change.carried(0, before), target], without=frozenset({"allowzero", "shape"}))
+    target = reshape_target(change.propagation.lengths, after, change.scaled(change.shape(0), before))
+    return NodeInputs(inputs=[change.propagated(0, before), target], without=frozenset({"allowzero", "shape"}))
 
 
-def _attributes(change: Change, links: AxisLinks) -> dict[str, int]:
+def _attributes(change: NodeEdit, links: AxisLinks) -> dict[str, int]:
     """Attributes that count the heads of an operator that takes them on the last axis."""
     counted = links.sequence is not None and len(change.result) == 3 and change.call.integer("num_heads", 0)
     return {"num_heads": change.selection.size} if counted else {}
