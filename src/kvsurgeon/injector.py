@@ -21,8 +21,8 @@ class KeyValueCacheInjector:
     """Inject a KV cache into a decoder; attention is found by what the graph computes.
 
     Args:
-        model_path: The folder or file of the model, beside which its external data is. None if the proto holds all
-            weights, or was loaded with `load_external_data=False` and will be saved beside its data.
+        model_path: The folder or file of the model; its external data is in the same folder. None if the proto contains
+            all weights, or was loaded with `load_external_data=False` and will be saved in the folder of its data.
         inplace: Whether `apply` changes the proto that it is given, and returns it.
         num_attention_heads: Expected number of query heads or KV heads of each layer; None to accept any.
         hidden_size_kv_cache: Expected head dimension of the cache; None to accept any.

@@ -37,7 +37,7 @@ _HAS_TARGETS = "inject"  # the pass with the option --target
 
 
 def stub() -> None:
-    """Stand in for a pass that is listed but not called, and so not imported."""
+    """Do nothing: the command of a pass that is listed but not called, and so not imported."""
 
 
 def command_of(plugin: Plugin[type[Any]]) -> Callable[..., None]:

@@ -1,1 +1,1 @@
-"""What was found and measured, for people: tables and plots."""
+"""Tables, plots and JSON."""

@@ -37,7 +37,7 @@ class LayoutTrace:
 
     @property
     def repeats(self) -> int:
-        """How often each head is repeated."""
+        """Number of repetitions of each head."""
         repeats = dim.product(size for label, size in self.sizes.items() if label.startswith(REPEATS))
         assert isinstance(repeats, int)
         return repeats

@@ -110,7 +110,7 @@ class ModelInfo:
 
     @property
     def layers(self) -> int:
-        """Number of layers with a cache of their own."""
+        """Number of layers with a separate cache."""
         return len({pair.layer for pair in self.cache})
 
     @property

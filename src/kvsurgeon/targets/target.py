@@ -55,8 +55,8 @@ class Target:
         file: Path of the model in the folder of the target.
         variants: Files that replace the model, with all sizes fixed: number of tokens of a call, by file name. They
             share their weights.
-        data: Name of the first external data file, beside the model; further ones end in `_1`, `_2`, ... None to keep
-            the names.
+        data: Name of the first external data file, in the folder of the model; further ones end in `_1`, `_2`, ...
+            None to keep the names.
         required: Inputs and outputs that the client requires.
         allowed_inputs: Inputs that the client can feed, besides the cache; None for any.
         dtypes: Element types that an input or output may have, by name.

@@ -209,7 +209,7 @@ def _check(infos: Sequence[ModelInfo], target: Target, folder: Path | None) -> t
     missing = [name for name in target.required_files if _find_source_file(folder, name) is None]
     return tuple(found) + tuple(
         Incompatibility(
-            reason=f"expected {name} beside the source, which {target.name} requires, found none", at=name,
+            reason=f"expected {name} in the folder of the source, which {target.name} requires, found none", at=name,
             blocking=False,
         )
         for name in missing
@@ -252,7 +252,7 @@ def _save(
 
 
 def _find_source_file(folder: Path | None, name: str) -> Path | None:
-    """Return a file beside the source, or in the folder above `onnx/`."""
+    """Return a file in the folder of the source, or in the folder above `onnx/`."""
     folders = [] if folder is None else [folder, *([folder.parent] if folder.name == "onnx" else [])]
     return next((one / name for one in folders if (one / name).is_file()), None)
 

@@ -44,12 +44,12 @@ class Keys:
 
     @property
     def query_heads(self) -> int:
-        """How many query heads there are."""
+        """Number of query heads."""
         return len(self.reads)
 
     @property
     def kv_heads(self) -> int:
-        """How many KV heads there are."""
+        """Number of KV heads."""
         return len(self.keys)
 
     def of_query_head(self, head: int) -> npt.NDArray[np.float32]:
@@ -91,15 +91,15 @@ def capture_keys(
     )
     keys = cached.cached_rows(entry)[0].astype(np.float32)  # [kv_heads, tokens, head_dim]
     if keys.ndim == 3 and len(keys) == len(reads):
-        reads = tuple(range(len(reads)))  # they are repeated before they are remembered
+        reads = tuple(range(len(reads)))  # repeated before the cache point
     if keys.ndim != 3 or set(reads) != set(range(len(keys))):
-        raise UsageError(f"layer {layer} keeps {list(keys.shape)} for a text, which are no keys of heads to be drawn")
+        raise UsageError(f"layer {layer} keeps {list(keys.shape)} for a text, which are not the keys of its heads")
     return Keys(
         model=_called(source),
         layer=layer,
         reads=reads,
         keys=keys,
-        tokens=tuple(_spelled(tokenizer, token) for token in tokens),
+        tokens=tuple(_token_text(tokenizer, token) for token in tokens),
     )
 
 
@@ -123,13 +123,13 @@ def _encoded(tokenizer: Tokenizer | None, prompt: Prompt | None) -> list[int]:
     return encode_prompt(prompt, tokenizer)[:_TOKENS]
 
 
-def _spelled(tokenizer: Tokenizer | None, token: int) -> str:
+def _token_text(tokenizer: Tokenizer | None, token: int) -> str:
     text = str(token) if tokenizer is None else tokenizer.decode([token], skip_special_tokens=False)
     return text.replace("\n", "↵").strip() or "␣"
 
 
 def _called(source: Source) -> str:
-    """Return what to call a model: the name of its folder, or of its file where that has a name of its own."""
+    """Return a name for a model: that of its folder, or of its file unless that is `model.onnx`."""
     if not isinstance(source, str | Path):
         return "model"
     path = Path(source).resolve()
