@@ -1,6 +1,6 @@
-"""Put a KV cache into an exported ONNX language model, and prove that it still computes the same.
+"""Inject a KV cache into an exported ONNX decoder, and verify that its results stay the same.
 
-Names are imported when they are first used: `import kvsurgeon` alone takes no time.
+Names are imported on first use, so that `import kvsurgeon` is fast.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated
 
 import typer
 
@@ -21,17 +21,6 @@ CLOSED_PIPE = 1
 INTERRUPTED = 130  # 128 + SIGINT
 
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of errors. Allowed at any position.")]
-
-
-@runtime_checkable
-class ParseError(Protocol):
-    """The exception of typer for a wrong command line; its base class differs between versions."""
-
-    exit_code: int
-
-    def format_message(self) -> str:
-        """Return the message in one line."""
-        ...
 
 
 def main() -> None:
@@ -96,8 +85,8 @@ def _print_error(error: Exception) -> int:
     """Print an error in one line with its code, and return the exit code."""
     if isinstance(error, KvsurgeonError):
         text, code, exit_code = str(error), error.code, error.exit_code
-    elif isinstance(error, ParseError):
-        text, code, exit_code = error.format_message() or "expected a command", Code.USAGE, error.exit_code
+    elif hasattr(error, "format_message"):  # of typer; its base class differs between versions
+        text, code, exit_code = error.format_message() or "expected a command", Code.USAGE, UsageError.exit_code
     else:
         text, code, exit_code = f"{type(error).__name__}: {error} (rerun with --debug for the traceback)", None, 1
     kind = "internal error" if code is None else "error"

@@ -20,19 +20,15 @@ if TYPE_CHECKING:
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a folder that holds one.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The .onnx file or folder to write.")]
-Verify = Annotated[
-    bool, typer.Option("--verify/--no-verify", help="Verify against the original; --no-verify skips it.")
-]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Verify against the original, or skip it.")]
 Copy = Annotated[bool, typer.Option("--copy-weights", help="Copy external data to another folder, do not link it.")]
 Pack = Annotated[bool, typer.Option("--pack", help="Write all weights to one new file and drop unused ones.")]
 Text = Annotated[
-    Path | None, typer.Option("--text", metavar="FILE", help="Text on which to measure the loss. [default: built-in]")
+    Path | None, typer.Option(metavar="FILE", help="Text on which to measure the loss. [default: built-in]")
 ]
 PerLayer = Annotated[bool, typer.Option("--per-layer", help="Measure the loss of each attention layer too.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-TargetName = Annotated[
-    str | None, typer.Option("--target", metavar="NAME", help="Write the folder that this runtime or compiler loads.")
-]
+TargetName = Annotated[str | None, typer.Option(metavar="NAME", help="Write the folder that this client loads.")]
 _HAS_TARGETS = "inject"  # the pass with the option --target
 
 
@@ -53,26 +49,23 @@ def command_of(plugin: Plugin[type[Any]]) -> Callable[..., None]:
     options = options_of(pass_class)
     defaults = {option.field: option.default for option in options}
 
-    def command(model: Path, output: Path, json: bool, **given: Any) -> None:
+    def command(model: Path, output: Path, **given: Any) -> None:
         shared = {name: given.pop(name) for name in list(given) if name not in defaults}
         target = shared.pop("target", None)
         texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in given.items()}
         texts = {name: text for name, text in texts.items() if text is not None}
         wanted = build(pass_class, plugin.name, texts)
         if target is None:
-            run_pipeline(model, Pipeline((wanted,)), output, json=json, **shared)
-        else:
-            changed = {name: getattr(wanted, name) for name in texts if getattr(wanted, name) != defaults.get(name)}
-            _build_target(model, target, output, json=json, options=changed, **shared)
+            run_pipeline(model, Pipeline((wanted,)), output, **shared)
+            return
+        from kvsurgeon.workflow.build_target import build_target
 
-    shared = [
-        _parameter("model", Model),
-        _parameter("output", Output),
-        _parameter("verify", Verify, True),
-        _parameter("copy_weights", Copy, False),
-        _parameter("pack", Pack, False),
-        _parameter("json", Json, False),
-    ]
+        changed = {name: getattr(wanted, name) for name in texts if getattr(wanted, name) != defaults.get(name)}
+        _run(build_target, model, target, output, options=changed, **shared)
+
+    shared = [_parameter("model", Model), _parameter("output", Output), _parameter("verify", Verify, True)]
+    for name, annotation in (("copy_weights", Copy), ("pack", Pack), ("json", Json)):
+        shared.append(_parameter(name, annotation, False))
     if not getattr(pass_class, "exact", True):
         shared += [_parameter("text", Text, None), _parameter("per_layer", PerLayer, False)]
     if plugin.built_in and plugin.name == _HAS_TARGETS:
@@ -89,60 +82,21 @@ def command_of(plugin: Plugin[type[Any]]) -> Callable[..., None]:
     return command
 
 
-def run_pipeline(
-    model: Path,
-    pipeline: Pipeline,
-    output: Path,
-    *,
-    copy_weights: bool = False,
-    trace: Path | None = None,
-    json: bool = False,
-    **options: Any,
-) -> None:
-    """Run a pipeline on a file, write the result, and print what was done.
-
-    Args:
-        model: The model.
-        pipeline: The passes.
-        output: The file or folder to write.
-        copy_weights: Whether to copy external data.
-        trace: A folder for the graph after each pass.
-        json: Whether to print JSON.
-        **options: Further options of `run_and_save`.
-    """
-    from kvsurgeon.report.progress import verification_progress
-    from kvsurgeon.report.trace import trace_writer
+def run_pipeline(model: Path, pipeline: Pipeline, output: Path, **options: Any) -> None:
+    """Run a pipeline on a file, write the result, and print what was done."""
     from kvsurgeon.workflow.run_and_save import run_and_save
 
-    on_pass = None if trace is None else trace_writer(trace)
-    with redirect_stdout(sys.stderr), verification_progress() as progress:  # passes may print
-        run = run_and_save(
-            model, pipeline, output, link_mode="copy" if copy_weights else "link", on_pass=on_pass,
-            progress=progress, **options,
-        )  # fmt: skip
-    _print_run(run, json=json)
+    _run(run_and_save, model, pipeline, output, **options)
 
 
-def _build_target(
-    model: Path, target: str, output: Path, *, copy_weights: bool = False, json: bool = False, **options: Any
-) -> None:
-    from kvsurgeon.report.progress import verification_progress
-    from kvsurgeon.workflow.build_target import build_target
-
-    with redirect_stdout(sys.stderr), verification_progress() as progress:
-        result = build_target(
-            model, target, output, link_mode="copy" if copy_weights else "link", progress=progress, **options
-        )
-    _print_run(result, json=json)
-
-
-def _print_run(run: PipelineRun, *, json: bool) -> None:
+def _run(function: Callable[..., PipelineRun], *args: Any, copy_weights: bool, json: bool, **options: Any) -> None:
     from kvsurgeon.report import json_output, table
+    from kvsurgeon.report.progress import verification_progress
 
-    if json:
-        json_output.print_json(json_output.run_json(run))
-    else:
-        table.console().print(table.run_summary(run))
+    link_mode = "copy" if copy_weights else "link"
+    with redirect_stdout(sys.stderr), verification_progress() as progress:  # passes may print
+        run = function(*args, link_mode=link_mode, progress=progress, **options)
+    table.print_result(table.run_summary(run), json_output.run_json(run), json=json)
 
 
 def _option(option: Option) -> inspect.Parameter:

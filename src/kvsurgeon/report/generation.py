@@ -9,15 +9,15 @@ if TYPE_CHECKING:
     from kvsurgeon.runtime import Sampling, TextGenerator
 
 
-def print_generation(writer: TextGenerator, prompt: str, *, max_new_tokens: int, sampling: Sampling) -> None:
+def print_generation(generator: TextGenerator, prompt: str, *, max_new_tokens: int, sampling: Sampling) -> None:
     """Print the continuation of `prompt` token by token, and its speed on stderr."""
     if sys.stdout.isatty():
         sys.stdout.write(prompt)
-    made = writer.generate(
+    made = generator.generate(
         prompt,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        on_token=lambda token: print(token.text if writer.tokenizer else f" {token.id}", end="", flush=True),
+        on_token=lambda token: print(token.text if generator.tokenizer else f" {token.id}", end="", flush=True),
     )
     print(flush=True)
     cache = "with a cache" if made.cached else "without a cache"

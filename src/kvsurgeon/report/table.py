@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvsurgeon.passes.contract import Unchanged
+from kvsurgeon.report.json_output import print_json
 
 if TYPE_CHECKING:
     from kvsurgeon.anatomy import Attention, CachedTensor, Decoder, Mask
@@ -40,6 +41,14 @@ def console(*, stderr: bool = False) -> Console:
     return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=PIPE_WIDTH)
 
 
+def print_result(shown: RenderableType, document: Any, *, json: bool) -> None:
+    """Print a result for people or, if `json`, for programs."""
+    if json:
+        print_json(document)
+    else:
+        console().print(shown)
+
+
 def decoder_table(decoder: Decoder) -> RenderableType:
     """Return a row for each attention layer, with totals, and what was proved and assumed."""
     table = _table("layer", "query heads", "kv heads", "head dim", "scale", "mask", "rotary", "cached key", "B/token")
@@ -53,16 +62,9 @@ def report_table(report: Report) -> RenderableType:
     """Return a row for each scenario of a verification, and the verdict."""
     table = _table("scenario", "batch", "tokens", "chunks", "error", "same token", "verdict")
     for one in report.comparisons:
-        _add_row(
-            table,
-            one.scenario,
-            str(one.batch),
-            str(one.length),
-            _chunks(one.chunks),
-            "-" if one.error is None else f"{one.error:.1e}",
-            "-" if one.agreement is None else f"{one.agreement:.1%}",
-            one.verdict,
-        )
+        error = "-" if one.error is None else f"{one.error:.1e}"
+        agreement = "-" if one.agreement is None else f"{one.agreement:.1%}"
+        _add_row(table, one.scenario, one.batch, one.length, _chunks(one.chunks), error, agreement, one.verdict)
     lines = [f"{report.verdict}: {_largest_error(report)}"]
     lines += [f"  ✗ {problem}" for problem in report.problems] + [f"  note: {note}" for note in report.notes]
     return Group(*([table] if report.comparisons else []), *map(Text, lines))
@@ -80,7 +82,7 @@ def loss_table(loss: AccuracyLoss) -> RenderableType:
         return Group(*map(Text, lines))
     table = _table("layer", "error")
     for layer, error in enumerate(loss.layer_errors):
-        _add_row(table, str(layer), f"{error:.1%}")
+        _add_row(table, layer, f"{error:.1%}")
     return Group(*map(Text, lines), Text("output of each attention layer, the loss of earlier layers included:"), table)
 
 
@@ -167,8 +169,8 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _add_row(table: Table, *cells: str) -> None:
-    table.add_row(*map(Text, cells))  # as Text, because a name may look like markup
+def _add_row(table: Table, *cells: object) -> None:
+    table.add_row(*(Text(str(cell)) for cell in cells))  # as Text, because a name may look like markup
 
 
 def _summary(plugin: Mapping[str, Any]) -> str:
@@ -187,22 +189,18 @@ def _pass_line(step: PassResult) -> str:
     return f"{step.name}: {step.outcome.edits} edits in {step.seconds:.2f} s"
 
 
-def _attention_cells(attention: Attention) -> Iterable[str]:
+def _attention_cells(attention: Attention) -> tuple[object, ...]:
     own = attention.shares_cache_with is None
     key, value = attention.key_cache, attention.value_cache
     dims = tuple(dict.fromkeys((attention.head_dim, attention.value_head_dim)))
     rotated = attention.rotary_dim
-    return (
-        str(attention.layer),
-        str(attention.query_heads),
-        str(attention.kv_heads),
-        "/".join(map(str, dims)),
-        "-" if attention.scale is None else f"{attention.scale:.4g}",
-        mask_text(attention.mask) + ("" if attention.softcap is None else f" + softcap {attention.softcap:g}"),
-        "-" if rotated is None else f"{rotated}" if rotated == attention.head_dim else f"{rotated} of {dims[0]}",
-        f"{key.value} {key.dtype}" if own else f"as layer {attention.shares_cache_with}",
-        str(key.bytes_per_token + value.bytes_per_token) if own else "0",
-    )
+    scale = "-" if attention.scale is None else f"{attention.scale:.4g}"
+    mask = mask_text(attention.mask) + ("" if attention.softcap is None else f" + softcap {attention.softcap:g}")
+    rotary = "-" if rotated is None else rotated if rotated == dims[0] else f"{rotated} of {dims[0]}"
+    cached = f"{key.value} {key.dtype}" if own else f"as layer {attention.shares_cache_with}"
+    size = key.bytes_per_token + value.bytes_per_token if own else 0
+    heads = attention.query_heads, attention.kv_heads
+    return attention.layer, *heads, "/".join(map(str, dims)), scale, mask, rotary, cached, size
 
 
 def _totals(decoder: Decoder) -> Text:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT
 from kvsurgeon.targets.model_info import CachePairInfo, ModelInfo, Operator
-from kvsurgeon.targets.target import Incompatibility, Target
+from kvsurgeon.targets.target import Incompatibility, Target, warning
 
 _ONNX_DOMAINS = ("", "ai.onnx")
 
@@ -27,10 +27,9 @@ def check_custom_operators(model: ModelInfo) -> Iterator[Incompatibility]:
     """Warn of operators outside ONNX's own domain: compilers rarely document which of them they implement."""
     found = {operator_name(one): at for one, at in model.operators.items() if one[0] not in _ONNX_DOMAINS}
     if found:
-        yield Incompatibility(
-            reason=f"{', '.join(sorted(found))}: not ONNX operators, so the compiler may not implement them",
+        yield warning(
+            f"{', '.join(sorted(found))}: not ONNX operators, so the compiler may not implement them",
             at=next(iter(found.values())),
-            blocking=False,
         )
 
 
@@ -42,28 +41,28 @@ def operator_name(operator: Operator) -> str:
 
 def _check_interface(target: Target, model: ModelInfo) -> Iterator[Incompatibility]:
     if not model.cache:
-        yield Incompatibility(reason=f"expected a cache named {target.cache.past}, found none")
+        yield Incompatibility(f"expected a cache named {target.cache.past}, found none")
     names = [tensor.name for tensor in (*model.inputs, *model.outputs)]
     for name in target.required:
         if name not in names:
             found = ", ".join(f"`{name}`" for name in names)
-            yield Incompatibility(reason=f"expected an input or output `{name}`, found {found}")
+            yield Incompatibility(f"expected an input or output `{name}`, found {found}")
     allowed = target.allowed_inputs
     for name in model.input_names:
         if allowed is not None and name not in allowed:
             known = ", ".join(f"`{name}`" for name in sorted(allowed))
-            yield Incompatibility(reason=f"expected no inputs but {known} and the cache, found another", at=name)
+            yield Incompatibility(f"expected no inputs but {known} and the cache, found another", at=name)
 
 
 def _check_dtypes(target: Target, model: ModelInfo) -> Iterator[Incompatibility]:
     for tensor in (*model.inputs, *model.outputs):
         expected = target.dtypes.get(tensor.name)
         if expected is not None and tensor.dtype not in expected:
-            yield Incompatibility(reason=f"expected {_either(expected)}, found {tensor.dtype}", at=tensor.name)
+            yield Incompatibility(f"expected {_either(expected)}, found {tensor.dtype}", at=tensor.name)
     for past in (pair.past for pair in model.cache):
         if target.cache_dtypes and past.dtype not in target.cache_dtypes:
             yield Incompatibility(
-                reason=f"expected a cache of {_either(target.cache_dtypes)}, found {past.dtype}", at=past.name
+                f"expected a cache of {_either(target.cache_dtypes)}, found {past.dtype}", at=past.name
             )
             return  # one message for all layers
 
@@ -73,14 +72,14 @@ def _check_cache_shapes(target: Target, model: ModelInfo) -> Iterator[Incompatib
         for axis in target.static_axes:
             if not isinstance(past.dims[axis], int):
                 yield Incompatibility(
-                    reason=f"expected a fixed size for {DEFAULT_LAYOUT[axis]}, found {past.dims[axis]}", at=past.name
+                    f"expected a fixed size for {DEFAULT_LAYOUT[axis]}, found {past.dims[axis]}", at=past.name
                 )
     first: dict[str, CachePairInfo] = {}
     for pair in model.cache if target.uniform else ():
         usual = first.setdefault(pair.kind, pair)
         if usual.past.dims != pair.past.dims:
             yield Incompatibility(
-                reason=f"expected caches of one shape in all layers, {list(usual.past.dims)} as in layer "
+                f"expected caches of one shape in all layers, {list(usual.past.dims)} as in layer "
                 f"{usual.layer}, found {list(pair.past.dims)} in layer {pair.layer}",
                 at=pair.past.name,
             )
@@ -90,14 +89,14 @@ def _check_cache_shapes(target: Target, model: ModelInfo) -> Iterator[Incompatib
 def _check_operators(target: Target, model: ModelInfo) -> Iterator[Incompatibility]:
     if target.max_opset is not None and model.opset > target.max_opset:
         yield Incompatibility(
-            reason=f"expected opset {target.max_opset} or older, found opset {model.opset}",
+            f"expected opset {target.max_opset} or older, found opset {model.opset}",
             hint=f"export with opset {target.max_opset}",
         )
     for operator, at in model.operators.items():
         implemented = target.operators is None or operator in target.operators
         if not implemented or operator in target.unsupported_operators:
-            yield Incompatibility(reason=f"{target.name} has no operator {operator_name(operator)}", at=at)
+            yield Incompatibility(f"{target.name} has no operator {operator_name(operator)}", at=at)
 
 
-def _either(names: frozenset[str]) -> str:
+def _either(names: Set[str]) -> str:
     return " or ".join(sorted(names))

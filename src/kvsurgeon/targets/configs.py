@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvsurgeon.targets.model_info import ModelInfo
-from kvsurgeon.targets.target import Incompatibility
+from kvsurgeon.targets.target import Incompatibility, warning
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -21,8 +21,7 @@ def check_model_type(model: ModelInfo, config: Mapping[str, Any], reason: str) -
     original = model.config.get("model_type")
     if config.get("model_type") != original:
         source = "no config" if original is None else f"model_type {original}"
-        yield Incompatibility(
-            reason=f"{reason}: config.json has model_type {config.get('model_type')}, the source has {source}",
+        yield warning(
+            f"{reason}: config.json has model_type {config.get('model_type')}, the source has {source}",
             at="config.json",
-            blocking=False,
         )

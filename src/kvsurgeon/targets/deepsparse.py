@@ -11,7 +11,7 @@ from kvsurgeon.passes.interface.rename_io import RenameIo
 from kvsurgeon.passes.operators.concat_to_tile import ConcatToTile
 from kvsurgeon.passes.opset.lower_opset import LowerOpset
 from kvsurgeon.targets.model_info import ModelInfo
-from kvsurgeon.targets.target import Incompatibility, Target
+from kvsurgeon.targets.target import Incompatibility, Target, warning
 from kvsurgeon.targets.tokenizers import (
     CONFIG_FILE,
     TOKENIZER_FILE,
@@ -22,31 +22,27 @@ from kvsurgeon.targets.tokenizers import (
 _OPSET = 17  # the newest that its own engine loads; onnxruntime under it loads 19
 # compute_engine_inputs takes the first two by their index, and computes the last one from the others
 _INPUTS = ("input_ids", "attention_mask", "positions", "causal_mask")
-_SHIFT_INVARIANT = frozenset(("causal", "sliding-window"))  # masks that depend only on the distance of query and key
+_SHIFT_INVARIANT = {"causal", "sliding-window"}  # masks that depend only on the distance of query and key
 
 
 def _check(model: ModelInfo) -> Iterator[Incompatibility]:
     if list(model.input_names) != [name for name in _INPUTS if name in model.input_names]:
         yield Incompatibility(
-            reason=f"expected inputs in the order {', '.join(_INPUTS)}, found {', '.join(model.input_names)}"
+            f"expected inputs in the order {', '.join(_INPUTS)}, found {', '.join(model.input_names)}"
         )
     outputs = [tensor.name for tensor in model.outputs]
     if outputs != ["logits"]:
-        yield Incompatibility(
-            reason=f"expected logits as the only output besides the cache, found {', '.join(outputs)}"
-        )
+        yield Incompatibility(f"expected logits as the only output besides the cache, found {', '.join(outputs)}")
     attentions = () if model.decoder is None else model.decoder.attentions
     other = next((one for one in attentions if one.mask.kind not in _SHIFT_INVARIANT), None)
     if other is not None:
         yield Incompatibility(
-            reason=f"layer {other.layer}: expected a causal or sliding window mask, as left padding shifts the text, "
+            f"layer {other.layer}: expected a causal or sliding window mask, as left padding shifts the text, "
             f"found mask {other.mask.kind}",
             at=other.output,
         )
     if "causal_mask" not in model.input_names:
-        yield Incompatibility(
-            reason="the model has no input causal_mask: DeepSparse runs the prompt token by token", blocking=False
-        )
+        yield warning("the model has no input causal_mask: DeepSparse runs the prompt token by token")
 
 
 def _config(model: ModelInfo) -> Mapping[str, Any] | None:
@@ -62,8 +58,8 @@ DEEPSPARSE = Target(
     after=(AddCausalMaskInput(), ConcatToTile(), LowerOpset(opset=_OPSET)),
     required=("input_ids", "attention_mask", "logits"),
     allowed_inputs=frozenset(_INPUTS),
-    dtypes={**dict.fromkeys(_INPUTS, frozenset(("int64",))), "logits": frozenset(("float32",))},
-    cache_dtypes=frozenset(("float32", "uint8")),
+    dtypes={name: {"int64"} for name in _INPUTS} | {"logits": {"float32"}},
+    cache_dtypes={"float32", "uint8"},
     max_opset=_OPSET,
     static_axes=(1, 3),
     uniform=True,

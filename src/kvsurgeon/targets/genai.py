@@ -10,11 +10,11 @@ from typing import Any
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.operators.fuse_attention import FuseAttention
 from kvsurgeon.targets.model_info import ModelInfo
-from kvsurgeon.targets.target import Incompatibility, Target
+from kvsurgeon.targets.target import Incompatibility, Target, warning
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
-_IDS = frozenset(("int64", "int32"))
-_FLOATS = frozenset(("float32", "float16", "bfloat16"))
+_IDS = {"int64", "int32"}
+_FLOATS = {"float32", "float16", "bfloat16"}
 _DEFAULT_EOS = 0  # as in onnxruntime-genai
 _DEFAULT_LENGTH = 4096  # tokens
 
@@ -65,38 +65,35 @@ def _tokens(model: ModelInfo, name: str) -> list[int]:
 
 def _check(model: ModelInfo) -> Iterator[Incompatibility]:
     if model.vocab_size is None:
-        yield Incompatibility(reason="expected a fixed size for the vocabulary, found none", at="logits")
+        yield Incompatibility("expected a fixed size for the vocabulary, found none", at="logits")
     if {pair.kind for pair in model.cache} not in ({"key", "value"}, set()):
-        yield Incompatibility(reason="expected a key and a value of each layer, found one tensor for both")
+        yield Incompatibility("expected a key and a value of each layer, found one tensor for both")
     shapes: dict[int, Any] = {}
     for pair in model.cache:
         shape = shapes.setdefault(pair.layer, pair.past.dims)
         if shape != pair.past.dims:
             yield Incompatibility(
-                reason=f"expected keys and values of one shape, found {list(shape)} and {list(pair.past.dims)}",
+                f"expected keys and values of one shape, found {list(shape)} and {list(pair.past.dims)}",
                 at=pair.past.name,
             )
             return
     if len({tensor.dtype for tensor in model.inputs if tensor.name in _INPUTS[1:]}) > 1:
-        yield Incompatibility(reason="expected attention_mask and position_ids of one type, found int64 and int32")
+        yield Incompatibility("expected attention_mask and position_ids of one type, found int64 and int32")
     if model.max_length is None:
-        yield Incompatibility(
-            reason=f"neither graph nor config limit the length of a text: genai_config.json has {_DEFAULT_LENGTH}",
+        yield warning(
+            f"neither graph nor config limit the length of a text: genai_config.json has {_DEFAULT_LENGTH}",
             at="genai_config.json",
-            blocking=False,
         )
     if "position_ids" not in model.input_names:
-        yield Incompatibility(
-            reason="the model has no input position_ids: padding, which is on the right here, shifts the positions "
+        yield warning(
+            "the model has no input position_ids: padding, which is on the right here, shifts the positions "
             "that it counts",
             hint="run add-position-ids first",
-            blocking=False,
         )
     if not _tokens(model, "eos_token_id"):
-        yield Incompatibility(
-            reason=f"the config has no eos_token_id in the vocabulary: genai_config.json has {_DEFAULT_EOS}",
+        yield warning(
+            f"the config has no eos_token_id in the vocabulary: genai_config.json has {_DEFAULT_EOS}",
             at="genai_config.json",
-            blocking=False,
         )
 
 
@@ -105,7 +102,7 @@ GENAI = Target(
     summary="onnxruntime_genai.Model(folder) of onnxruntime-genai",
     tested_with="onnxruntime-genai 0.18.0",
     allowed_inputs=frozenset(_INPUTS),
-    dtypes={**dict.fromkeys(_INPUTS, _IDS), "logits": _FLOATS},
+    dtypes={name: _IDS for name in _INPUTS} | {"logits": _FLOATS},
     cache_dtypes=_FLOATS,
     static_axes=(1, 3),
     required_files=("tokenizer.json", "tokenizer_config.json"),

@@ -71,41 +71,34 @@ class ModelInfo:
     cache: tuple[CachePairInfo, ...]
     opset: int
     operators: Mapping[Operator, str]
-    decoder: Decoder | None
-    config: Mapping[str, Any]
+    decoder: Decoder | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
     data_files: int = 0
     metadata: Mapping[str, str] = field(default_factory=dict)
     source_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     token_limit: int | None = None
 
     @classmethod
-    def of(
-        cls,
-        model: ir.Model,
-        cache: Inject,
-        *,
-        decoder: Decoder | None = None,
-        config: Mapping[str, Any] | None = None,
-        source_files: Mapping[str, Mapping[str, Any]] | None = None,
-        token_limit: int | None = None,
-    ) -> ModelInfo:
-        """Return the facts about `model`, whose cache has the names that `cache` gives."""
+    def of(cls, model: ir.Model, cache: Inject, **facts: Any) -> ModelInfo:
+        """Return the facts about `model`.
+
+        Args:
+            model: The model.
+            cache: The pass that named its cache.
+            **facts: The fields that the model does not give: decoder, config, source_files and token_limit.
+        """
         pairs = tuple(_cache_pairs(model, cache))
         in_cache = {tensor.name for pair in pairs for tensor in (pair.past, pair.present)}
+        nodes = [*model.graph.all_nodes(), *(node for one in model.functions.values() for node in one.all_nodes())]
         return cls(
             inputs=tuple(_tensor(value) for value in model.graph.inputs if value.name not in in_cache),
             outputs=tuple(_tensor(value) for value in model.graph.outputs if value.name not in in_cache),
             cache=pairs,
             opset=model.graph.opset_imports.get("", 1),
-            operators={
-                (node.domain, node.op_type): node.outputs[0].name or "" for node in reversed(list(_all_nodes(model)))
-            },
-            decoder=decoder,
-            config=config or {},
+            operators={(node.domain, node.op_type): node.outputs[0].name or "" for node in reversed(nodes)},
             data_files=_data_files(model),
             metadata=dict(model.metadata_props),
-            source_files=source_files or {},
-            token_limit=token_limit,
+            **facts,
         )
 
     @property
@@ -166,9 +159,8 @@ def _cache_pairs(model: ir.Model, cache: Inject) -> Iterator[CachePairInfo]:
         for kind in ("key", "value"):
             past, present = (template.format(layer=layer, kind=kind) for template in (cache.past, cache.present))
             if past in inputs and present in outputs:
-                yield CachePairInfo(
-                    layer=layer, kind=kind, past=_tensor(inputs[past]), present=_tensor(outputs[present])
-                )
+                pair = _tensor(inputs[past]), _tensor(outputs[present])
+                yield CachePairInfo(layer=layer, kind=kind, past=pair[0], present=pair[1])
 
 
 def _data_files(model: ir.Model) -> int:
@@ -177,12 +169,6 @@ def _data_files(model: ir.Model) -> int:
     moved_tensors = {id(value.const_value) for value in moved}
     staying = {str(tensor.location) for tensor in external_tensors(model) if id(tensor) not in moved_tensors}
     return len(staying) + bool(moved)
-
-
-def _all_nodes(model: ir.Model) -> Iterator[ir.Node]:
-    yield from model.graph.all_nodes()
-    for function in model.functions.values():
-        yield from function.all_nodes()
 
 
 def _tensor(value: ir.Value) -> TensorInfo:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvsurgeon.targets.configs import check_model_type, with_unknown_tokens
 from kvsurgeon.targets.model_info import ModelInfo
-from kvsurgeon.targets.target import Incompatibility, Target
+from kvsurgeon.targets.target import Incompatibility, Target, warning
 from kvsurgeon.targets.tokenizers import CONFIG_FILE, tokenizer_config_before_5
 
 # Source: ORTModelForCausalLM.__init__ of optimum-onnx 0.1.0. It derives the shape of the empty caches from the config,
@@ -17,8 +17,8 @@ BY_KV_HEADS = frozenset((
     "arcee", "cohere", "gemma", "gemma3_text", "glm", "granite", "gpt_oss", "helium", "llama", "mistral", "nemotron",
     "qwen2", "qwen3", "qwen3_moe", "smollm3", "stablelm",
 ))  # fmt: skip
-BY_HEAD_DIM = frozenset(("gemma", "gemma3_text", "gpt_oss", "nemotron"))
-BY_RULES_OF_THEIR_OWN = frozenset(("bloom", "deepseek_v3", "falcon", "gemma3", "gpt_bigcode"))
+BY_HEAD_DIM = {"gemma", "gemma3_text", "gpt_oss", "nemotron"}
+BY_RULES_OF_THEIR_OWN = {"bloom", "deepseek_v3", "falcon", "gemma3", "gpt_bigcode"}
 EXPLICIT = "gemma"  # the model type that reads every size from the config
 EXPLICIT_VALUE_DIM = "deepseek_v3"  # the model type whose keys and values may differ in head_dim
 
@@ -78,15 +78,9 @@ def _check(model: ModelInfo) -> Iterator[Incompatibility]:
     config = optimum_config(model) if model.kv_heads else {}
     yield from check_model_type(model, config, "optimum derives the shape of empty caches from the model type")
     if "attention_mask" not in model.input_names:
-        yield Incompatibility(
-            reason="the model has no input attention_mask: all prompts of a batch must have the same length",
-            blocking=False,
-        )
+        yield warning("the model has no input attention_mask: all prompts of a batch must have the same length")
     elif "position_ids" not in model.input_names:
-        yield Incompatibility(
-            reason="the model has no input position_ids: left padding shifts the positions that it counts",
-            blocking=False,
-        )
+        yield warning("the model has no input position_ids: left padding shifts the positions that it counts")
 
 
 OPTIMUM = Target(
@@ -94,8 +88,8 @@ OPTIMUM = Target(
     summary="ORTModelForCausalLM.from_pretrained(folder) of optimum",
     tested_with="optimum-onnx 0.1.0 with transformers 4.57",
     allowed_inputs=frozenset(_INPUTS),
-    dtypes=dict.fromkeys(_INPUTS, frozenset(("int64", "int32"))),
-    cache_dtypes=frozenset(("float32", "float16")),
+    dtypes={name: {"int64", "int32"} for name in _INPUTS},
+    cache_dtypes={"float32", "float16"},
     static_axes=(1, 3),
     uniform=True,
     side_files={"config.json": optimum_config, CONFIG_FILE: tokenizer_config_before_5},

@@ -33,8 +33,8 @@ def _check_tables(model: ModelInfo) -> Iterator[Incompatibility]:
     places = json.loads(model.metadata.get(KEY, "{}")).get("places")
     if places is not None and model.token_limit is not None and places < model.token_limit:
         yield Incompatibility(
-            reason=f"expected masks and tables for {model.token_limit} tokens, found {places}",
-            at="context.json", hint=f"--max-length {places}",
+            f"expected masks and tables for {model.token_limit} tokens, found {places}",
+            at="context.json", hint=f"--max-length {places}"
         )  # fmt: skip
 
 
@@ -60,8 +60,8 @@ QNN = Target(
         Int32Inputs(),
     ),
     required=("input_ids", "attention_mask", "logits"),
-    dtypes={"input_ids": frozenset(("int32",))},
-    cache_dtypes=frozenset(("float32", "float16")),
+    dtypes={"input_ids": {"int32"}},
+    cache_dtypes={"float32", "float16"},
     unsupported_operators=UNSUPPORTED_OPERATORS,
     checks=(_check_tables, check_custom_operators),
     side_files={"context.json": host_context},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT
@@ -15,7 +15,7 @@ SideFileWriter = Callable[[ModelInfo], str | Mapping[str, Any] | None]
 SEQUENCE = DEFAULT_LAYOUT.index("sequence")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Incompatibility:
     """A difference between a model and what a target expects.
 
@@ -27,6 +27,7 @@ class Incompatibility:
     """
 
     reason: str
+    _: KW_ONLY
     at: str | None = None
     hint: str | None = None
     blocking: bool = True
@@ -35,6 +36,11 @@ class Incompatibility:
         at = "" if self.at is None else f" - at `{self.at}`"
         hint = "" if self.hint is None else f" ({self.hint})"
         return f"{self.reason}{at}{hint}"
+
+
+def warning(reason: str, *, at: str | None = None, hint: str | None = None) -> Incompatibility:
+    """Return an incompatibility that does not prevent the target from loading the model."""
+    return Incompatibility(reason, at=at, hint=hint, blocking=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +90,12 @@ class Target:
     variants: Mapping[str, int] = field(default_factory=dict)
     data: str | None = None
     required: tuple[str, ...] = ("input_ids", "logits")
-    allowed_inputs: frozenset[str] | None = None
-    dtypes: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    cache_dtypes: frozenset[str] = frozenset()
+    allowed_inputs: Set[str] | None = None
+    dtypes: Mapping[str, Set[str]] = field(default_factory=dict)
+    cache_dtypes: Set[str] = frozenset()
     max_opset: int | None = None
-    operators: frozenset[Operator] | None = None
-    unsupported_operators: frozenset[Operator] = frozenset()
+    operators: Set[Operator] | None = None
+    unsupported_operators: Set[Operator] = frozenset()
     static_axes: tuple[int, ...] = ()
     uniform: bool = False
     required_files: tuple[str, ...] = ()

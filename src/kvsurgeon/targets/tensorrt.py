@@ -10,7 +10,7 @@ from kvsurgeon.passes.interface.rename_dims import RenameDims
 from kvsurgeon.passes.operators.float16_mask_range import float16_mask_range
 from kvsurgeon.passes.opset.raise_opset import RaiseOpset
 from kvsurgeon.targets.model_info import ModelInfo
-from kvsurgeon.targets.target import Incompatibility, Target
+from kvsurgeon.targets.target import Incompatibility, Target, warning
 
 OPSET = 24  # the first with TensorScatter, and the newest that TensorRT reads
 
@@ -39,12 +39,11 @@ OPERATORS = frozenset((
 
 def _check(model: ModelInfo) -> Iterator[Incompatibility]:
     if ("", "TensorScatter") not in model.operators:
-        yield Incompatibility(reason="expected a cache that a TensorScatter updates, found none")
+        yield Incompatibility("expected a cache that a TensorScatter updates, found none")
     if ("", "Attention") in model.operators:
-        yield Incompatibility(
-            reason="TensorRT supports Attention only with inputs of rank 4 and without softcap",
+        yield warning(
+            "TensorRT supports Attention only with inputs of rank 4 and without softcap",
             at=model.operators["", "Attention"],
-            blocking=False,
         )
 
 
@@ -57,7 +56,7 @@ TENSORRT = Target(
     max_length=2048,
     after=(as_pass_class(float16_mask_range)(),),
     finish=(RenameDims(dims=("batch_size=1",)),),
-    cache_dtypes=frozenset(("float32", "float16", "bfloat16")),
+    cache_dtypes={"float32", "float16", "bfloat16"},
     max_opset=OPSET,
     operators=frozenset(("", name) for name in OPERATORS),
     static_axes=(0, 1, 2, 3),

@@ -50,12 +50,10 @@ def _check(model: ModelInfo) -> Iterator[Incompatibility]:
     config = transformers_js_config(model) if model.cache else {}
     yield from check_model_type(model, config, "transformers.js counts caches by the model type")
     if model.data_files > _MAX_DATA_FILES:
-        yield Incompatibility(
-            reason=f"expected at most {_MAX_DATA_FILES} files of external data, found {model.data_files}"
-        )
+        yield Incompatibility(f"expected at most {_MAX_DATA_FILES} files of external data, found {model.data_files}")
     for past in (pair.past for pair in model.cache):
         if past.dims[0] not in ("batch_size", 1):
-            yield Incompatibility(reason=f"expected batch axis 1 or batch_size, found {past.dims[0]}", at=past.name)
+            yield Incompatibility(f"expected batch axis 1 or batch_size, found {past.dims[0]}", at=past.name)
             return
 
 
@@ -67,8 +65,8 @@ TRANSFORMERS_JS = Target(
     file="onnx/model.onnx",
     data="model.onnx_data",
     allowed_inputs=frozenset(_INPUTS),
-    dtypes={**dict.fromkeys(_INPUTS, frozenset(("int64",))), "logits": frozenset(("float32", "float16"))},
-    cache_dtypes=frozenset(("float32", "float16")),
+    dtypes={name: {"int64"} for name in _INPUTS} | {"logits": {"float32", "float16"}},
+    cache_dtypes={"float32", "float16"},
     static_axes=(1, 3),
     required_files=("tokenizer.json", "tokenizer_config.json"),
     side_files={"config.json": transformers_js_config},

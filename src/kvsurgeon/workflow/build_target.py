@@ -18,6 +18,7 @@ from kvsurgeon.io.side_files import LinkMode
 from kvsurgeon.passes.contract import Source, Subject
 from kvsurgeon.passes.shapes.fix_shapes import FixShapes
 from kvsurgeon.targets import TARGETS, Incompatibility, ModelInfo, Target, find_incompatibilities
+from kvsurgeon.targets.target import warning
 from kvsurgeon.workflow.pipeline import PassResult, Pipeline, PipelineRun
 from kvsurgeon.workflow.run_and_save import reference_of, verify_run
 
@@ -96,16 +97,9 @@ def build_target(
         origin = source if isinstance(source, str | Path) else None
         path = _save(models, infos[0], target, Path(destination), source=origin, link_mode=link_mode, pack=pack)
     return TargetResult(
-        model=next(iter(models.values())),
-        folder=run.folder,
-        steps=(*run.steps, *steps),
-        verification=run.verification,
-        loss=run.loss,
-        path=path,
-        target=target,
-        models=models,
-        warnings=warnings,
-    )
+        model=next(iter(models.values())), folder=run.folder, steps=(*run.steps, *steps), path=path,
+        verification=run.verification, loss=run.loss, target=target, models=models, warnings=warnings,
+    )  # fmt: skip
 
 
 def check_target(
@@ -124,7 +118,7 @@ def check_target(
         models, _ = _finish(subject, target)
         infos = _describe(models, run.model, target, decoder, subject)
     except UnsupportedError as error:
-        return (Incompatibility(reason=str(error)),)
+        return (Incompatibility(str(error)),)
     return _check(infos, target, subject.folder)
 
 
@@ -192,28 +186,21 @@ def _finish(subject: Subject, target: Target) -> tuple[dict[str, ir.Model], tupl
 def _describe(
     models: Mapping[str, ir.Model], injected: ir.Model, target: Target, decoder: Decoder, subject: Subject
 ) -> list[ModelInfo]:
-    config = updated_config(subject.config or {}, head_changes(injected))
-    source_files = _read_source_files(target, subject.folder)
-    return [
-        ModelInfo.of(
-            model, target.cache, decoder=decoder, config=config, source_files=source_files,
-            token_limit=target.max_length,
-        )
-        for model in models.values()
-    ]  # fmt: skip
+    facts = {
+        "decoder": decoder,
+        "config": updated_config(subject.config or {}, head_changes(injected)),
+        "source_files": _read_source_files(target, subject.folder),
+        "token_limit": target.max_length,
+    }
+    return [ModelInfo.of(model, target.cache, **facts) for model in models.values()]
 
 
 def _check(infos: Sequence[ModelInfo], target: Target, folder: Path | None) -> tuple[Incompatibility, ...]:
     """Return the incompatibilities of all files with the target, and warnings of missing source files."""
     found = dict.fromkeys(one for info in infos for one in find_incompatibilities(target, info))
-    missing = [name for name in target.required_files if _find_source_file(folder, name) is None]
-    return tuple(found) + tuple(
-        Incompatibility(
-            reason=f"expected {name} in the folder of the source, which {target.name} requires, found none", at=name,
-            blocking=False,
-        )
-        for name in missing
-    )  # fmt: skip
+    missing = (name for name in target.required_files if _find_source_file(folder, name) is None)
+    reason = f"expected a file of the source that {target.name} requires, found none"
+    return (*found, *(warning(reason, at=name) for name in missing))
 
 
 def _stop_if_blocked(found: Sequence[Incompatibility], target: Target) -> None:
