@@ -174,7 +174,7 @@ def _depends_on_positions_only(flow: TokenFlow, value: ir.Value | None) -> bool:
 def _head_repetition(flow: TokenFlow, place: Place) -> Iterator[str]:
     """Names of the values at which an operand gets more heads."""
     for node in _upstream(flow, place):
-        if node.op_type not in ("Expand", "Tile") or node.inputs[0] is None:
+        if not has_trait(node, Trait.REPEAT) or node.inputs[0] is None:
             continue
         before, after = flow.shapes[node.inputs[0]].shape, flow.shapes[node.outputs[0]].shape
         times = None if before is None or after is None else dim.exact_quotient(dim.product(after), dim.product(before))

@@ -180,7 +180,7 @@ def _combined_with_row_count(graph: ir.Graph, pasts: Sequence[ir.Value]) -> Iter
                 continue
         elif len(others) == len(node.inputs):
             continue
-        if node.op_type in ("Add", "Sub"):
+        if has_trait(node, Trait.ADD):
             yield from others
         counts.update(node.outputs)
 

@@ -16,6 +16,8 @@ import onnx_ir as ir
 from kvsurgeon.dataflow.input_roles import required_inputs
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import STANDARD_DOMAINS, chain, through
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.fact import axis_of
 
 # Content of a cache output: past and new rows, the updated buffer, or new rows only.
@@ -70,8 +72,6 @@ CACHE_OPERATORS: dict[tuple[str, str], tuple[CacheOperands, ...]] = {
     ),
 }
 SCATTERS = ("TensorScatter", "ScatterElements", "ScatterND")  # the last one is not supported as a cache update
-
-_RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +228,7 @@ def _is_view(node: ir.Node) -> bool:
     if node.domain not in STANDARD_DOMAINS or not node.inputs:
         return False
     is_single = node.op_type == "Concat" and len(node.inputs) == 1
-    return is_single or node.op_type in ("Identity", "Transpose", *_RESHAPES)
+    return is_single or has_trait(node, Trait.IDENTITY, Trait.TRANSPOSE, Trait.RESHAPE)
 
 
 def _axis_of_past(views: list[ir.Node], axis: int, past: ir.Value) -> int:
@@ -241,7 +241,7 @@ def _axis_of_past(views: list[ir.Node], axis: int, past: ir.Value) -> int:
         raise UnsupportedError(
             "a cache input has no declared shape", code=Code.UNKNOWN_CACHE, at=past.name, expected="a shape"
         )
-    if any(view.op_type in _RESHAPES for view in views):
+    if any(has_trait(view, Trait.RESHAPE) for view in views):
         dynamic = [index for index, size in enumerate(past.shape) if index and not isinstance(size, int)]
         if len(dynamic) != 1:
             raise UnsupportedError(

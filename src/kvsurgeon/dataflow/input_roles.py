@@ -263,7 +263,7 @@ def _is_still_the_input(node: ir.Node, index: int, forms: Collection[ir.Value]) 
 
 def _is_sign_of(value: ir.Value, forms: Collection[ir.Value]) -> bool:
     """Whether a value compares an input with a constant: negative ids count from the end of a table."""
-    node = through(value, {"Cast", "Not"}).producer()
+    node = through(value, lambda one: has_trait(one, Trait.IDENTITY) or one.op_type == "Not").producer()
     if not has_trait(node, Trait.ORDER) or node is None or node.inputs[0] is None:
         return False
     return constant_tensor(node.inputs[1]) is not None and through(node.inputs[0], {"Cast"}) in forms

@@ -6,7 +6,7 @@ Whichever way a layout is written, with Split, Slice, Gather or Transpose, the a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,13 +15,12 @@ import onnx_ir as ir
 from kvsurgeon.analysis.probe_inputs import at_length
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.heads.layout import Layout, layout_of
 from kvsurgeon.ops.contraction import Contraction
 from kvsurgeon.ops.gather import slice_bounds
-from kvsurgeon.ops.operator import Trait
-from kvsurgeon.ops.table import contraction_of, has_trait
-from kvsurgeon.symbolic.fact import axis_of
+from kvsurgeon.ops.operator import Trait, UntraceableAxesError
+from kvsurgeon.ops.table import contraction_of, has_trait, operator_of
 
 LENGTH = 3  # tokens of the traced tensors
 
@@ -39,12 +38,13 @@ class IndexTrace:
 
     def rearranges(self, node: ir.Node | None) -> bool:
         """Return whether a node only rearranges elements of token data, in a known way."""
-        if node is None or node.op_type not in _REARRANGE or node.domain not in ("", "ai.onnx"):
+        operator = None if node is None else operator_of(node)
+        if node is None or operator is None or operator.rearrange is None:
             return False
         sources = self.token_sources(node)
         if node.op_type == "Concat":
             return all(value in sources for value in node.inputs)
-        if node.op_type in ("Gather", "GatherND"):
+        if Trait.LOOKUP in operator.traits:
             return node.inputs[0] in sources and self._whole_numbers(node.inputs[1]) is not None
         return len(sources) == 1 and (node.op_type != "Slice" or slice_bounds(self.flow.shapes.call(node)) is not None)
 
@@ -150,70 +150,12 @@ class IndexTrace:
         arrays = [
             self._run(source, one, places) for one in node.inputs if one is not None and one in self.token_sources(node)
         ]
-        return _REARRANGE[node.op_type](self, node, value, arrays)
-
-
-def _reshape(labels: IndexTrace, _node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
-    return arrays[0].reshape(labels.shape(value))
-
-
-def _transpose(labels: IndexTrace, node: ir.Node, _value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
-    order = labels.flow.shapes.call(node).attribute("perm")
-    return arrays[0].transpose(order or tuple(reversed(range(arrays[0].ndim))))
-
-
-def _expand(labels: IndexTrace, _node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
-    return np.broadcast_to(arrays[0], labels.shape(value))
-
-
-def _tile(labels: IndexTrace, _node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
-    sizes = zip(labels.shape(value), arrays[0].shape, strict=True)
-    return np.tile(arrays[0], [after // before for after, before in sizes])
-
-
-def _concat(labels: IndexTrace, node: ir.Node, _value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate(arrays, axis=labels.flow.shapes.call(node).integer("axis", 0))
-
-
-def _gather(labels: IndexTrace, node: ir.Node, _value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
-    numbers = labels._whole_numbers(node.inputs[1])
-    assert numbers is not None
-    return np.take(arrays[0], numbers, axis=labels.flow.shapes.call(node).integer("axis", 0))
-
-
-def _gather_nd(labels: IndexTrace, node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
-    numbers = labels._whole_numbers(node.inputs[1])
-    if numbers is None or labels.flow.shapes.call(node).integer("batch_dims", 0):
-        raise UnsupportedError("cannot trace heads through a batched GatherND", at=value.name)
-    return np.asarray(arrays[0][tuple(np.moveaxis(numbers, -1, 0))])
-
-
-def _split(labels: IndexTrace, node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
-    axis = axis_of(labels.flow.shapes.call(node).integer("axis", 0), arrays[0].ndim)
-    before = [labels.shape(one)[axis] for one in node.outputs[: value.index() or 0]]
-    return np.take(arrays[0], sum(before) + np.arange(labels.shape(value)[axis]), axis=axis)
-
-
-def _slice(labels: IndexTrace, node: ir.Node, value: ir.Value, arrays: list[np.ndarray]) -> np.ndarray:
-    bounds = slice_bounds(labels.flow.shapes.call(node))
-    assert bounds is not None
-    picks = [slice(None)] * arrays[0].ndim
-    for axis, start, end, step in zip(*bounds, strict=True):
-        first, last = labels.sizes([start, end], value)
-        picks[axis] = slice(first, None if step < 0 and last < -arrays[0].shape[axis] else last, step)
-    return arrays[0][tuple(picks)]
-
-
-_Move = Callable[[IndexTrace, ir.Node, ir.Value, list[np.ndarray]], np.ndarray]
-
-_REARRANGE: dict[str, _Move] = {
-    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"), _reshape),
-    "Transpose": _transpose,
-    "Expand": _expand,
-    "Tile": _tile,
-    "Concat": _concat,
-    "Gather": _gather,
-    "GatherND": _gather_nd,
-    "Split": _split,
-    "Slice": _slice,
-}
+        rule, call = operator_of(node), self.flow.shapes.call(node)
+        assert rule is not None
+        assert rule.rearrange is not None
+        try:
+            return rule.rearrange(call, arrays, value.index() or 0, lambda sizes: self.sizes(sizes, value))
+        except UntraceableAxesError as error:
+            raise UnsupportedError(
+                f"cannot trace heads through {node.op_type}: {error}", at=value.name, code=Code.UNTRACEABLE_HEADS
+            ) from error

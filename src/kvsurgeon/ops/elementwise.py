@@ -15,6 +15,7 @@ from kvsurgeon.ops.operator import (
     Label,
     Labels,
     Operator,
+    Sizes,
     Trait,
     broadcast_links,
     entries,
@@ -282,6 +283,11 @@ def channel_links(call: OperatorCall) -> AxisLinks:
     return AxisLinks(inputs=(labels, *[(1,)] * (len(call.inputs) - 1)), outputs=(labels,) * len(call.node.outputs))
 
 
+def first_array(_call: OperatorCall, arrays: list[np.ndarray], _output: int, _sizes: Sizes) -> np.ndarray:
+    """`Identity`."""
+    return arrays[0]
+
+
 _ARITHMETIC = (Trait.BROADCAST, Trait.ARITHMETIC)
 _SCALES = (*_ARITHMETIC, Trait.SCALE, Trait.LENGTH_SENSITIVE)
 _ORDERS = (Trait.BROADCAST, Trait.ORDER, Trait.LENGTH_SENSITIVE)
@@ -294,7 +300,7 @@ OPERATORS: list[Operator] = [
         unary, kept, Trait.ELEMENTWISE,
     ),
     *entries("Abs", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC),
-    *entries("Identity", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.IDENTITY),
+    *entries("Identity", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.IDENTITY, rearrange=first_array),
     *entries("Dropout", unary, kept, Trait.ELEMENTWISE, Trait.IDENTITY),
     *entries("Sin Cos", unary, kept, Trait.ELEMENTWISE, Trait.ROTARY),
     *entries("Clip", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.BOUND, Trait.LENGTH_SENSITIVE),
@@ -306,8 +312,8 @@ OPERATORS: list[Operator] = [
     *entries("BatchNormalization", same_as_first, channel_links),
     *entries("BiasGelu FastGelu", unary, broadcast_links, Trait.ELEMENTWISE),
     *entries("SwiGLU GatedAdd", same_as_first, broadcast_links),
-    *entries("Add", binary, broadcast_links, *_ARITHMETIC),
-    *entries("Sub", binary, broadcast_links, *_ARITHMETIC, Trait.LENGTH_SENSITIVE),
+    *entries("Add", binary, broadcast_links, *_ARITHMETIC, Trait.ADD),
+    *entries("Sub", binary, broadcast_links, *_ARITHMETIC, Trait.ADD, Trait.LENGTH_SENSITIVE),
     *entries("Max Min", binary, broadcast_links, *_ARITHMETIC, Trait.BOUND, Trait.LENGTH_SENSITIVE),
     *entries("Mul Div", binary, broadcast_links, *_SCALES),
     *entries("Mod Equal", binary, broadcast_links, Trait.BROADCAST, Trait.LENGTH_SENSITIVE),

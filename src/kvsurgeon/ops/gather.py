@@ -13,7 +13,9 @@ from kvsurgeon.ops.operator import (
     Label,
     Labels,
     Operator,
+    Sizes,
     Trait,
+    UntraceableAxesError,
     entries,
     identity_links,
     parameters,
@@ -268,12 +270,43 @@ def resize_slice(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes
     return resizer.rebuilt(node, [*made, *node.inputs[3:]])
 
 
+def rearrange_slice(call: OperatorCall, arrays: list[np.ndarray], _output: int, sizes: Sizes) -> np.ndarray:
+    """`Slice`."""
+    bounds = slice_bounds(call)
+    if bounds is None:
+        raise UntraceableAxesError("its bounds are unknown")
+    picks = [slice(None)] * arrays[0].ndim
+    for axis, start, end, step in zip(*bounds, strict=True):
+        first, last = sizes([start, end])
+        picks[axis] = slice(first, None if step < 0 and last < -arrays[0].shape[axis] else last, step)
+    return arrays[0][tuple(picks)]
+
+
+def _indices(call: OperatorCall) -> np.ndarray:
+    numbers = whole_numbers(call.numbers(1))
+    if numbers is None:
+        raise UntraceableAxesError("its indices are unknown")
+    return np.array(numbers).reshape([int(size) for size in call.fact(1).shape or ()])
+
+
+def rearrange_gather(call: OperatorCall, arrays: list[np.ndarray], _output: int, _sizes: Sizes) -> np.ndarray:
+    """`Gather` at constant indices."""
+    return np.take(arrays[0], _indices(call), axis=call.integer("axis", 0))
+
+
+def rearrange_gather_nd(call: OperatorCall, arrays: list[np.ndarray], _output: int, _sizes: Sizes) -> np.ndarray:
+    """`GatherND` at constant indices, without batch axes."""
+    if call.integer("batch_dims", 0):
+        raise UntraceableAxesError("it gathers batch by batch")
+    return np.asarray(arrays[0][tuple(np.moveaxis(_indices(call), -1, 0))])
+
+
 OPERATORS: list[Operator] = [
-    *entries("Slice", slice_, slice_links, Trait.SELECT, resize=resize_slice),
-    *entries("Gather", gather, gather_links, Trait.LOOKUP, Trait.SELECT),
+    *entries("Slice", slice_, slice_links, Trait.SELECT, resize=resize_slice, rearrange=rearrange_slice),
+    *entries("Gather", gather, gather_links, Trait.LOOKUP, Trait.SELECT, rearrange=rearrange_gather),
     *entries("GatherBlockQuantized", gather_block_quantized, gather_links, Trait.LOOKUP),
     *entries("GatherElements", gather_elements, gather_elements_links, Trait.LOOKUP),
-    *entries("GatherND", gather_nd, gather_nd_links, Trait.LOOKUP),
+    *entries("GatherND", gather_nd, gather_nd_links, Trait.LOOKUP, rearrange=rearrange_gather_nd),
     *entries("ScatterElements", scatter, gather_elements_links, Trait.MOVE),
     *entries("ScatterND", scatter, scatter_nd_links, Trait.MOVE),
     *entries("Scatter", scatter),

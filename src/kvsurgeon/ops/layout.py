@@ -13,6 +13,7 @@ from kvsurgeon.ops.operator import (
     AxisLinks,
     Label,
     Operator,
+    Sizes,
     Trait,
     UntraceableAxesError,
     entries,
@@ -342,16 +343,56 @@ def resize_trilu(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes
     return resizer.rebuilt(node, [resizer.slice_of(source, axes), resizer.lengths.scalar(diagonal)])
 
 
+def _result_sizes(call: OperatorCall, output: int, sizes: Sizes) -> list[int]:
+    return sizes(call.results[output].shape or ())
+
+
+def rearrange_reshape(call: OperatorCall, arrays: list[np.ndarray], output: int, sizes: Sizes) -> np.ndarray:
+    """`Reshape`, `Flatten`, `Squeeze`, `Unsqueeze`."""
+    return arrays[0].reshape(_result_sizes(call, output, sizes))
+
+
+def rearrange_transpose(call: OperatorCall, arrays: list[np.ndarray], _output: int, _sizes: Sizes) -> np.ndarray:
+    """`Transpose`."""
+    return arrays[0].transpose(call.attribute("perm") or tuple(reversed(range(arrays[0].ndim))))
+
+
+def rearrange_expand(call: OperatorCall, arrays: list[np.ndarray], output: int, sizes: Sizes) -> np.ndarray:
+    """`Expand`."""
+    return np.broadcast_to(arrays[0], _result_sizes(call, output, sizes))
+
+
+def rearrange_tile(call: OperatorCall, arrays: list[np.ndarray], output: int, sizes: Sizes) -> np.ndarray:
+    """`Tile`."""
+    after = _result_sizes(call, output, sizes)
+    return np.tile(arrays[0], [new // old for new, old in zip(after, arrays[0].shape, strict=True)])
+
+
+def rearrange_concat(call: OperatorCall, arrays: list[np.ndarray], _output: int, _sizes: Sizes) -> np.ndarray:
+    """`Concat`."""
+    return np.concatenate(arrays, axis=call.integer("axis", 0))
+
+
+def rearrange_split(call: OperatorCall, arrays: list[np.ndarray], output: int, sizes: Sizes) -> np.ndarray:
+    """`Split`."""
+    axis = axis_of(call.integer("axis", 0), arrays[0].ndim)
+    parts = [_result_sizes(call, index, sizes)[axis] for index in range(output + 1)]
+    return np.take(arrays[0], sum(parts[:-1]) + np.arange(parts[-1]), axis=axis)
+
+
 OPERATORS: list[Operator] = [
-    *entries("Reshape", reshape, reshape_links, Trait.RESHAPE, extents=frozenset({1})),
-    *entries("Flatten", flatten, row_major_links, Trait.RESHAPE),
-    *entries("Unsqueeze", unsqueeze, squeeze_links, Trait.RESHAPE),
-    *entries("Squeeze", squeeze, squeeze_links, Trait.RESHAPE),
-    *entries("Transpose", transpose, transpose_links, Trait.MOVE, Trait.TRANSPOSE),
-    *entries("Expand", expand, expand_links, Trait.REPEAT, extents=frozenset({1})),
-    *entries("Tile", tile, tile_links, Trait.REPEAT, extents=frozenset({1}), resize=resize_tile),
-    *entries("Concat QLinearConcat", concat, concat_links, Trait.MOVE),
-    *entries("Split", split, split_links, Trait.SELECT),
+    *entries("Reshape", reshape, reshape_links, Trait.RESHAPE, extents=frozenset({1}), rearrange=rearrange_reshape),
+    *entries("Flatten", flatten, row_major_links, Trait.RESHAPE, rearrange=rearrange_reshape),
+    *entries("Unsqueeze", unsqueeze, squeeze_links, Trait.RESHAPE, rearrange=rearrange_reshape),
+    *entries("Squeeze", squeeze, squeeze_links, Trait.RESHAPE, rearrange=rearrange_reshape),
+    *entries("Transpose", transpose, transpose_links, Trait.MOVE, Trait.TRANSPOSE, rearrange=rearrange_transpose),
+    *entries("Expand", expand, expand_links, Trait.REPEAT, extents=frozenset({1}), rearrange=rearrange_expand),
+    *entries(
+        "Tile", tile, tile_links, Trait.REPEAT, extents=frozenset({1}), resize=resize_tile, rearrange=rearrange_tile
+    ),
+    *entries("Concat", concat, concat_links, Trait.MOVE, rearrange=rearrange_concat),
+    *entries("QLinearConcat", concat, concat_links, Trait.MOVE),
+    *entries("Split", split, split_links, Trait.SELECT, rearrange=rearrange_split),
     *entries("Pad", pad, pad_links),
     *entries("Trilu", unary, trilu_links, Trait.ELEMENTWISE, resize=resize_trilu),
 ]

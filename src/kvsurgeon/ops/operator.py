@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 
+import numpy as np
+
 from kvsurgeon.ops.resizing import ResizeRule
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import Fact, OperatorCall, axis_of
@@ -89,6 +91,9 @@ class AttentionInputs:
 
 
 AxisRule = Callable[[OperatorCall], AxisLinks]
+Sizes = Callable[[Sequence[Dimension]], list[int]]  # symbolic dimensions as numbers
+# The call, the arrays of its inputs that are rearranged, the index of the output, sizes -> the output
+RearrangeRule = Callable[[OperatorCall, list[np.ndarray], int, Sizes], np.ndarray]
 
 
 class Trait(Enum):
@@ -105,6 +110,7 @@ class Trait(Enum):
     BOUND = auto()  # bounds elements
     ORDER = auto()  # compares by order
     LENGTH_SENSITIVE = auto()  # compares, bounds or divides: a length in its inputs may be a threshold
+    ADD = auto()  # adds or subtracts
     SCALE = auto()  # multiplies or divides
     ROTARY = auto()  # turns angles into waves, or rotates by them
     PROJECTION = auto()  # multiplies with weights: too expensive to repeat for all tokens in a decode step
@@ -136,6 +142,8 @@ class Operator:
             many elements there are, and no element.
         type_only: Inputs of which only the type is read.
         resize: Inputs of the node at other lengths, for what links do not say; see `rewrite/context_slices.py`.
+        rearrange: The output, for arrays of numbers in place of the inputs; only of operators whose output has no
+            other elements than these inputs.
         decomposition: Function that writes the operator in standard ones, as `module:function`; see `decompose/`.
         traits: What else stages ask for.
         column_parameters: Inputs of a product that hold an element for each column of the result, or one for all.
@@ -151,6 +159,7 @@ class Operator:
     extents: frozenset[int] = frozenset()
     type_only: frozenset[int] = frozenset()
     resize: ResizeRule | None = None
+    rearrange: RearrangeRule | None = None
     decomposition: str | None = None
     traits: frozenset[Trait] = frozenset()
     column_parameters: tuple[int, ...] = ()

@@ -138,7 +138,7 @@ def _positions(sweep: LengthSweep, value: ir.Value, axes: Axes) -> tuple[ir.Valu
     kinds, shapes = sweep.flow.kinds, sweep.flow.shapes
 
     def is_cast(node: ir.Node) -> bool:
-        read = node.inputs[0] if node.op_type in ("Cast", "Identity") else None
+        read = node.inputs[0] if has_trait(node, Trait.IDENTITY) else None
         return read is not None and kinds.get(read) is ValueKind.CONTEXT
 
     source = through(value, is_cast)

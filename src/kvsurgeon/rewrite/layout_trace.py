@@ -9,6 +9,8 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.analysis.token_flow import TokenFlow
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.rewrite.token_data import InputsBefore
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
@@ -68,9 +70,10 @@ def trace_layout(flow: TokenFlow, before: InputsBefore, operand: ir.Value, point
     axes = _distributed(labels, sizes, shape)
     trace = None if axes is None else LayoutTrace(axes=axes, sizes=sizes)
     for node in path:
-        if trace is None:
+        rule = _rule(node)
+        if trace is None or rule is None:
             return None
-        trace = _RULES[node.op_type](flow, before, node, replace(trace, steps=(*trace.steps, node)))
+        trace = rule(flow, before, node, replace(trace, steps=(*trace.steps, node)))
     return trace
 
 
@@ -80,7 +83,7 @@ def _path(flow: TokenFlow, before: InputsBefore, operand: ir.Value, start: ir.Va
     value: ir.Value | None = operand
     while value is not start:
         node = None if value is None else value.producer()
-        if node is None or node.op_type not in _RULES or node not in before or len(node.outputs) != 1:
+        if node is None or _rule(node) is None or node not in before or len(node.outputs) != 1:
             return None
         path.append(node)
         value = before[node][_token_input(flow, before[node])]
@@ -162,7 +165,13 @@ def _cast(flow: TokenFlow, before: InputsBefore, node: ir.Node, trace: LayoutTra
     return trace if old is not None and old is new else None
 
 
-_RULES: dict[str, Callable[[TokenFlow, InputsBefore, ir.Node, LayoutTrace], LayoutTrace | None]] = {
-    "Reshape": _reshape, "Unsqueeze": _reshape, "Squeeze": _reshape, "Flatten": _reshape, "Identity": _reshape,
-    "Transpose": _transpose, "Expand": _expand, "Tile": _expand, "Mul": _scale, "Div": _scale, "Cast": _cast,
+_Rule = Callable[[TokenFlow, InputsBefore, ir.Node, LayoutTrace], "LayoutTrace | None"]
+
+_RULES: dict[Trait, _Rule] = {
+    Trait.RESHAPE: _reshape, Trait.TRANSPOSE: _transpose, Trait.REPEAT: _expand, Trait.SCALE: _scale,
+    Trait.IDENTITY: _cast,
 }  # fmt: skip
+
+
+def _rule(node: ir.Node) -> _Rule | None:
+    return next((rule for trait, rule in _RULES.items() if has_trait(node, trait)), None)
