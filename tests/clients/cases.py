@@ -1,4 +1,4 @@
-"""What clients are asked, and what the model without a cache answers in onnxruntime."""
+"""Prompts for clients, and the tokens that the model without a cache generates in onnxruntime."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import numpy as np
 from kvsurgeon.runtime import UncachedDecoder, open_session
 
 SMOLLM2_NEW = 32
-VOCABULARY = 40  # ids that any model knows
+VOCABULARY = 40  # token ids that any model has
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A prompt, and how many tokens are to follow it.
+    """A prompt, and the number of tokens to generate.
 
     Attributes:
-        name: What is special about it.
-        ids: Tokens, a row for each text of the batch.
-        mask: 1 where a token counts, 0 where it is padding.
-        new: Tokens to follow.
-        chunk: Tokens of the prompt that are given at once; None to give all.
+        name: Name of the case.
+        ids: Token ids `[batch, length]`.
+        mask: Attention mask `[batch, length]`, 0 for padding.
+        new: Number of tokens to generate.
+        chunk: Length of the chunks of the prompt; None for one chunk.
     """
 
     name: str
@@ -33,16 +33,16 @@ class Case:
     new: int
     chunk: int | None = None
 
-    def asked(self) -> dict:
-        """Return what a client is told."""
+    def request(self) -> dict:
+        """Return the request to a client."""
         return asdict(self)
 
 
 def small_cases(*, batch: bool, padded: bool, chunked: bool, new: int) -> Iterator[Case]:
-    """Yield what a small model is asked."""
+    """Yield the cases of a small model."""
     ids = np.random.default_rng(7).integers(3, VOCABULARY, (2, 9))
     ones = np.ones_like(ids)
-    yield Case(name="alone", ids=ids[:1].tolist(), mask=ones[:1].tolist(), new=new)
+    yield Case(name="single", ids=ids[:1].tolist(), mask=ones[:1].tolist(), new=new)
     if batch:
         yield Case(name="batch", ids=ids.tolist(), mask=ones.tolist(), new=new)
     if padded:
@@ -54,25 +54,25 @@ def small_cases(*, batch: bool, padded: bool, chunked: bool, new: int) -> Iterat
 
 
 def smollm2_cases(expected: Path, *, chunked: bool) -> list[tuple[Case, list[list[int]]]]:
-    """Return prompts with what transformers' `generate` said, as the repository's example script wrote it down."""
+    """Return prompts with the tokens of transformers' `generate`, which the example script recorded."""
     cases = []
     for record in json.loads(expected.read_text("utf-8")):
         ids = [record["input_ids"]]
         ones = [[1] * len(record["input_ids"])]
-        answer = [record["tokens"][:SMOLLM2_NEW]]
+        tokens = [record["tokens"][:SMOLLM2_NEW]]
         for chunk in (None, 4) if chunked else (None,):
             name = f"{record['prompt'][:24]!r}" + ("" if chunk is None else " chunked")
-            cases.append((Case(name=name, ids=ids, mask=ones, new=SMOLLM2_NEW, chunk=chunk), answer))
+            cases.append((Case(name=name, ids=ids, mask=ones, new=SMOLLM2_NEW, chunk=chunk), tokens))
     return cases
 
 
 def takes_padding(original: Path) -> bool:
-    """Return whether a model is told which tokens are padding."""
+    """Return whether a model has an attention mask."""
     return UncachedDecoder(open_session(original, threads=1)).inputs.masked
 
 
-def answer(original: Path, case: Case) -> list[list[int]]:
-    """Return the likeliest tokens, the whole text being computed anew for each."""
+def expected_tokens(original: Path, case: Case) -> list[list[int]]:
+    """Return the tokens of greedy decoding, which runs the whole text for each token."""
     decoder = UncachedDecoder(open_session(original, threads=1))
     ids, mask = np.array(case.ids), np.array(case.mask)
     for _ in range(case.new):

@@ -1,8 +1,8 @@
-"""Answer cases with DeepSparse's TextGeneration pipeline: python deepsparse_client.py FOLDER [deepsparse|onnxruntime].
+"""Generate with DeepSparse's TextGeneration pipeline: python deepsparse_client.py FOLDER [deepsparse|onnxruntime].
 
-Prompts are told as text, as its users tell them; a folder without a tokenizer is given one whose words are numbers. One
-text at a time, with its own engine or with onnxruntime. With a third word, `plain`, its engine runs a model that has no
-cache, the whole text anew for each token.
+Prompts are texts; a folder without a tokenizer gets one whose words are numbers. One text at a time, with its engine or
+with onnxruntime. With a third argument, `uncached`, its engine runs a model without a cache on the whole text for each
+token.
 """
 
 import json
@@ -17,17 +17,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 END = "<end>"
-MAX = 8  # tokens of context beyond those that are asked for, at least
+MARGIN = 8  # minimum number of unused tokens of the context
 
 
 def answers(folder, cases, engine_type):
-    """Yield the new tokens of each case, greedy; one text at a time, a prompt token by token or in chunks."""
+    """Yield the generated tokens of each case, with prefill token by token or in chunks."""
     tokenizer = tokenizer_of(folder)
-    length = room(cases)
+    length = context_length(cases)
     pipelines = {}
     for case in cases:
         chunk = case["chunk"] or 1
-        if chunk not in pipelines:  # with the cache inside, which is its default, its engine crashes on these models
+        if chunk not in pipelines:  # with an internal cache, the default, the engine crashes on these models
             pipelines[chunk] = TextGeneration(
                 model_path=str(folder), engine_type=engine_type, num_cores=1, internal_kv_cache=False,
                 force_max_tokens=True, sequence_length=length, prompt_sequence_length=chunk,
@@ -35,9 +35,9 @@ def answers(folder, cases, engine_type):
         yield [tokens(pipelines[chunk], tokenizer, row, case["new"]) for row in case["ids"]]
 
 
-def plain_answers(folder, cases):
-    """Yield the same of a model without a cache: texts are filled up behind, where no token looks."""
-    length = room(cases)
+def uncached_answers(folder, cases):
+    """Yield the generated tokens of a model without a cache; texts have right padding, which causality masks."""
+    length = context_length(cases)
     graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
     stored = {tensor.name for tensor in graph.initializer}
     types = {value.name: onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
@@ -45,43 +45,43 @@ def plain_answers(folder, cases):
     model = str(folder / "model.onnx")
     engine = Engine(model, batch_size=1, num_cores=1, input_shapes=[[1, length]] * len(types))
     for case in cases:
-        yield [plain_tokens(engine, types, row, case["new"], length) for row in case["ids"]]
+        yield [uncached_tokens(engine, types, row, case["new"], length) for row in case["ids"]]
 
 
-def plain_tokens(engine, types, ids, new, length):
-    """Return the tokens that follow a text, each computed anew."""
+def uncached_tokens(engine, types, ids, new, length):
+    """Return the tokens that follow a text, with a run of the whole text for each."""
     text = list(ids)
     for _ in range(new):
-        behind = [0] * (length - len(text))
-        given = {name: text + behind for name in types}
-        given |= {name: [1] * len(text) + behind for name in types if "mask" in name}
+        padding = [0] * (length - len(text))
+        given = {name: text + padding for name in types}
+        given |= {name: [1] * len(text) + padding for name in types if "mask" in name}
         given |= {name: range(length) for name in types if "pos" in name}
         logits = engine.run([np.array([given[name]], types[name]) for name in engine.input_names])[0]
         text.append(int(logits[0, len(text) - 1].argmax()))
     return text[len(ids) :]
 
 
-def room(cases):
-    """Return how many tokens the longest text has, and some more: a multiple of every chunk."""
-    longest = max(len(case["ids"][0]) + case["new"] for case in cases) + MAX
+def context_length(cases):
+    """Return a length for all texts, which is a multiple of every chunk."""
+    longest = max(len(case["ids"][0]) + case["new"] for case in cases) + MARGIN
     return longest + -longest % 4
 
 
 def tokens(pipeline, tokenizer, ids, new):
     """Return the tokens that follow a text."""
-    said = tokenizer.decode(ids)
-    assert tokenizer(said)["input_ids"] == ids, f"the tokenizer does not give {ids} back"
+    text = tokenizer.decode(ids)
+    assert tokenizer(text)["input_ids"] == ids, f"the tokenizer does not return {ids}"
     found = []
-    pipeline(sequences=said, max_new_tokens=new, do_sample=False, callback=found.append)
-    return [int(token) for token in found[:new]]  # it gives one more
+    pipeline(sequences=text, max_new_tokens=new, do_sample=False, callback=found.append)
+    return [int(token) for token in found[:new]]  # it generates one more
 
 
 def tokenizer_of(folder):
     """Return the folder's tokenizer."""
     if not (folder / "tokenizer.json").is_file():
         graph = onnx.load(folder / "model.onnx", load_external_data=False).graph
-        width = graph.output[0].type.tensor_type.shape.dim[-1].dim_value
-        words = {END: 0, **{str(token): token for token in range(1, width)}}
+        vocab_size = graph.output[0].type.tensor_type.shape.dim[-1].dim_value
+        words = {END: 0, **{str(token): token for token in range(1, vocab_size)}}
         tokenizer = Tokenizer(models.WordLevel(words, unk_token=END))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END).save_pretrained(folder)
@@ -90,8 +90,8 @@ def tokenizer_of(folder):
 
 if __name__ == "__main__":
     request = json.load(sys.stdin)
-    folder, engine_type, *plain = [Path(sys.argv[1]), *(sys.argv[2:] or ["deepsparse"])]
-    asked = request["cases"]
-    found = list(plain_answers(folder, asked) if plain else answers(folder, asked, engine_type))
+    folder, engine_type, *uncached = [Path(sys.argv[1]), *(sys.argv[2:] or ["deepsparse"])]
+    cases = request["cases"]
+    found = list(uncached_answers(folder, cases) if uncached else answers(folder, cases, engine_type))
     print()
     print(json.dumps({"versions": {"deepsparse": version("deepsparse")}, "answers": found}))

@@ -1,4 +1,4 @@
-"""An environment of its own for each client, made once and kept where the caller says."""
+"""A separate environment for each client, which is created once."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True, kw_only=True)
 class Client:
-    """A runtime that is run as its users run it.
+    """A client of a target.
 
     Attributes:
-        target: The target whose folders it takes.
-        requirements: What pip, or npm, installs.
-        script: What runs in its environment.
+        target: Name of the target.
+        requirements: Packages for pip or npm.
+        script: The script that runs in its environment.
         arguments: Further arguments of the script.
-        padded: Whether it takes batches with padding on the left.
-        batch: Whether it takes batches at all.
-        chunked: Whether it takes a prompt in chunks.
-        new: Tokens that it is asked for by a small model.
+        padded: Whether it supports left padding.
+        batch: Whether it supports batches.
+        chunked: Whether it supports a prefill in chunks.
+        new: Number of tokens to generate with small models.
         node: Whether it runs in Node.
-        home: Name of its environment, where it shares another client's; None for one by the target's name.
-        plain: What its script is told to run a model without a cache; None where it runs none.
+        home: Name of its environment; None for the name of the target.
+        uncached: Argument of the script to run a model without a cache; None if it cannot.
     """
 
     target: str
@@ -38,10 +38,10 @@ class Client:
     new: int = 12
     node: bool = False
     home: str | None = None
-    plain: str | None = None
+    uncached: str | None = None
 
     def command(self, environments: Path, python: str) -> tuple[list[str], Path]:
-        """Return how to call the client, and where; its environment is made if it is not there."""
+        """Return the command and the working directory of the client; its environment is created if it is missing."""
         home = environments / (self.home or self.target)
         ready = home / "ready"
         if not ready.is_file() or ready.read_text() != repr(self.requirements):
@@ -59,7 +59,7 @@ class Client:
         return [[python, "-m", "venv", str(home)], pip]
 
 
-# Its own requirements are open above, and what is newer than they are no longer fits: Python 3.11 or older, and these.
+# Its requirements have no upper bounds, and newer versions are incompatible: Python 3.11 or older, and these.
 _DEEPSPARSE = (
     "deepsparse[transformers]==1.8.0", "numpy<2", "onnx<1.17", "transformers<4.40", "pyarrow<17", "pandas<2.3",
 )  # fmt: skip
@@ -111,7 +111,7 @@ CLIENTS = {
         arguments=("deepsparse",),
         padded=False,
         chunked=True,
-        plain="plain",
+        uncached="uncached",
     ),
     "deepsparse-onnxruntime": Client(
         target="deepsparse",

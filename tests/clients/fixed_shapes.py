@@ -1,12 +1,12 @@
-"""Fix the shapes of models, once for a prompt and once for a step, and see whether a compiler takes both files.
+"""Fix the shapes of models for prefill and for a decode step, and compile both files.
 
     python tests/clients/fixed_shapes.py                                   # the exports in tests/corpus
     python tests/clients/fixed_shapes.py MODEL [MODEL ...] [--context 1024] [--tokens 128]
 
-Two pairs of each model: one whose cache is written in place, fixed by `fix-shapes`, and that of the target `qnn`.
-Looked at: no dimension is a symbol, no operator computes a shape, and both files read the same bytes of one data file.
-Each file is then compiled by OpenVINO, in an environment of its own, and gives what it gives in onnxruntime. Ends with
-1 if any of it is not so.
+Each model has two pairs of files: one with a static cache, fixed by `fix-shapes`, and that of the target `qnn`. Checked
+is that no dimension is a symbol, that no operator computes a shape, and that both files read the same bytes of one data
+file. OpenVINO then compiles each file in a separate environment, and its results are compared with those of
+onnxruntime. Exit code 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -32,33 +32,33 @@ from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.run_and_save import run_and_save
 
 OWN = Path(__file__).parents[1] / "corpus"
-OF_SHAPES = {"Shape", "Size", "Range", "ConstantOfShape", "NonZero", "EyeLike", "Trilu"}
-SHAPED_BY = {"Reshape": 1, "Expand": 1, "Tile": 1}  # the input that says a shape
-ALLOWED = 1e-3  # of the spread of what onnxruntime gives
+SHAPE_OPERATORS = {"Shape", "Size", "Range", "ConstantOfShape", "NonZero", "EyeLike", "Trilu"}
+SHAPE_INPUTS = {"Reshape": 1, "Expand": 1, "Tile": 1}  # index of the input that is a shape
+ALLOWED = 1e-3  # of the spread of the results of onnxruntime
 FILES = ("prefill.onnx", "decode.onnx")
 
 
-def in_place(model: Path, folder: Path, tokens: int, context: int) -> None:
-    """Write the pair whose cache is written in place."""
+def build_static(model: Path, folder: Path, tokens: int, context: int) -> None:
+    """Write the pair with a static cache."""
     run_and_save(model, Pipeline((Inject(cache="static"),)), folder / "whole", verify=False, pack=True)
     for file, size in zip(FILES, (tokens, 1), strict=True):
         fixed = Pipeline((FixShapes(tokens=size, max_length=context),))
         run_and_save(folder / "whole", fixed, folder / "fixed" / file, verify=False)
 
 
-def of_qnn(model: Path, folder: Path, tokens: int, context: int) -> None:
-    """Write the pair of which new rows come out."""
+def build_qnn(model: Path, folder: Path, tokens: int, context: int) -> None:
+    """Write the pair of the target qnn, which returns new rows only."""
     kvsurgeon.inject(model, folder / "fixed", target="qnn", max_length=context, verify=False)
 
 
-PAIRS: dict[str, Callable[[Path, Path, int, int], None]] = {"in place": in_place, "qnn": of_qnn}
+PAIRS: dict[str, Callable[[Path, Path, int, int], None]] = {"static": build_static, "qnn": build_qnn}
 
 
-def faults(folder: Path) -> Iterator[str]:
-    """Yield what keeps a pair from being what a compiler wants."""
+def problems_of(folder: Path) -> Iterator[str]:
+    """Yield the problems of a pair."""
     graphs = {file: onnx.load(folder / file, load_external_data=False).graph for file in FILES}
     for file, graph in graphs.items():
-        yield from (f"{file}: {fault}" for fault in _of_sizes(graph))
+        yield from (f"{file}: {problem}" for problem in _check_sizes(graph))
     places = [
         {one.name: sorted((entry.key, entry.value) for entry in one.external_data) for one in graph.initializer}
         for graph in graphs.values()
@@ -71,26 +71,26 @@ def faults(folder: Path) -> Iterator[str]:
         yield f"expected one data file, found {sorted(data)}"
 
 
-def _of_sizes(graph: onnx.GraphProto) -> Iterator[str]:
+def _check_sizes(graph: onnx.GraphProto) -> Iterator[str]:
     known = {value.name: value.type.tensor_type for value in (*graph.input, *graph.output, *graph.value_info)}
     constants = {one.name for one in graph.initializer}
     constants |= {node.output[0] for node in graph.node if node.op_type == "Constant"}
     for name in [*known, *(name for node in graph.node for name in node.output if name)]:
         if name not in known or not all(size.HasField("dim_value") for size in known[name].shape.dim):
-            yield f"`{name}` has no size in numbers"
+            yield f"`{name}` has no fixed shape"
     for node in graph.node:
-        place = SHAPED_BY.get(node.op_type)
-        if node.op_type in OF_SHAPES or (place is not None and node.input[place] not in constants):
+        place = SHAPE_INPUTS.get(node.op_type)
+        if node.op_type in SHAPE_OPERATORS or (place is not None and node.input[place] not in constants):
             yield f"{node.op_type} at `{node.output[0]}` computes a shape"
 
 
-def compiled(folder: Path, python: Path) -> float:
-    """Return how far OpenVINO is from onnxruntime on both files, as a part of the spread.
+def compare_with_openvino(folder: Path, python: Path) -> float:
+    """Return the largest difference between OpenVINO and onnxruntime, over the spread of the results.
 
     Raises:
-        RuntimeError: It does not take one of them.
+        RuntimeError: OpenVINO cannot compile or run a file.
     """
-    expected = {file: _in_onnxruntime(folder / file) for file in FILES}
+    expected = {file: _run_in_onnxruntime(folder / file) for file in FILES}
     ran = subprocess.run([python, HERE / "openvino_fixed.py", folder], capture_output=True, text=True, errors="replace")
     if ran.returncode:
         raise RuntimeError(f"OpenVINO: {(ran.stderr.strip().splitlines() or ['it crashed'])[-1][:300]}")
@@ -102,20 +102,20 @@ def compiled(folder: Path, python: Path) -> float:
     return worst
 
 
-def _in_onnxruntime(file: Path) -> dict[str, np.ndarray]:
-    """Run a file on some tokens behind some others, and write down what it was given."""
+def _run_in_onnxruntime(file: Path) -> dict[str, np.ndarray]:
+    """Run a file on tokens after a past, and save its inputs."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
     random = np.random.default_rng(3)
-    feeds = {given.name: _some(given, random) for given in session.get_inputs()}
+    feeds = {given.name: _input(given, random) for given in session.get_inputs()}
     np.savez(file.with_suffix(".npz"), **feeds)
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, feeds), strict=True))
 
 
-def _some(given: onnxruntime.NodeArg, random: np.random.Generator) -> np.ndarray:
-    """What one input may be given: texts that fill four rows already, and see all that causality allows."""
+def _input(given: onnxruntime.NodeArg, random: np.random.Generator) -> np.ndarray:
+    """Return an input for texts with four tokens in the cache and no padding."""
     types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int32)": np.int32}
     dtype = types.get(given.type, np.int64)
     if given.name == "past_sequence_length":
@@ -131,8 +131,8 @@ def _some(given: onnxruntime.NodeArg, random: np.random.Generator) -> np.ndarray
     return random.normal(size=given.shape).astype(dtype)
 
 
-def tried(model: Path, pair: str, options: argparse.Namespace, python: Path) -> tuple[bool, str]:
-    """Return whether a pair is right, and what there is to say of it."""
+def check(model: Path, pair: str, options: argparse.Namespace, python: Path) -> tuple[bool, str]:
+    """Return whether a pair passes, with a message."""
     with tempfile.TemporaryDirectory(prefix="kvsurgeon-fixed-") as scratch:
         folder = Path(scratch)
         try:
@@ -140,36 +140,36 @@ def tried(model: Path, pair: str, options: argparse.Namespace, python: Path) -> 
             context = min(options.context, longest or options.context)
             tokens = max(1, min(options.tokens, context // 2))
             PAIRS[pair](model, folder, tokens, context)
-            found = list(faults(folder / "fixed"))
+            found = list(problems_of(folder / "fixed"))
             if found:
                 return False, f"{found[0]} (and {len(found) - 1} more)"
-            apart = compiled(folder / "fixed", python)
-        except (KvsurgeonError, RuntimeError) as error:
-            return False, str(error)
+            error = compare_with_openvino(folder / "fixed", python)
+        except (KvsurgeonError, RuntimeError) as failure:
+            return False, str(failure)
         data = next(path for path in (folder / "fixed").iterdir() if path.suffix == ".data")
         digest = hashlib.sha256(data.read_bytes()).hexdigest()[:12]
-        said = f"{tokens} and 1 of {context} tokens, {data.stat().st_size:,} bytes {digest}, {apart:.1e} apart"
-        return apart <= ALLOWED, said
+        message = f"{tokens} and 1 of {context} tokens, {data.stat().st_size:,} bytes {digest}, error {error:.1e}"
+        return error <= ALLOWED, message
 
 
 def main() -> int:
-    """Try what the command line asks for."""
+    """Check the models of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="*", help="models, or folders that hold one each")
-    parser.add_argument("--context", type=int, default=1024, help="tokens of a text, if the model takes so many")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of a call for the prompt")
+    parser.add_argument("--context", type=int, default=1024, help="context length, unless the model supports less")
+    parser.add_argument("--tokens", type=int, default=128, help="prefill length")
     parser.add_argument("--environments", type=Path, default=Path(tempfile.gettempdir()) / "kvsurgeon-clients")
     options = parser.parse_args()
     call, _ = CLIENTS["openvino"].command(options.environments.absolute(), DEFAULT_PYTHON)
-    right, pairs = 0, 0
+    passed, pairs = 0, 0
     for model in options.models or sorted(OWN.glob("*.onnx")):
         for pair in PAIRS:
-            good, said = tried(model, pair, options, Path(call[0]))
-            right, pairs = right + good, pairs + 1
+            passes, message = check(model, pair, options, Path(call[0]))
+            passed, pairs = passed + passes, pairs + 1
             name = model.stem if model.suffix else "/".join(model.parts[-2:])
-            print(f"{'right' if good else 'WRONG':6} {name:36} {pair:9} {said}", flush=True)
-    print(f"fixed shapes: {right} of {pairs} pairs are right")
-    return int(right < pairs)
+            print(f"{'ok' if passes else 'FAILED':6} {name:36} {pair:9} {message}", flush=True)
+    print(f"fixed shapes: {passed} of {pairs} pairs passed")
+    return int(passed < pairs)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Answer cases with onnxruntime-genai. Runs in its own environment: python genai_client.py FOLDER."""
+"""Generate with onnxruntime-genai: python genai_client.py FOLDER."""
 
 import json
 import sys
@@ -9,9 +9,9 @@ import onnxruntime_genai as og
 
 
 def answers(folder, cases, unused):
-    """Yield the new tokens of each case, greedy; a prompt may be given in chunks.
+    """Yield the generated tokens of each case, with prefill in chunks.
 
-    A text goes on to its full length: what ends it is a token that does not come.
+    Generation runs to the full length, because the end-of-text token is one that is not expected.
     """
     config = og.Config(folder)
     config.overlay(json.dumps({"model": {"eos_token_id": unused}}))

@@ -1,4 +1,4 @@
-"""Answer cases with OpenVINO, as it is or with caches as state: python openvino_client.py FOLDER [stateful]."""
+"""Generate with OpenVINO, with the cache as inputs or as state: python openvino_client.py FOLDER [stateful]."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ def compiled(folder, *, stateful):
 
 
 def answers(folder, cases, *, stateful):
-    """Yield the new tokens of each case, greedy; a prompt may be given in chunks."""
+    """Yield the generated tokens of each case, with prefill in chunks."""
     model, pairs = compiled(folder, stateful=stateful)
     request = model.create_infer_request()
     for case in cases:
@@ -36,9 +36,9 @@ def answers(folder, cases, *, stateful):
 
 
 def tokens(request, pairs, case, *, stateful):
-    """Yield one new token for each row, and another, ..."""
+    """Yield the next token of each row, step by step."""
     ids, mask = np.array(case["ids"]), np.array(case["mask"])
-    ports = {name: port for port in request.model_inputs for name in port.names}  # a cast away may add a name
+    ports = {name: port for port in request.model_inputs for name in port.names}  # removing a cast may add a name
     pasts = {} if stateful else {past: empty(ports[past], len(ids)) for past in pairs}
     done, chunk = 0, case["chunk"] or ids.shape[1]
     while True:
@@ -66,7 +66,7 @@ def tokens(request, pairs, case, *, stateful):
 
 
 def case_length(case):
-    """Return how many tokens have been given when the last new one is known."""
+    """Return the number of input tokens when the last token is generated."""
     return len(case["ids"][0]) + case["new"] - 1
 
 

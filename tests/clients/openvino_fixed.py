@@ -1,6 +1,6 @@
 """Compile files with OpenVINO and run each once: python openvino_fixed.py FOLDER.
 
-Each `NAME.onnx` is given what stands in `NAME.npz` by the names of its inputs; what it gives goes to `NAME.out.npz`.
+The inputs of `NAME.onnx` are read from `NAME.npz`, and its outputs are written to `NAME.out.npz`.
 """
 
 import sys
@@ -14,7 +14,7 @@ CONFIG = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "INFER
 
 
 def run(file):
-    """Compile one file for the CPU, and write down what it gives."""
+    """Compile one file for the CPU, run it, and write its outputs."""
     core = ov.Core()
     model = core.compile_model(core.read_model(file), "CPU", CONFIG)
     assert all(port.partial_shape.is_static for port in (*model.inputs, *model.outputs))

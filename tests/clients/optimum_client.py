@@ -1,4 +1,4 @@
-"""Answer cases with optimum's `ORTModelForCausalLM`. Runs in its own environment: python optimum_client.py FOLDER."""
+"""Generate with optimum's `ORTModelForCausalLM`: python optimum_client.py FOLDER."""
 
 import json
 import sys
@@ -9,9 +9,9 @@ from optimum.onnxruntime import ORTModelForCausalLM
 
 
 def answers(folder, cases):
-    """Yield the new tokens of each case, greedy; prompts of a batch are padded on the left."""
+    """Yield the generated tokens of each case; batches have left padding."""
     model = ORTModelForCausalLM.from_pretrained(folder)
-    model.generation_config.forced_eos_token_id = None  # of which the model without a client knows nothing
+    model.generation_config.forced_eos_token_id = None  # which the reference ignores
     for case in cases:
         given = {"input_ids": torch.tensor(case["ids"]), "attention_mask": torch.tensor(case["mask"])}
         made = model.generate(
@@ -24,5 +24,5 @@ def answers(folder, cases):
 if __name__ == "__main__":
     request = json.load(sys.stdin)
     found = list(answers(sys.argv[1], request["cases"]))
-    said = {name: version(name) for name in ("optimum-onnx", "transformers", "onnxruntime")}
-    print(json.dumps({"versions": said, "answers": found}))
+    versions = {name: version(name) for name in ("optimum-onnx", "transformers", "onnxruntime")}
+    print(json.dumps({"versions": versions, "answers": found}))

@@ -1,7 +1,7 @@
-"""Answer cases as the host of a Qualcomm Cloud AI 100 does, in onnxruntime: python qaic_client.py FOLDER.
+"""Generate as an application for Qualcomm Cloud AI 100 does, in onnxruntime: python qaic_client.py FOLDER.
 
-The device is compiled for the sizes in specializations.json and keeps every `..._RetainedState` as the next call's
-input of that name. The host pads a chunk behind its last token, with position -1, and reads the one row of logits.
+The device is compiled for the sizes in specializations.json and keeps every `..._RetainedState` as the input of that
+name in the next call. Chunks have right padding with position -1, and the output is one row of logits.
 """
 
 import json
@@ -17,7 +17,7 @@ TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 class Device:
-    """A compiled program: it takes one of a few sizes, and keeps what it retains."""
+    """A program compiled for a few sizes, and its retained state."""
 
     def __init__(self, folder):
         options = onnxruntime.SessionOptions()
@@ -29,7 +29,7 @@ class Device:
         self.outputs = [output.name for output in self.session.get_outputs()]
 
     def start(self):
-        """Forget everything: what lies in the memory is not known."""
+        """Reset the retained state to arbitrary values."""
         dims = {"ctx_len": self.context}
         self.retained = {
             given.name: np.full([dims.get(dim, dim) for dim in given.shape], 7, TYPES[given.type])
@@ -38,7 +38,7 @@ class Device:
         }
 
     def call(self, ids, positions, length):
-        """Return the logits of the last real token, of a chunk padded to one of the sizes."""
+        """Return the logits of the last token of a chunk, which is padded to one of the sizes."""
         assert length in self.lengths
         assert positions[-1] < self.context
         pads = length - len(ids)
@@ -51,7 +51,7 @@ class Device:
 
 
 def answers(folder, cases):
-    """Yield the new tokens of each case, greedy: the prompt in chunks, then token by token."""
+    """Yield the generated tokens of each case, with prefill in chunks."""
     device = Device(Path(folder))
     for case in cases:
         (ids,) = case["ids"]

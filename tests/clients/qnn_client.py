@@ -1,8 +1,8 @@
-"""Answer cases as Genie does on a phone, in onnxruntime: python qnn_client.py FOLDER.
+"""Generate as Genie does on a phone, in onnxruntime: python qnn_client.py FOLDER.
 
-Two files of one model, for AR tokens of a prompt at a time and for one, both with a context of CL tokens, as their
-inputs' sizes say. The host keeps the rows of the cache, the latest last, makes masks and rotary tables from
-context.json, fills a chunk up behind its last token, and takes from what comes out the rows of the real tokens.
+The model has two files, for a prefill of AR tokens per call and for a decode step, with the same context length. The
+application keeps the rows of the cache, the latest last, computes masks and rotary tables from context.json, adds right
+padding to chunks, and appends the new rows of real tokens to the cache.
 """
 
 import json
@@ -18,7 +18,7 @@ SEQUENCE = {"key": 3, "value": 2}  # axis of [kv_heads, 1, head_dim, rows] and [
 
 
 class Variant:
-    """The model with every size a number."""
+    """One file of the model, with fixed sizes."""
 
     def __init__(self, file):
         options = onnxruntime.SessionOptions()
@@ -31,13 +31,13 @@ class Variant:
         self.length = self.inputs["input_ids"].shape[1]
 
     def run(self, feeds):
-        """Return what comes out by its name."""
+        """Return the outputs by name."""
         typed = {name: array.astype(TYPES[self.inputs[name].type]) for name, array in feeds.items()}
         return dict(zip(self.outputs, self.session.run(None, typed), strict=True))
 
 
 class Phone:
-    """The host of a model, and the rows that it keeps."""
+    """The application, with the rows of the cache."""
 
     def __init__(self, folder):
         self.prefill, self.decode = Variant(folder / "prefill.onnx"), Variant(folder / "decode.onnx")
@@ -47,7 +47,7 @@ class Phone:
         self.caches = {name: "key" if "_key_" in name else "value" for name in names}
 
     def start(self):
-        """Forget everything."""
+        """Clear the cache."""
         self.past = 0
         self.rows = {}
         for name, kind in self.caches.items():
@@ -59,35 +59,35 @@ class Phone:
     def call(self, variant, ids):
         """Return the logits of the last token of a chunk."""
         length = variant.length
-        some, kind = next(iter(self.caches.items()))
-        held = variant.inputs[some].shape[SEQUENCE[kind]]
+        name, kind = next(iter(self.caches.items()))
+        capacity = variant.inputs[name].shape[SEQUENCE[kind]]
         filled = np.zeros((1, length), np.int32)
         filled[0, : len(ids)] = ids
-        feeds = {"input_ids": filled, **self.pasts(held)}
-        feeds |= {name: self.made(how, length, held) for name, how in self.context.items()}
+        feeds = {"input_ids": filled, **self.pasts(capacity)}
+        feeds |= {name: self.computed(how, length, capacity) for name, how in self.context.items()}
         results = variant.run(feeds)
         for name, kind in self.caches.items():
             new = results[name.removesuffix("_in") + "_out"]
             assert new.shape[SEQUENCE[kind]] == length
-            fresh = np.take(new, range(len(ids)), axis=SEQUENCE[kind])
-            self.rows[name] = np.concatenate([self.rows[name], fresh], axis=SEQUENCE[kind])
+            rows = np.take(new, range(len(ids)), axis=SEQUENCE[kind])
+            self.rows[name] = np.concatenate([self.rows[name], rows], axis=SEQUENCE[kind])
         self.past += len(ids)
         return results["logits"][0, len(ids) - 1]
 
-    def pasts(self, held):
-        """Each cache with its rows at the end; what lies before them is anything."""
-        assert self.past <= held, "the context is full"
+    def pasts(self, capacity):
+        """Return each cache with its rows at the end, after arbitrary values."""
+        assert self.past <= capacity, "the context is full"
         pasts = {}
         for name, kind in self.caches.items():
             missing = list(self.rows[name].shape)
-            missing[SEQUENCE[kind]] = held - self.past
+            missing[SEQUENCE[kind]] = capacity - self.past
             pasts[name] = np.concatenate([np.full(missing, 7.0), self.rows[name]], axis=SEQUENCE[kind])
         return pasts
 
-    def made(self, how, length, held):
-        """One input of context, [1, heads, length or 1, places or features]."""
+    def computed(self, how, length, capacity):
+        """Return one computed input, [1, heads, length or 1, positions or features]."""
         queries = self.past + np.arange(length)
-        keys = self.past + np.arange(-held, length)
+        keys = self.past + np.arange(-capacity, length)
         table = np.array(how.get("table", how.get("seen")), dtype=np.float64)
         if how["kind"] == "rows":
             rows = table[np.minimum(queries, len(table) - 1)]
@@ -96,12 +96,12 @@ class Phone:
             return np.atleast_2d(table)[None, :, None, np.clip(keys, 0, table.shape[-1] - 1)]
         distance = queries[:, None] - keys[None, :]
         numbers = table.reshape(-1, table.shape[-1] if table.ndim else 1)
-        seen = numbers[:, np.clip(distance, 0, numbers.shape[1] - 1)]
-        return np.where((distance >= 0) & (keys >= 0), seen, how["hidden"])[None]
+        visible = numbers[:, np.clip(distance, 0, numbers.shape[1] - 1)]
+        return np.where((distance >= 0) & (keys >= 0), visible, how["hidden"])[None]
 
 
 def answers(folder, cases):
-    """Yield the new tokens of each case, greedy: the prompt in chunks, then token by token."""
+    """Yield the generated tokens of each case, with prefill in chunks."""
     phone = Phone(Path(folder))
     for case in cases:
         (ids,) = case["ids"]

@@ -1,7 +1,7 @@
-"""Answer cases as a program around a TensorRT engine does, in onnxruntime: python tensorrt_client.py FOLDER.
+"""Generate as an application with a TensorRT engine does, in onnxruntime: python tensorrt_client.py FOLDER.
 
-Each cache is one buffer of fixed length, bound as the past and as the present: the engine writes the new rows in place
-at the index that it is given, and reads whatever else lies there behind the mask.
+Each cache is one buffer of fixed length, bound as past and as present: the engine updates it in place at the given
+index, and the mask hides the other rows.
 """
 
 import json
@@ -16,7 +16,7 @@ TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int
 
 
 class Engine:
-    """A session whose pasts and presents are the same memory."""
+    """A session whose pasts and presents are the same buffers."""
 
     def __init__(self, folder):
         options = onnxruntime.SessionOptions()
@@ -26,7 +26,7 @@ class Engine:
         self.types = {name: TYPES[given.type] for name, given in self.inputs.items()}
 
     def start(self):
-        """Forget everything: what lies in the buffers is not known."""
+        """Reset the buffers to arbitrary values."""
         caches = [name for name, given in self.inputs.items() if len(given.shape) == 4]
         assert all(isinstance(size, int) for name in caches for size in self.inputs[name].shape)
         self.buffers = {
@@ -36,7 +36,7 @@ class Engine:
         self.length = self.inputs[caches[0]].shape[2]
 
     def call(self, ids, past):
-        """Return the logits of the last token of a chunk that is written behind `past` tokens."""
+        """Return the logits of the last token of a chunk after `past` tokens."""
         binding = self.session.io_binding()
         positions = np.arange(past, past + len(ids))[None]
         mask = (np.arange(self.length) < past + len(ids))[None]
@@ -58,7 +58,7 @@ class Engine:
 
 
 def answers(folder, cases):
-    """Yield the new tokens of each case, greedy: the prompt in chunks, then token by token."""
+    """Yield the generated tokens of each case, with prefill in chunks."""
     engine = Engine(Path(folder))
     for case in cases:
         (ids,) = case["ids"]

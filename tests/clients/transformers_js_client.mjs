@@ -1,4 +1,4 @@
-// Answer cases with transformers.js in Node: node transformers_js_client.mjs FOLDER, where its package is installed.
+// Generate with transformers.js: node transformers_js_client.mjs FOLDER, in the folder of the installed package.
 import path from "node:path";
 import { createRequire } from "node:module";
 import { pathToFileURL } from "node:url";
