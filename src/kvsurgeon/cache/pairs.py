@@ -55,17 +55,13 @@ CACHE_OPERATORS: dict[tuple[str, str], tuple[CacheOperands, ...]] = {
     ("", "Concat"): (CacheOperands(),),
     ("", "TensorScatter"): (CacheOperands(lengths=(2,)),),
     ("", "ScatterElements"): (CacheOperands(rows=2, lengths=(1,)),),
-    ("", "Attention"): (
-        CacheOperands(past=4, present=1, rows=1, axis=2),
-        CacheOperands(past=5, present=2, rows=2, axis=2),
+    ("", "Attention"): tuple(CacheOperands(past=4 + i, present=1 + i, rows=1 + i, axis=2) for i in (0, 1)),
+    ("com.microsoft", "MultiHeadAttention"): tuple(
+        CacheOperands(past=6 + i, present=1 + i, rows=1 + i, axis=2) for i in (0, 1)
     ),
-    ("com.microsoft", "GroupQueryAttention"): (
-        CacheOperands(past=3, present=1, rows=1, axis=2, lengths=(5, 6), options=("sliding_window_cache",)),
-        CacheOperands(past=4, present=2, rows=2, axis=2, lengths=(5, 6), options=("sliding_window_cache",)),
-    ),
-    ("com.microsoft", "MultiHeadAttention"): (
-        CacheOperands(past=6, present=1, rows=1, axis=2),
-        CacheOperands(past=7, present=2, rows=2, axis=2),
+    ("com.microsoft", "GroupQueryAttention"): tuple(
+        CacheOperands(past=3 + i, present=1 + i, rows=1 + i, axis=2, lengths=(5, 6), options=("sliding_window_cache",))
+        for i in (0, 1)
     ),
     ("com.microsoft", "Attention"): (
         CacheOperands(past=4, present=1, rows=0, axis=3, options=("past_present_share_buffer",)),

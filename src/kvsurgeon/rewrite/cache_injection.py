@@ -32,7 +32,7 @@ CacheValues = Mapping[CacheTensor, ir.Value]
 AddOperators = Callable[[LengthValues, InputsBefore, CacheValues], tuple[CacheValues, Callable[[], None]]]
 
 
-def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperators | None = None) -> int:
+def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperators) -> int:
     """Inject a cache into the analyzed graph, and return the number of edits.
 
     Args:
@@ -51,7 +51,7 @@ def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperator
     slices = ContextSlices(flow, editor, lengths, analysis.inputs, analysis.same)
     tokens = TokenRewriter(flow, editor, lengths, slices, before)
     grouping = HeadGrouping(flow, tokens)
-    updated, connect_operators = (add_operators or _no_operators)(lengths, before, pasts)
+    updated, connect_operators = add_operators(lengths, before, pasts)
     presents = _update_caches(plan, lengths, grouping, pasts, updated)
     for node in flow.order:
         if any(flow.kinds.get(value) is ValueKind.TOKEN for value in node.outputs):
@@ -68,12 +68,6 @@ def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperator
     outputs = outputs_of_cache_length(analysis, plan.total)
     write_cache_metadata(analysis.model, cache_metadata(plan, batch_chunks=not updated, outputs=outputs))
     return editor.edits
-
-
-def _no_operators(
-    lengths: LengthValues, before: InputsBefore, pasts: CacheValues
-) -> tuple[CacheValues, Callable[[], None]]:
-    return {}, lambda: None
 
 
 def _add_inputs(analysis: Analysis, editor: Editor, plan: CachePlan) -> dict[CacheTensor, ir.Value]:

@@ -18,7 +18,7 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.proof.proof import Proof
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_tensors import CacheTensor, find_cache_tensors
-from kvsurgeon.rewrite.lengths import INT64, LengthSource
+from kvsurgeon.rewrite.lengths import INT64, LengthSource, sources_of
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import CAPACITY, MAX, NEW, PAST, TOTAL, Dimension
 from kvsurgeon.symbolic.sequence_axes import Length
@@ -128,15 +128,15 @@ def find_sources(
     plan: CachePlan, analysis: Analysis, editor: Editor, past: ir.Value
 ) -> dict[sympy.Symbol, LengthSource]:
     """Return the source of each length at run time, and add the separate input if the plan has one."""
-    sources: dict[sympy.Symbol, LengthSource] = {}
+    dimensions = {}
+    for given in sorted(analysis.inputs, key=lambda given: not given.is_token):
+        length = NEW if given.is_token else 0  # no source of a length
+        dimensions[given.value] = [
+            length if axis in given.lengths else size for axis, size in enumerate(given.dimensions)
+        ]
+    sources = sources_of(dimensions)
     if isinstance(plan.past, sympy.Symbol):
         sources[plan.past] = past, plan.tensors[0].axis
-    for given in sorted(analysis.inputs, key=lambda given: not given.is_token):
-        for axis, size in enumerate(given.dimensions):
-            if axis not in given.lengths and not isinstance(size, int):
-                sources.setdefault(size, (given.value, axis))
-            elif axis in given.lengths and given.is_token:
-                sources.setdefault(NEW, (given.value, axis))
     if plan.past_length == "input":
         sources[PAST] = _add_input(editor), None
     elif plan.past_length == "positions":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from kvsurgeon.analysis.analysis import Analysis
@@ -17,7 +18,7 @@ from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
 from kvsurgeon.passes.options import check_count
 from kvsurgeon.proof.proof import Proof
-from kvsurgeon.rewrite.cache_injection import AddOperators, CacheValues, inject_cache
+from kvsurgeon.rewrite.cache_injection import CacheValues, inject_cache
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_plan import plan_cache
 from kvsurgeon.rewrite.lengths import LengthValues
@@ -71,7 +72,7 @@ def inject(options: CacheOptions, subject: Subject, select: SelectMatches | None
         subject.changed()  # the analysis refers to the graph that is edited below
         plan = plan_cache(options, analysis, proof)
         matches = () if select is None else select(analysis, proof)
-        edits = inject_cache(analysis, plan, _operators(analysis, matches) if matches else None)
+        edits = inject_cache(analysis, plan, partial(_add_operators, analysis, matches))
     subject.model = analysis.model
     notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in proof.assumptions.items()]
     if plan.limit is not None:
@@ -79,17 +80,15 @@ def inject(options: CacheOptions, subject: Subject, select: SelectMatches | None
     return Changed(edits=edits, notes=tuple(notes))
 
 
-def _operators(analysis: Analysis, matches: Sequence[FusionMatch]) -> AddOperators:
-    """Return a function that adds an operator for each match."""
-
-    def add(lengths: LengthValues, before: InputsBefore, pasts: CacheValues) -> tuple[CacheValues, Callable[[], None]]:
-        context = FusionContext(
-            flow=analysis.flow, editor=lengths.editor, lengths=lengths, sequence=NEW, total=TOTAL, before=before
-        )  # fmt: skip
-        fuser = AttentionFuser(GROUP_QUERY_ATTENTION, context)
-        return fuser.place_all(matches, pasts), fuser.finish
-
-    return add
+def _add_operators(
+    analysis: Analysis, matches: Sequence[FusionMatch], lengths: LengthValues, before: InputsBefore, pasts: CacheValues
+) -> tuple[CacheValues, Callable[[], None]]:
+    """Add an operator for each match; see `AddOperators`."""
+    context = FusionContext(
+        flow=analysis.flow, editor=lengths.editor, lengths=lengths, sequence=NEW, total=TOTAL, before=before
+    )  # fmt: skip
+    fuser = AttentionFuser(GROUP_QUERY_ATTENTION, context)
+    return fuser.place_all(matches, pasts), fuser.finish
 
 
 def _analyzed(subject: Subject) -> Analysis:
