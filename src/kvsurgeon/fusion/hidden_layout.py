@@ -14,8 +14,7 @@ from kvsurgeon.fusion.score_path import MOVES
 from kvsurgeon.graph.query import chain
 from kvsurgeon.heads.index_trace import IndexTrace
 from kvsurgeon.ops.table import has_trait
-from kvsurgeon.rewrite.dimension_names import dim_names
-from kvsurgeon.rewrite.reshape_targets import reshape_target
+from kvsurgeon.rewrite.declared_shapes import dim_names
 from kvsurgeon.symbolic.dimension import Dimension
 
 _SWAP = (0, 2, 1, 3)  # [batch, heads, sequence, head_dim] to [batch, sequence, heads, head_dim] and back
@@ -79,7 +78,7 @@ class HiddenLayout:
     ) -> ir.Value:
         if tuple(before) == tuple(after):
             return value
-        target, name = reshape_target(self.context.lengths, after, before), f"{value.name}.rows"
+        target, name = self.context.lengths.reshape_target(after, before), f"{value.name}.rows"
         return self.editor.node("Reshape", [value, target], name=name, dtype=dtype, shape=dim_names(after))
 
     def _transpose(self, value: ir.Value, order: Sequence[int], dtype: ir.DataType) -> ir.Value:

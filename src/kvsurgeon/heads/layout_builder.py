@@ -12,7 +12,6 @@ from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.heads.layout import Layout, NamedDims
 from kvsurgeon.rewrite.lengths import LengthValues, sources_of
-from kvsurgeon.rewrite.reshape_targets import reshape_target
 from kvsurgeon.symbolic.dimension import Dimension
 
 Shape = Sequence[Dimension]
@@ -37,7 +36,7 @@ class LayoutBuilder:
         """Return the value of shape `before` in shape `after`."""
         if list(before) == list(after):
             return value
-        return self._node("Reshape", [value, reshape_target(self.lengths, after, before)], {}, "reshaped")
+        return self._node("Reshape", [value, self.lengths.reshape_target(after, before)], {}, "reshaped")
 
     def transpose(self, value: ir.Value, order: Sequence[int]) -> ir.Value:
         """Return the value with its axes in another order."""

@@ -16,7 +16,6 @@ from kvsurgeon.heads.node_edit import NodeEdit, NodeInputs
 from kvsurgeon.heads.weights import packed_product, product
 from kvsurgeon.ops.operator import AxisLinks, Label, Operator, Trait, UntraceableAxesError
 from kvsurgeon.ops.table import axis_links, operator_of
-from kvsurgeon.rewrite.reshape_targets import expand_target, reshape_target
 from kvsurgeon.symbolic.dimension import Dimension
 
 
@@ -104,7 +103,7 @@ def _expanded_target(change: NodeEdit) -> ir.Value:
     after, before = change.scaled(change.result, change.axis), change.shape(0)
     shift = len(after) - len(before)
     kept = [at >= shift and before[at - shift] == change.result[at] for at in range(len(after))]
-    return expand_target(change.propagation.lengths, after, kept)
+    return change.propagation.lengths.expand_target(after, kept)
 
 
 def _reshaped(change: NodeEdit, links: AxisLinks) -> NodeInputs | None:
@@ -115,7 +114,7 @@ def _reshaped(change: NodeEdit, links: AxisLinks) -> NodeInputs | None:
     if links.target is None:
         return NodeInputs(inputs=[change.propagated(0, before), *change.inputs[1:]])
     after = change.scaled(change.result, change.axis)
-    target = reshape_target(change.propagation.lengths, after, change.scaled(change.shape(0), before))
+    target = change.propagation.lengths.reshape_target(after, change.scaled(change.shape(0), before))
     return NodeInputs(inputs=[change.propagated(0, before), target], without=frozenset({"allowzero", "shape"}))
 
 

@@ -18,8 +18,7 @@ from kvsurgeon.rewrite.cache_plan import CachePlan, find_sources
 from kvsurgeon.rewrite.cache_tensors import CacheTensor
 from kvsurgeon.rewrite.causal_masks import mask_causal_operators
 from kvsurgeon.rewrite.context_slices import ContextSlices
-from kvsurgeon.rewrite.declared_shapes import declare_shapes, outputs_of_cache_length
-from kvsurgeon.rewrite.dimension_names import dim_names
+from kvsurgeon.rewrite.declared_shapes import declare_shapes, dim_names, outputs_of_cache_length
 from kvsurgeon.rewrite.head_grouping import HeadGrouping
 from kvsurgeon.rewrite.lengths import LengthValues
 from kvsurgeon.rewrite.token_data import InputsBefore, TokenRewriter
@@ -49,8 +48,8 @@ def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperator
     sources = find_sources(plan, analysis, editor, pasts[plan.tensors[0]])
     lengths = LengthValues(editor, sources, total=plan.total, limit=plan.limit)
     slices = ContextSlices(flow, editor, lengths, analysis.inputs, analysis.same)
-    tokens = TokenRewriter(flow, editor, lengths, slices, before)
-    grouping = HeadGrouping(flow, tokens)
+    tokens = TokenRewriter(slices, before)
+    grouping = HeadGrouping(tokens)
     updated, connect_operators = add_operators(lengths, before, pasts)
     presents = _update_caches(plan, lengths, grouping, pasts, updated)
     for node in flow.order:

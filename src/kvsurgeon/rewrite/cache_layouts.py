@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from kvsurgeon.analysis.cache_points import CachePoint
-from kvsurgeon.rewrite.dimension_names import dim_names
+from kvsurgeon.rewrite.declared_shapes import dim_names
 from kvsurgeon.rewrite.lengths import LengthValues
-from kvsurgeon.rewrite.reshape_targets import reshape_target
 from kvsurgeon.symbolic.dimension import NEW, Dimension
 
 Order = tuple[int, int, int, int]  # for each axis of the cache its index in [batch, kv_heads, sequence, head_dim]
@@ -86,7 +85,7 @@ def _canonical_rows(lengths: LengthValues, point: CachePoint) -> ir.Value:
 def _reshaped(
     lengths: LengthValues, point: CachePoint, value: ir.Value, sizes: Sequence[Dimension], name: str
 ) -> ir.Value:
-    target, shape = reshape_target(lengths, sizes), dim_names(sizes)
+    target, shape = lengths.reshape_target(sizes), dim_names(sizes)
     return lengths.editor.node("Reshape", [value, target], name=name, dtype=point.dtype, shape=shape)
 
 

@@ -14,11 +14,10 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.attention_sites import AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import CachePoint
-from kvsurgeon.analysis.token_flow import FusedAttention, TokenFlow
+from kvsurgeon.analysis.token_flow import FusedAttention
 from kvsurgeon.rewrite.cache_layouts import CANONICAL, Order, from_cache, reordered
-from kvsurgeon.rewrite.dimension_names import dim_names
+from kvsurgeon.rewrite.declared_shapes import dim_names
 from kvsurgeon.rewrite.layout_trace import HEAD_DIM, SEQUENCE, LayoutTrace, trace_layout
-from kvsurgeon.rewrite.reshape_targets import reshape_target
 from kvsurgeon.rewrite.token_data import TokenRewriter
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
@@ -32,8 +31,8 @@ _TRANSPOSED_KEYS: Order = (0, 1, 3, 2)
 class HeadGrouping:
     """Connects attention products to the cache, without copies of it if possible."""
 
-    def __init__(self, flow: TokenFlow, tokens: TokenRewriter) -> None:
-        self.flow = flow
+    def __init__(self, tokens: TokenRewriter) -> None:
+        self.flow = tokens.flow
         self.tokens = tokens
         self.editor = tokens.editor
         self.lengths = tokens.lengths
@@ -108,7 +107,7 @@ class HeadGrouping:
         before, result = self._sizes(queries), self._sizes(node.outputs[0])
         group = [point.batch, point.heads, dim.multiply(trace.repeats, before[-2])]
         if not _same(before, [*group, before[-1]]):
-            target = reshape_target(self.lengths, [*group, before[-1]], before)
+            target = self.lengths.reshape_target([*group, before[-1]], before)
             query = self.editor.node(
                 "Reshape", [query, target], name=f"{query.name}.grouped", dtype=point.dtype,
                 shape=dim_names([*group, before[-1]]),
@@ -116,7 +115,7 @@ class HeadGrouping:
         self.editor.replace_input(node, 1 - index, query)
         self.editor.replace_input(node, index, rows)
         if not _same([*group, result[-1]], result):
-            target = reshape_target(self.lengths, result, [*group, result[-1]])
+            target = self.lengths.reshape_target(result, [*group, result[-1]])
             shapes = dim_names([*group, result[-1]]), dim_names(result)
             self.editor.append_to(node.outputs[0], "Reshape", [target], point.dtype, shapes)
 

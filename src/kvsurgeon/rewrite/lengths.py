@@ -17,7 +17,7 @@ import sympy
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import LENGTH, NEW, PAST, TOTAL, Dimension
+from kvsurgeon.symbolic.dimension import BATCH, LENGTH, NEW, PAST, TOTAL, Dimension
 from kvsurgeon.symbolic.sequence_axes import Length
 
 INT64 = ir.DataType.INT64
@@ -116,6 +116,26 @@ class LengthValues:
             return flat
         target = self.editor.constant(list(numbers.shape), name="shape")
         return self.editor.node("Reshape", [flat, target], name="numbers", dtype=INT64, shape=numbers.shape)
+
+    def reshape_target(self, after: Sequence[Dimension], before: Sequence[Dimension] = ()) -> ir.Value:
+        """Return the target of a `Reshape`, with as few computed numbers as possible.
+
+        Args:
+            after: Shape of the result.
+            before: Shape of the operand, whose dimensions the target copies if they stay in place; empty if unknown.
+        """
+        numbers: list[Dimension] = []
+        for place, size in enumerate(after):
+            is_copied = not isinstance(size, int) and place < len(before) and before[place] == size
+            numbers.append(0 if is_copied else size)
+        dynamic = [place for place, size in enumerate(numbers) if not isinstance(size, int)]
+        if dynamic:
+            numbers[max(dynamic, key=lambda place: after[place] is not BATCH)] = -1
+        return self.vector(numbers)
+
+    def expand_target(self, after: Sequence[Dimension], kept: Sequence[bool]) -> ir.Value:
+        """Return the target of an `Expand` to a shape; `kept` are the axes that the operand has in this size."""
+        return self.vector([1 if same else size for same, size in zip(kept, after, strict=True)])
 
     def repeated(self, number: Dimension, times: Dimension) -> ir.Value:
         """Return a number repeated so many times, as an int64 vector."""

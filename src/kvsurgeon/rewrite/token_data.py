@@ -7,15 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
-from kvsurgeon.graph.editor import Editor
 from kvsurgeon.rewrite.context_slices import ContextSlices
-from kvsurgeon.rewrite.dimension_names import dim_names
-from kvsurgeon.rewrite.lengths import LengthValues
-from kvsurgeon.rewrite.reshape_targets import expand_target, reshape_target
+from kvsurgeon.rewrite.declared_shapes import dim_names
 from kvsurgeon.rewrite.unfilled_rows import in_row_order
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import PAST, Dimension
@@ -30,19 +26,14 @@ class TokenRewriter:
     """Rewires the nodes on token data.
 
     Attributes:
-        flow: Token flow of the export.
-        editor: The editor of the graph.
-        lengths: Lengths at run time.
         slices: Context at the two lengths.
         before: Inputs of each node before the rewrite.
     """
 
-    def __init__(
-        self, flow: TokenFlow, editor: Editor, lengths: LengthValues, slices: ContextSlices, before: InputsBefore
-    ) -> None:
-        self.flow = flow
-        self.editor = editor
-        self.lengths = lengths
+    def __init__(self, slices: ContextSlices, before: InputsBefore) -> None:
+        self.flow = slices.flow
+        self.editor = slices.editor
+        self.lengths = slices.lengths
         self.slices = slices
         self.before = before
         self._totals: dict[ir.Value, ir.Value] = {}
@@ -131,8 +122,8 @@ class TokenRewriter:
         if node.op_type == "Expand":
             shift = len(after) - len(before)
             kept = [place >= shift and before[place - shift] == size for place, size in enumerate(after)]
-            return expand_target(self.lengths, sizes, kept)
-        return reshape_target(self.lengths, sizes, given)
+            return self.lengths.expand_target(sizes, kept)
+        return self.lengths.reshape_target(sizes, given)
 
     def _parameter(self, node: ir.Node, index: int, value: ir.Value, length: Length) -> ir.Value:
         """Return bounds that depend on the length, at the length of their variable."""

@@ -141,7 +141,7 @@ def test_verification_stays_within_the_maximum_length(name):
     report = verify(original, injected(original, **CACHE_MODES[name]), threads=1)
     assert (report.verdict, report.problems) == ("same", ())
     assert max(trial.length for trial in report.comparisons) > 70
-    assert any("it takes no more" in note for note in report.notes)
+    assert any("the candidate model takes no more" in note for note in report.notes)
 
 
 def test_capacity_above_the_maximum_length_is_rejected():

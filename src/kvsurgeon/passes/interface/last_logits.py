@@ -10,6 +10,7 @@ import onnx_ir as ir
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.query import chain
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.interface.past_length_from_positions import POSITIONS
 
@@ -82,24 +83,19 @@ def _select(editor: Editor, logits: ir.Value, place: ir.Value) -> None:
 
 def _before_lm_head(logits: ir.Value) -> tuple[ir.Value, list[ir.Value]]:
     """Return the first value from which the logits are computed token by token, and the values after it."""
-    value, later = logits, []
     if logits.uses():
         return logits, []
-    while (node := value.producer()) is not None and (source := _token_input(node)) is not None:
-        if source.is_graph_output() or len(list(source.uses())) != 1:
-            break
-        later.append(value)
-        value = source
-    return value, later
+    *later, hidden = chain(logits, _token_input)
+    return hidden, later
 
 
 def _token_input(node: ir.Node) -> ir.Value | None:
-    """Return the input whose tokens a node keeps apart, if its other inputs are constants that apply to all tokens."""
+    """Return the input whose tokens a node keeps apart, if nothing else reads it and all others are constants."""
     if node.op_type not in _TOKENWISE:
         return None
     tokens = [value for value in node.inputs if value is not None and constant_tensor(value) is None]
     ranks = [len(tensor.shape) for value in node.inputs if (tensor := constant_tensor(value)) is not None]
     max_rank = {"MatMulNBits": 3, "MatMul": 2}.get(node.op_type, 1)
-    if len(tokens) != 1 or max(ranks, default=0) > max_rank:
+    if len(tokens) != 1 or max(ranks, default=0) > max_rank or (node.inputs[0] is not tokens[0] and max_rank > 1):
         return None
-    return tokens[0] if node.inputs[0] is tokens[0] or max_rank == 1 else None
+    return None if tokens[0].is_graph_output() or len(list(tokens[0].uses())) != 1 else tokens[0]
