@@ -251,12 +251,12 @@ def test_passes_lists_all_passes_and_their_errors(shell, site):
 
 def test_a_plugin_is_a_command(shell, site, models, tmp_path):
     install("sample", site)
-    options = ("--note", "seen", "--operators", "Add,Mul", "-o", tmp_path / "out")
+    options = ("--note", "checked", "--operators", "Add,Mul", "-o", tmp_path / "out")
     code, out, err = shell("annotate", models / "given", *options)
     assert (code, err) == (0, "")
     assert "verified: largest error" in out
     model = onnx.load(tmp_path / "out" / "model.onnx", load_external_data=False)
-    noted = {node.op_type for node in model.graph.node if [one.value for one in node.metadata_props] == ["seen"]}
+    noted = {node.op_type for node in model.graph.node if [one.value for one in node.metadata_props] == ["checked"]}
     assert noted == {"Add", "Mul"}
 
 
@@ -312,11 +312,11 @@ def test_plugins_of_both_kinds_run_with_inject_on_a_real_export(shell, site, tmp
         ("unannotated", 2, "pass unannotated"),
     ],
 )
-@pytest.mark.parametrize("way", ["alone", "in a pipeline"])
-def test_an_error_names_the_plugin_and_nothing_is_written(shell, site, models, tmp_path, name, code, words, way):
+@pytest.mark.parametrize("command", ["pass", "run"])
+def test_an_error_names_the_plugin_and_nothing_is_written(shell, site, models, tmp_path, name, code, words, command):
     install("troubled", site)
-    command = [name] if way == "alone" else ["run", "-p", name]
-    found, out, err = shell(*command, models / "given", "-o", tmp_path / "out")
+    arguments = [name] if command == "pass" else ["run", "-p", name]
+    found, out, err = shell(*arguments, models / "given", "-o", tmp_path / "out")
     assert (found, out) == (code, "")
     assert words in err
     assert err.count("\n") == 1

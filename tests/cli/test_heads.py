@@ -88,7 +88,7 @@ needs_rights = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """A model whose weights lie in a file beside it."""
+    """A model with external data."""
     folder = tmp_path_factory.mktemp("packed") / "model"
     io.save(io.load(DEMO), folder, source=DEMO, pack=True)
     return folder

@@ -60,10 +60,10 @@ def test_side_files_can_read_the_files_that_they_replace(given, tmp_path):
     (source / "tokenizer.json").write_text('{"words": 3}')
     (source / "broken.json").write_text("{")
     (source / "list.json").write_text("[]")
-    told = {}
-    side_files = {name: lambda model: told.update(model.source_files) for name in names}
+    found = {}
+    side_files = {name: lambda model: found.update(model.source_files) for name in names}
     build_target(source, replace(PLAIN, side_files=side_files), tmp_path / "out", verify=False)
-    assert told == {"config.json": json.loads((given / "config.json").read_text()), "tokenizer.json": {"words": 3}}
+    assert found == {"config.json": json.loads((given / "config.json").read_text()), "tokenizer.json": {"words": 3}}
     assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == {"words": 3}
 
 

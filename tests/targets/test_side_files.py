@@ -13,13 +13,8 @@ from model_infos import model_info
 from kvsurgeon.targets.compatibility import find_incompatibilities
 from kvsurgeon.targets.deepsparse import DEEPSPARSE
 from kvsurgeon.targets.genai import GENAI, genai_config
+from kvsurgeon.targets.hugging_face_files import tokenizer_config_before_5, tokenizer_with_text_merges
 from kvsurgeon.targets.optimum import BY_HEAD_DIM, BY_KV_HEADS, OPTIMUM, optimum_config
-from kvsurgeon.targets.tokenizers import (
-    CONFIG_FILE,
-    TOKENIZER_FILE,
-    tokenizer_config_before_5,
-    tokenizer_with_text_merges,
-)
 from kvsurgeon.targets.transformers_js import TRANSFORMERS_JS, transformers_js_config
 
 
@@ -149,21 +144,22 @@ def source_file(name, content):
 def test_the_tokenizer_class_has_its_name_before_transformers_5():
     content = {"tokenizer_class": "TokenizersBackend", "eos_token": "</s>"}
     expected = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
-    assert tokenizer_config_before_5(source_file(CONFIG_FILE, content)) == expected
-    assert tokenizer_config_before_5(source_file(CONFIG_FILE, {"tokenizer_class": "LlamaTokenizer"})) is None
+    assert tokenizer_config_before_5(source_file("tokenizer_config.json", content)) == expected
+    other = source_file("tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
+    assert tokenizer_config_before_5(other) is None
     assert tokenizer_config_before_5(model_info()) is None
 
 
 def test_merges_are_texts_unless_a_part_contains_a_space():
     content = {"version": "1.0", "model": {"type": "BPE", "merges": [["a", "b"], ["ab", "c"]]}}
-    assert tokenizer_with_text_merges(source_file(TOKENIZER_FILE, content))["model"] == {
+    assert tokenizer_with_text_merges(source_file("tokenizer.json", content))["model"] == {
         "type": "BPE",
         "merges": ["a b", "ab c"],
     }
-    assert tokenizer_with_text_merges(source_file(TOKENIZER_FILE, content))["version"] == "1.0"
+    assert tokenizer_with_text_merges(source_file("tokenizer.json", content))["version"] == "1.0"
     for merges in (["a b"], [["a", " b"]], []):
-        assert tokenizer_with_text_merges(source_file(TOKENIZER_FILE, {"model": {"merges": merges}})) is None
-    assert tokenizer_with_text_merges(source_file(TOKENIZER_FILE, {"model": None})) is None
+        assert tokenizer_with_text_merges(source_file("tokenizer.json", {"model": {"merges": merges}})) is None
+    assert tokenizer_with_text_merges(source_file("tokenizer.json", {"model": None})) is None
     assert tokenizer_with_text_merges(model_info()) is None
 
 

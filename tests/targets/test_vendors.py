@@ -1,4 +1,4 @@
-"""What compilers of vendors are given: the interface, the operators and the side files that they ask for."""
+"""Interface, operators and side files of the targets of vendors."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
     return home
 
 
-def test_tensorrt_writes_buffers_of_fixed_sizes_in_place(folders):
+def test_tensorrt_updates_fixed_buffers_in_place(folders):
     graph = onnx.load(folders / "tensorrt" / "model.onnx").graph
     inputs = {value.name: dims(value) for value in graph.input}
     assert inputs["past_key_values.0.key"] == [1, 2, 24, 8]
@@ -42,27 +42,27 @@ def test_tensorrt_writes_buffers_of_fixed_sizes_in_place(folders):
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_tensorrt_has_every_operator_of(name):
+def test_tensorrt_supports_every_operator_of(name):
     assert all(not one.blocking for one in build_target(export(name), "tensorrt", options={"max_length": 24}).warnings)
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "qaic", "qnn"])
-def test_a_text_is_as_long_as_the_model_takes(target):
+def test_the_text_length_is_limited_by_the_model(target):
     model = Decoder(Config(layers=1, windowed=(), max_length=100)).model()
-    delivery = build_target(model, target)
-    assert delivery.target.max_length == 100
+    result = build_target(model, target)
+    assert result.target.max_length == 100
     with pytest.raises(UnsupportedError, match="expected max-length of at most 100, found 101"):
         build_target(model, target, options={"max_length": 101})
 
 
-def test_tensorrt_has_as_many_rows_as_asked_for_or_as_there_can_be():
+def test_tensorrt_buffers_have_the_text_length():
     model = Decoder(Config(layers=1, windowed=(), max_length=100)).model()
     for options, rows in (({}, 100), ({"max_length": 40}, 40)):
         made = io.to_proto(build_target(model, "tensorrt", options=options).model)
         assert dims(next(value for value in made.graph.input if value.name.startswith("past_key"))) == [1, 2, rows, 8]
 
 
-def test_qaic_is_given_positions_and_keeps_its_state(folders):
+def test_qaic_has_positions_and_retained_state(folders):
     graph = onnx.load(folders / "qaic" / "model.onnx").graph
     assert {value.name: dims(value) for value in graph.input} == {
         "input_ids": [1, "seq_len"],
@@ -74,7 +74,7 @@ def test_qaic_is_given_positions_and_keeps_its_state(folders):
     assert dims(graph.output[0])[:2] == [1, 1]
 
 
-def test_qaic_is_compiled_for_prefill_and_for_a_step(folders):
+def test_qaic_is_compiled_for_prefill_and_decode_step(folders):
     sizes = json.loads((folders / "qaic" / "specializations.json").read_text("utf-8"))["specializations"]
     assert [size["seq_len"] for size in sizes] == ["32", "1"]
     assert all(size["batch_size"] == "1" and size["ctx_len"] == "128" for size in sizes)
@@ -84,7 +84,7 @@ def test_qaic_is_compiled_for_prefill_and_for_a_step(folders):
 
 
 @pytest.mark.parametrize(("file", "tokens"), [("prefill.onnx", 128), ("decode.onnx", 1)])
-def test_qnn_is_given_context_and_gives_new_rows(folders, file, tokens):
+def test_qnn_takes_context_and_returns_new_rows(folders, file, tokens):
     graph = onnx.load(folders / "qnn" / file).graph
     inputs = {value.name: dims(value) for value in graph.input}
     assert inputs["input_ids"] == [1, tokens]
@@ -97,15 +97,15 @@ def test_qnn_is_given_context_and_gives_new_rows(folders, file, tokens):
         isinstance(size, int) for value in (*graph.input, *graph.output, *graph.value_info) for size in dims(value)
     )
     assert not {node.op_type for node in graph.node} & {"Shape", "Range", "IsNaN", "Expand", "ConstantOfShape"}
-    told = json.loads((folders / "qnn" / "context.json").read_text("utf-8"))["inputs"]
-    assert {name: how["kind"] for name, how in told.items()} == {
+    described = json.loads((folders / "qnn" / "context.json").read_text("utf-8"))["inputs"]
+    assert {name: how["kind"] for name, how in described.items()} == {
         "attention_mask": "mask", "position_ids_cos": "rows", "position_ids_sin": "rows"
     }  # fmt: skip
-    assert set(told) < set(inputs)
+    assert set(described) < set(inputs)
 
 
 @pytest.mark.parametrize("target", ["qaic", "qnn"])
-def test_operators_that_are_not_of_onnx_are_told(target):
+def test_custom_operators_are_a_warning(target):
     model = onnx.ModelProto.FromString(Decoder(Config(layers=1, windowed=())).model().SerializeToString())
     gelu = onnx.helper.make_node("Gelu", ["logits.before"], ["logits"], domain="com.microsoft")
     makes = next(node for node in model.graph.node if "logits" in node.output)
@@ -120,7 +120,7 @@ def test_operators_that_are_not_of_onnx_are_told(target):
 
 
 def weights_of(file):
-    """Where each weight of a file lies: name of its data file, offset, bytes."""
+    """Return the location, offset and length of each weight."""
     graph = onnx.load(file, load_external_data=False).graph
     return {
         one.name: tuple(sorted((entry.key, entry.value) for entry in one.external_data))
@@ -130,7 +130,7 @@ def weights_of(file):
 
 
 @pytest.mark.parametrize("outside", [True, False])
-def test_both_files_of_qnn_share_one_file_of_weights(tmp_path, outside):
+def test_both_files_of_qnn_share_one_data_file(tmp_path, outside):
     model = Decoder(Config(layers=2)).model()
     before = {one.name: onnx.numpy_helper.to_array(one) for one in model.graph.initializer}
     onnx.save(model, tmp_path / "model.onnx", save_as_external_data=outside, location="data.bin", size_threshold=1024)

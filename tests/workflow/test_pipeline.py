@@ -24,7 +24,7 @@ class Sample:
 
     Attributes:
         count: How often,
-            told in two lines.
+            in two lines.
         mode: How.
     """
 
@@ -135,7 +135,7 @@ def test_a_malformed_text_is_an_error(text, message):
 
 def test_option_help_comes_from_the_docstring():
     explained = {option.field: option.help for option in options_of(Sample)}
-    assert (explained["count"], explained["mode"], explained["path"]) == ("How often, told in two lines.", "How.", "")
+    assert (explained["count"], explained["mode"], explained["path"]) == ("How often, in two lines.", "How.", "")
 
 
 # Passes
@@ -347,8 +347,8 @@ def test_a_model_that_cannot_run_is_not_verified(decoder, tmp_path):
     odd = onnx.ModelProto()
     odd.CopyFrom(decoder)
     table = next(node for node in odd.graph.node if node.op_type == "Gather")
-    odd.graph.node.insert(0, onnx.helper.make_node("Nowhere", ["input_ids"], ["odd_ids"], domain="nobody"))
-    odd.opset_import.append(onnx.helper.make_opsetid("nobody", 1))
+    odd.graph.node.insert(0, onnx.helper.make_node("Nowhere", ["input_ids"], ["odd_ids"], domain="unknown"))
+    odd.opset_import.append(onnx.helper.make_opsetid("unknown", 1))
     table.input[1] = "odd_ids"
     with pytest.raises(
         UnsupportedError, match=r"cannot verify the result: .*skip verification by --no-verify, or verify=False"

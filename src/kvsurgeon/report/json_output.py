@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT
 from kvsurgeon.errors import PluginError
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from kvsurgeon.passes.contract import Pass
     from kvsurgeon.targets import Incompatibility, Target
     from kvsurgeon.workflow.pipeline import PipelineRun
+
+
+T = TypeVar("T")
 
 
 def print_json(document: Any) -> None:
@@ -52,40 +55,39 @@ def run_json(run: PipelineRun) -> dict[str, Any]:
 
 def passes_json() -> list[dict[str, Any]]:
     """Return every pass with its options; one that cannot be loaded has an `error`."""
-    return [_pass_json(plugin) for plugin in PASSES.plugins()] + [
+    return [_plugin_json(plugin, _pass_json) for plugin in PASSES.plugins()] + [
         {"name": plugin.name, "package": plugin.package, "error": message} for plugin, message in PASSES.conflicts()
     ]
-
-
-def _pass_json(plugin: Plugin[type[Any]]) -> dict[str, Any]:
-    from kvsurgeon.passes.options import options_of, summary
-
-    document = {"name": plugin.name, "package": plugin.package, "target": plugin.reference}
-    try:
-        pass_class = plugin.load()
-    except PluginError as error:
-        return {**document, "error": str(error)}
-    options = [
-        {"name": one.name, "type": one.kind, "required": one.required, "default": one.default, "help": one.help}
-        for one in options_of(pass_class)
-    ]
-    return {**document, "summary": summary(pass_class), "options": options}
 
 
 def targets_json() -> list[dict[str, Any]]:
     """Return every target with its summary; one that cannot be loaded has an `error`."""
     from kvsurgeon.targets import TARGETS
 
-    documents = []
-    for plugin in TARGETS.plugins():
-        document = {"name": plugin.name, "package": plugin.package}
-        try:
-            target = plugin.load()
-        except PluginError as error:
-            documents.append({**document, "error": str(error)})
-        else:
-            documents.append({**document, "summary": target.summary, "tried": target.tested_with})
-    return documents
+    return [
+        _plugin_json(plugin, lambda target: {"summary": target.summary, "tried": target.tested_with})
+        for plugin in TARGETS.plugins()
+    ]
+
+
+def _plugin_json(plugin: Plugin[T], describe: Callable[[T], dict[str, Any]]) -> dict[str, Any]:
+    document = {"name": plugin.name, "package": plugin.package}
+    if plugin.kind == "pass":
+        document["target"] = plugin.reference
+    try:
+        return {**document, **describe(plugin.load())}
+    except PluginError as error:
+        return {**document, "error": str(error)}
+
+
+def _pass_json(pass_class: type[Any]) -> dict[str, Any]:
+    from kvsurgeon.passes.options import options_of, summary
+
+    options = [
+        {"name": one.name, "type": one.kind, "required": one.required, "default": one.default, "help": one.help}
+        for one in options_of(pass_class)
+    ]
+    return {"summary": summary(pass_class), "options": options}
 
 
 def target_json(target: Target) -> dict[str, Any]:

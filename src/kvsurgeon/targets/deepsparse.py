@@ -10,14 +10,9 @@ from kvsurgeon.passes.interface.add_position_ids import AddPositionIds
 from kvsurgeon.passes.interface.rename_io import RenameIo
 from kvsurgeon.passes.operators.concat_to_tile import ConcatToTile
 from kvsurgeon.passes.opset.lower_opset import LowerOpset
+from kvsurgeon.targets.hugging_face_files import tokenizer_config_before_5, tokenizer_with_text_merges
 from kvsurgeon.targets.model_info import ModelInfo
 from kvsurgeon.targets.target import Incompatibility, Target, warning
-from kvsurgeon.targets.tokenizers import (
-    CONFIG_FILE,
-    TOKENIZER_FILE,
-    tokenizer_config_before_5,
-    tokenizer_with_text_merges,
-)
 
 _OPSET = 17  # the newest that its own engine loads; onnxruntime under it loads 19
 # compute_engine_inputs takes the first two by their index, and computes the last one from the others
@@ -66,8 +61,8 @@ DEEPSPARSE = Target(
     required_files=("tokenizer.json", "tokenizer_config.json"),
     side_files={
         "config.json": _config,
-        CONFIG_FILE: tokenizer_config_before_5,
-        TOKENIZER_FILE: tokenizer_with_text_merges,
+        "tokenizer_config.json": tokenizer_config_before_5,
+        "tokenizer.json": tokenizer_with_text_merges,
     },
     checks=(_check,),
 )

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kvsurgeon.targets.configs import check_model_type, with_unknown_tokens
+from kvsurgeon.targets.hugging_face_files import check_model_type, tokenizer_config_before_5, with_unknown_tokens
 from kvsurgeon.targets.model_info import ModelInfo
 from kvsurgeon.targets.target import Incompatibility, Target, warning
-from kvsurgeon.targets.tokenizers import CONFIG_FILE, tokenizer_config_before_5
 
 # Source: ORTModelForCausalLM.__init__ of optimum-onnx 0.1.0. It derives the shape of the empty caches from the config,
 # by model type: types in the first set read `num_key_value_heads`, those in the second `head_dim`; any other type has
@@ -92,6 +91,6 @@ OPTIMUM = Target(
     cache_dtypes={"float32", "float16"},
     static_axes=(1, 3),
     uniform=True,
-    side_files={"config.json": optimum_config, CONFIG_FILE: tokenizer_config_before_5},
+    side_files={"config.json": optimum_config, "tokenizer_config.json": tokenizer_config_before_5},
     checks=(_check,),
 )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvsurgeon.passes.interface.integer_inputs import Int64Inputs
-from kvsurgeon.targets.configs import check_model_type, with_unknown_tokens
+from kvsurgeon.targets.hugging_face_files import check_model_type, with_unknown_tokens
 from kvsurgeon.targets.model_info import ModelInfo
 from kvsurgeon.targets.target import Incompatibility, Target
 
