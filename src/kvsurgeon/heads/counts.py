@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.attention_sites import AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import cache_point_of
+from kvsurgeon.analysis.token_data import token_inputs
 from kvsurgeon.analysis.token_flow import FusedAttention, TokenFlow
 from kvsurgeon.heads.index_trace import IndexTrace
 from kvsurgeon.ops.table import contraction_of
@@ -42,15 +43,15 @@ def counts_of(flow: TokenFlow, site: AttentionSite) -> HeadCounts:
 
 def _width_before_repetition(flow: TokenFlow, operand: CachedOperand) -> int:
     """Features of one token before heads are repeated, also if that is before the cache point."""
-    labels = IndexTrace(flow)
+    trace = IndexTrace(flow)
     value, fewest = operand.cache_point.value, operand.cache_point.elements
-    while (node := value.producer()) is not None and labels.is_elementwise(node):
-        sources = labels.token_sources(node)
+    while (node := value.producer()) is not None and trace.is_elementwise(node):
+        sources = token_inputs(flow, node)
         before = cache_point_of(flow, sources[0]) if len(sources) == 1 else None
         after = cache_point_of(flow, value)
         if before is None or after is None:
             break
-        if labels.rearranges(node) and before.elements < after.elements:
+        if trace.rearranges(node) and before.elements < after.elements:
             fewest = min(fewest, before.elements)
         value = sources[0]
     return fewest

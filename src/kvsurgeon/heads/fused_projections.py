@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.analysis.token_data import token_inputs
 from kvsurgeon.analysis.token_flow import Place
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import find_live, upstream
@@ -148,7 +150,7 @@ class FusedProjections:
         """The columns that make anything else, separated as early as the new heads allow."""
         wanted = {request.values[0] for request in requests} | self._unused
         ours = [value for value in wanted if self.trace.source(value) is source]
-        toward = {source, *upstream(ours, stop=lambda value: value is source, inputs=self.trace.token_sources)}
+        toward = {source, *upstream(ours, stop=lambda value: value is source, inputs=partial(token_inputs, self.flow))}
         live = find_live(self.propagation.editor.graph)
         found: list[ProjectionSlice] = []
         pending = [source]

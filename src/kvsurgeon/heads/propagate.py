@@ -98,7 +98,7 @@ class HeadPropagation:
         made = inputs_with_heads(change)
         if made is not None:
             return self._copy(node, made).outputs[value.index() or 0]
-        placeholder = ir.Value(name=f"{value.name}.placeholder", type=value.type)
+        placeholder = ir.Value(name=f"{value.name}.stand_in", type=value.type)
         self.requests.append(HeadRequest(values=values, axis=axis, selection=selection, placeholder=placeholder))
         return placeholder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.attention_sites import AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import cache_point_of
+from kvsurgeon.analysis.token_data import token_inputs
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import chain, producers, upstream
 from kvsurgeon.heads.counts import HeadCounts
@@ -63,7 +65,7 @@ def operand_value(operand: CachedOperand) -> ir.Value:
 
 
 def find_repetition(
-    labels: IndexTrace, layer: int, site: AttentionSite, operand: CachedOperand, counts: HeadCounts
+    trace: IndexTrace, layer: int, site: AttentionSite, operand: CachedOperand, counts: HeadCounts
 ) -> HeadRepetition:
     """Return how the heads of keys or values of an attention are repeated.
 
@@ -71,37 +73,37 @@ def find_repetition(
         UnsupportedError: The heads cannot be traced.
     """
     try:
-        return _find(labels, site, operand, counts)
+        return _find(trace, site, operand, counts)
     except UnsupportedError as error:
         error.layer = layer if error.layer is None else error.layer
         raise
 
 
-def _find(labels: IndexTrace, site: AttentionSite, operand: CachedOperand, counts: HeadCounts) -> HeadRepetition:
+def _find(trace: IndexTrace, site: AttentionSite, operand: CachedOperand, counts: HeadCounts) -> HeadRepetition:
     features = counts.value_dim if operand in site.values else counts.head_dim
-    value, between = operand_value(operand), _nodes_between(labels, operand)
-    start, end = _repeated_values(labels, operand, between, counts.kv_heads * features)
+    value, between = operand_value(operand), _nodes_between(trace, operand)
+    start, end = _repeated_values(trace, operand, between, counts.kv_heads * features)
     sharing: Literal["repeated", "broadcast", "native"] = "repeated"
     if start is not end:
-        table = labels.feature_indices(start, end).reshape(-1, features)
+        table = trace.feature_indices(start, end).reshape(-1, features)
         heads, offsets = np.divmod(table, features)
         if not (offsets == np.arange(features)).all() or not (heads == heads[:, :1]).all():
             raise UnsupportedError("heads are not repeated as a whole", code=Code.UNTRACEABLE_HEADS, at=end.name)
         repeated = heads[:, 0]
-    elif layout_of(labels.flow, value).width != features * counts.kv_heads:
+    elif layout_of(trace.flow, value).width != features * counts.kv_heads:
         raise UnsupportedError(
             "cannot trace where heads are repeated before the product", code=Code.UNTRACEABLE_HEADS, at=value.name
         )
     else:
         repeated = np.arange(counts.kv_heads)
         if site.fused is None and counts.kv_heads == counts.heads:
-            path, cached = _path_to_product(labels, value), operand.cache_point.value
+            path, cached = _path_to_product(trace, value), operand.cache_point.value
             start = end = cached if cached in path else path[0]
         else:
             sharing = "broadcast" if site.fused is None else "native"
-    layout = layout_of(labels.flow, start)
+    layout = layout_of(trace.flow, start)
     start_dims = named_dims(layout, layout.width // features, start)
-    end_dims = named_dims(layout_of(labels.flow, end), len(repeated), end)
+    end_dims = named_dims(layout_of(trace.flow, end), len(repeated), end)
     axis = head_axis(layout, start_dims, start)
     readers = [(node, index) for node, index in end.uses() if node in between]
     return HeadRepetition(
@@ -111,93 +113,93 @@ def _find(labels: IndexTrace, site: AttentionSite, operand: CachedOperand, count
 
 
 def _repeated_values(
-    labels: IndexTrace, operand: CachedOperand, between: set[ir.Node], width: int
+    trace: IndexTrace, operand: CachedOperand, between: set[ir.Node], width: int
 ) -> tuple[ir.Value, ir.Value]:
     """The last value with each head once, and the last repetition of it; twice the operand if there is none.
 
     The nodes in between are added to `between`.
     """
     value = operand_value(operand)
-    before_cache = list(_repetitions_before_cache(labels, operand, between))
-    for path in (_path_to_product(labels, value), _path_from_cache(labels, operand, between), *before_cache):
-        widths = [layout_of(labels.flow, one).width for one in path]
+    before_cache = list(_repetitions_before_cache(trace, operand, between))
+    for path in (_path_to_product(trace, value), _path_from_cache(trace, operand, between), *before_cache):
+        widths = [layout_of(trace.flow, one).width for one in path]
         if width not in widths or max(widths) == width:
             continue
         first = last = max(index for index, one in enumerate(widths) if one == width)
-        while last + 1 < len(path) and labels.rearranges(path[last + 1].producer()):
+        while last + 1 < len(path) and trace.rearranges(path[last + 1].producer()):
             last += 1
         between.update(producers(path[first + 1 :]))
         return path[first], path[last]
     return value, value
 
 
-def _nodes_between(labels: IndexTrace, operand: CachedOperand) -> set[ir.Node]:
+def _nodes_between(trace: IndexTrace, operand: CachedOperand) -> set[ir.Node]:
     """The nodes between the cache point and the product, the product included."""
     cached = operand.cache_point.value
-    values = upstream([operand_value(operand)], stop=lambda value: value is cached, inputs=labels.token_sources)
+    values = upstream(
+        [operand_value(operand)], stop=lambda value: value is cached, inputs=partial(token_inputs, trace.flow)
+    )
     return {operand.place[0], *producers(value for value in values if value is not cached)}
 
 
-def _path_to_product(labels: IndexTrace, value: ir.Value) -> list[ir.Value]:
+def _path_to_product(trace: IndexTrace, value: ir.Value) -> list[ir.Value]:
     """The values that an operand is computed from elementwise or by moving elements, the operand last."""
 
     def source(node: ir.Node) -> ir.Value | None:
-        sources = labels.token_sources(node)
-        return (
-            sources[0] if labels.is_elementwise(node) and len(sources) == 1 and _is_plain(labels, sources[0]) else None
-        )
+        sources = token_inputs(trace.flow, node)
+        return sources[0] if trace.is_elementwise(node) and len(sources) == 1 and _is_plain(trace, sources[0]) else None
 
     return list(chain(value, source))[::-1]
 
 
-def _path_from_cache(labels: IndexTrace, operand: CachedOperand, between: set[ir.Node]) -> list[ir.Value]:
+def _path_from_cache(trace: IndexTrace, operand: CachedOperand, between: set[ir.Node]) -> list[ir.Value]:
     """The values from the cache point towards the product, up to a node that combines several."""
     path, last = [operand.cache_point.value], operand_value(operand)
     while path[-1] is not last:
         nodes = {node for node, _ in path[-1].uses() if node in between}
         node = nodes.pop() if len(nodes) == 1 else None
-        if node is None or not labels.is_elementwise(node) or len(labels.token_sources(node)) != 1:
+        if node is None or not trace.is_elementwise(node) or len(token_inputs(trace.flow, node)) != 1:
             break
         outputs = [value for value in node.outputs if any(user in between for user, _ in value.uses())]
-        if not outputs or not _is_plain(labels, outputs[0]):
+        if not outputs or not _is_plain(trace, outputs[0]):
             break
         path.append(outputs[0])
     return path
 
 
 def _repetitions_before_cache(
-    labels: IndexTrace, operand: CachedOperand, between: set[ir.Node]
+    trace: IndexTrace, operand: CachedOperand, between: set[ir.Node]
 ) -> Iterator[list[ir.Value]]:
     """Paths between projection and cache point on which a value gets wider; their nodes are added to `between`."""
 
     def projected(node: ir.Node) -> list[ir.Value]:
         if has_trait(node, Trait.PROJECTION):
             return []
-        return [value for value in labels.token_sources(node) if labels.is_projected(value)]
+        return [value for value in token_inputs(trace.flow, node) if trace.is_projected(value)]
 
     for value in upstream([operand.cache_point.value], inputs=projected):
         node = value.producer()
         sources = [] if node is None else projected(node)
         # A node that joins several sources does not repeat heads.
-        if node is None or len(sources) != 1 or not labels.rearranges(node):
+        if node is None or len(sources) != 1 or not trace.rearranges(node):
             continue
-        if not _is_plain(labels, value) or not _is_plain(labels, sources[0]):
+        if not _is_plain(trace, value) or not _is_plain(trace, sources[0]):
             continue
-        if layout_of(labels.flow, value).width > layout_of(labels.flow, sources[0]).width:
-            moved = _moved(labels, value)
+        if layout_of(trace.flow, value).width > layout_of(trace.flow, sources[0]).width:
+            moved = _moved(trace, value)
             between.update((node, *(user for one in moved for user, _ in one.uses())))
             yield [sources[0], *moved]
 
 
-def _moved(labels: IndexTrace, value: ir.Value) -> list[ir.Value]:
+def _moved(trace: IndexTrace, value: ir.Value) -> list[ir.Value]:
     """A value, then the values computed from it by moving elements, as long as each has one reader."""
     path = [value]
-    while len(users := {node for node, _ in path[-1].uses()}) == 1 and labels.rearranges(node := users.pop()):
-        if len(node.outputs) > 1 or not _is_plain(labels, node.outputs[0]):
+    while len(users := {node for node, _ in path[-1].uses()}) == 1 and trace.rearranges(node := users.pop()):
+        if len(node.outputs) > 1 or not _is_plain(trace, node.outputs[0]):
             break
         path.append(node.outputs[0])
     return path
 
 
-def _is_plain(labels: IndexTrace, value: ir.Value) -> bool:
-    return cache_point_of(labels.flow, value) is not None
+def _is_plain(trace: IndexTrace, value: ir.Value) -> bool:
+    return cache_point_of(trace.flow, value) is not None

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
+from kvsurgeon.analysis.token_data import upstream_tokens
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import find_live, producers
@@ -44,9 +44,9 @@ class HeadReplacer:
         self.analysis = analysis
         self.flow = analysis.flow
         self.editor = Editor(analysis.model)
-        self.labels = IndexTrace(self.flow)
+        self.trace = IndexTrace(self.flow)
         self.layouts = LayoutBuilder(self.editor, analysis.inputs)
-        self.propagation = HeadPropagation(analysis, self.labels, self.editor, self.layouts.lengths, lossy=lossy)
+        self.propagation = HeadPropagation(analysis, self.trace, self.editor, self.layouts.lengths, lossy=lossy)
         self.counts = tuple(counts_of(self.flow, site) for site in analysis.sites)
         self._repetitions: dict[int, tuple[tuple[HeadRepetition, ...], tuple[HeadRepetition, ...]]] = {}
 
@@ -94,7 +94,7 @@ class HeadReplacer:
         if layer not in self._repetitions:
             site, counts = self.analysis.sites[layer], self.counts[layer]
             keys, values = (
-                tuple(find_repetition(self.labels, layer, site, operand, counts) for operand in operands)
+                tuple(find_repetition(self.trace, layer, site, operand, counts) for operand in operands)
                 for operands in (site.keys, site.values)
             )
             self._repetitions[layer] = keys, values
@@ -105,9 +105,8 @@ class HeadReplacer:
     ) -> None:
         """Connect the products of a layer to keys or values with new heads."""
         first, counts = sources[0], self.counts[layer]
-        self.propagation.region = frozenset(producers(self.labels.upstream_tokens(first.value))) | {
-            first.operand.place[0]
-        }
+        upstream = producers(upstream_tokens(self.flow, first.value))
+        self.propagation.region = frozenset({*upstream, first.operand.place[0]})
         new = self.propagation.propagated(tuple(one.start for one in sources), first.axis, selection)
         dims = with_heads(first.start_dims, selection.size)
         shape = self._shape(first.start)
@@ -147,7 +146,7 @@ class HeadReplacer:
         """Replace `Shape` nodes that read tensors with new heads: they would keep the old tensors alive."""
         live = find_live(self.editor.graph)
         ends = [repetitions[0].value for layer in layers for repetitions in self._repetitions_of(layer)]
-        for value in dict.fromkeys(chain.from_iterable(map(self.labels.upstream_tokens, ends))):
+        for value in dict.fromkeys(value for end in ends for value in self.trace.upstream_tokens(end)):
             for node in {node for node, _ in value.uses() if node.op_type == "Shape" and node in live}:
                 numbers = self.flow.shapes[node.outputs[0]].value
                 if numbers is None or not all(dim.is_known(number) for number in numbers):
@@ -165,8 +164,8 @@ class HeadReplacer:
 
         found: dict[ir.Value, None] = {}
         for repetition in unused:
-            for value in self.labels.upstream_tokens(repetition.start):
-                node, source = value.producer(), self.labels.source(value)
+            for value in upstream_tokens(self.flow, repetition.start):
+                node, source = value.producer(), self.trace.source(value)
                 is_slice = has_trait(node, Trait.SELECT) and source is not value
                 if is_slice and not is_read(value) and is_read(source):
                     found[value] = None
