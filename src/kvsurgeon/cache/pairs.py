@@ -139,21 +139,6 @@ def find_unknown_caches(graph: ir.Graph) -> tuple[ir.Value, ...]:
     return tuple(found)
 
 
-def check_cache_updates(graph: ir.Graph) -> None:
-    """Check that every cached tensor is updated in a known way.
-
-    Raises:
-        UnsupportedError: One is not.
-    """
-    unknown = find_unknown_caches(graph)
-    if unknown:
-        raise UnsupportedError(
-            "the cache is updated in an unknown way", code=Code.UNKNOWN_CACHE, at=unknown[0].name,
-            expected="new rows appended to the past, returned alone, or written by TensorScatter or ScatterElements",
-            found="another update", hint="use the model without a cache",
-        )  # fmt: skip
-
-
 def has_features(value: ir.Value) -> bool:
     """Return whether an input has several features per token, as keys and values have and masks have not."""
     return any(isinstance(size, int) and size > 1 for size in tuple(value.shape or ())[1:])

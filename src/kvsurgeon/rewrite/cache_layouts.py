@@ -11,7 +11,7 @@ from kvsurgeon.rewrite.declared_shapes import dim_names
 from kvsurgeon.rewrite.lengths import LengthValues
 from kvsurgeon.symbolic.dimension import NEW, Dimension
 
-Order = tuple[int, int, int, int]  # for each axis of the cache its index in [batch, kv_heads, sequence, head_dim]
+Order = tuple[int, ...]  # for each axis of the cache its index in [batch, kv_heads, sequence, head_dim]
 
 CANONICAL: Order = (0, 1, 2, 3)
 

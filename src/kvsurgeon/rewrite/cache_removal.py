@@ -21,7 +21,7 @@ from kvsurgeon.cache.empty_cache import (
 )
 from kvsurgeon.cache.layout import declared_names, declared_shape
 from kvsurgeon.cache.length_inputs import find_length_inputs, past_length_source, set_to_zero
-from kvsurgeon.cache.pairs import CachePair, check_cache_updates, find_cache_pairs
+from kvsurgeon.cache.pairs import CachePair, find_cache_pairs, find_unknown_caches
 from kvsurgeon.cache.signature import CacheSignature, SignatureEntry
 from kvsurgeon.dataflow.input_roles import read_inputs
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
@@ -58,7 +58,13 @@ def remove_cache(model: ir.Model) -> RemovedCache | None:
         UnsupportedError: The cache cannot be removed: a cache input has a fixed length, is read elsewhere, or is
             updated in an unknown way.
     """
-    check_cache_updates(model.graph)
+    unknown = find_unknown_caches(model.graph)
+    if unknown:
+        raise UnsupportedError(
+            "the cache is updated in an unknown way", code=Code.UNKNOWN_CACHE, at=unknown[0].name,
+            expected="new rows appended to the past, returned alone, or written by TensorScatter or ScatterElements",
+            found="another update", hint="use the model without a cache",
+        )  # fmt: skip
     if not find_cache_pairs(model.graph):
         return None
     copy = simplify_model(model)

@@ -45,8 +45,7 @@ class CacheTensor:
     @property
     def order(self) -> Order:
         """The layout as indices in [batch, kv_heads, sequence, head_dim]."""
-        first, second, third, fourth = (DEFAULT_LAYOUT.index(axis) for axis in self.layout)
-        return first, second, third, fourth
+        return tuple(DEFAULT_LAYOUT.index(axis) for axis in self.layout)
 
     def sizes(self, rows: Dimension) -> list[Dimension]:
         """Return the dimensions with a number of rows."""

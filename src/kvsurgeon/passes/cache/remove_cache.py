@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,6 +20,7 @@ from kvsurgeon.rewrite import cache_removal
 from kvsurgeon.rewrite.cache_metadata import read_cache_metadata, write_cache_metadata
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_plan import PAST_LENGTH
+from kvsurgeon.rewrite.lengths import INT64
 
 _RETARGET_HINT = "retarget changes the cache"
 
@@ -109,8 +111,8 @@ def reattach_cache(subject: Subject, signature: CacheSignature, select: SelectMa
     outcome = inject(options, subject, select)
     graph, editor = subject.model.graph, Editor(subject.model)
     for kind in ("key", "value", "state"):
-        entries = [entry for entry in sorted(signature.entries, key=_layer) if entry.kind == kind]
-        _restore_names(editor, entries, kind)
+        entries = [entry for entry in signature.entries if entry.kind == kind]
+        _restore_names(editor, sorted(entries, key=lambda entry: entry.layer or 0), kind)
     if signature.length_input is not None:
         _restore_length_input(editor, signature.length_input)
     _sort(graph.inputs, signature.inputs)
@@ -155,15 +157,10 @@ def _not_restorable(entry: SignatureEntry, expected: object, found: object) -> U
     )  # fmt: skip
 
 
-def _layer(entry: SignatureEntry) -> int:
-    assert entry.layer is not None, "the signature is not located"
-    return entry.layer
-
-
 def _restore_names(editor: Editor, entries: Sequence[SignatureEntry], kind: str) -> None:
     """Give the new cache inputs and outputs of a kind the names of the entries, in the order of their layers."""
-    graph = editor.graph
-    pasts, presents = ([v for v in values if _is_new(v, kind)] for values in (graph.inputs, graph.outputs))
+    temporary, interface = re.compile(rf"kvsurgeon\..*{kind}"), (editor.graph.inputs, editor.graph.outputs)
+    pasts, presents = ([value for value in values if temporary.fullmatch(value.name or "")] for values in interface)
     if len(pasts) > len(entries):
         raise UnsupportedError(
             f"the model needs more cached {kind} tensors than the cache had", code=Code.UNKNOWN_CACHE,
@@ -180,24 +177,17 @@ def _restore_names(editor: Editor, entries: Sequence[SignatureEntry], kind: str)
             value.name = name
 
 
-def _is_new(value: ir.Value, kind: str) -> bool:
-    name = value.name or ""
-    return name.startswith("kvsurgeon.") and name.endswith(kind)
-
-
 def _restore_length_input(editor: Editor, source: ir.Value) -> None:
     """Give the input of the number of past tokens the name, type and shape of another."""
     inputs, name, shape = editor.graph.inputs, source.name or "", declared_shape(source)
     index = next(index for index, value in enumerate(inputs) if value.name == PAST_LENGTH)
     editor.release_name(name)
-    restored = ir.Value(name=name, type=source.type, shape=ir.Shape(shape))
-    number = restored
-    if source.dtype is not ir.DataType.INT64:
-        attributes = {"to": int(ir.DataType.INT64)}
-        number = editor.node("Cast", [number], attributes, name=f"{name}.int64", dtype=ir.DataType.INT64)
+    number = restored = ir.Value(name=name, type=source.type, shape=ir.Shape(shape))
+    if source.dtype is not INT64:
+        number = editor.node("Cast", [number], {"to": int(INT64)}, name=f"{name}.int64", dtype=INT64)
     if shape != (1,):
-        inputs_of_reshape = [number, editor.constant([1], name="shape")]
-        number = editor.node("Reshape", inputs_of_reshape, name=f"{name}.flat", dtype=ir.DataType.INT64, shape=[1])
+        target = editor.constant([1], name="shape")
+        number = editor.node("Reshape", [number, target], name=f"{name}.flat", dtype=INT64, shape=[1])
     inputs[index].replace_all_uses_with(number)
     inputs[index] = restored
     editor.finish()
