@@ -53,16 +53,16 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_accuracy_loss_is_measured_reported_and_written(tmp_path: Path) -> None:
-    surgery = run_and_save(DEMO, Pipeline((Halve(),)), tmp_path, per_layer=True)
-    assert surgery.verification is None
-    assert surgery.loss is not None
-    assert surgery.loss.kl_divergence > 0
-    assert surgery.loss.layer_errors[0] == pytest.approx(0.5, abs=1e-3)
+    done = run_and_save(DEMO, Pipeline((Halve(),)), tmp_path, per_layer=True)
+    assert done.verification is None
+    assert done.loss is not None
+    assert done.loss.kl_divergence > 0
+    assert done.loss.layer_errors[0] == pytest.approx(0.5, abs=1e-3)
     assert json.loads((tmp_path / "config.json").read_text())["num_key_value_heads"] == 1
-    assert json_output.run_json(surgery)["loss"]["tokens"] == 16
+    assert json_output.run_json(done)["loss"]["tokens"] == 16
     console = table.console()
     with console.capture() as said:
-        console.print(table.run_summary(surgery))
+        console.print(table.run_summary(done))
     assert "KL divergence" in said.get()
     assert "not verified" not in said.get()
 
@@ -74,7 +74,7 @@ def test_a_pass_that_says_it_is_exact_and_is_not(tmp_path: Path) -> None:
 
 
 def test_later_passes_are_verified_against_the_model_before_them(tmp_path: Path) -> None:
-    surgery = run_and_save(DEMO, Pipeline((Halve(), Inject())), tmp_path, verify_each=True)
-    assert [step.name for step in surgery.steps] == ["halve", "inject"]
-    assert surgery.loss is not None
-    assert surgery.loss.kl_divergence > 1e-3
+    done = run_and_save(DEMO, Pipeline((Halve(), Inject())), tmp_path, verify_each=True)
+    assert [step.name for step in done.steps] == ["halve", "inject"]
+    assert done.loss is not None
+    assert done.loss.kl_divergence > 1e-3

@@ -98,11 +98,11 @@ def test_the_pass_that_edits_is_verified_and_idempotent(passes, tmp_path):
     original = Decoder(Config(dtype="float16")).model()
     onnx.save(original, tmp_path / "model.onnx")
     edit = passes["FloatLogits"](output=original.graph.output[0].name)
-    surgery = run_and_save(tmp_path / "model.onnx", Pipeline((edit,)), tmp_path / "wide.onnx")
-    assert surgery.verification.verdict == "same"
+    done = run_and_save(tmp_path / "model.onnx", Pipeline((edit,)), tmp_path / "wide.onnx")
+    assert done.verification.verdict == "same"
     (logits,) = [v for v in onnx.load(tmp_path / "wide.onnx").graph.output if v.name == edit.output]
     assert logits.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
-    assert isinstance(edit.apply(Subject(model=surgery.model)), Unchanged)
+    assert isinstance(edit.apply(Subject(model=done.model)), Unchanged)
 
 
 def test_the_pass_that_edits_rejects_before_it_edits(passes):

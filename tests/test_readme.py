@@ -46,7 +46,7 @@ def test_a_proto_goes_in_and_a_proto_comes_out(model, capsys):
 def test_a_path_goes_in_and_a_path_comes_out(model):
     names = {}
     exec(snippet("kvsurgeon.inject("), names)
-    assert names["surgery"].path == model.parent / "model-with-cache" / "model.onnx"
+    assert names["result"].path == model.parent / "model-with-cache" / "model.onnx"
     assert [attention.query_heads for attention in names["decoder"].attentions] == [4, 4, 4]
 
 

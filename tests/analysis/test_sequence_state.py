@@ -100,8 +100,8 @@ def test_a_cache_is_restored_with_its_state(form):
 
 
 def test_retarget_changes_the_mode_of_a_state():
-    surgery = run_and_save(injected(read(case(CONVOLUTION))), Pipeline((Retarget(cache="static"),)))
-    assert surgery.verification.verdict == "same"
+    done = run_and_save(injected(read(case(CONVOLUTION))), Pipeline((Retarget(cache="static"),)))
+    assert done.verification.verdict == "same"
 
 
 def test_facts_list_the_state():

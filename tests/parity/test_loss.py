@@ -92,8 +92,8 @@ def test_layers_differ_from_the_changed_one_on(damaged: Path) -> None:
 
 @pytest.mark.usefixtures("short")
 def test_a_cache_loses_nothing(tmp_path: Path) -> None:
-    surgery = kvsurgeon.inject(DEMO, tmp_path / "out", verify=False)
-    found = measure_loss(DEMO, surgery.path.parent)  # type: ignore[union-attr]
+    done = kvsurgeon.inject(DEMO, tmp_path / "out", verify=False)
+    found = measure_loss(DEMO, done.path.parent)  # type: ignore[union-attr]
     assert found.agreement == 1.0
     assert found.kl_divergence < 1e-9
 
@@ -101,8 +101,8 @@ def test_a_cache_loses_nothing(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("short")
 def test_windows_fit_the_cache_of_the_candidate(tmp_path: Path) -> None:
     in_place = kvsurgeon.Pipeline.parse("inject{cache=static,max-length=12}")
-    surgery = run_and_save(DEMO, in_place, tmp_path / "out", verify=False)
-    assert measure_loss(DEMO, surgery.path.parent).tokens == 16  # two windows of half of 16
+    done = run_and_save(DEMO, in_place, tmp_path / "out", verify=False)
+    assert measure_loss(DEMO, done.path.parent).tokens == 16  # two windows of half of 16
 
 
 @pytest.mark.usefixtures("short")

@@ -242,9 +242,9 @@ def test_a_tensor_that_no_attention_reads_is_no_cache():
 
 @pytest.mark.parametrize("model", [read(JOINED), read(FUSED, opset=23), CachedDecoder(Config(layers=2)).model()])
 def test_retarget_is_verified_call_by_call(model):
-    surgery = run_and_save(model, Pipeline((Retarget(past="k.{layer}.{kind}", present="p.{layer}.{kind}"),)))
-    assert surgery.verification.verdict == "same"
-    names = [value.name for value in surgery.model.graph.inputs]
+    done = run_and_save(model, Pipeline((Retarget(past="k.{layer}.{kind}", present="p.{layer}.{kind}"),)))
+    assert done.verification.verdict == "same"
+    names = [value.name for value in done.model.graph.inputs]
     assert "k.0.key" in names
     assert not any("past" in name for name in names)
 

@@ -80,9 +80,9 @@ def test_a_restored_cache_is_the_one_before(form, opset):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_heads_can_be_replicated_in_any_cache(form):
-    surgery = run_and_save(cached(form), Pipeline((ReplicateKvHeads(repeat=2),)))
-    assert surgery.verification.verdict == "same"
-    result = io.to_proto(surgery.model)
+    done = run_and_save(cached(form), Pipeline((ReplicateKvHeads(repeat=2),)))
+    assert done.verification.verdict == "same"
+    result = io.to_proto(done.model)
     for before, after in zip(interface(cached(form)), interface(result), strict=True):
         assert before[:2] == after[:2]
     pasts = [value for value in result.graph.input if len(dims_of(value)) == 4]
@@ -92,9 +92,9 @@ def test_heads_can_be_replicated_in_any_cache(form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_any_cache_can_be_removed(form):
-    surgery = run_and_save(cached(form), Pipeline((RemoveCache(),)))
-    assert surgery.verification.verdict == "same"
-    result = io.to_proto(surgery.model)
+    done = run_and_save(cached(form), Pipeline((RemoveCache(),)))
+    assert done.verification.verdict == "same"
+    result = io.to_proto(done.model)
     assert [value.name for value in result.graph.input] == [value.name for value in decoder().graph.input]
     rows = FORMS[form].get("max_length")
     assert rows is None or {dims_of(value)[1] for value in result.graph.input} == {rows}
@@ -105,9 +105,9 @@ def test_any_cache_can_be_removed(form):
 @pytest.mark.parametrize("wanted", ["dynamic", "static, length from positions", "new tokens, length from an input"])
 @pytest.mark.parametrize("form", ["transposed", "static, length from mask", "new tokens, length from positions"])
 def test_retarget_gives_what_inject_gives(form, wanted):
-    surgery = run_and_save(cached(form), Pipeline((Retarget(**FORMS[wanted]),)))
-    assert surgery.verification.verdict == "same"
-    assert interface(io.to_proto(surgery.model)) == interface(cached(wanted))
+    done = run_and_save(cached(form), Pipeline((Retarget(**FORMS[wanted]),)))
+    assert done.verification.verdict == "same"
+    assert interface(io.to_proto(done.model)) == interface(cached(wanted))
 
 
 @pytest.mark.parametrize("form", ["static", "new tokens, length from an input"])
