@@ -42,9 +42,8 @@ def sequence_last(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
     """
     result = _with_learned_rows(array, axes, length)
     for place, axis in enumerate(_queries_first(axes), start=-len(axes)):
-        result = (
-            result.take(range(axis.rows_before, axis.rows_before + length), axis=place) if axis.learned_rows else result
-        )
+        if axis.learned_rows:
+            result = result.take(range(axis.rows_before, axis.rows_before + length), axis=place)
     return result
 
 

@@ -123,7 +123,7 @@ def _obligations(
 
 
 def _check_padding(sweep: LengthSweep, patterns: Sequence[AttentionPattern]) -> None:
-    """Check that a masked token which attends to later tokens does not affect visible tokens.
+    """Check that a masked token which attends to later tokens does not affect unmasked tokens.
 
     Raises:
         UnsupportedError: Its keys and values are attended to, or a sequence state reads it.
