@@ -20,12 +20,12 @@ class CacheOptions:
         cache: Cache mode: past in, past and new rows out (dynamic); a fixed buffer, updated in place (static); or past
             in, only new rows out (new-tokens).
         past_length: Source of the number of past tokens: the shape of the cache inputs, a separate input, the first
-            position (for batches without left padding), or the length of the attention mask. Default: shape, or input
+            position (for batches without left padding), or the length of the attention mask; none is shape, or input
             for a static cache.
-        max_length: Capacity of a static cache in tokens. Default: dynamic, read from its shape.
+        max_length: Capacity of a static cache in tokens; none is dynamic, read from its shape.
         key_layout: Order of the axes of the cached keys.
         value_layout: Order of the axes of the cached values.
-        cache_dtype: Element type of the cache. Default: that of the keys and values in the model.
+        cache_dtype: Element type of the cache; none is that of the keys and values in the model.
     """
 
     past: str = "past_key_values.{layer}.{kind}"

@@ -43,7 +43,7 @@ class HostInputs:
     Not handled: context that depends on more than the positions of queries and keys.
 
     Attributes:
-        max_length: Maximum number of tokens, if the tables of the model have as many rows. Default: 512.
+        max_length: Maximum number of tokens, if the tables of the model have as many rows; none is 512.
     """
 
     name: ClassVar[str] = "host-inputs"
