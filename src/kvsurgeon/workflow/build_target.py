@@ -213,16 +213,7 @@ def _stop_if_blocked(found: Sequence[Incompatibility], target: Target) -> None:
         )
 
 
-def _save(
-    models: Mapping[str, ir.Model],
-    info: ModelInfo,
-    target: Target,
-    destination: Path,
-    *,
-    source: str | Path | None,
-    link_mode: LinkMode,
-    pack: bool,
-) -> Path:
+def _save(models: Mapping[str, ir.Model], info: ModelInfo, target: Target, destination: Path, **options: Any) -> Path:
     """Write the folder, and return the path of the model file, or of the folder if it holds several."""
     contents = {name: writer(info) for name, writer in target.side_files.items()}
     side_files = {
@@ -230,9 +221,7 @@ def _save(
         for name, content in contents.items()
         if content is not None
     }
-    options: dict[str, Any] = {
-        "source": source, "link_mode": link_mode, "pack": pack, "side_files": side_files, "data": target.data
-    }  # fmt: skip
+    options |= {"side_files": side_files, "data": target.data}
     if target.variants:
         return io.save_variants(models, destination, **options)
     return io.save(models[target.file], destination / target.file, side_files_folder=destination, **options)
