@@ -13,7 +13,7 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import find_live, producers
 from kvsurgeon.heads.counts import counts_of
-from kvsurgeon.heads.fused_projections import FusedProjections
+from kvsurgeon.heads.fused_projections import rebuild_projections
 from kvsurgeon.heads.grouped_products import grouped_dims, regroup_product
 from kvsurgeon.heads.index_trace import IndexTrace
 from kvsurgeon.heads.layout import NamedDims, with_heads
@@ -67,7 +67,7 @@ class HeadReplacer:
                 if layer != sources[0]:
                     unused += own
         self.propagation.replace_outputs()
-        FusedProjections(self.propagation, self.layouts).rebuild(self._unused_slices(unused))
+        rebuild_projections(self.propagation, self.layouts, self._unused_slices(unused))
         self.editor.finish()
         self._restore_initializer_names()
         return self.editor.edits

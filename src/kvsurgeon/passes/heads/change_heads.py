@@ -1,4 +1,4 @@
-"""What the passes that change KV heads share: they edit a copy, which replaces the model at the end."""
+"""Common code of the passes that change KV heads: they edit a copy, which replaces the model at the end."""
 
 from __future__ import annotations
 
