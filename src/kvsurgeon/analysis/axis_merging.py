@@ -12,10 +12,10 @@ from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
-Held = dict[Label, SequenceAxis]  # label -> the sequence axis of that label
+AxesByLabel = dict[Label, SequenceAxis]  # label -> the sequence axis of that label
 
 
-def merge(visit: NodeVisit, inputs: Sequence[Labels | None], *, unaligned: Label | None = None) -> Held:
+def merge(visit: NodeVisit, inputs: Sequence[Labels | None], *, unaligned: Label | None = None) -> AxesByLabel:
     """Return the sequence axis of each label of the result; context is aligned with it.
 
     Args:
@@ -23,7 +23,7 @@ def merge(visit: NodeVisit, inputs: Sequence[Labels | None], *, unaligned: Label
         inputs: Labels of the inputs.
         unaligned: A label along which input 0 is addressed by others, and so need not be aligned.
     """
-    held: Held = {}
+    traced: AxesByLabel = {}
     owner: dict[Label, int] = {}
     tokens = linked_tokens(visit, inputs)
     for index in sorted(tokens, key=lambda index: is_of_queries(visit.axes(index))):
@@ -31,22 +31,22 @@ def merge(visit: NodeVisit, inputs: Sequence[Labels | None], *, unaligned: Label
             label = (inputs[index] or ())[axis.axis]
             if label is None:
                 raise visit.mixing()
-            if label in held:
-                held[label] = visit.meet((owner[label], held[label]), (index, axis))
+            if label in traced:
+                traced[label] = visit.meet((owner[label], traced[label]), (index, axis))
             else:
-                held[label], owner[label] = axis, index
-    _cross(visit, held, owner, tokens)
+                traced[label], owner[label] = axis, index
+    _cross(visit, traced, owner, tokens)
     if len([labels for labels in inputs if labels is not None]) > 1:
-        _bring(visit, inputs, held)
+        _bring(visit, inputs, traced)
     for index, labels in enumerate(inputs):
         if labels is not None and visit.node.inputs[index] is not None:
-            align(visit, index, labels, held, unaligned if index == 0 else None)
-    return held
+            align(visit, index, labels, traced, unaligned if index == 0 else None)
+    return traced
 
 
-def _cross(visit: NodeVisit, held: Held, owner: dict[Label, int], tokens: Sequence[int]) -> None:
+def _cross(visit: NodeVisit, traced: AxesByLabel, owner: dict[Label, int], tokens: Sequence[int]) -> None:
     """Two axes of the new length side by side: queries and keys meet, element by element."""
-    query_axis = [label for label, axis in held.items() if axis.variable.resolved() is Length.NEW]
+    query_axis = [label for label, axis in traced.items() if axis.variable.resolved() is Length.NEW]
     if len(query_axis) < 2:
         return
     first, second, *more = sorted(query_axis, key=str)
@@ -55,12 +55,12 @@ def _cross(visit: NodeVisit, held: Held, owner: dict[Label, int], tokens: Sequen
     variables = visit.scores(owner[first], owner[second])
     for label, variable in zip((first, second), variables, strict=True):
         visit.flow.operands[visit.node, owner[label]] = variable
-        held[label] = held[label].with_variable(variable)
+        traced[label] = traced[label].with_variable(variable)
 
 
-def placed(held: Mapping[Label, SequenceAxis], labels: Labels) -> Axes:
+def placed(traced: Mapping[Label, SequenceAxis], labels: Labels) -> Axes:
     """Return the sequence axes of an output with these labels."""
-    return tuple(held[label].at(axis) for axis, label in enumerate(labels) if label is not None and label in held)
+    return tuple(traced[label].at(axis) for axis, label in enumerate(labels) if label is not None and label in traced)
 
 
 def linked_tokens(visit: NodeVisit, inputs: Sequence[Labels | None]) -> list[int]:
@@ -68,24 +68,24 @@ def linked_tokens(visit: NodeVisit, inputs: Sequence[Labels | None]) -> list[int
     return [index for index in visit.tokens() if inputs[index] is not None]
 
 
-def _bring(visit: NodeVisit, inputs: Sequence[Labels | None], held: Held) -> None:
+def _bring(visit: NodeVisit, inputs: Sequence[Labels | None], traced: AxesByLabel) -> None:
     """Context may bring an axis of the sequence length: tokens that it meets may then be queries, or keys."""
-    query_axis = [(label, axis) for label, axis in held.items() if axis.variable.resolved() is Length.NEW]
-    before = set(held)
+    query_axis = [(label, axis) for label, axis in traced.items() if axis.variable.resolved() is Length.NEW]
+    before = set(traced)
     for index, labels in enumerate(inputs):
         if labels is None or visit.kind(index) is ValueKind.TOKEN:
             continue
         for label, size in zip(labels, visit.shape(index), strict=True):
-            if label is not None and label not in held and visit.holds_length(size):
-                held[label] = brought(visit, size)
-    if before == set(held):
+            if label is not None and label not in traced and visit.holds_length(size):
+                traced[label] = brought(visit, size)
+    if before == set(traced):
         return
     for label, axis in query_axis:
         variable = LengthVariable(at=visit.node.outputs[0].name or "")
         for index in linked_tokens(visit, inputs):
             labels = inputs[index] or ()
             if label in {labels[one.axis] for one in visit.axes(index)}:
-                held[label] = visit.open_length(axis, index, variable)
+                traced[label] = visit.open_length(axis, index, variable)
 
 
 def brought(visit: NodeVisit, size: Dimension) -> SequenceAxis:
@@ -96,7 +96,7 @@ def brought(visit: NodeVisit, size: Dimension) -> SequenceAxis:
 
 
 def align(
-    visit: NodeVisit, index: int, labels: Labels, held: Mapping[Label, SequenceAxis], unaligned: Label | None
+    visit: NodeVisit, index: int, labels: Labels, traced: Mapping[Label, SequenceAxis], unaligned: Label | None
 ) -> None:
     """Demand of an input what the sequence axes of the result ask of it."""
     token = visit.kind(index) is ValueKind.TOKEN
@@ -105,11 +105,11 @@ def align(
     for place, (label, size) in enumerate(zip(labels, visit.shape(index), strict=True)):
         if size == 1 or place in own or (label is not None and label == unaligned):
             continue
-        if label is not None and label in held:
+        if label is not None and label in traced:
             if token:
                 raise visit.untraceable(index)
-            _check_size(visit, index, held[label], size)
-            wanted.append(held[label].at(place))
+            _check_size(visit, index, traced[label], size)
+            wanted.append(traced[label].at(place))
         elif visit.holds_length(size):
             raise visit.untraceable(index)
     if not token:

@@ -61,9 +61,9 @@ def _broadcast(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     """Inputs that are broadcast against each other, or one input: tokens meet tokens of the same position."""
     _check_mixed(visit, links)
     _check_sequence(visit, links)
-    held = merge(visit, links.inputs)
-    held = {label: _resized(visit, links, label, axis) for label, axis in held.items()}
-    cut = sequence_slices.selected(visit, links, held) if links.selected else held
+    traced = merge(visit, links.inputs)
+    traced = {label: _resized(visit, links, label, axis) for label, axis in traced.items()}
+    cut = sequence_slices.selected(visit, links, traced) if links.selected else traced
     return [placed(cut, labels) for labels in links.outputs]
 
 
@@ -151,25 +151,25 @@ def _expanded(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     if visit.kind(0) is not ValueKind.TOKEN:
         raise visit.refusal("its target depends on the tokens", code=Code.UNTRACEABLE_SEQUENCE)
     after, labels = visit.result_shape(), links.inputs[0] or ()
-    held = {axis.axis + len(after) - len(labels): axis for axis in visit.axes(0)}
-    new = [place for place, size in enumerate(after) if place not in held and visit.holds_length(size)]
+    traced = {axis.axis + len(after) - len(labels): axis for axis in visit.axes(0)}
+    new = [place for place, size in enumerate(after) if place not in traced and visit.holds_length(size)]
     if new:  # queries repeated along the keys, or keys along the queries
-        held = {
+        traced = {
             label: visit.open_length(axis, 0) if axis.variable.resolved() is Length.NEW else axis
-            for label, axis in held.items()
+            for label, axis in traced.items()
         }
-        held |= {place: brought(visit, after[place]) for place in new}
+        traced |= {place: brought(visit, after[place]) for place in new}
     visit.flow.targets[visit.node] = links.target
-    return [tuple(held[place].at(place) for place in sorted(held))]
+    return [tuple(traced[place].at(place) for place in sorted(traced))]
 
 
 def _token_rows(visit: NodeVisit) -> list[Axes]:
     """Every token by itself, [tokens, features]: inputs may have batch and sequence on one axis or on two."""
     for index in visit.tokens():
-        held, shape = visit.axes(index), visit.shape(index)
+        traced, shape = visit.axes(index), visit.shape(index)
         tokens = dim.product(shape[:-1])
-        alone = len(held) == 1 and held[0].axis != len(shape) - 1 and held[0].inner == 1
-        if not alone or not dim.is_equal(tokens, dim.product(visit.shape(0)[:-1])) or not is_of_queries(held):
+        alone = len(traced) == 1 and traced[0].axis != len(shape) - 1 and traced[0].inner == 1
+        if not alone or not dim.is_equal(tokens, dim.product(visit.shape(0)[:-1])) or not is_of_queries(traced):
             raise visit.refusal("its input does not hold a token in each row", at=visit.node.inputs[index])
     if any(visit.kind(index) is not ValueKind.TOKEN for index in (0, 1)):
         raise visit.refusal("the routing does not depend on the token", code=Code.UNSUPPORTED)

@@ -17,11 +17,11 @@ from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, Seque
 def gather(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     """`Gather`: rows of a table for each token, or elements of an axis without tokens."""
     table, indices, result = links.inputs[0] or (), links.inputs[1] or (), links.outputs[0]
-    held: dict[Label, SequenceAxis] = {}
+    traced: dict[Label, SequenceAxis] = {}
     for axis in visit.axes(0):
         label = table[axis.axis]
         if label in result:
-            held[label] = axis  # type: ignore[index]
+            traced[label] = axis  # type: ignore[index]
         elif _selects_last(visit, axis):
             visit.flow.last.update(visit.node.outputs)
         else:
@@ -29,9 +29,9 @@ def gather(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     if visit.kind(1) is ValueKind.TOKEN:
         if visit.kind(0) is ValueKind.TOKEN and visit.axes(0):
             raise visit.refusal("tokens index a table that other tokens made")
-        held |= {indices[axis.axis]: axis for axis in visit.axes(1)}  # type: ignore[misc]
+        traced |= {indices[axis.axis]: axis for axis in visit.axes(1)}  # type: ignore[misc]
         _demand_rows(visit, next(place for place, label in enumerate(table) if label not in result))
-    return [placed(held, result)]
+    return [placed(traced, result)]
 
 
 def _demand_rows(visit: NodeVisit, axis: int) -> None:
@@ -40,10 +40,10 @@ def _demand_rows(visit: NodeVisit, axis: int) -> None:
         visit.demand(0, (SequenceAxis(axis, LengthVariable(Length.TOTAL)),))
 
 
-def _selects_last(visit: NodeVisit, held: SequenceAxis) -> bool:
+def _selects_last(visit: NodeVisit, traced: SequenceAxis) -> bool:
     """Whether the indices name the last token, which is the same in both lengths."""
     indices = visit.call.numbers(1)
-    if indices is None or len(indices) != 1 or not held.is_plain or held.variable.resolved() is not Length.NEW:
+    if indices is None or len(indices) != 1 or not traced.is_plain or traced.variable.resolved() is not Length.NEW:
         return False
     return indices[0] == -1
 
@@ -58,11 +58,11 @@ def gather_elements(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
         _demand_rows(visit, axis)
         return [visit.axes(1)]
     for index in visit.tokens():
-        for held in visit.axes(index):
-            if held.axis == axis and not is_lookup:
+        for traced in visit.axes(index):
+            if traced.axis == axis and not is_lookup:
                 raise visit.mixing()
-            if held.axis == axis:
-                visit.mix_along(held)
+            if traced.axis == axis:
+                visit.mix_along(traced)
     merged = merge(visit, links.inputs, unaligned=axis)
     return [placed(merged, links.outputs[0])]
 
@@ -71,19 +71,19 @@ def gather_nd(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     """`GatherND`: rows of a table for each token, or elements of axes without tokens."""
     if not isinstance(visit.shape(1)[-1], int):
         raise visit.refusal("how many axes it addresses is unknown")
-    held: dict[Label, SequenceAxis] = {}
+    traced: dict[Label, SequenceAxis] = {}
     for index in (0, 1):
         labels = links.inputs[index] or ()
         for axis in visit.axes(index):
             label = labels[axis.axis]
             if label is None:
                 raise _by_position(visit)
-            if label in held:
-                axis = visit.meet((0, held[label]), (1, axis))
+            if label in traced:
+                axis = visit.meet((0, traced[label]), (1, axis))
             elif index == 1 and visit.axes(0):
                 raise visit.refusal("tokens index a table that other tokens made")
-            held[label] = axis
-    return [placed(held, links.outputs[0])]
+            traced[label] = axis
+    return [placed(traced, links.outputs[0])]
 
 
 def _by_position(visit: NodeVisit) -> UnsupportedError:
@@ -105,14 +105,14 @@ def scatter_nd(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     block = shift == 0 and _addresses_block(visit, addressed)
     found: dict[int, SequenceAxis] = {}
     for index, offset in ((0, 0), (2, shift)):
-        for held in visit.axes(index):
-            place = held.axis + offset
-            if not block and (place < addressed or (index == 2 and held.axis < len(indices) - 1)):
+        for traced in visit.axes(index):
+            place = traced.axis + offset
+            if not block and (place < addressed or (index == 2 and traced.axis < len(indices) - 1)):
                 raise _by_position(visit)
-            here = held.at(place)
+            here = traced.at(place)
             found[place] = visit.meet((0, found[place]), (index, here)) if place in found else here
     for index, offset in ((0, 0), (2, shift)):
-        axes = tuple(held.at(place - offset) for place, held in sorted(found.items()))
+        axes = tuple(traced.at(place - offset) for place, traced in sorted(found.items()))
         if visit.kind(index) is not ValueKind.TOKEN:
             visit.demand(index, axes)
         elif len(visit.axes(index)) != len(axes):
@@ -123,7 +123,7 @@ def scatter_nd(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
 def _addresses_block(visit: NodeVisit, addressed: int) -> bool:
     """Whether the indices name every token in order, as where some features of all tokens are written."""
     indices = visit.node.inputs[1]
-    whole = {held.axis for index in (0, 2) for held in visit.axes(index) if held.axis < addressed}
+    whole = {traced.axis for index in (0, 2) for traced in visit.axes(index) if traced.axis < addressed}
     if indices is None or not whole or not follows_query_length(visit.flow, indices):
         return False
     batch = {place for place in range(addressed) if visit.flow.batch in (visit.shape(1)[place],)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from kvsurgeon.analysis.axis_merging import Held, brought, placed
+from kvsurgeon.analysis.axis_merging import AxesByLabel, brought, placed
 from kvsurgeon.analysis.token_flow import ContextProduct, FusedAttention, NodeVisit, ScoreProduct
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
@@ -21,11 +21,11 @@ def product(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     packed = links.inputs[found.right] is None
     if packed:
         _check_parameters(visit, range(1, len(visit.node.inputs)))
-    left = _held(visit, found.left, found.left_labels)
-    right = {} if packed else _held(visit, found.right, found.right_labels)
+    left = _traced(visit, found.left, found.left_labels)
+    right = {} if packed else _traced(visit, found.right, found.right_labels)
     sides = [(found.left, found.left_labels), *([] if packed else [(found.right, found.right_labels)])]
     _bring(visit, found, left, right, packed=packed)
-    aside: Held = {}
+    aside: AxesByLabel = {}
     for label in found.summed:
         if label in left and label in right:
             _sum_away(visit, found, label, left, right)
@@ -41,11 +41,11 @@ def product(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     return [placed(kept, links.outputs[0])]
 
 
-def _held(visit: NodeVisit, index: int, labels: Labels) -> Held:
+def _traced(visit: NodeVisit, index: int, labels: Labels) -> AxesByLabel:
     return {str(labels[axis.axis]): axis for axis in visit.axes(index)} if visit.kind(index) is ValueKind.TOKEN else {}
 
 
-def _bring(visit: NodeVisit, found: Contraction, left: Held, right: Held, *, packed: bool) -> None:
+def _bring(visit: NodeVisit, found: Contraction, left: AxesByLabel, right: AxesByLabel, *, packed: bool) -> None:
     """Context may bring an axis of length that token data does not have: relative positions, to queries or keys."""
     sides = ((found.left, found.left_labels, left, right), (found.right, found.right_labels, right, left))
     for index, labels, mine, theirs in sides[:1] if packed else sides:
@@ -67,7 +67,7 @@ def _bring(visit: NodeVisit, found: Contraction, left: Held, right: Held, *, pac
         mine.update(new)
 
 
-def _sum_away(visit: NodeVisit, found: Contraction, label: str, left: Held, right: Held) -> None:
+def _sum_away(visit: NodeVisit, found: Contraction, label: str, left: AxesByLabel, right: AxesByLabel) -> None:
     """Keys are summed against values: weights say how much of each."""
     one, other = left[label], right[label]
     if (
@@ -114,7 +114,7 @@ def _counted(visit: NodeVisit, axis: SequenceAxis) -> UnsupportedError | None:
     return None
 
 
-def _sum_with_context(visit: NodeVisit, found: Contraction, label: str, keys: SequenceAxis) -> Held:
+def _sum_with_context(visit: NodeVisit, found: Contraction, label: str, keys: SequenceAxis) -> AxesByLabel:
     """Keys are summed against context, such as values that depend on the distance: right where they are keys."""
     context, labels = (
         (found.right, found.right_labels)
@@ -144,19 +144,19 @@ def _settle(score: ScoreProduct) -> None:
         left.length = Length.NEW
 
 
-def _kept(visit: NodeVisit, found: Contraction, left: Held, right: Held) -> Held:
+def _kept(visit: NodeVisit, found: Contraction, left: AxesByLabel, right: AxesByLabel) -> AxesByLabel:
     """The labels of the result that hold tokens; two of the query_axis side by side are scores."""
-    kept: Held = {}
+    kept: AxesByLabel = {}
     for label in found.result_labels:
         mine, theirs = left.get(label), right.get(label)
         if mine is not None and theirs is not None:
             kept[label] = visit.meet((found.left, mine), (found.right, theirs))
-        elif (held := mine or theirs) is not None:
-            kept[label] = held
+        elif (traced := mine or theirs) is not None:
+            kept[label] = traced
     return _met(visit, found, left, right, kept)
 
 
-def _met(visit: NodeVisit, found: Contraction, left: Held, right: Held, kept: Held) -> Held:
+def _met(visit: NodeVisit, found: Contraction, left: AxesByLabel, right: AxesByLabel, kept: AxesByLabel) -> AxesByLabel:
     query_axis = [label for label, axis in kept.items() if axis.variable.resolved() is Length.NEW]
     if len(query_axis) < 2:
         return _met_bordered(visit, found, left, right, kept)
@@ -171,7 +171,9 @@ def _met(visit: NodeVisit, found: Contraction, left: Held, right: Held, kept: He
     return {**kept, first: kept[first].with_variable(left_variable), second: kept[second].with_variable(right_variable)}
 
 
-def _met_bordered(visit: NodeVisit, found: Contraction, left: Held, right: Held, kept: Held) -> Held:
+def _met_bordered(
+    visit: NodeVisit, found: Contraction, left: AxesByLabel, right: AxesByLabel, kept: AxesByLabel
+) -> AxesByLabel:
     """Queries meet keys that have rows of the model's own beside them."""
     sides = ((left, found.left), (right, found.right))
     for (queries, index), (keys, _) in (sides, sides[::-1]):
@@ -199,7 +201,7 @@ def _met_bordered(visit: NodeVisit, found: Contraction, left: Held, right: Held,
     return kept
 
 
-def _align(visit: NodeVisit, index: int, labels: Labels, kept: Held) -> None:
+def _align(visit: NodeVisit, index: int, labels: Labels, kept: AxesByLabel) -> None:
     """Demand of context what the tokens it is multiplied with ask of it."""
     wanted = []
     for axis, (label, size) in enumerate(zip(labels, visit.shape(index), strict=True)):
@@ -208,7 +210,7 @@ def _align(visit: NodeVisit, index: int, labels: Labels, kept: Held) -> None:
     visit.demand(index, tuple(wanted))
 
 
-def _align_further(visit: NodeVisit, found: Contraction, links: AxisLinks, kept: Held) -> None:
+def _align_further(visit: NodeVisit, found: Contraction, links: AxisLinks, kept: AxesByLabel) -> None:
     """A bias is added to the result; other inputs of a product are scales and zero points."""
     further = [index for index in range(len(visit.node.inputs)) if index not in (found.left, found.right)]
     _check_parameters(visit, further)

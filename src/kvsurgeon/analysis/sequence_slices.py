@@ -15,10 +15,10 @@ from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
 
-def selected(visit: NodeVisit, links: AxisLinks, held: dict[Label, SequenceAxis]) -> dict[Label, SequenceAxis]:
+def selected(visit: NodeVisit, links: AxisLinks, traced: dict[Label, SequenceAxis]) -> dict[Label, SequenceAxis]:
     """Return what a slice leaves of each sequence axis; one of which only the last token is left is none any more."""
     result: dict[Label, SequenceAxis] = {}
-    for label, axis in held.items():
+    for label, axis in traced.items():
         kept = axis if label not in links.selected else _cut(visit, axis, *links.selected[label])
         if kept is None:
             continue
@@ -83,7 +83,7 @@ def concatenated(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     """Concatenation along an axis without tokens, or of further columns to the keys of a query (attention sinks)."""
     joined = links.joined
     assert isinstance(joined, int)
-    held: dict[Label, SequenceAxis] = {}
+    traced: dict[Label, SequenceAxis] = {}
     owner: dict[Label, int] = {}
     indices = [
         index for index, labels in enumerate(links.inputs) if labels is not None and visit.shape(index)[joined] != 0
@@ -97,18 +97,18 @@ def concatenated(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
                 if axis.variable.resolved() is Length.NEW:
                     raise _why_joined(visit, index)
                 visit.mix_along(axis)
-                held.setdefault(joined, _with_columns(visit, index, axis, indices))
-            elif axis.axis in held:
-                held[axis.axis] = visit.meet((owner[axis.axis], held[axis.axis]), (index, axis))
+                traced.setdefault(joined, _with_columns(visit, index, axis, indices))
+            elif axis.axis in traced:
+                traced[axis.axis] = visit.meet((owner[axis.axis], traced[axis.axis]), (index, axis))
             else:
-                held[axis.axis], owner[axis.axis] = axis, index
-    others = {label: axis for label, axis in held.items() if label != joined}
+                traced[axis.axis], owner[axis.axis] = axis, index
+    others = {label: axis for label, axis in traced.items() if label != joined}
     for index in indices:
         if visit.kind(index) is not ValueKind.TOKEN:
             visit.demand(index, tuple(others.values()))
         elif any(label not in {axis.axis for axis in visit.axes(index)} for label in others):
             raise visit.untraceable(index)
-    return [placed(held, links.outputs[0])]
+    return [placed(traced, links.outputs[0])]
 
 
 def _with_columns(visit: NodeVisit, index: int, axis: SequenceAxis, indices: Sequence[int]) -> SequenceAxis:
