@@ -164,5 +164,5 @@ COUNTED = """number = ReduceSum<keepdims = 0>(x, third)
 
 
 def test_counting_tokens_is_rejected_by_name():
-    with pytest.raises(UnsupportedError, match="counting tokens"):
+    with pytest.raises(UnsupportedError, match="counted by comparing all tokens"):
         injected(in_order(read(attention(hidden=COUNTED))))

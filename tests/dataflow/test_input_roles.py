@@ -80,7 +80,7 @@ def test_dims_are_named_by_their_place_and_their_spelling():
     ("inputs", "reason"),
     [("float[] x", "an input has no shape"), ("float[b, c, h, w] image", "no input has a sequence axis"),
      ("int64[b, n] q7, int64[b, n] q8", "no input is given for the new tokens only"),
-     ("int64[b, n] q, int64[b, b] mask", "an input calls two axes by the name of the batch.*`mask`")],
+     ("int64[b, n] q, int64[b, b] mask", "an input names two axes like the batch.*`mask`")],
 )  # fmt: skip
 def test_refused(inputs, reason):
     with pytest.raises(UnsupportedError, match=reason):

@@ -21,7 +21,7 @@ from kvsurgeon.symbolic.dimension import Dimension
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """What is known of a decoder, with references into its graph.
+    """The result of the analysis of a decoder, with references into its graph.
 
     Attributes:
         model: The model, in standard operators.

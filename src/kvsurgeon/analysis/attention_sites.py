@@ -189,7 +189,7 @@ def _with_shared_cache_points(flow: TokenFlow, site: AttentionSite, heads: int) 
 
 
 def _extend_dynamic_ranges(flow: TokenFlow, operand: CachedOperand) -> None:
-    """Let a quantization range have the length of the tensor that it was measured on."""
+    """Give a quantization range the length variable of the tensor that it was measured on."""
     node, index = place = flow.origin(operand.place)
     variable = flow.operands[place]
     pending = [node.inputs[index]]

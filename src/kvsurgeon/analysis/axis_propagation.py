@@ -164,7 +164,7 @@ def _expanded(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
 
 
 def _token_rows(visit: NodeVisit) -> list[Axes]:
-    """Every token by itself, [tokens, features]: inputs may have batch and sequence on one axis or on two."""
+    """Each token apart, [tokens, features]: inputs may have batch and sequence on one axis or on two."""
     for index in visit.tokens():
         traced, shape = visit.axes(index), visit.shape(index)
         tokens = dim.product(shape[:-1])

@@ -1,4 +1,4 @@
-"""Learned rows beside the tokens: keys and values that no token has, such as attention sinks or a key of zeros.
+"""Learned rows next to the tokens: keys and values that no token has, such as attention sinks or a key of zeros.
 
 The new tokens have no such rows, so from there on the tensor must hold all tokens so far: keys, or values.
 """
@@ -12,7 +12,7 @@ from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable
 
 
 def with_learned_rows(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
-    """Return the sequence axis of a result that has learned rows beside the tokens.
+    """Return the sequence axis of a result that has learned rows next to the tokens.
 
     Raises:
         UnsupportedError: The node does not add a fixed number of rows to one tensor of tokens.

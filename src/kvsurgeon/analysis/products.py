@@ -1,4 +1,4 @@
-"""Products on token data: projections, scores, and the sum over keys, decided by which labels hold tokens."""
+"""Products on token data: projections, scores, and sums over keys; the labels with sequence axes decide."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def _traced(visit: NodeVisit, index: int, labels: Labels) -> AxesByLabel:
 
 
 def _bring(visit: NodeVisit, found: Contraction, left: AxesByLabel, right: AxesByLabel, *, packed: bool) -> None:
-    """Context may bring an axis of length that token data does not have: relative positions, to queries or keys."""
+    """Context may add an axis of the sequence length to token data, such as relative positions."""
     sides = ((found.left, found.left_labels, left, right), (found.right, found.right_labels, right, left))
     for index, labels, mine, theirs in sides[:1] if packed else sides:
         if visit.kind(index) is ValueKind.TOKEN:
             continue
-        beside = any(theirs[label].is_plain for label in labels if label in theirs and label not in found.summed)
+        plain = any(theirs[label].is_plain for label in labels if label in theirs and label not in found.summed)
         new = {
             label: brought(visit, size)
             for label, size in zip(labels, visit.shape(index), strict=True)
             if label not in theirs
-            and (visit.holds_length(size) or (beside and size == visit.flow.length and label not in found.summed))
+            and (visit.holds_length(size) or (plain and size == visit.flow.length and label not in found.summed))
         }
         if any(label in found.summed for label in new):
             raise visit.mixing()
@@ -68,7 +68,7 @@ def _bring(visit: NodeVisit, found: Contraction, left: AxesByLabel, right: AxesB
 
 
 def _sum_away(visit: NodeVisit, found: Contraction, label: str, left: AxesByLabel, right: AxesByLabel) -> None:
-    """Keys are summed against values: weights say how much of each."""
+    """Sum weights against values along the axis of the keys."""
     one, other = left[label], right[label]
     if (
         not one.without_rows.is_plain
@@ -96,7 +96,7 @@ def _sum_away(visit: NodeVisit, found: Contraction, label: str, left: AxesByLabe
 
 
 def _counted(visit: NodeVisit, axis: SequenceAxis) -> UnsupportedError | None:
-    """Why tokens have no variable: what they are made of is a number of other tokens, which were compared with them."""
+    """Return why an axis cannot be traced: positions are counted by comparing tokens with each other."""
     for score in visit.flow.scores:
         variables = score.left_variable.root(), score.right_variable.root()
         if has_trait(score.node, Trait.PRODUCT) or axis.variable.root() not in variables:
@@ -105,17 +105,17 @@ def _counted(visit: NodeVisit, axis: SequenceAxis) -> UnsupportedError | None:
         counts = [node for node, variable in visit.flow.mixes_keys.items() if variable.root() is other]
         if counts:
             return UnsupportedError(
-                "positions, or other numbers, come from counting tokens that are compared with each other, and a step "
-                "would have to be given all of them",
+                "positions are counted by comparing all tokens with each other, so a decode step would need all "
+                "of them",
                 at=counts[0].outputs[0].name,
-                expected="positions by place, by the mask, or given",
+                expected="positions by index, from the mask, or as an input",
                 found=f"{counts[0].op_type} of {score.node.op_type}",
             )
     return None
 
 
 def _sum_with_context(visit: NodeVisit, found: Contraction, label: str, keys: SequenceAxis) -> AxesByLabel:
-    """Keys are summed against context, such as values that depend on the distance: right where they are keys."""
+    """Sum keys against context, such as values that depend on the distance."""
     context, labels = (
         (found.right, found.right_labels)
         if visit.kind(found.left) is ValueKind.TOKEN
@@ -136,7 +136,7 @@ def _sees_keys(visit: NodeVisit, variable: LengthVariable) -> bool:
 
 
 def _settle(score: ScoreProduct) -> None:
-    """Once one side of the scores is the keys', the other is the queries'."""
+    """Decide the axis of the queries once that of the keys is decided."""
     left, right = score.left_variable.root(), score.right_variable.root()
     if left.length is Length.TOTAL and right.length is None:
         right.length = Length.NEW
@@ -159,7 +159,7 @@ def _kept(visit: NodeVisit, found: Contraction, left: AxesByLabel, right: AxesBy
 def _met(visit: NodeVisit, found: Contraction, left: AxesByLabel, right: AxesByLabel, kept: AxesByLabel) -> AxesByLabel:
     query_axis = [label for label, axis in kept.items() if axis.variable.resolved() is Length.NEW]
     if len(query_axis) < 2:
-        return _met_bordered(visit, found, left, right, kept)
+        return _scores_of_learned_rows(visit, found, left, right, kept)
     first, second, *more = query_axis
     if first in right:
         first, second = second, first
@@ -171,10 +171,10 @@ def _met(visit: NodeVisit, found: Contraction, left: AxesByLabel, right: AxesByL
     return {**kept, first: kept[first].with_variable(left_variable), second: kept[second].with_variable(right_variable)}
 
 
-def _met_bordered(
+def _scores_of_learned_rows(
     visit: NodeVisit, found: Contraction, left: AxesByLabel, right: AxesByLabel, kept: AxesByLabel
 ) -> AxesByLabel:
-    """Queries meet keys that have rows of the model's own beside them."""
+    """Scores of queries and keys with learned rows."""
     sides = ((left, found.left), (right, found.right))
     for (queries, index), (keys, _) in (sides, sides[::-1]):
         if len(queries) != 1 or len(keys) != 1:
@@ -202,7 +202,7 @@ def _met_bordered(
 
 
 def _align(visit: NodeVisit, index: int, labels: Labels, kept: AxesByLabel) -> None:
-    """Demand of context what the tokens it is multiplied with ask of it."""
+    """Demand of context the sequence axes of the tokens that it is multiplied with."""
     wanted = []
     for axis, (label, size) in enumerate(zip(labels, visit.shape(index), strict=True)):
         if label in kept and size != 1:
@@ -252,7 +252,7 @@ def attention(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
 
 
 def _fused(visit: NodeVisit, fused: FusedAttention) -> LengthVariable:
-    """Note a fused attention, and return the variable of its keys."""
+    """Note a fused attention, and return the length variable of its keys."""
     place = fused.inputs.layout.index("sequence")
     for index in (fused.inputs.query, fused.inputs.key, fused.inputs.value):
         axes = visit.axes(index)
@@ -262,7 +262,7 @@ def _fused(visit: NodeVisit, fused: FusedAttention) -> LengthVariable:
             or not axes[0].is_plain
             or axes[0].variable.resolved() is not Length.NEW
         ):
-            raise visit.refusal("its input does not hold the tokens where the operator expects them",
+            raise visit.refusal("its input does not have the sequence axis where the operator expects it",
                                at=visit.node.inputs[index])  # fmt: skip
     keys = LengthVariable(Length.TOTAL, at=visit.node.outputs[0].name or "")
     visit.flow.operands[visit.node, fused.inputs.key] = keys

@@ -1,1 +1,1 @@
-"""What is known of every value before the model runs: its shape, its kind, and the variable of each input."""
+"""Facts about every value before the model runs: its shape, its kind, and the role of each input."""

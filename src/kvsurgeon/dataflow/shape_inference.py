@@ -1,6 +1,6 @@
-"""Shapes of a whole graph: one rule for each operator, asked once for each node, in order.
+"""Shape inference: facts about every value of a graph, one rule for each operator.
 
-Stored shapes are not believed, except their rank where no rule reaches: exporters write wrong ones.
+Declared shapes are not trusted, except for their rank if no rule gives one: exporters write wrong ones.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.errors import KvsurgeonError, UnsupportedError
+from kvsurgeon.errors import Code, KvsurgeonError, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, is_weight
 from kvsurgeon.ops.schema import STANDARD_DOMAINS, by_schema
 from kvsurgeon.ops.table import find
@@ -23,10 +23,10 @@ from kvsurgeon.symbolic.fact import NOTHING, Fact, OperatorCall, known
 
 @contextmanager
 def in_one_line(node: ir.Node) -> Iterator[None]:
-    """Let what a rule stumbles over say at which node its inputs do not fit together.
+    """Report errors of a rule with the node at which they occur.
 
     Raises:
-        UnsupportedError: In place of whatever else was raised.
+        UnsupportedError: In place of any other exception.
     """
     try:
         yield
@@ -34,7 +34,7 @@ def in_one_line(node: ir.Node) -> Iterator[None]:
         raise
     except Exception as error:
         raise UnsupportedError(
-            f"{node.op_type}: its inputs do not fit together",
+            f"{node.op_type}: its inputs are inconsistent", code=Code.INCONSISTENT_SHAPES,
             at=node.outputs[0].name, found=" ".join(str(error).split()) or type(error).__name__,
             hint="does onnxruntime run this model?",
         ) from error  # fmt: skip
@@ -42,21 +42,21 @@ def in_one_line(node: ir.Node) -> Iterator[None]:
 
 @dataclass(slots=True)
 class Shapes:
-    """What is known of every value of a graph."""
+    """Facts about every value of a graph."""
 
     facts: dict[ir.Value, Fact] = field(default_factory=dict)
     bounds: set[int] = field(default_factory=set)  # the length is assumed to be at most the smallest of these
     opset: int = 0
 
     def __getitem__(self, value: ir.Value) -> Fact:
-        """The fact of a value; constants are looked up when they are first asked for."""
+        """Return the fact of a value; constants are read when they are first asked for."""
         fact = self.facts.get(value)
         if fact is None:
             fact = self.facts[value] = _fact_of_constant(value)
         return fact
 
     def call(self, node: ir.Node) -> OperatorCall:
-        """The node as a rule sees it."""
+        """Return a node with the facts of its inputs and outputs."""
         facts = tuple(None if value is None else self[value] for value in node.inputs)
         results = tuple(self.facts.get(value, NOTHING) for value in node.outputs)
         return OperatorCall(node, facts, self.opset, self.bounds.add, results)
@@ -74,14 +74,14 @@ def _fact_of_constant(value: ir.Value) -> Fact:
 def infer_shapes(
     nodes: Iterable[ir.Node], inputs: Mapping[ir.Value, tuple[Dimension, ...]], opset: int, *, named: bool = False
 ) -> Shapes:
-    """Return what is known of every value, given the dimensions of the graph's inputs.
+    """Return the facts about every value, given the dimensions of the graph inputs.
 
     Args:
-        nodes: In an order in which every value is made before it is used.
+        nodes: In topological order.
         inputs: Dimensions of each graph input.
         opset: Version of the standard operators.
-        named: Whether a single whole number that is computed from more than shapes gets a name of its own, so that as
-            much as lies between it and a sum with it is known.
+        named: Whether a single integer that is computed from more than shapes gets a symbol, so that the difference
+            between it and a sum with it is known.
     """
     shapes = Shapes(opset=opset)
     for value, dimensions in inputs.items():
@@ -103,7 +103,7 @@ def infer_shapes(
 
 
 def _named(value: ir.Value, fact: Fact) -> Fact:
-    """The fact with a symbol for a single whole number of which nothing else is known."""
+    """The fact, with a symbol for a single integer that is not known otherwise."""
     single = fact.shape is not None and all(size == 1 for size in fact.shape)
     if fact.value is not None or not single or fact.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
         return fact
@@ -111,7 +111,7 @@ def _named(value: ir.Value, fact: Fact) -> Fact:
 
 
 def _declared(value: ir.Value, fact: Fact, call: OperatorCall) -> Fact:
-    """The rank that the model declares, where no rule reached; its dimensions where they are numbers."""
+    """The declared rank, and the declared dimensions that are numbers, if no rule gives a shape."""
     if value.shape is None:
         return fact
     sizes = tuple(size if isinstance(size, int) else call.unknown() for size in value.shape)

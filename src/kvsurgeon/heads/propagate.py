@@ -26,7 +26,7 @@ from kvsurgeon.weights import ComputedTensor, TensorSlice
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HeadRequest:
-    """A value with other heads that is a part of a projection; `placeholder` stands in until that is replaced."""
+    """A value with other heads that is a part of a projection; `placeholder` is read until that is replaced."""
 
     values: Values
     axis: HeadAxis

@@ -174,7 +174,7 @@ def pool(call: OperatorCall) -> list[Fact]:
 
 
 def _windows(call: OperatorCall, sizes: tuple[Dimension, ...], kernel: tuple[Dimension, ...]) -> tuple[Dimension, ...]:
-    """How often a window fits along each of several axes."""
+    """The number of positions of a window along each of several axes."""
     count = len(sizes)
     strides, dilations = call.attribute("strides") or [1] * count, call.attribute("dilations") or [1] * count
     pads = call.attribute("pads") or [0] * 2 * count
@@ -183,8 +183,8 @@ def _windows(call: OperatorCall, sizes: tuple[Dimension, ...], kernel: tuple[Dim
     found: list[Dimension] = []
     for place, size in enumerate(sizes):
         width = dim.add(dim.multiply(dilations[place], dim.subtract(kernel[place], 1)), 1)
-        room = dim.subtract(dim.add(size, pads[place] + pads[place + count]), width)
-        found.append(dim.add(dim.floor_quotient(room, strides[place]), 1))
+        space = dim.subtract(dim.add(size, pads[place] + pads[place + count]), width)
+        found.append(dim.add(dim.floor_quotient(space, strides[place]), 1))
     return tuple(found)
 
 

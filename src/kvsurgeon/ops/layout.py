@@ -209,7 +209,7 @@ def _equal_parts(call: OperatorCall, size: Dimension, count: int) -> tuple[Dimen
 
 
 def pad(call: OperatorCall) -> Fact:
-    """`Pad`: each axis longer by what stands before and behind it."""
+    """`Pad`: each axis longer by the pads before and after it."""
     operand, pads = call.fact(0), call.integers("pads", 1)
     if operand.shape is None:
         return Fact(None, operand.dtype)

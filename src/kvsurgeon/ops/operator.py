@@ -28,7 +28,7 @@ class UntraceableAxesError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AxisLinks:
-    """Which axes of a node's inputs and outputs correspond, element by element.
+    """Links between the axes of a node's inputs and outputs: which of them correspond, element by element.
 
     Equal labels correspond. An axis of size 1 may face a larger one of its label: it is broadcast. An axis without a
     label corresponds to no other.
@@ -97,7 +97,7 @@ RearrangeRule = Callable[[OperatorCall, list[np.ndarray], int, Sizes], np.ndarra
 
 
 class Trait(Enum):
-    """What else stages ask about an operator."""
+    """Further properties of an operator that stages ask for."""
 
     SHAPE_ONLY = auto()  # reads the shape of its input and nothing else
     IDENTITY = auto()  # gives the same elements, up to their type
@@ -189,7 +189,7 @@ def rank_of(call: OperatorCall, index: int) -> int:
 
 
 def identity_links(call: OperatorCall, index: int = 0) -> Labels:
-    """Return a label of its own for each axis of an input."""
+    """Return a different label for each axis of an input."""
     return tuple(range(rank_of(call, index)))
 
 

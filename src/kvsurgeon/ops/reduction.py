@@ -66,7 +66,7 @@ def _reduced_numbers(call: OperatorCall, operand: Fact, axes: tuple[int, ...], k
 
 
 def arg_extreme(call: OperatorCall) -> Fact:
-    """`ArgMax`, `ArgMin`: where the extreme stands along one axis."""
+    """`ArgMax`, `ArgMin`: the index of the extreme along one axis."""
     operand = call.fact(0)
     if operand.shape is None:
         return Fact(None, ir.DataType.INT64)
@@ -76,7 +76,7 @@ def arg_extreme(call: OperatorCall) -> Fact:
 
 
 def top_k(call: OperatorCall) -> list[Fact]:
-    """`TopK`: the k largest along one axis, and where they stand."""
+    """`TopK`: the k largest along one axis, and their indices."""
     operand, count = call.fact(0), call.integers("k", 1)
     if operand.shape is None:
         return [Fact(None, operand.dtype), Fact(None, ir.DataType.INT64)]

@@ -1,4 +1,4 @@
-"""What a rule may ask for that computes a node at other lengths: see `rewrite/context_slices.py`, which provides it."""
+"""The interface of rules that compute a node at other lengths; `rewrite/context_slices.py` implements it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shapes of operators without a rule of their own: ONNX's shape inference, with symbols as dimension names."""
+"""Shapes of operators without a rule: ONNX's shape inference, with symbols as dimension names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def by_schema(call: OperatorCall) -> list[Fact]:
         proto = ir.to_proto(node)
         types = {
             value.name or "": onnx.helper.make_tensor_type_proto(
-                int(fact.dtype or 1), [_spelled(s, names) for s in fact.shape or ()]
+                int(fact.dtype or 1), [_dimension_name(s, names) for s in fact.shape or ()]
             )
             for value, fact in zip(node.inputs, call.inputs, strict=True)
             if value is not None and fact is not None
@@ -36,7 +36,7 @@ def by_schema(call: OperatorCall) -> list[Fact]:
     return [_read_type(inferred.get(value.name or ""), names, call) for value in node.outputs]
 
 
-def _spelled(size: Dimension, names: dict[str, Dimension]) -> int | str:
+def _dimension_name(size: Dimension, names: dict[str, Dimension]) -> int | str:
     if isinstance(size, int):
         return size
     names[str(size)] = size

@@ -1,7 +1,7 @@
-"""Symbolic dimensions: whole numbers, or sympy expressions in a few symbols, with remembered arithmetic.
+"""Symbolic dimensions: integers, or sympy expressions in a few symbols, with cached arithmetic.
 
-A decoder writes the same few expressions thousands of times over, so every operation is remembered: after the first
-layer the arithmetic of a layer is a dictionary look-up.
+A decoder repeats the same few expressions thousands of times, so every operation is cached: after the first layer, the
+arithmetic of a layer is a dictionary lookup.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CAPACITY = sympy.Symbol("cache_length", integer=True, positive=True)  # rows of 
 
 LONGEST = 40  # operations in an expression
 
-remembered = lru_cache(maxsize=None, typed=True)  # 2 and 2.0 are equal, and what is made of them is not
+cached = lru_cache(maxsize=None, typed=True)  # 2 and 2.0 are equal, and what is made of them is not
 
 _numbers = itertools.count()
 
@@ -58,13 +58,13 @@ def plain(expression: sympy.Expr) -> Dimension:
     return expression if expression.count_ops() <= LONGEST else unknown("too long an expression")
 
 
-@remembered
+@cached
 def add(left: Dimension, right: Dimension) -> Dimension:
     """Left + right."""
     return left + right if isinstance(left, int) and isinstance(right, int) else plain(sympy.expand(left + right))
 
 
-@remembered
+@cached
 def multiply(left: Dimension, right: Dimension) -> Dimension:
     """Left * right."""
     return left * right if isinstance(left, int) and isinstance(right, int) else plain(sympy.expand(left * right))
@@ -75,7 +75,7 @@ def subtract(left: Dimension, right: Dimension) -> Dimension:
     return add(left, multiply(-1, right))
 
 
-@remembered
+@cached
 def exact_quotient(numerator: Dimension, denominator: Dimension) -> Dimension | None:
     """Numerator / denominator where that is a whole number whatever the symbols are, else None."""
     if denominator == 0:
@@ -87,7 +87,7 @@ def exact_quotient(numerator: Dimension, denominator: Dimension) -> Dimension | 
     return plain(sympy.expand(polynomial)) if divisor == 1 else None
 
 
-@remembered
+@cached
 def floor_quotient(numerator: Dimension, denominator: Dimension) -> Dimension:
     """Numerator // denominator, rounded down."""
     if isinstance(numerator, int) and isinstance(denominator, int):
@@ -96,19 +96,19 @@ def floor_quotient(numerator: Dimension, denominator: Dimension) -> Dimension:
     return exact if exact is not None else plain(sympy.floor(sympy.sympify(numerator) / denominator))
 
 
-@remembered
+@cached
 def minimum(left: Dimension, right: Dimension) -> Dimension:
     """The smaller of two."""
     return plain(sympy.Min(left, right))
 
 
-@remembered
+@cached
 def maximum(left: Dimension, right: Dimension) -> Dimension:
     """The larger of two."""
     return plain(sympy.Max(left, right))
 
 
-@remembered
+@cached
 def is_equal(left: Dimension, right: Dimension) -> bool | None:
     """Whether two numbers are equal whatever the symbols are; None where it depends."""
     if left is right:
@@ -119,7 +119,7 @@ def is_equal(left: Dimension, right: Dimension) -> bool | None:
     return answer
 
 
-@remembered
+@cached
 def is_less(left: Dimension, right: Dimension) -> bool | None:
     """Whether left < right whatever the symbols are; None where it depends."""
     if isinstance(left, int) and isinstance(right, int):
@@ -138,7 +138,7 @@ def product(dimensions: Iterable[Dimension]) -> Dimension:
     return result
 
 
-@remembered
+@cached
 def substitute(dimension: Dimension, replacements: tuple[tuple[sympy.Symbol, Dimension], ...]) -> Dimension:
     """The dimension with symbols replaced by numbers or other expressions, all at once."""
     if isinstance(dimension, int):
@@ -146,7 +146,7 @@ def substitute(dimension: Dimension, replacements: tuple[tuple[sympy.Symbol, Dim
     return plain(sympy.expand(dimension.subs(dict(replacements), simultaneous=True)))
 
 
-@remembered
+@cached
 def broadcast(left: Dimension, right: Dimension) -> Dimension:
     """The dimension of an axis on which two tensors are broadcast against each other.
 

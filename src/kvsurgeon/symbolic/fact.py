@@ -1,4 +1,4 @@
-"""What is known of a tensor before anything runs: its type, its dimensions and, for shape arithmetic, its numbers."""
+"""Facts about a value before the model runs: its type, its dimensions and, for shape arithmetic, its numbers."""
 
 from __future__ import annotations
 
@@ -13,16 +13,22 @@ from kvsurgeon.symbolic.dimension import Dimension, unknown
 
 Numbers = np.ndarray  # dtype=object: int, float, bool or sympy expression in each place
 
-WIDEST_VALUE = 512  # elements of a tensor whose numbers are followed
+WIDEST_VALUE = 512  # elements of a tensor whose numbers are computed
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """What is known of one value."""
+    """Type, dimensions and known numbers of a value.
 
-    shape: tuple[Dimension, ...] | None  # None: not even the rank is known
+    Attributes:
+        shape: Its dimensions; None if not even the rank is known.
+        dtype: Its type.
+        value: Its numbers; None if they depend on more than lengths, or are too many.
+    """
+
+    shape: tuple[Dimension, ...] | None
     dtype: ir.DataType | None = None
-    value: Numbers | None = None  # None: depends on more than lengths, or too large to follow
+    value: Numbers | None = None
 
     @property
     def rank(self) -> int | None:
@@ -48,12 +54,12 @@ def known(value: Any, dtype: ir.DataType | None) -> Fact:
 
 @dataclass(slots=True)
 class OperatorCall:
-    """One node as a rule sees it: facts in, attributes, and a place to note what had to be assumed."""
+    """One node with the facts of its inputs and outputs, as a rule reads it."""
 
     node: ir.Node
     inputs: tuple[Fact | None, ...]
     opset: int
-    bound: Callable[[int], None]  # notes that the length is assumed to be at most so much
+    bound: Callable[[int], None]  # notes that the length is assumed to be at most this
     results: tuple[Fact, ...] = ()  # of the outputs, once they are inferred
     _attributes: Mapping[str, ir.Attr] = field(init=False)
 
@@ -61,11 +67,11 @@ class OperatorCall:
         self._attributes = self.node.attributes
 
     def given(self, index: int) -> Fact | None:
-        """The fact of an input, None where the input is left out."""
+        """Return the fact of an input, None if it is left out."""
         return self.inputs[index] if index < len(self.inputs) else None
 
     def fact(self, index: int) -> Fact:
-        """The fact of an input, `NOTHING` where it is left out."""
+        """Return the fact of an input, `NOTHING` if it is left out."""
         return self.given(index) or NOTHING
 
     @property
@@ -74,33 +80,33 @@ class OperatorCall:
         return self.results[0] if self.results else NOTHING
 
     def integer(self, name: str, default: int) -> int:
-        """An integer attribute."""
+        """Return an integer attribute."""
         attribute = self._attributes.get(name)
         return default if attribute is None else int(attribute.value)
 
     def text(self, name: str, default: str = "") -> str:
-        """A string attribute."""
+        """Return a string attribute."""
         attribute = self._attributes.get(name)
         return default if attribute is None else str(attribute.value)
 
     def attribute(self, name: str) -> Any:
-        """The value of an attribute, None where it is left out."""
+        """Return the value of an attribute, None if it is left out."""
         attribute = self._attributes.get(name)
         return None if attribute is None else attribute.value
 
     def integers(self, name: str, index: int | None = None) -> tuple[Dimension, ...] | None:
-        """Integers given by an attribute or, since a later opset, by an input; None where neither is known."""
+        """Return integers given by an attribute or, since a later opset, by an input; None if neither is known."""
         if (given := self.attribute(name)) is not None:
             return tuple(given) if isinstance(given, Sequence) else (given,)
         return None if index is None else self.numbers(index)
 
     def numbers(self, index: int) -> tuple[Dimension, ...] | None:
-        """The followed numbers of an input, flat."""
+        """Return the known numbers of an input, flat."""
         fact = self.given(index)
         return None if fact is None or fact.value is None else tuple(fact.value.reshape(-1))
 
     def unknown(self, what: str = "size") -> Dimension:
-        """A dimension that nothing is known about, named after the value it stands at."""
+        """Return an unknown dimension, named after the value that has it."""
         return unknown(f"{what} after {self.node.op_type} at `{self.node.outputs[0].name}`")
 
 
