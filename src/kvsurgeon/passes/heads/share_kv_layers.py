@@ -25,7 +25,7 @@ class ShareKvLayers:
 
     Attributes:
         kv_layers: Number of layers that compute keys and values: the first one of each group.
-        method: What a group reads: the mean of its layers, their running mean, or its first layer.
+        method: Keys and values of a group: the mean of its layers, their running mean, or those of its first layer.
         map: For each layer the index of the layer whose keys and values it reads, instead of `kv_layers`.
     """
 
