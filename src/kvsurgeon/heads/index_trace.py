@@ -108,10 +108,15 @@ class IndexTrace:
         feature[numbered] = np.arange(before.width)
         moved = self._by_token(self._run(source, value, places), after, value)
         if not np.array_equal(token[moved], np.broadcast_to(np.arange(len(moved))[:, None], moved.shape)):
-            raise UnsupportedError("cannot trace heads where tokens are rearranged too", at=value.name)
+            raise UnsupportedError(
+                "cannot trace heads where tokens are rearranged too", code=Code.UNTRACEABLE_HEADS, at=value.name
+            )
         found = feature[moved]
         if not (found == found[0]).all():
-            raise UnsupportedError("cannot trace heads that are arranged differently for each token", at=value.name)
+            raise UnsupportedError(
+                "cannot trace heads that are arranged differently for each token", code=Code.UNTRACEABLE_HEADS,
+                at=value.name,
+            )  # fmt: skip
         return np.asarray(found[0].reshape(after.features))
 
     def sizes(self, dimensions: Sequence[Any], at: ir.Value) -> list[int]:
@@ -123,7 +128,9 @@ class IndexTrace:
         try:
             return [int(at_length(size, LENGTH)) for size in dimensions]
         except TypeError as error:
-            raise UnsupportedError("cannot trace heads: a dimension is unknown", at=at.name) from error
+            raise UnsupportedError(
+                "cannot trace heads: a dimension is unknown", code=Code.UNTRACEABLE_HEADS, at=at.name
+            ) from error
 
     def shape(self, value: ir.Value) -> list[int]:
         """Return the shape of a value for two sequences of `LENGTH` tokens."""
@@ -146,7 +153,7 @@ class IndexTrace:
             return places
         node = value.producer()
         if node is None or not self.rearranges(node):
-            raise UnsupportedError("cannot trace heads through this value", at=value.name)
+            raise UnsupportedError("cannot trace heads through this value", code=Code.UNTRACEABLE_HEADS, at=value.name)
         arrays = [
             self._run(source, one, places) for one in node.inputs if one is not None and one in self.token_sources(node)
         ]

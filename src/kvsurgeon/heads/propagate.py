@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.dataflow.value_kinds import ValueKind
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import through
@@ -121,8 +121,8 @@ class HeadPropagation:
         for node, value in zip(nodes, values, strict=True):
             if node is None or _operator_key(node) != _operator_key(first) or value.index() != values[0].index():
                 raise UnsupportedError(
-                    "the layers to be averaged compute their heads differently", at=value.name,
-                    expected=first.op_type, found="nothing" if node is None else node.op_type,
+                    "the layers to be averaged compute their heads differently", code=Code.CANNOT_AVERAGE,
+                    at=value.name, expected=first.op_type, found="nothing" if node is None else node.op_type,
                 )  # fmt: skip
             found.append(node)
         return tuple(found)
@@ -131,14 +131,16 @@ class HeadPropagation:
         tensors = [tensor for value in values if (tensor := constant_tensor(value)) is not None]
         first, name = tensors[0], values[0].name or "weights"
         if not isinstance(axis.outer, int) or not isinstance(axis.inner, int):
-            raise UnsupportedError("weights depend on the batch or the length", at=name)
+            raise UnsupportedError("weights depend on the batch or the length", code=Code.UNTRACEABLE_HEADS, at=name)
         if len(tensors) < len(values) or any(t.dtype != first.dtype or t.shape != first.shape for t in tensors):
-            raise UnsupportedError("the layers to be averaged have weights of different shapes or types", at=name)
+            raise UnsupportedError(
+                "the layers to be averaged have weights of different shapes or types", code=Code.CANNOT_AVERAGE, at=name
+            )
         averaged = any(len(terms) > 1 for terms in selection.blocks)
         if averaged and not first.dtype.is_floating_point():
             raise UnsupportedError(
-                "quantized weights cannot be averaged", at=name, expected="floating-point weights",
-                found=first.dtype.name.lower(), hint="method=first takes stored values as they are",
+                "quantized weights cannot be averaged", code=Code.CANNOT_AVERAGE, at=name,
+                expected="floating-point weights", found=first.dtype.name.lower(), hint="use method=first",
             )  # fmt: skip
         places = selection.within(axis.outer, axis.inner)
         blocks = [
@@ -156,7 +158,9 @@ class HeadPropagation:
         """Context with a head axis, gathered at run time, and averaged if heads are."""
         alone = len(selection.blocks) == 1 and all(term.source == 0 for term in selection.blocks[0])
         if not alone or not isinstance(axis.outer, int) or not isinstance(axis.inner, int):
-            raise UnsupportedError("context with a head axis cannot be averaged over layers", at=value.name)
+            raise UnsupportedError(
+                "context with a head axis cannot be averaged over layers", code=Code.CANNOT_AVERAGE, at=value.name
+            )
         (terms,) = selection.blocks
         wholes = [Selection(selection.count, ((term,),)).within(axis.outer, axis.inner) for term in terms]
         gathered = [
@@ -169,7 +173,9 @@ class HeadPropagation:
         if len(gathered) == 1:
             return gathered[0]
         if value.dtype is None or not value.dtype.is_floating_point():
-            raise UnsupportedError("context with a head axis cannot be averaged", at=value.name)
+            raise UnsupportedError(
+                "context with a head axis cannot be averaged", code=Code.CANNOT_AVERAGE, at=value.name
+            )
         return self.editor.node("Mean", gathered, {}, name=f"{value.name}.mean", dtype=value.dtype)
 
     def _depends(self, value: ir.Value) -> bool:
@@ -214,12 +220,16 @@ class HeadPropagation:
             links = None
         trace = None if links is None else links.inputs[index]
         if links is None or trace is None or links.row_major:
-            raise UnsupportedError(f"{node.op_type}: cannot trace heads through it", at=node.outputs[0].name)
+            raise UnsupportedError(
+                f"cannot trace heads through {node.op_type}", code=Code.UNTRACEABLE_HEADS, at=node.outputs[0].name
+            )
         label = trace[axis.axis]
         if label in links.outputs[0]:
             return axis.at(links.outputs[0].index(label))
         if not has_trait(node, Trait.EXTREMUM_OR_MEAN) or not (selection.is_even or self.lossy):
-            raise UnsupportedError(f"{node.op_type}: it mixes all heads", at=node.outputs[0].name)
+            raise UnsupportedError(
+                f"{node.op_type} mixes all heads", code=Code.UNTRACEABLE_HEADS, at=node.outputs[0].name
+            )
         return None
 
 
