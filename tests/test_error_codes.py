@@ -74,3 +74,14 @@ def raised_codes():
 
 def test_every_code_is_raised_somewhere():
     assert {code.name for code in Code} <= set(raised_codes())
+
+
+def test_every_unsupported_error_names_a_code():
+    unnamed = [
+        f"{path.relative_to(SOURCE)}:{node.lineno}"
+        for path in sorted(SOURCE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == "UnsupportedError"
+        if all(keyword.arg != "code" for keyword in node.keywords)
+    ]
+    assert not unnamed

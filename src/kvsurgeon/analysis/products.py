@@ -107,6 +107,7 @@ def _counted(visit: NodeVisit, axis: SequenceAxis) -> UnsupportedError | None:
             return UnsupportedError(
                 "positions are counted by comparing all tokens with each other, so a decode step would need all "
                 "of them",
+                code=Code.TOKEN_DEPENDENT_MASK,
                 at=counts[0].outputs[0].name,
                 expected="positions by index, from the mask, or as an input",
                 found=f"{counts[0].op_type} of {score.node.op_type}",

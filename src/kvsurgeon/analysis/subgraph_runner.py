@@ -107,7 +107,9 @@ class SubgraphRunner:
             elif (node := value.producer()) is not None:
                 nodes.append(node)
             else:
-                raise UnsupportedError("the subgraph reads a value of an outer graph", at=value.name)
+                raise UnsupportedError(
+                    "the subgraph reads a value of an outer graph", code=Code.CONTROL_FLOW, at=value.name
+                )
         return sorted(dict.fromkeys(nodes), key=lambda node: self.flow.order[node])
 
     def _feed_value(self, value: ir.Value) -> bool:

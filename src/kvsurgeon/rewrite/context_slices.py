@@ -93,7 +93,7 @@ class ContextSlices:
             return self._of_numbers(value, fact.value, fact.dtype)
         node = value.producer()
         if node is None:
-            raise UnsupportedError("a value is made outside the graph", at=value.name)
+            raise UnsupportedError("context reads a value of an outer graph", code=Code.CONTROL_FLOW, at=value.name)
         if self.flow.kinds.get(value, ValueKind.CONSTANT) is ValueKind.CONSTANT:
             return self.sliced(value, axes)
         with in_one_line(node):
@@ -209,8 +209,9 @@ class ContextSlices:
         ]
         if wrong:
             raise UnsupportedError(
-                "an input is needed for all tokens so far", at=value.name, found="given for the new ones"
-            )
+                "an input is needed for past and new tokens", code=Code.INPUT_ROLE, at=value.name,
+                found="an input for the new tokens",
+            )  # fmt: skip
         in_rows = tuple(SequenceAxis(axis, LengthVariable(length)) for axis, length in lengths.items())
         wanted = tuple(axis for axis in axes if lengths.get(axis.axis) is not Length.NEW)
         return self.sliced(in_token_order(self.lengths, value, in_rows), wanted)
@@ -226,7 +227,10 @@ class ContextSlices:
         if not cut:
             return value
         if not all(axis.outer == 1 and not axis.learned_rows for axis in cut):
-            raise UnsupportedError("context holds the tokens together with something else on one axis", at=value.name)
+            raise UnsupportedError(
+                "cannot slice an axis of the context that contains more than tokens", code=Code.UNTRACEABLE_SEQUENCE,
+                at=value.name,
+            )  # fmt: skip
         spans = [(axis.inner, *self.lengths.span(axis.variable.resolved() or Length.TOTAL)) for axis in cut]
         starts = [dim.multiply(start, inner) for inner, start, _ in spans]
         ends = [dim.multiply(end, inner) for inner, _, end in spans]
@@ -238,13 +242,15 @@ class ContextSlices:
         """The value as the export computes it, at the total length."""
         if self.fixed:
             raise UnsupportedError(
-                f"{node.op_type} makes context whose length the export fixed, and there is no rule to shorten it",
-                at=value.name, hint="export with dynamic axes",
+                f"the context has the fixed length of the export, and {node.op_type} has no rule for another length",
+                code=Code.FIXED_LENGTH, at=value.name, hint="export with dynamic axes",
             )  # fmt: skip
         if node.op_type in SHAPE_ONLY:
-            raise UnsupportedError(f"{node.op_type} of a tensor whose shape is unknown", at=value.name)
+            raise UnsupportedError(
+                f"{node.op_type} reads a tensor of unknown shape", code=Code.UNTRACEABLE_SEQUENCE, at=value.name
+            )
         if any(attribute.type is ir.AttributeType.GRAPH for attribute in node.attributes.values()):
-            raise UnsupportedError("context goes through control flow", at=value.name)
+            raise UnsupportedError("the context contains control flow", code=Code.CONTROL_FLOW, at=value.name)
         inputs = [None if source is None else self.slice_of(source) for source in node.inputs]
         return self.rebuilt(node, inputs, value)
 
