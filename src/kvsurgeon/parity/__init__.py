@@ -2,15 +2,14 @@
 
 from kvsurgeon.parity.loss import AccuracyLoss, measure_loss
 from kvsurgeon.parity.model_source import load_graph
-from kvsurgeon.parity.report import CacheDifference, Comparison, Report, Verdict
-from kvsurgeon.parity.scenarios import Scenario, TextLengths, plan_scenarios
-from kvsurgeon.parity.tolerance import TOLERANCES, Arithmetic, Tolerance, arithmetic_of
-from kvsurgeon.parity.verifier import Progress, verify
+from kvsurgeon.parity.report import CacheDifference, Comparison, Progress, Report, Verdict
+from kvsurgeon.parity.scenarios import Scenario, TextLengths
+from kvsurgeon.parity.tolerance import TOLERANCES, Tolerance, arithmetic_of
+from kvsurgeon.parity.verifier import verify
 
 __all__ = [
     "TOLERANCES",
     "AccuracyLoss",
-    "Arithmetic",
     "CacheDifference",
     "Comparison",
     "Progress",
@@ -22,6 +21,5 @@ __all__ = [
     "arithmetic_of",
     "load_graph",
     "measure_loss",
-    "plan_scenarios",
     "verify",
 ]

@@ -33,7 +33,6 @@ def first_difference(
     reference: ReferenceModel,
     cache: Sequence[CacheIO],
     bound: float,
-    threads: int | None = None,
 ) -> str | None:
     """Return the first value, in the order of the candidate's graph, that both graphs have and that differs.
 
@@ -46,14 +45,13 @@ def first_difference(
         reference: The reference model.
         cache: Cache inputs and outputs of the candidate.
         bound: Largest error that is allowed.
-        threads: Number of threads per operator.
     """
     shared = set(models[0].inner_values)
     names = [name for name in models[1].inner_values if name in shared]
     if not names:
         return None
     try:
-        sessions = [model.open("basic", threads, names) for model in models]
+        sessions = [model.open("basic", names) for model in models]
         decoder = CachedDecoder(sessions[1], cache)
         expected = replace(reference, decoder=UncachedDecoder(sessions[0], reference.inputs)).run(scenario)
         feeds = decoder.inputs.feeds(scenario.tokens, scenario.mask, token_types=reference.token_types)

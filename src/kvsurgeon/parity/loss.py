@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,10 @@ import numpy.typing as npt
 from kvsurgeon.errors import InputError, ParityError, UsageError
 from kvsurgeon.parity.model_source import load_graph
 from kvsurgeon.parity.prediction import check_cache, longest_text, open_decoder, predict, vocabulary_size
+from kvsurgeon.parity.report import Progress
 from kvsurgeon.parity.tolerance import TOLERANCES, arithmetic_of
 from kvsurgeon.runtime import Array, Runnable, Source, Tokens
 from kvsurgeon.runtime.text import load_tokenizer, side_folders
-
-Progress = Callable[[int, int, str], None]  # windows done, windows in all, name of the next
 
 SAMPLE = Path(__file__).parents[1] / "demo" / "model" / "sample.txt"  # the opening of a chapter, in the public domain
 WINDOW = 128  # tokens of a call

@@ -23,22 +23,25 @@ class ModelSource:
         source: The model as onnxruntime opens it.
         graph: The model without external weights.
         folder: Folder of the external weights.
+        threads: Number of threads per operator.
     """
 
     name: str
     source: Source
     graph: onnx.ModelProto
     folder: Path | None
+    threads: int | None
 
     @classmethod
-    def of(cls, source: Source, name: str, folder: str | Path | None) -> ModelSource:
+    def of(cls, source: Source, name: str, folder: str | Path | None, threads: int | None) -> ModelSource:
         """Read a model.
 
         Raises:
             InputError: The file does not exist.
             InvalidModelError: The file is not ONNX.
         """
-        return cls(name=name, source=source, graph=load_graph(source), folder=folder_of(source, folder))
+        graph = load_graph(source)
+        return cls(name=name, source=source, graph=graph, folder=folder_of(source, folder), threads=threads)
 
     @property
     def inner_values(self) -> tuple[str, ...]:
@@ -52,14 +55,14 @@ class ModelSource:
         graph = float_model(self.graph)
         return None if graph is None else replace(self, source=graph, graph=graph)
 
-    def open(self, optimization: Optimization, threads: int | None, outputs: Sequence[str] = ()) -> Session:
+    def open(self, optimization: Optimization, outputs: Sequence[str] = ()) -> Session:
         """Open the model, with some inner values as further outputs.
 
         Raises:
             KvsurgeonError: onnxruntime does not accept it.
         """
         source = with_outputs(self.graph, outputs) if outputs else self.source
-        return open_session(source, folder=self.folder, threads=threads, optimization=optimization, name=self.name)
+        return open_session(source, folder=self.folder, threads=self.threads, optimization=optimization, name=self.name)
 
 
 def load_graph(source: Source) -> onnx.ModelProto:

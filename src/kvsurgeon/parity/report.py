@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from kvsurgeon.parity.scenarios import Scenario
 from kvsurgeon.parity.tolerance import Tolerance
 
 Verdict = Literal["same", "different", "unknown"]
+Progress = Callable[[int, int, str], None]  # steps done, steps in all, name of the next
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,23 +144,19 @@ class Report:
     @property
     def problems(self) -> tuple[str, ...]:
         """Reasons for a verdict other than "same", a sentence each."""
-        return tuple(self._problems())
+        problems = [*self.faults]
+        problems += [f"{one.scenario}: {one.reason}" for one in self.comparisons if one.verdict == "different"]
+        if self.first_difference is not None:
+            problems.append(f"the first value that differs is `{self.first_difference}`")
+        if self.verdict == "unknown":
+            problems.append(self.unverifiable or "the reference model fails on all texts")
+        return tuple(problems)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report for JSON; a number that is not finite becomes a string."""
         computed = ("ok", "verdict", "error", "bound", "agreement", "layer", "problems")
         plain: dict[str, Any] = _plain({name: getattr(self, name) for name in computed} | asdict(self))
         return plain
-
-    def _problems(self) -> Iterator[str]:
-        yield from self.faults
-        for comparison in self.comparisons:
-            if comparison.verdict == "different":
-                yield f"{comparison.scenario}: {comparison.reason}"
-        if self.first_difference is not None:
-            yield f"the first value that differs is `{self.first_difference}`"
-        if self.verdict == "unknown":
-            yield self.unverifiable or "the reference model fails on all texts"
 
 
 def _plain(value: Any) -> Any:

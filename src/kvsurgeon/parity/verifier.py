@@ -7,7 +7,6 @@ the candidate model declares.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +17,10 @@ from kvsurgeon.parity.first_difference import first_difference, simplest_differe
 from kvsurgeon.parity.model_source import ModelSource
 from kvsurgeon.parity.open_models import Opened, open_models, open_stable
 from kvsurgeon.parity.reference_model import ReferenceModel
-from kvsurgeon.parity.report import Comparison, Report
+from kvsurgeon.parity.report import Comparison, Progress, Report
 from kvsurgeon.parity.scenarios import TextLengths, plan_scenarios
 from kvsurgeon.parity.tolerance import ROUNDED, TOLERANCES, Arithmetic, Tolerance, arithmetic_of
 from kvsurgeon.runtime import Optimization, Source
-
-Progress = Callable[[int, int, str], None]  # steps done, steps in all, name of the next
 
 _UNFUSED: Optimization = "basic"  # "all" rounds again: `MatMulNBits` of 8-bit weights rounds activations
 _ROUNDINGS = 3  # in ranges of the call, of the calls before, and of the whole text
@@ -64,12 +61,10 @@ def verify(
         InputError: The reference cannot be read.
     """
     start = time.perf_counter()
-    run = partial(
-        _compare_all, seed=seed, lengths=lengths or TextLengths(), threads=threads, explain=explain, progress=progress
-    )
+    run = partial(_compare_all, seed=seed, lengths=lengths or TextLengths(), explain=explain, progress=progress)
     models = (
-        ModelSource.of(reference, "the reference model", folder),
-        ModelSource.of(candidate, "the candidate model", folder),
+        ModelSource.of(reference, "the reference model", folder, threads),
+        ModelSource.of(candidate, "the candidate model", folder, threads),
     )
     report, opened = run(models, optimization=optimization)
     if report.arithmetic in ROUNDED:
@@ -78,7 +73,7 @@ def verify(
             exact, _ = run((in_floats[0], in_floats[1]), optimization=_UNFUSED)
             report = _without_rounding(report, 0.0 if opened is None else opened.noise_floor, exact)
     elif opened is not None and _nearly_same(report):
-        noise = _summation_noise(opened, models[0], threads, seed)
+        noise = _summation_noise(opened, models[0], seed)
         tolerance = report.tolerance.widened(min(_SUMS * noise, _NEAR * report.bound))
         if tolerance.bound > report.bound:
             report, _ = run(models, optimization=optimization, tolerance=tolerance)
@@ -95,10 +90,10 @@ def _nearly_same(report: Report) -> bool:
     return report.verdict == "different" and report.arithmetic in _EXACT and ran and near
 
 
-def _summation_noise(reference: ReferenceModel, model: ModelSource, threads: int | None, seed: int) -> float:
+def _summation_noise(reference: ReferenceModel, model: ModelSource, seed: int) -> float:
     """Return the error of the reference without graph optimization, which adds in another order; 0 if it fails."""
     try:
-        return reference.distance_to(model.open("off", threads), seed)
+        return reference.distance_to(model.open("off"), seed)
     except KvsurgeonError:
         return 0.0
 
@@ -128,7 +123,7 @@ def _without_rounding(report: Report, noise_floor: float, exact: Report) -> Repo
 
 
 def _compare_all(
-    models: tuple[ModelSource, ModelSource], *, seed: int, lengths: TextLengths, threads: int | None,
+    models: tuple[ModelSource, ModelSource], *, seed: int, lengths: TextLengths,
     optimization: Optimization, explain: bool, progress: Progress | None, tolerance: Tolerance | None = None,
 ) -> tuple[Report, ReferenceModel | None]:  # fmt: skip
     """Compare both models on all scenarios; return the report and the reference model, if both could be opened."""
@@ -136,7 +131,7 @@ def _compare_all(
     blank = Report(arithmetic=arithmetic, tolerance=tolerance or TOLERANCES[arithmetic])
 
     def open_at(level: Optimization) -> Opened:
-        sessions = (partial(model.open, level, threads) for model in models)
+        sessions = (partial(model.open, level) for model in models)
         return open_models(blank, *sessions, lengths=lengths, seed=seed)
 
     report, reference, candidate = open_stable(open_at, optimization)
@@ -158,8 +153,6 @@ def _compare_all(
     report = replace(report, comparisons=tuple(comparisons), notes=(*report.notes, *reference.notes, *skipped))
     simplest = simplest_difference(scenarios, comparisons)
     if explain and simplest is not None:
-        name = first_difference(
-            models, simplest, reference=reference, cache=candidate.cache, bound=report.bound, threads=threads
-        )
+        name = first_difference(models, simplest, reference=reference, cache=candidate.cache, bound=report.bound)
         report = replace(report, first_difference=name)
     return report, reference

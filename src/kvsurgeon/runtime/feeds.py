@@ -18,9 +18,7 @@ from kvsurgeon.errors import UsageError
 from kvsurgeon.runtime.axes import Axis, axes_of, is_past, slice_axes
 from kvsurgeon.runtime.tensors import Array, ValueInfo
 
-InputKind = Literal[
-    "tokens", "embeddings", "padding_mask", "query_key_mask", "positions", "token_types", "other"
-]  # fmt: skip
+InputKind = Literal["tokens", "embeddings", "padding_mask", "query_key_mask", "positions", "token_types", "other"]
 Tokens = npt.NDArray[np.int64]  # [batch, sequence]
 
 _EMBEDDINGS = 251  # rows of the random table that replaces a model's embeddings

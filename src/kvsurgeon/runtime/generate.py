@@ -212,12 +212,9 @@ class TextGenerator:
             raise UsageError(f"expected prompts of one length, found {lengths}: the model has no attention mask")
         if limit is not None and longest >= limit:
             raise UsageError(f"expected a prompt below {limit} tokens, the length of the model, found {longest}")
-        tokens = np.zeros((len(prompts), longest), np.int64)
-        mask = np.zeros_like(tokens)
-        for row, prompt in enumerate(prompts):
-            tokens[row, longest - len(prompt) :] = prompt
-            mask[row, longest - len(prompt) :] = 1
-        return tokens, mask
+        tokens = np.array([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], np.int64)
+        mask = np.arange(longest) >= longest - np.array(lengths)[:, None]
+        return tokens, mask.astype(np.int64)
 
     def _next_logits(self, tokens: Tokens, mask: Tokens) -> Array:
         """Return the logits of the next token, `[batch, vocabulary]`."""

@@ -14,8 +14,8 @@ COMMON_SIZES = (64, 128, 80, 96, 32, 256, 16)
 def resolve_head_dims(cache: Sequence[CacheIO], run: Callable[[Sequence[CacheIO]], object]) -> tuple[CacheIO, ...]:
     """Return the cache with a number for each dim name that is neither a batch nor a length.
 
-    All such names stand for one size, that of a head: the first of the common sizes and then the multiples of 4 with
-    which the model runs.
+    All such names mean the size of a head: the first of the common sizes and the multiples of 4 with which the model
+    runs.
 
     Args:
         cache: The cache inputs and outputs.

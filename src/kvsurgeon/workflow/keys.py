@@ -1,4 +1,4 @@
-"""Keys as onnxruntime computes them: of one layer, for a prompt, one matrix for each KV head."""
+"""Keys of an attention layer for a prompt, computed in onnxruntime."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from kvsurgeon import io
-from kvsurgeon.anatomy import Attention, Decoder
+from kvsurgeon.anatomy import Decoder
 from kvsurgeon.errors import UsageError
 from kvsurgeon.heads.grouped_products import key_heads_read
 from kvsurgeon.passes.cache.inject import Inject
@@ -20,20 +20,20 @@ from kvsurgeon.runtime import CachedDecoder, open_session
 from kvsurgeon.runtime.text import Prompt, encode_prompt, load_tokenizer, side_folders
 
 PROMPT = "The quick brown fox jumps over the lazy dog."
-_TOKENS = 24  # rows of a picture that can still be read
-_PLAIN_TOKENS = 9  # ids that any model knows, where there is neither a tokenizer nor a prompt of ids
+_MAX_TOKENS = 24  # rows of a legible plot
+_DEFAULT_TOKENS = range(1, 10)  # IDs that any model knows, for a model without a tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """The keys of one layer for a prompt, as attention reads them.
+    """The keys of an attention layer for a prompt.
 
     Attributes:
-        model: What the model is called.
+        model: Name of the model.
         layer: Index of the attention layer.
-        reads: For each query head the KV head that it reads.
-        keys: `[kv_heads, tokens, head_dim]`.
-        tokens: What each token is, as text or as its id.
+        reads: KV head of each query head.
+        keys: Keys, `[kv_heads, tokens, head_dim]`.
+        tokens: Text or ID of each token.
     """
 
     model: str
@@ -53,7 +53,7 @@ class Keys:
         return len(self.keys)
 
     def of_query_head(self, head: int) -> npt.NDArray[np.float32]:
-        """Return the keys that a query head reads, `[tokens, head_dim]`."""
+        """Return the keys of a query head, `[tokens, head_dim]`."""
         read: npt.NDArray[np.float32] = self.keys[self.reads[head]]
         return read
 
@@ -61,75 +61,65 @@ class Keys:
 def capture_keys(
     source: Source, *, layer: int = 0, prompt: Prompt | None = None, folder: str | Path | None = None
 ) -> Keys:
-    """Return the keys that a layer gives to attention for a prompt, with a cache in the model or without.
+    """Return the keys of an attention layer for a prompt.
 
     Args:
-        source: A file, a folder that holds one, or a model in memory, which stays as it is.
-        layer: Index of the attention layer, counted in execution order.
-        prompt: A text, or token ids where the model has no tokenizer.
-        folder: Where weights and side files of a model in memory lie.
+        source: A file, a folder with one, or a model in memory, which is not changed; with a cache or without.
+        layer: Index of the attention layer, in execution order.
+        prompt: A text, or token IDs for a model without a tokenizer.
+        folder: Folder of the weights and side files of a model in memory.
 
     Raises:
-        UsageError: There is no such layer, or the prompt cannot be read.
+        UsageError: The layer does not exist, has no keys of heads, or the prompt cannot be encoded.
         InputError: The model cannot be read.
-        UnsupportedError: Its attention cannot be found.
-        RunError: It cannot be run.
+        UnsupportedError: No attention is found.
+        RunError: The model fails.
     """
     subject = without_cache(Subject.of(source, folder))
     decoder = subject.decoder()
-    attention = _attention(decoder, layer)
+    if not 0 <= layer < len(decoder.attentions):
+        raise UsageError(f"expected a layer from 0 to {len(decoder.attentions) - 1}, found {layer}")
     reads = key_heads_read(subject.analysis(), layer)
     Inject().apply(subject)
     proto = io.to_proto(subject.model)
     tokenizer = load_tokenizer(side_folders(proto, subject.folder))
-    tokens = _encoded(tokenizer, prompt)
+    tokens = np.array([_encode(tokenizer, prompt)], np.int64)
     cached = CachedDecoder(open_session(proto, folder=subject.folder, threads=1))
-    given = np.array([tokens], np.int64)
-    cached.advance(cached.inputs.feeds(given, np.ones_like(given)))
-    entry = next(
-        entry for entry in cached.cache if entry.layer == _entry_of(decoder, attention) and entry.part == "key"
-    )
+    cached.run(cached.inputs.feeds(tokens, np.ones_like(tokens)))
+    owner = _cache_layer(decoder, layer)
+    entry = next(entry for entry in cached.cache if entry.layer == owner and entry.part == "key")
     keys = cached.cached_rows(entry)[0].astype(np.float32)  # [kv_heads, tokens, head_dim]
     if keys.ndim == 3 and len(keys) == len(reads):
-        reads = tuple(range(len(reads)))  # repeated before the cache point
+        reads = tuple(range(len(reads)))  # heads are repeated before the cache
     if keys.ndim != 3 or set(reads) != set(range(len(keys))):
-        raise UsageError(f"layer {layer} keeps {list(keys.shape)} for a text, which are not the keys of its heads")
-    return Keys(
-        model=_called(source),
-        layer=layer,
-        reads=reads,
-        keys=keys,
-        tokens=tuple(_token_text(tokenizer, token) for token in tokens),
-    )
+        raise UsageError(
+            f"cannot plot the keys of layer {layer}: expected [kv_heads, tokens, head_dim], found {list(keys.shape)}"
+        )
+    texts = tuple(_decode(tokenizer, token) for token in tokens[0].tolist())
+    return Keys(model=_name(source), layer=layer, reads=reads, keys=keys, tokens=texts)
 
 
-def _attention(decoder: Decoder, layer: int) -> Attention:
-    count = len(decoder.attentions)
-    if not 0 <= layer < count:
-        raise UsageError(f"expected a layer from 0 to {count - 1}, found {layer}")
-    return decoder.attentions[layer]
-
-
-def _entry_of(decoder: Decoder, attention: Attention) -> int:
-    """Return the number of the cache entry that a layer reads: its own, or that of the layer it shares."""
-    owner = attention.layer if attention.shares_cache_with is None else attention.shares_cache_with
+def _cache_layer(decoder: Decoder, layer: int) -> int:
+    """Return the index of the cache entry of a layer: its own, or that of the layer whose cache it shares."""
+    shared = decoder.attentions[layer].shares_cache_with
+    owner = layer if shared is None else shared
     return sum(one.shares_cache_with is None for one in decoder.attentions[:owner])
 
 
-def _encoded(tokenizer: Tokenizer | None, prompt: Prompt | None) -> list[int]:
-    """Return the first tokens of a prompt, or of one that any model can read; see `encode_prompt`."""
+def _encode(tokenizer: Tokenizer | None, prompt: Prompt | None) -> list[int]:
+    """Return the first token IDs of a prompt, or of a default one."""
     if prompt is None:
-        prompt = PROMPT if tokenizer is not None else range(1, 1 + _PLAIN_TOKENS)
-    return encode_prompt(prompt, tokenizer)[:_TOKENS]
+        prompt = PROMPT if tokenizer is not None else _DEFAULT_TOKENS
+    return encode_prompt(prompt, tokenizer)[:_MAX_TOKENS]
 
 
-def _token_text(tokenizer: Tokenizer | None, token: int) -> str:
+def _decode(tokenizer: Tokenizer | None, token: int) -> str:
     text = str(token) if tokenizer is None else tokenizer.decode([token], skip_special_tokens=False)
     return text.replace("\n", "↵").strip() or "␣"
 
 
-def _called(source: Source) -> str:
-    """Return a name for a model: that of its folder, or of its file unless that is `model.onnx`."""
+def _name(source: Source) -> str:
+    """Return the name of a model: that of its file, or of the folder of a file named `model`."""
     if not isinstance(source, str | Path):
         return "model"
     path = Path(source).resolve()

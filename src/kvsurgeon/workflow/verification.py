@@ -13,20 +13,11 @@ import onnx
 from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError, UsageError
 from kvsurgeon.parity import TOLERANCES, Comparison, Progress, Report, Scenario, arithmetic_of, load_graph, verify
 from kvsurgeon.parity.difference import distance, spread
-from kvsurgeon.runtime import (
-    Array,
-    CachedDecoder,
-    Runnable,
-    Session,
-    Source,
-    Tokens,
-    UncachedDecoder,
-    ValueInfo,
-    open_session,
-)
+from kvsurgeon.runtime import Array, CachedDecoder, Runnable, Source, Tokens, UncachedDecoder, ValueInfo
 from kvsurgeon.runtime.axes import cache_entries, find_presents, is_past, may_be_past, token_axes
 from kvsurgeon.runtime.cache_managers import read_cache_metadata
 from kvsurgeon.runtime.feeds import fixed_size
+from kvsurgeon.runtime.session import Session, open_session
 from kvsurgeon.runtime.tensors import from_proto
 
 CONTEXT = "kvsurgeon.context"  # metadata key: how an application computes masks and position tables
