@@ -83,10 +83,10 @@ def test_a_call_takes_the_new_tokens_and_the_mask_of_all():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "seen", "hidden"),
+    ("dtype", "visible", "hidden"),
     [("float32", 0.0, -1e9), ("float16", 0.0, -1e4), ("bool", True, False), ("int64", 1, 0)],
 )
-def test_a_query_key_mask_is_causal_and_masks_padding(dtype, seen, hidden):
+def test_a_query_key_mask_is_causal_and_masks_padding(dtype, visible, hidden):
     mask = tensor("m", "batch_size", 1, "sequence_length", "total_sequence_length", dtype=dtype)
     inputs = inputs_of([tensor("ids", "batch_size", "sequence_length"), mask, past()])
     call = inputs.part(inputs.feeds(TOKENS, MASK), 2, 4)["m"]
@@ -94,7 +94,7 @@ def test_a_query_key_mask_is_causal_and_masks_padding(dtype, seen, hidden):
     assert call.dtype == dtype
     assert call.shape == (2, 1, 2, 4)
     expected = [[False, False, True, False], [False, False, True, True]]
-    assert np.array_equal(call[0, 0], np.where(expected, seen, hidden).astype(dtype))
+    assert np.array_equal(call[0, 0], np.where(expected, visible, hidden).astype(dtype))
 
 
 @pytest.mark.parametrize(("dtype", "values"), [("float32", [0.0, 1.0]), ("bool", [False, True]), ("int32", [0, 1])])

@@ -16,7 +16,7 @@ from kvsurgeon.parity.model_source import load_graph
 from kvsurgeon.parity.prediction import check_cache, longest_text, open_decoder, predict, vocabulary_size
 from kvsurgeon.parity.report import Progress
 from kvsurgeon.parity.tolerance import TOLERANCES, arithmetic_of
-from kvsurgeon.runtime import Array, Runnable, Source, Tokens
+from kvsurgeon.runtime import AnyDecoder, Array, Source, Tokens
 from kvsurgeon.runtime.text import load_tokenizer, side_folders
 
 SAMPLE = Path(__file__).parents[1] / "demo" / "model" / "sample.txt"  # the opening of a chapter, in the public domain
@@ -155,7 +155,12 @@ def _log_softmax(logits: Array) -> npt.NDArray[np.float64]:
 
 
 def _windows(
-    reference: Source, folder: str | Path | None, text: str | Path | None, before: Runnable, after: Runnable, seed: int
+    reference: Source,
+    folder: str | Path | None,
+    text: str | Path | None,
+    before: AnyDecoder,
+    after: AnyDecoder,
+    seed: int,
 ) -> tuple[str, list[Tokens]]:
     """Return the name of a text and windows of it, each a row with one token more than the models are given."""
     if before.inputs.tokens.kind != "tokens":

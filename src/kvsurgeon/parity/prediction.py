@@ -10,7 +10,7 @@ import numpy as np
 from kvsurgeon.errors import ParityError, RunError
 from kvsurgeon.parity.difference import distance, spread
 from kvsurgeon.parity.model_source import load_graph, with_outputs
-from kvsurgeon.runtime import Array, CachedDecoder, Runnable, Source, Tokens, UncachedDecoder, open_session
+from kvsurgeon.runtime import AnyDecoder, Array, CachedDecoder, Source, Tokens, UncachedDecoder, open_session
 from kvsurgeon.runtime.axes import find_cache
 from kvsurgeon.runtime.cache_managers import read_cache_metadata
 from kvsurgeon.runtime.session import folder_of
@@ -18,7 +18,7 @@ from kvsurgeon.runtime.session import folder_of
 
 def open_decoder(
     source: Source, name: str, outputs: Sequence[str], folder: str | Path | None, threads: int | None
-) -> Runnable:
+) -> AnyDecoder:
     """Open a model, with a cache or without, and with some inner values as further outputs.
 
     Raises:
@@ -31,7 +31,7 @@ def open_decoder(
     return CachedDecoder(session, cache) if cache else UncachedDecoder(session)
 
 
-def predict(decoder: Runnable, tokens: Tokens, outputs: Sequence[str] = ()) -> dict[str, Array]:
+def predict(decoder: AnyDecoder, tokens: Tokens, outputs: Sequence[str] = ()) -> dict[str, Array]:
     """Return the logits, under this name, and some outputs for a text `[1, sequence]`.
 
     Raises:
@@ -43,7 +43,7 @@ def predict(decoder: Runnable, tokens: Tokens, outputs: Sequence[str] = ()) -> d
     }
 
 
-def longest_text(decoder: Runnable, length: int) -> int:
+def longest_text(decoder: AnyDecoder, length: int) -> int:
     """Return the first of a length, its half, its quarter, ... that the model takes.
 
     Raises:
@@ -52,7 +52,7 @@ def longest_text(decoder: Runnable, length: int) -> int:
     return _largest(length, lambda size: predict(decoder, np.zeros((1, size), np.int64)))
 
 
-def vocabulary_size(decoder: Runnable, length: int) -> int:
+def vocabulary_size(decoder: AnyDecoder, length: int) -> int:
     """Return the first of the number of logits, its half, its quarter, ... whose token IDs the model takes.
 
     Raises:
@@ -62,7 +62,7 @@ def vocabulary_size(decoder: Runnable, length: int) -> int:
     return _largest(logits.shape[-1], lambda size: predict(decoder, np.full((1, length), size - 1, np.int64)))
 
 
-def check_cache(decoder: Runnable, tokens: Tokens, logits: Array, bound: float) -> None:
+def check_cache(decoder: AnyDecoder, tokens: Tokens, logits: Array, bound: float) -> None:
     """Check that a model returns finite logits, and with a cache the same in two calls as in one.
 
     Args:
@@ -90,13 +90,13 @@ def check_cache(decoder: Runnable, tokens: Tokens, logits: Array, bound: float) 
         )
 
 
-def _feeds(decoder: Runnable, tokens: Tokens) -> Mapping[str, Array]:
+def _feeds(decoder: AnyDecoder, tokens: Tokens) -> Mapping[str, Array]:
     """Return the feeds of a text, repeated in each row of a fixed batch."""
     rows = np.repeat(tokens, _batch(decoder), axis=0)
     return decoder.inputs.feeds(rows, np.ones_like(rows))
 
 
-def _first_row(decoder: Runnable, array: Array) -> Array:
+def _first_row(decoder: AnyDecoder, array: Array) -> Array:
     """Return an output for the first row of a fixed batch, in which all rows are equal."""
     rows = _batch(decoder)
     if rows == 1:
@@ -108,7 +108,7 @@ def _first_row(decoder: Runnable, array: Array) -> Array:
     return array.take(range(size // rows), axis=axis)
 
 
-def _batch(decoder: Runnable) -> int:
+def _batch(decoder: AnyDecoder) -> int:
     return decoder.batch or 1 if "batch" in decoder.inputs.tokens.axes else 1
 
 

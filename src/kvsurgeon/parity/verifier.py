@@ -58,7 +58,7 @@ def verify(
         A report; a difference is returned, not raised.
 
     Raises:
-        InputError: The reference cannot be read.
+        InputError: A model cannot be read.
     """
     start = time.perf_counter()
     run = partial(_compare_all, seed=seed, lengths=lengths or TextLengths(), explain=explain, progress=progress)

@@ -4,7 +4,7 @@ Of a model only the file and the declared names, types and dims of its inputs an
 """
 
 from kvsurgeon.runtime.axes import CacheIO
-from kvsurgeon.runtime.decoder import CachedDecoder, Runnable, UncachedDecoder
+from kvsurgeon.runtime.decoder import AnyDecoder, CachedDecoder, UncachedDecoder
 from kvsurgeon.runtime.feeds import DecoderInputs, InputSpec, Tokens
 from kvsurgeon.runtime.generate import GeneratedToken, Generation, TextGenerator, generate
 from kvsurgeon.runtime.sampling import Sampling
@@ -12,6 +12,7 @@ from kvsurgeon.runtime.session import Optimization, Session, Source, open_sessio
 from kvsurgeon.runtime.tensors import Array, ValueInfo
 
 __all__ = [
+    "AnyDecoder",
     "Array",
     "CacheIO",
     "CachedDecoder",
@@ -20,7 +21,6 @@ __all__ = [
     "Generation",
     "InputSpec",
     "Optimization",
-    "Runnable",
     "Sampling",
     "Session",
     "Source",

@@ -210,7 +210,7 @@ class UncachedDecoder:
         return {one.name: from_runtime(results[one.name]) for one in self.outputs if one.dtype is not None}
 
 
-Runnable = CachedDecoder | UncachedDecoder
+AnyDecoder = CachedDecoder | UncachedDecoder
 
 
 def _padded_keys(part: Array, axes: Sequence[Axis], shape: Sequence[int]) -> Array:

@@ -13,7 +13,7 @@ import onnx
 from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError, UsageError
 from kvsurgeon.parity import TOLERANCES, Comparison, Progress, Report, Scenario, arithmetic_of, load_graph, verify
 from kvsurgeon.parity.difference import distance, spread
-from kvsurgeon.runtime import Array, CachedDecoder, Runnable, Source, Tokens, UncachedDecoder, ValueInfo
+from kvsurgeon.runtime import AnyDecoder, Array, CachedDecoder, Source, Tokens, UncachedDecoder, ValueInfo
 from kvsurgeon.runtime.axes import cache_entries, find_presents, is_past, may_be_past, token_axes
 from kvsurgeon.runtime.cache_managers import read_cache_metadata
 from kvsurgeon.runtime.feeds import fixed_size
@@ -133,7 +133,7 @@ def _texts(static: int | None, batch: int, masked: bool, seed: int) -> Iterator[
         yield Scenario(name=name, tokens=tokens, mask=mask, chunks=(length,))
 
 
-def _run_reference(reference: Runnable, text: Scenario, in_steps: bool) -> tuple[Scenario, list[Outputs]]:
+def _run_reference(reference: AnyDecoder, text: Scenario, in_steps: bool) -> tuple[Scenario, list[Outputs]]:
     """Return the text with chunks that the model takes, several tokens after a past if it can, and their outputs.
 
     Raises:
@@ -150,7 +150,7 @@ def _run_reference(reference: Runnable, text: Scenario, in_steps: bool) -> tuple
         return scenario, _run(reference, scenario)
 
 
-def _run(decoder: Runnable, scenario: Scenario, count_padding: Collection[str] = ()) -> list[Outputs]:
+def _run(decoder: AnyDecoder, scenario: Scenario, count_padding: Collection[str] = ()) -> list[Outputs]:
     """Return the outputs of each call; a decoder without a cache runs the whole text in one."""
     feeds = decoder.inputs.feeds(scenario.tokens, scenario.mask, count_padding=count_padding)
     if isinstance(decoder, UncachedDecoder):
@@ -159,7 +159,7 @@ def _run(decoder: Runnable, scenario: Scenario, count_padding: Collection[str] =
     return [decoder.advance(decoder.inputs.part(feeds, past, total)) for past, total in scenario.spans]
 
 
-def _is_stable(reference: Runnable, text: Scenario, last: Outputs, bound: float) -> bool:
+def _is_stable(reference: AnyDecoder, text: Scenario, last: Outputs, bound: float) -> bool:
     """Whether one call for the whole text gives the outputs of the last of several; some models take no padding so."""
     shape = text.tokens.shape
     (whole,) = _run(reference, text)
@@ -196,7 +196,7 @@ def _compare(
     return worst
 
 
-def _decoder(session: Session, other: Session) -> Runnable:
+def _decoder(session: Session, other: Session) -> AnyDecoder:
     """Return a decoder on a session.
 
     Its cache is the inputs that names and dims show, the other model's dims for inputs of the same name included, and
