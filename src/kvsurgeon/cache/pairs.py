@@ -67,7 +67,6 @@ CACHE_OPERATORS: dict[tuple[str, str], tuple[CacheOperands, ...]] = {
         CacheOperands(past=4, present=1, rows=0, axis=3, options=("past_present_share_buffer",)),
     ),
 }
-SCATTERS = ("TensorScatter", "ScatterElements", "ScatterND")  # the last one is not supported as a cache update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +128,10 @@ def find_unknown_caches(graph: ir.Graph) -> tuple[ir.Value, ...]:
     returned = {through(value, _is_view) for value in graph.outputs}
     found: dict[ir.Value, None] = {}
     for node in graph:
-        if node.op_type not in (*SCATTERS, "Concat"):
+        if node.op_type != "Concat" and not has_trait(node, Trait.SCATTER):
             continue
         sources = [None if value is None else through(value, _is_view) for value in node.inputs[:2]]
-        written = node.op_type in SCATTERS and node.outputs[0] in returned
+        written = has_trait(node, Trait.SCATTER) and node.outputs[0] in returned
         joined = node.op_type == "Concat" and len(node.inputs) == 2 and sources[1] in returned
         if (written or joined) and sources[0] in inputs and sources[0] is not None and has_features(sources[0]):
             found[sources[0]] = None
@@ -162,7 +161,7 @@ def _updated(present: ir.Value, inputs: Iterable[ir.Value]) -> CachePair | None:
         if operands.is_declared:
             cache_mode = _declared_mode(past, present, axis)
         else:
-            cache_mode = "static" if node.op_type in SCATTERS else "dynamic"
+            cache_mode = "static" if has_trait(node, Trait.SCATTER) else "dynamic"
         return CachePair(past=past, present=present, node=node, operands=operands, axis=axis, cache_mode=cache_mode)
     return None
 

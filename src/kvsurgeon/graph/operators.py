@@ -4,6 +4,3 @@ from __future__ import annotations
 
 # Operators that read only the shape of their input.
 SHAPE_ONLY = frozenset({"Shape", "Size", "ConstantOfShape", "EyeLike"})
-
-# Operators whose first input is a table, and whose second gives indices into it.
-LOOKUPS = frozenset({"Gather", "GatherBlockQuantized", "GatherElements", "GatherND"})

@@ -302,12 +302,15 @@ def rearrange_gather_nd(call: OperatorCall, arrays: list[np.ndarray], _output: i
 
 
 OPERATORS: list[Operator] = [
-    *entries("Slice", slice_, slice_links, Trait.SELECT, resize=resize_slice, rearrange=rearrange_slice),
+    *entries(
+        "Slice", slice_, slice_links, Trait.SELECT, Trait.PARAMETERIZED, resize=resize_slice, rearrange=rearrange_slice
+    ),
     *entries("Gather", gather, gather_links, Trait.LOOKUP, Trait.SELECT, rearrange=rearrange_gather),
     *entries("GatherBlockQuantized", gather_block_quantized, gather_links, Trait.LOOKUP),
     *entries("GatherElements", gather_elements, gather_elements_links, Trait.LOOKUP),
     *entries("GatherND", gather_nd, gather_nd_links, Trait.LOOKUP, rearrange=rearrange_gather_nd),
-    *entries("ScatterElements", scatter, gather_elements_links, Trait.MOVE),
-    *entries("ScatterND", scatter, scatter_nd_links, Trait.MOVE),
+    *entries("ScatterElements", scatter, gather_elements_links, Trait.MOVE, Trait.SCATTER),
+    *entries("ScatterND", scatter, scatter_nd_links, Trait.MOVE, Trait.SCATTER),
+    *entries("TensorScatter", scatter, None, Trait.SCATTER),
     *entries("Scatter", scatter),
 ]

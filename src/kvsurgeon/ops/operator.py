@@ -115,6 +115,7 @@ class Trait(Enum):
     ROTARY = auto()  # turns angles into waves, or rotates by them
     PROJECTION = auto()  # multiplies with weights: too expensive to repeat for all tokens in a decode step
     PRODUCT = auto()  # a product of two tensors that sums over an axis
+    BATCHED_MATMUL = auto()  # a floating-point product of matrices, batch by batch
     PACKED_WEIGHTS = auto()  # a product with weights in packed blocks
     NORMALIZATION = auto()  # normalizes along its last axes; further inputs are learned
     QUANTIZATION = auto()  # scales and zero points are learned
@@ -122,6 +123,8 @@ class Trait(Enum):
     BROADCAST = auto()  # several tensors, broadcast against each other
     REDUCTION = auto()  # reduces along axes
     EXTREMUM_OR_MEAN = auto()  # a reduction that repeated elements do not change
+    PARAMETERIZED = auto()  # inputs after the first say how, not what: sizes, positions, counts
+    SCATTER = auto()  # writes elements of input 2, or 1, into a copy of input 0
     MOVE = auto()  # moves elements, or writes them at given positions
     ROUTING = auto()  # the shape of the result depends on the values of the tokens
     RECURRENT = auto()  # passes a state from token to token

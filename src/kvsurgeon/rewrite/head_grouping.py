@@ -15,6 +15,8 @@ import onnx_ir as ir
 from kvsurgeon.analysis.attention_sites import AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.analysis.token_flow import FusedAttention
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.rewrite.cache_layouts import CANONICAL, Order, from_cache, reordered
 from kvsurgeon.rewrite.declared_shapes import dim_names
 from kvsurgeon.rewrite.layout_trace import HEAD_DIM, SEQUENCE, LayoutTrace, trace_layout
@@ -23,7 +25,6 @@ from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Length
 
-_PRODUCTS = ("MatMul", "FusedMatMul")
 _QUERY_TRANSPOSES = ("transA", "transBatchA", "transBatchB")  # attributes of FusedMatMul
 _TRANSPOSED_KEYS: Order = (0, 1, 3, 2)
 
@@ -127,7 +128,7 @@ class HeadGrouping:
 def _is_plain(product: ir.Node) -> bool:
     """Return whether rows of the first operand are rows of the result, and that is no graph output."""
     is_transposed = any(product.attributes.get_int(name, 0) for name in _QUERY_TRANSPOSES)
-    return product.op_type in _PRODUCTS and not is_transposed and not product.outputs[0].is_graph_output()
+    return has_trait(product, Trait.BATCHED_MATMUL) and not is_transposed and not product.outputs[0].is_graph_output()
 
 
 def _is_free(trace: LayoutTrace, point: CachePoint) -> bool:

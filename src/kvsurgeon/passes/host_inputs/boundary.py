@@ -11,11 +11,8 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.operators import SHAPE_ONLY
 from kvsurgeon.graph.query import all_inputs, through
-
-# Operators whose inputs after the first are sizes, axes or indices.
-_PARAMETERIZED = (
-    "Reshape", "Expand", "Tile", "Unsqueeze", "Squeeze", "Split", "Pad", "TopK", "Slice", "ReduceSum", "ReduceMean",
-)  # fmt: skip
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 
 
 def token_and_cache_inputs(graph: ir.Graph) -> tuple[ir.Value, list[ir.Value]]:
@@ -49,7 +46,7 @@ def find_boundary(graph: ir.Graph, tokens: ir.Value, caches: Sequence[ir.Value])
         if node.op_type in SHAPE_ONLY or not any(value in token_data for value in inputs):
             continue
         token_data.update(node.outputs)
-        for value in node.inputs[: 1 if node.op_type in _PARAMETERIZED else None]:
+        for value in node.inputs[: 1 if has_trait(node, Trait.PARAMETERIZED) else None]:
             if value is not None and value not in token_data and value in varying:
                 found[_lookup_indices(value)] = None
     return list(found)

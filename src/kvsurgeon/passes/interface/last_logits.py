@@ -11,6 +11,8 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import chain
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.interface.past_length_from_positions import POSITIONS
 
@@ -95,7 +97,7 @@ def _token_input(node: ir.Node) -> ir.Value | None:
         return None
     tokens = [value for value in node.inputs if value is not None and constant_tensor(value) is None]
     ranks = [len(tensor.shape) for value in node.inputs if (tensor := constant_tensor(value)) is not None]
-    max_rank = {"MatMulNBits": 3, "MatMul": 2}.get(node.op_type, 1)
+    max_rank = 3 if has_trait(node, Trait.PACKED_WEIGHTS) else 2 if has_trait(node, Trait.PRODUCT) else 1
     if len(tokens) != 1 or max(ranks, default=0) > max_rank or (node.inputs[0] is not tokens[0] and max_rank > 1):
         return None
     return None if tokens[0].is_graph_output() or len(list(tokens[0].uses())) != 1 else tokens[0]
