@@ -92,7 +92,7 @@ def test_left_padding_is_not_verified():
     original = model("do_rotary = 1", f"{PACKED}, cos, sin")
     report = verify(original, injected(original))
     assert report.verdict == "same"
-    assert "left padding was not judged: the original reads padding before a text otherwise" in report.notes[1]
+    assert "left padding was not compared: the reference model treats left padding differently" in report.notes[1]
 
 
 def test_a_model_of_fixed_length_computes_the_same():
@@ -104,7 +104,7 @@ def test_a_model_of_fixed_length_computes_the_same():
                 size.dim_value = sizes[size.dim_param]
     report = verify(original, injected(original))
     assert report.verdict == "same"
-    assert any("left padding was not judged" in note for note in report.notes)
+    assert any("left padding was not compared" in note for note in report.notes)
 
 
 def test_the_assumption_about_padding_is_noted():

@@ -132,15 +132,15 @@ class Editor:
         attributes: Mapping[str, Any],
         outputs: Sequence[ir.Value],
         like: ir.Node | None = None,
+        name: str | None = None,
     ) -> ir.Node:
         """Add a node of any domain that computes these values, with the metadata of the node `like`."""
+        name = self.unique_name(f"{outputs[0].name}/{operator}") if name is None else name
+        built = ir.convenience.convert_attributes(attributes)
+        metadata = {} if like is None else dict(like.metadata_props)
         return self.insert(
-            ir.Node(
-                domain, operator, inputs, ir.convenience.convert_attributes(attributes), outputs=outputs,
-                name=self.unique_name(f"{outputs[0].name}/{operator}"),
-                metadata_props={} if like is None else dict(like.metadata_props),
-            )
-        )  # fmt: skip
+            ir.Node(domain, operator, inputs, built, outputs=outputs, name=name, metadata_props=metadata)
+        )
 
     def insert(self, node: ir.Node) -> ir.Node:
         """Insert a node at the insertion point."""
@@ -158,12 +158,10 @@ class Editor:
         if len(sizes) == 1:
             return [value]
         parts = [ir.Value(name=self.unique_name(f"{name}_{index}"), type=value.type) for index in range(len(sizes))]
-        inputs, attributes = [value], [ir.AttrInt64("axis", axis)]
-        if self.opset < 13:  # an attribute until then
-            attributes.append(ir.AttrInt64s("split", sizes))
-        else:
-            inputs.append(self.constant(sizes, name="sizes"))
-        self.insert(ir.Node("", "Split", inputs, attributes, outputs=parts, name=self.unique_name(f"{name}/Split")))
+        in_attribute = self.opset < 13
+        inputs = [value] if in_attribute else [value, self.constant(sizes, name="sizes")]
+        attributes = {"axis": axis} | ({"split": sizes} if in_attribute else {})
+        self.operator("", "Split", inputs, attributes, parts, name=self.unique_name(f"{name}/Split"))
         return parts
 
     def copy(
@@ -285,12 +283,7 @@ class NodeBuilder:
         """Add a node with one output, and return that."""
         plain = {name: int(value) if isinstance(value, ir.DataType) else value for name, value in attributes.items()}
         output = ir.Value(name=self._name(operator))
-        self.editor.insert(
-            ir.Node(
-                "", operator, inputs, ir.convenience.convert_attributes(plain), outputs=[output], name=output.name,
-                metadata_props={} if self._like is None else dict(self._like.metadata_props),
-            )
-        )  # fmt: skip
+        self.editor.operator("", operator, inputs, plain, [output], self._like, name=output.name)
         return output
 
     def with_axes(self, operator: str, value: ir.Value, axes: Sequence[int], **attributes: Any) -> ir.Value:
