@@ -14,7 +14,7 @@ from written import read
 
 from kvsurgeon.decompose.sequences import MAKERS
 from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.graph.operators import SHAPE_ONLY
+from kvsurgeon.graph.query import SHAPE_ONLY
 from kvsurgeon.ops import Trait, find, names_with
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject

@@ -24,8 +24,7 @@ from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.shape_inference import Shapes, in_one_line
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.graph.operators import SHAPE_ONLY
-from kvsurgeon.graph.query import all_inputs
+from kvsurgeon.graph.query import SHAPE_ONLY, all_inputs
 from kvsurgeon.ops.operator import AxisLinks, Trait, UntraceableAxesError
 from kvsurgeon.ops.table import KNOWN_DOMAINS, axis_links, has_trait
 from kvsurgeon.symbolic import dimension as dim

@@ -21,8 +21,7 @@ from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.operators import SHAPE_ONLY
-from kvsurgeon.graph.query import chain, is_fed
+from kvsurgeon.graph.query import SHAPE_ONLY, chain, is_fed
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.dimension import LENGTH

@@ -19,9 +19,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 import onnx_ir as ir
 
-from kvsurgeon.graph.operators import SHAPE_ONLY
-
 STANDARD_DOMAINS = ("", "ai.onnx")
+SHAPE_ONLY = frozenset({"Shape", "Size", "ConstantOfShape", "EyeLike"})  # which read only the shape of their input
 
 InputsOf = Callable[[ir.Node], Iterable[ir.Value | None]]
 

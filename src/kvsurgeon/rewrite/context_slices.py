@@ -20,7 +20,7 @@ from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.operators import SHAPE_ONLY
+from kvsurgeon.graph.query import SHAPE_ONLY
 from kvsurgeon.ops.operator import AxisLinks, Label, Trait, UntraceableAxesError
 from kvsurgeon.ops.resizing import WHOLE_NUMBERS
 from kvsurgeon.ops.table import axis_links, has_trait, operator_of

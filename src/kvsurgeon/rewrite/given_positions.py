@@ -18,7 +18,7 @@ from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.operators import SHAPE_ONLY
+from kvsurgeon.graph.query import SHAPE_ONLY
 from kvsurgeon.ops.gather import slice_bounds
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait

@@ -9,8 +9,7 @@ import onnx_ir as ir
 from kvsurgeon.dataflow.input_roles import required_inputs
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
-from kvsurgeon.graph.operators import SHAPE_ONLY
-from kvsurgeon.graph.query import all_inputs, through
+from kvsurgeon.graph.query import SHAPE_ONLY, all_inputs, through
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 
