@@ -12,7 +12,7 @@ from kvsurgeon.errors import InputError, InvalidModelError
 from kvsurgeon.io.external_data import ContainedTensor, check_weights, external_tensors
 from kvsurgeon.io.gc_pause import gc_paused
 from kvsurgeon.io.locate import find_model, read_proto
-from kvsurgeon.io.roundtrip import keep_original
+from kvsurgeon.io.roundtrip import keep_original, root_cause
 from kvsurgeon.io.validate import check_model
 
 _PATH = "kvsurgeon.path"
@@ -71,7 +71,7 @@ def _convert(proto: onnx.ModelProto) -> ir.Model:
             warnings.simplefilter("ignore")  # unknown keys of external data, which are kept
             model = ir.from_proto(proto)
     except Exception as error:  # of any type: the cause is this file
-        raise InvalidModelError(f"onnx-ir {ir.__version__} cannot represent this model: {_innermost(error)}") from error
+        raise InvalidModelError(f"onnx-ir {ir.__version__} cannot represent this model: {root_cause(error)}") from error
     for imports in (model.opset_imports, *(function.opset_imports for function in model.functions.values())):
         if "ai.onnx" in imports:  # onnx-ir writes that domain of nodes as ""
             imports.setdefault("", imports["ai.onnx"])
@@ -82,12 +82,6 @@ def _convert(proto: onnx.ModelProto) -> ir.Model:
 def _on_one_line(text: str) -> str:
     """Return a text with line ends and control characters, which names in a file can have, escaped."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
-def _innermost(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _set_base_folder(model: ir.Model, folder: Path) -> None:

@@ -47,11 +47,15 @@ def _serialized(model: ir.Model) -> onnx.ModelProto:
     try:
         proto: onnx.ModelProto = ir.to_proto(model)
     except ir.serde.SerdeError as error:
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise InvalidModelError(f"onnx-ir {ir.__version__} cannot write this model: {cause}") from error
+        raise InvalidModelError(f"onnx-ir {ir.__version__} cannot write this model: {root_cause(error)}") from error
     return proto
+
+
+def root_cause(error: BaseException) -> str:
+    """Return the first line of the message of the error that caused an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _restore_model(proto: onnx.ModelProto, original: onnx.ModelProto) -> None:
