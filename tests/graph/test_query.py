@@ -8,8 +8,6 @@ from written import read
 from kvsurgeon.graph.query import (
     all_inputs,
     chain,
-    content_inputs,
-    depends_on_input,
     downstream,
     find_live,
     is_operator,
@@ -18,6 +16,7 @@ from kvsurgeon.graph.query import (
     through,
     upstream,
 )
+from kvsurgeon.ops.content import content_inputs, depends_on_input
 
 TEXT = """case (float[n, 4] x, float[n, 4] z) => (float[n, 4] y) {
   s = Shape(x)

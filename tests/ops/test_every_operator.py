@@ -14,8 +14,7 @@ from written import read
 
 from kvsurgeon.decompose.sequences import MAKERS
 from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.graph.query import SHAPE_ONLY
-from kvsurgeon.ops import Trait, find, names_with
+from kvsurgeon.ops import Trait, find
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
 
@@ -110,10 +109,6 @@ def test_every_operator_has_an_entry_or_a_reason(package):
     if forgotten and tuple(int(part) for part in version(package).split(".")[:2]) > LOOKED_AT[package]:
         pytest.xfail(said)
     assert not forgotten, f"{said}; give each an entry in ops/, or a reason here"
-
-
-def test_operators_below_the_table_are_those_of_the_table():
-    assert names_with(Trait.SHAPE_ONLY) == SHAPE_ONLY
 
 
 def test_what_is_refused_has_no_entry():

@@ -10,7 +10,8 @@ import onnx_ir as ir
 from kvsurgeon.analysis.cache_points import CachePoint, choose_cache_point, choose_shared_cache_point
 from kvsurgeon.analysis.token_flow import ContextProduct, FusedAttention, Place, ScoreProduct, TokenFlow
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.graph.query import content_inputs, producers, upstream
+from kvsurgeon.graph.query import producers, upstream
+from kvsurgeon.ops.content import content_inputs
 from kvsurgeon.symbolic.sequence_axes import LengthVariable
 
 _PATTERN = "weights = softmax(query @ key^T), weights @ value"

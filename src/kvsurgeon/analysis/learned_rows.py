@@ -6,7 +6,7 @@ The new tokens have no such rows, so from there on the tensor must hold all toke
 from __future__ import annotations
 
 from kvsurgeon.analysis.token_flow import NodeVisit
-from kvsurgeon.graph.query import depends_on_input
+from kvsurgeon.ops.content import depends_on_input
 from kvsurgeon.ops.operator import AxisLinks
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable
 

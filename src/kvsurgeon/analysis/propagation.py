@@ -24,7 +24,8 @@ from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.shape_inference import Shapes, in_one_line
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.graph.query import SHAPE_ONLY, all_inputs
+from kvsurgeon.graph.query import all_inputs
+from kvsurgeon.ops.content import is_shape_only
 from kvsurgeon.ops.operator import AxisLinks, Trait, UntraceableAxesError
 from kvsurgeon.ops.table import KNOWN_DOMAINS, axis_links, has_trait
 from kvsurgeon.symbolic import dimension as dim
@@ -98,7 +99,7 @@ def _read_for_content(nodes: Sequence[ir.Node]) -> set[ir.Node]:
     for node in reversed(nodes):
         if any(value in read for value in node.outputs):
             found.add(node)
-            read.update(() if node.op_type in SHAPE_ONLY else all_inputs(node))
+            read.update(() if is_shape_only(node) else all_inputs(node))
     return found
 
 

@@ -21,7 +21,8 @@ from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.query import SHAPE_ONLY, chain, is_fed
+from kvsurgeon.graph.query import chain, is_fed
+from kvsurgeon.ops.content import is_shape_only
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.dimension import LENGTH
@@ -140,7 +141,7 @@ def _lengths_upstream(
         if shape is not None and all(size == 1 for size in shape):
             element = current
         node = current.producer()
-        if node is not None and node.op_type not in SHAPE_ONLY:
+        if node is not None and not is_shape_only(node):
             element = element if has_trait(node, *_SELECTIONS) else None
             pending += [(source, element) for source in node.inputs if source is not None]
         elif node is None and is_fed(current):
@@ -174,7 +175,7 @@ def _combined_with_row_count(graph: ir.Graph, pasts: Sequence[ir.Value]) -> Iter
     counts: set[ir.Value] = set()
     for node in graph:
         others = [value for value in node.inputs if value is not None and value not in counts]
-        if node.op_type in SHAPE_ONLY:
+        if is_shape_only(node):
             if not set(node.inputs) & set(pasts):
                 continue
         elif len(others) == len(node.inputs):

@@ -10,7 +10,8 @@ import onnx_ir as ir
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
-from kvsurgeon.graph.query import content_inputs, find_live, through, upstream
+from kvsurgeon.graph.query import find_live, through
+from kvsurgeon.ops.content import depends_on_input
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic import dimension as dim
@@ -209,7 +210,7 @@ def _reads_positions(node: ir.Node, index: int) -> bool:
 def _computes_angles(node: ir.Node, index: int) -> bool:
     """Whether an input of a node is multiplied with frequencies; a mask may be multiplied with itself."""
     others = [other for place, other in enumerate(node.inputs) if place != index and other is not None]
-    product = has_trait(node, Trait.PRODUCT) and not any(_depends_on_input(other) for other in others)
+    product = has_trait(node, Trait.PRODUCT) and not any(depends_on_input(other) for other in others)
     return has_trait(node, Trait.ROTARY) or product
 
 
@@ -258,7 +259,7 @@ def _is_still_the_input(node: ir.Node, index: int, forms: Collection[ir.Value]) 
     others = [
         other for other in node.inputs if other is not None and other not in forms and not _is_sign_of(other, forms)
     ]
-    return (_is_form(node) or node.op_type == "Concat") and not any(_depends_on_input(other) for other in others)
+    return (_is_form(node) or node.op_type == "Concat") and not any(depends_on_input(other) for other in others)
 
 
 def _is_sign_of(value: ir.Value, forms: Collection[ir.Value]) -> bool:
@@ -277,12 +278,6 @@ def _is_vocabulary(value: ir.Value | None) -> bool:
     return bool((numbers.reshape(-1) == range(numbers.size)).all()) and numbers.shape[-1] == numbers.size
 
 
-def _depends_on_input(value: ir.Value) -> bool:
-    """Whether the content of a value, not only its shape, comes from a graph input."""
-    walked = upstream([value], inputs=content_inputs)
-    return any(one.is_graph_input() and constant_tensor(one) is None for one in walked)
-
-
 def _table_rows(value: ir.Value | None) -> int:
     """The number of rows of a table, possibly cast, dequantized or repeated for the batch; 0 if it is none.
 
@@ -294,5 +289,5 @@ def _table_rows(value: ir.Value | None) -> int:
     tensor = constant_tensor(through(value, lambda node: has_trait(node, *views) or node.op_type == "Slice"))
     if tensor is not None:
         return max([size for size in tensor.shape if isinstance(size, int)][:-1], default=0)
-    computed = value.producer() is not None and not _depends_on_input(value)
+    computed = value.producer() is not None and not depends_on_input(value)
     return _FEWEST_POSITIONS if computed and (value.shape is None or len(value.shape) >= 2) else 0

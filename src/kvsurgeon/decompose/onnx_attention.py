@@ -6,7 +6,8 @@ import onnx_ir as ir
 
 from kvsurgeon.decompose.fused_node import FusedNode
 from kvsurgeon.decompose.softmax_attention import repeat_heads, score_scale, softmax_attention
-from kvsurgeon.graph.query import depends_on_input, is_operator, producer_of
+from kvsurgeon.graph.query import is_operator, producer_of
+from kvsurgeon.ops.content import depends_on_input
 
 MASK, PAST_KEY, PAST_VALUE, KEY_COUNT = 3, 4, 5, 6
 

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from kvsurgeon.graph.query import find_live
@@ -288,10 +289,9 @@ class NodeBuilder:
 
     def with_axes(self, operator: str, value: ir.Value, axes: Sequence[int], **attributes: Any) -> ir.Value:
         """Add a reduction, `Squeeze` or `Unsqueeze`, whose axes are an attribute or an input: the opset says."""
-        since = 13 if operator in ("ReduceSum", "Squeeze", "Unsqueeze") else 18
-        if self.opset < since:
-            return self.add(operator, value, axes=axes, **attributes)
-        return self.add(operator, value, self.int64(axes), **attributes)
+        if any(formal.name == "axes" for formal in onnx.defs.get_schema(operator, self.opset).inputs):
+            return self.add(operator, value, self.int64(axes), **attributes)
+        return self.add(operator, value, axes=axes, **attributes)
 
     def constant(self, array: np.ndarray) -> ir.Value:
         """Add a constant."""

@@ -2,8 +2,8 @@
 
 Every walk is iterative, so depth does not matter, and yields each value once, nearest first. Two parameters shape a
 walk: `stop` ends it at a value (or node), and `inputs` chooses the inputs through which it goes on. `all_inputs` goes
-through everything; `content_inputs` does not go through `Shape` and its kin, whose results hold no content of their
-input.
+through everything; `ops.content.content_inputs` does not go through `Shape` and its kin, whose results hold no content
+of their input.
 
     upstream([logits])                                            # everything that the logits depend on
     upstream([mask], inputs=content_inputs)                       # ... by content, not only by shape
@@ -20,7 +20,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 import onnx_ir as ir
 
 STANDARD_DOMAINS = ("", "ai.onnx")
-SHAPE_ONLY = frozenset({"Shape", "Size", "ConstantOfShape", "EyeLike"})  # which read only the shape of their input
 
 InputsOf = Callable[[ir.Node], Iterable[ir.Value | None]]
 
@@ -46,11 +45,6 @@ def all_inputs(node: ir.Node) -> list[ir.Value]:
             reads = [value for inside in inner.all_nodes() for value in inside.inputs if value is not None]
             values += [value for value in (*reads, *inner.outputs) if value not in made]
     return values
-
-
-def content_inputs(node: ir.Node) -> list[ir.Value]:
-    """Return the values whose content a node reads: none for operators that read only a shape, such as `Shape`."""
-    return [] if node.op_type in SHAPE_ONLY else all_inputs(node)
 
 
 def upstream(
@@ -141,11 +135,6 @@ def through(value: ir.Value, operators: Collection[str] | Callable[[ir.Node], bo
 def is_fed(value: ir.Value) -> bool:
     """Return whether a value is an input that the caller must feed: a graph input without a default."""
     return value.is_graph_input() and not value.is_initializer()
-
-
-def depends_on_input(value: ir.Value) -> bool:
-    """Return whether the content of a value, not only its shape, comes from an input that the caller must feed."""
-    return any(value.producer() is None and is_fed(value) for value in upstream([value], inputs=content_inputs))
 
 
 def find_live(graph: ir.Graph) -> set[ir.Node | ir.Value]:

@@ -20,7 +20,7 @@ from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.query import SHAPE_ONLY
+from kvsurgeon.ops.content import is_shape_only
 from kvsurgeon.ops.operator import AxisLinks, Label, Trait, UntraceableAxesError
 from kvsurgeon.ops.resizing import WHOLE_NUMBERS
 from kvsurgeon.ops.table import axis_links, has_trait, operator_of
@@ -245,7 +245,7 @@ class ContextSlices:
                 f"the context has the fixed length of the export, and {node.op_type} has no rule for another length",
                 code=Code.FIXED_LENGTH, at=value.name, hint="export with dynamic axes",
             )  # fmt: skip
-        if node.op_type in SHAPE_ONLY:
+        if is_shape_only(node):
             raise UnsupportedError(
                 f"{node.op_type} reads a tensor of unknown shape", code=Code.UNTRACEABLE_SEQUENCE, at=value.name
             )

@@ -18,7 +18,7 @@ from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.query import SHAPE_ONLY
+from kvsurgeon.ops.content import is_shape_only
 from kvsurgeon.ops.gather import slice_bounds
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
@@ -65,7 +65,7 @@ class GivenPositions:
             if node is None:
                 self._by_input[value] = value.is_graph_input()
             else:
-                inputs = () if node.op_type in SHAPE_ONLY else node.inputs
+                inputs = () if is_shape_only(node) else node.inputs
                 self._by_input[value] = any(self.follows_input(source) for source in inputs if source is not None)
         return self._by_input[value]
 

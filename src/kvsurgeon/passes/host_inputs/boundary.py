@@ -9,7 +9,8 @@ import onnx_ir as ir
 from kvsurgeon.dataflow.input_roles import required_inputs
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
-from kvsurgeon.graph.query import SHAPE_ONLY, all_inputs, through
+from kvsurgeon.graph.query import all_inputs, through
+from kvsurgeon.ops.content import is_shape_only
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 
@@ -42,7 +43,7 @@ def find_boundary(graph: ir.Graph, tokens: ir.Value, caches: Sequence[ir.Value])
         inputs = all_inputs(node)
         if any(value in varying for value in inputs):
             varying.update(node.outputs)
-        if node.op_type in SHAPE_ONLY or not any(value in token_data for value in inputs):
+        if is_shape_only(node) or not any(value in token_data for value in inputs):
             continue
         token_data.update(node.outputs)
         for value in node.inputs[: 1 if has_trait(node, Trait.PARAMETERIZED) else None]:

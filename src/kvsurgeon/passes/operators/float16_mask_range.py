@@ -9,11 +9,13 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import names_with
 
 # Operators that mask scores by a constant: as an alternative, as a bias, or as the factor of a mask of 0 and 1. A bound
 # of `Clip` or `Max` is no mask.
 MASKING = frozenset({"Where", "Add", "Sub", "Mul"})
-LAYOUT = frozenset({"Cast", "Expand", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Trilu", "Unsqueeze"})
+LAYOUT = names_with(Trait.IDENTITY, Trait.REPEAT, Trait.RESHAPE, Trait.SELECT, Trait.TRANSPOSE) | {"Trilu"}
 RANGE = (-65_504.0, -100.0)  # from the lowest float16 to a score that softmax still gives no weight
 
 

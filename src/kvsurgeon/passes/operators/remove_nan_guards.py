@@ -12,7 +12,8 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.fusion.score_path import guarded_value
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.patterns import Replacement, rewrite
-from kvsurgeon.graph.query import content_inputs, producer_of, through, upstream
+from kvsurgeon.graph.query import producer_of, through, upstream
+from kvsurgeon.ops.content import content_inputs
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
@@ -46,7 +47,7 @@ def _unguarded(node: ir.Node) -> Replacement | None:
     weights = guarded_value(node)
     if weights is None or node.outputs[0].is_graph_output():
         return None
-    softmax = through(weights, {"Cast", "Identity"})
+    softmax = through(weights, lambda node: has_trait(node, Trait.IDENTITY))
     if producer_of(softmax, "Softmax") is None:
         return None
     _check_finite(softmax)
