@@ -38,7 +38,7 @@ def key_heads_read(analysis: Analysis, layer: int) -> tuple[int, ...]:
     site, flow = analysis.sites[layer], analysis.flow
     counts = counts_of(flow, site)
     heads = np.arange(counts.heads)
-    if counts.kv_heads < counts.heads:
+    if counts.kv_heads != counts.heads:
         repetition = find_repetition(IndexTrace(flow), layer, site, site.keys[0], counts)
         if repetition.sharing == "repeated":
             heads = repetition.heads
