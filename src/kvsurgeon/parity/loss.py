@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from tokenizers import Tokenizer
 
 from kvsurgeon.errors import InputError, ParityError, UsageError
 from kvsurgeon.parity.model_source import load_graph
@@ -87,7 +88,8 @@ def measure_loss(
     names = [name for name, _ in layers], [name for _, name in layers]
     before = open_decoder(reference, "the reference model", names[0], folder, threads)
     after = open_decoder(candidate, "the candidate model", names[1], folder, threads)
-    name, windows = _windows(reference, folder, text, before, after, seed)
+    tokenizer = load_tokenizer(side_folders(reference, folder))
+    name, windows = _windows(tokenizer, text, before, after, seed)
     sums = np.zeros(5 + 2 * len(layers))
     for number, window in enumerate(windows):
         if progress is not None:
@@ -155,18 +157,12 @@ def _log_softmax(logits: Array) -> npt.NDArray[np.float64]:
 
 
 def _windows(
-    reference: Source,
-    folder: str | Path | None,
-    text: str | Path | None,
-    before: AnyDecoder,
-    after: AnyDecoder,
-    seed: int,
+    tokenizer: Tokenizer | None, text: str | Path | None, before: AnyDecoder, after: AnyDecoder, seed: int
 ) -> tuple[str, list[Tokens]]:
     """Return the name of a text and windows of it, each a row with one token more than the models are given."""
     if before.inputs.tokens.kind != "tokens":
         raise UsageError(f"expected an input of token ids, found `{before.inputs.tokens.name}` only")
     length = before.length or longest_text(after, longest_text(before, WINDOW))
-    tokenizer = load_tokenizer(side_folders(reference, folder))
     if tokenizer is None:
         if text is not None:
             raise UsageError("expected tokenizer.json next to the reference model to read a text, found none")
