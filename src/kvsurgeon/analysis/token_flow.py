@@ -112,7 +112,7 @@ class SequenceState:
 
 @dataclass(kw_only=True)
 class TokenFlow:
-    """Where tokens are in every value, and what context meets them.
+    """The token axes of every value, and the context that token data is combined with.
 
     Propagation fills it in; after `analyze` returned it does not change.
 

@@ -98,7 +98,7 @@ class IndexTrace:
         Both are counted in row-major order; the result has the shape of the value's feature_indices.
 
         Raises:
-            UnsupportedError: Tokens are moved too, or a tensor does not hold feature_indices beside batch and sequence.
+            UnsupportedError: Tokens are moved too, or a tensor has axes other than batch, sequence and features.
         """
         before, after = layout_of(self.flow, source), layout_of(self.flow, value)
         places = np.arange(math.prod(self.sizes(before.parts, source))).reshape(self.sizes(before.shape, source))

@@ -1,4 +1,4 @@
-"""Which inputs of a node it reads for their content, not only for their shape."""
+"""Content: what a node reads of its inputs besides their shape."""
 
 from __future__ import annotations
 
