@@ -72,9 +72,7 @@ def load_graph(source: Source) -> onnx.ModelProto:
         InputError: The file does not exist.
         InvalidModelError: The file is not ONNX.
     """
-    if isinstance(source, onnx.ModelProto):
-        return source
-    return read_proto(find_model(source))
+    return source if isinstance(source, onnx.ModelProto) else read_proto(find_model(source))
 
 
 def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
