@@ -60,14 +60,14 @@ def find(domain: str, op_type: str, version: int | None = None) -> Operator | No
         found = _newest(_table(extra).get((domain, op_type), ()), version)
         if found is not None:
             return found
-    if domain not in _SHARED:
-        return _newest(installed_operators().get((domain, op_type), ()), version)
+    return _built_in(domain, op_type, version) or _newest(installed_operators().get((domain, op_type), ()), version)
+
+
+@cache
+def _built_in(domain: str, op_type: str, version: int | None) -> Operator | None:
     found = _newest(_BUILT_IN.get((domain, op_type), ()), version)
-    if found is None:
-        other = _SHARED[domain == _SHARED[0]]
-        found = _newest(_BUILT_IN.get((other, op_type), ()), None) or _newest(
-            installed_operators().get((domain, op_type), ()), version
-        )
+    if found is None and domain in _SHARED:
+        found = _newest(_BUILT_IN.get((_SHARED[domain == _SHARED[0]], op_type), ()), None)
     return found
 
 
