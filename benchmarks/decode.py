@@ -135,7 +135,7 @@ def measure(models: dict[str, Path], options: argparse.Namespace) -> dict[int, d
 def quadratic_outputs(model: Path) -> list[Growth]:
     """Return the nodes whose output has more than linearly more elements when the context doubles.
 
-    Every node's output becomes an output of the graph, which runs unoptimised at two contexts: the shapes are those
+    Every node's output becomes an output of the graph, which runs unoptimized at two contexts: the shapes are those
     that really come about, and a flattened or transposed T x T shows as well as a plain one.
     """
     file = _file(model)

@@ -167,8 +167,8 @@ def examined(entry: Entry) -> Iterator[Result]:
 
 def _method(entry: Entry) -> Method:
     """Return the method for merging heads: quantized weights have no mean."""
-    quantised = onnx.load(entry.path, load_external_data=False).graph.initializer
-    whole = sum(int(np.prod(one.dims)) for one in quantised if one.data_type in INTEGERS and len(one.dims) > 1)
+    quantized = onnx.load(entry.path, load_external_data=False).graph.initializer
+    whole = sum(int(np.prod(one.dims)) for one in quantized if one.data_type in INTEGERS and len(one.dims) > 1)
     return "first" if whole > 1000 else "mean"
 
 
@@ -200,7 +200,7 @@ def print_tally(results: Sequence[Result]) -> None:
         models = {result.label for result in mine}
         whole = models - {result.label for result in mine if result.verdict != "right"}
         print(f"{kind}: {len(whole)} of {len(models)} models whole; attempts: {dict(verdicts)}")
-    print("not analysed:", sum(result.pipeline == "analyze" for result in results))
+    print("not analyzed:", sum(result.pipeline == "analyze" for result in results))
 
 
 def _arguments() -> argparse.Namespace:

@@ -71,7 +71,7 @@ def read_novels(database: Path) -> list[str]:
 
 
 def read_lines(book: bytes) -> list[str]:
-    """Return the strings of one serialised character vector (R's XDR format, version 3, UTF-8)."""
+    """Return the strings of one serialized character vector (R's XDR format, version 3, UTF-8)."""
     count, at = int.from_bytes(book[27:31], "big"), 31  # magic, versions, encoding and the vector's type come first
     lines = []
     for _ in range(count):

@@ -47,4 +47,4 @@ def test_inject_takes_options_and_does_not_change_a_proto(tmp_path):
     assert "kept.0.key" in [value.name for value in onnx.load(run.path).graph.output]
     assert model.SerializeToString() == before
     with pytest.raises((TypeError, UsageError)):
-        kvsurgeon.inject(model, colour="red")
+        kvsurgeon.inject(model, color="red")

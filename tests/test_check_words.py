@@ -28,6 +28,7 @@ def words(path, text):
         ('"""One.\n\nTwo islands.\n"""\n', [(3, "islands")]),
         ('message = "what the judge said"\n', [(1, "judge")]),
         ("room = 1\n", [(1, "room")]),
+        ('"""Return the analysis of a dequantised model."""\n', [(1, "dequantised")]),
         ('choice = "in-place"\n', [(1, "in-place")]),
         ("def stand_in(): ...\n", [(1, "stand")]),
         ("system = opened = expanded = context = 1\n", []),

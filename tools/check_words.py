@@ -54,6 +54,12 @@ WORDS = {
     r"wobbl(e|es|ed|ing)": "noise floor",
 }
 
+# British spellings.
+SPELLINGS = {
+    r"\w*(quanti|optimi|normali|recogni|initiali|seriali)s(e|ed|es|er|ers|ing|ation|ations)": "-iz-",
+    r"analys(e|ed|ing)|labelled|neighbour\w*|behaviour\w*|colour\w*": "American spelling",
+}
+
 # Phrases of prose: docstrings, comments, messages, help and Markdown.
 PHRASES = {
     r"(as|of|in|on) (its|their|a model's|the model's|one's) own\b(?! \w+ file)|\bof his own": "own, separate, nothing",
@@ -180,9 +186,9 @@ class Rules:
             yield match, self.uses[number]
 
 
-PROSE = Rules.of(WORDS, PHRASES, before=r"(?<![\w-])", after=r"(?![\w])")
+PROSE = Rules.of(WORDS, SPELLINGS, PHRASES, before=r"(?<![\w-])", after=r"(?![\w])")
 OLD_NAMES = Rules.of(RENAMED)
-NAME = Rules.of(WORDS, NAMES, before="(?<![a-zA-Z])", after="(?![a-zA-Z])")
+NAME = Rules.of(WORDS, SPELLINGS, NAMES, before="(?<![a-zA-Z])", after="(?![a-zA-Z])")
 OPENING = Rules.of(OPENINGS, before="^")
 
 

@@ -70,7 +70,7 @@ def normalized(graph: Graph, edge: Edge, axis: int) -> str:
 
 
 def reversed_order(graph: Graph, edge: Edge, axis: int) -> str:
-    """Two neighbouring axes change places."""
+    """Two neighboring axes change places."""
     order = list(range(graph.rank_of(edge.value) or 0))
     other = axis - 1 if axis else 1
     order[axis], order[other] = order[other], order[axis]

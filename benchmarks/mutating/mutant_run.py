@@ -193,7 +193,7 @@ def _check_as_written(entry: Entry, mutant: onnx.ModelProto, case: Case) -> None
     try:
         answer(open_session(mutant, entry.folder, LEVELS[-1]), case)
     except Exception as error:
-        raise NotRunnableError(f"as it is written, without optimisation: {_one_line(error)}") from error
+        raise NotRunnableError(f"as it is written, without optimization: {_one_line(error)}") from error
 
 
 def _verified(
@@ -226,7 +226,7 @@ def _verified(
 def _noise(entry: Entry, mutant: onnx.ModelProto, cases: list[Case]) -> float:
     """Difference between computations of a mutant that should agree.
 
-    Without onnxruntime's optimisations; and with weights that differ by a rounding error, as sums in another order do.
+    Without onnxruntime's optimizations; and with weights that differ by a rounding error, as sums in another order do.
     """
     sessions = [open_session(mutant, entry.folder, LEVELS[-1])]
     sessions += [open_session(_jittered(mutant, seed), entry.folder) for seed in range(2)]

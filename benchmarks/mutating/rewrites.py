@@ -131,7 +131,7 @@ def stretched(model: onnx.ModelProto, random: Random) -> onnx.ModelProto:
 
 
 def _may_be_computed(node: NodeProto, index: int) -> bool:
-    """Ranges of quantised operators and numbers of kernels must be known to onnxruntime beforehand."""
+    """Ranges of quantized operators and numbers of kernels must be known to onnxruntime beforehand."""
     return index == 0 or (node.domain in ("", "ai.onnx") and "Linear" not in node.op_type)
 
 

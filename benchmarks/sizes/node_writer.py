@@ -103,8 +103,8 @@ def fill_with_noise(model: onnx.ModelProto) -> None:
             continue
         generator = np.random.default_rng(zlib.crc32(tensor.name.encode()))
         spread = 1.5 / np.sqrt(tensor.dims[0]) if len(tensor.dims) > 1 else 0.1
-        centre = 0.0 if len(tensor.dims) > 1 else 1.0  # a norm's gain
-        values = generator.normal(centre, spread, list(tensor.dims))
+        center = 0.0 if len(tensor.dims) > 1 else 1.0  # a norm's gain
+        values = generator.normal(center, spread, list(tensor.dims))
         dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
         tensor.raw_data = values.astype(dtype).tobytes()
 

@@ -73,7 +73,7 @@ def highest_level(model: onnx.ModelProto, folder: Path) -> Level:
 def steady(model: onnx.ModelProto, folder: Path, cases: Sequence[Case], bound: Bound) -> tuple[Level, list[Case]]:
     """Return how far onnxruntime may rewrite a model that is right to the bound, and the cases as it answers them then.
 
-    Some optimisations make a quantised model say other things of the same tokens in a shorter call. Where it does not
+    Some optimizations make a quantized model say other things of the same tokens in a shorter call. Where it does not
     agree with itself without them either, it is its own doing, and the cases stay as they are.
     """
     for level in LEVELS:

@@ -1,4 +1,4 @@
-"""Products with weights: other heads in the result are other columns of what is stored, quantised or not."""
+"""Products with weights: other heads in the result are other columns of what is stored, quantized or not."""
 
 from __future__ import annotations
 

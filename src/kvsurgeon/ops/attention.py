@@ -39,7 +39,7 @@ def attention(call: OperatorCall) -> list[Fact]:
 
 
 def packed_attention(call: OperatorCall) -> list[Fact]:
-    """`Attention` and `QAttention` of com.microsoft: [batch, sequence, hidden], floats if quantised."""
+    """`Attention` and `QAttention` of com.microsoft: [batch, sequence, hidden], floats if quantized."""
     hidden, weights = call.fact(0), call.fact(1)
     dtype = call.fact(3).dtype if call.node.op_type == "QAttention" else hidden.dtype
     outputs = [Fact(None, dtype)] * len(call.node.outputs)
@@ -82,7 +82,7 @@ def group_query_attention(call: OperatorCall) -> list[Fact]:
 
 
 def embedding(call: OperatorCall) -> list[Fact]:
-    """`EmbedLayerNormalization` and its quantised twin: [batch, sequence, hidden], texts' lengths, and the sum."""
+    """`EmbedLayerNormalization` and its quantized twin: [batch, sequence, hidden], texts' lengths, and the sum."""
     ids, table = call.fact(0).shape, call.fact(2).shape
     scale = call.fact(8) if call.node.op_type == "QEmbedLayerNormalization" else call.fact(2)
     if ids is None or table is None:

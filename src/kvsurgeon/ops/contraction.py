@@ -1,7 +1,7 @@
 """Products that sum over an axis, in one notation: which axes meet, which are summed, which remain.
 
-Every operator of the kind (`MatMul`, `Gemm`, `Einsum`, their quantised and fused twins) is read as an Einstein sum over
-labelled axes, so that shapes, sequence axes and attention are decided once for all of them.
+Every operator of the kind (`MatMul`, `Gemm`, `Einsum`, their quantized and fused twins) is read as an Einstein sum over
+labeled axes, so that shapes, sequence axes and attention are decided once for all of them.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def einsum_notation(call: OperatorCall) -> Contraction | None:
 
 
 def matrix_notation(call: OperatorCall, *, right: int = 1, transposable: bool = False) -> Contraction | None:
-    """`MatMul` and its kind as a sum over labelled axes; None if a rank is unknown."""
+    """`MatMul` and its kind as a sum over labeled axes; None if a rank is unknown."""
     rank_left, rank_right = call.fact(0).rank, call.fact(right).rank
     if not rank_left or not rank_right:
         return None

@@ -132,7 +132,7 @@ def gather(call: OperatorCall) -> Fact:
 
 
 def gather_block_quantized(call: OperatorCall) -> Fact:
-    """`GatherBlockQuantized` of com.microsoft: a `Gather`, dequantised, of numbers packed along one axis."""
+    """`GatherBlockQuantized` of com.microsoft: a `Gather`, dequantized, of numbers packed along one axis."""
     table, indices = call.fact(0), call.fact(1)
     if table.shape is None or indices.shape is None:
         return Fact(None, call.fact(2).dtype)

@@ -151,7 +151,7 @@ def tile(call: OperatorCall) -> Fact:
 
 
 def joined_inputs(call: OperatorCall) -> range:
-    """Indices of the tensors that a `Concat` joins; a quantised one has each with its scale and zero point."""
+    """Indices of the tensors that a `Concat` joins; a quantized one has each with its scale and zero point."""
     return range(2, len(call.inputs), 3) if call.node.op_type == "QLinearConcat" else range(len(call.inputs))
 
 

@@ -150,7 +150,7 @@ class Operator:
         decomposition: Function that writes the operator in standard ones, as `module:function`; see `decompose/`.
         traits: What else stages ask for.
         column_parameters: Inputs of a product that hold an element for each column of the result, or one for all.
-        notation: A product as a sum over labelled axes.
+        notation: A product as a sum over labeled axes.
         zero_points: Indices of the zero points of a product's left and right operand.
     """
 

@@ -1,4 +1,4 @@
-"""Operators along an axis: reductions, normalisations, sorting, running sums."""
+"""Operators along an axis: reductions, normalizations, sorting, running sums."""
 
 from __future__ import annotations
 

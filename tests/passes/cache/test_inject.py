@@ -402,7 +402,7 @@ def test_edits_are_counted_and_assumptions_noted():
     outcome = Inject().apply(subject)
     assert outcome.edits > 8
     assert outcome.notes == ()
-    quantised = read(attention(constants="float[8, 8] zw", key=(
+    quantized = read(attention(constants="float[8, 8] zw", key=(
         "u, s_, p = DynamicQuantizeLinear(k0)\n f = DequantizeLinear(u, s_, p)\n k = Identity(f)")))  # fmt: skip
-    outcome = Inject().apply(Subject.of(quantised))
+    outcome = Inject().apply(Subject.of(quantized))
     assert "dynamic quantization" in outcome.notes[0]

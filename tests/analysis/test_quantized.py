@@ -1,4 +1,4 @@
-"""Operators on quantised numbers, and those of onnxruntime's optimiser: tokens stay apart in them as in plain ones."""
+"""Operators on quantized numbers, and those of onnxruntime's optimizer: tokens stay apart in them as in plain ones."""
 
 # ruff: noqa: E501  # a case is read best on one line
 
@@ -11,7 +11,7 @@ from kvsurgeon.passes.contract import Subject
 
 SCALES = "float s1 = {0.03}, uint8 z1 = {128}, float s2 = {0.05}, uint8[8, 8] w8"
 
-# From u [b, n, 8], quantised tokens, to y9 [b, n, 8].
+# From u [b, n, 8], quantized tokens, to y9 [b, n, 8].
 QUANTISED = [
     ("QLinearAdd", "y9 = com.microsoft.QLinearAdd(u, s1, z1, u, s1, z1, s2, z1)", ""),
     ("QLinearMul", "y9 = com.microsoft.QLinearMul(u, s1, z1, u, s1, z1, s2, z1)", ""),
@@ -73,7 +73,7 @@ def test_what_mixes_tokens_is_refused(hidden, constants):
 
 @pytest.mark.parametrize(("dtype", "zero"), [("uint8", 0), ("int8", -128)])
 def test_quantised_weights_count_from_their_zero_point(dtype, zero):
-    # What a mask leaves nothing of is the zero point, which need not be 0; scores and weights are quantised as well.
+    # What a mask leaves nothing of is the zero point, which need not be 0; scores and weights are quantized as well.
     text = attention(
         scores="s = DequantizeLinear(sq, s2, z1)\n uq = QuantizeLinear(q, s1, z1)\n ut = QuantizeLinear(kt, s1, z1)\n"
         "sq = QLinearMatMul(uq, s1, z1, ut, s1, z1, s2, z1)",
