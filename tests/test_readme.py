@@ -1,4 +1,4 @@
-"""What the README says to type works as written."""
+"""The snippets, commands and table of the README are correct."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTA
 
 @pytest.fixture(autouse=True)
 def model(tmp_path, monkeypatch):
-    """A folder `model` in the working directory, as the README has it."""
+    """Write the folder `model` of the README into the working directory."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "model"
     folder.mkdir()
@@ -37,20 +37,20 @@ def snippet(word):
     return found
 
 
-def test_a_proto_goes_in_and_a_proto_comes_out(model, capsys):
+def test_the_snippet_with_a_proto_runs(model, capsys):
     exec(snippet("KeyValueCacheInjector"), {})
     assert "past_key_values.2.value" in [value.name for value in onnx.load(model / "model.onnx").graph.input]
     assert capsys.readouterr().out.strip()
 
 
-def test_a_path_goes_in_and_a_path_comes_out(model):
+def test_the_snippet_with_paths_runs(model):
     names = {}
     exec(snippet("kvsurgeon.inject("), names)
     assert names["result"].path == model.parent / "model-with-cache" / "model.onnx"
     assert [attention.query_heads for attention in names["decoder"].attentions] == [4, 4, 4]
 
 
-def test_a_pass_of_ones_own_runs(model):
+def test_the_pass_of_the_readme_runs_and_is_idempotent(model):
     names = {"__name__": __name__}  # a dataclass looks up the module that it is in
     exec(snippet("class RenameLogits"), names)
     result = Pipeline((names["RenameLogits"](to="y"),)).run(model)
@@ -59,22 +59,22 @@ def test_a_pass_of_ones_own_runs(model):
     assert not again.changed
 
 
-def test_a_function_of_onnx_graphsurgeon_runs(model):
+def test_the_function_on_onnx_graphsurgeon_runs(model):
     names = {}
     exec(snippet("import onnx_graphsurgeon"), names)
     assert [step.name for step in names["result"].steps] == ["drop-casts-to-the-same-type"]
 
 
-def test_the_table_has_every_command_that_is_no_pass_and_none_that_is_not_there(capsys):
+def test_the_table_lists_all_commands_but_passes_and_nothing_else(capsys):
     run(["--help"])
     listed = capsys.readouterr().out.partition("Commands:\n")[2]
     commands = {line.split()[0] for line in listed.splitlines() if line.startswith("  ") and line[2] != " "}
-    told = set(re.findall(r"^\| `kvsurgeon ([\w-]+)", README.read_text("utf-8"), re.MULTILINE))
-    assert told <= commands
-    assert told >= commands - set(registry.BUILT_IN)
+    documented = set(re.findall(r"^\| `kvsurgeon ([\w-]+)", README.read_text("utf-8"), re.MULTILINE))
+    assert documented <= commands
+    assert documented >= commands - set(registry.BUILT_IN)
 
 
-def test_the_test_command_is_the_one_that_ci_runs():
+def test_the_test_command_is_that_of_ci():
     script = (README.parent / ".ci" / "run").read_text("utf-8")
     assert "'pip install \".[test]\" && pytest'" in script
     assert 'pip install ".[test]" && pytest\n' in README.read_text("utf-8")

@@ -206,7 +206,7 @@ def _what(node: NodeProto) -> bytes:
     return what.SerializeToString(deterministic=True) + str(len(node.output)).encode()
 
 
-def optimised_by_onnxruntime(model: onnx.ModelProto, _random: Random) -> onnx.ModelProto:
+def optimized_by_onnxruntime(model: onnx.ModelProto, _random: Random) -> onnx.ModelProto:
     """Apply onnxruntime's basic optimizations."""
     with TemporaryDirectory() as folder:
         options = ort.SessionOptions()
@@ -234,7 +234,7 @@ def simplified(model: onnx.ModelProto, _random: Random) -> onnx.ModelProto:
 WRITTEN: tuple[Rewrite, ...] = (
     renamed, undeclared, shuffled, stretched, constants_as_nodes, constants_as_initializers, copied, shared,
 )  # fmt: skip
-BY_TOOLS: tuple[Rewrite, ...] = (optimised_by_onnxruntime, slimmed, simplified)
+BY_TOOLS: tuple[Rewrite, ...] = (optimized_by_onnxruntime, slimmed, simplified)
 
 
 def everything(model: onnx.ModelProto, random: Random) -> onnx.ModelProto:

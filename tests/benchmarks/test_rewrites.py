@@ -9,7 +9,7 @@ from exports import FILES, ONE_OF_EACH, export, injected
 from laws import assert_law, in_onnxruntime, texts
 from mutating import rewrites
 
-ALONE = [*rewrites.WRITTEN, rewrites.optimised_by_onnxruntime]
+ALONE = [*rewrites.WRITTEN, rewrites.optimized_by_onnxruntime]
 
 
 def rewritten(name: str, rewrite: rewrites.Rewrite, seed: int = 0) -> onnx.ModelProto:
