@@ -1,4 +1,4 @@
-"""Rows of the model's own that stand beside the tokens: keys and values that were learnt, or a key of nothing."""
+"""Learned rows next to the tokens: learned keys and values, or a key of zeros."""
 
 import numpy as np
 import pytest
@@ -22,10 +22,10 @@ WIDE = "far = Add(length, three)\n wide = Range(nought, far, one)\n places = Uns
 FRONT = f"{WIDE} token = Sub(places, three)\n allowed = LessOrEqual(token, column)"
 BACK = f"{WIDE} token = LessOrEqual(places, column)\n own = GreaterOrEqual(places, length)\n allowed = Or(token, own)"
 ENDS = f"""{WIDE} token = Sub(places, three)
- seen = LessOrEqual(token, column)
+ visible = LessOrEqual(token, column)
  shape = Shape(column)
  wall = ConstantOfShape<value = bool[1] {{1}}>(shape)
- allowed = Concat<axis = 1>(seen, wall)"""
+ allowed = Concat<axis = 1>(visible, wall)"""
 
 
 def text(ends: dict[str, str], allowed: str, **parts: str) -> str:
@@ -40,7 +40,7 @@ def test_they_are_no_part_of_the_cache(ends, allowed):
     assert_law_of(text(ends, allowed))
 
 
-def test_they_are_seen_by_inspect():
+def test_inspect_reports_them():
     (layer,) = kvsurgeon.inspect(in_order(read(text(BEFORE, FRONT)))).attentions
     assert (layer.query_heads, layer.kv_heads, layer.head_dim) == (1, 1, 8)
 
@@ -64,12 +64,12 @@ def test_they_are_cut_off_the_weights_again():
     ],
     ids=["mask that looks rows_before", "scores over the length", "values at another end", "rows made of tokens"],
 )  # fmt: skip
-def test_what_no_cache_can_carry_is_refused(parts, reason):
+def test_what_a_cache_does_not_support_is_rejected(parts, reason):
     with pytest.raises(UnsupportedError, match=reason):
         injected(in_order(read(text({}, **parts))))
 
 
-# Weights that no softmax levels: what the rows beside the tokens get depends on how many tokens follow.
+# Weights without softmax: the weight of learned rows depends on how many tokens follow.
 SCALED = """is_own = Less(token, nought)
  n = Cast<to = 1>(length)
  factor = Where(is_own, n, half)
@@ -85,13 +85,13 @@ def test_what_they_are_given_must_not_depend_on_what_follows():
         injected(in_order(read(changed)))
 
 
-def test_positions_of_bordered_keys_must_not_count_from_the_end():
-    turned = (
+def test_positions_of_keys_with_learned_rows_must_not_count_from_the_end():
+    transposed = (
         f"{TO} k1 = Concat<axis = 1>(mks, k0)\n fs = Cast<to = 1>(token)\n n = Cast<to = 1>(length)\n g = Sub(fs, n)"
     )
-    turned += "\n gt = Transpose<perm = [1, 0]>(g)\n k = Add(k1, gt)"
+    transposed += "\n gt = Transpose<perm = [1, 0]>(g)\n k = Add(k1, gt)"
     with pytest.raises(UnsupportedError, match="depend on the total length"):
-        injected(in_order(read(text({**BEFORE, "key": turned}, FRONT))))
+        injected(in_order(read(text({**BEFORE, "key": transposed}, FRONT))))
 
 
 def test_queries_cannot_have_them():
@@ -101,7 +101,7 @@ def test_queries_cannot_have_them():
         )
 
 
-def test_a_past_of_fixed_length_is_no_memory():
+def test_a_past_of_fixed_length_is_no_learned_row():
     past = {"key": "k = Concat<axis = 1>(past_key, k0)", "value": "v = Concat<axis = 1>(past_value, v0)"}
     inputs = "float[b, 3, 8] past_key, float[b, 3, 8] past_value"
     with pytest.raises(UnsupportedError, match="already has a cache"):
@@ -132,7 +132,7 @@ def test_only_weights_may_be_summed_so(after, reason):
         injected(in_order(read(attention(after=after, constants=TABLE))))
 
 
-def test_noise_of_the_rows_beside_does_not_depend_on_the_length():
+def test_synthetic_learned_rows_do_not_depend_on_the_length():
     from kvsurgeon.analysis.probe_inputs import synthetic_values
     from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable, SequenceAxis
 

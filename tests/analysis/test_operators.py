@@ -99,7 +99,7 @@ CONTEXT = [
 
 
 @pytest.mark.parametrize(("allowed", "constants"), [pytest.param(*case[1:], id=case[0]) for case in CONTEXT])
-def test_context_however_it_is_spelled(allowed, constants):
+def test_context_in_any_form(allowed, constants):
     assert_law_of(attention(allowed=allowed, constants=constants))
 
 
@@ -114,7 +114,7 @@ def test_a_mask_from_eye_like(along):
     )
 
 
-def test_a_mask_from_eye_like_beside_the_diagonal():
+def test_a_mask_from_eye_like_next_to_the_diagonal():
     # key j + 1 for query j, summed along queries: all keys before the query; its own is allowed by the other
     assert_law_of(
         attention(

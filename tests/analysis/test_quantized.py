@@ -1,4 +1,4 @@
-"""Operators on quantized numbers, and those of onnxruntime's optimizer: tokens stay apart in them as in plain ones."""
+"""Quantized operators, and those of onnxruntime's optimizer, are position-wise like plain ones."""
 
 # ruff: noqa: E501  # a case is read best on one line
 
@@ -12,7 +12,7 @@ from kvsurgeon.passes.contract import Subject
 SCALES = "float s1 = {0.03}, uint8 z1 = {128}, float s2 = {0.05}, uint8[8, 8] w8"
 
 # From u [b, n, 8], quantized tokens, to y9 [b, n, 8].
-QUANTISED = [
+QUANTIZED = [
     ("QLinearAdd", "y9 = com.microsoft.QLinearAdd(u, s1, z1, u, s1, z1, s2, z1)", ""),
     ("QLinearMul", "y9 = com.microsoft.QLinearMul(u, s1, z1, u, s1, z1, s2, z1)", ""),
     ("QLinearSigmoid", "y9 = com.microsoft.QLinearSigmoid(u, s1, z1, s2, z1)", ""),
@@ -26,7 +26,7 @@ QUANTISED = [
 ]  # fmt: skip
 
 # From x [b, n, 8] to h [b, n, 8].
-OPTIMISED = [
+OPTIMIZED = [
     ("FusedMatMul with its rows before the batch", "t = Transpose<perm = [1, 0, 2]>(x)\n h = com.microsoft.FusedMatMul<transBatchA = 1>(t, w3)\n w3 = Unsqueeze(wq, first)", ""),
     ("FusedMatMul with its columns before the batch", "t = Transpose<perm = [2, 0, 1]>(x)\n h = com.microsoft.FusedMatMul<transA = 1, transBatchA = 1>(t, w3)\n w3 = Unsqueeze(wq, first)", ""),
     ("TransposeMatMul", "h = com.microsoft.TransposeMatMul<transB = 1>(x, wq)", ""),
@@ -41,14 +41,14 @@ OPTIMISED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("made", "constants"), [pytest.param(*case[1:], id=case[0]) for case in QUANTISED])
-def test_quantised_tokens_stay_apart(made, constants):
+@pytest.mark.parametrize(("made", "constants"), [pytest.param(*case[1:], id=case[0]) for case in QUANTIZED])
+def test_quantized_operators_are_position_wise(made, constants):
     hidden = f"u = QuantizeLinear(x, s1, z1)\n {made}\n h = DequantizeLinear(y9, s2, z1)"
     assert_law_of(attention(hidden=hidden, constants=f"{SCALES}{constants and ', ' + constants}"))
 
 
-@pytest.mark.parametrize(("hidden", "constants"), [pytest.param(*case[1:], id=case[0]) for case in OPTIMISED])
-def test_tokens_stay_apart_in_what_an_optimiser_makes(hidden, constants):
+@pytest.mark.parametrize(("hidden", "constants"), [pytest.param(*case[1:], id=case[0]) for case in OPTIMIZED])
+def test_operators_of_an_optimizer_are_position_wise(hidden, constants):
     assert_law_of(attention(hidden=hidden, constants=constants))
 
 
@@ -72,7 +72,7 @@ def test_what_mixes_tokens_is_refused(hidden, constants):
 
 
 @pytest.mark.parametrize(("dtype", "zero"), [("uint8", 0), ("int8", -128)])
-def test_quantised_weights_count_from_their_zero_point(dtype, zero):
+def test_quantized_weights_count_from_their_zero_point(dtype, zero):
     # What a mask leaves nothing of is the zero point, which need not be 0; scores and weights are quantized as well.
     text = attention(
         scores="s = DequantizeLinear(sq, s2, z1)\n uq = QuantizeLinear(q, s1, z1)\n ut = QuantizeLinear(kt, s1, z1)\n"

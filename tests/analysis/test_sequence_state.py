@@ -87,7 +87,7 @@ FORMS = [
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_cache_is_restored_with_its_state(form):
-    """A state lies as values do."""
+    """A state has the cache layout of values."""
     model = injected(read(case(CONVOLUTION)), **form)
     assert verification.verify_models(read(case(CONVOLUTION)), model).verdict == "same"
     subject = Subject.of(model)

@@ -51,7 +51,7 @@ CACHES = ["past_key_values.0.key", "past_key_values.0.value"]
 
 
 def caches(text: str) -> dict[str, int]:
-    """Features of what is remembered, by name."""
+    """Return the number of features of each cached tensor, by name."""
     return {
         value.name: value.type.tensor_type.shape.dim[3].dim_value
         for value in injected(read(text)).graph.input

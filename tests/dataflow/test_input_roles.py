@@ -1,4 +1,4 @@
-"""Which inputs are given for the new tokens and which for all: told by their use, never by their names."""
+"""Roles of inputs, for the new tokens or for all: decided by their use, never by their names."""
 
 # ruff: noqa: E501  # a case is read best on one line
 
@@ -26,11 +26,11 @@ TOKENS = "e = Gather(table, p9)"
 CASES = [
     ("what indexes a table", "int64[b, n] p9", TOKENS, {"p9": {1: NEW}}),
     ("behind a cast and a shift", "int32[b, n] p9", "c = Cast<to=7>(p9) d = Add(c, c) e = Gather(table, c)", {"p9": {1: NEW}}),
-    ("ids below 0, counted from the end of the table, beside positions", "int64[b, n] p9, int64[b, n] q7",
+    ("ids below 0, counted from the end of the table, next to positions", "int64[b, n] p9, int64[b, n] q7",
      "w = Constant<value_ints=[0]>() l = Less(p9, w) k = Not(l) c = Cast<to=7>(k) m = Mul(p9, c) d = Cast<to=7>(l) "
      "v = Constant<value_ints=[9]>() a = Add(p9, v) b = Mul(d, a) t = Add(b, m) e = Gather(table, t) "
      "f = Cast<to=1>(q7) g = Mul(f, half) y = Cos(g)", {"p9": {1: NEW}, "q7": {1: NEW}}),
-    ("a mask that is told from 0", "int64[b, n] p9, int64[b, n] q7",
+    ("a mask that is compared with 0", "int64[b, n] p9, int64[b, n] q7",
      f"{TOKENS} w = Constant<value_ints=[0]>() g = Greater(q7, w) c = Cast<to=1>(g) y = MatMul(c, table)",
      {"p9": {1: NEW}, "q7": {1: TOTAL}}),
     ("embeddings", "float[b, n, 4] p9", "e = MatMul(p9, table)", {"p9": {1: NEW}}),
@@ -67,7 +67,7 @@ def test_classified(inputs, body, expected):
     assert kinds(inputs, body) == expected
 
 
-def test_dims_are_named_by_their_place_and_their_spelling():
+def test_dimensions_are_named_by_axis_and_name():
     graph = ir.from_proto(read(FRAME.format(inputs="int64[a, c] p, int64[a, c] q, float[c, w] r", body=""))).graph
     dimensions, length = read_inputs(graph)
     p, q, r = graph.inputs

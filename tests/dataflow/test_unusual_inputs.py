@@ -35,7 +35,7 @@ FROM_THE_FIRST = """start = ArgMax<axis = 1, keepdims = 1>(attention_mask)
  allowed = And(causal, begun)"""
 
 
-def test_positions_that_say_which_keys_are_seen_count_up():
+def test_positions_that_mask_keys_count_up():
     text = attention(
         inputs="int64[b, n] position_ids", allowed=PLACES, constants="float nil = {0.0}",
         masked="bias0 = Where(allowed, nil, low)\n masked_scores = Add(s, bias0)", after=TWO_LAYERS,
@@ -50,7 +50,7 @@ def test_masked_queries_may_see_anything_that_nobody_sees_through_them(mask):
     assert_law_of(attention(inputs=MASK, allowed=mask))
 
 
-def test_masked_queries_that_see_ahead_and_are_seen_are_refused():
+def test_masked_queries_that_attend_ahead_and_are_read_are_rejected():
     text = attention(
         inputs=MASK, allowed=f"{FLOATS} causal = LessOrEqual(row, column)\n q_seen = Greater(am_q, half)",
         masked="s1 = Where(causal, s, low)\n masked_scores = Where(q_seen, s1, low)",

@@ -18,7 +18,7 @@ from kvsurgeon.passes.contract import Subject
 WEIGHTS = """float[8] g, float[8] e, float[8] bias, float[8, 8] wf, float[4, 16, 8] experts, float[4, 8, 16] back,
  float[8, 4] router, float[4, 8, 16] half_back, int64[2] rows = {-1, 4}, int64[1] last = {-1}, float[4] g4,
  int64[2] flat = {-1, 8}, int64[3] apart = {0, -1, 8}, float[64, 8] table, float[8, 8] left, uint8[8, 8, 1] kernel, uint8 zu = {9}"""
-QUANTISED = "ct = Transpose<perm = [0, 2, 1]>(c)\n MADE\n i = ConvInteger(u, kernel, zu)\n fi = Cast<to = 1>(i)"
+QUANTIZED = "ct = Transpose<perm = [0, 2, 1]>(c)\n MADE\n i = ConvInteger(u, kernel, zu)\n fi = Cast<to = 1>(i)"
 CONVOLVED = "fs = Mul(fi, half)\n logits = Transpose<perm = [0, 2, 1]>(fs)"
 AFTER = [
     ("skip and norm", "logits = com.microsoft.SkipLayerNormalization<epsilon = 0.001>(c, x, g, e, bias)"),
@@ -33,7 +33,7 @@ AFTER = [
     ("a fused product", "f = com.microsoft.FusedMatMul<alpha = 0.5, transB = 1>(c, wf)\n logits = Add(f, x)"),
     ("experts", "tokens = Reshape(c, flat)\n scores = MatMul(tokens, router)\n m = com.microsoft.MoE<k = 2, activation_type = \"silu\", normalize_routing_weights = 1>(tokens, scores, experts, , back)\n sizes2 = Shape(c)\n logits = Reshape(m, sizes2)"),
     ("experts, batched", "s3 = MatMul(c, router)\n scores = Reshape(s3, rows)\n logits = com.microsoft.MoE<k = 2, activation_type = \"gelu\">(c, scores, experts, , back)"),
-    ("an integer convolution", f"{QUANTISED}\n {CONVOLVED}".replace("MADE", "u = QuantizeLinear(ct, half, zu)")),
+    ("an integer convolution", f"{QUANTIZED}\n {CONVOLVED}".replace("MADE", "u = QuantizeLinear(ct, half, zu)")),
 ]  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def test_operators_after_attention_keep_the_result(after):
 
 
 def test_a_dynamically_quantized_convolution_is_noted():
-    text = attention(after=f"{QUANTISED}\n {CONVOLVED}", constants=WEIGHTS.replace(", uint8 zu = {9}", ""))
+    text = attention(after=f"{QUANTIZED}\n {CONVOLVED}", constants=WEIGHTS.replace(", uint8 zu = {9}", ""))
     subject = Subject.of(in_order(read(text.replace("MADE", "u, su, zu = DynamicQuantizeLinear(ct)"))))
     assert "ranges are taken over the tokens of one call" in Inject().apply(subject).notes[0]
 

@@ -31,8 +31,8 @@ g (int64[{batch}, sequence_length] input_ids) => (float[{batch}, sequence_length
   length = Gather(shape, one)
   row = Range(zero, length, one)
   rows = Reshape(row, column)
-  seen = LessOrEqual(row, rows)
-  mask = Where(seen, none, low)
+  visible = LessOrEqual(row, rows)
+  mask = Where(visible, none, low)
   place = Cast<to = 1>(row)
   {layers}
   logits = MatMul(x2, head)

@@ -1,4 +1,4 @@
-"""A new operator is one entry: an operator of a later opset, and one of somebody else's domain."""
+"""A new operator is one entry: an operator of a later opset, and one of another domain."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ DECODER = """case (int64[b, n] input_ids) => (float[b, n, 16] logits)
   later = Less(column, row)
   masked = Where(later, low, scores)
   weights = Softmax<axis = -1>(masked)
-  seen = MatMul(weights, v)
-  logits = MatMul(seen, head)
+  visible = MatMul(weights, v)
+  logits = MatMul(visible, head)
 }}"""
 
 

@@ -1,4 +1,4 @@
-"""What is claimed of a tensor is what it turns out to be: every intermediate is looked at, at two lengths."""
+"""Inferred shapes are those that onnxruntime computes: of every intermediate value, at two lengths."""
 
 import numpy as np
 import onnx

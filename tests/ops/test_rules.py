@@ -1,4 +1,4 @@
-"""A line or a few of ONNX text in, dimensions out: every operator's rule, and the idioms of exporters."""
+"""A line or a few of ONNX text in, dimensions out: every operator's rule, and the subgraphs of exporters."""
 
 # ruff: noqa: E501  # a case is read best on one line
 
@@ -110,7 +110,7 @@ SHAPES = [
     ("Range of floats", "f = Cast<to=1>(n)\n z = Cast<to=1>(zero)\n o = Cast<to=1>(one)\n y = Range(z, f, o)", "n"),
     ("OneHot", "v = Constant<value_floats=[0.0, 1.0]>()\n d = Constant<value_int=5>()\n y = OneHot(ids, d, v)", "b, n, 5"),
     ("EyeLike", "t = Concat<axis=0>(n1, n1)\n c = ConstantOfShape(t)\n y = EyeLike(c)", "n, n"),
-    ("NonZero counts what nobody knows", "y = NonZero(x)", "3, ?"),
+    ("NonZero has an unknown count", "y = NonZero(x)", "3, ?"),
     ("RandomNormalLike", "y = RandomNormalLike(x)", "b, n, 8"),
     # computing
     ("Add broadcasts", "y = Add(x, half)", "b, n, 8"),
@@ -148,7 +148,7 @@ SHAPES = [
     # no rule here: ONNX's own
     ("by ONNX's own inference", "t = Transpose<perm=[0, 2, 1]>(x)\n y = GlobalAveragePool(t)", "b, 8, 1"),
     ("a custom operator", "y = somebodys.Mixer(x)", None),
-    # idioms
+    # subgraphs of exporters
     ("TorchScript's expand: -1 means as it is",
      "s = Constant<value_ints=[-1, -1, 4]>()\n c = Equal(s, minus)\n k = Shape(s)\n o = ConstantOfShape<value = int64[1] {1}>(k)\n"
      " w = Where(c, o, s)\n u = Unsqueeze(ids, rest)\n y = Expand(u, w)", "b, n, 4"),
@@ -216,7 +216,7 @@ def test_numbers_of_shape_arithmetic(body, expected):
 @pytest.mark.parametrize(
     ("body", "expected"),
     [
-        ("y = Equal(n1, twos)", "two lengths that may be equal are not told apart"),
+        ("y = Equal(n1, twos)", "two lengths that may be equal are not distinguished"),
         ("y = Less(n1, twos)", "nor ordered"),
         ("f = Cast<to=1>(n1)\n y = Sqrt(f)", "a root of a length is no length"),
         ("y = Div(n1, zeros)", "nothing is divided by zero"),

@@ -24,7 +24,7 @@ def one_line(error):
     return "\n" not in str(error.value) and "[ONNXRuntimeError]" not in str(error.value)
 
 
-def test_a_model_opens_from_a_file_a_folder_and_memory(tmp_path):
+def test_a_model_opens_from_a_file_a_folder_and_bytes(tmp_path):
     onnx.save(
         Decoder().model(), tmp_path / "model.onnx", save_as_external_data=True, size_threshold=1024, location="weights"
     )
@@ -79,7 +79,7 @@ def test_an_unknown_operator_is_a_missing_kernel():
     assert one_line(error)
 
 
-def test_a_model_too_large_for_memory_must_be_opened_by_path(monkeypatch):
+def test_a_model_above_2_gib_must_be_opened_by_path(monkeypatch):
     monkeypatch.setattr("kvsurgeon.runtime.session._LARGEST_MESSAGE", 1000)
     with pytest.raises(UsageError, match="save it and give its path"):
         open_session(Decoder().model())

@@ -35,7 +35,7 @@ class Sample:
     wanted: bool = False
     title: str = "{layer}.key"
     lengths: tuple[int, ...] = ()
-    window: Optional[int] = None  # noqa: UP045  # both spellings are in use
+    window: Optional[int] = None  # noqa: UP045  # both forms are in use
     either: int | str | None = 3
     mode: Literal["a", "b"] = "a"
     pair: tuple[int, str] = (0, "")

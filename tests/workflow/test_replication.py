@@ -22,7 +22,7 @@ DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"  # 8 query heads, 2 KV
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """The demo's model in a folder `austen`, its weights in a file of their own."""
+    """The demo's model in a folder `austen`, its weights in a separate file."""
     folder = tmp_path / "austen"
     shutil.copytree(DEMO, folder)
     proto = onnx.load(folder / "model.onnx")

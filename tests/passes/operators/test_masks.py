@@ -81,10 +81,10 @@ def test_a_mask_table_of_fixed_length_is_raised():
     assert difference(found, expected) <= ALLOWED["float32"]
 
 
-QUANTIZED = """case (bool[4, 4] seen, float[4, 4] s) => (float[4, 4] y)
+QUANTIZED = """case (bool[4, 4] visible, float[4, 4] s) => (float[4, 4] y)
 <float low = {{{low}}}, float nought = {{0.0}}, float step = {{{step}}}, uint8 top = {{255}}>
 {{
-  mask = Where(seen, nought, low)
+  mask = Where(visible, nought, low)
   whole = QuantizeLinear(mask, step, top)
   steps = DequantizeLinear(whole, step, top)
   y = Add(s, steps)
@@ -127,7 +127,7 @@ def test_a_bound_of_clip_is_no_mask():
 
 def test_bfloat16_masks_are_unchanged():
     model = read(
-        "case (bool[b, 4] seen, bfloat16[b, 4] s, bfloat16 low) => (bfloat16[b, 4] y) { y = Where(seen, s, low) }"
+        "case (bool[b, 4] visible, bfloat16[b, 4] s, bfloat16 low) => (bfloat16[b, 4] y) { y = Where(visible, s, low) }"
     )
     lowest = onnx.helper.make_tensor("low", onnx.TensorProto.BFLOAT16, [], [LOWEST])
     model.graph.initializer.append(lowest)
