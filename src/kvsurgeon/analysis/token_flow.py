@@ -204,16 +204,19 @@ class NodeVisit:
 
     flow: TokenFlow
     call: OperatorCall
+    node: ir.Node = field(init=False)
+    kinds: tuple[ValueKind, ...] = field(init=False)  # of the inputs; a missing one is constant
 
-    @property
-    def node(self) -> ir.Node:
-        """The node itself."""
-        return self.call.node
+    def __post_init__(self) -> None:
+        """Read the kinds of the inputs, which each rule asks for several times."""
+        self.node, known = self.call.node, self.flow.kinds
+        self.kinds = tuple(
+            ValueKind.CONSTANT if value is None else known.get(value, ValueKind.CONSTANT) for value in self.node.inputs
+        )
 
     def kind(self, index: int) -> ValueKind:
         """The kind of an input; a missing one is constant."""
-        value = self.node.inputs[index] if index < len(self.node.inputs) else None
-        return ValueKind.CONSTANT if value is None else self.flow.kinds.get(value, ValueKind.CONSTANT)
+        return self.kinds[index] if index < len(self.kinds) else ValueKind.CONSTANT
 
     def axes(self, index: int) -> Axes:
         """The sequence axes of an input."""
@@ -236,7 +239,7 @@ class NodeVisit:
 
     def tokens(self) -> list[int]:
         """Return the indices of the inputs that are token data."""
-        return [index for index in range(len(self.node.inputs)) if self.kind(index) is ValueKind.TOKEN]
+        return [index for index, kind in enumerate(self.kinds) if kind is ValueKind.TOKEN]
 
     def demand(self, index: int, axes: Axes) -> None:
         """Note that an input that is not token data must have these axes."""
