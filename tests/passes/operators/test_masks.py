@@ -65,14 +65,23 @@ def test_infinities_before_the_score_product_are_no_mask():
     assert isinstance(RemoveNanGuards().apply(Subject.of(model)), Changed)
 
 
-FIXED = attention(masked="wide = Expand(table, as_wide)\n  masked_scores = Add(s, wide)")
+FIXED = attention(masked="wide = VIEW\n  masked_scores = Add(s, wide)")
+VIEWS = {
+    "expand": ("Expand(table, sizes_of_view)", [2, 9, 9]),
+    "tile": ("Tile(table, sizes_of_view)", [2, 1, 1]),
+    "gather": ("Gather<axis = 1>(table, sizes_of_view)", [*range(9)]),
+    "slice": ("Slice(table, sizes_of_view, ends, axes)", [0]),
+}
 
 
-def test_a_mask_table_of_fixed_length_is_raised():
-    model = read(FIXED.replace("[b, n, 8]", "[2, 9, 8]"))
-    table = np.triu(np.full((1, 9, 9), LOWEST, np.float32), 1)
-    wide = np.array([2, 9, 9], np.int64)
-    model.graph.initializer.extend([numpy_helper.from_array(table, "table"), numpy_helper.from_array(wide, "as_wide")])
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_mask_table_of_fixed_length_is_raised(view):
+    text, numbers = VIEWS[view]
+    model = read(FIXED.replace("VIEW", text).replace("[b, n, 8]", "[2, 9, 8]"))
+    constants = {"sizes_of_view": numbers, "ends": [9], "axes": [1]}
+    tables = {name: np.array(values, np.int64) for name, values in constants.items()}
+    tables["table"] = np.triu(np.full((1, 9, 9), LOWEST, np.float32), 1)
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in tables.items())
     result = io.to_proto(Pipeline((float16_mask_range,)).run(model).model)
     lowest = min(float(numpy_helper.to_array(one).min()) for one in result.graph.initializer)
     assert lowest == -10_000
