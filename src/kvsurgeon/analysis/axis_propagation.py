@@ -69,6 +69,8 @@ def _broadcast(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
 
 def _check_mixed(visit: NodeVisit, links: AxisLinks) -> None:
     """An operator may mix along the axis of the keys, and never the sequences of a batch."""
+    if not links.mixed and not links.blocked:
+        return
     for index in visit.tokens():
         labels = links.inputs[index]
         if labels is None:
