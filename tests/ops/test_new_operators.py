@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pkgutil import resolve_name
 
 import onnx_ir as ir
 import pytest
@@ -11,6 +12,7 @@ from written import read
 
 from kvsurgeon.analysis.analysis import analyze
 from kvsurgeon.dataflow.input_roles import shapes_of
+from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import Code, PluginError, UnsupportedError
 from kvsurgeon.ops import Operator, operator_of, registered, table
 from kvsurgeon.ops.elementwise import unary
@@ -86,6 +88,33 @@ def test_entries_that_cannot_be_loaded_are_named(tmp_path, monkeypatch):
             table.find("my.company", "Swish")
     finally:
         table.installed_operators.cache_clear()
+
+
+def decompose_swish(op):
+    x = op.input(0)
+    op.finish(op.Mul(x, op.Sigmoid(x)))
+
+
+def test_an_operator_with_a_decomposition_is_written_in_standard_operators():
+    fused = Operator(
+        domain="my.company", op_type="Swish", shape=unary, decomposition=f"{__name__}:{decompose_swish.__name__}"
+    )
+    with registered(fused):
+        result = decompose(decoder("my.company.Swish(x)")).model
+    assert {"Mul", "Sigmoid"} <= {node.op_type for node in result.graph}
+    assert not {node.op_type for node in result.graph} & {"Swish"}
+    assert len(analyze(result).sites) == 1
+
+
+def test_a_decomposition_that_cannot_be_loaded_is_named():
+    broken = Operator(domain="my.company", op_type="Swish", shape=unary, decomposition="missing_package.fused:swish")
+    with registered(broken), pytest.raises(PluginError, match=r"missing_package\.fused:swish: ModuleNotFoundError"):
+        decompose(decoder("my.company.Swish(x)"))
+
+
+@pytest.mark.parametrize("operator", [one for one in table.BUILT_IN if one.decomposition])
+def test_built_in_decompositions_exist(operator):
+    assert callable(resolve_name(operator.decomposition))
 
 
 def test_linear_attention_has_shapes_and_mixes_tokens():

@@ -3,6 +3,6 @@
 Source of the semantics: onnxruntime, docs/ContribOperators.md and its CPU kernels.
 """
 
-from kvsurgeon.decompose.model import RULES, DecomposedModel, decompose
+from kvsurgeon.decompose.model import DecomposedModel, decompose
 
-__all__ = ["RULES", "DecomposedModel", "decompose"]
+__all__ = ["DecomposedModel", "decompose"]

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from pkgutil import resolve_name
 
 import onnx_ir as ir
 
 from kvsurgeon.dataflow.input_roles import read_inputs
 from kvsurgeon.dataflow.shape_inference import infer_shapes
-from kvsurgeon.decompose.embedding import (
-    embed_layer_normalization,
-    quantized_embed_layer_normalization,
-)
 from kvsurgeon.decompose.fused_node import FusedNode
-from kvsurgeon.decompose.group_query_attention import group_query_attention
-from kvsurgeon.decompose.multi_head_attention import multi_head_attention
-from kvsurgeon.decompose.onnx_attention import needs_decomposition, onnx_attention
-from kvsurgeon.decompose.packed_attention import attention, quantized_attention
+from kvsurgeon.decompose.onnx_attention import needs_decomposition
 from kvsurgeon.decompose.simplify import simplify_model
+from kvsurgeon.errors import PluginError
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.query import find_live
+from kvsurgeon.graph.query import STANDARD_DOMAINS, find_live, is_operator
+from kvsurgeon.ops.table import operator_of
 
-RULES: dict[tuple[str, str], Callable[[FusedNode], None]] = {
-    ("com.microsoft", "Attention"): attention,
-    ("com.microsoft", "QAttention"): quantized_attention,
-    ("com.microsoft", "MultiHeadAttention"): multi_head_attention,
-    ("com.microsoft", "GroupQueryAttention"): group_query_attention,
-    ("com.microsoft", "EmbedLayerNormalization"): embed_layer_normalization,
-    ("com.microsoft", "QEmbedLayerNormalization"): quantized_embed_layer_normalization,
-}
+Rule = Callable[[FusedNode], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +40,7 @@ def decompose(model: ir.Model) -> DecomposedModel:
 
     Raises:
         UnsupportedError: A fused operator has unsupported inputs or attributes, such as a past.
+        PluginError: The decomposition of an operator cannot be loaded.
     """
     simple = simplify_model(model)
     if not any(_rule(node) for node in simple.graph):
@@ -77,5 +68,21 @@ def _decompose_nodes(model: ir.Model) -> dict[str, str]:
     return assumed
 
 
-def _rule(node: ir.Node) -> Callable[[FusedNode], None] | None:
-    return onnx_attention if needs_decomposition(node) else RULES.get((node.domain, node.op_type))
+def _rule(node: ir.Node) -> Rule | None:
+    """Return the function that decomposes a node; None if the node stays."""
+    operator = operator_of(node)
+    domain = "" if node.domain in STANDARD_DOMAINS else node.domain
+    if operator is None or operator.decomposition is None or operator.domain != domain:
+        return None
+    if is_operator(node, "Attention") and not needs_decomposition(node):
+        return None
+    return _load(operator.decomposition)
+
+
+@cache
+def _load(decomposition: str) -> Rule:
+    try:
+        rule: Rule = resolve_name(decomposition)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise PluginError(f"decomposition {decomposition}: {type(error).__name__}: {error}") from error
+    return rule

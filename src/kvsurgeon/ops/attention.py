@@ -141,11 +141,11 @@ _DECOMPOSE = "kvsurgeon.decompose"
 
 OPERATORS: list[Operator] = [
     *entries("Attention", attention, attention_links,
-             decomposition=f"{_DECOMPOSE}.onnx_attention:standard_attention"),
+             decomposition=f"{_DECOMPOSE}.onnx_attention:onnx_attention"),
     *entries("Attention", packed_attention, projecting_attention_links, domain="com.microsoft",
              decomposition=f"{_DECOMPOSE}.packed_attention:attention"),
     *entries("QAttention", packed_attention, domain="com.microsoft",
-             decomposition=f"{_DECOMPOSE}.packed_attention:quantised_attention"),
+             decomposition=f"{_DECOMPOSE}.packed_attention:quantized_attention"),
     *entries("MultiHeadAttention", multi_head_attention, domain="com.microsoft",
              decomposition=f"{_DECOMPOSE}.multi_head_attention:multi_head_attention"),
     *entries("GroupQueryAttention", group_query_attention, domain="com.microsoft",
@@ -153,7 +153,7 @@ OPERATORS: list[Operator] = [
     *entries("EmbedLayerNormalization", embedding, domain="com.microsoft",
              decomposition=f"{_DECOMPOSE}.embedding:embed_layer_normalization"),
     *entries("QEmbedLayerNormalization", embedding, domain="com.microsoft",
-             decomposition=f"{_DECOMPOSE}.embedding:quantised_embed_layer_normalization"),
+             decomposition=f"{_DECOMPOSE}.embedding:quantized_embed_layer_normalization"),
     *entries("RotaryEmbedding MRotaryEmbedding", same_as_first, rotary_links, Trait.ROTARY),
     *entries("MoE QMoE", same_as_first, experts_links),
 ]  # fmt: skip

@@ -147,7 +147,8 @@ class Operator:
         resize: Inputs of the node at other lengths, for what links do not say; see `rewrite/context_slices.py`.
         rearrange: The output, for arrays of numbers in place of the inputs; only of operators whose output has no
             other elements than these inputs.
-        decomposition: Function that writes the operator in standard ones, as `module:function`; see `decompose/`.
+        decomposition: Function that writes a node of exactly this domain in standard operators, as `module:function`.
+            It gets a `kvsurgeon.decompose.fused_node.FusedNode`, and is imported when a model has such a node.
         traits: What else stages ask for.
         column_parameters: Inputs of a product that hold an element for each column of the result, or one for all.
         notation: A product as a sum over labeled axes.
