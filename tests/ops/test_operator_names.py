@@ -1,10 +1,14 @@
 """Operators are described in ops/; lists of their names elsewhere are few, and each has a reason."""
 
 import ast
+import re
+from dataclasses import fields
 from pathlib import Path
 
+import pytest
 from onnx import defs
 
+from kvsurgeon.ops.operator import AxisLinks, Operator, Trait
 from kvsurgeon.ops.table import BUILT_IN
 
 SOURCE = Path(__file__).parents[2] / "src" / "kvsurgeon"
@@ -43,3 +47,15 @@ def test_lists_of_operator_names_outside_the_table_have_a_reason():
             found[name] = count
     assert found == dict(tuple(LISTS))
     assert sum(found.values()) <= 10
+
+
+@pytest.mark.parametrize("name", [one.name for kind in (Operator, AxisLinks) for one in fields(kind)])
+def test_each_field_of_an_entry_is_read(name):
+    sources = [path for path in SOURCE.rglob("*.py") if path.name != "operator.py"]
+    assert any(re.search(rf"\.{name}\b(?!=)", path.read_text("utf-8")) for path in sources)
+
+
+@pytest.mark.parametrize("trait", Trait)
+def test_each_trait_is_asked_for_by_a_stage(trait):
+    stages = [path for path in SOURCE.rglob("*.py") if path.parent.name != "ops"]
+    assert any(re.search(rf"\bTrait\.{trait.name}\b", path.read_text("utf-8")) for path in stages)

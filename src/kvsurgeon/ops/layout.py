@@ -387,7 +387,6 @@ OPERATORS: list[Operator] = [
         reshape_links,
         Trait.PARAMETERIZED,
         Trait.RESHAPE,
-        extents=frozenset({1}),
         rearrange=rearrange_reshape,
     ),
     *entries("Flatten", flatten, row_major_links, Trait.RESHAPE, rearrange=rearrange_reshape),
@@ -400,7 +399,6 @@ OPERATORS: list[Operator] = [
         expand_links,
         Trait.PARAMETERIZED,
         Trait.REPEAT,
-        extents=frozenset({1}),
         rearrange=rearrange_expand,
     ),
     *entries(
@@ -409,7 +407,6 @@ OPERATORS: list[Operator] = [
         tile_links,
         Trait.PARAMETERIZED,
         Trait.REPEAT,
-        extents=frozenset({1}),
         resize=resize_tile,
         rearrange=rearrange_tile,
     ),

@@ -141,8 +141,6 @@ class Operator:
         since_version: First opset of the domain for which the entry holds.
         shape: Dimensions, types and known numbers of the outputs.
         axes: Which axes correspond; None if token data must not pass through the operator.
-        extents: Inputs that are read as extents only (a shape, the limit of a `Range`): a length in them changes how
-            many elements there are, and no element.
         type_only: Inputs of which only the type is read.
         resize: Inputs of the node at other lengths, for what links do not say; see `rewrite/context_slices.py`.
         rearrange: The output, for arrays of numbers in place of the inputs; only of operators whose output has no
@@ -160,7 +158,6 @@ class Operator:
     since_version: int = 1
     shape: ShapeRule
     axes: AxisRule | None = None
-    extents: frozenset[int] = frozenset()
     type_only: frozenset[int] = frozenset()
     resize: ResizeRule | None = None
     rearrange: RearrangeRule | None = None
