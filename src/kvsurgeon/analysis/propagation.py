@@ -21,7 +21,7 @@ from kvsurgeon.analysis.routed_regions import (
 from kvsurgeon.analysis.sequence_state import find_sequence_state, record_sequence_state
 from kvsurgeon.analysis.token_flow import NodeVisit, TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.dataflow.shape_inference import Shapes, in_one_line
+from kvsurgeon.dataflow.shape_inference import Shapes, report_errors_at
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import all_inputs
@@ -145,7 +145,7 @@ def _has_learned_rows(flow: TokenFlow, node: ir.Node) -> bool:
 
 def _propagate(flow: TokenFlow, node: ir.Node, rule: Rule) -> None:
     visit = NodeVisit(flow, flow.shapes.call(node))
-    with in_one_line(node):
+    with report_errors_at(node):
         try:
             links = axis_links(visit.call)
         except UntraceableAxesError as error:

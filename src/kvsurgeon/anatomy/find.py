@@ -15,6 +15,7 @@ from kvsurgeon.analysis.token_flow import Place, TokenFlow
 from kvsurgeon.anatomy.facts import Attention, CachedTensor, CachePointFacts, Decoder, Input, Projection
 from kvsurgeon.anatomy.masks import read_mask
 from kvsurgeon.anatomy.scales import read_scale
+from kvsurgeon.cache.layout import DEFAULT_LAYOUT
 from kvsurgeon.cache.signature import CacheSignature
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.graph.constants import constant_tensor
@@ -26,7 +27,6 @@ from kvsurgeon.proof.proof import Proof
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, Dimension
 
-LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
 _TABLE_NODES = 61  # at most so many nodes compute a table of positions
 
 
@@ -186,7 +186,7 @@ def _cache_point(point: CachePoint) -> CachePointFacts:
     return CachePointFacts(
         value=point.value.name or "",
         dtype=str(point.dtype.numpy()),
-        layout=LAYOUT,
+        layout=DEFAULT_LAYOUT,
         heads=point.heads,
         head_dim=point.head_dim,
         bytes_per_token=-(-point.bits_per_token // 8),

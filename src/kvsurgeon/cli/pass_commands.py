@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a folder that holds one.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The .onnx file or folder to write.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Verify against the original, or skip it.")]
-Copy = Annotated[bool, typer.Option("--copy-weights", help="Copy external data to another folder, do not link it.")]
+Copy = Annotated[
+    bool, typer.Option("--copy-weights", help="Copy external data to another folder instead of linking it.")
+]
 Pack = Annotated[bool, typer.Option("--pack", help="Write all weights to one new file and drop unused ones.")]
 Text = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Text on which to measure the loss. [default: built-in]")

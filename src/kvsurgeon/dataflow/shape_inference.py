@@ -22,7 +22,7 @@ from kvsurgeon.symbolic.fact import NOTHING, Fact, OperatorCall, known
 
 
 @contextmanager
-def in_one_line(node: ir.Node) -> Iterator[None]:
+def report_errors_at(node: ir.Node) -> Iterator[None]:
     """Report errors of a rule with the node at which they occur.
 
     Raises:
@@ -92,7 +92,7 @@ def infer_shapes(
             continue  # looked up when asked for
         call = shapes.call(node)
         operator = find(node.domain, node.op_type, opset if node.domain in STANDARD_DOMAINS else None)
-        with in_one_line(node):
+        with report_errors_at(node):
             found = by_schema(call) if operator is None else operator.shape(call)
         outputs = found if isinstance(found, list) else [found]
         for index, value in enumerate(node.outputs):

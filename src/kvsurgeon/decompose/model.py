@@ -15,6 +15,7 @@ from kvsurgeon.decompose.fused_node import FusedNode
 from kvsurgeon.decompose.onnx_attention import needs_decomposition
 from kvsurgeon.decompose.simplify import simplify_model
 from kvsurgeon.errors import PluginError
+from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import STANDARD_DOMAINS, find_live, is_operator
 from kvsurgeon.ops.table import operator_of
@@ -45,8 +46,7 @@ def decompose(model: ir.Model) -> DecomposedModel:
     simple = simplify_model(model)
     if not any(_rule(node) for node in simple.graph):
         return DecomposedModel(model=simple)
-    copy = simple.clone()
-    copy.meta.update(simple.meta)
+    copy = copy_model(simple)
     return DecomposedModel(model=copy, assumed=_decompose_nodes(copy))
 
 

@@ -7,6 +7,7 @@ from onnx_ir.passes.common import InlinePass
 
 from kvsurgeon.decompose.einsums import is_splittable, split_einsums
 from kvsurgeon.decompose.sequences import MAKERS, remove_sequences
+from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor
 
 
@@ -19,8 +20,7 @@ def simplify_model(model: ir.Model) -> ir.Model:
     sequences = any(node.op_type in MAKERS for node in model.graph)
     if not calls and not sequences and not any(is_splittable(node) for node in model.graph):
         return model
-    copy = model.clone()
-    copy.meta.update(model.meta)
+    copy = copy_model(model)
     if calls:
         _align_local_domains(copy)
         InlinePass()(copy)

@@ -1,6 +1,6 @@
-"""Operators that only move elements, run on labels: what comes out says where each element came from.
+"""Index traces: operators that only rearrange elements, run on the indices of the elements.
 
-Whichever way a layout is written, with Split, Slice, Gather or Transpose, the answer is one table of places.
+Whichever way a layout is written, with Split, Slice, Gather or Transpose, the result is one array of indices.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.probe_inputs import at_length
+from kvsurgeon.analysis.token_data import token_inputs
 from kvsurgeon.analysis.token_flow import TokenFlow
-from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.heads.layout import Layout, layout_of
 from kvsurgeon.ops.contraction import Contraction
@@ -31,17 +31,12 @@ class IndexTrace:
     def __init__(self, flow: TokenFlow) -> None:
         self.flow = flow
 
-    def token_sources(self, node: ir.Node) -> list[ir.Value]:
-        """Return the token data that a node reads, each value once."""
-        found = [value for value in node.inputs if value is not None and self.flow.kinds.get(value) is ValueKind.TOKEN]
-        return list(dict.fromkeys(found))
-
     def rearranges(self, node: ir.Node | None) -> bool:
         """Return whether a node only rearranges elements of token data, in a known way."""
         operator = None if node is None else operator_of(node)
         if node is None or operator is None or operator.rearrange is None:
             return False
-        sources = self.token_sources(node)
+        sources = token_inputs(self.flow, node)
         if node.op_type == "Concat":
             return all(value in sources for value in node.inputs)
         if Trait.LOOKUP in operator.traits:
@@ -61,7 +56,7 @@ class IndexTrace:
         node = value.producer()
         if node is None or not self.rearranges(node):
             return value
-        found = {self.source(one) for one in self.token_sources(node)}
+        found = {self.source(one) for one in token_inputs(self.flow, node)}
         return found.pop() if len(found) == 1 else value
 
     def upstream_tokens(self, value: ir.Value) -> Iterator[ir.Value]:
@@ -75,7 +70,7 @@ class IndexTrace:
             visited.add(one)
             yield one
             if not has_trait(node, Trait.PROJECTION):
-                pending += self.token_sources(node)
+                pending += token_inputs(self.flow, node)
 
     def is_projected(self, value: ir.Value) -> bool:
         """Return whether a value depends on a projection, not on positions alone."""
@@ -95,7 +90,7 @@ class IndexTrace:
     def feature_indices(self, source: ir.Value, value: ir.Value) -> np.ndarray:
         """Return for each feature of a token of `value` the index of the source's feature that it is.
 
-        Both are counted in row-major order; the result has the shape of the value's feature_indices.
+        Both are counted in row-major order; the result has the shape of the features of `value`.
 
         Raises:
             UnsupportedError: Tokens are moved too, or a tensor has axes other than batch, sequence and features.
@@ -137,7 +132,7 @@ class IndexTrace:
         return self.sizes(self.flow.shapes[value].shape or (), value)
 
     def _by_token(self, array: np.ndarray, layout: Layout, at: ir.Value) -> np.ndarray:
-        """[batch * sequence, feature_indices]: the elements of each token side by side."""
+        """[batch * sequence, features]: the elements of each token in one row."""
         parts = array.reshape(self.sizes(layout.parts, at))
         first = [place for place in (layout.batch, layout.sequence) if place is not None]
         return parts.transpose([*first, *layout.feature_places]).reshape(-1, layout.width)
@@ -155,7 +150,9 @@ class IndexTrace:
         if node is None or not self.rearranges(node):
             raise UnsupportedError("cannot trace heads through this value", code=Code.UNTRACEABLE_HEADS, at=value.name)
         arrays = [
-            self._run(source, one, places) for one in node.inputs if one is not None and one in self.token_sources(node)
+            self._run(source, one, places)
+            for one in node.inputs
+            if one is not None and one in token_inputs(self.flow, node)
         ]
         rule, call = operator_of(node), self.flow.shapes.call(node)
         assert rule is not None

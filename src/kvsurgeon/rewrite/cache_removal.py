@@ -27,6 +27,7 @@ from kvsurgeon.dataflow.input_roles import read_inputs
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.decompose.simplify import simplify_model
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import all_inputs
 from kvsurgeon.rewrite.lengths import LengthValues, sources_of
@@ -69,8 +70,7 @@ def remove_cache(model: ir.Model) -> RemovedCache | None:
         return None
     copy = simplify_model(model)
     if copy is model:
-        copy = model.clone()
-        copy.meta.update(model.meta)
+        copy = copy_model(model)
     signature, edits = _remove(copy)
     return RemovedCache(model=copy, signature=signature, edits=edits)
 

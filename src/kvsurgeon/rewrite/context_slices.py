@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.dataflow.shape_inference import in_one_line
+from kvsurgeon.dataflow.shape_inference import report_errors_at
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
@@ -96,7 +96,7 @@ class ContextSlices:
             raise UnsupportedError("context reads a value of an outer graph", code=Code.CONTROL_FLOW, at=value.name)
         if self.flow.kinds.get(value, ValueKind.CONSTANT) is ValueKind.CONSTANT:
             return self.sliced(value, axes)
-        with in_one_line(node):
+        with report_errors_at(node):
             made = self._resized(node, value, axes)
         return made if made is not None else self.sliced(self._whole(node, value), axes)
 

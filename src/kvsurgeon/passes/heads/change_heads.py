@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.errors import UsageError
+from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.heads.counts import HeadCounts
 from kvsurgeon.heads.replace_heads import HeadReplacer, NewHeads
@@ -66,8 +67,7 @@ def replace_heads(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
 def _analysis_of_copy(work: Subject, original: Subject) -> Analysis:
     """The analysis of the model in standard operators, of a copy if that is the original itself."""
     if work.decomposed().model is original.model:
-        work.model = original.model.clone()
-        work.model.meta.update(original.model.meta)
+        work.model = copy_model(original.model)
     return work.analysis()
 
 

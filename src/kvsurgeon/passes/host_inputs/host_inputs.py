@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import find_live
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
@@ -59,8 +60,7 @@ class HostInputs:
         Raises:
             UnsupportedError: It cannot be computed from positions; the model is unchanged.
         """
-        model = subject.model.clone()
-        model.meta.update(subject.model.meta)
+        model = copy_model(subject.model)
         tokens, caches = token_and_cache_inputs(model.graph)
         boundary = find_boundary(model.graph, tokens, caches)
         if not boundary:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.decompose.simplify import simplify_model
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import find_live
 from kvsurgeon.graph.recursion import deep_recursion
@@ -57,8 +58,7 @@ class FixShapes:
         """
         model = simplify_model(subject.model)
         if model is subject.model:
-            model = model.clone()
-            model.meta.update(subject.model.meta)
+            model = copy_model(model)
         sizes = dimension_sizes(model, tokens=self.tokens, max_length=self.max_length, batch_size=self.batch_size)
         if is_static(model.graph):
             return Unchanged(reason="all inputs have a static shape")
