@@ -1,6 +1,5 @@
 """Models that are correct up to a length: the injected model ends with an error beyond it, not with a wrong result."""
 
-import numpy as np
 import onnx
 import pytest
 from attentions import attention, switched_beyond
@@ -47,6 +46,13 @@ def test_correct_up_to_the_limit_and_an_error_beyond(text):
         in_chunks(result, run, texts(original, 1, SWITCH + 1), ())
 
 
+def test_onnxruntime_names_the_limit():
+    original = read(SWITCHED)
+    result, _ = injected(original)
+    with pytest.raises(InvalidArgument, match=f"Name:'total_length_exceeds_the_maximum_of_{SWITCH}_tokens'"):
+        in_chunks(result, in_onnxruntime(result), texts(original, 1, SWITCH + 1), (90, 98, 99, 100))
+
+
 def test_notes_and_facts_contain_the_limit():
     original = read(SWITCHED)
     _, outcome = injected(original)
@@ -71,4 +77,4 @@ def test_no_guard_without_a_limit():
     result, outcome = injected(original)
     assert outcome.notes == ()
     assert Subject.of(original).decoder().max_length is None
-    assert np.all([node.op_type != "Gather" or "limit" not in node.output[0] for node in result.graph.node])
+    assert not [node.name for node in result.graph.node if "exceeds_the_maximum" in node.name]

@@ -75,4 +75,7 @@ def _scattered(lengths: LengthValues, tensor: CacheTensor, past: ir.Value, rows:
     else:
         indices = lengths.indices(PAST, sizes, tensor.axis)
         operator, inputs, axis = "ScatterElements", [past, indices, rows], tensor.axis
-    return editor.node(operator, inputs, {"axis": axis}, name=tensor.present, dtype=tensor.dtype)
+    present = ir.Value(name=editor.unique_name(tensor.present), type=ir.TensorType(tensor.dtype))
+    message = editor.unique_name(f"{tensor.present}/tokens_exceed_the_rows_of_the_static_cache")  # of onnxruntime
+    editor.operator("", operator, inputs, {"axis": axis}, [present], name=message)
+    return present

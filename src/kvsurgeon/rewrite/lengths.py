@@ -203,9 +203,14 @@ class LengthValues:
         return result
 
     def _checked(self, total: ir.Value, limit: int, flat: bool) -> ir.Value:
-        """Return the total length; beyond the limit the run ends with an error, as a table has no such row."""
-        table = self.editor.constant(np.zeros(limit + 1), name=f"no_more_than_{limit}_tokens")
-        zero = self.editor.node("Gather", [table, total], {"axis": 0}, name="within_limit", dtype=INT64)
+        """Return the total length; beyond the limit the run ends with an error, as a table has no such row.
+
+        onnxruntime's message contains the name of the node, which therefore says what happened.
+        """
+        table = self.editor.constant(np.zeros(limit + 1), name=f"rows_for_{limit}_tokens")
+        zero = ir.Value(name=self.editor.unique_name("within_limit"), type=ir.TensorType(INT64), shape=total.shape)
+        message = self.editor.unique_name(f"total_length_exceeds_the_maximum_of_{limit}_tokens")
+        self.editor.operator("", "Gather", [table, total], {"axis": 0}, [zero], name=message)
         return self._node("Add", [total, zero], name="total_length_within_limit", flat=flat)
 
     def _read(self, symbol: sympy.Symbol, flat: bool) -> ir.Value:

@@ -10,12 +10,14 @@ import onnx
 import pytest
 from attentions import switched_beyond
 from decoders import Config, Decoder
-from exports import NAMES, ONE_OF_EACH, export, injected
+from exports import NAMES, ONE_OF_EACH, after, export, injected
 from laws import ALLOWED, Arrays, difference, dims_of, in_onnxruntime, texts
 from written import read
 
 from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.parity import verify
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.opset.raise_opset import RaiseOpset
 
 MAX = 32  # rows of a buffer
 SPARE = 5  # rows of a past that stay unfilled
@@ -147,6 +149,18 @@ def test_verification_stays_within_the_maximum_length(name):
 def test_capacity_above_the_maximum_length_is_rejected():
     with pytest.raises(UnsupportedError, match="expected max-length of at most 9, found 32"):
         injected(Decoder(Config(layers=1, static=(2, 9))).model(), cache="static", max_length=MAX)
+
+
+@pytest.mark.parametrize("opset", [23, 24])
+def test_onnxruntime_names_what_more_tokens_than_rows_exceed(opset):
+    model = after(export("llama_dynamo_sdpa"), RaiseOpset(opset=opset), Inject(cache="static"))
+    sizes = {"batch_size": 1, "max_length": 8, "sequence_length": 9}
+    feeds = {
+        value.name: np.ones([sizes.get(size, size) for size in dims_of(value)], dtype_of(value))
+        for value in model.graph.input
+    }
+    with pytest.raises(Exception, match=r"Name:'present\.0\.\w+/tokens_exceed_the_rows_of_the_static_cache'"):
+        in_onnxruntime(model)(feeds)
 
 
 def test_static_cache_of_a_fixed_length_export_has_that_capacity():
