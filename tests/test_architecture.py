@@ -17,7 +17,7 @@ LISTED = re.search(
 LAYERS = [line.split()[0].removesuffix("/") for line in LISTED.group(1).splitlines()]
 
 VERIFIER = {"runtime", "parity"}
-REWRITER = {"graph", "symbolic", "ops", "dataflow", "analysis", "proof", "rewrite", "anatomy", "passes"}
+REWRITER = {"graph", "symbolic", "ops", "dataflow", "analysis", "resizing", "proof", "rewrite", "anatomy", "passes"}
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
 MOST_FILES, MOST_LINES = 20, 60  # of a folder, of a function
 

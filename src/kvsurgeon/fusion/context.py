@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.rewrite.lengths import LengthValues
+from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 

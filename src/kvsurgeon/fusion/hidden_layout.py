@@ -14,7 +14,7 @@ from kvsurgeon.fusion.score_path import MOVES
 from kvsurgeon.graph.query import chain
 from kvsurgeon.heads.index_trace import IndexTrace
 from kvsurgeon.ops.table import has_trait
-from kvsurgeon.rewrite.declared_shapes import dim_names
+from kvsurgeon.symbolic.dim_names import dim_names
 from kvsurgeon.symbolic.dimension import Dimension
 
 _SWAP = (0, 2, 1, 3)  # [batch, heads, sequence, head_dim] to [batch, sequence, heads, head_dim] and back

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.heads.layout import Layout, NamedDims
-from kvsurgeon.rewrite.lengths import LengthValues, sources_of
+from kvsurgeon.resizing.lengths import LengthValues, sources_of
 from kvsurgeon.symbolic.dimension import Dimension
 
 Shape = Sequence[Dimension]

@@ -20,7 +20,7 @@ from kvsurgeon.heads.rules import inputs_with_heads
 from kvsurgeon.heads.selection import Selection
 from kvsurgeon.ops.operator import Trait, UntraceableAxesError
 from kvsurgeon.ops.table import axis_links, has_trait
-from kvsurgeon.rewrite.lengths import LengthValues
+from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.weights import ComputedTensor, TensorSlice
 
 

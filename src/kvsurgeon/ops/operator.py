@@ -142,7 +142,7 @@ class Operator:
         shape: Dimensions, types and known numbers of the outputs.
         axes: Which axes correspond; None if token data must not pass through the operator.
         type_only: Inputs of which only the type is read.
-        resize: Inputs of the node at other lengths, for what links do not say; see `rewrite/context_slices.py`.
+        resize: Inputs of the node at other lengths, for what links do not say; see `resizing/context_slices.py`.
         rearrange: The output, for arrays of numbers in place of the inputs; only of operators whose output has no
             other elements than these inputs.
         decomposition: Function that writes a node of exactly this domain in standard operators, as `module:function`.

@@ -1,4 +1,4 @@
-"""The interface of rules that compute a node at other lengths; `rewrite/context_slices.py` implements it."""
+"""The interface of rules that compute a node at other lengths; `resizing/context_slices.py` implements it."""
 
 from __future__ import annotations
 

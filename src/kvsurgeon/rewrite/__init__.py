@@ -1,1 +1,1 @@
-"""The two lengths in the graph: cache inputs and outputs, context slices and cache modes."""
+"""The two lengths in the graph: cache inputs and outputs, cache modes, head grouping."""

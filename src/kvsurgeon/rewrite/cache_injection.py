@@ -11,17 +11,18 @@ from kvsurgeon.analysis.token_flow import SequenceState
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
+from kvsurgeon.resizing.context_slices import ContextSlices
+from kvsurgeon.resizing.lengths import LengthValues
+from kvsurgeon.resizing.token_data import InputsBefore, TokenRewriter
 from kvsurgeon.rewrite.cache_layouts import is_canonical_view, to_cache
 from kvsurgeon.rewrite.cache_metadata import cache_metadata, write_cache_metadata
 from kvsurgeon.rewrite.cache_modes import read_cache, update_cache
 from kvsurgeon.rewrite.cache_plan import CachePlan, find_sources
 from kvsurgeon.rewrite.cache_tensors import CacheTensor
 from kvsurgeon.rewrite.causal_masks import mask_causal_operators
-from kvsurgeon.rewrite.context_slices import ContextSlices
-from kvsurgeon.rewrite.declared_shapes import declare_shapes, dim_names, outputs_of_cache_length
+from kvsurgeon.rewrite.declared_shapes import declare_shapes, outputs_of_cache_length
 from kvsurgeon.rewrite.head_grouping import HeadGrouping
-from kvsurgeon.rewrite.lengths import LengthValues
-from kvsurgeon.rewrite.token_data import InputsBefore, TokenRewriter
+from kvsurgeon.symbolic.dim_names import dim_names
 from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable
 
 CacheValues = Mapping[CacheTensor, ir.Value]

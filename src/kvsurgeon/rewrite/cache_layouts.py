@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from kvsurgeon.analysis.cache_points import CachePoint
-from kvsurgeon.rewrite.declared_shapes import dim_names
-from kvsurgeon.rewrite.lengths import LengthValues
+from kvsurgeon.resizing.lengths import LengthValues
+from kvsurgeon.symbolic.dim_names import dim_names
 from kvsurgeon.symbolic.dimension import NEW, Dimension
 
 Order = tuple[int, ...]  # for each axis of the cache its index in [batch, kv_heads, sequence, head_dim]

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT, Layout
 from kvsurgeon.cache.pairs import CacheMode
 from kvsurgeon.rewrite.cache_plan import CachePlan
-from kvsurgeon.rewrite.declared_shapes import DimNames
+from kvsurgeon.symbolic.dim_names import DimNames
 
 KEY = "kvsurgeon.cache"
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.rewrite.cache_plan import CachePlan
 from kvsurgeon.rewrite.cache_tensors import CacheTensor
-from kvsurgeon.rewrite.lengths import LengthValues
 from kvsurgeon.symbolic.dimension import NEW, PAST, TOTAL
 
 TENSOR_SCATTER = 24  # first opset with TensorScatter

@@ -16,9 +16,9 @@ from kvsurgeon.dataflow.input_roles import InputRole, find_positions
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.proof.proof import Proof
+from kvsurgeon.resizing.lengths import INT64, LengthSource, sources_of
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_tensors import CacheTensor, find_cache_tensors
-from kvsurgeon.rewrite.lengths import INT64, LengthSource, sources_of
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import CAPACITY, MAX, NEW, PAST, TOTAL, Dimension
 from kvsurgeon.symbolic.sequence_axes import Length

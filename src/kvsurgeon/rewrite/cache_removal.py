@@ -30,7 +30,7 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import all_inputs
-from kvsurgeon.rewrite.lengths import LengthValues, sources_of
+from kvsurgeon.resizing.lengths import LengthValues, sources_of
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import Fact, axis_of, known
 

@@ -13,7 +13,7 @@ from kvsurgeon.cache.layout import DEFAULT_LAYOUT, Layout
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.rewrite.cache_layouts import Order
 from kvsurgeon.rewrite.cache_options import CacheOptions
-from kvsurgeon.rewrite.declared_shapes import DimNames, dim_names
+from kvsurgeon.symbolic.dim_names import DimNames, dim_names
 from kvsurgeon.symbolic.dimension import BATCH, Dimension
 
 

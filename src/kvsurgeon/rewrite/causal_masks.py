@@ -11,10 +11,10 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.token_flow import FusedAttention, TokenFlow
-from kvsurgeon.rewrite.context_slices import ContextSlices
-from kvsurgeon.rewrite.lengths import INT64, LengthValues
-from kvsurgeon.rewrite.token_data import InputsBefore
-from kvsurgeon.rewrite.unfilled_rows import in_row_order
+from kvsurgeon.resizing.context_slices import ContextSlices
+from kvsurgeon.resizing.lengths import INT64, LengthValues
+from kvsurgeon.resizing.token_data import InputsBefore
+from kvsurgeon.resizing.unfilled_rows import in_row_order
 from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable, SequenceAxis
 
 MASK = 3  # index of the mask input of ONNX `Attention`

@@ -8,26 +8,9 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.dataflow.value_kinds import ValueKind
-from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import BATCH, CAPACITY, LENGTH, MAX, NEW, PAST, TOTAL, Dimension
+from kvsurgeon.symbolic.dim_names import DimNames, dim_names
+from kvsurgeon.symbolic.dimension import LENGTH, MAX, NEW, TOTAL, Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
-
-DimNames = list[int | str | None]
-
-_NAMES = {
-    BATCH: "batch_size",
-    NEW: Length.NEW.value,
-    PAST: "past_sequence_length",
-    TOTAL: Length.TOTAL.value,
-    MAX: "max_length",
-    CAPACITY: "cache_length",
-    dim.add(CAPACITY, NEW): "max_length",
-}
-
-
-def dim_names(sizes: Sequence[Dimension]) -> DimNames:
-    """Return the dimensions of a value in a decoder with a cache; None for one without a standard name."""
-    return [size if isinstance(size, int) else _NAMES.get(size) for size in sizes]
 
 
 def dim_names_of_export(shape: Sequence[Dimension], axes: Axes, length: Dimension, total: Dimension) -> DimNames:

@@ -17,11 +17,11 @@ from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.analysis.token_flow import FusedAttention
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
+from kvsurgeon.resizing.token_data import TokenRewriter
 from kvsurgeon.rewrite.cache_layouts import CANONICAL, Order, from_cache, reordered
-from kvsurgeon.rewrite.declared_shapes import dim_names
 from kvsurgeon.rewrite.layout_trace import HEAD_DIM, SEQUENCE, LayoutTrace, trace_layout
-from kvsurgeon.rewrite.token_data import TokenRewriter
 from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.dim_names import dim_names
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Length
 

@@ -11,7 +11,7 @@ from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
-from kvsurgeon.rewrite.token_data import InputsBefore
+from kvsurgeon.resizing.token_data import InputsBefore
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 

@@ -18,11 +18,11 @@ from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
 from kvsurgeon.passes.options import check_count
 from kvsurgeon.proof.proof import Proof
+from kvsurgeon.resizing.lengths import LengthValues
+from kvsurgeon.resizing.token_data import InputsBefore
 from kvsurgeon.rewrite.cache_injection import CacheValues, inject_cache
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_plan import plan_cache
-from kvsurgeon.rewrite.lengths import LengthValues
-from kvsurgeon.rewrite.token_data import InputsBefore
 from kvsurgeon.symbolic.dimension import NEW, TOTAL
 
 SelectMatches = Callable[[Analysis, Proof], Sequence[FusionMatch]]

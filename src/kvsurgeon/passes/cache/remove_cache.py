@@ -16,11 +16,11 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.cache.inject import SelectMatches, inject
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.resizing.lengths import INT64
 from kvsurgeon.rewrite import cache_removal
 from kvsurgeon.rewrite.cache_metadata import read_cache_metadata, write_cache_metadata
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_plan import PAST_LENGTH
-from kvsurgeon.rewrite.lengths import INT64
 
 _RETARGET_HINT = "retarget changes the cache"
 

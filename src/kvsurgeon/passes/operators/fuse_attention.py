@@ -19,7 +19,7 @@ from kvsurgeon.passes.cache.inject import SelectMatches
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.proof.proof import Proof
-from kvsurgeon.rewrite.lengths import LengthValues, sources_of
+from kvsurgeon.resizing.lengths import LengthValues, sources_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,10 +10,10 @@ import onnx_ir as ir
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
-from kvsurgeon.rewrite.context_slices import ContextSlices
-from kvsurgeon.rewrite.declared_shapes import dim_names
-from kvsurgeon.rewrite.unfilled_rows import in_row_order
+from kvsurgeon.resizing.context_slices import ContextSlices
+from kvsurgeon.resizing.unfilled_rows import in_row_order
 from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.dim_names import dim_names
 from kvsurgeon.symbolic.dimension import PAST, Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 

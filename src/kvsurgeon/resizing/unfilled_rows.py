@@ -9,7 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.rewrite.lengths import INT64, LengthValues
+from kvsurgeon.resizing.lengths import INT64, LengthValues
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import CAPACITY, PAST, TOTAL, Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length

@@ -24,8 +24,8 @@ from kvsurgeon.ops.content import is_shape_only
 from kvsurgeon.ops.operator import AxisLinks, Label, Trait, UntraceableAxesError
 from kvsurgeon.ops.resizing import WHOLE_NUMBERS
 from kvsurgeon.ops.table import axis_links, has_trait, operator_of
-from kvsurgeon.rewrite.lengths import LengthValues
-from kvsurgeon.rewrite.unfilled_rows import in_token_order
+from kvsurgeon.resizing.lengths import LengthValues
+from kvsurgeon.resizing.unfilled_rows import in_token_order
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import NEW, Dimension
 from kvsurgeon.symbolic.fact import Fact, OperatorCall
