@@ -61,3 +61,22 @@ def test_padding_that_a_gate_reads_is_rejected():
     with pytest.raises(UnsupportedError, match="masked tokens attend to later tokens") as refused:
         injected(read(TEXT.replace("GATE", LOUDEST)))
     assert refused.value.layer == 1
+
+
+def with_mask(first: str, second: str) -> str:
+    """Return two layers of which each has one of these masks."""
+    layers = TEXT.replace("Where(visible, s, ", f"Where({first}, s, ").replace(
+        "Where(visible, s2,", f"Where({second}, s2,"
+    )
+    return layers.replace("GATE", NONE)
+
+
+def test_padding_that_a_layer_without_a_mask_attends_to_is_rejected():
+    with pytest.raises(UnsupportedError, match="masked tokens attend to later tokens") as refused:
+        injected(read(with_mask("visible", "causal")))
+    assert refused.value.layer == 1
+
+
+def test_padding_that_leaks_in_the_last_layer_is_accepted():
+    original = read(with_mask("causal", "visible"))
+    assert_law(original, injected(original))

@@ -17,7 +17,7 @@ from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.sequence_state import reads_masked_tokens
 from kvsurgeon.analysis.token_flow import PER_CALL
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.proof.attention_pattern import AttentionPattern
+from kvsurgeon.proof.attention_pattern import AttentionPattern, attended_keys
 from kvsurgeon.proof.causality import check_causality, other_reductions
 from kvsurgeon.proof.length_sweep import LengthSweep
 from kvsurgeon.proof.site_numbering import number_site
@@ -130,14 +130,19 @@ def _check_padding(sweep: LengthSweep, patterns: Sequence[AttentionPattern]) -> 
     """
     analysis = sweep.analysis
     for mask in {mask for pattern in patterns for mask in pattern.leaking}:
-        leaking = _any_of([pattern.leaking[mask] for pattern in patterns if mask in pattern.leaking])
+        leaking = np.zeros(0, dtype=bool)  # at the layers so far
         for layer, pattern in enumerate(patterns):
-            attended = pattern.attended.get(mask, np.zeros(0, dtype=bool))
-            if (attended & leaking[: len(attended)]).any():
+            attended = pattern.attended.get(mask)
+            if attended is None:  # no input masks tokens in this layer
+                attended = attended_keys(pattern.weights)
+            both = min(len(attended), len(leaking))
+            if (attended[:both] & leaking[:both]).any():
                 raise UnsupportedError(
                     "masked tokens attend to later tokens, and unmasked tokens depend on them", code=Code.PADDING_LEAK,
                     layer=layer, at=analysis.sites[layer].at.name,
                 )  # fmt: skip
+            if mask in pattern.leaking:
+                leaking = _any_of([leaking, pattern.leaking[mask]])
         for state in analysis.flow.states if leaking.any() else ():
             if reads_masked_tokens(analysis.flow, state, mask, sweep.assumptions):
                 raise UnsupportedError(
