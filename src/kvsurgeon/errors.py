@@ -69,6 +69,19 @@ class Code(StrEnum):
     WEIGHTS = "KVS-403"
 
 
+def describe_exception(error: BaseException) -> str:
+    r"""Return the type and the message of an exception of foreign code, in one line.
+
+    >>> describe_exception(ZeroDivisionError("division\nby zero"))
+    'ZeroDivisionError: division by zero'
+    """
+    try:
+        message = " ".join(str(error).split())
+    except Exception:  # a message that cannot be written
+        message = ""
+    return f"{type(error).__name__}: {message or 'no message'}"
+
+
 class KvsurgeonError(Exception):
     """Base class of all deliberate errors.
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from kvsurgeon.errors import PluginError, UsageError
+from kvsurgeon.errors import PluginError, UsageError, describe_exception
 
 T = TypeVar("T")
 
@@ -47,13 +49,15 @@ class Plugin(Generic[T]):
         """
         module, _, attributes = self.reference.partition(":")
         try:
-            found: Any = import_module(module)
-            for attribute in attributes.split("."):
-                found = getattr(found, attribute)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise PluginError(f"{self}: cannot be imported: {reason}") from error
-        return self.check(self, found)
+            with redirect_stdout(sys.stderr):  # stdout is for results
+                found: Any = import_module(module)
+                for attribute in attributes.split("."):
+                    found = getattr(found, attribute)
+                return self.check(self, found)
+        except (KeyboardInterrupt, PluginError):
+            raise
+        except BaseException as error:  # such as SystemExit
+            raise PluginError(f"{self}: cannot be imported: {describe_exception(error)}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

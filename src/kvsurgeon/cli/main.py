@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import Annotated
 import typer
 
 from kvsurgeon.cli.commands import add_commands
-from kvsurgeon.errors import Code, KvsurgeonError, UsageError
+from kvsurgeon.errors import Code, KvsurgeonError, UsageError, describe_exception
 
 # Exit codes, apart from those of errors
 NO_COMMAND = 2  # help is printed
@@ -36,9 +37,9 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Run one command, and return its exit code."""
-    debug = "--debug" in arguments
+    debug, as_json = "--debug" in arguments, "--json" in arguments
     if "" in arguments:  # such as an unset shell variable, which as a path would be the working directory
-        return _print_error(UsageError("expected a value for each argument, found an empty one"))
+        return _print_error(UsageError("expected a value for each argument, found an empty one"), as_json=as_json)
     remaining = [argument for argument in arguments if argument != "--debug"]
     logging.disable(logging.NOTSET if debug else logging.WARNING)
     try:
@@ -48,10 +49,10 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         _discard_stdout()
         return CLOSED_PIPE
-    except Exception as error:
+    except BaseException as error:  # SystemExit of foreign code too, whose exit code could be 0
         if debug:
             traceback.print_exc()
-        return _print_error(error)
+        return _print_error(error, as_json=as_json)
 
 
 def _invoke(arguments: Sequence[str]) -> int:
@@ -81,17 +82,25 @@ def _global_options(
     """
 
 
-def _print_error(error: Exception) -> int:
-    """Print an error in one line with its code, and return the exit code."""
+def _print_error(error: BaseException, *, as_json: bool) -> int:
+    """Print an error in one line with its code, and return the exit code.
+
+    Args:
+        error: The error.
+        as_json: Whether to print it as JSON too, on stdout.
+    """
     if isinstance(error, KvsurgeonError):
         text, code, exit_code = str(error), error.code, error.exit_code
     elif hasattr(error, "format_message"):  # of typer; its base class differs between versions
         text, code, exit_code = error.format_message() or "expected a command", Code.USAGE, UsageError.exit_code
     else:
-        text, code, exit_code = f"{type(error).__name__}: {error} (rerun with --debug for the traceback)", None, 1
+        text, code, exit_code = f"{describe_exception(error)} (rerun with --debug for the traceback)", None, 1
+    text = " ".join(text.split())
+    if as_json:
+        print(json.dumps({"error": {"code": code, "exit_code": exit_code, "message": text}}, indent=2))
     kind = "internal error" if code is None else "error"
     suffix = "" if code is None else f" [{code}]"
-    print(f"kvsurgeon: {kind}: {' '.join(text.split())}{suffix}", file=sys.stderr)
+    print(f"kvsurgeon: {kind}: {text}{suffix}", file=sys.stderr)
     return exit_code
 
 

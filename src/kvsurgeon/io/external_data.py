@@ -102,6 +102,8 @@ def check_weights(model: ir.Model, *, model_file: Path | None = None) -> None:
 
 def is_relative_location(location: str) -> bool:
     """Return whether a location is relative and stays in its folder, on any operating system."""
+    if "\0" in location:
+        return False  # no file can have this name
     pure = PureWindowsPath(location)  # splits at both kinds of slash
     return not (pure.is_absolute() or pure.drive or PurePosixPath(location).is_absolute() or ".." in pure.parts)
 
@@ -145,7 +147,11 @@ def _check_contained(tensor: ir.ExternalTensor, model_file: Path | None) -> None
 
 
 def _file_size(path: Path, tensor: ir.ExternalTensor) -> int:
-    if not path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError:  # such as a name that is too long
+        is_file = False
+    if not is_file:
         raise WeightsError(
             f"expected external data in the file `{path}`, found no such file - at `{tensor.name}`; "
             "move the file into the folder of the model, under this name"

@@ -24,9 +24,13 @@ def find_model(path: str | Path) -> Path:
         InputError: There is no such file, or a folder has none or several.
     """
     path = Path(path)
-    if path.is_file():
-        return path
-    if not path.is_dir():
+    try:
+        if path.is_file():
+            return path
+        is_folder = path.is_dir()
+    except OSError as error:  # such as a name that is too long
+        raise InputError(f"cannot read `{path}`: {error.strerror or error}") from error
+    if not is_folder:
         raise InputError(f"expected an .onnx file or a folder with one, found nothing at `{path}`; check the path")
     for name in _PREFERRED:
         if (path / name).is_file():

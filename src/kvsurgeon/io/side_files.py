@@ -15,6 +15,7 @@ from kvsurgeon.errors import UsageError
 from kvsurgeon.io.atomic_write import FileTransaction
 from kvsurgeon.io.data_file import check_space
 from kvsurgeon.io.external_data import WeightFile
+from kvsurgeon.io.json_files import LARGEST, read_json
 from kvsurgeon.io.model_config import HeadChange, updated_config
 from kvsurgeon.io.progress import OnProgress
 
@@ -32,7 +33,6 @@ SIDE_FILES = (
     "*.tiktoken",
     "*.jinja",
 )
-_LARGEST_SIDE_FILE = 256 * 2**20  # bytes; larger files of such a name are weights, and are not copied
 _CHUNK = 64 * 2**20
 CONFIG = "config.json"
 CONFIGS = (CONFIG, "genai_config.json")  # files with head counts
@@ -88,7 +88,7 @@ def update_config(
     if path is None:
         return
     try:
-        config = json.loads(path.read_text("utf-8"))
+        config = read_json(path)
     except ValueError:
         return  # not a config
     if isinstance(config, dict) and (new := updated_config(config, changes, strict=name != CONFIG)) != config:
@@ -100,7 +100,7 @@ def _side_files(sources: Iterable[Path]) -> dict[str, Path]:
     for source in sources:
         for pattern in SIDE_FILES:
             for file in sorted(source.glob(pattern)):
-                if file.is_file() and not file.name.startswith(".") and file.stat().st_size <= _LARGEST_SIDE_FILE:
+                if file.is_file() and not file.name.startswith(".") and file.stat().st_size <= LARGEST:
                     found.setdefault(file.name, file)
     return found
 

@@ -9,6 +9,7 @@ from graphlib import CycleError, TopologicalSorter
 import onnx
 
 from kvsurgeon.errors import InvalidModelError
+from kvsurgeon.io.local_functions import check_functions
 from kvsurgeon.io.tensors import Describe, check_tensor
 
 _OWN_DOMAINS = frozenset({"", "ai.onnx"})
@@ -52,6 +53,7 @@ def check_model(proto: onnx.ModelProto) -> Scope:
             )
     if not proto.graph.output:
         raise InvalidModelError("expected a graph with outputs, found none; the file is truncated, export it again")
+    check_functions(proto)
     ordered, external = all(scope.ordered for scope in scopes), any(scope.external for scope in scopes)
     return Scope(free={}, ordered=ordered, external=external)
 

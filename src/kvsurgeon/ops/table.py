@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 
 import onnx_ir as ir
 
-from kvsurgeon.errors import PluginError
+from kvsurgeon.errors import PluginError, describe_exception
 from kvsurgeon.ops import attention, contraction, elementwise, gather, generation, layout, recurrence, reduction
 from kvsurgeon.ops.contraction import Contraction
 from kvsurgeon.ops.operator import AxisLinks, Operator, Trait
@@ -87,8 +87,10 @@ def installed_operators() -> _Table:
         package = point.dist.name if point.dist is not None else point.value
         try:
             entries = list(point.load()())
-        except Exception as error:
-            raise PluginError(f"operators of {package}: {type(error).__name__}: {error}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # such as SystemExit
+            raise PluginError(f"operators of {package}: {describe_exception(error)}") from error
         wrong = next((one for one in entries if not isinstance(one, Operator)), None)
         if wrong is not None:
             raise PluginError(f"operators of {package}: expected entries of type Operator, found {wrong!r}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 
+from kvsurgeon.io.local_functions import check_functions
 from kvsurgeon.io.locate import find_model, read_proto
 from kvsurgeon.parity.float_model import float_model
 from kvsurgeon.runtime import Optimization, Session, Source, open_session
@@ -72,7 +73,9 @@ def load_graph(source: Source) -> onnx.ModelProto:
         InputError: The file does not exist.
         InvalidModelError: The file is not ONNX.
     """
-    return source if isinstance(source, onnx.ModelProto) else read_proto(find_model(source))
+    graph = source if isinstance(source, onnx.ModelProto) else read_proto(find_model(source))
+    check_functions(graph)
+    return graph
 
 
 def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from kvsurgeon.analysis.analysis import Analysis, analyze
 from kvsurgeon.anatomy import Decoder, cache_facts, decoder_facts
 from kvsurgeon.decompose import DecomposedModel, decompose
 from kvsurgeon.graph.recursion import deep_recursion
+from kvsurgeon.io.json_files import read_json
 from kvsurgeon.io.model_config import HeadChange
 from kvsurgeon.proof.proof import Proof, prove
 from kvsurgeon.rewrite.cache_removal import remove_cache
@@ -170,10 +170,11 @@ Outcome = Changed | Unchanged
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
-    """Return the contents of `config.json`; None if it cannot be read."""
+    """Return the contents of `config.json`; None if there is none, or another kind of text."""
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        config = read_json(path) if path.exists() else None
+    except ValueError:
         return None
     return config if isinstance(config, dict) else None
 

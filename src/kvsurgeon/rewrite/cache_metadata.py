@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT, Layout
 from kvsurgeon.cache.pairs import CacheMode
+from kvsurgeon.io.json_files import parse_json
 from kvsurgeon.rewrite.cache_plan import CachePlan
 from kvsurgeon.symbolic.dim_names import DimNames
 
@@ -64,7 +65,7 @@ def write_cache_metadata(model: ir.Model, metadata: CacheMetadata | None) -> Non
 def read_cache_metadata(model: ir.Model) -> CacheMetadata | None:
     """Return the cache metadata of a model; None if there is none, or if it cannot be read."""
     try:
-        fields = json.loads(model.metadata_props.get(KEY, ""))
+        fields = parse_json(model.metadata_props.get(KEY, ""))
         fields |= {name: tuple(fields[name]) for name in ("key_layout", "value_layout")}
         return CacheMetadata(**fields)
     except (ValueError, TypeError, KeyError):

@@ -7,7 +7,6 @@ only. For dims that are numbers, the metadata of the file gives the mode.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 from kvsurgeon.errors import BrokenCacheError, RunError
+from kvsurgeon.io.json_files import parse_json
 from kvsurgeon.runtime.axes import CacheIO, Layout, axis_of, shape_with_rows
 from kvsurgeon.runtime.tensors import Array, Dim, ValueInfo, from_runtime, to_runtime
 
@@ -54,7 +54,7 @@ class DeclaredCache:
 def read_cache_metadata(metadata: Mapping[str, str]) -> DeclaredCache:
     """Return the cache that the metadata of a file declares; unreadable metadata declares nothing."""
     try:
-        stored = json.loads(metadata.get(METADATA_KEY, "{}"))
+        stored = parse_json(metadata.get(METADATA_KEY, "{}"))
         layouts = {part: tuple(stored.get(f"{part}_layout", ())) for part in ("key", "value")}
         max_length = stored.get("max_length")
         return DeclaredCache(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from kvsurgeon.errors import InputError, UsageError
+from kvsurgeon.io.json_files import read_json
 from kvsurgeon.runtime.session import Source, folder_of
 
 Prompt = str | Sequence[int]
@@ -83,7 +83,7 @@ def _find_file(folders: Iterable[Path], name: str) -> Path | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except ValueError as error:
         raise InputError(f"expected JSON, found something else ({error}) - at `{path}`") from error
     return found if isinstance(found, dict) else {}

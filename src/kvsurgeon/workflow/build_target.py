@@ -13,6 +13,7 @@ import onnx_ir as ir
 from kvsurgeon import io
 from kvsurgeon.anatomy import Decoder
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
+from kvsurgeon.io.json_files import read_json
 from kvsurgeon.io.model_config import head_changes, updated_config
 from kvsurgeon.io.side_files import LinkMode
 from kvsurgeon.passes.contract import Source, Subject
@@ -239,7 +240,7 @@ def _read_source_files(target: Target, folder: Path | None) -> dict[str, Mapping
     for name in target.side_files:
         path = _find_source_file(folder, name)
         try:
-            content = None if path is None else json.loads(path.read_text("utf-8"))
+            content = None if path is None else read_json(path)
         except ValueError:
             continue
         if isinstance(content, dict):

@@ -14,9 +14,9 @@ import onnx
 import onnx_ir as ir
 
 from kvsurgeon import io
-from kvsurgeon.errors import KvsurgeonError, ParityError, PassError, UsageError
+from kvsurgeon.errors import KvsurgeonError, ParityError, PassError, UsageError, describe_exception
 from kvsurgeon.interop.functions import as_pass_class
-from kvsurgeon.io.model_config import record_head_change
+from kvsurgeon.io.model_config import ModelHeads, record_head_change
 from kvsurgeon.passes.contract import Changed, Outcome, Pass, Source, Subject, Unchanged
 from kvsurgeon.passes.options import build
 from kvsurgeon.passes.validity import problems
@@ -190,11 +190,14 @@ def _run_pass(one: Pass, subject: Subject, before: Sequence[PassResult], *, by_c
         if one.name in registry.BUILT_IN:
             raise
         raise PassError(f"pass {one.name} failed: {error}{ran}") from error
-    except Exception as error:
-        message = " ".join(str(error).split()) or "no message"
-        raise PassError(f"pass {one.name} raised {type(error).__name__}: {message}{ran}") from error
-    if not isinstance(outcome, Changed | Unchanged):
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # such as SystemExit
+        raise PassError(f"pass {one.name} raised {describe_exception(error)}{ran}") from error
+    if not isinstance(outcome, Changed | Unchanged) or not _is_well_formed(outcome):
         raise PassError(f"pass {one.name}: expected it to return Changed or Unchanged, found {outcome!r}{ran}")
+    if not isinstance(subject.model, ir.Model):
+        raise PassError(f"pass {one.name}: expected it to leave an onnx_ir.Model, found {subject.model!r}{ran}")
     if isinstance(outcome, Changed):
         subject.changed()
         if outcome.heads is not None:
@@ -203,6 +206,14 @@ def _run_pass(one: Pass, subject: Subject, before: Sequence[PassResult], *, by_c
         if found:
             raise PassError(f"pass {one.name} left an invalid graph: {first_of(found)}{ran}")
     return PassResult(name=one.name, outcome=outcome, seconds=time.perf_counter() - start)
+
+
+def _is_well_formed(outcome: Outcome) -> bool:
+    """Whether the fields of an outcome have their types: a report is written after the files."""
+    if isinstance(outcome, Unchanged):
+        return isinstance(outcome.reason, str)
+    heads = outcome.heads is None or all(isinstance(one, ModelHeads) for one in outcome.heads)
+    return isinstance(outcome.edits, int) and all(isinstance(note, str) for note in outcome.notes) and heads
 
 
 def _verify(reference: onnx.ModelProto, subject: Subject, steps: Sequence[PassResult]) -> None:

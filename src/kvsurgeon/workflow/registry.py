@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvsurgeon.errors import PluginError
+from kvsurgeon.passes.options import options_of
 from kvsurgeon.plugins import Catalogue, Plugin
 
 BUILT_IN = {
@@ -68,6 +69,7 @@ def _check(plugin: Plugin[type[Any]], found: Any) -> type[Any]:
     name = getattr(found, "name", plugin.name)
     if name != plugin.name:
         raise PluginError(f"{plugin}: the class is called {name}; give both the same name")
+    options_of(found)  # fails if a field has an unknown type
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import onnx
 
 from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError, UsageError
+from kvsurgeon.io.json_files import parse_json
 from kvsurgeon.parity import TOLERANCES, Comparison, Progress, Report, Scenario, arithmetic_of, load_graph, verify
 from kvsurgeon.parity.difference import distance, spread
 from kvsurgeon.runtime import AnyDecoder, Array, CachedDecoder, Source, Tokens, UncachedDecoder, ValueInfo
@@ -75,7 +75,7 @@ def _computed_inputs(model: onnx.ModelProto) -> set[str]:
     """Return the inputs that an application computes by the metadata, other than masks and position numbers."""
     metadata = next((entry.value for entry in model.metadata_props if entry.key == CONTEXT), "{}")
     try:
-        inputs = json.loads(metadata).get("inputs", {}).items()
+        inputs = parse_json(metadata).get("inputs", {}).items()
         return {name for name, how in inputs if how.get("seen") != 0 and not _is_range(how.get("table"))}
     except (ValueError, AttributeError):  # another tool's metadata
         return set()
