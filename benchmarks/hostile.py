@@ -1,0 +1,270 @@
+"""Writes decoders that are hostile to a KV cache, and asks what `inject` makes of each.
+
+    python benchmarks/hostile.py [--models N] [--seed S] [--sample N] [--only NUMBER] [--kinds GLOB] [--jobs N]
+                                 [--twins yes|no|only] [--through api|injector|command] [--keep FOLDER] [--json OUT]
+                                 [--check]
+    python benchmarks/hostile.py --cases FOLDER... [--kinds GLOB] [--through ...] [--jobs N] [--json OUT]
+
+A hostile decoder changes what it says of earlier tokens with the total length or with later tokens. Right is: refused,
+limited, or the outputs of the original for the text so far, at every length up to 4,000. Its twin has the same
+operators and is causal: right is only to inject it. Ends with 1 if a model was injected wrongly, ended in a traceback
+or hung.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import shutil
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from hostility.catalogue import KINDS, kind_of, write_sample
+from hostility.judge import BAD, CRASH, HANG, NOT_JUDGED, VERDICTS, Verdict, judge, prepared
+from hostility.workers import HUNG, run_all
+from onnx import numpy_helper
+from verification.corpus import find_entries
+
+SECONDS_ALLOWED = 240  # an injection takes 60 at most; comparisons at 4,000 tokens take longer on a busy machine
+SAVED_EVERY = 25  # models
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One model to judge: a number of a seed, or a folder."""
+
+    name: str
+    kind: str
+    seed: int = 0
+    number: int = 0
+    twin: bool = False
+    folder: str = ""
+    expected: str = ""
+    through: str = "api"
+    keep: str = ""
+    check: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a task."""
+
+    name: str
+    kind: str
+    twin: bool
+    verdict: str
+    expected: str = ""
+    reason: str = ""
+    at: int | None = None
+    changes: bool | None = None
+    place: str = ""
+    threshold: int | None = None
+    heads: int = 0
+    spelling: str = ""
+    base: str = ""
+    seconds: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """The verdict as the table has it: of a twin that is refused it is no fault, but counted."""
+        return f"{self.verdict}-twin" if self.twin and self.verdict not in BAD else self.verdict
+
+    @property
+    def bad(self) -> bool:
+        return self.verdict in BAD or (self.expected == "inject" and self.verdict not in ("right", "limited"))
+
+
+def run(task: Task) -> Outcome:
+    """Write, inject and compare one model."""
+    start = time.perf_counter()
+    outcome = Outcome(name=task.name, kind=task.kind, twin=task.twin, verdict=NOT_JUDGED, expected=task.expected)
+    with TemporaryDirectory() as scratch:
+        work = Path(scratch) / "injected"
+        if task.folder:
+            path = Path(task.folder) / "model.onnx"
+            verdict = judge(path, threshold=None, heads=4, through=task.through, work=work, lengths=literals(path))
+        else:
+            folder = Path(task.keep) / task.name if task.keep else Path(scratch) / "original"
+            sample = write_sample(task.seed, task.number, folder, twin=task.twin, kind=task.kind)
+            assert sample is not None
+            outcome = replace(
+                outcome,
+                place=sample.place,
+                threshold=sample.threshold,
+                heads=sample.heads,
+                spelling=sample.spelling,
+                base=sample.base,
+            )
+            if task.check:
+                verdict = Verdict(verdict=NOT_JUDGED, changes=prepared(sample.path, sample.threshold, sample.heads))
+            else:
+                verdict = judge(
+                    sample.path, threshold=sample.threshold, heads=sample.heads, through=task.through, work=work
+                )
+            if task.keep and work.exists():
+                shutil.copytree(work, folder / "injected", dirs_exist_ok=True)
+    return replace(
+        outcome,
+        verdict=verdict.verdict,
+        reason=verdict.reason,
+        at=verdict.at,
+        changes=verdict.changes,
+        seconds=round(time.perf_counter() - start, 2),
+    )
+
+
+def literals(path: Path) -> list[int]:
+    """Return the numbers in a graph that may be thresholds of a length."""
+    graph = onnx.load(path, load_external_data=False).graph
+    tensors = [tensor for tensor in graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL]
+    tensors += [a.t for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.TENSOR]
+    found: set[int] = set()
+    for tensor in tensors:
+        if int(np.prod(tensor.dims)) <= 8 and tensor.data_type in (1, 6, 7, 11):
+            found |= {round(float(one)) for one in numpy_helper.to_array(tensor).ravel() if 30 < one < 4000}
+    return sorted(found)[:8]
+
+
+def run_quietly(task: Task) -> Outcome:
+    """Run a task; a fault of the benchmark itself is its outcome."""
+    warnings.simplefilter("ignore")
+    ort.set_default_logger_severity(4)
+    try:
+        with redirect_stdout(StringIO()):
+            return run(task)
+    except Exception as error:
+        reason = f"the benchmark itself failed: {type(error).__name__}: {error}"
+        return Outcome(name=task.name, kind=task.kind, twin=task.twin, verdict=NOT_JUDGED, reason=reason)
+
+
+def campaign(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
+    """Yield what became of each task."""
+    for task, result in run_all(run_quietly, tasks, jobs=jobs, seconds=SECONDS_ALLOWED):
+        if isinstance(result, Outcome):
+            yield result
+        else:
+            verdict = HANG if result == HUNG else CRASH
+            reason = f"its process {result}"
+            yield Outcome(name=task.name, kind=task.kind, twin=task.twin, verdict=verdict, reason=reason)
+
+
+def tasks_of(options: argparse.Namespace) -> list[Task]:
+    """Return what is to be judged."""
+    if options.cases:
+        found = find_entries(options.cases, groups=[], names=options.kinds)
+        tasks = [
+            Task(name=one.label, kind=one.group, folder=str(one.folder), expected=one.expected, through=options.through)
+            for one in found
+            if one.path.exists()
+        ]
+        return tasks[:: max(1, len(tasks) // options.sample)] if options.sample else tasks
+    numbers = options.only or range(options.first, options.first + options.models)
+    if options.sample and not options.only:
+        numbers = list(numbers)[:: max(1, options.models // options.sample)]
+    tasks = []
+    for number in numbers:
+        kind = kind_of(options.seed, number)
+        if options.kinds and not any(fnmatch.fnmatch(kind, glob) for glob in options.kinds):
+            continue
+        for twin in {"yes": (False, True), "no": (False,), "only": (True,)}[options.twins]:
+            if twin and not KINDS[kind][1]:
+                continue
+            tasks.append(
+                Task(
+                    name=f"{number}-twin" if twin else str(number),
+                    kind=kind,
+                    seed=options.seed,
+                    number=number,
+                    twin=twin,
+                    through=options.through,
+                    keep=str(options.keep or ""),
+                    check=options.check,
+                )
+            )
+    return tasks
+
+
+def report(outcomes: Sequence[Outcome], seconds: float) -> None:
+    """Print what was bad, each with how to see it again, and counts by kind."""
+    for outcome in outcomes:
+        if outcome.bad:
+            at = f" at {outcome.at} tokens" if outcome.at else ""
+            print(
+                f"{outcome.verdict}{at}: {outcome.name} {outcome.kind}, {outcome.spelling} in {outcome.place}, ", end=""
+            )
+            print(f"threshold {outcome.threshold}, {outcome.heads} heads, {outcome.base}\n    {outcome.reason}")
+    for twin in sorted({outcome.twin for outcome in outcomes}):
+        some = [outcome for outcome in outcomes if outcome.twin == twin]
+        used = [verdict for verdict in VERDICTS if any(one.verdict == verdict for one in some)]
+        title = "twins" if twin else "models"
+        print(f"\n{title:32}", *(f"{verdict:>10}" for verdict in used))
+        for kind in [*sorted({one.kind for one in some}), "all"]:
+            counts = Counter(one.verdict for one in some if kind in ("all", one.kind))
+            print(f"{kind:32}", *(f"{counts[verdict] or '.':>10}" for verdict in used))
+    vacuous = [one.name for one in outcomes if not one.twin and one.verdict == "right" and one.changes is False]
+    untrue = [one.name for one in outcomes if one.twin and one.changes]
+    print(
+        f"\n{len(outcomes)} models in {seconds:.0f} s; hostile ones without effect: {vacuous}; twins with one: {untrue}"
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=int, default=300, help="hostile models, each with its twin if it has one")
+    parser.add_argument("--first", type=int, default=0, help="number of the first")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sample", type=int, help="judge this many of them, evenly spaced")
+    parser.add_argument("--only", type=int, action="append", help="only the model of this number; repeatable")
+    parser.add_argument("--kinds", action="append", default=[], metavar="GLOB", help="only kinds, or cases, like this")
+    parser.add_argument("--twins", choices=["yes", "no", "only"], default="yes")
+    parser.add_argument("--through", choices=["api", "injector", "command"], default="api")
+    parser.add_argument(
+        "--cases", nargs="+", type=Path, metavar="FOLDER", help="judge models on disk by their meta.json"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="inject nothing: check that originals are as they are called"
+    )
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write the models there, and what is injected")
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the campaign, print, and return the exit code."""
+    options = parse()
+    start = time.perf_counter()
+    outcomes: list[Outcome] = []
+    for outcome in campaign(tasks_of(options), options.jobs):
+        outcomes.append(outcome)
+        if options.json and len(outcomes) % SAVED_EVERY == 0:
+            _save(options, outcomes)
+    if options.json:
+        _save(options, outcomes)
+    report(outcomes, time.perf_counter() - start)
+    return 1 if any(outcome.bad for outcome in outcomes) else 0
+
+
+def _save(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
+    counts = Counter(outcome.label for outcome in outcomes)
+    listed = [{**asdict(outcome), "label": outcome.label} for outcome in outcomes]
+    text = json.dumps(
+        {"seed": options.seed, "through": options.through, "counts": counts, "outcomes": listed}, indent=1
+    )
+    options.json.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""All kinds of hostile decoders, and the decoder of a number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+
+from hostility import length_functions, mask_kinds, mixing_kinds, output_kinds, table_kinds
+from hostility.decoder import Design, build, draw_design
+from hostility.length_kinds import draw_length_kind
+from hostility.sample import Draft
+
+Draw = Callable[..., Draft]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One decoder on disk."""
+
+    number: int
+    twin: bool  # like a hostile one, but causal and independent of the total length
+    kind: str
+    place: str
+    threshold: int | None
+    heads: int
+    spelling: str
+    base: str  # how the rest of the decoder is spelled
+    path: Path
+
+
+def _draws() -> Mapping[str, tuple[Draw, bool]]:
+    """Return how each kind is drawn, and whether it has a twin."""
+    draws: dict[str, tuple[Draw, bool]] = {}
+    for name, function in length_functions.FUNCTIONS.items():
+        draws[f"length/{name}"] = (partial(_length, function), True)
+    for name, mask in mask_kinds.KINDS.items():
+        draws[f"mask/{name}"] = (partial(_mask, mask), True)
+    for name, table in table_kinds.KINDS.items():
+        draws[f"table/{name}"] = (partial(_table, table), True)
+    for name, mixing in mixing_kinds.KINDS.items():
+        draws[f"mixing/{name}"] = (partial(_mixing, mixing), True)
+    for name, output in output_kinds.KINDS.items():
+        draws[f"output/{name}"] = (partial(_output, output), False)
+    return draws
+
+
+def _length(function: length_functions.LengthFunction, random: Random, design: Design, twin: bool) -> Draft:
+    return draw_length_kind(random, function, design, twin=twin)
+
+
+def _mask(kind: mask_kinds.MaskKind, random: Random, design: Design, twin: bool) -> Draft:
+    return mask_kinds.draw_mask_kind(random, kind, design, twin=twin)
+
+
+def _table(kind: table_kinds.TableKind, random: Random, design: Design, twin: bool) -> Draft:
+    return table_kinds.draw_table_kind(random, kind, design, twin=twin)
+
+
+def _mixing(kind: mixing_kinds.MixingKind, random: Random, design: Design, twin: bool) -> Draft:
+    return mixing_kinds.draw_mixing_kind(random, kind, design, twin=twin)
+
+
+def _output(kind: output_kinds.OutputKind, random: Random, design: Design, twin: bool) -> Draft:
+    return output_kinds.draw_output_kind(random, kind, design)
+
+
+KINDS = _draws()
+
+
+def kind_of(seed: int, number: int) -> str:
+    """Return the kind of a number: all kinds in turn, in an order drawn from the seed."""
+    names = list(KINDS)
+    Random(seed).shuffle(names)
+    return names[number % len(names)]
+
+
+def write_sample(seed: int, number: int, folder: Path, *, twin: bool, kind: str | None = None) -> Sample | None:
+    """Write the decoder of a number, or its twin; None if the kind has no twin."""
+    kind = kind or kind_of(seed, number)
+    draw, has_twin = KINDS[kind]
+    if twin and not has_twin:
+        return None
+    random = Random(f"{seed} {number} {kind}")
+    design = draw_design(random, heads=random.choice([1, 2, 2, 4, 4, 8, 32]))
+    draft = draw(random, design, twin)
+    write, model = build(draft.design, random)
+    design = draft.design
+    base = (
+        f"{design.positions} {design.norm} {design.causal} {design.masking} total:{design.total} opset:{design.opset}"
+    )
+    base += f" kv:{design.kv_heads}" + (" mask" if design.has_mask else "")
+    return Sample(
+        number=number,
+        twin=twin,
+        kind=kind,
+        place=draft.place,
+        threshold=draft.threshold,
+        heads=design.heads,
+        spelling=draft.spelling,
+        base=base,
+        path=write.save(model, folder),
+    )
