@@ -100,7 +100,6 @@ def test_export_writes_external_data_and_side_files(folder, tmp_path):
     assert len(onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"]).get_inputs()) == 2 + 4
 
 
-@pytest.mark.xfail(reason="onnx takes a linked data file for an attack", raises=onnx.checker.ValidationError)
 def test_what_is_exported_can_be_loaded_by_onnx(folder, original, tmp_path):
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     (tmp_path / "out").mkdir()

@@ -65,6 +65,8 @@ def inject(
     folder: str | Path | None = None,
     verify: bool = True,
     target: Target | str | None = None,
+    link_weights: bool = False,
+    force: bool = False,
     **options: Any,
 ) -> PipelineRun:
     """Inject a KV cache, verify the result, and write it to `destination` if one is given.
@@ -76,6 +78,8 @@ def inject(
         verify: Whether to verify the result against the original, which needs the weights.
         target: The runtime or compiler that loads the result, or its name; `destination` is then the folder that it
             loads, side files included.
+        link_weights: Whether to link external data into another folder instead of copying it; see `save`.
+        force: Whether to replace data files and side files of other content; see `save`.
         **options: The fields of `kvsurgeon.passes.cache.inject.Inject`.
 
     Raises:
@@ -83,9 +87,10 @@ def inject(
         UnsupportedError: The model cannot be handled soundly.
         ParityError: The results of the model differ from those of the original; nothing was written.
     """
+    saving: dict[str, Any] = {"folder": folder, "verify": verify, "link_weights": link_weights, "force": force}
     if target is not None:
-        return build_target(source, target, destination, folder=folder, verify=verify, options=options)
-    return run_and_save(source, Pipeline((Inject(**options),)), destination, folder=folder, verify=verify)
+        return build_target(source, target, destination, options=options, **saving)
+    return run_and_save(source, Pipeline((Inject(**options),)), destination, **saving)
 
 
 def plot(

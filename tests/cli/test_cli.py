@@ -186,7 +186,7 @@ def test_inject_verifies_and_writes_the_model_with_its_files(shell, models, tmp_
 
 
 def test_weights_are_linked_or_copied(shell, models, tmp_path):
-    for name, options, linked in (("linked", (), True), ("copied", ("--copy-weights",), False)):
+    for name, options, linked in (("copied", (), False), ("linked", ("--link-weights",), True)):
         assert shell("inject", models / "given", "-o", tmp_path / name, "--no-verify", *options)[0] == 0
         assert (tmp_path / name / "model.data").samefile(models / "given" / "model.data") == linked
 

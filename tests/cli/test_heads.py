@@ -204,7 +204,7 @@ def test_a_read_only_folder_is_an_error(inside, packed, tmp_path):
     before = digest(folder)
     target = folder if inside else folder / "out"
     commands = [
-        [command, str(packed if not inside else folder), *options, "--no-verify", "-o", str(target)]
+        [command, str(packed if not inside else folder), *options, "--no-verify", "--force", "-o", str(target)]
         for command, options in COMMANDS.items()
     ]
     folder.chmod(0o555)

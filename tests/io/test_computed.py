@@ -86,7 +86,7 @@ def names(folder: Path) -> set[str]:
 
 def test_only_what_changed_is_written(decoder: Path, tmp_path: Path) -> None:
     reports: list[tuple[str, int, int]] = []
-    saved = save(doubled(decoder), tmp_path / "out", progress=lambda *report: reports.append(report))
+    saved = save(doubled(decoder), tmp_path / "out", link_weights=True, progress=lambda *report: reports.append(report))
     out = tmp_path / "out"
     assert names(out) == {"model.onnx", "model.data", "model.onnx.data"}
     assert os.path.samefile(out / "model.data", decoder.with_name("model.data"))

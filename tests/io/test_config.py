@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 import pytest
 
+from kvsurgeon.errors import UsageError
 from kvsurgeon.io import load, save
 from kvsurgeon.io.model_config import HeadChange, ModelHeads, record_head_change, updated_config
 
@@ -123,7 +124,9 @@ def test_a_saved_model_has_the_updated_config(external: Path, tmp_path: Path) ->
     save(model, out)
     assert json.loads((out / "config.json").read_text("utf-8")) == LLAMA | {"num_key_value_heads": 4, "name": "é"}
     assert json.loads(config.read_text("utf-8"))["num_key_value_heads"] == 2
-    save(model, external)
+    with pytest.raises(UsageError, match="found another file"):
+        save(model, external)
+    save(model, external, force=True)
     assert json.loads(config.read_text("utf-8"))["num_key_value_heads"] == 4
 
 
@@ -146,7 +149,7 @@ def test_the_config_above_an_onnx_folder_is_updated_in_place(external: Path, tmp
     (folder.parent / "config.json").write_text(json.dumps(LLAMA))
     model = load(folder.parent)
     record_head_change(model, change(2, 4))
-    save(model, folder.parent)
+    save(model, folder.parent, force=True)
     assert json.loads((folder.parent / "config.json").read_text())["num_key_value_heads"] == 4
     assert not (folder / "config.json").exists()
 

@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 
 from kvsurgeon.errors import UsageError, WeightsError
-from kvsurgeon.io import data_file, load, save, side_files, to_proto, weight_files
+from kvsurgeon.io import data_file, load, save, to_proto, weight_files
 
 
 def names(folder: Path) -> set[str]:
@@ -37,7 +37,7 @@ def test_an_unchanged_file_is_saved_byte_for_byte(external: Path, tmp_path: Path
 
 def test_weights_are_linked_and_side_files_copied_into_another_folder(external: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    saved = save(load(external), out)
+    saved = save(load(external), out, link_weights=True)
     assert names(out) == {"model.onnx", "model.data", "config.json", "tokenizer.json", "merges.txt"}
     assert os.path.samefile(out / "model.data", external.with_name("model.data"))
     assert not os.path.samefile(out / "config.json", external.with_name("config.json"))
@@ -48,7 +48,7 @@ def test_weights_are_linked_and_side_files_copied_into_another_folder(external: 
 
 
 def test_copied_weights_can_be_read_by_onnx(external: Path, tmp_path: Path) -> None:
-    saved = save(load(external), tmp_path / "out", link_mode="copy")
+    saved = save(load(external), tmp_path / "out")
     assert not os.path.samefile(saved.with_name("model.data"), external.with_name("model.data"))
     onnx.checker.check_model(str(saved))
     onnx.load(saved)
@@ -63,8 +63,10 @@ def test_weights_are_copied_where_they_cannot_be_linked(
     monkeypatch.setattr(os, "link", no_link)
     reports: list[tuple[str, int, int]] = []
     for _ in range(2):  # the second time the copy is recognized
-        saved = save(load(external), tmp_path / "out", progress=lambda *report: reports.append(report))
-    assert reports == [("model.data", 80, 80)]
+        saved = save(
+            load(external), tmp_path / "out", link_weights=True, progress=lambda *report: reports.append(report)
+        )
+    assert reports[0] == ("model.data", 80, 80)
     assert saved.with_name("model.data").read_bytes() == external.with_name("model.data").read_bytes()
 
 
@@ -74,7 +76,7 @@ def test_copies_of_sparse_files_are_sparse(external: Path, tmp_path: Path) -> No
         file.truncate(2**32)
         file.seek(2**31)
         file.write(b"island")
-    copy = save(load(external), tmp_path / "out", link_mode="copy").with_name("model.data")
+    copy = save(load(external), tmp_path / "out").with_name("model.data")
     assert copy.stat().st_size == 2**32
     with copy.open("rb") as file:
         file.seek(2**31)
@@ -103,7 +105,7 @@ def test_a_dangling_link_at_the_name_of_data_is_not_followed(external: Path, tmp
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.data").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match="found another file"):
-        save(load(external), tmp_path / "out", link_mode="copy")
+        save(load(external), tmp_path / "out")
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -209,9 +211,9 @@ def test_embedded_weights_get_a_data_file_above_the_limit(
 def test_a_full_disk_is_reported_before_copying(
     external: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(side_files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
+    monkeypatch.setattr(data_file.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match=r"expected 80 bytes of free space for .*, found 1;"):
-        save(load(external), tmp_path / "out", link_mode="copy")
+        save(load(external), tmp_path / "out")
 
 
 def test_an_invalid_destination_is_rejected(external: Path, tmp_path: Path) -> None:
@@ -239,7 +241,7 @@ def test_loading_and_saving_are_silent_in_a_pipe(
     external: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        save(load(external), tmp_path / "out", link_mode="copy")
+        save(load(external), tmp_path / "out")
     assert capfd.readouterr() == ("", "")
     assert not caplog.records
 
@@ -254,5 +256,5 @@ def test_a_terminal_shows_a_bar(external: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    save(load(external), tmp_path / "out", link_mode="copy")
+    save(load(external), tmp_path / "out")
     assert "model.data" in terminal.getvalue()

@@ -10,7 +10,7 @@ import typer
 from typer import Argument, Option
 
 from kvsurgeon.cli import pass_commands
-from kvsurgeon.cli.pass_commands import Copy, Json, Model, Output, Pack, PerLayer, Text, Verify
+from kvsurgeon.cli.pass_commands import Force, Json, Link, Model, Output, Pack, PerLayer, Text, Verify
 from kvsurgeon.errors import PluginError, UnsupportedError
 from kvsurgeon.workflow.registry import COMMANDS, PASSES, summary_of
 
@@ -66,8 +66,9 @@ def run(
     verify: Verify = True,
     verify_each: Annotated[bool, Option("--verify-each", help="Verify after every pass.")] = False,
     trace: Annotated[Path | None, Option(metavar="DIR", help="Write the graph as text after each pass.")] = None,
-    copy_weights: Copy = False,
+    link_weights: Link = False,
     pack: Pack = False,
+    force: Force = False,
     text: Text = None,
     per_layer: PerLayer = False,
     json: Json = False,
@@ -77,8 +78,9 @@ def run(
     from kvsurgeon.workflow.pipeline import Pipeline
 
     pass_commands.run_pipeline(
-        model, Pipeline.parse(pipeline), output, verify=verify, verify_each=verify_each, copy_weights=copy_weights,
-        pack=pack, text=text, per_layer=per_layer, on_pass=None if trace is None else trace_writer(trace), json=json,
+        model, Pipeline.parse(pipeline), output, verify=verify, verify_each=verify_each, link_weights=link_weights,
+        pack=pack, force=force, text=text, per_layer=per_layer,
+        on_pass=None if trace is None else trace_writer(trace), json=json,
     )  # fmt: skip
 
 

@@ -50,6 +50,9 @@ def run(arguments: Sequence[str]) -> int:
         _discard_stdout()
         return CLOSED_PIPE
     except BaseException as error:  # SystemExit of foreign code too, whose exit code could be 0
+        if isinstance(error.__context__, BrokenPipeError):  # of which typer makes a SystemExit
+            _discard_stdout()
+            return CLOSED_PIPE
         if debug:
             traceback.print_exc()
         return _print_error(error, as_json=as_json)

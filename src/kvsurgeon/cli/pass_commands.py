@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a folder that holds one.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The .onnx file or folder to write.")]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Verify against the original, or skip it.")]
-Copy = Annotated[
-    bool, typer.Option("--copy-weights", help="Copy external data to another folder instead of linking it.")
+Link = Annotated[
+    bool, typer.Option("--link-weights", help="Link external data into another folder instead of copying it.")
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace data files and side files of other content.")]
 Pack = Annotated[bool, typer.Option("--pack", help="Write all weights to one new file and drop unused ones.")]
 Text = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Text on which to measure the loss. [default: built-in]")
@@ -66,7 +67,7 @@ def command_of(plugin: Plugin[type[Any]]) -> Callable[..., None]:
         _run(build_target, model, target, output, options=changed, **shared)
 
     shared = [_parameter("model", Model), _parameter("output", Output), _parameter("verify", Verify, True)]
-    for name, annotation in (("copy_weights", Copy), ("pack", Pack), ("json", Json)):
+    for name, annotation in (("link_weights", Link), ("pack", Pack), ("force", Force), ("json", Json)):
         shared.append(_parameter(name, annotation, False))
     if not getattr(pass_class, "exact", True):
         shared += [_parameter("text", Text, None), _parameter("per_layer", PerLayer, False)]
@@ -91,13 +92,12 @@ def run_pipeline(model: Path, pipeline: Pipeline, output: Path, **options: Any) 
     _run(run_and_save, model, pipeline, output, **options)
 
 
-def _run(function: Callable[..., PipelineRun], *args: Any, copy_weights: bool, json: bool, **options: Any) -> None:
+def _run(function: Callable[..., PipelineRun], *args: Any, json: bool, **options: Any) -> None:
     from kvsurgeon.report import json_output, table
     from kvsurgeon.report.progress import verification_progress
 
-    link_mode = "copy" if copy_weights else "link"
     with redirect_stdout(sys.stderr), verification_progress() as progress:  # passes may print
-        run = function(*args, link_mode=link_mode, progress=progress, **options)
+        run = function(*args, progress=progress, **options)
     table.print_result(table.run_summary(run), json_output.run_json(run), json=json)
 
 

@@ -6,8 +6,9 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from kvsurgeon.errors import UsageError
 
@@ -17,8 +18,25 @@ except ImportError:  # Windows: stale files stay, as they cannot be recognized
     fcntl = None  # type: ignore[assignment]
 
 _MARK = ".kvsurgeon-"
+_NAME_PART = 200  # bytes of a name in a hidden one; file systems allow 255
 _DESCRIPTORS = "/proc/self/fd"  # the open files of a process on Linux
 _UNNAMED = getattr(os, "O_TMPFILE", 0) if os.path.isdir(_DESCRIPTORS) else 0
+
+
+Action = Literal["written", "copied", "cloned", "linked"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenFile:
+    """A file that was written.
+
+    Attributes:
+        path: Its path.
+        action: Whether it is new content, a copy of a file of the source, one that shares its blocks, or a link to it.
+    """
+
+    path: Path
+    action: Action
 
 
 class FileTransaction:
@@ -32,6 +50,7 @@ class FileTransaction:
         self._files: dict[Path, BinaryIO] = {}  # by final path
         self._temporary: dict[Path, Path] = {}  # hidden name by final path, for files that have one
         self._links: list[tuple[Path, Path]] = []
+        self._actions: dict[Path, Action] = {}
         self._created_folders: list[Path] = []
 
     def make_folder(self, folder: Path) -> None:
@@ -45,6 +64,11 @@ class FileTransaction:
             for one in reversed(missing):
                 one.mkdir(exist_ok=True)
                 self._created_folders.append(one)
+
+    @property
+    def written(self) -> tuple[WrittenFile, ...]:
+        """The files of the transaction that have their names."""
+        return tuple(WrittenFile(path=path, action=action) for path, action in self._actions.items() if path.exists())
 
     @contextmanager
     def create(self, path: Path, *, synced: bool = True) -> Iterator[BinaryIO]:
@@ -60,12 +84,17 @@ class FileTransaction:
         """
         with _errors_of(path):
             file = self._open(path)
+            self._actions[path] = "written"
             yield file
             file.flush()
             if synced:
                 os.fsync(file.fileno())
             else:
                 os.close(os.dup(file.fileno()))  # network file systems report failed writes only here
+
+    def record(self, path: Path, action: Action) -> None:
+        """Record how the content of a created file is made."""
+        self._actions[path] = action
 
     def link(self, source: Path, path: Path) -> bool:
         """Hard link a file under another name at `commit`; return False if the file system cannot do this."""
@@ -74,6 +103,7 @@ class FileTransaction:
             os.link(source, trial)
             trial.unlink()
             self._links.append((source, path))
+            self._actions[path] = "linked"
             return True
         return False
 
@@ -86,9 +116,10 @@ class FileTransaction:
         new: list[Path] = []
         try:
             for source, path in self._links:
+                is_new = not os.path.lexists(path)
                 with _errors_of(path):
-                    os.link(source, path)
-                new.append(path)
+                    _link_over(source, path)
+                new += [path] if is_new else []
             for path in self._files:
                 is_new = not os.path.lexists(path)
                 with _errors_of(path):
@@ -112,8 +143,8 @@ class FileTransaction:
 
     def _open(self, path: Path) -> BinaryIO:
         """Create a file without a name in the folder of `path`, or else a locked one of a hidden name."""
-        if path in self._files:
-            self._discard(path)
+        if path in self._actions:
+            raise UsageError(f"expected files of different names, found two called `{path}`; choose another name")
         with suppress(OSError):
             if _UNNAMED and _can_be_named_later(path):
                 return self._files.setdefault(path, _open_unnamed(path.parent))
@@ -195,8 +226,19 @@ def _errors_of(path: Path) -> Iterator[None]:
         raise UsageError(f"cannot write `{path}`: {error.strerror or error}") from error
 
 
+def _link_over(source: Path, path: Path) -> None:
+    """Hard link a file under another name, which may be in use."""
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        temporary = _hidden_name(path)
+        os.link(source, temporary)
+        os.replace(temporary, path)
+
+
 def _hidden_name(path: Path) -> Path:
-    return path.parent / f".{path.name}{_MARK}{secrets.token_hex(4)}"
+    name = path.name.encode()[:_NAME_PART].decode(errors="ignore")
+    return path.parent / f".{name}{_MARK}{secrets.token_hex(4)}"
 
 
 def _open_unnamed(folder: Path) -> BinaryIO:

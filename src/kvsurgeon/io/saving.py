@@ -12,7 +12,7 @@ import onnx_ir as ir
 from google.protobuf.message import EncodeError  # type: ignore[import-untyped]
 
 from kvsurgeon.errors import InputError, UsageError, WeightsError
-from kvsurgeon.io.atomic_write import FileTransaction, file_transaction, remove_stale
+from kvsurgeon.io.atomic_write import WrittenFile, file_transaction, remove_stale
 from kvsurgeon.io.data_file import weights_to_write, written_to_file
 from kvsurgeon.io.external_data import WeightFile, external_tensors, files_of, is_relative_location, rename_locations
 from kvsurgeon.io.loading import loaded_from
@@ -20,15 +20,7 @@ from kvsurgeon.io.locate import find_model
 from kvsurgeon.io.model_config import head_changes
 from kvsurgeon.io.progress import OnProgress, progress_bar
 from kvsurgeon.io.roundtrip import to_proto
-from kvsurgeon.io.side_files import (
-    CONFIG,
-    CONFIGS,
-    LinkMode,
-    copy_side_files,
-    provide_weights,
-    update_config,
-    write_side_files,
-)
+from kvsurgeon.io.side_files import FileProvider, find_side_files, updated_configs
 
 
 def save(
@@ -36,44 +28,53 @@ def save(
     destination: str | Path,
     *,
     source: str | Path | None = None,
-    link_mode: LinkMode = "link",
+    link_weights: bool = False,
     pack: bool = False,
+    force: bool = False,
     progress: OnProgress | None = None,
-    side_files_folder: str | Path | None = None,
-    side_files: Mapping[str, str] | None = None,
-    data: str | None = None,
 ) -> Path:
     """Save a model with its weights and side files, and return its path.
 
-    Computed weights are computed one at a time, in chunks, into a new data file; other weights stay in their files.
-    All files are written first and named last, the model after the files that it refers to: a killed process leaves
-    the old model or the new one, complete. The model in memory does not change.
+    Computed weights are computed one at a time, in chunks, into a new data file; other weights stay in their files,
+    which are copied into another folder. All files are written first and named last, the model after the files that it
+    refers to: a killed process leaves the old model or the new one, complete. The model in memory does not change.
 
     Args:
         model: The model. Its external data stays in its files.
         destination: An .onnx file, or a folder, in which the model gets the file name of its source.
         source: The file or folder of the original model, if `load` did not read it from there. Its config, tokenizer
             and other side files are copied, with the head counts in the config updated.
-        link_mode: How external data gets into another folder. "link" makes hard links, which take no space and no time;
-            but `onnx.load` and `onnx.checker` (1.21 or later) reject data files with several links, including those of
-            the source, while onnxruntime reads them. "copy" makes copies.
+        link_weights: Whether to make hard links to data files instead of copies, which takes no space and no time; but
+            `onnx.load` and `onnx.checker` (1.21 or later) reject data files with several links, including those of the
+            source, while onnxruntime reads them.
         pack: Whether to write all weights to one new file, without unused ones.
+        force: Whether to replace data files and side files of other content.
         progress: Called with the file name, bytes done and bytes in total; by default a bar on a terminal.
-        side_files_folder: The folder for side files, if it is not that of the model.
-        side_files: Texts of further side files by name; they replace copied ones.
-        data: Name of the first file of external data; further ones are called `data_1`, `data_2`, ... If None, files
-            keep their names.
 
     Raises:
-        UsageError: The destination cannot be written to, or has other data under the name of this model's.
+        UsageError: The destination cannot be written to, or has another file under the name of one of this model's.
+        InputError: A side file is a link out of its folder.
         WeightsError: External data is missing.
     """
-    target = _target(Path(destination).absolute(), _origin(model, source))
+    path = destination_of(model, destination, source=source)
     save_variants(
-        {target.name: model}, target.parent, source=source, link_mode=link_mode, pack=pack, progress=progress,
-        side_files_folder=side_files_folder, side_files=side_files, data=data,
+        {path.name: model}, path.parent, source=source, link_weights=link_weights, pack=pack, force=force,
+        progress=progress,
     )  # fmt: skip
-    return target
+    return path
+
+
+def destination_of(model: ir.Model, destination: str | Path, *, source: str | Path | None = None) -> Path:
+    """Return the file that `save` writes a model to; its arguments are those of `save`.
+
+    Raises:
+        UsageError: No model can be written there.
+    """
+    path, origin = Path(destination).absolute(), _origin(model, source)
+    try:
+        return _target(path, origin)
+    except OSError as error:  # such as a name that is too long
+        raise UsageError(f"cannot write to `{path}`: {error.strerror or error}") from error
 
 
 def save_variants(
@@ -81,20 +82,34 @@ def save_variants(
     destination: str | Path,
     *,
     source: str | Path | None = None,
-    link_mode: LinkMode = "link",
+    link_weights: bool = False,
     pack: bool = False,
+    force: bool = False,
     progress: OnProgress | None = None,
     side_files_folder: str | Path | None = None,
     side_files: Mapping[str, str] | None = None,
     data: str | None = None,
-) -> Path:
-    """Save variants of one model under their names, with one set of data files, and return the folder.
+) -> tuple[WrittenFile, ...]:
+    """Save variants of one model under their names, with one set of data files, and return what was written.
 
-    Weights that several variants share are in a data file once, including those that were in memory. The arguments are
-    those of `save`; the destination is a folder.
+    Weights that several variants share are in a data file once, including those that were in memory.
+
+    Args:
+        models: The models by file name.
+        destination: A folder.
+        source: See `save`, as for the following arguments.
+        link_weights: Whether to make hard links to data files.
+        pack: Whether to write all weights to one new file.
+        force: Whether to replace files of other content.
+        progress: Called while a file is written.
+        side_files_folder: The folder for side files, if it is not that of the model.
+        side_files: Texts of further side files by name; they replace those of the source.
+        data: Name of the first file of external data; further ones are called `data_1`, `data_2`, ... If None, files
+            keep their names.
 
     Raises:
-        UsageError: The destination cannot be written to, or has other data under the name of these models'.
+        UsageError: The destination cannot be written to, or has another file under the name of one of these models'.
+        InputError: A side file is a link out of its folder.
         WeightsError: External data is missing.
     """
     folder = Path(destination).absolute()
@@ -105,23 +120,27 @@ def save_variants(
     files = _data_files(kept, folder)
     names, new_file = _data_names(folder / name, files, data)
     renamed = [replace(file, location=names.get(file.location, file.location)) for file in files]
-    sources = _side_file_folders(_origin(model, source))
     side_folder = folder if side_files_folder is None else Path(side_files_folder).absolute()
+    sources = frozenset(Path(tensor.path).resolve() for one in models.values() for tensor in external_tensors(one))
     try:
         with file_transaction() as transaction, progress_bar(progress) as on_progress:
+            provider = FileProvider(
+                transaction=transaction, link=link_weights, force=force, kept=sources, on_progress=on_progress
+            )
             transaction.make_folder(folder)
             remove_stale(folder)
-            provide_weights(renamed, folder, link_mode, transaction, on_progress)
-            _save_side_files(model, side_folder, sources, side_files or {}, transaction)
+            provider.provide_weights(renamed, folder)
+            _save_side_files(model, _origin(model, source), side_folder, side_files or {}, provider)
             with written_to_file(written, new_file, transaction, on_progress) if written else nullcontext():
                 for file_name, one in models.items():
-                    _write(one, folder / file_name, names, transaction)
+                    _write(one, folder / file_name, names, provider)
     except OSError as error:
         raise UsageError(f"cannot write to `{folder}`: {error.strerror or error}") from error
-    return folder
+    return transaction.written
 
 
 def _origin(model: ir.Model, source: str | Path | None) -> Path | None:
+    """Return the file of the original model; None if it is not known."""
     return find_model(source).absolute() if source is not None else loaded_from(model)
 
 
@@ -186,24 +205,24 @@ def _numbered(name: str) -> Iterator[str]:
 
 
 def _save_side_files(
-    model: ir.Model,
-    folder: Path,
-    sources: tuple[Path, ...],
-    side_files: Mapping[str, str],
-    transaction: FileTransaction,
+    model: ir.Model, origin: Path | None, folder: Path, texts: Mapping[str, str], provider: FileProvider
 ) -> None:
-    """Copy side files into another folder and update the config; in the folder of the source, only update it."""
-    config_folder = folder
-    if any(source.resolve() == folder.resolve() for source in sources):
-        config_folder = next((source for source in sources if (source / CONFIG).is_file()), folder)
+    """Copy side files into another folder with an updated config; in the folder of the source, only update it."""
+    folders = _side_file_folders(origin)
+    found = find_side_files(folders, origin)
+    configs = {path.name: (path, text) for path, text in updated_configs(found, head_changes(model))}
+    if any(one.resolve() == folder.resolve() for one in folders):
+        for path, text in (configs[name] for name in configs.keys() - texts.keys()):
+            provider.provide_texts({path.name: text}, path.parent)
     else:
-        copy_side_files(sources, folder, transaction, without=side_files)
-    for name in (name for name in CONFIGS if name not in side_files):
-        update_config(sources, config_folder, head_changes(model), transaction, name)
-    write_side_files(side_files, folder, transaction)
+        texts = {**{name: text for name, (_, text) in configs.items()}, **texts}
+        provider.copy_side_files((file for name, file in found.items() if name not in texts), folder)
+    provider.provide_texts(texts, folder)
 
 
-def _write(model: ir.Model, path: Path, names: Mapping[str, str], transaction: FileTransaction) -> None:
+def _write(model: ir.Model, path: Path, names: Mapping[str, str], provider: FileProvider) -> None:
+    if path.resolve() in provider.kept:
+        raise UsageError(f"expected another name than that of a data file of the model, found `{path}`")
     try:
         proto = to_proto(model)
         if names:
@@ -213,5 +232,5 @@ def _write(model: ir.Model, path: Path, names: Mapping[str, str], transaction: F
         raise UsageError(
             f"expected a graph of at most 2 GiB at `{path}`, found more: constants inside its nodes are too large"
         ) from error
-    with transaction.create(path) as file:
+    with provider.transaction.create(path) as file:
         file.write(serialized)

@@ -37,6 +37,7 @@ def run_json(run: PipelineRun) -> dict[str, Any]:
     """Return what the passes did, and the verification."""
     return {
         "output": None if run.path is None else str(run.path),
+        "files": [{"path": str(one.path), "action": one.action} for one in run.files],
         "steps": [
             {
                 "pass": step.name,

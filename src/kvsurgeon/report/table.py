@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvsurgeon.targets import Incompatibility
     from kvsurgeon.workflow.pipeline import PassResult, PipelineRun
 
+_LARGE = 64 * 2**20  # bytes of a copy that a user may want to avoid
 _NUMBERS = ("layer", "query heads", "kv heads", "head dim", "scale", "rotary", "B/token", "batch", "tokens", "error")
 _CACHE_MODES = {"dynamic": "dynamic", "static": "static buffer", "new-tokens": "only new rows returned"}
 _TARGET_LABELS = {
@@ -95,8 +96,17 @@ def run_summary(run: PipelineRun) -> RenderableType:
     elif run.loss is None:
         lines.append("not verified")
     loss = () if run.loss is None else (loss_table(run.loss),)
-    path = () if run.path is None else (Text(f"written to {run.path}"),)
-    return Group(*map(Text, lines), *loss, *path)
+    return Group(*map(Text, lines), *loss, *map(Text, _written_lines(run)))
+
+
+def _written_lines(run: PipelineRun) -> Iterator[str]:
+    """Yield the path of the model, then a line for each other file that was written."""
+    if run.path is None:
+        return
+    yield f"written to {run.path}"
+    yield from (f"  {one.action} {one.path}" for one in run.files if one.path != run.path)
+    if any(one.action == "copied" and one.path.stat().st_size > _LARGE for one in run.files):
+        yield "  hint: an output in the model's own folder needs no copy of its weights, and --link-weights links them"
 
 
 def passes_table(passes: Iterable[Mapping[str, Any]]) -> RenderableType:

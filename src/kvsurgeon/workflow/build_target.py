@@ -15,7 +15,6 @@ from kvsurgeon.anatomy import Decoder
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.io.json_files import read_json
 from kvsurgeon.io.model_config import head_changes, updated_config
-from kvsurgeon.io.side_files import LinkMode
 from kvsurgeon.passes.contract import Source, Subject
 from kvsurgeon.passes.shapes.fix_shapes import FixShapes
 from kvsurgeon.targets import TARGETS, Incompatibility, ModelInfo, Target, find_incompatibilities
@@ -54,8 +53,9 @@ def build_target(
     *,
     folder: str | Path | None = None,
     verify: bool = True,
-    link_mode: LinkMode = "link",
+    link_weights: bool = False,
     pack: bool = False,
+    force: bool = False,
     options: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> TargetResult:
@@ -67,8 +67,9 @@ def build_target(
         destination: A folder; None to write nothing.
         folder: The folder of the external data of a model in memory.
         verify: Whether to verify the result against the original.
-        link_mode: Whether external data is linked or copied; see `kvsurgeon.save`.
+        link_weights: Whether to link external data instead of copying it; see `kvsurgeon.save`.
         pack: Whether to write all weights to one new data file; see `kvsurgeon.save`.
+        force: Whether to replace data files and side files of other content; see `kvsurgeon.save`.
         options: Fields of the injection pass that replace those of the target. `max_length` is the number of tokens
             that a text may have, if the target has such a limit.
         progress: Called by the verifier before each scenario.
@@ -93,12 +94,14 @@ def build_target(
     infos = _describe(models, run.model, target, decoder, subject)
     warnings = _check(infos, target, subject.folder)
     _stop_if_blocked(warnings, target)
-    path = None
+    path: Path | None = None
+    files: tuple[io.WrittenFile, ...] = ()
     if destination is not None:
         origin = source if isinstance(source, str | Path) else None
-        path = _save(models, infos[0], target, Path(destination), source=origin, link_mode=link_mode, pack=pack)
+        options = {"source": origin, "link_weights": link_weights, "pack": pack, "force": force}
+        path, files = _save(models, infos[0], target, Path(destination), **options)
     return TargetResult(
-        model=next(iter(models.values())), folder=run.folder, steps=(*run.steps, *steps), path=path,
+        model=next(iter(models.values())), folder=run.folder, steps=(*run.steps, *steps), path=path, files=files,
         verification=run.verification, loss=run.loss, target=target, models=models, warnings=warnings,
     )  # fmt: skip
 
@@ -214,8 +217,10 @@ def _stop_if_blocked(found: Sequence[Incompatibility], target: Target) -> None:
         )
 
 
-def _save(models: Mapping[str, ir.Model], info: ModelInfo, target: Target, destination: Path, **options: Any) -> Path:
-    """Write the folder, and return the path of the model file, or of the folder if it holds several."""
+def _save(
+    models: Mapping[str, ir.Model], info: ModelInfo, target: Target, destination: Path, **options: Any
+) -> tuple[Path, tuple[io.WrittenFile, ...]]:
+    """Write the folder; return the path of the model file, or of the folder if it holds several, and all files."""
     contents = {name: writer(info) for name, writer in target.side_files.items()}
     side_files = {
         name: content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
@@ -224,8 +229,10 @@ def _save(models: Mapping[str, ir.Model], info: ModelInfo, target: Target, desti
     }
     options |= {"side_files": side_files, "data": target.data}
     if target.variants:
-        return io.save_variants(models, destination, **options)
-    return io.save(models[target.file], destination / target.file, side_files_folder=destination, **options)
+        return destination, io.save_variants(models, destination, **options)
+    path = destination / target.file
+    models = {path.name: models[target.file]}
+    return path, io.save_variants(models, path.parent, side_files_folder=destination, **options)
 
 
 def _find_source_file(folder: Path | None, name: str) -> Path | None:

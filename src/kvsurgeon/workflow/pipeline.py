@@ -62,6 +62,7 @@ class PipelineRun:
         verification: The report of the verifier; None if it did not run, or if a pass is not exact.
         loss: The loss of accuracy, if a pass is not exact; None if it was not measured.
         path: The file that was written, or the folder of several; None if nothing was written.
+        files: All files that were written, side files included.
     """
 
     model: ir.Model
@@ -70,6 +71,7 @@ class PipelineRun:
     verification: Report | None = None
     loss: AccuracyLoss | None = None
     path: Path | None = None
+    files: tuple[io.WrittenFile, ...] = ()
 
     @property
     def changes(self) -> tuple[Changed, ...]:

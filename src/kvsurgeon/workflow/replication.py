@@ -8,7 +8,6 @@ from pathlib import Path
 
 from kvsurgeon import io
 from kvsurgeon.errors import ParityError
-from kvsurgeon.io.side_files import LinkMode
 from kvsurgeon.parity import TOLERANCES, arithmetic_of
 from kvsurgeon.parity.difference import distance, spread
 from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads
@@ -50,8 +49,9 @@ def replicate_kv_heads(
     max_new_tokens: int = 32,
     output: str | Path | None = None,
     verify: bool = True,
-    link_mode: LinkMode = "link",
+    link_weights: bool = False,
     pack: bool = False,
+    force: bool = False,
 ) -> Replication:
     """Replicate the KV heads of a model on disk, check that it generates the same text, and save it.
 
@@ -63,8 +63,9 @@ def replicate_kv_heads(
         max_new_tokens: Maximum number of generated tokens.
         output: The folder in which the new folder is created; None for the parent of the model's folder.
         verify: Whether to verify the result against the original too.
-        link_mode: Whether unchanged weights are linked or copied; see `kvsurgeon.save`.
+        link_weights: Whether to link unchanged weights instead of copying them; see `kvsurgeon.save`.
         pack: Whether to write all weights to one new data file; see `kvsurgeon.save`.
+        force: Whether to replace data files and side files of other content; see `kvsurgeon.save`.
 
     Raises:
         UsageError: The number of heads is not possible; the message lists those that are.
@@ -84,7 +85,7 @@ def replicate_kv_heads(
         )
     counts = _counts(run)
     name = f"{file.parent.name}-{max(counts[1])}kvheads"
-    path = io.save(run.model, folder / name, source=file, link_mode=link_mode, pack=pack)
+    path = io.save(run.model, folder / name, source=file, link_weights=link_weights, pack=pack, force=force)
     return Replication(path=path, kv_heads=counts, before=before, after=after, error=error, run=run)
 
 

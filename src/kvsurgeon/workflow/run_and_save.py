@@ -11,7 +11,6 @@ import onnx
 from kvsurgeon import io
 from kvsurgeon.errors import Code, ParityError, UnsupportedError, WeightsError
 from kvsurgeon.io.external_data import external_tensors
-from kvsurgeon.io.side_files import LinkMode
 from kvsurgeon.passes.contract import Source, Subject, Unchanged
 from kvsurgeon.workflow.pipeline import PassCallback, PassResult, Pipeline, PipelineRun, first_of
 
@@ -27,8 +26,9 @@ def run_and_save(
     folder: str | Path | None = None,
     verify: bool = True,
     verify_each: bool = False,
-    link_mode: LinkMode = "link",
+    link_weights: bool = False,
     pack: bool = False,
+    force: bool = False,
     text: str | Path | None = None,
     per_layer: bool = False,
     on_pass: PassCallback | None = None,
@@ -43,29 +43,35 @@ def run_and_save(
         folder: The folder of the external data of a model in memory.
         verify: Whether to verify the result against the original.
         verify_each: Whether to verify after every pass.
-        link_mode: Whether external data in another folder is linked or copied; see `kvsurgeon.save`.
+        link_weights: Whether to link external data into another folder instead of copying it; see `kvsurgeon.save`.
         pack: Whether to write all weights to one new data file; see `kvsurgeon.save`.
+        force: Whether to replace data files and side files of other content; see `kvsurgeon.save`.
         text: A text file on which to measure the loss of passes that are not exact; None for a built-in text.
         per_layer: Whether to measure the loss of each attention layer too.
         on_pass: See `Pipeline.run`.
         progress: Called by the verifier before each scenario.
 
     Raises:
+        UsageError: The result cannot be written to the destination.
         WeightsError: The verifier needs weights whose folder is not known.
         UnsupportedError: A pass does not support the model, no pass changed it, or the verifier cannot run it.
         ParityError: The results of the model differ from those of the original.
     """
     subject = Subject.of(source, folder)
+    origin = source if isinstance(source, str | Path) else None
+    path = None if destination is None else io.destination_of(subject.model, destination, source=origin)
     reference = reference_of(subject) if verify or verify_each else None
     run = pipeline.run(subject, verify_each=verify_each, on_pass=on_pass)
     if not run.changed:
         raise UnsupportedError(_unchanged(run.steps), code=Code.UNCHANGED, hint="nothing was written")
     if verify and reference is not None:
         run = verify_run(run, reference, destination, text=text, per_layer=per_layer, progress=progress)
-    if destination is None:
+    if path is None:
         return run
-    origin = source if isinstance(source, str | Path) else None
-    return replace(run, path=io.save(run.model, destination, source=origin, link_mode=link_mode, pack=pack))
+    files = io.save_variants(
+        {path.name: run.model}, path.parent, source=origin, link_weights=link_weights, pack=pack, force=force
+    )
+    return replace(run, path=path, files=files)
 
 
 def reference_of(subject: Subject) -> onnx.ModelProto:
