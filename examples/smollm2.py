@@ -129,7 +129,7 @@ class Signature:
 def signature(model: PreTrainedModel, *, with_past: bool) -> Signature:
     """Return the inputs and outputs of the export; the example batch is 2, so that no axis is taken for a constant."""
     batch, new, past = 2, 5, (3 if with_past else 0)
-    tokens = torch.randint(10, 40_000, (batch, new))
+    tokens = torch.randint(10, min(40_000, model.config.vocab_size), (batch, new))
     mask = torch.ones(batch, past + new, dtype=torch.int64)
     mask[0, :2] = 0
     total = "total_sequence_length" if with_past else "sequence_length"

@@ -156,10 +156,11 @@ def _inject_by_command(path: Path, work: Path) -> Path:
     return next(work.glob("*.onnx"))
 
 
-def _session(path: Path) -> ort.InferenceSession:
+def _session(path: Path, *, arena: bool) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    options.enable_cpu_mem_arena = arena  # faster with one, but it keeps what it has
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -178,9 +179,9 @@ def texts(batch: int, length: int, vocabulary: int) -> np.ndarray:
 class Reference:
     """The original: its outputs for the first tokens of a text."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, arena: bool = True) -> None:
         try:
-            self.session = _session(path)
+            self.session = _session(path, arena=arena)
         except Exception as error:
             raise UnanswerableError(_one_line(error)) from error
         self.names = [output.name for output in self.session.get_outputs()]
@@ -235,10 +236,11 @@ class Candidate:
 
     path: Path
     original: onnx.ModelProto
+    arena: bool = True
     cache: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.session = _session(self.path)
+        self.session = _session(self.path, arena=self.arena)
         self.contract = read_contract(self.session, self.original)
         self.names = [output.name for output in self.original.graph.output]
 

@@ -1,7 +1,7 @@
 """Decoders in which the tokens of a text, or the texts of a batch, change each other.
 
-A kind is a pair of changes of a value whose sequence axis is 1, or 2 for queries, keys and values: one mixes tokens; the
-other has the same operators and does not, or only with earlier tokens.
+A kind is a pair of changes of a value whose sequence axis is 1, or 2 for queries, keys and values: one mixes tokens;
+the other has the same operators and does not, or only with earlier tokens.
 """
 
 from __future__ import annotations
