@@ -1,7 +1,7 @@
 """Mutates decoders, and asks of each mutant: is it refused, or injected and the same with a cache as without?
 
     python benchmarks/mutations.py FOLDER... [--mutants N] [--seed S] [--models GLOB] [--only NUMBER]
-                                             [--json OUT] [--resume]
+                                             [--expected inject|either|refuse] [--json OUT] [--resume]
 
 Everything is drawn from the seed: mutant NUMBER of a seed is the same one whatever else is made. Mutants are made and
 run in separate processes, so that one which hangs or dies is counted. Ends with 1 if a mutant was injected
@@ -145,6 +145,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mutants", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--models", action="append", default=[], metavar="GLOB", help="only group/name like this")
+    parser.add_argument("--expected", action="append", choices=["inject", "either", "refuse"], help="default: inject")
     parser.add_argument("--only", type=int, action="append", help="only the mutant of this number; repeatable")
     parser.add_argument("--first", type=int, default=0, help="number of the first mutant")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="write the mutants of --only there")
@@ -159,7 +160,7 @@ def main() -> int:
     entries = [
         entry
         for entry in find_entries(options.folders, groups=[], names=options.models)
-        if entry.expected == "inject" and not entry.damaged
+        if entry.expected in (options.expected or ["inject"]) and not entry.damaged and entry.path.exists()
     ]
     if not entries:
         print("no model found: expected FOLDER/<group>/<name>/meta.json", file=sys.stderr)

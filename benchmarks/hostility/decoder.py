@@ -88,7 +88,6 @@ TOTALS = (
     "last-position",
     "mask-sum",
     "ones-sum",
-    "nonzero",
 )
 
 
@@ -195,9 +194,6 @@ class _Decoder:
                     value=helper.make_tensor("one", TensorProto.INT64, [1], [1]),
                 ),
                 [0],
-            ),
-            "nonzero": lambda: write(
-                "Shape", write("NonZero", write("GreaterOrEqual", self.context.positions, 0)), start=1
             ),
         }
         return makers[self.design.total]()

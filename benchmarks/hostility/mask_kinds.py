@@ -253,10 +253,18 @@ def _starts_of_range(context: Context, causal: str, at: int) -> str:
 
 
 def _bias_of_rest(context: Context, bias: str, at: int) -> str:
-    """A bias by the distance of a key from the end, flat beyond the threshold."""
+    """A bias by the distance of a key from the end, flat beyond 20 to 60 tokens."""
     write = context.write
     left = write("Sub", write("Sub", context.total, 1), context.key_positions)
-    return str(write("Add", bias, write("Mul", write.to_float(write("Min", left, at)), -0.05)))
+    flat = write("Min", left, 20 + at % 41)
+    return str(write("Add", bias, write("Mul", write.to_float(flat), -0.05)))
+
+
+def _bias_of_square_of_rest(context: Context, bias: str, at: int) -> str:
+    """A bias by the square of the distance from the end: the softmax notices the end."""
+    write = context.write
+    left = write.to_float(write("Sub", context.total, context.key_positions))
+    return str(write("Add", bias, write("Mul", write("Mul", left, left), -1e-4)))
 
 
 def _bias_of_distance(context: Context, bias: str, at: int) -> str:
@@ -335,6 +343,6 @@ KINDS: Mapping[str, MaskKind] = {
         MaskKind(name="bias-of-share", hostile=_bias_of_share, twin=_bias_of_bucket, place="bias"),
         MaskKind(name="bias-table", hostile=_bias_table_by_rest, twin=_bias_table_by_middle, place="bias"),
         MaskKind(name="bias-logarithm", hostile=_bias_of_logarithm, twin=_bias_of_own_logarithm, place="bias"),
-        MaskKind(name="bias-linear", hostile=_bias_of_rest, twin=_bias_linear_in_rest, place="bias"),
+        MaskKind(name="bias-linear", hostile=_bias_of_square_of_rest, twin=_bias_linear_in_rest, place="bias"),
     )
 }

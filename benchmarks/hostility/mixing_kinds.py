@@ -71,18 +71,22 @@ REDUCTIONS = ("ReduceMax", "ReduceMean", "ReduceL2", "ReduceMin", "ReduceSumSqua
 
 
 def _combined(site: Site, value: str, reduced: str) -> str:
-    """Combine a value with something reduced of it."""
+    """Combine a value with something reduced of it.
+
+    None of the ways saturates for large numbers, or adds the same to all features, which a normalization would undo.
+    """
     write = site.context.write
     kind = site.option % 5
+    small = write("Mul", write("Log", write("Add", write("Abs", reduced), 1.0)), 0.3)
     if kind == 0:
         return str(write("Div", value, write("Add", write("Abs", reduced), 0.5)))
     if kind == 1:
-        return str(write("Sub", value, write("Mul", reduced, 0.1)))
+        return str(write("Sub", value, write("Mul", small, write.random_weight(1, site.features))))
     if kind == 2:
-        return str(write("Min", value, write("Mul", reduced, 0.9)))
+        return str(write("Min", value, small))
     if kind == 3:
-        return str(write("Mul", value, write("Sigmoid", reduced)))
-    return str(write("Add", value, write("Tanh", reduced)))
+        return str(write("Mul", value, small))
+    return str(write("Add", value, write("Mul", write("Sin", small), write.random_weight(1, site.features))))
 
 
 def _reduced_over(site: Site, value: str, axes: list[int] | None) -> str:

@@ -31,6 +31,7 @@ from verification.uncached import LEVELS, Level, answer, change, distance, first
 import kvsurgeon
 import kvsurgeon.io
 from kvsurgeon.errors import KvsurgeonError, PassError
+from mutating.drawn_cases import draw_cases
 
 CATEGORIES = ("right", "wrong", "refused", "not runnable", "traceback", "hang", "died")
 BAD = frozenset({"wrong", "traceback", "hang", "died"})
@@ -135,7 +136,7 @@ def answered(entry: Entry, mutant: onnx.ModelProto, *, quick: bool = False) -> t
     """
     try:
         session = open_session(mutant, entry.folder)
-        stored = entry.cases(mutant)
+        stored = entry.cases(mutant) or draw_cases(mutant, session)
     except Exception as error:
         raise NotRunnableError(_one_line(error)) from error
     cases = [_answered(session, case) for case in stored[: 1 if quick else None]]

@@ -1,0 +1,99 @@
+"""Hostile decoders are drawn from a seed, and the judge sees what is wrong."""
+
+import numpy as np
+import pytest
+from hostility import judge
+from hostility.catalogue import KINDS, kind_of, write_sample
+from hostility.judge import LIMITED, REFUSED, RIGHT, WRONG, Candidate, Chain, Reference, compare, difference, inject
+
+SHORT = [
+    "length/where",
+    "length/logarithm",
+    "mask/blocks",
+    "mask/window-from-end",
+    "table/mask-block",
+    "mixing/reduce-text",
+    "mixing/shift",
+    "mixing/roll-batch",
+]
+
+
+def drawn(folder, kind, *, twin=False, number=0):
+    return write_sample(1, number, folder, twin=twin, kind=kind)
+
+
+def judged(sample, folder, monkeypatch):
+    monkeypatch.setattr(judge, "LADDER", (65, 130))
+    return judge.judge(
+        sample.path, threshold=sample.threshold, heads=sample.heads, through="injector", work=folder / "injected"
+    )
+
+
+@pytest.mark.parametrize("kind", SHORT)
+def test_a_hostile_decoder_is_refused_limited_or_right(tmp_path, monkeypatch, kind):
+    verdict = judged(drawn(tmp_path, kind), tmp_path, monkeypatch)
+    assert verdict.verdict in (RIGHT, REFUSED, LIMITED), verdict
+
+
+@pytest.mark.parametrize("kind", ["length/where", "mask/blocks", "table/mask-block", "mixing/reduce-text"])
+def test_its_twin_is_right(tmp_path, monkeypatch, kind):
+    verdict = judged(drawn(tmp_path, kind, twin=True), tmp_path, monkeypatch)
+    assert verdict.verdict == RIGHT, verdict
+    assert verdict.changes is False
+
+
+def test_a_number_of_a_seed_is_one_decoder(tmp_path):
+    one, other = (drawn(tmp_path / name, "mixing/experts") for name in "ab")
+    assert one.path.read_bytes() == other.path.read_bytes()
+
+
+def test_all_kinds_come_in_turn():
+    assert {kind_of(3, number) for number in range(len(KINDS))} == set(KINDS)
+
+
+def test_an_original_that_mixes_tokens_is_seen_to_change(tmp_path):
+    sample = drawn(tmp_path, "mixing/reduce-text")
+    assert judge.prepared(sample.path, sample.threshold, sample.heads)
+
+
+def test_other_numbers_are_wrong(tmp_path):
+    sample = drawn(tmp_path / "one", "mask/blocks", twin=True)
+    injected = inject(sample.path, "injector", tmp_path / "injected")
+    chain = Chain(batch=2, steps=((5, True), (9, True), (10, True)))
+    reference = Reference(sample.path)
+    candidate = Candidate(injected, judge.onnx.load(sample.path))
+    assert compare(reference, candidate, [chain]).verdict == RIGHT
+    hidden = reference.kept[2, 10]
+    reference.kept[2, 10] = [array + np.linspace(0, 1, array.shape[-1], dtype=array.dtype) for array in hidden]
+    verdict = compare(reference, candidate, [chain])
+    assert (verdict.verdict, verdict.at) == (WRONG, 10)
+
+
+# Outputs of new tokens are compared with their part of the whole
+
+
+def test_rows_of_new_tokens_are_compared():
+    whole = np.random.default_rng(0).standard_normal((2, 6, 9))
+    assert not difference(whole[:, 4:], whole, 4, 6, 2, 1e-3)
+    assert difference(whole[:, 3:5], whole, 4, 6, 2, 1e-3)
+
+
+def test_flat_rows_are_compared_text_by_text():
+    whole = np.random.default_rng(0).standard_normal((2, 6, 9))
+    assert not difference(whole[:, 4:].reshape(4, 9), whole.reshape(12, 9), 4, 6, 2, 1e-3)
+
+
+def test_a_length_is_that_of_the_text_so_far():
+    assert not difference(np.array([6]), np.array([6]), 4, 6, 2, 1e-3)
+    assert "2 instead of 6" in difference(np.array([2]), np.array([6]), 4, 6, 2, 1e-3)
+
+
+def test_a_missing_axis_is_wrong():
+    assert "shape" in difference(np.zeros((1, 9)), np.zeros((1, 6, 9)), 5, 6, 1, 1e-3)
+
+
+def test_a_small_number_in_a_row_is_not_hidden_by_large_ones_in_others():
+    whole = np.ones((1, 2, 3)) * [[[1.0], [1e5]]] * [0.0, 1.0, 2.0]
+    found = whole.copy()
+    found[0, 1, 0] += 1e4
+    assert difference(found, whole, 0, 2, 1, 1e-3)
