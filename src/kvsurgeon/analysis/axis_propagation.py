@@ -15,8 +15,8 @@ from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code
 from kvsurgeon.ops.operator import AxisLinks, Label, broadcast_links
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import Dimension
-from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis, reshape_axes
+from kvsurgeon.symbolic.dimension import BATCH, Dimension
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis, reshape_axes
 
 
 def axes_after(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
@@ -68,7 +68,7 @@ def _broadcast(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
 
 
 def _check_mixed(visit: NodeVisit, links: AxisLinks) -> None:
-    """An operator may mix along the axis of the keys, and never the sequences of a batch."""
+    """An operator may mix along the axis of the keys."""
     if not links.mixed and not links.blocked:
         return
     for index in visit.tokens():
@@ -82,11 +82,42 @@ def _check_mixed(visit: NodeVisit, links: AxisLinks) -> None:
                 raise visit.mixing() if reason is None else visit.refusal(reason, code=Code.UNTRACEABLE_SEQUENCE)
             if label in links.mixed:
                 visit.mix_along(axis)
-        shape = visit.shape(index)
-        if any(label in links.mixed and visit.is_batch(shape[place]) for place, label in enumerate(labels)):
-            raise visit.refusal(
-                "it mixes the sequences of a batch: padding in one would reach others", code=Code.BATCH_LEAK
-            )
+
+
+def check_batch(visit: NodeVisit, links: AxisLinks) -> None:
+    """Check that a node keeps the sequences of a batch apart, and in their order.
+
+    Raises:
+        UnsupportedError: It mixes, moves or selects sequences.
+    """
+    shapes = {index: visit.call.fact(index).shape or () for index in visit.tokens()}
+    counts = [sum(map(visit.is_batch, shape)) for shape in (visit.call.result.shape or (), *shapes.values())]
+    if counts[0] > max(1, *counts[1:]) or any(
+        visit.is_batch(size) and _mixes_batch(visit, links, index, place)
+        for index, shape in shapes.items()
+        for place, size in enumerate(shape)
+    ):
+        raise visit.refusal(
+            "it mixes the sequences of a batch: padding in one would reach others", code=Code.BATCH_LEAK
+        )
+
+
+def _mixes_batch(visit: NodeVisit, links: AxisLinks, index: int, place: int) -> bool:
+    """Return whether an element along a batch axis depends on another element along it, or becomes another one."""
+    before, after, labels = visit.shape(index), visit.call.result.shape, links.inputs[index]
+    if links.row_major and index == 0 and before[place] is BATCH and after is not None:
+        return reshape_axes((SequenceAxis(place, LengthVariable()),), before, after, BATCH) is None
+    if labels is None:
+        return False
+    label = labels[place]
+    if label is None:
+        in_order = (visit.node, 1) in visit.flow.addresses
+        return index == 0 and (links.addressing == "nd" or (links.addressing == "scatter_nd" and not in_order))
+    if label in links.selected:
+        return links.selected[label][2] != 1 or not dim.is_equal(before[place], (after or before)[place])
+    if links.addressing == "rows" and index == 0 and label not in links.outputs[0]:
+        return True
+    return label in links.mixed or label in links.blocked or label in (links.summed or ())
 
 
 def _check_triangle(visit: NodeVisit, diagonal: tuple[Label, Label]) -> None:

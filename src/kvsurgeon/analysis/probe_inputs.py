@@ -13,6 +13,9 @@ from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes
 
+LOUD = 1 << 20  # added to the number of a token, makes its values larger
+LOUDNESS = 900.0  # how many times larger: beyond what a maximum or a bound of other tokens hides
+
 
 def at_length(number: Any, length: int) -> Any:
     """Return a symbolic number for a batch of two sequences of that length."""
@@ -88,7 +91,7 @@ def position_input(given: InputRole, length: int) -> np.ndarray:
 
 
 def synthetic_values(sizes: Sequence[int], axes: Axes, tokens: np.ndarray, dtype: ir.DataType | None) -> np.ndarray:
-    """Return values in [-3, 3] that look random and depend on the token, not on the length.
+    """Return values that look random and depend on the token, not on the length: in [-3, 3] unless it is loud.
 
     Args:
         sizes: The shape.
@@ -96,7 +99,7 @@ def synthetic_values(sizes: Sequence[int], axes: Axes, tokens: np.ndarray, dtype
         tokens: [length], the number of the token at each position: equal numbers give equal values.
         dtype: The type; float32 if unknown.
     """
-    angles = []
+    angles, loudness = [], np.ones(1)
     for place, size in enumerate(sizes):
         index = np.arange(size)
         axis = next((axis for axis in axes if axis.axis == place), None)
@@ -104,12 +107,14 @@ def synthetic_values(sizes: Sequence[int], axes: Axes, tokens: np.ndarray, dtype
             inner = int(at_length(axis.inner, len(tokens)))
             rows = np.concatenate([-2 - np.arange(axis.rows_before), tokens, -900 - np.arange(axis.rows_after)])
             block = len(rows) * inner
+            loud = np.where(rows[index % block // inner] >= LOUD, LOUDNESS, 1.0)
+            loudness = loudness * loud.reshape(-1, *[1] * (len(sizes) - place - 1))
             index = (index // block) * 7919 + rows[index % block // inner] * 104729 + index % inner
         angles.append((index + 1) * (12.9898 + 78.233 * place) * 43.758)
     wave = 3.0 * _sines_of_sums(angles)
     dtype = run_dtype(dtype or ir.DataType.FLOAT)
     if dtype.is_floating_point():
-        return wave.astype(dtype.numpy())
+        return (wave * loudness.astype(np.float32)).astype(dtype.numpy())
     if dtype is ir.DataType.BOOL:
         return wave > 0
     return np.round(wave * 20 + (64 if dtype.numpy().kind == "u" else 0)).astype(dtype.numpy())

@@ -9,16 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis.axis_propagation import axes_after
+from kvsurgeon.analysis.axis_propagation import axes_after, check_batch
 from kvsurgeon.analysis.learned_rows import with_learned_rows
-from kvsurgeon.analysis.routed_regions import (
+from kvsurgeon.analysis.regions.routed_regions import (
     RoutedRegion,
     find_routed_region,
     join_regions,
     record_routed_region,
     sorts_or_counts,
 )
-from kvsurgeon.analysis.sequence_state import find_sequence_state, record_sequence_state
+from kvsurgeon.analysis.regions.sequence_state import find_sequence_state, record_sequence_state
 from kvsurgeon.analysis.token_flow import NodeVisit, TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.shape_inference import Shapes, report_errors_at
@@ -153,6 +153,7 @@ def _propagate(flow: TokenFlow, node: ir.Node, rule: Rule) -> None:
         if links is None:
             raise _no_links(visit)
         found = rule(visit, links)
+        check_batch(visit, links)
         for value, fact, axes in zip(node.outputs, visit.call.results, found, strict=False):
             if fact.shape is not None:
                 _check_lengths(visit, fact.shape, axes)

@@ -98,11 +98,13 @@ class SequenceState:
         nodes: The nodes, in execution order; the last one computes the result.
         places: Inputs of these nodes that hold token data and that no node of them computes.
         axes: The sequence axis of the result.
+        measured: Whether no later token was observed to count; axis links prove it otherwise.
     """
 
     nodes: tuple[ir.Node, ...]
     places: tuple[Place, ...]
     axes: Axes
+    measured: bool = False
 
     @property
     def result(self) -> ir.Value:

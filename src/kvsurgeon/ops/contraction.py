@@ -6,7 +6,7 @@ labeled axes, so that shapes, sequence axes and attention are decided once for a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from kvsurgeon.ops.operator import (
     AxisLinks,
+    Label,
     Labels,
     Operator,
     Trait,
@@ -207,13 +208,14 @@ def convolution_links(call: OperatorCall, *, kernel: int = 1) -> AxisLinks:
     labels, sizes = identity_links(call), call.fact(kernel).shape
     if sizes is None:
         raise UntraceableAxesError("the rank of a tensor is unknown")
-    wide = [axis for axis in range(2, len(labels)) if not _is_pointwise(call, axis - 2, sizes[axis])]
+    blocked, windows = _wide_axes(call, sizes[2:])
     measured = 2 if call.node.op_type == "ConvInteger" else 0  # the zero point of tokens quantized in this call
     constants = tuple(index for index in range(1, len(call.inputs)) if index != measured)
     outputs = ((labels[0], None, *labels[2:]),)
     return AxisLinks(
-        inputs=parameters(call, labels), outputs=outputs, blocked=dict.fromkeys((1, *wide)), constant_inputs=constants
-    )
+        inputs=parameters(call, labels), outputs=outputs, blocked={1: None, **blocked}, windows=windows,
+        constant_inputs=constants,
+    )  # fmt: skip
 
 
 def pool_links(call: OperatorCall) -> AxisLinks:
@@ -222,9 +224,33 @@ def pool_links(call: OperatorCall) -> AxisLinks:
         raise UntraceableAxesError("its channels are the last axis, for which there is no rule")
     if len(call.node.outputs) > 1 and call.node.outputs[1].uses():
         raise UntraceableAxesError("the indices of its maxima depend on the number of tokens")
-    sizes = call.attribute("kernel_shape")
-    wide = [axis for axis in range(2, rank_of(call, 0)) if not _is_pointwise(call, axis - 2, sizes[axis - 2])]
-    return kept(call, blocked=dict.fromkeys(wide))
+    blocked, windows = _wide_axes(call, call.attribute("kernel_shape"))
+    return kept(call, blocked=blocked, windows=windows)
+
+
+def _wide_axes(
+    call: OperatorCall, kernel: Sequence[Dimension]
+) -> tuple[dict[Label, None], dict[Label, tuple[float, float]]]:
+    """The position axes along which a window is wider than one element, and the window of each if it is known."""
+    wide: dict[Label, None] = {}
+    windows: dict[Label, tuple[float, float]] = {}
+    for place, size in enumerate(kernel):
+        if not _is_pointwise(call, place, size):
+            wide[place + 2] = None
+            window = _window(call, place, size)
+            windows |= {} if window is None else {place + 2: window}
+    return wide, windows
+
+
+def _window(call: OperatorCall, place: int, kernel: Dimension) -> tuple[int, int] | None:
+    """The offsets of the first and the last element of a window; None if it moves by more than one element."""
+    strides, dilations, pads = (call.attribute(name) for name in ("strides", "dilations", "pads"))
+    if not isinstance(kernel, int) or call.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return None
+    if (strides and strides[place] != 1) or call.integer("ceil_mode", 0):
+        return None
+    before = pads[place] if pads else 0
+    return -before, (kernel - 1) * (dilations[place] if dilations else 1) - before
 
 
 def _is_pointwise(call: OperatorCall, place: int, kernel: Dimension) -> bool:

@@ -245,6 +245,9 @@ def squeeze_links(call: OperatorCall) -> AxisLinks:
     before, after = call.fact(0).shape, call.result.shape
     if before is None or after is None:
         raise UntraceableAxesError("the rank of a tensor is unknown")
+    anywhere = call.node.op_type == "Squeeze" and call.integers("axes", 1) is None
+    if anywhere and not all(isinstance(size, int) for size in before):
+        raise UntraceableAxesError("without axes, it drops every axis of size 1, also that of a single token")
     places = [[place for place, size in enumerate(shape) if size != 1] for shape in (before, after)]
     if len(places[0]) != len(places[1]):
         return row_major_links(call)
@@ -310,7 +313,9 @@ def pad_links(call: OperatorCall) -> AxisLinks:
     named = [axis_of(int(axis), rank) for axis in places]
     ends = {axis: (pads[place], pads[place + len(named)]) for place, axis in enumerate(named)}
     padded: dict[Label, tuple[Dimension, Dimension]] = {axis: pair for axis, pair in ends.items() if any(pair)}
-    return kept(call, mixed=frozenset(padded), padded=padded)
+    repeats = call.text("mode", "constant") != "constant"
+    blocked = dict.fromkeys(padded, "it repeats tokens at its ends") if repeats else {}
+    return kept(call, mixed=frozenset(padded), padded=padded, blocked=blocked)
 
 
 def trilu_links(call: OperatorCall) -> AxisLinks:

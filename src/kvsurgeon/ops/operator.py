@@ -39,6 +39,8 @@ class AxisLinks:
         mixed: Labels along which elements influence each other, as along the axis of a `Softmax`.
         blocked: Labels along which a sequence axis cannot be traced at all, with the reason; None means that the
             operator mixes elements along it.
+        windows: For a mixed or blocked label, the offsets of the first and the last element of input 0 that an
+            element depends on; infinite if all elements before or after it count.
         summed: Labels of a product that the result does not have; None if the operator is no product of two tensors.
         row_major: Elements of input 0 keep their row-major order, and labels say nothing.
         target: Input that gives the shape of the result.
@@ -60,6 +62,7 @@ class AxisLinks:
     outputs: tuple[Labels, ...]
     mixed: frozenset[Label] = frozenset()
     blocked: Mapping[Label, str | None] = field(default_factory=dict)
+    windows: Mapping[Label, tuple[float, float]] = field(default_factory=dict)
     summed: frozenset[Label] | None = None
     row_major: bool = False
     target: int | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from kvsurgeon.ops.operator import AxisLinks, Labels, Operator, Trait, entries, parameters
 from kvsurgeon.ops.schema import by_schema
 from kvsurgeon.symbolic import dimension as dim
@@ -27,7 +29,10 @@ def linear_attention_links(call: OperatorCall) -> AxisLinks:
     tokens: Labels = ("batch", "sequence", None)
     inputs = list(parameters(call, tokens, tokens, tokens))
     inputs[4:6] = [tokens if call.given(index) is not None else None for index in range(4, len(inputs))]
-    return AxisLinks(inputs=tuple(inputs), outputs=(tokens, ("batch", None, None, None)), mixed=frozenset({"sequence"}))
+    return AxisLinks(
+        inputs=tuple(inputs), outputs=(tokens, ("batch", None, None, None)), mixed=frozenset({"sequence"}),
+        windows={"sequence": (-math.inf, 0)},
+    )  # fmt: skip
 
 
 OPERATORS: list[Operator] = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -174,11 +176,13 @@ def top_k_links(call: OperatorCall) -> AxisLinks:
 
 
 def cumulative_links(call: OperatorCall) -> AxisLinks:
-    """`CumSum`, `CumProd`: mixed along one axis."""
+    """`CumSum`, `CumProd`: mixed along one axis, with the elements before or with those after."""
     axis = call.numbers(1)
     if axis is None or not isinstance(axis[0], int):
         raise UntraceableAxesError("the axis that it accumulates along is unknown")
-    return along(call, axis[0])
+    nearest = call.integer("exclusive", 0)
+    window = (nearest, math.inf) if call.integer("reverse", 0) else (-math.inf, -nearest)
+    return along(call, axis[0], windows={axis_of(axis[0], rank_of(call, 0)): window})
 
 
 def resize_cumulative_sum(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Value | None:

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from kvsurgeon.analysis.analysis import Analysis
-from kvsurgeon.analysis.sequence_state import reads_masked_tokens
+from kvsurgeon.analysis.regions.sequence_state import reads_masked_tokens
 from kvsurgeon.analysis.token_flow import PER_CALL
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.proof.attention_pattern import AttentionPattern, attended_keys

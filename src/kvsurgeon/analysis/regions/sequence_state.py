@@ -1,33 +1,40 @@
 """Sequence states: operators outside attention whose result depends on earlier tokens.
 
 Convolutions, token shifts and running sums are such operators. Their inputs are cached like keys, and they are computed
-again over all tokens so far. No rule decides for which operators that is correct: they are run, and the result of a
-token must not depend on any later token.
+again over all tokens so far. The result of a token must not depend on any later token, nor on another sequence. Axis
+links decide that for most operators. Only where they do not, as for a matrix of decays, are the operators run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.analysis.axis_propagation import check_batch
 from kvsurgeon.analysis.cache_points import bottlenecks, choose_cache_point, is_no_table_lookup
 from kvsurgeon.analysis.mask_patterns import MaskPattern, is_close, left_padded, sequence_last, unmasked, with_gaps
-from kvsurgeon.analysis.probe_inputs import batch_axis
+from kvsurgeon.analysis.probe_inputs import LOUD, batch_axis
+from kvsurgeon.analysis.regions.probe_lengths import lengths_beyond
+from kvsurgeon.analysis.regions.token_ranges import token_range
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import growing_regions, is_closed, token_inputs
-from kvsurgeon.analysis.token_flow import SequenceState, TokenFlow
+from kvsurgeon.analysis.token_flow import NodeVisit, SequenceState, TokenFlow
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.graph.query import producers, upstream
+from kvsurgeon.ops.operator import UntraceableAxesError
+from kvsurgeon.ops.table import axis_links
 from kvsurgeon.symbolic.dimension import LENGTH
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
 STATE_IS_CAUSAL = "state outside attention depends on no later token (measured on probe inputs)"
 _MAX_NODES = 8  # between the inputs of a state and its result
-_TOKENS = np.arange(65)  # the longest text
-_SHORTER = (1, 2, 7, 40)
+_TOKENS = 65  # of a text, unless a number in the region is larger
+_PREFIXES = (1, 2, 7, 8, 33, 40)  # tokens that stay the same while later ones change
 _LARGE = 30.0  # scale of a run with large values
-_CHANGES = (1, 8, 33)  # positions from which the tokens of a text are replaced
 
 Run = Callable[..., np.ndarray]  # tokens and mask -> [..., token]
 
@@ -59,7 +66,8 @@ def record_sequence_state(flow: TokenFlow, state: SequenceState) -> None:
     flow.operands.update(dict.fromkeys(state.places, variable))
     flow.states.append(state)
     flow.axes[state.result] = state.axes
-    flow.assumed.setdefault(STATE_IS_CAUSAL, state.result.name or "")
+    if state.measured:
+        flow.assumed.setdefault(STATE_IS_CAUSAL, state.result.name or "")
 
 
 def reads_masked_tokens(flow: TokenFlow, state: SequenceState, mask: MaskPattern, assumptions: dict[str, str]) -> bool:
@@ -69,10 +77,10 @@ def reads_masked_tokens(flow: TokenFlow, state: SequenceState, mask: MaskPattern
         value = node.inputs[index]
         assert value is not None
         sources.append([value, *bottlenecks(flow, [value], is_no_table_lookup)][-1])
-    visible = mask(len(_TOKENS))
+    visible, tokens = mask(_TOKENS), np.arange(_TOKENS)
     try:
         _, run = _runner(flow, state, sources, assumptions)
-        results = [run(tokens, mask) for tokens in (_TOKENS, np.where(visible, _TOKENS, _TOKENS + len(_TOKENS)))]
+        results = [run(text, mask) for text in (tokens, np.where(visible, tokens, tokens + LOUD))]
     except Exception:  # whatever onnxruntime raises
         return True
     return not is_close(*(result[..., visible] for result in results))
@@ -98,7 +106,10 @@ def _state_of(flow: TokenFlow, region: Sequence[ir.Node]) -> SequenceState | Non
             choose_cache_point(flow, place)
     except UnsupportedError:
         return None
-    return state if _is_causal(flow, state) else None
+    causal = _is_causal(flow, state)
+    if causal is not None:
+        return state if causal else None
+    return replace(state, measured=True) if _is_measured_causal(flow, state) else None
 
 
 def _result_axes(flow: TokenFlow, value: ir.Value) -> Axes:
@@ -115,35 +126,67 @@ def _has_new_tokens(flow: TokenFlow, value: ir.Value | None) -> bool:
     return len(axes) == 1 and axes[0].is_plain and axes[0].variable.resolved() is Length.NEW
 
 
-def _is_causal(flow: TokenFlow, state: SequenceState) -> bool:
+def _is_causal(flow: TokenFlow, state: SequenceState) -> bool | None:
+    """Return whether the axis links show that no element of the result depends on a later token; None if unknown."""
+    for node in state.nodes:
+        visit = NodeVisit(flow, flow.shapes.call(node))
+        try:
+            links = axis_links(visit.call)
+            if links is not None and links.addressing != "scatter_nd":  # its indices are run
+                check_batch(visit, links)
+        except UntraceableAxesError:
+            continue
+        except UnsupportedError:
+            return False
+    found = token_range(flow, state.nodes, state.places)
+    if found is None or (found.is_causal and found.reads_context):
+        return None
+    return found.is_causal
+
+
+def _is_measured_causal(flow: TokenFlow, state: SequenceState) -> bool:
     """Return whether the result of a token is the same for other, more or fewer later tokens and other sequences."""
     sources = [value for node, index in state.places if (value := node.inputs[index]) is not None]
-    texts = [_TOKENS[:length] for length in _SHORTER]
-    texts += [np.where(change > _TOKENS, _TOKENS, _TOKENS + len(_TOKENS)) for change in _CHANGES]
+    lengths = lengths_beyond(flow, producers(upstream([state.result], stop=sources.__contains__)))
+    if lengths is None:
+        return False
     try:
         runner, run = _runner(flow, state, sources, flow.assumed)
         masks = (left_padded, with_gaps) if runner.masks else ()
         for mask, scale in ((unmasked, 1.0), (unmasked, _LARGE), *((mask, 1.0) for mask in masks)):
-            whole = run(_TOKENS, mask, scale)
-            for text, prefix in zip(texts, (*_SHORTER, *_CHANGES), strict=True):
-                if not is_close(whole[..., :prefix], run(text, mask, scale)[..., :prefix]):
-                    return False
-        return _keeps_sequences_apart(flow, runner, state.result)
+            if not _keeps_prefixes(partial(run, mask=mask, scale=scale), _TOKENS):
+                return False
+        return all(_keeps_prefixes(run, length) for length in lengths if length > _TOKENS) and (
+            _keeps_sequences_apart(flow, runner, state.result)
+        )
     except Exception:  # whatever onnxruntime raises
         return False
 
 
+def _keeps_prefixes(run: Run, length: int) -> bool:
+    """Return whether tokens have the same results if later tokens are dropped, replaced, or replaced by loud ones."""
+    tokens = np.arange(length)
+    whole = run(tokens)
+    for prefix in {*_PREFIXES, length - 3, length - 1}:
+        others = np.where(tokens < prefix, tokens, tokens + length)
+        loud = np.where(tokens < prefix, tokens, tokens + LOUD)
+        for text in (tokens[:prefix], others, loud):
+            if not is_close(whole[..., :prefix], run(text)[..., :prefix]):
+                return False
+    return True
+
+
 def _keeps_sequences_apart(flow: TokenFlow, runner: SubgraphRunner, result: ir.Value) -> bool:
     """Return whether the result of one sequence of a batch is the same next to another second sequence."""
-    axis = batch_axis(flow.shapes[result].shape)
+    axis, tokens = batch_axis(flow.shapes[result].shape), np.arange(_TOKENS)
     if axis is None:
         return batch_axis([flow.batch]) is None
     results = [
-        runner.run(len(_TOKENS), tokens=_TOKENS, second_tokens=second)[0]
-        for second in (_TOKENS, _TOKENS + len(_TOKENS))
+        runner.run(_TOKENS, tokens=tokens, second_tokens=second)[0]
+        for second in (tokens, tokens + _TOKENS, tokens + LOUD)
     ]
     first = range(results[0].shape[axis] // 2)
-    return is_close(*(array.take(first, axis) for array in results))
+    return all(is_close(results[0].take(first, axis), array.take(first, axis)) for array in results[1:])
 
 
 def _runner(
@@ -152,7 +195,7 @@ def _runner(
     """Return a runner of the state's result from its sources, and a function that returns the result's tokens last."""
     runner = SubgraphRunner(flow, [state.result], probed=sources, assumptions=assumptions)
 
-    def run(tokens: np.ndarray, mask: MaskPattern, scale: float = 1.0) -> np.ndarray:
+    def run(tokens: np.ndarray, mask: MaskPattern = unmasked, scale: float = 1.0) -> np.ndarray:
         array = runner.run(len(tokens), mask, tokens=tokens, scale=scale)[0]
         return sequence_last(array, state.axes, len(tokens))
 

@@ -15,14 +15,17 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.call_indices import follows_query_length
 from kvsurgeon.analysis.mask_patterns import is_close, sequence_last
+from kvsurgeon.analysis.probe_inputs import LOUD, batch_axis, join_sequences
+from kvsurgeon.analysis.regions.probe_lengths import lengths_beyond
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import growing_regions, is_closed, is_token, token_inputs
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
+from kvsurgeon.graph.query import producers, upstream
 from kvsurgeon.graph.value_numbering import ValueNumbering
-from kvsurgeon.ops.gather import slice_bounds
+from kvsurgeon.ops.gather import FAR, slice_bounds
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic import dimension as dim
@@ -36,8 +39,13 @@ _INSIDE = (
     Trait.REPEAT, Trait.SELECT, Trait.MOVE, Trait.SHAPE_ONLY,
 )  # fmt: skip
 _LIMITS = (Trait.ORDER, Trait.BOUND, Trait.ROUTING)
-_TOKENS = 33  # tokens of the first text; the other texts consist of the same tokens
-_TEXTS = (range(_TOKENS)[::-1], (5, 3, 3, 20, 31, 0, 8), (4,), (9, 30), [token * 7 % _TOKENS for token in range(300)])
+_TOKENS = np.arange(33) + LOUD * (np.arange(33) >= 25)  # of the first text; the other texts consist of these tokens
+_ALL, _REPEATED = np.arange(33), (0, 6, 30)  # indices of tokens
+_TEXTS = [
+    _ALL[::-1], *(np.array(text) for text in ((5, 3, 3, 20, 31, 0, 8), (4,), (9, 30))), np.arange(300) * 7 % 33,
+    *(np.full(90, token) for token in _REPEATED),
+]  # fmt: skip
+_SECOND = (_ALL[::-1], np.full(33, 6), np.full(33, 30))  # other second sequences of a batch
 
 
 def find_routed_region(flow: TokenFlow, start: ir.Node) -> RoutedRegion | None:
@@ -68,14 +76,23 @@ def join_regions(flow: TokenFlow, regions: Collection[RoutedRegion]) -> RoutedRe
 
 
 def _is_routing(flow: TokenFlow, node: ir.Node) -> bool:
-    return has_trait(node, *_INSIDE)
+    return has_trait(node, *_INSIDE) and (node.op_type != "Slice" or _keeps_all(flow, node))
+
+
+def _keeps_all(flow: TokenFlow, node: ir.Node) -> bool:
+    """Return whether a slice cuts off none of the tokens: it cuts axes of fixed size, or keeps all of an axis."""
+    call = flow.shapes.call(node)
+    bounds, shape = slice_bounds(call), call.fact(0).shape
+    return bounds is not None and shape is not None and all(
+        isinstance(shape[axis], int) or (start == 0 and step == 1 and isinstance(end, int) and end >= FAR)
+        for axis, start, end, step in zip(*bounds, strict=True)
+    )  # fmt: skip
 
 
 def _is_sorting(flow: TokenFlow, node: ir.Node) -> bool:
     """Return whether a node may process sorted tokens: none that separates the first few from the others."""
     if node.op_type == "Slice":
-        bounds, shape = slice_bounds(flow.shapes.call(node)), flow.shapes.call(node).fact(0).shape
-        return bounds is not None and shape is not None and all(isinstance(shape[axis], int) for axis in bounds[0])
+        return _keeps_all(flow, node)
     if has_trait(node, *_LIMITS):
         constants = [small_constant(value) for value in node.inputs]
         return any(constant is not None and not constant.any() for constant in constants)  # compares with 0 only
@@ -130,14 +147,26 @@ def _is_position_wise(flow: TokenFlow, region: RoutedRegion, tokens: Sequence[ir
     if sources is None:
         return False
     result = region[-1].outputs[0]
+    lengths = lengths_beyond(flow, producers(upstream([result], stop=sources.__contains__)))
+    if lengths is None:
+        return False
 
-    def run(text: Sequence[int]) -> np.ndarray:
-        return sequence_last(runner.run(len(text), tokens=np.array(text))[0], _result_axes(flow, region), len(text))
+    def run(text: np.ndarray, second: np.ndarray | None = None) -> np.ndarray:
+        return runner.run(len(text), tokens=_TOKENS[text], second_tokens=None if second is None else _TOKENS[second])[0]
+
+    def by_token(array: np.ndarray, text: np.ndarray) -> np.ndarray:
+        return sequence_last(array, _result_axes(flow, region), len(text))
 
     try:
         runner = SubgraphRunner(flow, [result], probed=sources, assumptions=flow.assumed)
-        whole = run(range(_TOKENS))
-        return bool(np.ptp(whole) > 0) and all(is_close(whole[..., list(text)], run(text)) for text in _TEXTS)
+        alone, axis = run(_ALL), batch_axis(flow.shapes[result].shape)
+        whole = by_token(alone, _ALL)
+        texts = [*_TEXTS, *(np.full(length, token) for length in lengths for token in _REPEATED)]
+        return (
+            bool(np.ptp(whole) > 0)
+            and all(is_close(whole[..., text], by_token(run(text), text)) for text in texts)
+            and all(is_close(join_sequences(alone, run(text), axis), run(_ALL, text)) for text in _SECOND)
+        )
     except Exception:  # whatever onnxruntime raises
         return False
 

@@ -1,0 +1,1 @@
+"""Regions that mix or reorder tokens: sequence states, and experts that select their tokens."""
