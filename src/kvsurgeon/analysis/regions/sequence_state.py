@@ -46,11 +46,11 @@ def find_sequence_state(flow: TokenFlow, start: ir.Node) -> SequenceState | None
     """
     if isinstance(flow.length, int):
         return None
-    for region in growing_regions(flow, start):
-        node = region[-1]
-        if len(region) > _MAX_NODES or any(value.is_graph_output() for value in node.outputs) or _has_subgraph(node):
+    for grown in growing_regions(flow, start):
+        region = _with_siblings(flow, grown)
+        if len(region) > _MAX_NODES or any(_has_subgraph(node) or _is_output(node) for node in region):
             return None
-        if is_closed(region, node.outputs[:1]) and (state := _state_of(flow, region)) is not None:
+        if is_closed(region, region[-1].outputs[:1]) and (state := _state_of(flow, region)) is not None:
             return state
     return None
 
@@ -84,6 +84,22 @@ def reads_masked_tokens(flow: TokenFlow, state: SequenceState, mask: MaskPattern
     except Exception:  # whatever onnxruntime raises
         return True
     return not is_close(*(result[..., visible] for result in results))
+
+
+def _with_siblings(flow: TokenFlow, region: Sequence[ir.Node]) -> list[ir.Node]:
+    """Return a region with later nodes that compute what it reads: whether they mix tokens is not known either."""
+    inside, pending = set(region), list(region)
+    while pending:
+        for value in token_inputs(flow, pending.pop()):
+            node = value.producer()
+            if node is not None and node not in inside and value not in flow.axes:
+                inside.add(node)
+                pending.append(node)
+    return sorted(inside, key=lambda node: flow.order[node])
+
+
+def _is_output(node: ir.Node) -> bool:
+    return any(value.is_graph_output() for value in node.outputs)
 
 
 def _has_subgraph(node: ir.Node) -> bool:
