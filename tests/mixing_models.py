@@ -3,6 +3,8 @@
 Each kind is a few nodes from `{x}` [b, n, 8] to `{y}` [b, n, 8]. Names of other values begin with `m_`.
 """
 
+# ruff: noqa: E501  # a kind is read best on one line
+
 from __future__ import annotations
 
 import numpy as np
@@ -117,7 +119,7 @@ KINDS = {**dict.fromkeys(["reduction over tokens", *MIXING], False), **dict.from
 
 
 def keeps_apart(model: onnx.ModelProto, seed: int) -> bool:
-    """Return whether no result depends on a later token or another sequence: in batches of 2, with loud later tokens."""
+    """Return whether no result depends on a later token or another sequence, which are loud."""
     x = np.random.default_rng(seed).standard_normal((2, 120, 8)).astype(np.float32)
     run_model = in_onnxruntime(model)
 

@@ -47,11 +47,13 @@ def find_sequence_state(flow: TokenFlow, start: ir.Node) -> SequenceState | None
     if isinstance(flow.length, int):
         return None
     for grown in growing_regions(flow, start):
-        region = _with_siblings(flow, grown)
-        if len(region) > _MAX_NODES or any(_has_subgraph(node) or _is_output(node) for node in region):
+        if len(grown) > _MAX_NODES or _is_boundary(grown[-1]):
             return None
-        if is_closed(region, region[-1].outputs[:1]) and (state := _state_of(flow, region)) is not None:
-            return state
+        region = _with_siblings(flow, grown)
+        if is_closed(region, region[-1].outputs[:1]) and not any(map(_is_boundary, region)):
+            state = _state_of(flow, region, may_run=len(region) == len(grown))
+            if state is not None:
+                return state
     return None
 
 
@@ -98,15 +100,13 @@ def _with_siblings(flow: TokenFlow, region: Sequence[ir.Node]) -> list[ir.Node]:
     return sorted(inside, key=lambda node: flow.order[node])
 
 
-def _is_output(node: ir.Node) -> bool:
-    return any(value.is_graph_output() for value in node.outputs)
+def _is_boundary(node: ir.Node) -> bool:
+    """Return whether a node has a subgraph or a graph output, so that no state contains it."""
+    has_subgraph = any(attribute.type is ir.AttributeType.GRAPH for attribute in node.attributes.values())
+    return has_subgraph or any(value.is_graph_output() for value in node.outputs)
 
 
-def _has_subgraph(node: ir.Node) -> bool:
-    return any(attribute.type is ir.AttributeType.GRAPH for attribute in node.attributes.values())
-
-
-def _state_of(flow: TokenFlow, region: Sequence[ir.Node]) -> SequenceState | None:
+def _state_of(flow: TokenFlow, region: Sequence[ir.Node], *, may_run: bool) -> SequenceState | None:
     places = [
         (node, index)
         for node in region
@@ -125,7 +125,7 @@ def _state_of(flow: TokenFlow, region: Sequence[ir.Node]) -> SequenceState | Non
     causal = _is_causal(flow, state)
     if causal is not None:
         return state if causal else None
-    return replace(state, measured=True) if _is_measured_causal(flow, state) else None
+    return replace(state, measured=True) if may_run and _is_measured_causal(flow, state) else None
 
 
 def _result_axes(flow: TokenFlow, value: ir.Value) -> Axes:
