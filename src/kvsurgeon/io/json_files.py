@@ -50,13 +50,12 @@ def read_json(path: Path) -> Any:
         InputError: It cannot be read, is another kind of file, or is too large or nested too deeply.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe without a writer would block
-        with os.fdopen(descriptor, "rb") as file:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f"expected a regular file, found another kind of file at `{path}`")
-            if status.st_size > LARGEST:
-                raise InputError(f"expected at most {LARGEST:,} bytes of JSON, found {status.st_size:,} at `{path}`")
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"expected a regular file, found another kind of file at `{path}`")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > LARGEST:
+                raise InputError(f"expected at most {LARGEST:,} bytes of JSON, found {size:,} at `{path}`")
             text = file.read().decode("utf-8")
     except OSError as error:
         raise InputError(f"cannot read `{path}`: {error.strerror or error}") from error

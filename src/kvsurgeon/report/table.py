@@ -106,7 +106,7 @@ def _written_lines(run: PipelineRun) -> Iterator[str]:
     yield f"written to {run.path}"
     yield from (f"  {one.action} {one.path}" for one in run.files if one.path != run.path)
     if any(one.action == "copied" and one.path.stat().st_size > _LARGE for one in run.files):
-        yield "  hint: an output in the model's own folder needs no copy of its weights, and --link-weights links them"
+        yield "  hint: an output in the folder of the model needs no copy of its weights, and --link-weights links them"
 
 
 def passes_table(passes: Iterable[Mapping[str, Any]]) -> RenderableType:

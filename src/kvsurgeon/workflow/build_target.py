@@ -132,6 +132,7 @@ def _check_destination(subject: Subject, destination: Path, target: Target) -> N
     Raises:
         UsageError: The folder holds the source under another name than that of the target.
     """
+    io.destination_of(subject.model, destination / target.files[0])
     origin = io.loaded_from(subject.model)
     files = [(destination / file).resolve() for file in target.files]
     if origin is None or origin.resolve() in files:

@@ -215,7 +215,8 @@ def _is_well_formed(outcome: Outcome) -> bool:
     if isinstance(outcome, Unchanged):
         return isinstance(outcome.reason, str)
     heads = outcome.heads is None or all(isinstance(one, ModelHeads) for one in outcome.heads)
-    return isinstance(outcome.edits, int) and all(isinstance(note, str) for note in outcome.notes) and heads
+    notes = isinstance(outcome.notes, tuple) and all(isinstance(note, str) for note in outcome.notes)
+    return isinstance(outcome.edits, int) and notes and heads
 
 
 def _verify(reference: onnx.ModelProto, subject: Subject, steps: Sequence[PassResult]) -> None:
