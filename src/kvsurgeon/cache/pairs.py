@@ -95,6 +95,12 @@ class CachePair:
         return self.cache_mode == "static"
 
     @property
+    def rows(self) -> ir.Value | None:
+        """The new rows, before any views."""
+        rows = self.node.inputs[self.operands.rows]
+        return None if rows is None else through(rows, _is_view)
+
+    @property
     def lengths(self) -> tuple[ir.Value, ...]:
         """Values that give the number of past tokens or the rows to write."""
         return tuple(value for index in self.operands.lengths if (value := self.node.inputs[index]) is not None)
@@ -104,7 +110,7 @@ def find_cache_pairs(graph: ir.Graph) -> tuple[CachePair, ...]:
     """Return the cache inputs with their outputs, in the order of the graph inputs.
 
     Raises:
-        UnsupportedError: Two outputs return one cache input, or its sequence axis is ambiguous.
+        UnsupportedError: Two outputs return one cache input with different new rows, or its sequence axis is ambiguous.
     """
     order = {value: index for index, value in enumerate(required_inputs(graph))}
     found: dict[ir.Value, CachePair] = {}
@@ -113,12 +119,13 @@ def find_cache_pairs(graph: ir.Graph) -> tuple[CachePair, ...]:
         pair = _updated(present, order) or _new_rows(present, concats)
         if pair is None:
             continue
-        if pair.past in found:
+        other = found.get(pair.past)
+        if other is not None and other.rows is not pair.rows:
             raise UnsupportedError(
-                "two outputs return one cache input", code=Code.UNKNOWN_CACHE, at=pair.past.name,
-                found=f"`{found[pair.past].present.name}` and `{present.name}`",
+                "two outputs return one cache input with different new rows", at=pair.past.name,
+                code=Code.UNKNOWN_CACHE, found=f"`{other.present.name}` and `{present.name}`",
             )  # fmt: skip
-        found[pair.past] = pair
+        found[pair.past] = pair  # the last of several: outputs that the export had before its cache come first
     return tuple(sorted(found.values(), key=lambda pair: order[pair.past]))
 
 

@@ -193,6 +193,20 @@ class Editor:
         value.name, by.name = by.name, value.name
         self.edits += 1
 
+    def replace_output(self, value: ir.Value, by: ir.Value) -> ir.Value:
+        """Replace a value as an output of the graph, not its other uses; return the output, which has its name."""
+        node = by.producer()
+        if node is None or by.is_graph_output():
+            by = self.node("Identity", [by], name=f"{value.name}.output", dtype=by.dtype, shape=by.shape)
+        else:
+            self._originals.pop(node, None)  # the name is that of the output, not of the copied value
+        for index, output in enumerate(self.graph.outputs):
+            if output is value:
+                self.graph.outputs[index] = by
+        value.name, by.name = by.name, value.name
+        self.edits += 1
+        return by
+
     def replace_input(self, node: ir.Node, index: int, value: ir.Value | None) -> None:
         """Replace an input of a node."""
         if node.inputs[index] is not value:

@@ -25,7 +25,7 @@ from kvsurgeon.ops.operator import AxisLinks, Label, Trait, UntraceableAxesError
 from kvsurgeon.ops.resizing import WHOLE_NUMBERS
 from kvsurgeon.ops.table import axis_links, has_trait, operator_of
 from kvsurgeon.resizing.lengths import LengthValues
-from kvsurgeon.resizing.unfilled_rows import in_token_order
+from kvsurgeon.resizing.unfilled_rows import filled_rows, in_token_order
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import NEW, Dimension
 from kvsurgeon.symbolic.fact import Fact, OperatorCall
@@ -68,6 +68,13 @@ class ContextSlices:
         self.fixed = isinstance(flow.length, int) and flow.length != lengths.total
         self._made: dict[tuple[ir.Value, Key], ir.Value] = {}
         self._rebuilt: dict[tuple[ir.Node, tuple[ir.Value | None, ...]], ir.Node] = {}
+
+    def so_far(self) -> ContextSlices:
+        """Return the slices of context of the tokens so far alone, without unfilled rows of the cache."""
+        lengths = self.lengths.so_far()
+        if lengths is self.lengths:
+            return self
+        return ContextSlices(self.flow, self.editor, lengths, tuple(self.given.values()), self.same)
 
     def slice_of(self, value: ir.Value, axes: Axes = ()) -> ir.Value:
         """Return the value with each of these axes at the length of its variable; other axes are whole."""
@@ -214,7 +221,7 @@ class ContextSlices:
             )  # fmt: skip
         in_rows = tuple(SequenceAxis(axis, LengthVariable(length)) for axis, length in lengths.items())
         wanted = tuple(axis for axis in axes if lengths.get(axis.axis) is not Length.NEW)
-        return self.sliced(in_token_order(self.lengths, value, in_rows), wanted)
+        return self.sliced(filled_rows(self.lengths, in_token_order(self.lengths, value, in_rows), in_rows), wanted)
 
     def _of_numbers(self, value: ir.Value, numbers: np.ndarray, dtype: ir.DataType) -> ir.Value:
         at = np.frompyfunc(lambda number: self.lengths.at(number, Length.TOTAL), 1, 1)

@@ -43,6 +43,7 @@ class LengthValues:
         editor: The editor of the graph.
         sources: Source of each symbol.
         total: Length for which context is computed: that of past and new tokens, or the capacity of the cache.
+        rows: Length of the inputs of context.
         limit: Largest such length that the model supports, if there is one.
     """
 
@@ -57,8 +58,17 @@ class LengthValues:
         self.editor = editor
         self.sources = sources
         self.total = total
+        self.rows = total
         self.limit = limit
         self._made: dict[Hashable, ir.Value] = {}
+
+    def so_far(self) -> LengthValues:
+        """Return the lengths for context of the tokens so far alone, without unfilled rows of the cache."""
+        if self.total == TOTAL:
+            return self
+        lengths = LengthValues(self.editor, self.sources, limit=self.limit)
+        lengths.rows = self.rows
+        return lengths
 
     def once(self, key: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
         """Return the value of a key, added to the graph on first use."""
@@ -189,6 +199,11 @@ class LengthValues:
             return self._fold("Mul", [number.base] * int(number.exp), flat)
         if isinstance(number, (sympy.Min, sympy.Max)):
             return self._fold("Min" if isinstance(number, sympy.Min) else "Max", number.args, flat)
+        if isinstance(number, sympy.floor):
+            dividend, divisor = (dim.plain(part) for part in sympy.fraction(sympy.together(number.args[0])))
+            if isinstance(divisor, int) and not isinstance(dividend, int) and dividend.is_nonnegative:
+                operands = [self._value(dividend, flat=flat), self._value(divisor, flat=flat)]
+                return self._node("Div", operands, name="length", flat=flat)
         raise UnsupportedError(
             "a length is no integer expression", code=Code.UNTRACEABLE_SEQUENCE, found=str(number)
         )  # fmt: skip

@@ -25,9 +25,24 @@ def in_token_order(lengths: LengthValues, value: ir.Value, axes: Axes) -> ir.Val
     return _gathered(lengths, value, axes, dim.multiply(-1, TOTAL), "as_tokens")
 
 
+def filled_rows(lengths: LengthValues, value: ir.Value, axes: Axes) -> ir.Value:
+    """Return an input that has an entry for each row of the cache for the tokens so far alone, along these axes."""
+    cut = [axis.axis for axis in axes if axis.variable.resolved() is Length.TOTAL]
+    if lengths.rows == lengths.total or not cut:
+        return value
+    start = dim.subtract(lengths.rows, TOTAL) if _unfilled_first(lengths.rows) else 0
+    bounds = [lengths.vector([end] * len(cut)) for end in (start, dim.add(start, TOTAL))]
+    axes_input = lengths.editor.constant(cut, name="axes")
+    return lengths.editor.node("Slice", [value, *bounds, axes_input], name=f"{value.name}.so_far", dtype=value.dtype)
+
+
+def _unfilled_first(rows: Dimension) -> bool:
+    return CAPACITY in getattr(rows, "free_symbols", ())
+
+
 def _gathered(lengths: LengthValues, value: ir.Value, axes: Axes, start: Dimension, suffix: str) -> ir.Value:
     """Gather along axes with indices that count up from a negative start: they wrap around at 0."""
-    if lengths.total == TOTAL or CAPACITY not in getattr(lengths.total, "free_symbols", ()):
+    if not _unfilled_first(lengths.total):
         return value
     for axis in axes:
         if axis.variable.resolved() is Length.NEW:

@@ -21,6 +21,7 @@ from kvsurgeon.rewrite.cache_plan import CachePlan, find_sources
 from kvsurgeon.rewrite.cache_tensors import CacheTensor
 from kvsurgeon.rewrite.causal_masks import mask_causal_operators
 from kvsurgeon.rewrite.declared_shapes import declare_shapes, outputs_of_cache_length
+from kvsurgeon.rewrite.further_outputs import return_cached_tensors, return_context_so_far
 from kvsurgeon.rewrite.head_grouping import HeadGrouping
 from kvsurgeon.symbolic.dim_names import dim_names
 from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable
@@ -52,7 +53,7 @@ def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperator
     tokens = TokenRewriter(slices, before)
     grouping = HeadGrouping(tokens)
     updated, connect_operators = add_operators(lengths, before, pasts)
-    presents = _update_caches(plan, lengths, grouping, pasts, updated)
+    presents, all_rows = _update_caches(plan, lengths, grouping, pasts, updated)
     for node in flow.order:
         if any(flow.kinds.get(value) is ValueKind.TOKEN for value in node.outputs):
             tokens.rewire(node)
@@ -61,11 +62,14 @@ def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperator
     for state in flow.states:
         _slice_state(state, slices)
     connect_operators()
+    outputs = outputs_of_cache_length(analysis, plan.total)
+    return_context_so_far(analysis, slices)
     for site in analysis.sites:
         grouping.regroup(site)
+    own_outputs = tuple(analysis.model.graph.outputs)
     analysis.model.graph.outputs.extend(presents)
+    outputs |= return_cached_tensors(own_outputs, lengths, all_rows)
     editor.finish()
-    outputs = outputs_of_cache_length(analysis, plan.total)
     write_cache_metadata(analysis.model, cache_metadata(plan, batch_chunks=not updated, outputs=outputs))
     return editor.edits
 
@@ -98,9 +102,10 @@ def _update_caches(
     grouping: HeadGrouping,
     pasts: CacheValues,
     updated: CacheValues,
-) -> list[ir.Value]:
-    """Return the cache outputs: those that operators compute, and the cache inputs updated with the new rows."""
-    presents = []
+) -> tuple[list[ir.Value], CacheValues]:
+    """Return the cache outputs, which operators compute or which are the updated inputs, and the rows to attend to."""
+    presents: list[ir.Value] = []
+    rows_of: dict[CacheTensor, ir.Value] = {}
     for tensor, past in pasts.items():
         dtype, order = tensor.point.dtype, tensor.order
         if tensor in updated:
@@ -113,7 +118,8 @@ def _update_caches(
             all_rows = _cast(lengths.editor, all_rows, tensor.dtype, dtype, f"{tensor.present}.wide")
         grouping.add_cache(tensor.point, all_rows, order)
         presents.append(present)
-    return presents
+        rows_of[tensor] = all_rows
+    return presents, rows_of
 
 
 def _cast(editor: Editor, value: ir.Value, before: ir.DataType, after: ir.DataType, name: str) -> ir.Value:

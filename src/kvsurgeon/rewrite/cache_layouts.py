@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from kvsurgeon.analysis.cache_points import CachePoint
+from kvsurgeon.graph.query import is_operator
 from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.symbolic.dim_names import dim_names
 from kvsurgeon.symbolic.dimension import NEW, Dimension
@@ -59,12 +60,8 @@ def is_canonical_view(value: ir.Value, point: CachePoint) -> bool:
     """Return whether a value is the cached tensor as [batch, heads, sequence, head_dim]."""
     if len(point.parts) != point.rank or point.rank != len(point.order):
         return False
-    (source, order), (other, own) = _before_transpose(value), _before_transpose(point.value)
-    if source is not other:
-        return False
-    if own is not None:
-        return order == [own[place] for place in point.order]
-    return (order or list(range(point.rank))) == list(point.order)
+    (source, order), (other, own) = _before_transposes(value, point.rank), _before_transposes(point.value, point.rank)
+    return source is other and order == [own[place] for place in point.order]
 
 
 def _canonical_rows(lengths: LengthValues, point: CachePoint) -> ir.Value:
@@ -98,10 +95,17 @@ def _transposed(lengths: LengthValues, point: CachePoint, value: ir.Value, order
     )  # fmt: skip
 
 
-def _before_transpose(value: ir.Value) -> tuple[ir.Value, list[int] | None]:
-    """Return the input of the `Transpose` that computes a value, and its permutation."""
-    node = value.producer()
-    order = None if node is None or node.op_type != "Transpose" else node.attributes.get_ints("perm")
-    if node is None or order is None or node.inputs[0] is None:
-        return value, None
-    return node.inputs[0], list(order)
+def _before_transposes(value: ir.Value, rank: int) -> tuple[ir.Value, list[int]]:
+    """Return the value before any `Transpose` and `Identity`, and which of its axes each axis of the value is."""
+    order = list(range(rank))
+    while True:
+        node = value.producer()
+        source = None if node is None or not is_operator(node, "Transpose", "Identity") else node.inputs[0]
+        if node is None or source is None:
+            return value, order
+        if node.op_type == "Transpose":
+            axes = node.attributes.get_ints("perm") or list(range(rank))[::-1]
+            if len(axes) != rank:
+                return value, order
+            order = [axes[place] for place in order]
+        value = source

@@ -192,8 +192,10 @@ class _Folding:
         return written
 
     def _replace(self, value: ir.Value, by: ir.Value) -> None:
+        if value.is_graph_output():
+            by = self.editor.replace_output(value, by)
         self._replaced[value] = by
-        value.replace_all_uses_with(by, replace_graph_outputs=True)
+        value.replace_all_uses_with(by)
         self.editor.edits += 1
 
     def current(self, value: ir.Value) -> ir.Value:

@@ -177,7 +177,7 @@ REFUSED = {
         "s = MatMul(q, kt)", "s0 = MatMul(q, kt)\n  m = ReduceSum<keepdims = 0>(keys)\n  s = Add(s0, m)"
     ),
     "two outputs": JOINED.replace("all_values)\n<", "all_values, float[b, t, 8] again)\n<").replace(
-        AGAIN, f"{AGAIN}\n  {AGAIN.replace('all_values', 'again')}"
+        AGAIN, f"{AGAIN}\n  again = Concat<axis = 1>(values, q)"
     ),
     "no output returns it with new rows": JOINED.replace(
         AGAIN, "half = Mul(values, low)\n  all_values = Concat<axis = 1>(half, v)"
@@ -192,6 +192,12 @@ def test_an_unsupported_cache_leaves_the_model_unchanged(reason, text):
     with pytest.raises(UnsupportedError, match=reason):
         RemoveCache().apply(subject)
     assert io.to_proto(subject.model).SerializeToString(deterministic=True) == before
+
+
+def test_a_further_output_that_returns_the_cache_too_is_kept():
+    text = JOINED.replace("=> (float[b, n, 8] logits", "=> (float[b, n, 8] logits, float[b, t, 8] own")
+    without = removed(read(text.replace(AGAIN, f"{AGAIN}\n  own = Identity(all_values)")))
+    assert [value.name for value in without.graph.output] == ["logits", "own"]
 
 
 @pytest.mark.parametrize("one", [RemoveCache(), Retarget()])
