@@ -15,15 +15,17 @@ from laws import in_onnxruntime
 from written import read
 
 PLACES = ("hidden", "key", "value", "query", "after")
+SCORES = ("scores", "masked")
 _FROM_TO = {"hidden": ("x", "h"), "key": ("k0", "k"), "value": ("v0", "v"), "query": ("q0", "q"),
-            "after": ("c", "logits")}  # fmt: skip
+            "after": ("c", "logits"), "scores": ("s0", "s"), "masked": ("s", "masked_scores")}  # fmt: skip
 
 CONSTANTS = """float[8, 1, 3] m_kernel, float[8, 1, 2] m_pair, int64[1] m_end = {4611686018427387904},
  int64[1] m_minus = {-1}, int64[1] m_minus2 = {-2}, int64[2] m_both = {1, 2}, int64[2] m_swap = {1, 0}, float m_tenth = {0.1},
  int64 m_two = {2}, float m_127 = {127.0}, int8 m_zero = {0}, float m_nil = {0.0}, float[8, 8] m_w, int64[1] m_100 = {100},
  int64[6] m_before = {0, 1, 0, 0, 0, 0}, int64[6] m_shift = {0, 1, 0, 0, -1, 0}, int64[6] m_ahead = {0, -1, 0, 0, 1, 0},
  int64[6] m_past = {0, 3, 0, 0, 0, 0}, float[1, 1, 8] m_row, int64[1] m_two1 = {2}, float m_big = {50.0},
- int64[6] m_far_ahead = {0, -90, 0, 0, 90, 0}, int64 m_far = {90}"""
+ int64[6] m_far_ahead = {0, -90, 0, 0, 90, 0}, int64 m_far = {90},
+ int64[1] m_100n = {-1000000000}, float m_huge = {5000.0}"""
 
 # what a reduction over tokens is used for: {x} and {r} to {y}
 USES = [
@@ -100,6 +102,40 @@ CAUSAL = {
     "Squeeze with axes": ["m_u = Unsqueeze({x}, second)\n m_s = Squeeze(m_u, second)\n {y} = Add({x}, m_s)"],
 }  # fmt: skip
 
+MASKED = "m_w = Where(allowed, {x}, low)\n "
+WHERE = "m_g = Greater(m_m, {limit})\n {y} = Where(m_g, m_nil, {x})"
+MIXING_SCORES = {  # of `scores`: before the mask
+    "bound of scores": ["m_a = Abs({x})\n m_m = ReduceMax(m_a, m_minus)\n {y} = Div({x}, m_m)",
+                        "m_m = ReduceMax({x}, m_minus)\n m_b = Mul(m_m, half)\n {y} = Min({x}, m_b)"],
+    "loud scores": ["m_m = ReduceMax({x}, m_minus)\n " + WHERE.replace("{limit}", "m_big"),
+                    "m_m = ReduceMax({x}, m_minus)\n " + WHERE.replace("{limit}", "m_huge"),
+                    "m_m = ReduceMax({x}, m_minus)\n m_d = Div(m_m, m_huge)\n m_e = Max(m_d, half)\n {y} = Div({x}, m_e)"],
+    "softmax of scores": ["{y} = Softmax<axis = -1>({x})"],
+    "reversed scores": ["m_r = Slice({x}, m_minus, m_100n, third, m_minus)\n {y} = Add({x}, m_r)"],
+    "scores of other queries": ["m_m = ReduceMax({x}, second)\n {y} = Sub({x}, m_m)", "{y} = Softmax<axis = 1>({x})"],
+    "scores of other sequences": ["m_m = ReduceMax({x}, first)\n {y} = Mul({x}, m_m)"],
+}  # fmt: skip
+CAUSAL_SCORES = {  # of `masked`: with the mask
+    "maximum of masked scores": [MASKED + "m_m = ReduceMax(m_w, m_minus)\n {y} = Sub(m_w, m_m)"],
+    "bound of masked scores": [
+        MASKED + "m_0 = Where(allowed, {x}, m_nil)\n m_a = Abs(m_0)\n m_m = ReduceMax(m_a, m_minus)\n {y} = Div(m_w, m_m)"],
+    "softmax of masked scores": [MASKED + "m_s = Softmax<axis = -1>(m_w)\n {y} = Where(allowed, m_s, low)"],
+}  # fmt: skip
+MIXING_CONTEXT = {  # a matrix of queries and keys that context gives
+    "matrix that looks ahead": [
+        "m_d = Sub(row, column)\n m_ok = Equal(m_d, m_far)\n m_f = Cast<to = 1>(m_ok)\n m_o = MatMul(m_f, {x})\n {y} = Add({x}, m_o)",
+        "m_c = Add(column, one)\n m_ok = LessOrEqual(row, m_c)\n m_f = Cast<to = 1>(m_ok)\n {y} = MatMul(m_f, {x})",
+        "m_a = LessOrEqual(row, column)\n m_b = GreaterOrEqual(row, m_far)\n m_c = GreaterOrEqual(column, m_far)\n m_e = And(m_b, m_c)\n m_ok = Or(m_a, m_e)\n m_f = Cast<to = 1>(m_ok)\n {y} = MatMul(m_f, {x})"],
+    "share of all tokens": [
+        "m_ok = LessOrEqual(row, column)\n m_f = Cast<to = 1>(m_ok)\n m_o = MatMul(m_f, {x})\n m_n = Cast<to = 1>(length)\n {y} = Div(m_o, m_n)"],
+}  # fmt: skip
+CAUSAL_CONTEXT = {
+    "matrix of earlier tokens": [
+        "m_ok = LessOrEqual(row, column)\n m_f = Cast<to = 1>(m_ok)\n {y} = MatMul(m_f, {x})",
+        "m_ok = LessOrEqual(row, column)\n m_d = Sub(row, column)\n m_df = Cast<to = 1>(m_d)\n m_e = Exp(m_df)\n m_f = Where(m_ok, m_e, m_nil)\n {y} = MatMul(m_f, {x})"],
+}  # fmt: skip
+_SPELLINGS = {**MIXING, **CAUSAL, **MIXING_SCORES, **CAUSAL_SCORES, **MIXING_CONTEXT, **CAUSAL_CONTEXT}
+
 
 def mixing_model(kind: str, place: str, seed: int) -> onnx.ModelProto:
     """Return a decoder in which nodes of a kind stand at a place, in a spelling that the seed draws."""
@@ -109,13 +145,20 @@ def mixing_model(kind: str, place: str, seed: int) -> onnx.ModelProto:
         reduction = random.choice(REDUCTIONS).format(a="m_a", r="m_m")
         body = f"m_a = Abs({{x}})\n {reduction}\n {random.choice(USES)}".replace("{r}", "m_m")
     else:
-        body = random.choice({**MIXING, **CAUSAL}[kind])
+        body = random.choice(_SPELLINGS[kind])
     body = body.replace("{x}", before).replace("{y}", "m_y") + f"\n {after} = Identity(m_y)"
-    constants = CONSTANTS + ", int64[1] m_100n = {-1000000000}"
-    return in_order(read(attention(**{place: body}, constants=constants)))
+    return in_order(read(attention(**{place: body}, constants=CONSTANTS)))
 
 
-KINDS = {**dict.fromkeys(["reduction over tokens", *MIXING], False), **dict.fromkeys(CAUSAL, True)}
+def kinds() -> list[tuple[str, str, bool]]:
+    """Return each kind with each of its places, and whether it keeps tokens and sequences apart."""
+    anywhere = {**dict.fromkeys(["reduction over tokens", *MIXING, *MIXING_CONTEXT], False),
+                **dict.fromkeys([*CAUSAL, *CAUSAL_CONTEXT], True)}  # fmt: skip
+    return [
+        *((kind, place, right) for kind, right in anywhere.items() for place in PLACES),
+        *((kind, "scores", False) for kind in MIXING_SCORES),
+        *((kind, "masked", True) for kind in CAUSAL_SCORES),
+    ]
 
 
 def keeps_apart(model: onnx.ModelProto, seed: int) -> bool:

@@ -20,6 +20,7 @@ from kvsurgeon.analysis.mask_patterns import (
     unmasked,
     with_gaps,
 )
+from kvsurgeon.analysis.probe_inputs import LOUD
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.proof.attention_pattern import (
@@ -32,6 +33,7 @@ from kvsurgeon.proof.attention_pattern import (
     leaking_queries,
     queries_without_key,
 )
+from kvsurgeon.proof.key_reductions import check_key_reductions
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, prefix
 from kvsurgeon.symbolic.sequence_axes import Axes
 
@@ -56,6 +58,7 @@ def check_causality(
     """
     if site.fused is not None:
         return _check_fused(sweep, layer, site)
+    check_key_reductions(sweep, layer, site)
     patterns = []
     for product in site.products:
         weights = product.weights_read[0]
@@ -179,6 +182,7 @@ class AttentionProbe:
             keys = self._attended_masked_keys(masked, mask, only_input)
             attended[mask] = keys | attended.get(mask, False)
             padded_weights = masked if padded_weights is None else padded_weights
+        self._check_loud_keys(weights[longest])
         self._check_sequences(weights[longest])
         if self.sweep.fixed is not None:
             self._check_fixed_length(weights[longest])
@@ -275,6 +279,15 @@ class AttentionProbe:
 
     def _check_stable(self, longer: np.ndarray, shorter: np.ndarray) -> None:
         check_prefix_stable("attention weights", longer, shorter, at=self.site.at, layer=self.layer)
+
+    def _check_loud_keys(self, weights: np.ndarray) -> None:
+        """Check that the weights of queries are the same if the scores of later keys are much larger."""
+        length = weights.shape[-1]
+        for count in (1, length // 2) if self.runner.probed else ():
+            tokens = np.arange(length)
+            loud = self.run(length, tokens=np.where(tokens < count, tokens, tokens + LOUD))[0][..., :count, :]
+            if not np.isnan(loud).any() and np.abs(loud[..., count:]).max(initial=0.0) <= MIN_WEIGHT:  # the mask holds
+                self._check_stable(weights[..., :count, :count], loud[..., :count])
 
     def _check_sequences(self, weights: np.ndarray) -> None:
         """Check that a mask of one sequence of a batch does not change the weights of another."""
