@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import onnx
 import onnxruntime as ort
 
 from kvsurgeon.errors import InvalidModelError, KvsurgeonError, MissingKernelError, RunError, UsageError, WeightsError
 from kvsurgeon.io.locate import find_model
-from kvsurgeon.runtime.tensors import from_session, to_runtime
+from kvsurgeon.runtime.shared_weights import share_weights
+from kvsurgeon.runtime.tensors import from_session
 
 Optimization = Literal["off", "basic", "all"]
 Source = str | Path | onnx.ModelProto
@@ -24,7 +24,6 @@ _LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
 }
 _FATAL_ONLY = 4
-_OPEN_FILES = "/proc/self/fd"  # open files of this process on Linux
 _LARGEST_MESSAGE = 2**31 - 1  # bytes of a protobuf message
 
 
@@ -111,13 +110,13 @@ def open_session(
         options.inter_op_num_threads = 1
     name = name or (f"`{source}`" if isinstance(source, str | Path) else "the model")
     readable = _readable(source, folder, options)
-    weights = {} if isinstance(source, str | Path) else _mapped_weights(source)
-    options.add_external_initializers(list(weights), list(weights.values()))
+    here = None if folder is None else Path(folder)
+    weights = share_weights(source, here, options) if isinstance(source, onnx.ModelProto) else ()
     try:
         session = ort.InferenceSession(readable, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise _load_error(error, name) from error
-    return Session(session, name, tuple(weights.values()))
+    return Session(session, name, weights)
 
 
 def folder_of(source: Source, folder: str | Path | None = None) -> Path | None:
@@ -149,18 +148,6 @@ def _readable(source: Source, folder: str | Path | None, options: ort.SessionOpt
     if source.ByteSize() > _LARGEST_MESSAGE:
         raise UsageError("expected a model below 2 GB in memory, found a larger one (save it and give its path)")
     return bytes(source.SerializeToString())
-
-
-def _mapped_weights(model: onnx.ModelProto) -> dict[str, Any]:
-    """Return the weights in open files of this process, mapped: onnxruntime reads the model's folder only."""
-    found: dict[str, Any] = {}
-    for tensor in model.graph.initializer:
-        where = {entry.key: entry.value for entry in tensor.external_data}
-        if where.get("location", "").startswith(f"{_OPEN_FILES}/"):
-            dtype, offset = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type), int(where.get("offset", 0))
-            array = np.memmap(where["location"], dtype=dtype, mode="r", offset=offset, shape=tuple(tensor.dims))
-            found[tensor.name] = to_runtime(array)
-    return found
 
 
 def _load_error(error: Exception, name: str) -> KvsurgeonError:
