@@ -77,6 +77,14 @@ def test_padding_that_a_layer_without_a_mask_attends_to_is_rejected():
     assert refused.value.layer == 1
 
 
+def test_a_state_below_a_layer_that_leaks_may_read_padding():
+    """Masked tokens there have not attended to later tokens yet."""
+    shifted = "int64[6] shift = {0, 1, 0, 0, -1, 0}, float masked"
+    model = TEXT.replace("float masked", shifted).replace("q = MatMul(x", "e = Pad(x, shift)\n  q = MatMul(e")
+    original = read(model.replace("GATE", NONE))
+    assert_law(original, injected(original))
+
+
 def test_padding_that_leaks_in_the_last_layer_is_accepted():
     original = read(with_mask("causal", "visible"))
     assert_law(original, injected(original))

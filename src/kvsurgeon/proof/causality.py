@@ -58,7 +58,6 @@ def check_causality(
     """
     if site.fused is not None:
         return _check_fused(sweep, layer, site)
-    check_key_reductions(sweep, layer, site)
     patterns = []
     for product in site.products:
         weights = product.weights_read[0]
@@ -68,6 +67,7 @@ def check_causality(
             reductions=reductions, learned=weights if any(axis.learned_rows for axis in axes) else None,
         )  # fmt: skip
         patterns.append(probe.check())
+    check_key_reductions(sweep, layer, site)
     return patterns[0]
 
 

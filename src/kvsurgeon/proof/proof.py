@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.regions.sequence_state import reads_masked_tokens
 from kvsurgeon.analysis.token_flow import PER_CALL
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.query import upstream
 from kvsurgeon.proof.attention_pattern import AttentionPattern, attended_keys
 from kvsurgeon.proof.causality import check_causality, other_reductions
 from kvsurgeon.proof.length_sweep import LengthSweep
@@ -131,6 +133,7 @@ def _check_padding(sweep: LengthSweep, patterns: Sequence[AttentionPattern]) -> 
     analysis = sweep.analysis
     for mask in {mask for pattern in patterns for mask in pattern.leaking}:
         leaking = np.zeros(0, dtype=bool)  # at the layers so far
+        outputs: set[ir.Value] = set()  # of layers that leak
         for layer, pattern in enumerate(patterns):
             attended = pattern.attended.get(mask)
             if attended is None:  # no input masks tokens in this layer
@@ -143,8 +146,10 @@ def _check_padding(sweep: LengthSweep, patterns: Sequence[AttentionPattern]) -> 
                 )  # fmt: skip
             if mask in pattern.leaking:
                 leaking = _any_of([leaking, pattern.leaking[mask]])
-        for state in analysis.flow.states if leaking.any() else ():
-            if reads_masked_tokens(analysis.flow, state, mask, sweep.assumptions):
+                outputs |= {analysis.sites[layer].at} if pattern.leaking[mask].any() else set()
+        for state in analysis.flow.states if outputs else ():
+            reads_output = not outputs.isdisjoint(upstream(node.inputs[index] for node, index in state.places))
+            if reads_output and reads_masked_tokens(analysis.flow, state, mask, sweep.assumptions):
                 raise UnsupportedError(
                     "masked tokens attend to later tokens, and unmasked tokens depend on them outside attention",
                     code=Code.PADDING_LEAK, at=state.result.name,
