@@ -46,6 +46,8 @@ def merge(visit: NodeVisit, inputs: Sequence[Labels | None], *, unaligned: Label
 
 def _cross(visit: NodeVisit, traced: AxesByLabel, owner: dict[Label, int], tokens: Sequence[int]) -> None:
     """Two axes of the new length side by side: queries and keys meet, element by element."""
+    if len(traced) < 2:
+        return
     query_axis = [label for label, axis in traced.items() if axis.variable.resolved() is Length.NEW]
     if len(query_axis) < 2:
         return
@@ -65,22 +67,23 @@ def placed(traced: Mapping[Label, SequenceAxis], labels: Labels) -> Axes:
 
 def linked_tokens(visit: NodeVisit, inputs: Sequence[Labels | None]) -> list[int]:
     """Return the inputs that are token data and have labels."""
-    return [index for index in visit.tokens() if inputs[index] is not None]
+    return [index for index in visit.tokens if inputs[index] is not None]
 
 
 def _bring(visit: NodeVisit, inputs: Sequence[Labels | None], traced: AxesByLabel) -> None:
     """Context may bring an axis of the sequence length: tokens that it meets may then be queries, or keys."""
-    query_axis = [(label, axis) for label, axis in traced.items() if axis.variable.resolved() is Length.NEW]
-    before = set(traced)
+    before = dict(traced)
     for index, labels in enumerate(inputs):
         if labels is None or visit.kind(index) is ValueKind.TOKEN:
             continue
         for label, size in zip(labels, visit.shape(index), strict=True):
             if label is not None and label not in traced and visit.holds_length(size):
                 traced[label] = brought(visit, size)
-    if before == set(traced):
+    if len(before) == len(traced):
         return
-    for label, axis in query_axis:
+    for label, axis in before.items():
+        if axis.variable.resolved() is not Length.NEW:
+            continue
         variable = LengthVariable(at=visit.node.outputs[0].name or "")
         for index in linked_tokens(visit, inputs):
             labels = inputs[index] or ()
@@ -103,9 +106,11 @@ def align(
     own = {axis.axis for axis in visit.axes(index)} if token else set()
     wanted: list[SequenceAxis] = []
     for place, (label, size) in enumerate(zip(labels, visit.shape(index), strict=True)):
-        if size == 1 or place in own or (label is not None and label == unaligned):
+        if place in own or (label is not None and label == unaligned):
             continue
         if label is not None and label in traced:
+            if size == 1:
+                continue
             if token:
                 raise visit.untraceable(index)
             _check_size(visit, index, traced[label], size)
@@ -118,9 +123,8 @@ def align(
 
 def _check_size(visit: NodeVisit, index: int, axis: SequenceAxis, size: Dimension) -> None:
     """Context is cut to the new length only if it surely has the sequence length."""
-    whole = axis.size(visit.flow.length)
-    if axis.variable.resolved() is Length.NEW and not dim.is_equal(size, whole):
+    if axis.variable.resolved() is Length.NEW and not dim.is_equal(size, axis.size(visit.flow.length)):
         raise visit.refusal(
             "context that meets the tokens does not surely have their length", at=visit.node.inputs[index],
-            expected=str(whole), found=str(size), code=Code.UNTRACEABLE_SEQUENCE,
+            expected=str(axis.size(visit.flow.length)), found=str(size), code=Code.UNTRACEABLE_SEQUENCE,
         )  # fmt: skip

@@ -6,8 +6,6 @@ shapes alone.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from kvsurgeon.analysis import lookups, products, sequence_slices
 from kvsurgeon.analysis.axis_merging import brought, linked_tokens, merge, placed
 from kvsurgeon.analysis.token_flow import PER_CALL, NodeVisit, is_of_queries
@@ -62,7 +60,8 @@ def _broadcast(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     _check_mixed(visit, links)
     _check_sequence(visit, links)
     traced = merge(visit, links.inputs)
-    traced = {label: _resized(visit, links, label, axis) for label, axis in traced.items()}
+    if links.padded or links.repeated or links.length_inputs:
+        traced = {label: _resized(visit, links, label, axis) for label, axis in traced.items()}
     cut = sequence_slices.selected(visit, links, traced) if links.selected else traced
     return [placed(cut, labels) for labels in links.outputs]
 
@@ -71,7 +70,7 @@ def _check_mixed(visit: NodeVisit, links: AxisLinks) -> None:
     """An operator may mix along the axis of the keys."""
     if not links.mixed and not links.blocked:
         return
-    for index in visit.tokens():
+    for index in visit.tokens:
         labels = links.inputs[index]
         if labels is None:
             continue
@@ -90,7 +89,7 @@ def check_batch(visit: NodeVisit, links: AxisLinks) -> None:
     Raises:
         UnsupportedError: It mixes, moves or selects sequences.
     """
-    shapes = {index: visit.call.fact(index).shape or () for index in visit.tokens()}
+    shapes = {index: visit.call.fact(index).shape or () for index in visit.tokens}
     counts = [sum(map(visit.is_batch, shape)) for shape in (visit.call.result.shape or (), *shapes.values())]
     if counts[0] > max(1, *counts[1:]) or any(
         visit.is_batch(size) and _mixes_batch(visit, links, index, place)
@@ -151,7 +150,7 @@ def _resized(visit: NodeVisit, links: AxisLinks, label: Label, axis: SequenceAxi
     if any(visit.holds_length(one) for one in links.repeated.values()):
         raise visit.refusal("it repeats token data as often as there are tokens", code=Code.UNTRACEABLE_SEQUENCE)
     if times != 1:
-        axis = replace(axis, outer=dim.multiply(times, axis.outer))
+        axis = axis._replace(outer=dim.multiply(times, axis.outer))
     for index, one in links.length_inputs:
         if one == label and not links.selected:
             visit.parameter((index,), axis.variable)
@@ -198,7 +197,7 @@ def _expanded(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
 
 def _token_rows(visit: NodeVisit) -> list[Axes]:
     """Each token apart, [tokens, features]: inputs may have batch and sequence on one axis or on two."""
-    for index in visit.tokens():
+    for index in visit.tokens:
         traced, shape = visit.axes(index), visit.shape(index)
         tokens = dim.product(shape[:-1])
         alone = len(traced) == 1 and traced[0].axis != len(shape) - 1 and traced[0].inner == 1

@@ -19,7 +19,7 @@ def with_learned_rows(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     """
     if isinstance(links.joined, int):
         return [_concatenated(visit, links, links.joined)]
-    if visit.call.text("mode", "constant") != "constant" or visit.tokens() != [0]:
+    if visit.call.text("mode", "constant") != "constant" or visit.tokens != (0,):
         raise visit.mixing()
     axis = next((axis.axis for axis in visit.axes(0) if axis.axis in links.padded), None)
     if axis is None:
@@ -32,9 +32,9 @@ def with_learned_rows(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
 
 def _concatenated(visit: NodeVisit, links: AxisLinks, joined: int) -> Axes:
     """One tensor of tokens, and others with a fixed number of rows that depend on no input."""
-    if len(visit.tokens()) != 1:
+    if len(visit.tokens) != 1:
         raise visit.mixing()
-    (mine,) = visit.tokens()
+    (mine,) = visit.tokens
     rows: list[int] = []
     for index, labels in enumerate(links.inputs):
         if labels is None:

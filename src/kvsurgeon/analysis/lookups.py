@@ -57,7 +57,7 @@ def gather_elements(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     if looked_up and visit.flow.length not in others:
         _demand_rows(visit, axis)
         return [visit.axes(1)]
-    for index in visit.tokens():
+    for index in visit.tokens:
         for traced in visit.axes(index):
             if traced.axis == axis and not is_lookup:
                 raise visit.mixing()

@@ -21,11 +21,9 @@ from kvsurgeon.analysis.regions.routed_regions import (
 from kvsurgeon.analysis.regions.sequence_state import find_sequence_state, record_sequence_state
 from kvsurgeon.analysis.token_flow import NodeVisit, TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.dataflow.shape_inference import Shapes, report_errors_at
+from kvsurgeon.dataflow.shape_inference import Shapes, raise_at
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.graph.query import all_inputs
-from kvsurgeon.ops.content import is_shape_only
 from kvsurgeon.ops.operator import AxisLinks, Trait, UntraceableAxesError
 from kvsurgeon.ops.table import KNOWN_DOMAINS, axis_links, has_trait
 from kvsurgeon.symbolic import dimension as dim
@@ -59,21 +57,17 @@ def propagate_tokens(
         if given.is_token:
             flow.axes[given.value] = tuple(SequenceAxis(axis, flow.query_axis) for axis in given.lengths)
     routed_regions: dict[ir.Node, RoutedRegion] = {}
-    read = _read_for_content(nodes)
     for node in nodes:
-        if (
-            has_trait(node, Trait.ROUTING)
-            and kinds.get(node.outputs[0]) is ValueKind.TOKEN
-            and node not in routed_regions
-        ):
+        is_token = [kinds.get(value) is ValueKind.TOKEN for value in node.outputs]
+        if is_token[0] and has_trait(node, Trait.ROUTING) and node not in routed_regions:
             found = find_routed_region(flow, node)
             routed_regions.update(dict.fromkeys(found, found) if found is not None else {})
         if node in routed_regions:
             if node is routed_regions[node][-1]:
                 record_routed_region(flow, routed_regions[node])
-        elif node not in flow.state_nodes and any(kinds.get(value) is ValueKind.TOKEN for value in node.outputs):
+        elif any(is_token) and node not in flow.state_nodes:
             try:
-                _propagate_or_cache(flow, node, is_read=node in read)
+                _propagate_or_cache(flow, node)
             except UnsupportedError:
                 if not _starts_region(flow, node, routed_regions):
                     raise
@@ -92,17 +86,6 @@ def _starts_region(flow: TokenFlow, node: ir.Node, routed_regions: dict[ir.Node,
     return whole is not None
 
 
-def _read_for_content(nodes: Sequence[ir.Node]) -> set[ir.Node]:
-    """Return the nodes of which more is read than the shapes of their results."""
-    read: set[ir.Value] = {value for node in nodes for value in node.outputs if value.is_graph_output()}
-    found: set[ir.Node] = set()
-    for node in reversed(nodes):
-        if any(value in read for value in node.outputs):
-            found.add(node)
-            read.update(() if is_shape_only(node) else all_inputs(node))
-    return found
-
-
 def _reads_queries(flow: TokenFlow, node: ir.Node) -> bool:
     """Whether a node reads no tensor in which queries meet keys."""
     axes = [axis for value in node.inputs if value is not None for axis in flow.axes.get(value, ())]
@@ -116,7 +99,7 @@ def _batch(inputs: list[InputRole]) -> Dimension:
     return first.dimensions[axis - 1] if axis else 1
 
 
-def _propagate_or_cache(flow: TokenFlow, node: ir.Node, *, is_read: bool) -> None:
+def _propagate_or_cache(flow: TokenFlow, node: ir.Node) -> None:
     """Propagate through a node; if it mixes tokens, cache what it reads if only earlier tokens count.
 
     If it adds learned rows to the tokens, they are keys or values from there on.
@@ -124,6 +107,7 @@ def _propagate_or_cache(flow: TokenFlow, node: ir.Node, *, is_read: bool) -> Non
     try:
         _propagate(flow, node, axes_after)
     except UnsupportedError:
+        is_read = node in flow.read_for_content
         state = find_sequence_state(flow, node) if is_read else None
         if state is not None:
             record_sequence_state(flow, state)
@@ -145,21 +129,28 @@ def _has_learned_rows(flow: TokenFlow, node: ir.Node) -> bool:
 
 def _propagate(flow: TokenFlow, node: ir.Node, rule: Rule) -> None:
     visit = NodeVisit(flow, flow.shapes.call(node))
-    with report_errors_at(node):
-        try:
-            links = axis_links(visit.call)
-        except UntraceableAxesError as error:
-            raise visit.refusal(str(error)) from error
-        if links is None:
-            raise _no_links(visit)
+    try:
+        links = _links(visit)
         found = rule(visit, links)
         check_batch(visit, links)
         for value, fact, axes in zip(node.outputs, visit.call.results, found, strict=False):
             if fact.shape is not None:
                 _check_lengths(visit, fact.shape, axes)
             flow.axes[value] = axes
-    if any(value in flow.last for value in node.inputs if value is not None):
+    except Exception as error:
+        raise_at(node, error)
+    if flow.last and any(value in flow.last for value in node.inputs):
         _check_last(visit, found)
+
+
+def _links(visit: NodeVisit) -> AxisLinks:
+    try:
+        links = axis_links(visit.call)
+    except UntraceableAxesError as error:
+        raise visit.refusal(str(error)) from error
+    if links is None:
+        raise _no_links(visit)
+    return links
 
 
 def _no_links(visit: NodeVisit) -> UnsupportedError:
@@ -179,8 +170,10 @@ def _check_lengths(visit: NodeVisit, shape: tuple[Dimension, ...], axes: Axes) -
         if place not in traced and visit.holds_length(size):
             raise visit.refusal("cannot trace the sequence axis", found=f"axis {place} of size {size}")
     for axis in axes:
+        if axis.variable.resolved() is not Length.NEW:
+            continue
         whole = axis.size(visit.flow.length)
-        if axis.variable.resolved() is Length.NEW and not dim.is_equal(whole, shape[axis.axis]):
+        if not dim.is_equal(whole, shape[axis.axis]):
             raise visit.refusal(
                 "it keeps only some of the tokens", expected=f"axis {axis.axis} of size {whole}",
                 found=str(shape[axis.axis]),

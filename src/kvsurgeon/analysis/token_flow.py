@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import onnx_ir as ir
 import sympy
@@ -12,6 +13,7 @@ from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.ops.content import content_inputs
 from kvsurgeon.ops.operator import AttentionInputs
 from kvsurgeon.ops.table import operator_of
 from kvsurgeon.symbolic import dimension as dim
@@ -141,6 +143,7 @@ class TokenFlow:
         products: Products of weights and values.
         fused: Operators that compute a whole attention.
         states: Sequence states outside attention.
+        state_nodes: Their nodes, which are computed at the total length.
         assumed: What propagation could not prove, with the first value that it concerns.
         mixes_keys: Nodes that mix elements along an axis that must turn out to be the keys'.
         last: Values computed from the last token alone.
@@ -169,6 +172,7 @@ class TokenFlow:
     products: list[ContextProduct] = field(default_factory=list)
     fused: list[FusedAttention] = field(default_factory=list)
     states: list[SequenceState] = field(default_factory=list)
+    state_nodes: set[ir.Node] = field(default_factory=set)
     assumed: dict[str, str] = field(default_factory=dict)
     mixes_keys: dict[ir.Node, LengthVariable] = field(default_factory=dict)
     last: set[ir.Value] = field(default_factory=set)
@@ -194,10 +198,16 @@ class TokenFlow:
                 return at
         return place
 
-    @property
-    def state_nodes(self) -> frozenset[ir.Node]:
-        """Nodes that are computed at the total length outside attention."""
-        return frozenset(node for state in self.states for node in state.nodes)
+    @cached_property
+    def read_for_content(self) -> set[ir.Node]:
+        """Nodes of which more is read than the shapes of their results."""
+        read: set[ir.Value] = {value for node in self.order for value in node.outputs if value.is_graph_output()}
+        found: set[ir.Node] = set()
+        for node in reversed(self.order):
+            if any(value in read for value in node.outputs):
+                found.add(node)
+                read.update(content_inputs(node))
+        return found
 
 
 @dataclass(slots=True)
@@ -208,13 +218,18 @@ class NodeVisit:
     call: OperatorCall
     node: ir.Node = field(init=False)
     kinds: tuple[ValueKind, ...] = field(init=False)  # of the inputs; a missing one is constant
+    tokens: tuple[int, ...] = field(init=False)  # indices of the inputs that are token data
 
     def __post_init__(self) -> None:
         """Read the kinds of the inputs, which each rule asks for several times."""
-        self.node, known = self.call.node, self.flow.kinds
+        self.node, kinds = self.call.node, self.flow.kinds
         self.kinds = tuple(
-            ValueKind.CONSTANT if value is None else known.get(value, ValueKind.CONSTANT) for value in self.node.inputs
+            [
+                ValueKind.CONSTANT if value is None else kinds.get(value, ValueKind.CONSTANT)
+                for value in self.node.inputs
+            ]
         )
+        self.tokens = tuple([index for index, kind in enumerate(self.kinds) if kind is ValueKind.TOKEN])
 
     def kind(self, index: int) -> ValueKind:
         """The kind of an input; a missing one is constant."""
@@ -239,10 +254,6 @@ class NodeVisit:
             raise self.refusal("a tensor's rank is unknown")
         return shape
 
-    def tokens(self) -> list[int]:
-        """Return the indices of the inputs that are token data."""
-        return [index for index, kind in enumerate(self.kinds) if kind is ValueKind.TOKEN]
-
     def demand(self, index: int, axes: Axes) -> None:
         """Note that an input that is not token data must have these axes."""
         if axes:
@@ -257,11 +268,11 @@ class NodeVisit:
 
     def holds_length(self, size: Dimension) -> bool:
         """Whether a dimension varies with the number of tokens."""
-        return isinstance(size, sympy.Expr) and LENGTH in size.free_symbols
+        return isinstance(size, sympy.Expr) and dim.contains(size, LENGTH)
 
     def is_batch(self, size: Dimension) -> bool:
         """Whether a dimension varies with the number of sequences."""
-        return isinstance(size, sympy.Expr) and BATCH in size.free_symbols
+        return isinstance(size, sympy.Expr) and dim.contains(size, BATCH)
 
     def assume(self, what: str) -> None:
         """Note an assumption that cannot be proved."""

@@ -5,9 +5,9 @@ Declared shapes are not trusted, except for their rank if no rule gives one: exp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import numpy as np
 import onnx_ir as ir
@@ -21,23 +21,19 @@ from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import NOTHING, Fact, OperatorCall, known
 
 
-@contextmanager
-def report_errors_at(node: ir.Node) -> Iterator[None]:
-    """Report errors of a rule with the node at which they occur.
+def raise_at(node: ir.Node, error: Exception) -> NoReturn:
+    """Raise the exception of a rule with the node at which it occurred.
 
     Raises:
-        UnsupportedError: In place of any other exception.
+        UnsupportedError: In place of any exception that is not an error of this package.
     """
-    try:
-        yield
-    except KvsurgeonError:
-        raise
-    except Exception as error:
-        raise UnsupportedError(
-            f"{node.op_type}: its inputs are inconsistent", code=Code.INCONSISTENT_SHAPES,
-            at=node.outputs[0].name, found=" ".join(str(error).split()) or type(error).__name__,
-            hint="does onnxruntime run this model?",
-        ) from error  # fmt: skip
+    if isinstance(error, KvsurgeonError):
+        raise error
+    raise UnsupportedError(
+        f"{node.op_type}: its inputs are inconsistent", code=Code.INCONSISTENT_SHAPES,
+        at=node.outputs[0].name, found=" ".join(str(error).split()) or type(error).__name__,
+        hint="does onnxruntime run this model?",
+    ) from error  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -57,8 +53,8 @@ class Shapes:
 
     def call(self, node: ir.Node) -> OperatorCall:
         """Return a node with the facts of its inputs and outputs."""
-        facts = tuple(None if value is None else self[value] for value in node.inputs)
-        results = tuple(self.facts.get(value, NOTHING) for value in node.outputs)
+        facts = tuple([None if value is None else self.facts.get(value) or self[value] for value in node.inputs])
+        results = tuple([self.facts.get(value, NOTHING) for value in node.outputs])
         return OperatorCall(node, facts, self.opset, self.bounds.add, results)
 
 
@@ -92,8 +88,10 @@ def infer_shapes(
             continue  # looked up when asked for
         call = shapes.call(node)
         operator = find(node.domain, node.op_type, opset if node.domain in STANDARD_DOMAINS else None)
-        with report_errors_at(node):
+        try:
             found = by_schema(call) if operator is None else operator.shape(call)
+        except Exception as error:
+            raise_at(node, error)
         outputs = found if isinstance(found, list) else [found]
         for index, value in enumerate(node.outputs):
             fact = outputs[index] if index < len(outputs) else outputs[0]

@@ -22,7 +22,8 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
         return None
     attribute = next(iter(node.attributes.values()))
     if attribute.type is ir.AttributeType.TENSOR:
-        return attribute.as_tensor()
+        tensor: ir.TensorProtocol = attribute.value  # `as_tensor` checks the protocol, which is slow
+        return tensor
     if attribute.type in (ir.AttributeType.INT, ir.AttributeType.INTS):
         return ir.Tensor(np.array(attribute.value, dtype=np.int64))
     if attribute.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS):

@@ -249,10 +249,9 @@ class Editor:
     def finish(self) -> None:
         """Remove dead code, give copies the names of removed originals, and sort the nodes."""
         live = find_live(self.graph)
-        for node in reversed(list(self.graph)):
-            if node not in live:
-                self.graph.remove(node, safe=False)
-                self.edits += 1
+        dead = [node for node in self.graph if node not in live]
+        self.graph.remove(dead)
+        self.edits += len(dead)
         self._rename_copies(live)
         for value in list(self.graph.initializers.values()):
             used = value in live or value.is_graph_output() or value.is_graph_input()

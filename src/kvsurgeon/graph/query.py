@@ -38,7 +38,7 @@ def producer_of(value: ir.Value | None, *operators: str) -> ir.Node | None:
 def all_inputs(node: ir.Node) -> list[ir.Value]:
     """Return the values that a node reads, including those that its subgraphs capture."""
     values = [value for value in node.inputs if value is not None]
-    for attribute in node.attributes.values():
+    for attribute in node.attributes.data.values():  # the plain dict below is several times as fast to walk
         if attribute.type is ir.AttributeType.GRAPH:
             inner = attribute.as_graph()
             made = {value for inside in inner.all_nodes() for value in inside.outputs} | set(inner.inputs)

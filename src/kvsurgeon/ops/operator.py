@@ -7,9 +7,10 @@ The stages hold engines that work on any entry: shape inference asks for `shape`
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,8 +27,10 @@ class UntraceableAxesError(Exception):
     """The axes of one call cannot be linked; the message says why."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AxisLinks:
+_NONE: Mapping[Label, Any] = MappingProxyType({})
+
+
+class AxisLinks(NamedTuple):
     """Links between the axes of a node's inputs and outputs: which of them correspond, element by element.
 
     Equal labels correspond. An axis of size 1 may face a larger one of its label: it is broadcast. An axis without a
@@ -61,16 +64,16 @@ class AxisLinks:
     inputs: tuple[Labels | None, ...]
     outputs: tuple[Labels, ...]
     mixed: frozenset[Label] = frozenset()
-    blocked: Mapping[Label, str | None] = field(default_factory=dict)
-    windows: Mapping[Label, tuple[float, float]] = field(default_factory=dict)
+    blocked: Mapping[Label, str | None] = _NONE
+    windows: Mapping[Label, tuple[float, float]] = _NONE
     summed: frozenset[Label] | None = None
     row_major: bool = False
     target: int | None = None
-    selected: Mapping[Label, tuple[Dimension, Dimension, int]] = field(default_factory=dict)
+    selected: Mapping[Label, tuple[Dimension, Dimension, int]] = _NONE
     length_inputs: Sequence[tuple[int, Label]] = ()
     joined: Label | None = None
-    padded: Mapping[Label, tuple[Dimension, Dimension]] = field(default_factory=dict)
-    repeated: Mapping[Label, Dimension] = field(default_factory=dict)
+    padded: Mapping[Label, tuple[Dimension, Dimension]] = _NONE
+    repeated: Mapping[Label, Dimension] = _NONE
     diagonal: tuple[Label, Label] | None = None
     addressing: str | None = None
     sequence: Label | None = None

@@ -25,8 +25,8 @@ BUILT_IN: tuple[Operator, ...] = tuple(
 )
 
 KNOWN_DOMAINS = ("", "ai.onnx", "com.microsoft")
-_SHARED = ("", "com.microsoft")  # onnxruntime registers several operators in both domains
 _STANDARD = {"ai.onnx": ""}
+_OTHER_DOMAIN = {"": "com.microsoft", "ai.onnx": "com.microsoft", "com.microsoft": ""}  # onnxruntime: several in both
 _Table = dict[tuple[str, str], list[Operator]]
 
 
@@ -55,23 +55,23 @@ def registered(*operators: Operator) -> Iterator[None]:
 
 def find(domain: str, op_type: str, version: int | None = None) -> Operator | None:
     """Return the entry of an operator, at a version of its domain or the newest; None if there is none."""
-    domain = _STANDARD.get(domain, domain)
     if extra := _registered.get():
-        found = _newest(_table(extra).get((domain, op_type), ()), version)
+        found = _newest(_table(extra), domain, op_type, version)
         if found is not None:
             return found
-    return _built_in(domain, op_type, version) or _newest(installed_operators().get((domain, op_type), ()), version)
+    return _built_in(domain, op_type, version) or _newest(installed_operators(), domain, op_type, version)
 
 
 @cache
 def _built_in(domain: str, op_type: str, version: int | None) -> Operator | None:
-    found = _newest(_BUILT_IN.get((domain, op_type), ()), version)
-    if found is None and domain in _SHARED:
-        found = _newest(_BUILT_IN.get((_SHARED[domain == _SHARED[0]], op_type), ()), None)
+    found = _newest(_BUILT_IN, domain, op_type, version)
+    if found is None and domain in _OTHER_DOMAIN:
+        found = _newest(_BUILT_IN, _OTHER_DOMAIN[domain], op_type, None)
     return found
 
 
-def _newest(versions: Iterable[Operator], version: int | None) -> Operator | None:
+def _newest(table: _Table, domain: str, op_type: str, version: int | None) -> Operator | None:
+    versions = table.get((_STANDARD.get(domain, domain), op_type), ())
     return next((one for one in versions if version is None or one.since_version <= version), None)
 
 

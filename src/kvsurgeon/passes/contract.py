@@ -15,6 +15,7 @@ from kvsurgeon.analysis.analysis import Analysis, analyze
 from kvsurgeon.anatomy import Decoder, cache_facts, decoder_facts
 from kvsurgeon.decompose import DecomposedModel, decompose
 from kvsurgeon.graph.recursion import deep_recursion
+from kvsurgeon.io.gc_pause import gc_paused
 from kvsurgeon.io.json_files import read_json
 from kvsurgeon.io.model_config import HeadChange
 from kvsurgeon.proof.proof import Proof, prove
@@ -118,7 +119,7 @@ class _Stages:
 
     @cached_property
     def analysis(self) -> Analysis:
-        with deep_recursion():
+        with deep_recursion(), gc_paused():
             return analyze(self.decomposed.model)
 
     @cached_property

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 import onnx
 import onnx_ir as ir
 
+from kvsurgeon.io.gc_pause import gc_paused
 from kvsurgeon.passes.weightless import empty_tensor, weightless_proto
 
 Scope = dict[str, ir.Value]
@@ -20,8 +21,9 @@ def problems(model: ir.Model, *, by_checker: bool = True) -> tuple[str, ...]:
         by_checker: Whether to run `onnx.checker` too. It rejects operators that onnxruntime adds to the ONNX domain,
             so use it only for a model that passed before.
     """
-    found = tuple(_structure(model))
-    return found if found or not by_checker else tuple(_check(model))
+    with gc_paused():
+        found = tuple(_structure(model))
+        return found if found or not by_checker else tuple(_check(model))
 
 
 def _structure(model: ir.Model) -> Iterator[str]:

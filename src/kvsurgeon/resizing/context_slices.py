@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.dataflow.shape_inference import report_errors_at
+from kvsurgeon.dataflow.shape_inference import raise_at
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
@@ -103,8 +103,10 @@ class ContextSlices:
             raise UnsupportedError("context reads a value of an outer graph", code=Code.CONTROL_FLOW, at=value.name)
         if self.flow.kinds.get(value, ValueKind.CONSTANT) is ValueKind.CONSTANT:
             return self.sliced(value, axes)
-        with report_errors_at(node):
+        try:
             made = self._resized(node, value, axes)
+        except Exception as error:
+            raise_at(node, error)
         return made if made is not None else self.sliced(self._whole(node, value), axes)
 
     def _resized(self, node: ir.Node, value: ir.Value, axes: Axes) -> ir.Value | None:

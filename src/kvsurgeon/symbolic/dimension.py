@@ -46,6 +46,12 @@ def is_known(dimension: Dimension) -> bool:
     return isinstance(dimension, int) or not dimension.atoms(sympy.Dummy)
 
 
+@cached
+def contains(dimension: sympy.Expr, symbol: sympy.Symbol) -> bool:
+    """Whether the dimension varies with a symbol."""
+    return symbol in dimension.free_symbols
+
+
 def all_known(shape: Iterable[Dimension]) -> bool:
     """Whether every dimension is built from the graph's own symbols only."""
     return all(is_known(size) for size in shape)

@@ -10,8 +10,9 @@ Learned rows may be added before and after the tokens, as attention sinks are:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
@@ -71,8 +72,7 @@ class LengthVariable:
         return True
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceAxis:
+class SequenceAxis(NamedTuple):
     """One axis that holds tokens: its size is outer * (rows_before + length + rows_after) * inner."""
 
     axis: int
@@ -84,15 +84,15 @@ class SequenceAxis:
 
     def at(self, axis: int) -> SequenceAxis:
         """Return the same tokens on another axis."""
-        return self if axis == self.axis else replace(self, axis=axis)
+        return self if axis == self.axis else self._replace(axis=axis)
 
     def with_variable(self, variable: LengthVariable) -> SequenceAxis:
         """Return the axis with another length variable."""
-        return replace(self, variable=variable)
+        return self._replace(variable=variable)
 
     def with_rows(self, rows_before: int, rows_after: int) -> SequenceAxis:
         """Return the axis with this many more learned rows, or fewer if negative."""
-        return replace(self, rows_before=self.rows_before + rows_before, rows_after=self.rows_after + rows_after)
+        return self._replace(rows_before=self.rows_before + rows_before, rows_after=self.rows_after + rows_after)
 
     @property
     def is_plain(self) -> bool:
@@ -107,7 +107,7 @@ class SequenceAxis:
     @property
     def without_rows(self) -> SequenceAxis:
         """The axis without its learned rows."""
-        return replace(self, rows_before=0, rows_after=0) if self.learned_rows else self
+        return self._replace(rows_before=0, rows_after=0) if self.learned_rows else self
 
     def size(self, length: Dimension) -> Dimension:
         """Return the size of the axis for this number of tokens."""
@@ -142,7 +142,7 @@ def _place(
         after_place = dim.product(after[place + 1 :])
         outer, inner = dim.exact_quotient(left, before_place), dim.exact_quotient(right, after_place)
         if outer is not None and inner is not None and size != 1:
-            found = replace(axis, axis=place, outer=outer, inner=inner)
+            found = axis._replace(axis=place, outer=outer, inner=inner)
             if dim.is_equal(found.size(length), size):
                 return found
         before_place = dim.multiply(before_place, size)

@@ -67,6 +67,7 @@ def record_sequence_state(flow: TokenFlow, state: SequenceState) -> None:
                 notes.pop(place)
     flow.operands.update(dict.fromkeys(state.places, variable))
     flow.states.append(state)
+    flow.state_nodes.update(state.nodes)
     flow.axes[state.result] = state.axes
     if state.measured:
         flow.assumed.setdefault(STATE_IS_CAUSAL, state.result.name or "")

@@ -78,14 +78,14 @@ def token_range(flow: TokenFlow, nodes: Sequence[ir.Node], places: Sequence[Plac
 def _range_after(visit: NodeVisit, known: Mapping[ir.Value, TokenRange | None]) -> TokenRange | None:
     """Return the range of a node's first output."""
     ranges: dict[int, TokenRange] = {}
-    for index in visit.tokens():
+    for index in visit.tokens:
         found = known[visit.node.inputs[index]]  # type: ignore[index]
         if found is ALL_TOKENS:
             return found
         if found is not None:
             ranges[index] = found
     links = axis_links(visit.call)
-    if links is None or len(ranges) < len(visit.tokens()) or links.attention is not None or links.dynamic_range:
+    if links is None or len(ranges) < len(visit.tokens) or links.attention is not None or links.dynamic_range:
         return None
     if links.row_major:
         return _reshaped(visit, ranges.get(0))
@@ -146,7 +146,7 @@ def _shifted(found: TokenRange, offset: object, sign: int) -> TokenRange | None:
 
 
 def _reshaped(visit: NodeVisit, found: TokenRange | None) -> TokenRange | None:
-    if found is None or found.axis is None or visit.tokens() != [0]:
+    if found is None or found.axis is None or visit.tokens != (0,):
         return None
     before = visit.shape(0)
     axis = SequenceAxis(found.axis, LengthVariable(Length.NEW))

@@ -15,6 +15,7 @@ from kvsurgeon.fusion.fuser import AttentionFuser
 from kvsurgeon.fusion.match import FusionMatch
 from kvsurgeon.fusion.operators import GROUP_QUERY_ATTENTION
 from kvsurgeon.graph.recursion import deep_recursion
+from kvsurgeon.io.gc_pause import gc_paused
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
 from kvsurgeon.passes.options import check_count
 from kvsurgeon.proof.proof import Proof
@@ -72,7 +73,8 @@ def inject(options: CacheOptions, subject: Subject, select: SelectMatches | None
         subject.changed()  # the analysis refers to the graph that is edited below
         plan = plan_cache(options, analysis, proof)
         matches = () if select is None else select(analysis, proof)
-        edits = inject_cache(analysis, plan, partial(_add_operators, analysis, matches))
+        with gc_paused():
+            edits = inject_cache(analysis, plan, partial(_add_operators, analysis, matches))
     subject.model = analysis.model
     notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in proof.assumptions.items()]
     if plan.limit is not None:
