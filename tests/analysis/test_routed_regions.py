@@ -36,10 +36,11 @@ CONSTANTS = """int64[2] rows = {-1, 8}, float[8, 2] router, int64[1] one1 = {1},
  float[8, 8] expert_0, float[8, 8] expert_1, int64 number_0 = {0}, int64 number_1 = {1}"""
 
 
-def text(expert: str = EXPERT) -> str:
+def text(expert: str = EXPERT, constants: str = "") -> str:
     first = expert.replace("_N", "_0").replace("before_0", "none")
     second = expert.replace("_N", "_1").replace("before_1", "out_0").replace("out_1 =", "out1 =")
-    return attention(hidden=EXPERTS.replace("FIRST", first).replace("SECOND", second), constants=CONSTANTS)
+    hidden = EXPERTS.replace("FIRST", first).replace("SECOND", second)
+    return attention(hidden=hidden, constants=f"{CONSTANTS}{constants and ', ' + constants}")
 
 
 def test_experts_that_select_their_tokens():
@@ -62,6 +63,33 @@ SHIFTED = EXPERT.replace("(before_N, token_N, part_N)", "(before_N, back_N, part
     "out_N =",
     "size_N = Gather(fs, nought)\n sum_N = Add(token_N, one)\n back_N = Mod(sum_N, size_N)\n out_N =",
 )
+
+
+CUT = EXPERT.replace("each_N = Transpose<perm = [1, 0]>(found_N)", "every_N = Transpose<perm = [1, 0]>(found_N)\n"
+                     "each_N = Slice(every_N, nought1, LIMIT1, nought1)")  # fmt: skip
+COUNTED_OFF = EXPERT.replace(
+    "part_N = Mul(made_N, wide_N)",
+    """count1_N = Shape(at_N)
+ count_N = Squeeze(count1_N, nought1)
+ rank_N = Range(nought, count_N, one)
+ kept_N = Less(rank_N, LIMIT)
+ kept1_N = Unsqueeze(kept_N, second)
+ whole_N = Mul(made_N, wide_N)
+ part_N = Where(kept1_N, whole_N, nil)""",
+)
+CLAMPED = EXPERT.replace("Gather(f, at_N)", "Gather(f, low_N)").replace(
+    "picked_N =", "low_N = Min(at_N, LIMIT)\n picked_N =")  # fmt: skip
+
+
+@pytest.mark.parametrize("limit", [60, 700, 3000])
+@pytest.mark.parametrize("changed", [CUT, COUNTED_OFF, CLAMPED], ids=["a slice", "their rank", "a clamped index"])
+def test_experts_that_drop_tokens_beyond_a_capacity_are_rejected(changed, limit):
+    numbers = (
+        f"""int64 limit = {{{limit}}}, int64[1] limit1 = {{{limit}}}, int64[1] nought1 = {{0}}, float nil = {{0.0}}"""
+    )
+    model = in_order(read(text(changed.replace("LIMIT", "limit"), numbers)))
+    with pytest.raises(UnsupportedError):
+        injected(model)
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,11 @@ def _no_links(visit: NodeVisit) -> UnsupportedError:
         return visit.refusal("cannot trace the sequence axis through control flow", code=Code.CONTROL_FLOW)
     if has_trait(node, Trait.RECURRENT):
         return visit.mixing()
+    if has_trait(node, Trait.ROUTING):
+        return visit.refusal(
+            "it selects tokens by content, and which of them are put back is unknown", code=Code.MIXES_TOKENS,
+            hint="experts that drop tokens beyond a capacity depend on the other tokens",
+        )  # fmt: skip
     name = f"{node.domain}::{node.op_type}" if node.domain else node.op_type
     hint = _OPERATOR_HINT if node.domain not in KNOWN_DOMAINS else _DECOMPOSE_HINT
     return visit.refusal(f"unknown operator {name} on token data", hint=hint, code=Code.UNKNOWN_OPERATOR)
