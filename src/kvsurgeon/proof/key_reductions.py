@@ -18,8 +18,8 @@ from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.execution import build_model, initializer, open_session
-from kvsurgeon.ops.operator import UntraceableAxesError
-from kvsurgeon.ops.table import axis_links
+from kvsurgeon.ops.operator import Trait, UntraceableAxesError
+from kvsurgeon.ops.table import axis_links, has_trait
 from kvsurgeon.proof.length_sweep import LengthSweep
 from kvsurgeon.symbolic.sequence_axes import Axes
 
@@ -30,13 +30,19 @@ def check_key_reductions(sweep: LengthSweep, layer: int, site: AttentionSite) ->
     Raises:
         UnsupportedError: A reduction reads scores of later keys, or counts them.
     """
+    longest = max(sweep.attention_lengths(site))
     for node, index in _reductions(sweep.flow, site):
-        unmasked = not _is_masked(sweep.flow, site, node)
-        if unmasked or (sweep.fixed is not None and _counts_later_keys(sweep, site, node, index, sweep.fixed)):
+        found = None
+        if not _is_masked(sweep.flow, site, node):
+            found = "scores before any mask"
+        elif has_trait(node, Trait.LOOKUP) and longest < max(sweep.lengths):
+            found = f"keys selected by position, which was checked up to {longest} tokens only"
+        elif sweep.fixed is not None and _counts_later_keys(sweep, site, node, index, sweep.fixed):
+            found = "a result that changes with the number of later keys"
+        if found is not None:
             raise UnsupportedError(
                 f"attention is not causal: {node.op_type} reads the scores of later keys", code=Code.NOT_CAUSAL,
-                layer=layer, at=node.outputs[0].name, expected="masked scores",
-                found="scores before any mask" if unmasked else "a result that changes with the number of later keys",
+                layer=layer, at=node.outputs[0].name, expected="masked scores", found=found,
             )  # fmt: skip
 
 
@@ -49,7 +55,7 @@ def _reductions(flow: TokenFlow, site: AttentionSite) -> Iterator[tuple[ir.Node,
             links = axis_links(flow.shapes.call(node))
         except UntraceableAxesError:
             continue
-        if links is None or links.addressing is not None:
+        if links is None:
             continue
         for index, (value, labels) in enumerate(zip(node.inputs, links.inputs, strict=False)):
             for axis in flow.axes.get(value, ()) if value is not None and labels is not None else ():
