@@ -213,7 +213,8 @@ def report(outcomes: Sequence[Outcome], seconds: float) -> None:
         for kind in [*sorted({one.kind for one in some}), "all"]:
             counts = Counter(one.verdict for one in some if kind in ("all", one.kind))
             print(f"{kind:32}", *(f"{counts[verdict] or '.':>10}" for verdict in used))
-    vacuous = [one.name for one in outcomes if not one.twin and one.verdict == "right" and one.changes is False]
+    hostile = [one for one in outcomes if not one.twin and not one.kind.startswith("output/")]
+    vacuous = [one.name for one in hostile if one.verdict == "right" and one.changes is False]
     untrue = [one.name for one in outcomes if one.twin and one.changes]
     print(
         f"\n{len(outcomes)} models in {seconds:.0f} s; hostile ones without effect: {vacuous}; twins with one: {untrue}"

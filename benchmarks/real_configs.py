@@ -125,20 +125,19 @@ def wrong_facts(found: dict[str, Any], expected: dict[str, Any]) -> Iterator[str
         yield f"max_length {found['max_length']} instead of {expected['max_length']}"
 
 
-def session_megabytes(path: Path, tokens: int) -> float:
-    """Return the peak memory of a process that runs the original on two texts."""
+def session_megabytes(path: Path, facts: dict[str, Any]) -> float:
+    """Return the peak memory of a process that runs the original on two short texts, and on one past its window."""
     script = (
-        "import sys, resource; sys.path[:0] = [sys.argv[3]]\n"
+        "import sys; sys.path[:0] = [sys.argv[3]]\n"
         "import numpy as np\n"
         "from pathlib import Path\n"
         "from hostility.judge import Reference\n"
-        "reference = Reference(Path(sys.argv[1]))\n"
-        "reference(np.ones((2, int(sys.argv[2])), np.int64))\n"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)\n"
+        "reference = Reference(Path(sys.argv[1]), arena=False)\n"
+        "reference(np.ones((2, 140), np.int64))\n"
+        "reference(np.ones((1, int(sys.argv[2])), np.int64))\n"
     )
-    command = [sys.executable, "-c", script, str(path), str(tokens), str(Path(__file__).parent)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS)
-    return float(done.stdout.splitlines()[-1])
+    longest = max((layer["window"] or 0 for layer in facts["layers"]), default=0) + 8
+    return run([sys.executable, "-c", script, str(path), str(longest), str(Path(__file__).parent)]).megabytes
 
 
 def compared(original: Path, injected: Path, facts: dict[str, Any]) -> str:
@@ -180,7 +179,7 @@ def measure(folder: Path, *, skip: bool) -> Row:
         inject_code=done.code,
         inject_seconds=round(done.seconds, 1),
         inject_megabytes=round(done.megabytes),
-        session_megabytes=round(session_megabytes(folder / "model.onnx", 140)),
+        session_megabytes=round(session_megabytes(folder / "model.onnx", facts)),
         message="" if done.code == 0 else last[0],
         compared=result,
     )

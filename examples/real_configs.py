@@ -38,6 +38,7 @@ class Model:
     settings: dict[str, Any]
     layers: list[dict[str, Any]]  # kv_heads, head_dim, rotary_dim, window
     max_length: int | None = None  # where tables end; None without tables
+    attention: str = "sdpa"  # implementation in transformers
 
 
 def layer(kv_heads: int, head_dim: int, *, rotary: int | None, window: int | None = None) -> dict[str, Any]:
@@ -162,6 +163,7 @@ GPT_OSS_20B = Model(
         },
     },
     layers=[layer(8, 64, rotary=64, window=128), layer(8, 64, rotary=64)],
+    attention="eager",
 )
 QWEN_3_8B = Model(
     name="qwen-3-8b",
@@ -209,6 +211,7 @@ MPT_7B = Model(
     },
     layers=[layer(32, 128, rotary=None)] * 2,
     max_length=2048,
+    attention="eager",
 )
 FALCON_7B = Model(
     name="falcon-7b",
@@ -306,7 +309,7 @@ class BufferedDecoder(torch.nn.Module):
 def prepare(model: Model) -> tuple[Signature, dict[str, Any], Callable[[Path], object]]:
     """Return the inputs and outputs of a configuration, its facts, and what writes its config."""
     config = getattr(transformers, model.config)(**SMALL, **model.settings)
-    config._attn_implementation = "sdpa" if "gpt-oss" not in model.name else "eager"
+    config._attn_implementation = model.attention
     if hasattr(config, "num_local_experts"):
         config._experts_implementation = "batched_mm"  # the default is one that neither exporter takes
     made = getattr(transformers, model.model)(config).eval()
@@ -341,8 +344,8 @@ def export_all(out: Path, exporters: list[str], only: str | None) -> list[str]:
             torch.manual_seed(0)
             folder = out / f"{name}-{exporter}"
             folder.mkdir(parents=True, exist_ok=True)
-            taken, facts, save_config = make()
             try:
+                taken, facts, save_config = make()
                 with torch.no_grad():
                     write_graph(Export(exporter=exporter, attention="sdpa"), taken, folder / "model.onnx")
             except Exception:
