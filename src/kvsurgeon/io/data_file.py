@@ -108,7 +108,7 @@ def _write(
         for identity, tensor in distinct.items():
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
             offsets[identity] = file.tell()
-            if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor):
+            if isinstance(tensor, ir.LazyTensor | ir.ExternalTensor | ir.Tensor):
                 tensor.tofile(reporting)  # in chunks
             else:
                 reporting.write(tensor.tobytes())

@@ -13,6 +13,7 @@ from kvsurgeon.io.external_data import ContainedTensor, check_weights, external_
 from kvsurgeon.io.gc_pause import gc_paused
 from kvsurgeon.io.locate import find_model, read_proto
 from kvsurgeon.io.roundtrip import keep_original, root_cause
+from kvsurgeon.io.stored_weights import WeightsInFile
 from kvsurgeon.io.validate import check_model
 
 _PATH = "kvsurgeon.path"
@@ -35,9 +36,10 @@ def load(source: str | Path | onnx.ModelProto, *, folder: str | Path | None = No
         proto.CopyFrom(source)  # onnx-ir writes the new name of a renamed initializer into its proto
         return _build(proto, None if folder is None else Path(folder), None)
     path = find_model(source).absolute()
-    proto = read_proto(path)
+    stored = WeightsInFile.of(path)
+    proto = read_proto(path, None if stored is None else stored.location)
     try:
-        model = _build(proto, path.parent, path)
+        model = _build(proto, path.parent, path, stored)
     except InputError as error:
         raise type(error)(_on_one_line(f"`{path}`: {error}")) from error
     model.meta[_PATH] = path
@@ -50,7 +52,9 @@ def loaded_from(model: ir.Model) -> Path | None:
     return path if isinstance(path, Path) else None
 
 
-def _build(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -> ir.Model:
+def _build(
+    proto: onnx.ModelProto, folder: Path | None, path: Path | None, stored: WeightsInFile | None = None
+) -> ir.Model:
     with gc_paused():
         found = check_model(proto)
         model = _convert(proto)
@@ -58,6 +62,8 @@ def _build(proto: onnx.ModelProto, folder: Path | None, path: Path | None) -> ir
             model.graph.sort()
             for function in model.functions.values():
                 function.sort()
+        if stored is not None and found.external:
+            stored.bind(model)
         if folder is not None and found.external:
             _set_base_folder(model, folder)
             check_weights(model, model_file=path)

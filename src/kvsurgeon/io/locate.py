@@ -10,6 +10,7 @@ import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from kvsurgeon.errors import InputError, InvalidModelError
+from kvsurgeon.io.wire_format import without_weights
 
 PROTOBUF_LIMIT = 2**31 - 1  # bytes; sizes within a protobuf message are signed 32-bit
 _LFS_POINTER = b"version https://git-lfs"
@@ -52,8 +53,12 @@ def _only_model(folder: Path) -> Path:
     )
 
 
-def read_proto(path: Path) -> onnx.ModelProto:
+def read_proto(path: Path, location: str | None = None) -> onnx.ModelProto:
     """Return the content of a model file, without external data.
+
+    Args:
+        path: The file.
+        location: If given, large initializers refer to the file under this location.
 
     Raises:
         InputError: The file cannot be opened.
@@ -65,7 +70,8 @@ def read_proto(path: Path) -> onnx.ModelProto:
             _check_file(path, status.st_mode, status.st_size)
             # Mapped, so that embedded weights are in memory once (in the proto) and not twice while parsing.
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-                return _parse(view, path)
+                shortened = None if location is None else _shortened(view, location)
+                return _parse(view, path) if shortened is None else _parse(memoryview(shortened), path)
     except OSError as error:
         raise InputError(f"cannot read `{path}`: {error.strerror or error}") from error
 
@@ -80,6 +86,13 @@ def _check_file(path: Path, mode: int, size: int) -> None:
             f"`{path}` has {size:,} bytes, more than the 2 GiB of a protobuf file; "
             "save the model with its weights as external data"
         )
+
+
+def _shortened(view: memoryview, location: str) -> bytes | None:
+    try:
+        return without_weights(view, location)
+    except ValueError:
+        return None  # damaged: parsing it gives the reason
 
 
 def _parse(view: memoryview, path: Path) -> onnx.ModelProto:

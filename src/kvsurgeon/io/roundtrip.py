@@ -9,6 +9,8 @@ message is copied from it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import onnx
@@ -17,6 +19,7 @@ import onnx_ir as ir
 from kvsurgeon.errors import InvalidModelError
 from kvsurgeon.io.gc_pause import gc_paused
 from kvsurgeon.io.proto_equality import deduplicate_metadata, is_equivalent, restore_scalars
+from kvsurgeon.io.stored_weights import referred_to
 
 _ORIGINAL = "kvsurgeon.original"
 _Named = TypeVar("_Named", onnx.ValueInfoProto, onnx.TensorAnnotation)
@@ -27,13 +30,17 @@ def keep_original(model: ir.Model, proto: onnx.ModelProto) -> None:
     model.meta[_ORIGINAL] = proto
 
 
-def to_proto(model: ir.Model) -> onnx.ModelProto:
+def to_proto(model: ir.Model, folder: Path | None = None) -> onnx.ModelProto:
     """Return a model as a proto; everything unchanged since `load` is byte for byte as in the file.
+
+    Args:
+        model: The model.
+        folder: If given, weights in a model file in this folder are not read, but referred to as external data.
 
     Raises:
         InvalidModelError: The model has content that cannot be written, such as text that is not UTF-8.
     """
-    with gc_paused():
+    with gc_paused(), nullcontext() if folder is None else referred_to(model, folder):
         proto = _serialized(model)
         for tensor in proto.graph.initializer:
             deduplicate_metadata(tensor)

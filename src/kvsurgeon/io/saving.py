@@ -21,6 +21,8 @@ from kvsurgeon.io.model_config import head_changes
 from kvsurgeon.io.progress import OnProgress, progress_bar
 from kvsurgeon.io.roundtrip import to_proto
 from kvsurgeon.io.side_files import FileProvider, find_side_files, updated_configs
+from kvsurgeon.io.stored_weights import StoredTensor, referred_to, stored_tensors
+from kvsurgeon.io.wire_format import with_weights
 
 
 def save(
@@ -223,8 +225,10 @@ def _save_side_files(
 def _write(model: ir.Model, path: Path, names: Mapping[str, str], provider: FileProvider) -> None:
     if path.resolve() in provider.kept:
         raise UsageError(f"expected another name than that of a data file of the model, found `{path}`")
+    stored = {name: (tensor.nbytes, tensor) for name, tensor in stored_tensors(model).items()}
     try:
-        proto = to_proto(model)
+        with referred_to(model):
+            proto = to_proto(model)
         if names:
             rename_locations(proto, names)
         serialized = proto.SerializeToString()
@@ -233,4 +237,8 @@ def _write(model: ir.Model, path: Path, names: Mapping[str, str], provider: File
             f"expected a graph of at most 2 GiB at `{path}`, found more: constants inside its nodes are too large"
         ) from error
     with provider.transaction.create(path) as file:
-        file.write(serialized)
+        for part in with_weights(memoryview(serialized), stored.get) if stored else [serialized]:
+            if isinstance(part, StoredTensor):
+                part.tofile(file)
+            else:
+                file.write(part)

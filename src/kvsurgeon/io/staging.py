@@ -22,7 +22,7 @@ _SMALLEST = 1 << 16  # bytes of a weight that is written to the file
 
 
 @contextmanager
-def staged(model: ir.Model, near: str | Path | None = None) -> Iterator[onnx.ModelProto]:
+def staged(model: ir.Model, near: str | Path | None = None, folder: Path | None = None) -> Iterator[onnx.ModelProto]:
     """Return a model as a proto that onnxruntime can load in the block, with little of its computed weights in memory.
 
     Computed weights are in a file without a name, which is gone at the end of the block or of the process. Other
@@ -31,16 +31,17 @@ def staged(model: ir.Model, near: str | Path | None = None) -> Iterator[onnx.Mod
     Args:
         model: The model, which is not changed.
         near: A folder on the file system to use. It need not exist.
+        folder: The folder of external data.
 
     Raises:
         UsageError: The disk is full.
     """
     computed = [value for value in model.graph.initializers.values() if _is_large(value.const_value)]
     if not os.path.isdir(OPEN_FILES) or sum(_tensor(value).nbytes for value in computed) <= EMBEDDED:
-        yield to_proto(model)
+        yield to_proto(model, folder)
         return
-    folder = _existing(Path.cwd() if near is None else Path(near).absolute())
-    with tempfile.TemporaryFile(dir=folder if os.access(folder, os.W_OK) else None) as file:
+    home = _existing(Path.cwd() if near is None else Path(near).absolute())
+    with tempfile.TemporaryFile(dir=home if os.access(home, os.W_OK) else None) as file:
         try:
             references = [_write(_tensor(value), file) for value in computed]
             file.flush()
@@ -48,7 +49,7 @@ def staged(model: ir.Model, near: str | Path | None = None) -> Iterator[onnx.Mod
             reason = f"cannot write weights for verification: {error.strerror or error}"
             raise UsageError(f"{reason}; choose another folder, or --no-verify") from error
         with references_to(computed, references):
-            proto = to_proto(model)
+            proto = to_proto(model, folder)
         yield proto
 
 

@@ -86,7 +86,7 @@ def reference_of(subject: Subject) -> onnx.ModelProto:
             f"expected a folder for the external data of a model in memory (`{external.location}`), found none; "
             "give folder=..., or verify=False"
         )
-    return io.to_proto(subject.model)
+    return io.to_proto(subject.model, subject.folder)
 
 
 def verify_run(
@@ -104,7 +104,7 @@ def verify_run(
         UnsupportedError: The verifier cannot run the model.
         ParityError: The results of the model differ from those of the reference.
     """
-    with io.staged(run.model, destination) as candidate:
+    with io.staged(run.model, destination, run.folder) as candidate:
         if run.exact:
             return replace(run, verification=_verify(reference, candidate, run.folder, progress))
         from kvsurgeon.workflow.loss import measure_loss  # onnxruntime is slow to import
