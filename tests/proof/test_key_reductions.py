@@ -43,6 +43,31 @@ def test_weights_that_are_moved_farther_than_is_run_are_rejected():
         injected(in_order(read(text)))
 
 
+NORMALIZED = """w0 = Softmax<axis = -1>(s)
+ mask = Cast<to = 1>(allowed)
+ w1 = Mul(w0, mask)
+ total = ReduceSum(w1, minus)
+ {}"""
+
+
+@pytest.mark.parametrize("size", ["[b, n, 8]", "[1, 9, 8]"], ids=["any length", "a fixed length"])
+def test_a_softmax_before_the_mask_must_be_normalized_again(size):
+    """The sum over later keys cancels then."""
+    parts = (
+        "w = Div(w1, total)",
+        "half_total = Mul(total, half)\n same = Div(half_total, half_total)\n w = Mul(w1, same)",
+    )
+    again, never = (
+        attention(masked=NORMALIZED.format(part), constants=NUMBERS)
+        .replace("w = Softmax<axis = -1>(masked_scores)", "")
+        .replace("[b, n, 8]", size)
+        for part in parts
+    )
+    assert injected(in_order(read(again))).graph.input[1].name == "past_key_values.0.key"
+    with pytest.raises(UnsupportedError, match="a KV cache would change the result"):
+        injected(in_order(read(never)))
+
+
 def of_masked(reduction: str) -> str:
     masked = f"some = Where(allowed, s, low)\n bound = {reduction}(some, minus)\n masked_scores = Sub(some, bound)"
     return attention(masked=masked, constants=NUMBERS)

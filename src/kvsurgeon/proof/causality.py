@@ -33,7 +33,7 @@ from kvsurgeon.proof.attention_pattern import (
     leaking_queries,
     queries_without_key,
 )
-from kvsurgeon.proof.key_reductions import check_key_reductions
+from kvsurgeon.proof.key_reductions import check_key_reductions, normalizes_before_mask
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, prefix
 from kvsurgeon.symbolic.sequence_axes import Axes
 
@@ -282,10 +282,16 @@ class AttentionProbe:
 
     def _check_loud_keys(self, weights: np.ndarray) -> None:
         """Check that the weights of queries are the same if the scores of later keys are much larger."""
-        length = weights.shape[-1]
-        for count in (1, length // 2) if self.runner.probed else ():
+        if not self.runner.probed:
+            return
+        length, scale = weights.shape[-1], 1.0
+        if normalizes_before_mask(self.sweep.flow, self.site):
+            scale = 0.01  # at which the weights of earlier keys do not underflow
+            weights = self.run(length, scale=scale)[0]
+        for count in (1, length // 2):
             tokens = np.arange(length)
-            loud = self.run(length, tokens=np.where(tokens < count, tokens, tokens + LOUD))[0][..., :count, :]
+            loud_tokens = np.where(tokens < count, tokens, tokens + LOUD)
+            loud = self.run(length, tokens=loud_tokens, scale=scale)[0][..., :count, :]
             if not np.isnan(loud).any() and np.abs(loud[..., count:]).max(initial=0.0) <= MIN_WEIGHT:  # the mask holds
                 self._check_stable(weights[..., :count, :count], loud[..., :count])
 
