@@ -99,7 +99,7 @@ def synthetic_values(sizes: Sequence[int], axes: Axes, tokens: np.ndarray, dtype
         tokens: [length], the number of the token at each position: equal numbers give equal values.
         dtype: The type; float32 if unknown.
     """
-    angles, loudness = [], np.ones(1)
+    angles, loudness = [], np.ones((), np.float32)
     for place, size in enumerate(sizes):
         index = np.arange(size)
         axis = next((axis for axis in axes if axis.axis == place), None)
@@ -107,14 +107,16 @@ def synthetic_values(sizes: Sequence[int], axes: Axes, tokens: np.ndarray, dtype
             inner = int(at_length(axis.inner, len(tokens)))
             rows = np.concatenate([-2 - np.arange(axis.rows_before), tokens, -900 - np.arange(axis.rows_after)])
             block = len(rows) * inner
-            loud = np.where(rows[index % block // inner] >= LOUD, LOUDNESS, 1.0)
+            loud = np.where(rows[index % block // inner] >= LOUD, np.float32(LOUDNESS), np.float32(1.0))
             loudness = loudness * loud.reshape(-1, *[1] * (len(sizes) - place - 1))
             index = (index // block) * 7919 + rows[index % block // inner] * 104729 + index % inner
         angles.append((index + 1) * (12.9898 + 78.233 * place) * 43.758)
-    wave = 3.0 * _sines_of_sums(angles)
+    wave = _sines_of_sums(angles)
+    wave *= 3.0
     dtype = run_dtype(dtype or ir.DataType.FLOAT)
     if dtype.is_floating_point():
-        return (wave * loudness.astype(np.float32)).astype(dtype.numpy())
+        wave *= loudness
+        return wave.astype(dtype.numpy(), copy=False)
     if dtype is ir.DataType.BOOL:
         return wave > 0
     return np.round(wave * 20 + (64 if dtype.numpy().kind == "u" else 0)).astype(dtype.numpy())
@@ -127,8 +129,7 @@ def _sines_of_sums(angles: Sequence[np.ndarray]) -> np.ndarray:
         sine, cosine = sine[..., None], cosine[..., None]
         sine_here, cosine_here = np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
         last = place == len(angles) - 1  # the largest array, whose cosines are not needed
-        sine, cosine = (
-            sine * cosine_here + cosine * sine_here,
-            cosine if last else cosine * cosine_here - sine * sine_here,
-        )
+        mixed = sine * cosine_here
+        mixed += cosine * sine_here
+        sine, cosine = mixed, cosine if last else cosine * cosine_here - sine * sine_here
     return sine
