@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvsurgeon.anatomy import Attention, Decoder
 from kvsurgeon.io import load, save
-from kvsurgeon.parity import verify
+from kvsurgeon.parity import Effort
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Source, Subject
 from kvsurgeon.report import key_grid
@@ -20,6 +20,7 @@ from kvsurgeon.workflow.loss import measure_loss
 from kvsurgeon.workflow.pipeline import Pipeline, PipelineRun
 from kvsurgeon.workflow.replication import replicate_kv_heads
 from kvsurgeon.workflow.run_and_save import run_and_save
+from kvsurgeon.workflow.verification import verify_models as verify
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -64,6 +65,8 @@ def inject(
     *,
     folder: str | Path | None = None,
     verify: bool = True,
+    effort: Effort = "normal",
+    seed: int | None = None,
     target: Target | str | None = None,
     link_weights: bool = False,
     force: bool = False,
@@ -76,6 +79,8 @@ def inject(
         destination: An .onnx file or a folder, which may be the source itself.
         folder: The folder of the external data of a model in memory.
         verify: Whether to verify the result against the original, which needs the weights.
+        effort: How many texts the verifier compares, and of which lengths: "quick", "normal" or "thorough".
+        seed: Random seed of the texts; None draws one, which the report names.
         target: The runtime or compiler that loads the result, or its name; `destination` is then the folder that it
             loads, side files included.
         link_weights: Whether to link external data into another folder instead of copying it; see `save`.
@@ -87,7 +92,10 @@ def inject(
         UnsupportedError: The model cannot be handled soundly.
         ParityError: The results of the model differ from those of the original; nothing was written.
     """
-    saving: dict[str, Any] = {"folder": folder, "verify": verify, "link_weights": link_weights, "force": force}
+    saving: dict[str, Any] = {
+        "folder": folder, "verify": verify, "effort": effort, "seed": seed, "link_weights": link_weights,
+        "force": force,
+    }  # fmt: skip
     if target is not None:
         return build_target(source, target, destination, options=options, **saving)
     return run_and_save(source, Pipeline((Inject(**options),)), destination, **saving)

@@ -6,7 +6,7 @@ import pytest
 
 from kvsurgeon.errors import InvalidModelError, UsageError
 from kvsurgeon.parity import TOLERANCES, TextLengths, arithmetic_of, load_graph
-from kvsurgeon.parity.difference import amplitude, error_map, expected_part, spread, worst
+from kvsurgeon.parity.difference import error_map, expected_part, scale_of, spread, worst
 
 ARITHMETIC = {
     "float32": "g (float[N] x) => (float[N] y) { y = Neg(x) }",
@@ -59,8 +59,32 @@ def test_the_spread_of_nothing_and_of_a_constant_is_one():
     assert spread(np.full(5, 3.0)) == 1.0
 
 
-def test_the_amplitude_follows_a_few_large_values():
-    assert amplitude(np.append(np.random.default_rng(0).standard_normal(999), 300.0)) == 30.0
+@pytest.mark.parametrize("masked", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("value", [-1e4, -1e9, -np.inf])
+def test_masked_entries_do_not_change_the_spread(masked, value):
+    normal = np.random.default_rng(0).standard_normal(10_000)
+    count = int(10_000 * masked / (1 - masked))
+
+    assert 0.5 < spread(np.append(normal, np.full(count, value))) < 1.2
+
+
+def test_a_large_feature_has_a_scale_of_its_own():
+    values = np.random.default_rng(0).standard_normal((2, 99, 4)) * [1, 1, 1, 300]
+    scale = np.broadcast_to(scale_of(values, (0, 1)), values.shape)[0, 0]
+
+    assert scale[3] > 200
+    assert scale[:3].max() < 2
+
+
+def test_a_number_of_more_than_ten_scales_is_compared_with_itself():
+    expected = np.array([[[-1e9, 1.0]]])
+    rounded, wrong = (
+        error_map(expected, expected + np.array(change), batch=0, sequence=1, scale=1.0).max()
+        for change in ([64.0, 0.0], [0.0, 1e-3])
+    )
+
+    assert rounded < 1e-6
+    assert wrong == pytest.approx(1e-3)
 
 
 def test_sizes_give_the_part_of_a_chunk():

@@ -73,7 +73,7 @@ FORMS = [
 
 @pytest.mark.parametrize(("form", "config"), FORMS)
 def test_accepts_a_correct_cache(form, config):
-    report = verify(form(Decoder(config).model()), form(CachedDecoder(config).model()), threads=1)
+    report = verify(form(Decoder(config).model()), form(CachedDecoder(config).model()), threads=1, effort="quick")
 
     assert report.problems == ()
     assert {"token by token", "ragged chunks", "left padding"} <= {
@@ -85,6 +85,8 @@ def test_accepts_a_correct_cache(form, config):
 @pytest.mark.parametrize("mistake", MISTAKES)
 @pytest.mark.parametrize(("form", "config"), FORMS)
 def test_rejects_a_wrong_cache(form, config, mistake):
-    report = verify(form(Decoder(config).model()), form(mistake(config).model()), threads=1, explain=False)
+    report = verify(
+        form(Decoder(config).model()), form(mistake(config).model()), threads=1, explain=False, effort="quick"
+    )
 
     assert report.verdict == "different"

@@ -81,7 +81,7 @@ def test_a_report_has_a_row_for_each_scenario():
     text = shown(table.report_table(report))
     assert "5, 1, ... 16 (5)" in text
     assert "100.0%" in text
-    assert "same: largest error 2.0e-06 of the spread of the logits (allowed 3e-04 for float32), 1.2 s" in text
+    assert "same: largest error 2.0e-06 of the spread of the outputs (allowed 3e-04 for float32), 1.2 s" in text
 
 
 def test_problems_are_listed():

@@ -319,7 +319,7 @@ def test_verify_each_verifies_after_every_pass(decoder):
     Pipeline((renames, gives_a_cache)).run(decoder, verify_each=True, on_pass=lambda *args: seen.append(args[:2]))
     assert seen == [(0, "original"), (1, "renames"), (2, "gives-a-cache")]
     with pytest.raises(
-        ParityError, match=r"after pass halves-the-logits \(passes: renames, halves-the-logits\): no padding: error"
+        ParityError, match=r"after pass halves-the-logits \(passes: renames, halves-the-logits\): whole prefill: error"
     ):
         Pipeline((renames, halves_the_logits, gives_a_cache)).run(decoder, verify_each=True)
 

@@ -10,11 +10,23 @@ import typer
 from typer import Argument, Option
 
 from kvsurgeon.cli import pass_commands
-from kvsurgeon.cli.pass_commands import Force, Json, Link, Model, Output, Pack, PerLayer, Text, Verify
+from kvsurgeon.cli.pass_commands import (
+    EffortOption,
+    Force,
+    Json,
+    Link,
+    Model,
+    Output,
+    Pack,
+    PerLayer,
+    Seed,
+    Text,
+    Verify,
+)
 from kvsurgeon.errors import PluginError, UnsupportedError
 from kvsurgeon.workflow.registry import COMMANDS, PASSES, summary_of
 
-Seed = Annotated[int, Option(min=0, help="Random seed.")]
+SamplingSeed = Annotated[int, Option("--seed", min=0, help="Random seed.")]
 DEMO = Path("kvsurgeon-demo")
 
 
@@ -64,6 +76,8 @@ def run(
     pipeline: Annotated[str, Option("--pipeline", "-p", help="Passes to run: a,b{option=value,list=1,2}.")],
     output: Output,
     verify: Verify = True,
+    effort: EffortOption = "normal",
+    seed: Seed = None,
     verify_each: Annotated[bool, Option("--verify-each", help="Verify after every pass.")] = False,
     trace: Annotated[Path | None, Option(metavar="DIR", help="Write the graph as text after each pass.")] = None,
     link_weights: Link = False,
@@ -78,8 +92,8 @@ def run(
     from kvsurgeon.workflow.pipeline import Pipeline
 
     pass_commands.run_pipeline(
-        model, Pipeline.parse(pipeline), output, verify=verify, verify_each=verify_each, link_weights=link_weights,
-        pack=pack, force=force, text=text, per_layer=per_layer,
+        model, Pipeline.parse(pipeline), output, verify=verify, effort=effort, seed=seed, verify_each=verify_each,
+        link_weights=link_weights, pack=pack, force=force, text=text, per_layer=per_layer,
         on_pass=None if trace is None else trace_writer(trace), json=json,
     )  # fmt: skip
 
@@ -111,7 +125,8 @@ def targets(
 def verify(
     original: Annotated[Path, Argument(metavar="ORIGINAL", help="The reference model.")],
     result: Annotated[Path, Argument(metavar="RESULT", help="The candidate model, with or without a cache.")],
-    seed: Seed = 0,
+    effort: EffortOption = "normal",
+    seed: Seed = None,
     loss: Annotated[bool, Option("--loss", help="Measure the loss of accuracy instead.")] = False,
     text: Text = None,
     per_layer: PerLayer = False,
@@ -128,7 +143,7 @@ def verify(
             lost = measure_loss(original, result, text=text, per_layer=per_layer, progress=progress)
             shown, document, exit_code = table.loss_table(lost), lost.as_dict(), 0
         else:
-            found = verify_models(original, result, seed=seed, progress=progress)
+            found = verify_models(original, result, effort=effort, seed=seed, progress=progress)
             shown, document = table.report_table(found), found.as_dict()
             exit_code = {"same": 0, "different": 1, "unknown": 3}[found.verdict]
     table.print_result(shown, document, json=json)
@@ -162,7 +177,7 @@ def generate(
     temperature: Annotated[float, Option(help="Sampling temperature; 0 for greedy decoding.")] = 0.0,
     top_k: Annotated[int, Option(help="Sample from the k most likely tokens; 0 for all.")] = 0,
     top_p: Annotated[float, Option(help="Sample from the smallest set of tokens with this probability.")] = 1.0,
-    seed: Seed = 0,
+    seed: SamplingSeed = 0,
 ) -> None:
     """Generate text, and show its speed."""
     from kvsurgeon.report.generation import print_generation

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +30,11 @@ Text = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Text on which to measure the loss. [default: built-in]")
 ]
 PerLayer = Annotated[bool, typer.Option("--per-layer", help="Measure the loss of each attention layer too.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Random seed of the texts. [default: drawn, and printed]")]
+EffortOption = Annotated[
+    Literal["quick", "normal", "thorough"],
+    typer.Option("--effort", help="How much to verify: texts, batches, lengths."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TargetName = Annotated[str | None, typer.Option(metavar="NAME", help="Write the folder that this client loads.")]
 _HAS_TARGETS = "inject"  # the pass with the option --target
@@ -67,6 +72,7 @@ def command_of(plugin: Plugin[type[Any]]) -> Callable[..., None]:
         _run(build_target, model, target, output, options=changed, **shared)
 
     shared = [_parameter("model", Model), _parameter("output", Output), _parameter("verify", Verify, True)]
+    shared += [_parameter("effort", EffortOption, "normal"), _parameter("seed", Seed, None)]
     for name, annotation in (("link_weights", Link), ("pack", Pack), ("force", Force), ("json", Json)):
         shared.append(_parameter(name, annotation, False))
     if not getattr(pass_class, "exact", True):

@@ -2,8 +2,8 @@
 
 from kvsurgeon.parity.loss import AccuracyLoss, measure_loss
 from kvsurgeon.parity.model_source import load_graph
-from kvsurgeon.parity.report import CacheDifference, Comparison, Progress, Report, Verdict
-from kvsurgeon.parity.scenarios import Scenario, TextLengths
+from kvsurgeon.parity.report import CacheDifference, Comparison, Coverage, Progress, Report, Verdict
+from kvsurgeon.parity.scenarios import Effort, Scenario, TextLengths
 from kvsurgeon.parity.tolerance import TOLERANCES, Tolerance, arithmetic_of
 from kvsurgeon.parity.verifier import verify
 
@@ -12,6 +12,8 @@ __all__ = [
     "AccuracyLoss",
     "CacheDifference",
     "Comparison",
+    "Coverage",
+    "Effort",
     "Progress",
     "Report",
     "Scenario",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvsurgeon.errors import BrokenCacheError, RunError
-from kvsurgeon.runtime import Array, CachedDecoder, CacheIO
+from kvsurgeon.runtime import AnyDecoder, Array, CachedDecoder, CacheIO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +32,21 @@ class ChunkedRun:
     layer: int | None = None
 
 
-def run_in_chunks(decoder: CachedDecoder, feeds: Mapping[str, Array], spans: Iterable[tuple[int, int]]) -> ChunkedRun:
+def run_in_chunks(decoder: AnyDecoder, feeds: Mapping[str, Array], spans: Iterable[tuple[int, int]]) -> ChunkedRun:
     """Run a text from an empty cache, a call for each span."""
-    decoder.reset()
     spans, outputs = tuple(spans), []
     changed: dict[str, str | None] = {}
     cache: dict[str, Array] = {}
     for past, total in spans:
         before = cache
         try:
-            outputs.append(decoder.advance(decoder.inputs.part(feeds, past, total)))
+            if isinstance(decoder, CachedDecoder):
+                if not past:
+                    decoder.reset()
+                outputs.append(decoder.advance(decoder.inputs.part(feeds, past, total)))
+                cache = {entry.past.name: decoder.cached_rows(entry) for entry in decoder.cache}
+            else:
+                outputs.append(decoder.run(feeds))
         except RunError as error:
             return ChunkedRun(
                 spans=spans[: len(outputs)],
@@ -50,16 +55,19 @@ def run_in_chunks(decoder: CachedDecoder, feeds: Mapping[str, Array], spans: Ite
                 failure=f"the call on tokens {past} to {total - 1} failed: {error}",
                 layer=error.layer if isinstance(error, BrokenCacheError) else None,
             )
-        cache = {entry.past.name: decoder.cached_rows(entry) for entry in decoder.cache}
-        for entry in decoder.cache:
-            present = cache[entry.past.name]
-            if past and entry.present not in changed and not _starts_with(present, before, entry):
-                others = (other.past.name for other in decoder.cache if _starts_with(present, before, other))
-                changed[entry.present] = next(others, None)
+        if past and isinstance(decoder, CachedDecoder):
+            for entry in decoder.cache:
+                present = cache[entry.past.name]
+                if entry.present not in changed and not _starts_with(present, before, entry):
+                    others = (other.past.name for other in decoder.cache if _starts_with(present, before, other))
+                    changed[entry.present] = next(others, None)
     return ChunkedRun(spans=spans, outputs=tuple(outputs), cache=cache, changed_pasts=changed)
 
 
 def _starts_with(present: Array, pasts: Mapping[str, Array], entry: CacheIO) -> bool:
     past = pasts[entry.past.name]
     start = present[(slice(None),) * entry.axis + (slice(0, past.shape[entry.axis]),)]
-    return start.shape == past.shape and np.ascontiguousarray(start).tobytes() == np.ascontiguousarray(past).tobytes()
+    if start.shape != past.shape:
+        return False
+    same = np.ascontiguousarray(start).tobytes() == np.ascontiguousarray(past).tobytes()
+    return same or bool(np.array_equal(start.astype(np.float32), past.astype(np.float32), equal_nan=True))

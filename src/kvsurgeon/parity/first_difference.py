@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from kvsurgeon.errors import KvsurgeonError
-from kvsurgeon.parity.difference import amplitude, distance, expected_part
+from kvsurgeon.parity.difference import distance, expected_part, scale_of
 from kvsurgeon.parity.model_source import ModelSource
 from kvsurgeon.parity.reference_model import ReferenceModel
 from kvsurgeon.parity.report import Comparison
@@ -48,12 +46,13 @@ def first_difference(
     """
     shared = set(models[0].inner_values)
     names = [name for name in models[1].inner_values if name in shared]
-    if not names:
+    if not names or isinstance(reference.decoder, CachedDecoder):
         return None
     try:
         sessions = [model.open("basic", names) for model in models]
         decoder = CachedDecoder(sessions[1], cache)
-        expected = replace(reference, decoder=UncachedDecoder(sessions[0], reference.inputs)).run(scenario)
+        with_values = replace(reference, decoder=UncachedDecoder(sessions[0], reference.inputs))
+        expected = with_values.run(scenario, in_calls=False).calls[0]
         feeds = decoder.inputs.feeds(scenario.tokens, scenario.mask, token_types=reference.token_types)
         for past, total in scenario.spans:
             found = decoder.advance(decoder.inputs.part(feeds, past, total))
@@ -71,4 +70,5 @@ def _differs(whole: Array | None, found: Array | None, past: int, total: int, bo
     part = expected_part(whole, found.shape, past, total)
     if part is None or not part.size:
         return False
-    return distance(part.astype(np.float64), found, amplitude(whole), equal_nan=True) > bound
+    features = (0, 1) if found.ndim == 3 and found.shape[1] == total - past else None
+    return distance(part, found, scale_of(whole, features)) > bound

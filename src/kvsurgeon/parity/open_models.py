@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+
+import numpy as np
 
 from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError, UsageError
 from kvsurgeon.parity.reference_model import ReferenceModel, probe_reference
 from kvsurgeon.parity.report import Report
 from kvsurgeon.parity.scenarios import TextLengths
 from kvsurgeon.parity.tolerance import TOLERANCES, Arithmetic
-from kvsurgeon.runtime import CachedDecoder, DecoderInputs, InputSpec, Optimization, Session, UncachedDecoder
-from kvsurgeon.runtime.axes import cache_entries, cache_mismatch, find_cache, is_past
+from kvsurgeon.runtime import AnyDecoder, CachedDecoder, DecoderInputs, InputSpec, Optimization, Session, ValueInfo
+from kvsurgeon.runtime.axes import axes_of, cache_entries, cache_mismatch, find_presents, is_past, may_be_past
 from kvsurgeon.runtime.cache_managers import read_cache_metadata
-from kvsurgeon.runtime.feeds import inputs_of
+from kvsurgeon.runtime.decoder import UncachedDecoder
 
-Opened = tuple[Report, ReferenceModel | None, CachedDecoder | None]  # no models: the report says why
+Opened = tuple[Report, ReferenceModel | None, AnyDecoder | None]  # no models: the report says why
 
 _LEVELS: tuple[Optimization, ...] = ("all", "basic", "off")
+_FEW = 5  # tokens; a model of any length that takes less is not fed what it expects
 
 
 def open_models(
@@ -42,22 +45,47 @@ def open_models(
     except MissingKernelError as error:
         return replace(report, unverifiable=str(error)), None, None
     try:
-        candidate = _candidate_decoder(open_candidate(), session)
+        after = open_candidate()
     except KvsurgeonError as error:
         return replace(report, faults=(str(error),)), None, None
-    report = replace(_with_cache_tolerance(report, candidate), faults=_output_faults(candidate, session))
-    capacity = candidate.max_length
-    if capacity is not None:
-        if capacity < lengths.long:
-            note = f"texts have up to {capacity} tokens: the candidate model takes no more"
-            report = replace(report, notes=(*report.notes, note))
-        short, long = (max(1, min(length, capacity)) for length in (lengths.short, lengths.long))
-        lengths = replace(lengths, short=short, long=long)
     try:
-        decoder = UncachedDecoder(session, _reference_inputs(session, candidate))
-        return report, probe_reference(decoder, lengths, report.bound, seed), candidate
-    except RunError as error:
+        reference = _decoder(session, after)
+    except UsageError as error:
+        return replace(report, unverifiable=f"the reference model has unknown inputs: {error}"), None, None
+    try:
+        candidate = _decoder(after, session)
+    except KvsurgeonError as error:
+        return replace(report, faults=(str(error),)), None, None
+    faults, notes = _output_differences(candidate, reference)
+    report = replace(_with_cache_tolerance(report, candidate), faults=faults, notes=(*report.notes, *notes))
+    _share_inputs(reference, candidate, seed)
+    return _probed(report, reference, candidate, lengths, seed)
+
+
+def _probed(report: Report, reference: AnyDecoder, candidate: AnyDecoder, lengths: TextLengths, seed: int) -> Opened:
+    """Return the models with the sizes of texts that both take."""
+    capacities = []
+    for decoder, name in ((reference, "reference"), (candidate, "candidate")):
+        capacity = decoder.max_length if isinstance(decoder, CachedDecoder) else None
+        if capacity is not None:
+            capacities.append(capacity)
+            if capacity < lengths.long:
+                note = f"texts have up to {capacity} tokens: the {name} model takes no more"
+                report = replace(report, notes=(*report.notes, note))
+            short, long = (max(1, min(length, capacity)) for length in (lengths.short, lengths.long))
+            lengths = replace(lengths, short=short, long=long)
+    length = reference.length or candidate.length
+    try:
+        model = probe_reference(reference, lengths, length, report.bound, seed)
+    except (RunError, UsageError) as error:
         return replace(report, unverifiable=str(error)), None, None
+    if length is None and model.lengths.long < min(_FEW, lengths.long):
+        reason = (
+            f"the reference model takes texts of up to {model.lengths.long} tokens only, of the inputs that are known"
+        )
+        return replace(report, unverifiable=reason), None, None
+    longest = min((one for one in (model.longest, *capacities) if one is not None), default=None)
+    return report, replace(model, longest=longest), candidate
 
 
 def open_stable(open_at: Callable[[Optimization], Opened], optimization: Optimization) -> Opened:
@@ -80,26 +108,50 @@ def open_stable(open_at: Callable[[Optimization], Opened], optimization: Optimiz
     return first
 
 
-def _candidate_decoder(session: Session, reference: Session) -> CachedDecoder:
-    """Return the candidate as a decoder: its cache is the pasts and presents that the reference lacks.
+def _decoder(session: Session, other: Session) -> AnyDecoder:
+    """Return a decoder on a session.
+
+    Its cache is the pasts that names and dims show, the other model's dims for inputs of the same name included, and
+    those that the other model lacks.
 
     Raises:
-        UsageError: There are no such pasts, or they do not pair with presents.
+        UsageError: There is no input of tokens, or pasts do not pair with presents.
     """
-    inputs = {tensor.name for tensor in reference.inputs}
-    outputs = {tensor.name for tensor in reference.outputs}
-    pasts = [tensor for tensor in session.inputs if tensor.name not in inputs and is_past(tensor)]
-    presents = [tensor for tensor in session.outputs if tensor.name not in outputs]
-    if len(presents) < len(pasts):  # the reference has presents too, for the tokens of a call
-        named = {entry.present for entry in find_cache(pasts, session.outputs)}
-        presents = [tensor for tensor in session.outputs if tensor.name in named]
+    names = {tensor.name for tensor in (*other.inputs, *other.outputs)}
+    new_outputs = [one for one in session.outputs if _is_new(one, names)]
+    named = [one for one in session.outputs if "present" in one.name or one in new_outputs]
+    pasts = [one for one in session.inputs if _is_past(one, other, names, named or session.outputs)]
     if not pasts:
-        raise UsageError("expected past inputs that the reference model lacks, found none: the candidate has no cache")
-    return CachedDecoder(session, cache_entries(pasts, presents, read_cache_metadata(session.metadata).layouts))
+        return UncachedDecoder(session)
+    candidates = (new_outputs, named, find_presents(pasts, session.outputs))
+    presents = next((found for found in candidates if len(found) == len(pasts)), new_outputs or candidates[-1])
+    layouts = read_cache_metadata(session.metadata).layouts
+    return CachedDecoder(session, cache_entries(pasts, presents, layouts))
 
 
-def _with_cache_tolerance(report: Report, candidate: CachedDecoder) -> Report:
+def _is_past(tensor: ValueInfo, other: Session, names: Collection[str], presents: Sequence[ValueInfo]) -> bool:
+    new = tensor.name not in names and len(tensor.dims) > 2
+    return is_past(tensor) or is_past(_with_dims_of(tensor, other.inputs)) or (new and may_be_past(tensor, presents))
+
+
+def _with_dims_of(past: ValueInfo, others: Sequence[ValueInfo]) -> ValueInfo:
+    """Return a past with the dims of the other model's input of the same name, if all its numbers are equal there."""
+    for other in others:
+        if other.name == past.name and len(other.dims) == len(past.dims):
+            pairs = list(zip(past.dims, other.dims, strict=True))
+            if all(own == dim for own, dim in pairs if isinstance(own, int)):
+                return replace(past, dims=tuple(dim for _, dim in pairs))
+    return past
+
+
+def _is_new(tensor: ValueInfo, names: Collection[str]) -> bool:
+    return tensor.name not in names and len(tensor.dims) > 2
+
+
+def _with_cache_tolerance(report: Report, candidate: AnyDecoder) -> Report:
     """Return the report with the tolerance of the cache's type, if that is coarser than the arithmetic."""
+    if isinstance(candidate, UncachedDecoder):
+        return report
     types = {str(entry.past.dtype) for entry in candidate.cache}
     coarse: tuple[Arithmetic, ...] = ("bfloat16", "float16")
     found = next((arithmetic for arithmetic in coarse if arithmetic in types), None)
@@ -108,29 +160,71 @@ def _with_cache_tolerance(report: Report, candidate: CachedDecoder) -> Report:
     return replace(report, arithmetic=found, tolerance=TOLERANCES[found])
 
 
-def _output_faults(candidate: CachedDecoder, reference: Session) -> tuple[str, ...]:
-    faults = [cache_mismatch(candidate.cache)]
-    have = {tensor.name: tensor.dtype for tensor in candidate.outputs}
-    presents = {entry.present for entry in candidate.cache}
+def _output_differences(candidate: AnyDecoder, reference: AnyDecoder) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return faults of the candidate's outputs, and notes about those of another floating-point type."""
+    entries = candidate.cache if isinstance(candidate, CachedDecoder) else ()
+    mismatch = cache_mismatch(entries)
+    faults: list[str] = [] if mismatch is None else [mismatch]
+    notes: list[str] = []
+    have = {tensor.name: tensor for tensor in candidate.outputs}
+    presents = {entry.present for entry in entries}
     for tensor in reference.outputs:
         name = tensor.name
         if name in presents:
             continue
         if name not in have:
             faults.append(f"the candidate model lacks the output `{name}`")
-        elif tensor.dtype != have[name]:
-            faults.append(f"output `{name}` is {have[name]}, in the reference model {tensor.dtype}")
-    return tuple(fault for fault in faults if fault is not None)
+        elif tensor.dtype != have[name].dtype:
+            known = notes if tensor.floating and have[name].floating else faults
+            known.append(f"output `{name}` is {have[name].dtype}, in the reference model {tensor.dtype}")
+    return tuple(faults), tuple(notes)
 
 
-def _reference_inputs(reference: Session, candidate: CachedDecoder) -> DecoderInputs:
-    """Return the inputs of the reference, with the kinds and axes of the candidate's inputs of the same name."""
-    known = {spec.name: spec for spec in candidate.inputs.specs}
-    return DecoderInputs(specs=tuple(_merged(spec, known.get(spec.name)) for spec in inputs_of(reference.inputs).specs))
+def _share_inputs(reference: AnyDecoder, candidate: AnyDecoder, seed: int) -> None:
+    """Give inputs of both models one kind, the axes that either shows, and equal values."""
+    _merge_inputs(reference, candidate)
+    _merge_inputs(candidate, reference)
+    for by_name, random in ((True, True), (True, False), (False, False)):
+        inputs = [
+            decoder.inputs.fed(by_name=by_name, seed=seed if random else None) for decoder in (reference, candidate)
+        ]
+        if all(_takes(decoder, fed) for decoder, fed in zip((reference, candidate), inputs, strict=True)):
+            reference.inputs, candidate.inputs = inputs
+            return
 
 
-def _merged(own: InputSpec, other: InputSpec | None) -> InputSpec:
-    """Return the candidate's input with the reference's type; the reference's if a pass made another kind of input."""
+def _merge_inputs(decoder: AnyDecoder, other: AnyDecoder) -> None:
+    """Replace inputs by the other model's of the same name if these show more axes."""
+    known = {spec.name: spec for spec in other.inputs.specs}
+    with_cache = isinstance(other, CachedDecoder) and not isinstance(decoder, CachedDecoder)
+    specs = tuple(_merged(spec, known.get(spec.name), with_cache) for spec in decoder.inputs.specs)
+    decoder.inputs = replace(decoder.inputs, specs=specs)
+
+
+def _merged(own: InputSpec, other: InputSpec | None, with_cache: bool) -> InputSpec:
+    """Return an input with the other model's kind and axes; its own if a pass made another kind of input."""
     if other is None or len(other.axes) != len(own.axes) or other.tensor.floating != own.tensor.floating:
         return own
-    return replace(other, tensor=replace(other.tensor, dtype=own.tensor.dtype))
+    pairs = zip(own.tensor.dims, other.tensor.dims, own.axes, strict=True)
+    sizes = tuple(size if isinstance(size, int) and axis == "fixed" else dim for dim, size, axis in pairs)
+    own = replace(own, tensor=replace(own.tensor, dims=sizes))
+    better = with_cache or _named_axes(other) > _named_axes(own)
+    return replace(own, axes=other.axes, kind=other.kind) if better else own
+
+
+def _named_axes(spec: InputSpec) -> int:
+    return sum(axis != "fixed" for axis in axes_of(spec.tensor))
+
+
+def _takes(decoder: AnyDecoder, inputs: DecoderInputs) -> bool:
+    """Whether a decoder runs with these inputs."""
+    length = decoder.length or (decoder.step_length if isinstance(decoder, CachedDecoder) else None) or 2
+    ones = np.ones((decoder.batch or 1, length), np.int64)
+    before, decoder.inputs = decoder.inputs, inputs
+    try:
+        decoder.run(inputs.feeds(np.zeros_like(ones), ones))
+    except (RunError, UsageError):
+        return False
+    finally:
+        decoder.inputs = before
+    return True

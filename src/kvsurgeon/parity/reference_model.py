@@ -8,34 +8,41 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from kvsurgeon.errors import RunError
+from kvsurgeon.parity.chunked_run import run_in_chunks
 from kvsurgeon.parity.difference import distance, spread
+from kvsurgeon.parity.reference_outputs import ReferenceOutputs
 from kvsurgeon.parity.scenarios import Scenario, TextLengths
-from kvsurgeon.runtime import Array, DecoderInputs, Session, Tokens, UncachedDecoder
+from kvsurgeon.runtime import AnyDecoder, Array, CachedDecoder, DecoderInputs, Session, Tokens, UncachedDecoder
 
 _SMALLEST_VOCABULARY = 2
+_LARGEST_VOCABULARY = 2**17  # token IDs of a model without logits
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceModel:
-    """A decoder without a cache, and the texts that it takes.
+    """The reference model as a decoder, and the texts that it takes.
 
     Attributes:
         decoder: The model.
         vocabulary: Number of token IDs.
         token_types: Number of token types.
         lengths: Sizes of the texts.
-        single_row: Whether batches of several rows fail or give other logits.
-        noise_floor: Error between its logits for the same tokens with and without later tokens.
-        prefix_stable: Whether this error is within the tolerance.
+        bound: Largest error at which its outputs are equal.
+        longest: The longest text that both models take, if it is known.
+        single_row: Whether batches of several rows fail or give other outputs.
+        noise: Largest error between its outputs for the same tokens in other calls: shorter, or of one row.
+        prefix_stable: Whether its outputs do not depend on later tokens, within the tolerance.
         notes: Remarks for the report.
     """
 
-    decoder: UncachedDecoder
+    decoder: AnyDecoder
     vocabulary: int
     token_types: int = 1
     lengths: TextLengths
+    bound: float
+    longest: int | None = None
     single_row: bool = False
-    noise_floor: float = 0.0
+    noise: float = 0.0
     prefix_stable: bool = True
     notes: tuple[str, ...] = ()
 
@@ -44,98 +51,151 @@ class ReferenceModel:
         """Inputs of the model."""
         return self.decoder.inputs
 
-    def run(self, scenario: Scenario) -> dict[str, Array]:
+    @property
+    def main(self) -> str:
+        """Name of the output of logits, or of the first output if no output holds floating-point numbers."""
+        floating = any(output.floating for output in self.decoder.outputs)
+        return self.decoder.logits if floating else self.decoder.outputs[0].name
+
+    def run(self, scenario: Scenario, *, in_calls: bool) -> ReferenceOutputs:
         """Return all outputs for a scenario.
 
-        Raises:
-            RunError: The model fails.
-        """
-        return self._run(scenario.tokens, scenario.mask)
-
-    def logits(self, tokens: Tokens, mask: Tokens | None = None) -> Array:
-        """Return the logits of texts, without padding unless a mask is given.
+        Args:
+            scenario: The text.
+            in_calls: Whether to run the calls of the scenario, if the model has a cache, and not the whole text.
 
         Raises:
             RunError: The model fails.
         """
-        return self._run(tokens, np.ones_like(tokens) if mask is None else mask)[self.decoder.logits]
+        in_calls = in_calls and isinstance(self.decoder, CachedDecoder)
+        feeds = self._feeds(scenario.tokens, scenario.mask)
+        run = run_in_chunks(self.decoder, feeds, scenario.spans if in_calls else [(0, scenario.tokens.shape[1])])
+        if run.failure:
+            raise RunError(run.failure)
+        return ReferenceOutputs(scenario=scenario, calls=run.outputs, in_calls=in_calls)
 
-    def padding_stable(self, scenario: Scenario, bound: float) -> bool:
-        """Whether the logits after left padding do not depend on later tokens; some models take right padding only.
+    def outputs(self, tokens: Tokens, mask: Tokens | None = None) -> Array:
+        """Return the main output for texts, without padding unless a mask is given.
+
+        Raises:
+            RunError: The model fails.
+        """
+        rows = _full_batch(self.decoder, tokens)
+        feeds = self._feeds(rows, np.ones_like(rows) if mask is None else _full_batch(self.decoder, mask))
+        found = self.decoder.run(feeds)[self.main]
+        return found if len(rows) == len(tokens) else found[: len(tokens)]
+
+    def padding_stable(self, expected: ReferenceOutputs) -> bool:
+        """Whether outputs after padding do not depend on later tokens; some models take right padding only.
 
         Raises:
             RunError: The model fails on the scenario.
         """
+        scenario = expected.scenario
         first, tokens, mask = scenario.chunks[0], scenario.tokens, scenario.mask
-        if mask.all() or first == tokens.shape[1]:
+        if mask.all() or first == tokens.shape[1] or expected.in_calls or not self.prefix_stable:
             return True
-        whole = self.logits(tokens, mask)
+        whole = expected.calls[0][self.main]
+        if whole.shape[:2] != tokens.shape:  # an output of the last token only
+            return True
         if self.decoder.length is None:
-            prefix = self.logits(tokens[:, :first], mask[:, :first])
+            prefix = self.outputs(tokens[:, :first], mask[:, :first])
         else:
-            prefix = self.logits(tokens, np.where(np.arange(tokens.shape[1]) < first, mask, 0))
-        if whole.shape[:2] != tokens.shape:  # logits of the last token only
-            return True
+            prefix = self.outputs(tokens, np.where(np.arange(tokens.shape[1]) < first, mask, 0))
         counted = mask[:, :first].astype(bool)
-        return distance(whole[:, :first][counted], prefix[:, :first][counted], spread(whole)) <= bound
+        return distance(whole[:, :first][counted], prefix[:, :first][counted], spread(whole)) <= self.bound
+
+    def call_stable(self, expected: ReferenceOutputs) -> bool:
+        """Whether the calls of a scenario give the outputs of a single call.
+
+        Raises:
+            RunError: The model fails on the whole text.
+        """
+        scenario = expected.scenario
+        whole = self.run(scenario, in_calls=False)
+        for call, (past, total) in enumerate(scenario.spans):
+            found = expected.by_rows(self.main, expected.calls[call][self.main], total - past)
+            part = whole.part(self.main, 0, found.shape, (past, total), None)
+            if part is None or found.shape[:2] != (len(scenario.tokens), total - past):
+                continue
+            counted = scenario.mask[:, past:total].astype(bool)
+            if distance(part[counted], found[counted], spread(whole.basis(self.main))) > self.bound:
+                return False
+        return True
 
     def distance_to(self, session: Session, seed: int) -> float:
-        """Return the error of the logits of another session on the model, for a long text.
+        """Return the error of another session on the model, for a long text.
 
         Raises:
             RunError: The other session fails.
         """
         tokens = np.random.default_rng(seed).integers(0, self.vocabulary, (self.decoder.batch or 1, self.lengths.long))
-        other = replace(self, decoder=UncachedDecoder(session, self.inputs))
-        logits = self.logits(tokens)
-        return distance(logits, other.logits(tokens), spread(logits))
+        if isinstance(self.decoder, CachedDecoder):
+            other: AnyDecoder = CachedDecoder(session, self.decoder.cache)
+        else:
+            other = UncachedDecoder(session, self.inputs)
+        return distance(self.outputs(tokens), replace(self, decoder=other).outputs(tokens))
 
-    def _run(self, tokens: Tokens, mask: Tokens) -> dict[str, Array]:
-        return self.decoder.run(self.inputs.feeds(tokens, mask, token_types=self.token_types))
+    def _feeds(self, tokens: Tokens, mask: Tokens) -> dict[str, Array]:
+        return self.inputs.feeds(tokens, mask, token_types=self.token_types)
 
 
-def probe_reference(decoder: UncachedDecoder, lengths: TextLengths, bound: float, seed: int) -> ReferenceModel:
+def probe_reference(
+    decoder: AnyDecoder, lengths: TextLengths, length: int | None, bound: float, seed: int
+) -> ReferenceModel:
     """Return the reference model with its limits, found by running it.
 
     Args:
         decoder: The model.
         lengths: Wanted sizes of the texts.
-        bound: Largest error at which logits are equal.
+        length: The only length of a text that both models take; None for any.
+        bound: Largest error at which outputs are equal.
         seed: Random seed.
 
     Raises:
         RunError: The model fails on all texts.
     """
     random = np.random.default_rng(seed)
-    short = decoder.length or _longest(decoder, lengths.short)
-    model = ReferenceModel(decoder=decoder, vocabulary=_SMALLEST_VOCABULARY, lengths=replace(lengths, short=short))
-    vocabulary = model.logits(np.zeros((1, short), np.int64)).shape[-1]
-    model = replace(model, vocabulary=_vocabulary(model, vocabulary, random))
+    short = length or _longest(decoder, lengths.short)
+    lengths_of = replace(lengths, short=short)
+    model = ReferenceModel(decoder=decoder, vocabulary=_SMALLEST_VOCABULARY, lengths=lengths_of, bound=bound)
+    model = replace(model, vocabulary=_vocabulary(model))
     model = replace(model, token_types=_token_types(model))
-    long = decoder.length or _longest(decoder, max(lengths.long, short), known=short)
+    long = length or _longest(decoder, max(lengths.long, short), known=short)
     model = replace(model, lengths=replace(model.lengths, long=long))
-    notes = [f"the longest text has {long} tokens: the reference model takes no more"] if long < lengths.long else []
-    single_row = not decoder.batch and lengths.batch > 1 and not _takes_batches(model, bound, random)
-    noise_floor, ignores_past = _prefix_noise(model, bound, random)
-    if not noise_floor <= bound:
+    notes = []
+    if long < lengths.long:
+        notes.append(f"the longest text has {long} tokens: the reference model takes no more")
+        model = replace(model, longest=long)
+    batch_noise = 0.0 if decoder.batch or lengths.batch < 2 else _batch_noise(model, random)
+    noise, ignores_past = _prefix_noise(model, bound, random)
+    if not noise <= bound:
         notes.append(
             "the reference model's logits depend on later tokens: it is not causal, or depends on the length, and no "
             "cache can equal it"
         )
     if ignores_past:
         notes.append("the reference model's logits hardly depend on earlier tokens: a wrong cache may go unnoticed")
+    single_row = not batch_noise <= bound
     if single_row:
         notes.append("the reference model is correct for batch size 1 only: batches were not compared")
     return replace(
-        model, single_row=single_row, prefix_stable=noise_floor <= bound, noise_floor=noise_floor, notes=tuple(notes)
-    )
+        model, longest=length or model.longest, single_row=single_row, prefix_stable=noise <= bound, notes=tuple(notes),
+        noise=max(noise, 0.0 if single_row else batch_noise),
+    )  # fmt: skip
 
 
-def _longest(decoder: UncachedDecoder, wanted: int, known: int = 0) -> int:
+def _full_batch(decoder: AnyDecoder, tokens: Tokens) -> Tokens:
+    """Return texts with as many rows as a model with a cache takes: the rows repeat."""
+    fixed = decoder.batch if isinstance(decoder, CachedDecoder) else None
+    return tokens if fixed is None else tokens[np.arange(fixed) % len(tokens)]
+
+
+def _longest(decoder: AnyDecoder, wanted: int, known: int = 0) -> int:
     """Return the greatest length up to `wanted` at which the decoder runs; it is known to run at `known`."""
 
     def failure(length: int) -> RunError | None:
-        tokens = np.zeros((1, length), np.int64)
+        tokens = np.zeros((decoder.batch or 1, length), np.int64)
         return _failure(lambda: decoder.run(decoder.inputs.feeds(tokens, np.ones_like(tokens))))
 
     if failure(wanted) is None:
@@ -150,14 +210,18 @@ def _longest(decoder: UncachedDecoder, wanted: int, known: int = 0) -> int:
     return known
 
 
-def _vocabulary(model: ReferenceModel, size: int, random: np.random.Generator) -> int:
+def _vocabulary(model: ReferenceModel) -> int:
     """Return the number of token IDs: the number of logits, or less if there are fewer embeddings."""
-    size = max(size, _SMALLEST_VOCABULARY)
-    while size > _SMALLEST_VOCABULARY:
-        tokens = random.integers(0, size, (1, model.lengths.short))
+    tokens = np.zeros((1, model.lengths.short), np.int64)
+
+    def takes(size: int) -> bool:
         tokens[0, -1] = size - 1
-        if _failure(lambda tokens=tokens: model.logits(tokens)) is None:  # type: ignore[misc]
-            return size
+        return _failure(lambda: model.outputs(tokens)) is None
+
+    array = model.outputs(tokens)
+    floating = array.ndim > 1 and array.dtype.kind not in "biu"
+    size = max(array.shape[-1] if floating else _LARGEST_VOCABULARY, _SMALLEST_VOCABULARY)
+    while size > _SMALLEST_VOCABULARY and not takes(size):
         size //= 2
     return size
 
@@ -166,41 +230,45 @@ def _token_types(model: ReferenceModel) -> int:
     if not any(spec.kind == "token_types" for spec in model.inputs.specs):
         return 1
     tokens = np.arange(model.lengths.short)[None] % model.vocabulary
-    return 1 if _failure(lambda: replace(model, token_types=2).logits(tokens)) else 2
+    return 1 if _failure(lambda: replace(model, token_types=2).outputs(tokens)) else 2
 
 
-def _takes_batches(model: ReferenceModel, bound: float, random: np.random.Generator) -> bool:
-    """Whether a batch gives the same logits as its rows alone."""
+def _batch_noise(model: ReferenceModel, random: np.random.Generator) -> float:
+    """Return the error of a batch from two of its rows alone; infinite if it fails."""
     tokens = random.integers(0, model.vocabulary, (model.lengths.batch, model.lengths.short))
     try:
-        together = model.logits(tokens)
+        together = model.outputs(tokens)
     except RunError:
-        return False
-    rows = np.concatenate([model.logits(tokens[row : row + 1]) for row in range(len(tokens))])
-    return rows.shape == together.shape and distance(rows, together, spread(rows)) <= bound
+        return np.inf
+    alone = [model.outputs(tokens[row : row + 1]) for row in (0, len(tokens) - 1)]
+    rows = np.concatenate(alone) if alone[0].ndim else np.stack(alone)
+    if together.ndim and len(together) % len(tokens) == 0:  # batch and tokens may share an axis
+        size = len(together) // len(tokens)
+        together = np.concatenate([together[:size], together[-size:]])
+    return distance(together, rows) if rows.shape == together.shape else np.inf
 
 
 def _prefix_noise(model: ReferenceModel, bound: float, random: np.random.Generator) -> tuple[float, bool]:
-    """Return the error of logits of prefixes, and whether logits ignore the first token of a text."""
+    """Return the error of outputs of prefixes, and whether outputs ignore the first token of a text."""
     short, long = model.lengths.short, model.lengths.long
     tokens = random.integers(0, model.vocabulary, (1, long))
-    whole = model.logits(tokens)
-    if short < 2 or whole.shape[1:2] != (long,):  # logits of the last token only
+    whole = model.outputs(tokens)
+    if short < 2 or whole.shape[1:2] != (long,):  # an output of the last token only
         return 0.0, False
     scale = spread(whole)
-    lengths = {1, long // 2}  # kernels of a single token differ from those of several
-    noise = max(distance(whole[:, :length], _prefix_logits(model, tokens, length), scale) for length in lengths)
+    lengths = {1, short, long // 2}  # kernels of a single token differ from those of several
+    noise = max(distance(whole[:, :length], _prefix(model, tokens, length), scale) for length in lengths)
     tokens[0, 0] = (tokens[0, 0] + 1) % model.vocabulary
-    return noise, distance(whole[:, 1:], model.logits(tokens)[:, 1:], scale) <= bound
+    return noise, distance(whole[:, 1:], model.outputs(tokens)[:, 1:], scale) <= bound
 
 
-def _prefix_logits(model: ReferenceModel, tokens: Tokens, length: int) -> Array:
-    """Return the logits of a prefix: run alone, or followed by other tokens if the length is fixed."""
-    if model.decoder.length is None:
-        return model.logits(tokens[:, :length])
+def _prefix(model: ReferenceModel, tokens: Tokens, length: int) -> Array:
+    """Return the output for a prefix: run alone, or followed by other tokens if the length is fixed."""
+    if model.decoder.length is None and model.lengths.short != model.lengths.long:
+        return model.outputs(tokens[:, :length])
     others = tokens.copy()
     others[:, length:] = (others[:, length:] + 1) % model.vocabulary
-    return model.logits(others)[:, :length]
+    return model.outputs(others)[:, :length]
 
 
 def _failure(run: Callable[[], object]) -> RunError | None:

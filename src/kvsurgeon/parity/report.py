@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from kvsurgeon.parity.scenarios import Scenario
+from kvsurgeon.parity.scenarios import Effort, Scenario
 from kvsurgeon.parity.tolerance import Tolerance
 
 Verdict = Literal["same", "different", "unknown"]
@@ -50,6 +50,8 @@ class Comparison:
         batch: Number of rows.
         length: Number of tokens of a row, padding included.
         chunks: Number of tokens of each call.
+        padding: Number of masked tokens of each row.
+        holes: Whether masked tokens have others before them.
         verdict: "unknown" if the reference model fails on the text.
         error: Largest difference of an output, divided by the spread of the reference's values; None if not compared.
         prefill_error: The same for the text in a single prefill.
@@ -66,6 +68,8 @@ class Comparison:
     batch: int
     length: int
     chunks: tuple[int, ...]
+    padding: tuple[int, ...] = ()
+    holes: bool = False
     verdict: Verdict = "unknown"
     error: float | None = None
     prefill_error: float | None = None
@@ -81,7 +85,70 @@ class Comparison:
     def of(cls, scenario: Scenario, **results: Any) -> Comparison:
         """Return a comparison on the text of a scenario."""
         batch, length = scenario.tokens.shape
-        return cls(scenario=scenario.name, batch=batch, length=length, chunks=scenario.chunks, **results)
+        mask = scenario.mask
+        return cls(
+            scenario=scenario.name, batch=batch, length=length, chunks=scenario.chunks,
+            padding=tuple(int(count) for count in (mask == 0).sum(axis=1)),
+            holes=bool((mask[:, 1:] < mask[:, :-1]).any()), **results,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """Coverage of a verification.
+
+    Attributes:
+        batches: Numbers of rows.
+        longest: Number of tokens of the longest text.
+        prefills: Numbers of tokens of calls without a past, in ascending order.
+        chunks: Numbers of tokens of calls after a past, in ascending order.
+        longest_past: Largest number of tokens before a call.
+        padding: Numbers of padding tokens of rows, in ascending order.
+        holes: Whether tokens between others were masked.
+        tokens: Number of tokens of all texts.
+    """
+
+    batches: tuple[int, ...]
+    longest: int
+    prefills: tuple[int, ...]
+    chunks: tuple[int, ...]
+    longest_past: int
+    padding: tuple[int, ...]
+    holes: bool
+    tokens: int
+
+    @classmethod
+    def of(cls, comparisons: Iterable[Comparison]) -> Coverage:
+        """Return the coverage of comparisons; those without a result are skipped."""
+        compared = [one for one in comparisons if one.verdict != "unknown"]
+
+        def ascending(sizes: Iterable[int]) -> tuple[int, ...]:
+            return tuple(sorted(set(sizes)))
+
+        return cls(
+            batches=ascending(one.batch for one in compared),
+            longest=max((one.length for one in compared), default=0),
+            prefills=ascending(one.chunks[0] for one in compared),
+            chunks=ascending(chunk for one in compared for chunk in one.chunks[1:]),
+            longest_past=max((one.length - one.chunks[-1] for one in compared), default=0),
+            padding=ascending(count for one in compared if not one.holes for count in one.padding if count),
+            holes=any(one.holes for one in compared),
+            tokens=sum(one.batch * one.length for one in compared),
+        )
+
+    def __str__(self) -> str:
+        """Return the coverage in one line."""
+
+        def listed(sizes: tuple[int, ...]) -> str:
+            return ", ".join(map(str, sizes[:12])) + (f" to {sizes[-1]}" if sizes[12:] else "")
+
+        parts = [f"batches {listed(self.batches)}", f"texts of up to {self.longest} tokens"]
+        if self.chunks:
+            parts.append(f"calls of {listed(self.chunks)} tokens after up to {self.longest_past}")
+        parts.append(f"left padding of {listed(self.padding)}" if self.padding else "no padding")
+        if self.holes:
+            parts.append("masked tokens between others")
+        return f"{'; '.join(parts)}; {self.tokens} tokens in all"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +163,8 @@ class Report:
         unverifiable: Reason why the models cannot be compared.
         first_difference: Name of the first value of both graphs that differs, if searched for.
         notes: Further remarks.
+        seed: Random seed of the texts.
+        effort: How many scenarios were planned.
         seconds: Time of the verification.
     """
 
@@ -106,6 +175,8 @@ class Report:
     unverifiable: str | None = None
     first_difference: str | None = None
     notes: tuple[str, ...] = ()
+    seed: int = 0
+    effort: Effort = "normal"
     seconds: float = 0.0
 
     @property
@@ -115,6 +186,11 @@ class Report:
         if self.faults or "different" in verdicts:
             return "different"
         return "unknown" if self.unverifiable is not None or "same" not in verdicts else "same"
+
+    @property
+    def coverage(self) -> Coverage:
+        """The calls and texts that were compared."""
+        return Coverage.of(self.comparisons)
 
     @property
     def ok(self) -> bool:
@@ -155,7 +231,8 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         """Return the report for JSON; a number that is not finite becomes a string."""
         computed = ("ok", "verdict", "error", "bound", "agreement", "layer", "problems")
-        plain: dict[str, Any] = _plain({name: getattr(self, name) for name in computed} | asdict(self))
+        fields = {name: getattr(self, name) for name in computed} | asdict(self) | {"coverage": asdict(self.coverage)}
+        plain: dict[str, Any] = _plain(fields)
         return plain
 
 

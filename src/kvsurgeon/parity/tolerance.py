@@ -27,9 +27,9 @@ class Tolerance:
     tie: float
     reason: str
 
-    def widened(self, bound: float) -> Tolerance:
-        """Return the tolerance with a larger bound, and ties in proportion; a smaller bound changes nothing."""
-        return replace(self, bound=bound, tie=self.tie * bound / self.bound) if bound > self.bound else self
+    def with_bound(self, bound: float) -> Tolerance:
+        """Return the tolerance with another bound, and ties in proportion."""
+        return replace(self, bound=bound, tie=self.tie * bound / self.bound)
 
 
 TOLERANCES: dict[Arithmetic, Tolerance] = {

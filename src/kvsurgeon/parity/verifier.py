@@ -1,15 +1,19 @@
-"""Verification: whether a model with a cache computes what its reference model computes.
+"""Verification: whether a candidate model computes what its reference model computes.
 
 The verifier knows the two files and what onnxruntime computes of them. The meaning of inputs follows from the dims that
-the candidate model declares.
+the models declare.
 """
 
 from __future__ import annotations
 
+import secrets
 import time
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from kvsurgeon.errors import KvsurgeonError
 from kvsurgeon.parity.comparison import compare
@@ -18,22 +22,26 @@ from kvsurgeon.parity.model_source import ModelSource
 from kvsurgeon.parity.open_models import Opened, open_models, open_stable
 from kvsurgeon.parity.reference_model import ReferenceModel
 from kvsurgeon.parity.report import Comparison, Progress, Report
-from kvsurgeon.parity.scenarios import TextLengths, plan_scenarios
-from kvsurgeon.parity.tolerance import ROUNDED, TOLERANCES, Arithmetic, Tolerance, arithmetic_of
-from kvsurgeon.runtime import Optimization, Source
+from kvsurgeon.parity.scenarios import Effort, Plan, Scenario, TextLengths, plan_scenarios
+from kvsurgeon.parity.thresholds import reached, thresholds_in
+from kvsurgeon.parity.tolerance import ROUNDED, TOLERANCES, Arithmetic, arithmetic_of
+from kvsurgeon.runtime import AnyDecoder, CachedDecoder, Optimization, Source
 
 _UNFUSED: Optimization = "basic"  # "all" rounds again: `MatMulNBits` of 8-bit weights rounds activations
 _ROUNDINGS = 3  # in ranges of the call, of the calls before, and of the whole text
-_SUMS = 3  # of different order: in the call, in the calls before, and in the reference
-_NEAR = 10  # multiple of the bound, for exact arithmetic still well below the error of a wrong cache
+_SUMS = 8  # largest error of all texts, of the noise that a few texts show
 _EXACT: frozenset[Arithmetic] = frozenset(("float64", "float32"))
+_NEAR = 10  # multiple of the bound, for exact arithmetic still well below the error of a wrong cache
+_TIGHT = 30  # the bound of a model without noise is so many times smaller
 
 
 def verify(
     reference: Source,
     candidate: Source,
     *,
-    seed: int = 0,
+    seed: int | None = None,
+    effort: Effort = "normal",
+    thresholds: Collection[int] = (),
     lengths: TextLengths | None = None,
     folder: str | Path | None = None,
     threads: int | None = None,
@@ -44,10 +52,13 @@ def verify(
     """Run both models on the same random texts, as a whole and in chunks, and compare all outputs and the cache.
 
     Args:
-        reference: The model without a cache.
-        candidate: The same model with a cache.
-        seed: Random seed of the texts.
-        lengths: Sizes of the texts; shorter if a model takes no more.
+        reference: The model before a change.
+        candidate: The model after it, with a cache or without.
+        seed: Random seed of the texts; None draws one, which the report names.
+        effort: How many texts, and of which lengths.
+        thresholds: Lengths after which a model may compute something else, such as sliding windows; the verifier finds
+            those that a graph compares a number with.
+        lengths: Sizes of the texts; shorter if a model takes no more. None for those of the effort.
         folder: Folder of the external data of models in memory.
         threads: Number of threads per operator.
         optimization: Level of onnxruntime's graph optimization; lower, with a note, if the reference is unstable at it.
@@ -61,32 +72,138 @@ def verify(
         InputError: A model cannot be read.
     """
     start = time.perf_counter()
-    run = partial(_compare_all, seed=seed, lengths=lengths or TextLengths(), explain=explain, progress=progress)
+    seed = secrets.randbelow(2**31) if seed is None else seed
     models = (
         ModelSource.of(reference, "the reference model", folder, threads),
         ModelSource.of(candidate, "the candidate model", folder, threads),
     )
-    report, opened = run(models, optimization=optimization)
-    if report.arithmetic in ROUNDED:
+    work = _Verification(
+        seed=seed, effort=effort, thresholds=frozenset(thresholds), lengths=lengths, explain=explain, progress=progress
+    )
+    if arithmetic_of(models[0].graph) in ROUNDED:
+        report = work.without_rounding(models, optimization)
+    else:
+        report = work.within_noise(models, optimization)
+    return replace(report, seed=seed, effort=effort, seconds=time.perf_counter() - start)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Verification:
+    """The options of a verification; see `verify`."""
+
+    seed: int
+    effort: Effort
+    thresholds: frozenset[int]
+    lengths: TextLengths | None
+    explain: bool
+    progress: Progress | None
+
+    def within_noise(self, models: tuple[ModelSource, ModelSource], optimization: Optimization) -> Report:
+        """Return the report with a bound that the noise of the reference sets."""
+        report, reference = self.compare_all(models, optimization)
+        if reference is None or not _nearly_same(report):
+            return report
+        noise = max(reference.noise, _summation_noise(reference, models[0], self.seed))
+        bound = min(_SUMS * noise, _NEAR * TOLERANCES[arithmetic_of(models[0].graph)].bound)
+        if not bound > report.bound:
+            return report
+        report, _ = self.compare_all(models, optimization, bound)
+        note = f"the reference model's logits differ by {noise:.2g} if onnxruntime adds in another order"
+        return replace(report, notes=(*report.notes, note))
+
+    def without_rounding(self, models: tuple[ModelSource, ModelSource], optimization: Optimization) -> Report:
+        """Return the report on two models that round activations to 8 bits, without this rounding.
+
+        The models with rounding run on a few texts only: their outputs depend on the tokens that share a call.
+        """
         in_floats = models[0].in_floats(), models[1].in_floats()
-        if in_floats[0] is not None and in_floats[1] is not None:
-            exact, _ = run((in_floats[0], in_floats[1]), optimization=_UNFUSED)
-            report = _without_rounding(report, 0.0 if opened is None else opened.noise_floor, exact)
-    elif opened is not None and _nearly_same(report):
-        noise = _summation_noise(opened, models[0], seed)
-        tolerance = report.tolerance.widened(min(_SUMS * noise, _NEAR * report.bound))
-        if tolerance.bound > report.bound:
-            report, _ = run(models, optimization=optimization, tolerance=tolerance)
-            note = f"the reference model's logits differ by {noise:.2g} if onnxruntime adds in another order"
-            report = replace(report, notes=(*report.notes, note))
-    return replace(report, seconds=time.perf_counter() - start)
+        if in_floats[0] is None or in_floats[1] is None:
+            return self.compare_all(models, optimization)[0]
+        exact = self.within_noise((in_floats[0], in_floats[1]), _UNFUSED)
+        if exact.verdict == "unknown":
+            return self.compare_all(models, optimization)[0]
+        del in_floats
+        exact = replace(exact, arithmetic=arithmetic_of(models[0].graph))
+        if exact.verdict == "different":
+            return replace(exact, notes=(*exact.notes, "verified without rounding to 8 bits"))
+        rounded, reference = replace(self, effort="quick", explain=False).compare_all(models, optimization)
+        noise = 0.0 if reference is None else reference.noise
+        failed = rounded.faults or any(one.error is None or not np.isfinite(one.error) for one in rounded.comparisons)
+        if rounded.verdict == "different" and failed:
+            return rounded
+        error = rounded.error or 0.0
+        note = f"verified without rounding to 8 bits; with it, logits differ by {error:.2g} of their spread"
+        if not error <= max(rounded.bound, _ROUNDINGS * noise):
+            note += ", which is more than usual: measure the loss of accuracy"
+        if noise > rounded.bound:
+            note += f", and the reference model's own by {noise:.2g} if other tokens follow"
+        return replace(exact, notes=(*exact.notes, note))
+
+    def compare_all(
+        self, models: tuple[ModelSource, ModelSource], optimization: Optimization, bound: float | None = None
+    ) -> tuple[Report, ReferenceModel | None]:
+        """Compare both models on all scenarios; return the report and the reference model, if both could be opened.
+
+        Args:
+            models: Reference and candidate.
+            optimization: Level of onnxruntime's graph optimization.
+            bound: Largest error that is allowed; None for a bound by the noise that the reference shows.
+        """
+        arithmetic = arithmetic_of(models[0].graph)
+        blank = Report(arithmetic=arithmetic, tolerance=TOLERANCES[arithmetic])
+        lengths = self.lengths or TextLengths.of(self.effort)
+
+        def open_at(level: Optimization) -> Opened:
+            sessions = (partial(model.open, level) for model in models)
+            return open_models(blank, *sessions, lengths=lengths, seed=self.seed)
+
+        report, reference, candidate = open_stable(open_at, optimization)
+        if reference is None or candidate is None:
+            return report, None
+        if bound is None and arithmetic not in ROUNDED:
+            bound = max(report.bound / _TIGHT, min(_SUMS * reference.noise, report.bound))
+        report = replace(report, tolerance=report.tolerance.with_bound(report.bound if bound is None else bound))
+        scenarios = self.plan(models, reference, candidate)
+        comparisons: list[Comparison] = []
+        for number, scenario in enumerate(scenarios):
+            if self.progress is not None:
+                self.progress(number, len(scenarios), scenario.name)
+            comparisons.append(compare(scenario, reference, candidate, report.tolerance))
+        skipped = (f"{one.scenario} was not compared: {one.reason}" for one in comparisons if one.verdict == "unknown")
+        report = replace(report, comparisons=tuple(comparisons), notes=(*report.notes, *reference.notes, *skipped))
+        simplest = simplest_difference(scenarios, comparisons)
+        if self.explain and simplest is not None and isinstance(candidate, CachedDecoder):
+            name = first_difference(models, simplest, reference=reference, cache=candidate.cache, bound=report.bound)
+            report = replace(report, first_difference=name)
+        return report, reference
+
+    def plan(
+        self, models: tuple[ModelSource, ModelSource], reference: ReferenceModel, candidate: AnyDecoder
+    ) -> tuple[Scenario, ...]:
+        """Return the scenarios for two models."""
+        fixed = candidate.batch
+        if fixed is None and isinstance(reference.decoder, CachedDecoder):
+            fixed = reference.decoder.batch
+        plan = Plan(
+            lengths=reference.lengths,
+            batch=1 if reference.single_row else fixed,
+            masked=candidate.inputs.masked and reference.inputs.masked,
+            in_calls=isinstance(candidate, CachedDecoder),
+            vocabulary=reference.vocabulary,
+            random=np.random.default_rng(self.seed),
+        )
+        named = self.thresholds.union(*(thresholds_in(model.graph) for model in models))
+        return plan_scenarios(plan, self.effort, reached(named, reference, self.effort, models[1].graph))
 
 
 def _nearly_same(report: Report) -> bool:
     """Whether two models differ by no more than sums in another order may explain."""
     different = [comparison for comparison in report.comparisons if comparison.verdict == "different"]
     ran = not report.faults and all(comparison.error is not None for comparison in different)
-    near = report.error is not None and report.error <= _NEAR * report.bound
+    near = (
+        report.error is not None
+        and report.error <= _NEAR * TOLERANCES["float64" if report.arithmetic == "float64" else "float32"].bound
+    )
     return report.verdict == "different" and report.arithmetic in _EXACT and ran and near
 
 
@@ -96,63 +213,3 @@ def _summation_noise(reference: ReferenceModel, model: ModelSource, seed: int) -
         return reference.distance_to(model.open("off"), seed)
     except KvsurgeonError:
         return 0.0
-
-
-def _without_rounding(report: Report, noise_floor: float, exact: Report) -> Report:
-    """Return the report on two models that round activations to 8 bits.
-
-    It is that on the models without rounding, unless the models with rounding fail or differ by more than rounding.
-
-    Args:
-        report: Report on the models with rounding.
-        noise_floor: Error of the reference with rounding, between its logits with and without later tokens.
-        exact: Report on the models without rounding.
-    """
-    if exact.verdict == "unknown" or report.verdict == "unknown":
-        return report
-    exact = replace(exact, arithmetic=report.arithmetic)
-    if exact.verdict == "different":
-        return replace(exact, notes=(*exact.notes, "verified without rounding to 8 bits"))
-    failed = report.faults or any(one.verdict == "different" and one.error is None for one in report.comparisons)
-    if failed or report.error is None or not report.error <= max(report.bound, _ROUNDINGS * noise_floor):
-        return report
-    note = f"verified without rounding to 8 bits; with it, logits differ by {report.error:.2g} of their spread"
-    if noise_floor > report.bound:
-        note += f", and the reference model's own by {noise_floor:.2g} if other tokens follow"
-    return replace(exact, notes=(*exact.notes, note))
-
-
-def _compare_all(
-    models: tuple[ModelSource, ModelSource], *, seed: int, lengths: TextLengths,
-    optimization: Optimization, explain: bool, progress: Progress | None, tolerance: Tolerance | None = None,
-) -> tuple[Report, ReferenceModel | None]:  # fmt: skip
-    """Compare both models on all scenarios; return the report and the reference model, if both could be opened."""
-    arithmetic = arithmetic_of(models[0].graph)
-    blank = Report(arithmetic=arithmetic, tolerance=tolerance or TOLERANCES[arithmetic])
-
-    def open_at(level: Optimization) -> Opened:
-        sessions = (partial(model.open, level) for model in models)
-        return open_models(blank, *sessions, lengths=lengths, seed=seed)
-
-    report, reference, candidate = open_stable(open_at, optimization)
-    if reference is None or candidate is None:
-        return report, None
-    scenarios = plan_scenarios(
-        lengths=reference.lengths,
-        batch=1 if reference.single_row else candidate.batch,
-        masked=candidate.inputs.masked and reference.inputs.masked,
-        vocabulary=reference.vocabulary,
-        seed=seed,
-    )
-    comparisons: list[Comparison] = []
-    for number, scenario in enumerate(scenarios):
-        if progress is not None:
-            progress(number, len(scenarios), scenario.name)
-        comparisons.append(compare(scenario, reference, candidate, report.tolerance))
-    skipped = (f"{one.scenario} was not compared: {one.reason}" for one in comparisons if one.verdict == "unknown")
-    report = replace(report, comparisons=tuple(comparisons), notes=(*report.notes, *reference.notes, *skipped))
-    simplest = simplest_difference(scenarios, comparisons)
-    if explain and simplest is not None:
-        name = first_difference(models, simplest, reference=reference, cache=candidate.cache, bound=report.bound)
-        report = replace(report, first_difference=name)
-    return report, reference

@@ -67,6 +67,7 @@ def report_table(report: Report) -> RenderableType:
         agreement = "-" if one.agreement is None else f"{one.agreement:.1%}"
         _add_row(table, one.scenario, one.batch, one.length, _chunks(one.chunks), error, agreement, one.verdict)
     lines = [f"{report.verdict}: {_largest_error(report)}"]
+    lines += [f"  {line}" for line in _coverage_lines(report)]
     lines += [f"  ✗ {problem}" for problem in report.problems] + [f"  note: {note}" for note in report.notes]
     return Group(*([table] if report.comparisons else []), *map(Text, lines))
 
@@ -92,6 +93,7 @@ def run_summary(run: PipelineRun) -> RenderableType:
     lines = [_pass_line(step) for step in run.steps] + [f"  note: {note}" for note in run.notes]
     if run.verification is not None:
         lines.append(f"verified: {_largest_error(run.verification)}")
+        lines += [f"  {line}" for line in _coverage_lines(run.verification)]
         lines += [f"  note: {note}" for note in run.verification.notes]
     elif run.loss is None:
         lines.append("not verified")
@@ -243,8 +245,15 @@ def _chunks(chunks: tuple[int, ...]) -> str:
     return ", ".join(map(str, chunks))
 
 
+def _coverage_lines(report: Report) -> list[str]:
+    """Return what was compared, and how to repeat it."""
+    if not report.comparisons:
+        return []
+    return [f"coverage: {report.coverage}", f"repeat: --effort {report.effort} --seed {report.seed}"]
+
+
 def _largest_error(report: Report) -> str:
     if report.error is None:
         return "nothing was compared"
     allowed = f"{report.bound:.0e} for {report.arithmetic}"
-    return f"largest error {report.error:.1e} of the spread of the logits (allowed {allowed}), {report.seconds:.1f} s"
+    return f"largest error {report.error:.1e} of the spread of the outputs (allowed {allowed}), {report.seconds:.1f} s"

@@ -35,7 +35,6 @@ class CachedDecoder:
         cache: Its cache inputs and outputs, in order.
         inputs: Its other inputs.
         outputs: Its other outputs.
-        logits: Name of the output of logits.
         cache_manager: Keeps the cache between calls.
         batch: The only batch size it takes; None for any.
         length: The only length of a text; None, as it takes any.
@@ -57,11 +56,19 @@ class CachedDecoder:
         inputs = [tensor for tensor in session.inputs if tensor != self._length_input]
         self.inputs = inputs_of(inputs, {entry.past.name for entry in cache})
         self.outputs = tuple(self._declared.with_dims(one) for one in session.outputs if one.name not in presents)
-        self.logits = logits_name(self.outputs)
         self.batch = fixed_size(self.inputs, session.inputs, "batch")
         self.step_length = fixed_size(self.inputs, session.inputs, "sequence")
         self.past_length = 0
         self.cache = resolve_head_dims(cache, self._run_one_token)
+
+    @property
+    def logits(self) -> str:
+        """Name of the output of logits.
+
+        Raises:
+            UsageError: No output holds floating-point numbers.
+        """
+        return logits_name(self.outputs)
 
     @property
     def max_length(self) -> int | None:
@@ -176,7 +183,6 @@ class UncachedDecoder:
         session: The model.
         inputs: Its inputs.
         outputs: Its outputs.
-        logits: Name of the output of logits.
         length: The only length of a text; None for any.
         batch: The only batch size of a call; None for any.
     """
@@ -185,9 +191,17 @@ class UncachedDecoder:
         self.session = session
         self.inputs = inputs_of(session.inputs) if inputs is None else inputs
         self.outputs = session.outputs
-        self.logits = logits_name(session.outputs)
         self.length = fixed_size(self.inputs, session.inputs, "sequence")
         self.batch = fixed_size(self.inputs, session.inputs, "batch")
+
+    @property
+    def logits(self) -> str:
+        """Name of the output of logits.
+
+        Raises:
+            UsageError: No output holds floating-point numbers.
+        """
+        return logits_name(self.outputs)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Return all outputs for the whole text, in several calls if the batch size is fixed.

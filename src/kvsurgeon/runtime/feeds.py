@@ -8,19 +8,21 @@ of length T.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.runtime.axes import Axis, axes_of, is_past, slice_axes
-from kvsurgeon.runtime.tensors import Array, ValueInfo
+from kvsurgeon.runtime.axes import Axis, axes_of, axis_of, is_past, slice_axes
+from kvsurgeon.runtime.tensors import Array, Dim, ValueInfo
 
 InputKind = Literal["tokens", "embeddings", "padding_mask", "query_key_mask", "positions", "token_types", "other"]
 Tokens = npt.NDArray[np.int64]  # [batch, sequence]
 
+_SMALLEST_SIZE = 5  # of axes that are neither batch nor tokens
 _EMBEDDINGS = 251  # rows of the random table that replaces a model's embeddings
 
 
@@ -46,9 +48,17 @@ class InputSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderInputs:
-    """All inputs of a decoder but its cache."""
+    """All inputs of a decoder but its cache.
+
+    Attributes:
+        specs: The inputs.
+        sizes: Sizes of the axes that are neither batch nor tokens, by their dim name; 1 if missing.
+        seed: Seed of the values of inputs that are neither tokens, masks nor positions; None for zeros.
+    """
 
     specs: tuple[InputSpec, ...]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    seed: int | None = None
 
     @property
     def tokens(self) -> InputSpec:
@@ -68,6 +78,28 @@ class DecoderInputs:
     def masked(self) -> bool:
         """Whether the model takes a mask, and so padding."""
         return any(spec.kind in ("padding_mask", "query_key_mask") for spec in self.specs)
+
+    def fed(self, *, by_name: bool, seed: int | None) -> DecoderInputs:
+        """Return the inputs with other values for those that are neither tokens, masks nor positions.
+
+        Args:
+            by_name: Whether an axis of another name than those of the tokens has a separate size.
+            seed: Seed of random values; None for zeros.
+        """
+        if not by_name:
+            return replace(self, seed=seed)
+        tokens = self.tokens
+        dims = dict(zip(tokens.axes, tokens.tensor.dims, strict=True))
+        specs = tuple(
+            _by_name(spec, {dims.get("batch"): "batch", dims.get("sequence"): "sequence"}) for spec in self.specs
+        )
+        names = {
+            dim for spec in specs for axis, dim in zip(spec.axes, spec.tensor.dims, strict=True)
+            if axis == "fixed" and isinstance(dim, str)
+        }  # fmt: skip
+        return DecoderInputs(
+            specs=specs, sizes={name: _SMALLEST_SIZE + place for place, name in enumerate(sorted(names))}, seed=seed
+        )
 
     def positions_not_in(self, other: DecoderInputs) -> set[str]:
         """Return the names of the position inputs, if the other model has none and computes positions itself."""
@@ -93,9 +125,27 @@ class DecoderInputs:
         """
         ones = np.ones_like(mask)
         return {
-            spec.name: _value(spec, tokens, ones if spec.name in count_padding else mask, token_types)
+            spec.name: self._other_value(spec, len(tokens))
+            if spec.kind == "other"
+            else _value(spec, tokens, ones if spec.name in count_padding else mask, token_types)
             for spec in self.specs
         }
+
+    def _other_value(self, spec: InputSpec, batch: int) -> Array:
+        """Return a value for an input that is neither tokens, a mask nor positions."""
+        tensor = spec.tensor
+        sizes = [batch if axis == "batch" else dim for axis, dim in zip(spec.axes, tensor.dims, strict=True)]
+        shape = [size if isinstance(size, int) else self.sizes.get(str(size), 1) for size in sizes]
+        dtype = np.dtype(np.float32) if tensor.dtype is None else tensor.dtype
+        if self.seed is None:
+            return np.zeros(shape, dtype)
+        if "mask" in spec.name:  # nothing is masked: 1, or 0 in a mask that is added
+            return np.full(shape, not (tensor.floating and len(shape) > 2)).astype(dtype)
+        random = np.random.default_rng([self.seed, crc32(spec.name.encode())])
+        if tensor.floating:
+            values = random.standard_normal(shape) if len(shape) > 1 else random.uniform(0.5, 1.5, shape)
+            return np.asarray(values).astype(dtype)
+        return np.asarray(random.integers(0, 2, shape) if len(shape) > 1 else np.zeros(shape)).astype(dtype)
 
     def part(self, feeds: Mapping[str, Array], past: int, total: int) -> dict[str, Array]:
         """Return the feeds of the call on the tokens `past:total`."""
@@ -167,6 +217,19 @@ def _axes(tensor: ValueInfo, *, cached: bool) -> tuple[Axis, ...]:
     return tuple(axes)
 
 
+def _by_name(spec: InputSpec, known: Mapping[Dim, Axis]) -> InputSpec:
+    """Return an input whose axes of other names than the tokens' have separate sizes."""
+    dims = spec.tensor.dims
+    foreign = [isinstance(dim, str) and dim not in known and axis_of(dim) == "fixed" for dim in dims]
+    if not any(foreign) or (spec.kind in ("tokens", "embeddings") and "sequence" in map(known.get, dims)):
+        return spec
+    axes = tuple(
+        "fixed" if other else axis if axis == "total" else known.get(dim, axis) if isinstance(dim, str) else axis
+        for other, dim, axis in zip(foreign, dims, spec.axes, strict=True)
+    )
+    return replace(spec, axes=axes, kind=spec.kind if {"sequence", "total"} & set(axes) else "other")
+
+
 def _token_input(tensors: Sequence[ValueInfo], axes: Mapping[str, tuple[Axis, ...]]) -> str | None:
     names = [t.name for t in tensors if t.integer and "sequence" in axes[t.name] and "total" not in axes[t.name]]
     named = [name for name in names if name.endswith("input_ids")]
@@ -191,12 +254,8 @@ def _kind(tensor: ValueInfo, axes: tuple[Axis, ...], tokens: str | None) -> Inpu
 
 
 def _value(spec: InputSpec, tokens: Tokens, mask: Tokens, token_types: int) -> Array:
-    tensor = spec.tensor
     if spec.kind == "embeddings":
         return _embeddings(spec, tokens)
-    if spec.kind == "other":
-        sizes = [len(tokens) if axis == "batch" else dim for axis, dim in zip(spec.axes, tensor.dims, strict=True)]
-        return np.zeros([size if isinstance(size, int) else 1 for size in sizes], tensor.dtype)
     if spec.kind in ("padding_mask", "query_key_mask"):
         visible = mask.astype(bool) if spec.kind == "padding_mask" else _visible_keys(mask)
         return _arranged(spec, np.where(visible, 0.0, spec.masked_value) if spec.masked_value else visible)

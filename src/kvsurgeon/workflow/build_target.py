@@ -23,7 +23,7 @@ from kvsurgeon.workflow.pipeline import PassResult, Pipeline, PipelineRun
 from kvsurgeon.workflow.run_and_save import reference_of, verify_run
 
 if TYPE_CHECKING:
-    from kvsurgeon.parity import Progress
+    from kvsurgeon.parity import Effort, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,8 @@ def build_target(
     pack: bool = False,
     force: bool = False,
     options: Mapping[str, Any] | None = None,
+    effort: Effort = "normal",
+    seed: int | None = None,
     progress: Progress | None = None,
 ) -> TargetResult:
     """Inject a cache in the form that `target` expects, verify the model, and write the folder that the target loads.
@@ -72,6 +74,8 @@ def build_target(
         force: Whether to replace data files and side files of other content; see `kvsurgeon.save`.
         options: Fields of the injection pass that replace those of the target. `max_length` is the number of tokens
             that a text may have, if the target has such a limit.
+        effort: How many texts the verifier compares, and of which lengths.
+        seed: Random seed of the texts; None draws one, which the report names.
         progress: Called by the verifier before each scenario.
 
     Raises:
@@ -89,7 +93,7 @@ def build_target(
     reference = reference_of(subject) if verify else None
     run, target, decoder = _inject(subject, target, options or {})
     if reference is not None:
-        run = verify_run(run, reference, progress=progress)
+        run = verify_run(run, reference, effort=effort, seed=seed, progress=progress)
     models, steps = _finish(subject, target)
     infos = _describe(models, run.model, target, decoder, subject)
     warnings = _check(infos, target, subject.folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 
@@ -15,7 +15,7 @@ from kvsurgeon.passes.contract import Source, Subject, Unchanged
 from kvsurgeon.workflow.pipeline import PassCallback, PassResult, Pipeline, PipelineRun, first_of
 
 if TYPE_CHECKING:
-    from kvsurgeon.parity import Progress, Report
+    from kvsurgeon.parity import Effort, Progress, Report
 
 
 def run_and_save(
@@ -25,6 +25,8 @@ def run_and_save(
     *,
     folder: str | Path | None = None,
     verify: bool = True,
+    effort: Effort = "normal",
+    seed: int | None = None,
     verify_each: bool = False,
     link_weights: bool = False,
     pack: bool = False,
@@ -42,6 +44,8 @@ def run_and_save(
         destination: An .onnx file or a folder, which may be the source itself; None to write nothing.
         folder: The folder of the external data of a model in memory.
         verify: Whether to verify the result against the original.
+        effort: How many texts the verifier compares, and of which lengths.
+        seed: Random seed of the texts; None draws one, which the report names.
         verify_each: Whether to verify after every pass.
         link_weights: Whether to link external data into another folder instead of copying it; see `kvsurgeon.save`.
         pack: Whether to write all weights to one new data file; see `kvsurgeon.save`.
@@ -65,7 +69,8 @@ def run_and_save(
     if not run.changed:
         raise UnsupportedError(_unchanged(run.steps), code=Code.UNCHANGED, hint="nothing was written")
     if verify and reference is not None:
-        run = verify_run(run, reference, destination, text=text, per_layer=per_layer, progress=progress)
+        run = verify_run(run, reference, destination, text=text, per_layer=per_layer, effort=effort, seed=seed,
+            progress=progress)  # fmt: skip
     if path is None:
         return run
     files = io.save_variants(
@@ -96,6 +101,8 @@ def verify_run(
     *,
     text: str | Path | None = None,
     per_layer: bool = False,
+    effort: Effort = "normal",
+    seed: int | None = None,
     progress: Progress | None = None,
 ) -> PipelineRun:
     """Return the run with its verification or, if a pass is not exact, with its loss.
@@ -106,7 +113,8 @@ def verify_run(
     """
     with io.staged(run.model, destination, run.folder) as candidate:
         if run.exact:
-            return replace(run, verification=_verify(reference, candidate, run.folder, progress))
+            return replace(run, verification=_verify(reference, candidate, folder=run.folder, effort=effort, seed=seed,
+                                                     progress=progress))  # fmt: skip
         from kvsurgeon.workflow.loss import measure_loss  # onnxruntime is slow to import
 
         loss = measure_loss(
@@ -116,14 +124,13 @@ def verify_run(
         return replace(run, loss=loss)
 
 
-def _verify(
-    reference: onnx.ModelProto, candidate: onnx.ModelProto, folder: Path | None, progress: Progress | None
-) -> Report:
+def _verify(reference: onnx.ModelProto, candidate: onnx.ModelProto, **options: Any) -> Report:
     from kvsurgeon.workflow.verification import verify_models  # onnxruntime is slow to import
 
-    found = verify_models(reference, candidate, folder=folder, progress=progress)
+    found = verify_models(reference, candidate, **options)
     if found.verdict == "different":
-        raise ParityError(f"the results of the model differ from those of the original: {first_of(found.problems)}")
+        problem = first_of(found.problems)
+        raise ParityError(f"the results of the model differ from those of the original: {problem}; seed {found.seed}")
     if found.verdict == "unknown":
         raise UnsupportedError(
             f"cannot verify the result: {'; '.join(found.problems)}", code=Code.NOT_VERIFIABLE,
