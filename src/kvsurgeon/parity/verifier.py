@@ -187,7 +187,7 @@ class _Verification:
         plan = Plan(
             lengths=reference.lengths,
             batch=1 if reference.single_row else fixed,
-            masked=candidate.inputs.masked and reference.inputs.masked,
+            masked=candidate.takes_padding and reference.decoder.takes_padding,
             in_calls=isinstance(candidate, CachedDecoder),
             vocabulary=reference.vocabulary,
             random=np.random.default_rng(self.seed),

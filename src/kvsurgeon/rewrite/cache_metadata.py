@@ -28,6 +28,7 @@ class CacheMetadata:
         max_length: Largest total length that the model supports, in tokens; None if there is no limit.
         batch_chunks: Whether a batch of several sequences can take more than one new token after a past.
         outputs: Dimensions of the outputs whose length is that of the cache and not the number of tokens.
+        padding: Whether texts may have padding; not if the first position gives the number of past tokens.
     """
 
     mode: CacheMode
@@ -36,12 +37,14 @@ class CacheMetadata:
     max_length: int | None
     batch_chunks: bool
     outputs: Mapping[str, DimNames]
+    padding: bool = True
 
 
 def cache_metadata(plan: CachePlan, *, batch_chunks: bool, outputs: Mapping[str, DimNames]) -> CacheMetadata | None:
     """Return the metadata of a cache; None for a dynamic cache of the default layout and of any length."""
     layouts = {tensor.is_key: tensor.layout for tensor in reversed(plan.tensors)}
-    is_default = plan.max_length is None and batch_chunks and set(layouts.values()) <= {DEFAULT_LAYOUT}
+    padding = plan.past_length != "positions"
+    is_default = plan.max_length is None and batch_chunks and padding and set(layouts.values()) <= {DEFAULT_LAYOUT}
     if plan.cache_mode == "dynamic" and is_default:
         return None
     return CacheMetadata(
@@ -51,6 +54,7 @@ def cache_metadata(plan: CachePlan, *, batch_chunks: bool, outputs: Mapping[str,
         max_length=plan.max_length,
         batch_chunks=batch_chunks,
         outputs=outputs,
+        padding=padding,
     )
 
 

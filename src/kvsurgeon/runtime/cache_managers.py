@@ -36,6 +36,7 @@ class DeclaredCache:
         layouts: Layouts of keys and values, by part.
         max_length: Number of tokens that a text may have.
         batch_chunks: Whether a batch of several rows takes more than one token after a past.
+        padding: Whether texts may have padding.
         outputs: Dims of outputs that the graph declares as numbers.
     """
 
@@ -43,6 +44,7 @@ class DeclaredCache:
     layouts: Mapping[str, Layout] = field(default_factory=dict)
     max_length: int | None = None
     batch_chunks: bool = True
+    padding: bool = True
     outputs: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
 
     def with_dims(self, output: ValueInfo) -> ValueInfo:
@@ -62,6 +64,7 @@ def read_cache_metadata(metadata: Mapping[str, str]) -> DeclaredCache:
             layouts={part: layout for part, layout in layouts.items() if "sequence" in layout},
             max_length=max_length if isinstance(max_length, int) and max_length > 0 else None,
             batch_chunks=stored.get("batch_chunks") is not False,
+            padding=stored.get("padding") is not False,
             outputs={name: tuple(dims) for name, dims in stored.get("outputs", {}).items()},
         )
     except (ValueError, TypeError, AttributeError):

@@ -75,6 +75,11 @@ class CachedDecoder:
         """The most tokens of a text; None for any number."""
         return self.cache_manager.longest_text(self.step_length or 1)
 
+    @property
+    def takes_padding(self) -> bool:
+        """Whether texts may have padding, by its mask and by the metadata of the file."""
+        return self.inputs.masked and self._declared.padding
+
     def reset(self) -> None:
         """Empty the cache."""
         self.past_length = 0
@@ -202,6 +207,11 @@ class UncachedDecoder:
             UsageError: No output holds floating-point numbers.
         """
         return logits_name(self.outputs)
+
+    @property
+    def takes_padding(self) -> bool:
+        """Whether texts may have padding, by its mask."""
+        return self.inputs.masked
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Return all outputs for the whole text, in several calls if the batch size is fixed.
