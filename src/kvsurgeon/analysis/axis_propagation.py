@@ -89,12 +89,10 @@ def check_batch(visit: NodeVisit, links: AxisLinks) -> None:
     Raises:
         UnsupportedError: It mixes, moves or selects sequences.
     """
-    shapes = {index: visit.call.fact(index).shape or () for index in visit.tokens}
-    counts = [sum(map(visit.is_batch, shape)) for shape in (visit.call.result.shape or (), *shapes.values())]
-    if counts[0] > max(1, *counts[1:]) or any(
-        visit.is_batch(size) and _mixes_batch(visit, links, index, place)
-        for index, shape in shapes.items()
-        for place, size in enumerate(shape)
+    after = visit.batch_axes(visit.call.result)
+    before = {index: visit.batch_axes(visit.call.fact(index)) for index in visit.tokens}
+    if len(after) > max(1, *map(len, before.values())) or any(
+        _mixes_batch(visit, links, index, place) for index, places in before.items() for place in places
     ):
         raise visit.refusal(
             "it mixes the sequences of a batch: padding in one would reach others", code=Code.BATCH_LEAK

@@ -18,7 +18,7 @@ from kvsurgeon.ops.operator import AttentionInputs
 from kvsurgeon.ops.table import operator_of
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
-from kvsurgeon.symbolic.fact import OperatorCall
+from kvsurgeon.symbolic.fact import Fact, OperatorCall
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
 Place = tuple[ir.Node, int]  # a node and the index of one of its inputs
@@ -270,9 +270,10 @@ class NodeVisit:
         """Whether a dimension varies with the number of tokens."""
         return isinstance(size, sympy.Expr) and dim.contains(size, LENGTH)
 
-    def is_batch(self, size: Dimension) -> bool:
-        """Whether a dimension varies with the number of sequences."""
-        return isinstance(size, sympy.Expr) and dim.contains(size, BATCH)
+    def batch_axes(self, fact: Fact) -> list[int]:
+        """Return the axes of a tensor whose size varies with the number of sequences."""
+        sizes = enumerate(fact.shape or ())
+        return [axis for axis, size in sizes if not isinstance(size, int) and dim.contains(size, BATCH)]
 
     def assume(self, what: str) -> None:
         """Note an assumption that cannot be proved."""
