@@ -309,7 +309,7 @@ class NodeVisit:
         return UnsupportedError(
             f"{self.node.op_type} mixes tokens along the sequence outside attention, so a KV cache is not enough",
             at=self.node.outputs[0].name, code=Code.MIXES_TOKENS,
-            hint="it is supported only if its result for a token is observed to depend on no later token",
+            hint="it is supported only if its result for a token depends on no later token",
         )  # fmt: skip
 
     def mix_along(self, axis: SequenceAxis) -> None:

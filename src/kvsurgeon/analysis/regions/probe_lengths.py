@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.analysis.probe_inputs import at_length
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.ops.gather import FAR
@@ -16,6 +18,7 @@ from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import OperatorCall
 
 MAX_PROBE_LENGTH = 4100  # tokens: a number of at most this many is a length that a text may have
+MAX_ELEMENTS = 1 << 26  # of a tensor that is computed in a run
 
 
 def lengths_beyond(flow: TokenFlow, nodes: Iterable[ir.Node]) -> list[int] | None:
@@ -24,13 +27,20 @@ def lengths_beyond(flow: TokenFlow, nodes: Iterable[ir.Node]) -> list[int] | Non
     Returns:
         The lengths in rising order; None if one of them is longer than texts that can be run.
     """
-    counts: set[int] = set()
+    nodes, counts = list(nodes), set[int]()
     for node in nodes:
         counts |= {abs(number) for number in _numbers(flow, node) if 1 < abs(number) < FAR}
-    total = sum(counts)
-    if max(counts, default=0) > MAX_PROBE_LENGTH:
+    total = min(sum(counts), MAX_PROBE_LENGTH)
+    largest = max((_elements(flow, node, total + 2) for node in nodes), default=0)
+    if max(counts, default=0) > MAX_PROBE_LENGTH or largest > MAX_ELEMENTS:
         return None
-    return sorted({count + 2 for count in (*counts, min(total, MAX_PROBE_LENGTH))})
+    return sorted({count + 2 for count in (*counts, total)})
+
+
+def _elements(flow: TokenFlow, node: ir.Node, length: int) -> int:
+    """Return the number of elements of a node's output at a length; unknown dimensions count as 1."""
+    sizes = (at_length(size, length) for size in flow.shapes[node.outputs[0]].shape or ())
+    return math.prod(size for size in sizes if isinstance(size, int))
 
 
 def _numbers(flow: TokenFlow, node: ir.Node) -> Iterator[int]:

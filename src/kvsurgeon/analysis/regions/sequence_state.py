@@ -184,7 +184,7 @@ def _keeps_prefixes(run: Run, length: int) -> bool:
     """Return whether tokens have the same results if later tokens are dropped, replaced, or replaced by loud ones."""
     tokens = np.arange(length)
     whole = run(tokens)
-    for prefix in {*_PREFIXES, length - 3, length - 1}:
+    for prefix in {*(_PREFIXES if length == _TOKENS else (1, length // 2)), length - 2, length - 1}:
         others = np.where(tokens < prefix, tokens, tokens + length)
         loud = np.where(tokens < prefix, tokens, tokens + LOUD)
         for text in (tokens[:prefix], others, loud):
