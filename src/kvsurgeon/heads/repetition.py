@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -123,14 +123,21 @@ def _repeated_values(
     before_cache = list(_repetitions_before_cache(trace, operand, between))
     for path in (_path_to_product(trace, value), _path_from_cache(trace, operand, between), *before_cache):
         widths = [layout_of(trace.flow, one).width for one in path]
-        if width not in widths or max(widths) == width:
+        if width not in widths or set(widths[widths.index(width) :]) == {width}:
             continue
-        first = last = max(index for index, one in enumerate(widths) if one == width)
+        first = last = _last_with_all_heads(widths, width)
         while last + 1 < len(path) and trace.rearranges(path[last + 1].producer()):
             last += 1
         between.update(producers(path[first + 1 :]))
         return path[first], path[last]
     return value, value
+
+
+def _last_with_all_heads(widths: Sequence[int], width: int) -> int:
+    """Return the last place of this width before one that is narrower: from there on heads are missing."""
+    start = widths.index(width)
+    narrower = next((place for place in range(start, len(widths)) if widths[place] < width), len(widths))
+    return max(place for place in range(start, narrower) if widths[place] == width)
 
 
 def _nodes_between(trace: IndexTrace, operand: CachedOperand) -> set[ir.Node]:

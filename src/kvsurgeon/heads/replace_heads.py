@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +12,7 @@ from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.token_data import upstream_tokens
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.query import find_live, producers
+from kvsurgeon.graph.query import find_live, producers, upstream
 from kvsurgeon.heads.counts import counts_of
 from kvsurgeon.heads.fused_projections import rebuild_projections
 from kvsurgeon.heads.grouped_products import grouped_dims, regroup_product
@@ -63,9 +64,43 @@ class HeadReplacer:
                 continue
             sources, selection = new
             for own, *others in zip(*map(self._repetitions_of, (layer, *sources)), strict=True):
-                self._replace(layer, own, [other[0] for other in others], selection)
+                self._replace_each(layer, own, others, selection)
                 if layer != sources[0]:
                     unused += own
+        return self._finished(unused)
+
+    def replace_in_place(self, wanted: Sequence[NewHeads | None]) -> int:
+        """Give each layer the weights of its new heads, and leave the graph behind the projections as it is.
+
+        A head that is the mean of several takes the place of each of them, so that no product is connected to other
+        heads. The result computes what `replace` computes, and shows whether that connected every product correctly.
+
+        Raises:
+            UnsupportedError: The weights of a layer's heads cannot be found.
+        """
+        for layer, new in enumerate(wanted):
+            if new is None:
+                continue
+            sources, selection = new
+            for own, *others in zip(*map(self._repetitions_of, (layer, *sources)), strict=True):
+                for one, *starts in zip(own, *others, strict=True):
+                    self._replace_start(one, starts, selection.in_place)
+        return self._finished([])
+
+    def _replace_start(self, one: HeadRepetition, sources: Sequence[HeadRepetition], selection: Selection) -> None:
+        """Replace the keys or values of a product, before any repetition, by those of other weights."""
+        self.propagation.region = self._region(sources[0])
+        new = self.propagation.propagated(tuple(source.start for source in sources), sources[0].axis, selection)
+        below = producers(upstream([one.value], stop=lambda value: value is one.start))
+        for node, index in tuple(one.start.uses()):
+            if node in below or (node, index) == one.operand.place:
+                self.editor.replace_input(node, index, new)
+
+    def _region(self, source: HeadRepetition) -> frozenset[ir.Node]:
+        return frozenset({*producers(upstream_tokens(self.flow, source.value)), source.operand.place[0]})
+
+    def _finished(self, unused: Sequence[HeadRepetition]) -> int:
+        """Write the new projections, remove what is unused, and return the number of edits."""
         self.propagation.replace_outputs()
         rebuild_projections(self.propagation, self.layouts, self._unused_slices(unused))
         self.editor.finish()
@@ -78,8 +113,11 @@ class HeadReplacer:
         Raises:
             UnsupportedError: They do not, for example because their rotary embeddings differ.
         """
-        for ours, theirs in zip(self._repetitions_of(owner), self._repetitions_of(reader), strict=True):
-            found = find_difference(self.analysis, ours[0].start, theirs[0].start)
+        pairs = zip(
+            *map(chain.from_iterable, (self._repetitions_of(owner), self._repetitions_of(reader))), strict=False
+        )
+        for ours, theirs in pairs:
+            found = find_difference(self.analysis, ours.start, theirs.start)
             if found is not None:
                 mine, other = (value.name for value in found)
                 raise UnsupportedError(
@@ -100,13 +138,33 @@ class HeadReplacer:
             self._repetitions[layer] = keys, values
         return self._repetitions[layer]
 
+    def _replace_each(
+        self,
+        layer: int,
+        own: Sequence[HeadRepetition],
+        others: Sequence[Sequence[HeadRepetition]],
+        selection: Selection,
+    ) -> None:
+        """Connect the products of a layer to keys or values; those that read the same heads share the new ones.
+
+        Raises:
+            UnsupportedError: Another layer has other products.
+        """
+        for one in others:
+            if _groups(one) != _groups(own):
+                raise UnsupportedError(
+                    "cannot share keys and values with a layer whose products are others",
+                    code=Code.UNTRACEABLE_HEADS, at=one[0].value.name, layer=layer,
+                )  # fmt: skip
+        for group in _groups(own):
+            self._replace(layer, [own[index] for index in group], [one[group[0]] for one in others], selection)
+
     def _replace(
         self, layer: int, readers: Sequence[HeadRepetition], sources: Sequence[HeadRepetition], selection: Selection
     ) -> None:
         """Connect the products of a layer to keys or values with new heads."""
         first, counts = sources[0], self.counts[layer]
-        upstream = producers(upstream_tokens(self.flow, first.value))
-        self.propagation.region = frozenset({*upstream, first.operand.place[0]})
+        self.propagation.region = self._region(first)
         new = self.propagation.propagated(tuple(one.start for one in sources), first.axis, selection)
         dims = with_heads(first.start_dims, selection.size)
         shape = self._shape(first.start)
@@ -145,7 +203,7 @@ class HeadReplacer:
     def _replace_shape_reads(self, layers: Sequence[int]) -> None:
         """Replace `Shape` nodes that read tensors with new heads: they would keep the old tensors alive."""
         live = find_live(self.editor.graph)
-        ends = [repetitions[0].value for layer in layers for repetitions in self._repetitions_of(layer)]
+        ends = [one.value for layer in layers for one in chain.from_iterable(self._repetitions_of(layer))]
         for value in dict.fromkeys(value for end in ends for value in self.trace.upstream_tokens(end)):
             for node in {node for node, _ in value.uses() if node.op_type == "Shape" and node in live}:
                 numbers = self.flow.shapes[node.outputs[0]].value
@@ -180,6 +238,14 @@ class HeadReplacer:
                 graph.initializers.pop(new.name or "")
                 new.name = name
                 graph.register_initializer(new)
+
+
+def _groups(repetitions: Sequence[HeadRepetition]) -> list[list[int]]:
+    """Return the indices of repetitions in groups that start at the same value."""
+    groups: dict[ir.Value, list[int]] = {}
+    for index, one in enumerate(repetitions):
+        groups.setdefault(one.start, []).append(index)
+    return list(groups.values())
 
 
 def _distribute(heads: np.ndarray, times: int) -> np.ndarray:

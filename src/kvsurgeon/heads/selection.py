@@ -57,6 +57,16 @@ class Selection:
         """The old index of each new one, of the first term of each block."""
         return np.concatenate([terms[0].indices for terms in self.blocks])
 
+    @cached_property
+    def in_place(self) -> Selection:
+        """The same selection with each new index as often as old ones are read: the size of the axis is unchanged."""
+        times = self.count // self.size
+
+        def repeated(term: Term) -> Term:
+            return Term(indices=np.repeat(term.indices, times), source=term.source, weight=term.weight)
+
+        return Selection(self.count, tuple(tuple(map(repeated, terms)) for terms in self.blocks))
+
     def within(self, outer: int, inner: int) -> Selection:
         """Return the same selection along an axis of `outer * count * inner` elements."""
         if outer == inner == 1:

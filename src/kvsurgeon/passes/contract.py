@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -148,12 +149,15 @@ class Changed:
         notes: Notes for the user, such as assumptions without proof.
         exact: Whether the pass preserves the results of the model; if not, the loss is measured instead.
         heads: Head counts before and after, for `config.json`; None if they did not change.
+        equal_models: Returns two models without a cache that must compute the same, to verify a pass that is not exact:
+            the graph before with the weights after, and the graph after; None if there are none.
     """
 
     edits: int
     notes: tuple[str, ...] = ()
     exact: bool = True
     heads: HeadChange | None = None
+    equal_models: Callable[[], tuple[ir.Model, ir.Model]] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.errors import UsageError
@@ -48,20 +51,48 @@ def replace_heads(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
     """
     work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
     signature = detach_cache(work)
+    without_cache = copy_model(work.model) if lossy else work.model
     with deep_recursion():
         replacer = HeadReplacer(_analysis_of_copy(work, subject), lossy=lossy)
+        bits = _cached_bits(replacer.analysis)
         before = _heads(replacer, [counts.kv_heads for counts in replacer.counts], range(len(replacer.counts)))
         wanted = plan(replacer)
         if not any(wanted):
             return Unchanged(reason="every layer already has this number of KV heads")
         edits = replacer.replace(wanted)
     work.model = replacer.analysis.model
+    work.changed()
     kv_heads = [count if new is None else new[1].size for count, new in zip(before.kv, wanted, strict=True)]
     after = _heads(replacer, kv_heads, [layer if new is None else new[0][0] for layer, new in enumerate(wanted)])
+    notes, equal = _notes(subject), None
+    if lossy:
+        notes += _size_notes(bits, _cached_bits(work.analysis()))
+        equal = partial(_equal_models, without_cache, copy_model(work.model), plan)
     if signature is not None:
         reattach_cache(work, signature)
     subject.model = work.model
-    return Changed(edits=edits, notes=_notes(subject), exact=not lossy, heads=(before, after))
+    return Changed(edits=edits, notes=notes, exact=not lossy, heads=(before, after), equal_models=equal)
+
+
+def _equal_models(before: ir.Model, after: ir.Model, plan: Plan) -> tuple[ir.Model, ir.Model]:
+    """Return the model before with the weights of the new heads in its own graph, and the model after."""
+    work = Subject(model=copy_model(before))
+    with deep_recursion():
+        replacer = HeadReplacer(work.analysis(), lossy=True)
+        replacer.replace_in_place(plan(replacer))
+    return replacer.analysis.model, after
+
+
+def _cached_bits(analysis: Analysis) -> int:
+    """Return the bits that the cache of a model holds for each token."""
+    points = {point.value: point for site in analysis.sites for _, point in site.cached_tensors}
+    return sum(point.bits_per_token for point in points.values())
+
+
+def _size_notes(before: int, after: int) -> tuple[str, ...]:
+    if after < before:
+        return ()
+    return (f"the cache is not smaller: {after / 8:g} bytes per token, before {before / 8:g}",)
 
 
 def _analysis_of_copy(work: Subject, original: Subject) -> Analysis:
