@@ -2,13 +2,16 @@
 
 import onnx
 import onnx_graphsurgeon as gs
+import onnx_ir as ir
 import onnxruntime
 import pytest
+from attentions import switched_beyond
 from decoders import CachedDecoder, Config, Decoder
 from laws import assert_law, in_chunks, in_onnxruntime, texts
+from written import read
 
 from kvsurgeon import KeyValueCacheInjector
-from kvsurgeon.errors import InputError, KvsurgeonError, UnsupportedError, UsageError
+from kvsurgeon.errors import InputError, KvsurgeonError, ParityError, UnsupportedError, UsageError
 from kvsurgeon.passes.contract import Subject, Unchanged
 
 
@@ -178,3 +181,28 @@ def test_the_cache_is_that_of_a_manual_export(original):
         found, expected = (in_chunks(one, in_onnxruntime(one), feeds, (4,))[-1][name] for one in (model, by_hand))
         assert abs(found - expected).max() < 1e-4
     assert {value.name for value in model.graph.input} == {value.name for value in by_hand.graph.input}
+
+
+def test_notes_are_warnings():
+    with pytest.warns(UserWarning, match="context depends on the total length beyond 100 tokens"):
+        KeyValueCacheInjector().apply(read(switched_beyond(100)))
+
+
+def test_the_result_is_verified_if_wanted(original, folder):
+    model = KeyValueCacheInjector(inplace=False).apply(original, verify=True)
+    assert_law(original, model)
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    assert KeyValueCacheInjector(folder).apply(model, verify=True) is model
+
+
+def test_a_wrong_result_is_rejected_and_the_model_unchanged(original):
+    def other_activations(model: ir.Model) -> None:
+        for node in model.graph:
+            if node.op_type == "Tanh":
+                node.op_type = "Sigmoid"
+
+    model = onnx.ModelProto.FromString(original.SerializeToString())
+    with pytest.raises(ParityError, match="differ from those of the original"):
+        KeyValueCacheInjector(additional_transforms=other_activations).apply(model, verify=True)
+    assert model.SerializeToString() == original.SerializeToString()
+    assert KeyValueCacheInjector(additional_transforms=other_activations).apply(model) is model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -57,20 +58,31 @@ class KeyValueCacheInjector:
         transforms = additional_transforms if isinstance(additional_transforms, Sequence) else (additional_transforms,)
         self.additional_transforms = tuple(transforms)
 
-    def apply(self, model: onnx.ModelProto) -> onnx.ModelProto:
-        """Return the model with a cache; its external data is neither read nor moved.
+    def apply(self, model: onnx.ModelProto, *, verify: bool = False) -> onnx.ModelProto:
+        """Return the model with a cache; its external data is not moved.
+
+        Notes, such as what is assumed and not proved, are issued as warnings.
+
+        Args:
+            model: The model without a cache.
+            verify: Whether to run the result and the original on the same texts, which needs the weights; without it,
+                external data is not read.
 
         Raises:
             InputError: The model or its external data is incomplete.
             UnsupportedError: The model cannot be handled soundly; it is unchanged.
             UsageError: The graph has other sizes than the overrides expect; the model is unchanged.
+            ParityError: The results of the model differ from those of the original; the model is unchanged.
         """
         from kvsurgeon.workflow.pipeline import Pipeline
+        from kvsurgeon.workflow.run_and_save import run_and_save
 
         subject = Subject.of(model, self.folder)
         if self.num_attention_heads is not None or self.hidden_size_kv_cache is not None:
             self._check(subject.decoder())
-        result = Pipeline((Inject(), *self.additional_transforms)).run(subject)
+        result = run_and_save(subject, Pipeline((Inject(), *self.additional_transforms)), verify=verify)
+        for note in result.notes:
+            warnings.warn(note, stacklevel=2)
         injected = io.to_proto(result.model)
         if not self.inplace:
             return injected

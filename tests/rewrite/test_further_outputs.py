@@ -11,10 +11,13 @@ from exports import after, injected
 from further_outputs import NAME, OUTPUTS, rows_returned, with_output
 from laws import in_onnxruntime
 
+from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.remove_cache import RemoveCache
 from kvsurgeon.passes.contract import Subject
+from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.run_and_save import run_and_save
 
 FORMS = {
     "dynamic": {},
@@ -103,3 +106,15 @@ def test_a_result_with_it_can_be_read_and_its_cache_removed(name, form):
     expected, found = (in_onnxruntime(one)(ids)[NAME] for one in (model, without))
     assert found.shape == expected.shape
     assert np.allclose(found, expected, atol=2e-5)
+
+
+def test_a_result_that_cannot_be_read_is_not_written(tmp_path):
+    pipeline = Pipeline((Inject(cache="static", max_length=32),))
+    with pytest.raises(UnsupportedError, match=r"cannot be read again: scores are reduced .*\(use another"):
+        run_and_save(with_output("largest_weight"), pipeline, tmp_path / "model.onnx", verify=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_check_does_not_change_the_result():
+    run = run_and_save(with_output("causal"), Pipeline((Inject(),)), verify=False)
+    assert rows_returned(with_output("causal"), io.to_proto(run.model), *text(), CUTS) == {"all"}

@@ -122,7 +122,9 @@ def _readers(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int
         node, index = analysis.flow.origin(place)
         value = node.inputs[index]
         assert value is not None
-        for name in {candidate.name or "" for candidate in bottlenecks(analysis.flow, [value])} & set(rows):
+        # The cache point may be the common input of several projections, which is no bottleneck of one operand.
+        candidates = {*bottlenecks(analysis.flow, [value]), *bottlenecks(analysis.flow, [point.value])}
+        for name in {candidate.name or "" for candidate in candidates} & set(rows):
             known = readers.setdefault(name, [])
             if len(known) < rows[name] and (number, kind) not in [reader[:2] for reader in known]:
                 known.append((number, kind, point))

@@ -43,7 +43,8 @@ class CachePlan:
         past: Rows of a cache input.
         present: Rows of a cache output.
         total: Rows that attention reads: the length for which context is computed.
-        limit: Largest total length at which the context is proved, if there is one.
+        limit: Largest total length at which the context is proved, if there is one. Unfilled rows that come first read
+            context after the end of the text, so with them it is that of the tables too.
         max_length: Largest total length that the model supports, if there is one.
     """
 
@@ -75,7 +76,7 @@ def plan_cache(options: CacheOptions, analysis: Analysis, proof: Proof) -> Cache
     return CachePlan(
         cache_mode=options.cache, past_length=past_length, past=past, present=present, total=total,
         tensors=find_cache_tensors(analysis.sites, analysis.states, options),
-        limit=proof.limit, max_length=proof.max_length,
+        limit=proof.max_length if past is CAPACITY else proof.limit, max_length=proof.max_length,
     )  # fmt: skip
 
 

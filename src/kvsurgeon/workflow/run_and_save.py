@@ -11,6 +11,7 @@ import onnx
 from kvsurgeon import io
 from kvsurgeon.errors import Code, ParityError, UnsupportedError, WeightsError
 from kvsurgeon.io.external_data import external_tensors
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Source, Subject, Unchanged
 from kvsurgeon.workflow.pipeline import PassCallback, PassResult, Pipeline, PipelineRun, first_of
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def run_and_save(
-    source: Source,
+    source: Subject | Source,
     pipeline: Pipeline,
     destination: str | Path | None = None,
     *,
@@ -68,6 +69,7 @@ def run_and_save(
     run = pipeline.run(subject, verify_each=verify_each, on_pass=on_pass)
     if not run.changed:
         raise UnsupportedError(_unchanged(run.steps), code=Code.UNCHANGED, hint="nothing was written")
+    check_readable(run)
     if verify and reference is not None:
         run = verify_run(run, reference, destination, text=text, per_layer=per_layer, effort=effort, seed=seed,
             progress=progress)  # fmt: skip
@@ -77,6 +79,23 @@ def run_and_save(
         {path.name: run.model}, path.parent, source=origin, link_weights=link_weights, pack=pack, force=force
     )
     return replace(run, path=path, files=files)
+
+
+def check_readable(run: PipelineRun) -> None:
+    """Check that an injected cache can be read again, as `inspect` and other passes do.
+
+    Raises:
+        UnsupportedError: It cannot.
+    """
+    if run.steps[-1].name != Inject.name:
+        return
+    try:
+        Subject(model=run.model, folder=run.folder).decoder()
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"the model with a cache cannot be read again: {error.reason}", code=error.code, at=error.at,
+            layer=error.layer, expected=error.expected, found=error.found, hint="use another cache mode",
+        ) from error  # fmt: skip
 
 
 def reference_of(subject: Subject) -> onnx.ModelProto:
@@ -115,6 +134,7 @@ def verify_run(
         if run.exact:
             return replace(run, verification=_verify(reference, candidate, folder=run.folder, effort=effort, seed=seed,
                                                      progress=progress))  # fmt: skip
+        _verify_weights(run, candidate, effort=effort, seed=seed)
         from kvsurgeon.workflow.loss import measure_loss  # onnxruntime is slow to import
 
         loss = measure_loss(
@@ -122,6 +142,26 @@ def verify_run(
             graph=run.model,
         )  # fmt: skip
         return replace(run, loss=loss)
+
+
+def _verify_weights(run: PipelineRun, candidate: onnx.ModelProto, **options: Any) -> None:
+    """Verify passes that are not exact: a loss must come from their weights, not from their connections.
+
+    Raises:
+        ParityError: A pass computes something else than the graph before it with the new weights.
+    """
+    from kvsurgeon.workflow.verification import verify_models  # onnxruntime is slow to import
+
+    pairs = [change.equal_models() for change in run.changes if change.equal_models is not None]
+    for number, (expected, found) in enumerate(pairs, 1):
+        with io.staged(expected, None, run.folder) as reference, io.staged(found, None, run.folder) as result:
+            last = number == len(pairs)  # passes after it are exact
+            report = verify_models(reference, candidate if last else result, folder=run.folder, **options)
+        if report.verdict == "different":
+            raise ParityError(
+                "the results of the model differ from those of the original graph with the same weights: "
+                f"{first_of(report.problems)}"
+            )
 
 
 def _verify(reference: onnx.ModelProto, candidate: onnx.ModelProto, **options: Any) -> Report:

@@ -77,8 +77,10 @@ def inject(options: CacheOptions, subject: Subject, select: SelectMatches | None
             edits = inject_cache(analysis, plan, partial(_add_operators, analysis, matches))
     subject.model = analysis.model
     notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in proof.assumptions.items()]
-    if plan.limit is not None:
-        notes.append(f"context depends on the total length beyond {plan.limit} tokens: the model ends with an error")
+    if proof.limit is not None:
+        notes.append(f"context depends on the total length beyond {proof.limit} tokens: the model ends with an error")
+    elif plan.limit is not None:
+        notes.append(f"the model ends with an error if past rows and new tokens are more than {plan.limit}")
     return Changed(edits=edits, notes=tuple(notes))
 
 

@@ -75,7 +75,7 @@ def replace_heads(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
 
 
 def _equal_models(before: ir.Model, after: ir.Model, plan: Plan) -> tuple[ir.Model, ir.Model]:
-    """Return the model before with the weights of the new heads in its own graph, and the model after."""
+    """Return the model before with the weights of the new heads in an unchanged graph, and the model after."""
     work = Subject(model=copy_model(before))
     with deep_recursion():
         replacer = HeadReplacer(work.analysis(), lossy=True)
