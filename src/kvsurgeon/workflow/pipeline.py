@@ -142,7 +142,7 @@ class Pipeline:
             ParityError: After a pass, the results of the model differ.
         """
         subject = Subject.of(source, folder)
-        reference = io.to_proto(subject.model) if verify_each else None
+        reference = io.to_proto(subject.model, subject.folder) if verify_each else None
         was_valid = not problems(subject.model)
         steps: list[PassResult] = []
         if on_pass is not None:
@@ -154,7 +154,7 @@ class Pipeline:
                 if outcome.exact:
                     _verify(reference, subject, steps)
                 else:
-                    reference = io.to_proto(subject.model)  # later passes are compared with the lossy result
+                    reference = io.to_proto(subject.model, subject.folder)  # later passes preserve the lossy result
             if on_pass is not None:
                 on_pass(len(steps), one.name, subject.model)
         return PipelineRun(model=subject.model, folder=subject.folder, steps=tuple(steps))
@@ -222,7 +222,7 @@ def _is_well_formed(outcome: Outcome) -> bool:
 def _verify(reference: onnx.ModelProto, subject: Subject, steps: Sequence[PassResult]) -> None:
     from kvsurgeon.workflow.verification import verify_models  # onnxruntime is slow to import
 
-    found = verify_models(reference, io.to_proto(subject.model), folder=subject.folder)
+    found = verify_models(reference, io.to_proto(subject.model, subject.folder), folder=subject.folder)
     if found.verdict != "same":
         ran = ", ".join(step.name for step in steps)
         raise ParityError(f"after pass {steps[-1].name} (passes: {ran}): {first_of(found.problems)}")

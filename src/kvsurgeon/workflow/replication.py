@@ -79,7 +79,7 @@ def replicate_kv_heads(
     wanted = ReplicateKvHeads(repeat=None if kv_heads is not None else repeat, kv_heads=kv_heads)
     run = run_and_save(file, Pipeline((wanted,)), verify=verify)
     folder = Path(output) if output is not None else file.parent.parent
-    with io.staged(run.model, folder) as proto:
+    with io.staged(run.model, folder, file.parent) as proto:
         after, error = _compared(
             file, original, before, TextGenerator(proto, folder=file.parent), prompt, max_new_tokens
         )
