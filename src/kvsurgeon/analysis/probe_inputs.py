@@ -115,7 +115,9 @@ def synthetic_values(sizes: Sequence[int], axes: Axes, tokens: np.ndarray, dtype
     wave *= 3.0
     dtype = run_dtype(dtype or ir.DataType.FLOAT)
     if dtype.is_floating_point():
-        wave *= loudness
+        if loudness.max() > 1:
+            largest = min(np.finfo(dtype.numpy()).max, np.finfo(np.float32).max)  # a float16 holds no loud pair
+            wave = np.clip(wave * loudness, -largest, largest)
         return wave.astype(dtype.numpy(), copy=False)
     if dtype is ir.DataType.BOOL:
         return wave > 0

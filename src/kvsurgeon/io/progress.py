@@ -6,9 +6,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 OnProgress = Callable[[str, int, int], None]  # file name, bytes done, bytes in total
 
 
@@ -20,6 +17,9 @@ def progress_bar(on_progress: OnProgress | None) -> Iterator[OnProgress]:
     elif not sys.stderr.isatty():
         yield lambda _name, _done, _total: None
     else:
+        from rich.console import Console  # slow to import, and needed on a terminal only
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=None)
