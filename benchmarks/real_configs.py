@@ -29,6 +29,7 @@ INSPECT_SECONDS, INSPECT_MEGABYTES = 3.0, 700.0
 INJECT_MEGABYTES_MORE = 400.0  # than a session of the original needs, for the same texts
 PAST_WINDOW = 300  # tokens
 SHORT = 700  # tokens compared where there is no window
+LONGEST_LIMIT = 4096  # tokens: on both sides of one, for the memory that a comparison takes
 SECONDS = 600
 
 
@@ -149,8 +150,12 @@ def compared(original: Path, injected: Path, facts: dict[str, Any]) -> str:
     steps = sorted({(5, True), (64, True), (65, True), *steps, (end - 3, False), (end - 2, False), (end, True)})
     chain = Chain(batch=1, steps=tuple(steps))
     at_once = Chain(batch=1, steps=((end - 1, False), (end, True)))
+    plan = [chain, at_once]
+    limit = facts["max_length"]
+    if limit and limit <= LONGEST_LIMIT:
+        plan.append(Chain(batch=1, steps=((limit - 1, False), (limit, True), (limit + 1, True))))
     candidate = Candidate(injected, onnx.load(original, load_external_data=False), arena=False)
-    verdict = compare(Reference(original, arena=False), candidate, [chain, at_once])
+    verdict = compare(Reference(original, arena=False), candidate, plan)
     return f"{verdict.verdict} at {end} tokens" + (f": {verdict.reason}" if verdict.reason else "")
 
 

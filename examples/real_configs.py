@@ -37,7 +37,7 @@ class Model:
     model: str  # class in transformers
     settings: dict[str, Any]
     layers: list[dict[str, Any]]  # kv_heads, head_dim, rotary_dim, window
-    max_length: int | None = None  # where tables end; None without tables
+    max_length: int | None = None  # where tables end, or factors change; None if nowhere
     attention: str = "sdpa"  # implementation in transformers
 
 
@@ -134,6 +134,7 @@ PHI_3_5_MINI = Model(
         },
     },
     layers=[layer(32, 96, rotary=96)] * 2,
+    max_length=4096,  # longer texts have other factors from their first token on
 )
 GPT_OSS_20B = Model(
     name="gpt-oss-20b",
