@@ -6,6 +6,8 @@ shapes alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvsurgeon.analysis import lookups, products, sequence_slices
 from kvsurgeon.analysis.axis_merging import brought, linked_tokens, merge, placed
 from kvsurgeon.analysis.token_flow import PER_CALL, NodeVisit, is_of_queries
@@ -14,7 +16,7 @@ from kvsurgeon.errors import Code
 from kvsurgeon.ops.operator import AxisLinks, Label, broadcast_links
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, Dimension
-from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis, reshape_axes
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis, reshape_axes
 
 
 def axes_after(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
@@ -91,19 +93,43 @@ def check_batch(visit: NodeVisit, links: AxisLinks) -> None:
     """
     after = visit.batch_axes(visit.call.result)
     before = {index: visit.batch_axes(visit.call.fact(index)) for index in visit.tokens}
-    if len(after) > max(1, *map(len, before.values())) or any(
-        _mixes_batch(visit, links, index, place) for index, places in before.items() for place in places
+    places = [(index, place) for index, found in before.items() for place in found]
+    if (
+        len(after) > max(1, *map(len, before.values()))
+        or any(_mixes_batch(visit, links, index, place) for index, place in places)
+        or not _keeps_batch_layout(visit, links, places)
     ):
         raise visit.refusal(
             "it mixes the sequences of a batch: padding in one would reach others", code=Code.BATCH_LEAK
         )
 
 
+def _keeps_batch_layout(visit: NodeVisit, links: AxisLinks, places: Sequence[tuple[int, int]]) -> bool:
+    """Return whether the batch is where the inputs have it, and record its layout on an axis that holds more."""
+    found: set[SequenceAxis] = set()
+    for index, place in places:
+        layout = visit.flow.batch_layouts.get(visit.node.inputs[index])
+        if visit.shape(index)[place] is BATCH:
+            layout = SequenceAxis(place, visit.flow.batch_variable)
+        if layout is None or layout.axis != place:
+            continue
+        labels, after = links.inputs[index], visit.call.result.shape
+        if links.row_major and index == 0 and after is not None:
+            moved = reshape_axes((layout,), visit.shape(index), after, BATCH)
+            if moved is None:
+                return False
+            found |= set(moved)
+        elif labels is not None and labels[place] is not None and labels[place] in links.outputs[0]:
+            found.add(layout.at(links.outputs[0].index(labels[place])))
+    if len(found) == 1 and not (axis := found.pop()).is_plain:
+        visit.flow.batch_layouts |= dict.fromkeys(visit.node.outputs, axis)
+        return True
+    return not found or len({(axis.outer, axis.inner) for axis in found}) == 1
+
+
 def _mixes_batch(visit: NodeVisit, links: AxisLinks, index: int, place: int) -> bool:
     """Return whether an element along a batch axis depends on another element along it, or becomes another one."""
     before, after, labels = visit.shape(index), visit.call.result.shape, links.inputs[index]
-    if links.row_major and index == 0 and before[place] is BATCH and after is not None:
-        return reshape_axes((SequenceAxis(place, LengthVariable()),), before, after, BATCH) is None
     if labels is None:
         return False
     label = labels[place]

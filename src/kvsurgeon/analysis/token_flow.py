@@ -130,6 +130,8 @@ class TokenFlow:
         order: Position of each node in the graph.
         query_axis: Length variable of the new tokens.
         axes: Sequence axes of each value of token data.
+        batch_variable: Variable of the number of sequences, for batch axes that are traced like sequence axes.
+        batch_layouts: Where the batch is in each value in which it shares an axis with other dimensions.
         demands: Axes that token data asks of context at each input.
         operands: Inputs whose sequence axis has another length variable than the value that they read.
         other_inputs: Those of them that no product reads.
@@ -159,6 +161,8 @@ class TokenFlow:
     order: dict[ir.Node, int]
     query_axis: LengthVariable = field(default_factory=lambda: LengthVariable(Length.NEW, "the tokens"))
     axes: dict[ir.Value, Axes] = field(default_factory=dict)
+    batch_variable: LengthVariable = field(default_factory=lambda: LengthVariable(at="the batch"))
+    batch_layouts: dict[ir.Value, SequenceAxis] = field(default_factory=dict)
     demands: dict[Place, Axes] = field(default_factory=dict)
     operands: dict[Place, LengthVariable] = field(default_factory=dict)
     other_inputs: list[Place] = field(default_factory=list)
