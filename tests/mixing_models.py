@@ -25,7 +25,7 @@ CONSTANTS = """float[8, 1, 3] m_kernel, float[8, 1, 2] m_pair, int64[1] m_end = 
  int64[6] m_before = {0, 1, 0, 0, 0, 0}, int64[6] m_shift = {0, 1, 0, 0, -1, 0}, int64[6] m_ahead = {0, -1, 0, 0, 1, 0},
  int64[6] m_past = {0, 3, 0, 0, 0, 0}, float[1, 1, 8] m_row, int64[1] m_two1 = {2}, float m_big = {50.0},
  int64[6] m_far_ahead = {0, -90, 0, 0, 90, 0}, int64 m_far = {90},
- int64[1] m_100n = {-1000000000}, float m_huge = {5000.0}, int64[1] m_2 = {2}, int64[1] m_4 = {4}"""
+ int64[1] m_100n = {-1000000000}, float m_huge = {5000.0}, int64[1] m_pairs = {2}, int64[1] m_four = {4}"""
 
 # what a reduction over tokens is used for: {x} and {r} to {y}
 USES = [
@@ -44,14 +44,14 @@ TURNED = "m_t = Transpose<perm = [0, 2, 1]>({x})\n {0}\n {y} = Transpose<perm = 
 # heads in front of the batch, both on one axis, and split again
 SPLIT = """m_bb = Slice(sizes, first, second)
  m_nn = Slice(sizes, second, third)
- m_2b = Mul(m_bb, m_2)
- m_t1 = Concat<axis = 0>(m_bb, m_nn, m_2, m_4)
+ m_2b = Mul(m_bb, m_pairs)
+ m_t1 = Concat<axis = 0>(m_bb, m_nn, m_pairs, m_four)
  m_r = Reshape({x}, m_t1)
  m_h = Transpose<perm = [2, 0, 1, 3]>(m_r)
- m_t2 = Concat<axis = 0>(m_2b, m_nn, m_4)
+ m_t2 = Concat<axis = 0>(m_2b, m_nn, m_four)
  m_f = Reshape(m_h, m_t2)
  m_a = Abs(m_f)
- m_t3 = Concat<axis = 0>({sizes}, m_nn, m_4)
+ m_t3 = Concat<axis = 0>({sizes}, m_nn, m_four)
  m_g = Reshape(m_a, m_t3)
  m_u = Transpose<perm = [{order}]>(m_g)
  {y} = Reshape(m_u, sizes)"""
@@ -83,7 +83,7 @@ MIXING = {
                    "m_l = Gather<axis = 1>({x}, m_minus)\n {y} = Add({x}, m_l)"],
     "roll of tokens": [
         "m_l = Slice({x}, m_minus, m_end, second)\n m_r = Slice({x}, first, m_minus, second)\n {y} = Concat<axis = 1>(m_l, m_r)"],
-    "third token": ["m_3 = Slice({x}, m_two1, m_end, second)\n m_4 = Slice(m_3, first, second, second)\n {y} = Add({x}, m_4)"],
+    "third token": ["m_3 = Slice({x}, m_two1, m_end, second)\n m_o = Slice(m_3, first, second, second)\n {y} = Add({x}, m_o)"],
     "state summed over all tokens": [
         "m_t = Transpose<perm = [0, 2, 1]>({x})\n m_g = MatMul(m_t, {x})\n {y} = MatMul({x}, m_g)",
         "m_g = Einsum<equation = \"bnd,bne->bde\">({x}, {x})\n {y} = MatMul({x}, m_g)"],
@@ -95,7 +95,7 @@ MIXING = {
                                  "m_z = Cast<to = 7>(nought)\n {y} = CumSum({x}, m_z)"],
     "product of sequences": [
         "m_t = Transpose<perm = [1, 0, 2]>({x})\n m_s = Transpose<perm = [1, 2, 0]>({x})\n m_g = MatMul(m_t, m_s)\n m_o = MatMul(m_g, m_t)\n {y} = Transpose<perm = [1, 0, 2]>(m_o)"],
-    "heads of other sequences": [SPLIT.replace("{sizes}", "m_bb, m_2").replace("{order}", "0, 2, 1, 3")],
+    "heads of other sequences": [SPLIT.replace("{sizes}", "m_bb, m_pairs").replace("{order}", "0, 2, 1, 3")],
     "Squeeze without axes": ["m_u = Unsqueeze({x}, second)\n m_s = Squeeze(m_u)\n {y} = Add({x}, m_s)"],
 }  # fmt: skip
 CAUSAL = {
@@ -113,7 +113,7 @@ CAUSAL = {
         "m_f = Slice({x}, first, second, second)\n m_r = Slice({x}, first, m_minus, second)\n {y} = Concat<axis = 1>(m_f, m_r)",
     ],
     "first token": ["m_f = Slice({x}, first, second, second)\n {y} = Sub({x}, m_f)"],
-    "heads of all sequences": [SPLIT.replace("{sizes}", "m_2, m_bb").replace("{order}", "1, 2, 0, 3")],
+    "heads of all sequences": [SPLIT.replace("{sizes}", "m_pairs, m_bb").replace("{order}", "1, 2, 0, 3")],
     "whole batch": ["m_s = Slice({x}, first, m_end, first)\n {y} = Add({x}, m_s)"],
     "Squeeze with axes": ["m_u = Unsqueeze({x}, second)\n m_s = Squeeze(m_u, second)\n {y} = Add({x}, m_s)"],
 }  # fmt: skip

@@ -108,7 +108,8 @@ def _keeps_batch_layout(visit: NodeVisit, links: AxisLinks, places: Sequence[tup
     """Return whether the batch is where the inputs have it, and record its layout on an axis that holds more."""
     found: set[SequenceAxis] = set()
     for index, place in places:
-        layout = visit.flow.batch_layouts.get(visit.node.inputs[index])
+        value = visit.node.inputs[index]
+        layout = None if value is None else visit.flow.batch_layouts.get(value)
         if visit.shape(index)[place] is BATCH:
             layout = SequenceAxis(place, visit.flow.batch_variable)
         if layout is None or layout.axis != place:
