@@ -12,7 +12,7 @@ from kvsurgeon.parity import TOLERANCES, model_source, verify
 from kvsurgeon.runtime import open_session
 
 BOUND = TOLERANCES["float32"].bound
-TIGHT = pytest.approx(BOUND / 30)  # of a reference without noise
+TIGHT = pytest.approx(BOUND / 20)  # of a reference without noise
 
 
 def nudged(model: onnx.ModelProto, by: float) -> onnx.ModelProto:

@@ -76,7 +76,7 @@ def test_a_large_feature_has_a_scale_of_its_own():
     assert scale[:3].max() < 2
 
 
-def test_a_number_of_more_than_ten_scales_is_compared_with_itself():
+def test_a_number_of_more_than_three_scales_is_compared_with_itself():
     expected = np.array([[[-1e9, 1.0]]])
     rounded, wrong = (
         error_map(expected, expected + np.array(change), batch=0, sequence=1, scale=1.0).max()

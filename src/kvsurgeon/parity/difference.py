@@ -15,7 +15,7 @@ Scale = float | npt.NDArray[Any]  # divisor of differences, which broadcasts to 
 _SPREAD_SAMPLE = 2**20  # numbers from which a spread is estimated
 _CONTAMINATED = 50  # ratio of spreads that no distribution without masked entries has
 _DISTINCT = 1e-3  # relative difference of percentiles below which the numbers between them differ by rounding
-_RELATIVE = 10  # scales above which a number is compared relative to itself
+_RELATIVE = 3  # scales above which a number is compared relative to itself
 _BLOCK = 2**20  # numbers that are compared at a time
 
 
@@ -90,8 +90,8 @@ def distance(expected: Array, found: Array, scale: Scale | None = None) -> float
 def error_map(expected: Array, found: Array, *, batch: int, sequence: int, scale: Scale) -> ErrorMap:
     """Return the error of each token: the largest difference, divided by a scale.
 
-    Numbers of more than ten scales are compared relative to themselves, so that a mask of -1e9 hides nothing. Two NaNs
-    are equal, a NaN and a number differ by infinity.
+    Numbers of more than three scales are compared relative to themselves, so that a mask of -1e9 hides nothing. Two
+    NaNs are equal, a NaN and a number differ by infinity.
 
     Args:
         expected: Expected values.

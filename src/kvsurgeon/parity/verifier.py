@@ -32,7 +32,7 @@ _ROUNDINGS = 3  # in ranges of the call, of the calls before, and of the whole t
 _SUMS = 8  # largest error of all texts, of the noise that a few texts show
 _EXACT: frozenset[Arithmetic] = frozenset(("float64", "float32"))
 _NEAR = 10  # multiple of the bound, for exact arithmetic still well below the error of a wrong cache
-_TIGHT = 30  # the bound of a model without noise is so many times smaller
+_TIGHT = 20  # the bound of a model without noise is so many times smaller
 
 
 def verify(
