@@ -160,7 +160,7 @@ class _Verification:
         report, reference, candidate = open_stable(open_at, optimization)
         if reference is None or candidate is None:
             return report, None
-        if bound is None and arithmetic not in ROUNDED:
+        if bound is None and report.arithmetic in _EXACT:
             bound = max(report.bound / _TIGHT, min(_SUMS * reference.noise, report.bound))
         report = replace(report, tolerance=report.tolerance.with_bound(report.bound if bound is None else bound))
         scenarios = self.plan(models, reference, candidate)
