@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
-from kvsurgeon.analysis.probe_inputs import at_length
+from kvsurgeon.analysis.probe_inputs import Rows, at_length
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
@@ -34,25 +35,27 @@ def first_half(length: int) -> np.ndarray:
     return np.arange(length) < length // 2
 
 
-def sequence_last(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
+def sequence_last(array: np.ndarray, axes: Axes, rows: Rows) -> np.ndarray:
     """Return the array with its sequence axes last, queries before keys, and without learned rows.
 
     Raises:
         UnsupportedError: The size of the array does not fit its sequence axes.
     """
-    result = _with_learned_rows(array, axes, length)
+    result = _with_learned_rows(array, axes, rows)
     for place, axis in enumerate(_queries_first(axes), start=-len(axes)):
         if axis.learned_rows:
-            result = result.take(range(axis.rows_before, axis.rows_before + length), axis=place)
+            tokens = result.shape[place] - axis.learned_rows
+            result = result.take(range(axis.rows_before, axis.rows_before + tokens), axis=place)
     return result
 
 
-def learned_rows_first(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
+def learned_rows_first(array: np.ndarray, axes: Axes, rows: Rows) -> np.ndarray:
     """Return the learned rows that `sequence_last` drops on the first axis; the other sequence axes stay last."""
-    result = _with_learned_rows(array, axes, length)
+    result = _with_learned_rows(array, axes, rows)
     ordered = enumerate(_queries_first(axes), start=-len(axes))
     place, axis = next((place, axis) for place, axis in ordered if axis.learned_rows)
-    learned = [*range(axis.rows_before), *range(axis.rows_before + length, axis.learned_rows + length)]
+    size = result.shape[place]
+    learned = [*range(axis.rows_before), *range(size - axis.rows_after, size)]
     return np.moveaxis(result.take(learned, axis=place), place, 0)
 
 
@@ -60,7 +63,7 @@ def _queries_first(axes: Axes) -> list[SequenceAxis]:
     return sorted(axes, key=lambda axis: axis.variable.resolved() is not Length.NEW)
 
 
-def _with_learned_rows(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
+def _with_learned_rows(array: np.ndarray, axes: Axes, rows: Rows) -> np.ndarray:
     sizes: list[int] = []
     places: dict[int, int] = {}
     by_number = {axis.axis: axis for axis in axes}
@@ -68,7 +71,8 @@ def _with_learned_rows(array: np.ndarray, axes: Axes, length: int) -> np.ndarray
         if (axis := by_number.get(number)) is None:
             sizes.append(size)
             continue
-        sizes += [int(at_length(axis.outer, length)), length + axis.learned_rows, int(at_length(axis.inner, length))]
+        outer, inner = (int(at_length(part, rows.total)) for part in (axis.outer, axis.inner))
+        sizes += [outer, rows.size(replace(axis, outer=1, inner=1)), inner]
         places[number] = len(sizes) - 2
     if math.prod(sizes) != array.size:
         raise UnsupportedError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,43 @@ import onnx_ir as ir
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
-from kvsurgeon.symbolic.sequence_axes import Axes
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The tokens of a probe run: queries are the tokens from `start` to `stop`, keys are all `total` tokens."""
+
+    start: int
+    stop: int
+    total: int
+
+    @classmethod
+    def of_text(cls, length: int) -> Rows:
+        """Return all tokens of a text."""
+        return cls(0, length, length)
+
+    @property
+    def queries(self) -> np.ndarray:
+        """The positions of the queries."""
+        return np.arange(self.start, self.stop)
+
+    @property
+    def keys(self) -> np.ndarray:
+        """The positions of the keys."""
+        return np.arange(self.total)
+
+    def size(self, axis: SequenceAxis) -> int:
+        """Return the size of a sequence axis."""
+        tokens = self.stop - self.start if axis.variable.resolved() is Length.NEW else self.total
+        return int(at_length(axis.size(tokens), self.total))
+
+    def sizes(self, shape: Sequence[Dimension], axes: Axes = ()) -> list[int]:
+        """Return a shape whose sequence axes are known; an unknown size counts as 1."""
+        result = [at_length(size, self.total) for size in shape]
+        for axis in axes:
+            result[axis.axis] = self.size(axis)
+        return [size if isinstance(size, int) else 1 for size in result]
 
 LOUD = 1 << 20  # added to the number of a token, makes its values larger
 LOUDNESS = 900.0  # how many times larger: beyond what a maximum or a bound of other tokens hides
@@ -55,42 +92,54 @@ def join_sequences(first: np.ndarray, second: np.ndarray, axis: int | None) -> n
     return np.concatenate([first.take(range(half), axis), second.take(range(half, 2 * half), axis)], axis)
 
 
-def mask_input(given: InputRole, visible: np.ndarray, sequence: int | None = None) -> np.ndarray:
+def mask_input(
+    given: InputRole, visible: np.ndarray, sequence: int | None = None, rows: Rows | None = None
+) -> np.ndarray:
     """Return the array for an input that masks tokens: 1 for a visible token, a matrix if the input has two lengths.
 
     Args:
         given: The input.
         visible: [length] of bool, False for each masked token.
         sequence: Index of the only sequence to mask; None to mask both.
+        rows: The tokens of the run; all of them by default.
     """
     if sequence is not None and BATCH in given.dimensions:
         axis = given.dimensions.index(BATCH)
-        rows = [
-            mask_input(given, visible if row == sequence else np.ones_like(visible)).take([row], axis) for row in (0, 1)
-        ]
-        return np.concatenate(rows, axis)
-    length = len(visible)
-    sizes = [int(at_length(size, length)) for size in given.dimensions]
+        masks = [visible if row == sequence else np.ones_like(visible) for row in (0, 1)]
+        return np.concatenate([mask_input(given, mask, rows=rows).take([row], axis) for row, mask in enumerate(masks)],
+                              axis)  # fmt: skip
+    rows = rows or Rows.of_text(len(visible))
+    sizes = _input_sizes(given, rows)
     dtype = given.value.dtype or ir.DataType.INT64
     if not given.lengths:
         return np.ones(sizes, dtype=dtype.numpy())
     array = visible.astype(np.float64)
     if len(given.lengths) == 2:
-        allowed = np.tril(np.ones((length, length))) * array
+        allowed = (rows.keys <= rows.queries[:, None]) * array
         array = np.where(allowed > 0, 0.0, -1e9) if dtype.is_floating_point() else allowed
+    elif Length.NEW in given.lengths.values():
+        array = array[rows.queries]
     shape = [size if axis in given.lengths else 1 for axis, size in enumerate(sizes)]
     return np.broadcast_to(array.reshape(shape), sizes).astype(dtype.numpy())
 
 
-def position_input(given: InputRole, length: int) -> np.ndarray:
+def position_input(given: InputRole, rows: Rows) -> np.ndarray:
     """Return the array for an input of positions: 0, 1, 2, ..."""
-    sizes = [int(at_length(size, length)) for size in given.dimensions]
-    shape = [length if axis in given.lengths else 1 for axis in range(len(sizes))]
+    sizes = _input_sizes(given, rows)
+    shape = [size if axis in given.lengths else 1 for axis, size in enumerate(sizes)]
     dtype = run_dtype(given.value.dtype or ir.DataType.INT64)
-    return np.broadcast_to(np.arange(length).reshape(shape), sizes).astype(dtype.numpy())
+    positions = rows.queries if Length.NEW in given.lengths.values() else rows.keys
+    return np.broadcast_to(positions.reshape(shape), sizes).astype(dtype.numpy())
 
 
-def synthetic_values(sizes: Sequence[int], axes: Axes, tokens: np.ndarray, dtype: ir.DataType | None) -> np.ndarray:
+def _input_sizes(given: InputRole, rows: Rows) -> list[int]:
+    axes = tuple(SequenceAxis(axis, LengthVariable(length)) for axis, length in given.lengths.items())
+    return rows.sizes(given.dimensions, axes)
+
+
+def synthetic_values(
+    sizes: Sequence[int], axes: Axes, tokens: np.ndarray, dtype: ir.DataType | None, queries: np.ndarray | None = None
+) -> np.ndarray:
     """Return values that look random and depend on the token, not on the length: in [-3, 3] unless it is loud.
 
     Args:
@@ -98,6 +147,7 @@ def synthetic_values(sizes: Sequence[int], axes: Axes, tokens: np.ndarray, dtype
         axes: The sequence axes.
         tokens: [length], the number of the token at each position: equal numbers give equal values.
         dtype: The type; float32 if unknown.
+        queries: [sequence_length], the same on axes of the new tokens if they are not all tokens.
     """
     angles, loudness = [], np.ones((), np.float32)
     for place, size in enumerate(sizes):
@@ -105,7 +155,8 @@ def synthetic_values(sizes: Sequence[int], axes: Axes, tokens: np.ndarray, dtype
         axis = next((axis for axis in axes if axis.axis == place), None)
         if axis is not None:
             inner = int(at_length(axis.inner, len(tokens)))
-            rows = np.concatenate([-2 - np.arange(axis.rows_before), tokens, -900 - np.arange(axis.rows_after)])
+            here = tokens if queries is None or axis.variable.resolved() is not Length.NEW else queries
+            rows = np.concatenate([-2 - np.arange(axis.rows_before), here, -900 - np.arange(axis.rows_after)])
             block = len(rows) * inner
             loud = np.where(rows[index % block // inner] >= LOUD, np.float32(LOUDNESS), np.float32(1.0))
             loudness = loudness * loud.reshape(-1, *[1] * (len(sizes) - place - 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -13,11 +15,35 @@ from kvsurgeon.proof.attention_pattern import MIN_WEIGHT, AttentionPattern
 def read_mask(pattern: AttentionPattern) -> Mask:
     """Return the mask of an attention layer from its measured attention pattern."""
     weights = pattern.weights if pattern.uniform_weights is None else pattern.uniform_weights
-    # Not > MIN_WEIGHT: a steep bias leaves visible keys a small weight.
-    visible = (weights != 0).reshape(-1, *weights.shape[-2:]).any(axis=0)
+    visible = _visible(weights)
     padded = pattern.padded_weights
     padding = padded is not None and bool((np.abs(padded[..., 2:, :2]) <= MIN_WEIGHT).all())
-    return replace(_structure(visible), padding=padding, bias=_has_bias(pattern))
+    mask = _structure(visible)
+    if mask.kind == "causal" and pattern.rows:
+        mask = _structure_of_rows({query: _visible(row[..., None, :])[0] for query, row in pattern.rows.items()})
+    return replace(mask, padding=padding, bias=_has_bias(pattern))
+
+
+def _visible(weights: np.ndarray) -> np.ndarray:
+    """Return [query, key] of bool: whether any head gives the key a weight, however small a steep bias makes it."""
+    return np.asarray((weights != 0).reshape(-1, *weights.shape[-2:]).any(axis=0))
+
+
+def _structure_of_rows(rows: Mapping[int, np.ndarray]) -> Mask:
+    """Return the kind of mask that makes these keys visible to some queries of a long text, [key] by query."""
+    starts = {query: int(visible.argmax()) for query, visible in rows.items()}
+    if any(int(visible.sum()) != query + 1 - starts[query] for query, visible in rows.items()):
+        return Mask(kind="other")
+    if not any(starts.values()):
+        return Mask(kind="causal")
+    last = max(rows)
+    window = last + 1 - starts[last]
+    if all(start == max(0, query + 1 - window) for query, start in starts.items()):
+        return Mask(kind="sliding-window", window=window)
+    chunk = math.gcd(*starts.values())
+    if all(start == query // chunk * chunk for query, start in starts.items()):
+        return Mask(kind="chunked", chunk=chunk)
+    return Mask(kind="other")
 
 
 def _structure(visible: np.ndarray) -> Mask:

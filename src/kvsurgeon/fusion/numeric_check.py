@@ -9,7 +9,7 @@ import numpy as np
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.analysis.mask_patterns import MaskPattern, left_padded, sequence_last, unmasked, with_gaps
-from kvsurgeon.analysis.probe_inputs import at_length
+from kvsurgeon.analysis.probe_inputs import Rows, at_length
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.fusion.match import FusionMatch
 from kvsurgeon.proof.causality import other_reductions
@@ -63,7 +63,7 @@ def _compare(
     """
     found = _by_heads(attention.run(length, mask)[0], match.result, length)
     points = (match.query, match.key, match.value)
-    operands = (attention.feeds[one.value.name or ""](length).astype(np.float64) for one in points)
+    operands = (attention.feeds[one.value.name or ""](Rows.of_text(length)).astype(np.float64) for one in points)
     query, key, value = (_by_heads(array, one, length) for array, one in zip(operands, points, strict=True))
     scores = _scores(match, query, key)
     if bias is not None:
@@ -87,7 +87,7 @@ def _bias(
     if match.scores is None or match.path.masked is None:  # mask of an attention operator, of any rank
         array = np.where(array, 0.0, -np.inf) if array.dtype == bool else array
         return np.broadcast_to(array.astype(np.float64), shape)
-    array = sequence_last(array, runner.flow.axes[match.path.masked], length).astype(np.float64)
+    array = sequence_last(array, runner.flow.axes[match.path.masked], Rows.of_text(length)).astype(np.float64)
     return np.asarray(np.maximum(array, np.finfo(np.float32).min).reshape(shape))
 
 

@@ -166,9 +166,9 @@ OPERATORS: list[Operator] = [
     *entries("Shape", shape, None, Trait.SHAPE_ONLY),
     *entries("Size", size, None, Trait.SHAPE_ONLY),
     *entries("ConstantOfShape", constant_of_shape, None, Trait.SHAPE_ONLY,
-             resize=resize_constant_of_shape),
+             extent_inputs=frozenset({0}), resize=resize_constant_of_shape),
     *entries("EyeLike", eye_like, None, Trait.SHAPE_ONLY, resize=resize_eye_like),
-    *entries("Range", range_, None, Trait.MOVE, resize=resize_range),
+    *entries("Range", range_, None, Trait.MOVE, extent_inputs=frozenset({1}), resize=resize_range),
     *entries("OneHot", one_hot, one_hot_links),
     *entries("NonZero", non_zero, None, Trait.ROUTING),
 ]  # fmt: skip

@@ -412,6 +412,7 @@ OPERATORS: list[Operator] = [
         tile_links,
         Trait.PARAMETERIZED,
         Trait.REPEAT,
+        extent_inputs=frozenset({1}),
         resize=resize_tile,
         rearrange=rearrange_tile,
     ),

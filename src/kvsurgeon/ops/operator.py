@@ -148,6 +148,7 @@ class Operator:
         shape: Dimensions, types and known numbers of the outputs.
         axes: Which axes correspond; None if token data must not pass through the operator.
         type_only: Inputs of which only the type is read.
+        extent_inputs: Inputs that say how many elements there are, and not which.
         resize: Inputs of the node at other lengths, for what links do not say; see `resizing/context_slices.py`.
         rearrange: The output, for arrays of numbers in place of the inputs; only of operators whose output has no
             other elements than these inputs.
@@ -165,6 +166,7 @@ class Operator:
     shape: ShapeRule
     axes: AxisRule | None = None
     type_only: frozenset[int] = frozenset()
+    extent_inputs: frozenset[int] = frozenset()
     resize: ResizeRule | None = None
     rearrange: RearrangeRule | None = None
     decomposition: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,8 @@ class AttentionPattern:
         leaking: For each mask pattern, [token] of bool: masked queries without a key that attend to later keys.
         attended: For each mask pattern, [token] of bool: masked keys that other queries attend to.
         limit: The longest length in tokens up to which the pattern is prefix stable; None if there is no limit.
+        checked: The longest length in tokens at which rows were checked.
+        rows: The weights that some queries give to equal scores at that length, [..., key], by query.
     """
 
     weights: np.ndarray
@@ -30,6 +33,8 @@ class AttentionPattern:
     leaking: dict[MaskPattern, np.ndarray] = field(default_factory=dict)
     attended: dict[MaskPattern, np.ndarray] = field(default_factory=dict)
     limit: int | None = None
+    checked: int = 0
+    rows: Mapping[int, np.ndarray] = field(default_factory=dict)
 
 
 def is_attended(weights: np.ndarray) -> np.ndarray:
@@ -69,8 +74,13 @@ def attended_keys(weights: np.ndarray) -> np.ndarray:
     return np.asarray(is_attended(weights).reshape(-1, weights.shape[-1]).any(axis=0))
 
 
-def largest_weight_on_later_key(weights: np.ndarray) -> tuple[float, int, int]:
-    """Return the largest weight on a key after the query, the query, and the key."""
-    later = np.abs(np.triu(np.nan_to_num(weights), 1))
+def largest_weight_on_later_key(weights: np.ndarray, first_query: int = 0) -> tuple[float, int, int]:
+    """Return the largest weight on a key after the query, the query, and the key.
+
+    Args:
+        weights: [..., query, key].
+        first_query: Position of the first query.
+    """
+    later = np.abs(np.triu(np.nan_to_num(weights), 1 + first_query))
     *_, query, key = np.unravel_index(int(later.argmax()), later.shape)
-    return float(later.max(initial=0.0)), int(query), int(key)
+    return float(later.max(initial=0.0)), int(query) + first_query, int(key)

@@ -20,7 +20,8 @@ from kvsurgeon.analysis.mask_patterns import (
     unmasked,
     with_gaps,
 )
-from kvsurgeon.analysis.probe_inputs import LOUD
+from kvsurgeon.analysis.probe_inputs import LOUD, Rows
+from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.proof.attention_pattern import (
@@ -35,11 +36,13 @@ from kvsurgeon.proof.attention_pattern import (
 )
 from kvsurgeon.proof.key_reductions import check_key_reductions, normalizes_before_mask
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, prefix
+from kvsurgeon.proof.row_checks import MAX_RUN, first_span, first_tokens, longest_passing, spans
+from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.symbolic.sequence_axes import Axes
 
 SCALES = (30.0, 10.0, 3.0, 1.0)  # of the probed scores: a mask must hold for the largest that give finite weights
 
-ReadWeights = Callable[[Sequence[np.ndarray], int], np.ndarray]  # outputs and length -> weights [..., query, key]
+ReadWeights = Callable[[Sequence[np.ndarray], Rows], np.ndarray]  # outputs and rows -> weights [..., query, key]
 
 
 def check_causality(
@@ -81,7 +84,7 @@ def other_reductions(sweep: LengthSweep, site: AttentionSite) -> list[ir.Value]:
     ]
 
 
-def _read_weights(arrays: Sequence[np.ndarray], length: int, axes: Axes) -> np.ndarray:
+def _read_weights(arrays: Sequence[np.ndarray], rows: Rows, axes: Axes) -> np.ndarray:
     """Return the weights, minus their zero point if they are quantized."""
     weights, *zero_point = arrays
     if zero_point:
@@ -91,7 +94,7 @@ def _read_weights(arrays: Sequence[np.ndarray], length: int, axes: Axes) -> np.n
                 code=Code.CONTEXT_NOT_RUNNABLE, expected="one zero point", found=str(zero_point[0].size),
             )  # fmt: skip
         weights = weights.astype(np.int64) - zero_point[0].astype(np.int64)
-    return sequence_last(weights, axes, length)
+    return sequence_last(weights, axes, rows)
 
 
 def _check_fused(sweep: LengthSweep, layer: int, site: AttentionSite) -> AttentionPattern:
@@ -108,17 +111,17 @@ def _check_fused(sweep: LengthSweep, layer: int, site: AttentionSite) -> Attenti
     return AttentionProbe(sweep, layer, site, [mask], partial(_mask_weights, axes=axes, causal=causal)).check()
 
 
-def _mask_weights(arrays: Sequence[np.ndarray], length: int, axes: Axes, *, causal: bool) -> np.ndarray:
+def _mask_weights(arrays: Sequence[np.ndarray], rows: Rows, axes: Axes, *, causal: bool) -> np.ndarray:
     """Return the weights that a fused operator gives to equal scores under its mask."""
     (mask,) = arrays
     if len(axes) == 2:
-        mask = sequence_last(mask, axes, length)
+        mask = sequence_last(mask, axes, rows)
     else:
-        mask = np.broadcast_to(mask, (*mask.shape[:-2], length, length))
+        mask = np.broadcast_to(mask, (*mask.shape[:-2], rows.stop - rows.start, rows.total))
     weights = mask.astype(np.float64)
     if mask.dtype != bool:
         weights = np.exp(np.minimum(weights, 0.0))
-    return np.tril(weights) if causal else weights
+    return np.where(rows.keys <= rows.queries[:, None], weights, 0.0) if causal else weights
 
 
 class AttentionProbe:
@@ -145,6 +148,9 @@ class AttentionProbe:
         self._read = read
         self._count = len(weights)
         axes = sweep.flow.axes
+        self._axes = [axes.get(value, ()) for value in (*weights, *reductions)]
+        if site.fused is not None:
+            self._axes = [sweep.flow.demands.get((site.fused.node, site.fused.inputs.mask or 0), ())]
         self._learned_axes = () if learned is None else axes[learned]
         self.others = [(value, axes[value]) for value in reductions]  # compared in addition to the weights
         if learned is not None:
@@ -157,12 +163,14 @@ class AttentionProbe:
 
     def run(self, length: int, mask: MaskPattern = unmasked, **options: Any) -> list[np.ndarray]:
         """Return the weights [..., query, key], then the other reductions; see `SubgraphRunner.run`."""
-        arrays = self.runner.run(length, mask, **options)
+        return self._compared(self.runner.run(length, mask, **options), Rows.of_text(length))
+
+    def _compared(self, arrays: Sequence[np.ndarray], rows: Rows) -> list[np.ndarray]:
         weights, reduced = arrays[: self._count], arrays[self._count :]
-        others = [sequence_last(array, axes, length) for array, (_, axes) in zip(reduced, self.others, strict=False)]
+        others = [sequence_last(array, axes, rows) for array, (_, axes) in zip(reduced, self.others, strict=False)]
         if self._learned_axes:
-            others.append(learned_rows_first(arrays[0], self._learned_axes, length))
-        return [self._read(weights, length), *others]
+            others.append(learned_rows_first(arrays[0], self._learned_axes, rows))
+        return [self._read(weights, rows), *others]
 
     def check(self) -> AttentionPattern:
         """Return the attention pattern after checking it at all lengths and with all masks.
@@ -171,6 +179,9 @@ class AttentionProbe:
             UnsupportedError: A query attends to a later key, or the pattern depends on the total length.
         """
         outputs, limit = self._prefix_stable(self.sweep.run(self.sweep.attention_lengths(self.site), self.run))
+        checked, rows = max(outputs), dict[int, np.ndarray]()
+        if limit is None and self.sweep.fixed is None:
+            checked, limit, rows = self._check_rows(checked)
         weights = {length: arrays[0] for length, arrays in outputs.items()}
         longest = max(weights)
         padded_weights = None
@@ -188,8 +199,55 @@ class AttentionProbe:
             self._check_fixed_length(weights[longest])
         return AttentionPattern(
             weights=weights[longest], padded_weights=padded_weights, uniform_weights=self._check_scales(longest),
-            leaking=leaking, attended=attended, limit=limit,
+            leaking=leaking, attended=attended, limit=limit, rows=rows, checked=checked,
         )  # fmt: skip
+
+    def _check_rows(self, passed: int) -> tuple[int, int | None, dict[int, np.ndarray]]:
+        """Check rows of the weights at the lengths that are too long to compute all rows.
+
+        Args:
+            passed: The longest length at which all rows were checked.
+
+        Returns:
+            The longest length at which rows were checked, the longest at which they are right if that is a limit, and
+            the weights that some queries give to equal scores at that length, [..., key], by query.
+        """
+        nodes = self.site.upstream_of_weights() | self.site.upstream_of(value for value, _ in self.others)
+        if self.site.fused is not None:
+            nodes |= {self.site.fused.node}
+        proved = not any(node in nodes for node, _ in self.sweep.unproved)
+        read = [value for node in nodes for value in node.inputs if not is_token(self.sweep.flow, value)]
+        thresholds = self.sweep.thresholds(read)
+        totals = self.sweep.totals(passed, thresholds, proved=proved)
+        try:
+            runner = RowRunner(self.sweep.analysis, self.runner, self._axes, self.site)
+        except UnsupportedError:
+            return passed, None if proved else passed, {}
+        totals = [total for total in totals if runner.elements(first_span(total)) <= MAX_RUN]
+        if not totals:
+            return passed, None, {}
+        scale = self._largest_scale(passed)
+
+        def check(total: int) -> None:
+            for rows in spans(total, thresholds, runner.elements):
+                weights, *others = self._compared(runner.run(rows, scale=scale), rows)
+                self._check_causal(weights, rows.start)
+                if self.others or not proved:
+                    alone = Rows(rows.start, rows.stop, rows.stop)
+                    shorter, *without = self._compared(runner.run(alone, scale=scale), alone)
+                    self._check_stable(weights[..., : rows.stop], shorter)
+                    for (value, axes), long, short in zip(self.others, others, without, strict=True):
+                        check_prefix_stable(
+                            "reductions of attention scores", first_tokens(long, axes, rows.stop), short, at=value,
+                            layer=self.layer,
+                        )  # fmt: skip
+
+        checked, failed = longest_passing(check, totals, passed)
+        found = {}
+        for query in (checked // 2, checked - 2, checked - 1):
+            row = Rows(query, query + 1, checked)
+            found[query] = self._compared(runner.run(row, scale=0.0), row)[0][..., 0, :]
+        return checked, checked if failed is not None or not proved else None, found
 
     def _prefix_stable(self, outputs: dict[int, list[np.ndarray]]) -> tuple[dict[int, list[np.ndarray]], int | None]:
         """Return the outputs at the lengths at which every prefix is the same, and the longest if others were dropped.
@@ -269,11 +327,11 @@ class AttentionProbe:
                     return attended | ~visible
         return attended
 
-    def _check_causal(self, weights: np.ndarray) -> None:
+    def _check_causal(self, weights: np.ndarray, first_query: int = 0) -> None:
         if np.isnan(weights).any():
             hint = "a query without any unmasked key is a common cause"
             raise self._unsupported("attention weights are NaN", Code.NOT_CAUSAL, hint=hint)
-        weight, query, key = largest_weight_on_later_key(weights)
+        weight, query, key = largest_weight_on_later_key(weights, first_query)
         if weight > MIN_WEIGHT:
             raise _not_causal(self.layer, self.site, f"query {query} attends to key {key} with weight {weight:.2g}")
 
@@ -321,9 +379,14 @@ class AttentionProbe:
         """Check causality with the largest scores that give finite weights; return the weights for equal scores."""
         if not self.runner.probed:
             return None
-        scaled = (self.run(length, scale=scale)[0] for scale in SCALES)
-        self._check_causal(next(weights for weights in scaled if not np.isnan(weights).any()))
+        self._check_causal(self.run(length, scale=self._largest_scale(length))[0])
         return self.run(length, scale=0.0)[0]
+
+    def _largest_scale(self, length: int) -> float:
+        """Return the largest scale of the scores that gives finite weights."""
+        if not self.runner.probed:
+            return 1.0
+        return next((scale for scale in SCALES if not np.isnan(self.run(length, scale=scale)[0]).any()), SCALES[-1])
 
     def _unsupported(self, reason: str, code: Code, hint: str) -> UnsupportedError:
         return UnsupportedError(reason, code=code, layer=self.layer, at=self.site.at.name, hint=hint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
@@ -13,20 +14,25 @@ from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.mask_patterns import describe_difference, is_close
 from kvsurgeon.analysis.probe_inputs import at_length
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
+from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import small_constant
+from kvsurgeon.graph.query import producers, upstream
+from kvsurgeon.ops.content import content_inputs
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
+from kvsurgeon.proof.length_dependence import LengthDependence
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes
 
 LENGTHS = (1, 2, 7, 8, 40, 65, 129)  # tokens
 LONG_LENGTHS = (513, 1025)  # tokens, for values that grow with the length and not with its square
 MIN_USEFUL_LENGTH = 64  # tokens: a cache that is correct for fewer is of no use
-MAX_LENGTH = 1 << 16  # tokens: larger numbers in context are not lengths
-MAX_ATTENTION_LENGTH = 640  # tokens at which attention weights are computed
+MAX_LENGTH = 1 << 17  # tokens: the longest text of which rows are computed; larger numbers in context are no lengths
+MAX_ATTENTION_LENGTH = 160  # tokens at which all attention weights are computed; beyond, some rows are
 MAX_ELEMENTS = 1 << 21  # of the attention weights, all heads together
+MAX_THRESHOLDS = 64  # distinct numbers of one constant; a table of more is no list of thresholds
 
 
 class LengthSweep:
@@ -40,6 +46,7 @@ class LengthSweep:
         fixed: The length of an export of fixed length.
         bounds: Upper bounds of the length, in tokens; those found by running are added.
         assumptions: Statements that the results rest on, each with the name of the value it is about.
+        unproved: Inputs at which token data reads context that may depend on the length by value, with the cause.
         lengths: Lengths at either side of every number that context may compare a length with, and some others.
     """
 
@@ -51,14 +58,41 @@ class LengthSweep:
         self.assumptions: dict[str, str] = {}
         self._limit = min(self.bounds, default=MAX_LENGTH)
         self.lengths = (self.fixed,) if self.fixed is not None else self._lengths()
+        self._dependence = LengthDependence(analysis) if self.fixed is None else None
+        self.unproved = {} if self._dependence is None else self._dependence.unproved()
 
-    def _lengths(self) -> tuple[int, ...]:
-        lengths = {min(length, self._limit) for length in LENGTHS}
-        for node in self.flow.order:
+    def thresholds(self, values: Iterable[ir.Value | None]) -> tuple[int, ...]:
+        """Return the lengths at either side of every number that context may compare a length with.
+
+        Args:
+            values: Values that are computed from the context.
+        """
+        numbers: set[float] = set()
+        for node in producers(upstream(values, inputs=content_inputs)):
             if has_trait(node, Trait.LENGTH_SENSITIVE) and self.flow.kinds.get(node.outputs[0]) is ValueKind.CONTEXT:
                 for value in node.inputs:
-                    lengths |= _lengths_near(small_constant(value))
+                    numbers |= _numbers(small_constant(value))
+        return tuple(sorted({round(number) + offset for number in numbers for offset in (-1, 0, 1, 3)}))
+
+    def _lengths(self) -> tuple[int, ...]:
+        read = [value for node in self.flow.order for value in node.inputs if is_token(self.flow, node.outputs[0])]
+        context = [value for value in read if value is not None and self.flow.kinds.get(value) is ValueKind.CONTEXT]
+        lengths = {min(length, self._limit) for length in LENGTHS} | set(self.thresholds(context))
         return tuple(sorted(length for length in lengths if 1 <= length <= self._limit))
+
+    def totals(self, passed: int, thresholds: Sequence[int], *, proved: bool) -> list[int]:
+        """Return the total lengths at which to check rows.
+
+        Args:
+            passed: The longest total length at which all rows were checked.
+            thresholds: Lengths at which something may change.
+            proved: Whether the rows are proved to be prefix stable, so that the longest text contains all others.
+        """
+        longest = min(self._limit, MAX_LENGTH)
+        if proved:
+            reach = [2 * length for length in thresholds if length < longest]
+            return [min(longest, max([LONG_LENGTHS[-1], *reach]))] if longest > passed else []
+        return ladder(passed, longest, thresholds) if longest > passed else []
 
     def attention_lengths(self, site: AttentionSite) -> list[int]:
         """Return the lengths at which the weights of an attention are small enough to compute."""
@@ -152,13 +186,23 @@ def _elements(shape: Sequence[Dimension], length: int) -> int:
     return math.prod(size for size in sizes if isinstance(size, int))
 
 
-def _lengths_near(constant: np.ndarray | None) -> set[int]:
-    """Return the lengths at either side of a number and of its reciprocal."""
-    if constant is None or constant.size != 1 or constant.dtype.kind not in "iuf":
+def _numbers(constant: np.ndarray | None) -> set[float]:
+    """Return the numbers of a constant that may be thresholds, and the reciprocal of a single one."""
+    if constant is None or constant.dtype.kind not in "iuf":
         return set()
-    number = float(constant.reshape(-1)[0])
-    if number < 0 and constant.dtype.kind == "f":
-        return set()  # masks scores, and is compared with no length
-    number = abs(number)
-    lengths = [number, 1 / number] if number else []
-    return {round(length) + offset for length in lengths if 1 <= length < MAX_LENGTH for offset in (-1, 0, 1, 3)}
+    numbers = np.unique(constant.astype(np.float64))
+    if constant.dtype.kind == "f":
+        numbers = numbers[numbers > 0]  # a negative one masks scores, and is compared with no length
+    numbers = np.abs(numbers[(numbers != 0) & np.isfinite(numbers)])
+    if constant.size == 1:
+        numbers = np.append(numbers, 1 / numbers)
+    return (
+        {float(number) for number in numbers if 1 <= number < MAX_LENGTH} if len(numbers) <= MAX_THRESHOLDS else set()
+    )
+
+
+def ladder(shortest: int, longest: int, thresholds: Sequence[int]) -> list[int]:
+    """Return total lengths from short to long: each about one and a half of the one before, and near each threshold."""
+    powers = [(1 << power) + 1 for power in range(7, 31)]
+    between = [(low + high) // 2 for low, high in pairwise(powers)]
+    return sorted({longest, *(length for length in (*powers, *between, *thresholds) if shortest < length < longest)})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.mask_patterns import (
-    MaskPattern,
     first_half,
     learned_rows_first,
     left_padded,
@@ -17,6 +16,7 @@ from kvsurgeon.analysis.mask_patterns import (
     unmasked,
     with_gaps,
 )
+from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
@@ -26,15 +26,20 @@ from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.proof.causality import other_reductions
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, prefix
+from kvsurgeon.proof.row_checks import MAX_RUN, first_span, first_tokens, longest_passing, spans
+from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.symbolic.sequence_axes import Axes
 
+Cut = Callable[[np.ndarray, Axes, int], np.ndarray]  # array, axes, length -> the first tokens
 Arrays = list[np.ndarray]  # for each value of context, in order; its learned rows, if it has any, are behind all others
 
 
 def find_limit(sweep: LengthSweep) -> int | None:
     """Compare every value of context that token data reads outside attention scores at several lengths.
 
-    The rows of constant tables that are read by position bound the length; these bounds are added to the sweep.
+    All rows are compared at short lengths. Values that may depend on the length by value are compared row by row up to
+    the longest text. The rows of constant tables that are read by position bound the length; these bounds are added to
+    the sweep.
 
     Returns:
         The longest total length up to which all values are stable; None if none changes at any length.
@@ -42,37 +47,85 @@ def find_limit(sweep: LengthSweep) -> int | None:
     Raises:
         UnsupportedError: A value changes below the minimum useful length.
     """
-    values, rows = _context_values(sweep)
+    values, rows, unproved = _context_values(sweep)
     if not values:
         return None
     runner = sweep.runner(list(values))
-    learned = [value for value, axes in values.items() if any(axis.learned_rows for axis in axes)]
-    compared = list(values.items())
-    compared += [(value, tuple(axis for axis in values[value] if not axis.learned_rows)) for value in learned]
-
-    def run(length: int, mask: MaskPattern) -> Arrays:
-        arrays = dict(zip(values, runner.run(length, mask), strict=True))
-        tokens = [sequence_last(array, values[value], length) for value, array in arrays.items()]
-        return tokens + [learned_rows_first(arrays[value], values[value], length) for value in learned]
-
-    def compare(longer: Arrays, shorter: Arrays, length: int) -> None:
-        for (value, axes), long, short in zip(compared, longer, shorter, strict=True):
-            check_prefix_stable(_name_of(value), prefix(long, axes, length), prefix(short, axes, length), at=value)
-
+    compared = _Compared(values)
     for mask in (unmasked, left_padded, with_gaps) if runner.masks else (unmasked,):
         lengths = [length for length in sweep.context_lengths(values) if mask(length).sum() > 1 or length == 1]
-        results = sweep.run(lengths, lambda length, mask=mask: run(length, mask))  # type: ignore[misc]
+        results = sweep.run(
+            lengths,
+            lambda length, mask=mask: compared.arrays(runner.run(length, mask), Rows.of_text(length)),  # type: ignore[misc]
+        )
         sweep.bounds |= _table_bounds([rows.get(value) for value in values], results)
         for previous, length in pairwise(results):
             try:
-                compare(results[length], results[previous], previous)
+                compared.check(results[length], results[previous], previous)
             except UnsupportedError:
                 if previous < MIN_USEFUL_LENGTH:
                     raise
                 return previous
-    if sweep.fixed is not None and runner.masks:
-        compare(run(sweep.fixed, unmasked), run(sweep.fixed, first_half), sweep.fixed // 2)
-    return None
+    if sweep.fixed is not None:
+        if runner.masks:
+            whole, half = Rows.of_text(sweep.fixed), sweep.fixed // 2
+            arrays = [compared.arrays(runner.run(sweep.fixed, mask), whole) for mask in (unmasked, first_half)]
+            compared.check(arrays[0], arrays[1], half)
+        return None
+    return _check_rows(sweep, {value: values[value] for value in unproved}, max(results))
+
+
+def _check_rows(sweep: LengthSweep, values: dict[ir.Value, Axes], passed: int) -> int | None:
+    """Compare rows of values that may depend on the length, up to the longest text.
+
+    Returns:
+        The longest length up to which they are stable; None if there are no such values.
+    """
+    if not values:
+        return None
+    whole, compared = sweep.runner(list(values)), _Compared(values)
+    try:
+        runner = RowRunner(sweep.analysis, whole, list(values.values()))
+    except UnsupportedError:
+        return passed
+    thresholds = sweep.thresholds(values)
+    totals = sweep.totals(passed, thresholds, proved=False)
+    totals = [total for total in totals if runner.elements(first_span(total)) <= MAX_RUN]
+
+    def check(total: int) -> None:
+        for rows in spans(total, thresholds, runner.elements):
+            alone = Rows(rows.start, rows.stop, rows.stop)
+            for mask in (unmasked, left_padded) if whole.masks else (unmasked,):
+                longer, shorter = (compared.arrays(runner.run(one, mask), one) for one in (rows, alone))
+                compared.check(longer, shorter, rows.stop, first_tokens)
+
+    return longest_passing(check, totals, passed)[0]
+
+
+class _Compared:
+    """Values of context with their sequence axes last; learned rows of a value are compared apart."""
+
+    def __init__(self, values: Mapping[ir.Value, Axes]) -> None:
+        self.values = values
+        self.learned = [value for value, axes in values.items() if any(axis.learned_rows for axis in axes)]
+        self.compared = list(values.items())
+        for value in self.learned:
+            self.compared.append((value, tuple(axis for axis in values[value] if not axis.learned_rows)))
+
+    def arrays(self, arrays: Arrays, rows: Rows) -> Arrays:
+        """Return the arrays to compare."""
+        found = dict(zip(self.values, arrays, strict=True))
+        tokens = [sequence_last(array, self.values[value], rows) for value, array in found.items()]
+        return tokens + [learned_rows_first(found[value], self.values[value], rows) for value in self.learned]
+
+    def check(self, longer: Arrays, shorter: Arrays, length: int, cut: Cut = prefix) -> None:
+        """Check that the first tokens are the same at a longer and a shorter length; `cut` returns them.
+
+        Raises:
+            UnsupportedError: They differ.
+        """
+        for (value, axes), long, short in zip(self.compared, longer, shorter, strict=True):
+            check_prefix_stable(_name_of(value), cut(long, axes, length), cut(short, axes, length), at=value)
 
 
 def _name_of(value: ir.Value) -> str:
@@ -94,11 +147,13 @@ def _table_bounds(rows: list[int | None], results: Mapping[int, Arrays]) -> set[
     }
 
 
-def _context_values(sweep: LengthSweep) -> tuple[dict[ir.Value, Axes], dict[ir.Value, int]]:
+def _context_values(sweep: LengthSweep) -> tuple[dict[ir.Value, Axes], dict[ir.Value, int], set[ir.Value]]:
     """Return the values of context that token data reads outside attention scores, and their sequence axes.
 
-    For positions that are looked up in constant tables, also return the number of rows of the smallest table.
+    Also return the number of rows of the smallest table, for positions that are looked up in constant tables, and
+    those of the values that are not proved to be stable.
     """
+    unproved: set[ir.Value] = set()
     flow, attention = sweep.flow, _attention_nodes(sweep)
     values: dict[ir.Value, Axes] = {}
     rows: dict[ir.Value, int] = {}
@@ -120,9 +175,11 @@ def _context_values(sweep: LengthSweep) -> tuple[dict[ir.Value, Axes], dict[ir.V
             value, count = _positions(sweep, sweep.analysis.same.get(read, read), axes)
             if axes or not _is_constant(sweep, value):
                 values.setdefault(value, axes)
+                if place in sweep.unproved:
+                    unproved.add(value)
                 if count is not None:
                     rows[value] = min(count, rows.get(value, count))
-    return values, rows
+    return values, rows, unproved
 
 
 def _is_constant(sweep: LengthSweep, value: ir.Value) -> bool:

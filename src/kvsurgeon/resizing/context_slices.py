@@ -8,7 +8,7 @@ right.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -85,6 +85,11 @@ class ContextSlices:
         if (value, key) not in self._made:
             self._made[value, key] = self._make(value, axes)
         return self._made[value, key]
+
+    def made(self) -> Iterator[tuple[ir.Value, Axes]]:
+        """Yield each value that was computed, with the axes that were sliced."""
+        for value, key in self._made:
+            yield value, tuple(axis.with_variable(LengthVariable(length)) for axis, length in key)
 
     def fact(self, value: ir.Value) -> Fact:
         """Return what is known of a value."""

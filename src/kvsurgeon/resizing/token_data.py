@@ -37,6 +37,7 @@ class TokenRewriter:
         self.slices = slices
         self.before = before
         self._totals: dict[ir.Value, ir.Value] = {}
+        self._copies: dict[ir.Value, ir.Value] = {}
 
     def add_total(self, value: ir.Value, total: ir.Value) -> None:
         """Set the value of past and new tokens that belongs to a value of the new tokens."""
@@ -73,9 +74,22 @@ class TokenRewriter:
         if self._copies_zero(node):
             self.editor.remove_attribute(node, "allowzero")
         if node in self.flow.diagonals:
-            self._shift_diagonal(node)
+            self._shift_diagonal(node, node)
 
-    def _shift_diagonal(self, node: ir.Node) -> None:
+    def copy(self, node: ir.Node) -> ir.Node:
+        """Return a copy of a node on new tokens, which reads the copies of the nodes before it."""
+        without = frozenset({"allowzero"}) if self._copies_zero(node) else frozenset()
+        copy = self.editor.copy(node, self._inputs(node, Length.NEW), "new", without)
+        if node in self.flow.diagonals:
+            self._shift_diagonal(node, copy)
+        self._copies |= zip(node.outputs, copy.outputs, strict=True)
+        return copy
+
+    def copied(self, value: ir.Value) -> ir.Value:
+        """Return the copy of a value; the value itself if its node is not copied."""
+        return self._copies.get(value, value)
+
+    def _shift_diagonal(self, node: ir.Node, rewired: ir.Node) -> None:
         """Shift the diagonal of a `Trilu`: the first new query is in row P."""
         given = self.flow.shapes.call(node).numbers(1)
         diagonal = self.lengths.at(given[0] if given else 0, Length.TOTAL)
@@ -84,9 +98,9 @@ class TokenRewriter:
             diagonal = dim.add(diagonal, PAST)
         elif rows is Length.TOTAL and columns is Length.NEW:
             diagonal = dim.subtract(diagonal, PAST)
-        if len(node.inputs) < 2:
-            node.resize_inputs(2)
-        self.editor.replace_input(node, 1, self.lengths.scalar(diagonal))
+        if len(rewired.inputs) < 2:
+            rewired.resize_inputs(2)
+        self.editor.replace_input(rewired, 1, self.lengths.scalar(diagonal))
 
     def _inputs(self, node: ir.Node, length: Length) -> list[ir.Value | None]:
         """Return the inputs of a node on tokens of a length."""
@@ -99,7 +113,7 @@ class TokenRewriter:
         if self.flow.kinds.get(value) is ValueKind.TOKEN:
             variable = self.flow.operands.get((node, index))
             wanted = length if variable is None else variable.resolved()
-            return self.total(value) if wanted is Length.TOTAL else value
+            return self.total(value) if wanted is Length.TOTAL else self.copied(value)
         if self.flow.targets.get(node) == index:
             return self._target(node, value, length)
         if (node, index) in self.flow.addresses:

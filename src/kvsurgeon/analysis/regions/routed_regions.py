@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.call_indices import follows_query_length
 from kvsurgeon.analysis.mask_patterns import is_close, sequence_last
-from kvsurgeon.analysis.probe_inputs import LOUD, batch_axis, join_sequences
+from kvsurgeon.analysis.probe_inputs import LOUD, Rows, batch_axis, join_sequences
 from kvsurgeon.analysis.regions.probe_lengths import lengths_beyond
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import growing_regions, is_closed, is_token, token_inputs
@@ -155,7 +155,7 @@ def _is_position_wise(flow: TokenFlow, region: RoutedRegion, tokens: Sequence[ir
         return runner.run(len(text), tokens=_TOKENS[text], second_tokens=None if second is None else _TOKENS[second])[0]
 
     def by_token(array: np.ndarray, text: np.ndarray) -> np.ndarray:
-        return sequence_last(array, _result_axes(flow, region), len(text))
+        return sequence_last(array, _result_axes(flow, region), Rows.of_text(len(text)))
 
     try:
         runner = SubgraphRunner(flow, [result], probed=sources, assumptions=flow.assumed)

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from kvsurgeon.analysis.axis_propagation import check_batch
 from kvsurgeon.analysis.cache_points import bottlenecks, choose_cache_point, is_no_table_lookup
 from kvsurgeon.analysis.mask_patterns import MaskPattern, is_close, left_padded, sequence_last, unmasked, with_gaps
-from kvsurgeon.analysis.probe_inputs import LOUD, batch_axis
+from kvsurgeon.analysis.probe_inputs import LOUD, Rows, batch_axis
 from kvsurgeon.analysis.regions.probe_lengths import lengths_beyond
 from kvsurgeon.analysis.regions.token_ranges import token_range
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
@@ -214,6 +214,6 @@ def _runner(
 
     def run(tokens: np.ndarray, mask: MaskPattern = unmasked, scale: float = 1.0) -> np.ndarray:
         array = runner.run(len(tokens), mask, tokens=tokens, scale=scale)[0]
-        return sequence_last(array, state.axes, len(tokens))
+        return sequence_last(array, state.axes, Rows.of_text(len(tokens)))
 
     return runner, run

@@ -1,0 +1,86 @@
+"""Row checks: compare rows of context at real lengths, near every threshold, with and without later tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from kvsurgeon.analysis.probe_inputs import Rows
+from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH
+from kvsurgeon.symbolic.sequence_axes import Axes, Length
+
+MAX_LENGTH_OF_PAIRS = 1 << 14  # tokens: in longer texts a run has one row instead of two
+FEW_SPANS = 6  # of a total length at which a run is expensive
+MAX_RUN = 1 << 23  # elements of one run
+MAX_ELEMENTS = 1 << 25  # of all runs at one total length
+
+
+def first_span(total: int) -> Rows:
+    """Return as many rows as one run computes at a total length, from the first one."""
+    return Rows(0, min(total, 2 if total <= MAX_LENGTH_OF_PAIRS else 1), total)
+
+
+def spans(total: int, positions: Sequence[int], elements: Callable[[Rows], int]) -> Iterator[Rows]:
+    """Yield the rows to check at a total length: the first, around some positions, in the middle and the last.
+
+    Args:
+        total: The total length in tokens.
+        positions: Positions at which something may change.
+        elements: Returns the number of elements that a run computes.
+    """
+    first = first_span(total)
+    important = [total - first.stop, total // 2, 0, *(place for place in positions if 0 < place < total - first.stop)]
+    starts = list(dict.fromkeys(important))
+    affordable = MAX_ELEMENTS // max(1, elements(first))
+    for start in starts[: max(FEW_SPANS, affordable)]:
+        yield Rows(start, min(start + first.stop, total), total)
+
+
+def first_tokens(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
+    """Return an array whose sequence axes are last with the first tokens of the axes of the total length."""
+    ordered = sorted(axes, key=lambda axis: axis.variable.resolved() is not Length.NEW)
+    for place, axis in enumerate(ordered, start=-len(ordered)):
+        if axis.variable.resolved() is not Length.NEW:
+            array = array.take(range(min(length, array.shape[place])), axis=place)
+    return array
+
+
+def longest_passing(
+    check: Callable[[int], None], totals: Sequence[int], shortest: int
+) -> tuple[int, UnsupportedError | None]:
+    """Return the longest total length up to which a check passes, and the error of the next one if it fails.
+
+    Args:
+        check: Raises `UnsupportedError` at a total length at which the model is not what it must be.
+        totals: Total lengths to check, ascending.
+        shortest: A total length at which the check is known to pass.
+
+    Raises:
+        UnsupportedError: The check fails below the minimum useful length.
+    """
+    passing = shortest
+    for total in totals:
+        try:
+            check(total)
+        except UnsupportedError as error:
+            passing, failed = _bisect(check, passing, total, error)
+            if passing < MIN_USEFUL_LENGTH and failed.code is not Code.CONTEXT_NOT_RUNNABLE:
+                raise failed from None
+            return passing, failed
+        passing = total
+    return passing, None
+
+
+def _bisect(
+    check: Callable[[int], None], passing: int, failing: int, failed: UnsupportedError
+) -> tuple[int, UnsupportedError]:
+    while failing - passing > 1:
+        between = (passing + failing) // 2
+        try:
+            check(between)
+            passing = between
+        except UnsupportedError as error:
+            failing, failed = between, error
+    return passing, failed
