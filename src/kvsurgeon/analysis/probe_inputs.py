@@ -50,6 +50,7 @@ class Rows:
             result[axis.axis] = self.size(axis)
         return [size if isinstance(size, int) else 1 for size in result]
 
+
 LOUD = 1 << 20  # added to the number of a token, makes its values larger
 LOUDNESS = 900.0  # how many times larger: beyond what a maximum or a bound of other tokens hides
 

@@ -35,7 +35,6 @@ _WEIGHT_VIEWS = (Trait.TRANSPOSE, Trait.IDENTITY, Trait.RESHAPE, Trait.QUANTIZAT
 
 def decoder_facts(analysis: Analysis, proof: Proof) -> Decoder:
     """Return the facts about a decoder that was analyzed and proved causal."""
-    lengths = ", ".join(map(str, proof.lengths[:6])) + (", ..." if len(proof.lengths) > 6 else "")
     states = len(analysis.flow.states)
     exception = f", except {states} with a sequence state," if states else ""
     return Decoder(
@@ -45,12 +44,20 @@ def decoder_facts(analysis: Analysis, proof: Proof) -> Decoder:
         max_length=proof.max_length,
         proved=(
             f"operators outside attention{exception} do not mix tokens (by their axes)",
-            f"attention is causal (context run at lengths {lengths})",
-            f"context of a position does not depend on the number of later tokens (context run at lengths {lengths})",
+            f"attention is causal{_how(proof, 'causal')}",
+            f"context of a position does not depend on the number of later tokens{_how(proof, 'prefix-stable')}",
         ),
         states=tuple(map(_cache_point, analysis.states)),
         assumed=tuple(f"{assumption} (first at `{name}`)" for assumption, name in proof.assumptions.items()),
     )
+
+
+def _how(proof: Proof, name: str) -> str:
+    """Return how an obligation was established, as text behind it."""
+    found = next(obligation for obligation in proof.obligations if obligation.name == name)
+    if found.status == "proved":
+        return " (for every length)"
+    return f" ({found.status} up to {max(found.lengths)} tokens)" if found.lengths else f" ({found.status})"
 
 
 def cache_facts(signature: CacheSignature) -> Iterator[CachedTensor]:

@@ -23,6 +23,7 @@ class AttentionPattern:
         leaking: For each mask pattern, [token] of bool: masked queries without a key that attend to later keys.
         attended: For each mask pattern, [token] of bool: masked keys that other queries attend to.
         limit: The longest length in tokens up to which the pattern is prefix stable; None if there is no limit.
+        reduced: Whether scores are reduced over keys outside the weights, which rows were compared for.
         checked: The longest length in tokens at which rows were checked.
         rows: The weights that some queries give to equal scores at that length, [..., key], by query.
     """
@@ -33,6 +34,7 @@ class AttentionPattern:
     leaking: dict[MaskPattern, np.ndarray] = field(default_factory=dict)
     attended: dict[MaskPattern, np.ndarray] = field(default_factory=dict)
     limit: int | None = None
+    reduced: bool = False
     checked: int = 0
     rows: Mapping[int, np.ndarray] = field(default_factory=dict)
 

@@ -36,7 +36,7 @@ from kvsurgeon.proof.attention_pattern import (
 )
 from kvsurgeon.proof.key_reductions import check_key_reductions, normalizes_before_mask
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, prefix
-from kvsurgeon.proof.row_checks import MAX_RUN, first_span, first_tokens, longest_passing, spans
+from kvsurgeon.proof.row_checks import affordable, first_tokens, longest_passing, spans
 from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.symbolic.sequence_axes import Axes
 
@@ -199,7 +199,7 @@ class AttentionProbe:
             self._check_fixed_length(weights[longest])
         return AttentionPattern(
             weights=weights[longest], padded_weights=padded_weights, uniform_weights=self._check_scales(longest),
-            leaking=leaking, attended=attended, limit=limit, rows=rows, checked=checked,
+            leaking=leaking, attended=attended, limit=limit, rows=rows, reduced=bool(self.others), checked=checked,
         )  # fmt: skip
 
     def _check_rows(self, passed: int) -> tuple[int, int | None, dict[int, np.ndarray]]:
@@ -223,31 +223,35 @@ class AttentionProbe:
             runner = RowRunner(self.sweep.analysis, self.runner, self._axes, self.site)
         except UnsupportedError:
             return passed, None if proved else passed, {}
-        totals = [total for total in totals if runner.elements(first_span(total)) <= MAX_RUN]
         if not totals:
             return passed, None, {}
-        scale = self._largest_scale(passed)
+        totals = affordable(totals, runner.elements, any_length=proved)
+        scales = sorted({0.0, 1.0, self._largest_scale(passed)})
 
         def check(total: int) -> None:
             for rows in spans(total, thresholds, runner.elements):
-                weights, *others = self._compared(runner.run(rows, scale=scale), rows)
-                self._check_causal(weights, rows.start)
-                if self.others or not proved:
-                    alone = Rows(rows.start, rows.stop, rows.stop)
-                    shorter, *without = self._compared(runner.run(alone, scale=scale), alone)
-                    self._check_stable(weights[..., : rows.stop], shorter)
-                    for (value, axes), long, short in zip(self.others, others, without, strict=True):
-                        check_prefix_stable(
-                            "reductions of attention scores", first_tokens(long, axes, rows.stop), short, at=value,
-                            layer=self.layer,
-                        )  # fmt: skip
+                for scale in scales:
+                    self._check_span(runner, rows, scale, stable=proved and not self.others)
 
         checked, failed = longest_passing(check, totals, passed)
         found = {}
         for query in (checked // 2, checked - 2, checked - 1):
             row = Rows(query, query + 1, checked)
             found[query] = self._compared(runner.run(row, scale=0.0), row)[0][..., 0, :]
-        return checked, checked if failed is not None or not proved else None, found
+        return checked, None if proved and failed is None else checked, found
+
+    def _check_span(self, runner: RowRunner, rows: Rows, scale: float, *, stable: bool) -> None:
+        """Check that rows attend to no later key and, unless they are stable, are the same without later tokens."""
+        weights, *others = self._compared(runner.run(rows, scale=scale), rows)
+        self._check_causal(weights, rows.start)
+        if stable:
+            return
+        alone = Rows(rows.start, rows.stop, rows.stop)
+        shorter, *without = self._compared(runner.run(alone, scale=scale), alone)
+        self._check_stable(weights[..., : rows.stop], shorter)
+        for (value, axes), long, short in zip(self.others, others, without, strict=True):
+            first = first_tokens(long, axes, rows.stop)
+            check_prefix_stable("reductions of attention scores", first, short, at=value, layer=self.layer)
 
     def _prefix_stable(self, outputs: dict[int, list[np.ndarray]]) -> tuple[dict[int, list[np.ndarray]], int | None]:
         """Return the outputs at the lengths at which every prefix is the same, and the longest if others were dropped.

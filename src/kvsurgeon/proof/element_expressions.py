@@ -1,7 +1,8 @@
-"""Element expressions: each element of an index tensor as an expression of its own index.
+"""Element expressions: each element of an index tensor as an expression of its index.
 
-The indices of a `Gather` from a flattened mask are `index0 * length + index3`; those of a `ScatterND` that writes a
-whole mask are the four indices of the element that it writes. Arithmetic is that of the shape rules of the operator table.
+The indices of a `Gather` from a flattened mask are `index0 * length + index3`. Those of a `ScatterND` that writes a
+whole mask are the four indices of the element that it writes. The arithmetic is that of the shape rules of the operator
+table.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.token_flow import Place
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.query import all_inputs
-from kvsurgeon.ops.operator import AxisLinks, Label, Operator, UntraceableAxesError
-from kvsurgeon.ops.table import axis_links, operator_of
+from kvsurgeon.ops.operator import AxisLinks, Label, Operator, Trait, UntraceableAxesError
+from kvsurgeon.ops.table import axis_links, has_trait, operator_of
 from kvsurgeon.proof.element_expressions import ElementExpressions
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import LENGTH, Dimension
@@ -84,8 +84,7 @@ class LengthDependence:
             fact = self.flow.shapes.facts.get(output)
             try:
                 if fact is not None and fact.value is not None:
-                    if _holds_length(fact.value.reshape(-1)):
-                        raise _DependsError
+                    self._require(not _holds_length(fact.value.reshape(-1)))
                     axes: Axes = ()
                 else:
                     axes = self._output_axes(node, operator, call, index)
@@ -145,8 +144,9 @@ class LengthDependence:
             for axis in self._axes.get(source, ()) if source is not None else ():
                 label = None if names is None else names[axis.axis]
                 if label is None or label not in labels or (links.addressing == "elements" and label in links.mixed):
+                    by_index = place == 1 and not has_trait(node, Trait.SCATTER)  # an element for each index
                     self._require(links.addressing is not None)
-                    self._require(place == 1 or (place == 0 and self._addresses(node.inputs[1], axis)))
+                    self._require(by_index or (place == 0 and self._addresses(node.inputs[1], axis)))
                     if place == 0 or label is None:
                         continue
                 else:
@@ -162,7 +162,8 @@ class LengthDependence:
             self._require(not _holds_length([start]) and step > 0)
             if label in found:  # a negative start counts from the end
                 self._require(isinstance(start, int) and start >= 0)
-        return self._introduced(shape, tuple(axis.at(labels.index(label)) for label, axis in found.items()))
+        kept = tuple(axis.at(labels.index(label)) for label, axis in found.items())
+        return self._introduced(shape, kept, uniform=links.target is not None)
 
     def _check_label(self, call: OperatorCall, links: AxisLinks, label: Label, axis: SequenceAxis, place: int) -> None:
         """Check that a node keeps the element of a position at its position."""
@@ -172,7 +173,7 @@ class LengthDependence:
             before, after = links.padded[label]
             special = _holds_length([before]) or not (isinstance(after, int) and after <= 0)
         self._require(not special)
-        if label == links.joined:  # nothing may stand behind the tokens
+        if label == links.joined:  # no element may follow the tokens
             later = [i for i, names in enumerate(links.inputs) if names is not None and i > place]
             self._require(not later)
             sizes = [(call.fact(i).shape or ())[axis.axis] for i, names in enumerate(links.inputs) if names is not None]
@@ -194,16 +195,16 @@ class LengthDependence:
         self._require(all(place in grown or not _holds_length([size]) for place, size in enumerate(shape)))
         return result
 
-    def _introduced(self, shape: Sequence[Dimension], carried: Axes, *, uniform: bool = True) -> Axes:
+    def _introduced(self, shape: Sequence[Dimension], kept: Axes, *, uniform: bool) -> Axes:
         """Return the axes with those that an extent adds to the result, along which elements may be uniform."""
-        places, added = {axis.axis for axis in carried}, []
+        places, added = {axis.axis for axis in kept}, []
         for place, size in enumerate(shape):
             if place not in places and _holds_length([size]):
                 plain = isinstance(dim.subtract(size, LENGTH), int)
                 outer = 1 if plain or not uniform else dim.exact_quotient(size, LENGTH)
                 self._require(outer is not None and (plain or uniform))
                 added.append(SequenceAxis(place, _TOKENS, outer=1 if outer is None else outer))
-        return tuple(sorted((*carried, *added), key=lambda axis: axis.axis))
+        return tuple(sorted((*kept, *added), key=lambda axis: axis.axis))
 
     def _addresses(self, indices: ir.Value | None, axis: SequenceAxis) -> bool:
         """Return whether indices into a growing axis are the same positions at every length."""

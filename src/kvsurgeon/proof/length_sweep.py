@@ -92,7 +92,7 @@ class LengthSweep:
         if proved:
             reach = [2 * length for length in thresholds if length < longest]
             return [min(longest, max([LONG_LENGTHS[-1], *reach]))] if longest > passed else []
-        return ladder(passed, longest, thresholds) if longest > passed else []
+        return growing_lengths(passed, longest, thresholds) if longest > passed else []
 
     def attention_lengths(self, site: AttentionSite) -> list[int]:
         """Return the lengths at which the weights of an attention are small enough to compute."""
@@ -201,7 +201,7 @@ def _numbers(constant: np.ndarray | None) -> set[float]:
     )
 
 
-def ladder(shortest: int, longest: int, thresholds: Sequence[int]) -> list[int]:
+def growing_lengths(shortest: int, longest: int, thresholds: Sequence[int]) -> list[int]:
     """Return total lengths from short to long: each about one and a half of the one before, and near each threshold."""
     powers = [(1 << power) + 1 for power in range(7, 31)]
     between = [(low + high) // 2 for low, high in pairwise(powers)]

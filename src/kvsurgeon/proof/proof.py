@@ -1,8 +1,9 @@
-"""Proof: the obligations of a KV cache that axes alone do not show, established by running context without weights.
+"""Proof: the obligations of a KV cache that axes alone do not show, established without weights.
 
 Causal: no query gives weight to a later key. Prefix stable: context of a position does not depend on later tokens.
 Padding: masked tokens do not affect the others. Batch: the mask of a sequence does not affect the other sequences.
-Context is run at lengths on either side of every number that it compares lengths with.
+Where the total length enters context as an extent only, prefix stability is proved for every length. Where it enters as
+a value, and for causality, rows of context are run on either side of every threshold, up to the longest text.
 """
 
 from __future__ import annotations
@@ -109,16 +110,20 @@ def _smallest(*bounds: int | None) -> int | None:
 def _obligations(
     sweep: LengthSweep, patterns: Sequence[AttentionPattern], assumptions: Mapping[str, str], padding: Mapping[str, str]
 ) -> tuple[Obligation, ...]:
+    longest = max((pattern.checked for pattern in patterns), default=0)
+    lengths = tuple(sorted({*sweep.lengths, *([longest] if longest else [])}))
+
     def established(name: Name, *, measured: bool, assumed_at: str | None = None) -> Obligation:
         if assumed_at is not None:
             return Obligation(name=name, status="assumed", at=assumed_at)
-        return Obligation(name=name, status="measured", lengths=sweep.lengths) if measured else Obligation(name=name)
+        return Obligation(name=name, status="measured", lengths=lengths) if measured else Obligation(name=name)
 
     has_context = any(site.fused is None or site.fused.inputs.mask is not None for site in sweep.analysis.sites)
     has_masks = any(pattern.attended for pattern in patterns)
+    by_value = bool(sweep.unproved) or sweep.fixed is not None or any(pattern.reduced for pattern in patterns)
     return (
         established("causal", measured=has_context),
-        established("prefix-stable", measured=True, assumed_at=assumptions.get(PER_CALL)),
+        established("prefix-stable", measured=by_value, assumed_at=assumptions.get(PER_CALL)),
         established("padding", measured=has_masks, assumed_at=next(iter(padding.values()), None)),
         established("batch", measured=has_masks),
     )

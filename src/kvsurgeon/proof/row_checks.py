@@ -22,6 +22,17 @@ def first_span(total: int) -> Rows:
     return Rows(0, min(total, 2 if total <= MAX_LENGTH_OF_PAIRS else 1), total)
 
 
+def affordable(totals: Sequence[int], elements: Callable[[Rows], int], *, any_length: bool = False) -> list[int]:
+    """Return the total lengths at which a run is not too large; if any length will do, one at least."""
+    found = [total for total in totals if elements(first_span(total)) <= MAX_RUN]
+    if found or not any_length:
+        return found
+    total = min(totals)
+    while total > MIN_USEFUL_LENGTH and elements(first_span(total)) > MAX_RUN:
+        total //= 2
+    return [total]
+
+
 def spans(total: int, positions: Sequence[int], elements: Callable[[Rows], int]) -> Iterator[Rows]:
     """Yield the rows to check at a total length: the first, around some positions, in the middle and the last.
 
@@ -33,8 +44,7 @@ def spans(total: int, positions: Sequence[int], elements: Callable[[Rows], int])
     first = first_span(total)
     important = [total - first.stop, total // 2, 0, *(place for place in positions if 0 < place < total - first.stop)]
     starts = list(dict.fromkeys(important))
-    affordable = MAX_ELEMENTS // max(1, elements(first))
-    for start in starts[: max(FEW_SPANS, affordable)]:
+    for start in starts[: max(FEW_SPANS, MAX_ELEMENTS // max(1, elements(first)))]:
         yield Rows(start, min(start + first.stop, total), total)
 
 

@@ -26,7 +26,7 @@ from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.proof.causality import other_reductions
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, prefix
-from kvsurgeon.proof.row_checks import MAX_RUN, first_span, first_tokens, longest_passing, spans
+from kvsurgeon.proof.row_checks import affordable, first_tokens, longest_passing, spans
 from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.symbolic.sequence_axes import Axes
 
@@ -89,8 +89,7 @@ def _check_rows(sweep: LengthSweep, values: dict[ir.Value, Axes], passed: int) -
     except UnsupportedError:
         return passed
     thresholds = sweep.thresholds(values)
-    totals = sweep.totals(passed, thresholds, proved=False)
-    totals = [total for total in totals if runner.elements(first_span(total)) <= MAX_RUN]
+    totals = affordable(sweep.totals(passed, thresholds, proved=False), runner.elements)
 
     def check(total: int) -> None:
         for rows in spans(total, thresholds, runner.elements):
