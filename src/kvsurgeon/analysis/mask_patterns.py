@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
@@ -72,7 +71,7 @@ def _with_learned_rows(array: np.ndarray, axes: Axes, rows: Rows) -> np.ndarray:
             sizes.append(size)
             continue
         outer, inner = (int(at_length(part, rows.total)) for part in (axis.outer, axis.inner))
-        sizes += [outer, rows.size(replace(axis, outer=1, inner=1)), inner]
+        sizes += [outer, rows.tokens(axis) + axis.learned_rows, inner]
         places[number] = len(sizes) - 2
     if math.prod(sizes) != array.size:
         raise UnsupportedError(

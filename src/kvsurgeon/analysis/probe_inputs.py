@@ -38,10 +38,13 @@ class Rows:
         """The positions of the keys."""
         return np.arange(self.total)
 
+    def tokens(self, axis: SequenceAxis) -> int:
+        """Return the number of tokens on a sequence axis."""
+        return self.stop - self.start if axis.variable.resolved() is Length.NEW else self.total
+
     def size(self, axis: SequenceAxis) -> int:
         """Return the size of a sequence axis."""
-        tokens = self.stop - self.start if axis.variable.resolved() is Length.NEW else self.total
-        return int(at_length(axis.size(tokens), self.total))
+        return int(at_length(axis.size(self.tokens(axis)), self.total))
 
     def sizes(self, shape: Sequence[Dimension], axes: Axes = ()) -> list[int]:
         """Return a shape whose sequence axes are known; an unknown size counts as 1."""
