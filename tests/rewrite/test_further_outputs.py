@@ -13,6 +13,7 @@ from laws import in_onnxruntime
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.parity import verify
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.remove_cache import RemoveCache
 from kvsurgeon.passes.contract import Subject
@@ -106,6 +107,12 @@ def test_a_result_with_it_can_be_read_and_its_cache_removed(name, form):
     expected, found = (in_onnxruntime(one)(ids)[NAME] for one in (model, without))
     assert found.shape == expected.shape
     assert np.allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["causal", "positions_flat", "hidden_flat", "length", "keys", "weights"])
+def test_it_is_verified(name):
+    model = with_output(name)
+    assert verify(model, injected(model), effort="quick", seed=0).problems == ()
 
 
 def test_a_result_that_cannot_be_read_is_not_written(tmp_path):

@@ -44,18 +44,19 @@ class ReferenceOutputs:
         longest = max(range(len(self.calls)), key=lambda call: sizes[call])
         return self.by_rows(name, self.calls[longest][name], sizes[longest])
 
-    def by_rows(self, name: str, array: Array, length: int) -> Array:
+    def by_rows(self, name: str, array: Array, *lengths: int) -> Array:
         """Return an output with an axis for rows and one for tokens, if the model has one for both.
 
         Args:
             name: Name of the output.
             array: The output of a call.
-            length: Number of tokens of that call.
+            lengths: Number of tokens of that call, and of the text so far if the output may be that of all of them.
         """
         batch, tokens = self.size
         shape = max((call[name].shape for call in self.calls), key=lambda shape: shape[:1])
         flat = shape[:1] == (batch * tokens,) and shape[:2] != (batch, tokens) and (len(shape) == 2 or batch > 1)
-        return array.reshape(batch, length, *array.shape[1:]) if flat and len(array) == batch * length else array
+        length = next((length for length in lengths if flat and len(array) == batch * length), None)
+        return array if length is None else array.reshape(batch, length, *array.shape[1:])
 
     def follows_calls(self, name: str) -> bool:
         """Whether the reference gives an output for each call, and not for the whole text only."""
@@ -77,7 +78,7 @@ class ReferenceOutputs:
         if last is not None:
             shape = (*shape[:last], total - past, *shape[last + 1 :])
         if self.in_calls:
-            found = self.by_rows(name, self.calls[call][name], total - past)
+            found = self.by_rows(name, self.calls[call][name], total - past, total)
             part = found if found.shape == shape else None
         else:
             part = expected_part(self.basis(name), shape, past, total)
