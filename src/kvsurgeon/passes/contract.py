@@ -151,6 +151,7 @@ class Changed:
         heads: Head counts before and after, for `config.json`; None if they did not change.
         equal_models: Returns two models without a cache that must compute the same, to verify a pass that is not exact:
             the graph before with the weights after, and the graph after; None if there are none.
+        proof: What the pass rests on, without the attention patterns; None if it adds no cache.
     """
 
     edits: int
@@ -158,6 +159,7 @@ class Changed:
     exact: bool = True
     heads: HeadChange | None = None
     equal_models: Callable[[], tuple[ir.Model, ir.Model]] | None = field(default=None, repr=False, compare=False)
+    proof: Proof | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ a value, and for causality, rows of context are run on either side of every thre
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -36,14 +36,17 @@ class Obligation:
     Attributes:
         name: Which property.
         status: Proved from the graph, measured by running context, or assumed.
-        at: Name of the value at which it is assumed; None if it holds for the whole graph.
+        at: Name of the value at which it is assumed, or at which the length enters by value; None if it holds for the
+            whole graph.
         lengths: The lengths in tokens at which context was run.
+        rows: Positions of the attention mask that were run at the last of these lengths, if not all were.
     """
 
     name: Name
     status: Literal["proved", "measured", "assumed"] = "proved"
     at: str | None = None
     lengths: tuple[int, ...] = ()
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,15 @@ class Proof:
     bounds: frozenset[int]
     limit: int | None
     max_length: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the proof for JSON, without the attention patterns."""
+        return {
+            "obligations": [asdict(obligation) for obligation in self.obligations],
+            "assumptions": [{"statement": what, "at": at} for what, at in self.assumptions.items()],
+            "lengths": list(self.lengths),
+            "limits": {"bounds": sorted(map(int, self.bounds)), "limit": self.limit, "max_length": self.max_length},
+        }
 
 
 def prove(analysis: Analysis, assumed_padding: Mapping[str, str] | None = None) -> Proof:
@@ -113,17 +125,22 @@ def _obligations(
     longest = max((pattern.checked for pattern in patterns), default=0)
     lengths = tuple(sorted({*sweep.lengths, *([longest] if longest else [])}))
 
-    def established(name: Name, *, measured: bool, assumed_at: str | None = None) -> Obligation:
+    rows = tuple(sorted({row for pattern in patterns if pattern.checked == longest for row in pattern.rows}))
+
+    def established(name: Name, *, measured: bool, assumed_at: str | None = None, **evidence: Any) -> Obligation:
         if assumed_at is not None:
             return Obligation(name=name, status="assumed", at=assumed_at)
-        return Obligation(name=name, status="measured", lengths=lengths) if measured else Obligation(name=name)
+        return (
+            Obligation(name=name, status="measured", lengths=lengths, **evidence) if measured else Obligation(name=name)
+        )
 
+    cause = next((value.name for value in sweep.unproved.values()), None)
     has_context = any(site.fused is None or site.fused.inputs.mask is not None for site in sweep.analysis.sites)
     has_masks = any(pattern.attended for pattern in patterns)
     by_value = bool(sweep.unproved) or sweep.fixed is not None or any(pattern.reduced for pattern in patterns)
     return (
-        established("causal", measured=has_context),
-        established("prefix-stable", measured=by_value, assumed_at=assumptions.get(PER_CALL)),
+        established("causal", measured=has_context, rows=rows),
+        established("prefix-stable", measured=by_value, assumed_at=assumptions.get(PER_CALL), at=cause),
         established("padding", measured=has_masks, assumed_at=next(iter(padding.values()), None)),
         established("batch", measured=has_masks),
     )

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT
 from kvsurgeon.errors import PluginError
+from kvsurgeon.passes.contract import Unchanged
 from kvsurgeon.plugins import Plugin
 from kvsurgeon.workflow.registry import PASSES
 
 if TYPE_CHECKING:
     from kvsurgeon.anatomy import Decoder
-    from kvsurgeon.passes.contract import Pass
+    from kvsurgeon.passes.contract import Outcome, Pass
     from kvsurgeon.targets import Incompatibility, Target
     from kvsurgeon.workflow.pipeline import PipelineRun
 
@@ -42,7 +43,7 @@ def run_json(run: PipelineRun) -> dict[str, Any]:
             {
                 "pass": step.name,
                 "outcome": type(step.outcome).__name__.lower(),
-                **asdict(step.outcome),
+                **_outcome_json(step.outcome),
                 "seconds": step.seconds,
             }
             for step in run.steps
@@ -52,6 +53,14 @@ def run_json(run: PipelineRun) -> dict[str, Any]:
         "verification": None if run.verification is None else run.verification.as_dict(),
         "loss": None if run.loss is None else run.loss.as_dict(),
     }
+
+
+def _outcome_json(outcome: Outcome) -> dict[str, Any]:
+    if isinstance(outcome, Unchanged):
+        return asdict(outcome)
+    shown = asdict(replace(outcome, equal_models=None, proof=None))
+    del shown["equal_models"]
+    return {**shown, "proof": None if outcome.proof is None else outcome.proof.as_dict()}
 
 
 def passes_json() -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -81,7 +81,7 @@ def inject(options: CacheOptions, subject: Subject, select: SelectMatches | None
         notes.append(f"context depends on the total length beyond {proof.limit} tokens: the model ends with an error")
     elif plan.limit is not None:
         notes.append(f"the model ends with an error if past rows and new tokens are more than {plan.limit}")
-    return Changed(edits=edits, notes=tuple(notes))
+    return Changed(edits=edits, notes=tuple(notes), proof=replace(proof, patterns=()))
 
 
 def _add_operators(
