@@ -79,6 +79,7 @@ def cache_facts(signature: CacheSignature) -> Iterator[CachedTensor]:
 def _attentions(analysis: Analysis, proof: Proof) -> Iterator[Attention]:
     owner: dict[ir.Value, int] = {}
     flow = analysis.flow
+    masks = {id(pattern): read_mask(pattern) for pattern in {id(one): one for one in proof.patterns}.values()}
     for layer, site in enumerate(analysis.sites):
         key, value = site.keys[0], site.values[0]
         shared = owner.get(key.cache_point.value) if value.cache_point.value in owner else None
@@ -98,7 +99,7 @@ def _attentions(analysis: Analysis, proof: Proof) -> Iterator[Attention]:
             value_head_dim=counts.value_dim,
             scale=scale,
             softcap=softcap,
-            mask=read_mask(proof.patterns[layer]),
+            mask=masks[id(proof.patterns[layer])],
             rotary_dim=_rotary_dim(flow, key.place, counts.head_dim),
             head_repetition=(*_head_repetition(flow, key.place), *_head_repetition(flow, value.place)),
             query=projections[0],

@@ -131,7 +131,8 @@ class _Stages:
     @cached_property
     def decoder(self) -> Decoder:
         with deep_recursion():
-            removed = remove_cache(self.model)
+            with gc_paused():
+                removed = remove_cache(self.model)
             if removed is None:
                 return decoder_facts(self.analysis, self.proof)
             without_cache = _Stages(removed.model)
