@@ -17,22 +17,16 @@ from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.graph.constants import small_constant
-from kvsurgeon.graph.query import producers, upstream
-from kvsurgeon.ops.content import content_inputs
-from kvsurgeon.ops.operator import Trait
-from kvsurgeon.ops.table import has_trait
 from kvsurgeon.proof.length_dependence import LengthDependence
+from kvsurgeon.proof.thresholds import MAX_LENGTH, find_thresholds
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes
 
 LENGTHS = (1, 2, 7, 8, 40, 65, 129)  # tokens
 LONG_LENGTHS = (513, 1025)  # tokens, for values that grow with the length and not with its square
 MIN_USEFUL_LENGTH = 64  # tokens: a cache that is correct for fewer is of no use
-MAX_LENGTH = 1 << 17  # tokens: the longest text of which rows are computed; larger numbers in context are no lengths
 MAX_ATTENTION_LENGTH = 160  # tokens at which all attention weights are computed; beyond, some rows are
 MAX_ELEMENTS = 1 << 21  # of the attention weights, all heads together
-MAX_THRESHOLDS = 64  # distinct numbers of one constant; a table of more is no list of thresholds
 
 
 class LengthSweep:
@@ -62,17 +56,8 @@ class LengthSweep:
         self.unproved = {} if self._dependence is None else self._dependence.unproved()
 
     def thresholds(self, values: Iterable[ir.Value | None]) -> tuple[int, ...]:
-        """Return the lengths at either side of every number that context may compare a length with.
-
-        Args:
-            values: Values that are computed from the context.
-        """
-        numbers: set[float] = set()
-        for node in producers(upstream(values, inputs=content_inputs)):
-            if has_trait(node, Trait.LENGTH_SENSITIVE) and self.flow.kinds.get(node.outputs[0]) is ValueKind.CONTEXT:
-                for value in node.inputs:
-                    numbers |= _numbers(small_constant(value))
-        return tuple(sorted({round(number) + offset for number in numbers for offset in (-1, 0, 1, 3)}))
+        """Return the lengths at which context that these values are computed from may change."""
+        return find_thresholds(self.flow, values)
 
     def _lengths(self) -> tuple[int, ...]:
         read = [value for node in self.flow.order for value in node.inputs if is_token(self.flow, node.outputs[0])]
@@ -184,21 +169,6 @@ def _elements(shape: Sequence[Dimension], length: int) -> int:
     """Return the number of elements of a tensor at a length; unknown dimensions count as 1."""
     sizes = [at_length(size, length) for size in shape]
     return math.prod(size for size in sizes if isinstance(size, int))
-
-
-def _numbers(constant: np.ndarray | None) -> set[float]:
-    """Return the numbers of a constant that may be thresholds, and the reciprocal of a single one."""
-    if constant is None or constant.dtype.kind not in "iuf":
-        return set()
-    numbers = np.unique(constant.astype(np.float64))
-    if constant.dtype.kind == "f":
-        numbers = numbers[numbers > 0]  # a negative one masks scores, and is compared with no length
-    numbers = np.abs(numbers[(numbers != 0) & np.isfinite(numbers)])
-    if constant.size == 1:
-        numbers = np.append(numbers, 1 / numbers)
-    return (
-        {float(number) for number in numbers if 1 <= number < MAX_LENGTH} if len(numbers) <= MAX_THRESHOLDS else set()
-    )
 
 
 def growing_lengths(shortest: int, longest: int, thresholds: Sequence[int]) -> list[int]:

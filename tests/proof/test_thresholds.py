@@ -1,0 +1,25 @@
+"""Rows of a mask table that are not like the others are found, wherever the table has them."""
+
+import numpy as np
+import pytest
+
+from kvsurgeon.proof.thresholds import irregular_rows
+
+
+@pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.float32, np.float16])
+def test_a_causal_mask_is_regular(dtype):
+    assert irregular_rows(np.tril(np.ones((300, 300))).astype(dtype)) == []
+
+
+@pytest.mark.parametrize(("row", "key"), [(0, 299), (200, 203), (250, 299)])
+def test_one_later_key_makes_a_row_irregular(row, key):
+    table = np.tril(np.ones((4, 300, 300), dtype=np.float32))
+    table[3, row, key] = 2.0
+    assert irregular_rows(table) == [row]
+
+
+def test_many_irregular_rows_are_sampled_evenly():
+    found = irregular_rows(np.random.default_rng(0).normal(size=(500, 500)))
+    assert len(found) == 32
+    assert found[0] < 20
+    assert found[-1] > 450
