@@ -1,6 +1,7 @@
 """The verifier on other inputs: static batch and length, int32, embeddings."""
 
 import broken_decoders as broken
+import numpy as np
 import onnx
 import pytest
 from decoders import CachedDecoder, Config, Decoder
@@ -90,3 +91,36 @@ def test_rejects_a_wrong_cache(form, config, mistake):
     )
 
     assert report.verdict == "different"
+
+
+def with_memory(form, reduction="ReduceMean", **sizes):
+    """Return a decoder that adds a text of its own length, and a row of a table for each row of the batch."""
+
+    class WithMemory(form):
+        def declare(self):
+            super().declare()
+            batch, _ = self.token_dims()
+            length = sizes.get("memory_length", "memory_length")
+            self.graph.input("memory", onnx.TensorProto.FLOAT, [batch, length, self.config.hidden])
+            self.graph.input("speaker", onnx.TensorProto.INT64, [batch])
+
+        def norm(self, hidden):
+            if hidden != "layers.0.after_attention":
+                return super().norm(hidden)
+            axis = self.graph.constant([1])
+            text = self.graph.op(reduction, "memory", axis, keepdims=1)
+            table = self.graph.constant(np.linspace(0, 3, 2 * self.config.hidden).reshape(2, 1, -1), "float32")
+            both = self.graph.op("Add", text, self.graph.op("Gather", table, "speaker"))
+            return super().norm(self.graph.op("Add", hidden, both))
+
+    return WithMemory(PADDED).model()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"memory_length": 9}], ids=["named", "fixed"])
+def test_axes_of_other_names_and_sizes_are_fed_separately(sizes):
+    report = verify(with_memory(Decoder, **sizes), with_memory(CachedDecoder, **sizes), threads=1, effort="quick")
+    wrong = with_memory(CachedDecoder, "ReduceMax", **sizes)
+
+    assert (report.verdict, report.problems) == ("same", ())
+    assert max(one.length for one in report.comparisons) == 96
+    assert verify(with_memory(Decoder, **sizes), wrong, threads=1, effort="quick").verdict == "different"

@@ -163,7 +163,7 @@ class _Comparer:
         calls = list(enumerate(zip(run.spans, run.outputs, strict=True)))
         for call, ((past, total), outputs) in calls if self.expected.follows_calls(name) else calls[-1:]:
             found = self.expected.by_rows(name, outputs[name], total - past, total)
-            is_last = last is not None and found.shape[last] == 1 < total - past
+            is_last = last is not None and found.shape[last] == 1 < min(total - past, basis.shape[last])
             part = self.expected.part(name, call, found.shape, (past, total), last if is_last else None)
             if part is None:
                 whole = list(self.expected.basis(name).shape)

@@ -185,12 +185,18 @@ def _share_inputs(reference: AnyDecoder, candidate: AnyDecoder, seed: int) -> No
     _merge_inputs(reference, candidate)
     _merge_inputs(candidate, reference)
     for by_name, random in ((True, True), (True, False), (False, False)):
-        inputs = [
-            decoder.inputs.fed(by_name=by_name, seed=seed if random else None) for decoder in (reference, candidate)
+        fed = [
+            one.inputs.fed(by_name=by_name, seed=seed if random else None, capacity=_capacity(one))
+            for one in (reference, candidate)
         ]
-        if all(_takes(decoder, fed) for decoder, fed in zip((reference, candidate), inputs, strict=True)):
-            reference.inputs, candidate.inputs = inputs
+        if _takes(reference, fed[0]) and _takes(candidate, fed[1]):
+            reference.use_inputs(fed[0])
+            candidate.use_inputs(fed[1])
             return
+
+
+def _capacity(decoder: AnyDecoder) -> int | None:
+    return decoder.cache_manager.capacity if isinstance(decoder, CachedDecoder) else None
 
 
 def _merge_inputs(decoder: AnyDecoder, other: AnyDecoder) -> None:
@@ -198,7 +204,7 @@ def _merge_inputs(decoder: AnyDecoder, other: AnyDecoder) -> None:
     known = {spec.name: spec for spec in other.inputs.specs}
     with_cache = isinstance(other, CachedDecoder) and not isinstance(decoder, CachedDecoder)
     specs = tuple(_merged(spec, known.get(spec.name), with_cache) for spec in decoder.inputs.specs)
-    decoder.inputs = replace(decoder.inputs, specs=specs)
+    decoder.use_inputs(replace(decoder.inputs, specs=specs))
 
 
 def _merged(own: InputSpec, other: InputSpec | None, with_cache: bool) -> InputSpec:
@@ -218,13 +224,14 @@ def _named_axes(spec: InputSpec) -> int:
 
 def _takes(decoder: AnyDecoder, inputs: DecoderInputs) -> bool:
     """Whether a decoder runs with these inputs."""
+    before = decoder.inputs
+    decoder.use_inputs(inputs)
     length = decoder.length or (decoder.step_length if isinstance(decoder, CachedDecoder) else None) or 2
     ones = np.ones((decoder.batch or 1, length), np.int64)
-    before, decoder.inputs = decoder.inputs, inputs
     try:
         decoder.run(inputs.feeds(np.zeros_like(ones), ones))
     except (RunError, UsageError):
         return False
     finally:
-        decoder.inputs = before
+        decoder.use_inputs(before)
     return True

@@ -54,10 +54,8 @@ class CachedDecoder:
         presents = {entry.present for entry in cache}
         self._length_input = find_length_input(session.inputs)
         inputs = [tensor for tensor in session.inputs if tensor != self._length_input]
-        self.inputs = inputs_of(inputs, {entry.past.name for entry in cache})
+        self.use_inputs(inputs_of(inputs, {entry.past.name for entry in cache}))
         self.outputs = tuple(self._declared.with_dims(one) for one in session.outputs if one.name not in presents)
-        self.batch = fixed_size(self.inputs, session.inputs, "batch")
-        self.step_length = fixed_size(self.inputs, session.inputs, "sequence")
         self.past_length = 0
         self.cache = resolve_head_dims(cache, self._run_one_token)
 
@@ -79,6 +77,12 @@ class CachedDecoder:
     def takes_padding(self) -> bool:
         """Whether texts may have padding, by its mask and by the metadata of the file."""
         return self.inputs.masked and self._declared.padding
+
+    def use_inputs(self, inputs: DecoderInputs) -> None:
+        """Set the inputs, and the sizes that their dims fix."""
+        self.inputs = inputs
+        self.batch = fixed_size(inputs, self.session.inputs, "batch")
+        self.step_length = fixed_size(inputs, self.session.inputs, "sequence")
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -194,10 +198,8 @@ class UncachedDecoder:
 
     def __init__(self, session: Session, inputs: DecoderInputs | None = None) -> None:
         self.session = session
-        self.inputs = inputs_of(session.inputs) if inputs is None else inputs
+        self.use_inputs(inputs_of(session.inputs) if inputs is None else inputs)
         self.outputs = session.outputs
-        self.length = fixed_size(self.inputs, session.inputs, "sequence")
-        self.batch = fixed_size(self.inputs, session.inputs, "batch")
 
     @property
     def logits(self) -> str:
@@ -212,6 +214,12 @@ class UncachedDecoder:
     def takes_padding(self) -> bool:
         """Whether texts may have padding, by its mask."""
         return self.inputs.masked
+
+    def use_inputs(self, inputs: DecoderInputs) -> None:
+        """Set the inputs, and the sizes that their dims fix."""
+        self.inputs = inputs
+        self.batch = fixed_size(inputs, self.session.inputs, "batch")
+        self.length = fixed_size(inputs, self.session.inputs, "sequence")
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Return all outputs for the whole text, in several calls if the batch size is fixed.

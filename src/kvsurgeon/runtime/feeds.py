@@ -79,27 +79,32 @@ class DecoderInputs:
         """Whether the model takes a mask, and so padding."""
         return any(spec.kind in ("padding_mask", "query_key_mask") for spec in self.specs)
 
-    def fed(self, *, by_name: bool, seed: int | None) -> DecoderInputs:
+    def fed(self, *, by_name: bool, seed: int | None, capacity: int | None = None) -> DecoderInputs:
         """Return the inputs with other values for those that are neither tokens, masks nor positions.
 
         Args:
-            by_name: Whether an axis of another name than those of the tokens has a separate size.
+            by_name: Whether an axis of another name or size than those of tokens and cache has a separate size.
             seed: Seed of random values; None for zeros.
+            capacity: Number of rows of the cache, if it is fixed.
         """
         if not by_name:
             return replace(self, seed=seed)
         tokens = self.tokens
         dims = dict(zip(tokens.axes, tokens.tensor.dims, strict=True))
-        specs = tuple(
-            _by_name(spec, {dims.get("batch"): "batch", dims.get("sequence"): "sequence"}) for spec in self.specs
-        )
+        length = dims.get("sequence")
+        lengths = {
+            capacity,
+            length,
+            capacity + length if isinstance(capacity, int) and isinstance(length, int) else None,
+        }
+        known: dict[Dim, Axis] = {dims.get("batch"): "batch", length: "sequence"}
+        specs = tuple(_by_name(spec, known, lengths) for spec in self.specs)
         names = {
             dim for spec in specs for axis, dim in zip(spec.axes, spec.tensor.dims, strict=True)
             if axis == "fixed" and isinstance(dim, str)
         }  # fmt: skip
-        return DecoderInputs(
-            specs=specs, sizes={name: _SMALLEST_SIZE + place for place, name in enumerate(sorted(names))}, seed=seed
-        )
+        sizes = {name: _SMALLEST_SIZE + place for place, name in enumerate(sorted(names))}
+        return DecoderInputs(specs=specs, sizes=sizes, seed=seed)
 
     def positions_not_in(self, other: DecoderInputs) -> set[str]:
         """Return the names of the position inputs, if the other model has none and computes positions itself."""
@@ -217,16 +222,26 @@ def _axes(tensor: ValueInfo, *, cached: bool) -> tuple[Axis, ...]:
     return tuple(axes)
 
 
-def _by_name(spec: InputSpec, known: Mapping[Dim, Axis]) -> InputSpec:
-    """Return an input whose axes of other names than the tokens' have separate sizes."""
-    dims = spec.tensor.dims
-    foreign = [isinstance(dim, str) and dim not in known and axis_of(dim) == "fixed" for dim in dims]
-    if not any(foreign) or (spec.kind in ("tokens", "embeddings") and "sequence" in map(known.get, dims)):
+def _by_name(spec: InputSpec, known: Mapping[Dim, Axis], lengths: Collection[Dim]) -> InputSpec:
+    """Return an input with the axes that its dims say.
+
+    Args:
+        spec: The input.
+        known: Names of the tokens' dims, with their axes.
+        lengths: Sizes that an axis of tokens may have.
+    """
+
+    def axis_by_name(dim: Dim, axis: Axis) -> Axis:
+        if isinstance(dim, int):
+            return axis if dim in lengths or axis not in ("sequence", "total") else "fixed"
+        if dim is None or (axis == "total" and dim in known):  # keys of a mask may have the dim of its queries
+            return axis
+        named = axis_of(dim)
+        return known.get(dim, axis if named not in ("fixed", "batch") else named)
+
+    axes = tuple(axis_by_name(dim, axis) for dim, axis in zip(spec.tensor.dims, spec.axes, strict=True))
+    if axes == spec.axes or (spec.kind in ("tokens", "embeddings") and "sequence" in axes):
         return spec
-    axes = tuple(
-        "fixed" if other else axis if axis == "total" else known.get(dim, axis) if isinstance(dim, str) else axis
-        for other, dim, axis in zip(foreign, dims, spec.axes, strict=True)
-    )
     return replace(spec, axes=axes, kind=spec.kind if {"sequence", "total"} & set(axes) else "other")
 
 
