@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvsurgeon.api import (
         Pipeline,
+        confirm,
         find_attention,
         generate,
         inject,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "KeyValueCacheInjector",
     "Pipeline",
+    "confirm",
     "find_attention",
     "generate",
     "inject",

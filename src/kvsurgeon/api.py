@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvsurgeon.anatomy import Attention, Decoder
+from kvsurgeon.errors import UsageError
 from kvsurgeon.io import load, save
 from kvsurgeon.parity import Effort
 from kvsurgeon.passes.cache.inject import Inject
@@ -15,6 +16,8 @@ from kvsurgeon.runtime import generate
 from kvsurgeon.runtime.text import Prompt
 from kvsurgeon.targets import Target
 from kvsurgeon.workflow.build_target import build_target
+from kvsurgeon.workflow.certificate import NO_CERTIFICATE
+from kvsurgeon.workflow.confirmation import confirm
 from kvsurgeon.workflow.keys import capture_keys
 from kvsurgeon.workflow.loss import measure_loss
 from kvsurgeon.workflow.pipeline import Pipeline, PipelineRun
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Pipeline",
+    "confirm",
     "find_attention",
     "generate",
     "inject",
@@ -70,6 +74,7 @@ def inject(
     target: Target | str | None = None,
     link_weights: bool = False,
     force: bool = False,
+    certificate: str | Path | None = None,
     **options: Any,
 ) -> PipelineRun:
     """Inject a KV cache, verify the result, and write it to `destination` if one is given.
@@ -85,6 +90,7 @@ def inject(
             loads, side files included.
         link_weights: Whether to link external data into another folder instead of copying it; see `save`.
         force: Whether to replace data files and side files of other content; see `save`.
+        certificate: A file to write the certificate of the result to, which `confirm` checks; not for a target.
         **options: The fields of `kvsurgeon.passes.cache.inject.Inject`.
 
     Raises:
@@ -97,8 +103,10 @@ def inject(
         "force": force,
     }  # fmt: skip
     if target is not None:
+        if certificate is not None:
+            raise UsageError(NO_CERTIFICATE)
         return build_target(source, target, destination, options=options, **saving)
-    return run_and_save(source, Pipeline((Inject(**options),)), destination, **saving)
+    return run_and_save(source, Pipeline((Inject(**options),)), destination, certificate=certificate, **saving)
 
 
 def plot(

@@ -7,10 +7,12 @@
     │   └── PluginError         2  a pass or target of an installed package cannot be loaded, or its name is in use
     ├── InputError              4  the model cannot be read
     │   ├── InvalidModelError   4  not ONNX, truncated, or an invalid graph
-    │   └── WeightsError        4  external data is missing, too short, or outside the model's folder
+    │   ├── WeightsError        4  external data is missing, too short, or outside the model's folder
+    │   └── InvalidCertificateError 4  the file is not a certificate
     ├── UnsupportedError        3  the graph cannot be handled soundly
     ├── PassError               3  a pass failed, or left an invalid graph
     ├── ParityError             1  the result does not compute what the original computes
+    │   └── CertificateError    1  a statement of a certificate does not hold
     └── RunError                1  a valid model fails at run time
         ├── MissingKernelError  3  onnxruntime has no kernel for an operator
         └── BrokenCacheError    1  a present cannot be the past of the next call
@@ -30,6 +32,7 @@ class Code(StrEnum):
     DIFFERENT_RESULT = "KVS-101"
     RUN_FAILED = "KVS-102"
     BROKEN_CACHE = "KVS-103"
+    NOT_CONFIRMED = "KVS-104"
     USAGE = "KVS-201"
     PLUGIN = "KVS-202"
     UNSUPPORTED = "KVS-300"
@@ -64,9 +67,11 @@ class Code(StrEnum):
     INVALID_RESULT = "KVS-329"
     MISSING_KERNEL = "KVS-330"
     PASS_PRECONDITION = "KVS-331"
+    NOT_CONFIRMABLE = "KVS-332"
     UNREADABLE = "KVS-401"
     INVALID_MODEL = "KVS-402"
     WEIGHTS = "KVS-403"
+    INVALID_CERTIFICATE = "KVS-404"
 
 
 def describe_exception(error: BaseException) -> str:
@@ -126,6 +131,12 @@ class WeightsError(InputError):
     code = Code.WEIGHTS
 
 
+class InvalidCertificateError(InputError):
+    """The file is not a certificate of kvsurgeon."""
+
+    code = Code.INVALID_CERTIFICATE
+
+
 class PassError(KvsurgeonError):
     """A pass raised an unexpected exception, or left an invalid graph."""
 
@@ -138,6 +149,12 @@ class ParityError(KvsurgeonError):
 
     exit_code = 1
     code = Code.DIFFERENT_RESULT
+
+
+class CertificateError(ParityError):
+    """A statement of a certificate does not hold."""
+
+    code = Code.NOT_CONFIRMED
 
 
 class RunError(KvsurgeonError):

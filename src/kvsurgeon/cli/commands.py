@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 from kvsurgeon.cli import pass_commands
 from kvsurgeon.cli.pass_commands import (
+    CertificateFile,
     EffortOption,
     Force,
     Json,
@@ -23,7 +24,7 @@ from kvsurgeon.cli.pass_commands import (
     Text,
     Verify,
 )
-from kvsurgeon.errors import PluginError, UnsupportedError
+from kvsurgeon.errors import PluginError, UnsupportedError, UsageError
 from kvsurgeon.workflow.registry import COMMANDS, PASSES, summary_of
 
 SamplingSeed = Annotated[int, Option("--seed", min=0, help="Random seed.")]
@@ -85,6 +86,7 @@ def run(
     force: Force = False,
     text: Text = None,
     per_layer: PerLayer = False,
+    certificate: CertificateFile = None,
     json: Json = False,
 ) -> None:
     """Run several passes in order."""
@@ -94,7 +96,7 @@ def run(
     pass_commands.run_pipeline(
         model, Pipeline.parse(pipeline), output, verify=verify, effort=effort, seed=seed, verify_each=verify_each,
         link_weights=link_weights, pack=pack, force=force, text=text, per_layer=per_layer,
-        on_pass=None if trace is None else trace_writer(trace), json=json,
+        certificate=certificate, on_pass=None if trace is None else trace_writer(trace), json=json,
     )  # fmt: skip
 
 
@@ -123,23 +125,38 @@ def targets(
 
 
 def verify(
-    original: Annotated[Path, Argument(metavar="ORIGINAL", help="The reference model.")],
-    result: Annotated[Path, Argument(metavar="RESULT", help="The candidate model, with or without a cache.")],
+    original: Annotated[Path, Argument(metavar="ORIGINAL", help="The reference model; may be left out if certified.")],
+    result: Annotated[
+        Path | None, Argument(metavar="RESULT", help="The candidate model, with or without a cache.")
+    ] = None,
     effort: EffortOption = "normal",
     seed: Seed = None,
     loss: Annotated[bool, Option("--loss", help="Measure the loss of accuracy instead.")] = False,
     text: Text = None,
     per_layer: PerLayer = False,
+    certificate: Annotated[
+        Path | None, Option(metavar="FILE", help="Confirm what a certificate states of RESULT instead.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Run two models on the same token sequences, whole and in chunks, and compare the results."""
     from kvsurgeon.report import table
     from kvsurgeon.report.progress import verification_progress
+    from kvsurgeon.workflow.confirmation import confirm
     from kvsurgeon.workflow.loss import measure_loss
     from kvsurgeon.workflow.verification import verify_models
 
+    measures_loss = loss or text is not None or per_layer
+    if certificate is not None and (measures_loss or seed is not None):
+        raise UsageError("a certificate states seed and effort, and no loss; give --certificate alone")
     with verification_progress() as progress:
-        if loss or text is not None or per_layer:
+        if certificate is not None:
+            model, given = (original, None) if result is None else (result, original)
+            confirmed = confirm(certificate, model, given, progress=progress)
+            shown, document, exit_code = table.confirmation_table(confirmed), confirmed.as_dict(), 0
+        elif result is None:
+            raise UsageError("expected ORIGINAL and RESULT, or a model and --certificate FILE, found one model")
+        elif measures_loss:
             lost = measure_loss(original, result, text=text, per_layer=per_layer, progress=progress)
             shown, document, exit_code = table.loss_table(lost), lost.as_dict(), 0
         else:

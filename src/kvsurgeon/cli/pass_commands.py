@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kvsurgeon.errors import PluginError
+from kvsurgeon.errors import PluginError, UsageError
 from kvsurgeon.plugins import Plugin
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ EffortOption = Annotated[
     typer.Option("--effort", help="How much to verify: texts, batches, lengths."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+CertificateFile = Annotated[
+    Path | None, typer.Option("--certificate", metavar="FILE", help="Write what was established to a certificate.")
+]
 TargetName = Annotated[str | None, typer.Option(metavar="NAME", help="Write the folder that this client loads.")]
 _HAS_TARGETS = "inject"  # the pass with the option --target
 
@@ -51,6 +54,7 @@ def command_of(plugin: Plugin[type[Any]]) -> Callable[..., None]:
         PluginError: The pass cannot be imported, or one of its options has the name of a shared option.
     """
     from kvsurgeon.passes.options import build, options_of
+    from kvsurgeon.workflow.certificate import NO_CERTIFICATE
     from kvsurgeon.workflow.pipeline import Pipeline
 
     pass_class = plugin.load()
@@ -66,6 +70,8 @@ def command_of(plugin: Plugin[type[Any]]) -> Callable[..., None]:
         if target is None:
             run_pipeline(model, Pipeline((wanted,)), output, **shared)
             return
+        if shared.pop("certificate") is not None:
+            raise UsageError(NO_CERTIFICATE)
         from kvsurgeon.workflow.build_target import build_target
 
         changed = {name: getattr(wanted, name) for name in texts if getattr(wanted, name) != defaults.get(name)}
@@ -73,6 +79,7 @@ def command_of(plugin: Plugin[type[Any]]) -> Callable[..., None]:
 
     shared = [_parameter("model", Model), _parameter("output", Output), _parameter("verify", Verify, True)]
     shared += [_parameter("effort", EffortOption, "normal"), _parameter("seed", Seed, None)]
+    shared.append(_parameter("certificate", CertificateFile, None))
     for name, annotation in (("link_weights", Link), ("pack", Pack), ("force", Force), ("json", Json)):
         shared.append(_parameter(name, annotation, False))
     if not getattr(pass_class, "exact", True):

@@ -7,6 +7,7 @@ import typing
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import field, fields, make_dataclass
+from functools import cache
 from typing import Any
 
 import onnx_ir as ir
@@ -18,6 +19,7 @@ Edit = Callable[..., Any]
 Apply = Callable[[Edit, Subject, Mapping[str, Any]], Outcome]
 
 
+@cache
 def as_pass_class(edit: Edit, name: str | None = None) -> type[Pass]:
     """Return a pass class that applies a function.
 

@@ -22,14 +22,18 @@ class _TooDeepError(ValueError):
         super().__init__(f"expected JSON of at most {_DEEPEST} nested levels, found more")
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str, *, unique: bool = False) -> Any:
     """Return the content of a JSON text.
+
+    Args:
+        text: The text.
+        unique: Whether an object that has a key twice is an error; else the last one counts.
 
     Raises:
         ValueError: It is not JSON, or is nested more deeply than any config.
     """
     try:
-        found = json.loads(text)
+        found = json.loads(text, object_pairs_hook=_with_unique_keys if unique else None)
     except RecursionError:
         raise _TooDeepError from None
     layer, depth = [found] if isinstance(found, _BRACKETS) else [], 0
@@ -42,8 +46,15 @@ def parse_json(text: str) -> Any:
     return found
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
+def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"expected each key of an object once, found {[key for key, _ in pairs]}")
+    return found
+
+
+def read_json(path: Path, *, unique: bool = False) -> Any:
+    """Return the content of a JSON file; see `parse_json`.
 
     Raises:
         ValueError: It is not JSON.
@@ -60,6 +71,6 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise InputError(f"cannot read `{path}`: {error.strerror or error}") from error
     try:
-        return parse_json(text)
+        return parse_json(text, unique=unique)
     except _TooDeepError as error:
         raise InputError(f"{error} at `{path}`") from error

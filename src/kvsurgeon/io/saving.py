@@ -141,6 +141,12 @@ def save_variants(
     return transaction.written
 
 
+def side_files_of(model: ir.Model, source: Path) -> dict[str, Path | str]:
+    """Return the side files that a model gets in another folder than that of its source: a file, or a new text."""
+    found = find_side_files(_side_file_folders(source), source)
+    return {**found, **{path.name: text for path, text in updated_configs(found, head_changes(model))}}
+
+
 def _origin(model: ir.Model, source: str | Path | None) -> Path | None:
     """Return the file of the original model; None if it is not known."""
     return find_model(source).absolute() if source is not None else loaded_from(model)

@@ -52,6 +52,7 @@ class Comparison:
         chunks: Number of tokens of each call.
         padding: Number of masked tokens of each row.
         holes: Whether masked tokens have others before them.
+        digest: SHA-256 of the text; see `Scenario.digest`.
         verdict: "unknown" if the reference model fails on the text.
         error: Largest difference of an output, divided by the spread of the reference's values; None if not compared.
         prefill_error: The same for the text in a single prefill.
@@ -70,6 +71,7 @@ class Comparison:
     chunks: tuple[int, ...]
     padding: tuple[int, ...] = ()
     holes: bool = False
+    digest: str = ""
     verdict: Verdict = "unknown"
     error: float | None = None
     prefill_error: float | None = None
@@ -89,7 +91,7 @@ class Comparison:
         return cls(
             scenario=scenario.name, batch=batch, length=length, chunks=scenario.chunks,
             padding=tuple(int(count) for count in (mask == 0).sum(axis=1)),
-            holes=bool((mask[:, 1:] < mask[:, :-1]).any()), **results,
+            holes=bool((mask[:, 1:] < mask[:, :-1]).any()), digest=scenario.digest, **results,
         )  # fmt: skip
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import cycle
 from typing import Literal
 
@@ -62,6 +64,11 @@ class Scenario:
     tokens: Tokens
     mask: Tokens
     chunks: tuple[int, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the token IDs, then the mask, as rows of little-endian 64-bit integers."""
+        return hashlib.sha256(self.tokens.astype("<i8").tobytes() + self.mask.astype("<i8").tobytes()).hexdigest()
 
     @property
     def spans(self) -> Iterator[tuple[int, int]]:

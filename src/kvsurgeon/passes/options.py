@@ -81,6 +81,11 @@ def options_of(pass_class: type) -> tuple[Option, ...]:
     )
 
 
+def texts_of(one: Any) -> dict[str, str]:
+    """Return the options of a pass as texts by name, from which `build` makes an equal pass."""
+    return {option.name: text_of(getattr(one, option.field)) for option in options_of(type(one))}
+
+
 def check_count(option: str, found: int | None, least: int = 1, most: int = MAX_COUNT) -> None:
     """Check that an option, if given, is a number in a range.
 
@@ -141,6 +146,17 @@ def convert(text: str, wanted: Any) -> Any:
     if wanted in (int, float, str, Path):
         return wanted(text)
     raise ValueError(f"{wanted} is available in Python only")
+
+
+def text_of(value: Any) -> str:
+    """Return the text that `convert` converts to a value.
+
+    >>> text_of((1, 2)), text_of(None), text_of(True)
+    ('1,2', 'none', 'true')
+    """
+    if isinstance(value, tuple):
+        return ",".join(map(text_of, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def describe(wanted: Any) -> str:

@@ -39,6 +39,7 @@ def run_json(run: PipelineRun) -> dict[str, Any]:
     return {
         "output": None if run.path is None else str(run.path),
         "files": [{"path": str(one.path), "action": one.action} for one in run.files],
+        "certificate": None if run.certificate is None else str(run.certificate),
         "steps": [
             {
                 "pass": step.name,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kvsurgeon.anatomy import Attention, CachedTensor, Decoder, Mask
     from kvsurgeon.parity import AccuracyLoss, Report
     from kvsurgeon.targets import Incompatibility
+    from kvsurgeon.workflow.confirmation import Confirmation
     from kvsurgeon.workflow.pipeline import PassResult, PipelineRun
 
 _LARGE = 64 * 2**20  # bytes of a copy that a user may want to avoid
@@ -88,6 +89,19 @@ def loss_table(loss: AccuracyLoss) -> RenderableType:
     return Group(*map(Text, lines), Text("output of each attention layer, the loss of earlier layers included:"), table)
 
 
+def confirmation_table(found: Confirmation) -> RenderableType:
+    """Return a line for each kind of statement of a certificate that holds."""
+    lines = [
+        f"confirmed: {found.model}",
+        f"  SHA-256 of {len(found.files)} files",
+        "  graph and weights: those that the passes make of the original",
+        *(f"  {one.name}: {one.status}{f' - at `{one.at}`' if one.at else ''}" for one in found.obligations),
+        f"  texts of the certificate, seed {found.repeated.seed}: {_largest_error(found.repeated)}",
+        f"  new texts, seed {found.fresh.seed}: {_largest_error(found.fresh)}",
+    ]
+    return Group(*map(Text, lines))
+
+
 def run_summary(run: PipelineRun) -> RenderableType:
     """Return a line for each pass, the verdict of the verification, and the path of the model."""
     lines = [_pass_line(step) for step in run.steps] + [f"  note: {note}" for note in run.notes]
@@ -106,6 +120,8 @@ def _written_lines(run: PipelineRun) -> Iterator[str]:
     if run.path is None:
         return
     yield f"written to {run.path}"
+    if run.certificate is not None:
+        yield f"  certificate {run.certificate}"
     yield from (f"  {one.action} {one.path}" for one in run.files if one.path != run.path)
     if any(one.action == "copied" and one.path.stat().st_size > _LARGE for one in run.files):
         yield "  hint: an output in the folder of the model needs no copy of its weights, and --link-weights links them"

@@ -62,7 +62,8 @@ class PipelineRun:
         verification: The report of the verifier; None if it did not run, or if a pass is not exact.
         loss: The loss of accuracy, if a pass is not exact; None if it was not measured.
         path: The file that was written, or the folder of several; None if nothing was written.
-        files: All files that were written, side files included.
+        files: All files that were written, side files included, the certificate not.
+        certificate: The certificate that was written, if any.
     """
 
     model: ir.Model
@@ -72,6 +73,7 @@ class PipelineRun:
     loss: AccuracyLoss | None = None
     path: Path | None = None
     files: tuple[io.WrittenFile, ...] = ()
+    certificate: Path | None = None
 
     @property
     def changes(self) -> tuple[Changed, ...]:

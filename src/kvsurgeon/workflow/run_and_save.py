@@ -13,6 +13,7 @@ from kvsurgeon.errors import Code, ParityError, UnsupportedError, WeightsError
 from kvsurgeon.io.external_data import external_tensors
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Source, Subject, Unchanged
+from kvsurgeon.workflow.certificate import CertificateWriter
 from kvsurgeon.workflow.pipeline import PassCallback, PassResult, Pipeline, PipelineRun, first_of
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def run_and_save(
     force: bool = False,
     text: str | Path | None = None,
     per_layer: bool = False,
+    certificate: str | Path | None = None,
     on_pass: PassCallback | None = None,
     progress: Progress | None = None,
 ) -> PipelineRun:
@@ -53,11 +55,12 @@ def run_and_save(
         force: Whether to replace data files and side files of other content; see `kvsurgeon.save`.
         text: A text file on which to measure the loss of passes that are not exact; None for a built-in text.
         per_layer: Whether to measure the loss of each attention layer too.
+        certificate: A file to write the certificate of the result to; None to write none.
         on_pass: See `Pipeline.run`.
         progress: Called by the verifier before each scenario.
 
     Raises:
-        UsageError: The result cannot be written to the destination.
+        UsageError: The result or the certificate cannot be written.
         WeightsError: The verifier needs weights whose folder is not known.
         UnsupportedError: A pass does not support the model, no pass changed it, or the verifier cannot run it.
         ParityError: The results of the model differ from those of the original.
@@ -65,6 +68,7 @@ def run_and_save(
     subject = Subject.of(source, folder)
     origin = source if isinstance(source, str | Path) else None
     path = None if destination is None else io.destination_of(subject.model, destination, source=origin)
+    writer = None if certificate is None else CertificateWriter.of(certificate, source, pipeline, path, force=force)
     reference = reference_of(subject) if verify or verify_each else None
     run = pipeline.run(subject, verify_each=verify_each, on_pass=on_pass)
     if not run.changed:
@@ -75,10 +79,13 @@ def run_and_save(
             progress=progress)  # fmt: skip
     if path is None:
         return run
+    if writer is not None:
+        writer.check(run)
     files = io.save_variants(
         {path.name: run.model}, path.parent, source=origin, link_weights=link_weights, pack=pack, force=force
     )
-    return replace(run, path=path, files=files)
+    run = replace(run, path=path, files=files)
+    return run if writer is None else replace(run, certificate=writer.write(run))
 
 
 def check_readable(run: PipelineRun) -> None:
