@@ -391,3 +391,39 @@ def test_the_exit_code_of_verify_is_the_verdict(shell, models, tmp_path):
     assert (code, err, "different: largest error" in out) == (1, "", True)
     code, out, _ = shell("verify", models / "given", tmp_path / "other.onnx", "--json")
     assert (code, json.loads(out)["ok"]) == (1, False)
+
+
+def test_a_certificate_is_written_and_confirmed_by_commands(shell, models, tmp_path):
+    file, out = tmp_path / "c.json", tmp_path / "out"
+    code, printed, _ = shell("inject", models / "given", "-o", out, "--effort", "quick", "--certificate", file)
+    assert (code, f"certificate {file}" in printed) == (0, True)
+    code, printed, err = shell("verify", out, "--certificate", file)
+    assert (code, err) == (0, "")
+    assert "confirmed" in printed
+    assert "causal: measured" in printed
+    code, printed, _ = shell("verify", models / "given", out, "--certificate", file, "--json")
+    assert (code, json.loads(printed)["confirmed"]) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["verify", "{out}", "--certificate", "{file}"], 104),
+        (["verify", "{given}", "{given}", "--certificate", "{file}"], 104),
+        (["verify", "{out}", "--certificate", "{given}/config.json"], 404),
+        (["verify", "{out}", "--certificate", "{given}/missing.json"], 401),
+        (["verify", "{out}", "--certificate", "{file}", "--seed", "1"], 201),
+        (["verify", "{out}"], 201),
+        (["inject", "{given}", "-o", "{out}", "--certificate", "{file}", "--no-verify"], 201),
+        (["inject", "{given}", "-o", "{out}", "--certificate", "{given}/config.json"], 201),
+        (["inject", "{given}", "-o", "{out}", "--certificate", "{file}", "--target", "genai"], 201),
+    ],
+)
+def test_what_is_not_confirmed_or_certified_has_a_code(shell, models, tmp_path, arguments, code):
+    names = {"given": models / "given", "out": tmp_path / "out", "file": tmp_path / "c.json"}
+    shell("inject", names["given"], "-o", names["out"], "--effort", "quick", "--certificate", names["file"])
+    with (names["out"] / "model.onnx").open("ab") as file:
+        file.write(b"\0")
+    found, out, err = shell(*(argument.format(**names) for argument in arguments))
+    assert (found, out, err.count("\n")) == (code // 100, "", 1)
+    assert err.endswith(f" [KVS-{code}]\n")

@@ -93,6 +93,7 @@ def confirmation_table(found: Confirmation) -> RenderableType:
     """Return a line for each kind of statement of a certificate that holds."""
     lines = [
         f"confirmed: {found.model}",
+        f"  the original is {found.original}",
         f"  SHA-256 of {len(found.files)} files",
         "  graph and weights: those that the passes make of the original",
         *(f"  {one.name}: {one.status}{f' - at `{one.at}`' if one.at else ''}" for one in found.obligations),

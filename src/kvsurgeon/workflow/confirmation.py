@@ -42,6 +42,7 @@ class Confirmation:
 
     Attributes:
         model: The model.
+        original: The model of which it is the result.
         files: The files whose digests hold, those of the original included.
         obligations: The obligations, established again.
         repeated: The verification on the texts of the certificate.
@@ -49,6 +50,7 @@ class Confirmation:
     """
 
     model: Path
+    original: Path
     files: tuple[Path, ...]
     obligations: tuple[Obligation, ...]
     repeated: Report
@@ -59,6 +61,7 @@ class Confirmation:
         return {
             "confirmed": True,
             "model": str(self.model),
+            "original": str(self.original),
             "files": list(map(str, self.files)),
             "obligations": list(map(asdict, self.obligations)),
             "repeated": self.repeated.as_dict(),
@@ -111,7 +114,7 @@ def confirm(
         raise CertificateError(f"the statements of the certificate cannot be established again: {error}") from error
     if versions:
         raise UnsupportedError(f"{versions}; all other statements hold", code=Code.NOT_CONFIRMABLE)
-    return Confirmation(model=path, files=(*files.values(), *originals.values()), **found)
+    return Confirmation(model=path, original=source, files=(*files.values(), *originals.values()), **found)
 
 
 def _check_files(stated: Mapping[str, str], path: Path, what: str, digests: FileDigests) -> dict[str, Path]:
