@@ -193,7 +193,7 @@ class Certificate:
             return cls(
                 path=path,
                 subject=_digests(found["subject"]),
-                location=path.parent.resolve() / predicate["original"]["location"],
+                location=Path(os.path.normpath(path.parent.resolve() / predicate["original"]["location"])),
                 original=_digests(predicate["original"]["files"]),
                 pipeline=Pipeline(_pass(**one) for one in predicate["passes"]),
                 seed=predicate["measurements"]["seed"],
