@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,10 +129,12 @@ def inject(path: Path, through: str, work: Path) -> Path:
     if through == "command":
         return _inject_by_command(path, work)
     try:
-        if through == "api":
-            kvsurgeon.inject(path, work)
-        else:
-            kvsurgeon.KeyValueCacheInjector(path.parent).export(onnx.load(path, load_external_data=False), work)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # notes, such as a limit
+            if through == "api":
+                kvsurgeon.inject(path, work)
+            else:
+                kvsurgeon.KeyValueCacheInjector(path.parent).export(onnx.load(path, load_external_data=False), work)
     except ParityError as error:
         raise SettledError(Verdict(verdict=CAUGHT, reason=str(error))) from error
     except KvsurgeonError as error:
