@@ -22,6 +22,7 @@ from kvsurgeon import io
 from kvsurgeon.errors import KvsurgeonError
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
+from kvsurgeon.workflow.digests import FileDigests, different_part
 from mutating import attention_insertions, insertions, mutants
 from mutating.mutable_graph import Graph
 
@@ -292,6 +293,8 @@ def inject_mutant(given: Certified) -> str | None:
             Inject().apply(subject)
         except KvsurgeonError:
             continue
+        if different_part(subject.model, io.load(given.result), FileDigests()) is None:
+            continue  # the fault makes no difference, such as one in the shapes of a fixed length
         _replace(given.result, io.to_proto(subject.model))
         given.state_digests()
         return f"injected after: {done[1]}"
