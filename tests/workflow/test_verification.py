@@ -121,3 +121,14 @@ def test_accepts_a_cache_with_other_dim_names():
                 dim.dim_param = others.get(dim.dim_param, dim.dim_param)
 
     assert verify_models(before, after).verdict == "same"
+
+
+def test_texts_pass_the_thresholds_that_the_proof_names():
+    model = Decoder(Config(layers=2, window=200, max_length=400)).model()
+    run = run_and_save(model, Pipeline((Inject(),)))
+    assert 200 in run.thresholds
+    scenarios = [one.scenario for one in run.verification.comparisons]
+    assert "past 200 tokens" in scenarios
+    assert "past 386 tokens" in scenarios  # a text as long as the table
+    plain = [one.scenario for one in verify_models(model, model, thresholds=run.thresholds, effort="quick").comparisons]
+    assert not [name for name in plain if name.startswith("past")]

@@ -36,6 +36,8 @@ def reached(
 ) -> tuple[int, ...]:
     """Return the thresholds that an effort allows texts for, and that no other text passes.
 
+    If the models take texts up to a limit, the last one is such that its text has as many tokens.
+
     Args:
         thresholds: All thresholds.
         reference: The reference model, with the sizes of the texts.
@@ -45,9 +47,12 @@ def reached(
     lengths = reference.lengths
     parameters = sum(int(np.prod(tensor.dims, dtype=np.int64)) for tensor in model.graph.initializer)
     most = min(_LARGEST[effort], _WORK[effort] // max(parameters, 1))
+    named = set(thresholds)
     if reference.longest is not None:
         most = min(most, reference.longest - AFTER)
-    fits = sorted(one for one in set(thresholds) if 2 * lengths.long // 3 - 4 < one <= most)
+        if reference.longest > lengths.long:
+            named.add(reference.longest - AFTER)
+    fits = sorted(one for one in named if 2 * lengths.long // 3 - 4 < one <= most)
     return tuple(fits[-_MOST[effort] :] if _MOST[effort] else ())
 
 

@@ -18,7 +18,7 @@ from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.proof.length_dependence import LengthDependence
-from kvsurgeon.proof.thresholds import MAX_LENGTH, find_thresholds
+from kvsurgeon.proof.thresholds import MAX_LENGTH, find_thresholds, lengths_near
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes
 
@@ -41,7 +41,8 @@ class LengthSweep:
         bounds: Upper bounds of the length, in tokens; those found by running are added.
         assumptions: Statements that the results rest on, each with the name of the value it is about.
         unproved: Inputs at which token data reads context that may depend on the length by value, with the cause.
-        lengths: Lengths at either side of every number that context may compare a length with, and some others.
+        numbers: Numbers that context may compare a length or a position with, such as windows.
+        lengths: Lengths at either side of each of these numbers, and some others.
     """
 
     def __init__(self, analysis: Analysis, bounds: Collection[int] = ()) -> None:
@@ -51,18 +52,22 @@ class LengthSweep:
         self.bounds = {*self.flow.shapes.bounds, *bounds}
         self.assumptions: dict[str, str] = {}
         self._limit = min(self.bounds, default=MAX_LENGTH)
+        self.numbers = () if self.fixed is not None else self._numbers()
         self.lengths = (self.fixed,) if self.fixed is not None else self._lengths()
         self._dependence = LengthDependence(analysis) if self.fixed is None else None
         self.unproved = {} if self._dependence is None else self._dependence.unproved()
 
     def thresholds(self, values: Iterable[ir.Value | None]) -> tuple[int, ...]:
         """Return the lengths at which context that these values are computed from may change."""
-        return find_thresholds(self.flow, values)
+        return lengths_near(find_thresholds(self.flow, values))
 
-    def _lengths(self) -> tuple[int, ...]:
+    def _numbers(self) -> tuple[int, ...]:
         read = [value for node in self.flow.order for value in node.inputs if is_token(self.flow, node.outputs[0])]
         context = [value for value in read if value is not None and self.flow.kinds.get(value) is ValueKind.CONTEXT]
-        lengths = {min(length, self._limit) for length in LENGTHS} | set(self.thresholds(context))
+        return find_thresholds(self.flow, context)
+
+    def _lengths(self) -> tuple[int, ...]:
+        lengths = {min(length, self._limit) for length in LENGTHS} | set(lengths_near(self.numbers))
         return tuple(sorted(length for length in lengths if 1 <= length <= self._limit))
 
     def totals(self, passed: int, thresholds: Sequence[int], *, proved: bool) -> list[int]:

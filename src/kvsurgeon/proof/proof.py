@@ -58,6 +58,7 @@ class Proof:
         assumptions: Statements that are not proved, each with the name of the value that first needs it.
         patterns: The attention pattern of each attention layer.
         lengths: The lengths in tokens at which context was run.
+        thresholds: Numbers that context may compare a length or a position with, such as windows.
         bounds: Upper bounds of the length, in tokens: rows of tables, and lengths at which the export runs.
         limit: The longest total length in tokens up to which context is prefix stable; None if there is no limit.
         max_length: The longest total length in tokens that the model supports; None if there is no limit.
@@ -67,6 +68,7 @@ class Proof:
     assumptions: Mapping[str, str]
     patterns: tuple[AttentionPattern, ...]
     lengths: tuple[int, ...]
+    thresholds: tuple[int, ...]
     bounds: frozenset[int]
     limit: int | None
     max_length: int | None
@@ -109,6 +111,7 @@ def prove(analysis: Analysis, assumed_padding: Mapping[str, str] | None = None) 
         assumptions={**assumptions, **{what: at for what, at in sweep.assumptions.items() if what not in assumptions}},
         patterns=tuple(patterns),
         lengths=sweep.lengths,
+        thresholds=sweep.numbers,
         bounds=frozenset(sweep.bounds),
         limit=limit,
         max_length=_smallest(*sweep.bounds, limit, sweep.fixed),

@@ -24,7 +24,7 @@ SMALLEST_TABLE = 64  # rows and columns
 
 
 def find_thresholds(flow: TokenFlow, values: Iterable[ir.Value | None]) -> tuple[int, ...]:
-    """Return the lengths at either side of every number that context may compare a length or a position with.
+    """Return the numbers that context may compare a length or a position with.
 
     Args:
         flow: The token flow of the graph.
@@ -38,7 +38,12 @@ def find_thresholds(flow: TokenFlow, values: Iterable[ir.Value | None]) -> tuple
                 numbers |= _numbers(small_constant(value))
     for table in _tables(values):
         numbers |= set(irregular_rows(table))
-    return tuple(sorted({round(number) + offset for number in numbers for offset in (-1, 0, 1, 3)}))
+    return tuple(sorted({round(number) for number in numbers}))
+
+
+def lengths_near(thresholds: Iterable[int]) -> tuple[int, ...]:
+    """Return the lengths at either side of thresholds."""
+    return tuple(sorted({threshold + offset for threshold in thresholds for offset in (-1, 0, 1, 3)}))
 
 
 def _numbers(constant: np.ndarray | None) -> set[float]:

@@ -222,7 +222,10 @@ class _Repetition:
         """
         from kvsurgeon.workflow.verification import verify_models  # onnxruntime is slow to import
 
-        options: dict[str, Any] = {"folder": run.folder, "effort": effort, "seed": seed, "progress": self.progress}
+        options: dict[str, Any] = {
+            "folder": run.folder, "effort": effort, "seed": seed, "thresholds": run.thresholds,
+            "progress": self.progress,
+        }  # fmt: skip
         report = verify_models(reference, self.path, **options)
         if not report.ok:
             raise CertificateError(

@@ -91,6 +91,11 @@ class PipelineRun:
         return all(change.exact for change in self.changes)
 
     @property
+    def thresholds(self) -> frozenset[int]:
+        """Lengths, in tokens, after which the model may compute something else, as the proofs of the passes name."""
+        return _thresholds(self.steps)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Notes of the passes for the user."""
         return tuple(note for change in self.changes for note in change.notes)
@@ -224,10 +229,16 @@ def _is_well_formed(outcome: Outcome) -> bool:
 def _verify(reference: onnx.ModelProto, subject: Subject, steps: Sequence[PassResult]) -> None:
     from kvsurgeon.workflow.verification import verify_models  # onnxruntime is slow to import
 
-    found = verify_models(reference, io.to_proto(subject.model, subject.folder), folder=subject.folder)
+    result = io.to_proto(subject.model, subject.folder)
+    found = verify_models(reference, result, folder=subject.folder, thresholds=_thresholds(steps))
     if found.verdict != "same":
         ran = ", ".join(step.name for step in steps)
         raise ParityError(f"after pass {steps[-1].name} (passes: {ran}): {first_of(found.problems)}")
+
+
+def _thresholds(steps: Sequence[PassResult]) -> frozenset[int]:
+    proofs = (step.outcome.proof for step in steps if isinstance(step.outcome, Changed))
+    return frozenset(threshold for proof in proofs if proof is not None for threshold in proof.thresholds)
 
 
 def _parse(text: str) -> Iterator[tuple[str, dict[str, str]]]:

@@ -139,8 +139,11 @@ def verify_run(
     """
     with io.staged(run.model, destination, run.folder) as candidate:
         if run.exact:
-            return replace(run, verification=_verify(reference, candidate, folder=run.folder, effort=effort, seed=seed,
-                                                     progress=progress))  # fmt: skip
+            report = _verify(
+                reference, candidate, folder=run.folder, effort=effort, seed=seed, thresholds=run.thresholds,
+                progress=progress,
+            )  # fmt: skip
+            return replace(run, verification=report)
         _verify_weights(run, candidate, effort=effort, seed=seed)
         from kvsurgeon.workflow.loss import measure_loss  # onnxruntime is slow to import
 
