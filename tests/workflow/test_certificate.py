@@ -176,7 +176,7 @@ def test_a_certificate_replaces_only_certificates(copied):
 
 def test_models_in_memory_functions_and_targets_have_no_certificate(made, tmp_path):
     model = onnx.load(made / "original" / "model.onnx")
-    with pytest.raises(UsageError, match="in files"):
+    with pytest.raises(UsageError, match="in a file"):
         kvsurgeon.inject(model, tmp_path / "out", certificate=tmp_path / "c.json")
 
     def edit(model: ir.Model) -> None: ...

@@ -11,11 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import onnx_ir as ir
+
 from kvsurgeon import io
 from kvsurgeon.errors import InputError, InvalidCertificateError, UsageError
 from kvsurgeon.io.atomic_write import file_transaction
 from kvsurgeon.io.json_files import read_json
-from kvsurgeon.passes.contract import Pass, Source, Subject
+from kvsurgeon.passes.contract import Pass
 from kvsurgeon.passes.options import build, texts_of
 from kvsurgeon.workflow import registry
 from kvsurgeon.workflow.digests import FileDigests, model_files
@@ -53,20 +55,27 @@ class CertificateWriter:
 
     @classmethod
     def of(
-        cls, path: str | Path, source: Subject | Source, pipeline: Pipeline, destination: Path | None, *, force: bool
+        cls, path: str | Path, model: ir.Model, pipeline: Pipeline, destination: Path | None, *, force: bool
     ) -> CertificateWriter:
         """Return a writer for a run that has not begun.
+
+        Args:
+            path: The certificate.
+            model: The model, as it was loaded.
+            pipeline: The passes.
+            destination: The file of the result.
+            force: Whether to replace a file that is no certificate.
 
         Raises:
             UsageError: A certificate cannot be written there, or cannot state the source, the passes or the result.
         """
         path = Path(path).absolute()
-        if not isinstance(source, str | Path) or destination is None:
+        original = io.loaded_from(model)
+        if original is None or destination is None:
             raise UsageError("a certificate needs the original and the result in files; give a path for both")
         for one in pipeline.passes:
             _check_nameable(one)
-        original = io.find_model(source).absolute()
-        files = model_files(io.load(original), original)
+        files = model_files(model, original)
         taken = {one.resolve() for one in (*files.values(), destination)}
         if path.resolve() in taken or (os.path.lexists(path) and not (path.is_file() and (force or _is_ours(path)))):
             raise UsageError(f"expected no file at `{path}`, or a certificate, found another file; choose another path")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 from kvsurgeon import io
-from kvsurgeon.errors import Code, ParityError, UnsupportedError, WeightsError
+from kvsurgeon.errors import Code, ParityError, UnsupportedError, UsageError, WeightsError
 from kvsurgeon.io.external_data import external_tensors
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Source, Subject, Unchanged
@@ -68,7 +68,11 @@ def run_and_save(
     subject = Subject.of(source, folder)
     origin = source if isinstance(source, str | Path) else None
     path = None if destination is None else io.destination_of(subject.model, destination, source=origin)
-    writer = None if certificate is None else CertificateWriter.of(certificate, source, pipeline, path, force=force)
+    writer = None
+    if certificate is not None:
+        if origin is None:
+            raise UsageError("a certificate needs the original in a file; give its path as the source")
+        writer = CertificateWriter.of(certificate, subject.model, pipeline, path, force=force)
     reference = reference_of(subject) if verify or verify_each else None
     run = pipeline.run(subject, verify_each=verify_each, on_pass=on_pass)
     if not run.changed:
