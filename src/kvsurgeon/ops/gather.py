@@ -112,7 +112,7 @@ def _is_whole_reversal(start: Dimension, end: Dimension) -> bool:
 def _everywhere(table: Fact) -> Any:
     """The number of a table of equal numbers; None of other tables."""
     numbers = [] if table.value is None else list(table.value.reshape(-1))
-    return numbers[0] if len(numbers) > 1 and all(number == numbers[0] for number in numbers) else None
+    return numbers[0] if numbers and all(number == numbers[0] for number in numbers) else None
 
 
 def gather(call: OperatorCall) -> Fact:

@@ -218,14 +218,17 @@ class LengthValues:
         return result
 
     def _checked(self, total: ir.Value, limit: int, flat: bool) -> ir.Value:
-        """Return the total length; beyond the limit the run ends with an error, as a table has no such row.
+        """Return the total length; beyond the limit the run ends with an error: a table of one row is read at row 1.
 
         onnxruntime's message contains the name of the node, which therefore says what happened.
         """
-        table = self.editor.constant(np.zeros(limit + 1), name=f"rows_for_{limit}_tokens")
+        bound = self.editor.constant([limit] if flat else limit, name="max_length")
+        beyond = self._node("Greater", [total, bound], name="beyond_limit", flat=flat, dtype=ir.DataType.BOOL)
+        row = self._node("Cast", [beyond], {"to": int(INT64)}, name="beyond_limit_row", flat=flat)
+        table = self.editor.constant([0], name="row_within_limit")
         zero = ir.Value(name=self.editor.unique_name("within_limit"), type=ir.TensorType(INT64), shape=total.shape)
         message = self.editor.unique_name(f"total_length_exceeds_the_maximum_of_{limit}_tokens")
-        self.editor.operator("", "Gather", [table, total], {"axis": 0}, [zero], name=message)
+        self.editor.operator("", "Gather", [table, row], {"axis": 0}, [zero], name=message)
         return self._node("Add", [total, zero], name="total_length_within_limit", flat=flat)
 
     def _read(self, symbol: sympy.Symbol, flat: bool) -> ir.Value:
@@ -262,6 +265,7 @@ class LengthValues:
         *,
         name: str,
         flat: bool,
+        dtype: ir.DataType = INT64,
     ) -> ir.Value:
         """Add a node that computes a number, of shape [1] or a scalar."""
-        return self.editor.node(operator, inputs, attributes, name=name, dtype=INT64, shape=[1] if flat else [])
+        return self.editor.node(operator, inputs, attributes, name=name, dtype=dtype, shape=[1] if flat else [])
