@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,7 +116,9 @@ def _unmeant(error: Exception) -> str:
 
 def _injected(mutant: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
     copy = onnx.ModelProto.FromString(mutant.SerializeToString())
-    return kvsurgeon.KeyValueCacheInjector(folder).apply(copy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # notes, such as a limit
+        return kvsurgeon.KeyValueCacheInjector(folder).apply(copy)
 
 
 def _refused(outcome: Outcome, entry: Entry, mutant: onnx.ModelProto, error: Exception) -> Outcome:
