@@ -13,14 +13,14 @@ import onnx_ir as ir
 
 from kvsurgeon import io
 from kvsurgeon.analysis.analysis import Analysis, analyze
-from kvsurgeon.anatomy import Decoder, cache_facts, decoder_facts
+from kvsurgeon.anatomy import CachedTensor, Decoder, cache_facts, decoder_facts
 from kvsurgeon.decompose import DecomposedModel, decompose
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.io.gc_pause import gc_paused
 from kvsurgeon.io.json_files import read_json
 from kvsurgeon.io.model_config import HeadChange
 from kvsurgeon.proof.proof import Proof, prove
-from kvsurgeon.rewrite.cache_removal import remove_cache
+from kvsurgeon.rewrite.cache_removal import RemovedCache, remove_cache
 
 Source = str | Path | onnx.ModelProto | ir.Model
 
@@ -94,6 +94,14 @@ class Subject:
         """
         return self._current().decoder
 
+    def cache(self) -> tuple[CachedTensor, ...]:
+        """Return the facts about the cache that the model has; nothing is run to find them.
+
+        Raises:
+            UnsupportedError: It cannot be read.
+        """
+        return self._current().cache
+
     def changed(self) -> None:
         """Discard the results of the stages, because the graph was edited."""
         self._stages = None
@@ -129,16 +137,25 @@ class _Stages:
             return prove(self.analysis, self.decomposed.assumed)
 
     @cached_property
+    def removed(self) -> tuple[RemovedCache, _Stages] | None:
+        """The model without its cache, with its stages; None if it has none."""
+        with deep_recursion(), gc_paused():
+            removed = remove_cache(self.model)
+        return None if removed is None else (removed, _Stages(removed.model))
+
+    @cached_property
+    def cache(self) -> tuple[CachedTensor, ...]:
+        if self.removed is None:
+            return ()
+        removed, without_cache = self.removed
+        return tuple(cache_facts(removed.signature.located(without_cache.analysis)))
+
+    @cached_property
     def decoder(self) -> Decoder:
+        if self.removed is not None:
+            return replace(self.removed[1].decoder, cache=self.cache)
         with deep_recursion():
-            with gc_paused():
-                removed = remove_cache(self.model)
-            if removed is None:
-                return decoder_facts(self.analysis, self.proof)
-            without_cache = _Stages(removed.model)
-            decoder = without_cache.decoder
-            signature = removed.signature.located(without_cache.analysis)
-            return replace(decoder, cache=tuple(cache_facts(signature)))
+            return decoder_facts(self.analysis, self.proof)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,9 @@ def run_and_save(
 
 
 def check_readable(run: PipelineRun) -> None:
-    """Check that an injected cache can be read again, as `inspect` and other passes do.
+    """Check that an injected cache can be found again, and removed, as `inspect` and other passes do.
+
+    The attention is not proved to be causal again: that takes as long as the injection.
 
     Raises:
         UnsupportedError: It cannot.
@@ -101,7 +103,7 @@ def check_readable(run: PipelineRun) -> None:
     if run.steps[-1].name != Inject.name:
         return
     try:
-        Subject(model=run.model, folder=run.folder).decoder()
+        Subject(model=run.model, folder=run.folder).cache()
     except UnsupportedError as error:
         raise UnsupportedError(
             f"the model with a cache cannot be read again: {error.reason}", code=error.code, at=error.at,
