@@ -54,6 +54,8 @@ def test_masked_queries_that_attend_ahead_and_are_read_are_rejected():
     text = attention(
         inputs=MASK, allowed=f"{FLOATS} causal = LessOrEqual(row, column)\n q_seen = Greater(am_q, half)",
         masked="s1 = Where(causal, s, low)\n masked_scores = Where(q_seen, s1, low)",
+        after="k2 = MatMul(c, wk)\n kt2 = Transpose<perm = [0, 2, 1]>(k2)\n s2 = MatMul(c, kt2)\n"
+        "s3 = Where(causal, s2, low)\n w2 = Softmax<axis = -1>(s3)\n logits = MatMul(w2, c)",
     )  # fmt: skip
     with pytest.raises(UnsupportedError, match="masked tokens attend to later tokens"):
         injected(read(text))

@@ -91,6 +91,8 @@ def check_batch(visit: NodeVisit, links: AxisLinks) -> None:
     Raises:
         UnsupportedError: It mixes, moves or selects sequences.
     """
+    if links.token_rows:
+        return  # one result for each row, whichever sequence it is of
     after = visit.batch_axes(visit.call.result)
     before = {index: visit.batch_axes(visit.call.fact(index)) for index in visit.tokens}
     places = [(index, place) for index, found in before.items() for place in found]
