@@ -115,11 +115,9 @@ def test_it_is_verified(name):
     assert verify(model, injected(model), effort="quick", seed=0).problems == ()
 
 
-def test_a_result_that_cannot_be_read_is_not_written(tmp_path):
-    pipeline = Pipeline((Inject(cache="static", max_length=32),))
-    with pytest.raises(UnsupportedError, match=r"cannot be read again: scores are reduced .*\(use another"):
-        run_and_save(with_output("largest_weight"), pipeline, tmp_path / "model.onnx", verify=False)
-    assert not list(tmp_path.iterdir())
+def test_a_result_that_cannot_be_read_has_a_note():
+    run = run_and_save(with_output("largest_weight"), Pipeline((Inject(cache="static", max_length=32),)), verify=False)
+    assert run.notes[-1].startswith("inspect and passes cannot read the cache of the result: ")
 
 
 def test_the_check_does_not_change_the_result():

@@ -20,7 +20,7 @@ from kvsurgeon.passes.shapes.fix_shapes import FixShapes
 from kvsurgeon.targets import TARGETS, Incompatibility, ModelInfo, Target, find_incompatibilities
 from kvsurgeon.targets.target import warning
 from kvsurgeon.workflow.pipeline import PassResult, Pipeline, PipelineRun
-from kvsurgeon.workflow.run_and_save import check_readable, reference_of, verify_run
+from kvsurgeon.workflow.run_and_save import note_unreadable, reference_of, verify_run
 
 if TYPE_CHECKING:
     from kvsurgeon.parity import Effort, Progress
@@ -92,7 +92,7 @@ def build_target(
         _check_destination(subject, Path(destination), target)
     reference = reference_of(subject) if verify else None
     run, target, decoder = _inject(subject, target, options or {})
-    check_readable(run)
+    run = note_unreadable(run)
     if reference is not None:
         run = verify_run(run, reference, effort=effort, seed=seed, progress=progress)
     models, steps = _finish(subject, target)

@@ -77,7 +77,7 @@ def run_and_save(
     run = pipeline.run(subject, verify_each=verify_each, on_pass=on_pass)
     if not run.changed:
         raise UnsupportedError(_unchanged(run.steps), code=Code.UNCHANGED, hint="nothing was written")
-    check_readable(run)
+    run = note_unreadable(run)
     if verify and reference is not None:
         run = verify_run(run, reference, destination, text=text, per_layer=per_layer, effort=effort, seed=seed,
             progress=progress)  # fmt: skip
@@ -92,23 +92,21 @@ def run_and_save(
     return run if writer is None else replace(run, certificate=writer.write(run))
 
 
-def check_readable(run: PipelineRun) -> None:
-    """Check that an injected cache can be found again, and removed, as `inspect` and other passes do.
+def note_unreadable(run: PipelineRun) -> PipelineRun:
+    """Return a run with a note if the injected cache cannot be found again, as `inspect` and other passes do.
 
     The attention is not proved to be causal again: that takes as long as the injection.
-
-    Raises:
-        UnsupportedError: It cannot.
     """
-    if run.steps[-1].name != Inject.name:
-        return
+    last = run.steps[-1]
+    if last.name != Inject.name or not isinstance(last.outcome, Changed):
+        return run
     try:
         Subject(model=run.model, folder=run.folder).cache()
     except UnsupportedError as error:
-        raise UnsupportedError(
-            f"the model with a cache cannot be read again: {error.reason}", code=error.code, at=error.at,
-            layer=error.layer, expected=error.expected, found=error.found, hint="use another cache mode",
-        ) from error  # fmt: skip
+        note = f"inspect and passes cannot read the cache of the result: {error}"
+        outcome = replace(last.outcome, notes=(*last.outcome.notes, note))
+        return replace(run, steps=(*run.steps[:-1], replace(last, outcome=outcome)))
+    return run
 
 
 def reference_of(subject: Subject) -> onnx.ModelProto:
