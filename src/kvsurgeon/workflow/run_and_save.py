@@ -12,7 +12,7 @@ from kvsurgeon import io
 from kvsurgeon.errors import Code, ParityError, UnsupportedError, UsageError, WeightsError
 from kvsurgeon.io.external_data import external_tensors
 from kvsurgeon.passes.cache.inject import Inject
-from kvsurgeon.passes.contract import Source, Subject, Unchanged
+from kvsurgeon.passes.contract import Changed, Source, Subject, Unchanged
 from kvsurgeon.workflow.certificate import CertificateWriter
 from kvsurgeon.workflow.pipeline import PassCallback, PassResult, Pipeline, PipelineRun, first_of
 
