@@ -59,7 +59,7 @@ def test_keeps_the_bound_without_noise():
     report = verify(Decoder().model(), nudged(CachedDecoder().model(), 5 * BOUND), threads=1)
 
     assert report.verdict == "different"
-    assert report.bound == TIGHT
+    assert report.bound < BOUND / 5
 
 
 def test_keeps_the_bound_if_the_error_is_large(monkeypatch):

@@ -123,18 +123,23 @@ class ReferenceModel:
                 return False
         return True
 
-    def distance_to(self, session: Session, seed: int) -> float:
-        """Return the error of another session on the model, for a long text.
+    def on(self, session: Session) -> ReferenceModel:
+        """Return this model with another session."""
+        if isinstance(self.decoder, CachedDecoder):
+            decoder: AnyDecoder = CachedDecoder(session, self.decoder.cache)
+            decoder.use_inputs(self.inputs)
+        else:
+            decoder = UncachedDecoder(session, self.inputs)
+        return replace(self, decoder=decoder)
+
+    def distance_to(self, other: ReferenceModel, seed: int) -> float:
+        """Return the error of the same model in another session, for a long text.
 
         Raises:
             RunError: The other session fails.
         """
         tokens = np.random.default_rng(seed).integers(0, self.vocabulary, (self.decoder.batch or 1, self.lengths.long))
-        if isinstance(self.decoder, CachedDecoder):
-            other: AnyDecoder = CachedDecoder(session, self.decoder.cache)
-        else:
-            other = UncachedDecoder(session, self.inputs)
-        return distance(self.outputs(tokens), replace(self, decoder=other).outputs(tokens))
+        return distance(self.outputs(tokens), other.outputs(tokens))
 
     def _feeds(self, tokens: Tokens, mask: Tokens) -> dict[str, Array]:
         return self.inputs.feeds(tokens, mask, token_types=self.token_types)

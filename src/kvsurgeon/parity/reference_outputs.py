@@ -21,11 +21,13 @@ class ReferenceOutputs:
         scenario: The text.
         calls: Outputs of each call.
         in_calls: Whether the reference ran in the calls of the scenario.
+        whole: Outputs for a longer text, which show more of the axes of an output; None for these.
     """
 
     scenario: Scenario
     calls: tuple[Mapping[str, Array], ...]
     in_calls: bool
+    whole: ReferenceOutputs | None = None
 
     @property
     def names(self) -> Collection[str]:
@@ -52,11 +54,15 @@ class ReferenceOutputs:
             array: The output of a call.
             lengths: Number of tokens of that call, and of the text so far if the output may be that of all of them.
         """
-        batch, tokens = self.size
-        shape = max((call[name].shape for call in self.calls), key=lambda shape: shape[:1])
-        flat = shape[:1] == (batch * tokens,) and shape[:2] != (batch, tokens) and (len(shape) == 2 or batch > 1)
+        batch, flat = self.size[0], (self.whole or self)._is_flat(name)
         length = next((length for length in lengths if flat and len(array) == batch * length), None)
         return array if length is None else array.reshape(batch, length, *array.shape[1:])
+
+    def _is_flat(self, name: str) -> bool:
+        """Whether an output has one axis for rows and tokens."""
+        batch, tokens = self.size
+        shape = max((call[name].shape for call in self.calls), key=lambda shape: shape[:1])
+        return shape[:1] == (batch * tokens,) and shape[:2] != (batch, tokens) and (len(shape) == 2 or batch > 1)
 
     def follows_calls(self, name: str) -> bool:
         """Whether the reference gives an output for each call, and not for the whole text only."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import cycle
 from typing import Literal
@@ -69,6 +69,11 @@ class Scenario:
     def digest(self) -> str:
         """SHA-256 of the token IDs, then the mask, as rows of little-endian 64-bit integers."""
         return hashlib.sha256(self.tokens.astype("<i8").tobytes() + self.mask.astype("<i8").tobytes()).hexdigest()
+
+    def start(self, length: int) -> Scenario:
+        """Return the scenario of the first tokens, with the calls that they are in."""
+        chunks = tuple(min(total, length) - past for past, total in self.spans if past < length)
+        return replace(self, tokens=self.tokens[:, :length], mask=self.mask[:, :length], chunks=chunks)
 
     @property
     def spans(self) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,127 @@
+"""Random rounding of a model, to measure how far rounding alone moves its outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from kvsurgeon.errors import KvsurgeonError
+from kvsurgeon.parity.model_source import ModelSource
+from kvsurgeon.parity.reference_model import ReferenceModel
+from kvsurgeon.parity.tolerance import ROUNDED, arithmetic_of
+from kvsurgeon.runtime import Optimization
+
+_LARGEST = 1 << 30  # bytes of a model, which is copied
+_FLIPS = 8.0  # roundings, so that integers change in some of a few runs if rounding may change them
+_PRODUCTS = {"Conv", "Gather", "Gemm", "MatMul", "MatMulNBits"}
+_ROUNDING: dict[int, float] = {  # largest relative error of a number of this type
+    TensorProto.BFLOAT16: 2.0**-9,
+    TensorProto.FLOAT16: 2.0**-12,
+    TensorProto.FLOAT: 2.0**-24,
+    TensorProto.DOUBLE: 2.0**-53,
+}
+
+
+@dataclass(frozen=True)
+class ReferenceNoise:
+    """The noise of a reference model: how far its outputs move by rounding alone.
+
+    Attributes:
+        reference: The reference model.
+        source: Its file.
+        optimization: Level of onnxruntime's graph optimization.
+        seed: Random seed of the text.
+    """
+
+    reference: ReferenceModel
+    source: ModelSource
+    optimization: Optimization
+    seed: int
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the model rounds activations to 8 bits."""
+        return arithmetic_of(self.source.graph) in ROUNDED
+
+    def measure(self) -> float:
+        """Return the largest error of the reference with sums in another order, and with other rounding.
+
+        Without graph optimization it adds in another order. 0 is returned if neither can be run.
+        """
+        errors = [self.reference.noise]
+        for other in (self._unoptimized(), self._rounded(1.0)):
+            try:
+                errors.append(0.0 if other is None else self.reference.distance_to(other, self.seed))
+            except KvsurgeonError:
+                continue
+        return max(errors)
+
+    @cached_property
+    def rounded(self) -> ReferenceModel | None:
+        """The reference with random rounding of several times the usual size; None if it cannot be had."""
+        return self._rounded(_FLIPS)
+
+    def _unoptimized(self) -> ReferenceModel | None:
+        try:
+            return self.reference.on(self.source.open("off"))
+        except KvsurgeonError:
+            return None
+
+    def _rounded(self, times: float) -> ReferenceModel | None:
+        graph = with_random_rounding(self.source.graph, times)
+        if graph is None:
+            return None
+        try:
+            return self.reference.on(replace(self.source, source=graph, graph=graph).open(self.optimization))
+        except KvsurgeonError:
+            return None
+
+
+def with_random_rounding(model: onnx.ModelProto, times: float) -> onnx.ModelProto | None:
+    """Return a copy of a model in which each product with weights has random errors.
+
+    They differ in each call. None is returned if the model is large, or has no product with floating-point weights
+    outside of functions and subgraphs.
+
+    Args:
+        model: The model, without its external weights.
+        times: Largest error, as a multiple of that of one rounding.
+    """
+    if model.ByteSize() > _LARGEST:
+        return None
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    types = {one.name: one.data_type for one in copy.graph.initializer if one.data_type in _ROUNDING}
+    nodes: list[onnx.NodeProto] = []
+    for node in copy.graph.node:
+        nodes.append(node)
+        weight = next((name for name in node.input if name in types), None)
+        if node.op_type in _PRODUCTS and weight is not None:
+            exact, output = f"{node.output[0]}.exact", node.output[0]
+            node.output[0] = exact
+            nodes += _rounded(exact, output, types[weight], times, seed=len(nodes))
+    if len(nodes) == len(copy.graph.node):
+        return None
+    nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del copy.graph.node[:]
+    copy.graph.node.extend(nodes)
+    return copy
+
+
+def _rounded(value: str, output: str, onnx_type: int, times: float, seed: int) -> list[onnx.NodeProto]:
+    """Return the nodes that multiply each number by `1 + error`, with random errors."""
+    wide = TensorProto.DOUBLE if onnx_type == TensorProto.DOUBLE else TensorProto.FLOAT
+    names = {step: f"{value}.{step}" for step in ("wide", "error", "added", "sum")}
+    error = times * _ROUNDING[onnx_type]
+    limits: dict[str, Any] = {"low": -error, "high": error, "seed": float(seed)}
+    return [
+        helper.make_node("Cast", [value], [names["wide"]], to=wide),
+        helper.make_node("RandomUniformLike", [names["wide"]], [names["error"]], **limits),
+        helper.make_node("Mul", [names["wide"], names["error"]], [names["added"]]),
+        helper.make_node("Add", [names["wide"], names["added"]], [names["sum"]]),
+        helper.make_node("Cast", [names["sum"]], [output], to=onnx_type),
+    ]
