@@ -12,7 +12,7 @@ from further_outputs import NAME, OUTPUTS, rows_returned, with_output
 from laws import in_onnxruntime
 
 from kvsurgeon import io
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.remove_cache import RemoveCache
@@ -115,9 +115,13 @@ def test_it_is_verified(name):
     assert verify(model, injected(model), effort="quick", seed=0).problems == ()
 
 
-def test_a_result_that_cannot_be_read_has_a_note():
-    run = run_and_save(with_output("largest_weight"), Pipeline((Inject(cache="static", max_length=32),)), verify=False)
-    assert run.notes[-1].startswith("inspect and passes cannot read the cache of the result: ")
+def test_a_result_that_cannot_be_read_has_a_note(monkeypatch):
+    def unreadable(_subject):
+        raise UnsupportedError("its experts are unknown", code=Code.UNTRACEABLE_SEQUENCE)
+
+    monkeypatch.setattr(Subject, "cache", unreadable)
+    run = run_and_save(with_output("causal"), Pipeline((Inject(),)), verify=False)
+    assert run.notes[-1] == "inspect and passes cannot read the cache of the result: its experts are unknown"
 
 
 def test_the_check_does_not_change_the_result():

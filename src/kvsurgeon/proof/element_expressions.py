@@ -53,7 +53,10 @@ class ElementExpressions:
         return expressions is not None and all(dim.is_less(one, 0) is False for one in expressions)
 
     def address_tokens(self, value: ir.Value | None) -> bool:
-        """Return whether indices into `[outer * length]` are `row * length + position`, for any length."""
+        """Return whether indices into `[outer * length]` are `row * length + position`, for any length.
+
+        Row -1 counts back from the end.
+        """
         expressions, shape = self.of(value), self.shapes[value].shape if value is not None else None
         if expressions is None or shape is None or len(expressions) != 1 or isinstance(expressions[0], int):
             return False

@@ -208,8 +208,8 @@ class LengthDependence:
 
     def _addresses(self, indices: ir.Value | None, axis: SequenceAxis) -> bool:
         """Return whether indices into a growing axis are the same positions at every length."""
-        if axis.is_plain:
-            return indices not in self.causes and self._elements.count_from_the_front(indices)
+        if axis.is_plain and indices not in self.causes and self._elements.count_from_the_front(indices):
+            return True
         return axis.inner == 1 and self._elements.address_tokens(indices)
 
     def _first_cause(self, values: Iterable[ir.Value]) -> ir.Value | None:
