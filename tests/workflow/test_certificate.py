@@ -233,6 +233,23 @@ def test_other_versions_are_named_and_all_else_is_repeated(copied, monkeypatch):
         confirm(copied)
 
 
+def test_a_text_that_cannot_be_compared_is_stated_as_such(copied, monkeypatch):
+    def verify_all_but_one(*models, **options):
+        first, *others = (found := verify_models(*models, **options)).comparisons
+        skipped = replace(first, verdict="unknown", error=None, agreement=None)
+        return replace(found, comparisons=(skipped, *others))
+
+    verify_models = verification.verify_models
+    monkeypatch.setattr(verification, "verify_models", verify_all_but_one)
+    kvsurgeon.inject(copied / "original", copied / "result", effort="quick", certificate=copied / "c.json")
+    statement = json.loads((copied / "c.json").read_text())
+    assert not list(violations(statement, SCHEMA))
+    assert confirm(copied).repeated.ok
+    edited(copied, lambda statement: statement["predicate"]["measurements"]["texts"][0].update(error=0.0))
+    with pytest.raises(CertificateError, match="whole prefill"):
+        confirm(copied)
+
+
 # Not confirmed: files
 
 
