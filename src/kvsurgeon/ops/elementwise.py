@@ -141,6 +141,8 @@ ARITHMETIC: dict[str, Arithmetic] = {
     "Where": lambda condition, left, right: left if condition else right,
 }
 
+_EXACT_IN = {ir.DataType.FLOAT16: 1 << 11, ir.DataType.BFLOAT16: 1 << 8}  # whole numbers up to these
+
 # fmt: off
 COMPARISONS = frozenset({
     "And", "Or", "Xor", "Not", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "IsNaN", "IsInf",
@@ -160,7 +162,7 @@ def _typed(number: Scalar, dtype: ir.DataType | None) -> Scalar:
     return float(number) if dtype.is_floating_point() else int(number)
 
 
-def _numbers(arithmetic: Arithmetic, operands: tuple[Fact | None, ...]) -> np.ndarray | None:
+def _numbers(arithmetic: Arithmetic, operands: tuple[Fact | None, ...], dtype: ir.DataType | None) -> np.ndarray | None:
     given = [operand for operand in operands if operand is not None]
     arrays = [operand.value for operand in given if operand.value is not None]
     if not arrays or len(arrays) < len(given):
@@ -171,7 +173,18 @@ def _numbers(arithmetic: Arithmetic, operands: tuple[Fact | None, ...]) -> np.nd
     except (Undecided, ZeroDivisionError, OverflowError, ValueError, TypeError):
         return None
     array = np.asarray(result, dtype=object)
-    return array if array.size <= WIDEST_VALUE else None
+    return array if array.size <= WIDEST_VALUE and all(_fits(number, dtype) for number in array.reshape(-1)) else None
+
+
+def _fits(number: Scalar, dtype: ir.DataType | None) -> bool:
+    """Return whether a type holds a number exactly, at any usual length."""
+    if dtype is None or not (_is_symbolic(number) or isinstance(number, int)):
+        return True
+    if dtype in _EXACT_IN:
+        return dim.is_within(number, -_EXACT_IN[dtype], _EXACT_IN[dtype])
+    if not dtype.is_integer() or dtype is ir.DataType.INT64:
+        return True
+    return dim.is_within(number, int(dtype.min), int(dtype.max))
 
 
 def _variadic(arithmetic: Arithmetic, operands: tuple[Fact | None, ...], name: str) -> Arithmetic:
@@ -210,7 +223,7 @@ def binary(call: OperatorCall) -> Fact:
     arithmetic = ARITHMETIC.get(name)
     value = None
     if arithmetic is not None:
-        value = _numbers(_variadic(arithmetic, call.inputs, name), call.inputs)
+        value = _numbers(_variadic(arithmetic, call.inputs, name), call.inputs, dtype)
     return Fact(shape, dtype, value)
 
 
@@ -220,7 +233,7 @@ def unary(call: OperatorCall) -> Fact:
     name = call.node.op_type
     dtype = ir.DataType.BOOL if name in COMPARISONS else operand.dtype
     arithmetic = ARITHMETIC.get(name)
-    value = None if arithmetic is None else _numbers(arithmetic, call.inputs[:1])
+    value = None if arithmetic is None else _numbers(arithmetic, call.inputs[:1], dtype)
     return Fact(operand.shape, dtype, value)
 
 
@@ -228,7 +241,7 @@ def cast(call: OperatorCall) -> Fact:
     """`Cast`, `CastLike`: the numbers as the new type holds them."""
     operand = call.fact(0)
     to = call.fact(1).dtype if call.node.op_type == "CastLike" else ir.DataType(call.integer("to", 1))
-    return Fact(operand.shape, to, _numbers(lambda number: _typed(number, to), call.inputs[:1]))
+    return Fact(operand.shape, to, _numbers(lambda number: _typed(number, to), call.inputs[:1], to))
 
 
 def quantize(call: OperatorCall) -> Fact:

@@ -167,6 +167,7 @@ def scatter(call: OperatorCall) -> Fact:
     value = None
     if (
         call.node.op_type == "ScatterND"
+        and call.text("reduction", "none") == "none"
         and data.value is not None
         and updates.value is not None
         and indices.value is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from kvsurgeon.analysis.mask_patterns import (
 from kvsurgeon.analysis.probe_inputs import LOUD, Rows
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.input_roles import InputRole
+from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.proof.attention_pattern import (
     MIN_WEIGHT,
@@ -34,11 +35,12 @@ from kvsurgeon.proof.attention_pattern import (
     leaking_queries,
     queries_without_key,
 )
+from kvsurgeon.proof.context_scan import changing_lengths, changing_positions
 from kvsurgeon.proof.key_reductions import check_key_reductions, normalizes_before_mask
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, prefix
 from kvsurgeon.proof.row_checks import affordable, first_tokens, longest_passing, spans
 from kvsurgeon.proof.row_runner import RowRunner
-from kvsurgeon.symbolic.sequence_axes import Axes
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
 SCALES = (30.0, 10.0, 3.0, 1.0)  # of the probed scores: a mask must hold for the largest that give finite weights
 
@@ -216,8 +218,7 @@ class AttentionProbe:
         if self.site.fused is not None:
             nodes |= {self.site.fused.node}
         proved = not any(node in nodes for node, _ in self.sweep.unproved)
-        read = [value for node in nodes for value in node.inputs if not is_token(self.sweep.flow, value)]
-        thresholds = self.sweep.thresholds(read)
+        thresholds = self._thresholds(nodes, proved=proved) if self.sweep.longest > passed else []
         totals = self.sweep.totals(passed, thresholds, proved=proved)
         try:
             runner = RowRunner(self.sweep.analysis, self.runner, self._axes, self.site)
@@ -239,6 +240,23 @@ class AttentionProbe:
             row = Rows(query, query + 1, checked)
             found[query] = self._compared(runner.run(row, scale=0.0), row)[0][..., 0, :]
         return checked, None if proved and failed is None else checked, found
+
+    def _thresholds(self, nodes: Iterable[ir.Node], *, proved: bool) -> list[int]:
+        """Return the positions and the lengths at which the weights that these nodes compute may change."""
+        flow, demands = self.sweep.flow, self.sweep.flow.demands
+        values: list[ir.Value] = []
+        by_query: dict[ir.Value, Axes] = {}
+        for node in nodes:
+            for index, value in enumerate(node.inputs):
+                if value is None or is_token(flow, value):
+                    continue
+                values.append(value)
+                axes = demands.get((node, index), ())
+                if flow.kinds.get(value) is ValueKind.CONTEXT and any(_is_of_queries(axis) for axis in axes):
+                    by_query[value] = axes
+        positions = changing_positions(self.sweep, by_query)
+        lengths = set() if proved else changing_lengths(self.sweep, values)
+        return sorted({*self.sweep.thresholds(values), *positions, *lengths})
 
     def _check_span(self, runner: RowRunner, rows: Rows, scale: float, *, stable: bool) -> None:
         """Check that rows attend to no later key and, unless they are stable, are the same without later tokens."""
@@ -394,6 +412,10 @@ class AttentionProbe:
 
     def _unsupported(self, reason: str, code: Code, hint: str) -> UnsupportedError:
         return UnsupportedError(reason, code=code, layer=self.layer, at=self.site.at.name, hint=hint)
+
+
+def _is_of_queries(axis: SequenceAxis) -> bool:
+    return axis.variable.resolved() is Length.NEW
 
 
 def _not_causal(layer: int, site: AttentionSite, found: str) -> UnsupportedError:

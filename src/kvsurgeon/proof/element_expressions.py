@@ -71,6 +71,8 @@ class ElementExpressions:
         updates = self.shapes[node.inputs[2]].shape  # type: ignore[index]
         if data is None or updates is None or expressions is None or len(expressions) != len(data):
             return False
+        if node.attributes.get_string("reduction", "none") != "none":  # the data remains in the result
+            return False
         return data == updates and all(
             expression == index(axis) or (size == 1 and expression == 0)
             for axis, (expression, size) in enumerate(zip(expressions, data, strict=True))

@@ -24,6 +24,7 @@ from kvsurgeon.symbolic.sequence_axes import Axes
 
 LENGTHS = (1, 2, 7, 8, 40, 65, 129)  # tokens
 LONG_LENGTHS = (513, 1025)  # tokens, for values that grow with the length and not with its square
+SCANNED = 4097  # tokens: every position and every length up to here is looked at
 MIN_USEFUL_LENGTH = 64  # tokens: a cache that is correct for fewer is of no use
 MAX_ATTENTION_LENGTH = 160  # tokens at which all attention weights are computed; beyond, some rows are
 MAX_ELEMENTS = 1 << 21  # of the attention weights, all heads together
@@ -57,6 +58,15 @@ class LengthSweep:
         self._dependence = LengthDependence(analysis) if self.fixed is None else None
         self.unproved = {} if self._dependence is None else self._dependence.unproved()
 
+    @property
+    def longest(self) -> int:
+        """The longest text of which rows are checked, in tokens."""
+        return min(self._limit, MAX_LENGTH)
+
+    def depends_on_length(self, value: ir.Value) -> bool:
+        """Return whether a value of context may depend on the total length by value."""
+        return self._dependence is not None and value in self._dependence.causes
+
     def thresholds(self, values: Iterable[ir.Value | None]) -> tuple[int, ...]:
         """Return the lengths at which context that these values are computed from may change."""
         return lengths_near(find_thresholds(self.flow, values))
@@ -78,10 +88,10 @@ class LengthSweep:
             thresholds: Lengths at which something may change.
             proved: Whether the rows are proved to be prefix stable, so that the longest text contains all others.
         """
-        longest = min(self._limit, MAX_LENGTH)
+        longest = self.longest
         if proved:
             reach = [2 * length for length in thresholds if length < longest]
-            return [min(longest, max([LONG_LENGTHS[-1], *reach]))] if longest > passed else []
+            return [min(longest, max([SCANNED, *reach]))] if longest > passed else []
         return growing_lengths(passed, longest, thresholds) if longest > passed else []
 
     def attention_lengths(self, site: AttentionSite) -> list[int]:
@@ -121,12 +131,12 @@ class LengthSweep:
             except UnsupportedError:
                 if not results:
                     raise
-                self.bounds.add(_longest(run, max(results), length))
+                self.bounds.add(longest_running(run, max(results), length))
                 break
         return results
 
 
-def _longest(run: Callable[[int], object], runs: int, fails: int) -> int:
+def longest_running(run: Callable[[int], object], runs: int, fails: int) -> int:
     """Return the longest length at which context runs, by bisection."""
     while fails - runs > 1:
         between = (runs + fails) // 2

@@ -25,6 +25,7 @@ from kvsurgeon.graph.query import downstream, producer_of, producers, through, u
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.proof.causality import other_reductions
+from kvsurgeon.proof.context_scan import changing_lengths
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, prefix
 from kvsurgeon.proof.row_checks import affordable, first_tokens, longest_passing, spans
 from kvsurgeon.proof.row_runner import RowRunner
@@ -88,7 +89,7 @@ def _check_rows(sweep: LengthSweep, values: dict[ir.Value, Axes], passed: int) -
         runner = RowRunner(sweep.analysis, whole, list(values.values()))
     except UnsupportedError:
         return passed
-    thresholds = sweep.thresholds(values)
+    thresholds = sorted({*sweep.thresholds(values), *changing_lengths(sweep, values)})
     totals = affordable(sweep.totals(passed, thresholds, proved=False), runner.elements)
 
     def check(total: int) -> None:

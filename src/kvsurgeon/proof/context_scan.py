@@ -1,0 +1,129 @@
+"""Context scan: the positions and the lengths at which context changes, found by computing it at each of them.
+
+A threshold need not be a constant that something is compared with: it may be hidden in a table, a rounding or an
+overflow. What is found says only where to look closely.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+import onnx_ir as ir
+
+from kvsurgeon.analysis.mask_patterns import sequence_last
+from kvsurgeon.analysis.probe_inputs import Rows
+from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.graph.constants import SMALL
+from kvsurgeon.graph.query import upstream
+from kvsurgeon.ops.content import content_inputs
+from kvsurgeon.proof.length_sweep import SCANNED, LengthSweep, longest_running
+from kvsurgeon.proof.row_runner import RowRunner
+from kvsurgeon.symbolic.dimension import BATCH, Dimension
+from kvsurgeon.symbolic.sequence_axes import Axes, Length
+
+MAX_ELEMENTS = 1 << 25  # of a value, of which every row is computed
+MAX_BLOCK = 1 << 22  # elements of a block of rows
+MAX_FOUND = 32  # positions of one value, and lengths of one number
+
+
+def changing_positions(sweep: LengthSweep, values: Mapping[ir.Value, Axes]) -> set[int]:
+    """Return the queries for which context is not what it is for the query before, as many tokens later.
+
+    Args:
+        sweep: The length sweep of the decoder.
+        values: Values of context with their sequence axes, of which one is that of the queries.
+    """
+    found: set[int] = set()
+    for value, axes in values.items():
+        try:
+            runner = RowRunner(sweep.analysis, sweep.runner([value]), [axes])
+            longest = _longest(runner, min(sweep.longest, SCANNED))
+            while runner.elements(Rows.of_text(longest)) > MAX_ELEMENTS:
+                longest //= 2
+            found |= set(_changes(_differing_rows(runner, axes, longest)))
+        except UnsupportedError:  # it is computed with the weights, or not at all
+            continue
+    return found
+
+
+def changing_lengths(sweep: LengthSweep, values: Iterable[ir.Value]) -> set[int]:
+    """Return the total lengths at either side of which a number of context begins or ceases to change.
+
+    Args:
+        sweep: The length sweep of the decoder.
+        values: Values of context.
+    """
+    numbers = _numbers_of_length(sweep, values)
+    if not numbers:
+        return set()
+    try:
+        runner = RowRunner(sweep.analysis, sweep.runner(numbers), [()] * len(numbers))
+        longest = _longest(runner, min(sweep.longest, SCANNED))
+        runs = [runner.run(Rows(0, 1, length)) for length in range(1, longest + 1)]
+    except UnsupportedError:
+        return set()
+    found: set[int] = set()
+    for series in zip(*runs, strict=True):
+        differs = [True, *(not np.array_equal(one, other) for one, other in pairwise(series))]
+        found |= {place + offset for place in _changes(np.array(differs)) for offset in (0, 1)}
+    return found
+
+
+def _longest(runner: RowRunner, total: int) -> int:
+    """Return the longest total length up to a given one at which the first row can be computed."""
+
+    def run(length: int) -> None:
+        runner.run(Rows(0, 1, length))
+
+    try:
+        run(total)
+    except UnsupportedError:
+        return longest_running(run, 1, total)
+    return total
+
+
+def _numbers_of_length(sweep: LengthSweep, values: Iterable[ir.Value]) -> list[ir.Value]:
+    """Return the numbers that depend on the length, and that values with a sequence axis are computed from."""
+    flow, wanted = sweep.flow, dict.fromkeys(values)
+    for value in list(upstream(wanted, inputs=content_inputs)):
+        node = value.producer()
+        if node is not None and flow.kinds.get(value) is ValueKind.CONTEXT and not _is_small(flow.shapes[value].shape):
+            wanted |= dict.fromkeys(content_inputs(node))
+    return [value for value in wanted if sweep.depends_on_length(value) and _is_small(flow.shapes[value].shape)]
+
+
+def _is_small(shape: Sequence[Dimension] | None) -> bool:
+    """Return whether a tensor has the same few elements at every length."""
+    sizes = [1 if size is BATCH else size for size in shape or ()]
+    return shape is not None and math.prod(size if isinstance(size, int) else SMALL for size in sizes) < SMALL
+
+
+def _differing_rows(runner: RowRunner, axes: Axes, total: int) -> np.ndarray:
+    """Return [total] of bool: whether a query's later keys are not those of the query before, moved by one token."""
+    differs = np.zeros(total, dtype=bool)
+    row, whole = (runner.elements(rows) for rows in (Rows(0, 1, total), Rows.of_text(total)))
+    sliced = row * 8 < whole  # else all rows are computed whichever are wanted
+    count = max(2, min(total, MAX_BLOCK // max(1, row))) if sliced else total
+    has_keys = any(axis.variable.resolved() is not Length.NEW for axis in axes)
+    for start in range(0, total - 1, count - 1):
+        rows = Rows(start, min(start + count, total), total)
+        array = sequence_last(runner.run(rows)[0], axes, rows)
+        if has_keys:
+            unequal = array[..., 1:, 1:] != array[..., :-1, :-1]
+            unequal = np.triu(unequal.any(axis=tuple(range(unequal.ndim - 2))), start + 1).any(axis=-1)
+        else:
+            unequal = array[..., 1:] != array[..., :-1]
+            unequal = unequal.any(axis=tuple(range(unequal.ndim - 1)))
+        differs[start + 1 : rows.stop] = unequal
+    return differs
+
+
+def _changes(differs: np.ndarray) -> list[int]:
+    """Return the places at which differences begin or end; if they are many, the first ones and some of the others."""
+    found = [int(place) for place in np.flatnonzero(differs[1:] != differs[:-1]) + 1]
+    first, others = found[: MAX_FOUND // 2], found[MAX_FOUND // 2 :]
+    return first + others[:: max(1, 2 * len(others) // MAX_FOUND)]

@@ -1,0 +1,110 @@
+"""Where context changes is found by computing it, whatever the threshold is hidden in."""
+
+# ruff: noqa: E501  # a case is read best on one line
+
+import numpy as np
+import onnx
+import pytest
+from attentions import attention
+from onnx import numpy_helper
+from written import read
+
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.contract import Subject
+
+CAUSAL = "causal = LessOrEqual(row, column)"
+POSITIONS = [
+    ("a block behind a sum and a bound", "float late = {-699.5}, float end = {-759.5}",
+     f"{CAUSAL}\n f = Cast<to = 1>(at)\n a0 = Add(f, late)\n a1 = Relu(a0)\n a = Cast<to = 9>(a1)\n b0 = Add(f, end)\n b1 = Relu(b0)\n"
+     "b2 = Cast<to = 9>(b1)\n b = Not(b2)\n in = And(a, b)\n i = Unsqueeze(in, first)\n j = Unsqueeze(in, second)\n both = And(i, j)\n"
+     "allowed = Or(causal, both)", 701),
+    ("an angle", "float speed = {0.0045}, float near = {0.9999}, int64 four = {4}",
+     f"{CAUSAL}\n f = Cast<to = 1>(column)\n a = Mul(f, speed)\n b = Sin(a)\n c1 = Greater(b, near)\n end = Add(column, four)\n d = Less(row, end)\n"
+     "e = And(c1, d)\n allowed = Or(causal, e)", 347),
+    ("the precision of positions", "", "i0 = Cast<to = 10>(row)\n j0 = Cast<to = 10>(column)\n i = Cast<to = 1>(i0)\n j = Cast<to = 1>(j0)\n allowed = LessOrEqual(i, j)", 2049),
+    ("an overflow of positions", "int32 factor = {2097152}, int32 zero = {0}, int64 more = {30}",
+     f"{CAUSAL}\n i = Cast<to = 6>(column)\n f = Mul(i, factor)\n over = Less(f, zero)\n end = Add(column, more)\n d = Less(row, end)\n"
+     "e = And(over, d)\n allowed = Or(causal, e)", 1025),
+]  # fmt: skip
+BAND = "a0 = Add(n, begin)\n a1 = Relu(a0)\n a = Cast<to = 9>(a1)\n b0 = Add(n, end)\n b1 = Relu(b0)\n b = Cast<to = 9>(b1)\n c1 = Not(b)\n in = And(a, c1)\n"
+LENGTHS = [
+    ("a band behind sums and bounds", f"n = Cast<to = 1>(length)\n {BAND} f = Where(in, half, unit)\n s = Mul(s0, f)"),
+    ("a band of logarithms", "n = Cast<to = 1>(length)\n l = Log(n)\n a = Greater(l, log_begin)\n b = Less(l, log_end)\n in = And(a, b)\n"
+     "f = Where(in, half, unit)\n s = Mul(s0, f)"),
+    ("a table of lengths", "before = Sub(length, one)\n f = Gather(lengths, before)\n s = Mul(s0, f)"),
+    ("a band of token data", f"n = Cast<to = 1>(length)\n {BAND} other = Mul(s0, half)\n s = Where(in, other, s0)"),
+]  # fmt: skip
+
+
+def read_with(text: str, **tables: np.ndarray) -> onnx.ModelProto:
+    model = read(text)
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in tables.items())
+    return model
+
+
+@pytest.mark.parametrize(("constants", "allowed", "limit"), [pytest.param(*case[1:], id=case[0]) for case in POSITIONS])
+def test_queries_that_read_later_keys_limit_the_length(constants, allowed, limit):
+    assert Subject.of(read(attention(constants=constants, allowed=allowed))).proof().limit == limit
+
+
+def test_segments_of_a_table_that_are_read_both_ways_limit_the_length():
+    segments = np.zeros(3000, np.int64)
+    segments[700:760] = 1
+    allowed = (
+        f"{CAUSAL}\n s1 = Gather(segments, at)\n i = Unsqueeze(s1, first)\n j = Unsqueeze(s1, second)\n same = Equal(i, j)\n"
+        "in = Greater(j, nought)\n both = And(same, in)\n allowed = Or(causal, both)"
+    )
+    model = read_with(attention(allowed=allowed), segments=segments)
+    assert Subject.of(model).proof().limit == 701
+
+
+def test_a_distance_of_a_table_that_is_not_masked_limits_the_length():
+    distances = np.zeros((6001, 1), np.float32)
+    distances[3000 + 2000] = 3e4
+    masked = (
+        "behind = Sub(row, column)\n place = Add(behind, middle)\n b0 = Gather(distances, place)\n b1 = Transpose<perm = [2, 0, 1]>(b0)\n"
+        "m = Where(allowed, s, low)\n masked_scores = Add(m, b1)"
+    )
+    model = read_with(attention(constants="int64 middle = {3000}", masked=masked), distances=distances)
+    assert Subject.of(model).proof().limit == 2000
+
+
+@pytest.mark.parametrize("scores", [pytest.param(case[1], id=case[0]) for case in LENGTHS])
+def test_a_band_of_lengths_limits_the_length(scores):
+    constants = (
+        f"float begin = {{-1549.5}}, float end = {{-1579.5}}, float log_begin = {{{np.log(1549.5)}}}, "
+        f"float log_end = {{{np.log(1579.5)}}}, float unit = {{1.0}}"
+    )
+    lengths = np.ones(4000, np.float32)
+    lengths[1549:1579] = 0.5
+    model = read_with(attention(constants=constants, scores=scores), lengths=lengths)
+    assert Subject.of(model).proof().limit == 1549
+
+
+def test_an_update_that_is_added_keeps_the_data():
+    written = (
+        "n1 = Unsqueeze(length, first)\n size = Concat<axis = 0>(n1, n1)\n i0 = Expand(column, size)\n j0 = Expand(row, size)\n"
+        "i = Unsqueeze(i0, third)\n j = Unsqueeze(j0, third)\n places = Concat<axis = 2>(i, j)\n far = Greater(length, limit)\n"
+        "f = Where(far, half, none)\n r = Cast<to = 1>(row)\n fr = Mul(f, r)\n data = Expand(fr, size)\n zeros0 = Mul(r, none)\n"
+        'zeros = Expand(zeros0, size)\n b = ScatterND<reduction = "add">(data, places, zeros)\n s = Add(s0, b)'
+    )
+    model = read(attention(constants="int64 limit = {300}, float none = {0.0}", scores=written))
+    assert Subject.of(model).proof().limit == 300
+
+
+def test_a_number_that_overflows_is_not_folded():
+    written = "n = Cast<to = 6>(length)\n m = Mul(n, factor)\n over = Less(m, zero)\n f = Where(over, half, unit)\n s = Mul(s0, f)"
+    constants = "int32 factor = {2097152}, int32 zero = {0}, float unit = {1.0}"
+    assert Subject.of(read(attention(constants=constants, scores=written))).proof().limit == 1023
+
+
+def test_a_byte_that_overflows_limits_the_length():
+    written = "n = Cast<to = 3>(length)\n over = Less(n, zero)\n f = Where(over, half, unit)\n s = Mul(s0, f)"
+    model = read(attention(constants="int8 zero = {0}, float unit = {1.0}", scores=written))
+    assert Subject.of(model).proof().limit < 128
+
+
+def test_a_sign_that_changes_at_forty_tokens_is_rejected():
+    written = "n = Cast<to = 1>(length)\n a0 = Add(n, late)\n a1 = Relu(a0)\n a = Cast<to = 9>(a1)\n f = Where(a, half, unit)\n s = Mul(s0, f)"
+    with pytest.raises(UnsupportedError, match="depend on the total length"):
+        Subject.of(read(attention(constants="float late = {-39.5}, float unit = {1.0}", scores=written))).proof()
