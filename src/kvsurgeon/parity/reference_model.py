@@ -92,18 +92,22 @@ class ReferenceModel:
             RunError: The model fails on the scenario.
         """
         scenario = expected.scenario
-        first, tokens, mask = scenario.chunks[0], scenario.tokens, scenario.mask
-        if mask.all() or first == tokens.shape[1] or expected.in_calls or not self.prefix_stable:
-            return True
-        whole = expected.calls[0][self.main]
-        if whole.shape[:2] != tokens.shape:  # an output of the last token only
-            return True
+        tokens, mask, whole = scenario.tokens, scenario.mask, expected.calls[0][self.main]
+        ends = [total for _, total in scenario.spans][:-1]
+        if mask.all() or not ends or expected.in_calls or not self.prefix_stable or whole.shape[:2] != tokens.shape:
+            return True  # the last: an output of the last token only
+        return all(
+            self._same_before(end, tokens, mask, whole) for end in dict.fromkeys((ends[0], ends[len(ends) // 2]))
+        )
+
+    def _same_before(self, end: int, tokens: Array, mask: Array, whole: Array) -> bool:
+        """Whether the outputs up to a token are the same if no token follows."""
         if self.decoder.length is None:
-            prefix = self.outputs(tokens[:, :first], mask[:, :first])
+            prefix = self.outputs(tokens[:, :end], mask[:, :end])
         else:
-            prefix = self.outputs(tokens, np.where(np.arange(tokens.shape[1]) < first, mask, 0))
-        counted = mask[:, :first].astype(bool)
-        return distance(whole[:, :first][counted], prefix[:, :first][counted], spread(whole)) <= self.bound
+            prefix = self.outputs(tokens, np.where(np.arange(tokens.shape[1]) < end, mask, 0))
+        counted = mask[:, :end].astype(bool)
+        return distance(whole[:, :end][counted], prefix[:, :end][counted], spread(whole)) <= self.bound
 
     def call_stable(self, expected: ReferenceOutputs) -> bool:
         """Whether the calls of a scenario give the outputs of a single call.
