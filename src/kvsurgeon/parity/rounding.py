@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,8 @@ from kvsurgeon.parity.tolerance import ROUNDED, arithmetic_of
 from kvsurgeon.runtime import Optimization
 
 _LARGEST = 1 << 30  # bytes of a model, which is copied
+_TEXTS = 3  # on which random rounding is measured
+_OF_ROUNDING = 0.5  # weight of this noise: several texts show most of the largest error
 _FLIPS = 8.0  # roundings, so that integers change in some of a few runs if rounding may change them
 _PRODUCTS = {"Conv", "Gather", "Gemm", "MatMul", "MatMulNBits"}
 _ROUNDING: dict[int, float] = {  # largest relative error of a number of this type
@@ -52,12 +55,11 @@ class ReferenceNoise:
 
         Without graph optimization it adds in another order. 0 is returned if neither can be run.
         """
-        errors = [self.reference.noise]
-        for other in (self._unoptimized(), self._rounded(1.0)):
-            try:
-                errors.append(0.0 if other is None else self.reference.distance_to(other, self.seed))
-            except KvsurgeonError:
-                continue
+        rounded, errors = self._rounded(1.0), [self.reference.noise]
+        others = [(self._unoptimized(), 0, 1.0), *((rounded, number, _OF_ROUNDING) for number in range(_TEXTS))]
+        for other, number, weight in others:
+            with suppress(KvsurgeonError):
+                errors.append(0.0 if other is None else weight * self.reference.distance_to(other, self.seed + number))
         return max(errors)
 
     @cached_property

@@ -8,7 +8,7 @@ right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -171,8 +171,37 @@ class ContextSlices:
                     for place, label in enumerate(places)
                     if label is not None and label in wanted and shape[place] != 1
                 )
-                inputs.append(self.slice_of(source, asked))
+                made = self.slice_of(source, asked)
+                inputs.append(
+                    self._padded(source, made) if index == 0 and self._reads_all(call, links, wanted) else made
+                )
         return inputs
+
+    def _reads_all(self, call: OperatorCall, links: AxisLinks, wanted: Mapping[Label, SequenceAxis]) -> bool:
+        """Whether indices of a fixed number of tokens read the operand, as to count the tokens that are not masked."""
+        labels, shape = (links.inputs[1], call.fact(1).shape) if links.addressing is not None else (None, None)
+        if not self.fixed or labels is None or shape is None:
+            return False
+        return any(size == self.flow.length and label not in wanted for label, size in zip(labels, shape, strict=True))
+
+    def _padded(self, value: ir.Value, made: ir.Value) -> ir.Value:
+        """Return a mask of the tokens so far, as `made` of a value, with masked tokens up to the fixed length."""
+        axes, fact = self.given_axes(value), self.fact(value)
+        if len(axes) != 1 or axes[0].variable.resolved() is not Length.TOTAL:
+            return made
+        if fact.shape is None or fact.dtype is None or not (fact.dtype is ir.DataType.BOOL or fact.dtype.is_integer()):
+            raise UnsupportedError(
+                "a mask is read at indices that are right for the exported length only", at=value.name,
+                expected="a mask of integers or booleans", hint="export with dynamic axes", code=Code.FIXED_LENGTH,
+            )  # fmt: skip
+        later = list(fact.shape)
+        later[axes[0].axis] = dim.subtract(self.flow.length, self.lengths.total)
+        zero = np.zeros((1,) * len(later), fact.dtype.numpy())
+        masked = [self.editor.constant(zero, fact.dtype.numpy(), name="masked"), self.lengths.vector(later)]
+        rows = self.editor.node("Expand", masked, name=f"{value.name}.later", dtype=fact.dtype)
+        return self.editor.node(
+            "Concat", [made, rows], {"axis": axes[0].axis}, name=f"{value.name}.all", dtype=fact.dtype
+        )  # fmt: skip
 
     def _reshaped(self, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Value | None:
         before, after, source = call.fact(0).shape, call.result.shape, node.inputs[0]

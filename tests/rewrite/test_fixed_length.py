@@ -1,0 +1,56 @@
+"""Exports of a fixed length whose context reads a mask at the indices of all tokens."""
+
+from __future__ import annotations
+
+import onnx
+import pytest
+from attentions import attention
+from exports import injected
+from written import read
+
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.parity import verify
+
+LENGTH = 24
+GUARDED = """visible = Cast<to = TYPE>(allowed)
+  count = ReduceSum(visible, last)
+  none = Less(count, least)
+  logits = Where(none, zeros, c)"""
+ALLOWED = """causal = LessOrEqual(row, column)
+  keys = Unsqueeze(row, first)
+  three = Concat<axis = 0>(batch, alone, width)
+  keys_of_all = Expand(keys, three)
+  rows = Range(nought, rows_in_all, one)
+  batch_row = Unsqueeze(rows, later_axes)
+  rows_of_all = Expand(batch_row, three)
+  places = Unsqueeze(keys_of_all, last)
+  row_places = Unsqueeze(rows_of_all, last)
+  pairs = Concat<axis = -1>(row_places, places)
+  given = Cast<to = MASK>(attention_mask)
+  gathered = GatherND(given, pairs)
+  marked = Cast<to = 9>(gathered)
+  allowed = And(causal, marked)"""
+
+
+def guarded(*, mask: int = 9, counted: int = 1) -> onnx.ModelProto:
+    """Return a decoder of 24 tokens whose results are 0 at queries without a key, which it counts."""
+    text = attention(
+        inputs="int64[b, n] attention_mask",
+        constants="int64[1] alone = {1}, int64[2] later_axes = {1, 2}, int64[1] last = {-1}, int64[1] width = {24}, "
+        "int64 rows_in_all = {1}, int64[1] batch = {1}, float least = {0.5}, float zeros = {0.0}",
+        allowed=ALLOWED.replace("MASK", str(mask)), after=GUARDED.replace("TYPE", str(counted)),
+    )  # fmt: skip
+    return read(text.replace("b, n", f"1, {LENGTH}"))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "new-tokens"])
+@pytest.mark.parametrize("mask", [onnx.TensorProto.BOOL, onnx.TensorProto.INT64])
+def test_tokens_that_are_counted_are_those_so_far(mask, cache):
+    original = guarded(mask=mask)
+    report = verify(original, injected(original, cache=cache), threads=1)
+    assert (report.verdict, report.problems) == ("same", ())
+
+
+def test_an_additive_mask_is_refused():
+    with pytest.raises(UnsupportedError, match="right for the exported length only"):
+        injected(guarded(mask=onnx.TensorProto.FLOAT))
