@@ -70,7 +70,7 @@ def _with_learned_rows(array: np.ndarray, axes: Axes, rows: Rows) -> np.ndarray:
         if (axis := by_number.get(number)) is None:
             sizes.append(size)
             continue
-        outer, inner = (int(at_length(part, rows.total)) for part in (axis.outer, axis.inner))
+        outer, inner = (int(at_length(part, rows.total, rows.batch)) for part in (axis.outer, axis.inner))
         sizes += [outer, rows.tokens(axis) + axis.learned_rows, inner]
         places[number] = len(sizes) - 2
     if math.prod(sizes) != array.size:

@@ -98,7 +98,7 @@ class ProbeFeeds:
             self.types[name] = (value.dtype or ir.DataType.FLOAT, len(variable.dimensions))
         elif fact.value is not None and fact.dtype is not None and follows_from_length(fact.value):
             numbers, dtype = fact.value, run_dtype(fact.dtype).numpy()
-            self._add_feed(value, fact.dtype, numbers.ndim, lambda rows: evaluate(numbers, rows.total).astype(dtype))
+            self._add_feed(value, fact.dtype, numbers.ndim, lambda rows: evaluate(numbers, rows).astype(dtype))
         elif is_token(self.flow, value) and value not in self._computed and not self._is_made_of_positions(value):
             self._add_synthetic(value)
         else:

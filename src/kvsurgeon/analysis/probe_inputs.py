@@ -22,6 +22,7 @@ class Rows:
     start: int
     stop: int
     total: int
+    batch: int = 2  # sequences
 
     @classmethod
     def of_text(cls, length: int) -> Rows:
@@ -44,11 +45,11 @@ class Rows:
 
     def size(self, axis: SequenceAxis) -> int:
         """Return the size of a sequence axis."""
-        return int(at_length(axis.size(self.tokens(axis)), self.total))
+        return int(at_length(axis.size(self.tokens(axis)), self.total, self.batch))
 
     def sizes(self, shape: Sequence[Dimension], axes: Axes = ()) -> list[int]:
         """Return a shape whose sequence axes are known; an unknown size counts as 1."""
-        result = [at_length(size, self.total) for size in shape]
+        result = [at_length(size, self.total, self.batch) for size in shape]
         for axis in axes:
             result[axis.axis] = self.size(axis)
         return [size if isinstance(size, int) else 1 for size in result]
@@ -58,11 +59,11 @@ LOUD = 1 << 20  # added to the number of a token, makes its values larger
 LOUDNESS = 900.0  # how many times larger: beyond what a maximum or a bound of other tokens hides
 
 
-def at_length(number: Any, length: int) -> Any:
-    """Return a symbolic number for a batch of two sequences of that length."""
+def at_length(number: Any, length: int, batch: int = 2) -> Any:
+    """Return a symbolic number for a batch of sequences of that length."""
     if isinstance(number, (int, float, bool)):
         return number
-    return dim.substitute(number, ((LENGTH, length), (BATCH, 2)))
+    return dim.substitute(number, ((LENGTH, length), (BATCH, batch)))
 
 
 def follows_from_length(numbers: np.ndarray) -> bool:
@@ -71,9 +72,9 @@ def follows_from_length(numbers: np.ndarray) -> bool:
     return symbols <= {BATCH, LENGTH}
 
 
-def evaluate(numbers: np.ndarray, length: int) -> np.ndarray:
+def evaluate(numbers: np.ndarray, rows: Rows) -> np.ndarray:
     """Return symbolic numbers that depend on batch and length as an array of floats."""
-    flat = [float(at_length(number, length)) for number in numbers.reshape(-1)]
+    flat = [float(at_length(number, rows.total, rows.batch)) for number in numbers.reshape(-1)]
     return np.array(flat).reshape(numbers.shape)
 
 

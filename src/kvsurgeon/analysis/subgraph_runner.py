@@ -97,28 +97,30 @@ class SubgraphRunner:
                 )
         return sorted(dict.fromkeys(nodes), key=lambda node: self.flow.order[node])
 
-    def run(self, length: int, mask: MaskPattern = unmasked, **options: Any) -> list[np.ndarray]:
-        """Return the outputs for a batch of two sequences.
+    def run(self, length: int, mask: MaskPattern = unmasked, *, batch: int = 2, **options: Any) -> list[np.ndarray]:
+        """Return the outputs for a batch of sequences.
 
         Args:
             length: Number of tokens of each sequence.
             mask: The tokens that the mask inputs mask.
+            batch: Number of sequences.
             options: See `ProbeFeeds.arrays`.
 
         Raises:
             UnsupportedError: The subgraph does not run, or a shape is not the inferred one.
         """
+        rows = Rows(0, length, length, batch)
         try:
-            feeds = self.inputs.arrays(Rows.of_text(length), mask, **options)
+            feeds = self.inputs.arrays(rows, mask, **options)
             arrays = [np.asarray(array) for array in self._session.run(None, feeds)]
         except Exception as error:
             raise not_runnable(self.outputs[0], error) from error
         for value, array in zip(self.outputs, arrays, strict=True):
-            self._check_shape(value, array, length)
+            self._check_shape(value, array, rows)
         return arrays
 
-    def _check_shape(self, value: ir.Value, array: np.ndarray, length: int) -> None:
-        sizes = [at_length(size, length) for size in self.flow.shapes[value].shape or ()]
+    def _check_shape(self, value: ir.Value, array: np.ndarray, rows: Rows) -> None:
+        sizes = [at_length(size, rows.total, rows.batch) for size in self.flow.shapes[value].shape or ()]
         if len(sizes) != array.ndim or any(
             isinstance(size, int) and size != actual for size, actual in zip(sizes, array.shape, strict=True)
         ):

@@ -40,9 +40,11 @@ from kvsurgeon.proof.key_reductions import check_key_reductions, normalizes_befo
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, prefix
 from kvsurgeon.proof.row_checks import affordable, first_tokens, longest_passing, spans
 from kvsurgeon.proof.row_runner import RowRunner
+from kvsurgeon.symbolic.dimension import BATCH
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
 SCALES = (30.0, 10.0, 3.0, 1.0)  # of the probed scores: a mask must hold for the largest that give finite weights
+BATCHES = (3, 5)  # sequences, in addition to two
 
 ReadWeights = Callable[[Sequence[np.ndarray], Rows], np.ndarray]  # outputs and rows -> weights [..., query, key]
 
@@ -197,6 +199,7 @@ class AttentionProbe:
             padded_weights = masked if padded_weights is None else padded_weights
         self._check_loud_keys(weights[longest])
         self._check_sequences(weights[longest])
+        self._check_batches(longest)
         if self.sweep.fixed is not None:
             self._check_fixed_length(weights[longest])
         return AttentionPattern(
@@ -385,6 +388,12 @@ class AttentionProbe:
         if changed and (np.logical_and.reduce(changed).any() or len({one.any() for one in changed}) > 1):
             reason = "the mask of one sequence changes another sequence of the batch"
             raise self._unsupported(reason, Code.BATCH_LEAK, hint="export with a batch of 1")
+
+    def _check_batches(self, length: int) -> None:
+        """Check that the sequences of larger batches are causal too: a mask may count sequences."""
+        for batch in BATCHES if self.sweep.flow.batch is BATCH else ():
+            arrays = self.runner.run(length, batch=batch)
+            self._check_causal(self._compared(arrays, Rows(0, length, length, batch))[0])
 
     def _check_fixed_length(self, weights: np.ndarray) -> None:
         """Check what a sweep would: every query has a key, and masking the second half does not change the first."""

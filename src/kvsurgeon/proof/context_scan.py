@@ -15,19 +15,19 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.mask_patterns import sequence_last
 from kvsurgeon.analysis.probe_inputs import Rows
+from kvsurgeon.analysis.regions.probe_lengths import SCANNED, changes, longest_running
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import SMALL
 from kvsurgeon.graph.query import upstream
 from kvsurgeon.ops.content import content_inputs
-from kvsurgeon.proof.length_sweep import SCANNED, LengthSweep, longest_running
+from kvsurgeon.proof.length_sweep import LengthSweep
 from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.symbolic.dimension import BATCH, Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 MAX_ELEMENTS = 1 << 25  # of a value, of which every row is computed
 MAX_BLOCK = 1 << 22  # elements of a block of rows
-MAX_FOUND = 32  # positions of one value, and lengths of one number
 
 
 def changing_positions(sweep: LengthSweep, values: Mapping[ir.Value, Axes]) -> set[int]:
@@ -44,7 +44,7 @@ def changing_positions(sweep: LengthSweep, values: Mapping[ir.Value, Axes]) -> s
             longest = _longest(runner, min(sweep.longest, SCANNED))
             while runner.elements(Rows.of_text(longest)) > MAX_ELEMENTS:
                 longest //= 2
-            found |= set(_changes(_differing_rows(runner, axes, longest)))
+            found |= set(changes(_differing_rows(runner, axes, longest)))
         except UnsupportedError:  # it is computed with the weights, or not at all
             continue
     return found
@@ -69,7 +69,7 @@ def changing_lengths(sweep: LengthSweep, values: Iterable[ir.Value]) -> set[int]
     found: set[int] = set()
     for series in zip(*runs, strict=True):
         differs = [True, *(not np.array_equal(one, other) for one, other in pairwise(series))]
-        found |= {place + offset for place in _changes(np.array(differs)) for offset in (0, 1)}
+        found |= {place + offset for place in changes(np.array(differs)) for offset in (0, 1)}
     return found
 
 
@@ -120,10 +120,3 @@ def _differing_rows(runner: RowRunner, axes: Axes, total: int) -> np.ndarray:
             unequal = unequal.any(axis=tuple(range(unequal.ndim - 1)))
         differs[start + 1 : rows.stop] = unequal
     return differs
-
-
-def _changes(differs: np.ndarray) -> list[int]:
-    """Return the places at which differences begin or end; if they are many, the first ones and some of the others."""
-    found = [int(place) for place in np.flatnonzero(differs[1:] != differs[:-1]) + 1]
-    first, others = found[: MAX_FOUND // 2], found[MAX_FOUND // 2 :]
-    return first + others[:: max(1, 2 * len(others) // MAX_FOUND)]

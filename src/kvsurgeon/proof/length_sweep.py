@@ -13,6 +13,7 @@ from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.mask_patterns import describe_difference, is_close
 from kvsurgeon.analysis.probe_inputs import at_length
+from kvsurgeon.analysis.regions.probe_lengths import SCANNED, longest_running
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
@@ -24,7 +25,6 @@ from kvsurgeon.symbolic.sequence_axes import Axes
 
 LENGTHS = (1, 2, 7, 8, 40, 65, 129)  # tokens
 LONG_LENGTHS = (513, 1025)  # tokens, for values that grow with the length and not with its square
-SCANNED = 4097  # tokens: every position and every length up to here is looked at
 MIN_USEFUL_LENGTH = 64  # tokens: a cache that is correct for fewer is of no use
 MAX_ATTENTION_LENGTH = 160  # tokens at which all attention weights are computed; beyond, some rows are
 MAX_ELEMENTS = 1 << 21  # of the attention weights, all heads together
@@ -134,18 +134,6 @@ class LengthSweep:
                 self.bounds.add(longest_running(run, max(results), length))
                 break
         return results
-
-
-def longest_running(run: Callable[[int], object], runs: int, fails: int) -> int:
-    """Return the longest length at which context runs, by bisection."""
-    while fails - runs > 1:
-        between = (runs + fails) // 2
-        try:
-            run(between)
-            runs = between
-        except UnsupportedError:
-            fails = between
-    return runs
 
 
 def prefix(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:

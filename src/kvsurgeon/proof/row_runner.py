@@ -137,7 +137,7 @@ class RowRunner:
         Raises:
             UnsupportedError: They cannot be computed.
         """
-        numbers = (rows.start, rows.stop - rows.start, rows.total, 2)
+        numbers = (rows.start, rows.stop - rows.start, rows.total, rows.batch)
         try:
             feeds = self.inputs.arrays(rows, mask, **options)
             feeds |= {name: np.array(number) for name, number in zip(_NUMBERS.values(), numbers, strict=True)}

@@ -1,15 +1,23 @@
-"""Probe lengths: lengths of texts beyond every number with which a region may compare positions or counts of tokens."""
+"""Probe lengths: the lengths of texts, and the positions in them, at which a region or context may change.
+
+They are beyond every number with which a region compares positions or counts of tokens, and where context that it reads
+changes: a threshold need not be a number that something is compared with.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.probe_inputs import at_length
+from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_flow import TokenFlow
+from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.ops.gather import FAR
 from kvsurgeon.ops.operator import AxisLinks, Trait, UntraceableAxesError
@@ -18,6 +26,8 @@ from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import OperatorCall
 
 MAX_PROBE_LENGTH = 4100  # tokens: a number of at most this many is a length that a text may have
+SCANNED = 4097  # tokens: every position and every length up to here is looked at
+MAX_FOUND = 32  # positions or lengths of one value at which it changes
 MAX_ELEMENTS = 1 << 26  # of a tensor that is computed in a run
 
 
@@ -39,7 +49,11 @@ def lengths_beyond(flow: TokenFlow, nodes: Iterable[ir.Node]) -> list[int] | Non
 
 def _elements(flow: TokenFlow, node: ir.Node, length: int) -> int:
     """Return the number of elements of a node's output at a length; unknown dimensions count as 1."""
-    sizes = (at_length(size, length) for size in flow.shapes[node.outputs[0]].shape or ())
+    return _elements_of(flow.shapes[node.outputs[0]].shape or (), length)
+
+
+def _elements_of(shape: Iterable[Dimension], length: int) -> int:
+    sizes = (at_length(size, length) for size in shape)
     return math.prod(size for size in sizes if isinstance(size, int))
 
 
@@ -84,3 +98,46 @@ def _as_lengths(constant: np.ndarray | None) -> Iterator[int]:
     for length in (abs(number), 1 / abs(number)) if number else ():
         if length <= MAX_PROBE_LENGTH:
             yield round(length)
+
+
+def longest_running(run: Callable[[int], object], runs: int, fails: int) -> int:
+    """Return the longest length at which context runs, by bisection."""
+    while fails - runs > 1:
+        between = (runs + fails) // 2
+        try:
+            run(between)
+            runs = between
+        except UnsupportedError:
+            fails = between
+    return runs
+
+
+def changes(differs: np.ndarray) -> list[int]:
+    """Return the places at which differences begin or end; if they are many, the first ones and some of the others."""
+    found = [int(place) for place in np.flatnonzero(differs[1:] != differs[:-1]) + 1]
+    first, others = found[: MAX_FOUND // 2], found[MAX_FOUND // 2 :]
+    return first + others[:: max(1, 2 * len(others) // MAX_FOUND)]
+
+
+def changing_context(flow: TokenFlow, nodes: Iterable[ir.Node]) -> tuple[set[int], set[int]]:
+    """Return positions, and total lengths, at which context that the nodes read is not as it was just before."""
+    read = {value for node in nodes for value in node.inputs if value is not None}
+    positions, lengths = set[int](), set[int]()
+    for value in read:
+        shape = flow.shapes[value].shape
+        if flow.kinds.get(value) is not ValueKind.CONTEXT or flow.shapes[value].value is not None or shape is None:
+            continue
+        axes = [axis for axis, size in enumerate(shape) if size is flow.length]
+        if len(axes) > 1 or _elements_of(shape, SCANNED) > MAX_ELEMENTS:
+            continue
+        runner = SubgraphRunner(flow, [value])
+        longest = longest_running(runner.run, 1, SCANNED + 1)
+        if axes:
+            array = np.moveaxis(runner.run(longest)[0], axes[0], 0).reshape(longest, -1).astype(np.float64)
+            differs = (np.diff(array, 2, axis=0) != 0).max(axis=1)
+            positions |= {place + offset for place in changes(differs) for offset in (1, 2)}
+        else:
+            arrays = [runner.run(length)[0] for length in range(1, longest + 1)]
+            differs = np.array([True, *(not np.array_equal(one, other) for one, other in pairwise(arrays))])
+            lengths |= {place + offset for place in changes(differs) for offset in (0, 1)}
+    return positions, lengths

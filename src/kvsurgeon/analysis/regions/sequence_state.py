@@ -7,7 +7,7 @@ links decide that for most operators. Only where they do not, as for a matrix of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +18,7 @@ from kvsurgeon.analysis.axis_propagation import check_batch
 from kvsurgeon.analysis.cache_points import bottlenecks, choose_cache_point, is_no_table_lookup
 from kvsurgeon.analysis.mask_patterns import MaskPattern, is_close, left_padded, sequence_last, unmasked, with_gaps
 from kvsurgeon.analysis.probe_inputs import LOUD, Rows, batch_axis
-from kvsurgeon.analysis.regions.probe_lengths import lengths_beyond
+from kvsurgeon.analysis.regions.probe_lengths import changing_context, lengths_beyond
 from kvsurgeon.analysis.regions.token_ranges import token_range
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import growing_regions, is_closed, token_inputs
@@ -173,18 +173,22 @@ def _is_measured_causal(flow: TokenFlow, state: SequenceState) -> bool:
         for mask, scale in ((unmasked, 1.0), (unmasked, _LARGE), *((mask, 1.0) for mask in masks)):
             if not _keeps_prefixes(partial(run, mask=mask, scale=scale), _TOKENS):
                 return False
-        return all(_keeps_prefixes(run, length) for length in lengths if length > _TOKENS) and (
+        positions, changing = changing_context(flow, state.nodes)
+        if positions and not _keeps_prefixes(run, max(positions) + 2, positions):
+            return False
+        lengths = sorted(length for length in {*lengths, *changing} if length > _TOKENS)
+        return all(_keeps_prefixes(run, length) for length in lengths) and (
             _keeps_sequences_apart(flow, runner, state.result)
         )
     except Exception:  # whatever onnxruntime raises
         return False
 
 
-def _keeps_prefixes(run: Run, length: int) -> bool:
+def _keeps_prefixes(run: Run, length: int, positions: Collection[int] = ()) -> bool:
     """Return whether tokens have the same results if later tokens are dropped, replaced, or replaced by loud ones."""
     tokens = np.arange(length)
     whole = run(tokens)
-    for prefix in {*(_PREFIXES if length == _TOKENS else (1, length // 2)), length - 2, length - 1}:
+    for prefix in {*(_PREFIXES if length == _TOKENS else (1, length // 2)), length - 2, length - 1, *positions}:
         others = np.where(tokens < prefix, tokens, tokens + length)
         loud = np.where(tokens < prefix, tokens, tokens + LOUD)
         for text in (tokens[:prefix], others, loud):
