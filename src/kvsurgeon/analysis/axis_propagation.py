@@ -97,7 +97,7 @@ def check_batch(visit: NodeVisit, links: AxisLinks) -> None:
     before = {index: visit.batch_axes(visit.call.fact(index)) for index in visit.tokens}
     places = [(index, place) for index, found in before.items() for place in found]
     if (
-        len(after) > max(1, *map(len, before.values()))
+        len(after) > max([1, *map(len, before.values())])
         or any(_mixes_batch(visit, links, index, place) for index, place in places)
         or not _keeps_batch_layout(visit, links, places)
     ):
