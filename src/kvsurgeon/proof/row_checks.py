@@ -12,6 +12,7 @@ from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 MAX_LENGTH_OF_PAIRS = 1 << 14  # tokens: in longer texts a run has one row instead of two
+MAX_EXACT_LIMIT = 1 << 13  # tokens: a longer limit that no constant names is found to within a 256th
 FEW_SPANS = 6  # of a total length at which a run is expensive
 MAX_RUN = 1 << 23  # elements of one run
 MAX_ELEMENTS = 1 << 25  # of all runs at one total length
@@ -86,7 +87,8 @@ def longest_passing(
 def _bisect(
     check: Callable[[int], None], passing: int, failing: int, failed: UnsupportedError
 ) -> tuple[int, UnsupportedError]:
-    while failing - passing > 1:
+    exact = failing <= MAX_EXACT_LIMIT
+    while failing - passing > (1 if exact else failing // 256):
         between = (passing + failing) // 2
         try:
             check(between)
