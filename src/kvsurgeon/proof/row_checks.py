@@ -87,8 +87,7 @@ def longest_passing(
 def _bisect(
     check: Callable[[int], None], passing: int, failing: int, failed: UnsupportedError
 ) -> tuple[int, UnsupportedError]:
-    exact = failing <= MAX_EXACT_LIMIT
-    while failing - passing > (1 if exact else failing // 256):
+    while failing - passing > (1 if failing <= MAX_EXACT_LIMIT else failing // 256):
         between = (passing + failing) // 2
         try:
             check(between)
