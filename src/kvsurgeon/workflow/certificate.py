@@ -61,7 +61,7 @@ class CertificateWriter:
 
         Args:
             path: The certificate.
-            model: The model, as it was loaded.
+            model: The loaded model, unchanged.
             pipeline: The passes.
             destination: The file of the result.
             force: Whether to replace a file that is no certificate.

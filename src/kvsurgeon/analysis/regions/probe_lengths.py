@@ -120,7 +120,7 @@ def changes(differs: np.ndarray) -> list[int]:
 
 
 def changing_context(flow: TokenFlow, nodes: Iterable[ir.Node]) -> tuple[set[int], set[int]]:
-    """Return positions, and total lengths, at which context that the nodes read is not as it was just before."""
+    """Return positions, and total lengths, at which context that the nodes read differs from the one before."""
     read = {value for node in nodes for value in node.inputs if value is not None}
     positions, lengths = set[int](), set[int]()
     for value in read:
