@@ -108,3 +108,13 @@ def test_a_sign_that_changes_at_forty_tokens_is_rejected():
     written = "n = Cast<to = 1>(length)\n a0 = Add(n, late)\n a1 = Relu(a0)\n a = Cast<to = 9>(a1)\n f = Where(a, half, unit)\n s = Mul(s0, f)"
     with pytest.raises(UnsupportedError, match="depend on the total length"):
         Subject.of(read(attention(constants="float late = {-39.5}, float unit = {1.0}", scores=written))).proof()
+
+
+def test_one_later_key_in_a_table_of_other_numbers_limits_the_length():
+    table = np.random.default_rng(0).standard_normal((900, 900)).astype(np.float32)
+    table[550, 553] = 3e4
+    masked = (
+        "n1 = Unsqueeze(length, first)\n both = Concat<axis = 0>(n1, n1)\n corner = Concat<axis = 0>(first, first)\n"
+        "b = Slice(table, corner, both)\n m = Where(allowed, s, low)\n masked_scores = Add(m, b)"
+    )
+    assert Subject.of(read_with(attention(masked=masked), table=table)).proof().limit == 553

@@ -21,6 +21,7 @@ from kvsurgeon.analysis.mask_patterns import (
     with_gaps,
 )
 from kvsurgeon.analysis.probe_inputs import LOUD, Rows
+from kvsurgeon.analysis.regions.probe_lengths import changes
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.value_kinds import ValueKind
@@ -38,7 +39,7 @@ from kvsurgeon.proof.attention_pattern import (
 from kvsurgeon.proof.context_scan import changing_lengths, changing_positions
 from kvsurgeon.proof.key_reductions import check_key_reductions, normalizes_before_mask
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, prefix
-from kvsurgeon.proof.row_checks import affordable, first_tokens, longest_passing, spans
+from kvsurgeon.proof.row_checks import affordable, blocks, first_tokens, longest_passing, spans
 from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.symbolic.dimension import BATCH
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
@@ -221,7 +222,7 @@ class AttentionProbe:
         if self.site.fused is not None:
             nodes |= {self.site.fused.node}
         proved = not any(node in nodes for node, _ in self.sweep.unproved)
-        thresholds = self._thresholds(nodes, proved=proved) if self.sweep.longest > passed else []
+        thresholds, changing = self._thresholds(nodes, proved=proved) if self.sweep.longest > passed else ([], [])
         totals = self.sweep.totals(passed, thresholds, proved=proved)
         try:
             runner = RowRunner(self.sweep.analysis, self.runner, self._axes, self.site)
@@ -231,11 +232,14 @@ class AttentionProbe:
             return passed, None, {}
         totals = affordable(totals, runner.elements, any_length=proved)
         scales = sorted({0.0, 1.0, self._largest_scale(passed)})
+        reach = min((total for total in totals if changing and total > changing[-1]), default=max(totals, default=0))
 
         def check(total: int) -> None:
             for rows in spans(total, thresholds, runner.elements):
                 for scale in scales:
                     self._check_span(runner, rows, scale, stable=proved and not self.others)
+            for rows in blocks(changing if total <= reach else (), total, runner.elements):
+                self._check_causal(self._compared(runner.run(rows, scale=0.0), rows)[0], rows.start)
 
         checked, failed = longest_passing(check, totals, passed)
         found = {}
@@ -244,8 +248,11 @@ class AttentionProbe:
             found[query] = self._compared(runner.run(row, scale=0.0), row)[0][..., 0, :]
         return checked, None if proved and failed is None else checked, found
 
-    def _thresholds(self, nodes: Iterable[ir.Node], *, proved: bool) -> list[int]:
-        """Return the positions and the lengths at which the weights that these nodes compute may change."""
+    def _thresholds(self, nodes: Iterable[ir.Node], *, proved: bool) -> tuple[list[int], list[int]]:
+        """Return the positions and the lengths at which the weights that these nodes compute may change.
+
+        Also return all queries for which context is not what it is for the query before.
+        """
         flow, demands = self.sweep.flow, self.sweep.flow.demands
         values: list[ir.Value] = []
         by_query: dict[ir.Value, Axes] = {}
@@ -257,9 +264,10 @@ class AttentionProbe:
                 axes = demands.get((node, index), ())
                 if flow.kinds.get(value) is ValueKind.CONTEXT and any(_is_of_queries(axis) for axis in axes):
                     by_query[value] = axes
-        positions = changing_positions(self.sweep, by_query)
+        differs = changing_positions(self.sweep, by_query)
         lengths = set() if proved else changing_lengths(self.sweep, values)
-        return sorted({*self.sweep.thresholds(values), *positions, *lengths})
+        thresholds = {*self.sweep.thresholds(values), *changes(differs), *lengths}
+        return sorted(thresholds), [int(query) for query in np.flatnonzero(differs)]
 
     def _check_span(self, runner: RowRunner, rows: Rows, scale: float, *, stable: bool) -> None:
         """Check that rows attend to no later key and, unless they are stable, are the same without later tokens."""

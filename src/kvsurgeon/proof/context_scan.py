@@ -30,21 +30,21 @@ MAX_ELEMENTS = 1 << 25  # of a value, of which every row is computed
 MAX_BLOCK = 1 << 22  # elements of a block of rows
 
 
-def changing_positions(sweep: LengthSweep, values: Mapping[ir.Value, Axes]) -> set[int]:
-    """Return the queries for which context is not what it is for the query before, as many tokens later.
+def changing_positions(sweep: LengthSweep, values: Mapping[ir.Value, Axes]) -> np.ndarray:
+    """Return [query] of bool: those for which context is not what it is for the query before, one token later.
 
     Args:
         sweep: The length sweep of the decoder.
         values: Values of context with their sequence axes, of which one is that of the queries.
     """
-    found: set[int] = set()
+    found = np.zeros(SCANNED + 1, dtype=bool)
     for value, axes in values.items():
         try:
             runner = RowRunner(sweep.analysis, sweep.runner([value]), [axes])
             longest = _longest(runner, min(sweep.longest, SCANNED))
             while runner.elements(Rows.of_text(longest)) > MAX_ELEMENTS:
                 longest //= 2
-            found |= set(changes(_differing_rows(runner, axes, longest)))
+            found[:longest] |= _differing_rows(runner, axes, longest)
         except UnsupportedError:  # it is computed with the weights, or not at all
             continue
     return found

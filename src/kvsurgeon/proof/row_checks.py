@@ -16,6 +16,7 @@ MAX_EXACT_LIMIT = 1 << 13  # tokens: a longer limit that no constant names is fo
 FEW_SPANS = 6  # of a total length at which a run is expensive
 MAX_RUN = 1 << 23  # elements of one run
 MAX_ELEMENTS = 1 << 25  # of all runs at one total length
+MAX_ELEMENTS_OF_BLOCKS = 1 << 27  # of those that compute every row that is not like the one before
 
 
 def first_span(total: int) -> Rows:
@@ -47,6 +48,22 @@ def spans(total: int, positions: Sequence[int], elements: Callable[[Rows], int])
     starts = list(dict.fromkeys(important))
     for start in starts[: max(FEW_SPANS, MAX_ELEMENTS // max(1, elements(first)))]:
         yield Rows(start, min(start + first.stop, total), total)
+
+
+def blocks(positions: Sequence[int], total: int, elements: Callable[[Rows], int]) -> Iterator[Rows]:
+    """Yield the rows of these positions at a total length; if they are too many, evenly spaced ones of them."""
+    wanted, count = [place for place in positions if place < total], total
+    while count > 1 and elements(Rows(0, count, total)) > MAX_RUN:
+        count //= 2
+    found: list[Rows] = []
+    for place in wanted:
+        last = found[-1] if found else None
+        if last is not None and place == last.stop < last.start + count:
+            found[-1] = Rows(last.start, place + 1, total)
+        else:
+            found.append(Rows(place, place + 1, total))
+    cost = sum(elements(rows) for rows in found[:1]) * len(found)
+    yield from found[:: max(1, -(-cost // MAX_ELEMENTS_OF_BLOCKS))]
 
 
 def first_tokens(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
