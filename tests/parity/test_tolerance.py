@@ -35,6 +35,17 @@ def test_block_quantized_weights_count_only_if_activations_are_rounded(level, ar
     assert arithmetic_of(model) == arithmetic
 
 
+@pytest.mark.parametrize(("block", "weights"), [(32, onnx.TensorProto.INT8), (0, onnx.TensorProto.INT4)])
+def test_products_that_onnxruntime_fuses_with_dequantized_weights_round_activations(block, weights):
+    graph = "g (float[N,32] x, int8[32,8] q, float[1,8] s) => (float[N,8] y) { w = DequantizeLinear<block_size=0>(q, s)"
+    model = onnx.parser.parse_model('<ir_version: 10, opset_import: ["" : 21]>' + graph + " y = MatMul(x, w) }")
+    assert arithmetic_of(model) == "float32"
+    model.graph.node[0].attribute[0].i = block
+    model.graph.initializer.append(onnx.TensorProto(name="q", data_type=weights, dims=[32, 8]))
+
+    assert arithmetic_of(model) == "quantized"
+
+
 def test_each_tolerance_has_a_reason_and_is_below_the_error_of_a_wrong_cache():
     assert set(TOLERANCES) == set(ARITHMETIC)
     for tolerance in TOLERANCES.values():

@@ -49,6 +49,7 @@ TOLERANCES: dict[Arithmetic, Tolerance] = {
 
 ROUNDED: frozenset[Arithmetic] = frozenset(("quantized", "dynamic"))  # activations to 8 bits, in ranges of a call
 
+_FOUR_BITS = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4}  # onnxruntime fuses their products into `MatMulNBits`
 _DYNAMIC = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"}
 _FLOATS: dict[int, Arithmetic] = {  # coarsest first
     onnx.TensorProto.BFLOAT16: "bfloat16",
@@ -70,14 +71,19 @@ def arithmetic_of(model: onnx.ModelProto) -> Arithmetic:
         return "quantized"
     graph = model.graph
     types = {initializer.data_type for initializer in graph.initializer}
+    if types & _FOUR_BITS:
+        return "quantized"
     types |= {value.type.tensor_type.elem_type for value in [*graph.input, *graph.output, *graph.value_info]}
     types |= {a.i for node in nodes if node.op_type == "Cast" for a in node.attribute if a.name == "to"}
     return next((name for onnx_type, name in _FLOATS.items() if onnx_type in types), "float32")
 
 
 def _rounds_activations(node: onnx.NodeProto) -> bool:
-    level = next((attribute.i for attribute in node.attribute if attribute.name == "accuracy_level"), 0)
-    return node.op_type == "MatMulNBits" and level == 4  # onnxruntime then rounds activations to int8
+    """Whether onnxruntime rounds activations to int8, as it does in products that it fuses with `DequantizeLinear`."""
+    options = {attribute.name: attribute.i for attribute in node.attribute}
+    if node.op_type == "DequantizeLinear":
+        return bool(options.get("block_size"))
+    return node.op_type == "MatMulNBits" and options.get("accuracy_level") == 4
 
 
 def _walk(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
