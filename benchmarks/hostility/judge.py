@@ -72,6 +72,7 @@ def chains(threshold: int | None, longest: int) -> list[Chain]:
     at_once = [(start + more, True) for more in (0, 1, 4, 5) if start + more <= longest]
     both = {3, 17, 18, 40, 65, *(one for one in near if one < 1100)}
     result = [Chain(batch=1, steps=tuple(steps)), Chain(batch=2, steps=tuple((one, True) for one in sorted(both)))]
+    result.append(Chain(batch=3, steps=((3, True), (4, True), (17, True), (18, True))))
     if at_once and start > 45:
         result.append(Chain(batch=1, steps=tuple(at_once)))
     return result

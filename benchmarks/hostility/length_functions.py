@@ -200,6 +200,37 @@ def _exclusive_or(write: GraphWriter, length: str, at: int) -> str:
     return write.to_float(write("Xor", write("Greater", length, at), write("Greater", length, at + 50)))
 
 
+def _hidden_band(write: GraphWriter, length: str, at: int) -> str:
+    """One for 40 lengths from the threshold on, without comparing with a number."""
+    floats = write.to_float(length)
+    after, beyond = (
+        write("Cast", write("Relu", write("Add", floats, 0.5 - start)), to=TensorProto.BOOL)
+        for start in (at + 1, at + 41)
+    )
+    return write.to_float(write("And", after, write("Not", beyond)))
+
+
+def _band_of_logarithm(write: GraphWriter, length: str, at: int) -> str:
+    logarithm = write("Log", write.to_float(length))
+    inside = write(
+        "And",
+        write("Greater", logarithm, math.log(at + 0.5)),
+        write("Less", logarithm, math.log(at + 40.5)),
+    )
+    return write.to_float(inside)
+
+
+def _table_of_band(write: GraphWriter, length: str, at: int) -> str:
+    table = np.zeros(8192, np.float32)
+    table[at : at + 40] = 1
+    return write("Gather", write.weight(table), write("Sub", length, 1))
+
+
+def _whole_overflow(write: GraphWriter, length: str, _: int) -> str:
+    product = write("Mul", write("Cast", length, to=TensorProto.INT32), np.array([1 << 21], np.int32))
+    return write.to_float(write("Less", product, np.array([0], np.int32)))
+
+
 def _equal(write: GraphWriter, length: str, at: int) -> str:
     return write.to_float(write("Equal", length, at + 1))
 
@@ -291,9 +322,10 @@ FUNCTIONS: Mapping[str, LengthFunction] = {
                 *(_power, _integer_division, _floor, _round, _multiples, _excess, _clip, _minimum, _rectified),
                 *(_ceiling_of_logarithm, _scaled_logarithm, _dynamic_base, _table_of_blocks, _table_of_lengths),
                 *(_table_outside, _table_from_end, _sigmoid, _hyperbolic_tangent, _exponential, _overflow, _between),
-                *(_exclusive_or, _equal, _one_hot, _argmax),
+                *(_exclusive_or, _equal, _one_hot, _argmax, _hidden_band, _band_of_logarithm, _table_of_band),
             )
         ),
+        LengthFunction(name="whole_overflow", write=_whole_overflow, threshold=1023),
         LengthFunction(name="bits", write=_bits, threshold=511),
         LengthFunction(name="byte", write=_byte, threshold=255),
         LengthFunction(name="half_precision", write=_half_precision, threshold=2048),

@@ -320,6 +320,89 @@ def _bias_of_own_logarithm(context: Context, bias: str, at: int) -> str:
     return str(write("Sub", bias, write("Log", place)))
 
 
+def _between(context: Context, at: int) -> str:
+    """Return which positions are among 60 from the threshold on, bool [S], without comparing with a number."""
+    write = context.write
+    places = write.to_float(context.positions)
+    after, beyond = (
+        write("Cast", write("Relu", write("Add", places, 0.5 - start)), to=TensorProto.BOOL) for start in (at, at + 60)
+    )
+    return str(write("And", after, write("Not", beyond)))
+
+
+def _both(context: Context, inside: str) -> str:
+    write = context.write
+    return str(write("And", write("Unsqueeze", inside, [1]), write("Unsqueeze", inside, [0])))
+
+
+def _hidden_segment(context: Context, causal: str, at: int) -> str:
+    return str(context.write("Or", causal, _both(context, _between(context, at))))
+
+
+def _hidden_segment_apart(context: Context, causal: str, at: int) -> str:
+    write = context.write
+    apart = write("Not", write("Xor", *(write("Unsqueeze", _between(context, at), [axis]) for axis in (0, 1))))
+    return str(write("And", causal, write("Or", apart, write("Equal", context.key_positions, [0]))))
+
+
+def _numbered(context: Context, at: int) -> str:
+    """Return numbers of segments from a table, [S]: 1 for 60 positions from the threshold on, 0 for others."""
+    table = np.zeros(4200, np.int64)
+    table[at : at + 60] = 1
+    return str(context.write("Gather", context.write.weight(table), context.positions))
+
+
+def _segment_of_table(context: Context, causal: str, at: int) -> str:
+    inside = context.write("Greater", _numbered(context, at), 0)
+    return str(context.write("Or", causal, _both(context, inside)))
+
+
+def _segment_of_table_apart(context: Context, causal: str, at: int) -> str:
+    write, numbers = context.write, _numbered(context, at)
+    same = write("Equal", write("Unsqueeze", numbers, [0]), write("Unsqueeze", numbers, [1]))
+    return str(write("And", causal, write("Or", same, write("Equal", context.key_positions, [0]))))
+
+
+def _rounded(context: Context, causal: str, at: int) -> str:
+    """Compare positions in half precision, which does not tell apart neighbors beyond 2048."""
+    write = context.write
+    queries, keys = (write.to_float(write("Cast", one, to=TensorProto.FLOAT16)) for one in _grid(context))
+    return str(write("LessOrEqual", keys, queries))
+
+
+def _rounded_and_causal(context: Context, causal: str, at: int) -> str:
+    return str(context.write("And", causal, _rounded(context, causal, at)))
+
+
+def _third_sequence(context: Context, causal: str, at: int) -> str:
+    """Let the third sequence of a batch read the next two keys."""
+    write, (queries, keys) = context.write, _grid(context)
+    numbers = write("Range", 0, write("Squeeze", write("Shape", "input_ids", start=0, end=1)), 1)
+    near = write("Less", keys, write("Add", queries, 3))
+    return str(write("Or", causal, write("And", write("Unsqueeze", write("Greater", numbers, 1), [1, 2, 3]), near)))
+
+
+def _third_sequence_causal(context: Context, causal: str, at: int) -> str:
+    return str(context.write("And", causal, _third_sequence(context, causal, at)))
+
+
+def _bias_table_open(context: Context, bias: str, at: int) -> str:
+    """A table of biases by distance in which one distance ahead is more than the mask takes away."""
+    return _bias_by_distance(context, bias, at, 30000.0)
+
+
+def _bias_table_closed(context: Context, bias: str, at: int) -> str:
+    return _bias_by_distance(context, bias, at, 1.0)
+
+
+def _bias_by_distance(context: Context, bias: str, at: int, number: float) -> str:
+    write, (queries, keys) = context.write, _grid(context)
+    table = write.noise.standard_normal(8500).astype(np.float32)
+    table[4250 + at] = number
+    place = write("Add", write("Sub", keys, queries), 4250)
+    return str(write("Add", bias, write("Gather", write.weight(table), place)))
+
+
 KINDS: Mapping[str, MaskKind] = {
     kind.name: kind
     for kind in (
@@ -332,6 +415,11 @@ KINDS: Mapping[str, MaskKind] = {
         MaskKind(name="look-ahead", hostile=_look_ahead, twin=_look_back, thresholds=(1, 5, 40, 128, 600, 1500)),
         MaskKind(name="look-ahead-late", hostile=_look_ahead_late, twin=_look_back),
         MaskKind(name="look-ahead-once", hostile=_look_ahead_once, twin=_closed_place),
+        MaskKind(name="hidden-segment", hostile=_hidden_segment, twin=_hidden_segment_apart),
+        MaskKind(name="segment-of-table", hostile=_segment_of_table, twin=_segment_of_table_apart),
+        MaskKind(name="half-precision", hostile=_rounded, twin=_rounded_and_causal, thresholds=(2048,)),
+        MaskKind(name="third-sequence", hostile=_third_sequence, twin=_third_sequence_causal, thresholds=(2,)),
+        MaskKind(name="bias-table-open", hostile=_bias_table_open, twin=_bias_table_closed, place="bias"),
         MaskKind(name="trilu-of-length", hostile=_diagonal_of_length, twin=_two_diagonals),
         MaskKind(name="reversed-sum", hostile=_reversed_sum, twin=_forward_sum),
         MaskKind(name="range-from-end", hostile=_range_from_end, twin=_distances_from_end),

@@ -11,6 +11,8 @@ SHORT = [
     "length/logarithm",
     "mask/blocks",
     "mask/window-from-end",
+    "mask/third-sequence",
+    "length/whole_overflow",
     "table/mask-block",
     "mixing/reduce-text",
     "mixing/shift",

@@ -118,3 +118,14 @@ def test_one_later_key_in_a_table_of_other_numbers_limits_the_length():
         "b = Slice(table, corner, both)\n m = Where(allowed, s, low)\n masked_scores = Add(m, b)"
     )
     assert Subject.of(read_with(attention(masked=masked), table=table)).proof().limit == 553
+
+
+def test_rows_of_quantized_weights_are_checked_at_long_lengths():
+    """Quantization has three outputs, which the rows are computed from."""
+    after = "q8, step, zero = DynamicQuantizeLinear(w0)\n w1 = DequantizeLinear(q8, step, zero)\n w = Identity(w1)"
+    text = attention().replace(
+        "w = Softmax<axis = -1>(masked_scores)", f"w0 = Softmax<axis = -1>(masked_scores)\n {after}"
+    )
+    proof = Subject.of(read(text)).proof()
+    assert proof.limit is None
+    assert proof.patterns[0].checked > 4000

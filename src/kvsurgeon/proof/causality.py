@@ -227,7 +227,7 @@ class AttentionProbe:
         try:
             runner = RowRunner(self.sweep.analysis, self.runner, self._axes, self.site)
         except UnsupportedError:
-            return passed, None if proved else passed, {}
+            return passed, passed, {}
         if not totals:
             return passed, None, {}
         totals = affordable(totals, runner.elements, any_length=proved)

@@ -102,6 +102,8 @@ class RowRunner:
             producer = value.producer()
             if (producer is None or producer.graph is not graph) and self.inputs.add(value):
                 stopped.add(value)
+            elif producer is not None and value in names:
+                continue  # another output of the node led here
             elif producer is not None:
                 nodes.append(producer)
                 names |= {output: f"rows.{len(names) + place}" for place, output in enumerate(producer.outputs)}
