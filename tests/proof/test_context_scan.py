@@ -129,3 +129,21 @@ def test_rows_of_quantized_weights_are_checked_at_long_lengths():
     proof = Subject.of(read(text)).proof()
     assert proof.limit is None
     assert proof.patterns[0].checked > 4000
+
+
+@pytest.mark.parametrize("begin", [70, 300])
+@pytest.mark.parametrize(
+    ("place", "written"),
+    [
+        pytest.param("scores", "s = Mul(s0, f)", id="scores"),
+        pytest.param("hidden", "n1 = Unsqueeze(n, first)\n p = Mul(column_f, f)\n h = Add(x, p)", id="positions"),
+    ],
+)
+def test_a_band_of_short_lengths_limits_the_length(begin, place, written):
+    """Between lengths at which all rows are computed."""
+    band = "n = Cast<to = 1>(length)\n column_f = Cast<to = 1>(column)\n l = Log(n)\n a = Greater(l, log_begin)\n b = Less(l, log_end)\n in = And(a, b)\n f = Where(in, half, unit)\n"
+    constants = (
+        f"float log_begin = {{{np.log(begin - 0.5)}}}, float log_end = {{{np.log(begin + 20.5)}}}, float unit = {{1.0}}"
+    )
+    model = read(attention(constants=constants, **{place: band + written}))
+    assert Subject.of(model).proof().limit == begin - 1

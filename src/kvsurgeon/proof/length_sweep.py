@@ -175,7 +175,8 @@ def _elements(shape: Sequence[Dimension], length: int) -> int:
 
 
 def growing_lengths(shortest: int, longest: int, thresholds: Sequence[int]) -> list[int]:
-    """Return total lengths from short to long: each about one and a half of the one before, and near each threshold."""
+    """Return total lengths from short to long: each about one and a half of the one before, and every threshold."""
     powers = [(1 << power) + 1 for power in range(7, 31)]
     between = [(low + high) // 2 for low, high in pairwise(powers)]
-    return sorted({longest, *(length for length in (*powers, *between, *thresholds) if shortest < length < longest)})
+    ladder = [length for length in (*powers, *between) if shortest < length]
+    return sorted({longest, *(length for length in (*ladder, *thresholds) if 1 < length < longest)})

@@ -76,19 +76,19 @@ def first_tokens(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
 
 
 def longest_passing(
-    check: Callable[[int], None], totals: Sequence[int], shortest: int
+    check: Callable[[int], None], totals: Sequence[int], passed: int
 ) -> tuple[int, UnsupportedError | None]:
     """Return the longest total length up to which a check passes, and the error of the next one if it fails.
 
     Args:
         check: Raises `UnsupportedError` at a total length at which the model is not what it must be.
         totals: Total lengths to check, ascending.
-        shortest: A total length at which the check is known to pass.
+        passed: A total length at which the check is known to pass.
 
     Raises:
         UnsupportedError: The check fails below the minimum useful length.
     """
-    passing = shortest
+    passing = 1 if totals and totals[0] <= passed else passed
     for total in totals:
         try:
             check(total)
