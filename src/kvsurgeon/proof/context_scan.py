@@ -26,7 +26,7 @@ from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.symbolic.dimension import BATCH, Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
-MAX_ELEMENTS = 1 << 26  # of a value, of which every row is computed
+MAX_ELEMENTS = 17 << 20  # of a value, of which every row is computed: a mask of 4,097 tokens
 MAX_BLOCK = 1 << 22  # elements of a block of rows
 
 

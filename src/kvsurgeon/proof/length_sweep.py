@@ -178,5 +178,5 @@ def growing_lengths(shortest: int, longest: int, thresholds: Sequence[int]) -> l
     """Return total lengths from short to long: each about one and a half of the one before, and every threshold."""
     powers = [(1 << power) + 1 for power in range(7, 31)]
     between = [(low + high) // 2 for low, high in pairwise(powers)]
-    ladder = [length for length in (*powers, *between) if shortest < length]
-    return sorted({longest, *(length for length in (*ladder, *thresholds) if 1 < length < longest)})
+    steps = [length for length in (*powers, *between) if shortest < length]
+    return sorted({longest, *(length for length in (*steps, *thresholds) if 1 < length < longest)})
