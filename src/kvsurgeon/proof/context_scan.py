@@ -26,7 +26,7 @@ from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.symbolic.dimension import BATCH, Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
-MAX_ELEMENTS = 17 << 20  # of a value, of which every row is computed: a mask of 4,097 tokens
+MAX_ELEMENTS = 34 << 20  # of a value, of which every row is computed: masks of 4,097 tokens for two sequences
 MAX_BLOCK = 1 << 22  # elements of a block of rows
 
 
@@ -41,9 +41,10 @@ def changing_positions(sweep: LengthSweep, values: Mapping[ir.Value, Axes]) -> n
     for value, axes in values.items():
         try:
             runner = RowRunner(sweep.analysis, sweep.runner([value]), [axes])
-            longest = _longest(runner, min(sweep.longest, SCANNED))
+            longest = min(sweep.longest, SCANNED)
             while runner.elements(Rows.of_text(longest)) > MAX_ELEMENTS:
                 longest //= 2
+            longest = _longest(runner, longest)
             found[:longest] |= _differing_rows(runner, axes, longest)
         except UnsupportedError:  # it is computed with the weights, or not at all
             continue
