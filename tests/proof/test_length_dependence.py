@@ -19,6 +19,8 @@ EXTENT = [
     ("a table that is sliced", attention(constants="float[500, 8] table, float[1, 400, 400] m, float none = {0.5}",
      hidden="n1 = Unsqueeze(length, first)\n p = Slice(table, first, n1, first)\n h = Add(x, p)")),
     ("a table that is looked up", attention(constants="float[500, 8] table", hidden="p = Gather(table, at)\n h = Add(x, p)")),
+    ("all positions, counted from the end", attention(constants="float[500, 8] table, int64[1] end = {9000000000}", hidden=
+     "n0 = Neg(length)\n n1 = Unsqueeze(n0, first)\n some = Slice(at, n1, end, first)\n p = Gather(table, some)\n h = Add(x, p)")),
     ("positions that are counted", attention(constants="float[500, 8] table, int64 axis = {0}", hidden=
      "n1 = Unsqueeze(length, first)\n ones = Expand(one, n1)\n count = CumSum(ones, axis)\n p = Gather(table, count)\n h = Add(x, p)")),
     ("a window", attention(constants="int64 wide = {4096}", allowed=
