@@ -24,6 +24,7 @@ from kvsurgeon.errors import (
     UnsupportedError,
     UsageError,
 )
+from kvsurgeon.passes.contract import Subject
 from kvsurgeon.workflow import verification
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.run_and_save import run_and_save
@@ -248,6 +249,16 @@ def test_a_text_that_cannot_be_compared_is_stated_as_such(copied, monkeypatch):
     edited(copied, lambda statement: statement["predicate"]["measurements"]["texts"][0].update(error=0.0))
     with pytest.raises(CertificateError, match="whole prefill"):
         confirm(copied)
+
+
+def test_a_result_whose_cache_cannot_be_read_again_is_confirmed_with_its_note(copied, monkeypatch):
+    def cannot_read(subject):
+        raise UnsupportedError("the cache is unknown")
+
+    monkeypatch.setattr(Subject, "cache", cannot_read)
+    kvsurgeon.inject(copied / "original", copied / "result", effort="quick", certificate=copied / "c.json")
+    assert "the cache is unknown" in (copied / "c.json").read_text()
+    assert confirm(copied).repeated.ok
 
 
 # Not confirmed: files

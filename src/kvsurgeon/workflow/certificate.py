@@ -225,6 +225,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError("expected the fields of an in-toto Statement")
     if (found["_type"], found["predicateType"]) != (STATEMENT_TYPE, PREDICATE_TYPE):
         raise ValueError(f"expected {STATEMENT_TYPE} and {PREDICATE_TYPE}")
+    if not found["predicate"]["passes"]:
+        raise ValueError("expected passes")
     measurements = found["predicate"]["measurements"]
     if type(measurements["seed"]) is not int or measurements["seed"] < 0 or measurements["effort"] not in _EFFORTS:
         raise ValueError("expected a seed and an effort")

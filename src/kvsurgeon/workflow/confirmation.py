@@ -26,7 +26,7 @@ from kvsurgeon.proof.proof import Obligation
 from kvsurgeon.workflow.certificate import Certificate, predicate_of, tool
 from kvsurgeon.workflow.digests import FileDigests, different_part, model_files
 from kvsurgeon.workflow.pipeline import PipelineRun, first_of
-from kvsurgeon.workflow.run_and_save import reference_of
+from kvsurgeon.workflow.run_and_save import note_unreadable, reference_of
 
 if TYPE_CHECKING:
     from kvsurgeon.parity import Effort, Progress, Report
@@ -180,7 +180,7 @@ class _Repetition:
         stated = self.stated
         subject = Subject.of(self.source)
         reference = reference_of(subject)
-        run = stated.pipeline.run(subject)
+        run = note_unreadable(stated.pipeline.run(subject))
         self._check_model(run)
         repeated = self._verify(reference, run, stated.effort, stated.seed)
         original = {name: stated.predicate["original"][name] for name in ("location", "files")}  # checked before
@@ -262,10 +262,11 @@ def _check_equal(stated: Any, found: Any, at: str = "predicate") -> None:
     if isinstance(stated, dict) and isinstance(found, dict) and stated.keys() == found.keys():
         for key in stated:
             _check_equal(stated[key], found[key], f"{at}.{key}")
-    elif isinstance(stated, list) and isinstance(found, list) and len(stated) == len(found):
-        for index, (one, other) in enumerate(zip(stated, found, strict=True)):
+    elif isinstance(stated, list) and isinstance(found, list):
+        for index, (one, other) in enumerate(zip(stated, found, strict=False)):
             _check_equal(one, other, f"{at}[{index}]")
-    elif type(stated) is not type(found) or isinstance(stated, dict | list) or stated != found:
+        _check_equal(len(stated), len(found), f"number of {at}")
+    elif type(stated) is not type(found) or isinstance(stated, dict) or stated != found:
         raise CertificateError(
             f"the certificate does not hold; expected {_short(stated)}, found {_short(found)} - at `{at}`"
         )
