@@ -41,7 +41,7 @@ def sequence_last(array: np.ndarray, axes: Axes, rows: Rows) -> np.ndarray:
         UnsupportedError: The size of the array does not fit its sequence axes.
     """
     result = _with_learned_rows(array, axes, rows)
-    for place, axis in enumerate(_queries_first(axes), start=-len(axes)):
+    for place, axis in enumerate(queries_first(axes), start=-len(axes)):
         if axis.learned_rows:
             tokens = result.shape[place] - axis.learned_rows
             result = result.take(range(axis.rows_before, axis.rows_before + tokens), axis=place)
@@ -51,14 +51,15 @@ def sequence_last(array: np.ndarray, axes: Axes, rows: Rows) -> np.ndarray:
 def learned_rows_first(array: np.ndarray, axes: Axes, rows: Rows) -> np.ndarray:
     """Return the learned rows that `sequence_last` drops on the first axis; the other sequence axes stay last."""
     result = _with_learned_rows(array, axes, rows)
-    ordered = enumerate(_queries_first(axes), start=-len(axes))
+    ordered = enumerate(queries_first(axes), start=-len(axes))
     place, axis = next((place, axis) for place, axis in ordered if axis.learned_rows)
     size = result.shape[place]
     learned = [*range(axis.rows_before), *range(size - axis.rows_after, size)]
     return np.moveaxis(result.take(learned, axis=place), place, 0)
 
 
-def _queries_first(axes: Axes) -> list[SequenceAxis]:
+def queries_first(axes: Axes) -> list[SequenceAxis]:
+    """Return sequence axes in the order of `sequence_last`: those of queries before those of keys."""
     return sorted(axes, key=lambda axis: axis.variable.resolved() is not Length.NEW)
 
 
@@ -78,7 +79,7 @@ def _with_learned_rows(array: np.ndarray, axes: Axes, rows: Rows) -> np.ndarray:
             "the size of a tensor does not fit the sequence axes traced for it",
             code=Code.INCONSISTENT_SHAPES, expected=f"axes {sizes}", found=str(list(array.shape)),
         )  # fmt: skip
-    last = [places[axis.axis] for axis in _queries_first(axes)]
+    last = [places[axis.axis] for axis in queries_first(axes)]
     return np.moveaxis(array.reshape(sizes), last, range(-len(last), 0)) if last else array.reshape(sizes)
 
 

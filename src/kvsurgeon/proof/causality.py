@@ -38,8 +38,8 @@ from kvsurgeon.proof.attention_pattern import (
 )
 from kvsurgeon.proof.context_scan import changing_lengths, changing_positions
 from kvsurgeon.proof.key_reductions import check_key_reductions, normalizes_before_mask
-from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, prefix
-from kvsurgeon.proof.row_checks import affordable, blocks, first_tokens, longest_passing, spans
+from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, first_tokens
+from kvsurgeon.proof.row_checks import affordable, blocks, longest_passing, spans
 from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.symbolic.dimension import BATCH
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
@@ -279,7 +279,7 @@ class AttentionProbe:
         shorter, *without = self._compared(runner.run(alone, scale=scale), alone)
         self._check_stable(weights[..., : rows.stop], shorter)
         for (value, axes), long, short in zip(self.others, others, without, strict=True):
-            first = first_tokens(long, axes, rows.stop)
+            first = first_tokens(long, axes, rows.stop, keys_only=True)
             check_prefix_stable("reductions of attention scores", first, short, at=value, layer=self.layer)
 
     def _prefix_stable(self, outputs: dict[int, list[np.ndarray]]) -> tuple[dict[int, list[np.ndarray]], int | None]:
@@ -308,7 +308,11 @@ class AttentionProbe:
             self._check_stable(longest[0][..., :length, :length], weights)
             for (value, axes), longer, shorter in zip(self.others, longest[1:], others, strict=True):
                 check_prefix_stable(
-                    "reductions of attention scores", prefix(longer, axes, length), shorter, at=value, layer=self.layer
+                    "reductions of attention scores",
+                    first_tokens(longer, axes, length),
+                    shorter,
+                    at=value,
+                    layer=self.layer,
                 )
 
     def _maskings(self) -> Iterator[tuple[MaskPattern, InputRole | None]]:

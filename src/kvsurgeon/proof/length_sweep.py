@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.attention_sites import AttentionSite
-from kvsurgeon.analysis.mask_patterns import describe_difference, is_close
-from kvsurgeon.analysis.probe_inputs import at_length
+from kvsurgeon.analysis.mask_patterns import describe_difference, is_close, queries_first
+from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.analysis.regions.probe_lengths import SCANNED, longest_running
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import is_token
@@ -21,7 +21,7 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.proof.length_dependence import LengthDependence
 from kvsurgeon.proof.thresholds import MAX_LENGTH, find_thresholds, lengths_near
 from kvsurgeon.symbolic.dimension import Dimension
-from kvsurgeon.symbolic.sequence_axes import Axes
+from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 LENGTHS = (1, 2, 7, 8, 40, 65, 129)  # tokens
 LONG_LENGTHS = (513, 1025)  # tokens, for values that grow with the length and not with its square
@@ -136,10 +136,11 @@ class LengthSweep:
         return results
 
 
-def prefix(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
-    """Return the first tokens of an array whose sequence axes are last."""
-    for place in range(1, len(axes) + 1):
-        array = array.take(range(length), axis=-place)
+def first_tokens(array: np.ndarray, axes: Axes, length: int, *, keys_only: bool = False) -> np.ndarray:
+    """Return the first tokens of an array whose sequence axes are last, along all of them or along those of keys."""
+    for place, axis in enumerate(queries_first(axes), start=-len(axes)):
+        if not keys_only or axis.variable.resolved() is not Length.NEW:
+            array = array.take(range(min(length, array.shape[place])), axis=place)
     return array
 
 
@@ -170,8 +171,7 @@ def check_prefix_stable(
 
 def _elements(shape: Sequence[Dimension], length: int) -> int:
     """Return the number of elements of a tensor at a length; unknown dimensions count as 1."""
-    sizes = [at_length(size, length) for size in shape]
-    return math.prod(size for size in sizes if isinstance(size, int))
+    return math.prod(Rows.of_text(length).sizes(shape))
 
 
 def growing_lengths(shortest: int, longest: int, thresholds: Sequence[int]) -> list[int]:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-
 from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH
-from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 MAX_LENGTH_OF_PAIRS = 1 << 14  # tokens: in longer texts a run has one row instead of two
 MAX_EXACT_LIMIT = 1 << 13  # tokens: a longer limit that no constant names is found to within a 256th
@@ -64,15 +61,6 @@ def blocks(positions: Sequence[int], total: int, elements: Callable[[Rows], int]
             found.append(Rows(place, place + 1, total))
     cost = sum(elements(rows) for rows in found[:1]) * len(found)
     yield from found[:: max(1, -(-cost // MAX_ELEMENTS_OF_BLOCKS))]
-
-
-def first_tokens(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
-    """Return an array whose sequence axes are last with the first tokens of the axes of the total length."""
-    ordered = sorted(axes, key=lambda axis: axis.variable.resolved() is not Length.NEW)
-    for place, axis in enumerate(ordered, start=-len(ordered)):
-        if axis.variable.resolved() is not Length.NEW:
-            array = array.take(range(min(length, array.shape[place])), axis=place)
-    return array
 
 
 def longest_passing(

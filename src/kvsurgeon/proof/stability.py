@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -26,12 +26,11 @@ from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.proof.causality import other_reductions
 from kvsurgeon.proof.context_scan import changing_lengths
-from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, prefix
-from kvsurgeon.proof.row_checks import affordable, first_tokens, longest_passing, spans
+from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, first_tokens
+from kvsurgeon.proof.row_checks import affordable, longest_passing, spans
 from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.symbolic.sequence_axes import Axes
 
-Cut = Callable[[np.ndarray, Axes, int], np.ndarray]  # array, axes, length -> the first tokens
 Arrays = list[np.ndarray]  # for each value of context, in order; its learned rows, if it has any, are behind all others
 
 
@@ -97,7 +96,7 @@ def _check_rows(sweep: LengthSweep, values: dict[ir.Value, Axes], passed: int) -
             alone = Rows(rows.start, rows.stop, rows.stop)
             for mask in (unmasked, left_padded) if whole.masks else (unmasked,):
                 longer, shorter = (compared.arrays(runner.run(one, mask), one) for one in (rows, alone))
-                compared.check(longer, shorter, rows.stop, first_tokens)
+                compared.check(longer, shorter, rows.stop, keys_only=True)
 
     return longest_passing(check, totals, passed)[0]
 
@@ -118,14 +117,15 @@ class _Compared:
         tokens = [sequence_last(array, self.values[value], rows) for value, array in found.items()]
         return tokens + [learned_rows_first(found[value], self.values[value], rows) for value in self.learned]
 
-    def check(self, longer: Arrays, shorter: Arrays, length: int, cut: Cut = prefix) -> None:
-        """Check that the first tokens are the same at a longer and a shorter length; `cut` returns them.
+    def check(self, longer: Arrays, shorter: Arrays, length: int, *, keys_only: bool = False) -> None:
+        """Check that the first tokens, or the first keys of the same queries, are the same at two lengths.
 
         Raises:
             UnsupportedError: They differ.
         """
         for (value, axes), long, short in zip(self.compared, longer, shorter, strict=True):
-            check_prefix_stable(_name_of(value), cut(long, axes, length), cut(short, axes, length), at=value)
+            first = [first_tokens(array, axes, length, keys_only=keys_only) for array in (long, short)]
+            check_prefix_stable(_name_of(value), first[0], first[1], at=value)
 
 
 def _name_of(value: ir.Value) -> str:

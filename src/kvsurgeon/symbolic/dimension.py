@@ -24,7 +24,7 @@ TOTAL = PAST + NEW  # T: all tokens up to this call
 MAX = sympy.Symbol("max_length", integer=True, positive=True)  # rows of a static cache
 CAPACITY = sympy.Symbol("cache_length", integer=True, positive=True)  # rows of a past that need not all be filled
 
-USUAL = 1 << 13  # tokens of a text
+USUAL_LENGTH = 1 << 13  # tokens of a text
 LONGEST = 40  # operations in an expression
 
 cached = lru_cache(maxsize=None, typed=True)  # 2 and 2.0 are equal, and what is made of them is not
@@ -142,7 +142,7 @@ def is_within(number: Dimension, smallest: int, largest: int) -> bool:
     """Return whether a number is between two others for a single token and for one text of a usual length."""
     if isinstance(number, int):
         return smallest <= number <= largest
-    ends = [number.subs({one: end if one is LENGTH else 1 for one in number.free_symbols}) for end in (1, USUAL)]
+    ends = [number.subs({one: end if one is LENGTH else 1 for one in number.free_symbols}) for end in (1, USUAL_LENGTH)]
     return all(bool(smallest <= end) and bool(end <= largest) for end in ends)
 
 
