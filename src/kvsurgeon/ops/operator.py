@@ -123,6 +123,7 @@ class Trait(Enum):
     PRODUCT = auto()  # a product of two tensors that sums over an axis
     BATCHED_MATMUL = auto()  # a floating-point product of matrices, batch by batch
     PACKED_WEIGHTS = auto()  # a product with weights in packed blocks
+    SOFTMAX = auto()  # weights that sum to one along an axis, so that a common factor cancels
     NORMALIZATION = auto()  # normalizes along its last axes; further inputs are learned
     QUANTIZATION = auto()  # scales and zero points are learned
     ELEMENTWISE = auto()  # one tensor, element by element; further inputs are parameters

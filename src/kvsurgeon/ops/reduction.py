@@ -198,7 +198,8 @@ def resize_cumulative_sum(resizer: Resizer, node: ir.Node, call: OperatorCall, a
 
 
 OPERATORS: list[Operator] = [
-    *entries("Softmax LogSoftmax Hardmax QLinearSoftmax", same_as_first, softmax_links),
+    *entries("Softmax", same_as_first, softmax_links, Trait.SOFTMAX),
+    *entries("LogSoftmax Hardmax QLinearSoftmax", same_as_first, softmax_links),
     *entries("LayerNormalization RMSNormalization SimplifiedLayerNormalization SkipLayerNormalization "
              "SkipSimplifiedLayerNormalization", normalized, normalization_links, Trait.NORMALIZATION),
     *entries("GatedRMSNorm BranchwiseRMSNorm", same_as_first, normalization_links),

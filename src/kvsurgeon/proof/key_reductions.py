@@ -34,7 +34,7 @@ def check_key_reductions(sweep: LengthSweep, layer: int, site: AttentionSite) ->
     for node, index in _reductions(sweep.flow, site):
         found = None
         if not _is_masked(sweep.flow, site, node):
-            if node.op_type == "Softmax":
+            if has_trait(node, Trait.SOFTMAX):
                 continue  # its sum may cancel later; it is run with much larger scores of later keys
             found = "scores before any mask"
         elif has_trait(node, Trait.LOOKUP) and longest < max(sweep.lengths):
