@@ -102,18 +102,10 @@ class LengthDependence:
             _DependsError: The output depends on the length by value.
         """
         shape = call.results[index].shape if index < len(call.results) else None
-        extents = frozenset() if operator is None else operator.extent_inputs
         links = None if operator is None else axis_links(call)
-        read = [i for i in range(len(node.inputs)) if i not in extents and (links is None or i != links.target)]
-        if links is not None:
-            bounds = {place for place, _ in links.length_inputs} if links.selected else set()
-            read = [i for i in read if i not in bounds]
-        if operator is not None:
-            read = [i for i in read if i not in operator.type_only]
         if links is not None and links.addressing == "scatter_nd" and self._elements.writes_each_element(node):
             return self._axes_or_cause(node.inputs[2])
-        if links is not None and links.addressing == "rows" and self._elements.address_tokens(node.inputs[1]):
-            read.remove(1)
+        read = self._read_by_value(node, operator, links)
         values = [value for i in read if (value := node.inputs[i]) is not None]
         captured = [value for value in all_inputs(node) if value not in node.inputs]
         if (cause := self._first_cause([*values, *captured])) is not None:
@@ -122,11 +114,23 @@ class LengthDependence:
             raise _DependsError
         if links is None:
             self._require(not any(self._grows(value) for value in values))
-            self._require(extents or not _holds_length(shape))
+            self._require((operator is not None and operator.extent_inputs) or not _holds_length(shape))
             return self._introduced(shape, (), uniform=not read)
         if links.row_major:
             return self._reshaped(call, shape)
         return self._linked(node, call, links, index, shape, read)
+
+    def _read_by_value(self, node: ir.Node, operator: Operator | None, links: AxisLinks | None) -> list[int]:
+        """Return the inputs of a node whose numbers decide its elements, and not how many there are."""
+        others: set[int] = set()
+        if operator is not None:
+            others |= operator.extent_inputs | operator.type_only
+        if links is not None:
+            others |= {place for place, _ in links.length_inputs} if links.selected else set()
+            others |= set() if links.target is None else {links.target}
+            if links.addressing == "rows" and self._elements.address_tokens(node.inputs[1]):
+                others.add(1)
+        return [index for index in range(len(node.inputs)) if index not in others]
 
     def _axes_or_cause(self, value: ir.Value | None) -> Axes:
         if value is None or value in self.causes:
