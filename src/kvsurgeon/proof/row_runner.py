@@ -8,12 +8,13 @@ later tokens behind it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnxruntime import InferenceSession
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.attention_sites import AttentionSite
@@ -60,6 +61,7 @@ class RowRunner:
         slices = ContextSlices(flow, editor, lengths, analysis.inputs, analysis.same)
         tokens = TokenRewriter(slices, {node: tuple(node.inputs) for node in whole.nodes})
         self.inputs = ProbeFeeds(flow, () if site is None else site.weight_sources, () if site is None else site.ends)
+        totals: list[ir.Value] = []
         try:
             for node, index in () if site is None else site.other_inputs:
                 value = node.inputs[index]
@@ -67,6 +69,7 @@ class RowRunner:
                     total = ir.Value(name=f"{value.name}.all", type=value.type)
                     self.inputs.add_total(value, total.name or "")
                     tokens.add_total(value, total)
+                    totals.append(total)
             for node in whole.nodes:
                 if any(is_token(flow, value) for value in node.outputs):
                     tokens.copy(node)
@@ -74,7 +77,7 @@ class RowRunner:
                 tokens.copied(value) if is_token(flow, value) else slices.slice_of(value, wanted)
                 for value, wanted in zip(self.outputs, axes, strict=True)
             ]
-            self._session = self._open(made, graph, flow.opsets)
+            self._session = self._open(made, graph, totals, flow.opsets)
             self._shapes = [(flow.shapes[value].shape or (), axes) for value, axes in slices.made()]
             self._shapes += [(flow.shapes[value].shape or (), flow.axes.get(value, ())) for value in self.inputs.probed]
         except UnsupportedError:
@@ -86,12 +89,13 @@ class RowRunner:
                 for index in range(len(node.inputs)):
                     node.replace_input_with(index, None)
 
-    def _open(self, outputs: Sequence[ir.Value], graph: ir.Graph, opsets: Any) -> Any:
+    def _open(
+        self, outputs: Sequence[ir.Value], graph: ir.Graph, totals: Iterable[ir.Value], opsets: Mapping[str, int]
+    ) -> InferenceSession:
+        """Open a session that computes the outputs; the totals are fed."""
         names = {value: f"rows.constant.{place}" for place, value in enumerate(graph.initializers.values())}
         nodes: list[ir.Node] = []
-        given = {*graph.inputs, *graph.initializers.values()}
-        fed = {value for value in upstream(outputs) if value.name in self.inputs.feeds and value.producer() is None}
-        stopped = {*given, *fed}
+        stopped = {*graph.inputs, *graph.initializers.values(), *totals}
 
         def stop(value: ir.Value) -> bool:
             return value in stopped
