@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import pairwise
 
@@ -12,15 +11,13 @@ import onnx_ir as ir
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.mask_patterns import describe_difference, is_close, queries_first
-from kvsurgeon.analysis.probe_inputs import Rows
-from kvsurgeon.analysis.regions.probe_lengths import SCANNED, longest_running
+from kvsurgeon.analysis.regions.probe_lengths import SCANNED, elements_at, longest_running
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.proof.length_dependence import LengthDependence
 from kvsurgeon.proof.thresholds import MAX_LENGTH, find_thresholds, lengths_near
-from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 LENGTHS = (1, 2, 7, 8, 40, 65, 129)  # tokens
@@ -99,7 +96,9 @@ class LengthSweep:
         shapes = [self.flow.shapes[value].shape or () for value in site.score_values]
 
         def fits(length: int) -> bool:
-            return length <= MAX_ATTENTION_LENGTH and all(_elements(shape, length) <= MAX_ELEMENTS for shape in shapes)
+            return length <= MAX_ATTENTION_LENGTH and all(
+                elements_at(shape, length) <= MAX_ELEMENTS for shape in shapes
+            )
 
         return [length for length in self.lengths if fits(length)] or [min(self.lengths)]
 
@@ -108,7 +107,7 @@ class LengthSweep:
         shapes = [self.flow.shapes[value].shape or () for value in values]
         longer = () if self.fixed is not None else (length for length in LONG_LENGTHS if length <= self._limit)
         lengths = sorted({*self.lengths, *longer})
-        small = [length for length in lengths if sum(_elements(shape, length) for shape in shapes) <= MAX_ELEMENTS]
+        small = [length for length in lengths if sum(elements_at(shape, length) for shape in shapes) <= MAX_ELEMENTS]
         return small or lengths[:1]
 
     def runner(self, outputs: Sequence[ir.Value], site: AttentionSite | None = None) -> SubgraphRunner:
@@ -167,11 +166,6 @@ def check_prefix_stable(
         expected="the same value for a position at every total length", found=describe_difference(longer, shorter),
         hint="frequencies or scales that are computed from the length are a common cause",
     )  # fmt: skip
-
-
-def _elements(shape: Sequence[Dimension], length: int) -> int:
-    """Return the number of elements of a tensor at a length; unknown dimensions count as 1."""
-    return math.prod(Rows.of_text(length).sizes(shape))
 
 
 def growing_lengths(shortest: int, longest: int, thresholds: Sequence[int]) -> list[int]:

@@ -7,18 +7,19 @@ changes: a threshold need not be a number that something is compared with.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.analysis.probe_inputs import at_length
+from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import small_constant
+from kvsurgeon.graph.query import producers, upstream
 from kvsurgeon.ops.gather import FAR
 from kvsurgeon.ops.operator import AxisLinks, Trait, UntraceableAxesError
 from kvsurgeon.ops.table import axis_links, has_trait
@@ -31,30 +32,26 @@ MAX_FOUND = 32  # positions or lengths of one value at which it changes
 MAX_ELEMENTS = 1 << 26  # of a tensor that is computed in a run
 
 
-def lengths_beyond(flow: TokenFlow, nodes: Iterable[ir.Node]) -> list[int] | None:
-    """Return a length beyond each number that the nodes compare positions with, and beyond their sum.
+def lengths_beyond(flow: TokenFlow, result: ir.Value, sources: Sequence[ir.Value]) -> list[int] | None:
+    """Return a length beyond each number that positions are compared with between sources and result, and their sum.
 
     Returns:
         The lengths in rising order; None if one of them is longer than texts that can be run.
     """
-    nodes, counts = list(nodes), set[int]()
+    nodes, counts = producers(upstream([result], stop=sources.__contains__)), set[int]()
     for node in nodes:
         counts |= {abs(number) for number in _numbers(flow, node) if 1 < abs(number) < FAR}
     total = min(sum(counts), MAX_PROBE_LENGTH)
-    largest = max((_elements(flow, node, total + 2) for node in nodes), default=0)
+    shapes = [flow.shapes[node.outputs[0]].shape or () for node in nodes]
+    largest = max((elements_at(shape, total + 2) for shape in shapes), default=0)
     if max(counts, default=0) > MAX_PROBE_LENGTH or largest > MAX_ELEMENTS:
         return None
     return sorted({count + 2 for count in (*counts, total)})
 
 
-def _elements(flow: TokenFlow, node: ir.Node, length: int) -> int:
-    """Return the number of elements of a node's output at a length; unknown dimensions count as 1."""
-    return _elements_of(flow.shapes[node.outputs[0]].shape or (), length)
-
-
-def _elements_of(shape: Iterable[Dimension], length: int) -> int:
-    sizes = (at_length(size, length) for size in shape)
-    return math.prod(size for size in sizes if isinstance(size, int))
+def elements_at(shape: Sequence[Dimension], length: int) -> int:
+    """Return the number of elements of a tensor at a length; unknown dimensions count as 1."""
+    return math.prod(Rows.of_text(length).sizes(shape))
 
 
 def _numbers(flow: TokenFlow, node: ir.Node) -> Iterator[int]:
@@ -128,7 +125,7 @@ def changing_context(flow: TokenFlow, nodes: Iterable[ir.Node]) -> tuple[set[int
         if flow.kinds.get(value) is not ValueKind.CONTEXT or flow.shapes[value].value is not None or shape is None:
             continue
         axes = [axis for axis, size in enumerate(shape) if size is flow.length]
-        if len(axes) > 1 or _elements_of(shape, SCANNED) > MAX_ELEMENTS:
+        if len(axes) > 1 or elements_at(shape, SCANNED) > MAX_ELEMENTS:
             continue
         runner = SubgraphRunner(flow, [value])
         longest = longest_running(runner.run, 1, SCANNED + 1)

@@ -23,7 +23,6 @@ from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
-from kvsurgeon.graph.query import producers, upstream
 from kvsurgeon.graph.value_numbering import ValueNumbering
 from kvsurgeon.ops.gather import FAR, slice_bounds
 from kvsurgeon.ops.operator import Trait
@@ -147,7 +146,7 @@ def _is_position_wise(flow: TokenFlow, region: RoutedRegion, tokens: Sequence[ir
     if sources is None:
         return False
     result = region[-1].outputs[0]
-    lengths = lengths_beyond(flow, producers(upstream([result], stop=sources.__contains__)))
+    lengths = lengths_beyond(flow, result, sources)
     if lengths is None:
         return False
 

@@ -24,7 +24,6 @@ from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import growing_regions, is_closed, token_inputs
 from kvsurgeon.analysis.token_flow import NodeVisit, SequenceState, TokenFlow
 from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.graph.query import producers, upstream
 from kvsurgeon.ops.operator import UntraceableAxesError
 from kvsurgeon.ops.table import axis_links
 from kvsurgeon.symbolic.dimension import LENGTH
@@ -164,7 +163,7 @@ def _is_causal(flow: TokenFlow, state: SequenceState) -> bool | None:
 def _is_measured_causal(flow: TokenFlow, state: SequenceState) -> bool:
     """Return whether the result of a token is the same for other, more or fewer later tokens and other sequences."""
     sources = [value for node, index in state.places if (value := node.inputs[index]) is not None]
-    lengths = lengths_beyond(flow, producers(upstream([state.result], stop=sources.__contains__)))
+    lengths = lengths_beyond(flow, state.result, sources)
     if lengths is None:
         return False
     try:
