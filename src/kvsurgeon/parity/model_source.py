@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,6 +76,19 @@ def load_graph(source: Source) -> onnx.ModelProto:
     graph = source if isinstance(source, onnx.ModelProto) else read_proto(find_model(source))
     check_functions(graph)
     return graph
+
+
+def all_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Return the nodes of a model, those of subgraphs and of local functions too."""
+    return [node for graph in (model.graph, *model.functions) for node in _walk(graph.node)]
+
+
+def _walk(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
+                yield from _walk(graph.node)
 
 
 def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from kvsurgeon.parity.model_source import all_nodes
 from kvsurgeon.parity.reference_model import ReferenceModel
 from kvsurgeon.parity.scenarios import AFTER, Effort
 
@@ -19,8 +20,7 @@ _MOST: dict[Effort, int] = {"quick": 0, "normal": 3, "thorough": 12}  # threshol
 
 def thresholds_in(model: onnx.ModelProto) -> frozenset[int]:
     """Return the positive integers that a model compares a number with."""
-    graphs = [model.graph, *model.functions]
-    nodes = [node for graph in graphs for node in _walk(graph.node)]
+    nodes = all_nodes(model)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     constants |= {node.output[0]: attribute.t for node in nodes if node.op_type == "Constant"
                   for attribute in node.attribute if attribute.name == "value"}  # fmt: skip
@@ -64,11 +64,3 @@ def _lengths(tensor: onnx.TensorProto) -> Iterator[int]:
     for value in numpy_helper.to_array(tensor).reshape(-1).astype(np.float64):
         if 1 < value < 2**20 and value == int(value):
             yield int(value)
-
-
-def _walk(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                yield from _walk(graph.node)

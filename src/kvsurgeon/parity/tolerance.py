@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import onnx
+
+from kvsurgeon.parity.model_source import all_nodes
 
 Arithmetic = Literal["float64", "float32", "float16", "bfloat16", "quantized", "dynamic"]
 
@@ -61,7 +62,7 @@ _FLOATS: dict[int, Arithmetic] = {  # coarsest first
 
 def arithmetic_of(model: onnx.ModelProto) -> Arithmetic:
     """Return the coarsest arithmetic that the model computes in."""
-    nodes = [node for body in (model.graph.node, *(one.node for one in model.functions)) for node in _walk(body)]
+    nodes = all_nodes(model)
     operators = {node.op_type for node in nodes}
     if operators & _DYNAMIC:
         return "dynamic"
@@ -84,11 +85,3 @@ def _rounds_activations(node: onnx.NodeProto) -> bool:
     if node.op_type == "DequantizeLinear":
         return bool(options.get("block_size"))
     return node.op_type == "MatMulNBits" and options.get("accuracy_level") == 4
-
-
-def _walk(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                yield from _walk(graph.node)
