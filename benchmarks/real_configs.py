@@ -23,7 +23,7 @@ from typing import Any
 
 import onnx
 import onnxruntime as ort
-from hostility.judge import BAD, Candidate, Chain, Reference, compare
+from adversarial_models.evaluation import BAD, Candidate, Chunking, Reference, compare
 
 INSPECT_SECONDS, INSPECT_MEGABYTES = 3.0, 700.0
 INJECT_MEGABYTES_MORE = 400.0  # than a session of the original needs, for the same texts
@@ -132,7 +132,7 @@ def session_megabytes(path: Path, facts: dict[str, Any]) -> float:
         "import sys; sys.path[:0] = [sys.argv[3]]\n"
         "import numpy as np\n"
         "from pathlib import Path\n"
-        "from hostility.judge import Reference\n"
+        "from adversarial_models.evaluation import Reference\n"
         "reference = Reference(Path(sys.argv[1]), arena=False)\n"
         "reference(np.ones((2, 140), np.int64))\n"
         "reference(np.ones((1, int(sys.argv[2])), np.int64))\n"
@@ -148,12 +148,12 @@ def compared(original: Path, injected: Path, facts: dict[str, Any]) -> str:
     end = min(end, facts["max_length"] or end)
     steps = [(window + more, False) for window in windows for more in (-1, 0, 1)]
     steps = sorted({(5, True), (64, True), (65, True), *steps, (end - 3, False), (end - 2, False), (end, True)})
-    chain = Chain(batch=1, steps=tuple(steps))
-    at_once = Chain(batch=1, steps=((end - 1, False), (end, True)))
-    plan = [chain, at_once]
+    chunking = Chunking(batch=1, steps=tuple(steps))
+    at_once = Chunking(batch=1, steps=((end - 1, False), (end, True)))
+    plan = [chunking, at_once]
     limit = facts["max_length"]
     if limit and limit <= LONGEST_LIMIT:
-        plan.append(Chain(batch=1, steps=((limit - 1, False), (limit, True), (limit + 1, True))))
+        plan.append(Chunking(batch=1, steps=((limit - 1, False), (limit, True), (limit + 1, True))))
     candidate = Candidate(injected, onnx.load(original, load_external_data=False), arena=False)
     verdict = compare(Reference(original, arena=False), candidate, plan)
     return f"{verdict.verdict} at {end} tokens" + (f": {verdict.reason}" if verdict.reason else "")

@@ -1,10 +1,21 @@
-"""Hostile decoders are drawn from a seed, and the judge sees what is wrong."""
+"""Adversarial decoders are drawn from a seed, and the evaluation finds other outputs."""
 
 import numpy as np
 import pytest
-from hostility import judge
-from hostility.catalogue import KINDS, kind_of, write_sample
-from hostility.judge import LIMITED, REFUSED, RIGHT, WRONG, Candidate, Chain, Reference, compare, difference, inject
+from adversarial_models import evaluation
+from adversarial_models.catalogue import KINDS, kind_of, write_sample
+from adversarial_models.evaluation import (
+    LIMITED,
+    REFUSED,
+    RIGHT,
+    WRONG,
+    Candidate,
+    Chunking,
+    Reference,
+    compare,
+    difference,
+    inject,
+)
 
 SHORT = [
     "length/where",
@@ -20,26 +31,26 @@ SHORT = [
 ]
 
 
-def drawn(folder, kind, *, twin=False, number=0):
-    return write_sample(1, number, folder, twin=twin, kind=kind)
+def drawn(folder, kind, *, benign=False, number=0):
+    return write_sample(1, number, folder, benign=benign, kind=kind)
 
 
-def judged(sample, folder, monkeypatch):
-    monkeypatch.setattr(judge, "LADDER", (65, 130))
-    return judge.judge(
+def evaluated(sample, folder, monkeypatch):
+    monkeypatch.setattr(evaluation, "SWEEP_LENGTHS", (65, 130))
+    return evaluation.evaluate(
         sample.path, threshold=sample.threshold, heads=sample.heads, through="injector", work=folder / "injected"
     )
 
 
 @pytest.mark.parametrize("kind", SHORT)
-def test_a_hostile_decoder_is_refused_limited_or_right(tmp_path, monkeypatch, kind):
-    verdict = judged(drawn(tmp_path, kind), tmp_path, monkeypatch)
+def test_an_adversarial_decoder_is_refused_limited_or_right(tmp_path, monkeypatch, kind):
+    verdict = evaluated(drawn(tmp_path, kind), tmp_path, monkeypatch)
     assert verdict.verdict in (RIGHT, REFUSED, LIMITED), verdict
 
 
 @pytest.mark.parametrize("kind", ["length/where", "mask/blocks", "table/mask-block", "mixing/reduce-text"])
-def test_its_twin_is_right(tmp_path, monkeypatch, kind):
-    verdict = judged(drawn(tmp_path, kind, twin=True), tmp_path, monkeypatch)
+def test_its_benign_counterpart_is_right(tmp_path, monkeypatch, kind):
+    verdict = evaluated(drawn(tmp_path, kind, benign=True), tmp_path, monkeypatch)
     assert verdict.verdict == RIGHT, verdict
     assert verdict.changes is False
 
@@ -53,21 +64,21 @@ def test_all_kinds_come_in_turn():
     assert {kind_of(3, number) for number in range(len(KINDS))} == set(KINDS)
 
 
-def test_an_original_that_mixes_tokens_is_seen_to_change(tmp_path):
+def test_an_original_that_mixes_tokens_changes_with_later_ones(tmp_path):
     sample = drawn(tmp_path, "mixing/reduce-text")
-    assert judge.prepared(sample.path, sample.threshold, sample.heads)
+    assert evaluation.original_changes(sample.path, sample.threshold, sample.heads)
 
 
 def test_other_numbers_are_wrong(tmp_path):
-    sample = drawn(tmp_path / "one", "mask/blocks", twin=True)
+    sample = drawn(tmp_path / "one", "mask/blocks", benign=True)
     injected = inject(sample.path, "injector", tmp_path / "injected")
-    chain = Chain(batch=2, steps=((5, True), (9, True), (10, True)))
+    chunking = Chunking(batch=2, steps=((5, True), (9, True), (10, True)))
     reference = Reference(sample.path)
-    candidate = Candidate(injected, judge.onnx.load(sample.path))
-    assert compare(reference, candidate, [chain]).verdict == RIGHT
+    candidate = Candidate(injected, evaluation.onnx.load(sample.path))
+    assert compare(reference, candidate, [chunking]).verdict == RIGHT
     hidden = reference.kept[2, 10]
     reference.kept[2, 10] = [array + np.linspace(0, 1, array.shape[-1], dtype=array.dtype) for array in hidden]
-    verdict = compare(reference, candidate, [chain])
+    verdict = compare(reference, candidate, [chunking])
     assert (verdict.verdict, verdict.at) == (WRONG, 10)
 
 

@@ -1,4 +1,4 @@
-"""All kinds of hostile decoders, and the decoder of a number."""
+"""All kinds of adversarial decoders, and the decoder of a number."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from hostility import length_functions, mask_kinds, mixing_kinds, output_kinds, table_kinds
-from hostility.decoder import Design, build, draw_design
-from hostility.length_kinds import draw_length_kind
-from hostility.sample import Draft
+from adversarial_models import length_functions, mask_kinds, mixing_kinds, output_kinds, table_kinds
+from adversarial_models.decoder import Design, build, draw_design
+from adversarial_models.draft import Draft
+from adversarial_models.length_kinds import draw_length_kind
 
 Draw = Callable[..., Draft]
 
@@ -21,18 +21,18 @@ class Sample:
     """One decoder on disk."""
 
     number: int
-    twin: bool  # like a hostile one, but causal and independent of the total length
+    benign: bool  # like an adversarial one, but causal and independent of the total length
     kind: str
     place: str
     threshold: int | None
     heads: int
-    spelling: str
-    base: str  # how the rest of the decoder is spelled
+    variant: str
+    base: str  # how the rest of the decoder is written
     path: Path
 
 
 def _draws() -> Mapping[str, tuple[Draw, bool]]:
-    """Return how each kind is drawn, and whether it has a twin."""
+    """Return how each kind is drawn, and whether it has a benign counterpart."""
     draws: dict[str, tuple[Draw, bool]] = {}
     for name, function in length_functions.FUNCTIONS.items():
         draws[f"length/{name}"] = (partial(_length, function), True)
@@ -47,23 +47,23 @@ def _draws() -> Mapping[str, tuple[Draw, bool]]:
     return draws
 
 
-def _length(function: length_functions.LengthFunction, random: Random, design: Design, twin: bool) -> Draft:
-    return draw_length_kind(random, function, design, twin=twin)
+def _length(function: length_functions.LengthFunction, random: Random, design: Design, benign: bool) -> Draft:
+    return draw_length_kind(random, function, design, benign=benign)
 
 
-def _mask(kind: mask_kinds.MaskKind, random: Random, design: Design, twin: bool) -> Draft:
-    return mask_kinds.draw_mask_kind(random, kind, design, twin=twin)
+def _mask(kind: mask_kinds.MaskKind, random: Random, design: Design, benign: bool) -> Draft:
+    return mask_kinds.draw_mask_kind(random, kind, design, benign=benign)
 
 
-def _table(kind: table_kinds.TableKind, random: Random, design: Design, twin: bool) -> Draft:
-    return table_kinds.draw_table_kind(random, kind, design, twin=twin)
+def _table(kind: table_kinds.TableKind, random: Random, design: Design, benign: bool) -> Draft:
+    return table_kinds.draw_table_kind(random, kind, design, benign=benign)
 
 
-def _mixing(kind: mixing_kinds.MixingKind, random: Random, design: Design, twin: bool) -> Draft:
-    return mixing_kinds.draw_mixing_kind(random, kind, design, twin=twin)
+def _mixing(kind: mixing_kinds.MixingKind, random: Random, design: Design, benign: bool) -> Draft:
+    return mixing_kinds.draw_mixing_kind(random, kind, design, benign=benign)
 
 
-def _output(kind: output_kinds.OutputKind, random: Random, design: Design, twin: bool) -> Draft:
+def _output(kind: output_kinds.OutputKind, random: Random, design: Design, benign: bool) -> Draft:
     return output_kinds.draw_output_kind(random, kind, design)
 
 
@@ -77,15 +77,15 @@ def kind_of(seed: int, number: int) -> str:
     return names[number % len(names)]
 
 
-def write_sample(seed: int, number: int, folder: Path, *, twin: bool, kind: str | None = None) -> Sample | None:
-    """Write the decoder of a number, or its twin; None if the kind has no twin."""
+def write_sample(seed: int, number: int, folder: Path, *, benign: bool, kind: str | None = None) -> Sample | None:
+    """Write the decoder of a number, or its benign counterpart; None if the kind has none."""
     kind = kind or kind_of(seed, number)
-    draw, has_twin = KINDS[kind]
-    if twin and not has_twin:
+    draw, has_benign = KINDS[kind]
+    if benign and not has_benign:
         return None
     random = Random(f"{seed} {number} {kind}")
     design = draw_design(random, heads=random.choice([1, 2, 2, 4, 4, 8, 32]))
-    draft = draw(random, design, twin)
+    draft = draw(random, design, benign)
     write, model = build(draft.design, random)
     design = draft.design
     base = (
@@ -94,12 +94,12 @@ def write_sample(seed: int, number: int, folder: Path, *, twin: bool, kind: str 
     base += f" kv:{design.kv_heads}" + (" mask" if design.has_mask else "")
     return Sample(
         number=number,
-        twin=twin,
+        benign=benign,
         kind=kind,
         place=draft.place,
         threshold=draft.threshold,
         heads=design.heads,
-        spelling=draft.spelling,
+        variant=draft.variant,
         base=base,
         path=write.save(model, folder),
     )

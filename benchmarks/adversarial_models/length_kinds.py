@@ -8,26 +8,26 @@ from random import Random
 
 import numpy as np
 
-from hostility.decoder import HIDDEN, Change, Context, Design
-from hostility.length_functions import FUNCTIONS, LengthFunction
-from hostility.sample import Draft
+from adversarial_models.decoder import HIDDEN, Change, Context, Design
+from adversarial_models.draft import Draft
+from adversarial_models.length_functions import FUNCTIONS, LengthFunction
 
 SCALED = ("scores", "query", "key", "value", "output", "residual", "normed", "logits", "hidden")
 LENGTH_PLACES = (*SCALED, "shift", "positions", "angles", "window", "bias")
 THRESHOLDS = (40, 70, 100, 130, 200, 300, 511, 700, 1000, 1500, 2000, 2048, 2600, 3000, 3500)
 
 
-def draw_length_kind(random: Random, function: LengthFunction, design: Design, *, twin: bool) -> Draft:
-    """Return a decoder in which a function of the total length, or of each position in a twin, is put in somewhere."""
+def draw_length_kind(random: Random, function: LengthFunction, design: Design, *, benign: bool) -> Draft:
+    """Return a decoder that a function of the total length changes, or, if benign, a function of each position."""
     place = random.choice(LENGTH_PLACES)
     largest = 2100 if design.heads > 8 else 3600
     threshold = random.choice([one for one in THRESHOLDS if one <= largest])
     if function.threshold is not None:
         threshold = function.threshold
     layers = random.choice([(0, 1), (0, 1), (0,)])
-    twin_kinds = ["beyond", "no-effect"] if function.scalar else ["per-token", "per-token", "beyond", "no-effect"]
-    means = random.choice(twin_kinds)
-    if not twin:
+    benign_means = ["beyond", "no-effect"] if function.scalar else ["per-token", "per-token", "beyond", "no-effect"]
+    means = random.choice(benign_means)
+    if not benign:
         means = "total"
     if means == "beyond" and (function.threshold is not None or threshold < 200 or function.name == "multiples"):
         means = "no-effect"
@@ -35,7 +35,7 @@ def draw_length_kind(random: Random, function: LengthFunction, design: Design, *
     change = _change(place, function, threshold, means)
     where = {"shift": "hidden", "window": "allowed"}.get(place, place)
     design = replace(design, changes={where: change})
-    return Draft(design=design, place=place, threshold=threshold, spelling=f"{function.name} {means}")
+    return Draft(design=design, place=place, threshold=threshold, variant=f"{function.name} {means}")
 
 
 def _with_place(design: Design, place: str, layers: tuple[int, ...], rows: int | None) -> Design:

@@ -10,10 +10,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from hostility.graph_writer import GraphWriter
+from adversarial_models.graph_writer import GraphWriter
 
 HIDDEN, VOCABULARY, LAYERS = 32, 97, 2
-QUIET = 90  # tokens below have embeddings of ordinary size, those from here on of growing size
+ORDINARY_TOKENS = 90  # tokens below have embeddings of ordinary size, those from here on of growing size
 ROWS = 4200  # of the table of positions, unless a decoder is to end earlier
 
 Change = Callable[["Context", str], str]
@@ -41,7 +41,7 @@ class Context:
 
 @dataclass(frozen=True, kw_only=True)
 class Design:
-    """A decoder: its sizes, how it is spelled, and what is put in where."""
+    """A decoder: its sizes, how it is written, and what is put in where."""
 
     heads: int = 4
     kv_heads: int = 4
@@ -92,7 +92,7 @@ TOTALS = (
 
 
 def draw_design(random: Random, *, heads: int) -> Design:
-    """Return a decoder in one of many spellings, with nothing put in."""
+    """Return a decoder in one of many variants, with nothing put in."""
     has_mask = random.random() < 0.6
     totals = [name for name in TOTALS if has_mask or not name.startswith("mask")]
     return Design(
@@ -116,10 +116,10 @@ def build(design: Design, random: Random) -> tuple[GraphWriter, onnx.ModelProto]
     return write, decoder.build()
 
 
-def loudness() -> np.ndarray:
+def embedding_scales() -> np.ndarray:
     """Return the size of the embedding of each token, [V]: ordinary ones, then 2 to 128 times as large."""
     sizes = np.ones(VOCABULARY)
-    sizes[QUIET:] = 2.0 ** np.arange(1, VOCABULARY - QUIET + 1)
+    sizes[ORDINARY_TOKENS:] = 2.0 ** np.arange(1, VOCABULARY - ORDINARY_TOKENS + 1)
     return sizes
 
 
@@ -131,7 +131,7 @@ class _Decoder:
 
     def build(self) -> onnx.ModelProto:
         write, context = self.write, self.context
-        table = write.noise.standard_normal((VOCABULARY, HIDDEN)) * loudness()[:, None]
+        table = write.noise.standard_normal((VOCABULARY, HIDDEN)) * embedding_scales()[:, None]
         hidden = write("Gather", write.weight(table.astype(np.float32)), "input_ids")
         length = write("Squeeze", write("Gather", write("Shape", "input_ids"), [1]), [0])
         context.positions = write("Range", 0, length, 1)

@@ -31,17 +31,17 @@ from verification.independent_verifier import (
 )
 
 import kvsurgeon
-from hostility.decoder import QUIET, VOCABULARY
+from adversarial_models.decoder import ORDINARY_TOKENS, VOCABULARY
 from kvsurgeon.errors import KvsurgeonError, ParityError, PassError
 
 RIGHT, REFUSED, CAUGHT, LIMITED = "right", "refused", "caught", "limited"
-WRONG, CRASH, HANG, NOT_JUDGED = "WRONG", "crash", "hang", "not judged"
-VERDICTS = (RIGHT, LIMITED, REFUSED, CAUGHT, WRONG, CRASH, HANG, NOT_JUDGED)
+WRONG, CRASH, HANG, NOT_COMPARED = "WRONG", "crash", "hang", "not compared"
+VERDICTS = (RIGHT, LIMITED, REFUSED, CAUGHT, WRONG, CRASH, HANG, NOT_COMPARED)
 BAD = frozenset({WRONG, CRASH, HANG})
 
 SECONDS_TO_INJECT = 60
-LADDER = (65, 130, 514, 1026, 2049, 4000)  # tokens
-NUMBERS = 64e6  # heads * length ** 2 of one tensor of scores
+SWEEP_LENGTHS = (65, 130, 514, 1026, 2049, 4000)  # tokens
+SCORE_ELEMENTS = 64e6  # heads * length ** 2 of one tensor of scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,77 +55,80 @@ class Verdict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chain:
+class Chunking:
     """Calls on one text, each with the cache of those before: total length after each, and whether it is compared."""
 
     batch: int
     steps: tuple[tuple[int, bool], ...]
 
 
-def chains(threshold: int | None, longest: int) -> list[Chain]:
+def chunkings(threshold: int | None, longest: int) -> list[Chunking]:
     """Return the calls for a model that may change at a threshold."""
     near = [] if threshold is None else [threshold + more for more in (-1, 0, 1, 2, 40) if threshold + more > 6]
-    compared = {5, 64, *LADDER, *near, *(one - 1 for one in LADDER if one < 600)}
-    silent = {one - 1 for one in LADDER if one >= 600} - compared
+    compared = {5, 64, *SWEEP_LENGTHS, *near, *(one - 1 for one in SWEEP_LENGTHS if one < 600)}
+    silent = {one - 1 for one in SWEEP_LENGTHS if one >= 600} - compared
     steps = [(one, one in compared) for one in sorted(compared | silent) if one <= longest]
     start = max((threshold or 0) + 2, 40)
     at_once = [(start + more, True) for more in (0, 1, 4, 5) if start + more <= longest]
     both = {3, 17, 18, 40, 65, *(one for one in near if one < 1100)}
-    result = [Chain(batch=1, steps=tuple(steps)), Chain(batch=2, steps=tuple((one, True) for one in sorted(both)))]
-    result.append(Chain(batch=3, steps=((3, True), (4, True), (17, True), (18, True))))
+    result = [
+        Chunking(batch=1, steps=tuple(steps)),
+        Chunking(batch=2, steps=tuple((one, True) for one in sorted(both))),
+    ]
+    result.append(Chunking(batch=3, steps=((3, True), (4, True), (17, True), (18, True))))
     if at_once and start > 45:
-        result.append(Chain(batch=1, steps=tuple(at_once)))
+        result.append(Chunking(batch=1, steps=tuple(at_once)))
     return result
 
 
-def judge(
+def evaluate(
     path: Path, *, threshold: int | None, heads: int, through: str, work: Path, lengths: Sequence[int] = ()
 ) -> Verdict:
     """Return what `inject` makes of a model."""
     start = time.perf_counter()
     try:
         injected = inject(path, through, work)
-    except SettledError as verdicted:
+    except NotInjectedError as verdicted:
         return verdicted.verdict
     if time.perf_counter() - start > SECONDS_TO_INJECT:
         return Verdict(verdict=HANG, reason=f"injected in {time.perf_counter() - start:.0f} s")
     original = onnx.load(path, load_external_data=False)
-    longest = max(min(4000, int((NUMBERS / heads) ** 0.5)), (threshold or 0) + 45)
+    longest = max(min(4000, int((SCORE_ELEMENTS / heads) ** 0.5)), (threshold or 0) + 45)
     try:
         reference = Reference(path)
-    except UnanswerableError as error:
-        return Verdict(verdict=NOT_JUDGED, reason=str(error))
+    except OriginalNotRunnableError as error:
+        return Verdict(verdict=NOT_COMPARED, reason=str(error))
     try:
         candidate = Candidate(injected, original)
     except (ContractError, Exception) as error:
         return Verdict(verdict=WRONG, reason=f"cannot be run: {_one_line(error)}")
-    return compare(reference, candidate, [*chains(threshold, longest), *further_chains(lengths, longest)])
+    return compare(reference, candidate, [*chunkings(threshold, longest), *chunkings_around(lengths, longest)])
 
 
-def further_chains(lengths: Sequence[int], longest: int) -> Iterator[Chain]:
+def chunkings_around(lengths: Sequence[int], longest: int) -> Iterator[Chunking]:
     """Yield calls on both sides of each length."""
     near = sorted({one + more for one in lengths for more in (-1, 0, 1, 2) if 6 < one + more <= longest})
     if near:
-        yield Chain(batch=1, steps=tuple((one, True) for one in near))
+        yield Chunking(batch=1, steps=tuple((one, True) for one in near))
 
 
-class SettledError(Exception):
-    """Ends a judgement before anything is compared."""
+class NotInjectedError(Exception):
+    """No model was written: the verdict is given before anything is compared."""
 
     def __init__(self, verdict: Verdict) -> None:
         super().__init__(verdict.reason)
         self.verdict = verdict
 
 
-class UnanswerableError(Exception):
-    """The original cannot be asked."""
+class OriginalNotRunnableError(Exception):
+    """The original cannot be run."""
 
 
 def inject(path: Path, through: str, work: Path) -> Path:
     """Return the injected model's file.
 
     Raises:
-        SettledError: There is none.
+        NotInjectedError: There is none.
     """
     if through == "command":
         return _inject_by_command(path, work)
@@ -137,15 +140,15 @@ def inject(path: Path, through: str, work: Path) -> Path:
             else:
                 kvsurgeon.KeyValueCacheInjector(path.parent).export(onnx.load(path, load_external_data=False), work)
     except ParityError as error:
-        raise SettledError(Verdict(verdict=CAUGHT, reason=str(error))) from error
+        raise NotInjectedError(Verdict(verdict=CAUGHT, reason=str(error))) from error
     except KvsurgeonError as error:
-        unmeant = isinstance(error, PassError) and not isinstance(error.__cause__, KvsurgeonError)
+        unexpected = isinstance(error, PassError) and not isinstance(error.__cause__, KvsurgeonError)
         reason = f"{error} [{getattr(error, 'code', '')}]"
-        raise SettledError(Verdict(verdict=CRASH if unmeant else REFUSED, reason=reason)) from error
+        raise NotInjectedError(Verdict(verdict=CRASH if unexpected else REFUSED, reason=reason)) from error
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {_one_line(error)} at {Path(last.filename).name}:{last.lineno}"
-        raise SettledError(Verdict(verdict=CRASH, reason=reason)) from error
+        raise NotInjectedError(Verdict(verdict=CRASH, reason=reason)) from error
     return next(work.glob("*.onnx"))
 
 
@@ -154,9 +157,9 @@ def _inject_by_command(path: Path, work: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     last = (done.stderr.strip().splitlines() or [""])[-1]
     if "Traceback" in done.stderr or done.returncode not in (0, 1, 3, 4):
-        raise SettledError(Verdict(verdict=CRASH, reason=f"exit {done.returncode}: {last}"))
+        raise NotInjectedError(Verdict(verdict=CRASH, reason=f"exit {done.returncode}: {last}"))
     if done.returncode:
-        raise SettledError(Verdict(verdict=CAUGHT if done.returncode == 1 else REFUSED, reason=last))
+        raise NotInjectedError(Verdict(verdict=CAUGHT if done.returncode == 1 else REFUSED, reason=last))
     return next(work.glob("*.onnx"))
 
 
@@ -169,14 +172,14 @@ def _session(path: Path, *, arena: bool) -> ort.InferenceSession:
 
 
 def texts(batch: int, length: int, vocabulary: int) -> np.ndarray:
-    """Return token ids [batch, length]: quiet ones, and now and then a louder one than all before."""
+    """Return token ids [batch, length]: now and then one whose embedding is larger than all before."""
     random = np.random.default_rng(batch)
     if vocabulary != VOCABULARY:
         return random.integers(0, vocabulary, (batch, length))
-    ids = random.integers(0, QUIET, (batch, length))
+    ids = random.integers(0, ORDINARY_TOKENS, (batch, length))
     for token, place in enumerate((16, 63, 128, 513, 1024, 2047, 3998)):
         if place < length:
-            ids[-1, place] = QUIET + token
+            ids[-1, place] = ORDINARY_TOKENS + token
     return ids
 
 
@@ -187,7 +190,7 @@ class Reference:
         try:
             self.session = _session(path, arena=arena)
         except Exception as error:
-            raise UnanswerableError(_one_line(error)) from error
+            raise OriginalNotRunnableError(_one_line(error)) from error
         self.names = [output.name for output in self.session.get_outputs()]
         self.vocabulary = _vocabulary(onnx.load(path, load_external_data=False), self.session)
         self.kept: dict[tuple[int, int], list[np.ndarray] | None] = {}
@@ -196,7 +199,7 @@ class Reference:
         feeds = {}
         for given in self.session.get_inputs():
             if len(given.shape) != 2 or given.type not in NUMPY_TYPES:
-                raise UnanswerableError(f"input {given.name} {given.shape} {given.type}")
+                raise OriginalNotRunnableError(f"input {given.name} {given.shape} {given.type}")
             kind = NUMPY_TYPES[given.type]
             if "mask" in given.name:
                 array = np.ones(ids.shape, kind)
@@ -205,7 +208,7 @@ class Reference:
             elif np.dtype(kind).kind == "i":
                 array = ids.astype(kind)
             else:
-                raise UnanswerableError(f"input {given.name} {given.shape} {given.type}")
+                raise OriginalNotRunnableError(f"input {given.name} {given.shape} {given.type}")
             feeds[given.name] = np.ascontiguousarray(array)
         return feeds
 
@@ -215,7 +218,7 @@ class Reference:
         if key not in self.kept:
             try:
                 self.kept[key] = self.session.run(self.names, self.feeds(ids))
-            except UnanswerableError:
+            except OriginalNotRunnableError:
                 raise
             except Exception:
                 self.kept[key] = None
@@ -269,39 +272,41 @@ class Candidate:
         return [found[name] for name in self.names]
 
 
-def compare(reference: Reference, candidate: Candidate, plan: Sequence[Chain]) -> Verdict:
+def compare(reference: Reference, candidate: Candidate, plan: Sequence[Chunking]) -> Verdict:
     """Return whether the injected model gives what the original gives for the text so far."""
     limited: Verdict | None = None
     compared = 0
     error_allowed = bound_of(candidate.original).error
     try:
-        for chain in plan:
-            verdict, count = _follow(reference, candidate, chain, error_allowed)
+        for chunking in plan:
+            verdict, count = _compare_chunking(reference, candidate, chunking, error_allowed)
             compared += count
             if verdict is not None and verdict.verdict != LIMITED:
                 return verdict
             limited = limited or verdict
-    except UnanswerableError as error:
-        return Verdict(verdict=NOT_JUDGED, reason=str(error))
+    except OriginalNotRunnableError as error:
+        return Verdict(verdict=NOT_COMPARED, reason=str(error))
     changes = changes_with_later_tokens(reference, error_allowed)
     if not compared and limited is None:
-        return Verdict(verdict=NOT_JUDGED, reason="the original cannot be run at any length")
+        return Verdict(verdict=NOT_COMPARED, reason="the original cannot be run at any length")
     if limited:
         return Verdict(verdict=LIMITED, reason=limited.reason, at=limited.at, changes=changes)
     return Verdict(verdict=RIGHT, changes=changes)
 
 
-def _follow(reference: Reference, candidate: Candidate, chain: Chain, allowed: float) -> tuple[Verdict | None, int]:
-    if not chain.steps:
+def _compare_chunking(
+    reference: Reference, candidate: Candidate, chunking: Chunking, allowed: float
+) -> tuple[Verdict | None, int]:
+    if not chunking.steps:
         return None, 0
-    ids = texts(chain.batch, chain.steps[-1][0], reference.vocabulary)
+    ids = texts(chunking.batch, chunking.steps[-1][0], reference.vocabulary)
     feeds = reference.feeds(ids)
     start = compared = 0
     try:
-        candidate.reset(chain.batch)
+        candidate.reset(chunking.batch)
     except Exception as error:
         return Verdict(verdict=WRONG, reason=_one_line(error)), 0
-    for end, is_compared in chain.steps:
+    for end, is_compared in chunking.steps:
         expected = reference(ids[:, :end]) if is_compared else []
         if expected is None:
             return None, compared  # the original ends here too
@@ -310,14 +315,14 @@ def _follow(reference: Reference, candidate: Candidate, chain: Chain, allowed: f
         except Exception as error:
             if not expected and reference(ids[:, :end]) is None:
                 return None, compared
-            reason = f"{chain.batch} x {start} + {end - start}: {_one_line(error)}"
+            reason = f"{chunking.batch} x {start} + {end - start}: {_one_line(error)}"
             stops = compared > 0 or start == 0
             return Verdict(verdict=LIMITED if stops else WRONG, reason=reason, at=end), compared
         if is_compared:
             compared += 1
             for name, one, other in zip(candidate.names, found, expected, strict=True):
-                if fault := difference(one, other, start, end, chain.batch, allowed):
-                    where = f"{chain.batch} x {start} + {end - start}: `{name}` {fault}"
+                if fault := difference(one, other, start, end, chunking.batch, allowed):
+                    where = f"{chunking.batch} x {start} + {end - start}: `{name}` {fault}"
                     return Verdict(verdict=WRONG, reason=where, at=end), compared
         start = end
     return None, compared
@@ -390,13 +395,13 @@ def _differs(
     return False
 
 
-def prepared(path: Path, threshold: int | None, heads: int) -> bool | None:
+def original_changes(path: Path, threshold: int | None, heads: int) -> bool | None:
     """Whether the original changes with later tokens, without any injection; None if it cannot be run."""
-    longest = max(min(4000, int((NUMBERS / heads) ** 0.5)), (threshold or 0) + 45)
+    longest = max(min(4000, int((SCORE_ELEMENTS / heads) ** 0.5)), (threshold or 0) + 45)
     reference = Reference(path)
-    for chain in chains(threshold, longest):
-        ids = texts(chain.batch, chain.steps[-1][0], reference.vocabulary)
-        for end, is_compared in chain.steps:
+    for chunking in chunkings(threshold, longest):
+        ids = texts(chunking.batch, chunking.steps[-1][0], reference.vocabulary)
+        for end, is_compared in chunking.steps:
             if is_compared and reference(ids[:, :end]) is not None and changes_with_later_tokens(reference, 1e-3):
                 return True
     return False if any(outputs is not None for outputs in reference.kept.values()) else None

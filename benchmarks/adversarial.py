@@ -1,14 +1,14 @@
-"""Writes decoders that are hostile to a KV cache, and asks what `inject` makes of each.
+"""Write decoders whose outputs a KV cache would change, and check what `inject` does with each.
 
-    python benchmarks/hostile.py [--models N] [--seed S] [--sample N] [--only NUMBER] [--kinds GLOB] [--jobs N]
-                                 [--twins yes|no|only] [--through api|injector|command] [--keep FOLDER] [--json OUT]
-                                 [--check]
-    python benchmarks/hostile.py --cases FOLDER... [--kinds GLOB] [--through ...] [--jobs N] [--json OUT]
+    python benchmarks/adversarial.py [--models N] [--seed S] [--sample N] [--only NUMBER] [--kinds GLOB] [--jobs N]
+                                     [--benign yes|no|only] [--through api|injector|command] [--keep FOLDER]
+                                     [--json OUT] [--check]
+    python benchmarks/adversarial.py --cases FOLDER... [--kinds GLOB] [--through ...] [--jobs N] [--json OUT]
 
-A hostile decoder changes what it says of earlier tokens with the total length or with later tokens. Right is: refused,
-limited, or the outputs of the original for the text so far, at every length up to 4,000. Its twin has the same
-operators and is causal: right is only to inject it. Ends with 1 if a model was injected wrongly, ended in a traceback
-or hung.
+The outputs of an adversarial decoder for earlier tokens change with the total length or with later tokens. It must be
+refused, limited, or give the outputs of the original for the text so far, at every length up to 4,000. Its benign
+counterpart has the same operators and is causal: it must be injected. Ends with 1 if a model was injected wrongly,
+ended in a traceback or hung.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import onnx
 import onnxruntime as ort
-from hostility.catalogue import KINDS, kind_of, write_sample
-from hostility.judge import BAD, CRASH, HANG, NOT_JUDGED, VERDICTS, Verdict, judge, prepared
-from hostility.workers import HUNG, run_all
+from adversarial_models.catalogue import KINDS, kind_of, write_sample
+from adversarial_models.evaluation import BAD, CRASH, HANG, NOT_COMPARED, VERDICTS, Verdict, evaluate, original_changes
+from adversarial_models.workers import HUNG, run_all
 from onnx import numpy_helper
 from verification.corpus import find_entries
 
@@ -43,13 +43,13 @@ SAVED_EVERY = 25  # models
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One model to judge: a number of a seed, or a folder."""
+    """One model to evaluate: a number of a seed, or a folder."""
 
     name: str
     kind: str
     seed: int = 0
     number: int = 0
-    twin: bool = False
+    benign: bool = False
     folder: str = ""
     expected: str = ""
     through: str = "api"
@@ -59,11 +59,11 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of a task."""
+    """Result of a task."""
 
     name: str
     kind: str
-    twin: bool
+    benign: bool
     verdict: str
     expected: str = ""
     reason: str = ""
@@ -72,14 +72,14 @@ class Outcome:
     place: str = ""
     threshold: int | None = None
     heads: int = 0
-    spelling: str = ""
+    variant: str = ""
     base: str = ""
     seconds: float = 0.0
 
     @property
     def label(self) -> str:
-        """The verdict as the table has it: of a twin that is refused it is no fault, but counted."""
-        return f"{self.verdict}-twin" if self.twin and self.verdict not in BAD else self.verdict
+        """The verdict, marked for a benign decoder: a refusal of one is no fault, but counted."""
+        return f"{self.verdict}-benign" if self.benign and self.verdict not in BAD else self.verdict
 
     @property
     def bad(self) -> bool:
@@ -89,28 +89,30 @@ class Outcome:
 def run(task: Task) -> Outcome:
     """Write, inject and compare one model."""
     start = time.perf_counter()
-    outcome = Outcome(name=task.name, kind=task.kind, twin=task.twin, verdict=NOT_JUDGED, expected=task.expected)
+    outcome = Outcome(name=task.name, kind=task.kind, benign=task.benign, verdict=NOT_COMPARED, expected=task.expected)
     with TemporaryDirectory() as scratch:
         work = Path(scratch) / "injected"
         if task.folder:
             path = Path(task.folder) / "model.onnx"
-            verdict = judge(path, threshold=None, heads=4, through=task.through, work=work, lengths=literals(path))
+            verdict = evaluate(path, threshold=None, heads=4, through=task.through, work=work, lengths=literals(path))
         else:
             folder = Path(task.keep) / task.name if task.keep else Path(scratch) / "original"
-            sample = write_sample(task.seed, task.number, folder, twin=task.twin, kind=task.kind)
+            sample = write_sample(task.seed, task.number, folder, benign=task.benign, kind=task.kind)
             assert sample is not None
             outcome = replace(
                 outcome,
                 place=sample.place,
                 threshold=sample.threshold,
                 heads=sample.heads,
-                spelling=sample.spelling,
+                variant=sample.variant,
                 base=sample.base,
             )
             if task.check:
-                verdict = Verdict(verdict=NOT_JUDGED, changes=prepared(sample.path, sample.threshold, sample.heads))
+                verdict = Verdict(
+                    verdict=NOT_COMPARED, changes=original_changes(sample.path, sample.threshold, sample.heads)
+                )
             else:
-                verdict = judge(
+                verdict = evaluate(
                     sample.path, threshold=sample.threshold, heads=sample.heads, through=task.through, work=work
                 )
             if task.keep and work.exists():
@@ -146,22 +148,22 @@ def run_quietly(task: Task) -> Outcome:
             return run(task)
     except Exception as error:
         reason = f"the benchmark itself failed: {type(error).__name__}: {error}"
-        return Outcome(name=task.name, kind=task.kind, twin=task.twin, verdict=NOT_JUDGED, reason=reason)
+        return Outcome(name=task.name, kind=task.kind, benign=task.benign, verdict=NOT_COMPARED, reason=reason)
 
 
 def campaign(tasks: Sequence[Task], jobs: int) -> Iterator[Outcome]:
-    """Yield what became of each task."""
+    """Yield the outcome of each task."""
     for task, result in run_all(run_quietly, tasks, jobs=jobs, seconds=SECONDS_ALLOWED):
         if isinstance(result, Outcome):
             yield result
         else:
             verdict = HANG if result == HUNG else CRASH
             reason = f"its process {result}"
-            yield Outcome(name=task.name, kind=task.kind, twin=task.twin, verdict=verdict, reason=reason)
+            yield Outcome(name=task.name, kind=task.kind, benign=task.benign, verdict=verdict, reason=reason)
 
 
 def tasks_of(options: argparse.Namespace) -> list[Task]:
-    """Return what is to be judged."""
+    """Return the models to evaluate."""
     if options.cases:
         found = find_entries(options.cases, groups=[], names=options.kinds)
         tasks = [
@@ -178,16 +180,16 @@ def tasks_of(options: argparse.Namespace) -> list[Task]:
         kind = kind_of(options.seed, number)
         if options.kinds and not any(fnmatch.fnmatch(kind, glob) for glob in options.kinds):
             continue
-        for twin in {"yes": (False, True), "no": (False,), "only": (True,)}[options.twins]:
-            if twin and not KINDS[kind][1]:
+        for benign in {"yes": (False, True), "no": (False,), "only": (True,)}[options.benign]:
+            if benign and not KINDS[kind][1]:
                 continue
             tasks.append(
                 Task(
-                    name=f"{number}-twin" if twin else str(number),
+                    name=f"{number}-benign" if benign else str(number),
                     kind=kind,
                     seed=options.seed,
                     number=number,
-                    twin=twin,
+                    benign=benign,
                     through=options.through,
                     keep=str(options.keep or ""),
                     check=options.check,
@@ -202,37 +204,43 @@ def report(outcomes: Sequence[Outcome], seconds: float) -> None:
         if outcome.bad:
             at = f" at {outcome.at} tokens" if outcome.at else ""
             print(
-                f"{outcome.verdict}{at}: {outcome.name} {outcome.kind}, {outcome.spelling} in {outcome.place}, ", end=""
+                f"{outcome.verdict}{at}: {outcome.name} {outcome.kind}, {outcome.variant} in {outcome.place}, ", end=""
             )
             print(f"threshold {outcome.threshold}, {outcome.heads} heads, {outcome.base}\n    {outcome.reason}")
-    for twin in sorted({outcome.twin for outcome in outcomes}):
-        some = [outcome for outcome in outcomes if outcome.twin == twin]
+    for benign in sorted({outcome.benign for outcome in outcomes}):
+        some = [outcome for outcome in outcomes if outcome.benign == benign]
         used = [verdict for verdict in VERDICTS if any(one.verdict == verdict for one in some)]
-        title = "twins" if twin else "models"
+        title = "benign" if benign else "models"
         print(f"\n{title:32}", *(f"{verdict:>10}" for verdict in used))
         for kind in [*sorted({one.kind for one in some}), "all"]:
             counts = Counter(one.verdict for one in some if kind in ("all", one.kind))
             print(f"{kind:32}", *(f"{counts[verdict] or '.':>10}" for verdict in used))
-    hostile = [one for one in outcomes if not one.twin and not one.kind.startswith("output/")]
-    vacuous = [one.name for one in hostile if one.verdict == "right" and one.changes is False]
-    untrue = [one.name for one in outcomes if one.twin and one.changes]
+    adversarial = [one for one in outcomes if not one.benign and not one.kind.startswith("output/")]
+    without_effect = [one.name for one in adversarial if one.verdict == "right" and one.changes is False]
+    with_effect = [one.name for one in outcomes if one.benign and one.changes]
     print(
-        f"\n{len(outcomes)} models in {seconds:.0f} s; hostile ones without effect: {vacuous}; twins with one: {untrue}"
+        f"\n{len(outcomes)} models in {seconds:.0f} s; adversarial without effect: {without_effect}; "
+        f"benign with one: {with_effect}"
     )
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=int, default=300, help="hostile models, each with its twin if it has one")
+    parser.add_argument(
+        "--models",
+        type=int,
+        default=300,
+        help="number of adversarial models, each with its benign counterpart if it has one",
+    )
     parser.add_argument("--first", type=int, default=0, help="number of the first")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--sample", type=int, help="judge this many of them, evenly spaced")
+    parser.add_argument("--sample", type=int, help="evaluate this many of them, evenly spaced")
     parser.add_argument("--only", type=int, action="append", help="only the model of this number; repeatable")
     parser.add_argument("--kinds", action="append", default=[], metavar="GLOB", help="only kinds, or cases, like this")
-    parser.add_argument("--twins", choices=["yes", "no", "only"], default="yes")
+    parser.add_argument("--benign", choices=["yes", "no", "only"], default="yes")
     parser.add_argument("--through", choices=["api", "injector", "command"], default="api")
     parser.add_argument(
-        "--cases", nargs="+", type=Path, metavar="FOLDER", help="judge models on disk by their meta.json"
+        "--cases", nargs="+", type=Path, metavar="FOLDER", help="evaluate models on disk by their meta.json"
     )
     parser.add_argument(
         "--check", action="store_true", help="inject nothing: check that originals are as they are called"

@@ -13,8 +13,8 @@ from random import Random
 import numpy as np
 from onnx import TensorProto, helper
 
-from hostility.decoder import HIDDEN, Context, Design
-from hostility.sample import Draft
+from adversarial_models.decoder import HIDDEN, Context, Design
+from adversarial_models.draft import Draft
 
 FLAT = ("hidden", "normed", "residual", "output", "logits")  # [B, S, features]
 BY_HEAD = ("query", "key", "value")  # [B, H, S, head_dim]
@@ -29,7 +29,7 @@ class Site:
     axis: int  # of the sequence
     features: int  # size of the last axis
     reach: int  # tokens, of kinds that have a reach or a capacity
-    option: int  # picks one of several spellings
+    option: int  # picks one of several variants
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.context, name)
@@ -37,22 +37,22 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class MixingKind:
-    """A way to mix tokens, and its twin."""
+    """A way to mix tokens, and its benign counterpart."""
 
     name: str
-    hostile: Mix
-    twin: Mix
+    adversarial: Mix
+    benign: Mix
     places: tuple[str, ...] = (*FLAT, *BY_HEAD)
     reaches: tuple[int, ...] = (1,)
 
 
-def draw_mixing_kind(random: Random, kind: MixingKind, design: Design, *, twin: bool) -> Draft:
+def draw_mixing_kind(random: Random, kind: MixingKind, design: Design, *, benign: bool) -> Draft:
     """Return a decoder with tokens mixed in a place."""
     place, reach, option = random.choice(kind.places), random.choice(kind.reaches), random.randrange(60)
     axis = 2 if place in BY_HEAD else 1
     widths = {"output": design.heads * design.head_dim, "logits": 97}
     features = widths.get(place, design.head_dim if axis == 2 else HIDDEN)
-    write_mix = kind.twin if twin else kind.hostile
+    write_mix = kind.benign if benign else kind.adversarial
 
     def change(context: Context, value: str) -> str:
         site = Site(context=context, axis=axis, features=features, reach=reach, option=option)
@@ -63,7 +63,7 @@ def draw_mixing_kind(random: Random, kind: MixingKind, design: Design, *, twin: 
         design=replace(design, changes={place: change}),
         place=place,
         threshold=threshold,
-        spelling=f"{write_mix.__name__.strip('_')} {option % 12}",
+        variant=f"{write_mix.__name__.strip('_')} {option % 12}",
     )
 
 
@@ -479,16 +479,16 @@ def _counted(site: Site, value: str) -> str:
 
 
 def _switched(site: Site, value: str) -> str:
-    """Scale where any token of the text is loud."""
+    """Scale where any number of the text is large."""
     write = site.context.write
-    loud = write.reduce("ReduceMax", value, None, keepdims=0)
-    return str(write("Where", write("Greater", loud, 9.0), write("Mul", value, 0.6), value))
+    largest = write.reduce("ReduceMax", value, None, keepdims=0)
+    return str(write("Where", write("Greater", largest, 9.0), write("Mul", value, 0.6), value))
 
 
 def _switched_by_token(site: Site, value: str) -> str:
     write = site.context.write
-    loud = write.reduce("ReduceMax", value, [-1])
-    return str(write("Where", write("Greater", loud, 9.0), write("Mul", value, 0.6), value))
+    largest = write.reduce("ReduceMax", value, [-1])
+    return str(write("Where", write("Greater", largest, 9.0), write("Mul", value, 0.6), value))
 
 
 AHEAD = (1, 2, 5, 40, 100, 128, 300, 700)
@@ -496,38 +496,42 @@ SMALL_FLAT = ("hidden", "normed", "residual")
 KINDS: Mapping[str, MixingKind] = {
     kind.name: kind
     for kind in (
-        MixingKind(name="reduce-sequence", hostile=_over_sequence, twin=_over_features),
-        MixingKind(name="reduce-text", hostile=_over_sequence_and_features, twin=_over_features),
-        MixingKind(name="reduce-all", hostile=_over_all, twin=_over_features),
-        MixingKind(name="reduce-batch", hostile=_over_batch, twin=_over_features),
-        MixingKind(name="normalize", hostile=_normalized_over_sequence, twin=_normalized_over_features),
-        MixingKind(name="instance-norm", hostile=_instance_normalized, twin=_batch_normalized, places=FLAT),
-        MixingKind(name="group-norm", hostile=_group_normalized, twin=_group_normalized_by_token, places=SMALL_FLAT),
-        MixingKind(name="shift", hostile=_look_ahead, twin=_look_back, places=FLAT, reaches=AHEAD),
-        MixingKind(name="shift-heads", hostile=_look_ahead, twin=_look_back, places=BY_HEAD, reaches=AHEAD),
-        MixingKind(name="convolve", hostile=_convolution_ahead, twin=_convolution_back, places=FLAT, reaches=AHEAD),
-        MixingKind(name="pool", hostile=_pool_ahead, twin=_pool_back, places=FLAT, reaches=(1, 3, 40)),
-        MixingKind(name="round", hostile=_rounded_by_tensor, twin=_rounded_by_token),
+        MixingKind(name="reduce-sequence", adversarial=_over_sequence, benign=_over_features),
+        MixingKind(name="reduce-text", adversarial=_over_sequence_and_features, benign=_over_features),
+        MixingKind(name="reduce-all", adversarial=_over_all, benign=_over_features),
+        MixingKind(name="reduce-batch", adversarial=_over_batch, benign=_over_features),
+        MixingKind(name="normalize", adversarial=_normalized_over_sequence, benign=_normalized_over_features),
+        MixingKind(name="instance-norm", adversarial=_instance_normalized, benign=_batch_normalized, places=FLAT),
+        MixingKind(
+            name="group-norm", adversarial=_group_normalized, benign=_group_normalized_by_token, places=SMALL_FLAT
+        ),
+        MixingKind(name="shift", adversarial=_look_ahead, benign=_look_back, places=FLAT, reaches=AHEAD),
+        MixingKind(name="shift-heads", adversarial=_look_ahead, benign=_look_back, places=BY_HEAD, reaches=AHEAD),
+        MixingKind(
+            name="convolve", adversarial=_convolution_ahead, benign=_convolution_back, places=FLAT, reaches=AHEAD
+        ),
+        MixingKind(name="pool", adversarial=_pool_ahead, benign=_pool_back, places=FLAT, reaches=(1, 3, 40)),
+        MixingKind(name="round", adversarial=_rounded_by_tensor, benign=_rounded_by_token),
         MixingKind(
             name="experts",
-            hostile=_experts_of_capacity,
-            twin=_experts_without_capacity,
+            adversarial=_experts_of_capacity,
+            benign=_experts_without_capacity,
             places=SMALL_FLAT,
             reaches=(4, 40, 128, 300, 700, 1500),
         ),
-        MixingKind(name="top-k", hostile=_largest_of_sequence, twin=_largest_of_features),
-        MixingKind(name="sort", hostile=_sorted_by_sequence, twin=_sorted_by_features),
-        MixingKind(name="roll-batch", hostile=_rolled_by_batch, twin=_rolled_by_features),
-        MixingKind(name="roll-sequence", hostile=_rolled_by_sequence, twin=_rolled_by_features),
-        MixingKind(name="squeeze", hostile=_squeezed, twin=_squeezed_by_axis, places=FLAT),
-        MixingKind(name="sum-from-end", hostile=_summed_from_end, twin=_summed_over_features),
-        MixingKind(name="last-token", hostile=_last_token, twin=_first_feature),
-        MixingKind(name="reverse", hostile=_turned_round, twin=_turned_twice),
-        MixingKind(name="reshape", hostile=_reshaped, twin=_reshaped_by_token, places=SMALL_FLAT),
-        MixingKind(name="recurrent", hostile=_recurrent_both_ways, twin=_recurrent_forward, places=SMALL_FLAT),
-        MixingKind(name="linear-attention", hostile=_context_of_all, twin=_context_of_token, places=SMALL_FLAT),
-        MixingKind(name="no-mask", hostile=_attended_without_mask, twin=_first_feature, places=SMALL_FLAT),
-        MixingKind(name="count", hostile=_counted, twin=_first_feature),
-        MixingKind(name="switch", hostile=_switched, twin=_switched_by_token),
+        MixingKind(name="top-k", adversarial=_largest_of_sequence, benign=_largest_of_features),
+        MixingKind(name="sort", adversarial=_sorted_by_sequence, benign=_sorted_by_features),
+        MixingKind(name="roll-batch", adversarial=_rolled_by_batch, benign=_rolled_by_features),
+        MixingKind(name="roll-sequence", adversarial=_rolled_by_sequence, benign=_rolled_by_features),
+        MixingKind(name="squeeze", adversarial=_squeezed, benign=_squeezed_by_axis, places=FLAT),
+        MixingKind(name="sum-from-end", adversarial=_summed_from_end, benign=_summed_over_features),
+        MixingKind(name="last-token", adversarial=_last_token, benign=_first_feature),
+        MixingKind(name="reverse", adversarial=_turned_round, benign=_turned_twice),
+        MixingKind(name="reshape", adversarial=_reshaped, benign=_reshaped_by_token, places=SMALL_FLAT),
+        MixingKind(name="recurrent", adversarial=_recurrent_both_ways, benign=_recurrent_forward, places=SMALL_FLAT),
+        MixingKind(name="linear-attention", adversarial=_context_of_all, benign=_context_of_token, places=SMALL_FLAT),
+        MixingKind(name="no-mask", adversarial=_attended_without_mask, benign=_first_feature, places=SMALL_FLAT),
+        MixingKind(name="count", adversarial=_counted, benign=_first_feature),
+        MixingKind(name="switch", adversarial=_switched, benign=_switched_by_token),
     )
 }

@@ -9,8 +9,8 @@ from random import Random
 import numpy as np
 from onnx import TensorProto
 
-from hostility.decoder import HIDDEN, Change, Context, Design
-from hostility.sample import Draft
+from adversarial_models.decoder import HIDDEN, Change, Context, Design
+from adversarial_models.draft import Draft
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,18 +22,18 @@ class TableKind:
     thresholds: tuple[int, ...] = (40, 200, 700, 1023, 1500, 2300, 3000)
 
 
-def draw_table_kind(random: Random, kind: TableKind, design: Design, *, twin: bool) -> Draft:
+def draw_table_kind(random: Random, kind: TableKind, design: Design, *, benign: bool) -> Draft:
     """Return a decoder that reads a table of a kind."""
     threshold = random.choice(kind.thresholds)
     if threshold > 2100 or kind.name == "bias-one-head":
         design = replace(design, heads=4, kv_heads=4, masking="add")
-    place, change = kind.make(random, threshold, not twin)
+    place, change = kind.make(random, threshold, not benign)
     design = replace(design, changes={place: change})
     if place == "positions":
         design = replace(design, positions="learned")
     if place == "angles":
         design = replace(design, positions="rotary")
-    return Draft(design=design, place=place, threshold=threshold, spelling=kind.name)
+    return Draft(design=design, place=place, threshold=threshold, variant=kind.name)
 
 
 def _triangle(size: int) -> np.ndarray:
@@ -89,15 +89,17 @@ def _window(table: np.ndarray, at: int) -> None:
     table &= places[:, None] - places[None] < at
 
 
-def _mask(size: int, hostile: Callable[[np.ndarray, int], None]) -> Callable[[Random, int, bool], tuple[str, Change]]:
-    def make(random: Random, at: int, is_hostile: bool) -> tuple[str, Change]:
-        fault = hostile if is_hostile else random.choice([None, _window])
+def _mask(
+    size: int, adversarial: Callable[[np.ndarray, int], None]
+) -> Callable[[Random, int, bool], tuple[str, Change]]:
+    def make(random: Random, at: int, is_adversarial: bool) -> tuple[str, Change]:
+        fault = adversarial if is_adversarial else random.choice([None, _window])
         return "allowed", _mask_table(random, size, at, fault)
 
     return make
 
 
-def _mask_from_end(random: Random, at: int, is_hostile: bool) -> tuple[str, Change]:
+def _mask_from_end(random: Random, at: int, is_adversarial: bool) -> tuple[str, Change]:
     """A mask sliced from the end of a table: right if all its diagonals are constant."""
     outside = random.random() < 0.5
     size = 4100
@@ -105,7 +107,7 @@ def _mask_from_end(random: Random, at: int, is_hostile: bool) -> tuple[str, Chan
     def change(context: Context, causal: str) -> str:
         write = context.write
         table = _triangle(size)
-        if is_hostile:
+        if is_adversarial:
             table[:, : size - at] = False  # keys more than the threshold before the end
             np.fill_diagonal(table, True)
         name = write.weight(table, outside=outside)
@@ -116,7 +118,7 @@ def _mask_from_end(random: Random, at: int, is_hostile: bool) -> tuple[str, Chan
     return "allowed", change
 
 
-def _one_head(random: Random, at: int, is_hostile: bool) -> tuple[str, Change]:
+def _one_head(random: Random, at: int, is_adversarial: bool) -> tuple[str, Change]:
     """A bias of each head as a table, with an opening in the last head."""
     outside = random.random() < 0.5
     size = {40: 512, 200: 512, 700: 1024}.get(at, 2400)
@@ -126,7 +128,7 @@ def _one_head(random: Random, at: int, is_hostile: bool) -> tuple[str, Change]:
         write = context.write
         table = np.zeros((4, size, size), np.float32)
         table[3, at, :at] = 3.0
-        if is_hostile:
+        if is_adversarial:
             table[3, at, at + 3] = 20000.0  # more than the mask takes away
         name = write.weight(table, outside=outside)
         length = context.total
@@ -136,22 +138,22 @@ def _one_head(random: Random, at: int, is_hostile: bool) -> tuple[str, Change]:
     return "bias", change
 
 
-def _places_from_end(random: Random, at: int, is_hostile: bool) -> tuple[str, Change]:
+def _places_from_end(random: Random, at: int, is_adversarial: bool) -> tuple[str, Change]:
     def change(context: Context, positions: str) -> str:
         write = context.write
-        if is_hostile:
+        if is_adversarial:
             return str(write("Sub", write("Sub", context.total, 1), positions))
         return str(write("Add", write("Mul", positions, 1), 2))
 
     return "positions", change
 
 
-def _places_shifted(random: Random, at: int, is_hostile: bool) -> tuple[str, Change]:
+def _places_shifted(random: Random, at: int, is_adversarial: bool) -> tuple[str, Change]:
     """Positions moved by what the text has beyond a threshold."""
 
     def change(context: Context, positions: str) -> str:
         write = context.write
-        if is_hostile:
+        if is_adversarial:
             over = write("Max", write("Sub", context.total, at), [0])
             return str(write("Max", write("Sub", positions, over), 0))
         return str(write("Max", write("Sub", positions, at), 0))
@@ -159,12 +161,12 @@ def _places_shifted(random: Random, at: int, is_hostile: bool) -> tuple[str, Cha
     return "positions", change
 
 
-def _places_clamped(random: Random, at: int, is_hostile: bool) -> tuple[str, Change]:
+def _places_clamped(random: Random, at: int, is_adversarial: bool) -> tuple[str, Change]:
     """Positions clamped to a threshold, or scaled so that the text fits below it."""
 
     def change(context: Context, positions: str) -> str:
         write = context.write
-        if is_hostile:
+        if is_adversarial:
             longest = write("Max", context.total, [at])
             return str(write("Div", write("Mul", positions, at), longest))
         return str(write("Min", positions, at))
@@ -172,7 +174,7 @@ def _places_clamped(random: Random, at: int, is_hostile: bool) -> tuple[str, Cha
     return "positions", change
 
 
-def _rows_from_end(random: Random, at: int, is_hostile: bool) -> tuple[str, Change]:
+def _rows_from_end(random: Random, at: int, is_adversarial: bool) -> tuple[str, Change]:
     """A table of positions whose last rows are added, or its first."""
     outside = random.random() < 0.5
 
@@ -180,7 +182,7 @@ def _rows_from_end(random: Random, at: int, is_hostile: bool) -> tuple[str, Chan
         write = context.write
         table = write.noise.standard_normal((4100, HIDDEN)).astype(np.float32)
         name = write.weight(table, outside=outside)
-        if is_hostile:
+        if is_adversarial:
             rows = write("Slice", name, write("Sub", 4100, context.total), [4100], [0])
         else:
             rows = write("Slice", name, [0], context.total, [0])
@@ -189,7 +191,7 @@ def _rows_from_end(random: Random, at: int, is_hostile: bool) -> tuple[str, Chan
     return "hidden", change
 
 
-def _rows_by_length(random: Random, at: int, is_hostile: bool) -> tuple[str, Change]:
+def _rows_by_length(random: Random, at: int, is_adversarial: bool) -> tuple[str, Change]:
     """A row of a table found by the length, or by each position: clamped, by blocks."""
     outside = random.random() < 0.5
 
@@ -197,23 +199,25 @@ def _rows_by_length(random: Random, at: int, is_hostile: bool) -> tuple[str, Cha
         write = context.write
         table = write.noise.standard_normal((6, HIDDEN)).astype(np.float32)
         name = write.weight(table, outside=outside)
-        length = context.total if is_hostile else context.positions
+        length = context.total if is_adversarial else context.positions
         row = write("Min", write("Div", length, at), np.array([5]))
         return str(write("Add", hidden, write("Gather", name, row)))
 
     return "hidden", change
 
 
-def _angle_table(random: Random, at: int, is_hostile: bool) -> tuple[str, Change]:
+def _angle_table(random: Random, at: int, is_adversarial: bool) -> tuple[str, Change]:
     """Angles read from one of two tables: short and long factors."""
     outside = random.random() < 0.5
 
     def change(context: Context, angles: str) -> str:
         write = context.write
         factors = write.weight(np.array([[1.0], [0.5]], np.float32), outside=outside)
-        chosen = context.total if is_hostile else context.query_positions
+        chosen = context.total if is_adversarial else context.query_positions
         which = write.to_int(write("Greater", chosen, at))
-        return str(write("Mul", angles, write("Squeeze", write("Gather", factors, which), [0] if is_hostile else [1])))
+        return str(
+            write("Mul", angles, write("Squeeze", write("Gather", factors, which), [0] if is_adversarial else [1]))
+        )
 
     return "angles", change
 

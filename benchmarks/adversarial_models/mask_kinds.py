@@ -1,7 +1,7 @@
 """Decoders whose mask or bias depends on the total length, or lets a query read later keys.
 
-A kind is a pair of functions: of a hostile mask, and of a causal one of the same operators. Each takes the context, the
-causal mask bool [S, T] and a threshold, and returns a mask.
+A kind is a pair of functions: of an adversarial mask, and of a causal one of the same operators. Each takes the
+context, the causal mask bool [S, T] and a threshold, and returns a mask.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from random import Random
 import numpy as np
 from onnx import TensorProto, helper
 
-from hostility.decoder import Context, Design
-from hostility.sample import Draft
+from adversarial_models.decoder import Context, Design
+from adversarial_models.draft import Draft
 
 Mask = Callable[[Context, str, int], str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskKind:
-    """A hostile mask and its twin."""
+    """An adversarial mask and its benign counterpart."""
 
     name: str
-    hostile: Mask
-    twin: Mask
+    adversarial: Mask
+    benign: Mask
     place: str = "allowed"
     thresholds: tuple[int, ...] = (40, 100, 200, 300, 700, 1000, 1700, 2600, 3300)
 
 
-def draw_mask_kind(random: Random, kind: MaskKind, design: Design, *, twin: bool) -> Draft:
-    """Return a decoder with a mask of a kind, or with that of its twin."""
+def draw_mask_kind(random: Random, kind: MaskKind, design: Design, *, benign: bool) -> Draft:
+    """Return a decoder with a mask of a kind, or with that of its benign counterpart."""
     largest = 2100 if design.heads > 8 else 3600
     threshold = random.choice([one for one in kind.thresholds if one <= largest])
-    write_mask = kind.twin if twin else kind.hostile
+    write_mask = kind.benign if benign else kind.adversarial
     changes = {kind.place: lambda context, value: write_mask(context, value, threshold)}
-    spelling = write_mask.__name__.strip("_")
-    return Draft(design=replace(design, changes=changes), place=kind.place, threshold=threshold, spelling=spelling)
+    variant = write_mask.__name__.strip("_")
+    return Draft(design=replace(design, changes=changes), place=kind.place, threshold=threshold, variant=variant)
 
 
 def _grid(context: Context) -> tuple[str, str]:
@@ -406,31 +406,31 @@ def _bias_by_distance(context: Context, bias: str, at: int, number: float) -> st
 KINDS: Mapping[str, MaskKind] = {
     kind.name: kind
     for kind in (
-        MaskKind(name="window-from-end", hostile=_window_from_end, twin=_window),
-        MaskKind(name="window-from-end-float", hostile=_window_from_end_of_floats, twin=_window_and_sinks),
-        MaskKind(name="segment", hostile=_segment, twin=_segment_apart),
-        MaskKind(name="prefix", hostile=_prefix, twin=_window_and_sinks),
-        MaskKind(name="blocks", hostile=_blocks, twin=_causal_blocks, thresholds=(2, 7, 64, 300, 1000)),
-        MaskKind(name="late-blocks", hostile=_late_blocks, twin=_causal_blocks),
-        MaskKind(name="look-ahead", hostile=_look_ahead, twin=_look_back, thresholds=(1, 5, 40, 128, 600, 1500)),
-        MaskKind(name="look-ahead-late", hostile=_look_ahead_late, twin=_look_back),
-        MaskKind(name="look-ahead-once", hostile=_look_ahead_once, twin=_closed_place),
-        MaskKind(name="hidden-segment", hostile=_hidden_segment, twin=_hidden_segment_apart),
-        MaskKind(name="segment-of-table", hostile=_segment_of_table, twin=_segment_of_table_apart),
-        MaskKind(name="half-precision", hostile=_rounded, twin=_rounded_and_causal, thresholds=(2048,)),
-        MaskKind(name="third-sequence", hostile=_third_sequence, twin=_third_sequence_causal, thresholds=(2,)),
-        MaskKind(name="bias-table-open", hostile=_bias_table_open, twin=_bias_table_closed, place="bias"),
-        MaskKind(name="trilu-of-length", hostile=_diagonal_of_length, twin=_two_diagonals),
-        MaskKind(name="reversed-sum", hostile=_reversed_sum, twin=_forward_sum),
-        MaskKind(name="range-from-end", hostile=_range_from_end, twin=_distances_from_end),
-        MaskKind(name="scatter-from-end", hostile=_closed_key_from_end, twin=_closed_first_key),
-        MaskKind(name="stride-of-length", hostile=_stride_of_length, twin=_stride),
-        MaskKind(name="middle", hostile=_closed_middle, twin=_closed_place),
-        MaskKind(name="padded-range", hostile=_ends_of_range, twin=_starts_of_range),
-        MaskKind(name="bias-of-rest", hostile=_bias_of_rest, twin=_bias_of_distance, place="bias"),
-        MaskKind(name="bias-of-share", hostile=_bias_of_share, twin=_bias_of_bucket, place="bias"),
-        MaskKind(name="bias-table", hostile=_bias_table_by_rest, twin=_bias_table_by_middle, place="bias"),
-        MaskKind(name="bias-logarithm", hostile=_bias_of_logarithm, twin=_bias_of_own_logarithm, place="bias"),
-        MaskKind(name="bias-linear", hostile=_bias_of_square_of_rest, twin=_bias_linear_in_rest, place="bias"),
+        MaskKind(name="window-from-end", adversarial=_window_from_end, benign=_window),
+        MaskKind(name="window-from-end-float", adversarial=_window_from_end_of_floats, benign=_window_and_sinks),
+        MaskKind(name="segment", adversarial=_segment, benign=_segment_apart),
+        MaskKind(name="prefix", adversarial=_prefix, benign=_window_and_sinks),
+        MaskKind(name="blocks", adversarial=_blocks, benign=_causal_blocks, thresholds=(2, 7, 64, 300, 1000)),
+        MaskKind(name="late-blocks", adversarial=_late_blocks, benign=_causal_blocks),
+        MaskKind(name="look-ahead", adversarial=_look_ahead, benign=_look_back, thresholds=(1, 5, 40, 128, 600, 1500)),
+        MaskKind(name="look-ahead-late", adversarial=_look_ahead_late, benign=_look_back),
+        MaskKind(name="look-ahead-once", adversarial=_look_ahead_once, benign=_closed_place),
+        MaskKind(name="hidden-segment", adversarial=_hidden_segment, benign=_hidden_segment_apart),
+        MaskKind(name="segment-of-table", adversarial=_segment_of_table, benign=_segment_of_table_apart),
+        MaskKind(name="half-precision", adversarial=_rounded, benign=_rounded_and_causal, thresholds=(2048,)),
+        MaskKind(name="third-sequence", adversarial=_third_sequence, benign=_third_sequence_causal, thresholds=(2,)),
+        MaskKind(name="bias-table-open", adversarial=_bias_table_open, benign=_bias_table_closed, place="bias"),
+        MaskKind(name="trilu-of-length", adversarial=_diagonal_of_length, benign=_two_diagonals),
+        MaskKind(name="reversed-sum", adversarial=_reversed_sum, benign=_forward_sum),
+        MaskKind(name="range-from-end", adversarial=_range_from_end, benign=_distances_from_end),
+        MaskKind(name="scatter-from-end", adversarial=_closed_key_from_end, benign=_closed_first_key),
+        MaskKind(name="stride-of-length", adversarial=_stride_of_length, benign=_stride),
+        MaskKind(name="middle", adversarial=_closed_middle, benign=_closed_place),
+        MaskKind(name="padded-range", adversarial=_ends_of_range, benign=_starts_of_range),
+        MaskKind(name="bias-of-rest", adversarial=_bias_of_rest, benign=_bias_of_distance, place="bias"),
+        MaskKind(name="bias-of-share", adversarial=_bias_of_share, benign=_bias_of_bucket, place="bias"),
+        MaskKind(name="bias-table", adversarial=_bias_table_by_rest, benign=_bias_table_by_middle, place="bias"),
+        MaskKind(name="bias-logarithm", adversarial=_bias_of_logarithm, benign=_bias_of_own_logarithm, place="bias"),
+        MaskKind(name="bias-linear", adversarial=_bias_of_square_of_rest, benign=_bias_linear_in_rest, place="bias"),
     )
 }

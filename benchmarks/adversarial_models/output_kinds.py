@@ -8,8 +8,8 @@ from random import Random
 
 from onnx import TensorProto
 
-from hostility.decoder import Context, Design
-from hostility.sample import Draft
+from adversarial_models.decoder import Context, Design
+from adversarial_models.draft import Draft
 
 FLOAT, INT, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 Output = Callable[[Context, str], str]
@@ -25,7 +25,7 @@ class OutputKind:
     kind: int = FLOAT
     dims: str = ""
     is_logits: bool = False  # replaces the logits
-    plain: bool = False  # one row per new token, computed of that token alone: a twin
+    plain: bool = False  # one row per new token, computed of that token alone
 
 
 def draw_output_kind(random: Random, kind: OutputKind, design: Design) -> Draft:
@@ -42,7 +42,7 @@ def draw_output_kind(random: Random, kind: OutputKind, design: Design) -> Draft:
 
     if kind.name.startswith("mask-input"):
         design = replace(design, has_mask=True)
-    return Draft(design=replace(design, changes={"logits": change}), place="output", threshold=None, spelling=kind.name)
+    return Draft(design=replace(design, changes={"logits": change}), place="output", threshold=None, variant=kind.name)
 
 
 def _one(context: Context, name: str, *, kind: int = FLOAT) -> str:

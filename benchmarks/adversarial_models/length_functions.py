@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto, helper
 
-from hostility.graph_writer import GraphWriter
+from adversarial_models.graph_writer import GraphWriter
 
 Function = Callable[[GraphWriter, str, int], str]
 """Takes a length, int64 [..., 1], and a threshold; returns float32 [..., 1]."""
