@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from kvsurgeon.errors import KvsurgeonError
 from kvsurgeon.parity.difference import distance, expected_part, scale_of
@@ -11,7 +10,7 @@ from kvsurgeon.parity.model_source import ModelSource
 from kvsurgeon.parity.reference_model import ReferenceModel
 from kvsurgeon.parity.report import Comparison
 from kvsurgeon.parity.scenarios import Scenario
-from kvsurgeon.runtime import Array, CachedDecoder, CacheIO, UncachedDecoder
+from kvsurgeon.runtime import Array, CachedDecoder, CacheIO
 
 
 def simplest_difference(scenarios: Sequence[Scenario], comparisons: Sequence[Comparison]) -> Scenario | None:
@@ -51,8 +50,7 @@ def first_difference(
     try:
         sessions = [model.open("basic", names) for model in models]
         decoder = CachedDecoder(sessions[1], cache)
-        with_values = replace(reference, decoder=UncachedDecoder(sessions[0], reference.inputs))
-        expected = with_values.run(scenario, in_calls=False).calls[0]
+        expected = reference.on(sessions[0]).run(scenario, in_calls=False).calls[0]
         feeds = decoder.inputs.feeds(scenario.tokens, scenario.mask, token_types=reference.token_types)
         for past, total in scenario.spans:
             found = decoder.advance(decoder.inputs.part(feeds, past, total))
