@@ -130,8 +130,9 @@ def _decoder(session: Session, other: Session) -> AnyDecoder:
 
 
 def _is_past(tensor: ValueInfo, other: Session, names: Collection[str], presents: Sequence[ValueInfo]) -> bool:
-    new = tensor.name not in names and len(tensor.dims) > 2
-    return is_past(tensor) or is_past(_with_dims_of(tensor, other.inputs)) or (new and may_be_past(tensor, presents))
+    if is_past(tensor) or is_past(_with_dims_of(tensor, other.inputs)):
+        return True
+    return _is_new(tensor, names) and may_be_past(tensor, presents)
 
 
 def _with_dims_of(past: ValueInfo, others: Sequence[ValueInfo]) -> ValueInfo:
