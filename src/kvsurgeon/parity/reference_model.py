@@ -96,18 +96,19 @@ class ReferenceModel:
         ends = [total for _, total in scenario.spans][:-1]
         if mask.all() or not ends or expected.in_calls or not self.prefix_stable or whole.shape[:2] != tokens.shape:
             return True  # the last: an output of the last token only
+        scale = spread(whole)
         return all(
-            self._same_before(end, tokens, mask, whole) for end in dict.fromkeys((ends[0], ends[len(ends) // 2]))
+            self._same_before(end, tokens, mask, whole, scale) for end in dict.fromkeys((ends[0], ends[len(ends) // 2]))
         )
 
-    def _same_before(self, end: int, tokens: Array, mask: Array, whole: Array) -> bool:
+    def _same_before(self, end: int, tokens: Array, mask: Array, whole: Array, scale: float) -> bool:
         """Whether the outputs up to a token are the same if no token follows."""
         if self.decoder.length is None:
             prefix = self.outputs(tokens[:, :end], mask[:, :end])
         else:
             prefix = self.outputs(tokens, np.where(np.arange(tokens.shape[1]) < end, mask, 0))
         counted = mask[:, :end].astype(bool)
-        return distance(whole[:, :end][counted], prefix[:, :end][counted], spread(whole)) <= self.bound
+        return distance(whole[:, :end][counted], prefix[:, :end][counted], scale) <= self.bound
 
     def call_stable(self, expected: ReferenceOutputs) -> bool:
         """Whether the calls of a scenario give the outputs of a single call.
@@ -117,13 +118,14 @@ class ReferenceModel:
         """
         scenario = expected.scenario
         whole = self.run(scenario, in_calls=False)
+        scale = spread(whole.basis(self.main))
         for call, (past, total) in enumerate(scenario.spans):
             found = expected.by_rows(self.main, expected.calls[call][self.main], total - past)
             part = whole.part(self.main, 0, found.shape, (past, total), None)
             if part is None or found.shape[:2] != (len(scenario.tokens), total - past):
                 continue
             counted = scenario.mask[:, past:total].astype(bool)
-            if distance(part[counted], found[counted], spread(whole.basis(self.main))) > self.bound:
+            if distance(part[counted], found[counted], scale) > self.bound:
                 return False
         return True
 

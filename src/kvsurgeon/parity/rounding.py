@@ -45,7 +45,7 @@ class ReferenceNoise:
     optimization: Optimization
     seed: int
 
-    @property
+    @cached_property
     def rounds(self) -> bool:
         """Whether the model rounds activations to 8 bits."""
         return arithmetic_of(self.source.graph) in ROUNDED
