@@ -38,7 +38,7 @@ _CALLS = 2  # first calls that are always compared with the text so far
 
 @dataclass(kw_only=True)
 class ReferenceRuns:
-    """Runs of the reference on variants of one text, each made when it is needed.
+    """Runs of the reference on variants of one text, each made once, when it is needed.
 
     Attributes:
         noise: The reference model, and its noise.
@@ -48,6 +48,7 @@ class ReferenceRuns:
     noise: ReferenceNoise
     whole: ReferenceOutputs
     _made: dict[tuple[Variant, int, int], ReferenceOutputs | None] = field(default_factory=dict)
+    _scales: dict[str, Scale] = field(default_factory=dict)
 
     @property
     def reference(self) -> ReferenceModel:
@@ -58,6 +59,13 @@ class ReferenceRuns:
     def takes_prefixes(self) -> bool:
         """Whether the reference can be run on the text so far."""
         return not self.whole.in_calls and self.reference.decoder.length is None
+
+    def scale(self, output: ValueInfo) -> Scale:
+        """Return the scale of errors of an output; see `scale_of`."""
+        if output.name not in self._scales:
+            basis = self.whole.basis(output.name)
+            self._scales[output.name] = scale_of(basis, _feature_axes(output, basis.shape, self.whole.size))
+        return self._scales[output.name]
 
     def outputs(self, variant: Variant, total: int) -> Iterator[ReferenceOutputs]:
         """Yield the outputs for the first tokens of a variant of the text; none if the reference fails."""
@@ -193,8 +201,7 @@ class OutputComparer:
 
     def _output(self, output: ValueInfo, last: int | None, run: ChunkedRun) -> Comparison:
         """Return the comparison of one output, with a reason if it is wrong already."""
-        name, basis = output.name, self.runs.whole.basis(output.name)
-        scale = scale_of(basis, _feature_axes(output, basis.shape, self.runs.whole.size))
+        name, basis, scale = output.name, self.runs.whole.basis(output.name), self.runs.scale(output)
         logits = name == self.runs.reference.main and output.floating and basis.ndim == 3
         largest, agreed, compared = (0.0, 0, 0), 0, 0
         for call in self._calls(output, last, run):
