@@ -21,7 +21,7 @@ from kvsurgeon.analysis.mask_patterns import (
     with_gaps,
 )
 from kvsurgeon.analysis.probe_inputs import LOUD, Rows
-from kvsurgeon.analysis.regions.probe_lengths import changes
+from kvsurgeon.analysis.thresholds import changes
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.value_kinds import ValueKind

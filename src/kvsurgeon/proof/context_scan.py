@@ -7,15 +7,14 @@ overflow. What is found says only where to look closely.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.mask_patterns import sequence_last
 from kvsurgeon.analysis.probe_inputs import Rows
-from kvsurgeon.analysis.regions.probe_lengths import SCANNED, changes, longest_running
+from kvsurgeon.analysis.thresholds import SCANNED, lengths_of_change, longest_running
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import SMALL
@@ -44,7 +43,7 @@ def changing_positions(sweep: LengthSweep, values: Mapping[ir.Value, Axes]) -> n
             longest = min(sweep.longest, SCANNED)
             while runner.elements(Rows.of_text(longest)) > MAX_ELEMENTS:
                 longest //= 2
-            longest = _longest(runner, longest)
+            longest = longest_running(_first_row(runner), longest)
             found[:longest] |= _differing_rows(runner, axes, longest)
         except UnsupportedError:  # it is computed with the weights, or not at all
             continue
@@ -63,28 +62,16 @@ def changing_lengths(sweep: LengthSweep, values: Iterable[ir.Value]) -> set[int]
         return set()
     try:
         runner = RowRunner(sweep.analysis, sweep.runner(numbers), [()] * len(numbers))
-        longest = _longest(runner, min(sweep.longest, SCANNED))
-        runs = [runner.run(Rows(0, 1, length)) for length in range(1, longest + 1)]
+        run = _first_row(runner)
+        runs = [run(length) for length in range(1, longest_running(run, min(sweep.longest, SCANNED)) + 1)]
     except UnsupportedError:
         return set()
-    found: set[int] = set()
-    for series in zip(*runs, strict=True):
-        differs = [True, *(not np.array_equal(one, other) for one, other in pairwise(series))]
-        found |= {place + offset for place in changes(np.array(differs)) for offset in (0, 1)}
-    return found
+    return set().union(*(lengths_of_change(arrays) for arrays in zip(*runs, strict=True)))
 
 
-def _longest(runner: RowRunner, total: int) -> int:
-    """Return the longest total length up to a given one at which the first row can be computed."""
-
-    def run(length: int) -> None:
-        runner.run(Rows(0, 1, length))
-
-    try:
-        run(total)
-    except UnsupportedError:
-        return longest_running(run, 1, total)
-    return total
+def _first_row(runner: RowRunner) -> Callable[[int], list[np.ndarray]]:
+    """Return a function that computes the first row at a total length."""
+    return lambda total: runner.run(Rows(0, 1, total))
 
 
 def _numbers_of_length(sweep: LengthSweep, values: Iterable[ir.Value]) -> list[ir.Value]:

@@ -11,13 +11,13 @@ import onnx_ir as ir
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.mask_patterns import describe_difference, is_close, queries_first
-from kvsurgeon.analysis.regions.probe_lengths import SCANNED, elements_at, longest_running
+from kvsurgeon.analysis.regions.probe_lengths import elements_at
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
+from kvsurgeon.analysis.thresholds import MAX_LENGTH, SCANNED, bisect, find_thresholds, lengths_near
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.proof.length_dependence import LengthDependence
-from kvsurgeon.proof.thresholds import MAX_LENGTH, find_thresholds, lengths_near
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 LENGTHS = (1, 2, 7, 8, 40, 65, 129)  # tokens
@@ -127,10 +127,10 @@ class LengthSweep:
         for length in lengths:
             try:
                 results[length] = run(length)
-            except UnsupportedError:
+            except UnsupportedError as error:
                 if not results:
                     raise
-                self.bounds.add(longest_running(run, max(results), length))
+                self.bounds.add(bisect(run, max(results), length, error)[0])
                 break
         return results
 

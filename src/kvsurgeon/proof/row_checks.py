@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from kvsurgeon.analysis.probe_inputs import Rows
+from kvsurgeon.analysis.thresholds import bisect
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH
 
@@ -81,7 +82,7 @@ def longest_passing(
         try:
             check(total)
         except UnsupportedError as error:
-            passing, failed = _bisect(check, passing, total, error)
+            passing, failed = bisect(check, passing, total, error, _gap)
             if passing < MIN_USEFUL_LENGTH and failed.code is not Code.CONTEXT_NOT_RUNNABLE:
                 raise failed from None
             return passing, failed
@@ -89,14 +90,5 @@ def longest_passing(
     return passing, None
 
 
-def _bisect(
-    check: Callable[[int], None], passing: int, failing: int, failed: UnsupportedError
-) -> tuple[int, UnsupportedError]:
-    while failing - passing > (1 if failing <= MAX_EXACT_LIMIT else failing // 256):
-        between = (passing + failing) // 2
-        try:
-            check(between)
-            passing = between
-        except UnsupportedError as error:
-            failing, failed = between, error
-    return passing, failed
+def _gap(limit: int) -> int:
+    return 1 if limit <= MAX_EXACT_LIMIT else limit // 256

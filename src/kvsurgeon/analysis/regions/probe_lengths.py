@@ -7,17 +7,16 @@ changes: a threshold need not be a number that something is compared with.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
+from kvsurgeon.analysis.thresholds import SCANNED, changes, lengths_of_change, longest_running, numbers_of
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
-from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.query import producers, upstream
 from kvsurgeon.ops.gather import FAR
@@ -27,8 +26,6 @@ from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import OperatorCall
 
 MAX_PROBE_LENGTH = 4100  # tokens: a number of at most this many is a length that a text may have
-SCANNED = 4097  # tokens: every position and every length up to here is looked at
-MAX_FOUND = 32  # positions or lengths of one value at which it changes
 MAX_ELEMENTS = 1 << 26  # of a tensor that is computed in a run
 
 
@@ -86,34 +83,9 @@ def _integers(numbers: Iterable[Dimension | float] | None) -> Iterator[int]:
 
 def _as_lengths(constant: np.ndarray | None) -> Iterator[int]:
     """Yield a number, or the lengths whose reciprocal it is; one of a float type only if a text can be as long."""
-    if constant is None or constant.size != 1 or constant.dtype.kind not in "iuf":
-        return
-    number = float(constant.reshape(-1)[0])
-    if constant.dtype.kind != "f":
-        yield int(number)
-        return
-    for length in (abs(number), 1 / abs(number)) if number else ():
-        if length <= MAX_PROBE_LENGTH:
-            yield round(length)
-
-
-def longest_running(run: Callable[[int], object], runs: int, fails: int) -> int:
-    """Return the longest length at which context runs, by bisection."""
-    while fails - runs > 1:
-        between = (runs + fails) // 2
-        try:
-            run(between)
-            runs = between
-        except UnsupportedError:
-            fails = between
-    return runs
-
-
-def changes(differs: np.ndarray) -> list[int]:
-    """Return the places at which differences begin or end; if they are many, the first ones and some of the others."""
-    found = [int(place) for place in np.flatnonzero(differs[1:] != differs[:-1]) + 1]
-    first, others = found[: MAX_FOUND // 2], found[MAX_FOUND // 2 :]
-    return first + others[:: max(1, 2 * len(others) // MAX_FOUND)]
+    if constant is not None and constant.size == 1:
+        longest = MAX_PROBE_LENGTH if constant.dtype.kind == "f" else math.inf
+        yield from (round(number) for number in numbers_of(constant) if abs(number) <= longest)
 
 
 def changing_context(flow: TokenFlow, nodes: Iterable[ir.Node]) -> tuple[set[int], set[int]]:
@@ -128,13 +100,11 @@ def changing_context(flow: TokenFlow, nodes: Iterable[ir.Node]) -> tuple[set[int
         if len(axes) > 1 or elements_at(shape, SCANNED) > MAX_ELEMENTS:
             continue
         runner = SubgraphRunner(flow, [value])
-        longest = longest_running(runner.run, 1, SCANNED + 1)
+        longest = longest_running(runner.run, SCANNED)
         if axes:
             array = np.moveaxis(runner.run(longest)[0], axes[0], 0).reshape(longest, -1).astype(np.float64)
             differs = (np.diff(array, 2, axis=0) != 0).max(axis=1)
             positions |= {place + offset for place in changes(differs) for offset in (1, 2)}
         else:
-            arrays = [runner.run(length)[0] for length in range(1, longest + 1)]
-            differs = np.array([True, *(not np.array_equal(one, other) for one, other in pairwise(arrays))])
-            lengths |= {place + offset for place in changes(differs) for offset in (0, 1)}
+            lengths |= lengths_of_change([runner.run(length)[0] for length in range(1, longest + 1)])
     return positions, lengths

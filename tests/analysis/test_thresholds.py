@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvsurgeon.proof.thresholds import irregular_rows
+from kvsurgeon.analysis.thresholds import irregular_rows
 
 
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.float32, np.float16])

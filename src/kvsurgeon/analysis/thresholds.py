@@ -1,15 +1,17 @@
-"""Thresholds: the positions and lengths near which context may change, as the constants that it reads tell."""
+"""Thresholds: the positions and lengths near which context may change, as its constants tell or as running it shows."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
 from kvsurgeon.graph.query import producers, upstream
 from kvsurgeon.ops.content import content_inputs
@@ -21,6 +23,8 @@ MAX_NUMBERS = 64  # distinct numbers of one constant; a table of more is no list
 MAX_ROWS = 32  # irregular rows of one table
 MAX_TABLE = 1 << 28  # elements of a table whose rows are compared
 SMALLEST_TABLE = 64  # rows and columns
+SCANNED = 4097  # tokens: every position and every length up to here is looked at
+MAX_FOUND = 32  # positions or lengths of one value at which it changes
 
 
 def find_thresholds(flow: TokenFlow, values: Iterable[ir.Value | None]) -> tuple[int, ...]:
@@ -35,7 +39,7 @@ def find_thresholds(flow: TokenFlow, values: Iterable[ir.Value | None]) -> tuple
     for node in producers(upstream(values, inputs=content_inputs)):
         if has_trait(node, Trait.LENGTH_SENSITIVE) and flow.kinds.get(node.outputs[0]) is ValueKind.CONTEXT:
             for value in node.inputs:
-                numbers |= _numbers(small_constant(value))
+                numbers |= _lengths(small_constant(value))
     for table in _tables(values):
         numbers |= set(irregular_rows(table))
     return tuple(sorted({round(number) for number in numbers}))
@@ -46,17 +50,21 @@ def lengths_near(thresholds: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted({threshold + offset for threshold in thresholds for offset in (-1, 0, 1, 3)}))
 
 
-def _numbers(constant: np.ndarray | None) -> set[float]:
-    """Return the numbers of a constant that may be thresholds, and the reciprocal of a single one."""
+def numbers_of(constant: np.ndarray | None) -> list[float]:
+    """Return the distinct numbers of a constant that are not 0, and the reciprocal of a single one."""
     if constant is None or constant.dtype.kind not in "iuf":
-        return set()
+        return []
     numbers = np.unique(constant.astype(np.float64))
-    if constant.dtype.kind == "f":
-        numbers = numbers[numbers > 0]  # a negative one masks scores, and is compared with no length
-    numbers = np.abs(numbers[(numbers != 0) & np.isfinite(numbers)])
-    if constant.size == 1:
-        numbers = np.append(numbers, 1 / numbers)
-    return {float(number) for number in numbers if 1 <= number < MAX_LENGTH} if len(numbers) <= MAX_NUMBERS else set()
+    numbers = numbers[(numbers != 0) & np.isfinite(numbers)]
+    return [*numbers.tolist(), *((1 / numbers).tolist() if constant.size == 1 else [])]
+
+
+def _lengths(constant: np.ndarray | None) -> set[float]:
+    """Return the numbers of a constant that may be thresholds."""
+    numbers = numbers_of(constant)
+    if constant is not None and constant.dtype.kind == "f":
+        numbers = [number for number in numbers if number > 0]  # others mask scores, not lengths
+    return {abs(one) for one in numbers if 1 <= abs(one) < MAX_LENGTH} if len(numbers) <= MAX_NUMBERS else set()
 
 
 def _tables(values: Iterable[ir.Value | None]) -> Iterator[np.ndarray]:
@@ -88,3 +96,52 @@ def irregular_rows(table: np.ndarray) -> list[int]:
     usual, _ = Counter(ranges).most_common(1)[0]
     found = [row for row, one in enumerate(ranges) if one != usual]
     return found if len(found) <= MAX_ROWS else [found[place * len(found) // MAX_ROWS] for place in range(MAX_ROWS)]
+
+
+def changes(differs: np.ndarray) -> list[int]:
+    """Return the places at which differences begin or end; if they are many, the first ones and some of the others."""
+    found = [int(place) for place in np.flatnonzero(differs[1:] != differs[:-1]) + 1]
+    first, others = found[: MAX_FOUND // 2], found[MAX_FOUND // 2 :]
+    return first + others[:: max(1, 2 * len(others) // MAX_FOUND)]
+
+
+def lengths_of_change(arrays: Sequence[np.ndarray]) -> set[int]:
+    """Return the lengths at either side of which a value begins or ceases to change.
+
+    Args:
+        arrays: The value at the lengths 1, 2, 3, ...
+    """
+    differs = np.array([True, *(not np.array_equal(one, other) for one, other in pairwise(arrays))])
+    return {place + offset for place in changes(differs) for offset in (0, 1)}
+
+
+def longest_running(run: Callable[[int], object], longest: int) -> int:
+    """Return the longest length up to a given one at which context runs."""
+    try:
+        run(longest)
+    except UnsupportedError as error:
+        return bisect(run, 1, longest, error)[0]
+    return longest
+
+
+def bisect(
+    check: Callable[[int], object], passing: int, failing: int, failed: UnsupportedError,
+    gap: Callable[[int], int] = lambda _failing: 1,
+) -> tuple[int, UnsupportedError]:  # fmt: skip
+    """Return the longest length at which a check is found to pass, and the error of the shortest at which it fails.
+
+    Args:
+        check: Raises `UnsupportedError` at a length at which it fails.
+        passing: A length at which it passes.
+        failing: A longer one at which it fails.
+        failed: The error there.
+        gap: Returns how far the two lengths may be apart at the end, for one at which it fails.
+    """
+    while failing - passing > gap(failing):
+        between = (passing + failing) // 2
+        try:
+            check(between)
+            passing = between
+        except UnsupportedError as error:
+            failing, failed = between, error
+    return passing, failed
