@@ -67,19 +67,19 @@ def replace_heads(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
     notes, equal = _notes(subject), None
     if lossy:
         notes += _size_notes(bits, _cached_bits(work.analysis()))
-        equal = partial(_equal_models, without_cache, copy_model(work.model), plan)
+        equal = partial(_equal_models, without_cache, copy_model(work.model), wanted)
     if signature is not None:
         reattach_cache(work, signature)
     subject.model = work.model
     return Changed(edits=edits, notes=notes, exact=not lossy, heads=(before, after), equal_models=equal)
 
 
-def _equal_models(before: ir.Model, after: ir.Model, plan: Plan) -> tuple[ir.Model, ir.Model]:
+def _equal_models(before: ir.Model, after: ir.Model, wanted: Sequence[NewHeads | None]) -> tuple[ir.Model, ir.Model]:
     """Return the model before with the weights of the new heads in an unchanged graph, and the model after."""
     work = Subject(model=copy_model(before))
     with deep_recursion():
         replacer = HeadReplacer(work.analysis(), lossy=True)
-        replacer.replace_in_place(plan(replacer))
+        replacer.replace_in_place(wanted)
     return replacer.analysis.model, after
 
 
