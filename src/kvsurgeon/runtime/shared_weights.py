@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from kvsurgeon.io.staging import OPEN_FILES
 from kvsurgeon.runtime.tensors import to_runtime
 
-OPEN_FILES = "/proc/self/fd"  # open files of this process on Linux
 _LARGE = 1 << 28  # bytes of weights; smaller models run with the kernels of production
 _SMALLEST = 1 << 16  # bytes of a weight
 _DISABLE_PREPACKING = "session.disable_prepacking"
