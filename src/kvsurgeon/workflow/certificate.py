@@ -143,7 +143,7 @@ def predicate_of(run: PipelineRun, pipeline: Pipeline, report: Report) -> dict[s
             {"name": one.name, "options": texts_of(one), "notes": list(getattr(step.outcome, "notes", ()))}
             for one, step in zip(pipeline.passes, run.steps, strict=True)
         ],
-        "proofs": [change.proof.as_dict() for change in run.changes if change.proof is not None],
+        "proofs": [proof.as_dict() for proof in run.proofs],
         "measurements": _measurements(report),
     }
 

@@ -188,8 +188,7 @@ class _Repetition:
         _check_equal(_without_figures(stated.predicate), _without_figures(again))
         _check_figures(stated.predicate["measurements"], again["measurements"])
         fresh = self._verify(reference, run, "thorough" if stated.effort == "thorough" else "normal", None)
-        proofs = (change.proof for change in run.changes if change.proof is not None)
-        obligations = tuple(obligation for proof in proofs for obligation in proof.obligations)
+        obligations = tuple(obligation for proof in run.proofs for obligation in proof.obligations)
         return {"obligations": obligations, "repeated": repeated, "fresh": fresh}
 
     def _check_model(self, run: PipelineRun) -> None:
@@ -202,9 +201,8 @@ class _Repetition:
         part = different_part(run.model, model, self.digests)
         if part is not None:
             raise CertificateError(f"the passes of the certificate give another model: {part} differs")
-        side_files = (
-            self.stated.subject.keys() - model_files(model, self.path).keys() - {next(iter(self.stated.subject))}
-        )
+        _, *others = self.stated.subject
+        side_files = set(others) - model_files(model, self.path).keys()
         expected = side_files_of(run.model, self.source)
         in_place = self.path.parent.samefile(self.source.parent)
         for name in side_files:
@@ -222,11 +220,10 @@ class _Repetition:
         """
         from kvsurgeon.workflow.verification import verify_models  # onnxruntime is slow to import
 
-        options: dict[str, Any] = {
-            "folder": run.folder, "effort": effort, "seed": seed, "thresholds": run.thresholds,
-            "progress": self.progress,
-        }  # fmt: skip
-        report = verify_models(reference, self.path, **options)
+        report = verify_models(
+            reference, self.path, folder=run.folder, effort=effort, seed=seed, thresholds=run.thresholds,
+            progress=self.progress,
+        )  # fmt: skip
         if not report.ok:
             raise CertificateError(
                 f"the verification of the model fails: {first_of(report.problems)}; seed {report.seed}"

@@ -24,6 +24,7 @@ from kvsurgeon.workflow import registry
 
 if TYPE_CHECKING:
     from kvsurgeon.parity import AccuracyLoss, Report
+    from kvsurgeon.proof.proof import Proof
 
 PassCallback = Callable[[int, str, ir.Model], None]  # number of passes that ran, name of the last one, the model
 
@@ -94,6 +95,11 @@ class PipelineRun:
     def thresholds(self) -> frozenset[int]:
         """Lengths, in tokens, after which the model may compute something else, as the proofs of the passes name."""
         return _thresholds(self.steps)
+
+    @property
+    def proofs(self) -> tuple[Proof, ...]:
+        """The proofs of the passes that added a cache."""
+        return _proofs(self.steps)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -237,8 +243,12 @@ def _verify(reference: onnx.ModelProto, subject: Subject, steps: Sequence[PassRe
 
 
 def _thresholds(steps: Sequence[PassResult]) -> frozenset[int]:
-    proofs = (step.outcome.proof for step in steps if isinstance(step.outcome, Changed))
-    return frozenset(threshold for proof in proofs if proof is not None for threshold in proof.thresholds)
+    return frozenset(threshold for proof in _proofs(steps) for threshold in proof.thresholds)
+
+
+def _proofs(steps: Sequence[PassResult]) -> tuple[Proof, ...]:
+    found = (step.outcome.proof for step in steps if isinstance(step.outcome, Changed))
+    return tuple(proof for proof in found if proof is not None)
 
 
 def _parse(text: str) -> Iterator[tuple[str, dict[str, str]]]:
