@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,12 +34,12 @@ import onnx
 import onnxruntime as ort
 from adversarial_models.catalogue import KINDS, kind_of, write_sample
 from adversarial_models.evaluation import BAD, CRASH, HANG, NOT_COMPARED, VERDICTS, Verdict, evaluate, original_changes
-from adversarial_models.workers import HUNG, run_all
+from campaigns.results import collect, print_counts
+from campaigns.workers import HUNG, run_all
 from onnx import numpy_helper
 from verification.corpus import find_entries
 
 SECONDS_ALLOWED = 240  # an injection takes 60 at most; comparisons at 4,000 tokens take longer on a busy machine
-SAVED_EVERY = 25  # models
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,11 +211,7 @@ def report(outcomes: Sequence[Outcome], seconds: float) -> None:
     for benign in sorted({outcome.benign for outcome in outcomes}):
         some = [outcome for outcome in outcomes if outcome.benign == benign]
         used = [verdict for verdict in VERDICTS if any(one.verdict == verdict for one in some)]
-        title = "benign" if benign else "models"
-        print(f"\n{title:32}", *(f"{verdict:>10}" for verdict in used))
-        for kind in [*sorted({one.kind for one in some}), "all"]:
-            counts = Counter(one.verdict for one in some if kind in ("all", one.kind))
-            print(f"{kind:32}", *(f"{counts[verdict] or '.':>10}" for verdict in used))
+        print_counts("benign" if benign else "models", [(one.kind, one.verdict) for one in some], used)
     adversarial = [one for one in outcomes if not one.benign and not one.kind.startswith("output/")]
     without_effect = [one.name for one in adversarial if one.verdict == "right" and one.changes is False]
     with_effect = [one.name for one in outcomes if one.benign and one.changes]
@@ -255,13 +252,8 @@ def main() -> int:
     """Run the campaign, print, and return the exit code."""
     options = parse()
     start = time.perf_counter()
-    outcomes: list[Outcome] = []
-    for outcome in campaign(tasks_of(options), options.jobs):
-        outcomes.append(outcome)
-        if options.json and len(outcomes) % SAVED_EVERY == 0:
-            _save(options, outcomes)
-    if options.json:
-        _save(options, outcomes)
+    save = partial(_save, options) if options.json else None
+    outcomes = collect(campaign(tasks_of(options), options.jobs), save)
     report(outcomes, time.perf_counter() - start)
     return 1 if any(outcome.bad for outcome in outcomes) else 0
 

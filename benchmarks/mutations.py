@@ -20,19 +20,20 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
+from functools import partial
 from io import StringIO
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import onnx
 import onnxruntime as ort
+from campaigns.results import collect, print_counts
 from mutating import attention_insertions, insertions, mutants
 from mutating.mutable_graph import Graph
 from mutating.mutant_run import BAD, CATEGORIES, Notify, Outcome, ignore, seeded, try_file, try_mutant
 from verification.corpus import Entry, find_entries
 
 SECONDS_ALLOWED = 60
-SAVED_EVERY = 25  # mutants
 TRIES = 20  # mutations drawn until one finds a place
 
 MUTATIONS = [*mutants.every(), *insertions.every(), *attention_insertions.every()]
@@ -132,10 +133,7 @@ def report(outcomes: Sequence[Outcome], seconds: float) -> None:
             mutant = f"mutant {outcome.number} of {outcome.model}"
             print(f"\n{outcome.category}: {mutant}, {outcome.mutation}: {outcome.recipe}")
             print(f"    {outcome.reason}")
-    print(f"\n{'':24}", *(f"{category:>13}" for category in CATEGORIES))
-    for name in [*sorted({outcome.mutation for outcome in outcomes}), "all"]:
-        counts = Counter(outcome.category for outcome in outcomes if name in ("all", outcome.mutation))
-        print(f"{name:24}", *(f"{counts[category] or '.':>13}" for category in CATEGORIES))
+    print_counts("", [(outcome.mutation, outcome.category) for outcome in outcomes], CATEGORIES)
     print(f"{len(outcomes)} mutants in {seconds:.0f} s")
 
 
@@ -170,14 +168,11 @@ def main() -> int:
         for number in numbers:
             _keep(options.keep, *make(entries, options.seed, number))
     start = time.perf_counter()
-    outcomes = _done(options) if options.resume else []
-    known = {outcome.number for outcome in outcomes}
-    for outcome in campaign(entries, options.seed, [number for number in numbers if number not in known]):
-        outcomes.append(outcome)
-        if options.json and len(outcomes) % SAVED_EVERY == 0:
-            _save(options, outcomes)
-    if options.json:
-        _save(options, outcomes)
+    known = _done(options) if options.resume else []
+    done = {outcome.number for outcome in known}
+    left = [number for number in numbers if number not in done]
+    save = partial(_save, options) if options.json else None
+    outcomes = collect(campaign(entries, options.seed, left), save, known=known)
     report(outcomes, time.perf_counter() - start)
     return 1 if any(outcome.category in BAD for outcome in outcomes) else 0
 

@@ -1,0 +1,1 @@
+"""Run many models in separate processes, and collect the results."""
