@@ -33,12 +33,24 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from adversarial_models.catalogue import KINDS, kind_of, write_sample
-from adversarial_models.evaluation import BAD, CRASH, HANG, NOT_COMPARED, VERDICTS, Verdict, evaluate, original_changes
+from adversarial_models.evaluation import (
+    BAD,
+    CRASH,
+    HANG,
+    LIMITED,
+    NOT_COMPARED,
+    RIGHT,
+    VERDICTS,
+    Verdict,
+    evaluate,
+    original_changes,
+)
 from campaigns.results import collect, print_counts
 from campaigns.workers import HUNG, run_all
 from onnx import numpy_helper
 from verification.corpus import find_entries
 
+SUSPICIOUS = "suspicious"
 SECONDS_ALLOWED = 240  # an injection takes 60 at most; comparisons at 4,000 tokens take longer on a busy machine
 
 
@@ -83,8 +95,18 @@ class Outcome:
         return f"{self.verdict}-benign" if self.benign and self.verdict not in BAD else self.verdict
 
     @property
+    def suspicious(self) -> bool:
+        """Whether no output differs, although the original changes with later tokens: the calls may not show it."""
+        return self.verdict == RIGHT and bool(self.changes) and not self.adds_output
+
+    @property
+    def adds_output(self) -> bool:
+        """Whether the decoder has an output that may describe the whole text, as its length does."""
+        return self.kind.startswith("output/")
+
+    @property
     def bad(self) -> bool:
-        return self.verdict in BAD or (self.expected == "inject" and self.verdict not in ("right", "limited"))
+        return self.verdict in BAD or (self.expected == "inject" and self.verdict not in (RIGHT, LIMITED))
 
 
 def run(task: Task) -> Outcome:
@@ -211,13 +233,16 @@ def report(outcomes: Sequence[Outcome], seconds: float) -> None:
     for benign in sorted({outcome.benign for outcome in outcomes}):
         some = [outcome for outcome in outcomes if outcome.benign == benign]
         used = [verdict for verdict in VERDICTS if any(one.verdict == verdict for one in some)]
-        print_counts("benign" if benign else "models", [(one.kind, one.verdict) for one in some], used)
-    adversarial = [one for one in outcomes if not one.benign and not one.kind.startswith("output/")]
-    without_effect = [one.name for one in adversarial if one.verdict == "right" and one.changes is False]
+        found = [(one.kind, one.verdict) for one in some]
+        found += [(one.kind, SUSPICIOUS) for one in some if one.suspicious]
+        print_counts("benign" if benign else "models", found, [*used, SUSPICIOUS])
+    adversarial = [one for one in outcomes if not one.benign and not one.adds_output]
+    without_effect = [one.name for one in adversarial if one.verdict == RIGHT and one.changes is False]
+    suspicious = [one.name for one in outcomes if one.suspicious]
     with_effect = [one.name for one in outcomes if one.benign and one.changes]
     print(
         f"\n{len(outcomes)} models in {seconds:.0f} s; adversarial without effect: {without_effect}; "
-        f"benign with one: {with_effect}"
+        f"benign with one: {with_effect}; right, although the original changes with later tokens: {suspicious}"
     )
 
 
@@ -260,7 +285,7 @@ def main() -> int:
 
 def _save(options: argparse.Namespace, outcomes: Sequence[Outcome]) -> None:
     counts = Counter(outcome.label for outcome in outcomes)
-    listed = [{**asdict(outcome), "label": outcome.label} for outcome in outcomes]
+    listed = [{**asdict(one), "label": one.label, "suspicious": one.suspicious} for one in outcomes]
     text = json.dumps(
         {"seed": options.seed, "through": options.through, "counts": counts, "outcomes": listed}, indent=1
     )

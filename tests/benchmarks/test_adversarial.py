@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from adversarial import Outcome
 from adversarial_models import evaluation
 from adversarial_models.catalogue import KINDS, kind_of, write_sample
 from adversarial_models.evaluation import (
@@ -80,6 +81,21 @@ def test_other_numbers_are_wrong(tmp_path):
     reference.kept[2, 10] = [array + np.linspace(0, 1, array.shape[-1], dtype=array.dtype) for array in hidden]
     verdict = compare(reference, candidate, [chunking])
     assert (verdict.verdict, verdict.at) == (WRONG, 10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "verdict", "changes", "suspicious"),
+    [
+        ("mask/blocks", RIGHT, True, True),
+        ("mask/blocks", RIGHT, False, False),
+        ("mask/blocks", LIMITED, True, False),
+        ("output/length", RIGHT, True, False),
+    ],
+)
+def test_right_results_of_a_changing_original_are_suspicious(kind, verdict, changes, suspicious):
+    outcome = Outcome(name="0", kind=kind, benign=False, verdict=verdict, changes=changes)
+    assert outcome.suspicious is suspicious
+    assert not outcome.bad
 
 
 # Outputs of new tokens are compared with their part of the whole
