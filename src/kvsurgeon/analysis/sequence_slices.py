@@ -31,7 +31,7 @@ def selected(visit: NodeVisit, links: AxisLinks, traced: dict[Label, SequenceAxi
 def _cut(visit: NodeVisit, axis: SequenceAxis, start: Dimension, end: Dimension, step: int) -> SequenceAxis | None:
     before, after = visit.shape(0)[axis.axis], visit.result_shape()[axis.axis]
     to_end = _is_end(end, before)
-    if step == 1 and to_end and (start == 0 or dim.is_equal(dim.add(start, before), 0)):
+    if step == 1 and to_end and start == 0:
         return axis
     if step == 1 and axis.without_rows.is_plain and axis.variable.resolved() is not Length.NEW:
         left = _without_learned_rows(axis, start, end, before)

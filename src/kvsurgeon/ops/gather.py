@@ -190,8 +190,10 @@ def slice_links(call: OperatorCall) -> AxisLinks:
         return AxisLinks(
             inputs=inputs, outputs=(labels,), blocked=dict.fromkeys((one for one in cut if one is not None), reason)
         )
+    sizes = call.fact(0).shape or ()
     selected: dict[Label, tuple[Dimension, Dimension, int]] = {
-        axis: (start, end, step) for axis, start, end, step in zip(*bounds, strict=True)
+        axis: (0 if dim.is_equal(dim.add(start, sizes[axis]), 0) else start, end, step)  # -size: the first element
+        for axis, start, end, step in zip(*bounds, strict=True)
     }
     lengths = [(index, axis) for axis in selected for index in (1, 2)]
     return AxisLinks(inputs=inputs, outputs=(labels,), selected=selected, length_inputs=lengths)

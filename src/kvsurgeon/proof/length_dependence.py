@@ -163,8 +163,6 @@ class LengthDependence:
             size = (call.fact(0).shape or ())[(links.inputs[0] or ()).index(label)]
             self._require(size == 1 or not _holds_length([times]))
         for label, (start, _, step) in links.selected.items():
-            size = (call.fact(0).shape or ())[(links.inputs[0] or ()).index(label)]
-            start = 0 if dim.is_equal(dim.add(start, size), 0) else start  # all of the axis, counted from its end
             self._require(not _holds_length([start]) and step > 0)
             if label in found:  # a negative start counts from the end
                 self._require(isinstance(start, int) and start >= 0)
