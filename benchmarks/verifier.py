@@ -3,8 +3,8 @@
     python benchmarks/verifier.py [MODEL] [--sample 60] [--seed S] [--effort normal] [--json OUT]
 
 MODEL is a decoder with inputs `input_ids` and `attention_mask`; the default is an export of the tests. It is injected,
-and a fault is added to the result (see verification/faults.py): kind of call x place x size. Ends with 1 if the right
-cache is called wrong, or a fault of at least 1e-2 is called right.
+and a fault is added to the result (see verification/faults.py): kind of call x place x size. Ends with 1 if the
+correct cache is rejected, or a fault of at least 1e-2 is accepted.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ LARGE = 1e-2  # size of a fault that every verification must notice
 
 
 def missed_faults(path: Path, faults: list[Fault], seed: int, effort: Effort) -> list[Fault]:
-    """Return the faults that are called right.
+    """Return the faults that are accepted.
 
     Raises:
-        SystemExit: The right cache is called wrong.
+        SystemExit: The correct cache is rejected.
     """
     reference = onnx.load(path)
     right = io.to_proto(Pipeline((Inject(),)).run(reference).model)
     report = verify(reference, right, seed=seed, effort=effort, threads=1)
     print(f"{path}: {report.verdict}, error {report.error:.1e}, {report.coverage}")
     if report.verdict != "same":
-        raise SystemExit("the right cache is called wrong")
+        raise SystemExit("the correct cache is rejected")
     missed = []
     for number, fault in enumerate(faults):
         found = verify(reference, with_fault(right, fault), seed=seed + number, effort=effort, threads=1, explain=False)

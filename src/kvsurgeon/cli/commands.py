@@ -125,7 +125,7 @@ def targets(
 
 
 def verify(
-    original: Annotated[Path, Argument(metavar="ORIGINAL", help="The reference model; may be left out if certified.")],
+    original: Annotated[Path, Argument(metavar="ORIGINAL", help="The reference model; optional with --certificate.")],
     result: Annotated[
         Path | None, Argument(metavar="RESULT", help="The candidate model, with or without a cache.")
     ] = None,
@@ -135,7 +135,7 @@ def verify(
     text: Text = None,
     per_layer: PerLayer = False,
     certificate: Annotated[
-        Path | None, Option(metavar="FILE", help="Confirm what a certificate states of RESULT instead.")
+        Path | None, Option(metavar="FILE", help="Confirm the certificate of RESULT instead.")
     ] = None,
     json: Json = False,
 ) -> None:
@@ -148,7 +148,7 @@ def verify(
 
     measures_loss = loss or text is not None or per_layer
     if certificate is not None and (measures_loss or seed is not None):
-        raise UsageError("a certificate states seed and effort, and no loss; give --certificate alone")
+        raise UsageError("--certificate repeats the verification of FILE; omit --seed, --loss, --text and --per-layer")
     with verification_progress() as progress:
         if certificate is not None:
             model, given = (original, None) if result is None else (result, original)

@@ -37,7 +37,7 @@ EffortOption = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 CertificateFile = Annotated[
-    Path | None, typer.Option("--certificate", metavar="FILE", help="Write what was established to a certificate.")
+    Path | None, typer.Option("--certificate", metavar="FILE", help="Write a certificate of the result.")
 ]
 TargetName = Annotated[str | None, typer.Option(metavar="NAME", help="Write the folder that this client loads.")]
 _HAS_TARGETS = "inject"  # the pass with the option --target

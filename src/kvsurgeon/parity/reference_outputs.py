@@ -21,7 +21,7 @@ class ReferenceOutputs:
         scenario: The text.
         calls: Outputs of each call.
         in_calls: Whether the reference ran in the calls of the scenario.
-        whole: Outputs for a longer text, which show more of the axes of an output; None for these.
+        whole: Outputs for the whole text if these are for its first tokens: their shapes show which axes an output has.
     """
 
     scenario: Scenario

@@ -95,7 +95,7 @@ def confirmation_table(found: Confirmation) -> RenderableType:
         f"confirmed: {found.model}",
         f"  the original is {found.original}",
         f"  SHA-256 of {len(found.files)} files",
-        "  graph and weights: those that the passes make of the original",
+        "  graph and weights: the result of the passes on the original",
         *(f"  {one.name}: {one.status}{f' - at `{one.at}`' if one.at else ''}" for one in found.obligations),
         f"  texts of the certificate, seed {found.repeated.seed}: {_largest_error(found.repeated)}",
         f"  new texts, seed {found.fresh.seed}: {_largest_error(found.fresh)}",

@@ -91,8 +91,8 @@ class CertificateWriter:
             UsageError: The results were not verified, or a pass does not preserve them.
         """
         if run.verification is None:
-            inexact = "" if run.exact else "; a pass of this run does not preserve the results"
-            raise UsageError(f"a certificate states that the result was verified{inexact}; omit one of both options")
+            reason = "verification is skipped" if run.exact else "a pass of this run does not preserve the results"
+            raise UsageError(f"a certificate states that the result was verified, but {reason}; omit the certificate")
         self.inputs = _described(self.files, self.digests)
 
     def write(self, run: PipelineRun) -> Path:

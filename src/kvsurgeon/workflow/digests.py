@@ -1,4 +1,4 @@
-"""SHA-256 digests of files and tensors, read in chunks."""
+"""SHA-256 digests of files and tensors, read in chunks, and the comparison of models by them."""
 
 from __future__ import annotations
 
