@@ -1,9 +1,10 @@
-"""Rows of a mask table that are not like the others are found, wherever the table has them."""
+"""Thresholds are found: numbers of constants of any type, and rows of a mask table that are not like the others."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from kvsurgeon.analysis.thresholds import irregular_rows
+from kvsurgeon.analysis.thresholds import irregular_rows, numbers_of
 
 
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.float32, np.float16])
@@ -23,3 +24,12 @@ def test_many_irregular_rows_are_sampled_evenly():
     assert len(found) == 32
     assert found[0] < 20
     assert found[-1] > 450
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.float16, np.float32, ml_dtypes.bfloat16])
+def test_a_number_of_any_type_is_read_with_its_reciprocal(dtype):
+    assert numbers_of(np.array([128], dtype=dtype)) == [128, 1 / 128]
+
+
+def test_several_numbers_have_no_reciprocals():
+    assert numbers_of(np.array([0, 5, -3, 5, np.inf])) == [-3, 5]

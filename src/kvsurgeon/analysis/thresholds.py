@@ -25,6 +25,7 @@ MAX_TABLE = 1 << 28  # elements of a table whose rows are compared
 SMALLEST_TABLE = 64  # rows and columns
 SCANNED = 4097  # tokens: every position and every length up to here is looked at
 MAX_FOUND = 32  # positions or lengths of one value at which it changes
+FLOAT_KINDS = "fV"  # kinds of numpy types; V is that of bfloat16, which numpy does not know
 
 
 def find_thresholds(flow: TokenFlow, values: Iterable[ir.Value | None]) -> tuple[int, ...]:
@@ -52,7 +53,7 @@ def lengths_near(thresholds: Iterable[int]) -> tuple[int, ...]:
 
 def numbers_of(constant: np.ndarray | None) -> list[float]:
     """Return the distinct numbers of a constant that are not 0, and the reciprocal of a single one."""
-    if constant is None or constant.dtype.kind not in "iuf":
+    if constant is None or constant.dtype.kind not in f"iu{FLOAT_KINDS}":
         return []
     numbers = np.unique(constant.astype(np.float64))
     numbers = numbers[(numbers != 0) & np.isfinite(numbers)]
@@ -62,7 +63,7 @@ def numbers_of(constant: np.ndarray | None) -> list[float]:
 def _lengths(constant: np.ndarray | None) -> set[float]:
     """Return the numbers of a constant that may be thresholds."""
     numbers = numbers_of(constant)
-    if constant is not None and constant.dtype.kind == "f":
+    if constant is not None and constant.dtype.kind in FLOAT_KINDS:
         numbers = [number for number in numbers if number > 0]  # others mask scores, not lengths
     return {abs(one) for one in numbers if 1 <= abs(one) < MAX_LENGTH} if len(numbers) <= MAX_NUMBERS else set()
 

@@ -14,7 +14,14 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
-from kvsurgeon.analysis.thresholds import SCANNED, changes, lengths_of_change, longest_running, numbers_of
+from kvsurgeon.analysis.thresholds import (
+    FLOAT_KINDS,
+    SCANNED,
+    changes,
+    lengths_of_change,
+    longest_running,
+    numbers_of,
+)
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.constants import small_constant
@@ -84,7 +91,7 @@ def _integers(numbers: Iterable[Dimension | float] | None) -> Iterator[int]:
 def _as_lengths(constant: np.ndarray | None) -> Iterator[int]:
     """Yield a number, or the lengths whose reciprocal it is; one of a float type only if a text can be as long."""
     if constant is not None and constant.size == 1:
-        longest = MAX_PROBE_LENGTH if constant.dtype.kind == "f" else math.inf
+        longest = MAX_PROBE_LENGTH if constant.dtype.kind in FLOAT_KINDS else math.inf
         yield from (round(number) for number in numbers_of(constant) if abs(number) <= longest)
 
 
