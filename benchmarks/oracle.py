@@ -114,7 +114,7 @@ def after(
             name: np.zeros(empty_sizes(name, dims, case.batch), dtype) for name, (dims, dtype) in contract.pasts.items()
         }
         for past, total in ((0, FIRST), (FIRST, case.total)):
-            feeds = {name: part_of(name, dims, case, past, total) for name, dims in contract.given.items()}
+            feeds = {name: part_of(name, dims, case.inputs, past, total) for name, dims in contract.given.items()}
             found = dict(_arrays(names, session.run(names, {**feeds, **cache})))
             sizes = {BATCH: case.batch, PAST: past, NEW: total - past, TOTAL: total}
             for name, array in found.items():

@@ -23,7 +23,7 @@ from typing import Any
 
 import onnx
 import onnxruntime as ort
-from adversarial_models.evaluation import BAD, Candidate, Chunking, Reference, compare
+from verification.chunked_comparison import WRONG, Candidate, Chunking, Reference, compare
 
 INSPECT_SECONDS, INSPECT_MEGABYTES = 3.0, 700.0
 INJECT_MEGABYTES_MORE = 400.0  # than a session of the original needs, for the same texts
@@ -75,7 +75,7 @@ class Row:
             *(["inspect memory"] if self.inspect_megabytes > INSPECT_MEGABYTES else []),
             *(["inject"] if self.inject_code else []),
             *(["inject memory"] if self.inject_megabytes > self.session_megabytes + INJECT_MEGABYTES_MORE else []),
-            *(["result"] if self.compared.split(" ")[0] in BAD else []),
+            *(["result"] if self.compared.split(" ")[0] == WRONG else []),
         ]
 
 
@@ -132,7 +132,7 @@ def session_megabytes(path: Path, facts: dict[str, Any]) -> float:
         "import sys; sys.path[:0] = [sys.argv[3]]\n"
         "import numpy as np\n"
         "from pathlib import Path\n"
-        "from adversarial_models.evaluation import Reference\n"
+        "from verification.chunked_comparison import Reference\n"
         "reference = Reference(Path(sys.argv[1]), arena=False)\n"
         "reference(np.ones((2, 140), np.int64))\n"
         "reference(np.ones((1, int(sys.argv[2])), np.int64))\n"

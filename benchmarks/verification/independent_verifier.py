@@ -7,7 +7,7 @@ inputs and outputs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -105,17 +105,24 @@ def bound_of(model: onnx.ModelProto) -> Bound:
 
 
 def open_session(
-    model: onnx.ModelProto,
+    model: onnx.ModelProto | Path,
     folder: Path,
     level: ort.GraphOptimizationLevel = ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    *,
+    arena: bool = True,
 ) -> ort.InferenceSession:
-    """Return a session on one thread; external weights are looked for in `folder`."""
+    """Return a session on one thread; external weights of a model in memory are looked for in `folder`.
+
+    Without an arena it is slower, and frees the memory of a call.
+    """
     options = ort.SessionOptions()
+    options.enable_cpu_mem_arena = arena
     options.graph_optimization_level = level
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 def read_contract(session: ort.InferenceSession, original: onnx.ModelProto) -> Contract:
@@ -198,7 +205,7 @@ def _decode(session: ort.InferenceSession, contract: Contract, case: Case, chunk
     }
     answers, start = [], 0
     for size in chunks:
-        feeds = {name: part_of(name, dims, case, start, start + size) for name, dims in contract.given.items()}
+        feeds = {name: part_of(name, dims, case.inputs, start, start + size) for name, dims in contract.given.items()}
         answer, *presents = session.run([contract.answer, *contract.presents], {**feeds, **cache})
         if answer.shape[:2] != (case.batch, 1 if case.last_only else size):
             raise ContractError(f"`{contract.answer}` has shape {answer.shape} for a call with {size} new tokens")
@@ -218,10 +225,10 @@ def empty_sizes(name: str, dims: Sequence[str | int], batch: int) -> list[int]:
     return [sizes[dim] if isinstance(dim, str) else dim for dim in dims]
 
 
-def part_of(name: str, dims: Sequence[str | int], case: Case, start: int, end: int) -> np.ndarray:
+def part_of(name: str, dims: Sequence[str | int], inputs: Mapping[str, np.ndarray], start: int, end: int) -> np.ndarray:
     """Return what a call over tokens `start` to `end` is given of an input: new ones, or all so far."""
-    if name not in case.inputs:
-        raise ContractError(f"nothing is stored for input `{name}` with dims {list(dims)}")
+    if name not in inputs:
+        raise ContractError(f"nothing is given for input `{name}` with dims {list(dims)}")
     picks = []
     for dim in dims:
         if dim == NEW:
@@ -232,7 +239,7 @@ def part_of(name: str, dims: Sequence[str | int], case: Case, start: int, end: i
             picks.append(slice(None))
         else:
             raise ContractError(f"input `{name}` has dims {list(dims)}; `{dim}` is not of the contract")
-    return np.ascontiguousarray(case.inputs[name][tuple(picks)])
+    return np.ascontiguousarray(inputs[name][tuple(picks)])
 
 
 def _compare(result: np.ndarray, case: Case, chunking: str) -> Score:

@@ -5,18 +5,8 @@ import pytest
 from adversarial import Outcome
 from adversarial_models import evaluation
 from adversarial_models.catalogue import KINDS, kind_of, write_sample
-from adversarial_models.evaluation import (
-    LIMITED,
-    REFUSED,
-    RIGHT,
-    WRONG,
-    Candidate,
-    Chunking,
-    Reference,
-    compare,
-    difference,
-    inject,
-)
+from adversarial_models.evaluation import REFUSED, inject
+from verification.chunked_comparison import LIMITED, RIGHT, WRONG, Candidate, Chunking, Reference, compare, difference
 
 SHORT = [
     "length/where",
