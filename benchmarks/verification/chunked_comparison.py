@@ -178,14 +178,26 @@ def _compare_chunking(
             return Verdict(verdict=LIMITED if stops else WRONG, reason=reason, at=end), compared
         if is_compared:
             compared += 1
-            pairs = zip(found, expected, strict=True)
-            differences = [difference(*pair, start, end, chunking.batch, allowed) for pair in pairs]
-            for name, fault in zip(candidate.names, differences, strict=True):
-                if fault:
-                    where = f"{chunking.batch} x {start} + {end - start}: `{name}` {fault}"
-                    return Verdict(verdict=WRONG, reason=where, at=end), compared
+            if fault := _first_difference(candidate.names, found, expected, start, end, chunking.batch, allowed):
+                reason = f"{chunking.batch} x {start} + {end - start}: {fault}"
+                return Verdict(verdict=WRONG, reason=reason, at=end), compared
         start = end
     return None, compared
+
+
+def _first_difference(
+    names: Sequence[str],
+    found: Sequence[np.ndarray],
+    expected: Sequence[np.ndarray],
+    start: int,
+    end: int,
+    batch: int,
+    allowed: float,
+) -> str:
+    for name, one, whole in zip(names, found, expected, strict=True):
+        if fault := difference(one, whole, start, end, batch, allowed):
+            return f"`{name}` {fault}"
+    return ""
 
 
 def difference(found: np.ndarray, whole: np.ndarray, start: int, end: int, batch: int, allowed: float) -> str:
