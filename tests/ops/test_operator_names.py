@@ -22,7 +22,7 @@ LISTS = {
     ("fusion/score_path.py", 1): "what adds a mask to scores, in the form that attention operators take",
     ("graph/value_numbering.py", 1): "graph/ does not import the table; nothing else asks for random operators",
     ("heads/grouped_products.py", 1): "operators that are written as a plain product; others are copied",
-    ("passes/interface/last_logits.py", 1): "what an LM head consists of, where positions are dropped",
+    ("passes/interface/lm_head.py", 1): "what an LM head consists of, where positions are dropped",
     ("passes/operators/float16_mask_range.py", 2): "what masks scores by a constant, and where one starts",
     ("rewrite/given_positions.py", 1): "how each operator is written for chosen positions; to become part of entries",
 }

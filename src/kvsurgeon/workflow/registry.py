@@ -19,6 +19,7 @@ BUILT_IN = {
     "add-causal-mask-input": "kvsurgeon.passes.interface.add_causal_mask_input:AddCausalMaskInput",
     "past-length-from-positions": "kvsurgeon.passes.interface.past_length_from_positions:PastLengthFromPositions",
     "last-logits": "kvsurgeon.passes.interface.last_logits:LastLogits",
+    "num-logits-to-keep": "kvsurgeon.passes.interface.num_logits_to_keep:NumLogitsToKeep",
     "rename-dims": "kvsurgeon.passes.interface.rename_dims:RenameDims",
     "host-inputs": "kvsurgeon.passes.host_inputs.host_inputs:HostInputs",
     "int32-inputs": "kvsurgeon.passes.interface.integer_inputs:Int32Inputs",
