@@ -87,7 +87,7 @@ CLIENTS = {
     ),
     "transformers-js": Client(
         target="transformers-js",
-        requirements=("@huggingface/transformers@4.3.1",),
+        requirements=("@huggingface/transformers@4.3.2",),
         script="transformers_js_client.mjs",
         node=True,
     ),

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvsurgeon.passes.interface.integer_inputs import Int64Inputs
+from kvsurgeon.passes.interface.num_logits_to_keep import NumLogitsToKeep
 from kvsurgeon.targets.hugging_face_files import check_model_type, with_unknown_tokens
 from kvsurgeon.targets.model_info import ModelInfo
 from kvsurgeon.targets.target import Incompatibility, Target
 
 # Source: getNormalizedConfig (src/configs.js) and the causal language models (src/models/registry.js) of version
-# 4.3.1. It looks for one cache per layer of the config, and the name of that number depends on the model type: these
+# 4.3.2. It looks for one cache per layer of the config, and the name of that number depends on the model type: these
 # types name it `num_hidden_layers`, count positions from 0, and cache only keys and values.
 COUNTS_HIDDEN_LAYERS = frozenset((
     "afmoe", "apertus", "arcee", "cohere", "cohere2", "deepseek_v3", "ernie4_5", "gemma", "gemma2", "glm", "gpt_neox",
@@ -21,7 +22,7 @@ COUNTS_HIDDEN_LAYERS = frozenset((
 ))  # fmt: skip
 _FALLBACK = ("llama", "LlamaForCausalLM")  # model type and architecture in place of any other
 _MAX_DATA_FILES = 100  # MAX_EXTERNAL_DATA_CHUNKS in src/utils/hub.js
-_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_INPUTS = ("input_ids", "attention_mask", "position_ids", "num_logits_to_keep")
 
 
 def transformers_js_config(model: ModelInfo) -> Mapping[str, Any]:
@@ -60,8 +61,8 @@ def _check(model: ModelInfo) -> Iterator[Incompatibility]:
 TRANSFORMERS_JS = Target(
     name="transformers-js",
     summary="AutoModelForCausalLM.from_pretrained(folder) of @huggingface/transformers",
-    tested_with="@huggingface/transformers 4.3.1 in Node with onnxruntime-node",
-    after=(Int64Inputs(),),
+    tested_with="@huggingface/transformers 4.3.2 in Node with onnxruntime-node",
+    after=(Int64Inputs(), NumLogitsToKeep()),
     file="onnx/model.onnx",
     data="model.onnx_data",
     allowed_inputs=frozenset(_INPUTS),
