@@ -4,7 +4,7 @@
 
 import numpy as np
 import pytest
-from attentions import assert_law_of, attention
+from attentions import assert_law_of, attention, in_order
 from exports import injected
 from laws import assert_law
 from written import read
@@ -207,12 +207,30 @@ def test_a_fused_attention_that_is_causal_and_has_a_mask(mask):
                                 "target = Concat<axis = 0>(one1, one1, n1, one1)\n spread = Expand(wide, target)"), 23)  # fmt: skip
 
 
-@pytest.mark.parametrize("last", ["g = Gather<axis = 1>(c, minus)\n logits = Unsqueeze(g, second)",
-                                  "logits = Slice(c, minus1, end, second)"], ids=["Gather", "Slice"])  # fmt: skip
-def test_the_last_token_is_the_last_of_all(last):
+LAST = {
+    "Gather": "g = Gather<axis = 1>(c, minus)\n logits = Unsqueeze(g, second)",
+    "Gather from the front": "g = Gather<axis = 1>(c, before)\n logits = Unsqueeze(g, second)",
+    "Slice": "logits = Slice(c, minus1, end, second)",
+    "Slice from the front": "l1 = Unsqueeze(before, first)\n e1 = Unsqueeze(length, first)\n logits = Slice(c, l1, e1, second)",
+    "Slice from the front to the end": "l1 = Unsqueeze(before, first)\n logits = Slice(c, l1, end, second)",
+}
+
+
+def taking(last: str) -> str:
     constants = "int64 minus = {-1}, int64[1] minus1 = {-1}, int64[1] end = {9223372036854775807}"
-    text = attention(after=last, constants=constants).replace("(float[b, n, 8] logits)", "(float[b, 1, 8] logits)")
-    assert_law_of(text)
+    text = attention(after=f"{last}\n before = Sub(length, one)", constants=constants)
+    return text.replace("(float[b, n, 8] logits)", "(float[b, 1, 8] logits)")
+
+
+@pytest.mark.parametrize("last", LAST.values(), ids=LAST.keys())
+def test_the_last_token_is_the_last_of_all(last):
+    assert_law_of(taking(last))
+
+
+def test_the_token_before_the_last_is_in_no_call_of_one_token():
+    last = "two = Sub(before, one)\n g = Gather<axis = 1>(c, two)\n logits = Unsqueeze(g, second)"
+    with pytest.raises(UnsupportedError, match="by their position"):
+        injected(in_order(read(taking(last), 18)))
 
 
 @pytest.mark.parametrize(

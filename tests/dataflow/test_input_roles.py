@@ -30,6 +30,15 @@ CASES = [
      "w = Constant<value_ints=[0]>() l = Less(p9, w) k = Not(l) c = Cast<to=7>(k) m = Mul(p9, c) d = Cast<to=7>(l) "
      "v = Constant<value_ints=[9]>() a = Add(p9, v) b = Mul(d, a) t = Add(b, m) e = Gather(table, t) "
      "f = Cast<to=1>(q7) g = Mul(f, half) y = Cos(g)", {"p9": {1: NEW}, "q7": {1: NEW}}),
+    ("negative ids, chosen by a condition", "int64[b, n] p9, int64[b, n] q7",
+     "w = Constant<value_ints=[0]>() l = Greater(w, p9) v = Constant<value_ints=[9]>() a = Add(p9, v) t = Where(l, a, p9) "
+     "e = Gather(table, t) m = Cast<to=1>(q7)", {"p9": {1: NEW}, "q7": {1: TOTAL}}),
+    ("ids of images that are replaced", "int64[b, n] p9, int64[b, n] q7",
+     "w = Constant<value_ints=[7]>() x = Constant<value_ints=[8]>() a = Equal(p9, w) b = Equal(p9, x) c = Or(a, b) "
+     "t = Where(c, zero, p9) e = Gather(table, t) m = Cast<to=1>(q7)", {"p9": {1: NEW}, "q7": {1: TOTAL}}),
+    ("a mask that chooses what is looked up", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} w = Constant<value_ints=[0]>() l = Equal(q7, w) t = Where(l, zero, p9) f = Gather(table, t)",
+     {"p9": {1: NEW}, "q7": {1: TOTAL}}),
     ("a mask that is compared with 0", "int64[b, n] p9, int64[b, n] q7",
      f"{TOKENS} w = Constant<value_ints=[0]>() g = Greater(q7, w) c = Cast<to=1>(g) y = MatMul(c, table)",
      {"p9": {1: NEW}, "q7": {1: TOTAL}}),

@@ -31,6 +31,8 @@ def merge(visit: NodeVisit, inputs: Sequence[Labels | None], *, unaligned: Label
             label = (inputs[index] or ())[axis.axis]
             if label is None:
                 raise visit.mixing()
+            if index == 0 and label == unaligned:
+                continue
             if label in traced:
                 traced[label] = visit.meet((owner[label], traced[label]), (index, axis))
             else:

@@ -62,7 +62,7 @@ def _broadcast(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
     _check_mixed(visit, links)
     _check_sequence(visit, links)
     traced = merge(visit, links.inputs)
-    if links.padded or links.repeated or links.length_inputs:
+    if links.padded or links.repeated or links.ranked or links.length_inputs:
         traced = {label: _resized(visit, links, label, axis) for label, axis in traced.items()}
     cut = sequence_slices.selected(visit, links, traced) if links.selected else traced
     return [placed(cut, labels) for labels in links.outputs]
@@ -173,6 +173,8 @@ def _resized(visit: NodeVisit, links: AxisLinks, label: Label, axis: SequenceAxi
     """The axis with what the operator adds or repeats along it."""
     if label in links.padded:
         axis = axis.with_rows(*links.padded[label])
+    if label in links.ranked:
+        axis = axis._replace(most=links.ranked[label])
     times = links.repeated.get(label, 1)
     if any(visit.holds_length(one) for one in links.repeated.values()):
         raise visit.refusal("it repeats token data as often as there are tokens", code=Code.UNTRACEABLE_SEQUENCE)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from kvsurgeon.analysis.axis_merging import merge, placed
 from kvsurgeon.analysis.call_indices import addresses_block, follows_query_length
+from kvsurgeon.analysis.sequence_slices import is_last
 from kvsurgeon.analysis.token_flow import NodeVisit
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
@@ -22,6 +23,9 @@ def gather(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
         label = table[axis.axis]
         if label in result:
             traced[label] = axis  # type: ignore[index]
+        elif axis.most is not None:
+            visit.mix_along(axis)
+            visit.parameter((1,), axis.variable)
         elif _selects_last(visit, axis):
             visit.flow.last.update(visit.node.outputs)
         else:
@@ -45,7 +49,8 @@ def _selects_last(visit: NodeVisit, traced: SequenceAxis) -> bool:
     indices = visit.call.numbers(1)
     if indices is None or len(indices) != 1 or not traced.is_plain or traced.variable.resolved() is not Length.NEW:
         return False
-    return indices[0] == -1
+    visit.parameter((1,), traced.variable)
+    return is_last(indices[0], visit.shape(0)[traced.axis])
 
 
 def gather_elements(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
@@ -59,11 +64,17 @@ def gather_elements(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
         return [visit.axes(1)]
     for index in visit.tokens:
         for traced in visit.axes(index):
-            if traced.axis == axis and not is_lookup:
-                raise visit.mixing()
             if traced.axis == axis:
                 visit.mix_along(traced)
     merged = merge(visit, links.inputs, unaligned=axis)
+    mine, given = next((one for one in visit.axes(0) if one.axis == axis), None), merged.get(axis)
+    if mine is not None and given is not None and not mine.variable.agree(given.variable):
+        raise visit.untraceable(1)
+    written = mine if given is None else mine or given._replace(most=None)
+    if written is not None and not is_lookup:
+        merged[axis] = written
+        if visit.kind(0) is not ValueKind.TOKEN:
+            visit.demand(0, placed(merged, links.outputs[0]))
     return [placed(merged, links.outputs[0])]
 
 

@@ -41,7 +41,8 @@ class Rows:
 
     def tokens(self, axis: SequenceAxis) -> int:
         """Return the number of tokens on a sequence axis."""
-        return self.stop - self.start if axis.variable.resolved() is Length.NEW else self.total
+        count = self.stop - self.start if axis.variable.resolved() is Length.NEW else self.total
+        return count if axis.most is None else min(axis.most, count)
 
     def size(self, axis: SequenceAxis) -> int:
         """Return the size of a sequence axis."""

@@ -20,17 +20,20 @@ def selected(visit: NodeVisit, links: AxisLinks, traced: dict[Label, SequenceAxi
     result: dict[Label, SequenceAxis] = {}
     for label, axis in traced.items():
         kept = axis if label not in links.selected else _cut(visit, axis, *links.selected[label])
-        if kept is None:
-            continue
-        result[label] = kept
         if label in links.selected:
-            visit.parameter(tuple(index for index, one in links.length_inputs if one == label), kept.variable)
+            variable = (kept or axis).variable
+            visit.parameter(tuple(index for index, one in links.length_inputs if one == label), variable)
+        if kept is not None:
+            result[label] = kept
     return result
 
 
 def _cut(visit: NodeVisit, axis: SequenceAxis, start: Dimension, end: Dimension, step: int) -> SequenceAxis | None:
     before, after = visit.shape(0)[axis.axis], visit.result_shape()[axis.axis]
     to_end = _is_end(end, before)
+    if axis.most is not None and not visit.holds_length(after):
+        visit.mix_along(axis)  # some of the ranks
+        return None
     if step == 1 and to_end and start == 0:
         return axis
     if step == 1 and axis.without_rows.is_plain and axis.variable.resolved() is not Length.NEW:
@@ -43,7 +46,7 @@ def _cut(visit: NodeVisit, axis: SequenceAxis, start: Dimension, end: Dimension,
     if step == start == -1 and axis.variable.resolved() is not Length.NEW and dim.is_equal(before, after):
         visit.mix_along(axis)  # all keys in reverse
         return axis
-    if step == 1 and axis.is_plain and to_end and start == -1 and after == 1:
+    if step == 1 and axis.is_plain and to_end and is_last(start, before) and after == 1:
         visit.flow.last.update(visit.node.outputs)
         return None  # the last of the new tokens is the last of all
     raise UnsupportedError(
@@ -73,6 +76,11 @@ def _without_sinks(visit: NodeVisit, axis: SequenceAxis, end: Dimension) -> Sequ
         visit.mix_along(axis)
         return axis
     raise visit.refusal("it cuts the keys at a fixed position", found=f"[0:{end}]", code=Code.SELECTS_BY_POSITION)
+
+
+def is_last(index: Dimension, size: Dimension) -> bool:
+    """Return whether an index names the last element of an axis, counted from the end or from the front."""
+    return index == -1 or dim.is_equal(dim.add(index, 1), size) is True
 
 
 def _is_end(end: Dimension, size: Dimension) -> bool:

@@ -322,7 +322,7 @@ class NodeVisit:
         Raises:
             UnsupportedError: It is the query_axis's.
         """
-        if axis.variable.resolved() is Length.NEW or not axis.without_rows.is_plain:
+        if axis.variable.resolved() is Length.NEW or (axis.outer, axis.inner) != (1, 1):
             raise self.mixing()
         axis.variable.root().mixed_at.append(self.node.outputs[0].name or "")
         self.flow.mixes_keys[self.node] = axis.variable
@@ -338,7 +338,8 @@ class NodeVisit:
         """Align sequence axes of two inputs, each with its index; tokens of the query_axis follow an open variable."""
         (_, one), (second, other) = mine, theirs
         same = dim.is_equal(one.outer, other.outer) and dim.is_equal(one.inner, other.inner)
-        if not same or (one.rows_before, one.rows_after) != (other.rows_before, other.rows_after):
+        rows = [(side.rows_before, side.rows_after, side.most) for side in (one, other)]
+        if not same or rows[0] != rows[1]:
             raise self.refusal("two inputs have the sequence axis in different places", at=self.node.inputs[second])
         if one.variable.resolved() is Length.NEW and other.variable.resolved() is None:
             (_, one), (second, other) = theirs, mine

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
-from kvsurgeon.graph.query import find_live, through
+from kvsurgeon.graph.query import find_live, through, upstream
 from kvsurgeon.ops.content import depends_on_input
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
@@ -20,6 +20,7 @@ from kvsurgeon.symbolic.sequence_axes import Length
 
 # Operators whose result is an input in another form, position by position.
 _FORMS = (Trait.IDENTITY, Trait.RESHAPE, Trait.REPEAT, Trait.TRANSPOSE, Trait.ARITHMETIC)
+_ELEMENTWISE = (Trait.ELEMENTWISE, Trait.BROADCAST)
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
 _FEWEST_POSITIONS = 16  # rows of a table of positions; there are fewer token types
 
@@ -256,18 +257,21 @@ def _is_still_the_input(node: ir.Node, index: int, forms: Collection[ir.Value]) 
         return index == 0 and all(constant_tensor(other) is not None for other in node.inputs[1:])
     if has_trait(node, Trait.RESHAPE, Trait.REPEAT) or node.op_type == "Slice":
         return index == 0
-    others = [
-        other for other in node.inputs if other is not None and other not in forms and not _is_sign_of(other, forms)
-    ]
-    return (_is_form(node) or node.op_type == "Concat") and not any(depends_on_input(other) for other in others)
+    is_form = _is_form(node) or node.op_type == "Concat" or (node.op_type == "Where" and index > 0)
+    return is_form and all(value is None or _is_computed_from(value, forms) for value in node.inputs)
 
 
-def _is_sign_of(value: ir.Value, forms: Collection[ir.Value]) -> bool:
-    """Whether a value compares an input with a constant: negative ids count from the end of a table."""
-    node = through(value, lambda one: has_trait(one, Trait.IDENTITY) or one.op_type == "Not").producer()
-    if not has_trait(node, Trait.ORDER) or node is None or node.inputs[0] is None:
-        return False
-    return constant_tensor(node.inputs[1]) is not None and through(node.inputs[0], {"Cast"}) in forms
+def _is_computed_from(value: ir.Value, forms: Collection[ir.Value]) -> bool:
+    """Whether a value depends on no input, or on an input alone and element by element.
+
+    Negative ids count from the end of a table, and ids of images are replaced: both compare the ids with constants.
+    """
+
+    def is_source(one: ir.Value) -> bool:
+        return one in forms or not depends_on_input(one)
+
+    walked = upstream([value], stop=is_source)
+    return all(is_source(one) or has_trait(one.producer(), *_ELEMENTWISE) for one in walked)
 
 
 def _is_vocabulary(value: ir.Value | None) -> bool:

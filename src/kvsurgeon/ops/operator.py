@@ -52,6 +52,7 @@ class AxisLinks(NamedTuple):
         joined: Label of the axis along which the inputs are concatenated.
         padded: Elements added before and after each label.
         repeated: How many times a label's axis is tiled.
+        ranked: How many elements of a label are kept at most, in another order.
         diagonal: Labels of the rows and columns of which a triangle is kept.
         addressing: How input 1 addresses input 0: "rows" (`Gather`), "elements", "nd" or "scatter_nd".
         sequence: Label that the operator itself takes as the sequence.
@@ -74,6 +75,7 @@ class AxisLinks(NamedTuple):
     joined: Label | None = None
     padded: Mapping[Label, tuple[Dimension, Dimension]] = _NONE
     repeated: Mapping[Label, Dimension] = _NONE
+    ranked: Mapping[Label, int] = _NONE
     diagonal: tuple[Label, Label] | None = None
     addressing: str | None = None
     sequence: Label | None = None

@@ -163,15 +163,17 @@ def _reduced(call: OperatorCall, axes: tuple[int, ...], *, keep: bool) -> AxisLi
 
 
 def top_k_links(call: OperatorCall) -> AxisLinks:
-    """`TopK`: mixed along one axis, which stays an axis of the same elements if all of them are sorted."""
+    """`TopK`: mixed along one axis, which keeps its label if all elements are sorted, or as many as there are."""
     labels = identity_links(call)
     axis = axis_of(call.integer("axis", -1), len(labels))
     before, after = call.fact(0).shape, call.result.shape
     whole = before is not None and after is not None and dim.is_equal(before[axis], after[axis])
-    result = labels if whole else tuple(None if label == axis else label for label in labels)
+    most = None if before is None or after is None else dim.bound_below(after[axis], before[axis])
+    is_kept = whole or most is not None
+    result = labels if is_kept else tuple(None if label == axis else label for label in labels)
     return AxisLinks(
         inputs=parameters(call, labels), outputs=(result,) * len(call.node.outputs), mixed=frozenset({axis}),
-        length_inputs=[(1, axis)] if whole else [],
+        length_inputs=[(1, axis)] if is_kept else [], ranked={} if most is None else {axis: most},
     )  # fmt: skip
 
 

@@ -204,10 +204,11 @@ class LengthDependence:
         places, added = {axis.axis for axis in kept}, []
         for place, size in enumerate(shape):
             if place not in places and _holds_length([size]):
-                plain = isinstance(dim.subtract(size, LENGTH), int)
+                most = dim.bound_below(size, LENGTH) if uniform else None
+                plain = isinstance(dim.subtract(size, LENGTH), int) or most is not None
                 outer = 1 if plain or not uniform else dim.exact_quotient(size, LENGTH)
                 self._require(outer is not None and (plain or uniform))
-                added.append(SequenceAxis(place, _TOKENS, outer=1 if outer is None else outer))
+                added.append(SequenceAxis(place, _TOKENS, outer=1 if outer is None else outer, most=most))
         return tuple(sorted((*kept, *added), key=lambda axis: axis.axis))
 
     def _addresses(self, indices: ir.Value | None, axis: SequenceAxis) -> bool:

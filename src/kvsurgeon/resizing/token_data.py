@@ -144,8 +144,8 @@ class TokenRewriter:
         variable, fact = self.flow.parameters[node, index].resolved() or Length.TOTAL, self.flow.shapes[value]
         assert fact.value is not None
         resolved = length if variable is Length.NEW else variable
-        numbers = [self.lengths.at(number, resolved) for number in fact.value.reshape(-1)]
-        return self.lengths.typed(self.lengths.vector(numbers), fact.dtype)
+        at = np.frompyfunc(lambda number: self.lengths.at(number, resolved), 1, 1)
+        return self.lengths.typed(self.lengths.array(np.asarray(at(fact.value), dtype=object)), fact.dtype)
 
     def _copies_zero(self, node: ir.Node) -> bool:
         """Return whether 0 in the new target of a `Reshape` must copy a dimension."""

@@ -115,6 +115,13 @@ def maximum(left: Dimension, right: Dimension) -> Dimension:
     return plain(sympy.Max(left, right))
 
 
+def bound_below(dimension: Dimension, size: Dimension) -> int | None:
+    """Return the number n of a dimension that is the smaller of n and a size; None of other dimensions."""
+    numbers = [] if isinstance(dimension, int) else [one for one in dimension.args if one.is_Integer]
+    found = [int(number) for number in numbers if dimension == minimum(int(number), size)]
+    return found[0] if found and not isinstance(size, int) else None
+
+
 @cached
 def is_equal(left: Dimension, right: Dimension) -> bool | None:
     """Whether two numbers are equal whatever the symbols are; None where it depends."""

@@ -5,7 +5,7 @@ has `inner = heads`. Row-major order makes that enough to trace the axis through
 dimensions on either side of the tokens does not change.
 
 Learned rows may be added before and after the tokens, as attention sinks are:
-[batch, rows_before + length + rows_after, hidden].
+[batch, rows_before + length + rows_after, hidden]. An axis of the largest of them by rank holds a bounded number.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ class LengthVariable:
 
 
 class SequenceAxis(NamedTuple):
-    """One axis that holds tokens: its size is outer * (rows_before + length + rows_after) * inner."""
+    """One axis that holds tokens: its size is outer * (rows_before + length + rows_after) * inner.
+
+    With `most`, the axis holds at most so many of the tokens, in another order.
+    """
 
     axis: int
     variable: LengthVariable
@@ -81,6 +84,7 @@ class SequenceAxis(NamedTuple):
     inner: Dimension = 1
     rows_before: int = 0  # learned rows before the tokens
     rows_after: int = 0  # learned rows after the tokens
+    most: int | None = None
 
     def at(self, axis: int) -> SequenceAxis:
         """Return the same tokens on another axis."""
@@ -97,7 +101,7 @@ class SequenceAxis(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether the axis holds the tokens and nothing else."""
-        return self.outer == 1 and self.inner == 1 and not self.learned_rows
+        return self.outer == 1 and self.inner == 1 and not self.learned_rows and self.most is None
 
     @property
     def learned_rows(self) -> int:
@@ -111,7 +115,10 @@ class SequenceAxis(NamedTuple):
 
     def size(self, length: Dimension) -> Dimension:
         """Return the size of the axis for this number of tokens."""
-        return dim.multiply(dim.multiply(self.outer, self.inner), dim.add(length, self.learned_rows))
+        count = dim.add(length, self.learned_rows)
+        return dim.multiply(
+            dim.multiply(self.outer, self.inner), count if self.most is None else dim.minimum(self.most, count)
+        )
 
 
 Axes = tuple[SequenceAxis, ...]
