@@ -17,6 +17,7 @@ class CacheOptions:
     Attributes:
         past: Name template of the cache inputs; {kind} is "key", "value" or "state".
         present: Name template of the cache outputs.
+        first_layer: {layer} of the first layer, for a model that is one part of a longer one.
         cache: Cache mode: past in, past and new rows out (dynamic); a fixed buffer, updated in place (static); or past
             in, only new rows out (new-tokens).
         past_length: Source of the number of past tokens: the shape of the cache inputs, a separate input, the first
@@ -30,6 +31,7 @@ class CacheOptions:
 
     past: str = "past_key_values.{layer}.{kind}"
     present: str = "present.{layer}.{kind}"
+    first_layer: int = 0
     cache: CacheMode = "dynamic"
     past_length: PastLength | None = None
     max_length: int | None = None

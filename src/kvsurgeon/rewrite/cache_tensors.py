@@ -69,7 +69,7 @@ def find_cache_tensors(
     """
     tensors: list[CacheTensor] = []
     cached: set[ir.Value] = set()
-    layer = 0
+    layer = options.first_layer
     for number, site in enumerate(sites):
         new = [(kind, point) for kind, point in site.cached_tensors if point.value not in cached]
         cached |= {point.value for _, point in new}
@@ -81,7 +81,8 @@ def find_cache_tensors(
         tensors += [_tensor(point, layer, kind, options) for kind, point in new]
         layer += bool(new)
     new_states = [point for point in states if point.value not in cached]
-    tensors += [_tensor(point, number, "state", options) for number, point in enumerate(new_states)]
+    numbered = enumerate(new_states, start=options.first_layer)
+    tensors += [_tensor(point, number, "state", options) for number, point in numbered]
     names = [name for tensor in tensors for name in (tensor.past, tensor.present)]
     if len(set(names)) < len(names):
         raise UsageError("expected names that contain {layer} and {kind}, so that each is unique")

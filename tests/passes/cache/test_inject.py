@@ -17,6 +17,7 @@ from onnx import helper, numpy_helper
 from written import read
 
 from kvsurgeon.errors import UnsupportedError, UsageError
+from kvsurgeon.parity import verify
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
 
@@ -330,6 +331,20 @@ def test_the_interface(name):
 
 
 # Names, outputs, options
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_layers_of_one_part_of_a_model_count_on_from_those_before(cache):
+    original = export("llama_dynamo_sdpa")
+    result = injected(original, cache=cache, first_layer=10)
+    pasts = [value.name for value in result.graph.input if value.name.startswith("past_key_values")]
+    assert pasts == [f"past_key_values.{layer}.{kind}" for layer in (10, 11) for kind in ("key", "value")]
+    assert verify(original, result).verdict == "same"
+
+
+def test_a_negative_first_layer_is_rejected():
+    with pytest.raises(UsageError, match="option first-layer: expected a number from 0"):
+        Inject(first_layer=-1)
 
 
 @pytest.mark.parametrize("name", ["past_key_values.0.key", "present.0.value"])

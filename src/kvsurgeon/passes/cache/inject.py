@@ -45,6 +45,7 @@ class Inject(CacheOptions):
 
     def __post_init__(self) -> None:
         check_count("max-length", self.max_length)
+        check_count("first-layer", self.first_layer, least=0)
 
     def apply(self, subject: Subject) -> Outcome:
         """Inject a cache into `subject.model`.
