@@ -123,7 +123,7 @@ WHERE = "m_g = Greater(m_m, {limit})\n {y} = Where(m_g, m_nil, {x})"
 MIXING_SCORES = {  # of `scores`: before the mask
     "bound of scores": ["m_a = Abs({x})\n m_m = ReduceMax(m_a, m_minus)\n {y} = Div({x}, m_m)",
                         "m_m = ReduceMax({x}, m_minus)\n m_b = Mul(m_m, half)\n {y} = Min({x}, m_b)"],
-    "loud scores": ["m_m = ReduceMax({x}, m_minus)\n " + WHERE.replace("{limit}", "m_big"),
+    "large scores": ["m_m = ReduceMax({x}, m_minus)\n " + WHERE.replace("{limit}", "m_big"),
                     "m_m = ReduceMax({x}, m_minus)\n " + WHERE.replace("{limit}", "m_huge"),
                     "m_m = ReduceMax({x}, m_minus)\n m_d = Div(m_m, m_huge)\n m_e = Max(m_d, half)\n {y} = Div({x}, m_e)"],
     "softmax of scores": ["{y} = Softmax<axis = -1>({x})"],
@@ -178,7 +178,7 @@ def kinds() -> list[tuple[str, str, bool]]:
 
 
 def keeps_apart(model: onnx.ModelProto, seed: int) -> bool:
-    """Return whether no result depends on a later token or another sequence, which are loud."""
+    """Return whether no result depends on a later token or another sequence, which are large."""
     x = np.random.default_rng(seed).standard_normal((2, 120, 8)).astype(np.float32)
     run_model = in_onnxruntime(model)
 
@@ -190,9 +190,9 @@ def keeps_apart(model: onnx.ModelProto, seed: int) -> bool:
 
     whole = run(x)
     for prefix in (1, 2, 7, 60, 118):
-        louder = x.copy()
-        louder[:, prefix:] *= 400
-        for other in (louder, x[:, :prefix]):
+        larger = x.copy()
+        larger[:, prefix:] *= 400
+        for other in (larger, x[:, :prefix]):
             found = run(other)
             if found.shape != other.shape or not _same(found[:, :prefix], whole[:, :prefix]):
                 return False

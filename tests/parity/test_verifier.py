@@ -229,7 +229,7 @@ def test_notes_a_reference_that_depends_on_the_length():
     assert "no cache can equal it" in report.notes[0]
 
 
-class LouderAlone(Decoder):
+class LargerAlone(Decoder):
     """A decoder whose feed-forward outputs double in a call of one token."""
 
     def feed_forward(self, hidden):
@@ -243,7 +243,7 @@ def change_reference_at(levels, monkeypatch):
 
     def open_changed(source, *, optimization, name, **options):
         changed = optimization in levels and name == "the reference model"
-        source = LouderAlone().model() if changed else source
+        source = LargerAlone().model() if changed else source
         return open_session(source, optimization=optimization, name=name, **options)
 
     monkeypatch.setattr(model_source, "open_session", open_changed)

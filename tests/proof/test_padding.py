@@ -44,10 +44,10 @@ two_layers (float[batch, length, 8] x, int64[batch, length] attention_mask) => (
 }
 """
 NONE = "logits = Add(h, c2)"
-LOUDEST = """
+LARGEST = """
   s2_causal = Where(causal, s2, masked)
-  loudest = ReduceMax<keepdims = 1>(s2_causal, last)
-  gate = Sigmoid(loudest)
+  largest = ReduceMax<keepdims = 1>(s2_causal, last)
+  gate = Sigmoid(largest)
   logits = Mul(c2, gate)
 """
 
@@ -59,7 +59,7 @@ def test_padding_that_only_padding_attends_to_is_accepted():
 
 def test_padding_that_a_gate_reads_is_rejected():
     with pytest.raises(UnsupportedError, match="masked tokens attend to later tokens") as refused:
-        injected(read(TEXT.replace("GATE", LOUDEST)))
+        injected(read(TEXT.replace("GATE", LARGEST)))
     assert refused.value.layer == 1
 
 

@@ -56,8 +56,8 @@ class Rows:
         return [size if isinstance(size, int) else 1 for size in result]
 
 
-LOUD = 1 << 20  # added to the number of a token, makes its values larger
-LOUDNESS = 900.0  # how many times larger: beyond what a maximum or a bound of other tokens hides
+AMPLIFIED = 1 << 20  # added to the number of a token, makes its values larger
+AMPLIFICATION = 900.0  # how many times larger: beyond what a maximum or a bound of other tokens hides
 
 
 def at_length(number: Any, length: int, batch: int = 2) -> Any:
@@ -146,7 +146,7 @@ def _input_sizes(given: InputRole, rows: Rows) -> list[int]:
 def synthetic_values(
     sizes: Sequence[int], axes: Axes, tokens: np.ndarray, dtype: ir.DataType | None, queries: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return values that look random and depend on the token, not on the length: in [-3, 3] unless it is loud.
+    """Return values that look random and depend on the token, not on the length: in [-3, 3] unless it is amplified.
 
     Args:
         sizes: The shape.
@@ -155,7 +155,7 @@ def synthetic_values(
         dtype: The type; float32 if unknown.
         queries: [sequence_length], the same on axes of the new tokens if they are not all tokens.
     """
-    angles, loudness = [], np.ones((), np.float32)
+    angles, amplification = [], np.ones((), np.float32)
     for place, size in enumerate(sizes):
         index = np.arange(size)
         axis = next((axis for axis in axes if axis.axis == place), None)
@@ -164,17 +164,17 @@ def synthetic_values(
             here = tokens if queries is None or axis.variable.resolved() is not Length.NEW else queries
             rows = np.concatenate([-2 - np.arange(axis.rows_before), here, -900 - np.arange(axis.rows_after)])
             block = len(rows) * inner
-            loud = np.where(rows[index % block // inner] >= LOUD, np.float32(LOUDNESS), np.float32(1.0))
-            loudness = loudness * loud.reshape(-1, *[1] * (len(sizes) - place - 1))
+            amplified = np.where(rows[index % block // inner] >= AMPLIFIED, np.float32(AMPLIFICATION), np.float32(1.0))
+            amplification = amplification * amplified.reshape(-1, *[1] * (len(sizes) - place - 1))
             index = (index // block) * 7919 + rows[index % block // inner] * 104729 + index % inner
         angles.append((index + 1) * (12.9898 + 78.233 * place) * 43.758)
     wave = _sines_of_sums(angles)
     wave *= 3.0
     dtype = run_dtype(dtype or ir.DataType.FLOAT)
     if dtype.is_floating_point():
-        if loudness.max() > 1:
-            largest = min(np.finfo(dtype.numpy()).max, np.finfo(np.float32).max)  # a float16 holds no loud pair
-            wave = np.clip(wave * loudness, -largest, largest)
+        if amplification.max() > 1:
+            largest = min(np.finfo(dtype.numpy()).max, np.finfo(np.float32).max)  # a float16 holds no amplified pair
+            wave = np.clip(wave * amplification, -largest, largest)
         return wave.astype(dtype.numpy(), copy=False)
     if dtype is ir.DataType.BOOL:
         return wave > 0

@@ -20,7 +20,7 @@ from kvsurgeon.analysis.mask_patterns import (
     unmasked,
     with_gaps,
 )
-from kvsurgeon.analysis.probe_inputs import LOUD, Rows
+from kvsurgeon.analysis.probe_inputs import AMPLIFIED, Rows
 from kvsurgeon.analysis.thresholds import changes
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.input_roles import InputRole
@@ -198,7 +198,7 @@ class AttentionProbe:
             keys = self._attended_masked_keys(masked, mask, only_input)
             attended[mask] = keys | attended.get(mask, False)
             padded_weights = masked if padded_weights is None else padded_weights
-        self._check_loud_keys(weights[longest])
+        self._check_amplified_keys(weights[longest])
         self._check_sequences(weights[longest])
         self._check_batches(longest)
         if self.sweep.fixed is not None:
@@ -375,7 +375,7 @@ class AttentionProbe:
     def _check_stable(self, longer: np.ndarray, shorter: np.ndarray) -> None:
         check_prefix_stable("attention weights", longer, shorter, at=self.site.at, layer=self.layer)
 
-    def _check_loud_keys(self, weights: np.ndarray) -> None:
+    def _check_amplified_keys(self, weights: np.ndarray) -> None:
         """Check that the weights of queries are the same if the scores of later keys are much larger."""
         if not self.runner.probed:
             return
@@ -385,10 +385,11 @@ class AttentionProbe:
             weights = self.run(length, scale=scale)[0]
         for count in (1, length // 2):
             tokens = np.arange(length)
-            loud_tokens = np.where(tokens < count, tokens, tokens + LOUD)
-            loud = self.run(length, tokens=loud_tokens, scale=scale)[0][..., :count, :]
-            if not np.isnan(loud).any() and np.abs(loud[..., count:]).max(initial=0.0) <= MIN_WEIGHT:  # the mask holds
-                self._check_stable(weights[..., :count, :count], loud[..., :count])
+            amplified_tokens = np.where(tokens < count, tokens, tokens + AMPLIFIED)
+            amplified = self.run(length, tokens=amplified_tokens, scale=scale)[0][..., :count, :]
+            later = np.abs(amplified[..., count:]).max(initial=0.0)
+            if not np.isnan(amplified).any() and later <= MIN_WEIGHT:  # the mask holds
+                self._check_stable(weights[..., :count, :count], amplified[..., :count])
 
     def _check_sequences(self, weights: np.ndarray) -> None:
         """Check that a mask of one sequence of a batch does not change the weights of another."""

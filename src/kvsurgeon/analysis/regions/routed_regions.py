@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.call_indices import follows_query_length
 from kvsurgeon.analysis.mask_patterns import is_close, sequence_last
-from kvsurgeon.analysis.probe_inputs import LOUD, Rows, batch_axis, join_sequences
+from kvsurgeon.analysis.probe_inputs import AMPLIFIED, Rows, batch_axis, join_sequences
 from kvsurgeon.analysis.regions.probe_lengths import lengths_beyond
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import growing_regions, is_closed, is_token, token_inputs
@@ -38,7 +38,8 @@ _INSIDE = (
     Trait.REPEAT, Trait.SELECT, Trait.MOVE, Trait.SHAPE_ONLY,
 )  # fmt: skip
 _LIMITS = (Trait.ORDER, Trait.BOUND, Trait.ROUTING)
-_TOKENS = np.arange(33) + LOUD * (np.arange(33) >= 25)  # of the first text; the other texts consist of these tokens
+# Of the first text; the other texts consist of these tokens.
+_TOKENS = np.arange(33) + AMPLIFIED * (np.arange(33) >= 25)
 _ALL, _REPEATED = np.arange(33), (0, 6, 30)  # indices of tokens
 _TEXTS = [
     _ALL[::-1], *(np.array(text) for text in ((5, 3, 3, 20, 31, 0, 8), (4,), (9, 30))), np.arange(300) * 7 % 33,

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from kvsurgeon.analysis.axis_propagation import check_batch
 from kvsurgeon.analysis.cache_points import bottlenecks, choose_cache_point, is_no_table_lookup
 from kvsurgeon.analysis.mask_patterns import MaskPattern, is_close, left_padded, sequence_last, unmasked, with_gaps
-from kvsurgeon.analysis.probe_inputs import LOUD, Rows, batch_axis
+from kvsurgeon.analysis.probe_inputs import AMPLIFIED, Rows, batch_axis
 from kvsurgeon.analysis.regions.probe_lengths import changing_context, lengths_beyond
 from kvsurgeon.analysis.regions.token_ranges import token_range
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
@@ -82,7 +82,7 @@ def reads_masked_tokens(flow: TokenFlow, state: SequenceState, mask: MaskPattern
     visible, tokens = mask(_TOKENS), np.arange(_TOKENS)
     try:
         _, run = _runner(flow, state, sources, assumptions)
-        results = [run(text, mask) for text in (tokens, np.where(visible, tokens, tokens + LOUD))]
+        results = [run(text, mask) for text in (tokens, np.where(visible, tokens, tokens + AMPLIFIED))]
     except Exception:  # whatever onnxruntime raises
         return True
     return not is_close(*(result[..., visible] for result in results))
@@ -184,13 +184,13 @@ def _is_measured_causal(flow: TokenFlow, state: SequenceState) -> bool:
 
 
 def _keeps_prefixes(run: Run, length: int, positions: Collection[int] = ()) -> bool:
-    """Return whether tokens have the same results if later tokens are dropped, replaced, or replaced by loud ones."""
+    """Return whether tokens have the same results if later tokens are dropped, replaced or amplified."""
     tokens = np.arange(length)
     whole = run(tokens)
     for prefix in {*(_PREFIXES if length == _TOKENS else (1, length // 2)), length - 2, length - 1, *positions}:
         others = np.where(tokens < prefix, tokens, tokens + length)
-        loud = np.where(tokens < prefix, tokens, tokens + LOUD)
-        for text in (tokens[:prefix], others, loud):
+        amplified = np.where(tokens < prefix, tokens, tokens + AMPLIFIED)
+        for text in (tokens[:prefix], others, amplified):
             if not is_close(whole[..., :prefix], run(text)[..., :prefix]):
                 return False
     return True
@@ -203,7 +203,7 @@ def _keeps_sequences_apart(flow: TokenFlow, runner: SubgraphRunner, result: ir.V
         return batch_axis([flow.batch]) is None
     results = [
         runner.run(_TOKENS, tokens=tokens, second_tokens=second)[0]
-        for second in (tokens, tokens + _TOKENS, tokens + LOUD)
+        for second in (tokens, tokens + _TOKENS, tokens + AMPLIFIED)
     ]
     first = range(results[0].shape[axis] // 2)
     return all(is_close(results[0].take(first, axis), array.take(first, axis)) for array in results[1:])
