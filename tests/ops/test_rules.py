@@ -222,11 +222,39 @@ def test_numbers_of_shape_arithmetic(body, expected):
         ("y = Div(n1, zeros)", "nothing is divided by zero"),
         ("m = Neg(n1)\n y = Div(m, twos)", "a negative is rounded towards zero, a positive down"),
         ("y = Gather(table, one)", "large tables are not followed"),
+        ("y = Mul(n1, end)", "a product that wraps around at some length"),
+        ("y = Add(ones, end)", "a sum that wraps around"),
+        ("i = Cast<to=6>(n1)\n k = Constant<value=int32[1] {20000}>()\n y = Mul(i, k)", "one that does in a long text"),
+        ("l = Neg(end)\n s = Sub(l, ones)\n m = Neg(ones)\n y = Div(s, m)", "the smallest integer has no opposite"),
+        ("y = Pow(twos, end)", "a power that no integer holds"),
+        ("m = Neg(twos)\n y = Div(n1, m)", "a negative quotient is rounded up"),
+        ("f = Cast<to=1>(n1)\n k = Constant<value_floats=[0.7]>()\n y = Mul(f, k)", "a product that is rounded"),
+        ("f = Cast<to=1>(n1)\n y = Reciprocal(f)", "so is a quotient"),
+        ("f = Cast<to=1>(n1)\n k = Constant<value_floats=[16777216.0]>()\n y = Mul(f, k)", "so is a large one"),
+        ("f = Cast<to=10>(n1)\n y = Identity(f)", "half precision holds few lengths"),
+        ("z = Cast<to=1>(zeros)\n y = Cast<to=1>(k)\n k = Constant<value=double[1] {nan}>()", "NaN is no number"),
     ],
 )
 def test_what_depends_is_not_claimed(body, expected):
     shapes, values = inferred(body)
     assert shapes[values["y"]].value is None, expected
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("y = Div(k, twos)\n k = Constant<value_ints=[-9007199254740993]>()", -4503599627370496),
+        ("y = Mod(k, threes)\n k = Constant<value_ints=[-5]>()", 1),
+        ("y = Mod<fmod=1>(k, threes)\n k = Constant<value_ints=[-5]>()", -2),
+        ("y = Mod<fmod=1>(k, m)\n k = Constant<value_floats=[-5.5]>()\n m = Constant<value_floats=[2.0]>()", -1.5),
+        ("y = Add(k, o)\n k = Constant<value_floats=[16777216.0]>()\n o = Constant<value_floats=[1.0]>()", 16777216.0),
+        ("y = Mul(k, k)\n k = Constant<value_floats=[1e30]>()", float("inf")),
+    ],
+)
+def test_numbers_are_those_that_the_type_holds(body, expected):
+    shapes, values = inferred(body)
+    (found,) = shapes[values["y"]].value
+    assert found == expected
 
 
 def test_a_table_cut_by_length_bounds_the_length():

@@ -17,8 +17,9 @@ from kvsurgeon.graph.query import producers, upstream
 from kvsurgeon.ops.content import content_inputs
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
+from kvsurgeon.symbolic.dimension import LONGEST_TEXT
 
-MAX_LENGTH = 1 << 17  # tokens: the longest text of which rows are computed; larger numbers in context are no lengths
+MAX_LENGTH = LONGEST_TEXT  # of which rows are computed; larger numbers in context are no lengths
 MAX_NUMBERS = 64  # distinct numbers of one constant; a table of more is no list of thresholds
 MAX_ROWS = 32  # irregular rows of one table
 MAX_TABLE = 1 << 28  # elements of a table whose rows are compared
@@ -57,7 +58,8 @@ def numbers_of(constant: np.ndarray | None) -> list[float]:
         return []
     numbers = np.unique(constant.astype(np.float64))
     numbers = numbers[(numbers != 0) & np.isfinite(numbers)]
-    return [*numbers.tolist(), *((1 / numbers).tolist() if constant.size == 1 else [])]
+    with np.errstate(over="ignore"):
+        return [*numbers.tolist(), *((1 / numbers).tolist() if constant.size == 1 else [])]
 
 
 def _lengths(constant: np.ndarray | None) -> set[float]:

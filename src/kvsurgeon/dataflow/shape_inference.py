@@ -18,7 +18,7 @@ from kvsurgeon.ops.schema import STANDARD_DOMAINS, by_schema
 from kvsurgeon.ops.table import find
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
-from kvsurgeon.symbolic.fact import NOTHING, Fact, OperatorCall, known
+from kvsurgeon.symbolic.fact import NOTHING, Fact, OperatorCall, as_stored, known
 
 
 def raise_at(node: ir.Node, error: Exception) -> NoReturn:
@@ -64,7 +64,7 @@ def _fact_of_constant(value: ir.Value) -> Fact:
         return NOTHING
     if is_weight(tensor) or tensor.size > 512 or tensor.dtype is ir.DataType.STRING:
         return Fact(tuple(tensor.shape.numpy()), tensor.dtype)
-    return known(tensor.numpy(), tensor.dtype)
+    return as_stored(known(tensor.numpy(), tensor.dtype))
 
 
 def infer_shapes(
@@ -95,7 +95,7 @@ def infer_shapes(
         outputs = found if isinstance(found, list) else [found]
         for index, value in enumerate(node.outputs):
             fact = outputs[index] if index < len(outputs) else outputs[0]
-            fact = fact if fact.shape is not None else _declared(value, fact, call)
+            fact = as_stored(fact) if fact.shape is not None else _declared(value, fact, call)
             shapes.facts[value] = _named(value, fact) if named else fact
     return shapes
 

@@ -26,6 +26,8 @@ from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import NOTHING, WIDEST_VALUE, Fact, OperatorCall, axis_of
 
+_MAX_BITS = 128  # of a power
+
 Scalar = Any  # int, float, bool or sympy expression
 Arithmetic = Callable[..., Scalar]
 
@@ -59,10 +61,12 @@ def _times(left: Scalar, right: Scalar) -> Scalar:
 def _divided(left: Scalar, right: Scalar) -> Scalar:
     if right == 0:
         raise Undecided
-    whole = not isinstance(left, float) and not isinstance(right, float)
+    if isinstance(left, float) or isinstance(right, float):
+        return sympy.sympify(left) / right if _is_symbolic(left, right) else left / right
     if _is_symbolic(left, right):
-        return dim.floor_quotient(_not_negative(left), right) if whole else sympy.sympify(left) / right
-    return int(left / right) if whole and left * right < 0 else left // right if whole else left / right
+        return dim.floor_quotient(_not_negative(left), _not_negative(right))
+    quotient = abs(left) // abs(right)
+    return -quotient if (left < 0) != (right < 0) else quotient
 
 
 def _not_negative(operand: Scalar) -> Scalar:
@@ -73,13 +77,23 @@ def _not_negative(operand: Scalar) -> Scalar:
 
 
 def _modulo(left: Scalar, right: Scalar) -> Scalar:
-    if not _is_symbolic(left, right):
-        return left % right
-    return dim.subtract(left, dim.multiply(dim.floor_quotient(_not_negative(left), right), right))
+    return _remainder(left, right) if _is_symbolic(left, right) else left % right
+
+
+def _remainder(left: Scalar, right: Scalar) -> Scalar:
+    """The remainder of a division that rounds towards zero."""
+    if isinstance(left, float) or isinstance(right, float):
+        if _is_symbolic(left, right):
+            raise Undecided
+        return math.fmod(left, right)
+    return _minus(left, _times(_divided(left, right), right))
 
 
 def _power(left: Scalar, right: Scalar) -> Scalar:
     if _is_symbolic(left, right):
+        raise Undecided
+    whole = isinstance(left, int) and isinstance(right, int)
+    if whole and not 0 <= right * left.bit_length() <= _MAX_BITS:  # no integer, or too large a one
         raise Undecided
     return left**right
 
@@ -120,6 +134,7 @@ ARITHMETIC: dict[str, Arithmetic] = {
     "Mul": _times,
     "Div": _divided,
     "Mod": _modulo,
+    "Remainder": _remainder,
     "Pow": _power,
     "Min": _smaller,
     "Max": _larger,
@@ -141,8 +156,6 @@ ARITHMETIC: dict[str, Arithmetic] = {
     "Where": lambda condition, left, right: left if condition else right,
 }
 
-_EXACT_IN = {ir.DataType.FLOAT16: 1 << 11, ir.DataType.BFLOAT16: 1 << 8}  # whole numbers up to these
-
 # fmt: off
 COMPARISONS = frozenset({
     "And", "Or", "Xor", "Not", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "IsNaN", "IsInf",
@@ -162,7 +175,7 @@ def _typed(number: Scalar, dtype: ir.DataType | None) -> Scalar:
     return float(number) if dtype.is_floating_point() else int(number)
 
 
-def _numbers(arithmetic: Arithmetic, operands: tuple[Fact | None, ...], dtype: ir.DataType | None) -> np.ndarray | None:
+def _numbers(arithmetic: Arithmetic, operands: tuple[Fact | None, ...]) -> np.ndarray | None:
     given = [operand for operand in operands if operand is not None]
     arrays = [operand.value for operand in given if operand.value is not None]
     if not arrays or len(arrays) < len(given):
@@ -173,18 +186,7 @@ def _numbers(arithmetic: Arithmetic, operands: tuple[Fact | None, ...], dtype: i
     except (Undecided, ZeroDivisionError, OverflowError, ValueError, TypeError):
         return None
     array = np.asarray(result, dtype=object)
-    return array if array.size <= WIDEST_VALUE and all(_fits(number, dtype) for number in array.reshape(-1)) else None
-
-
-def _fits(number: Scalar, dtype: ir.DataType | None) -> bool:
-    """Return whether a type holds a number exactly, at any usual length."""
-    if dtype is None or not (_is_symbolic(number) or isinstance(number, int)):
-        return True
-    if dtype in _EXACT_IN:
-        return dim.is_within(number, -_EXACT_IN[dtype], _EXACT_IN[dtype])
-    if not dtype.is_integer() or dtype is ir.DataType.INT64:
-        return True
-    return dim.is_within(number, int(dtype.min), int(dtype.max))
+    return array if array.size <= WIDEST_VALUE else None
 
 
 def _variadic(arithmetic: Arithmetic, operands: tuple[Fact | None, ...], name: str) -> Arithmetic:
@@ -220,10 +222,10 @@ def binary(call: OperatorCall) -> Fact:
     shape = shape_of_broadcast(call.inputs)
     operand = call.fact(1) if name in ("Where", "QLinearWhere") else call.fact(0)
     dtype = ir.DataType.BOOL if name in COMPARISONS else operand.dtype
-    arithmetic = ARITHMETIC.get(name)
+    arithmetic = ARITHMETIC.get("Remainder" if name == "Mod" and call.integer("fmod", 0) else name)
     value = None
     if arithmetic is not None:
-        value = _numbers(_variadic(arithmetic, call.inputs, name), call.inputs, dtype)
+        value = _numbers(_variadic(arithmetic, call.inputs, name), call.inputs)
     return Fact(shape, dtype, value)
 
 
@@ -233,7 +235,7 @@ def unary(call: OperatorCall) -> Fact:
     name = call.node.op_type
     dtype = ir.DataType.BOOL if name in COMPARISONS else operand.dtype
     arithmetic = ARITHMETIC.get(name)
-    value = None if arithmetic is None else _numbers(arithmetic, call.inputs[:1], dtype)
+    value = None if arithmetic is None else _numbers(arithmetic, call.inputs[:1])
     return Fact(operand.shape, dtype, value)
 
 
@@ -241,7 +243,7 @@ def cast(call: OperatorCall) -> Fact:
     """`Cast`, `CastLike`: the numbers as the new type holds them."""
     operand = call.fact(0)
     to = call.fact(1).dtype if call.node.op_type == "CastLike" else ir.DataType(call.integer("to", 1))
-    return Fact(operand.shape, to, _numbers(lambda number: _typed(number, to), call.inputs[:1], to))
+    return Fact(operand.shape, to, _numbers(lambda number: _typed(number, to), call.inputs[:1]))
 
 
 def quantize(call: OperatorCall) -> Fact:

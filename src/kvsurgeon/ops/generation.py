@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -56,7 +58,8 @@ def range_(call: OperatorCall) -> Fact:
         return Fact((call.unknown(),), dtype)
     start, limit, delta = (end[0] for end in ends if end is not None)
     if all(isinstance(number, (int, float)) for number in (start, limit, delta)):
-        count = int(np.ceil((limit - start) / delta)) if delta else 0
+        whole = all(isinstance(number, int) for number in (start, limit, delta))
+        count = 0 if not delta else -((start - limit) // delta) if whole else math.ceil((limit - start) / delta)
         if count <= WIDEST_VALUE:
             return known(np.array([start + delta * i for i in range(max(count, 0))], dtype=object), dtype)
         return Fact((count,), dtype)

@@ -24,7 +24,7 @@ TOTAL = PAST + NEW  # T: all tokens up to this call
 MAX = sympy.Symbol("max_length", integer=True, positive=True)  # rows of a static cache
 CAPACITY = sympy.Symbol("cache_length", integer=True, positive=True)  # rows of a past that need not all be filled
 
-USUAL_LENGTH = 1 << 13  # tokens of a text
+LONGEST_TEXT = 1 << 17  # tokens
 LONGEST = 40  # operations in an expression
 
 cached = lru_cache(maxsize=None, typed=True)  # 2 and 2.0 are equal, and what is made of them is not
@@ -146,11 +146,20 @@ def is_less(left: Dimension, right: Dimension) -> bool | None:
 
 @cached
 def is_within(number: Dimension, smallest: int, largest: int) -> bool:
-    """Return whether a number is between two others for a single token and for one text of a usual length."""
+    """Return whether a number is between two others for a single token and for the longest text."""
     if isinstance(number, int):
         return smallest <= number <= largest
-    ends = [number.subs({one: end if one is LENGTH else 1 for one in number.free_symbols}) for end in (1, USUAL_LENGTH)]
+    ends = [number.subs({one: 1 if one is BATCH else end for one in number.free_symbols}) for end in (1, LONGEST_TEXT)]
     return all(bool(smallest <= end) and bool(end <= largest) for end in ends)
+
+
+@cached
+def is_in_sixteenths(number: Dimension) -> bool:
+    """Return whether a number is known to be a multiple of 1/16, so that no digit of a product or a sum is rounded."""
+    if isinstance(number, int) or number.is_integer:
+        return True
+    divided = any(power.exp.is_negative for power in number.atoms(sympy.Pow))
+    return not divided and all((16 * constant) % 1 == 0 for constant in number.atoms(sympy.Number))
 
 
 def product(dimensions: Iterable[Dimension]) -> Dimension:

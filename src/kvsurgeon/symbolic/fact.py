@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.symbolic.dimension import Dimension, unknown
+from kvsurgeon.symbolic.dimension import Dimension, is_in_sixteenths, is_within, unknown
 
 Numbers = np.ndarray  # dtype=object: int, float, bool or sympy expression in each place
 
 WIDEST_VALUE = 512  # elements of a tensor whose numbers are computed
+
+_EXACT_UP_TO = {ir.DataType.FLOAT: 1 << 20, ir.DataType.DOUBLE: 1 << 49}  # every multiple of 1/16
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,37 @@ def known(value: Any, dtype: ir.DataType | None) -> Fact:
     """Return the fact of a tensor whose numbers are all known, symbolically or not."""
     array = numbers(value)
     return Fact(array.shape, dtype, array if array.size <= WIDEST_VALUE else None)
+
+
+def as_stored(fact: Fact) -> Fact:
+    """Return a fact with its numbers as its type stores them: rounded floats; nothing known if a number does not fit.
+
+    Python computes with integers of any size and floats of 64 bits; a model wraps around, or rounds.
+    """
+    if fact.value is None or fact.dtype is None:
+        return fact
+    flat, dtype = fact.value.reshape(-1), fact.dtype
+    if dtype.is_floating_point() and any(isinstance(number, float) for number in flat):
+        flat = np.array([_rounded(number, dtype) for number in flat], dtype=object)
+    value = flat.reshape(fact.value.shape) if all(_fits(number, dtype) for number in flat) else None
+    return Fact(fact.shape, dtype, value)
+
+
+def _rounded(number: Any, dtype: ir.DataType) -> Any:
+    if not isinstance(number, float):
+        return number
+    with np.errstate(over="ignore"):
+        return float(np.asarray(number, np.float64).astype(dtype.numpy()))
+
+
+def _fits(number: Any, dtype: ir.DataType) -> bool:
+    """Return whether a type holds a number exactly, at any length; a float is rounded already, and may be NaN."""
+    if isinstance(number, (bool, float, np.generic)):
+        return bool(number == number)
+    if dtype.is_floating_point():
+        largest = _EXACT_UP_TO.get(dtype, 0)
+        return is_within(number, -largest, largest) and is_in_sixteenths(number)
+    return not dtype.is_integer() or is_within(number, int(dtype.min), int(dtype.max))
 
 
 @dataclass(slots=True)
