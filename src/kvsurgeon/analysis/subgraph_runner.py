@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.execution import build_model, open_session
 from kvsurgeon.graph.query import upstream
 from kvsurgeon.symbolic.dimension import BATCH
+
+MAX_ELEMENTS = 1 << 29  # of a tensor that is computed
 
 
 class SubgraphRunner:
@@ -53,6 +56,7 @@ class SubgraphRunner:
         self._fed: set[ir.Value] = set()
         try:
             self.nodes = self._find_nodes()
+            self._check_sizes()
             model = build_model(
                 [without_bfloat16(ir.to_proto(node)) for node in self.nodes], inputs=self.inputs.types,
                 outputs=[value.name for value in outputs], opsets=flow.opsets, initializers=self.inputs.initializers,
@@ -96,6 +100,16 @@ class SubgraphRunner:
                     "the subgraph reads a value of an outer graph", code=Code.CONTROL_FLOW, at=value.name
                 )
         return sorted(dict.fromkeys(nodes), key=lambda node: self.flow.order[node])
+
+    def _check_sizes(self) -> None:
+        """Check that no tensor is too large to compute whatever the length, as one of a constant size may be."""
+        for value in (value for node in self.nodes for value in node.outputs):
+            elements = math.prod(Rows.of_text(2).sizes(self.flow.shapes[value].shape or ()))
+            if elements > MAX_ELEMENTS:
+                raise UnsupportedError(
+                    "context contains a tensor that is too large to compute", code=Code.CONTEXT_NOT_RUNNABLE,
+                    at=value.name, expected=f"at most {MAX_ELEMENTS} elements", found=str(elements),
+                )  # fmt: skip
 
     def run(self, length: int, mask: MaskPattern = unmasked, *, batch: int = 2, **options: Any) -> list[np.ndarray]:
         """Return the outputs for a batch of sequences.

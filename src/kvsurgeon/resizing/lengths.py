@@ -7,7 +7,7 @@ the cache if that is larger.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -94,6 +94,7 @@ class LengthValues:
 
     def vector(self, numbers: Sequence[Dimension]) -> ir.Value:
         """Return numbers as an int64 vector."""
+        _check_int64(numbers)
         if all(isinstance(number, int) for number in numbers):
             return self.editor.constant(list(numbers), name="shape")
         if len(numbers) == 1:
@@ -117,6 +118,7 @@ class LengthValues:
 
     def array(self, numbers: np.ndarray) -> ir.Value:
         """Return an array of numbers as an int64 tensor."""
+        _check_int64(numbers.reshape(-1))
         if all(isinstance(number, (int, bool)) for number in numbers.reshape(-1)):
             return self.editor.constant(numbers.astype(np.int64), name="numbers")
         if numbers.ndim == 0:
@@ -180,6 +182,7 @@ class LengthValues:
         )
 
     def _value(self, number: Dimension, *, flat: bool) -> ir.Value:
+        _check_int64([number])
         return self.once(("number", number, flat), lambda: self._computed(number, flat))
 
     def _computed(self, number: Dimension, flat: bool) -> ir.Value:
@@ -269,3 +272,17 @@ class LengthValues:
     ) -> ir.Value:
         """Add a node that computes a number, of shape [1] or a scalar."""
         return self.editor.node(operator, inputs, attributes, name=name, dtype=dtype, shape=[1] if flat else [])
+
+
+def _check_int64(numbers: Iterable[Dimension]) -> None:
+    """Check that int64 holds numbers at every length: beyond, the model would compute with others.
+
+    Raises:
+        UnsupportedError: It does not.
+    """
+    wrong = [number for number in numbers if not dim.is_within(number, int(INT64.min), int(INT64.max))]
+    if wrong:
+        raise UnsupportedError(
+            "a number that is computed from a length does not fit int64", code=Code.UNTRACEABLE_SEQUENCE,
+            found=str(wrong[0]),
+        )  # fmt: skip
