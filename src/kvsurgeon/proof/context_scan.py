@@ -97,7 +97,7 @@ def _differing_rows(runner: RowRunner, axes: Axes, total: int) -> np.ndarray:
     sliced = row * 8 < whole  # else all rows are computed whichever are wanted
     count = max(2, min(total, MAX_BLOCK // max(1, row))) if sliced else total
     has_keys = any(axis.variable.resolved() is not Length.NEW for axis in axes)
-    for start in range(0, total - 1, count - 1):
+    for start in range(0, total - 1, max(1, count - 1)):
         rows = Rows(start, min(start + count, total), total)
         array = sequence_last(runner.run(rows)[0], axes, rows)
         if has_keys:
