@@ -10,7 +10,10 @@ from onnx import numpy_helper
 from written import read
 
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
+from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.run_and_save import run_and_save
 
 CAUSAL = "causal = LessOrEqual(row, column)"
 POSITIONS = [
@@ -56,6 +59,34 @@ def test_segments_of_a_table_that_are_read_both_ways_limit_the_length():
     )
     model = read_with(attention(allowed=allowed), segments=segments)
     assert Subject.of(model).proof().limit == 701
+
+
+def test_verification_passes_the_positions_at_which_context_changes():
+    segments = np.zeros(3000, np.int64)
+    segments[700:760] = 1
+    scores = (
+        "s1 = Gather(segments, at)\n i = Unsqueeze(s1, first)\n j = Unsqueeze(s1, second)\n same = Equal(i, j)\n"
+        "b = Where(same, half, low)\n s = Add(s0, b)"
+    )
+    run = run_and_save(read_with(attention(scores=scores), segments=segments), Pipeline((Inject(),)))
+    assert 761 in run.thresholds
+    assert "past 761 tokens" in {one.scenario for one in run.verification.comparisons}
+
+
+def test_verification_passes_the_lengths_at_which_context_changes_once_each():
+    constants = "float begin = {-700.5}, float end = {-750.5}"
+    scores = f"n = Cast<to = 1>(length)\n {BAND} f = Where(in, half, half)\n s = Mul(s0, f)"
+    run = run_and_save(read(attention(constants=constants, scores=scores)), Pipeline((Inject(),)))
+    assert {700, 701, 750, 751} <= run.thresholds
+    scenarios = {one.scenario for one in run.verification.comparisons}
+    assert {"past 700 tokens", "past 750 tokens"} <= scenarios
+    assert not {"past 701 tokens", "past 751 tokens"} & scenarios
+
+
+def test_context_that_runs_for_one_token_only_is_rejected():
+    allowed = "t = Gather(first, at)\n e = Equal(row, t)\n causal = LessOrEqual(row, column)\n allowed = And(causal, e)"
+    with pytest.raises(UnsupportedError):
+        Subject.of(read(attention(allowed=allowed))).proof()
 
 
 def test_a_distance_of_a_table_that_is_not_masked_limits_the_length():

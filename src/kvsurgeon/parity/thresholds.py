@@ -52,8 +52,17 @@ def reached(
         most = min(most, reference.longest - AFTER)
         if reference.longest > lengths.long:
             named.add(reference.longest - AFTER)
-    fits = sorted(one for one in named if 2 * lengths.long // 3 - 4 < one <= most)
+    fits = _apart(one for one in named if 2 * lengths.long // 3 - 4 < one <= most)
     return tuple(fits[-_MOST[effort] :] if _MOST[effort] else ())
+
+
+def _apart(thresholds: Iterable[int]) -> list[int]:
+    """Return thresholds in ascending order, without those that the text of the one before passes."""
+    found: list[int] = []
+    for threshold in sorted(thresholds):
+        if not found or threshold > found[-1] + AFTER // 2:
+            found.append(threshold)
+    return found
 
 
 def _lengths(tensor: onnx.TensorProto) -> Iterator[int]:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.mask_patterns import sequence_last
 from kvsurgeon.analysis.probe_inputs import Rows
-from kvsurgeon.analysis.thresholds import SCANNED, lengths_of_change, longest_running
+from kvsurgeon.analysis.thresholds import SCANNED, changes, lengths_of_change, longest_running
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import SMALL
@@ -32,6 +32,8 @@ MAX_BLOCK = 1 << 22  # elements of a block of rows
 def changing_positions(sweep: LengthSweep, values: Mapping[ir.Value, Axes]) -> np.ndarray:
     """Return [query] of bool: those for which context is not what it is for the query before, one token later.
 
+    The positions at which this begins or ends are added to the changes of the sweep.
+
     Args:
         sweep: The length sweep of the decoder.
         values: Values of context with their sequence axes, of which one is that of the queries.
@@ -47,11 +49,14 @@ def changing_positions(sweep: LengthSweep, values: Mapping[ir.Value, Axes]) -> n
             found[:longest] |= _differing_rows(runner, axes, longest)
         except UnsupportedError:  # it is computed with the weights, or not at all
             continue
+    sweep.changes.update(changes(found))
     return found
 
 
 def changing_lengths(sweep: LengthSweep, values: Iterable[ir.Value]) -> set[int]:
     """Return the total lengths at either side of which a number of context begins or ceases to change.
+
+    They are added to the changes of the sweep.
 
     Args:
         sweep: The length sweep of the decoder.
@@ -66,7 +71,9 @@ def changing_lengths(sweep: LengthSweep, values: Iterable[ir.Value]) -> set[int]
         runs = [run(length) for length in range(1, longest_running(run, min(sweep.longest, SCANNED)) + 1)]
     except UnsupportedError:
         return set()
-    return set().union(*(lengths_of_change(arrays) for arrays in zip(*runs, strict=True)))
+    lengths: set[int] = set().union(*(lengths_of_change(arrays) for arrays in zip(*runs, strict=True)))
+    sweep.changes |= lengths
+    return lengths
 
 
 def _first_row(runner: RowRunner) -> Callable[[int], list[np.ndarray]]:

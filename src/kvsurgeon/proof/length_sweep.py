@@ -41,6 +41,7 @@ class LengthSweep:
         unproved: Inputs at which token data reads context that may depend on the length by value, with the cause.
         numbers: Numbers that context may compare a length or a position with, such as windows.
         lengths: Lengths at either side of each of these numbers, and some others.
+        changes: Positions and lengths at which running showed that context changes.
     """
 
     def __init__(self, analysis: Analysis, bounds: Collection[int] = ()) -> None:
@@ -49,6 +50,7 @@ class LengthSweep:
         self.fixed = analysis.length if isinstance(analysis.length, int) else None
         self.bounds = {*self.flow.shapes.bounds, *bounds}
         self.assumptions: dict[str, str] = {}
+        self.changes: set[int] = set()
         self._limit = min(self.bounds, default=MAX_LENGTH)
         self.numbers = () if self.fixed is not None else self._numbers()
         self.lengths = (self.fixed,) if self.fixed is not None else self._lengths()

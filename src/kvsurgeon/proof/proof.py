@@ -58,7 +58,8 @@ class Proof:
         assumptions: Statements that are not proved, each with the name of the value that first needs it.
         patterns: The attention pattern of each attention layer.
         lengths: The lengths in tokens at which context was run.
-        thresholds: Numbers that context may compare a length or a position with, such as windows.
+        thresholds: Numbers that context may compare a length or a position with, such as windows, and positions and
+            lengths at which running showed that context changes.
         bounds: Upper bounds of the length, in tokens: rows of tables, and lengths at which the export runs.
         limit: The longest total length in tokens up to which context is prefix stable; None if there is no limit.
         max_length: The longest total length in tokens that the model supports; None if there is no limit.
@@ -111,7 +112,7 @@ def prove(analysis: Analysis, assumed_padding: Mapping[str, str] | None = None) 
         assumptions={**assumptions, **{what: at for what, at in sweep.assumptions.items() if what not in assumptions}},
         patterns=tuple(patterns),
         lengths=sweep.lengths,
-        thresholds=sweep.numbers,
+        thresholds=tuple(sorted({*sweep.numbers, *sweep.changes})),
         bounds=frozenset(sweep.bounds),
         limit=limit,
         max_length=_smallest(*sweep.bounds, limit, sweep.fixed),
