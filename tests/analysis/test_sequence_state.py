@@ -1,5 +1,6 @@
 """Sequence states: the inputs of convolutions, token shifts and running sums are cached."""
 
+import onnx
 import pytest
 from attentions import assert_law_of, attention, in_order
 from exports import injected
@@ -39,6 +40,15 @@ SUMMED = "c8 = CumSum(x, one)\n h = Mul(c8, half)"
 REVERSED_SUM = "c8 = CumSum<reverse = 1>(x, one)\n h = Mul(c8, half)"
 
 
+MARKED = "g = Gather<axis = 2>(x, nought)\n p = Greater(g, nil)\n c9 = Cast<to = 7>(p)\n"
+COUNTED = {
+    "tokens that are marked": "s9 = CumSum(c9, one)",
+    "and no others": "s8 = CumSum(c9, one)\n s7 = Mul(s8, c9)\n s9 = Add(s7, one)",
+    "marked tokens before": "s9 = CumSum<exclusive = 1>(c9, one)",
+}
+POSITIONS = "float[300, 8] table"
+
+
 def case(hidden: str, **parts: str) -> str:
     return attention(hidden=hidden, constants=KERNEL, **parts)
 
@@ -48,6 +58,26 @@ def test_operators_that_read_earlier_tokens_have_a_state(hidden):
     assert_law_of(case(hidden))
     names = [value.name for value in injected(read(case(hidden))).graph.input]
     assert names == ["x", "past_key_values.0.key", "past_key_values.0.value", "past_key_values.0.state"]
+
+
+def counting(count: str) -> str:
+    hidden = f"{MARKED} {count}\n e = Gather(table, s9)\n h = Add(x, e)"
+    return attention(hidden=hidden, constants=f"{KERNEL}, {POSITIONS}")
+
+
+@pytest.mark.parametrize("count", COUNTED.values(), ids=COUNTED.keys())
+def test_positions_that_count_some_tokens_have_a_state_of_one_flag(count):
+    assert_law_of(counting(count))
+    state = injected(read(counting(count))).graph.input[-1]
+    assert state.name == "past_key_values.0.state"
+    assert state.type.tensor_type.elem_type == onnx.TensorProto.BOOL
+    assert [dim.dim_value for dim in state.type.tensor_type.shape.dim][1::2] == [1, 1]
+
+
+@pytest.mark.parametrize("count", ["s9 = CumSum<reverse = 1>(c9, one)", "s9 = ReduceSum(c9, second)"])
+def test_positions_that_count_later_tokens_are_rejected(count):
+    with pytest.raises(UnsupportedError):
+        injected(read(counting(count)))
 
 
 def test_keys_may_depend_on_earlier_tokens():

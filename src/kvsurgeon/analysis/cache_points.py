@@ -216,8 +216,10 @@ def cache_point_of(flow: TokenFlow, value: ir.Value, heads: int = 1) -> CachePoi
     if heads > 1 and len(parts) == 3 and isinstance(last, int) and sequence != 2 and last % heads == 0:
         parts = [*parts[:-1], heads, last // heads]
     features = [place for place in range(len(parts)) if place not in (*batch, sequence)]
+    if not features:  # a number for each token
+        features, parts = [len(parts)], [*parts, 1]
     sizes = [size for place in features if isinstance(size := parts[place], int)]
-    if not features or len(sizes) < len(features):
+    if len(sizes) < len(features):
         return None
     return CachePoint(
         value=value,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -203,11 +204,15 @@ def _full_batch(decoder: AnyDecoder, tokens: Tokens) -> Tokens:
 
 
 def _longest(decoder: AnyDecoder, wanted: int, known: int = 0) -> int:
-    """Return the greatest length up to `wanted` at which the decoder runs; it is known to run at `known`."""
+    """Return the greatest length up to `wanted` at which the decoder runs; it is known to run at `known`.
+
+    Tokens of two numbers are run, because positions may count all tokens but those of one number.
+    """
 
     def failure(length: int) -> RunError | None:
-        tokens = np.zeros((decoder.batch or 1, length), np.int64)
-        return _failure(lambda: decoder.run(decoder.inputs.feeds(tokens, np.ones_like(tokens))))
+        mask = np.ones((decoder.batch or 1, length), np.int64)
+        texts = (decoder.inputs.feeds(mask * token, mask) for token in (0, 1))
+        return next((error for feeds in texts if (error := _failure(partial(decoder.run, feeds)))), None)
 
     if failure(wanted) is None:
         return wanted
