@@ -52,6 +52,61 @@ def test_a_note_says_that_routing_is_measured():
     assert any("routing" in note for note in outcome.notes)
 
 
+# As `out[any] += share[any] * expert(x[any])` is exported: one selection for each read, and a scatter of elements.
+BY_MASK = """is_N = Equal(chosen, number_N)
+ as_int_N = Cast<to = 7>(is_N)
+ how_many_N = ReduceSum<keepdims = 0>(as_int_N, minus1)
+ any_N = Greater(how_many_N, nought)
+ found_N = NonZero(any_N)
+ each_N = Transpose<perm = [1, 0]>(found_N)
+ picked_N = GatherND(f, each_N)
+ made_N = MatMul(picked_N, expert_N)
+ flags_N = Cast<to = 1>(is_N)
+ shares_N = Mul(weight, flags_N)
+ share_N = ReduceSum<keepdims = 0>(shares_N, minus1)
+ again_N = NonZero(any_N)
+ places_N = Transpose<perm = [1, 0]>(again_N)
+ taken_N = GatherND(share_N, places_N)
+ wide_N = Unsqueeze(taken_N, second)
+ part_N = Mul(made_N, wide_N)
+ old_N = GatherND(before_N, places_N)
+ new_N = Add(old_N, part_N)
+ flat_N = Reshape(new_N, minus1)
+ column_N = Unsqueeze(any_N, second)
+ all_N = Expand(column_N, fs)
+ found_all_N = NonZero(all_N)
+ elements_N = Transpose<perm = [1, 0]>(found_all_N)
+ elements_shape_N = Shape(elements_N)
+ count_N = Slice(elements_shape_N, first, second)
+ kept_N = Slice(flat_N, first, count_N)
+ out_N = ScatterND(before_N, elements_N, kept_N)"""
+MINUS = "int64[1] minus1 = {-1}"
+
+
+def test_experts_whose_masks_select_several_times():
+    assert_law_of(text(BY_MASK, MINUS))
+
+
+@pytest.mark.parametrize("end", ["Min(rows_N, limit1)", "Div(rows_N, two1)"])
+def test_selections_that_are_cut_are_rejected(end):
+    cut = f"""found_shape_N = Shape(every_N)
+ rows_N = Slice(found_shape_N, first, second)
+ end_N = {end}
+ each_N = Slice(every_N, first, end_N, first)"""
+    expert = EXPERT.replace("each_N = Transpose<perm = [1, 0]>(found_N)",
+                            f"every_N = Transpose<perm = [1, 0]>(found_N)\n {cut}")  # fmt: skip
+    model = in_order(read(text(expert, "int64[1] limit1 = {700}, int64[1] two1 = {2}")))
+    with pytest.raises(UnsupportedError):
+        injected(model)
+
+
+def test_experts_that_normalize_over_their_tokens_are_rejected():
+    expert = BY_MASK.replace("made_N = MatMul(picked_N, expert_N)",
+                             "raw_N = MatMul(picked_N, expert_N)\n made_N = Softmax<axis = 0>(raw_N)")  # fmt: skip
+    with pytest.raises(UnsupportedError):
+        injected(in_order(read(text(expert, MINUS))))
+
+
 FIRST = EXPERT.replace("Gather(f, at_N)", "Gather(f, none_N)\n none_N = Sub(at_N, at_N)")
 MIXED_IN_EXPERT = EXPERT.replace("(picked_N, expert_N)", "(picked_N, g_N)\n g_N = MatMul(t_N, picked_N)").replace(
     "made_N =", "t_N = Transpose<perm = [1, 0]>(picked_N)\n made_N ="

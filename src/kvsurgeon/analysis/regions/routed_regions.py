@@ -23,11 +23,13 @@ from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
+from kvsurgeon.graph.query import upstream
 from kvsurgeon.graph.value_numbering import ValueNumbering
 from kvsurgeon.ops.gather import FAR, slice_bounds
-from kvsurgeon.ops.operator import Trait
-from kvsurgeon.ops.table import has_trait
+from kvsurgeon.ops.operator import Trait, UntraceableAxesError
+from kvsurgeon.ops.table import axis_links, has_trait
 from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
 RoutedRegion = tuple[ir.Node, ...]  # in graph order; the last node puts the tokens back at their positions
@@ -37,6 +39,7 @@ _INSIDE = (
     Trait.ROUTING, Trait.BROADCAST, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.LOOKUP, Trait.PRODUCT, Trait.RESHAPE,
     Trait.REPEAT, Trait.SELECT, Trait.MOVE, Trait.SHAPE_ONLY,
 )  # fmt: skip
+_ALONG_AXES = (Trait.REDUCTION, Trait.SOFTMAX, Trait.NORMALIZATION)
 _LIMITS = (Trait.ORDER, Trait.BOUND, Trait.ROUTING)
 # Of the first text; the other texts consist of these tokens.
 _TOKENS = np.arange(33) + AMPLIFIED * (np.arange(33) >= 25)
@@ -57,9 +60,29 @@ def find_routed_region(flow: TokenFlow, start: ir.Node) -> RoutedRegion | None:
             continue
         if not may_be_inside(flow, node) or any(value.is_graph_output() for value in region[-2].outputs):
             return None
-        if _result_axes(flow, region) and is_closed(region, node.outputs):
-            return tuple(region)
+        if _result_axes(flow, region):
+            whole = _with_other_selections(flow, region)
+            if is_closed(whole, node.outputs) and all(may_be_inside(flow, one) for one in whole if one is not start):
+                return tuple(whole)
     return None
+
+
+def _with_other_selections(flow: TokenFlow, region: Sequence[ir.Node]) -> list[ir.Node]:
+    """Return a region with later nodes that select tokens too, or compute from such, and whose results it reads."""
+    inside, pending = set(region), list(region)
+    while pending:
+        for value in pending.pop().inputs:
+            node = None if value is None else value.producer()
+            if node is not None and node not in inside and _is_of_selected(flow, value):
+                inside.add(node)
+                pending.append(node)
+    return sorted(inside, key=lambda node: flow.order[node])
+
+
+def _is_of_selected(flow: TokenFlow, value: ir.Value | None) -> bool:
+    """Return whether a value is computed from token data whose axes are not traced, or from its shape."""
+    walked = upstream([value], stop=lambda one: one in flow.axes)
+    return any(is_token(flow, one) and one not in flow.axes for one in walked)
 
 
 def sorts_or_counts(flow: TokenFlow, node: ir.Node) -> bool:
@@ -76,7 +99,20 @@ def join_regions(flow: TokenFlow, regions: Collection[RoutedRegion]) -> RoutedRe
 
 
 def _is_routing(flow: TokenFlow, node: ir.Node) -> bool:
-    return has_trait(node, *_INSIDE) and (node.op_type != "Slice" or _keeps_all(flow, node))
+    return (has_trait(node, *_INSIDE) and (node.op_type != "Slice" or _keeps_all(flow, node))) or (
+        has_trait(node, *_ALONG_AXES) and _mixes_features(flow, node)
+    )
+
+
+def _mixes_features(flow: TokenFlow, node: ir.Node) -> bool:
+    """Return whether a node mixes along axes of fixed size alone, such as the experts of a token."""
+    call = flow.shapes.call(node)
+    try:
+        links = axis_links(call)
+    except UntraceableAxesError:
+        return False
+    sizes = zip((links.inputs[0] or ()) if links is not None else (), call.fact(0).shape or (), strict=False)
+    return links is not None and all(isinstance(size, int) for label, size in sizes if label in links.mixed)
 
 
 def _keeps_all(flow: TokenFlow, node: ir.Node) -> bool:
@@ -84,9 +120,14 @@ def _keeps_all(flow: TokenFlow, node: ir.Node) -> bool:
     call = flow.shapes.call(node)
     bounds, shape = slice_bounds(call), call.fact(0).shape
     return bounds is not None and shape is not None and all(
-        isinstance(shape[axis], int) or (start == 0 and step == 1 and isinstance(end, int) and end >= FAR)
+        isinstance(shape[axis], int) or (start == 0 and step == 1 and (_is_count(end) or (isinstance(end, int) and end >= FAR)))
         for axis, start, end, step in zip(*bounds, strict=True)
     )  # fmt: skip
+
+
+def _is_count(number: Dimension) -> bool:
+    """Return whether a number is how many tokens were selected, and not a bound on them."""
+    return not isinstance(number, int) and bool(number.is_Symbol)
 
 
 def _is_sorting(flow: TokenFlow, node: ir.Node) -> bool:
