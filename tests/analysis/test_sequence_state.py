@@ -40,6 +40,20 @@ SUMMED = "c8 = CumSum(x, one)\n h = Mul(c8, half)"
 REVERSED_SUM = "c8 = CumSum<reverse = 1>(x, one)\n h = Mul(c8, half)"
 
 
+# x[p - 2], x[p - 1] and x[p] of each position p, next to each other, as `unfold` is exported
+UNFOLDED = """p = Pad(x, PADS, nil)
+ ps = Shape(p)
+ p1 = Gather(ps, one)
+ starts = Sub(p1, two)
+ from0 = Range(nought, starts, one)
+ from1 = Unsqueeze(from0, second)
+ window = Add(from1, offsets)
+ u = Gather<axis = 1>(p, window)
+ f = Slice(u, minus, far_back, third, minus)
+ t = Mul(f, taps)
+ h = ReduceSum<keepdims = 0>(t, third)"""
+UNFOLDING = """int64[6] two_before = {0, 2, 0, 0, 0, 0}, int64[6] two_after = {0, 0, 0, 0, 2, 0}, int64 two = {2},
+ int64[1, 3] offsets = {0, 1, 2}, int64[1] far_back = {-9223372036854775807}, float[3, 1] taps"""
 MARKED = "g = Gather<axis = 2>(x, nought)\n p = Greater(g, nil)\n c9 = Cast<to = 7>(p)\n"
 COUNTED = {
     "tokens that are marked": "s9 = CumSum(c9, one)",
@@ -58,6 +72,14 @@ def test_operators_that_read_earlier_tokens_have_a_state(hidden):
     assert_law_of(case(hidden))
     names = [value.name for value in injected(read(case(hidden))).graph.input]
     assert names == ["x", "past_key_values.0.key", "past_key_values.0.value", "past_key_values.0.state"]
+
+
+def test_windows_that_are_gathered_have_a_state():
+    hidden = UNFOLDED.replace("PADS", "two_before")
+    assert_law_of(attention(hidden=hidden, constants=f"{KERNEL}, {UNFOLDING}"))
+    hidden = UNFOLDED.replace("PADS", "two_after")
+    with pytest.raises(UnsupportedError):
+        injected(read(attention(hidden=hidden, constants=f"{KERNEL}, {UNFOLDING}")))
 
 
 def counting(count: str) -> str:

@@ -30,7 +30,7 @@ from kvsurgeon.symbolic.dimension import LENGTH
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
 STATE_IS_CAUSAL = "state outside attention depends on no later token (measured on probe inputs)"
-_MAX_NODES = 8  # between the inputs of a state and its result
+_MAX_NODES = 12  # between the inputs of a state and its result
 _TOKENS = 65  # of a text, unless a number in the region is larger
 _PREFIXES = (1, 2, 7, 8, 33, 40)  # tokens that stay the same while later ones change
 _LARGE = 30.0  # scale of a run with large values

@@ -85,7 +85,9 @@ def _range_after(visit: NodeVisit, known: Mapping[ir.Value, TokenRange | None]) 
         if found is not None:
             ranges[index] = found
     links = axis_links(visit.call)
-    if links is None or len(ranges) < len(visit.tokens) or links.attention is not None or links.dynamic_range:
+    if links is None or links.attention is not None or links.dynamic_range:
+        return None
+    if not ranges or len(ranges) < len(visit.tokens):  # context has no range
         return None
     if links.row_major:
         return _reshaped(visit, ranges.get(0))
