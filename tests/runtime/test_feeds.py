@@ -205,7 +205,7 @@ def test_an_empty_past_has_no_rows_and_the_declared_sizes():
 @pytest.mark.parametrize(
     ("dims", "message"),
     [
-        (("batch_size", 2, 4, 8), "one dim called past_sequence_length"),
+        (("batch_size", "heads", "rows", 8), "one dim called past_sequence_length"),
         (("batch_size", "heads", PAST, 8), "dim `heads`"),
     ],
 )

@@ -14,18 +14,16 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.cache.layout import declared_names
+from kvsurgeon.cache.layout import declared_names, declared_shape
 from kvsurgeon.cache.pairs import CachePair
 from kvsurgeon.dataflow.input_roles import read_inputs, required_inputs
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.query import chain, is_fed
+from kvsurgeon.graph.query import is_fed
 from kvsurgeon.ops.content import is_shape_only
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
-from kvsurgeon.symbolic.dimension import LENGTH
 
 # Source of the past length: the shape of the cache inputs, a separate input, the first position, the mask length.
 PastLength = Literal["shape", "input", "positions", "mask"]
@@ -42,25 +40,32 @@ class LengthInput:
         value: The count.
         source: The graph input that is the count or contains it as an element.
         shape: Shape of the count in place of `value`.
+        counts_up: Whether the count is the first of the positions of the new tokens, which `value` holds.
     """
 
     value: ir.Value
     source: ir.Value
     shape: tuple[int, ...]
+    counts_up: bool = False
 
     @property
     def is_whole_input(self) -> bool:
         """Whether the graph input contains nothing else."""
         return self.value is self.source
 
+    @property
+    def is_per_sequence(self) -> bool:
+        """Whether the input may hold another count for each sequence of the batch."""
+        return not self.counts_up and any(size != 1 for size in declared_shape(self.source))
+
 
 def past_length_source(lengths: Sequence[LengthInput], pairs: Sequence[CachePair]) -> PastLength | None:
     """Return from what a graph reads the number of past tokens; None if from several inputs."""
     if not lengths:
         return "mask" if any(pair.is_buffer for pair in pairs) else "shape"
-    if len(lengths) > 1 or any(pair.cache_mode == "dynamic" for pair in pairs):
+    if len({length.source for length in lengths}) > 1 or any(pair.cache_mode == "dynamic" for pair in pairs):
         return None
-    return "input" if lengths[0].is_whole_input else "positions"
+    return "input" if any(length.is_whole_input for length in lengths) else "positions"
 
 
 def find_length_inputs(graph: ir.Graph, pairs: Sequence[CachePair]) -> list[LengthInput]:
@@ -72,13 +77,13 @@ def find_length_inputs(graph: ir.Graph, pairs: Sequence[CachePair]) -> list[Leng
     partial = [pair.past for pair in pairs if pair.cache_mode == "new-tokens"]
     if not partial and not any(pair.is_buffer for pair in pairs):
         return []
-    dimensions, _ = read_inputs(graph)
+    dimensions, length = read_inputs(graph)
     token_dims = {
         name
         for value, sizes in dimensions.items()
-        for name, size in zip(declared_names(value), sizes, strict=True)
-        if size is LENGTH and len(sizes) > 1
-    }
+        for name, size in zip(declared_shape(value), sizes, strict=True)
+        if size is length and len(sizes) > 1
+    } - {None, 1}
     shapes = infer_shapes(graph, dimensions, graph.opset_imports.get("", 1))
     found: dict[ir.Value, LengthInput] = {}
     for value in _combined_with_row_count(graph, partial):
@@ -88,35 +93,53 @@ def find_length_inputs(graph: ir.Graph, pairs: Sequence[CachePair]) -> list[Leng
             lengths = _lengths_upstream(shapes, token_dims, value, only_lengths=not pair.operands.is_declared)
             if pair.operands.is_declared:  # the operator may read the length off a mask
                 lengths = {count: length for count, length in lengths.items() if length.is_whole_input}
-            elif lengths and not _counts_from(value, set(lengths)):
-                raise UnsupportedError(
-                    "new rows may not be written directly after those of the past", code=Code.UNKNOWN_CACHE,
-                    at=value.name, expected="rows that count up from the number of past tokens",
-                    found=f"a number computed from `{next(iter(lengths)).name}`",
-                )  # fmt: skip
             found |= lengths
+    sources = dict.fromkeys(length.source for length in found.values() if not length.is_whole_input)
+    for source in sources:
+        positions = _positions(token_dims, source)
+        if positions is not None and _selects_elements(shapes, source):
+            found[source] = positions
     return list(found.values())
 
 
 def set_to_zero(graph: ir.Graph, editor: Editor, length: LengthInput) -> None:
-    """Replace a count of past tokens by 0, once or for each sequence of the batch."""
+    """Replace a count of past tokens by 0, once or for each sequence of the batch, or positions by 0, 1, 2, ..."""
     assert length.source.dtype is not None
     dtype = length.value.dtype or length.source.dtype
+    sizes = declared_shape(length.source) if length.is_whole_input else ()
+    size = next((size for size in sizes if size != 1), 1)
+    count = editor.constant([size], name="count") if isinstance(size, int) else _size_of(graph, editor, size)
     zero = editor.constant(np.zeros(length.shape), dtype.numpy(), name="no_past")
-    batch = next(iter(declared_names(length.source)), None) if length.is_whole_input else None
-    sized = next(
-        (value for value in required_inputs(graph) if batch is not None and batch in declared_names(value)), None
-    )
-    if sized is not None:
-        sizes = editor.node("Shape", [sized], name="sizes", dtype=ir.DataType.INT64)
-        index = editor.constant([declared_names(sized).index(batch)], name="axis")
-        sequences = editor.node("Gather", [sizes, index], {"axis": 0}, name="texts", dtype=ir.DataType.INT64)
-        zero = editor.node("Expand", [zero, sequences], name="no_past_of_texts", dtype=zero.dtype)
+    if length.counts_up and count is not None:
+        zero = _counted(editor, count, dtype, length.shape)
+    elif size != 1 and count is not None:
+        zero = editor.node("Expand", [zero, count], name="no_past_of_texts", dtype=zero.dtype)
     length.value.replace_all_uses_with(zero)
 
 
+def _size_of(graph: ir.Graph, editor: Editor, name: str | None) -> ir.Value | None:
+    """Return a named dimension as a vector of one number; None if no other input has it."""
+    sized = next((value for value in required_inputs(graph) if name and name in declared_names(value)), None)
+    if sized is None:
+        return None
+    sizes = editor.node("Shape", [sized], name="sizes", dtype=ir.DataType.INT64)
+    index = editor.constant([declared_names(sized).index(name)], name="axis")
+    return editor.node("Gather", [sizes, index], {"axis": 0}, name="count", dtype=ir.DataType.INT64)
+
+
+def _counted(editor: Editor, count: ir.Value, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
+    """Return 0, 1, 2, ... along the last axis of a shape."""
+    start, step = (editor.constant(number, name="number") for number in (0, 1))
+    end = editor.node("Squeeze", [count], name="end", dtype=ir.DataType.INT64)
+    counted = editor.node("Range", [start, end, step], name="no_past_positions", dtype=ir.DataType.INT64)
+    if dtype is not ir.DataType.INT64:
+        counted = editor.node("Cast", [counted], {"to": int(dtype)}, name="no_past_positions", dtype=dtype)
+    target = editor.constant([*shape[:-1], -1], name="shape")
+    return editor.node("Reshape", [counted, target], name="no_past_positions", dtype=dtype)
+
+
 def _lengths_upstream(
-    shapes: Shapes, token_dims: Collection[str | None], value: ir.Value, *, only_lengths: bool = False
+    shapes: Shapes, token_dims: Collection[int | str | None], value: ir.Value, *, only_lengths: bool = False
 ) -> dict[ir.Value, LengthInput]:
     """Return the counts of past tokens from which a value is computed.
 
@@ -157,17 +180,36 @@ def _lengths_upstream(
 
 
 def _length_input(
-    shapes: Shapes, token_dims: Collection[str | None], source: ir.Value, element: ir.Value | None
+    shapes: Shapes, token_dims: Collection[int | str | None], source: ir.Value, element: ir.Value | None
 ) -> LengthInput | None:
     """Return the count that an input is, or that the element selected from it is."""
     if source.dtype is None or not source.dtype.is_integer():
         return None
-    names = declared_names(source)
-    if len(names) < 2 and not (set(names) - {None}) & set(token_dims):  # a scalar, or a number for each sequence
-        return LengthInput(value=source, source=source, shape=(1,) * len(names))
-    if element is None:
+    sizes = declared_shape(source)
+    if len(sizes) < 2 and not {None, *token_dims} & set(sizes):  # a scalar, or a number for each sequence
+        return LengthInput(value=source, source=source, shape=(1,) * len(sizes))
+    if element is not None:
+        return LengthInput(value=element, source=source, shape=(1,) * len(shapes[element].shape or ()))
+    return _positions(token_dims, source)
+
+
+def _positions(token_dims: Collection[int | str | None], source: ir.Value) -> LengthInput | None:
+    """Return the positions that an input holds if it may: one for each token, the same for each sequence."""
+    sizes = declared_shape(source)
+    if sizes[-1] not in token_dims or any(size != 1 for size in sizes[:-1]):
         return None
-    return LengthInput(value=element, source=source, shape=(1,) * len(shapes[element].shape or ()))
+    return LengthInput(value=source, source=source, shape=(1,) * len(sizes), counts_up=True)
+
+
+def _selects_elements(shapes: Shapes, value: ir.Value) -> bool:
+    """Return whether nothing reads more of a value than its shape and single elements."""
+    for node, _ in value.uses():
+        shape = shapes[node.outputs[0]].shape
+        is_element = shape is not None and all(size == 1 for size in shape)
+        is_view = has_trait(node, *_VIEWS) and _selects_elements(shapes, node.outputs[0])
+        if not (is_element or is_view or is_shape_only(node)):
+            return False
+    return not value.is_graph_output()
 
 
 def _combined_with_row_count(graph: ir.Graph, pasts: Sequence[ir.Value]) -> Iterator[ir.Value]:
@@ -183,32 +225,3 @@ def _combined_with_row_count(graph: ir.Graph, pasts: Sequence[ir.Value]) -> Iter
         if has_trait(node, Trait.ADD):
             yield from others
         counts.update(node.outputs)
-
-
-def _counts_from(value: ir.Value | None, lengths: set[ir.Value]) -> bool:
-    """Return whether numbers count up from a length, or are one."""
-    start = _start(value, lengths)
-    node = None if start is None or start in lengths else start.producer()
-    if node is not None and node.op_type == "Add":
-        one, other = node.inputs
-        return any(_counts_from(a, lengths) and _counts_from_zero(b) for a, b in ((one, other), (other, one)))
-    return start in lengths
-
-
-def _counts_from_zero(value: ir.Value | None) -> bool:
-    """Return whether numbers count up from 0, or are 0."""
-    start = _start(value, set())
-    numbers = None if start is None or start.producer() is not None else small_constant(start)
-    return numbers is not None and numbers.size > 0 and numbers.reshape(-1)[0] == 0
-
-
-def _start(value: ir.Value | None, stop: set[ir.Value]) -> ir.Value | None:
-    """Return the value from which a range counts up, before any views."""
-    if value is None:
-        return None
-    *_, last = chain(
-        value,
-        lambda n: n.inputs[0] if has_trait(n, *_VIEWS) or n.op_type == "Range" else None,
-        stop=lambda v: v in stop,
-    )
-    return last

@@ -13,6 +13,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from kvsurgeon.cache.written_rows import WrittenRows
 from kvsurgeon.dataflow.input_roles import required_inputs
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import STANDARD_DOMAINS, chain, through
@@ -32,7 +33,7 @@ class CacheOperands:
         past: Index of the input that is the past.
         present: Index of the output that is the present.
         rows: Index of the input with the new rows.
-        axis: Sequence axis of past and present; None if the attribute `axis` gives it.
+        axis: Sequence axis of past and present; None if an attribute or the rows that are written give it.
         lengths: Indices of the inputs that give the number of past tokens or the rows to write.
         options: Attributes that choose how the past is stored and do not change the result.
     """
@@ -55,6 +56,7 @@ CACHE_OPERATORS: dict[tuple[str, str], tuple[CacheOperands, ...]] = {
     ("", "Concat"): (CacheOperands(),),
     ("", "TensorScatter"): (CacheOperands(lengths=(2,)),),
     ("", "ScatterElements"): (CacheOperands(rows=2, lengths=(1,)),),
+    ("", "ScatterND"): (CacheOperands(rows=2, lengths=(1,)),),
     ("", "Attention"): tuple(CacheOperands(past=4 + i, present=1 + i, rows=1 + i, axis=2) for i in (0, 1)),
     ("com.microsoft", "MultiHeadAttention"): tuple(
         CacheOperands(past=6 + i, present=1 + i, rows=1 + i, axis=2) for i in (0, 1)
@@ -116,7 +118,7 @@ def find_cache_pairs(graph: ir.Graph) -> tuple[CachePair, ...]:
     found: dict[ir.Value, CachePair] = {}
     concats = _inner_concats(graph, order)
     for present in graph.outputs:
-        pair = _updated(present, order) or _new_rows(present, concats)
+        pair = _updated(graph, present, order) or _new_rows(present, concats)
         if pair is None:
             continue
         other = found.get(pair.past)
@@ -150,8 +152,12 @@ def has_features(value: ir.Value) -> bool:
     return any(isinstance(size, int) and size > 1 for size in tuple(value.shape or ())[1:])
 
 
-def _updated(present: ir.Value, inputs: Iterable[ir.Value]) -> CachePair | None:
-    """Return the pair of an output that holds past and new rows."""
+def _updated(graph: ir.Graph, present: ir.Value, inputs: Iterable[ir.Value]) -> CachePair | None:
+    """Return the pair of an output that holds past and new rows.
+
+    Raises:
+        UnsupportedError: Rows are written elsewhere than after those of the past.
+    """
     updated = through(present, _is_view)
     node = updated.producer()
     if node is None:
@@ -163,14 +169,20 @@ def _updated(present: ir.Value, inputs: Iterable[ir.Value]) -> CachePair | None:
         past, views = _skip_views(value)
         if past not in inputs or not (operands.is_declared or past.shape):
             continue
-        axis = operands.axis if operands.axis is not None else node.attributes.get_int("axis", -2)
-        axis = _axis_of_past(views, axis, past)
+        axis = _axis_of_past(views, _updated_axis(graph, node, operands), past)
         if operands.is_declared:
             cache_mode = _declared_mode(past, present, axis)
         else:
             cache_mode = "static" if has_trait(node, Trait.SCATTER) else "dynamic"
         return CachePair(past=past, present=present, node=node, operands=operands, axis=axis, cache_mode=cache_mode)
     return None
+
+
+def _updated_axis(graph: ir.Graph, node: ir.Node, operands: CacheOperands) -> int:
+    """Return the axis along which a node updates its first input."""
+    if operands.axis is not None:
+        return operands.axis
+    return WrittenRows(graph).axis(node) if has_trait(node, Trait.SCATTER) else node.attributes.get_int("axis", 0)
 
 
 def _declared_mode(past: ir.Value, present: ir.Value, axis: int) -> CacheMode:

@@ -14,7 +14,7 @@ from kvsurgeon.analysis.attention_sites import CachedOperand
 from kvsurgeon.analysis.cache_points import CachePoint, bottlenecks, choose_cache_point
 from kvsurgeon.analysis.token_flow import Place
 from kvsurgeon.cache.layout import Layout, possible_layouts
-from kvsurgeon.cache.length_inputs import PastLength
+from kvsurgeon.cache.length_inputs import LengthInput, PastLength
 from kvsurgeon.cache.pairs import CacheMode
 from kvsurgeon.errors import Code, UnsupportedError
 
@@ -70,7 +70,7 @@ class CacheSignature:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     past_length: PastLength | None
-    length_input: ir.Value | None
+    length_input: LengthInput | None
     capacity: int | None
 
     def located(self, analysis: Analysis, layouts: Mapping[Kind, Layout] | None = None) -> CacheSignature:

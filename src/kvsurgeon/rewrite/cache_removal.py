@@ -89,7 +89,7 @@ def _remove(model: ir.Model) -> tuple[CacheSignature, int]:
         graph.outputs.remove(pair.present)
     for value in (*empty, *(length.value for length in lengths if length.is_whole_input)):
         graph.inputs.remove(value)
-    for length in lengths:
+    for length in sorted(lengths, key=lambda length: length.is_whole_input):  # elements of an input before the input
         set_to_zero(graph, editor, length)
     dimensions, _ = read_inputs(graph)
     all_dimensions = dimensions | empty_dimensions(empty, pairs, dimensions)
@@ -107,7 +107,7 @@ def _remove(model: ir.Model) -> tuple[CacheSignature, int]:
             replace(entry, rows=folding.current(value).name or "") for entry, value in zip(entries, rows, strict=True)
         ),
         inputs=inputs, outputs=outputs, past_length=past_length, capacity=capacity,
-        length_input=lengths[0].source if past_length == "input" else None,
+        length_input=next((one for one in lengths if one.is_whole_input), None) if past_length == "input" else None,
     )  # fmt: skip
     return signature, editor.edits
 

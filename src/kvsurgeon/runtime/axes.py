@@ -76,6 +76,7 @@ class CacheIO:
         axis: Sequence axis of past and present.
         present_length: Dim of the present along the sequence axis, as declared.
         batch_axis: Batch axis, if the metadata or the dim names give it.
+        is_axis_known: Whether the metadata or the dim names give the sequence axis.
     """
 
     past: ValueInfo
@@ -85,6 +86,7 @@ class CacheIO:
     axis: int
     present_length: Dim = None
     batch_axis: int | None = None
+    is_axis_known: bool = True
 
 
 def cache_entries(
@@ -169,11 +171,15 @@ def has_known_shape(tensor: ValueInfo, axis: int) -> bool:
 def past_axis(tensor: ValueInfo) -> int:
     """Return the sequence axis of a past: by its dim name, else the only named dim after the first axis.
 
+    If all are numbers, it is assumed to be the last but one.
+
     Raises:
-        UsageError: There is no such axis, or there are several.
+        UsageError: There are several such axes, or too few.
     """
     named = [place for place, axis in enumerate(axes_of(tensor)) if axis in ("past", "capacity", "max")]
     found = named or [place for place, dim in enumerate(tensor.dims) if place and isinstance(dim, str)]
+    if not found and len(tensor.dims) > 2:
+        return len(tensor.dims) - 2
     if len(found) != 1:
         raise UsageError(
             f"expected one dim called past_sequence_length, found {list(tensor.dims)} - at `{tensor.name}`"
@@ -209,6 +215,7 @@ def _entry(index: int, past: ValueInfo, present: ValueInfo, layouts: Mapping[str
         axis=axis,
         present_length=present.dims[axis] if axis < len(present.dims) else None,
         batch_axis=axes.index("batch") if "batch" in axes else None,
+        is_axis_known=bool(layout) or not isinstance(past.dims[axis], int),
     )
 
 

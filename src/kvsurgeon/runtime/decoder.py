@@ -8,9 +8,9 @@ import numpy as np
 
 from kvsurgeon.errors import UsageError
 from kvsurgeon.runtime.axes import Axis, CacheIO, axes_of, axis_of, find_cache, slice_axes
-from kvsurgeon.runtime.cache_managers import find_length_input, open_cache_manager, read_cache_metadata
+from kvsurgeon.runtime.cache_managers import UNFILLED, find_length_input, open_cache_manager, read_cache_metadata
 from kvsurgeon.runtime.feeds import DecoderInputs, InputSpec, fixed_size, inputs_of, pad_axis
-from kvsurgeon.runtime.open_dims import resolve_head_dims
+from kvsurgeon.runtime.open_dims import resolve_axes, resolve_head_dims
 from kvsurgeon.runtime.session import Session
 from kvsurgeon.runtime.tensors import Array, ValueInfo, from_runtime, to_runtime
 
@@ -57,7 +57,9 @@ class CachedDecoder:
         self.use_inputs(inputs_of(inputs, {entry.past.name for entry in cache}))
         self.outputs = tuple(self._declared.with_dims(one) for one in session.outputs if one.name not in presents)
         self.past_length = 0
-        self.cache = resolve_head_dims(cache, self._run_one_token)
+        cache = resolve_axes(resolve_head_dims(cache, self._run_one_token), self._run_one_token, UNFILLED)
+        self.cache_manager = open_cache_manager(cache, self._declared)
+        self.cache = cache
 
     @property
     def logits(self) -> str:
@@ -133,8 +135,8 @@ class CachedDecoder:
         one_by_one = self.past_length and not self._declared.batch_chunks and self.inputs.size(feeds, "batch") > 1
         return 1 if one_by_one else new
 
-    def _run_one_token(self, cache: Sequence[CacheIO]) -> None:
-        """Run the model on one token with these cache inputs and outputs.
+    def _run_one_token(self, cache: Sequence[CacheIO]) -> dict[str, Array]:
+        """Run the model on one token with these cache inputs and outputs, and return the pasts of the next call.
 
         Raises:
             RunError: The model fails.
@@ -142,7 +144,9 @@ class CachedDecoder:
         self.cache_manager = open_cache_manager(cache, self._declared)
         ones = np.ones((self.batch or 1, self.step_length or 1), np.int64)
         self.run(self.inputs.feeds(np.zeros_like(ones), ones))
+        pasts = {entry.past.name: self.cache_manager.rows(entry, self.cache_manager.capacity or 1) for entry in cache}
         self.reset()
+        return pasts
 
     def _call(self, feeds: Mapping[str, Array], new: int, size: int) -> dict[str, Array]:
         """Run `new` tokens in one call of `size` tokens."""

@@ -249,6 +249,8 @@ def _token_input(tensors: Sequence[ValueInfo], axes: Mapping[str, tuple[Axis, ..
     names = [t.name for t in tensors if t.integer and "sequence" in axes[t.name] and "total" not in axes[t.name]]
     named = [name for name in names if name.endswith("input_ids")]
     others = [name for name in names if not any(word in name.lower() for word in ("mask", "pos", "type", "segment"))]
+    if any({"batch", "sequence"} <= set(found) for found in axes.values()):  # positions are given for all sequences
+        others = [name for name in others if "batch" in axes[name]]
     return next(iter(named + others), None)
 
 
@@ -274,7 +276,9 @@ def _value(spec: InputSpec, tokens: Tokens, mask: Tokens, token_types: int) -> A
     if spec.kind in ("padding_mask", "query_key_mask"):
         visible = mask.astype(bool) if spec.kind == "padding_mask" else _visible_keys(mask)
         return _arranged(spec, np.where(visible, 0.0, spec.masked_value) if spec.masked_value else visible)
-    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)  # padding does not advance them
+    if "batch" not in spec.axes:
+        mask = np.ones_like(mask)
+    positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)  # padding does not advance those of its sequence
     return _arranged(spec, {"tokens": tokens, "positions": positions, "token_types": tokens % token_types}[spec.kind])
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT, Layout, declared_shape
+from kvsurgeon.cache.length_inputs import LengthInput
 from kvsurgeon.cache.signature import CacheSignature, Kind, SignatureEntry
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
@@ -20,7 +21,8 @@ from kvsurgeon.resizing.lengths import INT64
 from kvsurgeon.rewrite import cache_removal
 from kvsurgeon.rewrite.cache_metadata import read_cache_metadata, write_cache_metadata
 from kvsurgeon.rewrite.cache_options import CacheOptions
-from kvsurgeon.rewrite.cache_plan import PAST_LENGTH
+from kvsurgeon.rewrite.cache_plan import PAST_LENGTH, first_position
+from kvsurgeon.symbolic.dimension import NEW
 
 _RETARGET_HINT = "retarget changes the cache"
 
@@ -137,10 +139,11 @@ def _options(signature: CacheSignature) -> CacheOptions:
     if signature.past_length is None:
         raise _not_restorable(first, "at most one input that gives the number of past tokens", "several")
     source = signature.length_input
-    if source is not None and any(size != 1 for size in declared_shape(source)):
+    if source is not None and source.is_per_sequence:
         raise UnsupportedError(
             "the number of past tokens is given for each sequence of the batch, which cannot be restored",
-            code=Code.UNKNOWN_CACHE, at=source.name, expected="one number", found=str(list(declared_shape(source))),
+            code=Code.UNKNOWN_CACHE, at=source.source.name, expected="one number",
+            found=str(list(declared_shape(source.source))),
             hint=_RETARGET_HINT,
         )  # fmt: skip
     return CacheOptions(
@@ -177,17 +180,19 @@ def _restore_names(editor: Editor, entries: Sequence[SignatureEntry], kind: str)
             value.name = name
 
 
-def _restore_length_input(editor: Editor, source: ir.Value) -> None:
-    """Give the input of the number of past tokens the name, type and shape of another."""
-    inputs, name, shape = editor.graph.inputs, source.name or "", declared_shape(source)
+def _restore_length_input(editor: Editor, length: LengthInput) -> None:
+    """Give the input of the number of past tokens the name, type and shape of another, which may hold positions."""
+    inputs, source, name = editor.graph.inputs, length.source, length.source.name or ""
     index = next(index for index, value in enumerate(inputs) if value.name == PAST_LENGTH)
     editor.release_name(name)
-    number = restored = ir.Value(name=name, type=source.type, shape=ir.Shape(shape))
+    shape = declared_shape(source)
+    if length.counts_up:
+        shape = (*shape[:-1], str(NEW))
+    restored = number = ir.Value(name=name, type=source.type, shape=ir.Shape(shape))
+    if shape != (1,):
+        number = first_position(editor, restored, name=f"{name}.flat")
     if source.dtype is not INT64:
         number = editor.node("Cast", [number], {"to": int(INT64)}, name=f"{name}.int64", dtype=INT64)
-    if shape != (1,):
-        target = editor.constant([1], name="shape")
-        number = editor.node("Reshape", [number, target], name=f"{name}.flat", dtype=INT64, shape=[1])
     inputs[index].replace_all_uses_with(number)
     inputs[index] = restored
     editor.finish()
