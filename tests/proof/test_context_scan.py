@@ -151,6 +151,16 @@ def test_one_later_key_in_a_table_of_other_numbers_limits_the_length():
     assert Subject.of(read_with(attention(masked=masked), table=table)).proof().limit == 553
 
 
+def test_a_mask_table_with_more_elements_than_are_scanned_is_scanned_by_its_rows():
+    table = np.tri(6000, dtype=bool)
+    table[3000, 3003] = True
+    allowed = (
+        "n1 = Unsqueeze(length, first)\n both = Concat<axis = 0>(n1, n1)\n corner = Concat<axis = 0>(first, first)\n"
+        "allowed = Slice(table, corner, both)"
+    )
+    assert Subject.of(read_with(attention(allowed=allowed), table=table)).proof().limit == 3003
+
+
 def test_rows_of_quantized_weights_are_checked_at_long_lengths():
     """Quantization has three outputs, which the rows are computed from."""
     after = "q8, step, zero = DynamicQuantizeLinear(w0)\n w1 = DequantizeLinear(q8, step, zero)\n w = Identity(w1)"

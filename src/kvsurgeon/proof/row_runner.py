@@ -24,6 +24,7 @@ from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner, not_runnable, without_bfloat16
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.execution import build_model, initializer, open_session
 from kvsurgeon.graph.query import upstream
@@ -78,7 +79,11 @@ class RowRunner:
                 for value, wanted in zip(self.outputs, axes, strict=True)
             ]
             self._session = self._open(made, graph, totals, flow.opsets)
-            self._shapes = [(flow.shapes[value].shape or (), axes) for value, axes in slices.made()]
+            self._shapes = [
+                (flow.shapes[value].shape or (), axes)
+                for value, axes in slices.made()
+                if axes or constant_tensor(value) is None  # a whole table is fed, not computed
+            ]
             self._shapes += [(flow.shapes[value].shape or (), flow.axes.get(value, ())) for value in self.inputs.probed]
         except UnsupportedError:
             raise
