@@ -364,14 +364,29 @@ def _segment_of_table_apart(context: Context, causal: str, at: int) -> str:
 
 
 def _rounded(context: Context, causal: str, at: int) -> str:
-    """Compare positions in half precision, which does not tell apart neighbors beyond 2048."""
+    """Compare positions in 16 bits, which do not tell apart neighbors beyond 2048 or, as bfloat16, 256."""
     write = context.write
-    queries, keys = (write.to_float(write("Cast", one, to=TensorProto.FLOAT16)) for one in _grid(context))
+    narrow = TensorProto.FLOAT16 if at == 2048 else TensorProto.BFLOAT16
+    queries, keys = (write.to_float(write("Cast", one, to=narrow)) for one in _grid(context))
     return str(write("LessOrEqual", keys, queries))
 
 
 def _rounded_and_causal(context: Context, causal: str, at: int) -> str:
     return str(context.write("And", causal, _rounded(context, causal, at)))
+
+
+def _overflowing(context: Context, causal: str, at: int) -> str:
+    """Compare positions as integers that wrap around: products of int64, or bytes."""
+    write = context.write
+    if at == 255:
+        queries, keys = (write.to_int(write("Cast", one, to=TensorProto.UINT8)) for one in _grid(context))
+    else:
+        queries, keys = (write("Mul", one, np.int64(1 << 53)) for one in _grid(context))
+    return str(write("LessOrEqual", keys, queries))
+
+
+def _overflowing_and_causal(context: Context, causal: str, at: int) -> str:
+    return str(context.write("And", causal, _overflowing(context, causal, at)))
 
 
 def _third_sequence(context: Context, causal: str, at: int) -> str:
@@ -417,7 +432,8 @@ KINDS: Mapping[str, MaskKind] = {
         MaskKind(name="look-ahead-once", adversarial=_look_ahead_once, benign=_closed_place),
         MaskKind(name="hidden-segment", adversarial=_hidden_segment, benign=_hidden_segment_apart),
         MaskKind(name="segment-of-table", adversarial=_segment_of_table, benign=_segment_of_table_apart),
-        MaskKind(name="half-precision", adversarial=_rounded, benign=_rounded_and_causal, thresholds=(2048,)),
+        MaskKind(name="half-precision", adversarial=_rounded, benign=_rounded_and_causal, thresholds=(2048, 256)),
+        MaskKind(name="overflow", adversarial=_overflowing, benign=_overflowing_and_causal, thresholds=(1023, 255)),
         MaskKind(name="third-sequence", adversarial=_third_sequence, benign=_third_sequence_causal, thresholds=(2,)),
         MaskKind(name="bias-table-open", adversarial=_bias_table_open, benign=_bias_table_closed, place="bias"),
         MaskKind(name="trilu-of-length", adversarial=_diagonal_of_length, benign=_two_diagonals),

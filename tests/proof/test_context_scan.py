@@ -25,6 +25,7 @@ POSITIONS = [
      f"{CAUSAL}\n f = Cast<to = 1>(column)\n a = Mul(f, speed)\n b = Sin(a)\n c1 = Greater(b, near)\n end = Add(column, four)\n d = Less(row, end)\n"
      "e = And(c1, d)\n allowed = Or(causal, e)", 347),
     ("the precision of positions", "", "i0 = Cast<to = 10>(row)\n j0 = Cast<to = 10>(column)\n i = Cast<to = 1>(i0)\n j = Cast<to = 1>(j0)\n allowed = LessOrEqual(i, j)", 2049),
+    ("the precision of positions in bfloat16", "", "i0 = Cast<to = 16>(row)\n j0 = Cast<to = 16>(column)\n i = Cast<to = 1>(i0)\n j = Cast<to = 1>(j0)\n allowed = LessOrEqual(i, j)", 257),
     ("an overflow of positions", "int32 factor = {2097152}, int32 zero = {0}, int64 more = {30}",
      f"{CAUSAL}\n i = Cast<to = 6>(column)\n f = Mul(i, factor)\n over = Less(f, zero)\n end = Add(column, more)\n d = Less(row, end)\n"
      "e = And(over, d)\n allowed = Or(causal, e)", 1025),
@@ -133,6 +134,14 @@ def test_a_byte_that_overflows_limits_the_length():
     written = "n = Cast<to = 3>(length)\n over = Less(n, zero)\n f = Where(over, half, unit)\n s = Mul(s0, f)"
     model = read(attention(constants="int8 zero = {0}, float unit = {1.0}", scores=written))
     assert Subject.of(model).proof().limit < 128
+
+
+def test_a_length_that_bfloat16_rounds_limits_the_length():
+    written = (
+        "n = Cast<to = 1>(length)\n n0 = Cast<to = 16>(n)\n n1 = Cast<to = 1>(n0)\n d = Sub(n, n1)\n f0 = Abs(d)\n f = Add(f0, unit)\n"
+        "s = Mul(s0, f)"
+    )
+    assert Subject.of(read(attention(constants="float unit = {1.0}", scores=written))).proof().limit == 256
 
 
 def test_a_sign_that_changes_at_forty_tokens_is_rejected():

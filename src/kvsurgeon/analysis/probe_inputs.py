@@ -133,9 +133,10 @@ def position_input(given: InputRole, rows: Rows) -> np.ndarray:
     """Return the array for an input of positions: 0, 1, 2, ..."""
     sizes = _input_sizes(given, rows)
     shape = [size if axis in given.lengths else 1 for axis, size in enumerate(sizes)]
-    dtype = run_dtype(given.value.dtype or ir.DataType.INT64)
+    dtype = given.value.dtype or ir.DataType.INT64
     positions = rows.queries if Length.NEW in given.lengths.values() else rows.keys
-    return np.broadcast_to(positions.reshape(shape), sizes).astype(dtype.numpy())
+    rounded = positions.reshape(shape).astype(dtype.numpy()).astype(run_dtype(dtype).numpy())
+    return np.broadcast_to(rounded, sizes)
 
 
 def _input_sizes(given: InputRole, rows: Rows) -> list[int]:

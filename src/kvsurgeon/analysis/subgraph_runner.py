@@ -13,6 +13,7 @@ import onnx_ir as ir
 from kvsurgeon.analysis.mask_patterns import MaskPattern, unmasked
 from kvsurgeon.analysis.probe_feeds import Feed, ProbeFeeds
 from kvsurgeon.analysis.probe_inputs import Rows, at_length
+from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.errors import Code, UnsupportedError
@@ -58,7 +59,7 @@ class SubgraphRunner:
             self.nodes = self._find_nodes()
             self._check_sizes()
             model = build_model(
-                [without_bfloat16(ir.to_proto(node)) for node in self.nodes], inputs=self.inputs.types,
+                [proto for node in self.nodes for proto in self._run_nodes(node)], inputs=self.inputs.types,
                 outputs=[value.name for value in outputs], opsets=flow.opsets, initializers=self.inputs.initializers,
             )  # fmt: skip
             self._session = open_session(model)
@@ -100,6 +101,11 @@ class SubgraphRunner:
                     "the subgraph reads a value of an outer graph", code=Code.CONTROL_FLOW, at=value.name
                 )
         return sorted(dict.fromkeys(nodes), key=lambda node: self.flow.order[node])
+
+    def _run_nodes(self, node: ir.Node) -> list[onnx.NodeProto]:
+        is_context = not any(is_token(self.flow, value) for value in node.outputs)
+        dtypes = [self.flow.shapes[value].dtype for value in node.outputs]
+        return without_bfloat16(ir.to_proto(node), dtypes if is_context else ())
 
     def _check_sizes(self) -> None:
         """Check that no tensor is too large to compute whatever the length, as one of a constant size may be."""
@@ -144,15 +150,28 @@ class SubgraphRunner:
             )  # fmt: skip
 
 
-def without_bfloat16(node: onnx.NodeProto) -> onnx.NodeProto:
-    """Return a node that computes float32 in place of bfloat16."""
+def without_bfloat16(node: onnx.NodeProto, rounded: Sequence[ir.DataType | None] = ()) -> list[onnx.NodeProto]:
+    """Return nodes that compute float32 in place of bfloat16.
+
+    Args:
+        node: A node.
+        rounded: The types of its outputs if those of bfloat16 are to be rounded to it: positions that are equal in
+            bfloat16 must be equal in a run. Attention weights are not rounded, so that rounding hides no difference.
+    """
     for attribute in node.attribute:
         if attribute.name in ("to", "dtype") and attribute.i == onnx.TensorProto.BFLOAT16:
             attribute.i = onnx.TensorProto.FLOAT
         if attribute.HasField("t") and attribute.t.data_type == onnx.TensorProto.BFLOAT16:
             array = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
             attribute.t.CopyFrom(onnx.numpy_helper.from_array(array))
-    return node
+    nodes = [node]
+    for place, (name, dtype) in enumerate(zip(node.output, rounded, strict=False)):
+        if name and dtype is ir.DataType.BFLOAT16:
+            exact, narrow = f"{name}.exact", f"{name}.bfloat16"
+            node.output[place] = exact
+            nodes.append(onnx.helper.make_node("Cast", [exact], [narrow], to=onnx.TensorProto.BFLOAT16))
+            nodes.append(onnx.helper.make_node("Cast", [narrow], [name], to=onnx.TensorProto.FLOAT))
+    return nodes
 
 
 def not_runnable(value: ir.Value, error: Exception) -> UnsupportedError:

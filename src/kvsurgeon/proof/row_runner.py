@@ -8,7 +8,7 @@ later tokens behind it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,7 @@ class RowRunner:
         tokens = TokenRewriter(slices, {node: tuple(node.inputs) for node in whole.nodes})
         self.inputs = ProbeFeeds(flow, () if site is None else site.weight_sources, () if site is None else site.ends)
         totals: list[ir.Value] = []
+        copies: set[ir.Node] = set()  # of nodes of token data
         try:
             for node, index in () if site is None else site.other_inputs:
                 value = node.inputs[index]
@@ -73,12 +74,12 @@ class RowRunner:
                     totals.append(total)
             for node in whole.nodes:
                 if any(is_token(flow, value) for value in node.outputs):
-                    tokens.copy(node)
+                    copies.add(tokens.copy(node))
             made = [
                 tokens.copied(value) if is_token(flow, value) else slices.slice_of(value, wanted)
                 for value, wanted in zip(self.outputs, axes, strict=True)
             ]
-            self._session = self._open(made, graph, totals, flow.opsets)
+            self._session = self._open(made, graph, totals, copies, flow.opsets)
             self._shapes = [
                 (flow.shapes[value].shape or (), axes)
                 for value, axes in slices.made()
@@ -95,8 +96,9 @@ class RowRunner:
                     node.replace_input_with(index, None)
 
     def _open(
-        self, outputs: Sequence[ir.Value], graph: ir.Graph, totals: Iterable[ir.Value], opsets: Mapping[str, int]
-    ) -> InferenceSession:
+        self, outputs: Sequence[ir.Value], graph: ir.Graph, totals: Iterable[ir.Value], copies: Collection[ir.Node],
+        opsets: Mapping[str, int],
+    ) -> InferenceSession:  # fmt: skip
         """Open a session that computes the outputs; the totals are fed."""
         names = {value: f"rows.constant.{place}" for place, value in enumerate(graph.initializers.values())}
         nodes: list[ir.Node] = []
@@ -127,7 +129,8 @@ class RowRunner:
             if (tensor := value.const_value) is not None
         ]
         model = build_model(
-            [_renamed(node, names) for node in _in_order(nodes)], inputs=types, opsets=opsets,
+            [proto for node in _in_order(nodes) for proto in _renamed(node, names, rounded=node not in copies)],
+            inputs=types, opsets=opsets,
             outputs=[names.get(value, value.name) for value in outputs],
             initializers=[*self.inputs.initializers, *constants],
         )  # fmt: skip
@@ -163,12 +166,12 @@ def _scalar(name: str) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(INT64), shape=ir.Shape([]))
 
 
-def _renamed(node: ir.Node, names: dict[ir.Value, str]) -> onnx.NodeProto:
-    """Return a node whose values have unique names, although it comes from one of two graphs."""
-    proto = without_bfloat16(ir.to_proto(node))
+def _renamed(node: ir.Node, names: dict[ir.Value, str], *, rounded: bool) -> list[onnx.NodeProto]:
+    """Return a node with unique names of values, although it comes from one of two graphs; see `without_bfloat16`."""
+    proto = ir.to_proto(node)
     proto.input[:] = ["" if value is None else names.get(value, value.name or "") for value in node.inputs]
     proto.output[:] = [names[value] for value in node.outputs]
-    return proto
+    return without_bfloat16(proto, [value.dtype for value in node.outputs] if rounded else ())
 
 
 def _in_order(nodes: Sequence[ir.Node]) -> list[ir.Node]:
