@@ -34,6 +34,7 @@ class ValueNumbering:
             that computes it (by identity if there is none). Default: the content of small constants.
         operand: Returns a key for the input of a node that replaces the number of the value there, or None. It serves
             inputs that do not matter, such as learned weights.
+        source: Returns the value that a value is a copy of, whose number it gets, or None.
         keys: Numbers by key, filled on the way.
     """
 
@@ -42,10 +43,12 @@ class ValueNumbering:
         leaf: Callable[[ir.Value], Hashable | None] | None = None,
         *,
         operand: Callable[[ir.Node, int], Hashable | None] | None = None,
+        source: Callable[[ir.Value], ir.Value | None] | None = None,
         keys: dict[Hashable, int] | None = None,
     ) -> None:
         self._leaf = constant_key if leaf is None else leaf
         self._operand = operand
+        self._source = source
         self._keys = {} if keys is None else keys
         self._numbers: dict[ir.Value, int] = {}
 
@@ -56,6 +59,12 @@ class ValueNumbering:
             current = pending[-1]
             if current in self._numbers:
                 pending.pop()
+                continue
+            if self._source is not None and (copied := self._source(current)) is not None:
+                if copied in self._numbers:
+                    self._numbers[current] = self._numbers[copied]
+                else:
+                    pending.append(copied)
                 continue
             key = self._leaf(current)
             node = current.producer()

@@ -15,11 +15,11 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.token_flow import Place
+from kvsurgeon.dataflow.element_expressions import ElementExpressions
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.query import all_inputs
 from kvsurgeon.ops.operator import AxisLinks, Label, Operator, Trait, UntraceableAxesError
 from kvsurgeon.ops.table import axis_links, has_trait, operator_of
-from kvsurgeon.proof.element_expressions import ElementExpressions
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import LENGTH, Dimension
 from kvsurgeon.symbolic.fact import OperatorCall
@@ -45,8 +45,9 @@ class LengthDependence:
     def __init__(self, analysis: Analysis) -> None:
         self.flow = analysis.flow
         self.causes: dict[ir.Value, ir.Value] = {}
+        self._same = analysis.same
         self._axes: dict[ir.Value, Axes] = {}  # of each stable value: the axes that have an element for each position
-        self._elements = ElementExpressions(self.flow)
+        self._elements = ElementExpressions(self.flow.shapes)
         for given in analysis.inputs:
             self._axes[given.value] = tuple(SequenceAxis(axis, _TOKENS) for axis in given.lengths)
         for node in self.flow.order:
@@ -81,6 +82,9 @@ class LengthDependence:
     def _visit(self, node: ir.Node) -> None:
         operator, call = operator_of(node), self.flow.shapes.call(node)
         for index, output in enumerate(node.outputs):
+            if (first := self._same.get(output)) is not None:
+                self._repeat(output, first)
+                continue
             fact = self.flow.shapes.facts.get(output)
             try:
                 if fact is not None and fact.value is not None:
@@ -95,6 +99,13 @@ class LengthDependence:
             else:
                 self._axes[output] = axes
 
+    def _repeat(self, value: ir.Value, first: ir.Value) -> None:
+        """Take for a value what was found of an earlier one that is computed alike."""
+        if first in self.causes:
+            self.causes[value] = self.causes[first]
+        else:
+            self._axes[value] = self._axes.get(first, ())
+
     def _output_axes(self, node: ir.Node, operator: Operator | None, call: OperatorCall, index: int) -> Axes:
         """Return the axes of an output that have an element for each position.
 
@@ -103,8 +114,6 @@ class LengthDependence:
         """
         shape = call.results[index].shape if index < len(call.results) else None
         links = None if operator is None else axis_links(call)
-        if links is not None and links.addressing == "scatter_nd" and self._elements.writes_each_element(node):
-            return self._axes_or_cause(node.inputs[2])
         read = self._read_by_value(node, operator, links)
         values = [value for i in read if (value := node.inputs[i]) is not None]
         captured = [value for value in all_inputs(node) if value not in node.inputs]
@@ -131,11 +140,6 @@ class LengthDependence:
             if links.addressing == "rows" and self._elements.address_tokens(node.inputs[1]):
                 others.add(1)
         return [index for index in range(len(node.inputs)) if index not in others]
-
-    def _axes_or_cause(self, value: ir.Value | None) -> Axes:
-        if value is None or value in self.causes:
-            raise _DependsError(None if value is None else self.causes[value])
-        return self._axes.get(value, ())
 
     def _linked(
         self, node: ir.Node, call: OperatorCall, links: AxisLinks, index: int, shape: Sequence[Dimension],

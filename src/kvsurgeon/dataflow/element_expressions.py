@@ -13,10 +13,9 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
-from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.ops.operator import AxisLinks, Labels, Trait, UntraceableAxesError
-from kvsurgeon.ops.table import axis_links, operator_of
+from kvsurgeon.ops.table import axis_links, has_trait, operator_of
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import LENGTH, Dimension
 from kvsurgeon.symbolic.fact import Fact, OperatorCall
@@ -34,8 +33,8 @@ def index(axis: int) -> sympy.Symbol:
 class ElementExpressions:
     """Expressions of the elements of whole-number tensors, each computed on first use."""
 
-    def __init__(self, flow: TokenFlow) -> None:
-        self.shapes: Shapes = flow.shapes
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes = shapes
         self._found: dict[ir.Value, Expressions | None] = {}
 
     def of(self, value: ir.Value | None) -> Expressions | None:
@@ -65,18 +64,31 @@ class ElementExpressions:
         places = [axis for axis, size in enumerate(shape) if size == LENGTH]
         return LENGTH not in rows.free_symbols and (rest == 0 or any(rest == index(axis) for axis in places))
 
-    def writes_each_element(self, node: ir.Node) -> bool:
-        """Return whether a `ScatterND` writes every element of its data to the place that it has in the updates."""
-        data, expressions = self.shapes[node.inputs[0]].shape, self.of(node.inputs[1])  # type: ignore[index]
-        updates = self.shapes[node.inputs[2]].shape  # type: ignore[index]
-        if data is None or updates is None or expressions is None or len(expressions) != len(data):
-            return False
+    def copied(self, value: ir.Value) -> ir.Value | None:
+        """Return the updates of a `ScatterND` that writes each of them to its own place, so that its result is a copy.
+
+        Return None if it writes them to other places, or if some element of its data remains.
+        """
+        node = value.producer()
+        if node is None or not has_trait(node, Trait.SCATTER) or len(node.inputs) != 3:
+            return None
+        links = axis_links(self.shapes.call(node))
+        if links is None or links.addressing != "scatter_nd":
+            return None
         if node.attributes.get_string("reduction", "none") != "none":  # the data remains in the result
-            return False
-        return data == updates and all(
+            return None
+        places, updates = node.inputs[1:]
+        expressions = self.of(places)
+        if updates is None or expressions is None:
+            return None
+        shape, size_written = self.shapes[value].shape, self.shapes[updates].shape
+        if shape is None or shape != size_written or len(expressions) != len(shape):
+            return None
+        in_place = all(
             expression == index(axis) or (size == 1 and expression == 0)
-            for axis, (expression, size) in enumerate(zip(expressions, data, strict=True))
+            for axis, (expression, size) in enumerate(zip(expressions, shape, strict=True))
         )
+        return updates if in_place else None
 
     def _computed(self, value: ir.Value) -> Expressions | None:
         fact, node = self.shapes.facts.get(value), value.producer()
