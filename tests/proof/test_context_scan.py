@@ -12,6 +12,8 @@ from written import read
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
+from kvsurgeon.proof.row_checks import MAX_RUN
+from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.run_and_save import run_and_save
 
@@ -197,3 +199,19 @@ def test_a_band_of_short_lengths_limits_the_length(begin, place, written):
     )
     model = read(attention(constants=constants, **{place: band + written}))
     assert Subject.of(model).proof().limit == begin - 1
+
+
+def test_a_mask_that_is_computed_whole_is_scanned_in_runs_of_bounded_size(monkeypatch):
+    allowed = (
+        "square = Mul(length, length)\n flat = Range(nought, square, one)\n i = Div(flat, length)\n j = Mod(flat, length)\n"
+        "n1 = Unsqueeze(length, first)\n both = Concat<axis = 0>(n1, n1)\n le = LessOrEqual(j, i)\n allowed = Reshape(le, both)"
+    )
+    run, largest = RowRunner.run, []
+
+    def measured(runner, rows, *options, **named):
+        largest.append(runner.elements(rows))
+        return run(runner, rows, *options, **named)
+
+    monkeypatch.setattr(RowRunner, "run", measured)
+    assert Subject.of(read(attention(allowed=allowed))).proof().limit > 2000
+    assert max(largest) <= MAX_RUN

@@ -78,6 +78,7 @@ class ProbeFeeds:
         self.initializers: list[onnx.TensorProto] = []
         self._totals: list[str] = []  # names of the feeds for all tokens in place of the new ones
         self._assumptions = {} if assumptions is None else assumptions
+        self._last: tuple[Rows, dict[str, np.ndarray]] | None = None
         self._roles = {given.value: given for given in flow.inputs}
         self.probed = frozenset(value for value in probed if not self._is_made_of_positions(value))
         self._computed = set(downstream(self.probed, stop=lambda node: node in stops))
@@ -139,7 +140,7 @@ class ProbeFeeds:
             tokens: [total], the number of the token at each position; 0, 1, 2, ... by default.
             second_tokens: [total], the same for the second sequence if it differs from the first.
         """
-        feeds = {name: np.asarray(feed(rows)) for name, feed in self.feeds.items()}
+        feeds = self._arrays_at(rows)
         for name in self._totals if scale != 1.0 else ():
             feeds[name] = (feeds[name] * scale).astype(feeds[name].dtype)
         for value in self.probed if tokens is not None or scale != 1.0 else ():
@@ -155,6 +156,12 @@ class ProbeFeeds:
             visible = mask(rows.total) if only_input in (None, given) else np.ones(rows.total, dtype=bool)
             feeds[given.value.name or ""] = mask_input(given, visible, only_sequence, rows)
         return feeds
+
+    def _arrays_at(self, rows: Rows) -> dict[str, np.ndarray]:
+        """Return the array of each feed; those of the last rows are kept, since they are run with several masks."""
+        if self._last is None or self._last[0] != rows:
+            self._last = rows, {name: np.asarray(feed(rows)) for name, feed in self.feeds.items()}
+        return dict(self._last[1])
 
     def _is_made_of_positions(self, value: ir.Value) -> bool:
         """Return whether token data is computed from position inputs alone."""

@@ -105,7 +105,7 @@ class SubgraphRunner:
     def _run_nodes(self, node: ir.Node) -> list[onnx.NodeProto]:
         is_context = not any(is_token(self.flow, value) for value in node.outputs)
         dtypes = [self.flow.shapes[value].dtype for value in node.outputs]
-        return without_bfloat16(ir.to_proto(node), dtypes if is_context else ())
+        return without_bfloat16(ir.serde.serialize_node(node), dtypes if is_context else ())
 
     def _check_sizes(self) -> None:
         """Check that no tensor is too large to compute whatever the length, as one of a constant size may be."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,7 @@ from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
-from kvsurgeon.graph.query import producers, upstream
+from kvsurgeon.graph.query import upstream
 from kvsurgeon.ops.content import content_inputs
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
@@ -29,22 +30,33 @@ MAX_FOUND = 32  # positions or lengths of one value at which it changes
 FLOAT_KINDS = "fV"  # kinds of numpy types; V is that of bfloat16, which numpy does not know
 
 
-def find_thresholds(flow: TokenFlow, values: Iterable[ir.Value | None]) -> tuple[int, ...]:
-    """Return the numbers that context may compare a length or a position with.
+class Thresholds:
+    """Finds the numbers that context may compare a length or a position with, each table read once.
 
     Args:
         flow: The token flow of the graph.
-        values: Values that are computed from the context.
     """
-    numbers: set[float] = set()
-    values = list(values)
-    for node in producers(upstream(values, inputs=content_inputs)):
-        if has_trait(node, Trait.LENGTH_SENSITIVE) and flow.kinds.get(node.outputs[0]) is ValueKind.CONTEXT:
-            for value in node.inputs:
-                numbers |= _lengths(small_constant(value))
-    for table in _tables(values):
-        numbers |= set(irregular_rows(table))
-    return tuple(sorted({round(number) for number in numbers}))
+
+    def __init__(self, flow: TokenFlow) -> None:
+        self.flow = flow
+        self._irregular: dict[ir.Value, list[int]] = {}
+
+    def find(self, values: Iterable[ir.Value | None]) -> tuple[int, ...]:
+        """Return the numbers for values that are computed from context."""
+        numbers: set[float] = set()
+        for value in upstream(values, inputs=content_inputs):
+            if (node := value.producer()) is None or constant_tensor(value) is not None:
+                numbers |= set(self._irregular_rows(value))
+            elif has_trait(node, Trait.LENGTH_SENSITIVE) and self.flow.kinds.get(value) is ValueKind.CONTEXT:
+                numbers |= {number for source in node.inputs for number in _lengths(small_constant(source))}
+        return tuple(sorted({round(number) for number in numbers}))
+
+    def _irregular_rows(self, value: ir.Value) -> list[int]:
+        """Return the irregular rows of a constant table of which context reads a square part, such as a mask."""
+        if value not in self._irregular:
+            table = _table(value)
+            self._irregular[value] = [] if table is None else irregular_rows(table)
+        return self._irregular[value]
 
 
 def lengths_near(thresholds: Iterable[int]) -> tuple[int, ...]:
@@ -56,10 +68,10 @@ def numbers_of(constant: np.ndarray | None) -> list[float]:
     """Return the distinct numbers of a constant that are not 0, and the reciprocal of a single one."""
     if constant is None or constant.dtype.kind not in f"iu{FLOAT_KINDS}":
         return []
-    numbers = np.unique(constant.astype(np.float64))
-    numbers = numbers[(numbers != 0) & np.isfinite(numbers)]
-    with np.errstate(over="ignore"):
-        return [*numbers.tolist(), *((1 / numbers).tolist() if constant.size == 1 else [])]
+    numbers = {
+        number for number in constant.reshape(-1).astype(np.float64).tolist() if number != 0 and math.isfinite(number)
+    }
+    return sorted(numbers) + [1 / number for number in numbers if constant.size == 1]
 
 
 def _lengths(constant: np.ndarray | None) -> set[float]:
@@ -70,19 +82,16 @@ def _lengths(constant: np.ndarray | None) -> set[float]:
     return {abs(one) for one in numbers if 1 <= abs(one) < MAX_LENGTH} if len(numbers) <= MAX_NUMBERS else set()
 
 
-def _tables(values: Iterable[ir.Value | None]) -> Iterator[np.ndarray]:
-    """Yield the constant tables of which context reads a square part, such as a mask."""
-    for value in upstream(values, inputs=content_inputs):
-        tensor = constant_tensor(value)
-        shape = () if tensor is None else tuple(int(size) for size in tensor.shape.numpy())
-        if tensor is None or len(shape) < 2 or min(shape[-2:]) < SMALLEST_TABLE or tensor.size > MAX_TABLE:
-            continue
-        if tensor.dtype.is_string():
-            continue
-        try:
-            yield np.asarray(tensor.numpy())
-        except (OSError, ValueError):  # its file is missing
-            continue
+def _table(value: ir.Value) -> np.ndarray | None:
+    """Return a constant that is large enough to be a table of positions by positions; None for others."""
+    tensor = constant_tensor(value)
+    shape = () if tensor is None else tuple(int(size) for size in tensor.shape.numpy())
+    if tensor is None or len(shape) < 2 or min(shape[-2:]) < SMALLEST_TABLE or tensor.size > MAX_TABLE:
+        return None
+    try:
+        return None if tensor.dtype.is_string() else np.asarray(tensor.numpy())
+    except (OSError, ValueError):  # its file is missing
+        return None
 
 
 def irregular_rows(table: np.ndarray) -> list[int]:

@@ -43,7 +43,7 @@ def build_model(
     inputs = inputs or {}
     graph = onnx.GraphProto(name="subgraph")
     for node in nodes:
-        proto = ir.to_proto(node) if isinstance(node, ir.Node) else node
+        proto = ir.serde.serialize_node(node) if isinstance(node, ir.Node) else node
         if any(name in inputs for name in proto.output):
             proto.output[:] = [f"{name}.computed" if name in inputs else name for name in proto.output]
         graph.node.append(proto)
@@ -57,7 +57,7 @@ def build_model(
 
 def initializer(name: str | None, tensor: ir.TensorProtocol) -> onnx.TensorProto:
     """Return a constant for `build_model`, with its content read and under another name."""
-    return ir.to_proto(ir.Tensor(np.asarray(tensor.numpy()), dtype=tensor.dtype, name=name))
+    return ir.serde.serialize_tensor(ir.Tensor(np.asarray(tensor.numpy()), dtype=tensor.dtype, name=name))
 
 
 def open_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:

@@ -20,7 +20,7 @@ def by_schema(call: OperatorCall) -> list[Fact]:
     names: dict[str, Dimension] = {}
     try:
         schema = onnx.defs.get_schema(node.op_type, call.opset, "")
-        proto = ir.to_proto(node)
+        proto = ir.serde.serialize_node(node)
         types = {
             value.name or "": onnx.helper.make_tensor_type_proto(
                 int(fact.dtype or 1), [_dimension_name(s, names) for s in fact.shape or ()]

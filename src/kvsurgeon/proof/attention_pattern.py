@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -77,12 +78,16 @@ def attended_keys(weights: np.ndarray) -> np.ndarray:
 
 
 def largest_weight_on_later_key(weights: np.ndarray, first_query: int = 0) -> tuple[float, int, int]:
-    """Return the largest weight on a key after the query, the query, and the key.
+    """Return the largest weight on a key after the query, the query, and the key; NaN if any weight is.
 
     Args:
         weights: [..., query, key].
         first_query: Position of the first query.
     """
-    later = np.abs(np.triu(np.nan_to_num(weights), 1 + first_query))
+    by_key = weights.reshape(-1, *weights.shape[-2:])
+    largest = np.maximum(by_key.max(axis=0), -by_key.min(axis=0))  # [query, key]
+    if np.isnan(largest).any():
+        return math.nan, first_query, 0
+    later = np.triu(largest, 1 + first_query)
     *_, query, key = np.unravel_index(int(later.argmax()), later.shape)
     return float(later.max(initial=0.0)), int(query) + first_query, int(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,7 +22,6 @@ from kvsurgeon.analysis.mask_patterns import (
     with_gaps,
 )
 from kvsurgeon.analysis.probe_inputs import AMPLIFIED, Rows
-from kvsurgeon.analysis.thresholds import changes
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.value_kinds import ValueKind
@@ -264,9 +264,9 @@ class AttentionProbe:
                 axes = demands.get((node, index), ())
                 if flow.kinds.get(value) is ValueKind.CONTEXT and any(_is_of_queries(axis) for axis in axes):
                     by_query[value] = axes
-        differs = changing_positions(self.sweep, by_query)
+        places, differs = changing_positions(self.sweep, by_query)
         lengths = set() if proved else changing_lengths(self.sweep, values)
-        thresholds = {*self.sweep.thresholds(values), *changes(differs), *lengths}
+        thresholds = {*self.sweep.thresholds(values), *places, *lengths}
         return sorted(thresholds), [int(query) for query in np.flatnonzero(differs)]
 
     def _check_span(self, runner: RowRunner, rows: Rows, scale: float, *, stable: bool) -> None:
@@ -365,10 +365,10 @@ class AttentionProbe:
         return attended
 
     def _check_causal(self, weights: np.ndarray, first_query: int = 0) -> None:
-        if np.isnan(weights).any():
+        weight, query, key = largest_weight_on_later_key(weights, first_query)
+        if math.isnan(weight):
             hint = "a query without any unmasked key is a common cause"
             raise self._unsupported("attention weights are NaN", Code.NOT_CAUSAL, hint=hint)
-        weight, query, key = largest_weight_on_later_key(weights, first_query)
         if weight > MIN_WEIGHT:
             raise _not_causal(self.layer, self.site, f"query {query} attends to key {key} with weight {weight:.2g}")
 

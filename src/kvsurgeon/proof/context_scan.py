@@ -21,6 +21,7 @@ from kvsurgeon.graph.constants import SMALL
 from kvsurgeon.graph.query import upstream
 from kvsurgeon.ops.content import content_inputs
 from kvsurgeon.proof.length_sweep import LengthSweep
+from kvsurgeon.proof.row_checks import MAX_RUN
 from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.symbolic.dimension import BATCH, Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
@@ -29,28 +30,41 @@ MAX_ELEMENTS = 34 << 20  # of a value, of which every row is computed: masks of 
 MAX_BLOCK = 1 << 22  # elements of a block of rows
 
 
-def changing_positions(sweep: LengthSweep, values: Mapping[ir.Value, Axes]) -> np.ndarray:
-    """Return [query] of bool: those for which context is not what it is for the query before, one token later.
+def changing_positions(sweep: LengthSweep, values: Mapping[ir.Value, Axes]) -> tuple[list[int], np.ndarray]:
+    """Return the positions near which context may change, and the queries of which all weights should be computed.
 
     The positions at which this begins or ends are added to the changes of the sweep.
 
     Args:
         sweep: The length sweep of the decoder.
         values: Values of context with their sequence axes, of which one is that of the queries.
+
+    Returns:
+        The positions at which context of a query begins or ceases to be what it is for the query before, one token
+        later, and [query] of bool: where it is not. A value without keys that differs at most positions is a table of
+        positions, and says nothing about a query.
     """
+    places: set[int] = set()
     found = np.zeros(SCANNED + 1, dtype=bool)
     for value, axes in values.items():
-        try:
-            runner = RowRunner(sweep.analysis, sweep.runner([value]), [axes])
-            longest = min(sweep.longest, SCANNED)
-            while runner.elements(Rows.of_text(longest)) > MAX_ELEMENTS:
-                longest //= 2
-            longest = longest_running(_first_row(runner), longest)
-            found[:longest] |= _differing_rows(runner, axes, longest)
-        except UnsupportedError:  # it is computed with the weights, or not at all
-            continue
-    sweep.changes.update(changes(found))
-    return found
+        differs = _differing_queries(sweep, value, axes)
+        places |= set(changes(differs))
+        if _has_keys(axes) or 2 * differs.sum() < len(differs):
+            found[: len(differs)] |= differs
+    sweep.changes |= places
+    return sorted(places), found
+
+
+def _differing_queries(sweep: LengthSweep, value: ir.Value, axes: Axes) -> np.ndarray:
+    """Return [query] of bool for one value; see `changing_positions`."""
+    try:
+        runner = RowRunner(sweep.analysis, sweep.runner([value]), [axes])
+        longest = min(sweep.longest, SCANNED)
+        while longest > 1 and _is_too_large(runner, longest):
+            longest //= 2
+        return _differing_rows(runner, axes, longest_running(_first_row(runner), longest))
+    except UnsupportedError:  # it is computed with the weights, or not at all
+        return np.zeros(1, dtype=bool)
 
 
 def changing_lengths(sweep: LengthSweep, values: Iterable[ir.Value]) -> set[int]:
@@ -97,19 +111,32 @@ def _is_small(shape: Sequence[Dimension] | None) -> bool:
     return shape is not None and math.prod(size if isinstance(size, int) else SMALL for size in sizes) < SMALL
 
 
+def _is_too_large(runner: RowRunner, total: int) -> bool:
+    largest = MAX_ELEMENTS if _is_sliced(runner, total) else MAX_RUN
+    return runner.elements(Rows.of_text(total)) > largest
+
+
+def _is_sliced(runner: RowRunner, total: int) -> bool:
+    """Return whether a run of a row costs less than one of all rows: else all are computed, whichever are wanted."""
+    return runner.elements(Rows(0, 1, total)) * 8 < runner.elements(Rows.of_text(total))
+
+
+def _has_keys(axes: Axes) -> bool:
+    return any(axis.variable.resolved() is not Length.NEW for axis in axes)
+
+
 def _differing_rows(runner: RowRunner, axes: Axes, total: int) -> np.ndarray:
     """Return [total] of bool: whether a query's later keys are not those of the query before, moved by one token."""
     differs = np.zeros(total, dtype=bool)
-    row, whole = (runner.elements(rows) for rows in (Rows(0, 1, total), Rows.of_text(total)))
-    sliced = row * 8 < whole  # else all rows are computed whichever are wanted
-    count = max(2, min(total, MAX_BLOCK // max(1, row))) if sliced else total
-    has_keys = any(axis.variable.resolved() is not Length.NEW for axis in axes)
+    row = runner.elements(Rows(0, 1, total))
+    count = max(2, min(total, MAX_BLOCK // max(1, row))) if _is_sliced(runner, total) else total
     for start in range(0, total - 1, max(1, count - 1)):
         rows = Rows(start, min(start + count, total), total)
         array = sequence_last(runner.run(rows)[0], axes, rows)
-        if has_keys:
-            unequal = array[..., 1:, 1:] != array[..., :-1, :-1]
-            unequal = np.triu(unequal.any(axis=tuple(range(unequal.ndim - 2))), start + 1).any(axis=-1)
+        if _has_keys(axes):
+            later = array[..., start + 1 :]  # than the first query
+            unequal = later[..., 1:, 1:] != later[..., :-1, :-1]
+            unequal = np.triu(unequal.any(axis=tuple(range(unequal.ndim - 2)))).any(axis=-1)
         else:
             unequal = array[..., 1:] != array[..., :-1]
             unequal = unequal.any(axis=tuple(range(unequal.ndim - 1)))

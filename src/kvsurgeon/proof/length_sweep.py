@@ -13,7 +13,7 @@ from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.mask_patterns import describe_difference, is_close, queries_first
 from kvsurgeon.analysis.regions.probe_lengths import elements_at
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
-from kvsurgeon.analysis.thresholds import MAX_LENGTH, SCANNED, bisect, find_thresholds, lengths_near
+from kvsurgeon.analysis.thresholds import MAX_LENGTH, SCANNED, Thresholds, bisect, lengths_near
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
@@ -52,6 +52,7 @@ class LengthSweep:
         self.assumptions: dict[str, str] = {}
         self.changes: set[int] = set()
         self._limit = min(self.bounds, default=MAX_LENGTH)
+        self._thresholds = Thresholds(self.flow)
         self.numbers = () if self.fixed is not None else self._numbers()
         self.lengths = (self.fixed,) if self.fixed is not None else self._lengths()
         self._dependence = LengthDependence(analysis) if self.fixed is None else None
@@ -68,12 +69,12 @@ class LengthSweep:
 
     def thresholds(self, values: Iterable[ir.Value | None]) -> tuple[int, ...]:
         """Return the lengths at which context that these values are computed from may change."""
-        return lengths_near(find_thresholds(self.flow, values))
+        return lengths_near(self._thresholds.find(values))
 
     def _numbers(self) -> tuple[int, ...]:
         read = [value for node in self.flow.order for value in node.inputs if is_token(self.flow, node.outputs[0])]
         context = [value for value in read if value is not None and self.flow.kinds.get(value) is ValueKind.CONTEXT]
-        return find_thresholds(self.flow, context)
+        return self._thresholds.find(context)
 
     def _lengths(self) -> tuple[int, ...]:
         lengths = {min(length, self._limit) for length in LENGTHS} | set(lengths_near(self.numbers))

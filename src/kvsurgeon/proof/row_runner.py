@@ -168,7 +168,7 @@ def _scalar(name: str) -> ir.Value:
 
 def _renamed(node: ir.Node, names: dict[ir.Value, str], *, rounded: bool) -> list[onnx.NodeProto]:
     """Return a node with unique names of values, although it comes from one of two graphs; see `without_bfloat16`."""
-    proto = ir.to_proto(node)
+    proto = ir.serde.serialize_node(node)
     proto.input[:] = ["" if value is None else names.get(value, value.name or "") for value in node.inputs]
     proto.output[:] = [names[value] for value in node.outputs]
     return without_bfloat16(proto, [value.dtype for value in node.outputs] if rounded else ())
