@@ -35,5 +35,5 @@ def test_a_mask_that_is_written_whole_is_computed_for_the_new_rows_alone():
 
 @pytest.mark.parametrize("written", [pytest.param(text, id=name) for name, text in NOT_COPIED])
 def test_a_mask_with_elements_in_other_places_is_not_a_copy(written):
-    with pytest.raises(UnsupportedError, match="attention is not causal|depend on the total length"):
+    with pytest.raises(UnsupportedError, match=r"attention is not causal|depend on the total length"):
         Subject.of(read(attention(constants=CONSTANTS, allowed=GRID + written))).proof()
