@@ -63,7 +63,9 @@ class ModelSource:
             KvsurgeonError: onnxruntime does not accept it.
         """
         source = with_outputs(self.graph, outputs) if outputs else self.source
-        return open_session(source, folder=self.folder, threads=self.threads, optimization=optimization, name=self.name)
+        return open_session(
+            source, folder=self.folder, threads=self.threads, optimization=optimization, arena=False, name=self.name
+        )  # two models of which each kept the memory of its largest call would need twice that
 
 
 def load_graph(source: Source) -> onnx.ModelProto:

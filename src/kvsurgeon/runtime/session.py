@@ -85,6 +85,7 @@ def open_session(
     folder: str | Path | None = None,
     threads: int | None = None,
     optimization: Optimization = "all",
+    arena: bool = True,
     name: str | None = None,
 ) -> Session:
     """Open a model in onnxruntime.
@@ -94,6 +95,7 @@ def open_session(
         folder: Folder of the external data of a model in memory.
         threads: Number of threads per operator; None for onnxruntime's default.
         optimization: Level of onnxruntime's graph optimization.
+        arena: Whether memory is kept between calls, as much as the largest call needs.
         name: Name of the model in messages.
 
     Raises:
@@ -105,6 +107,7 @@ def open_session(
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL_ONLY
     options.graph_optimization_level = _LEVELS[optimization]
+    options.enable_cpu_mem_arena = arena
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1

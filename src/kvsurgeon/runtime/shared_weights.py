@@ -18,7 +18,7 @@ import onnxruntime as ort
 from kvsurgeon.io.staging import OPEN_FILES
 from kvsurgeon.runtime.tensors import to_runtime
 
-_LARGE = 1 << 28  # bytes of weights; smaller models run with the kernels of production
+_LARGE = 1 << 27  # bytes of weights; smaller models run with the kernels of production
 _SMALLEST = 1 << 16  # bytes of a weight
 _DISABLE_PREPACKING = "session.disable_prepacking"
 
