@@ -155,6 +155,32 @@ def test_a_whole_decoder(positions):
     assert given.get("position_ids", given["input_ids"]) == given["input_ids"]
 
 
+HALVES = "x1 = Slice(k0, first, middle, last)\n x2 = Slice(k0, middle, end, last)\n"
+ROTATED = [
+    ("the whole head", "wave = Expand(wide, table_shape)\n k = Mul(k0, wave)", 8),
+    ("two halves by tables of half the width",
+     f"{HALVES} a = Mul(x1, turn)\n b = Mul(x2, turn)\n k = Concat<axis = -1>(a, b)", 8),
+    ("the first half", f"{HALVES} a = Mul(x1, turn)\n k = Concat<axis = -1>(a, x2)", 4),
+    ("the first half, written into the head",
+     f"{HALVES} a0 = Mul(x1, turn)\n a = Transpose<perm = [2, 0, 1]>(a0)\n t = Transpose<perm = [2, 0, 1]>(k0)\n"
+     "put = ScatterND(t, places, a)\n k = Transpose<perm = [1, 2, 0]>(put)", 4),
+    ("a scale for each token", "n1 = Cast<to = 1>(column)\n k = Mul(k0, n1)", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "features"), [pytest.param(*case[1:], id=case[0]) for case in ROTATED])
+def test_rotated_features_are_counted(key, features):
+    constants = (
+        "float[4] f, float[8] f8, int64[1] middle = {4}, int64[1] end = {8}, int64[1] last = {2}, "
+        "int64[4, 1] places = {0, 1, 2, 3}"
+    )
+    tables = (
+        "place = Cast<to = 1>(column)\n angle = Mul(place, f)\n turn = Cos(angle)\n angle8 = Mul(place, f8)\n"
+        "wide = Cos(angle8)\n table_shape = Shape(wide)\n"
+    )
+    assert single_attention(attention(constants=constants, key=tables + key)).rotary_dim == features
+
+
 def test_types_have_the_names_of_numpy():
     assert single_attention(attention()).key_cache.dtype == "float32"
     assert Subject.of(Decoder(Config(dtype="float16")).model()).decoder().attentions[0].key_cache.dtype == "float16"

@@ -14,6 +14,7 @@ from kvsurgeon.analysis.token_data import upstream_tokens
 from kvsurgeon.analysis.token_flow import Place, TokenFlow
 from kvsurgeon.anatomy.facts import Attention, CachedTensor, CachePointFacts, Decoder, Input, Projection
 from kvsurgeon.anatomy.masks import read_mask
+from kvsurgeon.anatomy.rotary import rotary_dim
 from kvsurgeon.anatomy.scales import read_scale
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT
 from kvsurgeon.cache.signature import CacheSignature
@@ -26,9 +27,6 @@ from kvsurgeon.ops.table import has_trait
 from kvsurgeon.proof.proof import Proof
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, Dimension
-
-_TABLE_NODES = 61  # at most so many nodes compute a table of positions
-
 
 _WEIGHT_VIEWS = (Trait.TRANSPOSE, Trait.IDENTITY, Trait.RESHAPE, Trait.QUANTIZATION)  # of a stored weight
 
@@ -100,7 +98,7 @@ def _attentions(analysis: Analysis, proof: Proof) -> Iterator[Attention]:
             scale=scale,
             softcap=softcap,
             mask=masks[id(proof.patterns[layer])],
-            rotary_dim=_rotary_dim(flow, key.place, counts.head_dim),
+            rotary_dim=rotary_dim(flow, key.place, counts.head_dim),
             head_repetition=(*_head_repetition(flow, key.place), *_head_repetition(flow, value.place)),
             query=projections[0],
             key=projections[1],
@@ -155,28 +153,6 @@ def _initializer(value: ir.Value | None) -> str | None:
             return None
         value = node.inputs[0]
     return None
-
-
-def _rotary_dim(flow: TokenFlow, place: Place, head_dim: int) -> int | None:
-    """The width of the position table that multiplies the keys, at most head_dim; None without one."""
-    width = 0
-    for node in _upstream(flow, place):
-        if node.op_type == "RotaryEmbedding":
-            width = max(width, node.attributes.get_int("rotary_embedding_dim", 0) or head_dim)
-        for index, value in enumerate(node.inputs if node.op_type == "Mul" else ()):
-            shape = None if value is None else flow.shapes[value].shape
-            is_table = (node, index) in flow.demands or _depends_on_positions_only(flow, value)
-            if is_table and shape and isinstance(shape[-1], int) and shape[-1] > 1:
-                width = max(width, shape[-1])
-    return min(width, head_dim) or None
-
-
-def _depends_on_positions_only(flow: TokenFlow, value: ir.Value | None) -> bool:
-    """Whether token data is computed by a few nodes without a product with weights and without a norm."""
-    nodes = producers(upstream_tokens(flow, value))
-    return 0 < len(nodes) <= _TABLE_NODES and not any(
-        "Normalization" in node.op_type or node.op_type == "Pow" or has_trait(node, Trait.PROJECTION) for node in nodes
-    )
 
 
 def _head_repetition(flow: TokenFlow, place: Place) -> Iterator[str]:
