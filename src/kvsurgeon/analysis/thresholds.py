@@ -89,6 +89,9 @@ def _table(value: ir.Value) -> np.ndarray | None:
     if tensor is None or len(shape) < 2 or min(shape[-2:]) < SMALLEST_TABLE or tensor.size > MAX_TABLE:
         return None
     try:
+        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes == tensor.size * tensor.dtype.numpy().itemsize:
+            mapped = np.memmap(tensor.path, tensor.dtype.numpy(), "r", tensor.offset or 0, shape)
+            return np.asarray(mapped)  # not that of the tensor, which would keep all pages that are read here
         return None if tensor.dtype.is_string() else np.asarray(tensor.numpy())
     except (OSError, ValueError):  # its file is missing
         return None
