@@ -24,7 +24,7 @@ from kvsurgeon.ops.operator import (
 from kvsurgeon.ops.resizing import TO_THE_END, Resizer
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
-from kvsurgeon.symbolic.fact import Fact, OperatorCall, axis_of
+from kvsurgeon.symbolic.fact import Fact, OperatorCall, axis_of, is_small
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 FAR = 2**24  # no text is as long: a bound of at least this means "to the end"
@@ -126,8 +126,9 @@ def gather(call: OperatorCall) -> Fact:
     if table.value is not None and indices.value is not None and whole_numbers(indices.value.reshape(-1)) is not None:
         index = indices.value.astype(np.int64)
         value = np.asarray(np.take(table.value, index, axis=axis), dtype=object)
-    elif (everywhere := _everywhere(table)) is not None and (sizes := whole_numbers(shape)) is not None:
-        value = np.full(sizes, everywhere, dtype=object)
+    elif (everywhere := _everywhere(table)) is not None:
+        sizes = whole_numbers(shape)
+        value = np.full(sizes, everywhere, dtype=object) if sizes is not None and is_small(sizes) else None
     return Fact(shape, table.dtype, value)
 
 

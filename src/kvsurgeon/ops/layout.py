@@ -25,7 +25,7 @@ from kvsurgeon.ops.operator import (
 from kvsurgeon.ops.resizing import Resizer
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import PAST, Dimension
-from kvsurgeon.symbolic.fact import WIDEST_VALUE, Fact, OperatorCall, axis_of
+from kvsurgeon.symbolic.fact import Fact, OperatorCall, axis_of, is_small
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 
@@ -134,7 +134,7 @@ def expand(call: OperatorCall) -> Fact:
     shape = tuple(dim.broadcast(a, b) for a, b in zip(left, right, strict=True))
     value = None
     concrete = whole_numbers(shape)
-    if operand.value is not None and concrete is not None and np.prod(concrete, dtype=int) <= WIDEST_VALUE:
+    if operand.value is not None and concrete is not None and is_small(concrete):
         value = np.broadcast_to(operand.value, concrete)
     return Fact(shape, operand.dtype, value)
 
@@ -145,8 +145,9 @@ def tile(call: OperatorCall) -> Fact:
     if operand.shape is None or repeats is None:
         return Fact(None if operand.shape is None else tuple(call.unknown() for _ in operand.shape), operand.dtype)
     shape = tuple(dim.multiply(size, times) for size, times in zip(operand.shape, repeats, strict=True))
-    concrete = whole_numbers(repeats)
-    value = np.tile(operand.value, concrete) if operand.value is not None and concrete is not None else None
+    concrete, value = whole_numbers(shape), None
+    if operand.value is not None and concrete is not None and is_small(concrete):
+        value = np.tile(operand.value, whole_numbers(repeats) or ())
     return Fact(shape, operand.dtype, value)
 
 
@@ -192,7 +193,7 @@ def split(call: OperatorCall) -> list[Fact]:
     for index, size in enumerate(sizes):
         shape = (*operand.shape[:axis], size, *operand.shape[axis + 1 :])
         value = None
-        if operand.value is not None and isinstance(size, int):
+        if operand.value is not None and isinstance(size, int) and is_small([size]):
             value = np.take(operand.value, range(bounds[index], bounds[index + 1]), axis=axis)
         parts.append(Fact(shape, operand.dtype, value))
     return parts
@@ -223,7 +224,7 @@ def pad(call: OperatorCall) -> Fact:
     if operand.value is not None and operand.value.ndim == 1 and (ends := whole_numbers(pads)) is not None:
         fill = call.fact(2).value
         constant = 0 if fill is None else fill.reshape(-1)[0]
-        if min(ends) >= 0:
+        if min(ends) >= 0 and is_small([operand.value.size + sum(ends)]):
             value = np.concatenate(
                 [np.full(ends[0], constant, object), operand.value, np.full(ends[1], constant, object)]
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,11 @@ def numbers(value: Any) -> Numbers:
     if isinstance(value, np.ndarray) and value.dtype == object:
         return value
     return np.asarray(value).astype(object)
+
+
+def is_small(sizes: Sequence[int]) -> bool:
+    """Return whether a tensor of these sizes has few enough elements to know their numbers."""
+    return max(sizes, default=0) <= WIDEST_VALUE and math.prod(sizes) <= WIDEST_VALUE
 
 
 def known(value: Any, dtype: ir.DataType | None) -> Fact:
