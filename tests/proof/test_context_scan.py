@@ -215,3 +215,11 @@ def test_a_mask_that_is_computed_whole_is_scanned_in_runs_of_bounded_size(monkey
     monkeypatch.setattr(RowRunner, "run", measured)
     assert Subject.of(read(attention(allowed=allowed))).proof().limit > 2000
     assert max(largest) <= MAX_RUN
+
+
+def test_rows_that_are_too_large_to_run_beyond_a_threshold_limit_the_length(monkeypatch):
+    window = f"{CAUSAL}\n d = Sub(column, row)\n near = Less(d, wide)\n allowed = And(causal, near)"
+    text = attention(constants="int64 wide = {1500}", allowed=window)
+    assert Subject.of(read(text)).proof().limit is None
+    monkeypatch.setattr("kvsurgeon.proof.row_checks.MAX_RUN", 5000)
+    assert Subject.of(read(text)).proof().limit == 1024

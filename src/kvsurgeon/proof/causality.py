@@ -45,6 +45,7 @@ from kvsurgeon.symbolic.dimension import BATCH
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
 SCALES = (30.0, 10.0, 3.0, 1.0)  # of the probed scores: a mask must hold for the largest that give finite weights
+MIN_PROVED_LENGTH = 1024  # tokens: rows of a shorter text, if longer ones are too large to run, prove nothing beyond it
 BATCHES = (3, 5)  # sequences, in addition to two
 
 ReadWeights = Callable[[Sequence[np.ndarray], Rows], np.ndarray]  # outputs and rows -> weights [..., query, key]
@@ -231,6 +232,7 @@ class AttentionProbe:
         if not totals:
             return passed, None, {}
         totals = affordable(totals, runner.elements, any_length=proved)
+        needed = min(self.sweep.longest, max([MIN_PROVED_LENGTH, *(length + 1 for length in thresholds)]))
         scales = sorted({0.0, 1.0, self._largest_scale(passed)})
         reach = min((total for total in totals if changing and total > changing[-1]), default=max(totals, default=0))
 
@@ -246,7 +248,7 @@ class AttentionProbe:
         for query in (checked // 2, checked - 2, checked - 1):
             row = Rows(query, query + 1, checked)
             found[query] = self._compared(runner.run(row, scale=0.0), row)[0][..., 0, :]
-        return checked, None if proved and failed is None else checked, found
+        return checked, None if proved and failed is None and checked >= needed else checked, found
 
     def _thresholds(self, nodes: Iterable[ir.Node], *, proved: bool) -> tuple[list[int], list[int]]:
         """Return the positions and the lengths at which the weights that these nodes compute may change.
