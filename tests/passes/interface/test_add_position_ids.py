@@ -176,9 +176,14 @@ def test_a_model_that_depends_on_distances_only_is_unchanged():
     assert subject.model is before
 
 
-def test_an_export_of_fixed_length_is_rejected():
-    with pytest.raises(UnsupportedError, match="fixed length are constants, found length 16"):
-        AddPositionIds().apply(Subject.of(Decoder(Config(static=(1, 16))).model()))
+def test_an_export_of_fixed_length_takes_shorter_calls_at_given_positions():
+    original = Decoder(Config(static=(1, 16))).model()
+    model = with_positions(original)
+    ids, ones = np.arange(16)[None] % 7, np.ones((1, 16), np.int64)
+    whole = logits(original, ids, ones)
+    for length in (16, 5):
+        np.testing.assert_allclose(logits(model, ids[:, :length], ones[:, :length]), whole[:, :length], atol=1e-5)
+    assert verify(original, model).verdict == "same"
 
 
 def test_inputs_and_outputs_are_renamed():

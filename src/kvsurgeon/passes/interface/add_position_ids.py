@@ -11,9 +11,9 @@ from kvsurgeon.analysis.analysis import Analysis, analyze
 from kvsurgeon.cache.signature import CacheSignature
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.decompose.simplify import simplify_model
-from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
+from kvsurgeon.passes.cache.dynamic_length import with_dynamic_length
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.proof.proof import prove
@@ -31,7 +31,7 @@ class AddPositionIds:
     Unchanged: masks, biases that depend on the distance of two tokens, and positions computed from `attention_mask`. A
     cache is removed first and restored afterwards.
 
-    Not handled: exports of fixed length.
+    An export of fixed length takes any number of tokens up to that length afterwards.
 
     Attributes:
         input: Name of the new input, int64 `[batch, length]`.
@@ -52,6 +52,8 @@ class AddPositionIds:
             return Unchanged(reason=f"the model has an input `{self.input}`")
         work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
         signature = detach_cache(work)
+        if isinstance(work.analysis().length, int):
+            work = with_dynamic_length(work)
         model = simplify_model(work.model)
         with deep_recursion():
             analysis = analyze(model)
@@ -75,11 +77,6 @@ def _with_input(signature: CacheSignature, name: str) -> CacheSignature:
 
 def _add_positions(analysis: Analysis, name: str) -> int:
     """Add the input, and return the number of edits; 0 if nothing depends on positions."""
-    if isinstance(analysis.length, int):
-        raise UnsupportedError(
-            "the positions of an export of fixed length are constants", code=Code.FIXED_LENGTH,
-            found=f"length {analysis.length}", hint="export with dynamic axes",
-        )  # fmt: skip
     editor = Editor(analysis.model)
     editor.release_name(name)
     positions = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=_shape(analysis))
