@@ -29,7 +29,7 @@ from verification.uncached import LEVELS, first_tokens
 
 import kvsurgeon
 from kvsurgeon import io
-from kvsurgeon.dataflow.input_roles import read_inputs
+from kvsurgeon.dataflow.input_dimensions import read_inputs
 from kvsurgeon.dataflow.shape_inference import infer_shapes
 from kvsurgeon.errors import KvsurgeonError
 from kvsurgeon.symbolic import dimension as dim
@@ -87,8 +87,9 @@ def calls(cases: Sequence[Case]) -> list[Case]:
 def before(compared: Comparison, entry: Entry, model: onnx.ModelProto, cases: Sequence[Case]) -> None:
     """Hold every inferred dimension against what runs."""
     graph = ir.from_proto(model).graph
-    dimensions, length = read_inputs(graph)
-    shapes = infer_shapes(list(graph), dimensions, graph.opset_imports.get("", 1))
+    given = read_inputs(graph)
+    length = given.length
+    shapes = infer_shapes(list(graph), given.dimensions, graph.opset_imports.get("", 1))
     claimed = {value.name: shapes[value].shape for node in graph for value in node.outputs if value.name}
     session = open_session(with_all_outputs(model), entry.folder, LEVELS[-1])
     names = [output.name for output in session.get_outputs()]

@@ -81,7 +81,8 @@ def in_chunks(model: onnx.ModelProto, run: Run, whole: Arrays, cuts: Sequence[in
         if name not in whole
     }
     presents = [value.name for value in model.graph.output if value.name.startswith("present")]
-    length = max(array.shape[1] for array in whole.values())
+    sizes |= {size: array.shape[axis] for name, array in whole.items() for axis, size in enumerate(inputs[name])}
+    length = sizes["sequence_length"]
     steps = []
     for start, stop in itertools.pairwise((0, *cuts, length)):
         feeds = {name: _part(array, inputs[name], start, stop) for name, array in whole.items()}

@@ -100,7 +100,7 @@ class Entry:
             for key in arrays.files:
                 name, _, index = key.rpartition("_")
                 stored.setdefault(index, {})[name] = arrays[key]
-        outputs = [output.name for output in original.graph.output]
+        outputs = {output.name: _token_axis(original, output) for output in original.graph.output}
         cases = [_case(int(index), arrays, outputs) for index, arrays in sorted(stored.items())]
         return [case for case in cases if case is not None]
 
@@ -128,12 +128,25 @@ def _wanted(entry: Entry, groups: Sequence[str], names: Sequence[str]) -> bool:
     return in_group and named
 
 
-def _case(index: int, arrays: dict[str, np.ndarray], outputs: list[str]) -> Case | None:
+def _token_axis(model: onnx.ModelProto, output: onnx.ValueInfoProto) -> int:
+    """Return the axis of an output that has the name of the last axis of ids or of a mask; 1 if none has."""
+    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE, onnx.TensorProto.BFLOAT16)
+    whole = [_dim_names(value) for value in model.graph.input if value.type.tensor_type.elem_type not in floats]
+    names = {names[-1] for names in whole if len(names) > 1} - {""}
+    found = [axis for axis, name in enumerate(_dim_names(output)) if name in names]
+    return found[0] if len(found) == 1 else 1
+
+
+def _dim_names(value: onnx.ValueInfoProto) -> list[str]:
+    return [dim.dim_param for dim in value.type.tensor_type.shape.dim]
+
+
+def _case(index: int, arrays: dict[str, np.ndarray], outputs: dict[str, int]) -> Case | None:
     answer = next((name for name in (*outputs, "logits") if name in arrays), None)
     if answer is None or arrays[answer].ndim < 2:
         return None
     inputs = {name: array for name, array in arrays.items() if name != answer}
-    reference = arrays[answer].astype(np.float32)
+    reference = np.moveaxis(arrays[answer].astype(np.float32), outputs.get(answer, 1), 1)
     batch, rows = reference.shape[:2]
     total = _tokens(inputs) if rows == 1 else rows
     mask = _padding_mask(inputs, (batch, total))

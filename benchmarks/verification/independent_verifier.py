@@ -20,6 +20,7 @@ import onnxruntime as ort
 from verification.corpus import Case
 
 BATCH, NEW, TOTAL, PAST = "batch_size", "sequence_length", "total_sequence_length", "past_sequence_length"
+ANY = -1  # the size of an axis that is given whole in every call
 # optimum, whose exports test this verifier, writes the total as a sum
 TOTALS = frozenset({TOTAL, "past_sequence_length + sequence_length"})
 NUMPY_TYPES = {
@@ -75,10 +76,11 @@ class Score:
 class Contract:
     """The inputs and outputs of an injected model, by content."""
 
-    given: dict[str, list[str | int]]  # inputs of the original, with their dims
+    given: dict[str, list[str | int]]  # inputs of the original, with their dims; `ANY` if not of batch or tokens
     pasts: dict[str, tuple[list[str | int], np.dtype]]
     presents: list[str]  # paired with the pasts, in order
     answer: str
+    token_axis: int  # of the answer
 
 
 def is_rounded(model: onnx.ModelProto) -> bool:
@@ -145,8 +147,19 @@ def read_contract(session: ort.InferenceSession, original: onnx.ModelProto) -> C
     presents = [name for name in outputs if name not in answers or name in expected]
     if [name.removeprefix("past_key_values.") for name in new] != [p.removeprefix("present.") for p in presents]:
         raise ContractError(f"pasts {list(new)[:3]}... are not paired in order with presents {presents[:3]}...")
-    given = {i.name: list(i.shape) for i in inputs if i.name not in new}
-    return Contract(given=given, pasts=new, presents=presents, answer=answers[0])
+    own = {value.name: _own_names(value) for value in original.graph.input}
+    given = {
+        i.name: [ANY if dim in own.get(i.name, ()) else dim for dim in i.shape] for i in inputs if i.name not in new
+    }
+    dims = next(list(output.shape) for output in session.get_outputs() if output.name == answers[0])
+    axis = dims.index(NEW) if dims.count(NEW) == 1 else 1
+    return Contract(given=given, pasts=new, presents=presents, answer=answers[0], token_axis=axis)
+
+
+def _own_names(value: onnx.ValueInfoProto) -> set[str]:
+    """Return the names of an input's dims that are not of the contract: sizes that are neither batch nor tokens."""
+    names = {dim.dim_param for dim in value.type.tensor_type.shape.dim if dim.dim_param}
+    return names - {BATCH, NEW, PAST, *TOTALS}
 
 
 def score_case(session: ort.InferenceSession, contract: Contract, case: Case) -> list[Score]:
@@ -207,6 +220,7 @@ def _decode(session: ort.InferenceSession, contract: Contract, case: Case, chunk
     for size in chunks:
         feeds = {name: part_of(name, dims, case.inputs, start, start + size) for name, dims in contract.given.items()}
         answer, *presents = session.run([contract.answer, *contract.presents], {**feeds, **cache})
+        answer = np.moveaxis(answer, contract.token_axis, 1) if answer.ndim > contract.token_axis else answer
         if answer.shape[:2] != (case.batch, 1 if case.last_only else size):
             raise ContractError(f"`{contract.answer}` has shape {answer.shape} for a call with {size} new tokens")
         answers.append(answer.astype(np.float32))

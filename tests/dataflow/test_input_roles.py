@@ -6,9 +6,10 @@ import onnx_ir as ir
 import pytest
 from written import read
 
-from kvsurgeon.dataflow.input_roles import classify_inputs, read_inputs
+from kvsurgeon.dataflow.input_dimensions import read_inputs
+from kvsurgeon.dataflow.input_roles import classify_inputs
 from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.symbolic.dimension import BATCH, LENGTH
+from kvsurgeon.symbolic.dimension import BATCH, LENGTH, extent
 from kvsurgeon.symbolic.sequence_axes import Length
 
 FRAME = "case ({inputs}) => (float[] y) <float[9, 4] table, int64[1] last = {{2}}, int64[1] zero = {{0}}, int64[1] two = {{2}}, int64[3] thrice = {{1, 1, 1}}, float half = {{0.5}}> {{ {body} }}"
@@ -16,8 +17,8 @@ FRAME = "case ({inputs}) => (float[] y) <float[9, 4] table, int64[1] last = {{2}
 
 def kinds(inputs: str, body: str) -> dict[str, dict[int, Length]]:
     graph = ir.from_proto(read(FRAME.format(inputs=inputs, body=body))).graph
-    dimensions, length = read_inputs(graph)
-    return {given.value.name: given.lengths for given in classify_inputs(graph, dimensions, length)}
+    given = read_inputs(graph)
+    return {one.value.name: one.lengths for one in classify_inputs(given.dimensions, given.length)}
 
 
 NEW, TOTAL = Length.NEW, Length.TOTAL
@@ -78,11 +79,52 @@ def test_classified(inputs, body, expected):
 
 def test_dimensions_are_named_by_axis_and_name():
     graph = ir.from_proto(read(FRAME.format(inputs="int64[a, c] p, int64[a, c] q, float[c, w] r", body=""))).graph
-    dimensions, length = read_inputs(graph)
+    inputs = read_inputs(graph)
+    dimensions, length = inputs.dimensions, inputs.length
     p, q, r = graph.inputs
     assert length is LENGTH
     assert dimensions[p] == dimensions[q] == (BATCH, LENGTH)
     assert dimensions[r][0] is LENGTH
+
+
+EQUAL = [
+    ("two tensors that are added", "float[c, m, 4] q", "y = Add(e, q)"),
+    ("two tensors that are concatenated along another axis", "float[c, m, 4] q", "y = Concat<axis=2>(e, q)"),
+    ("a product that sums over both", "float[c, 4, m] q", "y = MatMul(q, e)"),
+    ("a choice between two", "bool[c, m, 4] q", "y = Where(q, e, half)"),
+    ("a tensor that is expanded to the sizes of another", "float[c, m, 1] q",
+     "s = Shape(e) y = Expand(q, s)"),
+    ("a tensor that is reshaped to the sizes of another", "float[c, m, 4] q", "s = Shape(e) y = Reshape(q, s)"),
+    ("heads that are split with the length of another", "float[c, m, 8] q",
+     "s = Shape<end=2>(e) w = Constant<value_ints=[-1, 4]>() t = Concat<axis=0>(s, w) y = Reshape(q, t)"),
+    ("a mask that is cut to the length of another", "float[c, m] q",
+     "s = Shape<start=1, end=2>(e) z = Constant<value_ints=[0]>() o = Constant<value_ints=[1]>() "
+     "r = Slice(q, z, s, o) u = Unsqueeze(r, two) y = Add(e, u)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("inputs", "body"), [pytest.param(*case[1:], id=case[0]) for case in EQUAL])
+def test_sizes_that_must_be_equal_are_one_size(inputs, body):
+    graph = ir.from_proto(read(FRAME.format(inputs=f"int64[b, n] p, {inputs}", body=f"e = Gather(table, p) {body}")))
+    given = read_inputs(graph.graph)
+    sizes = given.dimensions[graph.graph.inputs[1]]
+    assert BATCH in sizes
+    assert LENGTH in sizes
+
+
+APART = [
+    ("a product with each other's rows", "float[b, m, 4] q", "t = Transpose<perm=[0, 2, 1]>(q) y = MatMul(e, t)"),
+    ("a sum over its own axis", "float[b, m, 4] q", "s = ReduceSum(q, two) y = Add(e, half)"),
+    ("rows that are looked up", "float[m, 4] q", "r = Gather(q, p) y = Add(e, r)"),
+    ("positions that are compared", "int64[m] q",
+     "s = Shape<start=1>(p) u = Unsqueeze(q, zero) w = Unsqueeze(p, two) y = Less(u, w)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("inputs", "body"), [pytest.param(*case[1:], id=case[0]) for case in APART])
+def test_a_size_of_another_name_is_another_size(inputs, body):
+    graph = ir.from_proto(read(FRAME.format(inputs=f"int64[b, n] p, {inputs}", body=f"e = Gather(table, p) {body}")))
+    assert extent("m") in read_inputs(graph.graph).dimensions[graph.graph.inputs[1]]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from packages import install
 from written import read
 
 from kvsurgeon.analysis.analysis import analyze
-from kvsurgeon.dataflow.input_roles import shapes_of
+from kvsurgeon.dataflow.input_dimensions import shapes_of
 from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import Code, PluginError, UnsupportedError
 from kvsurgeon.ops import Operator, operator_of, registered, table

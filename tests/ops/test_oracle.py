@@ -9,7 +9,7 @@ from exports import NAMES, export, injected, injected_export, with_all_outputs
 from laws import dims_of, in_chunks, in_onnxruntime, texts
 from onnx import helper
 
-from kvsurgeon.dataflow.input_roles import read_inputs
+from kvsurgeon.dataflow.input_dimensions import read_inputs
 from kvsurgeon.dataflow.shape_inference import infer_shapes
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH
@@ -21,7 +21,7 @@ SIZES = [(1, 5), (3, 8)]
 def test_claims_are_what_onnxruntime_finds(name):
     model = export(name)
     graph = ir.from_proto(model).graph
-    dimensions, _ = read_inputs(graph)
+    dimensions = read_inputs(graph).dimensions
     shapes = infer_shapes(list(graph), dimensions, graph.opset_imports[""])
     values = {value.name: value for node in graph for value in node.outputs}
     run = in_onnxruntime(with_all_outputs(model))

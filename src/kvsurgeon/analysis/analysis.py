@@ -10,10 +10,12 @@ import onnx_ir as ir
 from kvsurgeon.analysis.attention_sites import AttentionSite, find_attention_sites
 from kvsurgeon.analysis.cache_points import CachePoint, choose_cache_point
 from kvsurgeon.analysis.common_subexpressions import find_common_subexpressions
+from kvsurgeon.analysis.masks.mask_forms import with_mask_forms
 from kvsurgeon.analysis.propagation import propagate_tokens
 from kvsurgeon.analysis.token_flow import TokenFlow
-from kvsurgeon.dataflow.input_roles import InputRole, classify_inputs, read_inputs
-from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
+from kvsurgeon.dataflow.input_dimensions import read_inputs
+from kvsurgeon.dataflow.input_roles import InputRole, classify_inputs
+from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.dataflow.value_kinds import classify_values
 from kvsurgeon.graph.query import find_live
 from kvsurgeon.symbolic.dimension import Dimension
@@ -35,7 +37,7 @@ class Analysis:
     """
 
     model: ir.Model
-    inputs: list[InputRole]
+    inputs: Sequence[InputRole]
     length: Dimension
     shapes: Shapes
     flow: TokenFlow
@@ -53,15 +55,17 @@ def analyze(model: ir.Model) -> Analysis:
     graph = model.graph
     live = find_live(graph)
     nodes: Sequence[ir.Node] = [node for node in graph if node in live]
-    dimensions, length = read_inputs(graph)
-    inputs = classify_inputs(graph, dimensions, length)
-    shapes = infer_shapes(nodes, dimensions, graph.opset_imports.get("", 1))
+    given = read_inputs(graph)
+    shapes, length = given.shapes, given.length
+    inputs = classify_inputs(given.dimensions, length)
     kinds = classify_values(nodes, inputs, shapes)
     flow = propagate_tokens(nodes, inputs, shapes, kinds, length, graph.opset_imports)
+    sites = find_attention_sites(flow, at=graph.outputs[0].name if graph.outputs else None)
+    flow.inputs = with_mask_forms(flow, sites)
     cached = [choose_cache_point(flow, place) for state in flow.states for place in state.places]
     return Analysis(
-        model=model, inputs=inputs, length=length, shapes=shapes, flow=flow,
+        model=model, inputs=flow.inputs, length=length, shapes=shapes, flow=flow,
         same=find_common_subexpressions(nodes, kinds, shapes),
-        sites=find_attention_sites(flow, at=graph.outputs[0].name if graph.outputs else None),
+        sites=sites,
         states=tuple({point.value: point for point in cached}.values()),
     )  # fmt: skip

@@ -126,6 +126,7 @@ class ProbeFeeds:
         only_input: InputRole | None = None,
         only_sequence: int | None = None,
         scale: float = 1.0,
+        number: float | None = None,
         tokens: np.ndarray | None = None,
         second_tokens: np.ndarray | None = None,
     ) -> dict[str, np.ndarray]:
@@ -137,6 +138,7 @@ class ProbeFeeds:
             only_input: The only mask input that masks them; None for all.
             only_sequence: Index of the only sequence that is masked; None for both.
             scale: Factor on the synthetic values of `probed`.
+            number: The elements of inputs without tokens; those of their roles by default.
             tokens: [total], the number of the token at each position; 0, 1, 2, ... by default.
             second_tokens: [total], the same for the second sequence if it differs from the first.
         """
@@ -154,7 +156,7 @@ class ProbeFeeds:
             feeds[value.name or ""] = array if scale == 1.0 else (array * scale).astype(array.dtype)
         for given in self.masks:
             visible = mask(rows.total) if only_input in (None, given) else np.ones(rows.total, dtype=bool)
-            feeds[given.value.name or ""] = mask_input(given, visible, only_sequence, rows)
+            feeds[given.value.name or ""] = mask_input(given, visible, only_sequence, rows, number)
         return feeds
 
     def _arrays_at(self, rows: Rows) -> dict[str, np.ndarray]:

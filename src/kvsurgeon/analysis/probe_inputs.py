@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.dataflow.input_roles import InputRole
+from kvsurgeon.dataflow.input_roles import InputRole, MaskForm
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
+from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension, Extent
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
 
@@ -56,21 +56,23 @@ class Rows:
         return [size if isinstance(size, int) else 1 for size in result]
 
 
+EXTENT = 9  # size of an axis that is neither the batch nor the tokens
 AMPLIFIED = 1 << 20  # added to the number of a token, makes its values larger
 AMPLIFICATION = 900.0  # how many times larger: beyond what a maximum or a bound of other tokens hides
 
 
 def at_length(number: Any, length: int, batch: int = 2) -> Any:
-    """Return a symbolic number for a batch of sequences of that length."""
+    """Return a symbolic number for a batch of sequences of that length; other extents have a fixed size."""
     if isinstance(number, (int, float, bool)):
         return number
-    return dim.substitute(number, ((LENGTH, length), (BATCH, batch)))
+    extents = tuple((one, EXTENT) for one in sorted(number.atoms(Extent), key=str))
+    return dim.substitute(number, ((LENGTH, length), (BATCH, batch), *extents))
 
 
 def follows_from_length(numbers: np.ndarray) -> bool:
-    """Return whether the numbers depend on nothing but batch and length."""
+    """Return whether the numbers depend on nothing but the sizes of inputs."""
     symbols = {symbol for number in numbers.reshape(-1) for symbol in getattr(number, "free_symbols", ())}
-    return symbols <= {BATCH, LENGTH}
+    return all(symbol in (BATCH, LENGTH) or isinstance(symbol, Extent) for symbol in symbols)
 
 
 def evaluate(numbers: np.ndarray, rows: Rows) -> np.ndarray:
@@ -98,33 +100,42 @@ def join_sequences(first: np.ndarray, second: np.ndarray, axis: int | None) -> n
     return np.concatenate([first.take(range(half), axis), second.take(range(half, 2 * half), axis)], axis)
 
 
+_NUMBERS_OF_FORM = {MaskForm.KEPT: (1.0, 0.0), MaskForm.HIDDEN: (0.0, 1.0), MaskForm.ADDED: (0.0, -1e9)}
+
+
 def mask_input(
-    given: InputRole, visible: np.ndarray, sequence: int | None = None, rows: Rows | None = None
+    given: InputRole,
+    visible: np.ndarray,
+    sequence: int | None = None,
+    rows: Rows | None = None,
+    number: float | None = None,
 ) -> np.ndarray:
-    """Return the array for an input that masks tokens: 1 for a visible token, a matrix if the input has two lengths.
+    """Return the array for an input that masks tokens, in its form; a matrix if the input has two lengths.
 
     Args:
         given: The input.
         visible: [length] of bool, False for each masked token.
         sequence: Index of the only sequence to mask; None to mask both.
         rows: The tokens of the run; all of them by default.
+        number: The elements of an input without tokens; that of its role by default.
     """
     if sequence is not None and BATCH in given.dimensions:
         axis = given.dimensions.index(BATCH)
         masks = [visible if row == sequence else np.ones_like(visible) for row in (0, 1)]
-        return np.concatenate([mask_input(given, mask, rows=rows).take([row], axis) for row, mask in enumerate(masks)],
-                              axis)  # fmt: skip
+        arrays = [mask_input(given, mask, rows=rows, number=number) for mask in masks]
+        return np.concatenate([array.take([row], axis) for row, array in enumerate(arrays)], axis)
     rows = rows or Rows.of_text(len(visible))
     sizes = _input_sizes(given, rows)
     dtype = given.value.dtype or ir.DataType.INT64
     if not given.lengths:
-        return np.ones(sizes, dtype=dtype.numpy())
-    array = visible.astype(np.float64)
+        return np.full(sizes, given.number if number is None else number).astype(dtype.numpy())
+    is_kept = visible
     if len(given.lengths) == 2:
-        allowed = (rows.keys <= rows.queries[:, None]) * array
-        array = np.where(allowed > 0, 0.0, -1e9) if dtype.is_floating_point() else allowed
+        is_kept = (rows.keys <= rows.queries[:, None]) & visible
     elif Length.NEW in given.lengths.values():
-        array = array[rows.queries]
+        is_kept = visible[rows.queries]
+    kept, hidden = _NUMBERS_OF_FORM[given.mask_form]
+    array = np.where(is_kept, kept, hidden)
     shape = [size if axis in given.lengths else 1 for axis, size in enumerate(sizes)]
     return np.broadcast_to(array.reshape(shape), sizes).astype(dtype.numpy())
 

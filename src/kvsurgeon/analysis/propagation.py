@@ -22,12 +22,12 @@ from kvsurgeon.analysis.regions.sequence_state import find_sequence_state, recor
 from kvsurgeon.analysis.token_flow import NodeVisit, TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.shape_inference import Shapes, raise_at
-from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.dataflow.value_kinds import ValueKind, find_fixed_values
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.ops.operator import AxisLinks, Trait, UntraceableAxesError
-from kvsurgeon.ops.table import KNOWN_DOMAINS, axis_links, has_trait
+from kvsurgeon.ops.table import KNOWN_DOMAINS, axis_links, contraction_of, has_trait
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import Dimension
+from kvsurgeon.symbolic.dimension import BATCH, Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
 Rule = Callable[[NodeVisit, AxisLinks], list[Axes]]
@@ -51,8 +51,10 @@ def propagate_tokens(
     """
     order = {node: place for place, node in enumerate(nodes)}
     flow = TokenFlow(
-        shapes=shapes, kinds=kinds, length=length, batch=_batch(inputs), order=order, inputs=inputs, opsets=opsets
-    )
+        shapes=shapes, kinds=kinds, length=length, batch=_batch(inputs), order=order, inputs=inputs, opsets=opsets,
+        fixed=find_fixed_values(nodes, inputs, shapes, kinds),
+    )  # fmt: skip
+    _check_encoder(flow)
     for given in inputs:
         if given.is_token:
             flow.axes[given.value] = tuple(SequenceAxis(axis, flow.query_axis) for axis in given.lengths)
@@ -75,6 +77,28 @@ def propagate_tokens(
     return flow
 
 
+def _check_encoder(flow: TokenFlow) -> None:
+    """Check that no attention is computed over an input without tokens, as an encoder inside the model does.
+
+    Raises:
+        UnsupportedError: One is.
+    """
+    for node in flow.order:
+        if not has_trait(node, Trait.PRODUCT) or node.outputs[0] not in flow.fixed:
+            continue
+        call = flow.shapes.call(node)
+        product = contraction_of(call)
+        operands = () if product is None else (node.inputs[product.left], node.inputs[product.right])
+        origins = [flow.fixed.get(value, frozenset()) for value in operands if value is not None]
+        if product is not None and origins[0] & origins[1]:
+            raise UnsupportedError(
+                "the model contains an encoder, which each decode step would run again", code=Code.UNSUPPORTED,
+                at=node.outputs[0].name, expected="a decoder that is given the encoder's output",
+                found=f"attention over the input `{next(iter(origins[0] & origins[1])).name}`",
+                hint="export encoder and decoder as two models",
+            )  # fmt: skip
+
+
 def _starts_region(flow: TokenFlow, node: ir.Node, routed_regions: dict[ir.Node, RoutedRegion]) -> bool:
     """Return whether a routed region starts at a node that sorts or counts tokens, and add it to the others."""
     found = find_routed_region(flow, node) if sorts_or_counts(flow, node) else None
@@ -93,8 +117,10 @@ def _reads_queries(flow: TokenFlow, node: ir.Node) -> bool:
 
 
 def _batch(inputs: list[InputRole]) -> Dimension:
-    """Return the batch size of the token inputs: the axis before the sequence axis."""
+    """Return the batch size of the token inputs: the axis before the sequence axis if no axis is the batch."""
     first = next(given for given in inputs if given.is_token)
+    if BATCH in first.dimensions:
+        return BATCH
     axis = next(iter(first.lengths))
     return first.dimensions[axis - 1] if axis else 1
 

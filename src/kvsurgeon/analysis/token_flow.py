@@ -126,6 +126,7 @@ class TokenFlow:
         length: The one length that the export knows.
         batch: Batch size of the token inputs; 1 if they have no batch axis.
         inputs: Roles of the graph inputs.
+        fixed: Context that is the same in every call, each with the inputs whose content it is computed from.
         opsets: Versions of the operator sets.
         order: Position of each node in the graph.
         query_axis: Length variable of the new tokens.
@@ -157,6 +158,7 @@ class TokenFlow:
     length: Dimension
     batch: Dimension
     inputs: Sequence[InputRole]
+    fixed: Mapping[ir.Value, frozenset[ir.Value]]
     opsets: Mapping[str, int]
     order: dict[ir.Node, int]
     query_axis: LengthVariable = field(default_factory=lambda: LengthVariable(Length.NEW, "the tokens"))
@@ -347,7 +349,7 @@ class NodeVisit:
             return self.open_length(other, second, one.variable)
         if not one.variable.agree(other.variable):
             raise self.refusal("queries and keys are aligned with each other", at=self.node.inputs[second])
-        return one
+        return other if one.variable.bias and not other.variable.bias else one  # a mask may be that of other keys too
 
 
 def is_of_queries(axes: Axes) -> bool:

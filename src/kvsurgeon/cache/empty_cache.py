@@ -8,14 +8,12 @@ import onnx_ir as ir
 
 from kvsurgeon.cache.layout import declared_names, declared_shape
 from kvsurgeon.cache.pairs import CachePair, has_features
-from kvsurgeon.dataflow.input_roles import read_inputs, required_inputs
+from kvsurgeon.dataflow.input_dimensions import Dimensions, read_inputs, required_inputs
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
 
 DYNAMIC_HINT = "use the model with dynamic shapes"
-
-Dimensions = dict[ir.Value, tuple[Dimension, ...]]
 
 
 def fill_buffers(graph: ir.Graph, pairs: Sequence[CachePair]) -> int | None:
@@ -30,7 +28,8 @@ def fill_buffers(graph: ir.Graph, pairs: Sequence[CachePair]) -> int | None:
     capacity = next((size for size in capacities if isinstance(size, int)), None)
     if capacity is None:
         return None
-    dimensions, length = read_inputs(graph)
+    given = read_inputs(graph)
+    length = given.length
     if len(capacities) > 1 or (isinstance(length, int) and length != capacity):
         raise UnsupportedError(
             "a cache input has a fixed length, so it cannot be empty", code=Code.FIXED_LENGTH,
@@ -38,7 +37,7 @@ def fill_buffers(graph: ir.Graph, pairs: Sequence[CachePair]) -> int | None:
             found=f"calls of {length} tokens, and buffers of {' and '.join(map(str, capacities))} rows",
             hint=DYNAMIC_HINT,
         )  # fmt: skip
-    for value, sizes in dimensions.items():
+    for value, sizes in given.dimensions.items():
         declared = zip(declared_shape(value), sizes, strict=True)
         value.shape = ir.Shape([capacity if size is LENGTH else name for name, size in declared])
     return capacity

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from kvsurgeon.cache.layout import declared_names, declared_shape
 from kvsurgeon.cache.pairs import CachePair
-from kvsurgeon.dataflow.input_roles import read_inputs, required_inputs
+from kvsurgeon.dataflow.input_dimensions import read_inputs, required_inputs
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
@@ -77,14 +77,14 @@ def find_length_inputs(graph: ir.Graph, pairs: Sequence[CachePair]) -> list[Leng
     partial = [pair.past for pair in pairs if pair.cache_mode == "new-tokens"]
     if not partial and not any(pair.is_buffer for pair in pairs):
         return []
-    dimensions, length = read_inputs(graph)
+    given = read_inputs(graph)
     token_dims = {
         name
-        for value, sizes in dimensions.items()
+        for value, sizes in given.dimensions.items()
         for name, size in zip(declared_shape(value), sizes, strict=True)
-        if size is length and len(sizes) > 1
+        if size is given.length and len(sizes) > 1
     } - {None, 1}
-    shapes = infer_shapes(graph, dimensions, graph.opset_imports.get("", 1))
+    shapes = infer_shapes(graph, given.dimensions, graph.opset_imports.get("", 1))
     found: dict[ir.Value, LengthInput] = {}
     for value in _combined_with_row_count(graph, partial):
         found |= _lengths_upstream(shapes, token_dims, value)

@@ -14,7 +14,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from kvsurgeon.cache.written_rows import WrittenRows
-from kvsurgeon.dataflow.input_roles import required_inputs
+from kvsurgeon.dataflow.input_dimensions import required_inputs
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import STANDARD_DOMAINS, chain, through
 from kvsurgeon.ops.operator import Trait

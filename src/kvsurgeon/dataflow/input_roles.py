@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 import onnx_ir as ir
 
-from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
-from kvsurgeon.graph.query import find_live, through, upstream
+from kvsurgeon.graph.query import through, upstream
 from kvsurgeon.ops.content import depends_on_input
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
-from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
+from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Length
 
 # Operators whose result is an input in another form, position by position.
@@ -23,6 +22,14 @@ _FORMS = (Trait.IDENTITY, Trait.RESHAPE, Trait.REPEAT, Trait.TRANSPOSE, Trait.AR
 _ELEMENTWISE = (Trait.ELEMENTWISE, Trait.BROADCAST)
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
 _FEWEST_POSITIONS = 16  # rows of a table of positions; there are fewer token types
+
+
+class MaskForm(Enum):
+    """The numbers of a mask that hide a key."""
+
+    KEPT = auto()  # 1 for a key that is attended to, 0 for a hidden one
+    HIDDEN = auto()  # 0 for a key that is attended to, 1 for a hidden one
+    ADDED = auto()  # added to scores: 0 for a key that is attended to, a large negative number for a hidden one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +41,16 @@ class InputRole:
         dimensions: Its dimensions, in the symbols of the analysis.
         lengths: The length of each sequence axis.
         holds_positions: Whether it holds integers that are compared with positions, so that they are positions too.
+        mask_form: If it is a mask, which of its numbers hide a key.
+        number: If it has no tokens, a number that it may hold, at which masks hide as little as they can.
     """
 
     value: ir.Value
     dimensions: tuple[Dimension, ...]
     lengths: dict[int, Length] = field(hash=False)
     holds_positions: bool = False
+    mask_form: MaskForm = MaskForm.KEPT
+    number: float = 1.0
 
     @property
     def is_token(self) -> bool:
@@ -47,98 +58,7 @@ class InputRole:
         return bool(self.lengths) and set(self.lengths.values()) == {Length.NEW}
 
 
-def required_inputs(graph: ir.Graph) -> list[ir.Value]:
-    """Return the inputs that a caller must feed: those that are not initializers."""
-    return [value for value in graph.inputs if not value.is_initializer()]
-
-
-def read_inputs(graph: ir.Graph) -> tuple[dict[ir.Value, tuple[Dimension, ...]], Dimension]:
-    """Return the dimensions of the graph inputs in symbols: batch, length, and others.
-
-    The length is the second axis of the first input of rank two or three (the first of rank one; the third where the
-    second is fixed and the third is not), and every axis that the exporter gave the same name; inputs of the same rank
-    agree axis by axis.
-
-    Returns:
-        The dimensions of each input, and the length: a symbol, or a number if the export fixed it.
-
-    Raises:
-        UnsupportedError: An input has no shape, names two axes like the batch, or none has a sequence axis.
-    """
-    names: dict[str, Dimension] = {}
-    length: Dimension | None = None
-    shaped = []
-    for value in required_inputs(graph):
-        if value.shape is None:
-            raise UnsupportedError(
-                "an input has no shape", at=value.name, expected="a shape with a batch and a sequence axis",
-                hint="give the input a shape, symbolic or not", code=Code.INPUT_ROLE,
-            )  # fmt: skip
-        shaped.append(value)
-        if length is None and 1 <= len(value.shape) <= 3:
-            axis = _length_axis(value.shape)
-            length = value.shape[axis] if isinstance(value.shape[axis], int) else LENGTH
-            _name_dimension(names, value.shape[axis], length)
-            if axis > 0:
-                _name_dimension(names, value.shape[0], BATCH)
-    if length is None:
-        raise UnsupportedError(
-            "no input has a sequence axis",
-            expected="an input such as input_ids [batch, sequence]",
-            code=Code.INPUT_ROLE,
-        )
-    return {value: _dimensions(value, names, length) for value in shaped}, length
-
-
-def shapes_of(graph: ir.Graph) -> Shapes:
-    """Return the shapes of every value that an output depends on, in the symbols of the inputs.
-
-    Raises:
-        UnsupportedError: An input has no shape, names two axes like the batch, or none has a sequence axis.
-    """
-    live = find_live(graph)
-    dimensions, _ = read_inputs(graph)
-    nodes = [node for node in graph if node in live]
-    return infer_shapes(nodes, dimensions, graph.opset_imports.get("", 1), named=True)
-
-
-def _length_axis(shape: ir.Shape) -> int:
-    """Return the sequence axis: after the batch, or after several rows of numbers for each token."""
-    stacked = len(shape) == 3 and isinstance(shape[1], int) and not isinstance(shape[2], int)
-    return 2 if stacked else min(1, len(shape) - 1)
-
-
-def _name_dimension(names: dict[str, Dimension], size: int | ir.SymbolicDim, dimension: Dimension) -> None:
-    if not isinstance(size, int) and size.value is not None:
-        names.setdefault(str(size.value), dimension)
-
-
-def _dimensions(value: ir.Value, names: dict[str, Dimension], length: Dimension) -> tuple[Dimension, ...]:
-    shape = value.shape or ()
-    rank = len(shape)
-    usual = {1: {0: length}, 2: {0: BATCH, 1: length}, 3: {0: BATCH, 1: length}, 4: {0: BATCH, 2: length, 3: length}}
-    result: list[Dimension] = []
-    for axis, size in enumerate(shape):
-        if isinstance(size, int):
-            result.append(size)
-            continue
-        named = names.get(str(size.value)) if size.value is not None else None
-        expected = usual.get(rank, {}).get(axis)
-        if named is None:
-            named = expected if expected is not None else dim.symbol(f"{value.name}.{axis}")
-            _name_dimension(names, size, named)
-        result.append(named)
-    if result.count(BATCH) > 1:
-        raise UnsupportedError(
-            "an input names two axes like the batch", at=value.name, found=str(shape),
-            expected="another name for each size", hint="rename its dimensions", code=Code.INPUT_ROLE,
-        )  # fmt: skip
-    return tuple(result)
-
-
-def classify_inputs(
-    graph: ir.Graph, dimensions: dict[ir.Value, tuple[Dimension, ...]], length: Dimension
-) -> list[InputRole]:
+def classify_inputs(dimensions: Mapping[ir.Value, tuple[Dimension, ...]], length: Dimension) -> list[InputRole]:
     """Return the role of each input, as its use decides.
 
     What indexes a table, becomes an angle or enters a product with weights position by position is given for the new
@@ -159,8 +79,14 @@ def classify_inputs(
             lengths = {}
         else:
             lengths = {axes[0]: Length.NEW if is_given_for_new_tokens(value) else Length.TOTAL}
-        positions = len(axes) == 1 and _is_compared_with_positions(value)
-        found.append(InputRole(value=value, dimensions=sizes, lengths=lengths, holds_positions=positions))
+        is_matrix = len(lengths) == 2 and value.dtype is not None and value.dtype.is_floating_point()
+        found.append(
+            InputRole(
+                value=value, dimensions=sizes, lengths=lengths,
+                holds_positions=len(axes) == 1 and _is_compared_with_positions(value),
+                mask_form=MaskForm.ADDED if is_matrix else MaskForm.KEPT,
+            )
+        )  # fmt: skip
     if not any(given.is_token for given in found):
         alone = [given for given in found if len(given.lengths) == 1]
         if len(alone) != 1:

@@ -9,8 +9,7 @@ from pkgutil import resolve_name
 
 import onnx_ir as ir
 
-from kvsurgeon.dataflow.input_roles import read_inputs
-from kvsurgeon.dataflow.shape_inference import infer_shapes
+from kvsurgeon.dataflow.input_dimensions import read_inputs
 from kvsurgeon.decompose.fused_node import FusedNode
 from kvsurgeon.decompose.onnx_attention import needs_decomposition
 from kvsurgeon.decompose.simplify import simplify_model
@@ -53,9 +52,7 @@ def decompose(model: ir.Model) -> DecomposedModel:
 def _decompose_nodes(model: ir.Model) -> dict[str, str]:
     """Decompose the nodes in place, and return the assumptions."""
     graph = model.graph
-    live = find_live(graph)
-    dimensions, _ = read_inputs(graph)
-    shapes = infer_shapes([node for node in graph if node in live], dimensions, graph.opset_imports.get("", 1))
+    live, shapes = find_live(graph), read_inputs(graph).shapes
     assumed: dict[str, str] = {}
     editor = Editor(model)
     for node in list(graph):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,8 @@ from kvsurgeon.analysis.mask_patterns import (
     unmasked,
     with_gaps,
 )
+from kvsurgeon.analysis.masks.attention_weights import ReadWeights, weights_of_mask, weights_of_product
+from kvsurgeon.analysis.masks.mask_forms import MANY
 from kvsurgeon.analysis.probe_inputs import AMPLIFIED, Rows
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.input_roles import InputRole
@@ -46,9 +47,8 @@ from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
 SCALES = (30.0, 10.0, 3.0, 1.0)  # of the probed scores: a mask must hold for the largest that give finite weights
 MIN_PROVED_LENGTH = 1024  # tokens: rows of a shorter text, if longer ones are too large to run, prove nothing beyond it
+NUMBERS = (-1.0, 0.0, 1.0, 2.0, 3.0)  # that an input without tokens may hold
 BATCHES = (3, 5)  # sequences, in addition to two
-
-ReadWeights = Callable[[Sequence[np.ndarray], Rows], np.ndarray]  # outputs and rows -> weights [..., query, key]
 
 
 def check_causality(
@@ -69,12 +69,11 @@ def check_causality(
         return _check_fused(sweep, layer, site)
     patterns = []
     for product in site.products:
-        weights = product.weights_read[0]
-        axes = sweep.flow.axes[weights]
+        values, read = weights_of_product(sweep.flow, product)
+        has_rows = any(axis.learned_rows for axis in sweep.flow.axes[values[0]])
         probe = AttentionProbe(
-            sweep, layer, site, product.weights_read, partial(_read_weights, axes=axes),
-            reductions=reductions, learned=weights if any(axis.learned_rows for axis in axes) else None,
-        )  # fmt: skip
+            sweep, layer, site, values, read, reductions=reductions, learned=values[0] if has_rows else None
+        )
         patterns.append(probe.check())
     check_key_reductions(sweep, layer, site)
     return patterns[0]
@@ -90,44 +89,16 @@ def other_reductions(sweep: LengthSweep, site: AttentionSite) -> list[ir.Value]:
     ]
 
 
-def _read_weights(arrays: Sequence[np.ndarray], rows: Rows, axes: Axes) -> np.ndarray:
-    """Return the weights, minus their zero point if they are quantized."""
-    weights, *zero_point = arrays
-    if zero_point:
-        if zero_point[0].size != 1:
-            raise UnsupportedError(
-                "attention weights are quantized per row, so zero weights cannot be identified",
-                code=Code.CONTEXT_NOT_RUNNABLE, expected="one zero point", found=str(zero_point[0].size),
-            )  # fmt: skip
-        weights = weights.astype(np.int64) - zero_point[0].astype(np.int64)
-    return sequence_last(weights, axes, rows)
-
-
 def _check_fused(sweep: LengthSweep, layer: int, site: AttentionSite) -> AttentionPattern:
     """Check the mask of a fused operator."""
     assert site.fused is not None
-    node, causal = site.fused.node, site.fused.inputs.causal
-    mask = node.inputs[site.fused.inputs.mask] if site.fused.inputs.mask is not None else None
-    if mask is None:
-        if not causal:
+    mask, read, _ = weights_of_mask(sweep.flow, site)
+    if not mask:
+        if not site.fused.inputs.causal:
             raise _not_causal(layer, site, "it has no mask")
         length = max(sweep.attention_lengths(site))
         return AttentionPattern(weights=np.tril(np.ones((length, length))))
-    axes = sweep.flow.demands.get((node, site.fused.inputs.mask or 0), ())
-    return AttentionProbe(sweep, layer, site, [mask], partial(_mask_weights, axes=axes, causal=causal)).check()
-
-
-def _mask_weights(arrays: Sequence[np.ndarray], rows: Rows, axes: Axes, *, causal: bool) -> np.ndarray:
-    """Return the weights that a fused operator gives to equal scores under its mask."""
-    (mask,) = arrays
-    if len(axes) == 2:
-        mask = sequence_last(mask, axes, rows)
-    else:
-        mask = np.broadcast_to(mask, (*mask.shape[:-2], rows.stop - rows.start, rows.total))
-    weights = mask.astype(np.float64)
-    if mask.dtype != bool:
-        weights = np.exp(np.minimum(weights, 0.0))
-    return np.where(rows.keys <= rows.queries[:, None], weights, 0.0) if causal else weights
+    return AttentionProbe(sweep, layer, site, mask, read).check()
 
 
 class AttentionProbe:
@@ -156,7 +127,7 @@ class AttentionProbe:
         axes = sweep.flow.axes
         self._axes = [axes.get(value, ()) for value in (*weights, *reductions)]
         if site.fused is not None:
-            self._axes = [sweep.flow.demands.get((site.fused.node, site.fused.inputs.mask or 0), ())]
+            self._axes = [weights_of_mask(sweep.flow, site)[2]]
         self._learned_axes = () if learned is None else axes[learned]
         self.others = [(value, axes[value]) for value in reductions]  # compared in addition to the weights
         if learned is not None:
@@ -202,6 +173,7 @@ class AttentionProbe:
         self._check_amplified_keys(weights[longest])
         self._check_sequences(weights[longest])
         self._check_batches(longest)
+        self._check_numbers(longest)
         if self.sweep.fixed is not None:
             self._check_fixed_length(weights[longest])
         return AttentionPattern(
@@ -319,10 +291,11 @@ class AttentionProbe:
 
     def _maskings(self) -> Iterator[tuple[MaskPattern, InputRole | None]]:
         """Yield mask patterns for all mask inputs together (None), and for each alone."""
-        if self.runner.masks:
+        masks = [given for given in self.runner.masks if given.lengths]
+        if masks:
             yield from ((left_padded, None), (with_gaps, None))
-        if len(self.runner.masks) > 1:
-            yield from ((with_gaps, given) for given in self.runner.masks)
+        if len(masks) > 1:
+            yield from ((with_gaps, given) for given in masks)
 
     def _masked_weights(
         self, weights: Mapping[int, np.ndarray], mask: MaskPattern, only_input: InputRole | None
@@ -410,6 +383,25 @@ class AttentionProbe:
             arrays = self.runner.run(length, batch=batch)
             self._check_causal(self._compared(arrays, Rows(0, length, length, batch))[0])
 
+    def _check_numbers(self, length: int) -> None:
+        """Check that attention is causal whatever inputs without tokens hold, such as a count of tokens.
+
+        Queries that attend to no key, for which weights are NaN or equal, may depend on all of them.
+        """
+        given_once = [given.value for given in self.runner.masks if not given.lengths]
+        half, counts = length // 2, self.sweep.numbers
+        numbers = {*NUMBERS, half, length - 1, length, *counts, *(count + 1 for count in counts)}
+        if all(value.dtype is not None and not value.dtype.is_floating_point() for value in given_once):
+            numbers |= {-MANY, MANY}  # as a factor of scores, it would outweigh a mask
+        for number in sorted(numbers) if given_once else ():
+            try:
+                longer, shorter = (self.run(count, number=number)[0] for count in (length, half))
+            except UnsupportedError:  # no row of a table has this index
+                continue
+            longer, shorter = (np.where(_attends_to_none(weights), 0.0, weights) for weights in (longer, shorter))
+            self._check_causal(longer)
+            self._check_stable(longer[..., :half, :half], shorter)
+
     def _check_fixed_length(self, weights: np.ndarray) -> None:
         """Check what a sweep would: every query has a key, and masking the second half does not change the first."""
         if not is_attended(weights).any(axis=-1).all():
@@ -436,6 +428,12 @@ class AttentionProbe:
 
     def _unsupported(self, reason: str, code: Code, hint: str) -> UnsupportedError:
         return UnsupportedError(reason, code=code, layer=self.layer, at=self.site.at.name, hint=hint)
+
+
+def _attends_to_none(weights: np.ndarray) -> np.ndarray:
+    """Return [..., query, 1] of bool: whether the weights are NaN, or equal although the scores differ."""
+    is_equal = np.ptp(weights, axis=-1, keepdims=True) == 0
+    return np.asarray(np.isnan(weights).all(axis=-1, keepdims=True) | is_equal)
 
 
 def _is_of_queries(axis: SequenceAxis) -> bool:

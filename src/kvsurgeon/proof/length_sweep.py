@@ -11,6 +11,7 @@ import onnx_ir as ir
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.mask_patterns import describe_difference, is_close, queries_first
+from kvsurgeon.analysis.probe_inputs import EXTENT
 from kvsurgeon.analysis.regions.probe_lengths import elements_at
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.thresholds import MAX_LENGTH, SCANNED, Thresholds, bisect, lengths_near
@@ -18,6 +19,7 @@ from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.proof.length_dependence import LengthDependence
+from kvsurgeon.symbolic.dimension import Extent
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 LENGTHS = (1, 2, 7, 8, 40, 65, 129)  # tokens
@@ -133,9 +135,20 @@ class LengthSweep:
             except UnsupportedError as error:
                 if not results:
                     raise
-                self.bounds.add(bisect(run, max(results), length, error)[0])
+                self.bounds.add(self._checked(*bisect(run, max(results), length, error)))
                 break
         return results
+
+    def _checked(self, longest: int, error: UnsupportedError) -> int:
+        """Return the longest length at which context runs, unless that is the size that probed extents have."""
+        sizes = {size: given for given in self.flow.inputs for size in given.dimensions if isinstance(size, Extent)}
+        if sizes and longest <= EXTENT:
+            extent, given = next(iter(sizes.items()))
+            raise UnsupportedError(
+                "an input is read as if it were as long as the text", code=Code.INPUT_ROLE, at=given.value.name,
+                found=f"a dimension `{extent}`", hint="give equal dimensions equal names",
+            ) from error  # fmt: skip
+        return longest
 
 
 def first_tokens(array: np.ndarray, axes: Axes, length: int, *, keys_only: bool = False) -> np.ndarray:

@@ -14,15 +14,17 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import sympy
 from onnxruntime import InferenceSession
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.mask_patterns import MaskPattern, unmasked
 from kvsurgeon.analysis.probe_feeds import ProbeFeeds
-from kvsurgeon.analysis.probe_inputs import Rows
+from kvsurgeon.analysis.probe_inputs import EXTENT, Rows
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner, not_runnable, without_bfloat16
 from kvsurgeon.analysis.token_data import is_token
+from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
@@ -31,7 +33,7 @@ from kvsurgeon.graph.query import upstream
 from kvsurgeon.resizing.context_slices import ContextSlices
 from kvsurgeon.resizing.lengths import INT64, LengthValues
 from kvsurgeon.resizing.token_data import TokenRewriter
-from kvsurgeon.symbolic.dimension import BATCH, MAX, NEW, PAST
+from kvsurgeon.symbolic.dimension import BATCH, MAX, NEW, PAST, Extent
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 _NUMBERS = {PAST: "rows_start", NEW: "rows_count", MAX: "rows_total", BATCH: "rows_batch"}
@@ -58,7 +60,9 @@ class RowRunner:
         flow, numbers = analysis.flow, {symbol: _scalar(name) for symbol, name in _NUMBERS.items()}
         graph = ir.Graph([*numbers.values()], [], nodes=[], opset_imports=dict(flow.opsets))
         editor = Editor(ir.Model(graph, ir_version=10))
-        lengths = LengthValues(editor, {symbol: (value, None) for symbol, value in numbers.items()}, total=MAX)
+        sources = {symbol: (value, None) for symbol, value in numbers.items()}
+        sources |= {extent: (editor.constant(EXTENT, name=str(extent)), None) for extent in _extents(analysis.inputs)}
+        lengths = LengthValues(editor, sources, total=MAX)
         slices = ContextSlices(flow, editor, lengths, analysis.inputs, analysis.same)
         tokens = TokenRewriter(slices, {node: tuple(node.inputs) for node in whole.nodes})
         self.inputs = ProbeFeeds(flow, () if site is None else site.weight_sources, () if site is None else site.ends)
@@ -160,6 +164,12 @@ class RowRunner:
             return [np.asarray(array) for array in self._session.run(None, feeds)]
         except Exception as error:
             raise not_runnable(self.outputs[0], error) from error
+
+
+def _extents(inputs: Iterable[InputRole]) -> list[sympy.Symbol]:
+    """Return the sizes of input axes that are neither the batch nor the tokens."""
+    sizes = [size for given in inputs for size in given.dimensions if isinstance(size, sympy.Basic)]
+    return sorted({extent for size in sizes for extent in size.atoms(Extent)}, key=str)
 
 
 def _scalar(name: str) -> ir.Value:

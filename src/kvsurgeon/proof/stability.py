@@ -166,7 +166,7 @@ def _context_values(sweep: LengthSweep) -> tuple[dict[ir.Value, Axes], dict[ir.V
         ):
             continue
         for index, read in enumerate(node.inputs):
-            if read is None or flow.kinds.get(read) is not ValueKind.CONTEXT:
+            if read is None or flow.kinds.get(read) is not ValueKind.CONTEXT or read in flow.fixed:
                 continue
             place = (node, index)
             if flow.targets.get(node) == index or place in flow.parameters or place in flow.addresses:

@@ -14,7 +14,6 @@ import onnx_ir as ir
 
 from kvsurgeon.cache.empty_cache import (
     DYNAMIC_HINT,
-    Dimensions,
     empty_dimensions,
     fill_buffers,
     inputs_of_past_length,
@@ -23,8 +22,8 @@ from kvsurgeon.cache.layout import declared_names, declared_shape
 from kvsurgeon.cache.length_inputs import find_length_inputs, past_length_source, set_to_zero
 from kvsurgeon.cache.pairs import CachePair, find_cache_pairs, find_unknown_caches
 from kvsurgeon.cache.signature import CacheSignature, SignatureEntry
-from kvsurgeon.dataflow.input_roles import read_inputs
-from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
+from kvsurgeon.dataflow.input_dimensions import Dimensions, declared_dimensions, resolve_inputs
+from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.decompose.simplify import simplify_model
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.copies import copy_model
@@ -91,9 +90,9 @@ def _remove(model: ir.Model) -> tuple[CacheSignature, int]:
         graph.inputs.remove(value)
     for length in sorted(lengths, key=lambda length: length.is_whole_input):  # elements of an input before the input
         set_to_zero(graph, editor, length)
-    dimensions, _ = read_inputs(graph)
-    all_dimensions = dimensions | empty_dimensions(empty, pairs, dimensions)
-    shapes = infer_shapes(graph, all_dimensions, graph.opset_imports.get("", 1))
+    declared, tokens = declared_dimensions(graph)
+    given = resolve_inputs(graph, list(graph), declared | empty_dimensions(empty, pairs, declared), tokens)
+    dimensions, shapes = {value: given.dimensions[value] for value in declared}, given.shapes
     folding = _Folding(editor, shapes, empty, LengthValues(editor, sources_of(dimensions)))
     rows = [folding.disconnect(pair) for pair in pairs]
     for node in affected:

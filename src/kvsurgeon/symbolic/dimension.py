@@ -24,6 +24,13 @@ TOTAL = PAST + NEW  # T: all tokens up to this call
 MAX = sympy.Symbol("max_length", integer=True, positive=True)  # rows of a static cache
 CAPACITY = sympy.Symbol("cache_length", integer=True, positive=True)  # rows of a past that need not all be filled
 
+
+class Extent(sympy.Symbol):  # type: ignore[misc]
+    """The size of an input axis that is neither the batch nor the length of the text, such as an encoder's length."""
+
+    __slots__ = ()
+
+
 LONGEST_TEXT = 1 << 17  # tokens
 LONGEST = 40  # operations in an expression
 
@@ -35,6 +42,11 @@ _numbers = itertools.count()
 def symbol(name: str) -> sympy.Symbol:
     """Return the positive whole number called `name`; the same name is the same number."""
     return sympy.Symbol(name, integer=True, positive=True)
+
+
+def extent(name: str) -> Extent:
+    """Return the extent called `name`; the same name is the same extent."""
+    return Extent(name, integer=True, positive=True)
 
 
 def unknown(why: str) -> sympy.Symbol:

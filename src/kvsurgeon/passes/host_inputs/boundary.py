@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from kvsurgeon.dataflow.input_roles import required_inputs
+from kvsurgeon.dataflow.input_dimensions import required_inputs
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.query import all_inputs, through

@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.cache.layout import declared_shape
-from kvsurgeon.dataflow.input_roles import is_given_for_new_tokens, required_inputs
+from kvsurgeon.dataflow.input_dimensions import required_inputs
+from kvsurgeon.dataflow.input_roles import is_given_for_new_tokens
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.dataflow.input_roles import shapes_of
+from kvsurgeon.dataflow.input_dimensions import shapes_of
 from kvsurgeon.graph.patterns import Replacement, rewrite
 from kvsurgeon.graph.query import is_operator
 from kvsurgeon.graph.recursion import deep_recursion

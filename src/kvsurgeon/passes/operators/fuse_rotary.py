@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from kvsurgeon.dataflow.input_roles import shapes_of
+from kvsurgeon.dataflow.input_dimensions import shapes_of
 from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.fusion.rotary import RotaryMatch, match_rotary
