@@ -119,15 +119,19 @@ def _keeps_all(flow: TokenFlow, node: ir.Node) -> bool:
     """Return whether a slice cuts off none of the tokens: it cuts axes of fixed size, or keeps all of an axis."""
     call = flow.shapes.call(node)
     bounds, shape = slice_bounds(call), call.fact(0).shape
-    return bounds is not None and shape is not None and all(
-        isinstance(shape[axis], int) or (start == 0 and step == 1 and (_is_count(end) or (isinstance(end, int) and end >= FAR)))
-        for axis, start, end, step in zip(*bounds, strict=True)
-    )  # fmt: skip
+    return (
+        bounds is not None
+        and shape is not None
+        and all(
+            isinstance(shape[axis], int) or (start == 0 and step == 1 and _is_end(end))
+            for axis, start, end, step in zip(*bounds, strict=True)
+        )
+    )
 
 
-def _is_count(number: Dimension) -> bool:
-    """Return whether a number is how many tokens were selected, and not a bound on them."""
-    return not isinstance(number, int) and bool(number.is_Symbol)
+def _is_end(number: Dimension) -> bool:
+    """Return whether a number is how many tokens were selected, or far more, and not a bound on them."""
+    return number >= FAR if isinstance(number, int) else bool(number.is_Symbol)
 
 
 def _is_sorting(flow: TokenFlow, node: ir.Node) -> bool:

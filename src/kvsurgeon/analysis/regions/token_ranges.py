@@ -77,20 +77,20 @@ def token_range(flow: TokenFlow, nodes: Sequence[ir.Node], places: Sequence[Plac
 
 def _range_after(visit: NodeVisit, known: Mapping[ir.Value, TokenRange | None]) -> TokenRange | None:
     """Return the range of a node's first output."""
-    ranges: dict[int, TokenRange] = {}
-    for index in visit.tokens:
-        found = known[visit.node.inputs[index]]  # type: ignore[index]
-        if found is ALL_TOKENS:
-            return found
-        if found is not None:
-            ranges[index] = found
+    found = {index: known[visit.node.inputs[index]] for index in visit.tokens}  # type: ignore[index]
+    if any(one is ALL_TOKENS for one in found.values()):
+        return ALL_TOKENS
     links = axis_links(visit.call)
     if links is None or links.attention is not None or links.dynamic_range:
         return None
-    if not ranges or len(ranges) < len(visit.tokens):  # context has no range
+    ranges = {index: one for index, one in found.items() if one is not None}
+    if not ranges or len(ranges) < len(found):  # context has no range
         return None
-    if links.row_major:
-        return _reshaped(visit, ranges.get(0))
+    return _reshaped(visit, ranges.get(0)) if links.row_major else _along_one_label(visit, links, ranges)
+
+
+def _along_one_label(visit: NodeVisit, links: AxisLinks, ranges: Mapping[int, TokenRange]) -> TokenRange | None:
+    """Return the range of a node's first output, if the axes of its tokens have one label."""
     labels = {_label(links, index, one) for index, one in ranges.items()}
     label = labels.pop()
     if labels or label is None or links.token_rows or _brings_tokens(visit, links, label):
