@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.cache.cache_branch import take_cache_branch
 from kvsurgeon.cache.empty_cache import (
     DYNAMIC_HINT,
     empty_dimensions,
@@ -58,6 +59,7 @@ def remove_cache(model: ir.Model) -> RemovedCache | None:
         UnsupportedError: The cache cannot be removed: a cache input has a fixed length, is read elsewhere, or is
             updated in an unknown way.
     """
+    model = take_cache_branch(model)
     unknown = find_unknown_caches(model.graph)
     if unknown:
         raise UnsupportedError(

@@ -53,7 +53,8 @@ class CachedDecoder:
         self.cache_manager = open_cache_manager(cache, self._declared)
         presents = {entry.present for entry in cache}
         self._length_input = find_length_input(session.inputs)
-        inputs = [tensor for tensor in session.inputs if tensor != self._length_input]
+        self._branch_inputs = [tensor for tensor in session.inputs if tensor.name == "use_cache_branch"]
+        inputs = [one for one in session.inputs if one != self._length_input and one not in self._branch_inputs]
         self.use_inputs(inputs_of(inputs, {entry.past.name for entry in cache}))
         self.outputs = tuple(self._declared.with_dims(one) for one in session.outputs if one.name not in presents)
         self.past_length = 0
@@ -156,6 +157,8 @@ class CachedDecoder:
         if self._length_input is not None:
             shape = [dim if isinstance(dim, int) else batch for dim in self._length_input.dims]
             arrays[self._length_input.name] = np.full(shape, past, self._length_input.dtype)
+        for tensor in self._branch_inputs:  # of a merged decoder: another branch makes the first call
+            arrays[tensor.name] = np.full([dim if isinstance(dim, int) else 1 for dim in tensor.dims], past > 0)
         values = {name: to_runtime(array) for name, array in arrays.items()} | pasts
         results = self.session.run(values, self.cache_manager.bound_outputs)
         self.cache_manager.store(results, past, new, size)

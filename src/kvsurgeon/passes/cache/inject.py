@@ -8,6 +8,7 @@ from functools import partial
 from typing import ClassVar
 
 from kvsurgeon.analysis.analysis import Analysis
+from kvsurgeon.cache.cache_branch import take_cache_branch
 from kvsurgeon.cache.pairs import find_cache_pairs, find_unknown_caches
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.fusion.context import FusionContext
@@ -98,10 +99,10 @@ def _add_operators(
 
 def _analyzed(subject: Subject) -> Analysis:
     """Return the analysis of the decoder; if there is none because it has a cache, say so."""
-    graph = subject.decomposed().model.graph
     try:
         return subject.analysis()
     except UnsupportedError as error:
+        graph = take_cache_branch(subject.decomposed().model).graph
         unknown, pairs = find_unknown_caches(graph), find_cache_pairs(graph)
         if not unknown and not pairs:
             raise
