@@ -10,6 +10,7 @@ from laws import ALLOWED, assert_law, difference, in_onnxruntime
 from written import read
 
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.passes.contract import Subject
 
 KEYS = "ek = MatMul(encoder, wk)\n ekt = Transpose<perm = [0, 2, 1]>(ek)\n cq = MatMul(c, wq)\n cs = MatMul(cq, ekt)\n"
 VALUES = "cw = Softmax<axis = -1>(cm)\n ev = MatMul(encoder, wv)\n logits = MatMul(cw, ev)"
@@ -42,6 +43,37 @@ def test_keys_of_another_length_are_no_keys_to_cache(encoder_length):
         "x", "encoder", "past_key_values.0.key", "past_key_values.0.value",
     ]  # fmt: skip
     assert_law(model, result, whole(encoder_length))
+
+
+def test_the_facts_name_its_keys():
+    (found,) = Subject.of(read(attention(inputs=ENCODER, after=CROSS))).decoder().cross_attentions
+    assert (found.kind, found.inputs, found.key_length, found.scores) == ("cross", ("encoder",), "e", "cs")
+    (found,) = Subject.of(read(attention(inputs="float[b, 5, 8] encoder", after=CROSS))).decoder().cross_attentions
+    assert found.key_length == 5
+
+
+SPLIT = "t{0} = Reshape({1}, heads)\n {0} = Transpose<perm = [0, 2, 1, 3]>(t{0})\n"
+
+
+@pytest.mark.parametrize("mask", ["", "encoder_mask"])
+def test_one_operator_may_compute_it(mask):
+    projected = "eq = MatMul(c, wq)\n ek = MatMul(encoder, wk)\n ev = MatMul(encoder, wv)\n"
+    split = "".join(SPLIT.format(*pair) for pair in (("q4", "eq"), ("k4", "ek"), ("v4", "ev")))
+    on = (
+        "em = Cast<to = 9>(encoder_mask)\n em4 = Unsqueeze(em, middle)\n all = Equal(column, column)\n on = And(em4, all)"
+        if mask
+        else ""
+    )
+    joined = f"{on} o = Attention(q4, k4, v4{', on' if mask else ''})\n ot = Transpose<perm = [0, 2, 1, 3]>(o)\n"
+    text = attention(
+        inputs=f"{ENCODER}, {MASK}" if mask else ENCODER,
+        constants="int64[4] heads = {0, -1, 2, 4}, int64[3] merged = {0, -1, 8}, int64[2] middle = {1, 2}",
+        after=f"{projected}{split}{joined} logits = Reshape(ot, merged)",
+    )
+    model = read(text, opset=23)
+    (found,) = Subject.of(model).decoder().cross_attentions
+    assert (found.key, found.value, found.kv_heads, found.head_dim) == ("k4", "v4", 2, 4)
+    assert_law(model, injected(model), whole(4, mask=bool(mask)))
 
 
 def test_the_length_of_the_encoder_may_be_fixed():

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from kvsurgeon.analysis.attention.cross_attention import CrossAttentionSite, find_cross_attentions
+from kvsurgeon.analysis.attention.mask_forms import with_mask_forms
 from kvsurgeon.analysis.attention_sites import AttentionSite, find_attention_sites
 from kvsurgeon.analysis.cache_points import CachePoint, choose_cache_point
 from kvsurgeon.analysis.common_subexpressions import find_common_subexpressions
-from kvsurgeon.analysis.masks.mask_forms import with_mask_forms
 from kvsurgeon.analysis.propagation import propagate_tokens
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.input_dimensions import read_inputs
@@ -33,6 +34,7 @@ class Analysis:
         flow: Sequence axes of token data, and context that meets it.
         same: For each context value that is computed again, its first computation.
         sites: Attention sites in execution order.
+        cross_attentions: Attention to keys that are the same in every call, in execution order.
         states: Tensors that are cached outside attention, in execution order.
     """
 
@@ -43,6 +45,7 @@ class Analysis:
     flow: TokenFlow
     same: dict[ir.Value, ir.Value]
     sites: tuple[AttentionSite, ...]
+    cross_attentions: tuple[CrossAttentionSite, ...]
     states: tuple[CachePoint, ...]
 
 
@@ -66,6 +69,6 @@ def analyze(model: ir.Model) -> Analysis:
     return Analysis(
         model=model, inputs=flow.inputs, length=length, shapes=shapes, flow=flow,
         same=find_common_subexpressions(nodes, kinds, shapes),
-        sites=sites,
+        sites=sites, cross_attentions=find_cross_attentions(flow),
         states=tuple({point.value: point for point in cached}.values()),
     )  # fmt: skip

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kvsurgeon.analysis.axis_merging import AxesByLabel, brought, placed
-from kvsurgeon.analysis.token_flow import ContextProduct, FusedAttention, NodeVisit, ScoreProduct
+from kvsurgeon.analysis.token_flow import ContextProduct, FusedAttention, NodeVisit, ScoreProduct, is_of_queries
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.ops.contraction import Contraction
-from kvsurgeon.ops.operator import AxisLinks, Labels, Trait
+from kvsurgeon.ops.operator import AttentionInputs, AxisLinks, Labels, Trait
 from kvsurgeon.ops.table import contraction_of, has_trait
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
@@ -236,8 +236,10 @@ def attention(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
         )
     if len([value for value in visit.node.outputs if value.name and value.uses()]) > 1:
         raise visit.refusal("its further outputs are used", code=Code.FUSED_OPERATOR)
-    keys = _fused(visit, FusedAttention(node=visit.node, inputs=stated))
     mask = stated.mask
+    if visit.kind(stated.key) is not ValueKind.TOKEN and visit.kind(stated.value) is not ValueKind.TOKEN:
+        return _cross_attention(visit, stated)
+    keys = _fused(visit, FusedAttention(node=visit.node, inputs=stated))
     if mask is not None and visit.kind(mask) is ValueKind.TOKEN:
         raise visit.refusal(
             "its mask is made of tokens, and would have to be cached with the keys", at=visit.node.inputs[mask],
@@ -250,6 +252,22 @@ def attention(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
         wanted = {rank - 2: visit.axes(0)[0], rank - 1: SequenceAxis(0, keys)}
         visit.demand(mask, tuple(wanted[axis].at(axis) for axis in sorted(wanted) if axis >= 0 and shape[axis] != 1))
     return [visit.axes(0)] * len(visit.node.outputs)
+
+
+def _cross_attention(visit: NodeVisit, stated: AttentionInputs) -> list[Axes]:
+    """An operator that computes a whole attention to keys and values that no token is part of."""
+    axes, mask = visit.axes(stated.query), stated.mask
+    place = stated.layout.index("sequence")
+    if len(axes) != 1 or axes[0].axis != place or not axes[0].is_plain or not is_of_queries(axes):
+        raise visit.refusal("its input does not have the sequence axis where the operator expects it")
+    fixed = [index for index in (stated.key, stated.value) if visit.node.inputs[index] in visit.flow.fixed]
+    if len(fixed) < 2 or stated.causal or (mask is not None and visit.kind(mask) is ValueKind.TOKEN):
+        raise visit.refusal("its keys, values or mask change from call to call", code=Code.UNTRACEABLE_SEQUENCE)
+    if mask is not None:
+        shape = visit.shape(mask)
+        rows = axes[0].at(len(shape) - 2)
+        visit.demand(mask, (rows,) if len(shape) > 1 and shape[rows.axis] != 1 else ())
+    return [axes] * len(visit.node.outputs)
 
 
 def _fused(visit: NodeVisit, fused: FusedAttention) -> LengthVariable:

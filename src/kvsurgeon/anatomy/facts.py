@@ -114,6 +114,35 @@ class Attention:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CrossAttention:
+    """One attention to keys that are the same in every call, such as those of an encoder's output.
+
+    Attributes:
+        layer: Index among these layers in execution order.
+        output: Name of the context product's output.
+        scores: Name of the score product's output.
+        inputs: Names of the inputs that keys and values are computed from.
+        key_length: Number of keys, or the name of the dimension.
+        kv_heads: Number of key and value heads; None if the graph has no axis of heads.
+        head_dim: Features of one key head; None without an axis of heads.
+        key: Name of the tensor of keys, with an axis of heads.
+        value: Name of the tensor of values, with an axis of heads.
+        kind: The kind of attention.
+    """
+
+    layer: int
+    output: str
+    scores: str
+    inputs: tuple[str, ...]
+    key_length: str | int
+    kv_heads: int | None
+    head_dim: int | None
+    key: str | None
+    value: str | None
+    kind: Literal["cross"] = "cross"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Input:
     """A graph input, in the model and at a decode step.
 
@@ -158,7 +187,7 @@ class Decoder:
     """A causal decoder. For a model with a cache, all but `cache` describes the first call, with an empty cache.
 
     Attributes:
-        attentions: Attention layers in execution order.
+        attentions: Attention layers in execution order, cross-attention excluded.
         inputs: Graph inputs without those of a cache.
         opset: Version of the default operator set.
         max_length: Largest total sequence length that position tables in the graph allow.
@@ -166,6 +195,7 @@ class Decoder:
         assumed: Assumed properties, as sentences.
         states: Tensors that a cache stores for layers other than attention, such as convolutions and token shifts.
         cache: Cached tensors in the order of the graph's inputs; empty without a cache.
+        cross_attentions: Attention to keys that are the same in every call, in execution order.
     """
 
     attentions: tuple[Attention, ...]
@@ -176,6 +206,7 @@ class Decoder:
     assumed: tuple[str, ...]
     states: tuple[CachePointFacts, ...] = ()
     cache: tuple[CachedTensor, ...] = ()
+    cross_attentions: tuple[CrossAttention, ...] = ()
 
     @property
     def cache_entries(self) -> int:

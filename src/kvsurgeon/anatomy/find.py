@@ -12,7 +12,7 @@ from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.analysis.token_data import upstream_tokens
 from kvsurgeon.analysis.token_flow import Place, TokenFlow
-from kvsurgeon.anatomy.facts import Attention, CachedTensor, CachePointFacts, Decoder, Input, Projection
+from kvsurgeon.anatomy.facts import Attention, CachedTensor, CachePointFacts, CrossAttention, Decoder, Input, Projection
 from kvsurgeon.anatomy.masks import read_mask
 from kvsurgeon.anatomy.rotary import rotary_dim
 from kvsurgeon.anatomy.scales import read_scale
@@ -46,6 +46,7 @@ def decoder_facts(analysis: Analysis, proof: Proof) -> Decoder:
             f"context of a position does not depend on the number of later tokens{_how(proof, 'prefix-stable')}",
         ),
         states=tuple(map(_cache_point, analysis.states)),
+        cross_attentions=tuple(_cross_attentions(analysis)),
         assumed=tuple(f"{assumption} (first at `{name}`)" for assumption, name in proof.assumptions.items()),
     )
 
@@ -106,6 +107,22 @@ def _attentions(analysis: Analysis, proof: Proof) -> Iterator[Attention]:
             key_cache=_cache_point(key.cache_point),
             value_cache=_cache_point(value.cache_point),
             shares_cache_with=shared,
+        )
+
+
+def _cross_attentions(analysis: Analysis) -> Iterator[CrossAttention]:
+    for layer, found in enumerate(analysis.cross_attentions):
+        key, value = found.key, found.value
+        yield CrossAttention(
+            layer=layer,
+            output=found.output.name or "",
+            scores=found.scores.name or "",
+            inputs=tuple(sorted(one.name or "" for one in found.inputs)),
+            key_length=found.key_length if isinstance(found.key_length, int) else str(found.key_length),
+            kv_heads=None if key is None else key.heads,
+            head_dim=None if key is None else key.head_dim,
+            key=None if key is None else key.value.name,
+            value=None if value is None else value.value.name,
         )
 
 

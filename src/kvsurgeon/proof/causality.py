@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.analysis.attention.attention_weights import ReadWeights, weights_of_mask, weights_of_product
+from kvsurgeon.analysis.attention.mask_forms import MANY
 from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.mask_patterns import (
     MaskPattern,
@@ -20,8 +22,6 @@ from kvsurgeon.analysis.mask_patterns import (
     unmasked,
     with_gaps,
 )
-from kvsurgeon.analysis.masks.attention_weights import ReadWeights, weights_of_mask, weights_of_product
-from kvsurgeon.analysis.masks.mask_forms import MANY
 from kvsurgeon.analysis.probe_inputs import AMPLIFIED, Rows
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.input_roles import InputRole

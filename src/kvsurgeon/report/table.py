@@ -14,7 +14,7 @@ from kvsurgeon.passes.contract import Unchanged
 from kvsurgeon.report.json_output import print_json
 
 if TYPE_CHECKING:
-    from kvsurgeon.anatomy import Attention, CachedTensor, Decoder, Mask
+    from kvsurgeon.anatomy import Attention, CachedTensor, CrossAttention, Decoder, Mask
     from kvsurgeon.parity import AccuracyLoss, Report
     from kvsurgeon.targets import Incompatibility
     from kvsurgeon.workflow.confirmation import Confirmation
@@ -56,7 +56,8 @@ def decoder_table(decoder: Decoder) -> RenderableType:
     table = _table("layer", "query heads", "kv heads", "head dim", "scale", "mask", "rotary", "cached key", "B/token")
     for attention in decoder.attentions:
         _add_row(table, *_attention_cells(attention))
-    lines = [*_cache_lines(decoder.cache), *_list("proved", decoder.proved, "✓")]
+    lines = [*_cross_lines(decoder.cross_attentions), *_cache_lines(decoder.cache)]
+    lines += _list("proved", decoder.proved, "✓")
     return Group(table, _totals(decoder), *lines, *_list("assumed (decided by verification)", decoder.assumed, "?"))
 
 
@@ -250,6 +251,16 @@ def _cache_lines(cache: Sequence[CachedTensor]) -> list[Text]:
         Text(f"has a cache: {len(ones)} tensors of {kind}: past `{ones[0].past}`, present `{ones[0].present}`")
         for kind, ones in groups.items()
     ]
+
+
+def _cross_lines(layers: Sequence[CrossAttention]) -> list[Text]:
+    """Return a line for each group of cross-attention layers over the same keys."""
+    groups: dict[str, int] = {}
+    for one in layers:
+        heads = "" if one.kv_heads is None else f", {one.kv_heads} kv heads of {one.head_dim}"
+        line = f"cross-attention, not cached: {one.key_length} keys from {' and '.join(one.inputs)}{heads}"
+        groups[line] = groups.get(line, 0) + 1
+    return [Text(f"{count} layers of {line}") for line, count in groups.items()]
 
 
 def _list(title: str, statements: Sequence[str], sign: str) -> list[Text]:

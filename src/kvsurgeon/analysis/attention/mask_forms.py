@@ -13,9 +13,9 @@ from itertools import product
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.analysis.attention.attention_weights import ReadWeights, weights_of_mask, weights_of_product
 from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.mask_patterns import with_gaps
-from kvsurgeon.analysis.masks.attention_weights import ReadWeights, weights_of_mask, weights_of_product
 from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_flow import TokenFlow

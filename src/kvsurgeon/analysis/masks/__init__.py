@@ -1,1 +1,0 @@
-"""Masks that the caller gives: the form of each, and the attention weights that show it."""
