@@ -48,6 +48,8 @@ KEYS_OF_PLACES = """p = MatMul(k, places)
 CONSTANTS = "float[2000, 8] table, int64 middle = {1000}, float[8, 6] places, int64 six = {6}, int64 two = {2}"
 GATE = "g = Sigmoid(q)\n m = ReduceMean(g, third)\n s = Mul(s0, m)"
 CACHES = ["past_key_values.0.key", "past_key_values.0.value"]
+STATE = "past_key_values.0.state"
+SUMMED_UP = BIAS_OF_VALUES.replace("s = Add(s0, vr)", "vc = CumSum(vr, two)\n s = Add(s0, vc)")
 
 
 def caches(text: str) -> dict[str, int]:
@@ -60,15 +62,23 @@ def caches(text: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "scores",
-    [HALVES, ABSORBED, SQUARES, BIAS_OF_VALUES, SPREAD_KEYS, KEYS_AT_RELATIVE_PLACES, KEYS_OF_PLACES, GATE],
+    ("scores", "further"),
+    [(HALVES, {}), (ABSORBED, {}), (SQUARES, {}), (BIAS_OF_VALUES, {STATE: 1}), (SPREAD_KEYS, {STATE: 1}),
+     (KEYS_AT_RELATIVE_PLACES, {}), (KEYS_OF_PLACES, {STATE: 6}), (GATE, {})],
     ids=["halves", "values that are keys too", "squares", "a bias of values", "a bias of values, spread and masked",
          "keys at relative places", "keys of places", "a gate of queries"],
 )  # fmt: skip
-def test_scores_of_more_than_queries_and_keys(scores):
+def test_scores_of_more_than_queries_and_keys(scores, further):
     allowed = "allowed = LessOrEqual(row, column)"
     text = attention(scores=f"{allowed}\n {scores}", allowed="", constants=CONSTANTS)
-    assert caches(text) == dict.fromkeys(CACHES, 8)
+    assert caches(text) == dict.fromkeys(CACHES, 8) | further
+    assert_law_of(text)
+
+
+def test_a_bias_that_is_summed_up_has_a_state_of_what_is_summed_and_of_sums():
+    allowed = "allowed = LessOrEqual(row, column)"
+    text = attention(scores=f"{allowed}\n {SUMMED_UP}", allowed="", constants=CONSTANTS)
+    assert len(caches(text)) == 4
     assert_law_of(text)
 
 
@@ -81,20 +91,19 @@ def test_weights_summed_against_several_values():
     assert_law_of(text)
 
 
-def test_keys_of_two_projections_are_made_again_of_what_both_project():
+def test_keys_of_two_projections_are_cached_apart():
     scores = """k9 = MatMul(h, wk9)
  t9 = Transpose<perm = [0, 2, 1]>(k9)
  q9 = Slice(q, first, four, third)
  s9 = MatMul(q9, t9)
  s = Mul(s0, s9)"""
     text = attention(hidden="h = Abs(x)", scores=scores, constants="float[8, 4] wk9, int64[1] four = {4}")
-    assert caches(text) == dict.fromkeys(CACHES, 8)
+    assert caches(text) == dict.fromkeys(CACHES, 8) | {STATE: 4}
     assert_law_of(text)
 
 
 THE_LARGEST = SPREAD_KEYS.replace("s = Add(s0, vm)", "mx = ReduceMax(ve, third)\n sm = Add(s0, vm)\n s = Mul(sm, mx)")
 NORMED = BIAS_OF_VALUES.replace("ReduceSum(v, third)", "ReduceSum(va, third)\n va = LpNormalization<axis = 1>(v)")
-SUMMED_UP = BIAS_OF_VALUES.replace("s = Add(s0, vr)", "vc = CumSum(vr, two)\n s = Add(s0, vc)")
 TWO_STEPS = SPREAD_KEYS.replace("s = Add", "s = MatMul")
 
 
@@ -103,10 +112,9 @@ TWO_STEPS = SPREAD_KEYS.replace("s = Add", "s = MatMul")
     [
         (THE_LARGEST, "total length|not causal"),
         (NORMED, "mixes"),
-        (SUMMED_UP, "other than keys and values"),
         (TWO_STEPS, "mixes"),
     ],
-    ids=["the largest of all keys", "normed over tokens", "summed up", "a product of two matrices of weights"],
+    ids=["the largest of all keys", "normed over tokens", "a product of two matrices of weights"],
 )
 def test_what_lets_tokens_see_later_ones_is_refused(scores, reason):
     allowed = "allowed = LessOrEqual(row, column)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -10,9 +10,11 @@ import onnx_ir as ir
 from kvsurgeon.analysis.cache_points import CachePoint, choose_cache_point, choose_shared_cache_point
 from kvsurgeon.analysis.token_flow import ContextProduct, FusedAttention, Place, ScoreProduct, TokenFlow
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.graph.query import producers, upstream
+from kvsurgeon.graph.query import downstream, producers, through, upstream
 from kvsurgeon.ops.content import content_inputs
-from kvsurgeon.symbolic.sequence_axes import LengthVariable
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
+from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable
 
 _PATTERN = "weights = softmax(query @ key^T), weights @ value"
 
@@ -58,13 +60,28 @@ class AttentionSite:
 
     @property
     def weight_sources(self) -> frozenset[ir.Value]:
-        """The values that the weights are computed from: scores, and other token data along the keys."""
-        met = {value for node, index in self.other_inputs if (value := node.inputs[index]) is not None}
-        return self.score_values | met
+        """The values that the weights are computed from: scores, and other token data along the keys.
+
+        A comparison gives no score that could be any number: what it compares are the sources.
+        """
+        products = {score.node.outputs[0] for score in self.scores if not score.compares}
+        return frozenset((*products, *self.other_queries, *self.other_keys))
+
+    @property
+    def other_queries(self) -> tuple[ir.Value, ...]:
+        """Token data that is compared with token data along the keys, without views."""
+        return tuple(source_of(score.node, score.query_index()) for score in self.scores if score.compares)
+
+    @property
+    def other_keys(self) -> tuple[ir.Value, ...]:
+        """Token data along the keys that no product reads, without views if it is compared."""
+        compared = [source_of(score.node, score.key_index()) for score in self.scores if score.compares]
+        met = [node.inputs[index] for node, index in self.other_inputs]
+        return tuple(dict.fromkeys(value for value in (*compared, *met) if value is not None))
 
     @property
     def cached_tensors(self) -> tuple[tuple[str, CachePoint], ...]:
-        """The cache points, each tensor once, as "key" or as "value".
+        """The cache points, each tensor once: a "key", a "value", and every further one as a "state".
 
         A tensor that is read as both is the key, or the value if there is another key.
         """
@@ -72,10 +89,16 @@ class AttentionSite:
         values = {operand.cache_point.value: operand.cache_point for operand in self.values}
         if len(keys) > 1 and len(values) == 1:
             keys = {value: point for value, point in keys.items() if value not in values}
-        return (
-            *(("key", point) for point in keys.values()),
-            *(("value", point) for value, point in values.items() if value not in keys),
-        )
+        parts = (("key", [*keys.values()]), ("value", [point for value, point in values.items() if value not in keys]))
+        further = tuple(("state", point) for _, points in parts for point in points[1:])
+        return (*((kind, points[0]) for kind, points in parts if points), *further)
+
+    def read_otherwise(self) -> ir.Value | None:
+        """Return a result of a node that reads numbers which are compared, but does not compare them; None if none."""
+        nodes, comparisons = self.upstream_of_weights(), {score.node for score in self.scores if score.compares}
+        numbers = downstream((*self.other_queries, *self.other_keys), stop=lambda node: not _is_view(node))
+        read = (node for value in numbers for node, _ in value.uses() if comparisons and node in nodes)
+        return next((node.outputs[0] for node in read if not _is_view(node) and node not in comparisons), None)
 
     def upstream_of_weights(self) -> frozenset[ir.Node]:
         """Return the nodes between the scores and the weights that are multiplied with the values."""
@@ -91,6 +114,17 @@ class AttentionSite:
     def ends(self) -> frozenset[ir.Node]:
         """The context products, at which the attention ends."""
         return frozenset(product.node for product in self.products)
+
+
+def source_of(node: ir.Node, index: int) -> ir.Value:
+    """Return the tensor that an input of a node is a view of."""
+    value = node.inputs[index]
+    assert value is not None
+    return through(value, _is_view)
+
+
+def _is_view(node: ir.Node) -> bool:
+    return has_trait(node, Trait.RESHAPE, Trait.TRANSPOSE, Trait.IDENTITY)
 
 
 def find_attention_sites(flow: TokenFlow, at: str | None) -> tuple[AttentionSite, ...]:
@@ -139,15 +173,15 @@ def _key_variables(flow: TokenFlow) -> list[LengthVariable]:
 
 
 def _site(flow: TokenFlow, variable: LengthVariable) -> AttentionSite:
-    scores = tuple(
-        score for score in flow.scores if variable in (score.left_variable.root(), score.right_variable.root())
-    )
     products = tuple(product for product in flow.products if product.variable.root() is variable)
+    upstream_scores = _upstream_scores(flow, products)
+    others = (score for score in flow.scores if variable in (score.left_variable.root(), score.right_variable.root()))
+    scores = sorted({score.node: score for score in (*upstream_scores, *others)}.values(), key=lambda one: one.compares)
     fused = next(
         (fused for fused in flow.fused if flow.operands[fused.node, fused.inputs.key].root() is variable), None
     )
-    others = tuple(place for place in flow.other_inputs if flow.operands[place].root() is variable)
-    keys = [*((score.node, score.key_index()) for score in scores), *others]
+    others_met = tuple(place for place in flow.other_inputs if flow.operands[place].root() is variable)
+    keys = [*((score.node, score.key_index()) for score in scores), *others_met]
     values = [(product.node, product.value) for product in products]
     heads = 1
     if fused is not None:
@@ -161,9 +195,30 @@ def _site(flow: TokenFlow, variable: LengthVariable) -> AttentionSite:
         return tuple(CachedOperand(place=at, cache_point=choose_cache_point(flow, at, heads)) for at in places)
 
     site = AttentionSite(
-        scores=scores, products=products, fused=fused, other_inputs=others, keys=operands(keys), values=operands(values)
+        scores=tuple(scores),
+        products=products,
+        fused=fused,
+        other_inputs=others_met,
+        keys=operands(keys),
+        values=operands(values),
     )
     return _with_shared_cache_points(flow, site, heads)
+
+
+def _upstream_scores(flow: TokenFlow, products: Sequence[ContextProduct]) -> list[ScoreProduct]:
+    """Return the scores that the weights of some products are computed from, nearest first.
+
+    Several attentions may share a mask that is computed from token data.
+    """
+    by_value = {score.node.outputs[0]: score for score in flow.scores}
+
+    def with_keys(node: ir.Node) -> list[ir.Value]:
+        axes = [(value, flow.axes.get(value, ())) for value in content_inputs(node)]
+        return [value for value, found in axes if any(axis.variable.resolved() is Length.TOTAL for axis in found)]
+
+    weights = [product.node.inputs[product.weights] for product in products]
+    walked = upstream(weights, stop=by_value.__contains__, inputs=with_keys)
+    return [by_value[value] for value in walked if value in by_value]
 
 
 def _with_shared_cache_points(flow: TokenFlow, site: AttentionSite, heads: int) -> AttentionSite:
@@ -176,16 +231,10 @@ def _with_shared_cache_points(flow: TokenFlow, site: AttentionSite, heads: int) 
             return operands
         return tuple(replace(operand, cache_point=point) for operand in operands)
 
-    if [kind for kind, _ in site.cached_tensors].count("key") > 1:
+    if len({operand.cache_point.value for operand in site.keys}) > 1:
         site = replace(site, keys=shared(site.keys))
-    if [kind for kind, _ in site.cached_tensors].count("value") > 1:
+    if len({operand.cache_point.value for operand in site.values}) > 1:
         site = replace(site, values=shared(site.values))
-    if site.other_inputs and len(site.cached_tensors) > 2:
-        node, index = site.other_inputs[0]
-        raise UnsupportedError(
-            "attention needs token data other than keys and values at the total length", code=Code.NO_CACHE_POINT,
-            at=getattr(node.inputs[index], "name", None), expected="a tensor that keys or values are computed from too",
-        )  # fmt: skip
     return site
 
 

@@ -36,6 +36,7 @@ class ScoreProduct:
         right: Index of the right operand.
         left_variable: Length variable of the left operand's sequence axis.
         right_variable: Length variable of the right operand's sequence axis.
+        compares: Whether the node compares the operands, as numbers of segments are.
     """
 
     node: ir.Node
@@ -43,6 +44,7 @@ class ScoreProduct:
     right: int
     left_variable: LengthVariable
     right_variable: LengthVariable
+    compares: bool = False
 
     def key_index(self) -> int:
         """Return the index of the input that holds the keys."""
@@ -305,9 +307,10 @@ class NodeVisit:
         variables = LengthVariable(at=name), LengthVariable(at=name)
         self.flow.scores.append(
             ScoreProduct(
-                node=self.node, left=left, right=right, left_variable=variables[0], right_variable=variables[1]
+                node=self.node, left=left, right=right, left_variable=variables[0], right_variable=variables[1],
+                compares=self.call.result.dtype is ir.DataType.BOOL,
             )
-        )
+        )  # fmt: skip
         return variables
 
     def mixing(self) -> UnsupportedError:

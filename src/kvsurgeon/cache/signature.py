@@ -131,11 +131,15 @@ def _readers(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int
                 added = True
         return added
 
-    layer = 0
+    flow, layer = analysis.flow, 0
+    states = [(place, choose_cache_point(flow, place)) for state in flow.states for place in state.places]
     for site in analysis.sites:
         parts: tuple[tuple[Kind, tuple[CachedOperand, ...]], ...] = (("key", site.keys), ("value", site.values))
-        layer += any([add(layer, kind, one.place, one.cache_point) for kind, operands in parts for one in operands])
-    state = 0
-    for place in (place for sequence_state in analysis.flow.states for place in sequence_state.places):
-        state += add(state, "state", place, choose_cache_point(analysis.flow, place))
+        further = {point.value for kind, point in site.cached_tensors if kind == "state"}
+        operands = [(kind, one.place, one.cache_point) for kind, found in parts for one in found]
+        layer += any([add(layer, *operand) for operand in operands if operand[2].value not in further])
+        states += [(place, point) for _, place, point in operands if point.value in further]
+    number = 0
+    for place, point in states:
+        number += add(number, "state", place, point)
     return readers

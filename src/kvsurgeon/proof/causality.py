@@ -67,6 +67,11 @@ def check_causality(
     """
     if site.fused is not None:
         return _check_fused(sweep, layer, site)
+    if (read := site.read_otherwise()) is not None:
+        raise UnsupportedError(
+            "the mask compares tokens with each other and with numbers, which would have to be the right ones",
+            code=Code.TOKEN_DEPENDENT_MASK, layer=layer, at=read.name, expected="comparisons of tokens alone",
+        )  # fmt: skip
     patterns = []
     for product in site.products:
         values, read = weights_of_product(sweep.flow, product)
@@ -418,7 +423,9 @@ class AttentionProbe:
         if not self.runner.probed:
             return None
         self._check_causal(self.run(length, scale=self._largest_scale(length))[0])
-        return self.run(length, scale=0.0)[0]
+        equal = self.run(length, scale=0.0)[0]
+        self._check_causal(equal)
+        return equal
 
     def _largest_scale(self, length: int) -> float:
         """Return the largest scale of the scores that gives finite weights."""

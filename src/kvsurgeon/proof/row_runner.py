@@ -34,7 +34,7 @@ from kvsurgeon.resizing.context_slices import ContextSlices
 from kvsurgeon.resizing.lengths import INT64, LengthValues
 from kvsurgeon.resizing.token_data import TokenRewriter
 from kvsurgeon.symbolic.dimension import BATCH, MAX, NEW, PAST, Extent
-from kvsurgeon.symbolic.sequence_axes import Axes, Length
+from kvsurgeon.symbolic.sequence_axes import Axes
 
 _NUMBERS = {PAST: "rows_start", NEW: "rows_count", MAX: "rows_total", BATCH: "rows_batch"}
 
@@ -69,13 +69,11 @@ class RowRunner:
         totals: list[ir.Value] = []
         copies: set[ir.Node] = set()  # of nodes of token data
         try:
-            for node, index in () if site is None else site.other_inputs:
-                value = node.inputs[index]
-                if value is not None and flow.operands[node, index].resolved() is Length.TOTAL:
-                    total = ir.Value(name=f"{value.name}.all", type=value.type)
-                    self.inputs.add_total(value, total.name or "")
-                    tokens.add_total(value, total)
-                    totals.append(total)
+            for value in () if site is None else site.other_keys:
+                total = ir.Value(name=f"{value.name}.all", type=value.type)
+                self.inputs.add_total(value, total.name or "")
+                tokens.add_total(value, total)
+                totals.append(total)
             for node in whole.nodes:
                 if any(is_token(flow, value) for value in node.outputs):
                     copies.add(tokens.copy(node))

@@ -33,10 +33,10 @@ def number_site(
     for index, score in enumerate(site.scores):
         value = score.node.outputs[0]
         learned = tuple((axis.rows_before, axis.rows_after) for axis in flow.axes[value])
-        probed[value] = ("score", index, shapes[value].shape, learned)
-    for index, (node, place) in enumerate(site.other_inputs):
-        if (operand := node.inputs[place]) is not None:
-            probed[operand] = ("operand", index, shapes[operand].shape)
+        if not score.compares:
+            probed[value] = ("score", index, shapes[value].shape, learned)
+    for index, value in enumerate((*site.other_queries, *site.other_keys)):
+        probed[value] = ("operand", index, shapes[value].shape)
     computed = set(downstream(site.weight_sources, stop=site.ends.__contains__))
 
     def leaf(value: ir.Value) -> Hashable | None:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT, Layout
-from kvsurgeon.errors import Code, UnsupportedError, UsageError
+from kvsurgeon.errors import UsageError
 from kvsurgeon.rewrite.cache_layouts import Order
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.symbolic.dim_names import DimNames, dim_names
@@ -64,24 +64,19 @@ def find_cache_tensors(
     """Return the tensors to cache, each once: key 0, value 0, key 1, ..., and then state 0, state 1, ...
 
     Raises:
-        UnsupportedError: An attention reads several tensors of keys, or of values.
         UsageError: A name template does not give unique names.
     """
     tensors: list[CacheTensor] = []
     cached: set[ir.Value] = set()
-    layer = options.first_layer
-    for number, site in enumerate(sites):
-        new = [(kind, point) for kind, point in site.cached_tensors if point.value not in cached]
+    layer, further = options.first_layer, list(states)
+    for site in sites:
+        new = [(kind, point) for kind, point in site.cached_tensors if kind != "state" and point.value not in cached]
         cached |= {point.value for _, point in new}
-        if len({kind for kind, _ in new}) < len(new):
-            raise UnsupportedError(
-                "one attention reads several tensors of keys, or of values", code=Code.NO_CACHE_POINT,
-                layer=number, at=site.at.name,
-            )  # fmt: skip
+        further += [point for kind, point in site.cached_tensors if kind == "state"]
         tensors += [_tensor(point, layer, kind, options) for kind, point in new]
         layer += bool(new)
-    new_states = [point for point in states if point.value not in cached]
-    numbered = enumerate(new_states, start=options.first_layer)
+    new_states = {point.value: point for point in further if point.value not in cached}
+    numbered = enumerate(new_states.values(), start=options.first_layer)
     tensors += [_tensor(point, number, "state", options) for number, point in numbered]
     names = [name for tensor in tensors for name in (tensor.past, tensor.present)]
     if len(set(names)) < len(names):
