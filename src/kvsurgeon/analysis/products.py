@@ -177,6 +177,12 @@ def _scores_of_learned_rows(
 ) -> AxesByLabel:
     """Scores of queries and keys with learned rows."""
     sides = ((left, found.left), (right, found.right))
+    rows = [visit.flow.has_learned_rows(axis.variable) for side, _ in sides for axis in side.values()]
+    if len(rows) == 2 and all(rows) and len(kept) == 2:
+        raise visit.refusal(
+            "learned rows next to the tokens are queries too, so that every call would have to compute them",
+            code=Code.MIXES_TOKENS, expected="learned rows of keys and values only",
+        )  # fmt: skip
     for (queries, index), (keys, _) in (sides, sides[::-1]):
         if len(queries) != 1 or len(keys) != 1:
             continue
