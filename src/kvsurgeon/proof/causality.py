@@ -67,10 +67,10 @@ def check_causality(
     """
     if site.fused is not None:
         return _check_fused(sweep, layer, site)
-    if (read := site.read_otherwise()) is not None:
+    if (other := site.read_otherwise()) is not None:
         raise UnsupportedError(
             "the mask compares tokens with each other and with numbers, which would have to be the right ones",
-            code=Code.TOKEN_DEPENDENT_MASK, layer=layer, at=read.name, expected="comparisons of tokens alone",
+            code=Code.TOKEN_DEPENDENT_MASK, layer=layer, at=other.name, expected="comparisons of tokens alone",
         )  # fmt: skip
     patterns = []
     for product in site.products:
