@@ -141,3 +141,22 @@ def test_relative_places_where_the_export_fixed_the_length():
     )
     original = read(text.replace("[b, n, 8]", "[2, 9, 8]"))
     assert_law(original, injected(original))
+
+
+FACTOR = "f = Where(late, half, unit)\n u = Unsqueeze(f, third)\n h = Mul(x, u)"
+
+
+def test_positions_that_are_compared_with_a_number_are_given_for_the_new_tokens():
+    hidden = f"late = Greater(position_ids, wide)\n {FACTOR}"
+    assert_law_of(
+        attention(inputs="int64[b, n] position_ids", hidden=hidden, constants="int64 wide = {5}, float unit = {1.0}")
+    )
+
+
+def test_the_last_of_such_positions_is_a_length_that_later_tokens_change():
+    hidden = f"last = ReduceMax(position_ids, second)\n late = Greater(last, wide)\n {FACTOR}"
+    text = attention(
+        inputs="int64[b, n] position_ids", hidden=hidden, constants="int64 wide = {300}, float unit = {1.0}"
+    )
+    with pytest.raises(UnsupportedError, match="ReduceMax mixes tokens"):
+        injected(read(text))

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.errors import Code, UnsupportedError
@@ -21,6 +22,7 @@ from kvsurgeon.symbolic.sequence_axes import Length
 _FORMS = (Trait.IDENTITY, Trait.RESHAPE, Trait.REPEAT, Trait.TRANSPOSE, Trait.ARITHMETIC)
 _ELEMENTWISE = (Trait.ELEMENTWISE, Trait.BROADCAST)
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
+_LARGEST_POSITION = 1 << 24
 _FEWEST_POSITIONS = 16  # rows of a table of positions; there are fewer token types
 
 
@@ -105,7 +107,9 @@ def is_given_for_new_tokens(value: ir.Value) -> bool:
     """Return whether an input with one sequence axis is given for the new tokens, not for all tokens so far."""
     if len(value.shape or ()) == 3 and value.dtype is not None and value.dtype.is_floating_point():
         return True
-    return _is_compared_with_positions(value) or any(_reads_tokens(node, index) for node, index in _readers(value))
+    if _is_compared_with_positions(value) or (value.dtype in _INTEGERS and _is_compared_with_number(value)):
+        return True
+    return any(_reads_tokens(node, index) for node, index in _readers(value))
 
 
 def find_positions(inputs: Iterable[InputRole]) -> list[InputRole]:
@@ -152,6 +156,31 @@ def _is_compared_with_positions(value: ir.Value) -> bool:
         has_trait(node, Trait.ORDER) and index < 2 and _counts_up(node.inputs[1 - index])
         for node, index in _readers(value)
     )
+
+
+def _is_compared_with_number(value: ir.Value) -> bool:
+    """Whether integers, or their largest or smallest, are compared with a number that no mask holds, such as 300.
+
+    So are those from which such a number is subtracted: a window before the last position.
+    """
+    for node, index in _readers(value):
+        if has_trait(node, Trait.EXTREMUM_OR_MEAN) and index == 0 and _is_compared_with_number(node.outputs[0]):
+            return True
+        if not has_trait(node, Trait.LENGTH_SENSITIVE, Trait.ADD) or has_trait(node, Trait.SCALE):
+            continue
+        kinds = "iu" if has_trait(node, Trait.ADD) else "iuf"  # floats are added to scores to mask them
+        others = [small_constant(other) for place, other in enumerate(node.inputs) if place != index]
+        if any(other is not None and _exceeds_a_mask(other, kinds) for other in others):
+            return True
+    return False
+
+
+def _exceeds_a_mask(numbers: np.ndarray, kinds: str) -> bool:
+    """Whether a number of these kinds of types is neither one of a mask, nor negative as a bias, nor without bound."""
+    if numbers.dtype.kind not in kinds:
+        return False
+    sizes = numbers if numbers.dtype.kind == "f" else np.abs(numbers)
+    return bool(((sizes > 1) & (sizes < _LARGEST_POSITION)).any())
 
 
 def _counts_up(value: ir.Value | None) -> bool:
