@@ -280,12 +280,12 @@ def dynamic_quantize_links(call: OperatorCall) -> AxisLinks:
 def quantize_links(call: OperatorCall) -> AxisLinks:
     """`QuantizeLinear`, `DequantizeLinear`: scales of one axis have its label; an axis in blocks cannot be traced."""
     labels = identity_links(call)
-    axis = axis_of(call.integer("axis", 1), len(labels))
+    axis = axis_of(call.integer("axis", 1), len(labels)) if len(labels) > 1 else 0
     inputs: list[Labels | None] = [labels]
     blocked: dict[Label, str | None] = {}
     for index in range(1, len(call.inputs)):
         shape = call.fact(index).shape or ()
-        single = len(shape) == 1 and shape[0] != 1 and axis < len(labels)
+        single = len(shape) == 1 and shape[0] != 1 and len(labels) > 0
         inputs.append((axis,) if single else None)
         if len(shape) == len(labels) > 1:
             blocked[axis] = "it quantizes blocks along the sequence"

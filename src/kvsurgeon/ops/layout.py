@@ -73,8 +73,8 @@ def flatten(call: OperatorCall) -> Fact:
     operand = call.fact(0)
     if operand.shape is None:
         return Fact((call.unknown(), call.unknown()), operand.dtype)
-    axis = call.integer("axis", 1)
-    axis = axis_of(axis, len(operand.shape))
+    axis, rank = call.integer("axis", 1), len(operand.shape)
+    axis = rank if axis == rank else axis_of(axis, rank)
     return Fact((dim.product(operand.shape[:axis]), dim.product(operand.shape[axis:])), operand.dtype)
 
 

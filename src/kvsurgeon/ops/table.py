@@ -13,7 +13,7 @@ import onnx_ir as ir
 from kvsurgeon.errors import PluginError, describe_exception
 from kvsurgeon.ops import attention, contraction, elementwise, gather, generation, layout, recurrence, reduction
 from kvsurgeon.ops.contraction import Contraction
-from kvsurgeon.ops.operator import AxisLinks, Operator, Trait
+from kvsurgeon.ops.operator import AxisLinks, Operator, Trait, UntraceableAxesError
 from kvsurgeon.symbolic.fact import OperatorCall
 
 ENTRY_POINT = "kvsurgeon.operators"  # group of functions that return entries
@@ -116,7 +116,10 @@ def axis_links(call: OperatorCall) -> AxisLinks | None:
         UntraceableAxesError: The axes of this node cannot be linked.
     """
     operator = find(call.node.domain, call.node.op_type, call.opset if call.node.domain in ("", "ai.onnx") else None)
-    return None if operator is None or operator.axes is None else operator.axes(call)
+    try:
+        return None if operator is None or operator.axes is None else operator.axes(call)
+    except ValueError as error:  # an axis that the tensor does not have
+        raise UntraceableAxesError(str(error)) from error
 
 
 def contraction_of(call: OperatorCall) -> Contraction | None:

@@ -150,5 +150,11 @@ class OperatorCall:
 
 
 def axis_of(axis: int, rank: int) -> int:
-    """Return the axis counted from the front."""
+    """Return the axis counted from the front.
+
+    Raises:
+        ValueError: There is no such axis.
+    """
+    if not -rank <= axis < rank:
+        raise ValueError(f"axis {axis} of a tensor of rank {rank}")
     return axis + rank if axis < 0 else axis
