@@ -59,11 +59,8 @@ SPLIT = "t{0} = Reshape({1}, heads)\n {0} = Transpose<perm = [0, 2, 1, 3]>(t{0})
 def test_one_operator_may_compute_it(mask):
     projected = "eq = MatMul(c, wq)\n ek = MatMul(encoder, wk)\n ev = MatMul(encoder, wv)\n"
     split = "".join(SPLIT.format(*pair) for pair in (("q4", "eq"), ("k4", "ek"), ("v4", "ev")))
-    on = (
-        "em = Cast<to = 9>(encoder_mask)\n em4 = Unsqueeze(em, middle)\n all = Equal(column, column)\n on = And(em4, all)"
-        if mask
-        else ""
-    )
+    on = "em = Cast<to = 9>(encoder_mask)\n em4 = Unsqueeze(em, middle)\n" if mask else ""
+    on += "every = Equal(column, column)\n on = And(em4, every)\n" if mask else ""
     joined = f"{on} o = Attention(q4, k4, v4{', on' if mask else ''})\n ot = Transpose<perm = [0, 2, 1, 3]>(o)\n"
     text = attention(
         inputs=f"{ENCODER}, {MASK}" if mask else ENCODER,

@@ -68,5 +68,6 @@ def _differs(whole: Array | None, found: Array | None, past: int, total: int, bo
     part = expected_part(whole, found.shape, past, total)
     if part is None or not part.size:
         return False
-    features = (0, 1) if found.ndim == 3 and found.shape[1] == total - past else None
+    is_hidden = found.ndim == 3 and found.shape[1] == total - past and found.shape[2] == whole.shape[2]
+    features = (0, 1) if is_hidden else None
     return distance(part, found, scale_of(whole, features)) > bound

@@ -16,6 +16,7 @@ from kvsurgeon.runtime import AnyDecoder, CachedDecoder, DecoderInputs, InputSpe
 from kvsurgeon.runtime.axes import axes_of, cache_entries, cache_mismatch, find_presents, is_past, may_be_past
 from kvsurgeon.runtime.cache_managers import read_cache_metadata
 from kvsurgeon.runtime.decoder import UncachedDecoder
+from kvsurgeon.runtime.mask_forms import settle_masks, with_forms_of
 
 Opened = tuple[Report, ReferenceModel | None, AnyDecoder | None]  # no models: the report says why
 
@@ -191,8 +192,9 @@ def _share_inputs(reference: AnyDecoder, candidate: AnyDecoder, seed: int) -> No
             for one in (reference, candidate)
         ]
         if _takes(reference, fed[0]) and _takes(candidate, fed[1]):
-            reference.use_inputs(fed[0])
-            candidate.use_inputs(fed[1])
+            settled = settle_masks(reference, fed[0])
+            reference.use_inputs(settled)
+            candidate.use_inputs(with_forms_of(fed[1], settled))
             return
 
 

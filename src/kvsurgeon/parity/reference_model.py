@@ -69,7 +69,7 @@ class ReferenceModel:
             RunError: The model fails.
         """
         in_calls = in_calls and isinstance(self.decoder, CachedDecoder)
-        feeds = self._feeds(scenario.tokens, scenario.mask)
+        feeds = self.feeds(scenario.tokens, scenario.mask)
         run = run_in_chunks(self.decoder, feeds, scenario.spans if in_calls else [(0, scenario.tokens.shape[1])])
         if run.failure:
             raise RunError(run.failure)
@@ -82,7 +82,7 @@ class ReferenceModel:
             RunError: The model fails.
         """
         rows = _full_batch(self.decoder, tokens)
-        feeds = self._feeds(rows, np.ones_like(rows) if mask is None else _full_batch(self.decoder, mask))
+        feeds = self.feeds(rows, np.ones_like(rows) if mask is None else _full_batch(self.decoder, mask))
         found = self.decoder.run(feeds)[self.main]
         return found if len(rows) == len(tokens) else found[: len(tokens)]
 
@@ -148,7 +148,8 @@ class ReferenceModel:
         tokens = np.random.default_rng(seed).integers(0, self.vocabulary, (self.decoder.batch or 1, self.lengths.long))
         return distance(self.outputs(tokens), other.outputs(tokens))
 
-    def _feeds(self, tokens: Tokens, mask: Tokens) -> dict[str, Array]:
+    def feeds(self, tokens: Tokens, mask: Tokens) -> dict[str, Array]:
+        """Return the feeds of texts."""
         return self.inputs.feeds(tokens, mask, token_types=self.token_types)
 
 
@@ -252,11 +253,13 @@ def _token_types(model: ReferenceModel) -> int:
 def _batch_noise(model: ReferenceModel, random: np.random.Generator) -> float:
     """Return the error of a batch from two of its rows alone; infinite if it fails."""
     tokens = random.integers(0, model.vocabulary, (model.lengths.batch, model.lengths.short))
+    feeds = model.feeds(tokens, np.ones_like(tokens))
     try:
-        together = model.outputs(tokens)
+        together = model.decoder.run(feeds)[model.main]
     except RunError:
         return np.inf
-    alone = [model.outputs(tokens[row : row + 1]) for row in (0, len(tokens) - 1)]
+    rows_of = [model.inputs.rows(feeds, [row]) for row in (0, len(tokens) - 1)]
+    alone = [model.decoder.run(part)[model.main] for part in rows_of]
     rows = np.concatenate(alone) if alone[0].ndim else np.stack(alone)
     if together.ndim and len(together) % len(tokens) == 0:  # batch and tokens may share an axis
         size = len(together) // len(tokens)

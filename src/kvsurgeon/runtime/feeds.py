@@ -20,6 +20,7 @@ from kvsurgeon.runtime.axes import Axis, axes_of, axis_of, is_past, slice_axes
 from kvsurgeon.runtime.tensors import Array, Dim, ValueInfo
 
 InputKind = Literal["tokens", "embeddings", "padding_mask", "query_key_mask", "positions", "token_types", "other"]
+MaskForm = Literal["kept", "hidden", "added"]  # what hides a token in a mask: 0, 1, or a large negative number
 Tokens = npt.NDArray[np.int64]  # [batch, sequence]
 
 _SMALLEST_SIZE = 5  # of axes that are neither batch nor tokens
@@ -28,11 +29,19 @@ _EMBEDDINGS = 251  # rows of the random table that replaces a model's embeddings
 
 @dataclass(frozen=True, kw_only=True)
 class InputSpec:
-    """An input, its kind, and the length that each of its axes follows."""
+    """An input, its kind, and the length that each of its axes follows.
+
+    Attributes:
+        tensor: The input as the model declares it.
+        kind: What it is given for.
+        axes: The length that each axis follows.
+        form: If it is a mask, what hides a token; None for the form that is usual for its type.
+    """
 
     tensor: ValueInfo
     kind: InputKind
     axes: tuple[Axis, ...]
+    form: MaskForm | None = None
 
     @property
     def name(self) -> str:
@@ -42,8 +51,20 @@ class InputSpec:
     @property
     def masked_value(self) -> float:
         """Value of a mask at a masked token; 0 for other inputs."""
-        additive = self.kind == "query_key_mask" or (self.kind == "padding_mask" and len(self.axes) > 2)
-        return _lowest(self.tensor) if self.tensor.floating and additive else 0.0
+        return self.mask_values[1]
+
+    @property
+    def is_mask(self) -> bool:
+        """Whether it masks tokens."""
+        return self.kind in ("padding_mask", "query_key_mask")
+
+    @property
+    def mask_values(self) -> tuple[float, float]:
+        """Values of a mask at a token that is attended to, and at a masked one."""
+        matrix = self.kind == "query_key_mask" or (self.kind == "padding_mask" and len(self.axes) > 2)
+        form = self.form or ("added" if self.tensor.floating and matrix else "kept")
+        values = {"kept": (1.0, 0.0), "hidden": (0.0, 1.0), "added": (0.0, _lowest(self.tensor))}
+        return values[form]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +75,13 @@ class DecoderInputs:
         specs: The inputs.
         sizes: Sizes of the axes that are neither batch nor tokens, by their dim name; 1 if missing.
         seed: Seed of the values of inputs that are neither tokens, masks nor positions; None for zeros.
+        number: Value of integer inputs without tokens, such as an index or a count.
     """
 
     specs: tuple[InputSpec, ...]
     sizes: Mapping[str, int] = field(default_factory=dict)
     seed: int | None = None
+    number: int = 0
 
     @property
     def tokens(self) -> InputSpec:
@@ -77,7 +100,7 @@ class DecoderInputs:
     @property
     def masked(self) -> bool:
         """Whether the model takes a mask, and so padding."""
-        return any(spec.kind in ("padding_mask", "query_key_mask") for spec in self.specs)
+        return any(spec.is_mask for spec in self.specs)
 
     def fed(self, *, by_name: bool, seed: int | None, capacity: int | None = None) -> DecoderInputs:
         """Return the inputs with other values for those that are neither tokens, masks nor positions.
@@ -150,7 +173,7 @@ class DecoderInputs:
         if tensor.floating:
             values = random.standard_normal(shape) if len(shape) > 1 else random.uniform(0.5, 1.5, shape)
             return np.asarray(values).astype(dtype)
-        return np.asarray(random.integers(0, 2, shape) if len(shape) > 1 else np.zeros(shape)).astype(dtype)
+        return np.asarray(random.integers(0, 2, shape) if len(shape) > 1 else np.full(shape, self.number)).astype(dtype)
 
     def part(self, feeds: Mapping[str, Array], past: int, total: int) -> dict[str, Array]:
         """Return the feeds of the call on the tokens `past:total`."""
@@ -273,9 +296,9 @@ def _kind(tensor: ValueInfo, axes: tuple[Axis, ...], tokens: str | None) -> Inpu
 def _value(spec: InputSpec, tokens: Tokens, mask: Tokens, token_types: int) -> Array:
     if spec.kind == "embeddings":
         return _embeddings(spec, tokens)
-    if spec.kind in ("padding_mask", "query_key_mask"):
+    if spec.is_mask:
         visible = mask.astype(bool) if spec.kind == "padding_mask" else _visible_keys(mask)
-        return _arranged(spec, np.where(visible, 0.0, spec.masked_value) if spec.masked_value else visible)
+        return _arranged(spec, np.where(visible, *spec.mask_values))
     if "batch" not in spec.axes:
         mask = np.ones_like(mask)
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)  # padding does not advance those of its sequence

@@ -1,0 +1,28 @@
+"""Masks are fed in the form in which they hide tokens, and inputs without tokens alike in every call."""
+
+import pytest
+from attentions import attention
+from exports import injected
+from written import read
+
+from kvsurgeon.parity import verify
+
+NUMBER = "z3 = Unsqueeze(z, both)\n p = Less(row, z3)\n causal = LessOrEqual(row, column)\n allowed = And(causal, p)"
+CROSS = (
+    "ek = MatMul(encoder, wk)\n ekt = Transpose<perm = [0, 2, 1]>(ek)\n cq = MatMul(c, wq)\n cs = MatMul(cq, ekt)\n"
+    "cw = Softmax<axis = -1>(cs)\n ev = MatMul(encoder, wv)\n logits = MatMul(cw, ev)"
+)
+MODELS = {
+    "floats of 0 and 1": {"inputs": "float[b, n, n] m", "allowed": "allowed = Greater(m, half)"},
+    "true for hidden keys": {"inputs": "bool[b, n, n] m", "allowed": "allowed = Not(m)"},
+    "a number of tokens": {"inputs": "int64[b] z", "allowed": NUMBER, "constants": "int64[2] both = {1, 2}"},
+    "an encoder": {"inputs": "float[b, e, 8] encoder", "after": CROSS},
+}
+
+
+@pytest.mark.parametrize("parts", MODELS.values(), ids=MODELS)
+def test_a_right_model_is_verified(parts):
+    model = read(attention(**parts))
+    report = verify(model, injected(model), effort="quick", seed=1)
+    assert report.verdict == "same", report.problems
+    assert not any("batch size 1 only" in note for note in report.notes)
