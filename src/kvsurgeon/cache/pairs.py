@@ -16,7 +16,8 @@ import onnx_ir as ir
 from kvsurgeon.cache.written_rows import WrittenRows
 from kvsurgeon.dataflow.input_dimensions import required_inputs
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.graph.query import STANDARD_DOMAINS, chain, through
+from kvsurgeon.graph.constants import small_constant
+from kvsurgeon.graph.query import STANDARD_DOMAINS, chain, downstream, producers, through
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.fact import axis_of
@@ -131,20 +132,32 @@ def find_cache_pairs(graph: ir.Graph) -> tuple[CachePair, ...]:
     return tuple(sorted(found.values(), key=lambda pair: order[pair.past]))
 
 
-def find_unknown_caches(graph: ir.Graph) -> tuple[ir.Value, ...]:
-    """Return the cache inputs that are updated in an unknown way, such as by a `ScatterND`."""
-    inputs = set(required_inputs(graph)) - {pair.past for pair in find_cache_pairs(graph)}
-    returned = {through(value, _is_view) for value in graph.outputs}
-    found: dict[ir.Value, None] = {}
-    for node in graph:
-        if node.op_type != "Concat" and not has_trait(node, Trait.SCATTER):
+def find_unknown_caches(graph: ir.Graph) -> dict[ir.Value, str]:
+    """Return the cache inputs that are updated in an unknown way, each with the operators that do so.
+
+    Elements of such an input move to an output, next to others.
+    """
+    known = {pair.past for pair in find_cache_pairs(graph)}
+    found: dict[ir.Value, str] = {}
+    for past in required_inputs(graph):
+        if past in known or not has_features(past) or len(past.shape or ()) < 3:
             continue
-        sources = [None if value is None else through(value, _is_view) for value in node.inputs[:2]]
-        written = has_trait(node, Trait.SCATTER) and node.outputs[0] in returned
-        joined = node.op_type == "Concat" and len(node.inputs) == 2 and sources[1] in returned
-        if (written or joined) and sources[0] in inputs and sources[0] is not None and has_features(sources[0]):
-            found[sources[0]] = None
-    return tuple(found)
+        moved = list(downstream([past], stop=lambda node: not _moves(node)))
+        returned = next((value for value in moved if value.is_graph_output()), None)
+        updates = [node for node in producers(moved) if len(node.inputs) > 1 and _joins(node)]
+        if returned is not None and updates:
+            found[past] = f"{', '.join(dict.fromkeys(node.op_type for node in producers(moved)))} to `{returned.name}`"
+    return found
+
+
+def _moves(node: ir.Node) -> bool:
+    """Return whether a node moves elements, and computes none."""
+    return _is_view(node) or _joins(node) or has_trait(node, Trait.SELECT, Trait.MOVE)
+
+
+def _joins(node: ir.Node) -> bool:
+    """Return whether a node puts elements of several tensors into one."""
+    return node.op_type in ("Concat", "Where") or has_trait(node, Trait.SCATTER)
 
 
 def has_features(value: ir.Value) -> bool:
@@ -240,18 +253,59 @@ def _axis_of_past(views: list[ir.Node], axis: int, past: ir.Value) -> int:
         raise UnsupportedError(
             "a cache input has no declared shape", code=Code.UNKNOWN_CACHE, at=past.name, expected="a shape"
         )
-    if any(has_trait(view, Trait.RESHAPE) for view in views):
-        dynamic = [index for index, size in enumerate(past.shape) if index and not isinstance(size, int)]
-        if len(dynamic) != 1:
-            raise UnsupportedError(
-                "the cache input is reshaped before it is updated, so its sequence axis is ambiguous",
-                code=Code.UNKNOWN_CACHE, at=past.name, expected="one dynamic axis after the batch axis",
-                found=str(past.shape),
-            )  # fmt: skip
-        return dynamic[0]
-    axis = axis_of(axis, len(past.shape))
-    for view in views:
-        if view.op_type == "Transpose":
-            order = view.attributes.get_ints("perm")
-            axis = len(past.shape) - 1 - axis if order is None else order[axis]
+    rank = len(past.shape)
+    ranks = [rank := rank + _axes_added(view) for view in reversed(views)]
+    axis = axis_of(axis, ranks[-1] if ranks else rank)
+    for view, after in zip(views, reversed(ranks), strict=True):
+        before = _axis_before(view, axis, after)
+        if before is None:
+            return _only_dynamic_axis(past)
+        axis = before
     return axis
+
+
+def _axes_added(view: ir.Node) -> int:
+    """Return how many axes a view adds, negative if it removes axes; 0 if that is unknown."""
+    sign = {"Unsqueeze": 1, "Squeeze": -1}.get(view.op_type, 0)
+    return sign * len(_axes_of(view) or ())
+
+
+def _axes_of(view: ir.Node) -> list[int] | None:
+    """Return the axes that a `Squeeze` or `Unsqueeze` removes or adds, if they are known and count from the front."""
+    given = view.attributes.get_ints("axes")
+    numbers = small_constant(view.inputs[1]) if given is None and len(view.inputs) > 1 else given
+    axes = None if numbers is None else [int(axis) for axis in numbers]
+    return None if axes is None or min(axes) < 0 else axes
+
+
+def _axis_before(view: ir.Node, axis: int, rank: int) -> int | None:
+    """Return the axis of the input of a view that is an axis of its output; None if that is unknown."""
+    if view.op_type == "Transpose":
+        order = view.attributes.get_ints("perm")
+        return rank - 1 - axis if order is None else order[axis]
+    if not has_trait(view, Trait.RESHAPE):
+        return axis
+    axes = _axes_of(view) if view.op_type in ("Squeeze", "Unsqueeze") else None
+    if axes is None:
+        return None
+    if view.op_type == "Unsqueeze":
+        return None if axis in axes else axis - sum(one < axis for one in axes)
+    for one in sorted(axes):
+        axis += one <= axis
+    return axis
+
+
+def _only_dynamic_axis(past: ir.Value) -> int:
+    """Return the dynamic axis after the batch axis.
+
+    Raises:
+        UnsupportedError: There are several, or none.
+    """
+    dynamic = [index for index, size in enumerate(past.shape or ()) if index and not isinstance(size, int)]
+    if len(dynamic) != 1:
+        raise UnsupportedError(
+            "the cache input is reshaped before it is updated, so its sequence axis is ambiguous",
+            code=Code.UNKNOWN_CACHE, at=past.name, expected="one dynamic axis after the batch axis",
+            found=str(past.shape),
+        )  # fmt: skip
+    return dynamic[0]

@@ -13,7 +13,15 @@ from kvsurgeon.parity.report import Report
 from kvsurgeon.parity.scenarios import TextLengths
 from kvsurgeon.parity.tolerance import TOLERANCES, Arithmetic
 from kvsurgeon.runtime import AnyDecoder, CachedDecoder, DecoderInputs, InputSpec, Optimization, Session, ValueInfo
-from kvsurgeon.runtime.axes import axes_of, cache_entries, cache_mismatch, find_presents, is_past, may_be_past
+from kvsurgeon.runtime.axes import (
+    axes_of,
+    cache_entries,
+    cache_mismatch,
+    find_presents,
+    is_past,
+    may_be_past,
+    present_name,
+)
 from kvsurgeon.runtime.cache_managers import read_cache_metadata
 from kvsurgeon.runtime.decoder import UncachedDecoder
 from kvsurgeon.runtime.mask_forms import settle_masks, with_forms_of
@@ -122,6 +130,9 @@ def _decoder(session: Session, other: Session) -> AnyDecoder:
     new_outputs = [one for one in session.outputs if _is_new(one, names)]
     named = [one for one in session.outputs if "present" in one.name or one in new_outputs]
     pasts = [one for one in session.inputs if _is_past(one, other, names, named or session.outputs)]
+    returned = {one.name for one in session.outputs}
+    if len(pasts) > len(named) > 0:  # what is not returned, such as keys of an encoder, is given
+        pasts = [one for one in pasts if present_name(one) in returned] or pasts
     if not pasts:
         return UncachedDecoder(session)
     candidates = (new_outputs, named, find_presents(pasts, session.outputs))

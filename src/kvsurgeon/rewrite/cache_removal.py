@@ -23,6 +23,7 @@ from kvsurgeon.cache.layout import declared_names, declared_shape
 from kvsurgeon.cache.length_inputs import find_length_inputs, past_length_source, set_to_zero
 from kvsurgeon.cache.pairs import CachePair, find_cache_pairs, find_unknown_caches
 from kvsurgeon.cache.signature import CacheSignature, SignatureEntry
+from kvsurgeon.cache.stacked_caches import unstack_caches
 from kvsurgeon.dataflow.input_dimensions import Dimensions, declared_dimensions, resolve_inputs
 from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.decompose.simplify import simplify_model
@@ -59,13 +60,14 @@ def remove_cache(model: ir.Model) -> RemovedCache | None:
         UnsupportedError: The cache cannot be removed: a cache input has a fixed length, is read elsewhere, or is
             updated in an unknown way.
     """
-    model = take_cache_branch(model)
+    model = with_separate_caches(model)
     unknown = find_unknown_caches(model.graph)
     if unknown:
+        past, found = next(iter(unknown.items()))
         raise UnsupportedError(
-            "the cache is updated in an unknown way", code=Code.UNKNOWN_CACHE, at=unknown[0].name,
-            expected="new rows appended to the past, returned alone, or written by TensorScatter or ScatterElements",
-            found="another update", hint="use the model without a cache",
+            "the cache is updated in an unknown way", code=Code.UNKNOWN_CACHE, at=past.name,
+            expected="new rows appended to the past, returned alone, or written into it", found=found,
+            hint="use the model without a cache",
         )  # fmt: skip
     if not find_cache_pairs(model.graph):
         return None
@@ -74,6 +76,17 @@ def remove_cache(model: ir.Model) -> RemovedCache | None:
         copy = copy_model(model)
     signature, edits = _remove(copy)
     return RemovedCache(model=copy, signature=signature, edits=edits)
+
+
+def with_separate_caches(model: ir.Model) -> ir.Model:
+    """Return a model with an input and an output for each cached tensor, and no branch without the cache.
+
+    The original is not changed: the result is a copy, or the original itself if it is one.
+
+    Raises:
+        UnsupportedError: An input chooses between branches, and which of them uses the cache is unknown.
+    """
+    return unstack_caches(take_cache_branch(model))
 
 
 def _remove(model: ir.Model) -> tuple[CacheSignature, int]:

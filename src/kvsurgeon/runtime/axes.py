@@ -168,16 +168,19 @@ def has_known_shape(tensor: ValueInfo, axis: int) -> bool:
     return True
 
 
-def past_axis(tensor: ValueInfo) -> int:
+def past_axis(tensor: ValueInfo, present: ValueInfo | None = None) -> int:
     """Return the sequence axis of a past: by its dim name, else the only named dim after the first axis.
 
-    If all are numbers, it is assumed to be the last but one.
+    Of several, it is the one whose name the present output does not have. If all are numbers, it is assumed to be the
+    last but one.
 
     Raises:
         UsageError: There are several such axes, or too few.
     """
     named = [place for place, axis in enumerate(axes_of(tensor)) if axis in ("past", "capacity", "max")]
     found = named or [place for place, dim in enumerate(tensor.dims) if place and isinstance(dim, str)]
+    if len(found) > 1 and present is not None and len(present.dims) == len(tensor.dims):
+        found = [place for place in found if present.dims[place] != tensor.dims[place]] or found
     if not found and len(tensor.dims) > 2:
         return len(tensor.dims) - 2
     if len(found) != 1:
@@ -191,10 +194,15 @@ def cache_mismatch(entries: Collection[CacheIO]) -> str | None:
     """Return a sentence if pasts and presents pair differently by order and by name, else None."""
     presents = {entry.present for entry in entries}
     for entry in entries:
-        by_name = re.sub(r"^past(?:_key_values)?", "present", entry.past.name)
+        by_name = present_name(entry.past)
         if by_name in presents and by_name != entry.present:
             return f"`{entry.past.name}` and `{entry.present}` pair by order, but not by name"
     return None
+
+
+def present_name(past: ValueInfo) -> str:
+    """Return the usual name of the present output of a past input."""
+    return re.sub(r"^past(?:_key_values)?", "present", past.name)
 
 
 def _matches_any(tensor: ValueInfo, others: Sequence[ValueInfo]) -> bool:
@@ -205,7 +213,7 @@ def _entry(index: int, past: ValueInfo, present: ValueInfo, layouts: Mapping[str
     number = _INDEX.search(past.name)
     part = _part(index, past.name)
     layout = layouts.get("key" if part == "key" else "value", ())  # a state has the layout of values
-    axis = layout.index("sequence") if layout else past_axis(past)
+    axis = layout.index("sequence") if layout else past_axis(past, present)
     axes = layout or axes_of(past)
     return CacheIO(
         past=past,

@@ -191,9 +191,9 @@ def inputs_of(tensors: Sequence[ValueInfo], pasts: Collection[str] = ()) -> Deco
 
     Args:
         tensors: All inputs.
-        pasts: Names of cache inputs, in addition to those that names or dims show.
+        pasts: Names of the cache inputs; if there are none, those that names or dims show.
     """
-    own = [tensor for tensor in tensors if not is_past(tensor) and tensor.name not in pasts]
+    own = [tensor for tensor in tensors if tensor.name not in pasts and (pasts or not is_past(tensor))]
     axes = {tensor.name: _axes(tensor, cached=len(own) < len(tensors)) for tensor in own}
     tokens = _token_input(own, axes)
     specs = [InputSpec(tensor=t, kind=_kind(t, axes[t.name], tokens), axes=axes[t.name]) for t in own]
@@ -265,7 +265,8 @@ def _by_name(spec: InputSpec, known: Mapping[Dim, Axis], lengths: Collection[Dim
     axes = tuple(axis_by_name(dim, axis) for dim, axis in zip(spec.tensor.dims, spec.axes, strict=True))
     if axes == spec.axes or (spec.kind in ("tokens", "embeddings") and "sequence" in axes):
         return spec
-    return replace(spec, axes=axes, kind=spec.kind if {"sequence", "total"} & set(axes) else "other")
+    followed = len({"sequence", "total"} & set(axes))
+    return replace(spec, axes=axes, kind=spec.kind if followed >= 1 + (spec.kind == "query_key_mask") else "other")
 
 
 def _token_input(tensors: Sequence[ValueInfo], axes: Mapping[str, tuple[Axis, ...]]) -> str | None:

@@ -8,7 +8,6 @@ from functools import partial
 from typing import ClassVar
 
 from kvsurgeon.analysis.analysis import Analysis
-from kvsurgeon.cache.cache_branch import take_cache_branch
 from kvsurgeon.cache.pairs import find_cache_pairs, find_unknown_caches
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.fusion.context import FusionContext
@@ -25,6 +24,7 @@ from kvsurgeon.resizing.token_data import InputsBefore
 from kvsurgeon.rewrite.cache_injection import CacheValues, inject_cache
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_plan import plan_cache
+from kvsurgeon.rewrite.cache_removal import with_separate_caches
 from kvsurgeon.symbolic.dimension import NEW, TOTAL
 
 SelectMatches = Callable[[Analysis, Proof], Sequence[FusionMatch]]
@@ -102,8 +102,8 @@ def _analyzed(subject: Subject) -> Analysis:
     try:
         return subject.analysis()
     except UnsupportedError as error:
-        graph = take_cache_branch(subject.decomposed().model).graph
-        unknown, pairs = find_unknown_caches(graph), find_cache_pairs(graph)
+        graph = with_separate_caches(subject.decomposed().model).graph
+        unknown, pairs = [*find_unknown_caches(graph)], find_cache_pairs(graph)
         if not unknown and not pairs:
             raise
         found = None if unknown else f"its cache output `{pairs[0].present.name}`"

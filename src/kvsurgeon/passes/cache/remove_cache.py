@@ -84,6 +84,12 @@ def detach_cache(subject: Subject) -> CacheSignature | None:
         detached = Subject(model=removed.model)
         signature = removed.signature.located(detached.analysis(), layouts)
     _options(signature)
+    replaced = next((value for value in subject.model.graph.inputs if value.name not in signature.inputs), None)
+    if replaced is not None:
+        raise UnsupportedError(
+            "an input chooses between branches, or holds several cached tensors, which cannot be restored",
+            code=Code.UNKNOWN_CACHE, at=replaced.name, expected="an input for each cached tensor", hint=_RETARGET_HINT,
+        )  # fmt: skip
     write_cache_metadata(detached.model, None)
     subject.become(detached)
     return signature
