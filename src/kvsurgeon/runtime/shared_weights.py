@@ -19,8 +19,10 @@ from kvsurgeon.io.staging import OPEN_FILES
 from kvsurgeon.runtime.tensors import to_runtime
 
 _LARGE = 1 << 27  # bytes of weights; smaller models run with the kernels of production
+_CAST = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)  # types that kernels for CPUs lack
 _SMALLEST = 1 << 16  # bytes of a weight
 _DISABLE_PREPACKING = "session.disable_prepacking"
+_DISABLE_OPTIMIZERS = "optimization.disable_specified_optimizers"
 
 _mapped: WeakValueDictionary[tuple[object, ...], Any] = WeakValueDictionary()  # values of onnxruntime, by their data
 
@@ -46,7 +48,17 @@ def share_weights(model: onnx.ModelProto, folder: Path | None, options: ort.Sess
         options.add_initializer(name, value)
     if all(_is_floating(tensor) for tensor in large):  # operators on quantized weights need the prepared form
         options.add_session_config_entry(_DISABLE_PREPACKING, "1")
+    if any(tensor.data_type in _CAST for tensor in large):
+        _cast_when_read(options)
     return (*unnamed.values(), *shared.values())
+
+
+def _cast_when_read(options: ort.SessionOptions) -> None:
+    """Make a session convert weights to float32 in each call, just before they are read, and not once for all."""
+    options.add_session_config_entry(_DISABLE_OPTIMIZERS, "ConstantFolding")
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    if options.graph_optimization_level == ort.GraphOptimizationLevel.ORT_ENABLE_ALL:  # which folds in any case
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
 
 
 def _map(tensor: onnx.TensorProto, folder: Path | None) -> Any:
