@@ -10,6 +10,8 @@ from laws import assert_law
 from written import read
 
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.contract import Subject
+from kvsurgeon.proof.causality import HAS_A_KEY
 
 CAUSAL = np.tril(np.ones((9, 9), bool))[None]
 LOW = np.float32(-1e9)
@@ -95,3 +97,19 @@ def test_positions_that_are_compared_in_two_layers():
     )
     model = read(attention(inputs="int64[n] position", allowed=allowed, after=after))
     assert_law(model, injected(model), texts() | {"position": np.arange(9)})
+
+
+COUNT = "allowed0 = LessOrEqual(row, column)\n counted = Less(row, count)\n allowed = And(allowed0, counted)"
+
+
+@pytest.mark.parametrize(
+    ("written", "assumed"),
+    [
+        ({"inputs": "int64 count", "allowed": COUNT}, "count"),
+        ({"inputs": "float factor", "scores": "s = Mul(s0, factor)"}, None),
+    ],
+    ids=["a count that may hide every key", "a factor of the scores"],
+)
+def test_that_a_number_leaves_each_query_a_key_is_assumed_where_it_may_not(written, assumed):
+    proof = Subject.of(read(attention(**written))).proof()
+    assert proof.assumptions.get(HAS_A_KEY) == assumed

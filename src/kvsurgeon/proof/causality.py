@@ -48,6 +48,7 @@ from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 SCALES = (30.0, 10.0, 3.0, 1.0)  # of the probed scores: a mask must hold for the largest that give finite weights
 MIN_PROVED_LENGTH = 1024  # tokens: rows of a shorter text, if longer ones are too large to run, prove nothing beyond it
 NUMBERS = (-1.0, 0.0, 1.0, 2.0, 3.0)  # that an input without tokens may hold
+HAS_A_KEY = "inputs that are not given for each token hide no query's last key"
 BATCHES = (3, 5)  # sequences, in addition to two
 
 
@@ -391,7 +392,8 @@ class AttentionProbe:
     def _check_numbers(self, length: int) -> None:
         """Check that attention is causal whatever inputs without tokens hold, such as a count of tokens.
 
-        Queries that attend to no key, for which weights are NaN or equal, may depend on all of them.
+        Queries that attend to no key, for which weights are NaN or equal, may depend on all of them: it is
+        assumed that there are none.
         """
         given_once = [given.value for given in self.runner.masks if not given.lengths]
         half, counts = length // 2, self.sweep.numbers
@@ -403,9 +405,13 @@ class AttentionProbe:
                 longer, shorter = (self.run(count, number=number)[0] for count in (length, half))
             except UnsupportedError:  # no row of a table has this index
                 continue
+            without_key = _attends_to_none(longer) & is_attended(np.nan_to_num(longer, nan=1.0))
+            if without_key[..., :-1, :].any():
+                self.sweep.assumptions.setdefault(HAS_A_KEY, given_once[0].name or "")
             longer, shorter = (np.where(_attends_to_none(weights), 0.0, weights) for weights in (longer, shorter))
             self._check_causal(longer)
-            self._check_stable(longer[..., :half, :half], shorter)
+            rows = half - 1  # the last query of a text may attend to all keys equally
+            self._check_stable(longer[..., :rows, :half], shorter[..., :rows, :])
 
     def _check_fixed_length(self, weights: np.ndarray) -> None:
         """Check what a sweep would: every query has a key, and masking the second half does not change the first."""
