@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
-from kvsurgeon.graph.query import through, upstream
+from kvsurgeon.graph.query import producers, through, upstream
 from kvsurgeon.ops.content import depends_on_input
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
@@ -107,7 +107,7 @@ def is_given_for_new_tokens(value: ir.Value) -> bool:
     """Return whether an input with one sequence axis is given for the new tokens, not for all tokens so far."""
     if len(value.shape or ()) == 3 and value.dtype is not None and value.dtype.is_floating_point():
         return True
-    if _is_compared_with_positions(value) or (value.dtype in _INTEGERS and _is_compared_with_number(value)):
+    if _is_compared_with_positions(value) or (value.dtype is not ir.DataType.BOOL and _holds_other_than_a_mask(value)):
         return True
     return any(_reads_tokens(node, index) for node, index in _readers(value))
 
@@ -158,13 +158,14 @@ def _is_compared_with_positions(value: ir.Value) -> bool:
     )
 
 
-def _is_compared_with_number(value: ir.Value) -> bool:
-    """Whether integers, or their largest or smallest, are compared with a number that no mask holds, such as 300.
+def _holds_other_than_a_mask(value: ir.Value) -> bool:
+    """Whether numbers are compared with one that no mask holds, such as 300, or their extremum or mean is read.
 
-    So are those from which such a number is subtracted: a window before the last position.
+    So are those from which such a number is subtracted: a window before the last position. Whether all tokens are
+    masked is a question about a mask.
     """
     for node, index in _readers(value):
-        if has_trait(node, Trait.EXTREMUM_OR_MEAN) and index == 0 and _is_compared_with_number(node.outputs[0]):
+        if has_trait(node, Trait.EXTREMUM_OR_MEAN) and index == 0 and not _is_truth(node.inputs[0], value):
             return True
         if not has_trait(node, Trait.LENGTH_SENSITIVE, Trait.ADD) or has_trait(node, Trait.SCALE):
             continue
@@ -173,6 +174,12 @@ def _is_compared_with_number(value: ir.Value) -> bool:
         if any(other is not None and _exceeds_a_mask(other, kinds) for other in others):
             return True
     return False
+
+
+def _is_truth(form: ir.Value | None, value: ir.Value) -> bool:
+    """Whether another form of an input is made of truth values."""
+    made = upstream([form], stop=lambda one: one is value)
+    return any(node.attributes.get_int("to", 0) == ir.DataType.BOOL for node in producers(made))
 
 
 def _exceeds_a_mask(numbers: np.ndarray, kinds: str) -> bool:
