@@ -9,6 +9,7 @@ import sympy
 from written import read
 
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH
 
@@ -255,6 +256,22 @@ def test_numbers_are_those_that_the_type_holds(body, expected):
     shapes, values = inferred(body)
     (found,) = shapes[values["y"]].value
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    "body", ["y = Concat<axis=0>(x, n1)", "y, z = TopK<axis=-3>(ids, ones)", "y = Concat<axis=1>(n1, n1)"]
+)
+def test_axes_that_a_tensor_does_not_have_are_refused(body):
+    with pytest.raises(UnsupportedError, match="its inputs are inconsistent"):
+        inferred(body)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 300, 1 << 17])
+@pytest.mark.parametrize(
+    "size", [LENGTH, LENGTH * BATCH, sympy.floor(LENGTH / 3), sympy.Max(LENGTH - 3, 0), 1 / (LENGTH - 1), LENGTH / 2]
+)
+def test_a_dimension_at_a_length_is_the_expression_with_its_symbols_replaced(size, length):
+    assert dim.at(size, length, 2) == dim.substitute(size, ((LENGTH, length), (BATCH, 2)))
 
 
 def test_a_table_cut_by_length_bounds_the_length():

@@ -164,6 +164,8 @@ def concat(call: OperatorCall) -> Fact:
     ranked = next((shape for shape in shapes if shape is not None), None)
     if ranked is None:
         return Fact(None, dtype)
+    if any(shape is not None and len(shape) != len(ranked) for shape in shapes):
+        raise ValueError("tensors of different ranks")
     axis = axis_of(call.integer("axis", 0), len(ranked))
     sizes = list(ranked)
     for place in range(len(sizes)):
