@@ -65,8 +65,14 @@ def at_length(number: Any, length: int, batch: int = 2) -> Any:
     """Return a symbolic number for a batch of sequences of that length; other extents have a fixed size."""
     if isinstance(number, (int, float, bool)):
         return number
-    extents = tuple((one, EXTENT) for one in sorted(number.atoms(Extent), key=str))
-    return dim.substitute(number, ((LENGTH, length), (BATCH, batch), *extents))
+    return dim.at(_with_fixed_extents(number), length, batch)
+
+
+@dim.cached
+def _with_fixed_extents(number: Dimension) -> Dimension:
+    if isinstance(number, int):
+        return number
+    return dim.substitute(number, tuple((one, EXTENT) for one in sorted(number.atoms(Extent), key=str)))
 
 
 def follows_from_length(numbers: np.ndarray) -> bool:

@@ -7,7 +7,7 @@ arithmetic of a layer is a dictionary lookup.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -188,6 +188,29 @@ def substitute(dimension: Dimension, replacements: tuple[tuple[sympy.Symbol, Dim
     if isinstance(dimension, int):
         return dimension
     return plain(sympy.expand(dimension.subs(dict(replacements), simultaneous=True)))
+
+
+def at(dimension: Dimension, length: int, batch: int) -> Dimension:
+    """The dimension for a batch of texts of a length; an expression where it is no whole number."""
+    if isinstance(dimension, int):
+        return dimension
+    function = _function(dimension)
+    try:
+        number = None if function is None else function(length, batch)
+        if number is not None and number == int(number):
+            return int(number)
+    except (ArithmeticError, ValueError):  # divided by zero
+        pass
+    return substitute(dimension, ((LENGTH, length), (BATCH, batch)))
+
+
+@cached
+def _function(dimension: sympy.Expr) -> Callable[[int, int], float] | None:
+    """The dimension as a function of length and batch, which is called for thousands of lengths."""
+    if not dimension.free_symbols <= {LENGTH, BATCH}:
+        return None
+    function: Callable[[int, int], float] = sympy.lambdify((LENGTH, BATCH), dimension, "math")
+    return function
 
 
 @cached
