@@ -184,7 +184,7 @@ def test_the_cache_is_that_of_a_manual_export(original):
 
 
 def test_notes_are_warnings():
-    with pytest.warns(UserWarning, match="context depends on the total length beyond 100 tokens"):
+    with pytest.warns(UserWarning, match="context depends on the total length beyond 100 tokens, first at `wave`"):
         KeyValueCacheInjector().apply(read(switched_beyond(100)))
 
 

@@ -222,6 +222,7 @@ class AttentionProbe:
                 self._check_causal(self._compared(runner.run(rows, scale=0.0), rows)[0], rows.start)
 
         checked, failed = longest_passing(check, totals, passed)
+        self.sweep.add_failure(checked, failed)
         found = {}
         for query in (checked // 2, checked - 2, checked - 1):
             row = Rows(query, query + 1, checked)
@@ -278,6 +279,7 @@ class AttentionProbe:
                 if max(outputs, default=0) < MIN_USEFUL_LENGTH:
                     raise refusal from None
             else:
+                self.sweep.add_failure(max(outputs), refusal)
                 return outputs, None if refusal is None else max(outputs)
 
     def _check_lengths(self, outputs: Mapping[int, list[np.ndarray]]) -> None:

@@ -44,6 +44,7 @@ class LengthSweep:
         numbers: Numbers that context may compare a length or a position with, such as windows.
         lengths: Lengths at either side of each of these numbers, and some others.
         changes: Positions and lengths at which running showed that context changes.
+        changed_beyond: For each limit, if a longer text was compared: the name of the first value that differs.
     """
 
     def __init__(self, analysis: Analysis, bounds: Collection[int] = ()) -> None:
@@ -53,6 +54,7 @@ class LengthSweep:
         self.bounds = {*self.flow.shapes.bounds, *bounds}
         self.assumptions: dict[str, str] = {}
         self.changes: set[int] = set()
+        self.changed_beyond: dict[int, str] = {}
         self._limit = min(self.bounds, default=MAX_LENGTH)
         self._thresholds = Thresholds(self.flow)
         self.numbers = () if self.fixed is not None else self._numbers()
@@ -121,6 +123,11 @@ class LengthSweep:
             self.flow, outputs, probed=() if site is None else site.weight_sources,
             stops=() if site is None else site.ends, assumptions=self.assumptions,
         )  # fmt: skip
+
+    def add_failure(self, limit: int, failed: UnsupportedError | None) -> None:
+        """Record what is not prefix stable beyond a limit, if a longer text was compared."""
+        if failed is not None and failed.code is not Code.CONTEXT_NOT_RUNNABLE and failed.at is not None:
+            self.changed_beyond.setdefault(limit, failed.at)
 
     def run(self, lengths: Iterable[int], run: Callable[[int], list[np.ndarray]]) -> dict[int, list[np.ndarray]]:
         """Run context at each length, up to the longest at which the export runs.

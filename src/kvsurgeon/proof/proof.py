@@ -62,6 +62,8 @@ class Proof:
             lengths at which running showed that context changes.
         bounds: Upper bounds of the length, in tokens: rows of tables, and lengths at which the export runs.
         limit: The longest total length in tokens up to which context is prefix stable; None if there is no limit.
+        limited_at: Name of a value of context that is not stable beyond the limit; None if none was found, because
+            longer texts were not compared.
         max_length: The longest total length in tokens that the model supports; None if there is no limit.
     """
 
@@ -72,6 +74,7 @@ class Proof:
     thresholds: tuple[int, ...]
     bounds: frozenset[int]
     limit: int | None
+    limited_at: str | None
     max_length: int | None
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,6 +118,7 @@ def prove(analysis: Analysis, assumed_padding: Mapping[str, str] | None = None) 
         thresholds=tuple(sorted({*sweep.numbers, *sweep.changes})),
         bounds=frozenset(sweep.bounds),
         limit=limit,
+        limited_at=None if limit is None else sweep.changed_beyond.get(limit),
         max_length=_smallest(*sweep.bounds, limit, sweep.fixed),
     )
 

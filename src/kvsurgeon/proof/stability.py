@@ -62,9 +62,10 @@ def find_limit(sweep: LengthSweep) -> int | None:
         for previous, length in pairwise(results):
             try:
                 compared.check(results[length], results[previous], previous)
-            except UnsupportedError:
+            except UnsupportedError as error:
                 if previous < MIN_USEFUL_LENGTH:
                     raise
+                sweep.add_failure(previous, error)
                 return previous
     if sweep.fixed is not None:
         if runner.masks:
@@ -98,7 +99,9 @@ def _check_rows(sweep: LengthSweep, values: dict[ir.Value, Axes], passed: int) -
                 longer, shorter = (compared.arrays(runner.run(one, mask), one) for one in (rows, alone))
                 compared.check(longer, shorter, rows.stop, keys_only=True)
 
-    return longest_passing(check, totals, passed)[0]
+    longest, failed = longest_passing(check, totals, passed)
+    sweep.add_failure(longest, failed)
+    return longest
 
 
 class _Compared:

@@ -79,8 +79,13 @@ def inject(options: CacheOptions, subject: Subject, select: SelectMatches | None
             edits = inject_cache(analysis, plan, partial(_add_operators, analysis, matches))
     subject.model = analysis.model
     notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in proof.assumptions.items()]
-    if proof.limit is not None:
-        notes.append(f"context depends on the total length beyond {proof.limit} tokens: the model ends with an error")
+    if proof.limited_at is not None:
+        notes.append(
+            f"context depends on the total length beyond {proof.limit} tokens, first at `{proof.limited_at}`: all "
+            "tokens of a longer text would have to be computed again, so the model ends with an error"
+        )
+    elif proof.limit is not None:
+        notes.append(f"context was compared up to {proof.limit} tokens: the model ends with an error beyond")
     elif plan.limit is not None:
         notes.append(f"the model ends with an error if past rows and new tokens are more than {plan.limit}")
     return Changed(edits=edits, notes=tuple(notes), proof=replace(proof, patterns=()))
