@@ -74,12 +74,12 @@ def _hides(decoder: AnyDecoder) -> bool:
         return False
     if whole.ndim < 3 or whole.shape[1] != length or whole.dtype.kind != "f":
         return True
-    seen = [whole[:, 1:-1], others[0][:, 1:-1], others[1][:, 1:-1], others[2][:, -1:]]
-    if not all(np.isfinite(array).all() for array in seen):
+    observed = [whole[:, 1:-1], others[0][:, 1:-1], others[1][:, 1:-1], others[2][:, -1:]]
+    if not all(np.isfinite(array).all() for array in observed):
         return False
     bound = _BOUND * float(np.ptp(whole[:, 1:]))
-    same = all(np.abs(seen[0] - array).max(initial=0.0) <= bound for array in seen[1:3])
-    return same and float(np.abs(whole[:, -1:] - seen[3]).max(initial=0.0)) > 0
+    same = all(np.abs(observed[0] - array).max(initial=0.0) <= bound for array in observed[1:3])
+    return same and float(np.abs(whole[:, -1:] - observed[3]).max(initial=0.0)) > 0
 
 
 def _outputs(decoder: AnyDecoder, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
