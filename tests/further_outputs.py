@@ -184,7 +184,7 @@ kind("mean_hidden", F, ("batch", 32), None,
 kind("max_hidden", F, ("batch", 32), None, lambda g, d: g.op("ReduceMax", HIDDEN, g.constant([1]), keepdims=0))
 kind("sum_of_ids", I, ("batch",), None, lambda g, d: g.op("ReduceSum", "input_ids", g.constant([1]), keepdims=0))
 kind("sum_of_all", I, (), None, lambda g, d: g.op("ReduceSum", "input_ids", keepdims=0))
-kind("running_ids", I, ("batch", "sequence"), None, lambda g, d: g.op("CumSum", "input_ids", g.constant(1)))
+kind("running_ids", I, ("batch", "sequence"), "new", lambda g, d: g.op("CumSum", "input_ids", g.constant(1)))
 kind("flipped", F, ("batch", "sequence", 32), None, lambda g, d: g.op(
     "Slice", HIDDEN, g.constant([-1]), g.constant([-(2**62)]), g.constant([1]), g.constant([-1])))  # fmt: skip
 kind("second_last", F, ("batch", 32), None, lambda g, d: g.op("Gather", HIDDEN, g.constant(-2), axis=1))

@@ -112,7 +112,7 @@ class ContextSlices:
             made = self._resized(node, value, axes)
         except Exception as error:
             raise_at(node, error)
-        return made if made is not None else self.sliced(self._whole(node, value), axes)
+        return made if made is not None else self.sliced(self._whole(node, value), axes, value)
 
     def _resized(self, node: ir.Node, value: ir.Value, axes: Axes) -> ir.Value | None:
         """The node's output with its slices pushed up; None if they cannot be."""
@@ -263,13 +263,24 @@ class ContextSlices:
         at = np.frompyfunc(lambda number: self.lengths.at(number, Length.TOTAL), 1, 1)
         return self.lengths.typed(self.lengths.array(np.asarray(at(numbers), dtype=object)), dtype)
 
-    def sliced(self, value: ir.Value, axes: Axes) -> ir.Value:
-        """Slice the last S of T along every axis that is to have the new length."""
+    def sliced(self, value: ir.Value, axes: Axes, of: ir.Value | None = None) -> ir.Value:
+        """Slice the last S of T along every axis that is to have the new length.
+
+        An axis that holds the tokens of several sequences is split for that, and merged again.
+
+        Args:
+            value: The value at the total length.
+            axes: Its sequence axes.
+            of: The value of the export, if the value is a copy of it.
+        """
         whole = not self.fixed or value in self.given
         cut = [axis for axis in axes if axis.variable.resolved() is Length.NEW or not whole]
         if not cut:
             return value
-        if not all(axis.outer == 1 and not axis.learned_rows for axis in cut):
+        shape = self.fact(of or value).shape or ()
+        sizes, places = _split_sequences(shape, cut)
+        is_merged = len(sizes) > len(shape)
+        if any(axis.learned_rows for axis in cut) or (is_merged and (self.fixed or not dim.all_known(shape))):
             raise UnsupportedError(
                 "cannot slice an axis of the context that contains more than tokens", code=Code.UNTRACEABLE_SEQUENCE,
                 at=value.name,
@@ -277,9 +288,15 @@ class ContextSlices:
         spans = [(axis.inner, *self.lengths.span(axis.variable.resolved() or Length.TOTAL)) for axis in cut]
         starts = [dim.multiply(start, inner) for inner, start, _ in spans]
         ends = [dim.multiply(end, inner) for inner, _, end in spans]
-        inputs = [value, self.lengths.vector(starts), self.lengths.vector(ends)]
-        inputs.append(self.editor.constant([axis.axis for axis in cut], name="axes"))
-        return self.editor.node("Slice", inputs, name=f"{value.name}.new", dtype=value.dtype)
+        source = self._reshaped_to(value, self.sizes(sizes, ())) if is_merged else value
+        inputs = [source, self.lengths.vector(starts), self.lengths.vector(ends)]
+        inputs.append(self.editor.constant([places.get(axis.axis, axis.axis) for axis in cut], name="axes"))
+        new = self.editor.node("Slice", inputs, name=f"{value.name}.new", dtype=value.dtype)
+        return self._reshaped_to(new, self.sizes(shape, axes)) if is_merged else new
+
+    def _reshaped_to(self, value: ir.Value, sizes: Sequence[Dimension]) -> ir.Value:
+        inputs = [value, self.lengths.vector(sizes)]
+        return self.editor.node("Reshape", inputs, name=f"{value.name}.view", dtype=value.dtype)
 
     def _whole(self, node: ir.Node, value: ir.Value) -> ir.Value:
         """The value as the export computes it, at the total length."""
@@ -317,3 +334,19 @@ class ContextSlices:
             length = NEW if axis.variable.resolved() is Length.NEW else self.lengths.total
             result[axis.axis] = axis.size(length)
         return result
+
+
+def _split_sequences(
+    shape: Sequence[Dimension], axes: Sequence[SequenceAxis]
+) -> tuple[list[Dimension], dict[int, int]]:
+    """Return a shape with the sequences of each of these axes apart, and the index of the tokens of each axis in it."""
+    outer, sizes, places = {axis.axis: axis.outer for axis in axes}, list[Dimension](), dict[int, int]()
+    for place, size in enumerate(shape):
+        sequences = outer.get(place, 1)
+        tokens = dim.exact_quotient(size, sequences)
+        if sequences != 1 and tokens is not None:
+            sizes.append(sequences)
+            size = tokens
+        places[place] = len(sizes)
+        sizes.append(size)
+    return sizes, places

@@ -1,0 +1,33 @@
+"""Context with the tokens of all sequences on one axis, as positions of flattened tokens."""
+
+import pytest
+from attentions import assert_law_of, attention, in_order
+from exports import injected
+from written import read
+
+from kvsurgeon.errors import UnsupportedError
+
+# Positions of all sequences on one axis [batch * length], from a table of rows by position.
+MERGED = """n1 = Unsqueeze(length, first)
+ b1 = Slice(sizes, first, second)
+ bn = Slice(sizes, first, third)
+ PLACES
+ xf = Reshape(x, flat)
+ hf = Add(xf, pf)
+ h = Reshape(hf, sizes)"""
+COUNTED = "all = ReduceProd<keepdims = 0>(bn)\n r = Range(nought, all, one)\n m = {}\n pf = Gather(table, m)"
+TILED = "pe = Slice(table, first, n1, first)\n times = Concat<axis = 0>(b1, second)\n pf = Tile(pe, times)"
+
+
+@pytest.mark.parametrize("places", [TILED, COUNTED.format("Mod(r, length)")], ids=["tiled", "counted"])
+def test_context_of_all_sequences_on_one_axis(places):
+    constants = "float[900, 8] table, int64[2] flat = {-1, 8}"
+    assert_law_of(attention(hidden=MERGED.replace("PLACES", places), constants=constants))
+
+
+@pytest.mark.parametrize("count", ["Div(r, two)", "Mod(r, two)", "Identity(r)"])
+def test_places_on_such_an_axis_that_depend_on_the_length_or_not_on_the_position(count):
+    constants = "float[900, 8] table, int64[2] flat = {-1, 8}, int64 two = {2}"
+    text = attention(hidden=MERGED.replace("PLACES", COUNTED.format(count)), constants=constants)
+    with pytest.raises(UnsupportedError):
+        injected(in_order(read(text)))
