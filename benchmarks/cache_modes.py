@@ -85,7 +85,7 @@ def compare(entry: Entry) -> Agreement:
 
 def logits(decoder: CachedDecoder, case: Case) -> np.ndarray:
     """Return the logits of all calls."""
-    feeds = {given.name: case.inputs[given.name] for given in decoder.inputs.given}
+    feeds = {given.name: case.inputs[given.name] for given in decoder.inputs.specs}
     decoder.reset()
     ends = [0, *cuts(case.total), case.total]
     steps = [decoder.step(decoder.inputs.part(feeds, past, total)) for past, total in itertools.pairwise(ends)]

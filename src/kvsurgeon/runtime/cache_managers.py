@@ -71,9 +71,21 @@ def read_cache_metadata(metadata: Mapping[str, str]) -> DeclaredCache:
         return DeclaredCache()
 
 
-def find_length_input(inputs: Sequence[ValueInfo]) -> ValueInfo | None:
-    """Return the input that takes the number of past tokens, for all rows or for each."""
-    return next((tensor for tensor in inputs if tensor.name.startswith("past") and _is_length(tensor)), None)
+def find_length_input(inputs: Sequence[ValueInfo], cache: Sequence[CacheIO]) -> ValueInfo | None:
+    """Return the input that takes the number of past tokens, for all rows or for each.
+
+    It is the one whose name says so, else the only number that a model with a static cache takes.
+    """
+    named = next((tensor for tensor in inputs if tensor.name.startswith("past") and _is_length(tensor)), None)
+    if named is not None or _mode_by_dims(cache[0]) != "static":
+        return named
+    batches = {1, *(tensor.dims[0] for tensor in inputs if len(tensor.dims) > 1)}
+    numbers = [tensor for tensor in inputs if _is_length(tensor) and batches.issuperset(tensor.dims)]
+    return numbers[0] if len(numbers) == 1 and not any(_is_total(tensor) for tensor in inputs) else None
+
+
+def _is_total(tensor: ValueInfo) -> bool:
+    return any(axis_of(dim) == "total" for dim in tensor.dims)
 
 
 def _is_length(tensor: ValueInfo) -> bool:

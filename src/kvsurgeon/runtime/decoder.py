@@ -52,7 +52,7 @@ class CachedDecoder:
             raise UsageError(f"expected inputs named past_key_values.*, found none in {session.name}")
         self.cache_manager = open_cache_manager(cache, self._declared)
         presents = {entry.present for entry in cache}
-        self._length_input = find_length_input(session.inputs)
+        self._length_input = find_length_input(session.inputs, cache)
         self._branch_inputs = [tensor for tensor in session.inputs if tensor.name == "use_cache_branch"]
         inputs = [one for one in session.inputs if one != self._length_input and one not in self._branch_inputs]
         self.use_inputs(inputs_of(inputs, {entry.past.name for entry in cache}))

@@ -120,8 +120,14 @@ def given(model: onnx.ModelProto, start: int, stop: int) -> dict[str, np.ndarray
     return {name: np.array(values[tuple(dims)], np.int64)}
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static", "new-tokens"])
-@pytest.mark.parametrize("form", ["slices at positions", "slices from the first position on"])
+@pytest.mark.parametrize(
+    ("form", "cache"),
+    [
+        *((form, "dynamic") for form in FORMS),
+        ("slices at positions", "static"),
+        ("slices from the first position on", "new-tokens"),
+    ],
+)
 def test_a_buffer_becomes_any_other_cache(form, cache):
     done = run_and_save(FORMS[form], Pipeline((Retarget(cache=cache),)), effort="quick")
     assert done.verification.verdict == "same"
