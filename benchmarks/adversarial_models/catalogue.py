@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from adversarial_models import length_functions, mask_kinds, mixing_kinds, output_kinds, table_kinds
+from adversarial_models import input_kinds, length_functions, mask_kinds, mixing_kinds, output_kinds, table_kinds
 from adversarial_models.decoder import Design, build, draw_design
 from adversarial_models.draft import Draft
 from adversarial_models.length_kinds import draw_length_kind
@@ -42,6 +42,8 @@ def _draws() -> Mapping[str, tuple[Draw, bool]]:
         draws[f"table/{name}"] = (partial(_table, table), True)
     for name, mixing in mixing_kinds.KINDS.items():
         draws[f"mixing/{name}"] = (partial(_mixing, mixing), True)
+    for name, given in input_kinds.KINDS.items():
+        draws[f"input/{name}"] = (partial(_input, given), True)
     for name, output in output_kinds.KINDS.items():
         draws[f"output/{name}"] = (partial(_output, output), False)
     return draws
@@ -61,6 +63,10 @@ def _table(kind: table_kinds.TableKind, random: Random, design: Design, benign: 
 
 def _mixing(kind: mixing_kinds.MixingKind, random: Random, design: Design, benign: bool) -> Draft:
     return mixing_kinds.draw_mixing_kind(random, kind, design, benign=benign)
+
+
+def _input(kind: input_kinds.InputKind, random: Random, design: Design, benign: bool) -> Draft:
+    return input_kinds.draw_input_kind(random, kind, design, benign=benign)
 
 
 def _output(kind: output_kinds.OutputKind, random: Random, design: Design, benign: bool) -> Draft:

@@ -48,6 +48,7 @@ class Design:
     positions: str = "learned"  # learned, rotary, sinusoidal, alibi
     norm: str = "rms"  # rms, layer
     has_mask: bool = True
+    takes_positions: bool = False  # as an input, in addition to those that it counts
     causal: str = "compare"  # compare, trilu, subtract, cumsum
     masking: str = "add"  # add, where, fill
     total: str = "shape-gather"
@@ -154,6 +155,8 @@ class _Decoder:
         inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, dims)]
         if self.design.has_mask:
             inputs.append(helper.make_tensor_value_info("attention_mask", TensorProto.INT64, dims))
+        if self.design.takes_positions:
+            inputs.append(helper.make_tensor_value_info("position_ids", TensorProto.INT64, dims))
         self.write.nodes.append(helper.make_node("Identity", [logits], ["logits"]))
         shape = self.context.values.get("logits_shape", "batch,seq,97").split(",")
         sizes = [int(size) if size.isdigit() else size for size in shape]

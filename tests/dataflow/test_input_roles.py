@@ -51,6 +51,12 @@ CASES = [
      f"{TOKENS} m = ReduceMax(q7, zero) y = Mul(m, half)", {"p9": {1: NEW}, "q7": {1: NEW}}),
     ("a mask of which all tokens may be hidden", "int64[b, n] p9, int64[b, n] q7",
      f"{TOKENS} t = Cast<to=9>(q7) i = Cast<to=6>(t) m = ReduceMin(i, zero) y = Cast<to=9>(m)", {"p9": {1: NEW}, "q7": {1: TOTAL}}),
+    ("numbers of which the last is read", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} w = Constant<value_ints=[-1]>() e1 = Constant<value_ints=[9223372036854775807]>() o = Constant<value_ints=[1]>() "
+     "l = Slice(q7, w, e1, o) f = Cast<to=1>(l) y = Log(f)", {"p9": {1: NEW}, "q7": {1: NEW}}),
+    ("a mask that is cut to the length", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} s = Shape<start=1>(p9) o = Constant<value_ints=[1]>() l = Slice(q7, zero, s, o) y = Cast<to=1>(l)",
+     {"p9": {1: NEW}, "q7": {1: TOTAL}}),
     ("numbers that one is subtracted from", "int64[b, n] p9, int64[b, n] q7",
      f"{TOKENS} w = Constant<value_ints=[60]>() d = Sub(q7, w) y = Greater(q7, d)", {"p9": {1: NEW}, "q7": {1: NEW}}),
     ("a mask whose sum is compared with a number", "int64[b, n] p9, int64[b, n] q7",

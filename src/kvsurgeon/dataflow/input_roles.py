@@ -161,11 +161,13 @@ def _is_compared_with_positions(value: ir.Value) -> bool:
 def _holds_other_than_a_mask(value: ir.Value) -> bool:
     """Whether numbers are compared with one that no mask holds, such as 300, or their extremum or mean is read.
 
-    So are those from which such a number is subtracted: a window before the last position. Whether all tokens are
-    masked is a question about a mask.
+    So are those from which such a number is subtracted, as a window before the last position, or of which one place is
+    read. Whether all tokens are masked is a question about a mask.
     """
     for node, index in _readers(value):
         if has_trait(node, Trait.EXTREMUM_OR_MEAN) and index == 0 and not _is_truth(node.inputs[0], value):
+            return True
+        if index == 0 and _selects_places(node):
             return True
         if not has_trait(node, Trait.LENGTH_SENSITIVE, Trait.ADD) or has_trait(node, Trait.SCALE):
             continue
@@ -174,6 +176,18 @@ def _holds_other_than_a_mask(value: ir.Value) -> bool:
         if any(other is not None and _exceeds_a_mask(other, kinds) for other in others):
             return True
     return False
+
+
+def _selects_places(node: ir.Node) -> bool:
+    """Whether a node selects places that are counted from the end, or a fixed number of them, of a later axis."""
+    if not has_trait(node, Trait.SELECT):
+        return False
+    if node.op_type != "Slice":
+        return node.attributes.get_int("axis", 0) != 0 and small_constant(node.inputs[1]) is not None
+    starts, ends, axes = (small_constant(value) for value in (*node.inputs[1:4], None, None, None)[:3])
+    if starts is None or (axes is not None and not axes.any()):
+        return False
+    return bool((starts < 0).any() or (ends is not None and (ends < _LARGEST_POSITION).all()))
 
 
 def _is_truth(form: ir.Value | None, value: ir.Value) -> bool:
