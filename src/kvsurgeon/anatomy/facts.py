@@ -171,6 +171,9 @@ class CachedTensor:
         dtype: Element type, as numpy or ml_dtypes names it.
         shape: Shape of the past, as the model declares it.
         cache_mode: Whether the output contains past and new rows, is the updated buffer, or has the new rows only.
+        operator: Operator that combines past and new rows.
+        past_length: Name of the input that gives the number of past tokens, or of the positions whose first is that
+            number; None if the shape of the past or a mask gives it.
     """
 
     past: str
@@ -180,6 +183,8 @@ class CachedTensor:
     dtype: str
     shape: tuple[str | int, ...]
     cache_mode: CacheMode
+    operator: str
+    past_length: str | None
 
 
 @dataclass(frozen=True, kw_only=True)

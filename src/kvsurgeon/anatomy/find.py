@@ -61,6 +61,7 @@ def _how(proof: Proof, name: str) -> str:
 
 def cache_facts(signature: CacheSignature) -> Iterator[CachedTensor]:
     """Yield the facts about each entry of a located cache."""
+    length = signature.length_input
     for entry in signature.entries:
         assert entry.layer is not None, "the signature is not located"
         assert entry.kind is not None, "the signature is not located"
@@ -72,6 +73,8 @@ def cache_facts(signature: CacheSignature) -> Iterator[CachedTensor]:
             dtype=str(entry.dtype.numpy()),
             shape=tuple("?" if size is None else size for size in entry.shape),
             cache_mode=entry.cache_mode,
+            operator=entry.operator,
+            past_length=None if length is None else length.source.name,
         )
 
 

@@ -34,6 +34,7 @@ class SignatureEntry:
         rows: Name of the value with the new rows in the graph without the cache.
         is_declared: Whether the schema of an operator calls the input a past, so that no attention has to read it.
         cache_mode: Content of the output: past and new rows, the updated buffer, or new rows only.
+        operator: Operator that combines past and new rows.
         layout: Meaning of each axis; None for a tensor with other axes. Set by `CacheSignature.located`.
         layer: Attention layer that reads it, counted in execution order among those with entries, or index of the
             sequence state. Set by `CacheSignature.located`.
@@ -48,6 +49,7 @@ class SignatureEntry:
     rows: str
     is_declared: bool
     cache_mode: CacheMode
+    operator: str
     layout: Layout | None = None
     layer: int | None = None
     kind: Kind | None = None

@@ -246,7 +246,9 @@ def _cache_lines(cache: Sequence[CachedTensor]) -> list[Text]:
     groups: dict[str, list[CachedTensor]] = {}
     for one in cache:
         shape = ", ".join(map(str, one.shape))
-        groups.setdefault(f"{one.dtype} [{shape}], {_CACHE_MODES[one.cache_mode]}", []).append(one)
+        given = "" if one.past_length is None else f", past length from `{one.past_length}`"
+        kind = f"{one.dtype} [{shape}], {_CACHE_MODES[one.cache_mode]}, by {one.operator}{given}"
+        groups.setdefault(kind, []).append(one)
     return [
         Text(f"has a cache: {len(ones)} tensors of {kind}: past `{ones[0].past}`, present `{ones[0].present}`")
         for kind, ones in groups.items()

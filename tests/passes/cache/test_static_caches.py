@@ -196,3 +196,12 @@ def test_rows_that_the_content_chooses_are_refused(rows):
     model = decoder(COUNT, f"{rows}\n  {SLICES}")
     with pytest.raises(UnsupportedError, match="an input that is no length determines which rows are written"):
         RemoveCache().apply(Subject.of(model))
+
+
+@pytest.mark.parametrize(
+    ("form", "operator", "given"),
+    [("slices at positions", "ScatterND", "places"), ("tensor from a count on", "TensorScatter", "start")],
+)
+def test_the_form_of_a_cache_is_told(form, operator, given):
+    cache = Subject.of(FORMS[form]).cache()
+    assert {(one.cache_mode, one.operator, one.past_length) for one in cache} == {("static", operator, given)}
