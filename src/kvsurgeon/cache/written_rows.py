@@ -127,6 +127,7 @@ class _Indices:
 
     def __init__(self, shapes: Shapes, indices: ir.Value, nodes: Sequence[ir.Node]) -> None:
         self._shapes = shapes
+        self._result = indices
         self._numbers: list[ir.Value] = []  # known numbers, or inputs
         constants: list[onnx.TensorProto] = []
         computed: set[ir.Node] = set()
@@ -152,12 +153,22 @@ class _Indices:
             [node for node in nodes if node in computed], inputs=inputs, initializers=constants,
             outputs=[indices.name], opsets={"": shapes.opset},
         )  # fmt: skip
-        self._session = open_session(model)
+        try:
+            self._session = open_session(model)
+        except Exception as error:
+            raise _undetermined(indices) from error
 
     def __call__(self, call: _BufferCall) -> np.ndarray:
-        """Return the indices in a call."""
-        feeds = {value.name: self._number(value, call) for value in self._numbers}
-        return np.asarray(self._session.run(None, feeds)[0])
+        """Return the indices in a call.
+
+        Raises:
+            UnsupportedError: They cannot be computed.
+        """
+        try:
+            feeds = {value.name: self._number(value, call) for value in self._numbers}
+            return np.asarray(self._session.run(None, feeds)[0])
+        except Exception as error:
+            raise _undetermined(self._result) from error
 
     def _number(self, value: ir.Value, call: _BufferCall) -> np.ndarray:
         fact = self._shapes[value]
