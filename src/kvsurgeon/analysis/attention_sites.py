@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import onnx_ir as ir
 
@@ -95,13 +96,14 @@ class AttentionSite:
 
     def read_otherwise(self) -> ir.Value | None:
         """Return a result of a node that reads numbers which are compared, but does not compare them; None if none."""
-        nodes, comparisons = self.upstream_of_weights(), {score.node for score in self.scores if score.compares}
+        nodes, comparisons = self.upstream_of_weights, {score.node for score in self.scores if score.compares}
         numbers = downstream((*self.other_queries, *self.other_keys), stop=lambda node: not _is_view(node))
         read = (node for value in numbers for node, _ in value.uses() if comparisons and node in nodes)
         return next((node.outputs[0] for node in read if not _is_view(node) and node not in comparisons), None)
 
+    @cached_property
     def upstream_of_weights(self) -> frozenset[ir.Node]:
-        """Return the nodes between the scores and the weights that are multiplied with the values."""
+        """The nodes between the scores and the weights that are multiplied with the values."""
         return self.upstream_of(product.node.inputs[product.weights] for product in self.products)
 
     def upstream_of(self, values: Iterable[ir.Value | None]) -> frozenset[ir.Node]:

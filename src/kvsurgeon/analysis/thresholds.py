@@ -45,9 +45,10 @@ class Thresholds:
         """Return the numbers for values that are computed from context."""
         numbers: set[float] = set()
         for value in upstream(values, inputs=content_inputs):
-            if (node := value.producer()) is None or constant_tensor(value) is not None:
+            node = value.producer()
+            if self.flow.kinds.get(value) is not ValueKind.CONTEXT:
                 numbers |= set(self._irregular_rows(value))
-            elif has_trait(node, Trait.LENGTH_SENSITIVE) and self.flow.kinds.get(value) is ValueKind.CONTEXT:
+            elif node is not None and has_trait(node, Trait.LENGTH_SENSITIVE):
                 numbers |= {number for source in node.inputs for number in _lengths(small_constant(source))}
         return tuple(sorted({round(number) for number in numbers}))
 

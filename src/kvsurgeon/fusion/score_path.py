@@ -57,7 +57,7 @@ def trace_scores(flow: TokenFlow, site: AttentionSite) -> ScorePath:
     value: ir.Value = site.scores[0].node.outputs[0]
     steps: list[ir.Node] = []
     scale, softcap = 1.0, 0.0
-    between = site.upstream_of_weights()
+    between = site.upstream_of_weights
     while (node := _next(flow, value, between)).op_type != "Softmax":
         if node.op_type == "Tanh":
             if softcap or any(step.op_type in _ADDITIONS for step in steps):

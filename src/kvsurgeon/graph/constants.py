@@ -20,7 +20,7 @@ def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
         return value.const_value if value.is_initializer() else None
     if not is_operator(node, "Constant"):
         return None
-    attribute = next(iter(node.attributes.values()))
+    attribute = next(iter(node.attributes.data.values()))  # a plain dict, which is faster to walk
     if attribute.type is ir.AttributeType.TENSOR:
         tensor: ir.TensorProtocol = attribute.value  # `as_tensor` checks the protocol, which is slow
         return tensor

@@ -89,7 +89,7 @@ def other_reductions(sweep: LengthSweep, site: AttentionSite) -> list[ir.Value]:
     """Return sums and extrema of the scores over keys that are not weights; they must be masked as weights are."""
     if site.fused is not None:
         return []
-    variable, nodes = site.products[0].variable.root(), site.upstream_of_weights()
+    variable, nodes = site.products[0].variable.root(), site.upstream_of_weights
     return [
         node.outputs[0] for node, keys in sweep.flow.mixes_keys.items() if keys.root() is variable and node not in nodes
     ]
@@ -197,7 +197,7 @@ class AttentionProbe:
             The longest length at which rows were checked, the longest at which they are right if that is a limit, and
             the weights that some queries give to equal scores at that length, [..., key], by query.
         """
-        nodes = self.site.upstream_of_weights() | self.site.upstream_of(value for value, _ in self.others)
+        nodes = self.site.upstream_of_weights | self.site.upstream_of(value for value, _ in self.others)
         if self.site.fused is not None:
             nodes |= {self.site.fused.node}
         proved = not any(node in nodes for node, _ in self.sweep.unproved)

@@ -50,7 +50,7 @@ def check_key_reductions(sweep: LengthSweep, layer: int, site: AttentionSite) ->
 
 def normalizes_before_mask(flow: TokenFlow, site: AttentionSite) -> bool:
     """Return whether scores are normalized over all keys before they are masked, which is right if done again after."""
-    nodes = site.upstream_of_weights()
+    nodes = site.upstream_of_weights
     return any(node in nodes and not _is_masked(flow, site, node) for node, _ in _reductions(flow, site))
 
 

@@ -76,9 +76,11 @@ class LengthSweep:
         return lengths_near(self._thresholds.find(values))
 
     def _numbers(self) -> tuple[int, ...]:
-        read = [value for node in self.flow.order for value in node.inputs if is_token(self.flow, node.outputs[0])]
-        context = [value for value in read if value is not None and self.flow.kinds.get(value) is ValueKind.CONTEXT]
-        return self._thresholds.find(context)
+        flow = self.flow
+        read = dict.fromkeys(value for node in flow.order if is_token(flow, node.outputs[0]) for value in node.inputs)
+        return self._thresholds.find(
+            [one for one in read if one is not None and flow.kinds.get(one) is ValueKind.CONTEXT]
+        )
 
     def _lengths(self) -> tuple[int, ...]:
         lengths = {min(length, self._limit) for length in LENGTHS} | set(lengths_near(self.numbers))

@@ -218,5 +218,6 @@ def _attention_nodes(sweep: LengthSweep) -> set[ir.Node]:
     nodes: set[ir.Node] = set()
     for site in sweep.analysis.sites:
         below = producers(downstream(site.weight_sources, stop=site.ends.__contains__)).keys()
-        nodes |= below & (site.upstream_of_weights() | site.upstream_of(other_reductions(sweep, site)))
+        others = other_reductions(sweep, site)
+        nodes |= below & (site.upstream_of_weights | (site.upstream_of(others) if others else frozenset()))
     return nodes

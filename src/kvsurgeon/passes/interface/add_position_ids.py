@@ -103,7 +103,7 @@ def _shape(analysis: Analysis) -> ir.Shape:
 def _uses(analysis: Analysis) -> list[Use]:
     """Return where token data outside attention is combined with context that has a row for each new token."""
     flow = analysis.flow
-    inside = {node for site in analysis.sites for node in site.upstream_of_weights() | site.ends}
+    inside = {node for site in analysis.sites for node in site.upstream_of_weights | site.ends}
     found = []
     for (node, index), axes in flow.demands.items():
         value = node.inputs[index]
