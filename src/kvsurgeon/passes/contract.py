@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -159,6 +159,19 @@ class _Stages:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Companion:
+    """A second model, whose outputs are inputs of the model that a pass changed.
+
+    Attributes:
+        model: The second model.
+        connections: For each of its outputs, the input that takes it.
+    """
+
+    model: ir.Model
+    connections: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Changed:
     """The pass changed the model.
 
@@ -170,6 +183,7 @@ class Changed:
         equal_models: Returns two models without a cache that must compute the same, to verify a pass that is not exact:
             the graph before with the weights after, and the graph after; None if there are none.
         proof: What the pass rests on, without the attention patterns; None if it adds no cache.
+        companions: Models that compute inputs of the result, by the name of their file in its folder.
     """
 
     edits: int
@@ -178,6 +192,7 @@ class Changed:
     heads: HeadChange | None = None
     equal_models: Callable[[], tuple[ir.Model, ir.Model]] | None = field(default=None, repr=False, compare=False)
     proof: Proof | None = field(default=None, repr=False, compare=False)
+    companions: Mapping[str, Companion] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,8 +59,9 @@ def run_json(run: PipelineRun) -> dict[str, Any]:
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
     if isinstance(outcome, Unchanged):
         return asdict(outcome)
-    shown = asdict(replace(outcome, equal_models=None, proof=None))
+    shown = asdict(replace(outcome, equal_models=None, proof=None, companions={}))
     del shown["equal_models"]
+    shown["companions"] = list(outcome.companions)
     return {**shown, "proof": None if outcome.proof is None else outcome.proof.as_dict()}
 
 

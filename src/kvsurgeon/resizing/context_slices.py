@@ -79,6 +79,8 @@ class ContextSlices:
     def slice_of(self, value: ir.Value, axes: Axes = ()) -> ir.Value:
         """Return the value with each of these axes at the length of its variable; other axes are whole."""
         value = self.same.get(value, value)
+        if not axes and not self.fixed and value in self.flow.fixed:
+            return value  # the same in every call
         if not axes and self.fixed:
             axes = self.given_axes(value)
         key = tuple((axis.with_variable(_ANY), axis.variable.resolved() or Length.TOTAL) for axis in axes)

@@ -143,6 +143,8 @@ def may_be_past(tensor: ValueInfo, presents: Sequence[ValueInfo]) -> bool:
 def is_past(tensor: ValueInfo) -> bool:
     """Whether an input is a past: by its name, or because it has an axis of cached tokens only."""
     axes = set(axes_of(tensor))
+    if ".encoder." in tensor.name:
+        return False  # keys and values of cross-attention, which no output updates
     if tensor.name.startswith("past_key_values.") or {"past", "capacity"} & axes:
         return True
     if "max" in axes and "sequence" not in axes and any(isinstance(dim, int) and dim > 1 for dim in tensor.dims):

@@ -17,10 +17,11 @@ from kvsurgeon import io
 from kvsurgeon.errors import KvsurgeonError, ParityError, PassError, UsageError, describe_exception
 from kvsurgeon.interop.functions import as_pass_class
 from kvsurgeon.io.model_config import ModelHeads, record_head_change
-from kvsurgeon.passes.contract import Changed, Outcome, Pass, Source, Subject, Unchanged
+from kvsurgeon.passes.contract import Changed, Companion, Outcome, Pass, Source, Subject, Unchanged
 from kvsurgeon.passes.options import build
 from kvsurgeon.passes.validity import problems
 from kvsurgeon.workflow import registry
+from kvsurgeon.workflow.companions import connected
 
 if TYPE_CHECKING:
     from kvsurgeon.parity import AccuracyLoss, Report
@@ -80,6 +81,11 @@ class PipelineRun:
     def changes(self) -> tuple[Changed, ...]:
         """The outcomes of the passes that changed the model."""
         return tuple(step.outcome for step in self.steps if isinstance(step.outcome, Changed))
+
+    @property
+    def companions(self) -> dict[str, Companion]:
+        """Models that compute inputs of the model, by file name."""
+        return companions_of(self.steps)
 
     @property
     def changed(self) -> bool:
@@ -235,7 +241,8 @@ def _is_well_formed(outcome: Outcome) -> bool:
 def _verify(reference: onnx.ModelProto, subject: Subject, steps: Sequence[PassResult]) -> None:
     from kvsurgeon.workflow.verification import verify_models  # onnxruntime is slow to import
 
-    result = io.to_proto(subject.model, subject.folder)
+    whole = connected(subject.model, companions_of(steps))
+    result = io.to_proto(whole, subject.folder)
     found = verify_models(reference, result, folder=subject.folder, thresholds=_thresholds(steps))
     if found.verdict != "same":
         ran = ", ".join(step.name for step in steps)
@@ -244,6 +251,12 @@ def _verify(reference: onnx.ModelProto, subject: Subject, steps: Sequence[PassRe
 
 def _thresholds(steps: Sequence[PassResult]) -> frozenset[int]:
     return frozenset(threshold for proof in _proofs(steps) for threshold in proof.thresholds)
+
+
+def companions_of(steps: Sequence[PassResult]) -> dict[str, Companion]:
+    """Return the models that compute inputs of the model after some passes, by file name."""
+    changes = (step.outcome for step in steps if isinstance(step.outcome, Changed))
+    return {name: one for change in changes for name, one in change.companions.items()}
 
 
 def _proofs(steps: Sequence[PassResult]) -> tuple[Proof, ...]:

@@ -12,6 +12,7 @@ from kvsurgeon.passes.options import options_of
 from kvsurgeon.plugins import Catalogue, Plugin
 
 BUILT_IN = {
+    "separate-cross-attention": "kvsurgeon.passes.cache.separate_cross_attention:SeparateCrossAttention",
     "inject": "kvsurgeon.passes.cache.inject:Inject",
     "remove-cache": "kvsurgeon.passes.cache.remove_cache:RemoveCache",
     "retarget": "kvsurgeon.passes.cache.retarget:Retarget",

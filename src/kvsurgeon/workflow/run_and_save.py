@@ -14,6 +14,7 @@ from kvsurgeon.io.external_data import external_tensors
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Source, Subject, Unchanged
 from kvsurgeon.workflow.certificate import CertificateWriter
+from kvsurgeon.workflow.companions import connected
 from kvsurgeon.workflow.pipeline import PassCallback, PassResult, Pipeline, PipelineRun, first_of
 
 if TYPE_CHECKING:
@@ -83,11 +84,12 @@ def run_and_save(
             progress=progress)  # fmt: skip
     if path is None:
         return run
+    if writer is not None and run.companions:
+        raise UsageError("a certificate is about one model, and this pass writes a second one; run it without")
     if writer is not None:
         writer.check(run)
-    files = io.save_variants(
-        {path.name: run.model}, path.parent, source=origin, link_weights=link_weights, pack=pack, force=force
-    )
+    models = {path.name: run.model, **{name: one.model for name, one in run.companions.items()}}
+    files = io.save_variants(models, path.parent, source=origin, link_weights=link_weights, pack=pack, force=force)
     run = replace(run, path=path, files=files)
     return run if writer is None else replace(run, certificate=writer.write(run))
 
@@ -141,7 +143,7 @@ def verify_run(
         UnsupportedError: The verifier cannot run the model.
         ParityError: The results of the model differ from those of the reference.
     """
-    with io.staged(run.model, destination, run.folder) as candidate:
+    with io.staged(connected(run.model, run.companions), destination, run.folder) as candidate:
         if run.exact:
             report = _verify(
                 reference, candidate, folder=run.folder, effort=effort, seed=seed, thresholds=run.thresholds,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.cache.pairs import find_cache_pairs, find_unknown_caches
@@ -16,7 +16,8 @@ from kvsurgeon.fusion.match import FusionMatch
 from kvsurgeon.fusion.operators import GROUP_QUERY_ATTENTION
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.io.gc_pause import gc_paused
-from kvsurgeon.passes.contract import Changed, Outcome, Subject
+from kvsurgeon.passes.cache.separate_cross_attention import SeparateCrossAttention
+from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.options import check_count
 from kvsurgeon.proof.proof import Proof
 from kvsurgeon.resizing.lengths import LengthValues
@@ -40,9 +41,15 @@ class Inject(CacheOptions):
     convolutions, shifts and running sums are cached as `past_key_values.{i}.state`.
 
     Not handled: attention that is not causal, recurrent states (scans), context that depends on the total length.
+
+    Attributes:
+        cross_attention: Where keys and values of cross-attention are computed: inside the model, in each call; or
+            separate, once, by a second model. The cache is then called past_key_values.{layer}.decoder.{kind}.
     """
 
     name: ClassVar[str] = "inject"
+
+    cross_attention: Literal["inside", "separate"] = "inside"
 
     def __post_init__(self) -> None:
         check_count("max-length", self.max_length)
@@ -55,7 +62,15 @@ class Inject(CacheOptions):
             UnsupportedError: The model does not support a cache; it is unchanged.
             UsageError: Two options exclude each other, or a name template does not give unique names.
         """
-        return inject(self, subject)
+        if self.cross_attention == "inside":
+            return inject(self, subject)
+        separated = SeparateCrossAttention().apply(subject)
+        if isinstance(separated, Unchanged):
+            raise UnsupportedError(separated.reason, code=Code.PASS_PRECONDITION, hint="use cross-attention=inside")
+        subject.changed()
+        names = {name: getattr(self, name).replace("{layer}.", "{layer}.decoder.") for name in ("past", "present")}
+        done = inject(replace(self, **names), subject)
+        return replace(done, edits=separated.edits + done.edits, companions=separated.companions)
 
 
 def inject(options: CacheOptions, subject: Subject, select: SelectMatches | None = None) -> Changed:
