@@ -227,6 +227,7 @@ def test_numbers_of_shape_arithmetic(body, expected):
         ("y = Add(ones, end)", "a sum that wraps around"),
         ("i = Cast<to=6>(n1)\n k = Constant<value=int32[1] {20000}>()\n y = Mul(i, k)", "one that does in a long text"),
         ("l = Neg(end)\n s = Sub(l, ones)\n m = Neg(ones)\n y = Div(s, m)", "the smallest integer has no opposite"),
+        ("k = Constant<value_floats=[1.5]>()\n y = Mul(ones, k)", "a float that is no integer"),
         ("y = Pow(twos, end)", "a power that no integer holds"),
         ("m = Neg(twos)\n y = Div(n1, m)", "a negative quotient is rounded up"),
         ("f = Cast<to=1>(n1)\n k = Constant<value_floats=[0.7]>()\n y = Mul(f, k)", "a product that is rounded"),
