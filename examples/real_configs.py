@@ -331,6 +331,15 @@ def prepare_buffered(context: int) -> tuple[Signature, dict[str, Any], Callable[
     return taken, facts, lambda folder: None
 
 
+def register_copy() -> None:
+    """Teach the TorchScript exporter `aten::copy`, by which transformers chooses the frequencies of LongRoPE."""
+
+    def copied(g: Any, target: Any, source: Any, _non_blocking: Any) -> Any:
+        return g.op("Expand", source, g.op("Shape", target))
+
+    torch.onnx.register_custom_op_symbolic("aten::copy", copied, 9)
+
+
 def export_all(out: Path, exporters: list[str], only: str | None) -> list[str]:
     """Write all exports; return what failed."""
     prepared: dict[str, Callable[[], tuple[Signature, dict[str, Any], Callable[[Path], object]]]] = {
@@ -366,6 +375,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="NAME", help="only models whose name contains this")
     parser.add_argument("--exporter", choices=["dynamo", "torchscript"], action="append")
     options = parser.parse_args()
+    register_copy()
     failed = export_all(options.out, options.exporter or ["dynamo", "torchscript"], options.only)
     for line in failed:
         print(f"not exported: {line}")
