@@ -275,6 +275,11 @@ def test_a_dimension_at_a_length_is_the_expression_with_its_symbols_replaced(siz
     assert dim.at(size, length, 2) == dim.substitute(size, ((LENGTH, length), (BATCH, 2)))
 
 
+@pytest.mark.parametrize("number", [1 / (LENGTH - 1), LENGTH / (LENGTH - LENGTH.subs(LENGTH, 1)), sympy.nan * LENGTH])
+def test_a_number_that_is_none_at_some_length_fits_no_type(number):
+    assert not dim.is_within(number, -10, 10)
+
+
 def test_a_table_cut_by_length_bounds_the_length():
     shapes, _ = inferred("y = Slice(table, zeros, n1, zeros)")
     assert shapes.bounds == {80}
