@@ -54,3 +54,23 @@ def test_tokens_that_are_counted_are_those_so_far(mask, cache):
 def test_an_additive_mask_is_refused():
     with pytest.raises(UnsupportedError, match="right for the exported length only"):
         injected(guarded(mask=onnx.TensorProto.FLOAT))
+
+
+TABLE = ", ".join("1" if key <= query else "0" for query in range(6) for key in range(6))
+WRITTEN_FOR_SIX_TOKENS = {
+    "target": ("h = Identity(x)", "h = Reshape(x, form)", "int64[3] form = {-1, 6, 8}"),
+    "mask": ("allowed = LessOrEqual(row, column)", "allowed = Cast<to = 9>(table)", f"int64[6, 6] table = {{{TABLE}}}"),
+    "range": ("at = Range(nought, length, one)", "at = Range(nought, six, one)", "int64 six = {6}"),
+    "expand": ("h = Identity(x)", "h = Expand(x, form)", "int64[3] form = {1, 6, 8}"),
+    "positions": ("h = Identity(x)", "h = Add(x, table)", "float[1, 6, 8] table"),
+}
+
+
+@pytest.mark.parametrize("part", WRITTEN_FOR_SIX_TOKENS)
+def test_a_length_that_is_fixed_in_the_graph_is_to_be_declared(part):
+    old, new, constant = WRITTEN_FOR_SIX_TOKENS[part]
+    text = attention(constants=constant).replace(old, new)
+    with pytest.raises(UnsupportedError, match="6 tokens declare that length, as rename-dims does"):
+        injected(read(text))
+    model = read(text.replace("float[b, n, 8]", "float[b, 6, 8]"))
+    assert verify(model, injected(model)).verdict == "same"

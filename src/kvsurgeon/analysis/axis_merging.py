@@ -129,4 +129,5 @@ def _check_size(visit: NodeVisit, index: int, axis: SequenceAxis, size: Dimensio
         raise visit.refusal(
             "context that meets the tokens does not surely have their length", at=visit.node.inputs[index],
             expected=str(axis.size(visit.flow.length)), found=str(size), code=Code.UNTRACEABLE_SEQUENCE,
+            hint=visit.fixed_length_hint(size),
         )  # fmt: skip

@@ -194,12 +194,28 @@ def _reshaped(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
         visit.flow.targets[visit.node] = links.target
     before, after = visit.shape(0), visit.result_shape()
     axes = reshape_axes(visit.axes(0), before, after, visit.flow.length)
+    tokens = _tokens_of_result(visit, before, after)
+    if axes is None and tokens is not None:
+        raise visit.refusal(
+            f"its target is a constant for {tokens} tokens", code=Code.FIXED_LENGTH,
+            expected=f"a target for the length `{visit.flow.length}`", found=f"{_text(before)} -> {_text(after)}",
+            hint=visit.fixed_length_hint(tokens),
+        )  # fmt: skip
     if axes is None:
         raise visit.refusal(
             "the sequence axis is split, or cannot be found in the result", code=Code.UNTRACEABLE_SEQUENCE,
             expected="an axis of size batch * length * heads or the like", found=f"{_text(before)} -> {_text(after)}",
         )  # fmt: skip
     return [axes]
+
+
+def _tokens_of_result(visit: NodeVisit, before: tuple[Dimension, ...], after: tuple[Dimension, ...]) -> int | None:
+    """Return the number of tokens for which the shape of a result is written, if it is not the length."""
+    tokens = dim.exact_quotient(dim.multiply(dim.product(after), visit.flow.length), dim.product(before))
+    place = next((axis.axis for axis in visit.axes(0) if axis.is_plain), len(after))
+    if not isinstance(tokens, int) and place < len(after):
+        tokens = after[place]  # the batch is a number too
+    return tokens if isinstance(tokens, int) and tokens != visit.flow.length else None
 
 
 def _text(shape: tuple[Dimension, ...]) -> str:

@@ -207,7 +207,7 @@ def _check_lengths(visit: NodeVisit, shape: tuple[Dimension, ...], axes: Axes) -
         if not dim.is_equal(whole, shape[axis.axis]):
             raise visit.refusal(
                 "it keeps only some of the tokens", expected=f"axis {axis.axis} of size {whole}",
-                found=str(shape[axis.axis]),
+                found=str(shape[axis.axis]), hint=visit.fixed_length_hint(shape[axis.axis]),
             )  # fmt: skip
 
 

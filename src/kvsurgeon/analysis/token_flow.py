@@ -14,8 +14,8 @@ from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.ops.content import content_inputs
-from kvsurgeon.ops.operator import AttentionInputs
-from kvsurgeon.ops.table import operator_of
+from kvsurgeon.ops.operator import AttentionInputs, Trait
+from kvsurgeon.ops.table import has_trait, operator_of
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
 from kvsurgeon.symbolic.fact import Fact, OperatorCall
@@ -296,6 +296,12 @@ class NodeVisit:
         return UnsupportedError(
             f"{self.node.op_type}: {reason}", at=name, expected=expected, found=found, hint=hint, code=code
         )
+
+    def fixed_length_hint(self, size: Dimension) -> str | None:
+        """Return a hint if the node gives an axis of tokens a size that is a number, and not the declared length."""
+        if not isinstance(size, int) or size == self.flow.length or has_trait(self.node, Trait.SELECT):
+            return None
+        return f"for a graph of {size} tokens declare that length, as rename-dims does; or export with dynamic axes"
 
     def untraceable(self, index: int) -> UnsupportedError:
         """Return an error: an axis of the sequence length of an input is not known to hold tokens."""
