@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from kvsurgeon.cache.pairs import has_features
+from kvsurgeon.cache.pairs import find_cache_pairs, has_features
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor
@@ -23,21 +23,28 @@ def take_cache_branch(model: ir.Model) -> ir.Model:
     The original is not changed: the result is a copy, or the original itself if it has no such branches.
 
     Raises:
-        UnsupportedError: Both branches read cache inputs, or neither does.
+        UnsupportedError: Both branches read cache inputs.
     """
-    if not any(_chosen_by_input(model.graph)):
+    if not any(True for _ in _chosen_by_input(model.graph)):
         return model
     copy = copy_model(model)
     editor, graph = Editor(copy), copy.graph
+    pasts: list[set[ir.Value]] = []  # of each branch
+    conditions: dict[ir.Value, None] = {}
     for node, condition in list(_chosen_by_input(graph)):
-        _inline(editor, node, _cache_branch(node))
-        if condition in graph.inputs and not condition.uses():
-            graph.inputs.remove(condition)
+        branch, only = _cache_branch(node)
+        if branch is None:
+            return model
+        _inline(editor, node, branch)
+        pasts.append(only)
+        conditions[condition] = None
     editor.before = None
     editor.finish()
-    for value in [value for value in graph.inputs if value.dtype is ir.DataType.BOOL and not value.uses()]:
-        graph.inputs.remove(value)
-    return copy
+    for condition in conditions:
+        if all(user.graph is None for user, _ in condition.uses()):  # removed as dead code
+            graph.inputs.remove(condition)
+    cached = {pair.past for pair in find_cache_pairs(graph)}
+    return copy if all(only & cached for only in pasts) else model
 
 
 def _chosen_by_input(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
@@ -51,22 +58,18 @@ def _chosen_by_input(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Value]]:
             yield node, condition
 
 
-def _cache_branch(node: ir.Node) -> ir.Graph:
-    """Return the branch that reads inputs with a row for each past token."""
+def _cache_branch(node: ir.Node) -> tuple[ir.Graph | None, set[ir.Value]]:
+    """Return the branch that reads tensors of the caller which the other does not, and these; None if neither does."""
     branches = [node.attributes[name].as_graph() for name in ("then_branch", "else_branch")]
-    pasts = {
-        value for value in all_inputs(node) if is_fed(value) and len(value.shape or ()) > 2 and has_features(value)
-    }
-    read = [{value for inside in branch for value in all_inputs(inside)} & pasts for branch in branches]
-    for branch, own, other in zip(branches, read, reversed(read), strict=True):
-        if own - other:
-            if other - own:
-                break
-            return branch
+    fed = {value for value in all_inputs(node) if is_fed(value) and len(value.shape or ()) > 2 and has_features(value)}
+    read = [{value for inside in branch for value in all_inputs(inside)} & fed for branch in branches]
+    only = [read[0] - read[1], read[1] - read[0]]
+    if not all(only):
+        return next(((branch, own) for branch, own in zip(branches, only, strict=True) if own), (None, set()))
     raise UnsupportedError(
         "an input chooses between two branches, and which of them uses the cache is unknown",
         code=Code.CONTROL_FLOW, at=node.outputs[0].name, expected="one branch that reads cache inputs",
-        found=f"{len(read[0])} and {len(read[1])} cache inputs",
+        found=" and ".join(f"`{min(value.name or '' for value in own)}`" for own in only),
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from decoders import CachedDecoder, Config, Decoder
 from exports import injected
 from laws import assert_law
 from onnx import TensorProto, helper
+from written import read
 
 from kvsurgeon import io
 from kvsurgeon.errors import ParityError, UnsupportedError
@@ -48,8 +49,9 @@ def merged(*, negated: bool = False, first: type[CachedDecoder] = FirstCall) -> 
         branches.append(helper.make_graph(decoder.graph.node, "branch", [], outputs))
     if negated:
         branches.reverse()
+    model.graph.node.append(helper.make_node("Identity", ["use_cache_branch"], ["condition"]))
     model.graph.node.append(
-        helper.make_node("If", ["use_cache_branch"], names, then_branch=branches[0], else_branch=branches[1])
+        helper.make_node("If", ["condition"], names, then_branch=branches[0], else_branch=branches[1])
     )
     have = {value.name for value in model.graph.input}
     model.graph.input.extend(value for value in decoders[1].graph.input if value.name not in have)
@@ -90,6 +92,20 @@ def test_a_branch_of_the_first_call_that_differs_is_found():
 def test_inject_names_the_cache_of_a_merged_decoder():
     with pytest.raises(UnsupportedError, match=r"already has a cache.* - at `past_key_values.0.key`"):
         Inject().apply(Subject.of(merged()))
+
+
+def test_a_branch_without_a_cache_is_kept():
+    model = read("""case (float[b, n, 8] x, float[b, 3, 8] image, bool has_image) => (float[b, n, 8] logits)
+<float[8, 8] w, int64[1] second = {1}> {
+  h = MatMul(x, w)
+  logits = If (has_image) <
+    then_branch = one () => (float[b, n, 8] a) { m = ReduceMean(image, second)  a = Add(h, m) },
+    else_branch = other () => (float[b, n, 8] a) { a = Identity(h) }
+  >
+}""")
+    assert not isinstance(RemoveCache().apply(Subject.of(model)), Changed)
+    with pytest.raises(UnsupportedError, match="through control flow - at `logits`"):
+        Inject().apply(Subject.of(model))
 
 
 class Mixed(FirstCall):
