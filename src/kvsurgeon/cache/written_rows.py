@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from kvsurgeon.cache.layout import declared_names, declared_shape
-from kvsurgeon.dataflow.input_dimensions import read_inputs
+from kvsurgeon.dataflow.input_dimensions import declared_dimensions
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, is_weight
@@ -184,8 +184,7 @@ class _Indices:
 
 def _dimensions(graph: ir.Graph) -> tuple[Dimensions, Dimension]:
     """Return the dimensions of the inputs, in which a name that the tokens do not have is another length."""
-    given = read_inputs(graph)
-    dimensions, length = given.dimensions, given.length
+    dimensions, length = declared_dimensions(graph)
     tokens = next(value for value, sizes in dimensions.items() if length in sizes and len(sizes) <= 3)
     names = set(declared_names(tokens)) - {None}
 

@@ -102,34 +102,37 @@ def declared_dimensions(graph: ir.Graph) -> tuple[Dimensions, Dimension]:
     """Return the dimensions of the graph inputs by their names, and the length if the graph is as most are.
 
     That is the second axis of the first input of rank two or three (the first of rank one; the third where the second
-    is fixed and the third is not); the axis before it is the batch.
+    is fixed and the third is not) that is more than one number; the first axis is the batch.
 
     Raises:
         UnsupportedError: An input has no shape, or none has a sequence axis.
     """
-    names: dict[str, Dimension] = {}
-    length: Dimension | None = None
-    shaped = []
-    for value in required_inputs(graph):
-        if value.shape is None:
-            raise UnsupportedError(
-                "an input has no shape", at=value.name, expected="a shape with a batch and a sequence axis",
-                hint="give the input a shape, symbolic or not", code=Code.INPUT_ROLE,
-            )  # fmt: skip
-        shaped.append(value)
-        if length is None and 1 <= len(value.shape) <= 3:
-            axis = _length_axis(value.shape)
-            length = value.shape[axis] if isinstance(value.shape[axis], int) else LENGTH
-            _name_dimension(names, value.shape[axis], length)
-            if axis > 0:
-                _name_dimension(names, value.shape[0], BATCH)
-    if length is None:
+    shaped = [value for value in required_inputs(graph) if _has_shape(value)]
+    rows = [value.shape for value in shaped if value.shape is not None and 1 <= len(value.shape) <= 3]
+    first = next((shape for shape in rows if any(size != 1 for size in shape)), next(iter(rows), None))
+    if first is None:
         raise UnsupportedError(
             "no input has a sequence axis",
             expected="an input such as input_ids [batch, sequence]",
             code=Code.INPUT_ROLE,
         )
+    names: dict[str, Dimension] = {}
+    axis = _length_axis(first)
+    size = first[axis]
+    length = size if isinstance(size, int) else LENGTH
+    _name_dimension(names, size, length)
+    if axis > 0:
+        _name_dimension(names, first[0], BATCH)
     return {value: _dimensions(value, names, length) for value in shaped}, length
+
+
+def _has_shape(value: ir.Value) -> bool:
+    if value.shape is None:
+        raise UnsupportedError(
+            "an input has no shape", at=value.name, expected="a shape with a batch and a sequence axis",
+            hint="give the input a shape, symbolic or not", code=Code.INPUT_ROLE,
+        )  # fmt: skip
+    return True
 
 
 def _length_axis(shape: ir.Shape) -> int:
