@@ -40,7 +40,6 @@ class CachePoint:
         heads: Number of heads.
         head_dim: Number of features of one head.
         rank: Number of axes of the tensor.
-        is_number: Whether the tensor has one number for each token, and no axis of features.
     """
 
     value: ir.Value
@@ -51,7 +50,6 @@ class CachePoint:
     heads: int
     head_dim: int
     rank: int
-    is_number: bool = False
 
     @property
     def elements(self) -> int:
@@ -112,12 +110,12 @@ def _operands(flow: TokenFlow, places: Sequence[Place]) -> list[ir.Value]:
 
 def _smallest(flow: TokenFlow, places: Sequence[Place], heads: int) -> CachePoint:
     operands, head_dim = _operands(flow, places), _head_dim(flow, places[0])
-    ranked: list[tuple[tuple[bool, int, bool, int, bool, int], CachePoint]] = []
+    ranked: list[tuple[tuple[int, bool, int, bool, int], CachePoint]] = []
     for distance, value in enumerate(bottlenecks(flow, operands)):
         point = cache_point_of(flow, value, heads)
         if point is not None:
-            first = point.is_number, point.bits_per_token  # what numbers are computed from may be cached anyway
-            rank = (*first, point.head_dim != head_dim, point.layout_cost, not value.is_graph_output(), distance)
+            is_output = value.is_graph_output()
+            rank = (point.bits_per_token, point.head_dim != head_dim, point.layout_cost, not is_output, distance)
             ranked.append((rank, point))
     if not ranked:
         raise UnsupportedError(
@@ -207,8 +205,7 @@ def cache_point_of(flow: TokenFlow, value: ir.Value, heads: int = 1) -> CachePoi
     if heads > 1 and len(parts) == 3 and isinstance(last, int) and sequence != 2 and last % heads == 0:
         parts = [*parts[:-1], heads, last // heads]
     features = [place for place in range(len(parts)) if place not in (*batch, sequence)]
-    is_number = not features
-    if is_number:
+    if not features:  # a number for each token
         features, parts = [len(parts)], [*parts, 1]
     sizes = [size for place in features if isinstance(size := parts[place], int)]
     if len(sizes) < len(features):
@@ -222,7 +219,6 @@ def cache_point_of(flow: TokenFlow, value: ir.Value, heads: int = 1) -> CachePoi
         heads=math.prod(sizes[:-1]),
         head_dim=sizes[-1],
         rank=len(fact.shape),
-        is_number=is_number,
     )
 
 
