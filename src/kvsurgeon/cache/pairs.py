@@ -135,14 +135,16 @@ def find_cache_pairs(graph: ir.Graph) -> tuple[CachePair, ...]:
 def find_unknown_caches(graph: ir.Graph) -> dict[ir.Value, str]:
     """Return the cache inputs that are updated in an unknown way, each with the operators that do so.
 
-    Elements of such an input move to an output, next to others.
+    Elements of such an input move to an output, next to others. New rows of another cache do that too: embeddings that
+    are cached as they are given.
     """
-    known = {pair.past for pair in find_cache_pairs(graph)}
+    pairs = find_cache_pairs(graph)
+    known, known_updates = {pair.past for pair in pairs}, {pair.node for pair in pairs}
     found: dict[ir.Value, str] = {}
     for past in required_inputs(graph):
         if past in known or not has_features(past) or len(past.shape or ()) < 3:
             continue
-        moved = list(downstream([past], stop=lambda node: not _moves(node)))
+        moved = list(downstream([past], stop=lambda node: not _moves(node) or node in known_updates))
         returned = next((value for value in moved if value.is_graph_output()), None)
         updates = [node for node in producers(moved) if len(node.inputs) > 1 and _joins(node)]
         if returned is not None and updates:
