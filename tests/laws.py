@@ -94,7 +94,7 @@ def in_chunks(model: onnx.ModelProto, run: Run, whole: Arrays, cuts: Sequence[in
 
 def _part(array: np.ndarray, dims: Sequence[int | str], start: int, stop: int) -> np.ndarray:
     spans = {"sequence_length": slice(start, stop), "total_sequence_length": slice(0, stop)}
-    return array[tuple(spans.get(str(size), slice(None)) for size in dims)]
+    return np.asarray(array[tuple(spans.get(str(size), slice(None)) for size in dims)])
 
 
 def difference(found: np.ndarray, expected: np.ndarray, counts: np.ndarray | None = None) -> float:

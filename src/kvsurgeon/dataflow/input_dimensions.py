@@ -24,6 +24,7 @@ from kvsurgeon.symbolic.dim_names import is_standard_name
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension, Extent
 from kvsurgeon.symbolic.fact import OperatorCall
 
+GIVEN_FOR = "kvsurgeon.given_for"  # metadata of an input: what it is given for, as stated by the user
 Dimensions = dict[ir.Value, tuple[Dimension, ...]]
 Replacements = dict[sympy.Symbol, Dimension]
 
@@ -159,7 +160,8 @@ def _dimensions(value: ir.Value, names: dict[str, Dimension], length: Dimension)
             result.append(usual.get(len(shape), {}).get(axis, _extent(value, axis)))
             continue
         _name_dimension(names, size, _extent(value, axis))
-        result.append(names[str(size.value)])
+        is_stated = value.metadata_props.get(GIVEN_FOR) == "fixed" and names[str(size.value)] is LENGTH
+        result.append(dim.extent(f"{value.name}_{size.value}") if is_stated else names[str(size.value)])
     return tuple(result)
 
 

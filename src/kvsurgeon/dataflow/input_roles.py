@@ -9,6 +9,7 @@ from enum import Enum, auto
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.dataflow.input_dimensions import GIVEN_FOR
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
 from kvsurgeon.graph.query import producers, through, upstream
@@ -23,6 +24,7 @@ _FORMS = (Trait.IDENTITY, Trait.RESHAPE, Trait.REPEAT, Trait.TRANSPOSE, Trait.AR
 _ELEMENTWISE = (Trait.ELEMENTWISE, Trait.BROADCAST)
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
 _LARGEST_POSITION = 1 << 24
+_STATED = {"new": Length.NEW, "total": Length.TOTAL}
 _FEWEST_POSITIONS = 16  # rows of a table of positions; there are fewer token types
 
 
@@ -75,7 +77,11 @@ def classify_inputs(dimensions: Mapping[ir.Value, tuple[Dimension, ...]], length
             axes = axes[-1:]
         if len(sizes) == 3 and len(axes) == 2 and isinstance(length, int) and sizes[2] == length:
             axes = axes[:1]  # [batch, length, hidden] with hidden == length
-        if len(axes) >= 2:  # a mask of queries against keys
+        stated = value.metadata_props.get(GIVEN_FOR)
+        _check_stated(value, stated, axes)
+        if stated in _STATED:
+            lengths = dict.fromkeys(axes, _STATED[stated])
+        elif len(axes) >= 2:  # a mask of queries against keys
             lengths = {axes[-2]: Length.NEW, axes[-1]: Length.TOTAL}
         elif not axes:
             lengths = {}
@@ -101,6 +107,30 @@ def classify_inputs(dimensions: Mapping[ir.Value, tuple[Dimension, ...]], length
             value=alone[0].value, dimensions=alone[0].dimensions, lengths=dict.fromkeys(alone[0].lengths, Length.NEW)
         )
     return found
+
+
+def _check_stated(value: ir.Value, stated: str | None, axes: Collection[int]) -> None:
+    """Check what the user states about an input, and that a number that may count the tokens of a call is stated.
+
+    Raises:
+        UnsupportedError: The graph says otherwise, or nothing is stated.
+    """
+    if stated == "fixed" and axes:
+        raise UnsupportedError(
+            "an input that is stated to be the same in every call is as long as the text", code=Code.INPUT_ROLE,
+            at=value.name, found=str(value.shape), hint="the graph combines it with the tokens",
+        )  # fmt: skip
+    if stated in _STATED and not axes:
+        raise UnsupportedError(
+            f"an input that is stated to be given for {stated} tokens has no axis of tokens", code=Code.INPUT_ROLE,
+            at=value.name, found=str(value.shape),
+        )  # fmt: skip
+    is_number = value.shape is not None and all(size == 1 for size in value.shape)
+    if stated is None and is_number and _is_compared_with_positions(value):
+        raise UnsupportedError(
+            "a number is compared with positions, and may count the tokens of a call", code=Code.INPUT_ROLE,
+            at=value.name, expected="a mask, or positions", hint=f"--input {value.name}=fixed if it never changes",
+        )  # fmt: skip
 
 
 def is_given_for_new_tokens(value: ir.Value) -> bool:

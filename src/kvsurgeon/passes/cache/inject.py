@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.cache.pairs import find_cache_pairs, find_unknown_caches
-from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.dataflow.input_dimensions import GIVEN_FOR
+from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.fusion.context import FusionContext
 from kvsurgeon.fusion.fuser import AttentionFuser
 from kvsurgeon.fusion.match import FusionMatch
@@ -45,11 +47,14 @@ class Inject(CacheOptions):
     Attributes:
         cross_attention: Where keys and values of cross-attention are computed: inside the model, in each call; or
             separate, once, by a second model. The cache is then called past_key_values.{layer}.decoder.{kind}.
+        input: What inputs are given for, as NAME=new, NAME=total or NAME=fixed: for the new tokens, for all tokens so
+            far, or the same in every call; none is decided by their use.
     """
 
     name: ClassVar[str] = "inject"
 
     cross_attention: Literal["inside", "separate"] = "inside"
+    input: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_count("max-length", self.max_length)
@@ -62,6 +67,10 @@ class Inject(CacheOptions):
             UnsupportedError: The model does not support a cache; it is unchanged.
             UsageError: Two options exclude each other, or a name template does not give unique names.
         """
+        with _stated(subject, self.input):
+            return self._apply(subject)
+
+    def _apply(self, subject: Subject) -> Outcome:
         if self.cross_attention == "inside":
             return inject(self, subject)
         separated = SeparateCrossAttention().apply(subject)
@@ -71,6 +80,31 @@ class Inject(CacheOptions):
         names = {name: getattr(self, name).replace("{layer}.", "{layer}.decoder.") for name in ("past", "present")}
         done = inject(replace(self, **names), subject)
         return replace(done, edits=separated.edits + done.edits, companions=separated.companions)
+
+
+@contextmanager
+def _stated(subject: Subject, statements: Sequence[str]) -> Iterator[None]:
+    """State what inputs are given for, as metadata that the analysis reads inside the block.
+
+    Raises:
+        UsageError: There is no such input, or it cannot be given for that.
+    """
+    inputs = {value.name: value for value in subject.model.graph.inputs}
+    stated = [text.partition("=")[::2] for text in statements]
+    for name, given_for in stated:
+        if name not in inputs or given_for not in ("new", "total", "fixed"):
+            names = ", ".join(str(one) for one in inputs)
+            raise UsageError(f"expected NAME=new|total|fixed with one of the inputs {names}, found {name}={given_for}")
+    graphs = [subject.model.graph]
+    for name, given_for in stated:
+        inputs[name].metadata_props[GIVEN_FOR] = given_for
+    if stated:
+        subject.changed()
+    try:
+        yield
+    finally:
+        for value in (value for graph in (*graphs, subject.model.graph) for value in graph.inputs):
+            value.metadata_props.pop(GIVEN_FOR, None)
 
 
 def inject(options: CacheOptions, subject: Subject, select: SelectMatches | None = None) -> Changed:

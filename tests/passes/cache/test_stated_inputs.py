@@ -1,0 +1,57 @@
+"""What an input is given for, as the user states it."""
+
+import numpy as np
+import pytest
+from attentions import attention
+from exports import injected
+from laws import assert_law
+from written import read
+
+from kvsurgeon.errors import Code, UnsupportedError, UsageError
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.contract import Subject
+
+NUMBER = "causal = LessOrEqual(row, column)\n p = Less(row, z)\n allowed = And(causal, p)"
+FACTOR = "z3 = Unsqueeze(z, third)\n logits = Mul(c, z3)"
+
+
+def dims(model, index):
+    return [size.dim_param for size in model.graph.input[index].type.tensor_type.shape.dim]
+
+
+def texts():
+    return {"x": np.random.default_rng(5).standard_normal((2, 9, 8)).astype(np.float32)}
+
+
+@pytest.mark.parametrize(("role", "length"), [("new", "sequence_length"), ("total", "total_sequence_length")])
+def test_an_input_of_the_length_of_the_text(role, length):
+    model = read(attention(inputs="float[b, n] z", after=FACTOR))
+    result = injected(model, input=(f"z={role}",))
+    assert dims(result, 1) == ["batch_size", length]
+    assert_law(model, result, texts() | {"z": np.random.default_rng(1).random((2, 9)).astype(np.float32)})
+
+
+def test_a_number_that_is_compared_with_positions_must_be_stated():
+    model = read(attention(inputs="int64 z", allowed=NUMBER))
+    with pytest.raises(UnsupportedError, match="may count the tokens of a call") as refusal:
+        injected(model)
+    assert refusal.value.code is Code.INPUT_ROLE
+    assert_law(model, injected(model, input=("z=fixed",)), texts() | {"z": np.array(7)})
+
+
+def test_an_input_that_meets_the_tokens_is_not_the_same_in_every_call():
+    subject = Subject.of(read(attention(inputs="float[b, n] z", after=FACTOR)))
+    with pytest.raises(UnsupportedError, match="is as long as the text"):
+        Inject(input=("z=fixed",)).apply(subject)
+    assert not any(value.metadata_props for value in subject.model.graph.inputs)
+
+
+def test_a_number_has_no_axis_of_tokens():
+    with pytest.raises(UnsupportedError, match="has no axis of tokens"):
+        injected(read(attention(inputs="float z", after="logits = Mul(c, z)")), input=("z=total",))
+
+
+@pytest.mark.parametrize("statement", ["z", "z=old", "y=new"])
+def test_statements_name_an_input_and_what_it_is_given_for(statement):
+    with pytest.raises(UsageError, match="expected NAME=new"):
+        injected(read(attention(inputs="float z", after="logits = Mul(c, z)")), input=(statement,))
