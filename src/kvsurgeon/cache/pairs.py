@@ -7,7 +7,7 @@ and a present.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ from kvsurgeon.cache.written_rows import WrittenRows
 from kvsurgeon.dataflow.input_dimensions import required_inputs
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import small_constant
-from kvsurgeon.graph.query import STANDARD_DOMAINS, chain, downstream, producers, through
+from kvsurgeon.graph.query import STANDARD_DOMAINS, chain, producers, through
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.fact import axis_of
@@ -135,26 +135,36 @@ def find_cache_pairs(graph: ir.Graph) -> tuple[CachePair, ...]:
 def find_unknown_caches(graph: ir.Graph) -> dict[ir.Value, str]:
     """Return the cache inputs that are updated in an unknown way, each with the operators that do so.
 
-    Elements of such an input move to an output, next to others. New rows of another cache do that too: embeddings that
-    are cached as they are given.
+    Elements of such an input move to an output, where others are appended or written between them. Embeddings that are
+    cached as they are given are such others.
     """
     pairs = find_cache_pairs(graph)
-    known, known_updates = {pair.past for pair in pairs}, {pair.node for pair in pairs}
+    known, nodes = {pair.past for pair in pairs}, {pair.node for pair in pairs}
     found: dict[ir.Value, str] = {}
     for past in required_inputs(graph):
         if past in known or not has_features(past) or len(past.shape or ()) < 3:
             continue
-        moved = list(downstream([past], stop=lambda node: not _moves(node) or node in known_updates))
+        moved = list(_moved(past, nodes))
         returned = next((value for value in moved if value.is_graph_output()), None)
-        updates = [node for node in producers(moved) if len(node.inputs) > 1 and _joins(node)]
-        if returned is not None and updates:
-            found[past] = f"{', '.join(dict.fromkeys(node.op_type for node in producers(moved)))} to `{returned.name}`"
+        operators = dict.fromkeys(node.op_type for node in producers(moved))
+        if returned is not None and any(len(node.inputs) > 1 and _joins(node) for node in producers(moved)):
+            found[past] = f"{', '.join(operators)} to `{returned.name}`"
     return found
 
 
-def _moves(node: ir.Node) -> bool:
-    """Return whether a node moves elements, and computes none."""
-    return _is_view(node) or _joins(node) or has_trait(node, Trait.SELECT, Trait.MOVE)
+def _moved(past: ir.Value, known: Collection[ir.Node]) -> Iterator[ir.Value]:
+    """Yield the values that hold elements of an input before or between others, not through known updates."""
+    pending, visited = [past], {past}
+    while pending:
+        value = pending.pop()
+        yield value
+        for node, index in value.uses():
+            moves = _is_view(node) or _joins(node) or has_trait(node, Trait.SELECT)
+            if node in known or not moves or (index > 0 and node.op_type != "Where"):
+                continue
+            fresh = [output for output in node.outputs if output not in visited]
+            visited.update(fresh)
+            pending += fresh
 
 
 def _joins(node: ir.Node) -> bool:
