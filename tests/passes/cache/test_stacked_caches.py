@@ -24,14 +24,15 @@ LAYER = """  qI = MatMul(xI, wq)
   all_kI = Concat<axis = 1>(past_kI, kI)
   all_vI = Concat<axis = 1>(past_vI, vI)
   ktI = Transpose<perm = [0, 2, 1]>(all_kI)
-  sI = MatMul(qI, ktI)
+  productsI = MatMul(qI, ktI)
+  sI = Mul(productsI, scale)
   maskedI = Where(allowed, sI, low)
   wI = Softmax<axis = -1>(maskedI)
   oI = MatMul(wI, all_vI)
 """
 DECODER = """case (float[b, n, 8] x0, INPUTS) => (float[b, n, 8] o1, OUTPUTS)
 <float[8, 8] wq, float[8, 8] wk, float[8, 8] wv, int64 nought = {0}, int64 one = {1}, int64 two = {2},
- int64[1] first = {0}, int64[1] second = {1}, float low = {-10000.0}>
+ int64[1] first = {0}, int64[1] second = {1}, float low = {-10000.0}, float scale = {0.05}>
 {
 SLICES
   before = Shape(COUNTED)
@@ -118,7 +119,7 @@ def test_a_stacked_cache_is_removed(form):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("form", ["of layers", "in the features"])
 def test_a_stacked_cache_becomes_separate_tensors(form, cache):
-    done = run_and_save(FORMS[form], Pipeline((Retarget(cache=cache),)), effort="quick")
+    done = run_and_save(FORMS[form], Pipeline((Retarget(cache=cache),)), effort="quick", seed=0)
     assert done.verification.verdict == "same"
     assert len([value for value in done.model.graph.inputs if value.name.startswith("past_key_values")]) == 4
 
