@@ -39,6 +39,11 @@ def test_a_number_that_is_compared_with_positions_must_be_stated():
     assert_law(model, injected(model, input=("z=fixed",)), texts() | {"z": np.array(7)})
 
 
+def test_what_the_application_must_give_is_noted():
+    outcome = Inject().apply(Subject.of(read(attention(inputs="float z", after="logits = Mul(c, z)"))))
+    assert outcome.notes == ("`z` has no axis of tokens: it must be the same in every call of a text",)
+
+
 def test_an_input_that_meets_the_tokens_is_not_the_same_in_every_call():
     subject = Subject.of(read(attention(inputs="float[b, n] z", after=FACTOR)))
     with pytest.raises(UnsupportedError, match="is as long as the text"):

@@ -128,6 +128,8 @@ def inject(options: CacheOptions, subject: Subject, select: SelectMatches | None
             edits = inject_cache(analysis, plan, partial(_add_operators, analysis, matches))
     subject.model = analysis.model
     notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in proof.assumptions.items()]
+    fixed = [given.value.name for given in analysis.inputs if not given.lengths]
+    notes += [f"`{name}` has no axis of tokens: it must be the same in every call of a text" for name in fixed]
     if proof.limited_at is not None:
         notes.append(
             f"context depends on the total length beyond {proof.limit} tokens, first at `{proof.limited_at}`: all "
