@@ -17,7 +17,7 @@ from kvsurgeon.cache.written_rows import WrittenRows
 from kvsurgeon.dataflow.input_dimensions import required_inputs
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import small_constant
-from kvsurgeon.graph.query import STANDARD_DOMAINS, chain, producers, through
+from kvsurgeon.graph.query import STANDARD_DOMAINS, chain, is_operator, producers, through
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.fact import axis_of
@@ -169,7 +169,7 @@ def _moved(past: ir.Value, known: Collection[ir.Node]) -> Iterator[ir.Value]:
 
 def _joins(node: ir.Node) -> bool:
     """Return whether a node puts elements of several tensors into one."""
-    return node.op_type in ("Concat", "Where") or has_trait(node, Trait.SCATTER)
+    return is_operator(node, "Concat") or is_operator(node, "Where") or has_trait(node, Trait.SCATTER)
 
 
 def has_features(value: ir.Value) -> bool:
@@ -278,8 +278,8 @@ def _axis_of_past(views: list[ir.Node], axis: int, past: ir.Value) -> int:
 
 def _axes_added(view: ir.Node) -> int:
     """Return how many axes a view adds, negative if it removes axes; 0 if that is unknown."""
-    sign = {"Unsqueeze": 1, "Squeeze": -1}.get(view.op_type, 0)
-    return sign * len(_axes_of(view) or ())
+    count = len(_axes_of(view) or ())
+    return count if is_operator(view, "Unsqueeze") else -count if is_operator(view, "Squeeze") else 0
 
 
 def _axes_of(view: ir.Node) -> list[int] | None:
@@ -297,7 +297,7 @@ def _axis_before(view: ir.Node, axis: int, rank: int) -> int | None:
         return rank - 1 - axis if order is None else order[axis]
     if not has_trait(view, Trait.RESHAPE):
         return axis
-    axes = _axes_of(view) if view.op_type in ("Squeeze", "Unsqueeze") else None
+    axes = _axes_of(view) if _axes_added(view) else None
     if axes is None:
         return None
     if view.op_type == "Unsqueeze":

@@ -200,7 +200,7 @@ def _unstack_output(editor: Editor, stack: _Stack) -> None:
     index = outputs.index(stack.present)
     outputs.remove(stack.present)
     for place, piece in enumerate(stack.pieces):
-        value = through(piece, {"Unsqueeze", "Identity"})
+        value = through(piece, lambda node: is_operator(node, "Unsqueeze") or is_operator(node, "Identity"))
         if value.producer() is None or value.is_graph_output():
             value = editor.node("Identity", [value], name="piece")
         value.type = stack.past.type
