@@ -217,7 +217,16 @@ def _selects_places(node: ir.Node) -> bool:
     starts, ends, axes = (small_constant(value) for value in (*node.inputs[1:4], None, None, None)[:3])
     if starts is None or (axes is not None and not axes.any()):
         return False
-    return bool((starts < 0).any() or (ends is not None and (ends < _LARGEST_POSITION).all()))
+    if starts.any() or ends is None:
+        return bool((starts < 0).any() or (ends is not None and (ends < _LARGEST_POSITION).all()))
+    return bool((ends < _sizes(node.inputs[0], range(ends.size) if axes is None else axes.reshape(-1))).all())
+
+
+def _sizes(value: ir.Value | None, axes: Iterable[int]) -> np.ndarray:
+    """Return the sizes of axes, if they are declared numbers; other sizes count as the largest length."""
+    shape = [] if value is None or value.shape is None else list(value.shape)
+    found = [shape[axis] if -len(shape) <= axis < len(shape) else None for axis in axes]
+    return np.array([size if isinstance(size, int) else _LARGEST_POSITION for size in found])
 
 
 def _is_truth(form: ir.Value | None, value: ir.Value) -> bool:

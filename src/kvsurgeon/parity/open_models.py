@@ -130,9 +130,8 @@ def _decoder(session: Session, other: Session) -> AnyDecoder:
     new_outputs = [one for one in session.outputs if _is_new(one, names)]
     named = [one for one in session.outputs if "present" in one.name or one in new_outputs]
     pasts = [one for one in session.inputs if _is_past(one, other, names, named or session.outputs)]
-    returned = {one.name for one in session.outputs}
-    if len(pasts) > len(named) > 0:  # what is not returned, such as keys of an encoder, is given
-        pasts = [one for one in pasts if present_name(one) in returned] or pasts
+    if len(pasts) > len(named) > 0:
+        pasts = _without_given(pasts, {one.name for one in session.outputs})
     if not pasts:
         return UncachedDecoder(session)
     candidates = (new_outputs, named, find_presents(pasts, session.outputs))
@@ -191,6 +190,13 @@ def _output_differences(candidate: AnyDecoder, reference: AnyDecoder) -> tuple[t
             known = notes if tensor.floating and have[name].floating else faults
             known.append(f"output `{name}` is {have[name].dtype}, in the reference model {tensor.dtype}")
     return tuple(faults), tuple(notes)
+
+
+def _without_given(pasts: Sequence[ValueInfo], returned: Collection[str]) -> list[ValueInfo]:
+    """Return the pasts without what is given, such as keys of an encoder: no output, and a length of its own."""
+    updated = [one for one in pasts if present_name(one) in returned]
+    dims = {dim for one in updated for dim in one.dims}
+    return [one for one in pasts if one in updated or not updated or dims.issuperset(one.dims)]
 
 
 def _share_inputs(reference: AnyDecoder, candidate: AnyDecoder, seed: int) -> None:
