@@ -193,7 +193,7 @@ def _output_differences(candidate: AnyDecoder, reference: AnyDecoder) -> tuple[t
 
 
 def _without_given(pasts: Sequence[ValueInfo], returned: Collection[str]) -> list[ValueInfo]:
-    """Return the pasts without what is given, such as keys of an encoder: no output, and a length of its own."""
+    """Return the pasts without what is given, such as keys of an encoder: no output, and a separate length."""
     updated = [one for one in pasts if present_name(one) in returned]
     dims = {dim for one in updated for dim in one.dims}
     return [one for one in pasts if one in updated or not updated or dims.issuperset(one.dims)]
