@@ -222,7 +222,7 @@ def test_inspect_shows_a_cache(shell, models, tmp_path):
     assert shell("inject", models / "given", "-o", tmp_path / "cached", "--no-verify")[0] == 0
     code, out, _ = shell("inspect", tmp_path / "cached")
     assert code == 0
-    assert "dynamic: past `past_key_values.0.key`, present `present.0.key`" in out
+    assert "dynamic, by Concat: past `past_key_values.0.key`, present `present.0.key`" in " ".join(out.split())
 
 
 def test_inspect_shows_the_layers(shell, models):

@@ -79,10 +79,8 @@ class ContextSlices:
     def slice_of(self, value: ir.Value, axes: Axes = ()) -> ir.Value:
         """Return the value with each of these axes at the length of its variable; other axes are whole."""
         value = self.same.get(value, value)
-        if not axes and not self.fixed and value in self.flow.fixed:  # the same in every call
-            if value.dtype is None and (dtype := self.fact(value).dtype) is not None:
-                value.dtype = dtype  # a model need not declare it
-            return value
+        if not axes and not self.fixed and value in self.flow.fixed and self.fact(value).value is None:
+            return value  # the same in every call; known numbers are made of lengths instead
         if not axes and self.fixed:
             axes = self.given_axes(value)
         key = tuple((axis.with_variable(_ANY), axis.variable.resolved() or Length.TOTAL) for axis in axes)

@@ -6,7 +6,7 @@ length is 0, and numbers computed from that change. So the result computes what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,6 +34,7 @@ from kvsurgeon.graph.query import all_inputs
 from kvsurgeon.resizing.lengths import LengthValues, sources_of
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import Fact, axis_of, known
+from kvsurgeon.symbolic.sequence_axes import Length
 
 _HINT = "the cache cannot be removed"
 
@@ -105,6 +106,7 @@ def _remove(model: ir.Model) -> tuple[CacheSignature, int]:
         graph.inputs.remove(value)
     for length in sorted(lengths, key=lambda length: length.is_whole_input):  # elements of an input before the input
         set_to_zero(graph, editor, length)
+    _declare_all_tokens_new(graph, {_sequence_dim(pair.present, pair.axis) for pair in pairs} | {Length.TOTAL.value})
     declared, tokens = declared_dimensions(graph)
     given = resolve_inputs(graph, list(graph), declared | empty_dimensions(empty, pairs, declared), tokens)
     dimensions, shapes = {value: given.dimensions[value] for value in declared}, given.shapes
@@ -253,6 +255,30 @@ def _downstream(graph: ir.Graph, values: Sequence[ir.Value]) -> list[ir.Node]:
             found.update(node.outputs)
             nodes.append(node)
     return nodes
+
+
+def _declare_all_tokens_new(graph: ir.Graph, totals: Collection[str | None]) -> None:
+    """Declare that inputs for all tokens are as long as those for the new ones, because there is no past.
+
+    Args:
+        graph: The graph without its cache.
+        totals: Names of dimensions of all tokens; None is no name.
+    """
+    declared, length = declared_dimensions(graph)
+    axes = [(value, axis) for value, sizes in declared.items() for axis, size in enumerate(sizes) if size == length]
+    size = next((value.shape[axis] for value, axis in axes if value.shape is not None), None)
+    for value in declared if size is not None else ():
+        sizes = list(value.shape or ())
+        value.shape = ir.Shape([size if _is_named(one, totals) else one for one in sizes])
+
+
+def _is_named(size: int | ir.SymbolicDim, names: Collection[str | None]) -> bool:
+    return isinstance(size, ir.SymbolicDim) and size.value is not None and size.value in names
+
+
+def _sequence_dim(value: ir.Value, axis: int) -> str | None:
+    size = None if value.shape is None else value.shape[axis]
+    return size.value if isinstance(size, ir.SymbolicDim) else None
 
 
 def _entry(pair: CachePair) -> SignatureEntry:

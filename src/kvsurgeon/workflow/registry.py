@@ -12,10 +12,10 @@ from kvsurgeon.passes.options import options_of
 from kvsurgeon.plugins import Catalogue, Plugin
 
 BUILT_IN = {
-    "separate-cross-attention": "kvsurgeon.passes.cache.separate_cross_attention:SeparateCrossAttention",
     "inject": "kvsurgeon.passes.cache.inject:Inject",
     "remove-cache": "kvsurgeon.passes.cache.remove_cache:RemoveCache",
     "retarget": "kvsurgeon.passes.cache.retarget:Retarget",
+    "separate-cross-attention": "kvsurgeon.passes.cache.separate_cross_attention:SeparateCrossAttention",
     "remove-mask": "kvsurgeon.passes.interface.remove_mask:RemoveMask",
     "add-causal-mask-input": "kvsurgeon.passes.interface.add_causal_mask_input:AddCausalMaskInput",
     "past-length-from-positions": "kvsurgeon.passes.interface.past_length_from_positions:PastLengthFromPositions",

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis, analyze
 from kvsurgeon.cache.signature import CacheSignature
+from kvsurgeon.dataflow.input_dimensions import declared_dimensions
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.decompose.simplify import simplify_model
 from kvsurgeon.graph.editor import Editor
@@ -52,7 +53,7 @@ class AddPositionIds:
             return Unchanged(reason=f"the model has an input `{self.input}`")
         work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
         signature = detach_cache(work)
-        if isinstance(work.analysis().length, int):
+        if isinstance(declared_dimensions(work.model.graph)[1], int):
             work = with_dynamic_length(work)
         model = simplify_model(work.model)
         with deep_recursion():
