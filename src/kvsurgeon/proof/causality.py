@@ -48,7 +48,7 @@ from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 SCALES = (30.0, 10.0, 3.0, 1.0)  # of the probed scores: a mask must hold for the largest that give finite weights
 MIN_PROVED_LENGTH = 1024  # tokens: rows of a shorter text, if longer ones are too large to run, prove nothing beyond it
 NUMBERS = (-1.0, 0.0, 1.0, 2.0, 3.0)  # that an input without tokens may hold
-HAS_A_KEY = "inputs that are not given for each token hide no query's last key"
+HAS_A_KEY = "inputs that are not given for each token leave every query a key"
 BATCHES = (3, 5)  # sequences, in addition to two
 
 
