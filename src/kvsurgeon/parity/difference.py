@@ -14,6 +14,7 @@ Scale = float | npt.NDArray[Any]  # divisor of differences, which broadcasts to 
 
 _SPREAD_SAMPLE = 2**20  # numbers from which a spread is estimated
 _CONTAMINATED = 50  # ratio of spreads that no distribution without masked entries has
+_FEW = 512  # numbers of which hardly any lie between the highest percentiles
 _DISTINCT = 1e-3  # relative difference of percentiles below which the numbers between them differ by rounding
 _RELATIVE = 3  # scales above which a number is compared relative to itself
 _BLOCK = 2**20  # numbers that are compared at a time
@@ -37,8 +38,8 @@ def spread(values: Array) -> float:
         return 1.0
     lowest, low, high, higher, highest = np.percentile(sample, (2.3, 16, 84, 97.7, 99.7)).tolist()
     half = (high - low) / 2
-    sides = [to - start for start, to in ((lowest, low), (high, higher), (higher, highest))
-             if to - start > _DISTINCT * max(abs(start), abs(to))]  # fmt: skip
+    between = [(lowest, low), (high, higher), (higher, highest)][: 2 if sample.size < _FEW else 3]
+    sides = [to - start for start, to in between if to - start > _DISTINCT * max(abs(start), abs(to))]
     if sides and half > _CONTAMINATED * min(sides):
         return float(min(sides))
     return half or float(sample.std()) or 1.0

@@ -64,7 +64,9 @@ class ReferenceRuns:
         """Return the scale of errors of an output; see `scale_of`."""
         if output.name not in self._scales:
             basis = self.whole.basis(output.name)
-            self._scales[output.name] = scale_of(basis, _feature_axes(output, basis.shape, self.whole.size))
+            axes = _feature_axes(output, basis.shape, self.whole.size)
+            values = basis if axes is None else self.whole.joined(output.name, axes[1])
+            self._scales[output.name] = scale_of(values, axes)
         return self._scales[output.name]
 
     def outputs(self, variant: Variant, total: int) -> Iterator[ReferenceOutputs]:

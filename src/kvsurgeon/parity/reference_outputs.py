@@ -46,6 +46,13 @@ class ReferenceOutputs:
         longest = max(range(len(self.calls)), key=lambda call: sizes[call])
         return self.by_rows(name, self.calls[longest][name], sizes[longest])
 
+    def joined(self, name: str, axis: int) -> Array:
+        """Return an output of all calls, joined along its axis of tokens."""
+        spans = self.scenario.spans if self.in_calls else [(0, self.scenario.tokens.shape[1])]
+        lengths = (total - past for past, total in spans)
+        parts = [self.by_rows(name, call[name], length) for call, length in zip(self.calls, lengths, strict=True)]
+        return np.concatenate(parts, axis=axis)
+
     def by_rows(self, name: str, array: Array, *lengths: int) -> Array:
         """Return an output with an axis for rows and one for tokens, if the model has one for both.
 

@@ -97,6 +97,15 @@ def test_the_model_with_another_cache_is_the_same(case, width):
     assert verify_models(original, found).verdict == "same"
 
 
+@pytest.mark.parametrize("seed", [1, 4])
+@pytest.mark.parametrize("case", [case for _, *case in CASES[:2]])
+def test_errors_of_calls_of_one_token_are_measured_by_the_spread_of_all(case, seed):
+    original = with_cache(*case)
+    subject = Subject.of(original)
+    Retarget().apply(subject)
+    assert verify_models(original, io.to_proto(subject.model), seed=seed).verdict == "same"
+
+
 @pytest.mark.parametrize("case", [pytest.param(case, id=title) for title, *case in CASES if title != "projecting"])
 def test_a_restored_cache_has_the_same_names(case):
     subject = Subject.of(with_cache(*case))
