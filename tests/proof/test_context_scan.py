@@ -162,12 +162,13 @@ def test_one_later_key_in_a_table_of_other_numbers_limits_the_length():
     assert Subject.of(read_with(attention(masked=masked), table=table)).proof().limit == 553
 
 
-def test_a_mask_table_with_more_elements_than_are_scanned_is_scanned_by_its_rows():
+@pytest.mark.parametrize("read_first", ["", "shared = Identity(table)\n "], ids=["in one layer", "in several layers"])
+def test_a_mask_table_with_more_elements_than_are_scanned_is_scanned_by_its_rows(read_first):
     table = np.tri(6000, dtype=bool)
     table[3000, 3003] = True
     allowed = (
-        "n1 = Unsqueeze(length, first)\n both = Concat<axis = 0>(n1, n1)\n corner = Concat<axis = 0>(first, first)\n"
-        "allowed = Slice(table, corner, both)"
+        f"{read_first}n1 = Unsqueeze(length, first)\n both = Concat<axis = 0>(n1, n1)\n corner = Concat<axis = 0>(first, first)\n"
+        f"allowed = Slice({'shared' if read_first else 'table'}, corner, both)"
     )
     assert Subject.of(read_with(attention(allowed=allowed), table=table)).proof().limit == 3003
 

@@ -37,6 +37,7 @@ from kvsurgeon.graph.query import downstream
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable
+from kvsurgeon.weights.mapped import mapped_elements
 
 POSITIONS_COUNT_UP = "position inputs count up by one from token to token"
 MAX_WEIGHT_SIZE = 1 << 24  # elements of a weight that is replaced by synthetic values
@@ -210,7 +211,7 @@ class ProbeFeeds:
                 tensor = ir.Tensor(np.asarray(tensor.numpy()).astype(np.float32))
             self.initializers.append(initializer(value.name, tensor))
             return
-        array = np.asarray(tensor.numpy())  # of external data: mapped, so that only what is read is loaded
+        array = np.asarray(mapped_elements(tensor))  # only what is read is loaded
         if tensor.dtype is ir.DataType.BFLOAT16:
             array = array.astype(np.float32)
         self._add_feed(value, tensor.dtype, array.ndim, lambda _rows: array)

@@ -19,6 +19,7 @@ from kvsurgeon.ops.content import content_inputs
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.dimension import LONGEST_TEXT
+from kvsurgeon.weights.mapped import mapped_elements
 
 MAX_LENGTH = LONGEST_TEXT  # of which rows are computed; larger numbers in context are no lengths
 MAX_NUMBERS = 64  # distinct numbers of one constant; a table of more is no list of thresholds
@@ -90,10 +91,7 @@ def _table(value: ir.Value) -> np.ndarray | None:
     if tensor is None or len(shape) < 2 or min(shape[-2:]) < SMALLEST_TABLE or tensor.size > MAX_TABLE:
         return None
     try:
-        if isinstance(tensor, ir.ExternalTensor) and tensor.nbytes == tensor.size * tensor.dtype.numpy().itemsize:
-            mapped = np.memmap(tensor.path, tensor.dtype.numpy(), "r", tensor.offset or 0, shape)
-            return np.asarray(mapped)  # not that of the tensor, which would keep all pages that are read here
-        return None if tensor.dtype.is_string() else np.asarray(tensor.numpy())
+        return None if tensor.dtype.is_string() else np.asarray(mapped_elements(tensor))
     except (OSError, ValueError):  # its file is missing
         return None
 

@@ -12,10 +12,16 @@ SMALL = 4096  # elements; up to this size a tensor is a shape or a frequency tab
 
 
 def constant_tensor(value: ir.Value | None) -> ir.TensorProtocol | None:
-    """Return the tensor of an initializer or `Constant` node without reading it; None for other values."""
+    """Return the tensor of an initializer or `Constant` node without reading it; None for other values.
+
+    An `Identity` of one is the same tensor: exporters write it where several modules share a weight.
+    """
+    node = None if value is None else value.producer()
+    while node is not None and is_operator(node, "Identity"):
+        value = node.inputs[0]
+        node = None if value is None else value.producer()
     if value is None:
         return None
-    node = value.producer()
     if node is None:
         return value.const_value if value.is_initializer() else None
     if not is_operator(node, "Constant"):

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.weights.mapped import mapped_elements
+
 CHUNK = 1 << 24  # bytes that are computed at a time
 # Bytes per system call. With more, ext4 searches for a large free extent: writing 1 GB took 1.1 s by 16 MB and 0.3 s by
 # 1 MB.
@@ -97,7 +99,7 @@ class ComputedTensor(ir.LazyTensor):
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield the elements in order, in flat arrays."""
         # Files are mapped as long as this runs, so that their pages are released afterwards.
-        blocks = [[(_elements(part.tensor).reshape(self.view), part) for part in block] for block in self.blocks]
+        blocks = [[(mapped_elements(part.tensor).reshape(self.view), part) for part in block] for block in self.blocks]
         try:
             chunks = self._chunks(blocks)
             if self.dtype.bitwidth < 8:  # packed elements: a chunk must end with a byte
@@ -152,11 +154,3 @@ def _take_runs(array: np.ndarray, indices: np.ndarray, axis: int) -> np.ndarray:
     run = int(np.gcd.reduce([shape[axis], len(indices), *breaks, *indices[:1], *indices[breaks]])) or 1
     runs = array.reshape(*shape[:axis], shape[axis] // run, run, *shape[axis + 1 :])
     return np.take(runs, indices[::run] // run, axis=axis).reshape(*shape[:axis], len(indices), *shape[axis + 1 :])
-
-
-def _elements(tensor: ir.TensorProtocol) -> np.ndarray:
-    if not isinstance(tensor, ir.ExternalTensor) or tensor.dtype.bitwidth < 8 or not tensor.size:
-        return tensor.numpy()
-    return np.memmap(
-        tensor.path, dtype=tensor.dtype.numpy(), mode="r", offset=tensor.offset or 0, shape=tuple(tensor.shape.numpy())
-    )
