@@ -215,9 +215,8 @@ class AttentionProbe:
         reach = min((total for total in totals if changing and total > changing[-1]), default=max(totals, default=0))
 
         def check(total: int) -> None:
-            for rows in spans(total, thresholds, runner.elements):
-                for scale in scales:
-                    self._check_span(runner, rows, scale, stable=proved and not self.others)
+            for rows in spans(total, thresholds, runner.elements, len(totals)):
+                self._check_span(runner, rows, scales, stable=proved and not self.others)
             for rows in blocks(changing if total <= reach else (), total, runner.elements):
                 self._check_causal(self._compared(runner.run(rows, scale=0.0), rows)[0], rows.start)
 
@@ -250,18 +249,25 @@ class AttentionProbe:
         thresholds = {*self.sweep.thresholds(values), *places, *lengths}
         return sorted(thresholds), [int(query) for query in np.flatnonzero(differs)]
 
-    def _check_span(self, runner: RowRunner, rows: Rows, scale: float, *, stable: bool) -> None:
-        """Check that rows attend to no later key and, unless they are stable, are the same without later tokens."""
-        weights, *others = self._compared(runner.run(rows, scale=scale), rows)
-        self._check_causal(weights, rows.start)
-        if stable:
-            return
+    def _check_span(self, runner: RowRunner, rows: Rows, scales: Sequence[float], *, stable: bool) -> None:
+        """Check that rows attend to no later key and, unless they are stable, are the same without later tokens.
+
+        Args:
+            runner: Computes the rows.
+            rows: The rows.
+            scales: Scales of the scores.
+            stable: Whether the rows are known to be the same without later tokens.
+        """
+        longer = [self._compared(runner.run(rows, scale=scale), rows) for scale in scales]
+        for weights, *_ in longer:
+            self._check_causal(weights, rows.start)
         alone = Rows(rows.start, rows.stop, rows.stop)
-        shorter, *without = self._compared(runner.run(alone, scale=scale), alone)
-        self._check_stable(weights[..., : rows.stop], shorter)
-        for (value, axes), long, short in zip(self.others, others, without, strict=True):
-            first = first_tokens(long, axes, rows.stop, keys_only=True)
-            check_prefix_stable("reductions of attention scores", first, short, at=value, layer=self.layer)
+        shorter = [] if stable else [self._compared(runner.run(alone, scale=scale), alone) for scale in scales]
+        for (weights, *others), (same, *without) in zip(longer, shorter, strict=False):
+            self._check_stable(weights[..., : rows.stop], same)
+            for (value, axes), long, short in zip(self.others, others, without, strict=True):
+                first = first_tokens(long, axes, rows.stop, keys_only=True)
+                check_prefix_stable("reductions of attention scores", first, short, at=value, layer=self.layer)
 
     def _prefix_stable(self, outputs: dict[int, list[np.ndarray]]) -> tuple[dict[int, list[np.ndarray]], int | None]:
         """Return the outputs at the lengths at which every prefix is the same, and the longest if others were dropped.

@@ -13,7 +13,8 @@ MAX_LENGTH_OF_PAIRS = 1 << 14  # tokens: in longer texts a run has one row inste
 MAX_EXACT_LIMIT = 1 << 13  # tokens: a longer limit that no constant names is found to within a 256th
 FEW_SPANS = 6  # of a total length at which a run is expensive
 MAX_RUN = 1 << 23  # elements of one run
-MAX_ELEMENTS = 1 << 25  # of all runs at one total length
+MAX_ELEMENTS = 1 << 28  # of all runs
+MAX_RUNS = 600  # at all total lengths together
 MAX_ELEMENTS_OF_BLOCKS = 1 << 27  # of those that compute every row that is not like the one before
 
 
@@ -33,18 +34,20 @@ def affordable(totals: Sequence[int], elements: Callable[[Rows], int], *, any_le
     return [total]
 
 
-def spans(total: int, positions: Sequence[int], elements: Callable[[Rows], int]) -> Iterator[Rows]:
+def spans(total: int, positions: Sequence[int], elements: Callable[[Rows], int], lengths: int = 1) -> Iterator[Rows]:
     """Yield the rows to check at a total length: the first, around some positions, in the middle and the last.
 
     Args:
         total: The total length in tokens.
-        positions: Positions at which something may change.
+        positions: Positions at which something may change; if they are too many, evenly spaced ones are taken.
         elements: Returns the number of elements that a run computes.
+        lengths: Number of total lengths at which rows are checked: the cost of all is bounded.
     """
     first = first_span(total)
-    important = [total - first.stop, total // 2, 0, *(place for place in positions if 0 < place < total - first.stop)]
-    starts = list(dict.fromkeys(important))
-    for start in starts[: max(FEW_SPANS, MAX_ELEMENTS // max(1, elements(first)))]:
+    most = max(FEW_SPANS, min(MAX_RUNS, MAX_ELEMENTS // max(1, elements(first))) // lengths)
+    near = [place for place in positions if 0 < place < total - first.stop]
+    near = near[:: max(1, -(-len(near) // most))]
+    for start in list(dict.fromkeys([total - first.stop, total // 2, 0, *near]))[:most]:
         yield Rows(start, min(start + first.stop, total), total)
 
 

@@ -93,7 +93,7 @@ def _check_rows(sweep: LengthSweep, values: dict[ir.Value, Axes], passed: int) -
     totals = affordable(sweep.totals(passed, thresholds, proved=False), runner.elements)
 
     def check(total: int) -> None:
-        for rows in spans(total, thresholds, runner.elements):
+        for rows in spans(total, thresholds, runner.elements, len(totals)):
             alone = Rows(rows.start, rows.stop, rows.stop)
             for mask in (unmasked, left_padded) if whole.masks else (unmasked,):
                 longer, shorter = (compared.arrays(runner.run(one, mask), one) for one in (rows, alone))
