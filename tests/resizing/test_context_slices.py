@@ -3,8 +3,9 @@
 import numpy as np
 import onnx
 import pytest
-from exports import NAMES, injected_export, with_all_outputs
-from laws import in_onnxruntime
+from exports import NAMES, injected, injected_export, with_all_outputs
+from laws import assert_law, in_onnxruntime
+from written import read
 
 SHORT, LONG = 25, 50  # past tokens
 
@@ -12,6 +13,7 @@ SHORT, LONG = 25, 50  # past tokens
 def sizes_of_a_step(model: onnx.ModelProto, past: int) -> dict[str, int]:
     """Elements of every value that one decode step makes after so many tokens."""
     feeds = {"input_ids": np.ones((1, 1), np.int64), "attention_mask": np.ones((1, past + 1), np.int64)}
+    feeds = {value.name: feeds[value.name] for value in model.graph.input if value.name in feeds}
     for value in model.graph.input:
         if value.name not in feeds:
             heads, _, width = (size.dim_value for size in value.type.tensor_type.shape.dim[1:])
@@ -19,14 +21,85 @@ def sizes_of_a_step(model: onnx.ModelProto, past: int) -> dict[str, int]:
     return {name: array.size for name, array in in_onnxruntime(with_all_outputs(model))(feeds).items()}
 
 
+def squares(short: dict[str, int], long: dict[str, int]) -> list[str]:
+    """Values that grow with the square of the context."""
+    return [value for value in short if long[value] * (SHORT + 1) > short[value] * (LONG + 1) + LONG]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_decode_step_is_linear_in_the_context(name):
     model = injected_export(name)
     short, long = sizes_of_a_step(model, SHORT), sizes_of_a_step(model, LONG)
-
-    square = [value for value in short if long[value] * (SHORT + 1) > short[value] * (LONG + 1) + LONG]
-    assert not square
+    assert not squares(short, long)
 
     makers = {output: node.op_type for node in model.graph.node for output in node.output}
     grown = [value for value, maker in makers.items() if maker in ("Cos", "Sin") and long[value] != short[value]]
     assert not grown
+
+
+MASKED = """
+masked (int64[batch, length] input_ids) => (float[batch, length, 4] logits)
+<float[9, 4] table, float[4, 4] wk, int64 nought = {0}, int64 one = {1}, int64[1] ones = {1}, int64[1] two = {2},
+ int64[1] first = {0}, float masked = {-10000.0}>
+{
+  x = Gather(table, input_ids)
+  k = MatMul(x, wk)
+  kt = Transpose<perm = [0, 2, 1]>(k)
+  sizes = Shape(input_ids)
+  n1 = Slice(sizes, ones, two)
+  n = Squeeze(n1)
+  square = Concat<axis = 0>(n1, n1)
+  MASK
+  s = MatMul(x, kt)
+  shown = Where(visible, s, masked)
+  w = Softmax<axis = -1>(shown)
+  logits = MatMul(w, x)
+}
+"""
+NUMBERS = """
+  numbers = Reshape(flat, square)
+  column = Mod(numbers, n)
+  row = Div(numbers, n)
+  visible = LessOrEqual(column, row)
+"""
+MASKS = {
+    "Tile": """
+  at = Range(nought, n, one)
+  column = Unsqueeze(at, first)
+  times = Concat<axis = 0>(n1, ones)
+  columns = Tile(column, times)
+  row = Unsqueeze(at, ones)
+  visible = LessOrEqual(columns, row)
+""",
+    "numbers of all elements": "elements = Mul(n, n) flat = Range(nought, elements, one)" + NUMBERS,
+    "ones that are summed": "elements = Mul(n1, n1) flat_ones = Expand(one, elements) "
+    "flat = CumSum<exclusive = 1>(flat_ones, nought)" + NUMBERS,
+    "ones that are summed, from 1": """
+  flat_ones = ConstantOfShape<value = int64[1] {1}>(n1)
+  at = CumSum(flat_ones, nought)
+  column = Unsqueeze(at, first)
+  row = Unsqueeze(at, ones)
+  visible = LessOrEqual(column, row)
+""",
+}
+COLUMNS_NEW = "elements = Mul(n, n) flat = Range(nought, elements, one)" + NUMBERS.replace(
+    "Reshape(flat, square)", "Reshape(flat, square) numbers_t = Transpose(numbers)"
+).replace("(numbers,", "(numbers_t,").replace("LessOrEqual(column, row)", "LessOrEqual(row, column)")
+
+
+def masked(mask: str) -> onnx.ModelProto:
+    """A decoder with a mask."""
+    return read("\n".join(MASKED.replace("MASK", mask).replace(") ", ")\n").splitlines()))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_only_rows_of_new_tokens_are_computed_of_a_mask(name):
+    original = masked(MASKS[name])
+    model = injected(original)
+    assert_law(original, model)
+    assert not squares(sizes_of_a_step(model, SHORT), sizes_of_a_step(model, LONG))
+
+
+def test_columns_of_new_tokens_in_a_table_of_all_are_correct():
+    original = masked(COLUMNS_NEW)
+    assert_law(original, injected(original))

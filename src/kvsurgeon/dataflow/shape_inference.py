@@ -5,7 +5,7 @@ Declared shapes are not trusted, except for their rank if no rule gives one: exp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -51,9 +51,10 @@ class Shapes:
             fact = self.facts[value] = _fact_of_constant(value)
         return fact
 
-    def call(self, node: ir.Node) -> OperatorCall:
-        """Return a node with the facts of its inputs and outputs."""
-        facts = tuple([None if value is None else self.facts.get(value) or self[value] for value in node.inputs])
+    def call(self, node: ir.Node, inputs: Sequence[ir.Value | None] | None = None) -> OperatorCall:
+        """Return a node with the facts of its inputs, or of those that it had before, and of its outputs."""
+        inputs = node.inputs if inputs is None else inputs
+        facts = tuple([None if value is None else self.facts.get(value) or self[value] for value in inputs])
         results = tuple([self.facts.get(value, NOTHING) for value in node.outputs])
         return OperatorCall(node, facts, self.opset, self.bounds.add, results)
 

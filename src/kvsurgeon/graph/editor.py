@@ -213,6 +213,12 @@ class Editor:
             node.replace_input_with(index, value)
             self.edits += 1
 
+    def change_operator(self, node: ir.Node, operator: str) -> None:
+        """Change a node to another standard operator, without attributes."""
+        node.domain, node.op_type = "", operator
+        node.attributes.clear()
+        self.edits += 1
+
     def append_to(
         self,
         value: ir.Value,
@@ -220,6 +226,7 @@ class Editor:
         inputs: Sequence[ir.Value],
         dtype: ir.DataType,
         shapes: tuple[DimNames, DimNames],
+        attributes: Mapping[str, Any] | None = None,
     ) -> ir.Value:
         """Add a node that reads a value; its result takes over the uses of the value, its name and metadata.
 
@@ -229,9 +236,10 @@ class Editor:
             inputs: The other inputs of the node.
             dtype: Element type of the value and of the result.
             shapes: Shape of the value from now on, and of the result.
+            attributes: Attributes of the node.
         """
         users, name = list(value.uses()), value.name or ""
-        result = self.node(operator, [value, *inputs], name=name, dtype=dtype, shape=shapes[1])
+        result = self.node(operator, [value, *inputs], attributes, name=name, dtype=dtype, shape=shapes[1])
         value.type, value.shape = ir.TensorType(dtype), ir.Shape(shapes[0])
         for user, index in users:
             self.replace_input(user, index, result)

@@ -276,7 +276,7 @@ _QUANTIZED_GEMM = partial(matrix_notation, right=3, transposable=True)
 
 OPERATORS: list[Operator] = [
     *_product("MatMul", matrix_notation, traits=(Trait.BATCHED_MATMUL,)),
-    *_product("Einsum", einsum_notation),
+    *_product("Einsum", einsum_notation, traits=(Trait.EINSUM,)),
     *_product("FusedMatMul TransposeMatMul", _GEMM, traits=(Trait.BATCHED_MATMUL,)),
     *_product("Gemm FusedGemm", _GEMM, bias=2, column_parameters=(2,)),
     *_product("MatMulInteger", matrix_notation, column_parameters=(3,), zero_points=(2, 3)),

@@ -130,20 +130,26 @@ def resize_constant_of_shape(resizer: Resizer, node: ir.Node, call: OperatorCall
 def resize_range(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Value | None:
     """`Range`: `Range(0, T)[P:T]` is `Range(P, T)`."""
     start, delta = call.numbers(0), call.numbers(2)
-    fact, lengths = resizer.fact(node.outputs[0]), resizer.lengths
-    if start is None or delta != (1,) or fact.shape is None or fact.dtype not in WHOLE_NUMBERS:
+    ends = None if start is None or delta != (1,) else range_ends(resizer, call.result, start[0], axes)
+    return None if ends is None else resizer.rebuilt(node, [*ends, node.inputs[2]])
+
+
+def range_ends(resizer: Resizer, fact: Fact, start: Dimension, axes: Axes) -> list[ir.Value] | None:
+    """Return start and limit of whole numbers that count up from a start, at the length of an axis; None if unknown."""
+    lengths = resizer.lengths
+    if fact.shape is None or fact.dtype not in WHOLE_NUMBERS:
         return None
-    first, extent = lengths.at(start[0], Length.TOTAL), lengths.at(fact.shape[0], Length.TOTAL)
+    first, extent = lengths.at(start, Length.TOTAL), lengths.at(fact.shape[0], Length.TOTAL)
     if axes and resizer.fixed:
         extent = lengths.total
     if not dim.is_known(extent) or not dim.is_known(first):
         return None
     if axes and axes[0].variable.resolved() is Length.NEW:
-        if not axes[0].is_plain:
+        if axes[0].outer != 1 or axes[0].learned_rows or axes[0].most is not None:
             return None
-        first, extent = dim.add(first, PAST), NEW
-    ends = [lengths.typed(lengths.scalar(end), fact.dtype) for end in (first, dim.add(first, extent))]
-    return resizer.rebuilt(node, [*ends, node.inputs[2]])
+        inner = lengths.at(axes[0].inner, Length.TOTAL)
+        first, extent = dim.add(first, dim.multiply(PAST, inner)), dim.multiply(NEW, inner)
+    return [lengths.typed(lengths.scalar(end), fact.dtype) for end in (first, dim.add(first, extent))]
 
 
 def resize_eye_like(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Value | None:

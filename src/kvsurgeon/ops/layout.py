@@ -328,12 +328,20 @@ def trilu_links(call: OperatorCall) -> AxisLinks:
 
 
 def resize_tile(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Value | None:
-    """`Tile`: lengths among the repeats are total lengths."""
-    repeats, source = call.numbers(1), node.inputs[0]
-    if repeats is None or source is None or any(repeats[axis.axis] != 1 for axis in axes):
+    """`Tile`: lengths among the repeats are total lengths; one element is repeated as often as an axis asks for."""
+    repeats, before, source = call.numbers(1), call.fact(0).shape, node.inputs[0]
+    if repeats is None or before is None or source is None:
         return None
-    numbers = [resizer.lengths.at(times, Length.TOTAL) for times in repeats]
-    return resizer.rebuilt(node, [resizer.slice_of(source, axes), resizer.lengths.vector(numbers)])
+    single = {axis.axis for axis in axes if before[axis.axis] == 1}
+    if any(repeats[axis.axis] != 1 for axis in axes if axis.axis not in single):
+        return None
+    after = resizer.sizes(call.result.shape or (), axes)
+    numbers = [
+        after[place] if place in single else resizer.lengths.at(times, Length.TOTAL)
+        for place, times in enumerate(repeats)
+    ]
+    kept = tuple(axis for axis in axes if axis.axis not in single)
+    return resizer.rebuilt(node, [resizer.slice_of(source, kept), resizer.lengths.vector(numbers)])
 
 
 def resize_trilu(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Value | None:

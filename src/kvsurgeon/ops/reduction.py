@@ -7,7 +7,9 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.graph.query import is_operator
 from kvsurgeon.ops.elementwise import same_as_first
+from kvsurgeon.ops.generation import range_ends
 from kvsurgeon.ops.operator import (
     AxisLinks,
     Operator,
@@ -188,15 +190,39 @@ def cumulative_links(call: OperatorCall) -> AxisLinks:
 
 
 def resize_cumulative_sum(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Value | None:
-    """`CumSum`: accumulated over the total length, then sliced."""
+    """`CumSum`: ones are counted; others are accumulated over the total length, then sliced."""
     along_axis, rank, source = call.numbers(1), call.fact(0).rank, node.inputs[0]
     if along_axis is None or rank is None or source is None or not isinstance(along_axis[0], int):
         return None
+    if rank == 1 and not call.integer("reverse", 0) and _are_ones(resizer, source):
+        return _counted(resizer, node, call, axes)
     place = axis_of(along_axis[0], rank)
     inside = tuple(SequenceAxis(place, LengthVariable(Length.TOTAL)) if axis.axis == place else axis for axis in axes)
     whole = resizer.rebuilt(node, [resizer.slice_of(source, inside), node.inputs[1]])
     new = tuple(axis for axis in axes if axis.axis == place and axis.variable.resolved() is Length.NEW)
     return resizer.sliced(whole, new)
+
+
+def _are_ones(resizer: Resizer, value: ir.Value) -> bool:
+    """Return whether all elements are 1, by the node that fills the tensor."""
+    node = value.producer()
+    if node is None or not is_operator(node, "Expand", "ConstantOfShape"):
+        return False
+    filler, source = node.attributes.get("value"), node.inputs[0]
+    if node.op_type == "ConstantOfShape":
+        return filler is not None and filler.as_tensor().numpy().item() == 1
+    numbers = None if source is None else resizer.fact(source).value
+    return numbers is not None and bool((numbers == 1).all())
+
+
+def _counted(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes) -> ir.Value | None:
+    """Return the sums of ones from the first: numbers that count up."""
+    ends = range_ends(resizer, call.result, 1 - call.integer("exclusive", 0), axes)
+    if ends is None:
+        return None
+    dtype, name = call.result.dtype, f"{node.outputs[0].name}.count"
+    step = resizer.lengths.typed(resizer.lengths.scalar(1), dtype)
+    return resizer.editor.node("Range", [*ends, step], name=name, dtype=dtype)
 
 
 OPERATORS: list[Operator] = [

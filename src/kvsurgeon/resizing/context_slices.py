@@ -209,9 +209,12 @@ class ContextSlices:
         before, after, source = call.fact(0).shape, call.result.shape, node.inputs[0]
         if before is None or after is None or source is None:
             return None
-        wanted = reshape_axes(axes, after, before, self.flow.length)
+        cut = [axis for axis in axes if self.fixed or axis.variable.resolved() is Length.NEW]
+        wanted = reshape_axes(tuple(cut), after, before, self.flow.length)
         if wanted is None or not dim.all_known(after):
             return None
+        if any(self.lengths.at(axis.outer, Length.TOTAL) != axis.outer for axis in wanted):
+            return None  # columns of a table of all tokens
         made = self.slice_of(source, tuple(sorted(wanted, key=lambda axis: axis.axis)))
         if len(node.inputs) < 2:
             return self.rebuilt(node, [made])
@@ -287,7 +290,10 @@ class ContextSlices:
                 "cannot slice an axis of the context that contains more than tokens", code=Code.UNTRACEABLE_SEQUENCE,
                 at=value.name,
             )  # fmt: skip
-        spans = [(axis.inner, *self.lengths.span(axis.variable.resolved() or Length.TOTAL)) for axis in cut]
+        spans = [
+            (self.lengths.at(axis.inner, Length.TOTAL), *self.lengths.span(axis.variable.resolved() or Length.TOTAL))
+            for axis in cut
+        ]
         starts = [dim.multiply(start, inner) for inner, start, _ in spans]
         ends = [dim.multiply(end, inner) for inner, _, end in spans]
         source = self._reshaped_to(value, self.sizes(sizes, ())) if is_merged else value
@@ -334,7 +340,7 @@ class ContextSlices:
         result = [self.lengths.at(size, Length.TOTAL) for size in shape]
         for axis in axes:
             length = NEW if axis.variable.resolved() is Length.NEW else self.lengths.total
-            result[axis.axis] = axis.size(length)
+            result[axis.axis] = self.lengths.at(axis.size(length), Length.TOTAL)
         return result
 
 

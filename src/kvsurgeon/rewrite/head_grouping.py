@@ -8,17 +8,19 @@ Source: Ainslie et al., "GQA", 2023.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
 from kvsurgeon.analysis.attention_sites import AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.analysis.token_flow import FusedAttention
+from kvsurgeon.graph.editor import Editor
 from kvsurgeon.ops.operator import Trait
-from kvsurgeon.ops.table import has_trait
+from kvsurgeon.ops.table import contraction_of, has_trait
 from kvsurgeon.resizing.token_data import TokenRewriter
 from kvsurgeon.rewrite.cache_layouts import CANONICAL, Order, from_cache, reordered
+from kvsurgeon.rewrite.grouped_product import GroupedProduct, group_product
 from kvsurgeon.rewrite.layout_trace import HEAD_DIM, SEQUENCE, LayoutTrace, trace_layout
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dim_names import dim_names
@@ -26,7 +28,10 @@ from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Length
 
 _QUERY_TRANSPOSES = ("transA", "transBatchA", "transBatchB")  # attributes of FusedMatMul
-_TRANSPOSED_KEYS: Order = (0, 1, 3, 2)
+_TRANSPOSED: Order = (0, 1, 3, 2)
+
+# Operator, further inputs, attributes, and the shape of the result.
+_Step = tuple[str, list[ir.Value], Mapping[str, list[int]] | None, list[Dimension]]
 
 
 class HeadGrouping:
@@ -76,49 +81,71 @@ class HeadGrouping:
         return None if value is None else trace_layout(self.flow, self.tokens.before, value, operand.cache_point)
 
     def _regroup(self, operand: CachedOperand, *, is_key: bool) -> None:
-        node, index = operand.place
-        value, queries = self.tokens.before[node][index], self.tokens.before[node][1 - index] if index == 1 else None
-        if not _is_plain(node) or value is None or queries is None:
+        (node, index), point = operand.place, operand.cache_point
+        trace = self._trace(operand) if _is_plain(node) else None
+        found = contraction_of(self.flow.shapes.call(node, self.tokens.before[node]))
+        if trace is None or found is None or (trace.scales and not is_key) or _is_free(node, trace, point):
             return
-        trace = self._trace(operand)
-        if trace is None or (trace.scales and not is_key) or _is_free(trace, operand.cache_point):
+        queries = self.tokens.before[node][found.left if index == found.right else found.right]
+        if queries is None or any(self._rank(scale) > self._rank(queries) for _, scale in trace.scales):
             return
-        is_matrix = set(trace.axes[-2:]) == {(SEQUENCE,), (HEAD_DIM,)}
-        if self._have_same_heads(queries, value, trace) and is_matrix and trace.is_grouped(trace.axes[-2:]):
-            self._rewire(operand, trace, queries)
+        grouped = group_product(found, index, trace, self._sizes(queries), self._sizes(node.outputs[0]))
+        if grouped is not None:
+            self._rewire(operand, trace, queries, grouped)
 
-    def _have_same_heads(self, queries: ir.Value, value: ir.Value, trace: LayoutTrace) -> bool:
-        """Return whether both operands have the same axes before the last two, and scales fit the queries."""
-        mine, theirs = self.flow.shapes[queries].shape, self.flow.shapes[value].shape
-        if mine is None or theirs is None or not _same(mine[:-2], theirs[:-2]):
-            return False
-        return all(len(self.flow.shapes[scale].shape or ()) <= len(mine) for _, scale in trace.scales)
-
-    def _rewire(self, operand: CachedOperand, trace: LayoutTrace, queries: ir.Value) -> None:
+    def _rewire(self, operand: CachedOperand, trace: LayoutTrace, queries: ir.Value, grouped: GroupedProduct) -> None:
         """Connect a product to the cache, with the queries of each group as rows."""
         (node, index), point = operand.place, operand.cache_point
         rows, order = self._caches[point.value]
-        wanted = _TRANSPOSED_KEYS if trace.axes[-1] == (SEQUENCE,) else CANONICAL
-        rows = reordered(self.lengths, point, rows, order, wanted)
-        query = node.inputs[1 - index]
+        query, output = node.inputs[1 - index], node.outputs[0]
         assert query is not None
+        wanted = CANONICAL if grouped.sums_tokens != _as_matmul(self.editor, node, index) else _TRANSPOSED
+        rows = reordered(self.lengths, point, rows, order, wanted)
         for operator, scale in trace.scales:
             inputs = [query, self.tokens.slices.slice_of(scale, ())]
             query = self.editor.node(operator, inputs, name=f"{queries.name}.scaled", dtype=point.dtype)
-        before, result = self._sizes(queries), self._sizes(node.outputs[0])
-        group = [point.batch, point.heads, dim.multiply(trace.repeats, before[-2])]
-        if not _same(before, [*group, before[-1]]):
-            target = self.lengths.reshape_target([*group, before[-1]], before)
+        query = self._grouped(query, self._sizes(queries), grouped, point)
+        self.editor.replace_input(node, 0, query)
+        self.editor.replace_input(node, 1, rows)
+        self._ungroup(output, grouped, point)
+
+    def _grouped(self, query: ir.Value, sizes: list[Dimension], grouped: GroupedProduct, point: CachePoint) -> ir.Value:
+        """Return queries as [batch, heads, rows, width]."""
+        order = grouped.order(grouped.queries)
+        parts = [size for _, size in grouped.queries]
+        merged = [point.batch, point.heads, grouped.rows, parts[order[-1]]]
+        for operator, inputs, attributes, after in self._steps(sizes, parts, order, merged):
             query = self.editor.node(
-                "Reshape", [query, target], name=f"{query.name}.grouped", dtype=point.dtype,
-                shape=dim_names([*group, before[-1]]),
+                operator, [query, *inputs], attributes, name=f"{query.name}.grouped", dtype=point.dtype,
+                shape=dim_names(after),
             )  # fmt: skip
-        self.editor.replace_input(node, 1 - index, query)
-        self.editor.replace_input(node, index, rows)
-        if not _same([*group, result[-1]], result):
-            target = self.lengths.reshape_target(result, [*group, result[-1]])
-            shapes = dim_names([*group, result[-1]]), dim_names(result)
-            self.editor.append_to(node.outputs[0], "Reshape", [target], point.dtype, shapes)
+        return query
+
+    def _ungroup(self, output: ir.Value, grouped: GroupedProduct, point: CachePoint) -> None:
+        """Give the result of a product, [batch, heads, rows, width], the shape that it had."""
+        order = grouped.order(grouped.result)
+        parts = [grouped.result[place][1] for place in order]
+        before = [point.batch, point.heads, grouped.rows, parts[-1]]
+        back = [order.index(place) for place in range(len(order))]
+        for operator, inputs, attributes, after in self._steps(before, parts, back, self._sizes(output)):
+            shapes = dim_names(before), dim_names(after)
+            output = self.editor.append_to(output, operator, inputs, point.dtype, shapes, attributes)
+            before = after
+
+    def _steps(
+        self, before: list[Dimension], parts: list[Dimension], order: list[int], after: list[Dimension]
+    ) -> Iterator[_Step]:
+        """Yield what splits axes into parts, transposes these and merges them, without what does nothing."""
+        if order != sorted(order):
+            if not _same(before, parts):
+                yield "Reshape", [self.lengths.reshape_target(parts, before)], None, parts
+            before = [parts[place] for place in order]
+            yield "Transpose", [], {"perm": order}, before
+        if not _same(before, after):
+            yield "Reshape", [self.lengths.reshape_target(after, before)], None, after
+
+    def _rank(self, value: ir.Value) -> int:
+        return len(self.flow.shapes[value].shape or ())
 
     def _sizes(self, value: ir.Value) -> list[Dimension]:
         shape = self.flow.shapes[value].shape or ()
@@ -126,14 +153,25 @@ class HeadGrouping:
 
 
 def _is_plain(product: ir.Node) -> bool:
-    """Return whether rows of the first operand are rows of the result, and that is no graph output."""
-    is_transposed = any(product.attributes.get_int(name, 0) for name in _QUERY_TRANSPOSES)
-    return has_trait(product, Trait.BATCHED_MATMUL) and not is_transposed and not product.outputs[0].is_graph_output()
+    """Return whether a product is one of floating-point numbers, and no graph output."""
+    return has_trait(product, Trait.BATCHED_MATMUL, Trait.EINSUM) and not product.outputs[0].is_graph_output()
 
 
-def _is_free(trace: LayoutTrace, point: CachePoint) -> bool:
-    """Return whether nothing is computed or copied: runtimes fuse a final swap of two axes into the product."""
-    if trace.repeats > 1 or trace.scales or point.layout_cost == 2:
+def _as_matmul(editor: Editor, product: ir.Node, index: int) -> bool:
+    """Make a product one of matrices, with the input of an index as the second; return whether it transposes that."""
+    if has_trait(product, Trait.EINSUM):
+        editor.change_operator(product, "MatMul")
+    for name in (*_QUERY_TRANSPOSES, *(["transB"] if index == 0 else [])):
+        editor.remove_attribute(product, name)
+    return bool(product.attributes.get_int("transB", 0))
+
+
+def _is_free(product: ir.Node, trace: LayoutTrace, point: CachePoint) -> bool:
+    """Return whether nothing is computed or copied: runtimes fuse a final swap of two axes into a product of matrices.
+
+    An `Einsum` transposes its operands to matrices.
+    """
+    if has_trait(product, Trait.EINSUM) or trace.repeats > 1 or trace.scales or point.layout_cost == 2:
         return False
     return not any(_copies(step, is_last=step is trace.steps[-1]) for step in trace.steps)
 

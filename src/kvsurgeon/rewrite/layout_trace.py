@@ -49,11 +49,11 @@ class LayoutTrace:
 
         Heads on several axes must be in the order in which they are cached; repeats are equal in any order.
         """
-        places = [_place(label) for axis in self.axes[:-2] for label in axis]
+        places = [rank_of(label) for axis in self.axes[:-2] for label in axis]
         return list(self.axes[-2:]) == list(last) and places == sorted(places)
 
 
-def _place(label: str) -> tuple[int, int]:
+def rank_of(label: str) -> tuple[int, int]:
     """Return the rank of a label in [batch, heads, repeats]."""
     kind, _, index = label.partition(".")
     return [BATCH, HEADS, REPEATS].index(kind), int(index) if kind == HEADS else 0
@@ -134,8 +134,8 @@ def _transpose(flow: TokenFlow, before: InputsBefore, node: ir.Node, trace: Layo
     return replace(trace, axes=tuple(trace.axes[place] for place in order))
 
 
-def _expand(flow: TokenFlow, before: InputsBefore, node: ir.Node, trace: LayoutTrace) -> LayoutTrace | None:
-    """Label an axis that grows from size 1 as repeats."""
+def _repeat(flow: TokenFlow, before: InputsBefore, node: ir.Node, trace: LayoutTrace) -> LayoutTrace | None:
+    """Label copies of an axis, one after the other, as repeats."""
     source, shape = flow.shapes[before[node][0]].shape, flow.shapes[node.outputs[0]].shape  # type: ignore[index]
     if source is None or shape is None or len(source) != len(shape):
         return None
@@ -143,10 +143,11 @@ def _expand(flow: TokenFlow, before: InputsBefore, node: ir.Node, trace: LayoutT
     for place, (old, new) in enumerate(zip(source, shape, strict=True)):
         if dim.is_equal(old, new):
             continue
-        if old != 1 or not isinstance(new, int):
+        times = dim.exact_quotient(new, old)
+        if not isinstance(times, int):
             return None
         label = f"{REPEATS}.{len(sizes)}"
-        axes[place], sizes[label] = (label,), new
+        axes[place], sizes[label] = (label, *axes[place]), times
     return replace(trace, axes=tuple(axes), sizes=sizes)
 
 
@@ -168,7 +169,7 @@ def _cast(flow: TokenFlow, before: InputsBefore, node: ir.Node, trace: LayoutTra
 _Rule = Callable[[TokenFlow, InputsBefore, ir.Node, LayoutTrace], "LayoutTrace | None"]
 
 _RULES: dict[Trait, _Rule] = {
-    Trait.RESHAPE: _reshape, Trait.TRANSPOSE: _transpose, Trait.REPEAT: _expand, Trait.SCALE: _scale,
+    Trait.RESHAPE: _reshape, Trait.TRANSPOSE: _transpose, Trait.REPEAT: _repeat, Trait.SCALE: _scale,
     Trait.IDENTITY: _cast,
 }  # fmt: skip
 
