@@ -12,6 +12,7 @@ from onnx import numpy_helper
 from written import read
 
 from kvsurgeon.errors import KvsurgeonError
+from kvsurgeon.passes.contract import Subject
 
 WHOLE = [np.int64(number) for number in (2**62, np.iinfo(np.int64).min, 2**31)]
 REAL = [np.float32(number) for number in (np.inf, -np.inf, np.nan, 1e30, 2.0**63)]
@@ -85,3 +86,11 @@ def test_a_constant_that_no_length_has_is_refused_or_right(operator):
 def test_so_is_a_float_that_no_integer_holds(huge):
     assert_refused_or_right("h = Cast<to=7>(huge)\n places = Add(at, h)", huge)
     assert_refused_or_right("f = Cast<to=1>(at)\n m = Min(f, huge)\n places = Cast<to=7>(m)", huge)
+
+
+def test_numbers_of_a_constant_that_doubles_thirty_times_are_not_followed():
+    doubling = "\n".join(f"d{place + 1} = Concat<axis = 0>(d{place}, d{place})" for place in range(30))
+    hidden = f"d0 = Identity(second)\n {doubling}\n most = ReduceMax<keepdims = 0>(d30)\n f = Cast<to = 1>(most)\n h = Mul(x, f)"
+    shapes = Subject.of(read(attention(hidden=hidden))).analysis().flow.shapes
+    facts = {value.name: fact for value, fact in shapes.facts.items()}
+    assert (facts["d9"].value.size, facts["d30"].shape, facts["d30"].value) == (512, (2**30,), None)

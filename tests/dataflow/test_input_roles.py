@@ -98,6 +98,16 @@ def test_classified(inputs, body, expected):
     assert kinds(inputs, body) == expected
 
 
+@pytest.mark.parametrize(("text", "holds_positions"), [("p9", set()), ("r8", {"p9"})])
+def test_the_text_holds_no_positions_whatever_it_is_compared_with(text, holds_positions):
+    compared = "s = Shape(p9) n = ReduceProd<keepdims=0>(s) w = Constant<value_int=0>() v = Constant<value_int=1>() at = Range(w, n, v)"
+    body = f"{compared} y = LessOrEqual(at, p9) e = Gather(table, {text})"
+    graph = ir.from_proto(read(FRAME.format(inputs="int64[b, n] p9, int64[b, n] r8", body=body))).graph
+    given = read_inputs(graph)
+    found = classify_inputs(given.dimensions, given.length)
+    assert {one.value.name for one in found if one.holds_positions} == holds_positions
+
+
 def test_dimensions_are_named_by_axis_and_name():
     graph = ir.from_proto(read(FRAME.format(inputs="int64[a, c] p, int64[a, c] q, float[c, w] r", body=""))).graph
     inputs = read_inputs(graph)

@@ -56,6 +56,16 @@ def test_an_additive_mask_is_refused():
         injected(guarded(mask=onnx.TensorProto.FLOAT))
 
 
+def test_the_last_key_of_a_fixed_length_is_refused():
+    masked = (
+        "bias = Where(allowed, half, low)\n final = Slice(bias, ending, open, second)\n both = Add(bias, final)\n"
+        "masked_scores = Add(s, both)"
+    )
+    text = attention(masked=masked, constants="int64[1] ending = {-1}, int64[1] open = {9000}")
+    with pytest.raises(UnsupportedError, match="the fixed length of the export"):
+        injected(read(text.replace("b, n", f"1, {LENGTH}")))
+
+
 TABLE = ", ".join("1" if key <= query else "0" for query in range(6) for key in range(6))
 WRITTEN_FOR_SIX_TOKENS = {
     "target": ("h = Identity(x)", "h = Reshape(x, form)", "int64[3] form = {-1, 6, 8}"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 import numpy as np
@@ -106,6 +106,8 @@ def classify_inputs(dimensions: Mapping[ir.Value, tuple[Dimension, ...]], length
         found[found.index(alone[0])] = InputRole(
             value=alone[0].value, dimensions=alone[0].dimensions, lengths=dict.fromkeys(alone[0].lengths, Length.NEW)
         )
+    if all(given.holds_positions for given in found if given.is_token):  # one of them holds the text
+        found = [replace(given, holds_positions=False) for given in found]
     return found
 
 

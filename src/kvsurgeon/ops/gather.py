@@ -249,6 +249,9 @@ def resize_slice(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes
     starts, ends = dict(zip(bounds[0], bounds[1], strict=True)), dict(zip(bounds[0], bounds[2], strict=True))
     steps = dict(zip(bounds[0], bounds[3], strict=True))
     wanted, lengths = [], resizer.lengths
+    cut = {axis.axis for axis in axes}
+    if resizer.fixed and any(place not in cut and dim.is_less(start, 0) for place, start in starts.items()):
+        return None  # the last places of the exported length
     for axis in axes:
         if axis.axis not in starts or (starts[axis.axis] == 0 and dim.is_equal(before[axis.axis], after[axis.axis])):
             wanted.append(axis)
@@ -259,7 +262,7 @@ def resize_slice(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes
         start = lengths.at(start, Length.TOTAL)
         first, last = lengths.span(axis.variable.resolved() or Length.TOTAL)
         starts[axis.axis], ends[axis.axis] = dim.add(start, first), dim.add(start, last)
-    cut, whole = {axis.axis for axis in axes}, {axis.axis for axis in wanted}
+    whole = {axis.axis for axis in wanted}
     made = [resizer.slice_of(source, tuple(wanted))]
     for numbers, to_the_end, index in ((starts, 0, 1), (ends, TO_THE_END, 2)):
         at = [

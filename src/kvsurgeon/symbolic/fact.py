@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.graph.constants import SMALL
 from kvsurgeon.symbolic.dimension import Dimension, is_in_sixteenths, is_within, unknown
 
 Numbers = np.ndarray  # dtype=object: int, float, bool or sympy expression in each place
@@ -61,12 +62,14 @@ def known(value: Any, dtype: ir.DataType | None) -> Fact:
 
 
 def as_stored(fact: Fact) -> Fact:
-    """Return a fact with its numbers as its type stores them: rounded floats; nothing known if a number does not fit.
+    """Return a fact with its numbers as its type stores them: rounded floats; none if one does not fit, or of too many.
 
     Python computes with integers of any size and floats of 64 bits; a model wraps around, or rounds.
     """
     if fact.value is None or fact.dtype is None:
         return fact
+    if fact.value.size > SMALL:  # tensors that are joined with themselves grow exponentially
+        return Fact(fact.shape, fact.dtype)
     flat, dtype = fact.value.reshape(-1), fact.dtype
     if dtype.is_floating_point() and any(isinstance(number, float) for number in flat):
         flat = np.array([_rounded(number, dtype) for number in flat], dtype=object)
