@@ -119,6 +119,10 @@ class ProbeFeeds:
         self.feeds[name] = feed
         self.types[name] = (run_dtype(fact.dtype or ir.DataType.FLOAT), fact.rank or 0)
 
+    def give(self, name: str, feed: Feed) -> None:
+        """Give an input of the subgraph other arrays than it has by its role."""
+        self.feeds[name], self._last = feed, None
+
     def arrays(
         self,
         rows: Rows,

@@ -27,6 +27,8 @@ class FusionContext:
         sequence: Query length S.
         total: Total sequence length T; less than `lengths.total` if the cache has unused rows.
         before: Inputs of each node before the rewrite.
+        padding: Input that is 0 at the padding behind the tokens of each sequence, `[batch, total_sequence]`; None if
+            all sequences are equally long.
     """
 
     flow: TokenFlow
@@ -35,6 +37,7 @@ class FusionContext:
     sequence: Dimension
     total: Dimension
     before: Mapping[ir.Node, tuple[ir.Value | None, ...]]
+    padding: ir.Value | None = None
 
     def token_sizes(self, value: ir.Value) -> Sizes:
         """Return the shape of token data after the rewrite, such as [..., S, T] for scores."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import onnx_ir as ir
 
@@ -10,6 +11,7 @@ from kvsurgeon.fusion.bias import AttentionBias
 from kvsurgeon.fusion.context import FusionContext
 from kvsurgeon.fusion.hidden_layout import HiddenLayout
 from kvsurgeon.fusion.match import FusionMatch
+from kvsurgeon.fusion.operator_rotary import OperatorRotary
 from kvsurgeon.fusion.operators import AttentionOperator
 from kvsurgeon.rewrite.cache_tensors import CacheTensor
 from kvsurgeon.symbolic import dimension as dim
@@ -47,8 +49,12 @@ class AttentionFuser:
         self, match: FusionMatch, pasts: Sequence[ir.Value | None] = (None, None), presents: Sequence[ir.Value] = ()
     ) -> None:
         """Add the operator of a match; `finish` sets its bias and connects its result."""
-        inputs = [self.layout.convert(point) for point in (match.query, match.key, match.value)]
+        rotary = match.rotary
+        query, key = (match.query, match.key) if rotary is None else (rotary.query, rotary.key)
+        inputs = [self.layout.convert(point) for point in (query, key, match.value)]
         further = [*pasts, *self._sequence_lengths(match)] if self.operator.keeps_cache else []
+        if rotary is not None:
+            further += self._tables(rotary)
         name = self.editor.unique_name(f"{match.site.at.name}.attention")
         outputs = [ir.Value(name=name, type=ir.TensorType(match.dtype)), *presents]
         node = self.editor.operator(
@@ -60,7 +66,7 @@ class AttentionFuser:
     def finish(self) -> None:
         """Set the bias of the new operators and replace the results of their sites."""
         for match, node in self._unfinished:
-            bias = self.bias.of(match)
+            bias = None if match.mask is not None else self.bias.of(match)
             if bias is not None:
                 node.resize_inputs(self.operator.bias + 1)
                 self.editor.replace_input(node, self.operator.bias, bias)
@@ -70,8 +76,31 @@ class AttentionFuser:
     def _sequence_lengths(self, match: FusionMatch) -> list[ir.Value]:
         """Return `seqlens_k` (T - 1 for each sequence, int32 [batch]) and `total_sequence_length` (int32 scalar)."""
         lengths, total = self.context.lengths, self.context.total
-        values = (lengths.repeated(dim.subtract(total, 1), match.key.batch), lengths.scalar(total))
-        return [lengths.typed(value, ir.DataType.INT32) for value in values]
+        lasts = lengths.repeated(dim.subtract(total, 1), match.key.batch)
+        if self.context.padding is not None:
+            lasts = lengths.once("last tokens", self._last_tokens)
+        return [lengths.typed(value, ir.DataType.INT32) for value in (lasts, lengths.scalar(total))]
+
+    def _last_tokens(self) -> ir.Value:
+        """Return the index of the last token of each sequence, int64 [batch]."""
+        mask, int64 = self.context.padding, ir.DataType.INT64
+        assert mask is not None
+        if mask.dtype is not int64:
+            mask = self.editor.node("Cast", [mask], {"to": int(int64)}, name=f"{mask.name}.numbers", dtype=int64)
+        axes, one = self.editor.constant([1], name="tokens_axis"), self.editor.constant(1, name="one")
+        inputs = [mask, axes] if self.editor.graph.opset_imports.get("", 1) >= 13 else [mask]
+        options = {"keepdims": 0} | ({} if len(inputs) > 1 else {"axes": [1]})
+        counts = self.editor.node("ReduceSum", inputs, options, name="token_counts", dtype=int64)
+        return self.editor.node("Sub", [counts, one], name="last_tokens", dtype=int64)
+
+    def _tables(self, rotary: OperatorRotary) -> list[ir.Value]:
+        """Return the tables of cosines and sines, [positions, rotary_dim / 2]."""
+        lengths, dtype = self.context.lengths, rotary.key.dtype.numpy()
+        tables = (("cos", rotary.cos), ("sin", rotary.sin))
+        return [
+            lengths.once((name, id(table)), partial(self.editor.constant, table, dtype, name=f"rotary_{name}"))
+            for name, table in tables
+        ]
 
     def _present(self, entry: CacheTensor, presents: dict[CacheTensor, ir.Value]) -> ir.Value:
         """Return a new present; layers that share keys and values write it once, and the others a copy."""

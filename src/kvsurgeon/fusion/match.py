@@ -18,6 +18,8 @@ from kvsurgeon.analysis.token_data import token_inputs
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.anatomy.scales import number_of
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.fusion.operator_mask import OperatorMask
+from kvsurgeon.fusion.operator_rotary import OperatorRotary
 from kvsurgeon.fusion.score_path import MOVES, ScorePath, constant_factor, trace_scores
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.rewrite.layout_trace import LayoutTrace, trace_layout
@@ -37,6 +39,8 @@ class FusionMatch:
         value: Values that the operator reads, as [batch, kv_heads, sequence, head_dim].
         result: Output of the context product, as [batch, heads, sequence, head_dim].
         path: Scale, softcap and operators between scores and softmax.
+        mask: The mask that the operator has of its own, if it is all that is added to scores; None otherwise.
+        rotary: The rotary embedding that the operator computes; None if it reads rotated queries and keys.
     """
 
     layer: int
@@ -46,6 +50,8 @@ class FusionMatch:
     value: CachePoint
     result: CachePoint
     path: ScorePath
+    mask: OperatorMask | None = None
+    rotary: OperatorRotary | None = None
 
     @property
     def scores(self) -> ir.Value | None:

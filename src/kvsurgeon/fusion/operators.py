@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.fusion.match import FusionMatch
+from kvsurgeon.fusion.operator_rotary import OperatorRotary
 
 OperatorName = Literal["group-query-attention", "attention"]
 
@@ -65,10 +66,20 @@ class AttentionOperator:
             )  # fmt: skip
 
     def attributes(self, match: FusionMatch) -> dict[str, Any]:
-        """Return the attributes of the operator: numbers of heads, scale and softcap."""
-        heads = {self.query_heads: match.query.heads, "kv_num_heads": match.key.heads}
-        softcap = {"softcap": match.path.softcap} if match.path.softcap else {}
-        return {**heads, "scale": match.path.scale, **softcap}
+        """Return the attributes of the operator: numbers of heads, scale, softcap, window and rotation."""
+        found = {self.query_heads: match.query.heads, "kv_num_heads": match.key.heads, "scale": match.path.scale}
+        if match.path.softcap:
+            found["softcap"] = match.path.softcap
+        if match.mask is not None and match.mask.window is not None:
+            found["local_window_size"] = match.mask.window
+        if match.rotary is not None:
+            found |= {"do_rotary": 1, "rotary_interleaved": int(match.rotary.interleaved)}
+        return found
+
+    def rotates(self, rotary: OperatorRotary) -> bool:
+        """Return whether the kernel takes tables of this width."""
+        head_dim, pairs = rotary.key.head_dim, rotary.cos.shape[1]
+        return self.keeps_cache and pairs <= head_dim // 16 * 8
 
 
 GROUP_QUERY_ATTENTION = AttentionOperator(

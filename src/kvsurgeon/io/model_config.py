@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,12 @@ class ModelHeads:
 
 
 HeadChange = tuple[ModelHeads, ModelHeads]  # before and after a pass
+
+
+def longest_text(config: Mapping[str, Any]) -> int | None:
+    """Return the longest text in tokens that a config states; None if it states none."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+    return min((size for name in names if isinstance(size := config.get(name), int) and size > 0), default=None)
 
 
 def record_head_change(model: ir.Model, change: HeadChange) -> None:

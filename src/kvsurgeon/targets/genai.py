@@ -116,6 +116,6 @@ GENAI_SHARED_BUFFER = replace(
     name="genai-shared-buffer",
     summary="onnxruntime_genai.Model(folder) of onnxruntime-genai, past and present in one buffer",
     cache=Inject(cache="static", past_length="mask"),
-    after=(FuseAttention(),),
+    after=(FuseAttention(padding="lengths"),),
     side_files={"genai_config.json": partial(genai_config, shared_buffer=True)},
 )

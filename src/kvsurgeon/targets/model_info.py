@@ -11,6 +11,7 @@ import onnx_ir as ir
 from kvsurgeon.anatomy import Decoder
 from kvsurgeon.io.data_file import weights_to_write
 from kvsurgeon.io.external_data import external_tensors
+from kvsurgeon.io.model_config import longest_text
 from kvsurgeon.passes.cache.inject import Inject
 
 Operator = tuple[str, str]  # domain ("" for ONNX's own) and type
@@ -133,10 +134,8 @@ class ModelInfo:
     @property
     def max_length(self) -> int | None:
         """The longest text in tokens that the tables of the graph and the config allow; None if neither limits it."""
-        names = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
         of_graph = None if self.decoder is None else self.decoder.max_length
-        lengths = (of_graph, *(self.config.get(name) for name in names))
-        return min((length for length in lengths if isinstance(length, int) and length > 0), default=None)
+        return min((length for length in (of_graph, longest_text(self.config)) if length is not None), default=None)
 
     @property
     def input_names(self) -> tuple[str, ...]:

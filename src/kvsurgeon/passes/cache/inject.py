@@ -15,6 +15,7 @@ from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.fusion.context import FusionContext
 from kvsurgeon.fusion.fuser import AttentionFuser
 from kvsurgeon.fusion.match import FusionMatch
+from kvsurgeon.fusion.operator_mask import padding_mask
 from kvsurgeon.fusion.operators import GROUP_QUERY_ATTENTION
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.io.gc_pause import gc_paused
@@ -25,6 +26,7 @@ from kvsurgeon.proof.proof import Proof
 from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.resizing.token_data import InputsBefore
 from kvsurgeon.rewrite.cache_injection import CacheValues, inject_cache
+from kvsurgeon.rewrite.cache_metadata import read_cache_metadata, write_cache_metadata
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_plan import plan_cache
 from kvsurgeon.rewrite.cache_removal import with_separate_caches
@@ -107,13 +109,19 @@ def _stated(subject: Subject, statements: Sequence[str]) -> Iterator[None]:
             value.metadata_props.pop(GIVEN_FOR, None)
 
 
-def inject(options: CacheOptions, subject: Subject, select: SelectMatches | None = None) -> Changed:
+def inject(
+    options: CacheOptions,
+    subject: Subject,
+    select: SelectMatches | None = None,
+    padding: Literal["mask", "lengths"] = "mask",
+) -> Changed:
     """Inject a cache into `subject.model`.
 
     Args:
         options: Options of the cache.
         subject: A model without a cache.
         select: Returns the attention sites to replace by operators that update the cache.
+        padding: Whether these operators read a mask, or the numbers of tokens that it gives.
 
     Raises:
         UnsupportedError: The model does not support a cache; it is unchanged.
@@ -125,8 +133,11 @@ def inject(options: CacheOptions, subject: Subject, select: SelectMatches | None
         plan = plan_cache(options, analysis, proof)
         matches = () if select is None else select(analysis, proof)
         with gc_paused():
-            edits = inject_cache(analysis, plan, partial(_add_operators, analysis, matches))
+            edits = inject_cache(analysis, plan, partial(_add_operators, analysis, matches, padding))
     subject.model = analysis.model
+    metadata = read_cache_metadata(subject.model)
+    if padding == "lengths" and metadata is not None:
+        write_cache_metadata(subject.model, replace(metadata, padding=False))
     notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in proof.assumptions.items()]
     fixed = [given.value.name for given in analysis.inputs if not given.lengths]
     notes += [f"`{name}` has no axis of tokens: it must be the same in every call of a text" for name in fixed]
@@ -143,11 +154,17 @@ def inject(options: CacheOptions, subject: Subject, select: SelectMatches | None
 
 
 def _add_operators(
-    analysis: Analysis, matches: Sequence[FusionMatch], lengths: LengthValues, before: InputsBefore, pasts: CacheValues
+    analysis: Analysis,
+    matches: Sequence[FusionMatch],
+    padding: Literal["mask", "lengths"],
+    lengths: LengthValues,
+    before: InputsBefore,
+    pasts: CacheValues,
 ) -> tuple[CacheValues, Callable[[], None]]:
     """Add an operator for each match; see `AddOperators`."""
     context = FusionContext(
-        flow=analysis.flow, editor=lengths.editor, lengths=lengths, sequence=NEW, total=TOTAL, before=before
+        flow=analysis.flow, editor=lengths.editor, lengths=lengths, sequence=NEW, total=TOTAL, before=before,
+        padding=padding_mask(analysis.inputs) if padding == "lengths" else None,
     )  # fmt: skip
     fuser = AttentionFuser(GROUP_QUERY_ATTENTION, context)
     return fuser.place_all(matches, pasts), fuser.finish

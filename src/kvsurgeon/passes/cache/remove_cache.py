@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -95,7 +95,12 @@ def detach_cache(subject: Subject) -> CacheSignature | None:
     return signature
 
 
-def reattach_cache(subject: Subject, signature: CacheSignature, select: SelectMatches | None = None) -> Changed:
+def reattach_cache(
+    subject: Subject,
+    signature: CacheSignature,
+    select: SelectMatches | None = None,
+    padding: Literal["mask", "lengths"] = "mask",
+) -> Changed:
     """Inject a cache with the cache mode, layouts, types, names and order of a signature.
 
     The heads may have changed since the cache was detached. Keys get the names of keys, and values those of values,
@@ -106,6 +111,7 @@ def reattach_cache(subject: Subject, signature: CacheSignature, select: SelectMa
         signature: The cache.
         select: Returns the attention sites to replace by operators that update the cache; the graph must then be
             unchanged since `detach_cache`.
+        padding: Whether the operators read a mask, or the numbers of tokens that it gives.
 
     Raises:
         UnsupportedError: The model does not support such a cache, or needs more cached tensors.
@@ -116,7 +122,7 @@ def reattach_cache(subject: Subject, signature: CacheSignature, select: SelectMa
         raise _not_restorable(signature.entries[0], [*DEFAULT_LAYOUT], [*options.key_layout])
     if select is None:
         subject.changed()  # the caller may have edited the graph
-    outcome = inject(options, subject, select)
+    outcome = inject(options, subject, select, padding)
     graph, editor = subject.model.graph, Editor(subject.model)
     for kind in ("key", "value", "state"):
         entries = [entry for entry in signature.entries if entry.kind == kind]

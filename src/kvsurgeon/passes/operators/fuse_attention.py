@@ -12,12 +12,16 @@ from kvsurgeon.fusion.context import FusionContext
 from kvsurgeon.fusion.fuser import AttentionFuser
 from kvsurgeon.fusion.match import FusionMatch, match_attention
 from kvsurgeon.fusion.numeric_check import NumericCheck
+from kvsurgeon.fusion.operator_mask import is_padding_counted, operator_mask
+from kvsurgeon.fusion.operator_rotary import RotaryMatcher
 from kvsurgeon.fusion.operators import OPERATORS, AttentionOperator, OperatorName
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
+from kvsurgeon.io.model_config import longest_text
 from kvsurgeon.passes.cache.inject import SelectMatches
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.passes.options import check_count
 from kvsurgeon.proof.proof import Proof
 from kvsurgeon.resizing.lengths import LengthValues, sources_of
 
@@ -27,20 +31,29 @@ class FuseAttention:
     """Replace each attention by one operator, for which runtimes have fast kernels.
 
     Before: score product, mask, softmax and context product. After: `GroupQueryAttention` of com.microsoft, which also
-    reads and writes the KV cache, or `Attention` of opset 23. Masks, sliding windows and position biases stay in the
-    graph: their result is the bias input of the operator.
+    reads and writes the KV cache, or `Attention` of opset 23. Causal masks and sliding windows become the operator's
+    own, and the rotary embedding too if the operator rotates; other masks and position biases stay in the graph, and
+    their result is the bias input of the operator.
 
     Not handled: scores of several products, weights that change between softmax and context product, attention sinks.
 
     Attributes:
         operator: Operator that replaces the attention.
         layers: Layers to fuse: all of them, or only those that the operator supports.
+        padding: Where padding may be. mask: anywhere, as the mask says. lengths: behind the tokens of each sequence
+            only, and positions count from 0, so that the operator needs their numbers alone.
+        max_length: Longest text in tokens for which rotary angles are tabulated; by default that of config.json.
     """
 
     name: ClassVar[str] = "fuse-attention"
 
     operator: OperatorName = "group-query-attention"
     layers: Literal["all", "supported"] = "all"
+    padding: Literal["mask", "lengths"] = "mask"
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("max-length", self.max_length)
 
     def apply(self, subject: Subject) -> Outcome:
         """Fuse the attention layers of `subject.model`.
@@ -53,18 +66,17 @@ class FuseAttention:
         work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
         signature = detach_cache(work)
         cached = signature is not None and operator.keeps_cache
-        opset = work.model.graph.opset_imports.get("", 1)
         notes: list[str] = []
 
         def select(analysis: Analysis, proof: Proof) -> Sequence[FusionMatch]:
-            matches, errors = _match_all(analysis, proof, operator, opset, cached=cached)
+            matches, errors = self._match_all(analysis, proof, subject, cached=cached)
             if errors and (self.layers == "all" or not matches):
                 raise errors[0]
             notes.extend(f"not fused: {error}" for error in errors)
             return matches
 
         if signature is not None and cached:
-            outcome = reattach_cache(work, signature, select)
+            outcome = reattach_cache(work, signature, select, padding=self.padding)
         else:
             outcome = _fuse(work, operator, select)
             if signature is not None:
@@ -74,26 +86,41 @@ class FuseAttention:
         subject.model = work.model
         return replace(outcome, notes=(*outcome.notes, *notes))
 
-
-def _match_all(
-    analysis: Analysis, proof: Proof, operator: AttentionOperator, opset: int, *, cached: bool
-) -> tuple[list[FusionMatch], list[UnsupportedError]]:
-    """Return the matches of all layers that are not yet fused, and the errors of those that do not match."""
-    matches: list[FusionMatch] = []
-    errors: list[UnsupportedError] = []
-    numeric = NumericCheck(analysis, proof)
-    for layer, site in enumerate(analysis.sites):
-        if site.fused is not None and operator.is_at(site.fused.node):
-            continue
-        try:
-            match = match_attention(analysis, layer, cached=cached)
-            operator.check(match, opset)
-            numeric.check(match)
-        except UnsupportedError as error:
-            errors.append(error)
-        else:
+    def _match_all(
+        self, analysis: Analysis, proof: Proof, subject: Subject, *, cached: bool
+    ) -> tuple[list[FusionMatch], list[UnsupportedError]]:
+        """Return the matches of all layers that are not yet fused, and the errors of those that do not match."""
+        matches: list[FusionMatch] = []
+        errors: list[UnsupportedError] = []
+        operator, opset = OPERATORS[self.operator], subject.model.graph.opset_imports.get("", 1)
+        numeric = NumericCheck(analysis, proof)
+        by_lengths = self.padding == "lengths" and is_padding_counted(analysis.inputs)
+        rotary = self._rotary(analysis, proof, subject, by_lengths=by_lengths) if cached else None
+        for layer, site in enumerate(analysis.sites):
+            if site.fused is not None and operator.is_at(site.fused.node):
+                continue
+            try:
+                match = match_attention(analysis, layer, cached=cached)
+                operator.check(match, opset)
+                numeric.check(match)
+            except UnsupportedError as error:
+                errors.append(error)
+                continue
+            if operator.keeps_cache:
+                mask = operator_mask(proof.patterns[layer])
+                own = mask if mask is not None and (by_lengths or not mask.maskable) else None
+                rotation = None if rotary is None else rotary.match(match.query, match.key)
+                match = replace(match, mask=own, rotary=rotation if rotation and operator.rotates(rotation) else None)
             matches.append(match)
-    return matches, errors
+        return matches, errors
+
+    def _rotary(self, analysis: Analysis, proof: Proof, subject: Subject, *, by_lengths: bool) -> RotaryMatcher | None:
+        """Return what finds rotary embeddings that the operator can compute; None if the longest text is unknown."""
+        lengths = (self.max_length or longest_text(subject.config or {}), proof.limit, proof.max_length)
+        longest = min((length for length in lengths if length is not None), default=None)
+        if longest is None:
+            return None
+        return RotaryMatcher(flow=analysis.flow, same=analysis.same, positions=longest, by_lengths=by_lengths)
 
 
 def _fuse(subject: Subject, operator: AttentionOperator, select: SelectMatches) -> Changed:
