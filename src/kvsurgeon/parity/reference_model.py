@@ -139,14 +139,17 @@ class ReferenceModel:
             decoder = UncachedDecoder(session, self.inputs)
         return replace(self, decoder=decoder)
 
-    def distance_to(self, other: ReferenceModel, seed: int) -> float:
-        """Return the error of the same model in another session, for a long text.
+    def distance_to(self, other: ReferenceModel, tokens: Tokens, mask: Tokens | None = None) -> float:
+        """Return the error of the same model in another session, on tokens that are not masked.
 
         Raises:
-            RunError: The other session fails.
+            RunError: A session fails.
         """
-        tokens = np.random.default_rng(seed).integers(0, self.vocabulary, (self.decoder.batch or 1, self.lengths.long))
-        return distance(self.outputs(tokens), other.outputs(tokens))
+        expected, found = (model.outputs(tokens, mask) for model in (self, other))
+        if mask is None or expected.shape[:2] != mask.shape:
+            return distance(expected, found)
+        scale, counted = spread(expected), mask.astype(bool)
+        return distance(expected[counted], found[counted], scale)
 
     def feeds(self, tokens: Tokens, mask: Tokens) -> dict[str, Array]:
         """Return the feeds of texts."""

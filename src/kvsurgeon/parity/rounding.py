@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from kvsurgeon.errors import KvsurgeonError
 from kvsurgeon.parity.model_source import ModelSource
 from kvsurgeon.parity.reference_model import ReferenceModel
+from kvsurgeon.parity.scenarios import Scenario
 from kvsurgeon.parity.tolerance import ROUNDED, arithmetic_of
-from kvsurgeon.runtime import Optimization
+from kvsurgeon.runtime import Optimization, Tokens
 
 _LARGEST = 1 << 30  # bytes of a model, which is copied
 _TEXTS = 3  # on which random rounding is measured
@@ -50,23 +51,44 @@ class ReferenceNoise:
         """Whether the model rounds activations to 8 bits."""
         return arithmetic_of(self.source.graph) in ROUNDED
 
-    def measure(self) -> float:
-        """Return the largest error of the reference with sums in another order, and with other rounding.
+    @cached_property
+    def largest(self) -> float:
+        """Largest error of the reference on random texts, with sums in another order, and with other rounding.
 
-        Without graph optimization it adds in another order. 0 is returned if neither can be run.
+        Without graph optimization it adds in another order. It is 0 if neither can be run.
         """
-        rounded, errors = self._rounded(1.0), [self.reference.noise]
-        others = [(self._unoptimized(), 0, 1.0), *((rounded, number, _OF_ROUNDING) for number in range(_TEXTS))]
-        for other, number, weight in others:
-            with suppress(KvsurgeonError):
-                errors.append(0.0 if other is None else weight * self.reference.distance_to(other, self.seed + number))
-        return max(errors)
+        random, size = (
+            np.random.default_rng(self.seed),
+            (self.reference.decoder.batch or 1, self.reference.lengths.long),
+        )
+        texts = [random.integers(0, self.reference.vocabulary, size) for _ in range(_TEXTS)]
+        rounded = (_OF_ROUNDING * self._distance(self._rounded_once, text) for text in texts)
+        return max(self.reference.noise, self._distance(self._unoptimized, texts[0]), *rounded)
+
+    def on(self, scenario: Scenario) -> float:
+        """Return the largest error on one text: rounding counts for more where two keys or tokens are almost equal."""
+        others = (self._unoptimized, *[self._rounded_once] * _TEXTS)
+        return max(self._distance(other, scenario.tokens, scenario.mask) for other in others)
+
+    def _distance(self, other: ReferenceModel | None, tokens: Tokens, mask: Tokens | None = None) -> float:
+        """Return the error of the reference in another session; 0 if that cannot be run."""
+        if other is None:
+            return 0.0
+        try:
+            return self.reference.distance_to(other, tokens, mask)
+        except KvsurgeonError:
+            return 0.0
 
     @cached_property
     def rounded(self) -> ReferenceModel | None:
         """The reference with random rounding of several times the usual size; None if it cannot be had."""
         return self._rounded(_FLIPS)
 
+    @cached_property
+    def _rounded_once(self) -> ReferenceModel | None:
+        return self._rounded(1.0)
+
+    @cached_property
     def _unoptimized(self) -> ReferenceModel | None:
         try:
             return self.reference.on(self.source.open("off"))

@@ -144,7 +144,7 @@ class _Verification:
             return report, None
         noise = ReferenceNoise(reference, models[0], optimization, self.seed)
         widest = _NEAR * report.bound if report.arithmetic in _EXACT else report.bound
-        measured = report.arithmetic not in _MEASURED or bool(report.faults)
+        measurable, rounding = report.arithmetic in _MEASURED and not report.faults, 0.0
         if report.arithmetic in _MEASURED:
             bound = max(report.bound / _TIGHT, min(_SUMS * reference.noise, report.bound))
             report = replace(report, tolerance=report.tolerance.with_bound(bound))
@@ -155,10 +155,15 @@ class _Verification:
                 self.progress(number, len(scenarios), scenario.name)
             found = compare(scenario, noise, candidate, report.tolerance)
             near = found.verdict == "different" and found.error is not None and found.error <= widest
-            if near and not measured:
-                measured, report = True, _widened(report, noise.measure(), widest)
+            if near and measurable:
+                rounding = max(rounding, noise.largest, noise.on(scenario))
+                bound = max(report.bound, min(_SUMS * rounding, widest))
+                report = replace(report, tolerance=report.tolerance.with_bound(bound))
                 found = compare(scenario, noise, candidate, report.tolerance)
             comparisons.append(found)
+        if rounding:
+            note = f"the reference model's logits differ by {rounding:.2g} if onnxruntime adds in another order"
+            report = replace(report, notes=(*report.notes, f"{note} or rounds again"))
         skipped = (f"{one.scenario} was not compared: {one.reason}" for one in comparisons if one.verdict == "unknown")
         report = replace(report, comparisons=tuple(comparisons), notes=(*report.notes, *reference.notes, *skipped))
         simplest = simplest_difference(scenarios, comparisons)
@@ -184,12 +189,3 @@ class _Verification:
         )
         named = self.thresholds.union(*(thresholds_in(model.graph) for model in models))
         return plan_scenarios(plan, self.effort, reached(named, reference, self.effort, models[1].graph))
-
-
-def _widened(report: Report, noise: float, widest: float) -> Report:
-    """Return the report with a bound as wide as the noise of the reference needs."""
-    bound = min(_SUMS * noise, widest)
-    if not bound > report.bound:
-        return report
-    note = f"the reference model's logits differ by {noise:.2g} if onnxruntime adds in another order or rounds again"
-    return replace(report, tolerance=report.tolerance.with_bound(bound), notes=(*report.notes, note))
