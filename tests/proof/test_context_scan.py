@@ -162,7 +162,11 @@ def test_one_later_key_in_a_table_of_other_numbers_limits_the_length():
     assert Subject.of(read_with(attention(masked=masked), table=table)).proof().limit == 553
 
 
-@pytest.mark.parametrize("read_first", ["", "shared = Identity(table)\n "], ids=["in one layer", "in several layers"])
+@pytest.mark.parametrize(
+    "read_first",
+    ["", "shared = Identity(table)\n ", "hidden = Not(table)\n shared = Not(hidden)\n "],
+    ids=["stored", "stored, of several layers", "computed"],
+)
 def test_a_mask_table_with_more_elements_than_are_scanned_is_scanned_by_its_rows(read_first):
     table = np.tri(6000, dtype=bool)
     table[3000, 3003] = True

@@ -7,6 +7,7 @@ runtimes lack kernels for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 
@@ -32,8 +33,8 @@ from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, is_weight
-from kvsurgeon.graph.execution import InputType, initializer
-from kvsurgeon.graph.query import downstream
+from kvsurgeon.graph.execution import InputType, build_model, initializer, open_session
+from kvsurgeon.graph.query import downstream, upstream
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable
@@ -42,6 +43,7 @@ from kvsurgeon.weights.mapped import mapped_elements
 POSITIONS_COUNT_UP = "position inputs count up by one from token to token"
 MAX_WEIGHT_SIZE = 1 << 24  # elements of a weight that is replaced by synthetic values
 MAX_COPIED_SIZE = 1 << 16  # elements of a table that is copied into the subgraph; larger ones stay in their file
+MAX_COMPUTED_SIZE = 1 << 28  # elements of a computed table that is kept in memory
 
 Feed = Callable[[Rows], np.ndarray]
 
@@ -101,6 +103,8 @@ class ProbeFeeds:
         elif fact.value is not None and fact.dtype is not None and follows_from_length(fact.value):
             numbers, dtype = fact.value, run_dtype(fact.dtype).numpy()
             self._add_feed(value, fact.dtype, numbers.ndim, lambda rows: evaluate(numbers, rows).astype(dtype))
+        elif (table := computed_table(self.flow, value)) is not None:
+            self._add_feed(value, fact.dtype, table.ndim, lambda _rows: table)
         elif is_token(self.flow, value) and value not in self._computed and not self._is_made_of_positions(value):
             self._add_synthetic(value)
         else:
@@ -236,3 +240,26 @@ class ProbeFeeds:
             raise UnsupportedError("the type of a tensor is unknown", code=Code.UNTRACEABLE_SEQUENCE, at=value.name)
         self.feeds[value.name or ""] = feed
         self.types[value.name or ""] = (run_dtype(dtype), rank)
+
+
+def computed_table(flow: TokenFlow, value: ir.Value) -> np.ndarray | None:
+    """Return a large constant that the graph computes from others, to compute it once; None for other values."""
+    if flow.kinds.get(value, ValueKind.CONSTANT) is not ValueKind.CONSTANT or value.producer() is None:
+        return None
+    shape = flow.shapes[value].shape or ()
+    sizes = [size for size in shape if isinstance(size, int)]
+    if len(sizes) < len(shape) or not MAX_COPIED_SIZE < math.prod(sizes) <= MAX_COMPUTED_SIZE:
+        return None
+    sources, nodes = ProbeFeeds(flow), list[ir.Node]()
+    for one in upstream([value], stop=lambda one: constant_tensor(one) is not None):
+        node = one.producer()
+        if constant_tensor(one) is not None:
+            sources.add(one)
+        elif node is not None:
+            nodes.append(node)
+    model = build_model(
+        sorted(dict.fromkeys(nodes), key=flow.order.__getitem__), inputs=sources.types, outputs=[value.name],
+        opsets=flow.opsets, initializers=sources.initializers,
+    )  # fmt: skip
+    (array,) = open_session(model).run(None, sources.arrays(Rows.of_text(1)))
+    return np.asarray(array)

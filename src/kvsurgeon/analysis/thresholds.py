@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.analysis.probe_feeds import computed_table
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
@@ -56,9 +57,23 @@ class Thresholds:
     def _irregular_rows(self, value: ir.Value) -> list[int]:
         """Return the irregular rows of a constant table of which context reads a square part, such as a mask."""
         if value not in self._irregular:
-            table = _table(value)
+            table = self._table(value)
             self._irregular[value] = [] if table is None else irregular_rows(table)
         return self._irregular[value]
+
+    def _table(self, value: ir.Value) -> np.ndarray | None:
+        """Return a constant that is large enough to be a table of positions by positions; None for others."""
+        shape = self.flow.shapes[value].shape or ()
+        sizes = [size for size in shape if isinstance(size, int)]
+        if len(sizes) < max(2, len(shape)) or min(sizes[-2:]) < SMALLEST_TABLE or math.prod(sizes) > MAX_TABLE:
+            return None
+        tensor = constant_tensor(value)
+        if tensor is None:
+            return computed_table(self.flow, value)
+        try:
+            return None if tensor.dtype.is_string() else np.asarray(mapped_elements(tensor))
+        except (OSError, ValueError):  # its file is missing
+            return None
 
 
 def lengths_near(thresholds: Iterable[int]) -> tuple[int, ...]:
@@ -82,18 +97,6 @@ def _lengths(constant: np.ndarray | None) -> set[float]:
     if constant is not None and constant.dtype.kind in FLOAT_KINDS:
         numbers = [number for number in numbers if number > 0]  # others mask scores, not lengths
     return {abs(one) for one in numbers if 1 <= abs(one) < MAX_LENGTH} if len(numbers) <= MAX_NUMBERS else set()
-
-
-def _table(value: ir.Value) -> np.ndarray | None:
-    """Return a constant that is large enough to be a table of positions by positions; None for others."""
-    tensor = constant_tensor(value)
-    shape = () if tensor is None else tuple(int(size) for size in tensor.shape.numpy())
-    if tensor is None or len(shape) < 2 or min(shape[-2:]) < SMALLEST_TABLE or tensor.size > MAX_TABLE:
-        return None
-    try:
-        return None if tensor.dtype.is_string() else np.asarray(mapped_elements(tensor))
-    except (OSError, ValueError):  # its file is missing
-        return None
 
 
 def irregular_rows(table: np.ndarray) -> list[int]:

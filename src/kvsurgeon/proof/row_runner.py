@@ -25,8 +25,8 @@ from kvsurgeon.analysis.probe_inputs import EXTENT, Rows
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner, not_runnable, without_bfloat16
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.input_roles import InputRole
+from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.execution import build_model, initializer, open_session
 from kvsurgeon.graph.query import upstream
@@ -85,7 +85,7 @@ class RowRunner:
             self._shapes = [
                 (flow.shapes[value].shape or (), axes)
                 for value, axes in slices.made()
-                if axes or constant_tensor(value) is None  # a whole table is fed, not computed
+                if axes or flow.kinds.get(value, ValueKind.CONSTANT) is not ValueKind.CONSTANT  # a whole table is fed
             ]
             self._shapes += [(flow.shapes[value].shape or (), flow.axes.get(value, ())) for value in self.inputs.probed]
         except UnsupportedError:
