@@ -249,7 +249,7 @@ def part_of(name: str, dims: Sequence[str | int], inputs: Mapping[str, np.ndarra
             picks.append(slice(start, end))
         elif dim in TOTALS:
             picks.append(slice(0, end))
-        elif isinstance(dim, int) or dim.endswith(BATCH):  # an input may have a batch of its own name
+        elif isinstance(dim, int) or dim not in ("", PAST):  # an input may have a batch of its own name
             picks.append(slice(None))
         else:
             raise ContractError(f"input `{name}` has dims {list(dims)}; `{dim}` is not of the contract")
