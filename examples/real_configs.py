@@ -110,6 +110,28 @@ GEMMA_3_1B = Model(
     },
     layers=[layer(1, 256, rotary=256, window=512)] * 5 + [layer(1, 256, rotary=256)],
 )
+GEMMA_3_4B = Model(
+    name="gemma-3-4b",
+    config="Gemma3TextConfig",
+    model="Gemma3ForCausalLM",
+    settings={
+        "hidden_size": 1280,  # 2560
+        "intermediate_size": 512,  # 10240
+        "num_hidden_layers": 6,  # 34
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "max_position_embeddings": 131072,
+        "sliding_window": 1024,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    layers=[layer(4, 256, rotary=256, window=1024)] * 5 + [layer(4, 256, rotary=256)],
+)
 PHI_3_5_MINI = Model(
     name="phi-3.5-mini-128k",
     config="Phi3Config",
@@ -253,8 +275,8 @@ GRANITE_3_1_8B = Model(
     layers=[layer(8, 128, rotary=128)] * 2,
 )
 MODELS = (
-    *(LLAMA_3_1_8B, MISTRAL_7B, GEMMA_3_1B, PHI_3_5_MINI, GPT_OSS_20B, QWEN_3_8B, QWEN_2_5_1M, MPT_7B, FALCON_7B),
-    GRANITE_3_1_8B,
+    *(LLAMA_3_1_8B, MISTRAL_7B, GEMMA_3_1B, GEMMA_3_4B, PHI_3_5_MINI, GPT_OSS_20B, QWEN_3_8B, QWEN_2_5_1M, MPT_7B),
+    *(FALCON_7B, GRANITE_3_1_8B),
 )
 BUFFERED = (1024, 5000, 8192)  # context lengths of decoders with a mask as a buffer
 
