@@ -279,10 +279,26 @@ OPERATORS: list[Operator] = [
     *_product("Einsum", einsum_notation, traits=(Trait.EINSUM,)),
     *_product("FusedMatMul TransposeMatMul", _GEMM, traits=(Trait.BATCHED_MATMUL,)),
     *_product("Gemm FusedGemm", _GEMM, bias=2, column_parameters=(2,)),
-    *_product("MatMulInteger", matrix_notation, column_parameters=(3,), zero_points=(2, 3)),
-    *_product("MatMulIntegerToFloat", matrix_notation, column_parameters=(3, 5, 6), zero_points=(4, 5)),
-    *_product("DynamicQuantizeMatMul", matrix_notation, column_parameters=(2, 3, 4), dynamic=True),
-    *_product("QLinearMatMul", _QUANTIZED, column_parameters=(4, 5), zero_points=(2, 5)),
+    *_product(
+        "MatMulInteger", matrix_notation, traits=(Trait.BATCHED_MATMUL,), column_parameters=(3,), zero_points=(2, 3)
+    ),
+    *_product(
+        "MatMulIntegerToFloat",
+        matrix_notation,
+        traits=(Trait.BATCHED_MATMUL,),
+        column_parameters=(3, 5, 6),
+        zero_points=(4, 5),
+    ),
+    *_product(
+        "DynamicQuantizeMatMul",
+        matrix_notation,
+        traits=(Trait.BATCHED_MATMUL,),
+        column_parameters=(2, 3, 4),
+        dynamic=True,
+    ),
+    *_product(
+        "QLinearMatMul", _QUANTIZED, traits=(Trait.BATCHED_MATMUL,), column_parameters=(4, 5), zero_points=(2, 5)
+    ),
     *_product("QGemm", _QUANTIZED_GEMM, column_parameters=(4, 5, 6), zero_points=(2, 5)),
     *_product("MatMulNBits MatMulBnb4", packed_notation, traits=(Trait.PACKED_WEIGHTS,)),
     *entries("Conv FusedConv", convolution, convolution_links, Trait.PROJECTION),

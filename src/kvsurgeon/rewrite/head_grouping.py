@@ -82,54 +82,63 @@ class HeadGrouping:
 
     def _regroup(self, operand: CachedOperand, *, is_key: bool) -> None:
         (node, index), point = operand.place, operand.cache_point
-        trace = self._trace(operand) if _is_plain(node) else None
-        found = contraction_of(self.flow.shapes.call(node, self.tokens.before[node]))
-        if trace is None or found is None or (trace.scales and not is_key) or _is_free(node, trace, point):
+        before = self.tokens.before[node]
+        found = contraction_of(self.flow.shapes.call(node, before)) if self._is_plain(node, index) else None
+        trace = None if found is None else self._trace(operand)
+        if found is None or trace is None or (trace.scales and not is_key) or _is_free(node, trace, point):
             return
-        queries = self.tokens.before[node][found.left if index == found.right else found.right]
+        queries = before[found.left if index == found.right else found.right]
         if queries is None or any(self._rank(scale) > self._rank(queries) for _, scale in trace.scales):
             return
         grouped = group_product(found, index, trace, self._sizes(queries), self._sizes(node.outputs[0]))
         if grouped is not None:
             self._rewire(operand, trace, queries, grouped)
 
+    def _is_plain(self, product: ir.Node, index: int) -> bool:
+        """Return whether a product has one scale for all elements of an operand, and is no graph output."""
+        if not has_trait(product, Trait.BATCHED_MATMUL, Trait.EINSUM) or product.outputs[0].is_graph_output():
+            return False
+        before = self.tokens.before[product]
+        scales = [self.flow.shapes[one].shape for one in before if one is not None and one not in self.flow.axes]
+        are_single = all(shape is not None and dim.product(shape) == 1 for shape in scales)
+        return len(before) == 2 or (index > 0 and are_single)
+
     def _rewire(self, operand: CachedOperand, trace: LayoutTrace, queries: ir.Value, grouped: GroupedProduct) -> None:
         """Connect a product to the cache, with the queries of each group as rows."""
         (node, index), point = operand.place, operand.cache_point
         rows, order = self._caches[point.value]
-        query, output = node.inputs[1 - index], node.outputs[0]
+        query, output = node.inputs[0 if index else 1], node.outputs[0]
         assert query is not None
         wanted = CANONICAL if grouped.sums_tokens != _as_matmul(self.editor, node, index) else _TRANSPOSED
         rows = reordered(self.lengths, point, rows, order, wanted)
         for operator, scale in trace.scales:
             inputs = [query, self.tokens.slices.slice_of(scale, ())]
             query = self.editor.node(operator, inputs, name=f"{queries.name}.scaled", dtype=point.dtype)
-        query = self._grouped(query, self._sizes(queries), grouped, point)
-        self.editor.replace_input(node, 0, query)
-        self.editor.replace_input(node, 1, rows)
+        self.editor.replace_input(node, 0, self._grouped(query, queries, grouped, point))
+        self.editor.replace_input(node, index or 1, rows)
         self._ungroup(output, grouped, point)
 
-    def _grouped(self, query: ir.Value, sizes: list[Dimension], grouped: GroupedProduct, point: CachePoint) -> ir.Value:
+    def _grouped(self, query: ir.Value, queries: ir.Value, grouped: GroupedProduct, point: CachePoint) -> ir.Value:
         """Return queries as [batch, heads, rows, width]."""
-        order = grouped.order(grouped.queries)
+        order, dtype = grouped.order(grouped.queries), self.flow.shapes[queries].dtype
         parts = [size for _, size in grouped.queries]
         merged = [point.batch, point.heads, grouped.rows, parts[order[-1]]]
-        for operator, inputs, attributes, after in self._steps(sizes, parts, order, merged):
+        for operator, inputs, attributes, after in self._steps(self._sizes(queries), parts, order, merged):
             query = self.editor.node(
-                operator, [query, *inputs], attributes, name=f"{query.name}.grouped", dtype=point.dtype,
+                operator, [query, *inputs], attributes, name=f"{query.name}.grouped", dtype=dtype,
                 shape=dim_names(after),
             )  # fmt: skip
         return query
 
     def _ungroup(self, output: ir.Value, grouped: GroupedProduct, point: CachePoint) -> None:
         """Give the result of a product, [batch, heads, rows, width], the shape that it had."""
-        order = grouped.order(grouped.result)
+        order, dtype = grouped.order(grouped.result), self.flow.shapes[output].dtype or point.dtype
         parts = [grouped.result[place][1] for place in order]
         before = [point.batch, point.heads, grouped.rows, parts[-1]]
         back = [order.index(place) for place in range(len(order))]
         for operator, inputs, attributes, after in self._steps(before, parts, back, self._sizes(output)):
             shapes = dim_names(before), dim_names(after)
-            output = self.editor.append_to(output, operator, inputs, point.dtype, shapes, attributes)
+            output = self.editor.append_to(output, operator, inputs, dtype, shapes, attributes)
             before = after
 
     def _steps(
@@ -150,11 +159,6 @@ class HeadGrouping:
     def _sizes(self, value: ir.Value) -> list[Dimension]:
         shape = self.flow.shapes[value].shape or ()
         return self.tokens.slices.sizes(shape, self.tokens.axes_at(value, Length.NEW))
-
-
-def _is_plain(product: ir.Node) -> bool:
-    """Return whether a product is one of floating-point numbers, and no graph output."""
-    return has_trait(product, Trait.BATCHED_MATMUL, Trait.EINSUM) and not product.outputs[0].is_graph_output()
 
 
 def _as_matmul(editor: Editor, product: ir.Node, index: int) -> bool:

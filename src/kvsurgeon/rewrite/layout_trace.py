@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.analysis.token_flow import TokenFlow
+from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.resizing.token_data import InputsBefore
@@ -151,6 +154,25 @@ def _repeat(flow: TokenFlow, before: InputsBefore, node: ir.Node, trace: LayoutT
     return replace(trace, axes=tuple(axes), sizes=sizes)
 
 
+def _lookup(flow: TokenFlow, before: InputsBefore, node: ir.Node, trace: LayoutTrace) -> LayoutTrace | None:
+    """Label elements of an axis that indices repeat as repeats."""
+    place, tensor = node.attributes.get_int("axis", 0) % len(trace.axes), constant_tensor(before[node][1])
+    labels = trace.axes[place]
+    counts = [size for label in labels if isinstance(size := trace.sizes[label], int)]
+    if tensor is None or len(tensor.shape) != 1 or len(counts) < len(labels):
+        return None
+    indices, elements = tensor.numpy(), np.arange(math.prod(counts)).reshape(counts)
+    times, rest = divmod(indices.size, elements.size)
+    for split in range(len(labels) + 1):
+        copies = np.repeat(np.expand_dims(elements, split), times, axis=split)
+        if not rest and np.array_equal(copies.reshape(-1), indices):
+            label = f"{REPEATS}.{len(trace.sizes)}"
+            axis = (*labels[:split], label, *labels[split:])
+            axes = (*trace.axes[:place], axis, *trace.axes[place + 1 :])
+            return replace(trace, axes=axes, sizes={**trace.sizes, label: times})
+    return None
+
+
 def _scale(flow: TokenFlow, before: InputsBefore, node: ir.Node, trace: LayoutTrace) -> LayoutTrace | None:
     index = _token_input(flow, before[node])
     scale = before[node][1 - index]
@@ -170,7 +192,7 @@ _Rule = Callable[[TokenFlow, InputsBefore, ir.Node, LayoutTrace], "LayoutTrace |
 
 _RULES: dict[Trait, _Rule] = {
     Trait.RESHAPE: _reshape, Trait.TRANSPOSE: _transpose, Trait.REPEAT: _repeat, Trait.SCALE: _scale,
-    Trait.IDENTITY: _cast,
+    Trait.IDENTITY: _cast, Trait.LOOKUP: _lookup,
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from kvsurgeon.io.gc_pause import gc_paused
 from kvsurgeon.passes.cache.separate_cross_attention import SeparateCrossAttention
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.options import check_count
-from kvsurgeon.proof.proof import Proof
+from kvsurgeon.proof.proof import Proof, prove
 from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.resizing.token_data import InputsBefore
 from kvsurgeon.rewrite.cache_injection import CacheValues, inject_cache
@@ -30,6 +30,7 @@ from kvsurgeon.rewrite.cache_metadata import read_cache_metadata, write_cache_me
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_plan import plan_cache
 from kvsurgeon.rewrite.cache_removal import with_separate_caches
+from kvsurgeon.rewrite.late_repetition import with_late_repetition
 from kvsurgeon.symbolic.dimension import NEW, TOTAL
 
 SelectMatches = Callable[[Analysis, Proof], Sequence[FusionMatch]]
@@ -128,7 +129,9 @@ def inject(
         UsageError: Two options exclude each other, or a name template does not give unique names.
     """
     with deep_recursion():
-        analysis, proof = _analyzed(subject), subject.proof()
+        given, assumed = _analyzed(subject), subject.decomposed().assumed
+        analysis = with_late_repetition(given)
+        proof = subject.proof() if analysis is given else prove(analysis, assumed)
         subject.changed()  # the analysis refers to the graph that is edited below
         plan = plan_cache(options, analysis, proof)
         matches = () if select is None else select(analysis, proof)
