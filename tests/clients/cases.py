@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from kvsurgeon.runtime import UncachedDecoder, open_session
+from kvsurgeon.runtime import UncachedDecoder, ValueInfo, open_session
+from kvsurgeon.runtime.tensors import from_runtime, to_runtime
+from kvsurgeon.workflow.build_target import ENCODER
 
 SMOLLM2_NEW = 32
 VOCABULARY = 40  # token ids that any model has
@@ -25,6 +27,7 @@ class Case:
         mask: Attention mask `[batch, length]`, 0 for padding.
         new: Number of tokens to generate.
         chunk: Length of the chunks of the prompt; None for one chunk.
+        encoder: Inputs of the encoder by name, of an encoder-decoder model; empty for another one.
     """
 
     name: str
@@ -32,6 +35,7 @@ class Case:
     mask: list[list[int]]
     new: int
     chunk: int | None = None
+    encoder: dict[str, list] = field(default_factory=dict)
 
     def request(self) -> dict:
         """Return the request to a client."""
@@ -51,6 +55,27 @@ def small_cases(*, batch: bool, padded: bool, chunked: bool, new: int) -> Iterat
         yield Case(name="padded", ids=np.where(mask, ids, 0).tolist(), mask=mask.tolist(), new=new)
     if chunked:
         yield Case(name="chunked", ids=ids[:1].tolist(), mask=ones[:1].tolist(), new=new, chunk=4)
+
+
+def encoder_cases(folder: Path, *, new: int) -> Iterator[Case]:
+    """Yield the cases of an encoder-decoder model: one text or sound, and two, one of them with padding at its end."""
+    random = np.random.default_rng(7)
+    arrays = {one.name: _encoder_input(one, random) for one in open_session(folder / ENCODER, threads=1).inputs}
+    start = json.loads((folder / "config.json").read_text("utf-8"))["decoder_start_token_id"]
+    for name, rows in (("single", 1), ("batch", 2)):
+        encoder = {key: array[:rows].tolist() for key, array in arrays.items()}
+        yield Case(name=name, ids=[[start]] * rows, mask=[[1]] * rows, new=new, encoder=encoder)
+
+
+def _encoder_input(tensor: ValueInfo, random: np.random.Generator) -> np.ndarray:
+    shape = [2, *(dim if isinstance(dim, int) else 9 for dim in tensor.dims[1:])]
+    if tensor.floating:
+        return random.standard_normal(shape).astype(np.float32)
+    if "mask" not in tensor.name:
+        return random.integers(3, VOCABULARY, shape)
+    mask = np.ones(shape, np.int64)
+    mask[1, 6:] = 0
+    return mask
 
 
 def smollm2_cases(expected: Path, *, chunked: bool) -> list[tuple[Case, list[list[int]]]]:
@@ -75,8 +100,19 @@ def expected_tokens(original: Path, case: Case) -> list[list[int]]:
     """Return the tokens of greedy decoding, which runs the whole text for each token."""
     decoder = UncachedDecoder(open_session(original, threads=1))
     ids, mask = np.array(case.ids), np.array(case.mask)
+    encoded = _encoder_output(original.parent, case) if case.encoder else {}
     for _ in range(case.new):
-        logits = decoder.run(decoder.inputs.feeds(ids, mask))[decoder.logits]
+        feeds = decoder.inputs.feeds(ids, mask)
+        logits = decoder.run(feeds | {name: array for name, array in encoded.items() if name in feeds})[decoder.logits]
         ids = np.concatenate([ids, logits[:, -1:].argmax(-1)], axis=1)
         mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
     return ids[:, -case.new :].tolist()
+
+
+def _encoder_output(folder: Path, case: Case) -> dict[str, np.ndarray]:
+    """Return the inputs of the decoder that come from the encoder."""
+    session = open_session(folder / ENCODER, threads=1)
+    given = {one.name: np.array(case.encoder[one.name]).astype(one.dtype) for one in session.inputs}
+    (output,) = session.run({name: to_runtime(array) for name, array in given.items()}).values()
+    mask = {"encoder_attention_mask": given["attention_mask"]} if "attention_mask" in given else {}
+    return {"encoder_hidden_states": from_runtime(output), **mask}

@@ -26,6 +26,7 @@ class Client:
         node: Whether it runs in Node.
         home: Name of its environment; None for the name of the target.
         uncached: Argument of the script to run a model without a cache; None if it cannot.
+        encoder: Whether its models have an encoder.
     """
 
     target: str
@@ -39,6 +40,7 @@ class Client:
     node: bool = False
     home: str | None = None
     uncached: str | None = None
+    encoder: bool = False
 
     def command(self, environments: Path, python: str) -> tuple[list[str], Path]:
         """Return the command and the working directory of the client; its environment is created if it is missing."""
@@ -70,6 +72,14 @@ CLIENTS = {
         requirements=("optimum-onnx[onnxruntime]==0.1.0",),
         script="optimum_client.py",
     ),
+    "optimum-seq2seq": Client(
+        target="optimum-seq2seq",
+        requirements=("optimum-onnx[onnxruntime]==0.1.0",),
+        script="optimum_seq2seq_client.py",
+        home="optimum",
+        new=32,
+        encoder=True,
+    ),
     "genai": Client(
         target="genai",
         requirements=("onnxruntime-genai==0.18.0", "numpy"),
@@ -85,11 +95,28 @@ CLIENTS = {
         padded=False,
         chunked=True,
     ),
+    "genai-whisper": Client(
+        target="genai-whisper",
+        requirements=("onnxruntime-genai==0.18.0", "numpy"),
+        script="genai_whisper_client.py",
+        home="genai",
+        new=32,
+        encoder=True,
+    ),
     "transformers-js": Client(
         target="transformers-js",
         requirements=("@huggingface/transformers@4.3.2",),
         script="transformers_js_client.mjs",
         node=True,
+    ),
+    "transformers-js-seq2seq": Client(
+        target="transformers-js-seq2seq",
+        requirements=("@huggingface/transformers@4.3.2",),
+        script="transformers_js_seq2seq_client.mjs",
+        home="transformers-js",
+        node=True,
+        new=32,
+        encoder=True,
     ),
     "openvino": Client(
         target="openvino",

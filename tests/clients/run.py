@@ -27,7 +27,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from cases import small_cases, smollm2_cases, takes_padding
+from cases import encoder_cases, small_cases, smollm2_cases, takes_padding
 from corpus_models import families
 from environments import CLIENTS, DEFAULT_PYTHON, Client
 from isolated_run import Cases, Outcome, run_isolated
@@ -99,6 +99,8 @@ class _Runs:
 
     def small(self, model: Path) -> Outcome:
         client = self.client
+        if client.encoder:
+            return self._outcome(model, [(case, None) for case in encoder_cases(model, new=client.new)])
         padded = client.padded and takes_padding(find_model(model))
         cases = small_cases(batch=client.batch, padded=padded, chunked=client.chunked, new=client.new)
         return self._outcome(model, [(case, None) for case in cases])

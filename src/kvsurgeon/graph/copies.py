@@ -1,6 +1,8 @@
-"""Copies of models."""
+"""Copies of models, and models made of two."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
@@ -10,3 +12,37 @@ def copy_model(model: ir.Model) -> ir.Model:
     copy = model.clone()
     copy.meta.update(model.meta)
     return copy
+
+
+def move_nodes(
+    source: ir.Graph, graph: ir.Graph, given: Mapping[str, ir.Value], *, prefix: str, branch: ir.Graph | None = None
+) -> list[ir.Value]:
+    """Move the nodes and weights of one graph into another, and return the values that were its outputs.
+
+    Args:
+        source: The graph, which is empty afterwards.
+        graph: Takes its weights, and its inputs that are not given.
+        given: Values of `graph` in place of inputs, by name.
+        prefix: Prefix of the names of nodes, values and weights, which makes them unique.
+        branch: A subgraph of `graph` that takes the nodes; None for `graph` itself.
+    """
+    outputs = list(source.outputs)
+    source.outputs.clear()
+    for value in list(source.inputs):
+        source.inputs.remove(value)
+        if value.name in given:
+            value.replace_all_uses_with(given[value.name or ""])
+        else:
+            graph.inputs.append(value)
+    for value in list(source.initializers.values()):
+        del source.initializers[value.name or ""]
+        value.name = f"{prefix}{value.name}"
+        graph.initializers[value.name] = value
+    nodes = list(source)
+    source.remove(nodes)
+    for node in nodes:
+        node.name = f"{prefix}{node.name}" if node.name else node.name
+        for value in node.outputs:
+            value.name = f"{prefix}{value.name}"
+    (graph if branch is None else branch).extend(nodes)
+    return outputs

@@ -106,8 +106,8 @@ def save_variants(
         progress: Called while a file is written.
         side_files_folder: The folder for side files, if it is not that of the model.
         side_files: Texts of further side files by name; they replace those of the source.
-        data: Name of the first file of external data; further ones are called `data_1`, `data_2`, ... If None, files
-            keep their names.
+        data: Name of the first file of external data of each model, {file} being the name of its file; further ones
+            are called `data_1`, `data_2`, ... If None, files keep their names, and variants share them.
 
     Raises:
         UsageError: The destination cannot be written to, or has another file under the name of one of these models'.
@@ -115,15 +115,9 @@ def save_variants(
         WeightsError: External data is missing.
     """
     folder = Path(destination).absolute()
-    name, model = next(iter(models.items()))
-    written = weights_to_write(tuple(models.values()), pack=pack)
-    replaced = {id(value.const_value) for value in written}
-    kept = [tensor for one in models.values() for tensor in external_tensors(one) if id(tensor) not in replaced]
-    files = _data_files(kept, folder)
-    names, new_file = _data_names(folder / name, files, data)
-    renamed = [replace(file, location=names.get(file.location, file.location)) for file in files]
     side_folder = folder if side_files_folder is None else Path(side_files_folder).absolute()
     sources = frozenset(Path(tensor.path).resolve() for one in models.values() for tensor in external_tensors(one))
+    model = next(iter(models.values()))
     try:
         with file_transaction() as transaction, progress_bar(progress) as on_progress:
             provider = FileProvider(
@@ -131,14 +125,28 @@ def save_variants(
             )
             transaction.make_folder(folder)
             remove_stale(folder)
-            provider.provide_weights(renamed, folder)
             _save_side_files(model, _origin(model, source), side_folder, side_files or {}, provider)
-            with written_to_file(written, new_file, transaction, on_progress) if written else nullcontext():
-                for file_name, one in models.items():
-                    _write(one, folder / file_name, names, provider)
+            for group in [models] if data is None else [{name: one} for name, one in models.items()]:
+                _save_group(group, folder, data, provider, pack=pack)
     except OSError as error:
         raise UsageError(f"cannot write to `{folder}`: {error.strerror or error}") from error
     return transaction.written
+
+
+def _save_group(
+    models: Mapping[str, ir.Model], folder: Path, data: str | None, provider: FileProvider, *, pack: bool
+) -> None:
+    """Save models with one set of data files."""
+    written = weights_to_write(tuple(models.values()), pack=pack)
+    replaced = {id(value.const_value) for value in written}
+    kept = [tensor for one in models.values() for tensor in external_tensors(one) if id(tensor) not in replaced]
+    files = _data_files(kept, folder)
+    names, new_file = _data_names(folder / next(iter(models)), files, data)
+    renamed = [replace(file, location=names.get(file.location, file.location)) for file in files]
+    provider.provide_weights(renamed, folder)
+    with written_to_file(written, new_file, provider.transaction, provider.on_progress) if written else nullcontext():
+        for file_name, one in models.items():
+            _write(one, folder / file_name, names, provider)
 
 
 def side_files_of(model: ir.Model, source: Path) -> dict[str, Path | str]:
@@ -202,7 +210,7 @@ def _data_names(target: Path, files: Sequence[WeightFile], data: str | None) -> 
         names = chain([f"{target.name}.data"], (f"{target.name}-{number}.data" for number in count(2)))
         free = (name for name in names if name not in taken and not target.with_name(name).exists())
         return {}, target.with_name(next(free))
-    numbered = _numbered(data)
+    numbered = _numbered(data.format(file=target.name))
     renamed = dict(zip((file.location for file in files), numbered, strict=False))
     return renamed, target.with_name(next(name for name in numbered if name not in renamed))
 

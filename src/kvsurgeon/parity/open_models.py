@@ -18,6 +18,7 @@ from kvsurgeon.runtime.axes import (
     cache_entries,
     cache_mismatch,
     find_presents,
+    is_cross_attention,
     is_past,
     may_be_past,
     present_name,
@@ -128,7 +129,9 @@ def _decoder(session: Session, other: Session) -> AnyDecoder:
     """
     names = {tensor.name for tensor in (*other.inputs, *other.outputs)}
     new_outputs = [one for one in session.outputs if _is_new(one, names)]
-    named = [one for one in session.outputs if "present" in one.name or one in new_outputs]
+    named = [
+        one for one in session.outputs if one in new_outputs or ("present" in one.name and not is_cross_attention(one))
+    ]
     pasts = [one for one in session.inputs if _is_past(one, other, names, named or session.outputs)]
     if len(pasts) > len(named) > 0:
         pasts = _without_given(pasts, {one.name for one in session.outputs})
@@ -157,7 +160,7 @@ def _with_dims_of(past: ValueInfo, others: Sequence[ValueInfo]) -> ValueInfo:
 
 
 def _is_new(tensor: ValueInfo, names: Collection[str]) -> bool:
-    return tensor.name not in names and len(tensor.dims) > 2
+    return tensor.name not in names and len(tensor.dims) > 2 and not is_cross_attention(tensor)
 
 
 def _with_cache_tolerance(report: Report, candidate: AnyDecoder) -> Report:

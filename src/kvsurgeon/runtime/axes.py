@@ -125,7 +125,7 @@ def find_cache(
 def find_presents(pasts: Sequence[ValueInfo], outputs: Sequence[ValueInfo]) -> list[ValueInfo]:
     """Return the present outputs: by name, else all outputs with the type and rank of a past."""
     candidates = (
-        [tensor for tensor in outputs if "present" in tensor.name],
+        [tensor for tensor in outputs if "present" in tensor.name and not is_cross_attention(tensor)],
         [tensor for tensor in outputs if tensor.name.startswith("past")],
         [tensor for tensor in outputs if _matches_any(tensor, pasts)],
     )
@@ -143,13 +143,18 @@ def may_be_past(tensor: ValueInfo, presents: Sequence[ValueInfo]) -> bool:
 def is_past(tensor: ValueInfo) -> bool:
     """Whether an input is a past: by its name, or because it has an axis of cached tokens only."""
     axes = set(axes_of(tensor))
-    if ".encoder." in tensor.name:
-        return False  # keys and values of cross-attention, which no output updates
+    if is_cross_attention(tensor):
+        return False
     if tensor.name.startswith("past_key_values.") or {"past", "capacity"} & axes:
         return True
     if "max" in axes and "sequence" not in axes and any(isinstance(dim, int) and dim > 1 for dim in tensor.dims):
         return True
     return tensor.name.startswith("past") and len(tensor.dims) > 2
+
+
+def is_cross_attention(tensor: ValueInfo) -> bool:
+    """Whether an input or output has keys or values of cross-attention by its name: they get no rows of tokens."""
+    return ".encoder." in tensor.name
 
 
 def shape_with_rows(tensor: ValueInfo, axis: int, batch: int, rows: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from kvsurgeon.errors import UsageError
 from kvsurgeon.runtime.axes import Axis, CacheIO, axes_of, axis_of, find_cache, slice_axes
 from kvsurgeon.runtime.cache_managers import UNFILLED, find_length_input, open_cache_manager, read_cache_metadata
 from kvsurgeon.runtime.feeds import DecoderInputs, InputSpec, fixed_size, inputs_of, pad_axis
+from kvsurgeon.runtime.first_call import FirstCall
 from kvsurgeon.runtime.open_dims import resolve_axes, resolve_head_dims
 from kvsurgeon.runtime.session import Session
 from kvsurgeon.runtime.tensors import Array, ValueInfo, from_runtime, to_runtime
@@ -53,10 +54,12 @@ class CachedDecoder:
         self.cache_manager = open_cache_manager(cache, self._declared)
         presents = {entry.present for entry in cache}
         self._length_input = find_length_input(session.inputs, cache)
-        self._branch_inputs = [tensor for tensor in session.inputs if tensor.name == "use_cache_branch"]
-        inputs = [one for one in session.inputs if one != self._length_input and one not in self._branch_inputs]
+        self._first_call = FirstCall(session.inputs, session.outputs)
+        others = self._first_call.names
+        inputs = [one for one in session.inputs if one != self._length_input and one.name not in others]
         self.use_inputs(inputs_of(inputs, {entry.past.name for entry in cache}))
-        self.outputs = tuple(self._declared.with_dims(one) for one in session.outputs if one.name not in presents)
+        outputs = (one for one in session.outputs if one.name not in presents | others)
+        self.outputs = tuple(self._declared.with_dims(one) for one in outputs)
         self.past_length = 0
         cache = resolve_axes(resolve_head_dims(cache, self._run_one_token), self._run_one_token, UNFILLED)
         self.cache_manager = open_cache_manager(cache, self._declared)
@@ -157,10 +160,10 @@ class CachedDecoder:
         if self._length_input is not None:
             shape = [dim if isinstance(dim, int) else batch for dim in self._length_input.dims]
             arrays[self._length_input.name] = np.full(shape, past, self._length_input.dtype)
-        for tensor in self._branch_inputs:  # of a merged decoder: another branch makes the first call
-            arrays[tensor.name] = np.full([dim if isinstance(dim, int) else 1 for dim in tensor.dims], past > 0)
         values = {name: to_runtime(array) for name, array in arrays.items()} | pasts
+        values |= self._first_call.feeds(batch, first=not past)
         results = self.session.run(values, self.cache_manager.bound_outputs)
+        self._first_call.store(results, first=not past)
         self.cache_manager.store(results, past, new, size)
         self.past_length = past + new
         before, _ = self.cache_manager.mask_padding(past, past + new, size)

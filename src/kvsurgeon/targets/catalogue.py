@@ -10,9 +10,12 @@ from kvsurgeon.targets.target import Target
 
 BUILT_IN = {
     "optimum": "kvsurgeon.targets.optimum:OPTIMUM",
+    "optimum-seq2seq": "kvsurgeon.targets.optimum_seq2seq:OPTIMUM_SEQ2SEQ",
     "genai": "kvsurgeon.targets.genai:GENAI",
     "genai-shared-buffer": "kvsurgeon.targets.genai:GENAI_SHARED_BUFFER",
+    "genai-whisper": "kvsurgeon.targets.genai_whisper:GENAI_WHISPER",
     "transformers-js": "kvsurgeon.targets.transformers_js:TRANSFORMERS_JS",
+    "transformers-js-seq2seq": "kvsurgeon.targets.transformers_js_seq2seq:TRANSFORMERS_JS_SEQ2SEQ",
     "deepsparse": "kvsurgeon.targets.deepsparse:DEEPSPARSE",
     "openvino": "kvsurgeon.targets.openvino:OPENVINO",
     "tensorrt": "kvsurgeon.targets.tensorrt:TENSORRT",

@@ -41,7 +41,7 @@ def operator_name(operator: Operator) -> str:
 
 def _check_interface(target: Target, model: ModelInfo) -> Iterator[Incompatibility]:
     if not model.cache:
-        yield Incompatibility(f"expected a cache named {target.cache.past}, found none")
+        yield Incompatibility(f"expected a cache named {target.cache.of_decoder.past}, found none")
     names = [tensor.name for tensor in (*model.inputs, *model.outputs)]
     for name in target.required:
         if name not in names:

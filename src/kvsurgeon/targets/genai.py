@@ -14,9 +14,9 @@ from kvsurgeon.targets.target import Incompatibility, Target, warning
 
 _INPUTS = ("input_ids", "attention_mask", "position_ids")
 _IDS = {"int64", "int32"}
-_FLOATS = {"float32", "float16", "bfloat16"}
+FLOATS = {"float32", "float16", "bfloat16"}
 _DEFAULT_EOS = 0  # as in onnxruntime-genai
-_DEFAULT_LENGTH = 4096  # tokens
+DEFAULT_LENGTH = 4096  # tokens
 
 
 def genai_config(model: ModelInfo, *, shared_buffer: bool = False) -> Mapping[str, Any]:
@@ -31,16 +31,13 @@ def genai_config(model: ModelInfo, *, shared_buffer: bool = False) -> Mapping[st
     for kind in sorted({pair.kind for pair in model.cache}):
         inputs[f"past_{kind}_names"] = f"past_key_values.%d.{kind}"
         outputs[f"present_{kind}_names"] = f"present.%d.{kind}"
-    length = model.max_length or _DEFAULT_LENGTH
-    bos, eos, pad = (_tokens(model, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id"))
-    eos = eos or [_DEFAULT_EOS]
-    tokens = {"bos_token_id": bos[:1], "eos_token_id": eos, "pad_token_id": (pad or eos)[:1]}
+    length = model.max_length or DEFAULT_LENGTH
     return {
         "model": {
             "type": "decoder",
             "vocab_size": model.vocab_size,
             "context_length": length,
-            **{name: ids if len(ids) > 1 else ids[0] for name, ids in tokens.items() if ids},
+            **special_tokens(model),
             "decoder": {
                 "filename": "model.onnx",
                 "session_options": {"provider_options": []},
@@ -54,6 +51,23 @@ def genai_config(model: ModelInfo, *, shared_buffer: bool = False) -> Mapping[st
         },
         "search": {"max_length": length, "past_present_share_buffer": shared_buffer, "num_beams": 1},
     }
+
+
+def special_tokens(model: ModelInfo) -> dict[str, Any]:
+    """Return the special tokens of `genai_config.json`."""
+    bos, eos, pad = (_tokens(model, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id"))
+    eos = eos or [_DEFAULT_EOS]
+    tokens = {"bos_token_id": bos[:1], "eos_token_id": eos, "pad_token_id": (pad or eos)[:1]}
+    return {name: ids if len(ids) > 1 else ids[0] for name, ids in tokens.items() if ids}
+
+
+def check_end_token(model: ModelInfo) -> Iterator[Incompatibility]:
+    """Warn if the config has no end token, which onnxruntime-genai requires."""
+    if not _tokens(model, "eos_token_id"):
+        yield warning(
+            f"the config has no eos_token_id in the vocabulary: genai_config.json has {_DEFAULT_EOS}",
+            at="genai_config.json",
+        )
 
 
 def _tokens(model: ModelInfo, name: str) -> list[int]:
@@ -81,7 +95,7 @@ def _check(model: ModelInfo) -> Iterator[Incompatibility]:
         yield Incompatibility("expected attention_mask and position_ids of one type, found int64 and int32")
     if model.max_length is None:
         yield warning(
-            f"neither graph nor config limit the length of a text: genai_config.json has {_DEFAULT_LENGTH}",
+            f"neither graph nor config limit the length of a text: genai_config.json has {DEFAULT_LENGTH}",
             at="genai_config.json",
         )
     if "position_ids" not in model.input_names:
@@ -90,11 +104,7 @@ def _check(model: ModelInfo) -> Iterator[Incompatibility]:
             "that it counts",
             hint="run add-position-ids first",
         )
-    if not _tokens(model, "eos_token_id"):
-        yield warning(
-            f"the config has no eos_token_id in the vocabulary: genai_config.json has {_DEFAULT_EOS}",
-            at="genai_config.json",
-        )
+    yield from check_end_token(model)
 
 
 GENAI = Target(
@@ -102,8 +112,8 @@ GENAI = Target(
     summary="onnxruntime_genai.Model(folder) of onnxruntime-genai",
     tested_with="onnxruntime-genai 0.18.0",
     allowed_inputs=frozenset(_INPUTS),
-    dtypes={name: _IDS for name in _INPUTS} | {"logits": _FLOATS},
-    cache_dtypes=_FLOATS,
+    dtypes={name: _IDS for name in _INPUTS} | {"logits": FLOATS},
+    cache_dtypes=FLOATS,
     static_axes=(1, 3),
     required_files=("tokenizer.json", "tokenizer_config.json"),
     side_files={"genai_config.json": genai_config},

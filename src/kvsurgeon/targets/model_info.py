@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from kvsurgeon.io.data_file import weights_to_write
 from kvsurgeon.io.external_data import external_tensors
 from kvsurgeon.io.model_config import longest_text
 from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.cache.separate_cross_attention import SeparateCrossAttention
 
 Operator = tuple[str, str]  # domain ("" for ONNX's own) and type
 
@@ -57,6 +59,7 @@ class ModelInfo:
         inputs: The inputs other than the cache.
         outputs: The outputs other than the cache.
         cache: The cache, in the order of its layers.
+        cross_attention: The inputs of keys and values of cross-attention, in the order of their layers.
         opset: Opset version of ONNX's own operators.
         operators: Every operator of the model, functions and subgraphs included, with the name of one output.
         decoder: The facts about the model before injection; None if they are not known.
@@ -65,11 +68,13 @@ class ModelInfo:
         metadata: The metadata of the model.
         source_files: Contents of the source's files that the side files of the target replace, if JSON objects.
         token_limit: Number of tokens that a text may have at the target; None if the target has no such limit.
+        encoder: The encoder, whose output the decoder reads; None if the target has none.
     """
 
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     cache: tuple[CachePairInfo, ...]
+    cross_attention: tuple[TensorInfo, ...] = ()
     opset: int
     operators: Mapping[Operator, str]
     decoder: Decoder | None = None
@@ -78,6 +83,7 @@ class ModelInfo:
     metadata: Mapping[str, str] = field(default_factory=dict)
     source_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     token_limit: int | None = None
+    encoder: ModelInfo | None = None
 
     @classmethod
     def of(cls, model: ir.Model, cache: Inject, **facts: Any) -> ModelInfo:
@@ -86,15 +92,19 @@ class ModelInfo:
         Args:
             model: The model.
             cache: The pass that named its cache.
-            **facts: The fields that the model does not give: decoder, config, source_files and token_limit.
+            **facts: The fields that the model does not give: decoder, config, source_files, token_limit and encoder.
         """
-        pairs = tuple(_cache_pairs(model, cache))
-        in_cache = {tensor.name for pair in pairs for tensor in (pair.past, pair.present)}
+        pairs = tuple(_cache_pairs(model, cache.of_decoder))
+        given = dict(_cross_attention(model))
+        in_cache = {tensor.name for pair in pairs for tensor in (pair.past, pair.present)} | {
+            name for past, present in given.items() for name in (past.name, present)
+        }
         nodes = [*model.graph.all_nodes(), *(node for one in model.functions.values() for node in one.all_nodes())]
         return cls(
             inputs=tuple(_tensor(value) for value in model.graph.inputs if value.name not in in_cache),
             outputs=tuple(_tensor(value) for value in model.graph.outputs if value.name not in in_cache),
             cache=pairs,
+            cross_attention=tuple(given),
             opset=model.graph.opset_imports.get("", 1),
             operators={(node.domain, node.op_type): node.outputs[0].name or "" for node in reversed(nodes)},
             data_files=_data_files(model),
@@ -160,6 +170,16 @@ def _cache_pairs(model: ir.Model, cache: Inject) -> Iterator[CachePairInfo]:
             if past in inputs and present in outputs:
                 pair = _tensor(inputs[past]), _tensor(outputs[present])
                 yield CachePairInfo(layer=layer, kind=kind, past=pair[0], present=pair[1])
+
+
+def _cross_attention(model: ir.Model) -> Iterator[tuple[TensorInfo, str]]:
+    """Yield the inputs of keys and values of cross-attention, with the names of the outputs that return them."""
+    names = SeparateCrossAttention()
+    inputs = {value.name: value for value in model.graph.inputs}
+    for layer, kind in itertools.product(range(len(inputs)), ("key", "value")):
+        past, present = (template.format(layer=layer, kind=kind) for template in (names.past, names.present))
+        if past in inputs:
+            yield _tensor(inputs[past]), present
 
 
 def _data_files(model: ir.Model) -> int:

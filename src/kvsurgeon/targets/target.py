@@ -61,8 +61,10 @@ class Target:
         file: Path of the model in the folder of the target.
         variants: Files that replace the model, with all sizes fixed: number of tokens of a call, by file name. They
             share their weights.
-        data: Name of the first external data file, in the folder of the model; further ones end in `_1`, `_2`, ...
-            None to keep the names.
+        encoder: Path of the encoder in the folder of the target, for decoders that read its output; it also computes
+            what a second model computes for the decoder. None if the client has no encoder.
+        data: Name of the first external data file of a model, in its folder, {file} being the name of its file; further
+            ones end in `_1`, `_2`, ... None to keep the names.
         required: Inputs and outputs that the client requires.
         allowed_inputs: Inputs that the client can feed, besides the cache; None for any.
         dtypes: Element types that an input or output may have, by name.
@@ -88,6 +90,7 @@ class Target:
     max_length: int | None = None
     file: str = "model.onnx"
     variants: Mapping[str, int] = field(default_factory=dict)
+    encoder: str | None = None
     data: str | None = None
     required: tuple[str, ...] = ("input_ids", "logits")
     allowed_inputs: Set[str] | None = None
@@ -110,7 +113,8 @@ class Target:
     @property
     def files(self) -> tuple[str, ...]:
         """Paths of all model files."""
-        return tuple(self.variants) or (self.file,)
+        encoder = () if self.encoder is None else (self.encoder,)
+        return (*(self.variants or (self.file,)), *encoder)
 
     def with_max_length(self, max_length: int) -> Target:
         """Return the target for texts of at most `max_length` tokens."""

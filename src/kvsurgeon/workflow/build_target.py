@@ -15,15 +15,18 @@ from kvsurgeon.anatomy import Decoder
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.io.json_files import read_json
 from kvsurgeon.io.model_config import head_changes, updated_config
-from kvsurgeon.passes.contract import Source, Subject
+from kvsurgeon.passes.contract import Companion, Source, Subject
 from kvsurgeon.passes.shapes.fix_shapes import FixShapes
 from kvsurgeon.targets import TARGETS, Incompatibility, ModelInfo, Target, find_incompatibilities
 from kvsurgeon.targets.target import warning
+from kvsurgeon.workflow.companions import appended
 from kvsurgeon.workflow.pipeline import PassResult, Pipeline, PipelineRun
 from kvsurgeon.workflow.run_and_save import note_unreadable, reference_of, verify_run
 
 if TYPE_CHECKING:
     from kvsurgeon.parity import Effort, Progress
+
+ENCODER = "encoder_model.onnx"  # as exporters call it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,8 @@ def build_target(
     if reference is not None:
         run = verify_run(run, reference, effort=effort, seed=seed, progress=progress)
     models, steps = _finish(subject, target)
-    infos = _describe(models, run.model, target, decoder, subject)
+    encoder = _encoder(target, subject.folder, run.companions)
+    infos = _describe(models, run.model, encoder, target, decoder, subject)
     warnings = _check(infos, target, subject.folder)
     _stop_if_blocked(warnings, target)
     path: Path | None = None
@@ -104,7 +108,7 @@ def build_target(
     if destination is not None:
         origin = source if isinstance(source, str | Path) else None
         options = {"source": origin, "link_weights": link_weights, "pack": pack, "force": force}
-        path, files = _save(models, infos[0], target, Path(destination), **options)
+        path, files = _save(models, encoder, infos[0], target, Path(destination), **options)
     return TargetResult(
         model=next(iter(models.values())), folder=run.folder, steps=(*run.steps, *steps), path=path, files=files,
         verification=run.verification, loss=run.loss, target=target, models=models, warnings=warnings,
@@ -125,7 +129,8 @@ def check_target(
     try:
         run, target, decoder = _inject(subject, target, {})
         models, _ = _finish(subject, target)
-        infos = _describe(models, run.model, target, decoder, subject)
+        encoder = _encoder(target, subject.folder, run.companions)
+        infos = _describe(models, run.model, encoder, target, decoder, subject)
     except UnsupportedError as error:
         return (Incompatibility(str(error)),)
     return _check(infos, target, subject.folder)
@@ -193,10 +198,34 @@ def _finish(subject: Subject, target: Target) -> tuple[dict[str, ir.Model], tupl
     return models, steps
 
 
+def _encoder(target: Target, folder: Path | None, companions: Mapping[str, Companion]) -> ir.Model | None:
+    """Return the encoder, which also computes what the companions of the decoder do; None if the target has none.
+
+    Raises:
+        UnsupportedError: There is no encoder next to the decoder, or the companions cannot be added to it.
+        InputError: The encoder cannot be read.
+    """
+    if target.encoder is None:
+        return None
+    path = _find_source_file(folder, ENCODER)
+    if path is None:
+        raise UnsupportedError(
+            f"target {target.name}: there is no encoder next to the decoder", code=Code.TARGET, expected=f"`{ENCODER}`",
+            hint="export the encoder to a file of this name",
+        )  # fmt: skip
+    return appended(io.load(path), companions)
+
+
 def _describe(
-    models: Mapping[str, ir.Model], injected: ir.Model, target: Target, decoder: Decoder, subject: Subject
+    models: Mapping[str, ir.Model],
+    injected: ir.Model,
+    encoder: ir.Model | None,
+    target: Target,
+    decoder: Decoder,
+    subject: Subject,
 ) -> list[ModelInfo]:
-    facts = {
+    facts: dict[str, Any] = {
+        "encoder": None if encoder is None else ModelInfo.of(encoder, target.cache),
         "decoder": decoder,
         "config": updated_config(subject.config or {}, head_changes(injected)),
         "source_files": _read_source_files(target, subject.folder),
@@ -224,7 +253,12 @@ def _stop_if_blocked(found: Sequence[Incompatibility], target: Target) -> None:
 
 
 def _save(
-    models: Mapping[str, ir.Model], info: ModelInfo, target: Target, destination: Path, **options: Any
+    models: Mapping[str, ir.Model],
+    encoder: ir.Model | None,
+    info: ModelInfo,
+    target: Target,
+    destination: Path,
+    **options: Any,
 ) -> tuple[Path, tuple[io.WrittenFile, ...]]:
     """Write the folder; return the path of the model file, or of the folder if it holds several, and all files."""
     contents = {name: writer(info) for name, writer in target.side_files.items()}
@@ -238,6 +272,8 @@ def _save(
         return destination, io.save_variants(models, destination, **options)
     path = destination / target.file
     models = {path.name: models[target.file]}
+    if encoder is not None and target.encoder is not None:
+        models[Path(target.encoder).name] = encoder
     return path, io.save_variants(models, path.parent, side_files_folder=destination, **options)
 
 

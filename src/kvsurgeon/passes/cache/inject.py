@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ from kvsurgeon.fusion.operator_mask import padding_mask
 from kvsurgeon.fusion.operators import GROUP_QUERY_ATTENTION
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.io.gc_pause import gc_paused
-from kvsurgeon.passes.cache.separate_cross_attention import SeparateCrossAttention
+from kvsurgeon.passes.cache.cross_attention_branch import compute_in_first_call, move_to_end
+from kvsurgeon.passes.cache.separate_cross_attention import FILE, SeparateCrossAttention
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.options import check_count
 from kvsurgeon.proof.proof import Proof, prove
@@ -48,15 +50,16 @@ class Inject(CacheOptions):
     Not handled: attention that is not causal, recurrent states (scans), context that depends on the total length.
 
     Attributes:
-        cross_attention: Where keys and values of cross-attention are computed: inside the model, in each call; or
-            separate, once, by a second model. The cache is then called past_key_values.{layer}.decoder.{kind}.
+        cross_attention: Where keys and values of cross-attention are computed: inside the model, in each call; once,
+            separate, by a second model; or once, in the first-call, which the input use_cache_branch tells. The cache
+            is then called past_key_values.{layer}.decoder.{kind}.
         input: What inputs are given for, as NAME=new, NAME=total or NAME=fixed: for the new tokens, for all tokens so
             far, or the same in every call; none is decided by their use.
     """
 
     name: ClassVar[str] = "inject"
 
-    cross_attention: Literal["inside", "separate"] = "inside"
+    cross_attention: Literal["inside", "separate", "first-call"] = "inside"
     input: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -80,9 +83,25 @@ class Inject(CacheOptions):
         if isinstance(separated, Unchanged):
             raise UnsupportedError(separated.reason, code=Code.PASS_PRECONDITION, hint="use cross-attention=inside")
         subject.changed()
-        names = {name: getattr(self, name).replace("{layer}.", "{layer}.decoder.") for name in ("past", "present")}
-        done = inject(replace(self, **names), subject)
-        return replace(done, edits=separated.edits + done.edits, companions=separated.companions)
+        done = inject(self.of_decoder, subject)
+        done = replace(done, edits=separated.edits + done.edits)
+        if self.cross_attention == "separate":
+            return replace(done, companions=separated.companions)
+        edits = compute_in_first_call(subject.model, separated.companions[FILE])
+        for values, template in ((subject.model.graph.inputs, "past"), (subject.model.graph.outputs, "present")):
+            templates = [getattr(one, template) for one in (self.of_decoder, SeparateCrossAttention())]
+            layers = itertools.product(range(len(values)), templates, ("key", "value"))
+            move_to_end(values, [name.format(layer=layer, kind=kind) for layer, name, kind in layers])
+        subject.changed()
+        return replace(done, edits=done.edits + edits)
+
+    @property
+    def of_decoder(self) -> Inject:
+        """The pass with the names that the cache of self-attention gets."""
+        if self.cross_attention == "inside":
+            return self
+        past, present = (name.replace("{layer}.", "{layer}.decoder.") for name in (self.past, self.present))
+        return replace(self, past=past, present=present)
 
 
 @contextmanager

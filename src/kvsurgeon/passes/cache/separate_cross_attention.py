@@ -16,7 +16,7 @@ from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import downstream, find_live, upstream
 from kvsurgeon.graph.recursion import deep_recursion
-from kvsurgeon.ops.content import content_inputs, is_shape_only
+from kvsurgeon.ops.content import content_inputs
 from kvsurgeon.passes.contract import Changed, Companion, Outcome, Subject, Unchanged
 from kvsurgeon.resizing.lengths import LengthValues, sources_of
 from kvsurgeon.symbolic.dim_names import dim_names
@@ -183,7 +183,7 @@ def _read_sizes_elsewhere(
     for value in list(downstream(unread)):
         node = value.producer()
         numbers = facts[value.name].value if value.name in facts else None
-        if node is None or not is_shape_only(node) or numbers is None or not _are_known(numbers, lengths):
+        if node is None or numbers is None or not _are_known(numbers, lengths):
             continue
         made = lengths.typed(lengths.array(numbers), facts[value.name].dtype)
         for user, index in list(value.uses()):

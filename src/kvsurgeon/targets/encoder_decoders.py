@@ -1,0 +1,38 @@
+"""What targets for encoder-decoder models have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvsurgeon.passes.interface.rename_io import RenameIo
+from kvsurgeon.targets.model_info import ModelInfo
+from kvsurgeon.targets.target import Incompatibility
+
+HIDDEN = "encoder_hidden_states"
+MASK = "encoder_attention_mask"
+CHOICE = "use_cache_branch"
+OUTPUT = "last_hidden_state"
+USUAL_NAMES = RenameIo(names=("decoder_input_ids:input_ids", "decoder_attention_mask:attention_mask"))
+
+
+def check_layers(model: ModelInfo) -> Iterator[Incompatibility]:
+    """Yield an incompatibility unless each layer has self-attention and cross-attention, which clients count by one."""
+    cross = len(model.cross_attention)
+    if cross != len(model.cache) or len({pair.kind for pair in model.cache}) != 2:
+        yield Incompatibility(
+            "expected keys and values of self-attention and of cross-attention in each layer, "
+            f"found {len(model.cache)} and {cross}"
+        )
+
+
+def check_encoder(model: ModelInfo, inputs: frozenset[str]) -> Iterator[Incompatibility]:
+    """Yield what the client cannot feed or read of the encoder."""
+    encoder = model.encoder
+    if encoder is None:
+        return
+    for name in sorted(set(encoder.input_names) - inputs):
+        known = ", ".join(f"`{one}`" for one in sorted(inputs))
+        yield Incompatibility(f"encoder: expected no inputs but {known}, found another", at=name)
+    if encoder.output(OUTPUT) is None:
+        found = ", ".join(f"`{one.name}`" for one in encoder.outputs)
+        yield Incompatibility(f"encoder: expected an output `{OUTPUT}`, found {found}")
