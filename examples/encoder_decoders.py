@@ -1,11 +1,11 @@
 """Export small encoder-decoder models with random weights, as the clients of these targets need them.
 
 Each model is exported by both exporters *without* a cache: `encoder_model.onnx`, and `decoder_model.onnx`, which takes
-the encoder's output. The tokens of greedy decoding with the exported files are compared with `generate` of transformers.
+the encoder's output. Greedy decoding with the exported files must give the tokens of `generate` of transformers.
 
     pip install torch transformers onnxscript onnxruntime
     python examples/encoder_decoders.py OUT
-    python tests/clients/run.py optimum-seq2seq --models OUT/*/decoder_model.onnx
+    python tests/clients/run.py optimum-seq2seq --models OUT/*
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def models() -> list[Model]:
     mask = torch.ones(2, 9, dtype=torch.int64)
     mask[1, 6:] = 0
     text = {"input_ids": torch.randint(3, 1000, (2, 9)), "attention_mask": mask}
-    free = dict.fromkeys(text, {1: "encoder_sequence_length"})
+    free = {name: {1: "encoder_sequence_length"} for name in text}
     sizes = {**_TOKENS, **_SIZES, "max_position_embeddings": 128}
     t5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4, "initializer_factor": 3.0}
     whisper = WhisperConfig(**_TOKENS, **_SIZES, num_mel_bins=8, max_source_positions=1500, max_target_positions=64)

@@ -9,7 +9,7 @@ import onnxruntime_genai as og
 
 
 def answers(folder, cases, unused):
-    """Yield the generated tokens of each case, to the full length: the end-of-text token is one that is not expected."""
+    """Yield the generated tokens of each case, to the full length: the end token is one that is not expected."""
     config = og.Config(folder)
     config.overlay(json.dumps({"model": {"eos_token_id": unused}}))
     model = og.Model(config)
@@ -20,7 +20,7 @@ def answers(folder, cases, unused):
         params.set_search_options(batch_size=len(ids), max_length=length, do_sample=False)
         generator = og.Generator(model, params)
         tensors = og.NamedTensors()
-        tensors["audio_features"] = og.Tensor(np.array(case["encoder"]["input_features"], np.float32))
+        tensors["input_features"] = og.Tensor(np.array(case["encoder"]["input_features"], np.float32))
         generator.set_inputs(tensors)
         generator.append_tokens(ids)
         while not generator.is_done():

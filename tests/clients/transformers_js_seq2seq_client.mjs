@@ -24,7 +24,7 @@ for (const { encoder, ids, new: count } of cases) {
   for (const [name, rows] of Object.entries(encoder)) given[name] = name === "input_features" ? floats(rows) : integers(rows);
   const options = { max_new_tokens: count, do_sample: false, eos_token_id: -1, pad_token_id: 0, repetition_penalty: 1,
     forced_eos_token_id: null, suppress_tokens: null, begin_suppress_tokens: null };
-  const made = await model.generate({ ...given, decoder_input_ids: integers(ids), ...options });
+  const made = await model.generate({ ...given, decoder_input_ids: ids, ...options });
   answers.push(made.tolist().map((row) => row.slice(ids[0].length).map(Number)));
 }
 console.log(JSON.stringify({ versions: { "@huggingface/transformers": env.version }, answers }));

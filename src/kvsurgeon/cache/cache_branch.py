@@ -66,6 +66,8 @@ def _cache_branch(node: ir.Node) -> tuple[ir.Graph | None, set[ir.Value]]:
     only = [read[0] - read[1], read[1] - read[0]]
     if not all(only):
         return next(((branch, own) for branch, own in zip(branches, only, strict=True) if own), (None, set()))
+    if any(all(is_operator(inside, "Identity") for inside in branch) for branch in branches):
+        return None, set()  # the other branch computes what this one is given: cross-attention, which is no cache
     raise UnsupportedError(
         "an input chooses between two branches, and which of them uses the cache is unknown",
         code=Code.CONTROL_FLOW, at=node.outputs[0].name, expected="one branch that reads cache inputs",

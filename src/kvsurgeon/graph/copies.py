@@ -19,6 +19,8 @@ def move_nodes(
 ) -> list[ir.Value]:
     """Move the nodes and weights of one graph into another, and return the values that were its outputs.
 
+    Weights that both have, as copies of one model do, are there once.
+
     Args:
         source: The graph, which is empty afterwards.
         graph: Takes its weights, and its inputs that are not given.
@@ -34,8 +36,12 @@ def move_nodes(
             value.replace_all_uses_with(given[value.name or ""])
         else:
             graph.inputs.append(value)
+    there = {id(value.const_value): value for value in graph.initializers.values()}
     for value in list(source.initializers.values()):
         del source.initializers[value.name or ""]
+        if id(value.const_value) in there:
+            value.replace_all_uses_with(there[id(value.const_value)])
+            continue
         value.name = f"{prefix}{value.name}"
         graph.initializers[value.name] = value
     nodes = list(source)

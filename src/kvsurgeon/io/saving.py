@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
 
@@ -106,8 +106,8 @@ def save_variants(
         progress: Called while a file is written.
         side_files_folder: The folder for side files, if it is not that of the model.
         side_files: Texts of further side files by name; they replace those of the source.
-        data: Name of the first file of external data of each model, {file} being the name of its file; further ones
-            are called `data_1`, `data_2`, ... If None, files keep their names, and variants share them.
+        data: Name of the first file of external data; further ones are called `data_1`, `data_2`, ... With {file}, the
+            name of a model's file, each model has separate ones. If None, files keep their names.
 
     Raises:
         UsageError: The destination cannot be written to, or has another file under the name of one of these models'.
@@ -125,28 +125,59 @@ def save_variants(
             )
             transaction.make_folder(folder)
             remove_stale(folder)
+            groups = [_provide_weights(group, folder, data, provider, pack=pack) for group in _groups(models, data)]
             _save_side_files(model, _origin(model, source), side_folder, side_files or {}, provider)
-            for group in [models] if data is None else [{name: one} for name, one in models.items()]:
-                _save_group(group, folder, data, provider, pack=pack)
+            for group in groups:
+                _write_group(group, folder, provider)
     except OSError as error:
         raise UsageError(f"cannot write to `{folder}`: {error.strerror or error}") from error
     return transaction.written
 
 
-def _save_group(
+def _groups(models: Mapping[str, ir.Model], data: str | None) -> list[Mapping[str, ir.Model]]:
+    """Return the models that share data files: all, unless data files are named after their model."""
+    separate = data is not None and data != data.format(file="")
+    return [{name: one} for name, one in models.items()] if separate else [models]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Models with one set of data files.
+
+    Attributes:
+        models: The models by file name.
+        names: New locations of their data files by old ones.
+        written: Weights that are not in a data file yet.
+        new_file: The data file for these.
+    """
+
+    models: Mapping[str, ir.Model]
+    names: Mapping[str, str]
+    written: Sequence[ir.Value]
+    new_file: Path
+
+
+def _provide_weights(
     models: Mapping[str, ir.Model], folder: Path, data: str | None, provider: FileProvider, *, pack: bool
-) -> None:
-    """Save models with one set of data files."""
+) -> _Group:
+    """Copy or link the data files of models."""
     written = weights_to_write(tuple(models.values()), pack=pack)
     replaced = {id(value.const_value) for value in written}
     kept = [tensor for one in models.values() for tensor in external_tensors(one) if id(tensor) not in replaced]
     files = _data_files(kept, folder)
     names, new_file = _data_names(folder / next(iter(models)), files, data)
-    renamed = [replace(file, location=names.get(file.location, file.location)) for file in files]
-    provider.provide_weights(renamed, folder)
-    with written_to_file(written, new_file, provider.transaction, provider.on_progress) if written else nullcontext():
-        for file_name, one in models.items():
-            _write(one, folder / file_name, names, provider)
+    provider.provide_weights(
+        [replace(file, location=names.get(file.location, file.location)) for file in files], folder
+    )
+    return _Group(models=models, names=names, written=written, new_file=new_file)
+
+
+def _write_group(group: _Group, folder: Path, provider: FileProvider) -> None:
+    """Write weights that are not in a data file yet, and the models."""
+    weights = (group.written, group.new_file, provider.transaction, provider.on_progress)
+    with written_to_file(*weights) if group.written else nullcontext():
+        for file_name, one in group.models.items():
+            _write(one, folder / file_name, group.names, provider)
 
 
 def side_files_of(model: ir.Model, source: Path) -> dict[str, Path | str]:

@@ -1,4 +1,4 @@
-"""What a decoder computes in its first call and takes in later ones: keys and values of cross-attention."""
+"""Inputs that a decoder computes in its first call and takes in later ones: keys of cross-attention."""
 
 from __future__ import annotations
 

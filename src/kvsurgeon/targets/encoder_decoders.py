@@ -1,4 +1,4 @@
-"""What targets for encoder-decoder models have in common."""
+"""Names and checks of the targets for encoder-decoder models."""
 
 from __future__ import annotations
 
@@ -23,6 +23,18 @@ def check_layers(model: ModelInfo) -> Iterator[Incompatibility]:
             "expected keys and values of self-attention and of cross-attention in each layer, "
             f"found {len(model.cache)} and {cross}"
         )
+
+
+def check_shapes(model: ModelInfo) -> Iterator[Incompatibility]:
+    """Yield an incompatibility unless keys and values of both kinds of attention have the same heads and head_dim."""
+    for tensor in model.cross_attention:
+        if ((tensor.dims[1],), (tensor.dims[3],)) != (model.kv_heads, model.head_dims):
+            yield Incompatibility(
+                f"expected keys and values of cross-attention of {list(model.kv_heads)} heads and head_dim "
+                f"{list(model.head_dims)}, as of self-attention, found {list(tensor.dims)}",
+                at=tensor.name,
+            )
+            return
 
 
 def check_encoder(model: ModelInfo, inputs: frozenset[str]) -> Iterator[Incompatibility]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.interface.integer_inputs import Int32Inputs
-from kvsurgeon.targets.encoder_decoders import OUTPUT, USUAL_NAMES, check_encoder, check_layers
+from kvsurgeon.targets.encoder_decoders import OUTPUT, USUAL_NAMES, check_encoder, check_layers, check_shapes
 from kvsurgeon.targets.genai import DEFAULT_LENGTH, FLOATS, check_end_token, special_tokens
 from kvsurgeon.targets.model_info import ModelInfo
 from kvsurgeon.targets.target import Incompatibility, Target
@@ -60,6 +60,7 @@ def _check(model: ModelInfo) -> Iterator[Incompatibility]:
     if model.vocab_size is None:
         yield Incompatibility("expected a fixed size for the vocabulary, found none", at="logits")
     yield from check_layers(model)
+    yield from check_shapes(model)
     yield from check_encoder(model, frozenset((_AUDIO,)))
     yield from check_end_token(model)
 

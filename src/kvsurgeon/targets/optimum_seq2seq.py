@@ -6,7 +6,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvsurgeon.passes.cache.inject import Inject
-from kvsurgeon.targets.encoder_decoders import CHOICE, HIDDEN, MASK, USUAL_NAMES, check_encoder, check_layers
+from kvsurgeon.targets.encoder_decoders import (
+    CHOICE,
+    HIDDEN,
+    MASK,
+    USUAL_NAMES,
+    check_encoder,
+    check_layers,
+    check_shapes,
+)
 from kvsurgeon.targets.hugging_face_files import tokenizer_config_before_5
 from kvsurgeon.targets.model_info import ModelInfo
 from kvsurgeon.targets.target import Incompatibility, Target, warning
@@ -44,6 +52,7 @@ def _sizes(model: ModelInfo) -> dict[str, int]:
 
 def _check(model: ModelInfo) -> Iterator[Incompatibility]:
     yield from check_layers(model)
+    yield from check_shapes(model)
     yield from check_encoder(model, _ENCODER_INPUTS)
     sizes = _sizes(model)
     if not sizes:

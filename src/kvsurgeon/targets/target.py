@@ -63,8 +63,8 @@ class Target:
             share their weights.
         encoder: Path of the encoder in the folder of the target, for decoders that read its output; it also computes
             what a second model computes for the decoder. None if the client has no encoder.
-        data: Name of the first external data file of a model, in its folder, {file} being the name of its file; further
-            ones end in `_1`, `_2`, ... None to keep the names.
+        data: Name of the first external data file, in the folder of the model; further ones end in `_1`, `_2`, ...
+            {file} is the name of the model's file. None to keep the names.
         required: Inputs and outputs that the client requires.
         allowed_inputs: Inputs that the client can feed, besides the cache; None for any.
         dtypes: Element types that an input or output may have, by name.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from attentions import attention
 from laws import ALLOWED, difference, in_chunks, in_onnxruntime
@@ -10,6 +11,7 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError, UsageError
+from kvsurgeon.parity import verify
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.separate_cross_attention import FILE, SeparateCrossAttention
 from kvsurgeon.passes.contract import Changed, Subject
@@ -77,6 +79,66 @@ def test_both_models_in_a_chain_compute_what_the_original_does(encoder_length, b
     steps = in_chunks(result, in_onnxruntime(result), whole, (4, 5, 6))
     found = np.concatenate([step["logits"] for step in steps], axis=1)
     assert difference(found, in_onnxruntime(original)(given)["logits"]) < ALLOWED["float32"]
+
+
+def first_call_decoder(given: dict[str, np.ndarray]) -> tuple[onnx.ModelProto, list[np.ndarray]]:
+    """Return the decoder that computes cross-attention in its first call, and the logits of calls on its tokens."""
+    subject = Subject.of(read(decoder()))
+    Inject(cross_attention="first-call").apply(subject)
+    model = io.to_proto(subject.model)
+    return model, run_with_first_call(model, given)
+
+
+def run_with_first_call(model: onnx.ModelProto, given: dict[str, np.ndarray]) -> list[np.ndarray]:
+    run, outputs, logits = in_onnxruntime(model), [value.name for value in model.graph.output], []
+    pasts = {
+        value.name: np.zeros([size.dim_value or 2 * (not axis) for axis, size in enumerate(sizes)], np.float32)
+        for value in model.graph.input
+        if value.name.startswith("past") and (sizes := value.type.tensor_type.shape.dim)
+    }
+    for start, end in ((0, 4), (4, 5), (5, 9)):
+        if start:
+            given = given | {"encoder": np.full_like(given["encoder"], np.nan)}  # not read any more
+        results = run(given | pasts | {"x": given["x"][:, start:end], "use_cache_branch": np.array([start > 0])})
+        pasts = {name.replace("present", "past_key_values"): results[name] for name in outputs if name != "logits"}
+        logits.append(results["logits"])
+    return logits
+
+
+def test_one_model_computes_cross_attention_in_its_first_call_only():
+    given = feeds(5)
+    model, found = first_call_decoder(given)
+    assert [value.name for value in model.graph.input] == [
+        "x", "encoder_mask", "encoder", "use_cache_branch",
+        "past_key_values.0.decoder.key", "past_key_values.0.decoder.value",
+        "past_key_values.0.encoder.key", "past_key_values.0.encoder.value",
+    ]  # fmt: skip
+    expected = in_onnxruntime(read(decoder()))(given)["logits"]
+    assert difference(np.concatenate(found, axis=1), expected) < ALLOWED["float32"]
+    assert sum(one.dims == [8, 8] for one in model.graph.initializer) == len(("wq", "wk", "wv"))  # each is there once
+
+
+def test_a_first_call_is_verified_and_a_wrong_later_call_is_found():
+    model, _ = first_call_decoder(feeds(5))
+    assert verify(read(decoder()), model, effort="quick", seed=1).verdict == "same"
+    (choice,) = (node for node in model.graph.node if node.op_type == "If")
+    then = next(one.g for one in choice.attribute if one.name == "then_branch")
+    (key, value) = then.node
+    key.input[0], value.input[0] = value.input[0], key.input[0]
+    assert verify(read(decoder()), model, effort="quick", seed=1).verdict == "different"
+
+
+def test_an_input_of_the_name_of_the_choice_is_refused():
+    model = read(decoder().replace("encoder_mask", "use_cache_branch"))
+    with pytest.raises(UnsupportedError, match="already has an input"):
+        Inject(cross_attention="first-call").apply(Subject.of(model))
+
+
+def test_sizes_of_hidden_states_are_read_from_the_encoder_output():
+    text = decoder().replace("bs = Shape<end = 1>(x)", "shape = Shape(c)\n bs = Gather(shape, first)")
+    outcome = Inject(cross_attention="separate").apply(Subject.of(read(text)))
+    assert isinstance(outcome, Changed)
+    assert [value.name for value in outcome.companions[FILE].model.graph.inputs] == ["encoder"]
 
 
 def test_the_connected_model_has_the_inputs_of_the_original():

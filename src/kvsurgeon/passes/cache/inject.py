@@ -51,8 +51,8 @@ class Inject(CacheOptions):
 
     Attributes:
         cross_attention: Where keys and values of cross-attention are computed: inside the model, in each call; once,
-            separate, by a second model; or once, in the first-call, which the input use_cache_branch tells. The cache
-            is then called past_key_values.{layer}.decoder.{kind}.
+            separate, by a second model; or once, in the first-call, by the input use_cache_branch. The cache is then
+            called past_key_values.{layer}.decoder.{kind}.
         input: What inputs are given for, as NAME=new, NAME=total or NAME=fixed: for the new tokens, for all tokens so
             far, or the same in every call; none is decided by their use.
     """
