@@ -12,6 +12,7 @@ from written import read
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
+from kvsurgeon.proof import context_scan
 from kvsurgeon.proof.row_checks import MAX_RUN
 from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.workflow.pipeline import Pipeline
@@ -228,3 +229,14 @@ def test_rows_that_are_too_large_to_run_beyond_a_threshold_limit_the_length(monk
     assert Subject.of(read(text)).proof().limit is None
     monkeypatch.setattr("kvsurgeon.proof.row_checks.MAX_RUN", 5000)
     assert Subject.of(read(text)).proof().limit == 1024
+
+
+def test_lengths_that_are_too_expensive_to_look_at_limit_the_length(monkeypatch):
+    """A sum over the whole mask costs the square of the length."""
+    monkeypatch.setattr(context_scan, "MAX_ELEMENTS_OF_LENGTHS", 1 << 26)
+    scores = (
+        "pairs = LessOrEqual(row, column)\n p = Cast<to = 1>(pairs)\n l = Mul(p, p)\n sum = ReduceSum<keepdims = 0>(l)\n"
+        "n = Cast<to = 1>(length)\n a0 = Add(n, late)\n a1 = Relu(a0)\n a2 = Min(a1, unit)\n part = Mul(sum, a2)\n f = Add(part, unit)\n s = Mul(s0, f)"
+    )
+    proof = Subject.of(read(attention(constants="float late = {-2000.0}, float unit = {1.0}", scores=scores))).proof()
+    assert proof.limit == 256

@@ -20,7 +20,7 @@ from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.graph.constants import SMALL
 from kvsurgeon.graph.query import upstream
 from kvsurgeon.ops.content import content_inputs
-from kvsurgeon.proof.length_sweep import LengthSweep
+from kvsurgeon.proof.length_sweep import MAX_ATTENTION_LENGTH, LengthSweep
 from kvsurgeon.proof.row_checks import MAX_RUN
 from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.symbolic.dimension import BATCH, Dimension
@@ -28,6 +28,7 @@ from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 MAX_ELEMENTS = 34 << 20  # of a value, of which every row is computed: masks of 4,097 tokens for two sequences
 MAX_BLOCK = 1 << 22  # elements of a block of rows
+MAX_ELEMENTS_OF_LENGTHS = 1 << 31  # of the numbers at all lengths: if they are sums over a whole mask, of 1,024 tokens
 
 
 def changing_positions(sweep: LengthSweep, values: Mapping[ir.Value, Axes]) -> tuple[list[int], np.ndarray]:
@@ -70,7 +71,8 @@ def _differing_queries(sweep: LengthSweep, value: ir.Value, axes: Axes) -> np.nd
 def changing_lengths(sweep: LengthSweep, values: Iterable[ir.Value]) -> set[int]:
     """Return the total lengths at either side of which a number of context begins or ceases to change.
 
-    They are added to the changes of the sweep.
+    They are added to the changes of the sweep, which ends at the longest length that is looked at if that is too
+    expensive for longer ones.
 
     Args:
         sweep: The length sweep of the decoder.
@@ -81,8 +83,14 @@ def changing_lengths(sweep: LengthSweep, values: Iterable[ir.Value]) -> set[int]
         return set()
     try:
         runner = RowRunner(sweep.analysis, sweep.runner(numbers), [()] * len(numbers))
-        run = _first_row(runner)
-        runs = [run(length) for length in range(1, longest_running(run, min(sweep.longest, SCANNED)) + 1)]
+        run, longest = _first_row(runner), min(sweep.longest, SCANNED)
+        while (
+            longest > 2 * MAX_ATTENTION_LENGTH
+            and longest * runner.elements(Rows(0, 1, longest)) > MAX_ELEMENTS_OF_LENGTHS
+        ):
+            longest //= 2
+            sweep.end_at(longest)
+        runs = [run(length) for length in range(1, longest_running(run, longest) + 1)]
     except UnsupportedError:
         return set()
     lengths: set[int] = set().union(*(lengths_of_change(arrays) for arrays in zip(*runs, strict=True)))

@@ -67,6 +67,10 @@ class LengthSweep:
         """The longest text of which rows are checked, in tokens."""
         return min(self._limit, MAX_LENGTH)
 
+    def end_at(self, length: int) -> None:
+        """Check no longer text: what changes there cannot be found, so it limits what is not proved."""
+        self._limit = min(self._limit, length)
+
     def depends_on_length(self, value: ir.Value) -> bool:
         """Return whether a value of context may depend on the total length by value."""
         return self._dependence is not None and value in self._dependence.causes
