@@ -34,6 +34,7 @@ OUTPUTS = {
     "flat logits": (
         [helper.make_node("Reshape", ["raw", "constant"], ["result"])], {"constant": np.array([-1, VOCABULARY])}
     ),
+    "tokens last": ([helper.make_node("Transpose", ["raw"], ["result"], perm=[0, 2, 1])], {}),
     "argmax": ([helper.make_node("ArgMax", ["raw"], ["result"], axis=-1, keepdims=0)], {}),
 }  # fmt: skip
 INTEGERS = {"argmax"}
@@ -62,7 +63,10 @@ def with_output(model: onnx.ModelProto, name: str, *, factor: float = 1.0) -> on
     place = next(place for place, one in enumerate(graph.output) if one.name == "logits")
     dtype = TensorProto.INT64 if name in INTEGERS else TensorProto.FLOAT
     rank = 2 if name in ("argmax", "flat logits") else 3
-    graph.output[place].CopyFrom(helper.make_tensor_value_info("result", dtype, [None] * rank))
+    names: list[str | None] = [None] * rank
+    if name == "tokens last":  # found by its name
+        names = [graph.output[place].type.tensor_type.shape.dim[axis].dim_param or None for axis in (0, 2, 1)]
+    graph.output[place].CopyFrom(helper.make_tensor_value_info("result", dtype, names))
     return model
 
 

@@ -162,6 +162,11 @@ class _ComparedElements:
         """Largest error, its row and its token."""
         return worst(self.errors, self.counted, self.first)
 
+    def agreement(self, tie: float) -> tuple[int, int]:
+        """Return the number of tokens whose most likely next token agrees, and of all; the output has three axes."""
+        expected, found = (np.moveaxis(array, self.axes or (0, 1), (0, 1)) for array in (self.expected, self.found))
+        return agreement(expected, found, self.tokens, tie)
+
     def without(self, excused: npt.NDArray[np.bool_]) -> _ComparedElements:
         """Return the elements with those that are not compared made equal."""
         return replace(self, found=np.where(excused, self.expected, self.found))
@@ -212,9 +217,8 @@ class OutputComparer:
                 reason = f"output `{name}` has shape {list(call.found.shape)}, expected a part of {list(basis.shape)}"
                 return self._wrong(name, call.span[0], reason)
             largest = max(largest, elements.worst, key=lambda error: error[0])
-            if logits:
-                tie = self.tolerance.tie * float(np.min(scale))
-                counts = agreement(elements.expected, elements.found, elements.tokens, tie)
+            if logits and elements.axes is not None:
+                counts = elements.agreement(self.tolerance.tie * float(np.min(scale)))
             else:
                 counts = int(((elements.errors == 0) & elements.counted).sum()), int(elements.counted.sum())
             agreed, compared = agreed + counts[0], compared + counts[1]
