@@ -39,7 +39,7 @@ class FusionMatch:
         value: Values that the operator reads, as [batch, kv_heads, sequence, head_dim].
         result: Output of the context product, as [batch, heads, sequence, head_dim].
         path: Scale, softcap and operators between scores and softmax.
-        mask: The mask that the operator has of its own, if it is all that is added to scores; None otherwise.
+        mask: The mask that the operator applies itself, if it is all that is added to scores; None otherwise.
         rotary: The rotary embedding that the operator computes; None if it reads rotated queries and keys.
     """
 

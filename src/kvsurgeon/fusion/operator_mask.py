@@ -1,4 +1,4 @@
-"""The masks that a fused attention operator has of its own: all keys up to the query, or the last ones of them."""
+"""The masks that a fused attention operator applies itself: all keys up to the query, or the last of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fused attention takes causal masks, windows and rotary embeddings that the operator has of its own."""
+"""Fused attention applies causal masks, windows and rotary embeddings that the operator has."""
 
 from __future__ import annotations
 
