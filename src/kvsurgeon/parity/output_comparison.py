@@ -217,7 +217,7 @@ class OutputComparer:
                 reason = f"output `{name}` has shape {list(call.found.shape)}, expected a part of {list(basis.shape)}"
                 return self._wrong(name, call.span[0], reason)
             largest = max(largest, elements.worst, key=lambda error: error[0])
-            if logits and elements.axes is not None:
+            if logits:
                 counts = elements.agreement(self.tolerance.tie * float(np.min(scale)))
             else:
                 counts = int(((elements.errors == 0) & elements.counted).sum()), int(elements.counted.sum())

@@ -156,7 +156,8 @@ class _Verification:
             found = compare(scenario, noise, candidate, report.tolerance)
             near = found.verdict == "different" and found.error is not None and found.error <= widest
             if near and measurable:
-                rounding = max(rounding, noise.largest, noise.on(scenario))
+                on_text = noise.on(scenario) if report.arithmetic in _EXACT else 0.0  # the bound of others is wide
+                rounding = max(rounding, noise.largest, on_text)
                 bound = max(report.bound, min(_SUMS * rounding, widest))
                 report = replace(report, tolerance=report.tolerance.with_bound(bound))
                 found = compare(scenario, noise, candidate, report.tolerance)
