@@ -98,9 +98,10 @@ class ReferenceModel:
         if mask.all() or not ends or expected.in_calls or not self.prefix_stable or whole.shape[:2] != tokens.shape:
             return True  # the last: an output of the last token only
         scale = spread(whole)
-        return all(
-            self._same_before(end, tokens, mask, whole, scale) for end in dict.fromkeys((ends[0], ends[len(ends) // 2]))
-        )
+        masked = np.flatnonzero((mask == 0).any(axis=0))
+        around = [end for end in (masked[0], masked[-1] + 1) if 0 < end < tokens.shape[1]]
+        checked = (ends[0], ends[len(ends) // 2], *map(int, around))
+        return all(self._same_before(end, tokens, mask, whole, scale) for end in dict.fromkeys(checked))
 
     def _same_before(self, end: int, tokens: Array, mask: Array, whole: Array, scale: float) -> bool:
         """Whether the outputs up to a token are the same if no token follows."""
