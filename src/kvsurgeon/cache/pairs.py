@@ -7,8 +7,9 @@ and a present.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import onnx_ir as ir
@@ -117,9 +118,9 @@ def find_cache_pairs(graph: ir.Graph) -> tuple[CachePair, ...]:
     """
     order = {value: index for index, value in enumerate(required_inputs(graph))}
     found: dict[ir.Value, CachePair] = {}
-    concats = _inner_concats(graph, order)
+    concats, written = _inner_concats(graph, order), cache(lambda: WrittenRows(graph))
     for present in graph.outputs:
-        pair = _updated(graph, present, order) or _new_rows(present, concats)
+        pair = _updated(present, order, written) or _new_rows(present, concats)
         if pair is None:
             continue
         other = found.get(pair.past)
@@ -177,7 +178,7 @@ def has_features(value: ir.Value) -> bool:
     return any(isinstance(size, int) and size > 1 for size in tuple(value.shape or ())[1:])
 
 
-def _updated(graph: ir.Graph, present: ir.Value, inputs: Iterable[ir.Value]) -> CachePair | None:
+def _updated(present: ir.Value, inputs: Iterable[ir.Value], written: Callable[[], WrittenRows]) -> CachePair | None:
     """Return the pair of an output that holds past and new rows.
 
     Raises:
@@ -194,7 +195,7 @@ def _updated(graph: ir.Graph, present: ir.Value, inputs: Iterable[ir.Value]) -> 
         past, views = _skip_views(value)
         if past not in inputs or not (operands.is_declared or past.shape):
             continue
-        axis = _axis_of_past(views, _updated_axis(graph, node, operands), past)
+        axis = _axis_of_past(views, _updated_axis(node, operands, written), past)
         if operands.is_declared:
             cache_mode = _declared_mode(past, present, axis)
         else:
@@ -203,11 +204,11 @@ def _updated(graph: ir.Graph, present: ir.Value, inputs: Iterable[ir.Value]) -> 
     return None
 
 
-def _updated_axis(graph: ir.Graph, node: ir.Node, operands: CacheOperands) -> int:
+def _updated_axis(node: ir.Node, operands: CacheOperands, written: Callable[[], WrittenRows]) -> int:
     """Return the axis along which a node updates its first input."""
     if operands.axis is not None:
         return operands.axis
-    return WrittenRows(graph).axis(node) if has_trait(node, Trait.SCATTER) else node.attributes.get_int("axis", 0)
+    return written().axis(node) if has_trait(node, Trait.SCATTER) else node.attributes.get_int("axis", 0)
 
 
 def _declared_mode(past: ir.Value, present: ir.Value, axis: int) -> CacheMode:

@@ -8,7 +8,7 @@ writes one row for each new token, directly after those of the past.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -63,6 +63,7 @@ class WrittenRows:
         self._opset = graph.opset_imports.get("", 1)
         self._dimensions, length = _dimensions(graph)
         self._fixed = length if isinstance(length, int) else None
+        self._axes: dict[Hashable, int] = {}  # the scatters of all layers often write at the same indices
 
     def axis(self, node: ir.Node) -> int:
         """Return the axis of its first input along which a scatter writes the rows after those of the past.
@@ -78,6 +79,14 @@ class WrittenRows:
             raise _other_rows(node, "rows that are combined with those of the past")
         if _text(node, "mode", "linear") != "linear":
             raise _other_rows(node, "a circular buffer, in which new rows replace the oldest ones")
+        shape_of_data = None if data is None else str(data.shape)
+        key = node.op_type, indices, shape_of_data, node.attributes.get_int("axis", 0)
+        if data is not None and data.is_graph_input() and key in self._axes:
+            return self._axes[key]
+        self._axes[key] = self._find_axis(node, data, indices)
+        return self._axes[key]
+
+    def _find_axis(self, node: ir.Node, data: ir.Value | None, indices: ir.Value | None) -> int:
         wanted = producers(upstream([indices, data]))
         nodes = [one for one in self._graph if one in wanted]
         shapes = infer_shapes(nodes, self._dimensions, self._opset)

@@ -30,12 +30,19 @@ class HiddenLayout:
 
     def convert(self, point: CachePoint) -> ir.Value:
         """Return a tensor in the hidden layout; an existing tensor in that layout is used if the graph has one."""
+        hidden = self._shapes(point)[2]
+        by_token: list[ir.Value] = []
         for value in self._sources(point.value):
             if not self._same_order(value, point.value):
                 break
             if self._is_by_token(value):
-                return self._reshape(value, self.context.token_sizes(value), self._shapes(point)[2], point.dtype)
-            point = cache_point_of(self.context.flow, value) or point
+                by_token.append(value)
+            elif not by_token:
+                point = cache_point_of(self.context.flow, value) or point
+        if by_token:
+            sizes = [self.context.token_sizes(value) for value in by_token]
+            place = sizes.index(hidden) if hidden in sizes else 0
+            return self._reshape(by_token[place], sizes[place], hidden, point.dtype)
         parts, heads, hidden = self._shapes(point)
         value = self._reshape(point.value, self.context.token_sizes(point.value), parts, point.dtype)
         ordered = tuple(parts[place] for place in point.order)

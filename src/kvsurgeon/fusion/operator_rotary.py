@@ -116,8 +116,9 @@ class RotaryMatcher:
         for width in dict.fromkeys((source.head_dim, (int(changed[-1]) // 2 + 1) * 2)):
             for interleaved in (False, True):
                 rotation = replace(blank, width=width, interleaved=interleaved)
-                if np.allclose(rotation.expected(before, *rotation.tables(LENGTH)), after, rtol=0, atol=atol):
-                    return rotation
+                start = rotation.tables(LENGTH)
+                if np.allclose(rotation.expected(before, *start), after, rtol=0, atol=atol):
+                    return replace(rotation, start=start)
         return None
 
     def _table(self, rotation: _Rotation) -> tuple[np.ndarray, np.ndarray]:
@@ -129,8 +130,8 @@ class RotaryMatcher:
             for value in node.inputs
             if value is not None and (not is_token(self.flow, value) or _is_angle(self.flow, value))
         ]
-        start = rotation.tables(LENGTH)
-        key = frozenset(angles), rotation.width, rotation.interleaved, *(table.tobytes() for table in start)
+        first_rows = (table.tobytes() for table in rotation.start)
+        key = frozenset(angles), rotation.width, rotation.interleaved, *first_rows
         if key not in self._tables:
             self._tables[key] = rotation.tables(self.positions)
         return self._tables[key]
@@ -146,6 +147,7 @@ class _Rotation:
         result: The rotated tensor.
         width: Number of features that are rotated.
         interleaved: Whether neighboring features are a pair.
+        start: The first rows of the tables of cosines and sines.
     """
 
     runner: SubgraphRunner
@@ -153,6 +155,7 @@ class _Rotation:
     result: CachePoint
     width: int
     interleaved: bool
+    start: tuple[np.ndarray, ...] = ()
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -137,6 +137,11 @@ def is_fed(value: ir.Value) -> bool:
     return value.is_graph_input() and not value.is_initializer()
 
 
+def uses_of(value: ir.Value) -> list[tuple[ir.Node, int]]:
+    """Return the nodes that read a value, with the index of the input; nodes that were removed do not count."""
+    return [(use.node, use.idx) for use in value.uses() if use.node.graph is not None]
+
+
 def find_live(graph: ir.Graph) -> set[ir.Node | ir.Value]:
     """Return the nodes, initializers and inputs that the outputs of a graph depend on; all else is dead code."""
     live: set[ir.Node | ir.Value] = set()

@@ -30,7 +30,8 @@ from kvsurgeon.decompose.simplify import simplify_model
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.query import all_inputs
+from kvsurgeon.graph.query import all_inputs, is_operator
+from kvsurgeon.ops.gather import slice_bounds
 from kvsurgeon.resizing.lengths import LengthValues, sources_of
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import Fact, axis_of, known
@@ -166,6 +167,10 @@ class _Folding:
         """Replace the outputs of a node that are known for an empty past."""
         if node.op_type == "Concat":
             self._drop_empty_inputs(node)
+        elif is_operator(node, "Slice") and self._keeps_all(node):
+            assert node.inputs[0] is not None
+            self._replace(node.outputs[0], node.inputs[0])
+            return
         for value in node.outputs:
             fact = self.shapes.facts.get(value)
             folded = None if fact is None else self._folded(node, value, fact)
@@ -181,6 +186,13 @@ class _Folding:
             for index, value in enumerate(full):
                 self.editor.replace_input(node, index, value)
             node.resize_inputs(len(full))
+
+    def _keeps_all(self, node: ir.Node) -> bool:
+        """Return whether a `Slice` takes the first rows of a static cache, of which the new rows are all."""
+        bounds = slice_bounds(self.shapes.call(node))
+        shapes = [None if value is None else self.shapes[value].shape for value in (node.inputs[0], node.outputs[0])]
+        is_start = bounds is not None and not any(bounds[1]) and set(bounds[3]) == {1}
+        return is_start and shapes[0] is not None and shapes[0] == shapes[1]
 
     def _has_no_rows(self, node: ir.Node, value: ir.Value) -> bool:
         shape = self.shapes[value].shape

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from kvsurgeon.passes.cache.inject import Inject
-from kvsurgeon.passes.operators.fuse_attention import FuseAttention
+from kvsurgeon.passes.operators.optimize import Optimize
 from kvsurgeon.targets.model_info import ModelInfo
 from kvsurgeon.targets.target import Incompatibility, Target, warning
 
@@ -126,6 +126,6 @@ GENAI_SHARED_BUFFER = replace(
     name="genai-shared-buffer",
     summary="onnxruntime_genai.Model(folder) of onnxruntime-genai, past and present in one buffer",
     cache=Inject(cache="static", past_length="mask"),
-    after=(FuseAttention(padding="lengths"),),
+    after=(Optimize(layers="all", padding="lengths"),),
     side_files={"genai_config.json": partial(genai_config, shared_buffer=True)},
 )
