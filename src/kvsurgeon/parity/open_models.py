@@ -22,9 +22,11 @@ from kvsurgeon.runtime.axes import (
     is_past,
     may_be_past,
     present_name,
+    tokens_first,
 )
 from kvsurgeon.runtime.cache_managers import read_cache_metadata
 from kvsurgeon.runtime.decoder import UncachedDecoder
+from kvsurgeon.runtime.feeds import inputs_of
 from kvsurgeon.runtime.mask_forms import settle_masks, with_forms_of
 
 Opened = tuple[Report, ReferenceModel | None, AnyDecoder | None]  # no models: the report says why
@@ -69,6 +71,7 @@ def open_models(
     faults, notes = _output_differences(candidate, reference)
     report = replace(_with_cache_tolerance(report, candidate), faults=faults, notes=(*report.notes, *notes))
     _share_inputs(reference, candidate, seed)
+    _order_outputs(reference, candidate)
     return _probed(report, reference, candidate, lengths, seed)
 
 
@@ -136,11 +139,27 @@ def _decoder(session: Session, other: Session) -> AnyDecoder:
     if len(pasts) > len(named) > 0:
         pasts = _without_given(pasts, {one.name for one in session.outputs})
     if not pasts:
-        return UncachedDecoder(session)
+        return _uncached(session, other)
     candidates = (new_outputs, named, find_presents(pasts, session.outputs))
     presents = next((found for found in candidates if len(found) == len(pasts)), new_outputs or candidates[-1])
     layouts = read_cache_metadata(session.metadata).layouts
     return CachedDecoder(session, cache_entries(pasts, presents, layouts))
+
+
+def _uncached(session: Session, other: Session) -> UncachedDecoder:
+    """Return a decoder without a cache; if its dims show no tokens, by those of the other model.
+
+    Raises:
+        UsageError: There is no input of tokens.
+    """
+    try:
+        return UncachedDecoder(session)
+    except UsageError:
+        shown = inputs_of([_with_dims_of(tensor, other.inputs) for tensor in session.inputs])
+        own = {tensor.name: tensor for tensor in session.inputs}  # by whose dims outputs are called
+        return UncachedDecoder(
+            session, replace(shown, specs=tuple(replace(spec, tensor=own[spec.name]) for spec in shown.specs))
+        )
 
 
 def _is_past(tensor: ValueInfo, other: Session, names: Collection[str], presents: Sequence[ValueInfo]) -> bool:
@@ -216,6 +235,20 @@ def _share_inputs(reference: AnyDecoder, candidate: AnyDecoder, seed: int) -> No
             reference.use_inputs(settled)
             candidate.use_inputs(with_forms_of(fed[1], settled))
             return
+
+
+def _order_outputs(reference: AnyDecoder, candidate: AnyDecoder) -> None:
+    """Let batch and tokens be the first axes of each output in which both models have them at the same axes."""
+    first, second = _orders(reference), _orders(candidate)
+    orders = {name: order for name, order in first.items() if second.get(name) == order}
+    reference.use_orders(orders)
+    candidate.use_orders(orders)
+
+
+def _orders(decoder: AnyDecoder) -> dict[str, tuple[int, ...]]:
+    tokens = decoder.inputs.tokens
+    dims = dict(zip(tokens.axes, tokens.tensor.dims, strict=True))
+    return {one.name: tokens_first(one, dims.get("batch"), dims.get("sequence")) for one in decoder.outputs}
 
 
 def _capacity(decoder: AnyDecoder) -> int | None:

@@ -138,6 +138,7 @@ class ReferenceModel:
             decoder.use_inputs(self.inputs)
         else:
             decoder = UncachedDecoder(session, self.inputs)
+        decoder.use_orders(self.decoder.orders)
         return replace(self, decoder=decoder)
 
     def distance_to(self, other: ReferenceModel, tokens: Tokens, mask: Tokens | None = None) -> float:

@@ -132,6 +132,19 @@ def find_presents(pasts: Sequence[ValueInfo], outputs: Sequence[ValueInfo]) -> l
     return next((found for found in candidates if len(found) == len(pasts)), candidates[0])
 
 
+def tokens_first(output: ValueInfo, batch: Dim, sequence: Dim) -> tuple[int, ...]:
+    """Return the order of an output's axes in which batch and tokens come first, by the names of their dims.
+
+    >>> tokens_first(ValueInfo("logits", None, ("n", "b", 8)), "b", "n")
+    (1, 0, 2)
+    """
+    names = [dim for dim in (batch, sequence) if isinstance(dim, str)]
+    first = [output.dims.index(name) for name in names if output.dims.count(name) == 1]
+    if len(set(first)) < 2:
+        return tuple(range(len(output.dims)))
+    return (*first, *(axis for axis in range(len(output.dims)) if axis not in first))
+
+
 def may_be_past(tensor: ValueInfo, presents: Sequence[ValueInfo]) -> bool:
     """Whether an input can be fed from one of some outputs: equal type and rank, and no axis of new tokens.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -36,6 +38,7 @@ class CachedDecoder:
         cache: Its cache inputs and outputs, in order.
         inputs: Its other inputs.
         outputs: Its other outputs.
+        orders: Orders of the axes of outputs, by name.
         cache_manager: Keeps the cache between calls.
         batch: The only batch size it takes; None for any.
         length: The only length of a text; None, as it takes any.
@@ -57,9 +60,10 @@ class CachedDecoder:
         self._first_call = FirstCall(session.inputs, session.outputs)
         others = self._first_call.names
         inputs = [one for one in session.inputs if one != self._length_input and one.name not in others]
-        self.use_inputs(inputs_of(inputs, {entry.past.name for entry in cache}))
         outputs = (one for one in session.outputs if one.name not in presents | others)
         self.outputs = tuple(self._declared.with_dims(one) for one in outputs)
+        self.orders: Mapping[str, tuple[int, ...]] = {}
+        self.use_inputs(inputs_of(inputs, {entry.past.name for entry in cache}))
         self.past_length = 0
         cache = resolve_axes(resolve_head_dims(cache, self._run_one_token), self._run_one_token, UNFILLED)
         self.cache_manager = open_cache_manager(cache, self._declared)
@@ -89,6 +93,10 @@ class CachedDecoder:
         self.inputs = inputs
         self.batch = fixed_size(inputs, self.session.inputs, "batch")
         self.step_length = fixed_size(inputs, self.session.inputs, "sequence")
+
+    def use_orders(self, orders: Mapping[str, tuple[int, ...]]) -> None:
+        """Order the axes of outputs, by name; others keep theirs."""
+        self.orders, self.outputs = orders, _arranged(self.outputs, orders)
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -169,7 +177,8 @@ class CachedDecoder:
         before, _ = self.cache_manager.mask_padding(past, past + new, size)
         spans = {"max": slice(before, before + past + new)}
         known = [output for output in self.outputs if output.dtype is not None]
-        return {one.name: slice_axes(from_runtime(results[one.name]), axes_of(one), spans) for one in known}
+        arrays = {one.name: _ordered(one.name, results, self.orders) for one in known}
+        return {one.name: slice_axes(arrays[one.name], axes_of(one), spans) for one in known}
 
     def _padded(self, spec: InputSpec, array: Array, size: int) -> Array:
         """Return the value of an input, padded to the tokens of a call and the rows of the cache."""
@@ -202,14 +211,16 @@ class UncachedDecoder:
         session: The model.
         inputs: Its inputs.
         outputs: Its outputs.
+        orders: Orders of the axes of outputs, by name.
         length: The only length of a text; None for any.
         batch: The only batch size of a call; None for any.
     """
 
     def __init__(self, session: Session, inputs: DecoderInputs | None = None) -> None:
         self.session = session
-        self.use_inputs(inputs_of(session.inputs) if inputs is None else inputs)
         self.outputs = session.outputs
+        self.orders: Mapping[str, tuple[int, ...]] = {}
+        self.use_inputs(inputs_of(session.inputs) if inputs is None else inputs)
 
     @property
     def logits(self) -> str:
@@ -231,6 +242,10 @@ class UncachedDecoder:
         self.batch = fixed_size(inputs, self.session.inputs, "batch")
         self.length = fixed_size(inputs, self.session.inputs, "sequence")
 
+    def use_orders(self, orders: Mapping[str, tuple[int, ...]]) -> None:
+        """Order the axes of outputs, by name; others keep theirs."""
+        self.orders, self.outputs = orders, _arranged(self.outputs, orders)
+
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Return all outputs for the whole text, in several calls if the batch size is fixed.
 
@@ -249,10 +264,25 @@ class UncachedDecoder:
 
     def _run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         results = self.session.run({name: to_runtime(array) for name, array in feeds.items()})
-        return {one.name: from_runtime(results[one.name]) for one in self.outputs if one.dtype is not None}
+        known = (one.name for one in self.outputs if one.dtype is not None)
+        return {name: _ordered(name, results, self.orders) for name in known}
 
 
 AnyDecoder = CachedDecoder | UncachedDecoder
+
+
+def _ordered(name: str, results: Mapping[str, Any], orders: Mapping[str, tuple[int, ...]]) -> Array:
+    """Return an output with its axes in order."""
+    array = from_runtime(results[name])
+    return array.transpose(orders[name]) if name in orders else array
+
+
+def _arranged(outputs: Sequence[ValueInfo], orders: Mapping[str, tuple[int, ...]]) -> tuple[ValueInfo, ...]:
+    """Return outputs as they are after their axes are ordered."""
+    return tuple(
+        replace(one, dims=tuple(one.dims[axis] for axis in orders[one.name])) if one.name in orders else one
+        for one in outputs
+    )
 
 
 def _padded_keys(part: Array, axes: Sequence[Axis], shape: Sequence[int]) -> Array:
