@@ -1,6 +1,6 @@
 """Export seven families at a fixed length of 128, as SparseML does, and inject the exports: right, refused why?
 
-    python benchmarks/fixed_length.py MODELS [--only FAMILY] [--python PYTHON] [--seconds N] [--json OUT] [--markdown OUT]
+    python benchmarks/fixed_length.py MODELS [--only FAMILY] [--python PYTHON] [--seconds N] [--json OUT]
 
 `examples/fixed_length.py` makes the exports; `--python` names an interpreter that has torch and transformers 4.30.2.
 Otherwise as `causal_types.py`. Ends with 1 if a result is wrong.

@@ -150,7 +150,7 @@ def options():
     names = {name for parameter in parameters for name in (*parameter.opts, *parameter.secondary_opts)}
     passes = [plugin.load() for plugin in PASSES.plugins()]
     names |= {"--" + field.name.replace("_", "-") for one in passes for field in dataclasses.fields(one)}
-    scripts = [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("tests/clients/*.py"), *ROOT.glob("examples/*.py")]
+    scripts = [*ROOT.glob("benchmarks/**/*.py"), *ROOT.glob("tests/clients/*.py"), *ROOT.glob("examples/*.py")]
     scripts += [ROOT / "tests" / "conftest.py"]
     written = "".join(path.read_text("utf-8") for path in scripts)
     return names | set(re.findall(r'"(--[\w-]+)"', written)) | {"--debug", "--help", *EXAMPLES}

@@ -238,7 +238,7 @@ def _share_inputs(reference: AnyDecoder, candidate: AnyDecoder, seed: int) -> No
 
 
 def _order_outputs(reference: AnyDecoder, candidate: AnyDecoder) -> None:
-    """Let batch and tokens be the first axes of each output in which both models have them at the same axes."""
+    """Move batch and tokens to the front of each output in which both models have them at the same axes."""
     first, second = _orders(reference), _orders(candidate)
     orders = {name: order for name, order in first.items() if second.get(name) == order}
     reference.use_orders(orders)
