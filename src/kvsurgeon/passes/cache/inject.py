@@ -33,6 +33,7 @@ from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_plan import plan_cache
 from kvsurgeon.rewrite.cache_removal import with_separate_caches
 from kvsurgeon.rewrite.late_repetition import with_late_repetition
+from kvsurgeon.rewrite.symbolic_length import with_symbolic_length
 from kvsurgeon.symbolic.dimension import NEW, TOTAL
 
 SelectMatches = Callable[[Analysis, Proof], Sequence[FusionMatch]]
@@ -137,6 +138,8 @@ def inject(
 ) -> Changed:
     """Inject a cache into `subject.model`.
 
+    A length that the export fixed is a symbol afterwards, if the model is proved to be a decoder at every length.
+
     Args:
         options: Options of the cache.
         subject: A model without a cache.
@@ -147,6 +150,22 @@ def inject(
         UnsupportedError: The model does not support a cache; it is unchanged.
         UsageError: Two options exclude each other, or a name template does not give unique names.
     """
+    relaxed = with_symbolic_length(subject.model)
+    if relaxed is not None:
+        at_any_length = Subject(model=relaxed, folder=subject.folder, config=subject.config)
+        try:
+            changed = _inject(options, at_any_length, select, padding)
+        except UnsupportedError:
+            pass  # something depends on the length of the export
+        else:
+            subject.become(at_any_length)
+            return changed
+    return _inject(options, subject, select, padding)
+
+
+def _inject(
+    options: CacheOptions, subject: Subject, select: SelectMatches | None, padding: Literal["mask", "lengths"]
+) -> Changed:
     with deep_recursion():
         given, assumed = _analyzed(subject), subject.decomposed().assumed
         analysis = with_late_repetition(given)
