@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 import pytest
-from attentions import switched_beyond
+from attentions import attention, switched_beyond
 from decoders import Config, Decoder
 from exports import NAMES, ONE_OF_EACH, after, export, injected
 from laws import ALLOWED, Arrays, difference, dims_of, in_onnxruntime, texts
@@ -146,9 +146,16 @@ def test_verification_stays_within_the_maximum_length(name):
     assert any("the candidate model takes no more" in note for note in report.notes)
 
 
+def of_six_tokens() -> onnx.ModelProto:
+    """A decoder of a fixed length, which its mask has too."""
+    table = ", ".join(str(int(key <= query)) for query in range(6) for key in range(6))
+    text = attention(allowed="allowed = Cast<to = 9>(table)", constants=f"int64[6, 6] table = {{{table}}}")
+    return read(text.replace("b, n", "b, 6"))
+
+
 def test_capacity_above_the_maximum_length_is_rejected():
-    with pytest.raises(UnsupportedError, match="expected max-length of at most 9, found 32"):
-        injected(Decoder(Config(layers=1, static=(2, 9))).model(), cache="static", max_length=MAX)
+    with pytest.raises(UnsupportedError, match="expected max-length of at most 6, found 32"):
+        injected(of_six_tokens(), cache="static", max_length=MAX)
 
 
 @pytest.mark.parametrize("opset", [23, 24])
@@ -164,11 +171,12 @@ def test_onnxruntime_names_what_more_tokens_than_rows_exceed(opset):
 
 
 def test_static_cache_of_a_fixed_length_export_has_that_capacity():
-    model = injected(Decoder(Config(layers=1, static=(2, 9))).model(), cache="static")
-    assert dims_of(next(value for value in model.graph.input if value.name.startswith("past"))) == [2, 2, 9, 8]
+    model = injected(of_six_tokens(), cache="static")
+    past = next(value for value in model.graph.input if value.name.startswith("past"))
+    assert dims_of(past) == ["batch_size", 1, 6, 8]
 
 
 def test_unfilled_rows_are_rejected_for_a_fixed_length_export():
     with pytest.raises(UnsupportedError, match="no context for them"):
-        injected(Decoder(Config(layers=1, static=(2, 9))).model(), cache="new-tokens", past_length="input")
-    injected(Decoder(Config(layers=1, static=(2, 9))).model(), cache="new-tokens")
+        injected(of_six_tokens(), cache="new-tokens", past_length="input")
+    injected(of_six_tokens(), cache="new-tokens")

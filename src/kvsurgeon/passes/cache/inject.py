@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
@@ -79,12 +79,12 @@ class Inject(CacheOptions):
 
     def _apply(self, subject: Subject) -> Outcome:
         if self.cross_attention == "inside":
-            return inject(self, subject)
+            return _at_any_length(self, subject)
         separated = SeparateCrossAttention().apply(subject)
         if isinstance(separated, Unchanged):
             raise UnsupportedError(separated.reason, code=Code.PASS_PRECONDITION, hint="use cross-attention=inside")
         subject.changed()
-        done = inject(self.of_decoder, subject)
+        done = _at_any_length(self.of_decoder, subject)
         done = replace(done, edits=separated.edits + done.edits)
         if self.cross_attention == "separate":
             return replace(done, companions=separated.companions)
@@ -103,6 +103,22 @@ class Inject(CacheOptions):
             return self
         past, present = (name.replace("{layer}.", "{layer}.decoder.") for name in (self.past, self.present))
         return replace(self, past=past, present=present)
+
+
+def _at_any_length(options: CacheOptions, subject: Subject) -> Changed:
+    """Inject a cache; a length that the export fixed is a symbol afterwards, if nothing depends on it.
+
+    Raises:
+        UnsupportedError: The model does not support a cache; it is unchanged.
+    """
+    relaxed = with_symbolic_length(subject.model)
+    if relaxed is not None:
+        work = Subject(model=relaxed, folder=subject.folder, config=subject.config)
+        with suppress(UnsupportedError):  # something depends on the length of the export
+            changed = inject(options, work)
+            subject.become(work)
+            return changed
+    return inject(options, subject)
 
 
 @contextmanager
@@ -138,8 +154,6 @@ def inject(
 ) -> Changed:
     """Inject a cache into `subject.model`.
 
-    A length that the export fixed is a symbol afterwards, if the model is proved to be a decoder at every length.
-
     Args:
         options: Options of the cache.
         subject: A model without a cache.
@@ -150,22 +164,6 @@ def inject(
         UnsupportedError: The model does not support a cache; it is unchanged.
         UsageError: Two options exclude each other, or a name template does not give unique names.
     """
-    relaxed = with_symbolic_length(subject.model)
-    if relaxed is not None:
-        at_any_length = Subject(model=relaxed, folder=subject.folder, config=subject.config)
-        try:
-            changed = _inject(options, at_any_length, select, padding)
-        except UnsupportedError:
-            pass  # something depends on the length of the export
-        else:
-            subject.become(at_any_length)
-            return changed
-    return _inject(options, subject, select, padding)
-
-
-def _inject(
-    options: CacheOptions, subject: Subject, select: SelectMatches | None, padding: Literal["mask", "lengths"]
-) -> Changed:
     with deep_recursion():
         given, assumed = _analyzed(subject), subject.decomposed().assumed
         analysis = with_late_repetition(given)
