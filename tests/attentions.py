@@ -77,6 +77,13 @@ def in_order(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def of_six_tokens() -> onnx.ModelProto:
+    """A decoder of a fixed length, which its mask has too."""
+    table = ", ".join(str(int(key <= query)) for query in range(6) for key in range(6))
+    text = attention(allowed="allowed = Cast<to = 9>(table)", constants=f"int64[6, 6] table = {{{table}}}")
+    return read(text.replace("b, n", "b, 6"))
+
+
 def switched_beyond(length: int) -> str:
     """Return an attention whose rotary angles are others where a text has more tokens than that."""
     return attention(

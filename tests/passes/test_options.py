@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from attentions import attention
+from attentions import of_six_tokens
 from written import read
 
 from kvsurgeon.errors import UnsupportedError, UsageError
@@ -44,10 +44,9 @@ def test_invalid_numbers_and_names_are_usage_errors(row):
 
 
 def test_the_capacity_is_at_least_the_fixed_length():
-    fixed = read(attention().replace("[b, n, 8]", "[1, 9, 8]"))
-    with pytest.raises(UnsupportedError, match="expected max-length 9, found 8"):
-        Pipeline.parse("inject{cache=static,max-length=8}").run(fixed)
-    assert Pipeline.parse("inject{cache=static,max-length=9}").run(fixed).changed
+    with pytest.raises(UnsupportedError, match="expected max-length 6, found 5"):
+        Pipeline.parse("inject{cache=static,max-length=5}").run(of_six_tokens())
+    assert Pipeline.parse("inject{cache=static,max-length=6}").run(of_six_tokens()).changed
 
 
 def test_dimensions_can_swap_names():

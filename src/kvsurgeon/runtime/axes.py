@@ -135,7 +135,7 @@ def find_presents(pasts: Sequence[ValueInfo], outputs: Sequence[ValueInfo]) -> l
 def tokens_first(output: ValueInfo, batch: Dim, sequence: Dim) -> tuple[int, ...]:
     """Return the order of an output's axes in which batch and tokens come first, by the names of their dims.
 
-    >>> tokens_first(ValueInfo("logits", None, ("n", "b", 8)), "b", "n")
+    >>> tokens_first(ValueInfo(name="logits", dtype=None, dims=("n", "b", 8)), "b", "n")
     (1, 0, 2)
     """
     names = [dim for dim in (batch, sequence) if isinstance(dim, str)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 import pytest
-from attentions import attention, switched_beyond
+from attentions import of_six_tokens, switched_beyond
 from decoders import Config, Decoder
 from exports import NAMES, ONE_OF_EACH, after, export, injected
 from laws import ALLOWED, Arrays, difference, dims_of, in_onnxruntime, texts
@@ -144,13 +144,6 @@ def test_verification_stays_within_the_maximum_length(name):
     assert (report.verdict, report.problems) == ("same", ())
     assert max(trial.length for trial in report.comparisons) > 70
     assert any("the candidate model takes no more" in note for note in report.notes)
-
-
-def of_six_tokens() -> onnx.ModelProto:
-    """A decoder of a fixed length, which its mask has too."""
-    table = ", ".join(str(int(key <= query)) for query in range(6) for key in range(6))
-    text = attention(allowed="allowed = Cast<to = 9>(table)", constants=f"int64[6, 6] table = {{{table}}}")
-    return read(text.replace("b, n", "b, 6"))
 
 
 def test_capacity_above_the_maximum_length_is_rejected():
