@@ -37,6 +37,7 @@ from kvsurgeon.proof.attention_pattern import (
     leaking_queries,
     queries_without_key,
 )
+from kvsurgeon.proof.content_masks import hiding_feeds
 from kvsurgeon.proof.context_scan import changing_lengths, changing_positions
 from kvsurgeon.proof.key_reductions import check_key_reductions, normalizes_before_mask
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, first_tokens
@@ -161,7 +162,9 @@ class AttentionProbe:
         Raises:
             UnsupportedError: A query attends to a later key, or the pattern depends on the total length.
         """
-        outputs, limit = self._prefix_stable(self.sweep.run(self.sweep.attention_lengths(self.site), self.run))
+        lengths = self.sweep.attention_lengths(self.site)
+        self._check_content_masks(lengths)
+        outputs, limit = self._prefix_stable(self.sweep.run(lengths, self.run))
         checked, rows = max(outputs), dict[int, np.ndarray]()
         if limit is None and self.sweep.fixed is None:
             checked, limit, rows = self._check_rows(checked)
@@ -420,6 +423,28 @@ class AttentionProbe:
             self._check_causal(longer)
             rows = half - 1  # the last query of a text may attend to all keys equally
             self._check_stable(longer[..., :rows, :half], shorter[..., :rows, :])
+
+    def _check_content_masks(self, lengths: Sequence[int]) -> None:
+        """Check that attention is causal whichever tokens hide their keys by their content.
+
+        Raises:
+            UnsupportedError: A query without a key attends to later keys, or to another number of them.
+        """
+        feeds = dict(self.runner.feeds)
+        for hiding in hiding_feeds(self.sweep.flow, self.site):
+            for name, feed in hiding.items():
+                self.runner.inputs.give(name, feed)
+            longest, *others = (np.nan_to_num(self.run(length)[0]) for length in sorted(lengths, reverse=True)[:2])
+            weight, query, _ = largest_weight_on_later_key(longest)
+            if weight > MIN_WEIGHT or not all(is_close(longest[..., : o.shape[-2], : o.shape[-1]], o) for o in others):
+                raise UnsupportedError(
+                    "the mask is computed from the tokens, and a query may have no key that it leaves",
+                    code=Code.TOKEN_DEPENDENT_MASK, layer=self.layer, at=next(iter(hiding)),
+                    expected="no weight on keys after the query", found=f"{weight:.2g} of query {query}",
+                    hint="export with the mask as an input",
+                )  # fmt: skip
+        for name, feed in feeds.items():
+            self.runner.inputs.give(name, feed)
 
     def _check_fixed_length(self, weights: np.ndarray) -> None:
         """Check what a sweep would: every query has a key, and masking the second half does not change the first."""
