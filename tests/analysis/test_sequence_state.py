@@ -19,7 +19,7 @@ from kvsurgeon.workflow.run_and_save import run_and_save
 
 KERNEL = """float[8, 1, 3] kernel, float nil = {0.0},
  int64[6] shift = {0, 1, 0, 0, -1, 0},
- int64[6] before = {0, 1, 0, 0, 0, 0}, int64[1] minus = {-1}, int64[1, 1, 8] places = {0, 0, 0, 0, 0, 0, 0, 0}"""
+ int64[6] before = {0, 1, 0, 0, 0, 0}, int64[6] after = {0, 0, 0, 0, 1, 0}, int64[1] minus = {-1}, int64[1, 1, 8] places = {0, 0, 0, 0, 0, 0, 0, 0}"""
 CONVOLUTION = """xt = Transpose<perm = [0, 2, 1]>(x)
  y = Conv<group = 8, kernel_shape = [3], pads = [2, 0]>(xt, kernel)
  h = Transpose<perm = [0, 2, 1]>(y)"""
@@ -37,6 +37,10 @@ TILED = """n1 = Unsqueeze(length, first)
  h = Slice(t, first, n1, second)"""
 FROM_THE_FIRST = "i = GatherElements<axis = 1>(x, places)\n h = Sub(x, i)"
 SUMMED = "c8 = CumSum(x, one)\n h = Mul(c8, half)"
+LAST_REPLACED = """n0 = Sub(length, one)
+ n1 = Unsqueeze(n0, first)
+ z = Slice(x, first, n1, second)
+ h = Pad(z, after, nil)"""
 REVERSED_SUM = "c8 = CumSum<reverse = 1>(x, one)\n h = Mul(c8, half)"
 
 
@@ -117,6 +121,11 @@ def test_a_note_says_that_the_state_is_measured():
 def test_operators_that_read_later_tokens_are_rejected(hidden):
     with pytest.raises(UnsupportedError, match="mixes tokens along the sequence outside attention"):
         injected(read(case(hidden)))
+
+
+def test_a_last_token_that_is_replaced_is_rejected():
+    with pytest.raises(UnsupportedError, match="selects tokens by their position"):
+        injected(read(case(LAST_REPLACED)))
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static", "new-tokens"])

@@ -18,6 +18,8 @@ from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.ops.operator import AxisLinks, Label, UntraceableAxesError
 from kvsurgeon.ops.table import axis_links
+from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable, SequenceAxis, reshape_axes
 
 
@@ -124,27 +126,49 @@ def _keeps_order(links: AxisLinks, label: Label) -> bool:
 def _moved(visit: NodeVisit, links: AxisLinks, label: Label, index: int, found: TokenRange) -> TokenRange | None:
     """Return the range of the elements of the result that are computed from one input; None if it is unknown."""
     size, after = visit.shape(index)[found.axis or 0], visit.result_shape()[links.outputs[0].index(label)]
+    if size == 1 and after != 1 and label not in {*links.windows, *links.padded, links.joined}:
+        return replace(found, first=-math.inf)  # one token for all: none of them is earlier than the first
+    offsets = _offsets(visit, links, label, index, found)
+    if offsets is None or not _keeps_end(visit, found, offsets[1], (size, after)):
+        return None
+    return found.moved(*offsets)
+
+
+def _offsets(
+    visit: NodeVisit, links: AxisLinks, label: Label, index: int, found: TokenRange
+) -> tuple[float, float] | None:
+    """Return the offsets of the first and the last element of an input that an element depends on."""
     if label in links.windows:
-        return found.moved(*links.windows[label])
+        return links.windows[label]
     if label in links.blocked or (label in links.repeated and links.repeated[label] != 1):
         return None
     if links.addressing is not None and label in links.mixed:
         return None
+    shift: Dimension = 0
     if label in links.padded:
-        return _shifted(found, links.padded[label][0], -1)
-    if label in links.selected:
+        shift = dim.multiply(-1, links.padded[label][0])
+    elif label in links.selected:
         start, _, step = links.selected[label]
-        return _shifted(found, start, 1) if step == 1 and isinstance(start, int) and start >= 0 else None
-    if label == links.joined:
+        shift = start if step == 1 and isinstance(start, int) and start >= 0 else dim.unknown("a step")
+    elif label == links.joined:
         before = [visit.shape(other)[found.axis or 0] for other in range(index) if links.inputs[other] is not None]
-        return _shifted(found, sum(before) if all(isinstance(one, int) for one in before) else None, -1)
-    if size == 1 and after != 1:
-        return replace(found, first=-math.inf)  # one token for all: none of them is earlier than the first
-    return found
+        shift = dim.multiply(-1, sum(before))
+    return (shift, shift) if isinstance(shift, int) else None
 
 
-def _shifted(found: TokenRange, offset: object, sign: int) -> TokenRange | None:
-    return found.moved(sign * offset, sign * offset) if isinstance(offset, int) else None
+def _keeps_end(visit: NodeVisit, found: TokenRange, last: float, sizes: tuple[Dimension, Dimension]) -> bool:
+    """Return whether no element that is added at the end stands for a token of the text.
+
+    The result of such a token would change with the next one. An infinite offset reads what there is.
+    """
+    size, after = sizes
+    if not math.isfinite(last) or not math.isfinite(found.last) or isinstance(size, int):
+        return True  # a size that is a number is the same in every text
+    added = dim.subtract(dim.add(after, int(last)), size)
+    if isinstance(added, int) and added <= 0:
+        return True
+    missing = dim.subtract(visit.flow.length, size)
+    return isinstance(missing, int) and missing <= found.last
 
 
 def _reshaped(visit: NodeVisit, found: TokenRange | None) -> TokenRange | None:
