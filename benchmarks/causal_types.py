@@ -14,7 +14,15 @@ import subprocess
 import sys
 
 from campaigns.exports import run
+from campaigns.exports_page import Page
 
+PAGE = Page(
+    title="Causal model types of transformers",
+    text="`benchmarks/causal_types.py` exports a small model of each type of `AutoModelForCausalLM`, without a cache, "
+    "injects the export and compares it with the logits of torch: as a whole, token by token, in ragged chunks, and "
+    "with left padding.",
+    command="python benchmarks/causal_types.py MODELS --markdown docs/causal-types.md",
+)
 LIST_TYPES = (
     "from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as types; print(*types)"
 )
@@ -27,4 +35,4 @@ def list_types(python: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(__doc__, "causal_types.py", list_types))
+    sys.exit(run(__doc__, "causal_types.py", list_types, PAGE))

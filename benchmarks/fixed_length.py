@@ -12,6 +12,14 @@ import subprocess
 import sys
 
 from campaigns.exports import EXAMPLES, run
+from campaigns.exports_page import Page
+
+PAGE = Page(
+    title="Exports of a fixed length",
+    text="`benchmarks/fixed_length.py` exports seven families at a length of 128, injects the export and compares it "
+    "with the logits of torch.",
+    command="python benchmarks/fixed_length.py MODELS --markdown OUT",
+)
 
 
 def list_families(python: str) -> list[str]:
@@ -21,4 +29,4 @@ def list_families(python: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(__doc__, "fixed_length.py", list_families))
+    sys.exit(run(__doc__, "fixed_length.py", list_families, PAGE))

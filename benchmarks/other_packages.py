@@ -13,6 +13,27 @@ import subprocess
 import sys
 
 from campaigns.exports import EXAMPLES, run
+from campaigns.exports_page import Page
+
+PAGE = Page(
+    title="Decoders of packages other than transformers",
+    text="`benchmarks/other_packages.py` exports small decoders of packages that are not transformers, with torch "
+    "2.13, random weights and without a cache, injects the exports and compares them with the logits of torch: as a "
+    "whole, token by token, and in ragged chunks. `examples/other_packages.py` lists the packages and how each decoder "
+    "is built.",
+    command="python benchmarks/other_packages.py MODELS --markdown docs/other-packages.md",
+    causes={
+        "flash": "fills texts up to groups of 8 tokens; earlier groups are a sum of products of keys and values",
+        "gmlp": "mixes tokens by a learned matrix [sequence, sequence], without attention",
+        "labml-relative": "shifts scores for distances by a Reshape of [sequence, 2 * sequence], as Transformer-XL",
+        "linear-attention": "sums products of keys and values over earlier tokens, without a softmax over them",
+        "local-attention": "fills texts up to windows of 8 tokens and attends to this window and the one before",
+        "megabyte": "fills texts up to patches of 4 bytes, each of which is one token of the global decoder",
+        "memory-efficient": "reads keys in parts of 512; what the exporter keeps is the first part alone",
+        "memory-xl": "shifts scores for distances by a Reshape of [sequence, 2 * sequence], as Transformer-XL",
+        "recurrent-memory": "memory tokens before and behind the text are queries that attend to all tokens",
+    },
+)
 
 
 def list_decoders(python: str) -> list[str]:
@@ -22,4 +43,4 @@ def list_decoders(python: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(__doc__, "other_packages.py", list_decoders))
+    sys.exit(run(__doc__, "other_packages.py", list_decoders, PAGE))

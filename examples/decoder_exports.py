@@ -23,7 +23,8 @@ VOCABULARY, LAYERS = 160, 2
 LEAST, MOST = 4, 140  # ids of texts
 SPREAD = 0.25  # standard deviation of weight matrices, so that tokens attend to few others
 EQUAL = 1e-3  # error below which an export computes what torch does
-TEXTS = ((2, 13, 0), (2, 12, 4), (1, 40, 0))  # batch, length, and padding at the left of the first
+LONGEST = 40
+TEXTS = ((2, 13, 0), (2, 12, 4), (1, LONGEST, 0))  # batch, length, and padding at the left of the first
 
 
 def write(
@@ -41,18 +42,26 @@ def write(
         meta["stage"] = "run"
         model, meta["leak"] = _runnable(core, sizes)
         meta["masked"] = model.masked
+        calls = _calls(model, sizes)  # before the export, so that tables made in a call suffice for the longest text
+        np.savez(folder / "io.npz", **calls)
         meta["stage"] = "export"
         (export or export_by_torch)(model, folder / "model.onnx", exporter)
         meta["stage"] = "compare"
-        calls = _calls(model, sizes)
-        np.savez(folder / "io.npz", **calls)
         meta["export_error"] = _export_error(folder / "model.onnx", calls)
         meta["stage"] = "exported" if meta["export_error"] < EQUAL else "wrong export"
     except Exception as error:
-        meta["error"] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        cause = _cause(error)
+        meta["error"] = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
     meta["expected"] = "inject" if meta.get("leak", 1.0) < EQUAL else "refuse"
     meta["seconds"] = round(time.perf_counter() - began, 1)
     (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the first of the errors that led to an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def randomize(model: torch.nn.Module) -> torch.nn.Module:
@@ -113,7 +122,7 @@ def export_by_torch(model: Logits, file: Path, exporter: str) -> None:
     names = ["input_ids", "attention_mask"][: len(inputs)]
     settings: dict[str, Any] = {"input_names": names, "output_names": ["logits"]}
     if exporter == "dynamo":
-        axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", min=2, max=100)}
+        axes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence", min=2, max=LONGEST)}
         settings |= {"dynamic_shapes": (axes,) * len(inputs), "external_data": False}
         torch.onnx.export(model, inputs, file, dynamo=True, opset_version=20, **settings)
     else:

@@ -54,16 +54,21 @@ def x_transformers(**settings: Any) -> Callable[[ModuleType], torch.nn.Module]:
     return build
 
 
-class Masked(torch.nn.Module):
-    """A decoder that is given a causal mask by whoever calls it."""
+def padded(name: str, **settings: Any) -> Callable[[ModuleType], torch.nn.Module]:
+    """Return a builder of a class of a module whose texts its `Autopadder` fills up to whole buckets."""
+    return lambda module: module.Autopadder(getattr(module, name)(**settings))
 
-    def __init__(self, model: torch.nn.Module, mask: Callable[[torch.Tensor], Any]) -> None:
+
+class Masked(torch.nn.Module):
+    """A decoder that is given a mask by whoever calls it."""
+
+    def __init__(self, model: torch.nn.Module, mask: Callable[[torch.Tensor], Any], *, name: str) -> None:
         super().__init__()
-        self.model, self.mask = model, mask
+        self.model, self.mask, self.name = model, mask, name
 
     def forward(self, input_ids: torch.Tensor) -> Any:
         """Return what the model returns."""
-        return self.model(input_ids, self.mask(input_ids))
+        return self.model(input_ids, **{self.name: self.mask(input_ids)})
 
 
 def causal(ids: torch.Tensor) -> torch.Tensor:
@@ -109,7 +114,11 @@ def curated(family: str, **settings: Any) -> Callable[[ModuleType], torch.nn.Mod
             hidden_width=WIDTH, n_hidden_layers=LAYERS, n_pieces=VOCABULARY, dtype=torch.float32, **settings
         )
         model = getattr(module, f"{family}CausalLM")(config)
-        return Masked(model, lambda ids: attention.AttentionMask(bool_mask=torch.ones_like(ids, dtype=torch.bool)))
+        return Masked(
+            model,
+            lambda ids: attention.AttentionMask(bool_mask=torch.ones_like(ids, dtype=torch.bool)),
+            name="attention_mask",
+        )
 
     return build
 
@@ -134,7 +143,7 @@ def openelm(module: ModuleType) -> torch.nn.Module:
         vocab_size=VOCABULARY, max_context_length=LENGTH, num_transformer_layers=LAYERS, model_dim=64, head_dim=HEAD,
         ffn_dim_divisor=8,
     )  # fmt: skip
-    return module.OpenELM.from_config(config)
+    return Masked(module.OpenELM.from_config(config), causal, name="attn_mask")
 
 
 def nano_gpt(module: ModuleType) -> torch.nn.Module:
@@ -219,12 +228,12 @@ DECODERS: dict[str, Decoder] = {
         "h-transformer-1d", "h_transformer_1d", of("HTransformer1D", **LIMITED, causal=True, block_size=8)
     ),
     "reformer": Decoder(
-        "reformer-pytorch", "reformer_pytorch", of("ReformerLM", **LIMITED, causal=True, bucket_size=4, n_hashes=2)
+        "reformer-pytorch", "reformer_pytorch", padded("ReformerLM", **LIMITED, causal=True, bucket_size=4, n_hashes=2)
     ),
     "sinkhorn": Decoder(
         "sinkhorn-transformer",
         "sinkhorn_transformer",
-        of("SinkhornTransformerLM", **LIMITED, causal=True, bucket_size=8),
+        padded("SinkhornTransformerLM", **LIMITED, causal=True, bucket_size=8),
     ),
     "routing": Decoder(
         "routing-transformer", "routing_transformer", of("RoutingTransformerLM", **LIMITED, causal=True, window_size=8)

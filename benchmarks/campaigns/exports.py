@@ -14,22 +14,13 @@ from pathlib import Path
 from coverage import examine, inject_with_kvsurgeon, quiet
 from verification.corpus import Entry
 
+from campaigns.exports_page import Page, as_markdown
 from campaigns.results import collect
+from campaigns.rows import EXPORTERS, RIGHT, WRONG, Row, best_outcomes, by_name
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-EXPORTERS = ("torchscript", "dynamo")
-EXPORTED, RIGHT, REFUSED, WRONG = "exported", "right", "refused", "wrong"
+EXPORTED = "exported"
 STAGES = {"build": "not built", "run": "not run"}  # every later stage is one of the export
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One export of one decoder, and what became of it."""
-
-    name: str
-    exporter: str
-    outcome: str  # right, refused, wrong, not built, not run, not exported, not causal
-    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +61,7 @@ class Exports:
         return Row(name=name, exporter=exporter, outcome=outcome, reason=result.reason)
 
 
-def run(description: str | None, example: str, names: Callable[[str], list[str]]) -> int:
+def run(description: str | None, example: str, names: Callable[[str], list[str]], page: Page) -> int:
     """Export the decoders of an example, inject them, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, metavar="MODELS")
@@ -79,7 +70,7 @@ def run(description: str | None, example: str, names: Callable[[str], list[str]]
     parser.add_argument("--python", default=sys.executable, help="interpreter with torch and the packages")
     parser.add_argument("--seconds", type=float, default=240.0, help="time allowed for an export")
     parser.add_argument("--json", type=Path, metavar="OUT", help="rows so far, which are kept by the next run")
-    parser.add_argument("--markdown", type=Path, metavar="OUT", help="the table")
+    parser.add_argument("--markdown", type=Path, metavar="OUT", help="the docs page")
     options = parser.parse_args()
     quiet()
     exports = Exports(example=EXAMPLES / example, folder=options.models, python=options.python, seconds=options.seconds)
@@ -100,39 +91,18 @@ def run(description: str | None, example: str, names: Callable[[str], list[str]]
     rows = collect((exports.row(*task) for task in tasks), save if options.json else None, known=known)
     print_table(rows)
     if options.markdown:
-        options.markdown.write_text(as_markdown(rows), encoding="utf-8")
+        options.markdown.write_text(as_markdown(page, rows), encoding="utf-8")
     return 1 if any(row.outcome == WRONG for row in rows) else 0
 
 
 def print_table(rows: Sequence[Row]) -> None:
     """Print the outcomes of each decoder, then the reasons, then how many have each outcome by one exporter."""
-    by_name = _by_name(rows)
     print(f"{'decoder':28}", *(f"{exporter:14}" for exporter in EXPORTERS))
-    for name, found in by_name.items():
+    for name, found in by_name(rows).items():
         print(f"{name:28}", *(f"{found[one].outcome if one in found else '':14}" for one in EXPORTERS))
     for row in rows:
         if row.outcome != RIGHT:
             print(f"{row.name} ({row.exporter}): {row.outcome}: {row.reason}")
-    best = Counter(_best([row.outcome for row in found.values()]) for found in by_name.values())
-    print(f"\n{len(by_name)} decoders:", ", ".join(f"{count} {outcome}" for outcome, count in best.most_common()))
-
-
-def as_markdown(rows: Sequence[Row]) -> str:
-    """Return the outcomes of each decoder as a table."""
-    lines = ["| decoder | " + " | ".join(EXPORTERS) + " |", "| --- |" + " --- |" * len(EXPORTERS)]
-    for name, found in sorted(_by_name(rows).items()):
-        outcomes = (found[one].outcome if one in found else "" for one in EXPORTERS)
-        lines.append(f"| {name} | " + " | ".join(outcomes) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _by_name(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
-    found: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        found.setdefault(row.name, {})[row.exporter] = row
-    return found
-
-
-def _best(outcomes: Sequence[str]) -> str:
-    """Return the outcome of a decoder: wrong if any is, right if one is, refused if one is."""
-    return next((one for one in (WRONG, RIGHT, REFUSED) if one in outcomes), outcomes[-1])
+    best = best_outcomes(rows)
+    totals = Counter(best.values()).most_common()
+    print(f"\n{len(best)} decoders:", ", ".join(f"{count} {outcome}" for outcome, count in totals))
