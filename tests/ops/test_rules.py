@@ -182,6 +182,7 @@ NUMBERS = [
     ("sums and products", "s = Add(n1, ones)\n y = Mul(s, twos)", "2*n + 2"),
     ("a difference", "y = Sub(n1, b1)", "n - b"),
     ("rounded down", "y = Div(n1, twos)", "floor(n/2)"),
+    ("not rounded as numbers of floating point", "m = Add(n1, ones)\n f = Cast<to=1>(n1)\n g = Cast<to=1>(m)\n y = Div(f, g)", None),
     ("a remainder", "y = Mod(n1, twos)", "n - 2*floor(n/2)"),
     ("the larger", "y = Max(n1, ones)", "n"),
     ("of three", "y = Min(n1, ones, twos)", "1"),

@@ -59,10 +59,16 @@ def _times(left: Scalar, right: Scalar) -> Scalar:
 
 
 def _divided(left: Scalar, right: Scalar) -> Scalar:
+    """The quotient of floating-point numbers."""
     if right == 0:
         raise Undecided
-    if isinstance(left, float) or isinstance(right, float):
-        return sympy.sympify(left) / right if _is_symbolic(left, right) else left / right
+    return dim.plain(sympy.sympify(left) / right) if _is_symbolic(left, right) else left / right
+
+
+def _whole_quotient(left: Scalar, right: Scalar) -> Scalar:
+    """The quotient of integers, which rounds towards zero."""
+    if right == 0:
+        raise Undecided
     if _is_symbolic(left, right):
         return dim.floor_quotient(_not_negative(left), _not_negative(right))
     quotient = abs(left) // abs(right)
@@ -86,7 +92,7 @@ def _remainder(left: Scalar, right: Scalar) -> Scalar:
         if _is_symbolic(left, right):
             raise Undecided
         return math.fmod(left, right)
-    return _minus(left, _times(_divided(left, right), right))
+    return _minus(left, _times(_whole_quotient(left, right), right))
 
 
 def _power(left: Scalar, right: Scalar) -> Scalar:
@@ -133,6 +139,7 @@ ARITHMETIC: dict[str, Arithmetic] = {
     "Sub": _minus,
     "Mul": _times,
     "Div": _divided,
+    "WholeQuotient": _whole_quotient,
     "Mod": _modulo,
     "Remainder": _remainder,
     "Pow": _power,
@@ -222,11 +229,18 @@ def binary(call: OperatorCall) -> Fact:
     shape = shape_of_broadcast(call.inputs)
     operand = call.fact(1) if name in ("Where", "QLinearWhere") else call.fact(0)
     dtype = ir.DataType.BOOL if name in COMPARISONS else operand.dtype
-    arithmetic = ARITHMETIC.get("Remainder" if name == "Mod" and call.integer("fmod", 0) else name)
     value = None
-    if arithmetic is not None:
+    if (arithmetic := ARITHMETIC.get(_name_of(call, dtype))) is not None:
         value = _numbers(_variadic(arithmetic, call.inputs, name), call.inputs)
     return Fact(shape, dtype, value)
+
+
+def _name_of(call: OperatorCall, dtype: ir.DataType | None) -> str:
+    """Return the name of what the operator computes for this type and these attributes."""
+    name = call.node.op_type
+    if name == "Mod" and call.integer("fmod", 0):
+        return "Remainder"
+    return "WholeQuotient" if name == "Div" and not (dtype is not None and dtype.is_floating_point()) else name
 
 
 def unary(call: OperatorCall) -> Fact:
