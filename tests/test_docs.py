@@ -35,7 +35,7 @@ TEXTS = sorted(
 )
 ERRORS = (ROOT / "docs" / "errors.md").read_text("utf-8")
 FENCED = re.compile(r"^```(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
-EXAMPLES = ("--to", "--option")  # options of passes that the docs write
+EXAMPLES = ("--to", "--option", "--no-deps")  # options of passes that the docs write, and of pip
 RUNS, COMPILES = "python", "python compile"  # info strings of snippets
 
 
