@@ -63,12 +63,16 @@ def range_(call: OperatorCall) -> Fact:
         if count <= WIDEST_VALUE:
             return known(np.array([start + delta * i for i in range(max(count, 0))], dtype=object), dtype)
         return Fact((count,), dtype)
+    step = int(delta) if isinstance(delta, float) and delta.is_integer() else delta
     extent = dim.subtract(limit, start)
-    if delta == -1:
-        extent = dim.multiply(-1, extent)
-    elif delta != 1:
-        extent = dim.floor_quotient(dim.add(extent, dim.subtract(delta, 1)), delta)
-    return Fact((extent,), dtype)
+    if not isinstance(step, int) or step == 0 or not _is_whole(extent):
+        return Fact((call.unknown(),), dtype)
+    extent = dim.multiply(-1 if step < 0 else 1, extent)
+    return Fact((dim.floor_quotient(dim.add(extent, abs(step) - 1), abs(step)),), dtype)
+
+
+def _is_whole(number: Dimension) -> bool:
+    return isinstance(number, int) or bool(number.is_integer)
 
 
 def one_hot(call: OperatorCall) -> Fact:
