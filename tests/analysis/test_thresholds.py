@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from kvsurgeon.analysis.thresholds import irregular_rows, numbers_of
+from kvsurgeon.analysis.thresholds import irregular_rows, irregular_steps, numbers_of
 
 
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.float32, np.float16])
@@ -33,3 +33,12 @@ def test_a_number_of_any_type_is_read_with_its_reciprocal(dtype):
 
 def test_several_numbers_have_no_reciprocals():
     assert numbers_of(np.array([0, 5, -3, 5, np.inf])) == [-3, 5]
+
+
+@pytest.mark.parametrize("shape", [(5000,), (1, 5000), (1, 5000, 1)])
+def test_a_list_of_positions_is_irregular_where_its_step_is(shape):
+    positions = np.arange(5000)
+    assert irregular_steps(positions.reshape(shape)) == []
+    positions[4800] -= 5
+    assert irregular_steps(positions.reshape(shape)) == [4800, 4801]
+    assert irregular_steps(np.random.default_rng(0).normal(size=shape)) == []

@@ -73,8 +73,8 @@ def test_verification_passes_the_positions_at_which_context_changes():
         "b = Where(same, half, low)\n s = Add(s0, b)"
     )
     run = run_and_save(read_with(attention(scores=scores), segments=segments), Pipeline((Inject(),)))
-    assert 761 in run.thresholds
-    assert "past 761 tokens" in {one.scenario for one in run.verification.comparisons}
+    assert {760, 761} <= set(run.thresholds)
+    assert "past 760 tokens" in {one.scenario for one in run.verification.comparisons}
 
 
 def test_verification_passes_the_lengths_at_which_context_changes_once_each():

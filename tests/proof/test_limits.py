@@ -1,8 +1,9 @@
 """Models that are correct up to a length: the injected model ends with an error beyond it, not with a wrong result."""
 
+import numpy as np
 import onnx
 import pytest
-from attentions import attention, switched_beyond
+from attentions import attention, in_order, switched_beyond
 from laws import assert_law, in_chunks, in_onnxruntime, texts
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 from written import read
@@ -78,3 +79,17 @@ def test_no_guard_without_a_limit():
     assert outcome.notes == ()
     assert Subject.of(original).decoder().max_length is None
     assert not [node.name for node in result.graph.node if "exceeds_the_maximum" in node.name]
+
+
+@pytest.mark.parametrize("position", [3000, 20_000])
+def test_positions_in_a_list_that_are_out_of_order_limit_the_length(position):
+    text = attention(
+        allowed="n1 = Unsqueeze(length, first)\n places = Slice(table, first, n1, first)\n"
+        " keys = Unsqueeze(places, first)\n queries = Unsqueeze(places, second)\n allowed = LessOrEqual(keys, queries)"
+    )
+    original = in_order(read(text))
+    places = np.arange(40_000)
+    places[position] -= 5
+    original.graph.initializer.append(onnx.numpy_helper.from_array(places, "table"))
+    _, outcome = injected(original)
+    assert position - 20 <= outcome.proof.limit <= position

@@ -55,17 +55,20 @@ class Thresholds:
         return tuple(sorted({round(number) for number in numbers}))
 
     def _irregular_rows(self, value: ir.Value) -> list[int]:
-        """Return the irregular rows of a constant table of which context reads a square part, such as a mask."""
+        """Return the irregular rows of a constant table of positions, such as a mask, or of a list of them."""
         if value not in self._irregular:
             table = self._table(value)
-            self._irregular[value] = [] if table is None else irregular_rows(table)
+            find = irregular_steps if table is not None and max(table.shape) == table.size else irregular_rows
+            self._irregular[value] = [] if table is None else find(table)
         return self._irregular[value]
 
     def _table(self, value: ir.Value) -> np.ndarray | None:
-        """Return a constant that is large enough to be a table of positions by positions; None for others."""
+        """Return a constant that is large enough to hold positions, or positions by positions; None for others."""
         shape = self.flow.shapes[value].shape or ()
         sizes = [size for size in shape if isinstance(size, int)]
-        if len(sizes) < max(2, len(shape)) or min(sizes[-2:]) < SMALLEST_TABLE or math.prod(sizes) > MAX_TABLE:
+        is_list = max(sizes, default=0) == math.prod(sizes) >= SMALLEST_TABLE
+        is_matrix = len(sizes) > 1 and min(sizes[-2:]) >= SMALLEST_TABLE
+        if len(sizes) < len(shape) or not (is_list or is_matrix) or math.prod(sizes) > MAX_TABLE:
             return None
         tensor = constant_tensor(value)
         if tensor is None:
@@ -111,8 +114,23 @@ def irregular_rows(table: np.ndarray) -> list[int]:
         later = table[..., row, row + 1 :]
         ranges.append((float(later.min()), float(later.max())))
     usual, _ = Counter(ranges).most_common(1)[0]
-    found = [row for row, one in enumerate(ranges) if one != usual]
-    return found if len(found) <= MAX_ROWS else [found[place * len(found) // MAX_ROWS] for place in range(MAX_ROWS)]
+    return _some([row for row, one in enumerate(ranges) if one != usual])
+
+
+def irregular_steps(table: np.ndarray) -> list[int]:
+    """Return the elements of a list of positions that do not differ from the one before as most do.
+
+    A list in which most steps are irregular holds no positions, and none are returned.
+    """
+    steps = np.diff(table.reshape(-1).astype(np.float64))
+    numbers, counts = np.unique(steps, return_counts=True)
+    found = np.flatnonzero(steps != numbers[counts.argmax()]) + 1
+    return _some(found.tolist()) if 2 * len(found) < len(steps) else []
+
+
+def _some(rows: list[int]) -> list[int]:
+    """Return the rows; if they are many, some of them, evenly spaced."""
+    return rows if len(rows) <= MAX_ROWS else [rows[place * len(rows) // MAX_ROWS] for place in range(MAX_ROWS)]
 
 
 def changes(differs: np.ndarray) -> list[int]:
