@@ -490,5 +490,6 @@ def _not_causal(layer: int, site: AttentionSite, found: str) -> UnsupportedError
     return UnsupportedError(
         f"attention is not causal: {found}, so a KV cache would change the result", code=Code.NOT_CAUSAL,
         layer=layer, at=site.at.name, expected="no weight on keys after the query",
-        hint="bidirectional and prefix language models cannot use a KV cache",
+        hint="bidirectional models cannot use a KV cache; if a prefix or an image attends both ways, "
+        "its mask must be an input",
     )  # fmt: skip
