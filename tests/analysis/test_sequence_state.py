@@ -19,7 +19,8 @@ from kvsurgeon.workflow.run_and_save import run_and_save
 
 KERNEL = """float[8, 1, 3] kernel, float nil = {0.0},
  int64[6] shift = {0, 1, 0, 0, -1, 0},
- int64[6] before = {0, 1, 0, 0, 0, 0}, int64[6] after = {0, 0, 0, 0, 1, 0}, int64[1] minus = {-1}, int64[1, 1, 8] places = {0, 0, 0, 0, 0, 0, 0, 0}"""
+ int64[6] before = {0, 1, 0, 0, 0, 0}, int64[6] after = {0, 0, 0, 0, 1, 0}, int64[1] minus = {-1},
+ int64[1, 1, 8] places = {0, 0, 0, 0, 0, 0, 0, 0}"""
 CONVOLUTION = """xt = Transpose<perm = [0, 2, 1]>(x)
  y = Conv<group = 8, kernel_shape = [3], pads = [2, 0]>(xt, kernel)
  h = Transpose<perm = [0, 2, 1]>(y)"""
