@@ -67,11 +67,24 @@ class AttentionFuser:
         """Set the bias of the new operators and replace the results of their sites."""
         for match, node in self._unfinished:
             bias = None if match.mask is not None else self.bias.of(match)
-            if bias is not None:
-                node.resize_inputs(self.operator.bias + 1)
-                self.editor.replace_input(node, self.operator.bias, bias)
+            for place, value in ((self.operator.bias, bias), (self.operator.sink, self._sink(match))):
+                if place is not None and value is not None:
+                    node.resize_inputs(place + 1)
+                    self.editor.replace_input(node, place, value)
             self.layout.replace(match.result, node.outputs[0])
         self._unfinished.clear()
+
+    def _sink(self, match: FusionMatch) -> ir.Value | None:
+        """Return the learned scores of the attention sinks, [heads]."""
+        source, lengths, dtype = match.sink, self.context.lengths, match.dtype
+        if source is None:
+            return None
+        count = dim.product(self.context.flow.shapes[source].shape or ())
+        value = self.editor.node("Reshape", [source, lengths.vector([count])], name=f"{source.name}.flat", dtype=dtype)
+        if count != match.query.heads:
+            inputs = [value, lengths.vector([match.query.heads])]
+            value = self.editor.node("Expand", inputs, name=f"{source.name}.by_head", dtype=dtype)
+        return value
 
     def _sequence_lengths(self, match: FusionMatch) -> list[ir.Value]:
         """Return `seqlens_k` (T - 1 for each sequence, int32 [batch]) and `total_sequence_length` (int32 scalar)."""

@@ -1,5 +1,6 @@
 """Match attention sites with what a fused operator computes: softmax(softcap(scale * Q @ K^T) + bias) @ V.
 
+An attention sink is one more score in the softmax, learned for each head, whose weight is dropped.
 The bias is the result of the graph between scores and softmax for scores of zero, so masks, position biases and tables
 need not be recognized. A match is read off the operators; `kvsurgeon.fusion.numeric_check` runs it and compares.
 """
@@ -21,8 +22,11 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.fusion.operator_mask import OperatorMask
 from kvsurgeon.fusion.operator_rotary import OperatorRotary
 from kvsurgeon.fusion.score_path import MOVES, ScorePath, constant_factor, trace_scores
+from kvsurgeon.graph.query import chain
+from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.rewrite.layout_trace import LayoutTrace, trace_layout
+from kvsurgeon.symbolic import dimension as dim
 
 _FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -39,6 +43,7 @@ class FusionMatch:
         value: Values that the operator reads, as [batch, kv_heads, sequence, head_dim].
         result: Output of the context product, as [batch, heads, sequence, head_dim].
         path: Scale, softcap and operators between scores and softmax.
+        sink: Learned scores of the attention sinks, one for each query head or one for all; None if there are none.
         mask: The mask that the operator applies itself, if it is all that is added to scores; None otherwise.
         rotary: The rotary embedding that the operator computes; None if it reads rotated queries and keys.
     """
@@ -50,6 +55,7 @@ class FusionMatch:
     value: CachePoint
     result: CachePoint
     path: ScorePath
+    sink: ir.Value | None = None
     mask: OperatorMask | None = None
     rotary: OperatorRotary | None = None
 
@@ -88,7 +94,10 @@ def match_attention(analysis: Analysis, layer: int, *, cached: bool) -> FusionMa
         if key.heads != value.heads and not cached:
             (key, scale), (value, _) = (_read(flow, one[0]) for one in (site.keys, site.values))
         path = replace(path, scale=path.scale * scale)
-        match = FusionMatch(layer=layer, site=site, query=query, key=key, value=value, result=result, path=path)
+        sink = None if path.sink is None else _sink(flow, path.sink, query.heads, query.dtype)
+        match = FusionMatch(
+            layer=layer, site=site, query=query, key=key, value=value, result=result, path=path, sink=sink
+        )
         _check_heads(match)
     except UnsupportedError as error:
         error.layer = layer
@@ -182,6 +191,22 @@ def _query(flow: TokenFlow, operand: ir.Value | None) -> tuple[CachePoint, float
         if point is not None and (point.heads, point.head_dim) == (found.heads, found.head_dim):
             found, scale = point, factor
     return found, scale
+
+
+def _sink(flow: TokenFlow, joined: ir.Value, heads: int, dtype: ir.DataType) -> ir.Value:
+    """Return the constant that learned scores repeat for each query: one element for each head, or one for all."""
+
+    def source(node: ir.Node) -> ir.Value | None:
+        return node.inputs[0] if has_trait(node, *MOVES, Trait.REPEAT, Trait.IDENTITY) else None
+
+    for value in chain(joined, source):
+        shape = flow.shapes[value].shape or ()
+        if value not in flow.kinds and dim.product(shape) in (1, heads) and flow.shapes[value].dtype is dtype:
+            return value
+    raise UnsupportedError(
+        "learned scores are not one number for each head", code=Code.NOT_FUSABLE, at=joined.name,
+        expected=f"{heads} constants, or 1", hint="fuse the other layers with --layers supported",
+    )  # fmt: skip
 
 
 def _describe(flow: TokenFlow, value: ir.Value | None, heads: int = 1) -> CachePoint:

@@ -43,7 +43,8 @@ class NumericCheck:
             return
         flow, masked = self.sweep.flow, match.path.masked
         inputs = (match.query.value, match.key.value, match.value.value)
-        attention = SubgraphRunner(flow, [match.site.at], probed=inputs)
+        sinks = [] if match.sink is None else [match.sink]
+        attention = SubgraphRunner(flow, [match.site.at, *sinks], probed=inputs)
         scores = [] if match.scores is None else [match.scores]
         bias = None if masked is None else SubgraphRunner(flow, [masked], probed=scores)
         lengths = [length for length in self.sweep.attention_lengths(match.site) if length <= LONGEST]
@@ -61,20 +62,21 @@ def _compare(
     Raises:
         UnsupportedError: They differ.
     """
-    found = _by_heads(attention.run(length, mask)[0], match.result, length)
+    result, *sinks = attention.run(length, mask)
+    found = _by_heads(result, match.result, length)
     points = (match.query, match.key, match.value)
     operands = (attention.feeds[one.value.name or ""](Rows.of_text(length)).astype(np.float64) for one in points)
     query, key, value = (_by_heads(array, one, length) for array, one in zip(operands, points, strict=True))
     scores = _scores(match, query, key)
     if bias is not None:
         scores = scores + _bias(match, bias, length, mask, scores.shape)
-    expected = _attend(scores, value)
+    expected = _attend(scores, value, sinks[0].reshape(-1, 1, 1).astype(np.float64) if sinks else -np.inf)
     error = float(np.abs(found - expected)[:, :, mask(length)].max(initial=0.0))
     tolerance = TOLERANCE.get(str(match.dtype.numpy()), TOLERANCE["float32"])
     if not error <= tolerance * float(np.abs(expected).max(initial=1.0)):
         raise match.unsupported(
             "attention differs from what the fused operator computes",
-            expected="softmax(scale * query @ key^T + bias) @ value",
+            expected="softmax(scale * query @ key^T + bias) @ value" + (", with a sink" if sinks else ""),
             found=f"a difference of {error:.2g} at {length} tokens",
         )
 
@@ -99,11 +101,15 @@ def _scores(match: FusionMatch, query: np.ndarray, key: np.ndarray) -> np.ndarra
     return np.asarray(softcap * np.tanh(scores / softcap) if softcap else scores)
 
 
-def _attend(scores: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Return causal softmax(scores) @ value, [batch, heads, sequence, head_dim]; rows without any key give 0."""
+def _attend(scores: np.ndarray, value: np.ndarray, sink: np.ndarray | float) -> np.ndarray:
+    """Return causal softmax(scores) @ value, [batch, heads, sequence, head_dim]; rows without any key give 0.
+
+    A sink is one more score of each row, [heads or 1, 1, 1], without a value.
+    """
     scores = np.where(np.tril(np.ones(scores.shape[-2:], dtype=bool)), scores, -np.inf)
-    weights = np.exp(scores - np.maximum(scores.max(-1, keepdims=True), np.finfo(np.float32).min))
-    total = weights.sum(-1, keepdims=True)
+    largest = np.maximum(np.maximum(scores.max(-1, keepdims=True), sink), np.finfo(np.float32).min)
+    weights = np.exp(scores - largest)
+    total = weights.sum(-1, keepdims=True) + np.exp(sink - largest)
     value = np.repeat(value, scores.shape[1] // value.shape[1], axis=1)
     return np.asarray(weights / np.where(total == 0, 1, total) @ value)
 

@@ -27,6 +27,7 @@ class AttentionOperator:
         op_type: Type of the operator.
         since: First opset of ai.onnx that has the operator.
         bias: Index of the input that is added to the scores, [batch or 1, heads or 1, S, T].
+        sink: Index of the input of attention sinks, [heads]; None if the operator has none.
         query_heads: Name of the attribute for the number of query heads.
         keeps_cache: Whether the operator reads and writes the KV cache and masks future tokens.
     """
@@ -35,6 +36,7 @@ class AttentionOperator:
     op_type: str
     since: int
     bias: int
+    sink: int | None
     query_heads: str
     keeps_cache: bool
 
@@ -46,13 +48,18 @@ class AttentionOperator:
         """Check that the operator supports a match.
 
         Raises:
-            UnsupportedError: The opset lacks the operator, or its kernel does not support the head_dim.
+            UnsupportedError: The opset lacks the operator, or it does not support the head_dim or a sink.
         """
         if opset < self.since:
             raise UnsupportedError(
                 f"{self.op_type} is not in the model's opset", code=Code.OPSET, at=match.site.at.name,
                 layer=match.layer, expected=f"opset {self.since}", found=f"opset {opset}",
                 hint="run raise-opset first",
+            )  # fmt: skip
+        if self.sink is None and match.sink is not None:
+            raise match.unsupported(
+                f"{self.op_type} has no attention sinks", expected="scores of tokens alone",
+                found=f"learned scores `{match.sink.name}`",
             )  # fmt: skip
         if self.keeps_cache and match.value.head_dim != match.key.head_dim:
             raise match.unsupported(
@@ -83,10 +90,11 @@ class AttentionOperator:
 
 
 GROUP_QUERY_ATTENTION = AttentionOperator(
-    domain="com.microsoft", op_type="GroupQueryAttention", since=1, bias=10, query_heads="num_heads", keeps_cache=True
-)
+    domain="com.microsoft", op_type="GroupQueryAttention", since=1, bias=10, sink=11, query_heads="num_heads",
+    keeps_cache=True,
+)  # fmt: skip
 ATTENTION = AttentionOperator(
-    domain="", op_type="Attention", since=23, bias=3, query_heads="q_num_heads", keeps_cache=False
+    domain="", op_type="Attention", since=23, bias=3, sink=None, query_heads="q_num_heads", keeps_cache=False
 )
 OPERATORS: Mapping[OperatorName, AttentionOperator] = {
     "group-query-attention": GROUP_QUERY_ATTENTION, "attention": ATTENTION,

@@ -31,11 +31,11 @@ class FuseAttention:
     """Replace each attention by one operator, for which runtimes have fast kernels.
 
     Before: score product, mask, softmax and context product. After: `GroupQueryAttention` of com.microsoft, which also
-    reads and writes the KV cache, or `Attention` of opset 23. Causal masks and sliding windows become the operator's
-    own, and the rotary embedding too if the operator rotates; other masks and position biases stay in the graph, and
+    reads and writes the KV cache, or `Attention` of opset 23. Causal masks, sliding windows, attention sinks and the
+    rotary embedding become the operator's own if it has them; other masks and position biases stay in the graph, and
     their result is the bias input of the operator.
 
-    Not handled: scores of several products, weights that change between softmax and context product, attention sinks.
+    Not handled: scores of several products, weights that change between softmax and context product.
 
     Attributes:
         operator: Operator that replaces the attention.
