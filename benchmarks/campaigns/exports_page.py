@@ -21,7 +21,7 @@ class Page:
         title: The heading.
         text: Paragraph below it, before the totals.
         command: The command that writes the page.
-        causes: What keeps decoders that are refused from a cache, found by reading their code: name to cause.
+        causes: What keeps decoders from a cache or from being exported, found by reading their code: name to cause.
     """
 
     title: str
@@ -31,7 +31,7 @@ class Page:
 
 
 def as_markdown(page: Page, rows: Sequence[Row]) -> str:
-    """Return the page: totals, the decoders that are right, refusals with their causes, and what did not export."""
+    """Return the page: totals, the decoders that are right, and why the others are not."""
     found = by_name(rows)
     best = best_outcomes(rows)
     totals = ", ".join(f"{count} {outcome}" for outcome, count in Counter(best.values()).most_common())
@@ -43,10 +43,16 @@ def as_markdown(page: Page, rows: Sequence[Row]) -> str:
         lines += [*_wrapped(f"By {SPELLED.get(exporter, exporter)} ({len(names)}): {', '.join(names)}."), ""]
     lines += ["## Refused", "", "| decoder | reason | what its code does |", "| --- | --- | --- |"]
     lines += [_row(name, _reason(found[name], REFUSED), page.causes.get(name, "")) for name in _with(best, REFUSED)]
-    lines += ["", "## Neither", "", _row("decoder", *(SPELLED.get(one, one) for one in EXPORTERS))]
-    lines += ["| --- |" + " --- |" * len(EXPORTERS)]
+    lines += [
+        "",
+        "## Neither",
+        "",
+        _row("decoder", *(SPELLED.get(one, one) for one in EXPORTERS), "what its code does"),
+    ]
+    lines += ["| --- |" + " --- |" * (len(EXPORTERS) + 1)]
     for name in sorted(name for name, outcome in best.items() if outcome not in (RIGHT, REFUSED)):
-        lines.append(_row(name, *(text_of(found[name].get(one, NOT_TRIED)) for one in EXPORTERS)))
+        outcomes = (text_of(found[name].get(one, NOT_TRIED)) for one in EXPORTERS)
+        lines.append(_row(name, *outcomes, page.causes.get(name, "")))
     return "\n".join(lines) + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,8 +39,8 @@ def best_outcomes(rows: Sequence[Row]) -> dict[str, str]:
 
 def text_of(row: Row) -> str:
     """Return the outcome with the start of its reason, without codes of terminals."""
-    reason = re.sub(r"\x1b\[\d+m", "", row.reason)
-    return f"{row.outcome}: {reason[:100]}" if reason else row.outcome
+    reason = textwrap.shorten(re.sub(r"\x1b\[\d+m", "", row.reason), 100, placeholder=" ...")
+    return f"{row.outcome}: {reason}" if reason else row.outcome
 
 
 def _best(outcomes: Sequence[str]) -> str:
