@@ -4,7 +4,7 @@ import onnx
 import pytest
 from attentions import assert_law_of, attention, in_order
 from exports import injected
-from laws import assert_law
+from laws import assert_law, dims_of, texts
 from written import read
 
 from kvsurgeon import io
@@ -19,8 +19,9 @@ from kvsurgeon.workflow.run_and_save import run_and_save
 
 KERNEL = """float[8, 1, 3] kernel, float nil = {0.0},
  int64[6] shift = {0, 1, 0, 0, -1, 0},
- int64[6] before = {0, 1, 0, 0, 0, 0}, int64[6] after = {0, 0, 0, 0, 1, 0}, int64[1] minus = {-1},
- int64[1, 1, 8] places = {0, 0, 0, 0, 0, 0, 0, 0}"""
+ int64[6] before = {0, 1, 0, 0, 0, 0},
+ int64[6] after = {0, 0, 0, 0, 1, 0}, int64[1] minus = {-1}, int64[1] far = {99999999999},
+ int64[2] rows = {3, 8}, int64[1, 1, 8] places = {0, 0, 0, 0, 0, 0, 0, 0}"""
 CONVOLUTION = """xt = Transpose<perm = [0, 2, 1]>(x)
  y = Conv<group = 8, kernel_shape = [3], pads = [2, 0]>(xt, kernel)
  h = Transpose<perm = [0, 2, 1]>(y)"""
@@ -38,6 +39,20 @@ TILED = """n1 = Unsqueeze(length, first)
  h = Slice(t, first, n1, second)"""
 FROM_THE_FIRST = "i = GatherElements<axis = 1>(x, places)\n h = Sub(x, i)"
 SUMMED = "c8 = CumSum(x, one)\n h = Mul(c8, half)"
+DILATED = CONVOLUTION.replace("pads = [2, 0]", "pads = [6, 0], dilations = [3]")
+SHIFTED = """b0 = Slice(sizes, first, second)
+ b1 = Concat<axis = 0>(b0, rows)
+ zeros = Expand(nil, b1)
+ p = Concat<axis = 1>(zeros, x)
+ n1 = Unsqueeze(length, first)
+ z = Slice(p, first, n1, second)
+ h = Sub(x, z)"""
+LOOK_ALIKES = {
+    "padding that is not zero": "y = Pad(x, shift, half)\n h = Sub(x, y)",
+    "a first token that is replaced": "z = Slice(x, second, far, second)\n y = Pad(z, before, nil)\n h = Sub(x, y)",
+    "the first token before it": "z = Slice(x, first, second, second)\n z1 = Concat<axis = 1>(z, x)\n"
+    " y = Slice(z1, first, minus, second)\n h = Sub(x, y)",
+}
 LAST_REPLACED = """n0 = Sub(length, one)
  n1 = Unsqueeze(n0, first)
  z = Slice(x, first, n1, second)
@@ -72,16 +87,50 @@ def case(hidden: str, **parts: str) -> str:
     return attention(hidden=hidden, constants=KERNEL, **parts)
 
 
-@pytest.mark.parametrize("hidden", [CONVOLUTION, TRIMMED, PADDED, PADDED_AND_SLICED, TILED, FROM_THE_FIRST, SUMMED])
-def test_operators_that_read_earlier_tokens_have_a_state(hidden):
+def states_of(model: onnx.ModelProto) -> dict[str, list[int | str]]:
+    """Return the shapes of the cache inputs after keys and values."""
+    return {value.name: dims_of(value) for value in model.graph.input if "state" in value.name}
+
+
+@pytest.mark.parametrize("hidden", [TILED, FROM_THE_FIRST, SUMMED])
+def test_operators_that_read_all_earlier_tokens_have_a_state_of_a_row_for_each(hidden):
     assert_law_of(case(hidden))
-    names = [value.name for value in injected(read(case(hidden))).graph.input]
-    assert names == ["x", "past_key_values.0.key", "past_key_values.0.value", "past_key_values.0.state"]
+    assert states_of(injected(read(case(hidden)))) == {
+        "past_key_values.0.state": ["batch_size", 1, "past_sequence_length", 8]
+    }
+
+
+@pytest.mark.parametrize(
+    ("hidden", "rows"),
+    [(CONVOLUTION, 2), (DILATED, 6), (TRIMMED, 2), (PADDED, 1), (PADDED_AND_SLICED, 1), (SHIFTED, 3)],
+)
+def test_operators_that_read_a_window_have_a_state_of_the_last_rows(hidden, rows):
+    original = read(case(hidden))
+    model = injected(original)
+    assert states_of(model) == {"past_key_values.0.conv_state": ["batch_size", 1, rows, 8]}
+    for length in (2, 9, 23):
+        assert_law(original, model, whole=texts(original, length=length), cuts=range(1, length, 1 + length // 9))
+
+
+@pytest.mark.parametrize("hidden", LOOK_ALIKES.values(), ids=LOOK_ALIKES.keys())
+def test_a_window_that_depends_on_where_the_text_starts_is_cached_as_a_whole(hidden):
+    """Rows of zeros before the text would not be the same as no tokens."""
+    assert_law_of(case(hidden))
+    assert "past_key_values.0.conv_state" not in states_of(injected(read(case(hidden))))
+
+
+def test_a_state_that_attention_reads_too_is_cached_as_a_whole():
+    key = "k = Identity(k0)\n k1 = Pad(k, shift, nil)\n k2 = MatMul(k1, wk)"
+    text = case("h = Identity(x)", key=key, after="logits = Add(c, k2)")
+    assert_law_of(text)
+    assert not states_of(injected(read(text)))
 
 
 def test_windows_that_are_gathered_have_a_state():
     hidden = UNFOLDED.replace("PADS", "two_before")
-    assert_law_of(attention(hidden=hidden, constants=f"{KERNEL}, {UNFOLDING}"))
+    text = attention(hidden=hidden, constants=f"{KERNEL}, {UNFOLDING}")
+    assert_law_of(text)
+    assert states_of(injected(read(text))) == {"past_key_values.0.conv_state": ["batch_size", 1, 2, 8]}
     hidden = UNFOLDED.replace("PADS", "two_after")
     with pytest.raises(UnsupportedError):
         injected(read(attention(hidden=hidden, constants=f"{KERNEL}, {UNFOLDING}")))
@@ -170,7 +219,8 @@ def test_retarget_changes_the_mode_of_a_state():
 
 def test_facts_list_the_state():
     decoder = Subject.of(injected(read(case(CONVOLUTION)))).decoder()
-    assert [(one.kind, one.layer) for one in decoder.cache] == [("key", 0), ("value", 0), ("state", 0)]
+    assert [(one.kind, one.layer) for one in decoder.cache] == [("key", 0), ("value", 0), ("conv_state", 0)]
+    assert decoder.cache_bytes_per_token == 2 * 8 * 4
 
 
 def test_remove_cache_removes_the_state():
@@ -181,7 +231,13 @@ def test_remove_cache_removes_the_state():
 
 def test_unfilled_rows_are_rejected():
     with pytest.raises(UnsupportedError, match="would read them as tokens"):
-        injected(read(case(CONVOLUTION)), cache="new-tokens", past_length="input")
+        injected(read(case(SUMMED)), cache="new-tokens", past_length="input")
+
+
+def test_unfilled_rows_are_not_those_of_a_window():
+    original = read(case(CONVOLUTION))
+    model = injected(original, cache="new-tokens", past_length="input")
+    assert verification.verify_models(original, model).verdict == "same"
 
 
 MASKED = "visible = Cast<to = 9>(key_mask)\n causal = LessOrEqual(row, column)\n allowed = And(causal, visible)"

@@ -13,6 +13,7 @@ from kvsurgeon.analysis.attention_sites import AttentionSite, find_attention_sit
 from kvsurgeon.analysis.cache_points import CachePoint, choose_cache_point
 from kvsurgeon.analysis.common_subexpressions import find_common_subexpressions
 from kvsurgeon.analysis.propagation import propagate_tokens
+from kvsurgeon.analysis.regions.state_windows import StateWindow, find_windows
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.input_dimensions import read_inputs
 from kvsurgeon.dataflow.input_roles import InputRole, classify_inputs
@@ -36,6 +37,7 @@ class Analysis:
         sites: Attention sites in execution order.
         cross_attentions: Attention to keys that are the same in every call, in execution order.
         states: Tensors that are cached outside attention, in execution order.
+        windows: Those of which the last rows are enough.
     """
 
     model: ir.Model
@@ -47,6 +49,12 @@ class Analysis:
     sites: tuple[AttentionSite, ...]
     cross_attentions: tuple[CrossAttentionSite, ...]
     states: tuple[CachePoint, ...]
+    windows: tuple[StateWindow, ...]
+
+    def rows_of(self, value: ir.Value) -> int | None:
+        """Return the number of last rows of a cached tensor that are enough; None if all are needed."""
+        points = ((window, point) for window in self.windows for point in window.points)
+        return next((window.rows for window, point in points if point.value is value), None)
 
 
 def analyze(model: ir.Model) -> Analysis:
@@ -65,10 +73,11 @@ def analyze(model: ir.Model) -> Analysis:
     flow = propagate_tokens(nodes, inputs, shapes, kinds, length, graph.opset_imports)
     sites = find_attention_sites(flow, at=graph.outputs[0].name if graph.outputs else None)
     flow.inputs = with_mask_forms(flow, sites)
-    cached = [choose_cache_point(flow, place) for state in flow.states for place in state.places]
+    cached = [choose_cache_point(flow, place) for state in flow.cached_states for place in state.places]
     return Analysis(
         model=model, inputs=flow.inputs, length=length, shapes=shapes, flow=flow,
         same=find_common_subexpressions(nodes, kinds, shapes),
         sites=sites, cross_attentions=find_cross_attentions(flow),
         states=tuple({point.value: point for point in cached}.values()),
+        windows=find_windows(flow, {point.value for site in sites for _, point in site.cached_tensors}),
     )  # fmt: skip

@@ -149,6 +149,8 @@ def find_attention_sites(flow: TokenFlow, at: str | None) -> tuple[AttentionSite
     for site in sites:
         for operand in (*site.keys, *site.values):
             _extend_dynamic_ranges(flow, operand)
+    if not sites and flow.recurrences:
+        return ()
     if not sites and flow.states:
         first = flow.states[0].nodes[0]
         raise UnsupportedError(

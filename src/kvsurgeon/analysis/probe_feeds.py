@@ -58,6 +58,7 @@ class ProbeFeeds:
         probed: Token values that are fed with synthetic values instead of being computed.
         stops: Nodes below which nothing is computed from `probed`.
         assumptions: Receives the statements that the results rest on, each with the name of the value it is about.
+        given: Values whose arrays `give` sets before a run.
 
     Attributes:
         probed: The token values that are fed, without those that are made of positions alone.
@@ -73,8 +74,10 @@ class ProbeFeeds:
         probed: Iterable[ir.Value] = (),
         stops: Collection[ir.Node] = (),
         assumptions: dict[str, str] | None = None,
+        given: Collection[ir.Value] = (),
     ) -> None:
         self.flow = flow
+        self._given = given
         self.masks: list[InputRole] = []
         self.feeds: dict[str, Feed] = {}
         self.types: dict[str, InputType] = {}
@@ -90,7 +93,7 @@ class ProbeFeeds:
         """Add a feed for a value; return False if it must be computed."""
         fact, variable, name = self.flow.shapes[value], self._roles.get(value), value.name or ""
         tensor = constant_tensor(value)
-        if value in self.probed:
+        if value in self.probed or value in self._given:
             self._add_synthetic(value)
         elif tensor is not None:
             self._add_constant(value, tensor)

@@ -58,6 +58,7 @@ class Rows:
 
 EXTENT = 9  # size of an axis that is neither the batch nor the tokens
 AMPLIFIED = 1 << 20  # added to the number of a token, makes its values larger
+BLANK = -1  # number of a token whose values are 0
 AMPLIFICATION = 900.0  # how many times larger: beyond what a maximum or a bound of other tokens hides
 
 
@@ -166,6 +167,8 @@ def synthetic_values(
 ) -> np.ndarray:
     """Return values that look random and depend on the token, not on the length: in [-3, 3] unless it is amplified.
 
+    Those of a blank token are 0.
+
     Args:
         sizes: The shape.
         axes: The sequence axes.
@@ -182,7 +185,8 @@ def synthetic_values(
             here = tokens if queries is None or axis.variable.resolved() is not Length.NEW else queries
             rows = np.concatenate([-2 - np.arange(axis.rows_before), here, -900 - np.arange(axis.rows_after)])
             block = len(rows) * inner
-            amplified = np.where(rows[index % block // inner] >= AMPLIFIED, np.float32(AMPLIFICATION), np.float32(1.0))
+            numbers = rows[index % block // inner]
+            amplified = np.where(numbers >= AMPLIFIED, np.float32(AMPLIFICATION), (numbers != BLANK).astype(np.float32))
             amplification = amplification * amplified.reshape(-1, *[1] * (len(sizes) - place - 1))
             index = (index // block) * 7919 + rows[index % block // inner] * 104729 + index % inner
         angles.append((index + 1) * (12.9898 + 78.233 * place) * 43.758)
@@ -190,13 +194,14 @@ def synthetic_values(
     wave *= 3.0
     dtype = run_dtype(dtype or ir.DataType.FLOAT)
     if dtype.is_floating_point():
-        if amplification.max() > 1:
+        if (amplification != 1).any():
             largest = min(np.finfo(dtype.numpy()).max, np.finfo(np.float32).max)  # a float16 holds no amplified pair
             wave = np.clip(wave * amplification, -largest, largest)
         return wave.astype(dtype.numpy(), copy=False)
     if dtype is ir.DataType.BOOL:
-        return wave > 0
-    return np.round(wave * 20 + (64 if dtype.numpy().kind == "u" else 0)).astype(dtype.numpy())
+        return (wave > 0) & (amplification > 0)
+    whole = np.round(wave * 20 + (64 if dtype.numpy().kind == "u" else 0))
+    return (whole * (amplification > 0)).astype(dtype.numpy())
 
 
 def _sines_of_sums(angles: Sequence[np.ndarray]) -> np.ndarray:

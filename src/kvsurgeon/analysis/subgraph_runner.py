@@ -33,6 +33,7 @@ class SubgraphRunner:
         probed: Token values that are fed with synthetic values instead of being computed.
         stops: Nodes below which nothing is computed from `probed`.
         assumptions: Receives the statements that the results rest on, each with the name of the value it is about.
+        given: Values whose arrays `inputs.give` sets before a run.
 
     Attributes:
         inputs: The inputs of the subgraph.
@@ -50,10 +51,11 @@ class SubgraphRunner:
         probed: Iterable[ir.Value] = (),
         stops: Collection[ir.Node] = (),
         assumptions: dict[str, str] | None = None,
+        given: Collection[ir.Value] = (),
     ) -> None:
         self.flow = flow
         self.outputs = outputs
-        self.inputs = ProbeFeeds(flow, probed, stops, assumptions)
+        self.inputs = ProbeFeeds(flow, probed, stops, assumptions, given)
         self._fed: set[ir.Value] = set()
         try:
             self.nodes = self._find_nodes()

@@ -95,6 +95,23 @@ class FusedAttention:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecurrentState:
+    """A state of fixed size that a region of nodes passes from token to token.
+
+    Attributes:
+        start: The input of a node that the state before the text replaces: zeros in the graph.
+        value: The value whose last row is the state after the text.
+        axis: Index of the axis of rows of `value`, along which the start has one.
+        sizes: Shape of the state, the batch first.
+    """
+
+    start: Place
+    value: ir.Value
+    axis: int
+    sizes: tuple[Dimension, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class SequenceState:
     """Nodes outside attention whose result depends on the tokens so far.
 
@@ -103,12 +120,14 @@ class SequenceState:
         places: Inputs of these nodes that hold token data and that no node of them computes.
         axes: The sequence axis of the result.
         measured: Whether no later token was observed to count; axis links prove it otherwise.
+        recurrent: The state of fixed size that replaces the inputs of earlier tokens; None if they are cached.
     """
 
     nodes: tuple[ir.Node, ...]
     places: tuple[Place, ...]
     axes: Axes
     measured: bool = False
+    recurrent: RecurrentState | None = None
 
     @property
     def result(self) -> ir.Value:
@@ -148,7 +167,7 @@ class TokenFlow:
         products: Products of weights and values.
         fused: Operators that compute a whole attention.
         states: Sequence states outside attention.
-        state_nodes: Their nodes, which are computed at the total length.
+        state_nodes: Their nodes, which are computed at another length.
         assumed: What propagation could not prove, with the first value that it concerns.
         mixes_keys: Nodes that mix elements along an axis that must turn out to be the keys'.
         last: Values computed from the last token alone.
@@ -205,6 +224,16 @@ class TokenFlow:
             if at in self.learned_row_inputs:
                 return at
         return place
+
+    @property
+    def cached_states(self) -> list[SequenceState]:
+        """The sequence states whose inputs are cached."""
+        return [state for state in self.states if state.recurrent is None]
+
+    @property
+    def recurrences(self) -> list[tuple[SequenceState, RecurrentState]]:
+        """The sequence states of fixed size, each with what it passes from token to token."""
+        return [(state, state.recurrent) for state in self.states if state.recurrent is not None]
 
     @cached_property
     def read_for_content(self) -> set[ir.Node]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from kvsurgeon.cache.pairs import CacheMode
+from kvsurgeon.cache.pairs import UpdateMode
+from kvsurgeon.cache.signature import Kind
 
 MaskKind = Literal["causal", "sliding-window", "chunked", "other"]
 
@@ -58,6 +59,7 @@ class CachePointFacts:
         heads: Number of key or value heads.
         head_dim: Features of one head.
         bytes_per_token: Bytes of one token of one sequence.
+        rows: Number of tokens that it stores, if that are the last ones alone.
     """
 
     value: str
@@ -66,6 +68,7 @@ class CachePointFacts:
     heads: int
     head_dim: int
     bytes_per_token: int
+    rows: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,10 +182,10 @@ class CachedTensor:
     past: str
     present: str
     layer: int
-    kind: Literal["key", "value", "state"]
+    kind: Kind
     dtype: str
     shape: tuple[str | int, ...]
-    cache_mode: CacheMode
+    cache_mode: UpdateMode
     operator: str
     past_length: str | None
 
@@ -223,4 +226,4 @@ class Decoder:
         """Bytes that one more token of one sequence adds to the cache."""
         owners = [attention for attention in self.attentions if attention.shares_cache_with is None]
         points = [point for attention in owners for point in (attention.key_cache, attention.value_cache)]
-        return sum(point.bytes_per_token for point in (*points, *self.states))
+        return sum(point.bytes_per_token for point in (*points, *self.states) if point.rows is None)

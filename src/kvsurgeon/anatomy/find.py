@@ -45,7 +45,7 @@ def decoder_facts(analysis: Analysis, proof: Proof) -> Decoder:
             f"attention is causal{_how(proof, 'causal')}",
             f"context of a position does not depend on the number of later tokens{_how(proof, 'prefix-stable')}",
         ),
-        states=tuple(map(_cache_point, analysis.states)),
+        states=tuple(_cache_point(point, analysis.rows_of(point.value)) for point in analysis.states),
         cross_attentions=tuple(_cross_attentions(analysis)),
         assumed=tuple(f"{assumption} (first at `{name}`)" for assumption, name in proof.assumptions.items()),
     )
@@ -186,7 +186,7 @@ def _head_repetition(flow: TokenFlow, place: Place) -> Iterator[str]:
             yield node.outputs[0].name or ""
 
 
-def _cache_point(point: CachePoint) -> CachePointFacts:
+def _cache_point(point: CachePoint, rows: int | None = None) -> CachePointFacts:
     return CachePointFacts(
         value=point.value.name or "",
         dtype=str(point.dtype.numpy()),
@@ -194,6 +194,7 @@ def _cache_point(point: CachePoint) -> CachePointFacts:
         heads=point.heads,
         head_dim=point.head_dim,
         bytes_per_token=-(-point.bits_per_token // 8),
+        rows=rows,
     )
 
 

@@ -79,6 +79,8 @@ def empty_dimensions(empty: Sequence[ir.Value], pairs: Sequence[CachePair], dime
     axes = {pair.past: pair.axis for pair in pairs}
 
     def size_of(value: ir.Value, axis: int, declared: int | str | None) -> Dimension:
+        if axes.get(value) == axis and rows[value] == 0:
+            return 0
         if isinstance(declared, int):
             return declared
         if axes.get(value) == axis:

@@ -1,14 +1,14 @@
 """Cache inputs and the cache outputs that belong to them, found by what the graph computes, never by names.
 
-A cache output is a cache input with new rows appended along the sequence axis, these rows alone, or a buffer into which
-they are written. The graph writes that as a `Concat`, as a scatter, or leaves it to an operator that declares a past
-and a present.
+A cache output is a cache input with new rows appended along the sequence axis, these rows alone, the last of all
+rows, or a buffer into which they are written. The graph writes that as a `Concat`, as a scatter, or leaves it to an
+operator that declares a past and a present.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -18,13 +18,18 @@ from kvsurgeon.cache.written_rows import WrittenRows
 from kvsurgeon.dataflow.input_dimensions import required_inputs
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import small_constant
-from kvsurgeon.graph.query import STANDARD_DOMAINS, chain, is_operator, producers, through
+from kvsurgeon.graph.query import STANDARD_DOMAINS, chain, is_operator, producer_of, producers, through
+from kvsurgeon.ops.gather import FAR
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.fact import axis_of
 
 # Content of a cache output: past and new rows, the updated buffer, or new rows only.
 CacheMode = Literal["dynamic", "static", "new-tokens"]
+UpdateMode = CacheMode | Literal["last-rows"]  # the latter of a state of a fixed number of rows
+
+
+LAST_ROWS = "kvsurgeon.last_rows"  # metadata of an input that holds the last rows alone, and may have none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,12 +96,17 @@ class CachePair:
     node: ir.Node
     operands: CacheOperands
     axis: int
-    cache_mode: CacheMode
+    cache_mode: UpdateMode
 
     @property
     def is_buffer(self) -> bool:
         """Whether the past is a buffer into which the new rows are written."""
         return self.cache_mode == "static"
+
+    @property
+    def has_fixed_rows(self) -> bool:
+        """Whether the number of rows of the past may be fixed in a model of any length."""
+        return self.is_buffer or self.cache_mode == "last-rows"
 
     @property
     def rows(self) -> ir.Value | None:
@@ -120,7 +130,7 @@ def find_cache_pairs(graph: ir.Graph) -> tuple[CachePair, ...]:
     found: dict[ir.Value, CachePair] = {}
     concats, written = _inner_concats(graph, order), cache(lambda: WrittenRows(graph))
     for present in graph.outputs:
-        pair = _updated(present, order, written) or _new_rows(present, concats)
+        pair = _updated(present, order, written) or _new_rows(present, concats) or _last_rows(present, order, written)
         if pair is None:
             continue
         other = found.get(pair.past)
@@ -202,6 +212,27 @@ def _updated(present: ir.Value, inputs: Iterable[ir.Value], written: Callable[[]
             cache_mode = "static" if has_trait(node, Trait.SCATTER) else "dynamic"
         return CachePair(past=past, present=present, node=node, operands=operands, axis=axis, cache_mode=cache_mode)
     return None
+
+
+def _last_rows(present: ir.Value, inputs: Iterable[ir.Value], written: Callable[[], WrittenRows]) -> CachePair | None:
+    """Return the pair of an output that holds the last rows of past and new ones, as many as the past has.
+
+    The input must be declared as one: a model that keeps the last keys looks the same.
+    """
+    node = producer_of(present, "Slice")
+    if node is None or node.inputs[0] is None or present.shape is None:
+        return None
+    pair, (start, end, axis) = _updated(node.inputs[0], inputs, written), map(_number, (*node.inputs[1:4], None)[:3])
+    if pair is None or pair.cache_mode != "dynamic" or pair.past.shape is None or axis is None or start is None:
+        return None
+    is_last = axis == pair.axis and start == -(pair.past.shape[axis] if isinstance(pair.past.shape[axis], int) else 0)
+    is_pair = is_last and start < 0 and end is not None and end > FAR and LAST_ROWS in pair.past.metadata_props
+    return replace(pair, present=present, cache_mode="last-rows") if is_pair else None
+
+
+def _number(value: ir.Value | None) -> int | None:
+    numbers = small_constant(value)
+    return int(numbers.item()) if numbers is not None and numbers.size == 1 else None
 
 
 def _updated_axis(node: ir.Node, operands: CacheOperands, written: Callable[[], WrittenRows]) -> int:

@@ -15,10 +15,10 @@ from kvsurgeon.analysis.cache_points import CachePoint, bottlenecks, choose_cach
 from kvsurgeon.analysis.token_flow import Place
 from kvsurgeon.cache.layout import Layout, possible_layouts
 from kvsurgeon.cache.length_inputs import LengthInput, PastLength
-from kvsurgeon.cache.pairs import CacheMode
+from kvsurgeon.cache.pairs import UpdateMode
 from kvsurgeon.errors import Code, UnsupportedError
 
-Kind = Literal["key", "value", "state"]
+Kind = Literal["key", "value", "state", "conv_state"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,12 @@ class SignatureEntry:
         axis: Index of the sequence axis.
         rows: Name of the value with the new rows in the graph without the cache.
         is_declared: Whether the schema of an operator calls the input a past, so that no attention has to read it.
-        cache_mode: Content of the output: past and new rows, the updated buffer, or new rows only.
+        cache_mode: Content of the output: past and new rows, the updated buffer, new rows only, or the last rows.
         operator: Operator that combines past and new rows.
         layout: Meaning of each axis; None for a tensor with other axes. Set by `CacheSignature.located`.
         layer: Attention layer that reads it, counted in execution order among those with entries, or index of the
             sequence state. Set by `CacheSignature.located`.
-        kind: "key", "value", or "state" of a sequence state. Set by `CacheSignature.located`.
+        kind: "key", "value", or "state" or "conv_state" of a sequence state. Set by `CacheSignature.located`.
     """
 
     past: str
@@ -48,7 +48,7 @@ class SignatureEntry:
     axis: int
     rows: str
     is_declared: bool
-    cache_mode: CacheMode
+    cache_mode: UpdateMode
     operator: str
     layout: Layout | None = None
     layer: int | None = None
@@ -134,14 +134,15 @@ def _readers(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int
         return added
 
     flow, layer = analysis.flow, 0
-    states = [(place, choose_cache_point(flow, place)) for state in flow.states for place in state.places]
+    states = [(place, choose_cache_point(flow, place)) for state in flow.cached_states for place in state.places]
     for site in analysis.sites:
         parts: tuple[tuple[Kind, tuple[CachedOperand, ...]], ...] = (("key", site.keys), ("value", site.values))
         further = {point.value for kind, point in site.cached_tensors if kind == "state"}
         operands = [(kind, one.place, one.cache_point) for kind, found in parts for one in found]
         layer += any([add(layer, *operand) for operand in operands if operand[2].value not in further])
         states += [(place, point) for _, place, point in operands if point.value in further]
-    number = 0
+    numbers: Counter[Kind] = Counter()
     for place, point in states:
-        number += add(number, "state", place, point)
+        kind: Kind = "state" if analysis.rows_of(point.value) is None else "conv_state"
+        numbers[kind] += add(numbers[kind], kind, place, point)
     return readers

@@ -83,7 +83,10 @@ def _not_negative(operand: Scalar) -> Scalar:
 
 
 def _modulo(left: Scalar, right: Scalar) -> Scalar:
-    return _remainder(left, right) if _is_symbolic(left, right) else left % right
+    if not _is_symbolic(left, right):
+        return left % right
+    is_exact = isinstance(right, int) and right > 0 and not isinstance(left, float)
+    return dim.remainder(left, int(right)) if is_exact else _remainder(left, right)
 
 
 def _remainder(left: Scalar, right: Scalar) -> Scalar:

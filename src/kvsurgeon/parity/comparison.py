@@ -60,7 +60,7 @@ def compare_caches(
     differences = []
     for entry in cache:
         errors = _cache_errors(entry, prefill.cache[entry.past.name], chunked.cache[entry.past.name])
-        tokens = counted if errors.shape == counted.shape else np.ones(errors.shape, bool)
+        tokens = counted if errors.shape == counted.shape and not entry.is_fixed else np.ones(errors.shape, bool)
         error, row, token = worst(errors, tokens)
         changed = entry.present in chunked.changed_pasts
         if error > bound or (changed and entry.part != "state"):

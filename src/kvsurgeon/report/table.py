@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 
 _LARGE = 64 * 2**20  # bytes of a copy that a user may want to avoid
 _NUMBERS = ("layer", "query heads", "kv heads", "head dim", "scale", "rotary", "B/token", "batch", "tokens", "error")
-_CACHE_MODES = {"dynamic": "dynamic", "static": "static buffer", "new-tokens": "only new rows returned"}
+_CACHE_MODES = {
+    "dynamic": "dynamic",
+    "static": "static buffer",
+    "new-tokens": "only new rows returned",
+    "last-rows": "the last rows",
+}
 _TARGET_LABELS = {
     "tried": "tested with",
     "needs": "required inputs and outputs",

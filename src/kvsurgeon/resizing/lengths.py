@@ -43,6 +43,7 @@ class LengthValues:
         editor: The editor of the graph.
         sources: Source of each symbol.
         total: Length for which context is computed: that of past and new tokens, or the capacity of the cache.
+        past: Number of tokens before the new ones.
         rows: Length of the inputs of context.
         limit: Largest such length that the model supports, if there is one.
     """
@@ -53,11 +54,13 @@ class LengthValues:
         sources: Mapping[sympy.Symbol, LengthSource],
         *,
         total: Dimension = TOTAL,
+        past: Dimension = PAST,
         limit: int | None = None,
     ) -> None:
         self.editor = editor
         self.sources = sources
         self.total = total
+        self.past = past
         self.rows = total
         self.limit = limit
         self._made: dict[Hashable, ir.Value] = {}
@@ -69,6 +72,10 @@ class LengthValues:
         lengths = LengthValues(self.editor, self.sources, limit=self.limit)
         lengths.rows = self.rows
         return lengths
+
+    def after(self, rows: sympy.Symbol, source: LengthSource) -> LengthValues:
+        """Return the lengths of a number of rows and the new tokens after them."""
+        return LengthValues(self.editor, {**self.sources, rows: source}, total=dim.add(rows, NEW), past=rows)
 
     def once(self, key: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
         """Return the value of a key, added to the graph on first use."""
@@ -82,7 +89,7 @@ class LengthValues:
 
     def span(self, length: Length) -> tuple[Dimension, Dimension]:
         """Return the first index and the end of the tokens of a length in the context."""
-        return (PAST, TOTAL) if length is Length.NEW else (0, self.total)
+        return (self.past, dim.add(self.past, NEW)) if length is Length.NEW else (0, self.total)
 
     def scalar(self, number: Dimension) -> ir.Value:
         """Return a number as an int64 scalar."""

@@ -8,13 +8,14 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.token_flow import SequenceState
+from kvsurgeon.cache.pairs import LAST_ROWS
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.resizing.context_slices import ContextSlices
 from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.resizing.token_data import InputsBefore, TokenRewriter
-from kvsurgeon.rewrite.cache_layouts import is_canonical_view, to_cache
+from kvsurgeon.rewrite.cache_layouts import add_cached_rows, is_canonical_view, to_cache
 from kvsurgeon.rewrite.cache_metadata import cache_metadata, write_cache_metadata
 from kvsurgeon.rewrite.cache_modes import read_cache, update_cache
 from kvsurgeon.rewrite.cache_plan import CachePlan, find_sources
@@ -23,6 +24,7 @@ from kvsurgeon.rewrite.causal_masks import mask_causal_operators
 from kvsurgeon.rewrite.declared_shapes import declare_shapes, outputs_of_cache_length
 from kvsurgeon.rewrite.further_outputs import return_cached_tensors, return_context_so_far
 from kvsurgeon.rewrite.head_grouping import HeadGrouping
+from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dim_names import dim_names
 from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable
 
@@ -51,16 +53,17 @@ def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperator
     lengths = LengthValues(editor, sources, total=plan.total, limit=plan.limit)
     slices = ContextSlices(flow, editor, lengths, analysis.inputs, analysis.same)
     tokens = TokenRewriter(slices, before)
-    grouping = HeadGrouping(tokens)
+    grouping, windows = HeadGrouping(tokens), _window_rewriters(analysis, tokens, pasts)
     updated, connect_operators = add_operators(lengths, before, pasts)
-    presents, all_rows = _update_caches(plan, lengths, grouping, pasts, updated)
+    presents, all_rows = _update_caches(plan, lengths, grouping, pasts, updated, windows)
+    computed = {node: windows[one.rows] for one in analysis.windows for state in one.states for node in state.nodes}
     for node in flow.order:
         if any(flow.kinds.get(value) is ValueKind.TOKEN for value in node.outputs):
-            tokens.rewire(node)
+            computed.get(node, tokens).rewire(node)
     mask_causal_operators(flow, slices, before)
     declare_shapes(analysis, plan.total)
     for state in flow.states:
-        _slice_state(state, slices)
+        _slice_state(state, computed.get(state.nodes[-1], tokens).slices)
     connect_operators()
     outputs = outputs_of_cache_length(analysis, plan.total)
     return_context_so_far(analysis, slices)
@@ -81,7 +84,7 @@ def _add_inputs(analysis: Analysis, editor: Editor, plan: CachePlan) -> dict[Cac
     pasts: dict[CacheTensor, ir.Value] = {}
     for tensor in plan.tensors:
         replaced = next((output for output in graph.outputs if output.name == tensor.present), None)
-        if replaced is not None and is_canonical_view(replaced, tensor.point):
+        if replaced is not None and tensor.rows is None and is_canonical_view(replaced, tensor.point):
             graph.outputs.remove(replaced)  # it returns the new rows, which are part of the cache output
             taken.discard(tensor.present)
         for name in (tensor.past, tensor.present):
@@ -92,8 +95,21 @@ def _add_inputs(analysis: Analysis, editor: Editor, plan: CachePlan) -> dict[Cac
             editor.release_name(name)
         shape = ir.Shape(tensor.shape(plan.past))
         pasts[tensor] = ir.Value(name=tensor.past, type=ir.TensorType(tensor.dtype), shape=shape)
+        if tensor.rows is not None:
+            pasts[tensor].metadata_props[LAST_ROWS] = str(tensor.rows)
     graph.inputs.extend(pasts.values())
     return pasts
+
+
+def _window_rewriters(analysis: Analysis, tokens: TokenRewriter, pasts: CacheValues) -> dict[int, TokenRewriter]:
+    """Return a rewriter for each number of last rows that states are computed on, before the new tokens."""
+    found: dict[int, TokenRewriter] = {}
+    for tensor, past in pasts.items():
+        if tensor.rows is not None and tensor.rows not in found:
+            lengths = tokens.lengths.after(dim.symbol(f"last_{tensor.rows}_rows"), (past, tensor.axis))
+            slices = ContextSlices(tokens.flow, tokens.editor, lengths, analysis.inputs, analysis.same)
+            found[tensor.rows] = TokenRewriter(slices, tokens.before)
+    return found
 
 
 def _update_caches(
@@ -102,6 +118,7 @@ def _update_caches(
     grouping: HeadGrouping,
     pasts: CacheValues,
     updated: CacheValues,
+    windows: Mapping[int, TokenRewriter],
 ) -> tuple[list[ir.Value], CacheValues]:
     """Return the cache outputs, which operators compute or which are the updated inputs, and the rows to attend to."""
     presents: list[ir.Value] = []
@@ -116,9 +133,12 @@ def _update_caches(
             rows = _cast(lengths.editor, rows, dtype, tensor.dtype, f"{tensor.present}.rows")
             present, all_rows = update_cache(plan, lengths, tensor, past, rows)
             all_rows = _cast(lengths.editor, all_rows, tensor.dtype, dtype, f"{tensor.present}.wide")
-        grouping.add_cache(tensor.point, all_rows, order)
         presents.append(present)
-        rows_of[tensor] = all_rows
+        if tensor.rows is not None:
+            add_cached_rows(windows[tensor.rows], tensor.point, all_rows, order)
+        else:
+            grouping.add_cache(tensor.point, all_rows, order)
+            rows_of[tensor] = all_rows
     return presents, rows_of
 
 

@@ -9,8 +9,10 @@ import onnx_ir as ir
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.graph.query import is_operator
 from kvsurgeon.resizing.lengths import LengthValues
+from kvsurgeon.resizing.token_data import TokenRewriter
 from kvsurgeon.symbolic.dim_names import dim_names
 from kvsurgeon.symbolic.dimension import NEW, Dimension
+from kvsurgeon.symbolic.sequence_axes import Length
 
 Order = tuple[int, ...]  # for each axis of the cache its index in [batch, kv_heads, sequence, head_dim]
 
@@ -20,6 +22,13 @@ CANONICAL: Order = (0, 1, 2, 3)
 def to_cache(lengths: LengthValues, point: CachePoint, order: Order = CANONICAL) -> ir.Value:
     """Return the new rows of a cached tensor in the layout of the cache."""
     return _transposed(lengths, point, _canonical_rows(lengths, point), order, f"{point.value.name}.as_cache")
+
+
+def add_cached_rows(tokens: TokenRewriter, point: CachePoint, rows: ir.Value, order: Order) -> None:
+    """Set the cached rows of a tensor, whose axes are in an order: what is computed from all rows reads them."""
+    shape = tokens.flow.shapes[point.value].shape or ()
+    sizes = tokens.slices.sizes(shape, tokens.axes_at(point.value, Length.TOTAL))
+    tokens.add_total(point.value, from_cache(tokens.lengths, point, rows, sizes, order))
 
 
 def from_cache(

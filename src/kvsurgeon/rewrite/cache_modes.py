@@ -4,6 +4,8 @@ dynamic       present = Concat(past, new rows); attention reads the present
 static        present = past with the rows [P, P + S) replaced; attention reads the present, or a copy of its first T
               rows. Rows that no token filled are future tokens, which causality hides from every query.
 new-tokens    present = new rows; attention reads Concat(past, new rows)
+
+In every mode, a state of which the last rows are enough has as many rows: present = the last rows of Concat(past, new).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.resizing.lengths import LengthValues
+from kvsurgeon.resizing.lengths import INT64, LengthValues
 from kvsurgeon.rewrite.cache_plan import CachePlan
 from kvsurgeon.rewrite.cache_tensors import CacheTensor
 from kvsurgeon.symbolic.dimension import NEW, PAST, TOTAL
@@ -31,6 +33,8 @@ def update_cache(
         past: The cache input.
         rows: The new rows, in the layout and type of the cache.
     """
+    if tensor.rows is not None:
+        return _last_rows(lengths, tensor, past, rows)
     if plan.cache_mode == "static":
         present = _scattered(lengths, tensor, past, rows)
         return present, read_cache(plan, lengths, tensor, present)
@@ -43,6 +47,19 @@ def update_cache(
         return all_rows, all_rows
     present = lengths.editor.node(
         "Identity", [rows], name=tensor.present, dtype=tensor.dtype, shape=tensor.shape(plan.present)
+    )
+    return present, all_rows
+
+
+def _last_rows(lengths: LengthValues, tensor: CacheTensor, past: ir.Value, rows: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Return the last rows of past and new ones, and all of these."""
+    editor, count = lengths.editor, tensor.rows or 0
+    all_rows = editor.node(
+        "Concat", [past, rows], {"axis": tensor.axis}, name=f"{tensor.present}.all", dtype=tensor.dtype
+    )
+    bounds = [editor.constant([number], name="last_rows") for number in (-count, int(INT64.max), tensor.axis)]
+    present = editor.node(
+        "Slice", [all_rows, *bounds], name=tensor.present, dtype=tensor.dtype, shape=tensor.shape(count)
     )
     return present, all_rows
 

@@ -67,15 +67,16 @@ def plan_cache(options: CacheOptions, analysis: Analysis, proof: Proof) -> Cache
     """
     past_length = _check_options(options, analysis, proof)
     past, present, total = _rows(options, past_length, analysis.length)
-    if analysis.states and past is CAPACITY:
+    growing = [point for point in analysis.states if analysis.rows_of(point.value) is None]
+    if growing and past is CAPACITY:
         raise UnsupportedError(
             "unfilled rows come before the tokens, so a sequence state would read them as tokens",
-            code=Code.MIXES_TOKENS, at=analysis.states[0].value.name, expected="attention only",
+            code=Code.MIXES_TOKENS, at=growing[0].value.name, expected="attention only",
             hint="use past-length=shape or cache=static",
         )  # fmt: skip
     return CachePlan(
         cache_mode=options.cache, past_length=past_length, past=past, present=present, total=total,
-        tensors=find_cache_tensors(analysis.sites, analysis.states, options),
+        tensors=find_cache_tensors(analysis, options),
         limit=proof.max_length if past is CAPACITY else proof.limit, max_length=proof.max_length,
     )  # fmt: skip
 

@@ -296,7 +296,7 @@ def _sequence_dim(value: ir.Value, axis: int) -> str | None:
 def _entry(pair: CachePair) -> SignatureEntry:
     past = pair.past
     assert past.shape is not None
-    if past.dtype is None or (isinstance(past.shape[pair.axis], int) and not pair.is_buffer):
+    if past.dtype is None or (isinstance(past.shape[pair.axis], int) and not pair.has_fixed_rows):
         raise UnsupportedError(
             "a cache input has a fixed length, so it cannot be empty", code=Code.FIXED_LENGTH, at=past.name,
             expected=f"a dynamic axis {pair.axis}", found=str(past.shape), hint=DYNAMIC_HINT,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from kvsurgeon.analysis.attention_sites import AttentionSite
+from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT, Layout
 from kvsurgeon.errors import UsageError
@@ -26,6 +25,7 @@ class CacheTensor:
         past: Name of the cache input.
         present: Name of the cache output.
         is_key: Whether it caches keys.
+        rows: Number of rows, if only the last ones are cached.
         layout: Order of its axes.
         dtype: Element type of the cache, which may differ from that of the tensor.
     """
@@ -36,6 +36,7 @@ class CacheTensor:
     is_key: bool
     layout: Layout
     dtype: ir.DataType
+    rows: int | None = None
 
     @property
     def axis(self) -> int:
@@ -48,7 +49,8 @@ class CacheTensor:
         return tuple(DEFAULT_LAYOUT.index(axis) for axis in self.layout)
 
     def sizes(self, rows: Dimension) -> list[Dimension]:
-        """Return the dimensions with a number of rows."""
+        """Return the dimensions with a number of rows, unless only the last ones are cached."""
+        rows = rows if self.rows is None else self.rows
         batch = self.point.batch if isinstance(self.point.batch, int) else BATCH
         sizes: list[Dimension] = [batch, self.point.heads, rows, self.point.head_dim]
         return [sizes[index] for index in self.order]
@@ -58,26 +60,29 @@ class CacheTensor:
         return dim_names(self.sizes(rows))
 
 
-def find_cache_tensors(
-    sites: Sequence[AttentionSite], states: Sequence[CachePoint], options: CacheOptions
-) -> list[CacheTensor]:
-    """Return the tensors to cache, each once: key 0, value 0, key 1, ..., and then state 0, state 1, ...
+def find_cache_tensors(analysis: Analysis, options: CacheOptions) -> list[CacheTensor]:
+    """Return the tensors to cache, each once: key 0, value 0, key 1, ..., and then the states, numbered by kind.
+
+    A state of which the last rows are enough is a conv_state.
 
     Raises:
         UsageError: A name template does not give unique names.
     """
     tensors: list[CacheTensor] = []
     cached: set[ir.Value] = set()
-    layer, further = options.first_layer, list(states)
-    for site in sites:
+    layer, further = options.first_layer, list(analysis.states)
+    for site in analysis.sites:
         new = [(kind, point) for kind, point in site.cached_tensors if kind != "state" and point.value not in cached]
         cached |= {point.value for _, point in new}
         further += [point for kind, point in site.cached_tensors if kind == "state"]
         tensors += [_tensor(point, layer, kind, options) for kind, point in new]
         layer += bool(new)
     new_states = {point.value: point for point in further if point.value not in cached}
-    numbered = enumerate(new_states.values(), start=options.first_layer)
-    tensors += [_tensor(point, number, "state", options) for number, point in numbered]
+    for kind in ("state", "conv_state"):
+        rows = {value: analysis.rows_of(value) for value in new_states}
+        points = [point for value, point in new_states.items() if (rows[value] is None) is (kind == "state")]
+        numbered = enumerate(points, start=options.first_layer)
+        tensors += [replace(_tensor(one, number, kind, options), rows=rows[one.value]) for number, one in numbered]
     names = [name for tensor in tensors for name in (tensor.past, tensor.present)]
     if len(set(names)) < len(names):
         raise UsageError("expected names that contain {layer} and {kind}, so that each is unique")

@@ -40,9 +40,15 @@ def declare_shapes(analysis: Analysis, total: Dimension) -> None:
     for given in analysis.inputs:
         axes = tuple(SequenceAxis(axis, LengthVariable(length)) for axis, length in given.lengths.items())
         given.value.shape = ir.Shape(dim_names_of_export(given.dimensions, axes, analysis.length, total))
+    states = [state for window in analysis.windows for state in window.states]
+    states += [state for state, _ in analysis.flow.recurrences]
+    shorter = {node for state in states for node in state.nodes}
     for node in analysis.flow.order:
         for value in node.outputs:
-            _declare_shape(analysis, value, total)
+            if node in shorter and not value.is_graph_output():
+                value.shape = None  # neither new tokens nor all
+            else:
+                _declare_shape(analysis, value, total)
 
 
 def _declare_shape(analysis: Analysis, value: ir.Value, total: Dimension) -> None:

@@ -19,7 +19,7 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import contraction_of, has_trait
 from kvsurgeon.resizing.token_data import TokenRewriter
-from kvsurgeon.rewrite.cache_layouts import CANONICAL, Order, from_cache, reordered
+from kvsurgeon.rewrite.cache_layouts import CANONICAL, Order, add_cached_rows, reordered
 from kvsurgeon.rewrite.grouped_product import GroupedProduct, group_product
 from kvsurgeon.rewrite.layout_trace import HEAD_DIM, SEQUENCE, LayoutTrace, trace_layout
 from kvsurgeon.symbolic import dimension as dim
@@ -46,9 +46,7 @@ class HeadGrouping:
 
     def add_cache(self, point: CachePoint, rows: ir.Value, order: Order) -> None:
         """Set the cached rows of a tensor, whose axes are in an order: its consumers read them."""
-        shape = self.flow.shapes[point.value].shape or ()
-        sizes = self.tokens.slices.sizes(shape, self.tokens.axes_at(point.value, Length.TOTAL))
-        self.tokens.add_total(point.value, from_cache(self.lengths, point, rows, sizes, order))
+        add_cached_rows(self.tokens, point, rows, order)
         self._caches[point.value] = rows, order
 
     def regroup(self, site: AttentionSite) -> None:

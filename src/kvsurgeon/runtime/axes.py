@@ -27,6 +27,7 @@ _NAMED: dict[str, Axis] = {
     "cache_length": "capacity",
     "max_length": "max",
 }
+FIXED_PARTS = ("conv_state",)
 _INDEX = re.compile(r"(?<!\d)(\d+)(?!\d)")
 _BATCHED = re.compile(r"(?:(\d+)\*)?batch_size(?:\*(\d+))?")  # batch and heads merged
 
@@ -72,7 +73,7 @@ class CacheIO:
         past: The past input.
         present: Name of the present output.
         layer: Index of the layer.
-        part: "key", "value" or "state".
+        part: "key", "value", "state", or "conv_state" of a state that has the same size after any text.
         axis: Sequence axis of past and present.
         present_length: Dim of the present along the sequence axis, as declared.
         batch_axis: Batch axis, if the metadata or the dim names give it.
@@ -87,6 +88,11 @@ class CacheIO:
     present_length: Dim = None
     batch_axis: int | None = None
     is_axis_known: bool = True
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether past and present have the same size after any text; zeros are the past of the first call."""
+        return self.part in FIXED_PARTS
 
 
 def cache_entries(
@@ -232,6 +238,7 @@ def _matches_any(tensor: ValueInfo, others: Sequence[ValueInfo]) -> bool:
 def _entry(index: int, past: ValueInfo, present: ValueInfo, layouts: Mapping[str, Layout]) -> CacheIO:
     number = _INDEX.search(past.name)
     part = _part(index, past.name)
+    is_fixed = part in FIXED_PARTS
     layout = layouts.get("key" if part == "key" else "value", ())  # a state has the layout of values
     axis = layout.index("sequence") if layout else past_axis(past, present)
     axes = layout or axes_of(past)
@@ -243,13 +250,14 @@ def _entry(index: int, past: ValueInfo, present: ValueInfo, layouts: Mapping[str
         axis=axis,
         present_length=present.dims[axis] if axis < len(present.dims) else None,
         batch_axis=axes.index("batch") if "batch" in axes else None,
-        is_axis_known=bool(layout) or not isinstance(past.dims[axis], int),
+        is_axis_known=bool(layout) or is_fixed or not isinstance(past.dims[axis], int),
     )
 
 
 def _part(index: int, name: str) -> str:
     """Return the part of a past by its name, else by its index: keys and values alternate."""
-    named = next((word for word in ("key", "value") if name.endswith(word)), None)
+    ends = (word for word in ("key", "value") if name.endswith(word))
+    named = next((part for part in FIXED_PARTS if part in name), None) or next(ends, None)
     return named or ("state" if "state" in re.findall("[a-z]+", name) else ("key", "value")[index % 2])
 
 

@@ -119,7 +119,7 @@ class CacheManager:
         Raises:
             RunError: The cache has too few rows.
         """
-        return self._pasts or {entry.past.name: to_runtime(_unfilled(entry, batch, 0)) for entry in self.cache}
+        return self._pasts or {entry.past.name: to_runtime(_empty(entry, batch)) for entry in self.cache}
 
     def mask_padding(self, past: int, total: int, new: int) -> tuple[int, int]:
         """Return the number of masked elements that a mask needs before and after those of the `total` tokens."""
@@ -149,7 +149,7 @@ class StaticCacheManager(CacheManager):
     @property
     def bound_outputs(self) -> Mapping[str, Any]:  # type: ignore[override]
         """The buffer that each present is written to: that of its past."""
-        return {entry.present: self._pasts[entry.past.name] for entry in self.cache}
+        return {entry.present: self._pasts[entry.past.name] for entry in self.cache if not entry.is_fixed}
 
     def pasts(self, batch: int, past: int, new: int) -> dict[str, Any]:
         """Return the buffers, enlarged if the new rows need it."""
@@ -162,7 +162,7 @@ class StaticCacheManager(CacheManager):
         return dict(self._pasts)
 
     def _buffer(self, entry: CacheIO, batch: int, past: int) -> Array:
-        buffer = _unfilled(entry, batch, self._size)
+        buffer = _empty(entry, batch) if entry.is_fixed else _unfilled(entry, batch, self._size)
         if self._pasts:
             buffer[_rows(entry, past)] = self.rows(entry, past)
         return buffer
@@ -172,11 +172,15 @@ class StaticCacheManager(CacheManager):
         return 0, self._size - total
 
     def store(self, results: Mapping[str, Any], past: int, new: int, size: int) -> None:
-        """Do nothing: the call wrote the rows to the buffers."""
+        """Store the states of fixed size; the call wrote the other rows to the buffers."""
+        for entry in self.cache:
+            if entry.is_fixed:
+                self._pasts[entry.past.name] = results[entry.present]
 
     def rows(self, entry: CacheIO, total: int) -> Array:
         """Return one row for each of the `total` tokens."""
-        return super().rows(entry, total)[_rows(entry, total)]
+        rows = super().rows(entry, total)
+        return rows if entry.is_fixed else rows[_rows(entry, total)]
 
 
 class NewTokensCacheManager(CacheManager):
@@ -189,12 +193,16 @@ class NewTokensCacheManager(CacheManager):
     def pasts(self, batch: int, past: int, new: int) -> dict[str, Any]:
         """Return the cached rows after the unfilled ones."""
         if not self._pasts:
-            self._pasts = {entry.past.name: _unfilled(entry, batch, 0) for entry in self.cache}
+            self._pasts = {entry.past.name: _empty(entry, batch) for entry in self.cache}
         count = self._unfilled_rows(past, new)
         if count < 0:
             raise RunError(f"expected at most {self.capacity} past tokens, the rows of the cache, found {past}")
-        rows = {entry.past.name: (_unfilled(entry, batch, count), self.rows(entry, past)) for entry in self.cache}
-        return {entry.past.name: to_runtime(np.concatenate(rows[entry.past.name], entry.axis)) for entry in self.cache}
+        return {entry.past.name: to_runtime(self._after(entry, batch, count, past)) for entry in self.cache}
+
+    def _after(self, entry: CacheIO, batch: int, unfilled: int, past: int) -> Array:
+        """Return the cached rows of an entry after unfilled ones."""
+        rows = self.rows(entry, past)
+        return rows if entry.is_fixed else np.concatenate([_unfilled(entry, batch, unfilled), rows], entry.axis)
 
     def _unfilled_rows(self, past: int, new: int) -> int:
         """Return the number of unfilled rows, which is 0 for a past that has no rows to spare."""
@@ -213,8 +221,9 @@ class NewTokensCacheManager(CacheManager):
         for entry in self.cache:
             _check_present(entry, results[entry.present].shape(), size, new)
         for entry in self.cache:
-            rows = self.rows(entry, past), from_runtime(results[entry.present])[_rows(entry, new)]
-            self._pasts[entry.past.name] = np.concatenate(rows, axis=entry.axis)
+            present, rows = from_runtime(results[entry.present]), self.rows(entry, past)
+            joined = present if entry.is_fixed else np.concatenate([rows, present[_rows(entry, new)]], axis=entry.axis)
+            self._pasts[entry.past.name] = joined
 
     def rows(self, entry: CacheIO, total: int) -> Array:
         """Return one row for each of the `total` tokens."""
@@ -239,6 +248,14 @@ def _mode_by_dims(entry: CacheIO) -> CacheMode:
     return "new-tokens" if axis_of(entry.present_length) == "sequence" else "dynamic"
 
 
+def _empty(entry: CacheIO, batch: int) -> Array:
+    """Return the past of the first call: no rows, or zeros of a fixed size."""
+    if entry.is_fixed:
+        rows = entry.past.dims[entry.axis]
+        return np.zeros(shape_with_rows(entry.past, entry.axis, batch, int(rows or 0)), entry.past.dtype)
+    return _unfilled(entry, batch, 0)
+
+
 def _unfilled(entry: CacheIO, batch: int, rows: int) -> Array:
     return np.full(shape_with_rows(entry.past, entry.axis, batch, rows), UNFILLED, entry.past.dtype)
 
@@ -254,12 +271,14 @@ def _check_present(entry: CacheIO, shape: Sequence[int], rows: int, new: int) ->
         BrokenCacheError: It has another number of rows, or other sizes than its past.
     """
     dims = entry.past.dims
-    expected = [rows if axis == entry.axis else dim for axis, dim in enumerate(dims)]
+    expected = [rows if axis == entry.axis and not entry.is_fixed else dim for axis, dim in enumerate(dims)]
     if len(expected) == len(shape) and all(
         want == have for want, have in zip(expected, shape, strict=True) if isinstance(want, int)
     ):
         return
-    text = ", ".join(f"{rows} tokens" if axis == entry.axis else str(dim) for axis, dim in enumerate(dims))
+    text = ", ".join(
+        f"{rows} tokens" if axis == entry.axis and not entry.is_fixed else str(dim) for axis, dim in enumerate(dims)
+    )
     raise BrokenCacheError(
         f"expected [{text}] after {new} more, found {list(shape)} - at `{entry.present}`", layer=entry.layer
     )

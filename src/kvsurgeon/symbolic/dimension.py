@@ -116,8 +116,27 @@ def floor_quotient(numerator: Dimension, denominator: Dimension) -> Dimension:
 
 
 @cached
+def remainder(dividend: Dimension, divisor: int) -> Dimension:
+    """Dividend modulo a positive number, with the sign of the divisor: what is left of the multiples below.
+
+    >>> remainder(8 - remainder(LENGTH, 8), 8)
+    -length + 8*floor(length/8 + 7/8)
+    """
+    if isinstance(dividend, int):
+        return dividend % divisor
+    terms = sympy.Add.make_args(sympy.expand(dividend))
+    rest = sympy.Add(*(term for term in terms if not (term / divisor).is_integer))
+    if (-rest).is_nonnegative:  # (-n) mod c: up to the next multiple
+        return subtract(multiply(divisor, floor_quotient(add(-rest, divisor - 1), divisor)), -rest)
+    return subtract(plain(rest), multiply(divisor, floor_quotient(plain(rest), divisor)))
+
+
+@cached
 def minimum(left: Dimension, right: Dimension) -> Dimension:
     """The smaller of two."""
+    for smaller, larger in ((left, right), (right, left)):
+        if is_less(larger, smaller) is False:
+            return smaller
     return plain(sympy.Min(left, right))
 
 
@@ -153,7 +172,29 @@ def is_less(left: Dimension, right: Dimension) -> bool | None:
     gap = sympy.expand(right - left)
     if gap.is_positive:
         return True
-    return False if gap.is_nonpositive else None
+    if gap.is_nonpositive:
+        return False
+    lower, upper = _bounds(gap)
+    if lower.is_positive:
+        return True
+    return False if gap.is_integer and (upper - 1).is_negative else None
+
+
+def _bounds(number: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
+    """Return bounds of a sum: the floor of n / c is at least (n - c + 1) / c, and at most n / c."""
+    ends = []
+    for is_upper in (False, True):
+        terms = []
+        for term in sympy.Add.make_args(number):
+            factor, rest = term.as_coeff_Mul()
+            if isinstance(rest, sympy.floor):
+                dividend, divisor = sympy.fraction(sympy.together(rest.args[0]))
+                is_whole = dividend.is_integer and divisor.is_Integer and divisor > 0
+                if is_whole:
+                    rest = (dividend if (factor > 0) is is_upper else dividend - divisor + 1) / divisor
+            terms.append(factor * rest)
+        ends.append(sympy.expand(sympy.Add(*terms)))
+    return ends[0], ends[1]
 
 
 @cached

@@ -21,8 +21,8 @@ from kvsurgeon.analysis.probe_inputs import AMPLIFIED, Rows, batch_axis
 from kvsurgeon.analysis.regions.probe_lengths import changing_context, lengths_beyond
 from kvsurgeon.analysis.regions.token_ranges import token_range
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
-from kvsurgeon.analysis.token_data import growing_regions, is_closed, token_inputs
-from kvsurgeon.analysis.token_flow import NodeVisit, SequenceState, TokenFlow
+from kvsurgeon.analysis.token_data import growing_regions, is_closed, is_token, token_inputs
+from kvsurgeon.analysis.token_flow import NodeVisit, Place, SequenceState, TokenFlow
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.ops.operator import UntraceableAxesError
 from kvsurgeon.ops.table import axis_links
@@ -46,10 +46,10 @@ def find_sequence_state(flow: TokenFlow, start: ir.Node) -> SequenceState | None
     if isinstance(flow.length, int):
         return None
     for grown in growing_regions(flow, start):
-        if len(grown) > _MAX_NODES or _is_boundary(grown[-1]):
+        if len(grown) > _MAX_NODES or is_boundary(grown[-1]):
             return None
-        region = _with_siblings(flow, grown)
-        if is_closed(region, region[-1].outputs[:1]) and not any(map(_is_boundary, region)):
+        region = with_siblings(flow, grown)
+        if is_closed(region, region[-1].outputs[:1]) and not any(map(is_boundary, region)):
             state = _state_of(flow, region, may_run=len(region) == len(grown))
             if state is not None:
                 return state
@@ -57,18 +57,19 @@ def find_sequence_state(flow: TokenFlow, start: ir.Node) -> SequenceState | None
 
 
 def record_sequence_state(flow: TokenFlow, state: SequenceState) -> None:
-    """Record that a result needs the inputs of its region for all tokens so far."""
+    """Record that a result needs the inputs of its region for all tokens so far, or a state of fixed size."""
     variable = LengthVariable(Length.TOTAL, at=state.result.name or "")
     for node in state.nodes:
         flow.targets.pop(node, None)
         for notes in (flow.demands, flow.parameters, flow.operands):
             for place in [place for place in notes if place[0] is node]:
                 notes.pop(place)
-    flow.operands.update(dict.fromkeys(state.places, variable))
+    if state.recurrent is None:
+        flow.operands.update(dict.fromkeys(state.places, variable))
     flow.states.append(state)
     flow.state_nodes.update(state.nodes)
     flow.axes[state.result] = state.axes
-    if state.measured:
+    if state.measured and state.recurrent is None:
         flow.assumed.setdefault(STATE_IS_CAUSAL, state.result.name or "")
 
 
@@ -81,14 +82,14 @@ def reads_masked_tokens(flow: TokenFlow, state: SequenceState, mask: MaskPattern
         sources.append([value, *bottlenecks(flow, [value], is_no_table_lookup)][-1])
     visible, tokens = mask(_TOKENS), np.arange(_TOKENS)
     try:
-        _, run = _runner(flow, state, sources, assumptions)
+        _, run = state_runner(flow, state, sources, assumptions)
         results = [run(text, mask) for text in (tokens, np.where(visible, tokens, tokens + AMPLIFIED))]
     except Exception:  # whatever onnxruntime raises
         return True
     return not is_close(*(result[..., visible] for result in results))
 
 
-def _with_siblings(flow: TokenFlow, region: Sequence[ir.Node]) -> list[ir.Node]:
+def with_siblings(flow: TokenFlow, region: Sequence[ir.Node]) -> list[ir.Node]:
     """Return a region with later nodes that compute what it reads: whether they mix tokens is not known either."""
     inside, pending = set(region), list(region)
     while pending:
@@ -100,21 +101,27 @@ def _with_siblings(flow: TokenFlow, region: Sequence[ir.Node]) -> list[ir.Node]:
     return sorted(inside, key=lambda node: flow.order[node])
 
 
-def _is_boundary(node: ir.Node) -> bool:
+def is_boundary(node: ir.Node) -> bool:
     """Return whether a node has a subgraph or a graph output, so that no state contains it."""
     has_subgraph = any(attribute.type is ir.AttributeType.GRAPH for attribute in node.attributes.values())
     return has_subgraph or any(value.is_graph_output() for value in node.outputs)
 
 
-def _state_of(flow: TokenFlow, region: Sequence[ir.Node], *, may_run: bool) -> SequenceState | None:
-    places = [
+def places_of(flow: TokenFlow, region: Sequence[ir.Node]) -> list[Place]:
+    """Return the inputs of the nodes of a region that hold token data which no node of it computes."""
+    inside = set(region)
+    return [
         (node, index)
         for node in region
         for index, value in enumerate(node.inputs)
-        if value in token_inputs(flow, node) and value.producer() not in region
+        if value is not None and is_token(flow, value) and value.producer() not in inside
     ]
-    axes = _result_axes(flow, region[-1].outputs[0])
-    if not axes or not places or not all(_has_new_tokens(flow, node.inputs[index]) for node, index in places):
+
+
+def _state_of(flow: TokenFlow, region: Sequence[ir.Node], *, may_run: bool) -> SequenceState | None:
+    places = places_of(flow, region)
+    axes = result_axes(flow, region[-1].outputs[0])
+    if not axes or not places or not all(has_new_tokens(flow, node.inputs[index]) for node, index in places):
         return None
     state = SequenceState(nodes=tuple(region), places=tuple(places), axes=axes)
     try:
@@ -128,7 +135,7 @@ def _state_of(flow: TokenFlow, region: Sequence[ir.Node], *, may_run: bool) -> S
     return replace(state, measured=True) if may_run and _is_measured_causal(flow, state) else None
 
 
-def _result_axes(flow: TokenFlow, value: ir.Value) -> Axes:
+def result_axes(flow: TokenFlow, value: ir.Value) -> Axes:
     """Return the only axis whose size is the length."""
     shape = flow.shapes[value].shape or ()
     found = [place for place, size in enumerate(shape) if LENGTH in getattr(size, "free_symbols", ())]
@@ -137,7 +144,8 @@ def _result_axes(flow: TokenFlow, value: ir.Value) -> Axes:
     return (SequenceAxis(found[0], flow.query_axis),)
 
 
-def _has_new_tokens(flow: TokenFlow, value: ir.Value | None) -> bool:
+def has_new_tokens(flow: TokenFlow, value: ir.Value | None) -> bool:
+    """Return whether the only sequence axis of a value is that of the new tokens."""
     axes = () if value is None else flow.axes.get(value, ())
     return len(axes) == 1 and axes[0].is_plain and axes[0].variable.resolved() is Length.NEW
 
@@ -167,7 +175,7 @@ def _is_measured_causal(flow: TokenFlow, state: SequenceState) -> bool:
     if lengths is None:
         return False
     try:
-        runner, run = _runner(flow, state, sources, flow.assumed)
+        runner, run = state_runner(flow, state, sources, flow.assumed)
         masks = (left_padded, with_gaps) if runner.masks else ()
         for mask, scale in ((unmasked, 1.0), (unmasked, _LARGE), *((mask, 1.0) for mask in masks)):
             if not _keeps_prefixes(partial(run, mask=mask, scale=scale), _TOKENS):
@@ -209,7 +217,7 @@ def _keeps_sequences_apart(flow: TokenFlow, runner: SubgraphRunner, result: ir.V
     return all(is_close(results[0].take(first, axis), array.take(first, axis)) for array in results[1:])
 
 
-def _runner(
+def state_runner(
     flow: TokenFlow, state: SequenceState, sources: Sequence[ir.Value], assumptions: dict[str, str]
 ) -> tuple[SubgraphRunner, Run]:
     """Return a runner of the state's result from its sources, and a function that returns the result's tokens last."""

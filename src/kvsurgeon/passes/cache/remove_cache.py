@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import onnx_ir as ir
 
@@ -124,7 +124,7 @@ def reattach_cache(
         subject.changed()  # the caller may have edited the graph
     outcome = inject(options, subject, select, padding)
     graph, editor = subject.model.graph, Editor(subject.model)
-    for kind in ("key", "value", "state"):
+    for kind in get_args(Kind):
         entries = [entry for entry in signature.entries if entry.kind == kind]
         _restore_names(editor, sorted(entries, key=lambda entry: entry.layer or 0), kind)
     if signature.length_input is not None:
@@ -141,13 +141,14 @@ def _options(signature: CacheSignature) -> CacheOptions:
         UnsupportedError: There are none.
     """
     first = signature.entries[0]
+    modes = [entry.cache_mode for entry in signature.entries if entry.cache_mode != "last-rows"]
     layouts: dict[str, Layout] = {}  # a state has the layout of values
     for entry in signature.entries:
         if entry.layout is None or entry.kind is None:
             raise _not_restorable(entry, list(DEFAULT_LAYOUT), list(entry.shape))
         layout = layouts.setdefault("key" if entry.kind == "key" else "value", entry.layout)
-        if (entry.cache_mode, entry.layout) != (first.cache_mode, layout):
-            raise _not_restorable(entry, [first.cache_mode, *layout], [entry.cache_mode, *entry.layout])
+        if entry.layout != layout or entry.cache_mode not in (modes[0], "last-rows"):
+            raise _not_restorable(entry, [modes[0], *layout], [entry.cache_mode, *entry.layout])
     if signature.past_length is None:
         raise _not_restorable(first, "at most one input that gives the number of past tokens", "several")
     source = signature.length_input
@@ -159,7 +160,7 @@ def _options(signature: CacheSignature) -> CacheOptions:
             hint=_RETARGET_HINT,
         )  # fmt: skip
     return CacheOptions(
-        past="kvsurgeon.past.{layer}.{kind}", present="kvsurgeon.present.{layer}.{kind}", cache=first.cache_mode,
+        past="kvsurgeon.past.{layer}.{kind}", present="kvsurgeon.present.{layer}.{kind}", cache=modes[0],
         past_length=signature.past_length, max_length=signature.capacity,
         key_layout=layouts.get("key", DEFAULT_LAYOUT), value_layout=layouts.get("value", DEFAULT_LAYOUT),
     )  # fmt: skip
@@ -174,7 +175,7 @@ def _not_restorable(entry: SignatureEntry, expected: object, found: object) -> U
 
 def _restore_names(editor: Editor, entries: Sequence[SignatureEntry], kind: str) -> None:
     """Give the new cache inputs and outputs of a kind the names of the entries, in the order of their layers."""
-    temporary, interface = re.compile(rf"kvsurgeon\..*{kind}"), (editor.graph.inputs, editor.graph.outputs)
+    temporary, interface = re.compile(rf"kvsurgeon\..*\.{kind}"), (editor.graph.inputs, editor.graph.outputs)
     pasts, presents = ([value for value in values if temporary.fullmatch(value.name or "")] for values in interface)
     if len(pasts) > len(entries):
         raise UnsupportedError(
