@@ -46,8 +46,8 @@ class Inject(CacheOptions):
     Before: `input_ids [batch, length] -> logits`. After: `input_ids [batch_size, sequence_length]`, `attention_mask
     [batch_size, total_sequence_length]` and `past_key_values.{i}.key|value [batch_size, kv_heads, past_sequence_length,
     head_dim]` give `logits` and `present.{i}.key|value [..., total_sequence_length, head_dim]`. The sequence states of
-    running sums are cached as `past_key_values.{i}.state`, and those of convolutions and shifts, which need the last rows
-    alone, as `past_key_values.{i}.conv_state`.
+    running sums are cached as `past_key_values.{i}.state`, and those of convolutions and shifts, which need the last
+    rows alone, as `past_key_values.{i}.conv_state`.
 
     Not handled: attention that is not causal, recurrent states (scans), context that depends on the total length.
 
