@@ -230,9 +230,9 @@ def _decode(session: ort.InferenceSession, contract: Contract, case: Case, chunk
 
 
 def empty_sizes(name: str, dims: Sequence[str | int], batch: int) -> list[int]:
-    """Return the shape of a past before the first token."""
+    """Return the shape of a past before the first token; a state of fixed size has no axis of tokens."""
     sizes = {BATCH: batch, PAST: 0}
-    if PAST not in dims:
+    if PAST not in dims and not name.endswith(("conv_state", "recurrent_state")):
         raise ContractError(f"`{name}` has dims {list(dims)}, none of them `{PAST}`")
     if strangers := [dim for dim in dims if isinstance(dim, str) and dim not in sizes]:
         raise ContractError(f"`{name}` has dims {list(dims)}; `{strangers[0]}` is not of the contract")
