@@ -13,13 +13,16 @@ from pathlib import Path
 import onnx
 import pytest
 from decoders import CachedDecoder, Config, Decoder
+from exports import after
 from packages import install
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from kvsurgeon.cli.main import run
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
+from kvsurgeon.passes.operators.fuse_attention import FuseAttention
 from kvsurgeon.workflow import registry
 
 MAIN = "from kvsurgeon.cli.main import main; main()"
@@ -123,6 +126,8 @@ def test_the_help_of_a_pass_is_its_docstring_and_its_fields(shell, site):
         (["verify", "{given}", "{given}", "--seed", "-1"], 2, "seed"),
         (["generate", "{given}", "--prompt", "1", "--temperature", "1", "--seed", "-1"], 2, "seed"),
         (["generate", "{given}", "--prompt", "x"], 2, "tokenizer"),
+        (["generate", "{given}"], 2, "one of --prompt and --prompts"),
+        (["generate", "{given}", "--prompts", "missing.txt"], 4, "text file of prompts"),
         (["generate", "{given}", "--prompt", "x", "--temperature", "-1"], 2, "temperature"),
     ],
 )
@@ -362,6 +367,20 @@ def test_a_trace_folder_that_cannot_be_created_is_an_error(shell, models, tmp_pa
 
 
 # Generation
+
+
+def test_generate_continues_the_lines_of_a_file(shell, tmp_path):
+    model = Decoder(Config(layers=2, head_dim=16)).model()
+    passes = Inject(cache="static", past_length="mask"), FuseAttention(padding="lengths")
+    onnx.save(after(model, *passes), tmp_path / "model.onnx")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("1,2,3\n\n5\n8,9\n", "utf-8")
+    code, out, err = shell("generate", tmp_path, "--prompts", prompts, "--rows", 2, "--max-new-tokens", 3)
+    assert code == 0
+    assert err.startswith("9 tokens of 3 prompts, ")
+    alone = {place: shell("generate", tmp_path, "--prompt", text, "--max-new-tokens", 3)[1].split()
+             for place, text in (("1:", "1,2,3"), ("2:", "5"), ("3:", "8,9"))}  # fmt: skip
+    assert {line.split()[0]: line.split()[1:] for line in out.splitlines()} == alone
 
 
 def test_generate_prints_the_text_and_its_speed(shell, models, tmp_path):

@@ -188,7 +188,11 @@ def plot(
 
 def generate(
     model: Model,
-    prompt: Annotated[str, Option(help="A text to continue, or token ids such as 1,2,3.")],
+    prompt: Annotated[str | None, Option(help="A text to continue, or token ids such as 1,2,3.")] = None,
+    prompts: Annotated[
+        Path | None, Option(metavar="FILE", help="A prompt in each line, to be continued side by side.")
+    ] = None,
+    rows: Annotated[int, Option(min=1, help="Maximum number of prompts that are continued at a time.")] = 8,
     max_new_tokens: Annotated[int, Option(min=1, help="Maximum number of generated tokens.")] = 64,
     cache: Annotated[bool, Option("--cache/--no-cache", help="Use the cache if the model has one.")] = True,
     temperature: Annotated[float, Option(help="Sampling temperature; 0 for greedy decoding.")] = 0.0,
@@ -197,12 +201,17 @@ def generate(
     seed: SamplingSeed = 0,
 ) -> None:
     """Generate text, and show its speed."""
-    from kvsurgeon.report.generation import print_generation
+    from kvsurgeon.report.generation import print_all, print_generation
     from kvsurgeon.runtime import Sampling, TextGenerator
 
+    if (prompt is None) == (prompts is None):
+        raise UsageError("expected one of --prompt and --prompts")
     sampling = Sampling(temperature=temperature, top_k=top_k or None, top_p=None if top_p == 1 else top_p, seed=seed)
     generator = TextGenerator(model, cached=None if cache else False)
-    print_generation(generator, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+    if prompt is not None:
+        print_generation(generator, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+    elif prompts is not None:
+        print_all(generator, prompts, rows=rows, max_new_tokens=max_new_tokens, sampling=sampling)
 
 
 def demo(output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Folder to write.")] = DEMO) -> None:

@@ -4,6 +4,7 @@ Of a model only the file and the declared names, types and dims of its inputs an
 """
 
 from kvsurgeon.runtime.axes import CacheIO
+from kvsurgeon.runtime.continuous_batching import ContinuousBatch
 from kvsurgeon.runtime.decoder import AnyDecoder, CachedDecoder, UncachedDecoder
 from kvsurgeon.runtime.feeds import DecoderInputs, InputSpec, Tokens
 from kvsurgeon.runtime.generate import GeneratedToken, Generation, TextGenerator, generate
@@ -16,6 +17,7 @@ __all__ = [
     "Array",
     "CacheIO",
     "CachedDecoder",
+    "ContinuousBatch",
     "DecoderInputs",
     "GeneratedToken",
     "Generation",

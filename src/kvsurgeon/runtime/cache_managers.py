@@ -37,6 +37,7 @@ class DeclaredCache:
         max_length: Number of tokens that a text may have.
         batch_chunks: Whether a batch of several rows takes more than one token after a past.
         padding: Whether texts may have padding.
+        ragged: Whether the sequences of a batch may have different numbers of past tokens, which the mask counts.
         outputs: Dims of outputs that the graph declares as numbers.
     """
 
@@ -45,6 +46,7 @@ class DeclaredCache:
     max_length: int | None = None
     batch_chunks: bool = True
     padding: bool = True
+    ragged: bool = False
     outputs: Mapping[str, tuple[Dim, ...]] = field(default_factory=dict)
 
     def with_dims(self, output: ValueInfo) -> ValueInfo:
@@ -65,6 +67,7 @@ def read_cache_metadata(metadata: Mapping[str, str]) -> DeclaredCache:
             max_length=max_length if isinstance(max_length, int) and max_length > 0 else None,
             batch_chunks=stored.get("batch_chunks") is not False,
             padding=stored.get("padding") is not False,
+            ragged=stored.get("ragged") is True,
             outputs={name: tuple(dims) for name, dims in stored.get("outputs", {}).items()},
         )
     except (ValueError, TypeError, AttributeError):

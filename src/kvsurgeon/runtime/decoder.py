@@ -88,6 +88,11 @@ class CachedDecoder:
         """Whether texts may have padding, by its mask and by the metadata of the file."""
         return self.inputs.masked and self._declared.padding
 
+    @property
+    def takes_ragged_batches(self) -> bool:
+        """Whether sequences of a batch may have different lengths, each with its padding last."""
+        return self.inputs.masked and self._declared.ragged and self._length_input is None
+
     def use_inputs(self, inputs: DecoderInputs) -> None:
         """Set the inputs, and the sizes that their dims fix."""
         self.inputs = inputs

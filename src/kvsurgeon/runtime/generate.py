@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer
 
 from kvsurgeon.errors import UsageError
 from kvsurgeon.runtime.axes import is_past
+from kvsurgeon.runtime.continuous_batching import ContinuousBatch
 from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder
 from kvsurgeon.runtime.feeds import Tokens
 from kvsurgeon.runtime.sampling import Sampling
@@ -76,6 +78,21 @@ class Generation:
         return sum(len(row) for row in self.tokens) / seconds if seconds else 0.0
 
 
+@dataclass(kw_only=True)
+class _Text:
+    """A text that is generated: the place of its prompt, its tokens without the prompt, and what they decode to."""
+
+    place: int
+    tokens: list[int] = field(default_factory=list)
+    decoded: str = ""
+
+    def add(self, token: int, tokenizer: Tokenizer | None) -> str:
+        """Add a token, and return the text that it adds."""
+        self.tokens.append(token)
+        before, self.decoded = self.decoded, decode_complete(tokenizer, self.tokens, self.decoded)
+        return self.decoded[len(before) :]
+
+
 class TextGenerator:
     """A model that continues texts.
 
@@ -119,6 +136,7 @@ class TextGenerator:
         self.stop = stop_tokens(folders) if stop is None else frozenset(stop)
         has_cache = any(is_past(tensor) for tensor in model.inputs)
         self.cached = has_cache if cached is None else cached
+        self._session = model
         self._decoder = CachedDecoder(model) if has_cache or self.cached else UncachedDecoder(model)
         if self._decoder.inputs.tokens.kind != "tokens":
             raise UsageError(f"expected an input of token ids, found `{self._decoder.inputs.tokens.name}` only")
@@ -156,6 +174,50 @@ class TextGenerator:
                 yield GeneratedToken(row=row, id=token, text=text, seconds=seconds, finish=finish)
             if not running:
                 return
+
+    def stream_continuously(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        rows: int = 8,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+    ) -> Iterator[GeneratedToken]:
+        """Yield tokens as they are generated; a waiting prompt starts as soon as another text ends.
+
+        Args:
+            prompts: Any number of prompts, of any lengths. A token's `row` is the place of its prompt.
+            rows: The most texts at a time.
+            max_new_tokens: The most tokens of a text.
+            sampling: How tokens are chosen.
+
+        Raises:
+            UsageError: The model does not take sequences of different lengths.
+            RunError: The model fails on a text of this length.
+        """
+        sampling, waiting = sampling or Sampling(), deque(enumerate(self.encode(prompts)))
+        random, longest = np.random.default_rng(sampling.seed), max(len(prompt) for _, prompt in waiting)
+        batch = ContinuousBatch(self._session, rows=rows, capacity=longest + max_new_tokens)
+        texts: dict[int, _Text] = {}
+        while waiting or texts:
+            start = time.perf_counter()
+            if waiting and not batch.is_full:
+                place, prompt = waiting.popleft()
+                number, logits = batch.start(prompt)
+                texts[number] = _Text(place=place)
+                results = {number: logits[-1]}
+            else:
+                results = batch.step({number: text.tokens[-1] for number, text in texts.items()})
+            seconds = time.perf_counter() - start
+            for number, logits in results.items():
+                text, token = texts[number], int(sampling.choose(logits[None], random)[0])
+                full = len(text.tokens) + 1 == max_new_tokens or batch.lengths[number] == batch.capacity
+                finish: FinishReason | None = "stop" if token in self.stop else "length" if full else None
+                added = text.add(token, self.tokenizer)
+                if finish:
+                    batch.end(number)
+                    del texts[number]
+                yield GeneratedToken(row=text.place, id=token, text=added, seconds=seconds, finish=finish)
 
     def generate(
         self,

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
+import onnx_ir as ir
+
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.cache.pairs import find_cache_pairs, find_unknown_caches
 from kvsurgeon.dataflow.input_dimensions import GIVEN_FOR
@@ -18,6 +20,7 @@ from kvsurgeon.fusion.fuser import AttentionFuser
 from kvsurgeon.fusion.match import FusionMatch
 from kvsurgeon.fusion.operator_mask import padding_mask
 from kvsurgeon.fusion.operators import GROUP_QUERY_ATTENTION
+from kvsurgeon.fusion.ragged_batches import length_of_all_sequences
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.io.gc_pause import gc_paused
 from kvsurgeon.passes.cache.cross_attention_branch import compute_in_first_call, move_to_end
@@ -34,7 +37,7 @@ from kvsurgeon.rewrite.cache_plan import plan_cache
 from kvsurgeon.rewrite.cache_removal import with_separate_caches
 from kvsurgeon.rewrite.late_repetition import with_late_repetition
 from kvsurgeon.rewrite.symbolic_length import with_symbolic_length
-from kvsurgeon.symbolic.dimension import NEW, TOTAL
+from kvsurgeon.symbolic.dimension import BATCH, NEW, TOTAL
 
 SelectMatches = Callable[[Analysis, Proof], Sequence[FusionMatch]]
 
@@ -175,10 +178,8 @@ def inject(
         with gc_paused():
             edits = inject_cache(analysis, plan, partial(_add_operators, analysis, matches, padding))
     subject.model = analysis.model
-    metadata = read_cache_metadata(subject.model)
-    if padding == "lengths" and metadata is not None:
-        write_cache_metadata(subject.model, replace(metadata, padding=False))
-    notes = [f"assumed, not proved: {what} (first at `{where}`)" for what, where in proof.assumptions.items()]
+    notes = _state_lengths(subject.model, analysis) if padding == "lengths" else []
+    notes += [f"assumed, not proved: {what} (first at `{where}`)" for what, where in proof.assumptions.items()]
     fixed = [given.value.name for given in analysis.inputs if not given.lengths]
     notes += [f"`{name}` has no axis of tokens: it must be the same in every call of a text" for name in fixed]
     if proof.limited_at is not None:
@@ -191,6 +192,22 @@ def inject(
     elif plan.limit is not None:
         notes.append(f"the model ends with an error if past rows and new tokens are more than {plan.limit}")
     return Changed(edits=edits, notes=tuple(notes), proof=replace(proof, patterns=()))
+
+
+def _state_lengths(model: ir.Model, analysis: Analysis) -> list[str]:
+    """Write to the metadata that padding comes last, and whether batches may be ragged; return why not."""
+    metadata = read_cache_metadata(model)
+    if metadata is None:
+        return []
+    by_sequence = (given for given in analysis.inputs if BATCH in given.dimensions)
+    known = {given.value for given in by_sequence if given.is_token or not given.lengths}
+    shared = length_of_all_sequences(model.graph, known)
+    counted = padding_mask(analysis.inputs) is not None and metadata.mode == "static"
+    ragged = counted and shared is None
+    write_cache_metadata(model, replace(metadata, padding=False, ragged=ragged))
+    if shared is None:
+        return []
+    return [f"all sequences of a batch must have as many tokens: more than attention reads `{shared.name}`"]
 
 
 def _add_operators(

@@ -1,0 +1,96 @@
+"""Sequences of different lengths in one cache, each of which starts, ends and goes back by itself."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import onnx
+import pytest
+from decoders import Config, Decoder
+from exports import after, export
+from laws import difference
+
+from kvsurgeon import io
+from kvsurgeon.errors import UsageError
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.contract import Changed, Subject
+from kvsurgeon.passes.operators.fuse_attention import FuseAttention
+from kvsurgeon.runtime import ContinuousBatch, TextGenerator, UncachedDecoder, open_session
+
+LENGTHS = (3, 200, 17, 64, 5, 130, 9, 31)
+
+
+@functools.cache
+def original(**options: object) -> onnx.ModelProto:
+    return Decoder(Config(**{"layers": 2, "head_dim": 16, "max_length": 256, **options})).model()
+
+
+@functools.cache
+def ragged(**options: object) -> onnx.ModelProto:
+    return after(original(**options), Inject(cache="static", past_length="mask"), FuseAttention(padding="lengths"))
+
+
+def prompts() -> list[list[int]]:
+    random = np.random.default_rng(0)
+    return [random.integers(0, 61, length).tolist() for length in LENGTHS]
+
+
+@pytest.mark.parametrize("options", [{}, {"position_ids": True}])
+def test_prompts_that_join_and_leave_give_the_tokens_of_each_alone(options):
+    generator = TextGenerator(open_session(ragged(**options), threads=1), stop=(7, 19))
+    alone = TextGenerator(open_session(original(**options), threads=1), stop=(7, 19))
+    found: dict[int, list[int]] = {}
+    for token in generator.stream_continuously(prompts(), rows=3, max_new_tokens=12):
+        found.setdefault(token.row, []).append(token.id)
+    expected = [alone.generate(prompt, max_new_tokens=12).tokens[0] for prompt in prompts()]
+    assert [tuple(found[place]) for place in range(len(LENGTHS))] == list(expected)
+    assert len({len(tokens) for tokens in expected}) > 1  # some end early
+
+
+def test_rejected_tokens_are_dropped_by_a_lower_length():
+    """A draft of four tokens, of which two are rejected, next to a sequence that waits."""
+    batch = ContinuousBatch(open_session(ragged(), threads=1), rows=2, capacity=64)
+    reference = UncachedDecoder(open_session(original(), threads=1))
+    text, other = prompts()[2], prompts()[4]
+    waiting, _ = batch.start(other)
+    number, _ = batch.start(text)
+    batch.extend(number, [1, 2, 50, 51])
+    batch.shorten(number, len(text) + 2)
+    found = batch.step({number: 3, waiting: 4})
+    for one, whole in ((number, [*text, 1, 2, 3]), (waiting, [*other, 4])):
+        tokens = np.array([whole], np.int64)
+        expected = reference.run(reference.inputs.feeds(tokens, np.ones_like(tokens)))[reference.logits][0, -1]
+        assert difference(found[one], expected) < 1e-5
+
+
+def test_a_rotation_that_stays_in_the_graph_has_one_position_for_all():
+    subject = Subject.of(original(head_dim=8))  # for which the operator has no rotation
+    Inject(cache="static", past_length="mask").apply(subject)
+    subject.changed()
+    outcome = FuseAttention(padding="lengths").apply(subject)
+    assert isinstance(outcome, Changed)
+    assert any("must have as many tokens" in note for note in outcome.notes)
+    with pytest.raises(UsageError, match="different lengths"):
+        ContinuousBatch(open_session(io.to_proto(subject.model)), rows=2, capacity=8)
+
+
+@pytest.mark.parametrize("passes", [(Inject(),), (Inject(cache="static"), FuseAttention(max_length=64))])
+def test_masks_that_may_hide_any_token_do_not_give_lengths(passes):
+    with pytest.raises(UsageError, match="different lengths"):
+        ContinuousBatch(open_session(after(export("decoder"), *passes)), rows=2, capacity=8)
+
+
+def test_limits():
+    batch = ContinuousBatch(open_session(ragged(), threads=1), rows=1, capacity=8)
+    number, _ = batch.start([1, 2, 3])
+    for call in (
+        lambda: batch.start([1]),
+        lambda: batch.extend(number, [1] * 6),
+        lambda: batch.shorten(number, 4),
+        lambda: batch.step({}),
+    ):
+        with pytest.raises(UsageError, match="expected"):
+            call()
+    batch.end(number)
+    assert not batch.lengths
