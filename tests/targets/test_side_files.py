@@ -14,6 +14,7 @@ from kvsurgeon.targets.compatibility import find_incompatibilities
 from kvsurgeon.targets.deepsparse import DEEPSPARSE
 from kvsurgeon.targets.genai import GENAI, genai_config
 from kvsurgeon.targets.hugging_face_files import tokenizer_config_before_5, tokenizer_with_text_merges
+from kvsurgeon.targets.openvino import OPENVINO
 from kvsurgeon.targets.optimum import BY_HEAD_DIM, BY_KV_HEADS, OPTIMUM, optimum_config
 from kvsurgeon.targets.transformers_js import TRANSFORMERS_JS, transformers_js_config
 
@@ -115,6 +116,10 @@ def test_genai_config_has_defaults_and_warns_of_them():
 )
 def test_incompatibilities_with_genai(model, reason):
     assert any(reason in one for one in blocking(GENAI, model))
+
+
+def test_openvino_takes_embeddings_and_masks_of_any_name():
+    assert not blocking(OPENVINO, model_info(inputs=("inputs_embeds", "attention_mask", "sliding_mask")))
 
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "bart", "num_hidden_layers": 1}, {"model_type": "gemma3_text"}])
