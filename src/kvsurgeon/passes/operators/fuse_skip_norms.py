@@ -17,8 +17,6 @@ from kvsurgeon.graph.query import is_operator, producer_of
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 
-_SUM = 3  # output of SkipSimplifiedLayerNormalization
-
 
 @dataclass(frozen=True, kw_only=True)
 class FuseSkipNorms:
@@ -36,7 +34,7 @@ class FuseSkipNorms:
         """Fuse the norms of sums in `subject.model`."""
         with deep_recursion():
             shapes = shapes_of(subject.model.graph)
-            matches = {match.addition: match for match in reversed(list(_matches(subject.model.graph, shapes)))}
+            matches = {match.addition: match for match in reversed(list(_Norms(shapes).matches(subject.model.graph)))}
         if not matches:
             return Unchanged(reason="no RMS norm of a residual addition")
         editor = Editor(subject.model)
@@ -63,17 +61,82 @@ class _Match:
     epsilon: float
 
 
-def _matches(graph: ir.Graph, shapes: Shapes) -> Iterator[_Match]:
-    for node in graph:
-        for normalized, weight in _operands(node):
-            found = _normalized(normalized)
-            addition = None if found is None else producer_of(found[0], "Add")
-            if found is None or addition is None or not _has_width(shapes, found[0], weight):
-                continue
-            facts = [shapes[value] for value in (*addition.inputs, found[0], node.outputs[0]) if value is not None]
-            same = all((fact.shape, fact.dtype) == (facts[0].shape, facts[0].dtype) for fact in facts)
-            if same and len(facts[0].shape or ()) == 3 and facts[0].dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
-                yield _Match(addition=addition, norm=node, weight=weight, epsilon=found[1])
+_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)  # that the kernel has
+
+
+class _Norms:
+    """Finds RMS norms of sums; casts to the type that a tensor has are looked through."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self.shapes = shapes
+
+    def matches(self, graph: ir.Graph) -> Iterator[_Match]:
+        """Yield the RMS norms of sums, all in one type and shape."""
+        for node in graph:
+            for normalized, weight in _operands(node):
+                found = self._normalized(normalized)
+                addition = None if found is None else self._producer(found[0], "Add")
+                if found is None or addition is None or not self._has_width(found[0], weight):
+                    continue
+                values = (*addition.inputs, found[0], node.outputs[0])
+                facts = [self.shapes[value] for value in values if value is not None]
+                same = all((fact.shape, fact.dtype) == (facts[0].shape, facts[0].dtype) for fact in facts)
+                if same and len(facts[0].shape or ()) == 3 and facts[0].dtype in _TYPES:
+                    yield _Match(addition=addition, norm=node, weight=weight, epsilon=found[1])
+
+    def _source(self, value: ir.Value | None) -> ir.Value | None:
+        """Return the tensor that a value is, before casts that change nothing."""
+        while value is not None and (cast := producer_of(value, "Cast")) is not None and cast.inputs[0] is not None:
+            dtype = self.shapes[value].dtype
+            if dtype is None or self.shapes[cast.inputs[0]].dtype is not dtype:
+                break
+            value = cast.inputs[0]
+        return value
+
+    def _producer(self, value: ir.Value | None, operator: str) -> ir.Node | None:
+        return producer_of(self._source(value), operator)
+
+    def _normalized(self, value: ir.Value) -> tuple[ir.Value, float] | None:
+        """Return x and epsilon if a value is `x / sqrt(mean(x * x) + epsilon)`; None otherwise."""
+        quotient, product = self._producer(value, "Div"), self._producer(value, "Mul")
+        pairs: list[tuple[ir.Value | None, ir.Value | None]] = []
+        if quotient is not None:
+            pairs = [(quotient.inputs[0], quotient.inputs[1])]
+        elif product is not None:
+            pairs = [(product.inputs[place], self._inverted(product.inputs[1 - place])) for place in (0, 1)]
+        for x, root in ((self._source(x), root) for x, root in pairs):
+            epsilon = None if x is None or root is None else self._root_of_mean_square(root, x)
+            if x is not None and epsilon is not None:
+                return x, epsilon
+        return None
+
+    def _inverted(self, value: ir.Value | None) -> ir.Value | None:
+        """Return y if a value is `1 / y`; None otherwise."""
+        reciprocal, quotient = self._producer(value, "Reciprocal"), self._producer(value, "Div")
+        if reciprocal is not None:
+            return reciprocal.inputs[0]
+        return quotient.inputs[1] if quotient is not None and _number(quotient.inputs[0]) == 1 else None
+
+    def _root_of_mean_square(self, value: ir.Value | None, x: ir.Value) -> float | None:
+        """Return epsilon if a value is `sqrt(mean(x * x) + epsilon)` over the last axis; None otherwise."""
+        root = self._producer(value, "Sqrt")
+        addition = None if root is None else self._producer(root.inputs[0], "Add")
+        for place in (0, 1) if addition is not None else ():
+            assert addition is not None
+            epsilon, mean = _number(addition.inputs[place]), self._producer(addition.inputs[1 - place], "ReduceMean")
+            if mean is not None and _is_over_last_axis(mean) and self._is_square(mean.inputs[0], x):
+                return epsilon
+        return None
+
+    def _is_square(self, value: ir.Value | None, x: ir.Value) -> bool:
+        power, product = self._producer(value, "Pow"), self._producer(value, "Mul")
+        if power is not None:
+            return self._source(power.inputs[0]) is x and _number(power.inputs[1]) == 2
+        return product is not None and all(self._source(factor) is x for factor in product.inputs)
+
+    def _has_width(self, x: ir.Value, weight: ir.Value) -> bool:
+        shape, width = self.shapes[x].shape, self.shapes[weight].shape
+        return bool(shape and width) and width == (shape or ())[-1:]
 
 
 def _operands(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Value]]:
@@ -86,57 +149,10 @@ def _operands(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Value]]:
             yield normalized, weight
 
 
-def _normalized(value: ir.Value) -> tuple[ir.Value, float] | None:
-    """Return x and epsilon if a value is `x / sqrt(mean(x * x) + epsilon)`; None otherwise."""
-    quotient, product = producer_of(value, "Div"), producer_of(value, "Mul")
-    if quotient is not None and quotient.inputs[0] is not None:
-        epsilon = _root_of_mean_square(quotient.inputs[1], quotient.inputs[0])
-        return None if epsilon is None else (quotient.inputs[0], epsilon)
-    for place in (0, 1) if product is not None else ():
-        assert product is not None
-        x, root = product.inputs[place], _inverted(product.inputs[1 - place])
-        epsilon = None if root is None or x is None else _root_of_mean_square(root, x)
-        if epsilon is not None and x is not None:
-            return x, epsilon
-    return None
-
-
-def _inverted(value: ir.Value | None) -> ir.Value | None:
-    """Return y if a value is `1 / y`; None otherwise."""
-    reciprocal, quotient = producer_of(value, "Reciprocal"), producer_of(value, "Div")
-    if reciprocal is not None:
-        return reciprocal.inputs[0]
-    return quotient.inputs[1] if quotient is not None and _number(quotient.inputs[0]) == 1 else None
-
-
-def _root_of_mean_square(value: ir.Value | None, x: ir.Value) -> float | None:
-    """Return epsilon if a value is `sqrt(mean(x * x) + epsilon)` over the last axis; None otherwise."""
-    root = producer_of(value, "Sqrt")
-    addition = None if root is None else producer_of(root.inputs[0], "Add")
-    for place in (0, 1) if addition is not None else ():
-        assert addition is not None
-        epsilon, mean = _number(addition.inputs[place]), producer_of(addition.inputs[1 - place], "ReduceMean")
-        if epsilon is not None and mean is not None and _is_over_last_axis(mean) and _is_square(mean.inputs[0], x):
-            return epsilon
-    return None
-
-
-def _is_square(value: ir.Value | None, x: ir.Value) -> bool:
-    power, product = producer_of(value, "Pow"), producer_of(value, "Mul")
-    if power is not None:
-        return power.inputs[0] is x and _number(power.inputs[1]) == 2
-    return product is not None and product.inputs[0] is x and product.inputs[1] is x
-
-
 def _is_over_last_axis(node: ir.Node) -> bool:
     """Return whether a mean is over the last axis of three, which stays with a size of 1."""
     axes = node.attributes.get_ints("axes") if len(node.inputs) < 2 else small_constant(node.inputs[1])
     return axes is not None and list(axes) in ([-1], [2]) and node.attributes.get_int("keepdims", 1) == 1
-
-
-def _has_width(shapes: Shapes, x: ir.Value, weight: ir.Value) -> bool:
-    shape, width = shapes[x].shape, shapes[weight].shape
-    return bool(shape and width) and width == (shape or ())[-1:]
 
 
 def _number(value: ir.Value | None) -> float | None:
@@ -147,10 +163,11 @@ def _number(value: ir.Value | None) -> float | None:
 def _fuse(editor: Editor, match: _Match) -> None:
     total, result = match.addition.outputs[0], match.norm.outputs[0]
     inputs = [*match.addition.inputs, match.weight]
-    names = (f"{result.name}.fused", "", "", f"{total.name}.sum")
-    outputs = [ir.Value(name=name and editor.unique_name(name), type=total.type, shape=total.shape) for name in names]
+    norm = ir.Value(name=editor.unique_name(f"{result.name}.fused"), type=result.type, shape=result.shape)
+    added = ir.Value(name=editor.unique_name(f"{total.name}.sum"), type=total.type, shape=total.shape)
+    outputs = [norm, ir.Value(name=""), ir.Value(name=""), added]
     editor.operator(
         "com.microsoft", "SkipSimplifiedLayerNormalization", inputs, {"epsilon": match.epsilon}, outputs, match.norm
     )
-    editor.replace(result, outputs[0])
-    editor.replace(total, outputs[_SUM])
+    editor.replace(result, norm)
+    editor.replace(total, added)
