@@ -171,7 +171,7 @@ def _check_weights(flow: TokenFlow, site: AttentionSite, softmax: ir.Node, betwe
     value, end = softmax.outputs[0], product.node.inputs[product.weights]
     while value is not end:
         users = [user for user, _ in value.uses() if user in between and is_token(flow, user.outputs[0])]
-        guards = [user for user in users if guarded_value(user) is value and number_of(flow, user.inputs[1]) == 0.0]
+        guards = [user for user in users if guarded_value(user) is value and _is_zero(flow, user.inputs[1])]
         node = next(iter(guards or users), None)
         if node is None or not (guards or has_trait(node, *MOVES, Trait.IDENTITY) or _drops_sink(flow, node)):
             raise UnsupportedError(
@@ -179,6 +179,15 @@ def _check_weights(flow: TokenFlow, site: AttentionSite, softmax: ir.Node, betwe
                 at=value.name, found=node.op_type if node is not None else None,
             )  # fmt: skip
         value = node.outputs[0]
+
+
+def _is_zero(flow: TokenFlow, value: ir.Value | None) -> bool:
+    """Return whether all elements of a value are 0, as those of `zeros_like` are."""
+    shape = producer_of(value, "ConstantOfShape")
+    fill = None if shape is None else shape.attributes.get("value")
+    if shape is not None:
+        return fill is None or bool((fill.as_tensor().numpy() == 0).all())
+    return number_of(flow, value) == 0.0
 
 
 def _drops_sink(flow: TokenFlow, node: ir.Node) -> bool:

@@ -93,9 +93,12 @@ def test_scores_can_be_scaled_capped_and_masked_in_any_order(way):
     assert report.verdict == "same", report
 
 
-def test_a_nan_guard_is_part_of_the_match():
+@pytest.mark.parametrize(
+    "zeros", ["zeros = Identity(none)", "sizes_of = Shape(w) zeros = ConstantOfShape<value = float[1] {0.0}>(sizes_of)"]
+)
+def test_a_nan_guard_is_part_of_the_match(zeros):
     text = attention(masked="masked_scores = Where(allowed, s, low)").replace(
-        "c = MatMul(w, v)", "bad = IsNaN(w) w0 = Where(bad, none, w) c = MatMul(w0, v)"
+        "c = MatMul(w, v)", f"bad = IsNaN(w) {zeros} w0 = Where(bad, zeros, w) c = MatMul(w0, v)"
     )
     model = read(text.replace("float half", "float none = {0.0}, float half"), 18)
     assert verify(model, after(model, Inject(), FuseAttention()), threads=1).verdict == "same"
