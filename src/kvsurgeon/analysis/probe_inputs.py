@@ -64,7 +64,7 @@ AMPLIFICATION = 900.0  # how many times larger: beyond what a maximum or a bound
 
 def at_length(number: Any, length: int, batch: int = 2) -> Any:
     """Return a symbolic number for a batch of sequences of that length; other extents have a fixed size."""
-    if isinstance(number, (int, float, bool)):
+    if isinstance(number, (int, float, bool, np.number, np.bool_)):
         return number
     return dim.at(_with_fixed_extents(number), length, batch)
 

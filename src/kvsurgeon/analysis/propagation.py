@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.axis_propagation import axes_after, check_batch
 from kvsurgeon.analysis.learned_rows import with_learned_rows
+from kvsurgeon.analysis.regions.recurrence import find_recurrence
 from kvsurgeon.analysis.regions.routed_regions import (
     RoutedRegion,
     find_routed_region,
@@ -134,7 +135,7 @@ def _propagate_or_cache(flow: TokenFlow, node: ir.Node) -> None:
         _propagate(flow, node, axes_after)
     except UnsupportedError:
         is_read = node in flow.read_for_content
-        state = find_sequence_state(flow, node) if is_read else None
+        state = (find_sequence_state(flow, node) or find_recurrence(flow, node)) if is_read else None
         if state is not None:
             record_sequence_state(flow, state)
         elif (is_read or not _reads_queries(flow, node)) and not _has_learned_rows(flow, node):

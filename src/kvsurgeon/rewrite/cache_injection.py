@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import onnx_ir as ir
 
@@ -19,13 +19,14 @@ from kvsurgeon.rewrite.cache_layouts import add_cached_rows, is_canonical_view, 
 from kvsurgeon.rewrite.cache_metadata import cache_metadata, write_cache_metadata
 from kvsurgeon.rewrite.cache_modes import read_cache, update_cache
 from kvsurgeon.rewrite.cache_plan import CachePlan, find_sources
-from kvsurgeon.rewrite.cache_tensors import CacheTensor
+from kvsurgeon.rewrite.cache_tensors import CacheTensor, RecurrentTensor
 from kvsurgeon.rewrite.causal_masks import mask_causal_operators
 from kvsurgeon.rewrite.declared_shapes import declare_shapes, outputs_of_cache_length
 from kvsurgeon.rewrite.further_outputs import return_cached_tensors, return_context_so_far
 from kvsurgeon.rewrite.head_grouping import HeadGrouping
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dim_names import dim_names
+from kvsurgeon.symbolic.dimension import NEW
 from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable
 
 CacheValues = Mapping[CacheTensor, ir.Value]
@@ -49,7 +50,7 @@ def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperator
     flow, editor = analysis.flow, Editor(analysis.model)
     before: InputsBefore = {node: tuple(node.inputs) for node in flow.order}
     pasts = _add_inputs(analysis, editor, plan)
-    sources = find_sources(plan, analysis, editor, pasts[plan.tensors[0]])
+    sources = find_sources(plan, analysis, editor, pasts)
     lengths = LengthValues(editor, sources, total=plan.total, limit=plan.limit)
     slices = ContextSlices(flow, editor, lengths, analysis.inputs, analysis.same)
     tokens = TokenRewriter(slices, before)
@@ -57,12 +58,14 @@ def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperator
     updated, connect_operators = add_operators(lengths, before, pasts)
     presents, all_rows = _update_caches(plan, lengths, grouping, pasts, updated, windows)
     computed = {node: windows[one.rows] for one in analysis.windows for state in one.states for node in state.nodes}
+    recurrences = _rewriter_of_new(analysis, tokens)
+    computed |= {node: recurrences for state, _ in flow.recurrences for node in state.nodes}
     for node in flow.order:
         if any(flow.kinds.get(value) is ValueKind.TOKEN for value in node.outputs):
             computed.get(node, tokens).rewire(node)
     mask_causal_operators(flow, slices, before)
     declare_shapes(analysis, plan.total)
-    for state in flow.states:
+    for state in flow.cached_states:
         _slice_state(state, computed.get(state.nodes[-1], tokens).slices)
     connect_operators()
     outputs = outputs_of_cache_length(analysis, plan.total)
@@ -70,6 +73,7 @@ def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperator
     for site in analysis.sites:
         grouping.regroup(site)
     own_outputs = tuple(analysis.model.graph.outputs)
+    presents += [_connect_recurrence(tensor, lengths) for tensor in plan.recurrences]
     analysis.model.graph.outputs.extend(presents)
     outputs |= return_cached_tensors(own_outputs, lengths, all_rows)
     editor.finish()
@@ -82,23 +86,35 @@ def _add_inputs(analysis: Analysis, editor: Editor, plan: CachePlan) -> dict[Cac
     graph = analysis.model.graph
     taken = {value.name for value in (*graph.inputs, *graph.outputs)}
     pasts: dict[CacheTensor, ir.Value] = {}
+    for recurrence in plan.recurrences:
+        for name in (recurrence.past, recurrence.present):
+            _take_name(editor, name, taken)
     for tensor in plan.tensors:
         replaced = next((output for output in graph.outputs if output.name == tensor.present), None)
         if replaced is not None and tensor.rows is None and is_canonical_view(replaced, tensor.point):
             graph.outputs.remove(replaced)  # it returns the new rows, which are part of the cache output
             taken.discard(tensor.present)
         for name in (tensor.past, tensor.present):
-            if name in taken:
-                raise UnsupportedError(
-                    "the model already has an input or output of that name", code=Code.NAME_CONFLICT, at=name
-                )
-            editor.release_name(name)
+            _take_name(editor, name, taken)
         shape = ir.Shape(tensor.shape(plan.past))
         pasts[tensor] = ir.Value(name=tensor.past, type=ir.TensorType(tensor.dtype), shape=shape)
         if tensor.rows is not None:
             pasts[tensor].metadata_props[LAST_ROWS] = str(tensor.rows)
     graph.inputs.extend(pasts.values())
     return pasts
+
+
+def _take_name(editor: Editor, name: str, taken: Collection[str | None]) -> None:
+    """Release the name of a new input or output.
+
+    Raises:
+        UnsupportedError: An input or output has it.
+    """
+    if name in taken:
+        raise UnsupportedError(
+            "the model already has an input or output of that name", code=Code.NAME_CONFLICT, at=name
+        )
+    editor.release_name(name)
 
 
 def _window_rewriters(analysis: Analysis, tokens: TokenRewriter, pasts: CacheValues) -> dict[int, TokenRewriter]:
@@ -110,6 +126,27 @@ def _window_rewriters(analysis: Analysis, tokens: TokenRewriter, pasts: CacheVal
             slices = ContextSlices(tokens.flow, tokens.editor, lengths, analysis.inputs, analysis.same)
             found[tensor.rows] = TokenRewriter(slices, tokens.before)
     return found
+
+
+def _rewriter_of_new(analysis: Analysis, tokens: TokenRewriter) -> TokenRewriter:
+    """Return a rewriter for the new tokens alone, as if they were the whole text."""
+    lengths = LengthValues(tokens.editor, tokens.lengths.sources, total=NEW, past=0)
+    slices = ContextSlices(tokens.flow, tokens.editor, lengths, analysis.inputs, analysis.same)
+    return TokenRewriter(slices, tokens.before)
+
+
+def _connect_recurrence(tensor: RecurrentTensor, lengths: LengthValues) -> ir.Value:
+    """Add the input of a recurrent state, connect it, and return its output."""
+    editor, recurrent = lengths.editor, tensor.recurrent
+    past = ir.Value(name=tensor.past, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
+    editor.graph.inputs.append(past)
+    row = [*recurrent.sizes[: recurrent.axis], 1, *recurrent.sizes[recurrent.axis :]]
+    start = editor.node("Reshape", [past, lengths.reshape_target(row)], name=f"{tensor.past}.row", dtype=tensor.dtype)
+    editor.replace_input(*recurrent.start, start)
+    return editor.node(
+        "Gather", [recurrent.value, editor.constant(-1, name="last")], {"axis": recurrent.axis}, name=tensor.present,
+        dtype=tensor.dtype, shape=tensor.shape,
+    )  # fmt: skip
 
 
 def _update_caches(

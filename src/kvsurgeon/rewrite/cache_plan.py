@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -18,7 +18,7 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.proof.proof import Proof
 from kvsurgeon.resizing.lengths import INT64, LengthSource, sources_of
 from kvsurgeon.rewrite.cache_options import CacheOptions
-from kvsurgeon.rewrite.cache_tensors import CacheTensor, find_cache_tensors
+from kvsurgeon.rewrite.cache_tensors import CacheTensor, RecurrentTensor, find_cache_tensors, find_recurrent_tensors
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import CAPACITY, MAX, NEW, PAST, TOTAL, Dimension
 from kvsurgeon.symbolic.sequence_axes import Length
@@ -40,6 +40,7 @@ class CachePlan:
         cache_mode: Content of the cache outputs.
         past_length: Source of the number of past tokens.
         tensors: The cached tensors.
+        recurrences: The recurrent states.
         past: Rows of a cache input.
         present: Rows of a cache output.
         total: Rows that attention reads: the length for which context is computed.
@@ -51,6 +52,7 @@ class CachePlan:
     cache_mode: CacheMode
     past_length: PastLength
     tensors: Sequence[CacheTensor]
+    recurrences: Sequence[RecurrentTensor]
     past: Dimension
     present: Dimension
     total: Dimension
@@ -66,6 +68,11 @@ def plan_cache(options: CacheOptions, analysis: Analysis, proof: Proof) -> Cache
         UnsupportedError: The model does not support them.
     """
     past_length = _check_options(options, analysis, proof)
+    if not analysis.sites and options.cache != "dynamic":
+        raise UnsupportedError(
+            "the model has no attention, so its cache has no rows to write into", code=Code.NO_ATTENTION,
+            at=analysis.inputs[0].value.name, expected="cache=dynamic", found=f"cache={options.cache}",
+        )  # fmt: skip
     past, present, total = _rows(options, past_length, analysis.length)
     growing = [point for point in analysis.states if analysis.rows_of(point.value) is None]
     if growing and past is CAPACITY:
@@ -76,7 +83,7 @@ def plan_cache(options: CacheOptions, analysis: Analysis, proof: Proof) -> Cache
         )  # fmt: skip
     return CachePlan(
         cache_mode=options.cache, past_length=past_length, past=past, present=present, total=total,
-        tensors=find_cache_tensors(analysis, options),
+        tensors=find_cache_tensors(analysis, options), recurrences=find_recurrent_tensors(analysis, options),
         limit=proof.max_length if past is CAPACITY else proof.limit, max_length=proof.max_length,
     )  # fmt: skip
 
@@ -127,7 +134,7 @@ def _rows(options: CacheOptions, past_length: PastLength, length: Dimension) -> 
 
 
 def find_sources(
-    plan: CachePlan, analysis: Analysis, editor: Editor, past: ir.Value
+    plan: CachePlan, analysis: Analysis, editor: Editor, pasts: Mapping[CacheTensor, ir.Value]
 ) -> dict[sympy.Symbol, LengthSource]:
     """Return the source of each length at run time, and add the separate input if the plan has one."""
     dimensions = {}
@@ -137,8 +144,11 @@ def find_sources(
             length if axis in given.lengths else size for axis, size in enumerate(given.dimensions)
         ]
     sources = sources_of(dimensions)
-    if isinstance(plan.past, sympy.Symbol):
-        sources[plan.past] = past, plan.tensors[0].axis
+    growing = next((tensor for tensor in plan.tensors if tensor.rows is None), None)
+    if growing is None and any(set(given.lengths.values()) == {Length.TOTAL} for given in analysis.inputs):
+        sources[PAST] = _past_length_of_mask(analysis, editor, sources[NEW]), None
+    elif growing is not None and isinstance(plan.past, sympy.Symbol):
+        sources[plan.past] = pasts[growing], growing.axis
     if plan.past_length == "input":
         sources[PAST] = _add_input(editor), None
     elif plan.past_length == "positions":

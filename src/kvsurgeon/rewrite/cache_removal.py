@@ -33,6 +33,7 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import all_inputs, is_operator
 from kvsurgeon.ops.gather import slice_bounds
 from kvsurgeon.resizing.lengths import LengthValues, sources_of
+from kvsurgeon.rewrite.cache_metadata import read_cache_metadata
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import Fact, axis_of, known
 from kvsurgeon.symbolic.sequence_axes import Length
@@ -62,6 +63,12 @@ def remove_cache(model: ir.Model) -> RemovedCache | None:
         UnsupportedError: The cache cannot be removed: a cache input has a fixed length, is read elsewhere, or is
             updated in an unknown way.
     """
+    metadata = read_cache_metadata(model)
+    if metadata is not None and metadata.recurrent:
+        raise UnsupportedError(
+            "a recurrent state cannot be removed", code=Code.UNKNOWN_CACHE, at=metadata.recurrent[0],
+            expected="states of tokens", hint="use the model without a cache",
+        )  # fmt: skip
     model = with_separate_caches(model)
     unknown = find_unknown_caches(model.graph)
     if unknown:

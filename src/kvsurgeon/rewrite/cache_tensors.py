@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.cache_points import CachePoint
+from kvsurgeon.analysis.token_flow import RecurrentState
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT, Layout
 from kvsurgeon.errors import UsageError
 from kvsurgeon.rewrite.cache_layouts import Order
@@ -58,6 +59,41 @@ class CacheTensor:
     def shape(self, rows: Dimension) -> DimNames:
         """Return the dimensions with a number of rows, as declared in the model."""
         return dim_names(self.sizes(rows))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecurrentTensor:
+    """A state of fixed size that a region of the graph passes from token to token.
+
+    Attributes:
+        recurrent: The state in the graph.
+        past: Name of the input.
+        present: Name of the output.
+        dtype: Element type.
+    """
+
+    recurrent: RecurrentState
+    past: str
+    present: str
+    dtype: ir.DataType
+
+    @property
+    def shape(self) -> DimNames:
+        """The dimensions as declared in the model."""
+        return dim_names([BATCH, *self.recurrent.sizes[1:]])
+
+
+def find_recurrent_tensors(analysis: Analysis, options: CacheOptions) -> list[RecurrentTensor]:
+    """Return the recurrent states in execution order, with the names of their inputs and outputs."""
+    found = enumerate((recurrent for _, recurrent in analysis.flow.recurrences), start=options.first_layer)
+    return [
+        RecurrentTensor(
+            recurrent=recurrent, past=_filled(options.past, number, "recurrent_state"),
+            present=_filled(options.present, number, "recurrent_state"),
+            dtype=analysis.flow.shapes[recurrent.value].dtype or ir.DataType.FLOAT,
+        )
+        for number, recurrent in found
+    ]  # fmt: skip
 
 
 def find_cache_tensors(analysis: Analysis, options: CacheOptions) -> list[CacheTensor]:

@@ -27,7 +27,7 @@ _NAMED: dict[str, Axis] = {
     "cache_length": "capacity",
     "max_length": "max",
 }
-FIXED_PARTS = ("conv_state",)
+FIXED_PARTS = ("conv_state", "recurrent_state")
 _INDEX = re.compile(r"(?<!\d)(\d+)(?!\d)")
 _BATCHED = re.compile(r"(?:(\d+)\*)?batch_size(?:\*(\d+))?")  # batch and heads merged
 
@@ -73,8 +73,8 @@ class CacheIO:
         past: The past input.
         present: Name of the present output.
         layer: Index of the layer.
-        part: "key", "value", "state", or "conv_state" of a state that has the same size after any text.
-        axis: Sequence axis of past and present.
+        part: "key", "value", "state", or "conv_state" or "recurrent_state" of the same size after any text.
+        axis: Sequence axis of past and present; the last axis of a recurrent state.
         present_length: Dim of the present along the sequence axis, as declared.
         batch_axis: Batch axis, if the metadata or the dim names give it.
         is_axis_known: Whether the metadata or the dim names give the sequence axis.
@@ -176,8 +176,8 @@ def is_cross_attention(tensor: ValueInfo) -> bool:
     return ".encoder." in tensor.name
 
 
-def shape_with_rows(tensor: ValueInfo, axis: int, batch: int, rows: int) -> tuple[int, ...]:
-    """Return the shape of a past with a number of rows along its sequence axis.
+def shape_with_rows(tensor: ValueInfo, axis: int | None, batch: int, rows: int) -> tuple[int, ...]:
+    """Return the shape of a past with a number of rows along its sequence axis, if it has one.
 
     Raises:
         UsageError: Another dim is neither a number nor a known name.
@@ -239,8 +239,11 @@ def _entry(index: int, past: ValueInfo, present: ValueInfo, layouts: Mapping[str
     number = _INDEX.search(past.name)
     part = _part(index, past.name)
     is_fixed = part in FIXED_PARTS
-    layout = layouts.get("key" if part == "key" else "value", ())  # a state has the layout of values
-    axis = layout.index("sequence") if layout else past_axis(past, present)
+    is_recurrent = part == "recurrent_state"  # which has no axis of tokens
+    layout = (
+        () if is_recurrent else layouts.get("key" if part == "key" else "value", ())
+    )  # other states are like values
+    axis = len(past.dims) - 1 if is_recurrent else layout.index("sequence") if layout else past_axis(past, present)
     axes = layout or axes_of(past)
     return CacheIO(
         past=past,

@@ -80,7 +80,7 @@ def find_length_input(inputs: Sequence[ValueInfo], cache: Sequence[CacheIO]) -> 
     It is the one whose name says so, else the only number that a model with a static cache takes.
     """
     named = next((tensor for tensor in inputs if tensor.name.startswith("past") and _is_length(tensor)), None)
-    if named is not None or _mode_by_dims(cache[0]) != "static":
+    if named is not None or _mode_by_dims(cache) != "static":
         return named
     batches = {1, *(tensor.dims[0] for tensor in inputs if len(tensor.dims) > 1)}
     numbers = [tensor for tensor in inputs if _is_length(tensor) and batches.issuperset(tensor.dims)]
@@ -211,7 +211,8 @@ class NewTokensCacheManager(CacheManager):
         """Return the number of unfilled rows, which is 0 for a past that has no rows to spare."""
         if self.capacity is not None:
             return self.capacity - past
-        if axis_of(self.cache[0].past.dims[self.cache[0].axis]) != "capacity":
+        growing = next(entry for entry in self.cache if not entry.is_fixed)
+        if axis_of(growing.past.dims[growing.axis]) != "capacity":
             return 0
         return UNFILLED_ROWS if self.max_length is None else max(0, min(UNFILLED_ROWS, self.max_length - past - new))
 
@@ -239,12 +240,16 @@ _MODES = {"dynamic": CacheManager, "static": StaticCacheManager, "new-tokens": N
 
 def open_cache_manager(cache: Sequence[CacheIO], declared: DeclaredCache) -> CacheManager:
     """Return a cache manager of the mode that a model needs."""
-    rows = cache[0].past.dims[cache[0].axis]
-    manager = _MODES.get(declared.cache_mode or _mode_by_dims(cache[0]), CacheManager)
+    growing = next((entry for entry in cache if not entry.is_fixed), None)
+    rows = None if growing is None else growing.past.dims[growing.axis]
+    manager = _MODES.get(declared.cache_mode or _mode_by_dims(cache), CacheManager)
     return manager(cache, rows if isinstance(rows, int) else None, declared.max_length)
 
 
-def _mode_by_dims(entry: CacheIO) -> CacheMode:
+def _mode_by_dims(cache: Sequence[CacheIO]) -> CacheMode:
+    entry = next((entry for entry in cache if not entry.is_fixed), None)
+    if entry is None:
+        return "dynamic"
     past = entry.past.dims[entry.axis]
     if past == entry.present_length and (isinstance(past, int) or axis_of(past) == "max"):
         return "static"
@@ -254,8 +259,7 @@ def _mode_by_dims(entry: CacheIO) -> CacheMode:
 def _empty(entry: CacheIO, batch: int) -> Array:
     """Return the past of the first call: no rows, or zeros of a fixed size."""
     if entry.is_fixed:
-        rows = entry.past.dims[entry.axis]
-        return np.zeros(shape_with_rows(entry.past, entry.axis, batch, int(rows or 0)), entry.past.dtype)
+        return np.zeros(shape_with_rows(entry.past, None, batch, 0), entry.past.dtype)
     return _unfilled(entry, batch, 0)
 
 

@@ -191,7 +191,7 @@ def _bounds(number: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
                 dividend, divisor = sympy.fraction(sympy.together(rest.args[0]))
                 is_whole = dividend.is_integer and divisor.is_Integer and divisor > 0
                 if is_whole:
-                    rest = (dividend if (factor > 0) is is_upper else dividend - divisor + 1) / divisor
+                    rest = (dividend if bool(factor > 0) is is_upper else dividend - divisor + 1) / divisor
             terms.append(factor * rest)
         ends.append(sympy.expand(sympy.Add(*terms)))
     return ends[0], ends[1]

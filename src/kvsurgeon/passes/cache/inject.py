@@ -50,9 +50,10 @@ class Inject(CacheOptions):
     [batch_size, total_sequence_length]` and `past_key_values.{i}.key|value [batch_size, kv_heads, past_sequence_length,
     head_dim]` give `logits` and `present.{i}.key|value [..., total_sequence_length, head_dim]`. The sequence states of
     running sums are cached as `past_key_values.{i}.state`, and those of convolutions and shifts, which need the last
-    rows alone, as `past_key_values.{i}.conv_state`.
+    rows alone, as `past_key_values.{i}.conv_state`. A linear recurrence over chunks of tokens passes on
+    `past_key_values.{i}.recurrent_state`, whose size is fixed.
 
-    Not handled: attention that is not causal, recurrent states (scans), context that depends on the total length.
+    Not handled: attention that is not causal, other recurrent states, context that depends on the total length.
 
     Attributes:
         cross_attention: Where keys and values of cross-attention are computed: inside the model, in each call; once,

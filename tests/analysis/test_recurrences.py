@@ -1,0 +1,173 @@
+"""Linear recurrences over chunks of tokens: a state of fixed size is passed from call to call."""
+
+import itertools
+
+import pytest
+from attentions import attention
+from exports import injected
+from laws import assert_law, dims_of, texts
+from written import read
+
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.cache.remove_cache import RemoveCache
+from kvsurgeon.passes.contract import Subject
+from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.dimension import LENGTH
+from kvsurgeon.workflow import verification
+
+CONSTANTS = """float[8, 1] wa, float nil = {0.0}, float unit = {1.0}, int64 four = {4}, int64[1] none = {0},
+ int64[1] last = {-1}, int64[1] third_axis = {3}, int64[2] row8 = {1, 8},
+ int64[6] one_before = {0, 1, 0, 0, 0, 0}, int64[4] chunks = {0, -1, 4, 8}, int64[4] logs = {0, -1, 4, 1},
+ int64[3] flat = {0, -1, 8}, int64[3] per_chunk = {0, -1, 1}, float tenth = {0.1}, int64 two = {2},
+ int64[1] far = {999999999}"""
+# Each token adds itself to the state, which is multiplied by exp(a) of the token before: chunks of 4.
+SCAN = """la = MatMul(x, wa)
+ a0 = Mul(la, tenth)
+ r0 = Mod(length, four)
+ r1 = Sub(four, r0)
+ r2 = Mod(r1, four)
+ r3 = Unsqueeze(r2, first)
+ pads = Concat<axis = 0>(fronts, r3, none)
+ xp = Pad(x, pads, nil)
+ ap = Pad(a0, pads, LOG_PAD)
+ xc = Reshape(xp, chunks)
+ ac = Reshape(ap, logs)
+ ca = CumSum(ac, two)
+ cat = Transpose<perm = [0, 1, 3, 2]>(ca)
+ gaps = Sub(ca, cat)
+ four_at = Range(nought, four, one)
+ four_row = Unsqueeze(four_at, first)
+ four_column = Unsqueeze(four_at, second)
+ earlier = LessOrEqual(four_row, four_column)
+ decays0 = Exp(gaps)
+ decays = Where(earlier, decays0, nil)
+ within = MatMul(decays, xc)
+ total = Slice(ca, last, far, third)
+ rest = Sub(total, cat)
+ weights = Exp(rest)
+ states = MatMul(weights, xc)
+ rows = Reshape(states, flat)
+ b1 = Slice(sizes, first, second)
+ b18 = Concat<axis = 0>(b1, row8)
+ zeros = Expand(START, b18)
+ joined = Concat<axis = 1>(zeros, rows)
+ totals = Reshape(total, per_chunk)
+ later = Pad(totals, one_before, nil)
+ cc = CumSum(later, one)
+ cct = Transpose<perm = [0, 2, 1]>(cc)
+ far_gaps = Sub(cc, cct)
+ far_sizes = Shape(joined)
+ count = Gather(far_sizes, one)
+ chunk_at = Range(nought, count, one)
+ chunk_row = Unsqueeze(chunk_at, first)
+ chunk_column = Unsqueeze(chunk_at, second)
+ chunk_earlier = ORDER(chunk_row, chunk_column)
+ far_decays0 = Exp(far_gaps)
+ far_decays = Where(chunk_earlier, far_decays0, nil)
+ between = MatMul(far_decays, joined)
+ previous = Slice(between, PREVIOUS, second)
+ previous1 = Unsqueeze(previous, third)
+ growth = Exp(ca)
+ across = Mul(growth, previous1)
+ y0 = Add(within, across)
+ y1 = NORM(y0)
+ y2 = Reshape(y1, flat)
+ n1 = Unsqueeze(length, first)
+ h = Slice(y2, first, n1, second)"""
+USUAL = {
+    "LOG_PAD": "nil",
+    "START": "nil",
+    "ORDER": "LessOrEqual",
+    "PREVIOUS": "first, last",
+    "NORM(y0)": "Identity(y0)",
+}
+LOOK_ALIKES = {
+    "a start that is not zero": {"START": "unit"},
+    "padding that counts as tokens": {"LOG_PAD": "unit"},
+    "states of later chunks": {"ORDER": "GreaterOrEqual"},
+    "states of all chunks": {"ORDER": "NotEqual"},
+    "the state after the chunk": {"PREVIOUS": "second, far"},
+    "a maximum over the text": {"y1 = NORM(y0)": "highest = ReduceMax(y0)\n y1 = Div(y0, highest)"},
+    "tokens of the chunk that follow": {" earlier = LessOrEqual": " earlier = GreaterOrEqual"},
+    "a state that is bounded": {
+        "previous1 = Unsqueeze(previous,": "bounded = Tanh(previous)\n previous1 = Unsqueeze(bounded,"
+    },
+    "a decay for each chunk": {
+        "totals = Reshape": "totals0 = Reshape",
+        " later =": " totals = Add(totals0, tenth)\n later =",
+    },
+    "another reader of the states": {
+        " previous1 =": " read = ReduceMax(between)\n previous1 =",
+        "NORM(y0)": "Mul(y0, read)",
+    },
+}
+
+
+def scan(**changes: str) -> str:
+    text = SCAN
+    for before, after in (*changes.items(), *USUAL.items()):
+        text = text.replace(before, after)
+    return text
+
+
+def hybrid(text: str) -> str:
+    return attention(hidden=text, constants=f"{CONSTANTS}, int64[4] fronts = {{0, 0, 0, 0}}")
+
+
+def test_a_recurrence_over_chunks_has_a_state_of_fixed_size():
+    original = read(hybrid(scan()))
+    model = injected(original)
+    states = {value.name: dims_of(value) for value in model.graph.input if "state" in value.name}
+    assert states == {"past_key_values.0.recurrent_state": ["batch_size", 8]}
+    for length, cuts in ((3, [1, 2]), (12, [4, 8]), (13, range(1, 13)), (13, [5, 6, 11]), (9, [3])):
+        assert_law(original, model, whole=texts(original, length=length), cuts=list(cuts))
+    assert verification.verify_models(original, model).verdict == "same"
+
+
+@pytest.mark.parametrize("changes", LOOK_ALIKES.values(), ids=LOOK_ALIKES.keys())
+def test_regions_that_are_no_recurrence_are_rejected(changes):
+    with pytest.raises(UnsupportedError, match="mixes tokens along the sequence"):
+        injected(read(hybrid(scan(**changes))))
+
+
+def test_a_model_of_recurrences_alone_has_a_state():
+    text = hybrid(scan()).split("  q0 = ")[0] + " logits = Identity(h)\n}"
+    original = read(text)
+    model = injected(original)
+    assert [value.name for value in model.graph.input] == ["x", "past_key_values.0.recurrent_state"]
+    assert_law(original, model, whole=texts(original, length=11), cuts=[1, 2, 6])
+    assert verification.verify_models(original, model, effort="quick").verdict == "same"
+    with pytest.raises(UnsupportedError, match="has no rows"):
+        injected(original, cache="static")
+
+
+@pytest.mark.parametrize("cache", ["static", "new-tokens"])
+def test_each_cache_mode_supports_recurrences(cache):
+    original = read(hybrid(scan()))
+    assert verification.verify_models(original, injected(original, cache=cache), effort="quick").verdict == "same"
+
+
+def test_a_note_says_that_a_recurrence_is_measured():
+    notes = Inject().apply(Subject.of(read(hybrid(scan())))).notes
+    assert any("in two pieces what it gives in one (measured" in note for note in notes)
+
+
+def test_a_recurrent_state_is_not_removed():
+    with pytest.raises(UnsupportedError, match="a recurrent state cannot be removed"):
+        RemoveCache().apply(Subject.of(injected(read(hybrid(scan())))))
+
+
+def test_sizes_of_whole_chunks_are_compared():
+    sizes: list[dim.Dimension] = [1, 5, LENGTH, LENGTH + 1]
+    for chunk in (3, 4):
+        padded = dim.add(LENGTH, dim.remainder(dim.subtract(chunk, dim.remainder(LENGTH, chunk)), chunk))
+        count = dim.floor_quotient(padded, chunk)
+        sizes += [padded, count, dim.floor_quotient(LENGTH, chunk), dim.remainder(LENGTH, chunk), dim.add(count, 1)]
+    for left, right in itertools.product(sizes, sizes):
+        less, smaller = dim.is_less(left, right), dim.minimum(left, right)
+        for length in (1, 2, 3, 4, 5, 11, 12, 13):
+            numbers = [dim.at(size, length, 1) for size in (left, right, smaller)]
+            assert numbers[2] == min(numbers[:2])
+            assert less is None or less == (numbers[0] < numbers[1])
+    assert dim.minimum(LENGTH, padded) == LENGTH
