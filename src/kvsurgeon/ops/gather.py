@@ -88,15 +88,16 @@ def slice_(call: OperatorCall) -> Fact:
     concrete = True
     for axis, start, end, step in zip(*bounds, strict=True):
         if step < 0:
-            sizes[axis] = sizes[axis] if step == -1 and _is_whole_reversal(start, end) else call.unknown()
+            is_reversed = step == -1 and _is_whole_reversal(start, end)
+            sizes[axis] = sizes[axis] if is_reversed else call.unknown()
             picks[axis] = slice(None, None, step)
-            concrete = concrete and step == -1
+            concrete = concrete and is_reversed
             continue
         first, last = _clamped(call, start, sizes[axis]), _clamped(call, end, sizes[axis])
         extent = dim.subtract(last, first)
         if step > 1:
             extent = dim.floor_quotient(dim.add(extent, step - 1), step)
-        sizes[axis] = max(extent, 0) if isinstance(extent, int) else extent
+        sizes[axis] = dim.at_least_zero(extent)
         if isinstance(first, int) and isinstance(last, int):
             picks[axis] = slice(first, last, step)
         else:

@@ -68,7 +68,7 @@ def range_(call: OperatorCall) -> Fact:
     if not isinstance(step, int) or step == 0 or not _is_whole(extent):
         return Fact((call.unknown(),), dtype)
     extent = dim.multiply(-1 if step < 0 else 1, extent)
-    return Fact((dim.floor_quotient(dim.add(extent, abs(step) - 1), abs(step)),), dtype)
+    return Fact((dim.floor_quotient(dim.at_least_zero(dim.add(extent, abs(step) - 1)), abs(step)),), dtype)
 
 
 def _is_whole(number: Dimension) -> bool:

@@ -197,6 +197,11 @@ def _bounds(number: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr]:
     return ends[0], ends[1]
 
 
+def at_least_zero(number: Dimension) -> Dimension:
+    """The number, or 0 where it is negative: the size of a range that ends before it starts."""
+    return number if is_less(number, 0) is False else maximum(number, 0)
+
+
 @cached
 def is_within(number: Dimension, smallest: int, largest: int) -> bool:
     """Return whether a number is between two others for a single token and for the longest text."""
