@@ -4,8 +4,11 @@ import numpy as np
 import onnx
 import pytest
 from exports import NAMES, injected, injected_export, with_all_outputs
-from laws import assert_law, in_onnxruntime
+from laws import assert_law, difference, in_onnxruntime
 from written import read
+
+from kvsurgeon.errors import RunError
+from kvsurgeon.runtime import CachedDecoder, open_session
 
 SHORT, LONG = 25, 50  # past tokens
 
@@ -103,3 +106,34 @@ def test_only_rows_of_new_tokens_are_computed_of_a_mask(name):
 def test_columns_of_new_tokens_in_a_table_of_all_are_correct():
     original = masked(COLUMNS_NEW)
     assert_law(original, injected(original))
+
+
+LAST = "from_end = Neg(n1) rows = Slice(tri, from_end, far, first) visible = Slice(rows, from_end, far, ones)"
+
+
+def sliced_from_the_end(size: int) -> onnx.ModelProto:
+    """A decoder whose mask is the end of a table of so many tokens."""
+    model = masked(LAST)
+    constants = {"tri": np.tri(size, dtype=bool), "far": np.array([np.iinfo(np.int64).max])}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in constants.items())
+    return model
+
+
+def test_only_rows_of_new_tokens_are_computed_of_the_end_of_a_table():
+    original = sliced_from_the_end(64)
+    model = injected(original)
+    assert_law(original, model)
+    assert not squares(sizes_of_a_step(model, SHORT), sizes_of_a_step(model, LONG))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_the_end_of_a_table_serves_as_many_tokens_as_it_has_rows(cache):
+    original = sliced_from_the_end(12)
+    decoder = CachedDecoder(open_session(injected(original, cache=cache), threads=1))
+    tokens = np.arange(13)[None] % 9
+    feeds = decoder.inputs.feeds(tokens, np.ones_like(tokens))
+    expected = in_onnxruntime(original)({"input_ids": tokens[:, :12]})["logits"]
+    found = [decoder.step(decoder.inputs.part(feeds, past, past + 1)) for past in range(12)]
+    assert difference(np.concatenate(found, axis=1), expected) < 1e-5
+    with pytest.raises(RunError):
+        decoder.step(decoder.inputs.part(feeds, 12, 13))

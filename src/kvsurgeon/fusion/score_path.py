@@ -84,7 +84,7 @@ def _walk(flow: TokenFlow, value: ir.Value, between: frozenset[ir.Node]) -> Iter
 
 def _normalizes(node: ir.Node, value: ir.Value) -> bool:
     """Return whether an operator is the first of those that make weights of scores."""
-    return node.op_type in ("Softmax", "Concat") or _subtracts_maximum(node, value)
+    return has_trait(node, Trait.SOFTMAX) or node.op_type == "Concat" or _subtracts_maximum(node, value)
 
 
 def _read_steps(flow: TokenFlow, steps: Sequence[Step]) -> tuple[float, float]:

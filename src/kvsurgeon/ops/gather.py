@@ -53,6 +53,8 @@ def _clamped(call: OperatorCall, bound: Dimension, size: Dimension) -> Dimension
         bound = dim.add(size, bound)
         if isinstance(bound, int):
             return max(0, bound)
+        if isinstance(size, int) and dim.is_known(bound) and dim.is_less(bound, 0) is not False:
+            call.bound(size)  # the end of a table, cut by length
     if dim.is_less(bound, size) or dim.is_equal(bound, size):
         return bound
     if dim.is_less(bound, size) is False:
@@ -258,8 +260,16 @@ def resize_slice(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes
             wanted.append(axis)
             continue
         start = starts[axis.axis]
-        if steps[axis.axis] != 1 or not axis.is_plain or dim.is_less(start, 0) or not dim.is_known(start):
+        is_end = not resizer.fixed and dim.is_equal(dim.add(start, after[axis.axis]), 0)  # a row for each token
+        if steps[axis.axis] != 1 or not axis.is_plain or not dim.is_known(start):
             return None
+        if dim.is_less(start, 0) and not is_end:
+            return None
+        if is_end and axis.variable.resolved() is not Length.NEW:
+            cut.remove(axis.axis)  # a table that is too short gives too few, as in the export
+            continue
+        if is_end:
+            start = dim.add(start, before[axis.axis])  # from the front, as an end of 0 would not be the last
         start = lengths.at(start, Length.TOTAL)
         first, last = lengths.span(axis.variable.resolved() or Length.TOTAL)
         starts[axis.axis], ends[axis.axis] = dim.add(start, first), dim.add(start, last)
