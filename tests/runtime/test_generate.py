@@ -1,6 +1,8 @@
 """Text generation: greedy and sampled, one prompt and several, up to a stop token."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -235,3 +237,8 @@ def test_logits_are_the_same_with_and_without_a_cache(tmp_path):
 def test_token_ids_are_a_prompt_without_a_tokenizer():
     model = CachedDecoder().model()
     assert generate(model, "1, 2 3", max_new_tokens=4).tokens == generate(model, [1, 2, 3], max_new_tokens=4).tokens
+
+
+def test_verification_imports_no_tokenizer():
+    code = "import sys, kvsurgeon.parity, kvsurgeon.runtime; print('tokenizers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

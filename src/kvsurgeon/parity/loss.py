@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from kvsurgeon.errors import InputError, ParityError, UsageError
 from kvsurgeon.parity.model_source import load_graph
@@ -19,6 +18,9 @@ from kvsurgeon.parity.report import Progress
 from kvsurgeon.parity.tolerance import TOLERANCES, arithmetic_of
 from kvsurgeon.runtime import AnyDecoder, Array, Source, Tokens
 from kvsurgeon.runtime.text import load_tokenizer, side_folders
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 SAMPLE = Path(__file__).parents[1] / "demo" / "model" / "sample.txt"  # the opening of a chapter, in the public domain
 WINDOW = 128  # tokens of a call

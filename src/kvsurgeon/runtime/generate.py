@@ -7,10 +7,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from kvsurgeon.errors import UsageError
 from kvsurgeon.runtime.axes import is_past
@@ -21,6 +20,9 @@ from kvsurgeon.runtime.sampling import Sampling
 from kvsurgeon.runtime.session import Optimization, Session, Source, open_session
 from kvsurgeon.runtime.tensors import Array
 from kvsurgeon.runtime.text import Prompt, decode_complete, encode_prompt, load_tokenizer, side_folders, stop_tokens
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 FinishReason = Literal["stop", "length"]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any
 
 from kvsurgeon.errors import InputError, UsageError
 from kvsurgeon.io.json_files import read_json
 from kvsurgeon.runtime.session import Source, folder_of
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 Prompt = str | Sequence[int]
 _INCOMPLETE = "\ufffd"  # decoded from bytes that do not end a character yet
@@ -32,6 +33,8 @@ def load_tokenizer(folders: Iterable[Path]) -> Tokenizer | None:
     path = _find_file(folders, "tokenizer.json")
     if path is None:
         return None
+    from tokenizers import Tokenizer  # verification needs none
+
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
