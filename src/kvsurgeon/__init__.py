@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     )
     from kvsurgeon.injector import KeyValueCacheInjector
 
+    __version__: str
+
 __all__ = [
     "KeyValueCacheInjector",
     "Pipeline",
+    "__version__",
     "confirm",
     "find_attention",
     "generate",
@@ -43,6 +46,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("kvsurgeon")
     if name not in __all__:
         raise AttributeError(f"module 'kvsurgeon' has no attribute {name!r}")
     module = "kvsurgeon.injector" if name == "KeyValueCacheInjector" else "kvsurgeon.api"

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+import kvsurgeon
 from kvsurgeon.cli.main import run
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
@@ -94,6 +95,13 @@ def test_without_a_command_help_is_printed(shell):
 
 def test_the_version_is_printed(shell):
     assert shell("--version") == (0, "kvsurgeon 0.1.0\n", "")
+    assert kvsurgeon.__version__ == "0.1.0"
+
+
+def test_the_package_runs_as_a_module(shell):
+    command = [sys.executable, "-m", "kvsurgeon", "-h"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert shown == shell("--help")[1]
 
 
 def test_the_help_of_a_pass_is_its_docstring_and_its_fields(shell, site):
