@@ -168,6 +168,8 @@ class TokenFlow:
         fused: Operators that compute a whole attention.
         states: Sequence states outside attention.
         state_nodes: Their nodes, which are computed at another length.
+        region_numbers: Numbers of values in regions that may be recurrences, by what computes them.
+        recurrence_verdicts: Whether such a region is a recurrence, by these numbers.
         assumed: What propagation could not prove, with the first value that it concerns.
         mixes_keys: Nodes that mix elements along an axis that must turn out to be the keys'.
         last: Values computed from the last token alone.
@@ -200,6 +202,8 @@ class TokenFlow:
     fused: list[FusedAttention] = field(default_factory=list)
     states: list[SequenceState] = field(default_factory=list)
     state_nodes: set[ir.Node] = field(default_factory=set)
+    region_numbers: dict[Hashable, int] = field(default_factory=dict)
+    recurrence_verdicts: dict[Hashable, bool] = field(default_factory=dict)
     assumed: dict[str, str] = field(default_factory=dict)
     mixes_keys: dict[ir.Node, LengthVariable] = field(default_factory=dict)
     last: set[ir.Value] = field(default_factory=set)

@@ -8,7 +8,7 @@ must give the result of the whole, for any state before it, at cuts within and b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,9 @@ from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import growing_regions, is_token
 from kvsurgeon.analysis.token_flow import RecurrentState, SequenceState, TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.query import downstream, is_operator, producers, upstream
+from kvsurgeon.graph.value_numbering import ValueNumbering, constant_key
 from kvsurgeon.ops.content import content_inputs, is_shape_only
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
@@ -59,12 +61,40 @@ def find_recurrence(flow: TokenFlow, start: ir.Node) -> SequenceState | None:
             continue
         state = SequenceState(nodes=tuple(region), places=tuple(places), axes=axes, measured=True)
         for recurrent in _candidates(flow, state):
-            if _is_state(flow, state, recurrent):
+            key = _key(flow, state, recurrent)
+            if key not in flow.recurrence_verdicts:
+                flow.recurrence_verdicts[key] = _is_state(flow, state, recurrent)
+            if flow.recurrence_verdicts[key]:
                 flow.assumed.setdefault(TWO_PIECES_ARE_ONE, state.result.name or "")
                 return SequenceState(
                     nodes=state.nodes, places=state.places, axes=state.axes, measured=True, recurrent=recurrent
                 )
     return None
+
+
+def _key(flow: TokenFlow, state: SequenceState, recurrent: RecurrentState) -> Hashable:
+    """Return a key of what a region computes: equal for layers that differ in their weights alone.
+
+    A weight is a vector of floats that is not as long as a chunk; other constants may mask tokens or chunks.
+    """
+    chunks, start = _chunks(flow, state), recurrent.start[0].inputs[0]
+    sources = {node.inputs[index]: number for number, (node, index) in reversed(list(enumerate(state.places)))}
+
+    def leaf(value: ir.Value) -> Hashable | None:
+        fact = flow.shapes.facts.get(value)
+        if value is start or value in sources:
+            return "input", sources.get(value, -1), fact and (fact.shape, fact.dtype)
+        tensor = constant_tensor(value)
+        if tensor is not None:
+            sizes = [size for size in tensor.shape.numpy() if size != 1]
+            is_vector = tensor.dtype.is_floating_point() and len(sizes) == 1 and sizes[0] not in chunks
+            return ("weight", str(tensor.dtype), tensor.shape.numpy()) if is_vector else constant_key(value) or value
+        if fact is None or fact.value is None:
+            return None
+        return fact.dtype, fact.value.shape, tuple(fact.value.reshape(-1))
+
+    numbering = ValueNumbering(leaf, keys=flow.region_numbers)
+    return numbering[state.result], numbering[recurrent.value], recurrent.axis
 
 
 def _is_closed(flow: TokenFlow, region: Sequence[ir.Node]) -> bool:
@@ -161,31 +191,29 @@ def _is_state(flow: TokenFlow, state: SequenceState, recurrent: RecurrentState) 
         runner = SubgraphRunner(flow, [state.result, recurrent.value], probed=sources, given=[start])
         if whole.masks or runner.masks:
             return False
-        passed = 0
+        chunks = _chunks(flow, state)
         for scale in _SCALES:
-            scan = _Scan(runner=runner, state=state, recurrent=recurrent, scale=scale)
             try:
-                if not _holds(scan, whole, _lengths(flow, state, lengths)):
-                    return False
-                passed += 1
-            except FloatingPointError:
+                scan = _Scan(runner=runner, state=state, recurrent=recurrent, scale=scale)
+                return _holds(scan, whole, chunks, lengths)
+            except FloatingPointError:  # decays that overflow
                 continue
     except Exception:  # whatever onnxruntime raises
         return False
-    return passed > 0
+    return False
 
 
-def _lengths(flow: TokenFlow, state: SequenceState, beyond: Sequence[int]) -> list[int]:
-    """Return lengths of texts around each number of tokens that a chunk may have, and beyond other numbers."""
+def _chunks(flow: TokenFlow, state: SequenceState) -> set[int]:
+    """Return the numbers of tokens that a chunk may have: sizes of the region are divided by them."""
     sizes = [size for node in state.nodes for value in node.outputs for size in flow.shapes[value].shape or ()]
     floors = {floor for size in sizes if isinstance(size, sympy.Expr) for floor in size.atoms(sympy.floor)}
-    chunks = {int(sympy.fraction(sympy.together(floor.args[0]))[1]) for floor in floors}
+    return {int(sympy.fraction(sympy.together(floor.args[0]))[1]) for floor in floors}
+
+
+def _holds(scan: _Scan, whole: SubgraphRunner, chunks: Collection[int], beyond: Collection[int]) -> bool:
+    """Return whether the region is a linear recurrence in texts around its chunks and beyond other numbers."""
     around = {length for chunk in chunks for length in (chunk - 1, chunk, chunk + 1, 2 * chunk + 3, 3 * chunk)}
-    return sorted({length for length in {*around, *beyond, 5} if length > 1})
-
-
-def _holds(scan: _Scan, whole: SubgraphRunner, lengths: Sequence[int]) -> bool:
-    """Return whether the region is a linear recurrence at these lengths."""
+    lengths = sorted({length for length in {*around, *beyond, 5} if length > 1})
     for length in lengths:
         tokens, zeros, other = np.arange(length), 0 * scan.random_state(0), scan.random_state(length)
         array = whole.run(length, tokens=tokens, scale=scan.scale)[0]
@@ -194,14 +222,15 @@ def _holds(scan: _Scan, whole: SubgraphRunner, lengths: Sequence[int]) -> bool:
             return False
         if length == lengths[0] and not _is_visible(scan, tokens, zeros, other):
             return False
-        if not all(_joins_up(scan, tokens, other, cut) for cut in _cuts(length, lengths)):
+        if not all(_joins_up(scan, tokens, other, cut) for cut in _cuts(length, chunks)):
             return False
     return _keeps_sequences_apart(scan, max(lengths))
 
 
-def _cuts(length: int, lengths: Sequence[int]) -> list[int]:
-    """Return where a text is cut: near its ends, in its middle, and at the other lengths."""
-    return sorted({cut for cut in (1, length // 2, length - 1, *lengths) if 0 < cut < length})
+def _cuts(length: int, chunks: Collection[int]) -> list[int]:
+    """Return where a text is cut: near its ends, in its middle, and around the end of a chunk."""
+    ends = (chunk + offset for chunk in chunks for offset in (-1, 0, 1))
+    return sorted({cut for cut in (1, length // 2, length - 1, *ends) if 0 < cut < length})
 
 
 def _joins_up(scan: _Scan, tokens: np.ndarray, before: np.ndarray, cut: int) -> bool:
