@@ -31,7 +31,7 @@ from kvsurgeon.analysis.token_flow import RecurrentState, SequenceState, TokenFl
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.query import downstream, is_operator, producers, upstream
-from kvsurgeon.graph.value_numbering import ValueNumbering, constant_key
+from kvsurgeon.graph.value_numbering import ValueNumbering, content_key
 from kvsurgeon.ops.content import content_inputs, is_shape_only
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
@@ -42,7 +42,10 @@ _MAX_NODES = 400  # of token data in a region
 _MAX_CANDIDATES = 8  # products that may be the state
 _SCALES = (0.25, 0.05)  # of probe inputs: decays are exponential
 _CLOSE = 2e-3  # difference of sums in another order, as a part of the largest number of a token
+_MAX_CONSTANT = 1 << 18  # elements of a constant that is compared with others
 _VISIBLE = 1e-2  # influence of the state before a text, as a part of the spread of its results
+
+_Found = tuple[np.ndarray, np.ndarray]  # the results, tokens last, and the state after them
 
 
 def find_recurrence(flow: TokenFlow, start: ir.Node) -> SequenceState | None:
@@ -88,7 +91,9 @@ def _key(flow: TokenFlow, state: SequenceState, recurrent: RecurrentState) -> Ha
         if tensor is not None:
             sizes = [size for size in tensor.shape.numpy() if size != 1]
             is_vector = tensor.dtype.is_floating_point() and len(sizes) == 1 and sizes[0] not in chunks
-            return ("weight", str(tensor.dtype), tensor.shape.numpy()) if is_vector else constant_key(value) or value
+            if is_vector:
+                return "weight", str(tensor.dtype), tensor.shape.numpy()
+            return (content_key(tensor) if tensor.size <= _MAX_CONSTANT else None) or value
         if fact is None or fact.value is None:
             return None
         return fact.dtype, fact.value.shape, tuple(fact.value.reshape(-1))
@@ -158,9 +163,7 @@ class _Scan:
     recurrent: RecurrentState
     scale: float
 
-    def run(
-        self, tokens: np.ndarray, before: np.ndarray, second: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def run(self, tokens: np.ndarray, before: np.ndarray, second: np.ndarray | None = None) -> _Found:
         """Return the results, tokens last, and the state after them."""
         start = self.recurrent.start[0].inputs[0]
         assert start is not None
@@ -218,40 +221,38 @@ def _holds(scan: _Scan, whole: SubgraphRunner, chunks: Collection[int], beyond: 
         tokens, zeros, other = np.arange(length), 0 * scan.random_state(0), scan.random_state(length)
         array = whole.run(length, tokens=tokens, scale=scan.scale)[0]
         original = sequence_last(array, scan.state.axes, Rows.of_text(length))
-        if not _is_near(original, scan.run(tokens, zeros)[0]) or not _is_linear(scan, tokens, zeros, other):
+        at_zero, expected = scan.run(tokens, zeros), scan.run(tokens, other)
+        if not _is_near(original, at_zero[0]) or not _is_linear(at_zero, expected, scan.run(tokens, 3 * other)):
             return False
-        if length == lengths[0] and not _is_visible(scan, tokens, zeros, other):
+        if length == lengths[0] and not _is_visible(at_zero[0], expected[0]):
             return False
-        if not all(_joins_up(scan, tokens, other, cut) for cut in _cuts(length, chunks)):
+        if not all(_joins_up(scan, expected, tokens, other, cut) for cut in _cuts(length, chunks)):
             return False
     return _keeps_sequences_apart(scan, max(lengths))
 
 
 def _cuts(length: int, chunks: Collection[int]) -> list[int]:
-    """Return where a text is cut: near its ends, in its middle, and around the end of a chunk."""
+    """Return where a text is cut: after its first token, before its last, and around the end of a chunk."""
     ends = (chunk + offset for chunk in chunks for offset in (-1, 0, 1))
-    return sorted({cut for cut in (1, length // 2, length - 1, *ends) if 0 < cut < length})
+    return sorted({cut for cut in (1, length - 1, *ends) if 0 < cut < length})
 
 
-def _joins_up(scan: _Scan, tokens: np.ndarray, before: np.ndarray, cut: int) -> bool:
+def _joins_up(scan: _Scan, expected: _Found, tokens: np.ndarray, before: np.ndarray, cut: int) -> bool:
     """Return whether two pieces of a text, the second from the state after the first, give what the whole gives."""
-    expected, after = scan.run(tokens, before)
     first, between = scan.run(tokens[:cut], before)
     second, last = scan.run(tokens[cut:], between)
-    return _is_near(expected, np.concatenate([first, second], -1)) and _is_near(after, last)
+    return _is_near(expected[0], np.concatenate([first, second], -1)) and _is_near(expected[1], last)
 
 
-def _is_linear(scan: _Scan, tokens: np.ndarray, zeros: np.ndarray, other: np.ndarray) -> bool:
-    """Return whether result and state after are linear in the state before."""
-    at_zero, at_one, at_three = (scan.run(tokens, state) for state in (zeros, other, 3 * other))
+def _is_linear(at_zero: _Found, at_one: _Found, at_three: _Found) -> bool:
+    """Return whether result and state after are linear in the state before, of which these are 0, 1 and 3 times."""
     pairs = zip(at_zero, at_one, at_three, strict=True)
     return all(_is_near(zero + 3 * (one - zero), three) for zero, one, three in pairs)
 
 
-def _is_visible(scan: _Scan, tokens: np.ndarray, zeros: np.ndarray, other: np.ndarray) -> bool:
+def _is_visible(at_zero: np.ndarray, at_one: np.ndarray) -> bool:
     """Return whether the result depends on the state before, so that a wrong state would show."""
-    expected, found = scan.run(tokens, zeros)[0], scan.run(tokens, other)[0]
-    return bool(np.abs(found - expected).max() > _VISIBLE * np.ptp(expected))
+    return bool(np.abs(at_one - at_zero).max() > _VISIBLE * np.ptp(at_zero))
 
 
 def _keeps_sequences_apart(scan: _Scan, length: int) -> bool:
