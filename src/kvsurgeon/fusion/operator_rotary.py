@@ -25,7 +25,7 @@ from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 
 LENGTH = 7  # tokens on which a rotation is checked
-LARGEST = 1 << 27  # elements of queries for the longest text; those of longer ones are rotated in the graph
+LARGEST = 1 << 27  # elements of keys for the longest text; those of longer ones are rotated in the graph
 TOLERANCE = {"float16": 5e-3}  # of elements near 1; 1e-5 for other types, which are run as float32
 
 _STEPS = 40  # values between a rotated tensor and its source
@@ -70,16 +70,16 @@ class RotaryMatcher:
 
     def match(self, query_point: CachePoint, key_point: CachePoint) -> OperatorRotary | None:
         """Return the rotary embedding of queries and keys; None if they are not rotated by the same angles."""
-        if query_point.heads * query_point.head_dim * self.positions > LARGEST:
-            return None
         key = self._rotation(key_point)
         query = None if key is None else self._rotation(query_point)
         if key is None or query is None or (key.width, key.interleaved) != (query.width, query.interleaved):
             return None
-        cos, sin = self._table(key)
-        others = self._table(query)
-        if not all(one is other or np.array_equal(one, other) for one, other in zip((cos, sin), others, strict=True)):
+        tables, others = self._table(key), self._table(query)
+        if tables is None or others is None:
             return None
+        if not all(one is other or np.array_equal(one, other) for one, other in zip(tables, others, strict=True)):
+            return None
+        cos, sin = tables
         return OperatorRotary(query=query.source, key=key.source, cos=cos, sin=sin, interleaved=key.interleaved)
 
     def _rotation(self, point: CachePoint) -> _Rotation | None:
@@ -121,18 +121,24 @@ class RotaryMatcher:
                     return replace(rotation, start=start)
         return None
 
-    def _table(self, rotation: _Rotation) -> tuple[np.ndarray, np.ndarray]:
-        """Return cosines and sines of all positions; the same arrays if they come from the same values."""
+    def _table(self, rotation: _Rotation) -> tuple[np.ndarray, np.ndarray] | None:
+        """Return cosines and sines of all positions, the same arrays if they come from the same values; None if large.
+
+        Those of the queries mostly are those of the keys, which have fewer heads.
+        """
         angles = [
             self.same.get(value, value)
             for node in rotation.runner.nodes
             if is_token(self.flow, node.outputs[0])
             for value in node.inputs
             if value is not None and (not is_token(self.flow, value) or _is_angle(self.flow, value))
+            if value in self.flow.kinds or not _is_integer(self.flow, value)  # no shapes, axes or bounds
         ]
         first_rows = (table.tobytes() for table in rotation.start)
         key = frozenset(angles), rotation.width, rotation.interleaved, *first_rows
         if key not in self._tables:
+            if rotation.source.heads * rotation.source.head_dim * self.positions > LARGEST:
+                return None
             self._tables[key] = rotation.tables(self.positions)
         return self._tables[key]
 
@@ -212,6 +218,11 @@ def _single_sources(flow: TokenFlow, value: ir.Value) -> Iterator[ir.Value]:
             yield next(iter(boundary))
         if not boundary:
             return
+
+
+def _is_integer(flow: TokenFlow, value: ir.Value) -> bool:
+    dtype = flow.shapes[value].dtype
+    return dtype is not None and dtype.is_integer()
 
 
 def _is_angle(flow: TokenFlow, value: ir.Value) -> bool:
