@@ -1,0 +1,136 @@
+"""Masked tokens: what attention weights are if inputs mask tokens, and if tokens hide their keys by their content."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from kvsurgeon.analysis.mask_patterns import MaskPattern, is_close, left_padded, with_gaps
+from kvsurgeon.dataflow.input_roles import InputRole
+from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.proof.attention_pattern import (
+    MIN_WEIGHT,
+    attended_keys,
+    attends_to_all,
+    largest_weight_on_later_key,
+    leaking_queries,
+    queries_without_key,
+)
+from kvsurgeon.proof.attention_probe import AttentionProbe
+from kvsurgeon.proof.content_masks import hiding_feeds
+
+
+def check_masks(
+    probe: AttentionProbe, weights: Mapping[int, np.ndarray]
+) -> tuple[np.ndarray | None, dict[MaskPattern, np.ndarray], dict[MaskPattern, np.ndarray]]:
+    """Check the weights with every input that masks tokens, and that sequences do not mask each other.
+
+    Args:
+        probe: The probe of the attention.
+        weights: For each length: [..., query, key], the weights with no token masked.
+
+    Returns:
+        The parts of an `AttentionPattern`: the weights with left padding, the tokens that leak and those attended.
+    """
+    padded_weights = None
+    leaking: dict[MaskPattern, np.ndarray] = {}
+    attended: dict[MaskPattern, np.ndarray] = {}
+    for mask, only_input in _maskings(probe):
+        masked, leaks = _masked_weights(probe, weights, mask, only_input)
+        leaking[mask] = leaks | leaking.get(mask, False)
+        keys = _attended_masked_keys(probe, masked, mask, only_input)
+        attended[mask] = keys | attended.get(mask, False)
+        padded_weights = masked if padded_weights is None else padded_weights
+    _check_sequences(probe, weights[max(weights)])
+    return padded_weights, leaking, attended
+
+
+def _maskings(probe: AttentionProbe) -> Iterator[tuple[MaskPattern, InputRole | None]]:
+    """Yield mask patterns for all mask inputs together (None), and for each alone."""
+    masks = [given for given in probe.runner.masks if given.lengths]
+    if masks:
+        yield from ((left_padded, None), (with_gaps, None))
+    if len(masks) > 1:
+        yield from ((with_gaps, given) for given in masks)
+
+
+def _masked_weights(
+    probe: AttentionProbe, weights: Mapping[int, np.ndarray], mask: MaskPattern, only_input: InputRole | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Check the weights with masked tokens.
+
+    Returns:
+        The weights at the longest length, 0 for queries without a key, and [query] of bool: those that leak.
+    """
+    longest = max(weights)
+    masked = {
+        length: probe.run(length, mask, only_input=only_input)[0]
+        for length in weights
+        if mask(length).sum() > 1 or length == longest
+    }
+    to_all = attends_to_all(masked[longest])
+    without_key = {
+        length: queries_without_key(weights[length], to_all[..., :length, :], mask(length)) for length in masked
+    }
+    leaks = leaking_queries(masked[longest], without_key[longest])
+    masked = {length: np.where(without_key[length], 0.0, array) for length, array in masked.items()}
+    for length, array in masked.items():
+        probe.check_causal(array)
+        probe.check_stable(masked[longest][..., :length, :length], array)
+    return masked[longest], leaks
+
+
+def _attended_masked_keys(
+    probe: AttentionProbe, weights: np.ndarray, mask: MaskPattern, only_input: InputRole | None
+) -> np.ndarray:
+    """Return [token] of bool: masked tokens that attention gives weight to, or that another reduction reads."""
+    length = weights.shape[-1]
+    visible = mask(length)
+    attended = attended_keys(weights) & ~visible
+    if probe.others:
+        replaced = np.where(visible, np.arange(length), np.arange(length) + length)
+        before, after = (
+            probe.run(length, mask, only_input=only_input, tokens=tokens)[1:] for tokens in (None, replaced)
+        )
+        for (_, axes), *arrays in zip(probe.others, before, after, strict=True):
+            for place in range(1, len(axes) + 1):
+                arrays = [array.take(np.flatnonzero(visible), axis=-place) for array in arrays]
+            if not is_close(*arrays):
+                return attended | ~visible
+    return attended
+
+
+def _check_sequences(probe: AttentionProbe, weights: np.ndarray) -> None:
+    """Check that a mask of one sequence of a batch does not change the weights of another."""
+    length = weights.shape[-1]
+    changed = [
+        probe.run(length, with_gaps, only_sequence=sequence)[0] != weights
+        for sequence in probe.runner.maskable_sequences
+    ]
+    if changed and (np.logical_and.reduce(changed).any() or len({one.any() for one in changed}) > 1):
+        reason = "the mask of one sequence changes another sequence of the batch"
+        raise probe.unsupported(reason, Code.BATCH_LEAK, hint="export with a batch of 1")
+
+
+def check_content_masks(probe: AttentionProbe, lengths: Sequence[int]) -> None:
+    """Check that attention is causal whichever tokens hide their keys by their content.
+
+    Raises:
+        UnsupportedError: A query without a key attends to later keys, or to another number of them.
+    """
+    feeds = dict(probe.runner.feeds)
+    for hiding in hiding_feeds(probe.sweep.flow, probe.site):
+        for name, feed in hiding.items():
+            probe.runner.inputs.give(name, feed)
+        longest, *others = (np.nan_to_num(probe.run(length)[0]) for length in sorted(lengths, reverse=True)[:2])
+        weight, query, _ = largest_weight_on_later_key(longest)
+        if weight > MIN_WEIGHT or not all(is_close(longest[..., : o.shape[-2], : o.shape[-1]], o) for o in others):
+            raise UnsupportedError(
+                "the mask is computed from the tokens, and a query may have no key that it leaves",
+                code=Code.TOKEN_DEPENDENT_MASK, layer=probe.layer, at=next(iter(hiding)),
+                expected="no weight on keys after the query", found=f"{weight:.2g} of query {query}",
+                hint="export with the mask as an input",
+            )  # fmt: skip
+    for name, feed in feeds.items():
+        probe.runner.inputs.give(name, feed)
