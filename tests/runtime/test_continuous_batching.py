@@ -16,7 +16,7 @@ from kvsurgeon.errors import UsageError
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject
 from kvsurgeon.passes.operators.fuse_attention import FuseAttention
-from kvsurgeon.runtime import ContinuousBatch, TextGenerator, UncachedDecoder, open_session
+from kvsurgeon.runtime import CachedDecoder, ContinuousBatch, TextGenerator, UncachedDecoder, open_session
 
 LENGTHS = (3, 200, 17, 64, 5, 130, 9, 31)
 
@@ -62,6 +62,20 @@ def test_rejected_tokens_are_dropped_by_a_lower_length():
         tokens = np.array([whole], np.int64)
         expected = reference.run(reference.inputs.feeds(tokens, np.ones_like(tokens)))[reference.logits][0, -1]
         assert difference(found[one], expected) < 1e-5
+
+
+@pytest.mark.parametrize("past_length", ["input", "mask"])
+def test_one_length_for_all_sequences_can_be_lowered_too(past_length):
+    decoder = CachedDecoder(open_session(after(original(), Inject(cache="static", past_length=past_length)), threads=1))
+    reference = UncachedDecoder(open_session(original(), threads=1))
+    text = np.array(prompts()[2:3], np.int64)
+    drafted, accepted = (np.append(text, [more], axis=1) for more in ([1, 2, 50, 51], [1, 2, 3]))
+    decoder.prefill(decoder.inputs.feeds(drafted, np.ones_like(drafted)))
+    decoder.past_length = text.shape[1] + 2
+    feeds = decoder.inputs.feeds(accepted, np.ones_like(accepted))
+    found = decoder.step(decoder.inputs.part(feeds, decoder.past_length, accepted.shape[1]))
+    expected = reference.run(reference.inputs.feeds(accepted, np.ones_like(accepted)))[reference.logits]
+    assert difference(found[0, -1], expected[0, -1]) < 1e-5
 
 
 def test_a_rotation_that_stays_in_the_graph_has_one_position_for_all():
