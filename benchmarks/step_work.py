@@ -47,7 +47,13 @@ PRODUCTS = {  # index of the second operand
 FUSED = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
 APPENDS = frozenset({"Concat", "ScatterElements", "ScatterND", "TensorScatter", "Where"})
 
-KNOWN = {  # by the end of the folder's path: why its work grows
+KNOWN = {  # by the end of the folder's path, with wildcards: why its work grows
+    "*fp16/*": "onnxruntime transposes and casts float16 for its CPU kernels",
+    "other-torch-dtype/*fp16*": "onnxruntime transposes and casts float16 for its CPU kernels",
+    "quant-dynamic-attn/*": "the quantization ranges of keys and values are measured on all tokens in each call",
+    "quant-q*/*": "keys are quantized before they are transposed; the products take no transposed operand",
+    "hf4*/*": "a table is sliced to the tokens so far and read at their positions; a position beyond must fail",
+    "other-proto/*": "a table is sliced to the tokens so far and read at their positions; a position beyond must fail",
     "further-outputs/K_causal_mask_out": "the mask of all pairs of tokens is an output of the model",
     "further-outputs/K_own_causal_out": "the mask of all pairs of tokens is an output of the model",
     "heads/dynamo_diffllama": "one score product for two context products, which head grouping does not write",
