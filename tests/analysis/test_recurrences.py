@@ -2,10 +2,12 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from attentions import attention
 from exports import injected
 from laws import assert_law, dims_of, texts
+from onnx import numpy_helper
 from written import read
 
 from kvsurgeon.errors import UnsupportedError
@@ -171,3 +173,12 @@ def test_sizes_of_whole_chunks_are_compared():
             assert numbers[2] == min(numbers[:2])
             assert less is None or less == (numbers[0] < numbers[1])
     assert dim.minimum(LENGTH, padded) == LENGTH
+
+
+def test_a_state_of_the_chunk_before_is_found_to_be_wrong():
+    original = read(hybrid(scan()))
+    model = injected(original)
+    gather = next(node for node in model.graph.node if node.output[0] == "present.0.recurrent_state")
+    index = next(one for one in model.graph.initializer if one.name == gather.input[1])
+    index.CopyFrom(numpy_helper.from_array(np.array(-2), index.name))
+    assert verification.verify_models(original, model, effort="quick").verdict == "different"

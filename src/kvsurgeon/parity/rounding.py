@@ -106,10 +106,10 @@ class ReferenceNoise:
 
 
 def with_random_rounding(model: onnx.ModelProto, times: float) -> onnx.ModelProto | None:
-    """Return a copy of a model in which each product with weights has random errors.
+    """Return a copy of a model in which each product with weights, and each running sum, has random errors.
 
     They differ in each call. None is returned if the model is large, or has no product with floating-point weights
-    outside of functions and subgraphs.
+    outside of functions and subgraphs. A running sum whose type is not declared has none.
 
     Args:
         model: The model, without its external weights.
@@ -120,14 +120,18 @@ def with_random_rounding(model: onnx.ModelProto, times: float) -> onnx.ModelProt
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     types = {one.name: one.data_type for one in copy.graph.initializer if one.data_type in _ROUNDING}
+    declared = {one.name: one.type.tensor_type.elem_type for one in copy.graph.value_info}
     nodes: list[onnx.NodeProto] = []
     for node in copy.graph.node:
         nodes.append(node)
         weight = next((name for name in node.input if name in types), None)
-        if node.op_type in _PRODUCTS and weight is not None:
+        rounded = types.get(weight or "") if node.op_type in _PRODUCTS else None
+        if node.op_type == "CumSum":
+            rounded = declared.get(node.output[0])
+        if rounded in _ROUNDING:
             exact, output = f"{node.output[0]}.exact", node.output[0]
             node.output[0] = exact
-            nodes += _rounded(exact, output, types[weight], times, seed=len(nodes))
+            nodes += _rounded(exact, output, rounded, times, seed=len(nodes))
     if len(nodes) == len(copy.graph.node):
         return None
     nodes = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
