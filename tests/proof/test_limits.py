@@ -9,6 +9,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 from written import read
 
 from kvsurgeon import io
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject
 
@@ -93,3 +94,9 @@ def test_positions_in_a_list_that_are_out_of_order_limit_the_length(position):
     original.graph.initializer.append(onnx.numpy_helper.from_array(places, "table"))
     _, outcome = injected(original)
     assert position - 20 <= outcome.proof.limit <= position
+
+
+def test_a_value_that_differs_at_two_short_lengths_is_rejected():
+    hidden = "part = Div(four, length)\n rest = Mod(part, length)\n f = Cast<to = 1>(rest)\n h = Add(x, f)"  # 1 at 3 and 4 tokens
+    with pytest.raises(UnsupportedError, match="depend on the total length"):
+        injected(read(attention(hidden=hidden, constants="int64 four = {4}")))

@@ -42,7 +42,8 @@ class LengthSweep:
         assumptions: Statements that the results rest on, each with the name of the value it is about.
         unproved: Inputs at which token data reads context that may depend on the length by value, with the cause.
         numbers: Numbers that context may compare a length or a position with, such as windows.
-        lengths: Lengths at either side of each of these numbers, and some others.
+        lengths: Lengths at either side of each of these numbers, and some others; all short ones if anything is not
+            proved.
         changes: Positions and lengths at which running showed that context changes.
         changed_beyond: For each limit, if a longer text was compared: the name of the first value that differs.
     """
@@ -58,9 +59,9 @@ class LengthSweep:
         self._limit = min(self.bounds, default=MAX_LENGTH)
         self._thresholds = Thresholds(self.flow)
         self.numbers = () if self.fixed is not None else self._numbers()
-        self.lengths = (self.fixed,) if self.fixed is not None else self._lengths()
         self._dependence = LengthDependence(analysis) if self.fixed is None else None
         self.unproved = {} if self._dependence is None else self._dependence.unproved()
+        self.lengths = (self.fixed,) if self.fixed is not None else self._lengths()
 
     @property
     def longest(self) -> int:
@@ -88,6 +89,8 @@ class LengthSweep:
 
     def _lengths(self) -> tuple[int, ...]:
         lengths = {min(length, self._limit) for length in LENGTHS} | set(lengths_near(self.numbers))
+        if self.unproved:  # a quotient of small numbers may change at any length
+            lengths |= set(range(1, MIN_USEFUL_LENGTH))
         return tuple(sorted(length for length in lengths if 1 <= length <= self._limit))
 
     def totals(self, passed: int, thresholds: Sequence[int], *, proved: bool) -> list[int]:
