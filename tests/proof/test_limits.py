@@ -96,7 +96,10 @@ def test_positions_in_a_list_that_are_out_of_order_limit_the_length(position):
     assert position - 20 <= outcome.proof.limit <= position
 
 
-def test_a_value_that_differs_at_two_short_lengths_is_rejected():
-    hidden = "part = Div(four, length)\n rest = Mod(part, length)\n f = Cast<to = 1>(rest)\n h = Add(x, f)"  # 1 at 3 and 4 tokens
+def test_a_list_that_differs_at_two_short_lengths_is_rejected():
+    hidden = (
+        "part0 = Mul(at, nought)\n fours = Add(part0, four)\n part = Div(fours, length)\n rest = Mod(part, length)\n"
+        " f = Cast<to = 1>(rest)\n f1 = Unsqueeze(f, second)\n h = Add(x, f1)"
+    )  # adds 1 at 3 and 4 tokens, and 0 at others
     with pytest.raises(UnsupportedError, match="depend on the total length"):
         injected(read(attention(hidden=hidden, constants="int64 four = {4}")))
