@@ -47,6 +47,15 @@ def test_experts_that_select_their_tokens():
     assert_law_of(text())
 
 
+def test_a_row_of_which_only_the_shape_is_read_is_no_selection():
+    expert = EXPERT.replace(
+        "part_N =",
+        "row_N = Slice(before_N, first, second, first)\n row_shape_N = Shape(row_N)\n"
+        " part_N = Expand(part1_N, row_shape_N)\n part1_N =",
+    )
+    assert_law_of(text(expert))
+
+
 def test_a_note_says_that_routing_is_measured():
     outcome = Inject().apply(Subject.of(in_order(read(text()))))
     assert any("routing" in note for note in outcome.notes)

@@ -116,7 +116,9 @@ def _mixes_features(flow: TokenFlow, node: ir.Node) -> bool:
 
 
 def _keeps_all(flow: TokenFlow, node: ir.Node) -> bool:
-    """Return whether a slice cuts off none of the tokens: it cuts axes of fixed size, or keeps all of an axis."""
+    """Return whether a slice cuts off none of the tokens: it cuts axes of fixed size, keeps all, or gives a shape."""
+    if node not in flow.read_for_content:
+        return True
     call = flow.shapes.call(node)
     bounds, shape = slice_bounds(call), call.fact(0).shape
     return (
