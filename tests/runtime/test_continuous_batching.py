@@ -97,6 +97,9 @@ def test_masks_that_may_hide_any_token_do_not_give_lengths(passes):
 
 def test_limits():
     batch = ContinuousBatch(open_session(ragged(), threads=1), rows=1, capacity=8)
+    with pytest.raises(UsageError, match="at most 8 tokens"):
+        batch.start([1] * 9)
+    assert not batch.lengths
     number, _ = batch.start([1, 2, 3])
     for call in (
         lambda: batch.start([1]),

@@ -205,7 +205,7 @@ def generate(
     from kvsurgeon.runtime import Sampling, TextGenerator
 
     if (prompt is None) == (prompts is None):
-        raise UsageError("expected one of --prompt and --prompts")
+        raise UsageError(f"expected one of --prompt and --prompts, found {'none' if prompt is None else 'both'}")
     sampling = Sampling(temperature=temperature, top_k=top_k or None, top_p=None if top_p == 1 else top_p, seed=seed)
     generator = TextGenerator(model, cached=None if cache else False)
     if prompt is not None:

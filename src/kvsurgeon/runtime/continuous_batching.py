@@ -41,8 +41,8 @@ class ContinuousBatch:
         decoder = CachedDecoder(session)
         if not decoder.takes_ragged_batches:
             raise UsageError(
-                "expected a model that takes sequences of different lengths; make one by inject --cache static "
-                "--past-length mask, then fuse-attention --padding lengths"
+                "expected a model that takes sequences of different lengths, found one length for all; make one by "
+                "inject --target genai-shared-buffer, whose notes say what prevents it"
             )
         longest = decoder.max_length
         self.lengths: dict[int, int] = {}
@@ -63,6 +63,8 @@ class ContinuousBatch:
     def start(self, prompt: Sequence[int]) -> tuple[int, Array]:
         """Add a sequence, and return its number and the logits after its prompt, `[tokens, vocabulary]`.
 
+        If its prompt fails to run, no sequence is added.
+
         Raises:
             UsageError: No row is free, or the prompt exceeds the capacity.
         """
@@ -71,7 +73,11 @@ class ContinuousBatch:
         number, self._next = self._next, self._next + 1
         self._rows.append(number)
         self.lengths[number] = 0
-        return number, self.extend(number, prompt)
+        try:
+            return number, self.extend(number, prompt)
+        except Exception:
+            self.end(number)
+            raise
 
     def extend(self, number: int, tokens: Sequence[int]) -> Array:
         """Add tokens to one sequence, and return the logits after each, `[tokens, vocabulary]`.
