@@ -10,18 +10,16 @@ spread of the logits of the one that grows; and each with the reference.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from verification.corpus import Case, Entry, find_entries, spread_sample
+from verification.corpus import Case, Entry, corpus_parser, find_entries, spread_sample
 
 from kvsurgeon import io
 from kvsurgeon.errors import KvsurgeonError, UnsupportedError
@@ -109,12 +107,7 @@ def gap(found: np.ndarray, expected: np.ndarray, case: Case) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--sample", type=int)
-    parser.add_argument("--group", action="append", default=[])
-    parser.add_argument("--only", action="append", default=[])
-    parser.add_argument("--json", type=Path)
+    parser = corpus_parser(__doc__)
     options = parser.parse_args(arguments)
     entries = find_entries(options.folders, groups=options.group, names=options.only)
     entries = [entry for entry in entries if entry.expected == "inject" and (entry.folder / "io.npz").exists()]

@@ -23,7 +23,7 @@ from pathlib import Path
 from random import Random
 
 from mutating.tampering import FILES, FORMS, STATEMENTS, Certified
-from verification.corpus import Entry, find_entries, spread_sample
+from verification.corpus import Entry, corpus_parser, find_entries, spread_sample
 
 import kvsurgeon
 from kvsurgeon.errors import KvsurgeonError
@@ -44,7 +44,7 @@ class Result:
 def main() -> int:
     arguments = _arguments()
     warnings.simplefilter("ignore")
-    found = find_entries(arguments.folders, groups=arguments.group or (), names=arguments.only or ())
+    found = find_entries(arguments.folders, groups=arguments.group, names=arguments.only)
     entries = [one for one in spread_sample(found, arguments.sample) if one.expected != "refuse" and not one.damaged]
     with tempfile.TemporaryDirectory() as work:
         results = [_printed(certify(one, Path(work) / one.label, arguments.effort)) for one in entries]
@@ -113,15 +113,10 @@ def _printed(result: Result) -> Result:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--group", action="append")
-    parser.add_argument("--only", action="append")
-    parser.add_argument("--sample", type=int)
+    parser = corpus_parser(__doc__)
     parser.add_argument("--effort", default="quick", choices=("quick", "normal", "thorough"))
     parser.add_argument("--tampered", type=int, default=1, help="number of models that are tampered with")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 

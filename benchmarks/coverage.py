@@ -30,7 +30,7 @@ from types import FrameType
 import onnx
 import onnxruntime as ort
 from verification.by_command import inject_by_command
-from verification.corpus import Entry, find_entries, spread_sample
+from verification.corpus import Entry, corpus_parser, find_entries, spread_sample
 from verification.coverage_page import as_markdown
 from verification.independent_verifier import (
     BRAIN,
@@ -211,16 +211,11 @@ def quiet() -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-    parser.add_argument("--group", action="append", default=[], help="only this group; wildcards, repeatable")
-    parser.add_argument("--only", action="append", default=[], help="only this name, or group/name; wildcards")
+    parser = corpus_parser(__doc__)
     parser.add_argument("--expected", action="append", default=[], choices=["inject", "either", "refuse"])
     parser.add_argument("--through", default="python", choices=["python", "command"])
-    parser.add_argument("--sample", type=int, help="only so many models, evenly spaced")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--instead", metavar="FILE", help="verify this file of each folder and inject nothing")
-    parser.add_argument("--json", type=Path, metavar="OUT")
     parser.add_argument("--markdown", type=Path, metavar="OUT", help="table by family and exporter")
     return parser.parse_args(arguments)
 

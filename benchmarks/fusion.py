@@ -10,18 +10,16 @@ Ends with 1 if a result is wrong, or if less than 90 % of these layers are fused
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import onnx
 import onnxruntime as ort
-from verification.corpus import Entry, find_entries, spread_sample
+from verification.corpus import Entry, corpus_parser, find_entries, spread_sample
 from verification.independent_verifier import bound_of, open_session, read_contract, score_case
 
 from kvsurgeon import io
@@ -122,12 +120,7 @@ def line(row: Row) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fuse, run, print, and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--sample", type=int)
-    parser.add_argument("--group", action="append", default=[])
-    parser.add_argument("--only", action="append", default=[])
-    parser.add_argument("--json", type=Path)
+    parser = corpus_parser(__doc__)
     options = parser.parse_args(arguments)
     ort.set_default_logger_severity(4)
     entries = find_entries(options.folders, groups=options.group, names=options.only)

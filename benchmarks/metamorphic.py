@@ -17,13 +17,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import onnx
 from coverage import examine, quiet
 from mutating.mutant_run import seeded
 from mutating.rewrites import BY_TOOLS, WRITTEN, Rewrite, everything, plain, simplified, slimmed, with_interface_of
-from verification.corpus import Case, Entry, find_entries, spread_sample
+from verification.corpus import Case, Entry, corpus_parser, find_entries, spread_sample
 from verification.independent_verifier import open_session
 from verification.uncached import answer, highest_level
 
@@ -117,14 +116,9 @@ def report(pairs: Sequence[tuple[Answer, Answer]], seconds: float) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-    parser.add_argument("--group", action="append", default=[], help="only this group; wildcards, repeatable")
-    parser.add_argument("--only", action="append", default=[], help="only this name, or group/name; wildcards")
-    parser.add_argument("--sample", type=int, default=48, help="only so many models, evenly spaced; 0: all")
+    parser = corpus_parser(__doc__, sample=48)
     parser.add_argument("--rewrite", action="append", default=[], metavar="NAME", help="only this one; repeatable")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, metavar="OUT")
     return parser.parse_args()
 
 

@@ -16,14 +16,13 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from coverage import quiet
-from verification.corpus import Case, Entry, find_entries, spread_sample
+from verification.corpus import Case, Entry, corpus_parser, find_entries, spread_sample
 from verification.independent_verifier import BATCH, NEW, PAST, TOTAL, empty_sizes, open_session, part_of, read_contract
 from verification.uncached import LEVELS, first_tokens
 
@@ -148,12 +147,7 @@ def _dims(value: onnx.ValueInfoProto) -> list[int | str] | None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-    parser.add_argument("--group", action="append", default=[], help="only this group; wildcards, repeatable")
-    parser.add_argument("--only", action="append", default=[], help="only this name, or group/name; wildcards")
-    parser.add_argument("--sample", type=int, default=80, help="only so many models, evenly spaced; 0: all")
-    parser.add_argument("--json", type=Path, metavar="OUT")
+    parser = corpus_parser(__doc__, sample=80)
     return parser.parse_args()
 
 

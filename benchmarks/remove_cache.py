@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from verification.corpus import Case, Entry, find_entries, spread_sample
+from verification.corpus import Case, Entry, corpus_parser, find_entries, spread_sample
 from verification.independent_verifier import BRAIN, bound_of, failures, open_session, read_contract, score_case
 from verification.widening import widened
 
@@ -54,7 +54,7 @@ class Result:
 
 def main() -> int:
     arguments = _arguments()
-    found = find_entries(arguments.folders, groups=arguments.group or (), names=arguments.only or ())
+    found = find_entries(arguments.folders, groups=arguments.group, names=arguments.only)
     entries = [one for one in spread_sample(found, arguments.sample) if one.expected != "refuse" and not one.damaged]
     results_by_sequence = {
         f"inject {cache_mode}, remove-cache, inject": [
@@ -170,14 +170,9 @@ def _replaced(file: Path, entry: Entry | None) -> tuple[str, str]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser = corpus_parser(__doc__)
     parser.add_argument("--cache", action="append", choices=CACHE_MODES)
     parser.add_argument("--file", action="append", type=Path, default=[])
-    parser.add_argument("--group", action="append")
-    parser.add_argument("--only", action="append")
-    parser.add_argument("--sample", type=int)
-    parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
 

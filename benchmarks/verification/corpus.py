@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import fnmatch
 import json
 from collections.abc import Iterator, Sequence
@@ -103,6 +104,22 @@ class Entry:
         outputs = {output.name: _token_axis(original, output) for output in original.graph.output}
         cases = [_case(int(index), arrays, outputs) for index, arrays in sorted(stored.items())]
         return [case for case in cases if case is not None]
+
+
+def corpus_parser(description: str | None, *, sample: int | None = None) -> argparse.ArgumentParser:
+    """Return a parser of the arguments of a program that runs over folders of models, of which others may be added.
+
+    Args:
+        description: The docstring of the program.
+        sample: How many models are taken unless `--sample` says so; None for all.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--group", action="append", default=[], help="only this group; wildcards, repeatable")
+    parser.add_argument("--only", action="append", default=[], help="only this name, or group/name; wildcards")
+    parser.add_argument("--sample", type=int, default=sample, help="only so many models, evenly spaced; 0: all")
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    return parser
 
 
 def find_entries(folders: Sequence[Path], *, groups: Sequence[str], names: Sequence[str]) -> list[Entry]:
