@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 from attentions import attention
 from exports import injected
-from laws import assert_law, dims_of, texts
+from laws import ALLOWED, assert_law, difference, dims_of, in_onnxruntime, texts
 from onnx import numpy_helper
 from written import read
 
+from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.cache.inject import Inject
-from kvsurgeon.passes.cache.remove_cache import RemoveCache
-from kvsurgeon.passes.contract import Subject
+from kvsurgeon.passes.cache.remove_cache import RemoveCache, detach_cache, reattach_cache
+from kvsurgeon.passes.cache.retarget import Retarget
+from kvsurgeon.passes.contract import Changed, Subject
+from kvsurgeon.passes.interface.rename_io import RenameIo
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import LENGTH
 from kvsurgeon.workflow import verification
@@ -155,9 +158,46 @@ def test_a_note_says_that_a_recurrence_is_measured():
     assert any("in two pieces what it gives in one (measured" in note for note in notes)
 
 
-def test_a_recurrent_state_is_not_removed():
-    with pytest.raises(UnsupportedError, match="a recurrent state cannot be removed"):
-        RemoveCache().apply(Subject.of(injected(read(hybrid(scan())))))
+@pytest.mark.parametrize("cache", ["dynamic", "static", "new-tokens"])
+def test_a_recurrent_state_can_be_removed_and_injected_again(cache):
+    original = read(hybrid(scan()))
+    subject = Subject.of(injected(original, cache=cache))
+    assert isinstance(RemoveCache().apply(subject), Changed)
+    removed = io.to_proto(subject.model)
+    assert [value.name for value in removed.graph.input] == [value.name for value in original.graph.input]
+    feeds = texts(original, length=13)
+    outputs = (in_onnxruntime(model)(feeds)["logits"] for model in (original, removed))
+    assert difference(*outputs) <= ALLOWED["float32"]
+    assert_law(original, injected(removed), whole=feeds, cuts=[4, 6])
+
+
+@pytest.mark.parametrize(("before", "after"), [("dynamic", "static"), ("static", "dynamic")])
+def test_a_cache_with_a_recurrent_state_can_be_changed(before, after):
+    original = read(hybrid(scan()))
+    subject = Subject.of(injected(original, cache=before))
+    assert [one.kind for one in subject.cache()] == ["key", "value", "recurrent_state"]
+    Retarget(cache=after).apply(subject)
+    assert verification.verify_models(original, io.to_proto(subject.model), effort="quick").verdict == "same"
+
+
+def test_a_recurrent_state_keeps_its_name_when_a_cache_is_restored():
+    original = read(hybrid(scan()))
+    subject = Subject.of(injected(original))
+    RenameIo(names=("past_key_values.0.recurrent_state:before", "present.0.recurrent_state:after")).apply(subject)
+    reattach_cache(subject, detach_cache(subject))
+    restored = io.to_proto(subject.model)
+    assert [value.name for value in restored.graph.input][-1] == "before"
+    assert [value.name for value in restored.graph.output][-1] == "after"
+    names = {"before": "past_key_values.0.recurrent_state", "after": "present.0.recurrent_state"}
+    RenameIo(names=tuple(":".join(pair) for pair in names.items())).apply(subject)
+    assert_law(original, io.to_proto(subject.model), whole=texts(original, length=9), cuts=[3, 4])
+
+
+def test_a_state_that_no_output_returns_is_not_removed():
+    model = injected(read(hybrid(scan())))
+    model.graph.output.pop()
+    with pytest.raises(UnsupportedError, match="no output returns the recurrent state"):
+        RemoveCache().apply(Subject.of(model))
 
 
 def test_sizes_of_whole_chunks_are_compared():

@@ -26,7 +26,7 @@ from kvsurgeon.symbolic.fact import axis_of
 
 # Content of a cache output: past and new rows, the updated buffer, or new rows only.
 CacheMode = Literal["dynamic", "static", "new-tokens"]
-UpdateMode = CacheMode | Literal["last-rows"]  # the latter of a state of a fixed number of rows
+UpdateMode = CacheMode | Literal["last-rows", "recurrent"]  # the latter two of states of a fixed size
 
 
 LAST_ROWS = "kvsurgeon.last_rows"  # metadata of an input that holds the last rows alone, and may have none

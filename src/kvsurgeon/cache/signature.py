@@ -17,8 +17,10 @@ from kvsurgeon.cache.layout import Layout, possible_layouts
 from kvsurgeon.cache.length_inputs import LengthInput, PastLength
 from kvsurgeon.cache.pairs import UpdateMode
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.query import upstream
+from kvsurgeon.ops.content import content_inputs
 
-Kind = Literal["key", "value", "state", "conv_state"]
+Kind = Literal["key", "value", "state", "conv_state", "recurrent_state"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +33,17 @@ class SignatureEntry:
         dtype: Element type of both.
         shape: Declared dimensions of the input; None for one without a name.
         axis: Index of the sequence axis.
-        rows: Name of the value with the new rows in the graph without the cache.
+        rows: Name of the value with the new rows in the graph without the cache; of the zeros that replace a
+            recurrent state.
         is_declared: Whether the schema of an operator calls the input a past, so that no attention has to read it.
-        cache_mode: Content of the output: past and new rows, the updated buffer, new rows only, or the last rows.
-        operator: Operator that combines past and new rows.
+        cache_mode: Content of the output: past and new rows, the updated buffer, new rows only, the last rows,
+            or a recurrent state.
+        operator: Operator that combines past and new rows; empty for a recurrent state.
         layout: Meaning of each axis; None for a tensor with other axes. Set by `CacheSignature.located`.
         layer: Attention layer that reads it, counted in execution order among those with entries, or index of the
             sequence state. Set by `CacheSignature.located`.
-        kind: "key", "value", or "state" or "conv_state" of a sequence state. Set by `CacheSignature.located`.
+        kind: "key", "value", or "state", "conv_state" or "recurrent_state" of a sequence state. Set by
+            `CacheSignature.located`.
     """
 
     past: str
@@ -60,7 +65,7 @@ class CacheSignature:
     """Cache inputs and outputs of a model.
 
     Attributes:
-        entries: The cached tensors, in the order of the graph inputs.
+        entries: The cached tensors, and then the recurrent states, each in the order of the graph inputs.
         inputs: Names of all graph inputs, in order.
         outputs: Names of all graph outputs, in order.
         past_length: Source of the number of past tokens; None if several inputs give it.
@@ -89,8 +94,12 @@ class CacheSignature:
             UnsupportedError: Neither attention nor a sequence state reads an entry.
         """
         readers = _readers(analysis, Counter(entry.rows for entry in self.entries))
+        recurrences = _recurrences(analysis)
         found = []
         for entry in self.entries:
+            if entry.cache_mode == "recurrent":
+                found.append(_located_state(entry, recurrences))
+                continue
             if not readers.get(entry.rows) and not entry.is_declared:
                 raise UnsupportedError(
                     "a cached tensor is neither a key nor a value of any attention, nor a sequence state",
@@ -102,6 +111,29 @@ class CacheSignature:
                 entry = replace(entry, layer=layer, kind=kind, layout=layout)
             found.append(entry)
         return replace(self, entries=tuple(found))
+
+
+def _recurrences(analysis: Analysis) -> dict[str, int]:
+    """Return the numbers of the recurrent states by the names of the values that they start from."""
+    found: dict[str, int] = {}
+    for number, (_, recurrent) in enumerate(analysis.flow.recurrences):
+        node, index = recurrent.start
+        found |= {value.name or "": number for value in upstream([node.inputs[index]], inputs=content_inputs)}
+    return found
+
+
+def _located_state(entry: SignatureEntry, recurrences: Mapping[str, int]) -> SignatureEntry:
+    """Return the entry of a recurrent state with the number of the recurrence that starts from it.
+
+    Raises:
+        UnsupportedError: None does.
+    """
+    if entry.rows not in recurrences:
+        raise UnsupportedError(
+            "no recurrence starts from a recurrent state", code=Code.UNKNOWN_CACHE, at=entry.past,
+            found=f"zeros `{entry.rows}`",
+        )  # fmt: skip
+    return replace(entry, layer=recurrences[entry.rows], kind="recurrent_state")
 
 
 def _layout(entry: SignatureEntry, point: CachePoint, noted: Layout | None) -> Layout | None:

@@ -27,6 +27,7 @@ _CACHE_MODES = {
     "static": "static buffer",
     "new-tokens": "only new rows returned",
     "last-rows": "the last rows",
+    "recurrent": "a recurrent state",
 }
 _TARGET_LABELS = {
     "tried": "tested with",
@@ -252,7 +253,8 @@ def _cache_lines(cache: Sequence[CachedTensor]) -> list[Text]:
     for one in cache:
         shape = ", ".join(map(str, one.shape))
         given = "" if one.past_length is None else f", past length from `{one.past_length}`"
-        kind = f"{one.dtype} [{shape}], {_CACHE_MODES[one.cache_mode]}, by {one.operator}{given}"
+        by = f", by {one.operator}" if one.operator else ""
+        kind = f"{one.dtype} [{shape}], {_CACHE_MODES[one.cache_mode]}{by}{given}"
         groups.setdefault(kind, []).append(one)
     return [
         Text(f"has a cache: {len(ones)} tensors of {kind}: past `{ones[0].past}`, present `{ones[0].present}`")

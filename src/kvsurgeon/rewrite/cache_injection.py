@@ -9,6 +9,7 @@ import onnx_ir as ir
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.token_flow import SequenceState
 from kvsurgeon.cache.pairs import LAST_ROWS
+from kvsurgeon.cache.recurrent_states import mark_recurrent_state
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
@@ -73,7 +74,7 @@ def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperator
     for site in analysis.sites:
         grouping.regroup(site)
     own_outputs = tuple(analysis.model.graph.outputs)
-    presents += [_connect_recurrence(tensor, lengths) for tensor in plan.recurrences]
+    presents += [_connect_recurrence(tensor, number, lengths) for number, tensor in enumerate(plan.recurrences)]
     analysis.model.graph.outputs.extend(presents)
     outputs |= return_cached_tensors(own_outputs, lengths, all_rows)
     editor.finish()
@@ -135,7 +136,7 @@ def _rewriter_of_new(analysis: Analysis, tokens: TokenRewriter) -> TokenRewriter
     return TokenRewriter(slices, tokens.before)
 
 
-def _connect_recurrence(tensor: RecurrentTensor, lengths: LengthValues) -> ir.Value:
+def _connect_recurrence(tensor: RecurrentTensor, number: int, lengths: LengthValues) -> ir.Value:
     """Add the input of a recurrent state, connect it, and return its output."""
     editor, recurrent = lengths.editor, tensor.recurrent
     past = ir.Value(name=tensor.past, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
@@ -143,10 +144,12 @@ def _connect_recurrence(tensor: RecurrentTensor, lengths: LengthValues) -> ir.Va
     row = [*recurrent.sizes[: recurrent.axis], 1, *recurrent.sizes[recurrent.axis :]]
     start = editor.node("Reshape", [past, lengths.reshape_target(row)], name=f"{tensor.past}.row", dtype=tensor.dtype)
     editor.replace_input(*recurrent.start, start)
-    return editor.node(
+    present = editor.node(
         "Gather", [recurrent.value, editor.constant(-1, name="last")], {"axis": recurrent.axis}, name=tensor.present,
         dtype=tensor.dtype, shape=tensor.shape,
     )  # fmt: skip
+    mark_recurrent_state(past, present, number)
+    return present
 
 
 def _update_caches(

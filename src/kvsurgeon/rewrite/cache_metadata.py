@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import onnx_ir as ir
@@ -30,7 +30,6 @@ class CacheMetadata:
         outputs: Dimensions of the outputs whose length is that of the cache and not the number of tokens.
         padding: Whether texts may have padding; not if the first position gives the number of past tokens.
         ragged: Whether the sequences of a batch may have different numbers of past tokens, which the mask counts.
-        recurrent: Names of the inputs that are recurrent states.
     """
 
     mode: CacheMode
@@ -41,7 +40,6 @@ class CacheMetadata:
     outputs: Mapping[str, DimNames]
     padding: bool = True
     ragged: bool = False
-    recurrent: Sequence[str] = ()
 
 
 def cache_metadata(plan: CachePlan, *, batch_chunks: bool, outputs: Mapping[str, DimNames]) -> CacheMetadata | None:
@@ -49,7 +47,7 @@ def cache_metadata(plan: CachePlan, *, batch_chunks: bool, outputs: Mapping[str,
     layouts = {tensor.is_key: tensor.layout for tensor in reversed(plan.tensors)}
     padding = plan.past_length != "positions"
     is_default = plan.max_length is None and batch_chunks and padding and set(layouts.values()) <= {DEFAULT_LAYOUT}
-    if plan.cache_mode == "dynamic" and is_default and not plan.recurrences:
+    if plan.cache_mode == "dynamic" and is_default:
         return None
     return CacheMetadata(
         mode=plan.cache_mode,
@@ -59,7 +57,6 @@ def cache_metadata(plan: CachePlan, *, batch_chunks: bool, outputs: Mapping[str,
         batch_chunks=batch_chunks,
         outputs=outputs,
         padding=padding,
-        recurrent=[tensor.past for tensor in plan.recurrences],
     )
 
 

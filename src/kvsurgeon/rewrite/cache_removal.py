@@ -1,7 +1,8 @@
 """Cache removal: partial evaluation of the graph for an empty past.
 
 A cache input without rows is given, and what follows from it is folded: a `Concat` with it leaves the new rows, its
-length is 0, and numbers computed from that change. So the result computes what the model computes in a first call.
+length is 0, and numbers computed from that change. Recurrent states are zeros. So the result computes what the model
+computes in a first call.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kvsurgeon.cache.empty_cache import (
 from kvsurgeon.cache.layout import declared_names, declared_shape
 from kvsurgeon.cache.length_inputs import find_length_inputs, past_length_source, set_to_zero
 from kvsurgeon.cache.pairs import CachePair, find_cache_pairs, find_unknown_caches
+from kvsurgeon.cache.recurrent_states import RecurrentPair, find_recurrent_states
 from kvsurgeon.cache.signature import CacheSignature, SignatureEntry
 from kvsurgeon.cache.stacked_caches import unstack_caches
 from kvsurgeon.dataflow.input_dimensions import Dimensions, declared_dimensions, resolve_inputs
@@ -33,7 +35,6 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import all_inputs, is_operator
 from kvsurgeon.ops.gather import slice_bounds
 from kvsurgeon.resizing.lengths import LengthValues, sources_of
-from kvsurgeon.rewrite.cache_metadata import read_cache_metadata
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import Fact, axis_of, known
 from kvsurgeon.symbolic.sequence_axes import Length
@@ -63,12 +64,6 @@ def remove_cache(model: ir.Model) -> RemovedCache | None:
         UnsupportedError: The cache cannot be removed: a cache input has a fixed length, is read elsewhere, or is
             updated in an unknown way.
     """
-    metadata = read_cache_metadata(model)
-    if metadata is not None and metadata.recurrent:
-        raise UnsupportedError(
-            "a recurrent state cannot be removed", code=Code.UNKNOWN_CACHE, at=metadata.recurrent[0],
-            expected="states of tokens", hint="use the model without a cache",
-        )  # fmt: skip
     model = with_separate_caches(model)
     unknown = find_unknown_caches(model.graph)
     if unknown:
@@ -78,7 +73,7 @@ def remove_cache(model: ir.Model) -> RemovedCache | None:
             expected="new rows appended to the past, returned alone, or written into it", found=found,
             hint="use the model without a cache",
         )  # fmt: skip
-    if not find_cache_pairs(model.graph):
+    if not find_cache_pairs(model.graph) and not find_recurrent_states(model.graph):
         return None
     copy = simplify_model(model)
     if copy is model:
@@ -101,25 +96,29 @@ def with_separate_caches(model: ir.Model) -> ir.Model:
 def _remove(model: ir.Model) -> tuple[CacheSignature, int]:
     """Remove the cache of a model in place, and return its signature and the number of edits."""
     graph, editor = model.graph, Editor(model)
-    pairs = find_cache_pairs(graph)
+    pairs, states = find_cache_pairs(graph), find_recurrent_states(graph)
     entries = [_entry(pair) for pair in pairs]
     empty = [pair.past for pair in pairs] + inputs_of_past_length(graph, pairs)
     lengths = find_length_inputs(graph, pairs)
-    affected = _downstream(graph, [*empty, *(length.value for length in lengths)])
+    zeros = [state.past for state in states]
+    affected = _downstream(graph, [*empty, *zeros, *(length.value for length in lengths)])
     inputs, outputs = (tuple(v.name or "" for v in values) for values in (graph.inputs, graph.outputs))
     capacity = fill_buffers(graph, pairs)
-    for pair in pairs:
-        graph.outputs.remove(pair.present)
-    for value in (*empty, *(length.value for length in lengths if length.is_whole_input)):
+    for present in (*(pair.present for pair in pairs), *(state.present for state in states)):
+        graph.outputs.remove(present)
+    for value in (*empty, *zeros, *(length.value for length in lengths if length.is_whole_input)):
         graph.inputs.remove(value)
     for length in sorted(lengths, key=lambda length: length.is_whole_input):  # elements of an input before the input
         set_to_zero(graph, editor, length)
     _declare_all_tokens_new(graph, {_sequence_dim(pair.present, pair.axis) for pair in pairs} | {Length.TOTAL.value})
     declared, tokens = declared_dimensions(graph)
-    given = resolve_inputs(graph, list(graph), declared | empty_dimensions(empty, pairs, declared), tokens)
+    removed = empty_dimensions([*empty, *zeros], pairs, declared)
+    given = resolve_inputs(graph, list(graph), declared | removed, tokens)
     dimensions, shapes = {value: given.dimensions[value] for value in declared}, given.shapes
     folding = _Folding(editor, shapes, empty, LengthValues(editor, sources_of(dimensions)))
     rows = [folding.disconnect(pair) for pair in pairs]
+    entries += [_recurrent_entry(state) for state in states]
+    rows += [folding.set_to_zero(state.past, given.dimensions[state.past]) for state in states]
     for node in affected:
         folding.fold(node)
     editor.finish()
@@ -169,6 +168,16 @@ class _Folding:
         given = [index for index, value in enumerate(node.inputs) if value is not None]
         node.resize_inputs(given[-1] + 1)
         return rows
+
+    def set_to_zero(self, past: ir.Value, sizes: Sequence[Dimension]) -> ir.Value:
+        """Replace a recurrent state by zeros, and return them."""
+        assert past.dtype is not None
+        zero = self.editor.constant(0, past.dtype.numpy(), name="zero")
+        inputs = [zero, self.lengths.vector(sizes)]
+        zeros = self.editor.node("Expand", inputs, name=f"{past.name}.zeros", dtype=past.dtype)
+        self.shapes.facts[zeros] = self.shapes[past]
+        self._replace(past, zeros)
+        return zeros
 
     def fold(self, node: ir.Node) -> None:
         """Replace the outputs of a node that are known for an empty past."""
@@ -312,6 +321,15 @@ def _entry(pair: CachePair) -> SignatureEntry:
         past=past.name or "", present=pair.present.name or "", dtype=past.dtype, shape=declared_shape(past),
         axis=pair.axis, rows="", is_declared=pair.operands.is_declared, cache_mode=pair.cache_mode,
         operator=pair.node.op_type,
+    )  # fmt: skip
+
+
+def _recurrent_entry(state: RecurrentPair) -> SignatureEntry:
+    past = state.past
+    assert past.dtype is not None
+    return SignatureEntry(
+        past=past.name or "", present=state.present.name or "", dtype=past.dtype, shape=declared_shape(past),
+        axis=0, rows="", is_declared=False, cache_mode="recurrent", operator="",
     )  # fmt: skip
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, cast, get_args
 
 import onnx_ir as ir
 
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT, Layout, declared_shape
 from kvsurgeon.cache.length_inputs import LengthInput
+from kvsurgeon.cache.pairs import CacheMode
 from kvsurgeon.cache.signature import CacheSignature, Kind, SignatureEntry
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
@@ -141,14 +142,14 @@ def _options(signature: CacheSignature) -> CacheOptions:
         UnsupportedError: There are none.
     """
     first = signature.entries[0]
-    modes = [entry.cache_mode for entry in signature.entries if entry.cache_mode != "last-rows"]
+    mode = next((one.cache_mode for one in signature.entries if one.cache_mode in get_args(CacheMode)), "dynamic")
     layouts: dict[str, Layout] = {}  # a state has the layout of values
-    for entry in signature.entries:
+    for entry in (one for one in signature.entries if one.cache_mode != "recurrent"):
         if entry.layout is None or entry.kind is None:
             raise _not_restorable(entry, list(DEFAULT_LAYOUT), list(entry.shape))
         layout = layouts.setdefault("key" if entry.kind == "key" else "value", entry.layout)
-        if entry.layout != layout or entry.cache_mode not in (modes[0], "last-rows"):
-            raise _not_restorable(entry, [modes[0], *layout], [entry.cache_mode, *entry.layout])
+        if entry.layout != layout or entry.cache_mode not in (mode, "last-rows"):
+            raise _not_restorable(entry, [mode, *layout], [entry.cache_mode, *entry.layout])
     if signature.past_length is None:
         raise _not_restorable(first, "at most one input that gives the number of past tokens", "several")
     source = signature.length_input
@@ -160,7 +161,7 @@ def _options(signature: CacheSignature) -> CacheOptions:
             hint=_RETARGET_HINT,
         )  # fmt: skip
     return CacheOptions(
-        past="kvsurgeon.past.{layer}.{kind}", present="kvsurgeon.present.{layer}.{kind}", cache=modes[0],
+        past="kvsurgeon.past.{layer}.{kind}", present="kvsurgeon.present.{layer}.{kind}", cache=cast("CacheMode", mode),
         past_length=signature.past_length, max_length=signature.capacity,
         key_layout=layouts.get("key", DEFAULT_LAYOUT), value_layout=layouts.get("value", DEFAULT_LAYOUT),
     )  # fmt: skip
