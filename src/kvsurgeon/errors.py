@@ -33,6 +33,7 @@ class Code(StrEnum):
     RUN_FAILED = "KVS-102"
     BROKEN_CACHE = "KVS-103"
     NOT_CONFIRMED = "KVS-104"
+    ACCURACY_LOSS = "KVS-105"
     USAGE = "KVS-201"
     PLUGIN = "KVS-202"
     UNSUPPORTED = "KVS-300"
@@ -155,6 +156,12 @@ class CertificateError(ParityError):
     """A statement of a certificate does not hold."""
 
     code = Code.NOT_CONFIRMED
+
+
+class LossError(ParityError):
+    """The accuracy loss of the result is above the bound."""
+
+    code = Code.ACCURACY_LOSS
 
 
 class RunError(KvsurgeonError):

@@ -16,6 +16,7 @@ from kvsurgeon.cli.pass_commands import (
     Force,
     Json,
     Link,
+    MaxLoss,
     Model,
     Output,
     Pack,
@@ -86,6 +87,7 @@ def run(
     force: Force = False,
     text: Text = None,
     per_layer: PerLayer = False,
+    max_loss: MaxLoss = None,
     certificate: CertificateFile = None,
     json: Json = False,
 ) -> None:
@@ -96,7 +98,7 @@ def run(
     pass_commands.run_pipeline(
         model, Pipeline.parse(pipeline), output, verify=verify, effort=effort, seed=seed, verify_each=verify_each,
         link_weights=link_weights, pack=pack, force=force, text=text, per_layer=per_layer,
-        certificate=certificate, on_pass=None if trace is None else trace_writer(trace), json=json,
+        max_loss=max_loss, certificate=certificate, on_pass=None if trace is None else trace_writer(trace), json=json,
     )  # fmt: skip
 
 

@@ -27,9 +27,16 @@ Link = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Replace data files and side files of other content.")]
 Pack = Annotated[bool, typer.Option("--pack", help="Write all weights to one new file and drop unused ones.")]
 Text = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Text on which to measure the loss. [default: built-in]")
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Text: the first half to calibrate on, the second to measure the loss. [default: built-in]"
+    ),
 ]
 PerLayer = Annotated[bool, typer.Option("--per-layer", help="Measure the loss of each attention layer too.")]
+MaxLoss = Annotated[
+    float | None,
+    typer.Option(metavar="NATS", min=0, help="Write nothing if the KL divergence per token is larger. [default: any]"),
+]
 Seed = Annotated[int | None, typer.Option(min=0, help="Random seed of the texts. [default: drawn, and printed]")]
 EffortOption = Annotated[
     Literal["quick", "normal", "thorough"],
@@ -84,6 +91,7 @@ def command_of(plugin: Plugin[type[Any]]) -> Callable[..., None]:
         shared.append(_parameter(name, annotation, False))
     if not getattr(pass_class, "exact", True):
         shared += [_parameter("text", Text, None), _parameter("per_layer", PerLayer, False)]
+        shared.append(_parameter("max_loss", MaxLoss, None))
     if plugin.built_in and plugin.name == _HAS_TARGETS:
         shared.append(_parameter("target", TargetName, None))
     taken = {one.name for one in shared} & set(defaults)

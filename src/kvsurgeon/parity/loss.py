@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from kvsurgeon.errors import InputError, ParityError, UsageError
+from kvsurgeon.errors import ParityError, UsageError
 from kvsurgeon.parity.model_source import load_graph
 from kvsurgeon.parity.prediction import check_cache, longest_text, open_decoder, predict, vocabulary_size
 from kvsurgeon.parity.report import Progress
 from kvsurgeon.parity.tolerance import TOLERANCES, arithmetic_of
 from kvsurgeon.runtime import AnyDecoder, Array, Source, Tokens
-from kvsurgeon.runtime.text import load_tokenizer, side_folders
+from kvsurgeon.runtime.text import halves, load_tokenizer, read_text, side_folders
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SAMPLE = Path(__file__).parents[1] / "demo" / "model" / "sample.txt"  # the opening of a chapter, in the public domain
-WINDOW = 128  # tokens of a call
-WINDOWS = 4
+WINDOW, WINDOWS = 128, 4  # tokens of a call, and calls, on the sample
+TEXT_WINDOW, TEXT_WINDOWS = 512, 8  # the same, on a given text
 _POSITIONS = 16  # whose probabilities are computed at a time: a vocabulary may have 256,000 tokens
 
 
@@ -61,6 +61,7 @@ def measure_loss(
     candidate: Source,
     *,
     text: str | Path | None = None,
+    held_out: bool = False,
     layers: Sequence[tuple[str, str]] = (),
     folder: str | Path | None = None,
     threads: int | None = None,
@@ -76,6 +77,8 @@ def measure_loss(
         candidate: The model after it.
         text: A text file; None for the bundled sample. Without a tokenizer next to the reference, random token IDs are
             used.
+        held_out: Whether to measure on the second half of the text alone, because the candidate was calibrated on the
+            first.
         layers: Names of the output of each attention layer in both graphs, to compare these too.
         folder: Folder of the weights and side files of models in memory.
         threads: Number of threads per operator.
@@ -91,7 +94,7 @@ def measure_loss(
     before = open_decoder(reference, "the reference model", names[0], folder, threads)
     after = open_decoder(candidate, "the candidate model", names[1], folder, threads)
     tokenizer = load_tokenizer(side_folders(reference, folder))
-    name, windows = _windows(tokenizer, text, before, after, seed)
+    name, windows = _windows(tokenizer, text, before, after, seed, held_out=held_out)
     sums = np.zeros(5 + 2 * len(layers))
     for number, window in enumerate(windows):
         if progress is not None:
@@ -159,26 +162,25 @@ def _log_softmax(logits: Array) -> npt.NDArray[np.float64]:
 
 
 def _windows(
-    tokenizer: Tokenizer | None, text: str | Path | None, before: AnyDecoder, after: AnyDecoder, seed: int
-) -> tuple[str, list[Tokens]]:
+    tokenizer: Tokenizer | None, text: str | Path | None, before: AnyDecoder, after: AnyDecoder, seed: int, *,
+    held_out: bool,
+) -> tuple[str, list[Tokens]]:  # fmt: skip
     """Return the name of a text and windows of it, each a row with one token more than the models are given."""
     if before.inputs.tokens.kind != "tokens":
         raise UsageError(f"expected an input of token ids, found `{before.inputs.tokens.name}` only")
-    length = before.length or longest_text(after, longest_text(before, WINDOW))
-    if tokenizer is None:
-        if text is not None:
-            raise UsageError("expected tokenizer.json next to the reference model to read a text, found none")
-        rows = np.random.default_rng(seed).integers(0, vocabulary_size(before, length), (WINDOWS, length + 1))
+    longest, count = (WINDOW, WINDOWS) if text is None else (TEXT_WINDOW, TEXT_WINDOWS)
+    length = before.length or longest_text(after, longest_text(before, longest))
+    if tokenizer is None and text is None:
+        rows = np.random.default_rng(seed).integers(0, vocabulary_size(before, length), (count, length + 1))
         return "random token IDs", [row[None] for row in rows]
     path = SAMPLE if text is None else Path(text)
-    try:
-        ids = tokenizer.encode(path.read_text("utf-8")).ids
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"cannot read the text `{path}`: {reason}") from error
+    ids: Sequence[int] = read_text(path, tokenizer)
+    if held_out:
+        _, ids = halves(ids)
     size = min(length, len(ids) - 1)
     if size < 2 or (before.length and size < length):
         raise UsageError(f"expected a text of more than {max(before.length or 2, 2)} tokens, found {len(ids)}")
-    starts = range(0, len(ids) - size, size)[:WINDOWS]
-    name = "the bundled sample" if text is None else path.name
+    starts = range(0, len(ids) - size, size)[:count]
+    part = "the second half of " if held_out else ""
+    name = "the bundled sample" if text is None else f"{part}{path.name}"
     return name, [np.array([ids[start : start + size + 1]], np.int64) for start in starts]

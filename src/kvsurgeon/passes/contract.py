@@ -23,6 +23,7 @@ from kvsurgeon.proof.proof import Proof, prove
 from kvsurgeon.rewrite.cache_removal import RemovedCache, remove_cache
 
 Source = str | Path | onnx.ModelProto | ir.Model
+CACHE_TOKENS = 4096  # of the sequence whose cache is stated in bytes
 
 
 @dataclass(kw_only=True)
@@ -35,11 +36,13 @@ class Subject:
         model: The model as it is now.
         folder: The folder of the model, its weights and its side files.
         config: The parsed `config.json` of the folder; None if there is none. No pass requires it.
+        text: A text file, on whose first half passes are calibrated; the second half measures their loss.
     """
 
     model: ir.Model
     folder: Path | None = None
     config: dict[str, Any] | None = None
+    text: Path | None = None
     _stages: _Stages | None = field(default=None, repr=False)
 
     @classmethod
@@ -182,6 +185,7 @@ class Changed:
         heads: Head counts before and after, for `config.json`; None if they did not change.
         equal_models: Returns two models without a cache that must compute the same, to verify a pass that is not exact:
             the graph before with the weights after, and the graph after; None if there are none.
+        cache_bytes: Bytes of the cache of a sequence of `CACHE_TOKENS` tokens before and after; None if they are equal.
         proof: What the pass rests on, without the attention patterns; None if it adds no cache.
         companions: Models that compute inputs of the result, by the name of their file in its folder.
     """
@@ -190,6 +194,7 @@ class Changed:
     notes: tuple[str, ...] = ()
     exact: bool = True
     heads: HeadChange | None = None
+    cache_bytes: tuple[int, int] | None = None
     equal_models: Callable[[], tuple[ir.Model, ir.Model]] | None = field(default=None, repr=False, compare=False)
     proof: Proof | None = field(default=None, repr=False, compare=False)
     companions: Mapping[str, Companion] = field(default_factory=dict, repr=False, compare=False)

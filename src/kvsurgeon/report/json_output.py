@@ -53,6 +53,7 @@ def run_json(run: PipelineRun) -> dict[str, Any]:
         "verified": run.verification is not None,
         "verification": None if run.verification is None else run.verification.as_dict(),
         "loss": None if run.loss is None else run.loss.as_dict(),
+        "cache_bytes": run.cache_bytes,
     }
 
 

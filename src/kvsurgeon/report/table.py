@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from kvsurgeon.passes.contract import Unchanged
+from kvsurgeon.passes.contract import CACHE_TOKENS, Unchanged
 from kvsurgeon.report.json_output import print_json
 
 if TYPE_CHECKING:
@@ -119,6 +119,9 @@ def run_summary(run: PipelineRun) -> RenderableType:
         lines += [f"  note: {note}" for note in run.verification.notes]
     elif run.loss is None:
         lines.append("not verified")
+    if run.cache_bytes is not None:
+        before, after = map(size_text, run.cache_bytes)
+        lines.append(f"cache of {CACHE_TOKENS} tokens: {before} before, {after} after")
     loss = () if run.loss is None else (loss_table(run.loss),)
     return Group(*map(Text, lines), *loss, *map(Text, _written_lines(run)))
 

@@ -60,6 +60,27 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
     return tokens
 
 
+def read_text(path: Path, tokenizer: Tokenizer | None) -> list[int]:
+    """Return the token IDs of a text file; without a tokenizer, a file such as `1, 2, 3` gives the IDs.
+
+    Raises:
+        InputError: The file cannot be read as UTF-8.
+        UsageError: It is empty, or needs a tokenizer.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"cannot read the text `{path}`: {reason}") from error
+    return encode_prompt(text, tokenizer)
+
+
+def halves(tokens: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the half of a text that passes are calibrated on, and the half that their loss is measured on."""
+    middle = len(tokens) // 2
+    return tokens[:middle], tokens[middle:]
+
+
 def decode_complete(tokenizer: Tokenizer | None, tokens: Sequence[int], text: str) -> str:
     """Return the text of generated tokens, or the `text` before the last token while its character is incomplete."""
     decoded = "" if tokenizer is None else tokenizer.decode(list(tokens))

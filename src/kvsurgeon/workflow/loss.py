@@ -18,6 +18,7 @@ def measure_loss(
     candidate: Source,
     *,
     text: str | Path | None = None,
+    held_out: bool = False,
     per_layer: bool = False,
     folder: str | Path | None = None,
     progress: Progress | None = None,
@@ -30,6 +31,8 @@ def measure_loss(
         candidate: The model after them.
         text: A text file; None for the bundled sample. Without a tokenizer next to the reference, random token IDs are
             used.
+        held_out: Whether to measure on the second half of the text alone, because the candidate was calibrated on the
+            first.
         per_layer: Whether to measure the error of each attention output too.
         folder: Folder of the weights and side files of protos.
         progress: Called before each window of the text.
@@ -50,4 +53,6 @@ def measure_loss(
         if len(before) != len(after):
             raise UsageError(f"expected as many attention layers in both models, found {len(before)} and {len(after)}")
         layers = list(zip(before, after, strict=True))
-    return measure_models(reference, candidate, text=text, layers=layers, folder=folder, progress=progress)
+    return measure_models(
+        reference, candidate, text=text, held_out=held_out, layers=layers, folder=folder, progress=progress
+    )

@@ -93,6 +93,12 @@ class PipelineRun:
         return bool(self.changes)
 
     @property
+    def cache_bytes(self) -> tuple[int, int] | None:
+        """Bytes of the cache of a sequence before the first pass that changes them and after the last; None without."""
+        found = [change.cache_bytes for change in self.changes if change.cache_bytes is not None]
+        return (found[0][0], found[-1][1]) if found else None
+
+    @property
     def exact(self) -> bool:
         """Whether all passes preserve the results of the model."""
         return all(change.exact for change in self.changes)

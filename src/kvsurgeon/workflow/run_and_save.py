@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 
 from kvsurgeon import io
-from kvsurgeon.errors import Code, ParityError, UnsupportedError, UsageError, WeightsError
+from kvsurgeon.errors import Code, LossError, ParityError, UnsupportedError, UsageError, WeightsError
 from kvsurgeon.io.external_data import external_tensors
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Source, Subject, Unchanged
@@ -36,6 +36,7 @@ def run_and_save(
     force: bool = False,
     text: str | Path | None = None,
     per_layer: bool = False,
+    max_loss: float | None = None,
     certificate: str | Path | None = None,
     on_pass: PassCallback | None = None,
     progress: Progress | None = None,
@@ -54,8 +55,10 @@ def run_and_save(
         link_weights: Whether to link external data into another folder instead of copying it; see `kvsurgeon.save`.
         pack: Whether to write all weights to one new data file; see `kvsurgeon.save`.
         force: Whether to replace data files and side files of other content; see `kvsurgeon.save`.
-        text: A text file on which to measure the loss of passes that are not exact; None for a built-in text.
+        text: A text file: passes are calibrated on its first half, and the loss of those that are not exact is measured
+            on the second. None to calibrate none, and measure on a built-in text.
         per_layer: Whether to measure the loss of each attention layer too.
+        max_loss: Largest loss that is allowed, in nats of KL divergence per token; None for any.
         certificate: A file to write the certificate of the result to; None to write none.
         on_pass: See `Pipeline.run`.
         progress: Called by the verifier before each scenario.
@@ -65,8 +68,12 @@ def run_and_save(
         WeightsError: The verifier needs weights whose folder is not known.
         UnsupportedError: A pass does not support the model, no pass changed it, or the verifier cannot run it.
         ParityError: The results of the model differ from those of the original.
+        LossError: The loss is above `max_loss`.
     """
+    if max_loss is not None and not verify:
+        raise UsageError("expected verification with --max-loss, found --no-verify: the loss would not be measured")
     subject = Subject.of(source, folder)
+    subject.text = subject.text if text is None else Path(text)
     origin = source if isinstance(source, str | Path) else None
     path = None if destination is None else io.destination_of(subject.model, destination, source=origin)
     writer = None
@@ -80,8 +87,9 @@ def run_and_save(
         raise UnsupportedError(_unchanged(run.steps), code=Code.UNCHANGED, hint="nothing was written")
     run = note_unreadable(run)
     if verify and reference is not None:
-        run = verify_run(run, reference, destination, text=text, per_layer=per_layer, effort=effort, seed=seed,
+        run = verify_run(run, reference, destination, text=subject.text, per_layer=per_layer, effort=effort, seed=seed,
             progress=progress)  # fmt: skip
+        _check_loss(run, max_loss)
     if path is None:
         return run
     if writer is not None and run.companions:
@@ -155,9 +163,22 @@ def verify_run(
 
         loss = measure_loss(
             reference, candidate, text=text, per_layer=per_layer, folder=run.folder, progress=progress,
-            graph=run.model,
+            graph=run.model, held_out=text is not None,
         )  # fmt: skip
         return replace(run, loss=loss)
+
+
+def _check_loss(run: PipelineRun, most: float | None) -> None:
+    """Check that the loss of a run, if any, is within its bound.
+
+    Raises:
+        LossError: It is not.
+    """
+    if run.loss is not None and most is not None and not run.loss.kl_divergence <= most:
+        raise LossError(
+            f"expected an accuracy loss of at most {most:g} nats per token, found {run.loss.kl_divergence:.3g} on "
+            f"{run.loss.text}"
+        )
 
 
 def _verify_weights(run: PipelineRun, candidate: onnx.ModelProto, **options: Any) -> None:

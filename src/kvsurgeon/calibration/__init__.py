@@ -1,0 +1,6 @@
+"""Calibration: values of a model on a text, in onnxruntime, from which passes compute weights and scales."""
+
+from kvsurgeon.calibration.activations import activations, calibration_rows
+from kvsurgeon.calibration.moments import SecondMoment
+
+__all__ = ["SecondMoment", "activations", "calibration_rows"]
