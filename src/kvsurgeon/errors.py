@@ -12,7 +12,8 @@
     ├── UnsupportedError        3  the graph cannot be handled soundly
     ├── PassError               3  a pass failed, or left an invalid graph
     ├── ParityError             1  the result does not compute what the original computes
-    │   └── CertificateError    1  a statement of a certificate does not hold
+    │   ├── CertificateError    1  a statement of a certificate does not hold
+    │   └── LossError           1  the accuracy loss is above the bound
     └── RunError                1  a valid model fails at run time
         ├── MissingKernelError  3  onnxruntime has no kernel for an operator
         └── BrokenCacheError    1  a present cannot be the past of the next call
