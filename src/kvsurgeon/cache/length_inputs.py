@@ -56,7 +56,8 @@ class LengthInput:
     @property
     def is_per_sequence(self) -> bool:
         """Whether the input may hold another count for each sequence of the batch."""
-        return not self.counts_up and any(size != 1 for size in declared_shape(self.source))
+        sizes = declared_shape(self.source)
+        return any(size != 1 for size in (sizes[:-1] if self.counts_up else sizes))
 
 
 def past_length_source(lengths: Sequence[LengthInput], pairs: Sequence[CachePair]) -> PastLength | None:
@@ -97,7 +98,7 @@ def find_length_inputs(graph: ir.Graph, pairs: Sequence[CachePair]) -> list[Leng
     sources = dict.fromkeys(length.source for length in found.values() if not length.is_whole_input)
     for source in sources:
         positions = _positions(token_dims, source)
-        if positions is not None and _selects_elements(shapes, source):
+        if positions is not None and not positions.is_per_sequence and _selects_elements(shapes, source):
             found[source] = positions
     return list(found.values())
 
@@ -106,24 +107,27 @@ def set_to_zero(graph: ir.Graph, editor: Editor, length: LengthInput) -> None:
     """Replace a count of past tokens by 0, once or for each sequence of the batch, or positions by 0, 1, 2, ..."""
     assert length.source.dtype is not None
     dtype = length.value.dtype or length.source.dtype
-    sizes = declared_shape(length.source) if length.is_whole_input else ()
-    size = next((size for size in sizes if size != 1), 1)
-    count = editor.constant([size], name="count") if isinstance(size, int) else _size_of(graph, editor, size)
     zero = editor.constant(np.zeros(length.shape), dtype.numpy(), name="no_past")
-    if length.counts_up and count is not None:
-        zero = _counted(editor, count, dtype, length.shape)
-    elif size != 1 and count is not None:
-        zero = editor.node("Expand", [zero, count], name="no_past_of_texts", dtype=zero.dtype)
+    sizes = [_size_of(graph, editor, size) for size in declared_shape(length.source)] if length.is_whole_input else []
+    counts = [size for size in sizes if size is not None]
+    is_known = len(counts) == len(sizes)
+    if length.counts_up and is_known:
+        zero = _counted(editor, counts[-1], dtype, length.shape)
+    if length.is_per_sequence and is_known and counts:
+        target = editor.node("Concat", counts, {"axis": 0}, name="sizes", dtype=ir.DataType.INT64)
+        zero = editor.node("Expand", [zero, target], name="no_past_of_texts", dtype=dtype)
     length.value.replace_all_uses_with(zero)
 
 
-def _size_of(graph: ir.Graph, editor: Editor, name: str | None) -> ir.Value | None:
-    """Return a named dimension as a vector of one number; None if no other input has it."""
-    sized = next((value for value in required_inputs(graph) if name and name in declared_names(value)), None)
+def _size_of(graph: ir.Graph, editor: Editor, size: int | str | None) -> ir.Value | None:
+    """Return a declared size as a vector of one number; None if it is a name that no other input has."""
+    if isinstance(size, int):
+        return editor.constant([size], name="size")
+    sized = next((value for value in required_inputs(graph) if size and size in declared_names(value)), None)
     if sized is None:
         return None
     sizes = editor.node("Shape", [sized], name="sizes", dtype=ir.DataType.INT64)
-    index = editor.constant([declared_names(sized).index(name)], name="axis")
+    index = editor.constant([declared_names(sized).index(size)], name="axis")
     return editor.node("Gather", [sizes, index], {"axis": 0}, name="count", dtype=ir.DataType.INT64)
 
 
@@ -169,6 +173,8 @@ def _lengths_upstream(
             pending += [(source, element) for source in node.inputs if source is not None]
         elif node is None and is_fed(current):
             length = _length_input(shapes, token_dims, current, element)
+            if length is not None and length.counts_up and length.is_per_sequence and not only_lengths:
+                continue  # positions of padded texts do not count rows unless rows are written there
             if length is not None:
                 found[length.value] = length
             elif only_lengths:
@@ -194,9 +200,9 @@ def _length_input(
 
 
 def _positions(token_dims: Collection[int | str | None], source: ir.Value) -> LengthInput | None:
-    """Return the positions that an input holds if it may: one for each token, the same for each sequence."""
+    """Return the positions that an input holds if it may: one for each token."""
     sizes = declared_shape(source)
-    if sizes[-1] not in token_dims or any(size != 1 for size in sizes[:-1]):
+    if sizes[-1] not in token_dims or any(size in token_dims for size in sizes[:-1]):
         return None
     return LengthInput(value=source, source=source, shape=(1,) * len(sizes), counts_up=True)
 

@@ -7,7 +7,7 @@ operator that declares a past and a present.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
@@ -18,7 +18,7 @@ from kvsurgeon.cache.written_rows import WrittenRows
 from kvsurgeon.dataflow.input_dimensions import required_inputs
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import small_constant
-from kvsurgeon.graph.query import STANDARD_DOMAINS, chain, is_operator, producer_of, producers, through
+from kvsurgeon.graph.query import STANDARD_DOMAINS, chain, is_operator, producer_of, through
 from kvsurgeon.ops.gather import FAR
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
@@ -112,7 +112,7 @@ class CachePair:
     def rows(self) -> ir.Value | None:
         """The new rows, before any views."""
         rows = self.node.inputs[self.operands.rows]
-        return None if rows is None else through(rows, _is_view)
+        return None if rows is None else through(rows, is_view)
 
     @property
     def lengths(self) -> tuple[ir.Value, ...]:
@@ -143,46 +143,6 @@ def find_cache_pairs(graph: ir.Graph) -> tuple[CachePair, ...]:
     return tuple(sorted(found.values(), key=lambda pair: order[pair.past]))
 
 
-def find_unknown_caches(graph: ir.Graph) -> dict[ir.Value, str]:
-    """Return the cache inputs that are updated in an unknown way, each with the operators that do so.
-
-    Elements of such an input move to an output, where others are appended or written between them. Embeddings that are
-    cached as they are given are such others.
-    """
-    pairs = find_cache_pairs(graph)
-    known, nodes = {pair.past for pair in pairs}, {pair.node for pair in pairs}
-    found: dict[ir.Value, str] = {}
-    for past in required_inputs(graph):
-        if past in known or not has_features(past) or len(past.shape or ()) < 3:
-            continue
-        moved = list(_moved(past, nodes))
-        returned = next((value for value in moved if value.is_graph_output()), None)
-        operators = dict.fromkeys(node.op_type for node in producers(moved))
-        if returned is not None and any(len(node.inputs) > 1 and _joins(node) for node in producers(moved)):
-            found[past] = f"{', '.join(operators)} to `{returned.name}`"
-    return found
-
-
-def _moved(past: ir.Value, known: Collection[ir.Node]) -> Iterator[ir.Value]:
-    """Yield the values that hold elements of an input before or between others, not through known updates."""
-    pending, visited = [past], {past}
-    while pending:
-        value = pending.pop()
-        yield value
-        for node, index in value.uses():
-            moves = _is_view(node) or _joins(node) or has_trait(node, Trait.SELECT)
-            if node in known or not moves or (index > 0 and node.op_type != "Where"):
-                continue
-            fresh = [output for output in node.outputs if output not in visited]
-            visited.update(fresh)
-            pending += fresh
-
-
-def _joins(node: ir.Node) -> bool:
-    """Return whether a node puts elements of several tensors into one."""
-    return is_operator(node, "Concat") or is_operator(node, "Where") or has_trait(node, Trait.SCATTER)
-
-
 def has_features(value: ir.Value) -> bool:
     """Return whether an input has several features per token, as keys and values have and masks have not."""
     return any(isinstance(size, int) and size > 1 for size in tuple(value.shape or ())[1:])
@@ -194,7 +154,7 @@ def _updated(present: ir.Value, inputs: Iterable[ir.Value], written: Callable[[]
     Raises:
         UnsupportedError: Rows are written elsewhere than after those of the past.
     """
-    updated = through(present, _is_view)
+    updated = through(present, is_view)
     node = updated.producer()
     if node is None:
         return None
@@ -255,7 +215,7 @@ def _inner_concats(graph: ir.Graph, inputs: Iterable[ir.Value]) -> dict[ir.Value
     for node in graph:
         if node.op_type != "Concat" or len(node.inputs) != 2 or None in node.inputs:
             continue
-        past, rows = (through(value, _is_view) for value in node.inputs if value is not None)
+        past, rows = (through(value, is_view) for value in node.inputs if value is not None)
         if past in inputs and len(past.shape or ()) > 2 and (rows not in inputs or has_features(rows)):
             found.setdefault(rows, []).append(node)
     return found
@@ -263,7 +223,7 @@ def _inner_concats(graph: ir.Graph, inputs: Iterable[ir.Value]) -> dict[ir.Value
 
 def _new_rows(present: ir.Value, concats: dict[ir.Value, list[ir.Node]]) -> CachePair | None:
     """Return the pair of an output that holds new rows only."""
-    nodes = concats.get(through(present, _is_view), [])
+    nodes = concats.get(through(present, is_view), [])
     if len(nodes) != 1 or nodes[0].inputs[0] is None:
         return None
     past, views = _skip_views(nodes[0].inputs[0])
@@ -276,11 +236,12 @@ def _new_rows(present: ir.Value, concats: dict[ir.Value, list[ir.Node]]) -> Cach
 
 def _skip_views(value: ir.Value) -> tuple[ir.Value, list[ir.Node]]:
     """Return the value before any views, and the view operators, the last one first."""
-    *views, source = chain(value, lambda node: node.inputs[0] if _is_view(node) else None)
+    *views, source = chain(value, lambda node: node.inputs[0] if is_view(node) else None)
     return source, [node for view in views if (node := view.producer()) is not None]
 
 
-def _is_view(node: ir.Node) -> bool:
+def is_view(node: ir.Node) -> bool:
+    """Return whether a node gives the elements of its first input another shape or order."""
     if node.domain not in STANDARD_DOMAINS or not node.inputs:
         return False
     is_single = node.op_type == "Concat" and len(node.inputs) == 1

@@ -10,6 +10,7 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.remove_cache import RemoveCache, detach_cache, reattach_cache
 from kvsurgeon.passes.cache.retarget import Retarget
 from kvsurgeon.passes.contract import Changed, Subject
@@ -69,6 +70,9 @@ ROW_NUMBERS = """batch = Gather(sizes, nought)
   index = Concat<axis = 2>(sequence_last, place_last)
   new_keys = ScatterND(keys, index, k)
   new_values = ScatterND(values, index, v)"""
+ROWS_OF_SEQUENCES = ROW_NUMBERS.replace(
+    "places_all = Expand(places, pair)", "places = Gather(position_ids, nought)"
+).replace("(places_all,", "(position_ids,")
 TENSOR = """batch = Gather(sizes, first)
   index = Expand(start, batch)
   new_keys = TensorScatter<axis = 1>(keys, k, index)
@@ -87,6 +91,7 @@ FORMS = {
     "elements at positions": decoder(POSITIONS, ELEMENTS),
     "slices at positions": decoder(POSITIONS, SLICES),
     "pairs of numbers at positions": decoder(POSITIONS, ROW_NUMBERS),
+    "pairs of numbers at positions of each sequence": decoder("int64[b, n] position_ids", ROWS_OF_SEQUENCES),
     "elements from a count on": decoder(COUNT, f"{COUNTED}\n  {ELEMENTS}"),
     "slices from a count on": decoder("int64[1] start", f"{COUNTED}\n  {SLICES}"),
     "slices from the first position on": decoder("int64[n] given", f"{FIRST}\n  {SLICES}"),
@@ -119,6 +124,7 @@ def given(model: onnx.ModelProto, start: int, stop: int) -> dict[str, np.ndarray
     name = model.graph.input[1].name
     dims = [dim.dim_param or dim.dim_value for dim in model.graph.input[1].type.tensor_type.shape.dim]
     values = {(): start, (1,): [start], ("b",): [start, start], ("n",): range(start, stop)}
+    values["b", "n"] = [range(start, stop)] * 2
     return {name: np.array(values[tuple(dims)], np.int64)}
 
 
@@ -133,7 +139,7 @@ def given(model: onnx.ModelProto, start: int, stop: int) -> dict[str, np.ndarray
 def test_a_buffer_becomes_any_other_cache(form, cache):
     done = run_and_save(FORMS[form], Pipeline((Retarget(cache=cache),)), effort="quick", seed=0)
     assert done.verification.verdict == "same"
-    assert not {"places", "given"} & {value.name for value in done.model.graph.inputs}
+    assert not {"places", "given", "position_ids"} & {value.name for value in done.model.graph.inputs}
 
 
 FOUR_AXES = {
@@ -191,6 +197,28 @@ def test_a_circular_buffer_is_refused():
     model = decoder("int64[1] start", f"{COUNTED}\n  {TENSOR}".replace("axis = 1", 'axis = 1, mode = "circular"'), 24)
     with pytest.raises(UnsupportedError, match="circular buffer"):
         RemoveCache().apply(Subject.of(model))
+
+
+BY_ARITHMETIC = """across = Unsqueeze(places, first)
+  down = Transpose<perm = [1, 0]>(columns)
+  is_place = Equal(down, across)
+  there = Cast<to = 1>(is_place)
+  written = ReduceSum<keepdims = 1>(there, second)
+  kept = Sub(unit, written)
+  kept_keys = Mul(keys, kept)
+  put_keys = MatMul(there, k)
+  new_keys = Add(kept_keys, put_keys)
+  kept_values = Mul(values, kept)
+  put_values = MatMul(there, v)
+  new_values = Add(put_values, kept_values)"""
+
+
+def test_rows_that_are_written_by_arithmetic_are_refused_by_name():
+    text = DECODER.replace("GIVEN", COUNT).replace("PLACES", f"{COUNTED}\n  {BY_ARITHMETIC}")
+    model = read(text.replace("float low", "float unit = {1.0}, float low"))
+    for apply in (RemoveCache().apply, Inject().apply, Subject.cache):
+        with pytest.raises(UnsupportedError, match=r"cache.* - at `keys`"):
+            apply(Subject.of(model))
 
 
 @pytest.mark.parametrize("rows", ["largest = ArgMax<axis = 2, keepdims = 0>(x)\n  places = Gather(largest, nought)"])

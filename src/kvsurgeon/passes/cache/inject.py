@@ -12,7 +12,8 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
-from kvsurgeon.cache.pairs import find_cache_pairs, find_unknown_caches
+from kvsurgeon.cache.pairs import find_cache_pairs
+from kvsurgeon.cache.unknown_caches import find_unknown_caches
 from kvsurgeon.dataflow.input_dimensions import GIVEN_FOR
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.fusion.context import FusionContext
