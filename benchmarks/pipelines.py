@@ -54,6 +54,7 @@ PASSES: tuple[tuple[str, tuple[str, ...], int], ...] = (  # name, options, weigh
     ("raise-opset", ("{opset=21}", "{opset=23}", "{opset=24}"), 2),
     ("fix-shapes", ("{tokens=4,max-length=96}", "{tokens=1,max-length=96}"), 1),
     ("last-logits", ("",), 1),
+    ("add-query-lengths", ("",), 1),
     ("num-logits-to-keep", ("",), 1),
     ("float16-mask-range", ("",), 1),
     ("int32-inputs", ("",), 1),

@@ -16,6 +16,7 @@ from written import read, write
 from kvsurgeon import io
 from kvsurgeon.errors import KvsurgeonError
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.rewrite.cache_metadata import KEY
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.registry import BUILT_IN
 
@@ -34,8 +35,9 @@ class Case:
     Attributes:
         name: Name of the pass, and of the file.
         title: What the model shows.
-        head: Lines `# key: value`: `options` of the pass, `opset` of the model, `rejected` or `unchanged` with the
-            reason, `run: no` with a reason if the interface changes, `again` with a reason if a second run adds nodes.
+        head: Lines `# key: value`: `options` of the pass, `opset` of the model, metadata of its `cache`; `rejected` or
+            `unchanged` with the reason; `run: no` with a reason if the interface changes, `again` with a reason if a
+            second run adds nodes.
         before: The model as text.
         after: The result as text; empty if the model is rejected or unchanged.
     """
@@ -55,7 +57,10 @@ class Case:
 
     @cached_property
     def original(self) -> onnx.ModelProto:
-        return read(self.before, int(self.head.get("opset", 18)))
+        model = read(self.before, int(self.head.get("opset", 18)))
+        if "cache" in self.head:
+            model.metadata_props.add(key=KEY, value=self.head["cache"])
+        return model
 
     @cached_property
     def result(self) -> onnx.ModelProto:

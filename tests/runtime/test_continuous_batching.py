@@ -13,8 +13,10 @@ from laws import difference
 
 from kvsurgeon import io
 from kvsurgeon.errors import UsageError
+from kvsurgeon.parity import verify
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject
+from kvsurgeon.passes.interface.add_query_lengths import AddQueryLengths
 from kvsurgeon.passes.operators.fuse_attention import FuseAttention
 from kvsurgeon.runtime import CachedDecoder, ContinuousBatch, TextGenerator, UncachedDecoder, open_session
 
@@ -62,6 +64,44 @@ def test_rejected_tokens_are_dropped_by_a_lower_length():
         tokens = np.array([whole], np.int64)
         expected = reference.run(reference.inputs.feeds(tokens, np.ones_like(tokens)))[reference.logits][0, -1]
         assert difference(found[one], expected) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {"position_ids": True}])
+def test_chunks_of_different_lengths_behind_pasts_of_different_lengths(options):
+    """Every third sequence has one token, the others a part of their prompts."""
+    model = after(ragged(**options), AddQueryLengths())
+    batch = ContinuousBatch(open_session(model, threads=1), rows=4, capacity=256)
+    reference = UncachedDecoder(open_session(original(**options), threads=1))
+    texts = {batch.start(text[:2])[0]: text for text in prompts()[:4]}
+    done = dict.fromkeys(texts, 2)
+    for size in (1, 40, 7, 120):
+        parts = {
+            number: text[done[number] :][: 1 if number % 3 == 2 else size] or [5] for number, text in texts.items()
+        }
+        found = batch.advance(parts)
+        for number, part in parts.items():
+            texts[number] = [*texts[number][: done[number]], *part, *texts[number][done[number] + len(part) :]]
+            done[number] += len(part)
+            tokens = np.array([texts[number][: done[number]]], np.int64)
+            expected = reference.run(reference.inputs.feeds(tokens, np.ones_like(tokens)))[reference.logits][0]
+            assert found[number].shape == expected[-len(part) :].shape
+            assert difference(found[number], expected[-len(part) :]) < 1e-5
+    assert done == batch.lengths
+
+
+def test_a_model_without_query_lengths_takes_one_token_of_each_sequence():
+    batch = ContinuousBatch(open_session(ragged(), threads=1), rows=2, capacity=64)
+    numbers = [batch.start(text[:3])[0] for text in prompts()[:2]]
+    with pytest.raises(UsageError, match="one token for each sequence, found 2; apply the pass add-query-lengths"):
+        batch.advance({number: [1, 2] for number in numbers})
+    with pytest.raises(UsageError, match="tokens for each of the sequences"):
+        batch.advance({numbers[0]: [1]})
+
+
+def test_a_batch_with_query_lengths_takes_chunks_in_the_verifier_too():
+    model = after(ragged(), AddQueryLengths())
+    assert [given.name for given in model.graph.input][-1] == "query_lengths"
+    assert verify(original(), model, threads=1).verdict == "same"
 
 
 @pytest.mark.parametrize("past_length", ["input", "mask"])

@@ -14,7 +14,7 @@ from kvsurgeon.decompose.softmax_attention import causal_mask, repeat_heads, sco
 from kvsurgeon.symbolic import dimension as dim
 
 PAST_KEY, PAST_VALUE, LAST_POSITIONS, COS, SIN, POSITIONS, BIAS, SINK = 3, 4, 5, 7, 8, 9, 10, 11
-QUERY_NORM, KEY_NORM = 14, 15
+QUERY_NORM, KEY_NORM, QUERY_LENGTHS = 14, 15, 16
 
 
 def group_query_attention(op: FusedNode) -> None:
@@ -25,6 +25,11 @@ def group_query_attention(op: FusedNode) -> None:
     """
     if op.optional(PAST_KEY) is not None or op.optional(PAST_VALUE) is not None:
         raise op.unsupported_past()
+    if op.optional(QUERY_LENGTHS) is not None:
+        raise op.unsupported(
+            "number of new tokens for each sequence", expected="as many for all",
+            hint="add-query-lengths comes last, after all passes that examine attention",
+        )  # fmt: skip
     attributes = op.node.attributes
     quantized = [attributes.get_string(f"{kind}_quant_type", "NONE") for kind in "kv"]
     if quantized != ["NONE", "NONE"]:

@@ -87,6 +87,12 @@ def find_length_input(inputs: Sequence[ValueInfo], cache: Sequence[CacheIO]) -> 
     return numbers[0] if len(numbers) == 1 and not any(_is_total(tensor) for tensor in inputs) else None
 
 
+def find_query_lengths(inputs: Sequence[ValueInfo], declared: DeclaredCache) -> ValueInfo | None:
+    """Return the input that takes the number of new tokens of each sequence, if they may differ."""
+    numbers = (one for one in inputs if one.integer and len(one.dims) == 1)
+    return next(numbers, None) if declared.ragged else None
+
+
 def _is_total(tensor: ValueInfo) -> bool:
     return any(axis_of(dim) == "total" for dim in tensor.dims)
 

@@ -2,7 +2,8 @@
 
 The model has a static cache and takes the number of tokens of each sequence from its mask (`fuse-attention --padding
 lengths`). A sequence owns one row of every buffer. Its prompt runs alone in that row; a decode step runs one token of
-every sequence. When one ends, the last one moves into its row, so that the rows in use come first.
+every sequence, or any number of each if the model takes them (`add-query-lengths`). When one ends, the last one moves
+into its row, so that the rows in use come first.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class ContinuousBatch:
         self.lengths: dict[int, int] = {}
         self.capacity = capacity if longest is None else min(capacity, longest)
         self._session, self._inputs, self._logits = session, decoder.inputs, decoder.logits
+        self._query_lengths, self._takes_chunks = decoder.query_lengths, decoder.takes_ragged_chunks
         self._presents = {entry.present: entry.past.name for entry in decoder.cache}
         shapes = {entry.past: shape_with_rows(entry.past, entry.axis, rows, self.capacity) for entry in decoder.cache}
         self._buffers = {past.name: np.full(shape, UNFILLED, past.dtype) for past, shape in shapes.items()}
@@ -86,8 +88,7 @@ class ContinuousBatch:
             UsageError: They exceed the capacity.
         """
         row = self._rows.index(number)
-        logits: Array = self._call(slice(row, row + 1), np.array([tokens], np.int64))[0]
-        return logits
+        return self._call(slice(row, row + 1), [tokens])[number]
 
     def step(self, tokens: Mapping[int, int]) -> dict[int, Array]:
         """Add one token to every sequence, and return the logits after it, `[vocabulary]` by sequence.
@@ -95,10 +96,23 @@ class ContinuousBatch:
         Raises:
             UsageError: A sequence has no token, or no room for it.
         """
-        if set(tokens) != set(self._rows):
-            raise UsageError(f"expected a token for each of the sequences {self._rows}, found {sorted(tokens)}")
-        logits = self._call(slice(0, len(self._rows)), np.array([[tokens[number]] for number in self._rows], np.int64))
-        return {number: logits[row, -1] for row, number in enumerate(self._rows)}
+        return {number: logits[-1] for number, logits in self.advance({n: [t] for n, t in tokens.items()}).items()}
+
+    def advance(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, Array]:
+        """Add tokens to every sequence, and return the logits after each, `[tokens, vocabulary]` by sequence.
+
+        Raises:
+            UsageError: A sequence has no tokens, or no room for them; or they are not one for each, and the model does
+                not take chunks of several sequences.
+        """
+        if set(tokens) != set(self._rows) or not all(tokens.values()):
+            raise UsageError(f"expected tokens for each of the sequences {self._rows}, found {sorted(tokens)}")
+        longest = max(map(len, tokens.values()))
+        if longest > 1 and len(tokens) > 1 and not self._takes_chunks:
+            raise UsageError(
+                f"expected one token for each sequence, found {longest}; apply the pass add-query-lengths to the model"
+            )
+        return self._call(slice(0, len(self._rows)), [tokens[number] for number in self._rows])
 
     def shorten(self, number: int, length: int) -> None:
         """Drop the tokens of a sequence from `length` on, such as those that a verification rejected.
@@ -119,17 +133,29 @@ class ContinuousBatch:
         self._rows.pop()
         del self.lengths[number]
 
-    def _call(self, rows: slice, tokens: Array) -> Array:
-        """Run tokens `[rows, new]` after those that the rows have, and return the logits."""
-        numbers, new = self._rows[rows], tokens.shape[1]
-        ends = np.array([self.lengths[number] + new for number in numbers])
+    def _call(self, rows: slice, tokens: Sequence[Sequence[int]]) -> dict[int, Array]:
+        """Run tokens of each row after those that it has, and return the logits of these, by sequence."""
+        numbers, counts = self._rows[rows], np.array([len(row) for row in tokens])
+        pasts = np.array([self.lengths[number] for number in numbers])
+        new, ends = counts.max(), pasts + counts
         if ends.max() > self.capacity:
             raise UsageError(f"expected at most {self.capacity} tokens, the rows of the cache, found {ends.max()}")
-        mask = (np.arange(ends.max()) < ends[:, None]).astype(np.int64)
-        given, spans = self._inputs.feeds(tokens, mask), {"sequence": slice(-new, None)}
-        feeds = {one.name: to_runtime(slice_axes(given[one.name], one.axes, spans)) for one in self._inputs.specs}
-        pasts = {name: to_runtime(buffer[rows]) for name, buffer in self._buffers.items()}
-        presents = {present: pasts[past] for present, past in self._presents.items()}
-        results = self._session.run(feeds | pasts, presents)
+        chunk = np.array([[*row, *[0] * (new - len(row))] for row in tokens], np.int64)
+        feeds = self._feeds(chunk, pasts, ends) | self._query_lengths(counts.tolist())
+        buffers = {name: to_runtime(buffer[rows]) for name, buffer in self._buffers.items()}
+        presents = {present: buffers[past] for present, past in self._presents.items()}
+        results = self._session.run({name: to_runtime(array) for name, array in feeds.items()} | buffers, presents)
         self.lengths |= dict(zip(numbers, ends.tolist(), strict=True))
-        return from_runtime(results[self._logits])
+        logits = from_runtime(results[self._logits])
+        return {number: logits[row, :count] for row, (number, count) in enumerate(zip(numbers, counts, strict=True))}
+
+    def _feeds(self, chunk: Array, pasts: Array, ends: Array) -> dict[str, Array]:
+        """Return the inputs but the cache: new tokens `[rows, new]` of sequences that then have `ends` tokens."""
+        new, first = chunk.shape[1], (pasts.max() - pasts)[:, None]
+        columns = np.arange(pasts.max() + new)  # new tokens below each other, as positions have them
+        aligned = (columns >= first) & (columns < first + ends[:, None])
+        mask = np.arange(ends.max()) < ends[:, None]
+        below, counted = (self._inputs.feeds(chunk, one.astype(np.int64)) for one in (aligned, mask))
+        spans = {"sequence": slice(-new, None)}
+        given = {one.name: (counted if "total" in one.axes else below)[one.name] for one in self._inputs.specs}
+        return {one.name: slice_axes(given[one.name], one.axes, spans) for one in self._inputs.specs}

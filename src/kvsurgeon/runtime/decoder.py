@@ -10,7 +10,13 @@ import numpy as np
 
 from kvsurgeon.errors import UsageError
 from kvsurgeon.runtime.axes import Axis, CacheIO, axes_of, axis_of, find_cache, slice_axes
-from kvsurgeon.runtime.cache_managers import UNFILLED, find_length_input, open_cache_manager, read_cache_metadata
+from kvsurgeon.runtime.cache_managers import (
+    UNFILLED,
+    find_length_input,
+    find_query_lengths,
+    open_cache_manager,
+    read_cache_metadata,
+)
 from kvsurgeon.runtime.feeds import DecoderInputs, InputSpec, fixed_size, inputs_of, pad_axis
 from kvsurgeon.runtime.first_call import FirstCall
 from kvsurgeon.runtime.open_dims import resolve_axes, resolve_head_dims
@@ -56,10 +62,12 @@ class CachedDecoder:
             raise UsageError(f"expected inputs named past_key_values.*, found none in {session.name}")
         self.cache_manager = open_cache_manager(cache, self._declared)
         presents = {entry.present for entry in cache}
-        self._length_input = find_length_input(session.inputs, cache)
+        self._query_lengths = find_query_lengths(session.inputs, self._declared)
+        self._length_input = find_length_input([one for one in session.inputs if one != self._query_lengths], cache)
         self._first_call = FirstCall(session.inputs, session.outputs)
         others = self._first_call.names
-        inputs = [one for one in session.inputs if one != self._length_input and one.name not in others]
+        lengths = (self._length_input, self._query_lengths)
+        inputs = [one for one in session.inputs if one not in lengths and one.name not in others]
         outputs = (one for one in session.outputs if one.name not in presents | others)
         self.outputs = tuple(self._declared.with_dims(one) for one in outputs)
         self.orders: Mapping[str, tuple[int, ...]] = {}
@@ -92,6 +100,16 @@ class CachedDecoder:
     def takes_ragged_batches(self) -> bool:
         """Whether sequences of a batch may have different lengths, each with its padding last."""
         return self.inputs.masked and self._declared.ragged and self._length_input is None
+
+    @property
+    def takes_ragged_chunks(self) -> bool:
+        """Whether sequences of a batch may have different numbers of new tokens."""
+        return self._query_lengths is not None
+
+    def query_lengths(self, lengths: Sequence[int]) -> dict[str, Array]:
+        """Return the input of the number of new tokens of each sequence, if there is one."""
+        declared = self._query_lengths
+        return {} if declared is None else {declared.name: np.array(lengths, declared.dtype)}
 
     def use_inputs(self, inputs: DecoderInputs) -> None:
         """Set the inputs, and the sizes that their dims fix."""
@@ -173,6 +191,7 @@ class CachedDecoder:
         if self._length_input is not None:
             shape = [dim if isinstance(dim, int) else batch for dim in self._length_input.dims]
             arrays[self._length_input.name] = np.full(shape, past, self._length_input.dtype)
+        arrays |= self.query_lengths([new] * batch)
         values = {name: to_runtime(array) for name, array in arrays.items()} | pasts
         values |= self._first_call.feeds(batch, first=not past)
         results = self.session.run(values, self.cache_manager.bound_outputs)

@@ -17,6 +17,7 @@ BUILT_IN = {
     "retarget": "kvsurgeon.passes.cache.retarget:Retarget",
     "separate-cross-attention": "kvsurgeon.passes.cache.separate_cross_attention:SeparateCrossAttention",
     "remove-mask": "kvsurgeon.passes.interface.remove_mask:RemoveMask",
+    "add-query-lengths": "kvsurgeon.passes.interface.add_query_lengths:AddQueryLengths",
     "add-causal-mask-input": "kvsurgeon.passes.interface.add_causal_mask_input:AddCausalMaskInput",
     "past-length-from-positions": "kvsurgeon.passes.interface.past_length_from_positions:PastLengthFromPositions",
     "last-logits": "kvsurgeon.passes.interface.last_logits:LastLogits",
