@@ -18,7 +18,7 @@ from kvsurgeon.rewrite.cache_metadata import read_cache_metadata, write_cache_me
 class AddQueryLengths:
     """Add an input `query_lengths` to a model whose sequences may differ in length, for calls on chunks of any lengths.
 
-    Before: each sequence of a batch has a past length of its own, and all have as many new tokens
+    Before: each sequence of a batch has its past length, and all have as many new tokens
     (`fuse-attention{padding=lengths}`, `--target genai-shared-buffer`). After: `query_lengths [batch_size]` int32 is
     the number of new tokens of each sequence, from 1 to `sequence_length`; those after them are padding, whose logits
     mean nothing, and which `attention_mask` does not count. It is the input `query_seqlens` of `GroupQueryAttention`.
