@@ -12,7 +12,8 @@ import onnx_ir as ir
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.attention_sites import CachedOperand
 from kvsurgeon.analysis.cache_points import CachePoint, bottlenecks, choose_cache_point
-from kvsurgeon.analysis.token_flow import Place
+from kvsurgeon.analysis.token_data import upstream_tokens
+from kvsurgeon.analysis.token_flow import Place, TokenFlow
 from kvsurgeon.cache.layout import Layout, possible_layouts
 from kvsurgeon.cache.length_inputs import LengthInput, PastLength
 from kvsurgeon.cache.pairs import UpdateMode
@@ -20,7 +21,11 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import upstream
 from kvsurgeon.ops.content import content_inputs
 
-Kind = Literal["key", "value", "state", "conv_state", "recurrent_state"]
+Kind = Literal["key", "value", "state", "conv_state", "recurrent_state", "key_scale", "value_scale"]
+
+SCALE = "_scale"  # ends the kind and the names of the scales of quantized rows
+QUANTIZED = {8: ir.DataType.INT8, 4: ir.DataType.UINT8}  # element type of quantized rows, by bits
+_SCALED: dict[Kind | None, Kind] = {"key": "key_scale", "value": "value_scale"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +47,8 @@ class SignatureEntry:
         layout: Meaning of each axis; None for a tensor with other axes. Set by `CacheSignature.located`.
         layer: Attention layer that reads it, counted in execution order among those with entries, or index of the
             sequence state. Set by `CacheSignature.located`.
-        kind: "key", "value", or "state", "conv_state" or "recurrent_state" of a sequence state. Set by
-            `CacheSignature.located`.
+        kind: "key", "value", or "state", "conv_state" or "recurrent_state" of a sequence state; "key_scale" or
+            "value_scale" of the scales of quantized rows. Set by `CacheSignature.located`.
     """
 
     past: str
@@ -112,6 +117,24 @@ class CacheSignature:
             found.append(entry)
         return replace(self, entries=tuple(found))
 
+    def quantized(self, bits: int) -> CacheSignature:
+        """Return the located signature if keys and values were integers of some bits, each followed by its scales."""
+        entries: list[SignatureEntry] = []
+        scales: dict[str, str] = {}
+        for entry in self.entries:
+            if entry.kind not in _SCALED or not entry.dtype.is_floating_point():
+                entries.append(entry)
+                continue
+            past, present = f"{entry.past}{SCALE}", f"{entry.present}{SCALE}"
+            scales |= {entry.past: past, entry.present: present}
+            scale = replace(entry, past=past, present=present, dtype=ir.DataType.FLOAT, kind=_SCALED[entry.kind])
+            entries += [replace(entry, dtype=QUANTIZED[bits]), scale]
+        inputs, outputs = (
+            tuple(one for name in names for one in (name, scales.get(name)) if one is not None)
+            for names in (self.inputs, self.outputs)
+        )
+        return replace(self, entries=tuple(entries), inputs=inputs, outputs=outputs)
+
 
 def _recurrences(analysis: Analysis) -> dict[str, int]:
     """Return the numbers of the recurrent states by the names of the values that they start from."""
@@ -158,10 +181,11 @@ def _readers(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int
         assert value is not None
         # The cache point may be the common input of several projections, which is no bottleneck of one operand.
         candidates = {*bottlenecks(analysis.flow, [value]), *bottlenecks(analysis.flow, [point.value])}
-        for name in {candidate.name or "" for candidate in candidates} & set(rows):
+        kinds = _kinds_of_quantized(analysis.flow, value, kind) | {one.name or "": kind for one in candidates}
+        for name in kinds.keys() & rows.keys():
             known = readers.setdefault(name, [])
-            if len(known) < rows[name] and (number, kind) not in [reader[:2] for reader in known]:
-                known.append((number, kind, point))
+            if len(known) < rows[name] and (number, kinds[name]) not in [reader[:2] for reader in known]:
+                known.append((number, kinds[name], point))
                 added = True
         return added
 
@@ -178,3 +202,13 @@ def _readers(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int
         kind: Kind = "state" if analysis.rows_of(point.value) is None else "conv_state"
         numbers[kind] += add(numbers[kind], kind, place, point)
     return readers
+
+
+def _kinds_of_quantized(flow: TokenFlow, operand: ir.Value, kind: Kind) -> dict[str, Kind]:
+    """Return the kind of integers and scales that an operand is computed from, by name.
+
+    They are no bottlenecks: both are computed from one tensor, and needed together.
+    """
+    found = upstream_tokens(flow, operand) if kind in _SCALED else ()
+    dtypes = {value.name or "": flow.shapes[value].dtype for value in found}
+    return {name: kind if dtype is not None and dtype.is_integer() else _SCALED[kind] for name, dtype in dtypes.items()}

@@ -112,7 +112,7 @@ class _Rewrite:
             if copied - self.floats:
                 raise _unsupported("8-bit constants of unknown scale", node.output[0])
             self.floats.update(name for name in node.output if name)
-        elif node.op_type.startswith(("QLinear", "QAttention", "ConvInteger", "DynamicQuantize")):
+        elif node.op_type.startswith(("QLinear", "QAttention", "ConvInteger", "DynamicQuantize", "Bit")):
             raise _unsupported(f"operator {node.op_type}", node.output[0])
         self.nodes.append(node)
 

@@ -20,11 +20,12 @@ from kvsurgeon.rewrite.cache_layouts import add_cached_rows, is_canonical_view, 
 from kvsurgeon.rewrite.cache_metadata import cache_metadata, write_cache_metadata
 from kvsurgeon.rewrite.cache_modes import read_cache, update_cache
 from kvsurgeon.rewrite.cache_plan import CachePlan, find_sources
-from kvsurgeon.rewrite.cache_tensors import CacheTensor, RecurrentTensor
+from kvsurgeon.rewrite.cache_tensors import CacheTensor, RecurrentTensor, with_scales
 from kvsurgeon.rewrite.causal_masks import mask_causal_operators
 from kvsurgeon.rewrite.declared_shapes import declare_shapes, outputs_of_cache_length
 from kvsurgeon.rewrite.further_outputs import return_cached_tensors, return_context_so_far
 from kvsurgeon.rewrite.head_grouping import HeadGrouping
+from kvsurgeon.rewrite.quantized_rows import dequantize_rows, quantize_rows
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dim_names import dim_names
 from kvsurgeon.symbolic.dimension import NEW
@@ -90,7 +91,7 @@ def _add_inputs(analysis: Analysis, editor: Editor, plan: CachePlan) -> dict[Cac
     for recurrence in plan.recurrences:
         for name in (recurrence.past, recurrence.present):
             _take_name(editor, name, taken)
-    for tensor in plan.tensors:
+    for tensor in with_scales(plan.tensors):
         replaced = next((output for output in graph.outputs if output.name == tensor.present), None)
         if replaced is not None and tensor.rows is None and is_canonical_view(replaced, tensor.point):
             graph.outputs.remove(replaced)  # it returns the new rows, which are part of the cache output
@@ -163,23 +164,35 @@ def _update_caches(
     """Return the cache outputs, which operators compute or which are the updated inputs, and the rows to attend to."""
     presents: list[ir.Value] = []
     rows_of: dict[CacheTensor, ir.Value] = {}
-    for tensor, past in pasts.items():
-        dtype, order = tensor.point.dtype, tensor.order
+    for tensor in plan.tensors:
+        order = tensor.order
         if tensor in updated:
-            present = updated[tensor]
-            all_rows = read_cache(plan, lengths, tensor, present)
+            presents.append(updated[tensor])
+            all_rows = read_cache(plan, lengths, tensor, updated[tensor])
         else:
-            rows = to_cache(lengths, tensor.point, order)
-            rows = _cast(lengths.editor, rows, dtype, tensor.dtype, f"{tensor.present}.rows")
-            present, all_rows = update_cache(plan, lengths, tensor, past, rows)
-            all_rows = _cast(lengths.editor, all_rows, tensor.dtype, dtype, f"{tensor.present}.wide")
-        presents.append(present)
+            returned, all_rows = _updated(plan, lengths, tensor, pasts)
+            presents += returned
         if tensor.rows is not None:
             add_cached_rows(windows[tensor.rows], tensor.point, all_rows, order)
         else:
             grouping.add_cache(tensor.point, all_rows, order)
             rows_of[tensor] = all_rows
     return presents, rows_of
+
+
+def _updated(
+    plan: CachePlan, lengths: LengthValues, tensor: CacheTensor, pasts: CacheValues
+) -> tuple[list[ir.Value], ir.Value]:
+    """Return the cache outputs of a tensor, and all its rows in the type of the model."""
+    editor, dtype = lengths.editor, tensor.point.dtype
+    rows = to_cache(lengths, tensor.point, tensor.order)
+    if tensor.bits is None:
+        rows = _cast(editor, rows, dtype, tensor.dtype, f"{tensor.present}.rows")
+        present, all_rows = update_cache(plan, lengths, tensor, pasts[tensor], rows)
+        return [present], _cast(editor, all_rows, tensor.dtype, dtype, f"{tensor.present}.wide")
+    parts = zip((tensor, tensor.scale), quantize_rows(editor, tensor, rows), strict=True)
+    updated = [update_cache(plan, lengths, part, pasts[part], new) for part, new in parts]
+    return [present for present, _ in updated], dequantize_rows(editor, tensor, *(rows for _, rows in updated))
 
 
 def _cast(editor: Editor, value: ir.Value, before: ir.DataType, after: ir.DataType, name: str) -> ir.Value:

@@ -60,8 +60,8 @@ class CachePlan:
     max_length: int | None
 
 
-def plan_cache(options: CacheOptions, analysis: Analysis, proof: Proof) -> CachePlan:
-    """Return the plan for some options.
+def plan_cache(options: CacheOptions, analysis: Analysis, proof: Proof, bits: int | None = None) -> CachePlan:
+    """Return the plan for some options, with keys and values as integers of some bits, if any are given.
 
     Raises:
         UsageError: Two options exclude each other.
@@ -83,7 +83,7 @@ def plan_cache(options: CacheOptions, analysis: Analysis, proof: Proof) -> Cache
         )  # fmt: skip
     return CachePlan(
         cache_mode=options.cache, past_length=past_length, past=past, present=present, total=total,
-        tensors=find_cache_tensors(analysis, options), recurrences=find_recurrent_tensors(analysis, options),
+        tensors=find_cache_tensors(analysis, options, bits), recurrences=find_recurrent_tensors(analysis, options),
         limit=proof.max_length if past is CAPACITY else proof.limit, max_length=proof.max_length,
     )  # fmt: skip
 

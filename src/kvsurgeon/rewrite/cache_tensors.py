@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -10,7 +11,8 @@ from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.cache_points import CachePoint
 from kvsurgeon.analysis.token_flow import RecurrentState
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT, Layout
-from kvsurgeon.errors import UsageError
+from kvsurgeon.cache.signature import QUANTIZED, SCALE
+from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.rewrite.cache_layouts import Order
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.symbolic.dim_names import DimNames, dim_names
@@ -29,6 +31,8 @@ class CacheTensor:
         rows: Number of rows, if only the last ones are cached.
         layout: Order of its axes.
         dtype: Element type of the cache, which may differ from that of the tensor.
+        bits: Bits of an integer, if rows are quantized; two integers of 4 bits are one element.
+        is_scale: Whether it holds the scales of the rows of a quantized tensor.
     """
 
     point: CachePoint
@@ -38,6 +42,19 @@ class CacheTensor:
     layout: Layout
     dtype: ir.DataType
     rows: int | None = None
+    bits: int | None = None
+    is_scale: bool = False
+
+    @property
+    def width(self) -> int:
+        """Number of elements of one row of one head."""
+        return 1 if self.is_scale else self.point.head_dim * (self.bits or 8) // 8
+
+    @property
+    def scale(self) -> CacheTensor:
+        """The scales of a quantized tensor."""
+        past, present = (f"{name}{SCALE}" for name in (self.past, self.present))
+        return replace(self, past=past, present=present, dtype=ir.DataType.FLOAT, bits=None, is_scale=True)
 
     @property
     def axis(self) -> int:
@@ -53,7 +70,7 @@ class CacheTensor:
         """Return the dimensions with a number of rows, unless only the last ones are cached."""
         rows = rows if self.rows is None else self.rows
         batch = self.point.batch if isinstance(self.point.batch, int) else BATCH
-        sizes: list[Dimension] = [batch, self.point.heads, rows, self.point.head_dim]
+        sizes: list[Dimension] = [batch, self.point.heads, rows, self.width]
         return [sizes[index] for index in self.order]
 
     def shape(self, rows: Dimension) -> DimNames:
@@ -96,13 +113,19 @@ def find_recurrent_tensors(analysis: Analysis, options: CacheOptions) -> list[Re
     ]  # fmt: skip
 
 
-def find_cache_tensors(analysis: Analysis, options: CacheOptions) -> list[CacheTensor]:
+def find_cache_tensors(analysis: Analysis, options: CacheOptions, bits: int | None = None) -> list[CacheTensor]:
     """Return the tensors to cache, each once: key 0, value 0, key 1, ..., and then the states, numbered by kind.
 
     A state of which the last rows are enough is a conv_state.
 
+    Args:
+        analysis: Analysis of the model without a cache.
+        options: Options of the cache.
+        bits: Bits of an integer, if keys and values are quantized.
+
     Raises:
         UsageError: A name template does not give unique names.
+        UnsupportedError: Rows cannot be quantized to that number of bits.
     """
     tensors: list[CacheTensor] = []
     cached: set[ir.Value] = set()
@@ -111,7 +134,8 @@ def find_cache_tensors(analysis: Analysis, options: CacheOptions) -> list[CacheT
         new = [(kind, point) for kind, point in site.cached_tensors if kind != "state" and point.value not in cached]
         cached |= {point.value for _, point in new}
         further += [point for kind, point in site.cached_tensors if kind == "state"]
-        tensors += [_tensor(point, layer, kind, options) for kind, point in new]
+        made = [_tensor(point, layer, kind, options) for kind, point in new]
+        tensors += made if bits is None else [_quantized(tensor, bits) for tensor in made]
         layer += bool(new)
     new_states = {point.value: point for point in further if point.value not in cached}
     for kind in ("state", "conv_state"):
@@ -119,10 +143,32 @@ def find_cache_tensors(analysis: Analysis, options: CacheOptions) -> list[CacheT
         points = [point for value, point in new_states.items() if (rows[value] is None) is (kind == "state")]
         numbered = enumerate(points, start=options.first_layer)
         tensors += [replace(_tensor(one, number, kind, options), rows=rows[one.value]) for number, one in numbered]
-    names = [name for tensor in tensors for name in (tensor.past, tensor.present)]
+    names = [name for tensor in with_scales(tensors) for name in (tensor.past, tensor.present)]
     if len(set(names)) < len(names):
         raise UsageError("expected names that contain {layer} and {kind}, so that each is unique")
     return tensors
+
+
+def with_scales(tensors: Iterable[CacheTensor]) -> Iterator[CacheTensor]:
+    """Yield the tensors, each quantized one before its scales."""
+    for tensor in tensors:
+        yield from (tensor,) if tensor.bits is None else (tensor, tensor.scale)
+
+
+def _quantized(tensor: CacheTensor, bits: int) -> CacheTensor:
+    """Return a tensor with quantized rows; it is unchanged if it has integers already.
+
+    Raises:
+        UnsupportedError: The number of features is odd, so that two integers of 4 bits would not fill each byte.
+    """
+    if not tensor.point.dtype.is_floating_point():
+        return tensor
+    if tensor.point.head_dim * bits % 8:
+        raise UnsupportedError(
+            f"a row cannot be stored as integers of {bits} bits", code=Code.NO_CACHE_POINT, at=tensor.point.value.name,
+            expected="an even number of features of one head", found=str(tensor.point.head_dim), hint="use bits=8",
+        )  # fmt: skip
+    return replace(tensor, bits=bits, dtype=QUANTIZED[bits])
 
 
 def _tensor(point: CachePoint, layer: int, kind: str, options: CacheOptions) -> CacheTensor:

@@ -63,7 +63,7 @@ def return_cached_tensors(
             continue
         rows = reordered(lengths, tensor.point, all_rows[tensor], tensor.order)
         output = lengths.editor.replace_output(value, rows)
-        canonical = replace(tensor, layout=DEFAULT_LAYOUT)
+        canonical = replace(tensor, layout=DEFAULT_LAYOUT, bits=None)
         output.shape = ir.Shape(canonical.shape(lengths.total))
         if lengths.total != TOTAL:
             longer[output.name or ""] = canonical.shape(MAX)

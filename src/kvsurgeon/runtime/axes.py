@@ -73,7 +73,8 @@ class CacheIO:
         past: The past input.
         present: Name of the present output.
         layer: Index of the layer.
-        part: "key", "value", "state", or "conv_state" or "recurrent_state" of the same size after any text.
+        part: "key", "value", "key_scale" or "value_scale" of quantized rows, "state", or "conv_state" or
+            "recurrent_state" of the same size after any text.
         axis: Sequence axis of past and present; the last axis of a recurrent state.
         present_length: Dim of the present along the sequence axis, as declared.
         batch_axis: Batch axis, if the metadata or the dim names give it.
@@ -240,9 +241,8 @@ def _entry(index: int, past: ValueInfo, present: ValueInfo, layouts: Mapping[str
     part = _part(index, past.name)
     is_fixed = part in FIXED_PARTS
     is_recurrent = part == "recurrent_state"  # which has no axis of tokens
-    layout = (
-        () if is_recurrent else layouts.get("key" if part == "key" else "value", ())
-    )  # other states are like values
+    kind = "key" if part in ("key", "key_scale") else "value"  # other states are like values
+    layout = () if is_recurrent else layouts.get(kind, ())
     axis = len(past.dims) - 1 if is_recurrent else layout.index("sequence") if layout else past_axis(past, present)
     axes = layout or axes_of(past)
     return CacheIO(
@@ -259,7 +259,7 @@ def _entry(index: int, past: ValueInfo, present: ValueInfo, layouts: Mapping[str
 
 def _part(index: int, name: str) -> str:
     """Return the part of a past by its name, else by its index: keys and values alternate."""
-    ends = (word for word in ("key", "value") if name.endswith(word))
+    ends = (word for word in ("key", "value", "key_scale", "value_scale") if name.endswith(word))
     named = next((part for part in FIXED_PARTS if part in name), None) or next(ends, None)
     return named or ("state" if "state" in re.findall("[a-z]+", name) else ("key", "value")[index % 2])
 

@@ -14,6 +14,7 @@ from kvsurgeon.plugins import Catalogue, Plugin
 BUILT_IN = {
     "inject": "kvsurgeon.passes.cache.inject:Inject",
     "remove-cache": "kvsurgeon.passes.cache.remove_cache:RemoveCache",
+    "quantize-cache": "kvsurgeon.passes.cache.quantize_cache:QuantizeCache",
     "retarget": "kvsurgeon.passes.cache.retarget:Retarget",
     "separate-cross-attention": "kvsurgeon.passes.cache.separate_cross_attention:SeparateCrossAttention",
     "remove-mask": "kvsurgeon.passes.interface.remove_mask:RemoveMask",

@@ -157,6 +157,7 @@ def inject(
     subject: Subject,
     select: SelectMatches | None = None,
     padding: Literal["mask", "lengths"] = "mask",
+    bits: int | None = None,
 ) -> Changed:
     """Inject a cache into `subject.model`.
 
@@ -165,6 +166,7 @@ def inject(
         subject: A model without a cache.
         select: Returns the attention sites to replace by operators that update the cache.
         padding: Whether these operators read a mask, or the numbers of tokens that it gives.
+        bits: Bits of an integer, if keys and values are quantized.
 
     Raises:
         UnsupportedError: The model does not support a cache; it is unchanged.
@@ -175,7 +177,7 @@ def inject(
         analysis = with_late_repetition(given)
         proof = subject.proof() if analysis is given else prove(analysis, assumed)
         subject.changed()  # the analysis refers to the graph that is edited below
-        plan = plan_cache(options, analysis, proof)
+        plan = plan_cache(options, analysis, proof, bits)
         matches = () if select is None else select(analysis, proof)
         with gc_paused():
             edits = inject_cache(analysis, plan, partial(_add_operators, analysis, matches, padding))

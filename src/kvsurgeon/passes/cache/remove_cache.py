@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast, get_args
@@ -101,6 +102,7 @@ def reattach_cache(
     signature: CacheSignature,
     select: SelectMatches | None = None,
     padding: Literal["mask", "lengths"] = "mask",
+    bits: int | None = None,
 ) -> Changed:
     """Inject a cache with the cache mode, layouts, types, names and order of a signature.
 
@@ -113,6 +115,8 @@ def reattach_cache(
         select: Returns the attention sites to replace by operators that update the cache; the graph must then be
             unchanged since `detach_cache`.
         padding: Whether the operators read a mask, or the numbers of tokens that it gives.
+        bits: Bits of an integer, if keys and values are to be quantized; their scales get the names of the entries,
+            followed by `_scale`.
 
     Raises:
         UnsupportedError: The model does not support such a cache, or needs more cached tensors.
@@ -123,7 +127,9 @@ def reattach_cache(
         raise _not_restorable(signature.entries[0], [*DEFAULT_LAYOUT], [*options.key_layout])
     if select is None:
         subject.changed()  # the caller may have edited the graph
-    outcome = inject(options, subject, select, padding)
+    if bits is not None:
+        signature = signature.quantized(bits)
+    outcome = inject(options, subject, select, padding, bits)
     graph, editor = subject.model.graph, Editor(subject.model)
     for kind in get_args(Kind):
         entries = [entry for entry in signature.entries if entry.kind == kind]
@@ -143,9 +149,10 @@ def _options(signature: CacheSignature) -> CacheOptions:
     """
     first = signature.entries[0]
     mode = next((one.cache_mode for one in signature.entries if one.cache_mode in get_args(CacheMode)), "dynamic")
+    repeated = Counter((entry.layer, entry.kind) for entry in signature.entries)
     layouts: dict[str, Layout] = {}  # a state has the layout of values
     for entry in (one for one in signature.entries if one.cache_mode != "recurrent"):
-        if entry.layout is None or entry.kind is None:
+        if entry.layout is None or entry.kind is None or repeated[entry.layer, entry.kind] > 1:
             raise _not_restorable(entry, list(DEFAULT_LAYOUT), list(entry.shape))
         layout = layouts.setdefault("key" if entry.kind == "key" else "value", entry.layout)
         if entry.layout != layout or entry.cache_mode not in (mode, "last-rows"):
