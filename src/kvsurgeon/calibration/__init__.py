@@ -1,6 +1,7 @@
 """Calibration: values of a model on a text, in onnxruntime, from which passes compute weights and scales."""
 
 from kvsurgeon.calibration.activations import activations, calibration_rows
+from kvsurgeon.calibration.merge_heads import merge_into_first
 from kvsurgeon.calibration.moments import SecondMoment
 
-__all__ = ["SecondMoment", "activations", "calibration_rows"]
+__all__ = ["SecondMoment", "activations", "calibration_rows", "merge_into_first"]

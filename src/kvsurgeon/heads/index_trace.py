@@ -75,10 +75,11 @@ class IndexTrace:
     def is_projected(self, value: ir.Value) -> bool:
         """Return whether a value depends on a projection, not on positions alone."""
         makers = (one.producer() for one in self.upstream_tokens(value))
-        return any(self._sums(node) for node in makers if node is not None and has_trait(node, Trait.PROJECTION))
+        projections = (node for node in makers if node is not None and has_trait(node, Trait.PROJECTION))
+        return any(map(self.sums_features, projections))
 
-    def _sums(self, node: ir.Node) -> bool:
-        """Whether a product sums over more than one element, unlike positions times frequencies."""
+    def sums_features(self, node: ir.Node) -> bool:
+        """Return whether a product sums over more than one element, unlike positions times frequencies."""
         found = contraction_of(self.flow.shapes.call(node))
         return found is None or any(self._size(node, found, label) != 1 for label in found.summed)
 

@@ -185,7 +185,7 @@ class Changed:
         heads: Head counts before and after, for `config.json`; None if they did not change.
         equal_models: Returns two models without a cache that must compute the same, to verify a pass that is not exact:
             the graph before with the weights after, and the graph after; None if there are none.
-        cache_bytes: Bytes of the cache of a sequence of `CACHE_TOKENS` tokens before and after; None if they are equal.
+        cache_bytes: Bytes of the cache of a sequence of `CACHE_TOKENS` tokens before and after; None if not known.
         proof: What the pass rests on, without the attention patterns; None if it adds no cache.
         companions: Models that compute inputs of the result, by the name of their file in its folder.
     """

@@ -16,14 +16,15 @@ from kvsurgeon.heads.replace_heads import HeadReplacer, NewHeads
 from kvsurgeon.heads.selection import Selection
 from kvsurgeon.io.model_config import ModelHeads
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
-from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.passes.contract import CACHE_TOKENS, Changed, Outcome, Subject, Unchanged
 
 SelectHeads = Callable[[int, HeadCounts], Selection | None]  # for a layer; None leaves it unchanged
 Plan = Callable[[HeadReplacer], Sequence[NewHeads | None]]
+Calibrate = Callable[[Subject], tuple[str, ...]]  # changes weights of a model without a cache, and returns notes
 
 
-def change_heads(subject: Subject, select: SelectHeads, *, lossy: bool) -> Outcome:
-    """Give each layer the heads that `select` returns for it.
+def change_heads(subject: Subject, select: SelectHeads, *, lossy: bool, calibrate: Calibrate | None = None) -> Outcome:
+    """Give each layer the heads that `select` returns for it, after `calibrate` changed the weights.
 
     Raises:
         UsageError: A layer cannot have that number of heads.
@@ -40,17 +41,22 @@ def change_heads(subject: Subject, select: SelectHeads, *, lossy: bool) -> Outco
             wanted.append(None if selection is None else ((layer,), selection))
         return wanted
 
-    return replace_heads(subject, plan, lossy=lossy)
+    return replace_heads(subject, plan, lossy=lossy, calibrate=calibrate)
 
 
-def replace_heads(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
+def replace_heads(subject: Subject, plan: Plan, *, lossy: bool, calibrate: Calibrate | None = None) -> Outcome:
     """Replace the heads of the layers as planned; a cache is removed before and injected again after.
 
     Raises:
         UnsupportedError: The weights of a layer's heads cannot be found, or the cache cannot be injected again.
     """
-    work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
+    work = Subject(model=subject.model, folder=subject.folder, config=subject.config, text=subject.text)
     signature = detach_cache(work)
+    notes = _notes(subject)
+    if calibrate is not None:
+        work.model = copy_model(work.decomposed().model)
+        notes += calibrate(work)
+        work.changed()
     without_cache = copy_model(work.model) if lossy else work.model
     with deep_recursion():
         replacer = HeadReplacer(_analysis_of_copy(work, subject), lossy=lossy)
@@ -64,14 +70,18 @@ def replace_heads(subject: Subject, plan: Plan, *, lossy: bool) -> Outcome:
     work.changed()
     kv_heads = [count if new is None else new[1].size for count, new in zip(before.kv, wanted, strict=True)]
     after = _heads(replacer, kv_heads, [layer if new is None else new[0][0] for layer, new in enumerate(wanted)])
-    notes, equal = _notes(subject), None
+    equal, cache_bytes = None, None
     if lossy:
-        notes += _size_notes(bits, _cached_bits(work.analysis()))
+        left = _cached_bits(work.analysis())
+        notes += _size_notes(bits, left)
+        cache_bytes = (bits * CACHE_TOKENS // 8, left * CACHE_TOKENS // 8)
         equal = partial(_equal_models, without_cache, copy_model(work.model), wanted)
     if signature is not None:
         reattach_cache(work, signature)
     subject.model = work.model
-    return Changed(edits=edits, notes=notes, exact=not lossy, heads=(before, after), equal_models=equal)
+    return Changed(
+        edits=edits, notes=notes, exact=not lossy, heads=(before, after), equal_models=equal, cache_bytes=cache_bytes
+    )
 
 
 def _equal_models(before: ir.Model, after: ir.Model, wanted: Sequence[NewHeads | None]) -> tuple[ir.Model, ir.Model]:
