@@ -17,7 +17,7 @@ from kvsurgeon.io.model_config import ModelHeads
 from kvsurgeon.parity import loss
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
-from kvsurgeon.report import json_output, table
+from kvsurgeon.reporting import json_output, table
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.run_and_save import run_and_save
 

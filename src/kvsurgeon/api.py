@@ -11,7 +11,7 @@ from kvsurgeon.io import load, save
 from kvsurgeon.parity import Effort
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Source, Subject
-from kvsurgeon.report import key_grid
+from kvsurgeon.reporting import key_grid
 from kvsurgeon.runtime import generate
 from kvsurgeon.runtime.text import Prompt
 from kvsurgeon.targets import Target

@@ -59,7 +59,7 @@ def inspect(
 ) -> None:
     """Show the attention layers of a model, and which of its properties are proved or assumed."""
     from kvsurgeon.passes.contract import Subject
-    from kvsurgeon.report import json_output, table
+    from kvsurgeon.reporting import json_output, table
     from kvsurgeon.workflow.build_target import check_target
 
     if target is None:
@@ -92,7 +92,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Run several passes in order."""
-    from kvsurgeon.report.trace import trace_writer
+    from kvsurgeon.reporting.trace import trace_writer
     from kvsurgeon.workflow.pipeline import Pipeline
 
     pass_commands.run_pipeline(
@@ -104,7 +104,7 @@ def run(
 
 def passes(json: Json = False) -> None:
     """List all passes, including those of installed packages."""
-    from kvsurgeon.report import json_output, table
+    from kvsurgeon.reporting import json_output, table
 
     found = json_output.passes_json()
     table.print_result(table.passes_table(found), found, json=json)
@@ -115,7 +115,7 @@ def targets(
     json: Json = False,
 ) -> None:
     """List the runtimes and compilers that models can be built for, or describe one."""
-    from kvsurgeon.report import json_output, table
+    from kvsurgeon.reporting import json_output, table
     from kvsurgeon.targets import TARGETS
 
     if name is None:
@@ -142,8 +142,8 @@ def verify(
     json: Json = False,
 ) -> None:
     """Run two models on the same token sequences, whole and in chunks, and compare the results."""
-    from kvsurgeon.report import table
-    from kvsurgeon.report.progress import verification_progress
+    from kvsurgeon.reporting import table
+    from kvsurgeon.reporting.progress import verification_progress
     from kvsurgeon.workflow.confirmation import confirm
     from kvsurgeon.workflow.loss import measure_loss
     from kvsurgeon.workflow.verification import verify_models
@@ -179,7 +179,7 @@ def plot(
     ] = None,
 ) -> None:
     """Plot the keys of a layer: a row for each group of query heads that share a KV head, a column for each head."""
-    from kvsurgeon.report import key_grid
+    from kvsurgeon.reporting import key_grid
     from kvsurgeon.workflow.keys import capture_keys
 
     sides = [capture_keys(one, layer=layer, prompt=prompt) for one in (model, against) if one is not None]
@@ -203,7 +203,7 @@ def generate(
     seed: SamplingSeed = 0,
 ) -> None:
     """Generate text, and show its speed."""
-    from kvsurgeon.report.generation import print_all, print_generation
+    from kvsurgeon.reporting.generation import print_all, print_generation
     from kvsurgeon.runtime import Sampling, TextGenerator
 
     if (prompt is None) == (prompts is None):

@@ -11,8 +11,8 @@ from rich.console import Console
 from kvsurgeon import api
 from kvsurgeon.errors import InputError, ParityError
 from kvsurgeon.passes.cache.inject import Inject
-from kvsurgeon.report import table, time_plot
-from kvsurgeon.report.progress import verification_progress
+from kvsurgeon.reporting import table, time_plot
+from kvsurgeon.reporting.progress import verification_progress
 from kvsurgeon.runtime import Generation, Sampling, TextGenerator
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.run_and_save import run_and_save

@@ -114,8 +114,8 @@ def run_pipeline(model: Path, pipeline: Pipeline, output: Path, **options: Any) 
 
 
 def _run(function: Callable[..., PipelineRun], *args: Any, json: bool, **options: Any) -> None:
-    from kvsurgeon.report import json_output, table
-    from kvsurgeon.report.progress import verification_progress
+    from kvsurgeon.reporting import json_output, table
+    from kvsurgeon.reporting.progress import verification_progress
 
     with redirect_stdout(sys.stderr), verification_progress() as progress:  # passes may print
         run = function(*args, progress=progress, **options)

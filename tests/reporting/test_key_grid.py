@@ -10,7 +10,7 @@ import pytest
 import kvsurgeon
 from kvsurgeon.cli.main import run
 from kvsurgeon.errors import UsageError
-from kvsurgeon.report import key_grid
+from kvsurgeon.reporting import key_grid
 from kvsurgeon.workflow.keys import Keys, capture_keys
 
 DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"

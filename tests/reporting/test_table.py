@@ -8,7 +8,7 @@ from rich.console import Console
 
 from kvsurgeon.anatomy import Attention, CachePointFacts, Decoder, Mask
 from kvsurgeon.parity import TOLERANCES, Comparison, Report
-from kvsurgeon.report import json_output, table
+from kvsurgeon.reporting import json_output, table
 
 LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
 CACHED = CachePointFacts(value="k", dtype="float16", layout=LAYOUT, heads=3, head_dim=64, bytes_per_token=384)

@@ -2,7 +2,7 @@
 
 import struct
 
-from kvsurgeon.report import time_plot
+from kvsurgeon.reporting import time_plot
 
 
 def test_a_growing_series_rises_and_a_constant_one_does_not():

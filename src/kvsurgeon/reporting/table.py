@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvsurgeon.passes.contract import CACHE_TOKENS, Unchanged
-from kvsurgeon.report.json_output import print_json
+from kvsurgeon.reporting.json_output import print_json
 
 if TYPE_CHECKING:
     from kvsurgeon.anatomy import Attention, CachedTensor, CrossAttention, Decoder, Mask
@@ -139,7 +139,7 @@ def _written_lines(run: PipelineRun) -> Iterator[str]:
 
 
 def passes_table(passes: Iterable[Mapping[str, Any]]) -> RenderableType:
-    """Return a row for each pass; see `kvsurgeon.report.json_output.passes_json`."""
+    """Return a row for each pass; see `kvsurgeon.reporting.json_output.passes_json`."""
     table = _table("pass", "effect", "options", "package")
     for one in passes:
         options = ", ".join(f"{option['name']}={option['type']}" for option in one.get("options", ()))
@@ -148,7 +148,7 @@ def passes_table(passes: Iterable[Mapping[str, Any]]) -> RenderableType:
 
 
 def targets_table(targets: Iterable[Mapping[str, Any]]) -> RenderableType:
-    """Return a row for each target; see `kvsurgeon.report.json_output.targets_json`."""
+    """Return a row for each target; see `kvsurgeon.reporting.json_output.targets_json`."""
     table = _table("target", "client", "tested with", "package")
     for one in targets:
         _add_row(table, one["name"], _summary(one), one.get("tried", "-"), one["package"])
@@ -156,7 +156,7 @@ def targets_table(targets: Iterable[Mapping[str, Any]]) -> RenderableType:
 
 
 def target_table(target: Mapping[str, Any]) -> RenderableType:
-    """Return a row for each requirement of a target; see `kvsurgeon.report.json_output.target_json`."""
+    """Return a row for each requirement of a target; see `kvsurgeon.reporting.json_output.target_json`."""
     table = _table(target["name"], target["summary"])
     for name, value in target.items():
         if name not in ("name", "summary", "passes") and value not in (None, [], {}, False):
