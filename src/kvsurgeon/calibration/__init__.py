@@ -3,5 +3,6 @@
 from kvsurgeon.calibration.activations import activations, calibration_rows
 from kvsurgeon.calibration.merge_heads import merge_into_first
 from kvsurgeon.calibration.moments import SecondMoment
+from kvsurgeon.calibration.share_layers import read_other_layers
 
-__all__ = ["SecondMoment", "activations", "calibration_rows", "merge_into_first"]
+__all__ = ["SecondMoment", "activations", "calibration_rows", "merge_into_first", "read_other_layers"]

@@ -10,26 +10,22 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
-from kvsurgeon.calibration.activations import activations
-from kvsurgeon.calibration.head_maps import HeadMap, feature_places, head_columns, head_map
-from kvsurgeon.calibration.low_rank import LowRankMap, low_rank_map
+from kvsurgeon.calibration.head_maps import HeadMap, head_columns
+from kvsurgeon.calibration.low_rank import low_rank_map
 from kvsurgeon.calibration.moments import SecondMoment
+from kvsurgeon.calibration.readers import OutputProjection, QueryProjection, complex_factor, mapped_heads
 from kvsurgeon.calibration.shared_heads import SharedHeads, find_shared_heads
-from kvsurgeon.calibration.token_features import to_features
+from kvsurgeon.calibration.token_features import token_features
 from kvsurgeon.calibration.weight_products import (
     FeatureChange,
     WeightProduct,
     change_features,
     check_readers,
     product_above,
-    product_below,
-    stored_weights,
 )
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.heads.index_trace import IndexTrace
-from kvsurgeon.heads.layout import layout_of
-from kvsurgeon.weights.mapped import mapped_elements
 
 _MOMENTS = 1 << 27  # elements of second moments in memory; more layers need the text once more
 
@@ -64,7 +60,7 @@ def merge_into_first(analysis: Analysis, kv_heads: int, text: Path, folder: Path
     Raises:
         UnsupportedError: The weights cannot be found, or both keys and values cannot be merged.
     """
-    editor, trace = Editor(analysis.model), IndexTrace(analysis.flow)
+    trace = IndexTrace(analysis.flow)
     found = [one for one in find_shared_heads(analysis) if one.kv_heads > kv_heads]
     moments = {id(one): moment for batch in _batches(found) for one, moment in _measure(analysis, batch, text, folder)}
     changes: Changes = []
@@ -81,18 +77,15 @@ def merge_into_first(analysis: Analysis, kv_heads: int, text: Path, folder: Path
                 reasons.append(error)
                 changes += _averaged(trace, one, part, groups)
                 averaged.setdefault(f"{part} are averaged: {error}", []).append(one.layers[0])
-    _check_separate(changes)
-    for product, change in changes:
-        change_features(editor, product, change)
-    editor.finish()
+    apply_changes(analysis.model, changes)
     return tuple(f"{reason} (in {len(layers)} layers)" for reason, layers in averaged.items())
 
 
-def _check_separate(changes: Changes) -> None:
-    """Check that no feature of a product is changed for two purposes, such as keys that are the values.
+def apply_changes(model: ir.Model, changes: Changes) -> None:
+    """Change the weights of projections.
 
     Raises:
-        UnsupportedError: One is.
+        UnsupportedError: A feature of a product would be changed for two purposes, such as keys that are the values.
     """
     used: dict[ir.Node, set[int]] = {}
     for product, parts in changes:
@@ -104,6 +97,10 @@ def _check_separate(changes: Changes) -> None:
                 code=Code.UNTRACEABLE_HEADS, at=product.features.name, hint="use method=mean or method=first",
             )  # fmt: skip
         others |= own
+    editor = Editor(model)
+    for product, change in changes:
+        change_features(editor, product, change)
+    editor.finish()
 
 
 def _batches(found: Sequence[SharedHeads]) -> Iterator[list[SharedHeads]]:
@@ -132,21 +129,13 @@ def _measure(
         )
         for one in batch
     ]  # fmt: skip
-    values = {value.name or "": value for one in batch for value in (one.keys, one.values, *one.queries)}
-    layouts = {name: layout_of(analysis.flow, value) for name, value in values.items()}
-    for row in activations(analysis.model, list(values), text, folder=folder):
-
-        def features(value: ir.Value, row: dict[str, np.ndarray] = row) -> np.ndarray:
-            name = value.name or ""
-            layout = layouts[name]
-            found: np.ndarray = to_features(row[name], layout, 1, row[name].size // layout.width)[0]
-            return found
-
+    values = [value for one in batch for value in (one.keys, one.values, *one.queries)]
+    for features in token_features(analysis, values, text, folder):
         for one, moment in zip(batch, moments, strict=True):
-            moment.keys.add(features(one.keys))
-            moment.values.add(features(one.values))
+            moment.keys.add(features[one.keys])
+            moment.values.add(features[one.values])
             for query in one.queries:
-                heads = features(query).reshape(-1, len(one.reads), one.head_dim)
+                heads = features[query].reshape(-1, len(one.reads), one.head_dim)
                 for head, kv_head in enumerate(one.reads):
                     moment.queries[kv_head].add(heads[:, head])
     for one, moment in zip(batch, moments, strict=True):
@@ -164,30 +153,22 @@ def _merged_keys(trace: IndexTrace, one: SharedHeads, groups: Groups, moments: _
     Raises:
         UnsupportedError: Keys or queries are not linear in their projection, or rotated in different pairs.
     """
-    flow = trace.flow
-    products = [product_above(trace, value) for value in (one.keys, *one.queries)]
-    maps: list[HeadMap] = []
-    for product, value, heads in zip(products, (one.keys, *one.queries), one.counts, strict=True):
-        check_readers(flow, product, one.ends)
-        maps.append(head_map(flow, product.features, value, head_columns(flow, product.features, value, heads)))
-    keys, *queries = maps
+    product, keys = mapped_heads(trace, one, one.keys, one.kv_heads)
+    readers = [QueryProjection.of(trace, one, value) for value in one.queries]
     planes = keys.planes
-    if any(set(query.planes) != set(planes) for query in queries) or max(map(len, planes)) > 2:
+    if any(set(reader.heads.planes) != set(planes) for reader in readers) or max(map(len, planes)) > 2:
         raise UnsupportedError(
             "keys and queries are rotated in different ways", code=Code.UNTRACEABLE_HEADS, at=one.keys.name,
             expected="pairs of features", found=f"{len(planes)} sets of up to {max(map(len, planes))} features",
         )  # fmt: skip
-    changes: list[list[FeatureChange]] = [[] for _ in maps]
+    own: list[FeatureChange] = []
+    others: list[list[FeatureChange]] = [[] for _ in readers]
     for group in groups:
         encoders, decoders = _key_components(planes, group, moments, one.head_dim)
-        changes[0].append(_into_first(keys, group, encoders))
-        for query, change in zip(queries, changes[1:], strict=True):
-            rotated = {head: query.on_columns(decoder.T) for head, decoder in zip(group, decoders, strict=True)}
-            for head, kv_head in enumerate(one.reads):
-                if kv_head in rotated:
-                    columns = query.columns[head]
-                    change.append(FeatureChange(target=columns, source=columns, matrix=rotated[kv_head].T))
-    return list(zip(products, changes, strict=True))
+        own.append(_into_first(keys, group, encoders))
+        for reader, change in zip(readers, others, strict=True):
+            change += reader.changed(dict(zip(group, decoders, strict=True)))
+    return [(product, own), *((reader.product, change) for reader, change in zip(readers, others, strict=True))]
 
 
 def _key_components(
@@ -208,8 +189,8 @@ def _key_components(
         weights = [np.array([[one[first, first] + one[second, second]]]) for one in queries]
         found = low_rank_map(moment, weights, 1)
         for place in range(len(group)):
-            _put(encoders[place], first, second, found.encode[0, place])
-            _put(decoders[place], first, second, found.decode[place, 0])
+            complex_factor(encoders[place], first, second, found.encode[0, place])
+            complex_factor(decoders[place], first, second, found.decode[place, 0])
     plain = [plane[0] for plane in planes if len(plane) == 1]
     if plain:
         weights = [moments.queries[head].total[np.ix_(plain, plain)] for head in group]
@@ -222,12 +203,6 @@ def _key_components(
     return encoders, decoders
 
 
-def _put(matrix: np.ndarray, first: int, second: int, factor: complex) -> None:
-    """Write the product with a complex number as a matrix on two features."""
-    matrix[first, first] = matrix[second, second] = factor.real
-    matrix[second, first], matrix[first, second] = factor.imag, -factor.imag
-
-
 def _merged_values(trace: IndexTrace, one: SharedHeads, groups: Groups, moments: _Moments) -> Changes:
     """Return the changes that merge values, and those of the output projections.
 
@@ -235,42 +210,21 @@ def _merged_values(trace: IndexTrace, one: SharedHeads, groups: Groups, moments:
         UnsupportedError: Values are not linear in their projection, or something else than a projection reads the
             result of the attention.
     """
-    flow = trace.flow
-    above = product_above(trace, one.values)
-    check_readers(flow, above, one.ends)
-    columns = head_columns(flow, above.features, one.values, one.kv_heads)
-    values = head_map(flow, above.features, one.values, columns)
-    below = [product_below(trace, context) for context in one.contexts]
-    rows = [
-        feature_places(flow, context, product.features).reshape(len(one.reads), -1)
-        for context, product in zip(one.contexts, below, strict=True)
-    ]
+    product, values = mapped_heads(trace, one, one.values, one.kv_heads)
+    readers = [OutputProjection.of(trace, one, context) for context in one.contexts]
     size, heads = one.value_dim, one.kv_heads
-    weights = [np.zeros((size, size)) for _ in range(heads)]
-    for product, places in zip(below, rows, strict=True):
-        by_row = _rows_of_weights(product)
-        for head, kv_head in enumerate(one.reads):
-            part = by_row[places[head]].astype(np.float64)
-            weights[kv_head] += part @ part.T
+    weights = [sum(parts) for parts in zip(*(reader.weights(heads) for reader in readers), strict=True)]
     total = moments.values.total.reshape(heads, size, heads, size)
     own: list[FeatureChange] = []
-    others: list[list[FeatureChange]] = [[] for _ in below]
+    others: list[list[FeatureChange]] = [[] for _ in readers]
     for group in groups:
         block = total[np.ix_(group, range(size), group, range(size))].reshape(len(group) * size, -1)
-        found = low_rank_map(block, [weights[head] for head in group], size)
-        encoders, decoders = _split(found, len(group))
-        own.append(_into_first(values, group, encoders))
-        for places, change in zip(rows, others, strict=True):
-            for head, kv_head in enumerate(one.reads):
-                if kv_head in group:
-                    decoder = decoders[group.index(kv_head)]
-                    change.append(FeatureChange(target=places[head], source=places[head], matrix=decoder))
-    return [(above, own), *zip(below, others, strict=True)]
-
-
-def _split(found: LowRankMap, heads: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return the encoder and decoder of each head."""
-    return np.split(found.encode, heads, axis=1), np.split(found.decode, heads, axis=0)
+        found = low_rank_map(block, [np.asarray(weights[head]) for head in group], size)
+        own.append(_into_first(values, group, np.split(found.encode, len(group), axis=1)))
+        decoders = np.split(found.decode, len(group), axis=0)
+        for reader, change in zip(readers, others, strict=True):
+            change += reader.changed(dict(zip(group, decoders, strict=True)))
+    return [(product, own), *((reader.product, change) for reader, change in zip(readers, others, strict=True))]
 
 
 def _into_first(heads: HeadMap, group: Sequence[int], encoders: Sequence[np.ndarray]) -> FeatureChange:
@@ -296,12 +250,3 @@ def _averaged(trace: IndexTrace, one: SharedHeads, part: str, groups: Groups) ->
             for group in groups
         ])
     ]  # fmt: skip
-
-
-def _rows_of_weights(product: WeightProduct) -> np.ndarray:
-    """Return the weights below an attention, a row for each feature that they read."""
-    (operand,) = product.operands
-    stored = stored_weights(operand)
-    assert stored is not None
-    rows: np.ndarray = np.moveaxis(np.asarray(mapped_elements(stored)), operand.axis, 0)
-    return rows.reshape(len(rows), -1)

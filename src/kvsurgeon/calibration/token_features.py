@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
+
+from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.probe_inputs import at_length
-from kvsurgeon.heads.layout import Layout
+from kvsurgeon.calibration.activations import activations
+from kvsurgeon.heads.layout import Layout, layout_of
+
+
+def token_features(
+    analysis: Analysis, values: Sequence[ir.Value], text: Path, folder: Path | None
+) -> Iterator[dict[ir.Value, np.ndarray]]:
+    """Yield the features of some token data, `[tokens, features]` each, for each row of the first half of a text.
+
+    Raises:
+        UnsupportedError: A value has axes other than batch, sequence and features.
+        RunError: onnxruntime cannot run the model.
+    """
+    names = {value: value.name or "" for value in values}
+    layouts = {value: layout_of(analysis.flow, value) for value in names}
+    for row in activations(analysis.model, list(names.values()), text, folder=folder):
+        yield {
+            value: to_features(row[name], layouts[value], 1, row[name].size // layouts[value].width)[0]
+            for value, name in names.items()
+        }
 
 
 def to_features(array: np.ndarray, layout: Layout, batch: int, length: int) -> np.ndarray:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 from kvsurgeon.errors import UsageError
+from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.heads.replace_heads import HeadReplacer, NewHeads
 from kvsurgeon.heads.selection import average_layers
 from kvsurgeon.passes.contract import Outcome, Subject
@@ -17,15 +19,18 @@ from kvsurgeon.passes.heads.change_heads import check_one_of, replace_heads
 class ShareKvLayers:
     """Share keys and values across layers (multi-layer key-value heads, MLKV): fewer layers have a cache entry.
 
-    Before: a cache entry for each layer. After: `kv_layers` entries, each read by a group of neighboring layers. Not
-    exact: the model needs further training, and the report states the accuracy loss.
+    Before: a cache entry for each layer. After: `kv_layers` entries, each read by a group of neighboring layers. With a
+    text (`--text FILE`), queries and output projections are fitted to the keys and values of the other layer; without
+    one, these are means. Not exact: the report states the accuracy loss.
 
     Not supported: layers with other head counts or other rotary embeddings than the one whose keys they would read,
     means of quantized weights (`method=first` copies stored weights), heads that cannot be traced to weights.
 
     Attributes:
         kv_layers: Number of layers that compute keys and values: the first one of each group.
-        method: Keys and values of a group: the mean of its layers, their running mean, or those of its first layer.
+        method: Keys and values of a group: those of its first layer, fitted to the others by least squares on a text;
+            the mean of its layers, their running mean, or those of the first. By default least squares if a text is
+            given, else the mean.
         map: For each layer the index of the layer whose keys and values it reads, instead of `kv_layers`.
     """
 
@@ -33,7 +38,7 @@ class ShareKvLayers:
     exact: ClassVar[bool] = False  # its command measures the accuracy loss
 
     kv_layers: int | None = None
-    method: Literal["mean", "running", "first"] = "mean"
+    method: Literal["least-squares", "mean", "running", "first"] | None = None
     map: tuple[int, ...] = ()
 
     def apply(self, subject: Subject) -> Outcome:
@@ -45,27 +50,34 @@ class ShareKvLayers:
                 for example with other rotary embeddings.
         """
         check_one_of(self.name, {"--kv-layers": self.kv_layers is not None, "--map": bool(self.map)})
-        return replace_heads(subject, self._plan, lossy=True)
+        method = self.method or ("mean" if subject.text is None else "least-squares")
+        if method == "least-squares" and subject.text is None:
+            raise UsageError("expected a text for method=least-squares, found none; give --text FILE")
+        calibrate = self._fit_weights if method == "least-squares" else None
+        return replace_heads(subject, partial(self._plan, method), lossy=True, calibrate=calibrate)
 
-    def _plan(self, replacer: HeadReplacer) -> list[NewHeads | None]:
+    def _fit_weights(self, subject: Subject) -> tuple[str, ...]:
+        from kvsurgeon.calibration import read_other_layers  # onnxruntime is slow to import
+
+        assert subject.text is not None
+        analysis = subject.analysis()
+        with deep_recursion():
+            return read_other_layers(analysis, self._owners(len(analysis.sites)), subject.text, subject.folder)
+
+    def _owners(self, layers: int) -> list[int]:
+        return self._checked_map(layers) if self.map else self._even_groups(layers)
+
+    def _plan(self, method: str, replacer: HeadReplacer) -> list[NewHeads | None]:
         layers = len(replacer.counts)
-        owners = self._checked_map(layers) if self.map else self._even_groups(layers)
+        owners = self._owners(layers)
         new: dict[int, NewHeads | None] = {}
         for owner in dict.fromkeys(owners):
             group = [layer for layer in range(layers) if owners[layer] == owner]
             _check_compatible(replacer, owner, group)
-            weights = self._weights(len(group))
+            weights = _weights(method, len(group))
             selection = average_layers(replacer.counts[owner].kv_heads, weights)
             new[owner] = (tuple(group[: len(weights)]), selection) if len(group) > 1 else None
         return [new[owner] for owner in owners]
-
-    def _weights(self, layers: int) -> list[int]:
-        """The weight of each layer of a group in their mean; in a running mean w = (w + next) / 2."""
-        if self.method == "first":
-            return [1]
-        if self.method == "mean":
-            return [1] * layers
-        return [1, *(2**layer for layer in range(layers - 1))]
 
     def _even_groups(self, layers: int) -> list[int]:
         if self.kv_layers not in range(1, layers + 1):
@@ -82,6 +94,15 @@ class ShareKvLayers:
                     f"found {owner}"
                 )
         return list(self.map)
+
+
+def _weights(method: str, layers: int) -> list[int]:
+    """Return the weight of each layer of a group in their mean; in a running mean w = (w + next) / 2."""
+    if method in ("first", "least-squares"):
+        return [1]
+    if method == "mean":
+        return [1] * layers
+    return [1, *(2**layer for layer in range(layers - 1))]
 
 
 def owners_of(layers: int, kv_layers: int) -> list[int]:
