@@ -47,7 +47,7 @@ def test_merged_heads_are_those_of_averaged_weights(form):
     assert isinstance(outcome, Changed)
     assert outcome.equal_models is not None
     feeds = texts(decoder(form))
-    expected, found = (in_onnxruntime(io.to_proto(one))(feeds)["logits"] for one in outcome.equal_models())
+    expected, found = (in_onnxruntime(io.to_proto(one))(feeds)["logits"] for one in outcome.equal_models()[0])
     assert difference(found, expected, feeds["attention_mask"]) < 1e-5
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -183,8 +183,9 @@ class Changed:
         notes: Notes for the user, such as assumptions without proof.
         exact: Whether the pass preserves the results of the model; if not, the loss is measured instead.
         heads: Head counts before and after, for `config.json`; None if they did not change.
-        equal_models: Returns two models without a cache that must compute the same, to verify a pass that is not exact:
-            the graph before with the weights after, and the graph after; None if there are none.
+        equal_models: Returns pairs of models that must compute the same, to verify a pass that is not exact, such as
+            the graph before with the weights after, and the graph after, both without a cache. The second one of the
+            last pair computes what the result does. None if there are no pairs.
         cache_bytes: Bytes of the cache of a sequence of `CACHE_TOKENS` tokens before and after; None if not known.
         proof: What the pass rests on, without the attention patterns; None if it adds no cache.
         companions: Models that compute inputs of the result, by the name of their file in its folder.
@@ -195,7 +196,9 @@ class Changed:
     exact: bool = True
     heads: HeadChange | None = None
     cache_bytes: tuple[int, int] | None = None
-    equal_models: Callable[[], tuple[ir.Model, ir.Model]] | None = field(default=None, repr=False, compare=False)
+    equal_models: Callable[[], Sequence[tuple[ir.Model, ir.Model]]] | None = field(
+        default=None, repr=False, compare=False
+    )
     proof: Proof | None = field(default=None, repr=False, compare=False)
     companions: Mapping[str, Companion] = field(default_factory=dict, repr=False, compare=False)
 

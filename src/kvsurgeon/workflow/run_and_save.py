@@ -186,34 +186,41 @@ def _verify_weights(run: PipelineRun, candidate: onnx.ModelProto, **options: Any
 
     Raises:
         ParityError: A pass computes something else than the graph before it with the new weights.
+        UnsupportedError: The verifier cannot run a model.
     """
     from kvsurgeon.workflow.verification import verify_models  # onnxruntime is slow to import
 
-    pairs = [change.equal_models() for change in run.changes if change.equal_models is not None]
+    pairs = [pair for change in run.changes if change.equal_models is not None for pair in change.equal_models()]
     for number, (expected, found) in enumerate(pairs, 1):
         with io.staged(expected, None, run.folder) as reference, io.staged(found, None, run.folder) as result:
             last = number == len(pairs)  # passes after it are exact
             report = verify_models(reference, candidate if last else result, folder=run.folder, **options)
-        if report.verdict == "different":
-            raise ParityError(
-                "the results of the model differ from those of the original graph with the same weights: "
-                f"{first_of(report.problems)}"
-            )
+        _check(report, "the original graph with the same weights")
 
 
 def _verify(reference: onnx.ModelProto, candidate: onnx.ModelProto, **options: Any) -> Report:
     from kvsurgeon.workflow.verification import verify_models  # onnxruntime is slow to import
 
     found = verify_models(reference, candidate, **options)
-    if found.verdict == "different":
-        problem = first_of(found.problems)
-        raise ParityError(f"the results of the model differ from those of the original: {problem}; seed {found.seed}")
-    if found.verdict == "unknown":
+    _check(found, "the original")
+    return found
+
+
+def _check(report: Report, what: str) -> None:
+    """Check that the verdict is "same".
+
+    Raises:
+        ParityError: The results differ.
+        UnsupportedError: They cannot be compared.
+    """
+    if report.verdict == "different":
+        problem = first_of(report.problems)
+        raise ParityError(f"the results of the model differ from those of {what}: {problem}; seed {report.seed}")
+    if report.verdict == "unknown":
         raise UnsupportedError(
-            f"cannot verify the result: {'; '.join(found.problems)}", code=Code.NOT_VERIFIABLE,
+            f"cannot verify the result: {'; '.join(report.problems)}", code=Code.NOT_VERIFIABLE,
             hint="skip verification by --no-verify, or verify=False",
         )  # fmt: skip
-    return found
 
 
 def _unchanged(steps: tuple[PassResult, ...]) -> str:

@@ -12,10 +12,12 @@ from exports import after
 from laws import Arrays, dims_of, in_onnxruntime, texts
 
 from kvsurgeon import io
+from kvsurgeon.errors import ParityError
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.quantize_cache import QuantizeCache
 from kvsurgeon.passes.cache.remove_cache import RemoveCache
+from kvsurgeon.passes.contract import CACHE_TOKENS
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.run_and_save import run_and_save
 
@@ -132,11 +134,26 @@ def test_a_row_of_zeros_stays_a_row_of_zeros():
     assert np.isfinite(found["logits"]).all()
 
 
-def test_the_loss_is_measured_and_the_size_stated():
+def test_the_loss_is_measured_and_the_size_of_the_cache_stated():
     run = run_and_save(original(), Pipeline([Inject(), QuantizeCache(bits=4)]), effort="quick", seed=1)
     assert not run.exact
     assert run.loss is not None
-    assert run.notes[-1] == "a token of one sequence takes 64 bytes in the cache, before 256"
+    assert run.cache_bytes == (256 * CACHE_TOKENS, 64 * CACHE_TOKENS)
+
+
+def test_a_rotation_is_verified_against_the_model_before():
+    run = Pipeline([Inject(), QuantizeCache(bits=4, hadamard=True)]).run(original())
+    assert run.changes[-1].equal_models is not None
+    (before, rotated), _ = run.changes[-1].equal_models()
+    report = verify(io.to_proto(before), io.to_proto(rotated), effort="quick", seed=3)
+    assert report.verdict == "same"
+    assert report.error > 0  # not the same graph
+
+
+def test_a_wrong_rotation_is_found(monkeypatch):
+    monkeypatch.setattr("kvsurgeon.heads.hadamard.hadamard", lambda size: 2 * np.eye(size))
+    with pytest.raises(ParityError, match="differ from those of the original graph"):
+        run_and_save(original(), Pipeline([Inject(), QuantizeCache(hadamard=True)]), effort="quick", seed=1)
 
 
 def test_scales_of_a_float16_model_are_float32():

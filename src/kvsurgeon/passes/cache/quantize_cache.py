@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
@@ -12,8 +13,10 @@ import onnx_ir as ir
 from kvsurgeon.cache.layout import declared_shape
 from kvsurgeon.cache.pairs import CachePair, find_cache_pairs
 from kvsurgeon.graph.copies import copy_model
+from kvsurgeon.graph.recursion import deep_recursion
+from kvsurgeon.heads.hadamard import rotate_heads
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
-from kvsurgeon.passes.contract import Outcome, Subject, Unchanged
+from kvsurgeon.passes.contract import CACHE_TOKENS, Outcome, Subject, Unchanged
 from kvsurgeon.rewrite.cache_removal import remove_cache
 
 
@@ -26,16 +29,22 @@ class QuantizeCache:
     past_sequence_length, 1]` in float32; the same for values and for the outputs. Each row is quantized once, when it
     enters the cache, and attention reads it from there. Not exact: the report states the accuracy loss.
 
-    Not supported: caches that `remove-cache` does not remove, an odd `head_dim` for 4 bits.
+    `hadamard` rotates queries, keys, values and outputs by a Hadamard matrix, which only changes what a row holds:
+    large features are spread over all of a head, and 4 bits lose less.
+
+    Not supported: caches that `remove-cache` does not remove, an odd `head_dim` for 4 bits. With `hadamard`: keys or
+    values that are changed between cache and product, such as by a rotary embedding, or that something else reads.
 
     Attributes:
         bits: Bits of an integer; 4 needs half the memory, and loses more.
+        hadamard: Whether to rotate heads by a Hadamard matrix.
     """
 
     name: ClassVar[str] = "quantize-cache"
     exact: ClassVar[bool] = False  # its command measures the accuracy loss
 
     bits: Literal[8, 4] = 8
+    hadamard: bool = False
 
     def apply(self, subject: Subject) -> Outcome:
         """Quantize the cache of `subject.model`.
@@ -50,12 +59,22 @@ class QuantizeCache:
         signature = detach_cache(work)
         if signature is None:
             return Unchanged(reason="the model has no cache: use inject")
+        pairs = [_rotate(work)] if self.hadamard else []
         injected = reattach_cache(work, signature, bits=self.bits)
-        before, after = (_bytes_per_token(model.graph) for model in (subject.model, work.model))
-        size = f"a token of one sequence takes {after} bytes in the cache, before {before}"
-        equal = partial(_equal_models, copy_model(work.model))
+        before, after = (_bytes_per_token(model.graph) * CACHE_TOKENS for model in (subject.model, work.model))
+        equal = partial(_equal_models, pairs, copy_model(work.model))
         subject.model = work.model
-        return replace(injected, notes=(*injected.notes, size), exact=False, equal_models=equal, proof=None)
+        return replace(injected, exact=False, cache_bytes=(before, after), equal_models=equal, proof=None)
+
+
+def _rotate(work: Subject) -> tuple[ir.Model, ir.Model]:
+    """Rotate the heads of a model without a cache, and return the model before, and a copy of that after."""
+    before = work.model
+    work.model = copy_model(before)
+    with deep_recursion():
+        rotate_heads(work.analysis())
+    work.model = work.decomposed().model
+    return before, copy_model(work.model)
 
 
 def _is_integer(value: ir.Value) -> bool:
@@ -73,8 +92,8 @@ def _bytes_per_row(pair: CachePair) -> int:
     return math.prod(size for size in sizes if isinstance(size, int)) * bits // 8
 
 
-def _equal_models(result: ir.Model) -> tuple[ir.Model, ir.Model]:
-    """Return the model that quantizes the rows of a whole text in one call, and the one with a cache."""
+def _equal_models(pairs: Sequence[tuple[ir.Model, ir.Model]], result: ir.Model) -> Sequence[tuple[ir.Model, ir.Model]]:
+    """Return pairs, and the model that quantizes the rows of a whole text in one call with the one with a cache."""
     removed = remove_cache(result)
     assert removed is not None
-    return removed.model, result
+    return [*pairs, (removed.model, result)]

@@ -84,13 +84,15 @@ def replace_heads(subject: Subject, plan: Plan, *, lossy: bool, calibrate: Calib
     )
 
 
-def _equal_models(before: ir.Model, after: ir.Model, wanted: Sequence[NewHeads | None]) -> tuple[ir.Model, ir.Model]:
+def _equal_models(
+    before: ir.Model, after: ir.Model, wanted: Sequence[NewHeads | None]
+) -> Sequence[tuple[ir.Model, ir.Model]]:
     """Return the model before with the weights of the new heads in an unchanged graph, and the model after."""
     work = Subject(model=copy_model(before))
     with deep_recursion():
         replacer = HeadReplacer(work.analysis(), lossy=True)
         replacer.replace_in_place(wanted)
-    return replacer.analysis.model, after
+    return [(replacer.analysis.model, after)]
 
 
 def _cached_bits(analysis: Analysis) -> int:
