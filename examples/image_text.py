@@ -2,8 +2,8 @@
 
 The parts are those that transformers.js and onnxruntime-genai load: `embed_tokens.onnx` looks up token ids, and
 `decoder_model.onnx` takes `inputs_embeds`, in which the application has replaced the rows of image tokens by the output
-of the vision encoder. Only the decoder has a cache. Greedy decoding with the injected decoder must give the tokens of
-`generate` of transformers on a text with an image.
+of the vision encoder, `vision_encoder.onnx` (written for LLaVA). Only the decoder has a cache. Greedy decoding with the
+injected decoder must give the tokens of `generate` of transformers on a text with an image.
 
     pip install torch transformers onnxscript onnxruntime kvsurgeon
     python examples/image_text.py OUT
@@ -141,6 +141,18 @@ class Decoder(torch.nn.Module):
         return self.head(self.decoder(inputs_embeds=inputs_embeds, **given).last_hidden_state)
 
 
+class VisionEncoder(torch.nn.Module):
+    """The part that computes the rows of an image."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the rows of all images, `[rows, width]`."""
+        return torch.cat(self.model.get_image_features(pixel_values).pooler_output)
+
+
 def first_call(one: Model) -> dict[str, torch.Tensor]:
     """Return what the decoder of transformers is given in the first call for this text."""
     seen: dict[str, torch.Tensor] = {}
@@ -161,9 +173,12 @@ def first_call(one: Model) -> dict[str, torch.Tensor]:
 def export(one: Model, exporter: str, folder: Path) -> None:
     """Write both parts."""
     folder.mkdir(parents=True, exist_ok=True)
-    one.model.config.get_text_config().to_json_file(folder / "config.json")
+    one.model.config.to_json_file(folder / "config.json")
     ids, embed = {"input_ids": one.given["input_ids"]}, one.model.get_input_embeddings()
     write_graph(embed, ids, "inputs_embeds", exporter, folder / "embed_tokens.onnx")
+    if set(one.given) == {"input_ids", "attention_mask", "pixel_values"}:
+        image = {"pixel_values": one.given["pixel_values"]}
+        write_graph(VisionEncoder(one.model), image, "image_features", exporter, folder / "vision_encoder.onnx")
     write_graph(Decoder(one.model).eval(), first_call(one), "logits", exporter, folder / "decoder_model.onnx")
 
 
@@ -171,6 +186,8 @@ def free_axes(name: str, tensor: torch.Tensor) -> dict[int, str]:
     """Return the axes of a tensor that have any size."""
     if name == "position_ids":  # of one axis, or of three
         return {tensor.ndim - 2: "batch", tensor.ndim - 1: "sequence"}
+    if name == "pixel_values":
+        return {}
     tokens = (2, 3) if tensor.ndim == 4 else (1,)  # a mask of queries against keys, or one of tokens
     return {0: "batch", **dict.fromkeys(tokens, "sequence")}
 
@@ -178,15 +195,15 @@ def free_axes(name: str, tensor: torch.Tensor) -> dict[int, str]:
 def write_graph(
     module: torch.nn.Module, given: Mapping[str, torch.Tensor], output: str, exporter: str, file: Path
 ) -> None:
-    """Export a module for any batch and length."""
+    """Export a module for any batch and length, or for one image."""
     axes = {name: free_axes(name, tensor) for name, tensor in given.items()}
-    twice = tuple(torch.cat([tensor] * 2, dim=min(axes[name])) for name, tensor in given.items())
+    twice = tuple(torch.cat([one] * 2, dim=min(axes[name])) if axes[name] else one for name, one in given.items())
     names: dict[str, Any] = {"input_names": list(given), "output_names": [output]}
     if exporter == "dynamo":
         shapes = tuple({axis: torch.export.Dim(size) for axis, size in free.items()} for free in axes.values())
         torch.onnx.export(module, twice, file, dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
     else:
-        axes[output] = {0: "batch", 1: "sequence"}
+        axes[output] = {0: "rows"} if output == "image_features" else {0: "batch", 1: "sequence"}
         torch.onnx.export(module, twice, file, dynamo=False, dynamic_axes=axes, opset_version=17, **names)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvsurgeon.runtime import UncachedDecoder, ValueInfo, open_session
 from kvsurgeon.runtime.tensors import from_runtime, to_runtime
-from kvsurgeon.workflow.build_target import ENCODER
+from kvsurgeon.targets.target import EMBEDDING, EMBEDDINGS, ENCODER, VISION
 
 SMOLLM2_NEW = 32
 VOCABULARY = 40  # token ids that any model has
@@ -28,6 +28,7 @@ class Case:
         new: Number of tokens to generate.
         chunk: Length of the chunks of the prompt; None for one chunk.
         encoder: Inputs of the encoder by name, of an encoder-decoder model; empty for another one.
+        pixels: The input `pixel_values` of the vision encoder; empty if there is no image.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Case:
     new: int
     chunk: int | None = None
     encoder: dict[str, list] = field(default_factory=dict)
+    pixels: list = field(default_factory=list)
 
     def request(self) -> dict:
         """Return the request to a client."""
@@ -65,6 +67,30 @@ def encoder_cases(folder: Path, *, new: int) -> Iterator[Case]:
     for name, rows in (("single", 1), ("batch", 2)):
         encoder = {key: array[:rows].tolist() for key, array in arrays.items()}
         yield Case(name=name, ids=[[start]] * rows, mask=[[1]] * rows, new=new, encoder=encoder)
+
+
+def image_cases(folder: Path, *, new: int) -> Iterator[Case]:
+    """Yield a text with an image, unless the vision encoder needs more than the image."""
+    random = np.random.default_rng(7)
+    inputs = open_session(folder / VISION, threads=1).inputs
+    if len(inputs) == 1:
+        pixels = random.standard_normal([one if isinstance(one, int) else 1 for one in inputs[0].dims])
+        features = _features(folder, pixels)
+        ids = random.integers(3, VOCABULARY, 9)
+        ids = [*ids[:4].tolist(), *[_image_token(folder)] * len(features), *ids[4:].tolist()]
+        yield Case(name="image", ids=[ids], mask=[[1] * len(ids)], new=new, pixels=pixels.tolist())
+
+
+def _image_token(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    return config.get("image_token_id", config.get("image_token_index"))
+
+
+def _features(folder: Path, pixels: np.ndarray) -> np.ndarray:
+    """Return the rows of an image that replace those of its tokens."""
+    session = open_session(folder / VISION, threads=1)
+    (features,) = session.run({session.inputs[0].name: to_runtime(pixels.astype(np.float32))}).values()
+    return from_runtime(features).reshape(-1, from_runtime(features).shape[-1])
 
 
 def _encoder_input(tensor: ValueInfo, random: np.random.Generator) -> np.ndarray:
@@ -103,10 +129,22 @@ def expected_tokens(original: Path, case: Case) -> list[list[int]]:
     encoded = _encoder_output(original.parent, case) if case.encoder else {}
     for _ in range(case.new):
         feeds = decoder.inputs.feeds(ids, mask)
+        if EMBEDDINGS in feeds:
+            encoded[EMBEDDINGS] = _embeddings(original.parent, ids, case)
         logits = decoder.run(feeds | {name: array for name, array in encoded.items() if name in feeds})[decoder.logits]
         ids = np.concatenate([ids, logits[:, -1:].argmax(-1)], axis=1)
         mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
     return ids[:, -case.new :].tolist()
+
+
+def _embeddings(folder: Path, ids: np.ndarray, case: Case) -> np.ndarray:
+    """Return the embeddings of token ids, with the rows of an image in place of those of its tokens."""
+    (found,) = open_session(folder / EMBEDDING, threads=1).run({"input_ids": to_runtime(ids)}).values()
+    rows = from_runtime(found)
+    if case.pixels:
+        rows = rows.copy()
+        rows[ids == _image_token(folder)] = _features(folder, np.array(case.pixels))
+    return rows
 
 
 def _encoder_output(folder: Path, case: Case) -> dict[str, np.ndarray]:

@@ -27,6 +27,7 @@ class Client:
         home: Name of its environment; None for the name of the target.
         uncached: Argument of the script to run a model without a cache; None if it cannot.
         encoder: Whether its models have an encoder.
+        embedding: Whether its decoders take embeddings, which another model looks up.
     """
 
     target: str
@@ -41,6 +42,7 @@ class Client:
     home: str | None = None
     uncached: str | None = None
     encoder: bool = False
+    embedding: bool = False
 
     def command(self, environments: Path, python: str) -> tuple[list[str], Path]:
         """Return the command and the working directory of the client; its environment is created if it is missing."""
@@ -95,6 +97,16 @@ CLIENTS = {
         padded=False,
         chunked=True,
     ),
+    "genai-pipeline": Client(
+        target="genai-pipeline",
+        requirements=("onnxruntime-genai==0.18.0", "numpy"),
+        script="genai_client.py",
+        home="genai",
+        padded=False,
+        chunked=True,
+        new=32,
+        embedding=True,
+    ),
     "genai-whisper": Client(
         target="genai-whisper",
         requirements=("onnxruntime-genai==0.18.0", "numpy"),
@@ -117,6 +129,16 @@ CLIENTS = {
         node=True,
         new=32,
         encoder=True,
+    ),
+    "transformers-js-image-text": Client(
+        target="transformers-js-image-text",
+        requirements=("@huggingface/transformers@4.3.2",),
+        script="transformers_js_client.mjs",
+        arguments=("image-text",),
+        home="transformers-js",
+        node=True,
+        new=32,
+        embedding=True,
     ),
     "openvino": Client(
         target="openvino",

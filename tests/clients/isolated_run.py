@@ -22,7 +22,7 @@ from kvsurgeon.passes.contract import Changed, Subject
 from kvsurgeon.passes.opset.lower_opset import LowerOpset
 from kvsurgeon.targets import TARGETS
 
-DECODER = "decoder_model.onnx"  # beside the encoder, as exporters call it
+DECODER = "decoder_model.onnx"  # beside the encoder or the embedding, as exporters call it
 Cases = Sequence[tuple[Case, list[list[int]] | None]]  # with the expected tokens; None to compute them
 
 
@@ -52,7 +52,7 @@ def run_isolated(client: Client, call: list[str], home: Path, model: Path, cases
     name = model.stem if model.suffix else "/".join(model.parts[-2:])
     with tempfile.TemporaryDirectory(prefix="kvsurgeon-client-") as scratch:
         source = _copy(model, Path(scratch) / "source")
-        source = source / DECODER if client.encoder else source
+        source = source / DECODER if client.encoder or client.embedding else source
         expected = [tokens or expected_tokens(find_model(source), case) for case, tokens in cases]
         isolated = Path(scratch) / "isolated"
         try:

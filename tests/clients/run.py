@@ -27,10 +27,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from cases import encoder_cases, small_cases, smollm2_cases, takes_padding
+from cases import encoder_cases, image_cases, small_cases, smollm2_cases, takes_padding
 from corpus_models import families
 from environments import CLIENTS, DEFAULT_PYTHON, Client
-from isolated_run import Cases, Outcome, run_isolated
+from isolated_run import DECODER, Cases, Outcome, run_isolated
 
 from kvsurgeon.io import find_model
 
@@ -101,8 +101,11 @@ class _Runs:
         client = self.client
         if client.encoder:
             return self._outcome(model, [(case, None) for case in encoder_cases(model, new=client.new)])
-        padded = client.padded and takes_padding(find_model(model))
-        cases = small_cases(batch=client.batch, padded=padded, chunked=client.chunked, new=client.new)
+        file = model / DECODER if client.embedding else find_model(model)
+        padded = client.padded and takes_padding(file)
+        cases = [*small_cases(batch=client.batch, padded=padded, chunked=client.chunked, new=client.new)]
+        if client.embedding and client.node:
+            cases += image_cases(model, new=client.new)
         return self._outcome(model, [(case, None) for case in cases])
 
     def smollm2(self, folder: Path) -> Outcome:

@@ -142,9 +142,10 @@ def test_a_single_text_needs_no_batch_axis():
 
 
 def test_positions_for_several_axes_are_repeated():
-    inputs = inputs_of([tensor("ids", "b", "s"), tensor("position_ids", 3, "batch_size", "sequence_length"), past()])
+    for batch, length in (("batch_size", "sequence_length"), ("b", "s")):
+        inputs = inputs_of([tensor("ids", "b", "s"), tensor("position_ids", 3, batch, length), past()])
 
-    assert inputs.feeds(TOKENS, MASK)["position_ids"].shape == (3, 2, 4)
+        assert inputs.feeds(TOKENS, MASK)["position_ids"].shape == (3, 2, 4)
 
 
 def test_token_types_are_used_if_requested():

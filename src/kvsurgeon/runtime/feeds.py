@@ -237,12 +237,20 @@ def _axes(tensor: ValueInfo, *, cached: bool) -> tuple[Axis, ...]:
             3: ("batch", "sequence", "fixed" if tensor.floating else "total"),
             4: ("batch", "fixed", "sequence", "total"),
         }
-        return usual[rank] if rank in usual else tuple("fixed" for _ in axes)
+        several: tuple[Axis, ...] = ("fixed", "batch", "sequence")
+        return several if _has_several_numbers(tensor) else usual.get(rank, tuple("fixed" for _ in axes))
     if "batch" not in axes and rank > 1 and axes[0] == "fixed":
         axes[0] = "batch"
     if axes.count("sequence") > 1:  # queries and keys: their lengths are equal without a cache
         axes[rank - 1 - axes[::-1].index("sequence")] = "total"
     return tuple(axes)
+
+
+def _has_several_numbers(tensor: ValueInfo) -> bool:
+    """Return whether an input is `[3, batch, sequence]`, such as the positions of a text with images."""
+    dims = tensor.dims
+    is_named = len(dims) == 3 and all(isinstance(dim, str) for dim in dims[1:]) and dims[1] != dims[2]
+    return tensor.integer and is_named and isinstance(dims[0], int) and dims[0] > 1
 
 
 def _by_name(spec: InputSpec, known: Mapping[Dim, Axis], lengths: Collection[Dim]) -> InputSpec:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Set
 
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT
 from kvsurgeon.targets.model_info import CachePairInfo, ModelInfo, Operator
-from kvsurgeon.targets.target import Incompatibility, Target, warning
+from kvsurgeon.targets.target import EMBEDDINGS, Incompatibility, Target, warning
 
 _ONNX_DOMAINS = ("", "ai.onnx")
 
@@ -46,7 +46,9 @@ def _check_interface(target: Target, model: ModelInfo) -> Iterator[Incompatibili
     for name in target.required:
         if name not in names:
             found = ", ".join(f"`{name}`" for name in names)
-            yield Incompatibility(f"expected an input or output `{name}`, found {found}")
+            takes = name == "input_ids" and EMBEDDINGS in names
+            hint = f"for a decoder of embeddings use a target that takes `{EMBEDDINGS}`: see `kvsurgeon targets`"
+            yield Incompatibility(f"expected an input or output `{name}`, found {found}", hint=hint if takes else None)
     allowed = target.allowed_inputs
     for name in model.input_names:
         if allowed is not None and name not in allowed:

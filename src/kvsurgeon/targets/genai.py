@@ -10,9 +10,12 @@ from typing import Any
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.operators.optimize import Optimize
 from kvsurgeon.targets.model_info import ModelInfo
-from kvsurgeon.targets.target import Incompatibility, Target, warning
+from kvsurgeon.targets.parts import check_embedding
+from kvsurgeon.targets.target import EMBEDDING, EMBEDDINGS, Incompatibility, Target, warning
 
-_INPUTS = ("input_ids", "attention_mask", "position_ids")
+_OF_ALL_TOKENS = ("attention_mask", "position_ids")
+_INPUTS = ("input_ids", *_OF_ALL_TOKENS)
+_MODEL, _PIPELINE_EMBEDDING = "model.onnx", "embedding.onnx"
 _IDS = {"int64", "int32"}
 FLOATS = {"float32", "float16", "bfloat16"}
 _DEFAULT_EOS = 0  # as in onnxruntime-genai
@@ -26,7 +29,8 @@ def genai_config(model: ModelInfo, *, shared_buffer: bool = False) -> Mapping[st
         model: The model.
         shared_buffer: Whether past and present are one buffer.
     """
-    inputs = {name: name for name in _INPUTS if name in model.input_names}
+    is_pipeline = EMBEDDING in model.parts
+    inputs = {name: name for name in _INPUTS if name in model.input_names or (is_pipeline and name == "input_ids")}
     outputs = {"logits": "logits"}
     for kind in sorted({pair.kind for pair in model.cache}):
         inputs[f"past_{kind}_names"] = f"past_key_values.%d.{kind}"
@@ -34,12 +38,12 @@ def genai_config(model: ModelInfo, *, shared_buffer: bool = False) -> Mapping[st
     length = model.max_length or DEFAULT_LENGTH
     return {
         "model": {
-            "type": "decoder",
+            "type": "decoder-pipeline" if is_pipeline else "decoder",
             "vocab_size": model.vocab_size,
             "context_length": length,
             **special_tokens(model),
             "decoder": {
-                "filename": "model.onnx",
+                **({"pipeline": _pipeline(model)} if is_pipeline else {"filename": _MODEL}),
                 "session_options": {"provider_options": []},
                 "num_hidden_layers": model.layers,
                 "num_attention_heads": model.query_heads or max(model.kv_heads),
@@ -51,6 +55,17 @@ def genai_config(model: ModelInfo, *, shared_buffer: bool = False) -> Mapping[st
         },
         "search": {"max_length": length, "past_present_share_buffer": shared_buffer, "num_beams": 1},
     }
+
+
+def _pipeline(model: ModelInfo) -> list[Mapping[str, Any]]:
+    """Return the sessions of each call: the embedding of the new tokens, then the decoder."""
+    pairs = model.cache
+    inputs = [*model.input_names, *(pair.past.name for pair in pairs)]
+    outputs = ["logits", *(pair.present.name for pair in pairs)]
+    return [
+        {"embedding": {"filename": _PIPELINE_EMBEDDING, "inputs": ["input_ids"], "outputs": [EMBEDDINGS]}},
+        {"decoder": {"filename": _MODEL, "inputs": inputs, "outputs": outputs}},
+    ]
 
 
 def special_tokens(model: ModelInfo) -> dict[str, Any]:
@@ -91,8 +106,11 @@ def _check(model: ModelInfo) -> Iterator[Incompatibility]:
                 at=pair.past.name,
             )
             return
-    if len({tensor.dtype for tensor in model.inputs if tensor.name in _INPUTS[1:]}) > 1:
+    if len({tensor.dtype for tensor in model.inputs if tensor.name in _OF_ALL_TOKENS}) > 1:
         yield Incompatibility("expected attention_mask and position_ids of one type, found int64 and int32")
+    for tensor in model.inputs:
+        if tensor.name in _OF_ALL_TOKENS and len(tensor.dims) != 2:
+            yield Incompatibility(f"expected [batch, sequence], found {list(tensor.dims)}", at=tensor.name)
     if model.max_length is None:
         yield warning(
             f"neither graph nor config limit the length of a text: genai_config.json has {DEFAULT_LENGTH}",
@@ -128,4 +146,15 @@ GENAI_SHARED_BUFFER = replace(
     cache=Inject(cache="static", past_length="mask"),
     after=(Optimize(layers="all", padding="lengths"),),
     side_files={"genai_config.json": partial(genai_config, shared_buffer=True)},
+)
+
+GENAI_PIPELINE = replace(
+    GENAI,
+    name="genai-pipeline",
+    summary="onnxruntime_genai.Model(folder) of onnxruntime-genai, type decoder-pipeline, for decoders of embeddings",
+    parts={EMBEDDING: _PIPELINE_EMBEDDING},
+    required=(EMBEDDINGS, "logits"),
+    allowed_inputs=frozenset((EMBEDDINGS, *_OF_ALL_TOKENS)),
+    dtypes={**GENAI.dtypes, EMBEDDINGS: FLOATS},
+    checks=(_check, partial(check_embedding, ids=_IDS)),
 )

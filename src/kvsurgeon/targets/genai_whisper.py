@@ -7,10 +7,10 @@ from typing import Any
 
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.interface.integer_inputs import Int32Inputs
-from kvsurgeon.targets.encoder_decoders import OUTPUT, USUAL_NAMES, check_encoder, check_layers, check_shapes
 from kvsurgeon.targets.genai import DEFAULT_LENGTH, FLOATS, check_end_token, special_tokens
 from kvsurgeon.targets.model_info import ModelInfo
-from kvsurgeon.targets.target import Incompatibility, Target
+from kvsurgeon.targets.parts import OUTPUT, USUAL_NAMES, check_encoder, check_layers, check_shapes
+from kvsurgeon.targets.target import ENCODER, Incompatibility, Target
 
 _AUDIO = "input_features"
 _ENCODER, _DECODER = "encoder.onnx", "decoder.onnx"
@@ -73,7 +73,7 @@ GENAI_WHISPER = Target(
     cache=Inject(cross_attention="separate"),
     after=(Int32Inputs(),),
     file=_DECODER,
-    encoder=_ENCODER,
+    parts={ENCODER: _ENCODER},
     allowed_inputs=frozenset(("input_ids",)),
     dtypes={"input_ids": {"int32"}, "logits": FLOATS},
     cache_dtypes=FLOATS,

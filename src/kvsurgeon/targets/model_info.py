@@ -68,7 +68,7 @@ class ModelInfo:
         metadata: The metadata of the model.
         source_files: Contents of the source's files that the side files of the target replace, if JSON objects.
         token_limit: Number of tokens that a text may have at the target; None if the target has no such limit.
-        encoder: The encoder, whose output the decoder reads; None if the target has none.
+        parts: The further models, which compute inputs of the decoder, by the names that they have next to it.
     """
 
     inputs: tuple[TensorInfo, ...]
@@ -83,7 +83,7 @@ class ModelInfo:
     metadata: Mapping[str, str] = field(default_factory=dict)
     source_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     token_limit: int | None = None
-    encoder: ModelInfo | None = None
+    parts: Mapping[str, ModelInfo] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: ir.Model, cache: Inject, **facts: Any) -> ModelInfo:
@@ -92,7 +92,7 @@ class ModelInfo:
         Args:
             model: The model.
             cache: The pass that named its cache.
-            **facts: The fields that the model does not give: decoder, config, source_files, token_limit and encoder.
+            **facts: The fields that the model does not give: decoder, config, source_files, token_limit and parts.
         """
         pairs = tuple(_cache_pairs(model, cache.of_decoder))
         given = dict(_cross_attention(model))
@@ -151,6 +151,10 @@ class ModelInfo:
     def input_names(self) -> tuple[str, ...]:
         """The names of the inputs other than the cache."""
         return tuple(tensor.name for tensor in self.inputs)
+
+    def input(self, name: str) -> TensorInfo | None:
+        """Return the input of that name, which is none of the cache."""
+        return next((tensor for tensor in self.inputs if tensor.name == name), None)
 
     def output(self, name: str) -> TensorInfo | None:
         """Return the output of that name."""

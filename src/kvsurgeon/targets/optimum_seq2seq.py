@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvsurgeon.passes.cache.inject import Inject
-from kvsurgeon.targets.encoder_decoders import (
+from kvsurgeon.targets.hugging_face_files import tokenizer_config_before_5
+from kvsurgeon.targets.model_info import ModelInfo
+from kvsurgeon.targets.parts import (
     CHOICE,
     HIDDEN,
     MASK,
@@ -15,9 +17,7 @@ from kvsurgeon.targets.encoder_decoders import (
     check_layers,
     check_shapes,
 )
-from kvsurgeon.targets.hugging_face_files import tokenizer_config_before_5
-from kvsurgeon.targets.model_info import ModelInfo
-from kvsurgeon.targets.target import Incompatibility, Target, warning
+from kvsurgeon.targets.target import ENCODER, Incompatibility, Target, warning
 
 _IDS = ("input_ids", "attention_mask", MASK)
 _ENCODER_INPUTS = frozenset(("input_ids", "attention_mask", "input_features", "input_values"))
@@ -76,7 +76,7 @@ OPTIMUM_SEQ2SEQ = Target(
     before=(USUAL_NAMES,),
     cache=Inject(cross_attention="first-call"),
     file="decoder_model_merged.onnx",
-    encoder="encoder_model.onnx",
+    parts={ENCODER: "encoder_model.onnx"},
     required=("input_ids", HIDDEN, "logits"),
     allowed_inputs=frozenset((*_IDS, HIDDEN, CHOICE)),
     dtypes={name: {"int64", "int32"} for name in _IDS},

@@ -14,6 +14,12 @@ from kvsurgeon.targets.model_info import ModelInfo, Operator
 SideFileWriter = Callable[[ModelInfo], str | Mapping[str, Any] | None]
 SEQUENCE = DEFAULT_LAYOUT.index("sequence")
 
+# Models next to a decoder that compute inputs of it, as exporters call them.
+ENCODER = "encoder_model.onnx"
+EMBEDDING = "embed_tokens.onnx"
+VISION = "vision_encoder.onnx"
+EMBEDDINGS = "inputs_embeds"  # what the embedding returns and a decoder takes
+
 
 @dataclass(frozen=True)
 class Incompatibility:
@@ -61,8 +67,9 @@ class Target:
         file: Path of the model in the folder of the target.
         variants: Files that replace the model, with all sizes fixed: number of tokens of a call, by file name. They
             share their weights.
-        encoder: Path of the encoder in the folder of the target, for decoders that read its output; it also computes
-            what a second model computes for the decoder. None if the client has no encoder.
+        parts: Paths in the folder of the target of further models, which compute inputs of the decoder, by the names
+            that they have next to it: `ENCODER`, `EMBEDDING`, `VISION`. The encoder also computes what a second model
+            computes for the decoder.
         data: Name of the first external data file, in the folder of the model; further ones end in `_1`, `_2`, ...
             {file} is the name of the model's file. None to keep the names.
         required: Inputs and outputs that the client requires.
@@ -90,7 +97,7 @@ class Target:
     max_length: int | None = None
     file: str = "model.onnx"
     variants: Mapping[str, int] = field(default_factory=dict)
-    encoder: str | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
     data: str | None = None
     required: tuple[str, ...] = ("input_ids", "logits")
     allowed_inputs: Set[str] | None = None
@@ -113,8 +120,7 @@ class Target:
     @property
     def files(self) -> tuple[str, ...]:
         """Paths of all model files."""
-        encoder = () if self.encoder is None else (self.encoder,)
-        return (*(self.variants or (self.file,)), *encoder)
+        return (*(self.variants or (self.file,)), *self.parts.values())
 
     def with_max_length(self, max_length: int) -> Target:
         """Return the target for texts of at most `max_length` tokens."""

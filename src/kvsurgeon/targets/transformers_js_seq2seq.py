@@ -7,10 +7,10 @@ from typing import Any
 
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.interface.integer_inputs import Int64Inputs
-from kvsurgeon.targets.encoder_decoders import CHOICE, HIDDEN, MASK, USUAL_NAMES, check_encoder, check_layers
 from kvsurgeon.targets.hugging_face_files import check_model_type, with_unknown_tokens
 from kvsurgeon.targets.model_info import ModelInfo
-from kvsurgeon.targets.target import Incompatibility, Target
+from kvsurgeon.targets.parts import CHOICE, HIDDEN, MASK, USUAL_NAMES, check_encoder, check_layers
+from kvsurgeon.targets.target import ENCODER, Incompatibility, Target
 
 # Source: getNormalizedConfig (src/configs.js) and the models of Seq2Seq (src/models/registry.js) of version 4.3.2. It
 # looks for one cache per layer of the config, and the name of that number depends on the model type.
@@ -27,10 +27,10 @@ _TEXT, _AUDIO = frozenset(("input_ids", "attention_mask")), frozenset(("input_fe
 
 def transformers_js_seq2seq_config(model: ModelInfo) -> Mapping[str, Any]:
     """Return a `config.json` by which transformers.js finds the caches and the data files."""
-    encoder = 0 if model.encoder is None else model.encoder.data_files
+    files = {name.removesuffix(".onnx"): part.data_files for name, part in model.parts.items()}
     own = {
         "dtype": "fp32",  # names files without a suffix
-        "use_external_data_format": {"decoder_model_merged": model.data_files, "encoder_model": encoder},
+        "use_external_data_format": {"decoder_model_merged": model.data_files, **files},
     }
     config = {
         **model.config,
@@ -61,7 +61,7 @@ def _is_known(model: ModelInfo) -> bool:
 
 
 def _takes_audio(model: ModelInfo) -> bool:
-    return model.encoder is not None and bool(_AUDIO & set(model.encoder.input_names))
+    return ENCODER in model.parts and bool(_AUDIO & set(model.parts[ENCODER].input_names))
 
 
 def _check(model: ModelInfo) -> Iterator[Incompatibility]:
@@ -80,7 +80,7 @@ def _check(model: ModelInfo) -> Iterator[Incompatibility]:
     other = next((one for one in tensors if one.dims[0] not in ("batch_size", 1)), None)
     if other is not None:
         yield Incompatibility(f"expected batch axis 1 or batch_size, found {other.dims[0]}", at=other.name)
-    for tensor in () if model.encoder is None else model.encoder.inputs:
+    for tensor in model.parts[ENCODER].inputs if ENCODER in model.parts else ():
         if tensor.name in _TEXT and tensor.dtype != "int64":
             yield Incompatibility(f"encoder: expected int64, found {tensor.dtype}", at=tensor.name)
 
@@ -93,7 +93,7 @@ TRANSFORMERS_JS_SEQ2SEQ = Target(
     cache=Inject(cross_attention="first-call"),
     after=(Int64Inputs(),),
     file="onnx/decoder_model_merged.onnx",
-    encoder="onnx/encoder_model.onnx",
+    parts={ENCODER: "onnx/encoder_model.onnx"},
     data="{file}_data",
     required=("input_ids", HIDDEN, "logits"),
     allowed_inputs=frozenset((*_IDS, HIDDEN, CHOICE)),

@@ -18,7 +18,7 @@ from kvsurgeon.io.model_config import head_changes, updated_config
 from kvsurgeon.passes.contract import Companion, Source, Subject
 from kvsurgeon.passes.shapes.fix_shapes import FixShapes
 from kvsurgeon.targets import TARGETS, Incompatibility, ModelInfo, Target, find_incompatibilities
-from kvsurgeon.targets.target import warning
+from kvsurgeon.targets.target import EMBEDDING, ENCODER, VISION, warning
 from kvsurgeon.workflow.companions import appended
 from kvsurgeon.workflow.pipeline import PassResult, Pipeline, PipelineRun
 from kvsurgeon.workflow.run_and_save import note_unreadable, reference_of, verify_run
@@ -26,7 +26,8 @@ from kvsurgeon.workflow.run_and_save import note_unreadable, reference_of, verif
 if TYPE_CHECKING:
     from kvsurgeon.parity import Effort, Progress
 
-ENCODER = "encoder_model.onnx"  # as exporters call it
+
+_PARTS = {ENCODER: "the encoder", EMBEDDING: "the embedding of token ids", VISION: "the vision encoder"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +100,8 @@ def build_target(
     if reference is not None:
         run = verify_run(run, reference, effort=effort, seed=seed, progress=progress)
     models, steps = _finish(subject, target)
-    encoder = _encoder(target, subject.folder, run.companions)
-    infos = _describe(models, run.model, encoder, target, decoder, subject)
+    parts = _parts(target, subject.folder, run.companions)
+    infos = _describe(models, run.model, parts, target, decoder, subject)
     warnings = _check(infos, target, subject.folder)
     _stop_if_blocked(warnings, target)
     path: Path | None = None
@@ -108,7 +109,7 @@ def build_target(
     if destination is not None:
         origin = source if isinstance(source, str | Path) else None
         options = {"source": origin, "link_weights": link_weights, "pack": pack, "force": force}
-        path, files = _save(models, encoder, infos[0], target, Path(destination), **options)
+        path, files = _save(models, parts, infos[0], target, Path(destination), **options)
     return TargetResult(
         model=next(iter(models.values())), folder=run.folder, steps=(*run.steps, *steps), path=path, files=files,
         verification=run.verification, loss=run.loss, target=target, models=models, warnings=warnings,
@@ -129,8 +130,8 @@ def check_target(
     try:
         run, target, decoder = _inject(subject, target, {})
         models, _ = _finish(subject, target)
-        encoder = _encoder(target, subject.folder, run.companions)
-        infos = _describe(models, run.model, encoder, target, decoder, subject)
+        parts = _parts(target, subject.folder, run.companions)
+        infos = _describe(models, run.model, parts, target, decoder, subject)
     except UnsupportedError as error:
         return (Incompatibility(str(error)),)
     return _check(infos, target, subject.folder)
@@ -198,34 +199,35 @@ def _finish(subject: Subject, target: Target) -> tuple[dict[str, ir.Model], tupl
     return models, steps
 
 
-def _encoder(target: Target, folder: Path | None, companions: Mapping[str, Companion]) -> ir.Model | None:
-    """Return the encoder, which also computes what the companions of the decoder do; None if the target has none.
+def _parts(target: Target, folder: Path | None, companions: Mapping[str, Companion]) -> dict[str, ir.Model]:
+    """Return the further models of the target; the encoder also computes what the companions of the decoder do.
 
     Raises:
-        UnsupportedError: There is no encoder next to the decoder, or the companions cannot be added to it.
-        InputError: The encoder cannot be read.
+        UnsupportedError: One is not next to the decoder, or the companions cannot be added to the encoder.
+        InputError: One cannot be read.
     """
-    if target.encoder is None:
-        return None
-    path = _find_source_file(folder, ENCODER)
-    if path is None:
-        raise UnsupportedError(
-            f"target {target.name}: there is no encoder next to the decoder", code=Code.TARGET, expected=f"`{ENCODER}`",
-            hint="export the encoder to a file of this name",
-        )  # fmt: skip
-    return appended(io.load(path), companions)
+    parts: dict[str, ir.Model] = {}
+    for name in target.parts:
+        path = _find_source_file(folder, name)
+        if path is None:
+            raise UnsupportedError(
+                f"target {target.name}: {_PARTS[name]} is not next to the decoder", code=Code.TARGET,
+                expected=f"`{name}`", hint="export it to a file of this name",
+            )  # fmt: skip
+        parts[name] = appended(io.load(path), companions if name == ENCODER else {})
+    return parts
 
 
 def _describe(
     models: Mapping[str, ir.Model],
     injected: ir.Model,
-    encoder: ir.Model | None,
+    parts: Mapping[str, ir.Model],
     target: Target,
     decoder: Decoder,
     subject: Subject,
 ) -> list[ModelInfo]:
     facts: dict[str, Any] = {
-        "encoder": None if encoder is None else ModelInfo.of(encoder, target.cache),
+        "parts": {name: ModelInfo.of(part, target.cache) for name, part in parts.items()},
         "decoder": decoder,
         "config": updated_config(subject.config or {}, head_changes(injected)),
         "source_files": _read_source_files(target, subject.folder),
@@ -254,7 +256,7 @@ def _stop_if_blocked(found: Sequence[Incompatibility], target: Target) -> None:
 
 def _save(
     models: Mapping[str, ir.Model],
-    encoder: ir.Model | None,
+    parts: Mapping[str, ir.Model],
     info: ModelInfo,
     target: Target,
     destination: Path,
@@ -272,8 +274,7 @@ def _save(
         return destination, io.save_variants(models, destination, **options)
     path = destination / target.file
     models = {path.name: models[target.file]}
-    if encoder is not None and target.encoder is not None:
-        models[Path(target.encoder).name] = encoder
+    models |= {Path(target.parts[name]).name: part for name, part in parts.items()}
     return path, io.save_variants(models, path.parent, side_files_folder=destination, **options)
 
 

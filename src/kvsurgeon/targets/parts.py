@@ -1,12 +1,12 @@
-"""Names and checks of the targets for encoder-decoder models."""
+"""Names and checks of the targets that write further models next to the decoder: encoders and embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from kvsurgeon.passes.interface.rename_io import RenameIo
 from kvsurgeon.targets.model_info import ModelInfo
-from kvsurgeon.targets.target import Incompatibility
+from kvsurgeon.targets.target import EMBEDDING, EMBEDDINGS, ENCODER, Incompatibility
 
 HIDDEN = "encoder_hidden_states"
 MASK = "encoder_attention_mask"
@@ -39,7 +39,7 @@ def check_shapes(model: ModelInfo) -> Iterator[Incompatibility]:
 
 def check_encoder(model: ModelInfo, inputs: frozenset[str]) -> Iterator[Incompatibility]:
     """Yield what the client cannot feed or read of the encoder."""
-    encoder = model.encoder
+    encoder = model.parts.get(ENCODER)
     if encoder is None:
         return
     for name in sorted(set(encoder.input_names) - inputs):
@@ -48,3 +48,27 @@ def check_encoder(model: ModelInfo, inputs: frozenset[str]) -> Iterator[Incompat
     if encoder.output(OUTPUT) is None:
         found = ", ".join(f"`{one.name}`" for one in encoder.outputs)
         yield Incompatibility(f"encoder: expected an output `{OUTPUT}`, found {found}")
+
+
+def check_embedding(model: ModelInfo, ids: Set[str]) -> Iterator[Incompatibility]:
+    """Yield what the client cannot feed or read of the embedding of token ids, whose ids have one of these types."""
+    embedding, given = model.parts.get(EMBEDDING), model.input(EMBEDDINGS)
+    if embedding is None or given is None:
+        return
+    (name, *others) = embedding.input_names
+    if name != "input_ids" or others:
+        found = ", ".join(f"`{one}`" for one in embedding.input_names)
+        yield Incompatibility(f"embedding: expected the input `input_ids`, found {found}")
+    elif embedding.inputs[0].dtype not in ids:
+        expected = " or ".join(sorted(ids))
+        yield Incompatibility(f"embedding: expected {expected}, found {embedding.inputs[0].dtype}", at=name)
+    output = embedding.output(EMBEDDINGS)
+    if output is None:
+        found = ", ".join(f"`{one.name}`" for one in embedding.outputs)
+        yield Incompatibility(f"embedding: expected an output `{EMBEDDINGS}`, found {found}")
+    elif (output.dtype, output.dims[-1]) != (given.dtype, given.dims[-1]):
+        yield Incompatibility(
+            f"embedding: expected {given.dtype} of width {given.dims[-1]}, as the decoder takes, "
+            f"found {output.dtype} of width {output.dims[-1]}",
+            at=EMBEDDINGS,
+        )
