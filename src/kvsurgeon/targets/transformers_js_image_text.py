@@ -14,7 +14,7 @@ from kvsurgeon.targets.target import EMBEDDING, EMBEDDINGS, VISION, Incompatibil
 from kvsurgeon.targets.transformers_js import COUNTS_HIDDEN_LAYERS, TRANSFORMERS_JS
 
 # Source: the models of image-text-to-text (src/models/registry.js) and getNormalizedConfig (src/configs.js) of version
-# 4.3.2: which of them count caches by the config of the text, and which by the config itself; the latter feed positions of
+# 4.3.2: which of them count caches by the config of the text, and which by the config itself; these feed positions of
 # three axes.
 _OF_TEXT = frozenset((
     "llava", "llava_onevision", "paligemma", "gemma3", "idefics3", "smolvlm", "mistral3", "lighton_ocr",
