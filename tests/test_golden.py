@@ -35,9 +35,9 @@ class Case:
     Attributes:
         name: Name of the pass, and of the file.
         title: What the model shows.
-        head: Lines `# key: value`: `options` of the pass, `opset` of the model, metadata of its `cache`; `rejected` or
-            `unchanged` with the reason; `run: no` with a reason if the interface changes, `again` with a reason if a
-            second run adds nodes.
+        head: Lines `# key: value`: `options` of the pass, the `text` to calibrate it on, `opset` of the model, metadata
+            of its `cache`; `rejected` or `unchanged` with the reason; `run: no` with a reason if the interface changes,
+            `again` with a reason if a second run adds nodes.
         before: The model as text.
         after: The result as text; empty if the model is rejected or unchanged.
     """
@@ -73,6 +73,7 @@ class Case:
         options = f"{{{self.head['options']}}}" if "options" in self.head else ""
         (one,) = Pipeline.parse(f"{self.name}{options}").passes
         subject = Subject.of(onnx.ModelProto.FromString(model.SerializeToString()))
+        subject.text = FOLDER / self.head["text"] if "text" in self.head else None
         outcome = one.apply(subject)
         return outcome, io.to_proto(subject.model)
 
@@ -151,6 +152,7 @@ def test_texts_are_as_written(name, request):
 @every([case for case in CASES if not case.changes])
 def test_a_look_alike_stays_unchanged(case):
     subject = Subject.of(case.original)
+    subject.text = FOLDER / case.head["text"] if "text" in case.head else None
     before = write(io.to_proto(subject.model))
     options = f"{{{case.head['options']}}}" if "options" in case.head else ""
     (one,) = Pipeline.parse(f"{case.name}{options}").passes

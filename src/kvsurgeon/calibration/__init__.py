@@ -4,5 +4,13 @@ from kvsurgeon.calibration.activations import activations, calibration_rows
 from kvsurgeon.calibration.merge_heads import merge_into_first
 from kvsurgeon.calibration.moments import SecondMoment
 from kvsurgeon.calibration.share_layers import read_other_layers
+from kvsurgeon.calibration.single_input import project_single_input
 
-__all__ = ["SecondMoment", "activations", "calibration_rows", "merge_into_first", "read_other_layers"]
+__all__ = [
+    "SecondMoment",
+    "activations",
+    "calibration_rows",
+    "merge_into_first",
+    "project_single_input",
+    "read_other_layers",
+]

@@ -45,6 +45,7 @@ BUILT_IN = {
     "expand-gqa": "kvsurgeon.passes.heads.expand_gqa:ExpandGqa",
     "merge-kv-heads": "kvsurgeon.passes.heads.merge_kv_heads:MergeKvHeads",
     "share-kv-layers": "kvsurgeon.passes.heads.share_kv_layers:ShareKvLayers",
+    "swiftkv": "kvsurgeon.passes.heads.swiftkv:SwiftKv",
     "add-position-ids": "kvsurgeon.passes.interface.add_position_ids:AddPositionIds",
     "rename-io": "kvsurgeon.passes.interface.rename_io:RenameIo",
 }
