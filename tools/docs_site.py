@@ -1,0 +1,98 @@
+"""Generates the pages of the docs site that are not in docs/, as a hook of mkdocs (`make site`).
+
+The pages are the README and its neighbors, the help of each command, the docstring of each pass, and the Python API.
+A link to a file that is no page becomes the path of the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+import kvsurgeon
+from kvsurgeon.cli.main import run
+from kvsurgeon.workflow.registry import BUILT_IN, COMMANDS
+
+ROOT = Path(__file__).parents[1]
+# Files of the repository, and where they are on the site.
+NEIGHBORS = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "CHANGELOG.md": "changes.md",
+    "benchmarks/README.md": "benchmarks.md",
+}
+LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the generated pages."""
+    for source, page in NEIGHBORS.items():
+        files.append(File.generated(config, page, content=(ROOT / source).read_text("utf-8")))
+    for page, content in (("commands", commands()), ("passes", passes()), ("python", python_api())):
+        files.append(File.generated(config, f"reference/{page}.md", content=content))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Let links of a page lead to other pages, wherever the file is in the repository.
+
+    Marks of snippets that only tests read are removed.
+    """
+    known = {file.src_uri for file in files}
+    here = page.file.src_uri
+    sources = {on_site: source for source, on_site in NEIGHBORS.items()}
+    source = sources.get(here, f"docs/{here}")
+
+    def resolved(match: re.Match[str]) -> str:
+        text, link, anchor = match.groups()
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
+        target = NEIGHBORS.get(path, path.removeprefix("docs/"))
+        if target in known:
+            return f"[{text}]({posixpath.relpath(target, posixpath.dirname(here) or '.')}{anchor or ''})"
+        return text if f"`{path}" in text or path in text else f"{text} (`{path}`)"
+
+    return LINK.sub(resolved, markdown.replace("```python compile", "```python"))
+
+
+def commands() -> str:
+    """Return the page on the commands: what `--help` prints for each."""
+    lines = ["# Commands", "", "Each pass is a command too, with the same options as in a [pipeline](passes.md).", ""]
+    for name in (*COMMANDS, *BUILT_IN):
+        lines += [f"## {name}", "", "```text", _help(name), "```", ""]
+    return "\n".join(lines)
+
+
+def _help(command: str) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = run([command, "--help"])
+    logging.disable(logging.NOTSET)  # the command line silences it, and mkdocs counts warnings by it
+    if code:
+        raise RuntimeError(f"expected help of {command}, found exit code {code}")
+    return printed.getvalue().strip()
+
+
+def passes() -> str:
+    """Return the page on the passes: the docstring of each, in the order of the registry."""
+    lines = ["# Passes", "", 'In pipelines, as in `kvsurgeon run MODEL -p "inject{cache=static},fuse-attention"`.', ""]
+    for name, reference in BUILT_IN.items():
+        lines += [f"## {name}", "", f"::: {reference.replace(':', '.')}", "    options:"]
+        lines += ["      show_root_heading: false", "      members: false", ""]
+    return "\n".join(lines)
+
+
+def python_api() -> str:
+    """Return the page on the Python API: every public name."""
+    lines = ["# Python", "", "`import kvsurgeon` provides these names.", ""]
+    for name in kvsurgeon.__all__:
+        value = getattr(kvsurgeon, name)
+        if not isinstance(value, str):
+            lines += [f"::: {value.__module__}.{value.__qualname__}", "    options:", "      heading_level: 2", ""]
+    return "\n".join(lines)
