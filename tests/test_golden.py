@@ -36,8 +36,8 @@ class Case:
         name: Name of the pass, and of the file.
         title: What the model shows.
         head: Lines `# key: value`: `options` of the pass, the `text` to calibrate it on, `opset` of the model, metadata
-            of its `cache`; `rejected` or `unchanged` with the reason; `run: no` with a reason if the interface changes,
-            `again` with a reason if a second run adds nodes.
+            of its `cache`, `metadata` of an input or output as `name key value`; `rejected` or `unchanged` with the
+            reason; `run: no` with a reason if the interface changes, `again` with a reason if a second run adds nodes.
         before: The model as text.
         after: The result as text; empty if the model is rejected or unchanged.
     """
@@ -60,6 +60,10 @@ class Case:
         model = read(self.before, int(self.head.get("opset", 18)))
         if "cache" in self.head:
             model.metadata_props.add(key=KEY, value=self.head["cache"])
+        name, key, number = self.head.get("metadata", "- - -").split()
+        for value in (*model.graph.input, *model.graph.output):
+            if value.name == name:
+                value.metadata_props.add(key=key, value=number)
         return model
 
     @cached_property

@@ -30,8 +30,8 @@ def answers(folder, cases, *, stateful):
     request = model.create_infer_request()
     for case in cases:
         for state in request.query_state():
-            _, heads, _, width = state.state.shape  # [batch, kv_heads, tokens, head_dim]
-            state.state = ov.Tensor(np.zeros([len(case["ids"]), heads, 0, width], np.float32))
+            state.reset()  # [batch, kv_heads, 0, head_dim], or a state of a fixed size
+            state.state = ov.Tensor(np.zeros([len(case["ids"]), *state.state.shape[1:]], np.float32))
         yield list(zip(*tokens(request, pairs, case, stateful=stateful), strict=True))
 
 

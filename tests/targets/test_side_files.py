@@ -1,13 +1,8 @@
 """The checks and side files of targets describe the graph to the client."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from model_infos import model_info
 
 from kvsurgeon.targets.compatibility import find_incompatibilities

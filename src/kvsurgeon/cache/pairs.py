@@ -179,7 +179,7 @@ def _last_rows(present: ir.Value, inputs: Iterable[ir.Value], written: Callable[
 
     The input must be declared as one: a model that keeps the last keys looks the same.
     """
-    node = producer_of(present, "Slice")
+    node = producer_of(through(present, is_view), "Slice")
     if node is None or node.inputs[0] is None or present.shape is None:
         return None
     pair, (start, end, axis) = _updated(node.inputs[0], inputs, written), map(_number, (*node.inputs[1:4], None)[:3])

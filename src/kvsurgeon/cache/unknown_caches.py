@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from kvsurgeon.cache.layout import declared_shape
 from kvsurgeon.cache.pairs import find_cache_pairs, has_features, is_view
-from kvsurgeon.cache.recurrent_states import find_recurrent_states
+from kvsurgeon.cache.states import find_recurrent_states
 from kvsurgeon.dataflow.input_dimensions import declared_dimensions, required_inputs
 from kvsurgeon.graph.query import is_operator, producers, upstream
 from kvsurgeon.ops.operator import Trait

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.token_flow import SequenceState
 from kvsurgeon.cache.pairs import LAST_ROWS
-from kvsurgeon.cache.recurrent_states import mark_recurrent_state
+from kvsurgeon.cache.states import mark_recurrent_state
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor

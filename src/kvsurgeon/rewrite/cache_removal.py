@@ -23,9 +23,9 @@ from kvsurgeon.cache.empty_cache import (
 from kvsurgeon.cache.layout import declared_names, declared_shape
 from kvsurgeon.cache.length_inputs import find_length_inputs, past_length_source, set_to_zero
 from kvsurgeon.cache.pairs import CachePair, find_cache_pairs
-from kvsurgeon.cache.recurrent_states import RecurrentPair, find_recurrent_states
 from kvsurgeon.cache.signature import CacheSignature, SignatureEntry
 from kvsurgeon.cache.stacked_caches import unstack_caches
+from kvsurgeon.cache.states import FixedState, find_recurrent_states
 from kvsurgeon.cache.unknown_caches import find_unknown_caches
 from kvsurgeon.dataflow.input_dimensions import Dimensions, declared_dimensions, resolve_inputs
 from kvsurgeon.dataflow.shape_inference import Shapes
@@ -325,7 +325,7 @@ def _entry(pair: CachePair) -> SignatureEntry:
     )  # fmt: skip
 
 
-def _recurrent_entry(state: RecurrentPair) -> SignatureEntry:
+def _recurrent_entry(state: FixedState) -> SignatureEntry:
     past = state.past
     assert past.dtype is not None
     return SignatureEntry(

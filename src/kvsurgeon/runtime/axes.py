@@ -28,6 +28,7 @@ _NAMED: dict[str, Axis] = {
     "max_length": "max",
 }
 FIXED_PARTS = ("conv_state", "recurrent_state")
+_WORDS_OF_PARTS = {"conv": "conv_state", "recurrent": "recurrent_state", "ssm": "recurrent_state"}  # of each runtime
 _INDEX = re.compile(r"(?<!\d)(\d+)(?!\d)")
 _BATCHED = re.compile(r"(?:(\d+)\*)?batch_size(?:\*(\d+))?")  # batch and heads merged
 
@@ -240,10 +241,12 @@ def _entry(index: int, past: ValueInfo, present: ValueInfo, layouts: Mapping[str
     number = _INDEX.search(past.name)
     part = _part(index, past.name)
     is_fixed = part in FIXED_PARTS
-    is_recurrent = part == "recurrent_state"  # which has no axis of tokens
-    kind = "key" if part in ("key", "key_scale") else "value"  # other states are like values
-    layout = () if is_recurrent else layouts.get(kind, ())
-    axis = len(past.dims) - 1 if is_recurrent else layout.index("sequence") if layout else past_axis(past, present)
+    kind = "key" if part in ("key", "key_scale") else "value"  # states of tokens are like values
+    layout = layouts.get(kind, ())
+    if part == "recurrent_state" or len(layout) != len(past.dims):
+        layout = ()
+    no_tokens = part == "recurrent_state" or (is_fixed and len(past.dims) == 3)  # the latter has its rows last
+    axis = len(past.dims) - 1 if no_tokens else layout.index("sequence") if layout else past_axis(past, present)
     axes = layout or axes_of(past)
     return CacheIO(
         past=past,
@@ -260,8 +263,9 @@ def _entry(index: int, past: ValueInfo, present: ValueInfo, layouts: Mapping[str
 def _part(index: int, name: str) -> str:
     """Return the part of a past by its name, else by its index: keys and values alternate."""
     ends = (word for word in ("key", "value", "key_scale", "value_scale") if name.endswith(word))
-    named = next((part for part in FIXED_PARTS if part in name), None) or next(ends, None)
-    return named or ("state" if "state" in re.findall("[a-z]+", name) else ("key", "value")[index % 2])
+    words = re.findall("[a-z]+", name)
+    named = next((part for word, part in _WORDS_OF_PARTS.items() if word in words), None) or next(ends, None)
+    return named or ("state" if "state" in words else ("key", "value")[index % 2])
 
 
 def _size(tensor: ValueInfo, dim: Dim, batch: int) -> int:

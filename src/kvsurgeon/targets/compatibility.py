@@ -40,7 +40,7 @@ def operator_name(operator: Operator) -> str:
 
 
 def _check_interface(target: Target, model: ModelInfo) -> Iterator[Incompatibility]:
-    if not model.cache:
+    if not model.cache and not model.states:
         yield Incompatibility(f"expected a cache named {target.cache.of_decoder.past}, found none")
     names = [tensor.name for tensor in (*model.inputs, *model.outputs)]
     for name in target.required:
@@ -49,6 +49,9 @@ def _check_interface(target: Target, model: ModelInfo) -> Iterator[Incompatibili
             takes = name == "input_ids" and EMBEDDINGS in names
             hint = f"for a decoder of embeddings use a target that takes `{EMBEDDINGS}`: see `kvsurgeon targets`"
             yield Incompatibility(f"expected an input or output `{name}`, found {found}", hint=hint if takes else None)
+    for state in model.states:
+        if state.kind not in target.states:
+            yield Incompatibility(f"expected no {state.kind}, which {target.name} does not keep", at=state.past.name)
     allowed = target.allowed_inputs
     for name in model.input_names:
         if allowed is not None and name not in allowed:
@@ -61,7 +64,7 @@ def _check_dtypes(target: Target, model: ModelInfo) -> Iterator[Incompatibility]
         expected = target.dtypes.get(tensor.name)
         if expected is not None and tensor.dtype not in expected:
             yield Incompatibility(f"expected {_either(expected)}, found {tensor.dtype}", at=tensor.name)
-    for past in (pair.past for pair in model.cache):
+    for past in (pair.past for pair in (*model.cache, *model.states)):
         if target.cache_dtypes and past.dtype not in target.cache_dtypes:
             yield Incompatibility(
                 f"expected a cache of {_either(target.cache_dtypes)}, found {past.dtype}", at=past.name

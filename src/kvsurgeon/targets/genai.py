@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.interface.name_states import NameStates
 from kvsurgeon.passes.operators.optimize import Optimize
 from kvsurgeon.targets.model_info import ModelInfo
 from kvsurgeon.targets.parts import check_embedding
@@ -18,6 +20,7 @@ _INPUTS = ("input_ids", *_OF_ALL_TOKENS)
 _MODEL, _PIPELINE_EMBEDDING = "model.onnx", "embedding.onnx"
 _IDS = {"int64", "int32"}
 FLOATS = {"float32", "float16", "bfloat16"}
+_STATES = NameStates(after_attention=True)
 _DEFAULT_EOS = 0  # as in onnxruntime-genai
 DEFAULT_LENGTH = 4096  # tokens
 
@@ -32,25 +35,29 @@ def genai_config(model: ModelInfo, *, shared_buffer: bool = False) -> Mapping[st
     is_pipeline = EMBEDDING in model.parts
     inputs = {name: name for name in _INPUTS if name in model.input_names or (is_pipeline and name == "input_ids")}
     outputs = {"logits": "logits"}
-    for kind in sorted({pair.kind for pair in model.cache}):
-        inputs[f"past_{kind}_names"] = f"past_key_values.%d.{kind}"
-        outputs[f"present_{kind}_names"] = f"present.%d.{kind}"
+    for pair in (*model.cache, *model.states):
+        kind = pair.kind.removesuffix("_state")
+        inputs[f"past_{kind}_names"] = re.sub(r"\d+", "%d", pair.past.name, count=1)
+        outputs[f"present_{kind}_names"] = re.sub(r"\d+", "%d", pair.present.name, count=1)
+    only_windows = {state.kind for state in model.states} == {"conv_state"}
+    kv_heads = model.kv_heads or (1,)
     length = model.max_length or DEFAULT_LENGTH
     return {
         "model": {
-            "type": "decoder-pipeline" if is_pipeline else "decoder",
+            "type": "decoder-pipeline" if is_pipeline else "lfm2" if only_windows else "decoder",
             "vocab_size": model.vocab_size,
             "context_length": length,
             **special_tokens(model),
             "decoder": {
                 **({"pipeline": _pipeline(model)} if is_pipeline else {"filename": _MODEL}),
                 "session_options": {"provider_options": []},
-                "num_hidden_layers": model.layers,
-                "num_attention_heads": model.query_heads or max(model.kv_heads),
-                "num_key_value_heads": model.kv_heads[0],
-                "head_size": model.head_dims[0],
+                "num_hidden_layers": len({pair.layer for pair in (*model.cache, *model.states)}),
+                "num_attention_heads": model.query_heads or max(kv_heads),
+                "num_key_value_heads": kv_heads[0],
+                "head_size": next(iter(model.head_dims), 1),
                 "inputs": inputs,
                 "outputs": outputs,
+                **(_layer_types(model) if only_windows else {}),
             },
         },
         "search": {"max_length": length, "past_present_share_buffer": shared_buffer, "num_beams": 1},
@@ -66,6 +73,12 @@ def _pipeline(model: ModelInfo) -> list[Mapping[str, Any]]:
         {"embedding": {"filename": _PIPELINE_EMBEDDING, "inputs": ["input_ids"], "outputs": [EMBEDDINGS]}},
         {"decoder": {"filename": _MODEL, "inputs": inputs, "outputs": outputs}},
     ]
+
+
+def _layer_types(model: ModelInfo) -> dict[str, Any]:
+    """Return the layers of a model with conv_states, which are numbered after those of attention."""
+    types = ["full_attention"] * model.layers + ["conv"] * len(model.states)
+    return {"layer_types": types, "conv_cache_size": model.states[0].past.dims[-1]}
 
 
 def special_tokens(model: ModelInfo) -> dict[str, Any]:
@@ -125,17 +138,42 @@ def _check(model: ModelInfo) -> Iterator[Incompatibility]:
     yield from check_end_token(model)
 
 
+def _check_states(model: ModelInfo) -> Iterator[Incompatibility]:
+    """Yield what RecurrentState of onnxruntime-genai does not keep: it takes pairs of one conv_state and one other."""
+    if model.states:
+        yield warning("padding, which is on the right here, enters a state: all texts of a batch must have one length")
+    shapes: dict[str, set[Any]] = {}
+    layers: dict[str, set[int]] = {}
+    for state in model.states:
+        shapes.setdefault(state.kind, set()).add(state.past.dims)
+        layers.setdefault(state.kind, set()).add(state.layer)
+    recurrent = layers.get("recurrent_state")
+    if recurrent and recurrent != layers.get("conv_state"):
+        yield Incompatibility(
+            f"expected a conv_state of each recurrent_state, found {len(layers.get('conv_state', ()))} of "
+            f"{len(recurrent)}", at=model.states[-1].past.name,
+        )  # fmt: skip
+    for kind, found in shapes.items():
+        if len(found) > 1:
+            shape, other, *_ = (list(dims) for dims in found)
+            yield Incompatibility(f"expected each {kind} of one shape, found {shape} and {other}")
+    if any(len(shape) != 4 for shape in shapes.get("recurrent_state", ())):
+        yield Incompatibility("expected a recurrent_state of four axes", at=model.states[-1].past.name)
+
+
 GENAI = Target(
     name="genai",
     summary="onnxruntime_genai.Model(folder) of onnxruntime-genai",
     tested_with="onnxruntime-genai 0.18.0",
+    after=(_STATES,),
     allowed_inputs=frozenset(_INPUTS),
+    states={"conv_state", "recurrent_state"},
     dtypes={name: _IDS for name in _INPUTS} | {"logits": FLOATS},
     cache_dtypes=FLOATS,
     static_axes=(1, 3),
     required_files=("tokenizer.json", "tokenizer_config.json"),
     side_files={"genai_config.json": genai_config},
-    checks=(_check,),
+    checks=(_check, _check_states),
 )
 
 # GroupQueryAttention writes into the buffer, and derives the number of valid rows from the attention mask.
@@ -144,7 +182,7 @@ GENAI_SHARED_BUFFER = replace(
     name="genai-shared-buffer",
     summary="onnxruntime_genai.Model(folder) of onnxruntime-genai, past and present in one buffer",
     cache=Inject(cache="static", past_length="mask"),
-    after=(Optimize(layers="all", padding="lengths"),),
+    after=(Optimize(layers="all", padding="lengths"), _STATES),
     side_files={"genai_config.json": partial(genai_config, shared_buffer=True)},
 )
 
@@ -155,6 +193,7 @@ GENAI_PIPELINE = replace(
     parts={EMBEDDING: _PIPELINE_EMBEDDING},
     required=(EMBEDDINGS, "logits"),
     allowed_inputs=frozenset((EMBEDDINGS, *_OF_ALL_TOKENS)),
+    states=frozenset(),
     dtypes={**GENAI.dtypes, EMBEDDINGS: FLOATS},
     checks=(_check, partial(check_embedding, ids=_IDS)),
 )

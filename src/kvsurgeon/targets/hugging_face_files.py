@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,19 @@ _SINCE_5, _BEFORE_5 = "TokenizersBackend", "PreTrainedTokenizerFast"  # transfor
 def with_unknown_tokens(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a config with null for special tokens that it lacks, so that its model type sets no defaults."""
     return {**dict.fromkeys(_SPECIAL_TOKENS), **config}
+
+
+def in_strict_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a config without those that contain `Infinity` or `NaN`, which browsers cannot read."""
+    return {name: value for name, value in config.items() if _is_strict_json(value)}
+
+
+def _is_strict_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def check_model_type(model: ModelInfo, config: Mapping[str, Any], reason: str) -> Iterator[Incompatibility]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from kvsurgeon.anatomy import Decoder
+from kvsurgeon.cache.states import find_states
 from kvsurgeon.io.data_file import weights_to_write
 from kvsurgeon.io.external_data import external_tensors
 from kvsurgeon.io.model_config import longest_text
@@ -40,7 +42,7 @@ class CachePairInfo:
 
     Attributes:
         layer: Layer number in their names.
-        kind: "key" or "value".
+        kind: "key" or "value", or of a state "conv_state" or "recurrent_state".
         past: The input.
         present: The output.
     """
@@ -58,7 +60,8 @@ class ModelInfo:
     Attributes:
         inputs: The inputs other than the cache.
         outputs: The outputs other than the cache.
-        cache: The cache, in the order of its layers.
+        cache: The keys and values of the cache, in the order of its layers.
+        states: The states of a fixed size.
         cross_attention: The inputs of keys and values of cross-attention, in the order of their layers.
         opset: Opset version of ONNX's own operators.
         operators: Every operator of the model, functions and subgraphs included, with the name of one output.
@@ -74,6 +77,7 @@ class ModelInfo:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     cache: tuple[CachePairInfo, ...]
+    states: tuple[CachePairInfo, ...] = ()
     cross_attention: tuple[TensorInfo, ...] = ()
     opset: int
     operators: Mapping[Operator, str]
@@ -94,9 +98,9 @@ class ModelInfo:
             cache: The pass that named its cache.
             **facts: The fields that the model does not give: decoder, config, source_files, token_limit and parts.
         """
-        pairs = tuple(_cache_pairs(model, cache.of_decoder))
+        pairs, states = tuple(_cache_pairs(model, cache.of_decoder)), tuple(_states(model))
         given = dict(_cross_attention(model))
-        in_cache = {tensor.name for pair in pairs for tensor in (pair.past, pair.present)} | {
+        in_cache = {tensor.name for pair in (*pairs, *states) for tensor in (pair.past, pair.present)} | {
             name for past, present in given.items() for name in (past.name, present)
         }
         nodes = [*model.graph.all_nodes(), *(node for one in model.functions.values() for node in one.all_nodes())]
@@ -104,6 +108,7 @@ class ModelInfo:
             inputs=tuple(_tensor(value) for value in model.graph.inputs if value.name not in in_cache),
             outputs=tuple(_tensor(value) for value in model.graph.outputs if value.name not in in_cache),
             cache=pairs,
+            states=states,
             cross_attention=tuple(given),
             opset=model.graph.opset_imports.get("", 1),
             operators={(node.domain, node.op_type): node.outputs[0].name or "" for node in reversed(nodes)},
@@ -131,7 +136,8 @@ class ModelInfo:
     def query_heads(self) -> int | None:
         """Number of query heads, by the config or else by the graph; None if neither gives it."""
         configured = self.config.get("num_attention_heads", self.config.get("n_head"))
-        found = None if self.decoder is None else max(one.query_heads for one in self.decoder.attentions)
+        layers = () if self.decoder is None else self.decoder.attentions
+        found = max((one.query_heads for one in layers), default=None)
         return configured if isinstance(configured, int) else found
 
     @property
@@ -174,6 +180,13 @@ def _cache_pairs(model: ir.Model, cache: Inject) -> Iterator[CachePairInfo]:
             if past in inputs and present in outputs:
                 pair = _tensor(inputs[past]), _tensor(outputs[present])
                 yield CachePairInfo(layer=layer, kind=kind, past=pair[0], present=pair[1])
+
+
+def _states(model: ir.Model) -> Iterator[CachePairInfo]:
+    for state in find_states(model.graph):
+        past, present = _tensor(state.past), _tensor(state.present)
+        number = re.search(r"\d+", past.name)
+        yield CachePairInfo(layer=int(number.group()) if number else 0, kind=state.kind, past=past, present=present)
 
 
 def _cross_attention(model: ir.Model) -> Iterator[tuple[TensorInfo, str]]:

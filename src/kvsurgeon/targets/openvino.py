@@ -9,5 +9,6 @@ OPENVINO = Target(
     summary="openvino.Core().read_model(folder / 'model.onnx'), also with caches as state",
     tested_with="openvino 2026.4.1",
     required=("logits",),  # any text input will do: token ids, or embeddings
+    states={"conv_state", "recurrent_state"},
     static_axes=(1, 3),  # otherwise a state has no shape
 )

@@ -75,6 +75,7 @@ class Target:
         required: Inputs and outputs that the client requires.
         allowed_inputs: Inputs that the client can feed, besides the cache; None for any.
         dtypes: Element types that an input or output may have, by name.
+        states: Kinds of states of a fixed size that the client keeps: conv_state, recurrent_state.
         cache_dtypes: Element types that the cache may have; empty for any.
         max_opset: Newest opset version that the client loads; None for any.
         operators: Operators that the client implements; None for any.
@@ -102,6 +103,7 @@ class Target:
     required: tuple[str, ...] = ("input_ids", "logits")
     allowed_inputs: Set[str] | None = None
     dtypes: Mapping[str, Set[str]] = field(default_factory=dict)
+    states: Set[str] = frozenset()
     cache_dtypes: Set[str] = frozenset()
     max_opset: int | None = None
     operators: Set[Operator] | None = None

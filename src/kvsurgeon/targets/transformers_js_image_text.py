@@ -78,6 +78,7 @@ TRANSFORMERS_JS_IMAGE_TEXT = replace(
     name="transformers-js-image-text",
     summary="AutoModelForImageTextToText.from_pretrained(folder) of @huggingface/transformers",
     file="onnx/decoder_model_merged.onnx",
+    states=frozenset(),
     parts={EMBEDDING: "onnx/embed_tokens.onnx", VISION: "onnx/vision_encoder.onnx"},
     required=(EMBEDDINGS, "logits"),
     allowed_inputs=frozenset((EMBEDDINGS, "attention_mask", "position_ids", "num_logits_to_keep")),

@@ -47,6 +47,7 @@ BUILT_IN = {
     "share-kv-layers": "kvsurgeon.passes.heads.share_kv_layers:ShareKvLayers",
     "swiftkv": "kvsurgeon.passes.heads.swiftkv:SwiftKv",
     "add-position-ids": "kvsurgeon.passes.interface.add_position_ids:AddPositionIds",
+    "name-states": "kvsurgeon.passes.interface.name_states:NameStates",
     "rename-io": "kvsurgeon.passes.interface.rename_io:RenameIo",
 }
 
