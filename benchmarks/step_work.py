@@ -47,24 +47,48 @@ PRODUCTS = {  # index of the second operand
 FUSED = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention"})
 APPENDS = frozenset({"Concat", "ScatterElements", "ScatterND", "TensorScatter", "Where"})
 
-KNOWN = {  # by the end of the folder's path, with wildcards: why its work grows
-    "*fp16/*": "onnxruntime transposes and casts float16 for its CPU kernels",
-    "other-torch-dtype/*fp16*": "onnxruntime transposes and casts float16 for its CPU kernels",
-    "quant-dynamic-attn/*": "the quantization ranges of keys and values are measured on all tokens in each call",
-    "quant-q*/*": "keys are quantized before they are transposed; the products take no transposed operand",
-    "hf4*/*": "a table is sliced to the tokens so far and read at their positions; a position beyond must fail",
-    "other-proto/*": "a table is sliced to the tokens so far and read at their positions; a position beyond must fail",
-    "further-outputs/K_causal_mask_out": "the mask of all pairs of tokens is an output of the model",
-    "further-outputs/K_own_causal_out": "the mask of all pairs of tokens is an output of the model",
-    "heads/dynamo_diffllama": "one score product for two context products, which head grouping does not write",
-    "reports/cml2669_fp16_min_fp16": "onnxruntime transposes and casts float16 for its CPU kernels",
-    "reports/cond_spk1_broken": "the model multiplies its whole cache by zero",
-    "reports/mha_bias_kv": "torch's bias_k: a learned key and value behind those of all tokens, in each layer",
-    "reports/opt390_decoder_withpast": "the cache is the exporter's own; remove-cache and inject give a better one",
-    "third-party/picogpt__dy": "keys are cached before their rotation, which an index chooses",
-    "third-party/xt_colmem__ts": "distances to all keys are sums over their features",
-    "third-party/xt_sink__ts": "a learned key and value in front of those of all tokens, in each layer",
-}
+Known = tuple[str, set[str], str]  # end of the folder's path with wildcards, what grows there, and why
+KNOWN: tuple[Known, ...] = (
+    ("*fp16/*", {"Cast of cache", "Transpose of cache", "Expand of cache"},
+     "onnxruntime transposes and casts float16 for its CPU kernels"),
+    ("other-torch-dtype/*fp16*", {"Cast of cache", "Transpose of cache"},
+     "onnxruntime transposes and casts float16 for its CPU kernels"),
+    ("reports/cml2669_fp16_min_fp16", {"Cast of cache", "Transpose of cache"},
+     "onnxruntime transposes and casts float16 for its CPU kernels"),
+    ("quant-dynamic-attn/*",
+     {"DynamicQuantizeLinear of cache", "Expand of cache", "Mul of cache", "Transpose of cache"},
+     "the quantization ranges of keys and values are measured on all tokens in each call"),
+    ("quant-q*/*", {"Gather of cache", "Transpose of cache", "Expand of cache", "DequantizeLinear of cache"},
+     "keys are quantized before they are transposed; the products take no transposed operand"),
+    ("quant-qoperator-linear/torchscript_qwen2",
+     {"Split of cache", "Mul of cache", "Neg of cache", "Concat of cache", "Add of cache", "Concat of context",
+      "Cos of context", "Sin of context"},
+     "keys are cached before their rotation, whose result is rounded to 8 bits"),
+    ("hf4*/*", {"Slice of context"}, "a table is sliced to the tokens so far, and a position beyond must fail"),
+    ("other-proto/*", {"Slice of context"}, "a table is sliced to the tokens so far, and a position beyond must fail"),
+    ("hf430-op17-dyn/open_llama", {"Expand of context", "GatherElements of context", "Tile of context"},
+     "a table of all tokens so far is repeated for each sequence, and read by index"),
+    ("further-outputs/K_causal_mask_out", {"And of context T x T", "LessOrEqual of context T x T",
+     "Where of context T x T"}, "the mask of all pairs of tokens is an output of the model"),
+    ("further-outputs/K_own_causal_out", {"Cast of context T x T", "LessOrEqual of context T x T"},
+     "the mask of all pairs of tokens is an output of the model"),
+    ("heads/dynamo_diffllama", {"Expand of cache", "Split of cache", "Tile of cache"},
+     "one score product for two context products, which head grouping does not write"),
+    ("reports/cond_spk1_broken", {"Mul of cache"}, "the model multiplies its whole cache by zero"),
+    ("reports/mha_bias_kv", {"Concat of cache", "Tile of cache", "Concat of context T x T",
+     "ConstantOfShape of context T x T", "Trilu of context T x T"},
+     "torch's bias_k: a learned key and value behind those of all tokens, in each layer"),
+    ("reports/opt390_decoder_withpast", {"Tile of cache"},
+     "the cache is the exporter's own; remove-cache and inject give a better one"),
+    ("third-party/picogpt__dy",
+     {"Add of cache", "Expand of context", "Mul of cache", "ScatterND of cache", "Slice of cache", "Slice of context",
+      "Sub of cache", "Transpose of cache", "Transpose of context"},
+     "keys are cached before their rotation, which an index chooses"),
+    ("third-party/xt_colmem__ts", {"Concat of cache", "Pow of cache", "ReduceSum of cache"},
+     "distances to all keys are sums over their features"),
+    ("third-party/xt_sink__ts", {"Pad of cache"},
+     "a learned key and value in front of those of all tokens, in each layer"),
+)  # fmt: skip
 
 Shapes = Mapping[str, tuple[int, ...]]
 Node = onnx.NodeProto
@@ -300,7 +324,9 @@ def _multiplied(node: Node, shapes: Shapes) -> int:
 
 def _reason(report: Report) -> str:
     """Return why the work of a model grows, if it is known."""
-    return next((reason for name, reason in KNOWN.items() if Path(report.model).parent.match(name)), "")
+    known = [(kinds, reason) for name, kinds, reason in KNOWN if Path(report.model).parent.match(name)]
+    unknown = {found.kind for found in report.found}.difference(*(kinds for kinds, _ in known))
+    return "" if unknown else "; ".join(reason for _, reason in known)
 
 
 def _entries(options: argparse.Namespace) -> Iterator[Path]:
