@@ -167,7 +167,8 @@ class Companion:
 
     Attributes:
         model: The second model.
-        connections: For each of its outputs, the input that takes it.
+        connections: For each of its outputs, the input that takes it in every call. Empty if the second model is a part
+            of the model, which computes the same without it.
     """
 
     model: ir.Model

@@ -13,6 +13,7 @@ from kvsurgeon.passes.contract import Companion
 
 def connected(model: ir.Model, companions: Mapping[str, Companion]) -> ir.Model:
     """Return one model that runs the companions before the model; the model itself if there are none."""
+    companions = {name: companion for name, companion in companions.items() if companion.connections}
     if not companions:
         return model
     whole = copy_model(model)

@@ -17,6 +17,7 @@ BUILT_IN = {
     "quantize-cache": "kvsurgeon.passes.cache.quantize_cache:QuantizeCache",
     "retarget": "kvsurgeon.passes.cache.retarget:Retarget",
     "separate-cross-attention": "kvsurgeon.passes.cache.separate_cross_attention:SeparateCrossAttention",
+    "separate-prefill": "kvsurgeon.passes.cache.separate_prefill:SeparatePrefill",
     "remove-mask": "kvsurgeon.passes.interface.remove_mask:RemoveMask",
     "add-query-lengths": "kvsurgeon.passes.interface.add_query_lengths:AddQueryLengths",
     "add-causal-mask-input": "kvsurgeon.passes.interface.add_causal_mask_input:AddCausalMaskInput",
