@@ -84,7 +84,10 @@ def passes() -> str:
     lines = ["# Passes", "", 'In pipelines, as in `kvsurgeon run MODEL -p "inject{cache=static},fuse-attention"`.', ""]
     for name, reference in BUILT_IN.items():
         lines += [f"## {name}", "", f"::: {reference.replace(':', '.')}", "    options:"]
-        lines += ["      show_root_heading: false", "      members: false", ""]
+        lines += [
+            f"      {option}: false" for option in ("show_root_heading", "show_root_toc_entry", "show_bases", "members")
+        ]
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -94,5 +97,6 @@ def python_api() -> str:
     for name in kvsurgeon.__all__:
         value = getattr(kvsurgeon, name)
         if not isinstance(value, str):
-            lines += [f"::: {value.__module__}.{value.__qualname__}", "    options:", "      heading_level: 2", ""]
+            lines += [f"::: {value.__module__}.{value.__qualname__}", "    options:", "      heading_level: 2"]
+            lines += [f"      heading: kvsurgeon.{name}", f"      toc_label: {name}", ""]
     return "\n".join(lines)
