@@ -1,6 +1,7 @@
 """Calibration: values of a model on a text, in onnxruntime, from which passes compute weights and scales."""
 
 from kvsurgeon.calibration.activations import activations, calibration_rows
+from kvsurgeon.calibration.cached_rows import largest_features
 from kvsurgeon.calibration.merge_heads import merge_into_first
 from kvsurgeon.calibration.moments import SecondMoment
 from kvsurgeon.calibration.share_layers import read_other_layers
@@ -10,6 +11,7 @@ __all__ = [
     "SecondMoment",
     "activations",
     "calibration_rows",
+    "largest_features",
     "merge_into_first",
     "project_single_input",
     "read_other_layers",

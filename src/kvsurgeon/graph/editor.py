@@ -249,6 +249,11 @@ class Editor:
             node.metadata_props.update(producer.metadata_props)
         return result
 
+    def set_attributes(self, node: ir.Node, attributes: Mapping[str, Any]) -> None:
+        """Set attributes of a node."""
+        node.attributes.update({one.name: one for one in ir.convenience.convert_attributes(attributes)})
+        self.edits += 1
+
     def remove_attribute(self, node: ir.Node, name: str) -> None:
         """Remove an attribute, so that its default holds."""
         if node.attributes.pop(name, None) is not None:

@@ -112,6 +112,8 @@ class _Rewrite:
             if copied - self.floats:
                 raise _unsupported("8-bit constants of unknown scale", node.output[0])
             self.floats.update(name for name in node.output if name)
+        elif node.domain and self.floats.intersection(node.input):
+            raise _unsupported(f"operator {node.op_type} on 8-bit numbers", node.output[0])
         elif node.op_type.startswith(("QLinear", "QAttention", "ConvInteger", "DynamicQuantize", "Bit")):
             raise _unsupported(f"operator {node.op_type}", node.output[0])
         self.nodes.append(node)

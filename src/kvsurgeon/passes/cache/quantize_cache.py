@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
+import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.cache.layout import declared_shape
 from kvsurgeon.cache.pairs import CachePair, find_cache_pairs
+from kvsurgeon.errors import UsageError
+from kvsurgeon.fusion.quantized_operators import check_operators, quantize_operators, quantized_points, scales_of
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.heads.hadamard import rotate_heads
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
-from kvsurgeon.passes.contract import CACHE_TOKENS, Outcome, Subject, Unchanged
+from kvsurgeon.passes.contract import CACHE_TOKENS, Changed, Outcome, Subject, Unchanged
 from kvsurgeon.rewrite.cache_removal import remove_cache
 
 
@@ -32,11 +35,16 @@ class QuantizeCache:
     `hadamard` rotates queries, keys, values and outputs by a Hadamard matrix, which only changes what a row holds:
     large features are spread over all of a head, and 4 bits lose less.
 
+    With `scales=per-channel` or `per-tensor` and a text, `GroupQueryAttention` quantizes by constants instead, without
+    further inputs.
+
     Not supported: caches that `remove-cache` does not remove, an odd `head_dim` for 4 bits. With `hadamard`: keys or
     values that are changed between cache and product, such as by a rotary embedding, or that something else reads.
 
     Attributes:
         bits: Bits of an integer; 4 needs half the memory, and loses more.
+        scales: A scale for each row of each head; or constants from a text, one for each feature or for all, that
+            GroupQueryAttention takes.
         hadamard: Whether to rotate heads by a Hadamard matrix.
     """
 
@@ -44,6 +52,7 @@ class QuantizeCache:
     exact: ClassVar[bool] = False  # its command measures the accuracy loss
 
     bits: Literal[8, 4] = 8
+    scales: Literal["per-token", "per-channel", "per-tensor"] = "per-token"
     hadamard: bool = False
 
     def apply(self, subject: Subject) -> Outcome:
@@ -56,15 +65,52 @@ class QuantizeCache:
         integers = next((pair.past for pair in find_cache_pairs(work.model.graph) if _is_integer(pair.past)), None)
         if integers is not None:
             return Unchanged(reason=f"`{integers.name}` holds integers already")
+        if self.scales != "per-token":
+            return self._with_constant_scales(subject)
         signature = detach_cache(work)
         if signature is None:
             return Unchanged(reason="the model has no cache: use inject")
         pairs = [_rotate(work)] if self.hadamard else []
         injected = reattach_cache(work, signature, bits=self.bits)
-        before, after = (_bytes_per_token(model.graph) * CACHE_TOKENS for model in (subject.model, work.model))
         equal = partial(_equal_models, pairs, copy_model(work.model))
+        sizes = _cache_bytes(subject.model), _cache_bytes(work.model)
         subject.model = work.model
-        return replace(injected, exact=False, cache_bytes=(before, after), equal_models=equal, proof=None)
+        return replace(injected, exact=False, cache_bytes=sizes, equal_models=equal, proof=None)
+
+    def _with_constant_scales(self, subject: Subject) -> Outcome:
+        """Quantize a cache that operators update, by scales from a text."""
+        pairs = find_cache_pairs(subject.model.graph)
+        check_operators(pairs)
+        if subject.text is None or self.hadamard:
+            found = "none" if subject.text is None else "hadamard=true"
+            raise UsageError(
+                f"expected a text for scales={self.scales}, and no rotation, found {found}; give --text FILE"
+            )
+        from kvsurgeon.calibration import largest_features  # onnxruntime is slow to import
+
+        largest = largest_features(subject.model, subject.text, subject.folder)
+        if self.scales == "per-tensor":
+            largest = {name: features.max().reshape(1) for name, features in largest.items()}
+        scales = {name: scales_of(features.reshape(-1), self.bits) for name, features in largest.items()}
+        before = copy_model(subject.model)
+        work = Subject(model=copy_model(before))
+        edits = quantize_operators(work.model, find_cache_pairs(work.model.graph), scales, self.bits)
+        sizes = _cache_bytes(subject.model), _cache_bytes(work.model)
+        equal = partial(_rounded_models, before, copy_model(work.model), scales, self.bits)
+        subject.model = work.model
+        return Changed(edits=edits, exact=False, cache_bytes=sizes, equal_models=equal)
+
+
+def _rounded_models(
+    before: ir.Model, result: ir.Model, scales: Mapping[str, np.ndarray], bits: int
+) -> Sequence[tuple[ir.Model, ir.Model]]:
+    """Return the model without a cache that rounds keys and values, and the one with a cache."""
+    work = Subject(model=before)
+    signature = detach_cache(work)
+    assert signature is not None
+    work.model = copy_model(work.model)
+    with deep_recursion():
+        return [(quantized_points(work.analysis(), signature, scales, bits), result)]
 
 
 def _rotate(work: Subject) -> tuple[ir.Model, ir.Model]:
@@ -81,9 +127,10 @@ def _is_integer(value: ir.Value) -> bool:
     return value.dtype is not None and value.dtype.is_integer()
 
 
-def _bytes_per_token(graph: ir.Graph) -> int:
-    """Return the bytes that one more token of one sequence adds to the cache."""
-    return sum(_bytes_per_row(pair) for pair in find_cache_pairs(graph) if pair.cache_mode != "last-rows")
+def _cache_bytes(model: ir.Model) -> int:
+    """Return the bytes of the cache of a sequence of `CACHE_TOKENS` tokens."""
+    pairs = (pair for pair in find_cache_pairs(model.graph) if pair.cache_mode != "last-rows")
+    return CACHE_TOKENS * sum(_bytes_per_row(pair) for pair in pairs)
 
 
 def _bytes_per_row(pair: CachePair) -> int:
