@@ -9,6 +9,7 @@ from attentions import attention
 from exports import injected
 from laws import assert_law, dims_of, texts
 from model_infos import model_info
+from recurrences import CONVOLUTION
 from written import read
 
 from kvsurgeon import io
@@ -23,9 +24,6 @@ from kvsurgeon.targets.optimum import OPTIMUM
 from kvsurgeon.targets.transformers_js import TRANSFORMERS_JS, transformers_js_config
 from kvsurgeon.workflow import verification
 
-CONVOLUTION = """xt = Transpose<perm = [0, 2, 1]>(x)
- y = Conv<group = 8, kernel_shape = [3], pads = [2, 0]>(xt, kernel)
- h = Transpose<perm = [0, 2, 1]>(y)"""
 CONV, RECURRENT = ("batch_size", 16, 3), ("batch_size", 4, 8, 16)
 
 
