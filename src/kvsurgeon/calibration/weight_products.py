@@ -140,6 +140,25 @@ def change_features(editor: Editor, product: WeightProduct, changes: Sequence[Fe
         editor.replace_input(operand.node, operand.index, editor.initializer(tensor))
 
 
+def combined(editor: Editor, operand: WeightOperand, blocks: Sequence[tuple[np.ndarray, np.ndarray]]) -> ir.LazyTensor:
+    """Return weights or a bias with other features: `old[indices] @ matrix` for each block of indices and a matrix.
+
+    Features of all blocks follow each other.
+    """
+    stored = stored_weights(operand)
+    assert stored is not None
+    shape = list(stored.shape.numpy())
+    shape[operand.axis] = sum(matrix.shape[1] for _, matrix in blocks)
+
+    def computed() -> ir.TensorProtocol:
+        old = np.moveaxis(np.asarray(mapped_elements(stored)), operand.axis, -1)
+        new = np.concatenate([old[..., source].astype(np.float64) @ matrix for source, matrix in blocks], axis=-1)
+        return ir.Tensor(np.ascontiguousarray(np.moveaxis(new, -1, operand.axis).astype(old.dtype)))
+
+    name = editor.unique_name(f"{stored.name or 'weights'}.latent")
+    return ir.LazyTensor(computed, dtype=stored.dtype, shape=ir.Shape(shape), name=name)
+
+
 def stored_weights(operand: WeightOperand) -> ir.TensorProtocol | None:
     """Return the stored tensor of weights, transposed if the graph transposes it; None if they are computed."""
     value = operand.node.inputs[operand.index]

@@ -46,6 +46,7 @@ BUILT_IN = {
     "expand-gqa": "kvsurgeon.passes.heads.expand_gqa:ExpandGqa",
     "merge-kv-heads": "kvsurgeon.passes.heads.merge_kv_heads:MergeKvHeads",
     "share-kv-layers": "kvsurgeon.passes.heads.share_kv_layers:ShareKvLayers",
+    "low-rank-values": "kvsurgeon.passes.heads.low_rank_values:LowRankValues",
     "swiftkv": "kvsurgeon.passes.heads.swiftkv:SwiftKv",
     "add-position-ids": "kvsurgeon.passes.interface.add_position_ids:AddPositionIds",
     "name-states": "kvsurgeon.passes.interface.name_states:NameStates",

@@ -60,7 +60,7 @@ def replace_heads(subject: Subject, plan: Plan, *, lossy: bool, calibrate: Calib
     without_cache = copy_model(work.model) if lossy else work.model
     with deep_recursion():
         replacer = HeadReplacer(_analysis_of_copy(work, subject), lossy=lossy)
-        bits = _cached_bits(replacer.analysis)
+        bits = cached_bits(replacer.analysis)
         before = _heads(replacer, [counts.kv_heads for counts in replacer.counts], range(len(replacer.counts)))
         wanted = plan(replacer)
         if not any(wanted):
@@ -72,7 +72,7 @@ def replace_heads(subject: Subject, plan: Plan, *, lossy: bool, calibrate: Calib
     after = _heads(replacer, kv_heads, [layer if new is None else new[0][0] for layer, new in enumerate(wanted)])
     equal, cache_bytes = None, None
     if lossy:
-        left = _cached_bits(work.analysis())
+        left = cached_bits(work.analysis())
         notes += _size_notes(bits, left)
         cache_bytes = (bits * CACHE_TOKENS // 8, left * CACHE_TOKENS // 8)
         equal = partial(_equal_models, without_cache, copy_model(work.model), wanted)
@@ -95,7 +95,7 @@ def _equal_models(
     return [(replacer.analysis.model, after)]
 
 
-def _cached_bits(analysis: Analysis) -> int:
+def cached_bits(analysis: Analysis) -> int:
     """Return the bits that the cache of a model holds for each token."""
     points = {point.value: point for site in analysis.sites for _, point in site.cached_tensors}
     return sum(point.bits_per_token for point in points.values())

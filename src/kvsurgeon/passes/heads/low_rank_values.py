@@ -1,0 +1,82 @@
+"""Replace the values of all heads by one latent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+import onnx_ir as ir
+
+from kvsurgeon.errors import UsageError
+from kvsurgeon.graph.copies import copy_model
+from kvsurgeon.graph.recursion import deep_recursion
+from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
+from kvsurgeon.passes.contract import CACHE_TOKENS, Changed, Outcome, Subject, Unchanged
+from kvsurgeon.passes.heads.change_heads import cached_bits
+from kvsurgeon.passes.options import check_count
+
+if TYPE_CHECKING:
+    from kvsurgeon.calibration.low_rank import LowRankMap
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankValues:
+    """Replace the values of all KV heads by one latent of lower rank, which makes the cache of values smaller.
+
+    Before: values of `kv_heads * head_dim` features. After: a latent of `rank` features, which each query head reads,
+    and an output projection of `query_heads * rank` rows. The latent holds the principal components of the values on a
+    text (`--text FILE`), as the output projection reads them. Keys are unchanged. Not exact: the report states the
+    accuracy loss.
+
+    Not supported: attention as one operator, quantized weights, values with a norm.
+
+    Attributes:
+        rank: Features of the latent.
+    """
+
+    name: ClassVar[str] = "low-rank-values"
+    exact: ClassVar[bool] = False  # its command measures the accuracy loss
+
+    rank: int
+
+    def apply(self, subject: Subject) -> Outcome:
+        """Replace the values of every layer that has more features than the latent.
+
+        Raises:
+            UsageError: There is no text.
+            UnsupportedError: The weights of values cannot be found, or they cannot be read as one latent.
+        """
+        check_count("rank", self.rank)
+        if subject.text is None:
+            raise UsageError("expected a text to find principal components on, found none; give --text FILE")
+        from kvsurgeon.calibration import compute_latents, fit_latents  # onnxruntime is slow to import
+
+        work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
+        signature = detach_cache(work)
+        work.model = copy_model(work.decomposed().model)
+        before, analysis = copy_model(work.model), work.analysis()
+        with deep_recursion():
+            bits = cached_bits(analysis)
+            maps = fit_latents(analysis, self.rank, subject.text, subject.folder)
+            if not any(maps):
+                return Unchanged(reason=f"no layer has values of more than {self.rank} features")
+            edits = compute_latents(analysis, maps)
+        work.changed()
+        left = cached_bits(work.analysis())
+        equal = partial(_equal_models, before, copy_model(work.model), maps)
+        if signature is not None:
+            reattach_cache(work, signature)
+        subject.model = work.model
+        sizes = (bits * CACHE_TOKENS // 8, left * CACHE_TOKENS // 8)
+        return Changed(edits=edits, exact=False, equal_models=equal, cache_bytes=sizes)
+
+
+def _equal_models(before: ir.Model, after: ir.Model, maps: list[LowRankMap | None]) -> list[tuple[ir.Model, ir.Model]]:
+    """Return the model before with values of lower rank in an unchanged graph, and the model after."""
+    from kvsurgeon.calibration import project_values  # onnxruntime is slow to import
+
+    work = Subject(model=copy_model(before))
+    with deep_recursion():
+        project_values(work.analysis(), maps)
+    return [(work.model, after)]

@@ -1,0 +1,109 @@
+"""One latent replaces the values of all heads: exactly if their rank allows it, and never where it cannot be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from decoders import Config, Decoder
+from grouped import grouped_attention
+from laws import assert_law, difference, in_onnxruntime, texts
+from written import read
+
+from kvsurgeon import io
+from kvsurgeon.errors import UnsupportedError, UsageError
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.contract import Changed, Subject, Unchanged
+from kvsurgeon.passes.heads.low_rank_values import LowRankValues
+
+
+class LowRank(Decoder):
+    """Values of two heads of 8 features have rank 5."""
+
+    def weight(self, name: str, rows: int, columns: int, gain: float = 1.0) -> str:
+        if name != "value":
+            return super().weight(name, rows, columns, gain)
+        values = self._random.standard_normal((rows, 5)) @ self._random.standard_normal((5, columns)) / rows
+        return self.graph.constant(values, self.config.dtype, to=name)
+
+
+CONFIG = Config(layers=2, vocabulary=9)
+BIAS = {"values": "v0 = MatMul(x, v_weight) v = Add(v0, bias)", "constants": "float[6] bias"}
+FUSED: dict[str, Any] = {
+    "keys": "kv = MatMul(x, both) k, v = Split<axis = -1, num_outputs = 2>(kv)", "values": "",
+    "constants": "float[8, 12] both",
+}  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "ids.txt"
+    path.write_text(" ".join(map(str, np.random.default_rng(0).integers(0, 9, 240))))
+    return path
+
+
+def applied(model: onnx.ModelProto, rank: int, text: Path) -> tuple[Subject, Changed]:
+    subject = Subject.of(model)
+    subject.text = text
+    outcome = LowRankValues(rank=rank).apply(subject)
+    assert isinstance(outcome, Changed)
+    return subject, outcome
+
+
+def logits(model: onnx.ModelProto, original: onnx.ModelProto) -> np.ndarray:
+    return in_onnxruntime(model)(texts(original))["logits"]
+
+
+def test_values_of_low_rank_are_replaced_exactly_with_a_smaller_cache(text: Path) -> None:
+    model = LowRank(CONFIG).model()
+    subject, outcome = applied(model, 5, text)
+    assert difference(logits(io.to_proto(subject.model), model), logits(model, model)) < 1e-4
+    assert outcome.cache_bytes is not None
+    before, after = outcome.cache_bytes
+    assert after / before == (16 + 5) / 32
+    result = io.to_proto(subject.model)
+    Inject().apply(subject)
+    assert_law(result, io.to_proto(subject.model), texts(model))
+
+
+@pytest.mark.parametrize("parts", [{}, BIAS, FUSED], ids=["plain", "a bias", "one product for keys and values"])
+def test_the_graph_computes_what_projected_values_give(parts: dict[str, Any], text: Path) -> None:
+    model = read(grouped_attention(**parts))
+    subject, outcome = applied(model, 2, text)
+    assert outcome.equal_models is not None
+    ((expected, _),) = outcome.equal_models()
+    found = logits(io.to_proto(subject.model), model)
+    assert difference(found, logits(io.to_proto(expected), model)) < 1e-4
+    assert difference(found, logits(model, model)) > 1e-3  # the rank is too low for no loss
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ("v0 = MatMul(x, v_weight) v = LayerNormalization(v0, norm)", "separate columns"),
+        ("v0 = MatMul(x, v_weight) rf = Cast<to = 1>(rows) v = Mul(v0, rf)", "depend on the position|not a linear map"),
+    ],
+)
+def test_values_that_are_not_linear_are_rejected(values: str, reason: str, text: Path) -> None:
+    with pytest.raises(UnsupportedError, match=reason):
+        applied(read(grouped_attention(values=values, constants="float[6] norm")), 2, text)
+
+
+def test_a_result_that_something_else_reads_is_rejected(text: Path) -> None:
+    model = grouped_attention().replace("logits = MatMul(joined, out)", "b = Add(joined, q) logits = MatMul(b, out)")
+    with pytest.raises(UnsupportedError, match="depends on the token"):
+        applied(read(model), 2, text)
+
+
+def test_ranks_and_texts_that_are_missing(text: Path) -> None:
+    model = Decoder(CONFIG).model()
+    with pytest.raises(UsageError, match="--text FILE"):
+        LowRankValues(rank=2).apply(Subject.of(model))
+    with pytest.raises(UsageError, match="rank"):
+        LowRankValues(rank=0).apply(Subject.of(model))
+    subject = Subject.of(model)
+    subject.text = text
+    assert isinstance(LowRankValues(rank=16).apply(subject), Unchanged)
