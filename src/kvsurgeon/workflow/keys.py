@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
 
 from kvsurgeon import io
+from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.anatomy import Decoder
-from kvsurgeon.errors import UsageError
+from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.heads.grouped_products import key_heads_read
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.remove_cache import without_cache
 from kvsurgeon.passes.contract import Source, Subject
 from kvsurgeon.runtime import CachedDecoder, open_session
-from kvsurgeon.runtime.text import Prompt, encode_prompt, load_tokenizer, side_folders
-
-PROMPT = "The quick brown fox jumps over the lazy dog."
-_MAX_TOKENS = 24  # rows of a legible plot
-_DEFAULT_TOKENS = range(1, 10)  # IDs that any model knows, for a model without a tokenizer
+from kvsurgeon.runtime.text import Prompt, load_tokenizer, side_folders
+from kvsurgeon.workflow.prompts import short_prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,28 +73,75 @@ def capture_keys(
         UnsupportedError: No attention is found.
         RunError: The model fails.
     """
-    subject = without_cache(Subject.of(source, folder))
-    decoder = subject.decoder()
-    if not 0 <= layer < len(decoder.attentions):
-        raise UsageError(f"expected a layer from 0 to {len(decoder.attentions) - 1}, found {layer}")
-    reads = key_heads_read(subject.analysis(), layer)
-    Inject().apply(subject)
-    proto = io.to_proto(subject.model)
-    tokenizer = load_tokenizer(side_folders(proto, subject.folder))
-    tokens = np.array([_encode(tokenizer, prompt)], np.int64)
-    cached = CachedDecoder(open_session(proto, folder=subject.folder, threads=1))
-    cached.run(cached.inputs.feeds(tokens, np.ones_like(tokens)))
-    owner = _cache_layer(decoder, layer)
-    entry = next(entry for entry in cached.cache if entry.layer == owner and entry.part == "key")
-    keys = cached.cached_rows(entry)[0].astype(np.float32)  # [kv_heads, tokens, head_dim]
-    if keys.ndim == 3 and len(keys) == len(reads):
-        reads = tuple(range(len(reads)))  # heads are repeated before the cache
-    if keys.ndim != 3 or set(reads) != set(range(len(keys))):
-        raise UsageError(
-            f"cannot plot the keys of layer {layer}: expected [kv_heads, tokens, head_dim], found {list(keys.shape)}"
-        )
-    texts = tuple(_decode(tokenizer, token) for token in tokens[0].tolist())
-    return Keys(model=_name(source), layer=layer, reads=reads, keys=keys, tokens=texts)
+    return KeyReader(source, prompt=prompt, folder=folder).of_layer(layer)
+
+
+class KeyReader:
+    """Reads the keys of any attention layer after one run of the model."""
+
+    def __init__(
+        self, source: Source, *, prompt: Prompt | None = None, folder: str | Path | None = None, name: str | None = None
+    ) -> None:
+        """Analyze a model; see `capture_keys`. Its name is that of its file by default.
+
+        Raises:
+            InputError: The model cannot be read.
+            UnsupportedError: No attention is found.
+        """
+        self._name = model_name(source) if name is None else name
+        self._subject = without_cache(Subject.of(source, folder))
+        self._analysis, self._decoder = self._subject.analysis(), self._subject.decoder()
+        self._prompt = prompt
+
+    def of_layer(self, layer: int) -> Keys:
+        """Return the keys of an attention layer.
+
+        Raises:
+            UsageError: The layer does not exist, has no keys of heads, or the prompt cannot be encoded.
+            UnsupportedError: The heads cannot be traced.
+            RunError: The model fails.
+        """
+        layers = len(self._decoder.attentions)
+        if not 0 <= layer < layers:
+            raise UsageError(f"expected a layer from 0 to {layers - 1}, found {layer}")
+        reads = self._reads[layer]
+        if isinstance(reads, UnsupportedError):
+            raise reads
+        cached, tokens = self._run
+        owner = _cache_layer(self._decoder, layer)
+        entry = next(entry for entry in cached.cache if entry.layer == owner and entry.part == "key")
+        keys = cached.cached_rows(entry)[0].astype(np.float32)  # [kv_heads, tokens, head_dim]
+        if keys.ndim == 3 and len(keys) == len(reads):
+            reads = tuple(range(len(reads)))  # heads are repeated before the cache
+        if keys.ndim != 3 or set(reads) != set(range(len(keys))):
+            raise UsageError(
+                f"cannot plot the keys of layer {layer}: expected [kv_heads, tokens, head_dim], "
+                f"found {list(keys.shape)}"
+            )
+        return Keys(model=self._name, layer=layer, reads=reads, keys=keys, tokens=tokens)
+
+    @cached_property
+    def _reads(self) -> list[tuple[int, ...] | UnsupportedError]:
+        """KV head of each query head of each layer, or why it cannot be traced."""
+        return [_heads_read(self._analysis, layer) for layer in range(len(self._decoder.attentions))]
+
+    @cached_property
+    def _run(self) -> tuple[CachedDecoder, tuple[str, ...]]:
+        """The model with a cache that holds the prompt, and the tokens of the prompt."""
+        subject = self._subject
+        Inject().apply(subject)
+        proto = io.to_proto(subject.model)
+        prompt = short_prompt(self._prompt, load_tokenizer(side_folders(proto, subject.folder)))
+        cached = CachedDecoder(open_session(proto, folder=subject.folder, threads=1))
+        cached.run(cached.inputs.feeds(prompt.ids, np.ones_like(prompt.ids)))
+        return cached, prompt.texts
+
+
+def _heads_read(analysis: Analysis, layer: int) -> tuple[int, ...] | UnsupportedError:
+    try:
+        return key_heads_read(analysis, layer)
+    except UnsupportedError as error:
+        return error
 
 
 def _cache_layer(decoder: Decoder, layer: int) -> int:
@@ -106,19 +151,7 @@ def _cache_layer(decoder: Decoder, layer: int) -> int:
     return sum(one.shares_cache_with is None for one in decoder.attentions[:owner])
 
 
-def _encode(tokenizer: Tokenizer | None, prompt: Prompt | None) -> list[int]:
-    """Return the first token IDs of a prompt, or of a default one."""
-    if prompt is None:
-        prompt = PROMPT if tokenizer is not None else _DEFAULT_TOKENS
-    return encode_prompt(prompt, tokenizer)[:_MAX_TOKENS]
-
-
-def _decode(tokenizer: Tokenizer | None, token: int) -> str:
-    text = str(token) if tokenizer is None else tokenizer.decode([token], skip_special_tokens=False)
-    return text.replace("\n", "↵").strip() or "␣"
-
-
-def _name(source: Source) -> str:
+def model_name(source: Source) -> str:
     """Return the name of a model: that of its file, or of the folder of a file named `model`."""
     if not isinstance(source, str | Path):
         return "model"
