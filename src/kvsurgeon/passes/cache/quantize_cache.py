@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,8 +10,8 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.cache.layout import declared_shape
-from kvsurgeon.cache.pairs import CachePair, find_cache_pairs
+from kvsurgeon.cache.pairs import find_cache_pairs
+from kvsurgeon.cache.sizes import bytes_per_row
 from kvsurgeon.errors import UsageError
 from kvsurgeon.fusion.quantized_operators import check_operators, quantize_operators, quantized_points, scales_of
 from kvsurgeon.graph.copies import copy_model
@@ -130,13 +129,7 @@ def _is_integer(value: ir.Value) -> bool:
 def _cache_bytes(model: ir.Model) -> int:
     """Return the bytes of the cache of a sequence of `CACHE_TOKENS` tokens."""
     pairs = (pair for pair in find_cache_pairs(model.graph) if pair.cache_mode != "last-rows")
-    return CACHE_TOKENS * sum(_bytes_per_row(pair) for pair in pairs)
-
-
-def _bytes_per_row(pair: CachePair) -> int:
-    sizes = (size for axis, size in enumerate(declared_shape(pair.past)) if axis != pair.axis)
-    bits = (pair.past.dtype or ir.DataType.FLOAT).bitwidth
-    return math.prod(size for size in sizes if isinstance(size, int)) * bits // 8
+    return CACHE_TOKENS * sum(map(bytes_per_row, pairs))
 
 
 def _equal_models(pairs: Sequence[tuple[ir.Model, ir.Model]], result: ir.Model) -> Sequence[tuple[ir.Model, ir.Model]]:
