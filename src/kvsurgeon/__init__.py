@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         measure_loss,
         plot,
         replicate_kv_heads,
+        report,
         save,
         verify,
     )
@@ -40,6 +41,7 @@ __all__ = [
     "measure_loss",
     "plot",
     "replicate_kv_heads",
+    "report",
     "save",
     "verify",
 ]

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from kvsurgeon.anatomy import Attention, Decoder
 from kvsurgeon.errors import UsageError
 from kvsurgeon.io import load, save
+from kvsurgeon.io.atomic_write import atomic_open
 from kvsurgeon.parity import Effort
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Source, Subject
 from kvsurgeon.reporting import key_grid
+from kvsurgeon.reporting.page.build import build_page
 from kvsurgeon.runtime import generate
 from kvsurgeon.runtime.text import Prompt
 from kvsurgeon.targets import Target
@@ -39,6 +41,7 @@ __all__ = [
     "measure_loss",
     "plot",
     "replicate_kv_heads",
+    "report",
     "save",
     "verify",
 ]
@@ -138,3 +141,42 @@ def plot(
     if output is not None:
         key_grid.save_figure(figure, Path(output))
     return figure
+
+
+def report(
+    source: Source,
+    output: str | Path | None = None,
+    *,
+    against: Source | None = None,
+    prompt: Prompt | None = None,
+    tokens: int = 32,
+    verify: bool = False,
+    effort: Effort = "normal",
+    seed: int | None = None,
+    folder: str | Path | None = None,
+) -> str:
+    """Return an HTML page on a model that needs no network, and write it to `output` if one is given.
+
+    Args:
+        source: A file, a folder that holds one, or a model in memory, with or without a cache.
+        output: The file to write; it is replaced.
+        against: A second model, such as the result of a pass; None for the model with the cache that `inject` adds.
+        prompt: A text, or token ids, for attention weights and keys; None for a short text.
+        tokens: Number of generated tokens whose time is measured; 0 to run no model.
+        verify: Whether to verify the second model against the first one.
+        effort: How many texts the verifier compares, and of which lengths.
+        seed: Random seed of the texts; None draws one, which the page names.
+        folder: The folder of the weights and side files of models in memory.
+
+    Raises:
+        UsageError: jinja2 is not installed, or the page cannot be written.
+        InputError: A model cannot be read.
+        UnsupportedError: A model is not a causal decoder that can be handled soundly.
+    """
+    page = build_page(
+        source, against=against, prompt=prompt, tokens=tokens, verify=verify, effort=effort, seed=seed, folder=folder
+    )
+    if output is not None:
+        with atomic_open(Path(output)) as file:
+            file.write(page.encode())
+    return page

@@ -48,7 +48,7 @@ def add_commands(app: typer.Typer, arguments: Sequence[str]) -> None:
     for plugin, message in PASSES.conflicts():
         if plugin.name == called and plugin.name not in COMMANDS:
             raise PluginError(message)
-    for command in (run, passes, targets, verify, plot, generate, demo):
+    for command in (run, passes, targets, verify, plot, report, generate, demo):
         app.command()(cast(Callable[..., None], command))
 
 
@@ -186,6 +186,33 @@ def plot(
     path = output or key_grid.default_path(sides[0])
     key_grid.save_figure(key_grid.draw_keys(sides), path)
     print(f"written to {path}")
+
+
+def report(
+    model: Model,
+    against: Annotated[
+        Path | None, Option(metavar="OTHER", help="A second model. [default: MODEL with a cache]")
+    ] = None,
+    prompt: Annotated[str | None, Option(help="A text, or token ids such as 1,2,3. [default: a short text]")] = None,
+    tokens: Annotated[int, Option(min=0, help="Generated tokens to measure the time of; 0 to run no model.")] = 32,
+    verify: Annotated[bool, Option("--verify/--no-verify", help="Verify the second model against MODEL.")] = False,
+    effort: EffortOption = "normal",
+    seed: Seed = None,
+    output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write a page on a model, or on two: cache, masks, proof, attention weights, keys, time per token, graph."""
+    from kvsurgeon.io.atomic_write import atomic_open
+    from kvsurgeon.reporting.page.build import build_page
+    from kvsurgeon.reporting.progress import verification_progress
+
+    with verification_progress() as progress:
+        page = build_page(
+            model, against=against, prompt=prompt, tokens=tokens, verify=verify, effort=effort, seed=seed,
+            progress=progress,
+        )  # fmt: skip
+    with atomic_open(output) as file:
+        file.write(page.encode())
+    print(f"written to {output}")
 
 
 def generate(

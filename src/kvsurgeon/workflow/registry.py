@@ -54,7 +54,7 @@ BUILT_IN = {
 }
 
 # Names that a pass may not have.
-COMMANDS = ("inspect", "run", "passes", "targets", "verify", "plot", "generate", "demo")
+COMMANDS = ("inspect", "run", "passes", "targets", "verify", "plot", "report", "generate", "demo")
 
 
 def summary_of(plugin: Plugin[type[Any]]) -> str:

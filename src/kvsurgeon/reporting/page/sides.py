@@ -1,0 +1,144 @@
+"""The models of a report page: what is known of each, and what is measured by running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+
+import onnx
+
+from kvsurgeon import io
+from kvsurgeon.anatomy import Decoder
+from kvsurgeon.cache.sizes import CacheSize, cache_size
+from kvsurgeon.errors import KvsurgeonError
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.cache.remove_cache import without_cache
+from kvsurgeon.passes.contract import Source, Subject
+from kvsurgeon.proof.proof import Proof
+from kvsurgeon.runtime import TextGenerator
+from kvsurgeon.runtime.text import Prompt, load_tokenizer, side_folders
+from kvsurgeon.workflow.attention_weights import AttentionWeights, capture_attention_weights
+from kvsurgeon.workflow.keys import KeyReader, Keys, model_name
+from kvsurgeon.workflow.prompts import short_prompt
+
+T = TypeVar("T")
+Measured: TypeAlias = T | KvsurgeonError  # or why it cannot be measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """The time of generated tokens.
+
+    Attributes:
+        cached: Whether the model has a cache.
+        prefill: Seconds of the call that computes the prompt.
+        steps: Seconds of each later token.
+    """
+
+    cached: bool
+    prefill: float
+    steps: tuple[float, ...]
+
+
+class Side:
+    """One model of a report page.
+
+    Attributes:
+        name: Name of the model.
+        source: A file, a folder that holds one, or a model in memory.
+        folder: Folder of the weights and side files of a model in memory.
+        subject: The model as it is.
+    """
+
+    def __init__(self, source: Source, *, name: str | None = None, folder: str | Path | None = None) -> None:
+        """Read a model, without its weights.
+
+        Raises:
+            InputError: The model cannot be read.
+        """
+        self.name = model_name(source) if name is None else name
+        self.source: str | Path | onnx.ModelProto
+        if isinstance(source, str | Path | onnx.ModelProto):
+            self.source = source
+        else:
+            self.source = io.to_proto(source, None if folder is None else Path(folder))
+        self.folder = folder
+        self.subject = Subject.of(self.source, folder)
+
+    @cached_property
+    def without_cache(self) -> Subject:
+        """The model without its cache.
+
+        Raises:
+            UnsupportedError: The cache cannot be removed.
+        """
+        return without_cache(self.subject)
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        """Facts about the model.
+
+        Raises:
+            UnsupportedError: It is not a causal decoder that can be handled soundly.
+        """
+        return self.subject.decoder()
+
+    @property
+    def proof(self) -> Proof:
+        """The proof of the model; that of its first call if it has a cache."""
+        return self.without_cache.proof()
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the model has a cache."""
+        return bool(self.decoder.cache)
+
+    @property
+    def cache_size(self) -> CacheSize:
+        """The size of the cache."""
+        return cache_size(self.subject.model.graph)
+
+    def injected(self) -> Side:
+        """Return the model with the cache that `inject` adds by default, in memory.
+
+        Raises:
+            UnsupportedError: No cache can be added.
+        """
+        subject = Subject.of(self.source, self.folder)
+        Inject().apply(subject)
+        return Side(io.to_proto(subject.model, subject.folder), name=f"{self.name} with a cache", folder=subject.folder)
+
+    def attention_weights(self, prompt: Prompt | None) -> Measured[AttentionWeights]:
+        """Return the attention weights of all layers for a prompt."""
+        return _measured(partial(capture_attention_weights, self.source, prompt=prompt, folder=self.folder))
+
+    def keys(self, prompt: Prompt | None) -> Measured[Sequence[Measured[Keys]]]:
+        """Return the keys of all layers for a prompt."""
+
+        def read() -> list[Measured[Keys]]:
+            reader = KeyReader(self.source, prompt=prompt, folder=self.folder, name=self.name)
+            return [_measured(partial(reader.of_layer, layer)) for layer in range(len(self.decoder.attentions))]
+
+        return _measured(read)
+
+    def timing(self, prompt: Prompt | None, tokens: int) -> Measured[Timing]:
+        """Return the time of each of so many generated tokens."""
+
+        def generate() -> Timing:
+            generator = TextGenerator(self.source, folder=self.folder, stop=())
+            start = short_prompt(prompt, load_tokenizer(side_folders(self.source, self.folder))).ids[0].tolist()
+            made = generator.generate(start, max_new_tokens=tokens)
+            return Timing(cached=made.cached, prefill=made.prefill_seconds, steps=made.step_seconds)
+
+        return _measured(generate)
+
+
+def _measured(run: Callable[[], T]) -> Measured[T]:
+    """Return a result, or the error that it ends with: a page shows the rest."""
+    try:
+        return run()
+    except KvsurgeonError as error:
+        return error
