@@ -112,7 +112,7 @@ def test_the_loss_is_measured_on_a_custom_text(command, tmp_path, capsys):
 
     said = capsys.readouterr().out
     assert "loss on own.txt" in said
-    assert [line.split()[0] for line in said.splitlines() if line.endswith("% ")] == [*"012345"]
+    assert [line.split()[0] for line in said.splitlines() if line.rstrip().endswith("%")] == [*"012345"]
 
 
 @pytest.mark.parametrize("said", ['{"num_', "[1, 2]"])

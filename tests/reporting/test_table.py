@@ -1,6 +1,8 @@
 """Tables, text and JSON of facts and reports."""
 
+import io
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,7 +10,8 @@ from rich.console import Console
 
 from kvsurgeon.anatomy import Attention, CachePointFacts, Decoder, Mask
 from kvsurgeon.parity import TOLERANCES, Comparison, Report
-from kvsurgeon.reporting import json_output, table
+from kvsurgeon.reporting import json_output, table, terminal
+from kvsurgeon.reporting.encoding import replace_unencodable
 
 LAYOUT = ("batch", "kv_heads", "sequence", "head_dim")
 CACHED = CachePointFacts(value="k", dtype="float16", layout=LAYOUT, heads=3, head_dim=64, bytes_per_token=384)
@@ -92,8 +95,59 @@ def test_problems_are_listed():
     assert "✗ ragged: layer 1 forgets" in text
 
 
+def test_equal_layers_have_one_row():
+    layers = [
+        replace(LAYER, layer=layer, key_cache=replace(CACHED, value=f"k{layer}"), rotary_dim=None if layer == 3 else 64)
+        for layer in range(8)
+    ]
+    text = shown(table.decoder_table(replace(DECODER, attentions=(*layers,))))
+    assert [" ".join(row) for row in rows(text)[:2]] == [
+        "0-2, 4-7 9 3 64 0.125 causal + padding 64 k0 ... k7 float16 768",
+        "3 9 3 64 0.125 causal + padding - k3 float16 768",
+    ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_nothing_is_cut(width):
+    names = replace(CACHED, value="/model/layers.0/self_attn/Concat_7_output_0")
+    layer = replace(LAYER, key_cache=names, mask=Mask(kind="sliding-window", window=4, padding=True))
+    report = Report(arithmetic="float32", tolerance=TOLERANCES["float32"], comparisons=(COMPARISON,), seconds=1.25)
+    passes = ({"name": "separate-cross-attention", "summary": "Compute keys in a model.", "package": "kvsurgeon"},)
+    for found in (
+        table.decoder_table(replace(DECODER, attentions=(layer,))),
+        table.report_table(report),
+        table.passes_table(passes),
+    ):
+        text = shown(found, width)
+        assert max(map(len, text.splitlines())) <= width
+        assert "…" not in text
+        words = set(text.split())
+    assert {"separate-cross-attention", "Compute", "kvsurgeon"} <= words
+    assert names.value in shown(table.decoder_table(replace(DECODER, attentions=(layer,))), width)
+
+
+def test_characters_that_an_encoding_lacks_are_replaced(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    monkeypatch.setattr(sys, "stderr", None)
+    replace_unencodable()
+    terminal.console().print(table.decoder_table(replace(DECODER, assumed=("40 °C",))))
+    sys.stdout.flush()
+    text = written.getvalue().decode()
+    assert "+ attention is causal" in text
+    assert r"? 40 \xb0C" in text
+
+
+def test_no_color_is_respected(monkeypatch):
+    for name, value in {"FORCE_COLOR": "1", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with (console := terminal.console()).capture() as capture:
+        console.print("[red]red[/]")
+    assert capture.get() == "red\n"
+
+
 def test_lines_are_not_wrapped_in_a_pipe(capsys):
-    table.console().print("x" * 150)
+    terminal.console().print("x" * 150)
     assert capsys.readouterr().out == "x" * 150 + "\n"
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from kvsurgeon import api
 from kvsurgeon.errors import InputError, ParityError
 from kvsurgeon.passes.cache.inject import Inject
-from kvsurgeon.reporting import table, time_plot
+from kvsurgeon.reporting import table, terminal, time_plot
 from kvsurgeon.reporting.progress import verification_progress
 from kvsurgeon.runtime import Generation, Sampling, TextGenerator
 from kvsurgeon.workflow.pipeline import Pipeline
@@ -23,23 +23,29 @@ LAST_TOKENS = 20  # tokens at the end whose times are compared
 SAMPLING = Sampling(temperature=0.7, top_k=40, seed=7)
 
 
+def write_export(output: Path) -> None:
+    """Write the built-in model, an export without a cache, with its tokenizer and config to the folder `output`."""
+    source = _built_in_model()
+    path = api.save(api.load(source), output, source=source)
+    print(f"written to {path}, without a cache; next: kvsurgeon inject {output} -o {output}-with-cache")
+
+
 def show_demo(output: Path, *, tokens: int | None = None) -> None:
     """Run the demo, and write the model and the plot to `output`.
 
     Raises:
         ParityError: The generated text differs with the cache.
     """
-    if not (BUILT_IN_MODEL / "model.onnx").is_file():
-        raise InputError(f"expected the model of the demo at `{BUILT_IN_MODEL}`, found none; install kvsurgeon again")
-    console = table.console()
+    model = _built_in_model()
+    console = terminal.console()
     console.print("[bold]1. inspect[/] a decoder that was exported without a cache")
-    console.print(table.decoder_table(api.inspect(BUILT_IN_MODEL)))
+    console.print(table.decoder_table(api.inspect(model)))
     console.print("[bold]2. inject[/] a cache, and verify the result against the original")
     with verification_progress() as progress:
-        run = run_and_save(BUILT_IN_MODEL, Pipeline((Inject(),)), output / "model", progress=progress)
+        run = run_and_save(model, Pipeline((Inject(),)), output / "model", progress=progress)
     if run.verification is not None:
         console.print(table.report_table(run.verification))
-    console.print(table.run_summary(run))
+    console.print(f"written to {run.path}", markup=False, soft_wrap=True)
     _compare(output, tokens or TOKENS, console)
 
 
@@ -61,7 +67,13 @@ def _compare(output: Path, tokens: int, console: Console) -> None:
     path = output / "time-per-token.png"
     time_plot.save_plot(series, path, title="Time per token of the same text")
     speedup = median(uncached.step_seconds[-LAST_TOKENS:]) / median(cached.step_seconds[-LAST_TOKENS:])
-    console.print(f"speedup of the last tokens: {speedup:.0f}; plot: {path}; model: {output / 'model'}")
+    console.print(f"speedup of the last tokens: {speedup:.0f}; plot: {path}", markup=False, soft_wrap=True)
+
+
+def _built_in_model() -> Path:
+    if not (BUILT_IN_MODEL / "model.onnx").is_file():
+        raise InputError(f"expected the model of the demo at `{BUILT_IN_MODEL}`, found none; install kvsurgeon again")
+    return BUILT_IN_MODEL
 
 
 def first_sentence(text: str) -> str:

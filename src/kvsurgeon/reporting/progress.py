@@ -15,5 +15,7 @@ def verification_progress() -> Iterator[Callable[[int, int, str], None] | None]:
     if not sys.stderr.isatty():
         yield None
         return
-    with Console(stderr=True).status("running passes") as status:
+    console = Console(stderr=True)
+    spinner = "dots" if console.encoding.startswith("utf") else "line"  # of dots, or of ASCII characters
+    with console.status("running passes", spinner=spinner) as status:
         yield lambda done, total, name: status.update(f"verifying {done + 1}/{total}: {name}")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from kvsurgeon.passes.contract import CACHE_TOKENS, Unchanged
+from kvsurgeon.passes.options import text_of
 from kvsurgeon.reporting.json_output import print_json
+from kvsurgeon.reporting.terminal import TextTable, console, ranges_text
 
 if TYPE_CHECKING:
     from kvsurgeon.anatomy import Attention, CachedTensor, CrossAttention, Decoder, Mask
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from kvsurgeon.workflow.pipeline import PassResult, PipelineRun
 
 _LARGE = 64 * 2**20  # bytes of a copy that a user may want to avoid
-_NUMBERS = ("layer", "query heads", "kv heads", "head dim", "scale", "rotary", "B/token", "batch", "tokens", "error")
 _CACHE_MODES = {
     "dynamic": "dynamic",
     "static": "static buffer",
@@ -40,13 +39,6 @@ _TARGET_LABELS = {
     "beside": "required files",
     "side_files": "written files",
 }
-PIPE_WIDTH = 200  # columns outside a terminal
-
-
-def console(*, stderr: bool = False) -> Console:
-    """Return a console that wraps lines in a terminal and keeps them whole in a pipe."""
-    found = Console(stderr=stderr, highlight=False)
-    return found if found.is_terminal else Console(stderr=stderr, highlight=False, width=PIPE_WIDTH)
 
 
 def print_result(shown: RenderableType, document: Any, *, json: bool) -> None:
@@ -58,10 +50,15 @@ def print_result(shown: RenderableType, document: Any, *, json: bool) -> None:
 
 
 def decoder_table(decoder: Decoder) -> RenderableType:
-    """Return a row for each attention layer, with totals, and what was proved and assumed."""
-    table = _table("layer", "query heads", "kv heads", "head dim", "scale", "mask", "rotary", "cached key", "B/token")
+    """Return a row for each group of equal attention layers, with totals, and what was proved and assumed."""
+    table = TextTable(
+        "layer", "query heads", "kv heads", "head dim", "scale", "mask", "rotary", "cached key", "B/token"
+    )
+    groups: dict[tuple[object, ...], list[Attention]] = {}
     for attention in decoder.attentions:
-        _add_row(table, *_attention_cells(attention))
+        groups.setdefault(_attention_cells(attention), []).append(attention)
+    for (*cells, size), layers in groups.items():
+        table.add(ranges_text([one.layer for one in layers]), *cells, _cached_key(layers), size)
     lines = [*_cross_lines(decoder.cross_attentions), *_cache_lines(decoder.cache)]
     lines += _list("proved", decoder.proved, "✓")
     return Group(table, _totals(decoder), *lines, *_list("assumed (decided by verification)", decoder.assumed, "?"))
@@ -69,11 +66,11 @@ def decoder_table(decoder: Decoder) -> RenderableType:
 
 def report_table(report: Report) -> RenderableType:
     """Return a row for each scenario of a verification, and the verdict."""
-    table = _table("scenario", "batch", "tokens", "chunks", "error", "same token", "verdict")
+    table = TextTable("scenario", "batch", "tokens", "chunks", "error", "same token", "verdict")
     for one in report.comparisons:
         error = "-" if one.error is None else f"{one.error:.1e}"
         agreement = "-" if one.agreement is None else f"{one.agreement:.1%}"
-        _add_row(table, one.scenario, one.batch, one.length, _chunks(one.chunks), error, agreement, one.verdict)
+        table.add(one.scenario, one.batch, one.length, _chunks(one.chunks), error, agreement, one.verdict)
     lines = [f"{report.verdict}: {_largest_error(report)}"]
     lines += [f"  {line}" for line in _coverage_lines(report)]
     lines += [f"  ✗ {problem}" for problem in report.problems] + [f"  note: {note}" for note in report.notes]
@@ -90,9 +87,9 @@ def loss_table(loss: AccuracyLoss) -> RenderableType:
     ]
     if not loss.layer_errors:
         return Group(*map(Text, lines))
-    table = _table("layer", "error")
+    table = TextTable("layer", "error")
     for layer, error in enumerate(loss.layer_errors):
-        _add_row(table, layer, f"{error:.1%}")
+        table.add(layer, f"{error:.1%}")
     return Group(*map(Text, lines), Text("output of each attention layer, the loss of earlier layers included:"), table)
 
 
@@ -140,30 +137,39 @@ def _written_lines(run: PipelineRun) -> Iterator[str]:
 
 def passes_table(passes: Iterable[Mapping[str, Any]]) -> RenderableType:
     """Return a row for each pass; see `kvsurgeon.reporting.json_output.passes_json`."""
-    table = _table("pass", "effect", "options", "package")
+    table = TextTable("pass", "effect", "package")
     for one in passes:
-        options = ", ".join(f"{option['name']}={option['type']}" for option in one.get("options", ()))
-        _add_row(table, one["name"], _summary(one), options or "-", one["package"])
+        table.add(one["name"], _summary(one), one["package"])
     return table
+
+
+def pass_table(one: Mapping[str, Any]) -> RenderableType:
+    """Return the effect of a pass and a row for each option; see `kvsurgeon.reporting.json_output.pass_json`."""
+    table = TextTable("option", "value", "default", "help")
+    for option in one["options"]:
+        default = "required" if option["required"] else text_of(option["default"])
+        table.add(option["name"], option["type"], default, option["help"])
+    title = Text(f"{one['name']}, of {one['package']} ({one['target']})\n{one['summary']}")
+    return Group(title, Text("no options") if not table.rows else table)
 
 
 def targets_table(targets: Iterable[Mapping[str, Any]]) -> RenderableType:
     """Return a row for each target; see `kvsurgeon.reporting.json_output.targets_json`."""
-    table = _table("target", "client", "tested with", "package")
+    table = TextTable("target", "client", "tested with", "package")
     for one in targets:
-        _add_row(table, one["name"], _summary(one), one.get("tried", "-"), one["package"])
+        table.add(one["name"], _summary(one), one.get("tried", "-"), one["package"])
     return table
 
 
 def target_table(target: Mapping[str, Any]) -> RenderableType:
     """Return a row for each requirement of a target; see `kvsurgeon.reporting.json_output.target_json`."""
-    table = _table(target["name"], target["summary"])
+    table = TextTable(target["name"], target["summary"])
     for name, value in target.items():
         if name not in ("name", "summary", "passes") and value not in (None, [], {}, False):
-            _add_row(table, _TARGET_LABELS.get(name, name.replace("_", " ")), _value_text(value))
+            table.add(_TARGET_LABELS.get(name, name.replace("_", " ")), _value_text(value))
     for one in target["passes"]:
         options = (f"{name.replace('_', '-')}={_value_text(value)}" for name, value in one.items() if name != "pass")
-        _add_row(table, f"pass {one['pass']}", "; ".join(options) or "-")
+        table.add(f"pass {one['pass']}", "; ".join(options) or "-")
     return table
 
 
@@ -201,17 +207,6 @@ def size_text(count: int) -> str:
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
-    return table
-
-
-def _add_row(table: Table, *cells: object) -> None:
-    table.add_row(*(Text(str(cell)) for cell in cells))  # as Text, because a name may look like markup
-
-
 def _summary(plugin: Mapping[str, Any]) -> str:
     return f"✗ {plugin['error']}" if "error" in plugin else str(plugin["summary"])
 
@@ -225,21 +220,30 @@ def _value_text(value: Any) -> str:
 def _pass_line(step: PassResult) -> str:
     if isinstance(step.outcome, Unchanged):
         return f"{step.name}: unchanged, {step.outcome.reason}"
-    return f"{step.name}: {step.outcome.edits} edits in {step.seconds:.2f} s"
+    count = step.outcome.edits
+    return f"{step.name}: {count} edit{'s' * (count != 1)} in {step.seconds:.2f} s"
 
 
 def _attention_cells(attention: Attention) -> tuple[object, ...]:
-    own = attention.shares_cache_with is None
+    """Return what equal layers have in common, the size of the cache last."""
     key, value = attention.key_cache, attention.value_cache
     dims = tuple(dict.fromkeys((attention.head_dim, attention.value_head_dim)))
     rotated = attention.rotary_dim
     scale = "-" if attention.scale is None else f"{attention.scale:.4g}"
     mask = mask_text(attention.mask) + ("" if attention.softcap is None else f" + softcap {attention.softcap:g}")
     rotary = "-" if rotated is None else rotated if rotated == dims[0] else f"{rotated} of {dims[0]}"
-    cached = f"{key.value} {key.dtype}" if own else f"as layer {attention.shares_cache_with}"
-    size = key.bytes_per_token + value.bytes_per_token if own else 0
-    heads = attention.query_heads, attention.kv_heads
-    return attention.layer, *heads, "/".join(map(str, dims)), scale, mask, rotary, cached, size
+    size = key.bytes_per_token + value.bytes_per_token if attention.shares_cache_with is None else 0
+    return attention.query_heads, attention.kv_heads, "/".join(map(str, dims)), scale, mask, rotary, size
+
+
+def _cached_key(layers: Sequence[Attention]) -> str:
+    """Return the names and the element types of the cached keys of equal layers."""
+    shared = [one.shares_cache_with for one in layers if one.shares_cache_with is not None]
+    if shared:
+        return f"as layer {ranges_text(sorted(set(shared)))}"
+    keys = [one.key_cache for one in layers]
+    names = keys[0].value if len(keys) == 1 else f"{keys[0].value} ... {keys[-1].value}"
+    return f"{names} {', '.join(dict.fromkeys(one.dtype for one in keys))}"
 
 
 def _totals(decoder: Decoder) -> Text:

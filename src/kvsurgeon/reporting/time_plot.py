@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median, median_high
 
 Series = Mapping[str, Sequence[float]]  # seconds of each token, by the name of the series
 
 MARKERS = "●○▲△"
+_NEIGHBORS = 8  # tokens on each side of which the median is drawn: single tokens vary with the load of the machine
 
 
 def plot_text(series: Series, *, width: int = 64, height: int = 14) -> str:
@@ -15,10 +17,10 @@ def plot_text(series: Series, *, width: int = 64, height: int = 14) -> str:
 
     >>> print(plot_text({"a": [0.0005, 0.0015, 0.003]}, width=3, height=3))
       3.0 ms ┤  ●
-             │ ●
+      1.5 ms ┤ ●
       0.0 ms ┤●
              └───
-              token 1 to 3
+              1 2 3
      ● a
     """
     tokens = max(len(seconds) for seconds in series.values())
@@ -32,17 +34,19 @@ def plot_text(series: Series, *, width: int = 64, height: int = 14) -> str:
                 grid[height - 1 - max(row, 0)][column] = marker
     lines = [f"{_label(row, height, top)}{''.join(cells).rstrip()}" for row, cells in enumerate(grid)]
     legend = "   ".join(f"{marker} {name}" for marker, name in zip(MARKERS, series, strict=False))
-    return "\n".join([*lines, f"{'':9}└{'─' * width}", f"{'':10}token 1 to {tokens}", f" {legend}"])
+    return "\n".join([*lines, f"{'':9}└{'─' * width}", f"{'':10}{_ticks(tokens, width)}", f" {legend}"])
 
 
 def save_plot(series: Series, path: Path, *, title: str) -> None:
-    """Write the plot of milliseconds per token to an image file."""
+    """Write the plot of milliseconds per token, and of their median over neighbors, to an image file."""
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     for name, seconds in series.items():
-        axes.plot(range(1, len(seconds) + 1), [1000 * value for value in seconds], label=name, linewidth=1.5)
+        tokens = range(1, len(seconds) + 1)
+        (line,) = axes.plot(tokens, [1000 * value for value in _smoothed(seconds)], label=name, linewidth=1.5)
+        axes.plot(tokens, [1000 * value for value in seconds], color=line.get_color(), linewidth=0.5, alpha=0.4)
     axes.set(title=title, xlabel="position of the token", ylabel="milliseconds per token", ylim=(0, None))
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
@@ -55,10 +59,22 @@ def _sampled(seconds: Sequence[float], width: int, tokens: int) -> list[float]:
     columns: list[list[float]] = [[] for _ in range(width)]
     for index, value in enumerate(seconds):
         columns[index * width // tokens].append(value)
-    return [sorted(values)[len(values) // 2] if values else 0.0 for values in columns]
+    return [median_high(values) if values else 0.0 for values in columns]
 
 
 def _label(row: int, height: int, top: float) -> str:
-    if row in (0, height - 1):
-        return f"{(top if row == 0 else 0.0):5.1f} ms ┤"
+    """Return the tick of a row: at the top, in the middle and at the bottom."""
+    if row in (0, height // 2, height - 1):
+        return f"{top * (1 - row / (height - 1)):5.1f} ms ┤"
     return f"{'':9}│"
+
+
+def _ticks(tokens: int, width: int) -> str:
+    """Return the numbers of the first, the middle and the last token, below their columns."""
+    first, middle, last = "1", str((tokens + 1) // 2), str(tokens)
+    return f"{first}{middle:>{max(width // 2, 1 + len(middle))}}{last:>{max(width - width // 2 - 1, 1 + len(last))}}"
+
+
+def _smoothed(seconds: Sequence[float]) -> list[float]:
+    """Return the median of each token and its neighbors."""
+    return [median(seconds[max(index - _NEIGHBORS, 0) : index + _NEIGHBORS + 1]) for index in range(len(seconds))]
