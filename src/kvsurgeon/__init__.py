@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvsurgeon.api import (
         Pipeline,
+        Sampling,
         confirm,
         find_attention,
         generate,
@@ -19,18 +20,56 @@ if TYPE_CHECKING:
         load,
         measure_loss,
         plot,
+        remove_cache,
         replicate_kv_heads,
         report,
+        retarget,
+        run,
         save,
         verify,
+    )
+    from kvsurgeon.errors import (
+        BrokenCacheError,
+        CertificateError,
+        Code,
+        InputError,
+        InvalidCertificateError,
+        InvalidModelError,
+        KvsurgeonError,
+        LossError,
+        MissingKernelError,
+        ParityError,
+        PassError,
+        PluginError,
+        RunError,
+        UnsupportedError,
+        UsageError,
+        WeightsError,
     )
     from kvsurgeon.injector import KeyValueCacheInjector
 
     __version__: str
 
 __all__ = [
+    "BrokenCacheError",
+    "CertificateError",
+    "Code",
+    "InputError",
+    "InvalidCertificateError",
+    "InvalidModelError",
     "KeyValueCacheInjector",
+    "KvsurgeonError",
+    "LossError",
+    "MissingKernelError",
+    "ParityError",
+    "PassError",
     "Pipeline",
+    "PluginError",
+    "RunError",
+    "Sampling",
+    "UnsupportedError",
+    "UsageError",
+    "WeightsError",
     "__version__",
     "confirm",
     "find_attention",
@@ -40,11 +79,16 @@ __all__ = [
     "load",
     "measure_loss",
     "plot",
+    "remove_cache",
     "replicate_kv_heads",
     "report",
+    "retarget",
+    "run",
     "save",
     "verify",
 ]
+
+_ELSEWHERE = {"KeyValueCacheInjector": "injector", "Code": "errors"}  # than in `api`
 
 
 def __getattr__(name: str) -> Any:
@@ -52,8 +96,8 @@ def __getattr__(name: str) -> Any:
         return import_module("importlib.metadata").version("kvsurgeon")
     if name not in __all__:
         raise AttributeError(f"module 'kvsurgeon' has no attribute {name!r}")
-    module = "kvsurgeon.injector" if name == "KeyValueCacheInjector" else "kvsurgeon.api"
-    return getattr(import_module(module), name)
+    module = _ELSEWHERE.get(name, "errors" if name.endswith("Error") else "api")
+    return getattr(import_module(f"kvsurgeon.{module}"), name)
 
 
 def __dir__() -> list[str]:

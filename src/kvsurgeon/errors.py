@@ -23,6 +23,8 @@ A message is one line: what happened; expected, found, at, hint. ``docs/errors.m
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from enum import StrEnum
 from typing import ClassVar
 
@@ -87,6 +89,19 @@ def describe_exception(error: BaseException) -> str:
     except Exception:  # a message that cannot be written
         message = ""
     return f"{type(error).__name__}: {message or 'no message'}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a question with the known names that are close to an unknown one; without any, all known names.
+
+    >>> did_you_mean("injct", ("inject", "verify"))
+    'did you mean inject?'
+    >>> did_you_mean("x", ("inject", "verify"))
+    'expected one of inject, verify'
+    """
+    names = tuple(known)
+    close = get_close_matches(name, names)
+    return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
 
 
 class KvsurgeonError(Exception):

@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
-from kvsurgeon.errors import PluginError, UsageError, describe_exception
+from kvsurgeon.errors import PluginError, UsageError, describe_exception, did_you_mean
 
 T = TypeVar("T")
 
@@ -70,6 +70,7 @@ class Catalogue(Generic[T]):
         built_in: References of the built-in ones, by name.
         check: See `Plugin`.
         reserved: Names that no object may have.
+        further: Name, reference and origin of objects that are neither built in nor of an installed package.
     """
 
     kind: str
@@ -77,6 +78,7 @@ class Catalogue(Generic[T]):
     built_in: Mapping[str, str]
     check: Callable[[Plugin[T], Any], T]
     reserved: tuple[str, ...] = ()
+    further: tuple[tuple[str, str, str], ...] = ()
 
     def plugins(self) -> tuple[Plugin[T], ...]:
         """Return all that can be loaded, built-in ones first; of a name with a conflict, none."""
@@ -110,14 +112,15 @@ class Catalogue(Generic[T]):
                 raise PluginError(message)
         known = {plugin.name: plugin for plugin in self.plugins()}
         if name not in known:
-            raise UsageError(f"unknown {self.kind} {name!r}; expected one of {', '.join(known)}")
+            raise UsageError(f"unknown {self.kind} {name!r}; {did_you_mean(name, known)}")
         return known[name]
 
     def _all(self) -> Iterator[Plugin[T]]:
         for name, reference in self.built_in.items():
             yield self._plugin(name, reference, "kvsurgeon")
         points = entry_points(group=f"kvsurgeon.{self.plural}")
-        for name, reference, package in sorted({(point.name, point.value, _package(point)) for point in points}):
+        installed = sorted({(point.name, point.value, _package(point)) for point in points})
+        for name, reference, package in (*installed, *self.further):
             yield self._plugin(name, reference, package)
 
     def _plugin(self, name: str, reference: str, package: str) -> Plugin[T]:

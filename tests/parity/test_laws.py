@@ -7,7 +7,8 @@ import pytest
 from decoders import CachedDecoder as CachedModel
 from decoders import Config, Decoder
 
-from kvsurgeon.runtime import CachedDecoder, Sampling, UncachedDecoder, generate, open_session
+from kvsurgeon.api import generate
+from kvsurgeon.runtime import CachedDecoder, Sampling, UncachedDecoder, open_session
 
 CONFIGS = [Config(), Config(position_ids=True), Config(dtype="float16")]
 ALLOWED = {"float32": 1e-4, "float16": 2e-2}

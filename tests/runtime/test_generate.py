@@ -12,8 +12,9 @@ from decoders import CachedDecoder, Config, Decoder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import kvsurgeon
+from kvsurgeon.api import generate
 from kvsurgeon.errors import InputError, UsageError
-from kvsurgeon.runtime import Sampling, TextGenerator, generate
+from kvsurgeon.runtime import Sampling, TextGenerator
 from kvsurgeon.runtime.text import decode_complete
 
 PROMPT = [3, 1, 4, 1, 5]

@@ -216,6 +216,11 @@ class Decoder:
     cache: tuple[CachedTensor, ...] = ()
     cross_attentions: tuple[CrossAttention, ...] = ()
 
+    def __repr__(self) -> str:
+        """Return the number of layers and the size of the cache."""
+        cached = "with a cache" if self.cache else "without a cache"
+        return f"Decoder({len(self.attentions)} layers, {cached}, {self.cache_bytes_per_token} bytes per token)"
+
     @property
     def cache_entries(self) -> int:
         """Number of (key, value) pairs in the cache; less than the number of layers if layers share them."""

@@ -1,36 +1,50 @@
-"""Load the graph of a model without reading its weights."""
+"""Load the graph of a model, from a file or from memory, without reading its weights."""
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import onnx
 import onnx_ir as ir
 
-from kvsurgeon.errors import InputError, InvalidModelError
+from kvsurgeon.errors import InputError, InvalidModelError, UsageError
 from kvsurgeon.io.external_data import ContainedTensor, check_weights, external_tensors
 from kvsurgeon.io.gc_pause import gc_paused
-from kvsurgeon.io.locate import find_model, read_proto
-from kvsurgeon.io.roundtrip import keep_original, root_cause
+from kvsurgeon.io.locate import find_model, parse, read_proto
+from kvsurgeon.io.roundtrip import keep_original, root_cause, to_proto
 from kvsurgeon.io.stored_weights import WeightsInFile
 from kvsurgeon.io.validate import check_model
+
+if TYPE_CHECKING:
+    import onnx_graphsurgeon as gs
+
+Source: TypeAlias = "str | Path | bytes | onnx.ModelProto | ir.Model | gs.Graph"
+Runnable = str | Path | onnx.ModelProto
 
 _PATH = "kvsurgeon.path"
 
 
-def load(source: str | Path | onnx.ModelProto, *, folder: str | Path | None = None) -> ir.Model:
-    """Load a model; its nodes are sorted in execution order, and its weights stay in their files.
+def load(source: Source, *, folder: str | Path | None = None) -> ir.Model:
+    """Return a model; its nodes are sorted in execution order, and its weights stay in their files.
 
     Args:
-        source: An .onnx file, a folder with one, or a proto, which is not changed.
-        folder: The folder of the external data of a proto. Without it, external data is not checked.
+        source: An .onnx file, a folder with one, or a model in memory, which is not changed; an `onnx_ir.Model` is
+            returned as it is.
+        folder: The folder of the external data of a model in memory. Without it, external data is not checked.
 
     Raises:
+        UsageError: The source is of another type.
         InputError: There is no model at that path.
         InvalidModelError: It is not ONNX, truncated, or its graph is invalid.
         WeightsError: External data is missing, too short or outside the folder of the model.
     """
+    source = read_source(source)
+    if isinstance(source, ir.Model):
+        return source
     if isinstance(source, onnx.ModelProto):
         proto = onnx.ModelProto()
         proto.CopyFrom(source)  # onnx-ir writes the new name of a renamed initializer into its proto
@@ -44,6 +58,55 @@ def load(source: str | Path | onnx.ModelProto, *, folder: str | Path | None = No
         raise type(error)(_on_one_line(f"`{path}`: {error}")) from error
     model.meta[_PATH] = path
     return model
+
+
+def read_source(source: Source) -> Runnable | ir.Model:
+    """Return a source as a path, a proto or an `ir.Model`: bytes are parsed, a graph of onnx-graphsurgeon is exported.
+
+    Raises:
+        UsageError: The source is of another type.
+        InvalidModelError: The bytes are not an ONNX model.
+    """
+    if isinstance(source, str | Path | onnx.ModelProto | ir.Model):
+        return source
+    if isinstance(source, os.PathLike):
+        return Path(source)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return parse(memoryview(source), "the model in memory")
+    if type(source).__module__.startswith("onnx_graphsurgeon"):
+        import onnx_graphsurgeon as gs
+
+        if isinstance(source, gs.Graph):
+            exported: onnx.ModelProto = gs.export_onnx(source)
+            return exported
+    raise UsageError(
+        "expected a model: a path, bytes, an onnx.ModelProto, an onnx_ir.Model or an onnx_graphsurgeon.Graph, "
+        f"found {type(source).__name__}"
+    )
+
+
+def as_runnable(
+    sources: Iterable[Source], folder: str | Path | None = None
+) -> tuple[tuple[Runnable, ...], Path | None]:
+    """Return sources as onnxruntime opens them, and the folder of the external data of those in memory.
+
+    Args:
+        sources: The models, which are not changed.
+        folder: The folder of the external data of models in memory; None for that of the file that a model was loaded
+            from.
+
+    Raises:
+        UsageError: A source is of another type, or models in memory were loaded from several folders.
+        InvalidModelError: A model cannot be read or written.
+    """
+    read = [read_source(source) for source in sources]
+    loaded = (loaded_from(model) for model in read if isinstance(model, ir.Model))
+    folders = {path.parent for path in loaded if path is not None} if folder is None else {Path(folder)}
+    if len(folders) > 1:
+        found = " and ".join(sorted(f"`{one}`" for one in folders))
+        raise UsageError(f"expected the weights of models in memory in one folder, found {found}; give their paths")
+    where = min(folders, default=None)
+    return tuple(to_proto(one, where) if isinstance(one, ir.Model) else one for one in read), where
 
 
 def loaded_from(model: ir.Model) -> Path | None:

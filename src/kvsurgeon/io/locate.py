@@ -71,7 +71,7 @@ def read_proto(path: Path, location: str | None = None) -> onnx.ModelProto:
             # Mapped, so that embedded weights are in memory once (in the proto) and not twice while parsing.
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
                 shortened = None if location is None else _shortened(view, location)
-                return _parse(view, path) if shortened is None else _parse(memoryview(shortened), path)
+                return parse(view if shortened is None else memoryview(shortened), f"`{path}`")
     except OSError as error:
         raise InputError(f"cannot read `{path}`: {error.strerror or error}") from error
 
@@ -95,14 +95,23 @@ def _shortened(view: memoryview, location: str) -> bytes | None:
         return None  # damaged: parsing it gives the reason
 
 
-def _parse(view: memoryview, path: Path) -> onnx.ModelProto:
+def parse(view: memoryview, name: str) -> onnx.ModelProto:
+    """Return the content of a model file.
+
+    Args:
+        view: The bytes of the file.
+        name: Name of the model in messages.
+
+    Raises:
+        InvalidModelError: It is not an ONNX protobuf, or is truncated.
+    """
     head = bytes(view[:256])
     if head.startswith(_LFS_POINTER):
-        raise InvalidModelError(f"`{path}` is a git-lfs pointer, not the model; run `git lfs pull` in its repository")
+        raise InvalidModelError(f"{name} is a git-lfs pointer, not the model; run `git lfs pull` in its repository")
     try:
         proto: onnx.ModelProto = onnx.ModelProto.FromString(view)
     except DecodeError as error:
-        raise InvalidModelError(f"`{path}` {_diagnosis(head)}") from error
+        raise InvalidModelError(f"{name} {_diagnosis(head)}") from error
     return proto
 
 

@@ -181,6 +181,12 @@ class Report:
     effort: Effort = "normal"
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        """Return the verdict and the largest error, or the first problem."""
+        shown = f"error {self.error:.1e}, " if self.error is not None else ""
+        problem = f", {self.problems[0]}" if self.problems else ""
+        return f"Report({self.verdict}: {shown}{len(self.comparisons)} texts{problem})"
+
     @property
     def verdict(self) -> Verdict:
         """Whether both models compute the same; "unknown" if the reference model cannot be run."""

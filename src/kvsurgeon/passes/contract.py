@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-import onnx
 import onnx_ir as ir
 
 from kvsurgeon import io
@@ -18,11 +17,11 @@ from kvsurgeon.decompose import DecomposedModel, decompose
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.io.gc_pause import gc_paused
 from kvsurgeon.io.json_files import read_json
+from kvsurgeon.io.loading import Source
 from kvsurgeon.io.model_config import HeadChange
 from kvsurgeon.proof.proof import Proof, prove
 from kvsurgeon.rewrite.cache_removal import RemovedCache, remove_cache
 
-Source = str | Path | onnx.ModelProto | ir.Model
 CACHE_TOKENS = 4096  # of the sequence whose cache is stated in bytes
 
 
@@ -47,18 +46,19 @@ class Subject:
 
     @classmethod
     def of(cls, source: Subject | Source, folder: str | Path | None = None) -> Subject:
-        """Return a subject for a file, a folder that holds one, a proto or a model in memory.
+        """Return a subject for a file, a folder that holds one, or a model in memory.
 
         Args:
-            source: The model. A proto is not changed; an `ir.Model` is changed in place. A subject is returned as is.
+            source: The model. An `ir.Model` is changed in place, other models are not. A subject is returned as is.
             folder: The folder of the external data and the config of a model in memory.
 
         Raises:
+            UsageError: The source is of another type.
             InputError: The model cannot be read.
         """
         if isinstance(source, Subject):
             return source
-        model = source if isinstance(source, ir.Model) else io.load(source, folder=folder)
+        model = io.load(source, folder=folder)
         path = io.loaded_from(model)
         if folder is None and path is not None:
             folder = path.parent
@@ -190,6 +190,7 @@ class Changed:
         cache_bytes: Bytes of the cache of a sequence of `CACHE_TOKENS` tokens before and after; None if not known.
         proof: What the pass rests on, without the attention patterns; None if it adds no cache.
         companions: Models that compute inputs of the result, by the name of their file in its folder.
+        renamed: New names of inputs and outputs by their old ones, under which the verifier compares them.
     """
 
     edits: int
@@ -202,6 +203,7 @@ class Changed:
     )
     proof: Proof | None = field(default=None, repr=False, compare=False)
     companions: Mapping[str, Companion] = field(default_factory=dict, repr=False, compare=False)
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,12 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from kvsurgeon.errors import UsageError
+from kvsurgeon.errors import UsageError, did_you_mean
 
 MAX_COUNT = 2**31 - 1  # runtimes use 32-bit counts
 BOOLEANS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
@@ -112,20 +112,49 @@ def build(pass_class: Callable[..., Any], name: str, texts: Mapping[str, str]) -
     Raises:
         UsageError: An option is unknown, missing, or has an invalid value.
     """
-    options = {option.field: option for option in options_of(typing.cast(type, pass_class))}
-    values = {}
-    for given, text in texts.items():
-        option = options.get(given.replace("-", "_"))
-        if option is None:
-            raise UsageError(f"pass {name} has no option {given}; {_listed(options.values())}")
-        values[option.field] = option.read(text)
-    missing = [option.name for option in options.values() if option.required and option.field not in values]
+    found = ((_find(pass_class, name, given), text) for given, text in texts.items())
+    return make(pass_class, name, {option.field: option.read(text) for option, text in found})
+
+
+def make(pass_class: Callable[..., Any], name: str, values: Mapping[str, Any]) -> Any:
+    """Return a pass with the values of its fields.
+
+    Raises:
+        UsageError: An option is unknown, missing, or has an invalid value.
+    """
+    for given, value in values.items():
+        option = _find(pass_class, name, given)
+        if not is_value(value, option.type):
+            raise UsageError(f"option {option.name}: expected {option.kind}, found {value!r}")
+    options = options_of(typing.cast(type, pass_class))
+    missing = [option.name for option in options if option.required and option.field not in values]
     if missing:
         raise UsageError(f"pass {name} requires {', '.join(missing)}: write {name}{{{missing[0]}=...}}")
     try:
         return pass_class(**values)
     except ValueError as error:
         raise UsageError(f"pass {name}: {error}") from error
+
+
+def is_value(value: Any, wanted: Any) -> bool:
+    """Whether a value is one of a type of options; other types are not checked.
+
+    >>> is_value(("Add", "Mul"), tuple[str, ...]), is_value(True, int), is_value("static", Literal["dynamic"])
+    (True, False, False)
+    """
+    origin, inner = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (Union, types.UnionType):
+        return any(is_value(value, one) for one in inner)
+    if origin is Literal:
+        return any(value == one and type(value) is type(one) for one in inner)
+    if origin is tuple:
+        inner = (inner[0],) * len(value) if inner[1:] == (Ellipsis,) and isinstance(value, tuple) else inner
+        return isinstance(value, tuple) and len(value) == len(inner) and all(map(is_value, value, inner))
+    if wanted in (int, float):
+        return isinstance(value, (int, wanted)) and not isinstance(value, bool)
+    if wanted is Path:
+        return isinstance(value, str | Path)
+    return isinstance(value, wanted) if wanted in (bool, str, types.NoneType) else True
 
 
 def convert(text: str, wanted: Any) -> Any:
@@ -215,6 +244,15 @@ def _help_texts(pass_class: type) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in entries}
 
 
-def _listed(options: Iterable[Option]) -> str:
-    names = [f"{option.name} ({option.kind})" for option in options]
-    return f"options: {', '.join(names)}" if names else "it has none"
+def _find(pass_class: Callable[..., Any], name: str, given: str) -> Option:
+    """Return the option of a pass by its name or field.
+
+    Raises:
+        UsageError: There is none.
+    """
+    options = {option.name: option for option in options_of(typing.cast(type, pass_class))}
+    found = options.get(given.replace("_", "-"))
+    if found is None:
+        hint = did_you_mean(given, options) if options else "it has none"
+        raise UsageError(f"pass {name} has no option {given}; {hint}")
+    return found

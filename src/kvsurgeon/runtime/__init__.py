@@ -7,7 +7,7 @@ from kvsurgeon.runtime.axes import CacheIO
 from kvsurgeon.runtime.continuous_batching import ContinuousBatch
 from kvsurgeon.runtime.decoder import AnyDecoder, CachedDecoder, UncachedDecoder
 from kvsurgeon.runtime.feeds import DecoderInputs, InputSpec, Tokens
-from kvsurgeon.runtime.generate import GeneratedToken, Generation, TextGenerator, generate
+from kvsurgeon.runtime.generate import GeneratedToken, Generation, TextGenerator
 from kvsurgeon.runtime.sampling import Sampling
 from kvsurgeon.runtime.session import Optimization, Session, Source, open_session
 from kvsurgeon.runtime.tensors import Array, ValueInfo
@@ -30,6 +30,5 @@ __all__ = [
     "Tokens",
     "UncachedDecoder",
     "ValueInfo",
-    "generate",
     "open_session",
 ]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 FinishReason = Literal["stop", "length"]
+_SHOWN = 60  # characters of each text in a short form
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,11 @@ class Generation:
     prompt_length: int
     prefill_seconds: float
     step_seconds: tuple[float, ...]
+
+    def __repr__(self) -> str:
+        """Return the text of each row, or its first tokens."""
+        rows = [one if len(one) <= _SHOWN else f"{one[:_SHOWN]}..." for one in self.texts or map(str, self.tokens)]
+        return f"Generation({', '.join(map(repr, rows))}, {self.tokens_per_second:.1f} tokens/s)"
 
     @property
     def seconds_per_token(self) -> float:
@@ -294,27 +300,3 @@ class TextGenerator:
         padding = ((0, 0), (0, (decoder.length or length) - length))
         feeds = decoder.inputs.feeds(np.pad(tokens, padding, mode="edge"), np.pad(mask, padding, constant_values=1))
         return decoder.run(feeds)[decoder.logits][:, :length]
-
-
-def generate(
-    model: Source | Session,
-    prompts: Prompt | Sequence[Prompt],
-    *,
-    max_new_tokens: int = 64,
-    sampling: Sampling | None = None,
-    cached: bool | None = None,
-    tokenizer: Tokenizer | None = None,
-    stop: Collection[int] | None = None,
-    folder: str | Path | None = None,
-    threads: int | None = None,
-    on_token: Callable[[GeneratedToken], None] | None = None,
-) -> Generation:
-    """Open a model and continue one prompt or several; see `TextGenerator` for the arguments.
-
-    Raises:
-        InputError: The model or a side file cannot be read.
-        UsageError: The model cannot continue such prompts.
-        RunError: The model fails on them.
-    """
-    generator = TextGenerator(model, cached=cached, tokenizer=tokenizer, stop=stop, folder=folder, threads=threads)
-    return generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, on_token=on_token)

@@ -14,8 +14,9 @@ from kvsurgeon import io
 from kvsurgeon.anatomy import Decoder
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.io.json_files import read_json
+from kvsurgeon.io.loading import Source
 from kvsurgeon.io.model_config import head_changes, updated_config
-from kvsurgeon.passes.contract import Companion, Source, Subject
+from kvsurgeon.passes.contract import Companion, Subject
 from kvsurgeon.passes.shapes.fix_shapes import FixShapes
 from kvsurgeon.targets import TARGETS, Incompatibility, ModelInfo, Target, find_incompatibilities
 from kvsurgeon.targets.target import EMBEDDING, ENCODER, VISION, warning
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 _PARTS = {ENCODER: "the encoder", EMBEDDING: "the embedding of token ids", VISION: "the vision encoder"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TargetResult(PipelineRun):
     """The result of `build_target`.
 
@@ -44,6 +45,14 @@ class TargetResult(PipelineRun):
     models: Mapping[str, ir.Model]
     warnings: tuple[Incompatibility, ...] = ()
 
+    def save(self, destination: str | Path, **options: Any) -> Path:
+        """Raise an error: the folder of a target is written by `build_target`, with the files that go with the model.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(f"expected the folder of target {self.target.name} as the destination of inject, found none")
+
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes of the passes and warnings of the target for the user."""
@@ -51,7 +60,7 @@ class TargetResult(PipelineRun):
 
 
 def build_target(
-    source: Source,
+    source: Subject | Source,
     target: Target | str,
     destination: str | Path | None = None,
     *,

@@ -25,7 +25,7 @@ from kvsurgeon.passes.contract import Subject
 from kvsurgeon.proof.proof import Obligation
 from kvsurgeon.workflow.certificate import Certificate, predicate_of, tool
 from kvsurgeon.workflow.digests import FileDigests, different_part, model_files
-from kvsurgeon.workflow.pipeline import PipelineRun, first_of
+from kvsurgeon.workflow.pipeline import PipelineRun, first_of, renamed_reference
 from kvsurgeon.workflow.run_and_save import note_unreadable, reference_of
 
 if TYPE_CHECKING:
@@ -220,6 +220,7 @@ class _Repetition:
         """
         from kvsurgeon.workflow.verification import verify_models  # onnxruntime is slow to import
 
+        reference = renamed_reference(reference, run.steps, run.folder)
         report = verify_models(
             reference, self.path, folder=run.folder, effort=effort, seed=seed, thresholds=run.thresholds,
             progress=self.progress,

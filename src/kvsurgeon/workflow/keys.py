@@ -14,9 +14,10 @@ from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.anatomy import Decoder
 from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.heads.grouped_products import key_heads_read
+from kvsurgeon.io.loading import Source
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.remove_cache import without_cache
-from kvsurgeon.passes.contract import Source, Subject
+from kvsurgeon.passes.contract import Subject
 from kvsurgeon.runtime import CachedDecoder, open_session
 from kvsurgeon.runtime.text import Prompt, load_tokenizer, side_folders
 from kvsurgeon.workflow.prompts import short_prompt

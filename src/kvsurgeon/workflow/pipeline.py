@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,13 @@ import onnx_ir as ir
 from kvsurgeon import io
 from kvsurgeon.errors import KvsurgeonError, ParityError, PassError, UsageError, describe_exception
 from kvsurgeon.interop.functions import as_pass_class
+from kvsurgeon.io.loading import Source
 from kvsurgeon.io.model_config import ModelHeads, record_head_change
-from kvsurgeon.passes.contract import Changed, Companion, Outcome, Pass, Source, Subject, Unchanged
+from kvsurgeon.passes.contract import Changed, Companion, Outcome, Pass, Subject, Unchanged
+from kvsurgeon.passes.interface.rename_io import rename
 from kvsurgeon.passes.options import build
 from kvsurgeon.passes.validity import problems
+from kvsurgeon.plugins import Catalogue
 from kvsurgeon.workflow import registry
 from kvsurgeon.workflow.companions import connected
 
@@ -76,6 +79,32 @@ class PipelineRun:
     path: Path | None = None
     files: tuple[io.WrittenFile, ...] = ()
     certificate: Path | None = None
+
+    def __repr__(self) -> str:
+        """Return the passes and the verdict, without the model."""
+        passes = ", ".join(step.name for step in self.steps)
+        verdict = "not verified" if self.verification is None else self.verification.verdict
+        written = "" if self.path is None else f", written to {self.path}"
+        return f"{type(self).__name__}({passes}: {verdict if self.loss is None else 'lossy'}{written})"
+
+    def to_proto(self) -> onnx.ModelProto:
+        """Return the model as a proto; its external data stays in its files."""
+        return io.to_proto(self.model)
+
+    def save(self, destination: str | Path, **options: Any) -> Path:
+        """Save the model, the models that compute its inputs, and the side files; return the path of the model.
+
+        Args:
+            destination: An .onnx file or a folder.
+            **options: `source`, `link_weights`, `pack` and `force` of `kvsurgeon.save`.
+
+        Raises:
+            UsageError: The destination cannot be written to.
+        """
+        path = io.destination_of(self.model, destination, source=options.get("source"))
+        models = {path.name: self.model, **{name: one.model for name, one in self.companions.items()}}
+        io.save_variants(models, path.parent, **options)
+        return path
 
     @property
     def changes(self) -> tuple[Changed, ...]:
@@ -137,13 +166,17 @@ class Pipeline:
         return f"Pipeline({', '.join(one.name for one in self.passes)})"
 
     @classmethod
-    def parse(cls, text: str) -> Pipeline:
+    def parse(cls, text: str, passes: Catalogue[type[Any]] = registry.PASSES) -> Pipeline:
         """Return the pipeline of a text such as `inject,other{option=value,list=1,2}`.
+
+        Args:
+            text: Names and options of the passes.
+            passes: The passes by name.
 
         Raises:
             UsageError: The text is malformed, or a pass or an option is unknown.
         """
-        return cls(build(registry.PASSES.find(name).load(), name, options) for name, options in _parse(text))
+        return cls(build(passes.find(name).load(), name, options) for name, options in _parse(text))
 
     def run(
         self,
@@ -241,7 +274,8 @@ def _is_well_formed(outcome: Outcome) -> bool:
         return isinstance(outcome.reason, str)
     heads = outcome.heads is None or all(isinstance(one, ModelHeads) for one in outcome.heads)
     notes = isinstance(outcome.notes, tuple) and all(isinstance(note, str) for note in outcome.notes)
-    return isinstance(outcome.edits, int) and notes and heads
+    names = isinstance(outcome.renamed, Mapping) and all(isinstance(one, str) for one in outcome.renamed.values())
+    return isinstance(outcome.edits, int) and notes and heads and names
 
 
 def _verify(reference: onnx.ModelProto, subject: Subject, steps: Sequence[PassResult]) -> None:
@@ -249,10 +283,22 @@ def _verify(reference: onnx.ModelProto, subject: Subject, steps: Sequence[PassRe
 
     whole = connected(subject.model, companions_of(steps))
     result = io.to_proto(whole, subject.folder)
+    reference = renamed_reference(reference, steps, subject.folder)
     found = verify_models(reference, result, folder=subject.folder, thresholds=_thresholds(steps))
     if found.verdict != "same":
         ran = ", ".join(step.name for step in steps)
         raise ParityError(f"after pass {steps[-1].name} (passes: {ran}): {first_of(found.problems)}")
+
+
+def renamed_reference(reference: onnx.ModelProto, steps: Sequence[PassResult], folder: Path | None) -> onnx.ModelProto:
+    """Return the reference model with the names that passes gave to its inputs and outputs."""
+    maps = [step.outcome.renamed for step in steps if isinstance(step.outcome, Changed) and step.outcome.renamed]
+    if not maps:
+        return reference
+    model = io.load(reference, folder=folder)
+    for names in maps:
+        rename(model, names)
+    return io.to_proto(model, folder)
 
 
 def _thresholds(steps: Sequence[PassResult]) -> frozenset[int]:

@@ -39,6 +39,11 @@ class Replication:
     error: float
     run: PipelineRun
 
+    def __repr__(self) -> str:
+        """Return the numbers of KV heads and the path."""
+        before, after = (", ".join(map(str, dict.fromkeys(counts))) for counts in self.kv_heads)
+        return f"Replication({before} to {after} KV heads, error {self.error:.1e}, written to {self.path})"
+
 
 def replicate_kv_heads(
     model: str | Path,

@@ -11,11 +11,12 @@ import onnx
 from kvsurgeon import io
 from kvsurgeon.errors import Code, LossError, ParityError, UnsupportedError, UsageError, WeightsError
 from kvsurgeon.io.external_data import external_tensors
+from kvsurgeon.io.loading import Source
 from kvsurgeon.passes.cache.inject import Inject
-from kvsurgeon.passes.contract import Changed, Source, Subject, Unchanged
+from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.workflow.certificate import CertificateWriter
 from kvsurgeon.workflow.companions import connected
-from kvsurgeon.workflow.pipeline import PassCallback, PassResult, Pipeline, PipelineRun, first_of
+from kvsurgeon.workflow.pipeline import PassCallback, PassResult, Pipeline, PipelineRun, first_of, renamed_reference
 
 if TYPE_CHECKING:
     from kvsurgeon.parity import Effort, Progress, Report
@@ -151,6 +152,7 @@ def verify_run(
         UnsupportedError: The verifier cannot run the model.
         ParityError: The results of the model differ from those of the reference.
     """
+    reference = renamed_reference(reference, run.steps, run.folder)
     with io.staged(connected(run.model, run.companions), destination, run.folder) as candidate:
         if run.exact:
             report = _verify(

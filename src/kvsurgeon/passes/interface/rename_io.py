@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
+
+import onnx_ir as ir
 
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.graph.editor import Editor
@@ -36,28 +39,38 @@ class RenameIo:
         new_names = dict(pairs)
         if len(new_names) < len(pairs) or len(set(new_names.values())) < len(pairs):
             raise UsageError(f"expected each name once, found {','.join(self.names)}")
-        graph = subject.model.graph
-        interface = {value.name: value for value in (*graph.inputs, *graph.outputs)}
-        renamed = [(interface[old], new) for old, new in pairs if old in interface and old != new]
-        for _, new in renamed:
-            if new in interface:
-                raise UnsupportedError(
-                    "the model already has an input or output of that name", code=Code.NAME_CONFLICT, at=new
-                )
-        editor = Editor(subject.model)
-        for value, new in renamed:
-            editor.release_name(new)
-            value.name = new
+        renamed = rename(subject.model, new_names)
         if renamed:
-            return Changed(edits=len(renamed))
-        missing = [old for old in new_names if old not in interface]
+            return Changed(edits=len(renamed), renamed=renamed)
+        interface = (*subject.model.graph.inputs, *subject.model.graph.outputs)
+        missing = [old for old in new_names if old not in {value.name for value in interface}]
         return Unchanged(
             reason=f"no input or output is named {' or '.join(missing)}" if missing else "old and new names are equal"
         )
 
 
+def rename(model: ir.Model, new_names: Mapping[str, str]) -> dict[str, str]:
+    """Rename inputs and outputs, and return the new names by the old ones; names that the model lacks are ignored.
+
+    Raises:
+        UnsupportedError: Another input or output has the new name.
+    """
+    interface = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
+    renamed = {old: new for old, new in new_names.items() if old in interface and old != new}
+    for new in renamed.values():
+        if new in interface:
+            raise UnsupportedError(
+                "the model already has an input or output of that name", code=Code.NAME_CONFLICT, at=new
+            )
+    editor = Editor(model)
+    for old, new in renamed.items():
+        editor.release_name(new)
+        interface[old].name = new
+    return renamed
+
+
 def _pair(text: str) -> tuple[str, str]:
-    old, colon, new = text.partition(":")
+    old, colon, new = text.rpartition(":")  # of `onnx::Cast_0:mask` too
     if not (old and colon and new):
         raise UsageError(f"expected names such as old:new, found {text!r}")
     return old, new
