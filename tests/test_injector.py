@@ -1,5 +1,7 @@
 """`KeyValueCacheInjector`, used as in the README."""
 
+import sys
+
 import onnx
 import onnx_graphsurgeon as gs
 import onnx_ir as ir
@@ -132,9 +134,37 @@ def test_overrides_that_differ_from_the_graph_are_errors(overrides, message):
 
 
 @pytest.mark.parametrize("name", ["transpose_value_input", "transpose_key_input", "multiply_batch_by_num_att_heads"])
-def test_overrides_that_are_read_from_the_graph_are_errors(name):
-    with pytest.raises(UsageError, match=f"`{name}` is read from the graph"):
+def test_overrides_that_are_read_from_the_graph_are_warnings(name):
+    with pytest.warns(UserWarning, match=f"`{name}` is read from the graph"):
         KeyValueCacheInjector(**{name: True})
+
+
+def test_the_snippet_of_sparseml_runs_under_its_import_path(folder, original, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    sys.modules.pop("kvsurgeon.exporters.kv_cache_injector", None)
+    with pytest.warns(UserWarning, match="target='deepsparse'"):
+        from kvsurgeon.exporters.kv_cache_injector import KeyValueCacheInjector as Injector
+
+    exporter = Injector(model_path="model", num_attention_heads=4, hidden_size_dim=8)
+    exporter.export(onnx.load("model/model.onnx"), "cached.onnx")
+    assert_law(original, onnx.load("cached.onnx"))
+
+
+@pytest.mark.parametrize("path", ["model", "model/model.onnx"])
+def test_the_model_at_a_path_gets_its_weights(path, folder, original, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    assert_law(original, KeyValueCacheInjector().apply(path))
+
+
+def test_the_form_of_a_target_is_built_if_wanted(folder, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text("{}")
+    built = KeyValueCacheInjector(folder, target="deepsparse").apply(onnx.load(folder / "model.onnx"))
+    assert {"positions", "causal_mask"} <= {value.name for value in built.graph.input}
+    with pytest.raises(UsageError, match="found both"):
+        KeyValueCacheInjector(target="deepsparse", additional_transforms=len)
+    written = KeyValueCacheInjector(folder, target="deepsparse").export(folder, tmp_path / "deepsparse")
+    assert {"model.onnx", "config.json"} <= {file.name for file in written.parent.iterdir()}
 
 
 def test_an_unknown_override_is_an_error():

@@ -5,15 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import onnx
 
 from kvsurgeon import io
 from kvsurgeon.anatomy import Decoder
-from kvsurgeon.errors import UsageError
+from kvsurgeon.errors import UsageError, did_you_mean
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
+
+if TYPE_CHECKING:
+    from kvsurgeon.workflow.pipeline import PipelineRun
 
 _READ_FROM_THE_GRAPH = frozenset({"transpose_value_input", "transpose_key_input", "multiply_batch_by_num_att_heads"})
 
@@ -26,11 +29,13 @@ class KeyValueCacheInjector:
             all weights, or was loaded with `load_external_data=False` and will be saved in the folder of its data.
         inplace: Whether `apply` changes the proto that it is given, and returns it.
         num_attention_heads: Expected number of query heads or KV heads of each layer; None to accept any.
-        hidden_size_kv_cache: Expected head dimension of the cache; None to accept any.
+        hidden_size_kv_cache: Expected head dimension of the cache; None to accept any. `hidden_size_dim` is the same.
         additional_transforms: Passes or functions to run after the injection.
+        target: Name of the runtime or compiler that loads the result, such as "deepsparse"; None for others.
+        **overrides: Other arguments of SparseML: the graph has what they state, which is a warning.
 
     Raises:
-        UsageError: An override is unknown, or is read from the graph.
+        UsageError: An override is unknown, or excludes another.
     """
 
     supported_models: ClassVar[str] = (
@@ -46,10 +51,15 @@ class KeyValueCacheInjector:
         num_attention_heads: int | None = None,
         hidden_size_kv_cache: int | None = None,
         additional_transforms: Callable[..., Any] | Sequence[Callable[..., Any]] = (),
+        target: str | None = None,
         **overrides: Any,
     ) -> None:
+        if "hidden_size_dim" in overrides:  # as the docstring of SparseML calls it
+            hidden_size_kv_cache = overrides.pop("hidden_size_dim")
         for name in overrides:
-            raise UsageError(_unknown_override(name))
+            _check_override(name)
+        if target is not None and additional_transforms:
+            raise UsageError("expected a target or additional_transforms, found both; run kvsurgeon.run on the result")
         path = None if model_path is None else Path(model_path)
         self.folder = path.parent if path is not None and path.is_file() else path
         self.inplace = inplace
@@ -57,14 +67,15 @@ class KeyValueCacheInjector:
         self.hidden_size_kv_cache = hidden_size_kv_cache
         transforms = additional_transforms if isinstance(additional_transforms, Sequence) else (additional_transforms,)
         self.additional_transforms = tuple(transforms)
+        self.target = target
 
-    def apply(self, model: onnx.ModelProto, *, verify: bool = False) -> onnx.ModelProto:
+    def apply(self, model: onnx.ModelProto | str | Path, *, verify: bool = False) -> onnx.ModelProto:
         """Return the model with a cache; its external data is not moved.
 
         Notes, such as what is assumed and not proved, are issued as warnings.
 
         Args:
-            model: The model without a cache.
+            model: The model without a cache, or the path of one, of which all weights are loaded.
             verify: Whether to run the result and the original on the same texts, which needs the weights; without it,
                 external data is not read.
 
@@ -74,25 +85,39 @@ class KeyValueCacheInjector:
             UsageError: The graph has other sizes than the overrides expect; the model is unchanged.
             ParityError: The results of the model differ from those of the original; the model is unchanged.
         """
+        given = model if isinstance(model, onnx.ModelProto) else _with_weights(model)
+        injected = self._run(Subject.of(given, self.folder), verify=verify).to_proto()
+        if not self.inplace:
+            return injected
+        given.CopyFrom(injected)
+        return given
+
+    def export(self, model: onnx.ModelProto | str | Path, file_path: str | Path) -> Path:
+        """Inject the cache, and save the model with external data and side files; return the file.
+
+        Args:
+            model: The model without a cache, or its path.
+            file_path: The file; the folder for a target.
+        """
+        subject = Subject.of(model, self.folder)
+        if self.target is not None:
+            return Path(self._run(subject, destination=file_path).path or file_path)
+        return self._run(subject).save(file_path, source=self.folder)
+
+    def _run(self, subject: Subject, *, verify: bool = False, destination: str | Path | None = None) -> PipelineRun:
+        from kvsurgeon.workflow.build_target import build_target
         from kvsurgeon.workflow.pipeline import Pipeline
         from kvsurgeon.workflow.run_and_save import run_and_save
 
-        subject = Subject.of(model, self.folder)
         if self.num_attention_heads is not None or self.hidden_size_kv_cache is not None:
             self._check(subject.decoder())
-        result = run_and_save(subject, Pipeline((Inject(), *self.additional_transforms)), verify=verify)
+        if self.target is not None:
+            result: PipelineRun = build_target(subject, self.target, destination, verify=verify)
+        else:
+            result = run_and_save(subject, Pipeline((Inject(), *self.additional_transforms)), verify=verify)
         for note in result.notes:
-            warnings.warn(note, stacklevel=2)
-        injected = io.to_proto(result.model)
-        if not self.inplace:
-            return injected
-        model.CopyFrom(injected)
-        return model
-
-    def export(self, model: onnx.ModelProto, file_path: str | Path) -> Path:
-        """Inject the cache, and save the model with external data and side files; return the file."""
-        loaded = io.load(self.apply(model), folder=self.folder)
-        return io.save(loaded, file_path, source=self.folder)
+            warnings.warn(note, stacklevel=3)
+        return result
 
     def _check(self, decoder: Decoder) -> None:
         for attention in decoder.attentions:
@@ -109,7 +134,18 @@ class KeyValueCacheInjector:
                 )
 
 
-def _unknown_override(name: str) -> str:
-    if name in _READ_FROM_THE_GRAPH:
-        return f"`{name}` is read from the graph; caches are [batch, kv_heads, sequence, head_dim]; omit it"
-    return f"unknown override `{name}`: expected num_attention_heads, hidden_size_kv_cache or additional_transforms"
+def _check_override(name: str) -> None:
+    if name not in _READ_FROM_THE_GRAPH:
+        known = ("num_attention_heads", "hidden_size_kv_cache", "hidden_size_dim", "additional_transforms", "target")
+        raise UsageError(f"unknown override `{name}`; {did_you_mean(name, known)}")
+    warnings.warn(
+        f"`{name}` is read from the graph; caches are [batch, kv_heads, sequence, head_dim]; omit it", stacklevel=3
+    )
+
+
+def _with_weights(path: str | Path) -> onnx.ModelProto:
+    """Return the model at a path, with its external data."""
+    model = io.load(path)
+    proto = io.to_proto(model)
+    onnx.load_external_data_for_model(proto, str(io.find_model(path).parent))
+    return proto
