@@ -407,6 +407,118 @@ def test_generate_prints_the_text_and_its_speed(shell, models, tmp_path):
     assert (out.split(), "without a cache" in err) == (said["given"][0], True)
 
 
+# Options in files, and passes of files
+
+PASS = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from kvsurgeon.passes.contract import Changed, Outcome, Subject
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenameLogits:
+    \"\"\"Rename the first output.\"\"\"
+
+    name: ClassVar[str] = "rename-logits"
+    to: str = "scores"
+    stated: bool = True
+
+    def apply(self, subject: Subject) -> Outcome:
+        output = subject.model.graph.outputs[0]
+        old, output.name = output.name, self.to
+        return Changed(edits=1, renamed={old: self.to} if self.stated else {})
+
+
+def label(model: ir.Model, text: str = "x") -> None:
+    \"\"\"Label the model.\"\"\"
+    model.doc_string = text
+
+
+def _helper(number):
+    return number
+"""
+
+
+@pytest.fixture
+def pass_file(tmp_path):
+    file = tmp_path / "my_pass.py"
+    file.write_text(PASS)
+    return file
+
+
+def test_passes_of_a_file_run_and_are_described(shell, models, tmp_path, pass_file):
+    pipeline = "label{text=y},inject,rename-logits{to=y}"
+    code, out, err = shell("run", models / "given", "--load", pass_file, "-p", pipeline, "-o", tmp_path / "out.onnx")
+    assert (code, err, "verified: largest error" in out) == (0, "", True)
+    assert onnx.load(tmp_path / "out.onnx", load_external_data=False).graph.output[0].name == "y"
+    code, out, _ = shell("passes", "rename-logits", "--load", pass_file)
+    assert (code, "Rename the first output." in out, "true|false" in out) == (0, True, True)
+    assert {"label", "rename-logits"} <= {
+        line.split()[0] for line in shell("passes", "--load", pass_file)[1].splitlines()
+    }
+
+
+def test_outputs_that_a_pass_renames_without_saying_so_differ(shell, models, tmp_path, pass_file):
+    options = ("--load", pass_file, "-p", "rename-logits{stated=false}", "-o", tmp_path / "out.onnx")
+    code, _, err = shell("run", models / "given", *options)
+    assert (code, "lacks the output" in err, (tmp_path / "out.onnx").exists()) == (1, True, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        ("def f(x):\n    return x\n", 2, "expected a pass"),
+        ("import nothing_at_all\n", 2, "nothing_at_all"),
+        ("raise SystemExit(0)\n", 2, "SystemExit"),
+        (None, 4, "expected a Python file"),
+        (PASS.replace("rename-logits", "inject"), 2, "two passes are called inject"),
+    ],
+)
+def test_a_file_without_passes_is_an_error(shell, models, tmp_path, text, code, words):
+    file = tmp_path / "other.py"
+    if text is not None:
+        file.write_text(text)
+    found, out, err = shell("run", models / "given", "--load", file, "-p", "inject", "-o", tmp_path / "out.onnx")
+    assert (found, out, err.count("\n"), words in err) == (code, "", 1, True)
+
+
+def test_options_are_saved_to_a_file_and_read_from_it(shell, models, tmp_path, pass_file):
+    saved, again = tmp_path / "saved.yaml", tmp_path / "again.yaml"
+    options = ("--load", pass_file, "-p", 'label{text="a,b=c"},inject', "--effort", "quick", "--seed", 3)
+    assert shell("run", models / "given", *options, "-o", tmp_path / "a.onnx", "--save-config", saved)[0] == 0
+    options = ("-o", tmp_path / "b.onnx", "--config", saved, "--save-config", again)
+    assert shell("run", models / "given", *options)[0] == 0
+    assert sorted(saved.read_text().splitlines()) == sorted(again.read_text().splitlines())
+    assert onnx.load(tmp_path / "b.onnx", load_external_data=False).doc_string == "a,b=c"
+
+
+def test_a_pipeline_in_a_file_is_a_list_of_passes(shell, models, tmp_path, pass_file):
+    file = tmp_path / "pipeline.yaml"
+    file.write_text(f"""
+        pipeline: [{{label: {{text: "a,b=c"}}}}, inject: {{key-layout: [kv_heads, batch, sequence, head_dim]}}]
+        load: {pass_file}
+        verify: false
+    """)
+    options = ("--config", file, "-o", tmp_path / "out.onnx", "--json")
+    code, out, _ = shell("run", models / "given", *options)
+    assert (code, json.loads(out)["verified"]) == (0, False)
+    model = onnx.load(tmp_path / "out.onnx", load_external_data=False)
+    assert model.doc_string == "a,b=c"
+    (past,) = [value for value in model.graph.input if value.name == "past_key_values.0.key"]
+    assert past.type.tensor_type.shape.dim[1].dim_param == "batch_size"
+
+
+def test_a_shell_completes_commands_options_and_names(shell, monkeypatch):
+    monkeypatch.setenv("_KVSURGEON_COMPLETE", "complete_bash")
+    for words, expected in {"inj": "inject", "inject --eff": "--effort", "targets qn": "qnn"}.items():
+        monkeypatch.setenv("COMP_WORDS", f"kvsurgeon {words}")
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+        assert shell() == (0, f"{expected}\n", "")
+
+
 # Verification
 
 

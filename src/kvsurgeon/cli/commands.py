@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Annotated, cast
 
 import typer
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from kvsurgeon.cli import pass_commands
+from kvsurgeon.cli.config import Config, SaveConfig
+from kvsurgeon.cli.config import save_config as write_config
+from kvsurgeon.cli.help import PASSES as PASSES_SECTION
 from kvsurgeon.cli.pass_commands import (
     CertificateFile,
     EffortOption,
@@ -24,12 +27,21 @@ from kvsurgeon.cli.pass_commands import (
     Seed,
     Text,
     Verify,
+    target_names,
 )
 from kvsurgeon.errors import PluginError, UnsupportedError, UsageError
 from kvsurgeon.workflow.registry import COMMANDS, PASSES, summary_of
 
 SamplingSeed = Annotated[int, Option("--seed", min=0, help="Random seed.")]
+Load = Annotated[
+    list[Path] | None, Option("--load", metavar="FILE", help="Add the passes of a Python file; may be repeated.")
+]
 DEMO = Path("kvsurgeon-demo")
+
+
+def pass_names() -> list[str]:
+    """Return the names of all passes, for the completion of a shell."""
+    return [plugin.name for plugin in PASSES.plugins()]
 
 
 def add_commands(app: typer.Typer, arguments: Sequence[str]) -> None:
@@ -42,9 +54,9 @@ def add_commands(app: typer.Typer, arguments: Sequence[str]) -> None:
     app.command()(inspect)
     for plugin in PASSES.plugins():
         if plugin.name == called:
-            app.command(plugin.name)(pass_commands.command_of(plugin))
+            app.command(plugin.name, rich_help_panel=PASSES_SECTION)(pass_commands.command_of(plugin))
         else:
-            app.command(plugin.name, help=summary_of(plugin))(pass_commands.stub)
+            app.command(plugin.name, rich_help_panel=PASSES_SECTION, help=summary_of(plugin))(pass_commands.stub)
     for plugin, message in PASSES.conflicts():
         if plugin.name == called and plugin.name not in COMMANDS:
             raise PluginError(message)
@@ -74,8 +86,12 @@ def inspect(
 
 
 def run(
+    context: Context,
     model: Model,
-    pipeline: Annotated[str, Option("--pipeline", "-p", help="Passes to run: a,b{option=value,list=1,2}.")],
+    pipeline: Annotated[
+        str,
+        Option("--pipeline", "-p", help="Passes to run: a,b{option=value,list=1,2}.", autocompletion=pass_names),
+    ],
     output: Output,
     verify: Verify = True,
     effort: EffortOption = "normal",
@@ -89,29 +105,49 @@ def run(
     per_layer: PerLayer = False,
     max_loss: MaxLoss = None,
     certificate: CertificateFile = None,
+    load: Load = None,
+    config: Config = None,
+    save_config: SaveConfig = None,
     json: Json = False,
 ) -> None:
     """Run several passes in order."""
     from kvsurgeon.reporting.trace import trace_writer
+    from kvsurgeon.workflow.pass_files import passes_with
     from kvsurgeon.workflow.pipeline import Pipeline
 
     pass_commands.run_pipeline(
-        model, Pipeline.parse(pipeline), output, verify=verify, effort=effort, seed=seed, verify_each=verify_each,
+        model, Pipeline.parse(pipeline, passes_with(load or ())), output,
+        verify=verify, effort=effort, seed=seed, verify_each=verify_each,
         link_weights=link_weights, pack=pack, force=force, text=text, per_layer=per_layer,
         max_loss=max_loss, certificate=certificate, on_pass=None if trace is None else trace_writer(trace), json=json,
     )  # fmt: skip
+    write_config(context, save_config)
 
 
-def passes(json: Json = False) -> None:
-    """List all passes, including those of installed packages."""
+def passes(
+    name: Annotated[
+        str | None, Argument(metavar="[NAME]", help="The pass to describe.", autocompletion=pass_names)
+    ] = None,
+    load: Load = None,
+    json: Json = False,
+) -> None:
+    """List all passes, including those of installed packages, or describe one with its options."""
     from kvsurgeon.reporting import json_output, table
+    from kvsurgeon.workflow.pass_files import passes_with
 
-    found = json_output.passes_json()
-    table.print_result(table.passes_table(found), found, json=json)
+    known = passes_with(load or ())
+    if name is None:
+        found = json_output.passes_json(known)
+        table.print_result(table.passes_table(found), found, json=json)
+    else:
+        one = json_output.pass_json(known.find(name))
+        table.print_result(table.pass_table(one), one, json=json)
 
 
 def targets(
-    name: Annotated[str | None, Argument(metavar="[NAME]", help="The target to describe.")] = None,
+    name: Annotated[
+        str | None, Argument(metavar="[NAME]", help="The target to describe.", autocompletion=target_names)
+    ] = None,
     json: Json = False,
 ) -> None:
     """List the runtimes and compilers that models can be built for, or describe one."""
@@ -243,8 +279,16 @@ def generate(
         print_all(generator, prompts, rows=rows, max_new_tokens=max_new_tokens, sampling=sampling)
 
 
-def demo(output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Folder to write.")] = DEMO) -> None:
+def demo(
+    output: Annotated[Path, Option("--output", "-o", metavar="DIR", help="Folder to write.")] = DEMO,
+    export_only: Annotated[
+        bool, Option("--export-only", help="Only write the model: an export without a cache.")
+    ] = False,
+) -> None:
     """Inspect, inject, verify and generate with a small built-in model, and plot the time per token."""
-    from kvsurgeon.cli.demo import show_demo
+    from kvsurgeon.cli.demo import show_demo, write_export
 
-    show_demo(output)
+    if export_only:
+        write_export(output)
+    else:
+        show_demo(output)

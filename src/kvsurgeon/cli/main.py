@@ -14,7 +14,9 @@ from typing import Annotated
 import typer
 
 from kvsurgeon.cli.commands import add_commands
+from kvsurgeon.cli.help import CommandGroup
 from kvsurgeon.errors import Code, KvsurgeonError, UsageError, describe_exception
+from kvsurgeon.reporting.encoding import replace_unencodable
 
 # Exit codes, apart from those of errors
 NO_COMMAND = 2  # help is printed
@@ -26,6 +28,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of err
 
 def main() -> None:
     """Run the command of `sys.argv`, and exit."""
+    replace_unencodable()
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
@@ -43,13 +46,15 @@ def run(arguments: Sequence[str]) -> int:
     remaining = [argument for argument in arguments if argument != "--debug"]
     logging.disable(logging.NOTSET if debug else logging.WARNING)
     try:
-        return _invoke(remaining) if remaining else _invoke(["--help"]) or NO_COMMAND
+        return _invoke(remaining) if remaining or _words_to_complete() else _invoke(["--help"]) or NO_COMMAND
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
         _discard_stdout()
         return CLOSED_PIPE
     except BaseException as error:  # SystemExit of foreign code too, whose exit code could be 0
+        if isinstance(error, SystemExit) and _is_completion(remaining):
+            return 0
         if isinstance(error.__context__, BrokenPipeError):  # of which typer makes a SystemExit
             _discard_stdout()
             return CLOSED_PIPE
@@ -60,14 +65,26 @@ def run(arguments: Sequence[str]) -> int:
 
 def _invoke(arguments: Sequence[str]) -> int:
     app = typer.Typer(
-        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+        cls=CommandGroup, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )  # fmt: skip
     app.callback()(_global_options)
-    add_commands(app, arguments)
+    add_commands(app, arguments or _words_to_complete())
     command = typer.main.get_command(app)
     code = command.main(args=list(arguments), prog_name="kvsurgeon", standalone_mode=False)
     return code if isinstance(code, int) else 0
+
+
+def _is_completion(arguments: Sequence[str]) -> bool:
+    """Whether the shell asks for words, or the user for its script; typer then exits."""
+    return bool(_words_to_complete() or {"--install-completion", "--show-completion"} & set(arguments))
+
+
+def _words_to_complete() -> list[str]:
+    """Return the arguments that a shell wants to be completed, as its script gives them."""
+    if "_KVSURGEON_COMPLETE" not in os.environ:
+        return []
+    return (os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS") or "kvsurgeon").split()[1:] or [""]
 
 
 def _print_version(wanted: bool) -> None:

@@ -11,12 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from kvsurgeon.cli.config import Config, SaveConfig
+from kvsurgeon.cli.config import save_config as write_config
 from kvsurgeon.errors import PluginError, UsageError
 from kvsurgeon.plugins import Plugin
 
 if TYPE_CHECKING:
     from kvsurgeon.passes.options import Option
     from kvsurgeon.workflow.pipeline import Pipeline, PipelineRun
+
+
+def target_names() -> list[str]:
+    """Return the names of all targets, for the completion of a shell."""
+    from kvsurgeon.targets import TARGETS
+
+    return [plugin.name for plugin in TARGETS.plugins()]
+
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file or a folder that holds one.")]
 Output = Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="The .onnx file or folder to write.")]
@@ -46,7 +56,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 CertificateFile = Annotated[
     Path | None, typer.Option("--certificate", metavar="FILE", help="Write a certificate of the result.")
 ]
-TargetName = Annotated[str | None, typer.Option(metavar="NAME", help="Write the folder that this client loads.")]
+TargetName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Write the folder that this client loads.", autocompletion=target_names),
+]
 _HAS_TARGETS = "inject"  # the pass with the option --target
 
 
@@ -61,31 +74,29 @@ def command_of(plugin: Plugin[type[Any]]) -> Callable[..., None]:
         PluginError: The pass cannot be imported, or one of its options has the name of a shared option.
     """
     from kvsurgeon.passes.options import build, options_of
-    from kvsurgeon.workflow.certificate import NO_CERTIFICATE
     from kvsurgeon.workflow.pipeline import Pipeline
 
     pass_class = plugin.load()
     options = options_of(pass_class)
     defaults = {option.field: option.default for option in options}
 
-    def command(model: Path, output: Path, **given: Any) -> None:
+    def command(model: Path, output: Path, context: typer.Context, save_config: Path | None, **given: Any) -> None:
         shared = {name: given.pop(name) for name in list(given) if name not in defaults}
         target = shared.pop("target", None)
+        del shared["config"]  # whose options are among those given
         texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in given.items()}
         texts = {name: text for name, text in texts.items() if text is not None}
         wanted = build(pass_class, plugin.name, texts)
         if target is None:
             run_pipeline(model, Pipeline((wanted,)), output, **shared)
-            return
-        if shared.pop("certificate") is not None:
-            raise UsageError(NO_CERTIFICATE)
-        from kvsurgeon.workflow.build_target import build_target
-
-        changed = {name: getattr(wanted, name) for name in texts if getattr(wanted, name) != defaults.get(name)}
-        _run(build_target, model, target, output, options=changed, **shared)
+        else:
+            changed = {name: getattr(wanted, name) for name in texts if getattr(wanted, name) != defaults.get(name)}
+            _build_for(target, model, output, changed, **shared)
+        write_config(context, save_config)
 
     shared = [_parameter("model", Model), _parameter("output", Output), _parameter("verify", Verify, True)]
     shared += [_parameter("effort", EffortOption, "normal"), _parameter("seed", Seed, None)]
+    shared += [_parameter("config", Config, None), _parameter("save_config", SaveConfig, None)]
     shared.append(_parameter("certificate", CertificateFile, None))
     for name, annotation in (("link_weights", Link), ("pack", Pack), ("force", Force), ("json", Json)):
         shared.append(_parameter(name, annotation, False))
@@ -99,7 +110,7 @@ def command_of(plugin: Plugin[type[Any]]) -> Callable[..., None]:
         raise PluginError(
             f"pass {plugin.name} of {plugin.package}: its option {min(taken)} has the name of a shared option"
         )
-    parameters = [*shared[:2], *map(_option, options), *shared[2:]]
+    parameters = [*shared[:2], *map(_option, options), *shared[2:], _parameter("context", typer.Context)]
     command.__doc__ = _help(pass_class)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in parameters}
@@ -111,6 +122,17 @@ def run_pipeline(model: Path, pipeline: Pipeline, output: Path, **options: Any) 
     from kvsurgeon.workflow.run_and_save import run_and_save
 
     _run(run_and_save, model, pipeline, output, **options)
+
+
+def _build_for(
+    target: str, model: Path, output: Path, changed: dict[str, Any], *, certificate: Path | None, **options: Any
+) -> None:
+    from kvsurgeon.workflow.build_target import build_target
+    from kvsurgeon.workflow.certificate import NO_CERTIFICATE
+
+    if certificate is not None:
+        raise UsageError(NO_CERTIFICATE)
+    _run(build_target, model, target, output, options=changed, **options)
 
 
 def _run(function: Callable[..., PipelineRun], *args: Any, json: bool, **options: Any) -> None:

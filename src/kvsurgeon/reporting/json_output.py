@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT
 from kvsurgeon.errors import PluginError
 from kvsurgeon.passes.contract import Unchanged
-from kvsurgeon.plugins import Plugin
-from kvsurgeon.workflow.registry import PASSES
+from kvsurgeon.plugins import Catalogue, Plugin
 
 if TYPE_CHECKING:
     from kvsurgeon.anatomy import Decoder
@@ -66,11 +65,16 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
     return {**shown, "proof": None if outcome.proof is None else outcome.proof.as_dict()}
 
 
-def passes_json() -> list[dict[str, Any]]:
+def passes_json(passes: Catalogue[type[Any]]) -> list[dict[str, Any]]:
     """Return every pass with its options; one that cannot be loaded has an `error`."""
-    return [_plugin_json(plugin, _pass_json) for plugin in PASSES.plugins()] + [
-        {"name": plugin.name, "package": plugin.package, "error": message} for plugin, message in PASSES.conflicts()
+    return [pass_json(plugin) for plugin in passes.plugins()] + [
+        {"name": plugin.name, "package": plugin.package, "error": message} for plugin, message in passes.conflicts()
     ]
+
+
+def pass_json(plugin: Plugin[type[Any]]) -> dict[str, Any]:
+    """Return a pass with its options, or its `error` if it cannot be loaded."""
+    return _plugin_json(plugin, _describe_pass)
 
 
 def targets_json() -> list[dict[str, Any]]:
@@ -93,7 +97,7 @@ def _plugin_json(plugin: Plugin[T], describe: Callable[[T], dict[str, Any]]) -> 
         return {**document, "error": str(error)}
 
 
-def _pass_json(pass_class: type[Any]) -> dict[str, Any]:
+def _describe_pass(pass_class: type[Any]) -> dict[str, Any]:
     from kvsurgeon.passes.options import options_of, summary
 
     options = [
