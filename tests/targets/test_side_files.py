@@ -150,6 +150,32 @@ def test_the_tokenizer_class_has_its_name_before_transformers_5():
     assert tokenizer_config_before_5(model_info()) is None
 
 
+def test_a_replaced_model_type_does_not_choose_the_tokenizer():
+    write = OPTIMUM.side_files["tokenizer_config.json"]
+    kept = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+    assert write(model_info(kept)) is None
+    assert write(model_info({"model_type": "phi3"})) == {"tokenizer_class": "PreTrainedTokenizerFast"}
+    named = replace(model_info(), source_files={"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer"}})
+    assert write(named) is None
+
+
+def test_a_chat_template_in_a_file_is_in_the_config_for_clients_that_read_it_there():
+    template = "{{ messages }}"
+    config = {"tokenizer_class": "TokenizersBackend"}
+    given = replace(source_file("tokenizer_config.json", config), chat_template=template)
+    write = TRANSFORMERS_JS.side_files["tokenizer_config.json"]
+    assert write(given) == {**config, "chat_template": template}
+    assert write(model_info()) is None
+    assert write(replace(given, source_files={"tokenizer_config.json": {"chat_template": "own"}})) is None
+    old = DEEPSPARSE.side_files["tokenizer_config.json"](given)
+    assert old == {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+
+
+def test_transformers_js_and_openvino_have_notes():
+    assert any("left padding shifts" in one for one in warnings(TRANSFORMERS_JS, model_info()))
+    assert any("INFERENCE_PRECISION_HINT" in one for one in warnings(OPENVINO, model_info()))
+
+
 def test_merges_are_texts_unless_a_part_contains_a_space():
     content = {"version": "1.0", "model": {"type": "BPE", "merges": [["a", "b"], ["ab", "c"]]}}
     assert tokenizer_with_text_merges(source_file("tokenizer.json", content))["model"] == {

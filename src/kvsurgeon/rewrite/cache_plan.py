@@ -196,6 +196,6 @@ def _single(found: Sequence[InputRole], expected: str) -> InputRole:
         names = ", ".join(given.value.name or "" for given in found) or "none"
         raise UnsupportedError(
             "no input gives the number of past tokens", code=Code.INPUT_ROLE, expected=expected, found=names,
-            hint="use past-length=input",
+            hint=f"export the model with {expected}, or use past-length=input",
         )  # fmt: skip
     return found[0]

@@ -10,7 +10,11 @@ from kvsurgeon.passes.interface.add_position_ids import AddPositionIds
 from kvsurgeon.passes.interface.rename_io import RenameIo
 from kvsurgeon.passes.operators.concat_to_tile import ConcatToTile
 from kvsurgeon.passes.opset.lower_opset import LowerOpset
-from kvsurgeon.targets.hugging_face_files import tokenizer_config_before_5, tokenizer_with_text_merges
+from kvsurgeon.targets.hugging_face_files import (
+    tokenizer_config_before_5,
+    tokenizer_with_text_merges,
+    with_chat_template,
+)
 from kvsurgeon.targets.model_info import ModelInfo
 from kvsurgeon.targets.target import Incompatibility, Target, warning
 
@@ -61,7 +65,7 @@ DEEPSPARSE = Target(
     required_files=("tokenizer.json", "tokenizer_config.json"),
     side_files={
         "config.json": _config,
-        "tokenizer_config.json": tokenizer_config_before_5,
+        "tokenizer_config.json": lambda model: with_chat_template(model, tokenizer_config_before_5(model)),
         "tokenizer.json": tokenizer_with_text_merges,
     },
     checks=(_check,),

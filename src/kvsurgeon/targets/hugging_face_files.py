@@ -40,10 +40,40 @@ def check_model_type(model: ModelInfo, config: Mapping[str, Any], reason: str) -
         yield warning(f"{reason}: config.json has model_type {written}, the source has {source}", at="config.json")
 
 
+def check_left_padding(model: ModelInfo) -> Iterator[Incompatibility]:
+    """Warn if a client cannot pad the prompts of a batch on the left."""
+    if "attention_mask" not in model.input_names:
+        yield warning("the model has no input attention_mask: all prompts of a batch must have the same length")
+    elif "position_ids" not in model.input_names:
+        yield warning(
+            "the model has no input position_ids: left padding shifts the positions that it counts",
+            hint="run add-position-ids first",
+        )
+
+
 def tokenizer_config_before_5(model: ModelInfo) -> Mapping[str, Any] | None:
     """Return the tokenizer's config with the class name before transformers 5; None if it has another class."""
     config = model.source_files.get("tokenizer_config.json", {})
     return {**config, _CLASS: _BEFORE_5} if config.get(_CLASS) == _SINCE_5 else None
+
+
+def with_tokenizer_class(model: ModelInfo) -> Mapping[str, Any] | None:
+    """Return the tokenizer's config with a class that reads `tokenizer.json` as it is, if it names none."""
+    config = model.source_files.get("tokenizer_config.json", {})
+    return tokenizer_config_before_5(model) if _CLASS in config else {**config, _CLASS: _BEFORE_5}
+
+
+def with_chat_template(model: ModelInfo, config: Mapping[str, Any] | None = None) -> Mapping[str, Any] | None:
+    """Return the tokenizer's config with the chat template, for clients that read it there only; None to keep it.
+
+    Args:
+        model: The model.
+        config: The config, if it is not that of the source.
+    """
+    known = model.source_files.get("tokenizer_config.json", {}) if config is None else config
+    if model.chat_template is None or "chat_template" in known:
+        return config
+    return {**known, "chat_template": model.chat_template}
 
 
 def tokenizer_with_text_merges(model: ModelInfo) -> Mapping[str, Any] | None:

@@ -70,6 +70,7 @@ class ModelInfo:
         data_files: Number of external data files.
         metadata: The metadata of the model.
         source_files: Contents of the source's files that the side files of the target replace, if JSON objects.
+        chat_template: The chat template in a file of the source; None if there is none.
         token_limit: Number of tokens that a text may have at the target; None if the target has no such limit.
         parts: The further models, which compute inputs of the decoder, by the names that they have next to it.
     """
@@ -86,6 +87,7 @@ class ModelInfo:
     data_files: int = 0
     metadata: Mapping[str, str] = field(default_factory=dict)
     source_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    chat_template: str | None = None
     token_limit: int | None = None
     parts: Mapping[str, ModelInfo] = field(default_factory=dict)
 
@@ -96,7 +98,8 @@ class ModelInfo:
         Args:
             model: The model.
             cache: The pass that named its cache.
-            **facts: The fields that the model does not give: decoder, config, source_files, token_limit and parts.
+            **facts: The fields that the model does not give: decoder, config, source_files, chat_template, token_limit
+                and parts.
         """
         pairs, states = tuple(_cache_pairs(model, cache.of_decoder)), tuple(_states(model))
         given = dict(_cross_attention(model))

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from kvsurgeon.targets.hugging_face_files import check_model_type, tokenizer_config_before_5, with_unknown_tokens
+from kvsurgeon.targets.hugging_face_files import (
+    check_left_padding,
+    check_model_type,
+    tokenizer_config_before_5,
+    with_tokenizer_class,
+    with_unknown_tokens,
+)
 from kvsurgeon.targets.model_info import ModelInfo
-from kvsurgeon.targets.target import Incompatibility, Target, warning
+from kvsurgeon.targets.target import Incompatibility, Target
 
 # Source: ORTModelForCausalLM.__init__ of optimum-onnx 0.1.0. It derives the shape of the empty caches from the config,
 # by model type: types in the first set read `num_key_value_heads`, those in the second `head_dim`; any other type has
@@ -76,10 +82,13 @@ def _head_dims(model: ModelInfo) -> tuple[Any, Any]:
 def _check(model: ModelInfo) -> Iterator[Incompatibility]:
     config = optimum_config(model) if model.kv_heads else {}
     yield from check_model_type(model, config, "optimum derives the shape of empty caches from the model type")
-    if "attention_mask" not in model.input_names:
-        yield warning("the model has no input attention_mask: all prompts of a batch must have the same length")
-    elif "position_ids" not in model.input_names:
-        yield warning("the model has no input position_ids: left padding shifts the positions that it counts")
+    yield from check_left_padding(model)
+
+
+def _tokenizer_config(model: ModelInfo) -> Mapping[str, Any] | None:
+    """Return the tokenizer's config with its class, which otherwise follows from the model type; None to keep it."""
+    replaced = optimum_config(model)["model_type"] != model.config.get("model_type")
+    return with_tokenizer_class(model) if replaced else tokenizer_config_before_5(model)
 
 
 OPTIMUM = Target(
@@ -91,6 +100,6 @@ OPTIMUM = Target(
     cache_dtypes={"float32", "float16"},
     static_axes=(1, 3),
     uniform=True,
-    side_files={"config.json": optimum_config, "tokenizer_config.json": tokenizer_config_before_5},
+    side_files={"config.json": optimum_config, "tokenizer_config.json": _tokenizer_config},
     checks=(_check,),
 )

@@ -8,7 +8,13 @@ from typing import Any
 from kvsurgeon.passes.interface.integer_inputs import Int64Inputs
 from kvsurgeon.passes.interface.name_states import NameStates
 from kvsurgeon.passes.interface.num_logits_to_keep import NumLogitsToKeep
-from kvsurgeon.targets.hugging_face_files import check_model_type, in_strict_json, with_unknown_tokens
+from kvsurgeon.targets.hugging_face_files import (
+    check_left_padding,
+    check_model_type,
+    in_strict_json,
+    with_chat_template,
+    with_unknown_tokens,
+)
 from kvsurgeon.targets.model_info import ModelInfo
 from kvsurgeon.targets.target import Incompatibility, Target
 
@@ -58,6 +64,7 @@ def transformers_js_config(model: ModelInfo) -> Mapping[str, Any]:
 def _check(model: ModelInfo) -> Iterator[Incompatibility]:
     config = transformers_js_config(model) if model.cache or model.states else {}
     yield from check_model_type(model, config, "transformers.js counts caches by the model type")
+    yield from check_left_padding(model)
     if model.data_files > _MAX_DATA_FILES:
         yield Incompatibility(f"expected at most {_MAX_DATA_FILES} files of external data, found {model.data_files}")
     if model.states and not model.cache:
@@ -81,6 +88,6 @@ TRANSFORMERS_JS = Target(
     cache_dtypes={"float32", "float16"},
     static_axes=(1, 3),
     required_files=("tokenizer.json", "tokenizer_config.json"),
-    side_files={"config.json": transformers_js_config},
+    side_files={"config.json": transformers_js_config, "tokenizer_config.json": with_chat_template},
     checks=(_check,),
 )

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 _PARTS = {ENCODER: "the encoder", EMBEDDING: "the embedding of token ids", VISION: "the vision encoder"}
+_CHAT_TEMPLATE = "chat_template.jinja"  # as transformers writes it
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -240,6 +241,7 @@ def _describe(
         "decoder": decoder,
         "config": updated_config(subject.config or {}, head_changes(injected)),
         "source_files": _read_source_files(target, subject.folder),
+        "chat_template": _read_chat_template(subject.folder),
         "token_limit": target.max_length,
     }
     return [ModelInfo.of(model, target.cache, **facts) for model in models.values()]
@@ -305,3 +307,12 @@ def _read_source_files(target: Target, folder: Path | None) -> dict[str, Mapping
         if isinstance(content, dict):
             found[name] = content
     return found
+
+
+def _read_chat_template(folder: Path | None) -> str | None:
+    """Return the chat template of the source, if it is in a separate file."""
+    path = _find_source_file(folder, _CHAT_TEMPLATE)
+    try:
+        return None if path is None else path.read_text("utf-8")
+    except (OSError, ValueError):
+        return None
