@@ -5,13 +5,13 @@ Functions do not change a model that they are given, except an `onnx_ir.Model`, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_type_hints
 
 from kvsurgeon import io
 from kvsurgeon.anatomy import Attention, Decoder
-from kvsurgeon.errors import UsageError
+from kvsurgeon.errors import UsageError, did_you_mean
 from kvsurgeon.io import load
 from kvsurgeon.io.atomic_write import atomic_open
 from kvsurgeon.io.loading import Source, as_runnable
@@ -21,7 +21,7 @@ from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.remove_cache import RemoveCache
 from kvsurgeon.passes.cache.retarget import Retarget
 from kvsurgeon.passes.contract import Pass, Subject
-from kvsurgeon.passes.options import make
+from kvsurgeon.passes.options import check_count, describe, is_value, make
 from kvsurgeon.reporting import key_grid
 from kvsurgeon.reporting.page.build import build_page
 from kvsurgeon.runtime import GeneratedToken, Generation, Sampling, TextGenerator
@@ -169,6 +169,7 @@ def run(
         ParityError: The results of the model differ from those of the original; nothing was written.
         LossError: The loss is above `max_loss`; nothing was written.
     """
+    _check_options(options)
     if isinstance(passes, str):
         pipeline = Pipeline.parse(passes)
     else:
@@ -204,6 +205,7 @@ def inject(
         ParityError: The results of the model differ from those of the original; nothing was written.
     """
     shared, fields = _divided(options)
+    _check_options(shared)
     wanted = make(Inject, Inject.name, fields)
     if target is None:
         return run(source, wanted, destination, certificate=certificate, **shared)
@@ -271,6 +273,7 @@ def verify(
     Raises:
         InputError: A model cannot be read.
     """
+    _check_options({"effort": effort, "seed": seed})
     models, where = as_runnable((reference, candidate), folder)
     return verification.verify_models(
         *models, folder=where, effort=effort, seed=seed, threads=threads, progress=progress
@@ -338,6 +341,7 @@ def generate(
         UsageError: The model cannot continue such prompts.
         RunError: The model fails on them.
     """
+    check_count("max_new_tokens", max_new_tokens)
     (opened,), where = as_runnable((model,), folder)
     generator = TextGenerator(opened, cached=cached, tokenizer=tokenizer, stop=stop, folder=where, threads=threads)
     return generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, on_token=on_token)
@@ -413,6 +417,21 @@ def report(
         with atomic_open(Path(output)) as file:
             file.write(page.encode())
     return page
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Check options of `RunOptions`.
+
+    Raises:
+        UsageError: One is unknown, or has an invalid value.
+    """
+    types = get_type_hints(RunOptions)
+    for name, value in options.items():
+        if name not in types:
+            raise UsageError(f"unknown option {name}; {did_you_mean(name, types)}")
+        if not is_value(value, types[name]):
+            raise UsageError(f"option {name}: expected {describe(types[name])}, found {value!r}")
+    check_count("seed", options.get("seed"), least=0)
 
 
 def _divided(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -112,7 +112,7 @@ def test_a_list_ends_at_the_next_option():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sample{counts=1}", r"pass sample has no option counts; options: count \(int\), factor \(float\)"),
+        ("sample{counts=1}", r"pass sample has no option counts; did you mean count\?"),
         ("sample{count=many}", "option count: expected int, found 'many'"),
         ("sample{mode=c}", r"option mode: expected a\|b, found 'c'"),
         ("sample{wanted=perhaps}", r"option wanted: expected true\|false, found 'perhaps'"),

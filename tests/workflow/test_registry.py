@@ -51,10 +51,12 @@ def test_a_function_of_a_package_is_a_pass_with_its_parameters_as_options(site):
     assert summary(made) == "Swap the inputs of each Add."
 
 
-def test_an_unknown_name_is_an_error_that_lists_the_known_ones(site):
+def test_an_unknown_name_is_an_error_with_those_that_are_close_or_all(site):
     install("sample", site)
-    with pytest.raises(UsageError, match=r"unknown pass 'injct'; expected one of inject, .*annotate, swap-addends"):
-        PASSES.find("injct")
+    with pytest.raises(UsageError, match=r"unknown pass 'anotate'; did you mean annotate\?"):
+        PASSES.find("anotate")
+    with pytest.raises(UsageError, match=r"unknown pass 'x'; expected one of inject, .*annotate, swap-addends"):
+        PASSES.find("x")
 
 
 def test_a_name_conflict_names_both_packages(site):

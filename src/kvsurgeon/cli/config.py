@@ -40,7 +40,17 @@ Config = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Read options from a YAML file.", is_eager=True, callback=_read),
 ]
-SaveConfig = Annotated[Path | None, typer.Option(metavar="FILE", help="Write the options to a YAML file.")]
+
+
+def _check_folder(path: Path | None) -> Path | None:
+    if path is not None and not path.absolute().parent.is_dir():
+        raise UsageError(f"expected a folder for the file of options, found none - at `{path}`")
+    return path
+
+
+SaveConfig = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the options to a YAML file.", callback=_check_folder)
+]
 
 
 def save_config(context: typer.Context, path: Path | None) -> None:

@@ -12,9 +12,10 @@ from kvsurgeon import io
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.heads.counts import counts_of
+from kvsurgeon.io.loading import Source
 from kvsurgeon.parity.prediction import longest_text, open_decoder, predict
 from kvsurgeon.passes.cache.remove_cache import without_cache
-from kvsurgeon.passes.contract import Source, Subject
+from kvsurgeon.passes.contract import Subject
 from kvsurgeon.runtime import Array, Tokens
 from kvsurgeon.runtime.text import Prompt, load_tokenizer, side_folders
 from kvsurgeon.symbolic.sequence_axes import Axes, Length

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.io.loading import Source
 from kvsurgeon.parity import Effort, Progress, Report
-from kvsurgeon.passes.contract import Source
 from kvsurgeon.reporting.page.render import PageOptions, render_page
 from kvsurgeon.reporting.page.sides import Side
 from kvsurgeon.runtime.text import Prompt

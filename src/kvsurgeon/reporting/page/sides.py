@@ -14,9 +14,10 @@ from kvsurgeon import io
 from kvsurgeon.anatomy import Decoder
 from kvsurgeon.cache.sizes import CacheSize, cache_size
 from kvsurgeon.errors import KvsurgeonError
+from kvsurgeon.io.loading import Source
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.remove_cache import without_cache
-from kvsurgeon.passes.contract import Source, Subject
+from kvsurgeon.passes.contract import Subject
 from kvsurgeon.proof.proof import Proof
 from kvsurgeon.runtime import TextGenerator
 from kvsurgeon.runtime.text import Prompt, load_tokenizer, side_folders
