@@ -19,7 +19,7 @@ from kvsurgeon.runtime.feeds import Tokens
 from kvsurgeon.runtime.sampling import Sampling
 from kvsurgeon.runtime.session import Optimization, Session, Source, open_session
 from kvsurgeon.runtime.tensors import Array
-from kvsurgeon.runtime.text import Prompt, decode_complete, encode_prompt, load_tokenizer, side_folders, stop_tokens
+from kvsurgeon.runtime.text import Prompt, encode_prompt, load_tokenizer, side_folders, stop_tokens, text_decoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -88,17 +88,16 @@ class Generation:
 
 @dataclass(kw_only=True)
 class _Text:
-    """A text that is generated: the place of its prompt, its tokens without the prompt, and what they decode to."""
+    """A text that is generated: the place of its prompt, its tokens without the prompt, and their decoder."""
 
     place: int
+    decode: Callable[[int], str]
     tokens: list[int] = field(default_factory=list)
-    decoded: str = ""
 
-    def add(self, token: int, tokenizer: Tokenizer | None) -> str:
+    def add(self, token: int) -> str:
         """Add a token, and return the text that it adds."""
         self.tokens.append(token)
-        before, self.decoded = self.decoded, decode_complete(tokenizer, self.tokens, self.decoded)
-        return self.decoded[len(before) :]
+        return self.decode(token)
 
 
 class TextGenerator:
@@ -160,9 +159,8 @@ class TextGenerator:
         """
         sampling = sampling or Sampling()
         tokens, mask = self._left_padded(self.encode(prompts))
-        prompt_length = tokens.shape[1]
         random = np.random.default_rng(sampling.seed)
-        texts = [""] * len(tokens)
+        decoders = [text_decoder(self.tokenizer) for _ in tokens]
         running = set(range(len(tokens)))
         if isinstance(self._decoder, CachedDecoder):
             self._decoder.reset()
@@ -174,12 +172,10 @@ class TextGenerator:
             tokens = np.concatenate([tokens, chosen[:, None]], axis=1)
             mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
             for row in sorted(running):
-                token, before = int(chosen[row]), texts[row]
+                token = int(chosen[row])
                 finish: FinishReason | None = "stop" if token in self.stop else "length" if full else None
                 running -= {row} if finish else set()
-                texts[row] = decode_complete(self.tokenizer, tokens[row, prompt_length:].tolist(), before)
-                text = texts[row][len(before) :]
-                yield GeneratedToken(row=row, id=token, text=text, seconds=seconds, finish=finish)
+                yield GeneratedToken(row=row, id=token, text=decoders[row](token), seconds=seconds, finish=finish)
             if not running:
                 return
 
@@ -212,7 +208,7 @@ class TextGenerator:
             if waiting and not batch.is_full:
                 place, prompt = waiting.popleft()
                 number, logits = batch.start(prompt)
-                texts[number] = _Text(place=place)
+                texts[number] = _Text(place=place, decode=text_decoder(self.tokenizer))
                 results = {number: logits[-1]}
             else:
                 results = batch.step({number: text.tokens[-1] for number, text in texts.items()})
@@ -221,7 +217,7 @@ class TextGenerator:
                 text, token = texts[number], int(sampling.choose(logits[None], random)[0])
                 full = len(text.tokens) + 1 == max_new_tokens or batch.lengths[number] == batch.capacity
                 finish: FinishReason | None = "stop" if token in self.stop else "length" if full else None
-                added = text.add(token, self.tokenizer)
+                added = text.add(token)
                 if finish:
                     batch.end(number)
                     del texts[number]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Prompt = str | Sequence[int]
-_INCOMPLETE = "\ufffd"  # decoded from bytes that do not end a character yet
 
 
 def side_folders(source: Source, folder: str | Path | None = None) -> tuple[Path, ...]:
@@ -81,10 +80,17 @@ def halves(tokens: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
     return tokens[:middle], tokens[middle:]
 
 
-def decode_complete(tokenizer: Tokenizer | None, tokens: Sequence[int], text: str) -> str:
-    """Return the text of generated tokens, or the `text` before the last token while its character is incomplete."""
-    decoded = "" if tokenizer is None else tokenizer.decode(list(tokens))
-    return text if decoded.endswith(_INCOMPLETE) else decoded
+def text_decoder(tokenizer: Tokenizer | None) -> Callable[[int], str]:
+    """Return a function that takes generated tokens in order, and returns the text that each adds.
+
+    The text is empty within a character, and without a tokenizer.
+    """
+    if tokenizer is None:
+        return lambda token: ""
+    from tokenizers.decoders import DecodeStream
+
+    stream = DecodeStream(skip_special_tokens=True)
+    return lambda token: stream.step(tokenizer, token) or ""
 
 
 def stop_tokens(folders: Sequence[Path]) -> frozenset[int]:
