@@ -408,11 +408,9 @@ def report(
         InputError: A model cannot be read.
         UnsupportedError: A model is not a causal decoder that can be handled soundly.
     """
-    models, where = as_runnable([one for one in (source, against) if one is not None], folder)
     page = build_page(
-        models[0], against=models[1] if models[1:] else None, prompt=prompt, tokens=tokens, verify=verify,
-        effort=effort, seed=seed, folder=where,
-    )  # fmt: skip
+        source, against=against, prompt=prompt, tokens=tokens, verify=verify, effort=effort, seed=seed, folder=folder
+    )
     if output is not None:
         with atomic_open(Path(output)) as file:
             file.write(page.encode())

@@ -8,13 +8,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
-import onnx
-
 from kvsurgeon import io
 from kvsurgeon.anatomy import Decoder
 from kvsurgeon.cache.sizes import CacheSize, cache_size
 from kvsurgeon.errors import KvsurgeonError
-from kvsurgeon.io.loading import Source
+from kvsurgeon.io.loading import Source, as_runnable
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.remove_cache import without_cache
 from kvsurgeon.passes.contract import Subject
@@ -61,13 +59,8 @@ class Side:
             InputError: The model cannot be read.
         """
         self.name = model_name(source) if name is None else name
-        self.source: str | Path | onnx.ModelProto
-        if isinstance(source, str | Path | onnx.ModelProto):
-            self.source = source
-        else:
-            self.source = io.to_proto(source, None if folder is None else Path(folder))
-        self.folder = folder
-        self.subject = Subject.of(self.source, folder)
+        (self.source,), self.folder = as_runnable((source,), folder)
+        self.subject = Subject.of(self.source, self.folder)
 
     @cached_property
     def without_cache(self) -> Subject:
