@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,6 +80,10 @@ EXACT = {
     ),
 }  # fmt: skip
 AVERAGED = {
+    "a norm over all heads": grouped_attention(
+        keys="k0 = MatMul(x, k_weight) k1 = Mul(k0, k0) k2 = ReduceMean<keepdims = 1>(k1, last) k3 = Sqrt(k2) "
+        "k = Div(k0, k3)"
+    ),
     "a norm": grouped_attention(
         keys="k0 = MatMul(x, k_weight) kk = Reshape(k0, k_shape) k1 = Mul(kk, kk) "
         "k2 = ReduceMean<keepdims = 1>(k1, last) "
@@ -95,30 +100,23 @@ AVERAGED = {
         context=f"{POSITIONS} decay = Sin(rows_f)",
     ),
 }  # fmt: skip
+KEPT = {
+    "a gate": grouped_attention(
+        keys="k0 = MatMul(x, k_weight) open = MatMul(x, gate) k = Mul(k0, open)", constants="float[8, 1] gate"
+    ),
+    "a low rank branch": grouped_attention(
+        keys="k0 = MatMul(x, k_weight) ka = MatMul(x, down) kb = MatMul(ka, up) k = Add(k0, kb)",
+        constants="float[8, 2] down, float[2, 6] up",
+    ),
+    "another product that reads the keys": grouped_attention(constants="float[6, 9] more").replace(
+        "logits = MatMul(joined, out)", "a = MatMul(joined, out) b = MatMul(k, more) logits = Add(a, b)"
+    ),
+}  # fmt: skip
 REJECTED = {
     "values that are the keys": (grouped_attention(values="v = Identity(k)"), "the same weight columns"),
-    "a gate": (
-        grouped_attention(
-            keys="k0 = MatMul(x, k_weight) open = MatMul(x, gate) k = Mul(k0, open)", constants="float[8, 1] gate"
-        ),
-        "expected one product with weights, found 2",
-    ),
-    "a low rank branch": (
-        grouped_attention(
-            keys="k0 = MatMul(x, k_weight) ka = MatMul(x, down) kb = MatMul(ka, up) k = Add(k0, kb)",
-            constants="float[8, 2] down, float[2, 6] up",
-        ),
-        "expected one product with weights, found",
-    ),
     "queries that are added to the result": (
         grouped_attention().replace("logits = MatMul(joined, out)", "b = Add(joined, q) logits = MatMul(b, out)"),
         "depends on the token",
-    ),
-    "keys that another product reads": (
-        grouped_attention(constants="float[6, 9] more").replace(
-            "logits = MatMul(joined, out)", "a = MatMul(joined, out) b = MatMul(k, more) logits = Add(a, b)"
-        ),
-        "cannot find the weights of these features",
     ),
 }  # fmt: skip
 
@@ -175,11 +173,29 @@ def test_keys_in_a_space_that_one_head_holds_are_merged_exactly(case: str, text:
     assert difference(logits(after), logits(before)) < 1e-4
 
 
+@pytest.mark.parametrize("config", [{"position_ids": True}, {"static": (1, 24)}], ids=["positions", "fixed shapes"])
+def test_rotary_embeddings_of_exports_are_recognized(config: dict[str, Any], text: Path) -> None:
+    subject = Subject.of(Decoder(Config(vocabulary=9, layers=1, windowed=(), **config)).model())
+    subject.text = text
+    outcome = MergeKvHeads(kv_heads=1).apply(subject)
+    assert isinstance(outcome, Changed)
+    assert not outcome.notes
+
+
 @pytest.mark.parametrize("case", AVERAGED)
 def test_keys_that_are_not_linear_in_their_projection_are_averaged(case: str, text: Path) -> None:
     before, after, (note,) = merged(AVERAGED[case], text)
-    assert note.startswith("keys are averaged: ")
+    assert note.startswith(f"keys are merged by method={'first' if 'all heads' in case else 'mean'}: ")
     assert difference(logits(after), logits(before)) < 1e-4  # of copies the mean is exact too
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_keys_whose_weights_cannot_be_changed_are_those_of_the_first_head(case: str, text: Path) -> None:
+    subject = Subject.of(read(KEPT[case]))
+    subject.text = text
+    outcome = MergeKvHeads(kv_heads=1).apply(subject)
+    assert isinstance(outcome, Changed)
+    assert outcome.notes[0].startswith("keys are merged by method=first: ")
 
 
 @pytest.mark.parametrize("case", REJECTED)

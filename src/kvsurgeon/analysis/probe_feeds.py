@@ -87,7 +87,7 @@ class ProbeFeeds:
         self._last: tuple[Rows, dict[str, np.ndarray]] | None = None
         self._roles = {given.value: given for given in flow.inputs}
         self.probed = frozenset(value for value in probed if not self._is_made_of_positions(value))
-        self._computed = set(downstream(self.probed, stop=lambda node: node in stops))
+        self._computed = set(downstream((*self.probed, *given), stop=lambda node: node in stops))
 
     def add(self, value: ir.Value) -> bool:
         """Add a feed for a value; return False if it must be computed."""

@@ -6,17 +6,20 @@ matrices show which features it rotates in pairs. A norm between projection and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.analysis.probe_inputs import position_input
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.calibration.token_features import from_features, to_features
+from kvsurgeon.dataflow.input_roles import find_positions
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, is_weight
 from kvsurgeon.heads.layout import layout_of
@@ -78,7 +81,7 @@ def head_columns(flow: TokenFlow, source: ir.Value, value: ir.Value, heads: int)
     Raises:
         UnsupportedError: Heads have different numbers of them, or share some.
     """
-    response = _Response(flow, source, value)
+    response = _Response(flow, source, value, alone=False)
     base = np.random.default_rng(0).standard_normal((1, 1, response.width)).astype(np.float32)
     (before,) = response.of_rows(base, 2)
     parts = [np.asarray(found != before).any(axis=1) for found in response.of_basis(base)]
@@ -148,7 +151,7 @@ def feature_places(flow: TokenFlow, source: ir.Value, value: ir.Value) -> np.nda
 def _check_linear(response: _Response, found: HeadMap, value: ir.Value) -> None:
     """Check that the matrices give what the graph computes of any features, small or large."""
     random = np.random.default_rng(0)
-    length, (heads, size) = int(found.positions[-1]) + 1, found.columns.shape
+    length, (heads, size) = response.runnable(int(found.positions[-1]) + 1), found.columns.shape
     for scale in _SCALES:
         rows = (random.standard_normal((1, length, response.width)) * scale).astype(response.run_dtype)
         actual = next(response.of_rows(rows, length))[0, found.positions]
@@ -167,19 +170,32 @@ def _not_linear(value: ir.Value, found: str) -> UnsupportedError:
 
 
 class _Response:
-    """Computes one value of a graph from given features of another one, which it depends on alone."""
+    """Computes one value of a graph from given features of another one.
 
-    def __init__(self, flow: TokenFlow, source: ir.Value, value: ir.Value) -> None:
+    Args:
+        flow: The token flow of the graph.
+        source: The features.
+        value: What is computed.
+        alone: Whether to check that it depends on no other features; otherwise these are synthetic.
+    """
+
+    def __init__(self, flow: TokenFlow, source: ir.Value, value: ir.Value, *, alone: bool = True) -> None:
         self._before, self._after = layout_of(flow, source), layout_of(flow, value)
         self._source, self._value, self._flow = source, value, flow
         self.width = self._before.width
         self.dtype = flow.shapes[source].dtype or ir.DataType.FLOAT
         self.run_dtype = np.dtype(np.float16 if self.dtype is ir.DataType.FLOAT16 else np.float32)
-        self._runner = None if source is value else SubgraphRunner(flow, [value], probed=[source])
-        if self._runner is not None:
-            self._give_weights(self._runner)
+        self._runner = None
+        if source is not value:
+            positions = {given.value: given for given in find_positions(flow.inputs)}
+            self._runner = SubgraphRunner(flow, [value], probed=[source], given=positions)
+            for one, given in positions.items():
+                if one.name in self._runner.feeds:  # it is read
+                    self._runner.inputs.give(one.name or "", partial(position_input, given))
+            self._give_weights(self._runner, positions, alone=alone)
+        self._batch = flow.batch if isinstance(flow.batch, int) else None  # the only one that runs
 
-    def _give_weights(self, runner: SubgraphRunner) -> None:
+    def _give_weights(self, runner: SubgraphRunner, positions: Collection[ir.Value], *, alone: bool) -> None:
         """Feed the weights themselves, and check that nothing else of a token is read."""
         for value in {value for node in runner.nodes for value in node.inputs if value is not None}:
             if value.name not in runner.feeds or value is self._source:
@@ -189,11 +205,10 @@ class _Response:
                 array = np.asarray(mapped_elements(tensor))
                 array = array.astype(np.float32) if tensor.dtype is ir.DataType.BFLOAT16 else array
                 runner.inputs.give(value.name or "", lambda _rows, array=array: array)  # type: ignore[misc]
-            elif is_token(self._flow, value) and not self._is_position(value):
+            elif alone and is_token(self._flow, value) and value not in positions:
                 raise _not_linear(self._value, f"`{value.name}`, which depends on the token")
-
-    def _is_position(self, value: ir.Value) -> bool:
-        return any(given.value is value and given.holds_positions for given in self._flow.inputs)
+        if alone and any(given.is_token for given in runner.masks):
+            raise _not_linear(self._value, "a value that depends on the token")
 
     def of_basis(self, base: float | np.ndarray = 0.0) -> Iterator[np.ndarray]:
         """Yield the response to the base plus each feature, at two positions: `[some features, positions, ...]`."""
@@ -201,16 +216,25 @@ class _Response:
 
     def of_rows(self, rows: np.ndarray, length: int) -> Iterator[np.ndarray]:
         """Yield the response to features, `[rows, positions or 1, features]`, at the first positions."""
-        length = self._length(length)
-        fixed = self._flow.batch if isinstance(self._flow.batch, int) else None
-        step = fixed or max(1, _ELEMENTS // (length * max(self.width, self._after.width)))
-        for start in range(0, len(rows), step):
+        length = self.runnable(length)
+        start = 0
+        while start < len(rows):
+            step = self._batch or max(1, _ELEMENTS // (length * max(self.width, self._after.width)))
             part = rows[start : start + step]
             count = len(part)
             part = np.broadcast_to(part, (count, length, self.width))
-            if fixed is not None and count < fixed:
-                part = np.concatenate([part, np.zeros((fixed - count, length, self.width), part.dtype)])
-            yield self._run(part.astype(self.run_dtype))[:count]
+            if self._batch is not None and count < self._batch:
+                padding = np.zeros((self._batch - count, length, self.width), part.dtype)
+                part = np.concatenate([part, padding])
+            try:
+                found = self._run(part.astype(self.run_dtype))[:count]
+            except UnsupportedError:
+                if self._batch is not None or count == 1:
+                    raise
+                self._batch = 1  # some exports are right for one row only
+                continue
+            yield found
+            start += count
 
     def longest(self) -> int:
         """Return a number of positions that the graph runs.
@@ -222,10 +246,11 @@ class _Response:
         for length in longer:
             with suppress(UnsupportedError):
                 next(self.of_rows(np.zeros((1, 1, self.width), np.float32), length))
-                return self._length(length)
-        return self._length(shortest)
+                return self.runnable(length)
+        return self.runnable(shortest)
 
-    def _length(self, wanted: int) -> int:
+    def runnable(self, wanted: int) -> int:
+        """Return a number of positions, or the only one that the graph has."""
         return self._flow.length if isinstance(self._flow.length, int) else wanted
 
     def _run(self, features: np.ndarray) -> np.ndarray:

@@ -46,7 +46,8 @@ def merge_into_first(analysis: Analysis, kv_heads: int, text: Path, folder: Path
     """Change weights so that the first KV head of each group holds what its query heads need of all heads of the group.
 
     Groups are neighbors. Afterwards the model is right only if the query heads of a group read its first head. Keys
-    that pass a norm or something else that is not linear are averaged instead, and so are such values.
+    that pass a norm or something else that is not linear are averaged instead, and so are such values; of those whose
+    heads are normed together, the first one is kept.
 
     Args:
         analysis: The model, whose weights are replaced.
@@ -55,7 +56,7 @@ def merge_into_first(analysis: Analysis, kv_heads: int, text: Path, folder: Path
         folder: Folder of the model.
 
     Returns:
-        Notes about what was averaged.
+        Notes about what was not merged by components.
 
     Raises:
         UnsupportedError: The weights cannot be found, or both keys and values cannot be merged.
@@ -75,8 +76,9 @@ def merge_into_first(analysis: Analysis, kv_heads: int, text: Path, folder: Path
                 if error.code is Code.CANNOT_AVERAGE or len(reasons) == 1:
                     raise
                 reasons.append(error)
-                changes += _averaged(trace, one, part, groups)
-                averaged.setdefault(f"{part} are averaged: {error}", []).append(one.layers[0])
+                method, own = _simply_merged(trace, one, part, groups)
+                changes += own
+                averaged.setdefault(f"{part} are merged by method={method}: {error}", []).append(one.layers[0])
     apply_changes(analysis.model, changes)
     return tuple(f"{reason} (in {len(layers)} layers)" for reason, layers in averaged.items())
 
@@ -232,6 +234,14 @@ def _into_first(heads: HeadMap, group: Sequence[int], encoders: Sequence[np.ndar
     matrices = [heads.on_columns(encoder).T for encoder in encoders]
     source = np.concatenate([heads.columns[head] for head in group])
     return FeatureChange(target=heads.columns[group[0]], source=source, matrix=np.concatenate(matrices))
+
+
+def _simply_merged(trace: IndexTrace, one: SharedHeads, part: str, groups: Groups) -> tuple[str, Changes]:
+    """Return the changes that average heads; none, which leaves the first of a group, if their columns are unknown."""
+    try:
+        return "mean", _averaged(trace, one, part, groups)
+    except UnsupportedError:
+        return "first", []
 
 
 def _averaged(trace: IndexTrace, one: SharedHeads, part: str, groups: Groups) -> Changes:

@@ -114,10 +114,11 @@ def check_readers(flow: TokenFlow, product: WeightProduct, ends: Collection[ir.N
     Raises:
         UnsupportedError: Something else reads them too.
     """
-    starts = [product.features]
-    for value in downstream(starts, stop=lambda node: node in ends):
-        if not is_token(flow, value):
-            continue
+
+    def is_end(node: ir.Node) -> bool:
+        return node in ends or not any(is_token(flow, value) for value in node.outputs)  # such as Shape
+
+    for value in downstream([product.features], stop=is_end):
         if value.is_graph_output():
             raise _unsupported(value, "features that only attention reads", "a graph output")
         product_node = value.producer()
