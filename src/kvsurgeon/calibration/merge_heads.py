@@ -65,7 +65,7 @@ def merge_into_first(analysis: Analysis, kv_heads: int, text: Path, folder: Path
     found = [one for one in find_shared_heads(analysis) if one.kv_heads > kv_heads]
     moments = {id(one): moment for batch in _batches(found) for one, moment in _measure(analysis, batch, text, folder)}
     changes: Changes = []
-    averaged: dict[str, list[int]] = {}
+    others = Reasons()
     for one in found:
         groups = np.arange(one.kv_heads).reshape(kv_heads, -1).tolist()
         reasons: list[UnsupportedError] = []
@@ -78,9 +78,29 @@ def merge_into_first(analysis: Analysis, kv_heads: int, text: Path, folder: Path
                 reasons.append(error)
                 method, own = _simply_merged(trace, one, part, groups)
                 changes += own
-                averaged.setdefault(f"{part} are merged by method={method}: {error}", []).append(one.layers[0])
+                others.add(f"{part} are merged by method={method}", error)
     apply_changes(analysis.model, changes)
-    return tuple(f"{reason} (in {len(layers)} layers)" for reason, layers in averaged.items())
+    return others.notes()
+
+
+@dataclass(kw_only=True)
+class Reasons:
+    """The reasons for which layers are handled in a simpler way, each with the first error and the number of layers."""
+
+    found: dict[str, tuple[UnsupportedError, int]] = field(default_factory=dict)
+
+    def add(self, what: str, error: UnsupportedError) -> None:
+        """Add what is done in a layer because of an error."""
+        key = f"{what}: {error.reason}"
+        first, count = self.found.get(key, (error, 0))
+        self.found[key] = first, count + 1
+
+    def notes(self) -> tuple[str, ...]:
+        """Return a note for each reason."""
+        return tuple(
+            f"{key}, first at `{error.at}` ({count} layer{'s' * (count > 1)})"
+            for key, (error, count) in self.found.items()
+        )
 
 
 def apply_changes(model: ir.Model, changes: Changes) -> None:

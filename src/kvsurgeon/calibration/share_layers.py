@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
-from kvsurgeon.calibration.merge_heads import Changes, apply_changes
+from kvsurgeon.calibration.merge_heads import Changes, Reasons, apply_changes
 from kvsurgeon.calibration.moments import SecondMoment
 from kvsurgeon.calibration.readers import OutputProjection, QueryProjection, complex_factor
 from kvsurgeon.calibration.shared_heads import SharedHeads, find_shared_heads
@@ -49,7 +49,7 @@ def read_other_layers(analysis: Analysis, owners: Sequence[int], text: Path, fol
     ]
     moments = _measure(analysis, pairs, text, folder)
     changes: Changes = []
-    unchanged: dict[str, int] = {}
+    others = Reasons()
     for (one, owner, place), (keys, values) in zip(pairs, moments, strict=True):
         try:
             reader = QueryProjection.of(trace, one, one.queries[place])
@@ -59,14 +59,13 @@ def read_other_layers(analysis: Analysis, owners: Sequence[int], text: Path, fol
         except UnsupportedError as error:
             if error.code is Code.CANNOT_AVERAGE:
                 raise
-            reason = f"keys of other layers are read as they are: {error}"
-            unchanged[reason] = unchanged.get(reason, 0) + 1
+            others.add("keys of other layers are read as they are", error)
         output = OutputProjection.of(trace, one, one.contexts[place])
         plain = range(owner.value_dim)
         matrices = {head: _linear_map(moment.total, plain) for head, moment in enumerate(values)}
         changes.append((output.product, output.changed(matrices)))
     apply_changes(analysis.model, changes)
-    return tuple(f"{reason} (in {layers} layers)" for reason, layers in unchanged.items())
+    return others.notes()
 
 
 def _is_alike(one: SharedHeads, other: SharedHeads) -> bool:
