@@ -80,7 +80,7 @@ def _key(flow: TokenFlow, state: SequenceState, recurrent: RecurrentState) -> Ha
 
     A weight is a vector of floats that is not as long as a chunk; other constants may mask tokens or chunks.
     """
-    chunks, start = _chunks(flow, state), recurrent.start[0].inputs[0]
+    chunks, start = chunk_lengths(flow, state), recurrent.start[0].inputs[0]
     sources = {node.inputs[index]: number for number, (node, index) in reversed(list(enumerate(state.places)))}
 
     def leaf(value: ir.Value) -> Hashable | None:
@@ -194,7 +194,7 @@ def _is_state(flow: TokenFlow, state: SequenceState, recurrent: RecurrentState) 
         runner = SubgraphRunner(flow, [state.result, recurrent.value], probed=sources, given=[start])
         if whole.masks or runner.masks:
             return False
-        chunks = _chunks(flow, state)
+        chunks = chunk_lengths(flow, state)
         for scale in _SCALES:
             try:
                 scan = _Scan(runner=runner, state=state, recurrent=recurrent, scale=scale)
@@ -206,7 +206,7 @@ def _is_state(flow: TokenFlow, state: SequenceState, recurrent: RecurrentState) 
     return False
 
 
-def _chunks(flow: TokenFlow, state: SequenceState) -> set[int]:
+def chunk_lengths(flow: TokenFlow, state: SequenceState) -> set[int]:
     """Return the numbers of tokens that a chunk may have: sizes of the region are divided by them."""
     sizes = [size for node in state.nodes for value in node.outputs for size in flow.shapes[value].shape or ()]
     floors = {floor for size in sizes if isinstance(size, sympy.Expr) for floor in size.atoms(sympy.floor)}
