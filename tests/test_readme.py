@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import onnx
@@ -57,6 +58,24 @@ def test_the_pass_of_the_readme_runs_and_is_idempotent(model):
     assert result.model.graph.outputs[0].name == "y"
     again = Pipeline((names["RenameLogits"](to="y"),)).run(result.model)
     assert not again.changed
+
+
+def test_the_command_with_the_pass_of_the_readme_runs(model):
+    Path("my_pass.py").write_text(snippet("class RenameLogits"), "utf-8")
+    (command,) = re.findall(r"^kvsurgeon (run model --load .*)$", README.read_text("utf-8"), re.MULTILINE)
+    assert run(shlex.split(command)) == 0
+    assert onnx.load("model-with-cache/model.onnx").graph.output[0].name == "scores"
+
+
+def test_the_commands_from_an_export_to_a_text_run_in_order(tmp_path, monkeypatch, capsys):
+    (tmp_path / "new").mkdir()
+    monkeypatch.chdir(tmp_path / "new")
+    block = re.search(r"```sh\n(kvsurgeon demo --export-only.*?)```", README.read_text("utf-8"), re.DOTALL).group(1)
+    commands = [shlex.split(line)[1:] for line in block.splitlines()]
+    assert [command[0] for command in commands] == ["demo", "inject", "generate"]
+    for command in commands:
+        assert run(command) == 0
+    assert "tokens with a cache" in capsys.readouterr().err
 
 
 def test_the_function_on_onnx_graphsurgeon_runs(model):

@@ -31,13 +31,6 @@ def test_a_different_text_with_the_cache_is_an_error(tmp_path, monkeypatch):
         demo.show_demo(tmp_path, tokens=4)
 
 
-def test_the_export_alone_has_no_cache_and_can_be_injected(tmp_path, capsys):
-    assert run(["demo", "--export-only", "-o", str(tmp_path / "model")]) == 0
-    assert f"kvsurgeon inject {tmp_path / 'model'}" in capsys.readouterr().out
-    assert run(["inject", str(tmp_path / "model"), "-o", str(tmp_path / "cached"), "--effort", "quick"]) == 0
-    assert (tmp_path / "cached" / "tokenizer.json").is_file()
-
-
 def test_a_missing_model_is_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "BUILT_IN_MODEL", tmp_path)
     assert run(["demo", "-o", str(tmp_path / "out")]) == 4

@@ -147,8 +147,8 @@ def test_no_color_is_respected(monkeypatch):
 
 
 def test_lines_are_not_wrapped_in_a_pipe(capsys):
-    terminal.console().print("x" * 150)
-    assert capsys.readouterr().out == "x" * 150 + "\n"
+    terminal.console().print("x y " * 150)
+    assert capsys.readouterr().out == "x y " * 150 + "\n"
 
 
 @pytest.mark.parametrize(("count", "words"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 << 40, "3072.0 GiB")])

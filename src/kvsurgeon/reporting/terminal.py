@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-PIPE_WIDTH = 200  # characters in a line outside a terminal
+PIPE_WIDTH = 10_000  # characters in a line outside a terminal: lines are whole
 _TEXT_WIDTH = 16  # characters in a line of a text, at least
 _GAP = 3  # characters between two columns, one of them of the box
 _NUMBERS = ("layer", "query heads", "kv heads", "head dim", "scale", "rotary", "B/token", "batch", "tokens", "error")
