@@ -19,6 +19,7 @@ from kvsurgeon.analysis.mask_patterns import MaskPattern, unmasked
 from kvsurgeon.analysis.probe_inputs import (
     Rows,
     batch_axis,
+    block_input,
     evaluate,
     follows_from_length,
     join_sequences,
@@ -100,6 +101,8 @@ class ProbeFeeds:
         elif variable is not None and variable.holds_positions:
             self._assumptions.setdefault(POSITIONS_COUNT_UP, name)
             self._add_feed(value, value.dtype, len(variable.dimensions), partial(position_input, variable))
+        elif variable is not None and variable.opens_block:
+            self._add_feed(value, value.dtype, len(variable.dimensions), partial(block_input, variable, 0))
         elif variable is not None:
             self.masks.append(variable)
             self.types[name] = (value.dtype or ir.DataType.FLOAT, len(variable.dimensions))

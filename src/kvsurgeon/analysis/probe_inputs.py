@@ -147,6 +147,27 @@ def mask_input(
     return np.broadcast_to(array.reshape(shape), sizes).astype(dtype.numpy())
 
 
+def block_input(given: InputRole, end: int, rows: Rows, numbers: np.ndarray | None = None) -> np.ndarray:
+    """Return the array for an input that opens a block of the first tokens.
+
+    Args:
+        given: The input.
+        end: Number of tokens of the first call: the number if the input has no tokens.
+        rows: The tokens of the run.
+        numbers: [end], what it holds for tokens of the first call, where 0 stands for its number after them, and that
+            number for 0; 1 by default.
+    """
+    sizes = _input_sizes(given, rows)
+    dtype = (given.value.dtype or ir.DataType.INT64).numpy()
+    if not given.lengths:
+        return np.full(sizes, end).astype(dtype)
+    opened = np.zeros(max(end, rows.total))
+    opened[:end] = 1 if numbers is None else numbers
+    opened = np.where(opened == given.number, 0, np.where(opened == 0, given.number, opened))
+    shape = [size if axis in given.lengths else 1 for axis, size in enumerate(sizes)]
+    return np.broadcast_to(opened[: rows.total].reshape(shape), sizes).astype(dtype)
+
+
 def position_input(given: InputRole, rows: Rows) -> np.ndarray:
     """Return the array for an input of positions: 0, 1, 2, ..."""
     sizes = _input_sizes(given, rows)

@@ -24,6 +24,7 @@ class Mask:
         chunk: Positions in one chunk of a chunked mask.
         padding: Whether an input such as `attention_mask` masks padding.
         bias: Whether a finite bias that depends on the position is added to the scores (ALiBi, T5).
+        block: Whether an input may let tokens of the first call attend to later ones of that call.
     """
 
     kind: MaskKind
@@ -31,6 +32,7 @@ class Mask:
     chunk: int | None = None
     padding: bool = False
     bias: bool = False
+    block: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ def read_mask(pattern: AttentionPattern) -> Mask:
     mask = _structure(visible)
     if mask.kind == "causal" and pattern.rows:
         mask = _structure_of_rows({query: _visible(row[..., None, :])[0] for query, row in pattern.rows.items()})
-    return replace(mask, padding=padding, bias=_has_bias(pattern))
+    return replace(mask, padding=padding, bias=_has_bias(pattern), block=pattern.opens_block)
 
 
 def _visible(weights: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension, Extent
 from kvsurgeon.symbolic.fact import OperatorCall
 
 GIVEN_FOR = "kvsurgeon.given_for"  # metadata of an input: what it is given for, as stated by the user
+FIRST_CALL = "first-call"  # one of these: it lets tokens of the first call attend to later ones of that call
 Dimensions = dict[ir.Value, tuple[Dimension, ...]]
 Replacements = dict[sympy.Symbol, Dimension]
 

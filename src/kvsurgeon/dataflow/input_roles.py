@@ -9,7 +9,7 @@ from enum import Enum, auto
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.dataflow.input_dimensions import GIVEN_FOR
+from kvsurgeon.dataflow.input_dimensions import FIRST_CALL, GIVEN_FOR
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor, small_constant
 from kvsurgeon.graph.query import producers, through, upstream
@@ -24,7 +24,7 @@ _FORMS = (Trait.IDENTITY, Trait.RESHAPE, Trait.REPEAT, Trait.TRANSPOSE, Trait.AR
 _ELEMENTWISE = (Trait.ELEMENTWISE, Trait.BROADCAST)
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
 _LARGEST_POSITION = 1 << 24
-_STATED = {"new": Length.NEW, "total": Length.TOTAL}
+_STATED = {"new": Length.NEW, "total": Length.TOTAL, FIRST_CALL: Length.TOTAL}
 _FEWEST_POSITIONS = 16  # rows of a table of positions; there are fewer token types
 
 
@@ -46,7 +46,10 @@ class InputRole:
         lengths: The length of each sequence axis.
         holds_positions: Whether it holds integers that are compared with positions, so that they are positions too.
         mask_form: If it is a mask, which of its numbers hide a key.
-        number: If it has no tokens, a number that it may hold, at which masks hide as little as they can.
+        number: If it has no tokens, a number that it may hold, at which masks hide as little as they can. If it opens a
+            block, what it holds for tokens after the first call.
+        opens_block: Whether it lets tokens of the first call attend to later ones of that call. If it has no tokens, it
+            is at most the number of tokens of that call.
     """
 
     value: ir.Value
@@ -55,6 +58,7 @@ class InputRole:
     holds_positions: bool = False
     mask_form: MaskForm = MaskForm.KEPT
     number: float = 1.0
+    opens_block: bool = False
 
     @property
     def is_token(self) -> bool:
@@ -91,8 +95,10 @@ def classify_inputs(dimensions: Mapping[ir.Value, tuple[Dimension, ...]], length
         found.append(
             InputRole(
                 value=value, dimensions=sizes, lengths=lengths,
-                holds_positions=len(axes) == 1 and _is_compared_with_positions(value),
+                holds_positions=stated != FIRST_CALL and len(axes) == 1 and _is_compared_with_positions(value),
                 mask_form=MaskForm.ADDED if is_matrix else MaskForm.KEPT,
+                number=0.0 if stated == FIRST_CALL else 1.0,
+                opens_block=stated == FIRST_CALL,
             )
         )  # fmt: skip
     if not any(given.is_token for given in found):
@@ -122,7 +128,7 @@ def _check_stated(value: ir.Value, stated: str | None, axes: Collection[int]) ->
             "an input that is stated to be the same in every call is as long as the text", code=Code.INPUT_ROLE,
             at=value.name, found=str(value.shape), hint="the graph combines it with the tokens",
         )  # fmt: skip
-    if stated in _STATED and not axes:
+    if stated in ("new", "total") and not axes:
         raise UnsupportedError(
             f"an input that is stated to be given for {stated} tokens has no axis of tokens", code=Code.INPUT_ROLE,
             at=value.name, found=str(value.shape),

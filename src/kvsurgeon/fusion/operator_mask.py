@@ -29,7 +29,7 @@ class OperatorMask:
 def operator_mask(pattern: AttentionPattern) -> OperatorMask | None:
     """Return the mask of an attention layer if a fused operator has it; None for a bias or any other mask."""
     mask = read_mask(pattern)
-    if pattern.uniform_weights is None or mask.bias or mask.kind not in ("causal", "sliding-window"):
+    if pattern.uniform_weights is None or mask.bias or mask.block or mask.kind not in ("causal", "sliding-window"):
         return None
     measured = (pattern.uniform_weights, *(row[..., None, :] for row in pattern.rows.values()))
     if not all(_is_same_for_heads(weights) for weights in measured):

@@ -112,8 +112,9 @@ class _Comparer:
         scenario, candidate = self.outputs.scenario, self.candidate
         count_padding = candidate.inputs.positions_not_in(self.reference.inputs)
         feeds = candidate.inputs.feeds(
-            scenario.tokens, scenario.mask, token_types=self.reference.token_types, count_padding=count_padding
-        )
+            scenario.tokens, scenario.mask, token_types=self.reference.token_types, count_padding=count_padding,
+            block=scenario.chunks[0],
+        )  # fmt: skip
         chunked = run_in_chunks(candidate, feeds, scenario.spans)
         if chunked.failure:
             return self._failed(chunked)

@@ -51,7 +51,9 @@ def first_difference(
         sessions = [model.open("basic", names) for model in models]
         decoder = CachedDecoder(sessions[1], cache)
         expected = reference.on(sessions[0]).run(scenario, in_calls=False).calls[0]
-        feeds = decoder.inputs.feeds(scenario.tokens, scenario.mask, token_types=reference.token_types)
+        feeds = decoder.inputs.feeds(
+            scenario.tokens, scenario.mask, token_types=reference.token_types, block=scenario.chunks[0]
+        )
         for past, total in scenario.spans:
             found = decoder.advance(decoder.inputs.part(feeds, past, total))
             for name in names:

@@ -24,7 +24,7 @@ from kvsurgeon.runtime.axes import (
     present_name,
     tokens_first,
 )
-from kvsurgeon.runtime.cache_managers import read_cache_metadata
+from kvsurgeon.runtime.cache_managers import read_cache_metadata, read_first_call
 from kvsurgeon.runtime.decoder import UncachedDecoder
 from kvsurgeon.runtime.feeds import inputs_of
 from kvsurgeon.runtime.mask_forms import settle_masks, with_forms_of
@@ -72,6 +72,9 @@ def open_models(
         candidate = _decoder(after, session)
     except KvsurgeonError as error:
         return replace(report, faults=(str(error),)), None, None
+    blocks = read_first_call(session.metadata) | read_first_call(after.metadata)
+    for decoder in (reference, candidate):
+        decoder.use_inputs(decoder.inputs.with_blocks(blocks))
     faults, notes = _output_differences(candidate, reference)
     report = replace(_with_cache_tolerance(report, candidate), faults=faults, notes=(*report.notes, *notes))
     if report.unverifiable is not None:

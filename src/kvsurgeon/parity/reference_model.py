@@ -69,20 +69,20 @@ class ReferenceModel:
             RunError: The model fails.
         """
         in_calls = in_calls and isinstance(self.decoder, CachedDecoder)
-        feeds = self.feeds(scenario.tokens, scenario.mask)
+        feeds = self.feeds(scenario.tokens, scenario.mask, block=scenario.chunks[0])
         run = run_in_chunks(self.decoder, feeds, scenario.spans if in_calls else [(0, scenario.tokens.shape[1])])
         if run.failure:
             raise RunError(run.failure)
         return ReferenceOutputs(scenario=scenario, calls=run.outputs, in_calls=in_calls)
 
-    def outputs(self, tokens: Tokens, mask: Tokens | None = None) -> Array:
-        """Return the main output for texts, without padding unless a mask is given.
+    def outputs(self, tokens: Tokens, mask: Tokens | None = None, block: int = 0) -> Array:
+        """Return the main output for texts, without padding unless a mask is given; see `DecoderInputs.feeds`.
 
         Raises:
             RunError: The model fails.
         """
         rows = _full_batch(self.decoder, tokens)
-        feeds = self.feeds(rows, np.ones_like(rows) if mask is None else _full_batch(self.decoder, mask))
+        feeds = self.feeds(rows, np.ones_like(rows) if mask is None else _full_batch(self.decoder, mask), block)
         found = self.decoder.run(feeds)[self.main]
         return found if len(rows) == len(tokens) else found[: len(tokens)]
 
@@ -100,15 +100,17 @@ class ReferenceModel:
         scale = spread(whole)
         masked = np.flatnonzero((mask == 0).any(axis=0))
         around = [end for end in (masked[0], masked[-1] + 1) if 0 < end < tokens.shape[1]]
-        checked = (ends[0], ends[len(ends) // 2], *map(int, around))
-        return all(self._same_before(end, tokens, mask, whole, scale) for end in dict.fromkeys(checked))
+        block = scenario.chunks[0] if any(spec.kind == "block" for spec in self.inputs.specs) else 0
+        checked = [end for end in (ends[0], ends[len(ends) // 2], *map(int, around)) if end >= block]
+        return all(self._same_before(end, scenario, whole, scale) for end in dict.fromkeys(checked))
 
-    def _same_before(self, end: int, tokens: Array, mask: Array, whole: Array, scale: float) -> bool:
+    def _same_before(self, end: int, scenario: Scenario, whole: Array, scale: float) -> bool:
         """Whether the outputs up to a token are the same if no token follows."""
+        tokens, mask, block = scenario.tokens, scenario.mask, scenario.chunks[0]
         if self.decoder.length is None:
-            prefix = self.outputs(tokens[:, :end], mask[:, :end])
+            prefix = self.outputs(tokens[:, :end], mask[:, :end], block)
         else:
-            prefix = self.outputs(tokens, np.where(np.arange(tokens.shape[1]) < end, mask, 0))
+            prefix = self.outputs(tokens, np.where(np.arange(tokens.shape[1]) < end, mask, 0), block)
         counted = mask[:, :end].astype(bool)
         return distance(whole[:, :end][counted], prefix[:, :end][counted], scale) <= self.bound
 
@@ -153,9 +155,9 @@ class ReferenceModel:
         scale, counted = spread(expected), mask.astype(bool)
         return distance(expected[counted], found[counted], scale)
 
-    def feeds(self, tokens: Tokens, mask: Tokens) -> dict[str, Array]:
-        """Return the feeds of texts."""
-        return self.inputs.feeds(tokens, mask, token_types=self.token_types)
+    def feeds(self, tokens: Tokens, mask: Tokens, block: int = 0) -> dict[str, Array]:
+        """Return the feeds of texts; see `DecoderInputs.feeds`."""
+        return self.inputs.feeds(tokens, mask, token_types=self.token_types, block=block)
 
 
 def probe_reference(

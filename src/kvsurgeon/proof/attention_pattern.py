@@ -26,6 +26,7 @@ class AttentionPattern:
         limit: The longest length in tokens up to which the pattern is prefix stable; None if there is no limit.
         reduced: Whether scores are reduced over keys outside the weights, which rows were compared for.
         checked: The longest length in tokens at which rows were checked.
+        opens_block: Whether an input may let tokens of the first call attend to later ones; it did not in the weights.
         rows: The weights that some queries give to equal scores at that length, [..., key], by query.
     """
 
@@ -37,6 +38,7 @@ class AttentionPattern:
     limit: int | None = None
     reduced: bool = False
     checked: int = 0
+    opens_block: bool = False
     rows: Mapping[int, np.ndarray] = field(default_factory=dict)
 
 

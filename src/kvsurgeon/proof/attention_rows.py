@@ -13,6 +13,7 @@ from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.proof.attention_probe import AttentionProbe
 from kvsurgeon.proof.context_scan import changing_lengths, changing_positions
+from kvsurgeon.proof.first_call import check_first_call_rows
 from kvsurgeon.proof.length_sweep import check_prefix_stable, first_tokens
 from kvsurgeon.proof.row_checks import affordable, blocks, longest_passing, spans
 from kvsurgeon.proof.row_runner import RowRunner
@@ -52,6 +53,7 @@ def check_rows(probe: AttentionProbe, passed: int) -> tuple[int, int | None, dic
     def check(total: int) -> None:
         for rows in spans(total, thresholds, runner.elements, len(totals)):
             _check_span(probe, runner, rows, scales, stable=proved and not probe.others)
+        check_first_call_rows(probe, runner, list(spans(total, thresholds, runner.elements, len(totals))), scales)
         for rows in blocks(changing if total <= reach else (), total, runner.elements):
             probe.check_causal(probe.compared(runner.run(rows, scale=0.0), rows)[0], rows.start)
 

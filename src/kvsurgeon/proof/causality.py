@@ -17,6 +17,7 @@ from kvsurgeon.proof.attention_masks import check_content_masks, check_masks
 from kvsurgeon.proof.attention_pattern import MIN_WEIGHT, AttentionPattern, is_attended
 from kvsurgeon.proof.attention_probe import AttentionProbe, not_causal
 from kvsurgeon.proof.attention_rows import check_rows
+from kvsurgeon.proof.first_call import check_first_call
 from kvsurgeon.proof.key_reductions import check_key_reductions, normalizes_before_mask
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, first_tokens
 from kvsurgeon.symbolic.dimension import BATCH
@@ -98,12 +99,14 @@ def _check_probe(probe: AttentionProbe) -> AttentionPattern:
     padded_weights, leaking, attended = check_masks(probe, weights)
     _check_amplified_keys(probe, weights[longest])
     _check_batches(probe, longest)
+    opens_block = check_first_call(probe, lengths)
     _check_numbers(probe, longest)
     if probe.sweep.fixed is not None:
         _check_fixed_length(probe, weights[longest])
     return AttentionPattern(
         weights=weights[longest], padded_weights=padded_weights, uniform_weights=_check_scales(probe, longest),
         leaking=leaking, attended=attended, limit=limit, rows=rows, reduced=bool(probe.others), checked=checked,
+        opens_block=opens_block,
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.proof.causality import other_reductions
 from kvsurgeon.proof.context_scan import changing_lengths
+from kvsurgeon.proof.first_call import check_readers
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, first_tokens
 from kvsurgeon.proof.row_checks import affordable, longest_passing, spans
 from kvsurgeon.proof.row_runner import RowRunner
@@ -47,6 +48,7 @@ def find_limit(sweep: LengthSweep) -> int | None:
     Raises:
         UnsupportedError: A value changes below the minimum useful length.
     """
+    check_readers(sweep, _attention_nodes(sweep))
     values, rows, unproved = _context_values(sweep)
     if not values:
         return None

@@ -190,7 +190,8 @@ def mask_text(mask: Mask) -> str:
     """
     kinds: Mapping[str, str] = {"sliding-window": f"sliding window {mask.window}", "chunked": f"chunked {mask.chunk}"}
     kind = kinds.get(mask.kind, mask.kind)
-    return " + ".join([kind, *(["bias"] if mask.bias else []), *(["padding"] if mask.padding else [])])
+    further = (("bias", mask.bias), ("padding", mask.padding), ("block in the first call", mask.block))
+    return " + ".join([kind, *(name for name, holds in further if holds)])
 
 
 def size_text(count: int) -> str:

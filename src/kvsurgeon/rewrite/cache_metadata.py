@@ -15,6 +15,7 @@ from kvsurgeon.rewrite.cache_plan import CachePlan
 from kvsurgeon.symbolic.dim_names import DimNames
 
 KEY = "kvsurgeon.cache"
+FIRST_CALL_KEY = "kvsurgeon.first_call"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,11 @@ def write_cache_metadata(model: ir.Model, metadata: CacheMetadata | None) -> Non
         model.metadata_props.pop(KEY, None)
     else:
         model.metadata_props[KEY] = json.dumps(asdict(metadata))
+
+
+def write_first_call(model: ir.Model, closed: Mapping[str, int]) -> None:
+    """Write to a model which inputs open a block in the first call, and what they hold for later tokens."""
+    model.metadata_props[FIRST_CALL_KEY] = json.dumps(dict(closed))
 
 
 def read_cache_metadata(model: ir.Model) -> CacheMetadata | None:

@@ -22,6 +22,7 @@ from kvsurgeon.runtime.tensors import Array, Dim, ValueInfo, from_runtime, to_ru
 CacheMode = Literal["dynamic", "static", "new-tokens"]
 
 METADATA_KEY = "kvsurgeon.cache"
+FIRST_CALL_KEY = "kvsurgeon.first_call"  # the inputs that open a block in the first call, and what they hold later
 UNFILLED = 7  # value of rows without a token: reading them gives wrong results
 UNFILLED_ROWS = 3  # in front of a past of any length, if the model allows as many
 SMALLEST_BUFFER = 64  # rows of a static cache of any length, if the model allows as many
@@ -72,6 +73,14 @@ def read_cache_metadata(metadata: Mapping[str, str]) -> DeclaredCache:
         )
     except (ValueError, TypeError, AttributeError):
         return DeclaredCache()
+
+
+def read_first_call(metadata: Mapping[str, str]) -> dict[str, int]:
+    """Return what inputs that open a block in the first call hold for later tokens; none if that cannot be read."""
+    try:
+        return {name: int(closed) for name, closed in parse_json(metadata.get(FIRST_CALL_KEY, "{}")).items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}
 
 
 def find_length_input(inputs: Sequence[ValueInfo], cache: Sequence[CacheIO]) -> ValueInfo | None:

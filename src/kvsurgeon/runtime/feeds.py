@@ -19,7 +19,9 @@ from kvsurgeon.errors import UsageError
 from kvsurgeon.runtime.axes import Axis, axes_of, axis_of, is_past, slice_axes
 from kvsurgeon.runtime.tensors import Array, Dim, ValueInfo
 
-InputKind = Literal["tokens", "embeddings", "padding_mask", "query_key_mask", "positions", "token_types", "other"]
+InputKind = Literal[
+    "tokens", "embeddings", "padding_mask", "query_key_mask", "positions", "token_types", "block", "other"
+]
 MaskForm = Literal["kept", "hidden", "added"]  # what hides a token in a mask: 0, 1, or a large negative number
 Tokens = npt.NDArray[np.int64]  # [batch, sequence]
 
@@ -36,12 +38,14 @@ class InputSpec:
         kind: What it is given for.
         axes: The length that each axis follows.
         form: If it is a mask, what hides a token; None for the form that is usual for its type.
+        closed: If it opens a block, 0 or 1: what it holds for other tokens.
     """
 
     tensor: ValueInfo
     kind: InputKind
     axes: tuple[Axis, ...]
     form: MaskForm | None = None
+    closed: int = 0
 
     @property
     def name(self) -> str:
@@ -141,7 +145,13 @@ class DecoderInputs:
         return feeds[tokens.name].shape[tokens.axes.index(axis)] if axis in tokens.axes else 1
 
     def feeds(
-        self, tokens: Tokens, mask: Tokens, *, token_types: int = 1, count_padding: Collection[str] = ()
+        self,
+        tokens: Tokens,
+        mask: Tokens,
+        *,
+        token_types: int = 1,
+        count_padding: Collection[str] = (),
+        block: int = 0,
     ) -> dict[str, Array]:
         """Return the feeds of the whole text.
 
@@ -150,11 +160,14 @@ class DecoderInputs:
             mask: 0 at padding, else 1; `[batch, sequence]`.
             token_types: Number of token types to use, if the model takes them.
             count_padding: Position inputs in which padding advances the position, as in a model that computes them.
+            block: Number of tokens of the first call, for inputs that let them attend to each other both ways.
         """
         ones = np.ones_like(mask)
         return {
             spec.name: self._other_value(spec, len(tokens))
             if spec.kind == "other"
+            else _block_value(spec, mask, block)
+            if spec.kind == "block"
             else _value(spec, tokens, ones if spec.name in count_padding else mask, token_types)
             for spec in self.specs
         }
@@ -174,6 +187,14 @@ class DecoderInputs:
             values = random.standard_normal(shape) if len(shape) > 1 else random.uniform(0.5, 1.5, shape)
             return np.asarray(values).astype(dtype)
         return np.asarray(random.integers(0, 2, shape) if len(shape) > 1 else np.full(shape, self.number)).astype(dtype)
+
+    def with_blocks(self, closed: Mapping[str, int]) -> DecoderInputs:
+        """Return the inputs with some that open a block in the first call: by name, what they hold for other tokens."""
+        specs = tuple(
+            replace(spec, kind="block", closed=closed[spec.name]) if spec.name in closed else spec
+            for spec in self.specs
+        )
+        return replace(self, specs=specs)
 
     def part(self, feeds: Mapping[str, Array], past: int, total: int) -> dict[str, Array]:
         """Return the feeds of the call on the tokens `past:total`."""
@@ -312,6 +333,15 @@ def _value(spec: InputSpec, tokens: Tokens, mask: Tokens, token_types: int) -> A
         mask = np.ones_like(mask)
     positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)  # padding does not advance those of its sequence
     return _arranged(spec, {"tokens": tokens, "positions": positions, "token_types": tokens % token_types}[spec.kind])
+
+
+def _block_value(spec: InputSpec, mask: Tokens, block: int) -> Array:
+    """Return one number for the tokens of a block but padding, and another for others; or the number of tokens."""
+    if not {"sequence", "total"} & set(spec.axes):
+        shape = [len(mask) if axis == "batch" else 1 for axis in spec.axes]
+        return np.full(shape, block, spec.tensor.dtype)
+    is_open = mask.astype(bool) & (np.arange(mask.shape[1]) < block)
+    return _arranged(spec, np.where(is_open, 1 - spec.closed, spec.closed))
 
 
 def _visible_keys(mask: Tokens) -> npt.NDArray[np.bool_]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -15,8 +16,8 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.attention.attention_weights import ReadWeights, weights_of_mask, weights_of_product
 from kvsurgeon.analysis.attention_sites import AttentionSite
-from kvsurgeon.analysis.mask_patterns import with_gaps
-from kvsurgeon.analysis.probe_inputs import Rows
+from kvsurgeon.analysis.mask_patterns import unmasked, with_gaps
+from kvsurgeon.analysis.probe_inputs import Rows, block_input
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole, MaskForm
@@ -42,6 +43,7 @@ def with_mask_forms(flow: TokenFlow, sites: Iterable[AttentionSite]) -> list[Inp
             runner = SubgraphRunner(flow, values, probed=probed, stops=stops)
         except UnsupportedError:  # the proof says why
             continue
+        settled |= {given.value: given for given in _closed_blocks(flow, runner, read) if given.value not in settled}
         if any(given.value not in settled for given in runner.masks):
             settled |= {given.value: given for given in _settle(runner, read, settled)}
     return [settled.get(given.value, given) for given in flow.inputs]
@@ -52,6 +54,24 @@ def _weights(flow: TokenFlow, site: AttentionSite) -> tuple[tuple[ir.Value, ...]
         values, read, _ = weights_of_mask(flow, site)
         return values, read
     return weights_of_product(flow, site.products[0])
+
+
+def _closed_blocks(flow: TokenFlow, runner: SubgraphRunner, read: ReadWeights) -> Iterator[InputRole]:
+    """Yield the inputs that open a block, with the number at which none is open; it is fed from then on."""
+    for given in flow.inputs:
+        name = given.value.name or ""
+        if not given.opens_block or name not in runner.feeds:
+            continue
+        for number in (0.0, 1.0) if given.lengths else (0.0,):
+            role = replace(given, number=number)
+            runner.inputs.give(name, partial(block_input, role, 0))
+            try:
+                closes = _hides(read(runner.run(LENGTH), Rows.of_text(LENGTH)), unmasked(LENGTH))
+            except UnsupportedError:
+                continue
+            if closes:
+                break
+        yield role
 
 
 def _settle(runner: SubgraphRunner, read: ReadWeights, settled: dict[ir.Value, InputRole]) -> Sequence[InputRole]:

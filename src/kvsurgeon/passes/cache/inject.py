@@ -14,7 +14,7 @@ import onnx_ir as ir
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.cache.pairs import find_cache_pairs
 from kvsurgeon.cache.unknown_caches import find_unknown_caches
-from kvsurgeon.dataflow.input_dimensions import GIVEN_FOR
+from kvsurgeon.dataflow.input_dimensions import FIRST_CALL, GIVEN_FOR
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.fusion.context import FusionContext
 from kvsurgeon.fusion.fuser import AttentionFuser
@@ -32,7 +32,7 @@ from kvsurgeon.proof.proof import Proof, prove
 from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.resizing.token_data import InputsBefore
 from kvsurgeon.rewrite.cache_injection import CacheValues, inject_cache
-from kvsurgeon.rewrite.cache_metadata import read_cache_metadata, write_cache_metadata
+from kvsurgeon.rewrite.cache_metadata import read_cache_metadata, write_cache_metadata, write_first_call
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_plan import plan_cache
 from kvsurgeon.rewrite.cache_removal import with_separate_caches
@@ -61,7 +61,9 @@ class Inject(CacheOptions):
             separate, by a second model; or once, in the first-call, by the input use_cache_branch. The cache is then
             called past_key_values.{layer}.decoder.{kind}.
         input: What inputs are given for, as NAME=new, NAME=total or NAME=fixed: for the new tokens, for all tokens so
-            far, or the same in every call; none is decided by their use.
+            far, or the same in every call; none is decided by their use. NAME=first-call lets tokens of the first call
+            attend to each other both ways: it is given for all tokens so far, 0 for those after the first call, or a
+            number of tokens of that call.
     """
 
     name: ClassVar[str] = "inject"
@@ -83,7 +85,7 @@ class Inject(CacheOptions):
         with _stated(subject, self.input):
             return self._apply(subject)
 
-    def _apply(self, subject: Subject) -> Outcome:
+    def _apply(self, subject: Subject) -> Changed:
         if self.cross_attention == "inside":
             return _at_any_length(self, subject)
         separated = SeparateCrossAttention().apply(subject)
@@ -129,7 +131,9 @@ def _at_any_length(options: CacheOptions, subject: Subject) -> Changed:
 
 @contextmanager
 def _stated(subject: Subject, statements: Sequence[str]) -> Iterator[None]:
-    """State what inputs are given for, as metadata that the analysis reads inside the block.
+    """State what inputs are given for, as metadata that the analysis reads inside the `with` statement.
+
+    That an input opens a block in the first call remains stated in the result.
 
     Raises:
         UsageError: There is no such input, or it cannot be given for that.
@@ -137,19 +141,24 @@ def _stated(subject: Subject, statements: Sequence[str]) -> Iterator[None]:
     inputs = {value.name: value for value in subject.model.graph.inputs}
     stated = [text.partition("=")[::2] for text in statements]
     for name, given_for in stated:
-        if name not in inputs or given_for not in ("new", "total", "fixed"):
+        if name not in inputs or given_for not in ("new", "total", "fixed", FIRST_CALL):
             names = ", ".join(str(one) for one in inputs)
-            raise UsageError(f"expected NAME=new|total|fixed with one of the inputs {names}, found {name}={given_for}")
+            raise UsageError(
+                f"expected NAME=new|total|fixed|first-call with one of the inputs {names}, found {name}={given_for}"
+            )
     graphs = [subject.model.graph]
     for name, given_for in stated:
         inputs[name].metadata_props[GIVEN_FOR] = given_for
     if stated:
         subject.changed()
+    kept: tuple[str, ...] = ()
     try:
         yield
+        kept = (FIRST_CALL,)
     finally:
         for value in (value for graph in (*graphs, subject.model.graph) for value in graph.inputs):
-            value.metadata_props.pop(GIVEN_FOR, None)
+            if value.metadata_props.get(GIVEN_FOR) not in kept:
+                value.metadata_props.pop(GIVEN_FOR, None)
 
 
 def inject(
@@ -174,6 +183,9 @@ def inject(
     """
     with deep_recursion():
         given, assumed = _analyzed(subject), subject.decomposed().assumed
+        opening = [one for one in given.inputs if one.opens_block]
+        if opening and options.cache != "dynamic":
+            raise UsageError(f"expected a dynamic cache for `{opening[0].value.name}`, found {options.cache}")
         analysis = with_late_repetition(given)
         proof = subject.proof() if analysis is given else prove(analysis, assumed)
         subject.changed()  # the analysis refers to the graph that is edited below
@@ -182,10 +194,17 @@ def inject(
         with gc_paused():
             edits = inject_cache(analysis, plan, partial(_add_operators, analysis, matches, padding))
     subject.model = analysis.model
+    if opening:
+        write_first_call(subject.model, {one.value.name or "": int(one.number) for one in opening})
     notes = _state_lengths(subject.model, analysis) if padding == "lengths" else []
     notes += [f"assumed, not proved: {what} (first at `{where}`)" for what, where in proof.assumptions.items()]
     fixed = [given.value.name for given in analysis.inputs if not given.lengths]
     notes += [f"`{name}` has no axis of tokens: it must be the same in every call of a text" for name in fixed]
+    notes += [
+        f"`{one.value.name}` opens a block of tokens that attend both ways, which must all be in the first call: "
+        + (f"it is {int(one.number)} for later tokens" if one.lengths else "it is at most their number")
+        for one in opening
+    ]
     if proof.limited_at is not None:
         notes.append(
             f"context depends on the total length beyond {proof.limit} tokens, first at `{proof.limited_at}`: all "

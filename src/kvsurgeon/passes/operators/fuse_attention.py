@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from kvsurgeon.analysis.analysis import Analysis
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.fusion.context import FusionContext
 from kvsurgeon.fusion.fuser import AttentionFuser
 from kvsurgeon.fusion.match import FusionMatch, match_attention
@@ -22,6 +22,7 @@ from kvsurgeon.passes.cache.inject import SelectMatches
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.options import check_count
+from kvsurgeon.proof.attention_pattern import AttentionPattern
 from kvsurgeon.proof.proof import Proof
 from kvsurgeon.resizing.lengths import LengthValues, sources_of
 
@@ -103,6 +104,7 @@ class FuseAttention:
                 match = match_attention(analysis, layer, cached=cached)
                 operator.check(match, opset)
                 numeric.check(match)
+                _check_causal(operator, proof.patterns[layer], match)
             except UnsupportedError as error:
                 errors.append(error)
                 continue
@@ -121,6 +123,19 @@ class FuseAttention:
         if longest is None:
             return None
         return RotaryMatcher(flow=analysis.flow, same=analysis.same, positions=longest, by_lengths=by_lengths)
+
+
+def _check_causal(operator: AttentionOperator, pattern: AttentionPattern, match: FusionMatch) -> None:
+    """Check that an operator which is always causal replaces no attention that is not in the first call.
+
+    Raises:
+        UnsupportedError: It would.
+    """
+    if operator.keeps_cache and pattern.opens_block:
+        raise UnsupportedError(
+            f"{operator.op_type} is always causal, and tokens of the first call may attend to later ones",
+            code=Code.NOT_FUSABLE, layer=match.layer, at=match.site.at.name,
+        )  # fmt: skip
 
 
 def _fuse(subject: Subject, operator: AttentionOperator, select: SelectMatches) -> Changed:
