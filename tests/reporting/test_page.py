@@ -39,6 +39,7 @@ class Page(HTMLParser):
 
     def __init__(self, text: str) -> None:
         super().__init__()
+        self.source = text
         self.open: list[str] = []
         self.ids: list[str] = []
         self.links: list[str] = []
@@ -134,17 +135,17 @@ def test_names_of_a_model_are_escaped(tmp_path):
     model.graph.input[1].name = hostile
     path = tmp_path / "<b>&.onnx"
     onnx.save(model, path)
-    page = Page(kvsurgeon.report(path, tokens=2))
+    page = Page(kvsurgeon.report(path, tokens=1))
     assert not page.open
     assert not page.references
     assert hostile in page.words
 
 
-def test_a_model_with_a_cache_is_shown_alone_and_with_another_one_next_to_it(tmp_path):
-    onnx.save(CachedDecoder(Config()).model(), tmp_path / "cached.onnx")
+def test_a_model_with_a_cache_is_shown_alone(tmp_path):
+    onnx.save(CachedDecoder(Config(layers=2)).model(), tmp_path / "cached.onnx")
     alone = Page(kvsurgeon.report(tmp_path / "cached.onnx", tokens=2))
     assert [one["name"] for one in alone.data] == ["cached"]
-    assert "1 384 B" in alone.words, "3 layers of 2 heads of 8 floats, keys and values"
+    assert "1 256 B" in alone.words, "2 layers of 2 heads of 8 floats, keys and values"
 
 
 def test_a_second_model_is_verified_and_shown_next_to_the_first_one():
@@ -156,6 +157,7 @@ def test_a_second_model_is_verified_and_shown_next_to_the_first_one():
     )
     assert "Verdict: same" in page.words
     assert "token by token 1" in page.words
+    assert "1 256 B 256 B" in page.words, "the size of the cache that inject adds, and that of the second model"
     assert "sliding window 4 + padding layer 1" in page.words.replace("layers 1", "layer 1")
 
 
@@ -200,6 +202,16 @@ def test_without_jinja2_the_error_names_the_extra(monkeypatch):
 
 
 # Parts
+
+
+def test_layers_that_share_a_cache_have_one_row(tmp_path):
+    pair = kvsurgeon.report(DEMO, against=_shared(tmp_path), tokens=0)
+    assert "1, 3, 5 8 / 2 16 causal + padding 16 of 16 0.25 that of layers 0, 2, 4 0 B" in Page(pair).words
+
+
+def _shared(tmp_path):
+    assert run(["share-kv-layers", str(DEMO), "--kv-layers", "3", "--no-verify", "-o", str(tmp_path / "shared")]) == 0
+    return tmp_path / "shared"
 
 
 def test_equal_layers_are_grouped_in_order():
@@ -301,7 +313,7 @@ def test_a_buffer_and_growing_rows_have_their_size():
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_a_browser_draws_the_page_without_messages(page, tmp_path):
     path = tmp_path / "page.html"
-    path.write_text(kvsurgeon.report(DEMO, prompt="It was late.", tokens=2), "utf-8")
+    path.write_text(page.source, "utf-8")
     done = subprocess.run(
         [
             "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from statistics import median
@@ -21,6 +21,7 @@ from kvsurgeon.runtime.text import Prompt
 if TYPE_CHECKING:
     from kvsurgeon.reporting.page.layered_drawing import Drawing
 
+LayerRow = tuple[list[int], Attention, list[int]]  # equal layers, one of them, the layers whose cache they share
 _LENGTHS = (1, 1024, 8192, 32768)  # tokens of the sequences whose cache is stated
 _MEANING = {
     "causal": "No query gives weight to a later key.",
@@ -81,9 +82,13 @@ def page_content(sides: Sequence[Side], measured: Sequence[Side], options: PageO
         "version": version("kvsurgeon"),
         "sides": sides,
         "decoder": sides[0].decoder,
+        "heads": _changes(
+            _distinct(f"{one.query_heads} / {one.kv_heads}" for one in side.decoder.attentions) for side in sides
+        ),
+        "head_dims": _distinct(str(one.head_dim) for one in sides[0].decoder.attentions),
         "layers": _tables(sides),
         "lengths": _LENGTHS,
-        "caches": [_cache(side) for side in sides],
+        "caches": [_cache(side, stated=side.has_cache or len(measured) == len(sides)) for side in sides],
         "masks": list(_masks(sides[0])),
         "two_lengths": two_lengths_pictures(),
         "proofs": [side.proof for side in sides],
@@ -96,34 +101,48 @@ def page_content(sides: Sequence[Side], measured: Sequence[Side], options: PageO
     }
 
 
-def _tables(sides: Sequence[Side]) -> list[tuple[str, list[tuple[list[int], Attention]]]]:
+def _distinct(texts: Iterable[str]) -> str:
+    """Return a text that is the same for all layers, or two of them, or that there are more."""
+    found = list(dict.fromkeys(texts))
+    return ", ".join(found) if len(found) < 3 else "by layer"
+
+
+def _changes(texts: Iterable[str]) -> str:
+    """Return the text of each model, once if they are equal."""
+    return " → ".join(dict.fromkeys(texts))
+
+
+def _tables(sides: Sequence[Side]) -> list[tuple[str, list[LayerRow]]]:
     """Return the rows of the layers of each model, below its name; one table if all are equal."""
     tables = [(side.name, list(_layers(side.decoder))) for side in sides]
     facts = {tuple(map(_facts, side.decoder.attentions)) for side in sides}
     return tables if len(facts) > 1 else [("", tables[0][1])]
 
 
-def _layers(decoder: Decoder) -> Iterator[tuple[list[int], Attention]]:
-    """Yield the numbers of equal layers, and one of them."""
+def _layers(decoder: Decoder) -> Iterator[LayerRow]:
+    """Yield the numbers of equal layers, one of them, and the layers whose cache they share."""
     attentions = decoder.attentions
     for layers in group_layers(map(_facts, attentions)).values():
-        yield layers, attentions[layers[0]]
+        shared = {attentions[layer].shares_cache_with for layer in layers}
+        yield layers, attentions[layers[0]], sorted(owner for owner in shared if owner is not None)
 
 
 def _facts(one: Attention) -> tuple[object, ...]:
     """Return what a row of the table shows."""
-    shares = None if one.shares_cache_with is None else one.shares_cache_with
     scale = None if one.scale is None else f"{one.scale:.4g}"
     return (
         one.query_heads, one.kv_heads, one.head_dim, one.value_head_dim, scale, one.softcap, one.mask, one.rotary_dim,
-        one.key_cache.dtype, one.key_cache.bytes_per_token, one.value_cache.bytes_per_token, shares,
+        one.key_cache.dtype, one.key_cache.bytes_per_token, one.value_cache.bytes_per_token,
+        one.shares_cache_with is None,
     )  # fmt: skip
 
 
-def _cache(side: Side) -> dict[str, Any]:
+def _cache(side: Side, *, stated: bool) -> dict[str, Any]:
+    """Return the size of a cache; `stated` is false for a model that is shown next to itself with a cache."""
     size = side.cache_size
     modes = sorted({one.cache_mode for one in side.decoder.cache})
-    return {"has": side.has_cache, "per_token": size.per_token, "bytes": [size.of(n) for n in _LENGTHS], "modes": modes}
+    sizes = [size.of(length) for length in _LENGTHS]
+    return {"has": side.has_cache, "stated": stated, "per_token": size.per_token, "bytes": sizes, "modes": modes}
 
 
 def _masks(side: Side) -> Iterator[dict[str, Any]]:
@@ -147,7 +166,7 @@ def _times(sides: Sequence[Side], options: PageOptions) -> dict[str, Any]:
 
 def _graphs(sides: Sequence[Side]) -> Iterator[dict[str, Any]]:
     """Yield the pictures around the attention of one of each group of equal layers, in each model."""
-    for layers, _ in _layers(sides[0].decoder):
+    for layers, _, _ in _layers(sides[0].decoder):
         layer = layers[0]
         shown = [side for side in sides if layer < len(side.decoder.attentions)]
         graphs = [attention_graph(side.subject.model.graph, side.decoder, layer) for side in shown]

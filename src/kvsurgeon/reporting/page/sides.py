@@ -92,8 +92,11 @@ class Side:
 
     @property
     def cache_size(self) -> CacheSize:
-        """The size of the cache."""
-        return cache_size(self.subject.model.graph)
+        """The size of the cache, or of the one that `inject` would add."""
+        if self.has_cache:
+            return cache_size(self.subject.model.graph)
+        states = (state.bytes_per_token * state.rows for state in self.decoder.states if state.rows is not None)
+        return CacheSize(per_token=self.decoder.cache_bytes_per_token, fixed=sum(states))
 
     def injected(self) -> Side:
         """Return the model with the cache that `inject` adds by default, in memory.

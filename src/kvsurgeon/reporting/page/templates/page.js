@@ -131,6 +131,7 @@
 
     function render() {
       const found = data[state.model].weights;
+      if (!found.error && !found.layers.length) found.error = "the model has no attention";
       const models = data.length > 1 ? [choice("Model", data.map(one => one.name), state.model, model => set({ model, layer: 0 }))] : [];
       if (found.error) {
         replaceContent(root, [make("div", { className: "controls" }, ...models), make("p", { className: "note" }, `Not shown: ${found.error}`)]);
@@ -175,12 +176,13 @@
         bars.replaceChildren();
         for (const from of shown) {
           for (let to = 0; to <= from; to++) {
-            for (const head of heads) {
+            for (const [index, head] of heads.entries()) {
               const value = weight(head, from, to);
               if (value < 0.01) continue;
+              const shift = ((index + 0.5) / heads.length - 0.5) * (row - 8);  // heads side by side
               links.append(draw("line", {
-                x1: column, y1: middle(from), x2: width - column, y2: middle(to),
-                stroke: color(head), "stroke-opacity": (query === null ? 0.75 : 0.95) * value, "stroke-width": query === null ? 1.5 : 2.5,
+                x1: column, y1: middle(from) + shift, x2: width - column, y2: middle(to) + shift,
+                stroke: color(head), "stroke-opacity": (query === null ? 0.75 : 0.95) * value, "stroke-width": query === null ? 1.2 : 2,
               }));
             }
           }
@@ -246,7 +248,7 @@
 
   // Keys
 
-  const FIRST_DIMENSIONS = 20, COLUMNS = 8;
+  const FIRST_DIMENSIONS = 20, MOST_COLUMNS = 8;
 
   function keysView(root) {
     const state = { layer: 0, allTokens: false, allDimensions: false };
@@ -288,7 +290,7 @@
       layer.reads.forEach((kv, head) => heads.set(kv, [...heads.get(kv) ?? [], head]));
       const grouped = layer.reads.length > heads.size;
       const rows = grouped ? [...heads] : chunks(layer.reads.map((kv, head) => head)).map(row => [null, row]);
-      const columns = Math.min(COLUMNS, Math.max(...rows.map(([, row]) => row.length)));
+      const columns = balanced(Math.max(...rows.map(([, row]) => row.length)));
       return make("div", { className: "groups" }, ...rows.map(([kv, row], number) => {
         const group = make("div", { className: "group" }, ...kv === null ? [] : [make("h4", {}, `group ${number}, KV head ${kv}`)], ...row.map(head => {
           const read = layer.reads[head];
@@ -305,7 +307,12 @@
       }));
     }
 
-    const chunks = list => Array.from({ length: Math.ceil(list.length / COLUMNS) }, (_, row) => list.slice(row * COLUMNS, (row + 1) * COLUMNS));
+    // As many columns as fill all rows alike
+    const balanced = count => Math.ceil(count / Math.ceil(count / MOST_COLUMNS));
+    function chunks(list) {
+      const size = balanced(list.length);
+      return Array.from({ length: Math.ceil(list.length / size) }, (_, row) => list.slice(row * size, (row + 1) * size));
+    }
     const shade = value => [...value < 0 ? [33, 102, 172] : [190, 40, 50], 255 * Math.min(1, Math.abs(value))];
     render();
   }
