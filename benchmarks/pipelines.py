@@ -50,6 +50,7 @@ PASSES: tuple[tuple[str, tuple[str, ...], int], ...] = (  # name, options, weigh
     ("expand-gqa", ("",), 3),
     ("merge-kv-heads", ("{kv-heads=1}", "{kv-heads=2,method=first}"), 2),
     ("share-kv-layers", ("{kv-layers=1}",), 2),
+    ("window-cache", ("",), 1),
     ("quantize-cache", ("", "{bits=4}", "{bits=4,hadamard=true}"), 2),
     ("add-position-ids", ("",), 2),
     ("raise-opset", ("{opset=21}", "{opset=23}", "{opset=24}"), 2),

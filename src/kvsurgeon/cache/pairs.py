@@ -185,8 +185,9 @@ def _last_rows(present: ir.Value, inputs: Iterable[ir.Value], written: Callable[
     pair, (start, end, axis) = _updated(node.inputs[0], inputs, written), map(_number, (*node.inputs[1:4], None)[:3])
     if pair is None or pair.cache_mode != "dynamic" or pair.past.shape is None or axis is None or start is None:
         return None
-    is_last = axis == pair.axis and start == -(pair.past.shape[axis] if isinstance(pair.past.shape[axis], int) else 0)
-    is_pair = is_last and start < 0 and end is not None and end > FAR and LAST_ROWS in pair.past.metadata_props
+    is_last = axis == pair.axis and str(-start) == pair.past.metadata_props.get(LAST_ROWS)
+    rows = pair.past.shape[axis]  # always as many, or fewer in a shorter text
+    is_pair = is_last and start < 0 and end is not None and end > FAR and (rows == -start or not isinstance(rows, int))
     return replace(pair, present=present, cache_mode="last-rows") if is_pair else None
 
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from kvsurgeon.ops.operator import AxisLinks, Operator, Trait, entries, identity_links, parameters
 from kvsurgeon.ops.resizing import WHOLE_NUMBERS, Resizer
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import NEW, PAST, Dimension
+from kvsurgeon.symbolic.dimension import NEW, Dimension
 from kvsurgeon.symbolic.fact import WIDEST_VALUE, Fact, OperatorCall, axis_of, is_small, known
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
@@ -152,7 +152,7 @@ def range_ends(resizer: Resizer, fact: Fact, start: Dimension, axes: Axes) -> li
         if axes[0].outer != 1 or axes[0].learned_rows or axes[0].most is not None:
             return None
         inner = lengths.at(axes[0].inner, Length.TOTAL)
-        first, extent = dim.add(first, dim.multiply(PAST, inner)), dim.multiply(NEW, inner)
+        first, extent = dim.add(first, dim.multiply(lengths.past, inner)), dim.multiply(NEW, inner)
     return [lengths.typed(lengths.scalar(end), fact.dtype) for end in (first, dim.add(first, extent))]
 
 
@@ -164,7 +164,7 @@ def resize_eye_like(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: A
     starts: list[Dimension] = [call.integer("k", 0), 0]
     for axis in axes:
         if axis.variable.resolved() is Length.NEW:
-            starts[axis.axis] = dim.add(starts[axis.axis], PAST)
+            starts[axis.axis] = dim.add(starts[axis.axis], lengths.past)
     places = []
     for start, size in zip(starts, resizer.sizes(fact.shape, axes), strict=True):
         ends = [lengths.scalar(number) for number in (start, dim.add(start, size), 1)]

@@ -24,7 +24,7 @@ from kvsurgeon.ops.operator import (
 )
 from kvsurgeon.ops.resizing import Resizer
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import PAST, Dimension
+from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import Fact, OperatorCall, axis_of, is_small
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
@@ -355,7 +355,11 @@ def resize_trilu(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes
         if axis.variable.resolved() is Length.NEW and axis.axis >= rank - 2:
             if not axis.is_plain:
                 return None
-            diagonal = dim.add(diagonal, PAST) if axis.axis == rank - 2 else dim.subtract(diagonal, PAST)
+            diagonal = (
+                dim.add(diagonal, resizer.lengths.past)
+                if axis.axis == rank - 2
+                else dim.subtract(diagonal, resizer.lengths.past)
+            )
     return resizer.rebuilt(node, [resizer.slice_of(source, axes), resizer.lengths.scalar(diagonal)])
 
 

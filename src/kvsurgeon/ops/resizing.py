@@ -23,6 +23,10 @@ class Numbers(Protocol):
     def total(self) -> Dimension:
         """The length that context is computed for."""
 
+    @property
+    def past(self) -> Dimension:
+        """The number of tokens before the new ones."""
+
     def at(self, number: Dimension, length: Length) -> Dimension:
         """Return the number with the length of the export read as one of the two."""
 

@@ -56,7 +56,7 @@ def run_in_chunks(decoder: AnyDecoder, feeds: Mapping[str, Array], spans: Iterab
                 layer=error.layer if isinstance(error, BrokenCacheError) else None,
             )
         if past and isinstance(decoder, CachedDecoder):
-            for entry in (entry for entry in decoder.cache if not entry.is_fixed):
+            for entry in (entry for entry in decoder.cache if not entry.is_fixed and entry.window is None):
                 present = cache[entry.past.name]
                 if entry.present not in changed and not _starts_with(present, before, entry):
                     others = (other.past.name for other in decoder.cache if _starts_with(present, before, other))

@@ -41,7 +41,10 @@ class ContextSlices:
 
     Attributes:
         fixed: Whether the export fixed a length that context is not computed for: it must be shortened.
+        of_last_tokens: Whether inputs for all tokens so far have more of them, of which the last ones are read.
     """
+
+    of_last_tokens = False
 
     def __init__(
         self,
@@ -262,7 +265,22 @@ class ContextSlices:
             )  # fmt: skip
         in_rows = tuple(SequenceAxis(axis, LengthVariable(length)) for axis, length in lengths.items())
         wanted = tuple(axis for axis in axes if lengths.get(axis.axis) is not Length.NEW)
+        if self.of_last_tokens:
+            return self.sliced(self._last_of_input(value, lengths), wanted, value)
         return self.sliced(filled_rows(self.lengths, in_token_order(self.lengths, value, in_rows), in_rows), wanted)
+
+    def _last_of_input(self, value: ir.Value, given: Mapping[int, Length]) -> ir.Value:
+        """Return an input for all tokens so far for the last ones."""
+        axes = [axis for axis, length in given.items() if length is Length.TOTAL]
+        if not axes:
+            return value
+        count = len(axes)
+        starts = self.lengths.vector([dim.subtract(0, self.lengths.total)] * count)
+        bounds = [starts, self.lengths.vector([int(ir.DataType.INT64.max)] * count), self.lengths.vector(axes)]
+        return self.lengths.once(
+            ("last of input", value),
+            lambda: self.editor.node("Slice", [value, *bounds], name=f"{value.name}.last", dtype=value.dtype),
+        )
 
     def _of_numbers(self, value: ir.Value, numbers: np.ndarray, dtype: ir.DataType) -> ir.Value:
         at = np.frompyfunc(lambda number: self.lengths.at(number, Length.TOTAL), 1, 1)

@@ -14,7 +14,7 @@ from kvsurgeon.resizing.context_slices import ContextSlices
 from kvsurgeon.resizing.unfilled_rows import in_row_order
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dim_names import dim_names
-from kvsurgeon.symbolic.dimension import PAST, Dimension
+from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
 InputsBefore = Mapping[ir.Node, tuple[ir.Value | None, ...]]  # inputs of each node before the rewrite
@@ -95,9 +95,9 @@ class TokenRewriter:
         diagonal = self.lengths.at(given[0] if given else 0, Length.TOTAL)
         rows, columns = (variable.resolved() for variable in self.flow.diagonals[node])
         if rows is Length.NEW and columns is Length.TOTAL:
-            diagonal = dim.add(diagonal, PAST)
+            diagonal = dim.add(diagonal, self.lengths.past)
         elif rows is Length.TOTAL and columns is Length.NEW:
-            diagonal = dim.subtract(diagonal, PAST)
+            diagonal = dim.subtract(diagonal, self.lengths.past)
         if len(rewired.inputs) < 2:
             rewired.resize_inputs(2)
         self.editor.replace_input(rewired, 1, self.lengths.scalar(diagonal))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
+from kvsurgeon.analysis.regions.attention_windows import windowed_nodes
 from kvsurgeon.analysis.token_flow import SequenceState
 from kvsurgeon.cache.pairs import LAST_ROWS
 from kvsurgeon.cache.states import mark_recurrent_state
@@ -20,7 +21,7 @@ from kvsurgeon.rewrite.cache_layouts import add_cached_rows, is_canonical_view, 
 from kvsurgeon.rewrite.cache_metadata import cache_metadata, write_cache_metadata
 from kvsurgeon.rewrite.cache_modes import read_cache, update_cache
 from kvsurgeon.rewrite.cache_plan import CachePlan, find_sources
-from kvsurgeon.rewrite.cache_tensors import CacheTensor, RecurrentTensor, with_scales
+from kvsurgeon.rewrite.cache_tensors import CacheTensor, RecurrentTensor, rows_of_window, with_scales
 from kvsurgeon.rewrite.causal_masks import mask_causal_operators
 from kvsurgeon.rewrite.declared_shapes import declare_shapes, outputs_of_cache_length
 from kvsurgeon.rewrite.further_outputs import return_cached_tensors, return_context_so_far
@@ -59,21 +60,31 @@ def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperator
     grouping, windows = HeadGrouping(tokens), _window_rewriters(analysis, tokens, pasts)
     updated, connect_operators = add_operators(lengths, before, pasts)
     presents, all_rows = _update_caches(plan, lengths, grouping, pasts, updated, windows)
-    computed = {node: windows[one.rows] for one in analysis.windows for state in one.states for node in state.nodes}
+    computed = {
+        node: windows[one.rows, False] for one in analysis.windows for state in one.states for node in state.nodes
+    }
+    windowed = {tensor.point.value: tensor.last_rows for tensor in plan.tensors if tensor.is_window}
+    shorter: dict[ir.Node, TokenRewriter] = {}
+    for site in analysis.sites:
+        if site.keys[0].cache_point.value in windowed:
+            rewriter = windows[windowed[site.keys[0].cache_point.value]]
+            shorter |= dict.fromkeys(windowed_nodes(flow, site), rewriter)
+    computed |= shorter
     recurrences = _rewriter_of_new(analysis, tokens)
     computed |= {node: recurrences for state, _ in flow.recurrences for node in state.nodes}
     for node in flow.order:
         if any(flow.kinds.get(value) is ValueKind.TOKEN for value in node.outputs):
             computed.get(node, tokens).rewire(node)
     mask_causal_operators(flow, slices, before)
-    declare_shapes(analysis, plan.total)
+    declare_shapes(analysis, plan.total, shorter)
     for state in flow.cached_states:
         _slice_state(state, computed.get(state.nodes[-1], tokens).slices)
     connect_operators()
     outputs = outputs_of_cache_length(analysis, plan.total)
     return_context_so_far(analysis, slices)
     for site in analysis.sites:
-        grouping.regroup(site)
+        if site.keys[0].cache_point.value not in windowed:
+            grouping.regroup(site)
     own_outputs = tuple(analysis.model.graph.outputs)
     presents += [_connect_recurrence(tensor, number, lengths) for number, tensor in enumerate(plan.recurrences)]
     analysis.model.graph.outputs.extend(presents)
@@ -119,14 +130,18 @@ def _take_name(editor: Editor, name: str, taken: Collection[str | None]) -> None
     editor.release_name(name)
 
 
-def _window_rewriters(analysis: Analysis, tokens: TokenRewriter, pasts: CacheValues) -> dict[int, TokenRewriter]:
+def _window_rewriters(
+    analysis: Analysis, tokens: TokenRewriter, pasts: CacheValues
+) -> dict[tuple[int, bool], TokenRewriter]:
     """Return a rewriter for each number of last rows that states are computed on, before the new tokens."""
-    found: dict[int, TokenRewriter] = {}
+    found: dict[tuple[int, bool], TokenRewriter] = {}
     for tensor, past in pasts.items():
-        if tensor.rows is not None and tensor.rows not in found:
-            lengths = tokens.lengths.after(dim.symbol(f"last_{tensor.rows}_rows"), (past, tensor.axis))
+        if tensor.rows is not None and tensor.last_rows not in found:
+            count = rows_of_window(tensor.rows) if tensor.is_window else dim.symbol(f"last_{tensor.rows}_rows")
+            lengths = tokens.lengths.after(count, (past, tensor.axis))
             slices = ContextSlices(tokens.flow, tokens.editor, lengths, analysis.inputs, analysis.same)
-            found[tensor.rows] = TokenRewriter(slices, tokens.before)
+            slices.of_last_tokens = tensor.is_window
+            found[tensor.last_rows] = TokenRewriter(slices, tokens.before)
     return found
 
 
@@ -159,7 +174,7 @@ def _update_caches(
     grouping: HeadGrouping,
     pasts: CacheValues,
     updated: CacheValues,
-    windows: Mapping[int, TokenRewriter],
+    windows: Mapping[tuple[int, bool], TokenRewriter],
 ) -> tuple[list[ir.Value], CacheValues]:
     """Return the cache outputs, which operators compute or which are the updated inputs, and the rows to attend to."""
     presents: list[ir.Value] = []
@@ -173,7 +188,7 @@ def _update_caches(
             returned, all_rows = _updated(plan, lengths, tensor, pasts)
             presents += returned
         if tensor.rows is not None:
-            add_cached_rows(windows[tensor.rows], tensor.point, all_rows, order)
+            add_cached_rows(windows[tensor.last_rows], tensor.point, all_rows, order)
         else:
             grouping.add_cache(tensor.point, all_rows, order)
             rows_of[tensor] = all_rows

@@ -18,7 +18,13 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.proof.proof import Proof
 from kvsurgeon.resizing.lengths import INT64, LengthSource, sources_of
 from kvsurgeon.rewrite.cache_options import CacheOptions
-from kvsurgeon.rewrite.cache_tensors import CacheTensor, RecurrentTensor, find_cache_tensors, find_recurrent_tensors
+from kvsurgeon.rewrite.cache_tensors import (
+    NO_WINDOWS,
+    CacheTensor,
+    RecurrentTensor,
+    find_cache_tensors,
+    find_recurrent_tensors,
+)
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import CAPACITY, MAX, NEW, PAST, TOTAL, Dimension
 from kvsurgeon.symbolic.sequence_axes import Length
@@ -60,8 +66,16 @@ class CachePlan:
     max_length: int | None
 
 
-def plan_cache(options: CacheOptions, analysis: Analysis, proof: Proof, bits: int | None = None) -> CachePlan:
+def plan_cache(
+    options: CacheOptions,
+    analysis: Analysis,
+    proof: Proof,
+    bits: int | None = None,
+    windows: Mapping[int, int] = NO_WINDOWS,
+) -> CachePlan:
     """Return the plan for some options, with keys and values as integers of some bits, if any are given.
+
+    Of the attention sites with these indices only the last rows are cached, as many as the window has.
 
     Raises:
         UsageError: Two options exclude each other.
@@ -83,7 +97,8 @@ def plan_cache(options: CacheOptions, analysis: Analysis, proof: Proof, bits: in
         )  # fmt: skip
     return CachePlan(
         cache_mode=options.cache, past_length=past_length, past=past, present=present, total=total,
-        tensors=find_cache_tensors(analysis, options, bits), recurrences=find_recurrent_tensors(analysis, options),
+        tensors=find_cache_tensors(analysis, options, bits, windows),
+        recurrences=find_recurrent_tensors(analysis, options),
         limit=proof.max_length if past is CAPACITY else proof.limit, max_length=proof.max_length,
     )  # fmt: skip
 

@@ -205,11 +205,11 @@ class _Folding:
             node.resize_inputs(len(full))
 
     def _keeps_all(self, node: ir.Node) -> bool:
-        """Return whether a `Slice` takes the first rows of a static cache, of which the new rows are all."""
+        """Return whether a `Slice` takes rows of which the new ones are all: of a static cache, or the last ones."""
         bounds = slice_bounds(self.shapes.call(node))
         shapes = [None if value is None else self.shapes[value].shape for value in (node.inputs[0], node.outputs[0])]
-        is_start = bounds is not None and not any(bounds[1]) and set(bounds[3]) == {1}
-        return is_start and shapes[0] is not None and shapes[0] == shapes[1]
+        is_forward = bounds is not None and set(bounds[3]) == {1}
+        return is_forward and shapes[0] is not None and shapes[0] == shapes[1]
 
     def _has_no_rows(self, node: ir.Node, value: ir.Value) -> bool:
         shape = self.shapes[value].shape

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import onnx_ir as ir
 
@@ -15,8 +16,11 @@ from kvsurgeon.cache.signature import QUANTIZED, SCALE
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.rewrite.cache_layouts import Order
 from kvsurgeon.rewrite.cache_options import CacheOptions
+from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dim_names import DimNames, dim_names
-from kvsurgeon.symbolic.dimension import BATCH, Dimension
+from kvsurgeon.symbolic.dimension import BATCH, Dimension, Extent
+
+NO_WINDOWS: Mapping[int, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,7 @@ class CacheTensor:
         present: Name of the cache output.
         is_key: Whether it caches keys.
         rows: Number of rows, if only the last ones are cached.
+        is_window: Whether there are fewer rows than that as long as the text has fewer tokens.
         layout: Order of its axes.
         dtype: Element type of the cache, which may differ from that of the tensor.
         bits: Bits of an integer, if rows are quantized; two integers of 4 bits are one element.
@@ -44,6 +49,12 @@ class CacheTensor:
     rows: int | None = None
     bits: int | None = None
     is_scale: bool = False
+    is_window: bool = False
+
+    @property
+    def last_rows(self) -> tuple[int, bool]:
+        """Number of the last rows that are cached, and whether there may be fewer."""
+        return self.rows or 0, self.is_window
 
     @property
     def width(self) -> int:
@@ -68,7 +79,7 @@ class CacheTensor:
 
     def sizes(self, rows: Dimension) -> list[Dimension]:
         """Return the dimensions with a number of rows, unless only the last ones are cached."""
-        rows = rows if self.rows is None else self.rows
+        rows = rows if self.rows is None else rows_of_window(self.rows) if self.is_window else self.rows
         batch = self.point.batch if isinstance(self.point.batch, int) else BATCH
         sizes: list[Dimension] = [batch, self.point.heads, rows, self.width]
         return [sizes[index] for index in self.order]
@@ -113,7 +124,14 @@ def find_recurrent_tensors(analysis: Analysis, options: CacheOptions) -> list[Re
     ]  # fmt: skip
 
 
-def find_cache_tensors(analysis: Analysis, options: CacheOptions, bits: int | None = None) -> list[CacheTensor]:
+def rows_of_window(count: int) -> Extent:
+    """Return the number of the last rows of a text, at most so many."""
+    return dim.extent(f"last_{count}_rows")
+
+
+def find_cache_tensors(
+    analysis: Analysis, options: CacheOptions, bits: int | None = None, windows: Mapping[int, int] = NO_WINDOWS
+) -> list[CacheTensor]:
     """Return the tensors to cache, each once: key 0, value 0, key 1, ..., and then the states, numbered by kind.
 
     A state of which the last rows are enough is a conv_state.
@@ -122,12 +140,14 @@ def find_cache_tensors(analysis: Analysis, options: CacheOptions, bits: int | No
         analysis: Analysis of the model without a cache.
         options: Options of the cache.
         bits: Bits of an integer, if keys and values are quantized.
+        windows: Number of last rows that are cached, by the index of the attention site.
 
     Raises:
         UsageError: A name template does not give unique names.
         UnsupportedError: Rows cannot be quantized to that number of bits.
     """
     tensors: list[CacheTensor] = []
+    rows = _window_rows(analysis, windows)
     cached: set[ir.Value] = set()
     layer, further = options.first_layer, list(analysis.states)
     for site in analysis.sites:
@@ -135,6 +155,7 @@ def find_cache_tensors(analysis: Analysis, options: CacheOptions, bits: int | No
         cached |= {point.value for _, point in new}
         further += [point for kind, point in site.cached_tensors if kind == "state"]
         made = [_tensor(point, layer, kind, options) for kind, point in new]
+        made = [replace(one, rows=rows[one.point.value], is_window=rows[one.point.value] is not None) for one in made]
         tensors += made if bits is None else [_quantized(tensor, bits) for tensor in made]
         layer += bool(new)
     new_states = {point.value: point for point in further if point.value not in cached}
@@ -147,6 +168,15 @@ def find_cache_tensors(analysis: Analysis, options: CacheOptions, bits: int | No
     if len(set(names)) < len(names):
         raise UsageError("expected names that contain {layer} and {kind}, so that each is unique")
     return tensors
+
+
+def _window_rows(analysis: Analysis, windows: Mapping[int, int]) -> dict[ir.Value, int | None]:
+    """Return the number of last rows that all readers of a cached tensor need; None for all rows."""
+    needed: dict[ir.Value, list[int | None]] = {}
+    for index, site in enumerate(analysis.sites):
+        for _, point in site.cached_tensors:
+            needed.setdefault(point.value, []).append(windows.get(index))
+    return {value: None if None in counts else max(filter(None, counts)) for value, counts in needed.items()}
 
 
 def with_scales(tensors: Iterable[CacheTensor]) -> Iterator[CacheTensor]:

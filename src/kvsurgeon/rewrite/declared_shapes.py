@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
@@ -30,19 +30,20 @@ def dim_names_of_export(shape: Sequence[Dimension], axes: Axes, length: Dimensio
     return names
 
 
-def declare_shapes(analysis: Analysis, total: Dimension) -> None:
+def declare_shapes(analysis: Analysis, total: Dimension, windowed: Collection[ir.Node] = ()) -> None:
     """Declare the shapes of inputs and values, each sequence axis at its length.
 
     Args:
         analysis: Analysis of the export.
         total: Length for which context is computed.
+        windowed: Nodes of attention on the last rows.
     """
     for given in analysis.inputs:
         axes = tuple(SequenceAxis(axis, LengthVariable(length)) for axis, length in given.lengths.items())
         given.value.shape = ir.Shape(dim_names_of_export(given.dimensions, axes, analysis.length, total))
     states = [state for window in analysis.windows for state in window.states]
     states += [state for state, _ in analysis.flow.recurrences]
-    shorter = {node for state in states for node in state.nodes}
+    shorter = {*windowed, *(node for state in states for node in state.nodes)}
     for node in analysis.flow.order:
         for value in node.outputs:
             if node in shorter and not value.is_graph_output():

@@ -13,7 +13,7 @@ from typing import Literal
 from kvsurgeon.errors import UsageError
 from kvsurgeon.runtime.tensors import Array, Dim, ValueInfo
 
-Axis = Literal["batch", "sequence", "past", "total", "capacity", "max", "fixed"]
+Axis = Literal["batch", "sequence", "past", "total", "capacity", "max", "last", "fixed"]
 
 Layout = tuple[str, ...]  # "batch", "kv_heads", "sequence", "head_dim" in any order
 
@@ -29,6 +29,7 @@ _NAMED: dict[str, Axis] = {
 }
 FIXED_PARTS = ("conv_state", "recurrent_state")
 _WORDS_OF_PARTS = {"conv": "conv_state", "recurrent": "recurrent_state", "ssm": "recurrent_state"}  # of each runtime
+_LAST_ROWS = re.compile(r"last_(\d+)_rows")
 _INDEX = re.compile(r"(?<!\d)(\d+)(?!\d)")
 _BATCHED = re.compile(r"(?:(\d+)\*)?batch_size(?:\*(\d+))?")  # batch and heads merged
 
@@ -39,7 +40,19 @@ def axis_of(dim: Dim) -> Axis:
     >>> axis_of("past_sequence_length + 1"), axis_of("sequence_length"), axis_of(8)
     ('fixed', 'sequence', 'fixed')
     """
+    if last_rows(dim) is not None:
+        return "last"
     return _NAMED.get(dim.replace(" ", ""), "fixed") if isinstance(dim, str) else "fixed"
+
+
+def last_rows(dim: Dim) -> int | None:
+    """Return the most rows of a past that holds the last ones alone, by the name of its dim; None for another dim.
+
+    >>> last_rows("last_128_rows"), last_rows("past_sequence_length")
+    (128, None)
+    """
+    found = _LAST_ROWS.fullmatch(dim) if isinstance(dim, str) else None
+    return None if found is None else int(found.group(1))
 
 
 def axes_of(tensor: ValueInfo) -> tuple[Axis, ...]:
@@ -90,6 +103,11 @@ class CacheIO:
     present_length: Dim = None
     batch_axis: int | None = None
     is_axis_known: bool = True
+
+    @property
+    def window(self) -> int | None:
+        """Most rows of past and present, if they hold the last ones alone."""
+        return last_rows(self.past.dims[self.axis])
 
     @property
     def is_fixed(self) -> bool:
@@ -166,7 +184,7 @@ def is_past(tensor: ValueInfo) -> bool:
     axes = set(axes_of(tensor))
     if is_cross_attention(tensor):
         return False
-    if tensor.name.startswith("past_key_values.") or {"past", "capacity"} & axes:
+    if tensor.name.startswith("past_key_values.") or {"past", "capacity", "last"} & axes:
         return True
     if "max" in axes and "sequence" not in axes and any(isinstance(dim, int) and dim > 1 for dim in tensor.dims):
         return True
@@ -205,7 +223,7 @@ def past_axis(tensor: ValueInfo, present: ValueInfo | None = None) -> int:
     Raises:
         UsageError: There are several such axes, or too few.
     """
-    named = [place for place, axis in enumerate(axes_of(tensor)) if axis in ("past", "capacity", "max")]
+    named = [place for place, axis in enumerate(axes_of(tensor)) if axis in ("past", "capacity", "max", "last")]
     found = named or [place for place, dim in enumerate(tensor.dims) if place and isinstance(dim, str)]
     if len(found) > 1 and present is not None and len(present.dims) == len(tensor.dims):
         found = [place for place in found if present.dims[place] != tensor.dims[place]] or found

@@ -293,6 +293,7 @@ def _check_present(entry: CacheIO, shape: Sequence[int], rows: int, new: int) ->
         BrokenCacheError: It has another number of rows, or other sizes than its past.
     """
     dims = entry.past.dims
+    rows = rows if entry.window is None else min(rows, entry.window)
     expected = [rows if axis == entry.axis and not entry.is_fixed else dim for axis, dim in enumerate(dims)]
     if len(expected) == len(shape) and all(
         want == have for want, have in zip(expected, shape, strict=True) if isinstance(want, int)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,6 +36,7 @@ from kvsurgeon.rewrite.cache_metadata import read_cache_metadata, write_cache_me
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_plan import plan_cache
 from kvsurgeon.rewrite.cache_removal import with_separate_caches
+from kvsurgeon.rewrite.cache_tensors import NO_WINDOWS
 from kvsurgeon.rewrite.late_repetition import with_late_repetition
 from kvsurgeon.rewrite.symbolic_length import with_symbolic_length
 from kvsurgeon.symbolic.dimension import BATCH, NEW, TOTAL
@@ -167,6 +168,7 @@ def inject(
     select: SelectMatches | None = None,
     padding: Literal["mask", "lengths"] = "mask",
     bits: int | None = None,
+    windows: Mapping[int, int] = NO_WINDOWS,
 ) -> Changed:
     """Inject a cache into `subject.model`.
 
@@ -176,6 +178,7 @@ def inject(
         select: Returns the attention sites to replace by operators that update the cache.
         padding: Whether these operators read a mask, or the numbers of tokens that it gives.
         bits: Bits of an integer, if keys and values are quantized.
+        windows: Number of last rows that are cached, by the index of the attention site.
 
     Raises:
         UnsupportedError: The model does not support a cache; it is unchanged.
@@ -189,7 +192,7 @@ def inject(
         analysis = with_late_repetition(given)
         proof = subject.proof() if analysis is given else prove(analysis, assumed)
         subject.changed()  # the analysis refers to the graph that is edited below
-        plan = plan_cache(options, analysis, proof, bits)
+        plan = plan_cache(options, analysis, proof, bits, windows)
         matches = () if select is None else select(analysis, proof)
         with gc_paused():
             edits = inject_cache(analysis, plan, partial(_add_operators, analysis, matches, padding))

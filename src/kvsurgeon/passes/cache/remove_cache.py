@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import MutableSequence, Sequence
+from collections.abc import Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast, get_args
 
@@ -24,6 +24,7 @@ from kvsurgeon.rewrite import cache_removal
 from kvsurgeon.rewrite.cache_metadata import read_cache_metadata, write_cache_metadata
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_plan import PAST_LENGTH, first_position
+from kvsurgeon.rewrite.cache_tensors import NO_WINDOWS
 from kvsurgeon.symbolic.dimension import NEW
 
 _RETARGET_HINT = "retarget changes the cache"
@@ -103,6 +104,7 @@ def reattach_cache(
     select: SelectMatches | None = None,
     padding: Literal["mask", "lengths"] = "mask",
     bits: int | None = None,
+    windows: Mapping[int, int] = NO_WINDOWS,
 ) -> Changed:
     """Inject a cache with the cache mode, layouts, types, names and order of a signature.
 
@@ -117,6 +119,7 @@ def reattach_cache(
         padding: Whether the operators read a mask, or the numbers of tokens that it gives.
         bits: Bits of an integer, if keys and values are to be quantized; their scales get the names of the entries,
             followed by `_scale`.
+        windows: Number of last rows that are cached, by the index of the attention site.
 
     Raises:
         UnsupportedError: The model does not support such a cache, or needs more cached tensors.
@@ -129,7 +132,7 @@ def reattach_cache(
         subject.changed()  # the caller may have edited the graph
     if bits is not None:
         signature = signature.quantized(bits)
-    outcome = inject(options, subject, select, padding, bits)
+    outcome = inject(options, subject, select, padding, bits, windows)
     graph, editor = subject.model.graph, Editor(subject.model)
     for kind in get_args(Kind):
         entries = [entry for entry in signature.entries if entry.kind == kind]
@@ -152,7 +155,8 @@ def _options(signature: CacheSignature) -> CacheOptions:
     repeated = Counter((entry.layer, entry.kind) for entry in signature.entries)
     layouts: dict[str, Layout] = {}  # a state has the layout of values
     for entry in (one for one in signature.entries if one.cache_mode != "recurrent"):
-        if entry.layout is None or entry.kind is None or repeated[entry.layer, entry.kind] > 1:
+        is_window = entry.cache_mode == "last-rows" and entry.kind in ("key", "value")
+        if entry.layout is None or entry.kind is None or repeated[entry.layer, entry.kind] > 1 or is_window:
             raise _not_restorable(entry, list(DEFAULT_LAYOUT), list(entry.shape))
         layout = layouts.setdefault("key" if entry.kind == "key" else "value", entry.layout)
         if entry.layout != layout or entry.cache_mode not in (mode, "last-rows"):

@@ -1,0 +1,89 @@
+"""Layers with a sliding window cache the rows of the window, and the model computes the same beyond it."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import onnx
+import pytest
+from decoders import Config, Decoder
+from exports import after, export
+
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.parity import verify
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.cache.remove_cache import RemoveCache
+from kvsurgeon.passes.cache.window_cache import WindowCache
+from kvsurgeon.passes.contract import Subject, Unchanged
+from kvsurgeon.runtime import CachedDecoder, open_session
+from kvsurgeon.workflow.pipeline import Pipeline
+
+LOCAL_AND_GLOBAL = Config(windowed=(1,))
+ALL_LOCAL = Config(windowed=(0, 1, 2), layers=3)
+WITHOUT_MASK = Config(windowed=(0, 2), window=7, attention_mask=False)
+
+
+@functools.cache
+def original(config: Config) -> onnx.ModelProto:
+    return Decoder(config).model()
+
+
+@functools.cache
+def windowed(config: Config) -> onnx.ModelProto:
+    return after(original(config), Inject(), WindowCache())
+
+
+@pytest.mark.parametrize("config", [LOCAL_AND_GLOBAL, ALL_LOCAL, WITHOUT_MASK], ids=["mixed", "all", "no mask"])
+def test_results_are_the_same_beyond_the_window(config):
+    report = verify(original(config), windowed(config), effort="quick", seed=3)
+    assert report.verdict == "same", report.problems
+    assert report.error < 1e-5
+
+
+@pytest.mark.parametrize("name", ["gemma2_dynamo_eager", "gemma2_torchscript_eager"])
+def test_exports_with_local_layers(name):
+    model = after(export(name), Inject(), WindowCache())
+    assert verify(export(name), model, effort="quick", seed=3).verdict == "same"
+
+
+def test_the_cache_does_not_grow_beyond_the_window():
+    decoder = CachedDecoder(open_session(windowed(LOCAL_AND_GLOBAL), threads=1))
+    tokens = np.arange(11)[None]
+    decoder.run(decoder.inputs.feeds(tokens, np.ones_like(tokens)))
+    rows = [decoder.cached_rows(entry).shape[2] for entry in decoder.cache]
+    assert rows == [11, 11, 4, 4, 11, 11]
+
+
+@pytest.mark.parametrize("name", ["present.1.key", "present.1.value"])
+def test_a_shorter_window_is_found(name):
+    wrong = onnx.ModelProto.FromString(windowed(LOCAL_AND_GLOBAL).SerializeToString())
+    (cut,) = (node for node in wrong.graph.node if node.output[0] == name)
+    wrong.graph.initializer.append(onnx.numpy_helper.from_array(np.array([-2]), "two"))
+    cut.input[1] = "two"
+    assert verify(original(LOCAL_AND_GLOBAL), wrong, effort="quick", seed=3).verdict == "different"
+
+
+def test_the_cache_is_found_and_removed_again():
+    subject = Subject.of(windowed(LOCAL_AND_GLOBAL))
+    modes = {(one.layer, one.kind): one.cache_mode for one in subject.cache()}
+    assert [modes[layer, "key"] for layer in range(3)] == ["dynamic", "last-rows", "dynamic"]
+    assert isinstance(WindowCache().apply(subject), Unchanged)
+    removed = after(windowed(LOCAL_AND_GLOBAL), RemoveCache())
+    assert verify(original(LOCAL_AND_GLOBAL), removed, effort="quick", seed=3).verdict == "same"
+
+
+def test_passes_that_restore_a_cache_do_not_make_it_longer():
+    with pytest.raises(UnsupportedError, match="cannot be restored"):
+        Pipeline.parse("quantize-cache").run(windowed(LOCAL_AND_GLOBAL))
+
+
+def test_rows_of_a_buffer_are_not_dropped():
+    with pytest.raises(UnsupportedError, match="rows can be dropped of a dynamic cache only"):
+        Pipeline.parse("inject{cache=static},window-cache").run(original(LOCAL_AND_GLOBAL))
+
+
+def test_the_number_of_past_tokens_must_be_known():
+    config = Config(windowed=(0, 1, 2), attention_mask=False)
+    with pytest.raises(UnsupportedError, match="no input gives a length"):
+        Pipeline.parse("inject,window-cache").run(original(config))
