@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from decoders import Config, Decoder
 from grouped import grouped_attention, kv_heads, logits
@@ -180,6 +181,30 @@ def test_rotary_embeddings_of_exports_are_recognized(config: dict[str, Any], tex
     outcome = MergeKvHeads(kv_heads=1).apply(subject)
     assert isinstance(outcome, Changed)
     assert not outcome.notes
+
+
+SLOPES = "slopes = Reshape(slope, per_head) sloped = Add(scores, slopes) masked = Add(sloped, mask)"
+
+
+@pytest.mark.parametrize("slopes", [False, True], ids=["a shared mask", "a bias for each head"])
+def test_heads_that_are_alike_are_merged_wherever_they_are(slopes: bool, text: Path) -> None:
+    """Heads 0 and 2 are equal, and so are 1 and 3; they become neighbors unless query heads differ otherwise."""
+    constants = "float[4] slope = {0, 1, 2, 3}, int64[4] per_head = {1, 4, 1, 1}" if slopes else ""
+    written = grouped_attention(constants=constants)
+    model = read(written.replace("masked = Add(scores, mask)", SLOPES) if slopes else written)
+    before = Subject.of(model)
+    ReplicateKvHeads(kv_heads=4).apply(before)
+    for name in ("q_weight", "k_weight", "v_weight", "out"):
+        value = before.model.graph.initializers[name]
+        array = value.const_value.numpy()  # type: ignore[union-attr]
+        axis = 0 if name == "out" else 1
+        parts = np.split(array, 4, axis=axis)
+        value.const_value = ir.Tensor(np.concatenate([parts[head] for head in (0, 2, 1, 3)], axis=axis), name=name)
+    after = Subject.of(io.to_proto(before.model))
+    after.text = text
+    MergeKvHeads(kv_heads=2).apply(after)
+    assert kv_heads(after) == [2]
+    assert (difference(logits(after), logits(before)) < 1e-4) is not slopes
 
 
 @pytest.mark.parametrize("case", AVERAGED)

@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
+from kvsurgeon.calibration.head_groups import alike, heads_can_change_places, neighbors
 from kvsurgeon.calibration.head_maps import HeadMap, head_columns
-from kvsurgeon.calibration.low_rank import low_rank_map
+from kvsurgeon.calibration.low_rank import LowRankMap, low_rank_map
 from kvsurgeon.calibration.moments import SecondMoment
 from kvsurgeon.calibration.readers import OutputProjection, QueryProjection, complex_factor, mapped_heads
 from kvsurgeon.calibration.shared_heads import SharedHeads, find_shared_heads
@@ -45,7 +46,8 @@ class _Moments:
 def merge_into_first(analysis: Analysis, kv_heads: int, text: Path, folder: Path | None) -> tuple[str, ...]:
     """Change weights so that the first KV head of each group holds what its query heads need of all heads of the group.
 
-    Groups are neighbors. Afterwards the model is right only if the query heads of a group read its first head. Keys
+    Heads that are most alike become neighbors, each with its query heads, if nothing else differs between query heads.
+    Afterwards the model is right only if the query heads of a group of neighbors read its first head. Keys
     that pass a norm or something else that is not linear are averaged instead, and so are such values; of those whose
     heads are normed together, the first one is kept.
 
@@ -63,24 +65,59 @@ def merge_into_first(analysis: Analysis, kv_heads: int, text: Path, folder: Path
     """
     trace = IndexTrace(analysis.flow)
     found = [one for one in find_shared_heads(analysis) if one.kv_heads > kv_heads]
-    moments = {id(one): moment for batch in _batches(found) for one, moment in _measure(analysis, batch, text, folder)}
     changes: Changes = []
     others = Reasons()
-    for one in found:
-        groups = np.arange(one.kv_heads).reshape(kv_heads, -1).tolist()
-        reasons: list[UnsupportedError] = []
-        for part, merged in (("keys", _merged_keys), ("values", _merged_values)):
+    for batch in _batches(found):
+        for one, moments in _measure(analysis, batch, text, folder):
+            groups = _groups(analysis, trace, one, kv_heads, moments)
             try:
-                changes += merged(trace, one, groups, moments[id(one)])
-            except UnsupportedError as error:
-                if error.code is Code.CANNOT_AVERAGE or len(reasons) == 1:
-                    raise
-                reasons.append(error)
-                method, own = _simply_merged(trace, one, part, groups)
-                changes += own
-                others.add(f"{part} are merged by method={method}", error)
+                changes += _merged_keys(trace, one, groups, moments) + _merged_values(trace, one, groups, moments)
+            except UnsupportedError:
+                changes += _merged_separately(trace, one, neighbors(one.kv_heads, kv_heads), moments, others)
     apply_changes(analysis.model, changes)
     return others.notes()
+
+
+def _groups(
+    analysis: Analysis, trace: IndexTrace, one: SharedHeads, kv_heads: int, moments: _Moments
+) -> list[list[int]]:
+    """Return the heads that are most alike if query heads can change places, else neighbors."""
+    if kv_heads == 1 or not heads_can_change_places(analysis, one.layers, len(one.reads)):
+        return neighbors(one.kv_heads, kv_heads)
+    try:
+        planes = mapped_heads(trace, one, one.keys, one.kv_heads)[1].planes
+        weights = _weights_of_values(one, [OutputProjection.of(trace, one, context) for context in one.contexts])
+    except UnsupportedError:
+        return neighbors(one.kv_heads, kv_heads)
+
+    def loss(group: Sequence[int]) -> float:
+        _, _, of_keys = _key_components(planes, group, moments, one.head_dim)
+        return of_keys + _value_components(one, group, moments, weights).loss
+
+    return alike(one.kv_heads, kv_heads, loss)
+
+
+def _merged_separately(
+    trace: IndexTrace, one: SharedHeads, groups: Groups, moments: _Moments, others: Reasons
+) -> Changes:
+    """Return the changes that merge keys and values by components as far as possible, and otherwise simply.
+
+    Raises:
+        UnsupportedError: Neither can be merged by components.
+    """
+    changes: Changes = []
+    failed = False
+    for part, merged in (("keys", _merged_keys), ("values", _merged_values)):
+        try:
+            changes += merged(trace, one, groups, moments)
+        except UnsupportedError as error:
+            if error.code is Code.CANNOT_AVERAGE or failed:
+                raise
+            failed = True
+            method, own = _simply_merged(trace, one, part, groups)
+            changes += own
+            others.add(f"{part} are merged by method={method}", error)
+    return changes
 
 
 @dataclass(kw_only=True)
@@ -185,22 +222,32 @@ def _merged_keys(trace: IndexTrace, one: SharedHeads, groups: Groups, moments: _
         )  # fmt: skip
     own: list[FeatureChange] = []
     others: list[list[FeatureChange]] = [[] for _ in readers]
+    slots = _slots(groups)
     for group in groups:
-        encoders, decoders = _key_components(planes, group, moments, one.head_dim)
-        own.append(_into_first(keys, group, encoders))
+        encoders, decoders, _ = _key_components(planes, group, moments, one.head_dim)
+        own.append(_into_slot(keys, group, slots[group[0]], encoders))
         for reader, change in zip(readers, others, strict=True):
-            change += reader.changed(dict(zip(group, decoders, strict=True)))
+            change += reader.changed(dict(zip(group, decoders, strict=True)), slots)
     return [(product, own), *((reader.product, change) for reader, change in zip(readers, others, strict=True))]
+
+
+def _slots(groups: Groups) -> list[int]:
+    """Return the place of each KV head if the heads of each group are neighbors."""
+    slots = [0] * sum(map(len, groups))
+    for place, head in enumerate(head for group in groups for head in group):
+        slots[head] = place
+    return slots
 
 
 def _key_components(
     planes: Sequence[tuple[int, ...]], group: Sequence[int], moments: _Moments, size: int
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return for each head of a group the matrix into the merged head, and the one back.
+) -> tuple[list[np.ndarray], list[np.ndarray], float]:
+    """Return for each head of a group the matrix into the merged head, and the one back; and the mean share lost.
 
     A rotation of two features is the product with a complex number: such factors commute with a rotary embedding.
     """
     encoders, decoders = ([np.zeros((size, size)) for _ in group] for _ in range(2))
+    losses: list[float] = []
     heads = len(moments.keys.total) // size
     total = moments.keys.total.reshape(heads, size, heads, size)
     for first, second in (plane for plane in planes if len(plane) == 2):
@@ -210,6 +257,7 @@ def _key_components(
         queries = [moments.queries[head].total for head in group]
         weights = [np.array([[one[first, first] + one[second, second]]]) for one in queries]
         found = low_rank_map(moment, weights, 1)
+        losses.append(found.loss)
         for place in range(len(group)):
             complex_factor(encoders[place], first, second, found.encode[0, place])
             complex_factor(decoders[place], first, second, found.decode[place, 0])
@@ -218,11 +266,12 @@ def _key_components(
         weights = [moments.queries[head].total[np.ix_(plain, plain)] for head in group]
         block = total[np.ix_(group, plain, group, plain)].reshape(len(group) * len(plain), -1)
         found = low_rank_map(block, weights, len(plain))
+        losses.append(found.loss)
         for place in range(len(group)):
             part = slice(place * len(plain), (place + 1) * len(plain))
             encoders[place][np.ix_(plain, plain)] = found.encode[:, part]
             decoders[place][np.ix_(plain, plain)] = found.decode[part]
-    return encoders, decoders
+    return encoders, decoders, float(np.mean(losses))
 
 
 def _merged_values(trace: IndexTrace, one: SharedHeads, groups: Groups, moments: _Moments) -> Changes:
@@ -234,26 +283,39 @@ def _merged_values(trace: IndexTrace, one: SharedHeads, groups: Groups, moments:
     """
     product, values = mapped_heads(trace, one, one.values, one.kv_heads)
     readers = [OutputProjection.of(trace, one, context) for context in one.contexts]
-    size, heads = one.value_dim, one.kv_heads
-    weights = [sum(parts) for parts in zip(*(reader.weights(heads) for reader in readers), strict=True)]
-    total = moments.values.total.reshape(heads, size, heads, size)
+    weights, slots = _weights_of_values(one, readers), _slots(groups)
     own: list[FeatureChange] = []
     others: list[list[FeatureChange]] = [[] for _ in readers]
     for group in groups:
-        block = total[np.ix_(group, range(size), group, range(size))].reshape(len(group) * size, -1)
-        found = low_rank_map(block, [np.asarray(weights[head]) for head in group], size)
-        own.append(_into_first(values, group, np.split(found.encode, len(group), axis=1)))
+        found = _value_components(one, group, moments, weights)
+        own.append(_into_slot(values, group, slots[group[0]], np.split(found.encode, len(group), axis=1)))
         decoders = np.split(found.decode, len(group), axis=0)
         for reader, change in zip(readers, others, strict=True):
-            change += reader.changed(dict(zip(group, decoders, strict=True)))
+            change += reader.changed(dict(zip(group, decoders, strict=True)), slots)
     return [(product, own), *((reader.product, change) for reader, change in zip(readers, others, strict=True))]
 
 
-def _into_first(heads: HeadMap, group: Sequence[int], encoders: Sequence[np.ndarray]) -> FeatureChange:
-    """Return the change that makes the first head of a group the sum of all, each encoded."""
+def _weights_of_values(one: SharedHeads, readers: Sequence[OutputProjection]) -> list[np.ndarray]:
+    """Return for each KV head how much output projections read of its values, `[value_dim, value_dim]`."""
+    parts = zip(*(reader.weights(one.kv_heads) for reader in readers), strict=True)
+    return [np.asarray(sum(part)) for part in parts]
+
+
+def _value_components(
+    one: SharedHeads, group: Sequence[int], moments: _Moments, weights: Sequence[np.ndarray]
+) -> LowRankMap:
+    """Return the map from the values of a group to a merged head."""
+    size, heads = one.value_dim, one.kv_heads
+    total = moments.values.total.reshape(heads, size, heads, size)
+    block = total[np.ix_(group, range(size), group, range(size))].reshape(len(group) * size, -1)
+    return low_rank_map(block, [weights[head] for head in group], size)
+
+
+def _into_slot(heads: HeadMap, group: Sequence[int], slot: int, encoders: Sequence[np.ndarray]) -> FeatureChange:
+    """Return the change that makes the head of a slot the sum of a group, each encoded."""
     matrices = [heads.on_columns(encoder).T for encoder in encoders]
     source = np.concatenate([heads.columns[head] for head in group])
-    return FeatureChange(target=heads.columns[group[0]], source=source, matrix=np.concatenate(matrices))
+    return FeatureChange(target=heads.columns[slot], source=source, matrix=np.concatenate(matrices))
 
 
 def _simply_merged(trace: IndexTrace, one: SharedHeads, part: str, groups: Groups) -> tuple[str, Changes]:

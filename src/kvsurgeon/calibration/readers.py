@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.calibration.head_groups import moved_heads
 from kvsurgeon.calibration.head_maps import HeadMap, feature_places, head_columns, head_map
 from kvsurgeon.calibration.shared_heads import SharedHeads
 from kvsurgeon.calibration.weight_products import (
@@ -46,16 +47,21 @@ class QueryProjection:
         product, heads = mapped_heads(trace, one, value, len(one.reads))
         return cls(product=product, heads=heads, reads=one.reads)
 
-    def changed(self, matrices: Mapping[int, np.ndarray]) -> list[FeatureChange]:
+    def changed(self, matrices: Mapping[int, np.ndarray], slots: Sequence[int] | None = None) -> list[FeatureChange]:
         """Return the changes for queries `matrix.T @ q`, where keys `k` of a KV head are now read as `matrix @ k`.
+
+        Args:
+            matrices: A matrix for each KV head whose keys are read otherwise.
+            slots: The new place of each KV head, to which its query heads move too.
 
         Raises:
             UnsupportedError: The change of a head depends on the position.
         """
         on_columns = {kv_head: self.heads.on_columns(matrix.T) for kv_head, matrix in matrices.items()}
+        columns, moved = self.heads.columns, _places(self.reads, slots)
         return [
-            FeatureChange(target=columns, source=columns, matrix=on_columns[kv_head].T)
-            for columns, kv_head in zip(self.heads.columns, self.reads, strict=True)
+            FeatureChange(target=columns[place], source=columns[head], matrix=on_columns[kv_head].T)
+            for head, (place, kv_head) in enumerate(zip(moved, self.reads, strict=True))
             if kv_head in on_columns
         ]
 
@@ -85,11 +91,12 @@ class OutputProjection:
         rows = feature_places(trace.flow, context, product.features).reshape(len(one.reads), -1)
         return cls(product=product, rows=rows, reads=one.reads)
 
-    def changed(self, matrices: Mapping[int, np.ndarray]) -> list[FeatureChange]:
-        """Return the changes for values of a KV head that are now read as `matrix @ v`."""
+    def changed(self, matrices: Mapping[int, np.ndarray], slots: Sequence[int] | None = None) -> list[FeatureChange]:
+        """Return the changes for values of a KV head that are now read as `matrix @ v`; `slots` as for queries."""
+        moved = _places(self.reads, slots)
         return [
-            FeatureChange(target=rows, source=rows, matrix=matrices[kv_head])
-            for rows, kv_head in zip(self.rows, self.reads, strict=True)
+            FeatureChange(target=self.rows[place], source=self.rows[head], matrix=matrices[kv_head])
+            for head, (place, kv_head) in enumerate(zip(moved, self.reads, strict=True))
             if kv_head in matrices
         ]
 
@@ -105,6 +112,10 @@ class OutputProjection:
             part = by_row[rows].reshape(size, -1).astype(np.float64)
             total[kv_head] += part @ part.T
         return total
+
+
+def _places(reads: Sequence[int], slots: Sequence[int] | None) -> Sequence[int]:
+    return range(len(reads)) if slots is None else moved_heads(reads, slots)
 
 
 def mapped_heads(trace: IndexTrace, one: SharedHeads, value: ir.Value, heads: int) -> tuple[WeightProduct, HeadMap]:

@@ -16,7 +16,7 @@ from kvsurgeon.passes.heads.change_heads import change_heads, invalid_count
 
 @dataclass(frozen=True, kw_only=True)
 class MergeKvHeads:
-    """Merge neighboring KV heads, which makes the cache smaller (MHA to GQA or MQA).
+    """Merge KV heads, which makes the cache smaller (MHA to GQA or MQA).
 
     Before: one KV head for each query head or group of them. After: `kv_heads` heads, repeated in the graph. With a
     text (`--text FILE`), a head holds the principal components of its group, as queries and output projection see them;
@@ -27,8 +27,8 @@ class MergeKvHeads:
 
     Attributes:
         kv_heads: New number of KV heads.
-        method: Principal components of each group of neighboring heads on a text, their mean, or the first one. By
-            default components if a text is given, else the mean.
+        method: Principal components of groups of similar heads on a text, the mean of neighboring heads, or the first
+            of them. By default components if a text is given, else the mean.
     """
 
     name: ClassVar[str] = "merge-kv-heads"
