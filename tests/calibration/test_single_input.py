@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -93,6 +94,12 @@ def test_fused_projections_keep_their_queries(text: Path) -> None:
         found = in_onnxruntime(io.to_proto(subject.model))(feeds)["logits"]
         errors.append(float(np.square(found - expected).mean() / expected.var()))
     assert errors[1] < errors[0] < 1
+
+
+def test_float16_models_stay_float16(text: Path) -> None:
+    model = Decoder(replace(CONFIG, dtype="float16")).model()
+    subject, _ = fitted(model, 1, text)
+    assert in_onnxruntime(io.to_proto(subject.model))(texts(model))["logits"].dtype == np.float16
 
 
 def test_a_cache_keeps_its_names(text: Path) -> None:

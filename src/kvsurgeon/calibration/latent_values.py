@@ -93,7 +93,10 @@ def compute_latents(analysis: Analysis, maps: Sequence[LowRankMap | None]) -> in
         for layer, context in zip(one.layers, one.contexts, strict=True):
             reader = OutputProjection.of(trace, one, context)
             blocks = [(rows, decoders[head]) for rows, head in zip(reader.rows, reader.reads, strict=True)]
-            reading = _Reading(layer=layer, context=context, product=reader.product, rank=len(found.encode))
+            reading = _Reading(
+                layer=layer, context=context, product=reader.product, rank=len(found.encode),
+                dtype=trace.flow.shapes[product.features].dtype,
+            )  # fmt: skip
             _read_latent(analysis, layouts, reading, latent, blocks)
     editor.finish()
     return editor.edits
@@ -107,6 +110,7 @@ class _Reading:
     context: ir.Value
     product: WeightProduct
     rank: int
+    dtype: ir.DataType | None  # of the latent
 
 
 def _by_head(found: LowRankMap, one: SharedHeads) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -162,15 +166,18 @@ def _read_latent(
     values, below = node.inputs[index], layout_of(flow, reading.product.features)
     operand = () if values is None else flow.shapes[values].shape or ()
     is_plain = site.fused is None and node.op_type == "MatMul" and index == 1 and len(operand) == 4
-    if not is_plain or below.shape[-1] != below.width:
+    if values is None or not is_plain or below.shape[-1] != below.width:
         raise UnsupportedError(
             "the values of this attention cannot be read as one latent", code=Code.UNTRACEABLE_HEADS,
             at=reading.context.name, layer=reading.layer,
             expected="a MatMul with values [batch, heads, sequence, head_dim]",
             found=f"a {node.op_type} with {list(operand)}",
         )  # fmt: skip
+    types = [flow.shapes[one].dtype for one in (values, reading.context, reading.product.features)]
+    latent = _as_type(editor, latent, reading.dtype, types[0])
     context = editor.copy(node, [node.inputs[0], latent], "latent").outputs[0]
     parts = [*before.parts[:-1], reading.rank]
+    context = _as_type(editor, context, types[1], types[2])
     value = layouts.reshape(context, [*before.shape[:-1], reading.rank], parts)
     places = [place for place in (before.batch, before.sequence) if place is not None]
     if below.batch is not None and below.sequence < below.batch:
@@ -185,3 +192,9 @@ def _read_latent(
     wider = editor.initializer(combined(editor, weights, blocks))
     editor.replace_input(product.node, place, value)
     editor.replace_input(product.node, weights.index, wider)
+
+
+def _as_type(editor: Editor, value: ir.Value, before: ir.DataType | None, after: ir.DataType | None) -> ir.Value:
+    if before is after or after is None:
+        return value
+    return editor.node("Cast", [value], {"to": after}, name=f"{value.name}.cast", dtype=after)

@@ -87,7 +87,7 @@ def project_single_input(
         weights: Matrix = np.linalg.solve(inputs + np.diag(ridge), product).astype(np.float64)
         explained = float(np.sum(weights * (2 * product - inputs @ weights)))
         lost.append((1 - explained / max(power, 1e-30), target))
-        _replace(editor, source, target, weights)
+        _replace(editor, source, target, weights, analysis.shapes[source].dtype or ir.DataType.FLOAT)
     editor.finish()
     share, worst = max(lost, key=lambda one: one[0])
     return editor.edits, (f"{share:.1%} of `{worst.features.name}` of layer {worst.layer} is lost, the most of all",)
@@ -126,12 +126,16 @@ def _targets(trace: IndexTrace, one: SharedHeads) -> list[_Target]:
 
 
 def _check_shape(trace: IndexTrace, source: ir.Value, target: _Target) -> None:
-    shapes = [trace.flow.shapes[value].shape or () for value in (source, target.features)]
-    own = trace.flow.shapes[_operand(trace, target.product)].shape or ()
-    if shapes[0] != own or shapes[0][:-1] != shapes[1][:-1]:
+    given, own, features = (
+        trace.flow.shapes[value] for value in (source, _operand(trace, target.product), target.features)
+    )
+    shape, own_shape = given.shape or (), own.shape or ()
+    same_types = given.dtype is own.dtype is features.dtype
+    if shape != own_shape or shape[:-1] != (features.shape or ())[:-1] or not same_types:
         raise UnsupportedError(
-            "keys or values of a later layer are computed from an input of another shape", code=Code.UNTRACEABLE_HEADS,
-            at=target.features.name, layer=target.layer, expected=str(list(shapes[0])), found=str(list(own)),
+            "keys or values of a later layer are computed from an input of another shape or type",
+            code=Code.UNTRACEABLE_HEADS, at=target.features.name, layer=target.layer,
+            expected=f"{given.dtype} {list(shape)}", found=f"{own.dtype} {list(own_shape)} to {features.dtype}",
         )  # fmt: skip
 
 
@@ -162,10 +166,10 @@ def _selected(features: np.ndarray, columns: np.ndarray | None) -> np.ndarray:
     return features if columns is None else features[:, columns]
 
 
-def _replace(editor: Editor, source: ir.Value, target: _Target, weights: Matrix) -> None:
+def _replace(editor: Editor, source: ir.Value, target: _Target, weights: Matrix, dtype: ir.DataType) -> None:
     """Compute features of a projection as `source @ weights`, whose last row is a bias; others stay as they are."""
     features, columns = target.features, target.columns
-    dtype, users = features.dtype or ir.DataType.FLOAT, list(features.uses())
+    users = list(features.uses())
     if columns is not None:
         whole = np.zeros((len(weights), target.width))
         whole[:, columns] = weights
