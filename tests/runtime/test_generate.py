@@ -141,6 +141,11 @@ def test_rejects_a_missing_cache():
         TextGenerator(Decoder().model(), cached=True)
 
 
+def test_rejects_logits_of_several_codebooks():
+    with pytest.raises(UsageError, match=r"logits of one token for each sequence, found \[1, 4, 61\]"):
+        Sampling().choose(np.zeros((1, 4, 61)), np.random.default_rng(0))
+
+
 def test_rejects_a_model_of_embeddings():
     class Embedded(Decoder):
         def declare(self):

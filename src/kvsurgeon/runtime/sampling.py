@@ -40,9 +40,14 @@ class Sampling:
     def choose(self, logits: Array, random: np.random.Generator) -> npt.NDArray[np.int64]:
         """Return one token for each row of `[batch, vocabulary]`.
 
+        Raises:
+            UsageError: The logits have other axes, such as those of several codebooks.
+
         >>> Sampling().choose(np.array([[0.1, 0.7, 0.2]]), np.random.default_rng(0))
         array([1])
         """
+        if logits.ndim != 2:
+            raise UsageError(f"expected logits of one token for each sequence, found {list(logits.shape)}")
         logits = logits.astype(np.float64)
         if self.temperature == 0:
             return np.asarray(logits.argmax(axis=-1), np.int64)
