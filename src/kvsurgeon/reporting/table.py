@@ -11,7 +11,8 @@ from rich.text import Text
 from kvsurgeon.passes.contract import CACHE_TOKENS, Unchanged
 from kvsurgeon.passes.options import text_of
 from kvsurgeon.reporting.json_output import print_json
-from kvsurgeon.reporting.terminal import TextTable, console, ranges_text
+from kvsurgeon.reporting.layer_ranges import group_layers, ranges_text
+from kvsurgeon.reporting.terminal import TextTable, console
 
 if TYPE_CHECKING:
     from kvsurgeon.anatomy import Attention, CachedTensor, CrossAttention, Decoder, Mask
@@ -54,11 +55,9 @@ def decoder_table(decoder: Decoder) -> RenderableType:
     table = TextTable(
         "layer", "query heads", "kv heads", "head dim", "scale", "mask", "rotary", "cached key", "B/token"
     )
-    groups: dict[tuple[object, ...], list[Attention]] = {}
-    for attention in decoder.attentions:
-        groups.setdefault(_attention_cells(attention), []).append(attention)
-    for (*cells, size), layers in groups.items():
-        table.add(ranges_text([one.layer for one in layers]), *cells, _cached_key(layers), size)
+    for (*cells, size), layers in group_layers(map(_attention_cells, decoder.attentions)).items():
+        attentions = [decoder.attentions[layer] for layer in layers]
+        table.add(ranges_text(layers), *cells, _cached_key(attentions), size)
     lines = [*_cross_lines(decoder.cross_attentions), *_cache_lines(decoder.cache)]
     lines += _list("proved", decoder.proved, "✓")
     return Group(table, _totals(decoder), *lines, *_list("assumed (decided by verification)", decoder.assumed, "?"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 from rich import box
 from rich.cells import cell_len
@@ -72,14 +71,3 @@ class TextTable:
             for column, cell in zip(self.columns[1:], others, strict=False):
                 table.add_row(f"  {column}", Text(cell, overflow="fold"))
             yield table
-
-
-def ranges_text(numbers: Sequence[int]) -> str:
-    """Return rising numbers, with runs of them as ranges.
-
-    >>> ranges_text([0, 1, 2, 4, 6, 7])
-    '0-2, 4, 6-7'
-    """
-    starts = [0, *(index + 1 for index, (one, other) in enumerate(pairwise(numbers)) if other != one + 1)]
-    runs = [numbers[start:end] for start, end in pairwise([*starts, len(numbers)])]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
