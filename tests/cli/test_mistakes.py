@@ -86,6 +86,8 @@ SHELL = [
     ("generate {m} --prompt 1 --temperature -1", 2, "temperature"),
     ("generate {m} --prompt 1 --temperature 1 --top-p 2", 2, "top_p"),
     ("generate {m} --prompt 1 --temperature 1 --top-k -1", 2, "top_k"),
+    ("generate {m} --chat --prompts {d}/text.txt", 2, "expected --chat with --prompt"),
+    ("generate {m} --chat --prompt hello", 2, "chat template"),
     ("plot {m} --layer 9 --prompt 1", 2, "layer"),
     ("plot {m} --prompt 1 -o {o}.nothing", 2, "nothing"),
     ("retarget {m} -o {o}", 3, "use inject"),

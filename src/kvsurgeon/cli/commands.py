@@ -258,6 +258,9 @@ def generate(
         Path | None, Option(metavar="FILE", help="A prompt in each line, to be continued side by side.")
     ] = None,
     rows: Annotated[int, Option(min=1, help="Maximum number of prompts that are continued at a time.")] = 8,
+    chat: Annotated[
+        bool, Option("--chat", help="Answer the prompt as a message of a user, by the model's chat template.")
+    ] = False,
     max_new_tokens: Annotated[int, Option(min=1, help="Maximum number of generated tokens.")] = 64,
     cache: Annotated[bool, Option("--cache/--no-cache", help="Use the cache if the model has one.")] = True,
     temperature: Annotated[float, Option(help="Sampling temperature; 0 for greedy decoding.")] = 0.0,
@@ -271,10 +274,13 @@ def generate(
 
     if (prompt is None) == (prompts is None):
         raise UsageError(f"expected one of --prompt and --prompts, found {'none' if prompt is None else 'both'}")
+    if chat and prompts is not None:
+        raise UsageError("expected --chat with --prompt, found --prompts")
     sampling = Sampling(temperature=temperature, top_k=top_k or None, top_p=None if top_p == 1 else top_p, seed=seed)
     generator = TextGenerator(model, cached=None if cache else False)
     if prompt is not None:
-        print_generation(generator, prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+        text = generator.encode_chat(prompt) if chat else prompt
+        print_generation(generator, text, max_new_tokens=max_new_tokens, sampling=sampling)
     elif prompts is not None:
         print_all(generator, prompts, rows=rows, max_new_tokens=max_new_tokens, sampling=sampling)
 

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvsurgeon.runtime import Sampling, TextGenerator
+    from kvsurgeon.runtime.text import Prompt
 
 
-def print_generation(generator: TextGenerator, prompt: str, *, max_new_tokens: int, sampling: Sampling) -> None:
-    """Print the continuation of `prompt` token by token, and its speed on stderr."""
-    if sys.stdout.isatty():
+def print_generation(generator: TextGenerator, prompt: Prompt, *, max_new_tokens: int, sampling: Sampling) -> None:
+    """Print the continuation of `prompt` token by token, after the prompt if it is text, and its speed on stderr."""
+    if sys.stdout.isatty() and isinstance(prompt, str):
         sys.stdout.write(prompt)
     made = generator.generate(
         prompt,

@@ -13,6 +13,7 @@ import numpy as np
 
 from kvsurgeon.errors import UsageError
 from kvsurgeon.runtime.axes import is_past
+from kvsurgeon.runtime.chat import chat_prompt
 from kvsurgeon.runtime.continuous_batching import ContinuousBatch
 from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder
 from kvsurgeon.runtime.feeds import Tokens
@@ -144,6 +145,7 @@ class TextGenerator:
         has_cache = any(is_past(tensor) for tensor in model.inputs)
         self.cached = has_cache if cached is None else cached
         self._session = model
+        self._folders = folders
         self._decoder = CachedDecoder(model) if has_cache or self.cached else UncachedDecoder(model)
         if self._decoder.inputs.tokens.kind != "tokens":
             raise UsageError(f"expected an input of token ids, found `{self._decoder.inputs.tokens.name}` only")
@@ -269,6 +271,17 @@ class TextGenerator:
         if not several:
             raise UsageError("expected a prompt, found none")
         return [encode_prompt(prompt, self.tokenizer) for prompt in several]  # type: ignore[arg-type]
+
+    def encode_chat(self, message: str) -> list[int]:
+        """Return the token IDs of a message of a user in the chat template of the model.
+
+        Raises:
+            UsageError: There is no tokenizer or no template, or it cannot be rendered.
+        """
+        text = chat_prompt(message, self._folders)
+        if self.tokenizer is None:
+            raise UsageError("expected tokenizer.json next to the model for a chat template, found none")
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
     def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tokens, Tokens]:
         """Return the prompts as a batch with left padding, and its mask."""

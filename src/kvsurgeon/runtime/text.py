@@ -29,7 +29,7 @@ def load_tokenizer(folders: Iterable[Path]) -> Tokenizer | None:
     Raises:
         InputError: The file is not a tokenizer.
     """
-    path = _find_file(folders, "tokenizer.json")
+    path = find_file(folders, "tokenizer.json")
     if path is None:
         return None
     from tokenizers import Tokenizer  # verification needs none
@@ -100,18 +100,24 @@ def stop_tokens(folders: Sequence[Path]) -> frozenset[int]:
         InputError: A file is not JSON.
     """
     for name in ("generation_config.json", "config.json"):
-        path = _find_file(folders, name)
-        found = None if path is None else _read_json(path).get("eos_token_id")
+        path = find_file(folders, name)
+        found = None if path is None else read_object(path).get("eos_token_id")
         if found is not None:
             return frozenset(found if isinstance(found, list) else [found])
     return frozenset()
 
 
-def _find_file(folders: Iterable[Path], name: str) -> Path | None:
+def find_file(folders: Iterable[Path], name: str) -> Path | None:
+    """Return the first file of a name; None if no folder has one."""
     return next((folder / name for folder in folders if (folder / name).is_file()), None)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; an empty one for other JSON.
+
+    Raises:
+        InputError: The file is not JSON.
+    """
     try:
         found = read_json(path)
     except ValueError as error:
