@@ -45,8 +45,9 @@ def activations(
         decoder = open_decoder(proto, "the model to calibrate", values, folder, None)
         if decoder.inputs.tokens.kind != "tokens":
             raise UsageError(f"expected an input of token ids to calibrate on, found `{decoder.inputs.tokens.name}`")
-        length = decoder.length or longest_text(decoder, ROW)
         tokenizer = load_tokenizer(side_folders(proto, folder))
+        (first, *_) = calibration_rows(text, tokenizer, ROW)
+        length = decoder.length or longest_text(decoder, ROW, first[0].tolist())
         for row in calibration_rows(text, tokenizer, length, whole=decoder.length is not None):
             found = predict(decoder, row, values)
             yield {name: found[name] for name in values}

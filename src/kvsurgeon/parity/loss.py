@@ -169,14 +169,15 @@ def _windows(
     if before.inputs.tokens.kind != "tokens":
         raise UsageError(f"expected an input of token ids, found `{before.inputs.tokens.name}` only")
     longest, count = (WINDOW, WINDOWS) if text is None else (TEXT_WINDOW, TEXT_WINDOWS)
-    length = before.length or longest_text(after, longest_text(before, longest))
     if tokenizer is None and text is None:
+        length = before.length or longest_text(after, longest_text(before, longest))
         rows = np.random.default_rng(seed).integers(0, vocabulary_size(before, length), (count, length + 1))
         return "random token IDs", [row[None] for row in rows]
     path = SAMPLE if text is None else Path(text)
     ids: Sequence[int] = read_text(path, tokenizer)
     if held_out:
         _, ids = halves(ids)
+    length = before.length or longest_text(after, longest_text(before, longest, ids), ids)
     size = min(length, len(ids) - 1)
     if size < 2 or (before.length and size < length):
         raise UsageError(f"expected a text of more than {max(before.length or 2, 2)} tokens, found {len(ids)}")

@@ -43,13 +43,19 @@ def predict(decoder: AnyDecoder, tokens: Tokens, outputs: Sequence[str] = ()) ->
     }
 
 
-def longest_text(decoder: AnyDecoder, length: int) -> int:
+def longest_text(decoder: AnyDecoder, length: int, tokens: Sequence[int] | None = None) -> int:
     """Return the first of a length, its half, its quarter, ... that the model takes.
+
+    Args:
+        decoder: The model.
+        length: The length.
+        tokens: The text; zeros if None. Zeros may be padding, whose position some models leave out.
 
     Raises:
         RunError: The model takes none.
     """
-    return _largest(length, lambda size: predict(decoder, np.zeros((1, size), np.int64)))
+    row = np.zeros((1, length), np.int64) if tokens is None else np.array([tokens[:length]], np.int64)
+    return _largest(row.shape[1], lambda size: predict(decoder, row[:, :size]))
 
 
 def vocabulary_size(decoder: AnyDecoder, length: int) -> int:
