@@ -93,10 +93,16 @@ def _bring(visit: NodeVisit, inputs: Sequence[Labels | None], traced: AxesByLabe
                 traced[label] = visit.open_length(axis, index, variable)
 
 
+RELATIVE_SHIFT = (
+    "scores for all distances that are shifted to keys afterwards, as in Transformer-XL, are not followed: "
+    "gather relative positions for each query and key before the product"
+)
+
+
 def brought(visit: NodeVisit, size: Dimension) -> SequenceAxis:
     """Return an axis of the sequence length that context brings to token data, such as relative positions."""
     if size is not visit.flow.length:
-        raise visit.refusal("context brings an axis of another length", found=str(size), code=Code.UNTRACEABLE_SEQUENCE)
+        raise visit.refusal("context brings an axis of another length", found=str(size), hint=RELATIVE_SHIFT)
     return SequenceAxis(0, LengthVariable(at=visit.node.outputs[0].name or "", bias=True))
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import sympy
+
 from kvsurgeon.analysis import lookups, products, sequence_slices
-from kvsurgeon.analysis.axis_merging import brought, linked_tokens, merge, placed
+from kvsurgeon.analysis.axis_merging import RELATIVE_SHIFT, brought, linked_tokens, merge, placed
 from kvsurgeon.analysis.token_flow import PER_CALL, NodeVisit, is_of_queries
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code
 from kvsurgeon.ops.operator import AxisLinks, Label, broadcast_links
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import BATCH, Dimension
+from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis, reshape_axes
 
 
@@ -205,6 +207,7 @@ def _reshaped(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
         raise visit.refusal(
             "the sequence axis is split, or cannot be found in the result", code=Code.UNTRACEABLE_SEQUENCE,
             expected="an axis of size batch * length * heads or the like", found=f"{_text(before)} -> {_text(after)}",
+            hint=RELATIVE_SHIFT if any(_is_of_pairs(size) for size in after) else None,
         )  # fmt: skip
     return [axes]
 
@@ -216,6 +219,11 @@ def _tokens_of_result(visit: NodeVisit, before: tuple[Dimension, ...], after: tu
     if not isinstance(tokens, int) and place < len(after):
         tokens = after[place]  # the batch is a number too
     return tokens if isinstance(tokens, int) and tokens != visit.flow.length else None
+
+
+def _is_of_pairs(size: Dimension) -> bool:
+    """Return whether an axis has an element for each pair of tokens."""
+    return not isinstance(size, int) and LENGTH**2 in size.atoms(sympy.Pow)
 
 
 def _text(shape: tuple[Dimension, ...]) -> str:

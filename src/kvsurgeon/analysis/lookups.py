@@ -10,6 +10,7 @@ from kvsurgeon.analysis.sequence_slices import is_last
 from kvsurgeon.analysis.token_flow import NodeVisit
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.query import upstream
 from kvsurgeon.ops.operator import AxisLinks, Label, Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
@@ -98,11 +99,15 @@ def gather_nd(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
 
 
 def _by_position(visit: NodeVisit) -> UnsupportedError:
+    numbers = {given.value for given in visit.flow.inputs if not given.lengths}
+    is_given = not numbers.isdisjoint(upstream([visit.node.inputs[1]]))
+    hint = "export the logits of all tokens: num-logits-to-keep adds an input for the last ones"
     return UnsupportedError(
         f"{visit.node.op_type} selects tokens by their position in the sequence",
         code=Code.SELECTS_BY_POSITION,
         at=visit.node.outputs[0].name,
         found=f"indices `{visit.node.inputs[1].name if visit.node.inputs[1] else ''}`",
+        hint=hint if is_given else None,
     )
 
 
