@@ -23,12 +23,14 @@ from kvsurgeon.errors import KvsurgeonError, UnsupportedError
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.proof.attention_pattern import AttentionPattern
 from kvsurgeon.reporting.layer_ranges import group_layers
-from kvsurgeon.reporting.page.attention_graph import AttentionGraph, Vertex, attention_graph
+from kvsurgeon.reporting.page.attention_graph import AttentionGraph, Vertex
 from kvsurgeon.reporting.page.embedded import embedded_keys, embedded_weights
 from kvsurgeon.reporting.page.layered_drawing import draw_graph
 from kvsurgeon.reporting.page.mask_pictures import mask_picture
+from kvsurgeon.reporting.page.sides import Side
 from kvsurgeon.workflow.attention_weights import AttentionWeights, capture_attention_weights
 from kvsurgeon.workflow.keys import Keys, capture_keys
+from kvsurgeon.workflow.pipeline import Pipeline
 
 DEMO = Path(kvsurgeon.__file__).parent / "demo" / "model"
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -249,8 +251,7 @@ def test_another_mask_is_drawn_as_measured():
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_graph_starts_at_projections_and_pasts_and_ends_at_the_output(cached):
-    subject = Subject.of((CachedDecoder if cached else Decoder)(Config()).model())
-    graph = attention_graph(subject.model.graph, subject.decoder(), 0)
+    graph = Side((CachedDecoder if cached else Decoder)(Config()).model()).attention_graph(0)
     kinds = [vertex.kind for vertex in graph.vertices.values()]
     assert [kinds.count(kind) for kind in ("projection", "past", "present", "output")] == [3, 2 * cached, 2 * cached, 1]
     operators = [vertex.label for vertex in graph.vertices.values() if vertex.kind == "operator"]
@@ -259,9 +260,19 @@ def test_the_graph_starts_at_projections_and_pasts_and_ends_at_the_output(cached
     assert {name for edge in graph.edges for name in edge} == set(graph.vertices)
 
 
+def test_an_operator_that_computes_the_whole_attention_is_drawn_with_its_cache():
+    injected = kvsurgeon.inject(Decoder(Config(windowed=())).model(), verify=False).model
+    fused = Pipeline.parse("fuse-attention").run(Subject.of(injected)).model
+    graph = Side(fused).attention_graph(0)
+    labels = [vertex.label for vertex in graph.vertices.values() if vertex.kind != "context"]
+    assert "GroupQueryAttention" in labels
+    assert "attention output" in labels
+    assert "present.0.key" in labels
+    assert "Softmax" not in labels
+
+
 def test_boxes_of_a_drawing_do_not_overlap():
-    subject = Subject.of(Decoder(Config()).model())
-    drawing = draw_graph(attention_graph(subject.model.graph, subject.decoder(), 0))
+    drawing = draw_graph(Side(Decoder(Config()).model()).attention_graph(0))
     boxes = [
         tuple(map(float, box))
         for box in re.findall(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)"', str(drawing.content))

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from kvsurgeon.anatomy import Attention, Decoder
 from kvsurgeon.graph.constants import small_constant
-from kvsurgeon.graph.query import producers, upstream
+from kvsurgeon.graph.query import downstream, producers, upstream
 from kvsurgeon.ops.content import content_inputs
 
 VertexKind = Literal["operator", "projection", "past", "present", "context", "output"]
@@ -46,15 +46,22 @@ class AttentionGraph:
     edges: tuple[tuple[str, str], ...]
 
 
-def attention_graph(graph: ir.Graph, decoder: Decoder, layer: int) -> AttentionGraph | str:
-    """Return the graph around the attention of a layer, or why it cannot be drawn."""
+def attention_graph(graph: ir.Graph, decomposed: ir.Graph, decoder: Decoder, layer: int) -> AttentionGraph | str:
+    """Return the graph around the attention of a layer, or why it cannot be drawn.
+
+    Args:
+        graph: The graph of the file.
+        decomposed: The same graph in standard operators, without a cache, in which the facts name values.
+        decoder: Facts about the model.
+        layer: Index of the layer.
+    """
     attention = decoder.attentions[layer]
     values = {value.name or "": value for node in graph for value in node.outputs}
     values |= {value.name or "": value for value in graph.inputs}
     sources = {values[name]: vertex for name, vertex in _sources(attention, decoder).items() if name in values}
-    output = values.get(attention.output)
+    output = _output(values, decomposed, attention)
     if output is None:
-        return f"`{attention.output}` is no value of the file: an operator computes the whole attention"
+        return f"no value of the file depends on `{attention.output}`"
     reached = set(upstream([output], stop=sources.__contains__, inputs=content_inputs))
     presents = {
         values[one.present]: one.present
@@ -68,6 +75,13 @@ def attention_graph(graph: ir.Graph, decoder: Decoder, layer: int) -> AttentionG
     if len(nodes) > _MOST_OPERATORS:
         return f"{len(nodes)} operators are too many to draw"
     return _drawn(nodes, sources, {output: "output", **dict.fromkeys(presents, "present")})
+
+
+def _output(values: Mapping[str, ir.Value], decomposed: ir.Graph, attention: Attention) -> ir.Value | None:
+    """Return the output of an attention: that of the operator if one computes the whole of it."""
+    context = next((value for node in decomposed for value in node.outputs if value.name == attention.output), None)
+    later = () if context is None else downstream([context])
+    return next((values[name] for value in later if (name := value.name or "") in values), None)
 
 
 def _sources(attention: Attention, decoder: Decoder) -> dict[str, Vertex]:

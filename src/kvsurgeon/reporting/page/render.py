@@ -12,7 +12,7 @@ from kvsurgeon.anatomy import Attention, Decoder
 from kvsurgeon.errors import KvsurgeonError, UsageError
 from kvsurgeon.parity import Report
 from kvsurgeon.reporting.layer_ranges import group_layers, ranges_text
-from kvsurgeon.reporting.page.attention_graph import AttentionGraph, attention_graph
+from kvsurgeon.reporting.page.attention_graph import AttentionGraph
 from kvsurgeon.reporting.page.embedded import embedded_keys, embedded_weights
 from kvsurgeon.reporting.page.sides import Side
 from kvsurgeon.reporting.table import mask_text, size_text
@@ -169,7 +169,7 @@ def _graphs(sides: Sequence[Side]) -> Iterator[dict[str, Any]]:
     for layers, _, _ in _layers(sides[0].decoder):
         layer = layers[0]
         shown = [side for side in sides if layer < len(side.decoder.attentions)]
-        graphs = [attention_graph(side.subject.model.graph, side.decoder, layer) for side in shown]
+        graphs = [side.attention_graph(layer) for side in shown]
         drawings = list(_drawings(graphs))
         width = max((one.width for one in drawings if not isinstance(one, str)), default=0)
         pictures = list(zip((side.name for side in shown), drawings, strict=True))

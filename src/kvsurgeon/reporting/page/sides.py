@@ -17,6 +17,7 @@ from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.remove_cache import without_cache
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.proof.proof import Proof
+from kvsurgeon.reporting.page.attention_graph import AttentionGraph, attention_graph
 from kvsurgeon.runtime import TextGenerator
 from kvsurgeon.runtime.text import Prompt, load_tokenizer, side_folders
 from kvsurgeon.workflow.attention_weights import AttentionWeights, capture_attention_weights
@@ -97,6 +98,11 @@ class Side:
             return cache_size(self.subject.model.graph)
         states = (state.bytes_per_token * state.rows for state in self.decoder.states if state.rows is not None)
         return CacheSize(per_token=self.decoder.cache_bytes_per_token, fixed=sum(states))
+
+    def attention_graph(self, layer: int) -> AttentionGraph | str:
+        """Return the graph around the attention of a layer, or why it cannot be drawn."""
+        decomposed = self.without_cache.decomposed().model.graph
+        return attention_graph(self.subject.model.graph, decomposed, self.decoder, layer)
 
     def injected(self) -> Side:
         """Return the model with the cache that `inject` adds by default, in memory.
