@@ -36,6 +36,12 @@ FUSED: dict[str, Any] = {
     "keys": "kv = MatMul(x, both) k, v = Split<axis = -1, num_outputs = 2>(kv)", "values": "",
     "constants": "float[8, 12] both",
 }  # fmt: skip
+FLAT: dict[str, Any] = {
+    "context": "ones = Reshape(one, single) n1 = Reshape(length, single) w3 = Concat<axis = 0>(last, n1, n1) "
+    "v3 = Concat<axis = 0>(last, n1, three) s4 = Concat<axis = 0>(last, four, n1, three)",
+    "constants": "int64[1] single = {1}, int64[1] three = {3}, int64[1] four = {4}",
+}  # fmt: skip
+SUMMED = "wf = Reshape(weights, w3) vf = Reshape(vy, v3) sf = MatMul(wf, vf) summed = Reshape(sf, s4)"
 
 
 @pytest.fixture
@@ -69,9 +75,14 @@ def test_values_of_low_rank_are_replaced_exactly_with_a_smaller_cache(text: Path
     assert_law(result, io.to_proto(subject.model), texts(model))
 
 
-@pytest.mark.parametrize("parts", [{}, BIAS, FUSED], ids=["plain", "a bias", "one product for keys and values"])
+@pytest.mark.parametrize(
+    "parts", [{}, BIAS, FUSED, FLAT], ids=["plain", "a bias", "one product for keys and values", "heads in the batch"]
+)
 def test_the_graph_computes_what_projected_values_give(parts: dict[str, Any], text: Path) -> None:
-    model = read(grouped_attention(**parts))
+    written = grouped_attention(**parts)
+    if parts is FLAT:
+        written = written.replace("summed = MatMul(weights, vy)", SUMMED)
+    model = read(written)
     subject, outcome = applied(model, 2, text)
     assert outcome.equal_models is not None
     ((expected, _),) = outcome.equal_models()

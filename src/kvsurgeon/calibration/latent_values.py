@@ -21,7 +21,7 @@ from kvsurgeon.calibration.weight_products import FeatureChange, WeightProduct, 
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.heads.index_trace import IndexTrace
-from kvsurgeon.heads.layout import Layout, layout_of
+from kvsurgeon.heads.layout import Layout, NamedDims, layout_of, named_dims
 from kvsurgeon.heads.layout_builder import LayoutBuilder
 from kvsurgeon.symbolic.dimension import Dimension
 
@@ -89,7 +89,7 @@ def compute_latents(analysis: Analysis, maps: Sequence[LowRankMap | None]) -> in
         _check_constant(values, one)
         block = (values.columns.reshape(-1), np.concatenate([matrix.T for matrix in matrices]))
         latent = _copied(editor, product, [block])
-        latent = _as_one_head(layouts, layout_of(trace.flow, product.features), latent, len(found.encode))
+        latent, one_head = _as_one_head(layouts, layout_of(trace.flow, product.features), latent, len(found.encode))
         for layer, context in zip(one.layers, one.contexts, strict=True):
             reader = OutputProjection.of(trace, one, context)
             blocks = [(rows, decoders[head]) for rows, head in zip(reader.rows, reader.reads, strict=True)]
@@ -97,7 +97,7 @@ def compute_latents(analysis: Analysis, maps: Sequence[LowRankMap | None]) -> in
                 layer=layer, context=context, product=reader.product, rank=len(found.encode),
                 dtype=trace.flow.shapes[product.features].dtype,
             )  # fmt: skip
-            _read_latent(analysis, layouts, reading, latent, blocks)
+            _read_latent(analysis, layouts, reading, latent, one_head, blocks)
     editor.finish()
     return editor.edits
 
@@ -142,8 +142,8 @@ def _copied(editor: Editor, product: WeightProduct, blocks: Sequence[tuple[np.nd
     return result
 
 
-def _as_one_head(layouts: LayoutBuilder, layout: Layout, latent: ir.Value, rank: int) -> ir.Value:
-    """Return a latent as `[batch, 1, sequence, rank]`."""
+def _as_one_head(layouts: LayoutBuilder, layout: Layout, latent: ir.Value, rank: int) -> tuple[ir.Value, NamedDims]:
+    """Return a latent as `[batch, 1, sequence, rank]`, and these dimensions."""
     shape: list[Dimension] = [*layout.shape[:-1], rank]
     batch = 1 if layout.batch is None else layout.parts[layout.batch]
     tokens = [layout.parts[place] for place in layout.token_places]
@@ -152,11 +152,12 @@ def _as_one_head(layouts: LayoutBuilder, layout: Layout, latent: ir.Value, rank:
         dims = [("batch", 1), *dims]
     named = (*dims, ("heads", 1), ("head_dim", rank))
     wanted = (("batch", batch), ("heads", 1), ("sequence", layout.parts[layout.sequence]), ("head_dim", rank))
-    return layouts.gather_heads(latent, shape, named, np.zeros(1, int), wanted, [size for _, size in wanted])
+    sizes = [size for _, size in wanted]
+    return layouts.gather_heads(latent, shape, named, np.zeros(1, int), wanted, sizes), wanted
 
 
 def _read_latent(
-    analysis: Analysis, layouts: LayoutBuilder, reading: _Reading, latent: ir.Value,
+    analysis: Analysis, layouts: LayoutBuilder, reading: _Reading, latent: ir.Value, one_head: NamedDims,
     blocks: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> None:  # fmt: skip
     """Connect the attention of a layer to a latent, and its output projection to the result."""
@@ -164,17 +165,31 @@ def _read_latent(
     node, index = site.values[0].place
     before = layout_of(flow, reading.context)
     values, below = node.inputs[index], layout_of(flow, reading.product.features)
-    operand = () if values is None else flow.shapes[values].shape or ()
-    is_plain = site.fused is None and node.op_type == "MatMul" and index == 1 and len(operand) == 4
-    if values is None or not is_plain or below.shape[-1] != below.width:
-        raise UnsupportedError(
-            "the values of this attention cannot be read as one latent", code=Code.UNTRACEABLE_HEADS,
-            at=reading.context.name, layer=reading.layer,
-            expected="a MatMul with values [batch, heads, sequence, head_dim]",
-            found=f"a {node.op_type} with {list(operand)}",
-        )  # fmt: skip
+    heads = before.width // int(before.parts[-1])
+    if (
+        site.fused is not None
+        or node.op_type != "MatMul"
+        or index != 1
+        or values is None
+        or below.shape[-1] != below.width
+    ):
+        raise _not_readable(reading, f"a {node.op_type}")
+    operand = layout_of(flow, values)
+    named: NamedDims = ()
+    by_head = operand.shape == operand.parts and operand.sequence == 2 and operand.batch in (0, None)
+    if len(operand.shape) != 4 or not by_head:
+        named = named_dims(operand, heads, values) if operand.width == before.width else ()
+        if not named or named[-1] != ("head_dim", operand.shape[-1]):
+            raise _not_readable(reading, f"values {list(operand.shape)}")
     types = [flow.shapes[one].dtype for one in (values, reading.context, reading.product.features)]
     latent = _as_type(editor, latent, reading.dtype, types[0])
+    if (
+        named
+    ):  # heads share an axis with the batch, or are no axis along which the product would read one latent for all
+        wanted = tuple((name, reading.rank if name == "head_dim" else size) for name, size in named)
+        repeated = np.zeros(heads, dtype=int)
+        shape = [*operand.shape[:-1], reading.rank]
+        latent = layouts.gather_heads(latent, [size for _, size in one_head], one_head, repeated, wanted, shape)
     context = editor.copy(node, [node.inputs[0], latent], "latent").outputs[0]
     parts = [*before.parts[:-1], reading.rank]
     context = _as_type(editor, context, types[1], types[2])
@@ -183,15 +198,22 @@ def _read_latent(
     if below.batch is not None and below.sequence < below.batch:
         places.reverse()
     value = layouts.transpose(value, [*places, *before.feature_places])
-    heads = below.width // int(before.parts[-1]) * reading.rank
     moved = [parts[place] for place in (*places, *before.feature_places)]
-    value = layouts.reshape(value, moved, [*below.shape[:-1], heads])
+    value = layouts.reshape(value, moved, [*below.shape[:-1], heads * reading.rank])
     product = reading.product
     (weights,) = product.operands
     place = list(product.node.inputs).index(product.features)
     wider = editor.initializer(combined(editor, weights, blocks))
     editor.replace_input(product.node, place, value)
     editor.replace_input(product.node, weights.index, wider)
+
+
+def _not_readable(reading: _Reading, found: str) -> UnsupportedError:
+    return UnsupportedError(
+        "the values of this attention cannot be read as one latent", code=Code.UNTRACEABLE_HEADS,
+        at=reading.context.name, layer=reading.layer, found=found,
+        expected="a MatMul with values whose last axis is that of features",
+    )  # fmt: skip
 
 
 def _as_type(editor: Editor, value: ir.Value, before: ir.DataType | None, after: ir.DataType | None) -> ir.Value:
