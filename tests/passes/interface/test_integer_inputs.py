@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from decoders import Config, Decoder
 from laws import in_onnxruntime
 from written import read
 
 from kvsurgeon import io
+from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.interface.integer_inputs import Int32Inputs, Int64Inputs
 
@@ -31,3 +34,10 @@ def test_input_types_change_and_results_do_not(apply, old, new):
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
     assert found["same"].dtype == old
     assert isinstance(apply.apply(subject), Unchanged)
+
+
+def test_a_copy_of_the_model_keeps_its_types():
+    subject = Subject.of(Decoder(Config(layers=1)).model())
+    copy = copy_model(subject.model)
+    assert isinstance(Int32Inputs().apply(subject), Changed)
+    assert {value.dtype for value in copy.graph.inputs} == {ir.DataType.INT64}

@@ -53,7 +53,7 @@ def _change_inputs(subject: Subject, old: ir.DataType, new: ir.DataType, suffix:
     editor = Editor(subject.model)
     for value in values:
         users = tuple(value.uses())
-        value.dtype = new
+        value.type = ir.TensorType(new)  # copies of the graph share the type
         cast = editor.node(
             "Cast", [value], {"to": int(old)}, name=f"{value.name}.{suffix}", dtype=old, shape=value.shape
         )
