@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,9 +12,12 @@ from kvsurgeon.anatomy import Attention, Decoder
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.query import downstream, producers, upstream
 from kvsurgeon.ops.content import content_inputs
+from kvsurgeon.symbolic.fact import Fact
 
+Facts = Mapping[ir.Value, Fact]
 VertexKind = Literal["operator", "projection", "past", "present", "context", "output"]
 _MOST_OPERATORS = 80  # of a legible picture
+_SHAPE_TYPES = (ir.DataType.INT64, ir.DataType.INT32)
 _SHORT = 22  # characters of a name
 
 
@@ -46,12 +49,13 @@ class AttentionGraph:
     edges: tuple[tuple[str, str], ...]
 
 
-def attention_graph(graph: ir.Graph, decomposed: ir.Graph, decoder: Decoder, layer: int) -> AttentionGraph | str:
+def attention_graph(graph: ir.Graph, facts: Facts, decoder: Decoder, layer: int) -> AttentionGraph | str:
     """Return the graph around the attention of a layer, or why it cannot be drawn.
 
     Args:
         graph: The graph of the file.
-        decomposed: The same graph in standard operators, without a cache, in which the facts name values.
+        facts: Shapes and types of the same graph in standard operators and without a cache, whose values the decoder
+            names.
         decoder: Facts about the model.
         layer: Index of the layer.
     """
@@ -59,7 +63,7 @@ def attention_graph(graph: ir.Graph, decomposed: ir.Graph, decoder: Decoder, lay
     values = {value.name or "": value for node in graph for value in node.outputs}
     values |= {value.name or "": value for value in graph.inputs}
     sources = {values[name]: vertex for name, vertex in _sources(attention, decoder).items() if name in values}
-    output = _output(values, decomposed, attention)
+    output = _output(values, facts, attention)
     if output is None:
         return f"no value of the file depends on `{attention.output}`"
     reached = set(upstream([output], stop=sources.__contains__, inputs=content_inputs))
@@ -74,12 +78,13 @@ def attention_graph(graph: ir.Graph, decomposed: ir.Graph, decoder: Decoder, lay
         return "no projection of queries, keys or values leads to its output"
     if len(nodes) > _MOST_OPERATORS:
         return f"{len(nodes)} operators are too many to draw"
-    return _drawn(nodes, sources, {output: "output", **dict.fromkeys(presents, "present")})
+    shapes = frozenset(value.name for value, fact in facts.items() if fact.dtype in _SHAPE_TYPES)
+    return _drawn(nodes, sources, {output: "output", **dict.fromkeys(presents, "present")}, shapes)
 
 
-def _output(values: Mapping[str, ir.Value], decomposed: ir.Graph, attention: Attention) -> ir.Value | None:
+def _output(values: Mapping[str, ir.Value], facts: Facts, attention: Attention) -> ir.Value | None:
     """Return the output of an attention: that of the operator if one computes the whole of it."""
-    context = next((value for node in decomposed for value in node.outputs if value.name == attention.output), None)
+    context = next((value for value in facts if value.name == attention.output), None)
     later = () if context is None else downstream([context])
     return next((values[name] for value in later if (name := value.name or "") in values), None)
 
@@ -108,7 +113,10 @@ def _between(graph: ir.Graph, nodes: Mapping[ir.Node, None], starts: set[ir.Valu
 
 
 def _drawn(
-    nodes: list[ir.Node], sources: Mapping[ir.Value, Vertex], ends: Mapping[ir.Value, VertexKind]
+    nodes: list[ir.Node],
+    sources: Mapping[ir.Value, Vertex],
+    ends: Mapping[ir.Value, VertexKind],
+    shapes: Collection[str | None],
 ) -> AttentionGraph:
     vertices: dict[str, Vertex] = {}
     edges: dict[tuple[str, str], None] = {}
@@ -116,7 +124,7 @@ def _drawn(
     for node in nodes:
         name = names[node.outputs[0]]
         for value in dict.fromkeys(content_inputs(node)):
-            source = _source(value, names, sources)
+            source = None if value.name in shapes else _source(value, names, sources)
             if source is not None:
                 vertices.setdefault(source.name, source)
                 edges[source.name, name] = None
@@ -135,12 +143,11 @@ def _drawn(
 def _source(value: ir.Value, names: Mapping[ir.Value, str], sources: Mapping[ir.Value, Vertex]) -> Vertex | None:
     """Return the vertex of a value that is computed outside the picture.
 
-    None for a value inside it, for a constant, and for integers, which are shapes.
+    None for a value inside it, for a constant, and for a shape.
     """
     if value in sources:
         return sources[value]
-    is_shape = value.dtype is not None and value.dtype.is_integer()
-    if value in names or is_shape or value.is_initializer() or small_constant(value) is not None:
+    if value in names or value.dtype in _SHAPE_TYPES or value.is_initializer() or small_constant(value) is not None:
         return None
     name = value.name or ""
     return Vertex(name=name, kind="context", label=_short(name))

@@ -101,8 +101,8 @@ class Side:
 
     def attention_graph(self, layer: int) -> AttentionGraph | str:
         """Return the graph around the attention of a layer, or why it cannot be drawn."""
-        decomposed = self.without_cache.decomposed().model.graph
-        return attention_graph(self.subject.model.graph, decomposed, self.decoder, layer)
+        facts = self.without_cache.analysis().shapes.facts
+        return attention_graph(self.subject.model.graph, facts, self.decoder, layer)
 
     def injected(self) -> Side:
         """Return the model with the cache that `inject` adds by default, in memory.
