@@ -79,7 +79,7 @@ def test_a_loss_does_not_hide_products_that_read_the_same_values(monkeypatch):
 )
 def test_a_cache_that_is_not_smaller_is_reported(monkeypatch, bits, notes):
     sizes = iter(bits)
-    monkeypatch.setattr("kvsurgeon.passes.heads.change_heads._cached_bits", lambda analysis: next(sizes))
+    monkeypatch.setattr("kvsurgeon.passes.heads.change_heads.cached_bits", lambda analysis: next(sizes))
     outcome = MergeKvHeads(kv_heads=1).apply(Subject.of(decoder(DIFFERENTIAL)))
     assert isinstance(outcome, Changed)
     assert outcome.notes == notes

@@ -24,8 +24,9 @@ FEW = "It was late. They left the house without a word, and nobody asked them wh
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "WINDOW", 16)
-    monkeypatch.setattr(loss, "WINDOWS", 2)
+    for name in ("WINDOW", "TEXT_WINDOW"):
+        monkeypatch.setattr(loss, name, 16)
+        monkeypatch.setattr(loss, f"{name}S", 2)
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_token_ids_are_random_without_a_tokenizer(damaged: Path) -> None:
         (damaged / name).unlink()
     found = measure_loss(damaged, damaged)
     assert (found.text, found.tokens, found.kl_divergence) == ("random token IDs", 32, 0.0)
-    with pytest.raises(UsageError, match=r"expected tokenizer\.json next to the reference model"):
+    with pytest.raises(UsageError, match=r"expected tokenizer\.json next to the model"):
         measure_loss(damaged, damaged, text=DEMO / "sample.txt")
 
 

@@ -21,8 +21,8 @@ SEVERAL_GRAPHS = {
     "deepsparse": 2,  # add-position-ids analyzes the model before it adds the input
     "genai-shared-buffer": 2,  # fuse-attention removes the cache, and injects it again
 }
-# Targets whose last pass is not `inject`: the cache of the result is not read again.
-FUSED_OR_REWRITTEN = {"deepsparse", "genai-shared-buffer", "tensorrt", "transformers-js"}
+# Targets in which a pass after `inject` changes the model: the cache of the result is not read again.
+FUSED_OR_REWRITTEN = {"deepsparse", "genai-shared-buffer", "transformers-js"}
 TARGETS = (
     "optimum",
     "genai",

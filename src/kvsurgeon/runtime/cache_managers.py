@@ -98,7 +98,7 @@ def find_length_input(inputs: Sequence[ValueInfo], cache: Sequence[CacheIO]) -> 
 
 def find_query_lengths(inputs: Sequence[ValueInfo], declared: DeclaredCache) -> ValueInfo | None:
     """Return the input that takes the number of new tokens of each sequence, if they may differ."""
-    numbers = (one for one in inputs if one.integer and len(one.dims) == 1)
+    numbers = (one for one in inputs if one.integer and len(one.dims) == 1 and axis_of(one.dims[0]) == "batch")
     return next(numbers, None) if declared.ragged else None
 
 

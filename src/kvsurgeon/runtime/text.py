@@ -71,6 +71,8 @@ def read_text(path: Path, tokenizer: Tokenizer | None) -> list[int]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"cannot read the text `{path}`: {reason}") from error
+    if not text.strip():
+        raise UsageError(f"expected a text of more than 2 tokens, found an empty one in `{path}`")
     return encode_prompt(text, tokenizer)
 
 

@@ -108,7 +108,8 @@ def note_unreadable(run: PipelineRun) -> PipelineRun:
 
     The attention is not proved to be causal again: that takes as long as the injection.
     """
-    last = run.steps[-1]
+    place = max((at for at, step in enumerate(run.steps) if isinstance(step.outcome, Changed)), default=0)
+    last = run.steps[place]
     if last.name != Inject.name or not isinstance(last.outcome, Changed):
         return run
     try:
@@ -116,7 +117,7 @@ def note_unreadable(run: PipelineRun) -> PipelineRun:
     except UnsupportedError as error:
         note = f"inspect and passes cannot read the cache of the result: {error}"
         outcome = replace(last.outcome, notes=(*last.outcome.notes, note))
-        return replace(run, steps=(*run.steps[:-1], replace(last, outcome=outcome)))
+        return replace(run, steps=(*run.steps[:place], replace(last, outcome=outcome), *run.steps[place + 1 :]))
     return run
 
 
