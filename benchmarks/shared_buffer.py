@@ -50,6 +50,7 @@ class Runner:
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # not in the turn of another model
         file = path / "model.onnx" if path.is_dir() else path
         with TemporaryDirectory() as scratch:
             options.optimized_model_filepath = str(Path(scratch) / "model.onnx")
