@@ -65,7 +65,7 @@ def try_mutant(outcome: Outcome, entry: Entry, mutant: onnx.ModelProto, notify: 
     """Return what became of a mutant of a model; `notify` gets the provisional outcome before each step."""
     alone = replace(outcome, category="not runnable", reason="onnxruntime did not survive it, or not in time")
     try:
-        injected: onnx.ModelProto | None = _injected(mutant, entry.folder)
+        injected, hiding = _injected(mutant, entry.folder)
     except Exception as error:
         unmeant = _unmeant(error)
         notify(alone)
@@ -80,7 +80,9 @@ def try_mutant(outcome: Outcome, entry: Entry, mutant: onnx.ModelProto, notify: 
     except NotRunnableError as error:
         return replace(outcome, category="not runnable", reason=str(error))
     notify(replace(outcome, category="hang"))
-    assert injected is not None
+    if hiding and hiding != _injected(onnx.load(entry.path), entry.folder)[1]:
+        reason = "a note says that its masks hide the tokens that the stored ones keep"
+        return replace(outcome, category="not runnable", reason=reason)
     return _verified(outcome, entry, mutant, injected, level, cases)
 
 
@@ -114,11 +116,14 @@ def _unmeant(error: Exception) -> str:
     return f"a message of several lines: {error}" if "\n" in str(error) else ""
 
 
-def _injected(mutant: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+def _injected(mutant: onnx.ModelProto, folder: Path) -> tuple[onnx.ModelProto, frozenset[str]]:
+    """Return the injected mutant, and the notes on masks that hide the tokens that they mark."""
     copy = onnx.ModelProto.FromString(mutant.SerializeToString())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # notes, such as a limit
-        return kvsurgeon.KeyValueCacheInjector(folder).apply(copy)
+    with warnings.catch_warnings(record=True) as issued:
+        warnings.simplefilter("always")
+        injected = kvsurgeon.KeyValueCacheInjector(folder).apply(copy)
+    notes = (str(one.message) for one in issued)
+    return injected, frozenset(note for note in notes if "hides the tokens that it marks" in note)
 
 
 def _refused(outcome: Outcome, entry: Entry, mutant: onnx.ModelProto, error: Exception) -> Outcome:

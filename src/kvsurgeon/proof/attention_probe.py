@@ -81,6 +81,8 @@ class AttentionProbe:
         Raises:
             UnsupportedError: One does, or a weight is NaN.
         """
+        if not weights.size:
+            raise self.unsupported("attention has no weights", Code.INCONSISTENT_SHAPES, hint="a tensor of it is empty")
         weight, query, key = largest_weight_on_later_key(weights, first_query)
         if math.isnan(weight):
             hint = "a query without any unmasked key is a common cause"

@@ -44,6 +44,18 @@ def test_what_the_application_must_give_is_noted():
     assert outcome.notes == ("`z` has no axis of tokens: it must be the same in every call of a text",)
 
 
+@pytest.mark.parametrize(
+    ("keeps", "notes"), [("m", ()), ("Not(m)", ("`m` hides the tokens that it marks with 1, and keeps those with 0",))]
+)
+def test_a_mask_that_hides_what_it_marks_is_noted(keeps, notes):
+    """Such a mask is fine, and filled by the usual convention it hides the whole text."""
+    kept = keeps if keeps == "m" else "unmarked"
+    lines = f"causal = LessOrEqual(row, column)\n key = Unsqueeze({kept}, second)\n allowed = And(causal, key)"
+    before = "" if keeps == "m" else f"unmarked = {keeps}\n "
+    outcome = Inject().apply(Subject.of(read(attention(inputs="bool[b, n] m", allowed=before + lines))))
+    assert outcome.notes == notes
+
+
 def test_an_input_that_meets_the_tokens_is_not_the_same_in_every_call():
     subject = Subject.of(read(attention(inputs="float[b, n] z", after=FACTOR)))
     with pytest.raises(UnsupportedError, match="is as long as the text"):

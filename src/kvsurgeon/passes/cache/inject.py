@@ -15,6 +15,7 @@ from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.cache.pairs import find_cache_pairs
 from kvsurgeon.cache.unknown_caches import find_unknown_caches
 from kvsurgeon.dataflow.input_dimensions import FIRST_CALL, GIVEN_FOR
+from kvsurgeon.dataflow.input_roles import MaskForm
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.fusion.context import FusionContext
 from kvsurgeon.fusion.fuser import AttentionFuser
@@ -203,6 +204,8 @@ def inject(
     notes += [f"assumed, not proved: {what} (first at `{where}`)" for what, where in proof.assumptions.items()]
     fixed = [given.value.name for given in analysis.inputs if not given.lengths]
     notes += [f"`{name}` has no axis of tokens: it must be the same in every call of a text" for name in fixed]
+    hiding = [given.value.name for given in analysis.inputs if given.lengths and given.mask_form is MaskForm.HIDDEN]
+    notes += [f"`{name}` hides the tokens that it marks with 1, and keeps those with 0" for name in hiding]
     notes += [
         f"`{one.value.name}` opens a block of tokens that attend both ways, which must all be in the first call: "
         + (f"it is {int(one.number)} for later tokens" if one.lengths else "it is at most their number")
