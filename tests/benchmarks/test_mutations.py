@@ -69,7 +69,15 @@ def test_a_right_injection_is_right(tiny):
 
 @pytest.mark.parametrize("broken", [shelf.WrongCorner, shelf.StaleRotary, shelf.PastPaddingIgnored, Decoder])
 def test_a_wrong_injection_is_wrong(tiny, monkeypatch, broken):
-    assert tried(tiny, monkeypatch, lambda *_: broken(Config()).model()).category == "wrong"
+    assert tried(tiny, monkeypatch, lambda *_: (broken(Config()).model(), frozenset())).category == "wrong"
+
+
+def test_masks_that_a_mutation_turned_around_are_filled_as_the_stored_ones_and_prove_nothing(tiny, monkeypatch):
+    model, note = Decoder(Config()).model(), frozenset(["`m` hides the tokens that it marks"])
+    notes = iter([note, frozenset(), note, note])
+    found = [tried(tiny, monkeypatch, lambda *_: (model, next(notes))).category for _ in range(2)]
+    assert found[0] == "not runnable"
+    assert found[1] != "not runnable"
 
 
 @pytest.mark.parametrize(
