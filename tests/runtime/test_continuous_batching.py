@@ -98,6 +98,18 @@ def test_a_model_without_query_lengths_takes_one_token_of_each_sequence():
         batch.advance({numbers[0]: [1]})
 
 
+def test_the_padded_chunk_must_fit_into_every_row():
+    batch = ContinuousBatch(open_session(after(ragged(), AddQueryLengths()), threads=1), rows=2, capacity=140)
+    long, short = (batch.start(text)[0] for text in (prompts()[1][:138], prompts()[0]))
+    with pytest.raises(UsageError, match="at most 140 tokens, the rows of the cache, found 238"):
+        batch.advance({long: [1], short: prompts()[1][:100]})
+    assert batch.lengths == {long: 138, short: 3}
+    batch.end(long)
+    batch.end(short)
+    with pytest.raises(UsageError, match="tokens for each of the sequences"):
+        batch.step({})
+
+
 def test_a_batch_with_query_lengths_takes_chunks_in_the_verifier_too():
     model = after(ragged(), AddQueryLengths())
     assert [given.name for given in model.graph.input][-1] == "query_lengths"

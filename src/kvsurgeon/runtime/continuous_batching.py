@@ -102,10 +102,10 @@ class ContinuousBatch:
         """Add tokens to every sequence, and return the logits after each, `[tokens, vocabulary]` by sequence.
 
         Raises:
-            UsageError: A sequence has no tokens, or no room for them; or they are not one for each, and the model does
-                not take chunks of several sequences.
+            UsageError: There is no sequence, or one has no tokens, or no room for as many as the longest chunk has; or
+                they are not one for each, and the model does not take chunks of several sequences.
         """
-        if set(tokens) != set(self._rows) or not all(tokens.values()):
+        if not tokens or set(tokens) != set(self._rows) or not all(tokens.values()):
             raise UsageError(f"expected tokens for each of the sequences {self._rows}, found {sorted(tokens)}")
         longest = max(map(len, tokens.values()))
         if longest > 1 and len(tokens) > 1 and not self._takes_chunks:
@@ -138,8 +138,9 @@ class ContinuousBatch:
         numbers, counts = self._rows[rows], np.array([len(row) for row in tokens])
         pasts = np.array([self.lengths[number] for number in numbers])
         new, ends = counts.max(), pasts + counts
-        if ends.max() > self.capacity:
-            raise UsageError(f"expected at most {self.capacity} tokens, the rows of the cache, found {ends.max()}")
+        needed = pasts.max() + new  # the chunk of each row is padded to the longest, and must fit too
+        if needed > self.capacity:
+            raise UsageError(f"expected at most {self.capacity} tokens, the rows of the cache, found {needed}")
         chunk = np.array([[*row, *[0] * (new - len(row))] for row in tokens], np.int64)
         feeds = self._feeds(chunk, pasts, ends) | self._query_lengths(counts.tolist())
         buffers = {name: to_runtime(buffer[rows]) for name, buffer in self._buffers.items()}

@@ -21,7 +21,8 @@ class AddQueryLengths:
     Before: each sequence of a batch has its past length, and all have as many new tokens
     (`fuse-attention{padding=lengths}`, `--target genai-shared-buffer`). After: `query_lengths [batch_size]` int32 is
     the number of new tokens of each sequence, from 1 to `sequence_length`; those after them are padding, whose logits
-    mean nothing, and which `attention_mask` does not count. It is the input `query_seqlens` of `GroupQueryAttention`.
+    mean nothing, and which `attention_mask` does not count. The cache needs room for padding too: past tokens and
+    `sequence_length` together are at most `max_length`. It is the input `query_seqlens` of `GroupQueryAttention`.
 
     Requires onnxruntime 1.32 or newer.
 
