@@ -1,7 +1,7 @@
 # Run `make help` for the list of targets. Each is one word, for developers and for .ci/run alike.
 # Recipes are plain shell: .ci/run executes them without make, if make is not installed.
 
-.PHONY: help setup check lint format types words fix test goldens site clients corpus coverage size
+.PHONY: help setup check lint format types words fix test goldens site user clients corpus coverage size
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -41,6 +41,9 @@ goldens: ## rewrite tests/golden; read the difference before you commit
 site: ## build the docs as a site, in build/site; installs what that needs
 	pip install --quiet '.[docs]'
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
+
+user: ## run README and docs as a new user, in a fresh virtual environment
+	python tools/new_user.py
 
 clients: ## run OpenVINO and onnxruntime-genai on three small models; installs them on first use
 	@for client in openvino genai; do \

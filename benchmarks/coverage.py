@@ -48,7 +48,7 @@ from verification.widening import widened
 
 import kvsurgeon
 import kvsurgeon.io
-from kvsurgeon.errors import KvsurgeonError, PassError
+from kvsurgeon.errors import InternalError, KvsurgeonError, PassError
 
 SECONDS_ALLOWED = 60
 Inject = Callable[[Entry], tuple[onnx.ModelProto, onnx.ModelProto]]  # the original and the injected
@@ -144,7 +144,7 @@ def _runs(original: onnx.ModelProto, entry: Entry) -> bool:
 
 def _exit_code(error: Exception) -> int:
     """Return the exit code of a deliberate error; -1 for any other."""
-    if not isinstance(error, KvsurgeonError):
+    if isinstance(error, InternalError) or not isinstance(error, KvsurgeonError):
         return -1
     if isinstance(error, PassError) and not isinstance(error.__cause__, KvsurgeonError):
         return -1  # a pass of kvsurgeon's own stumbled, or left a graph that is not valid

@@ -22,7 +22,7 @@ from coverage import quiet
 from verification.corpus import Entry, find_entries
 
 from kvsurgeon import Pipeline
-from kvsurgeon.errors import KvsurgeonError, ParityError, PassError, RunError, UnsupportedError
+from kvsurgeon.errors import InternalError, KvsurgeonError, ParityError, PassError, RunError, UnsupportedError
 from kvsurgeon.passes.contract import Unchanged
 from kvsurgeon.workflow.run_and_save import run_and_save
 
@@ -118,7 +118,7 @@ def _tried(entry: Entry, row: str) -> tuple[str, str]:
         return "different", str(error)
     except RunError as error:
         return "does not run" if error.exit_code != UnsupportedError.exit_code else "refused", str(error)
-    except PassError as error:
+    except (PassError, InternalError) as error:
         return "refused" if isinstance(error.__cause__, KvsurgeonError) else "traceback", str(error)
     except KvsurgeonError as error:
         return "refused", str(error)

@@ -1,11 +1,11 @@
-"""Make the shared test modules importable from every folder, and add `--update-goldens`."""
+"""Make the shared test modules and the tools importable from every folder, and add `--update-goldens`."""
 
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tools")]
 
 collect_ignore = [
     "clients",  # scripts, each of which installs a client: see its README

@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from doc_blocks import without_marks
 from mkdocs.structure.files import File, Files
 
 import kvsurgeon
@@ -44,7 +45,7 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Let links of a page lead to other pages, wherever the file is in the repository.
 
-    Marks of snippets that only tests read are removed.
+    Marks of blocks that are for tests are removed.
     """
     known = {file.src_uri for file in files}
     here = page.file.src_uri
@@ -59,7 +60,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             return f"[{text}]({posixpath.relpath(target, posixpath.dirname(here) or '.')}{anchor or ''})"
         return text if f"`{path}" in text or path in text else f"{text} (`{path}`)"
 
-    return LINK.sub(resolved, markdown.replace("```python compile", "```python"))
+    return LINK.sub(resolved, without_marks(markdown))
 
 
 def commands() -> str:

@@ -30,7 +30,7 @@ from verification.drawn_inputs import random_ids
 
 import kvsurgeon
 from adversarial_models.decoder import ORDINARY_TOKENS, VOCABULARY
-from kvsurgeon.errors import KvsurgeonError, ParityError, PassError
+from kvsurgeon.errors import InternalError, KvsurgeonError, ParityError, PassError
 
 REFUSED, CAUGHT, CRASH, HANG = "refused", "caught", "crash", "hang"
 VERDICTS = (RIGHT, LIMITED, REFUSED, CAUGHT, WRONG, CRASH, HANG, NOT_COMPARED)
@@ -144,7 +144,7 @@ def inject(path: Path, through: str, work: Path) -> Path:
     except ParityError as error:
         raise NotInjectedError(Verdict(verdict=CAUGHT, reason=str(error))) from error
     except KvsurgeonError as error:
-        unexpected = isinstance(error, PassError) and not isinstance(error.__cause__, KvsurgeonError)
+        unexpected = isinstance(error, PassError | InternalError) and not isinstance(error.__cause__, KvsurgeonError)
         reason = f"{error} [{getattr(error, 'code', '')}]"
         raise NotInjectedError(Verdict(verdict=CRASH if unexpected else REFUSED, reason=reason)) from error
     except Exception as error:

@@ -31,7 +31,7 @@ from verification.uncached import LEVELS, Level, answer, change, distance, first
 
 import kvsurgeon
 import kvsurgeon.io
-from kvsurgeon.errors import KvsurgeonError, PassError
+from kvsurgeon.errors import InternalError, KvsurgeonError, PassError
 from mutating.drawn_cases import draw_cases
 
 CATEGORIES = ("right", "wrong", "refused", "not runnable", "traceback", "hang", "died")
@@ -111,6 +111,8 @@ def _unmeant(error: Exception) -> str:
     """Return where an unexpected exception was raised; empty for a deliberate error of one line."""
     if not isinstance(error, KvsurgeonError):
         return _where(error)
+    if isinstance(error, InternalError):
+        return _where(error.cause)
     if isinstance(error, PassError) and not isinstance(error.__cause__, KvsurgeonError):
         return _where(error.__cause__ or error)
     return f"a message of several lines: {error}" if "\n" in str(error) else ""

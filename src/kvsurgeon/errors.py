@@ -14,9 +14,10 @@
     ├── ParityError             1  the result does not compute what the original computes
     │   ├── CertificateError    1  a statement of a certificate does not hold
     │   └── LossError           1  the accuracy loss is above the bound
-    └── RunError                1  a valid model fails at run time
-        ├── MissingKernelError  3  onnxruntime has no kernel for an operator
-        └── BrokenCacheError    1  a present cannot be the past of the next call
+    ├── RunError                1  a valid model fails at run time
+    │   ├── MissingKernelError  3  onnxruntime has no kernel for an operator
+    │   └── BrokenCacheError    1  a present cannot be the past of the next call
+    └── InternalError           5  a mistake of kvsurgeon
 
 A message is one line: what happened; expected, found, at, hint. ``docs/errors.md`` describes each class and each code.
 """
@@ -27,6 +28,8 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from enum import StrEnum
 from typing import ClassVar
+
+_REPORT = "this is a mistake of kvsurgeon, please report it with the model and the traceback that --debug prints"
 
 
 class Code(StrEnum):
@@ -76,6 +79,7 @@ class Code(StrEnum):
     INVALID_MODEL = "KVS-402"
     WEIGHTS = "KVS-403"
     INVALID_CERTIFICATE = "KVS-404"
+    INTERNAL = "KVS-501"
 
 
 def describe_exception(error: BaseException) -> str:
@@ -89,6 +93,17 @@ def describe_exception(error: BaseException) -> str:
     except Exception:  # a message that cannot be written
         message = ""
     return f"{type(error).__name__}: {message or 'no message'}"
+
+
+def reraise_mistake(error: BaseException) -> None:
+    """Raise an exception again if no model can cause it, so that it does not become a statement about the model.
+
+    Raises:
+        NameError: It is a name that the code does not define.
+        ImportError: It is a module or a name that cannot be imported.
+    """
+    if isinstance(error, NameError | ImportError):
+        raise error
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -205,6 +220,23 @@ class BrokenCacheError(RunError):
     def __init__(self, message: str, *, layer: int) -> None:
         self.layer = layer
         super().__init__(message)
+
+
+class InternalError(KvsurgeonError):
+    """A mistake of kvsurgeon; nothing was written, and the model may be a valid one.
+
+    Attributes:
+        cause: The exception.
+        where: What raised it.
+    """
+
+    exit_code = 5
+    code = Code.INTERNAL
+
+    def __init__(self, cause: BaseException, *, where: str = "") -> None:
+        self.cause = cause
+        self.where = where
+        super().__init__(f"{f'{where}: ' if where else ''}{describe_exception(cause)}; {_REPORT}")
 
 
 class UnsupportedError(KvsurgeonError):

@@ -21,6 +21,8 @@ from tokenizers.pre_tokenizers import Whitespace
 
 import kvsurgeon
 from kvsurgeon.cli.main import run
+from kvsurgeon.dataflow import shape_inference
+from kvsurgeon.ops.operator import Operator
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.passes.operators.fuse_attention import FuseAttention
@@ -154,10 +156,24 @@ def test_an_internal_error_is_one_line_and_debug_prints_the_traceback(shell, mod
 
     monkeypatch.setattr(Subject, "of", fail)
     code, _, err = shell("inspect", models / "given")
-    message = "kvsurgeon: internal error: IndexError: list index out of range (rerun with --debug for the traceback)\n"
-    assert (code, err) == (1, message)
+    message = (
+        "kvsurgeon: internal error: IndexError: list index out of range; this is a mistake of kvsurgeon, please report "
+        "it with the model and the traceback that --debug prints [KVS-501]\n"
+    )
+    assert (code, err) == (5, message)
     code, _, err = shell("inspect", models / "given", "--debug")
-    assert (code, err.startswith("Traceback"), err.splitlines()[-1]) == (1, True, message.strip())
+    assert (code, err.startswith("Traceback"), err.splitlines()[-1]) == (5, True, message.strip())
+
+
+@pytest.mark.parametrize("command", ["inspect", "inject"])
+def test_a_mistake_in_a_rule_is_not_a_refusal(shell, models, tmp_path, monkeypatch, command):
+    def rule(call):
+        return undefined_name  # noqa: F821
+
+    monkeypatch.setattr(shape_inference, "find", lambda *key: Operator(op_type="Add", shape=rule))
+    code, _, err = shell(command, models / "given", *(["-o", tmp_path / "out"] if command == "inject" else []))
+    assert (code, "NameError: name 'undefined_name' is not defined; this is a mistake" in err) == (5, True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_interrupt_prints_nothing(shell, models, monkeypatch):

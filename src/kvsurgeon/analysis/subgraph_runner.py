@@ -16,7 +16,7 @@ from kvsurgeon.analysis.probe_inputs import Rows, at_length
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError, reraise_mistake
 from kvsurgeon.graph.execution import build_model, open_session
 from kvsurgeon.graph.query import upstream
 from kvsurgeon.symbolic.dimension import BATCH
@@ -178,6 +178,7 @@ def without_bfloat16(node: onnx.NodeProto, rounded: Sequence[ir.DataType | None]
 
 def not_runnable(value: ir.Value, error: Exception) -> UnsupportedError:
     """Return an error: onnxruntime cannot run a subgraph."""
+    reraise_mistake(error)
     return UnsupportedError(
         "cannot run the context, so causality cannot be checked",
         code=Code.CONTEXT_NOT_RUNNABLE, at=value.name, found=" ".join(str(error).split())[:200],

@@ -15,7 +15,7 @@ import typer
 
 from kvsurgeon.cli.commands import add_commands
 from kvsurgeon.cli.help import CommandGroup
-from kvsurgeon.errors import Code, KvsurgeonError, UsageError, describe_exception
+from kvsurgeon.errors import Code, InternalError, KvsurgeonError, UsageError
 from kvsurgeon.reporting.encoding import replace_unencodable
 
 # Exit codes, apart from those of errors
@@ -117,13 +117,12 @@ def _print_error(error: BaseException, *, as_json: bool) -> int:
     elif hasattr(error, "format_message"):  # of typer; its base class differs between versions
         text, code, exit_code = error.format_message() or "expected a command", Code.USAGE, UsageError.exit_code
     else:
-        text, code, exit_code = f"{describe_exception(error)} (rerun with --debug for the traceback)", None, 1
+        return _print_error(InternalError(error), as_json=as_json)
     text = " ".join(text.split())
     if as_json:
         print(json.dumps({"error": {"code": code, "exit_code": exit_code, "message": text}}, indent=2))
-    kind = "internal error" if code is None else "error"
-    suffix = "" if code is None else f" [{code}]"
-    print(f"kvsurgeon: {kind}: {text}{suffix}", file=sys.stderr)
+    kind = "internal error" if code is Code.INTERNAL else "error"
+    print(f"kvsurgeon: {kind}: {text} [{code}]", file=sys.stderr)
     return exit_code
 
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.errors import Code, KvsurgeonError, UnsupportedError
+from kvsurgeon.errors import Code, KvsurgeonError, UnsupportedError, reraise_mistake
 from kvsurgeon.graph.constants import constant_tensor, is_weight
 from kvsurgeon.ops.schema import STANDARD_DOMAINS, by_schema
 from kvsurgeon.ops.table import find
@@ -25,8 +25,9 @@ def raise_at(node: ir.Node, error: Exception) -> NoReturn:
     """Raise the exception of a rule with the node at which it occurred.
 
     Raises:
-        UnsupportedError: In place of any exception that is not an error of this package.
+        UnsupportedError: In place of any exception that is not an error of this package, and that a model can cause.
     """
+    reraise_mistake(error)
     if isinstance(error, KvsurgeonError):
         raise error
     raise UnsupportedError(

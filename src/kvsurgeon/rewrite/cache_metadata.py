@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import onnx_ir as ir
 
@@ -16,6 +16,8 @@ from kvsurgeon.symbolic.dim_names import DimNames
 
 KEY = "kvsurgeon.cache"
 FIRST_CALL_KEY = "kvsurgeon.first_call"
+CONTEXT_KEY = "kvsurgeon.context"  # how an application computes masks and position tables
+_NAMES = {KEY: "outputs", FIRST_CALL_KEY: None, CONTEXT_KEY: "inputs"}  # where names of inputs and outputs are keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +77,23 @@ def write_first_call(model: ir.Model, closed: Mapping[str, int]) -> None:
 
 
 def read_cache_metadata(model: ir.Model) -> CacheMetadata | None:
-    """Return the cache metadata of a model; None if there is none, or if it cannot be read."""
+    """Return the cache metadata of a model without unknown fields; None if there is none, or if it cannot be read."""
     try:
-        fields = parse_json(model.metadata_props.get(KEY, ""))
-        fields |= {name: tuple(fields[name]) for name in ("key_layout", "value_layout")}
-        return CacheMetadata(**fields)
+        stored = parse_json(model.metadata_props.get(KEY, ""))
+        known = {field.name: stored[field.name] for field in fields(CacheMetadata) if field.name in stored}
+        known |= {name: tuple(known[name]) for name in ("key_layout", "value_layout")}
+        return CacheMetadata(**known)
     except (ValueError, TypeError, KeyError):
         return None
+
+
+def rename_in_metadata(model: ir.Model, renamed: Mapping[str, str]) -> None:
+    """Replace the names of inputs and outputs in the metadata of a model by new ones."""
+    for key, part in _NAMES.items():
+        try:
+            stored = parse_json(model.metadata_props.get(key, ""))
+            names = stored if part is None else stored[part]
+            new = {renamed.get(name, name): value for name, value in names.items()}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+        model.metadata_props[key] = json.dumps(new if part is None else {**stored, part: new})

@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterator
 
 from kvsurgeon.passes.cache.inject import Inject
-from kvsurgeon.passes.host_inputs.host_inputs import KEY, HostInputs
+from kvsurgeon.passes.host_inputs.host_inputs import HostInputs
 from kvsurgeon.passes.interface.integer_inputs import Int32Inputs
 from kvsurgeon.passes.interface.rename_dims import RenameDims
 from kvsurgeon.passes.operators.gather_nd_to_gather import GatherNdToGather
 from kvsurgeon.passes.operators.remove_nan_guards import RemoveNanGuards
+from kvsurgeon.rewrite.cache_metadata import CONTEXT_KEY
 from kvsurgeon.targets.compatibility import check_custom_operators
 from kvsurgeon.targets.model_info import ModelInfo
 from kvsurgeon.targets.target import Incompatibility, Target
@@ -24,13 +25,13 @@ UNSUPPORTED_OPERATORS = frozenset(
 
 def host_context(model: ModelInfo) -> str | None:
     """Return the description of the masks and tables that the host computes; None if there are none."""
-    description = model.metadata.get(KEY)
+    description = model.metadata.get(CONTEXT_KEY)
     return None if description is None else f"{description}\n"
 
 
 def _check_tables(model: ModelInfo) -> Iterator[Incompatibility]:
     """Check that masks and tables are described for as many tokens as the cache holds."""
-    places = json.loads(model.metadata.get(KEY, "{}")).get("places")
+    places = json.loads(model.metadata.get(CONTEXT_KEY, "{}")).get("places")
     if places is not None and model.token_limit is not None and places < model.token_limit:
         yield Incompatibility(
             f"expected masks and tables for {model.token_limit} tokens, found {places}",

@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from kvsurgeon import io
-from kvsurgeon.errors import KvsurgeonError, ParityError, PassError, UsageError, describe_exception
+from kvsurgeon.errors import InternalError, KvsurgeonError, ParityError, PassError, UsageError, describe_exception
 from kvsurgeon.interop.functions import as_pass_class
 from kvsurgeon.io.loading import Source
 from kvsurgeon.io.model_config import ModelHeads, record_head_change
@@ -244,16 +244,7 @@ def _run_pass(one: Pass, subject: Subject, before: Sequence[PassResult], *, by_c
     """
     start = time.perf_counter()
     ran = f" (passes before it: {', '.join(step.name for step in before)})" if before else ""
-    try:
-        outcome = one.apply(subject)
-    except KvsurgeonError as error:
-        if one.name in registry.BUILT_IN:
-            raise
-        raise PassError(f"pass {one.name} failed: {error}{ran}") from error
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # such as SystemExit
-        raise PassError(f"pass {one.name} raised {describe_exception(error)}{ran}") from error
+    outcome = _apply(one, subject, ran)
     if not isinstance(outcome, Changed | Unchanged) or not _is_well_formed(outcome):
         raise PassError(f"pass {one.name}: expected it to return Changed or Unchanged, found {outcome!r}{ran}")
     if not isinstance(subject.model, ir.Model):
@@ -266,6 +257,28 @@ def _run_pass(one: Pass, subject: Subject, before: Sequence[PassResult], *, by_c
         if found:
             raise PassError(f"pass {one.name} left an invalid graph: {first_of(found)}{ran}")
     return PassResult(name=one.name, outcome=outcome, seconds=time.perf_counter() - start)
+
+
+def _apply(one: Pass, subject: Subject, ran: str) -> Outcome:
+    """Return the outcome of a pass.
+
+    Raises:
+        PassError: The pass is not built in, and raised.
+        InternalError: It is built in, and raised an exception that is not an error of this package.
+    """
+    is_built_in = one.name in registry.BUILT_IN
+    try:
+        return one.apply(subject)
+    except KvsurgeonError as error:
+        if is_built_in:
+            raise
+        raise PassError(f"pass {one.name} failed: {error}{ran}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # such as SystemExit
+        if is_built_in:
+            raise InternalError(error, where=f"pass {one.name}{ran}") from error
+        raise PassError(f"pass {one.name} raised {describe_exception(error)}{ran}") from error
 
 
 def _is_well_formed(outcome: Outcome) -> bool:

@@ -10,9 +10,8 @@ import onnx
 
 from kvsurgeon.io.json_files import parse_json
 from kvsurgeon.parity import TOLERANCES, Effort, Progress, Report, TextLengths, arithmetic_of, load_graph, verify
+from kvsurgeon.rewrite.cache_metadata import CONTEXT_KEY
 from kvsurgeon.runtime import Source
-
-CONTEXT = "kvsurgeon.context"  # metadata key: how an application computes masks and position tables
 
 
 def verify_models(
@@ -44,7 +43,7 @@ def verify_models(
     computed = _computed_inputs(models[1]) - _computed_inputs(models[0])
     if computed:
         arithmetic = arithmetic_of(models[0])
-        reason = f"the application computes `{min(computed)}` (metadata `{CONTEXT}`), and the verifier does not"
+        reason = f"the application computes `{min(computed)}` (metadata `{CONTEXT_KEY}`), and the verifier does not"
         return replace(Report(arithmetic=arithmetic, tolerance=TOLERANCES[arithmetic]), unverifiable=reason)
     return verify(
         reference,
@@ -61,7 +60,7 @@ def verify_models(
 
 def _computed_inputs(model: onnx.ModelProto) -> set[str]:
     """Return the inputs that an application computes by the metadata, other than masks and position numbers."""
-    metadata = next((entry.value for entry in model.metadata_props if entry.key == CONTEXT), "{}")
+    metadata = next((entry.value for entry in model.metadata_props if entry.key == CONTEXT_KEY), "{}")
     try:
         inputs = parse_json(metadata).get("inputs", {}).items()
         return {name for name, how in inputs if how.get("seen") != 0 and not _is_range(how.get("table"))}

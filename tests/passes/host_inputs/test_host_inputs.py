@@ -19,10 +19,11 @@ from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.host_inputs.describe import describe, hides_later_keys
-from kvsurgeon.passes.host_inputs.host_inputs import KEY, HostInputs
+from kvsurgeon.passes.host_inputs.host_inputs import HostInputs
 from kvsurgeon.passes.host_inputs.tabulate import ContextTable
 from kvsurgeon.passes.interface.integer_inputs import Int32Inputs
 from kvsurgeon.passes.operators.remove_nan_guards import RemoveNanGuards
+from kvsurgeon.rewrite.cache_metadata import CONTEXT_KEY
 
 CAPACITY = 12  # rows of a past, most of them not filled
 MODELS = {name: export(name) for name in ONE_OF_EACH} | {
@@ -60,7 +61,7 @@ def host_input(description: dict, past: int, new: int) -> np.ndarray:
 
 def logits(model: onnx.ModelProto, ids: np.ndarray, sizes: tuple[int, ...]) -> np.ndarray:
     run = in_onnxruntime(model)
-    (inputs,) = (json.loads(entry.value)["inputs"] for entry in model.metadata_props if entry.key == KEY)
+    (inputs,) = (json.loads(entry.value)["inputs"] for entry in model.metadata_props if entry.key == CONTEXT_KEY)
     types = {v.name: onnx.helper.tensor_dtype_to_np_dtype(v.type.tensor_type.elem_type) for v in model.graph.input}
     shapes = {v.name: dims_of(v) for v in model.graph.input if v.name.startswith("past")}
     caches = {name: np.full([1, heads, CAPACITY, width], 7.0) for name, (_, heads, _, width) in shapes.items()}
@@ -162,7 +163,7 @@ def test_context_with_heads_and_queries_on_one_axis_is_rejected():
 
 def test_no_more_positions_are_described_than_the_model_has():
     result = given(MODELS["gpt2_torchscript_sdpa"], max_length=4096)
-    (metadata,) = (json.loads(entry.value) for entry in result.metadata_props if entry.key == KEY)
+    (metadata,) = (json.loads(entry.value) for entry in result.metadata_props if entry.key == CONTEXT_KEY)
     assert 32 <= metadata["places"] <= 4096
 
 
@@ -189,7 +190,9 @@ def test_a_bias_by_distance_that_hides_no_key():
         scores="near = Sub(row, column)\n  far = Cast<to = 1>(near)\n  bias = Mul(far, half)\n  s = Add(s0, bias)"
     )
     model = read(text)
-    (inputs,) = (json.loads(e.value)["inputs"] for e in given(model, max_length=32).metadata_props if e.key == KEY)
+    (inputs,) = (
+        json.loads(e.value)["inputs"] for e in given(model, max_length=32).metadata_props if e.key == CONTEXT_KEY
+    )
     assert sorted(one["hidden"] for one in inputs.values()) == [-10_000.0, 0.0]
     random = np.random.default_rng(0).normal(size=(9, 8)).astype(np.float32)
     expected = in_onnxruntime(model)({"x": random[None]})["logits"][0]
@@ -215,5 +218,5 @@ def test_a_mask_must_hide_later_keys():
 
 def test_a_short_maximum_length_is_raised_to_the_minimum():
     result = given(MODELS["own"], max_length=8)
-    (metadata,) = (json.loads(entry.value) for entry in result.metadata_props if entry.key == KEY)
+    (metadata,) = (json.loads(entry.value) for entry in result.metadata_props if entry.key == CONTEXT_KEY)
     assert metadata["places"] == 32

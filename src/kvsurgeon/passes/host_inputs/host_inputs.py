@@ -20,8 +20,7 @@ from kvsurgeon.passes.host_inputs.boundary import find_boundary, token_and_cache
 from kvsurgeon.passes.host_inputs.describe import describe, has_equal_halves, hidden_value, hides_later_keys
 from kvsurgeon.passes.host_inputs.tabulate import ContextTable, can_run, open_context, tabulate
 from kvsurgeon.passes.options import check_count
-
-KEY = "kvsurgeon.context"  # metadata key of the descriptions
+from kvsurgeon.rewrite.cache_metadata import CONTEXT_KEY
 
 DEFAULT_LENGTH = 512
 MIN_LENGTH = 32  # positions that are needed to tell one kind of context from another
@@ -75,7 +74,7 @@ class HostInputs:
         descriptions = _add_inputs(editor, contexts)
         editor.finish()
         _remove_inputs(model.graph, replaced)
-        model.metadata_props[KEY] = json.dumps({"places": length, "inputs": descriptions})
+        model.metadata_props[CONTEXT_KEY] = json.dumps({"places": length, "inputs": descriptions})
         subject.model = model
         return Changed(edits=editor.edits)
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.rewrite.cache_metadata import rename_in_metadata
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,9 @@ class RenameIo:
 
 
 def rename(model: ir.Model, new_names: Mapping[str, str]) -> dict[str, str]:
-    """Rename inputs and outputs, and return the new names by the old ones; names that the model lacks are ignored.
+    """Rename inputs and outputs, in the metadata too, and return the new names by the old ones.
+
+    Names that the model lacks are ignored.
 
     Raises:
         UnsupportedError: Another input or output has the new name.
@@ -66,6 +69,7 @@ def rename(model: ir.Model, new_names: Mapping[str, str]) -> dict[str, str]:
     for old, new in renamed.items():
         editor.release_name(new)
         interface[old].name = new
+    rename_in_metadata(model, renamed)
     return renamed
 
 
