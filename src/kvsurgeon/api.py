@@ -25,6 +25,7 @@ from kvsurgeon.passes.options import check_count, describe, is_value, make
 from kvsurgeon.reporting import key_grid
 from kvsurgeon.reporting.page.build import build_page
 from kvsurgeon.runtime import GeneratedToken, Generation, Sampling, TextGenerator
+from kvsurgeon.runtime.providers import CPU
 from kvsurgeon.runtime.text import Prompt
 from kvsurgeon.targets import Target
 from kvsurgeon.workflow import loss, verification
@@ -254,6 +255,7 @@ def verify(
     effort: Effort = "normal",
     seed: int | None = None,
     threads: int | None = None,
+    provider: str = CPU,
     progress: Progress | None = None,
 ) -> Report:
     """Run two models on the same texts, whole and in chunks, and compare all outputs and the cache.
@@ -265,18 +267,20 @@ def verify(
         effort: How many texts, and of which lengths: "quick", "normal" or "thorough".
         seed: Random seed of the texts; None draws one, which the report names.
         threads: Number of threads per operator.
+        provider: Execution provider of onnxruntime for the candidate, such as "openvino" or "openvino{precision=FP32}".
         progress: Called before each scenario, with its number, their number and its name.
 
     Returns:
         A report; a difference is returned, not raised.
 
     Raises:
+        UsageError: The installed onnxruntime has no such provider.
         InputError: A model cannot be read.
     """
     _check_options({"effort": effort, "seed": seed})
     models, where = as_runnable((reference, candidate), folder)
     return verification.verify_models(
-        *models, folder=where, effort=effort, seed=seed, threads=threads, progress=progress
+        *models, folder=where, effort=effort, seed=seed, threads=threads, provider=provider, progress=progress
     )
 
 
@@ -320,6 +324,7 @@ def generate(
     stop: Collection[int] | None = None,
     folder: str | Path | None = None,
     threads: int | None = None,
+    provider: str = CPU,
     on_token: Callable[[GeneratedToken], None] | None = None,
 ) -> Generation:
     """Continue one prompt or several.
@@ -334,6 +339,7 @@ def generate(
         stop: Tokens that end a text; None for those of `generation_config.json` or `config.json`.
         folder: The folder of the weights and side files of a model in memory.
         threads: Number of threads per operator.
+        provider: Execution provider of onnxruntime, such as "openvino" or "openvino{precision=FP32}".
         on_token: Called with each token.
 
     Raises:
@@ -343,7 +349,9 @@ def generate(
     """
     check_count("max_new_tokens", max_new_tokens)
     (opened,), where = as_runnable((model,), folder)
-    generator = TextGenerator(opened, cached=cached, tokenizer=tokenizer, stop=stop, folder=where, threads=threads)
+    generator = TextGenerator(
+        opened, cached=cached, tokenizer=tokenizer, stop=stop, folder=where, threads=threads, provider=provider
+    )
     return generator.generate(prompts, max_new_tokens=max_new_tokens, sampling=sampling, on_token=on_token)
 
 

@@ -421,6 +421,8 @@ def test_generate_prints_the_text_and_its_speed(shell, models, tmp_path):
     assert said["cached"][1] == "8 tokens with a cache, N tokens/s\n"
     _, out, err = shell("generate", tmp_path / "cached", "--prompt", "w1 w2", "--max-new-tokens", 8, "--no-cache")
     assert (out.split(), "without a cache" in err) == (said["given"][0], True)
+    _, out, _ = shell("generate", tmp_path / "cached", "--prompt", "1,2", "--max-new-tokens", 8, "--ids")
+    assert [f"w{token}" for token in out.split()] == said["given"][0]
 
 
 # Options in files, and passes of files

@@ -36,6 +36,10 @@ SamplingSeed = Annotated[int, Option("--seed", min=0, help="Random seed.")]
 Load = Annotated[
     list[Path] | None, Option("--load", metavar="FILE", help="Add the passes of a Python file; may be repeated.")
 ]
+Provider = Annotated[
+    str, Option(metavar="NAME", help="Execution provider of onnxruntime for the result: NAME or NAME{option=value}.")
+]
+CPU = "cpu"  # execution provider
 DEMO = Path("kvsurgeon-demo")
 
 
@@ -175,6 +179,7 @@ def verify(
     certificate: Annotated[
         Path | None, Option(metavar="FILE", help="Confirm the certificate of RESULT instead.")
     ] = None,
+    provider: Provider = CPU,
     json: Json = False,
 ) -> None:
     """Run two models on the same token sequences, whole and in chunks, and compare the results."""
@@ -185,8 +190,12 @@ def verify(
     from kvsurgeon.workflow.verification import verify_models
 
     measures_loss = loss or text is not None or per_layer
-    if certificate is not None and (measures_loss or seed is not None):
-        raise UsageError("--certificate repeats the verification of FILE; omit --seed, --loss, --text and --per-layer")
+    if certificate is not None and (measures_loss or seed is not None or provider != CPU):
+        raise UsageError(
+            "--certificate repeats the verification of FILE; omit --seed, --provider, --loss, --text and --per-layer"
+        )
+    if measures_loss and provider != CPU:
+        raise UsageError("expected verification with --provider, found --loss, --text or --per-layer; omit one")
     with verification_progress() as progress:
         if certificate is not None:
             model, given = (original, None) if result is None else (result, original)
@@ -198,7 +207,7 @@ def verify(
             lost = measure_loss(original, result, text=text, per_layer=per_layer, progress=progress)
             shown, document, exit_code = table.loss_table(lost), lost.as_dict(), 0
         else:
-            found = verify_models(original, result, effort=effort, seed=seed, progress=progress)
+            found = verify_models(original, result, effort=effort, seed=seed, provider=provider, progress=progress)
             shown, document = table.report_table(found), found.as_dict()
             exit_code = {"same": 0, "different": 1, "unknown": 3}[found.verdict]
     table.print_result(shown, document, json=json)
@@ -267,6 +276,10 @@ def generate(
     top_k: Annotated[int, Option(help="Sample from the k most likely tokens; 0 for all.")] = 0,
     top_p: Annotated[float, Option(help="Sample from the smallest set of tokens with this probability.")] = 1.0,
     seed: SamplingSeed = 0,
+    ids: Annotated[
+        bool, Option("--ids", help="Read and print token ids, such as 1,2,3, without the tokenizer.")
+    ] = False,
+    provider: Provider = CPU,
 ) -> None:
     """Generate text, and show its speed."""
     from kvsurgeon.reporting.generation import print_all, print_generation
@@ -274,10 +287,12 @@ def generate(
 
     if (prompt is None) == (prompts is None):
         raise UsageError(f"expected one of --prompt and --prompts, found {'none' if prompt is None else 'both'}")
-    if chat and prompts is not None:
-        raise UsageError("expected --chat with --prompt, found --prompts")
+    if chat and (ids or prompts is not None):
+        raise UsageError(f"expected --chat with --prompt and a text, found {'--ids' if ids else '--prompts'}")
     sampling = Sampling(temperature=temperature, top_k=top_k or None, top_p=None if top_p == 1 else top_p, seed=seed)
-    generator = TextGenerator(model, cached=None if cache else False)
+    generator = TextGenerator(model, cached=None if cache else False, provider=provider)
+    if ids:
+        generator.tokenizer = None
     if prompt is not None:
         text = generator.encode_chat(prompt) if chat else prompt
         print_generation(generator, text, max_new_tokens=max_new_tokens, sampling=sampling)

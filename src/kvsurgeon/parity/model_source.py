@@ -12,6 +12,7 @@ from kvsurgeon.io.local_functions import check_functions
 from kvsurgeon.io.locate import find_model, read_proto
 from kvsurgeon.parity.float_model import float_model
 from kvsurgeon.runtime import Optimization, Session, Source, open_session
+from kvsurgeon.runtime.providers import CPU, find_provider
 from kvsurgeon.runtime.session import folder_of
 
 
@@ -25,6 +26,7 @@ class ModelSource:
         graph: The model without external weights.
         folder: Folder of the external weights.
         threads: Number of threads per operator.
+        provider: Execution provider.
     """
 
     name: str
@@ -32,17 +34,23 @@ class ModelSource:
     graph: onnx.ModelProto
     folder: Path | None
     threads: int | None
+    provider: str
 
     @classmethod
-    def of(cls, source: Source, name: str, folder: str | Path | None, threads: int | None) -> ModelSource:
+    def of(
+        cls, source: Source, name: str, folder: str | Path | None, threads: int | None, provider: str = CPU
+    ) -> ModelSource:
         """Read a model.
 
         Raises:
+            UsageError: The installed onnxruntime has no such provider.
             InputError: The file does not exist.
             InvalidModelError: The file is not ONNX.
         """
+        find_provider(provider)
         graph = load_graph(source)
-        return cls(name=name, source=source, graph=graph, folder=folder_of(source, folder), threads=threads)
+        where = folder_of(source, folder)
+        return cls(name=name, source=source, graph=graph, folder=where, threads=threads, provider=provider)
 
     @property
     def inner_values(self) -> tuple[str, ...]:
@@ -64,7 +72,13 @@ class ModelSource:
         """
         source = with_outputs(self.graph, outputs) if outputs else self.source
         return open_session(
-            source, folder=self.folder, threads=self.threads, optimization=optimization, arena=False, name=self.name
+            source,
+            folder=self.folder,
+            threads=self.threads,
+            optimization=optimization,
+            arena=False,
+            provider=self.provider,
+            name=self.name,
         )  # two models of which each kept the memory of its largest call would need twice that
 
 

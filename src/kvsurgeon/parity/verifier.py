@@ -26,6 +26,7 @@ from kvsurgeon.parity.scenarios import Effort, Plan, Scenario, TextLengths, plan
 from kvsurgeon.parity.thresholds import reached, thresholds_in
 from kvsurgeon.parity.tolerance import ROUNDED, TOLERANCES, Arithmetic, arithmetic_of
 from kvsurgeon.runtime import AnyDecoder, CachedDecoder, Optimization, Source
+from kvsurgeon.runtime.providers import CPU
 
 _UNFUSED: Optimization = "basic"  # "all" rounds again: `MatMulNBits` of 8-bit weights rounds activations
 _ROUNDINGS = 3  # in ranges of the call, of the calls before, and of the whole text
@@ -46,6 +47,7 @@ def verify(
     lengths: TextLengths | None = None,
     folder: str | Path | None = None,
     threads: int | None = None,
+    provider: str = CPU,
     optimization: Optimization = "all",
     explain: bool = True,
     progress: Progress | None = None,
@@ -62,6 +64,7 @@ def verify(
         lengths: Sizes of the texts; shorter if a model takes no more. None for those of the effort.
         folder: Folder of the external data of models in memory.
         threads: Number of threads per operator.
+        provider: Execution provider of the candidate; the reference model runs on the CPU.
         optimization: Level of onnxruntime's graph optimization; lower, with a note, if the reference is unstable at it.
         explain: Whether to search for the first value that differs.
         progress: Called before each scenario.
@@ -76,7 +79,7 @@ def verify(
     seed = secrets.randbelow(2**31) if seed is None else seed
     models = (
         ModelSource.of(reference, "the reference model", folder, threads),
-        ModelSource.of(candidate, "the candidate model", folder, threads),
+        ModelSource.of(candidate, "the candidate model", folder, threads, provider),
     )
     work = _Verification(
         seed=seed, effort=effort, thresholds=frozenset(thresholds), lengths=lengths, explain=explain, progress=progress

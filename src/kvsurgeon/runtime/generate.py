@@ -17,6 +17,7 @@ from kvsurgeon.runtime.chat import chat_prompt
 from kvsurgeon.runtime.continuous_batching import ContinuousBatch
 from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder
 from kvsurgeon.runtime.feeds import Tokens
+from kvsurgeon.runtime.providers import CPU
 from kvsurgeon.runtime.sampling import Sampling
 from kvsurgeon.runtime.session import Optimization, Session, Source, open_session
 from kvsurgeon.runtime.tensors import Array
@@ -119,6 +120,7 @@ class TextGenerator:
         stop: Collection[int] | None = None,
         folder: str | Path | None = None,
         threads: int | None = None,
+        provider: str = CPU,
         optimization: Optimization = "all",
     ) -> None:
         """Open a model.
@@ -130,6 +132,7 @@ class TextGenerator:
             stop: Replaces the `eos_token_id` of the configuration next to the model.
             folder: Folder of the weights and side files of a model in memory.
             threads: Number of threads per operator.
+            provider: Execution provider; see `open_session`.
             optimization: Level of onnxruntime's graph optimization.
 
         Raises:
@@ -139,7 +142,7 @@ class TextGenerator:
         folders: tuple[Path, ...] = ()
         if not isinstance(model, Session):
             folders = side_folders(model, folder)
-            model = open_session(model, folder=folder, threads=threads, optimization=optimization)
+            model = open_session(model, folder=folder, threads=threads, optimization=optimization, provider=provider)
         self.tokenizer = tokenizer or load_tokenizer(folders)
         self.stop = stop_tokens(folders) if stop is None else frozenset(stop)
         has_cache = any(is_past(tensor) for tensor in model.inputs)

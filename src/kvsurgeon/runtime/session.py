@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from kvsurgeon.errors import InvalidModelError, KvsurgeonError, MissingKernelError, RunError, UsageError, WeightsError
 from kvsurgeon.io.locate import find_model
+from kvsurgeon.runtime.providers import CPU, find_provider
 from kvsurgeon.runtime.shared_weights import share_weights
 from kvsurgeon.runtime.tensors import from_session
 
@@ -86,6 +87,7 @@ def open_session(
     threads: int | None = None,
     optimization: Optimization = "all",
     arena: bool = True,
+    provider: str = CPU,
     name: str | None = None,
 ) -> Session:
     """Open a model in onnxruntime.
@@ -96,9 +98,11 @@ def open_session(
         threads: Number of threads per operator; None for onnxruntime's default.
         optimization: Level of onnxruntime's graph optimization.
         arena: Whether memory is kept between calls, as much as the largest call needs.
+        provider: Execution provider, as `openvino` or `openvino{precision=FP32}`; the CPU runs what it does not.
         name: Name of the model in messages.
 
     Raises:
+        UsageError: The installed onnxruntime has no such provider, or its device is missing.
         InputError: The file does not exist.
         InvalidModelError: The file is not ONNX, or the graph is invalid.
         WeightsError: The external data cannot be read.
@@ -115,10 +119,14 @@ def open_session(
     readable = _readable(source, folder, options)
     here = None if folder is None else Path(folder)
     weights = share_weights(source, here, options) if isinstance(source, onnx.ModelProto) else ()
+    chosen = find_provider(provider)
     try:
-        session = ort.InferenceSession(readable, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(readable, options, providers=[chosen])
     except Exception as error:  # onnxruntime's exceptions share no base class
         raise _load_error(error, name) from error
+    session.disable_fallback()
+    if chosen[0] not in session.get_providers():  # onnxruntime opened the model on the CPU, after a warning
+        raise UsageError(f"the provider {provider} cannot be used: its libraries or its device are missing")
     return Session(session, name, weights)
 
 

@@ -12,6 +12,7 @@ from kvsurgeon.io.json_files import parse_json
 from kvsurgeon.parity import TOLERANCES, Effort, Progress, Report, TextLengths, arithmetic_of, load_graph, verify
 from kvsurgeon.rewrite.cache_metadata import CONTEXT_KEY
 from kvsurgeon.runtime import Source
+from kvsurgeon.runtime.providers import CPU
 
 
 def verify_models(
@@ -24,6 +25,7 @@ def verify_models(
     thresholds: Collection[int] = (),
     lengths: TextLengths | None = None,
     threads: int | None = None,
+    provider: str = CPU,
     progress: Progress | None = None,
 ) -> Report:
     """Run both models on the same texts, and compare all outputs and the cache.
@@ -37,6 +39,7 @@ def verify_models(
         thresholds: Lengths after which a model may compute something else.
         lengths: Sizes of the texts; None for those of the effort.
         threads: Number of threads per operator.
+        provider: Execution provider of the candidate; the reference model runs on the CPU.
         progress: Called before each scenario.
     """
     models = load_graph(reference), load_graph(candidate)
@@ -54,6 +57,7 @@ def verify_models(
         thresholds=thresholds,
         lengths=lengths,
         threads=threads,
+        provider=provider,
         progress=progress,
     )
 
