@@ -94,7 +94,7 @@ def _bring(visit: NodeVisit, inputs: Sequence[Labels | None], traced: AxesByLabe
 
 
 RELATIVE_SHIFT = (
-    "scores for all distances that are shifted to keys afterwards, as in Transformer-XL, are not followed: "
+    "scores for all distances are followed only if they are shifted to keys as in Transformer-XL: "
     "gather relative positions for each query and key before the product"
 )
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from kvsurgeon.dataflow.input_dimensions import read_inputs
 from kvsurgeon.decompose.fused_node import FusedNode
 from kvsurgeon.decompose.onnx_attention import needs_decomposition
+from kvsurgeon.decompose.relative_positions import gather_relative_positions
 from kvsurgeon.decompose.simplify import simplify_model
 from kvsurgeon.errors import PluginError
 from kvsurgeon.graph.copies import copy_model
@@ -44,9 +45,10 @@ def decompose(model: ir.Model) -> DecomposedModel:
     """
     simple = simplify_model(model)
     if not any(_rule(node) for node in simple.graph):
-        return DecomposedModel(model=simple)
+        return DecomposedModel(model=gather_relative_positions(simple))
     copy = copy_model(simple)
-    return DecomposedModel(model=copy, assumed=_decompose_nodes(copy))
+    assumed = _decompose_nodes(copy)
+    return DecomposedModel(model=gather_relative_positions(copy), assumed=assumed)
 
 
 def _decompose_nodes(model: ir.Model) -> dict[str, str]:
