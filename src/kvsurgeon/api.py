@@ -267,7 +267,7 @@ def verify(
         effort: How many texts, and of which lengths: "quick", "normal" or "thorough".
         seed: Random seed of the texts; None draws one, which the report names.
         threads: Number of threads per operator.
-        provider: Execution provider of onnxruntime for the candidate, such as "openvino" or "openvino{precision=FP32}".
+        provider: Execution provider of onnxruntime for the candidate, such as "cuda" or "cuda{device_id=1}".
         progress: Called before each scenario, with its number, their number and its name.
 
     Returns:
@@ -339,7 +339,7 @@ def generate(
         stop: Tokens that end a text; None for those of `generation_config.json` or `config.json`.
         folder: The folder of the weights and side files of a model in memory.
         threads: Number of threads per operator.
-        provider: Execution provider of onnxruntime, such as "openvino" or "openvino{precision=FP32}".
+        provider: Execution provider of onnxruntime, such as "cuda" or "cuda{device_id=1}".
         on_token: Called with each token.
 
     Raises:

@@ -27,7 +27,7 @@ def find_provider(text: str) -> tuple[str, dict[str, str]]:
     match = _WRITTEN.fullmatch(text.strip())
     options = [option.partition("=") for option in (match["options"] or "").split(",") if option] if match else []
     if match is None or not all(key.strip() and equals for key, equals, _ in options):
-        raise UsageError(f"expected a provider such as openvino{{precision=FP32}}, found {text!r}")
+        raise UsageError(f"expected a provider such as cuda{{device_id=1}}, found {text!r}")
     installed = {name.removesuffix(_SUFFIX).lower(): name for name in ort.get_available_providers()}
     name = match["name"].removesuffix(_SUFFIX).lower()
     if name not in installed:

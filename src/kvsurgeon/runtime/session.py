@@ -98,7 +98,7 @@ def open_session(
         threads: Number of threads per operator; None for onnxruntime's default.
         optimization: Level of onnxruntime's graph optimization.
         arena: Whether memory is kept between calls, as much as the largest call needs.
-        provider: Execution provider, as `openvino` or `openvino{precision=FP32}`; the CPU runs what it does not.
+        provider: Execution provider, as `cuda` or `cuda{device_id=1}`; the CPU runs what it does not.
         name: Name of the model in messages.
 
     Raises:
