@@ -1,23 +1,28 @@
-"""Gather relative positions before their product with queries, where scores are shifted after it.
+"""Gather relative positions before their product with queries, where scores are shifted after it, and back.
 
 The result of a relative shift has at a query and a key the score of the column `key - query + offset`. Queries are
-multiplied with rows that are gathered for each query and key instead. After the query, where causal attention has no
-weight, they are those of distance 0.
+multiplied with rows that are gathered for each query and key instead, which is plain attention with a bias. After the
+query, where causal attention has no weight, they are those of distance 0. Once the model has a cache the columns are
+gathered from the product again: a row for each query and key would take as much memory as all heads' scores times the
+size of a head.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.dataflow.input_dimensions import GraphInputs, read_inputs
 from kvsurgeon.decompose.relative_shifts import RelativeShift, find_shifts, may_shift
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor, NodeBuilder
-from kvsurgeon.graph.query import is_operator
+from kvsurgeon.graph.patterns import Replacement, rewrite
+from kvsurgeon.graph.query import is_operator, producer_of
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import contraction_of, has_trait
 from kvsurgeon.symbolic.dimension import LENGTH, Dimension
 
+OF_PAIRS = "kvsurgeon.of_pairs"  # metadata of a product with rows that are gathered for each query and key
 OPSET = 13  # the axes of `Unsqueeze` are an input
 
 
@@ -41,6 +46,36 @@ def gather_relative_positions(model: ir.Model) -> ir.Model:
         return model
     editor.finish()
     return copy
+
+
+def multiply_before_gathering(model: ir.Model) -> int:
+    """Gather the scores of pairs from products with all rows, and return the number of edits."""
+    return rewrite(model, _columns_of_product)
+
+
+def _columns_of_product(node: ir.Node) -> Replacement | None:
+    if node.metadata_props.pop(OF_PAIRS, None) is None or producer_of(node.inputs[1], "Gather") is None:
+        return None
+    return Replacement(value=node.outputs[0], build=lambda editor: _gather_columns(editor, node))
+
+
+def _gather_columns(editor: Editor, node: ir.Node) -> ir.Value:
+    """Return the scores of a product with gathered rows, as columns of the product with all rows."""
+    editor.before = node
+    op = NodeBuilder(editor, node.outputs[0].name or node.op_type, like=node)
+    gather = node.inputs[1].producer()  # type: ignore[union-attr]
+    rows, columns = gather.inputs  # type: ignore[union-attr]
+    operands, result = node.attributes.get_string("equation", "").split("->")
+    queries, pairs = operands.split(",")
+    query, key, rest = pairs[0], pairs[1], pairs[2:]
+    product = op.Einsum(node.inputs[0], rows, equation=f"{queries},{key}{rest}->{result}")
+    places = result.index(query), result.index(key)
+    if places[0] > places[1]:
+        columns = op.Transpose(columns, perm=[1, 0])
+    wide = op.Unsqueeze(columns, op.int64([axis for axis in range(len(result)) if axis not in places]))
+    keys = op.constant(np.arange(len(result)) == places[1])
+    sizes = op.Where(keys, op.int64(1), op.Shape(product))
+    return op.GatherElements(product, op.Expand(wide, sizes), axis=places[1])
 
 
 def _replace(editor: Editor, given: GraphInputs, shift: RelativeShift) -> bool:
@@ -135,7 +170,9 @@ class _Gathered:
         letters = {label: chr(ord("a") + index) for index, label in enumerate(dict.fromkeys((*labels, *its)))}
         terms = ["".join(letters[one] for one in part) for part in (labels, (row, column, *kept), found.result_labels)]
         gathered = op.Gather(rows, self.columns, axis=0)
-        return op.Einsum(queries, gathered, equation=f"{terms[0]},{terms[1]}->{terms[2]}")
+        product = op.Einsum(queries, gathered, equation=f"{terms[0]},{terms[1]}->{terms[2]}")
+        product.producer().metadata_props[OF_PAIRS] = ""  # type: ignore[union-attr]
+        return product
 
     def _shape(self, value: ir.Value) -> tuple[Dimension, ...]:
         shape = self.shapes[value].shape

@@ -16,6 +16,7 @@ from kvsurgeon.cache.pairs import find_cache_pairs
 from kvsurgeon.cache.unknown_caches import find_unknown_caches
 from kvsurgeon.dataflow.input_dimensions import FIRST_CALL, GIVEN_FOR
 from kvsurgeon.dataflow.input_roles import MaskForm
+from kvsurgeon.decompose.relative_positions import multiply_before_gathering
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.fusion.context import FusionContext
 from kvsurgeon.fusion.fuser import AttentionFuser
@@ -197,6 +198,7 @@ def inject(
         matches = () if select is None else select(analysis, proof)
         with gc_paused():
             edits = inject_cache(analysis, plan, partial(_add_operators, analysis, matches, padding))
+            edits += multiply_before_gathering(analysis.model)
     subject.model = analysis.model
     if opening:
         write_first_call(subject.model, {one.value.name or "": int(one.number) for one in opening})
