@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import json
 import pkgutil
 import re
 from pathlib import Path
@@ -193,6 +194,15 @@ def test_every_page_is_linked_from_the_readme_directly_or_not():
         elif path.suffix == ".md":
             pending += [path.parent / link.partition("#")[0] for link in targets(path) if not link.startswith("#")]
     assert {path for path in TEXTS if path.is_relative_to(ROOT / "docs")} <= visited
+
+
+def test_every_notebook_is_a_page_of_the_site_and_has_no_outputs():
+    pages = re.findall(r"^ +- (notebooks/[\w-]+)\.md$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.MULTILINE)
+    paths = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+    assert sorted(pages) == [f"notebooks/{path.stem}" for path in paths]
+    for path in paths:
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        assert [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")] == []
 
 
 # Errors

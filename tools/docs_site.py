@@ -1,7 +1,8 @@
 """Generates the pages of the docs site that are not in docs/, as a hook of mkdocs (`make site`).
 
-The pages are the README and its neighbors, the help of each command, the docstring of each pass, and the Python API.
-A link to a file that is no page becomes the path of the file.
+The pages are the README and its neighbors, the help of each command, the docstring of each pass, the Python API, and
+the notebooks, which are executed: an error in a cell ends the build. A link to a file that is no page becomes the path
+of the file.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import io
 import logging
 import posixpath
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import nbformat
 from doc_blocks import without_marks
 from mkdocs.structure.files import File, Files
+from nbclient import NotebookClient
+from nbconvert import MarkdownExporter
 
 import kvsurgeon
 from kvsurgeon.cli.main import run
@@ -30,6 +35,8 @@ NEIGHBORS = {
     "CHANGELOG.md": "changes.md",
     "benchmarks/README.md": "benchmarks.md",
 }
+NOTEBOOKS = "notebooks"  # their folder in docs/
+CELL_SECONDS = 300  # that a cell may take on a busy machine
 LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -39,7 +46,28 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, page, content=(ROOT / source).read_text("utf-8")))
     for page, content in (("commands", commands()), ("passes", passes()), ("python", python_api())):
         files.append(File.generated(config, f"reference/{page}.md", content=content))
+    for path in sorted((ROOT / "docs").glob(f"{NOTEBOOKS}/*.ipynb")):
+        text, images = executed(path)
+        files.append(File.generated(config, f"{NOTEBOOKS}/{path.stem}.md", content=text))
+        for name, image in images.items():
+            files.append(File.generated(config, f"{NOTEBOOKS}/{name}", content=image))
     return files
+
+
+def executed(path: Path) -> tuple[str, dict[str, bytes]]:
+    """Return a notebook with its outputs as Markdown, and the images that it shows.
+
+    Raises:
+        CellExecutionError: A cell raised.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:
+        NotebookClient(
+            notebook, timeout=CELL_SECONDS, coalesce_streams=True, resources={"metadata": {"path": folder}}
+        ).execute()
+    names = {"unique_key": path.stem, "output_files_dir": f"{path.stem}_files"}
+    text, found = MarkdownExporter().from_notebook_node(notebook, resources=names)
+    return text, found["outputs"]
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
@@ -55,7 +83,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     def resolved(match: re.Match[str]) -> str:
         text, link, anchor = match.groups()
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), link))
-        target = NEIGHBORS.get(path, path.removeprefix("docs/"))
+        target = NEIGHBORS.get(path, path.removeprefix("docs/")).replace(".ipynb", ".md")
         if target in known:
             return f"[{text}]({posixpath.relpath(target, posixpath.dirname(here) or '.')}{anchor or ''})"
         return text if f"`{path}" in text or path in text else f"{text} (`{path}`)"
