@@ -119,6 +119,22 @@ def test_layers_with_equal_rotation_share_keys(method):
     assert entries(given) == 1
 
 
+def test_heads_of_shared_layers_are_merged():
+    given, merged_first = subject(), subject()
+    ShareKvLayers(kv_layers=1).apply(given)
+    given.changed()
+
+    outcome = MergeKvHeads(kv_heads=1).apply(given)
+
+    MergeKvHeads(kv_heads=1).apply(merged_first)
+    merged_first.changed()
+    ShareKvLayers(kv_layers=1).apply(merged_first)
+    assert (entries(given), kv_heads(given)) == (1, [1, 1])
+    assert difference(logits(given), logits(merged_first)) < 1e-5  # both are means of the same four heads
+    ((expected, found),) = outcome.equal_models()
+    assert difference(logits(Subject.of(found)), logits(Subject.of(expected))) < 1e-5
+
+
 @pytest.mark.parametrize("method", ["mean", "running", "first"])
 @pytest.mark.parametrize("other", [{"speed": 0.5}, {"second": NOT_ROTATED}])
 def test_layers_with_other_rotation_do_not_share_keys(method, other):

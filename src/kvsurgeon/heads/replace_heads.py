@@ -58,6 +58,7 @@ class HeadReplacer:
             UnsupportedError: The weights of a layer's heads cannot be found.
         """
         unused: list[HeadRepetition] = []
+        self._find_repetitions(wanted)
         self._replace_shape_reads([layer for layer, new in enumerate(wanted) if new is not None])
         for layer, new in enumerate(wanted):
             if new is None:
@@ -78,6 +79,7 @@ class HeadReplacer:
         Raises:
             UnsupportedError: The weights of a layer's heads cannot be found.
         """
+        self._find_repetitions(wanted)
         for layer, new in enumerate(wanted):
             if new is None:
                 continue
@@ -126,6 +128,12 @@ class HeadReplacer:
                     code=Code.UNTRACEABLE_HEADS, expected=f"a value equal to `{mine}`", at=other, layer=reader,
                     hint="share only among layers with equal rotary embeddings, by --map",
                 )  # fmt: skip
+
+    def _find_repetitions(self, wanted: Sequence[NewHeads | None]) -> None:
+        """Find the repetitions of all layers before the first edit: layers may share them."""
+        for layer, new in enumerate(wanted):
+            for one in () if new is None else (layer, *new[0]):
+                self._repetitions_of(one)
 
     def _repetitions_of(self, layer: int) -> tuple[tuple[HeadRepetition, ...], tuple[HeadRepetition, ...]]:
         """The repetitions of keys, and those of values."""
