@@ -29,7 +29,8 @@ CacheMode = Literal["dynamic", "static", "new-tokens"]
 UpdateMode = CacheMode | Literal["last-rows", "recurrent"]  # the latter two of states of a fixed size
 
 
-LAST_ROWS = "kvsurgeon.last_rows"  # metadata of an input that holds the last rows alone, and may have none
+# Metadata of an input that holds the last rows alone, and may have none: their number, after "4+" for 4 first rows.
+LAST_ROWS = "kvsurgeon.last_rows"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +110,11 @@ class CachePair:
         return self.is_buffer or self.cache_mode == "last-rows"
 
     @property
+    def most_rows(self) -> int | None:
+        """Most rows of the past, if it holds those of a window."""
+        return sum(_declared_rows(self.past)) if self.cache_mode == "last-rows" else None
+
+    @property
     def rows(self) -> ir.Value | None:
         """The new rows, before any views."""
         rows = self.node.inputs[self.operands.rows]
@@ -177,18 +183,31 @@ def _updated(present: ir.Value, inputs: Iterable[ir.Value], written: Callable[[]
 def _last_rows(present: ir.Value, inputs: Iterable[ir.Value], written: Callable[[], WrittenRows]) -> CachePair | None:
     """Return the pair of an output that holds the last rows of past and new ones, as many as the past has.
 
-    The input must be declared as one: a model that keeps the last keys looks the same.
+    The first rows may come before them. The input must be declared as one: a model that keeps the last keys looks the
+    same.
     """
-    node = producer_of(through(present, is_view), "Slice")
+    returned = through(present, is_view)
+    both = producer_of(returned, "Concat")
+    first, last = (None, returned) if both is None or len(both.inputs) != 2 else both.inputs
+    node = producer_of(last, "Slice")
     if node is None or node.inputs[0] is None or present.shape is None:
         return None
     pair, (start, end, axis) = _updated(node.inputs[0], inputs, written), map(_number, (*node.inputs[1:4], None)[:3])
-    if pair is None or pair.cache_mode != "dynamic" or pair.past.shape is None or axis is None or start is None:
+    if pair is None or pair.cache_mode != "dynamic" or pair.past.shape is None or axis != pair.axis:
         return None
-    is_last = axis == pair.axis and str(-start) == pair.past.metadata_props.get(LAST_ROWS)
-    rows = pair.past.shape[axis]  # always as many, or fewer in a shorter text
-    is_pair = is_last and start < 0 and end is not None and end > FAR and (rows == -start or not isinstance(rows, int))
-    return replace(pair, present=present, cache_mode="last-rows") if is_pair else None
+    declared, rows = _declared_rows(pair.past), pair.past.shape[axis]
+    if first is None:
+        is_last = start is not None and declared == [-start]
+    else:
+        node_of_first = first.producer()
+        is_last = len(declared) == 2 and node_of_first is not None and node_of_first.inputs[0] is node.inputs[0]
+    fits = rows == sum(declared) or not isinstance(rows, int)  # always as many, or fewer in a shorter text
+    return replace(pair, present=present, cache_mode="last-rows") if is_last and fits and (end or 0) > FAR else None
+
+
+def _declared_rows(past: ir.Value) -> list[int]:
+    """Return the numbers of first rows, if any, and of last rows that an input is declared to hold."""
+    return [int(number) for number in past.metadata_props.get(LAST_ROWS, "").split("+") if number]
 
 
 def _number(value: ir.Value | None) -> int | None:

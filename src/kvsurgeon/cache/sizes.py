@@ -32,7 +32,7 @@ class CacheSize:
 def cache_size(graph: ir.Graph) -> CacheSize:
     """Return the size of the cache of a model; 0 without a cache.
 
-    The last rows of a window are not counted if their number is not declared.
+    A window is counted with all its rows.
 
     Raises:
         UnsupportedError: The cache cannot be read.
@@ -57,7 +57,7 @@ def _fixed_rows(pair: CachePair) -> int | None:
     size = declared_shape(pair.past)[pair.axis]
     if isinstance(size, int):
         return size
-    return 0 if pair.cache_mode == "last-rows" else None
+    return pair.most_rows
 
 
 def _bytes(past: ir.Value, axis: int | None) -> int:

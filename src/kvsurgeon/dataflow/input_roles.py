@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
@@ -115,6 +115,17 @@ def classify_inputs(dimensions: Mapping[ir.Value, tuple[Dimension, ...]], length
     if all(given.holds_positions for given in found if given.is_token):  # one of them holds the text
         found = [replace(given, holds_positions=False) for given in found]
     return found
+
+
+def padding_mask(inputs: Sequence[InputRole]) -> ir.Value | None:
+    """Return the only mask input if it is 1 at tokens and 0 at padding, `[batch, total_sequence]`; None otherwise.
+
+    Its sum is the number of tokens of each sequence if padding comes last.
+    """
+    masks = [given for given in inputs if given.lengths and not given.is_token]
+    if len(masks) != 1 or set(masks[0].lengths) != {1} or len(masks[0].dimensions) != 2:
+        return None
+    return masks[0].value if masks[0].mask_form is MaskForm.KEPT else None
 
 
 def _check_stated(value: ir.Value, stated: str | None, axes: Collection[int]) -> None:

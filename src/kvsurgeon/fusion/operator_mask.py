@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 
 from kvsurgeon.anatomy.masks import read_mask
-from kvsurgeon.dataflow.input_roles import InputRole, MaskForm
+from kvsurgeon.dataflow.input_roles import InputRole, padding_mask
 from kvsurgeon.proof.attention_pattern import AttentionPattern
 
 
@@ -41,17 +40,6 @@ def _is_same_for_heads(weights: np.ndarray) -> bool:
     """Whether all heads of all sequences see the same keys, from weights `[..., query, key]`."""
     visible = (weights != 0).reshape(-1, *weights.shape[-2:])
     return bool((visible == visible[:1]).all())
-
-
-def padding_mask(inputs: Sequence[InputRole]) -> ir.Value | None:
-    """Return the only mask input if it is 1 at tokens and 0 at padding, `[batch, total_sequence]`; None otherwise.
-
-    Its sum is the number of tokens of each sequence if padding comes last.
-    """
-    masks = _masks(inputs)
-    if len(masks) != 1 or set(masks[0].lengths) != {1} or len(masks[0].dimensions) != 2:
-        return None
-    return masks[0].value if masks[0].mask_form is MaskForm.KEPT else None
 
 
 def is_padding_counted(inputs: Sequence[InputRole]) -> bool:

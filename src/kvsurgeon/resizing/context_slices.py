@@ -26,6 +26,7 @@ from kvsurgeon.ops.resizing import WHOLE_NUMBERS
 from kvsurgeon.ops.table import axis_links, has_trait, operator_of
 from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.resizing.unfilled_rows import filled_rows, in_token_order
+from kvsurgeon.resizing.windows import Window, kept_columns
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import NEW, Dimension
 from kvsurgeon.symbolic.fact import Fact, OperatorCall
@@ -41,10 +42,10 @@ class ContextSlices:
 
     Attributes:
         fixed: Whether the export fixed a length that context is not computed for: it must be shortened.
-        of_last_tokens: Whether inputs for all tokens so far have more of them, of which the last ones are read.
+        window: The window whose tokens alone are read of inputs for all tokens so far; None for all.
     """
 
-    of_last_tokens = False
+    window: Window | None = None
 
     def __init__(
         self,
@@ -265,15 +266,17 @@ class ContextSlices:
             )  # fmt: skip
         in_rows = tuple(SequenceAxis(axis, LengthVariable(length)) for axis, length in lengths.items())
         wanted = tuple(axis for axis in axes if lengths.get(axis.axis) is not Length.NEW)
-        if self.of_last_tokens:
-            return self.sliced(self._last_of_input(value, lengths), wanted, value)
+        if self.window is not None:
+            return self.sliced(self._kept_of_input(value, lengths, self.window), wanted, value)
         return self.sliced(filled_rows(self.lengths, in_token_order(self.lengths, value, in_rows), in_rows), wanted)
 
-    def _last_of_input(self, value: ir.Value, given: Mapping[int, Length]) -> ir.Value:
-        """Return an input for all tokens so far for the last ones."""
+    def _kept_of_input(self, value: ir.Value, given: Mapping[int, Length], window: Window) -> ir.Value:
+        """Return an input for all tokens so far for the new ones and those before that a window keeps."""
         axes = [axis for axis, length in given.items() if length is Length.TOTAL]
         if not axes:
             return value
+        if window.first:
+            return kept_columns(self.lengths, window, value)
         count = len(axes)
         starts = self.lengths.vector([dim.subtract(0, self.lengths.total)] * count)
         bounds = [starts, self.lengths.vector([int(ir.DataType.INT64.max)] * count), self.lengths.vector(axes)]

@@ -21,7 +21,7 @@ from kvsurgeon.rewrite.cache_layouts import add_cached_rows, is_canonical_view, 
 from kvsurgeon.rewrite.cache_metadata import cache_metadata, write_cache_metadata
 from kvsurgeon.rewrite.cache_modes import read_cache, update_cache
 from kvsurgeon.rewrite.cache_plan import CachePlan, find_sources
-from kvsurgeon.rewrite.cache_tensors import CacheTensor, RecurrentTensor, rows_of_window, with_scales
+from kvsurgeon.rewrite.cache_tensors import CacheTensor, KeptRows, RecurrentTensor, with_scales
 from kvsurgeon.rewrite.causal_masks import mask_causal_operators
 from kvsurgeon.rewrite.declared_shapes import declare_shapes, outputs_of_cache_length
 from kvsurgeon.rewrite.further_outputs import return_cached_tensors, return_context_so_far
@@ -59,11 +59,9 @@ def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperator
     tokens = TokenRewriter(slices, before)
     grouping, windows = HeadGrouping(tokens), _window_rewriters(analysis, tokens, pasts)
     updated, connect_operators = add_operators(lengths, before, pasts)
-    presents, all_rows = _update_caches(plan, lengths, grouping, pasts, updated, windows)
-    computed = {
-        node: windows[one.rows, False] for one in analysis.windows for state in one.states for node in state.nodes
-    }
-    windowed = {tensor.point.value: tensor.last_rows for tensor in plan.tensors if tensor.is_window}
+    presents, all_rows = _update_caches(plan, tokens, grouping, pasts, updated, windows)
+    computed = {node: windows[one.rows] for one in analysis.windows for state in one.states for node in state.nodes}
+    windowed = {tensor.point.value: tensor.window for tensor in plan.tensors if tensor.window is not None}
     shorter: dict[ir.Node, TokenRewriter] = {}
     for site in analysis.sites:
         if site.keys[0].cache_point.value in windowed:
@@ -104,15 +102,15 @@ def _add_inputs(analysis: Analysis, editor: Editor, plan: CachePlan) -> dict[Cac
             _take_name(editor, name, taken)
     for tensor in with_scales(plan.tensors):
         replaced = next((output for output in graph.outputs if output.name == tensor.present), None)
-        if replaced is not None and tensor.rows is None and is_canonical_view(replaced, tensor.point):
+        if replaced is not None and tensor.kept is None and is_canonical_view(replaced, tensor.point):
             graph.outputs.remove(replaced)  # it returns the new rows, which are part of the cache output
             taken.discard(tensor.present)
         for name in (tensor.past, tensor.present):
             _take_name(editor, name, taken)
         shape = ir.Shape(tensor.shape(plan.past))
         pasts[tensor] = ir.Value(name=tensor.past, type=ir.TensorType(tensor.dtype), shape=shape)
-        if tensor.rows is not None:
-            pasts[tensor].metadata_props[LAST_ROWS] = str(tensor.rows)
+        if tensor.kept is not None:
+            pasts[tensor].metadata_props[LAST_ROWS] = str(tensor.kept)
     graph.inputs.extend(pasts.values())
     return pasts
 
@@ -130,18 +128,16 @@ def _take_name(editor: Editor, name: str, taken: Collection[str | None]) -> None
     editor.release_name(name)
 
 
-def _window_rewriters(
-    analysis: Analysis, tokens: TokenRewriter, pasts: CacheValues
-) -> dict[tuple[int, bool], TokenRewriter]:
-    """Return a rewriter for each number of last rows that states are computed on, before the new tokens."""
-    found: dict[tuple[int, bool], TokenRewriter] = {}
+def _window_rewriters(analysis: Analysis, tokens: TokenRewriter, pasts: CacheValues) -> dict[KeptRows, TokenRewriter]:
+    """Return a rewriter for all rows that are kept of a window or a state, before the new tokens."""
+    found: dict[KeptRows, TokenRewriter] = {}
     for tensor, past in pasts.items():
-        if tensor.rows is not None and tensor.last_rows not in found:
-            count = rows_of_window(tensor.rows) if tensor.is_window else dim.symbol(f"last_{tensor.rows}_rows")
+        if tensor.kept is not None and tensor.kept not in found:
+            count = dim.symbol(f"last_{tensor.kept}_rows") if tensor.window is None else tensor.window.extent
             lengths = tokens.lengths.after(count, (past, tensor.axis))
             slices = ContextSlices(tokens.flow, tokens.editor, lengths, analysis.inputs, analysis.same)
-            slices.of_last_tokens = tensor.is_window
-            found[tensor.last_rows] = TokenRewriter(slices, tokens.before)
+            slices.window = tensor.window
+            found[tensor.kept] = TokenRewriter(slices, tokens.before)
     return found
 
 
@@ -170,11 +166,11 @@ def _connect_recurrence(tensor: RecurrentTensor, number: int, lengths: LengthVal
 
 def _update_caches(
     plan: CachePlan,
-    lengths: LengthValues,
+    tokens: TokenRewriter,
     grouping: HeadGrouping,
     pasts: CacheValues,
     updated: CacheValues,
-    windows: Mapping[tuple[int, bool], TokenRewriter],
+    windows: Mapping[KeptRows, TokenRewriter],
 ) -> tuple[list[ir.Value], CacheValues]:
     """Return the cache outputs, which operators compute or which are the updated inputs, and the rows to attend to."""
     presents: list[ir.Value] = []
@@ -183,12 +179,13 @@ def _update_caches(
         order = tensor.order
         if tensor in updated:
             presents.append(updated[tensor])
-            all_rows = read_cache(plan, lengths, tensor, updated[tensor])
+            all_rows = read_cache(plan, tokens.lengths, tensor, updated[tensor])
         else:
-            returned, all_rows = _updated(plan, lengths, tensor, pasts)
+            slices = tokens.slices if tensor.kept is None else windows[tensor.kept].slices
+            returned, all_rows = _updated(plan, slices, tensor, pasts)
             presents += returned
-        if tensor.rows is not None:
-            add_cached_rows(windows[tensor.last_rows], tensor.point, all_rows, order)
+        if tensor.kept is not None:
+            add_cached_rows(windows[tensor.kept], tensor.point, all_rows, order)
         else:
             grouping.add_cache(tensor.point, all_rows, order)
             rows_of[tensor] = all_rows
@@ -196,17 +193,17 @@ def _update_caches(
 
 
 def _updated(
-    plan: CachePlan, lengths: LengthValues, tensor: CacheTensor, pasts: CacheValues
+    plan: CachePlan, slices: ContextSlices, tensor: CacheTensor, pasts: CacheValues
 ) -> tuple[list[ir.Value], ir.Value]:
     """Return the cache outputs of a tensor, and all its rows in the type of the model."""
-    editor, dtype = lengths.editor, tensor.point.dtype
-    rows = to_cache(lengths, tensor.point, tensor.order)
+    editor, dtype = slices.editor, tensor.point.dtype
+    rows = to_cache(slices.lengths, tensor.point, tensor.order)
     if tensor.bits is None:
         rows = _cast(editor, rows, dtype, tensor.dtype, f"{tensor.present}.rows")
-        present, all_rows = update_cache(plan, lengths, tensor, pasts[tensor], rows)
+        present, all_rows = update_cache(plan, slices, tensor, pasts[tensor], rows)
         return [present], _cast(editor, all_rows, tensor.dtype, dtype, f"{tensor.present}.wide")
     parts = zip((tensor, tensor.scale), quantize_rows(editor, tensor, rows), strict=True)
-    updated = [update_cache(plan, lengths, part, pasts[part], new) for part, new in parts]
+    updated = [update_cache(plan, slices, part, pasts[part], new) for part, new in parts]
     return [present for present, _ in updated], dequantize_rows(editor, tensor, *(rows for _, rows in updated))
 
 

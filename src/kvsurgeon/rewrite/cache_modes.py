@@ -6,34 +6,43 @@ static        present = past with the rows [P, P + S) replaced; attention reads 
 new-tokens    present = new rows; attention reads Concat(past, new rows)
 
 In every mode, a state of which the last rows are enough has as many rows: present = the last rows of Concat(past, new).
+Of a layer with a window, present = the rows that the window keeps of Concat(past, new).
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
+from kvsurgeon.dataflow.input_roles import padding_mask
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.editor import NodeBuilder
+from kvsurgeon.resizing.context_slices import ContextSlices
 from kvsurgeon.resizing.lengths import INT64, LengthValues
+from kvsurgeon.resizing.windows import Window, first_tokens, kept_rows
 from kvsurgeon.rewrite.cache_plan import CachePlan
 from kvsurgeon.rewrite.cache_tensors import CacheTensor
+from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import NEW, PAST, TOTAL
 
 TENSOR_SCATTER = 24  # first opset with TensorScatter
 
 
 def update_cache(
-    plan: CachePlan, lengths: LengthValues, tensor: CacheTensor, past: ir.Value, rows: ir.Value
+    plan: CachePlan, slices: ContextSlices, tensor: CacheTensor, past: ir.Value, rows: ir.Value
 ) -> tuple[ir.Value, ir.Value]:
     """Return the cache output, and the rows that attention reads.
 
     Args:
         plan: The cache mode.
-        lengths: Lengths at run time.
+        slices: Context for the rows that attention reads.
         tensor: The cached tensor.
         past: The cache input.
         rows: The new rows, in the layout and type of the cache.
     """
-    if tensor.rows is not None:
+    lengths = slices.lengths
+    if tensor.window is not None and tensor.window.first:
+        return _first_and_last_rows(slices, tensor, tensor.window, past, rows)
+    if tensor.kept is not None:
         return _last_rows(lengths, tensor, past, rows)
     if plan.cache_mode == "static":
         present = _scattered(lengths, tensor, past, rows)
@@ -53,7 +62,8 @@ def update_cache(
 
 def _last_rows(lengths: LengthValues, tensor: CacheTensor, past: ir.Value, rows: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Return the last rows of past and new ones, and all of these."""
-    editor, count = lengths.editor, tensor.rows or 0
+    editor, count = lengths.editor, tensor.state_rows if tensor.window is None else tensor.window.last
+    assert count is not None
     all_rows = editor.node(
         "Concat", [past, rows], {"axis": tensor.axis}, name=f"{tensor.present}.all", dtype=tensor.dtype
     )
@@ -62,6 +72,39 @@ def _last_rows(lengths: LengthValues, tensor: CacheTensor, past: ir.Value, rows:
         "Slice", [all_rows, *bounds], name=tensor.present, dtype=tensor.dtype, shape=tensor.shape(count)
     )
     return present, all_rows
+
+
+def _first_and_last_rows(
+    slices: ContextSlices, tensor: CacheTensor, window: Window, past: ir.Value, rows: ir.Value
+) -> tuple[ir.Value, ir.Value]:
+    """Return the rows of the first tokens and the last rows of past and new ones, and all of these."""
+    lengths, editor = slices.lengths, slices.editor
+    all_rows = editor.node(
+        "Concat", [past, rows], {"axis": tensor.axis}, name=f"{tensor.present}.all", dtype=tensor.dtype
+    )
+    dropped = lengths.flat(dim.at_least_zero(dim.subtract(lengths.total, window.most)))
+    op, first, mask = NodeBuilder(editor, f"{tensor.present}.kept"), None, padding_mask(slices.flow.inputs)
+    if mask is not None:
+        indices = lengths.once(
+            ("first tokens", window),
+            lambda: first_tokens(op, window, slices.slice_of(mask), dropped, lengths.flat(lengths.total)),
+        )
+        first = _indices_of_rows(op, tensor, indices)
+    kept = kept_rows(op, window, all_rows, tensor.axis, dropped, first)
+    present = editor.node(
+        "Concat", kept, {"axis": tensor.axis}, name=tensor.present, dtype=tensor.dtype, shape=tensor.shape(0)
+    )
+    return present, all_rows
+
+
+def _indices_of_rows(op: NodeBuilder, tensor: CacheTensor, indices: ir.Value) -> ir.Value:
+    """Return indices [batch, rows] for each head and feature of a cached tensor."""
+    if tensor.axis < tensor.layout.index("batch"):
+        indices = op.Transpose(indices, perm=[1, 0])
+    others = [place for place, axis in enumerate(tensor.layout) if axis not in ("batch", "sequence")]
+    sizes = {"kv_heads": tensor.point.heads, "head_dim": tensor.width}
+    target = op.int64([sizes.get(axis, 1) for axis in tensor.layout])
+    return op.Expand(op.with_axes("Unsqueeze", indices, others), target)
 
 
 def read_cache(plan: CachePlan, lengths: LengthValues, tensor: CacheTensor, present: ir.Value) -> ir.Value:

@@ -17,9 +17,9 @@ from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.proof.proof import Proof
 from kvsurgeon.resizing.lengths import INT64, LengthSource, sources_of
+from kvsurgeon.resizing.windows import NO_WINDOWS, Windows
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_tensors import (
-    NO_WINDOWS,
     CacheTensor,
     RecurrentTensor,
     find_cache_tensors,
@@ -71,11 +71,11 @@ def plan_cache(
     analysis: Analysis,
     proof: Proof,
     bits: int | None = None,
-    windows: Mapping[int, int] = NO_WINDOWS,
+    windows: Windows = NO_WINDOWS,
 ) -> CachePlan:
     """Return the plan for some options, with keys and values as integers of some bits, if any are given.
 
-    Of the attention sites with these indices only the last rows are cached, as many as the window has.
+    Of the attention sites with these indices only the rows of a window are cached.
 
     Raises:
         UsageError: Two options exclude each other.
@@ -159,7 +159,7 @@ def find_sources(
             length if axis in given.lengths else size for axis, size in enumerate(given.dimensions)
         ]
     sources = sources_of(dimensions)
-    growing = next((tensor for tensor in plan.tensors if tensor.rows is None), None)
+    growing = next((tensor for tensor in plan.tensors if tensor.kept is None), None)
     if growing is None and any(set(given.lengths.values()) == {Length.TOTAL} for given in analysis.inputs):
         sources[PAST] = _past_length_of_mask(analysis, editor, sources[NEW]), None
     elif growing is not None and isinstance(plan.past, sympy.Symbol):

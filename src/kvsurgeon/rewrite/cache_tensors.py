@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 
 import onnx_ir as ir
 
@@ -14,13 +13,13 @@ from kvsurgeon.analysis.token_flow import RecurrentState
 from kvsurgeon.cache.layout import DEFAULT_LAYOUT, Layout
 from kvsurgeon.cache.signature import QUANTIZED, SCALE
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
+from kvsurgeon.resizing.windows import NO_WINDOWS, Window, Windows, union
 from kvsurgeon.rewrite.cache_layouts import Order
 from kvsurgeon.rewrite.cache_options import CacheOptions
-from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dim_names import DimNames, dim_names
-from kvsurgeon.symbolic.dimension import BATCH, Dimension, Extent
+from kvsurgeon.symbolic.dimension import BATCH, Dimension
 
-NO_WINDOWS: Mapping[int, int] = MappingProxyType({})
+KeptRows = Window | int  # of a window, or the last ones of a state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +31,8 @@ class CacheTensor:
         past: Name of the cache input.
         present: Name of the cache output.
         is_key: Whether it caches keys.
-        rows: Number of rows, if only the last ones are cached.
-        is_window: Whether there are fewer rows than that as long as the text has fewer tokens.
+        state_rows: Number of last rows of a state that are enough: all inputs and outputs have as many.
+        window: The rows of a window that are cached, as far as the text has them.
         layout: Order of its axes.
         dtype: Element type of the cache, which may differ from that of the tensor.
         bits: Bits of an integer, if rows are quantized; two integers of 4 bits are one element.
@@ -46,15 +45,15 @@ class CacheTensor:
     is_key: bool
     layout: Layout
     dtype: ir.DataType
-    rows: int | None = None
+    state_rows: int | None = None
     bits: int | None = None
     is_scale: bool = False
-    is_window: bool = False
+    window: Window | None = None
 
     @property
-    def last_rows(self) -> tuple[int, bool]:
-        """Number of the last rows that are cached, and whether there may be fewer."""
-        return self.rows or 0, self.is_window
+    def kept(self) -> KeptRows | None:
+        """The rows that are cached, if not all are."""
+        return self.window or self.state_rows
 
     @property
     def width(self) -> int:
@@ -78,8 +77,9 @@ class CacheTensor:
         return tuple(DEFAULT_LAYOUT.index(axis) for axis in self.layout)
 
     def sizes(self, rows: Dimension) -> list[Dimension]:
-        """Return the dimensions with a number of rows, unless only the last ones are cached."""
-        rows = rows if self.rows is None else rows_of_window(self.rows) if self.is_window else self.rows
+        """Return the dimensions with a number of rows, unless only some are cached."""
+        if self.kept is not None:
+            rows = self.kept if isinstance(self.kept, int) else self.kept.extent
         batch = self.point.batch if isinstance(self.point.batch, int) else BATCH
         sizes: list[Dimension] = [batch, self.point.heads, rows, self.width]
         return [sizes[index] for index in self.order]
@@ -124,13 +124,8 @@ def find_recurrent_tensors(analysis: Analysis, options: CacheOptions) -> list[Re
     ]  # fmt: skip
 
 
-def rows_of_window(count: int) -> Extent:
-    """Return the number of the last rows of a text, at most so many."""
-    return dim.extent(f"last_{count}_rows")
-
-
 def find_cache_tensors(
-    analysis: Analysis, options: CacheOptions, bits: int | None = None, windows: Mapping[int, int] = NO_WINDOWS
+    analysis: Analysis, options: CacheOptions, bits: int | None = None, windows: Windows = NO_WINDOWS
 ) -> list[CacheTensor]:
     """Return the tensors to cache, each once: key 0, value 0, key 1, ..., and then the states, numbered by kind.
 
@@ -140,14 +135,14 @@ def find_cache_tensors(
         analysis: Analysis of the model without a cache.
         options: Options of the cache.
         bits: Bits of an integer, if keys and values are quantized.
-        windows: Number of last rows that are cached, by the index of the attention site.
+        windows: The rows that are cached, by the index of the attention site; all of other sites.
 
     Raises:
         UsageError: A name template does not give unique names.
         UnsupportedError: Rows cannot be quantized to that number of bits.
     """
     tensors: list[CacheTensor] = []
-    rows = _window_rows(analysis, windows)
+    kept = _windows_of_tensors(analysis, windows)
     cached: set[ir.Value] = set()
     layer, further = options.first_layer, list(analysis.states)
     for site in analysis.sites:
@@ -155,7 +150,7 @@ def find_cache_tensors(
         cached |= {point.value for _, point in new}
         further += [point for kind, point in site.cached_tensors if kind == "state"]
         made = [_tensor(point, layer, kind, options) for kind, point in new]
-        made = [replace(one, rows=rows[one.point.value], is_window=rows[one.point.value] is not None) for one in made]
+        made = [replace(one, window=kept[one.point.value]) for one in made]
         tensors += made if bits is None else [_quantized(tensor, bits) for tensor in made]
         layer += bool(new)
     new_states = {point.value: point for point in further if point.value not in cached}
@@ -163,20 +158,22 @@ def find_cache_tensors(
         rows = {value: analysis.rows_of(value) for value in new_states}
         points = [point for value, point in new_states.items() if (rows[value] is None) is (kind == "state")]
         numbered = enumerate(points, start=options.first_layer)
-        tensors += [replace(_tensor(one, number, kind, options), rows=rows[one.value]) for number, one in numbered]
+        tensors += [
+            replace(_tensor(one, number, kind, options), state_rows=rows[one.value]) for number, one in numbered
+        ]
     names = [name for tensor in with_scales(tensors) for name in (tensor.past, tensor.present)]
     if len(set(names)) < len(names):
         raise UsageError("expected names that contain {layer} and {kind}, so that each is unique")
     return tensors
 
 
-def _window_rows(analysis: Analysis, windows: Mapping[int, int]) -> dict[ir.Value, int | None]:
-    """Return the number of last rows that all readers of a cached tensor need; None for all rows."""
-    needed: dict[ir.Value, list[int | None]] = {}
+def _windows_of_tensors(analysis: Analysis, windows: Windows) -> dict[ir.Value, Window | None]:
+    """Return the window that has all rows that the readers of a cached tensor need; None for all rows."""
+    needed: dict[ir.Value, list[Window | None]] = {}
     for index, site in enumerate(analysis.sites):
         for _, point in site.cached_tensors:
             needed.setdefault(point.value, []).append(windows.get(index))
-    return {value: None if None in counts else max(filter(None, counts)) for value, counts in needed.items()}
+    return {value: union(found) for value, found in needed.items()}
 
 
 def with_scales(tensors: Iterable[CacheTensor]) -> Iterator[CacheTensor]:

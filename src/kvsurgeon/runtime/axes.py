@@ -29,7 +29,7 @@ _NAMED: dict[str, Axis] = {
 }
 FIXED_PARTS = ("conv_state", "recurrent_state")
 _WORDS_OF_PARTS = {"conv": "conv_state", "recurrent": "recurrent_state", "ssm": "recurrent_state"}  # of each runtime
-_LAST_ROWS = re.compile(r"last_(\d+)_rows")
+_LAST_ROWS = re.compile(r"(?:first_(\d+)_)?last_(\d+)_rows")
 _INDEX = re.compile(r"(?<!\d)(\d+)(?!\d)")
 _BATCHED = re.compile(r"(?:(\d+)\*)?batch_size(?:\*(\d+))?")  # batch and heads merged
 
@@ -46,13 +46,13 @@ def axis_of(dim: Dim) -> Axis:
 
 
 def last_rows(dim: Dim) -> int | None:
-    """Return the most rows of a past that holds the last ones alone, by the name of its dim; None for another dim.
+    """Return the most rows of a past that holds first and last ones, by the name of its dim; None for another dim.
 
-    >>> last_rows("last_128_rows"), last_rows("past_sequence_length")
-    (128, None)
+    >>> last_rows("last_128_rows"), last_rows("first_4_last_128_rows"), last_rows("past_sequence_length")
+    (128, 132, None)
     """
     found = _LAST_ROWS.fullmatch(dim) if isinstance(dim, str) else None
-    return None if found is None else int(found.group(1))
+    return None if found is None else int(found.group(1) or 0) + int(found.group(2))
 
 
 def axes_of(tensor: ValueInfo) -> tuple[Axis, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,13 +15,12 @@ from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.cache.pairs import find_cache_pairs
 from kvsurgeon.cache.unknown_caches import find_unknown_caches
 from kvsurgeon.dataflow.input_dimensions import FIRST_CALL, GIVEN_FOR
-from kvsurgeon.dataflow.input_roles import MaskForm
+from kvsurgeon.dataflow.input_roles import MaskForm, padding_mask
 from kvsurgeon.decompose.relative_positions import multiply_before_gathering
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.fusion.context import FusionContext
 from kvsurgeon.fusion.fuser import AttentionFuser
 from kvsurgeon.fusion.match import FusionMatch
-from kvsurgeon.fusion.operator_mask import padding_mask
 from kvsurgeon.fusion.operators import GROUP_QUERY_ATTENTION
 from kvsurgeon.fusion.ragged_batches import length_of_all_sequences
 from kvsurgeon.graph.recursion import deep_recursion
@@ -33,12 +32,12 @@ from kvsurgeon.passes.options import check_count
 from kvsurgeon.proof.proof import Proof, prove
 from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.resizing.token_data import InputsBefore
+from kvsurgeon.resizing.windows import NO_WINDOWS, Windows
 from kvsurgeon.rewrite.cache_injection import CacheValues, inject_cache
 from kvsurgeon.rewrite.cache_metadata import read_cache_metadata, write_cache_metadata, write_first_call
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_plan import plan_cache
 from kvsurgeon.rewrite.cache_removal import with_separate_caches
-from kvsurgeon.rewrite.cache_tensors import NO_WINDOWS
 from kvsurgeon.rewrite.late_repetition import with_late_repetition
 from kvsurgeon.rewrite.symbolic_length import with_symbolic_length
 from kvsurgeon.symbolic.dimension import BATCH, NEW, TOTAL
@@ -170,7 +169,7 @@ def inject(
     select: SelectMatches | None = None,
     padding: Literal["mask", "lengths"] = "mask",
     bits: int | None = None,
-    windows: Mapping[int, int] = NO_WINDOWS,
+    windows: Windows = NO_WINDOWS,
 ) -> Changed:
     """Inject a cache into `subject.model`.
 
@@ -180,7 +179,7 @@ def inject(
         select: Returns the attention sites to replace by operators that update the cache.
         padding: Whether these operators read a mask, or the numbers of tokens that it gives.
         bits: Bits of an integer, if keys and values are quantized.
-        windows: Number of last rows that are cached, by the index of the attention site.
+        windows: The rows that are cached, by the index of the attention site; all of other sites.
 
     Raises:
         UnsupportedError: The model does not support a cache; it is unchanged.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, MutableSequence, Sequence
+from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast, get_args
 
@@ -20,11 +20,11 @@ from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.cache.inject import SelectMatches, inject
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.resizing.lengths import INT64
+from kvsurgeon.resizing.windows import NO_WINDOWS, Windows
 from kvsurgeon.rewrite import cache_removal
 from kvsurgeon.rewrite.cache_metadata import read_cache_metadata, write_cache_metadata
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_plan import PAST_LENGTH, first_position
-from kvsurgeon.rewrite.cache_tensors import NO_WINDOWS
 from kvsurgeon.symbolic.dimension import NEW
 
 _RETARGET_HINT = "retarget changes the cache"
@@ -104,7 +104,7 @@ def reattach_cache(
     select: SelectMatches | None = None,
     padding: Literal["mask", "lengths"] = "mask",
     bits: int | None = None,
-    windows: Mapping[int, int] = NO_WINDOWS,
+    windows: Windows = NO_WINDOWS,
 ) -> Changed:
     """Inject a cache with the cache mode, layouts, types, names and order of a signature.
 
@@ -119,7 +119,7 @@ def reattach_cache(
         padding: Whether the operators read a mask, or the numbers of tokens that it gives.
         bits: Bits of an integer, if keys and values are to be quantized; their scales get the names of the entries,
             followed by `_scale`.
-        windows: Number of last rows that are cached, by the index of the attention site.
+        windows: The rows that are cached, by the index of the attention site; all of other sites.
 
     Raises:
         UnsupportedError: The model does not support such a cache, or needs more cached tensors.
