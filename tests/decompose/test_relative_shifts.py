@@ -73,12 +73,19 @@ WITH_BIAS = (
     BEHIND.replace("(distances", "(biased") + "\n of_each = Slice(biases, start, end, first)"
     "\n one_row = Unsqueeze(of_each, first)\n biased = Add(distances, one_row)"
 )
+GATHERED = """apart = Sub(row, column)
+ columns = Add(apart, beginning)
+ beginning = Sub(length, one)
+ everywhere = Concat<axis = 0>(batch, n, n)
+ each = Expand(columns, everywhere)
+ shifted = GatherElements<axis = 2>(distances, each)"""
 SHIFTS = {
     "keys before the query, padded in front": (PAST, IN_FRONT),
     "keys on both sides, padded behind": (BOTH, BEHIND),
     "with a bias for each distance": (BOTH, WITH_BIAS),
     "keys on both sides, read in other rows": (BOTH, IN_OTHER_ROWS),
     "an odd number of distances, after zeros": (ODD, ZEROS),
+    "columns that the graph gathers": (ODD, GATHERED),
 }
 
 
@@ -103,6 +110,9 @@ BROKEN = {
     "the distance of a key depends on the length": ("rows = Slice(table, first, n, first)", IN_FRONT, {}, None),
     "rows of another order": (PAST.replace("rows =", "past =") + "\n rows = Where(is_long, past, others)"
      "\n others = Neg(past)\n is_long = Greater(length, one)", IN_FRONT, {}, None),
+    "columns that are counted from the end": (ODD, GATHERED.replace("beginning = Sub(length, one)", "beginning = Sub("
+     "least, one)\n six = Mul(two, three)\n two = Add(one, one)\n three = Add(two, one)\n least = Max(length, six)"),
+     {}, None),
     "a column too many is cut off": (PAST, IN_FRONT.replace("Slice(turn, second, far, second)", "Slice(turn, first, n, "
      "second)"), {}, Code.UNTRACEABLE_SEQUENCE),
     "a bound that is no multiple of the length": (BOTH, BEHIND.replace("minus = Neg(n)", "square = Mul(n, n)\n"

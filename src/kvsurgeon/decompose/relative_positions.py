@@ -1,6 +1,7 @@
-"""Gather relative positions before their product with queries, where scores are shifted after it, and back.
+"""Gather relative positions before their product with queries, where scores are shifted or gathered after it, and back.
 
-The result of a relative shift has at a query and a key the score of the column `key - query + offset`. Queries are
+The result of a relative shift has at a query and a key the score of the column `key - query + offset`; others gather
+the column of each query and key. Queries are
 multiplied with rows that are gathered for each query and key instead, which is plain attention with a bias. After the
 query, where causal attention has no weight, they are those of distance 0. Once the model has a cache the columns are
 gathered from the product again: a row for each query and key would take as much memory as all heads' scores times the
@@ -31,11 +32,11 @@ class _NotGatheredError(Exception):
 
 
 def gather_relative_positions(model: ir.Model) -> ir.Model:
-    """Return a model that gathers relative positions before their product, or the model itself if it shifts none.
+    """Return a model that gathers relative positions before their product, or the model itself without need.
 
     The original is not changed.
     """
-    if model.graph.opset_imports.get("", 1) < OPSET or not any(may_shift(node) for node in model.graph):
+    if model.graph.opset_imports.get("", 1) < OPSET or not any(may_shift(one) for one in model.graph):
         return model
     copy = copy_model(model)
     given = read_inputs(copy.graph)
@@ -97,13 +98,23 @@ class _Gathered:
 
     def __init__(self, editor: Editor, given: GraphInputs, shift: RelativeShift) -> None:
         self.shapes = given.shapes
+        self.op = NodeBuilder(editor, f"{shift.result.name}.relative", like=shift.result.producer())
+        self.columns = self._columns(given, shift) if shift.columns is None else self._of_pairs(shift.columns)
+
+    def _of_pairs(self, columns: ir.Value) -> ir.Value:
+        """Return columns [query, key] without the axes of size 1 before them."""
+        single = list(range(len(self._shape(columns)) - 2))
+        return self.op.Squeeze(columns, self.op.int64(single)) if single else columns  # of no axes would be of all
+
+    def _columns(self, given: GraphInputs, shift: RelativeShift) -> ir.Value:
+        """Return the column of each query and key, [query, key]."""
         tokens, sizes = next((value, sizes) for value, sizes in given.dimensions.items() if LENGTH in sizes)
-        self.op = op = NodeBuilder(editor, f"{shift.result.name}.relative", like=shift.result.producer())
+        op = self.op
         length = op.Gather(op.Shape(tokens), op.int64(sizes.index(LENGTH)), axis=0)
         places = op.Range(op.int64(0), length, op.int64(1))
         back = op.Sub(op.Unsqueeze(places, op.int64([0])), op.Unsqueeze(places, op.int64([1])))
         column = op.Add(op.Mul(length, op.int64(shift.slope)), op.int64(shift.start))
-        self.columns = op.Add(op.Min(back, op.int64(0)), column)  # [query, key]
+        return op.Add(op.Min(back, op.int64(0)), column)
 
     def value(self, value: ir.Value, query: int, distance: int) -> ir.Value:
         """Return a value with queries and distances, with keys in place of distances."""

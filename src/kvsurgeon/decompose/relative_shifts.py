@@ -43,14 +43,16 @@ class RelativeShift:
         distance: Index of the axis of the distances, and of the keys.
         slope: By how much the column of the query itself grows with each token of the text.
         start: That column for a text of no tokens.
+        columns: The column of each query and key, [1, ..., query, key], if the graph gathers them.
     """
 
     scores: ir.Value
     result: ir.Value
     query: int
     distance: int
-    slope: int
-    start: int
+    slope: int = 0
+    start: int = 0
+    columns: ir.Value | None = None
 
 
 class _NotShiftedError(Exception):
@@ -58,7 +60,9 @@ class _NotShiftedError(Exception):
 
 
 def may_shift(node: ir.Node) -> bool:
-    """Return whether a node slices what was read in other rows, after it was padded or before it is read so again."""
+    """Return whether a node gathers elements, or slices what was padded and read in other rows or is read so again."""
+    if is_operator(node, "GatherElements"):
+        return True
     read = producer_of(node.inputs[0], "Reshape") if is_operator(node, "Slice") else None
     if read is None:
         return False
@@ -72,6 +76,10 @@ def find_shifts(graph: ir.Graph, shapes: Shapes) -> list[RelativeShift]:
     for node in graph:
         if not may_shift(node):
             continue
+        if is_operator(node, "GatherElements"):
+            gathered = _gathered(shapes, node)
+            found |= {} if gathered is None else {gathered.result: gathered}
+            continue
         *_, scores = chain(node.outputs[0], _moved_input)
         if scores in found:
             continue
@@ -81,6 +89,24 @@ def find_shifts(graph: ir.Graph, shapes: Shapes) -> list[RelativeShift]:
                 found[scores] = shift
                 break
     return list(found.values())
+
+
+def _gathered(shapes: Shapes, node: ir.Node) -> RelativeShift | None:
+    """Return how the columns of scores are gathered by an index for each query and key; None if they are not."""
+    scores, indices = node.inputs
+    assert scores is not None
+    assert indices is not None
+    expand = producer_of(indices, "Expand")
+    columns = indices if expand is None or expand.inputs[0] is None else expand.inputs[0]
+    before, after, pairs = shapes[scores].shape, shapes[indices].shape, shapes[columns].shape
+    if before is None or after is None or pairs is None or len(pairs) < 2:
+        return None
+    distance = node.attributes.get_int("axis", 0) % len(before)
+    of_pairs = pairs[-2:] == (LENGTH, LENGTH) and all(size == 1 for size in pairs[:-2])
+    others = len(before) == len(after) and before[:-1] == after[:-1]
+    if distance != len(before) - 1 or not of_pairs or not others or before[-2] is not LENGTH or before[-1] is LENGTH:
+        return None
+    return RelativeShift(scores=scores, result=node.outputs[0], query=distance - 1, distance=distance, columns=columns)
 
 
 def _moved_input(node: ir.Node | None) -> ir.Value | None:
