@@ -19,6 +19,7 @@ from kvsurgeon.analysis.regions.routed_regions import (
     record_routed_region,
     sorts_or_counts,
 )
+from kvsurgeon.analysis.regions.scans import find_scan
 from kvsurgeon.analysis.regions.sequence_state import find_sequence_state, record_sequence_state
 from kvsurgeon.analysis.token_flow import NodeVisit, TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
@@ -135,7 +136,8 @@ def _propagate_or_cache(flow: TokenFlow, node: ir.Node) -> None:
         _propagate(flow, node, axes_after)
     except UnsupportedError:
         is_read = node in flow.read_for_content
-        state = (find_sequence_state(flow, node) or find_recurrence(flow, node)) if is_read else None
+        finders = (find_scan, find_sequence_state, find_recurrence)
+        state = next(filter(None, (find(flow, node) for find in finders)), None) if is_read else None
         if state is not None:
             record_sequence_state(flow, state)
         elif (is_read or not _reads_queries(flow, node)) and not _has_learned_rows(flow, node):

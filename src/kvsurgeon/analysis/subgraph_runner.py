@@ -143,6 +143,9 @@ class SubgraphRunner:
 
     def _check_shape(self, value: ir.Value, array: np.ndarray, rows: Rows) -> None:
         sizes = [at_length(size, rows.total, rows.batch) for size in self.flow.shapes[value].shape or ()]
+        if isinstance(self.flow.length, int):  # a sequence axis has another size than in the export
+            for axis in self.flow.axes.get(value, ()):
+                sizes[axis.axis] = rows.total if axis.is_plain else sizes[axis.axis]
         if len(sizes) != array.ndim or any(
             isinstance(size, int) and size != actual for size, actual in zip(sizes, array.shape, strict=True)
         ):

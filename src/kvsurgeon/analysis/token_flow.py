@@ -101,13 +101,13 @@ class RecurrentState:
     Attributes:
         start: The input of a node that the state before the text replaces: zeros in the graph.
         value: The value whose last row is the state after the text.
-        axis: Index of the axis of rows of `value`, along which the start has one.
+        axis: Index of the axis of rows of `value`, along which the start has one; None if both are the state itself.
         sizes: Shape of the state, the batch first.
     """
 
     start: Place
     value: ir.Value
-    axis: int
+    axis: int | None
     sizes: tuple[Dimension, ...]
 
 
@@ -121,6 +121,7 @@ class SequenceState:
         axes: The sequence axis of the result.
         measured: Whether no later token was observed to count; axis links prove it otherwise.
         recurrent: The state of fixed size that replaces the inputs of earlier tokens; None if they are cached.
+        output: Which output of the last node is the result.
     """
 
     nodes: tuple[ir.Node, ...]
@@ -128,11 +129,12 @@ class SequenceState:
     axes: Axes
     measured: bool = False
     recurrent: RecurrentState | None = None
+    output: int = 0
 
     @property
     def result(self) -> ir.Value:
         """The value that other nodes read."""
-        return self.nodes[-1].outputs[0]
+        return self.nodes[-1].outputs[self.output]
 
 
 @dataclass(kw_only=True)

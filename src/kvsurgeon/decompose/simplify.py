@@ -1,4 +1,4 @@
-"""Simplify a model: inline local functions, remove sequences, and multiply two tensors at a time."""
+"""Simplify a model: inline local functions, remove sequences, roll up loops, and multiply two tensors at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from kvsurgeon.decompose.einsums import is_splittable, split_einsums
+from kvsurgeon.decompose.padded_ends import drop_padded_ends, may_drop_padding
+from kvsurgeon.decompose.scan_builder import roll_up_loops
 from kvsurgeon.decompose.sequences import MAKERS, remove_sequences
+from kvsurgeon.decompose.unrolled_loops import may_be_unrolled
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor
 
@@ -18,7 +21,8 @@ def simplify_model(model: ir.Model) -> ir.Model:
     """
     calls = any(node.op_identifier() in model.functions for node in model.graph.all_nodes())
     sequences = any(node.op_type in MAKERS for node in model.graph)
-    if not calls and not sequences and not any(is_splittable(node) for node in model.graph):
+    rolled = may_be_unrolled(model.graph) or may_drop_padding(model.graph)
+    if not calls and not sequences and not rolled and not any(is_splittable(node) for node in model.graph):
         return model
     copy = copy_model(model)
     if calls:
@@ -27,6 +31,10 @@ def simplify_model(model: ir.Model) -> ir.Model:
     editor = Editor(copy)
     remove_sequences(editor)
     split_einsums(editor)
+    if may_drop_padding(copy.graph):
+        drop_padded_ends(editor)
+    if may_be_unrolled(copy.graph):
+        roll_up_loops(editor)
     return copy
 
 

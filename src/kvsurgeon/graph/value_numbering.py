@@ -21,7 +21,7 @@ import onnx_ir as ir
 from kvsurgeon.graph.constants import constant_tensor, is_weight
 
 # Each evaluation of these gives another result, so no two of them are the same.
-_NONDETERMINISTIC = ("Random", "Bernoulli", "Multinomial")
+NONDETERMINISTIC = ("Random", "Bernoulli", "Multinomial")
 
 
 class ValueNumbering:
@@ -68,7 +68,7 @@ class ValueNumbering:
                 continue
             key = self._leaf(current)
             node = current.producer()
-            if key is None and node is not None and not node.op_type.startswith(_NONDETERMINISTIC):
+            if key is None and node is not None and not node.op_type.startswith(NONDETERMINISTIC):
                 missing = self._missing(node)
                 if missing:
                     pending += missing

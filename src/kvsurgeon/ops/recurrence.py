@@ -7,7 +7,7 @@ import math
 from kvsurgeon.ops.operator import AxisLinks, Labels, Operator, Trait, entries, parameters
 from kvsurgeon.ops.schema import by_schema
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.fact import Fact, OperatorCall
+from kvsurgeon.symbolic.fact import Fact, OperatorCall, axis_of
 
 
 def linear_attention(call: OperatorCall) -> list[Fact]:
@@ -35,7 +35,27 @@ def linear_attention_links(call: OperatorCall) -> AxisLinks:
     )  # fmt: skip
 
 
+def scan(call: OperatorCall) -> list[Fact]:
+    """`Scan`: states as they are before the first element, and the declared rows of the body, one for each element."""
+    body, elements = call.node.attributes["body"].as_graph(), call.integer("num_scan_inputs", 1)
+    states = len(call.inputs) - elements
+    axes = call.attribute("scan_output_axes") or [0] * (len(body.outputs) - states)
+    axis_in = next(iter(call.attribute("scan_input_axes") or [0]))
+    source = call.fact(states).shape
+    if source is None:
+        return by_schema(call)
+    facts = [Fact(call.fact(index).shape, call.fact(index).dtype) for index in range(states)]
+    for row, axis in zip(body.outputs[states:], axes, strict=True):
+        if row.shape is None or not row.shape.is_static():
+            return by_schema(call)
+        sizes = list(row.shape.numpy())
+        place = axis_of(axis, len(sizes) + 1)
+        facts.append(Fact((*sizes[:place], source[axis_of(axis_in, len(source))], *sizes[place:]), row.dtype))
+    return facts
+
+
 OPERATORS: list[Operator] = [
-    *entries("LSTM GRU RNN Scan", by_schema, None, Trait.RECURRENT),
+    *entries("LSTM GRU RNN", by_schema, None, Trait.RECURRENT),
+    *entries("Scan", scan, None, Trait.RECURRENT),
     *entries("LinearAttention", linear_attention, linear_attention_links, since_version=27),
 ]

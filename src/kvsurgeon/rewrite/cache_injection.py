@@ -153,13 +153,15 @@ def _connect_recurrence(tensor: RecurrentTensor, number: int, lengths: LengthVal
     editor, recurrent = lengths.editor, tensor.recurrent
     past = ir.Value(name=tensor.past, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape))
     editor.graph.inputs.append(past)
-    row = [*recurrent.sizes[: recurrent.axis], 1, *recurrent.sizes[recurrent.axis :]]
-    start = editor.node("Reshape", [past, lengths.reshape_target(row)], name=f"{tensor.past}.row", dtype=tensor.dtype)
+    place, operator, attributes, inputs = recurrent.axis, "Identity", {}, [recurrent.value]
+    start = past
+    if place is not None:
+        target = lengths.reshape_target([*recurrent.sizes[:place], 1, *recurrent.sizes[place:]])
+        start = editor.node("Reshape", [past, target], name=f"{tensor.past}.row", dtype=tensor.dtype)
+        operator, attributes = "Gather", {"axis": place}
+        inputs.append(editor.constant(-1, name="last"))
     editor.replace_input(*recurrent.start, start)
-    present = editor.node(
-        "Gather", [recurrent.value, editor.constant(-1, name="last")], {"axis": recurrent.axis}, name=tensor.present,
-        dtype=tensor.dtype, shape=tensor.shape,
-    )  # fmt: skip
+    present = editor.node(operator, inputs, attributes, name=tensor.present, dtype=tensor.dtype, shape=tensor.shape)
     mark_recurrent_state(past, present, number)
     return present
 

@@ -108,7 +108,7 @@ class RecurrentTensor:
     @property
     def shape(self) -> DimNames:
         """The dimensions as declared in the model."""
-        return dim_names([BATCH, *self.recurrent.sizes[1:]])
+        return dim_names(self.recurrent.sizes)
 
 
 def find_recurrent_tensors(analysis: Analysis, options: CacheOptions) -> list[RecurrentTensor]:

@@ -177,6 +177,7 @@ class _Scan:
     def random_state(self, seed: int) -> np.ndarray:
         """Return a state as large as the probe inputs."""
         sizes = [2, *self.recurrent.sizes[1:]]
+        assert self.recurrent.axis is not None
         sizes.insert(self.recurrent.axis, 1)
         dtype = (self.runner.flow.shapes[self.recurrent.value].dtype or ir.DataType.FLOAT).numpy()
         return (self.scale * np.random.default_rng(seed).standard_normal(sizes)).astype(dtype)

@@ -43,14 +43,13 @@ def find_sequence_state(flow: TokenFlow, start: ir.Node) -> SequenceState | None
 
     The inputs of the region can be cached, and only its result is read elsewhere.
     """
-    if isinstance(flow.length, int):
-        return None
     for grown in growing_regions(flow, start):
         if len(grown) > _MAX_NODES or is_boundary(grown[-1]):
             return None
         region = with_siblings(flow, grown)
         if is_closed(region, region[-1].outputs[:1]) and not any(map(is_boundary, region)):
-            state = _state_of(flow, region, may_run=len(region) == len(grown))
+            may_run = len(region) == len(grown) and not isinstance(flow.length, int)  # one length shows nothing
+            state = _state_of(flow, region, may_run=may_run)
             if state is not None:
                 return state
     return None
@@ -120,7 +119,8 @@ def places_of(flow: TokenFlow, region: Sequence[ir.Node]) -> list[Place]:
 
 def _state_of(flow: TokenFlow, region: Sequence[ir.Node], *, may_run: bool) -> SequenceState | None:
     places = places_of(flow, region)
-    axes = result_axes(flow, region[-1].outputs[0])
+    is_fixed = isinstance(flow.length, int)
+    axes = _traced_axes(flow, region, places) if is_fixed else result_axes(flow, region[-1].outputs[0])
     if not axes or not places or not all(has_new_tokens(flow, node.inputs[index]) for node, index in places):
         return None
     state = SequenceState(nodes=tuple(region), places=tuple(places), axes=axes)
@@ -142,6 +142,16 @@ def result_axes(flow: TokenFlow, value: ir.Value) -> Axes:
     if len(found) != 1 or shape[found[0]] is not flow.length:
         return ()
     return (SequenceAxis(found[0], flow.query_axis),)
+
+
+def _traced_axes(flow: TokenFlow, region: Sequence[ir.Node], places: Sequence[Place]) -> Axes:
+    """Return the axis that holds the tokens by the axis links: of a fixed length, other axes may have the same size."""
+    if not all(has_new_tokens(flow, node.inputs[index]) for node, index in places):
+        return ()
+    found, shape = token_range(flow, region, places), flow.shapes[region[-1].outputs[0]].shape
+    if found is None or found.axis is None or shape is None or shape[found.axis] != flow.length:
+        return ()
+    return (SequenceAxis(found.axis, flow.query_axis),)
 
 
 def has_new_tokens(flow: TokenFlow, value: ir.Value | None) -> bool:

@@ -162,8 +162,10 @@ def _keeps_end(visit: NodeVisit, found: TokenRange, last: float, sizes: tuple[Di
     The result of such a token would change with the next one. An infinite offset reads what there is.
     """
     size, after = sizes
-    if not math.isfinite(last) or not math.isfinite(found.last) or isinstance(size, int):
-        return True  # a size that is a number is the same in every text
+    if not math.isfinite(last) or not math.isfinite(found.last):
+        return True
+    if isinstance(size, int) and not isinstance(visit.flow.length, int):
+        return True  # the same in every text
     added = dim.subtract(dim.add(after, int(last)), size)
     if isinstance(added, int) and added <= 0:
         return True

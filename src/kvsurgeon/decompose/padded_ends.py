@@ -1,0 +1,66 @@
+"""Convolutions whose last rows a `Slice` drops: the padding that computes them is left out instead.
+
+    before: Slice(Conv(x, pads=[3, 3]), 0, 16) of 16 rows, where the convolution has 19
+    after:  Conv(x, pads=[3, 0])
+
+Of fixed lengths alone: the number of rows is no part of the graph any more.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from kvsurgeon.dataflow.input_dimensions import read_inputs
+from kvsurgeon.dataflow.shape_inference import Shapes
+from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.query import is_operator, producer_of
+
+
+def may_drop_padding(graph: ir.Graph) -> bool:
+    """Return whether a graph has a slice of a padded convolution."""
+    return any(_padded(node) is not None for node in graph)
+
+
+def drop_padded_ends(editor: Editor) -> None:
+    """Replace slices that drop the last rows of convolutions by less padding."""
+    shapes = read_inputs(editor.graph).shapes
+    for node in list(editor.graph):
+        conv = _padded(node)
+        pads = None if conv is None else _shorter(shapes, conv, node)
+        if conv is None or pads is None:
+            continue
+        editor.before = node
+        copy = editor.copy(conv, list(conv.inputs), "shorter", frozenset({"pads"}))
+        editor.set_attributes(copy, {"pads": pads})
+        copy.outputs[0].type, copy.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        editor.replace(node.outputs[0], copy.outputs[0])
+        editor.graph.remove(node, safe=True)
+        if not conv.outputs[0].uses() and not conv.outputs[0].is_graph_output():
+            editor.graph.remove(conv, safe=True)
+
+
+def _padded(node: ir.Node) -> ir.Node | None:
+    """Return the convolution with stated padding of which a node is a slice."""
+    conv = producer_of(node.inputs[0], "Conv") if is_operator(node, "Slice") else None
+    return conv if conv is not None and any(conv.attributes.get_ints("pads") or ()) else None
+
+
+def _shorter(shapes: Shapes, conv: ir.Node, node: ir.Node) -> list[int] | None:
+    """Return the padding without the rows that a slice drops; None if it drops other rows, or of unknown number."""
+    pads, sizes = list(conv.attributes.get_ints("pads") or ()), shapes[conv.outputs[0]].shape
+    kept, call = shapes[node.outputs[0]].shape, shapes.call(node)
+    starts, axes, steps = (call.numbers(index) for index in (1, 3, 4))
+    if sizes is None or kept is None or starts is None or axes is None or any(starts):
+        return None
+    if any(step != 1 for step in (*(steps or ()), *(conv.attributes.get_ints("strides") or ()))):
+        return None
+    spatial = len(sizes) - 2
+    for axis, (size, left) in enumerate(zip(sizes, kept, strict=True)):
+        if size == left:
+            continue
+        dropped = size - left if isinstance(size, int) and isinstance(left, int) else None
+        place = spatial + axis - 2
+        if dropped is None or axis < 2 or dropped > pads[place]:
+            return None
+        pads[place] -= dropped
+    return pads
