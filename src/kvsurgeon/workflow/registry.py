@@ -16,6 +16,7 @@ BUILT_IN = {
     "remove-cache": "kvsurgeon.passes.cache.remove_cache:RemoveCache",
     "quantize-cache": "kvsurgeon.passes.cache.quantize_cache:QuantizeCache",
     "window-cache": "kvsurgeon.passes.cache.window_cache:WindowCache",
+    "latent-cache": "kvsurgeon.passes.cache.latent_cache:LatentCache",
     "retarget": "kvsurgeon.passes.cache.retarget:Retarget",
     "separate-cross-attention": "kvsurgeon.passes.cache.separate_cross_attention:SeparateCrossAttention",
     "separate-prefill": "kvsurgeon.passes.cache.separate_prefill:SeparatePrefill",
