@@ -29,6 +29,7 @@ from kvsurgeon.cli.pass_commands import (
     Verify,
     target_names,
 )
+from kvsurgeon.cli.plots import plot
 from kvsurgeon.errors import PluginError, UnsupportedError, UsageError
 from kvsurgeon.workflow.registry import COMMANDS, PASSES, summary_of
 
@@ -212,25 +213,6 @@ def verify(
             exit_code = {"same": 0, "different": 1, "unknown": 3}[found.verdict]
     table.print_result(shown, document, json=json)
     raise typer.Exit(exit_code)
-
-
-def plot(
-    model: Model,
-    layer: Annotated[int, Option(min=0, help="Attention layer, counted in execution order.")] = 0,
-    prompt: Annotated[str | None, Option(help="A text, or token ids such as 1,2,3. [default: a short text]")] = None,
-    against: Annotated[Path | None, Option(metavar="OTHER", help="A second model to compare with.")] = None,
-    output: Annotated[
-        Path | None, Option("--output", "-o", metavar="FILE", help="Image. [default: <model>_layer_<i>_gqa_keys.png]")
-    ] = None,
-) -> None:
-    """Plot the keys of a layer: a row for each group of query heads that share a KV head, a column for each head."""
-    from kvsurgeon.reporting import key_grid
-    from kvsurgeon.workflow.keys import capture_keys
-
-    sides = [capture_keys(one, layer=layer, prompt=prompt) for one in (model, against) if one is not None]
-    path = output or key_grid.default_path(sides[0])
-    key_grid.save_figure(key_grid.draw_keys(sides), path)
-    print(f"written to {path}")
 
 
 def report(

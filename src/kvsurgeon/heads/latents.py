@@ -128,7 +128,7 @@ def _width(flow: TokenFlow, value: ir.Value) -> int | None:
 
 
 def _check_products(flow: TokenFlow, site: AttentionSite, keys: ir.Value, values: ir.Value) -> None:
-    """Check that the products are queries @ keys^T and weights @ values, of heads on an axis of their own.
+    """Check that the products are queries @ keys^T and weights @ values, with heads on one axis.
 
     Raises:
         UnsupportedError: They are not.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvsurgeon.targets import Incompatibility
     from kvsurgeon.workflow.confirmation import Confirmation
     from kvsurgeon.workflow.pipeline import PassResult, PipelineRun
+    from kvsurgeon.workflow.sweep import SweepPoint
 
 _LARGE = 64 * 2**20  # bytes of a copy that a user may want to avoid
 _CACHE_MODES = {
@@ -86,10 +87,21 @@ def loss_table(loss: AccuracyLoss) -> RenderableType:
     ]
     if not loss.layer_errors:
         return Group(*map(Text, lines))
+    worst = max(range(len(loss.layer_errors)), key=loss.layer_errors.__getitem__)
+    lines.append(f"  worst layer    {worst}, error {loss.layer_errors[worst]:.1%}")
     table = TextTable("layer", "error")
     for layer, error in enumerate(loss.layer_errors):
         table.add(layer, f"{error:.1%}")
     return Group(*map(Text, lines), Text("output of each attention layer, the loss of earlier layers included:"), table)
+
+
+def sweep_table(points: Sequence[SweepPoint]) -> RenderableType:
+    """Return a row for each pipeline of a sweep."""
+    table = TextTable("passes", f"cache of {CACHE_TOKENS} tokens", "KL divergence", "perplexity")
+    for point in points:
+        perplexity = "-" if point.loss is None else f"{point.loss.candidate_perplexity:.5g}"
+        table.add(point.passes or "original", size_text(point.cache_bytes), f"{point.kl_divergence:.4g}", perplexity)
+    return table
 
 
 def confirmation_table(found: Confirmation) -> RenderableType:
