@@ -131,7 +131,7 @@ def every(cases: list[Case]) -> pytest.MarkDecorator:
 
 
 def test_every_pass_has_a_golden_file():
-    assert set(FILES) == set(BUILT_IN)
+    assert set(FILES) == set(BUILT_IN) - {"uptrain"}  # trained weights depend on torch; tests/training shows them
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -53,7 +53,9 @@ def activations(
             yield {name: found[name] for name in values}
 
 
-def calibration_rows(text: Path, tokenizer: Tokenizer | None, row: int, *, whole: bool = False) -> list[Tokens]:
+def calibration_rows(
+    text: Path, tokenizer: Tokenizer | None, row: int, *, whole: bool = False, most: int | None = ROWS
+) -> list[Tokens]:
     """Return the first half of a text as rows of token IDs, `[1, row]` each; the last one may be shorter.
 
     The second half is left for measuring the loss.
@@ -63,6 +65,7 @@ def calibration_rows(text: Path, tokenizer: Tokenizer | None, row: int, *, whole
         tokenizer: The tokenizer of the model.
         row: Tokens of a row.
         whole: Whether to leave out a shorter row.
+        most: Number of rows, at most; None for all.
 
     Raises:
         InputError: The text cannot be read.
@@ -72,5 +75,5 @@ def calibration_rows(text: Path, tokenizer: Tokenizer | None, row: int, *, whole
     fewest = row if whole else 2
     if len(tokens) < fewest:
         raise UsageError(f"expected a text of at least {2 * fewest} tokens to calibrate on, found fewer in `{text}`")
-    starts = range(0, len(tokens) - fewest + 1, row)[:ROWS]
+    starts = range(0, len(tokens) - fewest + 1, row)[:most]
     return [np.array([tokens[start : start + row]], np.int64) for start in starts]

@@ -104,14 +104,14 @@ def _shared(analysis: Analysis, keys: ir.Value, values: ir.Value, layers: Sequen
             "layers that share keys read them in different ways", code=Code.UNTRACEABLE_HEADS, at=keys.name
         )
     return SharedHeads(
-        layers=tuple(layers), keys=keys, values=values, queries=tuple(map(_query, sites)),
+        layers=tuple(layers), keys=keys, values=values, queries=tuple(map(query_of, sites)),
         contexts=tuple(site.at for site in sites), reads=reads.pop(), kv_heads=counts.kv_heads,
         head_dim=counts.head_dim, value_dim=counts.value_dim,
         ends=frozenset(node for site in sites for node in _ends(site)),
     )  # fmt: skip
 
 
-def _query(site: AttentionSite) -> ir.Value:
+def query_of(site: AttentionSite) -> ir.Value:
     """The queries of an attention, as its product reads them."""
     if site.fused is not None:
         value = site.fused.node.inputs[site.fused.inputs.query]

@@ -190,6 +190,7 @@ class Changed:
         cache_bytes: Bytes of the cache of a sequence of `CACHE_TOKENS` tokens before and after; None if not known.
         proof: What the pass rests on, without the attention patterns; None if it adds no cache.
         companions: Models that compute inputs of the result, by the name of their file in its folder.
+        original: The model to which the loss of the result is measured; None for the model before the first pass.
         renamed: New names of inputs and outputs by their old ones, under which the verifier compares them.
     """
 
@@ -203,6 +204,7 @@ class Changed:
     )
     proof: Proof | None = field(default=None, repr=False, compare=False)
     companions: Mapping[str, Companion] = field(default_factory=dict, repr=False, compare=False)
+    original: Path | None = None
     renamed: Mapping[str, str] = field(default_factory=dict)
 
 

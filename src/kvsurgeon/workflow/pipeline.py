@@ -128,6 +128,11 @@ class PipelineRun:
         return (found[0][0], found[-1][1]) if found else None
 
     @property
+    def original(self) -> Path | None:
+        """The model to which the loss is measured, if a pass names one."""
+        return next((change.original for change in reversed(self.changes) if change.original is not None), None)
+
+    @property
     def exact(self) -> bool:
         """Whether all passes preserve the results of the model."""
         return all(change.exact for change in self.changes)

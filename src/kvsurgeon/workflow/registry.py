@@ -51,6 +51,7 @@ BUILT_IN = {
     "share-kv-layers": "kvsurgeon.passes.heads.share_kv_layers:ShareKvLayers",
     "low-rank-values": "kvsurgeon.passes.heads.low_rank_values:LowRankValues",
     "swiftkv": "kvsurgeon.passes.heads.swiftkv:SwiftKv",
+    "uptrain": "kvsurgeon.passes.heads.uptrain:Uptrain",
     "add-position-ids": "kvsurgeon.passes.interface.add_position_ids:AddPositionIds",
     "name-states": "kvsurgeon.passes.interface.name_states:NameStates",
     "rename-io": "kvsurgeon.passes.interface.rename_io:RenameIo",

@@ -165,7 +165,7 @@ def verify_run(
         from kvsurgeon.workflow.loss import measure_loss  # onnxruntime is slow to import
 
         loss = measure_loss(
-            reference, candidate, text=text, per_layer=per_layer, folder=run.folder, progress=progress,
+            run.original or reference, candidate, text=text, per_layer=per_layer, folder=run.folder, progress=progress,
             graph=run.model, held_out=text is not None,
         )  # fmt: skip
         return replace(run, loss=loss)
