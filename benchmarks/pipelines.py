@@ -76,6 +76,7 @@ PASSES: tuple[tuple[str, tuple[str, ...], int], ...] = (  # name, options, weigh
     ("lower-opset", ("{opset=17}", "{opset=13}"), 1),
     ("rename-dims", ("{dims=batch_size=1}", "{dims=batch_size=texts}"), 1),
     ("chunk-length", ("{tokens=2}",), 1),
+    ("einsum-to-matmul", ("",), 1),
     ("name-states", ("", "{after-attention=true}"), 1),
     ("rename-io", ("{names=logits=scores}",), 1),
 )

@@ -37,6 +37,7 @@ BUILT_IN = {
     "float16-mask-range": "kvsurgeon.passes.operators.float16_mask_range:float16_mask_range",
     "fix-shapes": "kvsurgeon.passes.shapes.fix_shapes:FixShapes",
     "chunk-length": "kvsurgeon.passes.operators.chunk_length:ChunkLength",
+    "einsum-to-matmul": "kvsurgeon.passes.operators.einsum_to_matmul:EinsumToMatmul",
     "concat-to-tile": "kvsurgeon.passes.operators.concat_to_tile:ConcatToTile",
     "reciprocal-to-div": "kvsurgeon.passes.operators.reciprocal_to_div:ReciprocalToDiv",
     "store-transposed-weights": "kvsurgeon.passes.operators.store_transposed_weights:StoreTransposedWeights",
