@@ -33,14 +33,25 @@ def ragged(**options: object) -> onnx.ModelProto:
     return after(original(**options), Inject(cache="static", past_length="mask"), FuseAttention(padding="lengths"))
 
 
+@functools.cache
+def with_past_lengths(**options: object) -> onnx.ModelProto:
+    """Return a model without fused attention that takes the past length of each sequence."""
+    return after(original(**options), Inject(cache="static", past_length="per-sequence"))
+
+
+def with_query_lengths(**options: object) -> onnx.ModelProto:
+    return after(ragged(**options), AddQueryLengths())
+
+
 def prompts() -> list[list[int]]:
     random = np.random.default_rng(0)
     return [random.integers(0, 61, length).tolist() for length in LENGTHS]
 
 
 @pytest.mark.parametrize("options", [{}, {"position_ids": True}])
-def test_prompts_that_join_and_leave_give_the_tokens_of_each_alone(options):
-    generator = TextGenerator(open_session(ragged(**options), threads=1), stop=(7, 19))
+@pytest.mark.parametrize("make", [ragged, with_past_lengths])
+def test_prompts_that_join_and_leave_give_the_tokens_of_each_alone(make, options):
+    generator = TextGenerator(open_session(make(**options), threads=1), stop=(7, 19))
     alone = TextGenerator(open_session(original(**options), threads=1), stop=(7, 19))
     found: dict[int, list[int]] = {}
     for token in generator.stream_continuously(prompts(), rows=3, max_new_tokens=12):
@@ -50,9 +61,10 @@ def test_prompts_that_join_and_leave_give_the_tokens_of_each_alone(options):
     assert len({len(tokens) for tokens in expected}) > 1  # some end early
 
 
-def test_rejected_tokens_are_dropped_by_a_lower_length():
+@pytest.mark.parametrize("make", [ragged, with_past_lengths])
+def test_rejected_tokens_are_dropped_by_a_lower_length(make):
     """A draft of four tokens, of which two are rejected, next to a sequence that waits."""
-    batch = ContinuousBatch(open_session(ragged(), threads=1), rows=2, capacity=64)
+    batch = ContinuousBatch(open_session(make(), threads=1), rows=2, capacity=64)
     reference = UncachedDecoder(open_session(original(), threads=1))
     text, other = prompts()[2], prompts()[4]
     waiting, _ = batch.start(other)
@@ -67,10 +79,10 @@ def test_rejected_tokens_are_dropped_by_a_lower_length():
 
 
 @pytest.mark.parametrize("options", [{}, {"position_ids": True}])
-def test_chunks_of_different_lengths_behind_pasts_of_different_lengths(options):
+@pytest.mark.parametrize("make", [with_query_lengths, with_past_lengths])
+def test_chunks_of_different_lengths_behind_pasts_of_different_lengths(make, options):
     """Every third sequence has one token, the others a part of their prompts."""
-    model = after(ragged(**options), AddQueryLengths())
-    batch = ContinuousBatch(open_session(model, threads=1), rows=4, capacity=256)
+    batch = ContinuousBatch(open_session(make(**options), threads=1), rows=4, capacity=256)
     reference = UncachedDecoder(open_session(original(**options), threads=1))
     texts = {batch.start(text[:2])[0]: text for text in prompts()[:4]}
     done = dict.fromkeys(texts, 2)

@@ -35,14 +35,22 @@ def gather(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
         if visit.kind(0) is ValueKind.TOKEN and visit.axes(0):
             raise visit.refusal("tokens index a table that other tokens made")
         traced |= {indices[axis.axis]: axis for axis in visit.axes(1)}  # type: ignore[misc]
-        _demand_rows(visit, next(place for place, label in enumerate(table) if label not in result))
+        columns = _demand_rows(visit, next(place for place, label in enumerate(table) if label not in result))
+        traced |= {table[axis.axis]: axis for axis in columns}  # type: ignore[misc]
     return [placed(traced, result)]
 
 
-def _demand_rows(visit: NodeVisit, axis: int) -> None:
-    """Note that tokens look up rows of context that has one for each place: it must have them all."""
-    if visit.kind(0) is ValueKind.CONTEXT and visit.shape(0)[axis] == visit.flow.length:
-        visit.demand(0, (SequenceAxis(axis, LengthVariable(Length.TOTAL)),))
+def _demand_rows(visit: NodeVisit, axis: int) -> Axes:
+    """Note that tokens look up rows of context that has one for each place: it must have them all.
+
+    Return the other axes of such context that are as long as the text, such as the columns of a mask.
+    """
+    if visit.kind(0) is not ValueKind.CONTEXT or visit.shape(0)[axis] != visit.flow.length:
+        return ()
+    others = [place for place, size in enumerate(visit.shape(0)) if size == visit.flow.length and place != axis]
+    columns = tuple(SequenceAxis(place, LengthVariable(at=visit.node.outputs[0].name or "")) for place in others)
+    visit.demand(0, (SequenceAxis(axis, LengthVariable(Length.TOTAL)), *columns))
+    return columns
 
 
 def _selects_last(visit: NodeVisit, traced: SequenceAxis) -> bool:
@@ -95,6 +103,10 @@ def gather_nd(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
             elif index == 1 and visit.axes(0):
                 raise visit.refusal("tokens index a table that other tokens made")
             traced[label] = axis
+    data = links.inputs[0] or ()
+    addressed = [place for place, label in enumerate(data) if label is None]
+    if visit.kind(1) is ValueKind.TOKEN and len(addressed) == 1:
+        traced |= {data[axis.axis]: axis for axis in _demand_rows(visit, *addressed)}  # type: ignore[misc]
     return [placed(traced, links.outputs[0])]
 
 

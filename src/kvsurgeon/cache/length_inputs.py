@@ -25,8 +25,9 @@ from kvsurgeon.ops.content import is_shape_only
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 
-# Source of the past length: the shape of the cache inputs, a separate input, the first position, the mask length.
-PastLength = Literal["shape", "input", "positions", "mask"]
+# Source of the past length: the shape of the cache inputs, a separate input for all sequences of a batch or for each,
+# the first position, the mask length.
+PastLength = Literal["shape", "input", "per-sequence", "positions", "mask"]
 
 _VIEWS = (Trait.IDENTITY, Trait.REPEAT, Trait.RESHAPE, Trait.TRANSPOSE)
 _SELECTIONS = (*_VIEWS, Trait.SELECT)  # each element of the result is an element of the first input
@@ -66,7 +67,8 @@ def past_length_source(lengths: Sequence[LengthInput], pairs: Sequence[CachePair
         return "mask" if any(pair.is_buffer for pair in pairs) else "shape"
     if len({length.source for length in lengths}) > 1 or any(pair.cache_mode == "dynamic" for pair in pairs):
         return None
-    return "input" if any(length.is_whole_input for length in lengths) else "positions"
+    whole = next((length for length in lengths if length.is_whole_input), None)
+    return "positions" if whole is None else "per-sequence" if whole.is_per_sequence else "input"
 
 
 def find_length_inputs(graph: ir.Graph, pairs: Sequence[CachePair]) -> list[LengthInput]:

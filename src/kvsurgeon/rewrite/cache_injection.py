@@ -17,10 +17,11 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.resizing.context_slices import ContextSlices
 from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.resizing.token_data import InputsBefore, TokenRewriter
+from kvsurgeon.rewrite.by_sequence.token_rows import replace_token_rows
 from kvsurgeon.rewrite.cache_layouts import add_cached_rows, is_canonical_view, to_cache
 from kvsurgeon.rewrite.cache_metadata import cache_metadata, write_cache_metadata
 from kvsurgeon.rewrite.cache_modes import read_cache, update_cache
-from kvsurgeon.rewrite.cache_plan import CachePlan, find_sources
+from kvsurgeon.rewrite.cache_plan import CachePlan, add_past_length, find_sources
 from kvsurgeon.rewrite.cache_tensors import CacheTensor, KeptRows, RecurrentTensor, with_scales
 from kvsurgeon.rewrite.causal_masks import mask_causal_operators
 from kvsurgeon.rewrite.declared_shapes import declare_shapes, outputs_of_cache_length
@@ -29,7 +30,7 @@ from kvsurgeon.rewrite.head_grouping import HeadGrouping
 from kvsurgeon.rewrite.quantized_rows import dequantize_rows, quantize_rows
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dim_names import dim_names
-from kvsurgeon.symbolic.dimension import NEW
+from kvsurgeon.symbolic.dimension import BATCH, NEW
 from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable
 
 CacheValues = Mapping[CacheTensor, ir.Value]
@@ -87,6 +88,8 @@ def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperator
     presents += [_connect_recurrence(tensor, number, lengths) for number, tensor in enumerate(plan.recurrences)]
     analysis.model.graph.outputs.extend(presents)
     outputs |= return_cached_tensors(own_outputs, lengths, all_rows)
+    if plan.token_rows is not None:
+        replace_token_rows(lengths, plan.token_rows, add_past_length(editor, BATCH))
     editor.finish()
     write_cache_metadata(analysis.model, cache_metadata(plan, batch_chunks=not updated, outputs=outputs))
     return editor.edits

@@ -32,7 +32,7 @@ class CacheMetadata:
         batch_chunks: Whether a batch of several sequences can take more than one new token after a past.
         outputs: Dimensions of the outputs whose length is that of the cache and not the number of tokens.
         padding: Whether texts may have padding; not if the first position gives the number of past tokens.
-        ragged: Whether the sequences of a batch may have different numbers of past tokens, which the mask counts.
+        ragged: Whether the sequences of a batch may have different numbers of past tokens.
     """
 
     mode: CacheMode
@@ -60,6 +60,7 @@ def cache_metadata(plan: CachePlan, *, batch_chunks: bool, outputs: Mapping[str,
         batch_chunks=batch_chunks,
         outputs=outputs,
         padding=padding,
+        ragged=plan.token_rows is not None,
     )
 
 

@@ -1,8 +1,9 @@
 """Cache modes in the graph: how the new rows enter the cache, and which rows attention reads.
 
 dynamic       present = Concat(past, new rows); attention reads the present
-static        present = past with the rows [P, P + S) replaced; attention reads the present, or a copy of its first T
-              rows. Rows that no token filled are future tokens, which causality hides from every query.
+static        present = past with the rows [P, P + S) replaced, where P may differ by sequence; attention reads the
+              present, or a copy of its first T rows. Rows that no token filled are future tokens, which causality
+              hides from every query.
 new-tokens    present = new rows; attention reads Concat(past, new rows)
 
 In every mode, a state of which the last rows are enough has as many rows: present = the last rows of Concat(past, new).
@@ -19,6 +20,7 @@ from kvsurgeon.graph.editor import NodeBuilder
 from kvsurgeon.resizing.context_slices import ContextSlices
 from kvsurgeon.resizing.lengths import INT64, LengthValues
 from kvsurgeon.resizing.windows import Window, first_tokens, kept_rows
+from kvsurgeon.rewrite.by_sequence.token_rows import first_rows, rows_of_buffer
 from kvsurgeon.rewrite.cache_plan import CachePlan
 from kvsurgeon.rewrite.cache_tensors import CacheTensor
 from kvsurgeon.symbolic import dimension as dim
@@ -45,7 +47,7 @@ def update_cache(
     if tensor.kept is not None:
         return _last_rows(lengths, tensor, past, rows)
     if plan.cache_mode == "static":
-        present = _scattered(lengths, tensor, past, rows)
+        present = _scattered(plan, lengths, tensor, past, rows)
         return present, read_cache(plan, lengths, tensor, present)
     is_dynamic = plan.cache_mode == "dynamic"
     all_rows = lengths.editor.node(
@@ -127,13 +129,18 @@ def read_cache(plan: CachePlan, lengths: LengthValues, tensor: CacheTensor, pres
     )
 
 
-def _scattered(lengths: LengthValues, tensor: CacheTensor, past: ir.Value, rows: ir.Value) -> ir.Value:
-    editor, sizes = lengths.editor, tensor.sizes(NEW)
+def _scattered(plan: CachePlan, lengths: LengthValues, tensor: CacheTensor, past: ir.Value, rows: ir.Value) -> ir.Value:
+    editor, sizes, places = lengths.editor, tensor.sizes(NEW), plan.token_rows
     if editor.opset >= TENSOR_SCATTER:
-        start = lengths.repeated(PAST, sizes[tensor.layout.index("batch")])
+        batch = sizes[tensor.layout.index("batch")]
+        start = lengths.repeated(PAST, batch) if places is None else first_rows(lengths, places)
         operator, inputs, axis = "TensorScatter", [past, rows, start], tensor.axis - len(sizes)
     else:
-        indices = lengths.indices(PAST, sizes, tensor.axis)
+        indices = (
+            lengths.indices(PAST, sizes, tensor.axis)
+            if places is None
+            else rows_of_buffer(lengths, tensor.layout, sizes, places)
+        )
         operator, inputs, axis = "ScatterElements", [past, indices, rows], tensor.axis
     present = ir.Value(name=editor.unique_name(tensor.present), type=ir.TensorType(tensor.dtype))
     message = editor.unique_name(f"{tensor.present}/tokens_exceed_the_rows_of_the_static_cache")  # of onnxruntime

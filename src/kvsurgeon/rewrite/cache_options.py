@@ -20,9 +20,9 @@ class CacheOptions:
         first_layer: {layer} of the first layer, for a model that is one part of a longer one.
         cache: Cache mode: past in, past and new rows out (dynamic); a fixed buffer, updated in place (static); or past
             in, only new rows out (new-tokens).
-        past_length: Source of the number of past tokens: the shape of the cache inputs, a separate input, the first
-            position (for batches without left padding), or the length of the attention mask; none is shape, or input
-            for a static cache.
+        past_length: Source of the number of past tokens: the shape of the cache inputs, a separate input with one
+            number for the whole batch or per sequence of it, the first position (for batches without left padding), or
+            the length of the attention mask; none is shape, or input for a static cache.
         max_length: Capacity of a static cache in tokens; none is dynamic, read from its shape.
         key_layout: Order of the axes of the cached keys.
         value_layout: Order of the axes of the cached values.

@@ -18,6 +18,7 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.proof.proof import Proof
 from kvsurgeon.resizing.lengths import INT64, LengthSource, sources_of
 from kvsurgeon.resizing.windows import NO_WINDOWS, Windows
+from kvsurgeon.rewrite.by_sequence.token_rows import find_token_rows
 from kvsurgeon.rewrite.cache_options import CacheOptions
 from kvsurgeon.rewrite.cache_tensors import (
     CacheTensor,
@@ -26,6 +27,7 @@ from kvsurgeon.rewrite.cache_tensors import (
     find_recurrent_tensors,
 )
 from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.dim_names import dim_names
 from kvsurgeon.symbolic.dimension import CAPACITY, MAX, NEW, PAST, TOTAL, Dimension
 from kvsurgeon.symbolic.sequence_axes import Length
 
@@ -33,7 +35,7 @@ PAST_LENGTH = "past_sequence_length"  # name of the separate input
 
 _PAST_LENGTHS: dict[CacheMode, tuple[PastLength, ...]] = {  # the default first
     "dynamic": ("shape",),
-    "static": ("input", "positions", "mask"),
+    "static": ("input", "per-sequence", "positions", "mask"),
     "new-tokens": ("shape", "input", "positions"),
 }
 
@@ -45,6 +47,7 @@ class CachePlan:
     Attributes:
         cache_mode: Content of the cache outputs.
         past_length: Source of the number of past tokens.
+        token_rows: Input for the row of each new token, int64 [batch, sequence], if past lengths are per sequence.
         tensors: The cached tensors.
         recurrences: The recurrent states.
         past: Rows of a cache input.
@@ -57,6 +60,7 @@ class CachePlan:
 
     cache_mode: CacheMode
     past_length: PastLength
+    token_rows: ir.Value | None
     tensors: Sequence[CacheTensor]
     recurrences: Sequence[RecurrentTensor]
     past: Dimension
@@ -97,6 +101,7 @@ def plan_cache(
         )  # fmt: skip
     return CachePlan(
         cache_mode=options.cache, past_length=past_length, past=past, present=present, total=total,
+        token_rows=find_token_rows(analysis.inputs),
         tensors=find_cache_tensors(analysis, options, bits, windows),
         recurrences=find_recurrent_tensors(analysis, options),
         limit=proof.max_length if past is CAPACITY else proof.limit, max_length=proof.max_length,
@@ -165,7 +170,7 @@ def find_sources(
     elif growing is not None and isinstance(plan.past, sympy.Symbol):
         sources[plan.past] = pasts[growing], growing.axis
     if plan.past_length == "input":
-        sources[PAST] = _add_input(editor), None
+        sources[PAST] = add_past_length(editor, 1), None
     elif plan.past_length == "positions":
         positions = _single(find_positions(analysis.inputs), "an input of positions").value
         sources[PAST] = first_position(editor, positions, name="positions.flat"), None
@@ -181,15 +186,15 @@ def first_position(editor: Editor, positions: ir.Value, name: str) -> ir.Value:
     return editor.node("Gather", [flat, editor.constant([0])], name="position.first", dtype=dtype, shape=[1])
 
 
-def _add_input(editor: Editor) -> ir.Value:
-    """Add a separate input, int64 [1]: no model can take it for a mask or positions."""
+def add_past_length(editor: Editor, count: Dimension) -> ir.Value:
+    """Add a separate input, int64 [count]: no model can take it for a mask or positions."""
     graph = editor.graph
     if any(value.name == PAST_LENGTH for value in (*graph.inputs, *graph.outputs)):
         raise UnsupportedError(
             "the model already has an input or output of that name", code=Code.NAME_CONFLICT, at=PAST_LENGTH
         )
     editor.release_name(PAST_LENGTH)
-    value = ir.Value(name=PAST_LENGTH, type=ir.TensorType(INT64), shape=ir.Shape([1]))
+    value = ir.Value(name=PAST_LENGTH, type=ir.TensorType(INT64), shape=ir.Shape(dim_names([count])))
     graph.inputs.append(value)
     return value
 

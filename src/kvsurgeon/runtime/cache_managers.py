@@ -23,6 +23,7 @@ CacheMode = Literal["dynamic", "static", "new-tokens"]
 
 METADATA_KEY = "kvsurgeon.cache"
 FIRST_CALL_KEY = "kvsurgeon.first_call"  # the inputs that open a block in the first call, and what they hold later
+_PAST = "past"  # with which the names of inputs of past tokens begin
 UNFILLED = 7  # value of rows without a token: reading them gives wrong results
 UNFILLED_ROWS = 3  # in front of a past of any length, if the model allows as many
 SMALLEST_BUFFER = 64  # rows of a static cache of any length, if the model allows as many
@@ -38,7 +39,7 @@ class DeclaredCache:
         max_length: Number of tokens that a text may have.
         batch_chunks: Whether a batch of several rows takes more than one token after a past.
         padding: Whether texts may have padding.
-        ragged: Whether the sequences of a batch may have different numbers of past tokens, which the mask counts.
+        ragged: Whether the sequences of a batch may have different numbers of past tokens.
         outputs: Dims of outputs that the graph declares as numbers.
     """
 
@@ -88,7 +89,7 @@ def find_length_input(inputs: Sequence[ValueInfo], cache: Sequence[CacheIO]) -> 
 
     It is the one whose name says so, else the only number that a model with a static cache takes.
     """
-    named = next((tensor for tensor in inputs if tensor.name.startswith("past") and _is_length(tensor)), None)
+    named = next((tensor for tensor in inputs if tensor.name.startswith(_PAST) and _is_length(tensor)), None)
     if named is not None or _mode_by_dims(cache) != "static":
         return named
     batches = {1, *(tensor.dims[0] for tensor in inputs if len(tensor.dims) > 1)}
@@ -98,7 +99,8 @@ def find_length_input(inputs: Sequence[ValueInfo], cache: Sequence[CacheIO]) -> 
 
 def find_query_lengths(inputs: Sequence[ValueInfo], declared: DeclaredCache) -> ValueInfo | None:
     """Return the input that takes the number of new tokens of each sequence, if they may differ."""
-    numbers = (one for one in inputs if one.integer and len(one.dims) == 1 and axis_of(one.dims[0]) == "batch")
+    counts = (one for one in inputs if one.integer and len(one.dims) == 1 and axis_of(one.dims[0]) == "batch")
+    numbers = (one for one in counts if not one.name.startswith(_PAST))
     return next(numbers, None) if declared.ragged else None
 
 

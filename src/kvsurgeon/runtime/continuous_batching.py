@@ -1,9 +1,10 @@
 """Continuous batching: sequences of one batch that start, end and go back one by one.
 
 The model has a static cache and takes the number of tokens of each sequence from its mask (`fuse-attention --padding
-lengths`). A sequence owns one row of every buffer. Its prompt runs alone in that row; a decode step runs one token of
-every sequence, or any number of each if the model takes them (`add-query-lengths`). When one ends, the last one moves
-into its row, so that the rows in use come first.
+lengths`) or as an input (`inject --past-length per-sequence`). A sequence owns one row of every buffer. Its prompt runs
+alone in that row; a decode step runs one token of every sequence, or any number of each if the model takes them: with
+`add-query-lengths`, or with that input. When one ends, the last one moves into its row, so that the rows in use come
+first.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ class ContinuousBatch:
         if not decoder.takes_ragged_batches:
             raise UsageError(
                 "expected a model that takes sequences of different lengths, found one length for all; make one by "
-                "inject --target genai-shared-buffer, whose notes say what prevents it"
+                "inject --cache static --past-length per-sequence, or --target genai-shared-buffer"
             )
         longest = decoder.max_length
         self.lengths: dict[int, int] = {}
         self.capacity = capacity if longest is None else min(capacity, longest)
         self._session, self._inputs, self._logits = session, decoder.inputs, decoder.logits
-        self._query_lengths, self._takes_chunks = decoder.query_lengths, decoder.takes_ragged_chunks
+        self._lengths, self._takes_chunks = decoder.lengths, decoder.takes_ragged_chunks
+        self._masks_rows = decoder.places_rows
         self._presents = {entry.present: entry.past.name for entry in decoder.cache}
         shapes = {entry.past: shape_with_rows(entry.past, entry.axis, rows, self.capacity) for entry in decoder.cache}
         self._buffers = {past.name: np.full(shape, UNFILLED, past.dtype) for past, shape in shapes.items()}
@@ -142,7 +144,7 @@ class ContinuousBatch:
         if needed > self.capacity:
             raise UsageError(f"expected at most {self.capacity} tokens, the rows of the cache, found {needed}")
         chunk = np.array([[*row, *[0] * (new - len(row))] for row in tokens], np.int64)
-        feeds = self._feeds(chunk, pasts, ends) | self._query_lengths(counts.tolist())
+        feeds = self._feeds(chunk, pasts, ends) | self._lengths(pasts, counts)
         buffers = {name: to_runtime(buffer[rows]) for name, buffer in self._buffers.items()}
         presents = {present: buffers[past] for present, past in self._presents.items()}
         results = self._session.run({name: to_runtime(array) for name, array in feeds.items()} | buffers, presents)
@@ -155,7 +157,7 @@ class ContinuousBatch:
         new, first = chunk.shape[1], (pasts.max() - pasts)[:, None]
         columns = np.arange(pasts.max() + new)  # new tokens below each other, as positions have them
         aligned = (columns >= first) & (columns < first + ends[:, None])
-        mask = np.arange(ends.max()) < ends[:, None]
+        mask = np.arange(self.capacity if self._masks_rows else ends.max()) < ends[:, None]
         below, counted = (self._inputs.feeds(chunk, one.astype(np.int64)) for one in (aligned, mask))
         spans = {"sequence": slice(-new, None)}
         given = {one.name: (counted if "total" in one.axes else below)[one.name] for one in self._inputs.specs}

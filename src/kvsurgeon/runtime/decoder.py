@@ -98,18 +98,26 @@ class CachedDecoder:
 
     @property
     def takes_ragged_batches(self) -> bool:
-        """Whether sequences of a batch may have different lengths, each with its padding last."""
-        return self.inputs.masked and self._declared.ragged and self._length_input is None
+        """Whether sequences of a batch may have different lengths, each with its padding last.
+
+        A state of fixed size would take padding for tokens.
+        """
+        return self._declared.ragged and not any(entry.is_fixed for entry in self.cache)
 
     @property
     def takes_ragged_chunks(self) -> bool:
         """Whether sequences of a batch may have different numbers of new tokens."""
-        return self._query_lengths is not None
+        return self._query_lengths is not None or self.places_rows
 
-    def query_lengths(self, lengths: Sequence[int]) -> dict[str, Array]:
-        """Return the input of the number of new tokens of each sequence, if there is one."""
-        declared = self._query_lengths
-        return {} if declared is None else {declared.name: np.array(lengths, declared.dtype)}
+    @property
+    def places_rows(self) -> bool:
+        """Whether an input gives the number of past tokens of each sequence, from which on its rows are written."""
+        return self._length_input is not None and self._declared.ragged
+
+    def lengths(self, pasts: Array, counts: Array) -> dict[str, Array]:
+        """Return the inputs, if any, for the number of past and of new tokens of each sequence."""
+        given = (self._length_input, pasts), (self._query_lengths, counts)
+        return {one.name: numbers.astype(one.dtype) for one, numbers in given if one is not None}
 
     def use_inputs(self, inputs: DecoderInputs) -> None:
         """Set the inputs, and the sizes that their dims fix."""
@@ -188,10 +196,9 @@ class CachedDecoder:
         past, batch = self.past_length, self.inputs.size(feeds, "batch")
         pasts = self.cache_manager.pasts(batch, past, size)
         arrays = {spec.name: self._padded(spec, feeds[spec.name], size) for spec in self.inputs.specs}
-        if self._length_input is not None:
-            shape = [dim if isinstance(dim, int) else batch for dim in self._length_input.dims]
-            arrays[self._length_input.name] = np.full(shape, past, self._length_input.dtype)
-        arrays |= self.query_lengths([new] * batch)
+        dims = () if self._length_input is None else self._length_input.dims
+        pasts_of = np.full([dim if isinstance(dim, int) else batch for dim in dims], past)
+        arrays |= self.lengths(pasts_of, np.full(batch, new))
         values = {name: to_runtime(array) for name, array in arrays.items()} | pasts
         values |= self._first_call.feeds(batch, first=not past)
         results = self.session.run(values, self.cache_manager.bound_outputs)

@@ -33,6 +33,7 @@ from kvsurgeon.proof.proof import Proof, prove
 from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.resizing.token_data import InputsBefore
 from kvsurgeon.resizing.windows import NO_WINDOWS, Windows
+from kvsurgeon.rewrite.by_sequence.token_rows import with_token_rows
 from kvsurgeon.rewrite.cache_injection import CacheValues, inject_cache
 from kvsurgeon.rewrite.cache_metadata import read_cache_metadata, write_cache_metadata, write_first_call
 from kvsurgeon.rewrite.cache_options import CacheOptions
@@ -193,6 +194,8 @@ def inject(
         analysis = with_late_repetition(given)
         proof = subject.proof() if analysis is given else prove(analysis, assumed)
         subject.changed()  # the analysis refers to the graph that is edited below
+        if options.past_length == "per-sequence":
+            analysis = with_token_rows(analysis)
         plan = plan_cache(options, analysis, proof, bits, windows)
         matches = () if select is None else select(analysis, proof)
         with gc_paused():

@@ -10,7 +10,6 @@ import onnx_ir as ir
 from kvsurgeon.analysis.analysis import Analysis, analyze
 from kvsurgeon.cache.signature import CacheSignature
 from kvsurgeon.dataflow.input_dimensions import declared_dimensions
-from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.decompose.simplify import simplify_model
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
@@ -18,10 +17,7 @@ from kvsurgeon.passes.cache.dynamic_length import with_dynamic_length
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.proof.proof import prove
-from kvsurgeon.rewrite.given_positions import GivenPositions, at_tokens
-from kvsurgeon.symbolic.sequence_axes import Length
-
-Use = tuple[ir.Node, int, int]  # a node on tokens, the index of its context input, the sequence axis of that
+from kvsurgeon.rewrite.by_sequence.given_positions import GivenPositions, at_tokens, context_of_new_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +78,8 @@ def _add_positions(analysis: Analysis, name: str) -> int:
     editor.release_name(name)
     positions = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=_shape(analysis))
     given = GivenPositions(analysis.flow, editor, positions)
-    uses = [use for use in _uses(analysis) if not given.follows_input(use[0].inputs[use[1]])]  # type: ignore[arg-type]
+    found = context_of_new_tokens(analysis, masks=False)
+    uses = [use for use in found if not given.follows_input(use[0].inputs[use[1]])]  # type: ignore[arg-type]
     for node, index, axis in uses:
         editor.replace_input(node, index, at_tokens(given, node, index, axis))
     if not uses:
@@ -99,20 +96,3 @@ def _shape(analysis: Analysis) -> ir.Shape:
     sizes = list(tokens.value.shape or ())
     batch = next((size for axis, size in enumerate(sizes[:length]) if axis not in tokens.lengths), 1)
     return ir.Shape([batch, sizes[length]])
-
-
-def _uses(analysis: Analysis) -> list[Use]:
-    """Return where token data outside attention is combined with context that has a row for each new token."""
-    flow = analysis.flow
-    inside = {node for site in analysis.sites for node in site.upstream_of_weights | site.ends}
-    found = []
-    for (node, index), axes in flow.demands.items():
-        value = node.inputs[index]
-        if node in inside or value is None or flow.kinds.get(value) is not ValueKind.CONTEXT:
-            continue
-        if flow.targets.get(node) == index or (node, index) in flow.parameters or len(axes) != 1:
-            continue
-        (axis,) = axes
-        if axis.variable.resolved() is Length.NEW and axis.is_plain:
-            found.append((node, index, axis.axis))
-    return found

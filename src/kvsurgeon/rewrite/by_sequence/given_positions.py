@@ -1,9 +1,10 @@
 """Context at given positions: token i has the row of the position that an input gives for it.
 
 Context that meets token data has a row for each token, which depends on the token's index. At given positions the rows
-are gathered for each text of a batch: `[..., length, ...]` becomes `[batch, ..., length, ...]`. The gather is pushed up
-through the operators that made the context until it reaches a range, which becomes the positions themselves, or a
-table. If an operator has no rule its result is computed whole and gathered from, which is always right.
+are gathered for each text of a batch: `[..., length, ...]` becomes `[batch, ..., length, ...]`, and a batch axis that
+the context has already becomes 1. The gather is pushed up through the operators that made the context until it reaches
+a range, which becomes the positions themselves, or a table. If an operator has no rule its result is computed whole and
+gathered from, which is always right.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
-from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.editor import Editor, NodeBuilder
 from kvsurgeon.ops.content import is_shape_only
 from kvsurgeon.ops.gather import slice_bounds
 from kvsurgeon.ops.operator import Trait
@@ -25,7 +27,14 @@ from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import axis_of
+from kvsurgeon.symbolic.sequence_axes import Length
 
+ROTARY = "RotaryEmbedding"
+ATTENTION = "Attention"
+MASK_RANK = 4  # of a mask of Attention: [batch, heads, queries, keys]
+BATCHED_GATHER = 12  # first opset of GatherND with batch_dims
+
+Use = tuple[ir.Node, int, int]  # a node on tokens, the index of its context input, the sequence axis of that
 Rule = Callable[["GivenPositions", ir.Node, int], "ir.Value | None"]
 
 
@@ -82,16 +91,28 @@ class GivenPositions:
             )
         return shape
 
-    def reshaped(self, made: ir.Value, sizes: Sequence[Dimension]) -> ir.Value | None:
-        """Return a gathered value as `[batch, *sizes]`; None if a size is neither a number nor the length.
+    def reshaped(self, made: ir.Value, before: Sequence[Dimension], after: Sequence[Dimension]) -> ir.Value | None:
+        """Return a gathered value `[batch, *before]` as `[batch, *after]`; None if that is not known to be the same.
 
-        An axis of the batch size has size 1 in `sizes`: the batch is the leading axis now.
+        An axis of the batch size has size 1 in both: the batch is the leading axis now.
         """
-        sizes = [1 if size == self.flow.batch else size for size in sizes]
-        if [size for size in sizes if not isinstance(size, int)] != [self.flow.length]:
+        before, after = (tuple(1 if size == self.flow.batch else size for size in sizes) for sizes in (before, after))
+        if before == after:
+            return made
+        if [size for size in after if not isinstance(size, int)] == [self.flow.length]:
+            target = self.editor.constant([0, *(size if isinstance(size, int) else -1 for size in after)], name="form")
+            return self.node("Reshape", [made, target], made.dtype)
+        if [size for size in before if size != 1] != [size for size in after if size != 1]:
             return None
-        target = self.editor.constant([0, *(size if isinstance(size, int) else -1 for size in sizes)], name="form")
-        return self.node("Reshape", [made, target], made.dtype)
+        dropped, added = ([place + 1 for place, size in enumerate(sizes) if size == 1] for sizes in (before, after))
+        made = self.with_axes("Squeeze", made, dropped) if dropped else made
+        return self.with_axes("Unsqueeze", made, added) if added else made
+
+    def with_axes(self, operator: str, made: ir.Value, axes: Sequence[int]) -> ir.Value:
+        """Add a `Squeeze` or an `Unsqueeze`."""
+        result = NodeBuilder(self.editor, "placed").with_axes(operator, made, axes)
+        result.type = made.type
+        return result
 
     def node(
         self, operator: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType | None, **attributes: object
@@ -108,16 +129,29 @@ class GivenPositions:
 
     def _gathered(self, value: ir.Value, axis: int) -> ir.Value:
         shape = self.shape(value)
-        if any(size != self.flow.length and not isinstance(size, int) for size in shape):
+        batched = self.flow.batch != 1 and shape[0] == self.flow.batch and self.editor.opset >= BATCHED_GATHER
+        if any(size != self.flow.length and not isinstance(size, int) for size in shape[batched:]):
             raise UnsupportedError(
                 "context that depends on the text cannot be gathered by positions",
                 at=value.name,
                 code=Code.PASS_PRECONDITION,
             )
         dtype = self.flow.shapes[value].dtype
+        if batched:
+            return self._gathered_by_sequence(value, axis, len(shape))
         rows = self.node("Gather", [value, self.positions], dtype, axis=axis)  # [..., batch, length, ...]
-        order = [axis, *(place for place in range(len(shape) + 1) if place != axis)]
-        return rows if axis == 0 else self.node("Transpose", [rows], dtype, perm=order)
+        return self._transposed(rows, [axis, *(place for place in range(len(shape) + 1) if place != axis)])
+
+    def _gathered_by_sequence(self, value: ir.Value, axis: int, rank: int) -> ir.Value:
+        """Return the rows of context that each sequence of the batch has for itself."""
+        order = [0, axis, *(place for place in range(1, rank) if place != axis)]
+        places = self.with_axes("Unsqueeze", self.positions, [2])
+        rows = self.node("GatherND", [self._transposed(value, order), places], value.dtype, batch_dims=1)
+        back = self._transposed(rows, [order.index(place) for place in range(rank)])  # of [batch, length, ...]
+        return self.with_axes("Unsqueeze", back, [1])
+
+    def _transposed(self, value: ir.Value, order: list[int]) -> ir.Value:
+        return value if order == sorted(order) else self.node("Transpose", [value], value.dtype, perm=order)
 
 
 def _range(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
@@ -137,12 +171,15 @@ def _elementwise(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Valu
         shape = () if source is None else gathering.shape(source)
         shift = rank - len(shape)
         if source is None or not gathering.varies(source, axis - shift):
-            if gathering.flow.batch in shape and gathering.flow.batch != 1:
-                return None
             inputs.append(source)
+            if source is None or gathering.flow.batch == 1 or gathering.flow.batch not in shape:
+                continue
+            if shift or shape.count(gathering.flow.batch) > 1 or shape[0] != gathering.flow.batch:
+                return None
+            inputs[-1] = gathering.with_axes("Unsqueeze", source, [1])
             continue
         made = gathering.at_positions(source, axis - shift)
-        inputs.append(made if shift == 0 else gathering.reshaped(made, [1] * shift + list(shape)))
+        inputs.append(gathering.reshaped(made, shape, [*[1] * shift, *shape]))
         if inputs[-1] is None:
             return None
     return gathering.copied(node, inputs)
@@ -161,13 +198,11 @@ def _form(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | Non
     """Axes are split and merged on either side of the sequence axis, never across it."""
     source, length = node.inputs[0], gathering.flow.length
     before, after = () if source is None else gathering.shape(source), gathering.shape(node.outputs[0])
-    if source is None or before.count(length) != 1:
-        return None
-    place = before.index(length)
-    sides = ((before[:place], after[:axis]), (before[place + 1 :], after[axis + 1 :]))
-    if any(dim.product(one) != dim.product(other) for one, other in sides):
-        return None
-    return gathering.reshaped(gathering.at_positions(source, place), after)
+    for place in (place for place, size in enumerate(before) if size == length):
+        sides = ((before[:place], after[:axis]), (before[place + 1 :], after[axis + 1 :]))
+        if source is not None and all(dim.product(one) == dim.product(other) for one, other in sides):
+            return gathering.reshaped(gathering.at_positions(source, place), before, after)
+    return None
 
 
 def _expand(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
@@ -175,14 +210,32 @@ def _expand(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | N
     before = () if source is None else gathering.shape(source)
     shift = len(after) - len(before)
     if source is None or not gathering.varies(source, axis - shift):
-        return None
+        return None if source is None else _repeated(gathering, source, after, axis)
     made = gathering.at_positions(source, axis - shift)
-    formed = made if shift == 0 else gathering.reshaped(made, [1] * shift + list(before))
-    others = {size for size in after if not isinstance(size, int)}
-    if formed is None or others - {gathering.flow.length, gathering.flow.batch}:
+    before = (*[1] * shift, *before)
+    formed = gathering.reshaped(made, before[shift:], before)
+    repeated = {new for old, new in zip(before, after, strict=True) if old != new and not isinstance(new, int)}
+    if formed is None or repeated - {gathering.flow.batch}:
         return None
     target = [1, *(size if isinstance(size, int) else 1 for size in after)]
     return gathering.node("Expand", [formed, gathering.editor.constant(target, name="form")], made.dtype)
+
+
+def _repeated(gathering: GivenPositions, source: ir.Value, after: Sequence[Dimension], axis: int) -> ir.Value | None:
+    """One row that is repeated for all tokens, and no other: it is repeated for those at the positions."""
+    before, batch = gathering.shape(source), gathering.flow.batch
+    others = [(old, new) for place, (old, new) in enumerate(zip(before, after, strict=False)) if place != axis]
+    if len(before) != len(after) or before[axis] != 1 or any(old != new for old, new in others) or batch in before[1:]:
+        return None
+    lifted = gathering.with_axes("Unsqueeze", source, [1 if before[0] == batch and batch != 1 else 0])
+    sizes = gathering.node("Shape", [gathering.positions], ir.DataType.INT64)
+    count, length = (
+        gathering.node("Gather", [sizes, gathering.editor.constant([place], name="axis")], ir.DataType.INT64)
+        for place in (0, 1)
+    )
+    ones = [gathering.editor.constant([1] * number, name="ones") for number in (axis, len(after) - axis - 1)]
+    target = gathering.node("Concat", [count, ones[0], length, ones[1]], ir.DataType.INT64, axis=0)
+    return gathering.node("Expand", [lifted, target], source.dtype)
 
 
 def _tile(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
@@ -218,7 +271,11 @@ def _slice(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | No
     axes, starts, _, steps = bounds
     if axes == [axis] and starts == [0] and steps == [1]:  # a table, or all of something longer
         return gathering._gathered(source, axis) if constant_tensor(source) is not None else None
-    if axis in axes or not gathering.varies(source, axis):
+    is_whole = gathering.shape(source) == gathering.shape(node.outputs[0]) and not any(starts)
+    if is_whole and set(steps) == {1}:
+        return gathering.at_positions(source, axis)
+    cuts_length = any(gathering.shape(node.outputs[0])[place] == gathering.flow.length for place in axes)
+    if cuts_length or not gathering.varies(source, axis):
         return None
     given = None if node.inputs[1] is None else gathering.flow.shapes[node.inputs[1]].dtype
     whole = (given or ir.DataType.INT64).numpy()  # all bounds of a Slice have one type
@@ -247,7 +304,7 @@ def _looked_up(gathering: GivenPositions, table: ir.Value, picked: ir.Value, axi
     made = gathering.at_positions(picked, axis)
     places = gathering.node("Reshape", [made, flat], made.dtype)  # [batch, length]
     looked_up = GivenPositions(gathering.flow, gathering.editor, places).at_positions(table, 0)
-    return gathering.reshaped(looked_up, [*order, *rows[1:]])
+    return gathering.reshaped(looked_up, rows, [*order, *rows[1:]])
 
 
 def _matmul(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
@@ -267,7 +324,8 @@ def _matmul(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | N
         return None
     made = gathering.at_positions(operands[index], place)
     if ranks[index] < rank:
-        shaped = gathering.reshaped(made, [1] * (rank - ranks[index]) + list(gathering.shape(operands[index])))
+        sizes = gathering.shape(operands[index])
+        shaped = gathering.reshaped(made, sizes, [*[1] * (rank - ranks[index]), *sizes])
         if shaped is None:
             return None
         made = shaped
@@ -308,7 +366,25 @@ def _rule(node: ir.Node) -> Rule | None:
     return next((rule for trait, rule in _BY_TRAIT.items() if has_trait(node, trait)), None)
 
 
-ROTARY = "RotaryEmbedding"
+def context_of_new_tokens(analysis: Analysis, *, masks: bool) -> list[Use]:
+    """Return where token data is combined with context that has a row for each new token.
+
+    Args:
+        analysis: Analysis of a model without a cache.
+        masks: Whether to return the uses inside attention too.
+    """
+    flow, found = analysis.flow, []
+    inside = {node for site in analysis.sites for node in site.upstream_of_weights | site.ends}
+    for (node, index), axes in flow.demands.items():
+        value = node.inputs[index]
+        if value is None or flow.kinds.get(value) is not ValueKind.CONTEXT or (node in inside and not masks):
+            continue
+        if flow.targets.get(node) == index or (node, index) in flow.parameters:
+            continue
+        rows = [axis for axis in axes if axis.variable.resolved() is Length.NEW]
+        if len(rows) == 1 and rows[0].is_plain and (masks or len(axes) == 1):
+            found.append((node, index, rows[0].axis))
+    return found
 
 
 def at_tokens(gathering: GivenPositions, node: ir.Node, index: int, axis: int) -> ir.Value:
@@ -322,30 +398,25 @@ def at_tokens(gathering: GivenPositions, node: ir.Node, index: int, axis: int) -
     shape, result, batch = gathering.shape(value), gathering.shape(node.outputs[0]), gathering.flow.batch
     made = gathering.at_positions(value, axis)
     if batch == 1:
-        return _reshaped_if(gathering, made, shape[1:] if shape[:1] == (1,) else None) or _unbatched(gathering, made)
-    if not has_trait(node, Trait.BROADCAST) and node.op_type != ROTARY:
+        is_batched = shape[:1] == (1,)
+        return gathering.with_axes("Squeeze", made, [1]) if is_batched else _unbatched(gathering, made)
+    aligned = {ROTARY: len(shape), ATTENTION: MASK_RANK}.get(node.op_type)
+    if has_trait(node, Trait.BROADCAST):
+        aligned = len(result) - [*result, batch].index(batch)
+    if aligned is None or len(shape) > aligned:
         raise UnsupportedError(
             f"{node.op_type}: context meets token data without a batch axis", at=value.name, code=Code.PASS_PRECONDITION
         )
-    trailing = len(shape) if node.op_type == ROTARY else len(result) - [*result, batch].index(batch)
-    if trailing < len(shape) or trailing > len(result):
-        raise UnsupportedError(
-            f"{node.op_type}: context meets token data without a batch axis", at=value.name, code=Code.PASS_PRECONDITION
-        )
-    first = len(shape) - trailing  # axis of the context that is aligned with the batch; negative if there is none
-    sizes = [1] * (-first - 1) + list(shape) if first < 0 else list(shape[1:])
-    shaped = gathering.reshaped(made, sizes) if first < 0 or shape[0] in (1, batch) else None
-    if shaped is None:
+    if len(shape) < aligned:
+        ones = list(range(1, aligned - len(shape)))
+        return gathering.with_axes("Unsqueeze", made, ones) if ones else made
+    if shape[0] not in (1, batch):
         raise UnsupportedError(
             "context that depends on the text cannot be gathered by positions",
             at=value.name,
             code=Code.PASS_PRECONDITION,
         )
-    return shaped
-
-
-def _reshaped_if(gathering: GivenPositions, made: ir.Value, sizes: Sequence[Dimension] | None) -> ir.Value | None:
-    return None if sizes is None else gathering.reshaped(made, sizes)
+    return gathering.with_axes("Squeeze", made, [1])
 
 
 def _unbatched(gathering: GivenPositions, made: ir.Value) -> ir.Value:

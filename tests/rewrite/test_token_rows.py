@@ -1,0 +1,83 @@
+"""A static cache with a past length for each sequence: each is computed as if it were alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from exports import ONE_OF_EACH, after, export
+from laws import difference
+
+from kvsurgeon.errors import UnsupportedError, UsageError
+from kvsurgeon.parity import verify
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.cache.remove_cache import RemoveCache
+from kvsurgeon.passes.cache.retarget import Retarget
+from kvsurgeon.passes.opset.raise_opset import RaiseOpset
+from kvsurgeon.runtime import ContinuousBatch, UncachedDecoder, open_session
+
+PER_SEQUENCE = Inject(cache="static", past_length="per-sequence")
+CHUNKS = ((7, 12, 3), (1, 1, 1), (2, 1, 5), (1, 4, 3))  # new tokens of three sequences
+
+
+def check_each_sequence(original: onnx.ModelProto, model: onnx.ModelProto) -> None:
+    """Check the logits of three sequences in one batch with those of each alone, also after one of them goes back."""
+    batch = ContinuousBatch(open_session(model, threads=1), rows=3, capacity=32)
+    reference = UncachedDecoder(open_session(original, threads=1))
+    texts = np.random.default_rng(0).integers(3, 20, (3, 40))
+    starts = {batch.start(text[:1].tolist())[0]: text for text in texts}
+    for chunks in CHUNKS:
+        parts = {
+            number: text[batch.lengths[number] :][:count].tolist()
+            for count, (number, text) in zip(chunks, starts.items(), strict=True)
+        }
+        found = batch.advance(parts)
+        for number, part in parts.items():
+            tokens = starts[number][None, : batch.lengths[number]]
+            expected = reference.run(reference.inputs.feeds(tokens, np.ones_like(tokens)))[reference.logits][0]
+            assert difference(found[number], expected[-len(part) :]) < 1e-5
+        batch.shorten(number, batch.lengths[number] - 1)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_each_sequence_is_computed_as_if_it_were_alone(name):
+    model = after(export(name), PER_SEQUENCE)
+    given = {value.name: value for value in model.graph.input}
+    assert [dim.dim_param for dim in given["past_sequence_length"].type.tensor_type.shape.dim] == ["batch_size"]
+    check_each_sequence(export(name), model)
+
+
+def test_tensor_scatter_writes_at_the_past_length_of_each_sequence():
+    original = after(export("llama_dynamo_sdpa"), RaiseOpset(opset=24))
+    model = after(original, PER_SEQUENCE)
+    assert [node.op_type for node in model.graph.node].count("TensorScatter") == 4
+    check_each_sequence(export("llama_dynamo_sdpa"), model)
+
+
+def test_layouts_with_the_sequence_first():
+    layout = ("sequence", "kv_heads", "batch", "head_dim")
+    original = export("llama_dynamo_sdpa")
+    model = after(original, Inject(cache="static", past_length="per-sequence", key_layout=layout))
+    assert verify(original, model, threads=1).verdict == "same"
+
+
+def test_the_cache_is_removed_and_changed_like_any_other():
+    original = export("gpt2_torchscript_sdpa")
+    model = after(original, PER_SEQUENCE)
+    assert verify(original, model, threads=1).verdict == "same"
+    assert verify(original, after(model, RemoveCache()), threads=1).verdict == "same"
+    assert verify(original, after(model, Retarget()), threads=1).verdict == "same"
+    check_each_sequence(original, after(model, Retarget(cache="static", past_length="per-sequence")))
+
+
+def test_a_batch_of_one_has_one_past_length():
+    model = onnx.ModelProto.FromString(export("llama_dynamo_sdpa").SerializeToString())
+    for value in model.graph.input:
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    with pytest.raises(UnsupportedError, match="separate past lengths only in a batch of any size"):
+        after(model, PER_SEQUENCE)
+
+
+def test_only_a_static_cache_has_separate_past_lengths():
+    with pytest.raises(UsageError, match="cache dynamic: expected past-length shape, found per-sequence"):
+        after(export("llama_dynamo_sdpa"), Inject(past_length="per-sequence"))
