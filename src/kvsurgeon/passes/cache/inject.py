@@ -29,6 +29,7 @@ from kvsurgeon.passes.cache.cross_attention_branch import compute_in_first_call,
 from kvsurgeon.passes.cache.separate_cross_attention import FILE, SeparateCrossAttention
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.options import check_count
+from kvsurgeon.proof.cancelled_numbers import without_cancelled_numbers
 from kvsurgeon.proof.proof import Proof, prove
 from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.resizing.token_data import InputsBefore
@@ -191,7 +192,7 @@ def inject(
         opening = [one for one in given.inputs if one.opens_block]
         if opening and options.cache != "dynamic":
             raise UsageError(f"expected a dynamic cache for `{opening[0].value.name}`, found {options.cache}")
-        analysis = with_late_repetition(given)
+        analysis = with_late_repetition(without_cancelled_numbers(given))
         proof = subject.proof() if analysis is given else prove(analysis, assumed)
         subject.changed()  # the analysis refers to the graph that is edited below
         if options.past_length == "per-sequence":
