@@ -29,7 +29,7 @@ from kvsurgeon.passes.cache.cross_attention_branch import compute_in_first_call,
 from kvsurgeon.passes.cache.separate_cross_attention import FILE, SeparateCrossAttention
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.options import check_count
-from kvsurgeon.proof.cancelled_numbers import without_cancelled_numbers
+from kvsurgeon.proof.cancelled_numbers import LONGEST, without_cancelled_numbers
 from kvsurgeon.proof.proof import Proof, prove
 from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.resizing.token_data import InputsBefore
@@ -192,8 +192,11 @@ def inject(
         opening = [one for one in given.inputs if one.opens_block]
         if opening and options.cache != "dynamic":
             raise UsageError(f"expected a dynamic cache for `{opening[0].value.name}`, found {options.cache}")
-        analysis = with_late_repetition(without_cancelled_numbers(given))
+        cancelled = without_cancelled_numbers(given)
+        analysis = with_late_repetition(cancelled)
         proof = subject.proof() if analysis is given else prove(analysis, assumed)
+        if cancelled is not given:
+            proof = replace(proof, limit=min(proof.limit or LONGEST, LONGEST))
         subject.changed()  # the analysis refers to the graph that is edited below
         if options.past_length == "per-sequence":
             analysis = with_token_rows(analysis)
