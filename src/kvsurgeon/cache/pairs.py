@@ -22,6 +22,7 @@ from kvsurgeon.graph.query import STANDARD_DOMAINS, chain, is_operator, producer
 from kvsurgeon.ops.gather import FAR
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
+from kvsurgeon.resizing.windows import Window
 from kvsurgeon.symbolic.fact import axis_of
 
 # Content of a cache output: past and new rows, the updated buffer, or new rows only.
@@ -110,9 +111,12 @@ class CachePair:
         return self.is_buffer or self.cache_mode == "last-rows"
 
     @property
-    def most_rows(self) -> int | None:
-        """Most rows of the past, if it holds those of a window."""
-        return sum(_declared_rows(self.past)) if self.cache_mode == "last-rows" else None
+    def window(self) -> Window | None:
+        """The rows of the past, if it holds those of a window, as far as the text has them."""
+        if self.cache_mode != "last-rows" or self.past.shape is None or isinstance(self.past.shape[self.axis], int):
+            return None
+        *first, last = _declared_rows(self.past)
+        return Window(last=last, first=sum(first))
 
     @property
     def rows(self) -> ir.Value | None:

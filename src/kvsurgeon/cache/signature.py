@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import onnx_ir as ir
@@ -20,6 +20,7 @@ from kvsurgeon.cache.pairs import UpdateMode
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import upstream
 from kvsurgeon.ops.content import content_inputs
+from kvsurgeon.resizing.windows import Window, Windows, union
 
 Kind = Literal["key", "value", "state", "conv_state", "recurrent_state", "key_scale", "value_scale"]
 
@@ -44,6 +45,7 @@ class SignatureEntry:
         cache_mode: Content of the output: past and new rows, the updated buffer, new rows only, the last rows,
             or a recurrent state.
         operator: Operator that combines past and new rows; empty for a recurrent state.
+        window: The rows of the input, if they are those of a window.
         layout: Meaning of each axis; None for a tensor with other axes. Set by `CacheSignature.located`.
         layer: Attention layer that reads it, counted in execution order among those with entries, or index of the
             sequence state. Set by `CacheSignature.located`.
@@ -60,6 +62,7 @@ class SignatureEntry:
     is_declared: bool
     cache_mode: UpdateMode
     operator: str
+    window: Window | None = None
     layout: Layout | None = None
     layer: int | None = None
     kind: Kind | None = None
@@ -76,6 +79,7 @@ class CacheSignature:
         past_length: Source of the number of past tokens; None if several inputs give it.
         length_input: The input that gives it, if there is a separate one.
         capacity: Rows of a buffer, if fixed.
+        windows: The rows that are cached, by the index of the attention site; all of other sites. Set by `located`.
     """
 
     entries: tuple[SignatureEntry, ...]
@@ -84,6 +88,7 @@ class CacheSignature:
     past_length: PastLength | None
     length_input: LengthInput | None
     capacity: int | None
+    windows: Windows = field(default_factory=dict)
 
     def located(self, analysis: Analysis, layouts: Mapping[Kind, Layout] | None = None) -> CacheSignature:
         """Return the signature with layer, kind and layout of each entry, found by the attention that reads it.
@@ -101,6 +106,7 @@ class CacheSignature:
         readers = _readers(analysis, Counter(entry.rows for entry in self.entries))
         recurrences = _recurrences(analysis)
         found = []
+        windows: dict[ir.Value, Window | None] = {}  # by cache point
         for entry in self.entries:
             if entry.cache_mode == "recurrent":
                 found.append(_located_state(entry, recurrences))
@@ -114,8 +120,9 @@ class CacheSignature:
                 layer, kind, point = readers[entry.rows].pop(0)
                 layout = _layout(entry, point, (layouts or {}).get("key" if kind == "key" else "value"))
                 entry = replace(entry, layer=layer, kind=kind, layout=layout)
+                windows[point.value] = entry.window
             found.append(entry)
-        return replace(self, entries=tuple(found))
+        return replace(self, entries=tuple(found), windows=_windows_of_sites(analysis, windows))
 
     def quantized(self, bits: int) -> CacheSignature:
         """Return the located signature if keys and values were integers of some bits, each followed by its scales."""
@@ -134,6 +141,15 @@ class CacheSignature:
             for names in (self.inputs, self.outputs)
         )
         return replace(self, entries=tuple(entries), inputs=inputs, outputs=outputs)
+
+
+def _windows_of_sites(analysis: Analysis, by_point: Mapping[ir.Value, Window | None]) -> Windows:
+    """Return the window of each attention site whose cached tensors all have one, by its index."""
+    found = {
+        index: union([by_point.get(point.value) for kind, point in site.cached_tensors if kind != "state"])
+        for index, site in enumerate(analysis.sites)
+    }
+    return {index: window for index, window in found.items() if window is not None}
 
 
 def _recurrences(analysis: Analysis) -> dict[str, int]:

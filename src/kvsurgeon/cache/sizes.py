@@ -57,7 +57,7 @@ def _fixed_rows(pair: CachePair) -> int | None:
     size = declared_shape(pair.past)[pair.axis]
     if isinstance(size, int):
         return size
-    return pair.most_rows
+    return None if pair.window is None else pair.window.most
 
 
 def _bytes(past: ir.Value, axis: int | None) -> int:

@@ -321,7 +321,7 @@ def _entry(pair: CachePair) -> SignatureEntry:
     return SignatureEntry(
         past=past.name or "", present=pair.present.name or "", dtype=past.dtype, shape=declared_shape(past),
         axis=pair.axis, rows="", is_declared=pair.operands.is_declared, cache_mode=pair.cache_mode,
-        operator=pair.node.op_type,
+        operator=pair.node.op_type, window=pair.window,
     )  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def test_bytes_and_work_are_stated():
     run = Pipeline.parse("latent-cache").run(original())
     assert run.cache_bytes == (CACHE_TOKENS * 2 * 4 * (16 + 8) * 4, CACHE_TOKENS * 2 * 18 * 4)
     (note,) = run.notes
-    assert note.startswith("a past token has 144 bytes instead of 768")
+    assert note.startswith("a token has 144 bytes instead of 768")
     assert note.endswith("a decode step multiplies 144 numbers instead of 96 for it in a layer")
 
 

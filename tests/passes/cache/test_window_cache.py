@@ -10,6 +10,7 @@ import pytest
 from decoders import Config, Decoder
 from exports import after, export
 
+from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.cache.inject import Inject
@@ -73,9 +74,24 @@ def test_the_cache_is_found_and_removed_again():
     assert verify(original(LOCAL_AND_GLOBAL), removed, effort="quick", seed=3).verdict == "same"
 
 
-def test_passes_that_restore_a_cache_do_not_make_it_longer():
-    with pytest.raises(UnsupportedError, match="cannot be restored"):
-        Pipeline.parse("quantize-cache").run(windowed(LOCAL_AND_GLOBAL))
+def test_passes_that_restore_a_cache_keep_its_windows():
+    run = Pipeline.parse("quantize-cache").run(windowed(LOCAL_AND_GLOBAL))
+    shapes = {value.name: value.shape[2] for value in run.model.graph.inputs if "key" in value.name}
+    assert [str(shapes[f"past_key_values.1.{kind}"]) for kind in ("key", "key_scale")] == ["last_4_rows"] * 2
+    ((expected, found),) = run.changes[-1].equal_models()
+    assert verify(io.to_proto(expected), io.to_proto(found), effort="quick", seed=3).verdict == "same"
+
+
+def test_a_layer_that_reads_the_rows_of_another_keeps_all_that_both_need():
+    run = Pipeline.parse("share-kv-layers{kv-layers=2}").run(windowed(Config(windowed=(1, 2), layers=3)))
+    rows = [str(value.shape[2]) for value in run.model.graph.inputs if value.name.endswith("key")]
+    assert rows == ["past_sequence_length", "last_4_rows"]
+    assert run.cache_bytes[1] == 2 * 2 * 8 * 4 * (4096 + 4)
+
+
+def test_operators_that_update_a_cache_are_rejected():
+    with pytest.raises(UnsupportedError, match="expected a cache of all rows, found the rows of a window"):
+        Pipeline.parse("fuse-attention").run(windowed(LOCAL_AND_GLOBAL))
 
 
 def test_rows_of_a_buffer_are_not_dropped():

@@ -10,7 +10,7 @@ from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.heads.latents import Latent, find_latent, read_latents
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
 from kvsurgeon.passes.contract import CACHE_TOKENS, Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.heads.change_heads import cached_bits
+from kvsurgeon.passes.heads.change_heads import bytes_of_cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,22 +45,21 @@ class LatentCache:
             latents = {index: latent for index, latent in found.items() if latent is not None}
             if not latents:
                 return Unchanged(reason="no layer computes keys and values from fewer features")
-            bits = cached_bits(analysis)
+            size = bytes_of_cache(analysis, signature)
             edits = read_latents(analysis, latents)
         work.changed()
-        left = cached_bits(work.analysis())
-        sizes = bits * CACHE_TOKENS // 8, left * CACHE_TOKENS // 8
+        sizes = size, bytes_of_cache(work.analysis(), signature)
         if signature is not None:
             reattach_cache(work, signature)
         subject.model = work.model
-        return Changed(edits=edits, cache_bytes=sizes, notes=(_note(next(iter(latents.values())), bits, left),))
+        return Changed(edits=edits, cache_bytes=sizes, notes=(_note(next(iter(latents.values())), *sizes),))
 
 
-def _note(latent: Latent, bits: int, left: int) -> str:
+def _note(latent: Latent, size: int, left: int) -> str:
     """Return what a decode step saves and costs."""
     heads, head_dim, _ = latent.keys.shape
     before, after = heads * (head_dim + latent.values.shape[2]), 2 * heads * latent.width
     return (
-        f"a past token has {left // 8:,} bytes instead of {bits // 8:,}; a decode step multiplies {after:,} numbers "
-        f"instead of {before:,} for it in a layer"
+        f"a token has {left // CACHE_TOKENS:,} bytes instead of {size // CACHE_TOKENS:,}; a decode step multiplies "
+        f"{after:,} numbers instead of {before:,} for it in a layer"
     )

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.cache.pairs import find_cache_pairs
-from kvsurgeon.cache.sizes import bytes_per_row
+from kvsurgeon.cache.sizes import cache_size
 from kvsurgeon.errors import UsageError
 from kvsurgeon.fusion.quantized_operators import check_operators, quantize_operators, quantized_points, scales_of
 from kvsurgeon.graph.copies import copy_model
@@ -128,8 +128,7 @@ def _is_integer(value: ir.Value) -> bool:
 
 def _cache_bytes(model: ir.Model) -> int:
     """Return the bytes of the cache of a sequence of `CACHE_TOKENS` tokens."""
-    pairs = (pair for pair in find_cache_pairs(model.graph) if pair.cache_mode != "last-rows")
-    return CACHE_TOKENS * sum(map(bytes_per_row, pairs))
+    return cache_size(model.graph).of(CACHE_TOKENS)
 
 
 def _equal_models(pairs: Sequence[tuple[ir.Model, ir.Model]], result: ir.Model) -> Sequence[tuple[ir.Model, ir.Model]]:

@@ -20,7 +20,7 @@ from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.cache.inject import SelectMatches, inject
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.resizing.lengths import INT64
-from kvsurgeon.resizing.windows import NO_WINDOWS, Windows
+from kvsurgeon.resizing.windows import Windows
 from kvsurgeon.rewrite import cache_removal
 from kvsurgeon.rewrite.cache_metadata import read_cache_metadata, write_cache_metadata
 from kvsurgeon.rewrite.cache_options import CacheOptions
@@ -104,7 +104,7 @@ def reattach_cache(
     select: SelectMatches | None = None,
     padding: Literal["mask", "lengths"] = "mask",
     bits: int | None = None,
-    windows: Windows = NO_WINDOWS,
+    windows: Windows | None = None,
 ) -> Changed:
     """Inject a cache with the cache mode, layouts, types, names and order of a signature.
 
@@ -119,7 +119,8 @@ def reattach_cache(
         padding: Whether the operators read a mask, or the numbers of tokens that it gives.
         bits: Bits of an integer, if keys and values are to be quantized; their scales get the names of the entries,
             followed by `_scale`.
-        windows: The rows that are cached, by the index of the attention site; all of other sites.
+        windows: The rows that are cached, by the index of the attention site; all of other sites. None for those of the
+            signature.
 
     Raises:
         UnsupportedError: The model does not support such a cache, or needs more cached tensors.
@@ -128,6 +129,9 @@ def reattach_cache(
     layouts = options.key_layout, options.value_layout
     if select is not None and layouts != (DEFAULT_LAYOUT, DEFAULT_LAYOUT):
         raise _not_restorable(signature.entries[0], [*DEFAULT_LAYOUT], [*options.key_layout])
+    windows = signature.windows if windows is None else windows
+    if select is not None and windows:
+        raise _not_restorable(signature.entries[0], "a cache of all rows", "the rows of a window")
     if select is None:
         subject.changed()  # the caller may have edited the graph
     if bits is not None:
@@ -155,8 +159,7 @@ def _options(signature: CacheSignature) -> CacheOptions:
     repeated = Counter((entry.layer, entry.kind) for entry in signature.entries)
     layouts: dict[str, Layout] = {}  # a state has the layout of values
     for entry in (one for one in signature.entries if one.cache_mode != "recurrent"):
-        is_window = entry.cache_mode == "last-rows" and entry.kind in ("key", "value")
-        if entry.layout is None or entry.kind is None or repeated[entry.layer, entry.kind] > 1 or is_window:
+        if entry.layout is None or entry.kind is None or repeated[entry.layer, entry.kind] > 1:
             raise _not_restorable(entry, list(DEFAULT_LAYOUT), list(entry.shape))
         layout = layouts.setdefault("key" if entry.kind == "key" else "value", entry.layout)
         if entry.layout != layout or entry.cache_mode not in (mode, "last-rows"):

@@ -8,6 +8,7 @@ from functools import partial
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
+from kvsurgeon.cache.signature import CacheSignature
 from kvsurgeon.errors import UsageError
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.recursion import deep_recursion
@@ -17,6 +18,7 @@ from kvsurgeon.heads.selection import Selection
 from kvsurgeon.io.model_config import ModelHeads
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
 from kvsurgeon.passes.contract import CACHE_TOKENS, Changed, Outcome, Subject, Unchanged
+from kvsurgeon.resizing.windows import Window, union
 
 SelectHeads = Callable[[int, HeadCounts], Selection | None]  # for a layer; None leaves it unchanged
 Plan = Callable[[HeadReplacer], Sequence[NewHeads | None]]
@@ -60,7 +62,7 @@ def replace_heads(subject: Subject, plan: Plan, *, lossy: bool, calibrate: Calib
     without_cache = copy_model(work.model) if lossy else work.model
     with deep_recursion():
         replacer = HeadReplacer(_analysis_of_copy(work, subject), lossy=lossy)
-        bits = cached_bits(replacer.analysis)
+        size = bytes_of_cache(replacer.analysis, signature)
         before = _heads(replacer, [counts.kv_heads for counts in replacer.counts], range(len(replacer.counts)))
         wanted = plan(replacer)
         if not any(wanted):
@@ -72,9 +74,8 @@ def replace_heads(subject: Subject, plan: Plan, *, lossy: bool, calibrate: Calib
     after = _heads(replacer, kv_heads, [layer if new is None else new[0][0] for layer, new in enumerate(wanted)])
     equal, cache_bytes = None, None
     if lossy:
-        left = cached_bits(work.analysis())
-        notes += _size_notes(bits, left)
-        cache_bytes = (bits * CACHE_TOKENS // 8, left * CACHE_TOKENS // 8)
+        cache_bytes = size, bytes_of_cache(work.analysis(), signature)
+        notes += _size_notes(*cache_bytes)
         equal = partial(_equal_models, without_cache, copy_model(work.model), wanted)
     if signature is not None:
         reattach_cache(work, signature)
@@ -95,16 +96,23 @@ def _equal_models(
     return [(replacer.analysis.model, after)]
 
 
-def cached_bits(analysis: Analysis) -> int:
-    """Return the bits that the cache of a model holds for each token."""
+def bytes_of_cache(analysis: Analysis, signature: CacheSignature | None) -> int:
+    """Return the bytes of the cache of `CACHE_TOKENS` tokens, of which a signature may keep those of windows alone."""
+    windows = {} if signature is None else signature.windows
+    readers: dict[ir.Value, list[Window | None]] = {}
     points = {point.value: point for site in analysis.sites for _, point in site.cached_tensors}
-    return sum(point.bits_per_token for point in points.values())
+    for index, site in enumerate(analysis.sites):
+        for _, point in site.cached_tensors:
+            readers.setdefault(point.value, []).append(windows.get(index))
+    found = {value: union(windows) for value, windows in readers.items()}
+    rows = {value: CACHE_TOKENS if window is None else window.most for value, window in found.items()}
+    return sum(point.bits_per_token * min(rows[value], CACHE_TOKENS) for value, point in points.items()) // 8
 
 
 def _size_notes(before: int, after: int) -> tuple[str, ...]:
     if after < before:
         return ()
-    return (f"the cache is not smaller: {after / 8:g} bytes per token, before {before / 8:g}",)
+    return (f"the cache is not smaller: {after / CACHE_TOKENS:g} bytes per token, before {before / CACHE_TOKENS:g}",)
 
 
 def _analysis_of_copy(work: Subject, original: Subject) -> Analysis:

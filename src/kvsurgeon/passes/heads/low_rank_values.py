@@ -12,8 +12,8 @@ from kvsurgeon.errors import UsageError
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
-from kvsurgeon.passes.contract import CACHE_TOKENS, Changed, Outcome, Subject, Unchanged
-from kvsurgeon.passes.heads.change_heads import cached_bits
+from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
+from kvsurgeon.passes.heads.change_heads import bytes_of_cache
 from kvsurgeon.passes.options import check_count
 
 if TYPE_CHECKING:
@@ -57,18 +57,17 @@ class LowRankValues:
         work.model = copy_model(work.decomposed().model)
         before, analysis = copy_model(work.model), work.analysis()
         with deep_recursion():
-            bits = cached_bits(analysis)
+            size = bytes_of_cache(analysis, signature)
             maps = fit_latents(analysis, self.rank, subject.text, subject.folder)
             if not any(maps):
                 return Unchanged(reason=f"no layer has values of more than {self.rank} features")
             edits = compute_latents(analysis, maps)
         work.changed()
-        left = cached_bits(work.analysis())
+        sizes = size, bytes_of_cache(work.analysis(), signature)
         equal = partial(_equal_models, before, copy_model(work.model), maps)
         if signature is not None:
             reattach_cache(work, signature)
         subject.model = work.model
-        sizes = (bits * CACHE_TOKENS // 8, left * CACHE_TOKENS // 8)
         return Changed(edits=edits, exact=False, equal_models=equal, cache_bytes=sizes)
 
 
