@@ -4,12 +4,13 @@ import numpy as np
 import onnx
 import pytest
 from attentions import attention, in_order
-from exports import injected, operators
+from exports import after, injected, operators
 from laws import assert_law
 from written import read
 
 from kvsurgeon.decompose import decompose
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.passes.cache.remove_cache import RemoveCache
 from kvsurgeon.passes.contract import Subject
 
 CONSTANTS = (
@@ -101,6 +102,13 @@ def test_shifted_scores_get_a_cache(rows, shifted):
     result = injected(model)
     assert_law(model, result, {"x": x})
     assert "GatherElements" in operators(result)  # no row for each query and key
+
+
+def test_the_result_loses_its_cache_and_gets_it_again():
+    model = model_of(BOTH, WITH_BIAS)
+    again = injected(after(injected(model), RemoveCache()))
+    x = np.random.default_rng(5).standard_normal((2, 9, 8)).astype(np.float32)
+    assert_law(model, again, {"x": x})
 
 
 BROKEN = {

@@ -9,6 +9,7 @@ from laws import assert_law
 from written import read
 
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.passes.contract import Subject
 from kvsurgeon.proof.cancelled_numbers import LONGEST
 
 CONSTANTS = (
@@ -31,6 +32,7 @@ def model_of(**parts: str) -> onnx.ModelProto:
 
 def test_scales_that_cancel_get_a_cache():
     model = model_of()
+    assert Subject.of(model).decoder().max_length == LONGEST
     result = injected(model)
     assert any(LONGEST in np.atleast_1d(onnx.numpy_helper.to_array(one)) for one in result.graph.initializer)
     x = np.random.default_rng(5).standard_normal((2, 9, 8)).astype(np.float32)

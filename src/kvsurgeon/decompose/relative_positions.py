@@ -99,12 +99,13 @@ class _Gathered:
     def __init__(self, editor: Editor, given: GraphInputs, shift: RelativeShift) -> None:
         self.shapes = given.shapes
         self.op = NodeBuilder(editor, f"{shift.result.name}.relative", like=shift.result.producer())
-        self.columns = self._columns(given, shift) if shift.columns is None else self._of_pairs(shift.columns)
+        self.columns = self._columns(given, shift) if shift.columns is None else self._of_pairs(shift, shift.columns)
 
-    def _of_pairs(self, columns: ir.Value) -> ir.Value:
-        """Return columns [query, key] without the axes of size 1 before them."""
-        single = list(range(len(self._shape(columns)) - 2))
-        return self.op.Squeeze(columns, self.op.int64(single)) if single else columns  # of no axes would be of all
+    def _of_pairs(self, shift: RelativeShift, columns: ir.Value) -> ir.Value:
+        """Return the columns that the graph gathers, [query, key]."""
+        single = [axis for axis, size in enumerate(self._shape(columns)) if size == 1]
+        pairs = self.op.Squeeze(columns, self.op.int64(single)) if single else columns  # of no axes would be of all
+        return pairs if shift.query < shift.distance else self.op.Transpose(pairs, perm=[1, 0])
 
     def _columns(self, given: GraphInputs, shift: RelativeShift) -> ir.Value:
         """Return the column of each query and key, [query, key]."""

@@ -43,7 +43,7 @@ class RelativeShift:
         distance: Index of the axis of the distances, and of the keys.
         slope: By how much the column of the query itself grows with each token of the text.
         start: That column for a text of no tokens.
-        columns: The column of each query and key, [1, ..., query, key], if the graph gathers them.
+        columns: The column of each query and key, on their axes counted from the end, if the graph gathers them.
     """
 
     scores: ir.Value
@@ -99,14 +99,17 @@ def _gathered(shapes: Shapes, node: ir.Node) -> RelativeShift | None:
     expand = producer_of(indices, "Expand")
     columns = indices if expand is None or expand.inputs[0] is None else expand.inputs[0]
     before, after, pairs = shapes[scores].shape, shapes[indices].shape, shapes[columns].shape
-    if before is None or after is None or pairs is None or len(pairs) < 2:
+    if before is None or after is None or pairs is None or len(before) != len(after):
         return None
     distance = node.attributes.get_int("axis", 0) % len(before)
-    of_pairs = pairs[-2:] == (LENGTH, LENGTH) and all(size == 1 for size in pairs[:-2])
-    others = len(before) == len(after) and before[:-1] == after[:-1]
-    if distance != len(before) - 1 or not of_pairs or not others or before[-2] is not LENGTH or before[-1] is LENGTH:
+    sizes = (*[1] * (len(before) - len(pairs)), *pairs)
+    queries = [axis for axis, size in enumerate(sizes) if size != 1 and axis != distance]
+    others = [axis for axis in range(len(before)) if axis != distance]
+    if len(queries) != 1 or before[distance] is LENGTH or any(before[axis] != after[axis] for axis in others):
         return None
-    return RelativeShift(scores=scores, result=node.outputs[0], query=distance - 1, distance=distance, columns=columns)
+    if any(size is not LENGTH for size in (before[queries[0]], sizes[queries[0]], sizes[distance])):
+        return None
+    return RelativeShift(scores=scores, result=node.outputs[0], query=queries[0], distance=distance, columns=columns)
 
 
 def _moved_input(node: ir.Node | None) -> ir.Value | None:

@@ -19,6 +19,7 @@ from kvsurgeon.io.gc_pause import gc_paused
 from kvsurgeon.io.json_files import read_json
 from kvsurgeon.io.loading import Source
 from kvsurgeon.io.model_config import HeadChange
+from kvsurgeon.proof.cancelled_numbers import without_cancelled_numbers
 from kvsurgeon.proof.proof import Proof, prove
 from kvsurgeon.rewrite.cache_removal import RemovedCache, remove_cache
 
@@ -158,7 +159,9 @@ class _Stages:
         if self.removed is not None:
             return replace(self.removed[1].decoder, cache=self.cache)
         with deep_recursion():
-            return decoder_facts(self.analysis, self.proof)
+            analysis = without_cancelled_numbers(self.analysis)
+            proof = self.proof if analysis is self.analysis else prove(analysis, self.decomposed.assumed)
+            return decoder_facts(analysis, proof)
 
 
 @dataclass(frozen=True, kw_only=True)
