@@ -1,5 +1,6 @@
 """The public names of the package."""
 
+import inspect
 import shutil
 import subprocess
 import sys
@@ -10,15 +11,29 @@ import onnx_graphsurgeon as gs
 import onnx_ir as ir
 import pytest
 from decoders import Config, Decoder
+from public_api import public_names, section, undocumented
 
 import kvsurgeon
 from kvsurgeon import errors
 from kvsurgeon.errors import UsageError
 
+PUBLIC = public_names()
 
-@pytest.mark.parametrize("name", kvsurgeon.__all__)
-def test_every_public_name_has_a_docstring(name):
-    assert getattr(kvsurgeon, name).__doc__
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_documented_with_its_parameters_and_errors(name):
+    value = PUBLIC[name]
+    assert value.__doc__
+    assert undocumented(value) == set()
+    if inspect.isfunction(value):
+        raised = section(value, "Raises")
+        assert raised
+        assert {one for one in raised if not issubclass(getattr(errors, one, object), errors.KvsurgeonError)} == set()
+
+
+def test_the_documented_names_are_those_of_the_package_and_the_types_of_results():
+    assert {f"kvsurgeon.{name}" for name in kvsurgeon.__all__} - set(PUBLIC) == {"kvsurgeon.__version__"}
+    assert {"Attention", "Decoder", "Generation", "PipelineRun", "Report"} <= set(PUBLIC)
 
 
 def test_every_error_is_at_the_top_level():

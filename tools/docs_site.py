@@ -8,6 +8,7 @@ of the file.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import posixpath
@@ -21,8 +22,8 @@ from doc_blocks import without_marks
 from mkdocs.structure.files import File, Files
 from nbclient import NotebookClient
 from nbconvert import MarkdownExporter
+from public_api import public_names
 
-import kvsurgeon
 from kvsurgeon.cli.main import run
 from kvsurgeon.workflow.registry import BUILT_IN, COMMANDS
 
@@ -121,11 +122,10 @@ def passes() -> str:
 
 
 def python_api() -> str:
-    """Return the page on the Python API: every public name."""
-    lines = ["# Python", "", "`import kvsurgeon` provides these names.", ""]
-    for name in kvsurgeon.__all__:
-        value = getattr(kvsurgeon, name)
-        if not isinstance(value, str):
-            lines += [f"::: {value.__module__}.{value.__qualname__}", "    options:", "      heading_level: 2"]
-            lines += [f"      heading: kvsurgeon.{name}", f"      toc_label: {name}", ""]
+    """Return the page on the Python API: every public name with its source, and the types of results."""
+    lines = ["# Python", "", "`import kvsurgeon` provides these names; the types of results follow.", ""]
+    for name, value in public_names().items():
+        lines += [f"::: {value.__module__}.{value.__qualname__}", "    options:", "      heading_level: 2"]
+        lines += [f"      heading: {name}", f"      toc_label: {name.removeprefix('kvsurgeon.')}"]
+        lines += [f"      show_source: {str(inspect.isfunction(value)).lower()}", ""]
     return "\n".join(lines)

@@ -1,11 +1,11 @@
 """Runs the docs as a new user does: each command and each snippet as it is written, in a clean virtual environment.
 
-    python tools/new_user.py [PAGE...]
+    python tools/new_user.py [PAGE...] [--with PACKAGE...]
 
 The README runs first, from the copy of a clone: it installs the package. Every other page runs in a copy of its own,
 with the model that the README exports, in a folder `model`. The environment has what the pages install, and nothing
-else. Blocks that are marked by `skip="REASON"` are listed. The time to the first success ends with the README's third
-command on a model.
+else. Blocks that are marked by `skip="REASON"` are listed; those that need a package of `--with` run. The time to the
+first success ends with the README's third command on a model.
 """
 
 from __future__ import annotations
@@ -34,20 +34,23 @@ def main() -> int:
     """Run pages, print times and skipped blocks, and return an exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("pages", nargs="*", type=Path, help="pages after the README; by default all of docs/")
+    parser.add_argument("--with", dest="packages", nargs="+", default=[], help="packages whose blocks run too")
     parser.add_argument("--page", type=Path, help=argparse.SUPPRESS)  # run this page in this process
     arguments = parser.parse_args()
     if arguments.page is not None:
-        run_page(arguments.page)
+        run_page(arguments.page, arguments.packages)
         return 0
     pages = [README, *(page.resolve() for page in arguments.pages or sorted(ROOT.glob("docs/**/*.md")))]
     with tempfile.TemporaryDirectory() as folder:
-        return run_all(pages, Path(folder))
+        return run_all(pages, Path(folder), arguments.packages)
 
 
-def run_all(pages: list[Path], folder: Path) -> int:
+def run_all(pages: list[Path], folder: Path, packages: list[str]) -> int:
     """Run pages in copies of a clone, and return an exit code."""
     start, failed = time.time(), []
     environment = create_environment(folder / "venv", start)
+    if packages:
+        subprocess.run([folder / "venv" / "bin" / "pip", "install", "--quiet", *packages], check=True)
     for page in [page for page in pages if any(block.runs for block in blocks_of(page))]:
         name = page.relative_to(ROOT).as_posix()
         place = folder / name
@@ -55,7 +58,13 @@ def run_all(pages: list[Path], folder: Path) -> int:
         if page != README:
             shutil.copytree(folder / "README.md" / "model", place / "model")
         begin = time.time()
-        command = [str(folder / "venv" / "bin" / "python"), __file__, "--page", str(page)]
+        command = [
+            str(folder / "venv" / "bin" / "python"),
+            __file__,
+            "--page",
+            str(page),
+            *(["--with", *packages] if packages else []),
+        ]
         with (folder / "output").open("w+") as output:
             code = subprocess.run(
                 command, cwd=place, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
@@ -88,13 +97,13 @@ def create_environment(folder: Path, start: float) -> dict[str, str]:
     }
 
 
-def run_page(page: Path) -> None:
-    """Run the blocks of a page in the working directory; an error ends the process."""
+def run_page(page: Path, packages: list[str]) -> None:
+    """Run the blocks of a page in the working directory, those that need `packages` too; an error ends the process."""
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks_of(page):
         if block.title is not None:
             Path(block.title).write_text(block.code, "utf-8")
-        if not block.runs:
+        if not block.runs and block.skip not in [f"needs {package}" for package in packages]:
             continue
         print(f"== {page.name}:{block.line}", flush=True)
         begin = time.time()

@@ -135,7 +135,16 @@ def inspect(source: Source, *, folder: str | Path | None = None) -> Decoder:
 
 
 def find_attention(source: Source, *, folder: str | Path | None = None) -> tuple[Attention, ...]:
-    """Return the attention layers of a decoder in execution order; see `inspect`."""
+    """Return the attention layers of a decoder in execution order.
+
+    Args:
+        source: The model, which is not changed.
+        folder: The folder of the external data of a model in memory.
+
+    Raises:
+        InputError: The model cannot be read.
+        UnsupportedError: The model is not a causal decoder that can be handled soundly.
+    """
     return inspect(source, folder=folder).attentions
 
 
