@@ -23,7 +23,7 @@ from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.query import is_operator, producer_of, upstream
 from kvsurgeon.graph.value_numbering import NONDETERMINISTIC, ValueNumbering, constant_key, operator_key
-from kvsurgeon.ops.content import content_inputs
+from kvsurgeon.ops.content import content_inputs, depends_on_input
 
 PATTERN = 1  # number of the body that others are compared with
 _LEAST = 4  # bodies: fewer are no loop over tokens
@@ -241,8 +241,13 @@ def _part(shapes: Shapes, node: ir.Node, source: ir.Value, value: ir.Value) -> E
 def _joins_rows(node: ir.Node) -> bool:
     """Return whether a node joins rows, or adds the last one to others that were added before."""
     if is_operator(node, "Concat"):
-        return len(node.inputs) >= _LEAST
+        is_computed = len(node.inputs) >= _LEAST and not any(map(_is_constant, node.inputs))
+        return is_computed and depends_on_input(node.outputs[0])  # unlike a shape
     return is_operator(node, *_SCATTERS) and not _is_added_to(node) and len(list(_writes(node))) >= _LEAST
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    return value is not None and (value.is_initializer() or producer_of(value, "Constant") is not None)
 
 
 def _is_added_to(node: ir.Node) -> bool:

@@ -22,6 +22,8 @@ from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole, MaskForm
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.graph.query import upstream
+from kvsurgeon.ops.content import content_inputs
 
 LENGTH = 12  # tokens, of which some are masked
 MANY = float(1 << 16)  # a count of tokens that hides none
@@ -34,11 +36,15 @@ def with_mask_forms(flow: TokenFlow, sites: Iterable[AttentionSite]) -> list[Inp
     A mask that hides keys in none of the forms keeps its usual one.
     """
     settled: dict[ir.Value, InputRole] = {}
+    inputs = {given.value for given in flow.inputs}
     for site in sites:
         values, read = _weights(flow, site)
         if not values:
             continue
         probed, stops = ((), ()) if site.fused is not None else (site.weight_sources, site.ends)
+        read_inputs = inputs.intersection(upstream(values, stop=frozenset(probed).__contains__, inputs=content_inputs))
+        if read_inputs and read_inputs <= settled.keys():
+            continue
         try:
             runner = SubgraphRunner(flow, values, probed=probed, stops=stops)
         except UnsupportedError:  # the proof says why
