@@ -4,7 +4,7 @@
 
 import pytest
 from attentions import assert_law_of, in_order
-from exports import injected
+from exports import FILES, export, injected
 from laws import assert_law, difference, in_onnxruntime, texts
 from written import read
 
@@ -135,3 +135,9 @@ def test_no_fused_operator_is_left():
 def test_unsupported_attention_is_rejected(body, reason):
     with pytest.raises(UnsupportedError, match=reason):
         injected(in_order(read(text(body))))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_model_without_anything_to_decompose_is_returned_itself(name):
+    model = io.load(export(name))
+    assert decompose(model).model is model, "passes edit the graph that the analysis refers to"

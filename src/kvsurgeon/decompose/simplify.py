@@ -35,7 +35,7 @@ def simplify_model(model: ir.Model) -> ir.Model:
         drop_padded_ends(editor)
     if may_be_unrolled(copy.graph):
         roll_up_loops(editor)
-    return copy
+    return copy if calls or editor.edits else model
 
 
 def _align_local_domains(model: ir.Model) -> None:
