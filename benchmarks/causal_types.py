@@ -18,10 +18,18 @@ from campaigns.exports_page import Page
 
 PAGE = Page(
     title="Causal model types of transformers",
-    text="`benchmarks/causal_types.py` exports a small model of each type of `AutoModelForCausalLM`, without a cache, "
-    "injects the export and compares it with the logits of torch: as a whole, token by token, in ragged chunks, and "
-    "with left padding.",
+    text="`benchmarks/causal_types.py` exports a small model of each type of `AutoModelForCausalLM` of transformers "
+    "5.24, with torch 2.13, without a cache, injects the export and compares it with the logits of torch: as a whole, token "
+    "by token, in ragged chunks, and with left padding.",
     command="python benchmarks/causal_types.py MODELS --markdown docs/causal-types.md",
+    causes={
+        "bailing_hybrid": "fills texts up to chunks of a linear attention, which is not recognized as a recurrence",
+        "dbrx": "loops over the experts that are found by a sum over all tokens",
+        "jetmoe": "sorts all tokens of a call by their experts, and counts them",
+        "kimi_linear": "fills texts up to chunks of a linear attention, which is not recognized as a recurrence",
+        "prophetnet": "joins the text with a second one for predictions of later tokens",
+        "xmod": "selects the sequences of a batch by the language of each",
+    },
 )
 LIST_TYPES = (
     "from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as types; print(*types)"
