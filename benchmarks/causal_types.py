@@ -19,8 +19,8 @@ from campaigns.exports_page import Page
 PAGE = Page(
     title="Causal model types of transformers",
     text="`benchmarks/causal_types.py` exports a small model of each type of `AutoModelForCausalLM` of transformers "
-    "5.24, with torch 2.13, without a cache, injects the export and compares it with the logits of torch: as a whole, token "
-    "by token, in ragged chunks, and with left padding.",
+    "5.24, with torch 2.13, without a cache, injects the export and compares it with the logits of torch: as a whole, "
+    "token by token, in ragged chunks, and with left padding.",
     command="python benchmarks/causal_types.py MODELS --markdown docs/causal-types.md",
     causes={
         "bailing_hybrid": "fills texts up to chunks of a linear attention, which is not recognized as a recurrence",
