@@ -16,10 +16,11 @@ import onnx_ir as ir
 from kvsurgeon.dataflow.input_dimensions import read_inputs
 from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.decompose.unrolled_loops import PATTERN, Element, Loop, find_loop
-from kvsurgeon.graph.constants import is_zero, small_constant
+from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import upstream
 from kvsurgeon.graph.recursion import deep_recursion
+from kvsurgeon.ops.content import is_zero
 
 
 def roll_up_loops(editor: Editor) -> None:

@@ -24,10 +24,11 @@ from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.query import is_operator, producer_of, upstream
 from kvsurgeon.graph.value_numbering import NONDETERMINISTIC, ValueNumbering, constant_key, operator_key
 from kvsurgeon.ops.content import content_inputs, depends_on_input
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 
 PATTERN = 1  # number of the body that others are compared with
 _LEAST = 4  # bodies: fewer are no loop over tokens
-_SCATTERS = ("ScatterND", "ScatterElements")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +244,7 @@ def _joins_rows(node: ir.Node) -> bool:
     if is_operator(node, "Concat"):
         is_computed = len(node.inputs) >= _LEAST and not any(map(_is_constant, node.inputs))
         return is_computed and depends_on_input(node.outputs[0])  # unlike a shape
-    return is_operator(node, *_SCATTERS) and not _is_added_to(node) and len(list(_writes(node))) >= _LEAST
+    return has_trait(node, Trait.SCATTER) and not _is_added_to(node) and len(list(_writes(node))) >= _LEAST
 
 
 def _is_constant(value: ir.Value | None) -> bool:
@@ -251,15 +252,15 @@ def _is_constant(value: ir.Value | None) -> bool:
 
 
 def _is_added_to(node: ir.Node) -> bool:
-    return any(is_operator(user, *_SCATTERS) and index == 0 for user, index in node.outputs[0].uses())
+    return any(has_trait(user, Trait.SCATTER) and index == 0 for user, index in node.outputs[0].uses())
 
 
 def _writes(node: ir.Node) -> Iterator[ir.Node]:
     """Yield the nodes that write into a tensor, from the last one."""
     current: ir.Node | None = node
-    while current is not None:
+    while current is not None and has_trait(current, Trait.SCATTER):
         yield current
-        current = producer_of(current.inputs[0], *_SCATTERS)
+        current = None if current.inputs[0] is None else current.inputs[0].producer()
 
 
 def _rows_of(shapes: Shapes, node: ir.Node) -> JoinedRows | None:
@@ -296,6 +297,8 @@ def _written(shapes: Shapes, node: ir.Node, sizes: Sequence[int]) -> tuple[int, 
         axis = node.attributes.get_int("axis", 0) % len(sizes)
         whole = indices.shape == (*sizes[:axis], 1, *sizes[axis + 1 :])
         return (axis, int(indices.flat[0])) if whole and (indices == indices.flat[0]).all() else None
+    if node.op_type != "ScatterND":
+        return None
     axis = indices.shape[-1] - 1
     flat = indices.reshape(-1, axis + 1)
     grid = np.stack(np.meshgrid(*map(np.arange, sizes[:axis]), flat[0, -1], indexing="ij"), -1).reshape(-1, axis + 1)

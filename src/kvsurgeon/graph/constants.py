@@ -8,8 +8,6 @@ import onnx_ir as ir
 from kvsurgeon.graph.query import is_operator
 
 TINY = 64  # elements; up to this size a tensor is a scalar or mask value, not a weight, even in external data
-_COMPARED = 1 << 22  # elements; up to this size a tensor is compared with zeros
-_EXPANSIONS = ("Cast", "Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 SMALL = 4096  # elements; up to this size a tensor is a shape or a frequency table, not a weight matrix
 
 
@@ -55,22 +53,3 @@ def small_constant(value: ir.Value | None) -> np.ndarray | None:
         return tensor.numpy()
     except (OSError, ValueError):  # its file is missing
         return None
-
-
-def is_zero(value: ir.Value | None) -> bool:
-    """Return whether all elements of a value are zero, by the constant that it is an expansion of."""
-    node = None if value is None else value.producer()
-    while node is not None and is_operator(node, *_EXPANSIONS):
-        value = node.inputs[0]
-        node = None if value is None else value.producer()
-    if is_operator(node, "ConstantOfShape"):
-        assert node is not None
-        filling = node.attributes.get("value")
-        return filling is None or not filling.as_tensor().numpy().any()
-    tensor = constant_tensor(value)
-    if tensor is None or tensor.size > _COMPARED or tensor.dtype is ir.DataType.STRING:
-        return False
-    try:
-        return not tensor.numpy().any()
-    except (OSError, ValueError):  # its file is missing
-        return False

@@ -14,8 +14,8 @@ from kvsurgeon.analysis.regions.sequence_state import has_new_tokens
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.analysis.token_flow import RecurrentState, SequenceState, TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
-from kvsurgeon.graph.constants import is_zero
 from kvsurgeon.graph.query import all_inputs, is_operator
+from kvsurgeon.ops.content import is_zero
 from kvsurgeon.symbolic.sequence_axes import SequenceAxis
 
 
