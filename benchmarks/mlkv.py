@@ -1,6 +1,7 @@
 """Gives a model of 12 layers with 12 heads the six configurations of the paper on multi-layer key-value heads (MLKV).
 
     python benchmarks/mlkv.py FOLDER... [--json OUT]        # folders that examples/pythia.py writes
+    python benchmarks/mlkv.py FOLDER... --loss              # parameters, and KL divergence by method
 
 Each is made by merge-kv-heads, share-kv-layers or both. It then gets a cache, and is verified with it, whole, token by
 token and in ragged chunks, against itself without: two sequences, one of them padded on the left.
@@ -12,9 +13,11 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
@@ -22,6 +25,7 @@ from verification.corpus import Case
 from verification.independent_verifier import EXACT, failures, open_session, read_contract, score_case
 
 from kvsurgeon import io
+from kvsurgeon.parity import measure_loss
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Pass, Subject
 from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
@@ -30,6 +34,7 @@ from kvsurgeon.workflow.pipeline import Pipeline
 
 HEADS, LAYERS = 12, 12
 TOKENS, PADDING = 19, 4
+LOSS_TOKENS = 2048  # half of them to calibrate on, 512 of the others to measure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +52,13 @@ class Configuration:
 
     @property
     def passes(self) -> tuple[Pass, ...]:
-        """Passes that derive it from multi-head attention."""
-        merge = (MergeKvHeads(kv_heads=self.kv_heads),) if self.kv_heads < HEADS else ()
-        share = (ShareKvLayers(kv_layers=self.kv_layers),) if self.kv_layers < LAYERS else ()
+        """Passes that derive it from multi-head attention, by means."""
+        return self.derived("mean", "mean")
+
+    def derived(self, merging: Literal["pca", "mean"], sharing: Literal["least-squares", "mean"]) -> tuple[Pass, ...]:
+        """Passes that derive it from multi-head attention, by these methods."""
+        merge = (MergeKvHeads(kv_heads=self.kv_heads, method=merging),) if self.kv_heads < HEADS else ()
+        share = (ShareKvLayers(kv_layers=self.kv_layers, method=sharing),) if self.kv_layers < LAYERS else ()
         return (*merge, *share)
 
 
@@ -126,12 +135,44 @@ def examine(folder: Path, configuration: Configuration, given: np.ndarray) -> Ro
     )
 
 
+def compare_methods(folder: Path) -> None:
+    """Print what each configuration loses by means, and by components and least squares, on random tokens."""
+    print(f"{'model':14} {'configuration':14} {'heads':>5} {'parameters':>12} {'KL mean':>9} {'KL fitted':>9}")
+    for configuration in CONFIGURATIONS:
+        (count, mean), (_, fitted) = (
+            loss(folder, passes) for passes in (configuration.passes, configuration.derived("pca", "least-squares"))
+        )
+        print(
+            f"{folder.name:14} {configuration.name:14} {configuration.total:5} {count:12,} {mean:9.3f} {fitted:9.3f}",
+            flush=True,
+        )
+
+
+def loss(folder: Path, passes: Sequence[Pass]) -> tuple[int, float]:
+    """Return the number of parameters after these passes, and the KL divergence in nats per token."""
+    path, subject = folder / "model.onnx", Subject.of(folder)
+    with tempfile.TemporaryDirectory() as made:
+        subject.text = Path(made) / "text.ids"
+        vocabulary = int(subject.model.graph.outputs[0].shape[-1])
+        subject.text.write_text(" ".join(map(str, np.random.default_rng(1).integers(0, vocabulary, LOSS_TOKENS))))
+        model = Pipeline(passes).run(subject).model
+        with io.staged(model, None, folder) as candidate:
+            found = measure_loss(path, candidate, text=subject.text, held_out=True, folder=folder)
+    weights = (value.const_value for value in model.graph.initializers.values())
+    return sum(one.size for one in weights if one is not None and one.dtype.is_floating_point()), found.kl_divergence
+
+
 def main() -> int:
     """Print a table; exit code 1 where something is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+", metavar="FOLDER")
     parser.add_argument("--json", type=Path, metavar="OUT")
+    parser.add_argument("--loss", action="store_true", help="compare methods instead")
     options = parser.parse_args()
+    if options.loss:
+        for folder in options.folders:
+            compare_methods(folder)
+        return 0
     rows: list[Row] = []
     print(
         f"{'model':14} {'configuration':14} {'heads':>5} {'bytes/token':>11} {'of MHA':>7} {'error':>8} {'changed':>8}"

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from laws import difference, in_onnxruntime, texts
 
 import kvsurgeon
 from kvsurgeon import io
 from kvsurgeon.calibration import SecondMoment, activations, calibration_rows
 from kvsurgeon.errors import LossError, UsageError
 from kvsurgeon.parity import measure_loss
+from kvsurgeon.passes.contract import Subject
 from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.run_and_save import run_and_save
@@ -70,3 +72,24 @@ def test_nothing_is_written_if_the_loss_is_above_the_bound(tmp_path: Path, text:
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="--no-verify"):
         run_and_save(DEMO, merged, tmp_path / "out", max_loss=1e-3, verify=False)
+
+
+def test_an_edit_of_the_analyzed_graph_is_one_of_the_model() -> None:
+    original = io.load(DEMO)  # decomposing it gives another model each time
+    subject = Subject.of(original, DEMO)
+
+    analysis = subject.analysis_of_copy()
+
+    assert analysis.model is subject.model is not original
+    assert subject.analysis() is analysis
+
+
+def test_a_text_has_an_effect_on_a_model_that_is_simplified() -> None:
+    found = []
+    for method in ("pca", "first"):
+        subject = Subject.of(DEMO)
+        subject.text = DEMO / "sample.txt"
+        MergeKvHeads(kv_heads=1, method=method).apply(subject)
+        proto = io.to_proto(subject.model, DEMO)
+        found.append(in_onnxruntime(proto)(texts(proto))["logits"])
+    assert difference(*found) > 1e-2

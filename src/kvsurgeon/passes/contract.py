@@ -14,6 +14,7 @@ from kvsurgeon import io
 from kvsurgeon.analysis.analysis import Analysis, analyze
 from kvsurgeon.anatomy import CachedTensor, Decoder, cache_facts, decoder_facts
 from kvsurgeon.decompose import DecomposedModel, decompose
+from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.io.gc_pause import gc_paused
 from kvsurgeon.io.json_files import read_json
@@ -81,6 +82,19 @@ class Subject:
             UnsupportedError: The model is not a decoder without a cache.
         """
         return self._current().analysis
+
+    def analysis_of_copy(self) -> Analysis:
+        """Replace the model by a copy in standard operators, and return its analysis, which refers to that copy.
+
+        A pass edits the graph of the analysis, then calls `changed()`.
+
+        Raises:
+            UnsupportedError: The model is not a decoder without a cache.
+        """
+        stages = _Stages(copy_model(self.model))
+        self.model = stages.model = stages.decomposed.model
+        self._stages = stages
+        return self.analysis()
 
     def proof(self) -> Proof:
         """Return the proof that the decomposed model is causal and prefix-stable.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.heads.latents import Latent, find_latent, read_latents
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
@@ -38,8 +37,7 @@ class LatentCache:
         """
         work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
         signature = detach_cache(work)
-        work.model = copy_model(work.decomposed().model)
-        analysis = work.analysis()
+        analysis = work.analysis_of_copy()
         with deep_recursion():
             found = {index: find_latent(analysis.flow, site) for index, site in enumerate(analysis.sites)}
             latents = {index: latent for index, latent in found.items() if latent is not None}

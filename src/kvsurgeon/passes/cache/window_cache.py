@@ -77,9 +77,8 @@ class WindowCache:
                 at=signature.entries[0].past, expected="dynamic", found=signature.entries[0].cache_mode,
             )  # fmt: skip
         if others:
-            work.model = copy_model(work.decomposed().model)
             with deep_recursion():
-                limit_attention(work.analysis(), others)
+                limit_attention(work.analysis_of_copy(), others)
             work.changed()
         limited = copy_model(work.model) if others else None
         outcome = reattach_cache(work, signature, windows={**windows, **others})

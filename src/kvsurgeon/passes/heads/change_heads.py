@@ -56,7 +56,7 @@ def replace_heads(subject: Subject, plan: Plan, *, lossy: bool, calibrate: Calib
     signature = detach_cache(work)
     notes = _notes(subject)
     if calibrate is not None:
-        work.model = copy_model(work.decomposed().model)
+        work.analysis_of_copy()
         notes += calibrate(work)
         work.changed()
     without_cache = copy_model(work.model) if lossy else work.model

@@ -54,8 +54,8 @@ class LowRankValues:
 
         work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
         signature = detach_cache(work)
-        work.model = copy_model(work.decomposed().model)
-        before, analysis = copy_model(work.model), work.analysis()
+        analysis = work.analysis_of_copy()
+        before = copy_model(work.model)
         with deep_recursion():
             size = bytes_of_cache(analysis, signature)
             maps = fit_latents(analysis, self.rank, subject.text, subject.folder)
@@ -75,7 +75,7 @@ def _equal_models(before: ir.Model, after: ir.Model, maps: list[LowRankMap | Non
     """Return the model before with values of lower rank in an unchanged graph, and the model after."""
     from kvsurgeon.calibration import project_values  # onnxruntime is slow to import
 
-    work = Subject(model=copy_model(before))
+    work = Subject(model=before)
     with deep_recursion():
-        project_values(work.analysis(), maps)
+        project_values(work.analysis_of_copy(), maps)
     return [(work.model, after)]

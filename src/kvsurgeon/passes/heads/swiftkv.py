@@ -46,8 +46,7 @@ class SwiftKv:
 
         work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
         signature = detach_cache(work)
-        work.model = copy_model(work.decomposed().model)
-        analysis = work.analysis()
+        analysis = work.analysis_of_copy()
         if not 0 <= self.after < len(analysis.sites):
             raise UsageError(f"expected a layer from 0 to {len(analysis.sites) - 1}, found {self.after}")
         with deep_recursion():
@@ -55,7 +54,8 @@ class SwiftKv:
         if not edits:
             return Unchanged(reason=f"no layer behind layer {self.after} computes keys and values from another input")
         work.changed()
+        fitted = copy_model(work.model)
         if signature is not None:
             reattach_cache(work, signature)
         subject.model = work.model
-        return Changed(edits=edits, notes=notes, exact=False)
+        return Changed(edits=edits, notes=notes, exact=False, equal_models=lambda: [(fitted, fitted)])

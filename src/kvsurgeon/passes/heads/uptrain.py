@@ -9,7 +9,6 @@ from typing import ClassVar
 
 from kvsurgeon import io
 from kvsurgeon.errors import UsageError
-from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.cache.remove_cache import detach_cache
 from kvsurgeon.passes.contract import Changed, Outcome, Subject
@@ -56,10 +55,10 @@ class Uptrain:
 
         assert subject.text is not None
         original, text = Path(self.against), subject.text
-        work = Subject(model=copy_model(subject.model), folder=subject.folder, config=subject.config)
+        work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
         detach_cache(work)
         with deep_recursion():
-            analysis = work.analysis()
+            analysis = work.analysis_of_copy()
             weights = projection_weights(analysis)
         with io.staged(analysis.model, None, subject.folder) as proto:
             before = measure_loss(original, proto, text=text, held_out=True, folder=subject.folder)
