@@ -41,6 +41,14 @@ def weightless_proto(model: ir.Model, placeholder: Placeholder) -> onnx.ModelPro
         raise InvalidModelError(f"cannot serialize the model: {' '.join(str(error).split())}") from error
 
 
+def without_data(value: ir.Value) -> ir.TensorProtocol:
+    """Return a tensor of the type and the shape of an initializer, whose data is nowhere."""
+    tensor = value.const_value
+    shape = ir.Shape([] if tensor is None else tensor.shape.numpy())
+    dtype = ir.DataType.FLOAT if tensor is None else tensor.dtype
+    return ir.ExternalTensor("weights", None, None, dtype, shape=shape, name=value.name or "")
+
+
 def empty_tensor(value: ir.Value) -> ir.TensorProtocol:
     """Return a tensor without elements of the type of an initializer, which `onnx.checker` accepts for any weight."""
     dtype = value.dtype if value.const_value is None else value.const_value.dtype

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from kvsurgeon.errors import UsageError
-from kvsurgeon.passes.weightless import weightless_proto
+from kvsurgeon.passes.weightless import weightless_proto, without_data
 
 
 def trace_writer(folder: Path) -> Callable[[int, str, ir.Model], None]:
@@ -24,14 +24,7 @@ def trace_writer(folder: Path) -> Callable[[int, str, ir.Model], None]:
         raise UsageError(f"cannot write to `{folder}`: {error.strerror or error}") from error
 
     def write(count: int, name: str, model: ir.Model) -> None:
-        text = onnx.printer.to_text(weightless_proto(model, _without_data))
+        text = onnx.printer.to_text(weightless_proto(model, without_data))
         (folder / f"{count:02}-{name}.txt").write_text(text, "utf-8")
 
     return write
-
-
-def _without_data(value: ir.Value) -> ir.TensorProtocol:
-    tensor = value.const_value
-    shape = ir.Shape([] if tensor is None else tensor.shape.numpy())
-    dtype = ir.DataType.FLOAT if tensor is None else tensor.dtype
-    return ir.ExternalTensor("weights", None, None, dtype, shape=shape, name=value.name or "")

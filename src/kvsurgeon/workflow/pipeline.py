@@ -25,6 +25,7 @@ from kvsurgeon.passes.validity import problems
 from kvsurgeon.plugins import Catalogue
 from kvsurgeon.workflow import registry
 from kvsurgeon.workflow.companions import connected
+from kvsurgeon.workflow.provenance import UNKNOWN, digest_of, record_provenance
 
 if TYPE_CHECKING:
     from kvsurgeon.parity import AccuracyLoss, Report
@@ -191,7 +192,7 @@ class Pipeline:
         verify_each: bool = False,
         on_pass: PassCallback | None = None,
     ) -> PipelineRun:
-        """Run all passes and return the model. Nothing is written.
+        """Run all passes and return the model, with its provenance in its metadata. Nothing is written.
 
         Args:
             source: A file, a folder that holds one, a proto (which is not changed), or an `ir.Model` (which is).
@@ -207,6 +208,7 @@ class Pipeline:
         subject = Subject.of(source, folder)
         reference = io.to_proto(subject.model, subject.folder) if verify_each else None
         was_valid = not problems(subject.model)
+        digest = digest_of(subject.model) if was_valid else UNKNOWN
         steps: list[PassResult] = []
         if on_pass is not None:
             on_pass(0, "original", subject.model)
@@ -220,6 +222,9 @@ class Pipeline:
                     reference = io.to_proto(subject.model, subject.folder)  # later passes preserve the lossy result
             if on_pass is not None:
                 on_pass(len(steps), one.name, subject.model)
+        changed = [one for one, step in zip(self.passes, steps, strict=True) if isinstance(step.outcome, Changed)]
+        if changed:
+            record_provenance(subject.model, digest, changed)
         return PipelineRun(model=subject.model, folder=subject.folder, steps=tuple(steps))
 
 
