@@ -86,7 +86,7 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "xlnet": {"mem_len": None, "attn_type": "uni"},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16},
-    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16},
+    "zamba2": {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 4},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 BLOCKS = ("layer_types", "layers_block_type", "block_types", "attention_layers", "mlp_layer_types", "hybrid_override")

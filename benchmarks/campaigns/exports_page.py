@@ -40,17 +40,17 @@ def as_markdown(page: Page, rows: Sequence[Row]) -> str:
     lines += ["", "## Right", ""]
     for exporter in EXPORTERS:
         names = [name for name, by in sorted(found.items()) if by.get(exporter, NOT_TRIED).outcome == RIGHT]
-        lines += [*_wrapped(f"By {SPELLED.get(exporter, exporter)} ({len(names)}): {', '.join(names)}."), ""]
+        if names:
+            lines += [*_wrapped(f"By {SPELLED.get(exporter, exporter)} ({len(names)}): {', '.join(names)}."), ""]
     lines += ["## Refused", "", "| decoder | reason | what its code does |", "| --- | --- | --- |"]
     lines += [_row(name, _reason(found[name], REFUSED), page.causes.get(name, "")) for name in _with(best, REFUSED)]
-    lines += [
-        "",
-        "## Neither",
-        "",
-        _row("decoder", *(SPELLED.get(one, one) for one in EXPORTERS), "what its code does"),
-    ]
+    neither = sorted(name for name, outcome in best.items() if outcome not in (RIGHT, REFUSED))
+    if not neither:
+        return "\n".join(lines) + "\n"
+    heads = (SPELLED.get(one, one) for one in EXPORTERS)
+    lines += ["", "## Neither", "", _row("decoder", *heads, "what its code does")]
     lines += ["| --- |" + " --- |" * (len(EXPORTERS) + 1)]
-    for name in sorted(name for name, outcome in best.items() if outcome not in (RIGHT, REFUSED)):
+    for name in neither:
         outcomes = (text_of(found[name].get(one, NOT_TRIED)) for one in EXPORTERS)
         lines.append(_row(name, *outcomes, page.causes.get(name, "")))
     return "\n".join(lines) + "\n"
