@@ -42,8 +42,8 @@ site: ## build the docs as a site, in build/site; installs what that needs
 	pip install --quiet '.[docs]'
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 
-user: ## run README and docs as a new user, in a fresh virtual environment
-	python tools/new_user.py
+user: ## run the README as a new user, in a fresh virtual environment; tools/new_user.py runs the docs too
+	python tools/new_user.py README.md
 
 clients: ## run OpenVINO and onnxruntime-genai on three small models; installs them on first use
 	@for client in openvino genai; do \

@@ -1,4 +1,4 @@
-"""The docs are correct: snippets compile (`make user` runs them), links resolve, and every error is described."""
+"""The docs are correct: snippets compile (tools/new_user.py runs them), links resolve, and every error is described."""
 
 from __future__ import annotations
 

@@ -40,9 +40,9 @@ def main() -> int:
     if arguments.page is not None:
         run_page(arguments.page, arguments.packages)
         return 0
-    pages = [README, *(page.resolve() for page in arguments.pages or sorted(ROOT.glob("docs/**/*.md")))]
+    pages = dict.fromkeys([README, *(page.resolve() for page in arguments.pages or sorted(ROOT.glob("docs/**/*.md")))])
     with tempfile.TemporaryDirectory() as folder:
-        return run_all(pages, Path(folder), arguments.packages)
+        return run_all(list(pages), Path(folder), arguments.packages)
 
 
 def run_all(pages: list[Path], folder: Path, packages: list[str]) -> int:
