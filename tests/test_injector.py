@@ -159,11 +159,13 @@ def test_the_model_at_a_path_gets_its_weights(path, folder, original, monkeypatc
 def test_the_form_of_a_target_is_built_if_wanted(folder, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text("{}")
-    built = KeyValueCacheInjector(folder, target="deepsparse").apply(onnx.load(folder / "model.onnx"))
+    with pytest.warns(UserWarning, match="internal cache of DeepSparse"):
+        built = KeyValueCacheInjector(folder, target="deepsparse").apply(onnx.load(folder / "model.onnx"))
     assert {"positions", "causal_mask"} <= {value.name for value in built.graph.input}
     with pytest.raises(UsageError, match="found both"):
         KeyValueCacheInjector(target="deepsparse", additional_transforms=len)
-    written = KeyValueCacheInjector(folder, target="deepsparse").export(folder, tmp_path / "deepsparse")
+    with pytest.warns(UserWarning, match="internal_kv_cache=False"):
+        written = KeyValueCacheInjector(folder, target="deepsparse").export(folder, tmp_path / "deepsparse")
     assert {"model.onnx", "config.json"} <= {file.name for file in written.parent.iterdir()}
 
 

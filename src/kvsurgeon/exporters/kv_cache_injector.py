@@ -7,7 +7,7 @@ from kvsurgeon.injector import KeyValueCacheInjector
 __all__ = ["KeyValueCacheInjector"]
 
 warnings.warn(
-    "DeepSparse runs the result of KeyValueCacheInjector(..., target='deepsparse'), with internal_kv_cache=False; "
-    "the result without a target is for other runtimes",
+    "DeepSparse runs the result of KeyValueCacheInjector(..., target='deepsparse'); the result without a target is for "
+    "other runtimes, and gives other tokens there",
     stacklevel=2,
 )

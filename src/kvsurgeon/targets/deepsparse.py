@@ -9,6 +9,8 @@ from kvsurgeon.passes.interface.add_causal_mask_input import AddCausalMaskInput
 from kvsurgeon.passes.interface.add_position_ids import AddPositionIds
 from kvsurgeon.passes.interface.rename_io import RenameIo
 from kvsurgeon.passes.operators.concat_to_tile import ConcatToTile
+from kvsurgeon.passes.operators.fold_position_tables import FoldPositionTables
+from kvsurgeon.passes.operators.unmerge_heads import UnmergeHeads
 from kvsurgeon.passes.opset.lower_opset import LowerOpset
 from kvsurgeon.targets.hugging_face_files import (
     tokenizer_config_before_5,
@@ -40,6 +42,11 @@ def _check(model: ModelInfo) -> Iterator[Incompatibility]:
             f"found mask {other.mask.kind}",
             at=other.output,
         )
+    yield warning(
+        "the internal cache of DeepSparse, the default of its pipeline, cannot run every graph: an assertion of its "
+        "compiler ends the process then",
+        hint="internal_kv_cache=False runs the same folder with a cache in Python",
+    )
     if "causal_mask" not in model.input_names:
         yield warning("the model has no input causal_mask: DeepSparse runs the prompt token by token")
 
@@ -51,10 +58,16 @@ def _config(model: ModelInfo) -> Mapping[str, Any] | None:
 
 DEEPSPARSE = Target(
     name="deepsparse",
-    summary="deepsparse.TextGeneration(model_path=folder, internal_kv_cache=False), batch 1",
+    summary="deepsparse.TextGeneration(model_path=folder), batch 1",
     tested_with="deepsparse 1.8.0",
     before=(RenameIo(names=("position_ids:positions",)), AddPositionIds(input="positions")),
-    after=(AddCausalMaskInput(), ConcatToTile(), LowerOpset(opset=_OPSET)),
+    after=(
+        UnmergeHeads(),
+        FoldPositionTables(input="positions"),
+        AddCausalMaskInput(),
+        ConcatToTile(),
+        LowerOpset(opset=_OPSET),
+    ),
     required=("input_ids", "attention_mask", "logits"),
     allowed_inputs=frozenset(_INPUTS),
     dtypes={name: {"int64"} for name in _INPUTS} | {"logits": {"float32"}},

@@ -39,6 +39,8 @@ BUILT_IN = {
     "chunk-length": "kvsurgeon.passes.operators.chunk_length:ChunkLength",
     "einsum-to-matmul": "kvsurgeon.passes.operators.einsum_to_matmul:EinsumToMatmul",
     "concat-to-tile": "kvsurgeon.passes.operators.concat_to_tile:ConcatToTile",
+    "fold-position-tables": "kvsurgeon.passes.operators.fold_position_tables:FoldPositionTables",
+    "unmerge-heads": "kvsurgeon.passes.operators.unmerge_heads:UnmergeHeads",
     "reciprocal-to-div": "kvsurgeon.passes.operators.reciprocal_to_div:ReciprocalToDiv",
     "store-transposed-weights": "kvsurgeon.passes.operators.store_transposed_weights:StoreTransposedWeights",
     "pack-projections": "kvsurgeon.passes.operators.pack_projections:PackProjections",

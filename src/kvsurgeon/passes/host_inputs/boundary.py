@@ -32,10 +32,12 @@ def token_and_cache_inputs(graph: ir.Graph) -> tuple[ir.Value, list[ir.Value]]:
 
 
 def find_boundary(graph: ir.Graph, tokens: ir.Value, caches: Sequence[ir.Value]) -> list[ir.Value]:
-    """Return the values that depend on lengths, masks or positions only, and are combined with token data.
+    """Return the context that is combined with token data; for a lookup in a table of weights, the indices."""
+    return list(dict.fromkeys(map(_lookup_indices, find_context(graph, tokens, caches))))
 
-    For a lookup in a table of weights, these are the indices.
-    """
+
+def find_context(graph: ir.Graph, tokens: ir.Value, caches: Sequence[ir.Value]) -> list[ir.Value]:
+    """Return the values that depend on lengths, masks or positions only, and are combined with token data."""
     token_data = {tokens, *caches}
     varying = set(required_inputs(graph))
     found: dict[ir.Value, None] = {}
@@ -48,7 +50,7 @@ def find_boundary(graph: ir.Graph, tokens: ir.Value, caches: Sequence[ir.Value])
         token_data.update(node.outputs)
         for value in node.inputs[: 1 if has_trait(node, Trait.PARAMETERIZED) else None]:
             if value is not None and value not in token_data and value in varying:
-                found[_lookup_indices(value)] = None
+                found[value] = None
     return list(found)
 
 
