@@ -133,11 +133,13 @@ def _check_products(flow: TokenFlow, site: AttentionSite, keys: ir.Value, values
     Raises:
         UnsupportedError: They are not.
     """
-    is_single = len(site.scores) == len(site.products) == 1 and site.fused is None and not site.other_inputs
+    expected = "one product of queries with keys, and one of weights with values"
+    if len(site.scores) != 1 or len(site.products) != 1 or site.fused is not None or site.other_inputs:
+        raise _not_readable(site, expected, "one operator" if site.fused is not None else "others")
     score, product = site.scores[0], site.products[0]
     places = (score.node.op_type, score.key_index(), product.node.op_type, product.value)
-    if not is_single or places != ("MatMul", 1, "MatMul", 1):
-        raise _not_readable(site, "one product of queries with keys, and one of weights with values", str(places))
+    if places != ("MatMul", 1, "MatMul", 1):
+        raise _not_readable(site, expected, str(places))
     operands = [value for value in (keys, values, score.node.inputs[0]) if value is not None]
     shapes = [flow.shapes[value].shape or () for value in operands]
     sequence = [flow.axes[value][0].axis for value in (keys, values)]

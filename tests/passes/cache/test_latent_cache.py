@@ -16,11 +16,14 @@ from kvsurgeon.parity import verify
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.latent_cache import LatentCache
 from kvsurgeon.passes.contract import CACHE_TOKENS, Subject, Unchanged
+from kvsurgeon.passes.operators.fuse_attention import FuseAttention
+from kvsurgeon.passes.opset.raise_opset import RaiseOpset
 from kvsurgeon.runtime import CachedDecoder, open_session
 from kvsurgeon.workflow.pipeline import Pipeline
 
 CONFIG = Config(layers=2, windowed=(1,), kv_heads=4)
 LATENT = 10  # features of the latent
+FUSED = FuseAttention(operator="attention")
 
 
 class WithLatent(Decoder):
@@ -175,3 +178,10 @@ def test_weights_in_a_file_are_read(tmp_path):
     run = Pipeline.parse("latent-cache,inject").run(tmp_path / "model.onnx")
     report = verify(original(), io.to_proto(run.model, tmp_path), folder=tmp_path, effort="quick", seed=3)
     assert report.verdict == "same", report.problems
+
+
+def test_attention_as_one_operator_is_rejected():
+    fused = after(WithLatent(Config(layers=1, windowed=(), kv_heads=4)).model(), RaiseOpset(opset=23), FUSED)
+    assert any(node.op_type == "Attention" for node in fused.graph.node)
+    with pytest.raises(UnsupportedError, match="found one operator"):
+        LatentCache().apply(Subject.of(fused))
