@@ -85,3 +85,17 @@ def test_an_initializer_without_uses_stays_if_it_was_unused_before():
     editor.constant([1, 2, 3])
     editor.finish()
     assert list(model.graph.initializers) == ["unused"]
+
+
+def test_an_initializer_that_was_added_and_lost_its_uses_is_removed():
+    model = model_of()
+    editor = Editor(model)
+    first, second = (editor.initializer(ir.Tensor(np.ones(3, np.float32), name=name)) for name in ("first", "second"))
+    node = next(iter(model.graph))
+    editor.replace_input(node, 0, first)
+    editor.replace_input(node, 0, second)
+
+    editor.finish()
+
+    assert "first" not in model.graph.initializers
+    assert "second" in model.graph.initializers

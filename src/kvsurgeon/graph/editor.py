@@ -41,6 +41,7 @@ class Editor:
         self._constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
         self._taken = {value.name for value in self._values()} | {node.name for node in self.graph}
         self._live = find_live(self.graph)
+        self._added: set[ir.Value] = set()  # initializers
         self._originals: dict[ir.Node, ir.Node] = {}  # by copy
 
     def _values(self) -> Iterable[ir.Value]:
@@ -92,6 +93,7 @@ class Editor:
         shape, dtype = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype)
         value = ir.Value(name=tensor.name, shape=shape, type=dtype, const_value=tensor)
         self.graph.register_initializer(value)
+        self._added.add(value)
         self.edits += 1
         return value
 
@@ -268,7 +270,7 @@ class Editor:
         self._rename_copies(live)
         for value in list(self.graph.initializers.values()):
             used = value in live or value.is_graph_output() or value.is_graph_input()
-            if not used and (value in self._live or value in self._constants.values()):
+            if not used and (value in self._live or value in self._added):
                 self.graph.initializers.pop(value.name or "")
         self.graph.sort()
 
