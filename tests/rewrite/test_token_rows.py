@@ -7,6 +7,7 @@ import onnx
 import pytest
 from exports import ONE_OF_EACH, after, export
 from laws import difference
+from onnx import helper
 
 from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.parity import verify
@@ -81,3 +82,25 @@ def test_a_batch_of_one_has_one_past_length():
 def test_only_a_static_cache_has_separate_past_lengths():
     with pytest.raises(UsageError, match="cache dynamic: expected past-length shape, found per-sequence"):
         after(export("llama_dynamo_sdpa"), Inject(past_length="per-sequence"))
+
+
+def test_the_verifier_runs_sequences_of_different_lengths():
+    """Of the broken model every sequence has the past length of the first one."""
+    original, model = export("llama_dynamo_sdpa"), after(export("llama_dynamo_sdpa"), PER_SEQUENCE)
+    report = verify(original, model, threads=1)
+    assert report.verdict == "same"
+    assert report.comparisons[-1].scenario == "ragged batch"
+    for node in model.graph.node:
+        node.input[:] = ["of_all" if name == "past_sequence_length" else name for name in node.input]
+    nodes = [
+        helper.make_node("Gather", ["past_sequence_length", "zero"], ["first"]),
+        helper.make_node("Shape", ["past_sequence_length"], ["count"]),
+        helper.make_node("Expand", ["first", "count"], ["of_all"]),
+    ]
+    every = [*nodes, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(every)
+    model.graph.initializer.append(helper.make_tensor("zero", onnx.TensorProto.INT64, [1], [0]))
+    report = verify(original, model, threads=1)
+    assert report.verdict == "different"
+    assert {one.scenario for one in report.comparisons if one.verdict == "different"} == {"ragged batch"}

@@ -1,4 +1,7 @@
-"""Comparison of a candidate with its reference on one text: outputs, and the cache of chunks and a single prefill."""
+"""Comparison of a candidate with its reference on one text: outputs, and the cache of chunks and a single prefill.
+
+A candidate that declares to take sequences of different lengths in one batch is also compared on such a batch.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import numpy.typing as npt
 
 from kvsurgeon.errors import RunError
 from kvsurgeon.parity.chunked_run import ChunkedRun, run_in_chunks
-from kvsurgeon.parity.difference import error_map, scale_of, worst
+from kvsurgeon.parity.difference import distance, error_map, scale_of, spread, worst
 from kvsurgeon.parity.fault_location import locate_fault
 from kvsurgeon.parity.output_comparison import Counted, OutputComparer, ReferenceRuns
 from kvsurgeon.parity.reference_model import ReferenceModel
@@ -18,10 +21,14 @@ from kvsurgeon.parity.report import CacheDifference, Comparison
 from kvsurgeon.parity.rounding import ReferenceNoise
 from kvsurgeon.parity.scenarios import Scenario
 from kvsurgeon.parity.tolerance import Tolerance
-from kvsurgeon.runtime import AnyDecoder, Array, CachedDecoder, CacheIO
+from kvsurgeon.runtime import AnyDecoder, Array, CachedDecoder, CacheIO, ContinuousBatch
 
 UNSTABLE = "the reference model's outputs differ between one call and several"
 _PREFILL = 200  # tokens of a text that is also run in a single prefill, to compare the caches
+_PROMPTS = (5, 1, 9)  # tokens of each sequence of a ragged batch in its first call
+_RAGGED_CALLS = ((1, 1, 1), (3, 1, 2), (1, 4, 1))  # new tokens of each in one call
+_BACK = 2  # tokens by which the first sequence goes back before the last call
+_RAGGED = 16  # tokens of each, with room for the padding of chunks
 
 
 def compare(scenario: Scenario, noise: ReferenceNoise, candidate: AnyDecoder, tolerance: Tolerance) -> Comparison:
@@ -47,6 +54,48 @@ def compare(scenario: Scenario, noise: ReferenceNoise, candidate: AnyDecoder, to
     except RunError as error:
         return replace(blank, reason=f"the reference model fails: {error}")
     return result
+
+
+def compare_ragged(
+    reference: ReferenceModel, candidate: AnyDecoder, random: np.random.Generator, bound: float
+) -> Comparison | None:
+    """Compare the logits of sequences that share a batch with those of each alone; None if they cannot share one."""
+    if not isinstance(candidate, CachedDecoder) or not candidate.takes_ragged_batches or reference.single_row:
+        return None
+    if candidate.batch is not None or reference.lengths.long < _RAGGED:
+        return None
+    tokens = random.integers(0, reference.vocabulary, (len(_PROMPTS), _RAGGED))
+    chunks = (max(_PROMPTS), *map(max, _RAGGED_CALLS))
+    scenario = Scenario(name="ragged batch", tokens=tokens, mask=np.ones_like(tokens), chunks=chunks)
+    try:
+        error = _ragged_error(reference, candidate, scenario)
+    except RunError as failure:
+        return Comparison.of(scenario, verdict="different", reason=f"a batch of different lengths failed: {failure}")
+    found = Comparison.of(scenario, verdict="same", error=error)
+    reason = f"sequences of different lengths in one batch differ by {error:.2g} from each alone"
+    return found if error <= bound else replace(found, verdict="different", reason=reason)
+
+
+def _ragged_error(reference: ReferenceModel, candidate: CachedDecoder, scenario: Scenario) -> float:
+    """Return the largest difference of logits, divided by the spread of the reference's."""
+    batch = ContinuousBatch(candidate.session, rows=len(_PROMPTS), capacity=_RAGGED)
+    whole = np.concatenate([reference.outputs(row[None]) for row in scenario.tokens])
+    scale, errors, takes_chunks = spread(whole), [], candidate.takes_ragged_chunks
+    for number, count in enumerate(_PROMPTS):
+        _, logits = batch.start(scenario.tokens[number, :count].tolist())
+        errors.append(distance(whole[number, count - len(logits) : count], logits, scale))
+        takes_chunks = takes_chunks and len(logits) == count  # the last token of a chunk may be padding
+    for call, counts in enumerate(_RAGGED_CALLS):
+        if call == len(_RAGGED_CALLS) - 1:
+            batch.shorten(0, batch.lengths[0] - _BACK)
+        parts = {}
+        for number, count in enumerate(counts if takes_chunks else (1,) * len(counts)):
+            start = batch.lengths[number]
+            parts[number] = scenario.tokens[number, start : start + count].tolist()
+        for number, logits in batch.advance(parts).items():
+            end = batch.lengths[number]
+            errors.append(distance(whole[number, end - len(logits) : end], logits, scale))
+    return max(errors)
 
 
 def compare_caches(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvsurgeon.parity.comparison import compare
+from kvsurgeon.parity.comparison import compare, compare_ragged
 from kvsurgeon.parity.first_difference import first_difference, simplest_difference
 from kvsurgeon.parity.model_source import ModelSource
 from kvsurgeon.parity.open_models import Opened, open_models, open_stable
@@ -174,6 +174,9 @@ class _Verification:
         if self.explain and simplest is not None and isinstance(candidate, CachedDecoder):
             name = first_difference(models, simplest, reference=reference, cache=candidate.cache, bound=report.bound)
             report = replace(report, first_difference=name)
+        ragged = compare_ragged(reference, candidate, np.random.default_rng(self.seed), report.bound)
+        if ragged is not None:
+            report = replace(report, comparisons=(*report.comparisons, ragged))
         return report, reference
 
     def plan(

@@ -100,9 +100,10 @@ class CachedDecoder:
     def takes_ragged_batches(self) -> bool:
         """Whether sequences of a batch may have different lengths, each with its padding last.
 
-        A state of fixed size would take padding for tokens.
+        Each needs one row of every buffer, and a state of fixed size would take padding for tokens.
         """
-        return self._declared.ragged and not any(entry.is_fixed for entry in self.cache)
+        rows = all(entry.batch_axis in (None, 0) and entry.axis and not entry.is_fixed for entry in self.cache)
+        return self._declared.ragged and rows
 
     @property
     def takes_ragged_chunks(self) -> bool:
