@@ -242,13 +242,11 @@ class LengthValues:
         return self._node("Add", [total, zero], name="total_length_within_limit", flat=flat)
 
     def _read(self, symbol: sympy.Symbol, flat: bool) -> ir.Value:
-        if symbol not in self.sources and symbol is PAST:
-            raise UnsupportedError(
-                "the graph needs one past length for all sequences of a batch", code=Code.UNTRACEABLE_SEQUENCE,
-                hint="use past-length=input",
-            )  # fmt: skip
         if symbol not in self.sources:
-            raise UnsupportedError("no input gives a length", code=Code.UNTRACEABLE_SEQUENCE, found=str(symbol))
+            raise UnsupportedError(
+                "no input gives a length", code=Code.UNTRACEABLE_SEQUENCE, found=str(symbol),
+                expected="one number for all sequences of a batch" if symbol is PAST else None,
+            )  # fmt: skip
         value, axis = self.sources[symbol]
         if axis is None:
             return self._given(value, flat)
