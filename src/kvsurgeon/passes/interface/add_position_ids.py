@@ -17,7 +17,12 @@ from kvsurgeon.passes.cache.dynamic_length import with_dynamic_length
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.proof.proof import prove
-from kvsurgeon.rewrite.by_sequence.given_positions import GivenPositions, at_tokens, context_of_new_tokens
+from kvsurgeon.rewrite.by_sequence.given_positions import (
+    GivenPositions,
+    at_tokens,
+    context_of_new_tokens,
+    shape_of_tokens,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +81,7 @@ def _add_positions(analysis: Analysis, name: str) -> int:
     """Add the input, and return the number of edits; 0 if nothing depends on positions."""
     editor = Editor(analysis.model)
     editor.release_name(name)
-    positions = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=_shape(analysis))
+    positions = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=shape_of_tokens(analysis))
     given = GivenPositions(analysis.flow, editor, positions)
     found = context_of_new_tokens(analysis, masks=False)
     uses = [use for use in found if not given.follows_input(use[0].inputs[use[1]])]  # type: ignore[arg-type]
@@ -87,12 +92,3 @@ def _add_positions(analysis: Analysis, name: str) -> int:
     analysis.model.graph.inputs.append(positions)
     editor.finish()
     return editor.edits
-
-
-def _shape(analysis: Analysis) -> ir.Shape:
-    """Return `[batch, length]`, with the dimensions of the token input."""
-    tokens = next(given for given in analysis.inputs if given.is_token)
-    (length,) = tokens.lengths
-    sizes = list(tokens.value.shape or ())
-    batch = next((size for axis, size in enumerate(sizes[:length]) if axis not in tokens.lengths), 1)
-    return ir.Shape([batch, sizes[length]])

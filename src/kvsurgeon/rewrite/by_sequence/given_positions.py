@@ -366,6 +366,15 @@ def _rule(node: ir.Node) -> Rule | None:
     return next((rule for trait, rule in _BY_TRAIT.items() if has_trait(node, trait)), None)
 
 
+def shape_of_tokens(analysis: Analysis) -> ir.Shape:
+    """Return `[batch, length]`, with the declared dimensions of the token input."""
+    tokens = next(given for given in analysis.inputs if given.is_token)
+    (length,) = tokens.lengths
+    sizes = list(tokens.value.shape or ())
+    batch = next((size for axis, size in enumerate(sizes[:length]) if axis not in tokens.lengths), 1)
+    return ir.Shape([batch, sizes[length]])
+
+
 def context_of_new_tokens(analysis: Analysis, *, masks: bool) -> list[Use]:
     """Return where token data is combined with context that has a row for each new token.
 

@@ -20,7 +20,12 @@ from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor, NodeBuilder
 from kvsurgeon.resizing.lengths import INT64, LengthValues
-from kvsurgeon.rewrite.by_sequence.given_positions import GivenPositions, at_tokens, context_of_new_tokens
+from kvsurgeon.rewrite.by_sequence.given_positions import (
+    GivenPositions,
+    at_tokens,
+    context_of_new_tokens,
+    shape_of_tokens,
+)
 from kvsurgeon.symbolic.dimension import BATCH, NEW, Dimension
 
 ROWS = "kvsurgeon.rows"  # name of the input, int64 [batch, sequence], until past lengths replace it
@@ -46,15 +51,6 @@ def with_token_rows(analysis: Analysis) -> Analysis:
     graph.inputs.append(rows)
     editor.finish()
     return analyze(analysis.model)
-
-
-def shape_of_tokens(analysis: Analysis) -> ir.Shape:
-    """Return `[batch, length]`, with the declared dimensions of the token input."""
-    tokens = next(given for given in analysis.inputs if given.is_token)
-    (length,) = tokens.lengths
-    sizes = list(tokens.value.shape or ())
-    batch = next((size for axis, size in enumerate(sizes[:length]) if axis not in tokens.lengths), 1)
-    return ir.Shape([batch, sizes[length]])
 
 
 def find_token_rows(inputs: Sequence[InputRole]) -> ir.Value | None:
