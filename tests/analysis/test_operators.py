@@ -287,9 +287,10 @@ def test_a_mask_of_queries_against_keys_that_the_caller_makes():
      ("t = Transpose<perm = [0, 2, 1]>(x)\n g = MatMul(t, x)\n h = MatMul(x, g)", "", "MatMul mixes"),
      ("f = Flatten<axis = 1>(x)\n s1 = Softmax(f)\n h = Reshape(s1, sizes)", "", "Softmax mixes"),
      ("h = Slice(x, first, end, second, two)", "int64[1] end = {9223372036854775807}, int64[1] two = {2}", "by their position"),
+     ("h = Slice(x, first, first, sizes)", "", "bounds along the sequence are unknown"),
      ("p = Reshape(x, halves)\n h = Reshape(p, sizes)", "int64[3] halves = {0, -1, 16}", None)],
     ids=["GlobalAveragePool", "Conv with strides", "a Gram matrix", "Softmax over all",
-         "every second token", "tokens in pairs"],
+         "every second token", "axes that depend on the length", "tokens in pairs"],
 )  # fmt: skip
 def test_what_does_not_keep_them_apart_is_refused(hidden, constants, reason):
     with pytest.raises(UnsupportedError) as refusal:

@@ -233,6 +233,10 @@ def test_numbers_of_shape_arithmetic(body, expected):
         ("l = Neg(end)\n s = Sub(l, ones)\n m = Neg(ones)\n y = Div(s, m)", "the smallest integer has no opposite"),
         ("k = Constant<value_floats=[1.5]>()\n y = Mul(ones, k)", "a float that is no integer"),
         ("y = Pow(twos, end)", "a power that no integer holds"),
+        (
+            "y = Pow(m, k)\n m = Constant<value_floats=[-15.0]>()\n k = Constant<value_floats=[0.25]>()",
+            "a root of a negative number",
+        ),
         ("m = Neg(twos)\n y = Div(n1, m)", "a negative quotient is rounded up"),
         ("f = Cast<to=1>(n1)\n k = Constant<value_floats=[0.7]>()\n y = Mul(f, k)", "a product that is rounded"),
         ("f = Cast<to=1>(n1)\n y = Reciprocal(f)", "so is a quotient"),

@@ -84,3 +84,11 @@ def test_a_length_that_is_fixed_in_the_graph_is_to_be_declared(part):
         injected(read(text))
     model = read(text.replace("float[b, n, 8]", "float[b, 6, 8]"))
     assert verify(model, injected(model)).verdict == "same"
+
+
+def test_an_output_with_features_before_tokens_is_refused():
+    """Its first axis is 8 features, cut in two by a reshape that takes them for tokens."""
+    after = "t = Transpose<perm = [0, 2, 1]>(c)\n  logits = Reshape(t, wrong)"
+    text = attention(after=after, constants="int64[3] wrong = {1, 4, 8}").replace("[b, n, 8]", "[1, 4, 8]")
+    with pytest.raises(UnsupportedError, match="several features before the tokens on one axis"):
+        injected(read(text))

@@ -76,6 +76,7 @@ def propagate_tokens(
                 if not _starts_region(flow, node, routed_regions):
                     raise
     _check_variables(flow)
+    _check_outputs(flow)
     return flow
 
 
@@ -219,6 +220,25 @@ def _check_last(visit: NodeVisit, found: list[Axes]) -> None:
     if any(found):
         raise visit.refusal("a value computed from the last token reaches all tokens")
     visit.flow.last.update(visit.node.outputs)
+
+
+def _check_outputs(flow: TokenFlow) -> None:
+    """Check that outputs of a fixed length do not hold features before tokens on one axis, as a wrong reshape does.
+
+    A caller would have to know how many tokens a call has to tell which number is whose.
+
+    Raises:
+        UnsupportedError: One does.
+    """
+    if not isinstance(flow.length, int):
+        return
+    for value, axes in flow.axes.items():
+        mixed = next((axis for axis in axes if axis.outer not in (1, flow.batch)), None)
+        if mixed is not None and value.is_graph_output():
+            raise UnsupportedError(
+                "an output has several features before the tokens on one axis", code=Code.UNTRACEABLE_SEQUENCE,
+                at=value.name, expected="an axis of tokens", found=f"{mixed.outer} times as many numbers",
+            )  # fmt: skip
 
 
 def _check_variables(flow: TokenFlow) -> None:

@@ -21,8 +21,8 @@ def simplify_model(model: ir.Model) -> ir.Model:
     """
     calls = any(node.op_identifier() in model.functions for node in model.graph.all_nodes())
     sequences = any(node.op_type in MAKERS for node in model.graph)
-    rolled = may_be_unrolled(model.graph) or may_drop_padding(model.graph)
-    if not calls and not sequences and not rolled and not any(is_splittable(node) for node in model.graph):
+    certain = calls or sequences or any(is_splittable(node) for node in model.graph)
+    if not certain and not may_be_unrolled(model.graph) and not may_drop_padding(model.graph):
         return model
     copy = copy_model(model)
     if calls:
@@ -35,7 +35,7 @@ def simplify_model(model: ir.Model) -> ir.Model:
         drop_padded_ends(editor)
     if may_be_unrolled(copy.graph):
         roll_up_loops(editor)
-    return copy if calls or editor.edits else model
+    return copy if certain or editor.edits else model
 
 
 def _align_local_domains(model: ir.Model) -> None:

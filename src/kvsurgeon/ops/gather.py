@@ -188,7 +188,7 @@ def slice_links(call: OperatorCall) -> AxisLinks:
     labels, bounds = identity_links(call), slice_bounds(call)
     inputs = parameters(call, labels)
     if bounds is None:
-        named = call.integers("axes", 3)
+        named = whole_numbers(call.integers("axes", 3))
         cut = labels if named is None else tuple(axis_of(int(axis), len(labels)) for axis in named)
         reason = "its bounds along the sequence are unknown"
         return AxisLinks(

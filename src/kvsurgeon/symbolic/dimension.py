@@ -208,7 +208,7 @@ def is_within(number: Dimension, smallest: int, largest: int) -> bool:
     if isinstance(number, int):
         return smallest <= number <= largest
     ends = [number.subs({one: 1 if one is BATCH else end for one in number.free_symbols}) for end in (1, LONGEST_TEXT)]
-    return all(bool(end.is_finite) and bool(smallest <= end) and bool(end <= largest) for end in ends)
+    return all(bool(end.is_finite and end.is_real) and bool(smallest <= end <= largest) for end in ends)
 
 
 @cached

@@ -86,6 +86,8 @@ def _rounded(number: Any, dtype: ir.DataType) -> Any:
 
 def _fits(number: Any, dtype: ir.DataType) -> bool:
     """Return whether a type holds a number exactly, at any length; a float is rounded already, and may be NaN."""
+    if isinstance(number, complex):  # a root of a negative number: NaN
+        return False
     if isinstance(number, float) and not dtype.is_floating_point():  # of operands of two types
         return False
     if isinstance(number, (bool, float, np.generic)):
