@@ -10,7 +10,7 @@ import numpy as np
 
 from kvsurgeon.errors import RunError
 from kvsurgeon.parity.chunked_run import run_in_chunks
-from kvsurgeon.parity.difference import distance, spread
+from kvsurgeon.parity.difference import distance, error_map, spread
 from kvsurgeon.parity.reference_outputs import ReferenceOutputs
 from kvsurgeon.parity.scenarios import Scenario, TextLengths
 from kvsurgeon.runtime import AnyDecoder, Array, CachedDecoder, DecoderInputs, Session, Tokens, UncachedDecoder
@@ -154,6 +154,20 @@ class ReferenceModel:
             return distance(expected, found)
         scale, counted = spread(expected), mask.astype(bool)
         return distance(expected[counted], found[counted], scale)
+
+    def token_errors(self, other: ReferenceModel, scenario: Scenario) -> Array | None:
+        """Return the error of the same model in another session for each token, `[batch, sequence]`.
+
+        None is returned if the outputs do not have a row for each token.
+
+        Raises:
+            RunError: A session fails.
+        """
+        expected, found = (model.outputs(scenario.tokens, scenario.mask) for model in (self, other))
+        if expected.shape[:2] != scenario.mask.shape:
+            return None
+        scale = np.asarray(spread(expected[scenario.mask.astype(bool)]))
+        return error_map(expected, found, batch=0, sequence=1, scale=scale)
 
     def feeds(self, tokens: Tokens, mask: Tokens, block: int = 0) -> dict[str, Array]:
         """Return the feeds of texts; see `DecoderInputs.feeds`."""

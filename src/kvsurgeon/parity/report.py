@@ -62,6 +62,7 @@ class Comparison:
         token: Token of the largest error.
         layer: Faulty layer, if it can be located.
         cache_differences: Cached tensors that differ, lowest layer first.
+        left_out: Number of tokens that were not compared, since rounding alone moves the reference's outputs further.
         reason: Reason for a verdict other than "same".
     """
 
@@ -81,6 +82,7 @@ class Comparison:
     token: int | None = None
     layer: int | None = None
     cache_differences: tuple[CacheDifference, ...] = ()
+    left_out: int = 0
     reason: str | None = None
 
     @classmethod

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
@@ -69,6 +70,23 @@ class ReferenceNoise:
         """Return the largest error on one text: rounding counts for more where two keys or tokens are almost equal."""
         others = (self._unoptimized, *[self._rounded_once] * _TEXTS)
         return max(self._distance(other, scenario.tokens, scenario.mask) for other in others)
+
+    def stable_tokens(self, scenario: Scenario, bound: float) -> npt.NDArray[np.bool_] | None:
+        """Return which tokens of a text rounding alone moves by no more than a bound, `[batch, sequence]`.
+
+        Trained models have tokens at which a sum cancels out: their logits move a hundred times as far as others.
+        None is returned if that cannot be measured.
+        """
+        largest = np.zeros(scenario.mask.shape)
+        for other in (self._unoptimized, *[self._rounded_once] * _TEXTS):
+            try:
+                errors = None if other is None else self.reference.token_errors(other, scenario)
+            except KvsurgeonError:
+                errors = None
+            if errors is None:
+                return None
+            largest = np.maximum(largest, errors)
+        return largest <= bound
 
     def _distance(self, other: ReferenceModel | None, tokens: Tokens, mask: Tokens | None = None) -> float:
         """Return the error of the reference in another session; 0 if that cannot be run."""

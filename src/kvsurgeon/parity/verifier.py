@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from kvsurgeon.parity.comparison import compare, compare_ragged
+from kvsurgeon.parity.comparison import SUMS, compare, compare_ragged, without_unstable_tokens
 from kvsurgeon.parity.first_difference import first_difference, simplest_difference
 from kvsurgeon.parity.model_source import ModelSource
 from kvsurgeon.parity.open_models import Opened, open_models, open_stable
@@ -30,7 +30,6 @@ from kvsurgeon.runtime.providers import CPU
 
 _UNFUSED: Optimization = "basic"  # "all" rounds again: `MatMulNBits` of 8-bit weights rounds activations
 _ROUNDINGS = 3  # in ranges of the call, of the calls before, and of the whole text
-_SUMS = 8  # largest error of all texts, of the noise that a few texts show
 _EXACT: frozenset[Arithmetic] = frozenset(("float64", "float32"))
 _MEASURED = _EXACT | {"float16"}  # onnxruntime has few kernels for bfloat16, and rounding to 8 bits is no noise
 _NEAR = 10  # multiple of the bound, for exact arithmetic, still well below the error of a wrong cache
@@ -149,7 +148,7 @@ class _Verification:
         widest = _NEAR * report.bound if report.arithmetic in _EXACT else report.bound
         measurable, rounding = report.arithmetic in _MEASURED and not report.faults, 0.0
         if report.arithmetic in _MEASURED:
-            bound = max(report.bound / _TIGHT, min(_SUMS * reference.noise, report.bound))
+            bound = max(report.bound / _TIGHT, min(SUMS * reference.noise, report.bound))
             report = replace(report, tolerance=report.tolerance.with_bound(bound))
         scenarios = self.plan(models, reference, candidate)
         comparisons: list[Comparison] = []
@@ -161,23 +160,37 @@ class _Verification:
             if near and measurable:
                 on_text = noise.on(scenario) if report.arithmetic in _EXACT else 0.0  # the bound of others is wide
                 rounding = max(rounding, noise.largest, on_text)
-                bound = max(report.bound, min(_SUMS * rounding, widest))
+                bound = max(report.bound, min(SUMS * rounding, widest))
                 report = replace(report, tolerance=report.tolerance.with_bound(bound))
                 found = compare(scenario, noise, candidate, report.tolerance)
+            if report.arithmetic in _EXACT:
+                found = without_unstable_tokens(found, scenario, noise, candidate, report.tolerance)
             comparisons.append(found)
         if rounding:
             note = f"the reference model's logits differ by {rounding:.2g} if onnxruntime adds in another order"
             report = replace(report, notes=(*report.notes, f"{note} or rounds again"))
-        skipped = (f"{one.scenario} was not compared: {one.reason}" for one in comparisons if one.verdict == "unknown")
-        report = replace(report, comparisons=tuple(comparisons), notes=(*report.notes, *reference.notes, *skipped))
-        simplest = simplest_difference(scenarios, comparisons)
-        if self.explain and simplest is not None and isinstance(candidate, CachedDecoder):
-            name = first_difference(models, simplest, reference=reference, cache=candidate.cache, bound=report.bound)
-            report = replace(report, first_difference=name)
+        notes = (*report.notes, *reference.notes, *_not_compared(comparisons))
+        report = replace(report, comparisons=tuple(comparisons), notes=notes)
+        name = self.first_difference(models, reference, candidate, scenarios, report)
+        report = replace(report, first_difference=name)
         ragged = compare_ragged(reference, candidate, np.random.default_rng(self.seed), report.bound)
         if ragged is not None:
             report = replace(report, comparisons=(*report.comparisons, ragged))
         return report, reference
+
+    def first_difference(
+        self,
+        models: tuple[ModelSource, ModelSource],
+        reference: ReferenceModel,
+        candidate: AnyDecoder,
+        scenarios: Sequence[Scenario],
+        report: Report,
+    ) -> str | None:
+        """Return the first value that differs on the simplest text, if it is searched for and found."""
+        simplest = simplest_difference(scenarios, report.comparisons)
+        if not self.explain or simplest is None or not isinstance(candidate, CachedDecoder):
+            return None
+        return first_difference(models, simplest, reference=reference, cache=candidate.cache, bound=report.bound)
 
     def plan(
         self, models: tuple[ModelSource, ModelSource], reference: ReferenceModel, candidate: AnyDecoder
@@ -196,3 +209,13 @@ class _Verification:
         )
         named = self.thresholds.union(*(thresholds_in(model.graph) for model in models))
         return plan_scenarios(plan, self.effort, reached(named, reference, self.effort, models[1].graph))
+
+
+def _not_compared(comparisons: Collection[Comparison]) -> Iterator[str]:
+    """Yield notes on the texts and the tokens that were not compared."""
+    for one in comparisons:
+        if one.verdict == "unknown":
+            yield f"{one.scenario} was not compared: {one.reason}"
+    count = sum(one.left_out for one in comparisons)
+    if count:
+        yield f"{count} tokens were left out: rounding alone moves their logits in the reference model further"
