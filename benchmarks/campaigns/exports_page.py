@@ -30,12 +30,15 @@ class Page:
     causes: Mapping[str, str] = field(default_factory=dict)
 
 
+OPENING = '```sh skip="needs torch and the packages"'
+
+
 def as_markdown(page: Page, rows: Sequence[Row]) -> str:
     """Return the page: totals, the decoders that are right, and why the others are not."""
     found = by_name(rows)
     best = best_outcomes(rows)
     totals = ", ".join(f"{count} {outcome}" for outcome, count in Counter(best.values()).most_common())
-    lines = [f"# {page.title}", "", *_wrapped(page.text), "", "```sh", page.command, "```", ""]
+    lines = [f"# {page.title}", "", *_wrapped(page.text), "", OPENING, page.command, "```", ""]
     lines += _wrapped(f"Of {len(found)} decoders, by the better of both exporters: {totals}.")
     lines += ["", "## Right", ""]
     for exporter in EXPORTERS:

@@ -22,7 +22,7 @@ def as_markdown(results: Sequence[Result]) -> str:
         "[benchmarks](../benchmarks/README.md#coveragepy). [Errors](errors.md) explains the codes. This page is",
         "written by",
         "",
-        "```sh",
+        '```sh skip="needs the model corpus"',
         COMMAND,
         "```",
         "",
