@@ -64,7 +64,7 @@ def caches(text: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("scores", "further"),
     [(HALVES, {}), (ABSORBED, {}), (SQUARES, {}), (BIAS_OF_VALUES, {STATE: 1}), (SPREAD_KEYS, {STATE: 1}),
-     (KEYS_AT_RELATIVE_PLACES, {}), (KEYS_OF_PLACES, {STATE: 6}), (GATE, {})],
+     (KEYS_AT_RELATIVE_PLACES, {}), (KEYS_OF_PLACES, {}), (GATE, {})],
     ids=["halves", "values that are keys too", "squares", "a bias of values", "a bias of values, spread and masked",
          "keys at relative places", "keys of places", "a gate of queries"],
 )  # fmt: skip

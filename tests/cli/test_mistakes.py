@@ -28,7 +28,7 @@ SHELL = [
     ("inject {m} -o {o} --max-length 10", 2, "use fix-shapes"),
     ("inject {m} -o {o} --cache static --max-length -5", 2, "max-length"),
     ("inject {m} -o {o} --cache static --max-length ten", 2, "expected int|none, found 'ten'"),
-    ("inject {m} -o {o} --past-length shapes", 2, "shape|input|positions|mask|none"),
+    ("inject {m} -o {o} --past-length shapes", 2, "shape|input|per-sequence|positions|mask|none"),
     ("inject {m} -o {o} --cache static --past-length shape", 2, "expected past-length"),
     ("inject {m} -o {o} --key-layout batch,heads", 2, "key-layout"),
     ("inject {m} -o {o} --key-layout batch,batch,sequence,head_dim", 2, "found batch, batch"),

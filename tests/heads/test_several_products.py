@@ -10,7 +10,7 @@ from kvsurgeon import io
 from kvsurgeon.errors import ParityError
 from kvsurgeon.heads import replace_heads
 from kvsurgeon.heads.replace_heads import HeadReplacer
-from kvsurgeon.passes.contract import Changed, Subject
+from kvsurgeon.passes.contract import CACHE_TOKENS, Changed, Subject
 from kvsurgeon.passes.heads.expand_gqa import ExpandGqa
 from kvsurgeon.passes.heads.merge_kv_heads import MergeKvHeads
 from kvsurgeon.passes.heads.replicate_kv_heads import ReplicateKvHeads
@@ -79,7 +79,9 @@ def test_a_loss_does_not_hide_products_that_read_the_same_values(monkeypatch):
 )
 def test_a_cache_that_is_not_smaller_is_reported(monkeypatch, bits, notes):
     sizes = iter(bits)
-    monkeypatch.setattr("kvsurgeon.passes.heads.change_heads.cached_bits", lambda analysis: next(sizes))
+    monkeypatch.setattr(
+        "kvsurgeon.passes.heads.change_heads.bytes_of_cache", lambda *_: next(sizes) // 8 * CACHE_TOKENS
+    )
     outcome = MergeKvHeads(kv_heads=1).apply(Subject.of(decoder(DIFFERENTIAL)))
     assert isinstance(outcome, Changed)
     assert outcome.notes == notes

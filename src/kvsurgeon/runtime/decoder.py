@@ -103,7 +103,8 @@ class CachedDecoder:
         Each needs one row of every buffer, and a state of fixed size would take padding for tokens.
         """
         rows = all(entry.batch_axis in (None, 0) and entry.axis and not entry.is_fixed for entry in self.cache)
-        return self._declared.ragged and rows
+        shared = self._length_input is not None and not self.places_rows
+        return self._declared.ragged and rows and not shared
 
     @property
     def takes_ragged_chunks(self) -> bool:
@@ -113,7 +114,8 @@ class CachedDecoder:
     @property
     def places_rows(self) -> bool:
         """Whether an input gives the number of past tokens of each sequence, from which on its rows are written."""
-        return self._length_input is not None and self._declared.ragged
+        dims = () if self._length_input is None else self._length_input.dims
+        return self._declared.ragged and [axis_of(dim) for dim in dims] == ["batch"]
 
     def lengths(self, pasts: Array, counts: Array) -> dict[str, Array]:
         """Return the inputs, if any, for the number of past and of new tokens of each sequence."""

@@ -53,7 +53,9 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
     elif re.fullmatch(r"\s*\d+([\s,]+\d+)*\s*", prompt):
         tokens = [int(token) for token in re.findall(r"\d+", prompt)]
     else:
-        raise UsageError("expected tokenizer.json next to the model, or token IDs such as 1,2,3, found a text alone")
+        raise UsageError(
+            "expected tokenizer.json next to the model, or a prompt of token IDs such as 1,2,3, found a text"
+        )
     if not tokens:
         raise UsageError("expected a prompt of at least one token, found an empty one")
     return tokens

@@ -17,12 +17,13 @@ from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import is_fed, is_operator, producers, through, upstream
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.ops.content import content_inputs
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.host_inputs.boundary import find_context, token_and_cache_inputs
 from kvsurgeon.passes.host_inputs.tabulate import open_context, tabulate
 
 MAX_ROWS = 32_768  # of a table whose numbers are computed
-_PLACING = frozenset({"Reshape", "Unsqueeze", "Squeeze", "Identity"})  # keep the order of the elements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,11 @@ class FoldPositionTables:
         editor.edits += len(tables)
         editor.finish()
         return Changed(edits=editor.edits)
+
+
+def _keeps_order(node: ir.Node) -> bool:
+    """Return whether a node changes nothing but the shape."""
+    return has_trait(node, Trait.RESHAPE) or is_operator(node, "Identity")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +126,7 @@ class _Tables:
 
     def _stored(self, value: ir.Value) -> _Table | None:
         """Return a table of weights whose rows are looked up by the positions themselves; its numbers are not read."""
-        node = through(value, _PLACING).producer()
+        node = through(value, _keeps_order).producer()
         size = None if node is None else _size_of_table(node)
         if node is None or size is None:
             return None
@@ -136,7 +142,7 @@ class _Tables:
 
     def _are_positions(self, indices: ir.Value, length: int) -> bool:
         """Return whether indices are the positions themselves, up to axes of size 1."""
-        if through(indices, _PLACING) is self.positions:
+        if through(indices, _keeps_order) is self.positions:
             return True
         try:
             (found,) = open_context(self.graph, [indices], self.tokens, self.caches)(0, length)
