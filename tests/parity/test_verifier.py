@@ -466,6 +466,20 @@ def test_skips_a_text_on_which_the_reference_returns_nan():
     assert report.notes == ("left padding was not compared: the reference model's `logits` are not numbers",)
 
 
+def test_asks_a_first_call_of_padding_alone():
+    class NothingForPaddingAlone(CachedDecoder):
+        def scale(self, layer):
+            any_token = self.graph.op("ReduceMax", "attention_mask", self.graph.constant([1]), keepdims=1)
+            alone = self.graph.op("Equal", any_token, self.graph.constant(0))  # [batch, 1]
+            alone = self.graph.op("Unsqueeze", alone, self.graph.constant([2, 3]))
+            return self.graph.op("Where", alone, self.number(float("nan")), super().scale(layer))
+
+    report = verified(NothingForPaddingAlone().model(), effort="normal")
+
+    assert scenarios_of(report, "different") == {"first call of padding"}
+    assert scenarios_of(verified(CachedDecoder().model(), effort="normal"), "same") >= {"first call of padding"}
+
+
 def test_skips_a_text_on_which_the_reference_fails():
     class FailsAtPadding(Decoder):
         def scale(self, layer):

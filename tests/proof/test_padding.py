@@ -88,3 +88,19 @@ def test_a_state_below_a_layer_that_leaks_may_read_padding():
 def test_padding_that_leaks_in_the_last_layer_is_accepted():
     original = read(with_mask("causal", "visible"))
     assert_law(original, injected(original))
+
+
+def test_padding_that_is_nan_in_a_call_of_padding_alone_is_rejected():
+    """The last row of the mask is added to all: twice the least number is minus infinity, at every key of padding."""
+    added_to = """bias = Where(visible, no, masked)
+  bias_last = Slice(bias, last, end, first_axis)
+  both = Add(bias, bias_last)
+  s_visible = Add(s, both)"""
+    numbers = "float no = {0.0}, int64[1] end = {9223372036854775807}, int64[1] first_axis = {1}, float masked"
+    model = TEXT.replace("s_visible = Where(visible, s, masked)", added_to).replace("float masked", numbers)
+    largest = model.replace("-10000.0", "-3.4e38").replace("GATE", NONE)
+    with pytest.raises(UnsupportedError, match="NaN unless later tokens follow") as refused:
+        injected(read(largest))
+    assert refused.value.layer == 0
+    original = read(largest.replace("-3.4e38", "-1e38"))
+    assert_law(original, injected(original))

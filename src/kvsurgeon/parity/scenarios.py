@@ -126,6 +126,13 @@ class Plan:
                 mask[row, :pad] = 0
             self.add(name, rows, length, chunks, mask)
 
+    def add_padding_alone(self, rows: int, length: int, chunks: tuple[int, ...]) -> None:
+        """Add a scenario in which the first call has only padding in every row, or in all rows but the first."""
+        if self.masked and self.in_calls and 1 < len(chunks) and chunks[0] + 2 < length:
+            mask = np.ones((self.batch or rows, length), np.int64)
+            mask[-max(1, len(mask) - 1) :, : chunks[0] + 1] = 0
+            self.add("first call of padding", rows, length, chunks, mask)
+
     def add_holes(self, name: str, rows: int, length: int, chunks: tuple[int, ...]) -> None:
         """Add a scenario with masked tokens between others; the first and the last token of a row are not masked."""
         if self.masked and length > 4:
@@ -191,6 +198,7 @@ def _add_usual(plan: Plan) -> None:
     if length > 4:
         chunks = split_length(length, (many + 2, 1, 1, 4, 2, 1))
         plan.add_padded("left padding", min(most, 3), length, chunks, (1, many, 0))
+        plan.add_padding_alone(min(most, 3), length, split_length(length, (4, 1, 1, 2)))
     length = up_to(24)
     first = min(length, length // 2 + 2)
     if most > 3 and length > 4:

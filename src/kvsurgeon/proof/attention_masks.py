@@ -64,11 +64,9 @@ def _masked_weights(
         The weights at the longest length, 0 for queries without a key, and [query] of bool: those that leak.
     """
     longest = max(weights)
-    masked = {
-        length: probe.run(length, mask, only_input=only_input)[0]
-        for length in weights
-        if mask(length).sum() > 1 or length == longest
-    }
+    masked = {length: probe.run(length, mask, only_input=only_input)[0] for length in weights}
+    _check_finite(probe, masked)
+    masked = {length: array for length, array in masked.items() if mask(length).sum() > 1 or length == longest}
     to_all = attends_to_all(masked[longest])
     without_key = {
         length: queries_without_key(weights[length], to_all[..., :length, :], mask(length)) for length in masked
@@ -79,6 +77,22 @@ def _masked_weights(
         probe.check_causal(array)
         probe.check_stable(masked[longest][..., :length, :length], array)
     return masked[longest], leaks
+
+
+def _check_finite(probe: AttentionProbe, masked: Mapping[int, np.ndarray]) -> None:
+    """Check that no query has weights that are NaN unless later tokens follow, masked queries included.
+
+    Their keys and values would be NaN in the cache, which unmasked tokens read with a weight of 0.
+    """
+    invalid = {length: np.isnan(array).any(axis=-1) for length, array in masked.items()}  # [..., query]
+    whole = invalid[max(invalid)]
+    for length, of_queries in invalid.items():
+        if (of_queries & ~whole[..., :length]).any():
+            raise UnsupportedError(
+                "attention weights of masked tokens are NaN unless later tokens follow", code=Code.PADDING_LEAK,
+                layer=probe.layer, at=probe.site.at.name, expected="numbers for padding alone",
+                found=f"NaN in a text of {length} tokens", hint="a mask that later rows are added to is a common cause",
+            )  # fmt: skip
 
 
 def _attended_masked_keys(
