@@ -128,7 +128,7 @@ class Plan:
 
     def add_padding_alone(self, rows: int, length: int, chunks: tuple[int, ...]) -> None:
         """Add a scenario in which the first call has only padding in every row, or in all rows but the first."""
-        if self.masked and self.in_calls and 1 < len(chunks) and chunks[0] + 2 < length:
+        if self.masked and self.in_calls and len(chunks) > 1 and chunks[0] + 2 < length:
             mask = np.ones((self.batch or rows, length), np.int64)
             mask[-max(1, len(mask) - 1) :, : chunks[0] + 1] = 0
             self.add("first call of padding", rows, length, chunks, mask)
