@@ -201,3 +201,14 @@ def test_rows_come_once_each_and_the_rate_rises_and_falls() -> None:
     assert schedule.progress(10, 60) == 1
     rates = [schedule.rate(step, schedule.progress(step, 0)) for step in (0, 9, 99)]
     assert rates[0] < rates[1] > rates[2] < 0.01
+
+
+@needs_torch
+def test_each_step_of_the_training_is_reported(original: Path, text: Path) -> None:
+    subject, calls = merged(original, text), []
+    subject.progress = lambda *call: calls.append(call)
+
+    training(original).apply(subject)
+
+    steps = [(done, of) for done, of, name in calls if name.startswith("training, KL divergence")]
+    assert steps == [(done, 8) for done in range(1, 8)]

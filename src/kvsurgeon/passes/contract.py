@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import onnx_ir as ir
 
@@ -24,6 +24,9 @@ from kvsurgeon.proof.cancelled_numbers import without_cancelled_numbers
 from kvsurgeon.proof.proof import Proof, prove
 from kvsurgeon.rewrite.cache_removal import RemovedCache, remove_cache
 
+if TYPE_CHECKING:
+    from kvsurgeon.parity.report import Progress  # onnxruntime is slow to import
+
 CACHE_TOKENS = 4096  # of the sequence whose cache is stated in bytes
 
 
@@ -38,12 +41,14 @@ class Subject:
         folder: The folder of the model, its weights and its side files.
         config: The parsed `config.json` of the folder; None if there is none. No pass requires it.
         text: A text file, on whose first half passes are calibrated; the second half measures their loss.
+        progress: Called before each step of a pass that takes minutes.
     """
 
     model: ir.Model
     folder: Path | None = None
     config: dict[str, Any] | None = None
     text: Path | None = None
+    progress: Progress | None = field(default=None, repr=False)
     _stages: _Stages | None = field(default=None, repr=False)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The progress of a verification, on a terminal only."""
+"""The progress of passes and of a verification, on a terminal only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rich.console import Console
 
 @contextmanager
 def verification_progress() -> Iterator[Callable[[int, int, str], None] | None]:
-    """Yield a callback that shows the current scenario; None if stderr is no terminal."""
+    """Yield a callback that shows the current step; None if stderr is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
     console = Console(stderr=True)
     spinner = "dots" if console.encoding.startswith("utf") else "line"  # of dots, or of ASCII characters
     with console.status("running passes", spinner=spinner) as status:
-        yield lambda done, total, name: status.update(f"verifying {done + 1}/{total}: {name}")
+        yield lambda done, total, name: status.update(f"{done + 1}/{total}: {name}")

@@ -17,6 +17,7 @@ from kvsurgeon.calibration import calibration_rows
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor
+from kvsurgeon.parity import Progress
 from kvsurgeon.parity.difference import distance
 from kvsurgeon.parity.prediction import longest_text, open_decoder, predict
 from kvsurgeon.runtime import AnyDecoder, Array, Tokens
@@ -80,8 +81,9 @@ class Trained:
 
 
 def distill(
-    model: ir.Model, weights: Sequence[ir.Value], original: Path, text: Path, folder: Path | None, schedule: Schedule
-) -> Trained:
+    model: ir.Model, weights: Sequence[ir.Value], original: Path, text: Path, folder: Path | None, schedule: Schedule,
+    progress: Progress | None = None,
+) -> Trained:  # fmt: skip
     """Return weights with which the logits of a model are closer to those of the original.
 
     What does not depend on the weights is computed by onnxruntime, everything else by torch. The logits of both are
@@ -94,6 +96,7 @@ def distill(
         text: The text, on whose first half the weights are trained.
         folder: Folder of the model.
         schedule: How long to train.
+        progress: Called after each step but the first, with the number of steps that are expected.
 
     Raises:
         UnsupportedError: The model cannot be trained.
@@ -112,7 +115,7 @@ def distill(
         given = open_decoder(proto, "the model to train", (), folder, None)
         trained = {value: to_torch(_elements(value)).requires_grad_() for value in weights}
         _check_torch(graph, trained, _boundary(given, rows[0]), expected)
-        losses = _train(graph, trained, teacher, given, rows, schedule)
+        losses = _train(graph, trained, teacher, given, rows, schedule, progress)
     arrays = {value: tensor.detach().numpy() for value, tensor in trained.items()}
     return Trained(weights=arrays, steps=len(losses), tokens=rows[0].shape[1], losses=tuple(losses))
 
@@ -170,7 +173,7 @@ def _check_torch(
 
 def _train(
     graph: TorchGraph, weights: Mapping[ir.Value, Tensor], teacher: AnyDecoder, given: AnyDecoder,
-    rows: Sequence[Tokens], schedule: Schedule,
+    rows: Sequence[Tokens], schedule: Schedule, on_step: Progress | None,
 ) -> list[float]:  # fmt: skip
     """Change the weights, step by step; return the KL divergence of each step before its change."""
     import torch
@@ -184,10 +187,13 @@ def _train(
         found = _log_probabilities(graph.compute(weights, _boundary(given, row)))
         loss = (target.exp() * (target - found)).sum(-1).mean()
         losses.append(float(loss.detach()))
+        done = len(losses) - 1
+        if on_step is not None and done:
+            on_step(done, round(done / progress), f"training, KL divergence {losses[-1]:.3f} nats")
         if not math.isfinite(losses[-1]):
             raise _not_trainable("the loss is no longer finite", "a number", str(losses[-1]), "lower --learning-rate")
         for group in adam.param_groups:
-            group["lr"] = schedule.rate(len(losses) - 1, progress)
+            group["lr"] = schedule.rate(done, progress)
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(weights.values()), 1.0, error_if_nonfinite=False)

@@ -62,7 +62,7 @@ def run_and_save(
         max_loss: Largest loss that is allowed, in nats of KL divergence per token; None for any.
         certificate: A file to write the certificate of the result to; None to write none.
         on_pass: See `Pipeline.run`.
-        progress: Called by the verifier before each scenario.
+        progress: Called by passes that take minutes before each step, and by the verifier before each scenario.
 
     Raises:
         UsageError: The result or the certificate cannot be written.
@@ -75,6 +75,7 @@ def run_and_save(
         raise UsageError("expected verification with --max-loss, found --no-verify: the loss would not be measured")
     subject = Subject.of(source, folder)
     subject.text = subject.text if text is None else Path(text)
+    subject.progress = progress
     origin = source if isinstance(source, str | Path) else None
     path = None if destination is None else io.destination_of(subject.model, destination, source=origin)
     writer = None

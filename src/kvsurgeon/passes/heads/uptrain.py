@@ -61,11 +61,13 @@ class Uptrain:
             analysis = work.analysis_of_copy()
             weights = projection_weights(analysis)
         with io.staged(analysis.model, None, subject.folder) as proto:
-            before = measure_loss(original, proto, text=text, held_out=True, folder=subject.folder)
+            before = measure_loss(
+                original, proto, text=text, held_out=True, folder=subject.folder, progress=subject.progress
+            )
         schedule = Schedule(
             minutes=self.minutes, steps=self.steps, learning_rate=self.learning_rate, row=self.row_length
         )
-        trained = distill(analysis.model, weights, original, text, subject.folder, schedule)
+        trained = distill(analysis.model, weights, original, text, subject.folder, schedule, subject.progress)
         edits = replace_weights(subject.model, trained.weights)
         replace_weights(analysis.model, trained.weights)
         notes = (
