@@ -3,9 +3,10 @@
     python benchmarks/grouped_products.py MODEL... [--context N] [--steps N] [--threads N] [--json OUT]
 
 MODEL is a decoder without a cache. It is injected, and so is a Llama with as many layers, heads, features per head and
-KV heads as `inspect` finds, written as an exporter writes it. Both take turns, one step each, at a short context and at
-the long one; the growth of a step between them is what attention over the context costs. Ends with 1 if the growth, or
-the step at the long context, of a model is more than 1.3 times that of its equal.
+KV heads as `inspect` finds, written as an exporter writes it. If each pair of a query and a key of the model has a
+forget gate, which takes a third product and fits no running sum, the Llama has such gates too. Both take turns, one
+step each, at a short context and at the long one; the growth of a step between them is what attention over the context
+costs. Ends with 1 if the growth, or the step at the long context, of a model is more than 1.3 times that of its equal.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ SHORT = 16  # tokens
 MOST = 1.3  # times the step of the equal decoder
 
 
-def equal_decoder(model: Path) -> onnx.ModelProto:
-    """Return a decoder with the layers and heads of a model."""
-    sites = kvsurgeon.inspect(model).attentions
-    first = sites[0]
+def equal_decoder(injected: Path) -> onnx.ModelProto:
+    """Return a decoder with the layers, heads and forget gates of a model, without a cache."""
+    facts = kvsurgeon.inspect(injected)
+    sites, first = facts.attentions, facts.attentions[0]
+    gate_keys = any(pair.kind == "state" and "past_sequence_length" in pair.shape for pair in facts.cache)
     hidden = first.query_heads * first.head_dim
     shape = DecoderShape(
         layers=len(sites), hidden=hidden, ffn=4 * hidden, query_heads=first.query_heads, kv_heads=first.kv_heads,
-        head_dim=first.head_dim, vocab=1000,
+        head_dim=first.head_dim, vocab=1000, forget_gates=gate_keys,
     )  # fmt: skip
     return with_weights(shape, "dynamo")
 
@@ -43,7 +45,7 @@ def compare(model: Path, folder: Path, options: argparse.Namespace) -> dict[str,
     """Return the seconds of a step of both at both contexts, and the ratios."""
     files = {"injected": folder / "injected.onnx", "grouped": folder / "grouped.onnx"}
     kvsurgeon.inject(model).save(files["injected"])
-    kvsurgeon.inject(equal_decoder(model)).save(files["grouped"])
+    kvsurgeon.inject(equal_decoder(files["injected"])).save(files["grouped"])
     arguments = argparse.Namespace(contexts=[SHORT, options.context], steps=options.steps, slow_steps=0)
     arguments.threads = options.threads
     seconds = measure(files, arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ class Shared:
 
     cos: str  # [1, 1, sequence, head_dim]
     sin: str
-    mask: str  # [batch, 1, sequence, sequence], additive
+    visible: str  # [batch, 1, sequence, sequence], bool
+    mask: str  # the same, additive
     split: str  # shapes
     repeat: str
     merge: str
@@ -66,6 +68,7 @@ def _shared(writer: NodeWriter, shape: DecoderShape) -> Shared:
         cos=node("Unsqueeze", cos, constant([1])),
         sin=node("Unsqueeze", sin, constant([1])),
         repeat=node("Concat", batch_1d, constant([shape.kv_heads]), repeats, length_1d, width, axis=0),
+        visible=visible,
         merge=node("Concat", batch_1d, constant([shape.query_heads]), length_1d, width, axis=0),
         mask=node("Where", visible, constant(0.0, writer.dtype), constant(lowest, writer.dtype), dims=(B, 1, S, S)),
         flat=node("Concat", batch_1d, length_1d, minus_one, axis=0),
@@ -105,7 +108,8 @@ def _attention(writer: NodeWriter, shape: DecoderShape, shared: Shared, name: st
     value = _heads(writer, shape, shared, f"{name}.v_proj.weight", hidden, shape.kv_heads)
     query, key = (_rotate(writer, shape, shared, heads) for heads in (query, key))
     key, value = (_repeat(writer, shape, shared, heads) for heads in (key, value))
-    context = _attend(writer, shape, shared, query, key, value)
+    decay = _decay(writer, shape, shared, name, hidden) if shape.forget_gates else None
+    context = _attend(writer, shape, query, key, value, [shared.mask, *([decay] if decay else [])])
     context = writer.node("Transpose", context, perm=[0, 2, 1, 3], dims=(B, S, shape.query_heads, shape.head_dim))
     inner = shape.query_heads * shape.head_dim
     context = writer.node("Reshape", context, shared.flat, allowzero=1, dims=(B, S, inner))
@@ -146,7 +150,17 @@ def _repeat(writer: NodeWriter, shape: DecoderShape, shared: Shared, heads: str)
     return writer.node("Reshape", expanded, shared.merge, allowzero=1, dims=dims)
 
 
-def _attend(writer: NodeWriter, shape: DecoderShape, shared: Shared, query: str, key: str, value: str) -> str:
+def _decay(writer: NodeWriter, shape: DecoderShape, shared: Shared, name: str, hidden: str) -> str:
+    """Return the sum of the logarithms of a query's forget gates from each key on: `[batch, heads, queries, keys]`."""
+    node, constant = writer.node, writer.constant
+    query = _heads(writer, shape, shared, f"{name}.gate_q_proj.weight", hidden, shape.query_heads)
+    key = _heads(writer, shape, shared, f"{name}.gate_k_proj.weight", hidden, shape.query_heads)
+    gates = node("Log", node("Sigmoid", node("MatMul", query, node("Transpose", key, perm=[0, 1, 3, 2]))))
+    gates = node("Where", shared.visible, gates, constant(0.0, writer.dtype))
+    return node("CumSum", gates, constant(-1), exclusive=1, reverse=1)
+
+
+def _attend(writer: NodeWriter, shape: DecoderShape, query: str, key: str, value: str, biases: Sequence[str]) -> str:
     node, constant = writer.node, writer.constant
     scale = constant(shape.head_dim**-0.25, writer.dtype)
     sizes = node("Shape", key, start=0)
@@ -157,7 +171,9 @@ def _attend(writer: NodeWriter, shape: DecoderShape, shared: Shared, query: str,
     transposed = node("Transpose", flat, perm=[0, 2, 1])
     transposed = node("Reshape", transposed, node("Concat", leading, last, second, axis=0), allowzero=0)
     scores = node("MatMul", node("Mul", query, scale), node("Mul", transposed, scale))
-    weights = node("Softmax", node("Add", scores, shared.mask), axis=-1)
+    for bias in biases:
+        scores = node("Add", scores, bias)
+    weights = node("Softmax", scores, axis=-1)
     weights = node("Where", node("IsNaN", weights), constant(0.0, writer.dtype), weights)
     return node("MatMul", weights, value, dims=(B, shape.query_heads, S, shape.head_dim))
 

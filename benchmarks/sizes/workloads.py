@@ -18,7 +18,7 @@ Dialect = Literal["dynamo", "torchscript"]
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderShape:
-    """The sizes of a Llama."""
+    """The sizes of a Llama, and whether each pair of a query and a key has a forget gate (dynamo only)."""
 
     layers: int
     hidden: int
@@ -27,6 +27,7 @@ class DecoderShape:
     kv_heads: int
     head_dim: int
     vocab: int
+    forget_gates: bool = False
 
 
 SHAPES = {
