@@ -87,9 +87,11 @@ def test_only_a_static_cache_has_separate_past_lengths():
 def test_the_verifier_runs_sequences_of_different_lengths():
     """Of the broken model every sequence has the past length of the first one."""
     original, model = export("llama_dynamo_sdpa"), after(export("llama_dynamo_sdpa"), PER_SEQUENCE)
-    report = verify(original, model, threads=1)
+    calls: list[tuple[int, int, str]] = []
+    report = verify(original, model, threads=1, progress=lambda *call: calls.append(call))
     assert report.verdict == "same"
     assert report.comparisons[-1].scenario == "ragged batch"
+    assert calls == [(number, len(calls), one.scenario) for number, one in enumerate(report.comparisons)]
     for node in model.graph.node:
         node.input[:] = ["of_all" if name == "past_sequence_length" else name for name in node.input]
     nodes = [

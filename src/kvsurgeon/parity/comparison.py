@@ -82,17 +82,19 @@ def without_unstable_tokens(
     return replace(again, left_out=int((~stable).sum())) if again.verdict == "same" else found
 
 
-def compare_ragged(
-    reference: ReferenceModel, candidate: AnyDecoder, random: np.random.Generator, bound: float
-) -> Comparison | None:
-    """Compare the logits of sequences that share a batch with those of each alone; None if they cannot share one."""
+def ragged_scenario(reference: ReferenceModel, candidate: AnyDecoder, random: np.random.Generator) -> Scenario | None:
+    """Return the text of sequences of different lengths that share a batch; None if they cannot share one."""
     if not isinstance(candidate, CachedDecoder) or not candidate.takes_ragged_batches or reference.single_row:
         return None
     if candidate.batch is not None or reference.lengths.long < _RAGGED:
         return None
     tokens = random.integers(0, reference.vocabulary, (len(_PROMPTS), _RAGGED))
     chunks = (max(_PROMPTS), *map(max, _RAGGED_CALLS))
-    scenario = Scenario(name="ragged batch", tokens=tokens, mask=np.ones_like(tokens), chunks=chunks)
+    return Scenario(name="ragged batch", tokens=tokens, mask=np.ones_like(tokens), chunks=chunks)
+
+
+def compare_ragged(scenario: Scenario, reference: ReferenceModel, candidate: CachedDecoder, bound: float) -> Comparison:
+    """Compare the logits of sequences that share a batch with those of each alone."""
     try:
         error = _ragged_error(reference, candidate, scenario)
     except RunError as failure:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvsurgeon.parity.comparison import SUMS, compare, compare_ragged, without_unstable_tokens
+from kvsurgeon.parity.comparison import SUMS, compare, compare_ragged, ragged_scenario, without_unstable_tokens
 from kvsurgeon.parity.first_difference import first_difference, simplest_difference
 from kvsurgeon.parity.model_source import ModelSource
 from kvsurgeon.parity.open_models import Opened, open_models, open_stable
@@ -151,10 +151,11 @@ class _Verification:
             bound = max(report.bound / _TIGHT, min(SUMS * reference.noise, report.bound))
             report = replace(report, tolerance=report.tolerance.with_bound(bound))
         scenarios = self.plan(models, reference, candidate)
+        ragged = ragged_scenario(reference, candidate, np.random.default_rng(self.seed))
+        count = len(scenarios) + (ragged is not None)
         comparisons: list[Comparison] = []
         for number, scenario in enumerate(scenarios):
-            if self.progress is not None:
-                self.progress(number, len(scenarios), scenario.name)
+            self.report_progress(number, count, scenario)
             found = compare(scenario, noise, candidate, report.tolerance)
             near = found.verdict == "different" and found.error is not None and found.error <= widest
             if near and measurable:
@@ -173,10 +174,16 @@ class _Verification:
         report = replace(report, comparisons=tuple(comparisons), notes=notes)
         name = self.first_difference(models, reference, candidate, scenarios, report)
         report = replace(report, first_difference=name)
-        ragged = compare_ragged(reference, candidate, np.random.default_rng(self.seed), report.bound)
-        if ragged is not None:
-            report = replace(report, comparisons=(*report.comparisons, ragged))
+        if ragged is not None and isinstance(candidate, CachedDecoder):
+            self.report_progress(len(scenarios), count, ragged)
+            found = compare_ragged(ragged, reference, candidate, report.bound)
+            report = replace(report, comparisons=(*report.comparisons, found))
         return report, reference
+
+    def report_progress(self, number: int, count: int, scenario: Scenario) -> None:
+        """Tell the caller which scenario comes next, and of how many."""
+        if self.progress is not None:
+            self.progress(number, count, scenario.name)
 
     def first_difference(
         self,
