@@ -64,18 +64,29 @@ class LengthValues:
         self.rows = total
         self.limit = limit
         self._made: dict[Hashable, ir.Value] = {}
+        self._shapes: dict[ir.Value, ir.Value] = {}  # by the value whose shape it is
 
     def so_far(self) -> LengthValues:
         """Return the lengths for context of the tokens so far alone, without unfilled rows of the cache."""
         if self.total == TOTAL:
             return self
-        lengths = LengthValues(self.editor, self.sources, limit=self.limit)
+        lengths = self._others(self.sources, limit=self.limit)
         lengths.rows = self.rows
         return lengths
 
+    def of_new(self) -> LengthValues:
+        """Return the lengths of the new tokens alone, as if they were the whole text."""
+        return self._others(self.sources, total=NEW, past=0)
+
     def after(self, rows: sympy.Symbol, source: LengthSource) -> LengthValues:
         """Return the lengths of a number of rows and the new tokens after them."""
-        return LengthValues(self.editor, {**self.sources, rows: source}, total=dim.add(rows, NEW), past=rows)
+        return self._others({**self.sources, rows: source}, total=dim.add(rows, NEW), past=rows)
+
+    def _others(self, sources: Mapping[sympy.Symbol, LengthSource], **lengths: Any) -> LengthValues:
+        """Return other lengths, which read the same shapes."""
+        others = LengthValues(self.editor, sources, **lengths)
+        others._shapes = self._shapes
+        return others
 
     def once(self, key: Hashable, make: Callable[[], ir.Value]) -> ir.Value:
         """Return the value of a key, added to the graph on first use."""
@@ -251,13 +262,13 @@ class LengthValues:
         if axis is None:
             return self._given(value, flat)
         rank = [len(value.shape)] if value.shape is not None else [None]
-        shape = self.once(
-            ("shape", value),
-            lambda: self.editor.node("Shape", [value], name=f"{value.name}_shape", dtype=INT64, shape=rank),
-        )
+        if value not in self._shapes:
+            self._shapes[value] = self.editor.node(
+                "Shape", [value], name=f"{value.name}_shape", dtype=INT64, shape=rank
+            )
         index = self.editor.constant([axis] if flat else axis, name="axis")
         name = {PAST: "past_length", NEW: "new_length"}.get(symbol, "length")
-        return self._node("Gather", [shape, index], {"axis": 0}, name=name, flat=flat)
+        return self._node("Gather", [self._shapes[value], index], {"axis": 0}, name=name, flat=flat)
 
     def _given(self, value: ir.Value, flat: bool) -> ir.Value:
         """Return a number of any type and rank as int64."""

@@ -30,7 +30,7 @@ from kvsurgeon.rewrite.head_grouping import HeadGrouping
 from kvsurgeon.rewrite.quantized_rows import dequantize_rows, quantize_rows
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dim_names import dim_names
-from kvsurgeon.symbolic.dimension import BATCH, NEW
+from kvsurgeon.symbolic.dimension import BATCH
 from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable
 
 CacheValues = Mapping[CacheTensor, ir.Value]
@@ -146,8 +146,7 @@ def _window_rewriters(analysis: Analysis, tokens: TokenRewriter, pasts: CacheVal
 
 def _rewriter_of_new(analysis: Analysis, tokens: TokenRewriter) -> TokenRewriter:
     """Return a rewriter for the new tokens alone, as if they were the whole text."""
-    lengths = LengthValues(tokens.editor, tokens.lengths.sources, total=NEW, past=0)
-    slices = ContextSlices(tokens.flow, tokens.editor, lengths, analysis.inputs, analysis.same)
+    slices = ContextSlices(tokens.flow, tokens.editor, tokens.lengths.of_new(), analysis.inputs, analysis.same)
     return TokenRewriter(slices, tokens.before)
 
 
