@@ -44,7 +44,7 @@ def compare(
     """Compare both models on the text of a scenario, or on some tokens of it; a difference is returned, not raised."""
     reference, blank = noise.reference, Comparison.of(scenario)
     try:
-        expected = reference.run(scenario, in_calls=isinstance(candidate, CachedDecoder))
+        expected = reference.run(scenario, in_calls=bool(candidate.cache))
         counted = expected.numbers(reference.main) & scenario.mask.astype(bool)
         counted = counted if tokens is None else counted & tokens
         if not counted.any():
@@ -197,7 +197,7 @@ class _Comparer:
             return self._failed(chunked)
         found = self.outputs.compare(chunked)
         suspicious = found.reason or chunked.changed_pasts or scenario.tokens.size <= _PREFILL
-        if not isinstance(candidate, CachedDecoder) or len(scenario.chunks) == 1 or not suspicious:
+        if not candidate.cache or len(scenario.chunks) == 1 or not suspicious:
             single = "; already in a single prefill" if len(scenario.chunks) == 1 else ""
             reason = found.reason and f"{found.reason}{single}"
             return replace(found, verdict="different" if reason else "same", reason=reason, prefill_error=found.error)

@@ -45,7 +45,7 @@ def first_difference(
     """
     shared = set(models[0].inner_values)
     names = [name for name in models[1].inner_values if name in shared]
-    if not names or isinstance(reference.decoder, CachedDecoder):
+    if not names or reference.decoder.cache:
         return None
     try:
         sessions = [model.open("basic", names) for model in models]

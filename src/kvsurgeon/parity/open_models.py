@@ -88,7 +88,7 @@ def _probed(report: Report, reference: AnyDecoder, candidate: AnyDecoder, length
     """Return the models with the sizes of texts that both take."""
     capacities = []
     for decoder, name in ((reference, "reference"), (candidate, "candidate")):
-        capacity = decoder.max_length if isinstance(decoder, CachedDecoder) else None
+        capacity = decoder.max_length
         if capacity is not None:
             capacities.append(capacity)
             if capacity < lengths.long:
@@ -193,7 +193,7 @@ def _is_new(tensor: ValueInfo, names: Collection[str]) -> bool:
 
 def _with_cache_tolerance(report: Report, candidate: AnyDecoder) -> Report:
     """Return the report with the tolerance of the cache's type, if that is coarser than the arithmetic."""
-    if isinstance(candidate, UncachedDecoder) or report.arithmetic in ROUNDED:
+    if report.arithmetic in ROUNDED:
         return report
     types = {str(entry.past.dtype) for entry in candidate.cache}
     if "uint8" in types:
@@ -208,12 +208,11 @@ def _with_cache_tolerance(report: Report, candidate: AnyDecoder) -> Report:
 
 def _output_differences(candidate: AnyDecoder, reference: AnyDecoder) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return faults of the candidate's outputs, and notes about those of another floating-point type."""
-    entries = candidate.cache if isinstance(candidate, CachedDecoder) else ()
-    mismatch = cache_mismatch(entries)
+    mismatch = cache_mismatch(candidate.cache)
     faults: list[str] = [] if mismatch is None else [mismatch]
     notes: list[str] = []
     have = {tensor.name: tensor for tensor in candidate.outputs}
-    presents = {entry.present for entry in entries}
+    presents = {entry.present for entry in candidate.cache}
     for tensor in reference.outputs:
         name = tensor.name
         if name in presents:
@@ -239,7 +238,7 @@ def _share_inputs(reference: AnyDecoder, candidate: AnyDecoder, seed: int) -> No
     _merge_inputs(candidate, reference)
     for by_name, random in ((True, True), (True, False), (False, False)):
         fed = [
-            one.inputs.fed(by_name=by_name, seed=seed if random else None, capacity=_capacity(one))
+            one.inputs.fed(by_name=by_name, seed=seed if random else None, capacity=one.capacity)
             for one in (reference, candidate)
         ]
         if _takes(reference, fed[0]) and _takes(candidate, fed[1]):
@@ -263,14 +262,10 @@ def _orders(decoder: AnyDecoder) -> dict[str, tuple[int, ...]]:
     return {one.name: tokens_first(one, dims.get("batch"), dims.get("sequence")) for one in decoder.outputs}
 
 
-def _capacity(decoder: AnyDecoder) -> int | None:
-    return decoder.cache_manager.capacity if isinstance(decoder, CachedDecoder) else None
-
-
 def _merge_inputs(decoder: AnyDecoder, other: AnyDecoder) -> None:
     """Replace inputs by the other model's of the same name if these show more axes."""
     known = {spec.name: spec for spec in other.inputs.specs}
-    with_cache = isinstance(other, CachedDecoder) and not isinstance(decoder, CachedDecoder)
+    with_cache = bool(other.cache) and not decoder.cache
     specs = tuple(_merged(spec, known.get(spec.name), with_cache) for spec in decoder.inputs.specs)
     decoder.use_inputs(replace(decoder.inputs, specs=specs))
 
@@ -294,7 +289,7 @@ def _takes(decoder: AnyDecoder, inputs: DecoderInputs) -> bool:
     """Whether a decoder runs with these inputs."""
     before = decoder.inputs
     decoder.use_inputs(inputs)
-    length = decoder.length or (decoder.step_length if isinstance(decoder, CachedDecoder) else None) or 2
+    length = decoder.length or decoder.step_length or 2
     ones = np.ones((decoder.batch or 1, length), np.int64)
     try:
         decoder.run(inputs.feeds(np.zeros_like(ones), ones))

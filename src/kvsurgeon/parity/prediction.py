@@ -83,7 +83,7 @@ def check_cache(decoder: AnyDecoder, tokens: Tokens, logits: Array, bound: float
     name = decoder.session.name
     if not np.isfinite(logits.astype(np.float32)).any():
         raise ParityError(f"expected numbers from {name}, found none among its logits")
-    if isinstance(decoder, UncachedDecoder) or logits.shape[1:2] != tokens.shape[1:]:
+    if not isinstance(decoder, CachedDecoder) or logits.shape[1:2] != tokens.shape[1:]:
         return
     feeds, half, length = _feeds(decoder, tokens), tokens.shape[1] // 2, tokens.shape[1]
     decoder.reset()

@@ -68,7 +68,7 @@ class ReferenceModel:
         Raises:
             RunError: The model fails.
         """
-        in_calls = in_calls and isinstance(self.decoder, CachedDecoder)
+        in_calls = in_calls and bool(self.decoder.cache)
         feeds = self.feeds(scenario.tokens, scenario.mask, block=scenario.chunks[0])
         run = run_in_chunks(self.decoder, feeds, scenario.spans if in_calls else [(0, scenario.tokens.shape[1])])
         if run.failure:
@@ -135,7 +135,7 @@ class ReferenceModel:
 
     def on(self, session: Session) -> ReferenceModel:
         """Return this model with another session."""
-        if isinstance(self.decoder, CachedDecoder):
+        if self.decoder.cache:
             decoder: AnyDecoder = CachedDecoder(session, self.decoder.cache)
             decoder.use_inputs(self.inputs)
         else:
@@ -221,7 +221,7 @@ def probe_reference(
 
 def _full_batch(decoder: AnyDecoder, tokens: Tokens) -> Tokens:
     """Return texts with as many rows as a model with a cache takes: the rows repeat."""
-    fixed = decoder.batch if isinstance(decoder, CachedDecoder) else None
+    fixed = decoder.batch if decoder.cache else None
     return tokens if fixed is None else tokens[np.arange(fixed) % len(tokens)]
 
 

@@ -195,7 +195,7 @@ class _Verification:
     ) -> str | None:
         """Return the first value that differs on the simplest text, if it is searched for and found."""
         simplest = simplest_difference(scenarios, report.comparisons)
-        if not self.explain or simplest is None or not isinstance(candidate, CachedDecoder):
+        if not self.explain or simplest is None or not candidate.cache:
             return None
         return first_difference(models, simplest, reference=reference, cache=candidate.cache, bound=report.bound)
 
@@ -204,13 +204,13 @@ class _Verification:
     ) -> tuple[Scenario, ...]:
         """Return the scenarios for two models."""
         fixed = candidate.batch
-        if fixed is None and isinstance(reference.decoder, CachedDecoder):
+        if fixed is None and reference.decoder.cache:
             fixed = reference.decoder.batch
         plan = Plan(
             lengths=reference.lengths,
             batch=1 if reference.single_row else fixed,
             masked=candidate.takes_padding and reference.decoder.takes_padding,
-            in_calls=isinstance(candidate, CachedDecoder),
+            in_calls=bool(candidate.cache),
             vocabulary=reference.vocabulary,
             random=np.random.default_rng(self.seed),
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,26 +37,81 @@ def logits_name(outputs: Sequence[ValueInfo]) -> str:
     return max(floating, key=lambda tensor: (tensor.name == "logits", len(tensor.dims) == 3)).name
 
 
-class CachedDecoder:
-    """A decoder with a KV cache.
+class AnyDecoder(ABC):
+    """A decoder in onnxruntime, with a cache or without.
 
     Attributes:
         session: The model.
-        cache: Its cache inputs and outputs, in order.
+        cache: Its cache inputs and outputs, in order; empty without a cache.
         inputs: Its other inputs.
         outputs: Its other outputs.
         orders: Orders of the axes of outputs, by name.
+        batch: The only batch size of a call; None for any.
+        length: The only length of a text; None for any.
+        step_length: The only number of tokens of a call on a part of a text; None for any.
+    """
+
+    cache: tuple[CacheIO, ...] = ()
+    length: int | None = None
+    step_length: int | None = None
+
+    def __init__(self, session: Session, outputs: Iterable[ValueInfo], inputs: DecoderInputs) -> None:
+        self.session = session
+        self.outputs = tuple(outputs)
+        self.orders: Mapping[str, tuple[int, ...]] = {}
+        self.use_inputs(inputs)
+
+    @property
+    def logits(self) -> str:
+        """Name of the output of logits.
+
+        Raises:
+            UsageError: No output holds floating-point numbers.
+        """
+        return logits_name(self.outputs)
+
+    @property
+    def capacity(self) -> int | None:
+        """Number of rows of the cache, if it is fixed."""
+        return None
+
+    @property
+    def max_length(self) -> int | None:
+        """The most tokens of a text for which the cache has room; None for any number."""
+        return None
+
+    @property
+    def takes_padding(self) -> bool:
+        """Whether texts may have padding, by its mask."""
+        return self.inputs.masked
+
+    def use_inputs(self, inputs: DecoderInputs) -> None:
+        """Set the inputs, and the sizes that their dims fix."""
+        self.inputs = inputs
+        self.batch = fixed_size(inputs, self.session.inputs, "batch")
+
+    def use_orders(self, orders: Mapping[str, tuple[int, ...]]) -> None:
+        """Order the axes of outputs, by name; others keep theirs."""
+        self.orders, self.outputs = orders, _arranged(self.outputs, orders)
+
+    @abstractmethod
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Return all outputs but the cache for a text.
+
+        Raises:
+            RunError: The model fails.
+        """
+
+
+class CachedDecoder(AnyDecoder):
+    """A decoder with a KV cache.
+
+    Attributes:
         cache_manager: Keeps the cache between calls.
-        batch: The only batch size it takes; None for any.
-        length: The only length of a text; None, as it takes any.
-        step_length: The only number of tokens a call takes; None for any.
         past_length: Number of cached tokens.
     """
 
-    length: int | None = None
-
     def __init__(self, session: Session, cache: Sequence[CacheIO] | None = None) -> None:
-        self.session = session
         self._declared = read_cache_metadata(session.metadata)
         cache = find_cache(session.inputs, session.outputs, self._declared.layouts) if cache is None else tuple(cache)
         if not cache:
@@ -69,32 +125,28 @@ class CachedDecoder:
         lengths = (self._length_input, self._query_lengths)
         inputs = [one for one in session.inputs if one not in lengths and one.name not in others]
         outputs = (one for one in session.outputs if one.name not in presents | others)
-        self.outputs = tuple(self._declared.with_dims(one) for one in outputs)
-        self.orders: Mapping[str, tuple[int, ...]] = {}
-        self.use_inputs(inputs_of(inputs, {entry.past.name for entry in cache}))
+        super().__init__(
+            session, map(self._declared.with_dims, outputs), inputs_of(inputs, {entry.past.name for entry in cache})
+        )
         self.past_length = 0
         cache = resolve_axes(resolve_head_dims(cache, self._run_one_token), self._run_one_token, UNFILLED)
         self.cache_manager = open_cache_manager(cache, self._declared)
         self.cache = cache
 
     @property
-    def logits(self) -> str:
-        """Name of the output of logits.
-
-        Raises:
-            UsageError: No output holds floating-point numbers.
-        """
-        return logits_name(self.outputs)
+    def capacity(self) -> int | None:
+        """Number of rows of the cache, if it is fixed."""
+        return self.cache_manager.capacity
 
     @property
     def max_length(self) -> int | None:
-        """The most tokens of a text; None for any number."""
+        """The most tokens of a text for which the cache has room; None for any number."""
         return self.cache_manager.longest_text(self.step_length or 1)
 
     @property
     def takes_padding(self) -> bool:
         """Whether texts may have padding, by its mask and by the metadata of the file."""
-        return self.inputs.masked and self._declared.padding
+        return super().takes_padding and self._declared.padding
 
     @property
     def takes_ragged_batches(self) -> bool:
@@ -124,13 +176,8 @@ class CachedDecoder:
 
     def use_inputs(self, inputs: DecoderInputs) -> None:
         """Set the inputs, and the sizes that their dims fix."""
-        self.inputs = inputs
-        self.batch = fixed_size(inputs, self.session.inputs, "batch")
+        super().use_inputs(inputs)
         self.step_length = fixed_size(inputs, self.session.inputs, "sequence")
-
-    def use_orders(self, orders: Mapping[str, tuple[int, ...]]) -> None:
-        """Order the axes of outputs, by name; others keep theirs."""
-        self.orders, self.outputs = orders, _arranged(self.outputs, orders)
 
     def reset(self) -> None:
         """Empty the cache."""
@@ -238,47 +285,16 @@ class CachedDecoder:
         return whole[(slice(None),) * place + (slice(0, new),)]
 
 
-class UncachedDecoder:
-    """A decoder without a cache, of any or of a fixed batch size and length.
-
-    Attributes:
-        session: The model.
-        inputs: Its inputs.
-        outputs: Its outputs.
-        orders: Orders of the axes of outputs, by name.
-        length: The only length of a text; None for any.
-        batch: The only batch size of a call; None for any.
-    """
+class UncachedDecoder(AnyDecoder):
+    """A decoder without a cache, of any or of a fixed batch size and length."""
 
     def __init__(self, session: Session, inputs: DecoderInputs | None = None) -> None:
-        self.session = session
-        self.outputs = session.outputs
-        self.orders: Mapping[str, tuple[int, ...]] = {}
-        self.use_inputs(inputs_of(session.inputs) if inputs is None else inputs)
-
-    @property
-    def logits(self) -> str:
-        """Name of the output of logits.
-
-        Raises:
-            UsageError: No output holds floating-point numbers.
-        """
-        return logits_name(self.outputs)
-
-    @property
-    def takes_padding(self) -> bool:
-        """Whether texts may have padding, by its mask."""
-        return self.inputs.masked
+        super().__init__(session, session.outputs, inputs_of(session.inputs) if inputs is None else inputs)
 
     def use_inputs(self, inputs: DecoderInputs) -> None:
         """Set the inputs, and the sizes that their dims fix."""
-        self.inputs = inputs
-        self.batch = fixed_size(inputs, self.session.inputs, "batch")
+        super().use_inputs(inputs)
         self.length = fixed_size(inputs, self.session.inputs, "sequence")
-
-    def use_orders(self, orders: Mapping[str, tuple[int, ...]]) -> None:
-        """Order the axes of outputs, by name; others keep theirs."""
-        self.orders, self.outputs = orders, _arranged(self.outputs, orders)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Return all outputs for the whole text, in several calls if the batch size is fixed.
@@ -300,9 +316,6 @@ class UncachedDecoder:
         results = self.session.run({name: to_runtime(array) for name, array in feeds.items()})
         known = (one.name for one in self.outputs if one.dtype is not None)
         return {name: _ordered(name, results, self.orders) for name in known}
-
-
-AnyDecoder = CachedDecoder | UncachedDecoder
 
 
 def _ordered(name: str, results: Mapping[str, Any], orders: Mapping[str, tuple[int, ...]]) -> Array:

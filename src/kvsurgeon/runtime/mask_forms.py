@@ -9,7 +9,7 @@ from itertools import product
 import numpy as np
 
 from kvsurgeon.errors import RunError, UsageError
-from kvsurgeon.runtime.decoder import AnyDecoder, CachedDecoder
+from kvsurgeon.runtime.decoder import AnyDecoder
 from kvsurgeon.runtime.feeds import DecoderInputs, InputSpec, MaskForm
 
 _LENGTH = 8  # tokens of a text
@@ -59,8 +59,7 @@ def _forms(spec: InputSpec) -> tuple[InputSpec, ...]:
 
 def _hides(decoder: AnyDecoder) -> bool:
     """Return whether outputs depend on earlier tokens, on no later and on no masked ones; true if that is unknown."""
-    step = decoder.step_length if isinstance(decoder, CachedDecoder) else None
-    length = decoder.length or step or _LENGTH
+    length = decoder.length or decoder.step_length or _LENGTH
     if length < 4:
         return True
     tokens, mask = np.arange(length) % 2, np.ones(length, np.int64)
