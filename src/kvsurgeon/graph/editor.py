@@ -18,9 +18,24 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import find_live
 
 DimNames = Sequence[int | str | None]
+
+
+def check_free(graph: ir.Graph, names: Iterable[str]) -> None:
+    """Check that no input or output of a graph has one of these names.
+
+    Raises:
+        UnsupportedError: One has.
+    """
+    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
+    for name in names:
+        if name in taken:
+            raise UnsupportedError(
+                "the model already has an input or output of that name", code=Code.NAME_CONFLICT, at=name
+            )
 
 
 class Editor:
@@ -77,6 +92,15 @@ class Editor:
             if node.name == name:
                 node.name = self.unique_name(f"{name}_node")
         self._taken.discard(name)
+
+    def take_name(self, name: str) -> None:
+        """Make a name free for a new input or output.
+
+        Raises:
+            UnsupportedError: An input or output has it.
+        """
+        check_free(self.graph, [name])
+        self.release_name(name)
 
     # New values
 

@@ -14,6 +14,7 @@ from kvsurgeon import io
 from kvsurgeon.analysis.analysis import Analysis, analyze
 from kvsurgeon.anatomy import CachedTensor, Decoder, cache_facts, decoder_facts
 from kvsurgeon.decompose import DecomposedModel, decompose
+from kvsurgeon.errors import UsageError
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.io.gc_pause import gc_paused
@@ -124,6 +125,20 @@ class Subject:
             UnsupportedError: It cannot be read.
         """
         return self._current().cache
+
+    def with_model(self, model: ir.Model) -> Subject:
+        """Return a subject for another model, with the files of this one."""
+        return replace(self, model=model, _stages=None)
+
+    def text_for(self, purpose: str) -> Path:
+        """Return the text to calibrate on.
+
+        Raises:
+            UsageError: There is none.
+        """
+        if self.text is None:
+            raise UsageError(f"expected a text {purpose}, found none; give --text FILE")
+        return self.text
 
     def changed(self) -> None:
         """Discard the results of the stages, because the graph was edited."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 import onnx_ir as ir
 
@@ -12,7 +12,6 @@ from kvsurgeon.analysis.token_flow import SequenceState
 from kvsurgeon.cache.pairs import LAST_ROWS
 from kvsurgeon.cache.states import mark_recurrent_state
 from kvsurgeon.dataflow.value_kinds import ValueKind
-from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.resizing.context_slices import ContextSlices
 from kvsurgeon.resizing.lengths import LengthValues
@@ -98,37 +97,22 @@ def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperator
 def _add_inputs(analysis: Analysis, editor: Editor, plan: CachePlan) -> dict[CacheTensor, ir.Value]:
     """Add the cache inputs."""
     graph = analysis.model.graph
-    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
     pasts: dict[CacheTensor, ir.Value] = {}
     for recurrence in plan.recurrences:
         for name in (recurrence.past, recurrence.present):
-            _take_name(editor, name, taken)
+            editor.take_name(name)
     for tensor in with_scales(plan.tensors):
         replaced = next((output for output in graph.outputs if output.name == tensor.present), None)
         if replaced is not None and tensor.kept is None and is_canonical_view(replaced, tensor.point):
             graph.outputs.remove(replaced)  # it returns the new rows, which are part of the cache output
-            taken.discard(tensor.present)
         for name in (tensor.past, tensor.present):
-            _take_name(editor, name, taken)
+            editor.take_name(name)
         shape = ir.Shape(tensor.shape(plan.past))
         pasts[tensor] = ir.Value(name=tensor.past, type=ir.TensorType(tensor.dtype), shape=shape)
         if tensor.kept is not None:
             pasts[tensor].metadata_props[LAST_ROWS] = str(tensor.kept)
     graph.inputs.extend(pasts.values())
     return pasts
-
-
-def _take_name(editor: Editor, name: str, taken: Collection[str | None]) -> None:
-    """Release the name of a new input or output.
-
-    Raises:
-        UnsupportedError: An input or output has it.
-    """
-    if name in taken:
-        raise UnsupportedError(
-            "the model already has an input or output of that name", code=Code.NAME_CONFLICT, at=name
-        )
-    editor.release_name(name)
 
 
 def _window_rewriters(analysis: Analysis, tokens: TokenRewriter, pasts: CacheValues) -> dict[KeptRows, TokenRewriter]:

@@ -188,14 +188,9 @@ def first_position(editor: Editor, positions: ir.Value, name: str) -> ir.Value:
 
 def add_past_length(editor: Editor, count: Dimension) -> ir.Value:
     """Add a separate input, int64 [count]: no model can take it for a mask or positions."""
-    graph = editor.graph
-    if any(value.name == PAST_LENGTH for value in (*graph.inputs, *graph.outputs)):
-        raise UnsupportedError(
-            "the model already has an input or output of that name", code=Code.NAME_CONFLICT, at=PAST_LENGTH
-        )
-    editor.release_name(PAST_LENGTH)
+    editor.take_name(PAST_LENGTH)
     value = ir.Value(name=PAST_LENGTH, type=ir.TensorType(INT64), shape=ir.Shape(dim_names([count])))
-    graph.inputs.append(value)
+    editor.graph.inputs.append(value)
     return value
 
 

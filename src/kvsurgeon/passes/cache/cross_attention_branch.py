@@ -6,9 +6,8 @@ from collections.abc import Iterable, MutableSequence, Sequence
 
 import onnx_ir as ir
 
-from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.copies import copy_model, move_nodes
-from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.editor import Editor, check_free
 from kvsurgeon.passes.contract import Companion
 
 CHOICE = "use_cache_branch"  # the name in optimum and transformers.js
@@ -28,12 +27,7 @@ def compute_in_first_call(model: ir.Model, first: Companion) -> int:
     graph, editor = model.graph, Editor(model)
     inputs = {value.name or "": value for value in graph.inputs}
     names = [value.name or "" for value in first.model.graph.outputs]
-    present = {value.name for value in graph.outputs}
-    taken_name = next((name for name in (CHOICE, *names) if name in inputs or name in present), None)
-    if taken_name is not None:
-        raise UnsupportedError(
-            "the model already has an input or output of that name", code=Code.NAME_CONFLICT, at=taken_name
-        )
+    check_free(graph, (CHOICE, *names))
     pasts = [inputs[first.connections[name]] for name in names]
     results = [ir.Value(name=name, type=past.type, shape=past.shape) for name, past in zip(names, pasts, strict=True)]
     for past, result in zip(pasts, results, strict=True):

@@ -17,7 +17,7 @@ def with_dynamic_length(subject: Subject) -> Subject:
     Raises:
         UnsupportedError: The model does not support a cache.
     """
-    copy = Subject(model=copy_model(subject.model), folder=subject.folder, config=subject.config)
+    copy = subject.with_model(copy_model(subject.model))
     Inject().apply(copy)
     RemoveCache().apply(copy)
     return copy

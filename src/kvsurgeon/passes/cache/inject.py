@@ -125,7 +125,7 @@ def _at_any_length(options: CacheOptions, subject: Subject) -> Changed:
     """
     relaxed = with_symbolic_length(subject.model)
     if relaxed is not None:
-        work = Subject(model=relaxed, folder=subject.folder, config=subject.config)
+        work = subject.with_model(relaxed)
         with suppress(UnsupportedError):  # something depends on the length of the export
             changed = inject(options, work)
             subject.become(work)

@@ -35,7 +35,7 @@ class LatentCache:
             UnsupportedError: Keys and values are computed from fewer features, but not as a linear map; the model is
                 unchanged.
         """
-        work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
+        work = subject.with_model(subject.model)
         signature = detach_cache(work)
         analysis = work.analysis_of_copy()
         with deep_recursion():

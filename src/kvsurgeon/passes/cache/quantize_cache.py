@@ -60,7 +60,7 @@ class QuantizeCache:
         Raises:
             UnsupportedError: The cache cannot be removed and injected again, or not quantized; the model is unchanged.
         """
-        work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
+        work = subject.with_model(subject.model)
         integers = next((pair.past for pair in find_cache_pairs(work.model.graph) if _is_integer(pair.past)), None)
         if integers is not None:
             return Unchanged(reason=f"`{integers.name}` holds integers already")

@@ -65,7 +65,7 @@ def without_cache(subject: Subject) -> Subject:
     Raises:
         UnsupportedError: The cache cannot be removed.
     """
-    copy = Subject(model=subject.model, folder=subject.folder, config=subject.config)
+    copy = subject.with_model(subject.model)
     return copy if isinstance(RemoveCache().apply(copy), Changed) else subject
 
 

@@ -34,7 +34,7 @@ class Retarget(Inject):
             removed = remove_cache(subject.model)
             if removed is None:
                 return Unchanged(reason="the model has no cache: use inject")
-            without_cache = Subject(model=removed.model, folder=subject.folder, config=subject.config)
+            without_cache = subject.with_model(removed.model)
             removed.signature.located(without_cache.analysis())
         outcome = super().apply(without_cache)
         subject.model = without_cache.model

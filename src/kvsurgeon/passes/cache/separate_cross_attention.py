@@ -13,7 +13,7 @@ from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.attention.cross_attention import FixedOperand
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.graph.copies import copy_model
-from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.editor import Editor, check_free
 from kvsurgeon.graph.query import downstream, find_live, upstream
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.ops.content import content_inputs
@@ -118,11 +118,7 @@ def _check_names(graph: ir.Graph, tensors: list[_Tensor]) -> None:
     names = [name for tensor in tensors for name in (tensor.past, tensor.present)]
     if len(set(names)) < len(names):
         raise UsageError("expected names that contain {layer} and {kind}, so that each is unique")
-    taken = next((value.name for value in (*graph.inputs, *graph.outputs) if value.name in names), None)
-    if taken is not None:
-        raise UnsupportedError(
-            "the model already has an input or output of that name", code=Code.NAME_CONFLICT, at=taken
-        )
+    check_free(graph, names)
 
 
 def _companion(analysis: Analysis, model: ir.Model, tensors: list[_Tensor]) -> Companion:

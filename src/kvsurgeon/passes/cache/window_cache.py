@@ -58,7 +58,7 @@ class WindowCache:
         windowed = next((pair.past for pair in find_cache_pairs(subject.model.graph) if _is_windowed(pair)), None)
         if windowed is not None:
             return Unchanged(reason=f"`{windowed.name}` holds the last rows already")
-        work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
+        work = subject.with_model(subject.model)
         signature = detach_cache(work)
         if signature is None:
             return Unchanged(reason="the model has no cache: use inject")

@@ -52,7 +52,7 @@ def replace_heads(subject: Subject, plan: Plan, *, lossy: bool, calibrate: Calib
     Raises:
         UnsupportedError: The weights of a layer's heads cannot be found, or the cache cannot be injected again.
     """
-    work = Subject(model=subject.model, folder=subject.folder, config=subject.config, text=subject.text)
+    work = subject.with_model(subject.model)
     signature = detach_cache(work)
     notes = _notes(subject)
     if calibrate is not None:

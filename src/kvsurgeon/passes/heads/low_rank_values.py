@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
-from kvsurgeon.errors import UsageError
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
@@ -48,17 +47,16 @@ class LowRankValues:
             UnsupportedError: The weights of values cannot be found, or they cannot be read as one latent.
         """
         check_count("rank", self.rank)
-        if subject.text is None:
-            raise UsageError("expected a text to find principal components on, found none; give --text FILE")
+        text = subject.text_for("to find principal components on")
         from kvsurgeon.calibration import compute_latents, fit_latents  # onnxruntime is slow to import
 
-        work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
+        work = subject.with_model(subject.model)
         signature = detach_cache(work)
         analysis = work.analysis_of_copy()
         before = copy_model(work.model)
         with deep_recursion():
             size = bytes_of_cache(analysis, signature)
-            maps = fit_latents(analysis, self.rank, subject.text, subject.folder)
+            maps = fit_latents(analysis, self.rank, text, subject.folder)
             if not any(maps):
                 return Unchanged(reason=f"no layer has values of more than {self.rank} features")
             edits = compute_latents(analysis, maps)

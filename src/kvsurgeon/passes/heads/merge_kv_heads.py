@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import ClassVar, Literal
 
-from kvsurgeon.errors import UsageError
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.heads.counts import HeadCounts, counts_of
 from kvsurgeon.heads.selection import Selection, merge_heads
@@ -45,9 +45,7 @@ class MergeKvHeads:
             UnsupportedError: The weights of the heads cannot be found or averaged.
         """
         method = self.method or ("mean" if subject.text is None else "pca")
-        if method == "pca" and subject.text is None:
-            raise UsageError("expected a text for method=pca, found none; give --text FILE")
-        calibrate = self._merge_weights if method == "pca" else None
+        calibrate = partial(self._merge_weights, subject.text_for("for method=pca")) if method == "pca" else None
         # Of heads that are merged in the weights, the first of each group holds all.
         select = partial(self._select, "first" if method == "pca" else method)
         return change_heads(subject, select, lossy=True, calibrate=calibrate)
@@ -56,15 +54,14 @@ class MergeKvHeads:
         self._check(layer, counts)
         return merge_heads(counts.kv_heads, self.kv_heads, method) if self.kv_heads < counts.kv_heads else None
 
-    def _merge_weights(self, subject: Subject) -> tuple[str, ...]:
+    def _merge_weights(self, text: Path, subject: Subject) -> tuple[str, ...]:
         from kvsurgeon.calibration import merge_into_first  # onnxruntime is slow to import
 
-        assert subject.text is not None
         analysis = subject.analysis()
         for layer, site in enumerate(analysis.sites):
             self._check(layer, counts_of(analysis.flow, site))
         with deep_recursion():
-            return merge_into_first(analysis, self.kv_heads, subject.text, subject.folder)
+            return merge_into_first(analysis, self.kv_heads, text, subject.folder)
 
     def _check(self, layer: int, counts: HeadCounts) -> None:
         valid = [new for new in range(1, counts.kv_heads + 1) if counts.kv_heads % new == 0]

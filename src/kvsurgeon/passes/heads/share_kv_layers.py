@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from kvsurgeon.errors import UsageError
@@ -51,18 +52,17 @@ class ShareKvLayers:
         """
         check_one_of(self.name, {"--kv-layers": self.kv_layers is not None, "--map": bool(self.map)})
         method = self.method or ("mean" if subject.text is None else "least-squares")
-        if method == "least-squares" and subject.text is None:
-            raise UsageError("expected a text for method=least-squares, found none; give --text FILE")
-        calibrate = self._fit_weights if method == "least-squares" else None
+        calibrate = None
+        if method == "least-squares":
+            calibrate = partial(self._fit_weights, subject.text_for("for method=least-squares"))
         return replace_heads(subject, partial(self._plan, method), lossy=True, calibrate=calibrate)
 
-    def _fit_weights(self, subject: Subject) -> tuple[str, ...]:
+    def _fit_weights(self, text: Path, subject: Subject) -> tuple[str, ...]:
         from kvsurgeon.calibration import read_other_layers  # onnxruntime is slow to import
 
-        assert subject.text is not None
         analysis = subject.analysis()
         with deep_recursion():
-            return read_other_layers(analysis, self._owners(len(analysis.sites)), subject.text, subject.folder)
+            return read_other_layers(analysis, self._owners(len(analysis.sites)), text, subject.folder)
 
     def _owners(self, layers: int) -> list[int]:
         return self._checked_map(layers) if self.map else self._even_groups(layers)

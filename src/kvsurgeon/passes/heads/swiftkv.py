@@ -40,17 +40,16 @@ class SwiftKv:
             UsageError: There is no text, or no such layer.
             UnsupportedError: The weights of keys and values cannot be found.
         """
-        if subject.text is None:
-            raise UsageError("expected a text to fit keys and values on, found none; give --text FILE")
+        text = subject.text_for("to fit keys and values on")
         from kvsurgeon.calibration import project_single_input  # onnxruntime is slow to import
 
-        work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
+        work = subject.with_model(subject.model)
         signature = detach_cache(work)
         analysis = work.analysis_of_copy()
         if not 0 <= self.after < len(analysis.sites):
             raise UsageError(f"expected a layer from 0 to {len(analysis.sites) - 1}, found {self.after}")
         with deep_recursion():
-            edits, notes = project_single_input(analysis, self.after, subject.text, subject.folder)
+            edits, notes = project_single_input(analysis, self.after, text, subject.folder)
         if not edits:
             return Unchanged(reason=f"no layer behind layer {self.after} computes keys and values from another input")
         work.changed()

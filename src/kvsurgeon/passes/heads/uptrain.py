@@ -49,13 +49,12 @@ class Uptrain:
             UsageError: There is no text or no torch, or an option is not valid.
             UnsupportedError: The weights cannot be found or trained.
         """
-        self._check(subject)
+        text, original = subject.text_for("to train on"), Path(self.against)
+        self._check()
         from kvsurgeon.parity import measure_loss  # onnxruntime is slow to import
         from kvsurgeon.training import Schedule, distill, projection_weights, replace_weights
 
-        assert subject.text is not None
-        original, text = Path(self.against), subject.text
-        work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
+        work = subject.with_model(subject.model)
         detach_cache(work)
         with deep_recursion():
             analysis = work.analysis_of_copy()
@@ -78,9 +77,7 @@ class Uptrain:
         model = analysis.model
         return Changed(edits=edits, notes=notes, exact=False, equal_models=lambda: [(model, model)], original=original)
 
-    def _check(self, subject: Subject) -> None:
-        if subject.text is None:
-            raise UsageError("expected a text to train on, found none; give --text FILE")
+    def _check(self) -> None:
         for option, number in (("minutes", self.minutes), ("learning-rate", self.learning_rate)):
             if not number > 0:
                 raise UsageError(f"option {option}: expected a number above 0, found {number:g}")

@@ -52,7 +52,7 @@ class AddPositionIds:
         """
         if any(value.name == self.input for value in subject.model.graph.inputs):
             return Unchanged(reason=f"the model has an input `{self.input}`")
-        work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
+        work = subject.with_model(subject.model)
         signature = detach_cache(work)
         if isinstance(declared_dimensions(work.model.graph)[1], int):
             work = with_dynamic_length(work)

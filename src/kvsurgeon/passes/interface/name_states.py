@@ -117,14 +117,10 @@ def _rename(editor: Editor, states: Sequence[FixedState], template: str, first: 
     Raises:
         UnsupportedError: Another input or output has one of the names.
     """
-    taken = {value.name for value in (*editor.graph.inputs, *editor.graph.outputs)}
     for layer, state in enumerate(states, start=first):
         name = template.format(layer=layer)
         for value, new in ((state.past, name), (state.present, name.replace("past", "present", 1))):
-            if new in taken - {value.name}:
-                raise UnsupportedError(
-                    "the model already has an input or output of that name", code=Code.NAME_CONFLICT, at=new
-                )
-            editor.release_name(new)
+            if new != value.name:
+                editor.take_name(new)
             value.name = new
             editor.edits += 1

@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from kvsurgeon.errors import Code, UnsupportedError, UsageError
-from kvsurgeon.graph.editor import Editor
+from kvsurgeon.errors import UsageError
+from kvsurgeon.graph.editor import Editor, check_free
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.rewrite.cache_metadata import rename_in_metadata
 
@@ -60,11 +60,7 @@ def rename(model: ir.Model, new_names: Mapping[str, str]) -> dict[str, str]:
     """
     interface = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
     renamed = {old: new for old, new in new_names.items() if old in interface and old != new}
-    for new in renamed.values():
-        if new in interface:
-            raise UnsupportedError(
-                "the model already has an input or output of that name", code=Code.NAME_CONFLICT, at=new
-            )
+    check_free(model.graph, renamed.values())
     editor = Editor(model)
     for old, new in renamed.items():
         editor.release_name(new)

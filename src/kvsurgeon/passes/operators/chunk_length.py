@@ -54,7 +54,7 @@ class ChunkLength:
         Raises:
             UnsupportedError: The model is not a decoder without a cache, or its results would differ; it is unchanged.
         """
-        work = Subject(model=copy_model(subject.model), folder=subject.folder, config=subject.config)
+        work = subject.with_model(copy_model(subject.model))
         with deep_recursion():
             analysis = work.analysis()
             states = [one for one, _ in analysis.flow.recurrences if (_chunk(analysis, one) or 0) > self.tokens]

@@ -64,7 +64,7 @@ class FuseAttention:
         """
         operator = OPERATORS[self.operator]
         before = sum(map(operator.is_at, subject.model.graph))
-        work = Subject(model=subject.model, folder=subject.folder, config=subject.config)
+        work = subject.with_model(subject.model)
         signature = detach_cache(work)
         cached = signature is not None and operator.keeps_cache
         notes: list[str] = []
