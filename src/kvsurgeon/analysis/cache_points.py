@@ -163,7 +163,7 @@ def bottlenecks(
     while len(visited) < _MAX_VALUES:
         if len(pending) == 1 and pending[0] not in flow.per_call:
             yield pending[0]
-        value = max(pending, key=lambda value: _graph_position(flow, value))
+        value = max(pending, key=flow.position)
         node = value.producer()
         if node is None or not may_repeat(node) or not _is_position_wise(flow, node):
             return
@@ -171,11 +171,6 @@ def bottlenecks(
         pending += [source for source in token_inputs(flow, node) if source not in pending]
         visited.add(value)
         pending = [source for source in pending if source not in node.outputs]
-
-
-def _graph_position(flow: TokenFlow, value: ir.Value) -> int:
-    node = value.producer()
-    return -1 if node is None else flow.order.get(node, -1)
 
 
 def _is_position_wise(flow: TokenFlow, node: ir.Node) -> bool:

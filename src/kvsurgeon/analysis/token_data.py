@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -41,6 +41,18 @@ def growing_regions(flow: TokenFlow, start: ir.Node) -> Iterator[list[ir.Node]]:
             region.append(node)
             computed.update(node.outputs)
             yield region
+
+
+def with_upstream(flow: TokenFlow, region: Collection[ir.Node], belongs: Callable[[ir.Value], bool]) -> list[ir.Node]:
+    """Return a region with the nodes whose results it reads and that belong to it, in execution order."""
+    inside, pending = set(region), list(region)
+    while pending:
+        for value in pending.pop().inputs:
+            node = None if value is None else value.producer()
+            if value is not None and node is not None and node not in inside and belongs(value):
+                inside.add(node)
+                pending.append(node)
+    return sorted(inside, key=lambda node: flow.order[node])
 
 
 def is_closed(region: Sequence[ir.Node], results: Collection[ir.Value]) -> bool:

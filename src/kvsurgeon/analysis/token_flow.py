@@ -241,6 +241,11 @@ class TokenFlow:
         """The sequence states of fixed size, each with what it passes from token to token."""
         return [(state, state.recurrent) for state in self.states if state.recurrent is not None]
 
+    def position(self, value: ir.Value) -> int:
+        """Return the position in the graph of the node that computes a value; -1 of an input or a constant."""
+        node = value.producer()
+        return -1 if node is None else self.order.get(node, -1)
+
     @cached_property
     def read_for_content(self) -> set[ir.Node]:
         """Nodes of which more is read than the shapes of their results."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.analysis.token_data import is_token, token_inputs
+from kvsurgeon.analysis.token_data import is_token, token_inputs, upstream_tokens
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.query import downstream
+from kvsurgeon.graph.query import downstream, producers
 from kvsurgeon.heads.index_trace import IndexTrace
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import contraction_of, has_trait, operator_of
@@ -73,7 +73,7 @@ def product_above(trace: IndexTrace, value: ir.Value) -> WeightProduct:
     Raises:
         UnsupportedError: There are several or none, or their weights are not stored floating-point numbers.
     """
-    nodes = {node for one in trace.upstream_tokens(value) if (node := one.producer()) is not None}
+    nodes = producers(upstream_tokens(trace.flow, value))
     products = [node for node in nodes if has_trait(node, Trait.PROJECTION) and trace.sums_features(node)]
     if len(products) != 1:
         raise _unsupported(value, "one product with weights", f"{len(products)} of them")

@@ -208,7 +208,7 @@ def _single_sources(flow: TokenFlow, value: ir.Value) -> Iterator[ir.Value]:
     """Yield the tensors that a tensor is computed from with angles of positions and nothing else, the nearest first."""
     boundary = {value}
     for _ in range(_STEPS):
-        latest = max(boundary, key=lambda one: flow.order.get(one.producer(), -1))  # type: ignore[arg-type]
+        latest = max(boundary, key=flow.position)
         node = latest.producer()
         if node is None or has_trait(node, Trait.PROJECTION):
             return

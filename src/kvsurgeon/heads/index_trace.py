@@ -6,16 +6,17 @@ Whichever way a layout is written, with Split, Slice, Gather or Transpose, the r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.probe_inputs import at_length
-from kvsurgeon.analysis.token_data import token_inputs
+from kvsurgeon.analysis.token_data import token_inputs, upstream_tokens
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.query import producers
 from kvsurgeon.heads.layout import Layout, layout_of
 from kvsurgeon.ops.contraction import Contraction
 from kvsurgeon.ops.gather import slice_bounds
@@ -59,23 +60,11 @@ class IndexTrace:
         found = {self.source(one) for one in token_inputs(self.flow, node)}
         return found.pop() if len(found) == 1 else value
 
-    def upstream_tokens(self, value: ir.Value) -> Iterator[ir.Value]:
-        """Yield the value and the token data that it depends on, each once, up to the results of projections."""
-        pending, visited = [value], set[ir.Value]()
-        while pending:
-            one = pending.pop()
-            node = one.producer()
-            if one in visited or node is None:
-                continue
-            visited.add(one)
-            yield one
-            if not has_trait(node, Trait.PROJECTION):
-                pending += token_inputs(self.flow, node)
-
     def is_projected(self, value: ir.Value) -> bool:
         """Return whether a value depends on a projection, not on positions alone."""
-        makers = (one.producer() for one in self.upstream_tokens(value))
-        projections = (node for node in makers if node is not None and has_trait(node, Trait.PROJECTION))
+        projections = (
+            node for node in producers(upstream_tokens(self.flow, value)) if has_trait(node, Trait.PROJECTION)
+        )
         return any(map(self.sums_features, projections))
 
     def sums_features(self, node: ir.Node) -> bool:

@@ -90,7 +90,7 @@ def _smallest_cut(flow: TokenFlow, operands: Sequence[ir.Value]) -> tuple[ir.Val
     """
     found: dict[ir.Value, tuple[ir.Value, ...]] = {}
     visited = upstream(operands, inputs=lambda node: _linear_inputs(flow, node))
-    for value in sorted(visited, key=lambda value: _place(flow, value)):
+    for value in sorted(visited, key=flow.position):
         node, own = value.producer(), _width(flow, value)
         sources = [] if node is None else _linear_inputs(flow, node)
         cut = tuple(dict.fromkeys(part for source in sources for part in found.get(source, (source,))))
@@ -99,11 +99,6 @@ def _smallest_cut(flow: TokenFlow, operands: Sequence[ir.Value]) -> tuple[ir.Val
         smaller = is_known and (own is None or (width, len(cut)) <= (own, 1))
         found[value] = cut if smaller else (value,)
     return tuple(dict.fromkeys(part for operand in operands for part in found[operand]))
-
-
-def _place(flow: TokenFlow, value: ir.Value) -> int:
-    node = value.producer()
-    return -1 if node is None else flow.order.get(node, -1)
 
 
 def _linear_inputs(flow: TokenFlow, node: ir.Node) -> list[ir.Value]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
+from kvsurgeon.analysis.token_data import upstream_tokens
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
@@ -18,6 +19,7 @@ from kvsurgeon.heads.index_trace import IndexTrace
 from kvsurgeon.heads.node_edit import NodeEdit, NodeInputs, Values
 from kvsurgeon.heads.rules import inputs_with_heads
 from kvsurgeon.heads.selection import Selection
+from kvsurgeon.heads.structural_equality import expression_key
 from kvsurgeon.ops.operator import Trait, UntraceableAxesError
 from kvsurgeon.ops.table import axis_links, has_trait
 from kvsurgeon.resizing.lengths import LengthValues
@@ -119,7 +121,7 @@ class HeadPropagation:
         assert first is not None
         found = []
         for node, value in zip(nodes, values, strict=True):
-            if node is None or _operator_key(node) != _operator_key(first) or value.index() != values[0].index():
+            if node is None or expression_key(node, value) != expression_key(first, values[0]):
                 raise UnsupportedError(
                     "the layers to be averaged compute their heads differently", code=Code.CANNOT_AVERAGE,
                     at=value.name, expected=first.op_type, found="nothing" if node is None else node.op_type,
@@ -180,17 +182,7 @@ class HeadPropagation:
 
     def _depends(self, value: ir.Value) -> bool:
         """Whether a value depends on values with other heads, with no projection in between."""
-        pending, visited = [value], set[ir.Value]()
-        while pending:
-            one = pending.pop()
-            if one in self._headed:
-                return True
-            node = one.producer()
-            if one in visited or node is None or has_trait(node, Trait.PROJECTION):
-                continue
-            visited.add(one)
-            pending += [v for v in node.inputs if v is not None and self.flow.kinds.get(v) is ValueKind.TOKEN]
-        return False
+        return any(one in self._headed for one in upstream_tokens(self.flow, value))
 
     def _follow(self, value: ir.Value) -> tuple[ir.Value, tuple[HeadAxis, Selection] | None]:
         """The value recomputed from values with other heads, and its head axis and selection if it has one."""
@@ -231,8 +223,3 @@ class HeadPropagation:
                 f"{node.op_type} mixes all heads", code=Code.UNTRACEABLE_HEADS, at=node.outputs[0].name
             )
         return None
-
-
-def _operator_key(node: ir.Node) -> tuple[object, ...]:
-    attributes = sorted((name, repr(attribute.value)) for name, attribute in node.attributes.items())
-    return node.domain, node.op_type, len(node.inputs), attributes

@@ -212,7 +212,8 @@ class HeadReplacer:
         """Replace `Shape` nodes that read tensors with new heads: they would keep the old tensors alive."""
         live = find_live(self.editor.graph)
         ends = [one.value for layer in layers for one in chain.from_iterable(self._repetitions_of(layer))]
-        for value in dict.fromkeys(value for end in ends for value in self.trace.upstream_tokens(end)):
+        computed = (value for end in ends for value in upstream_tokens(self.flow, end) if value.producer() is not None)
+        for value in dict.fromkeys(computed):
             for node in {node for node, _ in value.uses() if node.op_type == "Shape" and node in live}:
                 numbers = self.flow.shapes[node.outputs[0]].value
                 if numbers is None or not all(dim.is_known(number) for number in numbers):

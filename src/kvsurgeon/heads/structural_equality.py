@@ -34,7 +34,7 @@ def find_difference(analysis: Analysis, first: ir.Value, second: ir.Value) -> tu
             continue
         compared.add(pair)
         mine, theirs = one.producer(), other.producer()
-        if mine is None or theirs is None or _operator_key(mine, one) != _operator_key(theirs, other):
+        if mine is None or theirs is None or expression_key(mine, one) != expression_key(theirs, other):
             return one, other
         projected = has_trait(mine, Trait.PROJECTION) or (mine in before[0] and theirs in before[1])
         if projected and is_token(flow, one):
@@ -56,7 +56,8 @@ def _before_projections(flow: TokenFlow, value: ir.Value) -> set[ir.Node]:
     return set(producers(upstream(sources, inputs=partial(token_inputs, flow))))
 
 
-def _operator_key(node: ir.Node, value: ir.Value) -> Hashable:
+def expression_key(node: ir.Node, value: ir.Value) -> Hashable:
+    """Return a key of the operator that computes a value, without what it is computed from."""
     return operator_key(node), value.index(), len(node.inputs)
 
 

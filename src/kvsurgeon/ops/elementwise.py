@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -46,16 +47,13 @@ def _is_symbolic(*operands: Scalar) -> bool:
     return any(isinstance(operand, sympy.Basic) for operand in operands)
 
 
-def _plus(left: Scalar, right: Scalar) -> Scalar:
-    return dim.add(left, right) if _is_symbolic(left, right) else left + right
+def _either(symbolic: Arithmetic, plain: Arithmetic) -> Arithmetic:
+    """Return arithmetic on numbers, of which some may be symbolic."""
+    return lambda *operands: (symbolic if _is_symbolic(*operands) else plain)(*operands)
 
 
-def _minus(left: Scalar, right: Scalar) -> Scalar:
-    return dim.subtract(left, right) if _is_symbolic(left, right) else left - right
-
-
-def _times(left: Scalar, right: Scalar) -> Scalar:
-    return dim.multiply(left, right) if _is_symbolic(left, right) else left * right
+_minus, _times = _either(dim.subtract, operator.sub), _either(dim.multiply, operator.mul)
+_less = _either(lambda left, right: _decided(dim.is_less(left, right)), operator.lt)
 
 
 def _divided(left: Scalar, right: Scalar) -> Scalar:
@@ -113,32 +111,8 @@ def _square_root(operand: Scalar) -> Scalar:
     return math.sqrt(operand)
 
 
-def _floor(operand: Scalar) -> Scalar:
-    return dim.plain(sympy.floor(operand)) if _is_symbolic(operand) else float(math.floor(operand))
-
-
-def _ceiling(operand: Scalar) -> Scalar:
-    return dim.plain(sympy.ceiling(operand)) if _is_symbolic(operand) else float(math.ceil(operand))
-
-
-def _smaller(left: Scalar, right: Scalar) -> Scalar:
-    return dim.minimum(left, right) if _is_symbolic(left, right) else min(left, right)
-
-
-def _larger(left: Scalar, right: Scalar) -> Scalar:
-    return dim.maximum(left, right) if _is_symbolic(left, right) else max(left, right)
-
-
-def _equal(left: Scalar, right: Scalar) -> bool:
-    return _decided(dim.is_equal(left, right)) if _is_symbolic(left, right) else left == right
-
-
-def _less(left: Scalar, right: Scalar) -> bool:
-    return _decided(dim.is_less(left, right)) if _is_symbolic(left, right) else left < right
-
-
 ARITHMETIC: dict[str, Arithmetic] = {
-    "Add": _plus,
+    "Add": _either(dim.add, operator.add),
     "Sub": _minus,
     "Mul": _times,
     "Div": _divided,
@@ -146,19 +120,19 @@ ARITHMETIC: dict[str, Arithmetic] = {
     "Mod": _modulo,
     "Remainder": _remainder,
     "Pow": _power,
-    "Min": _smaller,
-    "Max": _larger,
+    "Min": _either(dim.minimum, min),
+    "Max": _either(dim.maximum, max),
     "Neg": lambda operand: _times(-1, operand),
-    "Abs": lambda operand: sympy.Abs(operand) if _is_symbolic(operand) else abs(operand),
+    "Abs": _either(sympy.Abs, abs),
     "Sqrt": _square_root,
     "Reciprocal": lambda operand: _divided(1.0, operand),
-    "Floor": _floor,
-    "Ceil": _ceiling,
+    "Floor": _either(lambda operand: dim.plain(sympy.floor(operand)), lambda operand: float(math.floor(operand))),
+    "Ceil": _either(lambda operand: dim.plain(sympy.ceiling(operand)), lambda operand: float(math.ceil(operand))),
     "Identity": lambda operand: operand,
     "Not": lambda operand: not operand,
     "And": lambda left, right: left and right,
     "Or": lambda left, right: left or right,
-    "Equal": _equal,
+    "Equal": _either(lambda left, right: _decided(dim.is_equal(left, right)), operator.eq),
     "Less": _less,
     "Greater": lambda left, right: _less(right, left),
     "LessOrEqual": lambda left, right: not _less(right, left),

@@ -9,6 +9,7 @@ position-wise. This is measured, not proved.
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Sequence
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +19,7 @@ from kvsurgeon.analysis.mask_patterns import is_close, sequence_last
 from kvsurgeon.analysis.probe_inputs import AMPLIFIED, Rows, batch_axis, join_sequences
 from kvsurgeon.analysis.regions.probe_lengths import lengths_beyond
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
-from kvsurgeon.analysis.token_data import growing_regions, is_closed, is_token, token_inputs
+from kvsurgeon.analysis.token_data import growing_regions, is_closed, is_token, token_inputs, with_upstream
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
@@ -61,22 +62,10 @@ def find_routed_region(flow: TokenFlow, start: ir.Node) -> RoutedRegion | None:
         if not may_be_inside(flow, node) or any(value.is_graph_output() for value in region[-2].outputs):
             return None
         if _result_axes(flow, region):
-            whole = _with_other_selections(flow, region)
+            whole = with_upstream(flow, region, partial(_is_of_selected, flow))
             if is_closed(whole, node.outputs) and all(may_be_inside(flow, one) for one in whole if one is not start):
                 return tuple(whole)
     return None
-
-
-def _with_other_selections(flow: TokenFlow, region: Sequence[ir.Node]) -> list[ir.Node]:
-    """Return a region with later nodes that select tokens too, or compute from such, and whose results it reads."""
-    inside, pending = set(region), list(region)
-    while pending:
-        for value in pending.pop().inputs:
-            node = None if value is None else value.producer()
-            if node is not None and node not in inside and _is_of_selected(flow, value):
-                inside.add(node)
-                pending.append(node)
-    return sorted(inside, key=lambda node: flow.order[node])
 
 
 def _is_of_selected(flow: TokenFlow, value: ir.Value | None) -> bool:

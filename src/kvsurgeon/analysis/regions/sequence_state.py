@@ -21,7 +21,7 @@ from kvsurgeon.analysis.probe_inputs import AMPLIFIED, Rows, batch_axis
 from kvsurgeon.analysis.regions.probe_lengths import changing_context, lengths_beyond
 from kvsurgeon.analysis.regions.token_ranges import token_range
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
-from kvsurgeon.analysis.token_data import growing_regions, is_closed, is_token, token_inputs
+from kvsurgeon.analysis.token_data import growing_regions, is_closed, is_token, with_upstream
 from kvsurgeon.analysis.token_flow import NodeVisit, Place, SequenceState, TokenFlow
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.ops.operator import UntraceableAxesError
@@ -90,14 +90,7 @@ def reads_masked_tokens(flow: TokenFlow, state: SequenceState, mask: MaskPattern
 
 def with_siblings(flow: TokenFlow, region: Sequence[ir.Node]) -> list[ir.Node]:
     """Return a region with later nodes that compute what it reads: whether they mix tokens is not known either."""
-    inside, pending = set(region), list(region)
-    while pending:
-        for value in token_inputs(flow, pending.pop()):
-            node = value.producer()
-            if node is not None and node not in inside and value not in flow.axes:
-                inside.add(node)
-                pending.append(node)
-    return sorted(inside, key=lambda node: flow.order[node])
+    return with_upstream(flow, region, lambda value: is_token(flow, value) and value not in flow.axes)
 
 
 def is_boundary(node: ir.Node) -> bool:
