@@ -23,7 +23,7 @@ def check_functions(proto: onnx.ModelProto) -> None:
     """
     if not proto.functions:
         return
-    calls = {(f.domain, f.name, f.overload): Counter(_operators(f.node)) for f in proto.functions}
+    calls = {(f.domain, f.name, f.overload): _operators(f.node) for f in proto.functions}
     try:
         order = list(
             TopologicalSorter({key: found.keys() & calls.keys() for key, found in calls.items()}).static_order()
@@ -34,7 +34,7 @@ def check_functions(proto: onnx.ModelProto) -> None:
     sizes: dict[_Key, int] = {}
     for key in order:
         sizes[key] = _inlined(calls[key], sizes)
-    total = _inlined(Counter(_operators(proto.graph.node)), sizes)
+    total = _inlined(_operators(proto.graph.node), sizes)
     if total > _MOST_NODES:
         largest = max(sizes, key=sizes.__getitem__)[1]
         raise InvalidModelError(
@@ -43,13 +43,17 @@ def check_functions(proto: onnx.ModelProto) -> None:
         )
 
 
-def _operators(nodes: Iterable[onnx.NodeProto]) -> Iterator[_Key]:
-    """Yield the operator of each node, in subgraphs too."""
+def nested_nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Yield nodes, each followed by those of its subgraphs."""
     for node in nodes:
-        yield node.domain, node.op_type, node.overload
+        yield node
         for attribute in node.attribute:
             for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _operators(graph.node)
+                yield from nested_nodes(graph.node)
+
+
+def _operators(nodes: Iterable[onnx.NodeProto]) -> Counter[_Key]:
+    return Counter((node.domain, node.op_type, node.overload) for node in nested_nodes(nodes))
 
 
 def _inlined(operators: Counter[_Key], sizes: dict[_Key, int]) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 
-from kvsurgeon.io.local_functions import check_functions
+from kvsurgeon.io.local_functions import check_functions, nested_nodes
 from kvsurgeon.io.locate import find_model, read_proto
 from kvsurgeon.parity.float_model import float_model
 from kvsurgeon.runtime import Optimization, Session, Source, open_session
@@ -96,15 +96,7 @@ def load_graph(source: Source) -> onnx.ModelProto:
 
 def all_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """Return the nodes of a model, those of subgraphs and of local functions too."""
-    return [node for graph in (model.graph, *model.functions) for node in _walk(graph.node)]
-
-
-def _walk(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    for node in nodes:
-        yield node
-        for attribute in node.attribute:
-            for graph in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                yield from _walk(graph.node)
+    return [node for graph in (model.graph, *model.functions) for node in nested_nodes(graph.node)]
 
 
 def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:

@@ -37,6 +37,13 @@ def check_shapes(model: ModelInfo) -> Iterator[Incompatibility]:
             return
 
 
+def check_output(part: str, model: ModelInfo, name: str) -> Iterator[Incompatibility]:
+    """Yield an incompatibility unless a further model has an output of that name."""
+    if model.output(name) is None:
+        found = ", ".join(f"`{one.name}`" for one in model.outputs)
+        yield Incompatibility(f"{part}: expected an output `{name}`, found {found}")
+
+
 def check_encoder(model: ModelInfo, inputs: frozenset[str]) -> Iterator[Incompatibility]:
     """Yield what the client cannot feed or read of the encoder."""
     encoder = model.parts.get(ENCODER)
@@ -45,9 +52,7 @@ def check_encoder(model: ModelInfo, inputs: frozenset[str]) -> Iterator[Incompat
     for name in sorted(set(encoder.input_names) - inputs):
         known = ", ".join(f"`{one}`" for one in sorted(inputs))
         yield Incompatibility(f"encoder: expected no inputs but {known}, found another", at=name)
-    if encoder.output(OUTPUT) is None:
-        found = ", ".join(f"`{one.name}`" for one in encoder.outputs)
-        yield Incompatibility(f"encoder: expected an output `{OUTPUT}`, found {found}")
+    yield from check_output("encoder", encoder, OUTPUT)
 
 
 def check_embedding(model: ModelInfo, ids: Set[str]) -> Iterator[Incompatibility]:
@@ -62,11 +67,9 @@ def check_embedding(model: ModelInfo, ids: Set[str]) -> Iterator[Incompatibility
     elif embedding.inputs[0].dtype not in ids:
         expected = " or ".join(sorted(ids))
         yield Incompatibility(f"embedding: expected {expected}, found {embedding.inputs[0].dtype}", at=name)
+    yield from check_output("embedding", embedding, EMBEDDINGS)
     output = embedding.output(EMBEDDINGS)
-    if output is None:
-        found = ", ".join(f"`{one.name}`" for one in embedding.outputs)
-        yield Incompatibility(f"embedding: expected an output `{EMBEDDINGS}`, found {found}")
-    elif (output.dtype, output.dims[-1]) != (given.dtype, given.dims[-1]):
+    if output is not None and (output.dtype, output.dims[-1]) != (given.dtype, given.dims[-1]):
         yield Incompatibility(
             f"embedding: expected {given.dtype} of width {given.dims[-1]}, as the decoder takes, "
             f"found {output.dtype} of width {output.dims[-1]}",

@@ -34,11 +34,22 @@ _MAX_DATA_FILES = 100  # MAX_EXTERNAL_DATA_CHUNKS in src/utils/hub.js
 _INPUTS = ("input_ids", "attention_mask", "position_ids", "num_logits_to_keep")
 
 
+def own_config(config: Mapping[str, Any], data_files: int | Mapping[str, int]) -> dict[str, Any]:
+    """Return the part of a config for transformers.js, with the number of data files, or that of each model."""
+    own = {"dtype": "fp32", "use_external_data_format": data_files}  # fp32 names files without a suffix
+    return {"transformers.js_config": {**config.get("transformers.js_config", {}), **own}}
+
+
+def data_files_of_parts(model: ModelInfo) -> dict[str, int]:
+    """Return the number of data files of a decoder and of the models next to it, by their names."""
+    files = {name.removesuffix(".onnx"): part.data_files for name, part in model.parts.items()}
+    return {"decoder_model_merged": model.data_files, **files}
+
+
 def transformers_js_config(model: ModelInfo) -> Mapping[str, Any]:
     """Return a `config.json` by which transformers.js finds the caches and the data files."""
-    own = {"dtype": "fp32", "use_external_data_format": model.data_files}  # fp32 names the file without a suffix
     config = in_strict_json(model.config)
-    config["transformers.js_config"] = {**config.get("transformers.js_config", {}), **own}
+    config |= own_config(config, model.data_files)
     counted = config.get("model_type") in COUNTS_HIDDEN_LAYERS and not model.states
     if counted and config.get("num_hidden_layers", 0) >= model.layers:
         return config

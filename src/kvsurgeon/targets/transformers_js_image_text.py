@@ -9,9 +9,14 @@ from typing import Any
 
 from kvsurgeon.targets.hugging_face_files import check_model_type
 from kvsurgeon.targets.model_info import ModelInfo
-from kvsurgeon.targets.parts import check_embedding
+from kvsurgeon.targets.parts import check_embedding, check_output
 from kvsurgeon.targets.target import EMBEDDING, EMBEDDINGS, VISION, Incompatibility, warning
-from kvsurgeon.targets.transformers_js import COUNTS_HIDDEN_LAYERS, TRANSFORMERS_JS
+from kvsurgeon.targets.transformers_js import (
+    COUNTS_HIDDEN_LAYERS,
+    TRANSFORMERS_JS,
+    data_files_of_parts,
+    own_config,
+)
 
 # Source: the models of image-text-to-text (src/models/registry.js) and getNormalizedConfig (src/configs.js) of version
 # 4.3.2: which of them count caches by the config of the text, and which by the config itself; these feed positions of
@@ -27,9 +32,7 @@ _IMAGE_TOKEN = ("image_token_index", "image_token_id")
 
 def transformers_js_image_text_config(model: ModelInfo) -> Mapping[str, Any]:
     """Return a `config.json` by which transformers.js finds the caches, the image tokens and the data files."""
-    files = {name.removesuffix(".onnx"): part.data_files for name, part in model.parts.items()}
-    own = {"dtype": "fp32", "use_external_data_format": {"decoder_model_merged": model.data_files, **files}}
-    config = {**model.config, "transformers.js_config": {**model.config.get("transformers.js_config", {}), **own}}
+    config = {**model.config, **own_config(model.config, data_files_of_parts(model))}
     layers = {"num_hidden_layers": model.layers}
     if config.get("model_type") in _THREE_AXES:
         text = {"model_type": f"{config['model_type']}_text", **config.get("text_config", {}), **layers}
@@ -68,9 +71,8 @@ def _check(model: ModelInfo) -> Iterator[Incompatibility]:
             hint="use the config of the image-text model, not of its text model",
         )  # fmt: skip
     vision = model.parts.get(VISION)
-    if vision is not None and vision.output(_FEATURES) is None:
-        found = ", ".join(f"`{one.name}`" for one in vision.outputs)
-        yield Incompatibility(f"vision encoder: expected an output `{_FEATURES}`, found {found}")
+    if vision is not None:
+        yield from check_output("vision encoder", vision, _FEATURES)
 
 
 TRANSFORMERS_JS_IMAGE_TEXT = replace(

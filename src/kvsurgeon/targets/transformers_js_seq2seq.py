@@ -11,6 +11,7 @@ from kvsurgeon.targets.hugging_face_files import check_model_type, with_unknown_
 from kvsurgeon.targets.model_info import ModelInfo
 from kvsurgeon.targets.parts import CHOICE, HIDDEN, MASK, USUAL_NAMES, check_encoder, check_layers
 from kvsurgeon.targets.target import ENCODER, Incompatibility, Target
+from kvsurgeon.targets.transformers_js import data_files_of_parts, own_config
 
 # Source: getNormalizedConfig (src/configs.js) and the models of Seq2Seq (src/models/registry.js) of version 4.3.2. It
 # looks for one cache per layer of the config, and the name of that number depends on the model type.
@@ -27,16 +28,8 @@ _TEXT, _AUDIO = frozenset(("input_ids", "attention_mask")), frozenset(("input_fe
 
 def transformers_js_seq2seq_config(model: ModelInfo) -> Mapping[str, Any]:
     """Return a `config.json` by which transformers.js finds the caches and the data files."""
-    files = {name.removesuffix(".onnx"): part.data_files for name, part in model.parts.items()}
-    own = {
-        "dtype": "fp32",  # names files without a suffix
-        "use_external_data_format": {"decoder_model_merged": model.data_files, **files},
-    }
-    config = {
-        **model.config,
-        "transformers.js_config": {**model.config.get("transformers.js_config", {}), **own},
-        "is_encoder_decoder": True,
-    }
+    own = own_config(model.config, data_files_of_parts(model))
+    config = {**model.config, **own, "is_encoder_decoder": True}
     if _is_known(model) or _takes_audio(model):
         return config
     if "model_type" in config:

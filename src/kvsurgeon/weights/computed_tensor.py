@@ -5,17 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from kvsurgeon.weights.chunked_tensor import CHUNK, ChunkedTensor
 from kvsurgeon.weights.mapped import mapped_elements
-
-CHUNK = 1 << 24  # bytes that are computed at a time
-# Bytes per system call. With more, ext4 searches for a large free extent: writing 1 GB took 1.1 s by 16 MB and 0.3 s by
-# 1 MB.
-WRITTEN = 1 << 20
 
 Block = Sequence[tuple[np.ndarray, "TensorSlice"]]  # elements of each stored tensor, and what to take of them
 
@@ -35,7 +30,7 @@ class TensorSlice:
     weight: int = 1
 
 
-class ComputedTensor(ir.LazyTensor):
+class ComputedTensor(ChunkedTensor):
     """Blocks concatenated along an axis. A block of one slice is bitwise equal to it; of several, their weighted mean.
 
     Attributes:
@@ -61,7 +56,7 @@ class ComputedTensor(ir.LazyTensor):
         size = sum(len(block[0].indices) for block in self.blocks)
         self._sliced_shape = (*self.view[:axis], size, *self.view[axis + 1 :])
         own_shape = ir.Shape(self._sliced_shape if shape is None else shape)
-        super().__init__(lambda: ir.Tensor(self.numpy()), first.dtype, own_shape, name=name)
+        super().__init__(first.dtype, own_shape, name=name)
         if math.prod(self._sliced_shape) != self.size:
             raise ValueError(f"expected a shape of {math.prod(self._sliced_shape)} elements, found {own_shape}")
 
@@ -69,32 +64,6 @@ class ComputedTensor(ir.LazyTensor):
     def slices(self) -> tuple[TensorSlice, ...]:
         """The slices of all blocks."""
         return tuple(part for block in self.blocks for part in block)
-
-    def __repr__(self) -> str:
-        """Describe the tensor without computing it."""
-        return f"{type(self).__name__}<{self.dtype},{self.shape}>(name={self.name!r})"
-
-    def numpy(self) -> np.ndarray:
-        """Compute all elements."""
-        chunks = list(self.chunks())
-        elements = chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
-        return elements.reshape(self.shape.numpy())
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Compute all elements, for numpy."""
-        array = self.numpy()
-        return array if dtype is None else array.astype(dtype)
-
-    def tobytes(self) -> bytes:
-        """Compute all elements in the format of ONNX."""
-        return b"".join(self._packed(chunk) for chunk in self.chunks())
-
-    def tofile(self, file: Any) -> None:
-        """Write the elements in the format of ONNX, with one chunk of them in memory."""
-        for chunk in self.chunks():
-            packed = chunk.view(np.uint8).data if self.dtype.bitwidth >= 8 else memoryview(self._packed(chunk))
-            for start in range(0, len(packed), WRITTEN):
-                file.write(packed[start : start + WRITTEN])
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Yield the elements in order, in flat arrays."""
@@ -142,9 +111,6 @@ class ComputedTensor(ir.LazyTensor):
         if self.axis == 0:
             return _take_runs(array, indices[start:stop], 0)
         return _take_runs(array[start:stop], indices, self.axis)
-
-    def _packed(self, chunk: np.ndarray) -> bytes:
-        return chunk.tobytes() if self.dtype.bitwidth >= 8 else ir.Tensor(chunk, dtype=self.dtype).tobytes()
 
 
 def _take_runs(array: np.ndarray, indices: np.ndarray, axis: int) -> np.ndarray:
