@@ -20,7 +20,7 @@ from kvsurgeon.io.locate import find_model
 from kvsurgeon.io.model_config import head_changes
 from kvsurgeon.io.progress import OnProgress, progress_bar
 from kvsurgeon.io.roundtrip import to_proto
-from kvsurgeon.io.side_files import FileProvider, find_side_files, updated_configs
+from kvsurgeon.io.side_files import FileProvider, find_side_files, side_file_folders, updated_configs
 from kvsurgeon.io.stored_weights import StoredTensor, referred_to, stored_tensors
 from kvsurgeon.io.wire_format import with_weights
 
@@ -182,7 +182,7 @@ def _write_group(group: _Group, folder: Path, provider: FileProvider) -> None:
 
 def side_files_of(model: ir.Model, source: Path) -> dict[str, Path | str]:
     """Return the side files that a model gets in another folder than that of its source: a file, or a new text."""
-    found = find_side_files(_side_file_folders(source), source)
+    found = find_side_files(side_file_folders(source.parent), source)
     return {**found, **{path.name: text for path, text in updated_configs(found, head_changes(model))}}
 
 
@@ -227,13 +227,6 @@ def _data_files(tensors: Iterable[ir.ExternalTensor], folder: Path) -> tuple[Wei
     return files_of(located)
 
 
-def _side_file_folders(origin: Path | None) -> tuple[Path, ...]:
-    """Return where the source has side files: in the folder of its model, or above that for `onnx/model.onnx`."""
-    if origin is None:
-        return ()
-    return (origin.parent, *([origin.parent.parent] if origin.parent.name == "onnx" else []))
-
-
 def _data_names(target: Path, files: Sequence[WeightFile], data: str | None) -> tuple[dict[str, str], Path]:
     """Return new locations of data files by old ones, and the path of a new data file."""
     if data is None:
@@ -255,7 +248,7 @@ def _save_side_files(
     model: ir.Model, origin: Path | None, folder: Path, texts: Mapping[str, str], provider: FileProvider
 ) -> None:
     """Copy side files into another folder with an updated config; in the folder of the source, only update it."""
-    folders = _side_file_folders(origin)
+    folders = side_file_folders(None if origin is None else origin.parent)
     found = find_side_files(folders, origin)
     configs = {path.name: (path, text) for path, text in updated_configs(found, head_changes(model))}
     if any(one.resolve() == folder.resolve() for one in folders):

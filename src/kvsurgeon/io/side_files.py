@@ -130,6 +130,13 @@ class FileProvider:
             _copy_extents(original, copy, status.st_size, on_progress)
 
 
+def side_file_folders(folder: Path | None) -> tuple[Path, ...]:
+    """Return where a model in a folder has its side files: there, or in the folder above for `onnx/model.onnx`."""
+    if folder is None:
+        return ()
+    return (folder, folder.parent) if folder.name == "onnx" else (folder,)
+
+
 def find_side_files(folders: Sequence[Path], model_file: Path | None) -> dict[str, Path]:
     """Return the side files of a model by name; earlier folders take precedence.
 

@@ -16,6 +16,7 @@ from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.io.json_files import read_json
 from kvsurgeon.io.loading import Source
 from kvsurgeon.io.model_config import head_changes, updated_config
+from kvsurgeon.io.side_files import side_file_folders
 from kvsurgeon.passes.contract import Companion, Subject
 from kvsurgeon.passes.shapes.fix_shapes import FixShapes
 from kvsurgeon.targets import TARGETS, Incompatibility, ModelInfo, Target, find_incompatibilities
@@ -291,8 +292,7 @@ def _save(
 
 def _find_source_file(folder: Path | None, name: str) -> Path | None:
     """Return a file in the folder of the source, or in the folder above `onnx/`."""
-    folders = [] if folder is None else [folder, *([folder.parent] if folder.name == "onnx" else [])]
-    return next((one / name for one in folders if (one / name).is_file()), None)
+    return next((one / name for one in side_file_folders(folder) if (one / name).is_file()), None)
 
 
 def _read_source_files(target: Target, folder: Path | None) -> dict[str, Mapping[str, Any]]:

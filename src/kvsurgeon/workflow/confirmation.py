@@ -220,7 +220,7 @@ class _Repetition:
         """
         from kvsurgeon.workflow.verification import verify_models  # onnxruntime is slow to import
 
-        reference = renamed_reference(reference, run.steps, run.folder)
+        reference = renamed_reference(reference, run)
         report = verify_models(
             reference, self.path, folder=run.folder, effort=effort, seed=seed, thresholds=run.thresholds,
             progress=self.progress,

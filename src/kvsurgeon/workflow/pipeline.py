@@ -115,7 +115,7 @@ class PipelineRun:
     @property
     def companions(self) -> dict[str, Companion]:
         """Models that compute inputs of the model, by file name."""
-        return companions_of(self.steps)
+        return {name: one for change in self.changes for name, one in change.companions.items()}
 
     @property
     def changed(self) -> bool:
@@ -141,12 +141,12 @@ class PipelineRun:
     @property
     def thresholds(self) -> frozenset[int]:
         """Lengths, in tokens, after which the model may compute something else, as the proofs of the passes name."""
-        return _thresholds(self.steps)
+        return frozenset(threshold for proof in self.proofs for threshold in proof.thresholds)
 
     @property
     def proofs(self) -> tuple[Proof, ...]:
         """The proofs of the passes that added a cache."""
-        return _proofs(self.steps)
+        return tuple(change.proof for change in self.changes if change.proof is not None)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -217,7 +217,7 @@ class Pipeline:
             outcome = steps[-1].outcome
             if reference is not None and isinstance(outcome, Changed):
                 if outcome.exact:
-                    _verify(reference, subject, steps)
+                    _verify(reference, PipelineRun(model=subject.model, folder=subject.folder, steps=tuple(steps)))
                 else:
                     reference = io.to_proto(subject.model, subject.folder)  # later passes preserve the lossy result
             if on_pass is not None:
@@ -301,42 +301,26 @@ def _is_well_formed(outcome: Outcome) -> bool:
     return isinstance(outcome.edits, int) and notes and heads and names
 
 
-def _verify(reference: onnx.ModelProto, subject: Subject, steps: Sequence[PassResult]) -> None:
+def _verify(reference: onnx.ModelProto, run: PipelineRun) -> None:
     from kvsurgeon.workflow.verification import verify_models  # onnxruntime is slow to import
 
-    whole = connected(subject.model, companions_of(steps))
-    result = io.to_proto(whole, subject.folder)
-    reference = renamed_reference(reference, steps, subject.folder)
-    found = verify_models(reference, result, folder=subject.folder, thresholds=_thresholds(steps))
+    result = io.to_proto(connected(run.model, run.companions), run.folder)
+    reference = renamed_reference(reference, run)
+    found = verify_models(reference, result, folder=run.folder, thresholds=run.thresholds)
     if found.verdict != "same":
-        ran = ", ".join(step.name for step in steps)
-        raise ParityError(f"after pass {steps[-1].name} (passes: {ran}): {first_of(found.problems)}")
+        ran = ", ".join(step.name for step in run.steps)
+        raise ParityError(f"after pass {run.steps[-1].name} (passes: {ran}): {first_of(found.problems)}")
 
 
-def renamed_reference(reference: onnx.ModelProto, steps: Sequence[PassResult], folder: Path | None) -> onnx.ModelProto:
+def renamed_reference(reference: onnx.ModelProto, run: PipelineRun) -> onnx.ModelProto:
     """Return the reference model with the names that passes gave to its inputs and outputs."""
-    maps = [step.outcome.renamed for step in steps if isinstance(step.outcome, Changed) and step.outcome.renamed]
+    maps = [change.renamed for change in run.changes if change.renamed]
     if not maps:
         return reference
-    model = io.load(reference, folder=folder)
+    model = io.load(reference, folder=run.folder)
     for names in maps:
         rename(model, names)
-    return io.to_proto(model, folder)
-
-
-def _thresholds(steps: Sequence[PassResult]) -> frozenset[int]:
-    return frozenset(threshold for proof in _proofs(steps) for threshold in proof.thresholds)
-
-
-def companions_of(steps: Sequence[PassResult]) -> dict[str, Companion]:
-    """Return the models that compute inputs of the model after some passes, by file name."""
-    changes = (step.outcome for step in steps if isinstance(step.outcome, Changed))
-    return {name: one for change in changes for name, one in change.companions.items()}
-
-
-def _proofs(steps: Sequence[PassResult]) -> tuple[Proof, ...]:
-    found = (step.outcome.proof for step in steps if isinstance(step.outcome, Changed))
-    return tuple(proof for proof in found if proof is not None)
+    return io.to_proto(model, run.folder)
 
 
 def _parse(text: str) -> Iterator[tuple[str, dict[str, str]]]:

@@ -154,7 +154,7 @@ def verify_run(
         UnsupportedError: The verifier cannot run the model.
         ParityError: The results of the model differ from those of the reference.
     """
-    reference = renamed_reference(reference, run.steps, run.folder)
+    reference = renamed_reference(reference, run)
     with io.staged(connected(run.model, run.companions), destination, run.folder) as candidate:
         if run.exact:
             report = _verify(
