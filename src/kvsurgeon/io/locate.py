@@ -13,6 +13,7 @@ from kvsurgeon.errors import InputError, InvalidModelError
 from kvsurgeon.io.wire_format import without_weights
 
 PROTOBUF_LIMIT = 2**31 - 1  # bytes; sizes within a protobuf message are signed 32-bit
+PREFILL_FILE = "prefill.onnx"  # next to a model: computes the cache of a prompt alone
 _LFS_POINTER = b"version https://git-lfs"
 _PREFERRED = ("model.onnx", "onnx/model.onnx")
 _LISTED = 8  # candidates named in a message

@@ -197,11 +197,15 @@ class CachedDecoder(AnyDecoder):
         """Return the logits of the next tokens."""
         return self.advance(feeds)[self.logits]
 
-    def advance(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def advance(self, feeds: Mapping[str, Array], session: Session | None = None) -> dict[str, Array]:
         """Return all outputs but the cache for the next tokens.
 
         A model of fixed step length is called several times, and so is one that takes a batch token by token. Padding
         at the end of the last call is masked by causality, and not stored.
+
+        Args:
+            feeds: The inputs but the cache.
+            session: Another model with the same inputs and cache outputs, to compute these tokens.
 
         Raises:
             RunError: The model fails.
@@ -214,7 +218,7 @@ class CachedDecoder(AnyDecoder):
             stop = min(first + size, new)
             spans = {"sequence": slice(first, stop), "total": slice(0, start + stop)}
             part = {spec.name: slice_axes(feeds[spec.name], spec.axes, spans) for spec in self.inputs.specs}
-            calls.append(self._call(part, stop - first, size))
+            calls.append(self._call(part, stop - first, size, session or self.session))
         return {name: self._joined(name, [call[name] for call in calls], new, size) for name in calls[0]}
 
     def cached_rows(self, entry: CacheIO) -> Array:
@@ -241,7 +245,7 @@ class CachedDecoder(AnyDecoder):
         self.reset()
         return pasts
 
-    def _call(self, feeds: Mapping[str, Array], new: int, size: int) -> dict[str, Array]:
+    def _call(self, feeds: Mapping[str, Array], new: int, size: int, session: Session) -> dict[str, Array]:
         """Run `new` tokens in one call of `size` tokens."""
         past, batch = self.past_length, self.inputs.size(feeds, "batch")
         pasts = self.cache_manager.pasts(batch, past, size)
@@ -251,13 +255,13 @@ class CachedDecoder(AnyDecoder):
         arrays |= self.lengths(pasts_of, np.full(batch, new))
         values = {name: to_runtime(array) for name, array in arrays.items()} | pasts
         values |= self._first_call.feeds(batch, first=not past)
-        results = self.session.run(values, self.cache_manager.bound_outputs)
+        results = session.run(values, self.cache_manager.bound_outputs)
         self._first_call.store(results, first=not past)
         self.cache_manager.store(results, past, new, size)
         self.past_length = past + new
         before, _ = self.cache_manager.mask_padding(past, past + new, size)
         spans = {"max": slice(before, before + past + new)}
-        known = [output for output in self.outputs if output.dtype is not None]
+        known = [output for output in self.outputs if output.dtype is not None and output.name in results]
         arrays = {one.name: _ordered(one.name, results, self.orders) for one in known}
         return {one.name: slice_axes(arrays[one.name], axes_of(one), spans) for one in known}
 

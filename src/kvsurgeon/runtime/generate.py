@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -17,9 +17,10 @@ from kvsurgeon.runtime.chat import chat_prompt
 from kvsurgeon.runtime.continuous_batching import ContinuousBatch
 from kvsurgeon.runtime.decoder import CachedDecoder, UncachedDecoder
 from kvsurgeon.runtime.feeds import Tokens
+from kvsurgeon.runtime.prefill import open_prefill
 from kvsurgeon.runtime.providers import CPU
 from kvsurgeon.runtime.sampling import Sampling
-from kvsurgeon.runtime.session import Optimization, Session, Source, open_session
+from kvsurgeon.runtime.session import Optimization, Session, Source, folder_of, open_session
 from kvsurgeon.runtime.tensors import Array
 from kvsurgeon.runtime.text import Prompt, encode_prompt, load_tokenizer, side_folders, stop_tokens, text_decoder
 
@@ -123,7 +124,7 @@ class TextGenerator:
         provider: str = CPU,
         optimization: Optimization = "all",
     ) -> None:
-        """Open a model.
+        """Open a model, and the `prefill.onnx` next to it that `separate-prefill` writes.
 
         Args:
             model: A file, a folder, a model in memory, or a session.
@@ -138,11 +139,14 @@ class TextGenerator:
         Raises:
             InputError: The model or a side file cannot be read.
             UsageError: `cached` is true and the model has no cache, or it takes no token IDs.
+            ParityError: `prefill.onnx` computes another cache than the model.
         """
         folders: tuple[Path, ...] = ()
+        here = None if isinstance(model, Session) else folder_of(model, folder)
+        options: dict[str, Any] = {"threads": threads, "optimization": optimization, "provider": provider}
         if not isinstance(model, Session):
             folders = side_folders(model, folder)
-            model = open_session(model, folder=folder, threads=threads, optimization=optimization, provider=provider)
+            model = open_session(model, folder=folder, **options)
         self.tokenizer = tokenizer or load_tokenizer(folders)
         self.stop = stop_tokens(folders) if stop is None else frozenset(stop)
         has_cache = any(is_past(tensor) for tensor in model.inputs)
@@ -152,6 +156,9 @@ class TextGenerator:
         self._decoder = CachedDecoder(model) if has_cache or self.cached else UncachedDecoder(model)
         if self._decoder.inputs.tokens.kind != "tokens":
             raise UsageError(f"expected an input of token ids, found `{self._decoder.inputs.tokens.name}` only")
+        self._prefill: Session | None = None
+        if here is not None and self.cached and isinstance(self._decoder, CachedDecoder):
+            self._prefill = open_prefill(self._decoder, here, **options)
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 64, sampling: Sampling | None = None
@@ -303,6 +310,8 @@ class TextGenerator:
         decoder = self._decoder
         if isinstance(decoder, CachedDecoder) and self.cached:
             feeds = decoder.inputs.feeds(tokens, mask)
+            if self._prefill is not None and not decoder.past_length and tokens.shape[1] > 1:
+                decoder.advance(decoder.inputs.part(feeds, 0, tokens.shape[1] - 1), self._prefill)
             return decoder.step(decoder.inputs.part(feeds, decoder.past_length, tokens.shape[1]))[:, -1]
         return self._logits(tokens, mask)[:, -1]
 

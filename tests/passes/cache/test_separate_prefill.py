@@ -10,7 +10,8 @@ from laws import in_onnxruntime
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.passes.cache.separate_prefill import FILE, SeparatePrefill
+from kvsurgeon.io.locate import PREFILL_FILE
+from kvsurgeon.passes.cache.separate_prefill import SeparatePrefill
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.heads.swiftkv import SwiftKv
 
@@ -20,7 +21,7 @@ CONFIG = Config(vocabulary=9, attention_mask=False)
 def separated(subject: Subject) -> onnx.ModelProto:
     outcome = SeparatePrefill().apply(subject)
     assert isinstance(outcome, Changed)
-    return io.to_proto(outcome.companions[FILE].model)
+    return io.to_proto(outcome.companions[PREFILL_FILE].model)
 
 
 def products(model: onnx.ModelProto) -> int:

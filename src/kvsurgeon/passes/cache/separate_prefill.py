@@ -9,10 +9,9 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
+from kvsurgeon.io.locate import PREFILL_FILE
 from kvsurgeon.passes.contract import Changed, Companion, Outcome, Subject, Unchanged
 from kvsurgeon.rewrite.cache_removal import remove_cache
-
-FILE = "prefill.onnx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,4 +49,4 @@ class SeparatePrefill:
         graph.outputs.extend(kept)
         editor = Editor(companion)
         editor.finish()
-        return Changed(edits=editor.edits, companions={FILE: Companion(model=companion, connections={})})
+        return Changed(edits=editor.edits, companions={PREFILL_FILE: Companion(model=companion, connections={})})
