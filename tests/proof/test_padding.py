@@ -1,8 +1,9 @@
-"""Padding that attends to later tokens must not affect unmasked tokens."""
+"""Padding that attends to later tokens must not affect unmasked tokens, in short texts and in long ones."""
 
+import onnx
 import pytest
 from exports import injected
-from laws import assert_law
+from laws import assert_law, texts
 from written import read
 
 from kvsurgeon.errors import UnsupportedError
@@ -104,3 +105,40 @@ def test_padding_that_is_nan_in_a_call_of_padding_alone_is_rejected():
     assert refused.value.layer == 0
     original = read(largest.replace("-3.4e38", "-1e38"))
     assert_law(original, injected(original))
+
+
+NUMBERS = "int64 limit = {300}, float masked"
+BEYOND = {  # what masks see of padding if something is beyond 300
+    "the text": "beyond = Greater(n, limit)",
+    "the number of tokens": "count = ReduceSum(attention_mask, second)\n  count3 = Unsqueeze(count, second)\n"
+    "  beyond = Greater(count3, limit)",
+    "the number of masked tokens": "count = ReduceSum(attention_mask, second)\n  pads = Sub(n1, count)\n"
+    "  pads3 = Unsqueeze(pads, second)\n  beyond = Greater(pads3, limit)",
+}
+
+
+def with_numbers(beyond: str, seen: str) -> onnx.ModelProto:
+    """Return two layers whose mask is `seen`, which may read `beyond`."""
+    layers = TEXT.replace("visible = And(causal, unpadded)", f"{beyond}\n  {seen}")
+    return read(layers.replace("float masked", NUMBERS).replace("GATE", NONE))
+
+
+@pytest.mark.parametrize("beyond", BEYOND.values(), ids=BEYOND.keys())
+def test_padding_that_is_visible_in_long_texts_is_rejected(beyond):
+    original = with_numbers(beyond, "shown = Or(unpadded, beyond)\n  visible = And(causal, shown)")
+    with pytest.raises(UnsupportedError, match="masked tokens"):
+        injected(original)
+
+
+def test_padding_that_attends_to_later_padding_beyond_a_position_is_rejected():
+    """Tokens attend to padding there too; before that position, nothing does."""
+    beyond = "beyond = Greater(row, limit)\n  padded = Not(unpadded)\n  open = And(padded, beyond)"
+    original = with_numbers(beyond, "hidden = And(causal, unpadded)\n  visible = Or(hidden, open)")
+    with pytest.raises(UnsupportedError, match=r"not causal|masked tokens"):
+        injected(original)
+
+
+def test_a_window_beyond_the_computed_lengths_is_accepted():
+    original = with_numbers("near = Sub(row, column)\n  within = Less(near, limit)", "both = And(causal, within)\n"
+                     "  visible = And(both, unpadded)")  # fmt: skip
+    assert_law(original, injected(original), texts(original, length=320), cuts=(300, 301, 302))

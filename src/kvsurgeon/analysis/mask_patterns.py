@@ -34,6 +34,11 @@ def first_half(length: int) -> np.ndarray:
     return np.arange(length) < length // 2
 
 
+def padded_until(count: int) -> MaskPattern:
+    """Return the pattern that masks the first tokens, as many as `count`."""
+    return lambda length: np.arange(length) >= count
+
+
 def sequence_last(array: np.ndarray, axes: Axes, rows: Rows) -> np.ndarray:
     """Return the array with its sequence axes last, queries before keys, and without learned rows.
 

@@ -23,6 +23,7 @@ _BATCH = 110  # tokens of a row of two
 _PADDED = 40
 _RANDOM = 24  # further scenarios of a thorough verification
 AFTER = 14  # tokens after a threshold
+_LONGEST_PADDED = 1024  # tokens of a threshold that a text with padding passes too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +166,8 @@ def plan_scenarios(plan: Plan, effort: Effort, thresholds: Collection[int] = ())
         length = threshold + AFTER
         chunks = (threshold - 2, *split_length(AFTER + 2, (1, 1, 1, 2)))
         plan.add(f"past {threshold} tokens", 1, length, chunks)
+        if effort != "quick" and threshold <= _LONGEST_PADDED:
+            plan.add_padded(f"padding past {threshold} tokens", 1, length, chunks, (2,))
     if effort == "thorough":
         for _ in range(_RANDOM):
             _add_random(plan)

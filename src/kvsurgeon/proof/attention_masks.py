@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from kvsurgeon.analysis.mask_patterns import MaskPattern, is_close, left_padded, with_gaps
+from kvsurgeon.analysis.mask_patterns import MaskPattern, is_close, left_padded, padded_until, unmasked, with_gaps
+from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.proof.attention_pattern import (
@@ -19,6 +20,7 @@ from kvsurgeon.proof.attention_pattern import (
 )
 from kvsurgeon.proof.attention_probe import AttentionProbe
 from kvsurgeon.proof.content_masks import hiding_feeds
+from kvsurgeon.proof.row_runner import RowRunner
 
 
 def check_masks(
@@ -77,6 +79,39 @@ def _masked_weights(
         probe.check_causal(array)
         probe.check_stable(masked[longest][..., :length, :length], array)
     return masked[longest], leaks
+
+
+def check_masked_rows(probe: AttentionProbe, runner: RowRunner, rows: Rows, *, stable: bool) -> tuple[bool, bool]:
+    """Check rows of the weights of a long text with masked tokens, as `check_masks` checks all rows of short texts.
+
+    Args:
+        probe: The probe of the attention.
+        runner: Computes the rows.
+        rows: The rows.
+        stable: Whether the rows are known to be the same without later tokens.
+
+    Returns:
+        Whether a masked query without a key attends to later keys, and whether masked keys are attended to.
+    """
+
+    def weights_of(of_rows: Rows, mask: MaskPattern = unmasked) -> np.ndarray:
+        return probe.compared(runner.run(of_rows, mask, scale=0.0), of_rows)[0]
+
+    weights, alone = weights_of(rows), Rows(rows.start, rows.stop, rows.stop)
+    leaks = attends = False
+    for mask in (with_gaps, *map(padded_until, sorted({2, max(2, rows.start - 1), rows.stop + 2}))):
+        visible = mask(rows.total)
+        masked = weights_of(rows, mask)
+        to_all = attends_to_all(masked, rows.start)
+        without_key = queries_without_key(weights, to_all, visible, rows.start)
+        leaks |= bool(leaking_queries(masked, without_key, rows.start).any())
+        masked = np.where(without_key, 0.0, masked)
+        probe.check_causal(masked, rows.start)
+        attends |= bool((attended_keys(masked) & ~visible).any())
+        if not stable:
+            same = np.where(without_key, 0.0, weights_of(alone, mask))
+            probe.check_stable(masked[..., : rows.stop], same)
+    return leaks, attends
 
 
 def _check_finite(probe: AttentionProbe, masked: Mapping[int, np.ndarray]) -> None:

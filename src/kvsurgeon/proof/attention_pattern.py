@@ -26,6 +26,8 @@ class AttentionPattern:
         limit: The longest length in tokens up to which the pattern is prefix stable; None if there is no limit.
         reduced: Whether scores are reduced over keys outside the weights, which rows were compared for.
         checked: The longest length in tokens at which rows were checked.
+        rows_leak: Whether a masked query without a key attends to later keys in the rows of long texts.
+        rows_attend: Whether masked keys are attended to in the rows of long texts.
         opens_block: Whether an input may let tokens of the first call attend to later ones; it did not in the weights.
         rows: The weights that some queries give to equal scores at that length, [..., key], by query.
     """
@@ -38,6 +40,8 @@ class AttentionPattern:
     limit: int | None = None
     reduced: bool = False
     checked: int = 0
+    rows_leak: bool = False
+    rows_attend: bool = False
     opens_block: bool = False
     rows: Mapping[int, np.ndarray] = field(default_factory=dict)
 
@@ -47,14 +51,17 @@ def is_attended(weights: np.ndarray) -> np.ndarray:
     return np.asarray(np.abs(weights) > MIN_WEIGHT)
 
 
-def attends_to_all(weights: np.ndarray) -> np.ndarray:
+def attends_to_all(weights: np.ndarray, first_query: int = 0) -> np.ndarray:
     """Return [..., query, 1] of bool: whether the query attends to every key, later ones included."""
     to_all = np.asarray(is_attended(weights).all(axis=-1, keepdims=True))
-    to_all[..., -1, :] = False  # the last query has no later key
+    if first_query + weights.shape[-2] == weights.shape[-1]:
+        to_all[..., -1, :] = False  # the last query has no later key
     return to_all
 
 
-def queries_without_key(weights: np.ndarray, to_all: np.ndarray, visible: np.ndarray) -> np.ndarray:
+def queries_without_key(
+    weights: np.ndarray, to_all: np.ndarray, visible: np.ndarray, first_query: int = 0
+) -> np.ndarray:
     """Return [..., query, 1] of bool: masked queries with all keys masked, whose softmax gives weight to every key.
 
     Visible queries are excluded, because their results are read.
@@ -63,14 +70,16 @@ def queries_without_key(weights: np.ndarray, to_all: np.ndarray, visible: np.nda
         weights: [..., query, key], the weights with no token masked.
         to_all: [..., query, 1] of bool: whether the query attends to all keys with some tokens masked.
         visible: [key] of bool: whether the key is not masked.
+        first_query: Position of the first query.
     """
     without_key = ~(is_attended(weights) & visible).any(axis=-1, keepdims=True)
-    return np.asarray((without_key | to_all) & ~visible[:, None])
+    of_queries = visible[first_query : first_query + weights.shape[-2], None]
+    return np.asarray((without_key | to_all) & ~of_queries)
 
 
-def leaking_queries(weights: np.ndarray, without_key: np.ndarray) -> np.ndarray:
+def leaking_queries(weights: np.ndarray, without_key: np.ndarray, first_query: int = 0) -> np.ndarray:
     """Return [query] of bool: queries without a key that attend to a later key."""
-    later = is_attended(np.triu(np.nan_to_num(weights), 1))
+    later = is_attended(np.triu(np.nan_to_num(weights), 1 + first_query))
     return np.asarray((later & without_key).any(axis=-1).reshape(-1, weights.shape[-2]).any(axis=0))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -11,6 +12,7 @@ from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.proof.attention_masks import check_masked_rows
 from kvsurgeon.proof.attention_probe import AttentionProbe
 from kvsurgeon.proof.context_scan import changing_lengths, changing_positions
 from kvsurgeon.proof.first_call import check_first_call_rows
@@ -22,16 +24,31 @@ from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 MIN_PROVED_LENGTH = 1024  # tokens: rows of a shorter text, if longer ones are too large to run, prove nothing beyond it
 
 
-def check_rows(probe: AttentionProbe, passed: int) -> tuple[int, int | None, dict[int, np.ndarray]]:
+@dataclass(kw_only=True)
+class RowResults:
+    """What rows of the weights of long texts show.
+
+    Attributes:
+        checked: The longest length in tokens at which rows were checked.
+        limit: The longest length at which they are right, if that is a limit.
+        weights: The weights that some queries give to equal scores at that length, [..., key], by query.
+        leak: Whether a masked query without a key attends to later keys.
+        attend: Whether masked keys are attended to.
+    """
+
+    checked: int
+    limit: int | None = None
+    weights: dict[int, np.ndarray] = field(default_factory=dict)
+    leak: bool = False
+    attend: bool = False
+
+
+def check_rows(probe: AttentionProbe, passed: int) -> RowResults:
     """Check rows of the weights at the lengths that are too long to compute all rows.
 
     Args:
         probe: The probe of the attention.
         passed: The longest length at which all rows were checked.
-
-    Returns:
-        The longest length at which rows were checked, the longest at which they are right if that is a limit, and
-        the weights that some queries give to equal scores at that length, [..., key], by query.
     """
     nodes = probe.site.upstream_of_weights | probe.site.upstream_of(value for value, _ in probe.others)
     if probe.site.fused is not None:
@@ -42,9 +59,10 @@ def check_rows(probe: AttentionProbe, passed: int) -> tuple[int, int | None, dic
     try:
         runner = RowRunner(probe.sweep.analysis, probe.runner, probe.axes, probe.site)
     except UnsupportedError:
-        return passed, passed, {}
+        return RowResults(checked=passed, limit=passed)
+    results = RowResults(checked=passed)
     if not totals:
-        return passed, None, {}
+        return results
     totals = affordable(totals, runner.elements, any_length=proved)
     needed = min(probe.sweep.longest, max([MIN_PROVED_LENGTH, *(length + 1 for length in thresholds)]))
     scales = sorted({0.0, 1.0, probe.largest_scale(passed)})
@@ -53,17 +71,20 @@ def check_rows(probe: AttentionProbe, passed: int) -> tuple[int, int | None, dic
     def check(total: int) -> None:
         for rows in spans(total, thresholds, runner.elements, len(totals)):
             _check_span(probe, runner, rows, scales, stable=proved and not probe.others)
+            if probe.runner.masks and (thresholds or not proved):
+                leak, attend = check_masked_rows(probe, runner, rows, stable=proved)
+                results.leak, results.attend = results.leak or leak, results.attend or attend
         check_first_call_rows(probe, runner, list(spans(total, thresholds, runner.elements, len(totals))), scales)
         for rows in blocks(changing if total <= reach else (), total, runner.elements):
             probe.check_causal(probe.compared(runner.run(rows, scale=0.0), rows)[0], rows.start)
 
     checked, failed = longest_passing(check, totals, passed)
     probe.sweep.add_failure(checked, failed)
-    found = {}
     for query in (checked // 2, checked - 2, checked - 1):
         row = Rows(query, query + 1, checked)
-        found[query] = probe.compared(runner.run(row, scale=0.0), row)[0][..., 0, :]
-    return checked, None if proved and failed is None and checked >= needed else checked, found
+        results.weights[query] = probe.compared(runner.run(row, scale=0.0), row)[0][..., 0, :]
+    results.checked, results.limit = checked, None if proved and failed is None and checked >= needed else checked
+    return results
 
 
 def _thresholds(probe: AttentionProbe, nodes: Iterable[ir.Node], *, proved: bool) -> tuple[list[int], list[int]]:

@@ -16,7 +16,7 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.proof.attention_masks import check_content_masks, check_masks
 from kvsurgeon.proof.attention_pattern import MIN_WEIGHT, AttentionPattern, is_attended
 from kvsurgeon.proof.attention_probe import AttentionProbe, not_causal
-from kvsurgeon.proof.attention_rows import check_rows
+from kvsurgeon.proof.attention_rows import RowResults, check_rows
 from kvsurgeon.proof.first_call import check_first_call
 from kvsurgeon.proof.key_reductions import check_key_reductions, normalizes_before_mask
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, first_tokens
@@ -91,9 +91,9 @@ def _check_probe(probe: AttentionProbe) -> AttentionPattern:
     lengths = probe.sweep.attention_lengths(probe.site)
     check_content_masks(probe, lengths)
     outputs, limit = _prefix_stable(probe, probe.sweep.run(lengths, probe.run))
-    checked, rows = max(outputs), dict[int, np.ndarray]()
+    rows = RowResults(checked=max(outputs), limit=limit)
     if limit is None and probe.sweep.fixed is None:
-        checked, limit, rows = check_rows(probe, checked)
+        rows = check_rows(probe, rows.checked)
     weights = {length: arrays[0] for length, arrays in outputs.items()}
     longest = max(weights)
     padded_weights, leaking, attended = check_masks(probe, weights)
@@ -105,8 +105,8 @@ def _check_probe(probe: AttentionProbe) -> AttentionPattern:
         _check_fixed_length(probe, weights[longest])
     return AttentionPattern(
         weights=weights[longest], padded_weights=padded_weights, uniform_weights=_check_scales(probe, longest),
-        leaking=leaking, attended=attended, limit=limit, rows=rows, reduced=bool(probe.others), checked=checked,
-        opens_block=opens_block,
+        leaking=leaking, attended=attended, limit=rows.limit, rows=rows.weights, reduced=bool(probe.others),
+        checked=rows.checked, rows_leak=rows.leak, rows_attend=rows.attend, opens_block=opens_block,
     )  # fmt: skip
 
 

@@ -168,6 +168,7 @@ def _check_padding(sweep: LengthSweep, patterns: Sequence[AttentionPattern]) -> 
             attended = pattern.attended.get(mask)
             if attended is None:  # no input masks tokens in this layer
                 attended = attended_keys(pattern.weights)
+            attended = attended | pattern.rows_attend
             both = min(len(attended), len(leaking))
             if (attended[:both] & leaking[:both]).any():
                 raise UnsupportedError(
@@ -175,8 +176,8 @@ def _check_padding(sweep: LengthSweep, patterns: Sequence[AttentionPattern]) -> 
                     layer=layer, at=analysis.sites[layer].at.name,
                 )  # fmt: skip
             if mask in pattern.leaking:
-                leaking = _any_of([leaking, pattern.leaking[mask]])
-                outputs |= {analysis.sites[layer].at} if pattern.leaking[mask].any() else set()
+                leaking = _any_of([leaking, pattern.leaking[mask] | pattern.rows_leak])
+                outputs |= {analysis.sites[layer].at} if pattern.leaking[mask].any() or pattern.rows_leak else set()
         for state in analysis.flow.states if outputs else ():
             reads_output = not outputs.isdisjoint(upstream(node.inputs[index] for node, index in state.places))
             if reads_output and reads_masked_tokens(analysis.flow, state, mask, sweep.assumptions):

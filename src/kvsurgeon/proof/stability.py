@@ -97,7 +97,7 @@ def _check_rows(sweep: LengthSweep, values: dict[ir.Value, Axes], passed: int) -
     def check(total: int) -> None:
         for rows in spans(total, thresholds, runner.elements, len(totals)):
             alone = Rows(rows.start, rows.stop, rows.stop)
-            for mask in (unmasked, left_padded) if whole.masks else (unmasked,):
+            for mask in (unmasked, left_padded, with_gaps) if whole.masks else (unmasked,):
                 longer, shorter = (compared.arrays(runner.run(one, mask), one) for one in (rows, alone))
                 compared.check(longer, shorter, rows.stop, keys_only=True)
 
