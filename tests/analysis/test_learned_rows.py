@@ -189,3 +189,15 @@ def test_rows_that_are_queries_too_are_rejected_with_this_reason():
     )  # fmt: skip
     with pytest.raises(UnsupportedError, match="are queries too"):
         injected(in_order(read(memory)))
+
+
+def test_chunks_that_attend_to_themselves_are_named_as_such():
+    padded = read("""decoder (int64[1, 6] input_ids) => (float[1, 6, 11] logits)
+<float[11, 4] embeddings, float[4, 11] wo, int64[6] pads = {0, 0, 0, 0, 2, 0}, int64[1] nought = {0},
+ int64[1] end = {6}, int64[1] second = {1}, float[8, 8] seen>
+{
+ x = Gather(embeddings, input_ids) p = Pad(x, pads) t = Transpose<perm = [0, 2, 1]>(p) s = MatMul(p, t)
+ m = Mul(s, seen) c = MatMul(m, p) y = Slice(c, nought, end, second) logits = MatMul(y, wo)
+}""")
+    with pytest.raises(UnsupportedError, match="padded to whole chunks"):
+        injected(padded)

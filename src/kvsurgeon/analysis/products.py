@@ -8,6 +8,7 @@ from kvsurgeon.analysis.axis_merging import AxesByLabel, brought, placed
 from kvsurgeon.analysis.token_flow import ContextProduct, FusedAttention, NodeVisit, ScoreProduct, is_of_queries
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.query import is_operator
 from kvsurgeon.ops.contraction import Contraction
 from kvsurgeon.ops.operator import AttentionInputs, AxisLinks, Labels, Trait
 from kvsurgeon.ops.table import contraction_of, has_trait
@@ -179,6 +180,12 @@ def _scores_of_learned_rows(
     sides = ((left, found.left), (right, found.right))
     rows = [visit.flow.has_learned_rows(axis.variable) for side, _ in sides for axis in side.values()]
     if len(rows) == 2 and all(rows) and len(kept) == 2:
+        padded = (is_operator(node, "Pad") for node, _ in visit.flow.learned_row_inputs)
+        if isinstance(visit.flow.length, int) and any(padded):
+            raise visit.refusal(
+                "tokens are padded to whole chunks, and a chunk attends to itself: a recurrence that is not recognized",
+                code=Code.MIXES_TOKENS, expected="the gated delta rule, in float32",
+            )  # fmt: skip
         raise visit.refusal(
             "learned rows next to the tokens are queries too, so that every call would have to compute them",
             code=Code.MIXES_TOKENS, expected="learned rows of keys and values only",

@@ -32,7 +32,7 @@ def roll_up_loops(editor: Editor) -> None:
         if loop is not None:
             editor.before = node
             _add_scan(editor, shapes, loop)
-            _remove_dead(editor.graph)
+            remove_dead(editor.graph)
 
 
 def _add_scan(editor: Editor, shapes: Shapes, loop: Loop) -> None:
@@ -193,7 +193,7 @@ def _sizes(shape: Sequence[object] | None) -> list[int]:
     return [size for size in shape or () if isinstance(size, int)]
 
 
-def _remove_dead(graph: ir.Graph) -> None:
+def remove_dead(graph: ir.Graph) -> None:
     """Remove the nodes of the bodies that nothing reads any more."""
     for node in reversed(list(graph)):
         if not any(value.uses() or value.is_graph_output() for value in node.outputs):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from kvsurgeon.decompose.chunked_regions import may_be_chunked
+from kvsurgeon.decompose.delta_rule import replace_chunked_rules
 from kvsurgeon.decompose.einsums import is_splittable, split_einsums
 from kvsurgeon.decompose.padded_ends import drop_padded_ends, may_drop_padding
 from kvsurgeon.decompose.scan_builder import roll_up_loops
@@ -22,7 +24,8 @@ def simplify_model(model: ir.Model) -> ir.Model:
     calls = any(node.op_identifier() in model.functions for node in model.graph.all_nodes())
     sequences = any(node.op_type in MAKERS for node in model.graph)
     certain = calls or sequences or any(is_splittable(node) for node in model.graph)
-    if not certain and not may_be_unrolled(model.graph) and not may_drop_padding(model.graph):
+    rewritten = may_be_unrolled(model.graph), may_drop_padding(model.graph), may_be_chunked(model.graph)
+    if not certain and not any(rewritten):
         return model
     copy = copy_model(model)
     if calls:
@@ -33,6 +36,8 @@ def simplify_model(model: ir.Model) -> ir.Model:
     split_einsums(editor)
     if may_drop_padding(copy.graph):
         drop_padded_ends(editor)
+    if may_be_chunked(copy.graph):
+        replace_chunked_rules(editor)
     if may_be_unrolled(copy.graph):
         roll_up_loops(editor)
     return copy if certain or editor.edits else model
