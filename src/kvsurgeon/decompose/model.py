@@ -30,10 +30,12 @@ class DecomposedModel:
     Attributes:
         model: The model; the original itself if it has nothing to decompose.
         assumed: Assumptions of the decomposition, each with the first value that needs it.
+        longest: The longest text in tokens for which it computes the same, as far as that was measured; None for all.
     """
 
     model: ir.Model
     assumed: Mapping[str, str] = field(default_factory=dict)
+    longest: int | None = None
 
 
 def decompose(model: ir.Model) -> DecomposedModel:

@@ -22,6 +22,7 @@ from kvsurgeon.io.json_files import read_json
 from kvsurgeon.io.loading import Source
 from kvsurgeon.io.model_config import HeadChange
 from kvsurgeon.proof.cancelled_numbers import without_cancelled_numbers
+from kvsurgeon.proof.constant_prefix import with_constant_prefix
 from kvsurgeon.proof.proof import Proof, prove
 from kvsurgeon.rewrite.cache_removal import RemovedCache, remove_cache
 
@@ -162,12 +163,16 @@ class _Stages:
 
     @cached_property
     def decomposed(self) -> DecomposedModel:
-        return decompose(self.model)
+        with deep_recursion(), gc_paused():
+            return with_constant_prefix(decompose(self.model))
 
     @cached_property
     def analysis(self) -> Analysis:
         with deep_recursion(), gc_paused():
-            return analyze(self.decomposed.model)
+            found = analyze(self.decomposed.model)
+        if self.decomposed.longest is not None:
+            found.shapes.bounds.add(self.decomposed.longest)
+        return found
 
     @cached_property
     def proof(self) -> Proof:
