@@ -19,6 +19,11 @@ def unmasked(length: int) -> np.ndarray:
     return np.ones(length, dtype=bool)
 
 
+def all_masked(length: int) -> np.ndarray:
+    """Mask every token."""
+    return np.zeros(length, dtype=bool)
+
+
 def left_padded(length: int) -> np.ndarray:
     """Mask the first two tokens."""
     return np.arange(length) >= 2

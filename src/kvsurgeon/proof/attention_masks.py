@@ -6,7 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from kvsurgeon.analysis.mask_patterns import MaskPattern, is_close, left_padded, padded_until, unmasked, with_gaps
+from kvsurgeon.analysis.mask_patterns import (
+    MaskPattern,
+    all_masked,
+    is_close,
+    left_padded,
+    padded_until,
+    unmasked,
+    with_gaps,
+)
 from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.errors import Code, UnsupportedError
@@ -172,14 +180,37 @@ def check_content_masks(probe: AttentionProbe, lengths: Sequence[int]) -> None:
     for hiding in hiding_feeds(probe.sweep.flow, probe.site):
         for name, feed in hiding.items():
             probe.runner.inputs.give(name, feed)
-        longest, *others = (np.nan_to_num(probe.run(length)[0]) for length in sorted(lengths, reverse=True)[:2])
-        weight, query, _ = largest_weight_on_later_key(longest)
-        if weight > MIN_WEIGHT or not all(is_close(longest[..., : o.shape[-2], : o.shape[-1]], o) for o in others):
-            raise UnsupportedError(
-                "the mask is computed from the tokens, and a query may have no key that it leaves",
-                code=Code.TOKEN_DEPENDENT_MASK, layer=probe.layer, at=next(iter(hiding)),
-                expected="no weight on keys after the query", found=f"{weight:.2g} of query {query}",
-                hint="export with the mask as an input",
-            )  # fmt: skip
+        longest, *others = (probe.run(length)[0] for length in sorted(lengths, reverse=True)[:2])
+        _check_hidden(probe, next(iter(hiding)), longest, *others)
     for name, feed in feeds.items():
         probe.runner.inputs.give(name, feed)
+
+
+def check_content_masks_in_rows(probe: AttentionProbe, runner: RowRunner, rows: Rows) -> None:
+    """Check that rows of a long text are causal if all tokens hide their keys by their content.
+
+    Raises:
+        UnsupportedError: A query without a key attends to later keys, or to another number of them.
+    """
+    feeds, alone = dict(runner.inputs.feeds), Rows(rows.start, rows.stop, rows.stop)
+    for hiding in hiding_feeds(probe.sweep.flow, probe.site, [all_masked]):
+        for name, feed in hiding.items():
+            runner.inputs.give(name, feed)
+        longer, shorter = (probe.compared(runner.run(one), one)[0] for one in (rows, alone))
+        _check_hidden(probe, next(iter(hiding)), longer, shorter, first_query=rows.start)
+    for name, feed in feeds.items():
+        runner.inputs.give(name, feed)
+
+
+def _check_hidden(
+    probe: AttentionProbe, mask: str, longest: np.ndarray, *others: np.ndarray, first_query: int = 0
+) -> None:
+    """Check the weights with keys that are hidden by the tokens' content, at some lengths."""
+    weights, *shorter = (np.nan_to_num(one) for one in (longest, *others))
+    weight, query, _ = largest_weight_on_later_key(weights, first_query)
+    if weight > MIN_WEIGHT or not all(is_close(weights[..., : o.shape[-2], : o.shape[-1]], o) for o in shorter):
+        raise UnsupportedError(
+            "the mask is computed from the tokens, and a query may have no key that it leaves",
+            code=Code.TOKEN_DEPENDENT_MASK, layer=probe.layer, at=mask, expected="no weight on keys after the query",
+            found=f"{weight:.2g} of query {query}", hint="export with the mask as an input",
+        )  # fmt: skip

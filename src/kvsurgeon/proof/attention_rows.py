@@ -12,7 +12,8 @@ from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.proof.attention_masks import check_masked_rows
+from kvsurgeon.proof.attention_inputs import check_rows_with_other_inputs
+from kvsurgeon.proof.attention_masks import check_content_masks_in_rows, check_masked_rows
 from kvsurgeon.proof.attention_probe import AttentionProbe
 from kvsurgeon.proof.context_scan import changing_lengths, changing_positions
 from kvsurgeon.proof.first_call import check_first_call_rows
@@ -71,6 +72,9 @@ def check_rows(probe: AttentionProbe, passed: int) -> RowResults:
     def check(total: int) -> None:
         for rows in spans(total, thresholds, runner.elements, len(totals)):
             _check_span(probe, runner, rows, scales, stable=proved and not probe.others)
+            if thresholds or not proved:
+                check_rows_with_other_inputs(probe, runner, rows)
+                check_content_masks_in_rows(probe, runner, rows)
             if probe.runner.masks and (thresholds or not proved):
                 leak, attend = check_masked_rows(probe, runner, rows, stable=proved)
                 results.leak, results.attend = results.leak or leak, results.attend or attend

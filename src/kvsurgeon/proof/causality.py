@@ -8,11 +8,11 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.attention.attention_weights import weights_of_mask, weights_of_product
-from kvsurgeon.analysis.attention.mask_forms import MANY
 from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.mask_patterns import first_half
-from kvsurgeon.analysis.probe_inputs import AMPLIFIED, Rows
+from kvsurgeon.analysis.probe_inputs import AMPLIFIED
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.proof.attention_inputs import check_batches, check_numbers
 from kvsurgeon.proof.attention_masks import check_content_masks, check_masks
 from kvsurgeon.proof.attention_pattern import MIN_WEIGHT, AttentionPattern, is_attended
 from kvsurgeon.proof.attention_probe import AttentionProbe, not_causal
@@ -20,11 +20,6 @@ from kvsurgeon.proof.attention_rows import RowResults, check_rows
 from kvsurgeon.proof.first_call import check_first_call
 from kvsurgeon.proof.key_reductions import check_key_reductions, normalizes_before_mask
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, first_tokens
-from kvsurgeon.symbolic.dimension import BATCH
-
-NUMBERS = (-1.0, 0.0, 1.0, 2.0, 3.0)  # that an input without tokens may hold
-HAS_A_KEY = "inputs that are not given for each token leave every query a key"
-BATCHES = (3, 5)  # sequences, in addition to two
 
 
 def check_causality(
@@ -98,9 +93,9 @@ def _check_probe(probe: AttentionProbe) -> AttentionPattern:
     longest = max(weights)
     padded_weights, leaking, attended = check_masks(probe, weights)
     _check_amplified_keys(probe, weights[longest])
-    _check_batches(probe, longest)
+    check_batches(probe, longest)
     opens_block = check_first_call(probe, lengths)
-    _check_numbers(probe, longest)
+    check_numbers(probe, longest)
     if probe.sweep.fixed is not None:
         _check_fixed_length(probe, weights[longest])
     return AttentionPattern(
@@ -165,38 +160,6 @@ def _check_amplified_keys(probe: AttentionProbe, weights: np.ndarray) -> None:
             probe.check_stable(weights[..., :count, :count], amplified[..., :count])
 
 
-def _check_batches(probe: AttentionProbe, length: int) -> None:
-    """Check that the sequences of larger batches are causal too: a mask may count sequences."""
-    for batch in BATCHES if probe.sweep.flow.batch is BATCH else ():
-        arrays = probe.runner.run(length, batch=batch)
-        probe.check_causal(probe.compared(arrays, Rows(0, length, length, batch))[0])
-
-
-def _check_numbers(probe: AttentionProbe, length: int) -> None:
-    """Check that attention is causal whatever inputs without tokens hold, such as a count of tokens.
-
-    Queries that attend to no key, for which weights are NaN or equal, may depend on all of them: it is
-    assumed that there are none.
-    """
-    given_once = [given.value for given in probe.runner.masks if not given.lengths]
-    half, counts = length // 2, probe.sweep.numbers
-    numbers = {*NUMBERS, half, length - 1, length, *counts, *(count + 1 for count in counts)}
-    if all(value.dtype is not None and not value.dtype.is_floating_point() for value in given_once):
-        numbers |= {-MANY, MANY}  # as a factor of scores, it would outweigh a mask
-    for number in sorted(numbers) if given_once else ():
-        try:
-            longer, shorter = (probe.run(count, number=number)[0] for count in (length, half))
-        except UnsupportedError:  # no row of a table has this index
-            continue
-        without_key = _attends_to_none(longer) & is_attended(np.nan_to_num(longer, nan=1.0))
-        if without_key[..., :-1, :].any():
-            probe.sweep.assumptions.setdefault(HAS_A_KEY, given_once[0].name or "")
-        longer, shorter = (np.where(_attends_to_none(weights), 0.0, weights) for weights in (longer, shorter))
-        probe.check_causal(longer)
-        rows = half - 1  # the last query of a text may attend to all keys equally
-        probe.check_stable(longer[..., :rows, :half], shorter[..., :rows, :])
-
-
 def _check_fixed_length(probe: AttentionProbe, weights: np.ndarray) -> None:
     """Check what a sweep would: every query has a key, and masking the second half does not change the first."""
     if not is_attended(weights).any(axis=-1).all():
@@ -217,9 +180,3 @@ def _check_scales(probe: AttentionProbe, length: int) -> np.ndarray | None:
     equal = probe.run(length, scale=0.0)[0]
     probe.check_causal(np.nan_to_num(equal))  # a bound or a sum of equal scores may be 0, and divide by it
     return equal
-
-
-def _attends_to_none(weights: np.ndarray) -> np.ndarray:
-    """Return [..., query, 1] of bool: whether the weights are NaN, or equal although the scores differ."""
-    is_equal = np.ptp(weights, axis=-1, keepdims=True) == 0
-    return np.asarray(np.isnan(weights).all(axis=-1, keepdims=True) | is_equal)

@@ -7,7 +7,7 @@ up to the application; what a text contains is not, so attention must be causal 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -26,14 +26,16 @@ from kvsurgeon.graph.query import producers
 MIN_MASK = 1e3  # a smaller constant that is added to scores is a bias, not a mask
 
 
-def hiding_feeds(flow: TokenFlow, site: AttentionSite) -> Iterator[dict[str, Feed]]:
-    """Yield feeds of the content masks of an attention, by name, in which the first tokens, or others, hide their keys.
+def hiding_feeds(
+    flow: TokenFlow, site: AttentionSite, patterns: Sequence[MaskPattern] = (left_padded, with_gaps)
+) -> Iterator[dict[str, Feed]]:
+    """Yield feeds of the content masks of an attention, by name, in which tokens of each pattern hide their keys.
 
     Each pattern comes in both ways, because it is not known which of two numbers hides a key.
     """
     met = {value: None for node, index in site.other_inputs if (value := node.inputs[index]) is not None}
     masks = {value: numbers for value in met if (numbers := _numbers(flow, value))}
-    for pattern, is_swapped in itertools.product((left_padded, with_gaps) if masks else (), (False, True)):
+    for pattern, is_swapped in itertools.product(patterns if masks else (), (False, True)):
         yield {
             value.name or "": _hiding_feed(flow, value, pattern, numbers[::-1] if is_swapped else numbers)
             for value, numbers in masks.items()

@@ -1,0 +1,44 @@
+"""What only long texts show, of which some rows are computed: larger batches, other numbers, hidden keys."""
+
+from attentions import attention, in_order
+from written import read
+
+from kvsurgeon.analysis.analysis import analyze
+from kvsurgeon.passes.contract import Subject
+from kvsurgeon.proof.proof import prove
+
+SWITCH = 300  # position of the last query that is causal; the next one has no later key in a text of 302 tokens
+NUMBERS = f"int64 switch = {{{SWITCH}}}, int64 ahead = {{3}}, int64 five = {{5}}, int64[2] last = {{1, 2}}"
+NEAR = "far = Add(column, ahead)\n near = Less(row, far)\n late = Greater(column, switch)"
+CAUSAL = "causal = LessOrEqual(row, column)"
+
+
+def limit_of(allowed: str, **parts: str) -> int | None:
+    """Return the longest text that is proved to be right, in tokens."""
+    text = attention(allowed=f"{NEAR}\n {CAUSAL}\n {allowed}", constants=f"{NUMBERS}, float zero = {{0.0}}", **parts)
+    return prove(analyze(Subject.of(in_order(read(text))).model)).limit
+
+
+def test_a_third_sequence_that_reads_later_keys_limits_the_length():
+    batch = "size = Slice(sizes, first, second)\n count = Squeeze(size)\n numbers = Range(nought, count, one)"
+    third = f"{batch}\n of_batch = Unsqueeze(numbers, last)\n third_row = Greater(of_batch, one)"
+    opened = f"{third}\n here = And(late, third_row)\n ahead_too = And(here, near)"
+    assert limit_of(f"{opened}\n allowed = Or(causal, ahead_too)") == SWITCH + 2
+
+
+def test_a_number_that_opens_later_keys_limits_the_length():
+    opened = "large = Greater(number, five)\n here = And(late, large)\n ahead_too = And(here, near)"
+    assert limit_of(f"{opened}\n allowed = Or(causal, ahead_too)", inputs="int64[1] number") == SWITCH + 2
+
+
+def test_tokens_that_hide_all_keys_of_a_late_query_limit_the_length():
+    shown = "feature = Gather<axis = 2>(x, nought)\n shown = Greater(feature, zero)\n own = Unsqueeze(shown, second)"
+    itself = "same = Equal(row, column)\n early = Not(late)\n kept = And(same, early)\n either = Or(own, kept)"
+    assert limit_of(f"{shown}\n {itself}\n allowed = And(causal, either)") == SWITCH + 2
+
+
+def test_no_limit_without_a_switch():
+    shown = "feature = Gather<axis = 2>(x, nought)\n shown = Greater(feature, zero)\n own = Unsqueeze(shown, second)"
+    windowed = "start = Sub(column, switch)\n window = Greater(row, start)\n inside = And(causal, window)"
+    itself = "same = Equal(row, column)\n either = Or(own, same)"
+    assert limit_of(f"{shown}\n {windowed}\n {itself}\n allowed = And(inside, either)") is None
