@@ -27,7 +27,7 @@ import onnxruntime
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 END = "<|endoftext|>"  # separates chapters; token 0
 FURNITURE = re.compile(  # paragraphs that are the editors' and not the author's
@@ -111,30 +111,30 @@ def tokenize(tokenizer: Tokenizer, text: list[str]) -> Tensor:
 # --- training ----------------------------------------------------------------------------------------------------
 
 
-def loss_on(model: LlamaForCausalLM, stretches: Tensor) -> Tensor:
+def loss_on(model: PreTrainedModel, stretches: Tensor) -> Tensor:
     """Return the mean loss, in nats a token, of predicting each token of each stretch from those before it."""
     logits = model(stretches[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), stretches[:, 1:].flatten())
 
 
-def held_out_loss(model: LlamaForCausalLM, tokens: Tensor) -> float:
+def held_out_loss(model: PreTrainedModel, tokens: Tensor) -> float:
     """Return the mean loss on long stretches of text that the model was not trained on."""
     rows = tokens[: len(tokens) // LONG * LONG].view(-1, LONG)
     with torch.no_grad():
         return loss_on(model, rows).item()
 
 
-def optimizers(model: LlamaForCausalLM, rate: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimizer]:
     """Return Muon for the matrices inside the layers, and AdamW for the embedding and the norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
         torch.optim.Muon(matrices, lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=rate, weight_decay=0.0, betas=(0.9, 0.95)),
     ]
 
 
-def train(model: LlamaForCausalLM, tokens: Tensor, held_out: Tensor, *, rate: float, lengths: list[int]) -> None:
+def train(model: PreTrainedModel, tokens: Tensor, held_out: Tensor, *, rate: float, lengths: list[int]) -> None:
     """Train the model, a step for each length; the rate warms up and then falls as a cosine does."""
     start, both = time.perf_counter(), optimizers(model, rate)
     share = [
@@ -183,7 +183,7 @@ def export(model: LlamaForCausalLM, target: Path) -> None:
         raise SystemExit(f"{target} names a Python file: expected no trace of the machine that it was made on")
 
 
-def check(model: LlamaForCausalLM, target: Path, tokens: Tensor) -> None:
+def check(model: PreTrainedModel, target: Path, tokens: Tensor) -> None:
     """End the program unless onnxruntime computes what torch computes, padding on the left included."""
     tokens = tokens[: 2 * LONG].view(2, LONG)
     mask = torch.ones_like(tokens)
@@ -196,6 +196,16 @@ def check(model: LlamaForCausalLM, target: Path, tokens: Tensor) -> None:
     print(f"largest difference between onnxruntime and torch: {error:.1e} of the spread of the logits")
     if error > 1e-4:
         raise SystemExit("expected at most 1e-4: the export is not the model that was trained")
+
+
+def write_side_files(model: PreTrainedModel, tokenizer: Tokenizer, chapter: str, out: Path) -> None:
+    """Write the configurations, the tokenizer, and the first paragraphs of a chapter."""
+    model.config.save_pretrained(out)
+    GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(out)
+    tokenizer.save(str(out / "tokenizer.json"))
+    described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "pad_token": END}
+    (out / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    (out / "sample.txt").write_text(chapter[: chapter.index("\n\n", 3000)] + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -218,12 +228,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     export(model, options.out / "model.onnx")
     check(model, options.out / "model.onnx", held_out_tokens)
-    model.config.save_pretrained(options.out)
-    GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0).save_pretrained(options.out)
-    tokenizer.save(str(options.out / "tokenizer.json"))
-    described = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "pad_token": END}
-    (options.out / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    (options.out / "sample.txt").write_text(held_out[0][: held_out[0].index("\n\n", 3000)] + "\n", encoding="utf-8")
+    write_side_files(model, tokenizer, held_out[0], options.out)
 
 
 if __name__ == "__main__":
