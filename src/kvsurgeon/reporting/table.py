@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -283,12 +284,11 @@ def _cache_lines(cache: Sequence[CachedTensor]) -> list[Text]:
 
 def _cross_lines(layers: Sequence[CrossAttention]) -> list[Text]:
     """Return a line for each group of cross-attention layers over the same keys."""
-    groups: dict[str, int] = {}
+    lines: Counter[str] = Counter()
     for one in layers:
         heads = "" if one.kv_heads is None else f", {one.kv_heads} kv heads of {one.head_dim}"
-        line = f"cross-attention, not cached: {one.key_length} keys from {' and '.join(one.inputs)}{heads}"
-        groups[line] = groups.get(line, 0) + 1
-    return [Text(f"{count} layers of {line}") for line, count in groups.items()]
+        lines[f"cross-attention, not cached: {one.key_length} keys from {' and '.join(one.inputs)}{heads}"] += 1
+    return [Text(f"{count} layers of {line}") for line, count in lines.items()]
 
 
 def _list(title: str, statements: Sequence[str], sign: str) -> list[Text]:

@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kvsurgeon.passes.cache.cross_attention_branch import CHOICE
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.targets.hugging_face_files import tokenizer_config_before_5
 from kvsurgeon.targets.model_info import ModelInfo
-from kvsurgeon.targets.parts import (
-    CHOICE,
-    HIDDEN,
-    MASK,
-    USUAL_NAMES,
-    check_encoder,
-    check_layers,
-    check_shapes,
-)
+from kvsurgeon.targets.parts import HIDDEN, MASK, USUAL_NAMES, check_encoder, check_layers, check_shapes
 from kvsurgeon.targets.target import ENCODER, Incompatibility, Target, warning
 
 _IDS = ("input_ids", "attention_mask", MASK)

@@ -10,7 +10,6 @@ from kvsurgeon.targets.target import EMBEDDING, EMBEDDINGS, ENCODER, Incompatibi
 
 HIDDEN = "encoder_hidden_states"
 MASK = "encoder_attention_mask"
-CHOICE = "use_cache_branch"
 OUTPUT = "last_hidden_state"
 USUAL_NAMES = RenameIo(names=("decoder_input_ids:input_ids", "decoder_attention_mask:attention_mask"))
 

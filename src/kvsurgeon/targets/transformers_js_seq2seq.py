@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kvsurgeon.passes.cache.cross_attention_branch import CHOICE
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.interface.integer_inputs import Int64Inputs
 from kvsurgeon.targets.hugging_face_files import check_model_type, with_unknown_tokens
 from kvsurgeon.targets.model_info import ModelInfo
-from kvsurgeon.targets.parts import CHOICE, HIDDEN, MASK, USUAL_NAMES, check_encoder, check_layers
+from kvsurgeon.targets.parts import HIDDEN, MASK, USUAL_NAMES, check_encoder, check_layers
 from kvsurgeon.targets.target import ENCODER, Incompatibility, Target
 from kvsurgeon.targets.transformers_js import data_files_of_parts, own_config
 

@@ -157,9 +157,10 @@ def _masks(side: Side) -> Iterator[dict[str, Any]]:
 def _times(sides: Sequence[Side], options: PageOptions) -> dict[str, Any]:
     from kvsurgeon.reporting.page.time_chart import time_chart
 
-    found = [(side.name, side.timing(options.prompt, options.tokens)) for side in sides]
-    series = {name: timing.steps for name, timing in found if not isinstance(timing, KvsurgeonError) and timing.steps}
-    errors = [f"{name}: {timing}" for name, timing in found if isinstance(timing, KvsurgeonError)]
+    found = [(side.name, side.generation(options.prompt, options.tokens)) for side in sides]
+    errors = [f"{name}: {made}" for name, made in found if isinstance(made, KvsurgeonError)]
+    times = {name: made.step_seconds for name, made in found if not isinstance(made, KvsurgeonError)}
+    series = {name: steps for name, steps in times.items() if steps}
     medians = {name: 1000 * median(steps) for name, steps in series.items()}
     return {"chart": time_chart(series) if series else None, "errors": errors, "medians": medians}
 

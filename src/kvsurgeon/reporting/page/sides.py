@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
@@ -18,7 +17,7 @@ from kvsurgeon.passes.cache.remove_cache import without_cache
 from kvsurgeon.passes.contract import Subject
 from kvsurgeon.proof.proof import Proof
 from kvsurgeon.reporting.page.attention_graph import AttentionGraph, attention_graph
-from kvsurgeon.runtime import TextGenerator
+from kvsurgeon.runtime import Generation, TextGenerator
 from kvsurgeon.runtime.text import Prompt, load_tokenizer, side_folders
 from kvsurgeon.workflow.attention_weights import AttentionWeights, capture_attention_weights
 from kvsurgeon.workflow.keys import KeyReader, Keys, model_name
@@ -26,21 +25,6 @@ from kvsurgeon.workflow.prompts import short_prompt
 
 T = TypeVar("T")
 Measured: TypeAlias = T | KvsurgeonError  # or why it cannot be measured
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """The time of generated tokens.
-
-    Attributes:
-        cached: Whether the model has a cache.
-        prefill: Seconds of the call that computes the prompt.
-        steps: Seconds of each later token.
-    """
-
-    cached: bool
-    prefill: float
-    steps: tuple[float, ...]
 
 
 class Side:
@@ -127,14 +111,13 @@ class Side:
 
         return _measured(read)
 
-    def timing(self, prompt: Prompt | None, tokens: int) -> Measured[Timing]:
-        """Return the time of each of so many generated tokens."""
+    def generation(self, prompt: Prompt | None, tokens: int) -> Measured[Generation]:
+        """Return so many generated tokens, with the time of each."""
 
-        def generate() -> Timing:
+        def generate() -> Generation:
             generator = TextGenerator(self.source, folder=self.folder, stop=())
             start = short_prompt(prompt, load_tokenizer(side_folders(self.source, self.folder))).ids[0].tolist()
-            made = generator.generate(start, max_new_tokens=tokens)
-            return Timing(cached=made.cached, prefill=made.prefill_seconds, steps=made.step_seconds)
+            return generator.generate(start, max_new_tokens=tokens)
 
         return _measured(generate)
 
