@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from exports import ONE_OF_EACH, after, export
 from laws import difference
 from onnx import helper
+from written import read
 
 from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.parity import verify
@@ -69,6 +71,81 @@ def test_the_cache_is_removed_and_changed_like_any_other():
     assert verify(original, after(model, RemoveCache()), threads=1).verdict == "same"
     assert verify(original, after(model, Retarget()), threads=1).verdict == "same"
     check_each_sequence(original, after(model, Retarget(cache="static", past_length="per-sequence")))
+
+
+MASKED = """
+masked (int64[batch, length] input_ids) => (float[batch, length, 24] logits)
+<float[24, 8] table, float[8, 8] wk, float[8, 8] wv, float[8, 24] head, int64[1] zero = {0}, int64[1] first = {1},
+ int64[1] two = {2}, int64 one = {1}, int64 minus = {-1}, float[64, 64] bias, float lowest = {-10000.0}>
+{
+  x = Gather(table, input_ids)
+  k = MatMul(x, wk)
+  kt = Transpose<perm = [0, 2, 1]>(k)
+  v = MatMul(x, wv)
+  s = MatMul(x, kt)
+  sizes = Shape(input_ids)
+  n = Slice(sizes, first, two)
+  square = Concat<axis = 0>(n, n)
+MASK
+  scores = Add(s, mask)
+  w = Softmax<axis = -1>(scores)
+  c = MatMul(w, v)
+  logits = MatMul(c, head)
+}
+"""
+UPPER = "  full = Expand(lowest, square)\n  mask = Trilu<upper = 1>(full, one)"
+MASKS = {
+    "an upper triangle": UPPER,
+    "a lower triangle of ones": "  ones = ConstantOfShape<value = float[1] {1.0}>(square)\n"
+    "  kept = Trilu<upper = 0>(ones)\n  visible = Cast<to = 9>(kept)\n  free = Sub(lowest, lowest)\n"
+    "  mask = Where(visible, free, lowest)",
+    "a band": "  ones = ConstantOfShape<value = float[1] {1.0}>(square)\n  kept = Trilu<upper = 0>(ones)\n"
+    "  near = Trilu<upper = 1>(kept, minus)\n  visible = Cast<to = 9>(near)\n  free = Sub(lowest, lowest)\n"
+    "  mask = Where(visible, free, lowest)",
+    "a triangle of booleans": "  yes = Equal(one, one)\n  all = Expand(yes, square)\n  kept = Trilu<upper = 0>(all)\n"
+    "  free = Sub(lowest, lowest)\n  mask = Where(kept, free, lowest)",
+    "a transposed triangle": "  full = Expand(lowest, square)\n  below = Trilu<upper = 0>(full, minus)\n"
+    "  mask = Transpose<perm = [1, 0]>(below)",
+    "a table cut along one axis and then the other": UPPER.replace("mask", "causal")
+    + "\n  rows = Slice(bias, zero, n, zero)\n  near = Slice(rows, zero, n, first)\n  mask = Add(causal, near)",
+    "a table cut along both axes": UPPER.replace("mask", "causal")
+    + "\n  zeros = Concat<axis = 0>(zero, zero)\n  near = Slice(bias, zeros, square)\n  mask = Add(causal, near)",
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_of_a_mask_the_rows_of_the_new_tokens_alone_are_computed(mask):
+    original = read(MASKED.replace("MASK", mask))
+    model = after(original, PER_SEQUENCE)
+    check_each_sequence(original, model)
+    assert not [shape for shape in shapes_of_step(model, capacity=32) if shape.count(32) > 1]
+
+
+def shapes_of_step(model: onnx.ModelProto, capacity: int) -> list[tuple[int, ...]]:
+    """Return the shapes of all values that nodes compute in a step of two sequences."""
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    names = [output for node in model.graph.node for output in node.output]
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    feeds = {
+        "input_ids": np.ones((2, 1), np.int64),
+        "past_sequence_length": np.array([3, 7]),
+        **{f"past_key_values.0.{part}": np.zeros((2, 1, capacity, 8), np.float32) for part in ("key", "value")},
+    }
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return [value.shape for value in session.run(names, feeds)]
+
+
+@pytest.mark.parametrize("mask", ["", UPPER], ids=["causal by itself", "a mask"])
+def test_attention_as_one_operator_is_decomposed(mask):
+    """Its mask would differ by sequence, and it reads one for all."""
+    inputs, causal = ("x, k, v, mask", 0) if mask else ("x, k, v", 1)
+    text = (
+        MASKED.replace("MASK", mask).replace("scores = Add(s, mask)", "").replace("w = Softmax<axis = -1>(scores)", "")
+    )
+    fused = f"c = Attention<q_num_heads = 1, kv_num_heads = 1, is_causal = {causal}>({inputs})"
+    original = read(text.replace("c = MatMul(w, v)", fused), opset=23)
+    check_each_sequence(original, after(original, PER_SEQUENCE))
 
 
 def test_a_batch_of_one_has_one_past_length():

@@ -41,16 +41,18 @@ def gather(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
 
 
 def _demand_rows(visit: NodeVisit, axis: int) -> Axes:
-    """Note that tokens look up rows of context that has one for each place: it must have them all.
+    """Note that tokens look up rows of context: of one that has a row for each place, it must have them all.
 
-    Return the other axes of such context that are as long as the text, such as the columns of a mask.
+    Return the other axes of the context that are as long as the text, such as the columns of a mask.
     """
-    if visit.kind(0) is not ValueKind.CONTEXT or visit.shape(0)[axis] != visit.flow.length:
+    if visit.kind(0) is not ValueKind.CONTEXT:
         return ()
-    others = [place for place, size in enumerate(visit.shape(0)) if size == visit.flow.length and place != axis]
-    columns = tuple(SequenceAxis(place, LengthVariable(at=visit.node.outputs[0].name or "")) for place in others)
-    visit.demand(0, (SequenceAxis(axis, LengthVariable(Length.TOTAL)), *columns))
-    return columns
+    long = [place for place, size in enumerate(visit.shape(0)) if size == visit.flow.length]
+    at = visit.node.outputs[0].name or ""
+    axes = [SequenceAxis(place, LengthVariable(Length.TOTAL if place == axis else None, at=at)) for place in long]
+    if axes:
+        visit.demand(0, tuple(axes))
+    return tuple(one for one in axes if one.axis != axis)
 
 
 def _selects_last(visit: NodeVisit, traced: SequenceAxis) -> bool:

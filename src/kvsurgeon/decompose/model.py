@@ -53,14 +53,23 @@ def decompose(model: ir.Model) -> DecomposedModel:
     return DecomposedModel(model=gather_relative_positions(copy), assumed=assumed)
 
 
-def _decompose_nodes(model: ir.Model) -> dict[str, str]:
+def decompose_attention(model: ir.Model) -> None:
+    """Write each `Attention`, which the analysis reads as it is otherwise, in standard operators, in place.
+
+    Raises:
+        UnsupportedError: Its scores or weights are used.
+    """
+    _decompose_nodes(model, keep_attention=False)
+
+
+def _decompose_nodes(model: ir.Model, *, keep_attention: bool = True) -> dict[str, str]:
     """Decompose the nodes in place, and return the assumptions."""
     graph = model.graph
     live, shapes = find_live(graph), read_inputs(graph).shapes
     assumed: dict[str, str] = {}
     editor = Editor(model)
     for node in list(graph):
-        rule = _rule(node)
+        rule = _rule(node, keep_attention=keep_attention)
         if rule is not None and node in live:
             op = FusedNode(editor, node, shapes)
             rule(op)
@@ -69,13 +78,13 @@ def _decompose_nodes(model: ir.Model) -> dict[str, str]:
     return assumed
 
 
-def _rule(node: ir.Node) -> Rule | None:
+def _rule(node: ir.Node, *, keep_attention: bool = True) -> Rule | None:
     """Return the function that decomposes a node; None if the node stays."""
     operator = operator_of(node)
     domain = "" if node.domain in STANDARD_DOMAINS else node.domain
     if operator is None or operator.decomposition is None or operator.domain != domain:
         return None
-    if is_operator(node, "Attention") and not needs_decomposition(node):
+    if keep_attention and is_operator(node, "Attention") and not needs_decomposition(node):
         return None
     return _load(operator.decomposition)
 

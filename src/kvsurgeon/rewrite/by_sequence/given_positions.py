@@ -108,6 +108,31 @@ class GivenPositions:
         made = self.with_axes("Squeeze", made, dropped) if dropped else made
         return self.with_axes("Unsqueeze", made, added) if added else made
 
+    def sizes_at_positions(self, sizes: ir.Value | None, after: Sequence[Dimension], axis: int) -> ir.Value | None:
+        """Return `[batch, *after]` as a vector, with as many rows along an axis as there are positions.
+
+        Args:
+            sizes: The sizes that the graph gives, aligned with the last ones of `after`.
+            after: The dimensions; a leading one of the batch size becomes 1.
+            axis: The axis of the rows.
+        """
+        op, given = NodeBuilder(self.editor, "placed"), None if sizes is None else self.shape(sizes)
+        if sizes is None or given is None or not isinstance(given[0], int):
+            return None
+        counts = op.Shape(self.positions)
+        pieces = [op.Gather(counts, op.int64([0]))]
+        for place, size in enumerate(after):
+            index = place - (len(after) - given[0])
+            if place == axis:
+                pieces.append(op.Gather(counts, op.int64([1])))
+            elif isinstance(size, int) or (place == 0 and size == self.flow.batch):
+                pieces.append(op.int64([size if isinstance(size, int) else 1]))
+            elif size == self.flow.batch or index < 0:
+                return None
+            else:
+                pieces.append(op.Gather(sizes, op.int64([index])))
+        return op.Concat(*pieces, axis=0)
+
     def with_axes(self, operator: str, made: ir.Value, axes: Sequence[int]) -> ir.Value:
         """Add a `Squeeze` or an `Unsqueeze`."""
         result = NodeBuilder(self.editor, "placed").with_axes(operator, made, axes)
@@ -139,8 +164,14 @@ class GivenPositions:
         dtype = self.flow.shapes[value].dtype
         if batched:
             return self._gathered_by_sequence(value, axis, len(shape))
-        rows = self.node("Gather", [value, self.positions], dtype, axis=axis)  # [..., batch, length, ...]
-        return self._transposed(rows, [axis, *(place for place in range(len(shape) + 1) if place != axis)])
+        return self.rows_of(value, axis, len(shape), dtype)
+
+    def rows_of(self, value: ir.Value, axis: int, rank: int, dtype: ir.DataType | None = None) -> ir.Value:
+        """Return the rows of a value without a batch axis."""
+        rows = self.node(
+            "Gather", [value, self.positions], dtype or value.dtype, axis=axis
+        )  # [..., batch, length, ...]
+        return self._transposed(rows, [axis, *(place for place in range(rank + 1) if place != axis)])
 
     def _gathered_by_sequence(self, value: ir.Value, axis: int, rank: int) -> ir.Value:
         """Return the rows of context that each sequence of the batch has for itself."""
@@ -210,7 +241,7 @@ def _expand(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | N
     before = () if source is None else gathering.shape(source)
     shift = len(after) - len(before)
     if source is None or not gathering.varies(source, axis - shift):
-        return None if source is None else _repeated(gathering, source, after, axis)
+        return None if source is None else _repeated(gathering, source, node.inputs[1], after, axis)
     made = gathering.at_positions(source, axis - shift)
     before = (*[1] * shift, *before)
     formed = gathering.reshaped(made, before[shift:], before)
@@ -221,21 +252,49 @@ def _expand(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | N
     return gathering.node("Expand", [formed, gathering.editor.constant(target, name="form")], made.dtype)
 
 
-def _repeated(gathering: GivenPositions, source: ir.Value, after: Sequence[Dimension], axis: int) -> ir.Value | None:
-    """One row that is repeated for all tokens, and no other: it is repeated for those at the positions."""
+def _repeated(
+    gathering: GivenPositions, source: ir.Value, sizes: ir.Value | None, after: Sequence[Dimension], axis: int
+) -> ir.Value | None:
+    """One row that is repeated for all tokens: it is repeated for those at the positions."""
     before, batch = gathering.shape(source), gathering.flow.batch
-    others = [(old, new) for place, (old, new) in enumerate(zip(before, after, strict=False)) if place != axis]
-    if len(before) != len(after) or before[axis] != 1 or any(old != new for old, new in others) or batch in before[1:]:
-        return None
-    lifted = gathering.with_axes("Unsqueeze", source, [1 if before[0] == batch and batch != 1 else 0])
-    sizes = gathering.node("Shape", [gathering.positions], ir.DataType.INT64)
-    count, length = (
-        gathering.node("Gather", [sizes, gathering.editor.constant([place], name="axis")], ir.DataType.INT64)
-        for place in (0, 1)
+    shift = len(after) - len(before)
+    by_sequence = batch != 1 and shift == 0 and before[:1] == (batch,)
+    kept = [place >= shift and before[place - shift] == size for place, size in enumerate(after)]
+    target = gathering.sizes_at_positions(
+        sizes, [1 if same else size for same, size in zip(kept, after, strict=True)], axis
     )
-    ones = [gathering.editor.constant([1] * number, name="ones") for number in (axis, len(after) - axis - 1)]
-    target = gathering.node("Concat", [count, ones[0], length, ones[1]], ir.DataType.INT64, axis=0)
+    if target is None or (batch != 1 and batch in before[by_sequence:]):
+        return None
+    lifted = gathering.with_axes("Unsqueeze", source, [1]) if by_sequence else source
     return gathering.node("Expand", [lifted, target], source.dtype)
+
+
+def _constant_of_shape(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
+    target = gathering.sizes_at_positions(node.inputs[0], gathering.shape(node.outputs[0]), axis)
+    return None if target is None else gathering.copied(node, [target])
+
+
+def _trilu(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
+    """Rows of a triangle: their positions are compared with the indices of the columns."""
+    call, source, rank = gathering.flow.shapes.call(node), node.inputs[0], len(gathering.shape(node.outputs[0]))
+    offset = call.numbers(1) if len(node.inputs) > 1 and node.inputs[1] is not None else (0,)
+    dtype = call.result.dtype
+    if source is None or dtype is None or offset is None or not isinstance(offset[0], int) or axis < rank - 2:
+        return None
+    made, other = gathering.at_positions(source, axis), 2 * rank - 3 - axis
+    places = gathering.with_axes(
+        "Unsqueeze", gathering.positions, [one for one in range(1, rank + 1) if one != axis + 1]
+    )
+    counted = NodeBuilder(gathering.editor, "placed")
+    count = counted.Gather(counted.Shape(made), counted.int64(other + 1))
+    indices = counted.Range(counted.int64(0), count, counted.int64(1))
+    indices = indices if other == rank - 1 else counted.with_axes("Unsqueeze", indices, [1])
+    rows, columns = (places, indices) if axis == rank - 2 else (indices, places)
+    cut = counted.Less if call.integer("upper", 1) else counted.Greater
+    hidden = cut(counted.Sub(columns, rows), counted.int64(offset[0]))
+    if dtype is ir.DataType.BOOL:  # onnxruntime has no Where of it
+        return gathering.node("And", [counted.Not(hidden), made], dtype)
+    return gathering.node("Where", [hidden, counted.number(0, dtype), made], dtype)
 
 
 def _tile(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
@@ -265,23 +324,52 @@ def _concat(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | N
 
 
 def _slice(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
-    bounds, source = slice_bounds(gathering.flow.shapes.call(node)), node.inputs[0]
-    if bounds is None or source is None or len(node.inputs) < 3:
+    call, source = gathering.flow.shapes.call(node), node.inputs[0]
+    bounds, before, after = slice_bounds(call), call.fact(0).shape, gathering.shape(node.outputs[0])
+    if bounds is None or source is None or before is None or len(node.inputs) < 3:
         return None
     axes, starts, _, steps = bounds
-    if axes == [axis] and starts == [0] and steps == [1]:  # a table, or all of something longer
-        return gathering._gathered(source, axis) if constant_tensor(source) is not None else None
-    is_whole = gathering.shape(source) == gathering.shape(node.outputs[0]) and not any(starts)
-    if is_whole and set(steps) == {1}:
-        return gathering.at_positions(source, axis)
-    cuts_length = any(gathering.shape(node.outputs[0])[place] == gathering.flow.length for place in axes)
-    if cuts_length or not gathering.varies(source, axis):
+    moved = [(start, step) != (0, 1) for start, step in zip(starts, steps, strict=True)]
+    cut = [
+        index for index, place in enumerate(axes) if place != axis and (moved[index] or before[place] != after[place])
+    ]
+    if any(moved[index] and after[place] == gathering.flow.length for index, place in enumerate(axes)):
         return None
-    given = None if node.inputs[1] is None else gathering.flow.shapes[node.inputs[1]].dtype
-    whole = (given or ir.DataType.INT64).numpy()  # all bounds of a Slice have one type
-    moved = gathering.editor.constant([place + 1 for place in axes], whole, name="axes")
-    rest = [node.inputs[1], node.inputs[2], moved, *node.inputs[4:]]
-    return gathering.copied(node, [gathering.at_positions(source, axis), *rest])
+    table = _table(gathering, node, axis)
+    if any(after[axes[index]] == gathering.flow.length for index in cut):  # columns, which are those of all tokens
+        return None if table is None else gathering.rows_of(_cut(gathering, node, table, axes, cut), axis, len(after))
+    if not gathering.varies(source, axis) and table is None:
+        return None
+    rows = gathering.at_positions(source, axis) if table is None else gathering.rows_of(table, axis, len(after))
+    return _cut(gathering, node, rows, [place + 1 for place in axes], cut) if cut else rows
+
+
+def _table(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
+    """Return the constant of which a `Slice`, and perhaps one before, keeps a row for each token along an axis."""
+    source = node.inputs[0]
+    bounds = slice_bounds(gathering.flow.shapes.call(node))
+    if source is None or bounds is None or constant_tensor(source) is not None:
+        return source if bounds is not None and axis in bounds[0] else None
+    above = source.producer()
+    if above is None or above.op_type != node.op_type:
+        return None
+    rows = slice_bounds(gathering.flow.shapes.call(above))
+    return (
+        _table(gathering, above, axis)
+        if rows is not None and (rows[0], rows[1], rows[3]) == ([axis], [0], [1])
+        else None
+    )
+
+
+def _cut(
+    gathering: GivenPositions, node: ir.Node, value: ir.Value, axes: Sequence[int], cut: Sequence[int]
+) -> ir.Value:
+    """Return a value with some of the bounds of a `Slice`, given by their indices."""
+    op, given = NodeBuilder(gathering.editor, "placed"), node.inputs[1]
+    bounds = [None if one is None else op.Gather(one, op.int64(cut)) for one in node.inputs[1:]]
+    dtype = None if given is None else gathering.flow.shapes[given].dtype
+    places = op.constant(np.array([axes[index] for index in cut], (dtype or ir.DataType.INT64).numpy()))
+    return gathering.copied(node, [value, *bounds[:2], places, *bounds[3:]])
 
 
 def _gather(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
@@ -356,13 +444,13 @@ _BY_TRAIT: dict[Trait, Rule] = {
 }  # fmt: skip
 _BY_NAME: dict[str, Rule] = {
     "Expand": _expand, "Tile": _tile, "Concat": _concat, "Slice": _slice, "Gather": _gather, "MatMul": _matmul,
-    "Einsum": _einsum, "Range": _range, "CastLike": _first_only,
+    "Einsum": _einsum, "Range": _range, "CastLike": _first_only, "ConstantOfShape": _constant_of_shape, "Trilu": _trilu,
 }  # fmt: skip
 
 
 def _rule(node: ir.Node) -> Rule | None:
-    if node.op_type in _BY_NAME or node.op_type == "Trilu":
-        return _BY_NAME.get(node.op_type)
+    if node.op_type in _BY_NAME:
+        return _BY_NAME[node.op_type]
     return next((rule for trait, rule in _BY_TRAIT.items() if has_trait(node, trait)), None)
 
 

@@ -17,6 +17,7 @@ from kvsurgeon.analysis.analysis import Analysis, analyze
 from kvsurgeon.cache.layout import Layout
 from kvsurgeon.dataflow.input_dimensions import GIVEN_FOR
 from kvsurgeon.dataflow.input_roles import InputRole
+from kvsurgeon.decompose.model import decompose_attention
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor, NodeBuilder
 from kvsurgeon.resizing.lengths import INT64, LengthValues
@@ -42,6 +43,9 @@ def with_token_rows(analysis: Analysis) -> Analysis:
             "sequences can have separate past lengths only in a batch of any size", code=Code.PASS_PRECONDITION,
             at=analysis.inputs[0].value.name, expected="a symbolic batch size", found=str(analysis.flow.batch),
         )  # fmt: skip
+    if any(site.fused is not None for site in analysis.sites):  # its mask is not one for all sequences
+        decompose_attention(analysis.model)
+        analysis = analyze(analysis.model)
     graph, editor = analysis.model.graph, Editor(analysis.model)
     rows = ir.Value(name=ROWS, type=ir.TensorType(INT64), shape=shape_of_tokens(analysis))
     rows.metadata_props[GIVEN_FOR] = "new"
