@@ -14,6 +14,8 @@ from kvsurgeon.io.locate import PREFILL_FILE
 from kvsurgeon.passes.cache.separate_prefill import SeparatePrefill
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.heads.swiftkv import SwiftKv
+from kvsurgeon.workflow.pipeline import Pipeline
+from kvsurgeon.workflow.run_and_save import run_and_save
 
 CONFIG = Config(vocabulary=9, attention_mask=False)
 
@@ -58,3 +60,18 @@ def test_a_second_run_changes_nothing() -> None:
 def test_a_model_without_a_cache_is_rejected() -> None:
     with pytest.raises(UnsupportedError, match="the model has no cache"):
         SeparatePrefill().apply(Subject.of(Decoder(CONFIG).model()))
+
+
+def test_layers_behind_a_shared_input_may_share_their_cache(tmp_path) -> None:
+    text = tmp_path / "ids.txt"
+    text.write_text(" ".join(map(str, np.random.default_rng(0).integers(0, 9, 100))))
+    passes = "swiftkv{after=1},share-kv-layers{map=0,1,2,2,2},inject,separate-prefill"
+    model = Decoder(Config(layers=5, windowed=(), vocabulary=9)).model()
+    run = run_and_save(model, Pipeline.parse(passes), text=text, effort="quick", seed=1)
+    prefill = run.companions[PREFILL_FILE].model
+    assert [value.name for value in prefill.graph.outputs] == [
+        f"present.{layer}.{kind}" for layer in range(3) for kind in ("key", "value")
+    ]
+    assert sum(node.op_type == "Softmax" for node in prefill.graph) == 1
+    before, after = run.cache_bytes
+    assert (before * 3, run.loss is not None) == (after * 5, True)
