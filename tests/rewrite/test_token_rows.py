@@ -148,6 +148,16 @@ def test_attention_as_one_operator_is_decomposed(mask):
     check_each_sequence(original, after(original, PER_SEQUENCE))
 
 
+def test_positions_that_count_tokens_need_one_length_for_all():
+    counted = UPPER + "\n  real = Greater(input_ids, one)\n  ones = Cast<to = 7>(real)\n  at = CumSum(ones, one)\n"
+    text = MASKED.replace("MASK", counted + "  learned = Gather(bias, at)\n  low = Slice(learned, zero, eight, two)")
+    text = text.replace("c = MatMul(w, v)", "cv = MatMul(w, v)\n  c = Add(cv, low)").replace(
+        "<", "<int64[1] eight = {8}, ", 1
+    )
+    with pytest.raises(UnsupportedError, match=r"one number for all sequences of a batch.*use past-length=input"):
+        after(read(text), PER_SEQUENCE)
+
+
 def test_a_batch_of_one_has_one_past_length():
     model = onnx.ModelProto.FromString(export("llama_dynamo_sdpa").SerializeToString())
     for value in model.graph.input:

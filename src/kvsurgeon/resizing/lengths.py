@@ -254,9 +254,11 @@ class LengthValues:
 
     def _read(self, symbol: sympy.Symbol, flat: bool) -> ir.Value:
         if symbol not in self.sources:
+            is_past = symbol is PAST
             raise UnsupportedError(
                 "no input gives a length", code=Code.UNTRACEABLE_SEQUENCE, found=str(symbol),
-                expected="one number for all sequences of a batch" if symbol is PAST else None,
+                expected="one number for all sequences of a batch" if is_past else None,
+                hint="use past-length=input" if is_past else None,
             )  # fmt: skip
         value, axis = self.sources[symbol]
         if axis is None:
