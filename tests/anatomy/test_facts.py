@@ -218,3 +218,28 @@ def test_exports_of_one_family_have_the_same_facts(name):
         assert found.mask.padding
         assert found.query.fused == (name.split("_")[0] in ("gpt2", "neox", "bloom"))
     assert [a.mask.window for a in decoder.attentions] == [4 if kind == "sliding-window" else None for kind in masks]
+
+
+GATED = """
+gated (float[batch, length, 8] x) => (float[batch, length, 8] logits)
+<float[8, 8] wk, float[8, 8] wv, float[8, 4] wf, float[8, 4] wg, int64[1] second = {1}, int64[1] two = {2},
+ int64 one = {1}, float masked = {-10000.0}>
+{
+  k = MatMul(x, wk)  kt = Transpose<perm = [0, 2, 1]>(k)  v = MatMul(x, wv)  s = MatMul(x, kt)
+  f = MatMul(x, wf)  g = MatMul(x, wg)  gt = Transpose<perm = [0, 2, 1]>(g)  fg = MatMul(f, gt)  gate = Sigmoid(fg)
+  gated = Mul(s, gate)
+  sizes = Shape(x)  n = Slice(sizes, second, two)  square = Concat<axis = 0>(n, n)
+  full = Expand(masked, square)  bias = Trilu<upper = 1>(full, one)
+  biased = Add(gated, bias)  w = Softmax<axis = -1>(biased)  logits = MatMul(w, v)
+}
+"""
+
+
+def test_keys_of_gates_are_part_of_the_cache_size():
+    """They are a third cached tensor: 4 numbers for each token besides 8 of the key and 8 of the value."""
+    original = read(GATED)
+    decoder = Subject.of(original).decoder()
+    assert [state.head_dim for state in decoder.states] == [4]
+    assert decoder.cache_bytes_per_token == (8 + 8 + 4) * 4
+    cached = [value for value in injected(original).graph.input if value.name.startswith("past_key_values")]
+    assert sum(value.type.tensor_type.shape.dim[3].dim_value for value in cached) == 8 + 8 + 4

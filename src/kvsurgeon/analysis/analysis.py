@@ -51,6 +51,14 @@ class Analysis:
     states: tuple[CachePoint, ...]
     windows: tuple[StateWindow, ...]
 
+    @property
+    def cached_states(self) -> tuple[CachePoint, ...]:
+        """Cache points besides keys and values, each once: states, and what else attention reads of all tokens."""
+        tensors = [one for site in self.sites for one in site.cached_tensors]
+        pairs = {point.value for kind, point in tensors if kind != "state"}
+        points = [*self.states, *(point for kind, point in tensors if kind == "state")]
+        return tuple({point.value: point for point in points if point.value not in pairs}.values())
+
     def rows_of(self, value: ir.Value) -> int | None:
         """Return the number of last rows of a cached tensor that are enough; None if all are needed."""
         points = ((window, point) for window in self.windows for point in window.points)

@@ -203,7 +203,8 @@ class Decoder:
         max_length: Largest total sequence length that position tables in the graph allow.
         proved: Proved properties, as sentences.
         assumed: Assumed properties, as sentences.
-        states: Tensors that a cache stores for layers other than attention, such as convolutions and token shifts.
+        states: Tensors that a cache stores besides keys and values: for convolutions and token shifts, or for attention
+            that reads more of all tokens, such as a second product of scores.
         cache: Cached tensors in the order of the graph's inputs; empty without a cache.
         cross_attentions: Attention to keys that are the same in every call, in execution order.
     """

@@ -45,7 +45,7 @@ def decoder_facts(analysis: Analysis, proof: Proof) -> Decoder:
             f"attention is causal{_how(proof, 'causal')}",
             f"context of a position does not depend on the number of later tokens{_how(proof, 'prefix-stable')}",
         ),
-        states=tuple(_cache_point(point, analysis.rows_of(point.value)) for point in analysis.states),
+        states=tuple(_cache_point(point, analysis.rows_of(point.value)) for point in analysis.cached_states),
         cross_attentions=tuple(_cross_attentions(analysis)),
         assumed=tuple(f"{assumption} (first at `{name}`)" for assumption, name in proof.assumptions.items()),
     )

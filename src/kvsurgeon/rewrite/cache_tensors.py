@@ -144,19 +144,17 @@ def find_cache_tensors(
     tensors: list[CacheTensor] = []
     kept = _windows_of_tensors(analysis, windows)
     cached: set[ir.Value] = set()
-    layer, further = options.first_layer, list(analysis.states)
+    layer = options.first_layer
     for site in analysis.sites:
         new = [(kind, point) for kind, point in site.cached_tensors if kind != "state" and point.value not in cached]
         cached |= {point.value for _, point in new}
-        further += [point for kind, point in site.cached_tensors if kind == "state"]
         made = [_tensor(point, layer, kind, options) for kind, point in new]
         made = [replace(one, window=kept[one.point.value]) for one in made]
         tensors += made if bits is None else [_quantized(tensor, bits) for tensor in made]
         layer += bool(new)
-    new_states = {point.value: point for point in further if point.value not in cached}
+    rows = {point.value: analysis.rows_of(point.value) for point in analysis.cached_states}
     for kind in ("state", "conv_state"):
-        rows = {value: analysis.rows_of(value) for value in new_states}
-        points = [point for value, point in new_states.items() if (rows[value] is None) is (kind == "state")]
+        points = [one for one in analysis.cached_states if (rows[one.value] is None) is (kind == "state")]
         numbered = enumerate(points, start=options.first_layer)
         tensors += [
             replace(_tensor(one, number, kind, options), state_rows=rows[one.value]) for number, one in numbered
