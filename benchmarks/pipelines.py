@@ -82,6 +82,7 @@ PASSES: tuple[tuple[str, tuple[str, ...], int], ...] = (  # name, options, weigh
     ("fuse-rotary", ("",), 1),
     ("reciprocal-to-div", ("",), 1),
     ("fuse-skip-norms", ("",), 1),
+    ("fuse-causal-convs", ("",), 1),
     ("pack-projections", ("",), 1),
     ("store-transposed-weights", ("",), 1),
     ("optimize", ("", "{layers=all}"), 1),

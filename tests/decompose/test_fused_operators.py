@@ -17,7 +17,7 @@ from kvsurgeon.passes.contract import Subject
 
 WEIGHTS = """float[8] g, float[8] e, float[8] bias, float[8, 8] wf, float[4, 16, 8] experts, float[4, 8, 16] back,
  float[8, 4] router, float[4, 8, 16] half_back, int64[2] rows = {-1, 4}, int64[1] last = {-1}, float[4] g4,
- int64[2] flat = {-1, 8}, int64[3] apart = {0, -1, 8}, float[64, 8] table, float[8, 8] left, uint8[8, 8, 1] kernel, uint8 zu = {9}"""
+ int64[2] flat = {-1, 8}, int64[3] apart = {0, -1, 8}, float[64, 8] table, float[8, 8] left, float[8, 1, 3] taps, uint8[8, 8, 1] kernel, uint8 zu = {9}"""
 QUANTIZED = "ct = Transpose<perm = [0, 2, 1]>(c)\n MADE\n i = ConvInteger(u, kernel, zu)\n fi = Cast<to = 1>(i)"
 CONVOLVED = "fs = Mul(fi, half)\n logits = Transpose<perm = [0, 2, 1]>(fs)"
 AFTER = [
@@ -27,6 +27,7 @@ AFTER = [
     ("skip and a bias", "n1, , , n2 = com.microsoft.SkipSimplifiedLayerNormalization(c, x, g, bias)\n logits = Add(n1, n2)"),
     ("skip of context", "line = Slice(table, first, length1, first)\n length1 = Reshape(length, second)\n deep = Unsqueeze(line, first)\n logits = com.microsoft.SkipLayerNormalization(c, deep, g, e)"),
     ("gelus", "a = com.microsoft.BiasGelu(c, bias)\n d = com.microsoft.FastGelu(a, bias)\n q2 = com.microsoft.QuickGelu<alpha = 1.5>(d)\n logits = com.microsoft.Gelu(q2)"),
+    ("a causal convolution", "ct = Transpose<perm = [0, 2, 1]>(c)\n r, rl = com.microsoft.CausalConvWithState<ndim = 1, activation = \"silu\">(ct, taps, bias)\n logits = Transpose<perm = [0, 2, 1]>(r)"),
     ("a gated norm", "logits = com.microsoft.GatedRMSNorm<epsilon = 0.001>(c, g4, x)"),
     ("a gated sum", "gate = ReduceMean<keepdims = 1>(x, third)\n logits = com.microsoft.GatedAdd(c, x, gate)"),
     ("a branchwise norm", "logits = com.microsoft.BranchwiseRMSNorm<num_branches = 2>(c, g4)"),
@@ -37,7 +38,12 @@ AFTER = [
 ]  # fmt: skip
 
 
-KERNELS_SINCE = {"GatedRMSNorm": (1, 30), "GatedAdd": (1, 30), "BranchwiseRMSNorm": (1, 31)}  # onnxruntime version
+KERNELS_SINCE = {
+    "CausalConvWithState": (1, 31),
+    "GatedRMSNorm": (1, 30),
+    "GatedAdd": (1, 30),
+    "BranchwiseRMSNorm": (1, 31),
+}  # onnxruntime version
 
 
 @pytest.mark.parametrize("after", [pytest.param(after, id=title) for title, after in AFTER])

@@ -22,8 +22,7 @@ REVIEWED = {"onnx": (1, 23), "onnxruntime": (1, 31)}  # releases whose operators
 
 NOTHING_KEEPS_TOKENS_APART = {
     "a state goes from token to token": (
-        "AttnLSTM CausalConvWithState DynamicQuantizeLSTM GRU GatedDeltaNet LSTM RNN Scan "
-        "VarlenCausalConvWithState"
+        "AttnLSTM DynamicQuantizeLSTM GRU GatedDeltaNet LSTM RNN Scan VarlenCausalConvWithState"
     ),
     "it is there for a model that has a cache, or writes one": (
         "DecoderAttention DecoderMaskedMultiHeadAttention DecoderMaskedSelfAttention PagedAttention SparseAttention "

@@ -5,10 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from kvsurgeon.decompose.causal_convolutions import drop_padded_ends, may_drop_padding
 from kvsurgeon.decompose.chunked_regions import may_be_chunked
 from kvsurgeon.decompose.delta_rule import replace_chunked_rules
 from kvsurgeon.decompose.einsums import is_splittable, split_einsums
-from kvsurgeon.decompose.padded_ends import drop_padded_ends, may_drop_padding
 from kvsurgeon.decompose.scan_builder import roll_up_loops
 from kvsurgeon.decompose.sequences import MAKERS, remove_sequences
 from kvsurgeon.decompose.unrolled_loops import may_be_unrolled

@@ -35,6 +35,12 @@ def linear_attention_links(call: OperatorCall) -> AxisLinks:
     )  # fmt: skip
 
 
+def causal_conv_with_state(call: OperatorCall) -> list[Fact]:
+    """`CausalConvWithState`: its input's shape, and the rows before the next call."""
+    rows = call.fact(0)
+    return [Fact(rows.shape, rows.dtype), Fact(None, rows.dtype)]
+
+
 def scan(call: OperatorCall) -> list[Fact]:
     """`Scan`: states as they are before the first element, and the declared rows of the body, one for each element."""
     body, elements = call.node.attributes["body"].as_graph(), call.integer("num_scan_inputs", 1)
@@ -57,5 +63,7 @@ def scan(call: OperatorCall) -> list[Fact]:
 OPERATORS: list[Operator] = [
     *entries("LSTM GRU RNN", by_schema, None, Trait.RECURRENT),
     *entries("Scan", scan, None, Trait.RECURRENT),
+    *entries("CausalConvWithState", causal_conv_with_state, domain="com.microsoft",
+             decomposition="kvsurgeon.decompose.causal_convolutions:causal_conv_with_state"),
     *entries("LinearAttention", linear_attention, linear_attention_links, since_version=27),
-]
+]  # fmt: skip

@@ -44,6 +44,7 @@ BUILT_IN = {
     "reciprocal-to-div": "kvsurgeon.passes.operators.reciprocal_to_div:ReciprocalToDiv",
     "store-transposed-weights": "kvsurgeon.passes.operators.store_transposed_weights:StoreTransposedWeights",
     "pack-projections": "kvsurgeon.passes.operators.pack_projections:PackProjections",
+    "fuse-causal-convs": "kvsurgeon.passes.operators.fuse_causal_convs:FuseCausalConvs",
     "fuse-skip-norms": "kvsurgeon.passes.operators.fuse_skip_norms:FuseSkipNorms",
     "optimize": "kvsurgeon.passes.operators.optimize:Optimize",
     "fuse-rotary": "kvsurgeon.passes.operators.fuse_rotary:FuseRotary",

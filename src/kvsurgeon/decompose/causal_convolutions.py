@@ -1,4 +1,4 @@
-"""Convolutions whose last rows a `Slice` drops: the padding that computes them is left out instead.
+"""Causal convolutions: `CausalConvWithState`, and those whose last rows a `Slice` drops, by less padding.
 
     before: Slice(Conv(x, pads=[3, 3]), 0, 16) of 16 rows, where the convolution has 19
     after:  Conv(x, pads=[3, 0])
@@ -12,8 +12,31 @@ import onnx_ir as ir
 
 from kvsurgeon.dataflow.input_dimensions import read_inputs
 from kvsurgeon.dataflow.shape_inference import Shapes
+from kvsurgeon.decompose.fused_node import FusedNode
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import is_operator, producer_of
+
+
+def causal_conv_with_state(op: FusedNode) -> None:
+    """Decompose `CausalConvWithState` along one axis, without a past.
+
+    Raises:
+        UnsupportedError: It has a past, or its rows are laid out in another way.
+    """
+    attributes = op.node.attributes
+    if op.optional(3) is not None:
+        raise op.unsupported_past()
+    plain = (("ndim", 1), ("channels_last", 0), ("dilation", 1), ("state_window", 0))
+    other = next((name for name, number in plain if attributes.get_int(name, number) != number), None)
+    activation = attributes.get_string("activation", "none")
+    if other is not None or activation not in ("none", "silu", "swish"):
+        raise op.unsupported(
+            f"attribute {other or 'activation'} is not known", expected="channels before rows, without gaps",
+            hint="export the convolution by standard operators",
+        )  # fmt: skip
+    channels, width = op.size(1, 0), op.size(1, 2)
+    rows = op.Conv(op.input(0), op.input(1), op.optional(2), group=channels, pads=[width - 1, 0])
+    op.finish(rows if activation == "none" else op.Mul(rows, op.Sigmoid(rows)), None)
 
 
 def may_drop_padding(graph: ir.Graph) -> bool:
