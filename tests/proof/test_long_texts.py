@@ -1,11 +1,11 @@
 """What only long texts show, of which some rows are computed: larger batches, other numbers, hidden keys."""
 
+import pytest
 from attentions import attention, in_order
 from written import read
 
-from kvsurgeon.analysis.analysis import analyze
+from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.proof.proof import prove
 
 SWITCH = 300  # position of the last query that is causal; the next one has no later key in a text of 302 tokens
 NUMBERS = f"int64 switch = {{{SWITCH}}}, int64 ahead = {{3}}, int64 five = {{5}}, int64[2] last = {{1, 2}}"
@@ -16,7 +16,7 @@ CAUSAL = "causal = LessOrEqual(row, column)"
 def limit_of(allowed: str, **parts: str) -> int | None:
     """Return the longest text that is proved to be right, in tokens."""
     text = attention(allowed=f"{NEAR}\n {CAUSAL}\n {allowed}", constants=f"{NUMBERS}, float zero = {{0.0}}", **parts)
-    return prove(analyze(Subject.of(in_order(read(text))).model)).limit
+    return Subject.of(in_order(read(text))).proof().limit
 
 
 def test_a_third_sequence_that_reads_later_keys_limits_the_length():
@@ -42,3 +42,32 @@ def test_no_limit_without_a_switch():
     windowed = "start = Sub(column, switch)\n window = Greater(row, start)\n inside = And(causal, window)"
     itself = "same = Equal(row, column)\n either = Or(own, same)"
     assert limit_of(f"{shown}\n {windowed}\n {itself}\n allowed = And(inside, either)") is None
+
+
+BATCH = "size = Slice(sizes, first, second)\n count = Squeeze(size)\n numbers = Range(nought, count, one)"
+THIRD = f"{BATCH}\n of_batch = Unsqueeze(numbers, last)\n other = Greater(of_batch, one)"
+LARGE = "other = Greater(number, five)"
+LATE = "late_too = Greater(length, switch)\n both = And(other, late_too)\n factor = Where(both, two, unit)"
+BY_LENGTH = "length_too = CastLike(length, unit)\n factor = Where(other, length_too, unit)"
+
+
+def limit_of_factor(factor: str, inputs: str) -> int | None:
+    """Return the longest text that is proved to be right if the hidden states have a factor, in tokens."""
+    parts = {
+        "hidden": f"{factor}\n h = Mul(x, factor)",
+        "inputs": inputs,
+        "allowed": CAUSAL.replace("causal", "allowed"),
+    }
+    text = attention(constants=f"{NUMBERS}, float unit = {{1.0}}, float two = {{2.0}}", **parts)
+    return Subject.of(in_order(read(text))).proof().limit
+
+
+@pytest.mark.parametrize(("other", "inputs"), [(THIRD, ""), (LARGE, "int64[1] number")], ids=["batch", "number"])
+def test_a_factor_of_others_in_long_texts_limits_the_length(other, inputs):
+    assert limit_of_factor(f"{other}\n {LATE}", inputs) == SWITCH
+
+
+@pytest.mark.parametrize(("other", "inputs"), [(THIRD, ""), (LARGE, "int64[1] number")], ids=["batch", "number"])
+def test_a_factor_of_others_that_is_the_length_is_rejected(other, inputs):
+    with pytest.raises(UnsupportedError, match="depend on the total length"):
+        limit_of_factor(f"{other}\n {BY_LENGTH}", inputs)

@@ -21,7 +21,7 @@ from kvsurgeon.cache.sizes import CacheSize, cache_size
 from kvsurgeon.cli.main import run
 from kvsurgeon.errors import KvsurgeonError, UnsupportedError
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.proof.attention_pattern import AttentionPattern
+from kvsurgeon.proof.attention.attention_pattern import AttentionPattern
 from kvsurgeon.reporting.layer_ranges import group_layers
 from kvsurgeon.reporting.page.attention_graph import AttentionGraph, Vertex
 from kvsurgeon.reporting.page.embedded import embedded_keys, embedded_weights

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvsurgeon.anatomy.facts import Mask
-from kvsurgeon.proof.attention_pattern import MIN_WEIGHT, AttentionPattern
+from kvsurgeon.proof.attention.attention_pattern import MIN_WEIGHT, AttentionPattern
 
 
 def read_mask(pattern: AttentionPattern) -> Mask:

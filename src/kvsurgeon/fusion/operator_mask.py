@@ -9,7 +9,7 @@ import numpy as np
 
 from kvsurgeon.anatomy.masks import read_mask
 from kvsurgeon.dataflow.input_roles import InputRole, padding_mask
-from kvsurgeon.proof.attention_pattern import AttentionPattern
+from kvsurgeon.proof.attention.attention_pattern import AttentionPattern
 
 
 @dataclass(frozen=True, kw_only=True)

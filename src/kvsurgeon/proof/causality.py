@@ -12,11 +12,11 @@ from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.mask_patterns import first_half
 from kvsurgeon.analysis.probe_inputs import AMPLIFIED
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.proof.attention_inputs import check_batches, check_numbers
-from kvsurgeon.proof.attention_masks import check_content_masks, check_masks
-from kvsurgeon.proof.attention_pattern import MIN_WEIGHT, AttentionPattern, is_attended
-from kvsurgeon.proof.attention_probe import AttentionProbe, not_causal
-from kvsurgeon.proof.attention_rows import RowResults, check_rows
+from kvsurgeon.proof.attention.attention_inputs import check_batches, check_numbers
+from kvsurgeon.proof.attention.attention_masks import check_content_masks, check_masks
+from kvsurgeon.proof.attention.attention_pattern import MIN_WEIGHT, AttentionPattern, is_attended
+from kvsurgeon.proof.attention.attention_probe import AttentionProbe, not_causal
+from kvsurgeon.proof.attention.attention_rows import RowResults, check_rows
 from kvsurgeon.proof.first_call import check_first_call
 from kvsurgeon.proof.key_reductions import check_key_reductions, normalizes_before_mask
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, first_tokens

@@ -23,8 +23,8 @@ from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import downstream
 from kvsurgeon.ops.content import is_shape_only
-from kvsurgeon.proof.attention_pattern import is_attended
-from kvsurgeon.proof.attention_probe import AttentionProbe
+from kvsurgeon.proof.attention.attention_pattern import is_attended
+from kvsurgeon.proof.attention.attention_probe import AttentionProbe
 from kvsurgeon.proof.length_sweep import LengthSweep
 from kvsurgeon.proof.row_runner import RowRunner
 

@@ -20,7 +20,7 @@ from kvsurgeon.analysis.regions.sequence_state import reads_masked_tokens
 from kvsurgeon.analysis.token_flow import PER_CALL
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import upstream
-from kvsurgeon.proof.attention_pattern import AttentionPattern, attended_keys
+from kvsurgeon.proof.attention.attention_pattern import AttentionPattern, attended_keys
 from kvsurgeon.proof.causality import check_causality, other_reductions
 from kvsurgeon.proof.length_sweep import LengthSweep
 from kvsurgeon.proof.site_numbering import number_site

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.analysis.mask_patterns import (
-    first_half,
-    learned_rows_first,
-    left_padded,
-    sequence_last,
-    unmasked,
-    with_gaps,
-)
+from kvsurgeon.analysis.mask_patterns import first_half, learned_rows_first, sequence_last, unmasked
 from kvsurgeon.analysis.probe_inputs import Rows
+from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
@@ -28,6 +23,7 @@ from kvsurgeon.proof.causality import other_reductions
 from kvsurgeon.proof.context_scan import changing_lengths
 from kvsurgeon.proof.first_call import check_readers
 from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, first_tokens
+from kvsurgeon.proof.other_inputs import Inputs, masked_inputs, other_inputs
 from kvsurgeon.proof.row_checks import affordable, longest_passing, spans
 from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.symbolic.sequence_axes import Axes
@@ -54,13 +50,11 @@ def find_limit(sweep: LengthSweep) -> int | None:
         return None
     runner = sweep.runner(list(values))
     compared = _Compared(values)
-    for mask in (unmasked, left_padded, with_gaps) if runner.masks else (unmasked,):
-        lengths = [length for length in sweep.context_lengths(values) if mask(length).sum() > 1 or length == 1]
-        results = sweep.run(
-            lengths,
-            lambda length, mask=mask: compared.arrays(runner.run(length, mask), Rows.of_text(length)),  # type: ignore[misc]
-        )
-        sweep.bounds |= _table_bounds([rows.get(value) for value in values], results)
+    others = other_inputs(sweep, runner.masks, (max(sweep.lengths),)) if unproved else []
+    for inputs in [*others, *masked_inputs(runner.masks)]:
+        results = _results(sweep, runner, compared, inputs)
+        if inputs not in others:
+            sweep.bounds |= _table_bounds([rows.get(value) for value in values], results)
         for previous, length in pairwise(results):
             try:
                 compared.check(results[length], results[previous], previous)
@@ -76,6 +70,29 @@ def find_limit(sweep: LengthSweep) -> int | None:
             compared.check(arrays[0], arrays[1], half)
         return None
     return _check_rows(sweep, {value: values[value] for value in unproved}, max(results))
+
+
+def _results(
+    sweep: LengthSweep, runner: SubgraphRunner, compared: _Compared, inputs: Inputs
+) -> dict[int, list[np.ndarray]]:
+    """Return the arrays to compare at each length at which the values run."""
+
+    def run(length: int) -> list[np.ndarray]:
+        arrays = runner.run(length, inputs.mask, batch=inputs.batch, number=inputs.number)
+        return compared.arrays(arrays, Rows(0, length, length, inputs.batch))
+
+    lengths = [one for one in sweep.context_lengths(list(compared.values)) if _has_tokens(inputs, one)]
+    if inputs.number is None:
+        return sweep.run(lengths, run)
+    results = {}
+    for length in lengths:
+        with suppress(UnsupportedError):  # no row of a table has this index
+            results[length] = run(length)
+    return results
+
+
+def _has_tokens(inputs: Inputs, length: int) -> bool:
+    return length == 1 or int(inputs.mask(length).sum()) > 1
 
 
 def _check_rows(sweep: LengthSweep, values: dict[ir.Value, Axes], passed: int) -> int | None:
@@ -96,14 +113,25 @@ def _check_rows(sweep: LengthSweep, values: dict[ir.Value, Axes], passed: int) -
 
     def check(total: int) -> None:
         for rows in spans(total, thresholds, runner.elements, len(totals)):
-            alone = Rows(rows.start, rows.stop, rows.stop)
-            for mask in (unmasked, left_padded, with_gaps) if whole.masks else (unmasked,):
-                longer, shorter = (compared.arrays(runner.run(one, mask), one) for one in (rows, alone))
-                compared.check(longer, shorter, rows.stop, keys_only=True)
+            for inputs in [*masked_inputs(whole.masks), *other_inputs(sweep, whole.masks, (rows.start, total))]:
+                found = [_rows_of(runner, compared, end, rows, inputs) for end in (total, rows.stop)]
+                if found[0] is not None and found[1] is not None:
+                    compared.check(found[0], found[1], rows.stop, keys_only=True)
 
     longest, failed = longest_passing(check, totals, passed)
     sweep.add_failure(longest, failed)
     return longest
+
+
+def _rows_of(runner: RowRunner, compared: _Compared, total: int, rows: Rows, inputs: Inputs) -> Arrays | None:
+    """Return rows of the arrays to compare in a text of a total length; None if no table has a row for a number."""
+    of_text = Rows(rows.start, rows.stop, total, inputs.batch)
+    try:
+        return compared.arrays(runner.run(of_text, inputs.mask, number=inputs.number), of_text)
+    except UnsupportedError:
+        if inputs.number is None:
+            raise
+        return None
 
 
 class _Compared:

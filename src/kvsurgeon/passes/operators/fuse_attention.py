@@ -22,7 +22,7 @@ from kvsurgeon.passes.cache.inject import SelectMatches
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.options import check_count
-from kvsurgeon.proof.attention_pattern import AttentionPattern
+from kvsurgeon.proof.attention.attention_pattern import AttentionPattern
 from kvsurgeon.proof.proof import Proof
 from kvsurgeon.resizing.lengths import LengthValues, sources_of
 

@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from kvsurgeon.anatomy import Mask
-from kvsurgeon.proof.attention_pattern import AttentionPattern
+from kvsurgeon.proof.attention.attention_pattern import AttentionPattern
 
 _CELLS = 16  # rows and columns of a picture
 _CELL, _GAP = 13, 1  # units of the picture

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvsurgeon.analysis.attention.mask_forms import MANY
 from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.proof.attention_pattern import is_attended
-from kvsurgeon.proof.attention_probe import AttentionProbe
+from kvsurgeon.proof.attention.attention_pattern import is_attended
+from kvsurgeon.proof.attention.attention_probe import AttentionProbe
+from kvsurgeon.proof.other_inputs import other_batches, other_numbers
 from kvsurgeon.proof.row_runner import RowRunner
-from kvsurgeon.symbolic.dimension import BATCH
 
-NUMBERS = (-1.0, 0.0, 1.0, 2.0, 3.0)  # that an input without tokens may hold
 HAS_A_KEY = "inputs that are not given for each token leave every query a key"
-BATCHES = (3, 5)  # sequences, in addition to two
 
 
 def check_batches(probe: AttentionProbe, length: int) -> None:
     """Check that the sequences of larger batches are causal too: a mask may count sequences."""
-    for batch in BATCHES if probe.sweep.flow.batch is BATCH else ():
+    for batch in other_batches(probe.sweep):
         arrays = probe.runner.run(length, batch=batch)
         probe.check_causal(probe.compared(arrays, Rows(0, length, length, batch))[0])
 
@@ -31,7 +28,7 @@ def check_numbers(probe: AttentionProbe, length: int) -> None:
     assumed that there are none.
     """
     half = length // 2
-    for number in _numbers(probe, half, length):
+    for number in other_numbers(probe.sweep, probe.runner.masks, (half, length - 1, length)):
         try:
             longer, shorter = (probe.run(count, number=number)[0] for count in (length, half))
         except UnsupportedError:  # no row of a table has this index
@@ -48,11 +45,11 @@ def check_numbers(probe: AttentionProbe, length: int) -> None:
 
 def check_rows_with_other_inputs(probe: AttentionProbe, runner: RowRunner, rows: Rows) -> None:
     """Check rows of the weights of a long text as `check_batches` and `check_numbers` check those of short texts."""
-    if probe.sweep.flow.batch is BATCH:
-        of_batch = Rows(rows.start, rows.stop, rows.total, max(BATCHES))
+    for batch in other_batches(probe.sweep)[-1:]:
+        of_batch = Rows(rows.start, rows.stop, rows.total, batch)
         probe.check_causal(probe.compared(runner.run(of_batch, scale=0.0), of_batch)[0], rows.start)
     followed = Rows(rows.start, rows.stop, min(rows.stop + 1, rows.total))
-    for number in _numbers(probe, rows.start, rows.total):
+    for number in other_numbers(probe.sweep, probe.runner.masks, (rows.start, rows.total - 1, rows.total)):
         try:
             longer, shorter = (probe.compared(runner.run(one, number=number), one)[0] for one in (rows, followed))
         except UnsupportedError:
@@ -60,18 +57,6 @@ def check_rows_with_other_inputs(probe: AttentionProbe, runner: RowRunner, rows:
         longer, shorter = (np.where(_attends_to_none(weights), 0.0, weights) for weights in (longer, shorter))
         probe.check_causal(longer, rows.start)
         probe.check_stable(longer[..., : followed.total], shorter)
-
-
-def _numbers(probe: AttentionProbe, place: int, length: int) -> list[float]:
-    """Return numbers that the inputs without tokens may hold, if there are such inputs."""
-    given_once = [given.value for given in probe.runner.masks if not given.lengths]
-    if not given_once:
-        return []
-    counts = probe.sweep.numbers
-    numbers = {*NUMBERS, place, length - 1, length, *counts, *(count + 1 for count in counts)}
-    if all(value.dtype is not None and not value.dtype.is_floating_point() for value in given_once):
-        numbers |= {-MANY, MANY}  # as a factor of scores, it would outweigh a mask
-    return sorted(numbers)
 
 
 def _attends_to_none(weights: np.ndarray) -> np.ndarray:

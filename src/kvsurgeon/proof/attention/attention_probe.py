@@ -14,7 +14,7 @@ from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.mask_patterns import MaskPattern, learned_rows_first, sequence_last, unmasked
 from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.proof.attention_pattern import MIN_WEIGHT, largest_weight_on_later_key
+from kvsurgeon.proof.attention.attention_pattern import MIN_WEIGHT, largest_weight_on_later_key
 from kvsurgeon.proof.length_sweep import LengthSweep, check_prefix_stable
 
 SCALES = (30.0, 10.0, 3.0, 1.0)  # of the probed scores: a mask must hold for the largest that give finite weights

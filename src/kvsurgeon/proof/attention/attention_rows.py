@@ -12,9 +12,9 @@ from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.proof.attention_inputs import check_rows_with_other_inputs
-from kvsurgeon.proof.attention_masks import check_content_masks_in_rows, check_masked_rows
-from kvsurgeon.proof.attention_probe import AttentionProbe
+from kvsurgeon.proof.attention.attention_inputs import check_rows_with_other_inputs
+from kvsurgeon.proof.attention.attention_masks import check_content_masks_in_rows, check_masked_rows
+from kvsurgeon.proof.attention.attention_probe import AttentionProbe
 from kvsurgeon.proof.context_scan import changing_lengths, changing_positions
 from kvsurgeon.proof.first_call import check_first_call_rows
 from kvsurgeon.proof.length_sweep import check_prefix_stable, first_tokens
@@ -27,7 +27,7 @@ MIN_PROVED_LENGTH = 1024  # tokens: rows of a shorter text, if longer ones are t
 
 @dataclass(kw_only=True)
 class RowResults:
-    """What rows of the weights of long texts show.
+    """Results of checking rows of the weights of long texts.
 
     Attributes:
         checked: The longest length in tokens at which rows were checked.

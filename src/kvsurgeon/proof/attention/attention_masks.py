@@ -18,7 +18,7 @@ from kvsurgeon.analysis.mask_patterns import (
 from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.proof.attention_pattern import (
+from kvsurgeon.proof.attention.attention_pattern import (
     MIN_WEIGHT,
     attended_keys,
     attends_to_all,
@@ -26,7 +26,7 @@ from kvsurgeon.proof.attention_pattern import (
     leaking_queries,
     queries_without_key,
 )
-from kvsurgeon.proof.attention_probe import AttentionProbe
+from kvsurgeon.proof.attention.attention_probe import AttentionProbe
 from kvsurgeon.proof.content_masks import hiding_feeds
 from kvsurgeon.proof.row_runner import RowRunner
 

@@ -1,0 +1,57 @@
+"""Other inputs than those of a usual run: masked tokens, larger batches, and other numbers in inputs without tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from kvsurgeon.analysis.attention.mask_forms import MANY
+from kvsurgeon.analysis.mask_patterns import MaskPattern, left_padded, unmasked, with_gaps
+from kvsurgeon.dataflow.input_roles import InputRole
+from kvsurgeon.proof.length_sweep import LengthSweep
+from kvsurgeon.symbolic.dimension import BATCH
+
+NUMBERS = (-1.0, 0.0, 1.0, 2.0, 3.0)  # that an input without tokens may hold
+BATCHES = (3, 5)  # sequences, in addition to two
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """Contents of the inputs of a run.
+
+    Attributes:
+        mask: The tokens that the mask inputs mask.
+        batch: Number of sequences.
+        number: The elements of inputs without tokens; None for those of their roles.
+    """
+
+    mask: MaskPattern = unmasked
+    batch: int = 2
+    number: float | None = None
+
+
+def other_inputs(sweep: LengthSweep, masks: Collection[InputRole], lengths: Collection[int]) -> list[Inputs]:
+    """Return what else the inputs may hold: larger batches, and numbers, lengths among them."""
+    found = [Inputs(batch=batch) for batch in other_batches(sweep)]
+    return found + [Inputs(number=number) for number in other_numbers(sweep, masks, lengths)]
+
+
+def masked_inputs(masks: Collection[InputRole]) -> list[Inputs]:
+    """Return inputs without masked tokens and, if there are mask inputs, with some."""
+    return [Inputs(mask=mask) for mask in ((unmasked, left_padded, with_gaps) if masks else (unmasked,))]
+
+
+def other_numbers(sweep: LengthSweep, inputs: Iterable[InputRole], lengths: Collection[int]) -> list[float]:
+    """Return numbers that the inputs without tokens may hold, lengths among them; none if there are no such inputs."""
+    given_once = [given.value for given in inputs if not given.lengths]
+    if not given_once:
+        return []
+    numbers = {*NUMBERS, *lengths, *sweep.numbers, *(count + 1 for count in sweep.numbers)}
+    if all(value.dtype is not None and not value.dtype.is_floating_point() for value in given_once):
+        numbers |= {-MANY, MANY}  # as a factor of scores, it would outweigh a mask
+    return sorted(numbers)
+
+
+def other_batches(sweep: LengthSweep) -> tuple[int, ...]:
+    """Return sizes of batches, in addition to two sequences; none if the batch is fixed."""
+    return BATCHES if sweep.flow.batch is BATCH else ()
