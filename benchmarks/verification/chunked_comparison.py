@@ -80,7 +80,7 @@ class Reference:
             array, kind = input_for(given.name, ids), NUMPY_TYPES.get(given.type)
             if len(given.shape) != 2 or kind is None or (array is ids and np.dtype(kind).kind != "i"):
                 raise OriginalNotRunnableError(f"input {given.name} {given.shape} {given.type}")
-            feeds[given.name] = np.ascontiguousarray(array.astype(kind))
+            feeds[given.name] = np.asarray(array.astype(kind), order="C")
         return feeds
 
     def __call__(self, ids: np.ndarray) -> list[np.ndarray] | None:

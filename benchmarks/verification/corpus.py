@@ -38,7 +38,7 @@ class Case:
 
     index: int
     inputs: dict[str, np.ndarray]  # by input name, each for all tokens
-    reference: np.ndarray  # [batch, total, ...], or [batch, 1, ...] of the last token alone
+    reference: np.ndarray  # [batch, total, ...], or [batch, rows, ...] of the last tokens alone
     real: np.ndarray  # as the reference's first two axes, False at padding
     total: int  # tokens, padding included
 
@@ -48,7 +48,7 @@ class Case:
 
     @property
     def last_only(self) -> bool:
-        """Whether the model answers for the last token alone."""
+        """Whether the model answers for the last tokens alone."""
         return self.reference.shape[1] < self.total
 
 
@@ -165,7 +165,8 @@ def _case(index: int, arrays: dict[str, np.ndarray], outputs: dict[str, int]) ->
     inputs = {name: array for name, array in arrays.items() if name != answer}
     reference = np.moveaxis(arrays[answer].astype(np.float32), outputs.get(answer, 1), 1)
     batch, rows = reference.shape[:2]
-    total = _tokens(inputs) if rows == 1 else rows
+    is_asked_for = any(array.ndim == 0 and array.dtype.kind == "i" and array == rows for array in inputs.values())
+    total = _tokens(inputs) if rows == 1 or is_asked_for else rows  # of the last tokens
     mask = _padding_mask(inputs, (batch, total))
     real = np.ones((batch, total), dtype=bool) if mask is None else mask.astype(bool)
     if mask is not None:

@@ -213,22 +213,22 @@ CHUNKINGS: dict[str, Callable[[int], list[int]]] = {
 def _decode(session: ort.InferenceSession, contract: Contract, case: Case, chunks: Sequence[int]) -> np.ndarray:
     """Return the logits `[batch, total, ...]` of a case given in chunks, each with the past of those before.
 
-    Of a model that answers for the last token alone only the last call's answer, `[batch, 1, ...]`, is kept.
+    Of a model that answers for the last tokens of a call alone as many are kept as the reference has.
     """
     cache = {
         name: np.zeros(empty_sizes(name, dims, case.batch), dtype) for name, (dims, dtype) in contract.pasts.items()
     }
-    answers, start = [], 0
+    answers, start, rows = [], 0, case.reference.shape[1]
     for size in chunks:
         feeds = {name: part_of(name, dims, case.inputs, start, start + size) for name, dims in contract.given.items()}
         answer, *presents = session.run([contract.answer, *contract.presents], {**feeds, **cache})
         answer = np.moveaxis(answer, contract.token_axis, 1) if answer.ndim > contract.token_axis else answer
-        if answer.shape[:2] != (case.batch, 1 if case.last_only else size):
+        if answer.shape[:2] != (case.batch, min(size, rows)):
             raise ContractError(f"`{contract.answer}` has shape {answer.shape} for a call with {size} new tokens")
         answers.append(answer.astype(np.float32))
         cache = dict(zip(contract.pasts, presents, strict=True))
         start += size
-    return answers[-1] if case.last_only else np.concatenate(answers, axis=1)
+    return np.concatenate(answers, axis=1)[:, -rows:]
 
 
 def empty_sizes(name: str, dims: Sequence[str | int], batch: int) -> list[int]:
@@ -255,7 +255,7 @@ def part_of(name: str, dims: Sequence[str | int], inputs: Mapping[str, np.ndarra
             picks.append(slice(None))
         else:
             raise ContractError(f"input `{name}` has dims {list(dims)}; `{dim}` is not of the contract")
-    return np.ascontiguousarray(inputs[name][tuple(picks)])
+    return np.asarray(inputs[name][tuple(picks)], order="C")
 
 
 def _compare(result: np.ndarray, case: Case, chunking: str) -> Score:

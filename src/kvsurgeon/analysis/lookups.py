@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from kvsurgeon.analysis.axis_merging import merge, placed
-from kvsurgeon.analysis.call_indices import addresses_block, follows_query_length
+from kvsurgeon.analysis.call_indices import addresses_block, count_of_last, follows_query_length
 from kvsurgeon.analysis.sequence_slices import is_last
 from kvsurgeon.analysis.token_flow import NodeVisit
 from kvsurgeon.dataflow.value_kinds import ValueKind
@@ -27,7 +27,7 @@ def gather(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
         elif axis.most is not None:
             visit.mix_along(axis)
             visit.parameter((1,), axis.variable)
-        elif _selects_last(visit, axis):
+        elif _selects_last(visit, axis) or _selects_counted(visit, axis):
             visit.flow.last.update(visit.node.outputs)
         else:
             raise _by_position(visit)
@@ -62,6 +62,19 @@ def _selects_last(visit: NodeVisit, traced: SequenceAxis) -> bool:
         return False
     visit.parameter((1,), traced.variable)
     return is_last(indices[0], visit.shape(0)[traced.axis])
+
+
+def _selects_counted(visit: NodeVisit, traced: SequenceAxis) -> bool:
+    """Whether the indices name the last tokens of a call, of which an input gives the number; it is noted if so."""
+    indices = visit.node.inputs[1]
+    is_plain = traced.is_plain and traced.variable.resolved() is Length.NEW
+    if indices is None or not is_plain or len(visit.shape(1)) != 1 or visit.kind(1) is not ValueKind.CONTEXT:
+        return False
+    count = count_of_last(visit.flow, indices)
+    if count is not None:
+        visit.flow.counts[visit.node] = count
+        visit.flow.addresses.add((visit.node, 1))
+    return count is not None
 
 
 def gather_elements(visit: NodeVisit, links: AxisLinks) -> list[Axes]:

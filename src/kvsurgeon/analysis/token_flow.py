@@ -174,7 +174,8 @@ class TokenFlow:
         recurrence_verdicts: Whether such a region is a recurrence, by these numbers.
         assumed: What propagation could not prove, with the first value that it concerns.
         mixes_keys: Nodes that mix elements along an axis that must turn out to be the keys'.
-        last: Values computed from the last token alone.
+        last: Values computed from the last token alone, or from the last ones that an input gives the number of.
+        counts: For each node that selects the last tokens of a call, the input that gives their number.
         per_call: Values computed with a range over all tokens of a call.
     """
 
@@ -209,6 +210,7 @@ class TokenFlow:
     assumed: dict[str, str] = field(default_factory=dict)
     mixes_keys: dict[ir.Node, LengthVariable] = field(default_factory=dict)
     last: set[ir.Value] = field(default_factory=set)
+    counts: dict[ir.Node, ir.Value] = field(default_factory=dict)
     per_call: set[ir.Value] = field(default_factory=set)
 
     def has_learned_rows(self, variable: LengthVariable) -> bool:

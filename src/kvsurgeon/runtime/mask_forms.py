@@ -46,7 +46,7 @@ def with_forms_of(inputs: DecoderInputs, settled: DecoderInputs) -> DecoderInput
 def _choices(inputs: DecoderInputs) -> Iterator[DecoderInputs]:
     """Yield the inputs in all forms, the usual one first."""
     has_number = any(spec.kind == "other" and spec.tensor.integer and len(spec.axes) < 2 for spec in inputs.specs)
-    for number in (inputs.number, _MANY) if has_number else (inputs.number,):
+    for number in (inputs.number, _MANY, 1) if has_number else (inputs.number,):
         for specs in product(*map(_forms, inputs.specs)):
             yield replace(inputs, specs=specs, number=number)
 
@@ -71,6 +71,8 @@ def _hides(decoder: AnyDecoder) -> bool:
         whole, *others = (_outputs(decoder, row, mask) for row in (tokens, late, masked, early))
     except (RunError, UsageError):
         return False
+    if not whole.size:
+        return False  # a number of tokens selects none
     if whole.ndim < 3 or whole.shape[1] != length or whole.dtype.kind != "f":
         return True
     observed = [whole[:, 1:-1], others[0][:, 1:-1], others[1][:, 1:-1], others[2][:, -1:]]

@@ -77,7 +77,7 @@ def from_session(info: ort.NodeArg) -> ValueInfo:
 
 def to_runtime(array: Array) -> ort.OrtValue:
     """Return an array as a value of onnxruntime."""
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")  # `ascontiguousarray` gives a scalar an axis
     if array.dtype not in _STORAGE:
         return ort.OrtValue.ortvalue_from_numpy(array)
     storage, onnx_type = _STORAGE[array.dtype]

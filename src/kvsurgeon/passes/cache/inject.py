@@ -16,6 +16,7 @@ from kvsurgeon.cache.pairs import find_cache_pairs
 from kvsurgeon.cache.unknown_caches import find_unknown_caches
 from kvsurgeon.dataflow.input_dimensions import FIRST_CALL, GIVEN_FOR
 from kvsurgeon.dataflow.input_roles import MaskForm, padding_mask
+from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.decompose.relative_positions import multiply_before_gathering
 from kvsurgeon.errors import Code, UnsupportedError, UsageError
 from kvsurgeon.fusion.context import FusionContext
@@ -23,6 +24,7 @@ from kvsurgeon.fusion.fuser import AttentionFuser
 from kvsurgeon.fusion.match import FusionMatch
 from kvsurgeon.fusion.operators import GROUP_QUERY_ATTENTION
 from kvsurgeon.fusion.ragged_batches import length_of_all_sequences
+from kvsurgeon.graph.query import downstream
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.io.gc_pause import gc_paused
 from kvsurgeon.passes.cache.cross_attention_branch import compute_in_first_call, move_to_end
@@ -201,7 +203,7 @@ def inject(
         if options.past_length == "per-sequence":
             analysis = with_token_rows(analysis)
         plan = plan_cache(options, analysis, proof, bits, windows)
-        matches = () if select is None else select(analysis, proof)
+        matches, on_numbers = () if select is None else select(analysis, proof), _notes_on_numbers(analysis)
         with gc_paused():
             edits = inject_cache(analysis, plan, partial(_add_operators, analysis, matches, padding))
             edits += multiply_before_gathering(analysis.model)
@@ -210,8 +212,7 @@ def inject(
         write_first_call(subject.model, {one.value.name or "": int(one.number) for one in opening})
     notes = _state_lengths(subject.model, analysis) if padding == "lengths" else []
     notes += [f"assumed, not proved: {what} (first at `{where}`)" for what, where in proof.assumptions.items()]
-    fixed = [given.value.name for given in analysis.inputs if not given.lengths]
-    notes += [f"`{name}` has no axis of tokens: it must be the same in every call of a text" for name in fixed]
+    notes += on_numbers
     hiding = [given.value.name for given in analysis.inputs if given.lengths and given.mask_form is MaskForm.HIDDEN]
     notes += [f"`{name}` hides the tokens that it marks with 1, and keeps those with 0" for name in hiding]
     notes += [
@@ -229,6 +230,18 @@ def inject(
     elif plan.limit is not None:
         notes.append(f"the model ends with an error if past rows and new tokens are more than {plan.limit}")
     return Changed(edits=edits, notes=tuple(notes), proof=replace(proof, patterns=()))
+
+
+def _notes_on_numbers(analysis: Analysis) -> list[str]:
+    """Return what a caller must know of inputs that have no axis of tokens."""
+    flow, notes = analysis.flow, []
+    for value in (given.value for given in analysis.inputs if not given.lengths):
+        if value in flow.counts.values():
+            notes.append(f"`{value.name}` is how many of the last tokens of a call are selected")
+        read = downstream([value], stop=lambda node: node in flow.counts)
+        if any(flow.kinds.get(one) is ValueKind.TOKEN or one.is_graph_output() for one in read):
+            notes.append(f"`{value.name}` has no axis of tokens: it must be the same in every call of a text")
+    return notes
 
 
 def _state_lengths(model: ir.Model, analysis: Analysis) -> list[str]:
