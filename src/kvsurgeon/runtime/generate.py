@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from kvsurgeon.errors import UsageError
+from kvsurgeon.io.locate import find_model
 from kvsurgeon.runtime.axes import is_past
 from kvsurgeon.runtime.chat import chat_prompt
 from kvsurgeon.runtime.continuous_batching import ContinuousBatch
@@ -20,7 +21,7 @@ from kvsurgeon.runtime.feeds import Tokens
 from kvsurgeon.runtime.prefill import open_prefill
 from kvsurgeon.runtime.providers import CPU
 from kvsurgeon.runtime.sampling import Sampling
-from kvsurgeon.runtime.session import Optimization, Session, Source, folder_of, open_session
+from kvsurgeon.runtime.session import Optimization, Session, Source, open_session
 from kvsurgeon.runtime.tensors import Array
 from kvsurgeon.runtime.text import Prompt, encode_prompt, load_tokenizer, side_folders, stop_tokens, text_decoder
 
@@ -124,7 +125,7 @@ class TextGenerator:
         provider: str = CPU,
         optimization: Optimization = "all",
     ) -> None:
-        """Open a model, and the `prefill.onnx` next to it that `separate-prefill` writes.
+        """Open a model, and the `prefill.onnx` next to it if that is a part of it, as `separate-prefill` writes it.
 
         Args:
             model: A file, a folder, a model in memory, or a session.
@@ -139,10 +140,9 @@ class TextGenerator:
         Raises:
             InputError: The model or a side file cannot be read.
             UsageError: `cached` is true and the model has no cache, or it takes no token IDs.
-            ParityError: `prefill.onnx` computes another cache than the model.
         """
         folders: tuple[Path, ...] = ()
-        here = None if isinstance(model, Session) else folder_of(model, folder)
+        path = find_model(model) if isinstance(model, str | Path) else None
         options: dict[str, Any] = {"threads": threads, "optimization": optimization, "provider": provider}
         if not isinstance(model, Session):
             folders = side_folders(model, folder)
@@ -157,8 +157,8 @@ class TextGenerator:
         if self._decoder.inputs.tokens.kind != "tokens":
             raise UsageError(f"expected an input of token ids, found `{self._decoder.inputs.tokens.name}` only")
         self._prefill: Session | None = None
-        if here is not None and self.cached and isinstance(self._decoder, CachedDecoder):
-            self._prefill = open_prefill(self._decoder, here, **options)
+        if path is not None and self.cached and isinstance(self._decoder, CachedDecoder):
+            self._prefill = open_prefill(self._decoder, path, **options)
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], *, max_new_tokens: int = 64, sampling: Sampling | None = None
