@@ -68,7 +68,7 @@ class Region:
 def may_be_chunked(graph: ir.Graph) -> bool:
     """Return whether a graph has sums of decays, and a fixed length."""
     fixed = all(isinstance(size, int) for value in graph.inputs for size in value.shape or ())
-    return fixed and any(is_operator(node, "CumSum") for node in graph)
+    return fixed and any(is_operator(node, "CumSum") and node.outputs[0].dtype in (None, FLOAT) for node in graph)
 
 
 def find_regions(shapes: Shapes, node: ir.Node) -> Iterator[tuple[Region, ir.Value]]:
