@@ -44,12 +44,14 @@ def of(name: str, **settings: Any) -> Callable[[ModuleType], torch.nn.Module]:
     return lambda module: getattr(module, name)(**settings)
 
 
-def x_transformers(**settings: Any) -> Callable[[ModuleType], torch.nn.Module]:
-    """Return a builder of a decoder of x-transformers."""
+def x_transformers(memory_tokens: int = 0, **settings: Any) -> Callable[[ModuleType], torch.nn.Module]:
+    """Return a builder of a decoder of x-transformers, with memory tokens before the text."""
 
     def build(module: ModuleType) -> torch.nn.Module:
         layers = module.Decoder(dim=WIDTH, depth=LAYERS, heads=HEADS, attn_dim_head=HEAD, **settings)
-        return module.TransformerWrapper(num_tokens=VOCABULARY, max_seq_len=LENGTH, attn_layers=layers)
+        return module.TransformerWrapper(
+            num_tokens=VOCABULARY, max_seq_len=LENGTH, attn_layers=layers, num_memory_tokens=memory_tokens
+        )
 
     return build
 
@@ -205,6 +207,9 @@ DECODERS: dict[str, Decoder] = {
     ),
     "x-transformers-alibi": Decoder(
         "x-transformers", "x_transformers", x_transformers(alibi_pos_bias=True, attn_qk_norm=True)
+    ),
+    "x-transformers-memory": Decoder(
+        "x-transformers", "x_transformers", x_transformers(memory_tokens=3, rotary_pos_emb=True)
     ),
     "x-transformers-t5": Decoder(
         "x-transformers", "x_transformers", x_transformers(rel_pos_bias=True, sandwich_norm=True)
