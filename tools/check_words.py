@@ -133,7 +133,7 @@ ALLOWED = (
     Allowance(path="*/reporting/json_output.py", text="beside", reason="key of the JSON output"),
     Allowance(path="*/reporting/table.py", text="beside", reason="key of the JSON output"),
     Allowance(path="*/targets/qnn.py", text="host", reason="the vendor's term for its CPU side"),
-    Allowance(path="*/injector.py", text="inplace", reason="parameter of SparseML's injector, whose interface this is"),
+    Allowance(path="*injector.py", text="inplace", reason="parameter of SparseML's injector, whose interface this is"),
     Allowance(path="*", text=r"held[-_ ]out|HELD_OUT", reason="data that is not used in training"),
     Allowance(path="*", text=r"host[-_ ]inputs?", reason="inputs that the application computes: a pass"),
 )

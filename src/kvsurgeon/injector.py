@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from kvsurgeon.workflow.pipeline import PipelineRun
 
 _READ_FROM_THE_GRAPH = frozenset({"transpose_value_input", "transpose_key_input", "multiply_batch_by_num_att_heads"})
+_MISREAD = (
+    "DeepSparse loads this model and gives other tokens, or ends the process: KeyValueCacheInjector(..., "
+    "target='deepsparse') builds the form that it needs; other runtimes are not affected"
+)
 
 
 class KeyValueCacheInjector:
@@ -72,7 +76,8 @@ class KeyValueCacheInjector:
     def apply(self, model: onnx.ModelProto | str | Path, *, verify: bool = False) -> onnx.ModelProto:
         """Return the model with a cache; its external data is not moved.
 
-        Notes, such as what is assumed and not proved, are issued as warnings.
+        Notes, such as what is assumed and not proved, are issued as warnings. So is one if DeepSparse would load the
+        result without a target, and give other tokens.
 
         Args:
             model: The model without a cache, or the path of one, of which all weights are loaded.
@@ -97,7 +102,7 @@ class KeyValueCacheInjector:
 
         Args:
             model: The model without a cache, or its path.
-            file_path: The file; the folder for a target.
+            file_path: The file; for a target its folder, or the model's file in it.
         """
         subject = Subject.of(model, self.folder)
         if self.target is not None:
@@ -105,6 +110,7 @@ class KeyValueCacheInjector:
         return self._run(subject).save(file_path, source=self.folder)
 
     def _run(self, subject: Subject, *, verify: bool = False, destination: str | Path | None = None) -> PipelineRun:
+        from kvsurgeon.targets.deepsparse import is_misread
         from kvsurgeon.workflow.build_target import build_target
         from kvsurgeon.workflow.pipeline import Pipeline
         from kvsurgeon.workflow.run_and_save import run_and_save
@@ -115,7 +121,8 @@ class KeyValueCacheInjector:
             result: PipelineRun = build_target(subject, self.target, destination, verify=verify)
         else:
             result = run_and_save(subject, Pipeline((Inject(), *self.additional_transforms)), verify=verify)
-        for note in result.notes:
+        misread = (_MISREAD,) if self.target is None and is_misread(result.model) else ()
+        for note in (*result.notes, *misread):
             warnings.warn(note, stacklevel=3)
         return result
 

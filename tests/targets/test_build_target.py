@@ -114,9 +114,19 @@ def test_options_replace_those_of_the_target(given, tmp_path):
     assert "memory.0.key" in {value.name for value in done.model.graph.inputs}
 
 
-def test_a_target_needs_a_folder(given, tmp_path):
-    with pytest.raises(UsageError, match="expected a folder"):
-        build_target(given, PLAIN, tmp_path / "model.onnx")
+def test_a_target_needs_a_folder_or_the_file_that_it_loads(given, tmp_path):
+    with pytest.raises(
+        UsageError, match=r"expected a folder for target plain, or `model\.onnx` in one, found the file"
+    ):
+        build_target(given, PLAIN, tmp_path / "other.onnx")
+    written = build_target(given, PLAIN, tmp_path / "out" / "model.onnx", verify=False)
+    assert written.path == tmp_path / "out" / "model.onnx"
+
+
+def test_a_model_in_memory_gets_the_side_files_of_its_folder(given, tmp_path):
+    model = onnx.load(given / "model.onnx", load_external_data=False)
+    build_target(model, PLAIN, tmp_path / "out", folder=given, verify=False)
+    assert (tmp_path / "out" / "config.json").is_file()
 
 
 def test_an_unknown_target_is_an_error_that_lists_the_known_ones(given):

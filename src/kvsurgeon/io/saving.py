@@ -187,8 +187,15 @@ def side_files_of(model: ir.Model, source: Path) -> dict[str, Path | str]:
 
 
 def _origin(model: ir.Model, source: str | Path | None) -> Path | None:
-    """Return the file of the original model; None if it is not known."""
-    return find_model(source).absolute() if source is not None else loaded_from(model)
+    """Return the file of the original model, which may be missing in a folder of side files; None if not known."""
+    if source is None:
+        return loaded_from(model)
+    try:
+        return find_model(source).absolute()
+    except InputError:
+        if not Path(source).is_dir():
+            raise
+        return (Path(source) / "model.onnx").absolute()
 
 
 def _target(destination: Path, origin: Path | None) -> Path:

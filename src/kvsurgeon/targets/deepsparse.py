@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import onnx_ir as ir
+
+from kvsurgeon.dataflow.input_dimensions import required_inputs
 from kvsurgeon.passes.interface.add_causal_mask_input import AddCausalMaskInput
 from kvsurgeon.passes.interface.add_position_ids import AddPositionIds
 from kvsurgeon.passes.interface.rename_io import RenameIo
@@ -20,7 +23,7 @@ from kvsurgeon.targets.hugging_face_files import (
 from kvsurgeon.targets.model_info import ModelInfo
 from kvsurgeon.targets.target import Incompatibility, Target, warning
 
-_OPSET = 17  # the newest that its own engine loads; onnxruntime under it loads 19
+_OPSET, _IR_VERSION = 17, 9  # the newest that its own engine loads; onnxruntime under it loads 19
 # compute_engine_inputs takes the first two by their index, and computes the last one from the others
 _INPUTS = ("input_ids", "attention_mask", "positions", "causal_mask")
 _SHIFT_INVARIANT = {"causal", "sliding-window"}  # masks that depend only on the distance of query and key
@@ -43,12 +46,23 @@ def _check(model: ModelInfo) -> Iterator[Incompatibility]:
             at=other.output,
         )
     yield warning(
-        "the internal cache of DeepSparse, the default of its pipeline, cannot run every graph: an assertion of its "
-        "compiler ends the process then",
+        "the internal cache of DeepSparse, the default of its pipeline, gives other tokens for many graphs, or ends "
+        "the process",
         hint="internal_kv_cache=False runs the same folder with a cache in Python",
     )
     if "causal_mask" not in model.input_names:
         yield warning("the model has no input causal_mask: DeepSparse runs the prompt token by token")
+
+
+def is_misread(model: ir.Model) -> bool:
+    """Return whether DeepSparse loads a model with a cache that is not in its form, and gives other tokens.
+
+    It rejects inputs of other names and later versions, with an error.
+    """
+    names = {value.name for value in required_inputs(model.graph)}
+    others = {name for name in names if name not in _INPUTS and not str(name).startswith("past_key_values")}
+    loaded = not others and (model.graph.opset_imports.get("") or 0) <= _OPSET and model.ir_version <= _IR_VERSION
+    return loaded and "causal_mask" not in names
 
 
 def _config(model: ModelInfo) -> Mapping[str, Any] | None:

@@ -81,7 +81,7 @@ def build_target(
     Args:
         source: A file, a folder that holds one, or a model in memory.
         target: A target, or the name of one.
-        destination: A folder; None to write nothing.
+        destination: A folder, or the model's file in it that the target loads; None to write nothing.
         folder: The folder of the external data of a model in memory.
         verify: Whether to verify the result against the original.
         link_weights: Whether to link external data instead of copying it; see `kvsurgeon.save`.
@@ -94,17 +94,16 @@ def build_target(
         progress: Called by the verifier before each scenario.
 
     Raises:
-        UsageError: The target is unknown, or the destination is a file.
+        UsageError: The target is unknown, or the destination is a file that it does not load.
         InputError: The model cannot be read.
         UnsupportedError: The model cannot be given a cache, or the target cannot load it.
         ParityError: The results of the model differ from those of the original; nothing was written.
     """
     target = TARGETS.find(target).load() if isinstance(target, str) else target
-    if destination is not None and Path(destination).suffix == ".onnx":
-        raise UsageError(f"expected a folder for target {target.name}, found the file `{destination}`")
     subject = Subject.of(source, folder)
     if destination is not None:
-        _check_destination(subject, Path(destination), target)
+        destination = _folder(Path(destination), target)
+        _check_destination(subject, destination, target)
     reference = reference_of(subject) if verify else None
     run, target, decoder = _inject(subject, target, options or {})
     run = note_unreadable(run)
@@ -118,9 +117,9 @@ def build_target(
     path: Path | None = None
     files: tuple[io.WrittenFile, ...] = ()
     if destination is not None:
-        origin = source if isinstance(source, str | Path) else None
+        origin = source if isinstance(source, str | Path) else subject.folder
         options = {"source": origin, "link_weights": link_weights, "pack": pack, "force": force}
-        path, files = _save(models, parts, infos[0], target, Path(destination), **options)
+        path, files = _save(models, parts, infos[0], target, destination, **options)
     return TargetResult(
         model=next(iter(models.values())), folder=run.folder, steps=(*run.steps, *steps), path=path, files=files,
         verification=run.verification, loss=run.loss, target=target, models=models, warnings=warnings,
@@ -146,6 +145,21 @@ def check_target(
     except UnsupportedError as error:
         return (Incompatibility(str(error)),)
     return _check(infos, target, subject.folder)
+
+
+def _folder(destination: Path, target: Target) -> Path:
+    """Return the folder of the target at a destination.
+
+    Raises:
+        UsageError: The destination is a file that the target does not load.
+    """
+    if destination.suffix != ".onnx":
+        return destination
+    if target.variants or not destination.match(target.file):
+        raise UsageError(
+            f"expected a folder for target {target.name}, or `{target.file}` in one, found the file `{destination}`"
+        )
+    return destination.parents[len(Path(target.file).parts) - 1]
 
 
 def _check_destination(subject: Subject, destination: Path, target: Target) -> None:
