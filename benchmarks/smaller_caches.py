@@ -4,7 +4,8 @@ python benchmarks/help_topics.py MODEL/tokenizer.json --tokens 8192 -o topics.tx
 python benchmarks/smaller_caches.py MODEL... --text topics.txt [--only PASSES] [--tokens 1024] [--json OUT]
 
 Each pipeline runs as by its command: calibrated on the first half of the text, verified against the same weights in an
-unchanged graph, measured on 4,096 tokens of the second half. Ends with 1 if perplexity rises by more than its limit.
+unchanged graph, measured on up to 4,096 tokens of the second half. Ends with 1 if perplexity rises by more than its
+limit.
 """
 
 from __future__ import annotations
