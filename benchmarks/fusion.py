@@ -96,7 +96,7 @@ def is_fusable(site: AttentionSite) -> bool:
 
 def gist(message: str) -> str:
     """Return a message without the layer, and without names and numbers."""
-    message = re.sub(r"^not fused: |layer \\d+: | - at `.*|, expected .*", "", message)
+    message = re.sub(r"^not fused: |layer \d+: | - at `.*|, expected .*", "", message)
     return re.sub(r"`[^`]*`", "`.`", message).strip()
 
 

@@ -56,6 +56,17 @@ def test_only_operators_are_attributes_of_a_builder():
         NodeBuilder(Editor(model_of()), "y").neg  # noqa: B018
 
 
+def test_a_node_that_was_removed_reads_nothing():
+    """Otherwise a later pass would see a reader that is not in the graph."""
+    model = model_of()
+    editor = Editor(model)
+    kept = model.graph[0].outputs[0]
+    NodeBuilder(editor, "dead").Exp(kept)
+    assert len(kept.uses()) == 2
+    editor.finish()
+    assert [node.op_type for node, _ in kept.uses()] == ["Abs"]
+
+
 def test_a_copy_takes_the_names_of_an_original_that_dies():
     model = model_of()
     editor = Editor(model)

@@ -289,7 +289,7 @@ class Editor:
         """Remove dead code, give copies the names of removed originals, and sort the nodes."""
         live = find_live(self.graph)
         dead = [node for node in self.graph if node not in live]
-        self.graph.remove(dead)
+        self.graph.remove(dead, safe=True)  # a removed node reads nothing
         self.edits += len(dead)
         self._rename_copies(live)
         for value in list(self.graph.initializers.values()):
