@@ -11,20 +11,29 @@ import kvsurgeon
 from kvsurgeon.errors import Code, UnsupportedError
 
 INPUTS = "int64 keep"
+CONSTANTS = "int64 two = {2}, int64[1] end = {9223372036854775807}"
 LAST = """start = Sub(length, keep)
  kept = Range(start, length, one)
  g = Gather<axis = 1>(c, kept)
  logits = Tanh(g)"""
 
+SLICED = """back = Neg(keep)
+ start = Unsqueeze(back, first)
+ g = Slice(c, start, end, second)
+ logits = Tanh(g)"""
 
-def model(after: str = LAST, inputs: str = INPUTS, constants: str = "int64 two = {2}"):
+
+def model(
+    after: str = LAST, inputs: str = INPUTS, constants: str = "int64 two = {2}, int64[1] end = {9223372036854775807}"
+):
     written = attention(after=after, inputs=inputs, constants=constants)
     return in_order(read(written.replace("=> (float[b, n, 8] logits)", "=> (float[b, kept_tokens, 8] logits)")))
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 5])
-def test_each_call_returns_as_many_of_its_own(keep):
-    original = model()
+@pytest.mark.parametrize("after", [LAST, SLICED], ids=["gathered", "sliced"])
+def test_each_call_returns_as_many_of_its_own(keep, after):
+    original = model(after)
     cached = injected(original)
     x = texts(original, length=9)["x"]
     run, past = in_onnxruntime(cached), [np.zeros((2, 1, 0, 8), np.float32)] * 2
@@ -36,6 +45,16 @@ def test_each_call_returns_as_many_of_its_own(keep):
         past = [found["present.0.key"], found["present.0.value"]]
         assert found["logits"].shape == (2, min(keep, 3), 8)
         assert difference(found["logits"], expected) < 2e-5
+
+
+def test_a_slice_of_none_is_one_of_all():
+    original = model(SLICED)
+    x, past = texts(original, length=4)["x"], np.zeros((2, 1, 0, 8), np.float32)
+    feeds = {"x": x, "keep": np.array(0)}
+    found = in_onnxruntime(injected(original))(
+        {**feeds, "past_key_values.0.key": past, "past_key_values.0.value": past}
+    )
+    assert difference(found["logits"], in_onnxruntime(original)(feeds)["logits"]) < 2e-5
 
 
 def test_the_number_is_no_value_that_stays_the_same():
@@ -72,6 +91,17 @@ def test_the_last_of_the_whole_text_are_rejected():
     total += "\n ms = Shape(attention_mask)\n total = Gather(ms, one)"
     with pytest.raises(UnsupportedError):
         injected(model(total, inputs="int64 keep, int64[b, n] attention_mask"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("Slice(c, start, end, second)", "Slice(c, first, start, second)"), ("back = Neg(keep)", "back = Identity(keep)"),
+     ("back = Neg(keep)", "n = Neg(keep)\n back = Sub(n, one)")],
+    ids=["all but the last", "all but the first", "one more"],
+)  # fmt: skip
+def test_other_slices_are_rejected(old, new):
+    with pytest.raises(UnsupportedError):
+        injected(model(SLICED.replace(old, new)))
 
 
 def test_two_numbers_are_rejected():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
@@ -12,8 +13,12 @@ from kvsurgeon.decompose.einsums import is_splittable, split_einsums
 from kvsurgeon.decompose.scan_builder import roll_up_loops
 from kvsurgeon.decompose.sequences import MAKERS, remove_sequences
 from kvsurgeon.decompose.unrolled_loops import may_be_unrolled
+from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.copies import copy_model
-from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.editor import Editor, NodeBuilder
+from kvsurgeon.graph.query import is_operator
+from kvsurgeon.ops.content import depends_on_input
+from kvsurgeon.ops.gather import FAR
 
 
 def simplify_model(model: ir.Model) -> ir.Model:
@@ -23,7 +28,7 @@ def simplify_model(model: ir.Model) -> ir.Model:
     """
     calls = any(node.op_identifier() in model.functions for node in model.graph.all_nodes())
     sequences = any(node.op_type in MAKERS for node in model.graph)
-    certain = calls or sequences or any(is_splittable(node) for node in model.graph)
+    certain = calls or sequences or any(is_splittable(node) or _slices_to_end(node) for node in model.graph)
     rewritten = may_be_unrolled(model.graph), may_drop_padding(model.graph), may_be_chunked(model.graph)
     if not certain and not any(rewritten):
         return model
@@ -34,6 +39,7 @@ def simplify_model(model: ir.Model) -> ir.Model:
     editor = Editor(copy)
     remove_sequences(editor)
     split_einsums(editor)
+    _gather_to_end(editor)
     if may_drop_padding(copy.graph):
         drop_padded_ends(editor)
     if may_be_chunked(copy.graph):
@@ -49,3 +55,34 @@ def _align_local_domains(model: ir.Model) -> None:
     for function in model.functions.values():
         for domain in local & set(function.opset_imports) & set(model.opset_imports):
             function.opset_imports[domain] = model.opset_imports[domain]
+
+
+def _slices_to_end(node: ir.Node) -> bool:
+    """Return whether a node slices one axis from a place that an input gives to the end."""
+    if not is_operator(node, "Slice") or len(node.inputs) < 4:
+        return False
+    _, start, *bounds = node.inputs
+    if start is None or len([one for one in bounds if one is not None]) < len(bounds) or not depends_on_input(start):
+        return False
+    numbers = [small_constant(one) for one in bounds]
+    end, _, *step = [None if one is None or one.size != 1 else one.item() for one in numbers]
+    return end is not None and end >= FAR and numbers[1] is not None and numbers[1].size == 1 and step in ([], [1])
+
+
+def _gather_to_end(editor: Editor) -> None:
+    """Replace such slices by lookups of their places, which the analysis can run."""
+    for node in [node for node in editor.graph if _slices_to_end(node)]:
+        editor.before, value = node, node.outputs[0]
+        op = NodeBuilder(editor, value.name or "slice", like=node)
+        data, start, _, axis = node.inputs[:4]
+        size = op.Gather(op.Shape(data), axis, axis=0)
+        place = op.Reshape(op.Cast(start, to=ir.DataType.INT64), op.int64([1]))
+        from_end = op.Max(op.Add(place, size), op.int64([0]))
+        first = op.Where(op.Less(place, op.int64([0])), from_end, op.Min(place, size))
+        places = op.Range(op.Squeeze(first), op.Squeeze(size), op.int64(1))
+        numbers = small_constant(axis)
+        gathered = op.Gather(data, places, axis=int(np.ravel(numbers)[0]))  # type: ignore[arg-type]
+        gathered.type, gathered.shape = value.type, value.shape
+        editor.replace(value, gathered)
+        editor.graph.remove(node)
+        editor.before = None

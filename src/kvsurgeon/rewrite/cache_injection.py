@@ -13,7 +13,6 @@ from kvsurgeon.cache.pairs import LAST_ROWS
 from kvsurgeon.cache.states import mark_recurrent_state
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.editor import Editor, NodeBuilder
-from kvsurgeon.ops.gather import FAR
 from kvsurgeon.resizing.context_slices import ContextSlices
 from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.resizing.token_data import InputsBefore, TokenRewriter
@@ -30,7 +29,7 @@ from kvsurgeon.rewrite.head_grouping import HeadGrouping
 from kvsurgeon.rewrite.quantized_rows import dequantize_rows, quantize_rows
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dim_names import dim_names
-from kvsurgeon.symbolic.dimension import BATCH, NEW
+from kvsurgeon.symbolic.dimension import BATCH
 from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable
 
 CacheValues = Mapping[CacheTensor, ir.Value]
@@ -74,7 +73,7 @@ def inject_cache(analysis: Analysis, plan: CachePlan, add_operators: AddOperator
     for node in flow.order:
         if any(flow.kinds.get(value) is ValueKind.TOKEN for value in node.outputs):
             computed.get(node, tokens).rewire(node)
-    _select_at_most_all(analysis, lengths)
+    _select_at_most_all(analysis, editor)
     mask_causal_operators(flow, slices, before)
     declare_shapes(analysis, plan.total, shorter)
     for state in flow.cached_states:
@@ -203,12 +202,13 @@ def _cast(editor: Editor, value: ir.Value, before: ir.DataType, after: ir.DataTy
     return editor.node("Cast", [value], {"to": int(after)}, name=name, dtype=after, shape=value.shape)
 
 
-def _select_at_most_all(analysis: Analysis, lengths: LengthValues) -> None:
+def _select_at_most_all(analysis: Analysis, editor: Editor) -> None:
     """Select all tokens of a call that has fewer than are asked for: negative indices would name some twice."""
     for node in analysis.flow.counts:
-        op, indices = NodeBuilder(lengths.editor, f"{node.outputs[0].name}.kept", like=node), node.inputs[1]
-        missing = op.Max(op.Sub(op.Shape(indices), lengths.flat(NEW)), op.int64([0]))
-        lengths.editor.replace_input(node, 1, op.Slice(indices, missing, op.int64([FAR])))
+        op, indices = NodeBuilder(editor, f"{node.outputs[0].name}.kept", like=node), node.inputs[1]
+        dtype = analysis.flow.shapes[indices].dtype or ir.DataType.INT64  # type: ignore[index]
+        present = op.GreaterOrEqual(indices, op.number(0, dtype))
+        editor.replace_input(node, 1, op.Compress(indices, present, axis=0))
 
 
 def _slice_state(state: SequenceState, slices: ContextSlices) -> None:
