@@ -71,3 +71,16 @@ def test_a_factor_of_others_in_long_texts_limits_the_length(other, inputs):
 def test_a_factor_of_others_that_is_the_length_is_rejected(other, inputs):
     with pytest.raises(UnsupportedError, match="depend on the total length"):
         limit_of_factor(f"{other}\n {BY_LENGTH}", inputs)
+
+
+def sums_by(triangle: str, inputs: str = "") -> str:
+    """Return the text of a decoder that adds up hidden states with a matrix of context before attention."""
+    sums = f"early = LessOrEqual(row, column)\n {triangle}\n weights = CastLike(open, x)\n h = MatMul(weights, x)"
+    return attention(constants=NUMBERS, allowed="allowed = LessOrEqual(row, column)", hidden=sums, inputs=inputs)
+
+
+def test_sums_over_tokens_that_a_number_opens_are_rejected():
+    assert Subject.of(in_order(read(sums_by("open = Identity(early)")))).proof().limit is None
+    opened = sums_by("large = Greater(number, five)\n open = Or(early, large)", "int64[1] number")
+    with pytest.raises(UnsupportedError, match="mixes tokens"):
+        Subject.of(in_order(read(opened))).proof()

@@ -81,6 +81,11 @@ class SubgraphRunner:
         return self.inputs.masks
 
     @property
+    def reads_numbers(self) -> bool:
+        """Whether an input without tokens is read, whose numbers are up to the application."""
+        return any(not given.lengths for given in self.masks)
+
+    @property
     def feeds(self) -> dict[str, Feed]:
         """For each other input of the subgraph, by name: its array for rows of a text."""
         return self.inputs.feeds

@@ -195,6 +195,8 @@ def _is_position_wise(flow: TokenFlow, region: RoutedRegion, tokens: Sequence[ir
 
     try:
         runner = SubgraphRunner(flow, [result], probed=sources, assumptions=flow.assumed)
+        if runner.reads_numbers:
+            return False
         alone, axis = run(_ALL), batch_axis(flow.shapes[result].shape)
         whole = by_token(alone, _ALL)
         texts = [*_TEXTS, *(np.full(length, token) for length in lengths for token in _REPEATED)]

@@ -179,6 +179,8 @@ def _is_measured_causal(flow: TokenFlow, state: SequenceState) -> bool:
         return False
     try:
         runner, run = state_runner(flow, state, sources, flow.assumed)
+        if runner.reads_numbers:
+            return False
         masks = (left_padded, with_gaps) if runner.masks else ()
         for mask, scale in ((unmasked, 1.0), (unmasked, _LARGE), *((mask, 1.0) for mask in masks)):
             if not _keeps_prefixes(partial(run, mask=mask, scale=scale), _TOKENS):
