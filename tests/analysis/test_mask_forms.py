@@ -11,7 +11,7 @@ from written import read
 
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.passes.contract import Subject
-from kvsurgeon.proof.causality import HAS_A_KEY
+from kvsurgeon.proof.attention.attention_inputs import HAS_A_KEY
 
 CAUSAL = np.tril(np.ones((9, 9), bool))[None]
 LOW = np.float32(-1e9)

@@ -84,3 +84,26 @@ def test_sums_over_tokens_that_a_number_opens_are_rejected():
     opened = sums_by("large = Greater(number, five)\n open = Or(early, large)", "int64[1] number")
     with pytest.raises(UnsupportedError, match="mixes tokens"):
         Subject.of(in_order(read(opened))).proof()
+
+
+PADDED = "shown = Cast<to = 9>(attention_mask)\n hidden = Not(shown)\n padded = Unsqueeze(hidden, second)"
+MASK = "int64[b, n] attention_mask"
+TEXT_IS_LONG = "late = Greater(length, switch)"
+QUERY_IS_LATE = "late = Greater(column, switch)"
+
+
+@pytest.mark.parametrize(
+    ("opened", "inputs"),
+    [
+        (f"{THIRD}\n open = Or(early, other)", ""),
+        (f"{QUERY_IS_LATE}\n open = Or(early, late)", ""),
+        (f"{TEXT_IS_LONG}\n open = Or(early, late)", ""),
+        (f"{THIRD}\n {QUERY_IS_LATE}\n here = And(late, other)\n open = Or(early, here)", ""),
+        (f"{PADDED}\n {QUERY_IS_LATE}\n here = And(late, padded)\n open = Or(early, here)", MASK),
+        (f"{PADDED}\n {TEXT_IS_LONG}\n here = And(late, padded)\n open = Or(early, here)", MASK),
+    ],
+    ids=["third sequence", "late", "long", "late third sequence", "late padding", "padding of long texts"],
+)
+def test_sums_over_tokens_that_are_open_in_long_texts_are_rejected(opened, inputs):
+    with pytest.raises(UnsupportedError, match="mixes tokens"):
+        Subject.of(in_order(read(sums_by(opened, inputs)))).proof()

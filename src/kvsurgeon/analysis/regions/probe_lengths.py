@@ -34,6 +34,7 @@ from kvsurgeon.symbolic.fact import OperatorCall
 
 MAX_PROBE_LENGTH = 4100  # tokens: a number of at most this many is a length that a text may have
 MAX_ELEMENTS = 1 << 26  # of a tensor that is computed in a run
+_FOLLOWED = 9  # tokens from a number on, so that one beyond it is followed by others, masked ones among them
 
 
 def lengths_beyond(flow: TokenFlow, result: ir.Value, sources: Sequence[ir.Value]) -> list[int] | None:
@@ -47,10 +48,10 @@ def lengths_beyond(flow: TokenFlow, result: ir.Value, sources: Sequence[ir.Value
         counts |= {abs(number) for number in _numbers(flow, node) if 1 < abs(number) < FAR}
     total = min(sum(counts), MAX_PROBE_LENGTH)
     shapes = [flow.shapes[node.outputs[0]].shape or () for node in nodes]
-    largest = max((elements_at(shape, total + 2) for shape in shapes), default=0)
+    largest = max((elements_at(shape, total + _FOLLOWED) for shape in shapes), default=0)
     if max(counts, default=0) > MAX_PROBE_LENGTH or largest > MAX_ELEMENTS:
         return None
-    return sorted({count + 2 for count in (*counts, total)})
+    return sorted({count + _FOLLOWED for count in (*counts, total)})
 
 
 def elements_at(shape: Sequence[Dimension], length: int) -> int:

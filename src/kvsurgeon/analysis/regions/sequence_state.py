@@ -26,12 +26,13 @@ from kvsurgeon.analysis.token_flow import NodeVisit, Place, SequenceState, Token
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.ops.operator import UntraceableAxesError
 from kvsurgeon.ops.table import axis_links
-from kvsurgeon.symbolic.dimension import LENGTH
+from kvsurgeon.symbolic.dimension import BATCH, LENGTH
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
 STATE_IS_CAUSAL = "state outside attention depends on no later token (measured on probe inputs)"
 _MAX_NODES = 12  # between the inputs of a state and its result
 _TOKENS = 65  # of a text, unless a number in the region is larger
+_SEQUENCES = 5  # of a batch, whose number context may compare with
 _PREFIXES = (1, 2, 7, 8, 33, 40)  # tokens that stay the same while later ones change
 _LARGE = 30.0  # scale of a run with large values
 
@@ -188,10 +189,10 @@ def _is_measured_causal(flow: TokenFlow, state: SequenceState) -> bool:
         positions, changing = changing_context(flow, state.nodes)
         if positions and not _keeps_prefixes(run, max(positions) + 2, positions):
             return False
-        lengths = sorted(length for length in {*lengths, *changing} if length > _TOKENS)
-        return all(_keeps_prefixes(run, length) for length in lengths) and (
-            _keeps_sequences_apart(flow, runner, state.result)
-        )
+        longer = sorted(length for length in {*lengths, *changing} if length > _TOKENS)
+        return all(
+            _keeps_prefixes(partial(run, mask=mask), length) for length in longer for mask in (unmasked, *masks)
+        ) and _keeps_sequences_apart(flow, runner, state.result)
     except Exception:  # whatever onnxruntime raises
         return False
 
@@ -227,9 +228,10 @@ def state_runner(
 ) -> tuple[SubgraphRunner, Run]:
     """Return a runner of the state's result from its sources, and a function that returns the result's tokens last."""
     runner = SubgraphRunner(flow, [state.result], probed=sources, assumptions=assumptions)
+    batch = _SEQUENCES if flow.batch is BATCH else 2
 
     def run(tokens: np.ndarray, mask: MaskPattern = unmasked, scale: float = 1.0) -> np.ndarray:
-        array = runner.run(len(tokens), mask, tokens=tokens, scale=scale)[0]
-        return sequence_last(array, state.axes, Rows.of_text(len(tokens)))
+        array = runner.run(len(tokens), mask, batch=batch, tokens=tokens, scale=scale)[0]
+        return sequence_last(array, state.axes, Rows(0, len(tokens), len(tokens), batch))
 
     return runner, run
