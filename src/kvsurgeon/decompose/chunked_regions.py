@@ -16,13 +16,12 @@ import onnx_ir as ir
 from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.query import downstream, is_operator
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.fact import Fact
 
-_MOVING = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Identity", "Pad", "Cast"})
-_ANALYTIC = _MOVING | frozenset({
-    "Add", "Concat", "CumSum", "Einsum", "Exp", "Expand", "Gather", "GatherND", "MatMul", "Mul", "Neg", "ReduceSum",
-    "ScatterElements", "ScatterND", "Slice", "Split", "Sub", "Sum", "Tile", "Trilu", "Where",
-})  # fmt: skip
+_SAME_ELEMENTS = (Trait.RESHAPE, Trait.TRANSPOSE, Trait.IDENTITY)
+_MOVES = (*_SAME_ELEMENTS, Trait.REPEAT, Trait.SELECT, Trait.LOOKUP, Trait.MOVE)
 FLOAT = ir.DataType.FLOAT
 _MAX_NODES = 20_000
 _MAX_ELEMENTS = 1 << 22  # of a constant in a region: masks and tables, not weights
@@ -126,7 +125,7 @@ def _first_of_chunks(shapes: Shapes, sums: ir.Node) -> tuple[_Chunks, ir.Value] 
     if axis is None or len(axis) != 1 or not shape or sums.inputs[0] is None:
         return None
     size, node, found = shape[axis[0]], sums.inputs[0].producer(), None
-    while node is not None and is_operator(node, *_MOVING) and node.inputs[0] is not None:
+    while node is not None and _keeps_elements(node) and node.inputs[0] is not None:
         divided = _divided(shapes, node, size)
         if divided is not None and (found is None or divided[1].padded == found[0].padded):
             found = divided[1], node.inputs[0]
@@ -224,9 +223,14 @@ class _Walk:
 def _is_analytic(node: ir.Node, varying: set[ir.Value]) -> bool:
     if node.op_type == "Cast":
         return node.attributes.get_int("to") == int(FLOAT)
-    if node.op_type in ("ScatterElements", "ScatterND") and node.attributes.get_string("reduction", "none") != "none":
+    if has_trait(node, Trait.SCATTER) and node.attributes.get_string("reduction", "none") != "none":
         return False
-    return node.op_type in _ANALYTIC and not (node.op_type == "Where" and node.inputs[0] in varying)
+    return has_trait(node, Trait.ANALYTIC, *_MOVES) and not (node.op_type == "Where" and node.inputs[0] in varying)
+
+
+def _keeps_elements(node: ir.Node) -> bool:
+    """Return whether a node gives the elements of its first input another shape, or adds others around them."""
+    return has_trait(node, *_SAME_ELEMENTS) or is_operator(node, "Pad")
 
 
 def _is_standard(node: ir.Node) -> bool:

@@ -275,8 +275,8 @@ _GEMM, _QUANTIZED = partial(matrix_notation, transposable=True), partial(matrix_
 _QUANTIZED_GEMM = partial(matrix_notation, right=3, transposable=True)
 
 OPERATORS: list[Operator] = [
-    *_product("MatMul", matrix_notation, traits=(Trait.BATCHED_MATMUL,)),
-    *_product("Einsum", einsum_notation, traits=(Trait.EINSUM,)),
+    *_product("MatMul", matrix_notation, traits=(Trait.BATCHED_MATMUL, Trait.ANALYTIC)),
+    *_product("Einsum", einsum_notation, traits=(Trait.EINSUM, Trait.ANALYTIC)),
     *_product("FusedMatMul TransposeMatMul", _GEMM, traits=(Trait.BATCHED_MATMUL,)),
     *_product("Gemm FusedGemm", _GEMM, bias=2, column_parameters=(2,)),
     *_product(

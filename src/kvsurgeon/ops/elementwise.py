@@ -300,11 +300,12 @@ _ORDERS = (Trait.BROADCAST, Trait.ORDER, Trait.LENGTH_SENSITIVE)
 
 OPERATORS: list[Operator] = [
     *entries(
-        "Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cosh Elu Erf Exp Floor Gelu HardSigmoid "
-        "HardSwish IsInf IsNaN LeakyRelu Log Mish Neg Not QLinearLeakyRelu QLinearSigmoid QuickGelu Reciprocal Relu "
+        "Acos Acosh Asin Asinh Atan Atanh BitwiseNot Ceil Celu Cosh Elu Erf Floor Gelu HardSigmoid "
+        "HardSwish IsInf IsNaN LeakyRelu Log Mish Not QLinearLeakyRelu QLinearSigmoid QuickGelu Reciprocal Relu "
         "Round ScaledSiLU Selu Shrink Sigmoid Sign Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu",
         unary, kept, Trait.ELEMENTWISE,
     ),
+    *entries("Exp Neg", unary, kept, Trait.ELEMENTWISE, Trait.ANALYTIC),
     *entries("Abs", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC),
     *entries("Identity", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.IDENTITY, rearrange=first_array),
     *entries("Dropout", unary, kept, Trait.ELEMENTWISE, Trait.IDENTITY),
@@ -318,14 +319,16 @@ OPERATORS: list[Operator] = [
     *entries("BatchNormalization", same_as_first, channel_links),
     *entries("BiasGelu FastGelu", unary, broadcast_links, Trait.ELEMENTWISE),
     *entries("SwiGLU GatedAdd", same_as_first, broadcast_links),
-    *entries("Add", binary, broadcast_links, *_ARITHMETIC, Trait.ADD),
-    *entries("Sub", binary, broadcast_links, *_ARITHMETIC, Trait.ADD, Trait.LENGTH_SENSITIVE),
+    *entries("Add", binary, broadcast_links, *_ARITHMETIC, Trait.ADD, Trait.ANALYTIC),
+    *entries("Sub", binary, broadcast_links, *_ARITHMETIC, Trait.ADD, Trait.ANALYTIC, Trait.LENGTH_SENSITIVE),
     *entries("Max Min", binary, broadcast_links, *_ARITHMETIC, Trait.BOUND, Trait.LENGTH_SENSITIVE),
-    *entries("Mul Div", binary, broadcast_links, *_SCALES),
+    *entries("Mul", binary, broadcast_links, *_SCALES, Trait.ANALYTIC),
+    *entries("Div", binary, broadcast_links, *_SCALES),
     *entries("Mod Equal", binary, broadcast_links, Trait.BROADCAST, Trait.LENGTH_SENSITIVE),
     *entries("Less LessOrEqual Greater GreaterOrEqual", binary, broadcast_links, *_ORDERS),
-    *entries("And BitShift BitwiseAnd BitwiseOr BitwiseXor Mean Or PRelu Pow Sum Where Xor",
+    *entries("And BitShift BitwiseAnd BitwiseOr BitwiseXor Mean Or PRelu Pow Xor",
              binary, broadcast_links, Trait.BROADCAST),
+    *entries("Sum Where", binary, broadcast_links, Trait.BROADCAST, Trait.ANALYTIC),
     *entries("QLinearAdd QLinearMul QLinearWhere", binary, broadcast_links, Trait.BROADCAST, Trait.QUANTIZATION),
     *entries("RandomNormalLike RandomUniformLike", same_as_first),
 ]  # fmt: skip

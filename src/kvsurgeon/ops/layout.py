@@ -434,6 +434,6 @@ OPERATORS: list[Operator] = [
     *entries("Concat", concat, concat_links, Trait.MOVE, rearrange=rearrange_concat),
     *entries("QLinearConcat", concat, concat_links, Trait.MOVE),
     *entries("Split", split, split_links, Trait.PARAMETERIZED, Trait.SELECT, rearrange=rearrange_split),
-    *entries("Pad", pad, pad_links, Trait.PARAMETERIZED),
-    *entries("Trilu", unary, trilu_links, Trait.ELEMENTWISE, resize=resize_trilu),
+    *entries("Pad", pad, pad_links, Trait.PARAMETERIZED, Trait.ANALYTIC),
+    *entries("Trilu", unary, trilu_links, Trait.ELEMENTWISE, Trait.ANALYTIC, resize=resize_trilu),
 ]

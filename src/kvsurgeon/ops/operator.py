@@ -131,6 +131,7 @@ class Trait(Enum):
     QUANTIZATION = auto()  # scales and zero points are learned
     ELEMENTWISE = auto()  # one tensor, element by element; further inputs are parameters
     BROADCAST = auto()  # several tensors, broadcast against each other
+    ANALYTIC = auto()  # sums, products and exponentials of its inputs, which equal numbers at random points decide
     REDUCTION = auto()  # reduces along axes
     EXTREMUM_OR_MEAN = auto()  # a reduction that repeated elements do not change
     PARAMETERIZED = auto()  # inputs after the first say how, not what: sizes, positions, counts
