@@ -36,6 +36,7 @@ from mutating.drawn_cases import draw_cases
 
 CATEGORIES = ("right", "wrong", "refused", "not runnable", "traceback", "hang", "died")
 BAD = frozenset({"wrong", "traceback", "hang", "died"})
+LARGEST_WEIGHT = 1e6  # of a damaged model: scores of a larger one are beyond any mask that is added to them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,8 +231,18 @@ def _verified(
     changed = change(open_session(mutant, entry.folder, level), next(c for c in cases if c.index == worst.case))
     if bound is DYNAMIC and changed > 0.05:
         return replace(outcome, category="not runnable", reason=f"its ranges are those of a call; {reason}")
+    if changed > 1e-3 and (largest := _largest_weight(mutant)) > LARGEST_WEIGHT:
+        reason = f"a weight of {largest:.2g} makes scores that outweigh its mask; {reason}"
+        return replace(outcome, category="not runnable", reason=reason)
     said = f"the mutant itself changes by {changed:.2g} with what follows" if changed > 1e-3 else "the mutant is steady"
     return replace(outcome, category="wrong", reason=f"{reason}; {'not run shorter' if np.isnan(changed) else said}")
+
+
+def _largest_weight(model: onnx.ModelProto) -> float:
+    """Largest magnitude of the matrices of weights."""
+    weights = (one for one in model.graph.initializer if len(one.dims) == 2 and not one.external_data)
+    floats = (array for one in weights if (array := onnx.numpy_helper.to_array(one)).dtype.kind == "f")
+    return max((float(np.abs(np.nan_to_num(array)).max(initial=0.0)) for array in floats), default=0.0)
 
 
 def _noise(entry: Entry, mutant: onnx.ModelProto, cases: list[Case]) -> float:

@@ -137,7 +137,7 @@ def compare_caches(
     differences = []
     for entry in cache:
         errors = _cache_errors(entry, prefill.cache[entry.past.name], chunked.cache[entry.past.name])
-        tokens = counted if errors.shape == counted.shape and not entry.is_fixed else np.ones(errors.shape, bool)
+        tokens = np.ones(errors.shape, bool) if entry.is_fixed else _counted_rows(counted, errors.shape)
         error, row, token = worst(errors, tokens)
         changed = entry.present in chunked.changed_pasts
         if error > bound or (changed and entry.part != "state"):
@@ -155,6 +155,16 @@ def compare_caches(
             )
             differences.append(difference)
     return tuple(sorted(differences, key=lambda difference: difference.layer))
+
+
+def _counted_rows(counted: Counted, shape: tuple[int, ...]) -> Counted:
+    """Return which rows of a cache to compare, `[batch, rows]`: of fewer rows than tokens, the last ones are held.
+
+    Before these there may be rows of the first tokens, so both tokens that a row may hold must be counted.
+    """
+    if len(counted) != shape[0] or shape[1] > counted.shape[1]:
+        return np.ones(shape, bool)
+    return counted[:, : shape[1]] & counted[:, counted.shape[1] - shape[1] :]
 
 
 def _cache_errors(entry: CacheIO, expected: Array, found: Array) -> npt.NDArray[np.float64]:

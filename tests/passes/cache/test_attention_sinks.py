@@ -177,3 +177,13 @@ def test_a_given_mask_of_queries_and_keys_is_rejected():
 def test_numbers_of_tokens_are_checked(options):
     with pytest.raises(UsageError):
         Pipeline((Inject(), WindowCache(**options))).run(Decoder(CONFIG).model())
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_left_padding_in_rows_that_a_window_keeps_is_not_compared(sinks):
+    """Padding attends to the keys that its call holds, which are fewer in chunks; no token attends to it."""
+    run = Pipeline((Inject(), WindowCache(window=32, sinks=sinks))).run(Decoder(CONFIG).model())
+    ((expected, _),) = run.changes[-1].equal_models()
+    report = verify(io.to_proto(expected), io.to_proto(run.model), seed=1)
+    assert report.verdict == "same"
+    assert "left padding" in {one.scenario for one in report.comparisons}
