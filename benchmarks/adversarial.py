@@ -132,11 +132,17 @@ def run(task: Task) -> Outcome:
             )
             if task.check:
                 verdict = Verdict(
-                    verdict=NOT_COMPARED, changes=original_changes(sample.path, sample.threshold, sample.heads)
+                    verdict=NOT_COMPARED,
+                    changes=original_changes(sample.path, sample.threshold, sample.heads, padded=sample.padded),
                 )
             else:
                 verdict = evaluate(
-                    sample.path, threshold=sample.threshold, heads=sample.heads, through=task.through, work=work
+                    sample.path,
+                    threshold=sample.threshold,
+                    heads=sample.heads,
+                    through=task.through,
+                    work=work,
+                    padded=sample.padded,
                 )
             if task.keep and work.exists():
                 shutil.copytree(work, folder / "injected", dirs_exist_ok=True)

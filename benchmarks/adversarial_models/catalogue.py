@@ -8,7 +8,15 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from adversarial_models import input_kinds, length_functions, mask_kinds, mixing_kinds, output_kinds, table_kinds
+from adversarial_models import (
+    input_kinds,
+    length_functions,
+    mask_kinds,
+    mixing_kinds,
+    output_kinds,
+    padding_kinds,
+    table_kinds,
+)
 from adversarial_models.decoder import Design, build, draw_design
 from adversarial_models.draft import Draft
 from adversarial_models.length_kinds import draw_length_kind
@@ -28,6 +36,7 @@ class Sample:
     heads: int
     variant: str
     base: str  # how the rest of the decoder is written
+    padded: bool  # whether a mask input is for padding
     path: Path
 
 
@@ -44,6 +53,8 @@ def _draws() -> Mapping[str, tuple[Draw, bool]]:
         draws[f"mixing/{name}"] = (partial(_mixing, mixing), True)
     for name, given in input_kinds.KINDS.items():
         draws[f"input/{name}"] = (partial(_input, given), True)
+    for name, padding in padding_kinds.KINDS.items():
+        draws[f"padding/{name}"] = (partial(_padding, padding), True)
     for name, output in output_kinds.KINDS.items():
         draws[f"output/{name}"] = (partial(_output, output), False)
     return draws
@@ -67,6 +78,10 @@ def _mixing(kind: mixing_kinds.MixingKind, random: Random, design: Design, benig
 
 def _input(kind: input_kinds.InputKind, random: Random, design: Design, benign: bool) -> Draft:
     return input_kinds.draw_input_kind(random, kind, design, benign=benign)
+
+
+def _padding(kind: padding_kinds.PaddingKind, random: Random, design: Design, benign: bool) -> Draft:
+    return padding_kinds.draw_padding_kind(random, kind, design, benign=benign)
 
 
 def _output(kind: output_kinds.OutputKind, random: Random, design: Design, benign: bool) -> Draft:
@@ -107,5 +122,6 @@ def write_sample(seed: int, number: int, folder: Path, *, benign: bool, kind: st
         heads=design.heads,
         variant=draft.variant,
         base=base,
+        padded=design.has_mask,
         path=write.save(model, folder),
     )

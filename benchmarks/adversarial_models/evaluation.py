@@ -41,8 +41,8 @@ SWEEP_LENGTHS = (65, 130, 514, 1026, 2049, 4000)  # tokens
 SCORE_ELEMENTS = 64e6  # heads * length ** 2 of one tensor of scores
 
 
-def chunkings(threshold: int | None, longest: int) -> list[Chunking]:
-    """Return the calls for a model that may change at a threshold."""
+def chunkings(threshold: int | None, longest: int, *, padded: bool = False) -> list[Chunking]:
+    """Return the calls for a model that may change at a threshold, those with padding if it is padded."""
     near = [] if threshold is None else [threshold + more for more in (-1, 0, 1, 2, 40) if threshold + more > 6]
     compared = {5, 64, *SWEEP_LENGTHS, *near, *(one - 1 for one in SWEEP_LENGTHS if one < 600)}
     silent = {one - 1 for one in SWEEP_LENGTHS if one >= 600} - compared
@@ -54,7 +54,13 @@ def chunkings(threshold: int | None, longest: int) -> list[Chunking]:
         Chunking(batch=1, steps=tuple(steps)),
         Chunking(batch=2, steps=tuple((one, True) for one in sorted(both))),
     ]
-    result.append(Chunking(batch=3, steps=((3, True), (4, True), (17, True), (18, True))))
+    late = [one for one in near if 18 < one < 1100]
+    result.append(Chunking(batch=3, steps=tuple((one, True) for one in (3, 4, 17, 18, *late))))
+    if padded:
+        around = ((1, False), (9, False), (10, True), (12, True), *((one, True) for one in late))
+        result.append(Chunking(batch=2, padding=5, steps=around))
+        many = max(late, default=20) + 3  # the first call has padding alone
+        result.append(Chunking(batch=2, padding=many, steps=((many // 2, False), (many + 2, False), (many + 6, True))))
     if at_once and start > 45:
         result.append(Chunking(batch=1, steps=tuple(at_once)))
     return result
@@ -84,9 +90,10 @@ def text_with_large_embeddings(batch: int, length: int, vocabulary: int) -> np.n
 
 
 def evaluate(
-    path: Path, *, threshold: int | None, heads: int, through: str, work: Path, lengths: Sequence[int] = ()
-) -> Verdict:
-    """Return what `inject` makes of a model."""
+    path: Path, *, threshold: int | None, heads: int, through: str, work: Path, lengths: Sequence[int] = (),
+    padded: bool = False,
+) -> Verdict:  # fmt: skip
+    """Return what `inject` makes of a model, whose mask input is for padding if it is padded."""
     start = time.perf_counter()
     try:
         injected = inject(path, through, work)
@@ -104,16 +111,21 @@ def evaluate(
         candidate = Candidate(injected, original)
     except Exception as error:
         return Verdict(verdict=WRONG, reason=f"cannot be run: {one_line(error)}")
-    return compare(reference, candidate, [*chunkings(threshold, longest), *chunkings_around(lengths, longest)])
+    plan = [*chunkings(threshold, longest, padded=padded), *chunkings_around(lengths, longest)]
+    return compare(reference, candidate, plan)
 
 
-def original_changes(path: Path, threshold: int | None, heads: int) -> bool | None:
+def original_changes(path: Path, threshold: int | None, heads: int, *, padded: bool = False) -> bool | None:
     """Whether the original changes with later tokens, without any injection; None if it cannot be run."""
     reference = Reference(path, draw_text=text_with_large_embeddings)
-    for chunking in chunkings(threshold, longest_text(threshold, heads)):
+    for chunking in chunkings(threshold, longest_text(threshold, heads), padded=padded):
         ids = reference.text(chunking.batch, chunking.steps[-1][0])
         for end, is_compared in chunking.steps:
-            if is_compared and reference(ids[:, :end]) is not None and changes_with_later_tokens(reference, 1e-3):
+            if (
+                is_compared
+                and reference(ids[:, :end], chunking.padding) is not None
+                and changes_with_later_tokens(reference, 1e-3)
+            ):
                 return True
     return False if any(outputs is not None for outputs in reference.kept.values()) else None
 

@@ -46,6 +46,7 @@ class Chunking:
 
     batch: int
     steps: tuple[tuple[int, bool], ...]
+    padding: int = 0  # masked tokens before the others, in all sequences but the first; no call of them is compared
 
 
 class OriginalNotRunnableError(Exception):
@@ -63,14 +64,14 @@ class Reference:
             raise OriginalNotRunnableError(one_line(error)) from error
         self.names = [output.name for output in self.session.get_outputs()]
         self.vocabulary = _logits_size(self.session) or vocabulary_size(onnx.load(path, load_external_data=False))
-        self.kept: dict[tuple[int, int], list[np.ndarray] | None] = {}
+        self.kept: dict[tuple[int, int, int], list[np.ndarray] | None] = {}  # by batch, padding and length
 
     def text(self, batch: int, length: int) -> np.ndarray:
         """Return token ids [batch, length]."""
         return self.draw_text(batch, length, self.vocabulary)
 
-    def feeds(self, ids: np.ndarray) -> dict[str, np.ndarray]:
-        """Return the inputs for a text.
+    def feeds(self, ids: np.ndarray, padding: int = 0) -> dict[str, np.ndarray]:
+        """Return the inputs for a text, whose first tokens are masked in all sequences but the first.
 
         Raises:
             OriginalNotRunnableError: One of them is no mask, no positions and no token ids.
@@ -80,14 +81,16 @@ class Reference:
             array, kind = input_for(given.name, ids), NUMPY_TYPES.get(given.type)
             if len(given.shape) != 2 or kind is None or (array is ids and np.dtype(kind).kind != "i"):
                 raise OriginalNotRunnableError(f"input {given.name} {given.shape} {given.type}")
-            feeds[given.name] = np.asarray(array.astype(kind), order="C")
+            feeds[given.name] = np.array(array.astype(kind), order="C")
+            if "mask" in given.name and padding:
+                feeds[given.name][min(1, len(ids) - 1) :, :padding] = 0
         return feeds
 
-    def __call__(self, ids: np.ndarray) -> list[np.ndarray] | None:
+    def __call__(self, ids: np.ndarray, padding: int = 0) -> list[np.ndarray] | None:
         """Return the outputs; None if it cannot be run at this length."""
-        key = (len(ids), ids.shape[1])
+        key = (len(ids), padding, ids.shape[1])
         if key not in self.kept:
-            feeds = self.feeds(ids)
+            feeds = self.feeds(ids, padding)
             try:
                 self.kept[key] = self.session.run(self.names, feeds)
             except Exception:
@@ -156,14 +159,14 @@ def _compare_chunking(
     if not chunking.steps:
         return None, 0
     ids = reference.text(chunking.batch, chunking.steps[-1][0])
-    feeds = reference.feeds(ids)
+    feeds = reference.feeds(ids, chunking.padding)
     start = compared = 0
     try:
         candidate.reset(chunking.batch)
     except Exception as error:
         return Verdict(verdict=WRONG, reason=one_line(error)), 0
     for end, is_compared in chunking.steps:
-        expected = reference(ids[:, :end]) if is_compared else []
+        expected = reference(ids[:, :end], chunking.padding) if is_compared else []
         if expected is None:
             return None, compared  # the original ends here too
         try:
@@ -171,10 +174,10 @@ def _compare_chunking(
         except ContractError as error:
             return Verdict(verdict=WRONG, reason=one_line(error), at=end), compared
         except Exception as error:
-            if not expected and reference(ids[:, :end]) is None:
+            if not expected and reference(ids[:, :end], chunking.padding) is None:
                 return None, compared
             reason = f"{chunking.batch} x {start} + {end - start}: {one_line(error)}"
-            stops = compared > 0 or start == 0
+            stops = compared > 0 or start == 0 or chunking.padding > 0
             return Verdict(verdict=LIMITED if stops else WRONG, reason=reason, at=end), compared
         if is_compared:
             compared += 1
@@ -246,8 +249,10 @@ def _numeric(found: np.ndarray, expected: np.ndarray, allowed: float) -> str:
 def changes_with_later_tokens(reference: Reference, allowed: float) -> bool:
     """Whether an output of the original changes for tokens that both of two texts begin with."""
     kept = [(key, outputs) for key in sorted(reference.kept) if (outputs := reference.kept[key]) is not None]
-    for ((batch, short), few), ((other, long), many) in itertools.pairwise(kept):
-        if batch == other and short < long and _differs(few, many, short, long, batch, allowed):
+    for ((batch, padding, short), few), ((*others, long), many) in itertools.pairwise(kept):
+        few, many = ([array[:, padding:] if array.ndim > 1 else array for array in one] for one in (few, many))
+        same = [batch, padding] == others and padding < short < long
+        if same and _differs(few, many, short - padding, long - padding, batch, allowed):
             return True
     return False
 

@@ -73,6 +73,28 @@ def test_a_factor_of_others_that_is_the_length_is_rejected(other, inputs):
         limit_of_factor(f"{other}\n {BY_LENGTH}", inputs)
 
 
+COUNTS = "tokens = ReduceSum<keepdims = 1>(attention_mask, second)"
+AT_ONE_SEQUENCE = {
+    "the shortest": f"{COUNTS}\n least = ReduceMin<keepdims = 1>(tokens)\n is_least = Equal(tokens, least)\n"
+    " other = Unsqueeze(is_least, third)",
+    "the first": "row0 = Gather(attention_mask, nought)\n start = Gather(row0, nought)\n other = Equal(start, nought)",
+}
+
+
+@pytest.mark.parametrize("other", AT_ONE_SEQUENCE.values(), ids=AT_ONE_SEQUENCE.keys())
+def test_a_factor_by_the_mask_of_another_sequence_is_rejected(other):
+    factor = f"{other}\n factor = Where(other, two, unit)"
+    with pytest.raises(UnsupportedError, match="changes another sequence of the batch"):
+        limit_of_factor(factor, "int64[b, n] attention_mask")
+
+
+def test_a_factor_by_tokens_of_the_fullest_sequence_is_rejected():
+    """If all sequences have as much padding, none has less tokens than the fullest."""
+    fuller = f"{COUNTS}\n most = ReduceMax<keepdims = 1>(tokens)\n fewer = Less(tokens, most)"
+    with pytest.raises(UnsupportedError, match="changes another sequence of the batch"):
+        limit_of_factor(f"{fuller}\n other = Unsqueeze(fewer, third)\n {LATE}", "int64[b, n] attention_mask")
+
+
 def sums_by(triangle: str, inputs: str = "") -> str:
     """Return the text of a decoder that adds up hidden states with a matrix of context before attention."""
     sums = f"early = LessOrEqual(row, column)\n {triangle}\n weights = CastLike(open, x)\n h = MatMul(weights, x)"

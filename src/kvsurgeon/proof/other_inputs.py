@@ -21,11 +21,13 @@ class Inputs:
 
     Attributes:
         mask: The tokens that the mask inputs mask.
+        sequence: Index of the only sequence that is masked; None for all.
         batch: Number of sequences.
         number: The elements of inputs without tokens; None for those of their roles.
     """
 
     mask: MaskPattern = unmasked
+    sequence: int | None = None
     batch: int = 2
     number: float | None = None
 
@@ -36,9 +38,15 @@ def other_inputs(sweep: LengthSweep, masks: Collection[InputRole], lengths: Coll
     return found + [Inputs(number=number) for number in other_numbers(sweep, masks, lengths)]
 
 
-def masked_inputs(masks: Collection[InputRole]) -> list[Inputs]:
-    """Return inputs without masked tokens and, if there are mask inputs, with some."""
-    return [Inputs(mask=mask) for mask in ((unmasked, left_padded, with_gaps) if masks else (unmasked,))]
+def masked_inputs(masks: Collection[InputRole], sequences: Collection[int]) -> list[Inputs]:
+    """Return inputs without masked tokens and, if there are mask inputs, with some: in one sequence, and in all.
+
+    Args:
+        masks: The mask inputs.
+        sequences: Indices of the sequences of which one alone can be masked.
+    """
+    alone = [Inputs(mask=left_padded, sequence=sequence) for sequence in sequences]
+    return [*alone, *(Inputs(mask=mask) for mask in ((unmasked, left_padded, with_gaps) if masks else (unmasked,)))]
 
 
 def other_numbers(sweep: LengthSweep, inputs: Iterable[InputRole], lengths: Collection[int]) -> list[float]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.analysis.mask_patterns import first_half, learned_rows_first, sequence_last, unmasked
-from kvsurgeon.analysis.probe_inputs import Rows
+from kvsurgeon.analysis.mask_patterns import (
+    first_half,
+    is_close,
+    learned_rows_first,
+    left_padded,
+    sequence_last,
+    unmasked,
+)
+from kvsurgeon.analysis.probe_inputs import Rows, batch_axis
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.query import downstream, producer_of, producers, through, upstream
 from kvsurgeon.ops.operator import Trait
@@ -27,6 +34,8 @@ from kvsurgeon.proof.other_inputs import Inputs, masked_inputs, other_inputs
 from kvsurgeon.proof.row_checks import affordable, longest_passing, spans
 from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.symbolic.sequence_axes import Axes
+
+_LENGTH_OF_SEQUENCES = 40  # tokens of two sequences that are compared with each other
 
 Arrays = list[np.ndarray]  # for each value of context, in order; its learned rows, if it has any, are behind all others
 
@@ -51,7 +60,7 @@ def find_limit(sweep: LengthSweep) -> int | None:
     runner = sweep.runner(list(values))
     compared = _Compared(values)
     others = other_inputs(sweep, runner.masks, (max(sweep.lengths),)) if unproved else []
-    for inputs in [*others, *masked_inputs(runner.masks)]:
+    for inputs in [*others, *masked_inputs(runner.masks, runner.maskable_sequences)]:
         results = _results(sweep, runner, compared, inputs)
         if inputs not in others:
             sweep.bounds |= _table_bounds([rows.get(value) for value in values], results)
@@ -63,6 +72,7 @@ def find_limit(sweep: LengthSweep) -> int | None:
                     raise
                 sweep.add_failure(previous, error)
                 return previous
+    _check_sequences(runner, list(values), min(max(results), _LENGTH_OF_SEQUENCES))
     if sweep.fixed is not None:
         if runner.masks:
             whole, half = Rows.of_text(sweep.fixed), sweep.fixed // 2
@@ -78,7 +88,9 @@ def _results(
     """Return the arrays to compare at each length at which the values run."""
 
     def run(length: int) -> list[np.ndarray]:
-        arrays = runner.run(length, inputs.mask, batch=inputs.batch, number=inputs.number)
+        arrays = runner.run(
+            length, inputs.mask, batch=inputs.batch, only_sequence=inputs.sequence, number=inputs.number
+        )
         return compared.arrays(arrays, Rows(0, length, length, inputs.batch))
 
     lengths = [one for one in sweep.context_lengths(list(compared.values)) if _has_tokens(inputs, one)]
@@ -89,6 +101,29 @@ def _results(
         with suppress(UnsupportedError):  # no row of a table has this index
             results[length] = run(length)
     return results
+
+
+def _check_sequences(runner: SubgraphRunner, values: Sequence[ir.Value], length: int) -> None:
+    """Check that what a value holds for a sequence does not depend on whether the other one has masked tokens.
+
+    Raises:
+        UnsupportedError: It does.
+    """
+    masked = runner.maskable_sequences
+    if not masked:
+        return
+    none, both = runner.run(length), runner.run(length, left_padded)
+    first, second = (runner.run(length, left_padded, only_sequence=sequence) for sequence in masked)
+    for value, *arrays in zip(values, none, first, second, both, strict=True):
+        axis = batch_axis(runner.flow.shapes[value].shape)
+        halves = [[one, one] if axis is None else np.array_split(one, 2, axis) for one in arrays]
+        (none0, none1), (first0, first1), (second0, second1), (both0, both1) = halves
+        pairs = [(none0, second0), (first0, both0), (none1, first1), (second1, both1)]
+        if not all(is_close(one, other) for one, other in pairs):
+            raise UnsupportedError(
+                "the mask of one sequence changes another sequence of the batch", code=Code.BATCH_LEAK, at=value.name,
+                expected="values of a sequence that depend on its own mask", hint="export with a batch of 1",
+            )  # fmt: skip
 
 
 def _has_tokens(inputs: Inputs, length: int) -> bool:
@@ -113,7 +148,8 @@ def _check_rows(sweep: LengthSweep, values: dict[ir.Value, Axes], passed: int) -
 
     def check(total: int) -> None:
         for rows in spans(total, thresholds, runner.elements, len(totals)):
-            for inputs in [*masked_inputs(whole.masks), *other_inputs(sweep, whole.masks, (rows.start, total))]:
+            masked = masked_inputs(whole.masks, whole.maskable_sequences)
+            for inputs in [*masked, *other_inputs(sweep, whole.masks, (rows.start, total))]:
                 found = [_rows_of(runner, compared, end, rows, inputs) for end in (total, rows.stop)]
                 if found[0] is not None and found[1] is not None:
                     compared.check(found[0], found[1], rows.stop, keys_only=True)
@@ -127,7 +163,8 @@ def _rows_of(runner: RowRunner, compared: _Compared, total: int, rows: Rows, inp
     """Return rows of the arrays to compare in a text of a total length; None if no table has a row for a number."""
     of_text = Rows(rows.start, rows.stop, total, inputs.batch)
     try:
-        return compared.arrays(runner.run(of_text, inputs.mask, number=inputs.number), of_text)
+        arrays = runner.run(of_text, inputs.mask, only_sequence=inputs.sequence, number=inputs.number)
+        return compared.arrays(arrays, of_text)
     except UnsupportedError:
         if inputs.number is None:
             raise

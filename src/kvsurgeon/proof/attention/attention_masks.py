@@ -102,8 +102,8 @@ def check_masked_rows(probe: AttentionProbe, runner: RowRunner, rows: Rows, *, s
         Whether a masked query without a key attends to later keys, and whether masked keys are attended to.
     """
 
-    def weights_of(of_rows: Rows, mask: MaskPattern = unmasked) -> np.ndarray:
-        return probe.compared(runner.run(of_rows, mask, scale=0.0), of_rows)[0]
+    def weights_of(of_rows: Rows, mask: MaskPattern = unmasked, sequence: int | None = None) -> np.ndarray:
+        return probe.compared(runner.run(of_rows, mask, scale=0.0, only_sequence=sequence), of_rows)[0]
 
     weights, alone = weights_of(rows), Rows(rows.start, rows.stop, rows.stop)
     leaks = attends = False
@@ -119,6 +119,10 @@ def check_masked_rows(probe: AttentionProbe, runner: RowRunner, rows: Rows, *, s
         if not stable:
             same = np.where(without_key, 0.0, weights_of(alone, mask))
             probe.check_stable(masked[..., : rows.stop], same)
+    for sequence in probe.runner.maskable_sequences if rows.start >= 2 else ():  # tokens of a padded sequence alone
+        longer, shorter = weights_of(rows, left_padded, sequence), weights_of(alone, left_padded, sequence)
+        probe.check_causal(longer, rows.start)
+        probe.check_stable(longer[..., : rows.stop], shorter)
     return leaks, attends
 
 
