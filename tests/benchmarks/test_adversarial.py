@@ -67,8 +67,8 @@ def test_other_numbers_are_wrong(tmp_path):
     reference = Reference(sample.path)
     candidate = Candidate(injected, evaluation.onnx.load(sample.path))
     assert compare(reference, candidate, [chunking]).verdict == RIGHT
-    hidden = reference.kept[2, 10]
-    reference.kept[2, 10] = [array + np.linspace(0, 1, array.shape[-1], dtype=array.dtype) for array in hidden]
+    hidden = reference.kept[2, 0, 10]
+    reference.kept[2, 0, 10] = [array + np.linspace(0, 1, array.shape[-1], dtype=array.dtype) for array in hidden]
     verdict = compare(reference, candidate, [chunking])
     assert (verdict.verdict, verdict.at) == (WRONG, 10)
 

@@ -88,11 +88,11 @@ def test_a_factor_by_the_mask_of_another_sequence_is_rejected(other):
         limit_of_factor(factor, "int64[b, n] attention_mask")
 
 
-def test_a_factor_by_tokens_of_the_fullest_sequence_is_rejected():
+def test_a_factor_of_the_shorter_sequences_in_long_texts_limits_the_length():
     """If all sequences have as much padding, none has less tokens than the fullest."""
-    fuller = f"{COUNTS}\n most = ReduceMax<keepdims = 1>(tokens)\n fewer = Less(tokens, most)"
-    with pytest.raises(UnsupportedError, match="changes another sequence of the batch"):
-        limit_of_factor(f"{fuller}\n other = Unsqueeze(fewer, third)\n {LATE}", "int64[b, n] attention_mask")
+    shorter = f"{COUNTS}\n most = ReduceMax<keepdims = 1>(tokens)\n fewer = Less(tokens, most)"
+    other = f"{shorter}\n other = Unsqueeze(fewer, third)"
+    assert limit_of_factor(f"{other}\n {LATE}", "int64[b, n] attention_mask") == SWITCH
 
 
 def sums_by(triangle: str, inputs: str = "") -> str:

@@ -158,7 +158,7 @@ def compare_caches(
 
 
 def _counted_rows(counted: Counted, shape: tuple[int, ...]) -> Counted:
-    """Return which rows of a cache to compare, `[batch, rows]`: of fewer rows than tokens, the last ones are held.
+    """Return which rows of a cache to compare, `[batch, rows]`: of fewer rows than tokens, the last ones are kept.
 
     Before these there may be rows of the first tokens, so both tokens that a row may hold must be counted.
     """

@@ -122,7 +122,7 @@ def _check_sequences(runner: SubgraphRunner, values: Sequence[ir.Value], length:
         if not all(is_close(one, other) for one, other in pairs):
             raise UnsupportedError(
                 "the mask of one sequence changes another sequence of the batch", code=Code.BATCH_LEAK, at=value.name,
-                expected="values of a sequence that depend on its own mask", hint="export with a batch of 1",
+                expected="the same values next to a padded sequence", hint="export with a batch of 1",
             )  # fmt: skip
 
 
