@@ -55,6 +55,10 @@ def has_scan(model):
     return any(node.op_type == "Scan" for node in model.graph.node)
 
 
+def test_sums_along_an_axis_that_does_not_exist_stay():
+    assert not has_scan(rewritten(chunked(("along = {3}", "along = {7}"))))
+
+
 @pytest.mark.parametrize("changes", RIGHT.values(), ids=RIGHT)
 def test_the_rule_in_chunks_becomes_one_scan(changes):
     original = chunked(*changes)

@@ -1,10 +1,13 @@
 """Heads that are repeated before a rotation are cached once, rotated, if all copies are rotated alike."""
 
 import onnx
+import onnx_ir as ir
 import pytest
 from exports import injected
 from laws import assert_law
 from written import read
+
+from kvsurgeon.rewrite import late_repetition
 
 TEXT = """
 rotated (int64[batch, length] input_ids) => (float[batch, length, 8] logits)
@@ -102,3 +105,14 @@ def test_one_of_equal_copies_is_cached_as_it_is_multiplied(name):
 def test_copies_that_differ_later_are_computed_from_what_is_cached(name):
     original = written(UNLIKE[name])
     assert_law(original, injected(original))
+
+
+@pytest.mark.parametrize("size", [-8, 0])
+def test_axes_of_no_elements_hold_no_copies(size):
+    """A constant of a damaged file may give a feature axis such a size."""
+
+    class Damaged:
+        def of(self, value):
+            return [[(size, True), (2, False)]]
+
+    assert late_repetition._copies(Damaged(), ir.Value(name="keys")) == []

@@ -122,9 +122,9 @@ def _divided(shapes: Shapes, node: ir.Node | None, size: int) -> tuple[int, _Chu
 def _first_of_chunks(shapes: Shapes, sums: ir.Node) -> tuple[_Chunks, ir.Value] | None:
     """Return how the numbers that are summed up are divided into chunks, and what is: before it is padded, if it is."""
     axis, shape = shapes.call(sums).numbers(1), _static(shapes[sums.outputs[0]])
-    if axis is None or len(axis) != 1 or not shape or sums.inputs[0] is None:
+    if axis is None or len(axis) != 1 or sums.inputs[0] is None or not shape or not -len(shape) <= axis[0] < len(shape):
         return None
-    size, node, found = shape[axis[0]], sums.inputs[0].producer(), None
+    size, node, found = max(1, shape[axis[0]]), sums.inputs[0].producer(), None
     while node is not None and _keeps_elements(node) and node.inputs[0] is not None:
         divided = _divided(shapes, node, size)
         if divided is not None and (found is None or divided[1].padded == found[0].padded):

@@ -90,7 +90,7 @@ def _copies(repeated: RepeatedElements, value: ir.Value) -> list[_Copies]:
     """Return the axes of features of a value that hold copies."""
     found: list[_Copies] = []
     for axis, parts in enumerate(repeated.of(value)):
-        sizes = [size for size, _ in parts if isinstance(size, int)]
+        sizes = [size for size, _ in parts if isinstance(size, int) and size > 0]
         if len(sizes) < len(parts) or not any(is_repeated for _, is_repeated in parts):
             continue
         kept = [1 if is_repeated else size for size, (_, is_repeated) in zip(sizes, parts, strict=True)]
