@@ -89,13 +89,16 @@ def _masked_weights(
     return masked[longest], leaks
 
 
-def check_masked_rows(probe: AttentionProbe, runner: RowRunner, rows: Rows, *, stable: bool) -> tuple[bool, bool]:
+def check_masked_rows(
+    probe: AttentionProbe, runner: RowRunner, rows: Rows, weights: np.ndarray, *, stable: bool
+) -> tuple[bool, bool]:
     """Check rows of the weights of a long text with masked tokens, as `check_masks` checks all rows of short texts.
 
     Args:
         probe: The probe of the attention.
         runner: Computes the rows.
         rows: The rows.
+        weights: [..., query, key], the weights of the rows for equal scores with no token masked.
         stable: Whether the rows are known to be the same without later tokens.
 
     Returns:
@@ -105,9 +108,10 @@ def check_masked_rows(probe: AttentionProbe, runner: RowRunner, rows: Rows, *, s
     def weights_of(of_rows: Rows, mask: MaskPattern = unmasked, sequence: int | None = None) -> np.ndarray:
         return probe.compared(runner.run(of_rows, mask, scale=0.0, only_sequence=sequence), of_rows)[0]
 
-    weights, alone = weights_of(rows), Rows(rows.start, rows.stop, rows.stop)
+    alone = Rows(rows.start, rows.stop, rows.stop)
     leaks = attends = False
-    for mask in (with_gaps, *map(padded_until, sorted({2, max(2, rows.start - 1), rows.stop + 2}))):
+    padding = {max(2, rows.start - 1), rows.stop + 2, *([] if stable else [2])}  # little of it leaves most tokens
+    for mask in (with_gaps, *map(padded_until, sorted(padding))):
         visible = mask(rows.total)
         masked = weights_of(rows, mask)
         to_all = attends_to_all(masked, rows.start)
@@ -120,9 +124,11 @@ def check_masked_rows(probe: AttentionProbe, runner: RowRunner, rows: Rows, *, s
             same = np.where(without_key, 0.0, weights_of(alone, mask))
             probe.check_stable(masked[..., : rows.stop], same)
     for sequence in probe.runner.maskable_sequences if rows.start >= 2 else ():  # tokens of a padded sequence alone
-        longer, shorter = weights_of(rows, left_padded, sequence), weights_of(alone, left_padded, sequence)
+        longer = weights_of(rows, left_padded, sequence)
         probe.check_causal(longer, rows.start)
-        probe.check_stable(longer[..., : rows.stop], shorter)
+        if stable:
+            break
+        probe.check_stable(longer[..., : rows.stop], weights_of(alone, left_padded, sequence))
     return leaks, attends
 
 

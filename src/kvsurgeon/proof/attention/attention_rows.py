@@ -71,12 +71,13 @@ def check_rows(probe: AttentionProbe, passed: int) -> RowResults:
 
     def check(total: int) -> None:
         for rows in spans(total, thresholds, runner.elements, len(totals)):
-            _check_span(probe, runner, rows, scales, stable=proved and not probe.others)
-            if thresholds or not proved:
-                check_rows_with_other_inputs(probe, runner, rows)
-                check_content_masks_in_rows(probe, runner, rows)
-            if probe.runner.masks and (thresholds or not proved):
-                leak, attend = check_masked_rows(probe, runner, rows, stable=proved)
+            weights = _check_span(probe, runner, rows, scales, stable=proved and not probe.others)
+            if proved and rows.start not in thresholds:
+                continue
+            check_rows_with_other_inputs(probe, runner, rows)
+            check_content_masks_in_rows(probe, runner, rows)
+            if probe.runner.masks:
+                leak, attend = check_masked_rows(probe, runner, rows, weights, stable=proved)
                 results.leak, results.attend = results.leak or leak, results.attend or attend
         check_first_call_rows(probe, runner, list(spans(total, thresholds, runner.elements, len(totals))), scales)
         for rows in blocks(changing if total <= reach else (), total, runner.elements):
@@ -113,14 +114,18 @@ def _thresholds(probe: AttentionProbe, nodes: Iterable[ir.Node], *, proved: bool
     return sorted(thresholds), [int(query) for query in np.flatnonzero(differs)]
 
 
-def _check_span(probe: AttentionProbe, runner: RowRunner, rows: Rows, scales: Sequence[float], *, stable: bool) -> None:
-    """Check that rows attend to no later key and, unless they are stable, are the same without later tokens.
+def _check_span(
+    probe: AttentionProbe, runner: RowRunner, rows: Rows, scales: Sequence[float], *, stable: bool
+) -> np.ndarray:
+    """Return rows of the weights for the first scale that attend to no later key.
+
+    Unless they are known to be stable, they are the same without later tokens.
 
     Args:
         probe: The probe of the attention.
         runner: Computes the rows.
         rows: The rows.
-        scales: Scales of the scores.
+        scales: Scales of the scores, the least first.
         stable: Whether the rows are known to be the same without later tokens.
     """
     longer = [probe.compared(runner.run(rows, scale=scale), rows) for scale in scales]
@@ -133,6 +138,7 @@ def _check_span(probe: AttentionProbe, runner: RowRunner, rows: Rows, scales: Se
         for (value, axes), long, short in zip(probe.others, others, without, strict=True):
             first = first_tokens(long, axes, rows.stop, keys_only=True)
             check_prefix_stable("reductions of attention scores", first, short, at=value, layer=probe.layer)
+    return longer[0][0]
 
 
 def _is_of_queries(axis: SequenceAxis) -> bool:
