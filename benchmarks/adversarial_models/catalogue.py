@@ -36,7 +36,7 @@ class Sample:
     heads: int
     variant: str
     base: str  # how the rest of the decoder is written
-    padded: bool  # whether a mask input is for padding
+    padded: bool  # whether it is compared with padding too; scores of padding, as outputs, are those of a call
     path: Path
 
 
@@ -122,6 +122,6 @@ def write_sample(seed: int, number: int, folder: Path, *, benign: bool, kind: st
         heads=design.heads,
         variant=draft.variant,
         base=base,
-        padded=design.has_mask,
+        padded=design.has_mask and not kind.startswith("output/"),
         path=write.save(model, folder),
     )
