@@ -8,7 +8,7 @@ runtimes lack kernels for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 
 import numpy as np
@@ -84,6 +84,7 @@ class ProbeFeeds:
         self.types: dict[str, InputType] = {}
         self.initializers: list[onnx.TensorProto] = []
         self._totals: list[str] = []  # names of the feeds for all tokens in place of the new ones
+        self._scaled: dict[str, Callable[[Rows], list[int]]] = {}  # names of the feeds that are scaled, with their sizes
         self._assumptions = {} if assumptions is None else assumptions
         self._last: tuple[Rows, dict[str, np.ndarray]] | None = None
         self._roles = {given.value: given for given in flow.inputs}
@@ -126,6 +127,7 @@ class ProbeFeeds:
             return synthetic_values(rows.sizes(fact.shape or (), axes), axes, rows.keys, fact.dtype)
 
         self._totals.append(name)
+        self._scaled[name] = lambda rows: rows.sizes(fact.shape or (), axes)
         self.feeds[name] = feed
         self.types[name] = (run_dtype(fact.dtype or ir.DataType.FLOAT), fact.rank or 0)
 
@@ -157,10 +159,10 @@ class ProbeFeeds:
             tokens: [total], the number of the token at each position; 0, 1, 2, ... by default.
             second_tokens: [total], the same for the second sequence if it differs from the first.
         """
-        feeds = self._arrays_at(rows)
-        for name in self._totals if scale != 1.0 else ():
+        feeds = self._arrays_at(rows, zeros=self._scaled if scale == 0.0 else {})
+        for name in self._totals if scale not in (0.0, 1.0) else ():
             feeds[name] = (feeds[name] * scale).astype(feeds[name].dtype)
-        for value in self.probed if tokens is not None or scale != 1.0 else ():
+        for value in self.probed if scale != 0.0 and (tokens is not None or scale != 1.0) else ():
             if value.name not in feeds:
                 continue  # only its total is read
             array = feeds[value.name or ""]
@@ -174,11 +176,14 @@ class ProbeFeeds:
             feeds[given.value.name or ""] = mask_input(given, visible, only_sequence, rows, number)
         return feeds
 
-    def _arrays_at(self, rows: Rows) -> dict[str, np.ndarray]:
-        """Return the array of each feed; those of the last rows are kept, since they are run with several masks."""
+    def _arrays_at(self, rows: Rows, zeros: Mapping[str, Callable[[Rows], list[int]]]) -> dict[str, np.ndarray]:
+        """Return the array of each feed, zeros for some; the last rows are kept, since they run with several masks."""
         if self._last is None or self._last[0] != rows:
-            self._last = rows, {name: np.asarray(feed(rows)) for name, feed in self.feeds.items()}
-        return dict(self._last[1])
+            self._last = rows, {}
+        kept = self._last[1]
+        for name in self.feeds.keys() - kept.keys() - zeros.keys():
+            kept[name] = np.asarray(self.feeds[name](rows))
+        return kept | {name: np.zeros(sizes(rows), self.types[name][0].numpy()) for name, sizes in zeros.items()}
 
     def _is_made_of_positions(self, value: ir.Value) -> bool:
         """Return whether token data is computed from position inputs alone."""
@@ -233,13 +238,18 @@ class ProbeFeeds:
     def _add_synthetic(self, value: ir.Value) -> None:
         fact = self.flow.shapes[value]
         rank = None if fact.shape is None else len(fact.shape)
+        if value in self.probed:
+            self._scaled[value.name or ""] = lambda rows: self._sizes(value, rows)
         self._add_feed(value, fact.dtype, rank, lambda rows: self._synthetic(value, rows, rows.keys))
+
+    def _sizes(self, value: ir.Value, rows: Rows) -> list[int]:
+        return rows.sizes(self.flow.shapes[value].shape or (), self.flow.axes.get(value, ()))
 
     def _synthetic(self, value: ir.Value, rows: Rows, tokens: np.ndarray) -> np.ndarray:
         """Return synthetic values for tokens with these numbers."""
         fact, axes = self.flow.shapes[value], self.flow.axes.get(value, ())
-        sizes = rows.sizes(fact.shape or (), axes)
-        return synthetic_values(sizes, axes, tokens, fact.dtype, queries=tokens[rows.start : rows.stop])
+        queries = tokens[rows.start : rows.stop]
+        return synthetic_values(self._sizes(value, rows), axes, tokens, fact.dtype, queries)
 
     def _add_feed(self, value: ir.Value, dtype: ir.DataType | None, rank: int | None, feed: Feed) -> None:
         if dtype is None or rank is None:

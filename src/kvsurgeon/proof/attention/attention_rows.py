@@ -22,6 +22,7 @@ from kvsurgeon.proof.row_checks import affordable, blocks, longest_passing, span
 from kvsurgeon.proof.row_runner import RowRunner
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
+FEW_TOKENS = 8  # near a threshold of fewer tokens, the masks of short texts already leave and hide as many
 MIN_PROVED_LENGTH = 1024  # tokens: rows of a shorter text, if longer ones are too large to run, prove nothing beyond it
 
 
@@ -72,7 +73,7 @@ def check_rows(probe: AttentionProbe, passed: int) -> RowResults:
     def check(total: int) -> None:
         for rows in spans(total, thresholds, runner.elements, len(totals)):
             weights = _check_span(probe, runner, rows, scales, stable=proved and not probe.others)
-            if proved and rows.start not in thresholds:
+            if proved and (rows.start not in thresholds or rows.start < FEW_TOKENS):
                 continue
             check_rows_with_other_inputs(probe, runner, rows)
             check_content_masks_in_rows(probe, runner, rows)
