@@ -32,6 +32,7 @@ class Extent(sympy.Symbol):  # type: ignore[misc]
 
 
 LONGEST_TEXT = 1 << 17  # tokens
+NO_LENGTH = 1 << 31  # tokens that no text has
 LONGEST = 40  # operations in an expression
 
 cached = lru_cache(maxsize=None, typed=True)  # 2 and 2.0 are equal, and what is made of them is not
@@ -108,11 +109,20 @@ def exact_quotient(numerator: Dimension, denominator: Dimension) -> Dimension | 
 
 @cached
 def floor_quotient(numerator: Dimension, denominator: Dimension) -> Dimension:
-    """Numerator // denominator, rounded down."""
+    """Numerator // denominator, rounded down.
+
+    >>> floor_quotient(LENGTH + 2**40 - 1, 2**40)  # such as the size of a range with steps of 2**40
+    1
+    """
     if isinstance(numerator, int) and isinstance(denominator, int):
         return numerator // denominator
     exact = exact_quotient(numerator, denominator)
-    return exact if exact is not None else plain(sympy.floor(sympy.sympify(numerator) / denominator))
+    if exact is not None:
+        return exact
+    quotient = plain(sympy.floor(sympy.sympify(numerator) / denominator))
+    if isinstance(denominator, int) and denominator > NO_LENGTH:
+        return next((whole for whole in (0, 1) if is_within(quotient, whole, whole)), quotient)
+    return quotient
 
 
 @cached
