@@ -84,7 +84,7 @@ class ProbeFeeds:
         self.types: dict[str, InputType] = {}
         self.initializers: list[onnx.TensorProto] = []
         self._totals: list[str] = []  # names of the feeds for all tokens in place of the new ones
-        self._scaled: dict[str, Callable[[Rows], list[int]]] = {}  # names of the feeds that are scaled, with their sizes
+        self._scaled: dict[str, Callable[[Rows], list[int]]] = {}  # sizes of the feeds that are scaled, by name
         self._assumptions = {} if assumptions is None else assumptions
         self._last: tuple[Rows, dict[str, np.ndarray]] | None = None
         self._roles = {given.value: given for given in flow.inputs}
