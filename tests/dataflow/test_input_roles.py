@@ -54,6 +54,17 @@ CASES = [
     ("numbers of which the last is read", "int64[b, n] p9, int64[b, n] q7",
      f"{TOKENS} w = Constant<value_ints=[-1]>() e1 = Constant<value_ints=[9223372036854775807]>() o = Constant<value_ints=[1]>() "
      "l = Slice(q7, w, e1, o) f = Cast<to=1>(l) y = Log(f)", {"p9": {1: NEW}, "q7": {1: NEW}}),
+    ("numbers of which the last is compared with one that no mask holds", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} w = Constant<value_ints=[-1]>() e1 = Constant<value_ints=[9223372036854775807]>() o = Constant<value_ints=[1]>() "
+     "l = Slice(q7, w, e1, o) t = Constant<value_ints=[60]>() d = Sub(l, t) y = Greater(d, zero)", {"p9": {1: NEW}, "q7": {1: NEW}}),
+    ("a mask of which the first is compared with 0", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} o = Constant<value_ints=[1]>() l = Slice(q7, zero, o, o) u = Unsqueeze(l, two) y = Equal(u, zero)",
+     {"p9": {1: NEW}, "q7": {1: TOTAL}}),
+    ("a mask of which the first is cast", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} w = Constant<value_int=0>() l = Gather<axis=1>(q7, w) f = Cast<to=9>(l) y = Not(f)",
+     {"p9": {1: NEW}, "q7": {1: TOTAL}}),
+    ("a mask whose smallest is compared with 1", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} m = ReduceMin(q7, zero) o = Constant<value_ints=[1]>() y = Equal(m, o)", {"p9": {1: NEW}, "q7": {1: TOTAL}}),
     ("a mask that is cut to the length", "int64[b, n] p9, int64[b, n] q7",
      f"{TOKENS} s = Shape<start=1>(p9) o = Constant<value_ints=[1]>() l = Slice(q7, zero, s, o) y = Cast<to=1>(l)",
      {"p9": {1: NEW}, "q7": {1: TOTAL}}),

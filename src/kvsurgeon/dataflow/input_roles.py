@@ -20,7 +20,8 @@ from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Length
 
 # Operators whose result is an input in another form, position by position.
-_FORMS = (Trait.IDENTITY, Trait.RESHAPE, Trait.REPEAT, Trait.TRANSPOSE, Trait.ARITHMETIC)
+_MOVES = (Trait.IDENTITY, Trait.RESHAPE, Trait.REPEAT, Trait.TRANSPOSE)
+_FORMS = (*_MOVES, Trait.ARITHMETIC)
 _ELEMENTWISE = (Trait.ELEMENTWISE, Trait.BROADCAST)
 _INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
 _LARGEST_POSITION = 1 << 24
@@ -211,12 +212,11 @@ def _holds_other_than_a_mask(value: ir.Value) -> bool:
     """Whether numbers are compared with one that no mask holds, such as 300, or their extremum or mean is read.
 
     So are those from which such a number is subtracted, as a window before the last position, or of which one place is
-    read. Whether all tokens are masked is a question about a mask.
+    read. Whether all tokens are masked, or the first one, is a question about a mask.
     """
     for node, index in _readers(value):
-        if has_trait(node, Trait.EXTREMUM_OR_MEAN) and index == 0 and not _is_truth(node.inputs[0], value):
-            return True
-        if index == 0 and _selects_places(node):
+        is_one_number = has_trait(node, Trait.EXTREMUM_OR_MEAN) or _selects_places(node)
+        if is_one_number and index == 0 and not _is_truth(node.inputs[0], value) and not _gives_truth(node.outputs[0]):
             return True
         if not has_trait(node, Trait.LENGTH_SENSITIVE, Trait.ADD) or has_trait(node, Trait.SCALE):
             continue
@@ -252,6 +252,18 @@ def _is_truth(form: ir.Value | None, value: ir.Value) -> bool:
     """Whether another form of an input is made of truth values."""
     made = upstream([form], stop=lambda one: one is value)
     return any(node.attributes.get_int("to", 0) == ir.DataType.BOOL for node in producers(made))
+
+
+def _gives_truth(value: ir.Value) -> bool:
+    """Whether each reader of numbers casts them to truth values, or compares them with 0 or 1."""
+    return not value.is_graph_output() and all(_asks_of_mask(node, index) for node, index in value.uses())
+
+
+def _asks_of_mask(node: ir.Node, index: int) -> bool:
+    if index == 0 and has_trait(node, *_MOVES):
+        return node.attributes.get_int("to", 0) == ir.DataType.BOOL or _gives_truth(node.outputs[0])
+    other = small_constant(node.inputs[1 - index]) if has_trait(node, Trait.ORDER) or node.op_type == "Equal" else None
+    return other is not None and set(other.reshape(-1).tolist()) <= {0, 1}
 
 
 def _exceeds_a_mask(numbers: np.ndarray, kinds: str) -> bool:
