@@ -145,11 +145,14 @@ def test_keys_and_values_of_memory_tokens_are_computed_from_weights_alone():
         ({"hidden": JOINED.replace("(memories, x)", "(x, memories)"),
           "after": "stop = Unsqueeze(length, first)\n logits = Slice(c, first, stop, second)"},
          Code.MIXES_TOKENS, "are queries too"),
+        ({"hidden": f"{JOINED.replace(' h =', ' h1 =')}\n n = Constant<value_ints = [1, 9, 1]>()\n"
+          " fixed = ConstantOfShape(n)\n h = Add(h1, fixed)", "after": "logits = Slice(c, second, end, second)"},
+         Code.FIXED_LENGTH, "Add: it runs at a length of 6 only"),
         ({"hidden": f"mean = ReduceMean<keepdims = 1>(x, second)\n{JOINED.replace('(memory, to)', '(said, to)')}\n"
           " said = Add(memory, mean)"}, Code.MIXES_TOKENS, "ReduceMean mixes"),
     ],
     ids=["they see the text", "the text looks ahead", "positions from the end", "left in the output",
-         "cut at another row", "mean over both", "after the text", "made of the text"],
+         "cut at another row", "mean over both", "after the text", "of a fixed length", "made of the text"],
 )  # fmt: skip
 def test_memory_that_changes_with_the_text_is_rejected(parts, code, reason):
     with pytest.raises(UnsupportedError, match=re.escape(reason)) as refused:

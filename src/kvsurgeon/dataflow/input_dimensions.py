@@ -192,6 +192,18 @@ def _equal_symbols(nodes: Iterable[ir.Node], shapes: Shapes, dimensions: Dimensi
     return found
 
 
+def required_length(nodes: Iterable[ir.Node], shapes: Shapes) -> tuple[ir.Node, int] | None:
+    """Return the first node that runs at one length only, and that length; None if all run at any."""
+    for node in nodes:
+        for pair in _required_equal(shapes.call(node)):
+            for number, size in (pair, pair[::-1]):
+                if isinstance(number, int) and not isinstance(size, int) and size.free_symbols == {LENGTH}:
+                    rest = dim.subtract(size, LENGTH)
+                    if isinstance(rest, int) and number > rest:
+                        return node, number - rest
+    return None
+
+
 @dim.cached
 def _extents(size: Dimension) -> frozenset[sympy.Symbol]:
     return frozenset() if isinstance(size, int) else frozenset(size.atoms(Extent))

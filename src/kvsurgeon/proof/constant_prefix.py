@@ -17,7 +17,7 @@ import onnx_ir as ir
 import sympy
 
 from kvsurgeon.analysis.analysis import Analysis, analyze
-from kvsurgeon.dataflow.input_dimensions import GraphInputs, read_inputs
+from kvsurgeon.dataflow.input_dimensions import GraphInputs, read_inputs, required_length
 from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.decompose import DecomposedModel
 from kvsurgeon.errors import Code, UnsupportedError
@@ -74,16 +74,17 @@ def with_constant_prefix(decomposed: DecomposedModel) -> DecomposedModel:
     The original is not changed.
 
     Raises:
-        UnsupportedError: Memory tokens attend to the text, or depend on its length.
+        UnsupportedError: Memory tokens attend to the text, or depend on its length; or the graph runs at one length
+            only.
     """
     model = decomposed.model
     if not any(_may_join(node) for node in model.graph):
         return decomposed
+    given = read_inputs(model.graph)
+    ends = _find(model.graph, given)
+    if ends is None:
+        return decomposed
     try:
-        given = read_inputs(model.graph)
-        ends = _find(model.graph, given)
-        if ends is None:
-            return decomposed
         analysis = analyze(_decoder_of_all(model, given, ends))
         proof = prove(analysis)
         if proof.limited_at is not None:
@@ -122,8 +123,18 @@ def _find(graph: ir.Graph, given: GraphInputs) -> _Ends | None:
     cuts = [node for node in nodes if node.inputs and node.inputs[0] in inside and _cuts(given.shapes, node, count)]
     left = downstream(starts, stop=lambda node: is_shape_only(node) or node in cuts)
     if any(value.is_graph_output() for value in left):
+        _check_length(nodes, given.shapes)
         return None
     return _Ends(count=count, joined=tuple(joined), cuts=tuple(cuts))
+
+
+def _check_length(nodes: Sequence[ir.Node], shapes: Shapes) -> None:
+    if (fixed := required_length(nodes, shapes)) is not None:
+        node, length = fixed
+        raise UnsupportedError(
+            f"{node.op_type}: it runs at a length of {length} only, although the inputs declare a dynamic one",
+            code=Code.FIXED_LENGTH, at=node.outputs[0].name, hint="export with dynamic axes",
+        )  # fmt: skip
 
 
 def _links(shapes: Shapes, node: ir.Node) -> AxisLinks | None:
