@@ -84,7 +84,7 @@ class ProbeFeeds:
         self.types: dict[str, InputType] = {}
         self.initializers: list[onnx.TensorProto] = []
         self._totals: list[str] = []  # names of the feeds for all tokens in place of the new ones
-        self._scaled: dict[str, Callable[[Rows], list[int]]] = {}  # sizes of the feeds that are scaled, by name
+        self._zeros: dict[str, Feed] = {}  # in place of the feeds that are scaled, if the scale is 0
         self._assumptions = {} if assumptions is None else assumptions
         self._last: tuple[Rows, dict[str, np.ndarray]] | None = None
         self._roles = {given.value: given for given in flow.inputs}
@@ -127,9 +127,10 @@ class ProbeFeeds:
             return synthetic_values(rows.sizes(fact.shape or (), axes), axes, rows.keys, fact.dtype)
 
         self._totals.append(name)
-        self._scaled[name] = lambda rows: rows.sizes(fact.shape or (), axes)
+        dtype = run_dtype(fact.dtype or ir.DataType.FLOAT)
         self.feeds[name] = feed
-        self.types[name] = (run_dtype(fact.dtype or ir.DataType.FLOAT), fact.rank or 0)
+        self._zeros[name] = lambda rows: np.zeros(rows.sizes(fact.shape or (), axes), dtype.numpy())
+        self.types[name] = (dtype, fact.rank or 0)
 
     def give(self, name: str, feed: Feed) -> None:
         """Give an input of the subgraph other arrays than it has by its role."""
@@ -159,7 +160,7 @@ class ProbeFeeds:
             tokens: [total], the number of the token at each position; 0, 1, 2, ... by default.
             second_tokens: [total], the same for the second sequence if it differs from the first.
         """
-        feeds = self._arrays_at(rows, zeros=self._scaled if scale == 0.0 else {})
+        feeds = self._arrays_at(rows, zeros=self._zeros if scale == 0.0 else {})
         for name in self._totals if scale not in (0.0, 1.0) else ():
             feeds[name] = (feeds[name] * scale).astype(feeds[name].dtype)
         for value in self.probed if scale != 0.0 and (tokens is not None or scale != 1.0) else ():
@@ -176,14 +177,14 @@ class ProbeFeeds:
             feeds[given.value.name or ""] = mask_input(given, visible, only_sequence, rows, number)
         return feeds
 
-    def _arrays_at(self, rows: Rows, zeros: Mapping[str, Callable[[Rows], list[int]]]) -> dict[str, np.ndarray]:
+    def _arrays_at(self, rows: Rows, zeros: Mapping[str, Feed]) -> dict[str, np.ndarray]:
         """Return the array of each feed, zeros for some; the last rows are kept, since they run with several masks."""
         if self._last is None or self._last[0] != rows:
             self._last = rows, {}
         kept = self._last[1]
         for name in self.feeds.keys() - kept.keys() - zeros.keys():
             kept[name] = np.asarray(self.feeds[name](rows))
-        return kept | {name: np.zeros(sizes(rows), self.types[name][0].numpy()) for name, sizes in zeros.items()}
+        return kept | {name: feed(rows) for name, feed in zeros.items()}
 
     def _is_made_of_positions(self, value: ir.Value) -> bool:
         """Return whether token data is computed from position inputs alone."""
@@ -239,7 +240,8 @@ class ProbeFeeds:
         fact = self.flow.shapes[value]
         rank = None if fact.shape is None else len(fact.shape)
         if value in self.probed:
-            self._scaled[value.name or ""] = lambda rows: self._sizes(value, rows)
+            dtype = run_dtype(fact.dtype or ir.DataType.FLOAT)
+            self._zeros[value.name or ""] = lambda rows: np.zeros(self._sizes(value, rows), dtype.numpy())
         self._add_feed(value, fact.dtype, rank, lambda rows: self._synthetic(value, rows, rows.keys))
 
     def _sizes(self, value: ir.Value, rows: Rows) -> list[int]:

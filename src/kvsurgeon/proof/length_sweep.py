@@ -156,7 +156,9 @@ class LengthSweep:
         return results
 
     def _checked(self, longest: int, error: UnsupportedError) -> int:
-        """Return the longest length at which context runs, unless that is the size that probed extents have."""
+        """Return the longest length at which context runs, unless that is one token or the size of probed extents."""
+        if longest == 1:
+            raise error
         sizes = {size: given for given in self.flow.inputs for size in given.dimensions if isinstance(size, Extent)}
         if sizes and longest <= EXTENT:
             extent, given = next(iter(sizes.items()))
