@@ -18,6 +18,7 @@ import onnxruntime as ort
 from verification.corpus import Case, Entry
 from verification.independent_verifier import (
     DYNAMIC,
+    EXACT,
     Bound,
     ContractError,
     bound_of,
@@ -28,6 +29,7 @@ from verification.independent_verifier import (
     score_case,
 )
 from verification.uncached import LEVELS, Level, answer, change, distance, first_tokens, steady
+from verification.unquantized import without_dynamic_ranges
 
 import kvsurgeon
 import kvsurgeon.io
@@ -229,13 +231,24 @@ def _verified(
     if worst.error <= 30 * noise:
         return replace(outcome, category="not runnable", reason=f"its own rounding is {noise:.2g}; {reason}")
     changed = change(open_session(mutant, entry.folder, level), next(c for c in cases if c.index == worst.case))
-    if bound is DYNAMIC and changed > 0.05:
+    if bound is DYNAMIC and (changed > 0.05 or _is_right_unquantized(entry, mutant, injected, cases)):
         return replace(outcome, category="not runnable", reason=f"its ranges are those of a call; {reason}")
     if changed > 1e-3 and (largest := _largest_weight(mutant)) > LARGEST_WEIGHT:
         reason = f"a weight of {largest:.2g} makes scores that outweigh its mask; {reason}"
         return replace(outcome, category="not runnable", reason=reason)
     said = f"the mutant itself changes by {changed:.2g} with what follows" if changed > 1e-3 else "the mutant is steady"
     return replace(outcome, category="wrong", reason=f"{reason}; {'not run shorter' if np.isnan(changed) else said}")
+
+
+def _is_right_unquantized(entry: Entry, mutant: onnx.ModelProto, injected: onnx.ModelProto, cases: list[Case]) -> bool:
+    """Whether an injected mutant is right if neither it nor the mutant rounds activations to ranges of a call."""
+    exact, cached = without_dynamic_ranges(mutant), without_dynamic_ranges(injected)
+    if exact is None or cached is None:
+        return False
+    alone, session = open_session(exact, entry.folder), open_session(cached, entry.folder)
+    contract = read_contract(session, exact)
+    scores = [score for case in cases for score in score_case(session, contract, _answered(alone, case))]
+    return not failures(scores, EXACT)
 
 
 def _largest_weight(model: onnx.ModelProto) -> float:

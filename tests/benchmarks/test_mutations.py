@@ -1,5 +1,6 @@
 """A sample of the mutation campaign; and the campaign sees what it is there to see."""
 
+from dataclasses import replace
 from multiprocessing import Pipe
 
 import broken_decoders as shelf
@@ -12,6 +13,10 @@ from exports import FILES, export
 from laid_out import lay_out, stored
 from mutating import mutant_run
 from mutating.mutant_run import BAD, Outcome, try_file, try_mutant
+from onnxruntime.quantization import quantize_dynamic
+from verification.independent_verifier import open_session
+from verification.uncached import answer, change, distance
+from verification.unquantized import without_dynamic_ranges
 
 from kvsurgeon.errors import UnsupportedError
 
@@ -70,6 +75,39 @@ def test_a_right_injection_is_right(tiny):
 @pytest.mark.parametrize("broken", [shelf.WrongCorner, shelf.StaleRotary, shelf.PastPaddingIgnored, Decoder])
 def test_a_wrong_injection_is_wrong(tiny, monkeypatch, broken):
     assert tried(tiny, monkeypatch, lambda *_: (broken(Config()).model(), frozenset())).category == "wrong"
+
+
+@pytest.fixture(scope="module")
+def in_8_bits(tiny, tmp_path_factory):
+    def quantized(model):
+        folder = tmp_path_factory.mktemp("quantized")
+        onnx.save(model, folder / "float.onnx")
+        quantize_dynamic(folder / "float.onnx", folder / "made.onnx")
+        return onnx.load(folder / "made.onnx")
+
+    model = quantized(Decoder(Config()).model())
+    return lay_out(tiny.folder.parent / "in_8_bits", model, stored(model, length=14)), quantized
+
+
+@pytest.mark.parametrize("broken", [shelf.StaleRotary, shelf.PastPaddingIgnored])
+def test_a_wrong_injection_with_ranges_of_a_call_is_wrong(in_8_bits, monkeypatch, broken):
+    entry, quantized = in_8_bits
+    injected = quantized(broken(Config()).model())
+    assert tried(entry, monkeypatch, lambda *_: (injected, frozenset())).category == "wrong"
+
+
+def test_without_ranges_of_a_call_no_token_depends_on_later_ones(in_8_bits):
+    entry, _ = in_8_bits
+    model = onnx.load(entry.path)
+    exact = without_dynamic_ranges(model)
+    case = entry.cases(model)[0]
+    changes = []
+    for one in (model, exact):
+        session = open_session(one, entry.folder)
+        changes.append(change(session, replace(case, reference=answer(session, case))))
+    assert changes[0] > 1e-3
+    assert changes[1] < 1e-5
+    assert distance(answer(open_session(exact, entry.folder), case), case) < 0.1
 
 
 def test_masks_that_a_mutation_turned_around_are_filled_as_the_stored_ones_and_prove_nothing(tiny, monkeypatch):
