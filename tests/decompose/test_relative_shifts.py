@@ -61,6 +61,10 @@ IN_OTHER_ROWS = """other = Concat<axis = 0>(batch, twice, n)
  back = Concat<axis = 0>(batch, n, odd)
  all = Reshape(later, back)
  shifted = Gather<axis = 2>(all, at)"""
+JUST_ENOUGH = """other = Concat<axis = 0>(batch, more, n)
+ turn = Reshape(distances, other)
+ later = Slice(turn, second, far, second)
+ shifted = Gather<axis = 2>(later, at)"""
 ZEROS = """each = Concat<axis = 0>(batch, n, second)
  zeros = ConstantOfShape(each)
  padded = Concat<axis = 2>(zeros, distances)
@@ -74,6 +78,7 @@ WITH_BIAS = (
     BEHIND.replace("(distances", "(biased") + "\n of_each = Slice(biases, start, end, first)"
     "\n one_row = Unsqueeze(of_each, first)\n biased = Add(distances, one_row)"
 )
+WITH_OWN = "end = Add(middle, second)\n rows = Slice(table, start, end, first)"
 GATHERED = """apart = Sub(row, column)
  columns = Add(apart, beginning)
  beginning = Sub(length, one)
@@ -85,6 +90,7 @@ SHIFTS = {
     "keys on both sides, padded behind": (BOTH, BEHIND),
     "with a bias for each distance": (BOTH, WITH_BIAS),
     "keys on both sides, read in other rows": (BOTH, IN_OTHER_ROWS),
+    "no distance after the query, read in other rows": (WITH_OWN, JUST_ENOUGH),
     "an odd number of distances, after zeros": (ODD, ZEROS),
     "columns that the graph gathers": (ODD, GATHERED),
 }

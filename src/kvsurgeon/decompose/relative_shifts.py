@@ -67,7 +67,9 @@ def may_shift(node: ir.Node) -> bool:
     if read is None:
         return False
     padded = producer_of(read.inputs[0], "Concat", "Pad")
-    return padded is not None or any(is_operator(user, "Reshape") for user, _ in node.outputs[0].uses())
+    return padded is not None or any(
+        is_operator(user, "Reshape") or _takes_first_rows(user) for user, _ in node.outputs[0].uses()
+    )
 
 
 def find_shifts(graph: ir.Graph, shapes: Shapes) -> list[RelativeShift]:
@@ -119,9 +121,12 @@ def _moved_input(node: ir.Node | None) -> ir.Value | None:
     if is_operator(node, "Concat"):
         others = [value for value in node.inputs if value is not None and not _is_filled(value)]
         return others[0] if len(others) == 1 else None
-    first_rows = is_operator(node, "Gather") and _is_range(node.inputs[1])
     moves = has_trait(node, Trait.RESHAPE, Trait.TRANSPOSE, Trait.SELECT) or is_operator(node, "Pad")
-    return node.inputs[0] if first_rows or moves else None
+    return node.inputs[0] if moves or _takes_first_rows(node) else None
+
+
+def _takes_first_rows(node: ir.Node) -> bool:
+    return is_operator(node, "Gather") and _is_range(node.inputs[1])
 
 
 def _is_filled(value: ir.Value) -> bool:
