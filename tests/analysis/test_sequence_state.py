@@ -21,7 +21,7 @@ KERNEL = """float[8, 1, 3] kernel, float nil = {0.0},
  int64[6] shift = {0, 1, 0, 0, -1, 0},
  int64[6] before = {0, 1, 0, 0, 0, 0},
  int64[6] after = {0, 0, 0, 0, 1, 0}, int64[1] minus = {-1}, int64[1] far = {99999999999},
- int64[2] rows = {3, 8}, int64[1, 1, 8] places = {0, 0, 0, 0, 0, 0, 0, 0}"""
+ int64[2] rows = {3, 8}, int64[1] rows3 = {3}, int64[1, 1, 8] places = {0, 0, 0, 0, 0, 0, 0, 0}"""
 CONVOLUTION = """xt = Transpose<perm = [0, 2, 1]>(x)
  y = Conv<group = 8, kernel_shape = [3], pads = [2, 0]>(xt, kernel)
  h = Transpose<perm = [0, 2, 1]>(y)"""
@@ -57,6 +57,15 @@ LAST_REPLACED = """n0 = Sub(length, one)
  n1 = Unsqueeze(n0, first)
  z = Slice(x, first, n1, second)
  h = Pad(z, after, nil)"""
+FILLED = """n1 = Unsqueeze(length, first)
+ missing = Neg(n1)
+ more = Mod(missing, rows3)
+ none = Constant<value_ints = [0, 0, 0, 0]>()
+ none1 = Constant<value_ints = [0]>()
+ pads = Concat<axis = 0>(none, more, none1)
+ chunks = Pad(x, pads, nil)
+ sum = CumSum(chunks, one)
+ h = Slice(sum, first, n1, second)"""
 REVERSED_SUM = "c8 = CumSum<reverse = 1>(x, one)\n h = Mul(c8, half)"
 
 
@@ -171,6 +180,11 @@ def test_a_note_says_that_the_state_is_measured():
 def test_operators_that_read_later_tokens_are_rejected(hidden):
     with pytest.raises(UnsupportedError, match="mixes tokens along the sequence outside attention"):
         injected(read(case(hidden)))
+
+
+def test_texts_that_are_filled_up_to_whole_chunks_are_rejected():
+    with pytest.raises(UnsupportedError, match="as those that fill up a chunk; .* found -length . 3.floor"):
+        injected(read(case(FILLED)))
 
 
 def test_a_last_token_that_is_replaced_is_rejected():

@@ -84,7 +84,19 @@ def _check_mixed(visit: NodeVisit, links: AxisLinks) -> None:
                 reason = links.blocked[label]
                 raise visit.mixing() if reason is None else visit.refusal(reason, code=Code.UNTRACEABLE_SEQUENCE)
             if label in links.mixed:
+                _check_filled(visit, links.padded.get(label, ()), axis)
                 visit.mix_along(axis)
+
+
+def _check_filled(visit: NodeVisit, rows: Sequence[Dimension], axis: SequenceAxis) -> None:
+    """Check that a text is not filled up to a length that depends on its own, as to whole chunks."""
+    added = next((number for number in rows if not isinstance(number, int)), None)
+    if added is not None and axis.variable.resolved() is Length.NEW:
+        raise visit.refusal(
+            "the rows that it adds to a text depend on its length, as those that fill up a chunk", found=str(added),
+            expected="a fixed number of rows", code=Code.MIXES_TOKENS,
+            hint="no recurrence over chunks is recognized; one may be in an export of a fixed length",
+        )  # fmt: skip
 
 
 def check_batch(visit: NodeVisit, links: AxisLinks) -> None:
