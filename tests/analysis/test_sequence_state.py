@@ -183,7 +183,7 @@ def test_operators_that_read_later_tokens_are_rejected(hidden):
 
 
 def test_texts_that_are_filled_up_to_whole_chunks_are_rejected():
-    with pytest.raises(UnsupportedError, match="as those that fill up a chunk; .* found -length . 3.floor"):
+    with pytest.raises(UnsupportedError, match=r"as those that fill up a chunk; .* found -length . 3.floor"):
         injected(read(case(FILLED)))
 
 

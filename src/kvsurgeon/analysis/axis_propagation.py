@@ -89,7 +89,7 @@ def _check_mixed(visit: NodeVisit, links: AxisLinks) -> None:
 
 
 def _check_filled(visit: NodeVisit, rows: Sequence[Dimension], axis: SequenceAxis) -> None:
-    """Check that a text is not filled up to a length that depends on its own, as to whole chunks."""
+    """Check that the rows added to a text do not depend on its length, as those that fill up a chunk do."""
     added = next((number for number in rows if not isinstance(number, int)), None)
     if added is not None and axis.variable.resolved() is Length.NEW:
         raise visit.refusal(
