@@ -73,6 +73,14 @@ def test_tokens_stay_apart(hidden, constants):
     assert_law_of(attention(hidden=hidden, constants=constants))
 
 
+def test_batch_normalization_in_training_mode_is_refused():
+    normalized = "cc = Transpose<perm = [0, 2, 1]>(x)\n d, m2, v2 = BatchNormalization<training_mode = 1>"
+    normalized += "(cc, gain, shift, mean, var)\n h = Transpose<perm = [0, 2, 1]>(d)"
+    constants = "float[8] gain, float[8] shift, float[8] mean, float[8] var"
+    with pytest.raises(UnsupportedError, match="training mode"):
+        injected(in_order(read(attention(hidden=normalized, constants=constants))))
+
+
 # From row [1, n] and column [n, 1] to allowed [n, n].
 N1 = "n1 = Unsqueeze(length, first)\n nn = Concat<axis = 0>(n1, n1)\n"
 CONTEXT = [

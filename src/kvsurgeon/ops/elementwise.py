@@ -18,6 +18,7 @@ from kvsurgeon.ops.operator import (
     Operator,
     Sizes,
     Trait,
+    UntraceableAxesError,
     broadcast_links,
     entries,
     identity_links,
@@ -284,8 +285,10 @@ def quantize_links(call: OperatorCall) -> AxisLinks:
 
 
 def channel_links(call: OperatorCall) -> AxisLinks:
-    """`BatchNormalization`: further inputs hold an element for each channel."""
+    """`BatchNormalization`: further inputs hold an element for each channel. In training it mixes all others."""
     labels = identity_links(call)
+    if call.integer("training_mode", 0):
+        raise UntraceableAxesError("in training mode, it computes means over the batch and the tokens")
     return AxisLinks(inputs=(labels, *[(1,)] * (len(call.inputs) - 1)), outputs=(labels,) * len(call.node.outputs))
 
 
