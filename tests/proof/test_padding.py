@@ -2,6 +2,7 @@
 
 import onnx
 import pytest
+from attentions import in_order
 from exports import injected
 from laws import assert_law, texts
 from written import read
@@ -62,6 +63,21 @@ def test_padding_that_a_gate_reads_is_rejected():
     with pytest.raises(UnsupportedError, match="masked tokens attend to later tokens") as refused:
         injected(read(TEXT.replace("GATE", LARGEST)))
     assert refused.value.layer == 1
+
+
+def test_padding_that_ends_inside_a_pair_of_tokens_is_rejected():
+    """The second token of a pair reads the first one, which may be the last masked token."""
+    pairs = """
+  even = Slice(c2, first, end, second, two)
+  end = Constant<value_ints = [1099511627776]>()
+  apart = Unsqueeze(even, two)
+  both = Concat<axis = 2>(apart, apart)
+  flat_sizes = Constant<value_ints = [0, -1, 8]>()
+  flat = Reshape(both, flat_sizes)
+  pairs = Slice(flat, first, n1, second)
+  logits = Add(c2, pairs)"""
+    with pytest.raises(UnsupportedError, match="masked tokens attend to later tokens"):
+        injected(in_order(read(TEXT.replace("GATE", pairs))))
 
 
 def with_mask(first: str, second: str) -> str:

@@ -25,8 +25,8 @@ def all_masked(length: int) -> np.ndarray:
 
 
 def left_padded(length: int) -> np.ndarray:
-    """Mask the first two tokens."""
-    return np.arange(length) >= 2
+    """Mask the first three tokens, which end inside a block of two, four or eight."""
+    return np.arange(length) >= 3
 
 
 def with_gaps(length: int) -> np.ndarray:

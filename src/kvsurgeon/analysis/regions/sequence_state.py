@@ -16,7 +16,15 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.axis_propagation import check_batch
 from kvsurgeon.analysis.cache_points import bottlenecks, choose_cache_point, is_no_table_lookup
-from kvsurgeon.analysis.mask_patterns import MaskPattern, is_close, left_padded, sequence_last, unmasked, with_gaps
+from kvsurgeon.analysis.mask_patterns import (
+    MaskPattern,
+    is_close,
+    left_padded,
+    padded_until,
+    sequence_last,
+    unmasked,
+    with_gaps,
+)
 from kvsurgeon.analysis.probe_inputs import AMPLIFIED, Rows, batch_axis
 from kvsurgeon.analysis.regions.probe_lengths import changing_context, lengths_beyond
 from kvsurgeon.analysis.regions.token_ranges import token_range
@@ -35,6 +43,7 @@ _TOKENS = 65  # of a text, unless a number in the region is larger
 _SEQUENCES = 5  # of a batch, whose number context may compare with
 _PREFIXES = (1, 2, 7, 8, 33, 40)  # tokens that stay the same while later ones change
 _LARGE = 30.0  # scale of a run with large values
+_PADDED = padded_until(31)  # a prime number of tokens, which ends inside any block
 
 Run = Callable[..., np.ndarray]  # tokens and mask -> [..., token]
 
@@ -80,13 +89,17 @@ def reads_masked_tokens(flow: TokenFlow, state: SequenceState, mask: MaskPattern
         value = node.inputs[index]
         assert value is not None
         sources.append([value, *bottlenecks(flow, [value], is_no_table_lookup)][-1])
-    visible, tokens = mask(_TOKENS), np.arange(_TOKENS)
+    tokens = np.arange(_TOKENS)
     try:
         _, run = state_runner(flow, state, sources, assumptions)
-        results = [run(text, mask) for text in (tokens, np.where(visible, tokens, tokens + AMPLIFIED))]
+        for pattern in (mask, _PADDED):
+            visible = pattern(_TOKENS)
+            results = [run(text, pattern) for text in (tokens, np.where(visible, tokens, tokens + AMPLIFIED))]
+            if not is_close(*(result[..., visible] for result in results)):
+                return True
     except Exception:  # whatever onnxruntime raises
         return True
-    return not is_close(*(result[..., visible] for result in results))
+    return False
 
 
 def with_siblings(flow: TokenFlow, region: Sequence[ir.Node]) -> list[ir.Node]:
