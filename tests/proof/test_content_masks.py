@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from attentions import assert_law_of, attention, in_order
 from exports import injected
+from laws import assert_law
+from onnx import numpy_helper
 from written import read
 
 from kvsurgeon.errors import Code, UnsupportedError
@@ -35,8 +37,12 @@ def adding(to_add: str) -> str:
         ),
         adding("shown = Greater(feature, zero)\n added = Where(shown, zero, low)"),
         adding("kept = Clip(feature, zero, unit)\n left = Sub(unit, kept)\n added = Mul(left, low)"),
+        adding(
+            "shown = Greater(feature, zero)\n beyond = Greater(feature, unit)\n"
+            " inner = Where(beyond, zero, low)\n added = Where(shown, inner, zero)"
+        ),
     ],
-    ids=["and", "sub", "where", "clip"],
+    ids=["and", "sub", "where", "clip", "two conditions"],
 )
 def test_a_query_that_may_have_no_key_is_rejected(text):
     with pytest.raises(UnsupportedError, match="computed from the tokens") as caught:
@@ -55,3 +61,35 @@ def test_a_query_that_may_have_no_key_is_rejected(text):
 )
 def test_a_query_that_always_has_a_key_is_right(text):
     assert_law_of(text)
+
+
+def test_a_large_table_of_biases_that_tokens_index_may_hide_keys():
+    text = "size = Abs(feature)\n near = Min(size, unit)\n place = Cast<to = 7>(near)\n added = Gather(biases, place)"
+    model = in_order(read(adding(text).replace("float unit", "float[5000] biases, float unit")))
+    biases = next(tensor for tensor in model.graph.initializer if tensor.name == "biases")
+    numbers = numpy_helper.to_array(biases).copy()
+    assert_law(model, injected(model))
+    numbers[0] = -10000.0
+    biases.CopyFrom(numpy_helper.from_array(numbers, "biases"))
+    with pytest.raises(UnsupportedError, match="computed from the tokens"):
+        injected(model)
+
+
+@pytest.mark.parametrize("number", [200, 2000])
+def test_a_score_beyond_a_number_must_not_open_its_key(number):
+    opened = "beyond = Greater(s, large)\n either = Or(allowed, beyond)\n masked_scores = Where(either, s, low)"
+    with pytest.raises(UnsupportedError, match="attention is not causal"):
+        injected(in_order(read(attention(masked=opened, constants=f"float large = {{{number}.0}}"))))
+
+
+def test_a_product_of_integers_beyond_a_number_must_not_open_its_key():
+    opened = "near = Gather<axis = 2>(x, nought)\n whole = Cast<to = 7>(near)\n by_key = Unsqueeze(whole, second)\n"
+    opened += "by_query = Unsqueeze(whole, third)\n both = Mul(by_query, by_key)\n beyond = Greater(both, large)"
+    opened += "\n causal = LessOrEqual(row, column)\n allowed = Or(causal, beyond)"
+    with pytest.raises(UnsupportedError, match="attention is not causal"):
+        injected(in_order(read(attention(allowed=opened, constants="int64 large = {70000}"))))
+
+
+def test_scores_with_a_floor_are_right():
+    floor = "beyond = Less(s, small)\n bounded = Where(beyond, small, s)\n masked_scores = Where(allowed, bounded, low)"
+    assert_law_of(attention(masked=floor, constants="float small = {-100.0}"))

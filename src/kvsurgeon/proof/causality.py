@@ -176,7 +176,8 @@ def _check_scales(probe: AttentionProbe, length: int) -> np.ndarray | None:
     """Check causality with the largest scores that give finite weights; return the weights for equal scores."""
     if not probe.runner.probed:
         return None
-    probe.check_causal(probe.run(length, scale=probe.largest_scale(length))[0])
+    for scale in (probe.largest_scale(length), *probe.scales_of_compared):
+        probe.check_causal(probe.run(length, scale=scale)[0])
     equal = probe.run(length, scale=0.0)[0]
     probe.check_causal(np.nan_to_num(equal))  # a bound or a sum of equal scores may be 0, and divide by it
     return equal

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -20,10 +21,15 @@ from kvsurgeon.analysis.probe_inputs import Rows, at_length, run_dtype
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import is_token, upstream_tokens
 from kvsurgeon.analysis.token_flow import TokenFlow
-from kvsurgeon.graph.constants import small_constant
+from kvsurgeon.graph.constants import constant_tensor, small_constant
 from kvsurgeon.graph.query import producers
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
+from kvsurgeon.weights.mapped import mapped_elements
 
 MIN_MASK = 1e3  # a smaller constant that is added to scores is a bias, not a mask
+_MAX_CONDITIONS = 6  # of one mask, of which every combination is computed
+_MAX_TABLE = 1 << 24  # elements of a table that tokens index whose content is read
 
 
 def hiding_feeds(
@@ -48,21 +54,36 @@ def _numbers(flow: TokenFlow, value: ir.Value) -> tuple[float, ...]:
     if conditions := [token for token in tokens if flow.shapes[token].dtype is ir.DataType.BOOL]:
         return _numbers_of(flow, value, conditions)
     constants = [
-        np.abs(array).max(initial=0.0)
+        float(np.abs(array).max(initial=0.0))
         for node in producers(tokens)
         for source in node.inputs
-        if not is_token(flow, source) and (array := small_constant(source)) is not None and array.dtype.kind == "f"
+        if not is_token(flow, source) and (array := _constant(node, source)) is not None and array.dtype.kind == "f"
     ]
-    largest = float(max(constants, default=0.0))
+    largest = max(constants, default=0.0)
     return (-largest, 0.0) if largest >= MIN_MASK else ()
+
+
+def _constant(node: ir.Node, source: ir.Value | None) -> np.ndarray | None:
+    """Return the content of a small constant, or of a table that a node reads: each token may hold a bias of its keys.
+
+    None for others.
+    """
+    table = constant_tensor(source) if has_trait(node, Trait.LOOKUP) else None
+    if table is None or table.dtype is ir.DataType.STRING or table.size > _MAX_TABLE:
+        return small_constant(source)
+    with suppress(OSError, ValueError):  # its file is missing
+        return np.asarray(mapped_elements(table))
+    return None
 
 
 def _numbers_of(flow: TokenFlow, value: ir.Value, conditions: list[ir.Value]) -> tuple[float, ...]:
     """Return the least and the largest number of a value that is computed from conditions of tokens."""
     runner, found = SubgraphRunner(flow, [value], probed=conditions), []
     feeds = {name: runner.feeds[name] for one in conditions if (name := one.name or "") in runner.feeds}
-    for truth in (False, True):
-        for name, feed in feeds.items():
+    apart = itertools.product((False, True), repeat=len(feeds))
+    together = ((truth,) * len(feeds) for truth in (False, True))
+    for truths in apart if len(feeds) <= _MAX_CONDITIONS else together:
+        for (name, feed), truth in zip(feeds.items(), truths, strict=True):
             runner.inputs.give(name, partial(_all, feed, truth))
         (array,) = runner.run(1)
         found += [float(array.min()), float(array.max())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,16 @@ from kvsurgeon.analysis.attention.attention_weights import ReadWeights, weights_
 from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.mask_patterns import MaskPattern, learned_rows_first, sequence_last, unmasked
 from kvsurgeon.analysis.probe_inputs import Rows
+from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.constants import small_constant
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.proof.attention.attention_pattern import MIN_WEIGHT, largest_weight_on_later_key
 from kvsurgeon.proof.length_sweep import LengthSweep, check_prefix_stable
 
 SCALES = (30.0, 10.0, 3.0, 1.0)  # of the probed scores: a mask must hold for the largest that give finite weights
+SCALES_OF_COMPARED = (100.0, 1000.0)  # of scores that are compared with numbers: any mask holds for them
 
 
 class AttentionProbe:
@@ -74,6 +80,18 @@ class AttentionProbe:
         if not self.runner.probed:
             return 1.0
         return next((scale for scale in SCALES if not np.isnan(self.run(length, scale=scale)[0]).any()), SCALES[-1])
+
+    @cached_property
+    def scales_of_compared(self) -> tuple[float, ...]:
+        """Scales of scores that are compared with numbers, beyond which the scores are at one; () if none are."""
+        nodes = [
+            node
+            for node in (self.site.upstream_of_weights if self.runner.probed else ())
+            if has_trait(node, Trait.ORDER) and any(is_token(self.sweep.flow, value) for value in node.inputs)
+        ]
+        constants = [small_constant(value) for node in nodes for value in node.inputs]
+        whole = {float(np.abs(one).max(initial=0)) for one in constants if one is not None and one.dtype.kind in "iu"}
+        return (*SCALES_OF_COMPARED, *sorted(whole)) if nodes else ()
 
     def check_causal(self, weights: np.ndarray, first_query: int = 0) -> None:
         """Check that no query gives weight to a later key.

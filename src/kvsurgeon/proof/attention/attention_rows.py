@@ -67,7 +67,7 @@ def check_rows(probe: AttentionProbe, passed: int) -> RowResults:
         return results
     totals = affordable(totals, runner.elements, any_length=proved)
     needed = min(probe.sweep.longest, max([MIN_PROVED_LENGTH, *(length + 1 for length in thresholds)]))
-    scales = sorted({0.0, 1.0, probe.largest_scale(passed)})
+    scales = sorted({0.0, 1.0, probe.largest_scale(passed), *probe.scales_of_compared})
     reach = min((total for total in totals if changing and total > changing[-1]), default=max(totals, default=0))
 
     def check(total: int) -> None:
