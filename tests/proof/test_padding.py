@@ -59,6 +59,22 @@ def test_padding_that_only_padding_attends_to_is_accepted():
     assert_law(original, injected(original))
 
 
+FROM_THE_END = """count = ReduceSum<keepdims = 1>(attention_mask, second)
+  padding = Sub(n, count)
+  from_padding = Sub(row, padding)
+  position = Max(from_padding, zero)
+  numbers = Cast<to = 1>(position)
+  factors = Unsqueeze(numbers, two)
+  x0 = Mul(x, factors)
+  q = MatMul(x0, wq)"""
+
+
+def test_positions_that_count_all_masked_tokens_are_rejected():
+    counted = TEXT.replace("GATE", NONE).replace("q = MatMul(x, wq)", FROM_THE_END)
+    with pytest.raises(UnsupportedError, match="context change if a later token is masked"):
+        injected(read(counted.replace("k = MatMul(x,", "k = MatMul(x0,")))
+
+
 def test_padding_that_a_gate_reads_is_rejected():
     with pytest.raises(UnsupportedError, match="masked tokens attend to later tokens") as refused:
         injected(read(TEXT.replace("GATE", LARGEST)))

@@ -16,6 +16,7 @@ from kvsurgeon.analysis.mask_patterns import (
     left_padded,
     sequence_last,
     unmasked,
+    with_gaps,
 )
 from kvsurgeon.analysis.probe_inputs import Rows, batch_axis
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
@@ -69,7 +70,7 @@ def find_limit(sweep: LengthSweep) -> int | None:
                 compared.check(results[length], results[previous], previous)
             except UnsupportedError as error:
                 if previous < MIN_USEFUL_LENGTH:
-                    raise
+                    raise _with_cause(error, inputs) from error
                 sweep.add_failure(previous, error)
                 return previous
     _check_sequences(runner, list(values), min(max(results), _LENGTH_OF_SEQUENCES))
@@ -101,6 +102,17 @@ def _results(
         with suppress(UnsupportedError):  # no row of a table has this index
             results[length] = run(length)
     return results
+
+
+def _with_cause(error: UnsupportedError, inputs: Inputs) -> UnsupportedError:
+    """Return an error that names the masked tokens, if values do not change without such that follow others."""
+    if inputs.mask is not with_gaps:
+        return error
+    return UnsupportedError(
+        "values of context change if a later token is masked, so cached keys would become invalid", code=error.code,
+        at=error.at, expected="the same value for a position whichever later tokens are masked", found=error.found,
+        hint="count the tokens up to each one, as attention_mask.cumsum(1) does, not the masked tokens of the text",
+    )  # fmt: skip
 
 
 def _check_sequences(runner: SubgraphRunner, values: Sequence[ir.Value], length: int) -> None:

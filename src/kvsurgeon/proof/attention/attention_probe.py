@@ -127,5 +127,5 @@ def not_causal(layer: int, site: AttentionSite, found: str) -> UnsupportedError:
         f"attention is not causal: {found}, so a KV cache would change the result", code=Code.NOT_CAUSAL,
         layer=layer, at=site.at.name, expected="no weight on keys after the query",
         hint="bidirectional models cannot use a KV cache; if a prefix or an image attends both ways, "
-        "its mask must be an input",
+        "its mask must be an input, stated by --input NAME=first-call",
     )  # fmt: skip
