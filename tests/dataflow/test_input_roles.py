@@ -45,6 +45,8 @@ CASES = [
      {"p9": {1: NEW}, "q7": {1: TOTAL}}),
     ("numbers that are compared with one that no mask holds", "int64[b, n] p9, int64[b, n] q7",
      f"{TOKENS} f = Cast<to=1>(q7) w = Constant<value_float=300.0>() y = Greater(f, w)", {"p9": {1: NEW}, "q7": {1: NEW}}),
+    ("numbers that may be larger than 1", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} o = Constant<value_ints=[1]>() y = Less(o, q7)", {"p9": {1: NEW}, "q7": {1: NEW}}),
     ("numbers whose largest is compared with one", "int64[b, n] p9, int64[b, n] q7",
      f"{TOKENS} m = ReduceMax(q7, zero) w = Constant<value_ints=[300]>() y = Greater(m, w)", {"p9": {1: NEW}, "q7": {1: NEW}}),
     ("floats whose largest is read", "int64[b, n] p9, float[b, n] q7",

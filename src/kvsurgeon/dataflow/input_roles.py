@@ -220,6 +220,8 @@ def _holds_other_than_a_mask(value: ir.Value) -> bool:
             return True
         if not has_trait(node, Trait.LENGTH_SENSITIVE, Trait.ADD) or has_trait(node, Trait.SCALE):
             continue
+        if _may_be_above_one(node, index):
+            return True
         kinds = "iu" if has_trait(node, Trait.ADD) else "iuf"  # floats are added to scores to mask them
         others = [small_constant(other) for place, other in enumerate(node.inputs) if place != index]
         if any(other is not None and _exceeds_a_mask(other, kinds) for other in others):
@@ -264,6 +266,14 @@ def _asks_of_mask(node: ir.Node, index: int) -> bool:
         return node.attributes.get_int("to", 0) == ir.DataType.BOOL or _gives_truth(node.outputs[0])
     other = small_constant(node.inputs[1 - index]) if has_trait(node, Trait.ORDER) or node.op_type == "Equal" else None
     return other is not None and set(other.reshape(-1).tolist()) <= {0, 1}
+
+
+def _may_be_above_one(node: ir.Node, index: int) -> bool:
+    """Whether an input of a node is asked to be larger than 1, as no number of a mask is."""
+    if (node.op_type, index) not in (("Greater", 0), ("Less", 1)):
+        return False
+    bound = small_constant(node.inputs[1 - index])
+    return bound is not None and bound.size > 0 and bool((bound >= 1).all())
 
 
 def _exceeds_a_mask(numbers: np.ndarray, kinds: str) -> bool:
