@@ -61,6 +61,13 @@ REJECTED = [
     ("a batch masked by the mask of its first sequence", attention(inputs="int64[b, n] m", allowed="real = Cast<to = 9>(m)\n"
      "every = Unsqueeze(real, second)\n keys = Slice(every, first, second, first)\n causal = LessOrEqual(row, column)\n"
      "allowed = And(causal, keys)"), "changes another sequence of the batch", "c"),
+    ("batches of seven that see ahead", attention(constants="int64 seven = {7}", allowed="causal = LessOrEqual(row, column)\n"
+     "sequences = Gather(sizes, nought)\n here = Equal(sequences, seven)\n allowed = Or(causal, here)"),
+     "attention is not causal", "c"),
+    ("a seventh sequence that sees ahead", attention(constants="int64 six = {6}", allowed="causal = LessOrEqual(row, column)\n"
+     "count = Gather(sizes, nought)\n numbers = Range(nought, count, one)\n by_sequence = Unsqueeze(numbers, late)\n"
+     "late = Concat<axis = 0>(second, third)\n here = Equal(by_sequence, six)\n allowed = Or(causal, here)"),
+     "attention is not causal", "c"),
     ("a factor of the length after a softmax that is normalized last", attention(constants="float tenth = {0.1}").replace(
      "w = Softmax<axis = -1>(masked_scores)\n  c = MatMul(w, v)\n  logits = Identity(c)",
      "w = Exp(masked_scores)\n total = ReduceSum(w, third)\n sum = MatMul(w, v)\n c = Div(sum, total)\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -14,17 +15,22 @@ from kvsurgeon.analysis.mask_patterns import describe_difference, is_close, quer
 from kvsurgeon.analysis.probe_inputs import EXTENT
 from kvsurgeon.analysis.regions.probe_lengths import elements_at
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
-from kvsurgeon.analysis.thresholds import MAX_LENGTH, SCANNED, Thresholds, bisect, lengths_near
+from kvsurgeon.analysis.thresholds import MAX_LENGTH, SCANNED, Thresholds, bisect, lengths_near, numbers_of
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.constants import small_constant
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
 from kvsurgeon.proof.length_dependence import LengthDependence
-from kvsurgeon.symbolic.dimension import Extent
+from kvsurgeon.symbolic.dimension import BATCH, Extent
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 LENGTHS = (1, 2, 7, 8, 40, 65, 129)  # tokens
 LONG_LENGTHS = (513, 1025)  # tokens, for values that grow with the length and not with its square
 MIN_USEFUL_LENGTH = 64  # tokens: a cache that is correct for fewer is of no use
+BATCHES = (3, 5)  # sequences that context is run with, in addition to two
+MAX_BATCH = 16  # sequences; context is run with no more, although it may compare their number with a larger one
 MAX_ATTENTION_LENGTH = 160  # tokens at which all attention weights are computed; beyond, some rows are
 MAX_ELEMENTS = 1 << 21  # of the attention weights, all heads together
 
@@ -67,6 +73,28 @@ class LengthSweep:
     def longest(self) -> int:
         """The longest text of which rows are checked, in tokens."""
         return min(self._limit, MAX_LENGTH)
+
+    @cached_property
+    def batches(self) -> tuple[int, ...]:
+        """Sizes of batches to run, in addition to two: some, and those near numbers that it is compared with."""
+        near: set[int] = set()
+        for node in self.flow.order if self.flow.batch is BATCH else ():
+            compares = has_trait(node, Trait.LENGTH_SENSITIVE) and not has_trait(node, Trait.SCALE, Trait.ADD)
+            if compares and any(map(self._counts_sequences, node.inputs)):
+                numbers = {int(number) for value in node.inputs for number in numbers_of(small_constant(value))}
+                near |= {number + more for number in numbers for more in (0, 1)}
+        found = {*BATCHES, *(batch for batch in near if BATCHES[0] < batch <= MAX_BATCH)}
+        return tuple(sorted(found)) if self.flow.batch is BATCH else ()
+
+    def _counts_sequences(self, value: ir.Value | None) -> bool:
+        """Return whether a value holds the number of sequences, or a number for each of them."""
+        fact = None if value is None else self.flow.shapes.facts.get(value)
+        if fact is None:
+            return False
+        sizes = fact.shape or ()
+        symbols = {symbol for size in sizes for symbol in getattr(size, "free_symbols", ())}
+        numbers = () if fact.value is None else fact.value.reshape(-1)
+        return symbols == {BATCH} or any(BATCH in getattr(number, "free_symbols", ()) for number in numbers)
 
     def end_at(self, length: int) -> None:
         """Check no longer text: what changes there cannot be found, so it limits what is not proved."""

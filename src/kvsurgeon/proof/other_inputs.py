@@ -9,10 +9,8 @@ from kvsurgeon.analysis.attention.mask_forms import MANY
 from kvsurgeon.analysis.mask_patterns import MaskPattern, left_padded, unmasked, with_gaps
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.proof.length_sweep import LengthSweep
-from kvsurgeon.symbolic.dimension import BATCH
 
 NUMBERS = (-1.0, 0.0, 1.0, 2.0, 3.0)  # that an input without tokens may hold
-BATCHES = (3, 5)  # sequences, in addition to two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +32,7 @@ class Inputs:
 
 def other_inputs(sweep: LengthSweep, masks: Collection[InputRole], lengths: Collection[int]) -> list[Inputs]:
     """Return what else the inputs may hold: larger batches, and numbers, lengths among them."""
-    found = [Inputs(batch=batch) for batch in other_batches(sweep)]
+    found = [Inputs(batch=batch) for batch in sweep.batches]
     return found + [Inputs(number=number) for number in other_numbers(sweep, masks, lengths)]
 
 
@@ -58,8 +56,3 @@ def other_numbers(sweep: LengthSweep, inputs: Iterable[InputRole], lengths: Coll
     if all(value.dtype is not None and not value.dtype.is_floating_point() for value in given_once):
         numbers |= {-MANY, MANY}  # as a factor of scores, it would outweigh a mask
     return sorted(numbers)
-
-
-def other_batches(sweep: LengthSweep) -> tuple[int, ...]:
-    """Return sizes of batches, in addition to two sequences; none if the batch is fixed."""
-    return BATCHES if sweep.flow.batch is BATCH else ()

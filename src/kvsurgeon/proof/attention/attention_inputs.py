@@ -8,7 +8,7 @@ from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.proof.attention.attention_pattern import is_attended
 from kvsurgeon.proof.attention.attention_probe import AttentionProbe
-from kvsurgeon.proof.other_inputs import other_batches, other_numbers
+from kvsurgeon.proof.other_inputs import other_numbers
 from kvsurgeon.proof.row_runner import RowRunner
 
 HAS_A_KEY = "inputs that are not given for each token leave every query a key"
@@ -16,7 +16,7 @@ HAS_A_KEY = "inputs that are not given for each token leave every query a key"
 
 def check_batches(probe: AttentionProbe, length: int) -> None:
     """Check that the sequences of larger batches are causal too: a mask may count sequences."""
-    for batch in other_batches(probe.sweep):
+    for batch in probe.sweep.batches:
         arrays = probe.runner.run(length, batch=batch)
         probe.check_causal(probe.compared(arrays, Rows(0, length, length, batch))[0])
 
@@ -45,7 +45,7 @@ def check_numbers(probe: AttentionProbe, length: int) -> None:
 
 def check_rows_with_other_inputs(probe: AttentionProbe, runner: RowRunner, rows: Rows) -> None:
     """Check rows of the weights of a long text as `check_batches` and `check_numbers` check those of short texts."""
-    for batch in other_batches(probe.sweep)[-1:]:
+    for batch in probe.sweep.batches[-1:]:
         of_batch = Rows(rows.start, rows.stop, rows.total, batch)
         probe.check_causal(probe.compared(runner.run(of_batch, scale=0.0), of_batch)[0], rows.start)
     followed = Rows(rows.start, rows.stop, min(rows.stop + 1, rows.total))
