@@ -65,6 +65,12 @@ CASES = [
     ("a mask of which the first is cast", "int64[b, n] p9, int64[b, n] q7",
      f"{TOKENS} w = Constant<value_int=0>() l = Gather<axis=1>(q7, w) f = Cast<to=9>(l) y = Not(f)",
      {"p9": {1: NEW}, "q7": {1: TOTAL}}),
+    ("a mask next to itself without the last", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} w = Constant<value_ints=[-1]>() o = Constant<value_ints=[1]>() l = Slice(q7, zero, w, o) f = Cast<to=1>(l) y = Mul(f, half)",
+     {"p9": {1: NEW}, "q7": {1: TOTAL}}),
+    ("a mask in reverse", "int64[b, n] p9, int64[b, n] q7",
+     f"{TOKENS} w = Constant<value_ints=[-1]>() e1 = Constant<value_ints=[-9223372036854775807]>() o = Constant<value_ints=[1]>() "
+     "l = Slice(q7, w, e1, o, w) y = Cast<to=1>(l)", {"p9": {1: NEW}, "q7": {1: TOTAL}}),
     ("a mask whose smallest is compared with 1", "int64[b, n] p9, int64[b, n] q7",
      f"{TOKENS} m = ReduceMin(q7, zero) o = Constant<value_ints=[1]>() y = Equal(m, o)", {"p9": {1: NEW}, "q7": {1: TOTAL}}),
     ("a mask that is cut to the length", "int64[b, n] p9, int64[b, n] q7",

@@ -230,14 +230,16 @@ def _holds_other_than_a_mask(value: ir.Value) -> bool:
 
 
 def _selects_places(node: ir.Node) -> bool:
-    """Whether a node selects places that are counted from the end, or a fixed number of them, of a later axis."""
+    """Whether a node selects a fixed number of places, or those from one on that is counted from the end."""
     if not has_trait(node, Trait.SELECT):
         return False
     if node.op_type != "Slice":
         return node.attributes.get_int("axis", 0) != 0 and small_constant(node.inputs[1]) is not None
-    starts, ends, axes = (small_constant(value) for value in (*node.inputs[1:4], None, None, None)[:3])
+    starts, ends, axes, steps = (small_constant(value) for value in (*node.inputs[1:5], None, None, None, None)[:4])
     if starts is None or (axes is not None and not axes.any()):
         return False
+    if (steps is not None and (steps < 0).all()) or (ends is not None and (starts >= 0).all() and (ends < 0).all()):
+        return False  # all places in reverse, or all but the last
     if starts.any() or ends is None:
         return bool((starts < 0).any() or (ends is not None and (ends < _LARGEST_POSITION).all()))
     return bool((ends < _sizes(node.inputs[0], range(ends.size) if axes is None else axes.reshape(-1))).all())
