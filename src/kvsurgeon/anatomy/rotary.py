@@ -10,8 +10,8 @@ import onnx_ir as ir
 from kvsurgeon.analysis.token_data import is_token, upstream_tokens
 from kvsurgeon.analysis.token_flow import Place, TokenFlow
 from kvsurgeon.graph.query import producers
-from kvsurgeon.ops.operator import Trait, UntraceableAxesError
-from kvsurgeon.ops.table import axis_links, has_trait
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import find_links, has_trait
 
 _TABLE_NODES = 61  # at most so many nodes compute a table of positions
 
@@ -65,10 +65,7 @@ def _size_ratio(flow: TokenFlow, part: ir.Value | None, whole: ir.Value) -> Frac
 def _joined_sizes(flow: TokenFlow, node: ir.Node) -> list[int] | None:
     """Return how many features each input of a concatenation of features has; None for other nodes."""
     call = flow.shapes.call(node)
-    try:
-        links = axis_links(call)
-    except UntraceableAxesError:
-        return None
+    links = find_links(call)
     if links is None or links.joined is None:
         return None
     axis = links.outputs[0].index(links.joined)

@@ -17,8 +17,8 @@ import sympy
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import find_live
-from kvsurgeon.ops.operator import AxisLinks, Trait, UntraceableAxesError
-from kvsurgeon.ops.table import axis_links, contraction_of, has_trait, operator_of
+from kvsurgeon.ops.operator import AxisLinks, Trait
+from kvsurgeon.ops.table import contraction_of, find_links, has_trait, operator_of
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dim_names import is_standard_name
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension, Extent
@@ -228,10 +228,7 @@ def _solved(one: Dimension, other: Dimension) -> tuple[sympy.Symbol, Dimension] 
 
 def _required_equal(call: OperatorCall) -> Iterator[tuple[Dimension, Dimension]]:
     """Yield pairs of sizes that must be equal for a node to run, as far as neither of them is 1."""
-    try:
-        links = axis_links(call)
-    except UntraceableAxesError:
-        return
+    links = find_links(call)
     if links is None:
         return
     if links.addressing is not None:
@@ -350,10 +347,7 @@ def _summed_sizes(nodes: Iterable[ir.Node], shapes: Shapes) -> Iterator[Dimensio
 
 
 def _keys_of(call: OperatorCall) -> Iterator[Dimension]:
-    try:
-        links = axis_links(call)
-    except UntraceableAxesError:
-        return
+    links = find_links(call)
     if links is not None and links.attention is not None:
         shape = call.fact(links.attention.key).shape
         yield from () if shape is None else (shape[links.attention.layout.index("sequence")],)

@@ -20,8 +20,8 @@ from kvsurgeon.heads.node_edit import NodeEdit, NodeInputs, Values
 from kvsurgeon.heads.rules import inputs_with_heads
 from kvsurgeon.heads.selection import Selection
 from kvsurgeon.heads.structural_equality import expression_key
-from kvsurgeon.ops.operator import Trait, UntraceableAxesError
-from kvsurgeon.ops.table import axis_links, has_trait
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import find_links, has_trait
 from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.weights import ComputedTensor, TensorSlice
 
@@ -206,10 +206,7 @@ class HeadPropagation:
 
     def _heads_after(self, node: ir.Node, index: int, axis: HeadAxis, selection: Selection) -> HeadAxis | None:
         """The head axis of the result; None if heads are reduced."""
-        try:
-            links = axis_links(self.flow.shapes.call(node))
-        except UntraceableAxesError:
-            links = None
+        links = find_links(self.flow.shapes.call(node))
         trace = None if links is None else links.inputs[index]
         if links is None or trace is None or links.row_major:
             raise UnsupportedError(

@@ -122,6 +122,14 @@ def axis_links(call: OperatorCall) -> AxisLinks | None:
         raise UntraceableAxesError(str(error)) from error
 
 
+def find_links(call: OperatorCall) -> AxisLinks | None:
+    """Return how the axes of a node correspond; None if that is not known."""
+    try:
+        return axis_links(call)
+    except UntraceableAxesError:
+        return None
+
+
 def contraction_of(call: OperatorCall) -> Contraction | None:
     """Return the sum that a product computes; None if a rank is unknown or the node is no product of two tensors."""
     operator = operator_of(call.node)

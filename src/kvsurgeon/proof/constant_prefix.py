@@ -27,8 +27,8 @@ from kvsurgeon.graph.editor import Editor, NodeBuilder
 from kvsurgeon.graph.query import all_inputs, downstream, find_live, is_operator, through, uses_of
 from kvsurgeon.ops.content import depends_on_input, is_shape_only
 from kvsurgeon.ops.gather import FAR
-from kvsurgeon.ops.operator import AxisLinks, Trait, UntraceableAxesError
-from kvsurgeon.ops.table import axis_links, has_trait
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import find_links, has_trait
 from kvsurgeon.proof.proof import prove
 from kvsurgeon.resizing.lengths import LengthValues, sources_of
 from kvsurgeon.symbolic import dimension as dim
@@ -137,18 +137,11 @@ def _check_length(nodes: Sequence[ir.Node], shapes: Shapes) -> None:
         )  # fmt: skip
 
 
-def _links(shapes: Shapes, node: ir.Node) -> AxisLinks | None:
-    try:
-        return axis_links(shapes.call(node))
-    except UntraceableAxesError:
-        return None
-
-
 def _rows_before(shapes: Shapes, node: ir.Node) -> int:
     """Return how many rows that depend on no input a node adds before the tokens; 0 if it does something else."""
     if not is_operator(node, "Concat", "Pad"):
         return 0
-    links, after = _links(shapes, node), shapes[node.outputs[0]].shape
+    links, after = find_links(shapes.call(node)), shapes[node.outputs[0]].shape
     if links is None or after is None:
         return 0
     others, tokens = node.inputs[:-1], node.inputs[-1]
@@ -171,7 +164,7 @@ def _rows_before(shapes: Shapes, node: ir.Node) -> int:
 def _cuts(shapes: Shapes, node: ir.Node, count: int) -> bool:
     """Return whether a node leaves the rows of the text."""
     assert node.inputs[0] is not None
-    links, before, after = _links(shapes, node), shapes[node.inputs[0]].shape, shapes[node.outputs[0]].shape
+    links, before, after = find_links(shapes.call(node)), shapes[node.inputs[0]].shape, shapes[node.outputs[0]].shape
     if links is None or len(links.selected) != 1 or before is None or after is None:
         return False
     ((label, (start, _, step)),) = links.selected.items()

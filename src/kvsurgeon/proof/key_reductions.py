@@ -18,8 +18,8 @@ from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.execution import build_model, initializer, open_session
-from kvsurgeon.ops.operator import Trait, UntraceableAxesError
-from kvsurgeon.ops.table import axis_links, has_trait
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import find_links, has_trait
 from kvsurgeon.proof.length_sweep import LengthSweep
 from kvsurgeon.symbolic.sequence_axes import Axes
 
@@ -59,10 +59,7 @@ def _reductions(flow: TokenFlow, site: AttentionSite) -> Iterator[tuple[ir.Node,
     for node, variable in flow.mixes_keys.items():
         if not site.products or variable.root() is not site.products[0].variable.root():
             continue
-        try:
-            links = axis_links(flow.shapes.call(node))
-        except UntraceableAxesError:
-            continue
+        links = find_links(flow.shapes.call(node))
         if links is None:
             continue
         for index, (value, labels) in enumerate(zip(node.inputs, links.inputs, strict=False)):

@@ -21,9 +21,9 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.ops.content import is_shape_only
-from kvsurgeon.ops.operator import AxisLinks, Label, Trait, UntraceableAxesError
+from kvsurgeon.ops.operator import AxisLinks, Label, Trait
 from kvsurgeon.ops.resizing import WHOLE_NUMBERS
-from kvsurgeon.ops.table import axis_links, has_trait, operator_of
+from kvsurgeon.ops.table import find_links, has_trait, operator_of
 from kvsurgeon.resizing.lengths import LengthValues
 from kvsurgeon.resizing.unfilled_rows import filled_rows, in_token_order
 from kvsurgeon.resizing.windows import Window, kept_columns
@@ -128,10 +128,7 @@ class ContextSlices:
         if operator.resize is not None:
             made: ir.Value | None = operator.resize(self, node, call, axes)
             return made
-        try:
-            links = axis_links(call)
-        except UntraceableAxesError:
-            return None
+        links = find_links(call)
         if links is None or links.dynamic_range or links.token_rows or links.attention is not None:
             return None
         if links.row_major:

@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.analysis.token_flow import TokenFlow
-from kvsurgeon.ops.operator import AxisLinks, Label, Trait, UntraceableAxesError
-from kvsurgeon.ops.table import axis_links, has_trait
+from kvsurgeon.ops.operator import AxisLinks, Label, Trait
+from kvsurgeon.ops.table import find_links, has_trait
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import OperatorCall
@@ -46,10 +46,7 @@ class RepeatedElements:
     def _computed(self, node: ir.Node, value: ir.Value) -> Parts:
         call, shape = self.flow.shapes.call(node), self.flow.shapes[value].shape
         plain = _plain(shape or ())
-        try:
-            links = axis_links(call)
-        except UntraceableAxesError:
-            return plain
+        links = find_links(call)
         if links is None or shape is None or links.addressing is not None or not _are_single(links, node, call):
             return plain
         if links.row_major:

@@ -27,8 +27,8 @@ from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.query import producers, upstream
 from kvsurgeon.ops.gather import FAR
-from kvsurgeon.ops.operator import AxisLinks, Trait, UntraceableAxesError
-from kvsurgeon.ops.table import axis_links, has_trait
+from kvsurgeon.ops.operator import AxisLinks, Trait
+from kvsurgeon.ops.table import find_links, has_trait
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import OperatorCall
 
@@ -64,10 +64,7 @@ def _numbers(flow: TokenFlow, node: ir.Node) -> Iterator[int]:
     call = flow.shapes.call(node)
     if has_trait(node, Trait.ADD, Trait.LENGTH_SENSITIVE, Trait.ORDER, Trait.BOUND):
         yield from (number for value in node.inputs for number in _as_lengths(small_constant(value)))
-    try:
-        links = axis_links(call)
-    except UntraceableAxesError:
-        links = None
+    links = find_links(call)
     if links is not None:
         yield from _along_tokens(call, links)
 

@@ -27,8 +27,8 @@ from kvsurgeon.graph.constants import constant_tensor, small_constant
 from kvsurgeon.graph.query import upstream
 from kvsurgeon.graph.value_numbering import ValueNumbering
 from kvsurgeon.ops.gather import FAR, slice_bounds
-from kvsurgeon.ops.operator import Trait, UntraceableAxesError
-from kvsurgeon.ops.table import axis_links, has_trait
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import find_links, has_trait
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
@@ -96,10 +96,7 @@ def _is_routing(flow: TokenFlow, node: ir.Node) -> bool:
 def _mixes_features(flow: TokenFlow, node: ir.Node) -> bool:
     """Return whether a node mixes along axes of fixed size alone, such as the experts of a token."""
     call = flow.shapes.call(node)
-    try:
-        links = axis_links(call)
-    except UntraceableAxesError:
-        return False
+    links = find_links(call)
     sizes = zip((links.inputs[0] or ()) if links is not None else (), call.fact(0).shape or (), strict=False)
     return links is not None and all(isinstance(size, int) for label, size in sizes if label in links.mixed)
 
