@@ -121,6 +121,21 @@ def test_of_a_mask_the_rows_of_the_new_tokens_alone_are_computed(mask):
     assert not [shape for shape in shapes_of_step(model, capacity=32) if shape.count(32) > 1]
 
 
+QUANTIZED = """
+  embedded = Gather(table, input_ids)
+  ends = Shape<start = 1>(input_ids)
+  rows = Slice(stored, zero, ends, zero)
+  positions = DequantizeLinear(rows, scales)
+  x = Add(embedded, positions)"""
+
+
+def test_a_table_of_positions_is_dequantized_by_column():
+    """The axis that the operator counts from the front has another index behind the batch."""
+    text = MASKED.replace("MASK", UPPER).replace("  x = Gather(table, input_ids)", QUANTIZED)
+    original = read(text.replace("<float[24, 8] table", "<int8[64, 8] stored, float[8] scales, float[24, 8] table"))
+    check_each_sequence(original, after(original, PER_SEQUENCE))
+
+
 def shapes_of_step(model: onnx.ModelProto, capacity: int) -> list[tuple[int, ...]]:
     """Return the shapes of all values that nodes compute in a step of two sequences."""
     model = onnx.ModelProto.FromString(model.SerializeToString())

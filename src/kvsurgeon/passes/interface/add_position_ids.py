@@ -13,6 +13,7 @@ from kvsurgeon.dataflow.input_dimensions import declared_dimensions
 from kvsurgeon.decompose.simplify import simplify_model
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.recursion import deep_recursion
+from kvsurgeon.ops.content import depends_on_input
 from kvsurgeon.passes.cache.dynamic_length import with_dynamic_length
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
@@ -84,7 +85,7 @@ def _add_positions(analysis: Analysis, name: str) -> int:
     positions = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=shape_of_tokens(analysis))
     given = GivenPositions(analysis.flow, editor, positions)
     found = context_of_new_tokens(analysis, masks=False)
-    uses = [use for use in found if not given.follows_input(use[0].inputs[use[1]])]  # type: ignore[arg-type]
+    uses = [use for use in found if not depends_on_input(use[0].inputs[use[1]])]  # type: ignore[arg-type]
     for node, index, axis in uses:
         editor.replace_input(node, index, at_tokens(given, node, index, axis))
     if not uses:

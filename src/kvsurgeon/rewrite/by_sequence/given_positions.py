@@ -20,14 +20,12 @@ from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.editor import Editor, NodeBuilder
-from kvsurgeon.ops.content import is_shape_only
 from kvsurgeon.ops.gather import slice_bounds
-from kvsurgeon.ops.operator import Trait
-from kvsurgeon.ops.table import has_trait
+from kvsurgeon.ops.operator import AxisLinks, Label, Trait
+from kvsurgeon.ops.table import find_links, has_trait, operator_of
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
-from kvsurgeon.symbolic.fact import axis_of
-from kvsurgeon.symbolic.sequence_axes import Length
+from kvsurgeon.symbolic.sequence_axes import Length, LengthVariable, SequenceAxis, reshape_axes
 
 ROTARY = "RotaryEmbedding"
 ATTENTION = "Attention"
@@ -47,7 +45,6 @@ class GivenPositions:
         self.editor = editor
         self.positions = positions
         self._made: dict[tuple[ir.Value, int], ir.Value] = {}
-        self._by_input: dict[ir.Value, bool] = {}
 
     def at_positions(self, value: ir.Value, axis: int) -> ir.Value:
         """Return the value with a leading batch axis, and along `axis` the rows of the given positions.
@@ -57,8 +54,8 @@ class GivenPositions:
         """
         if (value, axis) not in self._made:
             node = value.producer()
-            rule = None if node is None or self.flow.kinds.get(value) is not ValueKind.CONTEXT else _rule(node)
-            made = None if rule is None or node is None else rule(self, node, axis)
+            is_computed = node is not None and self.flow.kinds.get(value) is ValueKind.CONTEXT
+            made = _rule(node)(self, node, axis) if node is not None and is_computed else None
             self._made[value, axis] = made if made is not None else self._gathered(value, axis)
         return self._made[value, axis]
 
@@ -66,17 +63,6 @@ class GivenPositions:
         """Return whether the value has a row for each token along an axis."""
         shape = self.shape(value)
         return 0 <= axis < len(shape) and shape[axis] == self.flow.length
-
-    def follows_input(self, value: ir.Value) -> bool:
-        """Return whether the content of the value, not only its shape, comes from a graph input."""
-        if value not in self._by_input:
-            node = value.producer()
-            if node is None:
-                self._by_input[value] = value.is_graph_input()
-            else:
-                inputs = () if is_shape_only(node) else node.inputs
-                self._by_input[value] = any(self.follows_input(source) for source in inputs if source is not None)
-        return self._by_input[value]
 
     def shape(self, value: ir.Value) -> tuple[Dimension, ...]:
         """Return the value's dimensions.
@@ -195,61 +181,105 @@ def _range(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | No
     return gathering.node("Cast", [gathering.positions], dtype, to=int(dtype))
 
 
-def _elementwise(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
-    rank = len(gathering.shape(node.outputs[0]))
-    inputs: list[ir.Value | None] = []
-    for source in node.inputs:
-        shape = () if source is None else gathering.shape(source)
-        shift = rank - len(shape)
-        if source is None or not gathering.varies(source, axis - shift):
-            inputs.append(source)
-            if source is None or gathering.flow.batch == 1 or gathering.flow.batch not in shape:
-                continue
-            if shift or shape.count(gathering.flow.batch) > 1 or shape[0] != gathering.flow.batch:
-                return None
-            inputs[-1] = gathering.with_axes("Unsqueeze", source, [1])
-            continue
-        made = gathering.at_positions(source, axis - shift)
-        inputs.append(gathering.reshaped(made, shape, [*[1] * shift, *shape]))
-        if inputs[-1] is None:
-            return None
-    return gathering.copied(node, inputs)
-
-
-def _first_only(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
-    source = node.inputs[0]
-    if source is None or gathering.shape(source) != gathering.shape(node.outputs[0]):
+def _linked(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
+    """The operator on inputs at the positions, by the links of its axes; the batch is one more axis of all."""
+    call = gathering.flow.shapes.call(node)
+    links = find_links(call)
+    label = None if links is None else links.outputs[0][axis]
+    if links is None or label is None or not _takes_batch(node, links, label):
         return None
-    if any(name == "axis" for name in node.attributes):
-        return None  # mixes along an axis, whose index would change
-    return gathering.copied(node, [gathering.at_positions(source, axis), *node.inputs[1:]])
+    inputs = [_at_label(gathering, node, links, index, label) for index in range(len(node.inputs))]
+    if any(made is None and source is not None for made, source in zip(inputs, node.inputs, strict=True)):
+        return None
+    attributes: dict[str, object] = {}
+    if has_trait(node, Trait.TRANSPOSE):
+        attributes["perm"] = [0, *(1 + place for place in map((links.inputs[0] or ()).index, links.outputs[0]))]
+    elif links.joined is not None:
+        attributes["axis"] = links.outputs[0].index(links.joined) + 1
+    elif has_trait(node, Trait.EINSUM):
+        attributes["equation"] = _equation(links, label)
+    elif has_trait(node, Trait.REPEAT):
+        sizes = list(links.repeated.values()) if links.repeated else _sizes(gathering, node)
+        if not all(isinstance(size, int) for size in sizes):
+            return None
+        inputs[1] = gathering.editor.constant([1, *sizes], name="times" if links.repeated else "form")
+    else:
+        return gathering.copied(node, inputs)
+    return gathering.node(node.op_type, inputs, call.result.dtype, **attributes)
+
+
+def _takes_batch(node: ir.Node, links: AxisLinks, label: Label) -> bool:
+    """Return whether a batch may be put before the axes of all inputs, and rows along a label taken from each."""
+    mixed = {*links.mixed, *links.blocked, *links.padded, *links.selected, *links.ranked, *(links.diagonal or ())}
+    if label in mixed or label == links.joined or links.repeated.get(label, 1) != 1 or links.dynamic_range:
+        return False
+    if links.joined is not None:
+        return None not in links.inputs
+    if has_trait(node, Trait.EINSUM):
+        return all(len(str(one)) == 1 for labels in links.inputs for one in labels or ())
+    if has_trait(node, Trait.BATCHED_MATMUL):
+        return not node.attributes
+    return has_trait(node, *_LINKED) and "axis" not in node.attributes
+
+
+def _at_label(gathering: GivenPositions, node: ir.Node, links: AxisLinks, index: int, label: Label) -> ir.Value | None:
+    """Return an input of a node with the rows of the positions along a label; None if that has no rule."""
+    source, places = node.inputs[index], links.inputs[index]
+    if source is None:
+        return None
+    shape = gathering.shape(source)
+    if places is None or (index > 0 and has_trait(node, Trait.ELEMENTWISE)):
+        operator = operator_of(node)
+        is_read = operator is None or index not in operator.type_only
+        has_rows = is_read and not has_trait(node, Trait.PARAMETERIZED) and dim.product(shape) != 1
+        return None if has_rows else source
+    is_aligned = has_trait(node, Trait.BROADCAST, Trait.REPEAT, Trait.BATCHED_MATMUL)
+    shift = len(links.outputs[0]) - len(places) if is_aligned else 0
+    is_alone = sum(one is not None for one in links.inputs) == 1
+    if label in places and (is_alone or gathering.varies(source, places.index(label))):
+        made = gathering.at_positions(source, places.index(label))
+        return gathering.reshaped(made, shape, [*[1] * shift, *shape])
+    batch = gathering.flow.batch
+    if links.joined is not None:
+        return None
+    if batch == 1 or batch not in shape:
+        return source
+    if shift or not is_aligned or shape.index(batch) != 0 or shape.count(batch) > 1:
+        return None
+    return gathering.with_axes("Unsqueeze", source, [1])
+
+
+def _equation(links: AxisLinks, label: Label) -> str:
+    """Return an equation of whose operands those with a label, and the result, have the batch as first axis."""
+    terms = ["".join(map(str, labels or ())) for labels in (*links.inputs, links.outputs[0])]
+    batch = next(letter for letter in "bzyxwvu" if letter not in "".join(terms))
+    *operands, result = [batch + term if str(label) in term else term for term in terms]
+    return f"{','.join(operands)}->{result}"
 
 
 def _form(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
     """Axes are split and merged on either side of the sequence axis, never across it."""
     source, length = node.inputs[0], gathering.flow.length
     before, after = () if source is None else gathering.shape(source), gathering.shape(node.outputs[0])
-    for place in (place for place, size in enumerate(before) if size == length):
-        sides = ((before[:place], after[:axis]), (before[place + 1 :], after[axis + 1 :]))
-        if source is not None and all(dim.product(one) == dim.product(other) for one, other in sides):
-            return gathering.reshaped(gathering.at_positions(source, place), before, after)
-    return None
+    found = reshape_axes((SequenceAxis(axis, LengthVariable()),), after, before, length)
+    if source is None or not found or not found[0].is_plain:
+        return None
+    return gathering.reshaped(gathering.at_positions(source, found[0].axis), before, after)
 
 
 def _expand(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
     source, after = node.inputs[0], gathering.shape(node.outputs[0])
+    if source is None or gathering.varies(source, axis - len(after) + len(gathering.shape(source))):
+        return _linked(gathering, node, axis)
+    return _repeated(gathering, source, node.inputs[1], after, axis)
+
+
+def _sizes(gathering: GivenPositions, node: ir.Node) -> list[Dimension]:
+    """Return the target of an `Expand` at the positions: 1 for axes of the text, which keep their size."""
+    source, after = node.inputs[0], gathering.shape(node.outputs[0])
     before = () if source is None else gathering.shape(source)
-    shift = len(after) - len(before)
-    if source is None or not gathering.varies(source, axis - shift):
-        return None if source is None else _repeated(gathering, source, node.inputs[1], after, axis)
-    made = gathering.at_positions(source, axis - shift)
-    before = (*[1] * shift, *before)
-    formed = gathering.reshaped(made, before[shift:], before)
-    repeated = {new for old, new in zip(before, after, strict=True) if old != new and not isinstance(new, int)}
-    if formed is None or repeated - {gathering.flow.batch}:
-        return None
-    target = [1, *(size if isinstance(size, int) else 1 for size in after)]
-    return gathering.node("Expand", [formed, gathering.editor.constant(target, name="form")], made.dtype)
+    sides = zip((*[1] * (len(after) - len(before)), *before), after, strict=True)
+    return [1 if new in (old, gathering.flow.batch) and not isinstance(new, int) else new for old, new in sides]
 
 
 def _repeated(
@@ -295,32 +325,6 @@ def _trilu(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | No
     if dtype is ir.DataType.BOOL:  # onnxruntime has no Where of it
         return gathering.node("And", [counted.Not(hidden), made], dtype)
     return gathering.node("Where", [hidden, counted.number(0, dtype), made], dtype)
-
-
-def _tile(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
-    source, times = node.inputs[0], gathering.flow.shapes.call(node).numbers(1)
-    if source is None or times is None or times[axis] != 1 or not all(isinstance(one, int) for one in times):
-        return None
-    made = gathering.at_positions(source, axis)
-    return gathering.node("Tile", [made, gathering.editor.constant([1, *times], name="times")], made.dtype)
-
-
-def _transpose(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
-    source = node.inputs[0]
-    if source is None:
-        return None
-    order = gathering.flow.shapes.call(node).attribute("perm") or range(len(gathering.shape(source)))[::-1]
-    made = gathering.at_positions(source, order[axis])
-    return gathering.node("Transpose", [made], made.dtype, perm=[0, *(place + 1 for place in order)])
-
-
-def _concat(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
-    along = axis_of(gathering.flow.shapes.call(node).integer("axis", 0), len(gathering.shape(node.outputs[0])))
-    sources = [source for source in node.inputs if source is not None]
-    if along == axis or not all(gathering.varies(source, axis) for source in sources):
-        return None
-    made = [gathering.at_positions(source, axis) for source in sources]
-    return gathering.node("Concat", made, made[0].dtype, axis=along + 1)
 
 
 def _slice(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
@@ -395,63 +399,17 @@ def _looked_up(gathering: GivenPositions, table: ir.Value, picked: ir.Value, axi
     return gathering.reshaped(looked_up, rows, [*order, *rows[1:]])
 
 
-def _matmul(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
-    left, right = node.inputs
-    if left is None or right is None:
-        return None
-    ranks, rank = [len(gathering.shape(left)), len(gathering.shape(right))], len(gathering.shape(node.outputs[0]))
-    index = {rank - 2: 0, rank - 1: 1}.get(axis)
-    if index is None or min(ranks) < 2:
-        return None
-    operands = [left, right]
-    place = ranks[index] - (rank - axis)
-    other = operands[1 - index]
-    if not gathering.varies(operands[index], place) or {gathering.flow.length, gathering.flow.batch} - {1} & {
-        *gathering.shape(other)
-    }:
-        return None
-    made = gathering.at_positions(operands[index], place)
-    if ranks[index] < rank:
-        sizes = gathering.shape(operands[index])
-        shaped = gathering.reshaped(made, sizes, [*[1] * (rank - ranks[index]), *sizes])
-        if shaped is None:
-            return None
-        made = shaped
-    return gathering.copied(node, [made, other] if index == 0 else [other, made])
-
-
-def _einsum(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | None:
-    equation = str(gathering.flow.shapes.call(node).text("equation")).replace(" ", "")
-    if "." in equation or "->" not in equation:
-        return None
-    terms, result = equation.split("->")[0].split(","), equation.split("->")[1]
-    fresh = next(letter for letter in "bzyxwvu" if letter not in equation)
-    inputs: list[ir.Value | None] = []
-    for number, (term, source) in enumerate(zip(terms, node.inputs, strict=True)):
-        place = term.find(result[axis])
-        if source is None or place < 0:
-            inputs.append(source)
-            continue
-        inputs.append(gathering.at_positions(source, place))
-        terms[number] = fresh + term
-    dtype = gathering.flow.shapes[node.outputs[0]].dtype
-    return gathering.node("Einsum", inputs, dtype, equation=f"{','.join(terms)}->{fresh}{result}")
-
-
-_BY_TRAIT: dict[Trait, Rule] = {
-    Trait.RESHAPE: _form, Trait.TRANSPOSE: _transpose, Trait.BROADCAST: _elementwise, Trait.ELEMENTWISE: _first_only,
-    Trait.IDENTITY: _first_only,
-}  # fmt: skip
-_BY_NAME: dict[str, Rule] = {
-    "Expand": _expand, "Tile": _tile, "Concat": _concat, "Slice": _slice, "Gather": _gather, "MatMul": _matmul,
-    "Einsum": _einsum, "Range": _range, "CastLike": _first_only, "ConstantOfShape": _constant_of_shape, "Trilu": _trilu,
+_LINKED = (
+    Trait.TRANSPOSE, Trait.BROADCAST, Trait.ELEMENTWISE, Trait.IDENTITY, Trait.ARITHMETIC, Trait.REPEAT,
+)  # fmt: skip
+_RULES: dict[str, Rule] = {
+    "Expand": _expand, "Slice": _slice, "Gather": _gather, "Range": _range, "ConstantOfShape": _constant_of_shape,
+    "Trilu": _trilu,
 }  # fmt: skip
 
 
-def _rule(node: ir.Node) -> Rule | None:
-    if node.op_type in _BY_NAME:
-        return _BY_NAME[node.op_type]
-    return next((rule for trait, rule in _BY_TRAIT.items() if has_trait(node, trait)), None)
+def _rule(node: ir.Node) -> Rule:
+    return _form if has_trait(node, Trait.RESHAPE) else _RULES.get(node.op_type, _linked)
 
 
 def shape_of_tokens(analysis: Analysis) -> ir.Shape:
