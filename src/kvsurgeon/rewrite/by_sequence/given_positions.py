@@ -205,7 +205,7 @@ def _linked(gathering: GivenPositions, node: ir.Node, axis: int) -> ir.Value | N
         inputs[1] = gathering.editor.constant([1, *sizes], name="times" if links.repeated else "form")
     else:
         return gathering.copied(node, inputs)
-    return gathering.node(node.op_type, inputs, call.result.dtype, **attributes)
+    return gathering.node(node.op_type, inputs, inputs[0].dtype if inputs[0] is not None else None, **attributes)
 
 
 def _takes_batch(node: ir.Node, links: AxisLinks, label: Label) -> bool:
