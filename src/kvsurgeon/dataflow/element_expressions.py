@@ -14,8 +14,8 @@ import onnx_ir as ir
 import sympy
 
 from kvsurgeon.dataflow.shape_inference import Shapes
-from kvsurgeon.ops.operator import AxisLinks, Labels, Trait, UntraceableAxesError
-from kvsurgeon.ops.table import axis_links, has_trait, operator_of
+from kvsurgeon.ops.operator import AxisLinks, Labels, Trait
+from kvsurgeon.ops.table import find_links, has_trait, operator_of
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import LENGTH, Dimension
 from kvsurgeon.symbolic.fact import Fact, OperatorCall
@@ -72,7 +72,7 @@ class ElementExpressions:
         node = value.producer()
         if node is None or not has_trait(node, Trait.SCATTER) or len(node.inputs) != 3:
             return None
-        links = axis_links(self.shapes.call(node))
+        links = find_links(self.shapes.call(node))
         if links is None or links.addressing != "scatter_nd":
             return None
         if node.attributes.get_string("reduction", "none") != "none":  # the data remains in the result
@@ -106,13 +106,10 @@ class ElementExpressions:
         if operator.extent_inputs and Trait.MOVE in operator.traits:
             start, step = call.numbers(0), call.numbers(2)
             return None if start is None or step is None else (dim.add(start[0], dim.multiply(index(0), step[0])),)
-        try:
-            return self._through(node, call)
-        except UntraceableAxesError:
-            return None
+        return self._through(node, call)
 
     def _through(self, node: ir.Node, call: OperatorCall) -> Expressions | None:
-        operator, links = operator_of(node), axis_links(call)
+        operator, links = operator_of(node), find_links(call)
         if operator is None or links is None:
             return None
         if links.joined is not None:

@@ -6,7 +6,9 @@ Whichever way a layout is written, with Split, Slice, Gather or Transpose, the r
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,9 @@ from kvsurgeon.graph.query import producers
 from kvsurgeon.heads.layout import Layout, layout_of
 from kvsurgeon.ops.contraction import Contraction
 from kvsurgeon.ops.gather import slice_bounds
-from kvsurgeon.ops.operator import Trait, UntraceableAxesError
+from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import contraction_of, has_trait, operator_of
+from kvsurgeon.symbolic.fact import Fact
 
 LENGTH = 3  # tokens of the traced tensors
 
@@ -35,7 +38,7 @@ class IndexTrace:
     def rearranges(self, node: ir.Node | None) -> bool:
         """Return whether a node only rearranges elements of token data, in a known way."""
         operator = None if node is None else operator_of(node)
-        if node is None or operator is None or operator.rearrange is None:
+        if node is None or operator is None or Trait.REARRANGE not in operator.traits:
             return False
         sources = token_inputs(self.flow, node)
         if node.op_type == "Concat":
@@ -139,17 +142,24 @@ class IndexTrace:
         node = value.producer()
         if node is None or not self.rearranges(node):
             raise UnsupportedError("cannot trace heads through this value", code=Code.UNTRACEABLE_HEADS, at=value.name)
-        arrays = [
-            self._run(source, one, places)
-            for one in node.inputs
-            if one is not None and one in token_inputs(self.flow, node)
-        ]
-        rule, call = operator_of(node), self.flow.shapes.call(node)
-        assert rule is not None
-        assert rule.rearrange is not None
-        try:
-            return rule.rearrange(call, arrays, value.index() or 0, lambda sizes: self.sizes(sizes, value))
-        except UntraceableAxesError as error:
+        tokens, operator = token_inputs(self.flow, node), operator_of(node)
+        arrays = {one: self._run(source, one, places) for one in node.inputs if one is not None and one in tokens}
+        facts = [None if one is None else self._fact(one, arrays.get(one)) for one in node.inputs]
+        call = replace(self.flow.shapes.call(node), inputs=tuple(facts), widest=sys.maxsize)
+        results = None if operator is None else operator.shape(call)
+        result = results[value.index() or 0] if isinstance(results, list) else results
+        if result is None or result.value is None:
             raise UnsupportedError(
-                f"cannot trace heads through {node.op_type}: {error}", at=value.name, code=Code.UNTRACEABLE_HEADS
-            ) from error
+                f"cannot trace heads through {node.op_type}: its elements are unknown", at=value.name,
+                code=Code.UNTRACEABLE_HEADS,
+            )  # fmt: skip
+        return result.value.astype(np.int64)
+
+    def _fact(self, value: ir.Value, array: np.ndarray | None) -> Fact:
+        """Return the fact of a value for two sequences of `LENGTH` tokens; its numbers are an array if one is given."""
+        fact = self.flow.shapes[value]
+        if array is not None:
+            return Fact(array.shape, fact.dtype, array)
+        at = np.frompyfunc(lambda number: at_length(number, LENGTH), 1, 1)
+        numbers = None if fact.value is None else np.asarray(at(fact.value), dtype=object)
+        return Fact(tuple(self.shape(value)), fact.dtype, numbers)

@@ -16,7 +16,6 @@ from kvsurgeon.ops.operator import (
     Label,
     Labels,
     Operator,
-    Sizes,
     Trait,
     UntraceableAxesError,
     broadcast_links,
@@ -129,7 +128,6 @@ ARITHMETIC: dict[str, Arithmetic] = {
     "Reciprocal": lambda operand: _divided(1.0, operand),
     "Floor": _either(lambda operand: dim.plain(sympy.floor(operand)), lambda operand: float(math.floor(operand))),
     "Ceil": _either(lambda operand: dim.plain(sympy.ceiling(operand)), lambda operand: float(math.ceil(operand))),
-    "Identity": lambda operand: operand,
     "Not": lambda operand: not operand,
     "And": lambda left, right: left and right,
     "Or": lambda left, right: left or right,
@@ -231,6 +229,11 @@ def unary(call: OperatorCall) -> Fact:
     return Fact(operand.shape, dtype, value)
 
 
+def identity(call: OperatorCall) -> Fact:
+    """`Identity`: its input."""
+    return call.fact(0)
+
+
 def cast(call: OperatorCall) -> Fact:
     """`Cast`, `CastLike`: the numbers as the new type holds them."""
     operand = call.fact(0)
@@ -292,11 +295,6 @@ def channel_links(call: OperatorCall) -> AxisLinks:
     return AxisLinks(inputs=(labels, *[(1,)] * (len(call.inputs) - 1)), outputs=(labels,) * len(call.node.outputs))
 
 
-def first_array(_call: OperatorCall, arrays: list[np.ndarray], _output: int, _sizes: Sizes) -> np.ndarray:
-    """`Identity`."""
-    return arrays[0]
-
-
 _ARITHMETIC = (Trait.BROADCAST, Trait.ARITHMETIC)
 _SCALES = (*_ARITHMETIC, Trait.SCALE, Trait.LENGTH_SENSITIVE)
 _ORDERS = (Trait.BROADCAST, Trait.ORDER, Trait.LENGTH_SENSITIVE)
@@ -310,7 +308,7 @@ OPERATORS: list[Operator] = [
     ),
     *entries("Exp Neg", unary, kept, Trait.ELEMENTWISE, Trait.ANALYTIC),
     *entries("Abs", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC),
-    *entries("Identity", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.IDENTITY, rearrange=first_array),
+    *entries("Identity", identity, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.IDENTITY, Trait.REARRANGE),
     *entries("Dropout", unary, kept, Trait.ELEMENTWISE, Trait.IDENTITY),
     *entries("Sin Cos", unary, kept, Trait.ELEMENTWISE, Trait.ROTARY),
     *entries("Clip", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.BOUND, Trait.LENGTH_SENSITIVE),

@@ -13,9 +13,7 @@ from kvsurgeon.ops.operator import (
     Label,
     Labels,
     Operator,
-    Sizes,
     Trait,
-    UntraceableAxesError,
     entries,
     identity_links,
     parameters,
@@ -24,7 +22,7 @@ from kvsurgeon.ops.operator import (
 from kvsurgeon.ops.resizing import TO_THE_END, Resizer
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
-from kvsurgeon.symbolic.fact import Fact, OperatorCall, axis_of, is_small
+from kvsurgeon.symbolic.fact import Fact, OperatorCall, axis_of
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 FAR = 2**24  # no text is as long: a bound of at least this means "to the end"
@@ -90,10 +88,11 @@ def slice_(call: OperatorCall) -> Fact:
     concrete = True
     for axis, start, end, step in zip(*bounds, strict=True):
         if step < 0:
-            is_reversed = step == -1 and _is_whole_reversal(start, end)
-            sizes[axis] = sizes[axis] if is_reversed else call.unknown()
-            picks[axis] = slice(None, None, step)
-            concrete = concrete and is_reversed
+            picks[axis] = slice(start, end, step)
+            if (counted := whole_numbers([start, end, sizes[axis]])) is not None:
+                sizes[axis] = len(range(*picks[axis].indices(counted[2])))
+            elif step != -1 or not _is_whole_reversal(start, end):
+                sizes[axis], concrete = call.unknown(), False
             continue
         first, last = _clamped(call, start, sizes[axis]), _clamped(call, end, sizes[axis])
         extent = dim.subtract(last, first)
@@ -131,7 +130,7 @@ def gather(call: OperatorCall) -> Fact:
         value = np.asarray(np.take(table.value, index, axis=axis), dtype=object)
     elif (everywhere := _everywhere(table)) is not None:
         sizes = whole_numbers(shape)
-        value = np.full(sizes, everywhere, dtype=object) if sizes is not None and is_small(sizes) else None
+        value = np.full(sizes, everywhere, dtype=object) if sizes is not None and call.is_small(sizes) else None
     return Fact(shape, table.dtype, value)
 
 
@@ -161,8 +160,12 @@ def gather_nd(call: OperatorCall) -> Fact:
     data, indices = call.fact(0), call.fact(1)
     if data.shape is None or indices.shape is None or not isinstance(indices.shape[-1], int):
         return Fact(None, data.dtype)
-    batch_axes = call.integer("batch_dims", 0)
-    return Fact(indices.shape[:-1] + data.shape[batch_axes + indices.shape[-1] :], data.dtype)
+    batch_axes, value = call.integer("batch_dims", 0), None
+    is_known = indices.value is not None and whole_numbers(indices.value.reshape(-1)) is not None
+    if data.value is not None and indices.value is not None and is_known and not batch_axes:
+        places = np.moveaxis(indices.value.astype(np.int64), -1, 0)
+        value = np.asarray(data.value[tuple(places)], dtype=data.value.dtype)
+    return Fact(indices.shape[:-1] + data.shape[batch_axes + indices.shape[-1] :], data.dtype, value)
 
 
 def scatter(call: OperatorCall) -> Fact:
@@ -288,45 +291,14 @@ def resize_slice(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes
     return resizer.rebuilt(node, [*made, *node.inputs[3:]])
 
 
-def rearrange_slice(call: OperatorCall, arrays: list[np.ndarray], _output: int, sizes: Sizes) -> np.ndarray:
-    """`Slice`."""
-    bounds = slice_bounds(call)
-    if bounds is None:
-        raise UntraceableAxesError("its bounds are unknown")
-    picks = [slice(None)] * arrays[0].ndim
-    for axis, start, end, step in zip(*bounds, strict=True):
-        first, last = sizes([start, end])
-        picks[axis] = slice(first, None if step < 0 and last < -arrays[0].shape[axis] else last, step)
-    return arrays[0][tuple(picks)]
-
-
-def _indices(call: OperatorCall) -> np.ndarray:
-    numbers = whole_numbers(call.numbers(1))
-    if numbers is None:
-        raise UntraceableAxesError("its indices are unknown")
-    return np.array(numbers).reshape([int(size) for size in call.fact(1).shape or ()])
-
-
-def rearrange_gather(call: OperatorCall, arrays: list[np.ndarray], _output: int, _sizes: Sizes) -> np.ndarray:
-    """`Gather` at constant indices."""
-    return np.take(arrays[0], _indices(call), axis=call.integer("axis", 0))
-
-
-def rearrange_gather_nd(call: OperatorCall, arrays: list[np.ndarray], _output: int, _sizes: Sizes) -> np.ndarray:
-    """`GatherND` at constant indices, without batch axes."""
-    if call.integer("batch_dims", 0):
-        raise UntraceableAxesError("it gathers batch by batch")
-    return np.asarray(arrays[0][tuple(np.moveaxis(_indices(call), -1, 0))])
-
+_SELECT = (Trait.REARRANGE, Trait.SELECT)
 
 OPERATORS: list[Operator] = [
-    *entries(
-        "Slice", slice_, slice_links, Trait.SELECT, Trait.PARAMETERIZED, resize=resize_slice, rearrange=rearrange_slice
-    ),
-    *entries("Gather", gather, gather_links, Trait.LOOKUP, Trait.SELECT, rearrange=rearrange_gather),
+    *entries("Slice", slice_, slice_links, *_SELECT, Trait.PARAMETERIZED, resize=resize_slice),
+    *entries("Gather", gather, gather_links, *_SELECT, Trait.LOOKUP),
     *entries("GatherBlockQuantized", gather_block_quantized, gather_links, Trait.LOOKUP),
     *entries("GatherElements", gather_elements, gather_elements_links, Trait.LOOKUP),
-    *entries("GatherND", gather_nd, gather_nd_links, Trait.LOOKUP, rearrange=rearrange_gather_nd),
+    *entries("GatherND", gather_nd, gather_nd_links, Trait.REARRANGE, Trait.LOOKUP),
     *entries("ScatterElements", scatter, gather_elements_links, Trait.MOVE, Trait.SCATTER),
     *entries("ScatterND", scatter, scatter_nd_links, Trait.MOVE, Trait.SCATTER),
     *entries("TensorScatter", scatter, None, Trait.SCATTER),

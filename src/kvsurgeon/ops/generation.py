@@ -11,7 +11,7 @@ from kvsurgeon.ops.operator import AxisLinks, Operator, Trait, entries, identity
 from kvsurgeon.ops.resizing import WHOLE_NUMBERS, Resizer
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import NEW, Dimension
-from kvsurgeon.symbolic.fact import WIDEST_VALUE, Fact, OperatorCall, axis_of, is_small, known
+from kvsurgeon.symbolic.fact import WIDEST_VALUE, Fact, OperatorCall, axis_of, known
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 INT64 = ir.DataType.INT64
@@ -45,7 +45,7 @@ def constant_of_shape(call: OperatorCall) -> Fact:
     value = None
     if all(isinstance(extent, int) for extent in target):
         extents = [int(extent) for extent in target]
-        if is_small(extents):
+        if call.is_small(extents):
             value = np.full(extents, number, dtype=object)
     return Fact(tuple(target), dtype, value)
 
@@ -89,7 +89,7 @@ def one_hot(call: OperatorCall) -> Fact:
 def _one_hot_numbers(call: OperatorCall, axis: int, extent: Dimension) -> np.ndarray | None:
     """The numbers themselves: exporters spell `repeat_interleave` of a shape this way."""
     hot, off_on = call.fact(0).value, call.fact(2).value
-    if hot is None or off_on is None or not isinstance(extent, int) or not is_small([hot.size, extent]):
+    if hot is None or off_on is None or not isinstance(extent, int) or not call.is_small([hot.size, extent]):
         return None
     if not all(isinstance(index, int) for index in hot.reshape(-1)):
         return None

@@ -13,7 +13,6 @@ from kvsurgeon.ops.operator import (
     AxisLinks,
     Label,
     Operator,
-    Sizes,
     Trait,
     UntraceableAxesError,
     entries,
@@ -25,7 +24,7 @@ from kvsurgeon.ops.operator import (
 from kvsurgeon.ops.resizing import Resizer
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
-from kvsurgeon.symbolic.fact import Fact, OperatorCall, axis_of, is_small
+from kvsurgeon.symbolic.fact import Fact, OperatorCall, axis_of
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 
@@ -75,7 +74,10 @@ def flatten(call: OperatorCall) -> Fact:
         return Fact((call.unknown(), call.unknown()), operand.dtype)
     axis, rank = call.integer("axis", 1), len(operand.shape)
     axis = rank if axis == rank else axis_of(axis, rank)
-    return Fact((dim.product(operand.shape[:axis]), dim.product(operand.shape[axis:])), operand.dtype)
+    shape = (dim.product(operand.shape[:axis]), dim.product(operand.shape[axis:]))
+    concrete = None if operand.value is None else whole_numbers(shape)
+    value = None if operand.value is None or concrete is None else operand.value.reshape(concrete)
+    return Fact(shape, operand.dtype, value)
 
 
 def transpose(call: OperatorCall) -> Fact:
@@ -134,7 +136,7 @@ def expand(call: OperatorCall) -> Fact:
     shape = tuple(dim.broadcast(a, b) for a, b in zip(left, right, strict=True))
     value = None
     concrete = whole_numbers(shape)
-    if operand.value is not None and concrete is not None and is_small(concrete):
+    if operand.value is not None and concrete is not None and call.is_small(concrete):
         value = np.broadcast_to(operand.value, concrete)
     return Fact(shape, operand.dtype, value)
 
@@ -146,7 +148,7 @@ def tile(call: OperatorCall) -> Fact:
         return Fact(None if operand.shape is None else tuple(call.unknown() for _ in operand.shape), operand.dtype)
     shape = tuple(dim.multiply(size, times) for size, times in zip(operand.shape, repeats, strict=True))
     concrete, value = whole_numbers(shape), None
-    if operand.value is not None and concrete is not None and is_small(concrete):
+    if operand.value is not None and concrete is not None and call.is_small(concrete):
         value = np.tile(operand.value, whole_numbers(repeats) or ())
     return Fact(shape, operand.dtype, value)
 
@@ -195,7 +197,7 @@ def split(call: OperatorCall) -> list[Fact]:
     for index, size in enumerate(sizes):
         shape = (*operand.shape[:axis], size, *operand.shape[axis + 1 :])
         value = None
-        if operand.value is not None and isinstance(size, int) and is_small([size]):
+        if operand.value is not None and isinstance(size, int) and call.is_small([size]):
             value = np.take(operand.value, range(bounds[index], bounds[index + 1]), axis=axis)
         parts.append(Fact(shape, operand.dtype, value))
     return parts
@@ -226,7 +228,7 @@ def pad(call: OperatorCall) -> Fact:
     if operand.value is not None and operand.value.ndim == 1 and (ends := whole_numbers(pads)) is not None:
         fill = call.fact(2).value
         constant = 0 if fill is None else fill.reshape(-1)[0]
-        if min(ends) >= 0 and is_small([operand.value.size + sum(ends)]):
+        if min(ends) >= 0 and call.is_small([operand.value.size + sum(ends)]):
             value = np.concatenate(
                 [np.full(ends[0], constant, object), operand.value, np.full(ends[1], constant, object)]
             )
@@ -363,77 +365,20 @@ def resize_trilu(resizer: Resizer, node: ir.Node, call: OperatorCall, axes: Axes
     return resizer.rebuilt(node, [resizer.slice_of(source, axes), resizer.lengths.scalar(diagonal)])
 
 
-def _result_sizes(call: OperatorCall, output: int, sizes: Sizes) -> list[int]:
-    return sizes(call.results[output].shape or ())
-
-
-def rearrange_reshape(call: OperatorCall, arrays: list[np.ndarray], output: int, sizes: Sizes) -> np.ndarray:
-    """`Reshape`, `Flatten`, `Squeeze`, `Unsqueeze`."""
-    return arrays[0].reshape(_result_sizes(call, output, sizes))
-
-
-def rearrange_transpose(call: OperatorCall, arrays: list[np.ndarray], _output: int, _sizes: Sizes) -> np.ndarray:
-    """`Transpose`."""
-    return arrays[0].transpose(call.attribute("perm") or tuple(reversed(range(arrays[0].ndim))))
-
-
-def rearrange_expand(call: OperatorCall, arrays: list[np.ndarray], output: int, sizes: Sizes) -> np.ndarray:
-    """`Expand`."""
-    return np.broadcast_to(arrays[0], _result_sizes(call, output, sizes))
-
-
-def rearrange_tile(call: OperatorCall, arrays: list[np.ndarray], output: int, sizes: Sizes) -> np.ndarray:
-    """`Tile`."""
-    after = _result_sizes(call, output, sizes)
-    return np.tile(arrays[0], [new // old for new, old in zip(after, arrays[0].shape, strict=True)])
-
-
-def rearrange_concat(call: OperatorCall, arrays: list[np.ndarray], _output: int, _sizes: Sizes) -> np.ndarray:
-    """`Concat`."""
-    return np.concatenate(arrays, axis=call.integer("axis", 0))
-
-
-def rearrange_split(call: OperatorCall, arrays: list[np.ndarray], output: int, sizes: Sizes) -> np.ndarray:
-    """`Split`."""
-    axis = axis_of(call.integer("axis", 0), arrays[0].ndim)
-    parts = [_result_sizes(call, index, sizes)[axis] for index in range(output + 1)]
-    return np.take(arrays[0], sum(parts[:-1]) + np.arange(parts[-1]), axis=axis)
-
+_FORM = (Trait.REARRANGE, Trait.RESHAPE)
+_REPEAT = (Trait.REARRANGE, Trait.PARAMETERIZED, Trait.REPEAT)
 
 OPERATORS: list[Operator] = [
-    *entries(
-        "Reshape",
-        reshape,
-        reshape_links,
-        Trait.PARAMETERIZED,
-        Trait.RESHAPE,
-        rearrange=rearrange_reshape,
-    ),
-    *entries("Flatten", flatten, row_major_links, Trait.RESHAPE, rearrange=rearrange_reshape),
-    *entries("Unsqueeze", unsqueeze, squeeze_links, Trait.PARAMETERIZED, Trait.RESHAPE, rearrange=rearrange_reshape),
-    *entries("Squeeze", squeeze, squeeze_links, Trait.PARAMETERIZED, Trait.RESHAPE, rearrange=rearrange_reshape),
-    *entries("Transpose", transpose, transpose_links, Trait.MOVE, Trait.TRANSPOSE, rearrange=rearrange_transpose),
-    *entries(
-        "Expand",
-        expand,
-        expand_links,
-        Trait.PARAMETERIZED,
-        Trait.REPEAT,
-        rearrange=rearrange_expand,
-    ),
-    *entries(
-        "Tile",
-        tile,
-        tile_links,
-        Trait.PARAMETERIZED,
-        Trait.REPEAT,
-        extent_inputs=frozenset({1}),
-        resize=resize_tile,
-        rearrange=rearrange_tile,
-    ),
-    *entries("Concat", concat, concat_links, Trait.MOVE, rearrange=rearrange_concat),
+    *entries("Reshape", reshape, reshape_links, *_FORM, Trait.PARAMETERIZED),
+    *entries("Flatten", flatten, row_major_links, *_FORM),
+    *entries("Unsqueeze", unsqueeze, squeeze_links, *_FORM, Trait.PARAMETERIZED),
+    *entries("Squeeze", squeeze, squeeze_links, *_FORM, Trait.PARAMETERIZED),
+    *entries("Transpose", transpose, transpose_links, Trait.REARRANGE, Trait.MOVE, Trait.TRANSPOSE),
+    *entries("Expand", expand, expand_links, *_REPEAT),
+    *entries("Tile", tile, tile_links, *_REPEAT, extent_inputs=frozenset({1}), resize=resize_tile),
+    *entries("Concat", concat, concat_links, Trait.REARRANGE, Trait.MOVE),
     *entries("QLinearConcat", concat, concat_links, Trait.MOVE),
-    *entries("Split", split, split_links, Trait.PARAMETERIZED, Trait.SELECT, rearrange=rearrange_split),
+    *entries("Split", split, split_links, Trait.REARRANGE, Trait.PARAMETERIZED, Trait.SELECT),
     *entries("Pad", pad, pad_links, Trait.PARAMETERIZED, Trait.ANALYTIC),
     *entries("Trilu", unary, trilu_links, Trait.ELEMENTWISE, Trait.ANALYTIC, resize=resize_trilu),
 ]

@@ -12,8 +12,6 @@ from enum import Enum, auto
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from kvsurgeon.ops.resizing import ResizeRule
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import Fact, OperatorCall, axis_of
@@ -99,15 +97,13 @@ class AttentionInputs:
 
 
 AxisRule = Callable[[OperatorCall], AxisLinks]
-Sizes = Callable[[Sequence[Dimension]], list[int]]  # symbolic dimensions as numbers
-# The call, the arrays of its inputs that are rearranged, the index of the output, sizes -> the output
-RearrangeRule = Callable[[OperatorCall, list[np.ndarray], int, Sizes], np.ndarray]
 
 
 class Trait(Enum):
     """Further properties of an operator that stages ask for."""
 
     SHAPE_ONLY = auto()  # reads the shape of its input and nothing else
+    REARRANGE = auto()  # gives elements of its inputs and no others, wherever their numbers are known
     IDENTITY = auto()  # gives the same elements, up to their type
     TRANSPOSE = auto()  # gives the same axes another order
     RESHAPE = auto()  # gives the same elements in row-major order another shape
@@ -155,8 +151,6 @@ class Operator:
         type_only: Inputs of which only the type is read.
         extent_inputs: Inputs that say how many elements there are, and not which.
         resize: Inputs of the node at other lengths, for what links do not say; see `resizing/context_slices.py`.
-        rearrange: The output, for arrays of numbers in place of the inputs; only of operators whose output has no
-            other elements than these inputs.
         decomposition: Function that writes a node of exactly this domain in standard operators, as `module:function`.
             It gets a `kvsurgeon.decompose.fused_node.FusedNode`, and is imported when a model has such a node.
         traits: What else stages ask for.
@@ -173,7 +167,6 @@ class Operator:
     type_only: frozenset[int] = frozenset()
     extent_inputs: frozenset[int] = frozenset()
     resize: ResizeRule | None = None
-    rearrange: RearrangeRule | None = None
     decomposition: str | None = None
     traits: frozenset[Trait] = frozenset()
     column_parameters: tuple[int, ...] = ()

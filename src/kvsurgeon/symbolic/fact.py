@@ -50,11 +50,6 @@ def numbers(value: Any) -> Numbers:
     return np.asarray(value).astype(object)
 
 
-def is_small(sizes: Sequence[int]) -> bool:
-    """Return whether a tensor of these sizes has few enough elements to know their numbers."""
-    return max(sizes, default=0) <= WIDEST_VALUE and math.prod(sizes) <= WIDEST_VALUE
-
-
 def known(value: Any, dtype: ir.DataType | None) -> Fact:
     """Return the fact of a tensor whose numbers are all known, symbolically or not."""
     array = numbers(value)
@@ -107,6 +102,7 @@ class OperatorCall:
     opset: int
     bound: Callable[[int], None]  # notes that the length is assumed to be at most this
     results: tuple[Fact, ...] = ()  # of the outputs, once they are inferred
+    widest: int = WIDEST_VALUE  # elements of a tensor whose numbers are computed
     _attributes: Mapping[str, ir.Attr] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -124,6 +120,10 @@ class OperatorCall:
     def result(self) -> Fact:
         """The fact of the first output."""
         return self.results[0] if self.results else NOTHING
+
+    def is_small(self, sizes: Sequence[int]) -> bool:
+        """Return whether a tensor of these sizes has few enough elements to know their numbers."""
+        return max(sizes, default=0) <= self.widest and math.prod(sizes) <= self.widest
 
     def integer(self, name: str, default: int) -> int:
         """Return an integer attribute."""
