@@ -70,8 +70,8 @@ def trace_layout(flow: TokenFlow, before: InputsBefore, operand: ir.Value, point
         return None
     labels = _labels(point)
     sizes = {label: flow.length if size is None else size for label, size in zip(labels, point.parts, strict=True)}
-    axes = _distributed(labels, sizes, shape)
-    trace = None if axes is None else LayoutTrace(axes=axes, sizes=sizes)
+    axes = dim.distribute(((label, sizes[label]) for label in labels), shape)
+    trace = None if axes is None else LayoutTrace(axes=tuple(map(tuple, axes)), sizes=sizes)
     for node in path:
         rule = _rule(node)
         if trace is None or rule is None:
@@ -109,27 +109,11 @@ def _labels(point: CachePoint) -> list[str]:
     return [labels[place] for place in range(len(point.parts))]
 
 
-def _distributed(
-    labels: Sequence[str], sizes: Mapping[str, Dimension], shape: Sequence[Dimension]
-) -> tuple[Labels, ...] | None:
-    """Distribute labels over the axes of a row-major tensor; None if one would be split."""
-    left = [label for label in labels if sizes[label] != 1]
-    axes: list[Labels] = []
-    for size in shape:
-        axis: list[str] = []
-        while not dim.is_equal(dim.product(sizes[label] for label in axis), size):
-            if not left:
-                return None
-            axis.append(left.pop(0))
-        axes.append(tuple(axis))
-    return None if left else tuple(axes)
-
-
 def _reshape(flow: TokenFlow, before: InputsBefore, node: ir.Node, trace: LayoutTrace) -> LayoutTrace | None:
     shape = flow.shapes[node.outputs[0]].shape
     labels = [label for axis in trace.axes for label in axis]
-    axes = None if shape is None else _distributed(labels, trace.sizes, shape)
-    return None if axes is None else replace(trace, axes=axes)
+    axes = None if shape is None else dim.distribute(((label, trace.sizes[label]) for label in labels), shape)
+    return None if axes is None else replace(trace, axes=tuple(map(tuple, axes)))
 
 
 def _transpose(flow: TokenFlow, before: InputsBefore, node: ir.Node, trace: LayoutTrace) -> LayoutTrace | None:

@@ -51,7 +51,9 @@ class RepeatedElements:
             return plain
         if links.row_major:
             source = node.inputs[0]
-            return plain if source is None else _distributed(self.of(source), shape) or plain
+            parts = () if source is None else self.of(source)
+            found = dim.distribute(((part, part[0]) for axis in parts for part in axis), shape)
+            return plain if found is None else tuple(tuple(axis) or ((1, False),) for axis in found)
         mixed = {links.joined, *links.mixed, *links.blocked, *links.selected, *links.padded, *(links.diagonal or ())}
         labels = links.outputs[value.index() or 0]
         return tuple(
@@ -92,17 +94,3 @@ def _are_single(links: AxisLinks, node: ir.Node, call: OperatorCall) -> bool:
     given = [call.given(index) for index, places in enumerate(links.inputs) if places is None]
     shapes = [fact.shape for fact in given if fact is not None]
     return all(shape is not None and dim.product(shape) == 1 for shape in shapes)
-
-
-def _distributed(parts: Parts, shape: Sequence[Dimension]) -> Parts | None:
-    """Return dimensions in row-major order on the axes of another shape; None if one would be split."""
-    left = [part for axis in parts for part in axis if part[0] != 1]
-    axes: list[tuple[Part, ...]] = []
-    for size in shape:
-        axis: list[Part] = []
-        while not dim.is_equal(dim.product(one for one, _ in axis), size):
-            if not left:
-                return None
-            axis.append(left.pop(0))
-        axes.append(tuple(axis) or ((1, False),))
-    return None if left else tuple(axes)

@@ -7,13 +7,14 @@ arithmetic of a layer is a dictionary lookup.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import sympy
 
 Dimension: TypeAlias = int | sympy.Expr
+_Part = TypeVar("_Part")
 
 BATCH = sympy.Symbol("batch", integer=True, positive=True)
 LENGTH = sympy.Symbol("length", integer=True, positive=True)  # the one length that an export without a cache knows
@@ -93,6 +94,24 @@ def multiply(left: Dimension, right: Dimension) -> Dimension:
 def subtract(left: Dimension, right: Dimension) -> Dimension:
     """Left - right."""
     return add(left, multiply(-1, right))
+
+
+def distribute(parts: Iterable[tuple[_Part, Dimension]], shape: Sequence[Dimension]) -> list[list[_Part]] | None:
+    """Return which parts each axis of a row-major tensor holds; None if one would be split.
+
+    Args:
+        parts: Parts with their sizes, outermost first; those of size 1 are on no axis.
+        shape: Shape of the tensor.
+    """
+    left = [part for part in parts if part[1] != 1]
+    axes: list[list[_Part]] = []
+    for size in shape:
+        count = next((n for n in range(len(left) + 1) if is_equal(product(one for _, one in left[:n]), size)), None)
+        if count is None:
+            return None
+        axes.append([part for part, _ in left[:count]])
+        left = left[count:]
+    return None if left else axes
 
 
 @cached
