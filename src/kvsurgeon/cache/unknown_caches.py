@@ -38,10 +38,7 @@ def find_unknown_caches(graph: ir.Graph) -> dict[ir.Value, str]:
 
 
 def _updated_by(
-    past: ir.Value,
-    known: Collection[ir.Node],
-    moves: Callable[[ir.Node, int], bool],
-    joins: Callable[[ir.Node], bool],
+    past: ir.Value, known: Collection[ir.Node], moves: Callable[[ir.Node, int], bool], joins: Callable[[ir.Node], bool]
 ) -> str | None:
     """Return the operators between an input and an output that holds its elements and others; None if there is none."""
     moved = list(_moved(past, known, moves))

@@ -94,8 +94,7 @@ def run(
     context: Context,
     model: Model,
     pipeline: Annotated[
-        str,
-        Option("--pipeline", "-p", help="Passes to run: a,b{option=value,list=1,2}.", autocompletion=pass_names),
+        str, Option("--pipeline", "-p", help="Passes to run: a,b{option=value,list=1,2}.", autocompletion=pass_names)
     ],
     output: Output,
     verify: Verify = True,

@@ -37,8 +37,7 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
 
 
 Config = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Read options from a YAML file.", is_eager=True, callback=_read),
+    Path | None, typer.Option(metavar="FILE", help="Read options from a YAML file.", is_eager=True, callback=_read)
 ]
 
 

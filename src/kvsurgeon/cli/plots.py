@@ -16,8 +16,7 @@ def plot(
     prompt: Annotated[str | None, Option(help="A text, or token ids such as 1,2,3. [default: a short text]")] = None,
     against: Annotated[Path | None, Option(metavar="OTHER", help="A second model to compare with.")] = None,
     sweep: Annotated[
-        str | None,
-        Option(metavar="PASSES", help="Plot the loss of passes: window-cache{window=64|128}."),
+        str | None, Option(metavar="PASSES", help="Plot the loss of passes: window-cache{window=64|128}.")
     ] = None,
     text: Text = None,
     output: Annotated[

@@ -105,10 +105,7 @@ def rotary_embedding(
         left, right = op.slice(value, 0, width, 3, step=2), op.slice(value, 1, width, 3, step=2)
     else:
         left, right = op.slice(value, 0, pairs, 3), op.slice(value, pairs, width, 3)
-    parts = [
-        op.Sub(op.Mul(left, cos), op.Mul(right, sin)),
-        op.Add(op.Mul(left, sin), op.Mul(right, cos)),
-    ]
+    parts = [op.Sub(op.Mul(left, cos), op.Mul(right, sin)), op.Add(op.Mul(left, sin), op.Mul(right, cos))]
     if interleaved:
         columns = [op.reshape(part, 0, 0, 0, pairs, 1) for part in parts]
         parts = [op.reshape(op.Concat(*columns, axis=4), 0, 0, 0, width)]

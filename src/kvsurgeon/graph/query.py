@@ -48,10 +48,7 @@ def all_inputs(node: ir.Node) -> list[ir.Value]:
 
 
 def upstream(
-    values: Iterable[ir.Value | None],
-    *,
-    stop: Callable[[ir.Value], bool] | None = None,
-    inputs: InputsOf = all_inputs,
+    values: Iterable[ir.Value | None], *, stop: Callable[[ir.Value], bool] | None = None, inputs: InputsOf = all_inputs
 ) -> Iterator[ir.Value]:
     """Yield the values and everything they are computed from, each once, nearest first.
 

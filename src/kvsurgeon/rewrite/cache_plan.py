@@ -20,12 +20,7 @@ from kvsurgeon.resizing.lengths import INT64, LengthSource, sources_of
 from kvsurgeon.resizing.windows import NO_WINDOWS, Windows
 from kvsurgeon.rewrite.by_sequence.token_rows import find_token_rows
 from kvsurgeon.rewrite.cache_options import CacheOptions
-from kvsurgeon.rewrite.cache_tensors import (
-    CacheTensor,
-    RecurrentTensor,
-    find_cache_tensors,
-    find_recurrent_tensors,
-)
+from kvsurgeon.rewrite.cache_tensors import CacheTensor, RecurrentTensor, find_cache_tensors, find_recurrent_tensors
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dim_names import dim_names
 from kvsurgeon.symbolic.dimension import CAPACITY, MAX, NEW, PAST, TOTAL, Dimension
@@ -71,11 +66,7 @@ class CachePlan:
 
 
 def plan_cache(
-    options: CacheOptions,
-    analysis: Analysis,
-    proof: Proof,
-    bits: int | None = None,
-    windows: Windows = NO_WINDOWS,
+    options: CacheOptions, analysis: Analysis, proof: Proof, bits: int | None = None, windows: Windows = NO_WINDOWS
 ) -> CachePlan:
     """Return the plan for some options, with keys and values as integers of some bits, if any are given.
 

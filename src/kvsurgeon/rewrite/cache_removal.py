@@ -14,12 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.cache.cache_branch import take_cache_branch
-from kvsurgeon.cache.empty_cache import (
-    DYNAMIC_HINT,
-    empty_dimensions,
-    fill_buffers,
-    inputs_of_past_length,
-)
+from kvsurgeon.cache.empty_cache import DYNAMIC_HINT, empty_dimensions, fill_buffers, inputs_of_past_length
 from kvsurgeon.cache.layout import declared_names, declared_shape
 from kvsurgeon.cache.length_inputs import find_length_inputs, past_length_source, set_to_zero
 from kvsurgeon.cache.pairs import CachePair, find_cache_pairs

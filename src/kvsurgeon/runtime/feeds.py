@@ -145,13 +145,7 @@ class DecoderInputs:
         return feeds[tokens.name].shape[tokens.axes.index(axis)] if axis in tokens.axes else 1
 
     def feeds(
-        self,
-        tokens: Tokens,
-        mask: Tokens,
-        *,
-        token_types: int = 1,
-        count_padding: Collection[str] = (),
-        block: int = 0,
+        self, tokens: Tokens, mask: Tokens, *, token_types: int = 1, count_padding: Collection[str] = (), block: int = 0
     ) -> dict[str, Array]:
         """Return the feeds of the whole text.
 

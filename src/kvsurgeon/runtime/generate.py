@@ -192,12 +192,7 @@ class TextGenerator:
                 return
 
     def stream_continuously(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        rows: int = 8,
-        max_new_tokens: int = 64,
-        sampling: Sampling | None = None,
+        self, prompts: Sequence[Prompt], *, rows: int = 8, max_new_tokens: int = 64, sampling: Sampling | None = None
     ) -> Iterator[GeneratedToken]:
         """Yield tokens as they are generated; a waiting prompt starts as soon as another text ends.
 

@@ -11,12 +11,7 @@ from kvsurgeon.targets.hugging_face_files import check_model_type
 from kvsurgeon.targets.model_info import ModelInfo
 from kvsurgeon.targets.parts import check_embedding, check_output
 from kvsurgeon.targets.target import EMBEDDING, EMBEDDINGS, VISION, Incompatibility, warning
-from kvsurgeon.targets.transformers_js import (
-    COUNTS_HIDDEN_LAYERS,
-    TRANSFORMERS_JS,
-    data_files_of_parts,
-    own_config,
-)
+from kvsurgeon.targets.transformers_js import COUNTS_HIDDEN_LAYERS, TRANSFORMERS_JS, data_files_of_parts, own_config
 
 # Source: the models of image-text-to-text (src/models/registry.js) and getNormalizedConfig (src/configs.js) of version
 # 4.3.2: which of them count caches by the config of the text, and which by the config itself; these feed positions of

@@ -70,11 +70,7 @@ class Confirmation:
 
 
 def confirm(
-    certificate: str | Path,
-    model: str | Path,
-    original: str | Path | None = None,
-    *,
-    progress: Progress | None = None,
+    certificate: str | Path, model: str | Path, original: str | Path | None = None, *, progress: Progress | None = None
 ) -> Confirmation:
     """Confirm that everything a certificate states of a model holds. Nothing is written.
 

@@ -14,14 +14,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
-from kvsurgeon.analysis.thresholds import (
-    FLOAT_KINDS,
-    SCANNED,
-    changes,
-    lengths_of_change,
-    longest_running,
-    numbers_of,
-)
+from kvsurgeon.analysis.thresholds import FLOAT_KINDS, SCANNED, changes, lengths_of_change, longest_running, numbers_of
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.constants import small_constant

@@ -18,13 +18,7 @@ import sympy
 from kvsurgeon.analysis.mask_patterns import sequence_last
 from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.analysis.regions.probe_lengths import lengths_beyond
-from kvsurgeon.analysis.regions.sequence_state import (
-    has_new_tokens,
-    is_boundary,
-    places_of,
-    result_axes,
-    with_siblings,
-)
+from kvsurgeon.analysis.regions.sequence_state import has_new_tokens, is_boundary, places_of, result_axes, with_siblings
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import growing_regions, is_token
 from kvsurgeon.analysis.token_flow import RecurrentState, SequenceState, TokenFlow
