@@ -39,7 +39,6 @@ _LINEAR = (Trait.PROJECTION, Trait.SCALE, Trait.ADD)
 _CHECKED = 3  # further tokens on which the maps are checked
 _BOUND = 1e-4  # of the largest number
 _BOUNDS = {ir.DataType.FLOAT16: 2e-2}
-_MOST_VALUES = 200  # upstream of a product
 
 
 @dataclass(frozen=True, kw_only=True)
