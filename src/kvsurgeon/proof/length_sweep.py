@@ -82,7 +82,7 @@ class LengthSweep:
             compares = has_trait(node, Trait.LENGTH_SENSITIVE) and not has_trait(node, Trait.SCALE, Trait.ADD)
             if compares and any(map(self._counts_sequences, node.inputs)):
                 numbers = {int(number) for value in node.inputs for number in numbers_of(small_constant(value))}
-                near |= {number + more for number in numbers for more in (0, 1)}
+                near |= {number + more for number in numbers for more in (0, 1, 2)}  # an index is less than a size
         found = {*BATCHES, *(batch for batch in near if BATCHES[0] < batch <= MAX_BATCH)}
         return tuple(sorted(found)) if self.flow.batch is BATCH else ()
 
