@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 
 from adversarial_models import (
+    content_kinds,
     input_kinds,
     length_functions,
     mask_kinds,
@@ -55,6 +56,8 @@ def _draws() -> Mapping[str, tuple[Draw, bool]]:
         draws[f"input/{name}"] = (partial(_input, given), True)
     for name, padding in padding_kinds.KINDS.items():
         draws[f"padding/{name}"] = (partial(_padding, padding), True)
+    for name, content in content_kinds.KINDS.items():
+        draws[f"content/{name}"] = (partial(_content, content), True)
     for name, output in output_kinds.KINDS.items():
         draws[f"output/{name}"] = (partial(_output, output), False)
     return draws
@@ -82,6 +85,10 @@ def _input(kind: input_kinds.InputKind, random: Random, design: Design, benign: 
 
 def _padding(kind: padding_kinds.PaddingKind, random: Random, design: Design, benign: bool) -> Draft:
     return padding_kinds.draw_padding_kind(random, kind, design, benign=benign)
+
+
+def _content(kind: content_kinds.ContentKind, random: Random, design: Design, benign: bool) -> Draft:
+    return content_kinds.draw_content_kind(random, kind, design, benign=benign)
 
 
 def _output(kind: output_kinds.OutputKind, random: Random, design: Design, benign: bool) -> Draft:

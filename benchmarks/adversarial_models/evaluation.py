@@ -56,6 +56,7 @@ def chunkings(threshold: int | None, longest: int, *, padded: bool = False) -> l
     ]
     late = [one for one in near if 18 < one < 1100]
     result.append(Chunking(batch=3, steps=tuple((one, True) for one in (3, 4, 17, 18, *late))))
+    result.append(Chunking(batch=7, steps=tuple((one, True) for one in (3, 4, 17, *late[-2:]))))
     if padded:
         around = ((1, False), (9, False), (10, True), (12, True), *((one, True) for one in late))
         result.append(Chunking(batch=2, padding=5, steps=around))

@@ -360,6 +360,27 @@ def _rolled_by_features(site: Site, value: str) -> str:
     return _rolled(site, value, site.axis + 1)
 
 
+def _pairs(site: Site, value: str) -> tuple[str, str]:
+    """Return the pairs of tokens, [B, pairs, 2, features], of a text that zeros make even, and the shape of tokens."""
+    write = site.context.write
+    rest = write("Mod", site.context.total, 2)
+    even = write("Pad", value, write("Concat", [0, 0, 0, 0], rest, [0], axis=0))
+    return str(write("Reshape", even, [0, -1, 2, site.features])), str(write("Shape", even))
+
+
+def _largest_of_pair(site: Site, value: str) -> str:
+    write, (pairs, shape) = site.context.write, _pairs(site, value)
+    mixed = write("Add", pairs, write.reduce("ReduceMax", pairs, [2]))
+    return str(write("Slice", write("Reshape", mixed, shape), [0], site.context.total, [1]))
+
+
+def _first_of_pair(site: Site, value: str) -> str:
+    """Add the first token of a pair to both, of which padding may be the first."""
+    write, (pairs, shape) = site.context.write, _pairs(site, value)
+    mixed = write("Add", pairs, write("Slice", pairs, [0], [1], [2]))
+    return str(write("Slice", write("Reshape", mixed, shape), [0], site.context.total, [1]))
+
+
 def _squeezed(site: Site, value: str) -> str:
     """Squeeze without axes: an axis of one token goes too."""
     write = site.context.write
@@ -523,6 +544,7 @@ KINDS: Mapping[str, MixingKind] = {
         MixingKind(name="sort", adversarial=_sorted_by_sequence, benign=_sorted_by_features),
         MixingKind(name="roll-batch", adversarial=_rolled_by_batch, benign=_rolled_by_features),
         MixingKind(name="roll-sequence", adversarial=_rolled_by_sequence, benign=_rolled_by_features),
+        MixingKind(name="pairs", adversarial=_largest_of_pair, benign=_first_of_pair, places=SMALL_FLAT),
         MixingKind(name="squeeze", adversarial=_squeezed, benign=_squeezed_by_axis, places=FLAT),
         MixingKind(name="sum-from-end", adversarial=_summed_from_end, benign=_summed_over_features),
         MixingKind(name="last-token", adversarial=_last_token, benign=_first_feature),

@@ -72,9 +72,18 @@ def _with_masked_token(context: Context) -> str:
 
 def _later_sequences(context: Context) -> str:
     """Return which sequences are the third of a batch or later ones, [B, 1]."""
+    return _sequences_after(context, 1)
+
+
+def _seventh_sequence(context: Context) -> str:
+    """Return which sequences are the seventh of a batch or later ones, [B, 1]."""
+    return _sequences_after(context, 5)
+
+
+def _sequences_after(context: Context, number: int) -> str:
     write = context.write
     numbers = write("Range", 0, write("Squeeze", write("Gather", write("Shape", "input_ids"), [0]), [0]), 1)
-    return str(write("Unsqueeze", write("Greater", numbers, 1), [1]))
+    return str(write("Unsqueeze", write("Greater", numbers, number), [1]))
 
 
 KINDS: Mapping[str, PaddingKind] = {
@@ -83,5 +92,6 @@ KINDS: Mapping[str, PaddingKind] = {
         PaddingKind(name="padded", sequences=_padded),
         PaddingKind(name="with-masked-token", sequences=_with_masked_token),
         PaddingKind(name="later-sequences", sequences=_later_sequences),
+        PaddingKind(name="seventh-sequence", sequences=_seventh_sequence),
     )
 }

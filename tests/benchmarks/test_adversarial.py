@@ -19,6 +19,12 @@ SHORT = [
     "mixing/reduce-text",
     "mixing/shift",
     "mixing/roll-batch",
+    "mixing/pairs",
+    "padding/seventh-sequence",
+    "content/table",
+    "content/two-conditions",
+    "content/product",
+    "content/score",
 ]
 
 
@@ -39,7 +45,10 @@ def test_an_adversarial_decoder_is_refused_limited_or_right(tmp_path, monkeypatc
     assert verdict.verdict in (RIGHT, REFUSED, LIMITED), verdict
 
 
-@pytest.mark.parametrize("kind", ["length/where", "mask/blocks", "table/mask-block", "mixing/reduce-text"])
+@pytest.mark.parametrize(
+    "kind",
+    ["length/where", "mask/blocks", "table/mask-block", "mixing/reduce-text", "content/product", "content/score"],
+)
 def test_its_benign_counterpart_is_right(tmp_path, monkeypatch, kind):
     verdict = evaluated(drawn(tmp_path, kind, benign=True), tmp_path, monkeypatch)
     assert verdict.verdict == RIGHT, verdict
