@@ -24,6 +24,7 @@ from kvsurgeon.proof.length_sweep import LengthSweep, check_prefix_stable
 
 SCALES = (30.0, 10.0, 3.0, 1.0)  # of the probed scores: a mask must hold for the largest that give finite weights
 SCALES_OF_COMPARED = (100.0, 1000.0)  # of scores that are compared with numbers: any mask holds for them
+_LARGE_INTEGER = 20.0  # which many probed integers exceed; they are at most 60
 
 
 class AttentionProbe:
@@ -91,7 +92,10 @@ class AttentionProbe:
         ]
         constants = [small_constant(value) for node in nodes for value in node.inputs]
         whole = {float(np.abs(one).max(initial=0)) for one in constants if one is not None and one.dtype.kind in "iu"}
-        return (*SCALES_OF_COMPARED, *sorted(whole)) if nodes else ()
+        beyond = {number / _LARGE_INTEGER for number in whole}
+        return (
+            (*SCALES_OF_COMPARED, *sorted(scale for scale in beyond if scale > SCALES_OF_COMPARED[-1])) if nodes else ()
+        )
 
     def check_causal(self, weights: np.ndarray, first_query: int = 0) -> None:
         """Check that no query gives weight to a later key.
