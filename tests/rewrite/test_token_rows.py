@@ -121,17 +121,35 @@ def test_of_a_mask_the_rows_of_the_new_tokens_alone_are_computed(mask):
     assert not [shape for shape in shapes_of_step(model, capacity=32) if shape.count(32) > 1]
 
 
-QUANTIZED = """
+PLACED = """
   embedded = Gather(table, input_ids)
   ends = Shape<start = 1>(input_ids)
+  end = Squeeze(ends)
+  nought = Sub(one, one)
+  counted = Range(nought, end, one)
+  places = Cast<to = 1>(counted)
   rows = Slice(stored, zero, ends, zero)
-  positions = DequantizeLinear(rows, scales)
+  column = Unsqueeze(places, first)
+  row = Unsqueeze(places, zero)
+  frequencies = Unsqueeze(scales, zero)
+POSITIONS
   x = Add(embedded, positions)"""
+POSITIONS = {
+    "a table that is dequantized by column": "positions = DequantizeLinear(rows, scales)",
+    "a product of matrices": "angles = MatMul(column, frequencies)\n positions = Sin(angles)",
+    "a product of matrices, the positions last": "standing = Transpose(frequencies)\n angles = MatMul(standing, row)\n"
+    " waves = Sin(angles)\n positions = Transpose(waves)",
+    "an Einsum": 'angles = Einsum<equation = "i,j->ij">(places, scales)\n positions = Sin(angles)',
+    "an Einsum, the positions last": "standing = Transpose(frequencies)\n"
+    ' angles = Einsum<equation = "dk,ks->ds">(standing, row)\n waves = Sin(angles)\n positions = Transpose(waves)',
+}
 
 
-def test_a_table_of_positions_is_dequantized_by_column():
-    """The axis that the operator counts from the front has another index behind the batch."""
-    text = MASKED.replace("MASK", UPPER).replace("  x = Gather(table, input_ids)", QUANTIZED)
+@pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
+def test_positions_of_each_sequence_are_computed(positions):
+    """An axis that an operator counts from the front has another index behind the batch."""
+    placed = PLACED.replace("POSITIONS", positions)
+    text = MASKED.replace("MASK", UPPER).replace("  x = Gather(table, input_ids)", placed)
     original = read(text.replace("<float[24, 8] table", "<int8[64, 8] stored, float[8] scales, float[24, 8] table"))
     check_each_sequence(original, after(original, PER_SEQUENCE))
 
