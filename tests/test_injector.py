@@ -154,7 +154,7 @@ def test_the_model_at_a_path_gets_its_weights(path, folder, original, monkeypatc
 def test_the_form_of_a_target_is_built_if_wanted(folder, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_text("{}")
-    with pytest.warns(UserWarning, match="internal cache of DeepSparse"):
+    with pytest.warns(UserWarning, match="DeepSparse ends the process"):
         built = KeyValueCacheInjector(folder, target="deepsparse").apply(onnx.load(folder / "model.onnx"))
     assert {"positions", "causal_mask"} <= {value.name for value in built.graph.input}
     with pytest.raises(UsageError, match="found both"):

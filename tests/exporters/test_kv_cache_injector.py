@@ -28,7 +28,7 @@ IDS = np.array([[5, 3, 40, 8, 21, 2, 17, 9, 33, 4, 12]])
 
 pytestmark = [
     pytest.mark.parametrize("family", FAMILIES),
-    pytest.mark.filterwarnings("ignore:the internal cache of DeepSparse"),
+    pytest.mark.filterwarnings("ignore:with its internal cache"),
     pytest.mark.filterwarnings("ignore:expected a file of the source that deepsparse requires"),
 ]
 

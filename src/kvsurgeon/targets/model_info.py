@@ -68,6 +68,7 @@ class ModelInfo:
         decoder: The facts about the model before injection; None if they are not known.
         config: The contents of `config.json`; empty if there is none.
         data_files: Number of external data files.
+        graph: The graph; None if it is not known.
         metadata: The metadata of the model.
         source_files: Contents of the source's files that the side files of the target replace, if JSON objects.
         chat_template: The chat template in a file of the source; None if there is none.
@@ -85,6 +86,7 @@ class ModelInfo:
     decoder: Decoder | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     data_files: int = 0
+    graph: ir.Graph | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     source_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     chat_template: str | None = None
@@ -116,6 +118,7 @@ class ModelInfo:
             opset=model.graph.opset_imports.get("", 1),
             operators={(node.domain, node.op_type): node.outputs[0].name or "" for node in reversed(nodes)},
             data_files=_data_files(model),
+            graph=model.graph,
             metadata=dict(model.metadata_props),
             **facts,
         )

@@ -54,10 +54,28 @@ def test_inputs_that_were_attributes_are_converted():
     assert all((expected[name] == found[name]).all() for name in expected)
 
 
+@pytest.mark.parametrize("dtype", ["float", "float16"])
+@pytest.mark.parametrize("node", [
+    "LayerNormalization<axis = -1, epsilon = 0.01>(x, v, w)", "LayerNormalization<axis = 1>(x, m)",
+    "Gelu(x)", "Gelu<approximate = \"tanh\">(x)",
+])  # fmt: skip
+def test_operators_of_later_opsets_are_decomposed(node, dtype):
+    inputs = f"{dtype}[b, 4, 8] x, {dtype}[8] v, {dtype}[8] w, {dtype}[4, 8] m"
+    model = read(f"case ({inputs}) => ({dtype}[b, 4, 8] y) {{ y = {node} }}", 20)
+    result = lowered(model, 16)
+    assert not {"LayerNormalization", "Gelu"} & {one.op_type for one in result.graph.node}
+    generator, kind = np.random.default_rng(0), np.float16 if dtype == "float16" else np.float32
+    feeds = {name: generator.standard_normal(shape).astype(kind) for name, shape in (
+        ("x", (2, 4, 8)), ("v", (8,)), ("w", (8,)), ("m", (4, 8)),
+    )}  # fmt: skip
+    expected, found = (in_onnxruntime(one)(feeds)["y"] for one in (model, result))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 if kind is np.float32 else 2e-2)
+
+
 @pytest.mark.parametrize(
     ("text", "opset", "reason"),
     [
-        ("y = Gelu(x)", 20, "Gelu has no equivalent in opset 17, found an operator of a later opset"),
+        ("y = Mish(x)", 20, "Mish has no equivalent in opset 17, found an operator of a later opset"),
         ("y = GroupNormalization<num_groups = 2>(x, v, v)", 21, "an operator of a later opset"),
         ("s = Shape<start = 2>(x) a = Range(zero, two, two) y = ReduceMean(x, a)", 20, "axes, which is not a constant"),
         ("a, b, y = Split<axis = 2, num_outputs = 3>(x)", 20, "num_outputs=3"),

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
+from kvsurgeon.dataflow.input_dimensions import shapes_of
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import small_constant
-from kvsurgeon.graph.editor import Editor
+from kvsurgeon.graph.editor import Editor, NodeBuilder
+from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.opset import versions
+from kvsurgeon.passes.opset.later_operators import definition
 from kvsurgeon.passes.options import check_count
 
 Schema = onnx.defs.OpSchema
@@ -26,8 +30,9 @@ class LowerOpset:
 
     Before: nodes of the exported opset. After: the same nodes in the earlier version of their operators, and the IR
     version of that opset. Imports of unused domains are removed. Constant inputs that were attributes are converted.
+    `LayerNormalization` and `Gelu` of the main graph are decomposed if the earlier opset lacks them.
 
-    Not handled: operators, types and attributes that the earlier opset lacks, models with functions.
+    Not handled: other operators, types and attributes that the earlier opset lacks, models with functions.
 
     Attributes:
         opset: Opset version to convert to.
@@ -51,13 +56,18 @@ class LowerOpset:
         if declared <= self.opset:
             return self._lower_ir_version(model, declared)
         versions.check_convertible(model, self.opset, "lowered")
-        changes = {node: _attribute_changes(node, declared, self.opset) for node in versions.standard_nodes(model)}
+        nodes = versions.standard_nodes(model)
+        later = _definitions(model, nodes, declared, self.opset)
+        changes = {node: _attribute_changes(node, declared, self.opset) for node in nodes if node not in later}
+        model.graph.opset_imports[""] = self.opset
         editor = Editor(model)
         for node, attributes in changes.items():
             if attributes is not None:
                 _convert(editor, node, versions.schema(node, self.opset), attributes)
+        for node, build in later.items():
+            op = NodeBuilder(editor, node.outputs[0].name or node.op_type, like=node)
+            _replace(editor, node.outputs[0], build(op))
         editor.finish()
-        model.graph.opset_imports[""] = self.opset
         self._lower_ir_version(model, declared)
         return Changed(edits=editor.edits + 1)
 
@@ -72,6 +82,29 @@ class LowerOpset:
             del model.graph.opset_imports[domain]
         model.ir_version = min(model.ir_version, known)
         return Changed(edits=1 + len(unused))
+
+
+def _definitions(
+    model: ir.Model, nodes: Sequence[ir.Node], new: int, old: int
+) -> Mapping[ir.Node, Callable[[NodeBuilder], ir.Value]]:
+    """Return what builds the nodes of the main graph whose operator the earlier opset lacks but can define."""
+    missing = [node for node in nodes if versions.schema(node, new) and not versions.schema(node, old)]
+    if not missing:
+        return {}
+    with deep_recursion():
+        shapes = shapes_of(model.graph)
+    found = {}
+    for node in missing:
+        source = node.inputs[0] if node.inputs and node.graph is model.graph else None
+        define = None if source is None else definition(node, shapes[source])
+        if source is not None and define is not None:
+            found[node] = partial(define, node, shapes[source])
+    return found
+
+
+def _replace(editor: Editor, output: ir.Value, result: ir.Value) -> None:
+    result.type, result.shape = output.type, output.shape
+    editor.replace(output, result)
 
 
 def _attribute_changes(node: ir.Node, new: int, old: int) -> dict[str, Any] | None:
