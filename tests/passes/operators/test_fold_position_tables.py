@@ -15,7 +15,8 @@ TEXT = """case (float[batch_size, sequence_length, 2] x, int64[batch_size, seque
  int64[batch_size, total_sequence_length] attention_mask, float[batch_size, 1, past_sequence_length, 2] past)
  => (float[batch_size, sequence_length, 2] y, float[batch_size, 1, past_sequence_length, 2] present)
 <float[1, 1, 40, 2] table = {{{numbers}}}, float[40, 2] weights = {{{numbers}}}, int64[3] flat = {{0, -1, 2}},
- int64[3] one_row = {{0, 1, -1}}, int64 two = {{2}}, int64[1] first = {{0}}, float[1, 2] speed = {{1.0, 0.5}}>
+ int64[3] one_row = {{0, 1, -1}}, int64 two = {{2}}, int64[1] first = {{0}}, float[1, 2] speed = {{1.0, 0.5}},
+ float[2, 2] types = {{0.5, 1.5, 2.5, 3.5}}, int64[1, 1] nought = {{0}}>
 {{
   present = Identity(past)
   {rows}
@@ -28,9 +29,12 @@ FOLDED = {
     "positions with an axis of size 1": "p = Reshape(position_ids, one_row) g = Gather(weights, p) "
     "rows = Reshape(g, flat)",
     "a lookup that is reshaped": "g = Gather(weights, position_ids) rows = Reshape(g, flat)",
+    "a row and a constant row of a smaller table": "g = Gather(weights, position_ids) t = Gather(types, nought) "
+    "rows = Add(g, t)",
     "angles of a row": "g = Gather(weights, position_ids) rows = Sin(g)",
 }
 UNCHANGED = {
+    "a table of fewer rows than a call has tokens": "g = Gather(types, position_ids) rows = Sin(g)",
     "a lookup by the positions": "rows = Gather(weights, position_ids)",
     "angles without a table": "f = Cast<to = 1>(position_ids) a = Constant<value_ints = [-1]>() u = Unsqueeze(f, a) "
     "rows = Mul(u, speed)",

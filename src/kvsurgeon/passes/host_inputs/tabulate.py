@@ -178,7 +178,9 @@ def _squeezed(array: Array) -> Array:
 
 
 def _agree(one: Array, other: Array) -> bool:
-    """Return whether two calls gave the same numbers, up to the order of summation."""
+    """Return whether two calls gave as many numbers, and the same, up to the order of summation."""
+    if one.shape != other.shape:
+        return False
     is_exact = not np.issubdtype(one.dtype, np.floating)
     return bool(np.array_equal(one, other) if is_exact else np.allclose(one, other, rtol=1e-3, atol=1e-5))
 

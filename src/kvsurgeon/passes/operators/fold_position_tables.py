@@ -116,8 +116,10 @@ class _Tables:
         return [rows for node in producers(before) if (rows := self._rows(node)) is not None]
 
     def _rows(self, node: ir.Node) -> int | None:
-        """Return the number of rows of the table of floats from which a node looks up; None for other nodes."""
+        """Return the number of rows of the table of floats that a node looks positions up in; None for other nodes."""
         if not is_operator(node, "Gather", "GatherElements") or node.inputs[0] is None:
+            return None
+        if self.positions not in upstream([node.inputs[1]], inputs=content_inputs):
             return None
         table = self.shapes[node.inputs[0]]
         rows = None if table.shape is None else table.shape[_axis(node)]
