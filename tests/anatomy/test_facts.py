@@ -83,6 +83,21 @@ MASKS = [
     ("every second key", {"allowed": "d = Sub(column, row)\n m = Mod(d, two)\n even = Equal(m, nought)\n"
                           "past = LessOrEqual(row, column)\n allowed = And(even, past)", "constants": "int64 two = {2}"},
      {"kind": "other"}),
+    ("a window that is wider in long texts", {
+        "allowed": "d = Sub(column, row)\n late = Greater(column, far)\n width = Where(late, eight, four)\n"
+        "near = Less(d, width)\n past = LessOrEqual(row, column)\n allowed = And(near, past)",
+        "constants": "int64 far = {200}, int64 four = {4}, int64 eight = {8}"}, {"kind": "other"}),
+    ("few keys for some queries of long texts", {
+        "allowed": "d = Sub(column, row)\n near = Less(d, four)\n late = Greater(column, start)\n"
+        "before = Less(column, stop)\n some = And(late, before)\n others = Not(some)\n open = Or(near, others)\n"
+        "past = LessOrEqual(row, column)\n allowed = And(open, past)",
+        "constants": "int64 start = {200}, int64 stop = {210}, int64 four = {4}"}, {"kind": "other"}),
+    ("a window of tokens that are not masked", {
+        "inputs": "int64[b, n] mask", "allowed": "numbers = CumSum(mask, one)\n queries = Unsqueeze(numbers, third)\n"
+        "keys = Unsqueeze(numbers, second)\n d = Sub(queries, keys)\n near = Less(d, three)\n"
+        "kept = Greater(mask, nought)\n real = Unsqueeze(kept, second)\n past = LessOrEqual(row, column)\n"
+        "both = And(near, past)\n allowed = And(both, real)", "constants": "int64 three = {3}"},
+     {"kind": "other", "padding": True}),
     ("a slope", {"scores": "p = Cast<to = 1>(row)\n z = Mul(p, slope)\n s = Add(s0, z)", "constants": "float slope = {0.01}"}, {"kind": "causal", "bias": True}),
     ("padding", {"inputs": "int64[b, n] mask", "allowed": "kept = Greater(mask, nought)\n keys = Unsqueeze(kept, second)\n"
                  "past = LessOrEqual(row, column)\n allowed = And(keys, past)"}, {"kind": "causal", "padding": True}),

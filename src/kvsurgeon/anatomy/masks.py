@@ -19,8 +19,11 @@ def read_mask(pattern: AttentionPattern) -> Mask:
     padded = pattern.padded_weights
     padding = padded is not None and bool((np.abs(padded[..., 2:, :2]) <= MIN_WEIGHT).all())
     mask = _structure(visible)
-    if mask.kind == "causal" and pattern.rows:
-        mask = _structure_of_rows({query: _visible(row[..., None, :])[0] for query, row in pattern.rows.items()})
+    if mask.kind in ("causal", "sliding-window") and pattern.rows:
+        of_rows = _structure_of_rows({query: _visible(row[..., None, :])[0] for query, row in pattern.rows.items()})
+        mask = of_rows if mask.kind == "causal" or of_rows == mask else Mask(kind="other")
+    if mask.window is not None and pattern.reach >= mask.window:
+        mask = Mask(kind="other")  # a window of tokens that are not masked
     return replace(mask, padding=padding, bias=_has_bias(pattern), block=pattern.opens_block)
 
 

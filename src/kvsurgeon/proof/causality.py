@@ -91,7 +91,7 @@ def _check_probe(probe: AttentionProbe) -> AttentionPattern:
         rows = check_rows(probe, rows.checked)
     weights = {length: arrays[0] for length, arrays in outputs.items()}
     longest = max(weights)
-    padded_weights, leaking, attended = check_masks(probe, weights)
+    padded_weights, leaking, attended, reach = check_masks(probe, weights)
     _check_amplified_keys(probe, weights[longest])
     check_batches(probe, longest)
     opens_block = check_first_call(probe, lengths)
@@ -100,8 +100,9 @@ def _check_probe(probe: AttentionProbe) -> AttentionPattern:
         _check_fixed_length(probe, weights[longest])
     return AttentionPattern(
         weights=weights[longest], padded_weights=padded_weights, uniform_weights=_check_scales(probe, longest),
-        leaking=leaking, attended=attended, limit=rows.limit, rows=rows.weights, reduced=bool(probe.others),
-        checked=rows.checked, rows_leak=rows.leak, rows_attend=rows.attend, opens_block=opens_block,
+        leaking=leaking, attended=attended, reach=reach, limit=rows.limit, rows=rows.weights,
+        reduced=bool(probe.others), checked=rows.checked, rows_leak=rows.leak, rows_attend=rows.attend,
+        opens_block=opens_block,
     )  # fmt: skip
 
 

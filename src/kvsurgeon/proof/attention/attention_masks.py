@@ -24,6 +24,7 @@ from kvsurgeon.proof.attention.attention_pattern import (
     attends_to_all,
     largest_weight_on_later_key,
     leaking_queries,
+    longest_reach,
     queries_without_key,
 )
 from kvsurgeon.proof.attention.attention_probe import AttentionProbe
@@ -33,7 +34,7 @@ from kvsurgeon.proof.row_runner import RowRunner
 
 def check_masks(
     probe: AttentionProbe, weights: Mapping[int, np.ndarray]
-) -> tuple[np.ndarray | None, dict[MaskPattern, np.ndarray], dict[MaskPattern, np.ndarray]]:
+) -> tuple[np.ndarray | None, dict[MaskPattern, np.ndarray], dict[MaskPattern, np.ndarray], int]:
     """Check the weights with every input that masks tokens, and that sequences do not mask each other.
 
     Args:
@@ -41,9 +42,10 @@ def check_masks(
         weights: For each length: [..., query, key], the weights with no token masked.
 
     Returns:
-        The parts of an `AttentionPattern`: the weights with left padding, the tokens that leak and those attended.
+        The parts of an `AttentionPattern`: the weights with left padding, the tokens that leak, those attended,
+        and the reach.
     """
-    padded_weights = None
+    padded_weights, reach = None, 0
     leaking: dict[MaskPattern, np.ndarray] = {}
     attended: dict[MaskPattern, np.ndarray] = {}
     for mask, only_input in _maskings(probe):
@@ -52,8 +54,9 @@ def check_masks(
         keys = _attended_masked_keys(probe, masked, mask, only_input)
         attended[mask] = keys | attended.get(mask, False)
         padded_weights = masked if padded_weights is None else padded_weights
+        reach = max(reach, longest_reach(masked, mask(masked.shape[-1])))
     _check_sequences(probe, weights[max(weights)])
-    return padded_weights, leaking, attended
+    return padded_weights, leaking, attended, reach
 
 
 def _maskings(probe: AttentionProbe) -> Iterator[tuple[MaskPattern, InputRole | None]]:

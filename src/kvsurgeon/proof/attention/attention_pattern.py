@@ -23,13 +23,15 @@ class AttentionPattern:
         uniform_weights: [..., query, key], the same with equal scores; None if the scores are not probed.
         leaking: For each mask pattern, [token] of bool: masked queries without a key that attend to later keys.
         attended: For each mask pattern, [token] of bool: masked keys that other queries attend to.
+        reach: Number of tokens between a key and a query that attends to it, at most, with some tokens masked.
         limit: The longest length in tokens up to which the pattern is prefix stable; None if there is no limit.
         reduced: Whether scores are reduced over keys outside the weights, which rows were compared for.
         checked: The longest length in tokens at which rows were checked.
         rows_leak: Whether a masked query without a key attends to later keys in the rows of long texts.
         rows_attend: Whether masked keys are attended to in the rows of long texts.
         opens_block: Whether an input may let tokens of the first call attend to later ones; it did not in the weights.
-        rows: The weights that some queries give to equal scores at that length, [..., key], by query.
+        rows: The weights that some queries give to equal scores at that length, [..., key], by query: those near
+            positions at which the weights may change, and others.
     """
 
     weights: np.ndarray
@@ -37,6 +39,7 @@ class AttentionPattern:
     uniform_weights: np.ndarray | None = None
     leaking: dict[MaskPattern, np.ndarray] = field(default_factory=dict)
     attended: dict[MaskPattern, np.ndarray] = field(default_factory=dict)
+    reach: int = 0
     limit: int | None = None
     reduced: bool = False
     checked: int = 0
@@ -86,6 +89,13 @@ def leaking_queries(weights: np.ndarray, without_key: np.ndarray, first_query: i
 def attended_keys(weights: np.ndarray) -> np.ndarray:
     """Return [key] of bool: keys that some query attends to."""
     return np.asarray(is_attended(weights).reshape(-1, weights.shape[-1]).any(axis=0))
+
+
+def longest_reach(weights: np.ndarray, visible: np.ndarray) -> int:
+    """Return the largest distance of a visible query, `[query]` of bool, from a key that it attends to."""
+    attended = is_attended(weights).reshape(-1, *weights.shape[-2:]).any(axis=0)
+    queries, keys = np.nonzero(attended & visible[:, None])
+    return int((queries - keys).max(initial=0))
 
 
 def largest_weight_on_later_key(weights: np.ndarray, first_query: int = 0) -> tuple[float, int, int]:

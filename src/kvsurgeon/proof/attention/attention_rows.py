@@ -86,7 +86,8 @@ def check_rows(probe: AttentionProbe, passed: int) -> RowResults:
 
     checked, failed = longest_passing(check, totals, passed)
     probe.sweep.add_failure(checked, failed)
-    for query in (checked // 2, checked - 2, checked - 1):
+    near = (length for length in thresholds if passed <= length < checked)
+    for query in sorted({checked // 2, checked - 2, checked - 1, *near}):
         row = Rows(query, query + 1, checked)
         results.weights[query] = probe.compared(runner.run(row, scale=0.0), row)[0][..., 0, :]
     results.checked, results.limit = checked, None if proved and failed is None and checked >= needed else checked
