@@ -51,6 +51,7 @@ def test_attributes_that_became_inputs_are_converted():
     ("text", "opset", "reason"),
     [
         ("y = GroupNormalization<num_groups = 2>(x, w, w)", 18, "GroupNormalization of opset 18"),
+        ("y = DFT(x)", 17, "DFT of opset 17"),  # along axis 1; in opset 20 along the last but one
         ("y = Softmax(x)", 11, "cannot be raised"),
     ],
 )

@@ -12,7 +12,7 @@ OLDEST = 13  # since then Softmax has one axis, and no operator changes its mean
 NEWEST = onnx.defs.onnx_opset_version()
 
 # Operators whose meaning differs between versions under the same inputs and attributes.
-INCOMPATIBLE = frozenset({"GroupNormalization"})
+INCOMPATIBLE = frozenset({"DFT", "GroupNormalization"})
 
 
 def declared_opset(model: ir.Model) -> int:
