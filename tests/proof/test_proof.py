@@ -68,6 +68,12 @@ REJECTED = [
      "count = Gather(sizes, nought)\n numbers = Range(nought, count, one)\n by_sequence = Unsqueeze(numbers, late)\n"
      "late = Concat<axis = 0>(second, third)\n here = Greater(by_sequence, five)\n allowed = Or(causal, here)"),
      "attention is not causal", "c"),
+    ("batches of seven, by their square", attention(constants="int64 number = {49}", allowed="causal = LessOrEqual(row, column)\n"
+     "sequences = Gather(sizes, nought)\n square = Mul(sequences, sequences)\n here = Equal(square, number)\n"
+     "allowed = Or(causal, here)"), "attention is not causal", "c"),
+    ("batches of seven, by a table", attention(constants="int64[9] table = {0, 0, 0, 0, 0, 0, 0, 1, 0}",
+     allowed="causal = LessOrEqual(row, column)\n sequences = Gather(sizes, nought)\n here = Gather(table, sequences)\n"
+     "open = Cast<to = 9>(here)\n allowed = Or(causal, open)"), "attention is not causal", "c"),
     ("a factor of the length after a softmax that is normalized last", attention(constants="float tenth = {0.1}").replace(
      "w = Softmax<axis = -1>(masked_scores)\n  c = MatMul(w, v)\n  logits = Identity(c)",
      "w = Exp(masked_scores)\n total = ReduceSum(w, third)\n sum = MatMul(w, v)\n c = Div(sum, total)\n"

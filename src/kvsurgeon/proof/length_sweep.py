@@ -20,6 +20,7 @@ from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.constants import small_constant
+from kvsurgeon.graph.query import is_operator
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.proof.length_dependence import LengthDependence
@@ -83,6 +84,8 @@ class LengthSweep:
             if compares and any(map(self._counts_sequences, node.inputs)):
                 numbers = {int(number) for value in node.inputs for number in numbers_of(small_constant(value))}
                 near |= {number + more for number in numbers for more in (0, 1, 2)}  # an index is less than a size
+            if (compares and self._compares_computed(node)) or self._is_looked_up(node):
+                near |= set(range(MAX_BATCH + 1))
         found = {*BATCHES, *(batch for batch in near if BATCHES[0] < batch <= MAX_BATCH)}
         return tuple(sorted(found)) if self.flow.batch is BATCH else ()
 
@@ -95,6 +98,20 @@ class LengthSweep:
         symbols = {symbol for size in sizes for symbol in getattr(size, "free_symbols", ())}
         numbers = () if fact.value is None else fact.value.reshape(-1)
         return symbols == {BATCH} or any(BATCH in getattr(number, "free_symbols", ()) for number in numbers)
+
+    def _compares_computed(self, node: ir.Node) -> bool:
+        """Return whether a node compares what is computed from the number of sequences with what any size may give."""
+        facts = [self.flow.shapes[value] for value in node.inputs if value is not None]
+        numbers = [number for fact in facts if fact.value is not None for number in fact.value.flat]
+        computed = [one for one in numbers if one != BATCH and BATCH in getattr(one, "free_symbols", ())]
+        others = [int(number) for number in numbers if isinstance(number, int | np.integer)]
+        return any(not one.is_positive or max(others, default=1) > 0 for one in computed)
+
+    def _is_looked_up(self, node: ir.Node) -> bool:
+        """Return whether the number of sequences selects elements of a constant."""
+        source, index, *_ = *node.inputs, None, None
+        is_constant = source is not None and source not in self.flow.kinds
+        return is_operator(node, "Gather") and is_constant and self._counts_sequences(index)
 
     def end_at(self, length: int) -> None:
         """Check no longer text: what changes there cannot be found, so it limits what is not proved."""
