@@ -2,6 +2,7 @@
 
 import onnx
 import pytest
+from decoders import MASKED, Config, Decoder
 from exports import injected
 from laws import assert_law
 from written import read
@@ -201,6 +202,30 @@ def test_heads_on_two_axes_that_are_swapped_after_repetition():
     keys += "  kt = Transpose<perm = [0, 1, 3, 2]>(k_heads)\n"
     text = text.replace("KEYS", keys).replace("SCORES", SCORES).replace("VALUES", values + "  c = MatMul(w, v_heads)")
     original = read(text)
+    assert_law(original, injected(original))
+
+
+class ResidualScores(Decoder):
+    """Scores of a layer are added to those of the one before; both queries and keys are scaled."""
+
+    def attention(self, layer, hidden):
+        config, graph = self.config, self.graph
+        query, key = (
+            self.heads(hidden, name, count) for name, count in (("query", config.heads), ("key", config.kv_heads))
+        )
+        value = self.repeat(layer, self.heads(hidden, "value", config.kv_heads))
+        key = graph.op("Transpose", self.repeat(layer, key), perm=[0, 1, 3, 2])
+        scores = graph.op("MatMul", *(graph.op("Mul", one, self.number(0.6)) for one in (query, key)))
+        self.scores = scores if layer == 0 else graph.op("Add", scores, self.scores)
+        bias = graph.op("Where", self.visible(layer), self.number(0.0), self.number(MASKED))
+        weights = graph.op("Softmax", graph.op("Add", self.scores, bias), axis=-1)
+        context = graph.op("Transpose", graph.op("MatMul", weights, value), perm=[0, 2, 1, 3])
+        merged = graph.op("Reshape", context, graph.constant([0, 0, config.heads * config.head_dim]))
+        return graph.op("MatMul", merged, self.weight("out", config.heads * config.head_dim, config.hidden))
+
+
+def test_a_product_that_two_layers_read_is_grouped_once():
+    original = ResidualScores(Config(layers=2, windowed=())).model()
     assert_law(original, injected(original))
 
 

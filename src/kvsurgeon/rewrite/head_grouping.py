@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.attention_sites import AttentionSite, CachedOperand
 from kvsurgeon.analysis.cache_points import CachePoint
-from kvsurgeon.analysis.token_flow import FusedAttention
+from kvsurgeon.analysis.token_flow import FusedAttention, Place
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import contraction_of, has_trait
@@ -43,6 +43,7 @@ class HeadGrouping:
         self.editor = tokens.editor
         self.lengths = tokens.lengths
         self._caches: dict[ir.Value, tuple[ir.Value, Order]] = {}
+        self._done: set[Place] = set()  # a layer may read the scores or the weights of another
 
     def add_cache(self, point: CachePoint, rows: ir.Value, order: Order) -> None:
         """Set the cached rows of a tensor, whose axes are in an order: its consumers read them."""
@@ -54,10 +55,10 @@ class HeadGrouping:
         if site.fused is not None:
             self._share_heads(site.fused, (*site.keys, *site.values))
             return
-        for operand in site.keys:
-            self._regroup(operand, is_key=True)
-        for operand in site.values:
-            self._regroup(operand, is_key=False)
+        for operand in (*site.keys, *site.values):
+            if operand.place not in self._done:
+                self._done.add(operand.place)
+                self._regroup(operand, is_key=operand in site.keys)
 
     def _share_heads(self, fused: FusedAttention, operands: Sequence[CachedOperand]) -> None:
         """Connect a fused operator to the heads before their repetition, if both keys and values are repeated."""
