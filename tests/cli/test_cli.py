@@ -513,6 +513,14 @@ def test_options_are_saved_to_a_file_and_read_from_it(shell, models, tmp_path, p
     assert onnx.load(tmp_path / "b.onnx", load_external_data=False).doc_string == "a,b=c"
 
 
+def test_passes_of_repeated_options_run_in_order(shell, models, tmp_path):
+    code, out, _ = shell(
+        "run", models / "given", "-p", "inject", "-p", "expand-gqa", "-o", tmp_path, "--no-verify", "--json"
+    )
+    assert code == 0
+    assert [one["pass"] for one in json.loads(out)["steps"]] == ["inject", "expand-gqa"]
+
+
 def test_a_pipeline_in_a_file_is_a_list_of_passes(shell, models, tmp_path, pass_file):
     file = tmp_path / "pipeline.yaml"
     file.write_text(f"""

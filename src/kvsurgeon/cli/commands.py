@@ -94,7 +94,13 @@ def run(
     context: Context,
     model: Model,
     pipeline: Annotated[
-        str, Option("--pipeline", "-p", help="Passes to run: a,b{option=value,list=1,2}.", autocompletion=pass_names)
+        list[str],
+        Option(
+            "--pipeline",
+            "-p",
+            help="Passes to run: a,b{option=value,list=1,2}; may be repeated.",
+            autocompletion=pass_names,
+        ),
     ],
     output: Output,
     verify: Verify = True,
@@ -120,7 +126,7 @@ def run(
     from kvsurgeon.workflow.pipeline import Pipeline
 
     pass_commands.run_pipeline(
-        model, Pipeline.parse(pipeline, passes_with(load or ())), output,
+        model, Pipeline.parse(",".join(pipeline), passes_with(load or ())), output,
         verify=verify, effort=effort, seed=seed, verify_each=verify_each,
         link_weights=link_weights, pack=pack, force=force, text=text, per_layer=per_layer,
         max_loss=max_loss, certificate=certificate, on_pass=None if trace is None else trace_writer(trace), json=json,

@@ -30,7 +30,7 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
         if name not in known:
             raise UsageError(f"unknown option {name!r}; {did_you_mean(name, known)} - at `{path}`")
     context.default_map = {
-        name.replace("-", "_"): _texts(value) if known[name].multiple else _text(name, value)
+        name.replace("-", "_"): _texts(value) if known[name].multiple else _text(value)
         for name, value in options.items()
     }
     return path
@@ -93,21 +93,18 @@ def _plain(value: Any) -> Any:
 
 
 def _texts(value: Any) -> list[str]:
-    return [text_of(one) for one in (value if isinstance(value, list) else [value])]
+    """Return the texts of an option that may be repeated; passes are names, or mappings of a name to options."""
+    values = value if isinstance(value, list) else [value]
+    return [_pass_text(one) if isinstance(one, Mapping) else text_of(one) for one in values]
 
 
-def _text(option: str, value: Any) -> str:
-    """Return the text of an option; passes are names, or mappings of a name to options."""
-    if option == "pipeline" and isinstance(value, list):
-        return ",".join(_pass_text(one) for one in value)
+def _text(value: Any) -> str:
     return text_of(tuple(value) if isinstance(value, list) else value)
 
 
-def _pass_text(one: Any) -> str:
-    if not isinstance(one, Mapping):
-        return str(one)
+def _pass_text(one: Mapping[Any, Any]) -> str:
     ((name, options),) = one.items() if len(one) == 1 else [(None, None)]
     if not isinstance(options, Mapping):
         raise UsageError(f"expected a pass such as `inject: {{cache: static}}`, found {one!r}")
-    given = ", ".join(f'{key}="{_text(key, value)}"' for key, value in options.items())
+    given = ", ".join(f'{key}="{_text(value)}"' for key, value in options.items())
     return f"{name}{{{given}}}"
