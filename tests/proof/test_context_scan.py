@@ -32,6 +32,15 @@ POSITIONS = [
     ("an overflow of positions", "int32 factor = {2097152}, int32 zero = {0}, int64 more = {30}",
      f"{CAUSAL}\n i = Cast<to = 6>(column)\n f = Mul(i, factor)\n over = Less(f, zero)\n end = Add(column, more)\n d = Less(row, end)\n"
      "e = And(over, d)\n allowed = Or(causal, e)", 1025),
+    ("an overflow of positions beyond those that are all computed", "int32 factor = {430357}",
+     "i0 = Cast<to = 6>(row)\n j0 = Cast<to = 6>(column)\n i = Mul(i0, factor)\n j = Mul(j0, factor)\n allowed = LessOrEqual(i, j)", 4991),
+    ("the precision of sums", "float factor = {16772216.0}",
+     "i0 = Cast<to = 1>(row)\n j0 = Cast<to = 1>(column)\n i = Add(i0, factor)\n j = Add(j0, factor)\n allowed = LessOrEqual(i, j)", 5001),
+]  # fmt: skip
+LONG = [
+    ("an overflow of a product of positions", "",
+     "i0 = Cast<to = 6>(row)\n j0 = Cast<to = 6>(column)\n i = Mul(i0, i0)\n j = Mul(j0, j0)\n allowed = LessOrEqual(i, j)", 46341),
+    ("an overflow of a cast", "", "i = Cast<to = 5>(row)\n j = Cast<to = 5>(column)\n allowed = LessOrEqual(i, j)", 32768),
 ]  # fmt: skip
 BAND = "a0 = Add(n, begin)\n a1 = Relu(a0)\n a = Cast<to = 9>(a1)\n b0 = Add(n, end)\n b1 = Relu(b0)\n b = Cast<to = 9>(b1)\n c1 = Not(b)\n in = And(a, c1)\n"
 LENGTHS = [
@@ -52,6 +61,12 @@ def read_with(text: str, **tables: np.ndarray) -> onnx.ModelProto:
 @pytest.mark.parametrize(("constants", "allowed", "limit"), [pytest.param(*case[1:], id=case[0]) for case in POSITIONS])
 def test_queries_that_read_later_keys_limit_the_length(constants, allowed, limit):
     assert Subject.of(read(attention(constants=constants, allowed=allowed))).proof().limit == limit
+
+
+@pytest.mark.parametrize(("constants", "allowed", "wrong_from"), [pytest.param(*case[1:], id=case[0]) for case in LONG])
+def test_a_long_limit_is_at_most_a_256th_too_short(constants, allowed, wrong_from):
+    limit = Subject.of(read(attention(constants=constants, allowed=allowed))).proof().limit
+    assert wrong_from * 255 // 256 <= limit <= wrong_from
 
 
 def test_segments_of_a_table_that_are_read_both_ways_limit_the_length():

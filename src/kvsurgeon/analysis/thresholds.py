@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -29,6 +29,10 @@ MAX_TABLE = 1 << 28  # elements of a table whose rows are compared
 SMALLEST_TABLE = 64  # rows and columns
 SCANNED = 4097  # tokens: every position and every length up to here is looked at
 MAX_FOUND = 32  # positions or lengths of one value at which it changes
+# By type: the number below which whole numbers are exact, and sums and products of lengths therefore in order.
+EXACT_BELOW = {ir.DataType.INT8: 2**7, ir.DataType.UINT8: 2**8, ir.DataType.INT16: 2**15, ir.DataType.UINT16: 2**16,
+               ir.DataType.INT32: 2**31, ir.DataType.UINT32: 2**32, ir.DataType.INT64: 2**63,
+               ir.DataType.BFLOAT16: 2**8, ir.DataType.FLOAT16: 2**11, ir.DataType.FLOAT: 2**24}  # fmt: skip
 FLOAT_KINDS = "fV"  # kinds of numpy types; V is that of bfloat16, which numpy does not know
 
 
@@ -50,8 +54,11 @@ class Thresholds:
             node = value.producer()
             if self.flow.kinds.get(value) is not ValueKind.CONTEXT:
                 numbers |= set(self._irregular_rows(value))
-            elif node is not None and has_trait(node, Trait.LENGTH_SENSITIVE):
-                numbers |= {number for source in node.inputs for number in _lengths(small_constant(source))}
+            elif node is not None:
+                constants = [small_constant(source) for source in node.inputs]
+                if has_trait(node, Trait.LENGTH_SENSITIVE):
+                    numbers |= {number for constant in constants for number in _lengths(constant)}
+                numbers |= set(_inexact_from(node, constants, self.flow.shapes[value].dtype))
         return tuple(sorted({round(number) for number in numbers}))
 
     def _irregular_rows(self, value: ir.Value) -> list[int]:
@@ -100,6 +107,24 @@ def _lengths(constant: np.ndarray | None) -> set[float]:
     if constant is not None and constant.dtype.kind in FLOAT_KINDS:
         numbers = [number for number in numbers if number > 0]  # others mask scores, not lengths
     return {abs(one) for one in numbers if 1 <= abs(one) < MAX_LENGTH} if len(numbers) <= MAX_NUMBERS else set()
+
+
+def _inexact_from(node: ir.Node, constants: Sequence[np.ndarray | None], dtype: ir.DataType | None) -> Iterator[float]:
+    """Yield the lengths from which the result of a node is rounded or wraps around, if they are looked at no other way.
+
+    The result is a number of its type, a sum with a constant, or a product with a whole one or of two lengths.
+    """
+    if dtype is None or dtype not in EXACT_BELOW:
+        return
+    bound = EXACT_BELOW[dtype]
+    found = [float(bound)]
+    some = [constant.reshape(-1)[:MAX_NUMBERS] for constant in constants if constant is not None]
+    numbers = [abs(number) for constant in some for number in numbers_of(constant)]
+    if has_trait(node, Trait.ADD):
+        found += [bound - number for number in numbers]
+    elif has_trait(node, Trait.SCALE) and dtype.is_integer():
+        found += [bound / number for number in numbers] or [math.sqrt(bound)]
+    yield from (number for number in found if SCANNED < number < MAX_LENGTH)
 
 
 def irregular_rows(table: np.ndarray) -> list[int]:
