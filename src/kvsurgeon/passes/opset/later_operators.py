@@ -6,7 +6,7 @@ Source of the semantics: onnx, docs/Operators.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import onnx_ir as ir
 
@@ -24,9 +24,11 @@ def definition(node: ir.Node, fact: Fact) -> Definition | None:
         fact: The type and the shape of its first input.
     """
     further = [output for output in node.outputs[1:] if output.uses() or output.is_graph_output()]
-    if further or fact.dtype is None or (node.op_type == "LayerNormalization" and fact.rank is None):
+    if further or fact.dtype is None:
         return None
-    return _DEFINITIONS.get(node.op_type)
+    if node.op_type == "LayerNormalization":
+        return None if fact.rank is None else _layer_normalization
+    return _gelu if node.op_type == "Gelu" else None
 
 
 def _layer_normalization(node: ir.Node, fact: Fact, op: NodeBuilder) -> ir.Value:
@@ -57,6 +59,3 @@ def _gelu(node: ir.Node, fact: Fact, op: NodeBuilder) -> ir.Value:
     else:
         curve = op.Erf(op.Div(value, op.number(math.sqrt(2), dtype)))
     return op.Mul(op.Mul(value, op.Add(curve, op.number(1.0, dtype))), op.number(0.5, dtype))
-
-
-_DEFINITIONS: Mapping[str, Definition] = {"LayerNormalization": _layer_normalization, "Gelu": _gelu}

@@ -120,7 +120,7 @@ def _attribute_changes(node: ir.Node, new: int, old: int) -> dict[str, Any] | No
         raise _no_equivalent(node, old, "an operator of a later opset")
     if before.since_version == after.since_version:
         return None
-    if node.op_type in versions.INCOMPATIBLE:
+    if versions.is_redefined(node):
         raise _no_equivalent(node, old, "an operator with another meaning")
     _check_types(node, before, old)
     changes: dict[str, Any] = {}

@@ -72,7 +72,7 @@ def _moved_attributes(node: ir.Node, old: int, new: int) -> dict[str, int]:
     inputs = [formal.name for formal in after.inputs]
     removed = [name for name in node.attributes if name not in after.attributes]
     same_inputs = [formal.name for formal in before.inputs] == inputs[: len(before.inputs)]
-    if node.op_type in versions.INCOMPATIBLE or after.deprecated or not same_inputs or not set(removed) <= set(inputs):
+    if versions.is_redefined(node) or after.deprecated or not same_inputs or not set(removed) <= set(inputs):
         raise UnsupportedError(
             f"{node.op_type} of opset {old} has no equivalent in opset {new}", code=Code.OPSET,
             at=node.outputs[0].name, hint="export the model with a later opset",

@@ -11,9 +11,6 @@ from kvsurgeon.graph.query import STANDARD_DOMAINS
 OLDEST = 13  # since then Softmax has one axis, and no operator changes its meaning under the same inputs
 NEWEST = onnx.defs.onnx_opset_version()
 
-# Operators whose meaning differs between versions under the same inputs and attributes.
-INCOMPATIBLE = frozenset({"DFT", "GroupNormalization"})
-
 
 def declared_opset(model: ir.Model) -> int:
     """Return the opset version of a model."""
@@ -41,6 +38,16 @@ def check_convertible(model: ir.Model, oldest: int, change: str) -> None:
 def standard_nodes(model: ir.Model) -> list[ir.Node]:
     """Return the nodes of standard operators, including those of subgraphs."""
     return [node for node in model.graph.all_nodes() if node.domain in STANDARD_DOMAINS]
+
+
+def is_redefined(node: ir.Node) -> bool:
+    """Return whether a node means something else in another opset, with the same inputs and attributes.
+
+    A `DFT` has another default axis since opset 20, and a `GroupNormalization` another shape of scales since 21.
+    """
+    if node.op_type == "DFT":
+        return "axis" not in node.attributes and (len(node.inputs) < 3 or node.inputs[2] is None)
+    return node.op_type == "GroupNormalization"
 
 
 def schema(node: ir.Node, opset: int) -> onnx.defs.OpSchema | None:
