@@ -13,6 +13,8 @@ from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 
 MaskPattern = Callable[[int], np.ndarray]  # length -> [length] of bool, True for each token that is not masked
 
+LEFT_PADDING = 3  # masked tokens before a text, which end inside a block of two, four or eight
+
 
 def unmasked(length: int) -> np.ndarray:
     """Mask no token."""
@@ -25,8 +27,8 @@ def all_masked(length: int) -> np.ndarray:
 
 
 def left_padded(length: int) -> np.ndarray:
-    """Mask the first three tokens, which end inside a block of two, four or eight."""
-    return np.arange(length) >= 3
+    """Mask the first tokens, as many as `LEFT_PADDING`."""
+    return np.arange(length) >= LEFT_PADDING
 
 
 def with_gaps(length: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from kvsurgeon.analysis.mask_patterns import LEFT_PADDING
 from kvsurgeon.anatomy.facts import Mask
 from kvsurgeon.proof.attention.attention_pattern import MIN_WEIGHT, AttentionPattern
 
@@ -17,7 +18,7 @@ def read_mask(pattern: AttentionPattern) -> Mask:
     weights = pattern.weights if pattern.uniform_weights is None else pattern.uniform_weights
     visible = _visible(weights)
     padded = pattern.padded_weights
-    padding = padded is not None and bool((np.abs(padded[..., 2:, :2]) <= MIN_WEIGHT).all())
+    padding = padded is not None and bool((np.abs(padded[..., LEFT_PADDING:, :LEFT_PADDING]) <= MIN_WEIGHT).all())
     mask = _structure(visible)
     if mask.kind in ("causal", "sliding-window") and pattern.rows:
         of_rows = _structure_of_rows({query: _visible(row[..., None, :])[0] for query, row in pattern.rows.items()})

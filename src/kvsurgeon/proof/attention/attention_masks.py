@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from kvsurgeon.analysis.mask_patterns import (
+    LEFT_PADDING,
     MaskPattern,
     all_masked,
     is_close,
@@ -126,7 +127,9 @@ def check_masked_rows(
         if not stable:
             same = np.where(without_key, 0.0, weights_of(alone, mask))
             probe.check_stable(masked[..., : rows.stop], same)
-    for sequence in probe.runner.maskable_sequences if rows.start >= 3 else ():  # tokens of a padded sequence alone
+    for sequence in (
+        probe.runner.maskable_sequences if rows.start >= LEFT_PADDING else ()
+    ):  # tokens of a padded sequence alone
         longer = weights_of(rows, left_padded, sequence)
         probe.check_causal(longer, rows.start)
         if stable:
