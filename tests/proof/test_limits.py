@@ -9,9 +9,10 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidArgument
 from written import read
 
 from kvsurgeon import io
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject
+from kvsurgeon.proof.length_sweep import BATCHES, LengthSweep
 
 SWITCH = 100
 SWITCHED = switched_beyond(SWITCH)
@@ -103,3 +104,21 @@ def test_a_list_that_differs_at_two_short_lengths_is_rejected():
     )  # adds 1 at 3 and 4 tokens, and 0 at others
     with pytest.raises(UnsupportedError, match="depend on the total length"):
         injected(read(attention(hidden=hidden, constants="int64 four = {4}")))
+
+
+@pytest.mark.parametrize("runs_up_to", [2, 5, 6])
+def test_a_limit_may_be_the_number_of_sequences_that_are_run(runs_up_to):
+    """Context that has a size of the batch in place of the length runs at few tokens only, whatever its length."""
+    sweep = LengthSweep(Subject.of(read(attention())).analysis())
+
+    def run(length: int) -> list[np.ndarray]:
+        if length > runs_up_to:
+            raise UnsupportedError("cannot run the context", code=Code.CONTEXT_NOT_RUNNABLE)
+        return []
+
+    if runs_up_to <= max(BATCHES):
+        with pytest.raises(UnsupportedError, match="cannot run the context"):
+            sweep.run((1, 2, 7), run)
+    else:
+        assert list(sweep.run((1, 2, 7), run)) == [1, 2]
+        assert sweep.bounds == {runs_up_to}

@@ -27,7 +27,7 @@ from kvsurgeon.ops.schema import by_schema
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import WIDEST_VALUE, Fact, OperatorCall, axis_of
-from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
+from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable
 
 
 def reduced_axes(call: OperatorCall) -> tuple[int, ...] | None:
@@ -197,7 +197,8 @@ def resize_cumulative_sum(resizer: Resizer, node: ir.Node, call: OperatorCall, a
     if rank == 1 and not call.integer("reverse", 0) and _are_ones(resizer, source):
         return _counted(resizer, node, call, axes)
     place = axis_of(along_axis[0], rank)
-    inside = tuple(SequenceAxis(place, LengthVariable(Length.TOTAL)) if axis.axis == place else axis for axis in axes)
+    total = LengthVariable(Length.TOTAL)
+    inside = tuple(axis.with_variable(total) if axis.axis == place else axis for axis in axes)
     whole = resizer.rebuilt(node, [resizer.slice_of(source, inside), node.inputs[1]])
     new = tuple(axis for axis in axes if axis.axis == place and axis.variable.resolved() is Length.NEW)
     return resizer.sliced(whole, new)

@@ -201,8 +201,12 @@ class LengthSweep:
         return results
 
     def _checked(self, longest: int, error: UnsupportedError) -> int:
-        """Return the longest length at which context runs, unless that is one token or the size of probed extents."""
-        if longest == 1:
+        """Return the longest length at which context runs, unless that may be another size that it was run with.
+
+        Raises:
+            UnsupportedError: It is no more than the number of sequences, or the size of probed extents.
+        """
+        if longest <= max(BATCHES):
             raise error
         sizes = {size: given for given in self.flow.inputs for size in given.dimensions if isinstance(size, Extent)}
         if sizes and longest <= EXTENT:
