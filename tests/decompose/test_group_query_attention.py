@@ -96,16 +96,18 @@ def test_left_padding_is_not_verified():
     assert f"left padding was not compared: {reason}" in report.notes
 
 
-def test_a_model_of_fixed_length_computes_the_same():
+@pytest.mark.parametrize("seed", [0, 180], ids=["usual holes", "holes beside each other"])
+def test_a_model_of_fixed_length_computes_the_same(seed):
     original = model("do_rotary = 1", f"{PACKED}, cos, sin")
     sizes = {"b": 2, "n": 24}
     for value in (*original.graph.input, *original.graph.output):
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param:
                 size.dim_value = sizes[size.dim_param]
-    report = verify(original, injected(original))
+    report = verify(original, injected(original), seed=seed)
     assert report.verdict == "same"
-    assert any("left padding was not compared" in note for note in report.notes)
+    for scenario in ("left padding", "holes in the mask"):
+        assert any(f"{scenario} was not compared" in note for note in report.notes)
 
 
 def test_the_assumption_about_padding_is_noted():

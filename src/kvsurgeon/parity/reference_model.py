@@ -87,7 +87,9 @@ class ReferenceModel:
         return found if len(rows) == len(tokens) else found[: len(tokens)]
 
     def padding_stable(self, expected: ReferenceOutputs) -> bool:
-        """Whether outputs after padding do not depend on later tokens; some models take right padding only.
+        """Whether outputs after padding do not depend on later tokens, nor on the number of masked tokens alone.
+
+        Some models take right padding only: they count the tokens of the mask, and read the first ones.
 
         Raises:
             RunError: The model fails on the scenario.
@@ -102,7 +104,18 @@ class ReferenceModel:
         around = [end for end in (masked[0], masked[-1] + 1) if 0 < end < tokens.shape[1]]
         block = scenario.chunks[0] if any(spec.kind == "block" for spec in self.inputs.specs) else 0
         checked = [end for end in (ends[0], ends[len(ends) // 2], *map(int, around)) if end >= block]
-        return all(self._same_before(end, scenario, whole, scale) for end in dict.fromkeys(checked))
+        counts = (mask[:, 1:] < mask[:, :-1]).any() and self._counts_tokens(scenario, whole, scale, block)
+        return not counts and all(self._same_before(end, scenario, whole, scale) for end in dict.fromkeys(checked))
+
+    def _counts_tokens(self, scenario: Scenario, whole: Array, scale: float, block: int) -> bool:
+        """Whether the outputs depend on how many tokens between others are masked, but not on which."""
+        tokens, mask = scenario.tokens, scenario.mask
+        moved = mask.copy()
+        moved[:, 1:-1] = np.roll(mask[:, 1:-1], 2, axis=1)  # by one, a token after a hole would keep its position
+        counted = (mask & moved).astype(bool)
+        others = [self.outputs(tokens, other, block) for other in (moved, np.ones_like(mask))]
+        same, ignored = (distance(whole[counted], other[counted], scale) <= self.bound for other in others)
+        return same and not ignored and bool((moved != mask).any())
 
     def _same_before(self, end: int, scenario: Scenario, whole: Array, scale: float) -> bool:
         """Whether the outputs up to a token are the same if no token follows."""
