@@ -74,6 +74,19 @@ REJECTED = [
     ("batches of seven, by a table", attention(constants="int64[9] table = {0, 0, 0, 0, 0, 0, 0, 1, 0}",
      allowed="causal = LessOrEqual(row, column)\n sequences = Gather(sizes, nought)\n here = Gather(table, sequences)\n"
      "open = Cast<to = 9>(here)\n allowed = Or(causal, open)"), "attention is not causal", "c"),
+    ("a seventh sequence that sees ahead, by its number times ten", attention(constants="int64 ten = {10}, int64 many = {55}",
+     allowed="causal = LessOrEqual(row, column)\n count = Gather(sizes, nought)\n numbers = Range(nought, count, one)\n"
+     "tens = Mul(numbers, ten)\n by_sequence = Unsqueeze(tens, late)\n late = Concat<axis = 0>(second, third)\n"
+     "here = Greater(by_sequence, many)\n allowed = Or(causal, here)"), "attention is not causal", "c"),
+    ("a seventh sequence that sees ahead, by its number for each token", attention(constants="int64 five = {5}",
+     allowed="causal = LessOrEqual(row, column)\n count = Gather(sizes, nought)\n numbers = Range(nought, count, one)\n"
+     "by_sequence = Unsqueeze(numbers, late)\n late = Concat<axis = 0>(second, third)\n counts = Unsqueeze(count, first)\n"
+     "lengths = Unsqueeze(length, first)\n whole = Concat<axis = 0>(counts, lengths, lengths)\n"
+     "each = Expand(by_sequence, whole)\n here = Greater(each, five)\n allowed = Or(causal, here)"),
+     "attention is not causal", "c"),
+    ("batches of seven, by their root", attention(constants="float number = {2.6}", allowed="causal = LessOrEqual(row, column)\n"
+     "sequences = Gather(sizes, nought)\n real = Cast<to = 1>(sequences)\n root = Sqrt(real)\n"
+     "here = Greater(root, number)\n allowed = Or(causal, here)"), "attention is not causal", "c"),
     ("a factor of the length after a softmax that is normalized last", attention(constants="float tenth = {0.1}").replace(
      "w = Softmax<axis = -1>(masked_scores)\n  c = MatMul(w, v)\n  logits = Identity(c)",
      "w = Exp(masked_scores)\n total = ReduceSum(w, third)\n sum = MatMul(w, v)\n c = Div(sum, total)\n"

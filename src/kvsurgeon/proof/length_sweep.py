@@ -15,23 +15,18 @@ from kvsurgeon.analysis.mask_patterns import describe_difference, is_close, quer
 from kvsurgeon.analysis.probe_inputs import EXTENT
 from kvsurgeon.analysis.regions.probe_lengths import elements_at
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
-from kvsurgeon.analysis.thresholds import MAX_LENGTH, SCANNED, Thresholds, bisect, lengths_near, numbers_of
+from kvsurgeon.analysis.thresholds import MAX_LENGTH, SCANNED, Thresholds, bisect, lengths_near
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.graph.constants import small_constant
-from kvsurgeon.graph.query import is_operator
-from kvsurgeon.ops.operator import Trait
-from kvsurgeon.ops.table import has_trait
+from kvsurgeon.proof.batch_sizes import BATCHES, batch_sizes
 from kvsurgeon.proof.length_dependence import LengthDependence
-from kvsurgeon.symbolic.dimension import BATCH, Extent
+from kvsurgeon.symbolic.dimension import Extent
 from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 LENGTHS = (1, 2, 7, 8, 40, 65, 129)  # tokens
 LONG_LENGTHS = (513, 1025)  # tokens, for values that grow with the length and not with its square
 MIN_USEFUL_LENGTH = 64  # tokens: a cache that is correct for fewer is of no use
-BATCHES = (3, 5)  # sequences that context is run with, in addition to two
-MAX_BATCH = 16  # sequences; context is run with no more, although it may compare their number with a larger one
 MAX_ATTENTION_LENGTH = 160  # tokens at which all attention weights are computed; beyond, some rows are
 MAX_ELEMENTS = 1 << 21  # of the attention weights, all heads together
 
@@ -77,41 +72,8 @@ class LengthSweep:
 
     @cached_property
     def batches(self) -> tuple[int, ...]:
-        """Sizes of batches to run, in addition to two: some, and those near numbers that it is compared with."""
-        near: set[int] = set()
-        for node in self.flow.order if self.flow.batch is BATCH else ():
-            compares = has_trait(node, Trait.LENGTH_SENSITIVE) and not has_trait(node, Trait.SCALE, Trait.ADD)
-            if compares and any(map(self._counts_sequences, node.inputs)):
-                numbers = {int(number) for value in node.inputs for number in numbers_of(small_constant(value))}
-                near |= {number + more for number in numbers for more in (0, 1, 2)}  # an index is less than a size
-            if (compares and self._compares_computed(node)) or self._is_looked_up(node):
-                near |= set(range(MAX_BATCH + 1))
-        found = {*BATCHES, *(batch for batch in near if BATCHES[0] < batch <= MAX_BATCH)}
-        return tuple(sorted(found)) if self.flow.batch is BATCH else ()
-
-    def _counts_sequences(self, value: ir.Value | None) -> bool:
-        """Return whether a value holds the number of sequences, or a number for each of them."""
-        fact = None if value is None else self.flow.shapes.facts.get(value)
-        if fact is None:
-            return False
-        sizes = fact.shape or ()
-        symbols = {symbol for size in sizes for symbol in getattr(size, "free_symbols", ())}
-        numbers = () if fact.value is None else fact.value.reshape(-1)
-        return symbols == {BATCH} or any(BATCH in getattr(number, "free_symbols", ()) for number in numbers)
-
-    def _compares_computed(self, node: ir.Node) -> bool:
-        """Return whether a node compares what is computed from the number of sequences with what any size may give."""
-        facts = [self.flow.shapes[value] for value in node.inputs if value is not None]
-        numbers = [number for fact in facts if fact.value is not None for number in fact.value.flat]
-        computed = [one for one in numbers if one != BATCH and BATCH in getattr(one, "free_symbols", ())]
-        others = [int(number) for number in numbers if isinstance(number, int | np.integer)]
-        return any(not one.is_positive or max(others, default=1) > 0 for one in computed)
-
-    def _is_looked_up(self, node: ir.Node) -> bool:
-        """Return whether the number of sequences selects elements of a constant."""
-        source, index, *_ = *node.inputs, None, None
-        is_constant = source is not None and source not in self.flow.kinds
-        return is_operator(node, "Gather") and is_constant and self._counts_sequences(index)
+        """Sizes of batches to run, in addition to two."""
+        return batch_sizes(self.flow)
 
     def end_at(self, length: int) -> None:
         """Check no longer text: what changes there cannot be found, so it limits what is not proved."""
