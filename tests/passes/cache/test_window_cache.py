@@ -94,9 +94,10 @@ def test_operators_that_update_a_cache_are_rejected():
         Pipeline.parse("fuse-attention").run(windowed(LOCAL_AND_GLOBAL))
 
 
-def test_rows_of_a_buffer_are_not_dropped():
-    with pytest.raises(UnsupportedError, match="rows can be dropped of a dynamic cache only"):
-        Pipeline.parse("inject{cache=static},window-cache").run(original(LOCAL_AND_GLOBAL))
+@pytest.mark.parametrize("mode", ["static", "new-tokens"])
+def test_only_a_dynamic_cache_drops_rows(mode):
+    with pytest.raises(UnsupportedError, match=f"of a dynamic cache only; expected dynamic, found {mode}"):
+        Pipeline.parse(f"inject{{cache={mode}}},window-cache").run(original(LOCAL_AND_GLOBAL))
 
 
 def test_the_number_of_past_tokens_must_be_known():

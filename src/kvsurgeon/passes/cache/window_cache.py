@@ -71,10 +71,12 @@ class WindowCache:
         others = {} if self.window is None else self._windows_of_others(masks)
         if not windows and not others:
             return Unchanged(reason="no layer has a sliding window")
-        if signature.past_length != "shape":
+        other = next((one for one in signature.entries if one.cache_mode in ("static", "new-tokens")), None)
+        if other is not None:
             raise UnsupportedError(
                 "rows can be dropped of a dynamic cache only", code=Code.PASS_PRECONDITION,
-                at=signature.entries[0].past, expected="dynamic", found=signature.entries[0].cache_mode,
+                at=other.past, expected="dynamic", found=other.cache_mode,
+                hint="retarget changes it",
             )  # fmt: skip
         if others:
             with deep_recursion():
