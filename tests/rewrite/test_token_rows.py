@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from exports import ONE_OF_EACH, after, export
+from exports import ONE_OF_EACH, after, export, operators
 from laws import difference
 from onnx import helper
 from written import read
@@ -57,10 +57,15 @@ def test_tensor_scatter_writes_at_the_past_length_of_each_sequence():
     check_each_sequence(export("llama_dynamo_sdpa"), model)
 
 
-def test_layouts_with_the_sequence_first():
-    layout = ("sequence", "kv_heads", "batch", "head_dim")
+@pytest.mark.parametrize("opset", [20, 24])
+@pytest.mark.parametrize(
+    "layout", [("sequence", "kv_heads", "batch", "head_dim"), ("kv_heads", "batch", "sequence", "head_dim")]
+)
+def test_layouts_with_another_axis_than_the_batch_first(layout, opset):
     original = export("llama_dynamo_sdpa")
-    model = after(original, Inject(cache="static", past_length="per-sequence", key_layout=layout))
+    passes = [RaiseOpset(opset=24)] if opset == 24 else []
+    model = after(original, *passes, Inject(cache="static", past_length="per-sequence", key_layout=layout))
+    assert operators(model).count("TensorScatter") == (2 if opset == 24 else 0)  # of the values
     assert verify(original, model, threads=1).verdict == "same"
 
 

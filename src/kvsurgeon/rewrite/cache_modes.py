@@ -131,9 +131,8 @@ def read_cache(plan: CachePlan, lengths: LengthValues, tensor: CacheTensor, pres
 
 def _scattered(plan: CachePlan, lengths: LengthValues, tensor: CacheTensor, past: ir.Value, rows: ir.Value) -> ir.Value:
     editor, sizes, places = lengths.editor, tensor.sizes(NEW), plan.token_rows
-    if editor.opset >= TENSOR_SCATTER:
-        batch = sizes[tensor.layout.index("batch")]
-        start = lengths.repeated(PAST, batch) if places is None else first_rows(lengths, places)
+    if editor.opset >= TENSOR_SCATTER and tensor.layout[0] == "batch":  # the axis of which it reads an index for each
+        start = lengths.repeated(PAST, sizes[0]) if places is None else first_rows(lengths, places)
         operator, inputs, axis = "TensorScatter", [past, rows, start], tensor.axis - len(sizes)
     else:
         indices = (
