@@ -81,6 +81,21 @@ def test_batch_normalization_in_training_mode_is_refused():
         injected(in_order(read(attention(hidden=normalized, constants=constants))))
 
 
+DROPOUT = "h = Dropout<seed = 1>(x, rate, training)"
+
+
+@pytest.mark.parametrize(("rate", "training"), [(0.5, 0), (0.0, 1)])
+def test_dropout_that_drops_nothing(rate, training):
+    assert_law_of(attention(hidden=DROPOUT, constants=f"float rate = {{{rate}}}, bool training = {{{training}}}"))
+
+
+@pytest.mark.parametrize("given", [{"constants": "bool training = {1}, float rate = {0.5}"},
+                                   {"constants": "float rate = {0.5}", "inputs": "bool training"}])  # fmt: skip
+def test_dropout_in_training_mode_is_refused(given):
+    with pytest.raises(UnsupportedError, match="training mode"):
+        injected(in_order(read(attention(hidden=DROPOUT, **given))))
+
+
 # From row [1, n] and column [n, 1] to allowed [n, n].
 N1 = "n1 = Unsqueeze(length, first)\n nn = Concat<axis = 0>(n1, n1)\n"
 CONTEXT = [

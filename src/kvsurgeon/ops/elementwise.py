@@ -295,6 +295,13 @@ def channel_links(call: OperatorCall) -> AxisLinks:
     return AxisLinks(inputs=(labels, *[(1,)] * (len(call.inputs) - 1)), outputs=(labels,) * len(call.node.outputs))
 
 
+def dropout_links(call: OperatorCall) -> AxisLinks:
+    """`Dropout`: its input, and a mask. In training it drops elements at random, so no two calls agree."""
+    if call.given(2) is not None and call.numbers(2) != (False,) and call.numbers(1) != (0,):
+        raise UntraceableAxesError("in training mode, it drops elements at random")
+    return kept(call)
+
+
 _ARITHMETIC = (Trait.BROADCAST, Trait.ARITHMETIC)
 _SCALES = (*_ARITHMETIC, Trait.SCALE, Trait.LENGTH_SENSITIVE)
 _ORDERS = (Trait.BROADCAST, Trait.ORDER, Trait.LENGTH_SENSITIVE)
@@ -309,7 +316,7 @@ OPERATORS: list[Operator] = [
     *entries("Exp Neg", unary, kept, Trait.ELEMENTWISE, Trait.ANALYTIC),
     *entries("Abs", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC),
     *entries("Identity", identity, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.IDENTITY, Trait.REARRANGE),
-    *entries("Dropout", unary, kept, Trait.ELEMENTWISE, Trait.IDENTITY),
+    *entries("Dropout", unary, dropout_links, Trait.ELEMENTWISE, Trait.IDENTITY),
     *entries("Sin Cos", unary, kept, Trait.ELEMENTWISE, Trait.ROTARY),
     *entries("Clip", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.BOUND, Trait.LENGTH_SENSITIVE),
     *entries("Cast", cast, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.IDENTITY),
