@@ -11,6 +11,8 @@ import pytest
 from decoders import Config, Decoder
 from exports import NAMES, ONE_OF_EACH, export, injected
 from laws import ALLOWED, difference, dims_of, in_onnxruntime, texts
+from recurrences import CONVOLUTION, hybrid
+from written import read
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError, UsageError
@@ -105,6 +107,14 @@ def test_a_cache_whose_shape_differs_between_calls_is_rejected(options):
     with pytest.raises(UnsupportedError, match="cannot fix a dimension that differs between calls"):
         FixShapes(tokens=1, max_length=16).apply(subject)
     assert io.to_proto(subject.model) == io.to_proto(Subject.of(model).model)
+
+
+def test_calls_of_several_tokens_need_a_model_without_states():
+    original = read(hybrid(CONVOLUTION))
+    model = injected(original, **IN_PLACE)
+    with pytest.raises(UnsupportedError, match=r"padding of a chunk would enter a state.*found tokens=4"):
+        FixShapes(tokens=4, max_length=24).apply(Subject.of(model))
+    assert verify(original, fixed(model, tokens=1, max_length=24), threads=1).verdict == "same"
 
 
 def test_a_cache_requires_max_length():

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from kvsurgeon.cache.states import find_states
 from kvsurgeon.dataflow.shape_inference import Shapes, infer_shapes
 from kvsurgeon.decompose.simplify import simplify_model
 from kvsurgeon.errors import Code, UnsupportedError
@@ -31,7 +32,8 @@ class FixShapes:
     The last chunk of a text is padded on the right: causality masks the padding. Models with different numbers of
     tokens share one file of weights.
 
-    Not handled: dynamic caches, whose shape differs between calls.
+    Not handled: dynamic caches, whose shape differs between calls; several tokens in a call of a model that has states
+    of fixed size, as of convolutions and linear recurrences, which take padding for tokens.
 
     Attributes:
         tokens: Tokens of a call.
@@ -54,7 +56,7 @@ class FixShapes:
         """Make the shapes of `subject.model` static.
 
         Raises:
-            UnsupportedError: A dimension has no fixed size; the model is unchanged.
+            UnsupportedError: A dimension has no fixed size, or padding would enter a state; the model is unchanged.
         """
         model = simplify_model(subject.model)
         if model is subject.model:
@@ -62,6 +64,7 @@ class FixShapes:
         sizes = dimension_sizes(model, tokens=self.tokens, max_length=self.max_length, batch_size=self.batch_size)
         if is_static(model.graph):
             return Unchanged(reason="all inputs have a static shape")
+        self._check_states(model.graph)
         metadata = read_cache_metadata(model)
         with deep_recursion():
             editor = Editor(model)
@@ -76,6 +79,15 @@ class FixShapes:
         subject.model = model
         subject.changed()
         return Changed(edits=editor.edits)
+
+    def _check_states(self, graph: ir.Graph) -> None:
+        """Check that calls need no padding, or that no state would take it for tokens."""
+        states = find_states(graph) if self.tokens > 1 else ()
+        if states:
+            raise UnsupportedError(
+                "the padding of a chunk would enter a state, which no later call overwrites",
+                code=Code.PASS_PRECONDITION, at=states[0].past.name, expected="tokens=1", found=f"tokens={self.tokens}",
+            )  # fmt: skip
 
 
 def _infer(model: ir.Model) -> Shapes:
