@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from unrolled import unrolled
 
 from kvsurgeon import Pipeline, io, verify
-from kvsurgeon.passes.contract import Subject
+from kvsurgeon.passes.contract import Subject, Unchanged
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 FORMS = {
@@ -40,3 +41,9 @@ def test_merging_heads_of_a_model_with_a_cache_equals_merging_without(merged, fo
     pasts = {one.name for one in found.graph.input if one.name.startswith("past_key_values")}
     assert pasts == {one.name for one in run(name, FORMS[form]).graph.input if one.name.startswith("past_key_values")}
     assert verify(without, found).verdict == "same"
+
+
+@pytest.mark.parametrize("heads", ["expand-gqa", "replicate-kv-heads{repeat=2}", "merge-kv-heads{kv-heads=1}"])
+def test_a_model_that_has_states_alone_is_unchanged(heads):
+    _, step = Pipeline.parse(f"inject,{heads}").run(unrolled()).steps
+    assert step.outcome == Unchanged(reason="the model has no attention")

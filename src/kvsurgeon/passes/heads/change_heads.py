@@ -62,6 +62,8 @@ def replace_heads(subject: Subject, plan: Plan, *, lossy: bool, calibrate: Calib
     without_cache = copy_model(work.model) if lossy else work.model
     with deep_recursion():
         replacer = HeadReplacer(_analysis_of_copy(work, subject), lossy=lossy)
+        if not replacer.counts:
+            return Unchanged(reason="the model has no attention")
         size = bytes_of_cache(replacer.analysis, signature)
         before = _heads(replacer, [counts.kv_heads for counts in replacer.counts], range(len(replacer.counts)))
         wanted = plan(replacer)
