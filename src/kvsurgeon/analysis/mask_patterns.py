@@ -14,6 +14,7 @@ from kvsurgeon.symbolic.sequence_axes import Axes, Length, SequenceAxis
 MaskPattern = Callable[[int], np.ndarray]  # length -> [length] of bool, True for each token that is not masked
 
 LEFT_PADDING = 3  # masked tokens before a text, which end inside a block of two, four or eight
+LONG_PADDING = 31  # a prime number, which ends inside any block
 
 
 def unmasked(length: int) -> np.ndarray:
@@ -34,6 +35,11 @@ def left_padded(length: int) -> np.ndarray:
 def with_gaps(length: int) -> np.ndarray:
     """Mask two of every seven tokens, never the first."""
     return np.arange(length) % 7 < 5
+
+
+def padded_with_gaps(length: int) -> np.ndarray:
+    """Mask the first tokens, as many as `LONG_PADDING`, and those that `with_gaps` masks."""
+    return np.asarray((np.arange(length) >= LONG_PADDING) & with_gaps(length))
 
 
 def first_half(length: int) -> np.ndarray:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.attention_sites import AttentionSite
-from kvsurgeon.analysis.mask_patterns import describe_difference, is_close, queries_first
+from kvsurgeon.analysis.mask_patterns import describe_difference, is_close
 from kvsurgeon.analysis.probe_inputs import EXTENT
 from kvsurgeon.analysis.regions.probe_lengths import elements_at
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
@@ -22,7 +22,7 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.proof.batch_sizes import BATCHES, batch_sizes
 from kvsurgeon.proof.length_dependence import LengthDependence
 from kvsurgeon.symbolic.dimension import Extent
-from kvsurgeon.symbolic.sequence_axes import Axes, Length
+from kvsurgeon.symbolic.sequence_axes import Axes
 
 LENGTHS = (1, 2, 7, 8, 40, 65, 129)  # tokens
 LONG_LENGTHS = (513, 1025)  # tokens, for values that grow with the length and not with its square
@@ -47,6 +47,7 @@ class LengthSweep:
         lengths: Lengths at either side of each of these numbers, and some others; all short ones if anything is not
             proved.
         changes: Positions and lengths at which running showed that context changes.
+        changed_at_masked: Name of a value of context that changes at masked tokens if others follow; None if none does.
         changed_beyond: For each limit, if a longer text was compared: the name of the first value that differs.
     """
 
@@ -57,6 +58,7 @@ class LengthSweep:
         self.bounds = {*self.flow.shapes.bounds, *bounds}
         self.assumptions: dict[str, str] = {}
         self.changes: set[int] = set()
+        self.changed_at_masked: str | None = None
         self.changed_beyond: dict[int, str] = {}
         self._limit = min(self.bounds, default=MAX_LENGTH)
         self._thresholds = Thresholds(self.flow)
@@ -180,11 +182,10 @@ class LengthSweep:
         return longest
 
 
-def first_tokens(array: np.ndarray, axes: Axes, length: int, *, keys_only: bool = False) -> np.ndarray:
-    """Return the first tokens of an array whose sequence axes are last, along all of them or along those of keys."""
-    for place, axis in enumerate(queries_first(axes), start=-len(axes)):
-        if not keys_only or axis.variable.resolved() is not Length.NEW:
-            array = array.take(range(min(length, array.shape[place])), axis=place)
+def first_tokens(array: np.ndarray, axes: Axes, length: int) -> np.ndarray:
+    """Return the first tokens of an array whose sequence axes are last."""
+    for place in range(-len(axes), 0):
+        array = array.take(range(min(length, array.shape[place])), axis=place)
     return array
 
 

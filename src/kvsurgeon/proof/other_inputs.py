@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from kvsurgeon.analysis.attention.mask_forms import MANY
-from kvsurgeon.analysis.mask_patterns import MaskPattern, left_padded, unmasked, with_gaps
+from kvsurgeon.analysis.mask_patterns import MaskPattern, left_padded, padded_with_gaps, unmasked, with_gaps
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.proof.length_sweep import LengthSweep
 
@@ -44,7 +44,8 @@ def masked_inputs(masks: Collection[InputRole], sequences: Collection[int]) -> l
         sequences: Indices of the sequences of which one alone can be masked.
     """
     alone = [Inputs(mask=left_padded, sequence=sequence) for sequence in sequences]
-    return [*alone, *(Inputs(mask=mask) for mask in ((unmasked, left_padded, with_gaps) if masks else (unmasked,)))]
+    patterns = (left_padded, with_gaps, padded_with_gaps) if masks else ()
+    return [*alone, *(Inputs(mask=mask) for mask in (unmasked, *patterns))]
 
 
 def other_numbers(sweep: LengthSweep, inputs: Iterable[InputRole], lengths: Collection[int]) -> list[float]:

@@ -16,13 +16,14 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
+from kvsurgeon.analysis.mask_patterns import left_padded, with_gaps
 from kvsurgeon.analysis.regions.sequence_state import reads_masked_tokens
 from kvsurgeon.analysis.token_flow import PER_CALL
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import upstream
 from kvsurgeon.proof.attention.attention_pattern import AttentionPattern, attended_keys
 from kvsurgeon.proof.causality import check_causality, other_reductions
-from kvsurgeon.proof.length_sweep import LengthSweep
+from kvsurgeon.proof.length_sweep import MAX_ATTENTION_LENGTH, LengthSweep
 from kvsurgeon.proof.site_numbering import number_site
 from kvsurgeon.proof.stability import find_limit
 
@@ -107,8 +108,8 @@ def prove(analysis: Analysis, assumed_padding: Mapping[str, str] | None = None) 
         if number not in checked:
             checked[number] = check_causality(sweep, layer, site, reductions)
         patterns.append(checked[number])
-    _check_padding(sweep, patterns)
     limit = _smallest(find_limit(sweep), *(pattern.limit for pattern in patterns))
+    _check_padding(sweep, patterns)
     assumptions = {**analysis.flow.assumed, **(assumed_padding or {})}
     return Proof(
         obligations=_obligations(sweep, patterns, assumptions, assumed_padding or {}),
@@ -155,14 +156,16 @@ def _obligations(
 
 
 def _check_padding(sweep: LengthSweep, patterns: Sequence[AttentionPattern]) -> None:
-    """Check that a masked token which attends to later tokens does not affect unmasked tokens.
+    """Check that a masked token which later tokens change, by attention or by context, does not affect unmasked tokens.
 
     Raises:
         UnsupportedError: Its keys and values are attended to, or a sequence state reads it.
     """
-    analysis = sweep.analysis
-    for mask in {mask for pattern in patterns for mask in pattern.leaking}:
-        leaking = np.zeros(0, dtype=bool)  # at the layers so far
+    analysis, changed = sweep.analysis, sweep.changed_at_masked is not None
+    cause = f"change with later tokens at `{sweep.changed_at_masked}`" if changed else "attend to later tokens"
+    masks = {mask for pattern in patterns for mask in pattern.leaking}
+    for mask in {*masks, left_padded, with_gaps} if changed else masks:
+        leaking = ~mask(MAX_ATTENTION_LENGTH) & changed  # at the layers so far
         outputs: set[ir.Value] = set()  # of layers that leak
         for layer, pattern in enumerate(patterns):
             attended = pattern.attended.get(mask)
@@ -172,17 +175,19 @@ def _check_padding(sweep: LengthSweep, patterns: Sequence[AttentionPattern]) -> 
             both = min(len(attended), len(leaking))
             if (attended[:both] & leaking[:both]).any():
                 raise UnsupportedError(
-                    "masked tokens attend to later tokens, and unmasked tokens depend on them", code=Code.PADDING_LEAK,
+                    f"masked tokens {cause}, and unmasked tokens depend on them", code=Code.PADDING_LEAK,
                     layer=layer, at=analysis.sites[layer].at.name,
                 )  # fmt: skip
             if mask in pattern.leaking:
                 leaking = _any_of([leaking, pattern.leaking[mask] | pattern.rows_leak])
                 outputs |= {analysis.sites[layer].at} if pattern.leaking[mask].any() or pattern.rows_leak else set()
-        for state in analysis.flow.states if outputs else ():
-            reads_output = not outputs.isdisjoint(upstream(node.inputs[index] for node, index in state.places))
+        for state in analysis.flow.states if outputs or changed else ():
+            reads_output = changed or not outputs.isdisjoint(
+                upstream(node.inputs[index] for node, index in state.places)
+            )
             if reads_output and reads_masked_tokens(analysis.flow, state, mask, sweep.assumptions):
                 raise UnsupportedError(
-                    "masked tokens attend to later tokens, and unmasked tokens depend on them outside attention",
+                    f"masked tokens {cause}, and unmasked tokens depend on them outside attention",
                     code=Code.PADDING_LEAK, at=state.result.name,
                     hint="export without the mask input, or set the state's input to 0 at masked tokens",
                 )  # fmt: skip

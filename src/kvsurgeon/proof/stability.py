@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import pairwise
 
@@ -10,10 +10,12 @@ import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.analysis.mask_patterns import (
+    MaskPattern,
     first_half,
     is_close,
     learned_rows_first,
     left_padded,
+    padded_with_gaps,
     sequence_last,
     unmasked,
     with_gaps,
@@ -34,10 +36,12 @@ from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_p
 from kvsurgeon.proof.other_inputs import Inputs, masked_inputs, other_inputs
 from kvsurgeon.proof.row_checks import affordable, longest_passing, spans
 from kvsurgeon.proof.row_runner import RowRunner
-from kvsurgeon.symbolic.sequence_axes import Axes
+from kvsurgeon.symbolic.sequence_axes import Axes, Length
 
 _LENGTH_OF_SEQUENCES = 40  # tokens of two sequences that are compared with each other
+_USUAL = Inputs()
 
+Run = Callable[..., list[np.ndarray]]  # text, mask and sequence -> values
 Arrays = list[np.ndarray]  # for each value of context, in order; its learned rows, if it has any, are behind all others
 
 
@@ -45,8 +49,8 @@ def find_limit(sweep: LengthSweep) -> int | None:
     """Compare every value of context that token data reads outside attention scores at several lengths.
 
     All rows are compared at short lengths. Values that may depend on the length by value are compared row by row up to
-    the longest text. The rows of constant tables that are read by position bound the length; these bounds are added to
-    the sweep.
+    the longest text. If values change at masked tokens only, that is recorded in the sweep. The rows of constant tables
+    that are read by position bound the length; these bounds are added to the sweep.
 
     Returns:
         The longest total length up to which all values are stable; None if none changes at any length.
@@ -59,26 +63,22 @@ def find_limit(sweep: LengthSweep) -> int | None:
     if not values:
         return None
     runner = sweep.runner(list(values))
-    compared = _Compared(values)
+    compared = _Compared(sweep, values)
     others = other_inputs(sweep, runner.masks, (max(sweep.lengths),)) if unproved else []
+    limits: list[int] = []
     for inputs in [*others, *masked_inputs(runner.masks, runner.maskable_sequences)]:
         results = _results(sweep, runner, compared, inputs)
         if inputs not in others:
             sweep.bounds |= _table_bounds([rows.get(value) for value in values], results)
-        for previous, length in pairwise(results):
-            try:
-                compared.check(results[length], results[previous], previous)
-            except UnsupportedError as error:
-                if previous < MIN_USEFUL_LENGTH:
-                    raise _with_cause(error, inputs) from error
-                sweep.add_failure(previous, error)
-                return previous
-    _check_sequences(runner, list(values), min(max(results), _LENGTH_OF_SEQUENCES))
+        limits += _limit_of(sweep, runner, compared, inputs, results)
+    _check_sequences(runner, runner.run, [min(max(results), _LENGTH_OF_SEQUENCES)])
+    if limits:
+        return min(limits)
     if sweep.fixed is not None:
         if runner.masks:
-            whole, half = Rows.of_text(sweep.fixed), sweep.fixed // 2
+            whole = Rows.of_text(sweep.fixed)
             arrays = [compared.arrays(runner.run(sweep.fixed, mask), whole) for mask in (unmasked, first_half)]
-            compared.check(arrays[0], arrays[1], half)
+            compared.check(arrays[0], arrays[1], Rows(0, sweep.fixed // 2, sweep.fixed))
         return None
     return _check_rows(sweep, {value: values[value] for value in unproved}, max(results))
 
@@ -94,7 +94,9 @@ def _results(
         )
         return compared.arrays(arrays, Rows(0, length, length, inputs.batch))
 
-    lengths = [one for one in sweep.context_lengths(list(compared.values)) if _has_tokens(inputs, one)]
+    lengths = sweep.context_lengths(list(compared.values))
+    if not compared.has_one_mask:  # else values of padding alone may differ
+        lengths = [one for one in lengths if one == 1 or int(inputs.mask(one).sum()) > 1]
     if inputs.number is None:
         return sweep.run(lengths, run)
     results = {}
@@ -104,9 +106,29 @@ def _results(
     return results
 
 
+def _limit_of(
+    sweep: LengthSweep, runner: SubgraphRunner, compared: _Compared, inputs: Inputs, results: Mapping[int, Arrays]
+) -> list[int]:
+    """Return the longest of some lengths up to which the values are stable; [] if they are at all of them.
+
+    Raises:
+        UnsupportedError: A value changes below the minimum useful length.
+    """
+    for previous, length in pairwise(results):
+        try:
+            if compared.check(results[length], results[previous], Rows(0, previous, length), inputs):
+                _check_sequences(runner, runner.run, [length, previous])
+        except UnsupportedError as error:
+            if previous < MIN_USEFUL_LENGTH:
+                raise _with_cause(error, inputs) from error
+            sweep.add_failure(previous, error)
+            return [previous]
+    return []
+
+
 def _with_cause(error: UnsupportedError, inputs: Inputs) -> UnsupportedError:
     """Return an error that names the masked tokens, if values do not change without such that follow others."""
-    if inputs.mask is not with_gaps:
+    if inputs.mask not in (with_gaps, padded_with_gaps):
         return error
     return UnsupportedError(
         "values of context change if a later token is masked, so cached keys would become invalid", code=error.code,
@@ -115,31 +137,32 @@ def _with_cause(error: UnsupportedError, inputs: Inputs) -> UnsupportedError:
     )  # fmt: skip
 
 
-def _check_sequences(runner: SubgraphRunner, values: Sequence[ir.Value], length: int) -> None:
+def _check_sequences(whole: SubgraphRunner, run: Run, texts: Iterable[int | Rows]) -> None:
     """Check that what a value holds for a sequence does not depend on whether the other one has masked tokens.
+
+    Args:
+        whole: Runner of the values at all rows.
+        run: Returns the values in one text, for a mask.
+        texts: The texts.
 
     Raises:
         UnsupportedError: It does.
     """
-    masked = runner.maskable_sequences
-    if not masked:
-        return
-    none, both = runner.run(length), runner.run(length, left_padded)
-    first, second = (runner.run(length, left_padded, only_sequence=sequence) for sequence in masked)
-    for value, *arrays in zip(values, none, first, second, both, strict=True):
-        axis = batch_axis(runner.flow.shapes[value].shape)
-        halves = [[one, one] if axis is None else np.array_split(one, 2, axis) for one in arrays]
-        (none0, none1), (first0, first1), (second0, second1), (both0, both1) = halves
-        pairs = [(none0, second0), (first0, both0), (none1, first1), (second1, both1)]
-        if not all(is_close(one, other) for one, other in pairs):
-            raise UnsupportedError(
-                "the mask of one sequence changes another sequence of the batch", code=Code.BATCH_LEAK, at=value.name,
-                expected="the same values next to a padded sequence", hint="export with a batch of 1",
-            )  # fmt: skip
-
-
-def _has_tokens(inputs: Inputs, length: int) -> bool:
-    return length == 1 or int(inputs.mask(length).sum()) > 1
+    masked = whole.maskable_sequences
+    for text in texts if masked else ():
+        none, both = run(text), run(text, left_padded)
+        first, second = (run(text, left_padded, only_sequence=sequence) for sequence in masked)
+        for value, *arrays in zip(whole.outputs, none, first, second, both, strict=True):
+            axis = batch_axis(whole.flow.shapes[value].shape)
+            halves = [[one, one] if axis is None else np.array_split(one, 2, axis) for one in arrays]
+            (none0, none1), (first0, first1), (second0, second1), (both0, both1) = halves
+            pairs = [(none0, second0), (first0, both0), (none1, first1), (second1, both1)]
+            if not all(is_close(one, other) for one, other in pairs):
+                raise UnsupportedError(
+                    "the mask of one sequence changes another sequence of the batch",
+                    code=Code.BATCH_LEAK, at=value.name,
+                    expected="the same values next to a padded sequence", hint="export with a batch of 1",
+                )  # fmt: skip
 
 
 def _check_rows(sweep: LengthSweep, values: dict[ir.Value, Axes], passed: int) -> int | None:
@@ -150,7 +173,7 @@ def _check_rows(sweep: LengthSweep, values: dict[ir.Value, Axes], passed: int) -
     """
     if not values:
         return None
-    whole, compared = sweep.runner(list(values)), _Compared(values)
+    whole, compared = sweep.runner(list(values)), _Compared(sweep, values)
     try:
         runner = RowRunner(sweep.analysis, whole, list(values.values()))
     except UnsupportedError:
@@ -162,21 +185,21 @@ def _check_rows(sweep: LengthSweep, values: dict[ir.Value, Axes], passed: int) -
         for rows in spans(total, thresholds, runner.elements, len(totals)):
             masked = masked_inputs(whole.masks, whole.maskable_sequences)
             for inputs in [*masked, *other_inputs(sweep, whole.masks, (rows.start, total))]:
-                found = [_rows_of(runner, compared, end, rows, inputs) for end in (total, rows.stop)]
-                if found[0] is not None and found[1] is not None:
-                    compared.check(found[0], found[1], rows.stop, keys_only=True)
+                texts = [Rows(rows.start, rows.stop, end, inputs.batch) for end in (total, rows.stop)]
+                found = [arrays for one in texts if (arrays := _rows_of(runner, compared, one, inputs)) is not None]
+                if len(found) == 2 and compared.check(found[0], found[1], texts[0], inputs):
+                    _check_sequences(whole, runner.run, texts)
 
     longest, failed = longest_passing(check, totals, passed)
     sweep.add_failure(longest, failed)
     return longest
 
 
-def _rows_of(runner: RowRunner, compared: _Compared, total: int, rows: Rows, inputs: Inputs) -> Arrays | None:
-    """Return rows of the arrays to compare in a text of a total length; None if no table has a row for a number."""
-    of_text = Rows(rows.start, rows.stop, total, inputs.batch)
+def _rows_of(runner: RowRunner, compared: _Compared, rows: Rows, inputs: Inputs) -> Arrays | None:
+    """Return rows of the arrays to compare in a text; None if no table has a row for a number."""
     try:
-        arrays = runner.run(of_text, inputs.mask, only_sequence=inputs.sequence, number=inputs.number)
-        return compared.arrays(arrays, of_text)
+        arrays = runner.run(rows, inputs.mask, only_sequence=inputs.sequence, number=inputs.number)
+        return compared.arrays(arrays, rows)
     except UnsupportedError:
         if inputs.number is None:
             raise
@@ -186,8 +209,11 @@ def _rows_of(runner: RowRunner, compared: _Compared, total: int, rows: Rows, inp
 class _Compared:
     """Values of context with their sequence axes last; learned rows of a value are compared apart."""
 
-    def __init__(self, values: Mapping[ir.Value, Axes]) -> None:
+    def __init__(self, sweep: LengthSweep, values: Mapping[ir.Value, Axes]) -> None:
         self.values = values
+        self._sweep = sweep
+        masks = [given.lengths for given in sweep.flow.inputs if given.lengths and not given.is_token]
+        self.has_one_mask = len(masks) == 1 and len(masks[0]) == 1  # attention masks the tokens that others mask
         self.learned = [value for value, axes in values.items() if any(axis.learned_rows for axis in axes)]
         self.compared = list(values.items())
         for value in self.learned:
@@ -199,15 +225,40 @@ class _Compared:
         tokens = [sequence_last(array, self.values[value], rows) for value, array in found.items()]
         return tokens + [learned_rows_first(found[value], self.values[value], rows) for value in self.learned]
 
-    def check(self, longer: Arrays, shorter: Arrays, length: int, *, keys_only: bool = False) -> None:
-        """Check that the first tokens, or the first keys of the same queries, are the same at two lengths.
+    def check(self, longer: Arrays, shorter: Arrays, rows: Rows, inputs: Inputs = _USUAL) -> bool:
+        """Check that tokens are the same in a longer text and in one that ends after them.
+
+        If one input masks tokens, those that it masks may differ, which is recorded in the sweep.
+
+        Args:
+            longer: The arrays in the longer text.
+            shorter: The arrays in the shorter text.
+            rows: The tokens that both have, and the length of the longer text.
+            inputs: Contents of the inputs.
+
+        Returns:
+            Whether tokens differ that are masked in one sequence: the other one must be checked.
 
         Raises:
-            UnsupportedError: They differ.
+            UnsupportedError: Others differ.
         """
+        changed, mask = None, inputs.mask if self.has_one_mask else unmasked
         for (value, axes), long, short in zip(self.compared, longer, shorter, strict=True):
-            first = [first_tokens(array, axes, length, keys_only=keys_only) for array in (long, short)]
-            check_prefix_stable(_name_of(value), first[0], first[1], at=value)
+            first = [first_tokens(array, axes, rows.stop) for array in (long, short)]
+            visible = [_visible(array, axes, rows, mask) for array in first]
+            check_prefix_stable(_name_of(value), visible[0], visible[1], at=value)
+            changed = changed if is_close(first[0], first[1]) else value.name
+        self._sweep.changed_at_masked = self._sweep.changed_at_masked or changed
+        return changed is not None and inputs.sequence is not None
+
+
+def _visible(array: np.ndarray, axes: Axes, rows: Rows, mask: MaskPattern) -> np.ndarray:
+    """Return the tokens of an array that are not masked; all if the array does not have one element for each token."""
+    if len(axes) != 1 or axes[0].most is not None:
+        return array
+    start = rows.start if axes[0].variable.resolved() is Length.NEW else 0
+    visible = mask(rows.total)[start : rows.stop]
+    return array[..., visible] if array.shape[-1] == len(visible) else array
 
 
 def _name_of(value: ir.Value) -> str:

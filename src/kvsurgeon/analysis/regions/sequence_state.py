@@ -17,6 +17,7 @@ import onnx_ir as ir
 from kvsurgeon.analysis.axis_propagation import check_batch
 from kvsurgeon.analysis.cache_points import bottlenecks, choose_cache_point, is_no_table_lookup
 from kvsurgeon.analysis.mask_patterns import (
+    LONG_PADDING,
     MaskPattern,
     is_close,
     left_padded,
@@ -43,7 +44,7 @@ _TOKENS = 65  # of a text, unless a number in the region is larger
 _SEQUENCES = 5  # of a batch, whose number context may compare with
 _PREFIXES = (1, 2, 7, 8, 33, 40)  # tokens that stay the same while later ones change
 _LARGE = 30.0  # scale of a run with large values
-_PADDED = padded_until(31)  # a prime number of tokens, which ends inside any block
+_PADDED = padded_until(LONG_PADDING)
 
 Run = Callable[..., np.ndarray]  # tokens and mask -> [..., token]
 

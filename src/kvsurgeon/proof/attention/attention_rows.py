@@ -138,7 +138,7 @@ def _check_span(
     for (weights, *others), (same, *without) in zip(longer, shorter, strict=False):
         probe.check_stable(weights[..., : rows.stop], same)
         for (value, axes), long, short in zip(probe.others, others, without, strict=True):
-            first = first_tokens(long, axes, rows.stop, keys_only=True)
+            first = first_tokens(long, axes, rows.stop)
             check_prefix_stable("reductions of attention scores", first, short, at=value, layer=probe.layer)
     return longer[0][0]
 
