@@ -89,11 +89,29 @@ def test_dropout_that_drops_nothing(rate, training):
     assert_law_of(attention(hidden=DROPOUT, constants=f"float rate = {{{rate}}}, bool training = {{{training}}}"))
 
 
-@pytest.mark.parametrize("given", [{"constants": "bool training = {1}, float rate = {0.5}"},
-                                   {"constants": "float rate = {0.5}", "inputs": "bool training"}])  # fmt: skip
-def test_dropout_in_training_mode_is_refused(given):
-    with pytest.raises(UnsupportedError, match="training mode"):
-        injected(in_order(read(attention(hidden=DROPOUT, **given))))
+PLACES = "f = Cast<to = 1>(column)\n"
+RANDOM = [
+    ("Dropout in training mode", DROPOUT, {"constants": "bool training = {1}, float rate = {0.5}"}),
+    ("Dropout in a mode that is given", DROPOUT, {"constants": "float rate = {0.5}", "inputs": "bool training"}),
+    ("Dropout of positions", f"{PLACES} r = Dropout(f, half, training)\n h = Add(x, r)", {"constants": "bool training = {1}"}),
+    ("noise of tokens", "r = RandomUniformLike<low = 0.5, high = 0.500001>(x)\n h = Add(x, r)", {}),
+    ("noise for all tokens", "r = RandomNormal<shape = [1, 1, 8]>()\n h = Add(x, r)", {}),
+    ("noise of positions", f"{PLACES} r = RandomUniformLike(f)\n h = Add(x, r)", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("hidden", "given"), [pytest.param(*case[1:], id=case[0]) for case in RANDOM])
+def test_random_numbers_are_refused(hidden, given):
+    with pytest.raises(UnsupportedError, match="draws random numbers"):
+        injected(in_order(read(attention(hidden=hidden, **given))))
+
+
+def test_a_random_mask_is_refused():
+    """Numbers that nearly always are the same would pass all runs of the proof."""
+    allowed = "f = Cast<to = 1>(row)\n r = RandomUniformLike(f)\n rare = Greater(r, most)\n"
+    allowed += "early = LessOrEqual(row, column)\n allowed = Or(early, rare)"
+    with pytest.raises(UnsupportedError, match="draws random numbers"):
+        injected(in_order(read(attention(allowed=allowed, constants="float most = {0.999999}"))))
 
 
 # From row [1, n] and column [n, 1] to allowed [n, n].

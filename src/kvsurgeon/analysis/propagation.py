@@ -26,6 +26,7 @@ from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.shape_inference import Shapes, raise_at
 from kvsurgeon.dataflow.value_kinds import ValueKind, find_fixed_values
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.ops.elementwise import draws_numbers
 from kvsurgeon.ops.operator import AxisLinks, Trait, UntraceableAxesError
 from kvsurgeon.ops.table import KNOWN_DOMAINS, axis_links, contraction_of, has_trait
 from kvsurgeon.symbolic import dimension as dim
@@ -56,6 +57,7 @@ def propagate_tokens(
         shapes=shapes, kinds=kinds, length=length, batch=_batch(inputs), order=order, inputs=inputs, opsets=opsets,
         fixed=find_fixed_values(nodes, inputs, shapes, kinds),
     )  # fmt: skip
+    _check_random(flow)
     _check_encoder(flow)
     for given in inputs:
         if given.is_token:
@@ -78,6 +80,20 @@ def propagate_tokens(
     _check_variables(flow)
     _check_outputs(flow)
     return flow
+
+
+def _check_random(flow: TokenFlow) -> None:
+    """Check that no operator draws random numbers: no two calls agree, with a cache or without one.
+
+    Raises:
+        UnsupportedError: One does.
+    """
+    for node in flow.order:
+        if draws_numbers(flow.shapes.call(node)):
+            raise UnsupportedError(
+                f"{node.op_type} draws random numbers, which differ in each call", code=Code.UNSUPPORTED,
+                at=node.outputs[0].name, hint="export in evaluation mode, as after model.eval()",
+            )  # fmt: skip
 
 
 def _check_encoder(flow: TokenFlow) -> None:

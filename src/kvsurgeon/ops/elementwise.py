@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import sympy
 
+from kvsurgeon.graph.value_numbering import NONDETERMINISTIC
 from kvsurgeon.ops.operator import (
     AxisLinks,
     Label,
@@ -295,11 +296,11 @@ def channel_links(call: OperatorCall) -> AxisLinks:
     return AxisLinks(inputs=(labels, *[(1,)] * (len(call.inputs) - 1)), outputs=(labels,) * len(call.node.outputs))
 
 
-def dropout_links(call: OperatorCall) -> AxisLinks:
-    """`Dropout`: its input, and a mask. In training it drops elements at random, so no two calls agree."""
-    if call.given(2) is not None and call.numbers(2) != (False,) and call.numbers(1) != (0,):
-        raise UntraceableAxesError("in training mode, it drops elements at random")
-    return kept(call)
+def draws_numbers(call: OperatorCall) -> bool:
+    """Return whether a node gives other numbers each time it runs, as `Dropout` does in training mode."""
+    if call.node.op_type == "Dropout":
+        return call.given(2) is not None and call.numbers(2) != (False,) and call.numbers(1) != (0,)
+    return call.node.op_type.startswith(NONDETERMINISTIC)
 
 
 _ARITHMETIC = (Trait.BROADCAST, Trait.ARITHMETIC)
@@ -316,7 +317,7 @@ OPERATORS: list[Operator] = [
     *entries("Exp Neg", unary, kept, Trait.ELEMENTWISE, Trait.ANALYTIC),
     *entries("Abs", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC),
     *entries("Identity", identity, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.IDENTITY, Trait.REARRANGE),
-    *entries("Dropout", unary, dropout_links, Trait.ELEMENTWISE, Trait.IDENTITY),
+    *entries("Dropout", unary, kept, Trait.ELEMENTWISE, Trait.IDENTITY),
     *entries("Sin Cos", unary, kept, Trait.ELEMENTWISE, Trait.ROTARY),
     *entries("Clip", unary, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.BOUND, Trait.LENGTH_SENSITIVE),
     *entries("Cast", cast, kept, Trait.ELEMENTWISE, Trait.ARITHMETIC, Trait.IDENTITY),
