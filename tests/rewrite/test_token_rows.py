@@ -9,6 +9,7 @@ import pytest
 from exports import ONE_OF_EACH, after, export, operators
 from laws import difference
 from onnx import helper
+from recurrences import CONVOLUTION, hybrid, scan
 from written import read
 
 from kvsurgeon.errors import UnsupportedError, UsageError
@@ -67,6 +68,14 @@ def test_layouts_with_another_axis_than_the_batch_first(layout, opset):
     model = after(original, *passes, Inject(cache="static", past_length="per-sequence", key_layout=layout))
     assert operators(model).count("TensorScatter") == (2 if opset == 24 else 0)  # of the values
     assert verify(original, model, threads=1).verdict == "same"
+
+
+@pytest.mark.parametrize(("text", "state"), [(CONVOLUTION, "0.conv_state"), (scan(), "0.recurrent_state")])
+def test_a_state_would_take_the_padding_of_shorter_sequences_for_tokens(text, state):
+    model = read(hybrid(text))
+    after(model, Inject(cache="static"))
+    with pytest.raises(UnsupportedError, match=f"padding of shorter sequences would enter a state.*{state}"):
+        after(model, PER_SEQUENCE)
 
 
 def test_the_cache_is_removed_and_changed_like_any_other():

@@ -90,11 +90,17 @@ def plan_cache(
             code=Code.MIXES_TOKENS, at=growing[0].value.name, expected="attention only",
             hint="use past-length=shape or cache=static",
         )  # fmt: skip
+    tensors = find_cache_tensors(analysis, options, bits, windows)
+    recurrences = find_recurrent_tensors(analysis, options)
+    states = [one.past for one in tensors if one.state_rows is not None] + [one.past for one in recurrences]
+    if states and past_length == "per-sequence":
+        raise UnsupportedError(
+            "the padding of shorter sequences would enter a state, which no later call overwrites",
+            code=Code.MIXES_TOKENS, at=states[0], expected="attention only", hint="use past-length=input",
+        )  # fmt: skip
     return CachePlan(
         cache_mode=options.cache, past_length=past_length, past=past, present=present, total=total,
-        token_rows=find_token_rows(analysis.inputs),
-        tensors=find_cache_tensors(analysis, options, bits, windows),
-        recurrences=find_recurrent_tensors(analysis, options),
+        token_rows=find_token_rows(analysis.inputs), tensors=tensors, recurrences=recurrences,
         limit=proof.max_length if past is CAPACITY else proof.limit, max_length=proof.max_length,
     )  # fmt: skip
 
