@@ -179,8 +179,8 @@ def _windows(call: OperatorCall, sizes: tuple[Dimension, ...], kernel: tuple[Dim
     count = len(sizes)
     strides, dilations = call.attribute("strides") or [1] * count, call.attribute("dilations") or [1] * count
     pads = call.attribute("pads") or [0] * 2 * count
-    if call.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        return tuple(call.unknown() for _ in sizes)
+    if _is_padded_to_size(call):
+        return tuple(dim.floor_quotient(dim.add(size, one - 1), one) for size, one in zip(sizes, strides, strict=True))
     found: list[Dimension] = []
     for place, size in enumerate(sizes):
         width = dim.add(dim.multiply(dilations[place], dim.subtract(kernel[place], 1)), 1)
@@ -245,7 +245,7 @@ def _wide_axes(
 def _window(call: OperatorCall, place: int, kernel: Dimension) -> tuple[int, int] | None:
     """The offsets of the first and the last element of a window; None if it moves by more than one element."""
     strides, dilations, pads = (call.attribute(name) for name in ("strides", "dilations", "pads"))
-    if not isinstance(kernel, int) or call.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+    if not isinstance(kernel, int) or _is_padded_to_size(call):
         return None
     if (strides and strides[place] != 1) or call.integer("ceil_mode", 0):
         return None
@@ -258,8 +258,12 @@ def _is_pointwise(call: OperatorCall, place: int, kernel: Dimension) -> bool:
     strides, pads = call.attribute("strides"), call.attribute("pads") or ()
     count = len(pads) // 2
     padded = any(pads[end] for end in (place, place + count)) if pads else False
-    automatic = call.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
-    return kernel == 1 and (not strides or strides[place] == 1) and not padded and not automatic
+    return kernel == 1 and (not strides or strides[place] == 1) and not padded
+
+
+def _is_padded_to_size(call: OperatorCall) -> bool:
+    """Whether padding gives one window for each step of the stride: none is added to windows of one element."""
+    return call.text("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
 
 
 def _product(names: str, notation: Notation, *, bias: int | None = None, dynamic: bool = False,
