@@ -65,3 +65,25 @@ def test_indices_of_the_total_length_make_a_sequence_state():
     tokens = "ms = Shape(attention_mask)\n m1 = Gather(ms, one)\n tokens = Range(nought, m1, one)"
     original = read(text(tokens, inputs=MASK))
     assert_law(original, injected(original))
+
+
+def test_a_block_of_scores_of_all_keys_is_rejected():
+    """The indices count the tokens of a call, along the axis of keys too."""
+    masked = """allowed_scores = Where(allowed, s, low)
+ batch = Gather(sizes, nought)
+ sequences = Range(nought, batch, one)
+ sequence3 = Reshape(sequences, down3)
+ b1 = Slice(sizes, first, second)
+ n1 = Slice(sizes, second, third)
+ block = Concat<axis = 0>(b1, n1, n1)
+ e0 = Expand(sequence3, block)
+ e1 = Expand(column, block)
+ e2 = Expand(row, block)
+ u0 = Unsqueeze(e0, last)
+ u1 = Unsqueeze(e1, last)
+ u2 = Unsqueeze(e2, last)
+ addresses = Concat<axis = -1>(u0, u1, u2)
+ data = Expand(low, block)
+ masked_scores = ScatterND(data, addresses, allowed_scores)"""
+    with pytest.raises(UnsupportedError, match="an index for each token of a call, and writes to all tokens so far"):
+        injected(read(attention(masked=masked, constants="int64[1] last = {3}, int64[3] down3 = {-1, 1, 1}")))

@@ -87,6 +87,10 @@ REJECTED = [
     ("batches of seven, by their root", attention(constants="float number = {2.6}", allowed="causal = LessOrEqual(row, column)\n"
      "sequences = Gather(sizes, nought)\n real = Cast<to = 1>(sequences)\n root = Sqrt(real)\n"
      "here = Greater(root, number)\n allowed = Or(causal, here)"), "attention is not causal", "c"),
+    ("batches of seven, by a part of a table", attention(constants="int64[9] table = {0, 0, 0, 0, 0, 0, 0, 1, 0}",
+     allowed="causal = LessOrEqual(row, column)\n count = Slice(sizes, first, second)\n next = Add(count, second)\n"
+     "here = Slice(table, count, next)\n open = Cast<to = 9>(here)\n allowed = Or(causal, open)"),
+     "attention is not causal", "c"),
     ("a factor of the length after a softmax that is normalized last", attention(constants="float tenth = {0.1}").replace(
      "w = Softmax<axis = -1>(masked_scores)\n  c = MatMul(w, v)\n  logits = Identity(c)",
      "w = Exp(masked_scores)\n total = ReduceSum(w, third)\n sum = MatMul(w, v)\n c = Div(sum, total)\n"

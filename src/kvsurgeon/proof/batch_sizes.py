@@ -9,7 +9,6 @@ from kvsurgeon.analysis.thresholds import numbers_of
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.constants import small_constant
-from kvsurgeon.graph.query import is_operator
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait, operator_of
 from kvsurgeon.symbolic.dimension import BATCH
@@ -84,6 +83,7 @@ class _Counts:
 
     def looks_up(self, node: ir.Node) -> bool:
         """Return whether the number of sequences selects elements of a constant."""
-        source, index, *_ = *node.inputs, None, None
+        source, *places = *node.inputs, None
         is_constant = source is not None and source not in self._flow.kinds
-        return is_operator(node, "Gather") and is_constant and (self.counts(index) or index in self._computed)
+        selects = is_constant and has_trait(node, Trait.LOOKUP, Trait.SELECT)
+        return selects and any(value in self._computed or self.counts(value) for value in places)

@@ -117,11 +117,25 @@ class TokenRewriter:
         if self.flow.targets.get(node) == index:
             return self._target(node, value, length)
         if (node, index) in self.flow.addresses:
-            return value
+            return self._address(node, value, length)
         if (node, index) in self.flow.parameters:
             return self._parameter(node, index, value, length)
         axes = tuple(_at(axis, length) for axis in self.flow.demands.get((node, index), ()))
         return in_row_order(self.lengths, self.slices.slice_of(value, axes), axes)
+
+    def _address(self, node: ir.Node, indices: ir.Value, length: Length) -> ir.Value:
+        """Return indices within one call, which are as many as its tokens.
+
+        Raises:
+            UnsupportedError: They address keys too, which are all tokens so far.
+        """
+        axes = self.axes_at(node.outputs[0], length)
+        if any(axis.variable.resolved() is Length.TOTAL for axis in axes):
+            raise UnsupportedError(
+                f"{node.op_type} has an index for each token of a call, and writes to all tokens so far",
+                code=Code.UNTRACEABLE_SEQUENCE, at=indices.name,
+            )  # fmt: skip
+        return indices
 
     def _target(self, node: ir.Node, target: ir.Value, length: Length) -> ir.Value:
         """Return the target of a `Reshape` or `Expand`, computed from the shape of its result."""
