@@ -129,3 +129,15 @@ QUERY_IS_LATE = "late = Greater(column, switch)"
 def test_sums_over_tokens_that_are_open_in_long_texts_are_rejected(opened, inputs):
     with pytest.raises(UnsupportedError, match="mixes tokens"):
         Subject.of(in_order(read(sums_by(opened, inputs)))).proof()
+
+
+def test_a_mask_of_unknown_size_is_not_computed_for_texts_that_it_would_fill_memory_at():
+    """The size of its queries is not known, so all of them are computed for each row."""
+    known = "is_huge = Equal(whole, huge)\n ones = Div(whole, whole)\n target = Where(is_huge, ones, whole)"
+    text = attention(
+        inputs="int64[b, n] m", constants=f"int64[3] huge = {{{', '.join([str(1 << 62)] * 3)}}}",
+        allowed="causal = LessOrEqual(row, column)\n real = Cast<to = 9>(m)\n keys = Unsqueeze(real, second)\n"
+        "b1 = Slice(sizes, first, second)\n n1 = Slice(sizes, second, third)\n whole = Concat<axis = 0>(b1, n1, n1)\n"
+        f"{known}\n of_all = Expand(keys, target)\n allowed = And(causal, of_all)",
+    )  # fmt: skip
+    assert Subject.of(read(text)).proof().limit == 1537  # tokens; the next length would have 2 * 2049 ** 2 elements

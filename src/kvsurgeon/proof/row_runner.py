@@ -33,7 +33,8 @@ from kvsurgeon.graph.query import upstream
 from kvsurgeon.resizing.context_slices import ContextSlices
 from kvsurgeon.resizing.lengths import INT64, LengthValues
 from kvsurgeon.resizing.token_data import TokenRewriter
-from kvsurgeon.symbolic.dimension import BATCH, MAX, NEW, PAST, Extent
+from kvsurgeon.symbolic import dimension as dim
+from kvsurgeon.symbolic.dimension import BATCH, LENGTH, MAX, NEW, PAST, Dimension, Extent
 from kvsurgeon.symbolic.sequence_axes import Axes
 
 _NUMBERS = {PAST: "rows_start", NEW: "rows_count", MAX: "rows_total", BATCH: "rows_batch"}
@@ -83,9 +84,10 @@ class RowRunner:
             ]
             self._session = self._open(made, graph, totals, copies, flow.opsets)
             self._shapes = [
-                (flow.shapes[value].shape or (), axes)
+                (shape if axes else _whole(shape), axes)
                 for value, axes in slices.made()
                 if axes or flow.kinds.get(value, ValueKind.CONSTANT) is not ValueKind.CONSTANT  # a whole table is fed
+                for shape in [flow.shapes[value].shape or ()]
             ]
             self._shapes += [(flow.shapes[value].shape or (), flow.axes.get(value, ())) for value in self.inputs.probed]
         except UnsupportedError:
@@ -168,6 +170,11 @@ def _extents(inputs: Iterable[InputRole]) -> list[sympy.Symbol]:
     """Return the sizes of input axes that are neither the batch nor the tokens."""
     sizes = [size for given in inputs for size in given.dimensions if isinstance(size, sympy.Basic)]
     return sorted({extent for size in sizes for extent in size.atoms(Extent)}, key=str)
+
+
+def _whole(shape: Sequence[Dimension]) -> Sequence[Dimension]:
+    """Return the shape of a value that is computed for all tokens: if a size is not known, that of a mask."""
+    return shape if dim.all_known(shape) else (BATCH, LENGTH, LENGTH)
 
 
 def _scalar(name: str) -> ir.Value:

@@ -118,7 +118,10 @@ class ContextSlices:
             made = self._resized(node, value, axes)
         except Exception as error:
             raise_at(node, error)
-        return made if made is not None else self.sliced(self._whole(node, value), axes, value)
+        if made is not None:
+            return made
+        whole = self._made[value, ()] = self._made.get((value, ())) or self._whole(node, value)
+        return self.sliced(whole, axes, value)
 
     def _resized(self, node: ir.Node, value: ir.Value, axes: Axes) -> ir.Value | None:
         """The node's output with its slices pushed up; None if they cannot be."""
