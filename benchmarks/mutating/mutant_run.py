@@ -158,6 +158,7 @@ def answered(entry: Entry, mutant: onnx.ModelProto, *, quick: bool = False) -> t
     if quick:
         return LEVELS[0], cases
     _check_again(session, cases[0])
+    _check_names(entry, mutant, cases[0])
     _check_as_written(entry, mutant, cases[0])
     cases = [one for case in cases for one in _apart(session, case, bound_of(mutant))]
     return steady(mutant, entry.folder, cases, bound_of(mutant)) if is_rounded(mutant) else (LEVELS[0], cases)
@@ -173,6 +174,24 @@ def _answered(session: ort.InferenceSession, case: Case) -> Case:
     if not np.isfinite(found[case.real]).all():
         raise NotRunnableError("its answer is not finite")
     return replace(case, reference=found)
+
+
+def _check_names(entry: Entry, mutant: onnx.ModelProto, case: Case) -> None:
+    """A mutant that gives one name to axes of two sizes states what its inputs contradict."""
+    original = onnx.load(entry.path, load_external_data=False)
+    wrong = _names_of_two_sizes(mutant, case) - _names_of_two_sizes(original, case)
+    if wrong:
+        raise NotRunnableError(f"`{min(wrong)}` is the name of axes of two sizes")
+
+
+def _names_of_two_sizes(model: onnx.ModelProto, case: Case) -> set[str]:
+    sizes: dict[str, set[int]] = {}
+    for value in model.graph.input:
+        array = case.inputs.get(value.name)
+        for dim, size in zip(value.type.tensor_type.shape.dim, () if array is None else array.shape, strict=False):
+            if dim.dim_param:
+                sizes.setdefault(dim.dim_param, set()).add(size)
+    return {name for name, found in sizes.items() if len(found) > 1}
 
 
 def _check_again(session: ort.InferenceSession, case: Case) -> None:

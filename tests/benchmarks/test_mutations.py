@@ -156,3 +156,14 @@ def test_a_worker_that_says_nothing_more_hangs_or_has_died(monkeypatch, ended, p
         theirs.close()
     (outcome,) = mutations._until_stuck(mine)
     assert (outcome.number, outcome.category) == (3, category)
+
+
+def test_a_mutant_that_names_axes_of_two_sizes_alike_is_not_judged(tiny):
+    """What it states of its inputs is not true of those that are stored."""
+    mutant = onnx.load(tiny.path)
+    for axis in mutant.graph.input[0].type.tensor_type.shape.dim:
+        axis.dim_param = "batch"
+    outcome = try_mutant(BLANK, tiny, mutant)
+    assert outcome.category in ("not runnable", "refused")
+    with pytest.raises(mutant_run.NotRunnableError, match="`batch` is the name of axes of two sizes"):
+        mutant_run.answered(tiny, mutant)
