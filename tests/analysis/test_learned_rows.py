@@ -7,7 +7,7 @@ from exports import injected
 from written import read
 
 import kvsurgeon
-from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.errors import Code, UnsupportedError
 
 CONSTANTS = "float[1, 3, 8] mk, float[1, 3, 8] mv, int64 three = {3}, int64[1] eight = {8}, int64[1] rows = {3}"
 CONSTANTS += ", int64[6] pads = {0, 3, 0, 0, 0, 0}, int64[6] one_pad = {0, 0, 0, 0, 1, 0}"
@@ -106,6 +106,12 @@ def test_a_past_of_fixed_length_is_no_learned_row():
     inputs = "float[b, 3, 8] past_key, float[b, 3, 8] past_value"
     with pytest.raises(UnsupportedError, match="already has a cache"):
         injected(in_order(read(text(past, FRONT, inputs=inputs))))
+
+
+def test_keys_that_are_joined_to_themselves_are_no_past():
+    with pytest.raises(UnsupportedError, match="Concat mixes tokens along the sequence") as error:
+        injected(in_order(read(text({"key": "k = Concat<axis = 1>(k0, k0)"}, FRONT))))
+    assert error.value.code is not Code.HAS_CACHE
 
 
 # Sums over keys of context: values that depend on the distance.

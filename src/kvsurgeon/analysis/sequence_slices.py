@@ -133,12 +133,14 @@ def _with_columns(visit: NodeVisit, index: int, axis: SequenceAxis, indices: Seq
 def _why_joined(visit: NodeVisit, index: int) -> UnsupportedError:
     """Why tokens cannot be concatenated to something: it is a past, or tokens of the model itself."""
     for other, value in enumerate(visit.node.inputs):
+        if visit.kind(other) is ValueKind.TOKEN:
+            continue
         for _ in range(8):
             node = None if value is None else value.producer()
             if node is None:
                 break
             value = node.inputs[0] if node.inputs else None
-        if other != index and value is not None and value.is_graph_input() and not value.is_initializer():
+        if value is not None and value.is_graph_input() and not value.is_initializer():
             return UnsupportedError(
                 "the model already has a cache", at=value.name, expected="a model exported without one",
                 found="a graph input that is concatenated to the tokens", code=Code.HAS_CACHE,
