@@ -5,7 +5,7 @@
 import numpy as np
 import onnx
 import pytest
-from attentions import attention
+from attentions import attention, in_order
 from onnx import numpy_helper
 from written import read
 
@@ -68,3 +68,14 @@ def test_a_mask_that_opens_for_the_third_sequence_is_rejected(late):
     with pytest.raises(UnsupportedError, match="not causal") as caught:
         Subject.of(model).proof()
     assert caught.value.code is Code.NOT_CAUSAL
+
+
+@pytest.mark.parametrize("result", ["Neg(places)", "Constant<value_float = 3.0>()"], ids=["captured", "constant"])
+def test_biases_that_a_branch_computes_are_rejected(result):
+    branches = f"then_branch = a () => (float c) {{ c = {result} }}, else_branch = b () => (float d) {{ d = Identity(places) }}"
+    biased = (
+        f"places = Cast<to = 1>(row)\n short = Less(length, many)\n bias = If(short)<{branches}>\n s = Add(s0, bias)"
+    )
+    with pytest.raises(UnsupportedError, match="the context contains control flow") as error:
+        Subject.of(in_order(read(attention(scores=biased, constants="int64 many = {777}")))).proof()
+    assert (error.value.code, error.value.at) == (Code.CONTROL_FLOW, "bias")

@@ -18,7 +18,7 @@ from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.errors import Code, UnsupportedError, reraise_mistake
 from kvsurgeon.graph.execution import build_model, open_session
-from kvsurgeon.graph.query import upstream
+from kvsurgeon.graph.query import all_inputs, upstream
 from kvsurgeon.symbolic.dimension import BATCH
 
 MAX_ELEMENTS = 1 << 29  # of a tensor that is computed
@@ -102,6 +102,8 @@ class SubgraphRunner:
             if self.inputs.add(value):
                 self._fed.add(value)
             elif (node := value.producer()) is not None:
+                if any(read not in node.inputs for read in all_inputs(node)):  # captured: not traced, not fed
+                    raise UnsupportedError("the context contains control flow", code=Code.CONTROL_FLOW, at=value.name)
                 nodes.append(node)
             else:
                 raise UnsupportedError(
