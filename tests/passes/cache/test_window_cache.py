@@ -7,8 +7,11 @@ import functools
 import numpy as np
 import onnx
 import pytest
+from attentions import attention
 from decoders import Config, Decoder
 from exports import after, export
+from recurrences import CONVOLUTION
+from written import read
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
@@ -72,6 +75,13 @@ def test_the_cache_is_found_and_removed_again():
     assert isinstance(WindowCache().apply(subject), Unchanged)
     removed = after(windowed(LOCAL_AND_GLOBAL), RemoveCache())
     assert verify(original(LOCAL_AND_GLOBAL), removed, effort="quick", seed=3).verdict == "same"
+
+
+def test_the_last_rows_of_a_convolution_are_kept():
+    convolution = read(attention(hidden=CONVOLUTION, constants="float[8, 1, 3] kernel"))
+    model = after(convolution, Inject(), WindowCache(window=4))
+    assert {one.kind: one.cache_mode for one in Subject.of(model).cache()}["conv_state"] == "last-rows"
+    assert verify(after(model, RemoveCache()), model, effort="quick", seed=3).verdict == "same"
 
 
 def test_passes_that_restore_a_cache_keep_its_windows():

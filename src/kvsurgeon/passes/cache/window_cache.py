@@ -71,7 +71,8 @@ class WindowCache:
         others = {} if self.window is None else self._windows_of_others(masks)
         if not windows and not others:
             return Unchanged(reason="no layer has a sliding window")
-        other = next((one for one in signature.entries if one.cache_mode not in ("dynamic", "recurrent")), None)
+        modes = ("dynamic", "last-rows", "recurrent")  # the latter two of states
+        other = next((one for one in signature.entries if one.cache_mode not in modes), None)
         if other is not None:
             raise UnsupportedError(
                 "rows can be dropped of a dynamic cache only", code=Code.PASS_PRECONDITION,
