@@ -1,4 +1,4 @@
-"""Train a small hybrid of Mamba-2 and attention on real text, and export it without a cache.
+"""Train a small hybrid of Mamba-2 and attention to a window on real text, and export it without a cache.
 
     apt-get download r-cran-janeaustenr && dpkg-deb -x r-cran-janeaustenr_*.deb austen
     pip install torch transformers onnxscript onnxruntime tokenizers
@@ -7,6 +7,12 @@
 Text, tokenizer and training are those of `train_demo_model.py`. OUT then holds `model.onnx`, whose batch and length are
 symbols, `config.json`, `generation_config.json`, the tokenizer, and `sample.txt`, which was kept out of the training.
 One core needs some minutes.
+
+The attention has a window, so a step takes as long, and its cache is as large, after any text:
+
+    kvsurgeon inject OUT -o WITH_CACHE
+    kvsurgeon run -p window-cache WITH_CACHE -o WITH_LAST_ROWS
+    python benchmarks/state_steps.py WITH_LAST_ROWS
 """
 
 from __future__ import annotations
@@ -29,6 +35,8 @@ from train_demo_model import (
     write_side_files,
 )
 from transformers import BambaConfig, BambaForCausalLM
+from transformers.masking_utils import create_sliding_window_causal_mask
+from transformers.models.bamba import modeling_bamba
 
 CONFIG = BambaConfig(
     vocab_size=1024,
@@ -51,7 +59,9 @@ CONFIG = BambaConfig(
     eos_token_id=0,
     pad_token_id=0,
     use_cache=False,
+    sliding_window=SHORT,  # read by the mask below
 )
+modeling_bamba.create_causal_mask = create_sliding_window_causal_mask  # Bamba itself has no window
 RATE = 1.5e-2
 
 
