@@ -68,6 +68,12 @@ WRONG = {
         "change": in_body(3, "<axis = 1>(x, at3)", "<axis = 2>(xt, at3)"),
     },
     "rows in another order": {"rows": "joined = Concat<axis = 1>(y0, y1, y2, y4, y3, y5, y6, y7)"},
+    "a write of no row": {
+        "rows": f"""joined0 = Concat<axis = 1>(blank, blank, blank, blank, blank, blank, blank, blank)
+ nowhere = Constant<value = int64[0, 2] {{}}>()
+ no_row = Constant<value = float[0, 4] {{}}>()
+ {WRITES.replace("ScatterElements<axis = 1>(joined3, all3, y3)", "ScatterND(joined3, nowhere, no_row)")}"""
+    },
     "one row twice": {"rows": "joined = Concat<axis = 1>(y0, y1, y2, y3, y3, y5, y6, y7)"},
     "a start that is a token": {"start": "first", "before": "x = Identity(e)\n first = Gather<axis = 1>(x, at7)"},
     "more tokens than bodies": {"tokens": 9, "rows": f"joined = Concat<axis = 1>({ROWS}, blank)"},

@@ -293,6 +293,8 @@ def _written(shapes: Shapes, node: ir.Node, sizes: Sequence[int]) -> tuple[int, 
         indices = fact.value.astype(np.int64)
     except TypeError:  # symbolic
         return None
+    if not indices.size:
+        return None
     if node.op_type == "ScatterElements":
         axis = node.attributes.get_int("axis", 0) % len(sizes)
         whole = indices.shape == (*sizes[:axis], 1, *sizes[axis + 1 :])
