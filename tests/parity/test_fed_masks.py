@@ -26,3 +26,20 @@ def test_a_right_model_is_verified(parts):
     report = verify(model, injected(model), effort="quick", seed=1)
     assert report.verdict == "same", report.problems
     assert not any("batch size 1 only" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("batch", ["1", "b"])
+def test_masks_are_fed_to_models_whose_outputs_have_tokens_first(batch):
+    turned = "Transpose<perm = [1, 0, 2]>"
+    text = attention(
+        inputs=f"bool[{batch}, n, n] m",
+        allowed="allowed = Not(m)",
+        hidden=f"h = {turned}(x)",
+        after=f"logits = {turned}(c)",
+    )
+    text = text.replace("float[b, n, 8]", f"float[n, {batch}, 8]").replace(
+        "Gather(sizes, one)", "Gather(sizes, nought)"
+    )
+    model = read(text)
+    report = verify(model, injected(model), effort="quick", seed=1)
+    assert report.verdict == "same", report.problems

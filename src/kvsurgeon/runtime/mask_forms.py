@@ -73,6 +73,8 @@ def _hides(decoder: AnyDecoder) -> bool:
         return False
     if not whole.size:
         return False  # a number of tokens selects none
+    if whole.shape[:2] == (length, decoder.batch or 1):  # tokens first
+        whole, *others = (np.moveaxis(array, 0, 1) for array in (whole, *others))
     if whole.ndim < 3 or whole.shape[1] != length or whole.dtype.kind != "f":
         return True
     observed = [whole[:, 1:-1], others[0][:, 1:-1], others[1][:, 1:-1], others[2][:, -1:]]
