@@ -23,11 +23,11 @@ PAGE = Page(
     "token by token, in ragged chunks, and with left padding.",
     command="python benchmarks/causal_types.py MODELS --markdown docs/causal-types.md",
     causes={
-        "bailing_hybrid": "pads texts to whole chunks of 64, over which it loops in Python: recognized at a fixed length",
+        "bailing_hybrid": "pads texts to whole chunks, over which it loops in Python: recognized at a fixed length",
         "dbrx": "loops over the experts that are found by a sum over all tokens",
         "deepseek_v4": "makes one key of each whole group of 4 tokens, and none of those that are left",
         "jetmoe": "sorts all tokens of a call by their experts, and counts them",
-        "kimi_linear": "pads texts to whole chunks of 64, over which it loops in Python: recognized at a fixed length",
+        "kimi_linear": "pads texts to whole chunks, over which it loops in Python: recognized at a fixed length",
         "prophetnet": "joins the text with a second one for predictions of later tokens",
         "xmod": "selects the sequences of a batch by the language of each",
     },
