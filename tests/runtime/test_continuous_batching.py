@@ -39,6 +39,12 @@ def with_past_lengths(**options: object) -> onnx.ModelProto:
     return after(original(**options), Inject(cache="static", past_length="per-sequence"))
 
 
+@functools.cache
+def with_fixed_rows(**options: object) -> onnx.ModelProto:
+    """Return a model whose buffers have as many rows as it says, not as the host does."""
+    return after(original(**options), Inject(cache="static", past_length="per-sequence", max_length=220))
+
+
 def with_query_lengths(**options: object) -> onnx.ModelProto:
     return after(ragged(**options), AddQueryLengths())
 
@@ -49,7 +55,7 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("options", [{}, {"position_ids": True}])
-@pytest.mark.parametrize("make", [ragged, with_past_lengths])
+@pytest.mark.parametrize("make", [ragged, with_past_lengths, with_fixed_rows])
 def test_prompts_that_join_and_leave_give_the_tokens_of_each_alone(make, options):
     generator = TextGenerator(open_session(make(**options), threads=1), stop=(7, 19))
     alone = TextGenerator(open_session(original(**options), threads=1), stop=(7, 19))

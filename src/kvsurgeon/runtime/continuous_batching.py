@@ -35,7 +35,7 @@ class ContinuousBatch:
         Args:
             session: The model.
             rows: The most sequences at a time.
-            capacity: The most tokens of a sequence.
+            capacity: The most tokens of a sequence, if the model does not fix the rows of its buffers.
 
         Raises:
             UsageError: The model does not take sequences of different lengths.
@@ -48,7 +48,7 @@ class ContinuousBatch:
             )
         longest = decoder.max_length
         self.lengths: dict[int, int] = {}
-        self.capacity = capacity if longest is None else min(capacity, longest)
+        self.capacity = decoder.capacity or (capacity if longest is None else min(capacity, longest))
         self._session, self._inputs, self._logits = session, decoder.inputs, decoder.logits
         self._lengths, self._takes_chunks = decoder.lengths, decoder.takes_ragged_chunks
         self._masks_rows = decoder.places_rows

@@ -22,6 +22,9 @@ from kvsurgeon.passes.operators.store_transposed_weights import StoreTransposedW
 FLOAT, K, BLOCK = TensorProto.FLOAT, 48, 16
 
 
+FIXED_ROWS = Inject(cache="static", past_length="mask", max_length=64)
+
+
 def tied() -> onnx.ModelProto:
     """A decoder whose output projection is the transpose of its embeddings."""
     model = Decoder(Config(layers=2, head_dim=16)).model()
@@ -32,6 +35,15 @@ def tied() -> onnx.ModelProto:
     head.input[1] = "transposed"
     graph.node.insert(0, helper.make_node("Transpose", [table], ["transposed"], perm=[1, 0]))
     return model
+
+
+@pytest.mark.parametrize("padding", ["mask", "lengths"])
+@pytest.mark.parametrize("name", ["llama_torchscript_sdpa", "gemma2_torchscript_eager"])
+def test_the_fixed_rows_of_a_buffer_are_not_the_length_of_a_text(name, padding):
+    result = after(export(name), FIXED_ROWS, Optimize(layers="all", padding=padding))
+    assert operators(result).count("GroupQueryAttention") == 2
+    report = verify(export(name), result, threads=1)
+    assert (report.verdict, report.problems) == ("same", ())
 
 
 @pytest.mark.parametrize("padding", ["mask", "lengths"])

@@ -93,12 +93,12 @@ class Inject(CacheOptions):
 
     def _apply(self, subject: Subject) -> Changed:
         if self.cross_attention == "inside":
-            return _at_any_length(self, subject)
+            return inject(self, subject)
         separated = SeparateCrossAttention().apply(subject)
         if isinstance(separated, Unchanged):
             raise UnsupportedError(separated.reason, code=Code.PASS_PRECONDITION, hint="use cross-attention=inside")
         subject.changed()
-        done = _at_any_length(self.of_decoder, subject)
+        done = inject(self.of_decoder, subject)
         done = replace(done, edits=separated.edits + done.edits)
         if self.cross_attention == "separate":
             return replace(done, companions=separated.companions)
@@ -117,22 +117,6 @@ class Inject(CacheOptions):
             return self
         past, present = (name.replace("{layer}.", "{layer}.decoder.") for name in (self.past, self.present))
         return replace(self, past=past, present=present)
-
-
-def _at_any_length(options: CacheOptions, subject: Subject) -> Changed:
-    """Inject a cache; a length that the export fixed is a symbol afterwards, if nothing depends on it.
-
-    Raises:
-        UnsupportedError: The model does not support a cache; it is unchanged.
-    """
-    relaxed = with_symbolic_length(subject.model)
-    if relaxed is not None:
-        work = subject.with_model(relaxed)
-        with suppress(UnsupportedError):  # something depends on the length of the export
-            changed = inject(options, work)
-            subject.become(work)
-            return changed
-    return inject(options, subject)
 
 
 @contextmanager
@@ -175,7 +159,7 @@ def inject(
     bits: int | None = None,
     windows: Windows = NO_WINDOWS,
 ) -> Changed:
-    """Inject a cache into `subject.model`.
+    """Inject a cache into `subject.model`; a length that it fixes is a symbol afterwards, if nothing depends on it.
 
     Args:
         options: Options of the cache.
@@ -189,6 +173,26 @@ def inject(
         UnsupportedError: The model does not support a cache; it is unchanged.
         UsageError: Two options exclude each other, or a name template does not give unique names.
     """
+    arguments = select, padding, bits, windows
+    relaxed = with_symbolic_length(subject.model)
+    if relaxed is not None:
+        work = subject.with_model(relaxed)
+        with suppress(UnsupportedError):  # something depends on the length of the export
+            changed = _inject(options, work, *arguments)
+            subject.become(work)
+            return changed
+    return _inject(options, subject, *arguments)
+
+
+def _inject(
+    options: CacheOptions,
+    subject: Subject,
+    select: SelectMatches | None,
+    padding: Literal["mask", "lengths"],
+    bits: int | None,
+    windows: Windows,
+) -> Changed:
+    """Inject a cache at the length that the model declares; see `inject`."""
     with deep_recursion():
         given, assumed = _analyzed(subject), subject.decomposed().assumed
         opening = [one for one in given.inputs if one.opens_block]

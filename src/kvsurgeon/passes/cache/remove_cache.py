@@ -28,6 +28,7 @@ from kvsurgeon.rewrite.cache_plan import PAST_LENGTH, first_position
 from kvsurgeon.symbolic.dimension import NEW
 
 _RETARGET_HINT = "retarget changes the cache"
+_FIXED_ROWS_HINT = "the fixed rows of the cache are taken for the length of the text: leave max-length out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,12 @@ def reattach_cache(
         subject.changed()  # the caller may have edited the graph
     if bits is not None:
         signature = signature.quantized(bits)
-    outcome = inject(options, subject, select, padding, bits, windows)
+    try:
+        outcome = inject(options, subject, select, padding, bits, windows)
+    except UnsupportedError as error:
+        if signature.capacity is not None and error.code is Code.FIXED_LENGTH:
+            error.hint = _FIXED_ROWS_HINT
+        raise
     graph, editor = subject.model.graph, Editor(subject.model)
     for kind in get_args(Kind):
         entries = [entry for entry in signature.entries if entry.kind == kind]

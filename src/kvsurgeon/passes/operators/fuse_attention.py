@@ -73,7 +73,7 @@ class FuseAttention:
             matches, errors = self._match_all(analysis, proof, subject, cached=cached)
             if errors and (self.layers == "all" or not matches):
                 raise errors[0]
-            notes.extend(f"not fused: {error}" for error in errors)
+            notes[:] = [f"not fused: {error}" for error in errors]
             return matches
 
         if signature is not None and cached:
