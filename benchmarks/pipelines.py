@@ -71,6 +71,7 @@ PASSES: tuple[tuple[str, tuple[str, ...], int], ...] = (  # name, options, weigh
     ("fix-shapes", ("{tokens=4,max-length=96}", "{tokens=1,max-length=96}"), 1),
     ("last-logits", ("",), 1),
     ("add-query-lengths", ("",), 1),
+    ("add-batch-index", ("",), 1),
     ("num-logits-to-keep", ("",), 1),
     ("float16-mask-range", ("",), 1),
     ("int32-inputs", ("",), 1),

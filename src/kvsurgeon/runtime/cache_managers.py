@@ -23,6 +23,7 @@ CacheMode = Literal["dynamic", "static", "new-tokens"]
 
 METADATA_KEY = "kvsurgeon.cache"
 FIRST_CALL_KEY = "kvsurgeon.first_call"  # the inputs that open a block in the first call, and what they hold later
+_BATCH_INDEX = "batch_index"
 _PAST = "past"  # with which the names of inputs of past tokens begin
 UNFILLED = 7  # value of rows without a token: reading them gives wrong results
 UNFILLED_ROWS = 3  # in front of a past of any length, if the model allows as many
@@ -102,6 +103,11 @@ def find_query_lengths(inputs: Sequence[ValueInfo], declared: DeclaredCache) -> 
     counts = (one for one in inputs if one.integer and len(one.dims) == 1 and axis_of(one.dims[0]) == "batch")
     numbers = (one for one in counts if not one.name.startswith(_PAST))
     return next(numbers, None) if declared.ragged else None
+
+
+def find_batch_index(inputs: Sequence[ValueInfo]) -> ValueInfo | None:
+    """Return the input that takes the row of the cache of each sequence, as `add-batch-index` adds it."""
+    return next((one for one in inputs if one.name == _BATCH_INDEX and one.integer and one.dims[1:] == (1,)), None)
 
 
 def _is_total(tensor: ValueInfo) -> bool:

@@ -13,6 +13,7 @@ from kvsurgeon.errors import UsageError
 from kvsurgeon.runtime.axes import Axis, CacheIO, axes_of, axis_of, find_cache, slice_axes
 from kvsurgeon.runtime.cache_managers import (
     UNFILLED,
+    find_batch_index,
     find_length_input,
     find_query_lengths,
     open_cache_manager,
@@ -122,7 +123,8 @@ class CachedDecoder(AnyDecoder):
         self._length_input = find_length_input([one for one in session.inputs if one != self._query_lengths], cache)
         self._first_call = FirstCall(session.inputs, session.outputs)
         others = self._first_call.names
-        lengths = (self._length_input, self._query_lengths)
+        self._batch_index = find_batch_index(session.inputs)
+        lengths = (self._length_input, self._query_lengths, self._batch_index)
         inputs = [one for one in session.inputs if one not in lengths and one.name not in others]
         outputs = (one for one in session.outputs if one.name not in presents | others)
         super().__init__(
@@ -170,8 +172,9 @@ class CachedDecoder(AnyDecoder):
         return self._declared.ragged and [axis_of(dim) for dim in dims] == ["batch"]
 
     def lengths(self, pasts: Array, counts: Array) -> dict[str, Array]:
-        """Return the inputs, if any, for the number of past and of new tokens of each sequence."""
-        given = (self._length_input, pasts), (self._query_lengths, counts)
+        """Return the inputs, if any, for the number of past and of new tokens of each sequence, and for its row."""
+        rows = np.arange(len(counts))[:, None]
+        given = (self._length_input, pasts), (self._query_lengths, counts), (self._batch_index, rows)
         return {one.name: numbers.astype(one.dtype) for one, numbers in given if one is not None}
 
     def use_inputs(self, inputs: DecoderInputs) -> None:

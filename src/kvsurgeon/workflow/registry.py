@@ -21,6 +21,7 @@ BUILT_IN = {
     "separate-cross-attention": "kvsurgeon.passes.cache.separate_cross_attention:SeparateCrossAttention",
     "separate-prefill": "kvsurgeon.passes.cache.separate_prefill:SeparatePrefill",
     "remove-mask": "kvsurgeon.passes.interface.remove_mask:RemoveMask",
+    "add-batch-index": "kvsurgeon.passes.interface.add_batch_index:AddBatchIndex",
     "add-query-lengths": "kvsurgeon.passes.interface.add_query_lengths:AddQueryLengths",
     "add-causal-mask-input": "kvsurgeon.passes.interface.add_causal_mask_input:AddCausalMaskInput",
     "past-length-from-positions": "kvsurgeon.passes.interface.past_length_from_positions:PastLengthFromPositions",

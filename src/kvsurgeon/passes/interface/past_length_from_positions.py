@@ -22,7 +22,7 @@ class PastLengthFromPositions:
     Before: a static cache with an input `past_sequence_length`. After: `position_ids [batch_size, sequence_length]`
     replaces it. Positions after the last real token may have any value, such as -1.
 
-    Not handled: sequences of a batch with different past lengths, as the first one determines it for all.
+    Not handled: a past length for each sequence, as the first sequence of a batch determines it for all.
     """
 
     name: ClassVar[str] = "past-length-from-positions"
@@ -31,13 +31,18 @@ class PastLengthFromPositions:
         """Replace the input of `subject.model`.
 
         Raises:
-            UnsupportedError: No input contains the new tokens.
+            UnsupportedError: No input contains the new tokens, or each sequence has its own past length.
         """
         graph, int64 = subject.model.graph, ir.DataType.INT64
         inputs = {value.name: value for value in graph.inputs}
         past_length = inputs.get(PAST_LENGTH)
         if past_length is None:
             return Unchanged(reason=f"the model has no input {PAST_LENGTH}")
+        if past_length.shape is not None and past_length.shape[0] != 1:
+            raise UnsupportedError(
+                "each sequence of a batch has its own past length", code=Code.PASS_PRECONDITION, at=PAST_LENGTH,
+                expected="one number for all", found=str(past_length.shape),
+            )  # fmt: skip
         editor = Editor(subject.model)
         positions = inputs.get(POSITIONS) or _add_positions(editor)
         first = first_position(editor, positions, name="positions")
