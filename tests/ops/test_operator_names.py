@@ -24,7 +24,10 @@ LISTS = {
     ("heads/grouped_products.py", 1): "operators that are written as a plain product; others are copied",
     ("passes/interface/lm_head.py", 1): "what an LM head consists of, where positions are dropped",
     ("passes/operators/float16_mask_range.py", 2): "what masks scores by a constant, and where one starts",
-    ("rewrite/by_sequence/given_positions.py", 1): "how each operator is written for positions; to be entries",
+    (
+        "rewrite/by_sequence/given_positions.py",
+        1,
+    ): "what gathers rows of a table or replaces a range; other operators follow their links",
 }
 # The verifier shares no code with the analysis; a runtime's list of operators is a fact about the runtime, and torch's
 # name of one about torch.

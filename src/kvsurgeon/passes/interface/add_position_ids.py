@@ -20,7 +20,6 @@ from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 from kvsurgeon.proof.proof import prove
 from kvsurgeon.rewrite.by_sequence.given_positions import (
     GivenPositions,
-    at_tokens,
     context_of_new_tokens,
     shape_of_tokens,
 )
@@ -83,13 +82,13 @@ def _add_positions(analysis: Analysis, name: str) -> int:
     editor = Editor(analysis.model)
     editor.release_name(name)
     positions = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=shape_of_tokens(analysis))
-    given = GivenPositions(analysis.flow, editor, positions)
     found = context_of_new_tokens(analysis, masks=False)
     uses = [use for use in found if not depends_on_input(use[0].inputs[use[1]])]  # type: ignore[arg-type]
-    for node, index, axis in uses:
-        editor.replace_input(node, index, at_tokens(given, node, index, axis))
     if not uses:
         return 0
+    given = GivenPositions(analysis, editor, positions)
+    for node, index, axis in uses:
+        editor.replace_input(node, index, given.at_tokens(node, index, axis))
     analysis.model.graph.inputs.append(positions)
     editor.finish()
     return editor.edits

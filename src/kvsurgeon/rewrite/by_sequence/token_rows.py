@@ -23,7 +23,6 @@ from kvsurgeon.graph.editor import Editor, NodeBuilder
 from kvsurgeon.resizing.lengths import INT64, LengthValues
 from kvsurgeon.rewrite.by_sequence.given_positions import (
     GivenPositions,
-    at_tokens,
     context_of_new_tokens,
     shape_of_tokens,
 )
@@ -49,9 +48,9 @@ def with_token_rows(analysis: Analysis) -> Analysis:
     graph, editor = analysis.model.graph, Editor(analysis.model)
     rows = ir.Value(name=ROWS, type=ir.TensorType(INT64), shape=shape_of_tokens(analysis))
     rows.metadata_props[GIVEN_FOR] = "new"
-    given = GivenPositions(analysis.flow, editor, rows)
+    given = GivenPositions(analysis, editor, rows)
     for node, index, axis in context_of_new_tokens(analysis, masks=True):
-        editor.replace_input(node, index, at_tokens(given, node, index, axis))
+        editor.replace_input(node, index, given.at_tokens(node, index, axis))
     graph.inputs.append(rows)
     editor.finish()
     return analyze(analysis.model)
