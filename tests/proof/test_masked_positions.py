@@ -7,6 +7,7 @@ from exports import injected
 from laws import assert_law
 from written import read
 
+import kvsurgeon
 from kvsurgeon.errors import UnsupportedError
 
 MASK = "int64[b, n] attention_mask"
@@ -113,3 +114,9 @@ def test_another_mask_for_positions_than_for_attention_is_refused():
 def test_positions_from_the_padding_of_any_sequence_are_refused():
     with pytest.raises(UnsupportedError, match="sequence"):
         injected(in_order(read(decoder(OF_ANY))))
+
+
+def test_positions_are_counted_in_exports_of_a_fixed_length_beyond_40_tokens():
+    hidden = "count = CumSum(m, one)\n learned = Gather(table, count)\n h = Add(x, learned)"
+    text = attention(inputs="int64[b, n] m", hidden=hidden, constants="float[64, 8] table")
+    assert len(kvsurgeon.inspect(read(text.replace("b, n", "b, 48"))).attentions) == 1

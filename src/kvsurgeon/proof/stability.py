@@ -71,7 +71,8 @@ def find_limit(sweep: LengthSweep) -> int | None:
         if inputs not in others:
             sweep.bounds |= _table_bounds([rows.get(value) for value in values], results)
         limits += _limit_of(sweep, runner, compared, inputs, results)
-    _check_sequences(runner, runner.run, [min(max(results), _LENGTH_OF_SEQUENCES)])
+    length = sweep.fixed or min(max(results), _LENGTH_OF_SEQUENCES)
+    _check_sequences(runner, runner.run, [length])
     if limits:
         return min(limits)
     if sweep.fixed is not None:
