@@ -186,6 +186,12 @@ def test_an_export_of_fixed_length_takes_shorter_calls_at_given_positions():
     assert verify(original, model).verdict == "same"
 
 
+def test_a_fixed_batch_of_several_sequences_is_rejected():
+    with pytest.raises(UnsupportedError, match=r"batch size is fixed.*found 2") as error:
+        with_positions(Decoder(Config(static=(2, 16))).model())
+    assert error.value.at == "position_ids"
+
+
 def test_inputs_and_outputs_are_renamed():
     subject = Subject.of(Decoder(Config(position_ids=True)).model())
     outcome = RenameIo(names=("position_ids:positions", "logits:scores", "nothing:else")).apply(subject)

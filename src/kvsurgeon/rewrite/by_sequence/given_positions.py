@@ -47,8 +47,18 @@ class GivenPositions(ContextSlices):
     """
 
     def __init__(self, analysis: Analysis, editor: Editor, positions: ir.Value) -> None:
-        """Take the positions, int64 `[batch, length]`."""
+        """Take the positions, int64 `[batch, length]`.
+
+        Raises:
+            UnsupportedError: The batch size is fixed, and another axis could have the same.
+        """
         flow = analysis.flow
+        if isinstance(flow.batch, int) and flow.batch > 1:
+            raise UnsupportedError(
+                "the batch size is fixed, and another axis of context can have the same",
+                code=Code.PASS_PRECONDITION, at=positions.name, expected="a symbol, or 1", found=str(flow.batch),
+                hint="export with a dynamic batch",
+            )  # fmt: skip
         self.positions = positions
         self.rows = editor.node("Reshape", [positions, editor.constant([-1])], name="rows", dtype=positions.dtype)
         sources = {NEW: (self.rows, 0), **sources_of({positions: (flow.batch, flow.length)})}
