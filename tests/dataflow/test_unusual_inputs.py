@@ -79,6 +79,14 @@ def test_tokens_from_the_last_to_the_first_are_refused():
         injected(read(text))
 
 
+def test_tokens_at_addresses_in_a_flattened_batch_are_refused():
+    rows = "batch = Gather(sizes, nought)\n rows = Range(nought, batch, one)\n starts = Mul(rows, length)\n"
+    places = "down = Unsqueeze(starts, second)\n places = Add(down, at)\n flat = Flatten<axis = 2>(x)\n"
+    text = attention(hidden=f"{rows} {places} h = Gather<axis = 0>(flat, places)")
+    with pytest.raises(UnsupportedError, match=r"at their addresses in a flattened batch.*indices `places` - at `h`"):
+        injected(read(text))
+
+
 def test_what_mixes_the_sequences_of_a_batch_is_refused_where_some_are_padded():
     text = attention(
         inputs=MASK,

@@ -29,6 +29,8 @@ def gather(visit: NodeVisit, links: AxisLinks) -> list[Axes]:
             visit.parameter((1,), axis.variable)
         elif _selects_last(visit, axis) or _selects_counted(visit, axis):
             visit.flow.last.update(visit.node.outputs)
+        elif axis.outer == visit.flow.batch != 1:
+            raise _by_address(visit)
         else:
             raise _by_position(visit)
     if visit.kind(1) is ValueKind.TOKEN:
@@ -135,6 +137,16 @@ def _by_position(visit: NodeVisit) -> UnsupportedError:
         at=visit.node.outputs[0].name,
         found=f"indices `{visit.node.inputs[1].name if visit.node.inputs[1] else ''}`",
         hint=hint if is_given else None,
+    )
+
+
+def _by_address(visit: NodeVisit) -> UnsupportedError:
+    return UnsupportedError(
+        f"{visit.node.op_type} reads tokens at their addresses in a flattened batch, which change with the length",
+        code=Code.SELECTS_BY_POSITION,
+        at=visit.node.outputs[0].name,
+        expected="the tokens as [batch, sequence]",
+        found=f"indices `{visit.node.inputs[1].name if visit.node.inputs[1] else ''}`",
     )
 
 
