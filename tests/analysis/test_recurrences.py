@@ -36,6 +36,10 @@ LOOK_ALIKES = {
         "totals = Reshape": "totals0 = Reshape",
         " later =": " totals = Add(totals0, tenth)\n later =",
     },
+    "other tokens within chunks than across them": {
+        "la = MatMul(x, wa)": "la = MatMul(x, wa)\n z = MatMul(x, wz)\n zp = Pad(z, pads, nil)\n zc = Reshape(zp, chunks)",
+        "MatMul(weights, xc)": "MatMul(weights, zc)",
+    },
     "another reader of the states": {
         " previous1 =": " read = ReduceMax(between)\n previous1 =",
         "NORM(y0)": "Mul(y0, read)",

@@ -124,7 +124,8 @@ class ProbeFeeds:
         axes = tuple(axis.with_variable(_TOTAL) for axis in axes)
 
         def feed(rows: Rows) -> np.ndarray:
-            return synthetic_values(rows.sizes(fact.shape or (), axes), axes, rows.keys, fact.dtype)
+            sizes, number = rows.sizes(fact.shape or (), axes), self._number(value)
+            return synthetic_values(sizes, axes, rows.keys, fact.dtype, tensor=number)
 
         self._totals.append(name)
         dtype = run_dtype(fact.dtype or ir.DataType.FLOAT)
@@ -251,7 +252,13 @@ class ProbeFeeds:
         """Return synthetic values for tokens with these numbers."""
         fact, axes = self.flow.shapes[value], self.flow.axes.get(value, ())
         queries = tokens[rows.start : rows.stop]
-        return synthetic_values(self._sizes(value, rows), axes, tokens, fact.dtype, queries)
+        return synthetic_values(self._sizes(value, rows), axes, tokens, fact.dtype, queries, self._number(value))
+
+    def _number(self, value: ir.Value) -> int:
+        """Return the place in the graph of the node that computes a value, or of the first one that reads it."""
+        made, order = value.producer(), self.flow.order
+        nodes = [made] if made is not None else [node for node, _ in value.uses()]
+        return min((order[node] for node in nodes if node in order), default=0)
 
     def _add_feed(self, value: ir.Value, dtype: ir.DataType | None, rank: int | None, feed: Feed) -> None:
         if dtype is None or rank is None:

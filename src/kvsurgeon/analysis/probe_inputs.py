@@ -184,8 +184,9 @@ def _input_sizes(given: InputRole, rows: Rows) -> list[int]:
 
 
 def synthetic_values(
-    sizes: Sequence[int], axes: Axes, tokens: np.ndarray, dtype: ir.DataType | None, queries: np.ndarray | None = None
-) -> np.ndarray:
+    sizes: Sequence[int], axes: Axes, tokens: np.ndarray, dtype: ir.DataType | None,
+    queries: np.ndarray | None = None, tensor: int = 0,
+) -> np.ndarray:  # fmt: skip
     """Return values that look random and depend on the token, not on the length: in [-3, 3] unless it is amplified.
 
     Those of a blank token are 0.
@@ -196,6 +197,7 @@ def synthetic_values(
         tokens: [length], the number of the token at each position: equal numbers give equal values.
         dtype: The type; float32 if unknown.
         queries: [sequence_length], the same on axes of the new tokens if they are not all tokens.
+        tensor: A number of the tensor: those with other numbers have other values, so that exchanging them shows.
     """
     angles, amplification = [], np.ones((), np.float32)
     for place, size in enumerate(sizes):
@@ -210,7 +212,7 @@ def synthetic_values(
             amplified = np.where(numbers >= AMPLIFIED, np.float32(AMPLIFICATION), (numbers != BLANK).astype(np.float32))
             amplification = amplification * amplified.reshape(-1, *[1] * (len(sizes) - place - 1))
             index = (index // block) * 7919 + rows[index % block // inner] * 104729 + index % inner
-        angles.append((index + 1) * (12.9898 + 78.233 * place) * 43.758)
+        angles.append((index + 1) * (12.9898 + 78.233 * place + 0.618034 * tensor) * 43.758)
     wave = _sines_of_sums(angles)
     wave *= 3.0
     dtype = run_dtype(dtype or ir.DataType.FLOAT)
