@@ -37,7 +37,7 @@ LOOK_ALIKES = {
         " later =": " totals = Add(totals0, tenth)\n later =",
     },
     "other tokens within chunks than across them": {
-        "la = MatMul(x, wa)": "la = MatMul(x, wa)\n z = MatMul(x, wz)\n zp = Pad(z, pads, nil)\n zc = Reshape(zp, chunks)",
+        "la = MatMul": "z = MatMul(x, wz)\n zp = Pad(z, pads, nil)\n zc = Reshape(zp, chunks)\n la = MatMul",
         "MatMul(weights, xc)": "MatMul(weights, zc)",
     },
     "another reader of the states": {
