@@ -212,7 +212,8 @@ def synthetic_values(
             amplified = np.where(numbers >= AMPLIFIED, np.float32(AMPLIFICATION), (numbers != BLANK).astype(np.float32))
             amplification = amplification * amplified.reshape(-1, *[1] * (len(sizes) - place - 1))
             index = (index // block) * 7919 + rows[index % block // inner] * 104729 + index % inner
-        angles.append((index + 1) * (12.9898 + 78.233 * place + 0.618034 * tensor) * 43.758)
+        further = 0.618034 * tensor if axis is None else 0.0  # sums over tokens stay as small as they are
+        angles.append((index + 1) * (12.9898 + 78.233 * place + further) * 43.758 + tensor)
     wave = _sines_of_sums(angles)
     wave *= 3.0
     dtype = run_dtype(dtype or ir.DataType.FLOAT)
