@@ -53,6 +53,8 @@ def find_recurrence(flow: TokenFlow, start: ir.Node) -> SequenceState | None:
         region = with_siblings(flow, grown) if axes else []
         if not 0 < len(region) <= _MAX_NODES or not _is_closed(flow, region) or any(map(is_boundary, region)):
             continue
+        if not all(divisor.is_Integer for divisor in _divisors(flow, region)):
+            continue  # the number of tokens of a chunk is no constant
         places = places_of(flow, region)
         if region[-1] is not grown[-1] or not all(has_new_tokens(flow, node.inputs[index]) for node, index in places):
             continue
@@ -203,9 +205,13 @@ def _is_state(flow: TokenFlow, state: SequenceState, recurrent: RecurrentState) 
 
 def chunk_lengths(flow: TokenFlow, state: SequenceState) -> set[int]:
     """Return the numbers of tokens that a chunk may have: sizes of the region are divided by them."""
-    sizes = [size for node in state.nodes for value in node.outputs for size in flow.shapes[value].shape or ()]
+    return {int(divisor) for divisor in _divisors(flow, state.nodes)}
+
+
+def _divisors(flow: TokenFlow, nodes: Sequence[ir.Node]) -> set[sympy.Expr]:
+    sizes = [size for node in nodes for value in node.outputs for size in flow.shapes[value].shape or ()]
     floors = {floor for size in sizes if isinstance(size, sympy.Expr) for floor in size.atoms(sympy.floor)}
-    return {int(sympy.fraction(sympy.together(floor.args[0]))[1]) for floor in floors}
+    return {sympy.fraction(sympy.together(floor.args[0]))[1] for floor in floors}
 
 
 def _holds(scan: _Scan, whole: SubgraphRunner, chunks: Collection[int], beyond: Collection[int]) -> bool:
