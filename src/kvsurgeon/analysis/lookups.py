@@ -131,22 +131,26 @@ def _by_position(visit: NodeVisit) -> UnsupportedError:
     numbers = {given.value for given in visit.flow.inputs if not given.lengths}
     is_given = not numbers.isdisjoint(upstream([visit.node.inputs[1]]))
     hint = "export the logits of all tokens: num-logits-to-keep adds an input for the last ones"
-    return UnsupportedError(
-        f"{visit.node.op_type} selects tokens by their position in the sequence",
-        code=Code.SELECTS_BY_POSITION,
-        at=visit.node.outputs[0].name,
-        found=f"indices `{visit.node.inputs[1].name if visit.node.inputs[1] else ''}`",
-        hint=hint if is_given else None,
-    )
+    return _selects(visit, "selects tokens by their position in the sequence", hint=hint if is_given else None)
 
 
 def _by_address(visit: NodeVisit) -> UnsupportedError:
+    return _selects(
+        visit,
+        "reads tokens at their addresses in a flattened batch, which change with the length",
+        expected="the tokens as [batch, sequence]",
+    )
+
+
+def _selects(visit: NodeVisit, what: str, *, expected: str | None = None, hint: str | None = None) -> UnsupportedError:
+    indices = visit.node.inputs[1]
     return UnsupportedError(
-        f"{visit.node.op_type} reads tokens at their addresses in a flattened batch, which change with the length",
+        f"{visit.node.op_type} {what}",
         code=Code.SELECTS_BY_POSITION,
         at=visit.node.outputs[0].name,
-        expected="the tokens as [batch, sequence]",
-        found=f"indices `{visit.node.inputs[1].name if visit.node.inputs[1] else ''}`",
+        expected=expected,
+        found=f"indices `{indices.name if indices else ''}`",
+        hint=hint,
     )
 
 

@@ -75,15 +75,17 @@ class ReferenceModel:
             raise RunError(run.failure)
         return ReferenceOutputs(scenario=scenario, calls=run.outputs, in_calls=in_calls)
 
-    def outputs(self, tokens: Tokens, mask: Tokens | None = None, block: int = 0) -> Array:
-        """Return the main output for texts, without padding unless a mask is given; see `DecoderInputs.feeds`.
+    def outputs(self, tokens: Tokens, mask: Tokens | None = None, block: int = 0, output: str | None = None) -> Array:
+        """Return an output for texts, the main one if none is named; see `DecoderInputs.feeds`.
+
+        There is no padding unless a mask is given.
 
         Raises:
             RunError: The model fails.
         """
         rows = _full_batch(self.decoder, tokens)
         feeds = self.feeds(rows, np.ones_like(rows) if mask is None else _full_batch(self.decoder, mask), block)
-        found = self.decoder.run(feeds)[self.main]
+        found = self.decoder.run(feeds)[output or self.main]
         return found if len(rows) == len(tokens) else found[: len(tokens)]
 
     def padding_stable(self, expected: ReferenceOutputs) -> bool:
@@ -156,13 +158,17 @@ class ReferenceModel:
         decoder.use_orders(self.decoder.orders)
         return replace(self, decoder=decoder)
 
-    def distance_to(self, other: ReferenceModel, tokens: Tokens, mask: Tokens | None = None) -> float:
+    def distance_to(
+        self, other: ReferenceModel, tokens: Tokens, mask: Tokens | None = None, output: str | None = None
+    ) -> float:
         """Return the error of the same model in another session, on tokens that are not masked.
+
+        It is that of the main output, or of another one that is named.
 
         Raises:
             RunError: A session fails.
         """
-        expected, found = (model.outputs(tokens, mask) for model in (self, other))
+        expected, found = (model.outputs(tokens, mask, output=output) for model in (self, other))
         if mask is None or expected.shape[:2] != mask.shape:
             return distance(expected, found)
         scale, counted = spread(expected), mask.astype(bool)

@@ -66,10 +66,15 @@ class ReferenceNoise:
         rounded = (_OF_ROUNDING * self._distance(self._rounded_once, text) for text in texts)
         return max(self.reference.noise, self._distance(self._unoptimized, texts[0]), *rounded)
 
-    def on(self, scenario: Scenario) -> float:
-        """Return the largest error on one text: rounding counts for more where two keys or tokens are almost equal."""
+    def on(self, scenario: Scenario, output: str) -> float:
+        """Return the largest error of an output on one text, where rounding may count for more than on random texts.
+
+        It does where two keys or tokens are almost equal. Any output but the main one is that of the text without
+        padding, of which it may hold rows.
+        """
         others = (self._unoptimized, *[self._rounded_once] * _TEXTS)
-        return max(self._distance(other, scenario.tokens, scenario.mask) for other in others)
+        mask = scenario.mask if output == self.reference.main else None
+        return max(self._distance(other, scenario.tokens, mask, output) for other in others)
 
     def stable_tokens(self, scenario: Scenario, bound: float) -> npt.NDArray[np.bool_] | None:
         """Return which tokens of a text rounding alone moves by no more than a bound, `[batch, sequence]`.
@@ -88,12 +93,14 @@ class ReferenceNoise:
             largest = np.maximum(largest, errors)
         return largest <= bound
 
-    def _distance(self, other: ReferenceModel | None, tokens: Tokens, mask: Tokens | None = None) -> float:
+    def _distance(
+        self, other: ReferenceModel | None, tokens: Tokens, mask: Tokens | None = None, output: str | None = None
+    ) -> float:
         """Return the error of the reference in another session; 0 if that cannot be run."""
         if other is None:
             return 0.0
         try:
-            return self.reference.distance_to(other, tokens, mask)
+            return self.reference.distance_to(other, tokens, mask, output)
         except KvsurgeonError:
             return 0.0
 

@@ -145,7 +145,8 @@ class _Verification:
         if reference is None or candidate is None:
             return report, None
         noise = ReferenceNoise(reference, models[0], optimization, self.seed)
-        widest = _NEAR * report.bound if report.arithmetic in _EXACT else report.bound
+        exact = report.arithmetic in _EXACT
+        widest = _NEAR * report.bound if exact else report.bound
         measurable, rounding = report.arithmetic in _MEASURED and not report.faults, 0.0
         if report.arithmetic in _MEASURED:
             bound = max(report.bound / _TIGHT, min(SUMS * reference.noise, report.bound))
@@ -159,12 +160,13 @@ class _Verification:
             found = compare(scenario, noise, candidate, report.tolerance)
             near = found.verdict == "different" and found.error is not None and found.error <= widest
             if near and measurable:
-                on_text = noise.on(scenario) if report.arithmetic in _EXACT else 0.0  # the bound of others is wide
+                output = found.output or reference.main
+                on_text = noise.on(scenario, output) if exact else 0.0  # the bound of others is wide
                 rounding = max(rounding, noise.largest, on_text)
                 bound = max(report.bound, min(SUMS * rounding, widest))
                 report = replace(report, tolerance=report.tolerance.with_bound(bound))
                 found = compare(scenario, noise, candidate, report.tolerance)
-            if report.arithmetic in _EXACT:
+            if exact:
                 found = without_unstable_tokens(found, scenario, noise, candidate, report.tolerance)
             comparisons.append(found)
         if rounding:
