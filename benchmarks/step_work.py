@@ -86,6 +86,8 @@ KNOWN: tuple[Known, ...] = (
      "keys are cached before their rotation, which an index chooses"),
     ("third-party/xt_colmem__ts", {"Concat of cache", "Pow of cache", "ReduceSum of cache"},
      "distances to all keys are sums over their features"),
+    ("third-party/xt_mem__ts", {"Concat of cache", "ConstantOfShape of context T x T", "Trilu of context T x T"},
+     "learned keys and values in front of those of all tokens, in each layer, and a mask that counts them"),
     ("third-party/xt_sink__ts", {"Pad of cache"},
      "a learned key and value in front of those of all tokens, in each layer"),
 )  # fmt: skip
