@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from decoders import CachedDecoder as CachedModel
 from decoders import Config, Decoder
@@ -38,6 +39,15 @@ def test_a_model_opens_from_a_file_a_folder_and_bytes(tmp_path):
     ]
     assert {session.inputs for session in sessions} == {sessions[0].inputs}
     assert [tensor.name for tensor in sessions[0].inputs] == ["input_ids", "attention_mask"]
+
+
+def test_no_plan_of_memory_is_kept_for_each_length(monkeypatch):
+    opened, real = [], ort.InferenceSession
+    monkeypatch.setattr(
+        ort, "InferenceSession", lambda *args, **options: opened.append(real(*args, **options)) or opened[-1]
+    )
+    open_session(Decoder().model())
+    assert [session.get_session_options().enable_mem_pattern for session in opened] == [False]
 
 
 def test_opens_the_only_model_of_a_folder(tmp_path):

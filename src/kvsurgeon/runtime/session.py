@@ -112,6 +112,7 @@ def open_session(
     options.log_severity_level = _FATAL_ONLY
     options.graph_optimization_level = _LEVELS[optimization]
     options.enable_cpu_mem_arena = arena
+    options.enable_mem_pattern = False  # one is kept for each new length: 12 KB per token for a small hybrid
     if threads is not None:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
