@@ -29,4 +29,4 @@ def list_families(python: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run(__doc__, "fixed_length.py", list_families, PAGE))
+    sys.exit(run(__doc__, "fixed_length.py", list_families, PAGE, exporters=("torchscript",)))

@@ -61,12 +61,15 @@ class Exports:
         return Row(name=name, exporter=exporter, outcome=outcome, reason=result.reason)
 
 
-def run(description: str | None, example: str, names: Callable[[str], list[str]], page: Page) -> int:
-    """Export the decoders of an example, inject them, print, and return the exit code."""
+def run(
+    description: str | None, example: str, names: Callable[[str], list[str]], page: Page,
+    *, exporters: Sequence[str] = EXPORTERS,
+) -> int:  # fmt: skip
+    """Export the decoders of an example by the exporters it has, inject them, print, and return the exit code."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, metavar="MODELS")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="only this decoder; repeatable")
-    parser.add_argument("--exporter", action="append", default=[], choices=EXPORTERS)
+    parser.add_argument("--exporter", action="append", default=[], choices=exporters)
     parser.add_argument("--python", default=sys.executable, help="interpreter with torch and the packages")
     parser.add_argument("--seconds", type=float, default=240.0, help="time allowed for an export")
     parser.add_argument("--json", type=Path, metavar="OUT", help="rows so far, which are kept by the next run")
@@ -81,7 +84,7 @@ def run(description: str | None, example: str, names: Callable[[str], list[str]]
     tasks = [
         (name, exporter)
         for name in options.only or names(options.python)
-        for exporter in options.exporter or EXPORTERS
+        for exporter in options.exporter or exporters
         if (name, exporter) not in done
     ]
 
