@@ -84,6 +84,7 @@ PASSES: tuple[tuple[str, tuple[str, ...], int], ...] = (  # name, options, weigh
     ("reciprocal-to-div", ("",), 1),
     ("fuse-skip-norms", ("",), 1),
     ("fuse-causal-convs", ("",), 1),
+    ("fuse-linear-attention", ("",), 1),
     ("pack-projections", ("",), 1),
     ("store-transposed-weights", ("",), 1),
     ("optimize", ("", "{layers=all}"), 1),

@@ -21,6 +21,7 @@ from kvsurgeon.analysis.regions.routed_regions import (
 )
 from kvsurgeon.analysis.regions.scans import find_scan
 from kvsurgeon.analysis.regions.sequence_state import find_sequence_state, record_sequence_state
+from kvsurgeon.analysis.regions.stateful_operators import find_stateful_operator
 from kvsurgeon.analysis.token_flow import NodeVisit, TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.shape_inference import Shapes, raise_at
@@ -153,7 +154,7 @@ def _propagate_or_cache(flow: TokenFlow, node: ir.Node) -> None:
         _propagate(flow, node, axes_after)
     except UnsupportedError:
         is_read = node in flow.read_for_content
-        finders = (find_scan, find_sequence_state, find_recurrence)
+        finders = (find_scan, find_stateful_operator, find_sequence_state, find_recurrence)
         state = next(filter(None, (find(flow, node) for find in finders)), None) if is_read else None
         if state is not None:
             record_sequence_state(flow, state)

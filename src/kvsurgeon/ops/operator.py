@@ -157,6 +157,7 @@ class Operator:
         column_parameters: Inputs of a product that hold an element for each column of the result, or one for all.
         notation: A product as a sum over labeled axes.
         zero_points: Indices of the zero points of a product's left and right operand.
+        state: Input of the state before the tokens, `[batch, ...]`, and output of the state after them.
     """
 
     op_type: str
@@ -172,6 +173,7 @@ class Operator:
     column_parameters: tuple[int, ...] = ()
     notation: Callable[[OperatorCall], Any] | None = None
     zero_points: tuple[int, int] | None = None
+    state: tuple[int, int] | None = None
 
 
 def entries(

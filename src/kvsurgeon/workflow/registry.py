@@ -46,6 +46,7 @@ BUILT_IN = {
     "store-transposed-weights": "kvsurgeon.passes.operators.store_transposed_weights:StoreTransposedWeights",
     "pack-projections": "kvsurgeon.passes.operators.pack_projections:PackProjections",
     "fuse-causal-convs": "kvsurgeon.passes.operators.fuse_causal_convs:FuseCausalConvs",
+    "fuse-linear-attention": "kvsurgeon.passes.operators.fuse_linear_attention:FuseLinearAttention",
     "fuse-skip-norms": "kvsurgeon.passes.operators.fuse_skip_norms:FuseSkipNorms",
     "optimize": "kvsurgeon.passes.operators.optimize:Optimize",
     "fuse-rotary": "kvsurgeon.passes.operators.fuse_rotary:FuseRotary",
