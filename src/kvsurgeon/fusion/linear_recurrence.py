@@ -83,12 +83,13 @@ def find_linear_recurrence(
     runner = SubgraphRunner(flow, list(dict.fromkeys([state.result, *values])), probed=found.sources)
     first = _runs(runner, found, _FIRST)
     shaped = (found.of_shape(heads), found.of_shape(heads, width), found.of_shape(heads, key_dim))
-    best = min(_forms(added, *shaped), key=lambda one: _error(one, state.result, first), default=None)
-    if best is None or not first:
+    if len(first) < len(_SCALES):
         return None
-    lengths = [_FIRST, *sorted(_lengths(chunk_lengths(flow, state)))]
-    fits = all(_error(best, state.result, _runs(runner, found, length)) <= _CLOSE for length in lengths)
-    return best if fits else None
+    best = min(_forms(added, *shaped), key=lambda one: _error(one, state.result, first), default=None)
+    if best is None or _error(best, state.result, first) > _CLOSE:
+        return None
+    further = (_runs(runner, found, length) for length in sorted(_lengths(chunk_lengths(flow, state))))
+    return best if all(_error(best, state.result, runs) <= _CLOSE for runs in further) else None
 
 
 def _lengths(chunks: Collection[int]) -> set[int]:

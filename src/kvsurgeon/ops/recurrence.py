@@ -66,5 +66,4 @@ OPERATORS: list[Operator] = [
     *entries("CausalConvWithState", causal_conv_with_state, domain="com.microsoft",
              decomposition="kvsurgeon.decompose.causal_convolutions:causal_conv_with_state"),
     *entries("LinearAttention", linear_attention, linear_attention_links, since_version=27, state=(3, 1)),
-    *entries("LinearAttention", linear_attention, linear_attention_links, domain="com.microsoft", state=(3, 1)),
 ]  # fmt: skip
