@@ -5,7 +5,7 @@ from attentions import attention
 from exports import injected
 from written import read
 
-from kvsurgeon.parity import verify
+from kvsurgeon.parity import measure_loss, verify
 
 NUMBER = "z3 = Unsqueeze(z, both)\n p = Less(row, z3)\n causal = LessOrEqual(row, column)\n allowed = And(causal, p)"
 CROSS = (
@@ -26,6 +26,15 @@ def test_a_right_model_is_verified(parts):
     report = verify(model, injected(model), effort="quick", seed=1)
     assert report.verdict == "same", report.problems
     assert not any("batch size 1 only" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("parts", MODELS.values(), ids=MODELS)
+def test_loss_is_measured_with_what_the_verifier_feeds(parts):
+    text = attention(**parts).replace("float[b, n, 8] x", "int64[b, n] ids")
+    text = text.replace("<float[8, 8] wq", "<float[20, 8] table, float[8, 8] wq")
+    model = read(text.replace("  sizes", "  x = Gather(table, ids)\n  sizes"))
+    found = measure_loss(model, injected(model))  # runs a text in two calls too
+    assert found.kl_divergence < 1e-6
 
 
 @pytest.mark.parametrize("batch", ["1", "b"])

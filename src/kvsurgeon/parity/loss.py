@@ -17,6 +17,7 @@ from kvsurgeon.parity.prediction import check_cache, longest_text, open_decoder,
 from kvsurgeon.parity.report import Progress
 from kvsurgeon.parity.tolerance import TOLERANCES, arithmetic_of
 from kvsurgeon.runtime import AnyDecoder, Array, Source, Tokens
+from kvsurgeon.runtime.shared_inputs import share_inputs
 from kvsurgeon.runtime.text import halves, load_tokenizer, read_text, side_folders
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def measure_loss(
     names = [name for name, _ in layers], [name for _, name in layers]
     before = open_decoder(reference, "the reference model", names[0], folder, threads)
     after = open_decoder(candidate, "the candidate model", names[1], folder, threads)
+    share_inputs([before, after])
     tokenizer = load_tokenizer(side_folders(reference, folder))
     name, windows = _windows(tokenizer, text, before, after, seed, held_out=held_out)
     sums = np.zeros(5 + 2 * len(layers))

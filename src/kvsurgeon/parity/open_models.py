@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError, UsageError
 from kvsurgeon.parity.reference_model import ReferenceModel, probe_reference
 from kvsurgeon.parity.report import Report
 from kvsurgeon.parity.scenarios import TextLengths
 from kvsurgeon.parity.tolerance import ROUNDED, TOLERANCES, Arithmetic
-from kvsurgeon.runtime import AnyDecoder, CachedDecoder, DecoderInputs, InputSpec, Optimization, Session, ValueInfo
+from kvsurgeon.runtime import AnyDecoder, CachedDecoder, Optimization, Session, ValueInfo
 from kvsurgeon.runtime.axes import (
-    axes_of,
     cache_entries,
     cache_mismatch,
     find_presents,
@@ -27,7 +24,7 @@ from kvsurgeon.runtime.axes import (
 from kvsurgeon.runtime.cache_managers import read_cache_metadata, read_first_call
 from kvsurgeon.runtime.decoder import UncachedDecoder
 from kvsurgeon.runtime.feeds import inputs_of
-from kvsurgeon.runtime.mask_forms import settle_masks, with_forms_of
+from kvsurgeon.runtime.shared_inputs import share_inputs
 
 Opened = tuple[Report, ReferenceModel | None, AnyDecoder | None]  # no models: the report says why
 
@@ -79,7 +76,7 @@ def open_models(
     report = replace(_with_cache_tolerance(report, candidate), faults=faults, notes=(*report.notes, *notes))
     if report.unverifiable is not None:
         return report, None, None
-    _share_inputs(reference, candidate, seed)
+    share_inputs([reference, candidate], seed)
     _order_outputs(reference, candidate)
     return _probed(report, reference, candidate, lengths, seed)
 
@@ -232,22 +229,6 @@ def _without_given(pasts: Sequence[ValueInfo], returned: Collection[str]) -> lis
     return [one for one in pasts if one in updated or not updated or dims.issuperset(one.dims)]
 
 
-def _share_inputs(reference: AnyDecoder, candidate: AnyDecoder, seed: int) -> None:
-    """Give inputs of both models one kind, the axes that either shows, and equal values."""
-    _merge_inputs(reference, candidate)
-    _merge_inputs(candidate, reference)
-    for by_name, random in ((True, True), (True, False), (False, False)):
-        fed = [
-            one.inputs.fed(by_name=by_name, seed=seed if random else None, capacity=one.capacity)
-            for one in (reference, candidate)
-        ]
-        if _takes(reference, fed[0]) and _takes(candidate, fed[1]):
-            settled = settle_masks(reference, fed[0])
-            reference.use_inputs(settled)
-            candidate.use_inputs(with_forms_of(fed[1], settled))
-            return
-
-
 def _order_outputs(reference: AnyDecoder, candidate: AnyDecoder) -> None:
     """Move batch and tokens to the front of each output in which both models have them at the same axes."""
     first, second = _orders(reference), _orders(candidate)
@@ -260,41 +241,3 @@ def _orders(decoder: AnyDecoder) -> dict[str, tuple[int, ...]]:
     tokens = decoder.inputs.tokens
     dims = dict(zip(tokens.axes, tokens.tensor.dims, strict=True))
     return {one.name: tokens_first(one, dims.get("batch"), dims.get("sequence")) for one in decoder.outputs}
-
-
-def _merge_inputs(decoder: AnyDecoder, other: AnyDecoder) -> None:
-    """Replace inputs by the other model's of the same name if these show more axes."""
-    known = {spec.name: spec for spec in other.inputs.specs}
-    with_cache = bool(other.cache) and not decoder.cache
-    specs = tuple(_merged(spec, known.get(spec.name), with_cache) for spec in decoder.inputs.specs)
-    decoder.use_inputs(replace(decoder.inputs, specs=specs))
-
-
-def _merged(own: InputSpec, other: InputSpec | None, with_cache: bool) -> InputSpec:
-    """Return an input with the other model's kind and axes; its own if a pass made another kind of input."""
-    if other is None or len(other.axes) != len(own.axes) or other.tensor.floating != own.tensor.floating:
-        return own
-    pairs = zip(own.tensor.dims, other.tensor.dims, own.axes, strict=True)
-    sizes = tuple(size if isinstance(size, int) and axis == "fixed" else dim for dim, size, axis in pairs)
-    own = replace(own, tensor=replace(own.tensor, dims=sizes))
-    better = with_cache or _named_axes(other) > _named_axes(own)
-    return replace(own, axes=other.axes, kind=other.kind) if better else own
-
-
-def _named_axes(spec: InputSpec) -> int:
-    return sum(axis != "fixed" for axis in axes_of(spec.tensor))
-
-
-def _takes(decoder: AnyDecoder, inputs: DecoderInputs) -> bool:
-    """Whether a decoder runs with these inputs."""
-    before = decoder.inputs
-    decoder.use_inputs(inputs)
-    length = decoder.length or decoder.step_length or 2
-    ones = np.ones((decoder.batch or 1, length), np.int64)
-    try:
-        decoder.run(inputs.feeds(np.zeros_like(ones), ones))
-    except (RunError, UsageError):
-        return False
-    finally:
-        decoder.use_inputs(before)
-    return True

@@ -14,6 +14,7 @@ from kvsurgeon.runtime import AnyDecoder, Array, CachedDecoder, Source, Tokens, 
 from kvsurgeon.runtime.axes import find_cache
 from kvsurgeon.runtime.cache_managers import read_cache_metadata
 from kvsurgeon.runtime.session import folder_of
+from kvsurgeon.runtime.shared_inputs import share_inputs
 
 
 def open_decoder(
@@ -28,7 +29,9 @@ def open_decoder(
     model = with_outputs(load_graph(source), outputs) if outputs else source
     session = open_session(model, folder=folder_of(source, folder), threads=threads, name=name)
     cache = find_cache(session.inputs, session.outputs, read_cache_metadata(session.metadata).layouts)
-    return CachedDecoder(session, cache) if cache else UncachedDecoder(session)
+    decoder = CachedDecoder(session, cache) if cache else UncachedDecoder(session)
+    share_inputs([decoder])
+    return decoder
 
 
 def predict(decoder: AnyDecoder, tokens: Tokens, outputs: Sequence[str] = ()) -> dict[str, Array]:

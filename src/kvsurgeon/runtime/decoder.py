@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kvsurgeon.errors import UsageError
+from kvsurgeon.errors import RunError, UsageError
 from kvsurgeon.runtime.axes import Axis, CacheIO, axes_of, axis_of, find_cache, slice_axes
 from kvsurgeon.runtime.cache_managers import (
     UNFILLED,
@@ -90,6 +90,19 @@ class AnyDecoder(ABC):
         """Set the inputs, and the sizes that their dims fix."""
         self.inputs = inputs
         self.batch = fixed_size(inputs, self.session.inputs, "batch")
+
+    def takes(self, inputs: DecoderInputs) -> bool:
+        """Return whether the model runs with these inputs."""
+        before = self.inputs
+        self.use_inputs(inputs)
+        ones = np.ones((self.batch or 1, self.length or self.step_length or 2), np.int64)
+        try:
+            self.run(inputs.feeds(np.zeros_like(ones), ones))
+        except (RunError, UsageError):
+            return False
+        finally:
+            self.use_inputs(before)
+        return True
 
     def use_orders(self, orders: Mapping[str, tuple[int, ...]]) -> None:
         """Order the axes of outputs, by name; others keep theirs."""

@@ -172,15 +172,17 @@ class DecoderInputs:
         sizes = [batch if axis == "batch" else dim for axis, dim in zip(spec.axes, tensor.dims, strict=True)]
         shape = [size if isinstance(size, int) else self.sizes.get(str(size), 1) for size in sizes]
         dtype = np.dtype(np.float32) if tensor.dtype is None else tensor.dtype
-        if self.seed is None:
-            return np.zeros(shape, dtype)
         if "mask" in spec.name:  # nothing is masked: 1, or 0 in a mask that is added
             return np.full(shape, not (tensor.floating and len(shape) > 2)).astype(dtype)
+        if not tensor.floating and len(shape) < 2:
+            return np.full(shape, self.number, dtype)
+        if self.seed is None:
+            return np.zeros(shape, dtype)
         random = np.random.default_rng([self.seed, crc32(spec.name.encode())])
         if tensor.floating:
             values = random.standard_normal(shape) if len(shape) > 1 else random.uniform(0.5, 1.5, shape)
             return np.asarray(values).astype(dtype)
-        return np.asarray(random.integers(0, 2, shape) if len(shape) > 1 else np.full(shape, self.number)).astype(dtype)
+        return random.integers(0, 2, shape).astype(dtype)
 
     def with_blocks(self, closed: Mapping[str, int]) -> DecoderInputs:
         """Return the inputs with some that open a block in the first call: by name, what they hold for other tokens."""
