@@ -1,13 +1,15 @@
 """Linear recurrences over chunks of tokens: a state of fixed size is passed from call to call."""
 
 import itertools
+import random
 
 import numpy as np
 import pytest
+from attentions import in_order
 from exports import injected
 from laws import ALLOWED, assert_law, difference, dims_of, in_onnxruntime, texts
 from onnx import numpy_helper
-from recurrences import hybrid, scan
+from recurrences import hybrid, keyed_hybrid, keyed_scan, scan
 from written import read
 
 from kvsurgeon import io
@@ -55,6 +57,19 @@ def test_a_recurrence_over_chunks_has_a_state_of_fixed_size():
     for length, cuts in ((3, [1, 2]), (12, [4, 8]), (13, range(1, 13)), (13, [5, 6, 11]), (9, [3])):
         assert_law(original, model, whole=texts(original, length=length), cuts=list(cuts))
     assert verification.verify_models(original, model).verdict == "same"
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_it_is_found_in_any_order_of_the_nodes(seed):
+    rows = "token_at = Range(nought, length, one)\n four_of = Mod(token_at, four)\n rows = Gather(wz, four_of)"
+    keys = {"kb0 = MatMul(x,": f"{rows}\n xr = Add(x, rows)\n kb0 = MatMul(xr,"}  # read context that others do not
+    original = read(keyed_hybrid(keyed_scan(**keys)))
+    nodes = list(original.graph.node)
+    random.Random(seed).shuffle(nodes)
+    del original.graph.node[:]
+    original.graph.node.extend(nodes)
+    states = [value.name for value in injected(in_order(original)).graph.input if "state" in value.name]
+    assert states == ["past_key_values.0.recurrent_state"]
 
 
 @pytest.mark.parametrize("changes", LOOK_ALIKES.values(), ids=LOOK_ALIKES.keys())

@@ -6,6 +6,8 @@ This is the proof that every other operator is position-wise: it is made of axes
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from graphlib import TopologicalSorter
+from heapq import heappop, heappush
 
 import onnx_ir as ir
 
@@ -22,11 +24,13 @@ from kvsurgeon.analysis.regions.routed_regions import (
 from kvsurgeon.analysis.regions.scans import find_scan
 from kvsurgeon.analysis.regions.sequence_state import find_sequence_state, record_sequence_state
 from kvsurgeon.analysis.regions.stateful_operators import find_stateful_operator
+from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.analysis.token_flow import NodeVisit, TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.shape_inference import Shapes, raise_at
 from kvsurgeon.dataflow.value_kinds import ValueKind, find_fixed_values
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.query import all_inputs
 from kvsurgeon.ops.elementwise import draws_numbers
 from kvsurgeon.ops.operator import AxisLinks, Trait, UntraceableAxesError
 from kvsurgeon.ops.table import KNOWN_DOMAINS, axis_links, contraction_of, has_trait
@@ -63,24 +67,48 @@ def propagate_tokens(
     for given in inputs:
         if given.is_token:
             flow.axes[given.value] = tuple(SequenceAxis(axis, flow.query_axis) for axis in given.lengths)
-    routed_regions: dict[ir.Node, RoutedRegion] = {}
-    for node in nodes:
-        is_token = [kinds.get(value) is ValueKind.TOKEN for value in node.outputs]
-        if is_token[0] and has_trait(node, Trait.ROUTING) and node not in routed_regions:
-            found = find_routed_region(flow, node)
-            routed_regions.update(dict.fromkeys(found, found) if found is not None else {})
-        if node in routed_regions:
-            if node is routed_regions[node][-1]:
-                record_routed_region(flow, routed_regions[node])
-        elif any(is_token) and node not in flow.state_nodes:
-            try:
-                _propagate_or_cache(flow, node)
-            except UnsupportedError:
-                if not _starts_region(flow, node, routed_regions):
-                    raise
+    _trace(flow, nodes)
     _check_variables(flow)
     _check_outputs(flow)
     return flow
+
+
+def _trace(flow: TokenFlow, nodes: Sequence[ir.Node]) -> None:
+    """Trace all token data: nodes in graph order, but those that mix tokens after all that does not read their results.
+
+    So the region around such a node is the same in whatever order the graph lists its nodes.
+    """
+    routed_regions: dict[ir.Node, RoutedRegion] = {}
+    order = TopologicalSorter({node: _token_producers(flow, node) for node in nodes if _gives_tokens(flow, node)})
+    order.prepare()
+    ready: list[int] = []
+    mixing: list[tuple[int, UnsupportedError]] = []
+    while order.is_active():
+        for node in order.get_ready():
+            heappush(ready, flow.order[node])
+        number, error = (heappop(ready), None) if ready else heappop(mixing)
+        node = nodes[number]
+        if node in routed_regions:
+            if node is routed_regions[node][-1]:
+                record_routed_region(flow, routed_regions[node])
+        elif error is not None and node not in flow.state_nodes:
+            _find_region(flow, node, routed_regions, error)
+        elif node not in flow.state_nodes:
+            try:
+                _propagate(flow, node, axes_after)
+            except UnsupportedError as found:
+                heappush(mixing, (number, found))
+                continue
+        order.done(node)
+
+
+def _token_producers(flow: TokenFlow, node: ir.Node) -> list[ir.Node]:
+    found = (value.producer() for value in all_inputs(node) if is_token(flow, value))
+    return [node for node in found if node is not None]
+
+
+def _gives_tokens(flow: TokenFlow, node: ir.Node) -> bool:
+    return any(is_token(flow, value) for value in node.outputs)
 
 
 def _check_random(flow: TokenFlow) -> None:
@@ -119,17 +147,6 @@ def _check_encoder(flow: TokenFlow) -> None:
             )  # fmt: skip
 
 
-def _starts_region(flow: TokenFlow, node: ir.Node, routed_regions: dict[ir.Node, RoutedRegion]) -> bool:
-    """Return whether a routed region starts at a node that sorts or counts tokens, and add it to the others."""
-    found = find_routed_region(flow, node) if sorts_or_counts(flow, node) else None
-    if found is None:
-        return False
-    whole = join_regions(flow, {found, *(routed_regions[one] for one in found if one in routed_regions)})
-    if whole is not None:
-        routed_regions.update(dict.fromkeys(whole, whole))
-    return whole is not None
-
-
 def _reads_queries(flow: TokenFlow, node: ir.Node) -> bool:
     """Whether a node reads no tensor in which queries meet keys."""
     axes = [axis for value in node.inputs if value is not None for axis in flow.axes.get(value, ())]
@@ -145,21 +162,38 @@ def _batch(inputs: list[InputRole]) -> Dimension:
     return first.dimensions[axis - 1] if axis else 1
 
 
-def _propagate_or_cache(flow: TokenFlow, node: ir.Node) -> None:
-    """Propagate through a node; if it mixes tokens, cache what it reads if only earlier tokens count.
+def _find_region(
+    flow: TokenFlow, node: ir.Node, routed_regions: dict[ir.Node, RoutedRegion], error: UnsupportedError
+) -> None:
+    """Find out what a node that mixes tokens belongs to: a routed region, a state, or learned rows in front of tokens.
 
-    If it adds learned rows to the tokens, they are keys or values from there on.
+    Raises:
+        UnsupportedError: The error given, if it is none of them.
     """
-    try:
-        _propagate(flow, node, axes_after)
-    except UnsupportedError:
-        is_read = node in flow.read_for_content
-        finders = (find_scan, find_stateful_operator, find_sequence_state, find_recurrence)
-        state = next(filter(None, (find(flow, node) for find in finders)), None) if is_read else None
-        if state is not None:
-            record_sequence_state(flow, state)
-        elif (is_read or not _reads_queries(flow, node)) and not _has_learned_rows(flow, node):
-            raise
+    is_read = node in flow.read_for_content
+    finders = (find_scan, find_stateful_operator, find_sequence_state, find_recurrence)
+    if has_trait(node, Trait.ROUTING) and _starts_region(flow, node, routed_regions):
+        return
+    state = next(filter(None, (find(flow, node) for find in finders)), None) if is_read else None
+    if state is not None:
+        record_sequence_state(flow, state)
+    elif (
+        (is_read or not _reads_queries(flow, node))
+        and not _has_learned_rows(flow, node)
+        and not (sorts_or_counts(flow, node) and _starts_region(flow, node, routed_regions))
+    ):
+        raise error
+
+
+def _starts_region(flow: TokenFlow, node: ir.Node, routed_regions: dict[ir.Node, RoutedRegion]) -> bool:
+    """Return whether a routed region starts at a node, and add it to the others, with which it may overlap."""
+    found = find_routed_region(flow, node)
+    if found is None:
+        return False
+    whole = join_regions(flow, {found, *(routed_regions[one] for one in found if one in routed_regions)})
+    if whole is not None:
+        routed_regions.update(dict.fromkeys(whole, whole))
+    return whole is not None
 
 
 def _has_learned_rows(flow: TokenFlow, node: ir.Node) -> bool:

@@ -33,8 +33,8 @@ from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import growing_regions, is_closed, is_token, with_upstream
 from kvsurgeon.analysis.token_flow import NodeVisit, Place, SequenceState, TokenFlow
 from kvsurgeon.errors import UnsupportedError
-from kvsurgeon.ops.operator import UntraceableAxesError
-from kvsurgeon.ops.table import axis_links
+from kvsurgeon.ops.operator import Trait, UntraceableAxesError
+from kvsurgeon.ops.table import axis_links, contraction_of, has_trait
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
@@ -55,7 +55,7 @@ def find_sequence_state(flow: TokenFlow, start: ir.Node) -> SequenceState | None
     The inputs of the region can be cached, and only its result is read elsewhere.
     """
     for grown in growing_regions(flow, start):
-        if len(grown) > _MAX_NODES or is_boundary(grown[-1]):
+        if len(grown) > _MAX_NODES or is_boundary(grown[-1]) or _multiplies_tokens(flow, grown[-1]):
             return None
         region = with_siblings(flow, grown)
         if is_closed(region, region[-1].outputs[:1]) and not any(map(is_boundary, region)):
@@ -64,6 +64,12 @@ def find_sequence_state(flow: TokenFlow, start: ir.Node) -> SequenceState | None
             if state is not None:
                 return state
     return None
+
+
+def _multiplies_tokens(flow: TokenFlow, node: ir.Node) -> bool:
+    """Return whether a node is a product of token data with token data, as attention is."""
+    product = contraction_of(flow.shapes.call(node)) if has_trait(node, Trait.PRODUCT) else None
+    return product is not None and all(is_token(flow, node.inputs[place]) for place in (product.left, product.right))
 
 
 def record_sequence_state(flow: TokenFlow, state: SequenceState) -> None:
