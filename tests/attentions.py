@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import onnx
 from exports import injected
 from laws import assert_law
@@ -61,6 +63,15 @@ def assert_law_of(text: str, opset: int = 18) -> None:
     """The model that a text describes can be given a cache; the text may name a value before the line that makes it."""
     original = in_order(read(text, opset))
     assert_law(original, injected(original))
+
+
+def shuffled(model: onnx.ModelProto, seed: int) -> onnx.ModelProto:
+    """Put the nodes in another execution order, which is random."""
+    nodes = list(model.graph.node)
+    random.Random(seed).shuffle(nodes)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return in_order(model)
 
 
 def in_order(model: onnx.ModelProto) -> onnx.ModelProto:

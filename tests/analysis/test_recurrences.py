@@ -1,11 +1,10 @@
 """Linear recurrences over chunks of tokens: a state of fixed size is passed from call to call."""
 
 import itertools
-import random
 
 import numpy as np
 import pytest
-from attentions import in_order
+from attentions import shuffled
 from exports import injected
 from laws import ALLOWED, assert_law, difference, dims_of, in_onnxruntime, texts
 from onnx import numpy_helper
@@ -64,11 +63,7 @@ def test_it_is_found_in_any_order_of_the_nodes(seed):
     rows = "token_at = Range(nought, length, one)\n four_of = Mod(token_at, four)\n rows = Gather(wz, four_of)"
     keys = {"kb0 = MatMul(x,": f"{rows}\n xr = Add(x, rows)\n kb0 = MatMul(xr,"}  # read context that others do not
     original = read(keyed_hybrid(keyed_scan(**keys)))
-    nodes = list(original.graph.node)
-    random.Random(seed).shuffle(nodes)
-    del original.graph.node[:]
-    original.graph.node.extend(nodes)
-    states = [value.name for value in injected(in_order(original)).graph.input if "state" in value.name]
+    states = [value.name for value in injected(shuffled(original, seed)).graph.input if "state" in value.name]
     assert states == ["past_key_values.0.recurrent_state"]
 
 

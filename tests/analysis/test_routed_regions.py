@@ -3,8 +3,9 @@
 import numpy as np
 import onnxruntime
 import pytest
-from attentions import assert_law_of, attention, in_order
+from attentions import assert_law_of, attention, in_order, shuffled
 from exports import injected
+from laws import assert_law
 from written import read
 
 from kvsurgeon.errors import UnsupportedError
@@ -94,6 +95,13 @@ MINUS = "int64[1] minus1 = {-1}"
 
 def test_experts_whose_masks_select_several_times():
     assert_law_of(text(BY_MASK, MINUS))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_they_are_found_in_any_order_of_the_nodes(seed):
+    shape_outside = BY_MASK.replace("(column_N, fs)", "(column_N, before_sizes_N)\n before_sizes_N = Shape(before_N)")
+    original = shuffled(in_order(read(text(shape_outside, MINUS))), seed)
+    assert_law(original, injected(original))
 
 
 @pytest.mark.parametrize("end", ["Min(rows_N, limit1)", "Div(rows_N, two1)"])

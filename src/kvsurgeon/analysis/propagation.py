@@ -20,6 +20,7 @@ from kvsurgeon.analysis.regions.routed_regions import (
     join_regions,
     record_routed_region,
     sorts_or_counts,
+    token_axes,
 )
 from kvsurgeon.analysis.regions.scans import find_scan
 from kvsurgeon.analysis.regions.sequence_state import find_sequence_state, record_sequence_state
@@ -30,7 +31,7 @@ from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.dataflow.shape_inference import Shapes, raise_at
 from kvsurgeon.dataflow.value_kinds import ValueKind, find_fixed_values
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.graph.query import all_inputs
+from kvsurgeon.graph.query import all_inputs, downstream
 from kvsurgeon.ops.elementwise import draws_numbers
 from kvsurgeon.ops.operator import AxisLinks, Trait, UntraceableAxesError
 from kvsurgeon.ops.table import KNOWN_DOMAINS, axis_links, contraction_of, has_trait
@@ -76,17 +77,22 @@ def propagate_tokens(
 def _trace(flow: TokenFlow, nodes: Sequence[ir.Node]) -> None:
     """Trace all token data: nodes in graph order, but those that mix tokens after all that does not read their results.
 
-    So the region around such a node is the same in whatever order the graph lists its nodes.
+    Of the nodes that wait, the one comes first whose region may end first. So the region around a node is the same in
+    whatever order the graph lists its nodes.
     """
-    routed_regions: dict[ir.Node, RoutedRegion] = {}
-    order = TopologicalSorter({node: _token_producers(flow, node) for node in nodes if _gives_tokens(flow, node)})
+    sources = {node: _token_producers(flow, node) for node in nodes if any(is_token(flow, one) for one in node.outputs)}
+    depths: dict[ir.Node, int] = {}
+    for node, producers in sources.items():
+        depths[node] = 1 + max((depths[producer] for producer in producers), default=0)
+    order = TopologicalSorter(sources)
     order.prepare()
+    routed_regions: dict[ir.Node, RoutedRegion] = {}
     ready: list[int] = []
-    mixing: list[tuple[int, UnsupportedError]] = []
+    mixing: list[tuple[int, int, UnsupportedError]] = []
     while order.is_active():
         for node in order.get_ready():
             heappush(ready, flow.order[node])
-        number, error = (heappop(ready), None) if ready else heappop(mixing)
+        _, number, error = (0, heappop(ready), None) if ready else heappop(mixing)
         node = nodes[number]
         if node in routed_regions:
             if node is routed_regions[node][-1]:
@@ -97,7 +103,7 @@ def _trace(flow: TokenFlow, nodes: Sequence[ir.Node]) -> None:
             try:
                 _propagate(flow, node, axes_after)
             except UnsupportedError as found:
-                heappush(mixing, (number, found))
+                heappush(mixing, (_first_end(flow, node, depths), number, found))
                 continue
         order.done(node)
 
@@ -107,8 +113,10 @@ def _token_producers(flow: TokenFlow, node: ir.Node) -> list[ir.Node]:
     return [node for node in found if node is not None]
 
 
-def _gives_tokens(flow: TokenFlow, node: ir.Node) -> bool:
-    return any(is_token(flow, value) for value in node.outputs)
+def _first_end(flow: TokenFlow, node: ir.Node, depths: Mapping[ir.Node, int]) -> int:
+    """Return the depth of the nearest node after another one whose result has an axis of all tokens."""
+    ends = (value.producer() for value in downstream(node.outputs) if is_token(flow, value) and token_axes(flow, value))
+    return next((depths[end] for end in ends if end is not None), 0)
 
 
 def _check_random(flow: TokenFlow) -> None:

@@ -61,7 +61,7 @@ def find_routed_region(flow: TokenFlow, start: ir.Node) -> RoutedRegion | None:
             continue
         if not may_be_inside(flow, node) or any(value.is_graph_output() for value in region[-2].outputs):
             return None
-        if _result_axes(flow, region):
+        if token_axes(flow, node.outputs[0]):
             whole = with_upstream(flow, region, partial(_is_of_selected, flow))
             if is_closed(whole, node.outputs) and all(may_be_inside(flow, one) for one in whole if one is not start):
                 return tuple(whole)
@@ -141,9 +141,9 @@ def _sorts_all(flow: TokenFlow, node: ir.Node) -> bool:
     return bool(before and after) and dim.is_equal(before[axis], after[axis]) is True  # type: ignore[index]
 
 
-def _result_axes(flow: TokenFlow, region: Sequence[ir.Node]) -> Axes:
-    """Return the sequence axis of a region's result: the length alone, or batch * length."""
-    for place, size in enumerate(flow.shapes[region[-1].outputs[0]].shape or ()):
+def token_axes(flow: TokenFlow, value: ir.Value) -> Axes:
+    """Return the sequence axis of a value by its sizes: the length alone, or batch * length."""
+    for place, size in enumerate(flow.shapes[value].shape or ()):
         for outer in (1, flow.batch):
             if not isinstance(size, int) and dim.is_equal(size, dim.multiply(outer, flow.length)):
                 return (SequenceAxis(place, flow.query_axis, outer),)
@@ -171,7 +171,7 @@ def record_routed_region(flow: TokenFlow, region: RoutedRegion) -> None:
         )  # fmt: skip
     flow.routed_regions.update(dict.fromkeys(region, structure))
     flow.assumed.setdefault(ROUTING_IS_POSITION_WISE, first)
-    flow.axes[region[-1].outputs[0]] = _result_axes(flow, region)
+    flow.axes[region[-1].outputs[0]] = token_axes(flow, region[-1].outputs[0])
 
 
 def _is_position_wise(flow: TokenFlow, region: RoutedRegion, tokens: Sequence[ir.Value]) -> bool:
@@ -188,7 +188,7 @@ def _is_position_wise(flow: TokenFlow, region: RoutedRegion, tokens: Sequence[ir
         return runner.run(len(text), tokens=_TOKENS[text], second_tokens=None if second is None else _TOKENS[second])[0]
 
     def by_token(array: np.ndarray, text: np.ndarray) -> np.ndarray:
-        return sequence_last(array, _result_axes(flow, region), Rows.of_text(len(text)))
+        return sequence_last(array, token_axes(flow, region[-1].outputs[0]), Rows.of_text(len(text)))
 
     try:
         runner = SubgraphRunner(flow, [result], probed=sources, assumptions=flow.assumed)
