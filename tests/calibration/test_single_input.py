@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from decoders import Config, Decoder
 from laws import difference, in_onnxruntime, texts
+from unrolled import unrolled
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError, UsageError
@@ -117,6 +118,12 @@ def test_no_text_and_no_layer_are_named(text: Path) -> None:
     with pytest.raises(UsageError, match="a layer from 0 to 2, found 3"):
         SwiftKv(after=3).apply(subject)
     assert isinstance(SwiftKv(after=2).apply(subject), Unchanged)
+
+
+def test_a_model_that_has_states_alone_is_unchanged(text: Path) -> None:
+    subject = Subject.of(unrolled())
+    subject.text = text
+    assert SwiftKv(after=0).apply(subject) == Unchanged(reason="the model has no attention")
 
 
 def test_keys_that_something_else_reads_are_rejected(text: Path) -> None:

@@ -23,13 +23,21 @@ def token_inputs(flow: TokenFlow, node: ir.Node) -> list[ir.Value]:
     return list(dict.fromkeys(value for value in node.inputs if value is not None and is_token(flow, value)))
 
 
-def upstream_tokens(flow: TokenFlow, value: ir.Value | None) -> Iterator[ir.Value]:
-    """Yield a value and the token data it is computed from, nearest first, up to the results of projections."""
+def upstream_tokens(
+    flow: TokenFlow, value: ir.Value | None, *, stop: Callable[[ir.Value], bool] | None = None
+) -> Iterator[ir.Value]:
+    """Yield a value and the token data it is computed from, nearest first, up to the results of projections.
+
+    Args:
+        flow: The flow of tokens.
+        value: Where to start; None for nothing.
+        stop: Another end: a value for which this is true is yielded, but nothing that it is computed from.
+    """
 
     def inputs(node: ir.Node) -> list[ir.Value]:
         return [] if has_trait(node, Trait.PROJECTION) else token_inputs(flow, node)
 
-    return upstream([value], inputs=inputs)
+    return upstream([value], stop=stop, inputs=inputs)
 
 
 def growing_regions(flow: TokenFlow, start: ir.Node) -> Iterator[list[ir.Node]]:

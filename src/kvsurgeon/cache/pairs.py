@@ -119,6 +119,11 @@ class CachePair:
         return Window(last=last, first=sum(first))
 
     @property
+    def is_state(self) -> bool:
+        """Whether the past is a state of a fixed size, such as that of a convolution."""
+        return self.cache_mode == "last-rows" and self.window is None
+
+    @property
     def rows(self) -> ir.Value | None:
         """The new rows, before any views."""
         rows = self.node.inputs[self.operands.rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -197,7 +197,7 @@ def _readers(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int
         assert value is not None
         # The cache point may be the common input of several projections, which is no bottleneck of one operand.
         candidates = {*bottlenecks(analysis.flow, [value]), *bottlenecks(analysis.flow, [point.value])}
-        kinds = _kinds_of_quantized(analysis.flow, value, kind) | {one.name or "": kind for one in candidates}
+        kinds = _kinds_of_quantized(analysis.flow, value, kind, rows) | {one.name or "": kind for one in candidates}
         for name in kinds.keys() & rows.keys():
             known = readers.setdefault(name, [])
             if len(known) < rows[name] and (number, kinds[name]) not in [reader[:2] for reader in known]:
@@ -220,11 +220,12 @@ def _readers(analysis: Analysis, rows: Counter[str]) -> dict[str, list[tuple[int
     return readers
 
 
-def _kinds_of_quantized(flow: TokenFlow, operand: ir.Value, kind: Kind) -> dict[str, Kind]:
+def _kinds_of_quantized(flow: TokenFlow, operand: ir.Value, kind: Kind, rows: Container[str]) -> dict[str, Kind]:
     """Return the kind of integers and scales that an operand is computed from, by name.
 
-    They are no bottlenecks: both are computed from one tensor, and needed together.
+    They are no bottlenecks: both are computed from one tensor, and needed together. Rows that they are computed from
+    are those of a state.
     """
-    found = upstream_tokens(flow, operand) if kind in _SCALED else ()
+    found = upstream_tokens(flow, operand, stop=lambda value: value.name in rows) if kind in _SCALED else ()
     dtypes = {value.name or "": flow.shapes[value].dtype for value in found}
     return {name: kind if dtype is not None and dtype.is_integer() else _SCALED[kind] for name, dtype in dtypes.items()}

@@ -41,7 +41,7 @@ def largest_features(model: ir.Model, text: Path, folder: Path | None = None) ->
         tokenizer = load_tokenizer(side_folders(proto, folder))
         for row in calibration_rows(text, tokenizer, longest_text(decoder, ROW)):
             predict(decoder, row)
-            for entry in decoder.cache:
+            for entry in (one for one in decoder.cache if not one.is_fixed):
                 found = np.abs(decoder.cached_rows(entry).astype(np.float32)).max(axis=(0, 2))
                 largest[entry.past.name] = np.maximum(largest.get(entry.past.name, found), found)
     return largest

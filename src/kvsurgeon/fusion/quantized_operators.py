@@ -38,7 +38,8 @@ def check_operators(pairs: Sequence[CachePair]) -> None:
         if pair.node.op_type != "GroupQueryAttention" or pair.past.dtype not in (_FLOAT, ir.DataType.FLOAT16):
             raise UnsupportedError(
                 "constant scales need an operator that takes them", code=Code.PASS_PRECONDITION, at=pair.past.name,
-                expected="a cache of floats that GroupQueryAttention updates", found=pair.node.op_type,
+                expected="FLOAT or FLOAT16 that GroupQueryAttention updates",
+                found=f"{pair.past.dtype} that {pair.node.op_type} updates",
                 hint="run fuse-attention first, or use scales=per-token",
             )  # fmt: skip
 

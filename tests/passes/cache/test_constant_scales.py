@@ -27,13 +27,26 @@ def text(tmp_path_factory) -> Path:
     return path
 
 
+class Convolved(Decoder):
+    """Keys are projections of the results of a causal convolution."""
+
+    def heads(self, hidden: str, name: str, count: int, gain: float = 1.0) -> str:
+        graph, size = self.graph, self.config.hidden
+        if name == "key":
+            kernel = graph.constant(np.random.default_rng(1).standard_normal((size, 1, 3)), "float32")
+            turned = graph.op("Transpose", hidden, perm=[0, 2, 1])
+            hidden = graph.op("Conv", turned, kernel, group=size, kernel_shape=[3], pads=[2, 0])
+            hidden = graph.op("Transpose", hidden, perm=[0, 2, 1])
+        return super().heads(hidden, name, count, gain)
+
+
 @functools.cache
 def original() -> onnx.ModelProto:
     return Decoder(Config(layers=2, head_dim=16)).model()
 
 
-def outcome(passes: str, text: Path | None) -> Changed:
-    subject = Subject.of(original())
+def outcome(passes: str, text: Path | None, model: onnx.ModelProto | None = None) -> Changed:
+    subject = Subject.of(original() if model is None else model)
     subject.text = text
     return Pipeline.parse(passes).run(subject).changes[-1]
 
@@ -56,6 +69,15 @@ def test_results_are_those_of_rounded_keys_and_values(fused, bits, scales, text)
     assert report.error < 2e-2
     before, after = changed.cache_bytes or (0, 0)
     assert before == after * 32 // bits
+
+
+def test_states_stay_floats(text):
+    model = Convolved(Config(layers=2, head_dim=16, attention_mask=False)).model()
+    rounded, result = models(outcome("inject,fuse-attention,quantize-cache{scales=per-channel}", text, model))
+    types = {value.name: value.type.tensor_type.elem_type for value in result.graph.input}
+    assert types["past_key_values.0.key"] == onnx.TensorProto.INT8
+    assert types["past_key_values.0.conv_state"] == onnx.TensorProto.FLOAT
+    assert verify(rounded, result, effort="quick", seed=3).verdict == "same"
 
 
 def test_scales_of_another_layer_are_found(text):

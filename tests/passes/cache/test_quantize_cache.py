@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import numpy as np
 import onnx
 import pytest
+from attentions import attention
 from decoders import Config, Decoder
 from exports import after
 from laws import Arrays, dims_of, in_onnxruntime, texts
+from recurrences import CONVOLUTION
+from unrolled import unrolled
+from written import read
 
 from kvsurgeon import io
 from kvsurgeon.errors import ParityError
@@ -17,7 +22,7 @@ from kvsurgeon.parity import verify
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.quantize_cache import QuantizeCache
 from kvsurgeon.passes.cache.remove_cache import RemoveCache
-from kvsurgeon.passes.contract import CACHE_TOKENS
+from kvsurgeon.passes.contract import CACHE_TOKENS, Subject, Unchanged
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.run_and_save import run_and_save
 
@@ -123,6 +128,20 @@ def test_new_rows_that_are_read_in_floats_are_found():
         wrong.graph.initializer.append(onnx.numpy_helper.from_array(np.array([number]), name))
     report = verify(after(quantized(4), RemoveCache()), wrong, effort="quick", seed=3)
     assert report.verdict == "different"
+
+
+def test_rows_that_keys_are_computed_from_stay_those_of_a_state():
+    convolution = re.sub(r"\bx\b", "k0", re.sub(r"\bh\b", "k", CONVOLUTION))
+    model = read(attention(key=convolution, constants="float[8, 1, 3] kernel"))
+    found = after(model, Inject(), QuantizeCache())
+    kinds = {one.kind: str(one.dtype) for one in Subject.of(found).cache()}
+    scales = {"key_scale": "float32", "value_scale": "float32"}
+    assert kinds == {"key": "int8", "value": "int8", "conv_state": "float32", **scales}
+
+
+def test_a_cache_of_states_alone_is_unchanged():
+    _, step = Pipeline.parse("inject,quantize-cache").run(unrolled()).steps
+    assert step.outcome == Unchanged(reason="the cache has no keys and values")
 
 
 def test_a_row_of_zeros_stays_a_row_of_zeros():

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.cache.pairs import find_cache_pairs
+from kvsurgeon.cache.pairs import CachePair, find_cache_pairs
 from kvsurgeon.cache.sizes import cache_size
 from kvsurgeon.errors import UsageError
 from kvsurgeon.fusion.quantized_operators import check_operators, quantize_operators, quantized_points, scales_of
@@ -69,6 +69,8 @@ class QuantizeCache:
         signature = detach_cache(work)
         if signature is None:
             return Unchanged(reason="the model has no cache: use inject")
+        if not any(entry.kind in ("key", "value") for entry in signature.entries):
+            return Unchanged(reason="the cache has no keys and values")
         pairs = [_rotate(work)] if self.hadamard else []
         injected = reattach_cache(work, signature, bits=self.bits)
         equal = partial(_equal_models, pairs, copy_model(work.model))
@@ -78,8 +80,7 @@ class QuantizeCache:
 
     def _with_constant_scales(self, subject: Subject) -> Outcome:
         """Quantize a cache that operators update, by scales from a text."""
-        pairs = find_cache_pairs(subject.model.graph)
-        check_operators(pairs)
+        check_operators(_rows_of_tokens(subject.model))
         if subject.text is None or self.hadamard:
             found = "none" if subject.text is None else "hadamard=true"
             raise UsageError(
@@ -93,7 +94,7 @@ class QuantizeCache:
         scales = {name: scales_of(features.reshape(-1), self.bits) for name, features in largest.items()}
         before = copy_model(subject.model)
         work = Subject(model=copy_model(before))
-        edits = quantize_operators(work.model, find_cache_pairs(work.model.graph), scales, self.bits)
+        edits = quantize_operators(work.model, _rows_of_tokens(work.model), scales, self.bits)
         sizes = _cache_bytes(subject.model), _cache_bytes(work.model)
         equal = partial(_rounded_models, before, copy_model(work.model), scales, self.bits)
         subject.model = work.model
@@ -120,6 +121,11 @@ def _rotate(work: Subject) -> tuple[ir.Model, ir.Model]:
         rotate_heads(work.analysis())
     work.model = work.decomposed().model
     return before, copy_model(work.model)
+
+
+def _rows_of_tokens(model: ir.Model) -> list[CachePair]:
+    """Return the cache inputs and outputs without states of a fixed size."""
+    return [pair for pair in find_cache_pairs(model.graph) if not pair.is_state]
 
 
 def _is_integer(value: ir.Value) -> bool:

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from kvsurgeon.anatomy import Mask
-from kvsurgeon.cache.layout import declared_shape
-from kvsurgeon.cache.pairs import CachePair, find_cache_pairs
+from kvsurgeon.cache.pairs import find_cache_pairs
 from kvsurgeon.cache.sizes import cache_size
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.copies import copy_model
@@ -55,7 +54,7 @@ class WindowCache:
         if self.window is not None:
             check_count("window", self.window)
             check_count("sinks", self.sinks, least=0)
-        windowed = next((pair.past for pair in find_cache_pairs(subject.model.graph) if _is_windowed(pair)), None)
+        windowed = next((pair.past for pair in find_cache_pairs(subject.model.graph) if pair.window), None)
         if windowed is not None:
             return Unchanged(reason=f"`{windowed.name}` holds the last rows already")
         work = subject.with_model(subject.model)
@@ -111,7 +110,3 @@ class WindowCache:
             )  # fmt: skip
         window = Window(last=self.window, first=self.sinks)
         return {index: window for index, mask in enumerate(masks) if mask.kind == "causal"}
-
-
-def _is_windowed(pair: CachePair) -> bool:
-    return pair.cache_mode == "last-rows" and not isinstance(declared_shape(pair.past)[pair.axis], int)

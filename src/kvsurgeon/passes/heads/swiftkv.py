@@ -46,6 +46,8 @@ class SwiftKv:
         work = subject.with_model(subject.model)
         signature = detach_cache(work)
         analysis = work.analysis_of_copy()
+        if not analysis.sites:
+            return Unchanged(reason="the model has no attention")
         if not 0 <= self.after < len(analysis.sites):
             raise UsageError(f"expected a layer from 0 to {len(analysis.sites) - 1}, found {self.after}")
         with deep_recursion():
