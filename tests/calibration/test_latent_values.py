@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from decoders import Config, Decoder
+from exports import after
 from grouped import grouped_attention
 from laws import assert_law, difference, in_onnxruntime, texts
 from written import read
@@ -18,6 +19,8 @@ from kvsurgeon.errors import UnsupportedError, UsageError
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Changed, Subject, Unchanged
 from kvsurgeon.passes.heads.low_rank_values import LowRankValues
+from kvsurgeon.passes.operators.fuse_attention import FuseAttention
+from kvsurgeon.passes.opset.raise_opset import RaiseOpset
 
 
 class LowRank(Decoder):
@@ -37,11 +40,20 @@ FUSED: dict[str, Any] = {
     "constants": "float[8, 12] both",
 }  # fmt: skip
 FLAT: dict[str, Any] = {
+    "repeated_values": "vf = Reshape(vh, v3)",
     "context": "ones = Reshape(one, single) n1 = Reshape(length, single) w3 = Concat<axis = 0>(last, n1, n1) "
     "v3 = Concat<axis = 0>(last, n1, three) s4 = Concat<axis = 0>(last, four, n1, three)",
     "constants": "int64[1] single = {1}, int64[1] three = {3}, int64[1] four = {4}",
 }  # fmt: skip
-SUMMED = "wf = Reshape(weights, w3) vf = Reshape(vy, v3) sf = MatMul(wf, vf) summed = Reshape(sf, s4)"
+ONE_HEAD: dict[str, Any] = {
+    "repeated_keys": "nk = MatMul(x, narrow_k) ky = Unsqueeze(nk, single)",
+    "repeated_values": "vf = MatMul(x, narrow_v)",
+    "context": "ones = Reshape(one, single) n1 = Reshape(length, single) n4 = Mul(n1, four) "
+    "w3 = Concat<axis = 0>(last, n4, n1) s4 = Concat<axis = 0>(last, four, n1, three)",
+    "constants": f"{FLAT['constants']}, float[8, 3] narrow_k, float[8, 3] narrow_v",
+}  # fmt: skip
+SUMMED = "wf = Reshape(weights, w3) sf = MatMul(wf, vf) summed = Reshape(sf, s4)"
+FUSED_OPERATOR = FuseAttention(operator="attention")
 
 
 @pytest.fixture
@@ -75,12 +87,21 @@ def test_values_of_low_rank_are_replaced_exactly_with_a_smaller_cache(text: Path
     assert_law(result, io.to_proto(subject.model), texts(model))
 
 
+def test_attention_as_one_operator_is_written_in_others(text: Path) -> None:
+    model = after(LowRank(Config(layers=1, vocabulary=9)).model(), RaiseOpset(opset=23), FUSED_OPERATOR)
+    assert any(node.op_type == "Attention" for node in model.graph.node)
+    subject, _ = applied(model, 5, text)
+    assert difference(logits(io.to_proto(subject.model), model), logits(model, model)) < 1e-4
+
+
 @pytest.mark.parametrize(
-    "parts", [{}, BIAS, FUSED, FLAT], ids=["plain", "a bias", "one product for keys and values", "heads in the batch"]
+    "parts",
+    [{}, BIAS, FUSED, FLAT, ONE_HEAD],
+    ids=["plain", "a bias", "one product for keys and values", "heads in the batch", "one head for all queries"],
 )
 def test_the_graph_computes_what_projected_values_give(parts: dict[str, Any], text: Path) -> None:
     written = grouped_attention(**parts)
-    if parts is FLAT:
+    if "vf" in written:
         written = written.replace("summed = MatMul(weights, vy)", SUMMED)
     model = read(written)
     subject, outcome = applied(model, 2, text)

@@ -94,6 +94,11 @@ class AttentionSite:
         further = tuple(("state", point) for _, points in parts for point in points[1:])
         return (*((kind, points[0]) for kind, points in parts if points), *further)
 
+    def products_found(self) -> str:
+        """Return how many products there are, for a message."""
+        others = ", and other token data among the scores" if self.other_inputs else ""
+        return f"{len(self.scores)} and {len(self.products)}{others}"
+
     def read_otherwise(self) -> ir.Value | None:
         """Return a result of a node that reads numbers which are compared, but does not compare them; None if none."""
         nodes, comparisons = self.upstream_of_weights, {score.node for score in self.scores if score.compares}

@@ -166,19 +166,14 @@ def _read_latent(
     before = layout_of(flow, reading.context)
     values, below = node.inputs[index], layout_of(flow, reading.product.features)
     heads = before.width // int(before.parts[-1])
-    if (
-        site.fused is not None
-        or node.op_type != "MatMul"
-        or index != 1
-        or values is None
-        or below.shape[-1] != below.width
-    ):
+    if node.op_type != "MatMul" or index != 1 or values is None or below.shape[-1] != below.width:
         raise _not_readable(reading, f"a {node.op_type}")
     operand = layout_of(flow, values)
     named: NamedDims = ()
+    value_heads = operand.width // int(operand.parts[-1])
     by_head = operand.shape == operand.parts and operand.sequence == 2 and operand.batch in (0, None)
     if len(operand.shape) != 4 or not by_head:
-        named = named_dims(operand, heads, values) if operand.width == before.width else ()
+        named = named_dims(operand, value_heads, values) if value_heads in (1, heads) else ()
         if not named or named[-1] != ("head_dim", operand.shape[-1]):
             raise _not_readable(reading, f"values {list(operand.shape)}")
     types = [flow.shapes[one].dtype for one in (values, reading.context, reading.product.features)]
@@ -187,7 +182,7 @@ def _read_latent(
         named
     ):  # heads share an axis with the batch, or are no axis along which the product would read one latent for all
         wanted = tuple((name, reading.rank if name == "head_dim" else size) for name, size in named)
-        repeated = np.zeros(heads, dtype=int)
+        repeated = np.zeros(value_heads, dtype=int)
         shape = [*operand.shape[:-1], reading.rank]
         latent = layouts.gather_heads(latent, [size for _, size in one_head], one_head, repeated, wanted, shape)
     context = editor.copy(node, [node.inputs[0], latent], "latent").outputs[0]

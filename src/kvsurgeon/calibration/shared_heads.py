@@ -15,6 +15,8 @@ from kvsurgeon.heads.grouped_products import key_heads_read
 from kvsurgeon.heads.index_trace import IndexTrace
 from kvsurgeon.heads.repetition import find_repetition
 
+_HINT = "merge-kv-heads and share-kv-layers take it with method=mean or method=first"
+
 
 @dataclass(frozen=True, kw_only=True)
 class SharedHeads:
@@ -74,7 +76,7 @@ def find_shared_heads(analysis: Analysis) -> list[SharedHeads]:
     if len(set(values)) < len(values):
         raise UnsupportedError(
             "layers share keys and values with different layers, or read one tensor as both",
-            code=Code.UNTRACEABLE_HEADS, at=values[0].name, hint="use method=mean or method=first",
+            code=Code.UNTRACEABLE_HEADS, at=values[0].name, hint=_HINT,
         )  # fmt: skip
     return [_shared(analysis, keys, values, layers) for (keys, values), layers in groups.items()]
 
@@ -84,7 +86,7 @@ def _starts(trace: IndexTrace, layer: int, site: AttentionSite) -> tuple[ir.Valu
     if len(site.keys) != 1 or len(site.values) != 1 or site.other_inputs:
         raise UnsupportedError(
             "attention has several products with keys or values", code=Code.UNTRACEABLE_HEADS, at=site.at.name,
-            layer=layer, hint="use method=mean or method=first",
+            layer=layer, hint=_HINT,
         )  # fmt: skip
     counts = counts_of(trace.flow, site)
     keys, values = (find_repetition(trace, layer, site, one, counts) for one in (site.keys[0], site.values[0]))

@@ -3,6 +3,6 @@
 Source of the semantics: onnxruntime, docs/ContribOperators.md and its CPU kernels.
 """
 
-from kvsurgeon.decompose.model import DecomposedModel, decompose
+from kvsurgeon.decompose.model import DecomposedModel, decompose, decompose_attention
 
-__all__ = ["DecomposedModel", "decompose"]
+__all__ = ["DecomposedModel", "decompose", "decompose_attention"]

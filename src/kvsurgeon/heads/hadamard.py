@@ -87,8 +87,9 @@ def _rotations(flow: TokenFlow, site: AttentionSite, before: InputsBefore) -> It
     Raises:
         UnsupportedError: They cannot be rotated.
     """
-    if len(site.scores) != 1 or len(site.products) != 1 or site.other_inputs or site.fused is not None:
-        raise _not_rotatable(site.at, "one product of queries with keys, and one of weights with values", str(site.at))
+    if len(site.scores) != 1 or len(site.products) != 1 or site.other_inputs:
+        expected = "one product of queries with keys, and one of weights with values"
+        raise _not_rotatable(site.at, expected, site.products_found())
     for operand, other in ((site.keys[0], site.scores[0].query_index()), (site.values[0], None)):
         node, index = operand.place
         value, found = before[node][index], contraction_of(flow.shapes.call(node))

@@ -128,8 +128,8 @@ def _check_products(flow: TokenFlow, site: AttentionSite, keys: ir.Value, values
         UnsupportedError: They are not.
     """
     expected = "one product of queries with keys, and one of weights with values"
-    if len(site.scores) != 1 or len(site.products) != 1 or site.fused is not None or site.other_inputs:
-        raise _not_readable(site, expected, "one operator" if site.fused is not None else "others")
+    if len(site.scores) != 1 or len(site.products) != 1 or site.other_inputs:
+        raise _not_readable(site, expected, site.products_found())
     score, product = site.scores[0], site.products[0]
     places = (score.node.op_type, score.key_index(), product.node.op_type, product.value)
     if places != ("MatMul", 1, "MatMul", 1):

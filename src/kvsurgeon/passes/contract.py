@@ -13,7 +13,7 @@ import onnx_ir as ir
 from kvsurgeon import io
 from kvsurgeon.analysis.analysis import Analysis, analyze
 from kvsurgeon.anatomy import CachedTensor, Decoder, cache_facts, decoder_facts
-from kvsurgeon.decompose import DecomposedModel, decompose
+from kvsurgeon.decompose import DecomposedModel, decompose, decompose_attention
 from kvsurgeon.errors import UsageError
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.recursion import deep_recursion
@@ -90,16 +90,21 @@ class Subject:
         """
         return self._current().analysis
 
-    def analysis_of_copy(self) -> Analysis:
+    def analysis_of_copy(self, *, keep_attention: bool = True) -> Analysis:
         """Replace the model by a copy in standard operators, and return its analysis, which refers to that copy.
 
         A pass edits the graph of the analysis, then calls `changed()`.
+
+        Args:
+            keep_attention: Whether `Attention` of ONNX may stay.
 
         Raises:
             UnsupportedError: The model is not a decoder without a cache.
         """
         stages = _Stages(copy_model(self.model))
         self.model = stages.model = stages.decomposed.model
+        if not keep_attention:
+            decompose_attention(self.model)
         self._stages = stages
         return self.analysis()
 

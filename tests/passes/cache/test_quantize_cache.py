@@ -160,11 +160,12 @@ def test_the_loss_is_measured_and_the_size_of_the_cache_stated():
     assert run.cache_bytes == (256 * CACHE_TOKENS, 64 * CACHE_TOKENS)
 
 
-def test_a_rotation_is_verified_against_the_model_before():
-    run = Pipeline([Inject(), QuantizeCache(bits=4, hadamard=True)]).run(original())
+@pytest.mark.parametrize("before", ["", "raise-opset{opset=23},fuse-attention{operator=attention,layers=supported},"])
+def test_a_rotation_is_verified_against_the_model_before(before):
+    run = Pipeline.parse(f"{before}inject,quantize-cache{{bits=4,hadamard=true}}").run(original())
     assert run.changes[-1].equal_models is not None
-    (before, rotated), _ = run.changes[-1].equal_models()
-    report = verify(io.to_proto(before), io.to_proto(rotated), effort="quick", seed=3)
+    (plain, rotated), _ = run.changes[-1].equal_models()
+    report = verify(io.to_proto(plain), io.to_proto(rotated), effort="quick", seed=3)
     assert report.verdict == "same"
     assert report.error > 0  # not the same graph
 

@@ -37,7 +37,7 @@ class LatentCache:
         """
         work = subject.with_model(subject.model)
         signature = detach_cache(work)
-        analysis = work.analysis_of_copy()
+        analysis = work.analysis_of_copy(keep_attention=False)
         with deep_recursion():
             found = {index: find_latent(analysis.flow, site) for index, site in enumerate(analysis.sites)}
             latents = {index: latent for index, latent in found.items() if latent is not None}

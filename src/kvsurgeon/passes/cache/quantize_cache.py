@@ -116,10 +116,9 @@ def _rounded_models(
 def _rotate(work: Subject) -> tuple[ir.Model, ir.Model]:
     """Rotate the heads of a model without a cache, and return the model before, and a copy of that after."""
     before = work.model
-    work.model = copy_model(before)
     with deep_recursion():
-        rotate_heads(work.analysis())
-    work.model = work.decomposed().model
+        rotate_heads(work.analysis_of_copy(keep_attention=False))
+    work.changed()
     return before, copy_model(work.model)
 
 

@@ -80,7 +80,7 @@ class WindowCache:
             )  # fmt: skip
         if others:
             with deep_recursion():
-                limit_attention(work.analysis_of_copy(), others)
+                limit_attention(work.analysis_of_copy(keep_attention=False), others)
             work.changed()
         limited = copy_model(work.model) if others else None
         outcome = reattach_cache(work, signature, windows={**windows, **others})
@@ -100,13 +100,12 @@ class WindowCache:
             UnsupportedError: A layer has a mask that depends on more than the order of tokens.
         """
         assert self.window is not None
-        other = next(
-            (mask for mask in masks if mask.kind not in ("causal", "sliding-window") or mask.bias or mask.block), None
-        )
-        if other is not None:
-            raise UnsupportedError(
-                "a layer cannot be limited to a window", code=Code.PASS_PRECONDITION, expected="a causal mask",
-                found=f"a mask of kind {other.kind}" + (" with a bias" if other.bias else ""),
-            )  # fmt: skip
+        for layer, mask in enumerate(masks):
+            if mask.kind not in ("causal", "sliding-window") or mask.bias or mask.block:
+                raise UnsupportedError(
+                    "attention cannot be limited to a window", code=Code.PASS_PRECONDITION, layer=layer,
+                    expected="a causal mask or that of a window",
+                    found=f"a mask of kind {mask.kind}" + (" with a bias" if mask.bias else ""),
+                )  # fmt: skip
         window = Window(last=self.window, first=self.sinks)
         return {index: window for index, mask in enumerate(masks) if mask.kind == "causal"}

@@ -28,7 +28,7 @@ class LowRankValues:
     text (`--text FILE`), as the output projection reads them. Keys are unchanged. Not exact: the report states the
     accuracy loss.
 
-    Not supported: attention as one operator, quantized weights, values with a norm.
+    Not supported: quantized weights, values with a norm.
 
     Attributes:
         rank: Features of the latent.
@@ -52,7 +52,7 @@ class LowRankValues:
 
         work = subject.with_model(subject.model)
         signature = detach_cache(work)
-        analysis = work.analysis_of_copy()
+        analysis = work.analysis_of_copy(keep_attention=False)
         before = copy_model(work.model)
         with deep_recursion():
             size = bytes_of_cache(analysis, signature)

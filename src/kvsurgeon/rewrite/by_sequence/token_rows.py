@@ -17,7 +17,7 @@ from kvsurgeon.analysis.analysis import Analysis, analyze
 from kvsurgeon.cache.layout import Layout
 from kvsurgeon.dataflow.input_dimensions import GIVEN_FOR
 from kvsurgeon.dataflow.input_roles import InputRole
-from kvsurgeon.decompose.model import decompose_attention
+from kvsurgeon.decompose import decompose_attention
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor, NodeBuilder
 from kvsurgeon.resizing.lengths import INT64, LengthValues
