@@ -87,6 +87,12 @@ def test_values_of_low_rank_are_replaced_exactly_with_a_smaller_cache(text: Path
     assert_law(result, io.to_proto(subject.model), texts(model))
 
 
+def test_a_fixed_batch(text: Path) -> None:
+    model = LowRank(Config(layers=1, vocabulary=9, static=(2, 9))).model()
+    subject, _ = applied(model, 5, text)
+    assert difference(logits(io.to_proto(subject.model), model), logits(model, model)) < 1e-4
+
+
 def test_attention_as_one_operator_is_written_in_others(text: Path) -> None:
     model = after(LowRank(Config(layers=1, vocabulary=9)).model(), RaiseOpset(opset=23), FUSED_OPERATOR)
     assert any(node.op_type == "Attention" for node in model.graph.node)

@@ -52,4 +52,8 @@ def _order(layout: Layout) -> list[int]:
 
 
 def _sizes(layout: Layout, batch: int, length: int) -> list[int]:
-    return [int(at_length(size, length, batch)) for size in layout.parts]
+    """Return the sizes of the parts of an array, which may have one sequence of a fixed batch alone."""
+    return [
+        batch if place == layout.batch else int(at_length(size, length, batch))
+        for place, size in enumerate(layout.parts)
+    ]

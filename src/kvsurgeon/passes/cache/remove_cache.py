@@ -29,6 +29,7 @@ from kvsurgeon.symbolic.dimension import NEW
 
 _RETARGET_HINT = "retarget changes the cache"
 _FIXED_ROWS_HINT = "the fixed rows of the cache are taken for the length of the text: leave max-length out"
+_WINDOWS_HINT = "export the model with an attention mask: its length is known if no layer keeps all rows"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +143,8 @@ def reattach_cache(
     except UnsupportedError as error:
         if signature.capacity is not None and error.code is Code.FIXED_LENGTH:
             error.hint = _FIXED_ROWS_HINT
+        if windows and error.code is Code.UNTRACEABLE_SEQUENCE:
+            error.hint = _WINDOWS_HINT
         raise
     graph, editor = subject.model.graph, Editor(subject.model)
     for kind in get_args(Kind):
