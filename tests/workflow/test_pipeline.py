@@ -148,11 +148,11 @@ def test_functions_are_passes(decoder):
     def count(subject: Subject) -> Outcome:
         return Changed(edits=7, notes=("counted",))
 
-    result = Pipeline((name_it, count, Sample())).run(decoder)
+    result = Pipeline((name_it, count, count, Sample())).run(decoder)
     assert result.model.graph.name == "renamed"
-    assert [step.name for step in result.steps] == ["name-it", "count", "sample"]
+    assert [step.name for step in result.steps] == ["name-it", "count", "count", "sample"]
     assert result.changed
-    assert result.notes == ("counted",)
+    assert result.notes == ("counted",)  # once
     assert decoder.graph.name != "renamed"
 
 

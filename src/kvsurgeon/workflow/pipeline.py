@@ -150,8 +150,8 @@ class PipelineRun:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes of the passes for the user."""
-        return tuple(note for change in self.changes for note in change.notes)
+        """Notes of the passes for the user, each once."""
+        return tuple(dict.fromkeys(note for change in self.changes for note in change.notes))
 
 
 class Pipeline:
