@@ -18,7 +18,7 @@ Facts = Mapping[ir.Value, Fact]
 VertexKind = Literal["operator", "projection", "past", "present", "context", "output"]
 _MOST_OPERATORS = 80  # of a legible picture
 _SHAPE_TYPES = (ir.DataType.INT64, ir.DataType.INT32)
-_SHORT = 22  # characters of a name
+_SHORT = 32  # characters of a name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,7 +68,8 @@ def render_page(sides: Sequence[Side], measured: Sequence[Side], options: PageOp
         loader=jinja2.PackageLoader("kvsurgeon.reporting.page"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"size": size_text, "mask": mask_text, "ranges": ranges_text}
+    filters = {"size": size_text, "mask": mask_text, "ranges": ranges_text, "milliseconds": _milliseconds}
+    environment.filters |= filters
     content = page_content(sides, measured, options)
     return environment.get_template("page.html.jinja").render(content)
 
@@ -105,6 +106,15 @@ def _distinct(texts: Iterable[str]) -> str:
     """Return a text that is the same for all layers, or two of them, or that there are more."""
     found = list(dict.fromkeys(texts))
     return ", ".join(found) if len(found) < 3 else "by layer"
+
+
+def _milliseconds(value: float) -> str:
+    """Return a number with three digits, or all digits before the point.
+
+    >>> _milliseconds(1.2345), _milliseconds(1016.2)
+    ('1.23', '1,016')
+    """
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _changes(texts: Iterable[str]) -> str:

@@ -231,14 +231,20 @@
 
     function matrices(tokens, heads, weight, readout) {
       const rgb = getComputedStyle(document.documentElement).getPropertyValue("--accent-rgb").split(",").map(Number);
-      return make("div", { className: heads.length < 3 ? "matrices few" : "matrices" }, ...heads.map(head => make("figure", {},
-        cells(tokens.length, tokens.length,
+      const few = heads.length < 3;
+      const labels = className => make("div", { className, "aria-hidden": true }, ...tokens.map(token => make("span", {}, shortened(token))));
+      return make("div", { className: few ? "matrices few" : "matrices" }, ...heads.map(head => {
+        const matrix = cells(tokens.length, tokens.length,
           (query, key) => [...rgb, 255 * Math.sqrt(weight(head, query, key))],
           (query, key) => key > query
             ? `Head ${head}: query ${quoted(tokens[query])} does not attend to the later key ${quoted(tokens[key])}`
             : `Head ${head}: query ${quoted(tokens[query])}, key ${quoted(tokens[key])}: ${weight(head, query, key).toFixed(3)}`,
-          readout, `attention weights of head ${head}, a row for each query`),
-        make("figcaption", {}, `head ${head}`))));
+          readout, `attention weights of head ${head}, a row for each query`);
+        matrix.style.borderColor = color(head);
+        return make("figure", {},
+          few ? make("div", { className: "labeled" }, labels("labels across"), labels("labels"), matrix) : matrix,
+          make("figcaption", {}, `head ${head}`));
+      }));
     }
 
     const shortened = token => token.length > 20 ? `${token.slice(0, 19)}…` : token;
@@ -270,7 +276,8 @@
           toggles("Dimensions", [`first ${FIRST_DIMENSIONS}`, "all"], index => state.allDimensions === Boolean(index), index => set({ allDimensions: Boolean(index) }))));
       }
       const limit = Math.max(...shown.map(one => one.keys.layers[state.layer]?.limit ?? 0));
-      children.push(make("div", { className: "models" }, ...data.map(one => model(one, limit, readout))), readout);
+      const scale = make("p", { className: "note" }, `−${limit.toPrecision(2)}`, make("span", { className: "scale" }), `${limit.toPrecision(2)}`);
+      children.push(make("div", { className: "models" }, ...data.map(one => model(one, limit, readout))), ...layers ? [scale] : [], readout);
       replaceContent(root, children);
     }
 
