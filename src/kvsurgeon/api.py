@@ -13,7 +13,6 @@ from kvsurgeon import io
 from kvsurgeon.anatomy import Attention, Decoder
 from kvsurgeon.errors import UsageError, did_you_mean
 from kvsurgeon.io import load
-from kvsurgeon.io.atomic_write import atomic_open
 from kvsurgeon.io.loading import Source, as_runnable
 from kvsurgeon.io.progress import OnProgress
 from kvsurgeon.parity import AccuracyLoss, Effort, Progress, Report
@@ -411,7 +410,7 @@ def report(
 
     Args:
         source: The model, with a cache or without.
-        output: The file to write; it is replaced.
+        output: The `.html` file to write; it is replaced.
         against: A second model, such as the result of a pass; None for the model with the cache that `inject` adds.
         prompt: A text, or token ids, for attention weights and keys; None for a short text.
         tokens: Number of generated tokens whose time is measured; 0 to run no model.
@@ -421,17 +420,14 @@ def report(
         folder: The folder of the weights and side files of models in memory.
 
     Raises:
-        UsageError: jinja2 is not installed, or the page cannot be written.
+        UsageError: jinja2 is not installed, or the page cannot be written there.
         InputError: A model cannot be read.
         UnsupportedError: A model is not a causal decoder that can be handled soundly.
     """
-    page = build_page(
-        source, against=against, prompt=prompt, tokens=tokens, verify=verify, effort=effort, seed=seed, folder=folder
-    )
-    if output is not None:
-        with atomic_open(Path(output)) as file:
-            file.write(page.encode())
-    return page
+    return build_page(
+        source, output, against=against, prompt=prompt, tokens=tokens, verify=verify, effort=effort, seed=seed,
+        folder=folder,
+    )  # fmt: skip
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 
 import onnx
 import pytest
@@ -101,6 +104,31 @@ SHELL = [
     ("rename-io {m} -o {o} --names logits", 2, "old:new"),
     ("rename-io {m} -o {o} --names logits:input_ids", 3, "already has"),
     ("lower-opset {m} -o {o} --opset 99", 2, "opset"),
+    ("inject {m} -o {o} --bits 4", 2, "an option of quantize-cache"),
+    ("inject {m} -o {o} --save-config {m}/model.onnx", 2, "suffix .yaml or .yml"),
+    ("report {m} -o {m}/model.onnx", 2, "suffix .html or .htm"),
+    ("report {m} -o {d}/none/report.html", 2, "expected a folder that is writable"),
+    ("demo --export-only -o {m}", 2, "expected no other model"),
+    ("generate {m} --ids --prompt 1,-2", 2, "found '1,-2'"),
+    ("generate {m} --prompt \udcff", 2, "found other bytes"),
+    ("generate {m} --prompt 1 --temperature inf", 2, "temperature"),
+    ("generate {m} --prompt 1 --top-k 5", 2, "expected a temperature above 0"),
+    ("quantize-cache {m} -o {o} --bits 8", 3, "the model has no cache: use inject"),
+    ("quantize-cache {c} -o {o} --bits 3", 2, "expected 8|4"),
+    ("merge-kv-heads {m} -o {o} --kv-heads 2 --max-loss nan", 2, "max-loss"),
+    ("merge-kv-heads {m} -o {o} --kv-heads 1 --text {d}/none.txt", 4, "none.txt"),
+    ("window-cache {c} -o {o} --window -3", 2, "from 1"),
+    ("window-cache {c} -o {o} --window 1e3", 2, "found '1e3'"),
+    ("share-kv-layers {m} -o {o}", 2, "--kv-layers and --map"),
+    ("run {m} -o {o} -p inject --load {d}", 4, "expected a Python file"),
+    ("run {m} -o {o} -p inject;fuse-attention", 2, "expected passes such as"),
+    ("run {m} -o {o} -p inject,quantize-cache --no-verify --max-loss 1", 2, "the loss would not be measured"),
+    ("inspect 'C:\\models\\model.onnx'", 4, "check the path"),
+    ("inject {m} -o {m}/model.onnx/out", 2, "cannot write"),
+    ("inject {m} -o /dev/null", 2, "expected an .onnx file or a folder"),
+    ("inject {m} -o {o} --config {m}/model.onnx", 4, "expected a YAML file"),
+    ("verify {m} {c} --certificate {d}", 4, "expected a regular file"),
+    ("generate {m} --prompts {m}/model.onnx", 4, "text file of prompts"),
 ]
 
 PYTHON = [
@@ -135,6 +163,8 @@ PYTHON = [
     (lambda m, d: kvsurgeon.generate(m, [1], max_new_tokens=0), "UsageError", "max_new_tokens"),
     (lambda m, d: kvsurgeon.generate(m, [10**6]), "KvsurgeonError", ""),
     (lambda m, d: kvsurgeon.Sampling(temperature=-1), "UsageError", "temperature"),
+    (lambda m, d: kvsurgeon.Sampling(top_p=0.5), "UsageError", "temperature above 0"),
+    (lambda m, d: kvsurgeon.report(m, m / "model.onnx"), "UsageError", "suffix .html or .htm"),
     (lambda m, d: kvsurgeon.plot(m, layer=-1, prompt=[1]), "UsageError", "layer"),
     (lambda m, d: kvsurgeon.confirm(d / "missing.json", m), "KvsurgeonError", "missing.json"),
     (lambda m, d: kvsurgeon.KeyValueCacheInjector(hidden_size=8), "UsageError", "did you mean hidden_size_dim"),
@@ -166,6 +196,17 @@ def test_a_mistake_in_a_shell_is_one_line_with_its_code(command, code, words, pl
     assert words in err
     assert re.search(rf" \[KVS-{code}\d\d\]$", err)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("redirection", "code", "words"), [(">&-", 0, ""), (">/dev/full", 2, "cannot write to stdout")]
+)
+def test_stdout_that_takes_nothing(redirection, code, words, places):
+    command = f"{shlex.quote(sys.executable)} -m kvsurgeon inspect {places['m']} --json {redirection}"
+    found = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr.count("\n")) == (code, bool(words)), found.stderr
+    assert words in found.stderr
 
 
 @pytest.mark.parametrize("number", range(len(PYTHON)))

@@ -233,17 +233,14 @@ def report(
     output: Annotated[Path, Option("--output", "-o", metavar="FILE", help="The page to write.")] = Path("report.html"),
 ) -> None:
     """Write a page on a model, or on two: cache, masks, proof, attention weights, keys, time per token, graph."""
-    from kvsurgeon.io.atomic_write import atomic_open
     from kvsurgeon.reporting.page.build import build_page
     from kvsurgeon.reporting.progress import verification_progress
 
     with verification_progress() as progress:
-        page = build_page(
-            model, against=against, prompt=prompt, tokens=tokens, verify=verify, effort=effort, seed=seed,
+        build_page(
+            model, output, against=against, prompt=prompt, tokens=tokens, verify=verify, effort=effort, seed=seed,
             progress=progress,
         )  # fmt: skip
-    with atomic_open(output) as file:
-        file.write(page.encode())
     print(f"written to {output}")
 
 

@@ -41,14 +41,16 @@ Config = Annotated[
 ]
 
 
-def _check_folder(path: Path | None) -> Path | None:
-    if path is not None and not path.absolute().parent.is_dir():
-        raise UsageError(f"expected a folder for the file of options, found none - at `{path}`")
+def _check(path: Path | None) -> Path | None:
+    if path is not None:
+        from kvsurgeon.io.atomic_write import check_new_file
+
+        check_new_file(path, ".yaml", ".yml")
     return path
 
 
 SaveConfig = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Write the options to a YAML file.", callback=_check_folder)
+    Path | None, typer.Option(metavar="FILE", help="Write the options to a YAML file.", callback=_check)
 ]
 
 
@@ -62,15 +64,15 @@ def save_config(context: typer.Context, path: Path | None) -> None:
         return
     import yaml
 
+    from kvsurgeon.io.atomic_write import atomic_open
+
     given = {
         name.replace("_", "-"): _plain(value)
         for name, value in context.params.items()
         if name not in _OF_ONE_RUN and getattr(context.get_parameter_source(name), "name", "") in _GIVEN
     }
-    try:
-        path.write_text(yaml.safe_dump(given, sort_keys=False), "utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write the options: {error} - at `{path}`") from error
+    with atomic_open(path) as file:
+        file.write(yaml.safe_dump(given, sort_keys=False).encode())
 
 
 def _load(path: Path) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
 from pathlib import Path
 from statistics import median
@@ -9,7 +10,7 @@ from statistics import median
 from rich.console import Console
 
 from kvsurgeon import api
-from kvsurgeon.errors import InputError, ParityError
+from kvsurgeon.errors import InputError, ParityError, UsageError
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.reporting import table, terminal, time_plot
 from kvsurgeon.reporting.progress import verification_progress
@@ -24,8 +25,15 @@ SAMPLING = Sampling(temperature=0.7, top_k=40, seed=7)
 
 
 def write_export(output: Path) -> None:
-    """Write the built-in model, an export without a cache, with its tokenizer and config to the folder `output`."""
+    """Write the built-in model, an export without a cache, with its tokenizer and config to the folder `output`.
+
+    Raises:
+        UsageError: The folder has another model.
+    """
     source = _built_in_model()
+    there = output / "model.onnx"
+    if there.exists() and not filecmp.cmp(there, source / "model.onnx", shallow=False):
+        raise UsageError(f"expected no other model at `{there}`, found one; choose another folder by --output")
     path = api.save(api.load(source), output, source=source)
     print(f"written to {path}, without a cache; next: kvsurgeon inject {output} -o {output}-with-cache")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import typer
 
 from kvsurgeon.cli.commands import add_commands
 from kvsurgeon.cli.help import CommandGroup
+from kvsurgeon.cli.pass_commands import passes_with
 from kvsurgeon.errors import Code, InternalError, KvsurgeonError, UsageError
 from kvsurgeon.reporting.encoding import replace_unencodable
 
@@ -23,18 +25,22 @@ NO_COMMAND = 2  # help is printed
 CLOSED_PIPE = 1
 INTERRUPTED = 130  # 128 + SIGINT
 
+_STDOUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
+
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of errors. Allowed at any position.")]
 
 
 def main() -> None:
     """Run the command of `sys.argv`, and exit."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     replace_unencodable()
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        _discard_stdout()
-        code = CLOSED_PIPE
+    except OSError as error:
+        code = _end_without_stdout(error)
     sys.exit(code)
 
 
@@ -49,15 +55,12 @@ def run(arguments: Sequence[str]) -> int:
         return _invoke(remaining) if remaining or _words_to_complete() else _invoke(["--help"]) or NO_COMMAND
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
-    except BrokenPipeError:
-        _discard_stdout()
-        return CLOSED_PIPE
     except BaseException as error:  # SystemExit of foreign code too, whose exit code could be 0
         if isinstance(error, SystemExit) and _is_completion(remaining):
             return 0
-        if isinstance(error.__context__, BrokenPipeError):  # of which typer makes a SystemExit
-            _discard_stdout()
-            return CLOSED_PIPE
+        for one in (error, error.__context__):  # typer makes a SystemExit of a closed pipe
+            if isinstance(one, OSError) and one.filename is None and one.errno in _STDOUT_ERRORS:
+                return _end_without_stdout(one)
         if debug:
             traceback.print_exc()
         return _print_error(error, as_json=as_json)
@@ -116,6 +119,7 @@ def _print_error(error: BaseException, *, as_json: bool) -> int:
         text, code, exit_code = str(error), error.code, error.exit_code
     elif hasattr(error, "format_message"):  # of typer; its base class differs between versions
         text, code, exit_code = error.format_message() or "expected a command", Code.USAGE, UsageError.exit_code
+        text += passes_with(getattr(error, "option_name", ""))
     else:
         return _print_error(InternalError(error), as_json=as_json)
     text = " ".join(text.split())
@@ -126,6 +130,9 @@ def _print_error(error: BaseException, *, as_json: bool) -> int:
     return exit_code
 
 
-def _discard_stdout() -> None:
-    """Redirect stdout to nowhere, so that the interpreter can flush it at exit: the reader has closed the pipe."""
+def _end_without_stdout(error: OSError) -> int:
+    """Redirect stdout to nowhere, so that the interpreter can flush it at exit, and return the exit code."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):  # the reader wants no more
+        return CLOSED_PIPE
+    return _print_error(UsageError(f"cannot write to stdout: {error.strerror}"), as_json=False)

@@ -15,6 +15,7 @@ from kvsurgeon.cli.config import Config, SaveConfig
 from kvsurgeon.cli.config import save_config as write_config
 from kvsurgeon.errors import PluginError, UsageError
 from kvsurgeon.plugins import Plugin
+from kvsurgeon.workflow.registry import PASSES
 
 if TYPE_CHECKING:
     from kvsurgeon.passes.options import Option
@@ -115,6 +116,15 @@ def command_of(plugin: Plugin[type[Any]]) -> Callable[..., None]:
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in parameters}
     return command
+
+
+def passes_with(option: str) -> str:
+    """Return a remark on the built-in passes that have an option, for a command that does not; empty if none has."""
+    from kvsurgeon.passes.options import options_of
+
+    built_in = [plugin for plugin in PASSES.plugins() if option and plugin.built_in]
+    found = [one.name for one in built_in if option in {f"--{known.name}" for known in options_of(one.load())}]
+    return f"; an option of {', '.join(found)}" if found else ""
 
 
 def run_pipeline(model: Path, pipeline: Pipeline, output: Path, **options: Any) -> None:

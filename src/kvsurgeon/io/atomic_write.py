@@ -192,6 +192,19 @@ def file_transaction() -> Iterator[FileTransaction]:
         transaction.close()
 
 
+def check_new_file(path: Path, *suffixes: str) -> None:
+    """Check, before anything is computed, that a file can be written and is not a model or the like.
+
+    Raises:
+        UsageError: It has none of the suffixes, or its folder does not exist or is not writable.
+    """
+    if path.suffix not in suffixes:
+        raise UsageError(f"expected a file with the suffix {' or '.join(suffixes)}, found `{path}`")
+    folder = path.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK) or path.is_dir():
+        raise UsageError(f"cannot write `{path}`: expected a folder that is writable, and no folder of this name")
+
+
 @contextmanager
 def atomic_open(path: Path) -> Iterator[BinaryIO]:
     """Open a new file, which replaces `path` at the end of the block, or is removed if the block raises.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,8 +29,10 @@ class Sampling:
     seed: int | None = 0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < math.inf:
             raise UsageError(f"expected a temperature of 0 or more, found {self.temperature}")
+        if self.temperature == 0 and (self.top_k, self.top_p) != (None, None):
+            raise UsageError("expected a temperature above 0 with top_k or top_p, found 0, which is greedy")
         if self.seed is not None and self.seed < 0:
             raise UsageError(f"expected a seed of 0 or more, found {self.seed}")
         if self.top_k is not None and self.top_k < 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 Prompt = str | Sequence[int]
+_SHOWN = 40  # characters of a prompt in a message
 
 
 def side_folders(source: Source, folder: str | Path | None = None) -> tuple[Path, ...]:
@@ -44,17 +46,20 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
     """Return the token IDs of a prompt; without a tokenizer, a text such as `1, 2, 3` gives the IDs.
 
     Raises:
-        UsageError: The prompt is text and there is no tokenizer, or it is empty.
+        UsageError: The prompt is text and there is no tokenizer, is not text, or is empty.
     """
     if not isinstance(prompt, str):
         tokens = [int(token) for token in prompt]
+    elif prompt.encode("utf-8", "ignore").decode() != prompt:  # bytes of a command line that are no text
+        raise UsageError(f"expected a text in {sys.getfilesystemencoding()}, found other bytes: {prompt[:_SHOWN]!r}")
     elif tokenizer is not None:
         tokens = list(tokenizer.encode(prompt).ids)
     elif re.fullmatch(r"\s*\d+([\s,]+\d+)*\s*", prompt):
         tokens = [int(token) for token in re.findall(r"\d+", prompt)]
     else:
         raise UsageError(
-            "expected tokenizer.json next to the model, or a prompt of token IDs such as 1,2,3, found a text"
+            f"expected a prompt of token IDs such as 1,2,3, or a text and tokenizer.json next to the model, "
+            f"found {prompt[:_SHOWN]!r}"
         )
     if not tokens:
         raise UsageError("expected a prompt of at least one token, found an empty one")
