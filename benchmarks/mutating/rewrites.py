@@ -231,10 +231,19 @@ def simplified(model: onnx.ModelProto, _random: Random) -> onnx.ModelProto:
     return onnxsim.simplify(model)[0]
 
 
+def in_4_bits(model: onnx.ModelProto, _random: Random) -> onnx.ModelProto:
+    """Apply onnxruntime's quantizer of weights to 4 bits, which reorders nodes; its own outputs are the reference."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(model, block_size=16, is_symmetric=True)
+    quantizer.process()
+    return quantizer.model.model
+
+
 WRITTEN: tuple[Rewrite, ...] = (
     renamed, undeclared, shuffled, stretched, constants_as_nodes, constants_as_initializers, copied, shared,
 )  # fmt: skip
-BY_TOOLS: tuple[Rewrite, ...] = (optimized_by_onnxruntime, slimmed, simplified)
+BY_TOOLS: tuple[Rewrite, ...] = (optimized_by_onnxruntime, in_4_bits, slimmed, simplified)
 
 
 def everything(model: onnx.ModelProto, random: Random) -> onnx.ModelProto:
