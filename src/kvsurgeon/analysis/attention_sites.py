@@ -97,7 +97,7 @@ class AttentionSite:
     def products_found(self) -> str:
         """Return how many products there are, for a message."""
         others = ", and other token data among the scores" if self.other_inputs else ""
-        return f"{len(self.scores)} and {len(self.products)}{others}"
+        return f"{len(self.scores)} products with keys and {len(self.products)} with values{others}"
 
     def read_otherwise(self) -> ir.Value | None:
         """Return a result of a node that reads numbers which are compared, but does not compare them; None if none."""

@@ -129,7 +129,7 @@ def _match_products(flow: TokenFlow, site: AttentionSite) -> tuple[CachePoint, C
         raise UnsupportedError(
             "the scores are not one product of queries and keys", code=Code.NOT_FUSABLE, at=site.at.name,
             expected="one score product and one context product",
-            found=f"{len(scores)} and {len(products)}" + (", and other token data" if site.other_inputs else ""),
+            found=site.products_found(),
         )  # fmt: skip
     node = scores[0].node
     query, scale = _query(flow, node.inputs[scores[0].query_index()])

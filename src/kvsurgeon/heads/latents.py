@@ -165,7 +165,9 @@ def _maps(
     for array, other in zip((keys, values), backwards, strict=True):
         linear = rows @ array[:, :width]
         if not max(np.abs(linear - array).max(), np.abs(linear - other).max()) <= bound * np.abs(array).max():
-            raise _not_readable(site, "keys and values that are a linear map, without a bias", "another map")
+            names = ", ".join(part.name or "" for part in parts)
+            expected = f"keys and values that are a linear map of the {width} features of {names}, without a bias"
+            raise _not_readable(site, expected, "another map")
     return keys[:, :width].transpose(0, 2, 1), values[:, :width]
 
 

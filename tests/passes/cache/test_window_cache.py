@@ -20,6 +20,8 @@ from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.remove_cache import RemoveCache
 from kvsurgeon.passes.cache.window_cache import WindowCache
 from kvsurgeon.passes.contract import Subject, Unchanged
+from kvsurgeon.passes.operators.fuse_attention import FuseAttention
+from kvsurgeon.passes.opset.raise_opset import RaiseOpset
 from kvsurgeon.runtime import CachedDecoder, open_session
 from kvsurgeon.workflow.pipeline import Pipeline
 
@@ -49,6 +51,12 @@ def test_results_are_the_same_beyond_the_window(config):
 def test_exports_with_local_layers(name):
     model = after(export(name), Inject(), WindowCache())
     assert verify(export(name), model, effort="quick", seed=3).verdict == "same"
+
+
+def test_attention_as_one_operator_is_written_in_others():
+    fused = after(original(LOCAL_AND_GLOBAL), RaiseOpset(opset=23), FuseAttention(operator="attention"))
+    assert [node.op_type for node in fused.graph.node].count("Attention") == 3
+    assert verify(fused, after(fused, Inject(), WindowCache()), effort="quick", seed=3).verdict == "same"
 
 
 def test_the_cache_does_not_grow_beyond_the_window():

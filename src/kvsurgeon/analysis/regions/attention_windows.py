@@ -76,10 +76,12 @@ def _check_path(flow: TokenFlow, operand: CachedOperand) -> None:
     for one in producers(value for value in walked if value is not start):
         place = next((place for place in range(len(one.inputs)) if flow.demands.get((one, place))), None)
         if place is not None:
-            raise _not_windowed(one.outputs[0], "a cache behind the rotary embedding", f"{one.inputs[place]}")
+            found = one.inputs[place]
+            assert found is not None
+            raise _not_windowed(one.outputs[0], "a cache behind the rotary embedding", found.name)
 
 
-def _not_windowed(value: ir.Value, expected: str, found: str) -> UnsupportedError:
+def _not_windowed(value: ir.Value, expected: str, found: str | None) -> UnsupportedError:
     return UnsupportedError(
         "attention cannot be computed on the last rows alone", code=Code.PASS_PRECONDITION, at=value.name,
         expected=expected, found=found,

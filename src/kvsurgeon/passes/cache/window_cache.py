@@ -78,9 +78,10 @@ class WindowCache:
                 at=other.past, expected="dynamic", found=other.cache_mode,
                 hint="retarget changes it",
             )  # fmt: skip
+        analysis = work.analysis_of_copy(keep_attention=False)
         if others:
             with deep_recursion():
-                limit_attention(work.analysis_of_copy(keep_attention=False), others)
+                limit_attention(analysis, others)
             work.changed()
         limited = copy_model(work.model) if others else None
         outcome = reattach_cache(work, signature, windows={**windows, **others})
