@@ -97,6 +97,15 @@ CLIENTS = {
         padded=False,
         chunked=True,
     ),
+    "genai-sliding-window": Client(
+        target="genai-sliding-window",
+        requirements=("onnxruntime-genai==0.18.0", "numpy"),
+        script="genai_client.py",
+        home="genai",
+        padded=False,
+        chunked=True,
+        new=32,
+    ),
     "genai-pipeline": Client(
         target="genai-pipeline",
         requirements=("onnxruntime-genai==0.18.0", "numpy"),

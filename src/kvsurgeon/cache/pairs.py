@@ -32,6 +32,7 @@ UpdateMode = CacheMode | Literal["last-rows", "recurrent"]  # the latter two of 
 
 # Metadata of an input that holds the last rows alone, and may have none: their number, after "4+" for 4 first rows.
 LAST_ROWS = "kvsurgeon.last_rows"
+WINDOW_BUFFER = "sliding_window_cache"  # attribute of GroupQueryAttention: whether it drops rows of its buffers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ CACHE_OPERATORS: dict[tuple[str, str], tuple[CacheOperands, ...]] = {
         CacheOperands(past=6 + i, present=1 + i, rows=1 + i, axis=2) for i in (0, 1)
     ),
     ("com.microsoft", "GroupQueryAttention"): tuple(
-        CacheOperands(past=3 + i, present=1 + i, rows=1 + i, axis=2, lengths=(5, 6), options=("sliding_window_cache",))
+        CacheOperands(past=3 + i, present=1 + i, rows=1 + i, axis=2, lengths=(5, 6), options=(WINDOW_BUFFER,))
         for i in (0, 1)
     ),
     ("com.microsoft", "Attention"): (
@@ -113,6 +114,8 @@ class CachePair:
     @property
     def window(self) -> Window | None:
         """The rows of the past, if it holds those of a window, as far as the text has them."""
+        if self.node.attributes.get_int(WINDOW_BUFFER, 0):
+            return Window(last=self.node.attributes.get_int("local_window_size", 0))
         if self.cache_mode != "last-rows" or self.past.shape is None or isinstance(self.past.shape[self.axis], int):
             return None
         *first, last = _declared_rows(self.past)
@@ -182,7 +185,7 @@ def _updated(present: ir.Value, inputs: Iterable[ir.Value], written: Callable[[]
             continue
         axis = _axis_of_past(views, _updated_axis(node, operands, written), past)
         if operands.is_declared:
-            cache_mode = _declared_mode(past, present, axis)
+            cache_mode = _declared_mode(node, past, present, axis)
         else:
             cache_mode = "static" if has_trait(node, Trait.SCATTER) else "dynamic"
         return CachePair(past=past, present=present, node=node, operands=operands, axis=axis, cache_mode=cache_mode)
@@ -231,8 +234,10 @@ def _updated_axis(node: ir.Node, operands: CacheOperands, written: Callable[[], 
     return written().axis(node) if has_trait(node, Trait.SCATTER) else node.attributes.get_int("axis", 0)
 
 
-def _declared_mode(past: ir.Value, present: ir.Value, axis: int) -> CacheMode:
+def _declared_mode(node: ir.Node, past: ir.Value, present: ir.Value, axis: int) -> CacheMode:
     """Return static if past and present are declared to have the same number of rows, dynamic otherwise."""
+    if node.attributes.get_int(WINDOW_BUFFER, 0):
+        return "static"
     sizes = [None if value.shape is None else value.shape[axis] for value in (past, present)]
     is_named = isinstance(sizes[0], int) or getattr(sizes[0], "value", None) is not None
     return "static" if is_named and sizes[0] == sizes[1] else "dynamic"

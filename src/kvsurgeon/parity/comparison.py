@@ -114,7 +114,7 @@ def _ragged_error(reference: ReferenceModel, candidate: CachedDecoder, scenario:
         errors.append(distance(whole[number, count - len(logits) : count], logits, scale))
         takes_chunks = takes_chunks and len(logits) == count  # the last token of a chunk may be padding
     for call, counts in enumerate(_RAGGED_CALLS):
-        if call == len(_RAGGED_CALLS) - 1:
+        if call == len(_RAGGED_CALLS) - 1 and batch.lengths[0] <= batch.shortenable:
             batch.shorten(0, batch.lengths[0] - _BACK)
         parts = {}
         for number, count in enumerate(counts if takes_chunks else (1,) * len(counts)):

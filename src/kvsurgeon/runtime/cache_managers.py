@@ -188,7 +188,8 @@ class StaticCacheManager(CacheManager):
         return dict(self._pasts)
 
     def _buffer(self, entry: CacheIO, batch: int, past: int) -> Array:
-        buffer = _empty(entry, batch) if entry.is_fixed else _unfilled(entry, batch, self._size)
+        rows = self._size if entry.window is None else entry.window
+        buffer = _empty(entry, batch) if entry.is_fixed else _unfilled(entry, batch, rows)
         if self._pasts:
             buffer[_rows(entry, past)] = self.rows(entry, past)
         return buffer

@@ -27,6 +27,8 @@ class ContinuousBatch:
     Attributes:
         lengths: Number of tokens of each sequence in the cache, by its number.
         capacity: The most tokens of a sequence.
+        shortenable: The most tokens of a sequence of which some can be dropped; buffers that hold the rows of a window
+            do not have the rows before it.
     """
 
     def __init__(self, session: Session, *, rows: int, capacity: int) -> None:
@@ -53,8 +55,10 @@ class ContinuousBatch:
         self._lengths, self._takes_chunks = decoder.lengths, decoder.takes_ragged_chunks
         self._masks_rows = decoder.places_rows
         self._presents = {entry.present: entry.past.name for entry in decoder.cache}
-        shapes = {entry.past: shape_with_rows(entry.past, entry.axis, rows, self.capacity) for entry in decoder.cache}
+        sizes = {entry: self.capacity if entry.window is None else entry.window for entry in decoder.cache}
+        shapes = {one.past: shape_with_rows(one.past, one.axis, rows, size) for one, size in sizes.items()}
         self._buffers = {past.name: np.full(shape, UNFILLED, past.dtype) for past, shape in shapes.items()}
+        self.shortenable = min(sizes.values())
         self._rows: list[int] = []  # the sequence in each row in use
         self._most = rows
         self._next = 0
@@ -120,10 +124,15 @@ class ContinuousBatch:
         """Drop the tokens of a sequence from `length` on, such as those that a verification rejected.
 
         Raises:
-            UsageError: The sequence has fewer tokens.
+            UsageError: The sequence has fewer tokens, or more than `shortenable`.
         """
         if not 0 < length <= self.lengths[number]:
             raise UsageError(f"expected a length from 1 to {self.lengths[number]}, found {length}")
+        if length < self.lengths[number] > self.shortenable:
+            raise UsageError(
+                f"expected a sequence of at most {self.shortenable} tokens, of which a window has all rows, found "
+                f"{self.lengths[number]}"
+            )
         self.lengths[number] = length
 
     def end(self, number: int) -> None:

@@ -13,6 +13,7 @@ BUILT_IN = {
     "optimum-seq2seq": "kvsurgeon.targets.optimum_seq2seq:OPTIMUM_SEQ2SEQ",
     "genai": "kvsurgeon.targets.genai:GENAI",
     "genai-shared-buffer": "kvsurgeon.targets.genai:GENAI_SHARED_BUFFER",
+    "genai-sliding-window": "kvsurgeon.targets.genai:GENAI_SLIDING_WINDOW",
     "genai-pipeline": "kvsurgeon.targets.genai:GENAI_PIPELINE",
     "genai-whisper": "kvsurgeon.targets.genai_whisper:GENAI_WHISPER",
     "transformers-js": "kvsurgeon.targets.transformers_js:TRANSFORMERS_JS",

@@ -8,7 +8,9 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from kvsurgeon.cache.pairs import find_cache_pairs
 from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.cache.window_cache import WindowCache
 from kvsurgeon.passes.interface.name_states import NameStates
 from kvsurgeon.passes.operators.optimize import Optimize
 from kvsurgeon.targets.model_info import ModelInfo
@@ -58,6 +60,7 @@ def genai_config(model: ModelInfo, *, shared_buffer: bool = False) -> Mapping[st
                 "inputs": inputs,
                 "outputs": outputs,
                 **(_layer_types(model) if only_windows else {}),
+                **_sliding_window(model),
             },
         },
         "search": {"max_length": length, "past_present_share_buffer": shared_buffer, "num_beams": 1},
@@ -79,6 +82,22 @@ def _layer_types(model: ModelInfo) -> dict[str, Any]:
     """Return the layers of a model with conv_states, which are numbered after those of attention."""
     types = ["full_attention"] * model.layers + ["conv"] * len(model.states)
     return {"layer_types": types, "conv_cache_size": model.states[0].past.dims[-1]}
+
+
+def _sliding_window(model: ModelInfo) -> dict[str, Any]:
+    """Return the layers whose buffers hold the rows of a window, to which onnxruntime-genai adds 16."""
+    rows = _window_rows(model)
+    layers = [pair.layer for pair in model.cache if pair.kind == "key" and pair.past.name in rows]
+    if not layers:
+        return {}
+    slides = {"slide_key_value_cache": False, "slide_inputs": False}  # the operator drops rows, and reads all inputs
+    return {"sliding_window": {"window_size": max(rows.values()), "layers": layers, **slides}}
+
+
+def _window_rows(model: ModelInfo) -> dict[str | None, int]:
+    """Return the rows of buffers that hold those of a window, by the name of the input."""
+    pairs = () if model.graph is None else find_cache_pairs(model.graph)
+    return {pair.past.name: pair.window.most for pair in pairs if pair.window is not None}
 
 
 def special_tokens(model: ModelInfo) -> dict[str, Any]:
@@ -161,6 +180,16 @@ def _check_states(model: ModelInfo) -> Iterator[Incompatibility]:
         yield Incompatibility("expected a recurrent_state of four axes", at=model.states[-1].past.name)
 
 
+def _check_windows(model: ModelInfo) -> Iterator[Incompatibility]:
+    """Yield the least `max_length`: onnxruntime-genai allocates no more rows, and operators need a window."""
+    most, length = max(_window_rows(model).values(), default=0), model.max_length or DEFAULT_LENGTH
+    if most:
+        yield Incompatibility(
+            f"a text needs a max_length of at least {most}, the rows of a window, found {length}",
+            at="genai_config.json", hint="use genai-shared-buffer for less", blocking=length < most,
+        )  # fmt: skip
+
+
 GENAI = Target(
     name="genai",
     summary="onnxruntime_genai.Model(folder) of onnxruntime-genai",
@@ -184,6 +213,14 @@ GENAI_SHARED_BUFFER = replace(
     cache=Inject(cache="static", past_length="mask"),
     after=(Optimize(layers="all", padding="lengths"), _STATES),
     side_files={"genai_config.json": partial(genai_config, shared_buffer=True)},
+)
+
+GENAI_SLIDING_WINDOW = replace(
+    GENAI_SHARED_BUFFER,
+    name="genai-sliding-window",
+    summary=f"{GENAI_SHARED_BUFFER.summary}, of the rows of a window where a layer has one",
+    after=(*GENAI_SHARED_BUFFER.after, WindowCache()),
+    checks=(*GENAI_SHARED_BUFFER.checks, _check_windows),
 )
 
 GENAI_PIPELINE = replace(

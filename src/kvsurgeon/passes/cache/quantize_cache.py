@@ -14,6 +14,7 @@ from kvsurgeon.cache.pairs import CachePair, find_cache_pairs
 from kvsurgeon.cache.sizes import cache_size
 from kvsurgeon.errors import UsageError
 from kvsurgeon.fusion.quantized_operators import check_operators, quantize_operators, quantized_points, scales_of
+from kvsurgeon.fusion.windowed_operators import with_all_rows
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.heads.hadamard import rotate_heads
@@ -88,12 +89,12 @@ class QuantizeCache:
             )
         from kvsurgeon.calibration import largest_features  # onnxruntime is slow to import
 
-        largest = largest_features(subject.model, subject.text, subject.folder)
+        before = with_all_rows(subject.model)
+        largest = largest_features(before, subject.text, subject.folder)
         if self.scales == "per-tensor":
             largest = {name: features.max().reshape(1) for name, features in largest.items()}
         scales = {name: scales_of(features.reshape(-1), self.bits) for name, features in largest.items()}
-        before = copy_model(subject.model)
-        work = Subject(model=copy_model(before))
+        work = Subject(model=copy_model(subject.model))
         edits = quantize_operators(work.model, _rows_of_tokens(work.model), scales, self.bits)
         sizes = _cache_bytes(subject.model), _cache_bytes(work.model)
         equal = partial(_rounded_models, before, copy_model(work.model), scales, self.bits)

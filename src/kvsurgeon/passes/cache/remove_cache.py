@@ -173,6 +173,10 @@ def _options(signature: CacheSignature) -> CacheOptions:
         layout = layouts.setdefault("key" if entry.kind == "key" else "value", entry.layout)
         if entry.layout != layout or entry.cache_mode not in (mode, "last-rows"):
             raise _not_restorable(entry, [mode, *layout], [entry.cache_mode, *entry.layout])
+        if entry.window is not None and entry.cache_mode != "last-rows":
+            raise _not_restorable(
+                entry, "a cache of all rows", f"the last {entry.window}, as {entry.operator} keeps them"
+            )
     if signature.past_length is None:
         raise _not_restorable(first, "at most one input that gives the number of past tokens", "several")
     source = signature.length_input

@@ -10,10 +10,11 @@ from kvsurgeon.anatomy import Mask
 from kvsurgeon.cache.pairs import find_cache_pairs
 from kvsurgeon.cache.sizes import cache_size
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.fusion.windowed_operators import drop_rows, operators_with_windows
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.recursion import deep_recursion
 from kvsurgeon.passes.cache.remove_cache import detach_cache, reattach_cache
-from kvsurgeon.passes.contract import CACHE_TOKENS, Outcome, Subject, Unchanged
+from kvsurgeon.passes.contract import CACHE_TOKENS, Changed, Outcome, Subject, Unchanged
 from kvsurgeon.passes.options import check_count
 from kvsurgeon.resizing.windows import Window, limit_attention
 
@@ -24,13 +25,14 @@ class WindowCache:
 
     Before: `past_key_values.{i}.key [batch_size, kv_heads, past_sequence_length, head_dim]` of every layer. After:
     those of layers with a window of W have at most W rows, `last_W_rows`: each call drops the oldest ones. The model
-    computes the same, also beyond the window.
+    computes the same, also beyond the window. Of a static cache, `GroupQueryAttention` drops them from its buffers, if
+    it computes the window.
 
     With `window`, the other layers get a window too: their queries attend to the last `window` tokens, their own
     included, and to the first `sinks` tokens of the text. Positions do not change. This is not exact: the report states
     the accuracy loss.
 
-    Not supported: caches other than dynamic ones, masks that depend on more than distances and padding, a cache before
+    Not supported: other caches than these, masks that depend on more than distances and padding, a cache before
     the rotary embedding.
 
     Attributes:
@@ -54,9 +56,13 @@ class WindowCache:
         if self.window is not None:
             check_count("window", self.window)
             check_count("sinks", self.sinks, least=0)
-        windowed = next((pair.past for pair in find_cache_pairs(subject.model.graph) if pair.window), None)
+        pairs = find_cache_pairs(subject.model.graph)
+        windowed = next((pair.past for pair in pairs if pair.window is not None), None)
         if windowed is not None:
             return Unchanged(reason=f"`{windowed.name}` holds the last rows already")
+        operators = operators_with_windows(pairs)
+        if operators and self.window is None:
+            return Changed(edits=drop_rows(subject.model, operators))
         work = subject.with_model(subject.model)
         signature = detach_cache(work)
         if signature is None:
@@ -76,7 +82,7 @@ class WindowCache:
             raise UnsupportedError(
                 "rows can be dropped of a dynamic cache only", code=Code.PASS_PRECONDITION,
                 at=other.past, expected="dynamic", found=other.cache_mode,
-                hint="retarget changes it",
+                hint="retarget changes it; or run fuse-attention with padding=lengths first",
             )  # fmt: skip
         analysis = work.analysis_of_copy(keep_attention=False)
         if others:
