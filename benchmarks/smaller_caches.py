@@ -1,6 +1,6 @@
 """Measure what passes for smaller caches lose on a text, and the bytes of the cache while the results run.
 
-python benchmarks/help_topics.py MODEL/tokenizer.json --tokens 8192 -o topics.txt
+python benchmarks/help_topics.py MODEL/tokenizer.json -o topics.txt
 python benchmarks/smaller_caches.py MODEL... --text topics.txt [--only PASSES] [--tokens 1024] [--json OUT]
 
 Each pipeline runs as by its command: calibrated on the first half of the text, verified against the same weights in an
