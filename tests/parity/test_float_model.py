@@ -1,5 +1,7 @@
 """Quantized models without rounding: their results, and their verification."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -9,7 +11,7 @@ from exports import injected
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 from written import read
 
-from kvsurgeon.parity import verify
+from kvsurgeon.parity import verifier, verify
 from kvsurgeon.parity.float_model import float_model
 
 SMALL = Config(layers=1, windowed=())
@@ -118,6 +120,27 @@ def test_finds_a_mistake_smaller_than_rounding(tmp_path):
     report = verify(quantized[0], quantized[2], threads=1)
     assert report.verdict == "different"
     assert report.error < 0.35  # the error of rounding in one layer
+
+
+def test_a_text_that_is_not_compared_with_rounding_is_no_fault(tmp_path, monkeypatch):
+    onnx.save(Decoder(SMALL).model(), tmp_path / "plain.onnx")
+    quantize_dynamic(tmp_path / "plain.onnx", tmp_path / "quantized.onnx", weight_type=QuantType.QUInt8)
+    compare_all = verifier._Verification.compare_all
+
+    def far_apart(work, models, optimization):
+        report, reference = compare_all(work, models, optimization)
+        if optimization == "all":
+            first, second, *others = report.comparisons
+            first = replace(first, verdict="different", error=0.9)
+            others = (first, replace(second, verdict="unknown", error=None), *others)
+            report = replace(report, comparisons=others)
+        return report, reference
+
+    monkeypatch.setattr(verifier._Verification, "compare_all", far_apart)
+    quantized = onnx.load(tmp_path / "quantized.onnx")
+    report = verify(quantized, injected(quantized), threads=1, effort="quick")
+    assert report.verdict == "same"
+    assert "logits differ by 0.9 of their spread" in report.notes[-1]
 
 
 def test_verifies_static_quantization_without_rounding(tmp_path):

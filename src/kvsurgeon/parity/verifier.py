@@ -138,8 +138,8 @@ class _Verification:
             return replace(exact, notes=(*exact.notes, "verified without rounding to 8 bits"))
         rounded, reference = replace(self, effort="quick", explain=False).compare_all(models, optimization)
         noise = 0.0 if reference is None else reference.noise
-        failed = rounded.faults or any(one.error is None or not np.isfinite(one.error) for one in rounded.comparisons)
-        if rounded.verdict == "different" and failed:
+        different = (one.error for one in rounded.comparisons if one.verdict == "different")
+        if rounded.faults or any(error is None or not np.isfinite(error) for error in different):
             return rounded
         error = rounded.error or 0.0
         note = f"verified without rounding to 8 bits; with it, logits differ by {error:.2g} of their spread"
