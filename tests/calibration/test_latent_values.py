@@ -130,6 +130,13 @@ def test_values_that_are_not_linear_are_rejected(values: str, reason: str, text:
         applied(read(grouped_attention(values=values, constants="float[6] norm")), 2, text)
 
 
+def test_einsums_are_rejected_with_the_pass_that_replaces_them(text: Path) -> None:
+    product = 'summed = Einsum<equation = "bhnm,bhmd->bhnd">(weights, vy)'
+    model = grouped_attention().replace("summed = MatMul(weights, vy)", product)
+    with pytest.raises(UnsupportedError, match="run einsum-to-matmul first"):
+        applied(read(model), 2, text)
+
+
 def test_a_result_that_something_else_reads_is_rejected(text: Path) -> None:
     model = grouped_attention().replace("logits = MatMul(joined, out)", "b = Add(joined, q) logits = MatMul(b, out)")
     with pytest.raises(UnsupportedError, match="depends on the token"):

@@ -167,7 +167,7 @@ def _read_latent(
     values, below = node.inputs[index], layout_of(flow, reading.product.features)
     heads = before.width // int(before.parts[-1])
     if node.op_type != "MatMul" or index != 1 or values is None or below.shape[-1] != below.width:
-        raise _not_readable(reading, f"a {node.op_type}")
+        raise _not_readable(reading, node.op_type)
     operand = layout_of(flow, values)
     named: NamedDims = ()
     value_heads = operand.width // int(operand.parts[-1])
@@ -207,7 +207,8 @@ def _not_readable(reading: _Reading, found: str) -> UnsupportedError:
     return UnsupportedError(
         "the values of this attention cannot be read as one latent", code=Code.UNTRACEABLE_HEADS,
         at=reading.context.name, layer=reading.layer, found=found,
-        expected="a MatMul with values whose last axis is that of features",
+        expected="MatMul with values whose last axis is that of features",
+        hint="run einsum-to-matmul first" if found == "Einsum" else None,
     )  # fmt: skip
 
 

@@ -92,8 +92,9 @@ def _starts(trace: IndexTrace, layer: int, site: AttentionSite) -> tuple[ir.Valu
     keys, values = (find_repetition(trace, layer, site, one, counts) for one in (site.keys[0], site.values[0]))
     if keys.sharing != values.sharing or not (keys.heads.tolist() == values.heads.tolist()):
         raise UnsupportedError(
-            "keys and values are repeated in different ways", code=Code.UNTRACEABLE_HEADS, at=site.at.name, layer=layer
-        )
+            "keys and values are repeated in different ways", code=Code.UNTRACEABLE_HEADS, at=site.at.name, layer=layer,
+            hint="run the pass before inject, which may have changed how heads are repeated",
+        )  # fmt: skip
     return keys.start, values.start
 
 

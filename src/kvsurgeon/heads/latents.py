@@ -133,7 +133,8 @@ def _check_products(flow: TokenFlow, site: AttentionSite, keys: ir.Value, values
     score, product = site.scores[0], site.products[0]
     places = (score.node.op_type, score.key_index(), product.node.op_type, product.value)
     if places != ("MatMul", 1, "MatMul", 1):
-        raise _not_readable(site, expected, str(places))
+        found = "{} with keys at index {}, {} with values at index {}".format(*places)
+        raise _not_readable(site, "MatMul with keys and with values at index 1", found)
     operands = [value for value in (keys, values, score.node.inputs[0]) if value is not None]
     shapes = [flow.shapes[value].shape or () for value in operands]
     sequence = [flow.axes[value][0].axis for value in (keys, values)]
@@ -235,5 +236,5 @@ def _rows(op: NodeBuilder, layouts: LayoutBuilder, flow: TokenFlow, latent: Late
 def _not_readable(site: AttentionSite, expected: str, found: str) -> UnsupportedError:
     return UnsupportedError(
         "attention cannot read the latent of its keys and values", code=Code.UNTRACEABLE_HEADS, at=site.at.name,
-        expected=expected, found=found,
+        expected=expected, found=found, hint="run einsum-to-matmul first" if "Einsum" in found else None,
     )  # fmt: skip
