@@ -12,7 +12,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from written import read
 
 from kvsurgeon.parity import verifier, verify
-from kvsurgeon.parity.float_model import float_model
+from kvsurgeon.parity.arithmetic.float_model import float_model
 
 SMALL = Config(layers=1, windowed=())
 X = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)

@@ -9,7 +9,7 @@ from decoders import CachedDecoder, Decoder
 from onnx import helper, numpy_helper
 
 from kvsurgeon.parity import verify
-from kvsurgeon.parity.rounding import ReferenceNoise
+from kvsurgeon.parity.arithmetic.rounding import ReferenceNoise
 
 TOKEN = 7
 

@@ -12,15 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from kvsurgeon.errors import RunError
+from kvsurgeon.parity.arithmetic.rounding import ReferenceNoise
+from kvsurgeon.parity.arithmetic.tolerance import Tolerance
 from kvsurgeon.parity.chunked_run import ChunkedRun, run_in_chunks
 from kvsurgeon.parity.difference import distance, error_map, scale_of, spread, worst
 from kvsurgeon.parity.fault_location import locate_fault
 from kvsurgeon.parity.output_comparison import Counted, OutputComparer, ReferenceRuns
 from kvsurgeon.parity.reference_model import ReferenceModel
 from kvsurgeon.parity.report import CacheDifference, Comparison
-from kvsurgeon.parity.rounding import ReferenceNoise
 from kvsurgeon.parity.scenarios import Scenario
-from kvsurgeon.parity.tolerance import Tolerance
 from kvsurgeon.runtime import AnyDecoder, Array, CachedDecoder, CacheIO, ContinuousBatch
 
 UNSTABLE = "the reference model's outputs differ between one call and several"

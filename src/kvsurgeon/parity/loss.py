@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvsurgeon.errors import ParityError, UsageError
+from kvsurgeon.parity.arithmetic.tolerance import TOLERANCES, arithmetic_of
 from kvsurgeon.parity.model_source import load_graph
 from kvsurgeon.parity.prediction import check_cache, longest_text, open_decoder, predict, vocabulary_size
 from kvsurgeon.parity.report import Progress
-from kvsurgeon.parity.tolerance import TOLERANCES, arithmetic_of
 from kvsurgeon.runtime import AnyDecoder, Array, Source, Tokens
 from kvsurgeon.runtime.shared_inputs import share_inputs
 from kvsurgeon.runtime.text import halves, load_tokenizer, read_text, side_folders

@@ -10,7 +10,8 @@ import onnx
 
 from kvsurgeon.io.local_functions import check_functions, nested_nodes
 from kvsurgeon.io.locate import find_model, read_proto
-from kvsurgeon.parity.float_model import float_model
+from kvsurgeon.parity.arithmetic.float_model import float_model
+from kvsurgeon.parity.arithmetic.wide_model import wide_model
 from kvsurgeon.runtime import Optimization, Session, Source, open_session
 from kvsurgeon.runtime.providers import CPU, find_provider
 from kvsurgeon.runtime.session import folder_of
@@ -62,6 +63,11 @@ class ModelSource:
     def in_floats(self) -> ModelSource | None:
         """Return the model without rounding to 8 bits; None if that is not possible."""
         graph = float_model(self.graph)
+        return None if graph is None else replace(self, source=graph, graph=graph)
+
+    def in_float32(self) -> ModelSource | None:
+        """Return a model of 16 bits in float32; None if that is not possible."""
+        graph = wide_model(self.graph)
         return None if graph is None else replace(self, source=graph, graph=graph)
 
     def open(self, optimization: Optimization, outputs: Sequence[str] = ()) -> Session:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from kvsurgeon.errors import KvsurgeonError, MissingKernelError, RunError, UsageError
+from kvsurgeon.parity.arithmetic.tolerance import ROUNDED, TOLERANCES, Arithmetic
 from kvsurgeon.parity.reference_model import ReferenceModel, probe_reference
 from kvsurgeon.parity.report import Report
 from kvsurgeon.parity.scenarios import TextLengths
-from kvsurgeon.parity.tolerance import ROUNDED, TOLERANCES, Arithmetic
 from kvsurgeon.runtime import AnyDecoder, CachedDecoder, Optimization, Session, ValueInfo
 from kvsurgeon.runtime.axes import (
     cache_entries,

@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kvsurgeon.errors import RunError
+from kvsurgeon.parity.arithmetic.rounding import ReferenceNoise
+from kvsurgeon.parity.arithmetic.tolerance import Tolerance
 from kvsurgeon.parity.chunked_run import ChunkedRun
 from kvsurgeon.parity.difference import ErrorMap, Scale, agreement, error_map, scale_of, worst
 from kvsurgeon.parity.reference_model import ReferenceModel
 from kvsurgeon.parity.reference_outputs import ReferenceOutputs
 from kvsurgeon.parity.report import Comparison
-from kvsurgeon.parity.rounding import ReferenceNoise
 from kvsurgeon.parity.scenarios import Scenario
-from kvsurgeon.parity.tolerance import Tolerance
 from kvsurgeon.runtime import AnyDecoder, Array, ValueInfo
 from kvsurgeon.runtime.axes import axes_of, token_axes
 

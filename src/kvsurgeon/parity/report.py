@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from kvsurgeon.parity.arithmetic.tolerance import Tolerance
 from kvsurgeon.parity.scenarios import Effort, Scenario
-from kvsurgeon.parity.tolerance import Tolerance
 
 Verdict = Literal["same", "different", "unknown"]
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, name of the next

@@ -15,21 +15,22 @@ from pathlib import Path
 
 import numpy as np
 
+from kvsurgeon.parity.arithmetic.rounding import ReferenceNoise
+from kvsurgeon.parity.arithmetic.tolerance import ROUNDED, TOLERANCES, Arithmetic, arithmetic_of
 from kvsurgeon.parity.comparison import SUMS, compare, compare_ragged, ragged_scenario, without_unstable_tokens
 from kvsurgeon.parity.first_difference import first_difference, simplest_difference
 from kvsurgeon.parity.model_source import ModelSource
 from kvsurgeon.parity.open_models import Opened, open_models, open_stable
 from kvsurgeon.parity.reference_model import ReferenceModel
 from kvsurgeon.parity.report import Comparison, Progress, Report
-from kvsurgeon.parity.rounding import ReferenceNoise
 from kvsurgeon.parity.scenarios import Effort, Plan, Scenario, TextLengths, plan_scenarios
 from kvsurgeon.parity.thresholds import reached, thresholds_in
-from kvsurgeon.parity.tolerance import ROUNDED, TOLERANCES, Arithmetic, arithmetic_of
 from kvsurgeon.runtime import AnyDecoder, CachedDecoder, Optimization, Source
 from kvsurgeon.runtime.providers import CPU
 
 _UNFUSED: Optimization = "basic"  # "all" rounds again: `MatMulNBits` of 8-bit weights rounds activations
 _ROUNDINGS = 3  # in ranges of the call, of the calls before, and of the whole text
+_16_BITS: frozenset[Arithmetic] = frozenset(("float16", "bfloat16"))
 _EXACT: frozenset[Arithmetic] = frozenset(("float64", "float32"))
 _MEASURED = _EXACT | {"float16"}  # onnxruntime has few kernels for bfloat16, and rounding to 8 bits is no noise
 _NEAR = 10  # multiple of the bound, for exact arithmetic, still well below the error of a wrong cache
@@ -87,10 +88,10 @@ def verify(
     arithmetic = arithmetic_of(models[0].graph)
     if arithmetic in ROUNDED:
         report = work.without_rounding(models, optimization)
-    elif arithmetic in _EXACT:
-        report, _ = work.compare_all(models, optimization)
     else:
-        report = work.at_either_level(models, optimization)
+        report, _ = work.compare_all(models, optimization)
+    if arithmetic in _16_BITS and report.verdict != "same":
+        report = work.in_float32(models, report, optimization)
     return replace(report, seed=seed, effort=effort, seconds=time.perf_counter() - start)
 
 
@@ -105,21 +106,25 @@ class _Verification:
     explain: bool
     progress: Progress | None
 
-    def at_either_level(self, models: tuple[ModelSource, ModelSource], optimization: Optimization) -> Report:
-        """Return the report on two models in 16 bits: without graph optimization if they differ with it by rounding.
+    def in_float32(self, models: tuple[ModelSource, ModelSource], report: Report, optimization: Optimization) -> Report:
+        """Return the report on two models in 16 bits that are not the same in them, computed in float32.
 
-        onnxruntime fuses other operators in a graph with a cache, and rounds there less often. That may choose another
-        expert, after which everything differs. Without optimization both round alike.
+        It is the given one if they fail in 16 bits, or if most tokens differ there.
         """
-        report, _ = self.compare_all(models, optimization)
         error, agreement = report.error, report.agreement
-        if report.verdict != "different" or report.faults or error is None or not np.isfinite(error):
+        if report.verdict == "different" and (
+            report.faults or error is None or not np.isfinite(error) or (agreement or 0.0) < _AGREEING
+        ):
             return report
-        if agreement is None or agreement < _AGREEING:
+        wide = models[0].in_float32(), models[1].in_float32()
+        if wide[0] is None or wide[1] is None:
             return report
-        plain, _ = self.compare_all(models, "off")
-        note = f"compared without graph optimization; with it, rounding moves outputs by {error:.2g} of their spread"
-        return replace(plain, notes=(*plain.notes, note)) if plain.verdict == "same" else report
+        exact, _ = self.compare_all((wide[0], wide[1]), optimization, "float32")
+        if exact.verdict == "unknown":
+            return report
+        reason = report.unverifiable if error is None else f"outputs differ by {error:.2g} of their spread"
+        note = f"verified in float32; in {report.arithmetic}: {reason}"
+        return replace(exact, arithmetic=report.arithmetic, notes=(*exact.notes, note))
 
     def without_rounding(self, models: tuple[ModelSource, ModelSource], optimization: Optimization) -> Report:
         """Return the report on two models that round activations to 8 bits, without this rounding.
@@ -150,10 +155,16 @@ class _Verification:
         return replace(exact, notes=(*exact.notes, note))
 
     def compare_all(
-        self, models: tuple[ModelSource, ModelSource], optimization: Optimization
+        self,
+        models: tuple[ModelSource, ModelSource],
+        optimization: Optimization,
+        arithmetic: Arithmetic | None = None,
     ) -> tuple[Report, ReferenceModel | None]:
-        """Compare both models on all scenarios; return the report and the reference model, if both could be opened."""
-        arithmetic = arithmetic_of(models[0].graph)
+        """Compare both models on all scenarios; return the report and the reference model, if both could be opened.
+
+        The arithmetic is that of the reference if it is not given.
+        """
+        arithmetic = arithmetic or arithmetic_of(models[0].graph)
         blank = Report(arithmetic=arithmetic, tolerance=TOLERANCES[arithmetic])
         lengths = self.lengths or TextLengths.of(self.effort)
 

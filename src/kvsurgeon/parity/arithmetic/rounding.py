@@ -12,10 +12,10 @@ import onnx
 from onnx import TensorProto, helper
 
 from kvsurgeon.errors import KvsurgeonError
+from kvsurgeon.parity.arithmetic.tolerance import ROUNDED, arithmetic_of
 from kvsurgeon.parity.model_source import ModelSource
 from kvsurgeon.parity.reference_model import ReferenceModel
 from kvsurgeon.parity.scenarios import Scenario
-from kvsurgeon.parity.tolerance import ROUNDED, arithmetic_of
 from kvsurgeon.runtime import Optimization, Tokens
 
 _LARGEST = 1 << 30  # bytes of a model, which is copied

@@ -1,0 +1,1 @@
+"""How two models compute: the tolerance of their arithmetic, its rounding, and the models without this rounding."""
