@@ -123,7 +123,7 @@ def test_token_ids_are_random_without_a_tokenizer(damaged: Path) -> None:
         (damaged / name).unlink()
     found = measure_loss(damaged, damaged)
     assert (found.text, found.tokens, found.kl_divergence) == ("random token IDs", 32, 0.0)
-    with pytest.raises(UsageError, match=r"expected tokenizer\.json next to the model"):
+    with pytest.raises(UsageError, match=r"a text and tokenizer\.json next to the model"):
         measure_loss(damaged, damaged, text=DEMO / "sample.txt")
 
 

@@ -58,7 +58,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
         tokens = [int(token) for token in re.findall(r"\d+", prompt)]
     else:
         raise UsageError(
-            f"expected a prompt of token IDs such as 1,2,3, or a text and tokenizer.json next to the model, "
+            f"expected token IDs such as 1,2,3, or a text and tokenizer.json next to the model, "
             f"found {prompt[:_SHOWN]!r}"
         )
     if not tokens:
