@@ -195,7 +195,7 @@ def _weights(flow: TokenFlow, node: ir.Node, *, columns: bool) -> WeightOperand:
         raise UnsupportedError(
             "cannot change the features of these weights", code=Code.CANNOT_AVERAGE, at=result.name,
             expected="stored floating-point weights with one axis of features", found=node.op_type,
-            hint="change heads before weights are quantized, or use method=first",
+            hint="run the pass before weights are quantized, or merge or share heads by method=first",
         )  # fmt: skip
     return operand
 
