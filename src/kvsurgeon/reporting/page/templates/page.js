@@ -277,29 +277,35 @@
       }
       const limit = Math.max(...shown.map(one => one.keys.layers[state.layer]?.limit ?? 0));
       const scale = make("p", { className: "note" }, `−${limit.toPrecision(2)}`, make("span", { className: "scale" }), `${limit.toPrecision(2)}`);
-      children.push(make("div", { className: "models" }, ...data.map(one => model(one, limit, readout))), ...layers ? [scale] : [], readout);
+      const rows = rowsOf(shown.map(one => one.keys.layers[state.layer]?.reads).filter(Boolean));
+      children.push(make("div", { className: "models" }, ...data.map(one => model(one, rows, limit, readout))), ...limit ? [scale] : [], readout);
       replaceContent(root, children);
     }
 
-    function model(one, limit, readout) {
+    // The query heads of each row, for all models alike: the smallest groups that share a KV head
+    function rowsOf(reads) {
+      const groups = reads.map(heads => Object.values(Object.groupBy(heads.keys(), head => heads[head])));
+      const shared = groups.filter(rows => rows.some(row => row.length > 1));
+      return shared.sort((one, other) => other.length - one.length)[0] ?? chunks((groups[0] ?? []).flat());
+    }
+
+    function model(one, rows, limit, readout) {
       const found = one.keys, layer = found.layers?.[state.layer];
       const title = data.length > 1 ? [make("h3", {}, one.name)] : [];
       const error = found.error ?? (layer ? layer.error : "the model has no such layer");
       if (error) return make("div", {}, ...title, make("p", { className: "note" }, `Not shown: ${error}`));
-      return make("div", {}, ...title, groups(found, layer, limit, readout));
+      return make("div", {}, ...title, groups(found, layer, rows, limit, readout));
     }
 
-    function groups(found, layer, limit, readout) {
+    function groups(found, layer, rows, limit, readout) {
       const value = keysOf(layer, found.tokens.length);
       const tokens = state.allTokens ? found.tokens.length : 1;
       const dimensions = state.allDimensions ? layer.dim : Math.min(FIRST_DIMENSIONS, layer.dim);
-      const heads = new Map();
-      layer.reads.forEach((kv, head) => heads.set(kv, [...heads.get(kv) ?? [], head]));
-      const grouped = layer.reads.length > heads.size;
-      const rows = grouped ? [...heads] : chunks(layer.reads.map((kv, head) => head)).map(row => [null, row]);
-      const columns = balanced(Math.max(...rows.map(([, row]) => row.length)));
-      return make("div", { className: "groups" }, ...rows.map(([kv, row], number) => {
-        const group = make("div", { className: "group" }, ...kv === null ? [] : [make("h4", {}, `group ${number}, KV head ${kv}`)], ...row.map(head => {
+      const columns = balanced(Math.max(...rows.map(row => row.length)));
+      return make("div", { className: "groups" }, ...rows.map(row => {
+        const [first, last] = [layer.reads[row[0]], layer.reads[row.at(-1)]];
+        const title = make("h4", {}, first === last ? `KV head ${first}` : `KV heads ${first}-${last}`);
+        const group = make("div", { className: "group" }, title, ...row.map(head => {
           const read = layer.reads[head];
           const cell = cells(tokens, dimensions,
             (token, dim) => shade(value(read, token, dim) / limit),
