@@ -4,8 +4,8 @@
 
 The README runs first, from the copy of a clone: it installs the package. Every other page runs in a copy of its own,
 with the model that the README exports, in a folder `model`. The environment has what the pages install, and nothing
-else. Blocks that are marked by `skip="REASON"` are listed; those that need a package of `--with` run. The time to the
-first success ends with the README's third command on a model.
+else. Blocks that are marked by `skip="REASON"` are listed; those that need a package of `--with` run, such as those of
+`--with torch transformers onnxscript`. The time to the first success ends with the README's third command on a model.
 """
 
 from __future__ import annotations
