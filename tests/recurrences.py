@@ -10,7 +10,7 @@ CONSTANTS = """float[8, 1] wa, float nil = {0.0}, float unit = {1.0}, int64 four
  int64[1] last = {-1}, int64[1] third_axis = {3}, int64[2] row8 = {1, 8},
  int64[6] one_before = {0, 1, 0, 0, 0, 0}, int64[4] chunks = {0, -1, 4, 8}, int64[4] logs = {0, -1, 4, 1},
  int64[3] flat = {0, -1, 8}, int64[3] per_chunk = {0, -1, 1}, float tenth = {0.1}, int64 two = {2},
- int64[1] far = {999999999}, float[8, 8] wz"""
+ int64[1] far = {999999999}, float[8, 8] wz, int64 prime = {19}, int64 twice_prime = {38}"""
 # Each token adds itself to the state, which is multiplied by exp(a) of the token before: chunks of 4.
 SCAN = """la = MatMul(x, wa)
  a0 = Mul(la, tenth)

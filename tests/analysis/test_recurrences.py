@@ -30,6 +30,13 @@ LOOK_ALIKES = {
     "the state after the chunk": {"PREVIOUS": "second, far"},
     "a maximum over the text": {"y1 = NORM(y0)": "highest = ReduceMax(y0)\n y1 = Div(y0, highest)"},
     "tokens of the chunk that follow": {" earlier = LessOrEqual": " earlier = GreaterOrEqual"},
+    "a factor for one length": {
+        "y1 = NORM(y0)": "is_19 = Equal(length, prime)\n factor = Where(is_19, half, unit)\n y1 = Mul(y0, factor)"
+    },
+    "a factor for a computed length": {
+        "y1 = NORM(y0)": "double = Add(length, length)\n is_19 = Equal(double, twice_prime)\n"
+        " factor = Where(is_19, half, unit)\n y1 = Mul(y0, factor)"
+    },
     "a state that is bounded": {
         "previous1 = Unsqueeze(previous,": "bounded = Tanh(previous)\n previous1 = Unsqueeze(bounded,"
     },

@@ -117,6 +117,17 @@ def test_selections_that_are_cut_are_rejected(end):
         injected(model)
 
 
+@pytest.mark.parametrize("condition", ["Equal(length, prime)", "Greater(length, prime)", "Equal(double, twice)"])
+@pytest.mark.parametrize("prime", [3, 19, 61, 307])
+def test_a_factor_for_some_lengths_is_rejected(condition, prime):
+    switched = f"double = Add(length, length)\n is_one = {condition}\n factor = Where(is_one, half, unit)\n "
+    expert = EXPERT.replace("Mul(made_N, wide_N)", "Mul(part1_N, factor)\n part1_N = Mul(made_N, wide_N)")
+    constants = f"float unit = {{1.0}}, int64 prime = {{{prime}}}, int64 twice = {{{2 * prime}}}"
+    model = in_order(read(text(expert, constants).replace("f = Reshape(x, rows)", f"{switched}f = Reshape(x, rows)")))
+    with pytest.raises(UnsupportedError):
+        injected(model)
+
+
 def test_experts_that_normalize_over_their_tokens_are_rejected():
     expert = BY_MASK.replace("made_N = MatMul(picked_N, expert_N)",
                              "raw_N = MatMul(picked_N, expert_N)\n made_N = Softmax<axis = 0>(raw_N)")  # fmt: skip

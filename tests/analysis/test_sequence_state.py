@@ -182,6 +182,19 @@ def test_operators_that_read_later_tokens_are_rejected(hidden):
         injected(read(case(hidden)))
 
 
+@pytest.mark.parametrize("condition", ["Equal(length, prime)", "Greater(length, prime)", "Equal(double, twice)"])
+@pytest.mark.parametrize("prime", [3, 19, 61, 307])
+def test_a_factor_for_some_lengths_is_rejected(condition, prime):
+    switched = f"""double = Add(length, length)
+ is_one = {condition}
+ factor = Where(is_one, half, unit)
+ y1 = Mul(y, factor)"""
+    hidden = TRIMMED.replace(" length1 =", f" {switched}\n length1 =").replace("Slice(y,", "Slice(y1,")
+    constants = f"{KERNEL}, float unit = {{1.0}}, int64 prime = {{{prime}}}, int64 twice = {{{2 * prime}}}"
+    with pytest.raises(UnsupportedError, match="mixes tokens along the sequence outside attention"):
+        injected(read(attention(hidden=hidden, constants=constants)))
+
+
 def test_texts_that_are_filled_up_to_whole_chunks_are_rejected():
     with pytest.raises(UnsupportedError, match=r"as those that fill up a chunk; .* found -length . 3.floor"):
         injected(read(case(FILLED)))

@@ -31,7 +31,10 @@ _FOLLOWED = 9  # tokens from a number on, so that one beyond it is followed by o
 
 
 def lengths_beyond(flow: TokenFlow, result: ir.Value, sources: Sequence[ir.Value]) -> list[int] | None:
-    """Return a length beyond each number that positions are compared with between sources and result, and their sum.
+    """Return lengths at which what is computed between sources and result may change.
+
+    They are each number that positions are compared with, a length beyond it, the same of the sum of all, and the
+    lengths at which a factor or a condition that depends on the length alone changes.
 
     Returns:
         The lengths in rising order; None if one of them is longer than texts that can be run.
@@ -44,7 +47,30 @@ def lengths_beyond(flow: TokenFlow, result: ir.Value, sources: Sequence[ir.Value
     largest = max((elements_at(shape, total + _FOLLOWED) for shape in shapes), default=0)
     if max(counts, default=0) > MAX_PROBE_LENGTH or largest > MAX_ELEMENTS:
         return None
-    return sorted({count + _FOLLOWED for count in (*counts, total)})
+    near = {length for count in (*counts, total) for length in (count, count + _FOLLOWED)}
+    return sorted({length for length in near | _switching_lengths(flow, nodes) if length})
+
+
+def _switching_lengths(flow: TokenFlow, nodes: Iterable[ir.Node]) -> set[int]:
+    """Return the lengths at which floats and conditions that nodes read change, if they have no axis of tokens."""
+    lengths = set[int]()
+    for value in {value for node in nodes for value in node.inputs if value is not None}:
+        if flow.kinds.get(value) is not ValueKind.CONTEXT:
+            continue
+        fact = flow.shapes[value]
+        if fact.value is None and fact.dtype is not None and not fact.dtype.is_integer() and _is_static(fact.shape):
+            lengths |= _changes(SubgraphRunner(flow, [value]))
+    return lengths
+
+
+def _is_static(shape: Sequence[Dimension] | None) -> bool:
+    return shape is not None and all(isinstance(size, int) for size in shape)
+
+
+def _changes(runner: SubgraphRunner) -> set[int]:
+    """Return the lengths at either side of which a value begins or ceases to change."""
+    longest = longest_running(runner.run, SCANNED)
+    return lengths_of_change([runner.run(length)[0] for length in range(1, longest + 1)])
 
 
 def elements_at(shape: Sequence[Dimension], length: int) -> int:
@@ -98,11 +124,11 @@ def changing_context(flow: TokenFlow, nodes: Iterable[ir.Node]) -> tuple[set[int
         if len(axes) > 1 or elements_at(shape, SCANNED) > MAX_ELEMENTS:
             continue
         runner = SubgraphRunner(flow, [value])
-        longest = longest_running(runner.run, SCANNED)
         if axes:
+            longest = longest_running(runner.run, SCANNED)
             array = np.moveaxis(runner.run(longest)[0], axes[0], 0).reshape(longest, -1).astype(np.float64)
             differs = (np.diff(array, 2, axis=0) != 0).max(axis=1)
             positions |= {place + offset for place in changes(differs) for offset in (1, 2)}
         else:
-            lengths |= lengths_of_change([runner.run(length)[0] for length in range(1, longest + 1)])
+            lengths |= _changes(runner)
     return positions, lengths

@@ -203,13 +203,14 @@ def _is_measured_causal(flow: TokenFlow, state: SequenceState) -> bool:
         if runner.reads_numbers:
             return False
         masks = (left_padded, with_gaps) if runner.masks else ()
-        for mask, scale in ((unmasked, 1.0), (unmasked, _LARGE), *((mask, 1.0) for mask in masks)):
-            if not _keeps_prefixes(partial(run, mask=mask, scale=scale), _TOKENS):
-                return False
         positions, changing = changing_context(flow, state.nodes)
+        longer = sorted(length for length in {*lengths, *changing} if length > _TOKENS)
+        shorter = {*lengths, *changing} - {*longer, _TOKENS}
+        for mask, scale in ((unmasked, 1.0), (unmasked, _LARGE), *((mask, 1.0) for mask in masks)):
+            if not _keeps_prefixes(partial(run, mask=mask, scale=scale), _TOKENS, shorter):
+                return False
         if positions and not _keeps_prefixes(run, max(positions) + 2, positions):
             return False
-        longer = sorted(length for length in {*lengths, *changing} if length > _TOKENS)
         return all(
             _keeps_prefixes(partial(run, mask=mask), length) for length in longer for mask in (unmasked, *masks)
         ) and _keeps_sequences_apart(flow, runner, state.result)
