@@ -1,1 +1,1 @@
-"""How two models compute: the tolerance of their arithmetic, its rounding, and the models without this rounding."""
+"""Arithmetic of the models to compare: tolerances, noise by rounding, and the models without rounding."""
