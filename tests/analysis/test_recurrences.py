@@ -30,13 +30,6 @@ LOOK_ALIKES = {
     "the state after the chunk": {"PREVIOUS": "second, far"},
     "a maximum over the text": {"y1 = NORM(y0)": "highest = ReduceMax(y0)\n y1 = Div(y0, highest)"},
     "tokens of the chunk that follow": {" earlier = LessOrEqual": " earlier = GreaterOrEqual"},
-    "a factor for one length": {
-        "y1 = NORM(y0)": "is_19 = Equal(length, prime)\n factor = Where(is_19, half, unit)\n y1 = Mul(y0, factor)"
-    },
-    "a factor for a computed length": {
-        "y1 = NORM(y0)": "double = Add(length, length)\n is_19 = Equal(double, twice_prime)\n"
-        " factor = Where(is_19, half, unit)\n y1 = Mul(y0, factor)"
-    },
     "a state that is bounded": {
         "previous1 = Unsqueeze(previous,": "bounded = Tanh(previous)\n previous1 = Unsqueeze(bounded,"
     },
@@ -78,6 +71,15 @@ def test_it_is_found_in_any_order_of_the_nodes(seed):
 def test_regions_that_are_no_recurrence_are_rejected(changes):
     with pytest.raises(UnsupportedError, match=r"mixes tokens along the sequence|as those that fill up a chunk"):
         injected(read(hybrid(scan(**changes))))
+
+
+@pytest.mark.parametrize("condition", ["Equal(length, prime)", "Greater(length, prime)", "Equal(double, twice_prime)"])
+def test_a_factor_for_some_lengths_is_rejected(condition):
+    switched = f"double = Add(length, length)\n is_one = {condition}\n factor = Where(is_one, half, unit)\n r0 = Mod"
+    text = keyed_hybrid(keyed_scan(added="Mul(y2, factor)", **{"r0 = Mod": switched}))
+    injected(read(text.replace("Where(is_one, half, unit)", "Where(is_one, half, half)")))
+    with pytest.raises(UnsupportedError, match="as those that fill up a chunk"):
+        injected(read(text))
 
 
 def test_a_model_of_recurrences_alone_has_a_state():
