@@ -72,6 +72,8 @@ def test_caches_of_different_shapes_block_optimum():
     usual, other = model_info(), model_info(kv_heads=4)
     mixed = replace(usual, cache=(*usual.cache[:2], *other.cache[2:]))
     assert any("caches of one shape" in one for one in blocking(OPTIMUM, mixed))
+    mixed = replace(usual, cache=(*usual.cache[::2], *other.cache[1::2]))
+    assert blocking(OPTIMUM, mixed) == ["expected as many heads of keys as of values, found 2 and 4"]
     assert not blocking(OPTIMUM, usual)
 
 

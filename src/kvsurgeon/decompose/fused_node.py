@@ -142,4 +142,4 @@ class FusedNode(NodeBuilder):
 
     def unsupported_past(self) -> UnsupportedError:
         """Return the error for a node that reads past keys and values."""
-        return self.unsupported("the model already has a cache", code=Code.HAS_CACHE, hint="export without a KV cache")
+        return self.unsupported("the model already has a cache", code=Code.HAS_CACHE, hint="remove-cache removes it")

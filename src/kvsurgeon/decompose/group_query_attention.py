@@ -33,7 +33,7 @@ def group_query_attention(op: FusedNode) -> None:
     attributes = op.node.attributes
     quantized = [attributes.get_string(f"{kind}_quant_type", "NONE") for kind in "kv"]
     if quantized != ["NONE", "NONE"]:
-        raise op.unsupported("quantized KV cache", found=", ".join(quantized), hint="export with a float cache")
+        raise op.unsupported("quantized KV cache", found=", ".join(quantized), hint="quantize-cache comes last")
     _check_lengths(op)
     heads, kv_heads = (attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
     packed = op.optional(1) is None

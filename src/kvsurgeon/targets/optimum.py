@@ -83,6 +83,10 @@ def _check(model: ModelInfo) -> Iterator[Incompatibility]:
     config = optimum_config(model) if model.kv_heads else {}
     yield from check_model_type(model, config, "optimum derives the shape of empty caches from the model type")
     yield from check_left_padding(model)
+    heads = {pair.kind: pair.past.dims[1] for pair in model.cache}
+    if len(set(heads.values())) > 1:
+        counts = " and ".join(map(str, heads.values()))
+        yield Incompatibility(f"expected as many heads of keys as of values, found {counts}")
 
 
 def _tokenizer_config(model: ModelInfo) -> Mapping[str, Any] | None:

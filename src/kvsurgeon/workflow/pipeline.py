@@ -14,7 +14,16 @@ import onnx
 import onnx_ir as ir
 
 from kvsurgeon import io
-from kvsurgeon.errors import InternalError, KvsurgeonError, ParityError, PassError, UsageError, describe_exception
+from kvsurgeon.errors import (
+    Code,
+    InternalError,
+    KvsurgeonError,
+    ParityError,
+    PassError,
+    UnsupportedError,
+    UsageError,
+    describe_exception,
+)
 from kvsurgeon.interop.functions import as_pass_class
 from kvsurgeon.io.loading import Source
 from kvsurgeon.io.model_config import ModelHeads, record_head_change
@@ -251,6 +260,7 @@ def _run_pass(one: Pass, subject: Subject, before: Sequence[PassResult], *, by_c
 
     Raises:
         PassError: The pass raised, returned no outcome, or left an invalid graph.
+        UnsupportedError: A pass before it wrote a second model that is a part of the model.
     """
     start = time.perf_counter()
     ran = f" (passes before it: {', '.join(step.name for step in before)})" if before else ""
@@ -260,6 +270,7 @@ def _run_pass(one: Pass, subject: Subject, before: Sequence[PassResult], *, by_c
     if not isinstance(subject.model, ir.Model):
         raise PassError(f"pass {one.name}: expected it to leave an onnx_ir.Model, found {subject.model!r}{ran}")
     if isinstance(outcome, Changed):
+        _check_parts(one, before)
         subject.changed()
         if outcome.heads is not None:
             record_head_change(subject.model, outcome.heads)
@@ -267,6 +278,22 @@ def _run_pass(one: Pass, subject: Subject, before: Sequence[PassResult], *, by_c
         if found:
             raise PassError(f"pass {one.name} left an invalid graph: {first_of(found)}{ran}")
     return PassResult(name=one.name, outcome=outcome, seconds=time.perf_counter() - start)
+
+
+def _check_parts(one: Pass, before: Sequence[PassResult]) -> None:
+    """Check that a second model is still a part of the model that a pass has changed.
+
+    Raises:
+        UnsupportedError: A pass before it wrote one.
+    """
+    for step in before:
+        companions = step.outcome.companions if isinstance(step.outcome, Changed) else {}
+        part = next((name for name, companion in companions.items() if not companion.connections), None)
+        if part is not None:
+            raise UnsupportedError(
+                f"`{part}` is a part of the model before {one.name}, and not of its result",
+                code=Code.PASS_PRECONDITION, hint=f"run {step.name} last",
+            )  # fmt: skip
 
 
 def _apply(one: Pass, subject: Subject, ran: str) -> Outcome:

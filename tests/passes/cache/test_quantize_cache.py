@@ -17,7 +17,7 @@ from unrolled import unrolled
 from written import read
 
 from kvsurgeon import io
-from kvsurgeon.errors import ParityError
+from kvsurgeon.errors import ParityError, UnsupportedError
 from kvsurgeon.parity import verify
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.quantize_cache import QuantizeCache
@@ -181,3 +181,8 @@ def test_scales_of_a_float16_model_are_float32():
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
     assert types["past_key_values.1.value_scale"] == onnx.TensorProto.FLOAT
     assert verify(original("float16"), model, effort="quick", seed=3).verdict == "same"
+
+
+def test_passes_that_restore_a_cache_come_before():
+    with pytest.raises(UnsupportedError, match=r"found integers and scales .* .run quantize-cache after this pass"):
+        Pipeline.parse("merge-kv-heads{kv-heads=1}").run(quantized(8))

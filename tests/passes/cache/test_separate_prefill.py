@@ -43,6 +43,11 @@ def test_the_cache_is_that_of_the_model() -> None:
     assert products(prefill) < products(model)
 
 
+def test_a_pass_after_it_would_leave_another_model_behind() -> None:
+    with pytest.raises(UnsupportedError, match=r"`prefill.onnx` is a part of the model before quantize-cache"):
+        Pipeline.parse("inject,separate-prefill,quantize-cache").run(Decoder(CONFIG).model())
+
+
 def test_layers_behind_a_shared_input_are_left_out(tmp_path) -> None:
     text = tmp_path / "ids.txt"
     text.write_text(" ".join(map(str, np.random.default_rng(0).integers(0, 9, 100))))

@@ -168,15 +168,16 @@ def _options(signature: CacheSignature) -> CacheOptions:
     repeated = Counter((entry.layer, entry.kind) for entry in signature.entries)
     layouts: dict[str, Layout] = {}  # a state has the layout of values
     for entry in (one for one in signature.entries if one.cache_mode != "recurrent"):
+        if entry.kind in ("key_scale", "value_scale"):
+            raise _not_restorable(entry, "rows of floats", "integers and scales", "run quantize-cache after this pass")
         if entry.layout is None or entry.kind is None or repeated[entry.layer, entry.kind] > 1:
             raise _not_restorable(entry, list(DEFAULT_LAYOUT), list(entry.shape))
         layout = layouts.setdefault("key" if entry.kind == "key" else "value", entry.layout)
         if entry.layout != layout or entry.cache_mode not in (mode, "last-rows"):
             raise _not_restorable(entry, [mode, *layout], [entry.cache_mode, *entry.layout])
         if entry.window is not None and entry.cache_mode != "last-rows":
-            raise _not_restorable(
-                entry, "a cache of all rows", f"the last {entry.window}, as {entry.operator} keeps them"
-            )
+            found = f"the last {entry.window}, as {entry.operator} keeps them"
+            raise _not_restorable(entry, "a cache of all rows", found, "run window-cache after this pass")
     if signature.past_length is None:
         raise _not_restorable(first, "at most one input that gives the number of past tokens", "several")
     source = signature.length_input
@@ -194,10 +195,12 @@ def _options(signature: CacheSignature) -> CacheOptions:
     )  # fmt: skip
 
 
-def _not_restorable(entry: SignatureEntry, expected: object, found: object) -> UnsupportedError:
+def _not_restorable(
+    entry: SignatureEntry, expected: object, found: object, hint: str = _RETARGET_HINT
+) -> UnsupportedError:
     return UnsupportedError(
         "the cache has a layout or cache mode that cannot be restored", code=Code.UNKNOWN_CACHE, at=entry.past,
-        expected=str(expected), found=str(found), hint=_RETARGET_HINT,
+        expected=str(expected), found=str(found), hint=hint,
     )  # fmt: skip
 
 
