@@ -133,9 +133,16 @@ def test_overrides_that_differ_from_the_graph_are_errors(overrides, message):
 
 
 @pytest.mark.parametrize("name", ["transpose_value_input", "transpose_key_input", "multiply_batch_by_num_att_heads"])
-def test_overrides_that_are_read_from_the_graph_are_warnings(name):
-    with pytest.warns(UserWarning, match=f"`{name}` is read from the graph"):
-        KeyValueCacheInjector(**{name: True})
+@pytest.mark.parametrize("injector", [KeyValueCacheInjector, Injector])
+def test_overrides_that_are_read_from_the_graph_are_warnings(injector, name, original):
+    with pytest.warns(UserWarning, match=f"`{name}` is read from the graph") as caught:
+        injector(inplace=False, target=None, **{name: True}).apply(original)
+    assert caught[0].filename == __file__
+
+
+def test_a_path_with_nothing_is_an_error():
+    with pytest.raises(InputError, match="found nothing at `elsewhere`"):
+        KeyValueCacheInjector("elsewhere")
 
 
 def test_the_snippet_of_sparseml_runs_under_its_import_path(folder, original, monkeypatch):

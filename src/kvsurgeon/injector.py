@@ -11,7 +11,7 @@ import onnx
 
 from kvsurgeon import io
 from kvsurgeon.anatomy import Decoder
-from kvsurgeon.errors import UsageError, did_you_mean
+from kvsurgeon.errors import InputError, UsageError, did_you_mean
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.contract import Subject
 
@@ -36,10 +36,11 @@ class KeyValueCacheInjector:
         hidden_size_kv_cache: Expected head dimension of the cache; None to accept any. `hidden_size_dim` is the same.
         additional_transforms: Passes or functions to run after the injection.
         target: Name of the runtime or compiler that loads the result, such as "deepsparse"; None for others.
-        **overrides: Other arguments of SparseML: the graph has what they state, which is a warning.
+        **overrides: Other arguments of SparseML: the graph has what they state, which is a note of the results.
 
     Raises:
         UsageError: An override is unknown, or excludes another.
+        InputError: There is nothing at `model_path`.
     """
 
     supported_models: ClassVar[str] = (
@@ -60,11 +61,12 @@ class KeyValueCacheInjector:
     ) -> None:
         if "hidden_size_dim" in overrides:  # as the docstring of SparseML calls it
             hidden_size_kv_cache = overrides.pop("hidden_size_dim")
-        for name in overrides:
-            _check_override(name)
+        self.notes = tuple(_note_of_override(name) for name in overrides)
         if target is not None and additional_transforms:
             raise UsageError("expected a target or additional_transforms, found both; run kvsurgeon.run on the result")
         path = None if model_path is None else Path(model_path)
+        if path is not None and not path.exists():
+            raise InputError(f"expected the file or the folder of a model, found nothing at `{path}`; check the path")
         self.folder = path.parent if path is not None and path.is_file() else path
         self.inplace = inplace
         self.num_attention_heads = num_attention_heads
@@ -122,7 +124,7 @@ class KeyValueCacheInjector:
         else:
             result = run_and_save(subject, Pipeline((Inject(), *self.additional_transforms)), verify=verify)
         misread = (_MISREAD,) if self.target is None and is_misread(result.model) else ()
-        for note in (*result.notes, *misread):
+        for note in (*self.notes, *result.notes, *misread):
             warnings.warn(note, stacklevel=3)
         return result
 
@@ -141,13 +143,11 @@ class KeyValueCacheInjector:
                 )
 
 
-def _check_override(name: str) -> None:
+def _note_of_override(name: str) -> str:
     if name not in _READ_FROM_THE_GRAPH:
         known = ("num_attention_heads", "hidden_size_kv_cache", "hidden_size_dim", "additional_transforms", "target")
         raise UsageError(f"unknown override `{name}`; {did_you_mean(name, known)}")
-    warnings.warn(
-        f"`{name}` is read from the graph; caches are [batch, kv_heads, sequence, head_dim]; omit it", stacklevel=3
-    )
+    return f"`{name}` is read from the graph; caches are [batch, kv_heads, sequence, head_dim]; omit it"
 
 
 def _with_weights(path: str | Path) -> onnx.ModelProto:
