@@ -36,6 +36,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "neox": ("GPTNeoXConfig", {**ROPE, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0,
                                                            "partial_rotary_factor": 0.5}}),
     "bloom": ("BloomConfig", {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": 4}),
+    "codegen": ("CodeGenConfig", {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_layer": LAYERS, "n_head": 4,
+                                  "n_positions": 64, "n_ctx": 64, "rotary_dim": 2}),
+    "gptneo": ("GPTNeoConfig", {"vocab_size": VOCABULARY, "hidden_size": HIDDEN, "num_layers": LAYERS, "num_heads": 4,
+                                "attention_types": [[["global", "local"], 1]], "window_size": 4,
+                                "max_position_embeddings": 64}),
+    "opt": ("OPTConfig", {**PLAIN, "ffn_dim": 24, "word_embed_proj_dim": HIDDEN, "max_position_embeddings": 64}),
 }  # fmt: skip
 
 MODELS = [
@@ -44,6 +50,7 @@ MODELS = [
     "gemma2_dynamo_eager", "gemma2_torchscript_eager",
     "neox_dynamo_sdpa", "neox_torchscript_eager",
     "bloom_dynamo_eager", "bloom_torchscript_eager",
+    *(f"sparseml/{family}_torchscript_eager" for family in ("codegen", "gptneo", "opt")),  # of its injector's tests
 ]  # fmt: skip
 
 
@@ -108,8 +115,9 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=MODELS)
     warnings.simplefilter("ignore")
     for name in parser.parse_args().names:
-        family, exporter, attention = name.split("_")
+        family, exporter, attention = Path(name).name.split("_")
         target = FOLDER / f"{name}.onnx"
+        target.parent.mkdir(exist_ok=True)
         with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
             export(build(family, attention), exporter, target)
         strip(target)

@@ -1,9 +1,11 @@
-"""What SparseML promises of its injector, for exports of five families, under its import path.
+"""What the tests of SparseML check of its injector, for exports of five of its families, under its import path.
 
-The last test feeds the results as DeepSparse does: one text, and a cache of one length whose first rows are padding.
+SparseML compares results with samples of the original; here they are fed as DeepSparse does: one text, and a cache of
+one length whose first rows are padding.
 """
 
 import itertools
+import shutil
 import warnings
 
 import numpy as np
@@ -17,11 +19,12 @@ from kvsurgeon.exporters.kv_cache_injector import KeyValueCacheInjector
 
 FAMILIES = [
     "bloom_torchscript_eager",
-    "gemma2_torchscript_eager",
-    "gpt2_torchscript_sdpa",
     "llama_dynamo_sdpa",
-    "neox_torchscript_eager",
+    "sparseml/codegen_torchscript_eager",
+    "sparseml/gptneo_torchscript_eager",
+    "sparseml/opt_torchscript_eager",
 ]
+WITHOUT_POSITIONS = {"bloom_torchscript_eager", "sparseml/opt_torchscript_eager"}  # biases or positions from the mask
 PAST = {f"past_key_values.{layer}.{kind}" for layer in range(2) for kind in ("key", "value")}
 LENGTH = 16  # rows of the buffer, of which the text fills 11
 IDS = np.array([[5, 3, 40, 8, 21, 2, 17, 9, 33, 4, 12]])
@@ -66,19 +69,39 @@ def in_padded_buffer(model, cuts):
     return np.concatenate(logits, axis=1)
 
 
-def test_the_folder_of_an_export_gets_a_cache(family, tmp_path):
+def has_cache(file):
+    return {value.name for value in onnx.load(file, load_external_data=False).graph.input} >= PAST
+
+
+def test_export_adds_the_cache_to_the_file_of_a_folder(family, tmp_path):
+    """Happy path: the file is replaced, its weights stay inside, and a copy that was made before has no cache."""
+    write(tmp_path / "model", family)
+    file, copy = tmp_path / "model" / "model.onnx", tmp_path / "model" / "model-orig.onnx"
+    shutil.copyfile(file, copy)
+    before = contents(file.parent)
+
+    KeyValueCacheInjector(str(file.parent)).export(onnx.load(file, load_external_data=False), str(file))
+
+    assert has_cache(file)
+    assert not has_cache(copy)
+    assert {name for name, content in contents(file.parent).items() if before.get(name) != content} == {file.name}
+
+
+def test_export_to_another_folder_writes_its_side_files(family, tmp_path):
+    """A deployment folder has the config and the tokenizer; the folder of the model is unchanged."""
     write(tmp_path / "model", family)
     before = contents(tmp_path / "model")
     file = tmp_path / "deployment" / "model.onnx"
 
     assert KeyValueCacheInjector(tmp_path / "model").export(onnx.load(tmp_path / "model" / "model.onnx"), file) == file
 
-    assert {value.name for value in onnx.load(file).graph.input} >= PAST
+    assert has_cache(file)
     assert contents(file.parent).keys() == before.keys()
     assert contents(tmp_path / "model") == before
 
 
 def test_it_runs_several_times(family, tmp_path):
+    """A second export overwrites the first with the same bytes and gives the same warnings; a cache is added once."""
     write(tmp_path / "model", family)
     exporter, model = KeyValueCacheInjector(tmp_path / "model"), onnx.load(tmp_path / "model" / "model.onnx")
     found = []
@@ -92,16 +115,24 @@ def test_it_runs_several_times(family, tmp_path):
         exporter.apply(onnx.load(tmp_path / "deployment" / "model.onnx"))
 
 
-def test_external_data_stays_external(family, tmp_path):
+@pytest.mark.parametrize("saved_by", ["export", "onnx"])
+def test_external_data_stays_external(saved_by, family, tmp_path):
+    """No weight is read or moved by `export`, nor by `apply` and `onnx.save` over the file."""
     write(tmp_path / "model", family, save_as_external_data=True, location="model.data", size_threshold=256)
-    model = onnx.load(tmp_path / "model" / "model.onnx", load_external_data=False)
-    file = KeyValueCacheInjector(tmp_path / "model").export(model, tmp_path / "deployment" / "model.onnx")
-    assert (file.parent / "model.data").read_bytes() == (tmp_path / "model" / "model.data").read_bytes()
-    in_memory = KeyValueCacheInjector().apply(onnx.ModelProto.FromString(export(family).SerializeToString()))
+    file = tmp_path / "model" / "model.onnx"
+    weights = (tmp_path / "model" / "model.data").read_bytes()
+    exporter, model = KeyValueCacheInjector(file.parent), onnx.load(file, load_external_data=False)
+    if saved_by == "onnx":
+        onnx.save(exporter.apply(model), file)
+    else:
+        file = exporter.export(model, tmp_path / "deployment" / "model.onnx")
+    assert (file.parent / "model.data").read_bytes() == weights
+    in_memory = KeyValueCacheInjector(inplace=False).apply(export(family))
     assert np.array_equal(in_padded_buffer(onnx.load(file), (4,)), in_padded_buffer(in_memory, (4,)))
 
 
 def test_the_original_stays_without_a_cache(family):
+    """A model that is kept, as SparseML does for an export without optimizations, has no cache."""
     original = export(family)
     before = original.SerializeToString()
     KeyValueCacheInjector(inplace=False).apply(original)
@@ -109,8 +140,9 @@ def test_the_original_stays_without_a_cache(family):
 
 
 def test_inputs_and_outputs_have_the_names_of_deepsparse(family):
+    """Inputs are those of SparseML that the model needs, ids and mask first; outputs are logits and the new cache."""
     graph = KeyValueCacheInjector(inplace=False).apply(export(family)).graph
-    positions = [] if family.startswith("bloom") else ["positions"]  # ALiBi biases follow from the mask
+    positions = [] if family in WITHOUT_POSITIONS else ["positions"]
     names = [value.name for value in graph.input]
     assert set(names) == {"input_ids", "attention_mask", "causal_mask", *positions} | PAST
     assert names[:2] == ["input_ids", "attention_mask"]
@@ -120,6 +152,7 @@ def test_inputs_and_outputs_have_the_names_of_deepsparse(family):
 
 @pytest.mark.parametrize("cuts", [(4, 8), range(1, 11), (1, 9)], ids=["chunks", "single tokens", "ragged"])
 def test_a_padded_buffer_gives_the_logits_of_the_original(family, cuts):
+    """Results are correct for a prompt in chunks and for single tokens."""
     original = export(family)
     expected = in_onnxruntime(original)({"input_ids": IDS, "attention_mask": np.ones_like(IDS)})["logits"]
     found = in_padded_buffer(KeyValueCacheInjector(inplace=False).apply(original), tuple(cuts))
@@ -127,6 +160,7 @@ def test_a_padded_buffer_gives_the_logits_of_the_original(family, cuts):
 
 
 def test_another_runtime_is_a_choice(family, tmp_path):
+    """Without a target, inputs are those of the model, and a warning says that DeepSparse gives other tokens."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         plain = KeyValueCacheInjector(inplace=False, target=None).apply(export(family))

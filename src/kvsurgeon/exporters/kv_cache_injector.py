@@ -13,8 +13,8 @@ __all__ = ["KeyValueCacheInjector"]
 class DeepSparseInjector(injector.KeyValueCacheInjector):
     """Inject a KV cache in the form that DeepSparse runs, as SparseML did.
 
-    The inputs are `input_ids` and `attention_mask`, `positions` if the model reads positions, `causal_mask` and the
-    cache.
+    The inputs are `input_ids` and `attention_mask`, `positions` if they do not follow from the mask, `causal_mask` and
+    the cache.
 
     Args:
         model_path: The folder or file of the model.
