@@ -30,6 +30,8 @@ TYPES = {
     "tensor(int64)": np.int64,
     "tensor(int32)": np.int32,
     "tensor(bool)": np.bool_,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
 }
 SHORT, LONG = 257, 514  # contexts between which a linear output doubles and a quadratic one quadruples
 QUADRATIC = 3.0  # growth between the two from which an output counts as quadratic
