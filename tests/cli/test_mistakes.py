@@ -157,7 +157,7 @@ PYTHON = [
     (lambda m, d: kvsurgeon.verify(m, m, effort="fast"), "UsageError", "quick"),
     (lambda m, d: kvsurgeon.verify(m, 3), "UsageError", "found int"),
     (lambda m, d: kvsurgeon.verify(m, m, seed=-1), "UsageError", "seed"),
-    (lambda m, d: kvsurgeon.generate(m, ""), "UsageError", "prompt"),
+    (lambda m, d: kvsurgeon.generate(m, ""), "UsageError", "token IDs"),
     (lambda m, d: kvsurgeon.generate(m, []), "UsageError", "prompt"),
     (lambda m, d: kvsurgeon.generate(m, "hello"), "UsageError", "tokenizer.json"),
     (lambda m, d: kvsurgeon.generate(m, [1], max_new_tokens=0), "UsageError", "max_new_tokens"),
