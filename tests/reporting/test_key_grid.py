@@ -119,5 +119,5 @@ def test_without_a_tokenizer_the_prompt_is_token_ids(tmp_path):
     (tmp_path / "model.onnx").write_bytes((DEMO / "model.onnx").read_bytes())
     assert capture_keys(tmp_path, prompt="5, 6 7").tokens == ("5", "6", "7")
     assert len(capture_keys(tmp_path).tokens) == 9
-    with pytest.raises(UsageError, match=r"expected tokenizer\.json"):
+    with pytest.raises(UsageError, match=r"a text and tokenizer\.json"):
         capture_keys(tmp_path, prompt="words")
