@@ -6,10 +6,10 @@ bfloat16. Weights keep their stored values: a `Cast` widens each of them, also e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import onnx
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
+
+from kvsurgeon.io.local_functions import nested_nodes
 
 _WIDE = {TensorProto.FLOAT16: TensorProto.FLOAT, TensorProto.BFLOAT16: TensorProto.FLOAT}
 _TYPES = ("to", "dtype", "output_dtype")  # attributes that hold an element type
@@ -21,11 +21,12 @@ def wide_model(model: onnx.ModelProto) -> onnx.ModelProto | None:
     wide.CopyFrom(model)
     if {value.name for value in wide.graph.input} & {weight.name for weight in wide.graph.initializer}:
         return None
-    for graph in _graphs(wide.graph):
+    inner = [one.g for node in nested_nodes(wide.graph.node) for one in node.attribute if one.HasField("g")]
+    for graph in (*reversed(inner), wide.graph):  # a graph gets copies of its nodes, so those inside come first
         _widen_graph(graph)
     for function in wide.functions:
         del function.value_info[:]
-        for node in function.node:
+        for node in nested_nodes(function.node):
             _widen_attributes(node)
     return wide
 
@@ -53,12 +54,3 @@ def _widen_attributes(node: onnx.NodeProto) -> None:
             attribute.t.CopyFrom(numpy_helper.from_array(array, attribute.t.name))
         elif attribute.type == AttributeProto.INT and attribute.name in _TYPES:
             attribute.i = _WIDE.get(attribute.i, attribute.i)
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """Yield a graph, and those of its branches and loops."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                yield from _graphs(attribute.g)
