@@ -111,6 +111,12 @@ def test_targets_keep_states(target):
     assert not blocking(target, with_states())
 
 
+@pytest.mark.parametrize("operator", ["LinearAttention", "CausalConvWithState"])
+def test_openvino_has_no_operators_of_states(operator):
+    model = replace(with_states(), operators={("com.microsoft", operator): "y"})
+    assert [one for one in blocking(OPENVINO, model) if f"openvino has no operator com.microsoft.{operator}" in one]
+
+
 def test_transformers_js_finds_every_state():
     config = transformers_js_config(
         with_states(conv=3, layers=2, model_type="granite", num_hidden_layers=9, layer_types=["mamba"] * 9)

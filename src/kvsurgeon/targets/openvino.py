@@ -7,6 +7,20 @@ from collections.abc import Iterator
 from kvsurgeon.targets.model_info import ModelInfo
 from kvsurgeon.targets.target import Incompatibility, Target, warning
 
+# Measured: `read_model` of one node of each operator of ONNX (opset 27) and of onnxruntime has no conversion rule for
+# these, of those that a decoder may hold.
+UNSUPPORTED_OPERATORS = frozenset(
+    {("", name) for name in ("BitCast", "CausalConvWithState", "CumProd", "LinearAttention", "TensorScatter")}
+    | {
+        ("com.microsoft", name)
+        for name in (
+            *("CausalConvWithState", "LinearAttention", "MoE", "QMoE", "QAttention", "MatMulBnb4", "TransposeMatMul"),
+            *("DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention", "PagedAttention", "SparseAttention"),
+            *("PackedAttention", "PackedMultiHeadAttention", "RelativePositionBias", "GatedRelativePositionBias"),
+        )
+    }
+)
+
 
 def _check(_: ModelInfo) -> Iterator[Incompatibility]:
     yield warning(
@@ -22,5 +36,6 @@ OPENVINO = Target(
     required=("logits",),  # any text input will do: token ids, or embeddings
     states={"conv_state", "recurrent_state"},
     static_axes=(1, 3),  # otherwise a state has no shape
+    unsupported_operators=UNSUPPORTED_OPERATORS,
     checks=(_check,),
 )
