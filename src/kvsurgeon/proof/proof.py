@@ -189,7 +189,7 @@ def _check_padding(sweep: LengthSweep, patterns: Sequence[AttentionPattern]) -> 
                 raise UnsupportedError(
                     f"masked tokens {cause}, and unmasked tokens depend on them outside attention",
                     code=Code.PADDING_LEAK, at=state.result.name,
-                    hint="export without the mask input, or set the state's input to 0 at masked tokens",
+                    hint="run remove-mask before inject, or set the state's input to 0 at masked tokens",
                 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import onnx
 import pytest
 from decoders import Config, Decoder
 from exports import ONE_OF_EACH, export
-from laws import ALLOWED, difference, dims_of, in_onnxruntime, texts
+from laws import ALLOWED, assert_law, difference, dims_of, in_onnxruntime, texts
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError, UsageError
@@ -123,6 +123,16 @@ def test_a_mask_of_past_and_new_tokens_is_rejected():
     Inject().apply(subject)
     with pytest.raises(UnsupportedError, match="no cache input is as long as the mask"):
         RemoveMask().apply(subject)
+
+
+def test_a_mask_is_removed_before_there_is_a_cache():
+    model = MODELS["own"]
+    unmasked = made(model, RemoveMask())
+    feeds = texts(unmasked)
+    ones = {"attention_mask": np.ones_like(feeds["input_ids"])}
+    found, expected = (in_onnxruntime(one)(given) for one, given in ((unmasked, feeds), (model, feeds | ones)))
+    assert difference(found["logits"], expected["logits"]) <= ALLOWED["float32"]
+    assert_law(unmasked, made(unmasked, Inject()), whole=feeds)
 
 
 @pytest.mark.parametrize("one", [RemoveMask(), PastLengthFromPositions(), RenameDims(dims=("nowhere=1",))])

@@ -21,8 +21,9 @@ from kvsurgeon.passes.contract import Changed, Outcome, Subject, Unchanged
 class RemoveMask:
     """Replace the attention mask input by a mask of ones in the graph.
 
-    Before: an input `attention_mask [batch_size, max_length]`. After: ones, one for each row of the cache. The result
-    is that of a call without padding: causality hides tokens after the real ones, and left padding is not possible.
+    Before: an input `attention_mask [batch_size, max_length]`. After: ones, one for each row of the cache; without a
+    cache, one for each token. The result is that of a call without padding: causality hides tokens after the real ones,
+    and left padding is not possible.
 
     Not handled: a mask of past and new tokens, which only a static cache does not have.
     """
@@ -33,18 +34,19 @@ class RemoveMask:
         """Remove the mask input of `subject.model`.
 
         Raises:
-            UnsupportedError: The mask is no integer or boolean tensor, or no cache input has its length.
+            UnsupportedError: The mask is no integer or boolean tensor, or no cache or token input has its length.
         """
         graph = subject.model.graph
         inputs = required_inputs(graph)
         caches = [value for value in inputs if len(value.shape or ()) == 4]
+        tokens = [value for value in inputs if is_given_for_new_tokens(value)]
         masks = [value for value in inputs if len(value.shape or ()) == 2 and not is_given_for_new_tokens(value)]
         if not masks:
             return Unchanged(reason="the model has no attention mask input")
-        sources = [_source(caches, mask) for mask in masks]
+        sources = [_source(caches or tokens, mask) for mask in masks]
         editor = Editor(subject.model)
-        for mask, cache in zip(masks, sources, strict=True):
-            ones = _ones(editor, mask, cache)
+        for mask, source in zip(masks, sources, strict=True):
+            ones = _ones(editor, mask, source)
             ones.shape = mask.shape
             mask.replace_all_uses_with(ones)
             graph.inputs.remove(mask)
@@ -52,8 +54,8 @@ class RemoveMask:
         return Changed(edits=editor.edits)
 
 
-def _source(caches: Sequence[ir.Value], mask: ir.Value) -> ir.Value:
-    """Return a cache input that has as many rows as the mask is long.
+def _source(inputs: Sequence[ir.Value], mask: ir.Value) -> ir.Value:
+    """Return an input that has the dynamic sizes of the mask and its length: that of a cache, or of tokens.
 
     Raises:
         UnsupportedError: None has, or the mask is no integer or boolean tensor.
@@ -65,28 +67,28 @@ def _source(caches: Sequence[ir.Value], mask: ir.Value) -> ir.Value:
         )  # fmt: skip
     sizes = declared_shape(mask)
     wanted = {sizes[1], *(size for size in sizes if isinstance(size, str))}
-    found = next((cache for cache in caches if wanted <= set(declared_shape(cache))), None)
+    found = next((one for one in inputs if wanted <= set(declared_shape(one))), None)
     if found is None:
         raise UnsupportedError(
             "no cache input is as long as the mask", code=Code.PASS_PRECONDITION, at=mask.name, found=str(sizes[1]),
-            hint="inject with cache=static first",
+            hint="inject with cache=static, or remove the mask before inject",
         )  # fmt: skip
     return found
 
 
-def _ones(editor: Editor, mask: ir.Value, cache: ir.Value) -> ir.Value:
-    """Return ones in the shape of the mask, whose dynamic dimensions are read from the cache."""
+def _ones(editor: Editor, mask: ir.Value, source: ir.Value) -> ir.Value:
+    """Return ones in the shape of the mask, whose dynamic dimensions are read from another input."""
     assert mask.dtype is not None
     sizes, int64 = declared_shape(mask), ir.DataType.INT64
     fixed = np.ones([size if isinstance(size, int) else 1 for size in sizes])
     one = editor.constant(fixed, mask.dtype.numpy(), name="counts")
     if all(isinstance(size, int) for size in sizes):
         return one
-    shape = editor.node("Shape", [cache], name=f"{cache.name}_shape", dtype=int64)
+    shape = editor.node("Shape", [source], name=f"{source.name}_shape", dtype=int64)
     parts = []
     for size in sizes:
         if isinstance(size, str):
-            axis = editor.constant([declared_shape(cache).index(size)])
+            axis = editor.constant([declared_shape(source).index(size)])
             parts.append(editor.node("Gather", [shape, axis], name="size", dtype=int64, shape=[1]))
         else:
             parts.append(editor.constant([size], name="size"))
