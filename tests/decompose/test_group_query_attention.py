@@ -123,7 +123,7 @@ def test_the_assumption_about_padding_is_noted():
         ("causal = 0", SEPARATE, "attention is not causal"),
         ('k_quant_type = "PER_TENSOR"', SEPARATE, "quantized KV cache"),
         ("", "q, k, v, k4, v4, ends, total", "already has a cache"),
-        ("", "q, k, v, , , three_tokens, total", "seqlens_k is not the query length - 1"),
+        ("", "q, k, v, , , three_tokens, total", "expected 1 keys, as many as tokens, found 3 of 1 keys"),
     ],
     ids=["bidirectional", "quantized", "past", "other lengths"],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import onnx_ir as ir
@@ -12,6 +13,25 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.editor import Editor, NodeBuilder
 from kvsurgeon.symbolic.fact import Fact
 
+RIGHT_PADDING = "right padding is assumed: a fused operator gets sequence lengths, and would attend to left padding"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyCount:
+    """A number of keys that a fused node is given for each sequence, of which a decomposition reads nothing.
+
+    Attributes:
+        value: The number, less `missing`: one for each sequence, and maybe others behind them.
+        missing: What is added to it.
+        at: Name of the fused node.
+        exact: Whether the node runs only if it has as many keys.
+    """
+
+    value: ir.Value
+    missing: int
+    at: str
+    exact: bool
+
 
 class FusedNode(NodeBuilder):
     """Read a fused node, and write standard operators before it: `op.MatMul(op.input(0), op.input(1))`.
@@ -20,6 +40,7 @@ class FusedNode(NodeBuilder):
         node: The fused node.
         shapes: Shapes and types of all values.
         assumed: Assumptions of the decomposition, for the report.
+        key_counts: Numbers of keys that the decomposition does not read.
     """
 
     def __init__(self, editor: Editor, node: ir.Node, shapes: Shapes) -> None:
@@ -29,6 +50,7 @@ class FusedNode(NodeBuilder):
         self.node = node
         self.shapes = shapes
         self.assumed: set[str] = set()
+        self.key_counts: list[KeyCount] = []
 
     # What the node says
 
@@ -108,6 +130,11 @@ class FusedNode(NodeBuilder):
     def merge_heads(self, value: ir.Value) -> ir.Value:
         """Rearrange `[batch, heads, sequence, head_dim]` to `[batch, sequence, hidden]`."""
         return self.reshape(self.Transpose(value, perm=[0, 2, 1, 3]), 0, 0, -1)
+
+    def assume_right_padding(self, counts: ir.Value, *, missing: int = 0, exact: bool = False) -> None:
+        """Note that counts of keys, less `missing`, need not be read: those that they hide are after the text."""
+        self.assumed.add(RIGHT_PADDING)
+        self.key_counts.append(KeyCount(value=counts, missing=missing, at=self.name, exact=exact))
 
     def sequence_length(self, axis: int = 1) -> ir.Value:
         """Add the sequence length, which the first input has along this axis."""

@@ -9,9 +9,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from kvsurgeon.decompose.fused_node import FusedNode
-from kvsurgeon.decompose.padding_masks import RIGHT_PADDING
 from kvsurgeon.decompose.softmax_attention import causal_mask, repeat_heads, score_scale, softmax_attention
-from kvsurgeon.symbolic import dimension as dim
 
 PAST_KEY, PAST_VALUE, LAST_POSITIONS, COS, SIN, POSITIONS, BIAS, SINK = 3, 4, 5, 7, 8, 9, 10, 11
 QUERY_NORM, KEY_NORM, QUERY_LENGTHS = 14, 15, 16
@@ -21,7 +19,7 @@ def group_query_attention(op: FusedNode) -> None:
     """Decompose `GroupQueryAttention`.
 
     Raises:
-        UnsupportedError: It has a past, a quantized cache, or sequence lengths other than the query length.
+        UnsupportedError: It has a past, or a quantized cache.
     """
     if op.optional(PAST_KEY) is not None or op.optional(PAST_VALUE) is not None:
         raise op.unsupported_past()
@@ -34,7 +32,6 @@ def group_query_attention(op: FusedNode) -> None:
     quantized = [attributes.get_string(f"{kind}_quant_type", "NONE") for kind in "kv"]
     if quantized != ["NONE", "NONE"]:
         raise op.unsupported("quantized KV cache", found=", ".join(quantized), hint="quantize-cache comes last")
-    _check_lengths(op)
     heads, kv_heads = (attributes.get_int(name, 0) for name in ("num_heads", "kv_num_heads"))
     packed = op.optional(1) is None
     head_dim = op.size(0) // (heads + 2 * kv_heads if packed else heads)
@@ -48,7 +45,7 @@ def group_query_attention(op: FusedNode) -> None:
         query, key = (rotary_embedding(op, part, cos, sin, op.size(COS), head_dim) for part in (query, key))
     if heads != kv_heads:
         key, value = (repeat_heads(op, part, kv_heads, heads // kv_heads, head_dim) for part in (key, value))
-    op.assumed.add(RIGHT_PADDING)
+    op.assume_right_padding(op.input(LAST_POSITIONS), missing=1, exact=True)
     window = max(0, attributes.get_int("local_window_size", -1))
     mask = causal_mask(op, window) if attributes.get_int("causal", 1) else None
     result = softmax_attention(
@@ -56,24 +53,6 @@ def group_query_attention(op: FusedNode) -> None:
         biases=[op.optional(BIAS)], mask=mask, sink=_sink(op),
     )  # fmt: skip
     op.finish(op.merge_heads(result))
-
-
-def _check_lengths(op: FusedNode) -> None:
-    """Check that no sequence ends before the call does, as far as it is known.
-
-    Raises:
-        UnsupportedError: One does: its last tokens would always be masked.
-    """
-    ends, hidden = op.fact(LAST_POSITIONS).value, op.fact(0).shape
-    if ends is None or hidden is None:
-        return
-    last = dim.subtract(hidden[1], 1)
-    for end in ends.reshape(-1):
-        if not dim.is_equal(end, last):
-            raise op.unsupported(
-                "seqlens_k is not the query length - 1, so the last tokens are masked", expected=str(last),
-                found=str(end), hint="export with seqlens_k computed from the input",
-            )  # fmt: skip
 
 
 def _normalize(op: FusedNode, value: ir.Value, index: int) -> ir.Value:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pkgutil import resolve_name
 
 import onnx_ir as ir
 
 from kvsurgeon.dataflow.input_dimensions import read_inputs
-from kvsurgeon.decompose.fused_node import FusedNode
+from kvsurgeon.decompose.fused_node import FusedNode, KeyCount
 from kvsurgeon.decompose.onnx_attention import needs_decomposition
 from kvsurgeon.decompose.relative_positions import gather_relative_positions
 from kvsurgeon.decompose.simplify import simplify_model
@@ -30,12 +30,18 @@ class DecomposedModel:
     Attributes:
         model: The model; the original itself if it has nothing to decompose.
         assumed: Assumptions of the decomposition, each with the first value that needs it.
+        key_counts: Numbers of keys that fused operators are given, as values of the model or of one like it.
         longest: The longest text in tokens for which it computes the same, as far as that was measured; None for all.
     """
 
     model: ir.Model
     assumed: Mapping[str, str] = field(default_factory=dict)
+    key_counts: Sequence[KeyCount] = ()
     longest: int | None = None
+
+    def limited_to(self, length: int) -> DecomposedModel:
+        """Return the model with a length in tokens beyond which nothing is known of it."""
+        return replace(self, longest=length if self.longest is None else min(self.longest, length))
 
 
 def decompose(model: ir.Model) -> DecomposedModel:
@@ -49,8 +55,8 @@ def decompose(model: ir.Model) -> DecomposedModel:
     if not any(_rule(node) for node in simple.graph):
         return DecomposedModel(model=gather_relative_positions(simple))
     copy = copy_model(simple)
-    assumed = _decompose_nodes(copy)
-    return DecomposedModel(model=gather_relative_positions(copy), assumed=assumed)
+    assumed, key_counts = _decompose_nodes(copy)
+    return DecomposedModel(model=gather_relative_positions(copy), assumed=assumed, key_counts=key_counts)
 
 
 def decompose_attention(model: ir.Model) -> None:
@@ -62,20 +68,22 @@ def decompose_attention(model: ir.Model) -> None:
     _decompose_nodes(model, keep_attention=False)
 
 
-def _decompose_nodes(model: ir.Model, *, keep_attention: bool = True) -> dict[str, str]:
-    """Decompose the nodes in place, and return the assumptions."""
+def _decompose_nodes(model: ir.Model, *, keep_attention: bool = True) -> tuple[dict[str, str], list[KeyCount]]:
+    """Decompose the nodes in place, and return the assumptions, and numbers of keys that are not read."""
     graph = model.graph
     live, shapes = find_live(graph), read_inputs(graph).shapes
     assumed: dict[str, str] = {}
+    key_counts: list[KeyCount] = []
     editor = Editor(model)
     for node in list(graph):
         rule = _rule(node, keep_attention=keep_attention)
         if rule is not None and node in live:
             op = FusedNode(editor, node, shapes)
             rule(op)
+            key_counts += op.key_counts
             for assumption in sorted(op.assumed):
                 assumed.setdefault(assumption, op.name)
-    return assumed
+    return assumed, key_counts
 
 
 def _rule(node: ir.Node, *, keep_attention: bool = True) -> Rule | None:

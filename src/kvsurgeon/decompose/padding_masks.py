@@ -8,8 +8,6 @@ from kvsurgeon.decompose.fused_node import FusedNode
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.symbolic import dimension as dim
 
-RIGHT_PADDING = "right padding is assumed: a fused operator gets sequence lengths, and would attend to left padding"
-
 
 def padding_bias(op: FusedNode, index: int, *, causal: bool) -> ir.Value | None:
     """Return the bias that masks padding; None if there is no mask, or causality masks all that it would.
@@ -58,7 +56,7 @@ def _key_ranges(op: FusedNode, mask: ir.Value, index: int, *, causal: bool) -> i
     else:
         ends = op.reshape(bounds, -1, 1, 1, 1)
     if causal:
-        op.assumed.add(RIGHT_PADDING)
+        op.assume_right_padding(bounds)
         return visible
     before = op.Less(keys, ends)
     return before if visible is None else op.And(visible, before)

@@ -23,6 +23,7 @@ from kvsurgeon.io.loading import Source
 from kvsurgeon.io.model_config import HeadChange
 from kvsurgeon.proof.cancelled_numbers import without_cancelled_numbers
 from kvsurgeon.proof.constant_prefix import with_constant_prefix
+from kvsurgeon.proof.key_counts import with_checked_key_counts
 from kvsurgeon.proof.proof import Proof, prove
 from kvsurgeon.rewrite.cache_removal import RemovedCache, remove_cache
 
@@ -169,7 +170,7 @@ class _Stages:
     @cached_property
     def decomposed(self) -> DecomposedModel:
         with deep_recursion(), gc_paused():
-            return with_constant_prefix(decompose(self.model))
+            return with_constant_prefix(with_checked_key_counts(decompose(self.model)))
 
     @cached_property
     def analysis(self) -> Analysis:
@@ -182,7 +183,7 @@ class _Stages:
     @cached_property
     def proof(self) -> Proof:
         with deep_recursion():
-            return prove(self.analysis, self.decomposed.assumed)
+            return prove(self.analysis, self.decomposed)
 
     @cached_property
     def removed(self) -> tuple[RemovedCache, _Stages] | None:
@@ -204,7 +205,7 @@ class _Stages:
             return replace(self.removed[1].decoder, cache=self.cache)
         with deep_recursion():
             analysis = without_cancelled_numbers(self.analysis)
-            proof = self.proof if analysis is self.analysis else prove(analysis, self.decomposed.assumed)
+            proof = self.proof if analysis is self.analysis else prove(analysis, self.decomposed)
             return decoder_facts(analysis, proof)
 
 

@@ -90,7 +90,8 @@ def with_constant_prefix(decomposed: DecomposedModel) -> DecomposedModel:
         if proof.limited_at is not None:
             return decomposed
         longest = None if proof.limit is None else proof.limit - ends.count
-        return replace(decomposed, model=_Constant(model, given, ends, analysis).result(), longest=longest)
+        changed = replace(decomposed, model=_Constant(model, given, ends, analysis).result())
+        return changed if longest is None else changed.limited_to(longest)
     except _NotConstantError:
         return decomposed
     except UnsupportedError as error:

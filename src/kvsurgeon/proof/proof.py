@@ -19,6 +19,7 @@ from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.analysis.mask_patterns import left_padded, with_gaps
 from kvsurgeon.analysis.regions.sequence_state import reads_masked_tokens
 from kvsurgeon.analysis.token_flow import PER_CALL
+from kvsurgeon.decompose import DecomposedModel
 from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import upstream
 from kvsurgeon.proof.attention.attention_pattern import AttentionPattern, attended_keys
@@ -88,12 +89,12 @@ class Proof:
         }
 
 
-def prove(analysis: Analysis, assumed_padding: Mapping[str, str] | None = None) -> Proof:
+def prove(analysis: Analysis, decomposed: DecomposedModel | None = None) -> Proof:
     """Run the context of every attention, and every other value of context that token data reads.
 
     Args:
         analysis: The analysis of the decoder.
-        assumed_padding: What the decomposition of fused operators assumes of padding: statement to name of a value.
+        decomposed: The model with what its decomposition assumes of padding, and of its length; None for nothing.
 
     Raises:
         UnsupportedError: An attention is not causal, or context depends on the total length.
@@ -108,11 +109,13 @@ def prove(analysis: Analysis, assumed_padding: Mapping[str, str] | None = None) 
         if number not in checked:
             checked[number] = check_causality(sweep, layer, site, reductions)
         patterns.append(checked[number])
-    limit = _smallest(find_limit(sweep), *(pattern.limit for pattern in patterns))
+    assumed_padding = {} if decomposed is None else decomposed.assumed
+    longest = None if decomposed is None else decomposed.longest
+    limit = _smallest(find_limit(sweep), longest, *(pattern.limit for pattern in patterns))
     _check_padding(sweep, patterns)
-    assumptions = {**analysis.flow.assumed, **(assumed_padding or {})}
+    assumptions = {**analysis.flow.assumed, **assumed_padding}
     return Proof(
-        obligations=_obligations(sweep, patterns, assumptions, assumed_padding or {}),
+        obligations=_obligations(sweep, patterns, assumptions, assumed_padding),
         assumptions={**assumptions, **{what: at for what, at in sweep.assumptions.items() if what not in assumptions}},
         patterns=tuple(patterns),
         lengths=sweep.lengths,

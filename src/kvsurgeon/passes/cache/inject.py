@@ -194,13 +194,13 @@ def _inject(
 ) -> Changed:
     """Inject a cache at the length that the model declares; see `inject`."""
     with deep_recursion():
-        given, assumed = _analyzed(subject), subject.decomposed().assumed
+        given, decomposed = _analyzed(subject), subject.decomposed()
         opening = [one for one in given.inputs if one.opens_block]
         if opening and options.cache != "dynamic":
             raise UsageError(f"expected a dynamic cache for `{opening[0].value.name}`, found {options.cache}")
         cancelled = without_cancelled_numbers(given)
         analysis = with_late_repetition(cancelled)
-        proof = subject.proof() if analysis is given else prove(analysis, assumed)
+        proof = subject.proof() if analysis is given else prove(analysis, decomposed)
         if cancelled is not given:
             proof = replace(proof, limit=min(proof.limit or LONGEST, LONGEST))
         subject.changed()  # the analysis refers to the graph that is edited below
