@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes  # noqa: F401  bfloat16 by name
 import numpy as np
 import onnx
 import pytest
@@ -26,11 +27,13 @@ def rotated(model: onnx.ModelProto) -> onnx.ModelProto:
     return io.to_proto(subject.decomposed().model)
 
 
-@pytest.mark.parametrize("size", [1, 2, 8, 24, 64])
-def test_the_matrix_is_symmetric_and_its_own_inverse(size):
-    matrix = hadamard(size)
-    assert np.array_equal(matrix, matrix.T)
-    assert np.allclose(matrix @ matrix, np.eye(size))
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("size", [1, 2, 8, 24, 64, 128, 256])
+def test_the_product_of_both_matrices_is_the_identity(size, dtype):
+    rows, others = (matrix.astype(dtype).astype("float64") for matrix in hadamard(size))
+    assert np.array_equal(rows, rows.T)
+    assert np.array_equal(others, others.T)
+    assert np.array_equal(rows @ others, np.eye(size))
 
 
 def test_the_model_computes_the_same():

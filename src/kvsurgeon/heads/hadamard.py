@@ -1,7 +1,7 @@
 """Hadamard rotation of heads: large features are spread over all features of a head, so that rows quantize better.
 
-The Hadamard matrix H is symmetric and its own inverse, so (q H)(k H)^T = q k^T, and (w (v H)) H = w v: the model
-computes the same. Keys are rotated where they are cached, after any rotary embedding.
+A Hadamard matrix H of n rows is symmetric, and H H = n. With scales a b = 1 / n, (q bH)(k aH)^T = q k^T, and
+(w (v aH)) bH = w v: the model computes the same. Keys are rotated where they are cached, after any rotary embedding.
 Source: Ashkboos et al., "QuaRot", 2024.
 """
 
@@ -59,26 +59,31 @@ def rotate_heads(analysis: Analysis) -> None:
     _check_readers(analysis, rotations)
     editor, done = Editor(analysis.model), set[ir.Value]()
     for one in rotations:
-        matrix = hadamard(one.point.head_dim).astype(one.point.dtype.numpy())
+        rows, others = (matrix.astype(one.point.dtype.numpy()) for matrix in hadamard(one.point.head_dim))
         op = NodeBuilder(editor, f"{one.point.value.name}.rotated")
         if one.point.value not in done:
             done.add(one.point.value)
-            _rotate_rows(op, analysis.flow, one.point, matrix)
-        _rotate_other(op, analysis.flow, one, matrix)
+            _rotate_rows(op, analysis.flow, one.point, rows)
+        _rotate_other(op, analysis.flow, one, others)
     editor.before = None
     editor.finish()
 
 
-def hadamard(size: int) -> np.ndarray:
-    """Return a symmetric orthogonal matrix: Hadamard matrices, the largest that fit, in the blocks of its diagonal.
+def hadamard(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return two symmetric matrices whose product is the identity: one for cached rows, one for what multiplies them.
 
-    >>> hadamard(2).round(3).tolist(), (hadamard(12) @ hadamard(12)).trace().round(6).item()
-    ([[0.707, 0.707], [0.707, -0.707]], 12.0)
+    Both are Hadamard matrices, the largest that fit, in the blocks of their diagonals. Their scales are powers of two,
+    which 16 bits hold exactly: 1 / sqrt(8) would be rounded, and scores with it.
+
+    >>> rows, others = hadamard(12)
+    >>> rows.max().item(), hadamard(8)[0].max().item(), hadamard(8)[1].max().item(), (rows @ others).trace().item()
+    (0.5, 0.5, 0.25, 12.0)
     """
-    block = np.ones((1, 1))
+    block, power = np.ones((1, 1)), 0
     while size % (2 * len(block)) == 0:
-        block = np.kron(np.array([[1.0, 1.0], [1.0, -1.0]]), block) / np.sqrt(2)
-    return np.kron(np.eye(size // len(block)), block)
+        block, power = np.kron(np.array([[1.0, 1.0], [1.0, -1.0]]), block), power + 1
+    matrix = np.kron(np.eye(size // len(block)), block)
+    return matrix / 2 ** (power // 2), matrix / 2 ** (power - power // 2)
 
 
 def _rotations(flow: TokenFlow, site: AttentionSite, before: InputsBefore) -> Iterator[_HeadRotation]:
