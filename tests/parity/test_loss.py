@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from onnxruntime.quantization import quantize_dynamic
 
 import kvsurgeon
 from kvsurgeon.cli.main import run
@@ -115,6 +116,20 @@ def test_a_wrong_cache_is_an_error(tmp_path: Path) -> None:
     onnx.save(proto, path)
     with pytest.raises(ParityError, match="with and without its cache"):
         measure_loss(DEMO, path)
+
+
+@pytest.mark.usefixtures("short")
+def test_ranges_over_the_tokens_of_a_call_are_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "dynamic"
+    shutil.copytree(DEMO, folder)
+    quantize_dynamic(DEMO / "model.onnx", folder / "model.onnx")
+    path = kvsurgeon.inject(folder, tmp_path / "out", verify=False).path
+    exact = loss.TOLERANCES["dynamic"].with_bound(1e-9)
+    monkeypatch.setitem(loss.TOLERANCES, "dynamic", exact)
+    assert measure_loss(folder, path).kl_divergence < 0.1
+    monkeypatch.setattr(loss, "ROUNDINGS", 0)
+    with pytest.raises(ParityError, match="with and without its cache"):
+        measure_loss(folder, path)
 
 
 @pytest.mark.usefixtures("short")

@@ -27,6 +27,14 @@ def test_arithmetic_is_the_coarsest_in_the_graph(arithmetic):
     assert arithmetic_of(onnx.parser.parse_model(header + ARITHMETIC[arithmetic])) == arithmetic
 
 
+@pytest.mark.parametrize(("operator", "arithmetic"), [("Identity", "float16"), ("Cast<to=1>", "float32")])
+def test_weights_that_are_cast_first_do_not_count(operator, arithmetic):
+    graph = f"g (float[N,8] x) => (float[N,8] y) {{ v = {operator}(w) y = MatMul(x, v) }}"
+    model = onnx.parser.parse_model('<ir_version: 10, opset_import: ["" : 21]>' + graph)
+    model.graph.initializer.append(onnx.TensorProto(name="w", data_type=onnx.TensorProto.FLOAT16, dims=[8, 8]))
+    assert arithmetic_of(model) == arithmetic
+
+
 @pytest.mark.parametrize(("level", "arithmetic"), [(0, "float32"), (4, "quantized")])
 def test_block_quantized_weights_count_only_if_activations_are_rounded(level, arithmetic):
     graph = f"g (float[N,32] x) => (float[N,8] y) {{ y = com.microsoft.MatMulNBits<accuracy_level={level}>(x, x, x) }}"

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvsurgeon.errors import ParityError, UsageError
-from kvsurgeon.parity.arithmetic.tolerance import TOLERANCES, arithmetic_of
+from kvsurgeon.parity.arithmetic.tolerance import ROUNDINGS, TOLERANCES, arithmetic_of
+from kvsurgeon.parity.difference import distance, spread
 from kvsurgeon.parity.model_source import load_graph
 from kvsurgeon.parity.prediction import check_cache, longest_text, open_decoder, predict, vocabulary_size
 from kvsurgeon.parity.report import Progress
@@ -103,7 +104,10 @@ def measure_loss(
             progress(number, len(windows), f"accuracy loss on {name}")
         expected, found = predict(before, window[:, :-1], names[0]), predict(after, window[:, :-1], names[1])
         if number == 0:
-            bound = TOLERANCES[arithmetic_of(load_graph(candidate))].bound
+            arithmetic = arithmetic_of(load_graph(candidate))
+            bound = TOLERANCES[arithmetic].bound
+            if arithmetic == "dynamic":
+                bound = max(bound, ROUNDINGS * _range_noise(before, window[:, :-1], expected["logits"]))
             check_cache(after, window[:, :-1], found["logits"], bound)
         logits = _logit_sums(window, expected["logits"], found["logits"])
         sums += np.concatenate([logits, _layer_sums(layers, expected, found)])
@@ -120,6 +124,13 @@ def measure_loss(
             math.sqrt(difference / whole) if whole else 0.0 for difference, whole in sums[5:].reshape(-1, 2)
         ),
     )
+
+
+def _range_noise(reference: AnyDecoder, tokens: Tokens, logits: Array) -> float:
+    """Return the error of the first half of a text if no tokens follow, by ranges over the tokens of a call."""
+    half = tokens[:, : tokens.shape[1] // 2]
+    first = logits[:, : half.shape[1]]
+    return distance(first, predict(reference, half)["logits"], spread(first)) if logits.shape[1] > 1 else 0.0
 
 
 def _logit_sums(window: Tokens, expected: Array, found: Array) -> npt.NDArray[np.float64]:

@@ -61,8 +61,9 @@ class ModelSource:
         return tuple(name for name in names if name not in outputs)
 
     def in_floats(self) -> ModelSource | None:
-        """Return the model without rounding to 8 bits; None if that is not possible."""
-        graph = float_model(self.graph)
+        """Return the model in float32, or float64, without rounding to 8 bits; None if that is not possible."""
+        wide = wide_model(self.graph)
+        graph = None if wide is None else float_model(wide)
         return None if graph is None else replace(self, source=graph, graph=graph)
 
     def in_float32(self) -> ModelSource | None:

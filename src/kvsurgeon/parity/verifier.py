@@ -16,7 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from kvsurgeon.parity.arithmetic.rounding import ReferenceNoise
-from kvsurgeon.parity.arithmetic.tolerance import ROUNDED, TOLERANCES, Arithmetic, arithmetic_of
+from kvsurgeon.parity.arithmetic.tolerance import (
+    ROUNDED,
+    ROUNDINGS,
+    TOLERANCES,
+    Arithmetic,
+    arithmetic_of,
+    float_type_of,
+)
 from kvsurgeon.parity.comparison import SUMS, compare, compare_ragged, ragged_scenario, without_unstable_tokens
 from kvsurgeon.parity.first_difference import first_difference, simplest_difference
 from kvsurgeon.parity.model_source import ModelSource
@@ -29,7 +36,6 @@ from kvsurgeon.runtime import AnyDecoder, CachedDecoder, Optimization, Source
 from kvsurgeon.runtime.providers import CPU
 
 _UNFUSED: Optimization = "basic"  # "all" rounds again: `MatMulNBits` of 8-bit weights rounds activations
-_ROUNDINGS = 3  # in ranges of the call, of the calls before, and of the whole text
 _16_BITS: frozenset[Arithmetic] = frozenset(("float16", "bfloat16"))
 _EXACT: frozenset[Arithmetic] = frozenset(("float64", "float32"))
 _MEASURED = _EXACT | {"float16"}  # onnxruntime has few kernels for bfloat16, and rounding to 8 bits is no noise
@@ -85,12 +91,8 @@ def verify(
     work = _Verification(
         seed=seed, effort=effort, thresholds=frozenset(thresholds), lengths=lengths, explain=explain, progress=progress
     )
-    arithmetic = arithmetic_of(models[0].graph)
-    if arithmetic in ROUNDED:
-        report = work.without_rounding(models, optimization)
-    else:
-        report, _ = work.compare_all(models, optimization)
-    if arithmetic in _16_BITS and report.verdict != "same":
+    report = work.compare(models, optimization)
+    if float_type_of(models[0].graph) in _16_BITS and report.verdict != "same":
         report = work.in_float32(models, report, optimization)
     return replace(report, seed=seed, effort=effort, seconds=time.perf_counter() - start)
 
@@ -106,6 +108,12 @@ class _Verification:
     explain: bool
     progress: Progress | None
 
+    def compare(self, models: tuple[ModelSource, ModelSource], optimization: Optimization) -> Report:
+        """Return the report on two models, without rounding of activations to 8 bits if they round."""
+        if arithmetic_of(models[0].graph) in ROUNDED:
+            return self.without_rounding(models, optimization)
+        return self.compare_all(models, optimization)[0]
+
     def in_float32(self, models: tuple[ModelSource, ModelSource], report: Report, optimization: Optimization) -> Report:
         """Return the report on two models in 16 bits that are not the same in them, computed in float32.
 
@@ -119,11 +127,11 @@ class _Verification:
         wide = models[0].in_float32(), models[1].in_float32()
         if wide[0] is None or wide[1] is None:
             return report
-        exact, _ = self.compare_all((wide[0], wide[1]), optimization, "float32")
+        exact = self.compare((wide[0], wide[1]), optimization)
         if exact.verdict == "unknown":
             return report
         reason = report.unverifiable if error is None else f"outputs differ by {error:.2g} of their spread"
-        note = f"verified in float32; in {report.arithmetic}: {reason}"
+        note = f"verified in float32; in {float_type_of(models[0].graph)}: {reason}"
         return replace(exact, arithmetic=report.arithmetic, notes=(*exact.notes, note))
 
     def without_rounding(self, models: tuple[ModelSource, ModelSource], optimization: Optimization) -> Report:
@@ -146,25 +154,22 @@ class _Verification:
         different = (one.error for one in rounded.comparisons if one.verdict == "different")
         if rounded.faults or any(error is None or not np.isfinite(error) for error in different):
             return rounded
+        note = "verified without rounding to 8 bits; with it"
+        if rounded.verdict == "unknown":
+            return replace(exact, notes=(*exact.notes, f"{note}: {rounded.unverifiable}"))
         error = rounded.error or 0.0
-        note = f"verified without rounding to 8 bits; with it, logits differ by {error:.2g} of their spread"
-        if not error <= max(rounded.bound, _ROUNDINGS * noise):
+        note += f", logits differ by {error:.2g} of their spread"
+        if not error <= max(rounded.bound, ROUNDINGS * noise):
             note += ", which is more than usual: measure the loss of accuracy"
         if noise > rounded.bound:
             note += f", and the reference model's own by {noise:.2g} if other tokens follow"
         return replace(exact, notes=(*exact.notes, note))
 
     def compare_all(
-        self,
-        models: tuple[ModelSource, ModelSource],
-        optimization: Optimization,
-        arithmetic: Arithmetic | None = None,
+        self, models: tuple[ModelSource, ModelSource], optimization: Optimization
     ) -> tuple[Report, ReferenceModel | None]:
-        """Compare both models on all scenarios; return the report and the reference model, if both could be opened.
-
-        The arithmetic is that of the reference if it is not given.
-        """
-        arithmetic = arithmetic or arithmetic_of(models[0].graph)
+        """Compare both models on all scenarios; return the report and the reference model, if both could be opened."""
+        arithmetic = arithmetic_of(models[0].graph)
         blank = Report(arithmetic=arithmetic, tolerance=TOLERANCES[arithmetic])
         lengths = self.lengths or TextLengths.of(self.effort)
 

@@ -57,7 +57,7 @@ _FLOAT_OPERATORS: dict[str, tuple[str, tuple[_Operand, ...], int, tuple[int, int
 
 
 def float_model(model: onnx.ModelProto) -> onnx.ModelProto | None:
-    """Return the model without rounding of activations to 8 bits; None if that is not possible.
+    """Return a model in float32 without rounding of activations to 8 bits; None if that is not possible.
 
     Pasts and presents of 8 bits become float32.
     """

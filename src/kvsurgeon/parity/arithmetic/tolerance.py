@@ -49,6 +49,7 @@ TOLERANCES: dict[Arithmetic, Tolerance] = {
 }  # fmt: skip
 
 ROUNDED: frozenset[Arithmetic] = frozenset(("quantized", "dynamic"))  # activations to 8 bits, in ranges of a call
+ROUNDINGS = 3  # in ranges of the call, of the calls before, and of the whole text
 
 _FOUR_BITS = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4}  # onnxruntime fuses their products into `MatMulNBits`
 _DYNAMIC = {"DynamicQuantizeLinear", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"}
@@ -70,10 +71,17 @@ def arithmetic_of(model: onnx.ModelProto) -> Arithmetic:
         return "quantized"
     if any(_rounds_activations(node) for node in nodes):
         return "quantized"
-    graph = model.graph
-    types = {initializer.data_type for initializer in graph.initializer}
-    if types & _FOUR_BITS:
+    if any(initializer.data_type in _FOUR_BITS for initializer in model.graph.initializer):
         return "quantized"
+    return float_type_of(model)
+
+
+def float_type_of(model: onnx.ModelProto) -> Arithmetic:
+    """Return the coarsest floating-point type that the model computes in. Weights that are cast first do not count."""
+    graph, nodes = model.graph, all_nodes(model)
+    widened = {node.input[0] for node in nodes if node.op_type == "Cast"}
+    widened -= {name for node in nodes if node.op_type != "Cast" for name in node.input}
+    types = {weight.data_type for weight in graph.initializer if weight.name not in widened}
     types |= {value.type.tensor_type.elem_type for value in [*graph.input, *graph.output, *graph.value_info]}
     types |= {a.i for node in nodes if node.op_type == "Cast" for a in node.attribute if a.name == "to"}
     return next((name for onnx_type, name in _FLOATS.items() if onnx_type in types), "float32")

@@ -16,10 +16,11 @@ _TYPES = ("to", "dtype", "output_dtype")  # attributes that hold an element type
 
 
 def wide_model(model: onnx.ModelProto) -> onnx.ModelProto | None:
-    """Return the model in float32, its inputs and outputs too; None if a weight may be replaced by an input."""
+    """Return the model in float32, its inputs and outputs too; None if an input may replace a weight of 16 bits."""
     wide = onnx.ModelProto()
     wide.CopyFrom(model)
-    if {value.name for value in wide.graph.input} & {weight.name for weight in wide.graph.initializer}:
+    inputs = {value.name for value in wide.graph.input}
+    if any(weight.name in inputs and weight.data_type in _WIDE for weight in wide.graph.initializer):
         return None
     inner = [one.g for node in nested_nodes(wide.graph.node) for one in node.attribute if one.HasField("g")]
     for graph in (*reversed(inner), wide.graph):  # a graph gets copies of its nodes, so those inside come first
