@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from kvsurgeon.cache.pairs import find_cache_pairs, has_features
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.branches import inline_branch
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import all_inputs, is_fed, is_operator, through
@@ -35,7 +36,7 @@ def take_cache_branch(model: ir.Model) -> ir.Model:
         branch, only = _cache_branch(node)
         if branch is None:
             return model
-        _inline(editor, node, branch)
+        inline_branch(editor, node, branch)
         pasts.append(only)
         conditions[condition] = None
     editor.before = None
@@ -73,27 +74,3 @@ def _cache_branch(node: ir.Node) -> tuple[ir.Graph | None, set[ir.Value]]:
         code=Code.CONTROL_FLOW, at=node.outputs[0].name, expected="one branch that reads cache inputs",
         found=" and ".join(f"`{min(value.name or '' for value in own)}`" for own in only),
     )  # fmt: skip
-
-
-def _inline(editor: Editor, node: ir.Node, branch: ir.Graph) -> None:
-    """Replace an `If` by the nodes of a branch."""
-    editor.before = node
-    for value in list(branch.initializers.values()):
-        branch.initializers.pop(value.name or "")
-        value.name = editor.unique_name(value.name or "constant")
-        editor.graph.register_initializer(value)
-    inner, results = list(branch), list(branch.outputs)
-    branch.outputs.clear()
-    branch.remove(inner)
-    for one in inner:
-        one.name = editor.unique_name(one.name or one.op_type)
-        for value in one.outputs:
-            if value.name:
-                value.name = editor.unique_name(value.name)
-        editor.insert(one)
-    for old, new in zip(node.outputs, results, strict=True):
-        if old.is_graph_output():
-            output = editor.replace_output(old, new)
-            output.type, output.shape = old.type, old.shape
-        old.replace_all_uses_with(new)
-    editor.graph.remove(node, safe=True)

@@ -1,11 +1,14 @@
-"""Simplify a model: inline local functions, remove sequences, roll up loops, and multiply two tensors at a time."""
+"""Simplify a model: inline functions and branches, remove sequences, roll up loops, multiply two tensors at a time."""
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import sympy
 from onnx_ir.passes.common import InlinePass
 
+from kvsurgeon.dataflow.input_dimensions import read_inputs
+from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.decompose.causal_convolutions import drop_padded_ends, may_drop_padding
 from kvsurgeon.decompose.chunked_regions import may_be_chunked
 from kvsurgeon.decompose.delta_rule import replace_chunked_rules
@@ -13,6 +16,8 @@ from kvsurgeon.decompose.einsums import is_splittable, split_einsums
 from kvsurgeon.decompose.scan_builder import roll_up_loops
 from kvsurgeon.decompose.sequences import MAKERS, remove_sequences
 from kvsurgeon.decompose.unrolled_loops import may_be_unrolled
+from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.graph.branches import inline_branch
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor, NodeBuilder
@@ -30,13 +35,14 @@ def simplify_model(model: ir.Model) -> ir.Model:
     sequences = any(node.op_type in MAKERS for node in model.graph)
     certain = calls or sequences or any(is_splittable(node) or _slices_to_end(node) for node in model.graph)
     rewritten = may_be_unrolled(model.graph), may_drop_padding(model.graph), may_be_chunked(model.graph)
-    if not certain and not any(rewritten):
+    if not certain and not any(rewritten) and not any(is_operator(node, "If") for node in model.graph):
         return model
     copy = copy_model(model)
     if calls:
         _align_local_domains(copy)
         InlinePass()(copy)
     editor = Editor(copy)
+    _take_decided_branches(editor)
     remove_sequences(editor)
     split_einsums(editor)
     _gather_to_end(editor)
@@ -55,6 +61,42 @@ def _align_local_domains(model: ir.Model) -> None:
     for function in model.functions.values():
         for domain in local & set(function.opset_imports) & set(model.opset_imports):
             function.opset_imports[domain] = model.opset_imports[domain]
+
+
+def _take_decided_branches(editor: Editor) -> None:
+    """Replace each `If` whose condition is the same for all inputs by the branch that runs.
+
+    Exporters write a squeeze of an axis whose size they do not know as an `If` on that size. One is replaced at a time,
+    because the condition of a later one may depend on the shape of its outputs.
+    """
+    while (decided := _first_decided(editor.graph)) is not None:
+        node, taken = decided
+        inline_branch(editor, node, node.attributes["then_branch" if taken else "else_branch"].as_graph())
+        editor.before = None
+
+
+def _first_decided(graph: ir.Graph) -> tuple[ir.Node, bool] | None:
+    """Return the first `If` whose condition is known from sizes, and the condition; None if there is none."""
+    nodes = [node for node in graph if is_operator(node, "If")]
+    try:
+        shapes = read_inputs(graph).shapes if nodes else None
+    except UnsupportedError:
+        return None  # the analysis says why
+    for node in nodes:
+        condition = node.inputs[0]
+        if shapes is not None and condition is not None and _is_certain(shapes, condition):
+            return node, bool(shapes[condition].value.item())  # type: ignore[union-attr]
+    return None
+
+
+def _is_certain(shapes: Shapes, condition: ir.Value) -> bool:
+    """Return whether a condition compares known integers: one on a length may hold up to the end of a table only."""
+    value = shapes[condition].value
+    if value is None or any(isinstance(one, sympy.Expr) for one in value.flat):
+        return False
+    node = condition.producer()
+    booleans = shapes[condition].dtype is ir.DataType.BOOL
+    return node is None or not booleans or all(_is_certain(shapes, one) for one in node.inputs if one is not None)
 
 
 def _slices_to_end(node: ir.Node) -> bool:
