@@ -39,6 +39,19 @@ def test_scales_that_cancel_get_a_cache():
     assert_law(model, result, {"x": x})
 
 
+def test_a_number_whose_type_is_not_declared_and_scores_that_read_the_shape_of_queries_cancel_too():
+    as_floats = "from = Cast<to = 1>(middle)\n places = Cast<to = 1>(column)\n float_away = Sub(places, from)"
+    scales = SCALES.replace("away = Sub(column, middle)\n float_away = Cast<to = 1>(away)", as_floats)
+    by_shape = """q_sizes = Shape(q)
+     features = Gather(q_sizes, two)
+     float_features = Cast<to = 1>(features)
+     root = Sqrt(float_features)
+     s = Div(s0, root)"""
+    model = model_of(query=scales + "q = Mul(q0, up)", scores=by_shape)
+    x = np.random.default_rng(5).standard_normal((2, 9, 8)).astype(np.float32)
+    assert_law(model, injected(model), {"x": x})
+
+
 BROKEN = {
     "keys are scaled as queries are": {"key": "k = Mul(k0, up)"},
     "queries are not scaled": {"query": SCALES + "q = Identity(q0)"},

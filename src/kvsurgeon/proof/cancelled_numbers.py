@@ -71,20 +71,18 @@ def _with_zero(analysis: Analysis, number: ir.Value) -> ir.Model:
     model = copy_model(analysis.model)
     editor = Editor(model)
     (same,) = (value for node in model.graph for value in node.outputs if value.name == number.name)
-    zero = editor.constant(_filled(analysis, number, 0), _dtype(number), name="cancelled")
+    content = _filled(analysis, number, 0)
+    zero = editor.constant(content, content.dtype, name="cancelled")
     for node, index in list(same.uses()):
         editor.replace_input(node, index, zero)
     editor.finish()
     return model
 
 
-def _dtype(number: ir.Value) -> np.dtype:
-    return (number.dtype or ir.DataType.INT64).numpy()
-
-
 def _filled(analysis: Analysis, number: ir.Value, content: int) -> np.ndarray:
     """Return an array of the shape and type of a number."""
-    return np.full([1] * (analysis.shapes[number].rank or 0), content, _dtype(number))
+    fact = analysis.shapes[number]
+    return np.full([1] * (fact.rank or 0), content, (fact.dtype or ir.DataType.INT64).numpy())
 
 
 def _numbers_of_length(analysis: Analysis) -> Iterator[ir.Value]:
@@ -144,7 +142,8 @@ def _scaled(analysis: Analysis, number: ir.Value) -> _Scaled | None:
     nodes = [node for users in read.values() for node in users]
     if any(value.is_graph_output() for value in affected) or not nodes:
         return None
-    results = list(downstream([node.outputs[0] for node in nodes], stop=lambda node: node.outputs[0] in by_value))
+    scaled = [node.outputs[0] for node in nodes]
+    results = list(downstream(scaled, stop=lambda node: is_shape_only(node) or node.outputs[0] in by_value))
     if any(value.is_graph_output() or value in by_value for value in results):
         return None
     scores = {node.outputs[0] for value in results for node, _ in value.uses() if node.outputs[0] in by_value}
