@@ -9,6 +9,7 @@ from written import read
 
 from kvsurgeon import io
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.parity import verify
 from kvsurgeon.passes.cache.inject import Inject
 from kvsurgeon.passes.cache.remove_cache import RemoveCache, detach_cache, reattach_cache
 from kvsurgeon.passes.cache.retarget import Retarget
@@ -17,7 +18,8 @@ from kvsurgeon.workflow import verification
 from kvsurgeon.workflow.pipeline import Pipeline
 from kvsurgeon.workflow.run_and_save import run_and_save
 
-KERNEL = """float[8, 1, 3] kernel, float nil = {0.0},
+FLOAT = onnx.TensorProto.FLOAT
+KERNEL = """float[8, 1, 3] kernel, int8[8, 1, 3] kernel8, float nil = {0.0},
  int64[6] shift = {0, 1, 0, 0, -1, 0},
  int64[6] before = {0, 1, 0, 0, 0, 0},
  int64[6] after = {0, 0, 0, 0, 1, 0}, int64[1] minus = {-1}, int64[1] far = {99999999999},
@@ -30,6 +32,14 @@ TRIMMED = """xt = Transpose<perm = [0, 2, 1]>(x)
  length1 = Unsqueeze(length, first)
  z = Slice(y, first, length1, third)
  h = Transpose<perm = [0, 2, 1]>(z)"""
+# as onnxruntime quantizes it to 8 bits, with the range of all tokens of a call
+QUANTIZED = """xt = Transpose<perm = [0, 2, 1]>(x)
+ u, us, up = DynamicQuantizeLinear(xt)
+ i = ConvInteger<group = 8, kernel_shape = [3], pads = [2, 0]>(u, kernel8, up)
+ f = Cast<to = 1>(i)
+ both = Mul(us, half)
+ y = Mul(f, both)
+ h = Transpose<perm = [0, 2, 1]>(y)"""
 BOTH_SIDES = CONVOLUTION.replace("[2, 0]", "[1, 1]")
 PADDED = "y = Pad(x, shift, nil)\n h = Sub(x, y)"
 PADDED_AND_SLICED = "p = Pad(x, before)\n h = Slice(p, first, minus, second)"
@@ -119,6 +129,27 @@ def test_operators_that_read_a_window_have_a_state_of_the_last_rows(hidden, rows
     assert states_of(model) == {"past_key_values.0.conv_state": ["batch_size", 1, rows, 8]}
     for length in (2, 9, 23):
         assert_law(original, model, whole=texts(original, length=length), cuts=range(1, length, 1 + length // 9))
+
+
+def test_a_convolution_in_8_bits_has_a_state_of_the_last_rows_before_quantization():
+    original = read(case(QUANTIZED))
+    model = injected(original)
+    assert states_of(model) == {"past_key_values.0.conv_state": ["batch_size", 1, 2, 8]}
+    assert next(one for one in model.graph.input if "conv_state" in one.name).type.tensor_type.elem_type == FLOAT
+    report = verify(original, model, threads=1, effort="quick")
+    assert (report.verdict, report.arithmetic) == ("same", "dynamic")
+    assert report.error < 1e-4  # without rounding to 8 bits
+    assert any("dynamic quantization" in note for note in Inject().apply(Subject.of(original)).notes)
+
+
+def test_a_convolution_in_8_bits_that_reads_later_tokens_is_rejected():
+    with pytest.raises(UnsupportedError, match="ConvInteger mixes tokens along the sequence outside attention"):
+        injected(read(case(QUANTIZED.replace("[2, 0]", "[1, 1]"))))
+
+
+def test_a_range_that_is_read_as_a_number_is_found_by_verification():
+    original = read(case(QUANTIZED.replace("Mul(us, half)", "Mul(us, us)")))
+    assert verify(original, injected(original), threads=1, effort="quick").verdict == "different"
 
 
 @pytest.mark.parametrize("hidden", LOOK_ALIKES.values(), ids=LOOK_ALIKES.keys())
@@ -282,6 +313,17 @@ def padded(after: str) -> str:
 def test_padding_that_is_zeroed_before_a_convolution_is_accepted():
     original = read(padded(ZEROED + AFTER.format("1")))
     assert_law(original, injected(original))
+
+
+def test_padding_that_is_zeroed_before_a_projection_in_8_bits_is_accepted():
+    """Masked tokens may change the range in which tokens are quantized, as they do in a projection."""
+    projected = """ q1, s1, p1 = DynamicQuantizeLinear(c1)
+ c2 = MatMulInteger(q1, square8, p1)
+ c3 = Cast<to = 1>(c2)
+ c4 = Mul(c3, s1)
+ """
+    text = padded(ZEROED + projected + AFTER.format("4"))
+    assert injected(read(text.replace("int8[8, 1, 3]", "int8[8, 8] square8, int8[8, 1, 3]")))
 
 
 def test_padding_that_a_convolution_reads_is_rejected():

@@ -177,7 +177,7 @@ def _is_position_wise(flow: TokenFlow, node: ir.Node) -> bool:
     for index, value in enumerate(node.inputs):
         if (node, index) in flow.addresses:
             return False  # indices of the query length
-        if value is None or not is_token(flow, value):
+        if value is None or not is_token(flow, value) or flow.is_range(value):
             continue
         if (node, index) in flow.operands:
             return False

@@ -226,6 +226,8 @@ def _propagate(flow: TokenFlow, node: ir.Node, rule: Rule) -> None:
             if fact.shape is not None:
                 _check_lengths(visit, fact.shape, axes)
             flow.axes[value] = axes
+        if visit.tokens and all(flow.is_range(node.inputs[index]) for index in visit.tokens):  # type: ignore[arg-type]
+            flow.per_call.update(node.outputs)
     except Exception as error:
         raise_at(node, error)
     if flow.last and any(value in flow.last for value in node.inputs):

@@ -18,10 +18,11 @@ from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.errors import Code, UnsupportedError, reraise_mistake
 from kvsurgeon.graph.execution import build_model, open_session
-from kvsurgeon.graph.query import all_inputs, upstream
+from kvsurgeon.graph.query import all_inputs, is_operator, upstream
 from kvsurgeon.symbolic.dimension import BATCH
 
 MAX_ELEMENTS = 1 << 29  # of a tensor that is computed
+_SCALE = 2**-4  # of quantized synthetic values
 
 
 class SubgraphRunner:
@@ -34,6 +35,7 @@ class SubgraphRunner:
         stops: Nodes below which nothing is computed from `probed`.
         assumptions: Receives the statements that the results rest on, each with the name of the value it is about.
         given: Values whose arrays `inputs.give` sets before a run.
+        fixed_ranges: Whether token data is quantized in one range in all runs, as it is assumed to be in all calls.
 
     Attributes:
         inputs: The inputs of the subgraph.
@@ -52,9 +54,11 @@ class SubgraphRunner:
         stops: Collection[ir.Node] = (),
         assumptions: dict[str, str] | None = None,
         given: Collection[ir.Value] = (),
+        fixed_ranges: bool = False,
     ) -> None:
         self.flow = flow
         self.outputs = outputs
+        self._fixed_ranges = fixed_ranges
         self.inputs = ProbeFeeds(flow, probed, stops, assumptions, given)
         self._fed: set[ir.Value] = set()
         try:
@@ -113,6 +117,8 @@ class SubgraphRunner:
 
     def _run_nodes(self, node: ir.Node) -> list[onnx.NodeProto]:
         is_context = not any(is_token(self.flow, value) for value in node.outputs)
+        if self._fixed_ranges and not is_context and is_operator(node, "DynamicQuantizeLinear"):
+            return _quantized_in_one_range(ir.serde.serialize_node(node))
         dtypes = [self.flow.shapes[value].dtype for value in node.outputs]
         return without_bfloat16(ir.serde.serialize_node(node), dtypes if is_context else ())
 
@@ -160,6 +166,17 @@ class SubgraphRunner:
                 "a tensor does not have the inferred shape when it is computed", code=Code.INCONSISTENT_SHAPES,
                 at=value.name, expected=str(sizes), found=str(list(array.shape)),
             )  # fmt: skip
+
+
+def _quantized_in_one_range(node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    """Return nodes that quantize synthetic values in place of a `DynamicQuantizeLinear`, which measures their range."""
+    number, scale, zero_point = node.output
+    middle = onnx.helper.make_tensor(zero_point, onnx.TensorProto.UINT8, [], [128])
+    return [
+        onnx.helper.make_node("Constant", [], [scale], value_float=_SCALE),
+        onnx.helper.make_node("Constant", [], [zero_point], value=middle),
+        onnx.helper.make_node("QuantizeLinear", [node.input[0], scale, zero_point], [number]),
+    ]
 
 
 def without_bfloat16(node: onnx.NodeProto, rounded: Sequence[ir.DataType | None] = ()) -> list[onnx.NodeProto]:

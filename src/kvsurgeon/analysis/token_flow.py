@@ -233,6 +233,10 @@ class TokenFlow:
                 return at
         return place
 
+    def is_range(self, value: ir.Value) -> bool:
+        """Return whether a value is a scale or a zero point of dynamic quantization, or computed from such alone."""
+        return value in self.per_call and not self.axes.get(value)
+
     @property
     def cached_states(self) -> list[SequenceState]:
         """The sequence states whose inputs are cached."""

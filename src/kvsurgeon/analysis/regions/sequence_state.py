@@ -110,8 +110,15 @@ def reads_masked_tokens(flow: TokenFlow, state: SequenceState, mask: MaskPattern
 
 
 def with_siblings(flow: TokenFlow, region: Sequence[ir.Node]) -> list[ir.Node]:
-    """Return a region with later nodes that compute what it reads: whether they mix tokens is not known either."""
-    return with_upstream(flow, region, lambda value: is_token(flow, value) and value not in flow.axes)
+    """Return a region with nodes that compute what it reads: ranges of dynamic quantization, and what is not traced.
+
+    Of the latter it is not known either whether they mix tokens.
+    """
+
+    def belongs(value: ir.Value) -> bool:
+        return is_token(flow, value) and (value not in flow.axes or flow.is_range(value))
+
+    return with_upstream(flow, region, belongs)
 
 
 def is_boundary(node: ir.Node) -> bool:
@@ -248,7 +255,7 @@ def state_runner(
     flow: TokenFlow, state: SequenceState, sources: Sequence[ir.Value], assumptions: dict[str, str]
 ) -> tuple[SubgraphRunner, Run]:
     """Return a runner of the state's result from its sources, and a function that returns the result's tokens last."""
-    runner = SubgraphRunner(flow, [state.result], probed=sources, assumptions=assumptions)
+    runner = SubgraphRunner(flow, [state.result], probed=sources, assumptions=assumptions, fixed_ranges=True)
     batch = _SEQUENCES if flow.batch is BATCH else 2
 
     def run(tokens: np.ndarray, mask: MaskPattern = unmasked, scale: float = 1.0) -> np.ndarray:

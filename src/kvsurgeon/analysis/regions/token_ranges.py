@@ -28,7 +28,7 @@ class TokenRange:
     """The tokens that each element along an axis depends on.
 
     Attributes:
-        axis: Index of the axis; None if every element depends on all tokens.
+        axis: Index of the axis; None if every element depends on the same tokens: on all, or on none.
         first: Offset of the first token from the element; -inf for the start of the text.
         last: Offset of the last token from the element; inf for the end of the text.
         reads_context: Whether an element also depends on context, which may depend on the total length.
@@ -50,6 +50,7 @@ class TokenRange:
 
 
 ALL_TOKENS = TokenRange(None, -math.inf, math.inf)
+NO_TOKENS = TokenRange(None)  # of a range of dynamic quantization, which is assumed to be the same in every call
 Ranges = Mapping[int, TokenRange]  # index of an input of a node -> its range
 
 
@@ -72,7 +73,8 @@ def token_range(flow: TokenFlow, nodes: Sequence[ir.Node], places: Sequence[Plac
             found = _range_after(visit, known)
         except (UnsupportedError, UntraceableAxesError):  # a rank is unknown, or the links of the node
             found = None
-        known |= dict.fromkeys(node.outputs[1:], ALL_TOKENS if found is ALL_TOKENS else None)
+        further = NO_TOKENS if found is not None and node.outputs[0] in flow.per_call else None
+        known |= dict.fromkeys(node.outputs[1:], ALL_TOKENS if found is ALL_TOKENS else further)
         known[node.outputs[0]] = found
     return known[nodes[-1].outputs[0]]
 
@@ -82,8 +84,12 @@ def _range_after(visit: NodeVisit, known: Mapping[ir.Value, TokenRange | None]) 
     found = {index: known[visit.node.inputs[index]] for index in visit.tokens}  # type: ignore[index]
     if any(one is ALL_TOKENS for one in found.values()):
         return ALL_TOKENS
+    if found and all(one is NO_TOKENS for one in found.values()):
+        return NO_TOKENS
+    found = {index: one for index, one in found.items() if one is not NO_TOKENS}
     links = axis_links(visit.call)
-    if links is None or links.attention is not None or links.dynamic_range:
+    is_measured = links is not None and links.dynamic_range and visit.node.outputs[0] not in visit.flow.per_call
+    if links is None or links.attention is not None or is_measured:
         return None
     ranges = {index: one for index, one in found.items() if one is not None}
     if not ranges or len(ranges) < len(found):  # context has no range

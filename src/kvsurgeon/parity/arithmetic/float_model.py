@@ -47,6 +47,7 @@ _FLOAT_OPERATORS: dict[str, tuple[str, tuple[_Operand, ...], int, tuple[int, int
     "MatMulIntegerToFloat": ("MatMul", ((0, 2, 4), (1, 3, 5)), 6, (-1, -1), (4,)),
     "DynamicQuantizeMatMul": ("MatMul", ((0, -1, -1), (1, 2, 3)), 4, (-1, -1), ()),
     "MatMulInteger": ("MatMul", ((0, -1, 2), (1, -1, 3)), -1, (-1, -1), (2,)),
+    "ConvInteger": ("Conv", ((0, -1, 2), (1, -1, 3)), -1, (-1, -1), (2, 3)),
     "QGemm": ("Gemm", ((0, 1, 2), (3, 4, 5)), -1, (7, 8), ()),
     "QLinearMatMul": ("MatMul", ((0, 1, 2), (3, 4, 5)), -1, (6, 7), ()),
     "QLinearAdd": ("Add", ((0, 1, 2), (3, 4, 5)), -1, (6, 7), ()),
@@ -79,6 +80,7 @@ class _Rewrite:
         self.graph = graph
         self.weights = {tensor.name: tensor for tensor in graph.initializer}
         self.floats: set[str] = set()  # 8-bit values that are floats here
+        self.measured: dict[str, str] = {}  # scales and zero points of a call, each with its number there
         self.budget = LARGEST
         self.nodes: list[onnx.NodeProto] = []
         self.rewrites = {
@@ -114,18 +116,27 @@ class _Rewrite:
             self.floats.update(name for name in node.output if name)
         elif node.domain and self.floats.intersection(node.input):
             raise _unsupported(f"operator {node.op_type} on 8-bit numbers", node.output[0])
-        elif node.op_type.startswith(("QLinear", "QAttention", "ConvInteger", "DynamicQuantize", "Bit")):
+        elif node.op_type.startswith(("QLinear", "QAttention", "DynamicQuantize", "Bit")):
             raise _unsupported(f"operator {node.op_type}", node.output[0])
+        else:
+            node.input[:] = [self.measured.get(name, name) for name in node.input]
         self.nodes.append(node)
 
     def _dynamic_quantize(self, node: onnx.NodeProto) -> None:
-        """Use scale 1 and zero point 0: without rounding, any range is exact."""
-        number, scale, zero = (*node.output, "", "")[:3]
-        self._add("Identity", node.input[0], output=number)
-        for name, value in ((scale, 1.0), (zero, 0.0)):
-            if name:
-                self._constant(value, name)
+        """Divide by the scale of the call, so that whatever else depends on the range shows.
+
+        The number is without its zero point, which is 0 except where an operator reads it as a number.
+        """
+        number, scale, zero = node.output
+        none, one, steps = (self._constant(value, f"unrounded/{value}") for value in (0.0, 1.0, 255.0))
+        low = self._add("Min", self._add("ReduceMin", node.input[0], keepdims=0), none)
+        high = self._add("Max", self._add("ReduceMax", node.input[0], keepdims=0), none)
+        step = self._add("Div", self._add("Sub", high, low), steps)
+        scale = self._add("Where", self._add("Equal", step, none), one, step, output=scale)
+        self._add("Div", node.input[0], scale, output=number)
+        self._constant(0.0, zero)
         self.floats.update((number, zero))
+        self.measured |= {scale: scale, zero: self._add("Sub", none, self._add("Div", low, scale))}
 
     def _quantize(self, node: onnx.NodeProto) -> None:
         if node.input[0] in self.weights:
@@ -157,7 +168,7 @@ class _Rewrite:
             self._rescale(made, inputs[scale], inputs[zero], node.output[0])
         else:
             self._add("Identity", made, output=node.output[0])
-        if node.op_type == "MatMulInteger":
+        if node.op_type in ("MatMulInteger", "ConvInteger"):
             self.floats.add(node.output[0])  # an int32, which a Cast makes a float
 
     def _gemm_bias(self, inputs: Sequence[str], attributes: Mapping[str, Any]) -> list[str]:
@@ -197,12 +208,14 @@ class _Rewrite:
         return self._add("Mul", number, scale) if scale else number
 
     def _scalar(self, name: str) -> str:
-        """Return the name of an input that must be a constant scalar.
+        """Return the name of an input that must be a scalar: a constant, or of the range of a call.
 
         Raises:
             UnsupportedError: It may have several elements, along some axis.
         """
         tensor = self.weights.get(name)
+        if name in self.measured:
+            return name
         if name and (tensor is None or np.prod(tensor.dims, dtype=np.int64) != 1):
             raise _unsupported("quantization parameters are no scalar", name)
         return name
