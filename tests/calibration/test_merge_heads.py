@@ -245,7 +245,7 @@ def test_components_need_a_text() -> None:
         MergeKvHeads(kv_heads=1, method="pca").apply(Subject.of(read(grouped_attention())))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
 def test_components_lose_less_than_means(dtype: str, text: Path) -> None:
     config = Config(dtype=dtype, vocabulary=9, layers=1, windowed=())
     model = Decoder(config).model()

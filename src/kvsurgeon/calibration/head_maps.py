@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from kvsurgeon.analysis.probe_inputs import position_input
+from kvsurgeon.analysis.probe_inputs import position_input, run_dtype
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.analysis.token_flow import TokenFlow
@@ -184,7 +184,7 @@ class _Response:
         self._source, self._value, self._flow = source, value, flow
         self.width = self._before.width
         self.dtype = flow.shapes[source].dtype or ir.DataType.FLOAT
-        self.run_dtype = np.dtype(np.float16 if self.dtype is ir.DataType.FLOAT16 else np.float32)
+        self.run_dtype = run_dtype(self.dtype).numpy()
         self._runner = None
         if source is not value:
             positions = {given.value: given for given in find_positions(flow.inputs)}

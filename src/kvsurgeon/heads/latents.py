@@ -176,17 +176,34 @@ def _run(
     runner: SubgraphRunner, flow: TokenFlow, parts: Sequence[ir.Value], widths: Sequence[int], tokens: np.ndarray
 ) -> list[np.ndarray]:
     """Return keys and values of tokens with some features, each [heads, tokens, head_dim]."""
+    batch, length = (
+        size if isinstance(size, int) else other for size, other in ((flow.batch, 2), (flow.length, len(tokens)))
+    )
+    padding = np.zeros((-len(tokens) % length, tokens.shape[1]))
+    calls = np.split(np.concatenate([tokens, padding]), range(length, len(tokens), length))
+    found = [_run_call(runner, flow, parts, widths, call, batch) for call in calls]
+    return [np.concatenate(arrays, axis=1)[:, : len(tokens)] for arrays in zip(*found, strict=True)]
+
+
+def _run_call(
+    runner: SubgraphRunner,
+    flow: TokenFlow,
+    parts: Sequence[ir.Value],
+    widths: Sequence[int],
+    tokens: np.ndarray,
+    batch: int,
+) -> list[np.ndarray]:
     starts = np.cumsum([0, *widths])
     for part, start, end in zip(parts, starts, starts[1:], strict=False):
 
         def feed(given: Rows, start: int = start, end: int = end, part: ir.Value = part) -> np.ndarray:
             shape = given.sizes(flow.shapes[part].shape or (), flow.axes[part])
             dtype = run_dtype(flow.shapes[part].dtype or ir.DataType.FLOAT).numpy()
-            batch = np.broadcast_to(tokens[:, start:end], (given.batch, len(tokens), end - start))
-            return batch.reshape(shape).astype(dtype)
+            rows = np.broadcast_to(tokens[:, start:end], (given.batch, len(tokens), end - start))
+            return rows.reshape(shape).astype(dtype)
 
         runner.inputs.give(part.name or "", feed)
-    keys, values = (array[0].astype(np.float64) for array in runner.run(len(tokens)))
+    keys, values = (array[0].astype(np.float64) for array in runner.run(len(tokens), batch=batch))
     return [keys.transpose(0, 2, 1), values]
 
 

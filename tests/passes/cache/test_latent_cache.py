@@ -129,6 +129,12 @@ def test_float16():
     assert verify(model, after(model, LatentCache(), Inject()), effort="quick", seed=3).verdict == "same"
 
 
+@pytest.mark.parametrize("size", [(1, 8), (2, 33)])
+def test_an_export_of_a_fixed_length(size):
+    model = original(static=size)
+    assert verify(model, after(model, LatentCache(), Inject()), effort="quick", seed=3).verdict == "same"
+
+
 def test_a_static_cache_and_integers():
     run = Pipeline.parse("latent-cache,inject{cache=static,max-length=64},quantize-cache").run(original())
     assert {value.dtype.name for value in run.model.graph.inputs if value.name.endswith("key")} == {"INT8"}
