@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -313,3 +314,18 @@ class CachedDecoder(Decoder):
         dims = ("batch_size", self.config.kv_heads, "total_sequence_length", self.config.head_dim)
         self.graph.output(key, f"present.{layer}.key", self.config.onnx_type, dims)
         self.graph.output(value, f"present.{layer}.value", self.config.onnx_type, dims)
+
+
+def in_bfloat16(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Change all of a model from float32 to bfloat16, and return it."""
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        tensor = value.type.tensor_type
+        tensor.elem_type = TensorProto.BFLOAT16 if tensor.elem_type == TensorProto.FLOAT else tensor.elem_type
+    for weight in model.graph.initializer:
+        if weight.data_type == TensorProto.FLOAT:
+            array = numpy_helper.to_array(weight).astype(ml_dtypes.bfloat16)
+            weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+    for attribute in (one for node in model.graph.node for one in node.attribute):
+        if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+            attribute.i = TensorProto.BFLOAT16
+    return model

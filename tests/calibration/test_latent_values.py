@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from decoders import Config, Decoder
+from decoders import Config, Decoder, in_bfloat16
 from exports import after
 from grouped import grouped_attention
 from laws import assert_law, difference, in_onnxruntime, texts
@@ -152,3 +152,10 @@ def test_ranks_and_texts_that_are_missing(text: Path) -> None:
     subject = Subject.of(model)
     subject.text = text
     assert isinstance(LowRankValues(rank=16).apply(subject), Unchanged)
+
+
+def test_bfloat16_is_rejected(text: Path) -> None:
+    subject = Subject.of(in_bfloat16(Decoder(CONFIG).model()))
+    subject.text = text
+    with pytest.raises(UnsupportedError, match=r"rounded twice.*found bfloat16"):
+        LowRankValues(rank=3).apply(subject)

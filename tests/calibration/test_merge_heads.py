@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from decoders import Config, Decoder
+from decoders import Config, Decoder, in_bfloat16
 from grouped import grouped_attention, kv_heads, logits
 from laws import difference, in_onnxruntime, texts
 from written import read
@@ -259,3 +259,9 @@ def test_components_lose_less_than_means(dtype: str, text: Path) -> None:
         found = in_onnxruntime(io.to_proto(subject.model))(feeds)["logits"].astype(np.float64)
         errors.append(float(np.square(found - expected).mean()))
     assert errors[0] < 0.7 * errors[1]
+
+
+def test_bfloat16_is_calibrated_in_float32(text: Path) -> None:
+    subject = Subject.of(in_bfloat16(Decoder(Config(vocabulary=9, layers=1, windowed=())).model()))
+    subject.text = text
+    assert isinstance(MergeKvHeads(kv_heads=1, method="pca").apply(subject), Changed)

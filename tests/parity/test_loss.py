@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from decoders import Config, Decoder, in_bfloat16
 from onnx import numpy_helper
 from onnxruntime.quantization import quantize_dynamic
 
@@ -116,6 +117,13 @@ def test_a_wrong_cache_is_an_error(tmp_path: Path) -> None:
     onnx.save(proto, path)
     with pytest.raises(ParityError, match="with and without its cache"):
         measure_loss(DEMO, path)
+
+
+@pytest.mark.usefixtures("short")
+def test_bfloat16_is_measured_in_float32() -> None:
+    models = [in_bfloat16(Decoder(Config(seed=seed)).model()) for seed in (0, 0, 1)]
+    assert measure_loss(*models[:2]).kl_divergence == 0
+    assert measure_loss(*models[1:]).kl_divergence > 0.01
 
 
 @pytest.mark.usefixtures("short")

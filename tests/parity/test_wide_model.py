@@ -2,13 +2,12 @@
 
 from dataclasses import replace
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from decoders import CachedDecoder, Config, Decoder
-from onnx import TensorProto, helper, numpy_helper
+from decoders import CachedDecoder, Config, Decoder, in_bfloat16
+from onnx import TensorProto, helper
 from written import read
 
 from kvsurgeon.parity import verifier, verify
@@ -24,20 +23,6 @@ class OneTooFar(CachedDecoder):
 
     def weight(self, name: str, rows: int, columns: int, gain: float = 1.0) -> str:
         return super().weight(name, rows, columns, gain * (1.02 if "k" in name else 1.0))
-
-
-def in_bfloat16(model: onnx.ModelProto) -> onnx.ModelProto:
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        tensor = value.type.tensor_type
-        tensor.elem_type = TensorProto.BFLOAT16 if tensor.elem_type == TensorProto.FLOAT else tensor.elem_type
-    for weight in model.graph.initializer:
-        if weight.data_type == TensorProto.FLOAT:
-            array = numpy_helper.to_array(weight).astype(ml_dtypes.bfloat16)
-            weight.CopyFrom(numpy_helper.from_array(array, weight.name))
-    for attribute in (one for node in model.graph.node for one in node.attribute):
-        if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
-            attribute.i = TensorProto.BFLOAT16
-    return model
 
 
 def rounded(model: onnx.ModelProto) -> onnx.ModelProto:

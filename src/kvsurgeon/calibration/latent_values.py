@@ -33,9 +33,16 @@ def fit_latents(analysis: Analysis, rank: int, text: Path, folder: Path | None) 
     output projections read of them.
 
     Raises:
-        UnsupportedError: The weights of values cannot be found, or something else reads them.
+        UnsupportedError: The weights of values cannot be found, something else reads them, or they are bfloat16.
     """
     trace, found = IndexTrace(analysis.flow), find_shared_heads(analysis)
+    for one in found:
+        if analysis.flow.shapes[one.values].dtype is ir.DataType.BFLOAT16:  # which cannot be verified after that
+            raise UnsupportedError(
+                "weights that become a product of two are rounded twice", code=Code.PASS_PRECONDITION,
+                at=one.values.name, layer=one.layers[0], expected="float32 or float16", found="bfloat16",
+                hint="convert the model to float16 first",
+            )  # fmt: skip
     moments = [SecondMoment(one.value_width) for one in found]
     for features in token_features(analysis, [one.values for one in found], text, folder):
         for one, moment in zip(found, moments, strict=True):

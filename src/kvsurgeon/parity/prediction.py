@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from kvsurgeon.errors import ParityError, RunError
+from kvsurgeon.errors import MissingKernelError, ParityError, RunError
+from kvsurgeon.parity.arithmetic.wide_model import wide_model
 from kvsurgeon.parity.difference import distance, spread
 from kvsurgeon.parity.model_source import load_graph, with_outputs
 from kvsurgeon.runtime import AnyDecoder, Array, CachedDecoder, Source, Tokens, UncachedDecoder, open_session
@@ -22,12 +24,21 @@ def open_decoder(
 ) -> AnyDecoder:
     """Open a model, with a cache or without, and with some inner values as further outputs.
 
+    A model in bfloat16, for which onnxruntime has few kernels, is opened in float32.
+
     Raises:
         InputError: The model cannot be read.
         RunError: onnxruntime cannot run it.
     """
     model = with_outputs(load_graph(source), outputs) if outputs else source
-    session = open_session(model, folder=folder_of(source, folder), threads=threads, name=name)
+    opened = partial(open_session, folder=folder_of(source, folder), threads=threads, name=name)
+    try:
+        session = opened(model)
+    except MissingKernelError:
+        wide = wide_model(load_graph(model))
+        if wide is None:
+            raise
+        session = opened(wide)
     cache = find_cache(session.inputs, session.outputs, read_cache_metadata(session.metadata).layouts)
     decoder = CachedDecoder(session, cache) if cache else UncachedDecoder(session)
     share_inputs([decoder])

@@ -34,8 +34,8 @@ def wide_model(model: onnx.ModelProto) -> onnx.ModelProto | None:
 
 def _widen_graph(graph: onnx.GraphProto) -> None:
     for value in (*graph.input, *graph.output):
-        tensor = value.type.tensor_type
-        tensor.elem_type = _WIDE.get(tensor.elem_type, tensor.elem_type)
+        if (kind := value.type.tensor_type.elem_type) in _WIDE:  # a further output may have no type
+            value.type.tensor_type.elem_type = _WIDE[kind]
     casts = []
     for weight in graph.initializer:
         if weight.data_type in _WIDE:
