@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +19,7 @@ from kvsurgeon.proof.attention.attention_probe import AttentionProbe, not_causal
 from kvsurgeon.proof.attention.attention_rows import RowResults, check_rows
 from kvsurgeon.proof.first_call import check_first_call
 from kvsurgeon.proof.key_reductions import check_key_reductions, normalizes_before_mask
-from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep, check_prefix_stable, first_tokens
+from kvsurgeon.proof.length_sweep import MIN_USEFUL_LENGTH, LengthSweep
 
 
 def check_causality(
@@ -117,7 +117,7 @@ def _prefix_stable(
     refusal: UnsupportedError | None = None
     while True:
         try:
-            _check_lengths(probe, outputs)
+            probe.check_lengths(outputs)
         except UnsupportedError as error:
             refusal = refusal or error
             outputs = {length: arrays for length, arrays in outputs.items() if length < max(outputs)}
@@ -126,22 +126,6 @@ def _prefix_stable(
         else:
             probe.sweep.add_failure(max(outputs), refusal)
             return outputs, None if refusal is None else max(outputs)
-
-
-def _check_lengths(probe: AttentionProbe, outputs: Mapping[int, list[np.ndarray]]) -> None:
-    longest = outputs[max(outputs)]
-    for weights, *_ in outputs.values():
-        probe.check_causal(weights)
-    for length, (weights, *others) in outputs.items():
-        probe.check_stable(longest[0][..., :length, :length], weights)
-        for (value, axes), longer, shorter in zip(probe.others, longest[1:], others, strict=True):
-            check_prefix_stable(
-                "reductions of attention scores",
-                first_tokens(longer, axes, length),
-                shorter,
-                at=value,
-                layer=probe.layer,
-            )
 
 
 def _check_amplified_keys(probe: AttentionProbe, weights: np.ndarray) -> None:

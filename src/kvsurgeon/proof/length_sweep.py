@@ -19,7 +19,7 @@ from kvsurgeon.analysis.thresholds import MAX_LENGTH, SCANNED, Thresholds, bisec
 from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import Code, UnsupportedError
-from kvsurgeon.proof.batch_sizes import BATCHES, batch_sizes
+from kvsurgeon.proof.batch_sizes import BATCHES, MAX_BATCH, BatchSizes, batch_sizes
 from kvsurgeon.proof.length_dependence import LengthDependence
 from kvsurgeon.symbolic.dimension import Extent
 from kvsurgeon.symbolic.sequence_axes import Axes
@@ -73,9 +73,25 @@ class LengthSweep:
         return min(self._limit, MAX_LENGTH)
 
     @cached_property
+    def _batch_sizes(self) -> BatchSizes:
+        return batch_sizes(self.flow)
+
+    @property
     def batches(self) -> tuple[int, ...]:
         """Sizes of batches to run, in addition to two."""
-        return batch_sizes(self.flow)
+        return self._batch_sizes.sizes
+
+    def check_batch_sizes(self) -> None:
+        """Check that these are all sizes at which context may change.
+
+        Raises:
+            UnsupportedError: It may change at a larger one.
+        """
+        if (beyond := self._batch_sizes.beyond) is not None:
+            raise UnsupportedError(
+                "context may change with a number of sequences that is too large to run", code=Code.BATCH_LEAK,
+                at=beyond.name, expected=f"at most {MAX_BATCH} sequences", hint="export with a batch of 1",
+            )  # fmt: skip
 
     def end_at(self, length: int) -> None:
         """Check no longer text: what changes there cannot be found, so it limits what is not proved."""

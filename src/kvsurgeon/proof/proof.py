@@ -113,6 +113,7 @@ def prove(analysis: Analysis, decomposed: DecomposedModel | None = None) -> Proo
     longest = None if decomposed is None else decomposed.longest
     limit = _smallest(find_limit(sweep), longest, *(pattern.limit for pattern in patterns))
     _check_padding(sweep, patterns)
+    sweep.check_batch_sizes()
     assumptions = {**analysis.flow.assumed, **assumed_padding}
     return Proof(
         obligations=_obligations(sweep, patterns, assumptions, assumed_padding),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from kvsurgeon.analysis.probe_inputs import Rows
@@ -13,16 +15,20 @@ from kvsurgeon.proof.other_inputs import other_numbers
 from kvsurgeon.proof.row_runner import RowRunner
 
 _SHORT = 40  # tokens
+_FEW = 6  # batch sizes; of more, only the largest is run in long texts
 HAS_A_KEY = "inputs that are not given for each token leave every query a key"
 
 
 def check_batches(probe: AttentionProbe, length: int) -> None:
-    """Check that the sequences of larger batches are causal too: a mask may count sequences."""
+    """Check that the sequences of larger batches are causal and prefix stable too: a mask may count sequences."""
     sizes = probe.sweep.batches
     length = min(length, _SHORT) if sizes == BATCHES else length  # a comparison may be combined with one of the length
     for batch in sizes:
-        arrays = probe.runner.run(length, batch=batch)
-        probe.check_causal(probe.compared(arrays, Rows(0, length, length, batch))[0])
+        texts = {count: Rows(0, count, count, batch) for count in (max(1, length // 2), length)}
+        probe.check_lengths(
+            {count: probe.compared(probe.runner.run(count, batch=batch), rows) for count, rows in texts.items()}
+        )
+    probe.sweep.check_batch_sizes()
 
 
 def check_numbers(probe: AttentionProbe, length: int) -> None:
@@ -49,10 +55,13 @@ def check_numbers(probe: AttentionProbe, length: int) -> None:
 
 def check_rows_with_other_inputs(probe: AttentionProbe, runner: RowRunner, rows: Rows) -> None:
     """Check rows of the weights of a long text as `check_batches` and `check_numbers` check those of short texts."""
-    for batch in probe.sweep.batches[-1:]:
-        of_batch = Rows(rows.start, rows.stop, rows.total, batch)
-        probe.check_causal(probe.compared(runner.run(of_batch, scale=0.0), of_batch)[0], rows.start)
     followed = Rows(rows.start, rows.stop, min(rows.stop + 1, rows.total))
+    sizes = probe.sweep.batches
+    for batch in sizes[-1:] if sizes == BATCHES or len(sizes) > _FEW else sizes:
+        texts = [replace(one, batch=batch) for one in (rows, followed)]
+        longer, shorter = (probe.compared(runner.run(one), one)[0] for one in texts)
+        probe.check_causal(longer, rows.start)
+        probe.check_stable(longer[..., : followed.total], shorter)
     for number in other_numbers(probe.sweep, probe.runner.masks, (rows.start, rows.total - 1, rows.total)):
         try:
             longer, shorter = (probe.compared(runner.run(one, number=number), one)[0] for one in (rows, followed))

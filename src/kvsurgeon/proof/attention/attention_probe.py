@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.proof.attention.attention_pattern import MIN_WEIGHT, largest_weight_on_later_key
-from kvsurgeon.proof.length_sweep import LengthSweep, check_prefix_stable
+from kvsurgeon.proof.length_sweep import LengthSweep, check_prefix_stable, first_tokens
 
 SCALES = (30.0, 10.0, 3.0, 1.0)  # of the probed scores: a mask must hold for the largest that give finite weights
 SCALES_OF_COMPARED = (100.0, 1000.0)  # of scores that are compared with numbers: any mask holds for them
@@ -119,6 +119,21 @@ class AttentionProbe:
             UnsupportedError: They differ.
         """
         check_prefix_stable("attention weights", longer, shorter, at=self.site.at, layer=self.layer)
+
+    def check_lengths(self, outputs: Mapping[int, Sequence[np.ndarray]]) -> None:
+        """Check that what `run` returns is causal and the same for a prefix at all of some lengths.
+
+        Raises:
+            UnsupportedError: It is not.
+        """
+        longest = outputs[max(outputs)]
+        for weights, *_ in outputs.values():
+            self.check_causal(weights)
+        for length, (weights, *others) in outputs.items():
+            self.check_stable(longest[0][..., :length, :length], weights)
+            for (value, axes), longer, shorter in zip(self.others, longest[1:], others, strict=True):
+                first = first_tokens(longer, axes, length)
+                check_prefix_stable("reductions of attention scores", first, shorter, at=value, layer=self.layer)
 
     def unsupported(self, reason: str, code: Code, hint: str) -> UnsupportedError:
         """Return an error that names the layer and the output of the attention."""
