@@ -40,6 +40,14 @@ QUANTIZED = """xt = Transpose<perm = [0, 2, 1]>(x)
  both = Mul(us, half)
  y = Mul(f, both)
  h = Transpose<perm = [0, 2, 1]>(y)"""
+QUANTIZED_TWICE = QUANTIZED.replace("[2, 0]", "[4, 0]").replace(
+    "y = Mul(f, both)",
+    """m = Mul(f, both)
+ u2, us2, up2 = DynamicQuantizeLinear(m)
+ i2 = ConvInteger<group = 8, kernel_shape = [3]>(u2, kernel8, up2)
+ f2 = Cast<to = 1>(i2)
+ y = Mul(f2, us2)""",
+)
 BOTH_SIDES = CONVOLUTION.replace("[2, 0]", "[1, 1]")
 PADDED = "y = Pad(x, shift, nil)\n h = Sub(x, y)"
 PADDED_AND_SLICED = "p = Pad(x, before)\n h = Slice(p, first, minus, second)"
@@ -131,10 +139,11 @@ def test_operators_that_read_a_window_have_a_state_of_the_last_rows(hidden, rows
         assert_law(original, model, whole=texts(original, length=length), cuts=range(1, length, 1 + length // 9))
 
 
-def test_a_convolution_in_8_bits_has_a_state_of_the_last_rows_before_quantization():
-    original = read(case(QUANTIZED))
+@pytest.mark.parametrize(("hidden", "rows"), [(QUANTIZED, 2), (QUANTIZED_TWICE, 4)])
+def test_a_convolution_in_8_bits_has_a_state_of_the_last_rows_before_quantization(hidden, rows):
+    original = read(case(hidden))
     model = injected(original)
-    assert states_of(model) == {"past_key_values.0.conv_state": ["batch_size", 1, 2, 8]}
+    assert states_of(model) == {"past_key_values.0.conv_state": ["batch_size", 1, rows, 8]}
     assert next(one for one in model.graph.input if "conv_state" in one.name).type.tensor_type.elem_type == FLOAT
     report = verify(original, model, threads=1, effort="quick")
     assert (report.verdict, report.arithmetic) == ("same", "dynamic")

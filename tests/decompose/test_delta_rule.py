@@ -1,10 +1,12 @@
 """The gated delta rule in chunks of tokens becomes one `Scan` over tokens; whatever computes something else stays."""
 
 import numpy as np
+import onnx
 import pytest
 from chunked import chunked
 from exports import injected
 from laws import in_onnxruntime
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
 from kvsurgeon import io
 from kvsurgeon.decompose.simplify import simplify_model
@@ -29,6 +31,13 @@ RIGHT = {
         (" qd = Mul(q, grown)\n new0", "\n new0"),
     ],
     "queries that are scaled in chunks": [("q = Reshape(qp, keys)", "qu = Reshape(qp, keys) q = Mul(qu, half)")],
+    "copies": [("kb = Mul(k, b)", "ki = Identity(k) bd = Cast<to = 11>(b) bi = Cast<to = 1>(bd) kb = Mul(ki, bi)")],
+    "a state of zeros in 8 bits": [
+        ("float half", "int8[1, 2, 1, 3, 2] nothing = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}, float half"),
+        ("out0 = MatMul(qk0c, new0)",
+         "qd0 = Slice(qd, zero, one, two) u, us, up = DynamicQuantizeLinear(qd0) i = MatMulInteger(u, nothing, up) "
+         "f = Cast<to = 1>(i) both = Mul(us, half) old = Mul(f, both) this = MatMul(qk0c, new0) out0 = Add(old, this)"),
+    ],
 }  # fmt: skip
 WRONG = {
     "a state that is not decayed": [("kd = Mul(k, left)", "kd = Identity(k)")],
@@ -76,6 +85,16 @@ def test_a_text_of_whole_chunks_is_not_padded():
     assert has_scan(model)
     (expected,), (found,) = (in_onnxruntime(one)({"input_ids": ids}).values() for one in (original, model))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.ptp(expected))
+
+
+def test_the_rule_in_16_bits_is_computed_in_float32():
+    original = convert_float_to_float16(chunked(), keep_io_types=True)
+    model = rewritten(original)
+    scan = next(node for node in model.graph.node if node.op_type == "Scan")
+    (body,) = (one.g for one in scan.attribute if one.name == "body")
+    assert {value.type.tensor_type.elem_type for value in body.input} == {onnx.TensorProto.FLOAT}
+    (expected,), (found,) = (in_onnxruntime(one)({"input_ids": IDS}).values() for one in (original, model))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=5e-3 * np.ptp(expected))
 
 
 @pytest.mark.parametrize("changes", WRONG.values(), ids=WRONG)

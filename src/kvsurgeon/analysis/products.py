@@ -184,7 +184,7 @@ def _scores_of_learned_rows(
         if isinstance(visit.flow.length, int) and any(padded):
             raise visit.refusal(
                 "tokens are padded to whole chunks, and a chunk attends to itself: a recurrence that is not recognized",
-                code=Code.MIXES_TOKENS, expected="the gated delta rule, in float32",
+                code=Code.MIXES_TOKENS, expected="the gated delta rule",
             )  # fmt: skip
         raise visit.refusal(
             "learned rows next to the tokens are queries too, so that every call would have to compute them",

@@ -17,7 +17,7 @@ from kvsurgeon.analysis.token_data import is_token
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.errors import Code, UnsupportedError, reraise_mistake
-from kvsurgeon.graph.execution import build_model, open_session
+from kvsurgeon.graph.execution import build_model, open_session, use_float32
 from kvsurgeon.graph.query import all_inputs, is_operator, upstream
 from kvsurgeon.symbolic.dimension import BATCH
 
@@ -187,12 +187,7 @@ def without_bfloat16(node: onnx.NodeProto, rounded: Sequence[ir.DataType | None]
         rounded: The types of its outputs if those of bfloat16 are to be rounded to it: positions that are equal in
             bfloat16 must be equal in a run. Attention weights are not rounded, so that rounding hides no difference.
     """
-    for attribute in node.attribute:
-        if attribute.name in ("to", "dtype") and attribute.i == onnx.TensorProto.BFLOAT16:
-            attribute.i = onnx.TensorProto.FLOAT
-        if attribute.HasField("t") and attribute.t.data_type == onnx.TensorProto.BFLOAT16:
-            array = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
-            attribute.t.CopyFrom(onnx.numpy_helper.from_array(array))
+    use_float32(node, [onnx.TensorProto.BFLOAT16])
     nodes = [node]
     for place, (name, dtype) in enumerate(zip(node.output, rounded, strict=False)):
         if name and dtype is ir.DataType.BFLOAT16:

@@ -3,7 +3,8 @@
     before: Slice(Conv(x, pads=[3, 3]), 0, 16) of 16 rows, where the convolution has 19
     after:  Conv(x, pads=[3, 0])
 
-Of fixed lengths alone: the number of rows is no part of the graph any more.
+Nodes between them may compute each row alone. Of fixed lengths alone: the number of rows is no part of the graph any
+more.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from kvsurgeon.dataflow.input_dimensions import read_inputs
 from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.decompose.fused_node import FusedNode
 from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.query import is_operator, producer_of
+from kvsurgeon.graph.query import is_operator
+from kvsurgeon.ops.operator import Trait
+from kvsurgeon.ops.table import has_trait
+from kvsurgeon.symbolic.dimension import Dimension
+
+_CONVOLUTIONS = frozenset({"Conv", "ConvInteger", "QLinearConv"})
 
 
 def causal_conv_with_state(op: FusedNode) -> None:
@@ -41,35 +47,47 @@ def causal_conv_with_state(op: FusedNode) -> None:
 
 def may_drop_padding(graph: ir.Graph) -> bool:
     """Return whether a graph has a slice of a padded convolution."""
-    return any(_padded(node) is not None for node in graph)
+    return any(_padded(node) for node in graph)
 
 
 def drop_padded_ends(editor: Editor) -> None:
     """Replace slices that drop the last rows of convolutions by less padding."""
     shapes = read_inputs(editor.graph).shapes
     for node in list(editor.graph):
-        conv = _padded(node)
-        pads = None if conv is None else _shorter(shapes, conv, node)
-        if conv is None or pads is None:
+        nodes = _padded(node)
+        pads = _shorter(shapes, nodes, node) if nodes else None
+        if pads is None:
             continue
-        editor.before = node
-        copy = editor.copy(conv, list(conv.inputs), "shorter", frozenset({"pads"}))
-        editor.set_attributes(copy, {"pads": pads})
-        copy.outputs[0].type, copy.outputs[0].shape = node.outputs[0].type, node.outputs[0].shape
+        editor.before, value = node, nodes[0].inputs[0]
+        for one in nodes:
+            is_first = one is nodes[0]
+            copy = editor.copy(one, [value, *one.inputs[1:]], "shorter", frozenset({"pads"} if is_first else ()))
+            if is_first:
+                editor.set_attributes(copy, {"pads": pads})
+            value, copy.outputs[0].shape = copy.outputs[0], node.outputs[0].shape
         editor.replace(node.outputs[0], copy.outputs[0])
         editor.graph.remove(node, safe=True)
-        if not conv.outputs[0].uses() and not conv.outputs[0].is_graph_output():
-            editor.graph.remove(conv, safe=True)
+        for one in reversed(nodes):
+            if not one.outputs[0].uses() and not one.outputs[0].is_graph_output():
+                editor.graph.remove(one, safe=True)
 
 
-def _padded(node: ir.Node) -> ir.Node | None:
-    """Return the convolution with stated padding of which a node is a slice."""
-    conv = producer_of(node.inputs[0], "Conv") if is_operator(node, "Slice") else None
-    return conv if conv is not None and any(conv.attributes.get_ints("pads") or ()) else None
+def _padded(node: ir.Node) -> list[ir.Node]:
+    """Return the convolution with stated padding of whose rows a node is a slice, and the nodes between, in order."""
+    nodes: list[ir.Node] = []
+    one = node.inputs[0].producer() if is_operator(node, "Slice") and node.inputs[0] is not None else None
+    while one is not None:
+        nodes.insert(0, one)
+        if one.op_type in _CONVOLUTIONS:
+            return nodes if any(one.attributes.get_ints("pads") or ()) else []
+        is_next = has_trait(one, Trait.ELEMENTWISE, Trait.BROADCAST) and one.inputs[0] is not None
+        one = one.inputs[0].producer() if is_next else None  # type: ignore[union-attr]
+    return []
 
 
-def _shorter(shapes: Shapes, conv: ir.Node, node: ir.Node) -> list[int] | None:
+def _shorter(shapes: Shapes, nodes: list[ir.Node], node: ir.Node) -> list[int] | None:
     """Return the padding without the rows that a slice drops; None if it drops other rows, or of unknown number."""
+    conv = nodes[0]
     pads, sizes = list(conv.attributes.get_ints("pads") or ()), shapes[conv.outputs[0]].shape
     kept, call = shapes[node.outputs[0]].shape, shapes.call(node)
     starts, axes, steps = (call.numbers(index) for index in (1, 3, 4))
@@ -83,7 +101,18 @@ def _shorter(shapes: Shapes, conv: ir.Node, node: ir.Node) -> list[int] | None:
             continue
         dropped = size - left if isinstance(size, int) and isinstance(left, int) else None
         place = spatial + axis - 2
-        if dropped is None or axis < 2 or dropped > pads[place]:
+        if dropped is None or axis < 2 or dropped > pads[place] or not _is_row_by_row(shapes, nodes[1:], axis, sizes):
             return None
         pads[place] -= dropped
     return pads
+
+
+def _is_row_by_row(shapes: Shapes, nodes: list[ir.Node], axis: int, sizes: tuple[Dimension, ...]) -> bool:
+    """Return whether nodes keep the shape of their first input, and their other inputs have one row at most."""
+    for node in nodes:
+        further = [shapes[value].shape for value in node.inputs[1:] if value is not None]
+        if shapes[node.outputs[0]].shape != sizes or None in further:
+            return False
+        if any((1, *shape)[max(axis - len(sizes), -len(shape) - 1)] != 1 for shape in further if shape is not None):
+            return False
+    return True

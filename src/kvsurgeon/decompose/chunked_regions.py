@@ -11,18 +11,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.dataflow.shape_inference import Shapes
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.query import downstream, is_operator
+from kvsurgeon.ops.content import is_zero
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.fact import Fact
 
 _SAME_ELEMENTS = (Trait.RESHAPE, Trait.TRANSPOSE, Trait.IDENTITY)
 _MOVES = (*_SAME_ELEMENTS, Trait.REPEAT, Trait.SELECT, Trait.LOOKUP, Trait.MOVE)
-FLOAT = ir.DataType.FLOAT
+NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+FLOATS = (ir.DataType.FLOAT, *NARROW)  # of tensors that are computed in float32
 _MAX_NODES = 20_000
 _MAX_ELEMENTS = 1 << 22  # of a constant in a region: masks and tables, not weights
 
@@ -35,11 +38,13 @@ class Source:
         value: The tensor.
         axis: Its sequence axis.
         sizes: Its sizes without that axis.
+        dtype: Its type.
     """
 
     value: ir.Value
     axis: int
     sizes: tuple[int, ...]
+    dtype: ir.DataType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +54,7 @@ class Region:
     result: ir.Value
     axis: int
     shape: tuple[int, ...]
+    dtype: ir.DataType
     sources: tuple[Source, ...]
     nodes: tuple[ir.Node, ...]
     constants: Mapping[ir.Value, ir.TensorProtocol]
@@ -67,7 +73,7 @@ class Region:
 def may_be_chunked(graph: ir.Graph) -> bool:
     """Return whether a graph has sums of decays, and a fixed length."""
     fixed = all(isinstance(size, int) for value in graph.inputs for size in value.shape or ())
-    return fixed and any(is_operator(node, "CumSum") and node.outputs[0].dtype in (None, FLOAT) for node in graph)
+    return fixed and any(is_operator(node, "CumSum") and node.outputs[0].dtype in (None, *FLOATS) for node in graph)
 
 
 def find_regions(shapes: Shapes, node: ir.Node) -> Iterator[tuple[Region, ir.Value]]:
@@ -157,22 +163,23 @@ class _Walk:
         self.shapes, self.chunks = shapes, chunks
         self.sources: dict[ir.Value, int] = {}
         self.constants: dict[ir.Value, ir.TensorProtocol] = {}
+        self._zeros: dict[ir.Value, bool] = {}
         self.nodes: dict[ir.Node, bool] = {}  # with whether it depends on a source
 
     def region(self, result: ir.Value, axis: int) -> Region | None:
         """Return the region of a result; None if it reads something else, or computes what is not analytic."""
-        shape = _static(self.shapes[result])
-        if shape is None or self.shapes[result].dtype is not FLOAT or not self._reaches_sources(result):
+        shape, dtype = _static(self.shapes[result]), self.shapes[result].dtype
+        if shape is None or dtype not in FLOATS or not self._reaches_sources(result):
             return None
         order = {node: number for number, node in enumerate(result.producer().graph or ())}  # type: ignore[union-attr]
         sources = []
         for value, place in self.sources.items():
-            sizes = _static(self.shapes[value])
-            if sizes is None or self.shapes[value].dtype is not FLOAT:
+            sizes, source_dtype = _static(self.shapes[value]), self.shapes[value].dtype
+            if sizes is None or source_dtype not in FLOATS:
                 return None
-            sources.append(Source(value=value, axis=place, sizes=_without(sizes, place)))
+            sources.append(Source(value=value, axis=place, sizes=_without(sizes, place), dtype=source_dtype))
         return Region(
-            result=result, axis=axis, shape=shape, sources=tuple(sources), constants=self.constants,
+            result=result, axis=axis, shape=shape, dtype=dtype, sources=tuple(sources), constants=self.constants,
             nodes=tuple(sorted(self.nodes, key=lambda node: order[node])),
         )  # fmt: skip
 
@@ -203,10 +210,24 @@ class _Walk:
         fact, tensor = self.shapes[value], constant_tensor(value)
         if tensor is None and fact.value is not None and fact.dtype is not None:
             tensor = _tensor(fact)
+        if tensor is None and fact.dtype in FLOATS and (sizes := _static(fact)) and self._is_zero(value):
+            tensor = ir.Tensor(np.zeros(sizes, fact.dtype.numpy()))
         if tensor is None or tensor.size > _MAX_ELEMENTS:
             return False
         self.constants[value] = tensor
         return True
+
+    def _is_zero(self, value: ir.Value) -> bool:
+        """Return whether a value is a product with zeros, as with the state before a text in a quantized model."""
+        node = value.producer()
+        if node is None or value in self._zeros:
+            return self._zeros.get(value, False) or is_zero(value)
+        if is_operator(node, "Cast", "Identity", "Mul", "MatMul"):
+            found = any(one is not None and self._is_zero(one) for one in node.inputs)
+        else:  # its inputs are two tensors and their zero points
+            found = is_operator(node, "MatMulInteger") and all(map(is_zero, node.inputs[1::2]))
+        self._zeros[value] = found or is_zero(value)
+        return self._zeros[value]
 
     def _is_analytic(self) -> bool:
         """Return whether all nodes that depend on sources compute sums, products and exponentials, or move elements."""
@@ -222,7 +243,7 @@ class _Walk:
 
 def _is_analytic(node: ir.Node, varying: set[ir.Value]) -> bool:
     if node.op_type == "Cast":
-        return node.attributes.get_int("to") == int(FLOAT)
+        return ir.DataType(node.attributes.get_int("to", 0)).is_floating_point()
     if has_trait(node, Trait.SCATTER) and node.attributes.get_string("reduction", "none") != "none":
         return False
     return has_trait(node, Trait.ANALYTIC, *_MOVES) and not (node.op_type == "Where" and node.inputs[0] in varying)

@@ -22,14 +22,15 @@ import onnx.parser
 import onnx_ir as ir
 
 from kvsurgeon.dataflow.input_dimensions import read_inputs
-from kvsurgeon.decompose.chunked_regions import FLOAT, Region, Source, find_regions
+from kvsurgeon.decompose.chunked_regions import NARROW, Region, Source, find_regions
 from kvsurgeon.decompose.scan_builder import remove_dead
-from kvsurgeon.graph.editor import Editor
-from kvsurgeon.graph.execution import build_model, initializer, open_session
+from kvsurgeon.graph.editor import Editor, NodeBuilder
+from kvsurgeon.graph.execution import InputType, build_model, initializer, open_session, use_float32
 from kvsurgeon.graph.query import is_operator
 
 _DECAYS = (0.05, 1.0, 6.0)  # magnitudes of probe inputs
 _CLOSE = 5e-4  # largest difference of a row, as a part of its largest element: sums in another order
+_FLOAT = ir.DataType.FLOAT
 _LEAST_TOKENS = 4  # of a text that shows a recurrence
 
 
@@ -113,13 +114,15 @@ class _Rule:
         body.name = editor.unique_name(f"{name}.body")
         body.opset_imports.update(editor.graph.opset_imports)
         editor.before = region.result.producer()
+        op = NodeBuilder(editor, name or "rows")
         start = editor.constant(np.zeros(self.state_sizes()), np.float32, "zeros")
         names = (editor.unique_name(f"{name}.{part}") for part in ("state", "rows"))
-        outputs = [ir.Value(name=one, type=ir.TensorType(FLOAT)) for one in names]
-        inputs = [start, *(one.value for one in self.operands.values())]
-        editor.operator("", "Scan", inputs, {"body": body, **self.attributes(region)}, outputs)
-        outputs[1].shape = ir.Shape(region.shape)
-        editor.replace(region.result, outputs[1])
+        outputs = [ir.Value(name=one, type=ir.TensorType(_FLOAT)) for one in names]
+        wide = [one.value if one.dtype is _FLOAT else op.Cast(one.value, to=_FLOAT) for one in self.operands.values()]
+        editor.operator("", "Scan", [start, *wide], {"body": body, **self.attributes(region)}, outputs)
+        rows = outputs[1] if region.dtype is _FLOAT else op.Cast(outputs[1], to=region.dtype)
+        rows.type, rows.shape = ir.TensorType(region.dtype), ir.Shape(region.shape)
+        editor.replace(region.result, rows)
 
 
 def _rules(region: Region, decay: ir.Value) -> Iterator[_Rule]:
@@ -146,12 +149,8 @@ def _fits(rule: _Rule, region: Region) -> bool:
 
 def _computed(rule: _Rule, region: Region, opsets: Mapping[str, int]) -> _Rule | None:
     """Return a rule with its scale if it computes what a region computes on probe inputs; None if it does not."""
-    inputs = {one.value.name or "": (FLOAT, len(one.sizes) + 1) for one in region.sources}
-    constants = [initializer(value.name, tensor) for value, tensor in region.constants.items()]
-    written = build_model(
-        region.nodes, outputs=[region.result.name], opsets=opsets, inputs=inputs, initializers=constants
-    )
-    start = {"start": (FLOAT, len(rule.state_sizes()))}
+    inputs = {one.value.name or "": (_FLOAT, len(one.sizes) + 1) for one in region.sources}
+    written, start = _in_float32(region, inputs, opsets), {"start": (_FLOAT, len(rule.state_sizes()))}
     try:
         original = open_session(written)
         scan = open_session(build_model([rule.node(region)], outputs=["rows"], opsets=opsets, inputs=inputs | start))
@@ -166,6 +165,19 @@ def _computed(rule: _Rule, region: Region, opsets: Mapping[str, int]) -> _Rule |
     except Exception:  # whatever onnxruntime raises
         return None
     return rule
+
+
+def _in_float32(region: Region, inputs: Mapping[str, InputType], opsets: Mapping[str, int]) -> onnx.ModelProto:
+    """Return a model that computes a region in float32, so that rounding to 16 bits hides no difference."""
+    nodes = [ir.serde.serialize_node(node) for node in region.nodes]
+    for node in nodes:
+        use_float32(node, NARROW)
+    tensors = {
+        value.name: ir.Tensor(tensor.numpy().astype(np.float32)) if tensor.dtype in NARROW else tensor
+        for value, tensor in region.constants.items()
+    }
+    constants = [initializer(name, tensor) for name, tensor in tensors.items()]
+    return build_model(nodes, outputs=[region.result.name], opsets=opsets, inputs=inputs, initializers=constants)
 
 
 def _probe(rule: _Rule, region: Region, magnitude: float, seed: int) -> dict[str, np.ndarray]:

@@ -68,8 +68,9 @@ class _Body:
     def __init__(self, editor: Editor, shapes: Shapes, loop: Loop) -> None:
         self.editor, self.shapes, self.loop = editor, shapes, loop
         self.nodes: list[ir.Node] = []
-        first = shapes[loop.starts[0]]
-        self.dtype = first.dtype or ir.DataType.FLOAT
+        first, types = shapes[loop.starts[0]], {shapes[start].dtype for start in loop.starts}
+        wide = ir.DataType.DOUBLE if ir.DataType.DOUBLE in types else ir.DataType.FLOAT
+        self.dtype = first.dtype if first.dtype is not None and len(types) == 1 else wide
         self.is_plain = len(loop.starts) == 1 and is_zero(loop.starts[0])
         self._each = _sizes(first.shape)
         self._axis = min(1, len(self._each))  # of the states in the tensor of all of them, after the batch
@@ -141,16 +142,26 @@ class _Body:
         rows = [self._add("Gather", [self.state, number], {"axis": self._axis}) for number in numbers]
         is_first = self._add("Equal", [rows[-1], self._constant(np.zeros((), self.dtype.numpy()))])
         return [
-            self._add("Where", [is_first, self.outside(start), row])
+            self._add("Where", [is_first, self.outside(start), self._cast(row, self.dtype, self._type(start))])
             for start, row in zip(self.loop.starts, rows, strict=False)
         ]
 
     def _joined(self, states: Sequence[ir.Value]) -> ir.Value:
         """Add the tensor of all states after the token, and of a row of ones."""
         single = self._joined_sizes(1)
-        rows = [self._reshaped(value, single) for value in states]
+        types = [self._type(start) for start in self.loop.starts]
+        rows = [
+            self._reshaped(self._cast(value, dtype, self.dtype), single)
+            for value, dtype in zip(states, types, strict=True)
+        ]
         rows.append(self._constant(np.ones(single, self.dtype.numpy())))
         return self._add("Concat", rows, {"axis": self._axis})
+
+    def _type(self, start: ir.Value) -> ir.DataType:
+        return self.shapes[start].dtype or self.dtype
+
+    def _cast(self, value: ir.Value, before: ir.DataType, after: ir.DataType) -> ir.Value:
+        return value if before is after else self._add("Cast", [value], {"to": int(after)})
 
     def _joined_sizes(self, count: int) -> list[int]:
         return [*self._each[: self._axis], count, *self._each[self._axis :]]

@@ -21,7 +21,7 @@ from kvsurgeon.graph.branches import inline_branch
 from kvsurgeon.graph.constants import small_constant
 from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor, NodeBuilder
-from kvsurgeon.graph.query import is_operator
+from kvsurgeon.graph.query import is_operator, producer_of
 from kvsurgeon.ops.content import depends_on_input
 from kvsurgeon.ops.gather import FAR
 
@@ -34,7 +34,8 @@ def simplify_model(model: ir.Model) -> ir.Model:
     calls = any(node.op_identifier() in model.functions for node in model.graph.all_nodes())
     sequences = any(node.op_type in MAKERS for node in model.graph)
     certain = calls or sequences or any(is_splittable(node) or _slices_to_end(node) for node in model.graph)
-    rewritten = may_be_unrolled(model.graph), may_drop_padding(model.graph), may_be_chunked(model.graph)
+    is_fixed = all(isinstance(size, int) for value in model.graph.inputs for size in value.shape or ())
+    rewritten = is_fixed, may_be_unrolled(model.graph), may_drop_padding(model.graph), may_be_chunked(model.graph)
     if not certain and not any(rewritten) and not any(is_operator(node, "If") for node in model.graph):
         return model
     copy = copy_model(model)
@@ -46,6 +47,8 @@ def simplify_model(model: ir.Model) -> ir.Model:
     remove_sequences(editor)
     split_einsums(editor)
     _gather_to_end(editor)
+    if is_fixed:
+        _remove_copies(copy.graph)
     if may_drop_padding(copy.graph):
         drop_padded_ends(editor)
     if may_be_chunked(copy.graph):
@@ -53,6 +56,30 @@ def simplify_model(model: ir.Model) -> ir.Model:
     if may_be_unrolled(copy.graph):
         roll_up_loops(editor)
     return copy if certain or editor.edits else model
+
+
+def _remove_copies(graph: ir.Graph) -> None:
+    """Remove nodes that copy a tensor: bodies of a loop may differ by some of them."""
+    shapes = read_inputs(graph).shapes
+    for node in list(graph):
+        source = _copied(shapes, node)
+        if source is not None and not node.outputs[0].is_graph_output():
+            node.outputs[0].replace_all_uses_with(source)
+            graph.remove(node, safe=True)
+
+
+def _copied(shapes: Shapes, node: ir.Node) -> ir.Value | None:
+    """Return what an `Identity` copies, or a `Cast` to the type that a tensor had before it was cast to a wider one."""
+    source = node.inputs[0] if is_operator(node, "Identity", "Cast") else None
+    if source is None or is_operator(node, "Identity"):
+        return source
+    inner = producer_of(source, "Cast")
+    origin = inner.inputs[0] if inner is not None and inner.inputs[0] is not None else source
+    before, wide, after = (shapes[value].dtype for value in (origin, source, node.outputs[0]))
+    if before is None or wide is None or before is not after:
+        return None
+    is_exact = before is ir.DataType.BOOL or before.is_floating_point() == wide.is_floating_point()
+    return origin if is_exact and np.can_cast(before.numpy(), wide.numpy()) else None
 
 
 def _align_local_domains(model: ir.Model) -> None:

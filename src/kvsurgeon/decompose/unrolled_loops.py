@@ -97,13 +97,18 @@ def find_loop(shapes: Shapes, node: ir.Node) -> Loop | None:
 
 
 def _fits(shapes: Shapes, loop: Loop) -> bool:
-    """Return whether bodies read all elements of their tensors, and all states have one type and known sizes."""
+    """Return whether bodies read all elements of their tensors, and all states can be in one tensor of known sizes."""
     count = len(loop.rows.rows)
     if any((shapes[one.source].shape or ())[one.axis] != count for one in loop.elements.values()):
         return False
-    states = {(shapes[value].shape, shapes[value].dtype) for value in (*loop.starts, *loop.results.values())}
+    before = [(shapes[value].shape, shapes[value].dtype) for value in loop.starts]
+    after = [(shapes[value].shape, shapes[value].dtype) for _, value in sorted(loop.results.items())]
+    types = {dtype for _, dtype in before}
+    is_one = len(types) == 1 or all(dtype is not None and dtype.is_floating_point() for dtype in types)
+    if before != after or len({shape for shape, _ in before}) > 1 or not is_one:
+        return False
     sizes = [shapes[value].shape for value in (loop.starts[0], *loop.elements)]
-    return len(states) == 1 and all(shape is not None and all(map(_is_known, shape)) for shape in sizes)
+    return all(shape is not None and all(map(_is_known, shape)) for shape in sizes)
 
 
 def _is_known(size: object) -> bool:

@@ -9,7 +9,7 @@ is written, and one thread computes, so that results repeat.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import onnx
@@ -53,6 +53,16 @@ def build_model(
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
     imports = [onnx.helper.make_opsetid(domain, version) for domain, version in opsets.items()]
     return onnx.helper.make_model(graph, opset_imports=imports, ir_version=IR_VERSION)
+
+
+def use_float32(node: onnx.NodeProto, narrow: Collection[int]) -> None:
+    """Replace narrower types by float32 in the attributes of a node: names of types, and tensors."""
+    for attribute in node.attribute:
+        if attribute.name in ("to", "dtype") and attribute.i in narrow:
+            attribute.i = onnx.TensorProto.FLOAT
+        if attribute.HasField("t") and attribute.t.data_type in narrow:
+            array = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
+            attribute.t.CopyFrom(onnx.numpy_helper.from_array(array))
 
 
 def initializer(name: str | None, tensor: ir.TensorProtocol) -> onnx.TensorProto:

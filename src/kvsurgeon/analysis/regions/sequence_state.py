@@ -31,7 +31,7 @@ from kvsurgeon.analysis.regions.probe_lengths import changing_context, lengths_b
 from kvsurgeon.analysis.regions.token_ranges import token_range
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
 from kvsurgeon.analysis.token_data import growing_regions, is_closed, is_token, with_upstream
-from kvsurgeon.analysis.token_flow import NodeVisit, Place, SequenceState, TokenFlow
+from kvsurgeon.analysis.token_flow import PER_CALL, NodeVisit, Place, SequenceState, TokenFlow
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.ops.operator import Trait, UntraceableAxesError
 from kvsurgeon.ops.table import axis_links, contraction_of, has_trait
@@ -187,6 +187,8 @@ def _is_causal(flow: TokenFlow, state: SequenceState) -> bool | None:
         visit = NodeVisit(flow, flow.shapes.call(node))
         try:
             links = axis_links(visit.call)
+            if links is not None and links.dynamic_range:
+                visit.assume(PER_CALL)
             if links is not None and links.addressing != "scatter_nd":  # its indices are run
                 check_batch(visit, links)
         except UntraceableAxesError:

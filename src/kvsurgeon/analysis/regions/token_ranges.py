@@ -16,6 +16,7 @@ import onnx_ir as ir
 from kvsurgeon.analysis.token_flow import NodeVisit, Place, TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.graph.query import is_operator
 from kvsurgeon.ops.operator import AxisLinks, Label, UntraceableAxesError
 from kvsurgeon.ops.table import axis_links
 from kvsurgeon.symbolic import dimension as dim
@@ -73,7 +74,7 @@ def token_range(flow: TokenFlow, nodes: Sequence[ir.Node], places: Sequence[Plac
             found = _range_after(visit, known)
         except (UnsupportedError, UntraceableAxesError):  # a rank is unknown, or the links of the node
             found = None
-        further = NO_TOKENS if found is not None and node.outputs[0] in flow.per_call else None
+        further = NO_TOKENS if found is not None and is_operator(node, "DynamicQuantizeLinear") else None
         known |= dict.fromkeys(node.outputs[1:], ALL_TOKENS if found is ALL_TOKENS else further)
         known[node.outputs[0]] = found
     return known[nodes[-1].outputs[0]]
@@ -88,8 +89,7 @@ def _range_after(visit: NodeVisit, known: Mapping[ir.Value, TokenRange | None]) 
         return NO_TOKENS
     found = {index: one for index, one in found.items() if one is not NO_TOKENS}
     links = axis_links(visit.call)
-    is_measured = links is not None and links.dynamic_range and visit.node.outputs[0] not in visit.flow.per_call
-    if links is None or links.attention is not None or is_measured:
+    if links is None or links.attention is not None or (links.dynamic_range and len(links.outputs) == 1):
         return None
     ranges = {index: one for index, one in found.items() if one is not None}
     if not ranges or len(ranges) < len(found):  # context has no range
