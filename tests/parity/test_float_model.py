@@ -48,6 +48,16 @@ CASES = {
         d = Squeeze(c, first)
         y = Transpose<perm = [1, 0]>(d)
     }"""),
+    "before a subgraph": ("""{
+        a, s, z = DynamicQuantizeLinear(x)
+        p = MatMulInteger(a, w, z)
+        f = Cast<to = 1>(p)
+        t = Mul(s, half)
+        m = Mul(f, t)
+        c = Cast<to = 9>(half)
+        y = If(c) <then_branch = one () => (float[3, 2] u) { u = Identity(m) },
+                   else_branch = other () => (float[3, 2] v) { v = Neg(m) }>
+    }"""),
     "quantized and dequantized": ("""{
         a = QuantizeLinear(x, unit, zero)
         d = DequantizeLinear(a, unit, zero)
@@ -97,8 +107,11 @@ def test_saturated_activations_stay_finite():
 @pytest.mark.parametrize(
     "body",
     ["{ y = QLinearSoftmax<axis = 1, opset = 13>(a, unit, zero, unit, zero) a = QuantizeLinear(x, unit, zero) }",
-     "{ a = QuantizeLinear<axis = 1>(x, many, zeros) y = DequantizeLinear<axis = 1>(a, many, zeros) }"],
-    ids=["an operator without a rule", "several scales"],
+     "{ a = QuantizeLinear<axis = 1>(x, many, zeros) y = DequantizeLinear<axis = 1>(a, many, zeros) }",
+     "{ c = Cast<to = 9>(half) a = QuantizeLinear(x, unit, zero) y = If(c) <"
+     "then_branch = one () => (float[3, 4] u) { u = DequantizeLinear(a, unit, zero) }, "
+     "else_branch = other () => (float[3, 4] v) { v = Neg(x) }> }"],
+    ids=["an operator without a rule", "several scales", "8 bits in a subgraph"],
 )  # fmt: skip
 def test_returns_none_if_rounding_cannot_be_removed(body):
     more = ", float[4] many = {1.0, 1.0, 1.0, 1.0}, uint8[4] zeros = {0, 0, 0, 0}>"

@@ -18,10 +18,12 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.io.local_functions import nested_nodes
 
 LARGEST = 1 << 30  # bytes of 8-bit weights, which take 4 times as many in floats
 _LIMIT = 2.0**15  # saturates activations, so that the -inf of a mask stays finite
 _EIGHT_BITS = (TensorProto.INT8, TensorProto.UINT8)
+_ROUNDING = ("QLinear", "QAttention", "DynamicQuantize", "Bit")  # starts of names of operators
 _FLOAT_ACTIVATIONS = 1  # `accuracy_level` of MatMulNBits
 
 # Operators that copy elements, with the inputs that they copy from; None for all.
@@ -62,7 +64,7 @@ def float_model(model: onnx.ModelProto) -> onnx.ModelProto | None:
 
     Pasts and presents of 8 bits become float32.
     """
-    if model.functions or any(attribute.HasField("g") for node in model.graph.node for attribute in node.attribute):
+    if model.functions:
         return None
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -107,20 +109,26 @@ class _Rewrite:
         self.graph.node.extend(self.nodes)
 
     def _keep(self, node: onnx.NodeProto) -> None:
-        """Keep an operator that copies 8-bit numbers, or takes none."""
+        """Keep an operator that copies 8-bit numbers, or takes none, nor does its subgraph."""
+        inside = list(nested_nodes([node]))[1:]
+        if inside and any(one.op_type in self.rewrites or self._reads_floats(one) for one in (node, *inside)):
+            raise _unsupported("8-bit numbers in a subgraph", node.output[0])
         places = _COPIES.get(node.op_type, ())
         copied = {name for place, name in enumerate(node.input) if places is None or place in places} - {""}
         if copied & self.floats:
             if copied - self.floats:
                 raise _unsupported("8-bit constants of unknown scale", node.output[0])
             self.floats.update(name for name in node.output if name)
-        elif node.domain and self.floats.intersection(node.input):
+        elif node.domain and self._reads_floats(node):
             raise _unsupported(f"operator {node.op_type} on 8-bit numbers", node.output[0])
-        elif node.op_type.startswith(("QLinear", "QAttention", "DynamicQuantize", "Bit")):
+        elif any(one.op_type.startswith(_ROUNDING) for one in (node, *inside)):
             raise _unsupported(f"operator {node.op_type}", node.output[0])
         else:
             node.input[:] = [self.measured.get(name, name) for name in node.input]
         self.nodes.append(node)
+
+    def _reads_floats(self, node: onnx.NodeProto) -> bool:
+        return not self.floats.isdisjoint(node.input)
 
     def _dynamic_quantize(self, node: onnx.NodeProto) -> None:
         """Divide by the scale of the call, so that whatever else depends on the range shows.
