@@ -13,6 +13,7 @@ from kvsurgeon.errors import Code, UnsupportedError
 from kvsurgeon.graph.query import upstream
 from kvsurgeon.ops.operator import AxisLinks, Label, Trait
 from kvsurgeon.ops.table import has_trait
+from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
 
 
@@ -184,6 +185,8 @@ def _addresses_block(visit: NodeVisit, addressed: int) -> bool:
     indices = visit.node.inputs[1]
     whole = {traced.axis for index in (0, 2) for traced in visit.axes(index) if traced.axis < addressed}
     if indices is None or not whole or not follows_query_length(visit.flow, indices):
+        return False
+    if not all(dim.is_equal(visit.shape(1)[place], visit.shape(0)[place]) for place in whole):
         return False
     batch = {place for place in range(addressed) if visit.flow.batch in (visit.shape(1)[place],)}
     if not addresses_block(visit.flow, indices, whole | batch):
