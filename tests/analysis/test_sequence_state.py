@@ -23,7 +23,8 @@ KERNEL = """float[8, 1, 3] kernel, int8[8, 1, 3] kernel8, float nil = {0.0},
  int64[6] shift = {0, 1, 0, 0, -1, 0},
  int64[6] before = {0, 1, 0, 0, 0, 0},
  int64[6] after = {0, 0, 0, 0, 1, 0}, int64[1] minus = {-1}, int64[1] far = {99999999999},
- int64[2] rows = {3, 8}, int64[1] rows3 = {3}, int64[1, 1, 8] places = {0, 0, 0, 0, 0, 0, 0, 0}"""
+ int64[2] rows = {3, 8}, int64[1] rows3 = {3}, int64[1, 1, 8] places = {0, 0, 0, 0, 0, 0, 0, 0},
+ int64[2] heads = {1, 2}, int64[1] width = {8}"""
 CONVOLUTION = """xt = Transpose<perm = [0, 2, 1]>(x)
  y = Conv<group = 8, kernel_shape = [3], pads = [2, 0]>(xt, kernel)
  h = Transpose<perm = [0, 2, 1]>(y)"""
@@ -84,6 +85,32 @@ FILLED = """n1 = Unsqueeze(length, first)
  chunks = Pad(x, pads, nil)
  sum = CumSum(chunks, one)
  h = Slice(sum, first, n1, second)"""
+# torch.roll(x, 1, 1) and y[:, {0}] = 0 as TorchScript writes it: indices and zeros from shapes of the result
+ROLLED = """z0 = Slice(x, minus, far, second)
+ z1 = Slice(x, first, minus, second)
+ z = Concat<axis = 1>(z0, z1)
+ part = Gather<axis = 1>(z, nought)
+ part_sizes = Shape(part)
+ zeros = Expand(nil, part_sizes)
+ all_sizes = Shape(z)
+ batch = Gather(all_sizes, nought)
+ sequences = Range(nought, batch, one)
+ b1 = Unsqueeze(sequences, second)
+ nil1 = Mul(b1, nought)
+ place = Add(nil1, {0})
+ at0 = Concat<axis = 1>(b1, place)
+ y = ScatterND(z, at0, zeros)
+ h = Sub(x, y)"""
+FIRST_REPLACED = """all_sizes = Shape(x)
+ batch = Gather(all_sizes, nought)
+ sequences = Range(nought, batch, one)
+ b1 = Unsqueeze(sequences, heads)
+ nil1 = Mul(b1, nought)
+ at0 = Concat<axis = 2>(b1, nil1)
+ whole = Concat<axis = 0>(all_batch, second, width)
+ all_batch = Gather(all_sizes, first)
+ token = Expand(half, whole)
+ h = ScatterND(x, at0, token)"""
 REVERSED_SUM = "c8 = CumSum<reverse = 1>(x, one)\n h = Mul(c8, half)"
 
 
@@ -166,6 +193,21 @@ def test_a_window_that_depends_on_where_the_text_starts_is_cached_as_a_whole(hid
     """Rows of zeros before the text would not be the same as no tokens."""
     assert_law_of(case(hidden))
     assert "past_key_values.0.conv_state" not in states_of(injected(read(case(hidden))))
+
+
+def test_tokens_that_are_rolled_have_a_state_if_the_first_is_replaced():
+    assert_law_of(case(ROLLED.format("nought")))
+
+
+def test_a_first_token_that_is_overwritten_is_not_overwritten_in_each_call():
+    model = in_order(read(case(FIRST_REPLACED)))
+    assert_law(model, injected(model))
+
+
+@pytest.mark.parametrize("place", ["one", "n9"])
+def test_tokens_that_are_rolled_are_rejected_if_another_is_replaced(place):
+    with pytest.raises(UnsupportedError, match="selects tokens by their position"):
+        injected(read(case("n9 = Sub(length, one)\n " + ROLLED.format(place))))
 
 
 def test_a_state_that_attention_reads_too_is_cached_as_a_whole():

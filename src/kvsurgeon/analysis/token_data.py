@@ -9,6 +9,7 @@ import onnx_ir as ir
 from kvsurgeon.analysis.token_flow import TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.query import upstream
+from kvsurgeon.ops.content import is_shape_only
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 
@@ -61,6 +62,13 @@ def with_upstream(flow: TokenFlow, region: Collection[ir.Node], belongs: Callabl
                 inside.add(node)
                 pending.append(node)
     return sorted(inside, key=lambda node: flow.order[node])
+
+
+def is_closed_but_for_shapes(flow: TokenFlow, region: Sequence[ir.Node]) -> bool:
+    """Return whether only the first output of the last node is read outside, except for shapes, which are known."""
+    inside, result = set(region), region[-1].outputs[0]
+    users = (user for node in region for value in node.outputs if value is not result for user, _ in value.uses())
+    return all(user in inside or is_shape_only(user) or user not in flow.read_for_content for user in users)
 
 
 def is_closed(region: Sequence[ir.Node], results: Collection[ir.Value]) -> bool:

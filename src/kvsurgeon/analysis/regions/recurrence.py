@@ -20,13 +20,13 @@ from kvsurgeon.analysis.probe_inputs import Rows
 from kvsurgeon.analysis.regions.probe_lengths import lengths_beyond
 from kvsurgeon.analysis.regions.sequence_state import has_new_tokens, is_boundary, places_of, result_axes, with_siblings
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
-from kvsurgeon.analysis.token_data import growing_regions, is_token
+from kvsurgeon.analysis.token_data import growing_regions, is_closed_but_for_shapes, is_token
 from kvsurgeon.analysis.token_flow import RecurrentState, SequenceState, TokenFlow
 from kvsurgeon.dataflow.value_kinds import ValueKind
 from kvsurgeon.graph.constants import constant_tensor
 from kvsurgeon.graph.query import downstream, is_operator, producers, upstream
 from kvsurgeon.graph.value_numbering import ValueNumbering, content_key
-from kvsurgeon.ops.content import content_inputs, is_shape_only
+from kvsurgeon.ops.content import content_inputs
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.dimension import BATCH
@@ -51,7 +51,11 @@ def find_recurrence(flow: TokenFlow, start: ir.Node) -> SequenceState | None:
             return None
         axes = result_axes(flow, grown[-1].outputs[0])
         region = with_siblings(flow, grown) if axes else []
-        if not 0 < len(region) <= _MAX_NODES or not _is_closed(flow, region) or any(map(is_boundary, region)):
+        if (
+            not 0 < len(region) <= _MAX_NODES
+            or not is_closed_but_for_shapes(flow, region)
+            or any(map(is_boundary, region))
+        ):
             continue
         if not all(divisor.is_Integer for divisor in _divisors(flow, region)):
             continue  # the number of tokens of a chunk is no constant
@@ -96,13 +100,6 @@ def _key(flow: TokenFlow, state: SequenceState, recurrent: RecurrentState) -> Ha
 
     numbering = ValueNumbering(leaf, keys=flow.region_numbers)
     return numbering[state.result], numbering[recurrent.value], recurrent.axis
-
-
-def _is_closed(flow: TokenFlow, region: Sequence[ir.Node]) -> bool:
-    """Return whether only the result of a region is read outside it, except for shapes, which are known numbers."""
-    inside = set(region)
-    users = (user for node in region[:-1] for value in node.outputs for user, _ in value.uses())
-    return all(user in inside or is_shape_only(user) or user not in flow.read_for_content for user in users)
 
 
 def _candidates(flow: TokenFlow, state: SequenceState) -> Iterator[RecurrentState]:

@@ -30,7 +30,7 @@ from kvsurgeon.analysis.probe_inputs import AMPLIFIED, Rows, batch_axis
 from kvsurgeon.analysis.regions.probe_lengths import changing_context, lengths_beyond
 from kvsurgeon.analysis.regions.token_ranges import token_range
 from kvsurgeon.analysis.subgraph_runner import SubgraphRunner
-from kvsurgeon.analysis.token_data import growing_regions, is_closed, is_token, with_upstream
+from kvsurgeon.analysis.token_data import growing_regions, is_closed_but_for_shapes, is_token, with_upstream
 from kvsurgeon.analysis.token_flow import PER_CALL, NodeVisit, Place, SequenceState, TokenFlow
 from kvsurgeon.errors import UnsupportedError
 from kvsurgeon.ops.operator import Trait, UntraceableAxesError
@@ -54,13 +54,15 @@ def find_sequence_state(flow: TokenFlow, start: ir.Node) -> SequenceState | None
 
     The inputs of the region can be cached, and only its result is read elsewhere.
     """
-    for grown in growing_regions(flow, start):
+    for readers in growing_regions(flow, start):
+        grown = [node for node in readers if node in flow.read_for_content and is_token(flow, node.outputs[0])]
+        if readers[-1] not in grown:
+            continue  # it reads the shape of a result
         if len(grown) > _MAX_NODES or is_boundary(grown[-1]) or _multiplies_tokens(flow, grown[-1]):
             return None
         region = with_siblings(flow, grown)
-        if is_closed(region, region[-1].outputs[:1]) and not any(map(is_boundary, region)):
-            may_run = len(region) == len(grown) and not isinstance(flow.length, int)  # one length shows nothing
-            state = _state_of(flow, region, may_run=may_run)
+        if is_closed_but_for_shapes(flow, region) and not any(map(is_boundary, region)):
+            state = _state_of(flow, region)
             if state is not None:
                 return state
     return None
@@ -110,13 +112,14 @@ def reads_masked_tokens(flow: TokenFlow, state: SequenceState, mask: MaskPattern
 
 
 def with_siblings(flow: TokenFlow, region: Sequence[ir.Node]) -> list[ir.Node]:
-    """Return a region with nodes that compute what it reads: ranges of dynamic quantization, and what is not traced.
+    """Return a region with nodes whose results it reads.
 
-    Of the latter it is not known either whether they mix tokens.
+    These are ranges of dynamic quantization, what reads the last token alone, and what is not traced. Of the latter it
+    is not known either whether they mix tokens.
     """
 
     def belongs(value: ir.Value) -> bool:
-        return is_token(flow, value) and (value not in flow.axes or flow.is_range(value))
+        return is_token(flow, value) and (value not in flow.axes or value in flow.last or flow.is_range(value))
 
     return with_upstream(flow, region, belongs)
 
@@ -138,7 +141,7 @@ def places_of(flow: TokenFlow, region: Sequence[ir.Node]) -> list[Place]:
     ]
 
 
-def _state_of(flow: TokenFlow, region: Sequence[ir.Node], *, may_run: bool) -> SequenceState | None:
+def _state_of(flow: TokenFlow, region: Sequence[ir.Node]) -> SequenceState | None:
     places = places_of(flow, region)
     is_fixed = isinstance(flow.length, int)
     axes = _traced_axes(flow, region, places) if is_fixed else result_axes(flow, region[-1].outputs[0])
@@ -153,7 +156,9 @@ def _state_of(flow: TokenFlow, region: Sequence[ir.Node], *, may_run: bool) -> S
     causal = _is_causal(flow, state)
     if causal is not None:
         return state if causal else None
-    return replace(state, measured=True) if may_run and _is_measured_causal(flow, state) else None
+    if is_fixed or not _is_measured_causal(flow, state):
+        return None  # one length shows nothing
+    return replace(state, measured=True)
 
 
 def result_axes(flow: TokenFlow, value: ir.Value) -> Axes:
