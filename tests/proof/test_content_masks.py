@@ -93,3 +93,39 @@ def test_a_product_of_integers_beyond_a_number_must_not_open_its_key():
 def test_scores_with_a_floor_are_right():
     floor = "beyond = Less(s, small)\n bounded = Where(beyond, small, s)\n masked_scores = Where(allowed, bounded, low)"
     assert_law_of(attention(masked=floor, constants="float small = {-100.0}"))
+
+
+WHOLE = "near = Gather<axis = 2>(x, nought)\n whole = Cast<to = 7>(near)\n by_key = Unsqueeze(whole, second)\n"
+WHOLE += "by_query = Unsqueeze(whole, third)\n both = Mul(by_query, by_key)\n causal = LessOrEqual(row, column)"
+WORDS = "int64 number = {7000}, int64 next = {7002}, int64[9] table = {0, 0, 0, 0, 0, 0, 1, 0, 0}"
+
+
+@pytest.mark.parametrize(
+    "here",
+    ["here = Equal(both, number)",
+     "above = Less(number, both)\n below = Less(both, next)\n here = And(above, below)",
+     "rest = Mod(both, number)\n here = Equal(rest, one)",
+     "place = Clip(both, nought, one)\n found = Gather(table, place)\n here = Cast<to = 9>(found)"],
+    ids=["equal", "between", "remainder", "table"],
+)  # fmt: skip
+def test_a_condition_of_a_query_and_a_key_must_not_open_the_key(here):
+    with pytest.raises(UnsupportedError, match="attention is not causal"):
+        injected(in_order(read(attention(allowed=f"{WHOLE}\n {here}\n allowed = Or(causal, here)", constants=WORDS))))
+
+
+def test_a_condition_of_a_query_and_a_key_that_leaves_the_own_key_is_right():
+    hidden = "here = Equal(both, number)\n shown = Not(here)\n own = Equal(row, column)\n either = Or(own, shown)"
+    assert_law_of(attention(allowed=f"{WHOLE}\n {hidden}\n allowed = And(causal, either)", constants=WORDS))
+
+
+def test_many_conditions_of_a_key_may_hide_it():
+    parts, total = [], ""
+    for number in range(8):
+        parts.append(f"c{number} = Greater(feature, t{number})\n f{number} = Cast<to = 1>(c{number})")
+        total += f"u{number} = Add({f'u{number - 1}' if number else 'zero'}, f{number})\n "
+    bump = "gap = Sub(u7, four)\n size = Abs(gap)\n near = Sub(half, size)\n some = Relu(near)\n added = Mul(some, low)"
+    text = adding("\n ".join(parts) + f"\n {total}{bump}")
+    thresholds = ", ".join(f"float t{number} = {{{number - 4}.0}}" for number in range(8))
+    text = text.replace("float unit", f"float four = {{4.0}}, {thresholds}, float unit")
+    with pytest.raises(UnsupportedError, match="computed from the tokens"):
+        injected(in_order(read(text)))

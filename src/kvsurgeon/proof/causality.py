@@ -12,6 +12,7 @@ from kvsurgeon.analysis.attention_sites import AttentionSite
 from kvsurgeon.analysis.mask_patterns import first_half
 from kvsurgeon.analysis.probe_inputs import AMPLIFIED
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.proof.attention.attention_conditions import check_conditions
 from kvsurgeon.proof.attention.attention_inputs import check_batches, check_numbers
 from kvsurgeon.proof.attention.attention_masks import check_content_masks, check_masks
 from kvsurgeon.proof.attention.attention_pattern import MIN_WEIGHT, AttentionPattern, is_attended
@@ -85,6 +86,7 @@ def _check_probe(probe: AttentionProbe) -> AttentionPattern:
     """
     lengths = probe.sweep.attention_lengths(probe.site)
     check_content_masks(probe, lengths)
+    check_conditions(probe, max(lengths))
     outputs, limit = _prefix_stable(probe, probe.sweep.run(lengths, probe.run))
     rows = RowResults(checked=max(outputs), limit=limit)
     if limit is None and probe.sweep.fixed is None:

@@ -28,7 +28,7 @@ from kvsurgeon.ops.table import has_trait
 from kvsurgeon.weights.mapped import mapped_elements
 
 MIN_MASK = 1e3  # a smaller constant that is added to scores is a bias, not a mask
-_MAX_CONDITIONS = 6  # of one mask, of which every combination is computed
+MAX_CONDITIONS = 6  # of one mask, of which every combination is computed
 _MAX_TABLE = 1 << 24  # elements of a table that tokens index whose content is read
 
 
@@ -51,19 +51,22 @@ def hiding_feeds(
 def _numbers(flow: TokenFlow, value: ir.Value) -> tuple[float, ...]:
     """Return the two numbers that a content mask holds for keys that it hides and for others; none if it is no mask."""
     tokens = list(upstream_tokens(flow, value))
-    if conditions := [token for token in tokens if flow.shapes[token].dtype is ir.DataType.BOOL]:
-        return _numbers_of(flow, value, conditions)
+    conditions = [token for token in tokens if flow.shapes[token].dtype is ir.DataType.BOOL]
+    if conditions and (numbers := _numbers_of(flow, value, conditions)):
+        return numbers
     constants = [
         float(np.abs(array).max(initial=0.0))
         for node in producers(tokens)
         for source in node.inputs
-        if not is_token(flow, source) and (array := _constant(node, source)) is not None and array.dtype.kind == "f"
+        if not is_token(flow, source)
+        and (array := constant_content(node, source)) is not None
+        and array.dtype.kind == "f"
     ]
-    largest = max(constants, default=0.0)
+    largest = sum(constants) if conditions else max(constants, default=0.0)
     return (-largest, 0.0) if largest >= MIN_MASK else ()
 
 
-def _constant(node: ir.Node, source: ir.Value | None) -> np.ndarray | None:
+def constant_content(node: ir.Node, source: ir.Value | None) -> np.ndarray | None:
     """Return the content of a small constant, or of a table that a node reads: each token may hold a bias of its keys.
 
     None for others.
@@ -77,12 +80,12 @@ def _constant(node: ir.Node, source: ir.Value | None) -> np.ndarray | None:
 
 
 def _numbers_of(flow: TokenFlow, value: ir.Value, conditions: list[ir.Value]) -> tuple[float, ...]:
-    """Return the least and the largest number of a value that is computed from conditions of tokens."""
+    """Return the least and the largest number of a value that is computed from conditions of tokens; () if of many."""
     runner, found = SubgraphRunner(flow, [value], probed=conditions), []
     feeds = {name: runner.feeds[name] for one in conditions if (name := one.name or "") in runner.feeds}
-    apart = itertools.product((False, True), repeat=len(feeds))
-    together = ((truth,) * len(feeds) for truth in (False, True))
-    for truths in apart if len(feeds) <= _MAX_CONDITIONS else together:
+    if len(feeds) > MAX_CONDITIONS:
+        return ()
+    for truths in itertools.product((False, True), repeat=len(feeds)):
         for (name, feed), truth in zip(feeds.items(), truths, strict=True):
             runner.inputs.give(name, partial(_all, feed, truth))
         (array,) = runner.run(1)

@@ -151,11 +151,13 @@ class LengthSweep:
         small = [length for length in lengths if sum(elements_at(shape, length) for shape in shapes) <= MAX_ELEMENTS]
         return small or lengths[:1]
 
-    def runner(self, outputs: Sequence[ir.Value], site: AttentionSite | None = None) -> SubgraphRunner:
+    def runner(
+        self, outputs: Sequence[ir.Value], site: AttentionSite | None = None, given: Collection[ir.Value] = ()
+    ) -> SubgraphRunner:
         """Return a runner that computes the outputs, from the scores of an attention if one is given."""
         return SubgraphRunner(
             self.flow, outputs, probed=() if site is None else site.weight_sources,
-            stops=() if site is None else site.ends, assumptions=self.assumptions,
+            stops=() if site is None else site.ends, assumptions=self.assumptions, given=given,
         )  # fmt: skip
 
     def add_failure(self, limit: int, failed: UnsupportedError | None) -> None:
