@@ -1,6 +1,7 @@
 """What an input is given for, as the user states it."""
 
 import numpy as np
+import onnx
 import pytest
 from attentions import attention
 from exports import injected
@@ -42,6 +43,17 @@ def test_a_number_that_is_compared_with_positions_must_be_stated():
 def test_what_the_application_must_give_is_noted():
     outcome = Inject().apply(Subject.of(read(attention(inputs="float z", after="logits = Mul(c, z)"))))
     assert outcome.notes == ("`z` has no axis of tokens: it must be the same in every call of a text",)
+
+
+def test_inputs_with_default_values_are_noted_and_kept():
+    model = read(attention())
+    for name in ("half", "low"):
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, []))
+    subject = Subject.of(model)
+    outcome = Inject().apply(subject)
+    noted = "the default of `half` is taken as constant (2 inputs have one): give the result no other value"
+    assert outcome.notes == (noted,)
+    assert "low" in [value.name for value in subject.model.graph.inputs]
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def _inject(
         if options.past_length == "per-sequence":
             analysis = with_token_rows(analysis)
         plan = plan_cache(options, analysis, proof, bits, windows)
-        matches, on_numbers = () if select is None else select(analysis, proof), _notes_on_numbers(analysis)
+        matches, on_inputs = () if select is None else select(analysis, proof), _notes_on_inputs(analysis)
         with gc_paused():
             edits = inject_cache(analysis, plan, partial(_add_operators, analysis, matches, padding))
             edits += multiply_before_gathering(analysis.model)
@@ -216,7 +216,7 @@ def _inject(
         write_first_call(subject.model, {one.value.name or "": int(one.number) for one in opening})
     notes = _state_lengths(subject.model, analysis) if padding == "lengths" else []
     notes += [f"assumed, not proved: {what} (first at `{where}`)" for what, where in proof.assumptions.items()]
-    notes += on_numbers
+    notes += on_inputs
     hiding = [given.value.name for given in analysis.inputs if given.lengths and given.mask_form is MaskForm.HIDDEN]
     notes += [f"`{name}` hides the tokens that it marks with 1, and keeps those with 0" for name in hiding]
     notes += [
@@ -236,9 +236,12 @@ def _inject(
     return Changed(edits=edits, notes=tuple(notes), proof=replace(proof, patterns=()))
 
 
-def _notes_on_numbers(analysis: Analysis) -> list[str]:
-    """Return what a caller must know of inputs that have no axis of tokens."""
+def _notes_on_inputs(analysis: Analysis) -> list[str]:
+    """Return what a caller must know of inputs with defaults, and of those without an axis of tokens."""
     flow, notes = analysis.flow, []
+    if defaults := [value.name for value in analysis.model.graph.inputs if value.is_initializer()]:
+        others = f" ({len(defaults)} inputs have one)" if defaults[1:] else ""
+        notes.append(f"the default of `{defaults[0]}` is taken as constant{others}: give the result no other value")
     for value in (given.value for given in analysis.inputs if not given.lengths):
         if value in flow.counts.values():
             notes.append(f"`{value.name}` is how many of the last tokens of a call are selected")
