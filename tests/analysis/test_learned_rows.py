@@ -51,6 +51,20 @@ def test_they_are_cut_off_the_weights_again():
     assert_law_of(changed.replace("far = Add", "far1 = Unsqueeze(far, first)\n far = Add"))
 
 
+# torch.cat([torch.zeros_like(scores[..., :1]), scores], -1).softmax(-1)[..., 1:]
+QUIET = """part = Slice(masked_scores, first, second, third)
+ part_sizes = Shape(part)
+ zeros = ConstantOfShape(part_sizes)
+ wide = Concat<axis = 2>(zeros, masked_scores)
+ shares = Softmax<axis = -1>(wide)
+ w = Slice(shares, second, far, third)"""
+
+
+def test_a_column_of_the_shape_of_one_key_is_added():
+    plain = attention(constants=f"{CONSTANTS}, int64[1] far = {{99999999999}}")
+    assert_law_of(plain.replace("w = Softmax<axis = -1>(masked_scores)", QUIET))
+
+
 @pytest.mark.parametrize(
     ("parts", "reason"),
     [

@@ -155,12 +155,6 @@ def _check_encoder(flow: TokenFlow) -> None:
             )  # fmt: skip
 
 
-def _reads_queries(flow: TokenFlow, node: ir.Node) -> bool:
-    """Whether a node reads no tensor in which queries meet keys."""
-    axes = [axis for value in node.inputs if value is not None for axis in flow.axes.get(value, ())]
-    return all(axis.variable.resolved() is Length.NEW for axis in axes)
-
-
 def _batch(inputs: list[InputRole]) -> Dimension:
     """Return the batch size of the token inputs: the axis before the sequence axis if no axis is the batch."""
     first = next(given for given in inputs if given.is_token)
@@ -186,7 +180,7 @@ def _find_region(
     if state is not None:
         record_sequence_state(flow, state)
     elif (
-        (is_read or not _reads_queries(flow, node))
+        is_read
         and not _has_learned_rows(flow, node)
         and not (sorts_or_counts(flow, node) and _starts_region(flow, node, routed_regions))
     ):
