@@ -2,11 +2,14 @@
 
 # ruff: noqa: E501  # a case is read best on one line
 
+import onnx
 import pytest
 from attentions import assert_law_of, attention
+from exports import injected
 from written import read
 
 from kvsurgeon.errors import UnsupportedError
+from kvsurgeon.parity import verify
 from kvsurgeon.passes.contract import Subject
 
 SCALES = "float s1 = {0.03}, uint8 z1 = {128}, float s2 = {0.05}, uint8[8, 8] w8"
@@ -83,3 +86,37 @@ def test_quantized_weights_count_from_their_zero_point(dtype, zero):
     text = text.replace("c = MatMul(w, v)", "wu = QuantizeLinear(w, s3, z3)\n vu = QuantizeLinear(v, s1, z4)\n"
                         "cu = QLinearMatMul(wu, s3, z3, vu, s1, z4, s2, z4)\n c = DequantizeLinear(cu, s2, z4)")  # fmt: skip
     assert_law_of(text)
+
+
+# Keys are quantized in a range of the call, and then transposed.
+DYNAMIC = attention(
+    scores="""u, us, up = DynamicQuantizeLinear(k)
+ ut = Transpose<perm = [0, 2, 1]>(u)
+ qu, qs, qp = DynamicQuantizeLinear(q)
+ i = MatMulInteger(qu, ut, qp, up)
+ f = Cast<to = 1>(i)
+ both = Mul(qs, us)
+ s = Mul(f, both)"""
+).replace("kt = Transpose<perm = [0, 2, 1]>(k)\n  s0 = MatMul(q, kt)", "")
+
+
+def test_keys_in_a_range_of_the_call_are_cached_before_quantization():
+    original = read(DYNAMIC)
+    model = injected(original)
+    past = next(value for value in model.graph.input if value.name.endswith("key"))
+    assert past.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    report = verify(original, model, threads=1, effort="quick")
+    assert report.verdict == "same"
+    assert report.error < 1e-4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [("logits = Identity(c)", "kd = DequantizeLinear(u, us, up)\n logits = Add(c, kd)"),
+     ("qu, qs, qp = DynamicQuantizeLinear(q)", "qu = Identity(u)\n qs = Identity(us)\n qp = Identity(up)")],
+    ids=["the new keys", "queries"],
+)  # fmt: skip
+def test_a_range_of_keys_that_others_share_is_refused(change):
+    """Keys so far are quantized in their range, and the new rows in theirs."""
+    with pytest.raises(UnsupportedError, match="a range that other readers of the same tensor use"):
+        injected(read(DYNAMIC.replace(*change)))

@@ -248,7 +248,11 @@ def _with_shared_cache_points(flow: TokenFlow, site: AttentionSite, heads: int) 
 
 
 def _extend_dynamic_ranges(flow: TokenFlow, operand: CachedOperand) -> None:
-    """Give a quantization range the length variable of the tensor that it was measured on."""
+    """Give a quantization range the length variable of the tensor that it was measured on.
+
+    Raises:
+        UnsupportedError: The new rows alone are read in that range too.
+    """
     node, index = place = flow.origin(operand.place)
     variable = flow.operands[place]
     pending = [node.inputs[index]]
@@ -258,6 +262,25 @@ def _extend_dynamic_ranges(flow: TokenFlow, operand: CachedOperand) -> None:
         if producer is None:
             continue
         for output in producer.outputs:
-            if output in flow.per_call and output is not value:
+            if value is not None and output in flow.per_call and output is not value:
+                _check_reads(flow, value, variable)
                 flow.operands |= {(user, at): variable for user, at in output.uses()}
         pending += [source for source in producer.inputs if source is not None and flow.axes.get(source)]
+
+
+def _check_reads(flow: TokenFlow, number: ir.Value, variable: LengthVariable) -> None:
+    """Check that numbers in one range are read at one length alone.
+
+    Raises:
+        UnsupportedError: They are not.
+    """
+    for node, index in number.uses():
+        at = flow.operands.get((node, index))
+        if at is None and node.outputs[0] in flow.per_call:
+            _check_reads(flow, node.outputs[0], variable)
+        elif at is None or at.root() is not variable.root():
+            raise UnsupportedError(
+                "keys or values are quantized in a range that other readers of the same tensor use",
+                at=number.name, code=Code.NO_CACHE_POINT, expected="dynamic quantization for each reader",
+                found=f"{node.op_type} `{node.outputs[0].name}`",
+            )  # fmt: skip

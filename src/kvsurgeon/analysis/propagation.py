@@ -220,12 +220,23 @@ def _propagate(flow: TokenFlow, node: ir.Node, rule: Rule) -> None:
             if fact.shape is not None:
                 _check_lengths(visit, fact.shape, axes)
             flow.axes[value] = axes
-        if visit.tokens and all(flow.is_range(node.inputs[index]) for index in visit.tokens):  # type: ignore[arg-type]
+        if _is_relative_to_range(visit):
             flow.per_call.update(node.outputs)
     except Exception as error:
         raise_at(node, error)
     if flow.last and any(value in flow.last for value in node.inputs):
         _check_last(visit, found)
+
+
+def _is_relative_to_range(visit: NodeVisit) -> bool:
+    """Return whether the numbers of a result count steps of a range of one call: no scale is applied to them yet."""
+    flow = visit.flow
+    read = [value for index in visit.tokens if (value := visit.node.inputs[index]) is not None]
+    if not any(value in flow.per_call for value in read):
+        return False
+    types = [flow.shapes[value].dtype for value in read if flow.is_range(value)]
+    is_scaled = any(dtype is not None and dtype.is_floating_point() for dtype in types)
+    return len(types) == len(read) or not is_scaled
 
 
 def _links(visit: NodeVisit) -> AxisLinks:

@@ -176,7 +176,7 @@ class TokenFlow:
         mixes_keys: Nodes that mix elements along an axis that must turn out to be the keys'.
         last: Values computed from the last token alone, or from the last ones that an input gives the number of.
         counts: For each node that selects the last tokens of a call, the input that gives their number.
-        per_call: Values computed with a range over all tokens of a call.
+        per_call: Ranges over all tokens of a call, and numbers that count steps of one.
     """
 
     shapes: Shapes
