@@ -73,3 +73,19 @@ def test_a_cache_whose_head_count_depends_on_the_chunks_differs(heads, wrong):
     differences = compare_caches(entries, whole, chunked, np.ones((1, 5), bool), 1e-4)
 
     assert len(differences) == wrong
+
+
+@pytest.mark.parametrize(
+    ("changed", "step", "wrong"), [(0, 0, 0), (1, 1, 0), (1, 16, 0), (1, 15, 0), (1, 2, 1), (1, 100, 1), (9, 1, 1)]
+)
+def test_few_integers_of_a_cache_may_be_rounded_otherwise(changed, step, wrong):
+    dims = ("batch_size", 2, "past_sequence_length", 8)
+    past = ValueInfo(name="past_key_values.0.key", dtype=np.dtype("int8"), dims=dims)
+    whole = np.random.default_rng(0).integers(-20, 20, (1, 2, 50, 8)).astype(np.int8)
+    found = whole.copy()
+    found[0, 0, :changed, 3] += step
+    runs = (ChunkedRun(spans=(), outputs=(), cache={past.name: one}) for one in (whole, found))
+
+    differences = compare_caches(cache_entries([past], [past]), *runs, np.ones((1, 50), bool), 1e-4)
+
+    assert len(differences) == wrong

@@ -6,7 +6,10 @@ import onnx
 import pytest
 from decoders import CachedDecoder, Config, Decoder
 
+from kvsurgeon import io
 from kvsurgeon.parity import verify
+from kvsurgeon.passes.cache.inject import Inject
+from kvsurgeon.passes.contract import Subject
 
 PADDED = Config(layers=2, windowed=(1,))
 STATIC = Config(layers=2, windowed=(1,), static=(1, 24))
@@ -124,3 +127,11 @@ def test_axes_of_other_names_and_sizes_are_fed_separately(sizes):
     assert (report.verdict, report.problems) == ("same", ())
     assert max(one.length for one in report.comparisons) == 96
     assert verify(with_memory(Decoder, **sizes), wrong, threads=1, effort="quick").verdict == "different"
+
+
+def test_a_reference_with_buffers_of_fixed_rows_reads_whole_texts():
+    subject = Subject.of(Decoder(PADDED).model())
+    Inject(cache="static", max_length=40).apply(subject)
+    report = verify(io.to_proto(subject.model), Decoder(PADDED).model(), threads=1, effort="quick")
+    assert report.verdict == "same"
+    assert max(one.length for one in report.comparisons) > 20

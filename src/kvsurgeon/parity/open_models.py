@@ -83,7 +83,7 @@ def open_models(
 
 def _probed(report: Report, reference: AnyDecoder, candidate: AnyDecoder, lengths: TextLengths, seed: int) -> Opened:
     """Return the models with the sizes of texts that both take."""
-    capacities = []
+    capacities, wanted = [], lengths.long
     for decoder, name in ((reference, "reference"), (candidate, "candidate")):
         capacity = decoder.max_length
         if capacity is not None:
@@ -98,7 +98,7 @@ def _probed(report: Report, reference: AnyDecoder, candidate: AnyDecoder, length
         model = probe_reference(reference, lengths, length, report.bound, seed)
     except (RunError, UsageError) as error:
         return replace(report, unverifiable=str(error)), None, None
-    if length is None and model.lengths.long < min(_FEW, lengths.long):
+    if length is None and model.lengths.long < min(_FEW, wanted):
         reason = (
             f"the reference model takes texts of up to {model.lengths.long} tokens only, of the inputs that are known"
         )

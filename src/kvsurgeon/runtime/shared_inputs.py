@@ -33,19 +33,26 @@ def share_inputs(decoders: Sequence[AnyDecoder], seed: int | None = None) -> Non
 def _merge_inputs(decoder: AnyDecoder, other: AnyDecoder) -> None:
     """Replace inputs by the other model's of the same name if these show more axes."""
     known = {spec.name: spec for spec in other.inputs.specs}
-    with_cache = bool(other.cache) and not decoder.cache
-    specs = tuple(_merged(spec, known.get(spec.name), with_cache) for spec in decoder.inputs.specs)
+    cached = bool(other.cache) - bool(decoder.cache)
+    specs = tuple(_merged(spec, known.get(spec.name), cached) for spec in decoder.inputs.specs)
     decoder.use_inputs(replace(decoder.inputs, specs=specs))
 
 
-def _merged(own: InputSpec, other: InputSpec | None, with_cache: bool) -> InputSpec:
-    """Return an input with the other model's kind and axes; its own if a pass made another kind of input."""
+def _merged(own: InputSpec, other: InputSpec | None, cached: int) -> InputSpec:
+    """Return an input with the other model's kind and axes; its own if a pass made another kind of input.
+
+    Args:
+        own: The input.
+        other: The other model's input of the same name.
+        cached: 1 if the other model alone has a cache, which shows inputs for all tokens; -1 if it alone has none.
+    """
     if other is None or len(other.axes) != len(own.axes) or other.tensor.floating != own.tensor.floating:
         return own
     pairs = zip(own.tensor.dims, other.tensor.dims, own.axes, strict=True)
     sizes = tuple(size if isinstance(size, int) and axis == "fixed" else dim for dim, size, axis in pairs)
     own = replace(own, tensor=replace(own.tensor, dims=sizes))
-    better = with_cache or _named_axes(other) > _named_axes(own)
+    shows_less = cached < 0 and "total" in own.axes and "total" not in other.axes
+    better = cached > 0 or (_named_axes(other) > _named_axes(own) and not shows_less)
     return replace(own, axes=other.axes, kind=other.kind) if better else own
 
 

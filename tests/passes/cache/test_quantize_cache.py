@@ -171,7 +171,7 @@ def test_a_rotation_is_verified_against_the_model_before(before):
 
 
 def test_a_wrong_rotation_is_found(monkeypatch):
-    monkeypatch.setattr("kvsurgeon.heads.hadamard.hadamard", lambda size: 2 * np.eye(size))
+    monkeypatch.setattr("kvsurgeon.heads.hadamard.hadamard", lambda size: [2 * np.eye(size)] * 2)
     with pytest.raises(ParityError, match="differ from those of the original graph"):
         run_and_save(original(), Pipeline([Inject(), QuantizeCache(hadamard=True)]), effort="quick", seed=1)
 
