@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
+import numpy as np
 import onnx_ir as ir
 
 from kvsurgeon.cache.layout import declared_names, declared_shape
 from kvsurgeon.cache.pairs import CachePair, has_features
 from kvsurgeon.dataflow.input_dimensions import Dimensions, read_inputs, required_inputs
 from kvsurgeon.errors import Code, UnsupportedError
+from kvsurgeon.graph.constants import small_constant
+from kvsurgeon.graph.editor import Editor
+from kvsurgeon.resizing.lengths import LengthValues, sources_of
 from kvsurgeon.symbolic import dimension as dim
 from kvsurgeon.symbolic.dimension import BATCH, LENGTH, Dimension
 
 DYNAMIC_HINT = "use the model with dynamic shapes"
 
 
-def fill_buffers(graph: ir.Graph, pairs: Sequence[CachePair]) -> int | None:
+def fill_buffers(graph: ir.Graph, editor: Editor, pairs: Sequence[CachePair], *, dynamic: bool) -> int | None:
     """Declare as many tokens per call as the buffers have rows, and return that number; None if it is not fixed.
 
     All that is computed for the rows of a buffer is then computed for the tokens of the call.
+
+    Args:
+        graph: The graph.
+        editor: Its editor.
+        pairs: The cache.
+        dynamic: Whether calls keep their dynamic length, which replaces the number of rows wherever the graph has it.
 
     Raises:
         UnsupportedError: A call has another fixed length, or the buffers have different capacities.
@@ -37,10 +48,40 @@ def fill_buffers(graph: ir.Graph, pairs: Sequence[CachePair]) -> int | None:
             found=f"calls of {length} tokens, and buffers of {' and '.join(map(str, capacities))} rows",
             hint=DYNAMIC_HINT,
         )  # fmt: skip
+    if dynamic and length is LENGTH:
+        lengths = LengthValues(editor, sources_of(given.dimensions), total=LENGTH)
+        _read_length(graph, lengths, capacity)
+        _declare_rows(graph, pairs, capacity)
+        return capacity
     for value, sizes in given.dimensions.items():
         declared = zip(declared_shape(value), sizes, strict=True)
         value.shape = ir.Shape([capacity if size is LENGTH else name for name, size in declared])
     return capacity
+
+
+def _read_length(graph: ir.Graph, lengths: LengthValues, number: int) -> None:
+    """Replace a number in integer constants by the length of the call."""
+    for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
+        array = None if value.dtype not in (ir.DataType.INT64, ir.DataType.INT32) else small_constant(value)
+        if array is not None and value.dtype is not None and value.uses() and (array == number).any():
+            numbers = np.where(array == number, LENGTH, array.astype(object))
+            value.replace_all_uses_with(lengths.typed(lengths.array(numbers), value.dtype))
+
+
+def _declare_rows(graph: ir.Graph, pairs: Sequence[CachePair], number: int) -> None:
+    """Declare buffers of a number of rows, and masks of them, to have any number of rows."""
+    taken = {name for value in (*graph.inputs, *graph.outputs) for name in declared_names(value)}
+    name = next(one for number in count() if (one := f"rows{number or ''}") not in taken)
+    axes = {value: pair.axis for pair in pairs if pair.is_buffer for value in (pair.past, pair.present)}
+    masks = [value for value in required_inputs(graph) if value not in axes and len(value.shape or ()) != 3]
+    for value in (*axes, *masks):
+        sizes = enumerate(declared_shape(value))
+        value.shape = ir.Shape(
+            [name if size == number and axes.get(value, axis) == axis else size for axis, size in sizes]
+        )
+    for value in (value for node in graph for value in node.outputs if not value.is_graph_output()):
+        if value.shape is not None and number in declared_shape(value):
+            value.shape = None
 
 
 def inputs_of_past_length(graph: ir.Graph, pairs: Sequence[CachePair]) -> list[ir.Value]:

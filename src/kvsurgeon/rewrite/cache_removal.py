@@ -7,7 +7,8 @@ computes in a first call.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,6 +31,7 @@ from kvsurgeon.graph.copies import copy_model
 from kvsurgeon.graph.editor import Editor
 from kvsurgeon.graph.query import all_inputs, is_operator
 from kvsurgeon.ops.gather import slice_bounds
+from kvsurgeon.ops.table import find_links
 from kvsurgeon.resizing.lengths import LengthValues, sources_of
 from kvsurgeon.symbolic.dimension import Dimension
 from kvsurgeon.symbolic.fact import Fact, axis_of, known
@@ -53,8 +55,13 @@ class RemovedCache:
     edits: int
 
 
-def remove_cache(model: ir.Model) -> RemovedCache | None:
+def remove_cache(model: ir.Model, *, dynamic: bool = False) -> RemovedCache | None:
     """Return a copy of a model without its cache; None if it has none. The model is unchanged.
+
+    Args:
+        model: The model.
+        dynamic: Whether calls are of any length if buffers have a fixed number of rows: that number is the length
+            wherever the graph has it. The result computes the same at this length, and is to be proved at others.
 
     Raises:
         UnsupportedError: The cache cannot be removed: a cache input has a fixed length, is read elsewhere, or is
@@ -74,7 +81,12 @@ def remove_cache(model: ir.Model) -> RemovedCache | None:
     copy = simplify_model(model)
     if copy is model:
         copy = copy_model(model)
-    signature, edits = _remove(copy)
+    try:
+        signature, edits = _remove(copy, dynamic=dynamic)
+    except UnsupportedError:  # other axes may have as many elements
+        if not dynamic:
+            raise
+        return remove_cache(model)
     return RemovedCache(model=copy, signature=signature, edits=edits)
 
 
@@ -89,7 +101,7 @@ def with_separate_caches(model: ir.Model) -> ir.Model:
     return unstack_caches(take_cache_branch(model))
 
 
-def _remove(model: ir.Model) -> tuple[CacheSignature, int]:
+def _remove(model: ir.Model, *, dynamic: bool) -> tuple[CacheSignature, int]:
     """Remove the cache of a model in place, and return its signature and the number of edits."""
     graph, editor = model.graph, Editor(model)
     pairs, states = find_cache_pairs(graph), find_recurrent_states(graph)
@@ -99,7 +111,8 @@ def _remove(model: ir.Model) -> tuple[CacheSignature, int]:
     zeros = [state.past for state in states]
     affected = _downstream(graph, [*empty, *zeros, *(length.value for length in lengths)])
     inputs, outputs = (tuple(v.name or "" for v in values) for values in (graph.inputs, graph.outputs))
-    capacity = fill_buffers(graph, pairs)
+    capacity = fill_buffers(graph, editor, pairs, dynamic=dynamic)
+    outputs_before = {value: declared_shape(value) for value in graph.outputs}
     for present in (*(pair.present for pair in pairs), *(state.present for state in states)):
         graph.outputs.remove(present)
     for value in (*empty, *zeros, *(length.value for length in lengths if length.is_whole_input)):
@@ -120,6 +133,8 @@ def _remove(model: ir.Model) -> tuple[CacheSignature, int]:
     editor.finish()
     _check_unused(graph, pairs, empty)
     _declare_shapes(graph, dimensions, shapes.facts)
+    if capacity is not None and dynamic:
+        _check_sizes(graph, resolve_inputs(graph, list(graph), *declared_dimensions(graph)).shapes, outputs_before)
     past_length = past_length_source(lengths, pairs)
     signature = CacheSignature(
         entries=tuple(
@@ -129,6 +144,35 @@ def _remove(model: ir.Model) -> tuple[CacheSignature, int]:
         length_input=next((one for one in lengths if one.is_whole_input), None) if past_length == "input" else None,
     )  # fmt: skip
     return signature, editor.edits
+
+
+def _check_sizes(graph: ir.Graph, shapes: Shapes, declared: Mapping[ir.Value, Sequence[int | str | None]]) -> None:
+    """Check that nothing else than rows had as many elements: no constant along an axis of tokens, and no output.
+
+    Raises:
+        UnsupportedError: One has, such as a table of masks.
+    """
+    for node in graph:
+        links = find_links(shapes.call(node))
+        sizes = defaultdict[Hashable, set[Dimension]](set)
+        for value, labels in zip(
+            node.inputs, links.inputs if links is not None and not links.row_major else (), strict=False
+        ):
+            shape = None if value is None else shapes[value].shape
+            for label, size in zip(labels or (), shape or (), strict=False):
+                if label is not None and links is not None and label != links.joined:
+                    sizes[label].add(size)
+        for found in sizes.values():
+            numbers = [size for size in found if isinstance(size, int) and size != 1]
+            if numbers and len(found - {1}) > len(numbers):
+                raise _not_rows(node.outputs[0], numbers[0])
+
+
+def _not_rows(value: ir.Value, found: int) -> UnsupportedError:
+    return UnsupportedError(
+        "an axis has the number of rows of the cache", code=Code.FIXED_LENGTH, at=value.name,
+        expected="a dynamic length", found=str(found), hint=_HINT,
+    )  # fmt: skip
 
 
 class _Folding:

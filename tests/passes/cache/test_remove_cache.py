@@ -107,6 +107,19 @@ def test_a_static_cache_can_be_removed(name, opset):
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_calls_are_of_any_length_while_buffers_of_fixed_rows_are_detached(name):
+    model = export(name)
+    subject = Subject.of(model)
+    Inject(cache="static", max_length=37).apply(subject)
+    detach_cache(subject)
+    detached = io.to_proto(subject.model)
+    assert [str(dims_of(value)) for value in detached.graph.input] == [
+        str(dims_of(value)) for value in model.graph.input
+    ]
+    assert_same(model, detached)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_a_cache_can_be_injected_after_removal(name):
     assert_law(export(name), injected(removed(injected_export(name))))
 

@@ -79,7 +79,7 @@ def detach_cache(subject: Subject) -> CacheSignature | None:
             unchanged.
     """
     with deep_recursion():
-        removed = cache_removal.remove_cache(subject.model)
+        removed = cache_removal.remove_cache(subject.model, dynamic=True)
         if removed is None:
             return None
         metadata = read_cache_metadata(subject.model)
