@@ -50,9 +50,9 @@ def _conditions(probe: AttentionProbe) -> Iterator[tuple[ir.Value, tuple[float, 
     flow, site = probe.sweep.flow, probe.site
     comparisons = {score.node for score in site.scores if score.compares}
     for node in sorted(site.upstream_of_weights - comparisons, key=flow.order.__getitem__):
-        axes = flow.axes.get(node.outputs[0], ())
-        of_pairs = {axis.variable.resolved() for axis in axes} == {Length.NEW, Length.TOTAL}
-        if not of_pairs or len(token_inputs(flow, node)) != 1:
+        inputs = token_inputs(flow, node)
+        axes = flow.axes.get(inputs[0], ()) if len(inputs) == 1 else ()
+        if {axis.variable.resolved() for axis in axes} != {Length.NEW, Length.TOTAL}:
             continue
         if has_trait(node, Trait.ORDER) or node.op_type == "Equal":
             yield node.outputs[0], (0.0, 1.0)
