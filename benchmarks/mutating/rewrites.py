@@ -240,10 +240,34 @@ def in_4_bits(model: onnx.ModelProto, _random: Random) -> onnx.ModelProto:
     return quantizer.model.model
 
 
+def in_8_bits(model: onnx.ModelProto, _random: Random) -> onnx.ModelProto:
+    """Apply onnxruntime's dynamic quantizer, which also quantizes convolutions; its own outputs are the reference."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        quantize_dynamic(model, path)
+        return onnx.load(path)
+
+
+def in_16_bits(model: onnx.ModelProto, _random: Random) -> onnx.ModelProto:
+    """Apply onnxruntime's converter to float16, whose own outputs are the reference.
+
+    Raises whatever onnxruntime raises for a model that it cannot run then, as one in 8 bits.
+    """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    model = convert_float_to_float16(model, keep_io_types=True)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return model
+
+
 WRITTEN: tuple[Rewrite, ...] = (
     renamed, undeclared, shuffled, stretched, constants_as_nodes, constants_as_initializers, copied, shared,
 )  # fmt: skip
-BY_TOOLS: tuple[Rewrite, ...] = (optimized_by_onnxruntime, in_4_bits, slimmed, simplified)
+BY_TOOLS: tuple[Rewrite, ...] = (optimized_by_onnxruntime, in_4_bits, in_8_bits, in_16_bits, slimmed, simplified)
 
 
 def everything(model: onnx.ModelProto, random: Random) -> onnx.ModelProto:

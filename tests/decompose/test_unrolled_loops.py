@@ -42,6 +42,13 @@ RIGHT = {
     "three states, one of which starts far below zero": {"body": MEAN},
     "states that are merged in the first body": {"body": MEAN, "change": merge_first},
     "states of two types": {"body": MIXED, "before": "x = Identity(e)\n u0 = Cast<to = 10>(nil)"},
+    "states of two types and rows in 16 bits": {
+        "body": MIXED.replace("Unsqueeze(p{i}", "Unsqueeze(p16{i}").replace(
+            " y{i}", " p16{i} = Cast<to = 10>(p{i})\n y{i}"
+        ),
+        "before": "x = Identity(e)\n u0 = Cast<to = 10>(nil)",
+        "rows": f"joined16 = Concat<axis = 1>({ROWS})\n joined = Cast<to = 1>(joined16)",
+    },
     "copies in one body": {"change": in_body(5, "h6 = Sub(d5, x5)", COPIES)},
     "a start that is not zero": {"start": "far"},
     "rows that are written into a tensor": {

@@ -48,7 +48,8 @@ def _add_scan(editor: Editor, shapes: Shapes, loop: Loop) -> None:
         "body": graph, "num_scan_inputs": len(sources), "scan_input_axes": [axis for _, axis in sources],
         "scan_output_axes": [loop.rows.axis],
     }  # fmt: skip
-    outputs = [ir.Value(name=editor.unique_name(f"{result.name}.{name}"), type=row.type) for name in ("state", "rows")]
+    names = (editor.unique_name(f"{result.name}.{name}") for name in ("state", "rows"))
+    outputs = [ir.Value(name=name, type=one.type) for name, one in zip(names, (state, row), strict=True)]
     editor.operator("", "Scan", [body.start(), *(source for source, _ in sources)], attributes, outputs)
     outputs[1].shape = ir.Shape(loop.rows.shape)
     editor.replace(result, outputs[1])
