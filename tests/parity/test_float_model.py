@@ -11,7 +11,7 @@ from exports import injected
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 from written import read
 
-from kvsurgeon.parity import verifier, verify
+from kvsurgeon.parity import TOLERANCES, model_source, verifier, verify
 from kvsurgeon.parity.arithmetic.float_model import float_model
 
 SMALL = Config(layers=1, windowed=())
@@ -136,6 +136,19 @@ class OneTooFar(CachedDecoder):
 
     def weight(self, name: str, rows: int, columns: int, gain: float = 1.0) -> str:
         return super().weight(name, rows, columns, gain * (1.004 if "k" in name else 1.0))
+
+
+def test_nothing_is_decided_if_ranges_of_a_call_move_the_reference(tmp_path, monkeypatch):
+    quantized = []
+    for number, form in enumerate((Decoder, CachedDecoder)):
+        onnx.save(form(SMALL).model(), tmp_path / f"{number}.onnx")
+        quantize_dynamic(tmp_path / f"{number}.onnx", tmp_path / f"q{number}.onnx", weight_type=QuantType.QUInt8)
+        quantized.append(onnx.load(tmp_path / f"q{number}.onnx"))
+    monkeypatch.setattr(model_source, "float_model", lambda model: None)
+    monkeypatch.setitem(TOLERANCES, "dynamic", TOLERANCES["dynamic"].with_bound(1e-9))
+    report = verify(*quantized, threads=1, effort="quick")
+    assert report.verdict == "unknown"
+    assert "ranges of a call alone move" in report.unverifiable
 
 
 def test_finds_a_mistake_smaller_than_rounding(tmp_path):
