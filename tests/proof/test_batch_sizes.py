@@ -50,3 +50,12 @@ def test_a_number_of_sequences_that_is_too_large_to_run_is_rejected(here, consta
 )
 def test_comparisons_with_numbers_that_no_batch_has_are_right(here):
     assert_law_of(opened(here, "int64 less = {-1}"))
+
+
+def test_a_number_of_masked_tokens_is_no_number_of_sequences():
+    padded = "summed = ReduceSum<keepdims = 0>(m, second)\n less = Sub(length, summed)\n many = Greater(less, most)\n"
+    padded += "real = Cast<to = 9>(m)\n causal = LessOrEqual(row, column)\n keys = Unsqueeze(real, second)\n"
+    padded += "whole = Unsqueeze(many, places)\n near = Greater(row, nought)\n none = And(whole, near)\n"
+    padded += "rest = Not(none)\n shown = And(keys, causal)\n either = Or(rest, shown)\n allowed = And(shown, either)"
+    constants = "int64 most = {3000}, int64[2] places = {1, 2}"
+    assert_law_of(attention(allowed=padded, inputs="int64[b, n] m", constants=constants))

@@ -141,3 +141,28 @@ def test_a_mask_of_unknown_size_is_not_computed_for_texts_that_it_would_fill_mem
         f"{known}\n of_all = Expand(keys, target)\n allowed = And(causal, of_all)",
     )  # fmt: skip
     assert Subject.of(read(text)).proof().limit == 1537  # tokens; the next length would have 2 * 2049 ** 2 elements
+
+
+SUMS = "summed = ReduceSum<keepdims = 0>(m, second)\n most = ReduceMax<keepdims = 0>(summed)"
+PADDED = f"{SUMS}\n least = ReduceMin<keepdims = 0>(summed)\n gap = Sub(most, least)\n other = Greater(gap, many)"
+MASKED = "real = Cast<to = 9>(m)\n keys = Unsqueeze(real, second)\n causal = LessOrEqual(row, column)"
+BY_LENGTH = "long = Cast<to = 1>(length)\n share = Mul(long, part)\n factor = Where(other, share, half)"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"scores": f"{PADDED}\n {BY_LENGTH}\n s = Mul(s0, factor)"},
+        {"after": f"{PADDED}\n {BY_LENGTH}\n logits = Mul(c, factor)"},
+        {"scores": f"{SUMS}\n gap = Sub(length, summed)\n all = Greater(gap, many)\n other = Unsqueeze(all, places)\n"
+         f" {BY_LENGTH}\n s = Mul(s0, factor)"},
+    ],
+    ids=["scores, of sequences", "result, of sequences", "scores, of a sequence"],
+)  # fmt: skip
+def test_a_factor_of_the_length_if_there_is_much_padding_limits_the_length(parts):
+    constants = "int64 many = {100}, int64[2] places = {1, 2}, float part = {0.01}"
+    text = attention(
+        allowed=f"{MASKED}\n allowed = And(causal, keys)", inputs="int64[b, n] m", constants=constants, **parts
+    )
+    subject = Subject.of(in_order(read(text)))
+    assert 100 <= (subject.proof().limit or 0) <= 103

@@ -95,15 +95,15 @@ class _Counts:
         first = has_trait(node, Trait.LOOKUP, Trait.PARAMETERIZED)
         others = operator.extent_inputs | operator.type_only
         read = node.inputs[:1] if first else [one for index, one in enumerate(node.inputs) if index not in others]
+        fact = self._flow.shapes[outputs[0]]
         keeps = has_trait(node, Trait.IDENTITY, Trait.REARRANGE)
         computes = not keeps and has_trait(node, Trait.ELEMENTWISE, Trait.BROADCAST)
         if any(value in self._computed for value in read) and (keeps or computes):
             self._computed.update(outputs)
         elif any(map(self.counts, read)):
             self._direct.update(outputs if keeps else ())
-            known = self._flow.shapes[outputs[0]].value is not None
-            self._computed.update(outputs if computes and not known else ())
-        if (keeps or computes) and self._flow.shapes[outputs[0]].dtype is not ir.DataType.BOOL:
+            self._computed.update(outputs if computes and fact.value is None else ())
+        if (keeps or computes) and fact.value is None and fact.dtype is not ir.DataType.BOOL:
             factor = self.threshold(node)
             if factor and not keeps and not has_trait(node, Trait.ARITHMETIC):
                 factor = math.inf

@@ -132,6 +132,10 @@ class LengthSweep:
             return [min(longest, max([SCANNED, *reach]))] if longest > passed else []
         return growing_lengths(passed, longest, thresholds) if longest > passed else []
 
+    def with_half(self, length: int) -> tuple[int, ...]:
+        """Return half a length and the length; of an export of fixed length, that alone."""
+        return (max(1, length // 2), length) if self.fixed is None else (self.fixed,)
+
     def attention_lengths(self, site: AttentionSite) -> list[int]:
         """Return the lengths at which the weights of an attention are small enough to compute."""
         shapes = [self.flow.shapes[value].shape or () for value in site.score_values]

@@ -6,7 +6,14 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from kvsurgeon.analysis.attention.mask_forms import MANY
-from kvsurgeon.analysis.mask_patterns import MaskPattern, left_padded, padded_with_gaps, unmasked, with_gaps
+from kvsurgeon.analysis.mask_patterns import (
+    MaskPattern,
+    left_padded,
+    padded_until,
+    padded_with_gaps,
+    unmasked,
+    with_gaps,
+)
 from kvsurgeon.dataflow.input_roles import InputRole
 from kvsurgeon.proof.length_sweep import LengthSweep
 
@@ -36,15 +43,17 @@ def other_inputs(sweep: LengthSweep, masks: Collection[InputRole], lengths: Coll
     return found + [Inputs(number=number) for number in other_numbers(sweep, masks, lengths)]
 
 
-def masked_inputs(masks: Collection[InputRole], sequences: Collection[int]) -> list[Inputs]:
+def masked_inputs(masks: Collection[InputRole], sequences: Collection[int], padding: int = 0) -> list[Inputs]:
     """Return inputs without masked tokens and, if there are mask inputs, with some: in one sequence, and in all.
 
     Args:
         masks: The mask inputs.
         sequences: Indices of the sequences of which one alone can be masked.
+        padding: A further number of tokens of padding; none if 0.
     """
-    alone = [Inputs(mask=left_padded, sequence=sequence) for sequence in sequences]
-    patterns = (left_padded, with_gaps, padded_with_gaps) if masks else ()
+    padded = (left_padded, *([padded_until(padding)] if padding else []))
+    alone = [Inputs(mask=mask, sequence=sequence) for mask in padded for sequence in sequences]
+    patterns = (*padded, with_gaps, padded_with_gaps) if masks else ()
     return [*alone, *(Inputs(mask=mask) for mask in (unmasked, *patterns))]
 
 

@@ -184,7 +184,7 @@ def _check_rows(sweep: LengthSweep, values: dict[ir.Value, Axes], passed: int) -
 
     def check(total: int) -> None:
         for rows in spans(total, thresholds, runner.elements, len(totals)):
-            masked = masked_inputs(whole.masks, whole.maskable_sequences)
+            masked = masked_inputs(whole.masks, whole.maskable_sequences, padding=rows.start)
             for inputs in [*masked, *other_inputs(sweep, whole.masks, (rows.start, total))]:
                 texts = [Rows(rows.start, rows.stop, end, inputs.batch) for end in (total, rows.stop)]
                 found = [arrays for one in texts if (arrays := _rows_of(runner, compared, one, inputs)) is not None]

@@ -35,7 +35,7 @@ def check_conditions(probe: AttentionProbe, length: int) -> None:
         reason = "the mask is computed from many conditions of a query and a key"
         raise probe.unsupported(reason, Code.TOKEN_DEPENDENT_MASK, hint="export with the mask as an input")
     runner = probe.sweep.runner(probe.runner.outputs, probe.site, given=conditions)
-    texts = {count: Rows.of_text(count) for count in (max(1, length // 2), length)}
+    texts = {count: Rows.of_text(count) for count in probe.sweep.with_half(length)}
     for numbers in itertools.product(*conditions.values()):
         for value, number in zip(conditions, numbers, strict=True):
             runner.inputs.give(value.name or "", partial(_filled, probe, value, number))

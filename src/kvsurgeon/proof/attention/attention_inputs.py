@@ -22,12 +22,9 @@ HAS_A_KEY = "inputs that are not given for each token leave every query a key"
 def check_batches(probe: AttentionProbe, length: int) -> None:
     """Check that the sequences of larger batches are causal and prefix stable too: a mask may count sequences."""
     sizes = probe.sweep.batches
-    lengths = {length}
-    if probe.sweep.fixed is None:
-        length = min(length, _SHORT) if sizes == BATCHES else length  # a comparison may be combined with one of length
-        lengths = {max(1, length // 2), length}
+    length = min(length, _SHORT) if sizes == BATCHES else length  # a comparison may be combined with one of the length
     for batch in sizes:
-        texts = {count: Rows(0, count, count, batch) for count in lengths}
+        texts = {count: Rows(0, count, count, batch) for count in probe.sweep.with_half(length)}
         probe.check_lengths(
             {count: probe.compared(probe.runner.run(count, batch=batch), rows) for count, rows in texts.items()}
         )

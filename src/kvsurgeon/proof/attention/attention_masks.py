@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 
 import numpy as np
 
@@ -109,12 +110,15 @@ def check_masked_rows(
         Whether a masked query without a key attends to later keys, and whether masked keys are attended to.
     """
 
-    def weights_of(of_rows: Rows, mask: MaskPattern = unmasked, sequence: int | None = None) -> np.ndarray:
-        return probe.compared(runner.run(of_rows, mask, scale=0.0, only_sequence=sequence), of_rows)[0]
+    def weights_of(
+        of_rows: Rows, mask: MaskPattern = unmasked, sequence: int | None = None, scale: float = 0.0
+    ) -> np.ndarray:
+        return probe.compared(runner.run(of_rows, mask, scale=scale, only_sequence=sequence), of_rows)[0]
 
     alone = Rows(rows.start, rows.stop, rows.stop)
     leaks = attends = False
-    padding = {max(2, rows.start - 1), rows.stop + 2, *([] if stable else [2])}  # little of it leaves most tokens
+    before = {max(2, rows.start - 1), max(2, rows.start)}  # leave each row a key
+    padding = {*before, rows.stop + 2, *([] if stable else [2])}  # little of it leaves most tokens
     for mask in (with_gaps, *map(padded_until, sorted(padding))):
         visible = mask(rows.total)
         masked = weights_of(rows, mask)
@@ -125,16 +129,17 @@ def check_masked_rows(
         probe.check_causal(masked, rows.start)
         attends |= bool((attended_keys(masked) & ~visible).any())
         if not stable:
-            same = np.where(without_key, 0.0, weights_of(alone, mask))
-            probe.check_stable(masked[..., : rows.stop], same)
-    for sequence in (
-        probe.runner.maskable_sequences if rows.start >= LEFT_PADDING else ()
-    ):  # tokens of a padded sequence alone
-        longer = weights_of(rows, left_padded, sequence)
+            for scale in (0.0, 1.0):
+                longer, shorter = (
+                    np.where(without_key, 0.0, weights_of(one, mask, scale=scale)) for one in (rows, alone)
+                )
+                probe.check_stable(longer[..., : rows.stop], shorter)
+    padded = (left_padded, *map(padded_until, sorted(before))) if rows.start >= LEFT_PADDING else ()
+    for sequence, mask in product(probe.runner.maskable_sequences, padded):  # tokens of a padded sequence alone
+        longer = weights_of(rows, mask, sequence, scale=1.0)
         probe.check_causal(longer, rows.start)
-        if stable:
-            break
-        probe.check_stable(longer[..., : rows.stop], weights_of(alone, left_padded, sequence))
+        if not stable:
+            probe.check_stable(longer[..., : rows.stop], weights_of(alone, mask, sequence, scale=1.0))
     return leaks, attends
 
 
