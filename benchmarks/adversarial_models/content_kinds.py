@@ -16,6 +16,7 @@ from adversarial_models.decoder import ORDINARY_TOKENS, Context, Design
 from adversarial_models.draft import Draft
 
 HIDING = 40  # tokens below hide their keys
+EQUAL_PRODUCT = 1800  # of two ordinary tokens, in several ways
 ROWS = 5000  # of a table of biases by token, too large for a small constant
 Change = Callable[[Context, str], str]
 
@@ -91,6 +92,23 @@ def _product_apart(context: Context, causal: str) -> str:
     return str(write("And", causal, write("Or", own, write("Not", _large_product(context)))))
 
 
+def _equal_product(context: Context) -> str:
+    """Return which pairs of tokens have one product of their numbers, [B, 1, S, S]."""
+    write = context.write
+    product = write("Mul", write("Unsqueeze", "input_ids", [1, 3]), _of_keys(context, "input_ids"))
+    return str(write("Equal", product, EQUAL_PRODUCT))
+
+
+def _equal_product_open(context: Context, causal: str) -> str:
+    return str(context.write("Or", causal, _equal_product(context)))
+
+
+def _equal_product_apart(context: Context, causal: str) -> str:
+    write = context.write
+    own = write("Equal", context.query_positions, context.key_positions)
+    return str(write("And", causal, write("Or", own, write("Not", _equal_product(context)))))
+
+
 def _score_open(context: Context, scores: str) -> str:
     """Lift scores beyond a number over any mask; only a query of large embeddings has such scores."""
     write = context.write
@@ -110,6 +128,9 @@ KINDS: Mapping[str, ContentKind] = {
         ContentKind(name="table", adversarial=_hiding_table, benign=_small_table),
         ContentKind(name="two-conditions", adversarial=_hiding_band, benign=_small_band),
         ContentKind(name="product", adversarial=_product_open, benign=_product_apart, place="allowed"),
+        ContentKind(
+            name="equal-product", adversarial=_equal_product_open, benign=_equal_product_apart, place="allowed"
+        ),
         ContentKind(name="score", adversarial=_score_open, benign=_score_with_ceiling),
     )
 }

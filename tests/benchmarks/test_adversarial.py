@@ -24,6 +24,7 @@ SHORT = [
     "content/table",
     "content/two-conditions",
     "content/product",
+    "content/equal-product",
     "content/score",
 ]
 
