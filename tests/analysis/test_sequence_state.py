@@ -204,6 +204,14 @@ def test_a_first_token_that_is_overwritten_is_not_overwritten_in_each_call():
     assert_law(model, injected(model))
 
 
+def test_no_length_is_declared_of_a_value_of_which_only_the_batch_is_read():
+    filled = "x_sizes = Shape(x)\n z = ConstantOfShape(x_sizes)\n all_sizes = Shape(z)"
+    model = in_order(read(case(FIRST_REPLACED.replace("all_sizes = Shape(x)", filled))))
+    result = injected(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    assert any(value.name == "h" for value in result.graph.value_info)
+    assert all(value.name != "z" or not value.type.tensor_type.HasField("shape") for value in result.graph.value_info)
+
+
 @pytest.mark.parametrize("place", ["one", "n9"])
 def test_tokens_that_are_rolled_are_rejected_if_another_is_replaced(place):
     with pytest.raises(UnsupportedError, match="selects tokens by their position"):

@@ -8,6 +8,8 @@ import onnx_ir as ir
 
 from kvsurgeon.analysis.analysis import Analysis
 from kvsurgeon.dataflow.value_kinds import ValueKind
+from kvsurgeon.graph.query import upstream
+from kvsurgeon.ops.content import content_inputs
 from kvsurgeon.symbolic.dim_names import DimNames, dim_names
 from kvsurgeon.symbolic.dimension import LENGTH, MAX, NEW, TOTAL, Dimension
 from kvsurgeon.symbolic.sequence_axes import Axes, Length, LengthVariable, SequenceAxis
@@ -44,10 +46,11 @@ def declare_shapes(analysis: Analysis, total: Dimension, windowed: Collection[ir
     states = [state for window in analysis.windows for state in window.states]
     states += [state for state, _ in analysis.flow.recurrences]
     shorter = {*windowed, *(node for state in states for node in state.nodes)}
+    read = set(upstream(analysis.model.graph.outputs, inputs=content_inputs))
     for node in analysis.flow.order:
         for value in node.outputs:
-            if node in shorter and not value.is_graph_output():
-                value.shape = None  # neither new tokens nor all
+            if (node in shorter or value not in read) and not value.is_graph_output():
+                value.shape = None  # neither new tokens nor all, or as many as whatever its shape is computed from
             else:
                 _declare_shape(analysis, value, total)
 
