@@ -120,3 +120,22 @@ def test_what_lets_tokens_see_later_ones_is_refused(scores, reason):
     allowed = "allowed = LessOrEqual(row, column)"
     with pytest.raises(UnsupportedError, match=reason):
         injected(read(attention(scores=f"{allowed}\n {scores}", allowed="", constants=CONSTANTS)))
+
+
+def test_two_rows_for_each_position_are_rejected_by_name():
+    text = """case (float[b, n, 8] x, float[b, n, 8] y) => (float[b, n, 8] logits)
+<int64[1] third = {2}, int64[3] flat = {0, -1, 8}, int64[4] pairs = {0, -1, 2, 8}>
+{
+  x4 = Unsqueeze(x, third)
+  y4 = Unsqueeze(y, third)
+  both = Concat<axis = 2>(x4, y4)
+  h = Reshape(both, flat)
+  ht = Transpose<perm = [0, 2, 1]>(h)
+  s = MatMul(h, ht)
+  w = Softmax<axis = -1>(s)
+  c = MatMul(w, h)
+  rows = Reshape(c, pairs)
+  logits = ReduceSum<keepdims = 0>(rows, third)
+}"""
+    with pytest.raises(UnsupportedError, match=r"holds more than the tokens; expected .* found 2\*length"):
+        injected(read(text))

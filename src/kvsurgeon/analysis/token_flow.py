@@ -377,10 +377,16 @@ class NodeVisit:
         """Note that the node mixes along a sequence axis: allowed only if that is the axis of the keys.
 
         Raises:
-            UnsupportedError: It is the query_axis's.
+            UnsupportedError: It is the query_axis's, or holds more than a row for each token.
         """
-        if axis.variable.resolved() is Length.NEW or (axis.outer, axis.inner) != (1, 1):
+        if axis.variable.resolved() is Length.NEW:
             raise self.mixing()
+        if (axis.outer, axis.inner) != (1, 1):
+            raise self.refusal(
+                "it mixes along an axis of keys that holds more than the tokens", code=Code.MIXES_TOKENS,
+                expected=f"a key for each token: {self.flow.length}", found=str(axis.size(self.flow.length)),
+                hint="several rows for each position, such as states and actions, are not supported",
+            )  # fmt: skip
         axis.variable.root().mixed_at.append(self.node.outputs[0].name or "")
         self.flow.mixes_keys[self.node] = axis.variable
 
