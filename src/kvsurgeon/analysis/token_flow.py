@@ -212,6 +212,7 @@ class TokenFlow:
     last: set[ir.Value] = field(default_factory=set)
     counts: dict[ir.Node, ir.Value] = field(default_factory=dict)
     per_call: set[ir.Value] = field(default_factory=set)
+    changes: dict[ir.Value, set[int]] = field(default_factory=dict)
 
     def has_learned_rows(self, variable: LengthVariable) -> bool:
         """Return whether keys and values of a length variable have learned rows."""

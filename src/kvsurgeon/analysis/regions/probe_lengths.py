@@ -59,7 +59,7 @@ def _switching_lengths(flow: TokenFlow, nodes: Iterable[ir.Node]) -> set[int]:
             continue
         fact = flow.shapes[value]
         if fact.value is None and fact.dtype is not None and not fact.dtype.is_integer() and _is_static(fact.shape):
-            lengths |= _changes(SubgraphRunner(flow, [value]))
+            lengths |= _changes(flow, value)
     return lengths
 
 
@@ -67,10 +67,13 @@ def _is_static(shape: Sequence[Dimension] | None) -> bool:
     return shape is not None and all(isinstance(size, int) for size in shape)
 
 
-def _changes(runner: SubgraphRunner) -> set[int]:
-    """Return the lengths at either side of which a value begins or ceases to change."""
-    longest = longest_running(runner.run, SCANNED)
-    return lengths_of_change([runner.run(length)[0] for length in range(1, longest + 1)])
+def _changes(flow: TokenFlow, value: ir.Value) -> set[int]:
+    """Return the lengths at either side of which a value begins or ceases to change; it is run at each length once."""
+    if value not in flow.changes:
+        runner = SubgraphRunner(flow, [value])
+        longest = longest_running(runner.run, SCANNED)
+        flow.changes[value] = lengths_of_change([runner.run(length)[0] for length in range(1, longest + 1)])
+    return flow.changes[value]
 
 
 def elements_at(shape: Sequence[Dimension], length: int) -> int:
@@ -123,12 +126,12 @@ def changing_context(flow: TokenFlow, nodes: Iterable[ir.Node]) -> tuple[set[int
         axes = [axis for axis, size in enumerate(shape) if size is flow.length]
         if len(axes) > 1 or elements_at(shape, SCANNED) > MAX_ELEMENTS:
             continue
-        runner = SubgraphRunner(flow, [value])
         if axes:
+            runner = SubgraphRunner(flow, [value])
             longest = longest_running(runner.run, SCANNED)
             array = np.moveaxis(runner.run(longest)[0], axes[0], 0).reshape(longest, -1).astype(np.float64)
             differs = (np.diff(array, 2, axis=0) != 0).max(axis=1)
             positions |= {place + offset for place in changes(differs) for offset in (1, 2)}
         else:
-            lengths |= _changes(runner)
+            lengths |= _changes(flow, value)
     return positions, lengths
