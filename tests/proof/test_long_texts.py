@@ -146,16 +146,16 @@ def test_a_mask_of_unknown_size_is_not_computed_for_texts_that_it_would_fill_mem
 SUMS = "summed = ReduceSum<keepdims = 0>(m, second)\n most = ReduceMax<keepdims = 0>(summed)"
 PADDED = f"{SUMS}\n least = ReduceMin<keepdims = 0>(summed)\n gap = Sub(most, least)\n other = Greater(gap, many)"
 MASKED = "real = Cast<to = 9>(m)\n keys = Unsqueeze(real, second)\n causal = LessOrEqual(row, column)"
-BY_LENGTH = "long = Cast<to = 1>(length)\n share = Mul(long, part)\n factor = Where(other, share, half)"
+BY_PART = "long = Cast<to = 1>(length)\n share = Mul(long, part)\n factor = Where(other, share, half)"
 
 
 @pytest.mark.parametrize(
     "parts",
     [
-        {"scores": f"{PADDED}\n {BY_LENGTH}\n s = Mul(s0, factor)"},
-        {"after": f"{PADDED}\n {BY_LENGTH}\n logits = Mul(c, factor)"},
+        {"scores": f"{PADDED}\n {BY_PART}\n s = Mul(s0, factor)"},
+        {"after": f"{PADDED}\n {BY_PART}\n logits = Mul(c, factor)"},
         {"scores": f"{SUMS}\n gap = Sub(length, summed)\n all = Greater(gap, many)\n other = Unsqueeze(all, places)\n"
-         f" {BY_LENGTH}\n s = Mul(s0, factor)"},
+         f" {BY_PART}\n s = Mul(s0, factor)"},
     ],
     ids=["scores, of sequences", "result, of sequences", "scores, of a sequence"],
 )  # fmt: skip

@@ -20,8 +20,6 @@ from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait
 from kvsurgeon.symbolic.dimension import Dimension
 
-_CONVOLUTIONS = frozenset({"Conv", "ConvInteger", "QLinearConv"})
-
 
 def causal_conv_with_state(op: FusedNode) -> None:
     """Decompose `CausalConvWithState` along one axis, without a past.
@@ -78,7 +76,7 @@ def _padded(node: ir.Node) -> list[ir.Node]:
     one = node.inputs[0].producer() if is_operator(node, "Slice") and node.inputs[0] is not None else None
     while one is not None:
         nodes.insert(0, one)
-        if one.op_type in _CONVOLUTIONS:
+        if has_trait(one, Trait.CONVOLUTION):
             return nodes if any(one.attributes.get_ints("pads") or ()) else []
         is_next = has_trait(one, Trait.ELEMENTWISE, Trait.BROADCAST) and one.inputs[0] is not None
         one = one.inputs[0].producer() if is_next else None  # type: ignore[union-attr]

@@ -305,8 +305,8 @@ OPERATORS: list[Operator] = [
     ),
     *_product("QGemm", _QUANTIZED_GEMM, column_parameters=(4, 5, 6), zero_points=(2, 5)),
     *_product("MatMulNBits MatMulBnb4", packed_notation, traits=(Trait.PACKED_WEIGHTS,)),
-    *entries("Conv FusedConv", convolution, convolution_links, Trait.PROJECTION),
-    *entries("ConvInteger", convolution, convolution_links),
-    *entries("QLinearConv", convolution, partial(convolution_links, kernel=3), Trait.PROJECTION),
+    *entries("Conv FusedConv", convolution, convolution_links, Trait.CONVOLUTION, Trait.PROJECTION),
+    *entries("ConvInteger", convolution, convolution_links, Trait.CONVOLUTION),
+    *entries("QLinearConv", convolution, partial(convolution_links, kernel=3), Trait.CONVOLUTION, Trait.PROJECTION),
     *entries("AveragePool MaxPool LpPool QLinearAveragePool", pool, pool_links),
 ]

@@ -120,6 +120,7 @@ class Trait(Enum):
     PROJECTION = auto()  # multiplies with weights: too expensive to repeat for all tokens in a decode step
     PRODUCT = auto()  # a product of two tensors that sums over an axis
     BATCHED_MATMUL = auto()  # a product of matrices, batch by batch
+    CONVOLUTION = auto()  # a sum of products of neighboring rows with a kernel
     EINSUM = auto()  # a floating-point product of tensors by an equation
     PACKED_WEIGHTS = auto()  # a product with weights in packed blocks
     SOFTMAX = auto()  # weights that sum to one along an axis, so that a common factor cancels

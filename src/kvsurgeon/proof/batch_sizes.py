@@ -19,7 +19,7 @@ from kvsurgeon.ops.content import content_inputs
 from kvsurgeon.ops.operator import Trait
 from kvsurgeon.ops.table import has_trait, operator_of
 from kvsurgeon.symbolic import dimension as dim
-from kvsurgeon.symbolic.dimension import BATCH
+from kvsurgeon.symbolic.dimension import BATCH, LENGTH
 from kvsurgeon.symbolic.fact import Fact
 
 BATCHES = (3, 5)  # sequences that context is run with, in addition to two
@@ -54,6 +54,7 @@ def batch_sizes(flow: TokenFlow) -> BatchSizes:
             near |= {int(number) + more for number in _constants(node) for more in (0, 1, 2)}  # an index is less
         if looks_up or (compares and found.compares_computed(node)):
             counts, near = True, near | set(range(MAX_BATCH + 1))
+        counts = counts and not (looks_up and found.is_of_tokens(node))
         threshold = found.threshold(node, looks_up=looks_up) if counts else 0.0
         if MAX_BATCH < threshold < _LARGEST or threshold == math.inf:
             beyond.append(node.outputs[0])
@@ -150,6 +151,11 @@ class _Counts:
         computed = [one for one in numbers if one != BATCH and BATCH in getattr(one, "free_symbols", ())]
         others = [int(number) for number in numbers if isinstance(number, int | np.integer)]
         return any(not one.is_positive or max(others, default=1) > 0 for one in computed)
+
+    def is_of_tokens(self, node: ir.Node) -> bool:
+        """Return whether the result of a node has an axis of tokens, as the rows of positions have."""
+        sizes = self._flow.shapes[node.outputs[0]].shape or ()
+        return any(LENGTH in getattr(size, "free_symbols", ()) for size in sizes)
 
     def looks_up(self, node: ir.Node) -> bool:
         """Return whether the number of sequences selects elements of a constant."""
