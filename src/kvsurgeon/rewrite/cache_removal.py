@@ -112,7 +112,7 @@ def _remove(model: ir.Model, *, dynamic: bool) -> tuple[CacheSignature, int]:
     affected = _downstream(graph, [*empty, *zeros, *(length.value for length in lengths)])
     inputs, outputs = (tuple(v.name or "" for v in values) for values in (graph.inputs, graph.outputs))
     capacity = fill_buffers(graph, editor, pairs, dynamic=dynamic)
-    outputs_before = {value: declared_shape(value) for value in graph.outputs}
+    outputs_before = {value.name: declared_shape(value) for value in graph.outputs}
     for present in (*(pair.present for pair in pairs), *(state.present for state in states)):
         graph.outputs.remove(present)
     for value in (*empty, *zeros, *(length.value for length in lengths if length.is_whole_input)):
@@ -146,26 +146,35 @@ def _remove(model: ir.Model, *, dynamic: bool) -> tuple[CacheSignature, int]:
     return signature, editor.edits
 
 
-def _check_sizes(graph: ir.Graph, shapes: Shapes, declared: Mapping[ir.Value, Sequence[int | str | None]]) -> None:
+def _check_sizes(graph: ir.Graph, shapes: Shapes, declared: Mapping[str | None, Sequence[int | str | None]]) -> None:
     """Check that nothing else than rows had as many elements: no constant along an axis of tokens, and no output.
 
     Raises:
         UnsupportedError: One has, such as a table of masks.
     """
+    for value in graph.outputs:
+        pairs = zip(declared.get(value.name, ()), shapes[value].shape or (), strict=False)
+        before = next((one for one, size in pairs if isinstance(one, int) and not isinstance(size, int)), None)
+        if before is not None:
+            raise _not_rows(value, before)
     for node in graph:
-        links = find_links(shapes.call(node))
-        sizes = defaultdict[Hashable, set[Dimension]](set)
-        for value, labels in zip(
-            node.inputs, links.inputs if links is not None and not links.row_major else (), strict=False
-        ):
-            shape = None if value is None else shapes[value].shape
-            for label, size in zip(labels or (), shape or (), strict=False):
-                if label is not None and links is not None and label != links.joined:
-                    sizes[label].add(size)
-        for found in sizes.values():
-            numbers = [size for size in found if isinstance(size, int) and size != 1]
-            if numbers and len(found - {1}) > len(numbers):
-                raise _not_rows(node.outputs[0], numbers[0])
+        _check_sizes_of_node(node, shapes)
+
+
+def _check_sizes_of_node(node: ir.Node, shapes: Shapes) -> None:
+    links = find_links(shapes.call(node))
+    if links is None or links.row_major:
+        return
+    sizes = defaultdict[Hashable, set[Dimension]](set)
+    for value, labels in zip(node.inputs, links.inputs, strict=False):
+        shape = None if value is None else shapes[value].shape
+        for label, size in zip(labels or (), shape or (), strict=False):
+            if label is not None and label != links.joined:
+                sizes[label].add(size)
+    for found in sizes.values():
+        numbers = [size for size in found if isinstance(size, int) and size != 1]
+        if numbers and len(found - {1}) > len(numbers):
+            raise _not_rows(node.outputs[0], numbers[0])
 
 
 def _not_rows(value: ir.Value, found: int) -> UnsupportedError:
